@@ -1,0 +1,63 @@
+"""The exceptions of this package. Each message says what is wrong and what to do.
+
+AdapterError
+├── InvalidAdapter        the folder or file cannot be read as a LoRA (truncated, missing, not finite, ...)
+│   └── UnsupportedAdapter   it is a LoRA, but asks for something that is no sum of B A x; named in the message
+├── BaseMismatch          its modules or shapes are not those of the base that is served
+├── InvalidChoice         a choice names one adapter twice, has a weight that is not finite, or is too long
+├── UnknownAdapter        no adapter, or no version, of that name
+├── AdapterConflict       the name is in use: by other content, by a task, or pinned
+├── VersionMismatch       compare-and-set: the name is not at the version that the caller expected
+├── NoRoom                it does not fit the budget, and never could
+└── StoreFailed           the disk refused (full, read-only, gone); nothing was changed
+InvalidData               a training or evaluation line is not usable; names the line
+"""
+
+
+class AdapterError(Exception):
+    """Base of all errors about adapters. `param` names the input that is at fault, where there is one."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidAdapter(AdapterError):
+    """The folder or file cannot be read as a LoRA adapter."""
+
+
+class UnsupportedAdapter(InvalidAdapter):
+    """The adapter needs something that this round does not serve; the message names it."""
+
+
+class BaseMismatch(AdapterError):
+    """The adapter's modules or shapes are not those of the resident base."""
+
+
+class InvalidChoice(AdapterError):
+    """A choice cannot be made into a mix."""
+
+
+class UnknownAdapter(AdapterError):
+    """No adapter or version is known by that name."""
+
+
+class AdapterConflict(AdapterError):
+    """The name is taken, pinned, or routed to by a task."""
+
+
+class VersionMismatch(AdapterError):
+    """Compare-and-set failed: the name points to another version than expected."""
+
+
+class NoRoom(AdapterError):
+    """The adapter, or the mix, could never fit into its budget."""
+
+
+class StoreFailed(AdapterError):
+    """The disk refused a write or a read; the state is what it was before."""
+
+
+class InvalidData(AdapterError):
+    """A line of a data file is not usable; the message gives its number and what is wrong."""

@@ -1,0 +1,160 @@
+"""The value of an adapter, and what requests ask for: `LoraWeights`, `Version`, `Mix`.
+
+Owns identity (content digests) and the canonical form of a mix. Does not know files, folders or servers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from adapters.errors import InvalidChoice
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+RESERVED = frozenset({"base", "other", "none"})
+MAX_ABS_WEIGHT = 16.0
+SHORT_DIGEST = 12
+
+Choice = list[tuple[str, float]]
+"""What a request or a task asks for: `[(name or name@digest, weight), ...]`, in the order that was asked."""
+
+
+class LowRank(NamedTuple):
+    """One module's update, `scale * B @ A`: A is [rank, in], B is [out, rank], scale is alpha/r or alpha/sqrt(r)."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.A.nbytes + self.B.nbytes
+
+
+@dataclass(frozen=True)
+class Version:
+    """One immutable content of an adapter: `digest` is 64 hex digits, `label` is what people see."""
+
+    name: str
+    digest: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.digest[:SHORT_DIGEST]}"
+
+
+@dataclass(frozen=True, eq=False)
+class LoraWeights:
+    """A named LoRA in memory. `modules` maps a module path ("model.layers.0.self_attn.q_proj") to its update.
+
+    The tensors may have any floating dtype and any strides: a backend's kernel layout is a choice of both, the
+    shapes are always those of `LowRank`. `metadata` holds what is told to people: `honoured`, `harmless`, `notes`,
+    `base`, `card`, `quantization`.
+    """
+
+    name: str
+    digest: str
+    modules: Mapping[str, LowRank]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def version(self) -> Version:
+        return Version(self.name, self.digest)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(m.nbytes for m in self.modules.values())
+
+    @property
+    def ranks(self) -> list[int]:
+        """The distinct ranks, ascending."""
+        return sorted({m.rank for m in self.modules.values()})
+
+    @property
+    def targets(self) -> list[str]:
+        """The distinct last parts of the module paths, sorted."""
+        return sorted({path.rsplit(".", 1)[-1] for path in self.modules})
+
+    def delta(self, module: str) -> torch.Tensor:
+        """The dense update of one module, `scale * B @ A`, [out, in] float32. Raises KeyError."""
+        a, b, scale = self.modules[module]
+        return (b.float() @ a.float()) * scale
+
+    def renamed(self, name: str) -> LoraWeights:
+        """The same content under another name; tensors are shared."""
+        return replace(self, name=name)
+
+
+def content_digest(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the canonical JSON of `config`, then name, dtype, shape and bytes of each tensor by name."""
+    h = hashlib.sha256()
+    h.update(json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode())
+    for name in sorted(tensors):
+        t = tensors[name].detach().contiguous().cpu()
+        h.update(f"\n{name}\n{t.dtype}\n{tuple(t.shape)}\n".encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else b"")
+    return h.hexdigest()
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A choice with its versions fixed, in canonical form: `((digest, weight), ...)` sorted by digest.
+
+    Weights are finite, non-zero and exactly representable in float32. Empty is the base alone. Two requests with
+    equal mixes may share cached keys and values.
+    """
+
+    entries: tuple[tuple[str, float], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self):
+        return iter(self.entries)
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        return tuple(digest for digest, _ in self.entries)
+
+
+BASE_ALONE = Mix()
+
+
+def check_weight(weight: float, param: str = "adapters") -> float:
+    """`weight` rounded to float32. Raises InvalidChoice if it is not finite or over 16 in size."""
+    if not math.isfinite(weight) or abs(weight) > MAX_ABS_WEIGHT:
+        raise InvalidChoice(f"an adapter's weight must be a finite number from -16 to 16, not {weight!r}", param)
+    return float(np.float32(weight))
+
+
+def canonical_mix(pairs: Iterable[tuple[Version, float]], max_mix: int) -> Mix:
+    """The canonical mix of `(version, weight)` pairs.
+
+    One name twice is an error, one digest under two names adds its weights, zero weights are dropped. Raises
+    InvalidChoice.
+    """
+    weights: dict[str, float] = {}
+    names: set[str] = set()
+    for version, weight in pairs:
+        if version.name in names:
+            raise InvalidChoice(f"the adapter {version.name!r} is named twice; give it once with one weight", "adapters")
+        names.add(version.name)
+        total = weights.get(version.digest, 0.0) + check_weight(weight)
+        weights[version.digest] = check_weight(total)
+    entries = tuple(sorted((digest, w) for digest, w in weights.items() if w != 0.0))
+    if len(entries) > max_mix:
+        raise InvalidChoice(f"a mix of {len(entries)} adapters is over the limit of {max_mix} (--max-mix)", "adapters")
+    return Mix(entries)

@@ -1,0 +1,110 @@
+"""The vocabulary of a run: what a request asks for, what it becomes, and what is delivered while it runs.
+
+Owns no behaviour beyond simple derived values. The scheduler alone changes a request's state.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from adapters.weights import BASE_ALONE, Mix
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen and when to stop. All bounds are checked by the API before this is built."""
+
+    max_tokens: int = 64
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+    """None: none wanted. k from 0 to 20: the chosen token's and the k best's."""
+
+
+class State(enum.Enum):
+    """Where a request is. QUEUED -> (LOADING) -> RUNNING -> DONE; a preempted one is QUEUED again."""
+
+    QUEUED = "queued"
+    LOADING = "loading"
+    RUNNING = "running"
+    DONE = "done"
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural log-softmax of the raw logits, before temperature, penalties and masks. `top` is best first."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What one step adds to a request. `text` never ends within a character or within the start of a stop string.
+
+    The last one has `finish_reason` ("stop", "length", "cancelled", "error") and, if that is "error", `error`.
+    """
+
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str | None = None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence. The API builds it, hands it to `Engine.submit`, and hears of it through `deliver`.
+
+    `deliver` is called on the engine's thread, at most once a step, and must not block. `scored` is the number of
+    last prompt tokens whose log-probabilities are wanted (label scoring); such a request generates nothing and
+    its one delivery carries them. Times are `time.monotonic()` seconds, nan until they happen.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    deliver: Callable[[Delivery], None]
+    mix: Mix = BASE_ALONE
+    fair_key: str = ""
+    """Who shares a place in the fair queue: the task's name, else the mix's."""
+    tenant: str = ""
+    priority: int = 0
+    """Lower goes first; evaluation traffic has 1."""
+    deadline: float = math.inf
+    scored: int = 0
+
+    # written by the engine
+    state: State = State.QUEUED
+    output: list[int] = field(default_factory=list)
+    computed: int = 0
+    """Tokens of prompt + output whose keys and values are in the cache."""
+    cached: int = 0
+    """Prompt tokens that came from the prefix cache at the first admission."""
+    blocks: list[int] = field(default_factory=list)
+    slots: list[tuple[int, float]] = field(default_factory=list)
+    submitted: float = field(default_factory=time.monotonic)
+    admitted: float = math.nan
+    load_seconds: float = 0.0
+    first_token: float = math.nan
+    finished: float = math.nan
+
+    @property
+    def tokens(self) -> int:
+        """Length of prompt and output together."""
+        return len(self.prompt) + len(self.output)

@@ -1,0 +1,84 @@
+"""The exceptions of this package. Each message says what is wrong and what to do.
+
+ServerError
+├── InvalidRequest           a value is wrong in a way that only the server can tell (400)
+│   └── UnsupportedParameter    it would change the answer and is not served (400)
+├── UnknownName              no task, model, file or job of that name (404)
+├── Conflict                 the thing is in use or in another state (409)
+├── Unauthorized             no key, or a wrong one (401)
+├── Forbidden                the key does not open this (403)
+├── BodyTooLarge             over --max-body or --max-upload (413)
+├── QueueFull                too much is waiting; come back after `retry_after` seconds (429)
+├── NotReady                 loading, draining or restarting; come back after `retry_after` seconds (503)
+├── DeadlineExceeded         the request's time was over before it could finish (504)
+├── NoCapacity               it could never fit into the budget (507)
+├── EngineFailed             a step failed; the request was lost and can be sent again (500)
+├── BadModel                 a model folder or file cannot be served; says why
+└── BadSetting               a setting is unknown or out of range; says which
+"""
+
+
+class ServerError(Exception):
+    """Base of all errors of the server. `param` names the input at fault; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, param: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+
+class InvalidRequest(ServerError):
+    """A value is wrong in a way that the schema cannot tell."""
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A parameter that would change the answer is not served."""
+
+
+class UnknownName(ServerError):
+    """No task, model, file or job is known by that name."""
+
+
+class Conflict(ServerError):
+    """The thing is in use, or not in a state that allows this."""
+
+
+class Unauthorized(ServerError):
+    """No key was sent, or one that is not known."""
+
+
+class Forbidden(ServerError):
+    """The key, the host or the origin is not allowed here."""
+
+
+class BodyTooLarge(ServerError):
+    """The body is over the limit."""
+
+
+class QueueFull(ServerError):
+    """Too many requests or tokens are waiting, or the key's rate is used up."""
+
+
+class NotReady(ServerError):
+    """The server is loading, draining or restarting."""
+
+
+class DeadlineExceeded(ServerError):
+    """The request's deadline passed."""
+
+
+class NoCapacity(ServerError):
+    """The request could never fit into the memory that it needs."""
+
+
+class EngineFailed(ServerError):
+    """A step failed; its running requests are lost, the registry and the queue are not."""
+
+
+class BadModel(ServerError):
+    """A model folder, file or id cannot be served."""
+
+
+class BadSetting(ServerError):
+    """A setting is unknown, malformed or out of range."""
