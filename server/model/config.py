@@ -1,0 +1,429 @@
+"""`ModelConfig`: what a decoder must know of its model, read from a `config.json` or from GGUF metadata.
+
+Owns the list of architectures that are served and the refusal, by name, of every other and of every setting that
+would change the answers without being implemented. Does not know tensors, files or quantization.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.errors import BadModel
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
+}
+"""Class name in `config.json` -> model type."""
+
+GGUF_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+"""`general.architecture` in a GGUF file -> class name. Mistral models are written as `llama`."""
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies are stretched; the names and meanings are those of Transformers.
+
+    `dynamic` only differs from `default` beyond `max_position_embeddings`, which is where our context ends, since
+    frequencies that move with the length of a sequence would make a token's keys depend on what comes after it.
+    """
+
+    type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder of the Llama family, under the names of Transformers.
+
+    `attention_bias` is the bias of q, k and v, `output_bias` that of o_proj, `mlp_bias` that of gate, up and down.
+    `qk_norm` is an RMSNorm over each head of q and k (weights q_norm and k_norm, [head_dim]) before RoPE.
+    `no_rope_layers` has one entry a layer, 1 where RoPE is applied and 0 where it is not, as Transformers has it; ask
+    `has_rope`. `sliding_window` is set when a layer attends to that many last tokens only.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling
+    tie_word_embeddings: bool
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    no_rope_layers: tuple[int, ...] = ()
+    sliding_window: int | None = None
+
+    @property
+    def model_type(self) -> str:
+        return ARCHITECTURES[self.architecture]
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that can be served exactly: a sliding window, which is not implemented, ends the context."""
+        if self.sliding_window is None:
+            return self.max_position_embeddings
+        return min(self.max_position_embeddings, self.sliding_window)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What people should be told about how this model is served."""
+        if self.context_length < self.max_position_embeddings:
+            return (
+                f"the context ends at {self.context_length} tokens, the model's sliding window, "
+                f"instead of {self.max_position_embeddings}",
+            )
+        return ()
+
+    def has_rope(self, layer: int) -> bool:
+        return not self.no_rope_layers or bool(self.no_rope_layers[layer])
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Module path -> (out, in) of every linear inside the layers, in the order of the layers."""
+        queries = self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        layer = {
+            "self_attn.q_proj": (queries, self.hidden_size),
+            "self_attn.k_proj": (keys, self.hidden_size),
+            "self_attn.v_proj": (keys, self.hidden_size),
+            "self_attn.o_proj": (self.hidden_size, queries),
+            "mlp.gate_proj": (self.intermediate_size, self.hidden_size),
+            "mlp.up_proj": (self.intermediate_size, self.hidden_size),
+            "mlp.down_proj": (self.hidden_size, self.intermediate_size),
+        }
+        return {
+            f"model.layers.{i}.{name}": shape for i in range(self.num_hidden_layers) for name, shape in layer.items()
+        }
+
+    def table_shapes(self) -> dict[str, tuple[int, int]]:
+        """Module path -> (vocab, hidden) of the embedding table and, unless tied, of the output table."""
+        shape = (self.vocab_size, self.hidden_size)
+        return {"model.embed_tokens": shape} if self.tie_word_embeddings else {
+            "model.embed_tokens": shape,
+            "lm_head": shape,
+        }
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape of the norms and biases."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        biased = {
+            "self_attn.q_proj": self.attention_bias,
+            "self_attn.k_proj": self.attention_bias,
+            "self_attn.v_proj": self.attention_bias,
+            "self_attn.o_proj": self.output_bias,
+            "mlp.gate_proj": self.mlp_bias,
+            "mlp.up_proj": self.mlp_bias,
+            "mlp.down_proj": self.mlp_bias,
+        }
+        for path, (out, _) in self.linear_shapes().items():
+            if biased[path.split(".", 3)[3]]:
+                shapes[f"{path}.bias"] = (out,)
+        for i in range(self.num_hidden_layers):
+            shapes[f"model.layers.{i}.input_layernorm.weight"] = (self.hidden_size,)
+            shapes[f"model.layers.{i}.post_attention_layernorm.weight"] = (self.hidden_size,)
+            if self.qk_norm:
+                shapes[f"model.layers.{i}.self_attn.q_norm.weight"] = (self.head_dim,)
+                shapes[f"model.layers.{i}.self_attn.k_norm.weight"] = (self.head_dim,)
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        return shapes
+
+
+def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """The config of a Hugging Face folder, from the content of its `config.json`.
+
+    Reads both spellings of RoPE: `rope_theta` with `rope_scaling`, and the `rope_parameters` of Transformers 5.
+    Raises BadModel for another architecture and for a setting that is not served.
+    """
+    architecture = _architecture(config)
+    kind = ARCHITECTURES[architecture]
+    _refuse_unserved(config)
+    layers = _positive(config, "num_hidden_layers")
+    heads = _positive(config, "num_attention_heads")
+    hidden = _positive(config, "hidden_size")
+    window = _sliding_window(config, kind, layers)
+    max_positions = _positive(config, "max_position_embeddings")
+    theta, scaling = _rope(config, kind, max_positions)
+    bias = bool(config.get("attention_bias", False)) and kind not in ("mistral", "qwen2")
+    return _checked(
+        ModelConfig(
+            architecture=architecture,
+            vocab_size=_positive(config, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_positive(config, "intermediate_size"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=_positive(config, "num_key_value_heads", default=8 if kind == "mistral" else heads),
+            head_dim=_positive(config, "head_dim", default=128 if kind == "qwen3" else hidden // heads),
+            max_position_embeddings=max_positions,
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", kind == "smollm3")),
+            attention_bias=bias or kind == "qwen2",
+            output_bias=bias,
+            mlp_bias=bool(config.get("mlp_bias", False)) and kind in ("llama", "smollm3"),
+            qk_norm=kind == "qwen3",
+            no_rope_layers=_no_rope_layers(config, layers) if kind == "smollm3" else (),
+            sliding_window=window,
+        )
+    )
+
+
+def from_gguf(
+    metadata: Mapping[str, Any],
+    tensor_shapes: Mapping[str, Sequence[int]],
+    rope_factors: Sequence[float] | None = None,
+) -> ModelConfig:
+    """The config of a GGUF file.
+
+    `tensor_shapes` maps the file's tensor names to [out, in] shapes; whether there are biases and an output table
+    is read from them. `rope_factors` is the content of `rope_freqs.weight`, where Llama 3 keeps its RoPE scaling.
+    Raises BadModel for another architecture and for a setting that is not served.
+    """
+    arch = str(metadata.get("general.architecture"))
+    if arch not in GGUF_ARCHITECTURES:
+        known = ", ".join(sorted(GGUF_ARCHITECTURES))
+        raise BadModel(f"the GGUF architecture {arch!r} is not served; served are {known}")
+    values = {key[len(arch) + 1 :]: value for key, value in metadata.items() if key.startswith(f"{arch}.")}
+    if values.get("expert_count"):
+        raise BadModel("mixtures of experts are not served")
+    layers = _positive(values, "block_count")
+    heads = _positive(values, "attention.head_count")
+    hidden = _positive(values, "embedding_length")
+    head_dim = _positive(values, "attention.key_length", default=hidden // heads)
+    if values.get("attention.value_length", head_dim) != head_dim:
+        raise BadModel("values of another size than keys are not served (attention.value_length)")
+    if values.get("rope.dimension_count", head_dim) != head_dim:
+        raise BadModel(f"RoPE on {values['rope.dimension_count']} of {head_dim} dimensions of a head is not served")
+    max_positions = _positive(values, "context_length")
+    if "token_embd.weight" not in tensor_shapes:
+        raise BadModel("the GGUF file has no tensor token_embd.weight")
+    architecture = GGUF_ARCHITECTURES[arch]
+    interval = {"no_rope_layer_interval": 4}  # llama.cpp fixes it for this architecture, the file does not say
+    theta = float(values.get("rope.freq_base", 10000.0))
+    return _checked(
+        ModelConfig(
+            architecture=architecture,
+            vocab_size=int(tensor_shapes["token_embd.weight"][0]),
+            hidden_size=hidden,
+            intermediate_size=_positive(values, "feed_forward_length"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=_positive(values, "attention.head_count_kv", default=heads),
+            head_dim=head_dim,
+            max_position_embeddings=max_positions,
+            rms_norm_eps=float(values.get("attention.layer_norm_rms_epsilon", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=_gguf_rope(values, theta, head_dim, max_positions, rope_factors),
+            tie_word_embeddings="output.weight" not in tensor_shapes,
+            attention_bias="blk.0.attn_q.bias" in tensor_shapes,
+            output_bias="blk.0.attn_output.bias" in tensor_shapes,
+            mlp_bias="blk.0.ffn_down.bias" in tensor_shapes,
+            qk_norm="blk.0.attn_q_norm.weight" in tensor_shapes,
+            no_rope_layers=_no_rope_layers(interval, layers) if arch == "smollm3" else (),
+            sliding_window=values.get("attention.sliding_window") or None,
+        )
+    )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures") or []
+    if isinstance(named, str):
+        named = [named]
+    if not named:
+        by_type = {kind: name for name, kind in ARCHITECTURES.items()}
+        named = [by_type.get(str(config.get("model_type")), str(config.get("model_type")))]
+    for name in named:
+        if name in ARCHITECTURES:
+            return str(name)
+    asked = ", ".join(map(str, named))
+    raise BadModel(f"the architecture {asked} is not served; served are {', '.join(ARCHITECTURES)}")
+
+
+def _refuse_unserved(config: Mapping[str, Any]) -> None:
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "another library")
+        raise BadModel(f"this checkpoint is already quantized ({method}); give the original weights or a GGUF file")
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise BadModel(f"the activation {activation!r} is not served, only silu (hidden_act)")
+    if config.get("is_encoder_decoder"):
+        raise BadModel("encoder-decoder models are not served")
+
+
+def _positive(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = values.get(key)
+    if value is None:
+        value = default
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(set(value)) != 1:  # GGUF may give one number a layer
+            raise BadModel(f"{key} differs between layers, which is not served")
+        value = value[0]
+    if value is None:
+        raise BadModel(f"the model's config lacks {key}")
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise BadModel(f"the model's {key} is {value!r}, not a positive whole number")
+    return value
+
+
+def _sliding_window(config: Mapping[str, Any], kind: str, layers: int) -> int | None:
+    """The window, if any layer has one."""
+    window = config.get("sliding_window")
+    if window is None or kind == "llama":
+        return None
+    if kind != "mistral" and not config.get("use_sliding_window", False):
+        return None
+    types = config.get("layer_types")
+    if types is not None and kind != "mistral":
+        unknown = set(types) - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise BadModel(f"layers of type {', '.join(sorted(unknown))} are not served (layer_types)")
+        return int(window) if "sliding_attention" in types else None
+    if kind in ("qwen2", "qwen3") and int(config.get("max_window_layers", 28)) >= layers:
+        return None
+    return int(window)
+
+
+def _no_rope_layers(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    listed = config.get("no_rope_layers")
+    if listed is None:
+        interval = int(config.get("no_rope_layer_interval", 4))
+        return tuple(int((i + 1) % interval != 0) for i in range(layers))
+    if len(listed) < layers:
+        raise BadModel(f"no_rope_layers has {len(listed)} entries for {layers} layers")
+    return tuple(int(bool(flag)) for flag in listed[:layers])
+
+
+def _rope(config: Mapping[str, Any], kind: str, max_positions: int) -> tuple[float, RopeScaling]:
+    """Base period and scaling, from either spelling."""
+    parameters = dict(config.get("rope_scaling") or {})
+    parameters.update(config.get("rope_parameters") or {})
+    nested = [key for key, value in parameters.items() if isinstance(value, Mapping)]
+    if nested:
+        raise BadModel(f"RoPE that differs between layers is not served ({', '.join(sorted(nested))})")
+    theta = parameters.pop("rope_theta", None) or config.get("rope_theta")
+    if theta is None:
+        theta = 2000000.0 if kind == "smollm3" else 10000.0
+    rotary = parameters.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+    if float(rotary) != 1.0:
+        raise BadModel(f"RoPE on a part of each head is not served (partial_rotary_factor {rotary})")
+    name = parameters.pop("rope_type", None) or parameters.get("type") or "default"
+    parameters.pop("type", None)
+    original = config.get("original_max_position_embeddings")
+    if original is not None:
+        parameters["original_max_position_embeddings"] = original
+    return float(theta), _scaling(str(name), parameters, max_positions)
+
+
+def _scaling(name: str, parameters: Mapping[str, Any], max_positions: int) -> RopeScaling:
+    if name not in ROPE_TYPES:
+        raise BadModel(f"the RoPE scaling {name!r} is not served; served are {', '.join(ROPE_TYPES)}")
+    if name == "default":
+        return RopeScaling()
+    allowed = set(RopeScaling.__dataclass_fields__)
+    given = {key: value for key, value in parameters.items() if value is not None}
+    surplus = sorted(set(given) - allowed)
+    if surplus:
+        raise BadModel(f"the RoPE scaling {name} has parameters that are not served: {', '.join(surplus)}")
+    needed = {"factor"} | ({"low_freq_factor", "high_freq_factor"} if name == "llama3" else set())
+    missing = sorted(needed - set(given))
+    if missing:
+        raise BadModel(f"the RoPE scaling {name} lacks {', '.join(missing)}")
+    if name in ("llama3", "yarn"):
+        given.setdefault("original_max_position_embeddings", max_positions)
+    return RopeScaling(type=name, **given)
+
+
+def _gguf_rope(
+    values: Mapping[str, Any], theta: float, head_dim: int, max_positions: int, factors: Sequence[float] | None
+) -> RopeScaling:
+    name = str(values.get("rope.scaling.type", "none"))
+    if factors is not None:
+        return _llama3_from_factors(factors, theta, head_dim)
+    if name == "none" and "rope.scale_linear" in values:  # the spelling before 2023-11
+        return _scaling("linear", {"factor": float(values["rope.scale_linear"])}, max_positions)
+    factor = float(values.get("rope.scaling.factor", 1.0))
+    if name == "none" or (name == "linear" and factor == 1.0):
+        return RopeScaling()
+    parameters = {
+        "factor": factor,
+        "original_max_position_embeddings": values.get("rope.scaling.original_context_length"),
+        "attention_factor": values.get("rope.scaling.attn_factor"),
+        "beta_fast": values.get("rope.scaling.yarn_beta_fast"),
+        "beta_slow": values.get("rope.scaling.yarn_beta_slow"),
+    }
+    return _scaling(name, parameters, max_positions)
+
+
+def _llama3_from_factors(factors: Sequence[float], theta: float, head_dim: int) -> RopeScaling:
+    """The parameters of a llama3 scaling that gives these divisors of the frequencies.
+
+    GGUF keeps only the divisors. All published models of this kind share three of the four parameters, so the one
+    that differs is the largest divisor; whatever does not reproduce the tensor is refused.
+    """
+    scaling = RopeScaling("llama3", float(max(factors)), 8192, 1.0, 4.0)
+    expected = llama3_divisors(scaling, theta, head_dim)
+    close = len(expected) == len(factors) and all(
+        math.isclose(a, b, rel_tol=1e-3) for a, b in zip(expected, factors, strict=True)
+    )
+    if not close:
+        raise BadModel("the GGUF file's rope_freqs.weight are not those of a Llama 3 scaling, no other is served")
+    return scaling
+
+
+def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> list[float]:
+    """What each rotary frequency is divided by, [head_dim / 2] (Llama 3.1's `apply_scaling`)."""
+    original = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    assert original is not None and low is not None and high is not None
+    divisors = []
+    for i in range(head_dim // 2):
+        wavelength = 2 * math.pi * theta ** (2 * i / head_dim)
+        if wavelength < original / high:
+            divisors.append(1.0)
+        elif wavelength > original / low:
+            divisors.append(scaling.factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            divisors.append(1.0 / ((1 - smooth) / scaling.factor + smooth))
+    return divisors
+
+
+def _checked(config: ModelConfig) -> ModelConfig:
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise BadModel(
+            f"{config.num_attention_heads} attention heads cannot share {config.num_key_value_heads} key-value heads"
+        )
+    if config.head_dim % 2:
+        raise BadModel(f"RoPE needs an even head_dim, not {config.head_dim}")
+    return config
