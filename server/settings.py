@@ -1,0 +1,261 @@
+"""Every setting of the server: flags over `LORAMUX_*` variables over `loramux.toml`, unknown ones are errors.
+
+The only reader of environment variables. Owns names, defaults, units and the checks between settings; knows nothing
+of what they are used for. `None` where a default says "auto": the part that needs the value works it out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import math
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+import adapters
+from server.errors import BadSetting
+
+PREFIX = "LORAMUX_"
+DEFAULT_FILE = "loramux.toml"
+
+_SIZE_UNITS = {"": 1, "B": 1}
+_SIZE_UNITS |= {f"{p}iB": 1 << (10 * i) for i, p in enumerate("KMGT", 1)}
+_SIZE_UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+_SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_KEY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def parse_size(text: object) -> int:
+    """Bytes of "2GiB", "500MB", "4096" or a whole number. Raises ValueError."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        size = text
+    else:
+        m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+        unit = {u.lower(): n for u, n in _SIZE_UNITS.items()}.get(m[2].lower()) if m else None
+        if m is None or unit is None:
+            raise ValueError(f"{text!r} is no size; write it as 2GiB, 512MiB or a number of bytes")
+        size = int(float(m[1]) * unit)
+    if size < 0:
+        raise ValueError("a size can not be negative")
+    return size
+
+
+def parse_duration(text: object) -> float:
+    """Seconds of "300s", "5m", "250ms", "1h" or a number of seconds. Raises ValueError."""
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        seconds = float(text)
+    else:
+        m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|[smhd]?)\s*", str(text))
+        if m is None:
+            raise ValueError(f"{text!r} is no duration; write it as 300s, 5m, 250ms or a number of seconds")
+        seconds = float(m[1]) * _SECONDS[m[2]]
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError("a duration must be a finite number, not below 0")
+    return seconds
+
+
+def parse_keys(text: str, param: str = "api_keys") -> dict[str, str]:
+    """Key id -> secret of `id:secret` entries, separated by commas or line ends. Raises BadSetting.
+
+    The message never holds a secret.
+    """
+    keys: dict[str, str] = {}
+    for number, entry in enumerate((e.strip() for e in re.split(r"[,\n]", text)), 1):
+        if not entry:
+            continue
+        name, colon, secret = entry.partition(":")
+        if not colon or not secret or not _KEY_ID.fullmatch(name):
+            raise BadSetting(f"{param}: entry {number} is not `id:secret` (id: letters, digits, `.`, `_`, `-`)", param)
+        if name in keys:
+            raise BadSetting(f"{param}: the id {name!r} is given twice", param)
+        keys[name] = secret
+    return keys
+
+
+def _auto(parse: Callable[[Any], Any]) -> BeforeValidator:
+    return BeforeValidator(lambda v: None if v is None or v == "auto" else parse(v))
+
+
+def _comma_list(value: object) -> object:
+    return tuple(p.strip() for p in value.split(",") if p.strip()) if isinstance(value, str) else value
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Duration = Annotated[float, BeforeValidator(parse_duration)]
+AutoSize = Annotated[int | None, _auto(parse_size)]
+AutoInt = Annotated[int | None, _auto(lambda v: v)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """All settings, frozen. Made by `load_settings`; tests may pass keyword arguments to `Settings` directly."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    # The base and how it runs
+    model: str = Field("smollm2-135m", description="catalogue name, local folder, .gguf file or hub id (org/name@rev)")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the base lives")
+    quantization: Literal["int4", "nf4", "none"] = Field("int4", description="form of the base's linears; none is bf16")
+    group_size: AutoInt = Field(None, description="weights per scale: auto is 64, 32 from GGUF, and 64 for nf4")
+    double_quant: bool = Field(False, description="quantize the scales and zeros too")
+    table_bits: Annotated[Literal[8, 16], BeforeValidator(_whole)] = Field(
+        8, description="bits of embedding tables and lm_head"
+    )
+    kernels: Literal["auto", "native", "aten", "reference"] = Field("auto", description="kernels to run the base with")
+    threads: AutoInt = Field(None, description="CPU threads of the kernels: auto is one a core")
+    max_context: AutoInt = Field(None, description="longest prompt and answer, in tokens: auto is the base's own limit")
+
+    # Adapters
+    state_dir: Path = Field(Path("data"), description="all that the server writes; its cache/ may be deleted")
+    adapter_dir: Annotated[Path | None, _auto(Path)] = Field(
+        None, description="watched directory of PEFT folders, never written: auto is adapters/ in the state directory"
+    )
+    library: Annotated[Path | None, _auto(lambda v: None if v == "none" else Path(v))] = Field(
+        Path(adapters.__path__[0]) / "library", description="adapters registered at start; none for no such adapters"
+    )
+    max_rank: Count = Field(64, description="highest rank of an adapter")
+    max_mix: Count = Field(8, description="most adapters in one mix")
+    max_slots: Count = Field(64, description="most distinct adapters in one batch")
+    adapter_ram: Size = Field(2 << 30, description="RAM for adapters that are loaded")
+    adapter_device_memory: AutoSize = Field(None, description="GPU memory for adapters: auto is a share of gpu_memory")
+    gpu_memory: AutoSize = Field(None, description="GPU memory to use in all: auto is 90% of what is free")
+
+    # The engine
+    kv_cache: AutoSize = Field(None, description="memory for keys and values: auto is a share of free memory")
+    block_size: Annotated[int, Field(ge=4, le=256)] = Field(16, description="tokens in one block of the KV cache")
+    prefix_cache: bool = Field(True, description="reuse keys and values of equal prompt starts")
+    max_batch: Count = Field(32, description="most sequences in one step")
+    max_step_tokens: Annotated[int, Field(ge=16)] = Field(512, description="most new tokens in one step")
+    max_queue: Count = Field(256, description="most requests that wait")
+    max_queue_tokens: Count = Field(262_144, description="most tokens that wait")
+    deadline: Duration = Field(300.0, description="longest time of one request, and the most it may ask for")
+
+    # HTTP
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Annotated[int, Field(ge=0, le=65_535)] = Field(8000, description="port to listen on; 0 picks a free one")
+    api_keys: SecretStr = Field(SecretStr(""), description="inference keys, id:secret, comma-separated")
+    api_keys_file: Path | None = Field(None, description="file of inference keys, read again when it changes")
+    admin_keys: SecretStr = Field(SecretStr(""), description="admin keys, id:secret, comma-separated")
+    admin_keys_file: Path | None = Field(None, description="file of admin keys, read again when it changes")
+    metrics_key: SecretStr = Field(SecretStr(""), description="a key that opens /metrics only, as id:secret")
+    metrics_key_file: Path | None = Field(None, description="file of the key for /metrics, read again when it changes")
+    metrics_public: bool = Field(False, description="serve /metrics without a key")
+    allowed_hosts: Names = Field((), description="more values of the Host header to accept, comma-separated")
+    insecure: bool = Field(False, description="serve without keys on an address that others can reach")
+    max_body: Size = Field(8 << 20, description="largest JSON body")
+    max_upload: Size = Field(1 << 30, description="largest upload")
+    drain: Duration = Field(30.0, description="time that running requests get to finish at SIGTERM")
+
+    # Sources
+    hub_allow: Names = Field((), description="hub ids that adapters may be loaded from, org/name or org/*")
+    url_allow: Names = Field((), description="URL prefixes that adapters may be loaded from")
+
+    # Logs
+    log_format: Literal["text", "json"] = Field("text", description="form of log lines")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_prompts: bool = Field(False, description="write prompts and answers into the log")
+    access_log: bool = Field(False, description="one log line for every request")
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        for name in ("api_keys", "admin_keys", "metrics_key"):
+            parse_keys(getattr(self, name).get_secret_value(), name)
+        keyed = self.api_keys.get_secret_value() or self.api_keys_file
+        if not keyed and not self.insecure and not is_loopback(self.host):
+            raise BadSetting(
+                f"host {self.host!r} can be reached by others and there are no keys: set LORAMUX_API_KEYS, or say "
+                "--insecure to serve everybody",
+                "host",
+            )
+        if self.quantization == "nf4" and self.group_size not in (None, 64):
+            raise BadSetting("nf4 has groups of 64; leave --group-size out", "group_size")
+        if self.group_size is not None and (self.group_size < 16 or self.group_size % 16):
+            raise BadSetting(f"group_size must be a multiple of 16, not {self.group_size}", "group_size")
+        return self
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where disposable files go."""
+        return self.state_dir / "cache"
+
+    @property
+    def watched_dir(self) -> Path:
+        """The user's adapter directory: `adapter_dir`, or adapters/ in the state directory."""
+        return self.adapter_dir if self.adapter_dir is not None else self.state_dir / "adapters"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def load_settings(flags: Mapping[str, Any] | None = None, *, config: Path | None = None) -> Settings:
+    """Settings from flags (None: not given), then `LORAMUX_*`, then a TOML file. Raises BadSetting.
+
+    The file is `config`, else LORAMUX_CONFIG, else loramux.toml in the working directory if it is there.
+    """
+    environment = {k[len(PREFIX) :].lower(): v for k, v in os.environ.items() if k.startswith(PREFIX) and v != ""}
+    named = config or environment.pop("config", None)
+    from_file = _read_file(Path(named or DEFAULT_FILE), must_exist=named is not None)
+    for name in environment:
+        if name not in Settings.model_fields:
+            raise BadSetting(_unknown(PREFIX + name.upper(), [PREFIX + f.upper() for f in Settings.model_fields]), name)
+    for name in from_file:
+        if name not in Settings.model_fields:
+            raise BadSetting(_unknown(name, list(Settings.model_fields), f" in {named or DEFAULT_FILE}"), name)
+    given = {k: v for k, v in (flags or {}).items() if v is not None}
+    try:
+        return Settings(**{**from_file, **environment, **given})
+    except ValidationError as e:
+        raise BadSetting(*_explain(e)) from None
+
+
+def _read_file(path: Path, must_exist: bool) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if must_exist:
+            raise BadSetting(f"the settings file {path} does not exist", "config") from None
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise BadSetting(f"the settings file {path} can not be read: {e}", "config") from None
+
+
+def _unknown(name: str, known: list[str], where: str = "") -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; `loramux serve --help` lists them all"
+    return f"unknown setting {name}{where}{hint}"
+
+
+def _explain(error: ValidationError) -> tuple[str, str | None]:
+    lines, param = [], None
+    for e in error.errors(include_url=False, include_input=False):
+        name = str(e["loc"][0]) if e["loc"] else ""
+        param = param or name or None
+        message = e["msg"].removeprefix("Value error, ")
+        if e["type"] == "extra_forbidden":
+            lines.append(_unknown(name, list(Settings.model_fields)))
+        else:
+            lines.append(f"{name} ({flag(name)}, {PREFIX}{name.upper()}): {message}" if name else message)
+    return "; ".join(dict.fromkeys(lines)), param
