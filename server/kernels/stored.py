@@ -1,0 +1,94 @@
+"""The `stored` layout in numbers: what its codes and scales mean, exactly. The oracle of every backend's packing.
+
+Owns reading (codes and scales to float32) and the bit twiddling of nibbles. Does not know how codes are chosen
+(model/quantization.py) nor how a product is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from server.kernels.weight import Weight
+
+TILE = 16
+"""Rows, and groups, that share one step and base of a double-quantized scale."""
+
+NF4 = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    dtype=torch.float32,
+)
+"""The sixteen quantiles of NormalFloat4 (QLoRA, Dettmers et al. 2023, appendix E)."""
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, n] of values 0..15 -> uint8 [rows, n/2], column 2i in the low nibble."""
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_nibbles`: uint8 [rows, n/2] -> uint8 [rows, n]."""
+    codes = torch.empty((*packed.shape, 2), dtype=torch.uint8, device=packed.device)
+    torch.bitwise_and(packed, 15, out=codes[..., 0])
+    torch.bitwise_right_shift(packed, 4, out=codes[..., 1])
+    return codes.flatten(1)
+
+
+def group_values(tensors: Mapping[str, torch.Tensor], name: str, start: int, stop: int) -> torch.Tensor:
+    """The `scale` or `zero` of rows start..stop as float16 [rows, in/group], whichever way they are kept."""
+    if name in tensors:
+        return tensors[name][start:stop]
+    codes = tensors[f"{name}_codes"][start:stop]
+    return decode_tiles(codes, tensors[f"{name}_step"], tensors[f"{name}_base"], start)
+
+
+def decode_tiles(codes: torch.Tensor, step: torch.Tensor, base: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """float16(codes * step + base) of uint8 codes [rows, groups] whose first row is row `start` of the matrix.
+
+    `step` and `base` are float32, one for each tile of 16 rows by 16 groups of the whole matrix. Product and sum
+    are rounded to float32 one after the other, so that every backend gets the same bits.
+    """
+    rows = torch.arange(start, start + codes.shape[0], device=codes.device) // TILE
+    columns = torch.arange(codes.shape[1], device=codes.device) // TILE
+    values = codes.float()
+    values *= step[rows][:, columns]
+    values += base[rows][:, columns]
+    return values.half()
+
+
+def dequantize_stored(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Rows `start` to `stop` of a matrix in the stored layout as float32 [rows, in]: what the model's weights are."""
+    rows, columns = weight.shape
+    stop = rows if stop is None else min(stop, rows)
+    codes = weight.tensors["codes"][start:stop]
+    if weight.scheme == "none":
+        return codes.float()
+    if weight.scheme == "int8":
+        values = codes.float()
+    elif weight.scheme == "nf4":
+        values = NF4.to(codes.device)[unpack_nibbles(codes).int()]
+    else:
+        values = unpack_nibbles(codes).float()
+    grouped = values.view(stop - start, columns // weight.group, weight.group)
+    grouped *= group_values(weight.tensors, "scale", start, stop).float()[:, :, None]
+    if weight.scheme == "int4":
+        grouped += group_values(weight.tensors, "zero", start, stop).float()[:, :, None]
+    return values
