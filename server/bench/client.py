@@ -1,0 +1,155 @@
+"""A load client for any OpenAI-compatible server: streams /v1/completions and notes when each token came.
+
+Owns the clock of a measurement and its summary. Knows nothing of what is behind the address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from server.bench.workloads import Arrival
+
+Body = Callable[[Arrival, int], Mapping[str, Any]]
+"""Makes the JSON body of request number i; how a server names its adapters is its own affair."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One request as the client saw it. Times in seconds; `ttft` counts from when it was due to be sent."""
+
+    adapter: int
+    ok: bool
+    tokens: int
+    ttft: float
+    e2e: float
+    error: str = ""
+
+    @property
+    def tpot(self) -> float:
+        """Seconds a token after the first, nan with fewer than two."""
+        return (self.e2e - self.ttft) / (self.tokens - 1) if self.tokens > 1 else float("nan")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run: rates over its whole time, medians and tails over its finished requests (seconds)."""
+
+    requests: int
+    finished: int
+    seconds: float
+    requests_per_second: float
+    tokens_per_second: float
+    ttft_p50: float
+    ttft_p90: float
+    ttft_p99: float
+    tpot_p50: float
+    tpot_p99: float
+    e2e_p50: float
+    slo_attainment: float
+    satisfaction: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], due: float, adapter: int) -> Outcome:
+    """Send one streaming completion and read it to its end. A failure is an Outcome, never an exception."""
+    first = float("nan")
+    tokens, pieces, error = 0, 0, ""
+    try:
+        async with session.post(url, json=body) as response:
+            if response.status != 200:
+                return Outcome(adapter, False, 0, first, time.perf_counter() - due, (await response.text())[:300])
+            async for line in response.content:
+                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    error = str(event["error"])[:300]
+                    break
+                if event.get("usage"):
+                    tokens = event["usage"]["completion_tokens"]
+                if event.get("choices"):
+                    pieces += 1
+                    if math.isnan(first):
+                        first = time.perf_counter() - due
+    except (TimeoutError, aiohttp.ClientError, ConnectionError) as e:
+        error = f"{type(e).__name__}: {e}"
+    return Outcome(adapter, not error and pieces > 0, tokens or pieces, first, time.perf_counter() - due, error)
+
+
+async def open_loop(base_url: str, arrivals: Sequence[Arrival], body: Body, timeout: float = 600) -> list[Outcome]:
+    """Send each request at its time, whatever is still running."""
+
+    async def one(session: aiohttp.ClientSession, i: int, start: float) -> Outcome:
+        arrival = arrivals[i]
+        due = start + arrival.time
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        return await ask(session, f"{base_url}/v1/completions", body(arrival, i), due, arrival.adapter)
+
+    async with _session(timeout) as session:
+        start = time.perf_counter()
+        return list(await asyncio.gather(*(one(session, i, start) for i in range(len(arrivals)))))
+
+
+async def closed_loop(
+    base_url: str, arrivals: Sequence[Arrival], body: Body, concurrency: int, timeout: float = 600
+) -> list[Outcome]:
+    """Keep `concurrency` requests in flight until all are answered."""
+    queue = iter(range(len(arrivals)))
+    outcomes: list[Outcome] = []
+
+    async def worker(session: aiohttp.ClientSession) -> None:
+        for i in queue:
+            due = time.perf_counter()
+            done = await ask(session, f"{base_url}/v1/completions", body(arrivals[i], i), due, arrivals[i].adapter)
+            outcomes.append(done)
+
+    async with _session(timeout) as session:
+        await asyncio.gather(*(worker(session) for _ in range(concurrency)))
+    return outcomes
+
+
+def _session(timeout: float) -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(limit=0)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=timeout))
+
+
+async def timed(run: Awaitable[list[Outcome]], slo_seconds: float = 6.0) -> tuple[list[Outcome], Summary]:
+    """Await a run and summarize it over its wall-clock time."""
+    start = time.perf_counter()
+    outcomes = await run
+    return outcomes, summarize(outcomes, time.perf_counter() - start, slo_seconds)
+
+
+def summarize(outcomes: Sequence[Outcome], seconds: float, slo_seconds: float = 6.0) -> Summary:
+    """Throughput, percentiles, and S-LoRA's two service levels: the share of first tokens within `slo_seconds`
+    (a failed request counts as missed) and the mean of max(0, 1 - (ttft / slo)^2)."""
+    done = [o for o in outcomes if o.ok]
+    ttft = np.array([o.ttft for o in done]) if done else np.array([np.nan])
+    tpot = np.array([o.tpot for o in done if o.tokens > 1] or [np.nan])
+    total = max(len(outcomes), 1)
+    return Summary(
+        requests=len(outcomes),
+        finished=len(done),
+        seconds=seconds,
+        requests_per_second=len(done) / seconds,
+        tokens_per_second=sum(o.tokens for o in done) / seconds,
+        ttft_p50=float(np.percentile(ttft, 50)),
+        ttft_p90=float(np.percentile(ttft, 90)),
+        ttft_p99=float(np.percentile(ttft, 99)),
+        tpot_p50=float(np.percentile(tpot, 50)),
+        tpot_p99=float(np.percentile(tpot, 99)),
+        e2e_p50=float(np.median([o.e2e for o in done])) if done else float("nan"),
+        slo_attainment=sum(1 for o in done if o.ttft < slo_seconds) / total,
+        satisfaction=sum(max(0.0, 1 - (o.ttft / slo_seconds) ** 2) for o in done) / total,
+    )

@@ -1,0 +1,61 @@
+"""Adapters of random content, for load and for comparison: the same seed gives the same adapter everywhere.
+
+Owns nothing but their making. They change what a model says by a moderate, rank-independent amount, so that a
+mistake in rank, scale or weight shows in the answers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+STRENGTH = 0.15
+"""Standard deviation of an update's output over that of its input's norm, before alpha/r."""
+
+
+def write_adapter(
+    path: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    rank: int,
+    seed: int,
+    targets: Iterable[str] = ATTENTION,
+    alpha: float | None = None,
+    strength: float = STRENGTH,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Write a PEFT folder at `path` for a base whose linears have `shapes` (module path -> (out, in)).
+
+    `alpha` is 2 * rank if not given. A is [rank, in] with deviation 1/sqrt(in), B is [out, rank] with deviation
+    strength/sqrt(rank). Returns `path`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    wanted = tuple(targets)
+    tensors: dict[str, torch.Tensor] = {}
+    for module, (n_out, n_in) in sorted(shapes.items()):
+        if module.rsplit(".", 1)[-1] not in wanted:
+            continue
+        a = torch.randn(rank, n_in, generator=generator) / math.sqrt(n_in)
+        b = torch.randn(n_out, rank, generator=generator) * (strength / math.sqrt(rank))
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a.to(dtype)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b.to(dtype)
+    path.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank if alpha is None else alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(wanted),
+    }
+    save_file(tensors, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    return path

@@ -1,0 +1,66 @@
+"""What is asked of a server, and when: the S-LoRA generator, and plain closed-loop lists.
+
+Owns the draw order that makes a seed reproducible. Knows adapters as numbers only, and never sends anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+S2_RANKS = (64, 32, 16, 8)
+"""Ranks of S-LoRA's setting S2, given to adapters round-robin."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One request: seconds after the start, the adapter's number (-1 is the base alone), lengths in tokens."""
+
+    time: float
+    adapter: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Poisson:
+    """Parameters of S-LoRA's synthetic workload (arXiv 2311.03285, section 7).
+
+    `rate` in requests a second over `duration` seconds; adapter popularity is a power law with exponent `alpha`
+    (1 is uniform); gaps are Gamma with coefficient of variation `cv` (1 is Poisson); lengths are uniform in
+    [low, high).
+    """
+
+    rate: float
+    duration: float
+    adapters: int
+    alpha: float = 1.0
+    cv: float = 1.0
+    prompt: tuple[int, int] = (8, 128)
+    output: tuple[int, int] = (8, 128)
+    seed: int = 42
+
+
+def generate(spec: Poisson) -> list[Arrival]:
+    """The arrivals of `spec`, by time. Draws popularity, prompts, outputs, gaps in S-LoRA's own order.
+
+    Raises ValueError for parameters that give no request.
+    """
+    count = int(spec.rate * spec.duration)
+    if count < 1 or spec.adapters < 1 or spec.alpha <= 0 or spec.cv <= 0:
+        raise ValueError("a workload needs rate * duration >= 1, at least one adapter, and alpha and cv above 0")
+    random = np.random.RandomState(spec.seed)
+    adapter = (random.power(spec.alpha, count) * spec.adapters).astype(int)
+    prompt = random.randint(*spec.prompt, count)
+    output = random.randint(*spec.output, count)
+    shape = 1 / (spec.cv * spec.cv)
+    times = np.cumsum(random.gamma(shape, spec.cv * spec.cv / spec.rate, count))
+    rows = zip(times, adapter, prompt, output, strict=True)
+    return [Arrival(float(t), int(a), int(p), int(o)) for t, a, p, o in rows]
+
+
+def closed(count: int, adapters: Sequence[int], prompt_tokens: int, output_tokens: int) -> list[Arrival]:
+    """`count` requests at once, on `adapters` in turn, all of one length."""
+    return [Arrival(0.0, adapters[i % len(adapters)], prompt_tokens, output_tokens) for i in range(count)]
