@@ -1,0 +1,94 @@
+"""A model's chat template, rendered by Jinja in a sandbox with bounds on size and time.
+
+Owns how a template is run. Knows nothing of tokens: what it gives back is a string.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from server.errors import BadModel, InvalidRequest
+
+MAX_SECONDS = 2.0
+MAX_GROWTH = 1 << 20
+"""Characters that a template may add to those of the messages."""
+
+
+class ChatTemplate:
+    """One template; `tokens` are the names that it may use for special tokens, such as `bos_token`.
+
+    Raises BadModel if the template does not parse. What it sees is what Transformers' `apply_chat_template` shows.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+        self._tokens = dict(tokens)
+        try:
+            self._template = _Environment().from_string(source)
+        except jinja2.TemplateError as e:
+            raise BadModel(f"the model's chat template does not parse: {e}") from e
+
+    def render(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
+        """The text of a conversation. Raises InvalidRequest if the template refuses it or runs out of its bounds."""
+        room = MAX_GROWTH + 4 * _characters(messages)
+        end = time.monotonic() + MAX_SECONDS
+        parts: list[str] = []
+        try:
+            stream = self._template.generate(
+                messages=messages,
+                add_generation_prompt=generation_prompt,
+                tools=None,
+                documents=None,
+                **self._tokens,
+            )
+            for part in stream:
+                parts.append(part)
+                room -= len(part)
+                if room < 0 or time.monotonic() > end:
+                    raise InvalidRequest("the chat template wrote too much or took too long", "messages")
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
+            raise InvalidRequest(f"the chat template refuses these messages: {e}", "messages") from e
+        return "".join(parts)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock])
+        self.filters["tojson"] = _to_json
+        self.globals["raise_exception"] = _raise
+        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}...{% endgeneration %}`, by which some templates tell trainers what is an answer."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
+    # Jinja's own filter escapes HTML characters, which would change what the model reads.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, Sequence) else ()
+    return sum(map(_characters, parts))

@@ -1,0 +1,319 @@
+"""Text to token ids and back, for serving, training and evaluation alike.
+
+Owns: plain text (in which special tokens are ordinary characters), the chat template, a task's template, and what is
+shown of generated ids. Does not know requests or batches.
+
+A prompt on its way to ids is a list of *pieces*: strings are plain text, integers are special tokens that the
+template itself wrote. Added tokens split a text before its tokenizer's merges see it, so that encoding the strings
+one by one gives what the tokenizer gives for the whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from tokenizers import AddedToken, Tokenizer
+
+from server.engine.chat_template import ChatTemplate
+from server.errors import BadModel, InvalidRequest
+from server.model.vocabulary import Vocabulary
+
+Message = Mapping[str, Any]
+Piece = str | int
+Format = Literal["raw", "chat"]
+
+INPUT = "{input}"
+
+
+class Text:
+    """A vocabulary's way from text to ids and back. Thread-safe.
+
+    Sets `encode_special_tokens` of the vocabulary's tokenizer: from here on that tokenizer reads special tokens in a
+    text as ordinary characters, for whoever uses it.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.eos_id = min(vocabulary.eos_ids)
+        self.size: int = vocabulary.tokenizer.get_vocab_size(with_added_tokens=True)
+        self._tokenizer: Tokenizer = vocabulary.tokenizer
+        self._tokenizer.encode_special_tokens = True
+        added: dict[int, AddedToken] = self._tokenizer.get_added_tokens_decoder()
+        self._added = {token: t.content for token, t in added.items()}
+        self._special = {t.content: (token, t) for token, t in added.items() if t.special}
+        self._special_ids = frozenset(token for token, _ in self._special.values())
+        contents = sorted(self._special, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, contents))) if contents else None
+        self._template = self._chat_template(vocabulary) if vocabulary.chat_template else None
+        self._bytes = _byte_reader(self._tokenizer)
+        self._cache: dict[int, bytes] = {}
+
+    def _chat_template(self, vocabulary: Vocabulary) -> ChatTemplate:
+        names = {"bos_token": vocabulary.bos_id, "eos_token": self.eos_id}
+        tokens = {k: self._tokenizer.id_to_token(v) for k, v in names.items() if v is not None}
+        return ChatTemplate(vocabulary.chat_template or "", tokens)
+
+    # -- to ids
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Ids of plain text. The beginning-of-text token comes first if the vocabulary asks for one and `bos`."""
+        return self.encode_pieces(self._raw(text) if bos else [text])
+
+    def encode_chat(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation. Raises InvalidRequest if there is no template or it refuses the messages."""
+        return self.encode_pieces(self.chat_pieces(messages, generation_prompt=generation_prompt))
+
+    def encode_task(self, prompt: str, format: Format, system: str | None, input: str) -> list[int]:
+        """Ids of a task's prompt. See `render_task`."""
+        return self.encode_pieces(self.render_task(prompt, format, system, input))
+
+    def encode_example(
+        self, prompt: str, format: Format, system: str | None, input: str, output: str
+    ) -> tuple[list[int], int]:
+        """Ids of a task's prompt with its answer and the end token, and how many of the last are the answer's."""
+        [(ids, scored)] = self.encode_continuations(self.render_task(prompt, format, system, input), [output], format)
+        return ids, scored
+
+    def encode_continuations(
+        self, pieces: Sequence[Piece], answers: Sequence[str], format: Format = "chat"
+    ) -> list[tuple[list[int], int]]:
+        """For each answer: the ids of prompt, answer and end token, and how many of the last are to be scored.
+
+        Prompt and answer are tokenized together. All answers are scored from the same token on, the first at which
+        one of them leaves the prompt's own ids, so that their sums of log-probabilities can be compared.
+        """
+        prompt = self.encode_pieces(pieces)
+        end = [self.end_of_turn if format == "chat" else self.eos_id]
+        whole = [self.encode_pieces(_extended(pieces, answer)) for answer in answers]
+        shared = min((_common_prefix(prompt, ids) for ids in whole), default=0)
+        return [(ids + end, len(ids) + 1 - shared) for ids in whole]
+
+    def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
+        """Ids of a rendered prompt."""
+        ids: list[int] = []
+        for piece in pieces:
+            if isinstance(piece, int):
+                ids.append(piece)
+            elif piece:
+                ids.extend(self._tokenizer.encode(piece, add_special_tokens=False).ids)
+        return ids
+
+    # -- rendering
+
+    def render_task(self, prompt: str, format: Format, system: str | None, input: str) -> list[Piece]:
+        """A task's prompt with `input` in place of its one literal `{input}`: training, evaluation and serving.
+
+        `raw` is that text; `chat` makes it the user's message, after a system message if `system` is not None (None
+        keeps what the template says by itself). Raises InvalidRequest.
+        """
+        text = prompt.replace(INPUT, input, 1)
+        if format == "raw":
+            return self._raw(text)
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        return self.chat_pieces([*messages, {"role": "user", "content": text}])
+
+    def chat_pieces(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[Piece]:
+        """A conversation by the template. Special tokens within the messages stay plain text. Raises InvalidRequest.
+
+        Special tokens in a message (and the beginning of one at its end) are broken by a mark before the template
+        sees them, and the marks are taken out again once the template's own special tokens have been found.
+        """
+        if self._template is None:
+            raise InvalidRequest("this base has no chat template; send a plain prompt instead", "messages")
+        mark = _fresh_mark()
+        rendered = self._template.render([_marked(m, self._breaker(mark)) for m in messages], generation_prompt)
+        return [p if isinstance(p, int) else p.replace(mark, "") for p in self._split(rendered)]
+
+    @functools.cached_property
+    def end_of_turn(self) -> int:
+        """The token that ends an answer: the one that the template puts after it if generation stops there, too."""
+        if self._template is None:
+            return self.eos_id
+        try:
+            pieces = self.chat_pieces(
+                [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}],
+                generation_prompt=False,
+            )
+        except InvalidRequest:
+            return self.eos_id
+        after = [i for i, p in enumerate(pieces) if isinstance(p, str) and "answer" in p]
+        ends = [p for p in pieces[after[-1] :] if isinstance(p, int)] if after else []
+        return ends[0] if ends and ends[0] in self.vocabulary.eos_ids else self.eos_id
+
+    def _raw(self, text: str) -> list[Piece]:
+        bos = self.vocabulary.bos_id
+        return [bos, text] if self.vocabulary.add_bos and bos is not None else [text]
+
+    def _split(self, text: str) -> list[Piece]:
+        """`text` cut at its special tokens, which take the spaces beside them where the tokenizer says so."""
+        if self._pattern is None:
+            return [text]
+        pieces: list[Piece] = []
+        start = 0
+        for found in self._pattern.finditer(text):
+            if found.start() < start:
+                continue
+            token, added = self._special[found[0]]
+            before, end = text[start : found.start()], found.end()
+            if added.rstrip:
+                end += len(text[end:]) - len(text[end:].lstrip())
+            pieces += [before.rstrip() if added.lstrip else before, token]
+            start = end
+        return [p for p in [*pieces, text[start:]] if p != ""]
+
+    def _breaker(self, mark: str) -> _Breaker:
+        return _Breaker(self._pattern, tuple(self._special), mark)
+
+    # -- from ids
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one id stands for: a leading space is kept, a special token is its own name."""
+        known = self._cache.get(token)
+        if known is None:
+            content = self._added.get(token)
+            name = self._tokenizer.id_to_token(token)
+            known = content.encode() if content is not None else self._bytes(name) if name is not None else b""
+            self._cache[token] = known
+        return known
+
+    def token_text(self, token: int) -> str:
+        """The decode of that one id; bytes that are no whole character are shown as U+FFFD."""
+        return self.token_bytes(token).decode("utf-8", "replace")
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of generated ids, as a client sees it: without special tokens and without half a character."""
+        reader = Detokenizer(self)
+        return "".join([reader.add(token) for token in tokens]) + reader.rest()
+
+    def is_special(self, token: int) -> bool:
+        """Whether `token` is a special one, which is not shown in generated text."""
+        return token in self._special_ids
+
+
+class Detokenizer:
+    """The text of one request, token by token: never half a character, never the start of a stop string."""
+
+    def __init__(self, text: Text, stop: tuple[str, ...] = ()) -> None:
+        self.stopped = False
+        """A stop string was found: what it begins with and all after it is hidden."""
+        self._text = text
+        self._stop = stop
+        self._held = ""
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def add(self, token: int, *, search: bool = True) -> str:
+        """The text that `token` makes visible. Without `search`, stop strings are not looked for in it."""
+        if self.stopped or self._text.is_special(token):
+            return ""
+        new = self._decode(self._text.token_bytes(token))
+        if not self._stop:
+            return new
+        if not search:
+            new, self._held = self._held + new, ""
+            return new
+        return self._release(self._held + new)
+
+    def rest(self) -> str:
+        """What was held back in case that a stop string would follow. Half a character is dropped."""
+        held, self._held = self._held, ""
+        return held
+
+    def _release(self, text: str) -> str:
+        ends = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        if ends:
+            self.stopped = True
+            self._held = ""
+            return text[: min(ends)]
+        hold = max((_overlap(text, s) for s in self._stop), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+class _Breaker:
+    """Puts a mark into each special token of a text, and into the beginning of one at its end."""
+
+    def __init__(self, pattern: re.Pattern[str] | None, contents: tuple[str, ...], mark: str) -> None:
+        self._pattern, self._contents, self._mark = pattern, contents, mark
+
+    def __call__(self, text: str) -> str:
+        if self._pattern is None:
+            return text
+        text = self._pattern.sub(lambda m: m[0][0] + self._mark + m[0][1:], text)
+        tail = max(_overlap(text, content) for content in self._contents)
+        return text[: len(text) - tail + 1] + self._mark + text[len(text) - tail + 1 :] if tail else text
+
+
+def _marked(value: Any, breaker: _Breaker) -> Any:
+    if isinstance(value, str):
+        return breaker(value)
+    if isinstance(value, Mapping):
+        return {k: _marked(v, breaker) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(v, breaker) for v in value]
+    return value
+
+
+def _fresh_mark() -> str:
+    """A string of private-use characters that nobody who wrote the messages can know."""
+    return "\ue000" + "".join(chr(0xE001 + digit) for digit in secrets.token_bytes(12)) + "\ue000"
+
+
+def _overlap(text: str, other: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `other`."""
+    for n in range(min(len(text), len(other) - 1), 0, -1):
+        if text.endswith(other[:n]):
+            return n
+    return 0
+
+
+def _extended(pieces: Sequence[Piece], answer: str) -> list[Piece]:
+    if pieces and isinstance(pieces[-1], str):
+        return [*pieces[:-1], pieces[-1] + answer]
+    return [*pieces, answer]
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _byte_reader(tokenizer: Tokenizer) -> Any:
+    """A function from a token's name in the vocabulary to its bytes, by the tokenizer's own decoder.
+
+    Raises BadModel for a decoder that is neither byte-level nor of SentencePiece's kind.
+    """
+    kinds = _decoder_kinds(tokenizer)
+    if "ByteLevel" in kinds:
+        table = _byte_level_table()
+        return lambda name: b"".join(table[c] if c in table else c.encode() for c in name)
+    if kinds & {"Metaspace", "ByteFallback", "Replace"}:
+        return _sentencepiece_bytes
+    if not kinds:
+        return str.encode
+    raise BadModel(f"a tokenizer whose decoder is {', '.join(sorted(kinds))} is not served")
+
+
+def _decoder_kinds(tokenizer: Tokenizer) -> set[str]:
+    if tokenizer.decoder is None:
+        return set()
+    state = json.loads(tokenizer.decoder.__getstate__())
+    return {part["type"] for part in state.get("decoders", [state])}
+
+
+def _sentencepiece_bytes(name: str) -> bytes:
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name):
+        return bytes([int(name[3:5], 16)])
+    return name.replace("\u2581", " ").encode()
+
+
+@functools.cache
+def _byte_level_table() -> dict[str, bytes]:
+    """GPT-2's printable stand-ins: the bytes that print stand for themselves, the others count up from U+0100."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): bytes([b]) for b in plain} | {chr(256 + i): bytes([b]) for i, b in enumerate(others)}
