@@ -1,0 +1,211 @@
+"""Quantization: choosing codes and scales for a matrix, and what they cost. Results are in the `stored` layout.
+
+Owns the choice (int4 asymmetric, NormalFloat4, int8, double quantization of the scales) and the refusal of groups
+that do not fit. What codes and scales mean is said in kernels/stored.py; files and models are not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from server.errors import BadModel, BadSetting
+from server.kernels.stored import NF4, TILE, decode_tiles, pack_nibbles
+from server.kernels.weight import STORED, Weight
+
+SCHEMES = ("int4", "nf4", "none")
+"""What the linears can be stored as."""
+GROUPS = (32, 64, 128, 256)
+TABLE_GROUP = 32
+"""Group of 8-bit tables, that of GGUF's Q8_0."""
+_CHUNK = 1 << 21  # values quantized at a time: the temporaries stay in cache and out of the peak
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a base is to be stored. `group` None means the scheme's own: 64, or what a GGUF file has.
+
+    `table_bits` is 8 or 16, for the embedding table and the output table. Raises BadSetting.
+    """
+
+    scheme: str = "int4"
+    group: int | None = None
+    double_quant: bool = False
+    table_bits: int = 8
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise BadSetting(f"quantization must be one of {', '.join(SCHEMES)}, not {self.scheme!r}", "quantization")
+        if self.group is not None and self.group not in GROUPS:
+            known = ", ".join(map(str, GROUPS))
+            raise BadSetting(f"group_size must be one of {known}, not {self.group}", "group_size")
+        if self.table_bits not in (8, 16):
+            raise BadSetting(f"table_bits must be 8 or 16, not {self.table_bits}", "table_bits")
+
+    @property
+    def linear_group(self) -> int:
+        """The group of linears that are quantized from floats."""
+        return 64 if self.group is None else self.group
+
+    def describe(self) -> dict[str, str | int | bool | None]:
+        return asdict(self)
+
+
+def check_group(name: str, columns: int, group: int) -> None:
+    """Raises BadModel if `group` does not divide the inputs of layer `name`, naming the groups that do."""
+    if columns % group == 0:
+        return
+    fitting = [str(g) for g in GROUPS if columns % g == 0]
+    advice = f"groups of {', '.join(fitting)} do" if fitting else "no group does, so use --quantization none"
+    raise BadModel(f"{name} has {columns} inputs, which groups of {group} do not divide; {advice}", "group_size")
+
+
+def quantize(
+    matrix: torch.Tensor, scheme: str, group: int = 64, double_quant: bool = False, name: str = "the matrix"
+) -> Weight:
+    """`matrix` [out, in], of any floating dtype, as a Weight in the stored layout.
+
+    Schemes are `int4`, `nf4`, `int8` and `none`, which keeps the values. It works on a few rows at a time, so the
+    peak is that of the result. Raises BadModel, naming `name`, if the group does not divide the inputs or a value is
+    not finite or too large for float16 scales.
+    """
+    rows, columns = matrix.shape
+    shape = (rows, columns)
+    if scheme == "none":
+        kept = matrix.float() if matrix.dtype == torch.float64 else matrix
+        if not bool(torch.isfinite(kept.sum(dtype=torch.float32))) and not bool(torch.isfinite(kept).all()):
+            raise BadModel(f"{name} holds values that are not finite")
+        return Weight("none", STORED, shape, columns, {"codes": kept.contiguous()})
+    check_group(name, columns, group)
+    groups = columns // group
+    tensors = _allocate(rows, columns, groups, scheme, double_quant)
+    step = max(TILE, _CHUNK // columns // TILE * TILE)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        block = matrix[start:stop].float().view(stop - start, groups, group)
+        fit = {"int4": _fit_int4, "nf4": _fit_nf4, "int8": _fit_int8}[scheme]
+        fitted = fit(block)
+        if not all(bool(torch.isfinite(values.half()).all()) for values in fitted.values()):
+            raise BadModel(f"{name} holds values that are not finite or too large for float16 scales")
+        stored = {key: _store(tensors, key, values, start, stop, double_quant) for key, values in fitted.items()}
+        tensors["codes"][start:stop] = _codes(block, scheme, stored)
+    return Weight(scheme, STORED, shape, group, tensors)
+
+
+def quantize_table(matrix: torch.Tensor, bits: int, name: str = "the table") -> Weight:
+    """An embedding or output table: int8 in groups of 32, or 16 bits a value (float16 as it is, else bfloat16)."""
+    if bits == 8:
+        return quantize(matrix, "int8", TABLE_GROUP, name=name)
+    return quantize(matrix if matrix.dtype == torch.float16 else matrix.bfloat16(), "none", name=name)
+
+
+def bits(weights: Iterable[Weight]) -> float:
+    """Bits a parameter over all of `weights`, scales and zeros counted."""
+    nbytes = parameters = 0
+    for weight in weights:
+        nbytes += weight.nbytes
+        parameters += weight.shape[0] * weight.shape[1]
+    return 8.0 * nbytes / parameters
+
+
+def _allocate(rows: int, columns: int, groups: int, scheme: str, double_quant: bool) -> dict[str, torch.Tensor]:
+    if scheme == "int8":
+        tensors = {"codes": torch.empty((rows, columns), dtype=torch.int8)}
+    else:
+        tensors = {"codes": torch.empty((rows, columns // 2), dtype=torch.uint8)}
+    for key in ("scale", "zero") if scheme == "int4" else ("scale",):
+        if double_quant:
+            tiles = (-(-rows // TILE), -(-groups // TILE))
+            tensors[f"{key}_codes"] = torch.empty((rows, groups), dtype=torch.uint8)
+            tensors[f"{key}_step"] = torch.empty(tiles, dtype=torch.float32)
+            tensors[f"{key}_base"] = torch.empty(tiles, dtype=torch.float32)
+        else:
+            tensors[key] = torch.empty((rows, groups), dtype=torch.float16)
+    return tensors
+
+
+def _store(
+    tensors: dict[str, torch.Tensor], key: str, values: torch.Tensor, start: int, stop: int, double_quant: bool
+) -> torch.Tensor:
+    """Write scales or zeros of rows start..stop (start is a multiple of 16) and return what will be read back."""
+    if not double_quant:
+        tensors[key][start:stop] = values.half()
+        return values.half().float()
+    rows, groups = values.shape
+    down, across = -(-rows // TILE), -(-groups // TILE)
+    padded = torch.nn.functional.pad(
+        values[None, None], (0, across * TILE - groups, 0, down * TILE - rows), mode="replicate"
+    )[0, 0]
+    tiles = padded.view(down, TILE, across, TILE).transpose(1, 2).flatten(2)
+    low, high = tiles.aminmax(dim=2)
+    step = (high - low) / 255
+    codes = ((tiles - low[..., None]) / torch.where(step > 0, step, 1)[..., None]).round_().clamp_(0, 255)
+    codes = codes.to(torch.uint8).view(down, across, TILE, TILE).transpose(1, 2).reshape(down * TILE, -1)
+    codes = codes[:rows, :groups]
+    tensors[f"{key}_codes"][start:stop] = codes
+    first = start // TILE
+    tensors[f"{key}_step"][first : first + down] = step
+    tensors[f"{key}_base"][first : first + down] = low
+    return decode_tiles(codes, step, low).float()
+
+
+def _codes(block: torch.Tensor, scheme: str, stored: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The nearest codes of `block` [rows, groups, group] for the scales that will be read back, as they are stored."""
+    scale = stored["scale"][..., None]
+    inverse = torch.where(scale != 0, 1 / scale, 0)
+    if scheme == "int8":
+        return (block * inverse).round_().clamp_(-127, 127).to(torch.int8).flatten(1)
+    if scheme == "nf4":
+        codes = torch.bucketize(block * inverse, (NF4[1:] + NF4[:-1]) / 2, out_int32=True)
+    else:
+        codes = (block - stored["zero"][..., None]).mul_(inverse).round_().clamp_(0, 15)
+    return pack_nibbles(codes.to(torch.uint8).flatten(1))
+
+
+def _fit_int8(block: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"scale": block.abs().amax(-1) / 127}
+
+
+def _fit_nf4(block: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"scale": block.abs().amax(-1)}
+
+
+def _fit_int4(block: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Scale and zero of each group of `block` [rows, groups, group], chosen for a small squared error.
+
+    The range of a group is the start; a range a tenth narrower, fitted twice by least squares of the values on their
+    codes, nearly always does better (relative error 0.086 instead of 0.090 on Gaussian groups of 64), and is taken
+    where it does. Values that lie on a grid of 16 keep the range and are stored without loss.
+    """
+    low, high = block.aminmax(dim=-1)
+    scale, zero = (high - low) / 15, low
+    error = _error(block, _grid(block, scale, zero), scale, zero)
+    middle = (high + low) / 2
+    fitted_scale = scale * 0.9
+    fitted_zero = middle - 7.5 * fitted_scale
+    mean = block.mean(-1)
+    for _ in range(2):
+        codes = _grid(block, fitted_scale, fitted_zero)
+        code_mean = codes.mean(-1)
+        covariance = (codes * block).mean(-1) - code_mean * mean
+        variance = codes.square().mean(-1) - code_mean * code_mean
+        # a flat group has no variance: its scale stays and the zero alone carries the value
+        fitted_scale = torch.where(variance > 1e-6, covariance / variance, fitted_scale)
+        fitted_zero = mean - fitted_scale * code_mean
+    fitted_error = _error(block, _grid(block, fitted_scale, fitted_zero), fitted_scale, fitted_zero)
+    better = fitted_error < error
+    return {"scale": torch.where(better, fitted_scale, scale), "zero": torch.where(better, fitted_zero, zero)}
+
+
+def _grid(block: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    inverse = torch.where(scale != 0, 1 / scale, 0)[..., None]
+    return (block - zero.half().float()[..., None]).mul_(inverse).round_().clamp_(0, 15)
+
+
+def _error(block: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """Squared error of each group with scale and zero rounded to float16."""
+    read = codes * scale.half().float()[..., None]
+    read += zero.half().float()[..., None]
+    return read.sub_(block).square_().sum(-1)
