@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import torch
 
@@ -21,6 +22,15 @@ GROUPS = (32, 64, 128, 256)
 TABLE_GROUP = 32
 """Group of 8-bit tables, that of GGUF's Q8_0."""
 _CHUNK = 1 << 21  # values quantized at a time: the temporaries stay in cache and out of the peak
+
+
+class Rows(Protocol):
+    """A matrix [out, in] that can be read a few rows at a time: a tensor, or one that still lies in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ def check_group(name: str, columns: int, group: int) -> None:
 
 
 def quantize(
-    matrix: torch.Tensor, scheme: str, group: int = 64, double_quant: bool = False, name: str = "the matrix"
+    matrix: Rows, scheme: str, group: int = 64, double_quant: bool = False, name: str = "the matrix"
 ) -> Weight:
     """`matrix` [out, in], of any floating dtype, as a Weight in the stored layout.
 
@@ -74,7 +84,8 @@ def quantize(
     rows, columns = matrix.shape
     shape = (rows, columns)
     if scheme == "none":
-        kept = matrix.float() if matrix.dtype == torch.float64 else matrix
+        kept = matrix[:rows]
+        kept = kept.float() if kept.dtype == torch.float64 else kept
         if not bool(torch.isfinite(kept.sum(dtype=torch.float32))) and not bool(torch.isfinite(kept).all()):
             raise BadModel(f"{name} holds values that are not finite")
         return Weight("none", STORED, shape, columns, {"codes": kept.contiguous()})
@@ -94,11 +105,12 @@ def quantize(
     return Weight(scheme, STORED, shape, group, tensors)
 
 
-def quantize_table(matrix: torch.Tensor, bits: int, name: str = "the table") -> Weight:
+def quantize_table(matrix: Rows, bits: int, name: str = "the table") -> Weight:
     """An embedding or output table: int8 in groups of 32, or 16 bits a value (float16 as it is, else bfloat16)."""
     if bits == 8:
         return quantize(matrix, "int8", TABLE_GROUP, name=name)
-    return quantize(matrix if matrix.dtype == torch.float16 else matrix.bfloat16(), "none", name=name)
+    values = matrix[: matrix.shape[0]]
+    return quantize(values if values.dtype == torch.float16 else values.bfloat16(), "none", name=name)
 
 
 def bits(weights: Iterable[Weight]) -> float:

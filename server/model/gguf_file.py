@@ -1,0 +1,258 @@
+"""A GGUF file: its header, its tensors as bytes, and the exact mapping of its 4- and 8-bit blocks.
+
+Owns the container format (versions 2 and 3, little-endian) and the block layouts of Q4_0, Q4_1 and Q8_0; all other
+quantized types are read through the `gguf` package, imported only then. Does not know which tensor is which layer:
+that, and llama.cpp's order of the rows of q and k, is in loader.py.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from server.errors import BadModel
+from server.kernels.weight import STORED, Weight
+
+MAGIC = b"GGUF"
+F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
+BLOCK = 32
+"""Values in a block of Q4_0, Q4_1 and Q8_0."""
+
+_SIZES = {F32: (1, 4), F16: (1, 2), BF16: (1, 2), Q4_0: (32, 18), Q4_1: (32, 20), Q8_0: (32, 34)}
+_NAMES = {F32: "F32", F16: "F16", BF16: "BF16", Q4_0: "Q4_0", Q4_1: "Q4_1", Q8_0: "Q8_0"}
+_FLOATS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+_ROWS = 1024  # rows dequantized at a time
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies. `shape` is outermost first, as in torch: a matrix is (out, in)."""
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def type_name(self) -> str:
+        return _NAMES.get(self.kind) or str(_gguf_type(self.kind).name)
+
+
+class GgufFile:
+    """An open file, mapped read-only. Raises BadModel if it is no GGUF file, is truncated, or is of another version.
+
+    `metadata` holds every key, arrays of numbers as numpy arrays and of strings as lists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            if path.stat().st_size < 24:
+                raise BadModel(f"{path.name} is too short for a GGUF file")
+            # private and copy-on-write, since torch has no read-only tensors; nothing here writes, so nothing is copied
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        try:
+            self.metadata, self.tensors = _Header(self._map, path.name).read()
+        except (struct.error, UnicodeDecodeError, ValueError, OverflowError) as error:
+            raise BadModel(f"{path.name} is not a whole GGUF file: {error}") from error
+
+    def rows(self, name: str) -> Rows:
+        """The tensor as rows of floats, read on demand."""
+        return Rows(self, self.tensors[name])
+
+    def floats(self, name: str) -> torch.Tensor:
+        """The whole tensor, of its own floating dtype or, if it is quantized, dequantized to float32."""
+        rows = Rows(self, self.tensors[name])
+        return rows[: rows.shape[0]].view(self.tensors[name].shape)
+
+    def stored(self, name: str) -> Weight | None:
+        """A matrix of Q4_0, Q4_1 or Q8_0 in the stored layout, without loss; None for what has no such form.
+
+        The values equal those of the `gguf` package bit for bit. A Q8_0 code of -128, which the stored layout does
+        not have and llama.cpp does not write, has no such form either.
+        """
+        info = self.tensors[name]
+        if info.kind not in (Q4_0, Q4_1, Q8_0) or len(info.shape) != 2:
+            return None
+        rows, columns = info.shape
+        shape = (rows, columns)
+        raw = self._bytes(info, 0, rows).view(rows, columns // BLOCK, _SIZES[info.kind][1])
+        scale = _halves(raw[..., 0:2])
+        if info.kind == Q8_0:
+            codes = raw[..., 2:].contiguous().view(torch.int8).view(rows, columns)
+            if int(codes.min()) < -127:
+                return None
+            return Weight("int8", STORED, shape, BLOCK, {"codes": codes, "scale": scale})
+        if info.kind == Q4_1:
+            codes, zero = raw[..., 4:], _halves(raw[..., 2:4])
+        else:
+            codes, zero = raw[..., 2:], scale * -8  # exact: a power of two
+        if not bool(torch.isfinite(zero).all()):
+            return None
+        tensors = {"codes": _interleave(codes).view(rows, columns // 2), "scale": scale, "zero": zero}
+        return Weight("int4", STORED, shape, BLOCK, tensors)
+
+    def _bytes(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """Bytes of rows start..stop as uint8 [rows, bytes], a view of the map; a vector is one row."""
+        row = info.nbytes // info.shape[0] if len(info.shape) > 1 else info.nbytes
+        count, offset = (stop - start) * row, info.offset + start * row
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=offset).view(stop - start, row)
+
+
+class Rows:
+    """A vector or matrix whose rows are dequantized when they are sliced: `rows[a:b]` is float [b - a, in]."""
+
+    def __init__(self, file: GgufFile, info: TensorInfo) -> None:
+        self._file, self._info = file, info
+        self.shape = info.shape if len(info.shape) > 1 else (1, *info.shape)
+        self.dtype = _FLOATS.get(info.kind, torch.float32)
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        start, stop, step = rows.indices(self.shape[0])
+        assert step == 1
+        info = self._info
+        if info.kind in _FLOATS:
+            return self._file._bytes(info, start, stop).clone().view(self.dtype)
+        from gguf.quants import dequantize
+
+        values = torch.empty((stop - start, self.shape[1]), dtype=torch.float32)
+        kind = _gguf_type(info.kind)
+        try:
+            for first in range(start, stop, _ROWS):
+                last = min(first + _ROWS, stop)
+                block = dequantize(self._file._bytes(info, first, last).numpy(), kind)
+                values[first - start : last - start] = torch.from_numpy(block)
+        except NotImplementedError as error:
+            raise BadModel(f"tensors of the GGUF type {kind.name} cannot be read ({info.name})") from error
+        return values
+
+
+class _Header:
+    """Reads the header from its start to its end, once."""
+
+    def __init__(self, data: mmap.mmap, name: str) -> None:
+        self._data = data
+        self._name = name
+        self._at = 0
+
+    def read(self) -> tuple[dict[str, Any], Mapping[str, TensorInfo]]:
+        if self._data[:4] != MAGIC:
+            raise BadModel(f"{self._name} is not a GGUF file")
+        self._at = 4
+        version = self._scalar("<I")
+        if version not in (2, 3):
+            raise BadModel(f"{self._name} is of GGUF version {version}; versions 2 and 3, little-endian, are read")
+        tensor_count, key_count = self._scalar("<Q"), self._scalar("<Q")
+        metadata = {}
+        for _ in range(key_count):
+            key = self._string()
+            metadata[key] = self._value(self._scalar("<I"))
+        found = [self._tensor() for _ in range(tensor_count)]
+        alignment = int(metadata.get("general.alignment", 32))
+        start = -(-self._at // alignment) * alignment
+        tensors = {}
+        for name, kind, shape, offset in found:
+            nbytes = _nbytes(name, kind, shape)
+            if start + offset + nbytes > len(self._data):
+                raise BadModel(f"{self._name} is truncated: it ends before {name}")
+            tensors[name] = TensorInfo(name, kind, shape, start + offset, nbytes)
+        return metadata, tensors
+
+    def _tensor(self) -> tuple[str, int, tuple[int, ...], int]:
+        name = self._string()
+        dimensions = self._scalar("<I")
+        if not 1 <= dimensions <= 4:
+            raise ValueError(f"{name} has {dimensions} dimensions")
+        shape = tuple(self._scalar("<Q") for _ in range(dimensions))[::-1]
+        return name, self._scalar("<I"), shape, self._scalar("<Q")
+
+    def _scalar(self, form: str) -> Any:
+        (value,) = struct.unpack_from(form, self._data, self._at)
+        self._at += struct.calcsize(form)
+        return value
+
+    def _string(self) -> str:
+        length = self._scalar("<Q")
+        text = self._data[self._at : self._at + length]
+        if len(text) != length:
+            raise ValueError("it ends inside a text")
+        self._at += length
+        return text.decode()
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._scalar(_form(kind))
+        kind, count = self._scalar("<I"), self._scalar("<Q")
+        if kind == _STRING:
+            return self._strings(count)
+        if kind == _ARRAY:
+            return [self._value(_ARRAY) for _ in range(count)]
+        values = np.frombuffer(self._data, np.dtype(_form(kind)), count, self._at)
+        self._at += values.nbytes
+        return values
+
+    def _strings(self, count: int) -> list[str]:
+        """Like `_string`, `count` times, without the calls: there are 100,000 in a vocabulary."""
+        data, at, end, read = self._data, self._at, len(self._data), int.from_bytes
+        texts = []
+        for _ in range(count):
+            start = at + 8
+            at = start + read(data[at:start], "little")
+            if at > end or start > end:
+                raise ValueError("it ends inside a list of texts")
+            texts.append(data[start:at].decode())
+        self._at = at
+        return texts
+
+
+def _form(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise ValueError(f"a value has the unknown type {kind}")
+    return _SCALARS[kind]
+
+
+def _nbytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
+    if kind in _SIZES:
+        values, size = _SIZES[kind]
+    else:
+        from gguf.constants import GGML_QUANT_SIZES
+
+        values, size = GGML_QUANT_SIZES[_gguf_type(kind)]
+    if shape[-1] % values or 0 in shape:
+        raise ValueError(f"{name} of shape {shape} is not made of whole blocks of {values}")
+    total = size
+    for length in (*shape[:-1], shape[-1] // values):
+        total *= length
+    return total
+
+
+def _gguf_type(kind: int) -> Any:
+    from gguf.constants import GGMLQuantizationType
+
+    return GGMLQuantizationType(kind)
+
+
+def _halves(raw: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., 2] -> float16 [...]."""
+    return raw.contiguous().view(torch.float16).squeeze(-1)
+
+
+def _interleave(codes: torch.Tensor) -> torch.Tensor:
+    """Nibbles of a block from (i, i + 16) a byte, as ggml has them, to (2i, 2i + 1): uint8 [rows, blocks, 16]."""
+    out = torch.empty(codes.shape, dtype=torch.uint8)
+    low, high = codes & 15, codes >> 4
+    out[..., :8] = low[..., 0::2] | (low[..., 1::2] << 4)
+    out[..., 8:] = high[..., 0::2] | (high[..., 1::2] << 4)
+    return out

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from server.errors import BadModel
+from server.kernels.stored import dequantize_stored
+from server.model.gguf_file import GgufFile
+
+KINDS = gguf.GGMLQuantizationType
+
+
+def write(path: Path, tensors: dict[str, tuple[np.ndarray, KINDS]]) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint32("llama.block_count", 2)
+    writer.add_float32("llama.rope.freq_base", 1e4)
+    writer.add_bool("tokenizer.ggml.add_bos_token", True)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "Ġb", "ü"])
+    writer.add_array("tokenizer.ggml.token_type", [1, 1, 3])
+    for name, (values, kind) in tensors.items():
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def values(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32) * 0.1
+
+
+def test_metadata_and_shapes(tmp_path: Path) -> None:
+    file = GgufFile(write(tmp_path / "m.gguf", {"a": (values(4, 64), KINDS.Q4_0), "b": (values(5), KINDS.F32)}))
+    assert file.metadata["general.architecture"] == "llama"
+    assert file.metadata["llama.block_count"] == 2
+    assert file.metadata["tokenizer.ggml.add_bos_token"] is True
+    assert file.metadata["tokenizer.ggml.tokens"] == ["a", "Ġb", "ü"]
+    assert file.metadata["tokenizer.ggml.token_type"].tolist() == [1, 1, 3]
+    assert file.tensors["a"].shape == (4, 64) and file.tensors["b"].shape == (5,)
+    assert file.tensors["a"].type_name == "Q4_0"
+    assert torch.equal(file.floats("b"), torch.from_numpy(values(5)))
+
+
+@pytest.mark.parametrize("kind", [KINDS.Q4_0, KINDS.Q4_1, KINDS.Q8_0])
+def test_blocks_are_stored_without_loss(tmp_path: Path, kind: KINDS) -> None:
+    matrix = values(24, 96)
+    file = GgufFile(write(tmp_path / "m.gguf", {"w": (matrix, kind)}))
+    expected = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(matrix, kind), kind))
+    stored = file.stored("w")
+    assert stored is not None
+    assert (stored.scheme, stored.group) == (("int8" if kind == KINDS.Q8_0 else "int4"), 32)
+    assert torch.equal(dequantize_stored(stored), expected)
+    assert torch.equal(file.floats("w"), expected)
+
+
+@pytest.mark.parametrize("kind", [KINDS.F32, KINDS.F16, KINDS.BF16, KINDS.Q5_1, KINDS.Q8_0])
+def test_rows_of_any_type_are_read_as_the_package_reads_them(tmp_path: Path, kind: KINDS) -> None:
+    matrix = values(40, 64)
+    file = GgufFile(write(tmp_path / "m.gguf", {"w": (matrix, kind)}))
+    expected = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(matrix, kind), kind))
+    rows = file.rows("w")
+    assert rows.shape == (40, 64)
+    assert torch.equal(rows[7:31].float(), expected[7:31])
+    if kind in (KINDS.F32, KINDS.Q5_1):
+        assert file.stored("w") is None
+
+
+def test_a_code_of_minus_128_is_not_passed_on(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", {"w": (values(2, 32), KINDS.Q8_0)})
+    info = GgufFile(path).tensors["w"]
+    data = bytearray(path.read_bytes())
+    data[info.offset + 2] = 0x80
+    path.write_bytes(data)
+    assert GgufFile(path).stored("w") is None
+
+
+def test_broken_files_are_refused(tmp_path: Path) -> None:
+    whole = write(tmp_path / "m.gguf", {"w": (values(8, 64), KINDS.Q4_0)}).read_bytes()
+    for cut in (0, 3, 23, 30, 120, 250, len(whole) - 64):
+        path = tmp_path / f"cut{cut}.gguf"
+        path.write_bytes(whole[:cut])
+        with pytest.raises(BadModel):
+            GgufFile(path)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"PK\x03\x04" + whole[4:])
+    with pytest.raises(BadModel, match="not a GGUF file"):
+        GgufFile(other)
+    other.write_bytes(b"GGUF\x01\x00\x00\x00" + whole[8:])
+    with pytest.raises(BadModel, match="version 1"):
+        GgufFile(other)
+
+
+def test_flipped_header_bytes_never_do_worse_than_badmodel(tmp_path: Path) -> None:
+    whole = write(tmp_path / "m.gguf", {"w": (values(8, 64), KINDS.Q4_0)}).read_bytes()
+    rng = np.random.default_rng(1)
+    for case in range(200):
+        data = bytearray(whole)
+        data[int(rng.integers(4, 400))] ^= int(rng.integers(1, 256))
+        path = tmp_path / f"{case}.gguf"
+        path.write_bytes(data)
+        try:
+            GgufFile(path)
+        except BadModel:
+            continue
