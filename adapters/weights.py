@@ -109,6 +109,22 @@ def content_digest(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
     return h.hexdigest()
 
 
+def digest_of(modules: Mapping[str, LowRank]) -> str:
+    """The content digest of an adapter: the honoured config as it is resolved, each module's scale, and its tensors.
+
+    Two folders that say the same in other words (a pattern or a list, another key prefix) are one version.
+    """
+    tensors = {f"{path}.lora_A": m.A for path, m in modules.items()}
+    tensors |= {f"{path}.lora_B": m.B for path, m in modules.items()}
+    return content_digest({"scale": {path: m.scale for path, m in modules.items()}}, tensors)
+
+
+def sealed(name: str, modules: Mapping[str, LowRank], metadata: Mapping[str, Any] | None = None) -> LoraWeights:
+    """`LoraWeights` of new content: the digest is computed, the modules are sorted by path."""
+    ordered = dict(sorted(modules.items()))
+    return LoraWeights(name, digest_of(ordered), ordered, dict(metadata or {}))
+
+
 @dataclass(frozen=True)
 class Mix:
     """A choice with its versions fixed, in canonical form: `((digest, weight), ...)` sorted by digest.

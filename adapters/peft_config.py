@@ -1,0 +1,308 @@
+"""PEFT's `adapter_config.json`: one table of its keys, and what the honoured ones say about a base's modules.
+
+Every key is honoured, harmless, or refused by name. Owns the rules by which PEFT (0.21) picks modules, ranks and
+scales; knows neither files nor tensors. PEFT is the oracle in the tests and is never imported here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapters import patterns
+from adapters.errors import BaseMismatch, InvalidAdapter, UnsupportedAdapter
+
+MAX_LIST = 16_384
+"""Entries of a list or a pattern table: over any real model's count of linear layers."""
+ALL_LINEAR = "all-linear"
+
+HONOURED = frozenset(
+    "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules "
+    "layers_to_transform layers_pattern".split()
+)
+
+HARMLESS: Mapping[str, str] = {
+    "lora_dropout": "acts in training only",
+    "inference_mode": "acts in training only",
+    "peft_version": "says who wrote the file",
+    "revision": "names the base's revision",
+    "task_type": "picks a class in PEFT",
+    "auto_mapping": "picks a class in PEFT",
+    "base_model_name_or_path": "names the base; its shapes are what is checked",
+    "fan_in_fan_out": "acts on Conv1D layers only, of which no base served here has any",
+    "init_lora_weights": "sets the first values of A and B, which training has replaced",
+    "eva_config": "is read by init_lora_weights 'eva' alone",
+    "loftq_config": "is read by init_lora_weights 'loftq' alone",
+    "corda_config": "is read by init_lora_weights 'corda' alone",
+    "lora_ga_config": "is read by init_lora_weights 'lora_ga' alone",
+}
+
+REFUSED: Mapping[str, str] = {
+    "bias": "trained biases are no low-rank update",
+    "use_dora": "DoRA rescales the base's columns, which is no sum of B A x",
+    "lora_bias": "a bias on B is no low-rank update",
+    "modules_to_save": "it replaces whole modules of the base",
+    "trainable_token_indices": "it replaces rows of the embedding",
+    "alora_invocation_tokens": "an activated LoRA switches itself on inside a sequence",
+    "target_parameters": "it adapts parameters that are not linear layers",
+    "layer_replication": "it makes another model of the base",
+    "use_qalora": "QA-LoRA pools its inputs before A",
+    "use_bdlora": "block-diagonal factors are not served",
+    "arrow_config": "Arrow picks adapters per token",
+    "kasa_config": "KaSA truncates the base's weights",
+    "velora_config": "VeLoRA is not served",
+    "monteclora_config": "MontecLoRA samples its weights",
+    "megatron_config": "Megatron's parallel layers are not served",
+    "ensure_weight_tying": "tied embedding adapters are not served",
+}
+
+DEFAULTS: Mapping[str, Any] = {
+    "bias": "none",
+    "qalora_group_size": 16,
+    "megatron_core": "megatron.core",
+    "runtime_config": {"ephemeral_gpu_offload": False},
+}
+"""PEFT's defaults that are neither null nor false nor empty, of keys that are not honoured and not harmless."""
+
+SAFE_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "true", "false"})
+BASE_CHANGING_INITS = re.compile(r"(pissa(_niter_\d+)?|olora|loftq|corda|lora_ga)")
+
+HEADS = re.compile(r"(.*\.)?(lm_head|embed_tokens|wte|word_embeddings|embed_out)")
+"""Output heads and embeddings: they may be named as targets by some adapters and are refused by name."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What the honoured keys say. `target_modules` is a set of names, or a pattern, or "all-linear".
+
+    `honoured` and `harmless` are the keys that were present, for people; `base` is the name of the base it was made on.
+    """
+
+    r: int
+    alpha: float
+    rslora: bool
+    rank_pattern: tuple[tuple[str, int], ...]
+    alpha_pattern: tuple[tuple[str, float], ...]
+    target_modules: str | frozenset[str]
+    exclude_modules: str | frozenset[str]
+    layers: frozenset[int] | None
+    layers_pattern: tuple[str, ...]
+    base: str | None = None
+    honoured: tuple[str, ...] = ()
+    harmless: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+
+def parse(raw: object) -> LoraConfig:
+    """Reads a config that `json.loads` has read. Raises UnsupportedAdapter or InvalidAdapter, naming the key."""
+    if not isinstance(raw, dict):
+        raise InvalidAdapter("adapter_config.json must hold an object, of PEFT's LoraConfig", "adapter_config.json")
+    config: dict[str, Any] = raw
+    kind = config.get("peft_type")
+    if kind is None:
+        raise InvalidAdapter("peft_type is missing: this is no adapter_config.json of PEFT", "peft_type")
+    if kind != "LORA":
+        raise UnsupportedAdapter(f"peft_type {kind!r} is not served; only LORA is", "peft_type")
+    honoured, harmless = _sort_keys(config)
+    notes = []
+    if config.get("fan_in_fan_out"):
+        notes.append("fan_in_fan_out is ignored, as PEFT does on plain linear layers")
+    targets = _targets(config.get("target_modules"), "target_modules")
+    layers = _layers(config.get("layers_to_transform"))
+    layers_pattern = _layers_pattern(config.get("layers_pattern"))
+    if isinstance(targets, str) and (layers is not None or layers_pattern):
+        key = "layers_pattern" if layers is None else "layers_to_transform"
+        raise InvalidAdapter(f"{key} cannot be used when target_modules is a pattern (PEFT refuses it too)", key)
+    if layers_pattern and config.get("layers_to_transform") is None:
+        raise InvalidAdapter("layers_pattern needs layers_to_transform (PEFT refuses it too)", "layers_pattern")
+    if not targets:
+        raise InvalidAdapter("target_modules is missing or empty; name the modules that are adapted", "target_modules")
+    excluded = config.get("exclude_modules")
+    base = config.get("base_model_name_or_path")
+    return LoraConfig(
+        r=_rank(config.get("r", 8), "r"),
+        alpha=_number(config.get("lora_alpha", 8), "lora_alpha"),
+        rslora=_flag(config.get("use_rslora"), "use_rslora"),
+        rank_pattern=_table(config.get("rank_pattern"), "rank_pattern", _rank),
+        alpha_pattern=_table(config.get("alpha_pattern"), "alpha_pattern", _number),
+        target_modules=targets,
+        exclude_modules=_targets(excluded, "exclude_modules") if excluded else frozenset(),
+        layers=layers,
+        layers_pattern=layers_pattern,
+        base=base if isinstance(base, str) and base else None,
+        honoured=tuple(honoured),
+        harmless=tuple(harmless),
+        notes=tuple(notes),
+    )
+
+
+def _sort_keys(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The keys that are honoured and those that are harmless, sorted; refuses all others."""
+    honoured: list[str] = []
+    harmless: list[str] = []
+    for key in sorted(config):
+        value = config[key]
+        if key in HONOURED:
+            (harmless if _is_empty(value) else honoured).append(key)
+        elif key == "init_lora_weights":
+            _check_init(value)
+            harmless.append(key)
+        elif key in HARMLESS or _is_empty(value) or (key in DEFAULTS and _same(value, DEFAULTS[key])):
+            harmless.append(key)
+        else:
+            shown = repr(value)
+            shown = shown if len(shown) <= 80 else shown[:77] + "..."
+            reason = REFUSED.get(key, "this key is not known here and is not at a value that means nothing")
+            raise UnsupportedAdapter(f"{key} = {shown} is not served: {reason}", key)
+    return honoured, harmless
+
+
+def _same(value: object, default: object) -> bool:
+    return type(value) is type(default) and value == default
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+def _check_init(value: object) -> None:
+    name = str(value).lower()
+    if value is None or name in SAFE_INITS:
+        return
+    if BASE_CHANGING_INITS.fullmatch(name):
+        raise UnsupportedAdapter(
+            f"init_lora_weights = {value!r} is not served: it changes the base's weights, and the adapter is only "
+            "right on the changed ones; convert it with save_pretrained(..., path_initial_model_for_weight_conversion)",
+            "init_lora_weights",
+        )
+    raise UnsupportedAdapter(
+        f"init_lora_weights = {str(value)[:80]!r} is not known; it may change the base", "init_lora_weights"
+    )
+
+
+def _rank(value: object, key: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise InvalidAdapter(f"{key}: a rank must be a positive integer, not {str(value)[:80]}", key)
+    return value
+
+
+def _number(value: object, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30 or not math.isfinite(value):
+        raise InvalidAdapter(f"{key} must be a finite number, not {str(value)[:80]}", key)
+    return float(value)
+
+
+def _flag(value: object, key: str) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise InvalidAdapter(f"{key} must be true or false, not {str(value)[:80]}", key)
+    return bool(value)
+
+
+def _table(value: object, key: str, read: Callable[[object, str], Any]) -> tuple[tuple[str, Any], ...]:
+    """The entries in the file's order: the first that matches a module is the one that counts."""
+    if value is None:
+        return ()
+    if not isinstance(value, dict) or len(value) > MAX_LIST:
+        raise InvalidAdapter(f"{key} must be an object of at most {MAX_LIST} entries", key)
+    return tuple((pattern, read(number, f"{key}[{pattern[:80]!r}]")) for pattern, number in value.items())
+
+
+def _targets(value: object, key: str) -> str | frozenset[str]:
+    if value is None:
+        return frozenset()
+    if isinstance(value, str):
+        return ALL_LINEAR if value.lower() == ALL_LINEAR and key == "target_modules" else value
+    if not isinstance(value, list) or len(value) > MAX_LIST or not all(isinstance(v, str) and v for v in value):
+        raise InvalidAdapter(f"{key} must be a pattern or a list of names", key)
+    return frozenset(value)
+
+
+def _layers(value: object) -> frozenset[int] | None:
+    """The layers that are adapted; None is all of them, and so is an empty list."""
+    key = "layers_to_transform"
+    if value is None:
+        return None
+    numbers = value if isinstance(value, list) else [value]
+    if len(numbers) > MAX_LIST or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise InvalidAdapter(f"{key} must be an integer or a list of integers", key)
+    return frozenset(numbers) or None
+
+
+def _layers_pattern(value: object) -> tuple[str, ...]:
+    key = "layers_pattern"
+    if value is None or value == "":
+        return ()
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or len(found) > 64 or not all(isinstance(v, str) for v in found):
+        raise InvalidAdapter(f"{key} must be a name or a list of names", key)
+    return tuple(found)
+
+
+def select(config: LoraConfig, names: Sequence[str]) -> list[str]:
+    """Those of `names` that the config adapts, in their order: PEFT's rules on full module names.
+
+    A name in a target list that is a whole module path is taken whatever layers_to_transform says, as PEFT does.
+    Raises InvalidAdapter for patterns that are not valid or take too long, UnsupportedAdapter for heads in a list.
+    """
+    if isinstance(config.target_modules, frozenset):
+        for target in sorted(config.target_modules):
+            if HEADS.fullmatch(target):
+                raise UnsupportedAdapter(
+                    f"target_modules names {target!r}: LoRA on embeddings and output heads is not served",
+                    "target_modules",
+                )
+    targeted = _hits(config.target_modules, names, "target_modules")
+    excluded = _hits(config.exclude_modules, names, "exclude_modules")
+    chosen = [name for name, t, e in zip(names, targeted, excluded, strict=True) if t and not e]
+    if config.layers is None or isinstance(config.target_modules, str):
+        return chosen
+    layer_of = _layer_numbers(config.layers_pattern, chosen)
+    return [n for n in chosen if n in config.target_modules or layer_of[n] in config.layers]
+
+
+def _hits(wanted: str | frozenset[str], names: Sequence[str], key: str) -> list[bool]:
+    if isinstance(wanted, str):
+        if key == "target_modules" and wanted == ALL_LINEAR:
+            return [HEADS.fullmatch(name) is None for name in names]
+        return patterns.full_matches(wanted, names, key)
+    return [any(tail in wanted for tail in _tails(name)) for name in names]
+
+
+def _tails(name: str) -> list[str]:
+    """The name and all that follows one of its dots: a.b.c, b.c, c."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _layer_numbers(layers_pattern: tuple[str, ...], names: Sequence[str]) -> dict[str, int | None]:
+    """Each name's layer: the first number after a name that fits (any name, if no pattern is given), or None."""
+    if layers_pattern:
+        return dict(zip(names, patterns.layer_numbers(layers_pattern, names, "layers_pattern"), strict=True))
+    # PEFT's own pattern wants something before the name of the list of layers, so the number is a third part or later.
+    return {n: next((int(p) for p in n.split(".")[2:-1] if p.isdecimal()), None) for n in names}
+
+
+def ranks_and_scales(config: LoraConfig, names: Sequence[str]) -> dict[str, tuple[int, float]]:
+    """Each module's rank and scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    rank_at = patterns.first_suffix_match([p for p, _ in config.rank_pattern], names, "rank_pattern")
+    alpha_at = patterns.first_suffix_match([p for p, _ in config.alpha_pattern], names, "alpha_pattern")
+    result = {}
+    for name, i, j in zip(names, rank_at, alpha_at, strict=True):
+        rank = config.r if i is None else config.rank_pattern[i][1]
+        alpha = config.alpha if j is None else config.alpha_pattern[j][1]
+        result[name] = (rank, alpha / (math.sqrt(rank) if config.rslora else rank))
+    return result
+
+
+def check_names(config: LoraConfig, names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises BaseMismatch if a module in `names` is none of the base's (`known`)."""
+    have = set(known)
+    missing = [name for name in names if name not in have]
+    if missing:
+        made_on = f" It was made on {config.base!r}." if config.base else ""
+        raise BaseMismatch(
+            f"the adapter has {len(missing)} modules that this base does not have, {missing[0]!r} among them.{made_on}"
+        )

@@ -1,0 +1,377 @@
+"""Reads and writes LoRA adapters as PEFT does: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+Owns which files are opened and how, tensor names and the checks on tensors. Nothing is unpickled, no file is read
+before its size is known, and no link is followed out of the folder. What the config means is in `peft_config`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from adapters import peft_config
+from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter
+from adapters.weights import LoraWeights, LowRank, sealed
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+CARD_FILE = "README.md"
+TASK_FILE = "task.json"
+
+MAX_CONFIG_BYTES = 4 << 20
+MAX_TENSOR_BYTES = 8 << 30
+MAX_SIDE_BYTES = 1 << 20
+HEADER_SLACK = 16 << 20
+"""What a safetensors header and alignment may take over the tensors themselves."""
+METADATA_KEY = "loramux"
+"""The entry of a safetensors header that holds what we know of how the adapter was made, as JSON."""
+
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+RENAMES = (("base_model.model.", ""), (".base_layer.", "."), (".default.", "."))
+"""What other writers put into tensor names: a leading prefix, and segments anywhere."""
+
+
+def read_folder(
+    path: Path, *, name: str, max_rank: int = 64, shapes: Mapping[str, tuple[int, int]] | None = None
+) -> LoraWeights:
+    """The adapter in a PEFT folder. `shapes` maps the base's linear layers to (out, in); without it none is checked.
+
+    Metadata: `honoured` and `harmless` config keys, `notes`, `base` (the name it gives), `card` (README.md), `task`
+    (task.json), `quantization` and `training` (if this package wrote it). Raises InvalidAdapter (UnsupportedAdapter
+    for what is a LoRA and not served) or BaseMismatch; the message names the key or the tensor.
+    """
+    if not path.is_dir():
+        raise InvalidAdapter(f"{path.name!r} is no folder")
+    config = _read_file(path, CONFIG_FILE, MAX_CONFIG_BYTES)
+    tensors = _read_file(path, TENSOR_FILE, _tensor_limit(shapes, max_rank))
+    if config is None:
+        raise InvalidAdapter(f"{CONFIG_FILE} is missing", CONFIG_FILE)
+    if tensors is None:
+        if os.path.lexists(path / PICKLE_FILE):
+            raise UnsupportedAdapter(
+                f"{PICKLE_FILE} is a pickle, which can run code when it is read, and is refused; "
+                f"save the adapter as {TENSOR_FILE} (save_pretrained does so by default)",
+                PICKLE_FILE,
+            )
+        raise InvalidAdapter(f"{TENSOR_FILE} is missing", TENSOR_FILE)
+    weights = read_bytes(config, tensors, name=name, max_rank=max_rank, shapes=shapes)
+    card = _read_file(path, CARD_FILE, MAX_SIDE_BYTES)
+    task = _read_file(path, TASK_FILE, MAX_SIDE_BYTES)
+    side = {
+        "card": card.decode("utf-8", "replace") if card is not None else None,
+        "task": _json_object(task, TASK_FILE) if task is not None else None,
+    }
+    return replace(weights, metadata={**weights.metadata, **side})
+
+
+def read_bytes(
+    config: bytes,
+    tensors: bytes,
+    *,
+    name: str,
+    max_rank: int = 64,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
+) -> LoraWeights:
+    """The adapter in the contents of the two files; see `read_folder`."""
+    parsed = peft_config.parse(_json_object(config, CONFIG_FILE))
+    limit = _tensor_limit(shapes, max_rank)
+    if len(tensors) > limit:
+        raise InvalidAdapter(f"{TENSOR_FILE} has {len(tensors):,} bytes, over the limit of {limit:,}", TENSOR_FILE)
+    found, header = _load(tensors)
+    pairs = _pairs(found)
+    modules = list(pairs)
+    if shapes is not None:
+        peft_config.check_names(parsed, modules, list(shapes))
+        expected = peft_config.select(parsed, list(shapes))
+    else:
+        expected = peft_config.select(parsed, modules)
+    _check_complete(pairs, expected)
+    sizes = peft_config.ranks_and_scales(parsed, modules)
+    result = {}
+    for module, (a, b) in pairs.items():
+        rank, scale = sizes[module]
+        _check_pair(module, a, b, rank, max_rank, shapes[module] if shapes is not None else None)
+        if not abs(scale) < 1e30:
+            raise InvalidAdapter(f"lora_alpha gives {module} a scale of {scale:g}, which is out of range", "lora_alpha")
+        result[module] = LowRank(a, b, scale)
+    made = _json_object(header[METADATA_KEY].encode(), TENSOR_FILE) if METADATA_KEY in header else {}
+    metadata = {
+        "honoured": list(parsed.honoured),
+        "harmless": list(parsed.harmless),
+        "notes": list(parsed.notes),
+        "base": parsed.base,
+        "card": None,
+        "task": None,
+        "quantization": made.get("quantization"),
+        "training": made.get("training"),
+    }
+    return sealed(name, result, metadata)
+
+
+def _tensor_limit(shapes: Mapping[str, tuple[int, int]] | None, max_rank: int) -> int:
+    """Bytes that the tensors of the largest adapter that could be served may take."""
+    if shapes is None:
+        return MAX_TENSOR_BYTES
+    return sum(4 * max_rank * (out + into) for out, into in shapes.values()) + HEADER_SLACK
+
+
+def _read_file(folder: Path, file: str, limit: int) -> bytes | None:
+    """The bytes of a file of the folder, or None if there is none. Raises InvalidAdapter for anything odd about it."""
+    target = folder / file
+    if not os.path.lexists(target):
+        return None
+    try:
+        real = target.resolve(strict=True)
+        if not real.is_relative_to(folder.resolve(strict=True)):
+            raise InvalidAdapter(f"{file} is a link that leads out of the adapter's folder, and is not followed", file)
+        # Not blocking, so that a pipe by that name cannot hold a thread; not following, should the path have changed.
+        descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as stream:
+            state = os.fstat(descriptor)
+            if not stat.S_ISREG(state.st_mode):
+                raise InvalidAdapter(f"{file} is no regular file", file)
+            if state.st_size > limit:
+                raise InvalidAdapter(f"{file} has {state.st_size:,} bytes, over the limit of {limit:,}", file)
+            data = stream.read(limit + 1)
+    except (OSError, RuntimeError) as error:
+        raise InvalidAdapter(f"{file} cannot be read: {error}", file) from error
+    if len(data) > limit:
+        raise InvalidAdapter(f"{file} grew over the limit of {limit:,} bytes while it was read", file)
+    return data
+
+
+def _json_object(data: bytes, file: str) -> dict[str, Any]:
+    """An object of JSON, in which no key is twice. Raises InvalidAdapter."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise ValueError(f"the key {twice!r} is there twice")
+        return result
+
+    try:
+        value = json.loads(data, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapter(f"{file} is no valid JSON: {error}", file) from error
+    if not isinstance(value, dict):
+        raise InvalidAdapter(f"{file} must hold an object", file)
+    return value
+
+
+def _load(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and the free entries of its header. Raises InvalidAdapter."""
+    try:
+        tensors: dict[str, torch.Tensor] = safetensors.torch.load(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+        raise InvalidAdapter(f"{TENSOR_FILE} is damaged or no safetensors file: {error}", TENSOR_FILE) from error
+    return tensors, header
+
+
+def normalised(key: str) -> str:
+    """A tensor's name without what other writers put into it (`RENAMES`)."""
+    prefix, replacement = RENAMES[0]
+    if key.startswith(prefix):
+        key = replacement + key.removeprefix(prefix)
+    for part, replacement in RENAMES[1:]:
+        key = key.replace(part, replacement)
+    return key
+
+
+def _pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Module path -> (A, B), sorted. Raises for tensors that belong to no pair."""
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for key in sorted(tensors):
+        name = normalised(key)
+        for kind in ("lora_A", "lora_B"):
+            module = name.removesuffix(f".{kind}.weight")
+            if module and module != name:
+                if kind in halves.setdefault(module, {}):
+                    raise InvalidAdapter(f"{TENSOR_FILE}: {name} is there twice, once as {key}", key)
+                halves[module][kind] = tensors[key]
+                break
+        else:
+            _refuse_tensor(key, name)
+    if not halves:
+        raise InvalidAdapter(f"{TENSOR_FILE} holds no LoRA tensors", TENSOR_FILE)
+    for module, half in halves.items():
+        if peft_config.HEADS.fullmatch(module):
+            raise UnsupportedAdapter(f"LoRA on {module!r} is not served: embeddings and output heads", module)
+        for kind in ("lora_A", "lora_B"):
+            if kind not in half:
+                raise InvalidAdapter(f"{TENSOR_FILE}: {module}.{kind}.weight is missing", module)
+    return {module: (half["lora_A"], half["lora_B"]) for module, half in sorted(halves.items())}
+
+
+def _refuse_tensor(key: str, name: str) -> None:
+    """Raises for a tensor that is no half of a low-rank pair, by what its name says."""
+    reasons = {
+        "lora_magnitude_vector": "DoRA rescales the base's columns, which is no sum of B A x",
+        "lora_embedding_": "LoRA on embeddings is not served",
+        "lora_B.bias": "lora_bias is not served",
+    }
+    for part, reason in reasons.items():
+        if part in name:
+            raise UnsupportedAdapter(f"{TENSOR_FILE}: {key} is not served: {reason}", key)
+    if peft_config.HEADS.fullmatch(name.rsplit(".", 1)[0]) or "modules_to_save" in name:
+        raise UnsupportedAdapter(
+            f"{TENSOR_FILE}: {key} is not served: it replaces a whole module of the base; "
+            "save with save_embedding_layers=False",
+            key,
+        )
+    raise InvalidAdapter(f"{TENSOR_FILE}: {key} belongs to no pair of lora_A and lora_B", key)
+
+
+def _check_complete(pairs: Mapping[str, object], expected: list[str]) -> None:
+    """Raises InvalidAdapter if the tensors are not those of exactly the modules that the config adapts."""
+    wanted = set(expected)
+    surplus = [module for module in pairs if module not in wanted]
+    if surplus:
+        raise InvalidAdapter(
+            f"{TENSOR_FILE} has tensors for {len(surplus)} modules that the config does not adapt, "
+            f"{surplus[0]!r} among them",
+            surplus[0],
+        )
+    missing = [module for module in expected if module not in pairs]
+    if missing:
+        raise InvalidAdapter(
+            f"{TENSOR_FILE} lacks the tensors of {len(missing)} modules that the config adapts, "
+            f"{missing[0]!r} among them",
+            missing[0],
+        )
+
+
+def _check_pair(
+    module: str, a: torch.Tensor, b: torch.Tensor, rank: int, max_rank: int, shape: tuple[int, int] | None
+) -> None:
+    """Raises for tensors of a wrong dtype, rank or shape, and for values that are not finite."""
+    for kind, tensor in (("lora_A", a), ("lora_B", b)):
+        if tensor.dtype not in DTYPES:
+            raise UnsupportedAdapter(
+                f"{module}.{kind} is {str(tensor.dtype).removeprefix('torch.')}, not float32, bfloat16 or float16",
+                module,
+            )
+        if tensor.ndim != 2:
+            raise InvalidAdapter(f"{module}.{kind} has the shape {list(tensor.shape)}; it must be a matrix", module)
+    if a.shape[0] != b.shape[1] or a.shape[0] != rank:
+        raise InvalidAdapter(
+            f"{module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}, but the config gives the rank {rank}",
+            module,
+        )
+    if rank > max_rank:
+        raise InvalidAdapter(f"{module} has the rank {rank}, over the limit of {max_rank} (--max-rank)", module)
+    made_for = (b.shape[0], a.shape[1])
+    if shape is not None and made_for != tuple(shape):
+        raise BaseMismatch(
+            f"the adapter was made for another base: {module} is {list(shape)} here (out, in), {list(made_for)} there"
+        )
+    if 0 in made_for:
+        raise InvalidAdapter(f"{module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: empty", module)
+    for kind, tensor in (("lora_A", a), ("lora_B", b)):
+        if not torch.isfinite(tensor).all():
+            raise InvalidAdapter(f"{module}.{kind} has values that are not finite (NaN or infinity)", module)
+
+
+def to_bytes(
+    weights: LoraWeights,
+    *,
+    dtype: torch.dtype | None = None,
+    base: str | None = None,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
+) -> tuple[bytes, bytes]:
+    """The contents of the two files, which `peft` and `read_bytes` read back to the same version (unless `dtype` is
+    given and another than the tensors').
+
+    The commonest rank and alpha are `r` and `lora_alpha`, others go into the patterns under whole module paths.
+    With `shapes`, target_modules are the short names if those mean the same modules on that base.
+    """
+    modules = weights.modules
+    alphas = {path: _alpha(m.scale, m.rank) for path, m in modules.items()}
+    r = Counter(m.rank for m in modules.values()).most_common(1)[0][0]
+    alpha = Counter(a for path, a in alphas.items() if modules[path].rank == r).most_common(1)[0][0]
+    short = set(weights.targets)
+    whole = shapes is not None and {p for p in shapes if p.rsplit(".", 1)[-1] in short} == set(modules)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or weights.metadata.get("base"),
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "bias": "none",
+        "target_modules": sorted(short) if whole else sorted(modules),
+        "rank_pattern": {path: m.rank for path, m in modules.items() if m.rank != r},
+        "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
+    }
+    tensors = {}
+    for path, m in modules.items():
+        for kind, tensor in (("lora_A", m.A), ("lora_B", m.B)):
+            key = f"base_model.model.{path}.{kind}.weight"
+            tensors[key] = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+    made = {k: weights.metadata[k] for k in ("quantization", "training") if weights.metadata.get(k) is not None}
+    header = {"format": "pt"} | ({METADATA_KEY: json.dumps(made, sort_keys=True)} if made else {})
+    return json.dumps(config, indent=1).encode() + b"\n", safetensors.torch.save(tensors, metadata=header)
+
+
+def _alpha(scale: float, rank: int) -> int | float:
+    """The alpha by which alpha / rank is exactly `scale` again, where rounding allows it."""
+    alpha = scale * rank
+    for candidate in (round(alpha), alpha, _next(alpha, 1), _next(alpha, -1)):
+        if candidate / rank == scale:
+            return candidate
+    return alpha
+
+
+def _next(x: float, direction: int) -> float:
+    return float(torch.nextafter(torch.tensor(x, dtype=torch.float64), torch.tensor(direction * float("inf"))))
+
+
+def save(
+    weights: LoraWeights,
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    base: str | None = None,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
+    card: str | None = None,
+    task: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a PEFT folder (see `to_bytes`), with README.md and task.json if they are given or in the metadata.
+
+    Files are replaced one by one, the config last, each by a rename. Raises StoreFailed.
+    """
+    config, tensors = to_bytes(weights, dtype=dtype, base=base, shapes=shapes)
+    card = card if card is not None else weights.metadata.get("card")
+    task = task if task is not None else weights.metadata.get("task")
+    files = {TENSOR_FILE: tensors}
+    if card is not None:
+        files[CARD_FILE] = card.encode()
+    if task is not None:
+        files[TASK_FILE] = (json.dumps(task, indent=1, ensure_ascii=False) + "\n").encode()
+    files[CONFIG_FILE] = config
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for file, data in files.items():
+            part = path / f".{file}.part"
+            with open(part, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(part, path / file)
+    except OSError as error:
+        raise StoreFailed(f"the adapter could not be written: {error}") from error
