@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from adapters.weights import LoraWeights
+    from server.engine.runner import TorchRunner
+    from server.model.loader import Base
+    from server.model.vocabulary import Vocabulary
 
 # Before torch is imported anywhere: tiny tensors are faster without a thread pool, and two cores are few.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,3 +45,114 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MERGES = ("t h", "th e", "Ġ the", "i n", "Ġ a", "o n", "e r", "r e", "a n", "an d", "Ġ and", "i s", "Ġ is")
+
+
+@pytest.fixture
+def tiny_vocabulary() -> Vocabulary:
+    """Byte-level BPE over all 256 bytes with a few merges and ChatML's special tokens: any text has its ids."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    from server.model.vocabulary import Vocabulary
+
+    pairs = [tuple(merge.split()) for merge in MERGES]
+    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in pairs)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    return Vocabulary(
+        tokenizer=tokenizer,
+        chat_template=CHATML,
+        eos_ids=frozenset({0, 2}),
+        bos_id=None,
+        special={token: i for i, token in enumerate(SPECIAL)},
+        add_bos=False,
+    )
+
+
+@pytest.fixture
+def tiny_base(tiny_vocabulary: Vocabulary) -> Base:
+    """A random Llama: hidden 64, 2 layers, 4 heads on 2, 272 tokens, context of 256, float32, reference kernels."""
+    import torch
+
+    from server.kernels import choose
+    from server.model.config import from_hf
+    from server.model.loader import Base
+    from server.model.quantization import quantize
+
+    config = from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": tiny_vocabulary.tokenizer.get_vocab_size(),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+        }
+    )
+    backend, generator = choose("reference"), torch.Generator().manual_seed(0)
+    weights = {}
+    for path, shape in (config.linear_shapes() | config.table_shapes()).items():
+        weights[path] = backend.pack(quantize(torch.randn(shape, generator=generator) * 0.15, "none", name=path))
+    return Base(
+        name="tiny",
+        id="0" * 64,
+        config=config,
+        weights=weights,
+        tensors={
+            name: 1 + 0.1 * torch.randn(shape, generator=generator) for name, shape in config.tensor_shapes().items()
+        },
+        vocabulary=tiny_vocabulary,
+        backend=backend,
+        notes=(),
+        quantization={"scheme": "none"},
+    )
+
+
+@pytest.fixture
+def tiny_runner(tiny_base: Base) -> TorchRunner:
+    """A runner over `tiny_base` with 8 slots and 64 blocks of 16 tokens."""
+    from server.engine.runner import TorchRunner
+
+    runner = TorchRunner(tiny_base, max_slots=8, threads=1)
+    runner.allocate(64, 16)
+    return runner
+
+
+@pytest.fixture
+def tiny_adapter(tiny_base: Base) -> Callable[..., LoraWeights]:
+    """`tiny_adapter(seed, rank=4, targets=("q_proj", "v_proj"), size=0.2)`: a prepared random adapter."""
+    import hashlib
+
+    import torch
+
+    from adapters.weights import LoraWeights, LowRank
+
+    def make(
+        seed: int, rank: int = 4, targets: tuple[str, ...] = ("q_proj", "v_proj"), size: float = 0.2
+    ) -> LoraWeights:
+        generator = torch.Generator().manual_seed(1000 + seed)
+        modules = {
+            path: LowRank(
+                torch.randn(rank, inputs, generator=generator) * size,
+                torch.randn(outputs, rank, generator=generator) * size,
+                2.0,
+            )
+            for path, (outputs, inputs) in tiny_base.config.linear_shapes().items()
+            if path.rsplit(".", 1)[-1] in targets
+        }
+        digest = hashlib.sha256(f"{seed} {rank} {targets} {size}".encode()).hexdigest()
+        return tiny_base.backend.prepare(LoraWeights(f"tiny-{seed}", digest, modules))
+
+    return make

@@ -6,16 +6,26 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import logging
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
 from adapters.weights import LoraWeights
+from server.errors import BadSetting
 from server.kernels.weight import Weight
+
+if TYPE_CHECKING:
+    from server.kernels.lora import Segments
+
+CHOICES = ("auto", "native", "aten", "reference")
+"""What `--kernels` may say."""
+
+log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """What loading needs of a backend, whatever runs its steps.
+    """What the base and its decoder need of a backend, whatever runs its steps.
 
     `name` is "reference", "aten", "native" or "cuda"; `layout` names its packed layouts, version and ISA included,
     so that a cached packed base is never read by another; `dtype` is that of activations and of the KV cache.
@@ -33,3 +43,42 @@ class Backend(Protocol):
 
     def prepare(self, weights: LoraWeights) -> LoraWeights:
         """The adapter in this backend's kernel layout (dtype and strides): the one copy that is kept in RAM."""
+
+    def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] times the transposed matrix: [T, out] of x's dtype (bfloat16 or float32). Keeps no graph."""
+
+    def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
+        """Rows `ids` (int64 [T]) of the matrix as float32 [T, in]."""
+
+
+@runtime_checkable
+class StepBackend(Backend, Protocol):
+    """A backend whose steps the Python decoder runs: it adds the low-rank updates too."""
+
+    def add_lora(self, y: torch.Tensor, x: torch.Tensor, path: str, segments: Segments) -> None:
+        """Add to y [T, out], in place, what the adapters of each row make of x [T, in] in the module `path`."""
+
+
+def choose(name: str = "auto") -> Backend:
+    """The backend of that name; `auto` is the native one where it was built and runs, else torch's own ops.
+
+    Raises BadSetting for an unknown name, and for `native` where it cannot run, with the reason.
+    """
+    if name not in CHOICES:
+        raise BadSetting(f"kernels {name!r} are not known; known are {', '.join(CHOICES)}", "kernels")
+    if name in ("auto", "native"):
+        from server.kernels import cpu
+
+        reason = cpu.unavailable()
+        if reason is None:
+            return cpu.Native()
+        if name == "native":
+            raise BadSetting(f"the native kernels cannot run here: {reason}", "kernels")
+        log.info("the native kernels cannot run here (%s); torch's own ops serve", reason)
+    if name == "reference":
+        from server.kernels.reference import Reference
+
+        return Reference()
+    from server.kernels.aten import Aten
+
+    return Aten()

@@ -1,0 +1,102 @@
+"""`Runner`: what the engine calls once a step. `TorchRunner` runs the Python decoder, on reference or torch's kernels.
+
+Owns the KV storage and the slot table. Does not know requests, sampling or scheduling.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from adapters.weights import LoraWeights
+from server.engine.batch import Batch
+from server.kernels.lora import Segment, Segments, SlotTable
+from server.model.attention import Context, PagedAttention
+from server.model.decoder import Decoder, Source
+
+
+class Runner(Protocol):
+    """One model on one device. Not thread-safe: the engine's thread alone calls it."""
+
+    def allocate(self, blocks: int, block_size: int) -> None:
+        """Make room for the keys and values of that many blocks; whatever was in them is gone."""
+
+    def place(self, slot: int, weights: LoraWeights) -> None:
+        """Put an adapter, prepared by the backend, into a slot; it is not copied where memory is shared."""
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot and keep no reference to what was in it."""
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Compute the step: keys and values are in their blocks after it. -> float32 [L, vocab], for `logit_rows`."""
+
+    def block_bytes(self, block_size: int) -> int:
+        """Bytes of one block of keys and values."""
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by kind: `base`, `kv_cache`, `activations` (work buffers, copies of active adapters)."""
+
+
+class TorchRunner:
+    """The Python decoder over paged KV, on a CPU. For the backends `reference` and `aten`."""
+
+    def __init__(self, base: Source, max_slots: int, threads: int) -> None:
+        """`threads` is torch's own, for the process: it has one pool. Raises ValueError if it is not positive."""
+        if threads < 1:
+            raise ValueError(f"a runner needs at least one thread, not {threads}")
+        torch.set_num_threads(threads)
+        self._base = base
+        self._decoder = Decoder(base)
+        self._table = SlotTable(max_slots)
+        self._storage = torch.empty(0)
+        self._work = 0
+
+    def allocate(self, blocks: int, block_size: int) -> None:
+        config = self._base.config
+        shape = (config.num_hidden_layers, blocks + 1, block_size, 2, config.num_key_value_heads, config.head_dim)
+        self._storage = torch.empty(0)
+        self._storage = torch.zeros(shape, dtype=self._base.backend.dtype)
+
+    def place(self, slot: int, weights: LoraWeights) -> None:
+        self._table.place(slot, weights)
+
+    def clear(self, slot: int) -> None:
+        self._table.clear(slot)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> torch.Tensor:
+        attention = PagedAttention(self._storage, batch.positions, batch.row_start, batch.context, batch.blocks)
+        starts = batch.row_start.tolist()
+        segments = Segments(self._table, (Segment(starts[s], starts[s + 1], mix) for s, mix in enumerate(batch.mixes)))
+        context = Context(batch.positions, attention, segments)
+        hidden = self._decoder(self._decoder.embed(batch.tokens), context)
+        logits = self._decoder.logits(hidden[batch.logit_rows])
+        self._work = max(self._work, self._step_bytes(batch))
+        return logits
+
+    def block_bytes(self, block_size: int) -> int:
+        config = self._base.config
+        row = 2 * config.num_key_value_heads * config.head_dim * self._base.backend.dtype.itemsize
+        return config.num_hidden_layers * block_size * row
+
+    def nbytes(self) -> dict[str, int]:
+        base = sum(weight.nbytes for weight in self._base.weights.values())
+        base += sum(tensor.nbytes for tensor in self._base.tensors.values())
+        return {"base": base, "kv_cache": self._storage.nbytes, "activations": self._work + self._table.nbytes}
+
+    def _step_bytes(self, batch: Batch) -> int:
+        """The tensors of a step that live at once, roughly: the stream, an MLP's insides, the logits."""
+        config = self._base.config
+        row = 8 * config.hidden_size + 3 * self._base.backend.dtype.itemsize * config.intermediate_size
+        return batch.rows * row + 4 * config.vocab_size * batch.logit_rows.shape[0]
+
+
+def make_runner(base: Source, max_slots: int, threads: int) -> Runner:
+    """The runner of the base's backend."""
+    if base.backend.name == "native":
+        from server.engine.native_runner import NativeRunner
+
+        runner: Runner = NativeRunner(base, max_slots, threads)
+        return runner
+    return TorchRunner(base, max_slots, threads)

@@ -1,0 +1,154 @@
+"""Torch's own CPU kernels: bf16 activations, the 4-bit product for int4, blocks of dequantized rows for the rest.
+
+Owns the layout `int4pack` and the choice between products. What serves where the native kernels cannot be built.
+
+`aten::_weight_int4pack_mm_for_cpu` wants scales and offsets in bf16: they are rounded when a matrix is packed, and
+`dequantize` gives what is left after that rounding. Everything else is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from adapters.weights import LoraWeights
+from server.kernels.lora import Segments
+from server.kernels.reference import prepared, stored_rows
+from server.kernels.stored import dequantize_stored, group_values, unpack_nibbles
+from server.kernels.weight import STORED, Weight
+
+INT4PACK = "int4pack-1"
+GROUPS = (32, 64, 128, 256)
+"""Group sizes that torch's 4-bit product takes."""
+PACKED_ROWS = 96
+"""Rows of x up to which the 4-bit product is faster than dequantizing blocks and multiplying in bf16 (measured)."""
+BLOCK_BYTES = 2**20
+"""Bytes of dequantized weights at a time: about what a core's L2 cache holds."""
+
+
+class Aten:
+    """The backend of torch's own ops. Adapters are bf16."""
+
+    name = "aten"
+    layout = f"{INT4PACK}-{torch.backends.cpu.get_cpu_capability().lower()}"
+    dtype = torch.bfloat16
+
+    def pack(self, stored: Weight) -> Weight:
+        out, width = stored.shape
+        if stored.scheme != "int4" or stored.group not in GROUPS or out % 16 or width % stored.group:
+            return stored
+        codes = unpack_nibbles(stored.tensors["codes"]).int()
+        tensors = {"codes": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 8)}
+        del codes
+        if stored.double_quantized:
+            tensors |= {name: tensor for name, tensor in stored.tensors.items() if name != "codes"}
+        else:
+            tensors["scales"] = _scales(stored)
+        return Weight("int4", INT4PACK, stored.shape, stored.group, tensors)
+
+    def dequantize(self, weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        if weight.layout == STORED:
+            return dequantize_stored(weight, start, stop)
+        stop = weight.shape[0] if stop is None else min(stop, weight.shape[0])
+        return _unpacked(weight, start, stop)
+
+    def prepare(self, weights: LoraWeights) -> LoraWeights:
+        return prepared(weights, self.dtype)
+
+    def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+        if weight.layout == INT4PACK:
+            if x.dtype == torch.bfloat16 and x.shape[0] <= PACKED_ROWS:
+                y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                    x, weight.tensors["codes"], weight.group, _scales(weight)
+                )
+                return y
+        elif weight.scheme == "none" and weight.tensors["codes"].dtype == x.dtype:
+            return F.linear(x, weight.tensors["codes"])
+        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+        for start, stop in _blocks(weight, x.dtype):
+            y[:, start:stop] = F.linear(x, self.dequantize(weight, start, stop).to(x.dtype))
+        return y
+
+    def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
+        if weight.layout == STORED:
+            return stored_rows(weight, ids)
+        rows = [self.dequantize(weight, i, i + 1) for i in ids.tolist()]
+        return torch.cat(rows) if rows else torch.empty(0, weight.shape[1])
+
+    def add_lora(self, y: torch.Tensor, x: torch.Tensor, path: str, segments: Segments) -> None:
+        for run in segments.runs:
+            found = run.site(path)
+            if found is None:
+                continue
+            site, weights, unused = found
+            v = x[run.start : run.stop] @ site.A.t()
+            # Filled, not only multiplied by zero: what overflows in one row's adapter must not reach another row.
+            v = v.mul_(weights).masked_fill_(unused, 0.0)
+            y[run.start : run.stop].addmm_(v, site.B)
+        for segment in segments.long:
+            for slot, weight in segment.mix:
+                update = segments.table[slot].modules.get(path)
+                if update is not None:
+                    v = x[segment.start : segment.stop] @ update.A.t()
+                    y[segment.start : segment.stop].addmm_(v, update.B.t(), alpha=weight * update.scale)
+
+
+def _scales(weight: Weight) -> torch.Tensor:
+    """bf16 [in/group, out, 2]: scale and offset as torch has them, w = (code - 8) * scale + offset."""
+    if "scales" in weight.tensors:
+        return weight.tensors["scales"]
+    out = weight.shape[0]
+    scale = group_values(weight.tensors, "scale", 0, out).float()
+    offset = group_values(weight.tensors, "zero", 0, out).float() + 8 * scale
+    return torch.stack((scale.t(), offset.t()), -1).bfloat16()
+
+
+def _blocks(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """Ranges of rows whose dequantized form is about BLOCK_BYTES."""
+    out, width = weight.shape
+    step = max(64, BLOCK_BYTES // (dtype.itemsize * width) // 64 * 64)
+    for start in range(0, out, step):
+        yield start, min(start + step, out)
+
+
+def _unpacked(weight: Weight, start: int, stop: int) -> torch.Tensor:
+    """Rows of the layout `int4pack` as float32 [stop - start, in]."""
+    out, width = weight.shape
+    tile = _tile_rows()
+    codes = weight.tensors["codes"].view(-1)
+    parts = []
+    for first in range(start // tile * tile, stop, tile):
+        rows = min(tile, out - first)
+        packed = codes[first * width // 2 : (first + rows) * width // 2].view(width, rows // 2)
+        unordered = torch.cat((packed & 15, packed >> 4), 1)
+        parts.append(unordered[:, _tile_order(rows)])
+    skipped = start % tile
+    levels = torch.cat(parts, 1)[:, skipped : skipped + stop - start].float() - 8
+    scale, offset = _scales(weight)[:, start:stop].float().unbind(-1)
+    values = levels.view(-1, weight.group, stop - start)
+    values = values.mul_(scale[:, None]).add_(offset[:, None])
+    return values.view(width, stop - start).t().contiguous()
+
+
+@lru_cache
+def _tile_rows() -> int:
+    """Rows that torch packs together: 64 with AVX-512, 32 with AVX2. Found by packing one code."""
+    probe = torch.zeros(256, 32, dtype=torch.int32)
+    probe[0, 1] = 1
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(probe, 8).view(-1)
+    return 2 * int(packed.nonzero()[0])
+
+
+@lru_cache
+def _tile_order(rows: int) -> torch.Tensor:
+    """Where each of a tile's rows is among its low nibbles followed by its high ones. Found by packing row numbers."""
+    number = torch.arange(rows, dtype=torch.int32)[:, None].expand(rows, 32)
+    parts = []
+    for digit in (number % 16, number // 16):
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(digit.contiguous(), 8).view(-1)
+        packed = packed[: rows // 2]  # column 0
+        parts.append(torch.cat((packed & 15, packed >> 4)).long())
+    return (parts[0] + 16 * parts[1]).argsort()

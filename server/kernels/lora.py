@@ -1,0 +1,203 @@
+"""Whose rows take which adapters: `SlotTable`, `Segment`, `Segments`, and the ALL_SLOTS form of a low-rank update.
+
+Owns the grouping of a step's rows by mix and the side-by-side copies of the active adapters. Knows slots and digests
+as keys only, never an adapter's name; the arithmetic of one update is the backends'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adapters.weights import LoraWeights
+
+SlotWeights = tuple[tuple[int, float], ...]
+
+DENSE_ROWS = 16
+"""Rows of one mix up to which they share the ALL_SLOTS product; longer ones (prefills) go adapter by adapter."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows `start` to `stop` of a step, all of one mix of (slot, weight) pairs."""
+
+    start: int
+    stop: int
+    mix: SlotWeights
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module's A's and B's side by side: A [R, in], B [R, out]; `columns` says whose each of the R ranks is.
+
+    `members` is ((place in the set, rank, scale), ...); equal members share the row weights of a step.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    members: tuple[tuple[int, int, float], ...]
+
+
+class SideBySide:
+    """The adapters of a set, concatenated along the rank, module by module as they are first asked for."""
+
+    def __init__(self, adapters: Sequence[LoraWeights]) -> None:
+        self._adapters = list(adapters)
+        self._sites: dict[str, Site | None] = {}
+        self.place = {adapter.digest: i for i, adapter in enumerate(adapters)}
+        self.rank_bytes = sum(adapter.nbytes for adapter in adapters)
+
+    def site(self, path: str) -> Site | None:
+        """The module's A's and B's, or None where no adapter of the set has that module."""
+        if path not in self._sites:
+            self._sites[path] = self._concatenate(path)
+        return self._sites[path]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(site.A.nbytes + site.B.nbytes for site in self._sites.values() if site is not None)
+
+    def _concatenate(self, path: str) -> Site | None:
+        found = [(i, a.modules[path]) for i, a in enumerate(self._adapters) if path in a.modules]
+        if not found:
+            return None
+        return Site(
+            A=torch.cat([m.A for _, m in found]),
+            B=torch.cat([m.B.t() for _, m in found]),
+            members=tuple((i, m.rank, m.scale) for i, m in found),
+        )
+
+
+class SlotTable:
+    """Slot -> adapter, as the runner holds it, and the side-by-side copy of the set that was last active.
+
+    That copy is remade when a step needs an adapter that it lacks, and kept while it is not much larger than what
+    is active: requests that come and go on the same adapters copy nothing.
+    """
+
+    SLACK = 2.0
+    """How many times the bytes of the active set the copy may hold before it is remade for the active set alone."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots: list[LoraWeights | None] = [None] * slots
+        self._active: SideBySide | None = None
+
+    def place(self, slot: int, weights: LoraWeights) -> None:
+        """Put prepared weights into a slot. Raises IndexError for a slot that does not exist."""
+        self._slots[slot] = weights
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot and drop whatever copy holds its adapter."""
+        gone = self._slots[slot]
+        self._slots[slot] = None
+        if gone is not None and self._active is not None and gone.digest in self._active.place:
+            self._active = None
+
+    def __getitem__(self, slot: int) -> LoraWeights:
+        weights = self._slots[slot]
+        assert weights is not None, f"slot {slot} is empty"
+        return weights
+
+    def side_by_side(self, slots: Iterable[int]) -> SideBySide:
+        """The copy that holds at least the adapters in `slots`."""
+        wanted = {self[slot].digest: self[slot] for slot in slots}
+        size = sum(weights.nbytes for weights in wanted.values())
+        kept = self._active
+        if kept is None or not wanted.keys() <= kept.place.keys() or kept.rank_bytes > self.SLACK * size:
+            kept = self._active = SideBySide([wanted[digest] for digest in sorted(wanted)])
+        return kept
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the side-by-side copy; the adapters themselves are the RAM tier's."""
+        return 0 if self._active is None else self._active.nbytes
+
+
+class Run:
+    """Neighbouring short segments of several mixes, computed together: rows `start` to `stop`.
+
+    Per module: V = X A^T over all ranks of the set, times each row's weight for each rank, times B. Two products
+    whatever the number of adapters, ranks and weights.
+    """
+
+    def __init__(self, segments: Sequence[Segment], table: SlotTable, side: SideBySide) -> None:
+        self.start, self.stop = segments[0].start, segments[-1].stop
+        self._side = side
+        self._by_members: dict[tuple[tuple[int, int, float], ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        weights = torch.zeros(self.stop - self.start, len(side.place))
+        for segment in segments:
+            for slot, weight in segment.mix:
+                place = side.place[table[slot].digest]
+                weights[segment.start - self.start : segment.stop - self.start, place] += weight
+        self._weights = weights
+
+    def site(self, path: str) -> tuple[Site, torch.Tensor, torch.Tensor] | None:
+        """The module's A's and B's, with the weight of each row for each rank [rows, R] and where that is zero."""
+        site = self._side.site(path)
+        if site is None:
+            return None
+        known = self._by_members.get(site.members)
+        if known is None:
+            places = [place for place, rank, _ in site.members for _ in range(rank)]
+            scales = torch.tensor([scale for _, rank, scale in site.members for _ in range(rank)])
+            ranked = self._weights[:, places] * scales
+            known = self._by_members[site.members] = (ranked, ranked == 0)
+        return site, *known
+
+
+class Segments:
+    """The adapters of a step: `all`, rows by mix; or, for the ALL_SLOTS form, `runs` and the `long` segments.
+
+    Segments without adapters are left out, neighbours of one mix are joined. Rows are ascending and disjoint.
+    """
+
+    def __init__(self, table: SlotTable, segments: Iterable[Segment]) -> None:
+        self.table = table
+        self.all: list[Segment] = []
+        for segment in segments:
+            if not segment.mix or segment.start == segment.stop:
+                continue
+            last = self.all[-1] if self.all else None
+            if last is not None and last.stop == segment.start and last.mix == segment.mix:
+                self.all[-1] = Segment(last.start, segment.stop, segment.mix)
+            else:
+                self.all.append(segment)
+        self._plan: tuple[list[Run], list[Segment]] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.all)
+
+    @property
+    def runs(self) -> list[Run]:
+        return self._planned()[0]
+
+    @property
+    def long(self) -> list[Segment]:
+        return self._planned()[1]
+
+    def _planned(self) -> tuple[list[Run], list[Segment]]:
+        if self._plan is None:
+            self._plan = self._make_plan()
+        return self._plan
+
+    def _make_plan(self) -> tuple[list[Run], list[Segment]]:
+        long: list[Segment] = []
+        groups: list[list[Segment]] = []
+        for segment in self.all:
+            if segment.stop - segment.start > DENSE_ROWS:
+                long.append(segment)
+            elif groups and segment.start - groups[-1][-1].stop <= DENSE_ROWS:
+                groups[-1].append(segment)
+            else:
+                groups.append([segment])
+        shared: list[list[Segment]] = []
+        for group in groups:
+            if len(group) == 1 and len(group[0].mix) <= 2:
+                long.append(group[0])  # two products an adapter are no more than the shared form costs
+            else:
+                shared.append(group)
+        active = {slot for group in shared for segment in group for slot, _ in segment.mix}
+        side = self.table.side_by_side(active) if active else None
+        return [Run(group, self.table, side) for group in shared if side is not None], long

@@ -1,0 +1,137 @@
+"""The reference kernels: plain torch in float32, the oracle that every other backend is held against.
+
+Owns the plain meaning of each operation, one function an operation. Does not know speed: weights are dequantized at
+every use, so that what is resident is what is stored.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from adapters.errors import InvalidAdapter
+from adapters.weights import LoraWeights, LowRank
+from server.kernels.lora import Segments
+from server.kernels.stored import TILE, dequantize_stored
+from server.kernels.weight import STORED, Weight
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, in], weight [out, in], bias [out] -> [T, out]."""
+    y = x @ weight.t()
+    return y if bias is None else y + bias
+
+
+def low_rank(x: torch.Tensor, update: LowRank, weight: float) -> torch.Tensor:
+    """weight * scale * B (A x) of each row of x [T, in]: [T, out] (LoRA, Hu et al. 2021)."""
+    return ((x @ update.A.t()) @ update.B.t()) * (weight * update.scale)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., n] / sqrt(mean(x^2) + eps) * weight [n] (Zhang & Sennrich 2019)."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [T, heads, d] turned by the angles whose cos and sin are [T, d/2]; i pairs with i + d/2 (Su et al. 2021)."""
+    first, second = x.chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (Shazeer 2020)."""
+    return gate * torch.sigmoid(gate) * up
+
+
+def softmax(scores: torch.Tensor) -> torch.Tensor:
+    """exp(s - max) / sum over the last axis."""
+    powers = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Natural logarithm of the softmax over the last axis."""
+    shifted = logits - logits.amax(-1, keepdim=True)
+    return shifted - shifted.exp().sum(-1, keepdim=True).log()
+
+
+def attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, context: int
+) -> torch.Tensor:
+    """Causal attention of the last n tokens of one sequence over its KV blocks.
+
+    q [n, heads, d]; keys and values [blocks, block_size, kv_heads, d]; blocks int [>= ceil(context / block_size)] is
+    the sequence's block table; its first `context` tokens are filled in, the n of q being the last. Consecutive
+    query heads share a KV head. -> [n, heads, d].
+    """
+    n, heads, d = q.shape
+    used = blocks[: -(-context // keys.shape[1])].long()
+    k = keys[used].flatten(0, 1)[:context]
+    v = values[used].flatten(0, 1)[:context]
+    group = heads // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("nhd,chd->hnc", q, k) * d**-0.5
+    ahead = torch.arange(context) > torch.arange(context - n, context)[:, None]
+    return torch.einsum("hnc,chd->nhd", softmax(scores.masked_fill(ahead, float("-inf"))), v)
+
+
+def prepared(weights: LoraWeights, dtype: torch.dtype) -> LoraWeights:
+    """The adapter with A row-major [rank, in] and B column-major [out, rank], so that ranks are rows of both.
+
+    Raises InvalidAdapter if a value is not finite in that dtype.
+    """
+    modules = {}
+    for path, (a, b, scale) in weights.modules.items():
+        update = LowRank(a.to(dtype).contiguous(), b.to(dtype).t().contiguous().t(), scale)
+        if not (torch.isfinite(update.A).all() and torch.isfinite(update.B).all()):
+            raise InvalidAdapter(f"the adapter {weights.name!r} has values in {path} that are not finite in {dtype}")
+        modules[path] = update
+    return LoraWeights(weights.name, weights.digest, modules, weights.metadata)
+
+
+def stored_rows(weight: Weight, ids: torch.Tensor) -> torch.Tensor:
+    """Rows `ids` (int64 [n]) of a matrix in the stored layout as float32 [n, in]."""
+    tensors = {"codes": weight.tensors["codes"][ids]}
+    for name in ("scale", "zero"):
+        if name in weight.tensors:
+            tensors[name] = weight.tensors[name][ids]
+        elif f"{name}_codes" in weight.tensors:
+            codes = weight.tensors[f"{name}_codes"][ids]
+            columns = torch.arange(codes.shape[1]) // TILE
+            values = codes.float()
+            values *= weight.tensors[f"{name}_step"][ids // TILE][:, columns]
+            values += weight.tensors[f"{name}_base"][ids // TILE][:, columns]
+            tensors[name] = values.half()
+    return dequantize_stored(Weight(weight.scheme, STORED, (len(ids), weight.shape[1]), weight.group, tensors))
+
+
+class Reference:
+    """The backend of these functions; resident weights are the stored ones, adapters are float32."""
+
+    name = "reference"
+    layout = "stored-1"
+    dtype = torch.float32
+
+    def pack(self, stored: Weight) -> Weight:
+        return stored
+
+    def dequantize(self, weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return dequantize_stored(weight, start, stop)
+
+    def prepare(self, weights: LoraWeights) -> LoraWeights:
+        return prepared(weights, torch.float32)
+
+    def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.float(), dequantize_stored(weight)).to(x.dtype)
+
+    def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
+        return stored_rows(weight, ids)
+
+    def add_lora(self, y: torch.Tensor, x: torch.Tensor, path: str, segments: Segments) -> None:
+        for segment in segments.all:
+            rows = slice(segment.start, segment.stop)
+            for slot, weight in segment.mix:
+                update = segments.table[slot].modules.get(path)
+                if update is not None:
+                    y[rows] += low_rank(x[rows], update, weight)

@@ -1,0 +1,72 @@
+"""`Linear`: a matrix of the base as a module, with the adapters of a step added to it and gradients through it.
+
+Owns the one place where a base product meets the low-rank updates. Does not know how either is computed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from server.kernels import Backend, StepBackend
+from server.kernels.weight import Weight
+
+if TYPE_CHECKING:
+    from server.model.attention import Context
+
+BLOCK_BYTES = 32 * 2**20
+"""Bytes of the float32 rows of a matrix that a gradient is sent back through at a time."""
+
+
+class _Frozen(torch.autograd.Function):
+    """x W^T by the backend's own kernel; the gradient of x is grad W with W dequantized. W has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: Weight, backend: Backend) -> torch.Tensor:
+        ctx.weight, ctx.backend = weight, backend
+        return backend.linear(weight, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad,) = grads
+        out, width = ctx.weight.shape
+        step = max(64, BLOCK_BYTES // (4 * width) // 64 * 64)
+        total = grad.new_zeros(grad.shape[0], width)
+        for start in range(0, out, step):
+            rows = ctx.backend.dequantize(ctx.weight, start, min(start + step, out)).to(grad.dtype)
+            total.addmm_(grad[:, start : start + step], rows)
+        return total, None, None
+
+
+class Linear(nn.Module):
+    """One linear of the base: called with x [T, in] and the step's context, gives [T, out] of x's dtype.
+
+    Holds no parameter: the matrix is shared, packed and frozen. In a tree for training it is the `base_layer` of a
+    LoRALinear, there the context has no segments.
+    """
+
+    def __init__(self, path: str, weight: Weight, bias: torch.Tensor | None, backend: Backend) -> None:
+        super().__init__()
+        self.path = path
+        self.weight = weight
+        self.bias = bias
+        self.backend = backend
+        self.out_features, self.in_features = weight.shape
+        self._add_lora = backend.add_lora if isinstance(backend, StepBackend) else None
+
+    def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            y: torch.Tensor = _Frozen.apply(x, self.weight, self.backend)  # type: ignore[no-untyped-call]
+        else:
+            y = self.backend.linear(self.weight, x)
+        if self.bias is not None:
+            y += self.bias
+        if context is not None and context.segments:
+            assert self._add_lora is not None, "these kernels do not run the Python decoder's steps"
+            self._add_lora(y, x, self.path, context.segments)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.weight.scheme}"
