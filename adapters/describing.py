@@ -1,0 +1,63 @@
+"""`Sight`: one adapter as people see it, as the JSON of the API. Does not know where its parts come from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from adapters.store import Record
+from adapters.weights import Version
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What is known of an adapter at one moment: `records` of its versions, the one it has first."""
+
+    name: str
+    records: tuple[Record, ...]
+    leases: Counter[str]
+    """By digest; versions that have lost the name already are among them."""
+    pinned: bool
+    failure: str | None
+    """Why the last load of its version failed, if it did."""
+
+    def summary(self, *, nbytes: int, tier: str, loaded_at: float | None, tasks: list[str]) -> dict[str, Any]:
+        """One entry of the list of adapters. Times are seconds since the epoch, `bytes` what it takes in memory."""
+        record = self.records[0]
+        return {
+            "name": self.name,
+            "version": Version(self.name, record.digest).label,
+            "ranks": record.ranks,
+            "targets": record.targets,
+            "bytes": nbytes,
+            "tier": tier,
+            "leases": self.leases.total(),
+            "loaded_at": loaded_at,
+            "base": record.metadata.get("base"),
+            "pinned": self.pinned,
+            "tasks": tasks,
+        }
+
+    def details(self, size: Callable[[str], int]) -> dict[str, Any]:
+        """What the answer about one adapter has beyond the summary."""
+        metadata = self.records[0].metadata
+        failed = [f"the last load failed: {self.failure}"] if self.failure else []
+        return {
+            "versions": [
+                {
+                    "version": Version(self.name, record.digest).label,
+                    "digest": record.digest,
+                    "current": record is self.records[0],
+                    "leases": self.leases[record.digest],
+                    "bytes": size(record.digest),
+                    "created_at": record.created_at,
+                }
+                for record in self.records
+            ],
+            "honoured": [*metadata.get("honoured", ())],
+            "harmless": [*metadata.get("harmless", ())],
+            "notes": [*metadata.get("notes", ()), *failed],
+            "card": metadata.get("card"),
+        }

@@ -1,0 +1,79 @@
+"""`Intake`: how a folder becomes weights, before it has a name and again whenever a version comes back from disk.
+
+Owns what is checked and in which order. Does not know names' versions, leases or memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.errors import AdapterError, InvalidAdapter, StoreFailed
+from adapters.ports import Reader
+from adapters.store import REQUIRED, Record, Store, open_inside
+from adapters.weights import LoraWeights, Version
+
+
+@dataclass(frozen=True)
+class Intake:
+    """`shapes` are the base's linears by path, `prepare` turns weights into the layout of the kernels.
+
+    `limit` is the size in bytes of a folder that could never be served.
+    """
+
+    store: Store
+    read: Reader
+    prepare: Callable[[LoraWeights], LoraWeights]
+    shapes: Mapping[str, tuple[int, int]]
+    max_rank: int
+    limit: int
+
+    @contextmanager
+    def stage(self, name: str, folder: Path, within: Path | None) -> Iterator[tuple[Path, LoraWeights]]:
+        """The store's private copy of `folder` and its weights, read from that copy, so that they stay equal.
+
+        With `within`, links may not lead out of that folder. Raises InvalidAdapter, BaseMismatch, NoRoom, StoreFailed.
+        """
+        if within is not None and not folder.resolve().is_relative_to(within.resolve()):
+            raise InvalidAdapter(f"{folder.name} leads out of the adapter directory", "source")
+        missing = [file for file in REQUIRED if not _exists(folder / file, within)]
+        if missing:
+            self._read(folder, name)  # it has better words for what is there instead, a pickle for instance
+            raise InvalidAdapter(f"{missing[0]} is missing")
+        with self.store.stage(folder, within=within, limit=self.limit) as staged:
+            yield staged, self.prepare(self._read(staged, name))
+
+    def load(self, name: str, digest: str) -> LoraWeights:
+        """One version from the store, found to be what it was. Raises StoreFailed."""
+        try:
+            weights = self._read(self.store.path(digest), name)
+            if weights.digest != digest:
+                raise InvalidAdapter("its content has changed on disk")
+        except (AdapterError, OSError) as error:
+            reason = error.message if isinstance(error, AdapterError) else error.strerror or type(error).__name__
+            advice = ""
+            if isinstance(error, (InvalidAdapter, OSError)):
+                self.store.damaged.add(digest)
+                advice = "; publish it again"
+            label = Version(name, digest).label
+            raise StoreFailed(f"{label} cannot be read from the store: {reason}{advice}") from error
+        return self.prepare(weights)
+
+    def misfit(self, record: Record) -> str | None:
+        """Why a version cannot be served here; None if it can."""
+        return record.misfit(self.shapes, self.max_rank)
+
+    def _read(self, folder: Path, name: str) -> LoraWeights:
+        return self.read(folder, name=name, max_rank=self.max_rank, shapes=self.shapes)
+
+
+def _exists(path: Path, within: Path | None) -> bool:
+    """Whether there is such a file. Raises InvalidAdapter for one that cannot be read or leads out of `within`."""
+    fd = open_inside(path, within)
+    if fd is None:
+        return False
+    os.close(fd)
+    return True

@@ -1,0 +1,110 @@
+"""`Journal`: which names there are, which version each has, and what was already taken from a folder.
+
+A value: every change answers a new journal, so that it can be written first and become true after. Does not know the
+disk or the clock.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+FORMAT = 1
+DIGEST = re.compile(r"[0-9a-f]{64}")
+KEPT = 3
+"""How many versions of a name are kept, the one it has among them."""
+
+Signature = tuple[tuple[str, int, int, int, int], ...]
+"""Of each file of a folder: name, size, modification and change time in nanoseconds, inode."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """`history` are the digests that the name had, the last first; a name that is rolled back has its old one again.
+
+    `since` is when it got the first of them, in seconds since the epoch; `source` is who put it there.
+    """
+
+    history: tuple[str, ...]
+    source: str
+    since: float
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a folder held when it was last taken in: its content's digest, and the state of its files.
+
+    It stays when the adapter is deleted, so that a folder brings an adapter back only after its content has changed.
+    """
+
+    digest: str
+    signature: Signature
+
+
+@dataclass(frozen=True)
+class Journal:
+    """`taken` is by origin and folder, such as "watch/sentiment"."""
+
+    names: Mapping[str, Name] = field(default_factory=dict)
+    taken: Mapping[str, Taken] = field(default_factory=dict)
+
+    def referenced(self) -> frozenset[str]:
+        """The digests that some name has or could be rolled back to."""
+        return frozenset(digest for name in self.names.values() for digest in name.history)
+
+    def point(self, name: str, digest: str, source: str, now: float) -> Journal:
+        """Give `name` the version `digest`, new or old; the versions beyond the last three lose the name."""
+        old = self.names.get(name)
+        rest = tuple(d for d in old.history if d != digest) if old else ()
+        fresh = Name((digest, *rest)[:KEPT], source, now, old.pinned if old else False)
+        return replace(self, names={**self.names, name: fresh})
+
+    def retire(self, name: str) -> Journal:
+        return replace(self, names={n: entry for n, entry in self.names.items() if n != name})
+
+    def pin(self, name: str, pinned: bool) -> Journal:
+        return replace(self, names={**self.names, name: replace(self.names[name], pinned=pinned)})
+
+    def take(self, folder: str, taken: Taken | None) -> Journal:
+        """Remember what `folder` held, or forget it with None."""
+        others = {f: t for f, t in self.taken.items() if f != folder}
+        return replace(self, taken=others if taken is None else {**others, folder: taken})
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "names": {
+                name: {"history": n.history, "source": n.source, "since": n.since, "pinned": n.pinned}
+                for name, n in sorted(self.names.items())
+            },
+            "taken": {
+                folder: {"digest": t.digest, "signature": t.signature} for folder, t in sorted(self.taken.items())
+            },
+        }
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> Journal:
+        """The inverse of `to_json`. Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
+        if fields["format"] != FORMAT:
+            raise ValueError(f"format {fields['format']!r} is not known to this version")
+        names = {
+            name: Name(_digests(n["history"]), str(n["source"]), float(n["since"]), bool(n["pinned"]))
+            for name, n in fields["names"].items()
+        }
+        taken = {
+            folder: Taken(
+                str(t["digest"]), tuple((str(f), int(s), int(m), int(c), int(i)) for f, s, m, c, i in t["signature"])
+            )
+            for folder, t in fields["taken"].items()
+        }
+        return Journal(names, taken)
+
+
+def _digests(values: Any) -> tuple[str, ...]:
+    digests = tuple(values)
+    if not digests or not all(isinstance(digest, str) and DIGEST.fullmatch(digest) for digest in digests):
+        raise ValueError("a digest is 64 hex digits")
+    return digests

@@ -1,0 +1,85 @@
+"""`Lease`, a request's hold on versions, and `Leases`, the count of them.
+
+A lease fixes identity and takes no memory. Does not know names' current versions, nor what happens to a version when
+nobody holds it any more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from adapters.weights import Mix, Version
+
+K = TypeVar("K")
+
+
+class Lease:
+    """Versions stay readable until `release`, whatever happens to their names.
+
+    `versions` are in the order that was asked, with the weights that were asked; `mix` is the canonical form.
+    """
+
+    def __init__(self, mix: Mix, versions: list[tuple[Version, float]], release: Callable[[Lease], None]) -> None:
+        self.mix = mix
+        self.versions = versions
+        self._release: Callable[[Lease], None] | None = release
+        self._once = threading.Lock()
+
+    def release(self) -> None:
+        """Give the versions back. Idempotent, from any thread."""
+        with self._once:
+            release, self._release = self._release, None
+        if release is not None:
+            release(self)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Leases:
+    """How often each version is leased. Not thread-safe; `digest in leases` may be asked without the owner's lock."""
+
+    def __init__(self) -> None:
+        self._by_version: Counter[Version] = Counter()
+        self._by_digest: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return self._by_version.total()
+
+    def __contains__(self, digest: object) -> bool:
+        """Whether any name's lease holds this content."""
+        return digest in self._by_digest
+
+    def hold(self, versions: Iterable[Version]) -> None:
+        for version in versions:
+            self._by_version[version] += 1
+            self._by_digest[version.digest] += 1
+
+    def give_back(self, versions: Iterable[Version]) -> set[str]:
+        """Answers the digests that nobody holds now."""
+        left: set[str] = set()
+        for version in versions:
+            _subtract(self._by_version, version)
+            if _subtract(self._by_digest, version.digest):
+                left.add(version.digest)
+        return left
+
+    def of(self, name: str) -> Counter[str]:
+        """The leases of each version of `name`, by digest."""
+        return Counter({v.digest: n for v, n in self._by_version.items() if v.name == name})
+
+
+def _subtract(counts: Counter[K], key: K) -> bool:
+    """Count one less; true if that was the last."""
+    counts[key] -= 1
+    assert counts[key] >= 0, f"{key!r} is given back more often than it was held"
+    if counts[key]:
+        return False
+    del counts[key]
+    return True

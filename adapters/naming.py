@@ -1,0 +1,144 @@
+"""`Names`: what every adapter's name means at one moment; the rules for names; what has none and why.
+
+`Names` is a value that is replaced as a whole when the journal changes. Does not know the store, leases or memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+from adapters.errors import InvalidAdapter, InvalidChoice, UnknownAdapter, VersionMismatch
+from adapters.journal import Journal
+from adapters.weights import NAME, Version
+
+log = logging.getLogger(__name__)
+
+MIN_PREFIX = 6
+"""The fewest hex digits of a digest that name a version."""
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A folder, or a name in the store, that is not served. `since` is in seconds since the epoch."""
+
+    path: str
+    reason: str
+    since: float
+
+
+class Rejections:
+    """The folders that are not served, by path; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_path: dict[str, Rejection] = {}
+
+    def add(self, path: str, reason: str) -> None:
+        """`path` is not served, since now unless it is listed with this reason already."""
+        with self._lock:
+            known = self._by_path.get(path)
+            if known is not None and known.reason == reason:
+                return
+            self._by_path[path] = Rejection(path, reason, time.time())
+        log.warning("%r is not served: %s", path, reason)
+
+    def drop(self, path: str) -> None:
+        """`path` is no longer rejected, or no longer there."""
+        with self._lock:
+            self._by_path.pop(path, None)
+
+    def entries(self) -> list[Rejection]:
+        with self._lock:
+            return list(self._by_path.values())
+
+
+@dataclass(frozen=True)
+class Names:
+    """`histories`: of each name that is served, the digests that it can have, the one it has first.
+
+    `aside` are names whose content is of no use here; `referenced` are all digests that the journal names.
+    """
+
+    histories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aside: Mapping[str, Rejection] = field(default_factory=dict)
+    referenced: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of(journal: Journal, lost: Mapping[str, str], misfit: Callable[[str], str | None]) -> Names:
+        """What `journal` means on this base: `misfit(digest)` says why a version cannot be served.
+
+        Versions of other bases are passed over, so that one store can serve several. A name whose last version is
+        lost is set aside: it must not fall back to an older one unasked.
+        """
+        histories: dict[str, tuple[str, ...]] = {}
+        aside: dict[str, Rejection] = {}
+        for name, entry in journal.names.items():
+            last = entry.history[0]
+            usable = [digest for digest in entry.history if digest not in lost]
+            fitting = tuple(digest for digest in usable if misfit(digest) is None)
+            if last not in lost and fitting:
+                histories[name] = fitting
+            else:
+                aside[name] = Rejection(name, lost.get(last) or misfit(last) or "no version of it is left", entry.since)
+        return Names(histories, aside, journal.referenced())
+
+    def current(self) -> dict[str, str]:
+        """The digest that each name has."""
+        return {name: history[0] for name, history in self.histories.items()}
+
+    def find(self, text: str) -> Version:
+        """The version that "name" or "name@digest" means. Raises UnknownAdapter, InvalidChoice."""
+        name, at, prefix = text.partition("@")
+        history = self.histories.get(name)
+        if history is None:
+            raise self.unknown(name)
+        if not at:
+            return Version(name, history[0])
+        prefix = prefix.lower()
+        if len(prefix) < MIN_PREFIX:
+            raise InvalidChoice(f"{text[:80]!r} needs at least {MIN_PREFIX} digits of the digest", "adapters")
+        found = [digest for digest in history if digest.startswith(prefix)]
+        if not found:
+            raise UnknownAdapter(f"the adapter {name!r} has no version {prefix[:64]!r}", "adapters")
+        if len(found) > 1:
+            raise InvalidChoice(f"{text[:80]!r} names {len(found)} versions; give more digits", "adapters")
+        return Version(name, found[0])
+
+    def expect(self, name: str, if_match: str | None) -> None:
+        """Compare, for compare-and-set: `if_match` is a label, a digest of 6 digits or more, "*" for any, or None.
+
+        Raises VersionMismatch.
+        """
+        if if_match is None:
+            return
+        history = self.histories.get(name)
+        if history is None:
+            raise VersionMismatch(f"there is no adapter named {name!r} now", "if-match")
+        owner, at, prefix = if_match.rpartition("@")
+        named = not at or owner == name
+        if if_match != "*" and not (named and len(prefix) >= MIN_PREFIX and history[0].startswith(prefix.lower())):
+            has = Version(name, history[0]).label
+            raise VersionMismatch(f"the adapter is at {has}, not at {if_match[:96]!r}", "if-match")
+
+    def unknown(self, name: str) -> UnknownAdapter:
+        """The error for a name that is not served, with the reason if there is one."""
+        known = self.aside.get(name)
+        reason = f": {known.reason}" if known else ""
+        return UnknownAdapter(f"no adapter named {name[:80]!r} is served{reason}", "adapters")
+
+
+def check_name(name: str, reserved: Collection[str]) -> str:
+    """`name`, if an adapter may have it. Raises InvalidAdapter."""
+    if not NAME.fullmatch(name):
+        raise InvalidAdapter(
+            f"{name[:80]!r} cannot be an adapter's name: it takes 1 to 64 letters, digits, '.', '_' and '-', and "
+            "begins with a letter or a digit",
+            "name",
+        )
+    if name in reserved:
+        raise InvalidAdapter(f"the name {name!r} is reserved", "name")
+    return name

@@ -1,0 +1,543 @@
+"""`Registry`: which adapters there are, which version each name has, who uses them, and what is in memory.
+
+Owns the life of a version, from publish to its last lease. Does not touch the device and reads no folder itself:
+`read` does, from the store's private copy, before anything gets a name. Requests hold leases, which fix identity and
+take no memory; the engine asks for the tensors of a mix with `fetch` when its turn has come.
+
+Writes happen one after another on one thread: first the disk, then the names. The lock guards a few dictionaries and
+is never held during a read, a write or a load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from adapters.describing import Sight
+from adapters.errors import AdapterConflict, AdapterError, NoRoom, StoreFailed
+from adapters.intake import Intake
+from adapters.journal import Journal, Taken
+from adapters.leases import Lease, Leases
+from adapters.naming import Names, Rejections, check_name
+from adapters.ports import Description, NoSlots, Observer, Published, Reader, Retired, Slots
+from adapters.ram import Fetched, Ram
+from adapters.store import Record, Store
+from adapters.weights import RESERVED, SHORT_DIGEST, Choice, LoraWeights, Mix, Version, canonical_mix
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Descriptions = list[Description]
+
+FOLDER_FACTOR = 4
+"""A folder on disk may be this much larger than the budget in RAM: fp32 there, 8 bits here."""
+
+
+@dataclass(eq=False)
+class _Drain:
+    digests: frozenset[str]
+    done: Future[None]
+
+
+class Registry:
+    """Names, versions and leases over a `Store` and a budget of RAM; thread-safe.
+
+    `shapes` are the base's linears by path; stored versions that do not fit them are set aside and listed as rejected.
+    `prepare` turns weights into the layout of the kernels. `reserved` are names that nobody may take (the base's own).
+    `tasks(name)` tells which tasks use an adapter, for its description. `slots` and `tasks` may be set later.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        read: Reader,
+        shapes: Mapping[str, tuple[int, int]],
+        ram_bytes: int,
+        prepare: Callable[[LoraWeights], LoraWeights] = lambda weights: weights,
+        max_rank: int = 64,
+        max_mix: int = 8,
+        reserved: Collection[str] = (),
+        tasks: Callable[[str], list[str]] = lambda name: [],
+        observer: Observer | None = None,
+        workers: int = 2,
+    ) -> None:
+        self.slots: Slots = NoSlots()
+        self.tasks = tasks
+        self.rejections = Rejections()
+        self._store = store
+        limit = max(FOLDER_FACTOR * ram_bytes, 1 << 20)
+        self._intake = Intake(store, read, prepare, shapes, max_rank, limit)
+        self._max_mix = max_mix
+        self._reserved = RESERVED | set(reserved)
+        self._observer = observer or Observer()
+        self._lock = threading.Lock()
+        self._names = Names()
+        self._leases = Leases()
+        self._draining: set[str] = set()
+        """No name has them any more, and they leave memory with their last lease."""
+        self._drains: list[_Drain] = []
+        self._pins: dict[str, LoraWeights | None] = {}
+        """Of each pinned name, the view that keeps its version in RAM; None while it loads."""
+        self._failures: dict[str, str] = {}
+        """Why the last load of a version failed."""
+        self._misfits: dict[str, str | None] = {}
+        """Why a version cannot be served on this base, or None; of those that have a name."""
+        self._ram = Ram(
+            ram_bytes,
+            load=self._load,
+            size=self._recorded_size,
+            evict_last=lambda digest: digest in self._leases,
+            on_load=lambda digest, outcome, s: self._observer.on_load(self._name_of(digest), outcome, s),
+            on_evict=lambda digest: self._observer.on_evict(self._name_of(digest), "ram"),
+            pressure=lambda nbytes: self.slots.release_idle(nbytes),
+            workers=workers,
+        )
+        self._publishers = ThreadPoolExecutor(2, thread_name_prefix="loramux-publish")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="loramux-store")
+        self._writer.submit(self._serve, store.journal).result()
+
+    def start(self) -> None:
+        """Load what is pinned."""
+        for name, entry in self._store.journal.names.items():
+            if entry.pinned and name in self._names.histories:
+                with self._lock:
+                    self._pins[name] = None
+                self._hold_pin(name)
+
+    def close(self) -> None:
+        """Finish the writes that run, stop the threads, close the store. Leases may still be released."""
+        self._publishers.shutdown(wait=True, cancel_futures=True)
+        self._writer.shutdown(wait=True)
+        self._ram.close()
+        with self._lock:
+            self._pins.clear()
+        self._store.close()
+
+    # What requests and the engine need
+
+    def resolve(self, choice: Choice) -> list[tuple[Version, float]]:
+        """The versions that `choice` means now, in its order. Raises UnknownAdapter, InvalidChoice."""
+        names = self._names
+        return [(names.find(text), weight) for text, weight in choice]
+
+    def lease(self, choice: Choice) -> Lease:
+        """Fix the versions of `choice` and hold them, in one step. Takes no memory and reads nothing.
+
+        Raises UnknownAdapter, InvalidChoice, and NoRoom for a mix that could never be in RAM together.
+        """
+        with self._lock:
+            versions = self.resolve(choice)
+            mix = canonical_mix(versions, self._max_mix)
+            self._check_room(mix)
+            self._leases.hold(version for version, _ in versions)
+            self._draining.difference_update(mix.digests)
+        return Lease(mix, versions, self._release)
+
+    def fetch(self, mix: Mix) -> Fetched:
+        """The weights of a leased mix, in its order, all or none, when they are in RAM. Never blocks.
+
+        Every result is a view: keep it for as long as its tensors are used, and drop it after. Cancel the future if
+        it is not wanted any more.
+        """
+        return self._ram.fetch(mix.digests)
+
+    # What people ask
+
+    def names(self) -> list[str]:
+        """The adapters that are served, sorted."""
+        return sorted(self._names.histories)
+
+    def current(self, name: str) -> Version:
+        """The version that `name` has. Raises UnknownAdapter."""
+        return self._names.find(name)
+
+    def metadata(self, name: str) -> Mapping[str, Any]:
+        """What the reader told of the current version (`task`, `card`, `honoured`, ...). Raises UnknownAdapter."""
+        with self._lock:
+            return self._store.records[self._names.find(name).digest].metadata
+
+    def list(self) -> Descriptions:
+        """A short description of each adapter, by name."""
+        with self._lock:
+            seen = [self._look(name) for name in self.names()]
+        return [self._summary(sight) for sight in seen]
+
+    def describe(self, name: str) -> Description:
+        """All that is told about one adapter, with its versions. Raises UnknownAdapter."""
+        with self._lock:
+            self._names.find(name)
+            sight = self._look(name)
+        return {**self._summary(sight), **sight.details(self._ram.size)}
+
+    def rejected(self) -> Descriptions:
+        """The folders and stored adapters that are not served: `{path, reason, since}`, by path."""
+        entries = sorted([*self.rejections.entries(), *self._names.aside.values()], key=lambda r: r.path)
+        return [{"path": r.path, "reason": r.reason, "since": r.since} for r in entries]
+
+    def memory(self) -> dict[str, int]:
+        """`bytes` in RAM and their `budget`; how many `versions` are there, how many `leases` are out."""
+        with self._lock:
+            leases = len(self._leases)
+        return {
+            "bytes": self._ram.used,
+            "budget": self._ram.capacity,
+            "versions": len(self._ram.resident()),
+            "leases": leases,
+        }
+
+    def sizes(self) -> dict[tuple[str, str], int]:
+        """Bytes of the adapters that are in memory, by (name, tier): the tier is "device" for those with a slot."""
+        resident = self._ram.resident()
+        current = self._names.current()
+        return {(name, self._tier(d)): resident[d] for name, d in current.items() if d in resident}
+
+    # What changes names
+
+    async def publish(self, name: str, folder: Path, **options: Any) -> Published:
+        """`publish_now` off the event loop."""
+        return await self._off(self._publishers, lambda: self.publish_now(name, folder, **options))
+
+    def publish_now(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        create_only: bool = False,
+        if_match: str | None = None,
+        source: str = "api",
+        within: Path | None = None,
+        taken: tuple[str, Taken] | None = None,
+    ) -> Published:
+        """Give `name` the content of a PEFT folder, after it was copied, read and found good.
+
+        `create_only`: other content under a name in use raises AdapterConflict. `if_match`: the version that the name
+        must have (a label, a digest, or "*" for any), or VersionMismatch. `within`: links may not lead out of it.
+        `taken`: the folder that it is and what it held, to be remembered in the same write. Raises InvalidAdapter,
+        BaseMismatch, NoRoom, StoreFailed; nothing has changed then.
+        """
+        check_name(name, self._reserved)
+        self._names.expect(name, if_match)
+        with self._intake.stage(name, folder, within) as (staged, weights):
+            self._check_fit(name, weights.nbytes)
+            commit = self._submit(
+                self._writer, lambda: self._commit(staged, weights, create_only, if_match, source, taken)
+            )
+            return commit.result()
+
+    async def roll_back(self, name: str, version: str, if_match: str | None = None) -> Published:
+        """Give `name` one of its kept versions again: "name@digest" or the digest, six digits of it or more.
+
+        It is read first. Raises UnknownAdapter, VersionMismatch, NoRoom, StoreFailed.
+        """
+        return await self._off(self._publishers, lambda: self._roll_back(name, version, if_match))
+
+    async def retire(self, name: str, if_match: str | None = None) -> Retired:
+        """`retire_now` off the event loop."""
+        return await self._off(self._writer, lambda: self._retire(name, if_match, ()))
+
+    def retire_now(self, name: str, *, forget: Iterable[str] = ()) -> Retired:
+        """Take the name away at once; memory and disk are freed when the last lease is gone.
+
+        `forget` are folders (as in `publish_now`'s `taken`) that may bring the same content back. Raises
+        UnknownAdapter, StoreFailed.
+        """
+        folders = tuple(forget)
+        return self._submit(self._writer, lambda: self._retire(name, None, folders)).result()
+
+    async def pin(self, name: str) -> None:
+        """Load the adapter and keep whichever version it has in RAM. Raises as `prefetch`, and NoRoom beside others."""
+        with self.lease([(name, 1.0)]) as lease:
+            (view,) = await asyncio.wrap_future(self.fetch(lease.mix))
+            await self._off(self._writer, lambda: self._pin(name, view))
+
+    async def unpin(self, name: str) -> None:
+        """Let the adapter be evicted again. Raises UnknownAdapter, StoreFailed."""
+        await self._off(self._writer, lambda: self._unpin(name))
+
+    async def prefetch(self, name: str) -> None:
+        """Load the adapter into RAM. Raises UnknownAdapter, NoRoom, and why it could not be read."""
+        with self.lease([(name, 1.0)]) as lease:
+            await asyncio.wrap_future(self.fetch(lease.mix))
+
+    # What a watch needs
+
+    def taken(self) -> Mapping[str, Taken]:
+        """What each folder held when it was last taken in."""
+        return self._store.journal.taken
+
+    def take(self, folder: str, taken: Taken | None) -> None:
+        """Remember what a folder held without publishing it, or forget it. Raises StoreFailed."""
+        self._submit(self._writer, lambda: self._store.write(self._store.journal.take(folder, taken))).result()
+
+    # On a thread that publishes
+
+    def _roll_back(self, name: str, version: str, if_match: str | None) -> Published:
+        text = version if "@" in version else f"{name}@{version}"
+        with self.lease([(text, 1.0)]) as lease:
+            ((found, _),) = lease.versions
+            if found.name != name:
+                raise AdapterConflict(f"{text[:96]!r} is a version of another adapter", "version")
+            self._ram.offer(self._load(found.digest))
+            return self._submit(self._writer, lambda: self._move(found, if_match)).result()
+
+    # On the writer's thread
+
+    def _commit(
+        self,
+        staged: Path,
+        weights: LoraWeights,
+        create_only: bool,
+        if_match: str | None,
+        source: str,
+        taken: tuple[str, Taken] | None,
+    ) -> Published:
+        version = weights.version
+        name, digest = version.name, version.digest
+        self._names.expect(name, if_match)
+        self._check_fit(name, weights.nbytes)
+        history = self._names.histories.get(name, ())
+        same = history[:1] == (digest,)
+        if create_only and history and not same:
+            raise AdapterConflict(f"{name!r} is in use by other content; put the new content to replace it", "name")
+        fresh = digest not in self._store.records and digest not in self._store.journal.referenced()
+        self._store.adopt(staged, Record.of(weights, time.time()))
+        journal = self._store.journal
+        if not same:
+            journal = journal.point(name, digest, source, time.time())
+        if taken is not None:
+            journal = journal.take(*taken)
+        try:
+            if journal is not self._store.journal:
+                self._store.write(journal)
+        except StoreFailed:
+            if fresh:
+                self._store.remove(digest)
+            raise
+        self._ram.offer(weights)
+        with self._lock:
+            self._failures.pop(digest, None)
+        self._serve(journal)
+        return Published(version, not same, weights.metadata)
+
+    def _move(self, version: Version, if_match: str | None) -> Published:
+        name, digest = version.name, version.digest
+        self._names.expect(name, if_match)
+        self._names.find(f"{name}@{digest}")  # it may have been retired while it was read
+        self._check_fit(name, self._ram.size(digest))
+        same = self._names.histories[name][0] == digest
+        if not same:
+            journal = self._store.journal
+            journal = journal.point(name, digest, journal.names[name].source, time.time())
+            self._store.write(journal)
+            self._serve(journal)
+        return Published(version, not same, self._store.records[digest].metadata)
+
+    def _retire(self, name: str, if_match: str | None, forget: tuple[str, ...]) -> Retired:
+        self._names.expect(name, if_match)
+        if name not in self._names.histories and name not in self._names.aside:
+            raise self._names.unknown(name)
+        description = self.describe(name) if name in self._names.histories else {"name": name}
+        journal = self._store.journal.retire(name)
+        for folder in forget:
+            journal = journal.take(folder, None)
+        history = self._store.journal.names[name].history
+        self._store.write(journal)
+        drain = _Drain(frozenset(history) - journal.referenced(), Future())
+        self._drains.append(drain)
+        self._serve(journal)
+        return Retired(description, drain.done)
+
+    def _pin(self, name: str, view: LoraWeights) -> None:
+        digest = self._names.find(name).digest
+        self._check_fit(name, self._ram.size(digest), pinned=True)
+        self._store.write(self._store.journal.pin(name, True))
+        with self._lock:
+            self._pins[name] = view if view.digest == digest else None
+        if view.digest != digest:
+            self._hold_pin(name)
+
+    def _unpin(self, name: str) -> None:
+        self._names.find(name)
+        self._store.write(self._store.journal.pin(name, False))
+        with self._lock:
+            self._pins.pop(name, None)
+
+    def _serve(self, journal: Journal) -> None:
+        """Make what was written true for everybody: one switch of all names, then whatever follows from it."""
+        known = self._misfits
+        records = self._store.records
+        self._misfits = {
+            digest: known[digest] if digest in known else self._intake.misfit(records[digest])
+            for digest in journal.referenced()
+            if digest in records
+        }
+        names = Names.of(journal, self._store.lost, self._misfits.get)
+        with self._lock:
+            before, after = self._names.current(), names.current()
+            self._names = names
+            self._draining = (self._draining | set(before.values())) - set(after.values())
+            idle = {digest for digest in self._draining if digest not in self._leases}
+            self._draining -= idle
+            moved = {name for name in {**before, **after} if before.get(name) != after.get(name)}
+            repinned = [name for name in moved if name in self._pins and name in after]
+            for name in moved & set(self._pins):
+                del self._pins[name]
+            self._pins.update(dict.fromkeys(repinned))
+        self._let_go(idle)
+        self._collect()
+        for name in repinned:
+            self._hold_pin(name)
+        for name in sorted(moved):
+            self._observer.on_change(name, Version(name, after[name]) if name in after else None)
+
+    def _collect(self) -> None:
+        """Delete the versions that have neither a name nor a lease, and tell those who wait for that."""
+        with self._lock:
+            unnamed = set(self._store.records) - self._names.referenced
+            free = {digest for digest in unnamed if digest not in self._leases}
+            for digest in free:
+                self._failures.pop(digest, None)
+        self._let_go(free)
+        for digest in free:
+            try:
+                self._store.remove(digest)
+            except StoreFailed as error:  # it is swept when the store is opened next
+                log.warning("version %s stays on disk for now: %s", digest[:SHORT_DIGEST], error.message)
+        remaining = set(self._store.records) - self._names.referenced
+        for drain in [drain for drain in self._drains if not drain.digests & remaining]:
+            self._drains.remove(drain)
+            drain.done.set_result(None)
+
+    # On any thread
+
+    def _release(self, lease: Lease) -> None:
+        with self._lock:
+            left = self._leases.give_back(version for version, _ in lease.versions)
+            unnamed = left - self._names.referenced
+            idle = unnamed | (left & self._draining)
+            self._draining -= idle
+        self._let_go(idle)
+        if unnamed:
+            try:
+                self._writer.submit(self._collect)
+            except RuntimeError:  # closed; they are swept when the store is opened next
+                log.debug("%d versions are left for the next start", len(unnamed))
+
+    def _let_go(self, digests: Iterable[str]) -> None:
+        """Free the memory of versions that nobody needs. Without the lock."""
+        for digest in digests:
+            self._ram.discard(digest)
+            self.slots.forget(digest)
+
+    def _hold_pin(self, name: str) -> None:
+        """Load the current version of a pinned name, and keep it if it is that still."""
+        try:
+            lease = self.lease([(name, 1.0)])
+        except AdapterError as error:  # retired meanwhile, or the budget is smaller than at the last start
+            log.warning("the pinned adapter %r is not in memory: %s", name, error.message)
+            return
+
+        def keep(fetched: Fetched) -> None:
+            if not fetched.cancelled() and fetched.exception() is None:
+                (view,) = fetched.result()
+                with self._lock:
+                    if name in self._pins and self._names.current().get(name) == view.digest:
+                        self._pins[name] = view
+            elif not fetched.cancelled():
+                log.warning("the pinned adapter %r is not in memory: %s", name, fetched.exception())
+            lease.release()
+
+        self.fetch(lease.mix).add_done_callback(keep)
+
+    def _load(self, digest: str) -> LoraWeights:
+        """Read one version from the store, and remember why if it failed. On a thread that may block."""
+        try:
+            weights = self._intake.load(self._name_of(digest), digest)
+        except StoreFailed as error:
+            with self._lock:
+                self._failures[digest] = error.message
+            raise
+        with self._lock:
+            self._failures.pop(digest, None)
+        return weights
+
+    def _recorded_size(self, digest: str) -> int:
+        record = self._store.records.get(digest)
+        return record.nbytes if record else 0
+
+    def _name_of(self, digest: str) -> str:
+        """A name that has this content, for people and metrics."""
+        for name, history in self._names.histories.items():
+            if digest in history:
+                return name
+        return "other"
+
+    def _check_room(self, mix: Mix) -> None:
+        """Raises NoRoom if the mix cannot be in memory beside what is pinned. With the lock."""
+        need = sum(self._ram.size(digest) for digest in mix.digests)
+        others = self._pinned_digests() - set(mix.digests)
+        pinned = sum(self._ram.size(digest) for digest in others)
+        if need + pinned > self._ram.capacity:
+            beside = f", {pinned:,} of which are pinned" if pinned else ""
+            raise NoRoom(
+                f"the mix takes {need:,} bytes in RAM; there are {self._ram.capacity:,} (--adapter-ram){beside}",
+                "adapters",
+            )
+
+    def _check_fit(self, name: str, nbytes: int, pinned: bool = False) -> None:
+        """Raises NoRoom if `name` at `nbytes` could never be in RAM, or is (to be) pinned and other pins leave less."""
+        with self._lock:
+            pinned = pinned or name in self._pins
+            others = self._pinned_digests(besides=name) if pinned else set()
+        room = self._ram.capacity - sum(self._ram.size(digest) for digest in others)
+        if nbytes > room:
+            beside = " beside what is pinned" if others else ""
+            raise NoRoom(f"{name!r} takes {nbytes:,} bytes in RAM; {room:,} are there for it{beside} (--adapter-ram)")
+
+    def _pinned_digests(self, besides: str | None = None) -> set[str]:
+        current = self._names.current()
+        return {current[name] for name in self._pins if name != besides and name in current}
+
+    def _look(self, name: str) -> Sight:
+        """What is known of one adapter at one moment. With the lock."""
+        history = self._names.histories[name]
+        entry = self._store.journal.names.get(name)
+        return Sight(
+            name=name,
+            records=tuple(self._store.records[digest] for digest in history),
+            leases=self._leases.of(name),
+            pinned=entry is not None and entry.pinned,
+            failure=self._failures.get(history[0]),
+        )
+
+    def _summary(self, sight: Sight) -> Description:
+        digest = sight.records[0].digest
+        return sight.summary(
+            nbytes=self._ram.size(digest),
+            tier=self._tier(digest),
+            loaded_at=self._ram.loaded_at(digest),
+            tasks=self.tasks(sight.name),
+        )
+
+    def _tier(self, digest: str) -> str:
+        if self.slots.holds(digest):
+            return "device"
+        return "disk" if self._ram.loaded_at(digest) is None else "ram"
+
+    async def _off(self, executor: ThreadPoolExecutor, call: Callable[[], T]) -> T:
+        """Await `call` on a thread, so that the event loop is free."""
+        return await asyncio.wrap_future(self._submit(executor, call))
+
+    def _submit(self, executor: ThreadPoolExecutor, call: Callable[[], T]) -> Future[T]:
+        try:
+            return executor.submit(call)
+        except RuntimeError as error:
+            raise StoreFailed("the registry is closed") from error

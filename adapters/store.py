@@ -1,0 +1,358 @@
+"""`Store`: our own copy of every version on disk, and the journal that says which names they have.
+
+Owns the folder layout, the order of its writes, and what is freed. Does not know what a LoRA is, nor who uses a
+version: it moves files and is told digests. Not thread-safe for writes; the registry makes them on one thread.
+
+    versions/<digest>/   a PEFT folder that is never changed, but for its card, its task and our record.json
+    names.json           the journal, replaced by a rename
+    incoming/            what is not finished or not yet deleted; emptied when the store is opened
+    lock                 held for as long as the store is open
+
+A copy is written in `incoming`, synced, and renamed into place before the journal names it; a version is renamed out
+of its place before it is deleted, after the journal has stopped naming it. So a crash anywhere leaves every named
+version whole, and what it leaves behind is removed when the store is opened next.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import InvalidAdapter, NoRoom, StoreFailed
+from adapters.journal import Journal
+from adapters.weights import SHORT_DIGEST, LoraWeights
+
+log = logging.getLogger(__name__)
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+REQUIRED = (CONFIG, TENSORS)
+SIDE = ("task.json", "README.md")
+"""What may change while the content, and so the digest, stays: the task's definition and the card."""
+RECORD = "record.json"
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is told about a version without reading its tensors. `modules` maps a path to (rank, out, in)."""
+
+    digest: str
+    nbytes: int
+    modules: Mapping[str, tuple[int, int, int]]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    created_at: float = 0.0
+
+    @staticmethod
+    def of(weights: LoraWeights, created_at: float) -> Record:
+        """The record of `weights`, at the size that they have now."""
+        modules = {path: (m.rank, m.B.shape[0], m.A.shape[1]) for path, m in weights.modules.items()}
+        return Record(weights.digest, weights.nbytes, modules, dict(weights.metadata), created_at)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The distinct ranks, ascending."""
+        return sorted({rank for rank, _, _ in self.modules.values()})
+
+    @property
+    def targets(self) -> list[str]:
+        """The distinct last parts of the module paths, sorted."""
+        return sorted({path.rsplit(".", 1)[-1] for path in self.modules})
+
+    def misfit(self, shapes: Mapping[str, tuple[int, int]], max_rank: int) -> str | None:
+        """Why this version cannot be served on a base of these shapes; None if it can."""
+        for path, (rank, out, into) in self.modules.items():
+            if path not in shapes:
+                return f"it was made for another base: the one served has no {path}"
+            if shapes[path] != (out, into):
+                return f"it was made for another base: {path} is {list(shapes[path])} here and {[out, into]} there"
+            if rank > max_rank:
+                return f"its rank {rank} is over the limit of {max_rank} (--max-rank)"
+        return None
+
+
+class Disk:
+    """The few operations by which a store changes the disk. Each is a point where a crash or a full disk can strike."""
+
+    def copy(self, source: int, target: Path, limit: int) -> int:
+        """Copy what can be read from the descriptor `source` into a new file and sync it. Answers its size.
+
+        Raises NoRoom over `limit` bytes.
+        """
+        size = 0
+        with open(target, "xb") as out:
+            while chunk := os.read(source, CHUNK):
+                size += len(chunk)
+                if size > limit:
+                    raise NoRoom(f"{target.name} is over {limit:,} bytes, more than could ever be served")
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+        return size
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a file and sync it."""
+        with open(path, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.rename(source, target)
+
+    def sync(self, folder: Path) -> None:
+        """Make the names in `folder` durable."""
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def make(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or a folder; nothing if it is not there."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+class Store:
+    """The versions and names under one folder, which this process alone may hold open.
+
+    `lost` says of each version that the journal names and the disk does not give back why that is. Every method that
+    writes raises StoreFailed if the disk refuses, and then nothing that can be seen has changed.
+    """
+
+    def __init__(self, root: Path, *, disk: Disk | None = None) -> None:
+        self.root = root
+        self._disk = disk or Disk()
+        self._versions = root / "versions"
+        self._incoming = root / "incoming"
+        self._names = root / "names.json"
+        self._lock: int | None = None
+        self.records: dict[str, Record] = {}
+        self.lost: dict[str, str] = {}
+        self.damaged: set[str] = set()
+        """Versions whose files were found changed; `adopt` replaces them."""
+        with _told("open the store"):
+            self._disk.make(self._versions)
+            self._disk.make(self._incoming)
+            self._lock = self._take_lock()
+        try:
+            with _told("open the store"):
+                self.journal = self._read_journal()
+                self._sweep()
+                self._read_records()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let another process open it. Idempotent."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def path(self, digest: str) -> Path:
+        """The folder of one version, for reading."""
+        return self._versions / digest
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """An empty folder of the store's own, for an upload or a file that is made; removed at the end."""
+        with _told("make room for a new adapter"):
+            folder = Path(tempfile.mkdtemp(dir=self._incoming))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # what stays is swept when the store is opened
+
+    @contextmanager
+    def stage(self, folder: Path, *, within: Path | None = None, limit: int = 1 << 40) -> Iterator[Path]:
+        """A private copy of the adapter in `folder`, to be read, checked and adopted; removed at the end if not.
+
+        What is checked is then what is kept, whatever happens to `folder` meanwhile. Files that are missing there are
+        missing here. Raises InvalidAdapter for what is not a regular file or cannot be read or, with `within`, leads
+        out of that folder; NoRoom over `limit` bytes in all.
+        """
+        with self.staging() as staged:
+            for name in (*REQUIRED, *SIDE):
+                source = open_inside(folder / name, within)
+                if source is None:
+                    continue
+                try:
+                    with _told(f"copy {name}"):
+                        limit -= self._disk.copy(source, staged / name, limit)
+                finally:
+                    os.close(source)
+            yield staged
+
+    def adopt(self, staged: Path, record: Record) -> None:
+        """Take a staged copy, found to be `record.digest`, as that version.
+
+        If the version is here already, only its card, its task and its record are renewed, since equal digests mean
+        equal content; if its files were found damaged they are replaced too.
+        """
+        digest, target = record.digest, self.path(record.digest)
+        known = self.records.get(digest)
+        record = record if known is None else Record(**{**vars(record), "created_at": known.created_at})
+        with _told("keep the new version"):
+            self._disk.write(staged / RECORD, json.dumps(asdict(record)))
+            if known is None:
+                self._disk.sync(staged)
+                if target.exists():  # an earlier attempt got this far and the journal never named it
+                    self._discard(target)
+                self._disk.rename(staged, target)
+                self._disk.sync(self._versions)
+            else:
+                self._renew(staged, target, replaced=REQUIRED if digest in self.damaged else ())
+        self.damaged.discard(digest)
+        self.lost.pop(digest, None)
+        self.records[digest] = record
+
+    def write(self, journal: Journal) -> None:
+        """Make `journal` the one that is found after a crash."""
+        fresh = self._names.with_suffix(".new")
+        with _told("write the names"):
+            try:
+                self._disk.write(fresh, json.dumps(journal.to_json(), indent=1))
+                self._disk.rename(fresh, self._names)
+            except OSError:
+                fresh.unlink(missing_ok=True)
+                raise
+        self.journal = journal
+        try:
+            self._disk.sync(self.root)
+        except OSError as error:  # it stands, and only a power cut now could undo it
+            log.warning("the names in the store are written but not synced: %s", _reason(error))
+
+    def remove(self, digest: str) -> None:
+        """Delete one version, which the journal must not name."""
+        assert digest not in self.journal.referenced(), "a version is deleted while it has a name"
+        self.records.pop(digest, None)
+        with _told("delete a version"):
+            self._discard(self.path(digest))
+
+    def _discard(self, folder: Path) -> None:
+        """Take a folder out of sight in one step, then delete it."""
+        if not folder.exists():
+            return
+        trash = Path(tempfile.mkdtemp(dir=self._incoming))
+        self._disk.rename(folder, trash / folder.name)
+        self._disk.remove(trash)
+
+    def _renew(self, staged: Path, target: Path, replaced: tuple[str, ...]) -> None:
+        for name in (*replaced, *SIDE, RECORD):
+            if (staged / name).exists():
+                self._disk.rename(staged / name, target / name)
+            else:
+                self._disk.remove(target / name)
+        self._disk.sync(target)
+
+    def _take_lock(self) -> int:
+        fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise StoreFailed("the state directory is in use by another process; stop it or use another") from None
+        return fd
+
+    def _read_journal(self) -> Journal:
+        try:
+            text = self._names.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return Journal()
+        try:
+            return Journal.from_json(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreFailed(
+                f"names.json in the store cannot be read ({error}); put a good copy back, or move it away to start "
+                "without names"
+            ) from error
+
+    def _sweep(self) -> None:
+        """Remove what a crash left: unfinished copies, unfinished deletions, versions that never got a name."""
+        for left in self._incoming.iterdir():
+            self._disk.remove(left)
+        self._disk.remove(self._names.with_suffix(".new"))
+        named = self.journal.referenced()
+        for folder in self._versions.iterdir():
+            if folder.name not in named:
+                self._discard(folder)
+
+    def _read_records(self) -> None:
+        for digest in self.journal.referenced():
+            try:
+                self.records[digest] = self._read_record(digest)
+            except FileNotFoundError:
+                self.lost[digest] = f"version {digest[:SHORT_DIGEST]} is missing from the store"
+            except (ValueError, KeyError, TypeError) as error:
+                self.lost[digest] = f"the record of version {digest[:SHORT_DIGEST]} cannot be read ({error})"
+
+    def _read_record(self, digest: str) -> Record:
+        folder = self.path(digest)
+        for name in REQUIRED:
+            (folder / name).stat()
+        fields = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        modules = {path: (int(r), int(o), int(i)) for path, (r, o, i) in fields.pop("modules").items()}
+        record = Record(modules=modules, **fields)
+        if record.digest != digest:
+            raise ValueError("it is another version's")
+        return record
+
+
+def open_inside(path: Path, within: Path | None) -> int | None:
+    """A descriptor on the regular file `path`, for reading; None if there is no such file.
+
+    With `within`, links are followed only as far as they stay in that folder. Raises InvalidAdapter.
+    """
+    try:
+        real = path.resolve(strict=True)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise InvalidAdapter(f"{path.name} is a link to nothing") from None
+        return None
+    except (OSError, RuntimeError) as error:
+        raise InvalidAdapter(f"{path.name} cannot be read: {_reason(error)}") from error
+    if within is not None and not real.is_relative_to(within.resolve()):
+        raise InvalidAdapter(f"{path.name} leads out of the adapter directory")
+    try:
+        # Nothing is waited for: a pipe opens at once and is then refused.
+        fd = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise InvalidAdapter(f"{path.name} cannot be read: {_reason(error)}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise InvalidAdapter(f"{path.name} is not a regular file")
+    return fd
+
+
+@contextmanager
+def _told(action: str) -> Iterator[None]:
+    """An OSError becomes StoreFailed, which says what was tried and why it failed, without a path."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else _reason(error)
+        raise StoreFailed(f"could not {action}: {reason}; nothing was changed") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without the path that an OSError carries."""
+    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
