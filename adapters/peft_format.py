@@ -329,16 +329,9 @@ def to_bytes(
 
 
 def _alpha(scale: float, rank: int) -> int | float:
-    """The alpha by which alpha / rank is exactly `scale` again, where rounding allows it."""
+    """The alpha by which alpha / rank is `scale` again, to a double's last bit or so."""
     alpha = scale * rank
-    for candidate in (round(alpha), alpha, _next(alpha, 1), _next(alpha, -1)):
-        if candidate / rank == scale:
-            return candidate
-    return alpha
-
-
-def _next(x: float, direction: int) -> float:
-    return float(torch.nextafter(torch.tensor(x, dtype=torch.float64), torch.tensor(direction * float("inf"))))
+    return round(alpha) if round(alpha) / rank == scale else alpha
 
 
 def save(

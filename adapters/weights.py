@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -112,11 +112,12 @@ def content_digest(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
 def digest_of(modules: Mapping[str, LowRank]) -> str:
     """The content digest of an adapter: the honoured config as it is resolved, each module's scale, and its tensors.
 
-    Two folders that say the same in other words (a pattern or a list, another key prefix) are one version.
+    Two folders that say the same in other words (a pattern or a list, another key prefix) are one version. Scales are
+    taken in float32, as they are computed with: alpha / rank need not be exact in the last bit of a double.
     """
     tensors = {f"{path}.lora_A": m.A for path, m in modules.items()}
     tensors |= {f"{path}.lora_B": m.B for path, m in modules.items()}
-    return content_digest({"scale": {path: m.scale for path, m in modules.items()}}, tensors)
+    return content_digest({"scale": {path: float(np.float32(m.scale)) for path, m in modules.items()}}, tensors)
 
 
 def sealed(name: str, modules: Mapping[str, LowRank], metadata: Mapping[str, Any] | None = None) -> LoraWeights:
@@ -138,7 +139,7 @@ class Mix:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, float]]:
         return iter(self.entries)
 
     @property
@@ -166,7 +167,7 @@ def canonical_mix(pairs: Iterable[tuple[Version, float]], max_mix: int) -> Mix:
     names: set[str] = set()
     for version, weight in pairs:
         if version.name in names:
-            raise InvalidChoice(f"the adapter {version.name!r} is named twice; give it once with one weight", "adapters")
+            raise InvalidChoice(f"the adapter {version.name!r} is named twice; give it one weight", "adapters")
         names.add(version.name)
         total = weights.get(version.digest, 0.0) + check_weight(weight)
         weights[version.digest] = check_weight(total)

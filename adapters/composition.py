@@ -1,0 +1,184 @@
+"""Makes one adapter of several, ahead of serving: exactly, or by the merges of the literature.
+
+`exact` is the weighted sum itself: serving gives the same without it, so it is for files that leave the house. The
+others are other functions of the same adapters: `linear`, TIES (Yadav et al. 2023) and DARE (Yu et al. 2024) as PEFT's
+add_weighted_adapter defines them, on the factors, which PEFT's tests are held against. Knows no files and no models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from adapters import pruning
+from adapters.errors import AdapterError, InvalidChoice
+from adapters.weights import LoraWeights, LowRank, check_weight, sealed
+
+Pairs = Sequence[tuple[LoraWeights, float]]
+"""Adapters and their weights."""
+Merge = Callable[[list[torch.Tensor], list[float]], torch.Tensor]
+"""One factor of several adapters and the factor's weights -> the merged factor. All [r, in] or all [out, r]."""
+
+METHODS = ("exact", "linear", "ties", "dare_linear", "dare_ties")
+
+
+def compose(
+    pairs: Pairs,
+    name: str,
+    method: str = "exact",
+    *,
+    rank: int | None = None,
+    density: float = 0.5,
+    majority: str = "total",
+    seed: int = 0,
+) -> LoraWeights:
+    """One adapter of several, by one of `METHODS`, float32 and of scale 1; cut to `rank` afterwards if that is given.
+
+    `density` is the share of values that TIES and DARE keep, `majority` how TIES elects signs ("total" or
+    "frequency"), `seed` DARE's draw. The metadata say what was done (`composition`), a cut's error included
+    (`pruning`). Raises InvalidChoice for the pairs and AdapterError for the rest.
+    """
+    if method == "exact":
+        result = exact(pairs, name)
+    elif method == "linear":
+        result = linear(pairs, name)
+    elif method == "ties":
+        result = ties(pairs, name, density=density, majority=majority)
+    elif method in ("dare_linear", "dare_ties"):
+        result = dare(pairs, name, density=density, seed=seed, majority=majority if method == "dare_ties" else None)
+    else:
+        raise AdapterError(f"{method!r} is no way to compose; there are {', '.join(METHODS)}", "method")
+    return result if rank is None else rerank(result, rank)[0]
+
+
+def exact(pairs: Pairs, name: str) -> LoraWeights:
+    """The weighted sum of the updates, without error: ranks are concatenated, so they add up."""
+    _check(pairs)
+    modules = {}
+    for path in _paths(pairs):
+        present = [(w.modules[path], weight) for w, weight in pairs if path in w.modules and weight != 0.0]
+        if present:
+            a = torch.cat([m.A.float() for m, _ in present])
+            b = torch.cat([m.B.float() * (m.scale * weight) for m, weight in present], dim=1)
+            modules[path] = LowRank(a, b, 1.0)
+    if not modules:
+        raise InvalidChoice("every weight is zero; nothing is left", "adapters")
+    return _result(pairs, name, modules, {"method": "exact"})
+
+
+def rerank(weights: LoraWeights, rank: int, name: str | None = None) -> tuple[LoraWeights, pruning.Cut]:
+    """The nearest adapter of at most this rank, by QR and SVD of the factors; the error is in the second part."""
+    return pruning.truncate(weights, rank, name)
+
+
+def linear(pairs: Pairs, name: str) -> LoraWeights:
+    """PEFT's `linear`: both factors are summed with the root of their weight. This is *not* the sum of the updates
+    (the cross terms B_i A_j are in it), and exists for those who want PEFT's result. Ranks must be equal.
+    """
+    return _merged(pairs, name, lambda factors, weights: _weighted(factors, weights).sum(0), {"method": "linear"})
+
+
+def ties(pairs: Pairs, name: str, *, density: float, majority: str = "total") -> LoraWeights:
+    """TIES on the factors: keep the largest values, elect a sign for each place, average what agrees with it."""
+    _check_density(density)
+    _check_majority(majority)
+
+    def merge(factors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+        return _agreeing([_largest(f, density) for f in factors], weights, majority)
+
+    return _merged(pairs, name, merge, {"method": "ties", "density": density, "majority": majority})
+
+
+def dare(pairs: Pairs, name: str, *, density: float, seed: int, majority: str | None = None) -> LoraWeights:
+    """DARE on the factors: drop values at random and rescale the rest; then sum, or with `majority` merge as TIES."""
+    _check_density(density)
+    if majority is not None:
+        _check_majority(majority)
+    draw = torch.Generator().manual_seed(seed)
+
+    def merge(factors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+        kept = [f * torch.bernoulli(torch.full_like(f, density), generator=draw) / density for f in factors]
+        return _weighted(kept, weights).sum(0) if majority is None else _agreeing(kept, weights, majority)
+
+    method = "dare_linear" if majority is None else "dare_ties"
+    return _merged(pairs, name, merge, {"method": method, "density": density, "seed": seed, "majority": majority})
+
+
+def _merged(pairs: Pairs, name: str, merge: Merge, how: dict[str, object]) -> LoraWeights:
+    """Both factors of each module by `merge`, with the root of |weight * scale|, its sign on A's side."""
+    _check(pairs)
+    modules = {}
+    for path in _paths(pairs):
+        present = [(w.modules[path], weight * w.modules[path].scale) for w, weight in pairs if path in w.modules]
+        ranks = sorted({m.rank for m, _ in present})
+        if len(ranks) > 1:
+            raise InvalidChoice(
+                f"{how['method']} needs equal ranks, but {path} has {ranks}; use exact, or re-rank them first",
+                "adapters",
+            )
+        roots = [math.sqrt(abs(weight)) for _, weight in present]
+        signed = [math.copysign(root, weight) for root, (_, weight) in zip(roots, present, strict=True)]
+        a = merge([m.A.float() for m, _ in present], signed)
+        b = merge([m.B.float() for m, _ in present], roots)
+        modules[path] = LowRank(a, b, 1.0)
+    return _result(pairs, name, modules, how)
+
+
+def _weighted(factors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    return torch.stack(factors) * torch.tensor(weights)[:, None, None]
+
+
+def _largest(factor: torch.Tensor, density: float) -> torch.Tensor:
+    """The `density` largest values of a factor, by size, and zeros elsewhere."""
+    count = int(density * factor.numel())
+    mask = torch.zeros(factor.numel())
+    mask[factor.abs().flatten().topk(count).indices] = 1.0
+    return factor * mask.view_as(factor)
+
+
+def _agreeing(factors: list[torch.Tensor], weights: list[float], majority: str) -> torch.Tensor:
+    """At each place the weighted mean of the values that have the elected sign."""
+    stacked = torch.stack(factors)
+    votes = (stacked if majority == "total" else stacked.sign()).sum(0)
+    elected = torch.where(votes >= 0, 1.0, -1.0)
+    agree = (stacked.sign() == elected).float()
+    return (_weighted(factors, weights) * agree).sum(0) / agree.sum(0).clamp(min=1.0)
+
+
+def _paths(pairs: Pairs) -> list[str]:
+    return sorted({path for weights, _ in pairs for path in weights.modules})
+
+
+def _check(pairs: Pairs) -> None:
+    if not pairs:
+        raise InvalidChoice("there is nothing to compose", "adapters")
+    for _, weight in pairs:
+        check_weight(weight)
+    for path in _paths(pairs):
+        shapes = {(m.B.shape[0], m.A.shape[1]) for m in (w.modules.get(path) for w, _ in pairs) if m is not None}
+        if len(shapes) > 1:
+            raise InvalidChoice(
+                f"the adapters are of different bases: {path} has the shapes {sorted(shapes)}", "adapters"
+            )
+
+
+def _check_density(density: float) -> None:
+    if not 0.0 < density <= 1.0:
+        raise AdapterError(f"the density is a share over 0 and up to 1, not {density!r}", "density")
+
+
+def _check_majority(majority: str) -> None:
+    if majority not in ("total", "frequency"):
+        raise AdapterError(f"signs are elected by 'total' or by 'frequency', not {majority!r}", "majority")
+
+
+def _result(pairs: Pairs, name: str, modules: dict[str, LowRank], how: dict[str, object]) -> LoraWeights:
+    parts = [{"version": w.version.label, "weight": weight} for w, weight in pairs]
+    metadata: dict[str, object] = {"composition": {**how, "of": parts}}
+    for key in ("base", "quantization"):
+        values = [w.metadata.get(key) for w, _ in pairs]
+        if all(v == values[0] for v in values):
+            metadata[key] = values[0]
+    return sealed(name, modules, metadata)

@@ -1,0 +1,169 @@
+"""Makes adapters smaller, and says what that costs: truncated ranks, dropped modules, one global threshold.
+
+Owns the singular values of `scale * B A`, which it gets from two QR decompositions and one small SVD, never from the
+dense update (the product of the factors' triangles has the same ones). By Eckart and Young a truncation is the best of
+its rank. Knows neither data nor models: what a cut does to a task is measured elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+
+from adapters.errors import AdapterError
+from adapters.weights import LoraWeights, LowRank, sealed
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What was cut. Errors are relative, in the Frobenius norm of the updates: |new - old| / |old|, over all modules
+    together and at the worst module.
+    """
+
+    parameters_before: int
+    parameters: int
+    error: float
+    worst_module: str | None
+    worst_error: float
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A module's update as U diag(S) Vh: U is [out, k], S is [k] descending, Vh is [k, in], all float32."""
+
+    U: torch.Tensor
+    S: torch.Tensor
+    Vh: torch.Tensor
+
+    def low_rank(self, rank: int) -> LowRank:
+        """The best update of this rank (or of full rank, if that is less), balanced between its factors; scale 1."""
+        root = self.S[:rank].sqrt()
+        return LowRank((root[:, None] * self.Vh[:rank]).contiguous(), (self.U[:, :rank] * root).contiguous(), 1.0)
+
+
+def spectrum(module: LowRank) -> Spectrum:
+    """The singular value decomposition of `scale * B @ A`, at the cost of its factors. Computed in float64."""
+    qb, rb = torch.linalg.qr(module.B.double() * module.scale)
+    qa, ra = torch.linalg.qr(module.A.double().T)
+    u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    return Spectrum((qb @ u).float(), s.float(), (vh @ qa.T).float())
+
+
+def spectra(weights: LoraWeights) -> dict[str, Spectrum]:
+    """The spectrum of every module."""
+    return {path: spectrum(module) for path, module in weights.modules.items()}
+
+
+def parameters(weights: LoraWeights) -> int:
+    """The number of values in all factors."""
+    return sum(m.A.numel() + m.B.numel() for m in weights.modules.values())
+
+
+def truncate(weights: LoraWeights, rank: int, name: str | None = None) -> tuple[LoraWeights, Cut]:
+    """Every module cut to at most `rank`. The result is float32, of scale 1. Raises AdapterError for a rank under 1."""
+    if rank < 1:
+        raise AdapterError(f"a rank must be at least 1, not {rank}", "rank")
+    found = spectra(weights)
+    return keep(weights, found, {path: min(rank, len(s.S)) for path, s in found.items()}, name)
+
+
+def truncate_globally(
+    weights: LoraWeights,
+    *,
+    budget: int | None = None,
+    energy: float | None = None,
+    max_rank: int | None = None,
+    name: str | None = None,
+) -> tuple[LoraWeights, Cut]:
+    """One threshold over the singular values of all modules; a module that has none above it is dropped.
+
+    The threshold is the lowest that keeps at most `budget` parameters, or the highest that keeps this share (0 to 1)
+    of the sum of squares, the `energy`; exactly one of the two. Raises AdapterError for bounds that cannot be met.
+    """
+    if (budget is None) == (energy is None):
+        raise AdapterError("give either a budget of parameters or an energy to keep", "budget")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise AdapterError(f"the energy to keep is a share over 0 and up to 1, not {energy!r}", "energy")
+    found = spectra(weights)
+    values = sorted(
+        ((float(s), path) for path, sp in found.items() for s in sp.S[:max_rank].tolist()), key=lambda v: (-v[0], v[1])
+    )
+    cost = {path: sp.U.shape[0] + sp.Vh.shape[1] for path, sp in found.items()}
+    total = sum(s * s for s, _ in values)
+    ranks: dict[str, int] = {}
+    spent, kept = 0, 0.0
+    for value, path in values:
+        if budget is not None and spent + cost[path] > budget:
+            break
+        if energy is not None and kept >= energy * total * (1.0 - 1e-9):
+            break
+        ranks[path] = ranks.get(path, 0) + 1
+        spent += cost[path]
+        kept += value * value
+    if not ranks:
+        smallest = min(cost.values())
+        raise AdapterError(f"a budget of {budget} parameters keeps nothing; the least is {smallest}", "budget")
+    return keep(weights, found, ranks, name)
+
+
+def drop_modules(weights: LoraWeights, modules: Collection[str], name: str | None = None) -> tuple[LoraWeights, Cut]:
+    """Without the modules of these paths. Raises AdapterError for a path that is not there, or if nothing is left."""
+    unknown = sorted(set(modules) - set(weights.modules))
+    if unknown:
+        raise AdapterError(f"the adapter has no module {unknown[0]!r}", "modules")
+    left = {path: m for path, m in weights.modules.items() if path not in modules}
+    if not left:
+        raise AdapterError("no module would be left", "modules")
+    norms = {path: norm(m) for path, m in weights.modules.items()}
+    cut = _account(weights, left, {path: norms[path] for path in modules}, norms)
+    return _result(weights, left, cut, name), cut
+
+
+def weakest_modules(weights: LoraWeights, share: float) -> list[str]:
+    """The modules with the smallest updates (Frobenius norm), as many as this share of them all, weakest first."""
+    if not 0.0 <= share < 1.0:
+        raise AdapterError(f"the share of modules to drop is from 0 to under 1, not {share!r}", "share")
+    ranked = sorted(weights.modules, key=lambda path: norm(weights.modules[path]))
+    return ranked[: int(share * len(ranked))]
+
+
+def norm(module: LowRank) -> float:
+    """The Frobenius norm of `scale * B @ A`, from the Gram matrices of its factors."""
+    a, b = module.A.double(), module.B.double()
+    return abs(module.scale) * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
+
+
+def keep(
+    weights: LoraWeights, found: Mapping[str, Spectrum], ranks: Mapping[str, int], name: str | None = None
+) -> tuple[LoraWeights, Cut]:
+    """The first `ranks[path]` singular values of each module; one without a rank is dropped."""
+    left = {path: found[path].low_rank(rank) for path, rank in ranks.items() if rank > 0}
+    norms = {path: float(s.S.double().norm()) for path, s in found.items()}
+    lost = {path: float(s.S[ranks.get(path, 0) :].double().norm()) for path, s in found.items()}
+    cut = _account(weights, left, lost, norms)
+    return _result(weights, left, cut, name), cut
+
+
+def _account(
+    weights: LoraWeights, left: Mapping[str, LowRank], lost: Mapping[str, float], norms: Mapping[str, float]
+) -> Cut:
+    whole = math.sqrt(sum(n * n for n in norms.values()))
+    errors = {path: lost.get(path, 0.0) / norms[path] if norms[path] > 0.0 else 0.0 for path in weights.modules}
+    worst = max(errors, key=lambda path: errors[path], default=None)
+    return Cut(
+        parameters_before=parameters(weights),
+        parameters=sum(m.A.numel() + m.B.numel() for m in left.values()),
+        error=math.sqrt(sum(n * n for n in lost.values())) / whole if whole > 0.0 else 0.0,
+        worst_module=worst,
+        worst_error=errors[worst] if worst is not None else 0.0,
+        dropped=tuple(sorted(set(weights.modules) - set(left))),
+    )
+
+
+def _result(weights: LoraWeights, left: Mapping[str, LowRank], cut: Cut, name: str | None) -> LoraWeights:
+    from_version = weights.version.label
+    return sealed(name or weights.name, left, {**weights.metadata, "pruning": {"of": from_version, **asdict(cut)}})

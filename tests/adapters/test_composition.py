@@ -1,0 +1,199 @@
+"""Offline composition against PEFT's add_weighted_adapter, and re-ranking against dense singular values."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+
+from adapters import composition, peft_format, pruning
+from adapters.errors import AdapterError, InvalidChoice
+from adapters.weights import LoraWeights, LowRank, sealed
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
+]
+
+
+def random_weights(seed: int, ranks: dict[str, int], out: int = 12, into: int = 10, scale: float = 0.5) -> LoraWeights:
+    draw = torch.Generator().manual_seed(seed)
+    return sealed(
+        f"a{seed}",
+        {
+            path: LowRank(torch.randn(r, into, generator=draw), torch.randn(out, r, generator=draw), scale)
+            for path, r in ranks.items()
+        },
+    )
+
+
+def peft_result(llama, folders, weights, **kwargs):
+    model = PeftModel.from_pretrained(copy.deepcopy(llama), folders[0], adapter_name="a0")
+    for i, folder in enumerate(folders[1:], 1):
+        model.load_adapter(folder, adapter_name=f"a{i}")
+    seed, inject = kwargs.pop("seed", 0), model.base_model.inject_adapter
+
+    def inject_and_seed(*args):
+        """The new adapter's first values are drawn before DARE's masks are."""
+        inject(*args)
+        torch.manual_seed(seed)
+
+    model.base_model.inject_adapter = inject_and_seed
+    model.add_weighted_adapter([f"a{i}" for i in range(len(folders))], weights, "merged", **kwargs)
+    found = {}
+    for name, module in model.base_model.model.named_modules():
+        if "merged" in getattr(module, "lora_A", {}):
+            found[name] = (
+                module.get_delta_weight("merged"),
+                module.lora_A["merged"].weight,
+                module.lora_B["merged"].weight,
+            )
+    return found
+
+
+@pytest.fixture
+def three(make_peft):
+    """Three adapters of PEFT with unequal scales, two of equal rank and one of another rank and more modules."""
+    specs = [
+        {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]},
+        {"r": 4, "lora_alpha": 16, "use_rslora": True, "target_modules": ["q_proj"]},
+        {"r": 3, "lora_alpha": 2, "target_modules": ["q_proj", "up_proj"]},
+    ]
+    folders = [make_peft(seed=i, folder=f"f{i}", **spec)[1] for i, spec in enumerate(specs)]
+    return folders, [peft_format.read_folder(folder, name=f"a{i}") for i, folder in enumerate(folders)]
+
+
+def test_exact_is_pefts_cat_and_the_true_sum(llama, three):
+    folders, adapters = three
+    weights = [0.7, -1.3, 2.0]
+    pairs = list(zip(adapters, weights, strict=True))
+    result = composition.exact(pairs, "sum")
+    oracle = peft_result(llama, folders, weights, combination_type="cat")
+    assert set(result.modules) == set(oracle)
+    for path, (delta, _, _) in oracle.items():
+        assert torch.allclose(result.delta(path), delta, atol=1e-5)
+        true = sum(w * a.delta(path) for a, w in pairs if path in a.modules)
+        assert torch.allclose(result.delta(path), true, atol=1e-5)
+    assert result.ranks == [3, 11] and {m.scale for m in result.modules.values()} == {1.0}
+    assert result.metadata["composition"]["of"][1] == {"version": adapters[1].version.label, "weight": -1.3}
+
+
+@pytest.mark.parametrize(
+    ("method", "kwargs"),
+    [
+        ("linear", {}),
+        ("ties", {"density": 0.4, "majority": "total"}),
+        ("ties", {"density": 0.6, "majority": "frequency"}),
+        ("dare_linear", {"density": 0.5, "seed": 7}),
+        ("dare_ties", {"density": 0.5, "seed": 3, "majority": "total"}),
+    ],
+)
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [1.0, -0.8]])
+def test_merges_are_pefts_own(method, kwargs, weights, llama, three):
+    folders, adapters = three
+    result = composition.compose(list(zip(adapters[:2], weights, strict=True)), "m", method, **kwargs)
+    theirs = dict(kwargs)
+    if "majority" in theirs:
+        theirs["majority_sign_method"] = theirs.pop("majority")
+    oracle = peft_result(llama, folders[:2], weights, combination_type=method, **theirs)
+    assert set(result.modules) == set(oracle)
+    for path, (_, a, b) in oracle.items():
+        assert torch.allclose(result.modules[path].A, a, atol=1e-6)
+        assert torch.allclose(result.modules[path].B, b, atol=1e-6)
+
+
+def test_linear_is_not_the_sum():
+    one, two = (random_weights(i, {"m": 4}) for i in range(2))
+    true = composition.exact([(one, 1.0), (two, 1.0)], "e").delta("m")
+    assert (composition.linear([(one, 1.0), (two, 1.0)], "l").delta("m") - true).norm() / true.norm() > 0.5
+
+
+def test_a_composed_adapter_saves_and_loads_in_peft(llama, three, tmp_path):
+    _, adapters = three
+    result = composition.compose([(a, 0.5) for a in adapters], "sum", rank=5)
+    peft_format.save(result, tmp_path / "out")
+    assert peft_format.read_folder(tmp_path / "out", name="sum").digest == result.digest
+    model = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path / "out")
+    for path in result.modules:
+        loaded = model.base_model.model.get_submodule(path).get_delta_weight("default")
+        assert torch.allclose(loaded, result.delta(path), atol=1e-6)
+
+
+@given(rank=st.integers(1, 12), keep=st.integers(1, 12), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_reranking_is_the_best_of_its_rank_and_states_its_error(rank, keep, seed):
+    weights = random_weights(seed, {"m": rank})
+    cut, what = composition.rerank(weights, keep)
+    dense = weights.delta("m")
+    sigma = torch.linalg.svdvals(dense.double())
+    best = float(sigma[keep:].norm() / sigma.norm())
+    measured = float((cut.delta("m") - dense).norm() / dense.norm())
+    assert measured == pytest.approx(best, abs=2e-6)
+    assert what.error == pytest.approx(best, abs=2e-6) and what.worst_error == pytest.approx(best, abs=2e-6)
+    assert cut.modules["m"].rank <= keep
+    assert cut.metadata["pruning"]["error"] == what.error
+
+
+def test_what_cannot_be_composed_is_said():
+    one, two = random_weights(0, {"m": 4}), random_weights(1, {"m": 3})
+    with pytest.raises(InvalidChoice, match="equal ranks"):
+        composition.linear([(one, 1.0), (two, 1.0)], "l")
+    with pytest.raises(InvalidChoice, match="different bases"):
+        composition.exact([(one, 1.0), (random_weights(2, {"m": 4}, out=13), 1.0)], "e")
+    with pytest.raises(InvalidChoice, match="nothing"):
+        composition.exact([], "e")
+    with pytest.raises(InvalidChoice, match="every weight is zero"):
+        composition.exact([(one, 0.0)], "e")
+    with pytest.raises(InvalidChoice, match="finite"):
+        composition.exact([(one, float("nan"))], "e")
+    with pytest.raises(AdapterError, match="density"):
+        composition.ties([(one, 1.0)], "t", density=0.0)
+    with pytest.raises(AdapterError, match="frequency"):
+        composition.ties([(one, 1.0)], "t", density=0.5, majority="loudest")
+    with pytest.raises(AdapterError, match="exact, linear"):
+        composition.compose([(one, 1.0)], "x", "slerp")
+
+
+def test_dare_is_drawn_by_its_seed():
+    pairs = [(random_weights(i, {"m": 4}), 1.0) for i in range(2)]
+    digests = [composition.dare(pairs, "d", density=0.5, seed=s).digest for s in (1, 1, 2)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_global_threshold_keeps_the_largest_singular_values():
+    strong, weak = random_weights(0, {"m": 4}, scale=1.0), random_weights(1, {"n": 4}, scale=1e-3)
+    both = sealed("b", {**strong.modules, **weak.modules})
+    kept, cut = pruning.truncate_globally(both, budget=4 * 22)
+    assert set(kept.modules) == {"m"} and cut.dropped == ("n",) and cut.parameters == 4 * 22
+    assert cut.error < 2e-3 and cut.worst_module == "n" and cut.worst_error == 1.0
+    kept, cut = pruning.truncate_globally(both, energy=0.9)
+    assert cut.error <= 0.1**0.5 + 1e-6 and kept.modules["m"].rank < 4
+    kept, cut = pruning.truncate_globally(both, energy=1.0)
+    assert cut.error < 1e-6
+    with pytest.raises(AdapterError, match="keeps nothing"):
+        pruning.truncate_globally(both, budget=3)
+    with pytest.raises(AdapterError, match="either"):
+        pruning.truncate_globally(both)
+    with pytest.raises(AdapterError, match="share"):
+        pruning.truncate_globally(both, energy=1.5)
+
+
+def test_dropping_modules_states_its_error():
+    both = sealed("b", {**random_weights(0, {"m": 4}).modules, **random_weights(1, {"n": 2}, scale=0.01).modules})
+    assert pruning.weakest_modules(both, 0.5) == ["n"]
+    left, cut = pruning.drop_modules(both, ["n"])
+    whole = (both.delta("m").norm() ** 2 + both.delta("n").norm() ** 2) ** 0.5
+    assert cut.error == pytest.approx(float(both.delta("n").norm() / whole), rel=1e-5)
+    assert set(left.modules) == {"m"} and cut.dropped == ("n",)
+    with pytest.raises(AdapterError, match="no module 'x'"):
+        pruning.drop_modules(both, ["x"])
+    with pytest.raises(AdapterError, match="would be left"):
+        pruning.drop_modules(both, ["m", "n"])
+    with pytest.raises(AdapterError, match="share"):
+        pruning.weakest_modules(both, 1.0)
+    with pytest.raises(AdapterError, match="at least 1"):
+        pruning.truncate(both, 0)

@@ -1,0 +1,412 @@
+"""The reader and writer of PEFT folders, with PEFT as the oracle of everything that is honoured."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from adapters import peft_format
+from adapters.errors import AdapterError, BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter
+from adapters.weights import LoraWeights, LowRank, sealed
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:peft.*"),
+]
+IDS = torch.tensor([[1, 5, 9, 2, 30, 41]])
+
+
+def logits_with(base: torch.nn.Module, weights: LoraWeights, scale: float = 1.0) -> torch.Tensor:
+    """The base's logits with the adapter's deltas added to its weights: nothing of PEFT in it."""
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for module in weights.modules:
+            model.get_submodule(module).weight += scale * weights.delta(module)
+        return model(IDS).logits
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config.update(changes)
+    file.write_text(json.dumps({k: v for k, v in config.items() if v != "DROP"}))
+
+
+def retensor(folder: Path, change: Any) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(change(tensors), file)
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
+    "all-linear": {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"},
+    "rslora": {"r": 5, "lora_alpha": 8, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "k_proj", "up_proj"],
+        # PEFT sorts the keys when it writes them, so these are in the order that the file will have
+        "rank_pattern": {r"layers\.1\.self_attn\.[qk]_proj": 7, "q_proj": 2, "up_proj": 1},
+        "alpha_pattern": {".*k_proj": 12, "model.layers.2.mlp.up_proj": 3, "proj": 99},
+    },
+    "a key that is no suffix": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "k_proj"],
+        "rank_pattern": {"^model.layers.1.self_attn.q_proj": 6, "_proj": 2, "layers.0": 3, "q_proj|k_proj": 5},
+    },
+    "regex": {"r": 4, "target_modules": r".*\.(q_proj|gate_proj)"},
+    "regex with lookahead": {"r": 4, "target_modules": r"(?!.*layers\.1)(?:model)(\.\w+)*\.(self_attn\.)?[qkv]_proj"},
+    "excluded names": {"r": 4, "target_modules": "all-linear", "exclude_modules": ["q_proj", "layers.1.mlp.up_proj"]},
+    "excluded pattern": {"r": 4, "target_modules": ["q_proj", "o_proj"], "exclude_modules": r".*layers\.[02]\..*"},
+    "one layer": {"r": 4, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1},
+    "layers": {
+        "r": 4,
+        "target_modules": ["q_proj", "model.layers.1.self_attn.k_proj"],
+        "layers_to_transform": [0, 2],
+        "layers_pattern": "layers",
+    },
+    "layers by patterns": {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [2],
+        "layers_pattern": ["blocks", "lay.*"],
+    },
+    "full names": {"r": 2, "target_modules": ["model.layers.0.self_attn.q_proj", "layers.2.mlp.down_proj"]},
+    "gaussian": {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "gaussian", "lora_dropout": 0.3},
+    "alpha 0 and below": {"r": 2, "lora_alpha": 0, "target_modules": ["q_proj"], "alpha_pattern": {"0.*q_proj": -3}},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_honoured_feature_gives_pefts_own_logits(feature, llama, shapes, make_peft):
+    model, folder = make_peft(**FEATURES[feature])
+    weights = peft_format.read_folder(folder, name="a", shapes=shapes)
+    without_shapes = peft_format.read_folder(folder, name="a")
+    with torch.no_grad():
+        wanted = model(IDS).logits
+    assert (logits_with(llama, weights) - wanted).abs().max() < 2e-5
+    assert without_shapes.digest == weights.digest
+    if feature != "alpha 0 and below":
+        assert (wanted - llama(IDS).logits).abs().max() > 1e-2
+    peft_scales = {
+        name.removeprefix("base_model.model."): module.scaling["default"]
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict)
+    }
+    assert {path: m.scale for path, m in weights.modules.items()} == pytest.approx(peft_scales, rel=1e-12)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_is_written_peft_loads_unchanged(feature, llama, shapes, make_peft, tmp_path):
+    model, folder = make_peft(**FEATURES[feature])
+    weights = peft_format.read_folder(folder, name="a", shapes=shapes)
+    for out, known in ((tmp_path / "full", None), (tmp_path / "short", shapes)):
+        peft_format.save(weights, out, shapes=known)
+        assert peft_format.read_folder(out, name="a", shapes=shapes).digest == weights.digest
+        loaded = PeftModel.from_pretrained(copy.deepcopy(llama), out).eval()
+        with torch.no_grad():
+            assert (loaded(IDS).logits - model(IDS).logits).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_are_kept(dtype, make_peft, shapes):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    retensor(folder, lambda ts: {k: v.to(dtype) for k, v in ts.items()})
+    weights = peft_format.read_folder(folder, name="a", shapes=shapes)
+    assert {m.A.dtype for m in weights.modules.values()} == {dtype}
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda k: k.removeprefix("base_model.model."),
+        lambda k: k.replace(".weight", ".default.weight"),
+        lambda k: k.replace(".lora_", ".base_layer.lora_"),
+    ],
+)
+def test_other_writers_tensor_names_are_the_same_version(rename, make_peft, shapes):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    before = peft_format.read_folder(folder, name="a", shapes=shapes)
+    retensor(folder, lambda ts: {rename(k): v for k, v in ts.items()})
+    assert peft_format.read_folder(folder, name="b", shapes=shapes).digest == before.digest
+
+
+def test_identity_is_content(make_peft, shapes):
+    _, folder = make_peft(r=2, lora_alpha=4, target_modules=["v_proj", "q_proj"])
+    first = peft_format.read_folder(folder, name="a", shapes=shapes)
+    edit(folder, target_modules=["q_proj", "v_proj"], lora_dropout=0.9, revision="x", base_model_name_or_path="other")
+    same = peft_format.read_folder(folder, name="a", shapes=shapes)
+    assert same.digest == first.digest and same.metadata["base"] == "other"
+    edit(folder, lora_alpha=5)
+    assert peft_format.read_folder(folder, name="a", shapes=shapes).digest != first.digest
+
+
+def test_the_answer_lists_what_was_honoured_and_what_was_harmless(make_peft, shapes):
+    _, folder = make_peft(r=2, target_modules=["q_proj"], lora_dropout=0.1)
+    edit(folder, a_key_of_tomorrow=None, another=[], third=False, fan_in_fan_out=True)
+    (folder / "README.md").write_text("# A card")
+    (folder / "task.json").write_text('{"prompt": "{input}"}')
+    metadata = peft_format.read_folder(folder, name="a", shapes=shapes).metadata
+    assert {"r", "lora_alpha", "target_modules", "peft_type"} <= set(metadata["honoured"])
+    assert {"lora_dropout", "qalora_group_size", "megatron_core", "a_key_of_tomorrow", "bias"} <= set(
+        metadata["harmless"]
+    )
+    assert metadata["card"] == "# A card" and metadata["task"] == {"prompt": "{input}"}
+    assert "fan_in_fan_out" in metadata["notes"][0]
+    json.dumps(metadata)
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "dora": ({"use_dora": True}, "use_dora"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias"),
+    "bias": ({"bias": "lora_only"}, "bias"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+    "lm_head": ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+    "pissa_niter": ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
+    "olora": ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    "loftq": ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+    "corda": ({"init_lora_weights": "corda"}, "init_lora_weights"),
+    "lora_ga": ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
+    "an unknown init": ({"init_lora_weights": "tomorrow"}, "init_lora_weights"),
+    "alora": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+    "target_parameters": ({"target_parameters": ["mlp.experts.weight"]}, "target_parameters"),
+    "layer_replication": ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+    "another type": ({"peft_type": "IA3"}, "IA3"),
+    "qalora": ({"use_qalora": True}, "use_qalora"),
+    "a group of qalora": ({"qalora_group_size": 32}, "qalora_group_size"),
+    "arrow": ({"arrow_config": {"top_k": 3}}, "arrow_config"),
+    "an unknown key": ({"warp_factor": 9}, "warp_factor"),
+    "a number that is false": ({"warp_factor": 0}, "warp_factor"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_refused_by_name(what, make_peft, shapes):
+    changes, named = REFUSALS[what]
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    edit(folder, **changes)
+    for known in (shapes, None):
+        with pytest.raises(UnsupportedAdapter, match=named):
+            peft_format.read_folder(folder, name="a", shapes=known)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 0},
+        {"r": -4},
+        {"r": 2.5},
+        {"r": True},
+        {"r": 3},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": 1e308},
+        {"lora_alpha": "16"},
+        {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": {"q_proj": 5}},
+        {"rank_pattern": {"(": 2}},
+        {"rank_pattern": ["q_proj"]},
+        {"alpha_pattern": {"q_proj": None}},
+        {"use_rslora": 1},
+        {"target_modules": None},
+        {"target_modules": []},
+        {"target_modules": [1]},
+        {"target_modules": "("},
+        {"target_modules": "DROP"},
+        {"target_modules": ["q_proj", "k_proj"]},
+        {"target_modules": ["k_proj"]},
+        {"exclude_modules": ["q_proj"]},
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": 1.5},
+        {"layers_pattern": "layers"},
+        {"target_modules": ".*q_proj", "layers_to_transform": [0, 1, 2]},
+        {"peft_type": "DROP"},
+        {"target_modules": "x" * 5000},
+    ],
+)
+def test_wrong_configs_are_refused(changes, make_peft, shapes):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    edit(folder, **changes)
+    with pytest.raises(InvalidAdapter):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+
+
+def test_a_converted_pissa_adapter_is_plain(llama, shapes, make_peft, tmp_path):
+    model, folder = make_peft(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=True)
+    edit(folder, init_lora_weights=True, corda_config={"cache_file": None}, loftq_config={"loftq_bits": 4})
+    assert peft_format.read_folder(folder, name="a", shapes=shapes).modules
+
+
+def drop(part: str) -> Any:
+    return lambda ts: {k: v for k, v in ts.items() if part not in k}
+
+
+def put(key: str, tensor: torch.Tensor) -> Any:
+    return lambda ts: {**ts, key: tensor}
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        (drop("layers.0"), InvalidAdapter, "lacks the tensors of 1 modules"),
+        (drop("0.self_attn.q_proj.lora_B"), InvalidAdapter, "lora_B.weight is missing"),
+        (drop("lora"), InvalidAdapter, "no LoRA tensors"),
+        (put(f"{Q0}.lora_A.weight", torch.full((2, 16), torch.nan)), InvalidAdapter, "not finite"),
+        (put(f"{Q0}.lora_B.weight", torch.full((16, 2), torch.inf)), InvalidAdapter, "not finite"),
+        (put(f"{Q0}.lora_A.weight", torch.zeros(0, 16)), InvalidAdapter, "rank"),
+        (put(f"{Q0}.lora_A.weight", torch.tensor(1.0)), InvalidAdapter, "must be a matrix"),
+        (put(f"{Q0}.lora_A.weight", torch.ones(2, 16, 1)), InvalidAdapter, "must be a matrix"),
+        (put(f"{Q0}.lora_A.weight", torch.ones(2, 8)), BaseMismatch, "another base"),
+        (put(f"{Q0}.lora_B.weight", torch.ones(8, 2)), BaseMismatch, "another base"),
+        (put(f"{Q0}.lora_A.weight", torch.ones(2, 16, dtype=torch.float64)), UnsupportedAdapter, "float64"),
+        (put(f"{Q0}.lora_A.weight", torch.ones(2, 16, dtype=torch.int8)), UnsupportedAdapter, "int8"),
+        (put(f"{Q0}.lora_A.default.weight", torch.ones(2, 16)), InvalidAdapter, "twice"),
+        (put(f"{Q0}.lora_magnitude_vector", torch.ones(16)), UnsupportedAdapter, "DoRA"),
+        (put(f"{Q0}.lora_B.bias", torch.ones(16)), UnsupportedAdapter, "lora_bias"),
+        (put("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(2, 48)), UnsupportedAdapter, "embed"),
+        (put("base_model.model.lm_head.weight", torch.ones(48, 16)), UnsupportedAdapter, "lm_head"),
+        (put("base_model.model.model.norm.weight", torch.ones(16)), InvalidAdapter, "no pair"),
+        (put("", torch.ones(16)), InvalidAdapter, "no pair"),
+    ],
+)
+def test_wrong_tensors_are_refused(change, error, named, make_peft, shapes):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    retensor(folder, change)
+    with pytest.raises(error, match=named):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+
+
+def test_another_bases_adapter_is_a_mismatch(make_peft, shapes):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    fewer = {k: v for k, v in shapes.items() if "layers.2" not in k}
+    with pytest.raises(BaseMismatch, match="layers.2"):
+        peft_format.read_folder(folder, name="a", shapes=fewer)
+    other = {k: (o, i + 16) for k, (o, i) in shapes.items()}
+    with pytest.raises(BaseMismatch, match="another base"):
+        peft_format.read_folder(folder, name="a", shapes=other)
+
+
+def test_the_rank_limit(make_peft, shapes):
+    _, folder = make_peft(r=6, target_modules=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 9})
+    assert peft_format.read_folder(folder, name="a", shapes=shapes, max_rank=9).ranks == [6, 9]
+    with pytest.raises(InvalidAdapter, match="over the limit of 8"):
+        peft_format.read_folder(folder, name="a", shapes=shapes, max_rank=8)
+
+
+class Trap:
+    """A pickle that leaves a mark when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.mark),))
+
+
+def test_a_pickle_is_refused_without_being_opened(make_peft, shapes, tmp_path):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "mark")))
+    with pytest.raises(UnsupportedAdapter, match=r"adapter_model\.bin is a pickle"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+    (folder / "adapter_model.bin").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(InvalidAdapter, match="safetensors"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_links_out_of_the_folder_and_odd_files_are_refused(file, make_peft, shapes, tmp_path):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    inside = folder / "real"
+    (folder / file).rename(inside)
+    (folder / file).symlink_to("real")
+    assert peft_format.read_folder(folder, name="a", shapes=shapes).modules
+    (folder / file).unlink()
+    inside.rename(tmp_path / "outside")
+    (folder / file).symlink_to(tmp_path / "outside")
+    with pytest.raises(InvalidAdapter, match="link that leads out"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    with pytest.raises(InvalidAdapter, match="no regular file"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+    (folder / file).unlink()
+    (folder / file).symlink_to(file)
+    with pytest.raises(InvalidAdapter, match="cannot be read"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+    (folder / file).unlink()
+    with pytest.raises(InvalidAdapter, match="is missing"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+
+
+def test_sizes_are_known_before_reading(make_peft, shapes):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    with open(folder / "adapter_config.json", "r+b") as config:
+        config.truncate(5 << 20)
+    with pytest.raises(InvalidAdapter, match="over the limit"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    with open(folder / "adapter_model.safetensors", "r+b") as tensors:
+        tensors.truncate(1 << 40)
+    with pytest.raises(InvalidAdapter, match="over the limit"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "null", '{"r": 1, "r": 2}', '{"peft_type": "LORA"', "[" * 100_000, "\xff"]
+)
+def test_broken_json(text, make_peft):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    (folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InvalidAdapter, match=r"adapter_config\.json"):
+        peft_format.read_folder(folder, name="a")
+
+
+def test_truncation_at_every_length_is_refused(make_peft, shapes):
+    _, folder = make_peft(r=1, target_modules=["q_proj"])
+    config = (folder / "adapter_config.json").read_bytes()
+    tensors = (folder / "adapter_model.safetensors").read_bytes()
+    for size in [*range(0, len(tensors), 37), len(tensors) - 1]:
+        with pytest.raises(InvalidAdapter):
+            peft_format.read_bytes(config, tensors[:size], name="a", shapes=shapes)
+
+
+def test_a_full_disk_is_told(make_peft, shapes, tmp_path):
+    weights = sealed("a", {"x": LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreFailed, match="could not be written"):
+        peft_format.save(weights, tmp_path / "file")
+
+
+def test_how_it_was_made_travels_with_the_tensors(tmp_path):
+    weights = sealed(
+        "a",
+        {"x": LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)},
+        {"quantization": {"scheme": "int4"}, "training": {"samples": 3}},
+    )
+    peft_format.save(weights, tmp_path / "a", card="# card", task={"prompt": "é {input}"})
+    metadata = peft_format.read_folder(tmp_path / "a", name="a").metadata
+    assert metadata["quantization"] == {"scheme": "int4"} and metadata["training"] == {"samples": 3}
+    assert metadata["card"] == "# card" and metadata["task"] == {"prompt": "é {input}"}
+
+
+def test_every_error_is_an_adapter_error():
+    assert issubclass(UnsupportedAdapter, InvalidAdapter) and issubclass(InvalidAdapter, AdapterError)
