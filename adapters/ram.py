@@ -2,8 +2,8 @@
 
 Owns loading (every version once, however many ask), eviction, and the count of what is held. Does not know names,
 leases or folders: it is given `load(digest)`. What `fetch` hands out are views: each shares its tensors with the one
-copy here and pins it for as long as the view itself lives, so whoever uses the tensors keeps the view. An engine that
-fails and starts again cannot leave a pin behind.
+copy here and pins it for as long as the view's `modules` live, so whoever uses the tensors keeps the view or its
+modules. An engine that fails and starts again cannot leave a pin behind.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from adapters.errors import AdapterError, NoRoom
 from adapters.lru import LRU
-from adapters.weights import LoraWeights
+from adapters.weights import LoraWeights, LowRank
 
 log = logging.getLogger(__name__)
 
@@ -277,9 +277,10 @@ class Ram:
         self._effects.append(tell)
 
     def _view(self, digest: str) -> LoraWeights:
-        view = replace(self._weights[digest])
-        weakref.finalize(view, self._return, digest).atexit = False
-        return view
+        weights = self._weights[digest]
+        modules = _Modules(weights.modules)
+        weakref.finalize(modules, self._return, digest).atexit = False
+        return replace(weights, modules=modules)
 
     def _return(self, digest: str) -> None:
         """A view died. This runs anywhere, even in a thread that has the lock, so it only leaves a note."""
@@ -340,6 +341,10 @@ class Ram:
         self._unwanted.discard(digest)
         if self._weights.pop(digest, None) is not None:
             self._effects.append(lambda: self._on_evict(digest))
+
+
+class _Modules(dict[str, LowRank]):
+    """The modules of one view, told apart from every other view's, so that their death can be noticed."""
 
 
 def _no_room(nbytes: int, capacity: int) -> NoRoom:

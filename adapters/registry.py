@@ -26,6 +26,7 @@ from adapters.intake import Intake
 from adapters.journal import Journal, Taken
 from adapters.leases import Lease, Leases
 from adapters.naming import Names, Rejections, check_name
+from adapters.peft_format import read_folder
 from adapters.ports import Description, NoSlots, Observer, Published, Reader, Retired, Slots
 from adapters.ram import Fetched, Ram
 from adapters.store import Record, Store
@@ -58,10 +59,10 @@ class Registry:
         self,
         store: Store,
         *,
-        read: Reader,
         shapes: Mapping[str, tuple[int, int]],
         ram_bytes: int,
         prepare: Callable[[LoraWeights], LoraWeights] = lambda weights: weights,
+        read: Reader = read_folder,
         max_rank: int = 64,
         max_mix: int = 8,
         reserved: Collection[str] = (),
@@ -144,8 +145,8 @@ class Registry:
     def fetch(self, mix: Mix) -> Fetched:
         """The weights of a leased mix, in its order, all or none, when they are in RAM. Never blocks.
 
-        Every result is a view: keep it for as long as its tensors are used, and drop it after. Cancel the future if
-        it is not wanted any more.
+        Every result is a view: keep it (or its `modules`) for as long as its tensors are used, and drop it after.
+        Cancel the future if it is not wanted any more.
         """
         return self._ram.fetch(mix.digests)
 

@@ -1,0 +1,340 @@
+"""The store: whole versions under their digests, whatever happens at any of its writes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import InvalidAdapter, NoRoom, StoreFailed
+from adapters.journal import KEPT, Journal, Taken
+from adapters.peft_format import read_folder
+from adapters.store import Disk, Record, Store
+from adapters.weights import LoraWeights
+
+Write = Callable[..., LoraWeights]
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+class FaultyDisk(Disk):
+    """Counts the changes of the disk, and at the n-th raises `fault`: before it, or in the middle where it has one."""
+
+    def __init__(self, at: int = -1, fault: Callable[[], BaseException] = Crash, half: bool = False) -> None:
+        self.at, self.fault, self.half, self.count = at, fault, half, 0
+
+    def _due(self) -> bool:
+        self.count += 1
+        return self.count - 1 == self.at
+
+    def copy(self, source: int, target: Path, limit: int) -> int:
+        if self._due():
+            if self.half:
+                target.write_bytes(os.read(source, 10))
+            raise self.fault()
+        return super().copy(source, target, limit)
+
+    def write(self, path: Path, text: str) -> None:
+        if self._due():
+            if self.half:
+                path.write_text(text[: len(text) // 2])
+            raise self.fault()
+        super().write(path, text)
+
+    def rename(self, source: Path, target: Path) -> None:
+        if self._due():
+            fault = self.fault()
+            if self.half and isinstance(fault, Crash):  # a rename that fails has not happened; after one, all may end
+                super().rename(source, target)
+            raise fault
+        super().rename(source, target)
+
+    def sync(self, folder: Path) -> None:
+        if self._due():
+            raise self.fault()
+        super().sync(folder)
+
+    def remove(self, path: Path) -> None:
+        if self._due():
+            if self.half and path.is_dir():
+                for child in list(path.rglob("*"))[-1:]:
+                    child.unlink() if child.is_file() else shutil.rmtree(child)
+            raise self.fault()
+        super().remove(path)
+
+
+def full() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/secret/path")
+
+
+def publish(store: Store, name: str, folder: Path, now: float = 1.0) -> str:
+    """What the registry does, in short."""
+    with store.stage(folder) as staged:
+        weights = read_folder(staged, name=name)
+        store.adopt(staged, Record.of(weights, now))
+    store.write(store.journal.point(name, weights.digest, "test", now))
+    for digest in set(store.records) - store.journal.referenced():
+        store.remove(digest)
+    return weights.digest
+
+
+def check_whole(store: Store) -> dict[str, str]:
+    """Every name's versions can be read and are what they say; nothing is left over. Answers name -> digest."""
+    assert not store.lost
+    for name, entry in store.journal.names.items():
+        for digest in entry.history:
+            assert read_folder(store.path(digest), name=name).digest == digest
+            assert store.records[digest].digest == digest
+    assert {p.name for p in (store.root / "versions").iterdir()} == set(store.journal.referenced())
+    assert not list((store.root / "incoming").iterdir())
+    assert {p.name for p in store.root.iterdir()} <= {"versions", "incoming", "names.json", "lock"}
+    return {name: entry.history[0] for name, entry in store.journal.names.items()}
+
+
+@pytest.fixture
+def folders(tmp_path: Path, write_adapter: Write) -> list[Path]:
+    paths = [tmp_path / f"source-{seed}" for seed in range(5)]
+    for seed, path in enumerate(paths):
+        write_adapter(path, seed, card=f"card {seed}", task={"task": "t", "prompt": "{input}"})
+    return paths
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(tmp_path / "store")
+    yield store
+    store.close()
+
+
+def test_put_and_read_back(store: Store, folders: list[Path]) -> None:
+    digest = publish(store, "a", folders[0])
+    shutil.rmtree(folders[0])
+    weights = read_folder(store.path(digest), name="a")
+    assert weights.digest == digest
+    assert weights.metadata["card"] == "card 0" and weights.metadata["task"]["prompt"] == "{input}"
+    record = store.records[digest]
+    assert record.ranks == [2] and record.targets == ["q_proj", "v_proj"] and record.nbytes == weights.nbytes
+    store.close()
+    with_again = Store(store.root)
+    assert check_whole(with_again) == {"a": digest}
+    assert with_again.records[digest] == record
+    with_again.close()
+
+
+def test_keeps_the_last_three_of_a_name(store: Store, folders: list[Path]) -> None:
+    digests = [publish(store, "a", folder) for folder in folders]
+    assert store.journal.names["a"].history == tuple(digests[:-KEPT - 1:-1])
+    assert check_whole(store) == {"a": digests[-1]}
+
+
+def test_a_version_with_two_names_stays_until_both_are_gone(store: Store, folders: list[Path]) -> None:
+    digest = publish(store, "a", folders[0])
+    assert publish(store, "b", folders[0]) == digest
+    store.write(store.journal.retire("a"))
+    assert store.journal.referenced() == {digest}
+    assert check_whole(store) == {"b": digest}
+
+
+def test_equal_content_renews_the_card_and_the_task(store: Store, folders: list[Path]) -> None:
+    digest = publish(store, "a", folders[0])
+    (folders[0] / "README.md").write_text("new card")
+    (folders[0] / "task.json").unlink()
+    assert publish(store, "a", folders[0], now=2.0) == digest
+    assert store.records[digest].metadata["card"] == "new card"
+    assert store.records[digest].created_at == 1.0
+    weights = read_folder(store.path(digest), name="a")
+    assert weights.metadata["card"] == "new card" and weights.metadata["task"] is None
+
+
+def test_a_damaged_version_is_replaced_by_equal_content(store: Store, folders: list[Path]) -> None:
+    digest = publish(store, "a", folders[0])
+    (store.path(digest) / "adapter_model.safetensors").write_bytes(b"rot")
+    store.damaged.add(digest)
+    publish(store, "a", folders[0])
+    assert check_whole(store) == {"a": digest} and not store.damaged
+
+
+def test_one_process_at_a_time(store: Store) -> None:
+    with pytest.raises(StoreFailed, match="in use by another process"):
+        Store(store.root)
+    store.close()
+    store.close()
+    Store(store.root).close()
+
+
+@pytest.mark.parametrize("kind", ["missing", "record", "record of another"])
+def test_a_lost_version_is_told_and_can_be_put_again(
+    store: Store, folders: list[Path], kind: str
+) -> None:
+    digest, other = publish(store, "a", folders[0]), publish(store, "b", folders[1])
+    store.close()
+    if kind == "missing":
+        shutil.rmtree(store.path(digest))
+    elif kind == "record":
+        (store.path(digest) / "record.json").write_text("{")
+    else:
+        shutil.copy(store.path(other) / "record.json", store.path(digest) / "record.json")
+    again = Store(store.root)
+    assert set(again.lost) == {digest} and set(again.records) == {other}
+    publish(again, "a", folders[0])
+    assert check_whole(again) == {"a": digest, "b": other}
+    again.close()
+
+
+def test_an_unreadable_journal_is_an_error_and_nothing_is_deleted(store: Store, folders: list[Path]) -> None:
+    digest = publish(store, "a", folders[0])
+    store.close()
+    good = (store.root / "names.json").read_text()
+    for text in ("{", "[]", '{"format": 99}', good.replace(digest, "../../etc")):
+        (store.root / "names.json").write_text(text)
+        with pytest.raises(StoreFailed, match=r"names\.json"):
+            Store(store.root)
+    (store.root / "names.json").write_text(good)
+    again = Store(store.root)
+    assert check_whole(again) == {"a": digest}
+    again.close()
+
+
+def script(store: Store, folders: list[Path]) -> Iterator[dict[str, str]]:
+    """A life of changes; yields, before each and at the end, the names as they must then be."""
+    names: dict[str, str] = {}
+    yield names
+    for name, folder in [("a", 0), ("b", 1), ("a", 2), ("a", 0), ("a", 3), ("a", 4), ("b", 0)]:
+        names = {**names, name: publish(store, name, folders[folder])}
+        yield names
+    (folders[4] / "README.md").write_text("another card")
+    publish(store, "a", folders[4])
+    yield names
+    store.write(store.journal.retire("a"))
+    for digest in set(store.records) - store.journal.referenced():
+        store.remove(digest)
+    yield {"b": names["b"]}
+
+
+def dry_run(folders: list[Path], root: Path) -> tuple[int, list[dict[str, str]]]:
+    """How many writes the script makes, and the states that it goes through."""
+    disk = FaultyDisk()
+    store = Store(root, disk=disk)
+    states = list(script(store, folders))
+    store.close()
+    return disk.count, states
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_crash_at_any_write_leaves_a_readable_store(tmp_path: Path, folders: list[Path], half: bool) -> None:
+    count, states = dry_run(folders, tmp_path / "dry")
+    assert count > 60
+    for at in range(count):
+        root = tmp_path / f"crash-{at}"
+        reached = 0
+        store = None
+        with pytest.raises(Crash):
+            store = Store(root, disk=FaultyDisk(at, half=half))
+            for _ in script(store, folders):
+                reached += 1
+        if store is not None:
+            store.close()
+        again = Store(root)
+        # The step that crashed has happened or has not: no other state is possible.
+        assert check_whole(again) in states[max(reached - 1, 0) : reached + 1]
+        publish(again, "c", folders[1])
+        check_whole(again)
+        again.close()
+        shutil.rmtree(root)
+
+
+def test_a_full_disk_at_any_write_changes_nothing_that_is_seen(tmp_path: Path, folders: list[Path]) -> None:
+    count, states = dry_run(folders, tmp_path / "dry")
+    failures = 0
+    for at in range(2, count):
+        root = tmp_path / f"full-{at}"
+        store = Store(root, disk=FaultyDisk(at, full, half=True))
+        reached = 0
+        try:
+            for _ in script(store, folders):
+                reached += 1
+        except StoreFailed as error:
+            failures += 1
+            assert "the disk is full" in error.message and "secret" not in error.message
+            found = {name: entry.history[0] for name, entry in store.journal.names.items()}
+            assert found in states[reached - 1 : reached + 1]
+        else:
+            assert reached == len(states)
+        for name, entry in store.journal.names.items():
+            for digest in entry.history:
+                assert read_folder(store.path(digest), name=name).digest == digest
+        digest = publish(store, "c", folders[1])  # the store goes on
+        store.close()
+        again = Store(root)
+        assert check_whole(again)["c"] == digest
+        again.close()
+        shutil.rmtree(root)
+    assert failures > count // 2
+
+
+def test_what_is_no_regular_file_is_refused(store: Store, folders: list[Path], tmp_path: Path) -> None:
+    target = folders[0] / "adapter_model.safetensors"
+    for make, reason in [
+        (lambda: os.mkfifo(target), "not a regular file"),
+        (lambda: target.mkdir(), "not a regular file"),
+        (lambda: target.symlink_to(tmp_path / "nothing"), "link to nothing"),
+        (lambda: target.symlink_to(target), "cannot be read|link"),
+        (lambda: target.symlink_to("/dev/zero"), "not a regular file"),
+    ]:
+        target.rmdir() if target.is_dir() and not target.is_symlink() else target.unlink()
+        make()
+        with pytest.raises(InvalidAdapter, match=reason), store.stage(folders[0]):
+            pass
+    assert not list((store.root / "incoming").iterdir())
+
+
+def test_links_may_not_lead_out(store: Store, folders: list[Path], tmp_path: Path) -> None:
+    jail = tmp_path / "jail"
+    (jail / "bad").mkdir(parents=True)
+    (jail / "good").mkdir()
+    shutil.copytree(folders[0], jail / "blobs")
+    for name in os.listdir(folders[0]):
+        (jail / "bad" / name).symlink_to(folders[0] / name)
+        (jail / "good" / name).symlink_to(f"../blobs/{name}")
+    with pytest.raises(InvalidAdapter, match="leads out of the adapter directory"):
+        with store.stage(jail / "bad", within=jail):
+            pass
+    with store.stage(jail / "good", within=jail) as staged:
+        read_folder(staged, name="good")
+    with store.stage(jail / "bad") as staged:  # a trusted caller's, a hub's cache for instance
+        read_folder(staged, name="good")
+
+
+def test_an_endless_file_ends(store: Store, folders: list[Path]) -> None:
+    with pytest.raises(NoRoom, match="over"), store.stage(folders[0], limit=100):
+        pass
+    assert not list((store.root / "incoming").iterdir())
+
+
+def test_a_stored_version_of_another_base_says_so(folders: list[Path], tiny_shapes: dict[str, Any]) -> None:
+    record = Record.of(read_folder(folders[0], name="a"), 0.0)
+    path = next(iter(tiny_shapes))
+    assert record.misfit(tiny_shapes, 64) is None
+    assert "over the limit" in (record.misfit(tiny_shapes, 1) or "")
+    assert "has no" in (record.misfit({p: s for p, s in tiny_shapes.items() if p != path}, 64) or "")
+    assert "is [8, 4] here" in (record.misfit({**tiny_shapes, path: (8, 4)}, 64) or "")
+
+
+def test_journal_round_trip_and_rules() -> None:
+    a, b, c, d = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
+    journal = Journal().point("x", a, "api", 1.0).pin("x", True).point("x", b, "watch", 2.0).point("x", c, "api", 3.0)
+    journal = journal.take("watch/x", Taken(c, (("task.json", 1, 2, 3, 4),)))
+    assert Journal.from_json(json.loads(json.dumps(journal.to_json()))) == journal
+    assert journal.names["x"].pinned
+    assert journal.point("x", a, "api", 4.0).names["x"].history == (a, c, b), "rolled back: the old one is first again"
+    assert journal.point("x", d, "api", 4.0).names["x"].history == (d, c, b)
+    assert "x" not in journal.retire("x").names and journal.retire("x").taken == journal.taken
+    assert not journal.take("watch/x", None).taken
