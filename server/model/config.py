@@ -127,11 +127,8 @@ class ModelConfig:
 
     def table_shapes(self) -> dict[str, tuple[int, int]]:
         """Module path -> (vocab, hidden) of the embedding table and, unless tied, of the output table."""
-        shape = (self.vocab_size, self.hidden_size)
-        return {"model.embed_tokens": shape} if self.tie_word_embeddings else {
-            "model.embed_tokens": shape,
-            "lm_head": shape,
-        }
+        tables = ("model.embed_tokens",) if self.tie_word_embeddings else ("model.embed_tokens", "lm_head")
+        return dict.fromkeys(tables, (self.vocab_size, self.hidden_size))
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape of the norms and biases."""
@@ -229,6 +226,9 @@ def from_gguf(
     if "token_embd.weight" not in tensor_shapes:
         raise BadModel("the GGUF file has no tensor token_embd.weight")
     architecture = GGUF_ARCHITECTURES[arch]
+    window = values.get("attention.sliding_window") or None
+    if window is not None and arch == "llama":
+        architecture = "MistralForCausalLM"
     interval = {"no_rope_layer_interval": 4}  # llama.cpp fixes it for this architecture, the file does not say
     theta = float(values.get("rope.freq_base", 10000.0))
     return _checked(
@@ -251,9 +251,42 @@ def from_gguf(
             mlp_bias="blk.0.ffn_down.bias" in tensor_shapes,
             qk_norm="blk.0.attn_q_norm.weight" in tensor_shapes,
             no_rope_layers=_no_rope_layers(interval, layers) if arch == "smollm3" else (),
-            sliding_window=values.get("attention.sliding_window") or None,
+            sliding_window=window,
         )
     )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The content of a `config.json` from which `from_hf`, and Transformers, read the same model."""
+    scaling = config.rope_scaling
+    defaults = RopeScaling()
+    rope: dict[str, Any] = {"rope_type": scaling.type, "rope_theta": config.rope_theta}
+    for name in RopeScaling.__dataclass_fields__:
+        value = getattr(scaling, name)
+        if name != "type" and value is not None and (name == "factor" or value != getattr(defaults, name)):
+            rope[name] = value
+    if scaling.type == "default":
+        del rope["factor"]
+    content: dict[str, Any] = {
+        "architectures": [config.architecture],
+        "model_type": config.model_type,
+        "hidden_act": "silu",
+        "rope_parameters": rope,
+    }
+    same = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+        "mlp_bias",
+    )  # fmt: skip
+    content |= {name: getattr(config, name) for name in same}
+    content["attention_bias"] = config.attention_bias
+    if config.no_rope_layers:
+        content["no_rope_layers"] = list(config.no_rope_layers)
+    if config.sliding_window is not None:
+        content |= {"sliding_window": config.sliding_window, "use_sliding_window": True, "max_window_layers": 0}
+    elif config.model_type == "mistral":
+        content["sliding_window"] = None
+    return content
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ that do not fit. What codes and scales mean is said in kernels/stored.py; files 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -59,8 +59,19 @@ class Quantization:
         """The group of linears that are quantized from floats."""
         return 64 if self.group is None else self.group
 
+    @property
+    def label(self) -> str:
+        """For people: `int4 in groups of 64, scales in 8 bits, tables in 8`."""
+        if self.scheme == "none":
+            return "not quantized"
+        scales = ", scales in 8 bits" if self.double_quant else ""
+        return f"{self.scheme} in groups of {self.linear_group}{scales}, tables in {self.table_bits} bits"
+
     def describe(self) -> dict[str, str | int | bool | None]:
-        return asdict(self)
+        """What others are told: scheme, group (None without quantization), double, table_bits."""
+        group = None if self.scheme == "none" else self.linear_group
+        bits = None if self.scheme == "none" else self.table_bits
+        return {"scheme": self.scheme, "group": group, "double": self.double_quant, "table_bits": bits}
 
 
 def check_group(name: str, columns: int, group: int) -> None:

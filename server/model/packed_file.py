@@ -1,0 +1,185 @@
+"""The packed cache: one file that holds a base's resident form, mapped by whoever serves or trains on it.
+
+Owns the file format. It is disposable: keyed by the source's digest, the quantization and the backend's layout, it is
+written atomically, verified when it is opened, and made again when anything is wrong with it. Does not know models.
+
+Format, all little-endian: 64 bytes of head (magic, offset, length and SHA-256 of the index), then the tensors, each
+at a multiple of 64 bytes, then the index, a JSON object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+
+from server.kernels.weight import Weight
+from server.model.digest import Digests
+
+log = logging.getLogger(__name__)
+
+MAGIC = b"loramux1"
+ALIGNMENT = 64
+_HEAD = struct.Struct("<8sQQ32s")
+_DTYPES = {str(d).removeprefix("torch."): d for d in (
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a packed file holds. The tensors lie in the file's pages: read-only by convention, shared, not copied."""
+
+    weights: Mapping[str, Weight]
+    tensors: Mapping[str, torch.Tensor]
+    notes: tuple[str, ...]
+
+
+def packed_path(directory: Path, key: Mapping[str, Any]) -> Path:
+    """Where the packed file for `key` lies, or would."""
+    return directory / f"base-{hashlib.sha256(_canonical(key)).hexdigest()[:32]}.packed"
+
+
+class PackedWriter:
+    """Writes a packed file tensor by tensor; nothing is seen under its name until `finish`.
+
+    Used as a context manager: leaving it without `finish` removes what was written. Raises OSError.
+    """
+
+    def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
+        self._path, self._key = path, dict(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, self._temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        self._file: BinaryIO = os.fdopen(handle, "w+b")
+        self._digest = hashlib.sha256()
+        self._file.write(b"\0" * ALIGNMENT)
+        self._at = ALIGNMENT
+        self._weights: dict[str, Any] = {}
+        self._tensors: dict[str, Any] = {}
+
+    def __enter__(self) -> PackedWriter:
+        return self
+
+    def add_weight(self, path: str, weight: Weight) -> None:
+        self._weights[path] = {
+            "scheme": weight.scheme,
+            "layout": weight.layout,
+            "shape": list(weight.shape),
+            "group": weight.group,
+            "tensors": {name: self._write(tensor) for name, tensor in weight.tensors.items()},
+        }
+
+    def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        self._tensors[name] = self._write(tensor)
+
+    def finish(self, notes: tuple[str, ...] = ()) -> None:
+        """Write the index and give the file its name, once all of it is on the disk."""
+        index = _canonical(
+            {
+                "key": self._key,
+                "weights": self._weights,
+                "tensors": self._tensors,
+                "notes": list(notes),
+                "data": self._digest.hexdigest(),
+            }
+        )
+        self._file.write(index)
+        self._file.seek(0)
+        self._file.write(_HEAD.pack(MAGIC, self._at, len(index), hashlib.sha256(index).digest()))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self._path)
+        directory = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._file.closed:
+            self._file.close()
+            Path(self._temporary).unlink(missing_ok=True)
+
+    def _write(self, tensor: torch.Tensor) -> list[Any]:
+        """Append a tensor; returns its dtype, shape and offset, for the index."""
+        tensor = tensor.detach().contiguous().cpu()
+        offset = self._at
+        if tensor.numel():
+            data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            padding = b"\0" * (-len(data) % ALIGNMENT)
+            for block in (data, padding):
+                self._file.write(block)
+                self._digest.update(block)
+                self._at += len(block)
+        return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset]
+
+
+def open_packed(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed | None:
+    """The packed file, mapped; None if there is none. One that is damaged or of another key is removed, with a line.
+
+    The bytes are verified once for each size and time of the file.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return _mapped(path, key, digests)
+    except (OSError, ValueError, KeyError, TypeError, struct.error, RuntimeError) as error:
+        log.warning("the packed cache %s is damaged and is made again: %s", path.name, error)
+        path.unlink(missing_ok=True)
+        return None
+
+
+def _mapped(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        magic, end, length, digest = _HEAD.unpack(file.read(_HEAD.size))
+        if magic != MAGIC or end + length != size:
+            raise ValueError("its length is not what its head says")
+        file.seek(end)
+        text = file.read(length)
+    if hashlib.sha256(text).digest() != digest:
+        raise ValueError("its index does not have the digest that its head says")
+    index = json.loads(text)
+    if _canonical(index["key"]) != _canonical(key):
+        raise ValueError("it was made of something else")
+    if digests.of(path, ALIGNMENT, end) != index["data"]:
+        raise ValueError("its tensors do not have the digest that its index says")
+    # Private and copy-on-write: were anything to write to the weights, the file and other processes would not see it.
+    storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+
+    def view(entry: list[Any]) -> torch.Tensor:
+        dtype, shape = _DTYPES[entry[0]], torch.Size(entry[1])
+        offset = int(entry[2]) // dtype.itemsize
+        strides = torch.empty(shape, device="meta").stride()
+        return torch.empty(0, dtype=dtype).set_(storage, offset, shape, strides)
+
+    weights = {
+        name: Weight(
+            entry["scheme"],
+            entry["layout"],
+            (entry["shape"][0], entry["shape"][1]),
+            entry["group"],
+            {part: view(tensor) for part, tensor in entry["tensors"].items()},
+        )
+        for name, entry in index["weights"].items()
+    }
+    tensors = {name: view(entry) for name, entry in index["tensors"].items()}
+    return Packed(weights, tensors, tuple(index["notes"]))
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
