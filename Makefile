@@ -1,0 +1,66 @@
+# serve, test, lint and the rest, in one environment: .venv/ in this checkout. Nothing has to be done first.
+#
+#   make serve PORT=9000 MODEL=path ARGS="--max-batch 16"
+#   make test ARGS="tests/adapters -k rank"
+#   TORCH_INDEX   an index to install torch from, such as that of its CPU builds; empty is pip's own configuration
+#   PYTHON        an interpreter, 3.11 or later
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH_INDEX ?=
+PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python3.14,$(shell \
+  $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Settings that may be given as variables. PORT also from the environment; the others are too common a name for that.
+typed = $(if $(findstring command,$(origin $(1))),--$(2) "$($(1))")
+flags = $(if $(PORT),--port "$(PORT)") $(call typed,HOST,host) $(call typed,MODEL,model) \
+  $(call typed,DEVICE,device) $(call typed,THREADS,threads) $(call typed,STATE_DIR,state-dir) \
+  $(call typed,ADAPTER_DIR,adapter-dir) $(call typed,CONFIG,config)
+
+.PHONY: help serve test lint format clean
+help:
+	@sed -n '2,/^$$/s/^# \{0,1\}//p' $(MAKEFILE_LIST)
+
+serve: $(VENV)/.installed
+	exec $(BIN)/loramux serve $(flags) $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# The stamps are newer than all that decides what is installed, so a second run installs nothing.
+$(VENV)/.made:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; name one with PYTHON=" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv (Debian: apt install python3-venv)" >&2; exit 1; }
+	touch $@
+
+NATIVE := $(wildcard setup.py server/kernels/cpu/*.cpp server/kernels/cpu/*.h server/kernels/cpu/*.py)
+
+$(VENV)/.torch: $(VENV)/.made
+	$(if $(TORCH_INDEX),$(PIP) install --index-url "$(TORCH_INDEX)" torch)
+	touch $@
+
+$(VENV)/.installed: pyproject.toml $(NATIVE) $(VENV)/.torch
+	$(PIP) install -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(NATIVE) $(VENV)/.torch
+	$(PIP) install -e '.[dev]'
+	touch $(VENV)/.installed $@
