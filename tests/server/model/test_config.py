@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import transformers
+
+from server.errors import BadModel
+from server.model.config import RopeScaling, from_gguf, from_hf, llama3_divisors, to_hf
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+GGUF: dict[str, Any] = {
+    "general.architecture": "llama",
+    "llama.block_count": 2,
+    "llama.context_length": 512,
+    "llama.embedding_length": 64,
+    "llama.feed_forward_length": 96,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 2,
+}
+TABLE = {"token_embd.weight": (100, 64)}
+
+
+def saved(kind: str, **values: Any) -> dict[str, Any]:
+    """What Transformers itself writes into config.json."""
+    config = getattr(transformers, f"{kind}Config")(
+        **{k: v for k, v in LLAMA.items() if k != "architectures"} | {"num_key_value_heads": 2} | values
+    )
+    return config.to_dict() | {"architectures": [f"{kind}ForCausalLM"]}
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"])
+def test_what_transformers_writes_is_read_as_it_means_it(kind: str) -> None:
+    values = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    values |= {"sliding_window": None} if kind == "Mistral" else {}
+    theirs = saved(kind, **values)
+    config = from_hf(theirs)
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps"):
+        assert getattr(config, name) == theirs[name]
+    assert config.head_dim == theirs.get("head_dim") or config.head_dim == 16
+    assert config.rope_theta == theirs["rope_parameters"]["rope_theta"]
+    assert config.rope_scaling == RopeScaling()
+    assert config.tie_word_embeddings and config.context_length == 512
+    assert (config.attention_bias, config.output_bias) == ((True, False) if kind == "Qwen2" else (False, False))
+    assert config.qk_norm is (kind == "Qwen3")
+    assert [config.has_rope(i) for i in range(8)] == [kind != "SmolLM3" or i % 4 != 3 for i in range(8)]
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_tensor_names_and_shapes_are_those_of_transformers(kind: str, bias: bool) -> None:
+    values: dict[str, Any] = {"tie_word_embeddings": False, "pad_token_id": None}
+    if bias and kind in ("Llama", "Qwen3", "SmolLM3"):
+        values["attention_bias"] = True
+    if bias and kind in ("Llama", "SmolLM3"):
+        values["mlp_bias"] = True
+    theirs = saved(kind, **values)
+    model_config = getattr(transformers, f"{kind}Config")(**LLAMA | {"num_key_value_heads": 2} | values)
+    model = getattr(transformers, f"{kind}ForCausalLM")(model_config)
+    config = from_hf(theirs)
+    ours: dict[str, tuple[int, ...]] = {f"{p}.weight": s for p, s in config.linear_shapes().items()}
+    ours |= {f"{p}.weight": s for p, s in config.table_shapes().items()} | config.tensor_shapes()
+    assert ours == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"type": "linear", "factor": 2.0}, RopeScaling("linear", 2.0)),
+        ({"rope_type": "dynamic", "factor": 4.0}, RopeScaling("dynamic", 4.0)),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+            RopeScaling("llama3", 8.0, 64, 1.0, 4.0),
+        ),
+        (
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0},
+            RopeScaling("yarn", 4.0, 128, beta_fast=16.0),
+        ),
+        ({"rope_type": "yarn", "factor": 4.0}, RopeScaling("yarn", 4.0, 512)),
+        (None, RopeScaling()),
+    ],
+)
+def test_both_spellings_of_rope(old: dict[str, Any] | None, new: RopeScaling) -> None:
+    config = from_hf(LLAMA | {"rope_theta": 5000.0, "rope_scaling": old})
+    assert (config.rope_theta, config.rope_scaling) == (5000.0, new)
+    renamed = {("rope_type" if k == "type" else k): v for k, v in (old or {}).items()}
+    assert from_hf(LLAMA | {"rope_parameters": renamed | {"rope_theta": 5000.0}}) == config
+    assert from_hf(to_hf(config)) == config
+    theirs = transformers.LlamaConfig(**to_hf(config))
+    assert theirs.rope_parameters["rope_type"] == new.type and theirs.rope_parameters["rope_theta"] == 5000.0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not served"),
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1]}}, "mrope_section"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_key_value_heads": 3}, "3 key-value heads"),
+        ({"head_dim": 15}, "head_dim"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadModel, match=said):
+        from_hf(LLAMA | change)
+
+
+def test_a_sliding_window_ends_the_context_and_says_so() -> None:
+    mistral = from_hf(saved("Mistral", sliding_window=128))
+    assert (mistral.context_length, mistral.max_position_embeddings) == (128, 512)
+    assert "sliding window" in mistral.notes[0]
+    assert from_hf(to_hf(mistral)) == mistral
+    assert from_hf(saved("Mistral", sliding_window=4096)).notes == ()
+    qwen = {"use_sliding_window": True, "sliding_window": 64}
+    assert from_hf(saved("Qwen2", **qwen, max_window_layers=4)).context_length == 64
+    assert from_hf(saved("Qwen2", **qwen, max_window_layers=8)).context_length == 512
+    assert from_hf(saved("Qwen2", sliding_window=64)).context_length == 512
+    with pytest.raises(BadModel, match="chunked_attention"):
+        from_hf(LLAMA | qwen | {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["chunked_attention"] * 8})
+
+
+def test_layers_without_rope() -> None:
+    config = from_hf(saved("SmolLM3", no_rope_layers=[1, 0, 1, 1, 0, 1, 1, 1]))
+    assert [config.has_rope(i) for i in range(8)] == [True, False, True, True, False, True, True, True]
+    assert from_hf(to_hf(config)) == config
+    with pytest.raises(BadModel, match="no_rope_layers"):
+        from_hf(LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0]})
+
+
+def test_gguf_metadata() -> None:
+    config = from_gguf(GGUF, TABLE)
+    assert config.architecture == "LlamaForCausalLM" and config.vocab_size == 100
+    assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (2, 16, 10000.0)
+    assert config.tie_word_embeddings and not config.attention_bias
+    qwen = {key.replace("llama", "qwen2"): value for key, value in GGUF.items()} | {"general.architecture": "qwen2"}
+    more = from_gguf(qwen, TABLE | {"blk.0.attn_q.bias": (64,), "output.weight": (100, 64)})
+    assert more.architecture == "Qwen2ForCausalLM" and more.attention_bias and not more.output_bias
+    assert not more.tie_word_embeddings
+    smol = {key.replace("llama", "smollm3"): value for key, value in GGUF.items()}
+    smol |= {"general.architecture": "smollm3", "smollm3.block_count": 8}
+    assert from_gguf(smol, TABLE).no_rope_layers == (1, 1, 1, 0, 1, 1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"general.architecture": "gemma3"}, "gemma3"),
+        ({"llama.expert_count": 8}, "mixtures of experts"),
+        ({"llama.rope.dimension_count": 8}, "RoPE on 8 of 16"),
+        ({"llama.attention.value_length": 8}, "value_length"),
+        ({"llama.attention.head_count_kv": [2, 4]}, "differs between layers"),
+        ({"llama.rope.scaling.type": "longrope"}, "longrope"),
+    ],
+)
+def test_gguf_that_is_not_served(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadModel, match=said):
+        from_gguf(GGUF | change, TABLE)
+
+
+def test_gguf_rope_scaling() -> None:
+    yarn = {
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 4.0,
+        "llama.rope.scaling.original_context_length": 128,
+    }
+    assert from_gguf(GGUF | yarn, TABLE).rope_scaling == RopeScaling("yarn", 4.0, 128)
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
+    assert from_gguf(GGUF | linear, TABLE).rope_scaling == RopeScaling("linear", 2.0)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_scaling_is_found_in_the_divisors_that_gguf_keeps(factor: float) -> None:
+    scaling = RopeScaling("llama3", factor, 8192, 1.0, 4.0)
+    divisors = llama3_divisors(scaling, 500000.0, 16)
+    metadata = GGUF | {"llama.rope.freq_base": 500000.0}
+    assert from_gguf(metadata, TABLE, divisors).rope_scaling == scaling
+    with pytest.raises(BadModel, match="rope_freqs"):
+        from_gguf(metadata, TABLE, [d * 1.1 for d in divisors])
+
+
+def test_llama3_divisors_are_those_of_transformers() -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
+    config = from_hf(LLAMA | {"head_dim": 128, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | {
+        k: v for k, v in dataclasses.asdict(scaling).items() if v is not None and k in
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}})  # fmt: skip
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](transformers.LlamaConfig(**to_hf(config)), device="cpu")
+    plain = [5e5 ** (-2 * i / 128) for i in range(64)]
+    ours = [f / d for f, d in zip(plain, llama3_divisors(config.rope_scaling, 5e5, 128), strict=True)]
+    assert theirs.tolist() == pytest.approx(ours, rel=1e-5)

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+from server.errors import BadModel
+from server.model.vocabulary import PRE_TOKENIZERS, Vocabulary, from_folder, from_gguf, write_folder
+
+TEXTS = [
+    "",
+    "  ",
+    "Hello, world! It's 12345 o'clock, I'LL be there in 3 min.",
+    "def f(x):\n    return x ** 2\n\n\n# done\t\t!",
+    "  7,  200   and\u00a0 3-9\r\n\r\n 1:  10:",
+    "日本語のテキスト。Привет, мир! Ünïcödé cafe\u0301 ½ ² Ⅷ ４５ ٣٤",
+    "👩\u200d👩\u200d👧 🇩🇪 \u200b\ufeff\x00\x01",
+    "<|im_start|>user\nhi<|im_end|>\n<think>",
+]
+
+
+def random_texts(count: int) -> list[str]:
+    rng = random.Random(0)
+    ranges = [(32, 127), (160, 0x2FFF), (0x3000, 0xD7FF), (0x1F300, 0x1F6FF)]
+    return ["".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(40)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Any]:
+    """GGUF metadata of a small byte-level BPE, with two control tokens and one that is user-defined."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS * 20 + ["the three theories of 12 and 123 there  10"] * 20, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    tokens = [*sorted(model["vocab"], key=model["vocab"].get), "<think>"]
+    types = [3, 3, 3] + [1] * (len(tokens) - 4) + [4]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+
+
+def rebuilt(metadata: dict[str, Any], splitters: list[Any], ignore_merges: bool = False) -> Tokenizer:
+    """The tokenizer as its model's own tokenizer.json has it."""
+    pairs = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splitters)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "tekken", "qwen2", "deepseek-r1-qwen"])
+def test_pre_tokenizers_cut_as_the_original_ones(trained: dict[str, Any], pre: str) -> None:
+    ours = from_gguf(trained | {"tokenizer.ggml.pre": pre}).tokenizer
+    splitters: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    if pre == "smollm":
+        splitters.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    elif pre != "gpt-2":
+        split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[pre]), behavior="isolated")
+        splitters = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    theirs = rebuilt(trained, splitters, PRE_TOKENIZERS[pre].whole)
+    for text in TEXTS + random_texts(300):
+        normal = ours.normalizer.normalize_str(text) if ours.normalizer is not None else text
+        assert ours.encode(text).ids == theirs.encode(normal).ids, text
+
+
+def test_any_text_comes_back(trained: dict[str, Any]) -> None:
+    tokenizer = from_gguf(trained | {"tokenizer.ggml.pre": "smollm"}).tokenizer
+    for text in TEXTS + random_texts(50):
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_special_and_added_tokens(trained: dict[str, Any]) -> None:
+    vocabulary = from_gguf(trained)
+    assert vocabulary.special == {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+    assert (vocabulary.eos_ids, vocabulary.bos_id, vocabulary.add_bos) == (frozenset({2}), 1, False)
+    think = len(trained["tokenizer.ggml.tokens"]) - 1
+    assert vocabulary.tokenizer.encode("<|im_start|>a<think>").ids[::2] == [1, think]
+    vocabulary.tokenizer.encode_special_tokens = True
+    assert 1 not in vocabulary.tokenizer.encode("<|im_start|>").ids
+    assert vocabulary.chat_template == "{{ messages }}"
+    more = from_gguf(trained | {"tokenizer.ggml.eot_token_id": 0, "tokenizer.ggml.add_bos_token": True})
+    assert more.eos_ids == frozenset({0, 2}) and more.add_bos
+    assert from_gguf(trained | {"tokenizer.ggml.pre": "llama-bpe"}).add_bos
+
+
+def test_an_end_token_listed_as_ordinary_is_special_all_the_same(trained: dict[str, Any]) -> None:
+    types = [3, 3, 1, *trained["tokenizer.ggml.token_type"][3:]]
+    assert from_gguf(trained | {"tokenizer.ggml.token_type": types}).special["<|im_end|>"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tokenizer.ggml.pre": "bloom"}, "'bloom' is not known"),
+        ({"tokenizer.ggml.pre": None}, "pre-tokenizer"),
+        ({"tokenizer.ggml.model": "llama"}, "'llama'"),
+        ({"tokenizer.ggml.merges": ["nonsense"]}, "not whole"),
+        ({"tokenizer.ggml.merges": ["never seen"]}, "not whole"),
+        ({"tokenizer.ggml.token_type": [1]}, "not whole"),
+        ({"tokenizer.ggml.eos_token_id": None}, "ends a text"),
+    ],
+)
+def test_gguf_vocabularies_that_cannot_be_served(trained: dict[str, Any], change: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadModel, match=said):
+        from_gguf(trained | change)
+    with pytest.raises(BadModel, match=r"lacks tokenizer\.ggml\.tokens"):
+        from_gguf({k: v for k, v in trained.items() if k != "tokenizer.ggml.tokens"})
+
+
+def folder(path: Path, vocabulary: Vocabulary, **settings: Any) -> Path:
+    vocabulary.tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|im_start|>"} | settings))
+    (path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    return path
+
+
+def test_folder_files(tmp_path: Path, trained: dict[str, Any]) -> None:
+    gguf = from_gguf(trained)
+    gguf.tokenizer.enable_truncation(4)
+    gguf.tokenizer.enable_padding(length=64)
+    vocabulary = from_folder(folder(tmp_path, gguf, eos_token={"content": "<|endoftext|>"}, chat_template="T"))
+    assert (vocabulary.eos_ids, vocabulary.bos_id, vocabulary.add_bos) == (frozenset({0, 2}), 1, False)
+    assert vocabulary.chat_template == "T"
+    assert 4 < len(vocabulary.tokenizer.encode("abcdefghijk lmnop").ids) < 64
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 0]}))
+    assert from_folder(tmp_path).eos_ids == frozenset({0, 1, 2})
+    (tmp_path / "chat_template.jinja").write_text("J")
+    assert from_folder(tmp_path).chat_template == "J"
+
+
+def test_folder_chat_templates_by_name(tmp_path: Path, trained: dict[str, Any]) -> None:
+    several = [{"name": "tool_use", "template": "U"}, {"name": "default", "template": "D"}]
+    assert from_folder(folder(tmp_path, from_gguf(trained), chat_template=several)).chat_template == "D"
+
+
+def test_folder_bos_from_the_post_processor_or_the_settings(tmp_path: Path, trained: dict[str, Any]) -> None:
+    vocabulary = from_gguf(trained)
+    vocabulary.tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    assert from_folder(folder(tmp_path, vocabulary)).add_bos
+    assert not from_folder(folder(tmp_path, vocabulary, add_bos_token=False)).add_bos
+
+
+def test_folder_refusals(tmp_path: Path, trained: dict[str, Any]) -> None:
+    with pytest.raises(BadModel, match=r"no tokenizer\.json"):
+        from_folder(tmp_path)
+    folder(tmp_path, from_gguf(trained), bos_token="<nowhere>", add_bos_token=True)
+    with pytest.raises(BadModel, match="begin with"):
+        from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(BadModel, match=r"tokenizer_config\.json"):
+        from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadModel, match=r"tokenizer\.json cannot be read"):
+        from_folder(tmp_path)
+
+
+def test_what_is_written_reads_back_the_same(tmp_path: Path, trained: dict[str, Any]) -> None:
+    ours = from_gguf(trained | {"tokenizer.ggml.pre": "smollm", "tokenizer.ggml.add_bos_token": True})
+    write_folder(ours, tmp_path)
+    again = from_folder(tmp_path)
+    for name in ("chat_template", "eos_ids", "bos_id", "special", "add_bos"):
+        assert getattr(again, name) == getattr(ours, name), name
+    for text in TEXTS:
+        assert again.tokenizer.encode(text).ids == ours.tokenizer.encode(text).ids
+
+
+def test_a_large_vocabulary_takes_well_under_two_seconds() -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(a, b) for a in alphabet for b in alphabet]
+    tokens = ["<end>", *alphabet, *(a + b for a, b in pairs)]
+    started = time.perf_counter()
+    from_gguf(
+        {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "smollm",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
+            "tokenizer.ggml.merges": [f"{a} {b}" for a, b in pairs],
+            "tokenizer.ggml.eos_token_id": 0,
+        }
+    )
+    assert time.perf_counter() - started < 2.0
