@@ -84,9 +84,9 @@ class Ram:
     def fetch(self, digests: Sequence[str]) -> Fetched:
         """All of `digests` (distinct), in their order, or none: the future fails with the reason of the first failure.
 
-        Never blocks. Cancelling the future gives back what it holds. The future fails with NoRoom at once if the
-        versions together are over the budget. Waiting fetches are served in the order they came, except that one
-        which needs no room does not wait behind one that does.
+        Never blocks. Cancelling the future gives back what it holds; once it is done it keeps the views alive, as any
+        future does its result. It fails with NoRoom at once if the versions together are over the budget. Waiting
+        fetches are served in the order they came, except that one which needs no room waits behind none.
         """
         want = _Want(tuple(digests), Future())
         assert len(set(digests)) == len(digests), "a version is asked for twice in one fetch"
@@ -103,7 +103,9 @@ class Ram:
                 self._unwanted.difference_update(digests)
                 self._waiting.append(want)
         if not want.future.done():
-            want.future.add_done_callback(lambda future: self._forget(want) if future.cancelled() else None)
+            # Weak, since a future keeps its callbacks: the cycle would keep the views until the collector comes by.
+            still = weakref.ref(want)
+            want.future.add_done_callback(lambda future: self._forget(still()) if future.cancelled() else None)
         return want.future
 
     def offer(self, weights: LoraWeights) -> bool:
@@ -293,9 +295,11 @@ class Ram:
             with self._turn():
                 pass
 
-    def _forget(self, want: _Want) -> None:
+    def _forget(self, want: _Want | None) -> None:
         """`want` was cancelled. Without the lock."""
         with self._turn():
+            if want is None:
+                return
             if want in self._waiting:
                 self._waiting.remove(want)
             elif want.missing:

@@ -1,0 +1,309 @@
+"""The RAM tier: loads once, all or nothing, within its budget, and lets go when the last view dies."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+
+import pytest
+import torch
+
+from adapters.errors import InvalidAdapter, NoRoom
+from adapters.ram import Fetched, Ram
+from adapters.weights import LoraWeights, LowRank
+
+SIZE = 8 * 4 * 2
+
+
+def weights_of(digest: str, into: int = 8) -> LoraWeights:
+    value = float(ord(digest[0]))
+    return LoraWeights(digest, digest, {"m": LowRank(torch.full((1, into), value), torch.full((into, 1), value), 1.0)})
+
+
+class Source:
+    """Loads that can be counted, held back and made to fail."""
+
+    def __init__(self) -> None:
+        self.loads: Counter[str] = Counter()
+        self.gates: dict[str, threading.Event] = {}
+        self.errors: dict[str, Exception] = {}
+        self.sizes: dict[str, int] = {}
+        self.told: list[tuple[str, str]] = []
+        self.evicted: list[str] = []
+        self.pressure: list[int] = []
+        self.leased: set[str] = set()
+
+    def load(self, digest: str) -> LoraWeights:
+        self.loads[digest] += 1
+        if digest in self.gates:
+            assert self.gates[digest].wait(10)
+        if digest in self.errors:
+            raise self.errors[digest]
+        return weights_of(digest, self.sizes.get(digest, 8))
+
+    def hold(self, digest: str) -> threading.Event:
+        return self.gates.setdefault(digest, threading.Event())
+
+
+@pytest.fixture
+def source() -> Source:
+    return Source()
+
+
+MakeRam = Callable[[int], Ram]
+
+
+@pytest.fixture
+def make_ram(source: Source) -> Iterator[MakeRam]:
+    rams: list[Ram] = []
+
+    def make(count: int) -> Ram:
+        rams.append(
+            Ram(
+                count * SIZE,
+                load=source.load,
+                size=lambda digest: SIZE,
+                evict_last=lambda digest: digest in source.leased,
+                on_load=lambda digest, outcome, seconds: source.told.append((digest, outcome)),
+                on_evict=source.evicted.append,
+                pressure=source.pressure.append,
+            )
+        )
+        return rams[-1]
+
+    yield make
+    for gate in source.gates.values():
+        gate.set()
+    for ram in rams:
+        ram.close()
+
+
+def got(future: Fetched) -> tuple[LoraWeights, ...]:
+    return future.result(10)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.001)
+
+
+def test_results_are_in_the_order_asked_and_share_the_one_copy(make_ram: MakeRam, source: Source) -> None:
+    ram = make_ram(4)
+    b, a = got(ram.fetch(["b", "a"]))
+    (again,) = got(ram.fetch(["a"]))
+    assert (a.digest, b.digest) == ("a", "b")
+    assert again.modules["m"].A.data_ptr() == a.modules["m"].A.data_ptr()
+    assert got(ram.fetch([])) == ()
+    assert source.loads == {"a": 1, "b": 1} and sorted(source.told) == [("a", "ok"), ("b", "ok")]
+    assert ram.used == ram.held == 2 * SIZE
+
+
+def test_one_load_however_many_ask(make_ram: MakeRam, source: Source) -> None:
+    ram, gate = make_ram(4), source.hold("a")
+    futures = [ram.fetch(["a"]) for _ in range(20)]
+    threads = [threading.Thread(target=lambda: futures.append(ram.fetch(["a", "b"]))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gate.set()
+    assert all(got(future)[0].digest == "a" for future in futures)
+    assert source.loads == {"a": 1, "b": 1}
+
+
+def test_a_view_pins_and_its_death_unpins(make_ram: MakeRam, source: Source) -> None:
+    ram = make_ram(2)
+    views = list(got(ram.fetch(["a"]))) + list(got(ram.fetch(["b"])))
+    waiting = ram.fetch(["c"])
+    assert source.pressure == [SIZE] and not waiting.done()
+    modules = views[0].modules
+    del views[0]
+    assert ram.held == 2 * SIZE, "whoever keeps the modules keeps the view"
+    del modules
+    assert got(waiting)[0].digest == "c"
+    assert source.evicted == ["a"] and ram.loaded_at("a") is None and ram.loaded_at("c") is not None
+
+
+def test_all_or_nothing_so_that_no_two_mixes_hold_and_wait(make_ram: MakeRam) -> None:
+    ram = make_ram(3)
+    first = got(ram.fetch(["a", "b"]))
+    blocked = ram.fetch(["c", "d"])
+    assert ram.used == 2 * SIZE, "one of c and d would fit, and is not held"
+    assert got(ram.fetch(["b"])), "what needs no room does not wait behind what does"
+    behind = ram.fetch(["e"])
+    assert not behind.done() and not blocked.done(), "what does need room waits its turn"
+    del first
+    assert [w.digest for w in got(blocked)] == ["c", "d"]
+    assert got(behind)[0].digest == "e"
+
+
+def test_leased_ones_are_evicted_last(make_ram: MakeRam, source: Source) -> None:
+    ram = make_ram(3)
+    for digest in "abc":
+        got(ram.fetch([digest]))
+    source.leased = {"a", "b"}
+    got(ram.fetch(["d"]))
+    assert source.evicted == ["c"]
+    got(ram.fetch(["e", "f"]))
+    assert source.evicted == ["c", "d", "a"]
+
+
+def test_a_failed_load_fails_all_who_wait_and_is_not_there(make_ram: MakeRam, source: Source) -> None:
+    ram, gate = make_ram(4), source.hold("b")
+    source.errors["b"] = InvalidAdapter("broken")
+    futures = [ram.fetch(["a", "b"]), ram.fetch(["b"]), ram.fetch(["b", "c"])]
+    gate.set()
+    for future in futures:
+        with pytest.raises(InvalidAdapter, match="broken"):
+            future.result(10)
+    until(lambda: ram.held == 0)
+    assert "b" not in ram.resident()
+    del source.errors["b"]
+    assert got(ram.fetch(["b"])), "the next who asks has another try"
+    assert source.loads["b"] == 2 and ("b", "failed") in source.told
+
+
+def test_what_can_never_fit_is_refused_at_once(make_ram: MakeRam) -> None:
+    ram = make_ram(2)
+    with pytest.raises(NoRoom, match="never fit"):
+        ram.fetch(["a", "b", "c"]).result(0)
+    assert ram.used == 0
+
+
+def test_larger_than_was_thought(make_ram: MakeRam, source: Source) -> None:
+    ram = make_ram(3)
+    source.sizes["x"] = 16
+    keep = got(ram.fetch(["a"])) + got(ram.fetch(["b"]))
+    waiting = ram.fetch(["x"])
+    until(lambda: bool(source.pressure))
+    assert ram.used == 2 * SIZE, "it waits for its true size and holds nothing"
+    keep = ()
+    assert got(waiting)[0].nbytes == 2 * SIZE == ram.size("x")
+    assert keep == () and ram.used <= 3 * SIZE
+    source.sizes["y"] = 1000
+    with pytest.raises(NoRoom):
+        got(ram.fetch(["y"]))
+    assert "y" not in ram.resident()
+
+
+@pytest.mark.parametrize("when", ["waiting", "loading", "done"])
+def test_a_cancelled_fetch_holds_nothing(make_ram: MakeRam, source: Source, when: str) -> None:
+    ram, gate = make_ram(2), source.hold("b")
+    views = got(ram.fetch(["x", "y"])) if when == "waiting" else ()
+    future = ram.fetch(["a", "b"])
+    if when == "done":
+        gate.set()
+        got(future)
+        future.result()
+        del future
+    else:
+        until(lambda: when == "waiting" or bool(source.loads["b"]))
+        assert future.cancel()
+        with pytest.raises(CancelledError):
+            future.result()
+    del views
+    assert ram.held == 0
+    gate.set()
+    assert [w.digest for w in got(ram.fetch(["b", "c"]))] == ["b", "c"]
+
+
+def test_discard_frees_now_or_with_the_last_view(make_ram: MakeRam, source: Source) -> None:
+    ram = make_ram(4)
+    got(ram.fetch(["a"]))
+    ram.discard("a")
+    assert ram.used == 0
+    view = got(ram.fetch(["a"]))
+    ram.discard("a")
+    assert ram.used == SIZE
+    del view
+    assert ram.used == 0 and not source.evicted
+    view = got(ram.fetch(["a"]))
+    ram.discard("a")
+    view = got(ram.fetch(["a"]))
+    del view
+    assert ram.used == SIZE, "it was wanted again"
+    ram.discard("never there")
+
+
+def test_offer_takes_only_free_room(make_ram: MakeRam, source: Source) -> None:
+    ram = make_ram(2)
+    assert ram.offer(weights_of("a")) and ram.offer(weights_of("a")) and ram.offer(weights_of("b"))
+    assert not ram.offer(weights_of("c"))
+    got(ram.fetch(["a"]))
+    assert not source.loads
+
+
+def test_close_cancels_what_waits(make_ram: MakeRam) -> None:
+    ram = make_ram(1)
+    views = got(ram.fetch(["a"]))
+    waiting = ram.fetch(["b"])
+    ram.close()
+    assert waiting.cancelled() and ram.fetch(["a"]).cancelled()
+    assert views[0].modules["m"].A[0, 0] == ord("a")
+
+
+def test_callbacks_may_call_back(make_ram: MakeRam) -> None:
+    """A done-callback runs without the lock: the engine's may well ask again."""
+    ram, second = make_ram(2), []
+    done = threading.Event()
+
+    def again(future: Fetched) -> None:
+        second.append(ram.fetch(["b"]))
+        done.set()
+
+    ram.fetch(["a"]).add_done_callback(again)
+    assert done.wait(10)
+    assert got(second[0])[0].digest == "b"
+
+
+def test_views_that_die_in_a_garbage_collection_under_the_lock(make_ram: MakeRam) -> None:
+    """A view in a reference cycle dies whenever the collector runs, which may be while this thread has the lock."""
+    ram = make_ram(4)
+    old = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        for i in range(300):
+            cycle: list[object] = [got(ram.fetch(["ab"[i % 2], "c"]))]
+            cycle.append(cycle)
+            del cycle
+    finally:
+        gc.set_threshold(*old)
+    gc.collect()
+    assert ram.held == 0 and ram.used <= 4 * SIZE
+
+
+def test_many_threads_never_pass_the_budget(make_ram: MakeRam, source: Source) -> None:
+    ram = make_ram(4)
+    failures: list[BaseException] = []
+
+    def client(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            for _ in range(60):
+                pick = torch.randperm(8, generator=generator)[: 1 + seed % 3].tolist()
+                digests = ["abcdefgh"[i] for i in pick]
+                future = ram.fetch(digests)
+                if torch.rand(1, generator=generator) < 0.2:
+                    future.cancel()
+                    continue
+                views = got(future)
+                assert [v.digest for v in views] == digests
+                assert all(bool((v.modules["m"].A == ord(v.digest)).all()) for v in views)
+                assert ram.used <= ram.capacity
+                del views, future
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    until(lambda: ram.held == 0)
