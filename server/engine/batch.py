@@ -5,9 +5,14 @@ Adapters are data here: each sequence names its slots and weights, and a base-on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+
+from server.engine.request import Request
 
 SlotWeights = tuple[tuple[int, float], ...]
 """The (slot, weight) pairs of one sequence's mix, in the order of its mix."""
@@ -42,3 +47,40 @@ class Batch:
     @property
     def sequences(self) -> int:
         return self.context.shape[0]
+
+
+class Work(NamedTuple):
+    """A request's part of a step: its next `tokens` tokens, of whose rows the last `logits` are wanted as logits."""
+
+    request: Request
+    tokens: int
+    logits: int
+
+
+def build_batch(work: Sequence[Work], block_size: int) -> Batch:
+    """The flat tensors of a step. The work must not be empty."""
+    counts = np.array([item.tokens for item in work], np.int64)
+    starts = np.zeros(len(work) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    ends = np.array([item.request.computed for item in work], np.int64) + counts
+    tokens = np.empty(int(starts[-1]), np.int64)
+    blocks = np.full((len(work), max(len(item.request.blocks) for item in work)), -1, np.int32)
+    for i, (request, count, _) in enumerate(work):
+        blocks[i, : len(request.blocks)] = request.blocks
+        if count == 1 and request.computed >= len(request.prompt):  # nearly every row of nearly every step
+            tokens[starts[i]] = request.output[request.computed - len(request.prompt)]
+        else:
+            tokens[starts[i] : starts[i + 1]] = request.slice(request.computed, request.computed + count)
+    positions = np.arange(len(tokens)) + np.repeat(ends - starts[1:], counts)
+    wanted = np.array([item.logits for item in work], np.int64)
+    rows = np.arange(int(wanted.sum())) + np.repeat(starts[1:] - np.cumsum(wanted), wanted)
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        row_start=torch.from_numpy(starts),
+        context=torch.from_numpy(ends.astype(np.int32)),
+        blocks=torch.from_numpy(blocks),
+        logit_rows=torch.from_numpy(rows),
+        mixes=tuple(item.request.slots for item in work),
+        block_size=block_size,
+    )

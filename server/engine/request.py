@@ -8,10 +8,18 @@ from __future__ import annotations
 import enum
 import math
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from adapters.weights import BASE_ALONE, Mix
+
+if TYPE_CHECKING:
+    from server.engine.text import Detokenizer
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,18 @@ class Sampling:
     frequency_penalty: float = 0.0
     logprobs: int | None = None
     """None: none wanted. k from 0 to 20: the chosen token's and the k best's."""
+
+
+class Constraint(Protocol):
+    """A limit on the next token that depends on those before it. Called on the engine's thread, so it must be quick."""
+
+    def mask(self) -> npt.NDArray[np.generic]:
+        """A bit for each id, 1 if it may come next: contiguous, id i is bit i % 8 of byte i // 8."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """`token` has been chosen."""
+        ...
 
 
 class State(enum.Enum):
@@ -88,6 +108,8 @@ class Request:
     """Lower goes first; evaluation traffic has 1."""
     deadline: float = math.inf
     scored: int = 0
+    constraint: Constraint | None = None
+    """What limits the tokens of this answer, such as a grammar."""
 
     # written by the engine
     state: State = State.QUEUED
@@ -96,8 +118,16 @@ class Request:
     """Tokens of prompt + output whose keys and values are in the cache."""
     cached: int = 0
     """Prompt tokens that came from the prefix cache at the first admission."""
-    blocks: list[int] = field(default_factory=list)
-    slots: list[tuple[int, float]] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))
+    keys: list[bytes] = field(default_factory=list)
+    """The prefix cache's names for its full blocks, as far as they have been worked out; the first is the root."""
+    kept: int = 0
+    """How many of its blocks have been offered to the prefix cache, or came from it."""
+    slots: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    """`sampling.seed`, or one that was drawn."""
+    scores: list[TokenLogprob] = field(default_factory=list)
+    reader: Detokenizer | None = None
     submitted: float = field(default_factory=time.monotonic)
     admitted: float = math.nan
     load_seconds: float = 0.0
@@ -108,3 +138,25 @@ class Request:
     def tokens(self) -> int:
         """Length of prompt and output together."""
         return len(self.prompt) + len(self.output)
+
+    def slice(self, start: int, stop: int) -> Sequence[int]:
+        """Tokens `start` to `stop` of prompt and output together."""
+        n = len(self.prompt)
+        if stop <= n:
+            return self.prompt[start:stop]
+        return (*self.prompt[start:], *self.output[max(0, start - n) : stop - n])
+
+    @property
+    def goal(self) -> int:
+        """Tokens whose keys and values have to be in the cache before there is something to deliver."""
+        return self.tokens - (self.scored > 0)
+
+    @property
+    def first_logit(self) -> int:
+        """The first position whose logits are needed, and so the most tokens that the prefix cache may spare."""
+        return self.tokens - 1 - self.scored
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that the cache has to hold at the end, at most: the last one is never put in."""
+        return len(self.prompt) - 1 + (0 if self.scored else self.sampling.max_tokens)

@@ -56,7 +56,7 @@ class Text:
 
     def _chat_template(self, vocabulary: Vocabulary) -> ChatTemplate:
         names = {"bos_token": vocabulary.bos_id, "eos_token": self.eos_id}
-        tokens = {k: self._tokenizer.id_to_token(v) for k, v in names.items() if v is not None}
+        tokens = {k: self._added.get(v, "") for k, v in names.items() if v is not None}
         return ChatTemplate(vocabulary.chat_template or "", tokens)
 
     # -- to ids

@@ -1,0 +1,285 @@
+"""Where requests wait: the `Inbox` that any thread may put into, and the `FairQueue` that the scheduler takes from.
+
+Owns order and bounds. Does not know blocks, slots or loads.
+
+The fair queue follows the virtual token counter of Sheng et al. (2024), "Fairness in Serving Large Language Models":
+each key has a counter of the service that it got; the key with the least goes first; a key that has been away starts
+at the least of those that are there, so that absence earns no credit.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from server.engine.request import Request
+from server.errors import NotReady, QueueFull
+
+OUTPUT_COST = 2.0
+"""What a generated token counts for a key, a computed prompt token counting 1."""
+
+REMEMBERED_KEYS = 1024
+
+
+@dataclass
+class Arrivals:
+    """What came since the last step."""
+
+    requests: list[Request] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+    wanted_bytes: int = 0
+    """How many bytes of adapters in idle slots should be let go."""
+
+
+_NOTHING = Arrivals()
+
+
+class Inbox:
+    """The engine's door, for any thread. Bounds what waits, from here until it runs for the first time.
+
+    When all places are taken, a key that has fewer requests waiting than another still gets in: `overfull` then
+    names the key whose newest request has to go.
+    """
+
+    def __init__(self, max_requests: int, max_tokens: int, wake: Callable[[], None]) -> None:
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._arrivals = Arrivals()
+        self._waiting: Counter[str] = Counter()
+        self._inside: set[Request] = set()
+        self._tokens = 0
+        self._closed: str | None = "the engine has not been started"
+        self._left_at: deque[float] = deque(maxlen=32)
+
+    def open(self) -> None:
+        with self._lock:
+            self._closed = None
+
+    def close(self, reason: str) -> None:
+        """From now on `put` raises NotReady with this reason."""
+        with self._lock:
+            self._closed = reason
+
+    def put(self, request: Request) -> None:
+        """Raises NotReady if closed, QueueFull if too much is waiting."""
+        with self._lock:
+            if self._closed is not None:
+                raise NotReady(self._closed, retry_after=1.0)
+            self._check_room(request)
+            self._inside.add(request)
+            self._tokens += len(request.prompt)
+            self._waiting[request.fair_key] += 1
+            self._arrivals.requests.append(request)
+        self._wake()
+
+    def cancel(self, request_id: str) -> None:
+        """The request with that id shall end; one that is unknown or has ended is no error."""
+        with self._lock:
+            self._arrivals.cancelled.append(request_id)
+        self._wake()
+
+    def forget(self, digest: str) -> None:
+        """The adapter shall leave its slot as soon as no request holds it."""
+        with self._lock:
+            self._arrivals.forgotten.append(digest)
+        self._wake()
+
+    def release_idle(self, nbytes: int) -> None:
+        """Slots that no request holds shall be emptied until adapters of `nbytes` are let go."""
+        with self._lock:
+            self._arrivals.wanted_bytes = max(self._arrivals.wanted_bytes, nbytes)
+        self._wake()
+
+    def take(self) -> Arrivals | None:
+        """What came since the last call, None if nothing."""
+        if self._arrivals == _NOTHING:
+            return None
+        with self._lock:
+            arrivals, self._arrivals = self._arrivals, Arrivals()
+        return arrivals
+
+    def left(self, request: Request) -> None:
+        """A request waits no more; no error if that has been said before."""
+        with self._lock:
+            if request not in self._inside:
+                return
+            self._inside.remove(request)
+            self._tokens -= len(request.prompt)
+            self._waiting[request.fair_key] -= 1
+            if not self._waiting[request.fair_key]:
+                del self._waiting[request.fair_key]
+            self._left_at.append(time.monotonic())
+
+    def overfull(self) -> str | None:
+        """The key that has most waiting while there are more than fit; None while all fit."""
+        if len(self._inside) <= self._max_requests and (self._tokens <= self._max_tokens or len(self._inside) <= 1):
+            return None
+        with self._lock:
+            return max(self._waiting, key=self._waiting.__getitem__)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have been put and never ran."""
+        return len(self._inside)
+
+    def _check_room(self, request: Request) -> None:
+        if len(self._inside) < self._max_requests and (
+            self._tokens + len(request.prompt) <= self._max_tokens or not len(self._inside)
+        ):
+            return
+        most = max(self._waiting.values(), default=0)
+        if self._waiting[request.fair_key] + 1 < most and len(self._inside) < 2 * self._max_requests:
+            return
+        raise self.full()
+
+    def full(self) -> QueueFull:
+        """The error for a request that finds no place."""
+        return QueueFull(
+            f"{len(self._inside)} requests with {self._tokens} prompt tokens are waiting; come back later",
+            retry_after=self._retry_after(),
+        )
+
+    def _retry_after(self) -> float:
+        """Seconds until a quarter of what waits is likely to have left, at the rate of the last ones; from 1 to 30."""
+        if len(self._left_at) < 2:
+            return 1.0
+        each = (time.monotonic() - self._left_at[0]) / len(self._left_at)
+        return float(min(30, max(1, math.ceil(each * len(self._inside) / 4))))
+
+
+@dataclass(eq=False)
+class _Lane:
+    """The waiting requests of one key and priority: those that were preempted go before the new ones."""
+
+    resumed: OrderedDict[Request, None] = field(default_factory=OrderedDict)
+    fresh: OrderedDict[Request, None] = field(default_factory=OrderedDict)
+
+    def __len__(self) -> int:
+        return len(self.resumed) + len(self.fresh)
+
+    def __iter__(self) -> Iterator[Request]:
+        yield from list(self.resumed)
+        yield from list(self.fresh)
+
+
+Key = tuple[int, str]
+"""(priority, fair key); the lower priority number goes first."""
+
+
+class FairQueue:
+    """Waiting requests in the order in which they should be tried. For the engine's thread alone."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[Key, _Lane] = {}
+        self._service: dict[Key, float] = {}
+        self._last: dict[Key, int] = {}
+        self._floor = 0.0
+        self._turn = 0
+
+    def __len__(self) -> int:
+        return sum(len(lane) for lane in self._lanes.values())
+
+    def __bool__(self) -> bool:
+        return bool(self._lanes)
+
+    def __iter__(self) -> Iterator[Request]:
+        for lane in list(self._lanes.values()):
+            yield from lane
+
+    def __contains__(self, request: object) -> bool:
+        if not isinstance(request, Request):
+            return False
+        lane = self._lanes.get(_key(request))
+        return lane is not None and (request in lane.fresh or request in lane.resumed)
+
+    @property
+    def priority(self) -> int:
+        """The best priority that waits. The queue must not be empty."""
+        return min(priority for priority, _ in self._lanes)
+
+    def add(self, request: Request) -> None:
+        """A new request, behind those of its key."""
+        self._lane(_key(request)).fresh[request] = None
+
+    def put_back(self, request: Request) -> None:
+        """One that ran and was preempted: before all of its key."""
+        lane = self._lane(_key(request))
+        lane.resumed[request] = None
+        lane.resumed.move_to_end(request, last=False)
+
+    def remove(self, request: Request) -> None:
+        """Take a request out, wherever it is. Raises KeyError if it does not wait."""
+        key = _key(request)
+        lane = self._lanes[key]
+        if request in lane.resumed:
+            del lane.resumed[request]
+        else:
+            del lane.fresh[request]
+        if not lane:
+            del self._lanes[key]
+            self._floor = max(self._floor, self._least(default=self._service[key]))
+
+    def newest(self, fair_key: str) -> Request | None:
+        """The last one of a key that has not run yet, the least urgent priority first."""
+        for key in sorted((k for k in self._lanes if k[1] == fair_key), reverse=True):
+            if self._lanes[key].fresh:
+                return next(reversed(self._lanes[key].fresh))
+        return None
+
+    def charge(self, request: Request, tokens: float) -> None:
+        """Count service that the request's key got, and its turn."""
+        key = _key(request)
+        self._service[key] = self._service.get(key, self._floor) + tokens
+
+    def in_order(self) -> Iterator[Request]:
+        """Every waiting request, fairest first. The caller may remove and charge what it is given as it goes."""
+        heads = [
+            (key[0], self._service[key], self._last.get(key, 0), key, iter(lane)) for key, lane in self._lanes.items()
+        ]
+        heapq.heapify(heads)
+        while heads:
+            priority, _, _, key, requests = heads[0]
+            request = next(requests, None)
+            if request is None:
+                heapq.heappop(heads)
+                continue
+            before = self._service[key]
+            yield request
+            if self._service.get(key, 0.0) != before:
+                self._turn += 1
+                self._last[key] = self._turn
+                heapq.heapreplace(heads, (priority, self._service[key], self._turn, key, requests))
+
+    def _lane(self, key: Key) -> _Lane:
+        lane = self._lanes.get(key)
+        if lane is None:
+            self._floor = max(self._floor, self._least(default=self._floor))
+            self._service[key] = max(self._service.get(key, 0.0), self._floor)
+            lane = self._lanes[key] = _Lane()
+            self._forget_idle()
+        return lane
+
+    def _least(self, default: float) -> float:
+        """The least service of the keys that wait."""
+        return min((self._service[key] for key in self._lanes), default=default)
+
+    def _forget_idle(self) -> None:
+        """Bound what is remembered of keys that do not wait: those with the least service earn nothing by it."""
+        if len(self._service) <= 2 * REMEMBERED_KEYS:
+            return
+        idle = sorted((k for k in self._service if k not in self._lanes), key=self._service.__getitem__)
+        for key in idle[: max(0, len(self._service) - REMEMBERED_KEYS)]:
+            del self._service[key]
+            self._last.pop(key, None)
+
+
+def _key(request: Request) -> Key:
+    return request.priority, request.fair_key

@@ -1,0 +1,103 @@
+"""What the engine remembers of its steps, in a few numbers: counts, seconds, and how many rows a step had.
+
+Written by the engine's thread, read by any; a reader may see a step half counted.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+from server.engine.scheduler import Plan
+
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+_NO_PLAN = Plan()
+
+T = TypeVar("T")
+
+
+class StepRecord:
+    """Totals since the start. `seconds` are those of steps, of which `runner_seconds` were spent in the runner."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.failures = 0
+        self.rows = 0
+        self.seconds = 0.0
+        self.runner_seconds = 0.0
+        self.last_batch = 0
+        self.histogram = [0] * (len(ROW_BUCKETS) + 1)
+        self.failing = False
+        """Whether the last step that was tried has failed."""
+        self._began: float | None = None
+        self._plan = _NO_PLAN
+
+    def begin(self) -> float:
+        """A step is tried from now on; answers the time."""
+        self._began = now = time.monotonic()
+        return now
+
+    def nothing(self) -> Literal[False]:
+        """There was nothing to run."""
+        self._began = None
+        return False
+
+    def run(self, plan: Plan, runner: Callable[[], T]) -> T:
+        """What the runner's part of the step answers, timed."""
+        self._plan = plan
+        began = time.monotonic()
+        answer = runner()
+        self.runner_seconds += time.monotonic() - began
+        return answer
+
+    def end(self) -> Literal[True]:
+        """The step is over."""
+        plan, began = self._plan, self._began
+        assert began is not None, "a step that ends has begun"
+        self.steps += 1
+        self.rows += plan.tokens
+        self.last_batch = len(plan.work)
+        self.histogram[bisect_left(ROW_BUCKETS, plan.tokens)] += 1
+        self.seconds += time.monotonic() - began
+        self.failing = False
+        self._began, self._plan = None, _NO_PLAN
+        return True
+
+    def failed(self) -> None:
+        """The step has raised."""
+        self.failures += 1
+        self.failing = True
+        self._began, self._plan = None, _NO_PLAN
+
+    def stuck_for(self) -> float:
+        """Seconds since the current step began; 0 between steps."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def what_runs(self) -> str:
+        """The current step in a line for the log: its size, its requests and the digests of their adapters."""
+        plan = self._plan
+        if not plan.work:
+            return "no step"
+        parts = [
+            f"{item.request.id}[{item.tokens} tokens{''.join(f', {d[:12]}' for d in item.request.mix.digests)}]"
+            for item in plan.work
+        ]
+        return f"a step of {plan.tokens} rows: {' '.join(parts)}"
+
+    def snapshot(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        return {
+            "steps": self.steps,
+            "failures": self.failures,
+            "rows": self.rows,
+            "last_batch": self.last_batch,
+            "seconds": self.seconds,
+            "runner_seconds": self.runner_seconds,
+            "outside_seconds": self.seconds - self.runner_seconds,
+            "batch_rows": {"buckets": list(ROW_BUCKETS), "counts": list(self.histogram), "sum": self.rows},
+        }

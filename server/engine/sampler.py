@@ -1,0 +1,203 @@
+"""From logits to tokens: greedy, sampled, penalized, constrained; and the log-probabilities that are told.
+
+Each row is treated alone, in buffers of one alignment, and its noise is a function of (seed, index of the token): what
+a request draws does not depend on the batch. Knows nothing of blocks, slots or text.
+
+The order is: raw logits -> log-probabilities that are told -> penalties -> masks -> temperature -> top_k -> top_p ->
+min_p -> one uniform number against the distribution's sum over ids, ascending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from server.engine.batch import Work
+from server.engine.request import Request, Sampling, TokenLogprob
+from server.errors import EngineFailed, InvalidRequest
+
+Row = npt.NDArray[np.float32]
+
+_STRIDE = 256
+"""Ids whose probabilities are summed before the sums are: the draw then looks into one stretch alone."""
+
+
+class Pick(NamedTuple):
+    """What one row of logits came to: a token, its log-probability if wanted, or the error that ends the request."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+    error: Exception | None = None
+
+
+class Sampler:
+    """Picks tokens for `vocab` ids. `eos_ids` are masked while a request is under its min_tokens."""
+
+    def __init__(self, vocab: int, eos_ids: frozenset[int]) -> None:
+        self._eos = np.asarray(sorted(eos_ids), np.int64)
+        self._row = np.empty(vocab, np.float32)
+        self._weights = np.zeros(-(-vocab // _STRIDE) * _STRIDE, np.float32)
+
+    def pick(self, logits: torch.Tensor, work: Sequence[Work]) -> list[Pick]:
+        """One pick for each row of `logits` [L, vocab] float32, whose rows are those that `work` asks for, in order."""
+        rows = logits.numpy(force=True)
+        if all(item.logits == 0 or is_plain(item.request) for item in work):
+            return _greedy(rows)
+        picks: list[Pick] = []
+        for item in work:
+            for _ in range(item.logits):
+                picks.append(self._pick_row(rows[len(picks)], item.request))
+        return picks
+
+    def _pick_row(self, raw: Row, request: Request) -> Pick:
+        if is_plain(request):
+            return _greedy(raw[None])[0]
+        if not np.isfinite(raw).all():
+            return _not_finite()
+        if request.scored:
+            return self._score(raw, request)
+        try:
+            token = self._choose(raw, request)
+        except InvalidRequest as e:
+            return Pick(-1, error=e)
+        k = request.sampling.logprobs
+        return Pick(token, None if k is None else token_logprob(self._copy(raw), token, k))
+
+    def _score(self, raw: Row, request: Request) -> Pick:
+        token = request.prompt[len(request.prompt) - request.scored + len(request.scores)]
+        return Pick(token, token_logprob(self._copy(raw), token, request.sampling.logprobs or 0))
+
+    def _copy(self, raw: Row) -> Row:
+        np.copyto(self._row, raw)
+        return self._row
+
+    def _choose(self, raw: Row, request: Request) -> int:
+        sampling = request.sampling
+        row = self._copy(raw)
+        penalize(row, request)
+        if len(request.output) < sampling.min_tokens:
+            row[self._eos] = -np.inf
+            row[list(sampling.stop_token_ids)] = -np.inf
+        if request.constraint is not None:
+            allowed = np.unpackbits(request.constraint.mask().view(np.uint8), count=len(row), bitorder="little")
+            row[allowed == 0] = -np.inf
+        best = int(row.argmax())
+        if row[best] == -np.inf:
+            raise InvalidRequest("no token is allowed here: the limits on this answer contradict each other")
+        if sampling.temperature == 0.0:
+            return best
+        return self._draw(row, row[best], sampling, uniform(request.seed, len(request.output)))
+
+    def _draw(self, row: Row, best: np.float32, sampling: Sampling, u: float) -> int:
+        """The id at which the summed probabilities pass `u`."""
+        weights = self._weights[: len(row)]
+        np.subtract(row, best, out=weights)
+        # a temperature that is very low makes -inf of all but the best, which is what is meant
+        with np.errstate(over="ignore"):
+            np.divide(weights, np.float32(sampling.temperature), out=weights)
+        np.exp(weights, out=weights)
+        if sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0.0:
+            ids = _candidates(weights, sampling)
+            sums = np.cumsum(weights[ids], dtype=np.float64)
+            return int(ids[min(int(np.searchsorted(sums, u * sums[-1], side="right")), len(ids) - 1)])
+        stretches = np.cumsum(self._weights.reshape(-1, _STRIDE).sum(1), dtype=np.float64)
+        goal = u * stretches[-1]
+        stretch = min(int(np.searchsorted(stretches, goal, side="right")), len(stretches) - 1)
+        inside = np.cumsum(self._weights[stretch * _STRIDE : (stretch + 1) * _STRIDE], dtype=np.float64)
+        inside += stretches[stretch - 1] if stretch else 0.0
+        at = int(np.searchsorted(inside, goal, side="right"))
+        if at == _STRIDE:  # the two ways to sum round differently: take the last that has a chance
+            at = int(np.searchsorted(inside, inside[-1], side="left"))
+        return stretch * _STRIDE + at
+
+
+def is_plain(request: Request) -> bool:
+    """Whether nothing but the largest logit is wanted now."""
+    s = request.sampling
+    return (
+        s.temperature == 0.0
+        and s.logprobs is None
+        and request.scored == 0
+        and request.constraint is None
+        and s.repetition_penalty == 1.0
+        and s.presence_penalty == 0.0
+        and s.frequency_penalty == 0.0
+        and len(request.output) >= s.min_tokens
+    )
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) of 53 bits that is a function of the seed and the token's index alone (Philox)."""
+    raw = np.random.Philox(key=seed & (2**64 - 1), counter=[index, 0, 0, 0]).random_raw()
+    return (int(raw) >> 11) * 2.0**-53
+
+
+def penalize(row: Row, request: Request) -> None:
+    """Apply the penalties in place: repetition counts prompt and output, presence and frequency the output alone."""
+    s = request.sampling
+    if s.repetition_penalty != 1.0:
+        seen = np.unique(np.asarray([*request.prompt, *request.output], np.int64))
+        values, factor = row[seen], np.float32(s.repetition_penalty)
+        row[seen] = np.where(values > 0, values / factor, values * factor)
+    if (s.presence_penalty or s.frequency_penalty) and request.output:
+        ids, counts = np.unique(np.asarray(request.output, np.int64), return_counts=True)
+        row[ids] -= np.float32(s.presence_penalty) + np.float32(s.frequency_penalty) * counts.astype(np.float32)
+
+
+def token_logprob(row: Row, token: int, k: int) -> TokenLogprob:
+    """The natural log-softmax of `row` at `token` and at its `k` largest, best first, lower ids first among equals."""
+    top = row.max()
+    total = float(top) + float(np.log(np.exp(row - top).sum(dtype=np.float64)))
+    best: tuple[tuple[int, float], ...] = ()
+    if k:
+        ids = _largest(row, k)
+        best = tuple((int(i), float(row[i]) - total) for i in ids)
+    return TokenLogprob(token, float(row[token]) - total, best)
+
+
+def _greedy(rows: npt.NDArray[np.float32]) -> list[Pick]:
+    """The largest logit of each row, the lowest id among equals. Two passes over all rows, no loop over ids."""
+    tokens = rows.argmax(1)
+    # argmax finds a NaN or +inf if there is one, and the minimum a -inf
+    fine = np.isfinite(rows[np.arange(len(rows)), tokens]) & np.isfinite(rows.min(1))
+    if fine.all():
+        return [Pick(token) for token in tokens.tolist()]
+    return [Pick(token) if ok else _not_finite() for token, ok in zip(tokens.tolist(), fine.tolist(), strict=True)]
+
+
+def _not_finite() -> Pick:
+    return Pick(-1, error=EngineFailed("the logits of this request are not finite"))
+
+
+def _candidates(weights: Row, sampling: Sampling) -> npt.NDArray[np.int64]:
+    """The ids, ascending, that top_k, then top_p, then min_p leave; among equals the lower ids stay.
+
+    `weights` are probabilities up to a factor, the largest being 1.
+    """
+    if 0 < sampling.top_k < len(weights):
+        ids = _largest(weights, sampling.top_k)
+        total = weights[ids].sum(dtype=np.float64)
+    else:
+        total = weights.sum(dtype=np.float64)
+        # what is below this adds up to less than what top_p leaves out
+        ids = np.flatnonzero(weights >= (1.0 - sampling.top_p) * total / len(weights))
+        ids = _by_size(weights, ids) if sampling.top_p < 1.0 else ids
+    if sampling.top_p < 1.0:
+        ids = ids[: int(np.searchsorted(np.cumsum(weights[ids], dtype=np.float64), sampling.top_p * total)) + 1]
+    return np.sort(ids[weights[ids] >= sampling.min_p])
+
+
+def _largest(row: Row, k: int) -> npt.NDArray[np.int64]:
+    """The ids of the `k` largest, the largest first, lower ids first among equals."""
+    if k >= len(row):
+        return _by_size(row, np.arange(len(row)))
+    at_least = np.partition(row, len(row) - k)[len(row) - k]
+    return _by_size(row, np.flatnonzero(row >= at_least))[:k]
+
+
+def _by_size(row: Row, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return ids[np.argsort(-row[ids], kind="stable")]

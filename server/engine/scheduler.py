@@ -1,0 +1,325 @@
+"""`Scheduler`: which requests run in the next step, with how many tokens, and what becomes of them after it.
+
+The only one that changes a request's state. Owns the running set and, through the KV cache, the slots, the queue and
+the loads, everything that a request holds. Does not know models, logits or text.
+
+A step's tokens go to running answers first (one each), then to prompts that have begun, then to requests that enter:
+when their blocks and their slots can be reserved together, in the queue's order. A request whose adapters are not in
+memory is passed over until they are; one that finds no room is passed over too, until it has waited `age_limit`
+seconds for it: then nothing else enters before it does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from server.engine.batch import Work
+from server.engine.kv_cache import Key, KVCache, next_key
+from server.engine.loads import Loads
+from server.engine.queue import OUTPUT_COST, FairQueue
+from server.engine.request import Delivery, Request, State
+from server.engine.slots import Slots
+from server.errors import DeadlineExceeded, EngineFailed
+
+Ended = list[tuple[Request, Delivery]]
+
+SWEEP_SECONDS = 0.02
+"""How often deadlines are looked at."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step may be: rows of `max_batch` requests and `max_step_tokens` tokens, of which `max_logits` logits."""
+
+    max_batch: int = 32
+    max_step_tokens: int = 512
+    max_logits: int = 64
+    age_limit: float = 2.0
+
+
+@dataclass
+class Plan:
+    """The next step: its work, the requests that enter for the first time, and those that end without one."""
+
+    work: list[Work] = field(default_factory=list)
+    entered: list[Request] = field(default_factory=list)
+    ended: Ended = field(default_factory=list)
+    tokens: int = 0
+    logits: int = 0
+
+    def add(self, request: Request, count: int, logits: int) -> None:
+        self.work.append(Work(request, count, logits))
+        self.tokens += count
+        self.logits += logits
+
+
+class Scheduler:
+    """See the module. `root` gives the prefix cache's name for what comes before a request's first token."""
+
+    def __init__(self, kv: KVCache, slots: Slots, loads: Loads, limits: Limits, root: Callable[[Request], Key]) -> None:
+        self.kv = kv
+        self.slots = slots
+        self.loads = loads
+        self.limits = limits
+        self.waiting = FairQueue()
+        self.running: list[Request] = []
+        self.preemptions = 0
+        self._root = root
+        self._blocked: dict[Request, float] = {}
+        """Those that had their weights and found no room, and since when."""
+        self._changed = False
+        """Whether anything has come or been given back since the queue was last gone through in vain."""
+        self._next_sweep = -math.inf
+
+    # -- between steps
+
+    def add(self, request: Request) -> None:
+        """A new request waits from now on."""
+        request.state = State.QUEUED
+        self.waiting.add(request)
+        self._changed = True
+
+    def end(self, request: Request, now: float, *, trusted: bool = True) -> None:
+        """Take a request out, in whatever state it is; all that it held is free after it.
+
+        What it computed can be found again only if it is `trusted`.
+        """
+        assert request.state is not State.DONE, "a request ends once"
+        if request.state is State.RUNNING:
+            if not trusted:
+                self.kv.disown(request.blocks)
+            self.running.remove(request)
+            self._release(request)
+        else:
+            self._leave_queue(request)
+        request.state = State.DONE
+        request.finished = now
+        self._changed = True
+
+    def forget(self, digest: str) -> None:
+        """An adapter leaves its slot as soon as no request holds it."""
+        self.slots.forget(digest)
+        self._changed = True
+
+    def reset(self) -> None:
+        """After a failed step: nothing that was computed is trusted any more. Running requests must have ended."""
+        assert not self.running, "running requests end before a reset"
+        self.kv.clear()
+        self.slots.reset()
+        self._changed = True
+
+    # -- a step
+
+    def plan(self, now: float) -> Plan:
+        """What runs next. Requests that end here (deadline, failed load) are done and only have to be told."""
+        plan = Plan()
+        self._sweep(now, plan)
+        self._settle_loads(now, plan)
+        self._make_way()
+        self._continue(plan)
+        self._enter(now, plan)
+        return plan
+
+    def commit(self, work: list[Work], now: float) -> None:
+        """The step has run: its tokens are in the cache, and full blocks can be found by their content."""
+        for request, count, logits in work:
+            request.computed += count
+            if request.computed >= (request.kept + 1) * self.kv.block_size:
+                self._keep_full_blocks(request)
+            if logits and not request.output and not request.scored:
+                request.first_token = now
+            if logits and not request.scored:
+                self.waiting.charge(request, OUTPUT_COST)
+
+    # -- deadlines and loads
+
+    def _sweep(self, now: float, plan: Plan) -> None:
+        if now < self._next_sweep:
+            return
+        self._next_sweep = now + SWEEP_SECONDS
+        for request in [r for r in (*self.running, *self.waiting) if r.deadline <= now]:
+            waited = f"{now - request.submitted:.1f} s"
+            where = "running" if request.state is State.RUNNING else "waiting"
+            self._end_in(plan, request, DeadlineExceeded(f"the deadline passed after {waited}, while {where}"), now)
+
+    def _settle_loads(self, now: float, plan: Plan) -> None:
+        if not self.loads:
+            return
+        came, failed = self.loads.settle(now)
+        self._changed |= came
+        for request, error in failed:
+            self._end_in(plan, request, error, now)
+
+    def _end_in(self, plan: Plan, request: Request, error: Exception, now: float) -> None:
+        self.end(request, now)
+        plan.ended.append((request, Delivery(finish_reason="error", error=error)))
+
+    # -- running requests
+
+    def _continue(self, plan: Plan) -> None:
+        """Work for those that run: answers, then prompts, oldest first. Makes room for the answers by preemption."""
+        for request in list(self.running):
+            if request.state is State.RUNNING:
+                self._grow(request)
+        prompts: list[Request] = []
+        for request in self.running:
+            if request.goal - request.computed == 1:
+                plan.add(request, 1, 1)
+            else:
+                prompts.append(request)
+        for request in prompts:
+            self._add_chunk(request, plan)
+
+    def _make_way(self) -> None:
+        """A less urgent request gives up its place, one a step, while a more urgent one finds none."""
+        if not self.waiting or not self.running:
+            return
+        urgent, victim = self.waiting.priority, self._youngest()
+        if victim.priority > urgent and (
+            len(self.running) >= self.limits.max_batch or any(r.priority == urgent for r in self._blocked)
+        ):
+            self._preempt(victim)
+
+    def _grow(self, request: Request) -> None:
+        """A block for the request's next token, if it needs one."""
+        while request.computed >= len(request.blocks) * self.kv.block_size:
+            got = self.kv.reserve(1)
+            if got is not None:
+                request.blocks.extend(got)
+                return
+            victim = self._youngest()
+            self._preempt(victim)
+            if victim is request:
+                return
+
+    def _youngest(self) -> Request:
+        """Who is preempted first: of the least urgent, the last that entered."""
+        return max(reversed(self.running), key=lambda r: r.priority)
+
+    def _preempt(self, request: Request) -> None:
+        """Take back all that a request holds. What it has computed is found again if it is still cached then."""
+        self.running.remove(request)
+        self._release(request)
+        request.state = State.QUEUED
+        self.waiting.put_back(request)
+        self.preemptions += 1
+        self._changed = True
+
+    def _release(self, request: Request) -> None:
+        self.kv.free(request.blocks)
+        self.slots.free(request.mix)
+        del request.blocks[:]
+        request.slots = ()
+        request.computed = request.kept = 0
+        request.scores.clear()
+
+    def _add_chunk(self, request: Request, plan: Plan) -> None:
+        """As much of a prompt as the step has room for."""
+        start = request.computed
+        count = min(request.goal - start, self.limits.max_step_tokens - plan.tokens)
+        before = max(0, request.first_logit - start)
+        """Rows that come before the first whose logits are wanted."""
+        count = min(count, before + max(0, self.limits.max_logits - plan.logits))
+        if count > 0:
+            plan.add(request, count, max(0, count - before))
+
+    def _keep_full_blocks(self, request: Request) -> None:
+        full = request.computed // self.kv.block_size
+        keys = self._keys(request, full)
+        for i in range(request.kept, full):
+            self.kv.keep(request.blocks[i], keys[i + 1], request.mix)
+        request.kept = full
+
+    def _keys(self, request: Request, count: int) -> list[Key]:
+        """The request's root and the keys of its first `count` blocks, at least."""
+        keys, size = request.keys, self.kv.block_size
+        if not keys:
+            keys.append(self._root(request))
+        for i in range(len(keys) - 1, count):
+            keys.append(next_key(keys[-1], request.slice(i * size, (i + 1) * size)))
+        return keys
+
+    # -- waiting requests
+
+    def _enter(self, now: float, plan: Plan) -> None:
+        if not self._changed or not self.waiting or plan.tokens >= self.limits.max_step_tokens:
+            return
+        for request in self._candidates(now):
+            if plan.tokens >= self.limits.max_step_tokens or len(self.running) >= self.limits.max_batch:
+                return
+            try:
+                self._try(request, now, plan)
+            except Exception as e:  # the runner refused to place its adapters: that is this request's failure alone
+                self._end_in(plan, request, EngineFailed(f"its adapters could not be placed: {e}"), now)
+        self._changed = False
+
+    def _candidates(self, now: float) -> Iterator[Request]:
+        starving = self._starving(now)
+        if starving is not None:
+            yield starving
+            if starving.state is not State.RUNNING:
+                return
+        for request in self.waiting.in_order():
+            if request.priority > self.waiting.priority:
+                return
+            if request is not starving:
+                yield request
+
+    def _starving(self, now: float) -> Request | None:
+        """The request of the best waiting priority that has waited for room too long, if its weights are there."""
+        for request, since in self._blocked.items():
+            if now - since <= self.limits.age_limit:
+                return None
+            if request.priority == self.waiting.priority and (
+                self.slots.has(request.mix) or self.loads.ask(request, now) is not None
+            ):
+                return request
+        return None
+
+    def _try(self, request: Request, now: float, plan: Plan) -> None:
+        """Let a request in if its weights, its slots and its blocks are all there."""
+        weights = None
+        if not self.slots.has(request.mix):
+            weights = self.loads.ask(request, now)
+            if weights is None:
+                return
+        found = self._find_cached(request)
+        need = self.kv.blocks_for(request.goal) - len(found)
+        spare = len(self.running)  # each of the others may need a block soon
+        slots = None
+        try:
+            if need + spare <= self.kv.available:
+                slots = self.slots.reserve(request.mix, weights)
+        finally:
+            if slots is None:
+                self.kv.free(found)
+        if slots is None:
+            self._blocked.setdefault(request, now)
+            return
+        fresh = self.kv.reserve(need)
+        assert fresh is not None, "there was room"
+        self._leave_queue(request)
+        request.state = State.RUNNING
+        request.slots = slots
+        request.blocks.extend(found + fresh)
+        request.kept = len(found)
+        request.computed = len(found) * self.kv.block_size
+        self.running.append(request)
+        if math.isnan(request.admitted):
+            request.admitted = now
+            request.cached = request.computed
+            self.kv.count_query(len(request.prompt), len(found))
+            self.waiting.charge(request, max(1, len(request.prompt) - request.computed))
+            plan.entered.append(request)
+        self._add_chunk(request, plan)
+
+    def _find_cached(self, request: Request) -> list[int]:
+        most = request.first_logit // self.kv.block_size
+        return self.kv.match(self._keys(request, most)[1 : most + 1])
+
+    def _leave_queue(self, request: Request) -> None:
+        self.waiting.remove(request)
+        self.loads.leave(request)
+        self._blocked.pop(request, None)

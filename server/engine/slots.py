@@ -1,0 +1,108 @@
+"""The slots of the adapters that a step can use: who holds them, all or nothing for a mix.
+
+Owns slot numbers. Places weights through the runner's two calls and knows nothing else of it. Not thread-safe: the
+engine's thread has it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from adapters.lru import LRU
+from adapters.weights import LoraWeights, Mix
+
+
+class Slots:
+    """`count` places for adapters, by digest. What no request holds stays resident until its place is needed."""
+
+    def __init__(self, count: int, place: Callable[[int, LoraWeights], None], clear: Callable[[int], None]) -> None:
+        self.count = count
+        self._place = place
+        self._clear = clear
+        self._open = list(range(count - 1, -1, -1))
+        self._slot_of: dict[str, int] = {}
+        self._held: LRU[str] = LRU(count, on_evict=self._vacate)
+        self._leaving: set[str] = set()
+        self._bytes: dict[str, int] = {}
+
+    @property
+    def resident(self) -> list[str]:
+        """The digests that have a slot, least recently used first."""
+        return list(self._held)
+
+    @property
+    def in_use(self) -> int:
+        """How many slots requests hold now."""
+        return self._held.pinned
+
+    def has(self, mix: Mix) -> bool:
+        """Whether every adapter of `mix` is resident, so that `reserve` needs no weights."""
+        return all(digest in self._slot_of for digest, _ in mix)
+
+    def reserve(self, mix: Mix, weights: Sequence[LoraWeights] | None) -> tuple[tuple[int, float], ...] | None:
+        """The (slot, weight) pairs of a mix, held until `free`; None and no change if there is no room now.
+
+        `weights` are those of the mix, in its order; None if `has(mix)`. What the runner raises while it places an
+        adapter is raised, and nothing is held.
+        """
+        missing = [i for i, digest in enumerate(mix.digests) if digest not in self._slot_of]
+        if not self._held.reserve(dict.fromkeys(mix.digests, 1)):
+            return None
+        try:
+            for i in missing:
+                assert weights is not None and weights[i].digest == mix.digests[i], "the weights are those of the mix"
+                slot = self._slot_of[weights[i].digest] = self._open.pop()
+                self._place(slot, weights[i])
+                self._bytes[weights[i].digest] = weights[i].nbytes
+        except BaseException:
+            self._held.free(mix.digests)
+            for digest in [mix.digests[i] for i in missing]:
+                self._held.remove(digest)
+                if digest in self._slot_of:
+                    self._vacate(digest)
+            raise
+        return tuple((self._slot_of[digest], weight) for digest, weight in mix)
+
+    def free(self, mix: Mix) -> None:
+        """The holder of `mix` needs it no more."""
+        self._held.free(mix.digests)
+        for digest in self._leaving.intersection(mix.digests):
+            self.forget(digest)
+
+    def forget(self, digest: str) -> None:
+        """Empty the slot of an adapter as soon as no request holds it. One that is not resident is no error."""
+        if digest not in self._held:
+            self._leaving.discard(digest)
+        elif self._held.pins(digest):
+            self._leaving.add(digest)
+        else:
+            self._leaving.discard(digest)
+            self._held.remove(digest)
+            self._vacate(digest)
+
+    def release_idle(self, nbytes: int) -> None:
+        """Empty slots that no request holds until adapters of `nbytes` are let go, least recently used first."""
+        for digest in self.resident:
+            if nbytes <= 0:
+                return
+            if not self._held.pins(digest):
+                nbytes -= self._bytes[digest]
+                self.forget(digest)
+
+    def reset(self) -> None:
+        """Empty every slot, whoever held it."""
+        for digest in self.resident:
+            while self._held.pins(digest):
+                self._held.free([digest])
+            self.forget(digest)
+
+    def holds(self, digest: str) -> bool:
+        """Whether the adapter has a slot now. From any thread."""
+        return digest in self._slot_of
+
+    def _vacate(self, digest: str) -> None:
+        slot = self._slot_of.pop(digest)
+        self._bytes.pop(digest, None)
+        self._open.append(slot)
+        self._leaving.discard(digest)
+        self._clear(slot)
