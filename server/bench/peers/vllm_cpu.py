@@ -22,13 +22,9 @@ def main() -> None:
     lora = {}
     if job["adapters"]:
         lora = {"enable_lora": True, "max_loras": 16, "max_lora_rank": 32, "max_cpu_loras": 16}
-    llm = LLM(
-        job["base"], dtype="bfloat16", max_model_len=1024, max_num_seqs=32, enable_prefix_caching=False, **lora
-    )
+    llm = LLM(job["base"], dtype="bfloat16", max_model_len=1024, max_num_seqs=32, enable_prefix_caching=False, **lora)
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    requests = [
-        None if n < 0 else LoRARequest(f"a{n}", n + 1, job["adapters"][n]) for n in job["adapter_of"]
-    ]
+    requests = [None if n < 0 else LoRARequest(f"a{n}", n + 1, job["adapters"][n]) for n in job["adapter_of"]]
 
     def run(new_tokens: int) -> float:
         sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)

@@ -1,0 +1,110 @@
+"""Our engine in this process, without HTTP: what the in-process peers are measured against.
+
+Owns an engine over one base and the adapters that it was given. Measures what the peers' scripts measure.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from adapters.peft_format import read_folder
+from adapters.weights import LoraWeights, Mix, Version, canonical_mix
+from server.engine.engine import Engine
+from server.engine.request import Delivery, Request, Sampling
+from server.engine.runner import make_runner
+from server.engine.text import Text
+from server.model.loader import Base
+
+CONTEXT = 2048
+BLOCK = 16
+
+
+class InProcess:
+    """An engine with every adapter in RAM. Use as a context; the prefix cache is off unless asked for."""
+
+    def __init__(
+        self,
+        base: Base,
+        adapters: Sequence[Path] = (),
+        *,
+        threads: int = 2,
+        max_batch: int = 32,
+        max_slots: int = 64,
+        max_rank: int = 64,
+        prefix_cache: bool = False,
+    ) -> None:
+        self._weights = [
+            base.backend.prepare(read_folder(path, name=f"a{i}", max_rank=max_rank, shapes=base.shapes()))
+            for i, path in enumerate(adapters)
+        ]
+        self._by_digest = {w.digest: w for w in self._weights}
+        self.runner = make_runner(base, max_slots, threads)
+        self.engine = Engine(
+            self.runner,
+            fetch=self._fetch,
+            text=Text(base.vocabulary),
+            eos_ids=base.vocabulary.eos_ids,
+            vocab_size=base.config.vocab_size,
+            context_length=min(CONTEXT, base.config.max_position_embeddings),
+            base_id=base.id,
+            blocks=max_batch * CONTEXT // BLOCK // 2,
+            block_size=BLOCK,
+            max_batch=max_batch,
+            max_slots=max_slots,
+            prefix_cache=prefix_cache,
+        )
+
+    def __enter__(self) -> InProcess:
+        self.engine.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.engine.stop()
+
+    def mix(self, choice: Sequence[tuple[int, float]]) -> Mix:
+        """The mix of `(adapter number, weight)` pairs."""
+        pairs = [(Version(f"a{n}", self._weights[n].digest), w) for n, w in choice]
+        return canonical_mix(pairs, max_mix=16)
+
+    def run(self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], new_tokens: int) -> float:
+        """Generate exactly `new_tokens` for each prompt, all submitted at once. Returns seconds to the last token.
+
+        Raises the first request's error, if one failed.
+        """
+        done = threading.Semaphore(0)
+        failures: list[Exception] = []
+
+        def heard(delivery: Delivery) -> None:
+            if delivery.finish_reason is not None:
+                if delivery.error is not None:
+                    failures.append(delivery.error)
+                done.release()
+
+        sampling = Sampling(max_tokens=new_tokens, ignore_eos=True)
+        start = time.perf_counter()
+        for i, (prompt, mix) in enumerate(zip(prompts, mixes, strict=True)):
+            self.engine.submit(Request(f"b{start}-{i}", tuple(prompt), sampling, heard, mix=mix, fair_key="bench"))
+        for _ in prompts:
+            done.acquire()
+        if failures:
+            raise failures[0]
+        return time.perf_counter() - start
+
+    def rates(self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], new_tokens: int) -> tuple[float, float]:
+        """(seconds to all first tokens, seconds to all last tokens): the two numbers that every peer gives."""
+        return self.run(prompts, mixes, 1), self.run(prompts, mixes, new_tokens)
+
+    def _fetch(self, mix: Mix) -> Future[tuple[LoraWeights, ...]]:
+        future: Future[tuple[LoraWeights, ...]] = Future()
+        future.set_result(tuple(self._by_digest[digest] for digest in mix.digests))
+        return future
+
+
+def decode_rate(requests: int, new_tokens: int, first: float, last: float) -> float:
+    """Tokens a second of decoding alone: those after the first ones, over the time that they took."""
+    return requests * (new_tokens - 1) / (last - first)

@@ -1,0 +1,165 @@
+"""Transformers and PEFT on the embedded base's own dequantized weights, in float32: what an answer should be.
+
+Owns the comparison of two greedy answers. Knows our side only through its files and its strings.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adapters.weights import content_digest
+from server.model.loader import Base
+
+
+def llama_of(base: Base) -> LlamaForCausalLM:
+    """The same weights as a float32 Transformers model, never read from its own GGUF reader."""
+    c = base.config
+    config = LlamaConfig(
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        vocab_size=c.vocab_size,
+        rms_norm_eps=c.rms_norm_eps,
+        max_position_embeddings=c.max_position_embeddings,
+        tie_word_embeddings=c.tie_word_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    state = {f"{path}.weight": base.backend.dequantize(w) for path, w in base.weights.items()}
+    state |= {name: t.float() for name, t in base.tensors.items()}
+    if c.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    assert not unexpected and not missing, (missing, unexpected)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two greedy answers part: the token's index, and how far the oracle's choice was ahead of the other."""
+
+    index: int
+    margin: float
+
+
+class Oracle:
+    """One PEFT model that holds every adapter it was given, by content."""
+
+    def __init__(self, base: Base) -> None:
+        self._plain = llama_of(base)
+        self._peft: PeftModel | None = None
+        self._names: dict[str, str] = {}
+        self._mixes: dict[tuple[tuple[str, float], ...], str] = {}
+
+    def add(self, folder: Path) -> str:
+        """Load a PEFT folder; returns the name that this oracle knows its content by."""
+        config = json.loads((folder / "adapter_config.json").read_text())
+        from safetensors.torch import load_file
+
+        digest = content_digest(config, load_file(folder / "adapter_model.safetensors"))
+        if digest not in self._names:
+            name = self._names[digest] = f"v{len(self._names)}"
+            if self._peft is None:
+                self._peft = PeftModel.from_pretrained(self._plain, str(folder), adapter_name=name)
+            else:
+                self._peft.load_adapter(str(folder), adapter_name=name)
+            self._peft.eval().float()
+        return self._names[digest]
+
+    def model(self, mix: Sequence[tuple[str, float]]) -> Any:
+        """The model with that mix active. An empty mix is the base alone."""
+        if self._peft is None:
+            return self._plain
+        if not mix:
+            self._peft.base_model.disable_adapter_layers()
+            return self._peft
+        self._peft.base_model.enable_adapter_layers()
+        key = tuple(mix)
+        if key not in self._mixes:
+            name = f"m{len(self._mixes)}"
+            names, weights = [n for n, _ in mix], [w for _, w in mix]
+            self._peft.add_weighted_adapter(names, weights, name, combination_type="cat")
+            self._mixes[key] = name
+        self._peft.set_adapter(self._mixes[key])
+        return self._peft
+
+    def forget_mixes(self) -> None:
+        """Free what `model` built; there is one adapter for each distinct mix."""
+        for name in self._mixes.values():
+            self._peft.delete_adapter(name)
+        self._mixes.clear()
+
+    @torch.no_grad()
+    def logits(self, prompt: Sequence[int], mix: Sequence[tuple[str, float]] = ()) -> torch.Tensor:
+        """Float32 logits [tokens, vocab] of a prompt."""
+        return self.model(mix)(input_ids=torch.tensor([list(prompt)])).logits[0].float()
+
+    @torch.no_grad()
+    def greedy(self, prompt: Sequence[int], count: int, mix: Sequence[tuple[str, float]], eos: set[int]) -> list[int]:
+        """The greedy answer, the end token included if it comes within `count` tokens."""
+        model = self.model(mix)
+        past, ids, out = None, torch.tensor([list(prompt)]), []
+        while len(out) < count:
+            step = model(input_ids=ids, past_key_values=past, use_cache=True)
+            past = step.past_key_values
+            token = int(step.logits[0, -1].argmax())
+            out.append(token)
+            if token in eos:
+                break
+            ids = torch.tensor([[token]])
+        return out
+
+    def compare(
+        self,
+        prompt: Sequence[int],
+        ours: Sequence[str],
+        decode: Mapping[int, str] | Any,
+        count: int,
+        mix: Sequence[tuple[str, float]],
+        eos: set[int],
+    ) -> Difference | None:
+        """None if the oracle's greedy answer is `ours` (tokens as strings), else where and how narrowly they part.
+
+        The margin is how far the oracle's own token was ahead of its best token that reads like ours.
+        """
+        theirs = self.greedy(prompt, count, mix, eos)
+        for i, token in enumerate(theirs):
+            if i >= len(ours) or decode(token) != ours[i]:
+                row = self.logits([*prompt, *theirs[:i]], mix)[-1]
+                rival = row.topk(50).indices.tolist()
+                same = [t for t in rival if i < len(ours) and decode(t) == ours[i]]
+                return Difference(i, float(row[token] - max((row[t] for t in same), default=-torch.inf)))
+        return None if len(ours) == len(theirs) else Difference(len(theirs), float("inf"))
+
+
+def write_peft(path: Path, model: LlamaForCausalLM, seed: int, strength: float = 0.15, **config: Any) -> Path:
+    """Let PEFT itself write a randomly filled adapter of any LoraConfig for `model`'s architecture (on meta)."""
+    with torch.device("meta"):
+        shell = LlamaForCausalLM(model.config)
+    peft = get_peft_model(shell, LoraConfig(task_type="CAUSAL_LM", **config))
+    generator = torch.Generator().manual_seed(seed)
+    state: dict[str, torch.Tensor] = {}
+    for name, p in peft.named_parameters():
+        if "lora_" not in name:
+            continue
+        rank = p.shape[0] if "lora_A" in name else p.shape[1]
+        deviation = p.shape[1] ** -0.5 if "lora_A" in name else strength / rank**0.5
+        state[name] = torch.randn(p.shape, generator=generator) * deviation
+    peft.load_state_dict(state, strict=False, assign=True)
+    if path.exists():
+        shutil.rmtree(path)
+    peft.save_pretrained(str(path), save_embedding_layers=False)
+    return path

@@ -1,0 +1,96 @@
+"""Requests on many adapters and mixes at once, while adapters change under them, against PEFT one by one."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from server.engine.text import Text
+from server.model.loader import Base
+from tests.e2e.conftest import Live, sentences
+from tests.e2e.oracle import Oracle
+
+pytestmark = pytest.mark.e2e
+
+RANKS = (3, 4, 8, 12, 16, 17, 24, 32, 33, 40, 48, 50, 56, 60, 63, 64)
+NEW_TOKENS = 12
+
+
+def test_every_answer_is_that_of_peft_alone_while_adapters_change(
+    reference_server: Live, base: Base, oracle: Oracle, write_random: Callable[..., Path], tmp_path: Path
+) -> None:
+    live, text = reference_server, Text(base.vocabulary)
+    folders: dict[str, Path] = {}
+    known: dict[str, Path] = {}
+
+    def register(name: str, folder: Path, method: str) -> str:
+        answer = live.client.request(
+            method,
+            "/adapters" if method == "POST" else f"/adapters/{name}",
+            files={
+                "adapter_config.json": (folder / "adapter_config.json").read_bytes(),
+                "adapter_model.safetensors": (folder / "adapter_model.safetensors").read_bytes(),
+            },
+            data={"name": name},
+        )
+        assert answer.status_code in (200, 201), answer.text
+        version = str(answer.json()["version"])
+        known[version] = folder
+        return version
+
+    for i, rank in enumerate(RANKS):
+        folders[f"a{i}"] = write_random(tmp_path / f"a{i}", rank=rank, seed=i, alpha=rank)
+        register(f"a{i}", folders[f"a{i}"], "POST")
+    churn = [write_random(tmp_path / f"churn{i}", rank=5 + i, seed=100 + i, alpha=5 + i) for i in range(4)]
+
+    dice = random.Random(7)
+    prompts = sentences()
+    asked: list[dict] = []
+    for i in range(16):
+        asked.append({"prompt": prompts[i], "adapters": [{"name": f"a{i}", "weight": 1.0}]})
+    for i in range(16):
+        members = dice.sample(range(16), 2 + i % 3)
+        mix = [{"name": f"a{m}", "weight": dice.choice([-0.5, 0.25, 0.5, 0.75])} for m in members]
+        asked.append({"prompt": prompts[(i + 3) % 20], "adapters": mix})
+    asked += [{"prompt": p, "adapters": [{"name": "churned"}]} for p in prompts[:8]]
+    asked += [{"prompt": p, "adapters": []} for p in prompts[:8]]
+    asked += [dict(a, prompt=prompts[(n * 7) % 20]) for n, a in enumerate(asked[:16])]
+    assert len(asked) == 64
+
+    register("churned", churn[0], "POST")
+    done = threading.Event()
+
+    def change_adapters() -> int:
+        turns = 0
+        while not done.is_set():
+            turns += 1
+            register("churned", churn[turns % 4], "PUT")
+            register(f"short{turns}", churn[(turns + 1) % 4], "POST")
+            assert live.client.delete(f"/adapters/short{turns}").status_code == 202
+        return turns
+
+    def ask(body: dict) -> dict:
+        return live.post("/generate", {**body, "max_tokens": NEW_TOKENS, "logprobs": 1})
+
+    with ThreadPoolExecutor(65) as pool:
+        changes = pool.submit(change_adapters)
+        answers = list(pool.map(ask, asked))
+        done.set()
+        assert changes.result() > 0
+
+    eos = set(base.vocabulary.eos_ids)
+    parted = []
+    for body, answer in zip(asked, answers, strict=True):
+        assert [a["name"] for a in answer["adapters"]] == [a["name"] for a in body["adapters"]]
+        mix = [(oracle.add(known[a["version"]]), a["weight"]) for a in answer["adapters"]]
+        tokens = [entry["token"] for entry in answer["logprobs"]]
+        difference = oracle.compare(text.encode(body["prompt"]), tokens, text.token_text, NEW_TOKENS, mix, eos)
+        if difference is not None:
+            parted.append(difference)
+    assert all(d.margin < 1e-3 for d in parted), parted
+    assert len(parted) <= 1, f"{len(parted)} of 64 answers part within a margin of 1e-3"
