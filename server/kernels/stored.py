@@ -52,6 +52,23 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return codes.flatten(1)
 
 
+def stored_parts(
+    scheme: str, shape: tuple[int, int], group: int, double_quant: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+    """Name -> (dtype, shape) of the tensors of a quantized matrix in the stored layout (not for `none`)."""
+    rows, columns = shape
+    groups = columns // group
+    parts = {"codes": (torch.int8, shape) if scheme == "int8" else (torch.uint8, (rows, columns // 2))}
+    for name in ("scale", "zero") if scheme == "int4" else ("scale",):
+        if double_quant:
+            tiles = (-(-rows // TILE), -(-groups // TILE))
+            parts[f"{name}_codes"] = (torch.uint8, (rows, groups))
+            parts[f"{name}_step"] = parts[f"{name}_base"] = (torch.float32, tiles)
+        else:
+            parts[name] = (torch.float16, (rows, groups))
+    return parts
+
+
 def group_values(tensors: Mapping[str, torch.Tensor], name: str, start: int, stop: int) -> torch.Tensor:
     """The `scale` or `zero` of rows start..stop as float16 [rows, in/group], whichever way they are kept."""
     if name in tensors:

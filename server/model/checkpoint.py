@@ -16,13 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from server.errors import BadModel
+from server.kernels.stored import stored_parts
 from server.kernels.weight import STORED, Weight
 from server.model import config as model_config
 from server.model import vocabulary as model_vocabulary
 from server.model.config import ModelConfig
 from server.model.digest import Digests
 from server.model.gguf_file import BLOCK, GgufFile
-from server.model.quantization import Quantization, Rows, quantize, quantize_table
+from server.model.quantization import GROUPS, Quantization, Rows, quantize, quantize_table
 from server.model.vocabulary import Vocabulary, read_json
 
 MANIFEST = "loramux.json"
@@ -260,7 +261,9 @@ class QuantizedFolder:
             self.notes = [str(note) for note in manifest["notes"]]
             self._shards = _Shards(folder, [str(name) for name in manifest["files"]])
             shapes = {f"{path}.weight": tuple(entry["shape"]) for path, entry in self._weights.items()}
-        except (KeyError, TypeError) as error:
+            for entry in self._weights.values():
+                _check_entry(entry)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise BadModel(f"{MANIFEST} is not whole: {error!r}") from error
         norms = {name: shape for name, shape in self._shards.shapes.items() if name in self.config.tensor_shapes()}
         _check_shapes(shapes | norms, self.config)
@@ -288,18 +291,44 @@ class QuantizedFolder:
             gathered, entry = parts.setdefault(path, {}), self._weights[path]
             gathered[part] = tensor
             if len(gathered) == len(entry["tensors"]):
-                rows, columns = entry["shape"]
-                yield path, Weight(entry["scheme"], STORED, (rows, columns), entry["group"], parts.pop(path))
+                yield path, _stored(path, entry, parts.pop(path))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._shards.read(self.config.tensor_shapes()):
             yield name, tensor.float()
 
 
+def _check_entry(entry: Mapping[str, Any]) -> None:
+    """Raises TypeError, KeyError or ValueError unless a manifest's entry has what `_stored` needs."""
+    rows, columns = entry["shape"]
+    if entry["scheme"] not in ("int4", "nf4", "int8", "none") or "codes" not in entry["tensors"]:
+        raise ValueError(f"there is no scheme {entry['scheme']!r} of {entry['tensors']}")
+    if entry["scheme"] != "none" and (entry["group"] not in GROUPS or columns % entry["group"]):
+        raise ValueError(f"groups of {entry['group']} do not divide {columns}")
+
+
+def _stored(path: str, entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Weight:
+    """A matrix of a quantized folder. Raises BadModel unless its parts have exactly the types and shapes they must,
+    since kernels read them through plain pointers."""
+    scheme, (rows, columns), group = entry["scheme"], entry["shape"], entry["group"]
+    weight = Weight(scheme, STORED, (rows, columns), columns if scheme == "none" else group, tensors)
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if scheme == "none":
+        whole = found.keys() == {"codes"} and tensors["codes"].dtype in _FLOATS and found["codes"][1] == weight.shape
+    else:
+        whole = found == stored_parts(scheme, weight.shape, group, weight.double_quantized)
+    if not whole:
+        raise BadModel(f"the quantized folder's {path} is not a matrix of {rows} by {columns} in {scheme}")
+    return weight
+
+
 class _Shards:
     """Several safetensors files as one mapping, read one file after the other."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise BadModel(f"the model names the file {name!r}, which is not in its folder")
         self.files = [folder / name for name in names]
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._owner: dict[str, Path] = {}
@@ -332,13 +361,7 @@ def _opened(path: Path) -> Iterator[Any]:
 def _shard_names(folder: Path) -> list[str]:
     index = read_json(folder / WEIGHTS_INDEX)
     if index:
-        names = sorted({str(name) for name in dict(index.get("weight_map", {})).values()})
-        for name in names:
-            if Path(name).name != name:
-                raise BadModel(f"{WEIGHTS_INDEX} names the file {name!r}, which is not in the folder")
-            if not (folder / name).is_file():
-                raise BadModel(f"{WEIGHTS_INDEX} names the file {name}, which is missing")
-        return names
+        return sorted({str(name) for name in dict(index.get("weight_map", {})).values()})
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from server.errors import BadModel, BadSetting
-from server.kernels.stored import NF4, TILE, decode_tiles, pack_nibbles
+from server.kernels.stored import NF4, TILE, decode_tiles, pack_nibbles, stored_parts
 from server.kernels.weight import STORED, Weight
 
 SCHEMES = ("int4", "nf4", "none")
@@ -102,7 +102,8 @@ def quantize(
         return Weight("none", STORED, shape, columns, {"codes": kept.contiguous()})
     check_group(name, columns, group)
     groups = columns // group
-    tensors = _allocate(rows, columns, groups, scheme, double_quant)
+    parts = stored_parts(scheme, shape, group, double_quant)
+    tensors = {part: torch.empty(size, dtype=dtype) for part, (dtype, size) in parts.items()}
     step = max(TILE, _CHUNK // columns // TILE * TILE)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -131,22 +132,6 @@ def bits(weights: Iterable[Weight]) -> float:
         nbytes += weight.nbytes
         parameters += weight.shape[0] * weight.shape[1]
     return 8.0 * nbytes / parameters
-
-
-def _allocate(rows: int, columns: int, groups: int, scheme: str, double_quant: bool) -> dict[str, torch.Tensor]:
-    if scheme == "int8":
-        tensors = {"codes": torch.empty((rows, columns), dtype=torch.int8)}
-    else:
-        tensors = {"codes": torch.empty((rows, columns // 2), dtype=torch.uint8)}
-    for key in ("scale", "zero") if scheme == "int4" else ("scale",):
-        if double_quant:
-            tiles = (-(-rows // TILE), -(-groups // TILE))
-            tensors[f"{key}_codes"] = torch.empty((rows, groups), dtype=torch.uint8)
-            tensors[f"{key}_step"] = torch.empty(tiles, dtype=torch.float32)
-            tensors[f"{key}_base"] = torch.empty(tiles, dtype=torch.float32)
-        else:
-            tensors[key] = torch.empty((rows, groups), dtype=torch.float16)
-    return tensors
 
 
 def _store(

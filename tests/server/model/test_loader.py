@@ -1,0 +1,415 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from server.errors import BadModel, BadSetting, Conflict
+from server.kernels.reference import Reference
+from server.kernels.stored import dequantize_stored
+from server.model.loader import Base, load_base, quantize_folder
+from server.model.packed_file import PackedWriter
+from server.model.quantization import bits, quantize
+from server.model.vocabulary import Vocabulary, write_folder
+
+KINDS = ["Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"]
+TYPES = gguf.GGMLQuantizationType
+
+
+def tiny_model(kind: str, **changes: Any) -> transformers.PreTrainedModel:
+    values: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 64,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**values | changes))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
+    return model
+
+
+def saved(path: Path, kind: str, vocabulary: Vocabulary, shard: str = "5GB", **changes: Any) -> Path:
+    model = tiny_model(kind, **changes)
+    model.save_pretrained(path, max_shard_size=shard)
+    write_folder(vocabulary, path)
+    return path
+
+
+def load(path: Path, **settings: Any) -> Base:
+    return load_base(path, name="tiny", backend=Reference(), **settings)
+
+
+def same(a: Base, b: Base) -> bool:
+    if a.weights.keys() != b.weights.keys() or a.tensors.keys() != b.tensors.keys():
+        return False
+    tensors = all(torch.equal(tensor, b.tensors[name]) for name, tensor in a.tensors.items())
+    return tensors and all(
+        torch.equal(tensor, b.weights[path].tensors[part])
+        for path, weight in a.weights.items()
+        for part, tensor in weight.tensors.items()
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shard", ["5GB", "200KB"])
+def test_unquantized_folders_hold_exactly_the_models_tensors(
+    tmp_path: Path, kind: str, shard: str, tiny_vocabulary: Vocabulary
+) -> None:
+    base = load(saved(tmp_path, kind, tiny_vocabulary, shard), quantization="none")
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) is (shard == "200KB")
+    expected = dict(tiny_model(kind).state_dict())
+    for path, weight in base.weights.items():
+        assert torch.equal(dequantize_stored(weight), expected.pop(f"{path}.weight"))
+    for name, tensor in base.tensors.items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, expected.pop(name))
+    assert expected == {}
+    assert base.quantization == {"scheme": "none", "group": None, "double": False, "table_bits": None}
+    assert base.shapes()["model.layers.3.mlp.down_proj"] == (128, 192) and len(base.shapes()) == 28
+
+
+@pytest.mark.parametrize(
+    ("settings", "scheme", "group"),
+    [
+        ({}, "int4", 64),
+        ({"group_size": 32, "double_quant": True}, "int4", 32),
+        ({"quantization": "nf4", "double_quant": True}, "nf4", 64),
+    ],
+)
+def test_folders_are_quantized_as_asked(
+    tmp_path: Path, settings: dict[str, Any], scheme: str, group: int, tiny_vocabulary: Vocabulary
+) -> None:
+    base = load(saved(tmp_path, "Qwen2", tiny_vocabulary), **settings)
+    expected = tiny_model("Qwen2").state_dict()
+    for path in base.shapes():
+        weight, double = base.weights[path], settings.get("double_quant", False)
+        assert (weight.scheme, weight.group, weight.double_quantized) == (scheme, group, double)
+        again = quantize(expected[f"{path}.weight"], scheme, group, double)
+        assert torch.equal(dequantize_stored(weight), dequantize_stored(again))
+    assert base.weights["lm_head"].scheme == base.weights["model.embed_tokens"].scheme == "int8"
+    assert base.quantization == {
+        "scheme": scheme, "group": group, "double": settings.get("double_quant", False), "table_bits": 8,
+    }  # fmt: skip
+    assert load(tmp_path, table_bits=16).weights["lm_head"].tensors["codes"].dtype == torch.bfloat16
+
+
+def test_the_id_knows_content_and_quantization(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    saved(tmp_path, "Llama", tiny_vocabulary)
+    one = load(tmp_path)
+    assert len(one.id) == 64 and one.id == load(tmp_path).id
+    assert one.id != load(tmp_path, double_quant=True).id
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert one.id != load(tmp_path).id
+
+
+def test_tied_tables_are_one_even_if_the_file_has_both(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    saved(tmp_path, "Llama", tiny_vocabulary, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    tensors |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "lm_head" not in load(tmp_path).weights
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    saved(tmp_path, "Llama", tiny_vocabulary)
+    whole = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def refused(tensors: dict[str, torch.Tensor], said: str) -> None:
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(BadModel, match=said):
+            load(tmp_path)
+
+    refused({k: v for k, v in whole.items() if k != name}, f"lacks {name}")
+    refused(whole | {"model.layers.9.x": torch.ones(1)}, r"does not: model\.layers\.9\.x")
+    refused(whole | {name: torch.ones(8, 8)}, rf"{name} has the shape \[8, 8\].* asks for \[192, 128\]")
+    refused(whole | {name: torch.full((192, 128), float("nan"))}, "up_proj holds values that are not finite")
+    refused(whole | {name: torch.ones((192, 128), dtype=torch.int32)}, "int32")
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-5])
+    with pytest.raises(BadModel, match=r"model\.safetensors cannot be read"):
+        load(tmp_path)
+
+
+def test_a_group_that_does_not_fit_names_the_layer(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    saved(tmp_path, "Llama", tiny_vocabulary)
+    with pytest.raises(BadModel, match=r"mlp\.down_proj has 192 inputs.*groups of 32, 64 do"):
+        load(tmp_path, group_size=128)
+    with pytest.raises(BadSetting):
+        load(tmp_path, group_size=48)
+
+
+def test_folders_that_are_none(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    with pytest.raises(BadModel, match="neither"):
+        load(tmp_path)
+    with pytest.raises(BadModel, match="no model at"):
+        load(tmp_path / "nowhere")
+    saved(tmp_path, "Llama", tiny_vocabulary)
+    (tmp_path / "model.safetensors").rename(tmp_path / "kept")
+    with pytest.raises(BadModel, match=r"no model\.safetensors"):
+        load(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(BadModel, match="pickles"):
+        load(tmp_path)
+    with pytest.raises(BadModel, match="pickle"):
+        load(tmp_path / "pytorch_model.bin")
+    for outside in ("../kept", "gone.safetensors"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": outside}}))
+        with pytest.raises(BadModel, match="names the file"):
+            load(tmp_path)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_table_is_refused(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    saved(tmp_path, "Llama", tiny_vocabulary, vocab_size=100)
+    with pytest.raises(BadModel, match="table ends before 100"):
+        load(tmp_path)
+
+
+def test_warm_starts_map_the_cache_and_read_no_weights(
+    tmp_path: Path, tiny_vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache = saved(tmp_path / "m", "Qwen3", tiny_vocabulary), tmp_path / "cache"
+    memory = load(source)
+    cold = load(source, cache_dir=cache)
+    assert same(memory, cold) and cold.id == memory.id
+    [path] = cache.glob("*.packed")
+    with monkeypatch.context() as patched:
+        patched.setattr("server.model.checkpoint.quantize", None)
+        warm = load(source, cache_dir=cache)
+    assert same(memory, warm) and str(path) in Path("/proc/self/maps").read_text()
+    load(source, cache_dir=cache, group_size=32)
+    assert len(list(cache.glob("*.packed"))) == 2
+
+    class Other(Reference):
+        layout = "other-1"
+
+    load_base(source, name="tiny", backend=Other(), cache_dir=cache)
+    assert len(list(cache.glob("*.packed"))) == 3
+
+
+def test_a_damaged_cache_is_made_again(
+    tmp_path: Path, tiny_vocabulary: Vocabulary, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, cache = saved(tmp_path / "m", "Llama", tiny_vocabulary), tmp_path / "cache"
+    first = load(source, cache_dir=cache)
+    [path] = cache.glob("*.packed")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert same(first, load(source, cache_dir=cache))
+    assert "made again" in caplog.text
+
+
+def test_a_full_disk_costs_the_cache_only(
+    tmp_path: Path, tiny_vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, cache = saved(tmp_path / "m", "Llama", tiny_vocabulary), tmp_path / "cache"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PackedWriter, "add_tensor", full)
+    with caplog.at_level(logging.WARNING):
+        base = load(source, cache_dir=cache)
+    assert same(base, load(source)) and "kept in memory" in caplog.text
+    assert list(cache.glob("base-*")) == []
+
+
+def test_progress_counts_every_parameter(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    seen: list[tuple[str, int, int]] = []
+    base = load(saved(tmp_path, "Llama", tiny_vocabulary), progress=lambda *step: seen.append(step))
+    total = sum(w.shape[0] * w.shape[1] for w in base.weights.values())
+    assert seen[-1] == ("loading", total, total)
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "SmolLM3"])
+@pytest.mark.parametrize("settings", [{"double_quant": True}, {"quantization": "nf4"}, {"quantization": "none"}])
+def test_a_quantized_folder_loads_again_as_it_is(
+    tmp_path: Path, kind: str, settings: dict[str, Any], tiny_vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = saved(tmp_path / "m", kind, tiny_vocabulary), tmp_path / "q"
+    monkeypatch.setattr("server.model.loader._SHARD", 60_000)
+    summary = quantize_folder(source, target, **settings)
+    direct = load(source, **settings)
+    assert len(list(target.glob("*.safetensors"))) > 1
+    assert summary["bytes"] == direct.nbytes
+    assert summary["bits"] == bits(direct.weights[path] for path in direct.shapes())
+    monkeypatch.setattr("server.model.checkpoint.quantize", None)
+    again = load(target, **settings)
+    assert same(direct, again) and again.notes == () and again.config == direct.config
+    assert again.quantization == direct.quantization
+    other = load(target, quantization="int4", group_size=128)
+    assert same(direct, other) and "quantized already" in other.notes[0]
+    with pytest.raises(Conflict):
+        quantize_folder(source, target)
+
+
+def test_a_quantize_that_fails_leaves_nothing(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    source = saved(tmp_path / "m", "Llama", tiny_vocabulary)
+    with pytest.raises(BadModel):
+        quantize_folder(source, tmp_path / "q", group_size=256)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_damaged_quantized_folder_is_refused(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    target = tmp_path / "q"
+    quantize_folder(saved(tmp_path / "m", "Llama", tiny_vocabulary), target)
+    manifest = json.loads((target / "loramux.json").read_text())
+    for change, said in [({"format": 9}, "format 9"), ({"weights": None}, "not whole"), ({"files": []}, "lacks")]:
+        (target / "loramux.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(BadModel, match=said):
+            load(target)
+
+
+def test_parts_of_a_wrong_type_or_shape_never_reach_a_kernel(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    target = tmp_path / "q"
+    quantize_folder(saved(tmp_path / "m", "Llama", tiny_vocabulary), target, double_quant=True)
+    [path] = target.glob("*.safetensors")
+    whole, stem = load_file(path), "model.layers.2.mlp.down_proj"
+    for part in ("codes", "scale_codes", "zero_step"):
+        for wrong in (whole[f"{stem}.{part}"][:-1].clone(), whole[f"{stem}.{part}"].to(torch.int16)):
+            save_file(whole | {f"{stem}.{part}": wrong}, path)
+            with pytest.raises(BadModel, match="down_proj is not a matrix of 128 by 192 in int4"):
+                load(target)
+    manifest = json.loads((target / "loramux.json").read_text())
+    manifest["weights"][stem]["group"] = 48
+    (target / "loramux.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadModel, match="groups of 48"):
+        load(target)
+
+
+# -- GGUF
+
+
+def to_gguf(path: Path, kind: str, vocabulary: Vocabulary, linear: TYPES, table: TYPES, **changes: Any) -> Path:
+    """A tiny model as llama.cpp's converter would write it, the order of q and k included."""
+    model = tiny_model(kind, **changes)
+    config, arch = model.config, {"Mistral": "llama"}.get(kind, kind.lower())
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim if kind != "Qwen2" else 32)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    tokenizer = json.loads(vocabulary.tokenizer.to_str())["model"]
+    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in vocabulary.special else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    if kind == "Qwen3":
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        stem, _, end = name.rpartition(".")
+        if stem == "lm_head" and config.tie_word_embeddings:
+            continue
+        values = tensor.numpy()
+        part = stem.rpartition(".")[2]
+        if part in ("q_proj", "k_proj") and arch in ("llama", "smollm3"):
+            heads = config.num_attention_heads if part == "q_proj" else config.num_key_value_heads
+            values = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+            values = values.swapaxes(1, 2).reshape(tensor.shape)
+        raw = TYPES.F32 if values.ndim == 1 else table if part in ("embed_tokens", "lm_head") else linear
+        data = gguf.quants.quantize(np.ascontiguousarray(values), raw)
+        writer.add_tensor(f"{names.get_name(stem)}.{end}", data, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gguf_tensors_arrive_in_transformers_order(tmp_path: Path, kind: str, tiny_vocabulary: Vocabulary) -> None:
+    changes = {"attention_bias": True} if kind in ("Llama", "SmolLM3") else {}
+    changes |= {"tie_word_embeddings": True} if kind == "Llama" else {}
+    changes |= {"sliding_window": None} if kind == "Mistral" else {}
+    path = to_gguf(tmp_path / "m.gguf", kind, tiny_vocabulary, TYPES.F32, TYPES.F32, **changes)
+    base = load(path, quantization="none")
+    expected = tiny_model(kind, **changes).state_dict()
+    for module, weight in base.weights.items():
+        assert torch.equal(dequantize_stored(weight), expected[f"{module}.weight"]), module
+    for name, tensor in base.tensors.items():
+        assert torch.equal(tensor, expected[name]), name
+    assert ("lm_head" in base.weights) is (kind != "Llama")
+    assert base.config.no_rope_layers == ((1, 1, 1, 0) if kind == "SmolLM3" else ())
+    assert base.vocabulary.special == tiny_vocabulary.special
+
+
+@pytest.mark.parametrize("linear", [TYPES.Q4_0, TYPES.Q4_1])
+def test_gguf_blocks_are_taken_over_without_loss(tmp_path: Path, linear: TYPES, tiny_vocabulary: Vocabulary) -> None:
+    base = load(to_gguf(tmp_path / "m.gguf", "Llama", tiny_vocabulary, linear, TYPES.Q8_0))
+    expected = tiny_model("Llama").state_dict()
+    for module, weight in base.weights.items():
+        kind = linear if module in base.shapes() else TYPES.Q8_0
+        values = gguf.quants.quantize(expected[f"{module}.weight"].numpy(), kind)
+        assert torch.equal(dequantize_stored(weight), torch.from_numpy(gguf.quants.dequantize(values, kind))), module
+    assert base.bits == 5.0 and base.notes == ()
+    assert base.quantization["group"] == 32
+
+
+def test_other_gguf_types_are_quantized_again_and_it_says_so(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    path = to_gguf(tmp_path / "m.gguf", "Llama", tiny_vocabulary, TYPES.Q5_1, TYPES.Q8_0)
+    base = load(path)
+    assert base.notes == ("28 tensors of the GGUF type Q5_1 were re-quantized",)
+    assert {(w.scheme, w.group) for p, w in base.weights.items() if p in base.shapes()} == {("int4", 32)}
+    expected = tiny_model("Llama").state_dict()["model.layers.0.self_attn.k_proj.weight"]
+    got = dequantize_stored(base.weights["model.layers.0.self_attn.k_proj"])
+    assert float((got - expected).norm() / expected.norm()) < 0.09
+    cache = tmp_path / "cache"
+    assert load(path, cache_dir=cache).notes == load(path, cache_dir=cache).notes == base.notes
+    assert load(path, double_quant=True).weights["model.layers.0.self_attn.q_proj"].double_quantized
+    assert load(path, quantization="nf4").quantization["group"] == 64
+
+
+def test_gguf_groups_asked_for_are_given(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    base = load(to_gguf(tmp_path / "m.gguf", "Llama", tiny_vocabulary, TYPES.Q4_0, TYPES.Q8_0), group_size=64)
+    assert base.quantization["group"] == 64 and "Q4_0 were re-quantized" in base.notes[0]
+
+
+def test_a_gguf_quantizes_to_a_folder(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    path = to_gguf(tmp_path / "m.gguf", "Llama", tiny_vocabulary, TYPES.Q4_1, TYPES.Q8_0)
+    quantize_folder(path, tmp_path / "q")
+    direct, again = load(path), load(tmp_path / "q")
+    assert same(direct, again) and again.config == direct.config and again.notes == ()
+    assert again.vocabulary.special == direct.vocabulary.special
+    assert again.vocabulary.eos_ids == direct.vocabulary.eos_ids
+
+
+def test_gguf_tensors_that_do_not_belong_are_named(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    path = to_gguf(tmp_path / "m.gguf", "Qwen2", tiny_vocabulary, TYPES.F32, TYPES.F32)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
+    with pytest.raises(BadModel, match=r"blk\.1\.ffn_xx\.weight"):
+        load(path)
+    path.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.7.ffn_up.weight"))
+    with pytest.raises(BadModel, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(path)

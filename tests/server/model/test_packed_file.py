@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.kernels.stored import dequantize_stored
+from server.model.digest import Digests, sha256
+from server.model.packed_file import ALIGNMENT, PackedWriter, open_packed, packed_path
+from server.model.quantization import quantize
+
+KEY = {"source": "abc", "layout": "stored-1"}
+
+
+def matrix() -> torch.Tensor:
+    return torch.randn(20, 128, generator=torch.Generator().manual_seed(0))
+
+
+def write(directory: Path) -> Path:
+    path = packed_path(directory, KEY)
+    with PackedWriter(path, KEY) as writer:
+        writer.add_weight("a.q_proj", quantize(matrix(), "int4", 64, double_quant=True))
+        writer.add_weight("table", quantize(matrix(), "none"))
+        writer.add_tensor("norm.weight", torch.arange(5.0))
+        writer.add_tensor("odd", matrix().t())
+        writer.add_tensor("empty", torch.empty(0))
+        writer.finish(("a note",))
+    return path
+
+
+def settle(path: Path) -> None:
+    """Make the file old enough for its digest to be remembered."""
+    os.utime(path, (time.time() - 10, time.time() - 10))
+
+
+def test_what_is_written_is_mapped_aligned_and_equal(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    packed = open_packed(path, KEY, Digests(tmp_path))
+    assert packed is not None and packed.notes == ("a note",)
+    expected = quantize(matrix(), "int4", 64, double_quant=True)
+    weight = packed.weights["a.q_proj"]
+    assert (weight.scheme, weight.layout, weight.shape, weight.group) == ("int4", "stored", (20, 128), 64)
+    assert weight.tensors.keys() == expected.tensors.keys()
+    assert torch.equal(dequantize_stored(weight), dequantize_stored(expected))
+    assert torch.equal(packed.tensors["norm.weight"], torch.arange(5.0))
+    assert torch.equal(packed.tensors["odd"], matrix().t()) and packed.tensors["odd"].is_contiguous()
+    assert packed.tensors["empty"].numel() == 0
+    tensors = [*packed.tensors.values(), *(t for w in packed.weights.values() for t in w.tensors.values())]
+    assert all(t.data_ptr() % ALIGNMENT == 0 for t in tensors if t.numel())
+
+
+def test_the_bytes_are_the_files_and_are_not_written_to(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    before = path.read_bytes()
+    packed = open_packed(path, KEY, Digests(tmp_path))
+    assert packed is not None
+    packed.tensors["norm.weight"].zero_()
+    assert path.read_bytes() == before
+    maps = Path("/proc/self/maps").read_text()
+    assert str(path) in maps
+    path.unlink()  # the cache may be deleted at any time, also under a running server
+    assert torch.equal(packed.tensors["odd"], matrix().t())
+
+
+@pytest.mark.parametrize("where", ["head", "tensors", "index", "cut", "grown", "empty"])
+def test_a_damaged_file_is_removed_with_a_line(tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path)
+    settle(path)
+    assert open_packed(path, KEY, Digests(tmp_path)) is not None  # remembered as verified
+    data = bytearray(path.read_bytes())
+    if where in ("head", "tensors", "index"):
+        data[{"head": 9, "tensors": 200, "index": len(data) - 30}[where]] ^= 1
+    elif where == "cut":
+        del data[-100:]
+    elif where == "grown":
+        data += b"x"
+    else:
+        data.clear()
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert open_packed(path, KEY, Digests(tmp_path)) is None
+    assert "damaged" in caplog.text and not path.exists()
+    assert open_packed(path, KEY, Digests(tmp_path)) is None
+
+
+def test_a_file_of_another_key_is_not_taken(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    other = packed_path(tmp_path, KEY | {"layout": "stored-2"})
+    assert other != path
+    path.rename(other)
+    assert open_packed(other, KEY | {"layout": "stored-2"}, Digests(None)) is None
+
+
+def test_nothing_is_left_of_a_write_that_did_not_finish(tmp_path: Path) -> None:
+    path = packed_path(tmp_path, KEY)
+    with pytest.raises(RuntimeError), PackedWriter(path, KEY) as writer:
+        writer.add_tensor("x", torch.ones(3))
+        raise RuntimeError
+    with PackedWriter(path, KEY) as writer:
+        writer.add_tensor("x", torch.ones(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_digests_are_remembered_until_size_or_time_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"one")
+    settle(path)
+    expected = sha256(path)
+    assert Digests(tmp_path).of(path) == expected
+    read: list[Path] = []
+    monkeypatch.setattr("server.model.digest.sha256", lambda p, *a: read.append(p) or sha256(p, *a))
+    assert Digests(tmp_path).of(path) == expected and read == []
+    path.write_bytes(b"two")
+    assert Digests(tmp_path).of(path) != expected and read == [path]
+    assert Digests(tmp_path).of(path) == sha256(path) and len(read) == 2  # too young to be remembered
+    (tmp_path / "digests.json").write_text("{broken")
+    assert Digests(tmp_path).of(path) == sha256(path)
+
+
+def test_a_digest_of_several_files_knows_their_names(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    digests = Digests(None)
+    both = digests.of_all(tmp_path, [tmp_path / "a", tmp_path / "b"])
+    assert both == digests.of_all(tmp_path, [tmp_path / "b", tmp_path / "a"])
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert both != digests.of_all(tmp_path, [tmp_path / "c", tmp_path / "b"])
