@@ -8,6 +8,7 @@ modules. An engine that fails and starts again cannot leave a pin behind.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
@@ -359,3 +360,15 @@ def _bare(error: Exception) -> Exception:
     """The error without the frames that raised it, which would keep tensors alive for as long as it is kept."""
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)
+
+
+async def loaded(fetched: Fetched) -> tuple[LoraWeights, ...]:
+    """Await a fetch. `asyncio.wrap_future` would keep its views in a cycle until the collector comes by."""
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
+    fetched.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
+    try:
+        await done.wait()
+    finally:
+        fetched.cancel()
+    return fetched.result()

@@ -28,7 +28,7 @@ from adapters.leases import Lease, Leases
 from adapters.naming import Names, Rejections, check_name
 from adapters.peft_format import read_folder
 from adapters.ports import Description, NoSlots, Observer, Published, Reader, Retired, Slots
-from adapters.ram import Fetched, Ram
+from adapters.ram import Fetched, Ram, loaded
 from adapters.store import Record, Store
 from adapters.weights import RESERVED, SHORT_DIGEST, Choice, LoraWeights, Mix, Version, canonical_mix
 
@@ -256,7 +256,7 @@ class Registry:
     async def pin(self, name: str) -> None:
         """Load the adapter and keep whichever version it has in RAM. Raises as `prefetch`, and NoRoom beside others."""
         with self.lease([(name, 1.0)]) as lease:
-            (view,) = await asyncio.wrap_future(self.fetch(lease.mix))
+            (view,) = await loaded(self.fetch(lease.mix))
             await self._off(self._writer, lambda: self._pin(name, view))
 
     async def unpin(self, name: str) -> None:
@@ -266,7 +266,7 @@ class Registry:
     async def prefetch(self, name: str) -> None:
         """Load the adapter into RAM. Raises UnknownAdapter, NoRoom, and why it could not be read."""
         with self.lease([(name, 1.0)]) as lease:
-            await asyncio.wrap_future(self.fetch(lease.mix))
+            await loaded(self.fetch(lease.mix))
 
     # What a watch needs
 

@@ -1,0 +1,741 @@
+"""The registry: names move, leases hold, memory and disk come back."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from adapters.errors import (
+    AdapterConflict,
+    AdapterError,
+    BaseMismatch,
+    InvalidAdapter,
+    InvalidChoice,
+    NoRoom,
+    StoreFailed,
+    UnknownAdapter,
+    UnsupportedAdapter,
+    VersionMismatch,
+)
+from adapters.peft_format import read_folder
+from adapters.ports import NoSlots, Observer
+from adapters.registry import Registry
+from adapters.store import Disk, Store
+from adapters.weights import LoraWeights, Mix, Version
+
+Write = Callable[..., LoraWeights]
+Open = Callable[..., Registry]
+ROOM = 1 << 20
+
+
+class Heard(Observer):
+    def __init__(self) -> None:
+        self.loads: list[tuple[str, str]] = []
+        self.evictions: list[tuple[str, str]] = []
+        self.changes: list[tuple[str, str | None]] = []
+
+    def on_load(self, name: str, outcome: str, seconds: float) -> None:
+        self.loads.append((name, outcome))
+
+    def on_evict(self, name: str, tier: str) -> None:
+        self.evictions.append((name, tier))
+
+    def on_change(self, name: str, version: Version | None) -> None:
+        self.changes.append((name, version.label if version else None))
+
+
+class Device(NoSlots):
+    """An engine's slots that keep what they were given until they are told to forget it."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, LoraWeights] = {}
+        self.asked: list[int] = []
+
+    def holds(self, digest: str) -> bool:
+        return digest in self.kept
+
+    def forget(self, digest: str) -> None:
+        self.kept.pop(digest, None)
+
+    def release_idle(self, nbytes: int) -> None:
+        self.asked.append(nbytes)
+        while self.kept and nbytes > 0:
+            nbytes -= self.kept.pop(next(iter(self.kept))).nbytes
+
+
+@pytest.fixture
+def open_registry(tmp_path: Path, tiny_shapes: dict[str, tuple[int, int]]) -> Iterator[Open]:
+    """`open_registry(**options)`: a registry over the same folder each time; the one before is closed."""
+    opened: list[Registry] = []
+
+    def make(disk: Disk | None = None, **options: Any) -> Registry:
+        for before in opened:
+            before.close()
+        store = Store(tmp_path / "store", disk=disk)
+        opened[:] = [Registry(store, **{"shapes": tiny_shapes, "ram_bytes": ROOM, "observer": Heard(), **options})]
+        return opened[0]
+
+    yield make
+    for registry in opened:
+        registry.close()
+
+
+@pytest.fixture
+def registry(open_registry: Open) -> Registry:
+    return open_registry()
+
+
+@pytest.fixture
+def folders(tmp_path: Path, write_adapter: Write) -> list[Path]:
+    paths = [tmp_path / f"source-{seed}" for seed in range(6)]
+    for seed, path in enumerate(paths):
+        write_adapter(path, seed, card=f"card {seed}")
+    return paths
+
+
+def digest_of(folder: Path) -> str:
+    return read_folder(folder, name="any").digest
+
+
+def fetched(registry: Registry, mix: Mix) -> tuple[LoraWeights, ...]:
+    return registry.fetch(mix).result(10)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.001)
+
+
+def stored(registry: Registry) -> set[str]:
+    return {path.name for path in (registry._store.root / "versions").iterdir()}
+
+
+# Publishing
+
+
+def test_publish_again_and_other_content(registry: Registry, folders: list[Path]) -> None:
+    first = registry.publish_now("a", folders[0])
+    assert first.created and first.version == Version("a", digest_of(folders[0]))
+    assert first.metadata["honoured"] and first.metadata["card"] == "card 0"
+    assert not registry.publish_now("a", folders[0], create_only=True).created
+    with pytest.raises(AdapterConflict):
+        registry.publish_now("a", folders[1], create_only=True)
+    assert registry.current("a") == first.version
+    second = registry.publish_now("a", folders[1])
+    assert second.created and registry.current("a") == second.version
+    assert registry._observer.changes == [("a", first.version.label), ("a", second.version.label)]
+
+
+def test_compare_and_set(registry: Registry, folders: list[Path]) -> None:
+    for expected in ("*", "a@" + "0" * 12):
+        with pytest.raises(VersionMismatch):
+            registry.publish_now("a", folders[0], if_match=expected)
+    label = registry.publish_now("a", folders[0]).version.label
+    with pytest.raises(VersionMismatch, match=label):
+        registry.publish_now("a", folders[1], if_match="a@" + "0" * 12)
+    with pytest.raises(VersionMismatch):
+        registry.publish_now("a", folders[1], if_match=label.replace("a@", "b@"))
+    label = registry.publish_now("a", folders[1], if_match=label).version.label
+    registry.publish_now("a", folders[2], if_match=digest_of(folders[1]))
+    registry.publish_now("a", folders[3], if_match="*")
+    with pytest.raises(VersionMismatch):
+        asyncio.run(registry.retire("a", if_match=label))
+
+
+def test_of_two_that_expect_the_same_version_one_wins(registry: Registry, folders: list[Path]) -> None:
+    label = registry.publish_now("a", folders[0]).version.label
+
+    async def race() -> list[object]:
+        return await asyncio.gather(
+            *(registry.publish("a", folder, if_match=label) for folder in folders[1:5]), return_exceptions=True
+        )
+
+    results = asyncio.run(race())
+    won = [r for r in results if not isinstance(r, Exception)]
+    assert len(won) == 1 and all(isinstance(r, VersionMismatch) for r in results if r is not won[0])
+    assert stored(registry) == {digest_of(folders[0]), registry.current("a").digest}
+
+
+@pytest.mark.parametrize("name", ["", "a,b", "../a", "a/b", "é", "-a", ".a", "a" * 65, "base", "other", "none", "mine"])
+def test_names_that_nobody_may_have(open_registry: Open, folders: list[Path], name: str) -> None:
+    with pytest.raises(InvalidAdapter):
+        open_registry(reserved=["mine"]).publish_now(name, folders[0])
+
+
+def test_bad_content_is_refused_and_changes_nothing(
+    open_registry: Open, folders: list[Path], write_adapter: Write
+) -> None:
+    registry = open_registry(max_rank=4)
+    registry.publish_now("a", folders[0])
+    before, bad = registry.describe("a"), folders[1]
+    tensors = (bad / "adapter_model.safetensors").read_bytes()
+    (bad / "adapter_model.safetensors").write_bytes(tensors[:-8])
+    with pytest.raises(InvalidAdapter, match="damaged"):
+        registry.publish_now("a", bad)
+    (bad / "adapter_model.safetensors").unlink()
+    with pytest.raises(InvalidAdapter, match="is missing"):
+        registry.publish_now("a", bad)
+    (bad / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(UnsupportedAdapter, match="pickle"):
+        registry.publish_now("a", bad)
+    write_adapter(folders[2], 2, rank=5)
+    with pytest.raises(InvalidAdapter, match="rank 5"):
+        registry.publish_now("a", folders[2])
+    with pytest.raises(InvalidAdapter):
+        registry.publish_now("a", folders[3] / "nothing")
+    assert registry.describe("a") == before
+    assert stored(registry) == {digest_of(folders[0])}
+    assert not list((registry._store.root / "incoming").iterdir())
+
+
+def test_another_bases_adapter_is_refused(open_registry: Open, folders: list[Path], tiny_shapes: Any) -> None:
+    registry = open_registry(shapes=dict.fromkeys(tiny_shapes, (8, 8)))
+    with pytest.raises(BaseMismatch):
+        registry.publish_now("a", folders[0])
+
+
+def test_stored_adapters_of_another_base_are_set_aside_until_it_is_back(
+    open_registry: Open, folders: list[Path], tiny_shapes: Any
+) -> None:
+    registry = open_registry()
+    registry.publish_now("a", folders[0])
+    other = open_registry(shapes=dict.fromkeys(tiny_shapes, (8, 8)))
+    assert other.list() == [] and "another base" in other.rejected()[0]["reason"]
+    with pytest.raises(UnknownAdapter, match="another base"):
+        other.lease([("a", 1.0)])
+    again = open_registry()
+    assert again.names() == ["a"] and again.rejected() == []
+    lower = open_registry(max_rank=1)
+    assert "--max-rank" in lower.rejected()[0]["reason"]
+    assert asyncio.run(lower.retire("a")).description == {"name": "a"}
+    assert not lower.rejected() and not stored(lower)
+
+
+class FullDisk(Disk):
+    def __init__(self) -> None:
+        self.full: set[str] = set()
+
+    def copy(self, source: int, target: Path, limit: int) -> int:
+        if "copy" in self.full:
+            raise OSError(errno.ENOSPC, "no space", str(target))
+        return super().copy(source, target, limit)
+
+    def write(self, path: Path, text: str) -> None:
+        if path.name.split(".")[0] in self.full:
+            raise OSError(errno.ENOSPC, "no space", str(path))
+        super().write(path, text)
+
+
+@pytest.mark.parametrize("where", ["copy", "record", "names"])
+def test_a_full_disk_fails_the_one_who_publishes(open_registry: Open, folders: list[Path], where: str) -> None:
+    disk = FullDisk()
+    registry = open_registry(disk=disk)
+    registry.publish_now("a", folders[0])
+    disk.full = {where}
+    for name in ("a", "b"):
+        with pytest.raises(StoreFailed, match="the disk is full; nothing was changed"):
+            registry.publish_now(name, folders[1])
+    assert registry.names() == ["a"] and registry.current("a").digest == digest_of(folders[0])
+    assert stored(registry) == {digest_of(folders[0])}
+    if where == "names":
+        with pytest.raises(StoreFailed):
+            registry.retire_now("a")
+        with pytest.raises(StoreFailed):
+            asyncio.run(registry.pin("a"))
+        assert not registry.describe("a")["pinned"]
+    with registry.lease([("a", 1.0)]) as lease:
+        assert fetched(registry, lease.mix)
+    disk.full = set()
+    assert registry.publish_now("a", folders[1]).created
+
+
+def test_over_the_budget_is_refused_and_the_old_version_serves_on(
+    open_registry: Open, folders: list[Path], write_adapter: Write
+) -> None:
+    size = read_folder(folders[0], name="a").nbytes
+    registry = open_registry(ram_bytes=size)
+    version = registry.publish_now("a", folders[0]).version
+    write_adapter(folders[1], 1, rank=3)
+    with pytest.raises(NoRoom, match="--adapter-ram"):
+        registry.publish_now("a", folders[1])
+    assert registry.current("a") == version and stored(registry) == {version.digest}
+
+
+def test_the_copy_is_what_counts_not_the_folder(registry: Registry, folders: list[Path]) -> None:
+    version = registry.publish_now("a", folders[0]).version
+    with registry.lease([("a", 1.0)]) as lease:
+        shutil.rmtree(folders[0])
+        registry.publish_now("a", folders[1])
+        (weights,) = fetched(registry, lease.mix)
+        assert weights.digest == version.digest
+
+
+def test_prepared_once_and_served_in_that_form(open_registry: Open, folders: list[Path]) -> None:
+    def prepare(weights: LoraWeights) -> LoraWeights:
+        half = torch.bfloat16
+        modules = {path: m._replace(A=m.A.to(half), B=m.B.to(half)) for path, m in weights.modules.items()}
+        return LoraWeights(weights.name, weights.digest, modules, weights.metadata)
+
+    registry = open_registry(prepare=prepare)
+    registry.publish_now("a", folders[0])
+    with registry.lease([("a", 1.0)]) as lease:
+        (weights,) = fetched(registry, lease.mix)
+    assert registry.describe("a")["bytes"] == weights.nbytes == read_folder(folders[0], name="a").nbytes // 2
+
+
+# Leases
+
+
+def test_lease_keeps_the_order_asked_and_the_mix_its_canonical_form(registry: Registry, folders: list[Path]) -> None:
+    a = registry.publish_now("a", folders[0]).version
+    b = registry.publish_now("b", folders[1]).version
+    twin = registry.publish_now("twin", folders[0]).version
+    lease = registry.lease([("b", 0.5), (f"a@{a.digest[:6].upper()}", 0.25), ("twin", 0.5)])
+    assert lease.versions == [(b, 0.5), (a, 0.25), (twin, 0.5)]
+    assert lease.mix.entries == tuple(sorted([(a.digest, 0.75), (b.digest, 0.5)]))
+    assert [w.digest for w in fetched(registry, lease.mix)] == list(lease.mix.digests)
+    assert [d["leases"] for d in registry.list()] == [1, 1, 1]
+    lease.release()
+    lease.release()
+    assert [d["leases"] for d in registry.list()] == [0, 0, 0] and len(registry._leases) == 0
+    assert registry.lease([]).mix.entries == ()
+
+
+def test_choices_that_mean_nothing(registry: Registry, folders: list[Path]) -> None:
+    a = registry.publish_now("a", folders[0]).version
+    for choice, error in [
+        ([("x", 1.0)], UnknownAdapter),
+        ([("a@000000000000", 1.0)], UnknownAdapter),
+        ([("x@" + a.digest, 1.0)], UnknownAdapter),
+        ([(f"a@{a.digest[:5]}", 1.0)], InvalidChoice),
+        ([("a@", 1.0)], InvalidChoice),
+        ([("a", 1.0), (a.label, 1.0)], InvalidChoice),
+        ([("a", float("nan"))], InvalidChoice),
+        ([("a", 1e308)], InvalidChoice),
+        ([("", 1.0)], UnknownAdapter),
+    ]:
+        with pytest.raises(error):
+            registry.lease(choice)
+    assert len(registry._leases) == 0
+
+
+def test_a_mix_that_can_never_fit_is_refused_at_once(open_registry: Open, folders: list[Path]) -> None:
+    size = read_folder(folders[0], name="a").nbytes
+    registry = open_registry(ram_bytes=2 * size)
+    for name, folder in zip("abc", folders, strict=False):
+        registry.publish_now(name, folder)
+    registry.lease([("a", 1.0), ("b", 1.0)]).release()
+    with pytest.raises(NoRoom, match="the mix takes"):
+        registry.lease([("a", 1.0), ("b", 1.0), ("c", 1.0)])
+    asyncio.run(registry.pin("c"))
+    with pytest.raises(NoRoom, match="pinned"):
+        registry.lease([("a", 1.0), ("b", 1.0)])
+    registry.lease([("a", 1.0), ("c", 1.0)]).release()
+
+
+def test_a_request_keeps_its_version_and_the_old_one_really_goes(registry: Registry, folders: list[Path]) -> None:
+    device = registry.slots = Device()
+    old = registry.publish_now("a", folders[0]).version
+    lease = registry.lease([("a", 1.0)])
+    device.kept[old.digest] = fetched(registry, lease.mix)[0]
+    new = registry.publish_now("a", folders[1]).version
+    assert registry.describe("a")["leases"] == 1 and registry.describe("a")["versions"][1]["leases"] == 1
+    registry._ram.discard(old.digest)  # as if it had been evicted
+    device.kept.clear()
+    assert fetched(registry, lease.mix)[0].digest == old.digest, "it is read again"
+    device.kept[old.digest] = fetched(registry, lease.mix)[0]
+    assert old.digest in registry._ram.resident()
+    lease.release()
+    assert old.digest not in registry._ram.resident() and not device.kept
+    assert stored(registry) == {old.digest, new.digest}, "kept on disk, to roll back to"
+    with registry.lease([("a", 1.0)]) as lease:
+        assert lease.versions == [(new, 1.0)]
+
+
+def test_an_exact_old_version_can_be_asked_for(registry: Registry, folders: list[Path]) -> None:
+    old = registry.publish_now("a", folders[0]).version
+    registry.publish_now("a", folders[1])
+    for _ in range(3):
+        with registry.lease([(old.label, 1.0)]) as lease:
+            assert fetched(registry, lease.mix)[0].digest == old.digest
+    assert registry._observer.loads == [("a", "ok")], "and stays in memory while people ask for it"
+
+
+def test_a_lease_keeps_a_version_that_lost_its_place_among_the_last_three(
+    registry: Registry, folders: list[Path]
+) -> None:
+    old = registry.publish_now("a", folders[0]).version
+    lease = registry.lease([("a", 1.0)])
+    for folder in folders[1:5]:
+        registry.publish_now("a", folder)
+    with pytest.raises(UnknownAdapter):
+        registry.lease([(old.label, 1.0)])
+    assert old.digest in stored(registry)
+    assert fetched(registry, lease.mix)[0].digest == old.digest
+    lease.release()
+    until(lambda: old.digest not in stored(registry))
+    assert stored(registry) == {digest_of(folder) for folder in folders[2:5]}
+    until(lambda: old.digest not in registry._ram.resident())
+
+
+# Rolling back, retiring, pinning
+
+
+async def test_roll_back(registry: Registry, folders: list[Path]) -> None:
+    versions = [(await registry.publish("a", folder)).version for folder in folders[:3]]
+    with pytest.raises(VersionMismatch):
+        await registry.roll_back("a", versions[0].label, if_match=versions[1].label)
+    back = await registry.roll_back("a", versions[0].label, if_match=versions[2].label)
+    assert back.created and back.version == versions[0] and back.metadata["card"] == "card 0"
+    assert registry.current("a") == versions[0]
+    assert not (await registry.roll_back("a", versions[0].digest[:8])).created
+    await registry.publish("a", folders[3])
+    kept = [v["version"] for v in registry.describe("a")["versions"]]
+    assert kept == [Version("a", digest_of(folders[3])).label, versions[0].label, versions[2].label]
+    with pytest.raises(UnknownAdapter):
+        await registry.roll_back("a", versions[1].label)
+    await registry.publish("b", folders[4])
+    with pytest.raises(AdapterConflict):
+        await registry.roll_back("a", registry.current("b").label)
+    with pytest.raises(UnknownAdapter):
+        await registry.roll_back("zzz", versions[1].digest)
+
+
+async def test_nobody_rolls_back_to_what_cannot_be_read(registry: Registry, folders: list[Path]) -> None:
+    old = (await registry.publish("a", folders[0])).version
+    new = (await registry.publish("a", folders[1])).version
+    registry._ram.discard(old.digest)
+    flip(registry._store.path(old.digest) / "adapter_model.safetensors")
+    with pytest.raises(StoreFailed, match="publish it again"):
+        await registry.roll_back("a", old.label)
+    assert registry.current("a") == new
+
+
+async def test_retire_drains(registry: Registry, folders: list[Path]) -> None:
+    device = registry.slots = Device()
+    digest = (await registry.publish("a", folders[0])).version.digest
+    await registry.publish("b", folders[1])
+    lease = registry.lease([("a", 1.0), ("b", 1.0)])
+    device.kept[digest] = fetched(registry, Mix(((digest, 1.0),)))[0]
+    retired = await registry.retire("a")
+    assert retired.description["leases"] == 1 and retired.description["name"] == "a"
+    for ask in (lambda: registry.lease([("a", 1.0)]), lambda: registry.describe("a"), lambda: registry.current("a")):
+        with pytest.raises(UnknownAdapter):
+            ask()
+    assert registry.names() == ["b"] and not retired.drained.done()
+    assert len(fetched(registry, lease.mix)) == 2, "who holds it can still read it"
+    lease.release()
+    await asyncio.wait_for(asyncio.wrap_future(retired.drained), 10)
+    assert stored(registry) == {digest_of(folders[1])} and not device.kept
+    until(lambda: set(registry._ram.resident()) == stored(registry))
+    assert registry._observer.changes[-1] == ("a", None)
+    assert (await registry.publish("a", folders[0], create_only=True)).created, "the name is free"
+    with pytest.raises(UnknownAdapter):
+        await registry.retire("zzz")
+
+
+async def test_a_name_can_come_back_while_its_content_drains(registry: Registry, folders: list[Path]) -> None:
+    await registry.publish("a", folders[0])
+    lease = registry.lease([("a", 1.0)])
+    retired = await registry.retire("a")
+    await registry.publish("a", folders[0])
+    lease.release()
+    with registry.lease([("a", 1.0)]) as lease:
+        assert fetched(registry, lease.mix)
+    await registry.publish("b", folders[1])  # the writer has come by
+    assert retired.drained.done() and digest_of(folders[0]) in stored(registry)
+
+
+async def test_pins_hold_across_publish_and_restart(open_registry: Open, folders: list[Path]) -> None:
+    size = read_folder(folders[0], name="a").nbytes
+    registry = open_registry(ram_bytes=3 * size)
+    for name, folder in zip("abcd", folders, strict=False):
+        await registry.publish(name, folder)
+    await registry.pin("a")
+    assert registry.describe("a")["pinned"]
+    for name in "bcd":
+        await registry.prefetch(name)
+    assert registry.describe("a")["tier"] == "ram" and registry.describe("b")["tier"] == "disk"
+    await registry.publish("a", folders[4])
+    until(lambda: registry._pins["a"] is not None)
+    for name in "bcd":
+        await registry.prefetch(name)
+    assert registry.describe("a")["tier"] == "ram" and registry._ram.held == size
+    again = open_registry(ram_bytes=3 * size)
+    again.start()
+    until(lambda: again.describe("a")["tier"] == "ram")
+    await again.unpin("a")
+    assert not again.describe("a")["pinned"]
+    for name in "bcd":
+        await again.prefetch(name)
+    assert again.describe("a")["tier"] == "disk"
+    for name in "bcd":
+        await again.pin(name)
+    with pytest.raises(NoRoom):
+        await again.publish("c", write_wide(folders[5]))
+    with pytest.raises(NoRoom):
+        await again.pin("a")
+    assert (await again.retire("d")).description["pinned"]
+    await again.pin("a")
+
+
+def write_wide(folder: Path) -> Path:
+    """The adapter in `folder`, at twice its size."""
+    from adapters.peft_format import save
+    from adapters.weights import LowRank, sealed
+
+    weights = read_folder(folder, name="wide")
+    modules = {
+        p: LowRank(torch.cat([m.A, m.A]), torch.cat([m.B, m.B], dim=1), m.scale) for p, m in weights.modules.items()
+    }
+    save(sealed("wide", modules), folder)
+    return folder
+
+
+# Memory
+
+
+async def test_waiting_for_room_asks_the_slots_for_it(open_registry: Open, folders: list[Path]) -> None:
+    size = read_folder(folders[0], name="a").nbytes
+    registry = open_registry(ram_bytes=2 * size)
+    device = registry.slots = Device()
+    for name, folder in zip("abc", folders, strict=False):
+        await registry.publish(name, folder)
+    with registry.lease([("a", 1.0), ("b", 1.0)]) as lease:
+        for view in fetched(registry, lease.mix):
+            device.kept[view.digest] = view
+        del view
+    assert [d["tier"] for d in registry.list()] == ["device", "device", "disk"]
+    await asyncio.wait_for(registry.prefetch("c"), 10)
+    assert device.asked == [size]
+    assert sorted(d["tier"] for d in registry.list()) == ["device", "disk", "ram"]
+    assert registry.memory() == {"bytes": 2 * size, "budget": 2 * size, "versions": 2, "leases": 0}
+    assert sorted(registry.sizes().values()) == [size, size]
+    assert registry._observer.evictions in ([("a", "ram")], [("b", "ram")])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0x10
+    path.write_bytes(data)
+
+
+async def test_rot_on_disk_is_told_and_healed_by_publishing_again(registry: Registry, folders: list[Path]) -> None:
+    version = (await registry.publish("a", folders[0])).version
+    registry._ram.discard(version.digest)
+    flip(registry._store.path(version.digest) / "adapter_model.safetensors")
+    with registry.lease([("a", 1.0)]) as lease:
+        with pytest.raises(StoreFailed, match="changed on disk; publish it again"):
+            fetched(registry, lease.mix)
+        assert registry.describe("a")["tier"] == "disk"
+        assert "changed on disk" in registry.describe("a")["notes"][-1]
+        assert registry._observer.loads[-1] == ("a", "failed")
+        assert not (await registry.publish("a", folders[0])).created
+        registry._ram.discard(version.digest)
+        assert fetched(registry, lease.mix)[0].digest == version.digest
+        assert registry.describe("a")["notes"] == []
+
+
+async def test_files_gone_while_served(registry: Registry, folders: list[Path]) -> None:
+    version = (await registry.publish("a", folders[0])).version
+    await registry.publish("b", folders[1])
+    lease = registry.lease([("a", 1.0)])
+    (view,) = fetched(registry, lease.mix)
+    shutil.rmtree(registry._store.path(version.digest))
+    assert fetched(registry, lease.mix)[0].digest == version.digest, "what is in memory serves on"
+    registry._ram.discard(version.digest)
+    del view
+    with pytest.raises(StoreFailed):
+        fetched(registry, lease.mix)
+    with registry.lease([("b", 1.0)]) as other:
+        assert fetched(registry, other.mix), "and nobody else is harmed"
+    lease.release()
+
+
+def test_a_lost_current_version_does_not_fall_back_to_an_older(open_registry: Open, folders: list[Path]) -> None:
+    registry = open_registry()
+    registry.publish_now("a", folders[0])
+    digest = registry.publish_now("a", folders[1]).version.digest
+    registry.close()
+    shutil.rmtree(registry._store.path(digest))
+    again = open_registry()
+    assert again.names() == [] and "missing from the store" in again.rejected()[0]["reason"]
+    again.publish_now("a", folders[1])
+    assert again.current("a").digest == digest and not again.rejected()
+
+
+def test_the_event_loop_is_never_blocked(open_registry: Open, folders: list[Path]) -> None:
+    gate = threading.Event()
+
+    def slow(path: Path, **options: Any) -> LoraWeights:
+        assert gate.wait(10)
+        return read_folder(path, **options)
+
+    registry = open_registry(read=slow)
+
+    async def go() -> None:
+        publishing = [asyncio.create_task(registry.publish(name, folders[0])) for name in ("a", "b")]
+        began = time.perf_counter()
+        for _ in range(20):
+            await asyncio.sleep(0)
+            assert registry.list() == [] and registry.rejected() == [] and registry.memory()["bytes"] == 0
+        assert time.perf_counter() - began < 1
+        gate.set()
+        assert all(published.created for published in await asyncio.gather(*publishing))
+
+    asyncio.run(go())
+
+
+def test_closing_refuses_and_leaves_nothing_running(open_registry: Open, folders: list[Path]) -> None:
+    before = threading.active_count()
+    registry = open_registry()
+    registry.publish_now("a", folders[0])
+    lease = registry.lease([("a", 1.0)])
+    view = fetched(registry, lease.mix)
+    registry.retire_now("a")
+    registry.close()
+    with pytest.raises(StoreFailed, match="closed"):
+        registry.publish_now("a", folders[0])
+    with pytest.raises(StoreFailed, match="closed"):
+        asyncio.run(registry.retire("a"))
+    lease.release()
+    del view
+    until(lambda: threading.active_count() <= before)
+    assert stored(open_registry()) == set(), "what the closed one could not delete is swept"
+
+
+def test_many_clients_and_publishers_at_once(registry: Registry, folders: list[Path]) -> None:
+    """Whatever is published meanwhile, a request is served by exactly what it leased."""
+    device = registry.slots = Device()
+    digests = [digest_of(folder) for folder in folders]
+    seeds = {digest: read_folder(folder, name="x").modules for digest, folder in zip(digests, folders, strict=True)}
+    registry.publish_now("a", folders[0])
+    registry.publish_now("b", folders[1])
+    stop, failures = threading.Event(), []
+
+    def client(seed: int) -> None:
+        try:
+            n = 0
+            while not stop.is_set():
+                n += 1
+                choice = [("a", 1.0), ("b", -0.5)][: 1 + (seed + n) % 2]
+                try:
+                    lease = registry.lease(choice)
+                except UnknownAdapter:
+                    continue
+                with lease:
+                    future = registry.fetch(lease.mix)
+                    if n % 5 == 0 and future.cancel():
+                        continue
+                    for digest, weights in zip(lease.mix.digests, future.result(10), strict=True):
+                        assert weights.digest == digest
+                        for path, module in weights.modules.items():
+                            assert torch.equal(module.A, seeds[digest][path].A)
+        except BaseException as error:
+            failures.append(error)
+
+    def publisher() -> None:
+        try:
+            for n in range(60):
+                registry.publish_now("ab"[n % 2], folders[n % len(folders)])
+                if n % 7 == 0:
+                    with suppress(UnknownAdapter):  # the other publisher was quicker
+                        registry.retire_now("a")
+                if n % 11 == 0:
+                    registry._ram.discard(digests[n % len(digests)])
+        except BaseException as error:
+            failures.append(error)
+
+    clients = [threading.Thread(target=client, args=(seed,)) for seed in range(6)]
+    publishers = [threading.Thread(target=publisher) for _ in range(2)]
+    for thread in clients + publishers:
+        thread.start()
+    for thread in publishers:
+        thread.join(60)
+    stop.set()
+    for thread in clients:
+        thread.join(60)
+    assert not failures and len(registry._leases) == 0 and not device.kept
+    registry.publish_now("c", folders[0])
+    assert stored(registry) == set(registry._store.journal.referenced())
+    gc.collect()
+    until(lambda: registry._ram.held == 0)
+
+
+# Cycles
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(1 for thing in gc.get_objects() if type(thing) is torch.Tensor)
+
+
+def test_two_thousand_cycles_leave_nothing_behind(open_registry: Open, folders: list[Path]) -> None:
+    """Load and unload 2,000 times, publishing and retiring as it goes: everything is back at the start."""
+    size = read_folder(folders[0], name="a").nbytes
+    registry = open_registry(ram_bytes=2 * size, observer=None)
+    device = registry.slots = Device()
+    process = psutil.Process()
+    memory: list[int] = []
+
+    def cycle(n: int) -> None:
+        if n % 20 == 0:
+            registry.publish_now("a", folders[n // 20 % 6])
+            registry.publish_now("b", folders[(n // 20 + 1) % 6])
+        with registry.lease([("a", 1.0), ("b", 0.5)][: 1 + n % 2]) as lease:
+            for view in fetched(registry, lease.mix):
+                device.kept[view.digest] = view
+        device.kept.clear()
+        for digest in lease.mix.digests:
+            registry._ram.discard(digest)
+        if n % 50 == 49:
+            registry.retire_now("a").drained.result(10)
+            registry.publish_now("a", folders[n // 20 % 6])
+
+    def figures() -> tuple[int, int, int, int, int]:
+        registry.retire_now("a").drained.result(10)
+        registry.retire_now("b").drained.result(10)
+        assert not stored(registry) and not registry._store.records
+        with registry._lock:
+            kept = len(registry._draining) + len(registry._failures) + len(registry._misfits) + len(registry._drains)
+        ram = registry._ram
+        kept += len(ram._sizes) + len(ram._weights) + len(ram._loading) + len(ram._unwanted) + len(ram._loaded_at)
+        return live_tensors(), process.num_fds(), len(registry._leases), registry._ram.used, kept
+
+    for n in range(200):
+        cycle(n)
+    before = figures()
+    for n in range(2000):
+        if n % 20 == 0:
+            memory.append(process.memory_info().rss)
+        cycle(n)
+    assert figures() == before == (before[0], before[1], 0, 0, 0)
+    later, earlier = sorted(memory[-30:])[15], sorted(memory[10:40])[15]
+    assert later - earlier < 2 << 20, f"resident memory grew by {later - earlier} bytes"
+
+
+def test_errors_keep_no_tensors(registry: Registry, folders: list[Path]) -> None:
+    """A failed load's error is kept and told to many; the frames that raised it are not."""
+    version = registry.publish_now("a", folders[0]).version
+    registry._ram.discard(version.digest)
+    (registry._store.path(version.digest) / "adapter_model.safetensors").write_bytes(os.urandom(1000))
+    before = live_tensors()
+    with registry.lease([("a", 1.0)]) as lease:
+        errors = [registry.fetch(lease.mix).exception(10) for _ in range(5)]
+    assert all(isinstance(error, AdapterError) and error.__traceback__ is None for error in errors)
+    assert live_tensors() == before
