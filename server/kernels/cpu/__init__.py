@@ -1,0 +1,65 @@
+"""The native backend: C++ kernels for AVX512-VNNI, built with the package and loaded with ctypes.
+
+Owns whether they can run here, and the products that the Python decoder (training) asks of them; a whole step is
+engine/native_runner.py's. 4-bit and 8-bit weights meet activations quantized to int8 per row and group of 32.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+
+from adapters.weights import LoraWeights
+from server.kernels.cpu import bindings, packing
+from server.kernels.reference import prepared
+from server.kernels.weight import Weight
+
+
+def unavailable() -> str | None:
+    """Why the native kernels cannot run on this machine, or None where they can."""
+    try:
+        reason = bindings.library().loramux_missing()
+    except OSError as e:
+        return str(e)
+    return None if reason is None else str(reason.decode())
+
+
+@lru_cache(maxsize=1)
+def shared_pool() -> bindings.Pool:
+    """The threads of products that no runner asks for, one a processor that this process may use."""
+    return bindings.Pool(len(os.sched_getaffinity(0)))
+
+
+class Native:
+    """The backend of the C++ kernels. Adapters are bf16, the KV cache is bf16, the residual stream float32."""
+
+    name = "native"
+    layout = packing.LAYOUT
+    dtype = torch.bfloat16
+
+    def pack(self, stored: Weight) -> Weight:
+        return packing.pack(stored)
+
+    def dequantize(self, weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return packing.dequantize(weight, start, stop)
+
+    def prepare(self, weights: LoraWeights) -> LoraWeights:
+        return prepared(weights, self.dtype)
+
+    def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+        rows = x.detach().float().contiguous()
+        y = torch.empty(rows.shape[0], weight.shape[0])
+        bindings.library().loramux_linear(
+            shared_pool().handle, packing.matrix(weight), rows.data_ptr(), rows.shape[0], y.data_ptr()
+        )
+        return y.to(x.dtype)
+
+    def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
+        wanted = ids.long().contiguous()
+        if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < weight.shape[0]:
+            raise IndexError(f"a row is not below {weight.shape[0]}")
+        out = torch.empty(wanted.numel(), weight.shape[1])
+        bindings.library().loramux_rows(packing.matrix(weight), wanted.data_ptr(), wanted.numel(), out.data_ptr())
+        return out

@@ -1,0 +1,95 @@
+// The C interface. Every function returns at once what it was given wrong, and throws nothing across the border.
+#include "target.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <mutex>
+
+#include "gemm.h"
+#include "pool.h"
+#include "simd.h"
+#include "model.h"
+
+using namespace loramux;
+
+extern "C" {
+
+void* loramux_pool_new(int threads) { return new Pool(threads); }
+void loramux_pool_free(void* pool) { delete static_cast<Pool*>(pool); }
+
+// y [rows, n] = x [rows, k] times w, no bias. Blocks of rows, so that quantized activations stay in cache.
+void loramux_linear(void* pool_, const Matrix* w, const float* x, int64_t rows, float* y) {
+  auto& pool = *static_cast<Pool*>(pool_);
+  std::lock_guard<std::mutex> turn(pool.turn);
+  constexpr int64_t BLOCK = 256, CHUNK = 4;
+  Activations packed;
+  packed.reserve(std::min(rows, BLOCK), w->k, w->scheme != NONE, w->scheme == NONE);
+  const int64_t tiles = w->tiles();
+  std::vector<Buffer<float>> scratch(static_cast<size_t>(pool.threads()));
+  for (auto& s : scratch) s.reserve(std::min(rows, BLOCK) * CHUNK * 16);
+  for (int64_t start = 0; start < rows; start += BLOCK) {
+    const int64_t count = std::min(BLOCK, rows - start);
+    pool.run(static_cast<int>((count + ROWS - 1) / ROWS), [&](int piece, int) {
+      for (int64_t r = piece * ROWS; r < std::min<int64_t>(count, (piece + 1) * ROWS); r++)
+        packed.set(r, 0, w->k, x + (start + r) * w->k);
+    });
+    pool.run(static_cast<int>((tiles + CHUNK - 1) / CHUNK), [&](int piece, int thread) {
+      const int64_t first = piece * CHUNK, last = std::min(tiles, first + CHUNK);
+      float* at = y + start * w->n + first * 16;
+      if (last * 16 <= w->n) {
+        multiply(*w, first, last, packed, count, at, w->n);
+        return;
+      }
+      float* local = scratch[static_cast<size_t>(thread)].get();
+      multiply(*w, first, last, packed, count, local, CHUNK * 16);
+      for (int64_t r = 0; r < count; r++)
+        std::copy_n(local + r * CHUNK * 16, w->n - first * 16, at + r * w->n);
+    });
+  }
+}
+
+// Rows `ids` of the matrix as float32 [count, k].
+void loramux_rows(const Matrix* w, const int64_t* ids, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i++) dequantize_row(*w, ids[i], out + i * w->k);
+}
+
+void* loramux_model_new(const Config* config, const Layer* layers, const Matrix* embed, const Matrix* head,
+                        const float* norm, void* pool) {
+  return new Model(*config, layers, *embed, *head, norm, *static_cast<Pool*>(pool));
+}
+void loramux_model_free(void* model) { delete static_cast<Model*>(model); }
+
+void loramux_model_cache(void* model, uint16_t* cache, int64_t blocks, int64_t block_size, const float* cosine,
+                         const float* sine) {
+  static_cast<Model*>(model)->set_cache(cache, blocks, block_size, cosine, sine);
+}
+
+int64_t loramux_block_bytes(const Config* config, int64_t block_size) {
+  return config->layers * cache_halves(*config, block_size) * static_cast<int64_t>(sizeof(uint16_t));
+}
+
+// `sites` is [layers][SITES]; null empties the slot.
+void loramux_model_slot(void* model, int64_t slot, const LoraSite* sites) {
+  static_cast<Model*>(model)->set_slot(slot, sites);
+}
+
+void loramux_model_step(void* model, const Step* step) { static_cast<Model*>(model)->run(*step); }
+int64_t loramux_model_bytes(void* model) { return static_cast<Model*>(model)->work_bytes(); }
+// Nanoseconds that each kind of phase has taken since the last call; see Model::Phase.
+void loramux_model_times(void* model, int64_t* out) { static_cast<Model*>(model)->take_times(out); }
+
+// The first largest of each row of logits [rows, n].
+void loramux_argmax(void* pool_, const float* logits, int64_t rows, int64_t n, int64_t* out) {
+  auto& pool = *static_cast<Pool*>(pool_);
+  std::lock_guard<std::mutex> turn(pool.turn);
+  pool.run(static_cast<int>(rows), [&](int row, int) { out[row] = first_largest(logits + row * n, n); });
+}
+
+// Each row's logarithm of the sum of exponentials, [rows].
+void loramux_logsumexp(void* pool_, const float* logits, int64_t rows, int64_t n, float* out) {
+  auto& pool = *static_cast<Pool*>(pool_);
+  std::lock_guard<std::mutex> turn(pool.turn);
+  pool.run(static_cast<int>(rows), [&](int row, int) { out[row] = log_sum_exp(logits + row * n, n); });
+}
+}

@@ -1,0 +1,154 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "simd.h"
+
+namespace loramux {
+namespace {
+
+// Scores of N queries against V vectors of 16 tokens of one block.
+template <int N, int V>
+inline void score(const uint16_t* keys, int64_t dim, const uint16_t* const* q, __m512 scale, float* scores,
+                  int64_t stride) {
+  const int64_t pairs = dim / 2;
+  __m512 sum[N][V];
+  for (int n = 0; n < N; n++)
+    for (int v = 0; v < V; v++) sum[n][v] = _mm512_setzero_ps();
+  for (int64_t p = 0; p < pairs; p++) {
+    __m512bh k[V];
+    for (int v = 0; v < V; v++) k[v] = (__m512bh)_mm512_loadu_si512(keys + (v * pairs + p) * 32);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+      const __m512bh a = (__m512bh)broadcast_word(q[n] + 2 * p);
+      for (int v = 0; v < V; v++) sum[n][v] = _mm512_dpbf16_ps(sum[n][v], k[v], a);
+    }
+  }
+  for (int n = 0; n < N; n++)
+    for (int v = 0; v < V; v++) _mm512_storeu_ps(scores + n * stride + v * 16, _mm512_mul_ps(sum[n][v], scale));
+}
+
+// exp(s - max) as bf16, zero from `context` to `padded`; gives the sum of what was stored.
+float softmax_powers(const float* scores, int64_t context, int64_t padded, uint16_t* powers) {
+  const __m512 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  __m512 most = least;
+  for (int64_t i = 0; i < context; i += 16)
+    most = _mm512_max_ps(most, _mm512_mask_loadu_ps(least, first_lanes(context - i), scores + i));
+  const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < padded; i += 16) {
+    const __mmask16 mask = first_lanes(context - i);
+    const __m512 e = exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + i), peak));
+    const __m256i h = float_to_bf16(_mm512_maskz_mov_ps(mask, e));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(powers + i), h);
+    sum = _mm512_add_ps(sum, bf16_to_float(h));
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// Weighted sums of values for N queries and W vectors of 16 dims from `from` on.
+template <int N, int W>
+void weigh(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int64_t from,
+           const uint16_t* powers, int64_t stride, const float* inverse, float* const* out) {
+  const int64_t padded = cache.padded();
+  __m512 sum[N][W];
+  for (int n = 0; n < N; n++)
+    for (int w = 0; w < W; w++) sum[n][w] = _mm512_setzero_ps();
+  for (int64_t start = 0, b = 0; start < context; start += cache.size, b++) {
+    const uint16_t* values = cache.values(blocks[b], head) + from * 2;
+    const int64_t pairs = (std::min(cache.size, context - start) + 1) / 2;
+    for (int64_t p = 0; p < pairs; p++) {
+      __m512bh v[W];
+      for (int w = 0; w < W; w++) v[w] = (__m512bh)_mm512_loadu_si512(values + p * padded * 2 + w * 32);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) {
+        const __m512bh a = (__m512bh)broadcast_word(powers + n * stride + start + 2 * p);
+        for (int w = 0; w < W; w++) sum[n][w] = _mm512_dpbf16_ps(sum[n][w], v[w], a);
+      }
+    }
+  }
+  for (int n = 0; n < N; n++)
+    for (int w = 0; w < W; w++)
+      _mm512_mask_storeu_ps(out[n] + from + w * 16, first_lanes(cache.dim - from - w * 16),
+                            _mm512_mul_ps(sum[n][w], _mm512_set1_ps(inverse[n])));
+}
+
+template <int N>
+void weigh_all(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const uint16_t* powers,
+               int64_t stride, const float* inverse, float* const* out) {
+  int64_t from = 0;
+  for (; from + 64 <= cache.padded(); from += 64)
+    weigh<N, 4>(cache, blocks, head, context, from, powers, stride, inverse, out);
+  for (; from < cache.padded(); from += 16)
+    weigh<N, 1>(cache, blocks, head, context, from, powers, stride, inverse, out);
+}
+
+template <int N>
+void scores_of(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const uint16_t* const* q,
+               float scale, float* scores, int64_t stride) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  const int64_t half = cache.dim * 16, lines = cache.head_halves() / 32;
+  for (int64_t start = 0, b = 0; start < context; start += cache.size, b++) {
+    const uint16_t* keys = cache.keys(blocks[b], head);
+    // A block's values lie behind its keys: both are on their way before the walk over values begins.
+    if (start + cache.size < context) {
+      const uint16_t* next = cache.keys(blocks[b + 1], head);
+      for (int64_t i = 0; i < lines; i++) _mm_prefetch(reinterpret_cast<const char*>(next + i * 32), _MM_HINT_T0);
+    }
+    const int64_t vectors = (std::min(cache.size, context - start) + 15) / 16;
+    int64_t v = 0;
+    for (; v + 2 <= vectors; v += 2)
+      score<N, 2>(keys + v * half, cache.dim, q, factor, scores + start + v * 16, stride);
+    if (v < vectors) score<N, 1>(keys + v * half, cache.dim, q, factor, scores + start + v * 16, stride);
+  }
+}
+
+}  // namespace
+
+void write_token(const Cache& cache, int64_t block, int64_t head, int64_t offset, const float* key, const float* value,
+                 bool last) {
+  const int64_t padded = cache.padded();
+  uint16_t* k = cache.keys(block, head) + offset / 16 * cache.dim * 16 + offset % 16 * 2;
+  for (int64_t p = 0; p < cache.dim / 2; p++) {
+    k[p * 32] = float_to_bf16(key[2 * p]);
+    k[p * 32 + 1] = float_to_bf16(key[2 * p + 1]);
+  }
+  uint16_t* v = cache.values(block, head) + offset / 2 * padded * 2 + offset % 2;
+  for (int64_t d = 0; d < cache.dim; d++) v[d * 2] = float_to_bf16(value[d]);
+  if (last && offset % 2 == 0)
+    for (int64_t d = 0; d < padded; d++) v[d * 2 + 1] = 0;
+}
+
+void attend(const Cache& cache, const int32_t* blocks, int64_t head, int count, const uint16_t* const* q,
+            const int64_t* position, float scale, AttentionScratch& scratch, float* const* out) {
+  const int64_t context = *std::max_element(position, position + count) + 1;
+  const int64_t stride = (context + 31) / 32 * 32;
+  float* scores = scratch.scores.get();
+  uint16_t* powers = scratch.powers.get();
+  switch (count) {
+    case 1: scores_of<1>(cache, blocks, head, context, q, scale, scores, stride); break;
+    case 2: scores_of<2>(cache, blocks, head, context, q, scale, scores, stride); break;
+    case 3: scores_of<3>(cache, blocks, head, context, q, scale, scores, stride); break;
+    case 4: scores_of<4>(cache, blocks, head, context, q, scale, scores, stride); break;
+    case 5: scores_of<5>(cache, blocks, head, context, q, scale, scores, stride); break;
+    case 6: scores_of<6>(cache, blocks, head, context, q, scale, scores, stride); break;
+    case 7: scores_of<7>(cache, blocks, head, context, q, scale, scores, stride); break;
+    default: scores_of<8>(cache, blocks, head, context, q, scale, scores, stride);
+  }
+  float inverse[QUERIES];
+  for (int n = 0; n < count; n++)
+    inverse[n] = 1.0f / softmax_powers(scores + n * stride, position[n] + 1, stride, powers + n * stride);
+  for (int n = 0; n < count; n += 4) {
+    const uint16_t* p = powers + n * stride;
+    switch (count - n) {
+      case 1: weigh_all<1>(cache, blocks, head, context, p, stride, inverse + n, out + n); break;
+      case 2: weigh_all<2>(cache, blocks, head, context, p, stride, inverse + n, out + n); break;
+      case 3: weigh_all<3>(cache, blocks, head, context, p, stride, inverse + n, out + n); break;
+      default: weigh_all<4>(cache, blocks, head, context, p, stride, inverse + n, out + n);
+    }
+  }
+}
+
+}  // namespace loramux

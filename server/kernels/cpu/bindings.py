@@ -1,0 +1,153 @@
+"""The C interface of the kernels: structs mirrored from kernels.h, and the library itself.
+
+Owns loading and the signatures. Does not know what a tensor or an adapter is; pointers are plain integers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+INT4, NF4, INT8, NONE = range(4)
+SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linears of a layer, in the order of `SiteIndex`."""
+PHASES = ("norm", "qkv", "attention", "out", "gate_up", "down", "shrink", "head", "plan")
+"""What `loramux_model_times` tells apart, in the order of `Model::Phase`."""
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [
+        ("codes", c_void_p),
+        ("scale", c_void_p),
+        ("scale_codes", c_void_p),
+        ("zero_codes", c_void_p),
+        ("scale_step", c_void_p),
+        ("scale_base", c_void_p),
+        ("zero_step", c_void_p),
+        ("zero_base", c_void_p),
+        ("bias", c_void_p),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("scheme", c_int32),
+        ("group", c_int32),
+    ]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        ("site", Matrix * len(SITES)),
+        ("input_norm", c_void_p),
+        ("post_norm", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("rope", c_int64),
+    ]
+
+
+class Config(ctypes.Structure):
+    _fields_ = [
+        ("hidden", c_int64),
+        ("intermediate", c_int64),
+        ("layers", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("vocab", c_int64),
+        ("max_slots", c_int64),
+        ("eps", c_double),
+    ]
+
+
+class LoraSite(ctypes.Structure):
+    _fields_ = [("a", c_void_p), ("b", c_void_p), ("rank", c_int64), ("scale", c_double)]
+
+
+class Step(ctypes.Structure):
+    _fields_ = [
+        ("rows", c_int64),
+        ("sequences", c_int64),
+        ("table_width", c_int64),
+        ("logit_count", c_int64),
+        ("tokens", c_void_p),
+        ("positions", c_void_p),
+        ("row_start", c_void_p),
+        ("context", c_void_p),
+        ("blocks", c_void_p),
+        ("logit_rows", c_void_p),
+        ("mix_start", c_void_p),
+        ("mix_slot", c_void_p),
+        ("mix_weight", c_void_p),
+        ("logits", c_void_p),
+    ]
+
+
+_SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "loramux_missing": (c_char_p, []),
+    "loramux_pool_new": (c_void_p, [c_int]),
+    "loramux_pool_free": (None, [c_void_p]),
+    "loramux_linear": (None, [c_void_p, POINTER(Matrix), c_void_p, c_int64, c_void_p]),
+    "loramux_rows": (None, [POINTER(Matrix), c_void_p, c_int64, c_void_p]),
+    "loramux_model_new": (
+        c_void_p,
+        [POINTER(Config), POINTER(Layer), POINTER(Matrix), POINTER(Matrix), c_void_p, c_void_p],
+    ),
+    "loramux_model_free": (None, [c_void_p]),
+    "loramux_model_cache": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]),
+    "loramux_block_bytes": (c_int64, [POINTER(Config), c_int64]),
+    "loramux_model_slot": (None, [c_void_p, c_int64, POINTER(LoraSite)]),
+    "loramux_model_step": (None, [c_void_p, POINTER(Step)]),
+    "loramux_model_bytes": (c_int64, [c_void_p]),
+    "loramux_model_times": (None, [c_void_p, POINTER(c_int64)]),
+    "loramux_argmax": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
+    "loramux_logsumexp": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
+}
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises OSError where it was not built or cannot be loaded."""
+    found = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not found:
+        raise OSError("the library was not built with this package")
+    loaded = ctypes.CDLL(str(found[0]))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype = result
+        function.argtypes = arguments
+    return loaded
+
+
+class Pool:
+    """Threads of the kernels' own. Freed with the last reference; calls on one pool take turns."""
+
+    def __init__(self, threads: int) -> None:
+        """Raises ValueError if `threads` is not positive."""
+        if threads < 1:
+            raise ValueError(f"the kernels need at least one thread, not {threads}")
+        self.threads = threads
+        self._library = library()
+        self.handle: int = self._library.loramux_pool_new(threads)
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self._library.loramux_pool_free(self.handle)
+            self.handle = 0
+
+
+__all__ = [
+    "INT4",
+    "INT8",
+    "NF4",
+    "NONE",
+    "PHASES",
+    "SITES",
+    "Config",
+    "Layer",
+    "LoraSite",
+    "Matrix",
+    "Pool",
+    "Step",
+    "library",
+]

@@ -1,0 +1,319 @@
+#include "gemm.h"
+
+#include <cstring>
+
+#include "simd.h"
+
+namespace loramux {
+
+// The quantiles of NormalFloat4 (QLoRA, appendix E), as in server/kernels/stored.py.
+const float NF4_TABLE[16] = {-1.0f,
+                             -0.6961928009986877f,
+                             -0.5250730514526367f,
+                             -0.39491748809814453f,
+                             -0.28444138169288635f,
+                             -0.18477343022823334f,
+                             -0.09105003625154495f,
+                             0.0f,
+                             0.07958029955625534f,
+                             0.16093020141124725f,
+                             0.24611230194568634f,
+                             0.33791524171829224f,
+                             0.44070982933044434f,
+                             0.5626170039176941f,
+                             0.7229568362236023f,
+                             1.0f};
+
+namespace {
+
+// NF4_TABLE in units of 1/127, plus 128: vpdpbusd wants one operand without a sign.
+inline __m512i nf4_levels() {
+  return _mm512_broadcast_i32x4(
+      _mm_setr_epi8(1, 40, 61, 78, 92, 105, 116, (char)128, (char)138, (char)148, (char)159, (char)171, (char)184,
+                    (char)199, (char)220, (char)255));
+}
+
+struct GroupScales {
+  __m512 scale, zero;
+};
+
+inline __m512 decode(const uint8_t* codes, float step, float base) {
+  const __m512 c = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+  const __m512 value = _mm512_add_ps(_mm512_mul_ps(c, _mm512_set1_ps(step)), _mm512_set1_ps(base));
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+inline __m512 load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+template <int S, bool DOUBLE>
+inline GroupScales scales(const Matrix& w, int64_t tile, int64_t groups, int64_t g) {
+  GroupScales s;
+  if constexpr (DOUBLE) {
+    const int64_t at = tile * groups + g, pair = tile * ((groups + 15) / 16) + g / 16;
+    s.scale = decode(w.scale_codes + at * 16, w.scale_step[pair], w.scale_base[pair]);
+    if constexpr (S == INT4) s.zero = decode(w.zero_codes + at * 16, w.zero_step[pair], w.zero_base[pair]);
+  } else if constexpr (S == INT4) {
+    const uint16_t* p = w.scale + (tile * groups + g) * 32;
+    s.scale = load_half(p);
+    s.zero = load_half(p + 16);
+  } else {
+    s.scale = load_half(w.scale + (tile * groups + g) * 16);
+  }
+  if constexpr (S == NF4) s.scale = _mm512_mul_ps(s.scale, _mm512_set1_ps(1.0f / 127.0f));
+  return s;
+}
+
+constexpr int64_t bytes_of_group(int scheme) { return scheme == INT8 ? 512 : 256; }
+
+// R rows by T tiles of 16 columns over all of k. Groups of weights are whole numbers of groups of activations.
+template <int S, bool DOUBLE, int R, int T>
+void product(const Matrix& w, int64_t tile, const int8_t* x, const float* meta, float* out, int64_t stride,
+             bool prefetch) {
+  constexpr int64_t BYTES = bytes_of_group(S);
+  const int64_t steps = w.padded() / GROUP, groups = w.k / w.group, each = w.group / GROUP;
+  const uint8_t* codes = w.codes + tile * steps * BYTES;
+  const __m512i low = _mm512_set1_epi8(15);
+  [[maybe_unused]] const __m512i levels = nf4_levels();
+  __m512 sum[T][R];
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) sum[t][r] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; g++) {
+    GroupScales s[T];
+    for (int t = 0; t < T; t++) s[t] = scales<S, DOUBLE>(w, tile + t, groups, g);
+    for (int64_t e = 0; e < each; e++) {
+      if (prefetch) {
+#pragma GCC unroll 16
+        for (int t = 0; t < T; t++)
+          for (int64_t b = 0; b < BYTES; b += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(codes + (T + t) * steps * BYTES + b), _MM_HINT_T0);
+      }
+      __m512i dot[T][R];
+      for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) {
+          if constexpr (S == INT4)
+            dot[t][r] = _mm512_setzero_si512();
+          else
+            dot[t][r] = broadcast_word(meta + 2 * ROWS + r);
+        }
+#pragma GCC unroll 8
+      for (int b = 0; b < 4; b++) {
+        __m512i first[T], second[T];
+        for (int t = 0; t < T; t++) {
+          const uint8_t* at = codes + t * steps * BYTES;
+          if constexpr (S == INT8) {
+            first[t] = _mm512_loadu_si512(at + b * 128);
+            second[t] = _mm512_loadu_si512(at + b * 128 + 64);
+          } else {
+            const __m512i packed = _mm512_loadu_si512(at + b * 64);
+            first[t] = _mm512_and_si512(packed, low);
+            second[t] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low);
+            if constexpr (S == NF4) {
+              first[t] = _mm512_shuffle_epi8(levels, first[t]);
+              second[t] = _mm512_shuffle_epi8(levels, second[t]);
+            }
+          }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+          const __m512i a = broadcast_word(x + r * GROUP + b * 8);
+          for (int t = 0; t < T; t++) dot[t][r] = _mm512_dpbusd_epi32(dot[t][r], first[t], a);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+          const __m512i a = broadcast_word(x + r * GROUP + b * 8 + 4);
+          for (int t = 0; t < T; t++) dot[t][r] = _mm512_dpbusd_epi32(dot[t][r], second[t], a);
+        }
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+          const __m512 d = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[t][r]), _mm512_set1_ps(meta[r]));
+          sum[t][r] = _mm512_fmadd_ps(d, s[t].scale, sum[t][r]);
+          if constexpr (S == INT4) sum[t][r] = _mm512_fmadd_ps(s[t].zero, _mm512_set1_ps(meta[ROWS + r]), sum[t][r]);
+        }
+      codes += BYTES;
+      x += ROWS * GROUP;
+      meta += META;
+    }
+  }
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) _mm512_storeu_ps(out + r * stride + t * 16, sum[t][r]);
+}
+
+// The same for bf16 weights and activations: pairs of inputs in ascending order.
+template <int R, int T>
+void product_half(const Matrix& w, int64_t tile, const uint16_t* x, float* out, int64_t stride) {
+  const int64_t pairs = w.padded() / 2, ldx = w.padded();
+  const uint16_t* codes = reinterpret_cast<const uint16_t*>(w.codes) + tile * pairs * 32;
+  __m512 sum[T][R];
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) sum[t][r] = _mm512_setzero_ps();
+  for (int64_t p = 0; p < pairs; p++) {
+    __m512bh b[T];
+    for (int t = 0; t < T; t++) b[t] = (__m512bh)_mm512_loadu_si512(codes + t * pairs * 32 + p * 32);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const __m512bh a = (__m512bh)broadcast_word(x + r * ldx + 2 * p);
+      for (int t = 0; t < T; t++) sum[t][r] = _mm512_dpbf16_ps(sum[t][r], b[t], a);
+    }
+  }
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) _mm512_storeu_ps(out + r * stride + t * 16, sum[t][r]);
+}
+
+template <int S, bool DOUBLE, int T>
+void columns(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride,
+             bool prefetch) {
+  const int64_t steps = w.padded() / GROUP;
+  for (int64_t first = 0; first < rows; first += ROWS) {
+    const int8_t* codes = x.codes.get() + first * w.padded();
+    const float* meta = x.meta.get() + first / ROWS * steps * META;
+    float* at = out + first * stride;
+    switch (rows - first) {
+      case 1: product<S, DOUBLE, 1, T>(w, tile, codes, meta, at, stride, prefetch); break;
+      case 2: product<S, DOUBLE, 2, T>(w, tile, codes, meta, at, stride, prefetch); break;
+      case 3: product<S, DOUBLE, 3, T>(w, tile, codes, meta, at, stride, prefetch); break;
+      default: product<S, DOUBLE, 4, T>(w, tile, codes, meta, at, stride, prefetch);
+    }
+    prefetch = false;
+  }
+}
+
+template <int T>
+void columns_half(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride) {
+  for (int64_t first = 0; first < rows; first += 8) {
+    const uint16_t* half = x.half.get() + first * w.padded();
+    float* at = out + first * stride;
+    switch (rows - first) {
+      case 1: product_half<1, T>(w, tile, half, at, stride); break;
+      case 2: product_half<2, T>(w, tile, half, at, stride); break;
+      case 3: product_half<3, T>(w, tile, half, at, stride); break;
+      case 4: product_half<4, T>(w, tile, half, at, stride); break;
+      case 5: product_half<5, T>(w, tile, half, at, stride); break;
+      case 6: product_half<6, T>(w, tile, half, at, stride); break;
+      case 7: product_half<7, T>(w, tile, half, at, stride); break;
+      default: product_half<8, T>(w, tile, half, at, stride);
+    }
+  }
+}
+
+template <int T>
+void columns_any(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride) {
+  // The tiles after these are wanted next, by this thread or another.
+  const bool prefetch = tile + 2 * T <= w.tiles();
+  const bool twice = w.scale_codes != nullptr;
+  switch (w.scheme) {
+    case INT4:
+      twice ? columns<INT4, true, T>(w, tile, x, rows, out, stride, prefetch)
+            : columns<INT4, false, T>(w, tile, x, rows, out, stride, prefetch);
+      break;
+    case NF4:
+      twice ? columns<NF4, true, T>(w, tile, x, rows, out, stride, prefetch)
+            : columns<NF4, false, T>(w, tile, x, rows, out, stride, prefetch);
+      break;
+    case INT8: columns<INT8, false, T>(w, tile, x, rows, out, stride, prefetch); break;
+    default: columns_half<T>(w, tile, x, rows, out, stride);
+  }
+}
+
+float scale_of(const Matrix& w, int64_t row, int64_t g, bool zero) {
+  const int64_t tile = row / 16, groups = w.k / w.group, lane = row % 16;
+  if (w.scale_codes) {
+    const uint8_t* codes = zero ? w.zero_codes : w.scale_codes;
+    const int64_t pair = tile * ((groups + 15) / 16) + g / 16;
+    const float step = (zero ? w.zero_step : w.scale_step)[pair], base = (zero ? w.zero_base : w.scale_base)[pair];
+    const float product = codes[(tile * groups + g) * 16 + lane] * step;
+    return half_to_float(_cvtss_sh(product + base, _MM_FROUND_TO_NEAREST_INT));
+  }
+  if (w.scheme == INT4) return half_to_float(w.scale[(tile * groups + g) * 32 + (zero ? 16 : 0) + lane]);
+  return half_to_float(w.scale[(tile * groups + g) * 16 + lane]);
+}
+
+}  // namespace
+
+void Activations::reserve(int64_t rows, int64_t k, bool with_codes, bool with_half) {
+  padded = (k + GROUP - 1) / GROUP * GROUP;
+  wants_codes = with_codes;
+  wants_half = with_half;
+  const int64_t whole = (rows + ROWS - 1) / ROWS * ROWS;
+  if (with_codes) {
+    codes.reserve(whole * padded);
+    meta.reserve(whole / ROWS * (padded / GROUP) * META);
+  }
+  if (with_half) half.reserve(rows * padded);
+}
+
+void Activations::set(int64_t row, int64_t from, int64_t to, const float* x) {
+  const int64_t steps = padded / GROUP, block = row / ROWS, lane = row % ROWS;
+  const __m512 magnitude = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
+  for (int64_t i = from; i < to; i += GROUP, x += GROUP) {
+    const __m512 a = _mm512_maskz_loadu_ps(first_lanes(to - i), x);
+    const __m512 b = _mm512_maskz_loadu_ps(first_lanes(to - i - 16), x + 16);
+    if (wants_half) {
+      const __m512i h = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+      _mm512_storeu_si512(half.get() + row * padded + i, h);
+    }
+    if (!wants_codes) continue;
+    const __m512 most = _mm512_max_ps(_mm512_and_ps(a, magnitude), _mm512_and_ps(b, magnitude));
+    float peak = _mm512_reduce_max_ps(most);
+    // The maximum drops a NaN; the row must show it.
+    if (_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q)) peak = __builtin_nanf("");
+    // Below this the reciprocal would overflow; such a group is as good as zero.
+    const bool some = !(peak < 1e-30f);
+    const __m512 inverse = _mm512_set1_ps(some ? 127.0f / peak : 0.0f);
+    const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
+    const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
+    const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb));
+    const int64_t at = block * steps + i / GROUP;
+    int8_t* q = codes.get() + (at * ROWS + lane) * GROUP;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtsepi32_epi8(qa));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtsepi32_epi8(qb));
+    float* m = meta.get() + at * META + lane;
+    const float scale = some ? peak / 127.0f : 0.0f;
+    const int32_t offset = -128 * sum;
+    m[0] = scale;
+    m[ROWS] = scale * static_cast<float>(sum);
+    std::memcpy(m + 2 * ROWS, &offset, sizeof offset);
+  }
+}
+
+void multiply(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows, float* out,
+              int64_t stride) {
+  int64_t tile = first_tile;
+  for (; tile + 2 <= last_tile; tile += 2) columns_any<2>(w, tile, x, rows, out + (tile - first_tile) * 16, stride);
+  if (tile < last_tile) columns_any<1>(w, tile, x, rows, out + (tile - first_tile) * 16, stride);
+}
+
+void prefetch_tile(const Matrix& w, int64_t tile) {
+  const int64_t bytes = w.scheme == NONE ? w.padded() * 32 : w.padded() / GROUP * bytes_of_group(w.scheme);
+  const char* p = reinterpret_cast<const char*>(w.codes) + tile * bytes;
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
+}
+
+void dequantize_row(const Matrix& w, int64_t row, float* out) {
+  const int64_t tile = row / 16, lane = row % 16, padded = w.padded();
+  if (w.scheme == NONE) {
+    const uint16_t* codes = reinterpret_cast<const uint16_t*>(w.codes) + tile * padded * 16 + lane * 2;
+    for (int64_t i = 0; i < w.k; i++) out[i] = bf16_to_float(codes[i / 2 * 32 + i % 2]);
+    return;
+  }
+  const uint8_t* codes = w.codes + tile * (padded / GROUP) * bytes_of_group(w.scheme) + lane * 4;
+  for (int64_t g = 0; g < w.k / w.group; g++) {
+    const float scale = scale_of(w, row, g, false);
+    const float zero = w.scheme == INT4 ? scale_of(w, row, g, true) : 0.0f;
+    for (int64_t i = g * w.group; i < (g + 1) * w.group; i++) {
+      if (w.scheme == INT8) {
+        out[i] = static_cast<float>(codes[i / 4 * 64 + i % 4] - 128) * scale;
+        continue;
+      }
+      const uint8_t byte = codes[i / 8 * 64 + i % 4];
+      const int code = i % 8 < 4 ? byte & 15 : byte >> 4;
+      out[i] = w.scheme == NF4 ? NF4_TABLE[code] * scale : static_cast<float>(code) * scale + zero;
+    }
+  }
+}
+
+}  // namespace loramux

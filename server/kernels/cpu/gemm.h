@@ -1,0 +1,71 @@
+// Products of activations with packed matrices. A row's result depends on that row alone, bit for bit: its groups are
+// added in ascending order, one accumulator, whatever the tile that it falls into.
+#pragma once
+#include "target.h"
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace loramux {
+
+// Memory that is aligned to a cache line and not initialised twice.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  ~Buffer() { _mm_free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr, other.size_ = 0; }
+  // At least n elements; the content is lost if it grows, and is zero then.
+  T* reserve(int64_t n) {
+    if (n > size_) {
+      _mm_free(data_);
+      data_ = static_cast<T*>(_mm_malloc(static_cast<size_t>(n) * sizeof(T), 64));
+      __builtin_memset(data_, 0, static_cast<size_t>(n) * sizeof(T));
+      size_ = n;
+    }
+    return data_;
+  }
+  T* get() const { return data_; }
+  int64_t bytes() const { return size_ * static_cast<int64_t>(sizeof(T)); }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+constexpr int ROWS = 4;       // rows of a tile, and of a block of quantized activations
+constexpr int GROUP = 32;     // inputs that share an activation's scale
+constexpr int META = 3 * ROWS;  // floats per block and group: scales, scale * sum, -128 * sum as int32
+
+// Activations [rows, k] in the forms that products read, inputs padded with zeros to a multiple of 32:
+//   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/32][3][4], and bf16 [rows][kp].
+struct Activations {
+  Buffer<int8_t> codes;
+  Buffer<float> meta;
+  Buffer<uint16_t> half;
+  int64_t padded = 0;
+  bool wants_codes = true, wants_half = false;
+
+  void reserve(int64_t rows, int64_t k, bool with_codes, bool with_half);
+  // Inputs from..to of a row (from a multiple of 32; to one too, or k); x points at input `from`.
+  void set(int64_t row, int64_t from, int64_t to, const float* x);
+  int64_t bytes() const { return codes.bytes() + meta.bytes() + half.bytes(); }
+};
+
+// out[r, 16 * (t - first)] = row r of x times tile t of w, no bias. Rows of `out` have room for whole tiles.
+void multiply(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows, float* out,
+              int64_t stride);
+
+// Asks for the bytes of one tile, so that they are near when their turn comes.
+void prefetch_tile(const Matrix& w, int64_t tile);
+
+// Row `row` of the matrix as floats [k].
+void dequantize_row(const Matrix& w, int64_t row, float* out);
+
+extern const float NF4_TABLE[16];
+
+}  // namespace loramux

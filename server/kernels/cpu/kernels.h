@@ -1,0 +1,73 @@
+// What Python and the kernels share: plain structs over raw pointers, mirrored field by field in bindings.py.
+// Nothing here owns memory; whoever fills a struct keeps its arrays alive while the model holds them.
+#pragma once
+#include <cstdint>
+
+namespace loramux {
+
+enum Scheme : int32_t { INT4 = 0, NF4 = 1, INT8 = 2, NONE = 3 };
+
+// A matrix [n, k], w = the module's weight, in tiles of 16 of its rows ("columns" of a product's output).
+// With kp = k rounded up to 32, tiles = ceil(n / 16), g = k / group:
+//   codes  INT4, NF4  [tiles][kp/32][4][16][4]: byte (s, c, b) has input 8s+b in its low nibble, 8s+4+b in the high
+//          INT8       [tiles][kp/32][8][16][4]: byte (s, c, b) is the code of input 4s+b plus 128
+//          NONE       [tiles][kp/2][16][2] bf16
+//   scale  float16 [tiles][g][16], or [tiles][g][2][16] for INT4: scales, then zeros
+//   or scale_codes (zero_codes) uint8 [tiles][g][16] with step and base float32 [tiles][ceil(g/16)].
+struct Matrix {
+  const uint8_t* codes;
+  const uint16_t* scale;
+  const uint8_t* scale_codes;
+  const uint8_t* zero_codes;
+  const float* scale_step;
+  const float* scale_base;
+  const float* zero_step;
+  const float* zero_base;
+  const float* bias;  // [n] or null
+  int64_t n, k;
+  int32_t scheme, group;
+
+  int64_t tiles() const { return (n + 15) / 16; }
+  int64_t padded() const { return (k + 31) / 32 * 32; }
+};
+
+enum SiteIndex : int { Q = 0, K = 1, V = 2, O = 3, GATE = 4, UP = 5, DOWN = 6, SITES = 7 };
+
+struct Layer {
+  Matrix site[SITES];
+  const float* input_norm;
+  const float* post_norm;
+  const float* q_norm;  // [head_dim] or null
+  const float* k_norm;
+  int64_t rope;  // 0 for a layer without positions
+};
+
+struct Config {
+  int64_t hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, max_slots;
+  double eps;
+};
+
+// One module of an adapter: a [rank, in] row-major, b [rank, out] row-major (B transposed), both bf16. rank 0: none.
+struct LoraSite {
+  const uint16_t* a;
+  const uint16_t* b;
+  int64_t rank;
+  double scale;
+};
+
+// server/engine/batch.py's Batch; the mixes are flat: sequence s has entries mix_start[s] to mix_start[s+1].
+struct Step {
+  int64_t rows, sequences, table_width, logit_count;
+  const int64_t* tokens;
+  const int64_t* positions;
+  const int32_t* row_start;
+  const int32_t* context;
+  const int32_t* blocks;
+  const int64_t* logit_rows;
+  const int32_t* mix_start;
+  const int32_t* mix_slot;
+  const float* mix_weight;
+  float* logits;  // [logit_count, vocab]
+};
+
+}  // namespace loramux

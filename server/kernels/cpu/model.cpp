@@ -1,0 +1,516 @@
+#include "model.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <map>
+
+#include "simd.h"
+
+namespace loramux {
+namespace {
+
+constexpr int64_t TILES = 2;  // of 16 columns: what one piece of a product computes
+
+int64_t whole_tiles(int64_t n) { return (n + 15) / 16 * 16; }
+
+int64_t now() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+float sum_of_squares(const float* x, int64_t n) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512 v = _mm512_maskz_loadu_ps(first_lanes(n - i), x + i);
+    sum = _mm512_fmadd_ps(v, v, sum);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// out = x / rms(x) * weight
+void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+  const float scale = 1.0f / std::sqrt(sum_of_squares(x, n) / static_cast<float>(n) + eps);
+  const __m512 s = _mm512_set1_ps(scale);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = first_lanes(n - i);
+    const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), s);
+    _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, weight + i)));
+  }
+}
+
+// Element i turns with element i + d/2.
+void rotate(float* x, const float* cosine, const float* sine, int64_t dim) {
+  const int64_t half = dim / 2;
+  for (int64_t i = 0; i < half; i += 16) {
+    const __mmask16 mask = first_lanes(half - i);
+    const __m512 a = _mm512_maskz_loadu_ps(mask, x + i), b = _mm512_maskz_loadu_ps(mask, x + half + i);
+    const __m512 c = _mm512_maskz_loadu_ps(mask, cosine + i), s = _mm512_maskz_loadu_ps(mask, sine + i);
+    _mm512_mask_storeu_ps(x + i, mask, _mm512_fnmadd_ps(b, s, _mm512_mul_ps(a, c)));
+    _mm512_mask_storeu_ps(x + half + i, mask, _mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c)));
+  }
+}
+
+void add_row(float* to, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = first_lanes(n - i);
+    _mm512_mask_storeu_ps(to + i, mask,
+                          _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to + i), _mm512_maskz_loadu_ps(mask, x + i)));
+  }
+}
+
+void copy_row(float* to, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = first_lanes(n - i);
+    _mm512_mask_storeu_ps(to + i, mask, _mm512_maskz_loadu_ps(mask, x + i));
+  }
+}
+
+}  // namespace
+
+int64_t cache_halves(const Config& config, int64_t block_size) {
+  return config.kv_heads * Cache{nullptr, block_size, config.kv_heads, config.head_dim}.head_halves();
+}
+
+int64_t first_largest(const float* x, int64_t n) {
+  __m512 most = _mm512_set1_ps(-INFINITY);
+  for (int64_t i = 0; i < n; i += 16)
+    most = _mm512_max_ps(most, _mm512_mask_loadu_ps(most, first_lanes(n - i), x + i));
+  const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = first_lanes(n - i);
+    const __mmask16 hit = _mm512_mask_cmp_ps_mask(mask, _mm512_maskz_loadu_ps(mask, x + i), peak, _CMP_EQ_OQ);
+    if (hit) return i + __builtin_ctz(hit);
+  }
+  return 0;
+}
+
+float log_sum_exp(const float* x, int64_t n) {
+  const float peak = x[first_largest(x, n)];
+  const __m512 p = _mm512_set1_ps(peak);
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = first_lanes(n - i);
+    const __m512 e = exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), p));
+    sum = _mm512_add_ps(sum, _mm512_maskz_mov_ps(mask, e));
+  }
+  return peak + std::log(_mm512_reduce_add_ps(sum));
+}
+
+Model::Model(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,
+             Pool& pool)
+    : config_(config),
+      layers_(layers, layers + config.layers),
+      embed_(embed),
+      head_(head),
+      norm_(norm),
+      pool_(pool),
+      slot_sites_(static_cast<size_t>(config.max_slots)),
+      slots_(static_cast<size_t>(config.max_slots), nullptr),
+      slot_rank_(static_cast<size_t>(config.max_slots), 0),
+      local_(static_cast<size_t>(pool.threads())) {
+  for (const Layer& layer : layers_)
+    for (const Matrix& w : layer.site) (w.scheme == NONE ? any_half_ : any_codes_) = true;
+  (head_.scheme == NONE ? any_half_ : any_codes_) = true;
+}
+
+void Model::set_cache(uint16_t* cache, int64_t blocks, int64_t block_size, const float* cosine, const float* sine) {
+  cache_ = cache;
+  blocks_ = blocks;
+  block_size_ = block_size;
+  cosine_ = cosine;
+  sine_ = sine;
+}
+
+void Model::set_slot(int64_t slot, const LoraSite* sites) {
+  const auto at = static_cast<size_t>(slot);
+  slot_sites_[at].clear();
+  slots_[at] = nullptr;
+  slot_rank_[at] = 0;
+  if (sites == nullptr) return;
+  slot_sites_[at].assign(sites, sites + config_.layers * SITES);
+  slots_[at] = slot_sites_[at].data();
+  for (const LoraSite& site : slot_sites_[at]) slot_rank_[at] = std::max(slot_rank_[at], site.rank);
+}
+
+int64_t Model::work_bytes() const {
+  int64_t bytes = stream_.bytes() + qkv_.bytes() + query_.bytes() + seen_.bytes() + normed_.bytes() +
+                  attended_.bytes() + gated_.bytes();
+  for (const auto& buffer : rank_products_) bytes += buffer.bytes();
+  for (const Local& local : local_) bytes += local.attention.bytes() + local.tile.bytes() + local.row.bytes();
+  return bytes;
+}
+
+void Model::take_times(int64_t* out) {
+  for (size_t i = 0; i < PHASES; i++) out[i] = times_[i];
+  times_.fill(0);
+}
+
+int64_t Model::clock(Phase phase, int64_t since) {
+  const int64_t t = now();
+  times_[phase] += t - since;
+  return t;
+}
+
+Cache Model::cache_of(int64_t layer) const {
+  return {cache_ + layer * blocks_ * cache_halves(config_, block_size_), block_size_, config_.kv_heads,
+          config_.head_dim};
+}
+
+// ---- the adapters of a step -----------------------------------------------------------------------------------
+
+LoraPlan Model::plan_block(const Step& step, int64_t first, int64_t count) const {
+  LoraPlan plan;
+  std::map<int32_t, size_t> slot_at;
+  std::map<std::vector<std::pair<int32_t, float>>, size_t> mix_at;
+  int64_t row = first;
+  while (row < first + count) {
+    const int32_t s = row_sequence_[static_cast<size_t>(row)];
+    const int64_t end = std::min<int64_t>(first + count, step.row_start[s + 1]);
+    std::vector<std::pair<int32_t, float>> mix;
+    for (int32_t i = step.mix_start[s]; i < step.mix_start[s + 1]; i++)
+      mix.emplace_back(step.mix_slot[i], step.mix_weight[i]);
+    if (!mix.empty()) {
+      const auto [at, fresh] = mix_at.emplace(mix, plan.mixes.size());
+      if (fresh) {
+        MixRows& group = plan.mixes.emplace_back();
+        int32_t offset = 0;
+        for (const auto& [slot, weight] : mix) {
+          group.entries.push_back({slot, offset});
+          offset += static_cast<int32_t>(slot_rank_[static_cast<size_t>(slot)]);
+        }
+        plan.width = std::max<int64_t>(plan.width, offset);
+      }
+      MixRows& group = plan.mixes[at->second];
+      for (size_t e = 0; e < mix.size(); e++) {
+        const auto [where, unseen] = slot_at.emplace(mix[e].first, plan.slots.size());
+        if (unseen) plan.slots.push_back({mix[e].first, {}});
+        for (int64_t r = row; r < end; r++)
+          plan.slots[where->second].uses.push_back(
+              {static_cast<int32_t>(r - first), mix[e].second, group.entries[e].offset});
+      }
+      for (int64_t r = row; r < end; r++) group.rows.push_back(static_cast<int32_t>(r - first));
+    }
+    row = end;
+  }
+  return plan;
+}
+
+void Model::plan(const Step& step) {
+  row_sequence_.resize(static_cast<size_t>(step.rows));
+  for (int64_t s = 0; s < step.sequences; s++)
+    for (int64_t r = step.row_start[s]; r < step.row_start[s + 1]; r++)
+      row_sequence_[static_cast<size_t>(r)] = static_cast<int32_t>(s);
+  row_blocks_.clear();
+  for (int64_t first = 0; first < step.rows; first += BLOCK) {
+    const int64_t count = std::min(BLOCK, step.rows - first);
+    row_blocks_.push_back({first, count, plan_block(step, first, count)});
+  }
+}
+
+void Model::reserve(const Step& step) {
+  const int64_t rows = std::min(BLOCK, std::max<int64_t>(step.rows, 1));
+  const int64_t heads = config_.heads * config_.head_dim, kv = config_.kv_heads * config_.head_dim;
+  int64_t width = 0, context = 0;
+  for (const RowBlock& block : row_blocks_) width = std::max(width, block.plan.width);
+  for (int64_t r = 0; r < step.rows; r++) context = std::max(context, step.positions[r] + 1);
+  const bool half = any_half_ || width > 0;
+  stream_.reserve(step.rows * config_.hidden);
+  qkv_.reserve(rows * (whole_tiles(heads) + 2 * whole_tiles(kv)));
+  query_.reserve(rows * heads);
+  seen_.reserve(rows * heads);
+  normed_.reserve(rows, config_.hidden, any_codes_, half);
+  attended_.reserve(rows, heads, any_codes_, half);
+  gated_.reserve(rows, config_.intermediate, any_codes_, half);
+  for (auto& buffer : rank_products_) buffer.reserve(rows * width);
+  for (Local& local : local_) {
+    local.attention.reserve(context);
+    local.tile.reserve(rows * 2 * TILES * 16);
+    local.row.reserve(std::max({config_.hidden, heads, config_.head_dim}) + 16);
+  }
+}
+
+bool Model::site_used(const RowBlock& block, int64_t layer, int site) const {
+  for (const SlotRows& slot : block.plan.slots)
+    if (slots_[static_cast<size_t>(slot.slot)][layer * SITES + site].rank > 0) return true;
+  return false;
+}
+
+void Model::shrink_all(int64_t layer, const RowBlock& block, const std::vector<int>& sites, const Activations& x,
+                       int64_t in) {
+  if (!block.plan.any()) return;
+  const int64_t started = now();
+  plan_shrink(block.plan, slots_, layer, sites, shrink_tasks_);
+  pool_.run(static_cast<int>(shrink_tasks_.size()), [&](int piece, int) {
+    const ShrinkTask& task = shrink_tasks_[static_cast<size_t>(piece)];
+    const SlotRows& slot = block.plan.slots[static_cast<size_t>(task.slot)];
+    const LoraSite& site = slots_[static_cast<size_t>(slot.slot)][layer * SITES + task.site];
+    shrink(site, slot, task.first, task.last, x.half.get(), x.padded, in, products_of(task.site), block.plan.width);
+  });
+  clock(SHRINK, started);
+}
+
+// ---- linears --------------------------------------------------------------------------------------------------
+
+void Model::product_piece(int64_t layer, const RowBlock& block, const Activations& x, const Target& target,
+                          int64_t first, int64_t last, int thread) {
+  const Matrix& w = *target.w;
+  const int64_t column = first * 16, columns = std::min(last * 16, w.n) - column;
+  const bool lora = target.site < SITES && block.plan.any() && site_used(block, layer, target.site);
+  const int64_t at = layer * SITES + target.site;
+  if (lora) prefetch_expand(block.plan, slots_, at, column, columns, w.n);
+  // Whole tiles may be written in place; sums with what is there already go through the thread's own tile.
+  const bool direct = !target.add && last * 16 <= target.stride;
+  float* y = direct ? target.out + column : local_[static_cast<size_t>(thread)].tile.get();
+  const int64_t stride = direct ? target.stride : TILES * 16;
+  multiply(w, first, last, x, block.count, y, stride);
+  if (w.bias)
+    for (int64_t r = 0; r < block.count; r++) add_row(y + r * stride, w.bias + column, columns);
+  if (lora) expand(block.plan, slots_, at, products_of(target.site), y, stride, column, columns, w.n);
+  if (direct) return;
+  for (int64_t r = 0; r < block.count; r++) {
+    float* to = target.out + r * target.stride + column;
+    target.add ? add_row(to, y + r * stride, columns) : copy_row(to, y + r * stride, columns);
+  }
+}
+
+void Model::products(int64_t layer, const RowBlock& block, const Activations& x, const std::vector<Target>& targets) {
+  std::array<int64_t, 4> start{};
+  for (size_t i = 0; i < targets.size(); i++)
+    start[i + 1] = start[i] + (targets[i].w->tiles() + TILES - 1) / TILES;
+  pool_.run(static_cast<int>(start[targets.size()]), [&](int piece, int thread) {
+    size_t i = 0;
+    while (piece >= start[i + 1]) i++;
+    const int64_t first = (piece - start[i]) * TILES;
+    product_piece(layer, block, x, targets[i], first, std::min(first + TILES, targets[i].w->tiles()), thread);
+  });
+}
+
+// silu(gate) * up, 32 columns of each at a time, given on as quantized activations.
+void Model::gate_up(int64_t layer, const RowBlock& block) {
+  const Matrix& gate = layers_[static_cast<size_t>(layer)].site[GATE];
+  const Matrix& up = layers_[static_cast<size_t>(layer)].site[UP];
+  const bool lora[2] = {block.plan.any() && site_used(block, layer, GATE),
+                        block.plan.any() && site_used(block, layer, UP)};
+  constexpr int64_t WIDE = TILES * 16;
+  pool_.run(static_cast<int>((gate.tiles() + TILES - 1) / TILES), [&](int piece, int thread) {
+    const int64_t first = piece * TILES, last = std::min(first + TILES, gate.tiles());
+    const int64_t column = first * 16, columns = std::min(last * 16, gate.n) - column;
+    float* y = local_[static_cast<size_t>(thread)].tile.get();
+    for (int side = 0; side < 2; side++) {
+      const Matrix& w = side == 0 ? gate : up;
+      const int site = side == 0 ? GATE : UP;
+      const int64_t at = layer * SITES + site;
+      float* to = y + side * WIDE;
+      if (lora[side]) prefetch_expand(block.plan, slots_, at, column, columns, w.n);
+      multiply(w, first, last, normed_, block.count, to, 2 * WIDE);
+      if (w.bias)
+        for (int64_t r = 0; r < block.count; r++) add_row(to + r * 2 * WIDE, w.bias + column, columns);
+      if (lora[side])
+        expand(block.plan, slots_, at, products_of(site), to, 2 * WIDE, column, columns, w.n);
+    }
+    for (int64_t r = 0; r < block.count; r++) {
+      float* g = y + r * 2 * WIDE;
+      for (int64_t c = 0; c < WIDE; c += 16)
+        _mm512_storeu_ps(g + c, _mm512_mul_ps(silu(_mm512_loadu_ps(g + c)), _mm512_loadu_ps(g + WIDE + c)));
+      gated_.set(r, column, column + columns, g);
+    }
+  });
+}
+
+void Model::norm_rows(int64_t first, int64_t count, const float* weight, Activations& to) {
+  const int pieces = static_cast<int>((count + ROWS - 1) / ROWS);
+  pool_.run(pieces, [&](int piece, int thread) {
+    float* scratch = local_[static_cast<size_t>(thread)].row.get();
+    for (int64_t r = piece * ROWS; r < std::min<int64_t>(count, (piece + 1) * ROWS); r++) {
+      rms_norm(stream_.get() + (first + r) * config_.hidden, weight, config_.hidden, static_cast<float>(config_.eps),
+               scratch);
+      to.set(r, 0, config_.hidden, scratch);
+    }
+  });
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------
+
+// A KV head of a row, with the query heads that share it: norms, positions, and the cache.
+void Model::rotate_and_write(const Step& step, int64_t layer, const RowBlock& block, int64_t row, int64_t head) {
+  const int64_t dim = config_.head_dim, group = config_.heads / config_.kv_heads;
+  const int64_t heads = config_.heads * dim, kv = config_.kv_heads * dim;
+  const int64_t stride = whole_tiles(heads) + 2 * whole_tiles(kv);
+  const Layer& l = layers_[static_cast<size_t>(layer)];
+  float* q = qkv_.get() + row * stride;
+  float* k = q + whole_tiles(heads) + head * dim;
+  float* v = q + whole_tiles(heads) + whole_tiles(kv) + head * dim;
+  const int64_t position = step.positions[block.first + row];
+  const float* cosine = cosine_ + position * (dim / 2);
+  const float* sine = sine_ + position * (dim / 2);
+  const auto eps = static_cast<float>(config_.eps);
+  for (int64_t h = head * group; h < (head + 1) * group; h++) {
+    float* x = q + h * dim;
+    if (l.q_norm) rms_norm(x, l.q_norm, dim, eps, x);
+    if (l.rope) rotate(x, cosine, sine, dim);
+    uint16_t* to = query_.get() + row * heads + h * dim;
+    for (int64_t i = 0; i < dim; i += 16) {
+      const __mmask16 mask = first_lanes(dim - i);
+      _mm256_mask_storeu_epi16(to + i, mask, float_to_bf16(_mm512_maskz_loadu_ps(mask, x + i)));
+    }
+  }
+  if (l.k_norm) rms_norm(k, l.k_norm, dim, eps, k);
+  if (l.rope) rotate(k, cosine, sine, dim);
+  const int32_t s = row_sequence_[static_cast<size_t>(block.first + row)];
+  const int32_t* table = step.blocks + s * step.table_width;
+  const bool last = block.first + row + 1 == step.row_start[s + 1];
+  write_token(cache_of(layer), table[position / block_size_], head, position % block_size_, k, v, last);
+}
+
+// Rows first..last of a sequence, the queries of one KV head; what they see is left in `attended_` too where a head
+// is a whole number of its groups.
+void Model::attend_rows(const Step& step, int64_t layer, const RowBlock& block, int64_t sequence, int64_t head,
+                        int64_t first, int64_t last, int thread) {
+  const int64_t dim = config_.head_dim, group = config_.heads / config_.kv_heads, heads = config_.heads * dim;
+  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)));
+  const int32_t* table = step.blocks + sequence * step.table_width;
+  const int64_t count = (last - first) * group;
+  for (int64_t i = 0; i < count; i += QUERIES) {
+    const int some = static_cast<int>(std::min<int64_t>(QUERIES, count - i));
+    const uint16_t* q[QUERIES];
+    int64_t position[QUERIES];
+    float* out[QUERIES];
+    for (int n = 0; n < some; n++) {
+      const int64_t row = first + (i + n) / group, h = head * group + (i + n) % group;
+      q[n] = query_.get() + row * heads + h * dim;
+      position[n] = step.positions[block.first + row];
+      out[n] = seen_.get() + row * heads + h * dim;
+    }
+    attend(cache_of(layer), table, head, some, q, position, scale, local_[static_cast<size_t>(thread)].attention, out);
+  }
+  if (dim % GROUP) return;
+  for (int64_t r = first; r < last; r++) {
+    const int64_t from = head * group * dim, to = from + group * dim;
+    attended_.set(r, from, to, seen_.get() + r * heads + from);
+  }
+}
+
+void Model::attention(const Step& step, int64_t layer, const RowBlock& block) {
+  struct Task {
+    int32_t sequence, first, last;
+  };
+  constexpr int32_t EACH = 8;
+  thread_local std::vector<Task> tasks;
+  tasks.clear();
+  bool single = true;  // no row reads what another of this block writes
+  const int64_t kv_heads = config_.kv_heads;
+  for (int64_t row = 0; row < block.count;) {
+    const int32_t s = row_sequence_[static_cast<size_t>(block.first + row)];
+    const int64_t end = std::min<int64_t>(block.count, step.row_start[s + 1] - block.first);
+    single = single && end == row + 1;
+    for (; row < end; row += EACH)
+      tasks.push_back({s, static_cast<int32_t>(row), static_cast<int32_t>(std::min<int64_t>(end, row + EACH))});
+    row = end;
+  }
+  if (!single)
+    pool_.run(static_cast<int>((block.count + ROWS - 1) / ROWS), [&](int piece, int) {
+      for (int64_t r = piece * ROWS; r < std::min<int64_t>(block.count, (piece + 1) * ROWS); r++)
+        for (int64_t head = 0; head < kv_heads; head++) rotate_and_write(step, layer, block, r, head);
+    });
+  // The longest walks last in a chunk come first: threads then end together.
+  const auto* all = tasks.data();
+  const auto pieces = static_cast<int64_t>(tasks.size()) * kv_heads;
+  pool_.run(static_cast<int>(pieces), [&](int piece, int thread) {
+    const Task& task = all[piece / kv_heads];
+    const int64_t head = piece % kv_heads;
+    if (single) rotate_and_write(step, layer, block, task.first, head);
+    attend_rows(step, layer, block, task.sequence, head, task.first, task.last, thread);
+  });
+  if (config_.head_dim % GROUP == 0) return;
+  const int64_t heads = config_.heads * config_.head_dim;
+  pool_.run(static_cast<int>((block.count + ROWS - 1) / ROWS), [&](int piece, int) {
+    for (int64_t r = piece * ROWS; r < std::min<int64_t>(block.count, (piece + 1) * ROWS); r++)
+      attended_.set(r, 0, heads, seen_.get() + r * heads);
+  });
+}
+
+// ---- the step -------------------------------------------------------------------------------------------------
+
+void Model::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
+  const Layer& l = layers_[static_cast<size_t>(layer)];
+  const int64_t heads = config_.heads * config_.head_dim, kv = config_.kv_heads * config_.head_dim;
+  const int64_t stride = whole_tiles(heads) + 2 * whole_tiles(kv);
+  float* stream = stream_.get() + block.first * config_.hidden;
+  int64_t t = now();
+
+  norm_rows(block.first, block.count, l.input_norm, normed_);
+  t = clock(NORM, t);
+  shrink_all(layer, block, {Q, K, V}, normed_, config_.hidden);
+  t = now();
+  products(layer, block, normed_,
+           {{&l.site[Q], Q, qkv_.get(), stride, false},
+            {&l.site[K], K, qkv_.get() + whole_tiles(heads), stride, false},
+            {&l.site[V], V, qkv_.get() + whole_tiles(heads) + whole_tiles(kv), stride, false}});
+  t = clock(QKV, t);
+  attention(step, layer, block);
+  t = clock(ATTENTION, t);
+  shrink_all(layer, block, {O}, attended_, heads);
+  t = now();
+  products(layer, block, attended_, {{&l.site[O], O, stream, config_.hidden, true}});
+  t = clock(OUT, t);
+
+  norm_rows(block.first, block.count, l.post_norm, normed_);
+  t = clock(NORM, t);
+  shrink_all(layer, block, {GATE, UP}, normed_, config_.hidden);
+  t = now();
+  gate_up(layer, block);
+  t = clock(GATE_UP, t);
+  shrink_all(layer, block, {DOWN}, gated_, config_.intermediate);
+  t = now();
+  products(layer, block, gated_, {{&l.site[DOWN], DOWN, stream, config_.hidden, true}});
+  clock(DOWN_PROJ, t);
+}
+
+void Model::head(const Step& step) {
+  constexpr int64_t EACH = 8;  // tiles: the table is long
+  const int64_t tiles = head_.tiles();
+  for (int64_t first = 0; first < step.logit_count; first += BLOCK) {
+    const int64_t count = std::min(BLOCK, step.logit_count - first);
+    normed_.reserve(count, config_.hidden, head_.scheme != NONE, head_.scheme == NONE);
+    for (Local& local : local_) local.tile.reserve(count * EACH * 16);
+    pool_.run(static_cast<int>((count + ROWS - 1) / ROWS), [&](int piece, int thread) {
+      float* scratch = local_[static_cast<size_t>(thread)].row.get();
+      for (int64_t r = piece * ROWS; r < std::min<int64_t>(count, (piece + 1) * ROWS); r++) {
+        rms_norm(stream_.get() + step.logit_rows[first + r] * config_.hidden, norm_, config_.hidden,
+                 static_cast<float>(config_.eps), scratch);
+        normed_.set(r, 0, config_.hidden, scratch);
+      }
+    });
+    pool_.run(static_cast<int>((tiles + EACH - 1) / EACH), [&](int piece, int thread) {
+      const int64_t tile = piece * EACH, last = std::min(tile + EACH, tiles);
+      float* to = step.logits + first * config_.vocab + tile * 16;
+      if (last * 16 <= config_.vocab) {
+        multiply(head_, tile, last, normed_, count, to, config_.vocab);
+        return;
+      }
+      float* y = local_[static_cast<size_t>(thread)].tile.get();
+      multiply(head_, tile, last, normed_, count, y, EACH * 16);
+      for (int64_t r = 0; r < count; r++) copy_row(to + r * config_.vocab, y + r * EACH * 16, config_.vocab - tile * 16);
+    });
+  }
+}
+
+void Model::run(const Step& step) {
+  std::lock_guard<std::mutex> turn(pool_.turn);
+  int64_t t = now();
+  plan(step);
+  reserve(step);
+  pool_.run(static_cast<int>((step.rows + ROWS - 1) / ROWS), [&](int piece, int) {
+    for (int64_t r = piece * ROWS; r < std::min<int64_t>(step.rows, (piece + 1) * ROWS); r++)
+      dequantize_row(embed_, step.tokens[r], stream_.get() + r * config_.hidden);
+  });
+  clock(PLAN, t);
+  for (int64_t layer = 0; layer < config_.layers; layer++)
+    for (const RowBlock& block : row_blocks_) run_layer(step, layer, block);
+  t = now();
+  head(step);
+  clock(HEAD, t);
+}
+
+}  // namespace loramux

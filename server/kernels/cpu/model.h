@@ -1,0 +1,108 @@
+// One step of a decoder of the Llama family: the C++ twin of server/model/decoder.py, over packed weights, KV blocks
+// and slots. Holds pointers into what Python keeps alive, and work buffers of its own.
+#pragma once
+#include "target.h"
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+#include "gemm.h"
+#include "kernels.h"
+#include "lora.h"
+#include "pool.h"
+
+namespace loramux {
+
+int64_t cache_halves(const Config& config, int64_t block_size);  // bf16 values of one block of one layer
+int64_t first_largest(const float* x, int64_t n);
+float log_sum_exp(const float* x, int64_t n);
+
+class Model {
+ public:
+  enum Phase { NORM, QKV, ATTENTION, OUT, GATE_UP, DOWN_PROJ, SHRINK, HEAD, PLAN, PHASES };
+
+  Model(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,
+        Pool& pool);
+
+  void set_cache(uint16_t* cache, int64_t blocks, int64_t block_size, const float* cosine, const float* sine);
+  void set_slot(int64_t slot, const LoraSite* sites);
+  void run(const Step& step);
+  int64_t work_bytes() const;
+  void take_times(int64_t* out);
+
+ private:
+  // Rows that go through a layer together: few enough that what passes between phases stays in cache.
+  static constexpr int64_t BLOCK = 256;
+
+  struct RowBlock {
+    int64_t first, count;
+    LoraPlan plan;
+  };
+
+  // What one product does with its result.
+  struct Target {
+    const Matrix* w;
+    int site;
+    float* out;  // [rows, stride]
+    int64_t stride;
+    bool add;
+  };
+
+  void plan(const Step& step);
+  LoraPlan plan_block(const Step& step, int64_t first, int64_t count) const;
+  void reserve(const Step& step);
+  void run_layer(const Step& step, int64_t layer, const RowBlock& block);
+  void norm_rows(int64_t first, int64_t count, const float* weight, Activations& to);
+  void norm_row(const float* x, const float* weight, int64_t row, Activations& to, float* scratch);
+  void shrink_all(int64_t layer, const RowBlock& block, const std::vector<int>& sites, const Activations& x,
+                  int64_t in);
+  void products(int64_t layer, const RowBlock& block, const Activations& x, const std::vector<Target>& targets);
+  void product_piece(int64_t layer, const RowBlock& block, const Activations& x, const Target& target, int64_t first,
+                     int64_t last, int thread);
+  void gate_up(int64_t layer, const RowBlock& block);
+  void rotate_and_write(const Step& step, int64_t layer, const RowBlock& block, int64_t row, int64_t head);
+  void attention(const Step& step, int64_t layer, const RowBlock& block);
+  void attend_rows(const Step& step, int64_t layer, const RowBlock& block, int64_t sequence, int64_t head,
+                   int64_t first, int64_t last, int thread);
+  void head(const Step& step);
+  bool site_used(const RowBlock& block, int64_t layer, int site) const;
+  float* products_of(int site) { return rank_products_[static_cast<size_t>(site)].get(); }
+  Cache cache_of(int64_t layer) const;
+  int64_t clock(Phase phase, int64_t since);
+
+  const Config config_;
+  const std::vector<Layer> layers_;
+  const Matrix embed_, head_;
+  const float* const norm_;
+  Pool& pool_;
+  std::vector<std::vector<LoraSite>> slot_sites_;
+  std::vector<const LoraSite*> slots_;  // [slot] -> [layer][site]
+  std::vector<int64_t> slot_rank_;      // the highest of a slot's ranks
+  bool any_half_ = false;               // some linear wants bf16 activations
+  bool any_codes_ = false;
+
+  uint16_t* cache_ = nullptr;
+  int64_t blocks_ = 0, block_size_ = 16;
+  const float* cosine_ = nullptr;
+  const float* sine_ = nullptr;
+
+  std::vector<RowBlock> row_blocks_;
+  std::vector<int32_t> row_sequence_;
+  std::vector<ShrinkTask> shrink_tasks_;
+  Buffer<float> stream_;  // [rows][hidden]
+  Buffer<float> qkv_;     // [block][q | k | v], each padded to whole tiles
+  Buffer<uint16_t> query_;
+  Buffer<float> seen_;  // attention's result [block][heads * dim]
+  std::array<Buffer<float>, SITES> rank_products_;
+  Activations normed_, attended_, gated_;
+  struct Local {
+    AttentionScratch attention;
+    Buffer<float> tile, row;
+  };
+  std::vector<Local> local_;
+  std::array<int64_t, PHASES> times_{};
+};
+
+}  // namespace loramux

@@ -1,0 +1,133 @@
+"""The layout `vnni-1`: a matrix in tiles of 16 rows, as kernels.h describes it, and back.
+
+Owns the permutations, both ways, and the pointers to a packed matrix. What codes mean is kernels/stored.py's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from server.kernels.cpu import bindings
+from server.kernels.stored import NF4, unpack_nibbles
+from server.kernels.weight import Weight
+
+LAYOUT = "vnni-1"
+TILE = 16
+GROUP = 32
+"""Inputs that share the scale of a quantized activation, so groups of weights are whole multiples of it."""
+_SCHEMES = {"int4": bindings.INT4, "nf4": bindings.NF4, "int8": bindings.INT8, "none": bindings.NONE}
+
+
+def pack(stored: Weight) -> Weight:
+    """The stored matrix in this layout. Raises ValueError for a group that is no multiple of 32."""
+    if stored.scheme == "none":
+        return _packed(stored, {"codes": _pack_values(stored.tensors["codes"])})
+    if stored.group % GROUP or stored.shape[1] % stored.group:
+        raise ValueError(
+            f"the native kernels take groups that are a multiple of {GROUP} and divide the inputs, "
+            f"not {stored.group} for {stored.shape[1]} inputs"
+        )
+    codes = stored.tensors["codes"]
+    tensors = {"codes": _pack_bytes(codes) if stored.scheme == "int8" else _pack_nibbles(codes)}
+    names = ("scale", "zero") if stored.scheme == "int4" else ("scale",)
+    if stored.double_quantized:
+        for name in names:
+            tensors[f"{name}_codes"] = _tiled(stored.tensors[f"{name}_codes"])
+            tensors[f"{name}_step"] = stored.tensors[f"{name}_step"].contiguous()
+            tensors[f"{name}_base"] = stored.tensors[f"{name}_base"].contiguous()
+    elif stored.scheme == "int4":
+        tensors["scale"] = torch.stack([_tiled(stored.tensors[name]) for name in names], 2)
+    else:
+        tensors["scale"] = _tiled(stored.tensors["scale"])
+    return _packed(stored, tensors)
+
+
+def dequantize(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Rows `start` to `stop` of a packed matrix as float32 [rows, in], those of the stored form bit for bit."""
+    out, width = weight.shape
+    stop = out if stop is None else min(stop, out)
+    if stop <= start:
+        return torch.empty(0, width)
+    tiles = slice(start // TILE, -(-stop // TILE))
+    rows = slice(start - tiles.start * TILE, stop - tiles.start * TILE)
+    codes = weight.tensors["codes"][tiles]
+    if weight.scheme == "none":
+        return codes.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[rows, :width].float()
+    if weight.scheme == "int8":
+        values = codes.permute(0, 3, 1, 2, 4).reshape(-1, width)[rows].float().sub_(128)
+    else:
+        halves = torch.stack((codes & 15, codes >> 4), 3)  # [tiles, groups, 4, 2, 16, 4]
+        levels = halves.permute(0, 4, 1, 2, 3, 5).reshape(-1, width)[rows]
+        values = NF4[levels.int()] if weight.scheme == "nf4" else levels.float()
+    grouped = values.view(stop - start, width // weight.group, weight.group)
+    grouped *= _group_values(weight, "scale", tiles)[rows].float()[:, :, None]
+    if weight.scheme == "int4":
+        grouped += _group_values(weight, "zero", tiles)[rows].float()[:, :, None]
+    return values
+
+
+def matrix(weight: Weight, bias: torch.Tensor | None = None) -> bindings.Matrix:
+    """Pointers to a packed matrix and its float32 bias [out]; both must outlive whatever uses it."""
+    if weight.layout != LAYOUT:
+        raise ValueError(f"a matrix in the layout {weight.layout!r} was not packed for the native kernels")
+    described = bindings.Matrix(n=weight.shape[0], k=weight.shape[1], scheme=_SCHEMES[weight.scheme])
+    described.group = weight.group
+    for name, tensor in weight.tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"the packed tensor {name} is not contiguous")
+        setattr(described, name, tensor.data_ptr())
+    if bias is not None:
+        described.bias = bias.data_ptr()
+    return described
+
+
+def _packed(stored: Weight, tensors: dict[str, torch.Tensor]) -> Weight:
+    return Weight(stored.scheme, LAYOUT, stored.shape, stored.group, tensors)
+
+
+def _padded_rows(t: torch.Tensor) -> torch.Tensor:
+    """[out, n] with zeros below, to a whole number of tiles."""
+    missing = -t.shape[0] % TILE
+    return torch.cat((t, t.new_zeros(missing, t.shape[1]))) if missing else t
+
+
+def _tiled(values: torch.Tensor) -> torch.Tensor:
+    """[out, groups] -> [tiles, groups, 16]."""
+    return _padded_rows(values).view(-1, TILE, values.shape[1]).transpose(1, 2).contiguous()
+
+
+def _pack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [out, in/2] -> uint8 [tiles, in/32, 4, 16, 4]."""
+    codes = unpack_nibbles(_padded_rows(packed))
+    split = codes.view(-1, TILE, codes.shape[1] // GROUP, 4, 2, 4).permute(4, 0, 2, 3, 1, 5)
+    return (split[0] | (split[1] << 4)).contiguous()
+
+
+def _pack_bytes(codes: torch.Tensor) -> torch.Tensor:
+    """int8 [out, in] -> uint8 [tiles, in/32, 8, 16, 4], 128 added."""
+    shifted = _padded_rows(codes).view(torch.uint8) ^ 128
+    return shifted.view(-1, TILE, codes.shape[1] // GROUP, 8, 4).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def _pack_values(values: torch.Tensor) -> torch.Tensor:
+    """Floats [out, in] -> bf16 [tiles, padded in / 2, 16, 2]."""
+    rows = _padded_rows(values.bfloat16())
+    missing = -rows.shape[1] % GROUP
+    if missing:
+        rows = torch.cat((rows, rows.new_zeros(rows.shape[0], missing)), 1)
+    return rows.view(-1, TILE, rows.shape[1] // 2, 2).transpose(1, 2).contiguous()
+
+
+def _group_values(weight: Weight, name: str, tiles: slice) -> torch.Tensor:
+    """float16 [rows of the tiles, groups]."""
+    if not weight.double_quantized:
+        tiled = weight.tensors["scale"][tiles]
+        if weight.scheme == "int4":
+            tiled = tiled[:, :, 0 if name == "scale" else 1]
+        return tiled.transpose(1, 2).flatten(0, 1)
+    codes = weight.tensors[f"{name}_codes"][tiles]  # [tiles, groups, 16]
+    columns = torch.arange(codes.shape[1]) // TILE
+    values = codes.float()
+    values *= weight.tensors[f"{name}_step"][tiles][:, columns, None]
+    values += weight.tensors[f"{name}_base"][tiles][:, columns, None]
+    return values.half().transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,124 @@
+#include "pool.h"
+
+#include <algorithm>
+#include <sched.h>
+
+namespace loramux {
+namespace {
+
+// Long enough to bridge the gap between two phases and the short ones that a single thread runs, short enough that
+// an idle server burns nothing that shows.
+constexpr int SPINS_BEFORE_PARKING = 20000;
+constexpr int SPINS_BEFORE_YIELDING = 4000;
+
+uint64_t pack(uint32_t epoch, int first, int last) {
+  return static_cast<uint64_t>(epoch) << 32 | static_cast<uint64_t>(first) << 16 | static_cast<uint64_t>(last);
+}
+
+inline void pause() { __builtin_ia32_pause(); }
+
+}  // namespace
+
+Pool::Pool(int threads) : ranges_(static_cast<size_t>(std::max(threads, 1))) {
+  for (int t = 1; t < threads; t++) workers_.emplace_back([this, t] { work(t); });
+}
+
+Pool::~Pool() {
+  {
+    std::lock_guard<std::mutex> lock(park_);
+    stopping_.store(true);
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+void Pool::run_erased(int n, Function function, void* context) {
+  constexpr int MOST = 0xffff;  // a range's ends have 16 bits
+  if (n > MOST) {
+    struct Part {
+      Function function;
+      void* context;
+      int stride;
+      int n;
+    } part{function, context, (n + MOST - 1) / MOST, n};
+    auto several = [](void* p, int piece, int thread) {
+      auto* part = static_cast<Part*>(p);
+      const int end = std::min(part->n, (piece + 1) * part->stride);
+      for (int i = piece * part->stride; i < end; i++) part->function(part->context, i, thread);
+    };
+    run_erased((n + part.stride - 1) / part.stride, several, &part);
+    return;
+  }
+  const int count = threads();
+  const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
+  // Safe to overwrite: every piece of the last phase is done, so no thread can still claim one with this pair.
+  function_.store(function, std::memory_order_relaxed);
+  context_.store(context, std::memory_order_relaxed);
+  pending_.store(n, std::memory_order_relaxed);
+  for (int t = 0; t < count; t++) {
+    const int first = static_cast<int>(static_cast<int64_t>(n) * t / count);
+    const int last = static_cast<int>(static_cast<int64_t>(n) * (t + 1) / count);
+    ranges_[t].word.store(pack(epoch, first, last), std::memory_order_release);
+  }
+  epoch_.store(epoch, std::memory_order_seq_cst);
+  if (parked_.load(std::memory_order_seq_cst) > 0) {
+    std::lock_guard<std::mutex> lock(park_);
+    wake_.notify_all();
+  }
+  take_part(0, epoch);
+  for (int spins = 0; pending_.load(std::memory_order_acquire) != 0; spins++) {
+    if (spins < SPINS_BEFORE_YIELDING)
+      pause();
+    else
+      sched_yield();
+  }
+}
+
+bool Pool::take_part(int thread, uint32_t epoch) {
+  const int count = threads();
+  bool any = false;
+  for (int turn = 0; turn < count; turn++) {
+    auto& range = ranges_[(thread + turn) % count].word;
+    uint64_t word = range.load(std::memory_order_acquire);
+    for (;;) {
+      if (static_cast<uint32_t>(word >> 32) != epoch) return any;
+      const int first = static_cast<int>(word >> 16 & 0xffff);
+      const int last = static_cast<int>(word & 0xffff);
+      if (first >= last) break;
+      const int piece = turn == 0 ? first : last - 1;
+      const uint64_t rest = turn == 0 ? pack(epoch, first + 1, last) : pack(epoch, first, last - 1);
+      const Function function = function_.load(std::memory_order_relaxed);
+      void* const context = context_.load(std::memory_order_relaxed);
+      if (!range.compare_exchange_weak(word, rest, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+      function(context, piece, thread);
+      pending_.fetch_sub(1, std::memory_order_acq_rel);
+      any = true;
+      word = range.load(std::memory_order_acquire);
+    }
+  }
+  return any;
+}
+
+void Pool::work(int thread) {
+  uint32_t seen = 0;
+  for (;;) {
+    int spins = 0;
+    uint32_t epoch;
+    while ((epoch = epoch_.load(std::memory_order_acquire)) == seen) {
+      if (stopping_.load(std::memory_order_relaxed)) return;
+      if (++spins < SPINS_BEFORE_PARKING) {
+        pause();
+        continue;
+      }
+      std::unique_lock<std::mutex> lock(park_);
+      parked_.fetch_add(1, std::memory_order_seq_cst);
+      wake_.wait(lock, [&] { return stopping_.load() || epoch_.load(std::memory_order_seq_cst) != seen; });
+      parked_.fetch_sub(1, std::memory_order_seq_cst);
+      spins = 0;
+    }
+    seen = epoch;
+    take_part(thread, epoch);
+  }
+}
+
+}  // namespace loramux

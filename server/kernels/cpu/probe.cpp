@@ -1,0 +1,16 @@
+// Says whether the kernels can run here. Compiled for any x86-64, and for other machines, so that asking is safe.
+
+extern "C" const char* loramux_missing() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+      !__builtin_cpu_supports("avx512vl"))
+    return "the processor has no AVX-512 (F, BW, DQ, VL)";
+  if (!__builtin_cpu_supports("avx512vnni")) return "the processor has no AVX512-VNNI";
+  if (!__builtin_cpu_supports("avx512bf16")) return "the processor has no AVX512-BF16";
+  if (!__builtin_cpu_supports("avx512vbmi")) return "the processor has no AVX512-VBMI";
+  return nullptr;
+#else
+  return "the processor is not an x86-64";
+#endif
+}

@@ -1,0 +1,130 @@
+"""The native kernels' packed layouts and products, against the stored layout and float64 products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from server.kernels import cpu
+from server.kernels.stored import dequantize_stored
+from server.kernels.weight import Weight
+from server.model.quantization import quantize
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native kernels: {cpu.unavailable()}")
+
+SCHEMES = [
+    ("int4", 32, False),
+    ("int4", 64, False),
+    ("int4", 96, False),
+    ("int4", 64, True),
+    ("int4", 32, True),
+    ("nf4", 64, False),
+    ("nf4", 64, True),
+    ("int8", 32, False),
+    ("none", 0, False),
+]
+SHAPES = [(16, 192), (48, 576), (49, 384), (7, 192), (130, 1536)]
+
+
+def stored(scheme: str, group: int, double: bool, out: int, width: int) -> Weight:
+    torch.manual_seed(out * width + group)
+    values = torch.randn(out, width) * 0.05 + 0.01
+    if scheme == "none":
+        values = values.bfloat16()
+    return quantize(values, scheme, group or 64, double)
+
+
+@pytest.mark.parametrize(("scheme", "group", "double"), SCHEMES)
+@pytest.mark.parametrize(("out", "width"), SHAPES)
+def test_packing_gives_back_the_stored_values(scheme: str, group: int, double: bool, out: int, width: int) -> None:
+    kept = stored(scheme, group, double, out, width)
+    packed = cpu.Native().pack(kept)
+    expected = dequantize_stored(kept)
+    assert torch.equal(cpu.Native().dequantize(packed), expected)
+    assert torch.equal(cpu.Native().dequantize(packed, 3, out - 2), expected[3 : out - 2])
+    assert torch.equal(cpu.Native().dequantize(packed, 5, 5), expected[5:5])
+
+
+@pytest.mark.parametrize(("scheme", "group", "double"), SCHEMES)
+def test_embedding_rows_are_the_stored_rows(scheme: str, group: int, double: bool) -> None:
+    kept = stored(scheme, group, double, 49, 384)
+    ids = torch.tensor([0, 48, 15, 16, 16, 31])
+    assert torch.equal(cpu.Native().embed(cpu.Native().pack(kept), ids), dequantize_stored(kept)[ids])
+
+
+def test_an_id_beyond_the_table_is_refused() -> None:
+    packed = cpu.Native().pack(stored("int8", 32, False, 49, 384))
+    with pytest.raises(IndexError):
+        cpu.Native().embed(packed, torch.tensor([49]))
+    with pytest.raises(IndexError):
+        cpu.Native().embed(packed, torch.tensor([-1]))
+
+
+@pytest.mark.parametrize(("scheme", "group", "double"), SCHEMES)
+@pytest.mark.parametrize(("out", "width"), SHAPES)
+@pytest.mark.parametrize("rows", [1, 3, 17, 300])
+def test_products_are_close_to_exact_ones(
+    scheme: str, group: int, double: bool, out: int, width: int, rows: int
+) -> None:
+    kept = stored(scheme, group, double, out, width)
+    x = torch.randn(rows, width)
+    exact = x.double() @ dequantize_stored(kept).double().t()
+    y = cpu.Native().linear(cpu.Native().pack(kept), x)
+    error = (y.double() - exact).norm() / exact.norm()
+    # Rounding to int8 in groups of 32 leaves about 6e-3; the levels of nf4 in 127ths add a little.
+    assert error < (1.2e-2 if scheme == "nf4" else 8e-3)
+
+
+@pytest.mark.parametrize(("scheme", "group", "double"), SCHEMES)
+def test_a_row_does_not_depend_on_its_batch(scheme: str, group: int, double: bool) -> None:
+    packed = cpu.Native().pack(stored(scheme, group, double, 49, 576))
+    x = torch.randn(300, 576)
+    together = cpu.Native().linear(packed, x)
+    for rows in (slice(0, 1), slice(5, 7), slice(11, 14), slice(298, 300), slice(40, 57)):
+        assert torch.equal(cpu.Native().linear(packed, x[rows]), together[rows])
+
+
+def test_products_are_exact_where_activations_are() -> None:
+    """Activations that int8 holds exactly leave nothing but the rounding of float32 sums."""
+    kept = stored("int4", 32, False, 49, 192)
+    x = torch.randint(-127, 128, (9, 192)).float()
+    x[:, ::32] = 127.0
+    exact = x.double() @ dequantize_stored(kept).double().t()
+    y = cpu.Native().linear(cpu.Native().pack(kept), x)
+    assert torch.allclose(y.double(), exact, rtol=1e-5, atol=1e-3)
+
+
+def test_a_row_that_is_not_finite_stays_alone() -> None:
+    packed = cpu.Native().pack(stored("int4", 32, False, 48, 192))
+    x = torch.randn(8, 192)
+    clean = cpu.Native().linear(packed, x)
+    x[2, 40] = float("nan")
+    x[5, 3] = float("inf")
+    y = cpu.Native().linear(packed, x)
+    assert y[2].isnan().all()
+    assert not y[5].isfinite().any()
+    others = [0, 1, 3, 4, 6, 7]
+    assert torch.equal(y[others], clean[others])
+
+
+def test_zero_rows_and_tiny_values() -> None:
+    packed = cpu.Native().pack(stored("int4", 32, False, 48, 192))
+    assert torch.equal(cpu.Native().linear(packed, torch.zeros(2, 192)), torch.zeros(2, 48))
+    assert cpu.Native().linear(packed, torch.full((2, 192), 1e-38)).isfinite().all()
+    assert cpu.Native().linear(packed, torch.empty(0, 192)).shape == (0, 48)
+
+
+def test_a_group_that_the_kernels_do_not_take_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 32"):
+        cpu.Native().pack(stored("int4", 48, False, 16, 192))
+    unpacked = stored("int4", 32, False, 16, 192)
+    with pytest.raises(ValueError, match="not packed"):
+        cpu.Native().linear(unpacked, torch.randn(1, 192))
+
+
+def test_bfloat16_in_gives_bfloat16_out() -> None:
+    packed = cpu.Native().pack(stored("int4", 32, False, 48, 192))
+    x = torch.randn(4, 192).bfloat16()
+    y = cpu.Native().linear(packed, x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, cpu.Native().linear(packed, x.float()).bfloat16())
