@@ -23,10 +23,10 @@ from server.kernels.weight import STORED, Weight
 INT4PACK = "int4pack-1"
 GROUPS = (32, 64, 128, 256)
 """Group sizes that torch's 4-bit product takes."""
-PACKED_ROWS = 96
+PACKED_ROWS = 192
 """Rows of x up to which the 4-bit product is faster than dequantizing blocks and multiplying in bf16 (measured)."""
-BLOCK_BYTES = 2**20
-"""Bytes of dequantized weights at a time: about what a core's L2 cache holds."""
+BLOCK_BYTES = 2**22
+"""Bytes of dequantized weights, in float32, at a time: larger ones leave the cache, smaller ones cost more calls."""
 
 
 class Aten:
@@ -53,7 +53,8 @@ class Aten:
         if weight.layout == STORED:
             return dequantize_stored(weight, start, stop)
         stop = weight.shape[0] if stop is None else min(stop, weight.shape[0])
-        return _unpacked(weight, start, stop)
+        first = start // _tile_rows() * _tile_rows()
+        return _columns(weight, first, stop, torch.float32)[:, start - first :].t().contiguous()
 
     def prepare(self, weights: LoraWeights) -> LoraWeights:
         return prepared(weights, self.dtype)
@@ -68,8 +69,11 @@ class Aten:
         elif weight.scheme == "none" and weight.tensors["codes"].dtype == x.dtype:
             return F.linear(x, weight.tensors["codes"])
         y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-        for start, stop in _blocks(weight, x.dtype):
-            y[:, start:stop] = F.linear(x, self.dequantize(weight, start, stop).to(x.dtype))
+        for start, stop in _blocks(weight):
+            if weight.layout == INT4PACK:
+                y[:, start:stop] = x @ _columns(weight, start, stop, x.dtype)
+            else:
+                y[:, start:stop] = F.linear(x, dequantize_stored(weight, start, stop).to(x.dtype))
         return y
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
@@ -106,31 +110,43 @@ def _scales(weight: Weight) -> torch.Tensor:
     return torch.stack((scale.t(), offset.t()), -1).bfloat16()
 
 
-def _blocks(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-    """Ranges of rows whose dequantized form is about BLOCK_BYTES."""
+def _blocks(weight: Weight) -> Iterator[tuple[int, int]]:
+    """Ranges of rows whose dequantized form is about BLOCK_BYTES. They start at tiles."""
     out, width = weight.shape
-    step = max(64, BLOCK_BYTES // (dtype.itemsize * width) // 64 * 64)
+    step = max(64, BLOCK_BYTES // (4 * width) // 64 * 64)
     for start in range(0, out, step):
         yield start, min(start + step, out)
 
 
-def _unpacked(weight: Weight, start: int, stop: int) -> torch.Tensor:
-    """Rows of the layout `int4pack` as float32 [stop - start, in]."""
-    out, width = weight.shape
-    tile = _tile_rows()
-    codes = weight.tensors["codes"].view(-1)
-    parts = []
-    for first in range(start // tile * tile, stop, tile):
-        rows = min(tile, out - first)
-        packed = codes[first * width // 2 : (first + rows) * width // 2].view(width, rows // 2)
-        unordered = torch.cat((packed & 15, packed >> 4), 1)
-        parts.append(unordered[:, _tile_order(rows)])
-    skipped = start % tile
-    levels = torch.cat(parts, 1)[:, skipped : skipped + stop - start].float() - 8
-    scale, offset = _scales(weight)[:, start:stop].float().unbind(-1)
-    values = levels.view(-1, weight.group, stop - start)
-    values = values.mul_(scale[:, None]).add_(offset[:, None])
-    return values.view(width, stop - start).t().contiguous()
+def _columns(weight: Weight, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows `start` to `stop` of the layout `int4pack`, transposed: [in, stop - start].
+
+    `start` is a multiple of the tile. Each value is rounded to `dtype` once; in float32 it is exact.
+    """
+    width, tile = weight.shape[1], _tile_rows()
+    whole = (stop - start) // tile * tile
+    parts = [_tiles(weight, start, start + whole, tile, dtype)] if whole else []
+    if start + whole < stop:
+        last = min(start + whole + tile, weight.shape[0])
+        parts.append(_tiles(weight, start + whole, last, last - start - whole, dtype)[:, : stop - start - whole])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1) if parts else torch.empty(width, 0, dtype=dtype)
+
+
+def _tiles(weight: Weight, start: int, stop: int, tile: int, dtype: torch.dtype) -> torch.Tensor:
+    """`_columns` of rows that are packed in tiles of `tile` rows."""
+    width, group = weight.shape[1], weight.group
+    packed = weight.tensors["codes"].view(-1)[start * width // 2 : stop * width // 2].view(-1, width, tile // 2)
+    levels = torch.empty(len(packed), width, tile)
+    levels[..., : tile // 2] = packed & 15
+    levels[..., tile // 2 :] = packed >> 4
+    order = _tile_order(tile)
+    if order is not None:
+        levels = levels[..., order]
+    scales = _scales(weight)[:, start:stop].float().unflatten(1, (-1, tile)).permute(3, 1, 0, 2).contiguous()
+    grouped = levels.view(len(packed), -1, group, tile)
+    grouped.sub_(8).mul_(scales[0][:, :, None]).add_(scales[1][:, :, None])
+    out = torch.empty(width, len(packed), tile, dtype=dtype)
+    return out.copy_(levels.transpose(0, 1)).view(width, -1)
 
 
 @lru_cache
@@ -143,12 +159,16 @@ def _tile_rows() -> int:
 
 
 @lru_cache
-def _tile_order(rows: int) -> torch.Tensor:
-    """Where each of a tile's rows is among its low nibbles followed by its high ones. Found by packing row numbers."""
+def _tile_order(rows: int) -> torch.Tensor | None:
+    """Where each of a tile's rows is among its low nibbles followed by its high ones; None where they are in order.
+
+    Found by packing row numbers.
+    """
     number = torch.arange(rows, dtype=torch.int32)[:, None].expand(rows, 32)
-    parts = []
+    digits = []
     for digit in (number % 16, number // 16):
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(digit.contiguous(), 8).view(-1)
         packed = packed[: rows // 2]  # column 0
-        parts.append(torch.cat((packed & 15, packed >> 4)).long())
-    return (parts[0] + 16 * parts[1]).argsort()
+        digits.append(torch.cat((packed & 15, packed >> 4)).long())
+    found = digits[0] + 16 * digits[1]
+    return None if torch.equal(found, torch.arange(rows)) else found.argsort()
