@@ -1,0 +1,259 @@
+"""`/adapters`: what there is, and publishing, rolling back, retiring, pinning and composing it.
+
+Owns the two bodies of a registration, JSON and multipart. What an adapter must be is the registry's to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Header, Request, Response
+from fastapi import Path as PathParameter
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+
+from adapters import composition
+from adapters.errors import AdapterConflict, StoreFailed
+from adapters.peft_format import read_folder, save
+from adapters.ports import Published
+from server.api import schemas
+from server.api.generate import json_response
+from server.api.responses import errors
+from server.api.runtime import Parts, Ready, Running
+from server.errors import InvalidRequest
+from server.settings import Settings
+
+router = APIRouter(prefix="/adapters", tags=["adapters"])
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+OPTIONAL = ("README.md", "task.json")
+WRITE = errors(400, 404, 409, 412, 422, 500, 503, 507)
+
+Name = Annotated[str, PathParameter(max_length=64)]
+IfMatch = Annotated[str | None, Header(alias="if-match", max_length=160, description="the version it must have now")]
+B = TypeVar("B", bound=BaseModel)
+
+
+def _two_bodies(model: type[BaseModel], named: bool) -> dict[str, Any]:
+    """The request body of a registration for the OpenAPI document: JSON, or a multipart upload."""
+    file = {"type": "string", "format": "binary"}
+    properties: dict[str, Any] = {CONFIG: file, TENSORS: file} | dict.fromkeys(OPTIONAL, file)
+    required = [CONFIG, TENSORS]
+    if named:
+        properties["name"] = {"type": "string", "pattern": schemas.NAME_PATTERN}
+        required.append("name")
+    form = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    content = {"application/json": {"schema": model.model_json_schema()}, "multipart/form-data": {"schema": form}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+@router.get("", response_model=schemas.AdapterList, responses=errors(503))
+async def list_adapters(parts: Ready) -> dict[str, Any]:
+    """All adapters, and the folders that are not served with the reason."""
+    return {"adapters": parts.registry.list(), "rejected": parts.registry.rejected()}
+
+
+@router.get("/{name}", response_model=schemas.AdapterAnswer, responses=errors(404, 422, 503))
+async def get_adapter(name: Name, parts: Ready) -> Response:
+    """One adapter with its versions, the keys that were honoured, and its card."""
+    return describe(parts, name)
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=schemas.AdapterAnswer,
+    responses={**WRITE, 200: {"model": schemas.AdapterAnswer, "description": "the same content was there already"}},
+    openapi_extra=_two_bodies(schemas.RegisterBody, named=True),
+)
+async def register(request: Request, runtime: Running, parts: Ready) -> Response:
+    """Give a new name its content. Other content under a name in use is 409: that is what PUT is for."""
+    if _is_multipart(request):
+        async with uploaded(request, runtime.settings, named=True) as (name, folder):
+            published = await parts.registry.publish(name, folder, create_only=True)
+    else:
+        body = await _json_body(request, schemas.RegisterBody)
+        name = body.name
+        published = await publish_source(parts, name, body.source, create_only=True)
+    return describe(parts, name, 201 if published.created else 200)
+
+
+@router.put(
+    "/{name}",
+    response_model=schemas.AdapterAnswer,
+    responses={**WRITE, 201: {"model": schemas.AdapterAnswer, "description": "the name is new"}},
+    openapi_extra=_two_bodies(schemas.PublishBody, named=False),
+)
+async def publish(name: Name, request: Request, runtime: Running, parts: Ready, if_match: IfMatch = None) -> Response:
+    """Give a name new content, or one of the versions that it had before."""
+    known = name in parts.registry.names()
+    expected = _version(if_match)
+    if _is_multipart(request):
+        async with uploaded(request, runtime.settings, named=False) as (_, folder):
+            await parts.registry.publish(name, folder, if_match=expected)
+        return describe(parts, name, 200 if known else 201)
+    body = await _json_body(request, schemas.PublishBody)
+    if (body.source is None) == (body.version is None):
+        raise InvalidRequest("give either source or version", "source")
+    if body.version is not None:
+        if body.version.partition("@")[0] != name:
+            raise InvalidRequest(f"{body.version} is no version of {name!r}", "version")
+        await parts.registry.roll_back(name, body.version, if_match=expected)
+    else:
+        await publish_source(parts, name, body.source or "", if_match=expected)
+    return describe(parts, name, 200 if known else 201)
+
+
+@router.delete("/{name}", status_code=202, response_model=schemas.AdapterAnswer, responses=WRITE)
+async def retire(name: Name, parts: Ready, if_match: IfMatch = None) -> Response:
+    """Take a name away. What runs on it finishes; then its memory and disk are freed."""
+    return json_response(await retire_unused(parts, name, _version(if_match)), 202)
+
+
+async def retire_unused(parts: Parts, name: str, if_match: str | None = None) -> dict[str, Any]:
+    """Retire an adapter that no task routes to. Raises AdapterConflict, UnknownAdapter, VersionMismatch."""
+    using = parts.tasks.using(name)
+    if using and name in parts.registry.names():
+        raise AdapterConflict(f"{name!r} is what these tasks route to: {', '.join(using)}; change them first", "name")
+    return (await parts.registry.retire(name, if_match)).description
+
+
+@router.post("/{name}/pin", response_model=schemas.AdapterAnswer, responses=WRITE)
+async def pin(name: Name, parts: Ready) -> Response:
+    """Load an adapter and keep it in RAM."""
+    await parts.registry.pin(name)
+    return describe(parts, name)
+
+
+@router.post("/{name}/unpin", response_model=schemas.AdapterAnswer, responses=WRITE)
+async def unpin(name: Name, parts: Ready) -> Response:
+    """Let an adapter be evicted again."""
+    await parts.registry.unpin(name)
+    return describe(parts, name)
+
+
+@router.post("/{name}/prefetch", response_model=schemas.AdapterAnswer, responses=WRITE)
+async def prefetch(name: Name, parts: Ready) -> Response:
+    """Load an adapter into RAM ahead of its first request."""
+    await parts.registry.prefetch(name)
+    return describe(parts, name)
+
+
+@router.post(
+    "/compose",
+    status_code=201,
+    response_model=schemas.ComposedAnswer,
+    responses={**WRITE, 200: {"model": schemas.ComposedAnswer, "description": "the same content was there already"}},
+)
+async def compose(body: schemas.ComposeBody, runtime: Running, parts: Ready) -> Response:
+    """Store a mix as one adapter: the exact sum, cut to `rank` if that is given. `error` is what the cut costs."""
+    with parts.registry.lease([(part.name, part.weight) for part in body.from_]) as lease:
+
+        def make(folder: Path) -> float:
+            pairs = [(read_folder(parts.store.path(v.digest), name=v.name), weight) for v, weight in lease.versions]
+            made = composition.compose(pairs, body.name, rank=body.rank)
+            save(made, folder)
+            cut = made.metadata.get("pruning")
+            return float(cut["error"]) if cut else 0.0
+
+        async with temporary(runtime.settings) as folder:
+            error = await asyncio.to_thread(make, folder)
+            published = await parts.registry.publish(body.name, folder, create_only=True, source="compose")
+    return describe(parts, body.name, 201 if published.created else 200, {"error": error})
+
+
+async def publish_source(parts: Parts, name: str, place: str, **options: Any) -> Published:
+    """Publish from a place that a client named. Raises InvalidRequest for one that is not allowed."""
+    async with parts.sources.open(place) as (folder, within):
+        return await parts.registry.publish(name, folder, within=within, **options)
+
+
+def describe(parts: Parts, name: str, status: int = 200, more: Mapping[str, Any] | None = None) -> Response:
+    """The answer about one adapter, with its version as ETag."""
+    described = parts.registry.describe(name)
+    return json_response({**described, **(more or {})}, status, {"etag": f'"{described["version"]}"'})
+
+
+# Bodies
+
+
+@asynccontextmanager
+async def temporary(settings: Settings) -> AsyncIterator[Path]:
+    """A folder of our own that goes away again. Raises StoreFailed if the disk refuses."""
+    root = settings.state_dir / "uploads"
+
+    def make() -> Path:
+        root.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=root))
+
+    try:
+        folder = await asyncio.to_thread(make)
+    except OSError as error:
+        raise StoreFailed(f"the disk refuses an upload: {error.strerror}") from None
+    try:
+        yield folder
+    finally:
+        await asyncio.to_thread(shutil.rmtree, folder, True)
+
+
+@asynccontextmanager
+async def uploaded(request: Request, settings: Settings, *, named: bool) -> AsyncIterator[tuple[str, Path]]:
+    """The name and a folder with the files of a multipart body. Raises InvalidRequest, BodyTooLarge, StoreFailed."""
+    async with temporary(settings) as folder:
+        try:
+            async with request.form(max_files=4, max_fields=4, max_part_size=settings.max_body) as form:
+                given = dict(form.multi_items())
+                allowed = {CONFIG, TENSORS, *OPTIONAL, *(("name",) if named else ())}
+                for field in given.keys() - allowed:
+                    raise InvalidRequest(f"an upload has no field {str(field)[:64]!r}", str(field)[:64])
+                for field in (CONFIG, TENSORS):
+                    if field not in given:
+                        raise InvalidRequest(f"an upload needs the file {field}", field)
+                name = given.pop("name", "")
+                if named and (not isinstance(name, str) or not name):
+                    raise InvalidRequest("an upload needs a field `name`", "name")
+                for field, value in given.items():
+                    await asyncio.to_thread(_write, folder / field, value)
+                yield str(name), folder
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+                raise StoreFailed(f"the disk refuses the upload: {error.strerror}") from None
+            raise
+
+
+def _write(path: Path, value: UploadFile | str) -> None:
+    with path.open("wb") as out:
+        if isinstance(value, str):
+            out.write(value.encode())
+        else:
+            value.file.seek(0)
+            shutil.copyfileobj(value.file, out, 1 << 20)
+
+
+def _is_multipart(request: Request) -> bool:
+    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
+async def _json_body(request: Request, model: type[B]) -> B:
+    """The body by its schema, as FastAPI would read it. Raises RequestValidationError."""
+    try:
+        return model.model_validate(json.loads(await request.body()))
+    except ValidationError as error:
+        problems = [{**e, "loc": ("body", *e["loc"])} for e in error.errors(include_url=False, include_context=False)]
+        raise RequestValidationError(problems) from None
+    except (ValueError, RecursionError):
+        raise RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": "", "input": None}]) from None
+
+
+def _version(if_match: str | None) -> str | None:
+    """The version within an If-Match header: an ETag as we send them, a bare label, or `*`."""
+    return None if if_match is None else if_match.strip().removeprefix("W/").strip('"')

@@ -1,0 +1,202 @@
+"""Builds the parts of a server from its settings, in order, and takes them down in the reverse one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapters.errors import AdapterError
+from adapters.ports import Observer
+from adapters.registry import Registry
+from adapters.store import Store
+from adapters.weights import Version
+from server.api.errors import answer
+from server.api.runtime import Model, Parts
+from server.api.sources import AdapterSources
+from server.engine.engine import Engine
+from server.engine.runner import Runner, make_runner
+from server.engine.text import Text
+from server.kernels import choose
+from server.metrics import Metrics
+from server.model.loader import Base, load_base
+from server.settings import Settings
+from server.tasks.inference import Inference
+from server.tasks.mailbox import Mailbox
+from server.tasks.prompts import Prompts
+from server.tasks.resolve import Resolver
+from server.tasks.routing import FirstCandidate
+from server.tasks.sampling import Room
+from server.tasks.store import Tasks
+
+log = logging.getLogger(__name__)
+
+KV_SHARE = 0.25
+"""Of the memory that is free once the base is there, for keys and values, if the settings do not say."""
+
+
+@dataclass
+class House:
+    """The parts, and how to take them down."""
+
+    parts: Parts
+    closing: list[Callable[[float], object]] = field(default_factory=list)
+
+    def close(self, drain: float) -> None:
+        """Stop everything; what runs gets `drain` seconds."""
+        for close in reversed(self.closing):
+            close(drain)
+
+
+class _Notices(Observer):
+    """Passes the registry's news on: to the metrics, and to the tasks that adapters' folders bring."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self.on_adapters: Callable[[], None] = lambda: None
+
+    def on_load(self, name: str, outcome: str, seconds: float) -> None:
+        self._metrics.on_load(name, outcome, seconds)
+
+    def on_evict(self, name: str, tier: str) -> None:
+        self._metrics.on_evict(name, tier)
+
+    def on_change(self, name: str, version: Version | None) -> None:
+        self._metrics.on_change(name, version)
+        self.on_adapters()
+
+
+def assemble(settings: Settings, metrics: Metrics, mailbox: Mailbox) -> House:
+    """Load the base, then everything that stands on it. Raises BadModel, BadSetting, NoRoom, StoreFailed."""
+    name, source = model_source(settings)
+    backend = choose(settings.kernels)
+    base = load_base(
+        source,
+        name=name,
+        backend=backend,
+        quantization=settings.quantization,
+        group_size=settings.group_size,
+        double_quant=settings.double_quant,
+        table_bits=settings.table_bits,
+        cache_dir=settings.cache_dir,
+    )
+    return build(settings, base, metrics, mailbox)
+
+
+def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox) -> House:
+    """Everything that stands on a base that has been loaded."""
+    text = Text(base.vocabulary)
+    notices = _Notices(metrics)
+    store = Store(settings.state_dir / "store")
+    registry = Registry(
+        store,
+        shapes=base.shapes(),
+        ram_bytes=settings.adapter_ram,
+        prepare=base.backend.prepare,
+        max_rank=settings.max_rank,
+        max_mix=settings.max_mix,
+        reserved=(base.name,),
+        observer=notices,
+    )
+    runner = make_runner(base, settings.max_slots, settings.threads or os.cpu_count() or 1)
+    context = min(base.config.max_position_embeddings, settings.max_context or base.config.max_position_embeddings)
+    engine = _engine(settings, base, runner, registry, text, context)
+    registry.slots = engine
+    tasks = Tasks(settings.state_dir / "tasks.json", registry, reserved=(base.name,))
+    registry.tasks = tasks.using
+    notices.on_adapters = tasks.refresh
+    registry.start()
+    register_library(registry, settings.library)
+    prompts = Prompts(text, Room(min(context, engine.context_length), text.size), longest_token(text))
+    inference = Inference(engine, registry, metrics, mailbox, lambda error: answer(error).status)
+    parts = Parts(
+        model=Model(base.name, base.id, int(time.time()), _details(base, context)),
+        engine=engine,
+        runner=runner,
+        store=store,
+        registry=registry,
+        sources=AdapterSources(settings),
+        tasks=tasks,
+        resolver=Resolver(tasks, registry, base.name, FirstCandidate()),
+        prompts=prompts,
+        inference=inference,
+    )
+    engine.start()
+    return House(parts, [lambda drain: registry.close(), engine.stop])
+
+
+def _engine(settings: Settings, base: Base, runner: Runner, registry: Registry, text: Text, context: int) -> Engine:
+    return Engine(
+        runner,
+        fetch=registry.fetch,
+        text=text,
+        eos_ids=base.vocabulary.eos_ids,
+        vocab_size=base.config.vocab_size,
+        context_length=context,
+        base_id=base.id,
+        blocks=kv_blocks(settings, runner.block_bytes(settings.block_size), context),
+        block_size=settings.block_size,
+        max_batch=settings.max_batch,
+        max_slots=settings.max_slots,
+        max_queue=settings.max_queue,
+        max_queue_tokens=settings.max_queue_tokens,
+        max_step_tokens=settings.max_step_tokens,
+        prefix_cache=settings.prefix_cache,
+    )
+
+
+def kv_blocks(settings: Settings, block_bytes: int, context: int) -> int:
+    """How many blocks of KV cache to allocate: what `--kv-cache` says, or a share of free memory, and at most what a
+    full batch of full contexts needs. At least one context fits unless `--kv-cache` says otherwise.
+    """
+    one = -(-context // settings.block_size)
+    if settings.kv_cache is not None:
+        return max(1, settings.kv_cache // block_bytes)
+    share = int(free_memory() * KV_SHARE) // block_bytes
+    return max(one, min(share, one * settings.max_batch))
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def register_library(registry: Registry, library: Path | None) -> None:
+    """Publish the adapters that ship, where they fit the base; one line for each that does not."""
+    if library is None or not library.is_dir():
+        return
+    for folder in sorted(p for p in library.iterdir() if (p / "adapter_config.json").exists()):
+        if folder.name in registry.names():
+            continue
+        try:
+            registry.publish_now(folder.name, folder, create_only=True, source="library")
+        except AdapterError as error:
+            log.info("the library's adapter %r is not served on this base: %s", folder.name, error)
+
+
+def longest_token(text: Text) -> int:
+    """The most characters that one token stands for."""
+    return max(map(len, text.vocabulary.tokenizer.get_vocab(with_added_tokens=True)), default=1)
+
+
+def _details(base: Base, context: int) -> dict[str, object]:
+    return {
+        "quantization": dict(base.quantization),
+        "kernels": base.backend.name,
+        "context": context,
+        "notes": list(base.notes),
+    }
+
+
+def model_source(settings: Settings) -> tuple[str, Path]:
+    """The base's name and where it lies."""
+    path = Path(settings.model)
+    return path.stem if path.suffix == ".gguf" else path.name, path

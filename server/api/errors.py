@@ -1,0 +1,160 @@
+"""Errors over HTTP: one table from exception classes to answers, and one shape for every body that is not 2xx.
+
+Every error of the server, the framework's own included, leaves through `answer`. Knows no route.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+import adapters.errors as adapter_errors
+import server.errors as server_errors
+
+log = logging.getLogger(__name__)
+
+INVALID = "invalid_request_error"
+SERVER = "server_error"
+
+TABLE: Mapping[type[Exception], tuple[int, str, str]] = {
+    adapter_errors.InvalidAdapter: (400, INVALID, "invalid_adapter"),
+    adapter_errors.UnsupportedAdapter: (400, INVALID, "unsupported_adapter"),
+    adapter_errors.BaseMismatch: (400, INVALID, "base_mismatch"),
+    adapter_errors.InvalidChoice: (400, INVALID, "invalid_mix"),
+    adapter_errors.UnknownAdapter: (404, INVALID, "adapter_not_found"),
+    adapter_errors.AdapterConflict: (409, INVALID, "conflict"),
+    adapter_errors.VersionMismatch: (412, INVALID, "version_mismatch"),
+    adapter_errors.NoRoom: (507, SERVER, "no_room"),
+    adapter_errors.StoreFailed: (507, SERVER, "store_failed"),
+    adapter_errors.InvalidData: (400, INVALID, "invalid_data"),
+    adapter_errors.AdapterError: (400, INVALID, "invalid_adapter"),
+    server_errors.InvalidRequest: (400, INVALID, "invalid_request"),
+    server_errors.UnsupportedParameter: (400, INVALID, "unsupported_parameter"),
+    server_errors.UnknownName: (404, INVALID, "not_found"),
+    server_errors.Conflict: (409, INVALID, "conflict"),
+    server_errors.Unauthorized: (401, "authentication_error", "invalid_api_key"),
+    server_errors.Forbidden: (403, "permission_error", "forbidden"),
+    server_errors.BodyTooLarge: (413, INVALID, "body_too_large"),
+    server_errors.QueueFull: (429, "rate_limit_error", "queue_full"),
+    server_errors.NotReady: (503, SERVER, "not_ready"),
+    server_errors.DeadlineExceeded: (504, SERVER, "deadline_exceeded"),
+    server_errors.NoCapacity: (507, SERVER, "no_capacity"),
+    server_errors.EngineFailed: (500, SERVER, "engine_failed"),
+}
+"""Exception class -> (status, type, code). The nearest class of an exception's ancestry counts."""
+
+STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 400: "invalid_request", 413: "body_too_large"}
+PERMANENT = frozenset({409, 507})
+"""Statuses that a client's own retry rules would retry, though it can not help."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client is told about an error."""
+
+    status: int
+    message: str
+    type: str = INVALID
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def encode(self) -> bytes:
+        """The JSON body. Lone surrogates of a client's input cannot break it: only ASCII is written."""
+        return json.dumps(self.body).encode()
+
+    def response(self) -> Response:
+        return Response(self.encode(), self.status, self.headers, media_type="application/json")
+
+
+def answer(error: Exception, request_id: str = "", *, openai: bool = False) -> Answer:
+    """The answer to an exception. What is not in the table is a 500 that tells nothing but the request's id."""
+    if isinstance(error, RequestValidationError):
+        return _invalid(error.errors(), openai)
+    if isinstance(error, HTTPException):
+        return _framework(error)
+    for kind in type(error).__mro__:
+        if kind in TABLE:
+            return _known(error, *TABLE[kind])
+    log.error("request %s failed", request_id, exc_info=error)
+    return Answer(500, f"internal error; the log has more under {request_id or 'this time'}", SERVER, None, "internal")
+
+
+def _known(error: Any, status: int, kind: str, code: str) -> Answer:
+    headers: dict[str, str] = {}
+    if status in (429, 503):
+        headers["retry-after"] = str(max(1, math.ceil(getattr(error, "retry_after", None) or 1.0)))
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if status in PERMANENT:
+        headers["x-should-retry"] = "false"
+    return Answer(status, error.message, kind, error.param, code, headers)
+
+
+def _framework(error: HTTPException) -> Answer:
+    status = error.status_code
+    message = {
+        404: "there is no such route; /docs lists them all",
+        405: "this route does not know that method; the Allow header lists what it knows",
+        400: "the body cannot be read; send valid JSON as application/json",
+    }.get(status, str(error.detail))
+    code = STATUS_CODES.get(status, "invalid_request" if status < 500 else "internal")
+    return Answer(status, message, INVALID if status < 500 else SERVER, None, code, dict(error.headers or {}))
+
+
+def _invalid(problems: Sequence[Any], openai: bool) -> Answer:
+    """A body or query that the schema refuses: the first few problems by the name of their field."""
+    named = [(_where(p["loc"]), _what(p)) for p in problems]
+    shown = "; ".join(f"{where}: {what}" if where else what for where, what in named[:5])
+    more = f" (and {len(named) - 5} more)" if len(named) > 5 else ""
+    broken = bool(problems) and problems[0]["type"] == "json_invalid"
+    return Answer(
+        400 if openai else 422, shown + more, INVALID, named[0][0] or None if named else None,
+        "invalid_json" if broken else "invalid_request",
+    )  # fmt: skip
+
+
+def _where(location: Sequence[Any]) -> str:
+    parts = [
+        p for p in location[1:] if not (isinstance(p, str) and p.startswith(("function-", "list[", "constrained-")))
+    ]
+    return ".".join(str(p)[:64] for p in parts) if location[:1] != ("body",) or len(location) > 1 else ""
+
+
+def _what(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "json_invalid":
+        return "the body is not valid JSON"
+    if problem["type"] == "extra_forbidden":
+        return "there is no such field"
+    if problem["type"] == "missing" and tuple(problem["loc"]) == ("body",):
+        return "a JSON body is needed, sent as application/json"
+    return str(problem["msg"]).removeprefix("Value error, ")
+
+
+def is_openai(path: str) -> bool:
+    """Whether a path follows OpenAI's conventions, by which a malformed body is 400."""
+    return path.startswith("/v1/")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception that reaches the framework's own layer by the table."""
+
+    async def handler(request: Request, error: Exception) -> Response:
+        request_id = request.scope.get("state", {}).get("request_id", "")
+        return answer(error, request_id, openai=is_openai(request.url.path)).response()
+
+    for kind in (RequestValidationError, HTTPException, adapter_errors.AdapterError, server_errors.ServerError):
+        app.add_exception_handler(kind, handler)

@@ -1,0 +1,198 @@
+"""`POST /generate` and `POST /classify`: our own routes to the engine."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+
+from adapters.weights import Choice
+from server.api import schemas
+from server.api.responses import errors
+from server.api.runtime import Parts, Ready, Running, served
+from server.api.stream import EventStream, finished
+from server.engine.request import Delivery, Sampling, TokenLogprob
+from server.engine.text import Text
+from server.errors import InvalidRequest, NotReady
+from server.tasks import sampling
+from server.tasks.definitions import check_labels
+from server.tasks.inference import Caller, Generation, Inference, timings
+from server.tasks.resolve import Target
+
+router = APIRouter(tags=["generate"])
+
+TaskName = Annotated[str | None, Query(alias="task", max_length=64, description="the task; none is the base")]
+
+CALLED = errors(400, 404, 422, 429, 500, 503, 504, 507)
+
+
+@router.post(
+    "/generate",
+    response_model=schemas.GenerateAnswer,
+    responses={**CALLED, 200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def generate(
+    body: schemas.GenerateBody, request: Request, runtime: Running, parts: Ready, task: TaskName = None
+) -> Response:
+    """Continue a prompt through a task, a mix of adapters, or the base."""
+    caller = runtime.caller(request, body.deadline_ms)
+    target = resolve_task(parts, task, body.adapters, caller)
+    asked = asked_fields(body)
+    with counted(parts.inference, target, caller):
+        defaults = target.task.defaults if target.task else {}
+        ids = await parts.prompts.of_input(target.task, body.prompt)
+        chosen = sampling.build(asked, defaults, sampling.OWN_DEFAULTS, parts.prompts.room, len(ids))
+    if not chosen.logprobs:
+        chosen = _without_logprobs(chosen)
+    generation = parts.inference.start(target, [ids], [chosen], caller)
+    if body.stream:
+        return EventStream(generation, _Events(generation, parts.prompts.text))
+    await finished(request.receive, generation)
+    answer = {**ending(generation, parts.prompts.text), "text": "".join(generation.replies[0].text)}
+    return json_response(answer)
+
+
+@router.post("/classify", response_model=schemas.ClassifyAnswer, responses=CALLED)
+async def classify(
+    body: schemas.ClassifyBody, request: Request, runtime: Running, parts: Ready, task: TaskName = None
+) -> Response:
+    """Probabilities of given labels: softmax over the log-probabilities of each label and the end, as one batch."""
+    caller = runtime.caller(request, body.deadline_ms)
+    target = resolve_task(parts, task, body.adapters, caller)
+    with counted(parts.inference, target, caller):
+        labels = check_labels(body.labels, "labels") if body.labels else target.task.labels if target.task else ()
+        if not labels:
+            raise InvalidRequest("labels are needed: give them here, or the task some", "labels")
+        encoded = await parts.prompts.of_labels(target.task, body.prompt, labels)
+    generation = parts.inference.start(
+        target,
+        [ids for ids, _ in encoded],
+        [Sampling(max_tokens=1, logprobs=0)] * len(encoded),
+        caller,
+        scored=[count for _, count in encoded],
+    )
+    await finished(request.receive, generation)
+    if generation.cancelled:
+        raise NotReady("the server stopped before the answer was complete; send the request again", retry_after=2.0)
+    scores = softmax([sum(t.logprob for t in reply.logprobs) for reply in generation.replies])
+    best = max(range(len(labels)), key=scores.__getitem__)
+    return json_response(
+        {**_common(generation), "label": labels[best], "scores": dict(zip(labels, scores, strict=True))}
+    )
+
+
+class _Events:
+    """The stream of /generate: `{"id", "text"}` per step, then all but the text."""
+
+    def __init__(self, generation: Generation, text: Text) -> None:
+        self._generation = generation
+        self._text = text
+        self._prefix = f'data: {{"id":{json.dumps(generation.id)},"text":'
+
+    def first(self) -> bytes:
+        return b""
+
+    def step(self, index: int, delivery: Delivery) -> bytes:
+        return f"{self._prefix}{json.dumps(delivery.text)}}}\n\n".encode() if delivery.text else b""
+
+    def last(self) -> bytes:
+        return f"data: {json.dumps(ending(self._generation, self._text))}\n\n".encode()
+
+
+def ending(generation: Generation, text: Text) -> dict[str, Any]:
+    """All of /generate's answer but the text."""
+    reply = generation.replies[0]
+    wanted = reply.request.sampling.logprobs is not None
+    return {
+        **_common(generation),
+        "finish_reason": reply.finish_reason,
+        "logprobs": [entry(t, text) for t in reply.logprobs] if wanted else None,
+    }
+
+
+def _common(generation: Generation) -> dict[str, Any]:
+    task = generation.target.task
+    return {
+        "id": generation.id,
+        "task": task.name if task else None,
+        "adapters": served(generation.versions),
+        "usage": generation.usage(),
+        "timings": timings(generation),
+    }
+
+
+def entry(token: TokenLogprob, text: Text) -> dict[str, Any]:
+    """One token's log-probability, as our own routes show it."""
+    return {
+        "token": text.token_text(token.id),
+        "logprob": finite(token.logprob),
+        "top": [{"token": text.token_text(id), "logprob": finite(logprob)} for id, logprob in token.top],
+    }
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity: the log-probability of the impossible is -9999."""
+    return max(logprob, -9999.0)
+
+
+def softmax(logits: list[float]) -> list[float]:
+    """Probabilities of a few log-scores."""
+    peak = max(logits)
+    weights = [math.exp(x - peak) for x in logits]
+    total = sum(weights)
+    return [w / total for w in weights]
+
+
+def asked_fields(body: schemas.GenerationFields) -> dict[str, Any]:
+    """The generation fields that a request gave. Raises InvalidRequest if it gave two lengths."""
+    fields = {name: getattr(body, name) for name in _ASKED}
+    if hasattr(body, "logprobs"):
+        fields["logprobs"] = body.logprobs
+    if body.max_completion_tokens is not None:
+        if body.max_tokens not in (None, body.max_completion_tokens):
+            raise InvalidRequest("max_tokens and max_completion_tokens differ; give one", "max_completion_tokens")
+        fields["max_tokens"] = body.max_completion_tokens
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+_ASKED = [
+    name
+    for name in schemas.GenerationFields.model_fields
+    if name not in ("max_completion_tokens", "stream", "adapters", "deadline_ms")
+]
+
+
+def _without_logprobs(chosen: Sampling) -> Sampling:
+    return Sampling(**{**vars(chosen), "logprobs": None}) if chosen.logprobs == 0 else chosen
+
+
+def override(adapters: list[schemas.Weighted] | None) -> Choice | None:
+    """The mix that a request names itself, if it does."""
+    return None if adapters is None else [(a.name, a.weight) for a in adapters]
+
+
+def resolve_task(parts: Parts, task: str | None, adapters: list[schemas.Weighted] | None, caller: Caller) -> Target:
+    """The target of `?task=`. Raises UnknownName, which is counted."""
+    with counted(parts.inference, None, caller):
+        return parts.resolver.task(task, override(adapters))
+
+
+class counted:
+    """Records a call that fails before it reaches the engine; the exception goes on."""
+
+    def __init__(self, inference: Inference, target: Target | None, caller: Caller) -> None:
+        self._inference, self._target, self._caller = inference, target, caller
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            self._inference.refused(self._target, error, self._caller)
+
+
+def json_response(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON body as it is, without a second pass through a schema."""
+    return Response(json.dumps(content, allow_nan=False), status, headers, media_type="application/json")

@@ -1,0 +1,159 @@
+"""Middleware around every request: its id, its errors, and how large its body may be. Plain ASGI throughout.
+
+`BaseHTTPMiddleware` would hide a client's disconnect from the routes, and with it the moment to stop working.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+
+from server.api.errors import Answer, answer, is_openai
+from server.api.types import ASGIApp, Message, Receive, Scope, Send
+from server.errors import BodyTooLarge
+
+log = logging.getLogger(__name__)
+
+DRAINED = 64 << 20
+"""Bytes of a refused body that are read and thrown away, so that the client gets to see the answer."""
+DRAIN_SECONDS = 20.0
+UPLOADS = ("/adapters", "/v1/files")
+
+
+class Boundary:
+    """Outermost: gives the request its id and turns whatever escaped into an answer."""
+
+    def __init__(self, app: ASGIApp, access_log: bool = False) -> None:
+        self.app = app
+        self.access_log = access_log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = f"req-{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        header = (b"x-request-id", request_id.encode())
+        status = 0
+        start = time.monotonic()
+
+        async def named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), header]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, named)
+        except Exception as error:
+            if status:
+                log.exception("request %s failed after its answer had begun", request_id)
+                raise
+            await refuse(answer(error, request_id, openai=is_openai(scope["path"])), receive, named, more=False)
+        finally:
+            if self.access_log:
+                took = (time.monotonic() - start) * 1000
+                log.info("%s %r %s %.1f ms %s", scope["method"], scope["path"], status or "gone", took, request_id)
+
+
+class BodyLimit:
+    """Reads a JSON body whole before the routes see it, and counts an upload while it streams."""
+
+    def __init__(self, app: ASGIApp, max_body: int, max_upload: int) -> None:
+        self.app = app
+        self.max_body = max_body
+        self.max_upload = max_upload
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        upload = _is_upload(scope)
+        limit = self.max_upload if upload else self.max_body
+        declared = _content_length(scope)
+        if declared is not None and declared > limit:
+            await refuse(answer(_too_large(limit, upload)), receive, send)
+        elif upload:
+            await self.app(scope, _counted(receive, limit), send)
+        elif declared == 0:
+            await self.app(scope, receive, send)
+        else:
+            await self._whole(scope, receive, send, limit)
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
+        first = await receive()
+        messages, size = [first], len(first.get("body", b""))
+        while messages[-1]["type"] == "http.request" and messages[-1].get("more_body") and size <= limit:
+            messages.append(await receive())
+            size += len(messages[-1].get("body", b""))
+        if messages[-1]["type"] == "http.disconnect":
+            return
+        if size > limit:
+            await refuse(answer(_too_large(limit, False)), receive, send, more=bool(messages[-1].get("more_body")))
+            return
+        messages.reverse()
+
+        async def replayed() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self.app(scope, replayed, send)
+
+
+async def refuse(reply: Answer, receive: Receive, send: Send, more: bool = True) -> None:
+    """Answer, after the rest of the body was read and thrown away: a client that still writes never reads."""
+    if more:
+        with contextlib.suppress(TimeoutError):  # a client this slow gets its answer all the same
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await _drain(receive)
+    body = reply.encode()
+    headers = [(name.encode(), value.encode("latin-1")) for name, value in reply.headers.items()]
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _drain(receive: Receive) -> None:
+    size = 0
+    while size <= DRAINED:
+        message = await receive()
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return
+        size += len(message.get("body", b""))
+
+
+def _counted(receive: Receive, limit: int) -> Receive:
+    size = 0
+
+    async def counting() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > limit:
+            if message.get("more_body"):
+                await _drain(receive)
+            raise _too_large(limit, True)
+        return message
+
+    return counting
+
+
+def _is_upload(scope: Scope) -> bool:
+    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
+    multipart = bool(kinds) and kinds[0].lower().startswith(b"multipart/form-data")
+    return multipart and scope["path"].startswith(UPLOADS)
+
+
+def _content_length(scope: Scope) -> int | None:
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value)
+    return None
+
+
+def _too_large(limit: int, upload: bool) -> BodyTooLarge:
+    flag = "--max-upload" if upload else "--max-body"
+    return BodyTooLarge(f"the body is larger than {limit} bytes ({flag})")

@@ -1,0 +1,113 @@
+"""`/health/*`, `/stats` and `/metrics`: what the server is doing, for probes, people and Prometheus."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from adapters.weights import SHORT_DIGEST
+from server.api import schemas
+from server.api.responses import errors
+from server.api.runtime import Parts, Ready, Running, Runtime
+from server.metrics import CONTENT_TYPE, Snapshot
+
+router = APIRouter(tags=["monitoring"])
+
+
+@router.get("/health/live", response_model=schemas.Health, responses=errors())
+async def live() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "live"}
+
+
+@router.get("/health/ready", response_model=schemas.Health, responses=errors(503))
+async def ready(parts: Ready) -> dict[str, str]:
+    """The model is loaded and requests are taken; 503 while loading, draining, or after failed steps."""
+    return {"status": "ready"}
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={**errors(), 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+async def metrics(runtime: Running) -> Response:
+    """Every series, in Prometheus's text format."""
+    return Response(await asyncio.to_thread(runtime.metrics.render), media_type=CONTENT_TYPE)
+
+
+@router.get("/stats", response_model=schemas.Stats, responses=errors(503))
+async def stats(runtime: Running, parts: Ready) -> dict[str, Any]:
+    """Memory by kind, the engine's counters, slots, and a table of tasks."""
+    engine = parts.engine.stats()
+    slots = engine.pop("slots")
+    names = _names_by_digest(parts)
+    slots["resident"] = [names.get(digest, digest[:SHORT_DIGEST]) for digest in slots["resident"]]
+    for key in ("waiting_digests", "running_digests"):
+        engine[key.replace("digests", "adapters")] = [names.get(d, d[:SHORT_DIGEST]) for d in engine.pop(key)]
+    return {
+        "base": {"name": parts.model.name, "id": parts.model.id, **parts.model.details},
+        "memory": memory(parts),
+        "engine": engine,
+        "slots": slots,
+        "adapters": parts.registry.memory(),
+        "tasks": runtime.metrics.totals(),
+    }
+
+
+def memory(parts: Parts) -> dict[str, int]:
+    """Bytes by kind. On a CPU an adapter has one copy, whether it holds a slot or not."""
+    return {**parts.runner.nbytes(), "adapters": parts.registry.memory()["bytes"], **parts.device_memory(),
+            "process": process_bytes()}  # fmt: skip
+
+
+def snapshot(runtime: Runtime) -> Snapshot:
+    """What a scrape sees. Before the model is loaded, the process alone."""
+    parts = runtime.loaded
+    if parts is None:
+        return Snapshot(memory={"process": process_bytes()}, max_slots=runtime.settings.max_slots)
+    engine = parts.engine.stats()
+    names = _names_by_digest(parts)
+    blocks, rows = engine["kv_blocks"], engine["batch_rows"]
+    return Snapshot(
+        base=parts.model.name,
+        versions={a["name"]: a["version"] for a in parts.registry.list()},
+        adapter_bytes=parts.registry.sizes(),
+        memory=memory(parts),
+        kv_blocks={state: blocks[state] for state in ("free", "used", "cached")},
+        block_size=blocks["block_size"],
+        running=engine["running"],
+        waiting=engine["waiting"],
+        step_buckets=rows["buckets"],
+        step_counts=rows["counts"],
+        step_rows=rows["sum"],
+        max_slots=engine["slots"]["total"],
+        resident=[names[d] for d in engine["slots"]["resident"] if d in names],
+        loading=[names[d] for d in engine["waiting_digests"] if d in names],
+        slot_evictions=engine["slots"].get("evictions", 0),
+        quality=parts.quality(),
+    )
+
+
+def _names_by_digest(parts: Parts) -> dict[str, str]:
+    """The name of each current version. Of several names with one content, the first by name."""
+    found: dict[str, str] = {}
+    for name in parts.registry.names():
+        for version, _ in parts.registry.resolve([(name, 1.0)]):
+            found.setdefault(version.digest, name)
+    return found
+
+
+def process_bytes() -> int:
+    """Resident bytes of this process."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

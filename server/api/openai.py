@@ -1,0 +1,149 @@
+"""`/v1/models`, `/v1/completions`, `/v1/chat/completions`: OpenAI's shapes over the same engine.
+
+What an answer looks like is in `openai_shapes`; which fields are accepted, in `openai_schemas`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Request, Response
+
+from server.api import openai_schemas as schemas
+from server.api.generate import asked_fields, counted, json_response, override
+from server.api.openai_shapes import ChatShape, CompletionShape, Shape, V1Events
+from server.api.responses import Responses, errors
+from server.api.runtime import Parts, Ready, Running
+from server.api.stream import EventStream, check_complete, finished
+from server.errors import InvalidRequest, UnknownName
+from server.tasks import sampling
+from server.tasks.inference import Caller, choices, new_id
+from server.tasks.resolve import Target
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+CALLED = errors(400, 404, 429, 500, 503, 504, 507)
+STREAMED: Responses = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+
+@router.get("/models", response_model=schemas.ModelList, responses=errors(503))
+async def list_models(parts: Ready) -> dict[str, Any]:
+    """The base, the tasks, and the adapters; an adapter whose name a task has is `adapter:<name>`."""
+    return {"object": "list", "data": models(parts)}
+
+
+@router.get("/models/{model}", response_model=schemas.ModelEntry, responses=errors(404, 503))
+async def get_model(model: Annotated[str, Path(max_length=256)], parts: Ready) -> dict[str, Any]:
+    """One entry of the list."""
+    for entry in models(parts):
+        if entry["id"] == model:
+            return entry
+    raise UnknownName(f"there is no model {model[:96]!r}; GET /v1/models lists them", "model")
+
+
+def models(parts: Parts) -> list[dict[str, Any]]:
+    """Every id that `model` may be, exact versions aside."""
+    base, created = parts.model.name, parts.model.created
+    tasks = [task.name for task in parts.tasks.all()]
+    found: list[tuple[str, str, str | None]] = [(base, "base", None)] if base not in tasks else []
+    found += [(name, "task", base) for name in tasks]
+    found += [(f"adapter:{a}" if a in tasks else a, "adapter", base) for a in parts.registry.names()]
+    return [
+        {"id": id, "object": "model", "created": created, "owned_by": "loramux", "kind": kind, "parent": parent}
+        for id, kind, parent in found
+    ]
+
+
+@router.post("/completions", response_model=schemas.Completion, responses={**CALLED, **STREAMED})
+async def completions(body: schemas.CompletionBody, request: Request, runtime: Running, parts: Ready) -> Response:
+    """Continue prompts: text, texts, token ids, or lists of them."""
+    caller = runtime.caller(request, body.deadline_ms)
+    target = resolve_model(parts, body, caller)
+    with counted(parts.inference, target, caller):
+        schemas.refuse_unserved(body)
+        prompts = await _prompts(parts, target, body)
+    shape = CompletionShape(new_id("cmpl"), _now(), body.model, parts.prompts.text)
+    return await _answer(parts, request, body, caller, target, prompts, sampling.COMPLETION_DEFAULTS, shape)
+
+
+@router.post("/chat/completions", response_model=schemas.ChatCompletion, responses={**CALLED, **STREAMED})
+async def chat(body: schemas.ChatBody, request: Request, runtime: Running, parts: Ready) -> Response:
+    """Answer a conversation. A task's template wraps its last user message."""
+    caller = runtime.caller(request, body.deadline_ms)
+    target = resolve_model(parts, body, caller)
+    with counted(parts.inference, target, caller):
+        schemas.refuse_unserved(body)
+        if body.top_logprobs and not body.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+        ids = await parts.prompts.of_chat(target.task, [_message(m) for m in body.messages])
+    shape = ChatShape(new_id("chatcmpl"), _now(), body.model, parts.prompts.text)
+    return await _answer(parts, request, body, caller, target, [ids], sampling.CHAT_DEFAULTS, shape)
+
+
+def resolve_model(parts: Parts, body: schemas.V1Fields, caller: Caller) -> Target:
+    """The target of `model`. Raises UnknownName, UnknownAdapter, which are counted."""
+    with counted(parts.inference, None, caller):
+        return parts.resolver.model(body.model, override(body.adapters))
+
+
+async def _answer(
+    parts: Parts,
+    request: Request,
+    body: schemas.CompletionBody | schemas.ChatBody,
+    caller: Caller,
+    target: Target,
+    prompts: Sequence[list[int]],
+    defaults: Mapping[str, Any],
+    shape: Shape,
+) -> Response:
+    n = body.n or 1
+    with counted(parts.inference, target, caller):
+        if len(prompts) * n > schemas.MAX_SEQUENCES:
+            raise InvalidRequest(f"{len(prompts)} prompts with n={n} are over {schemas.MAX_SEQUENCES} answers", "n")
+        asked = _asked(body)
+        longest = max(map(len, prompts))
+        own = target.task.defaults if target.task else {}
+        chosen = sampling.build(asked, {k: v for k, v in own.items() if k != "logprobs"}, defaults,
+                                parts.prompts.room, longest)  # fmt: skip
+    generation = parts.inference.start(
+        target, [p for p in prompts for _ in range(n)], choices(chosen, n) * len(prompts), caller, id=shape.id
+    )
+    if body.stream:
+        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        return EventStream(generation, V1Events(generation, shape, usage))
+    await finished(request.receive, generation)
+    check_complete(generation)
+    return json_response(shape.whole(generation))
+
+
+def _asked(body: schemas.CompletionBody | schemas.ChatBody) -> dict[str, Any]:
+    asked = asked_fields(body)
+    if isinstance(body, schemas.ChatBody):
+        asked.pop("logprobs", None)
+        if body.logprobs:
+            asked["logprobs"] = body.top_logprobs or 0
+    return asked
+
+
+async def _prompts(parts: Parts, target: Target, body: schemas.CompletionBody) -> list[list[int]]:
+    """Texts go through the task's template, if there is one; token ids are taken as they are."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [await parts.prompts.of_input(target.task, prompt)]
+    if isinstance(prompt[0], int):
+        return [parts.prompts.of_tokens(prompt)]
+    if isinstance(prompt[0], str):
+        return [await parts.prompts.of_input(target.task, text) for text in prompt]
+    return [parts.prompts.of_tokens(ids) for ids in prompt]
+
+
+def _message(message: schemas.ChatMessage) -> dict[str, Any]:
+    content = message.content
+    text = content if isinstance(content, str) else "".join(part.text for part in content)
+    return {"role": "system" if message.role == "developer" else message.role, "content": text}
+
+
+def _now() -> int:
+    return int(time.time())

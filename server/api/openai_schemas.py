@@ -1,0 +1,192 @@
+"""The bodies of OpenAI's routes that we serve, and the rule for the fields that we do not.
+
+Null, values that ask for nothing, and bookkeeping are accepted; what would change the answer is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.api.schemas import GenerationFields, Out
+from server.errors import UnsupportedParameter
+from server.tasks import sampling as s
+
+BOOKKEEPING = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"},
+)
+NOTHING: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none",),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "top_logprobs": (0,),
+}
+"""Values of fields that are not served, which ask for nothing."""
+MAX_MESSAGES = 4096
+MAX_SEQUENCES = 128
+"""Prompts times `n` of one call."""
+
+
+class V1(BaseModel):
+    """A body of OpenAI's: extra fields are looked at by `refuse_unserved`."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(V1):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class ResponseFormat(V1):
+    """`text` only, for now."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+
+class V1Fields(GenerationFields, V1):
+    """What both generators of /v1 take beside the generation fields."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    n: Annotated[int, Field(ge=1, le=s.MAX_N)] | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=s.MAX_TOKENS)]
+
+
+class CompletionBody(V1Fields):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_SEQUENCES)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_SEQUENCES)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | None = None
+
+
+class TextPart(V1):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(V1):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+class ChatBody(V1Fields):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | None = None
+
+
+def refuse_unserved(body: V1Fields) -> None:
+    """Raises UnsupportedParameter for the first field that asks for something we do not serve."""
+    _refuse(body, "")
+    if body.response_format is not None and body.response_format.type != "text":
+        raise UnsupportedParameter(
+            "response_format of type json_object or json_schema is not served", "response_format"
+        )
+    if body.response_format is not None:
+        _refuse(body.response_format, "response_format.")
+    if body.stream_options is not None:
+        _refuse(body.stream_options, "stream_options.")
+    if isinstance(body, ChatBody):
+        for i, message in enumerate(body.messages):
+            _refuse(message, f"messages.{i}.")
+            if not isinstance(message.content, str):
+                for part in message.content:
+                    _refuse(part, f"messages.{i}.content.")
+
+
+def _refuse(body: BaseModel, prefix: str) -> None:
+    for name, value in (body.model_extra or {}).items():
+        if value is None or value in ([], {}) or (not prefix and name in BOOKKEEPING):
+            continue
+        if any(type(value) is type(nothing) and value == nothing for nothing in NOTHING.get(name, ())):
+            continue
+        if name == "best_of" and value == getattr(body, "n", None):
+            continue
+        shown = f"{prefix}{name}"[:96]
+        raise UnsupportedParameter(f"{shown} is not served; leave it out", shown)
+
+
+class CompletionChoice(Out):
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class V1Usage(Out):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(Out):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: V1Usage
+
+
+class ChatChoice(Out):
+    index: int
+    message: dict[str, Any]
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatCompletion(Out):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: V1Usage
+
+
+class ModelEntry(Out):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    kind: Literal["base", "adapter", "task"]
+    parent: str | None
+
+
+class ModelList(Out):
+    object: Literal["list"]
+    data: list[ModelEntry]
+
+
+class LoadAdapterBody(V1):
+    """vLLM's `POST /v1/load_lora_adapter`."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=64)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=1024)]
+    load_inplace: bool | None = None
+
+
+class UnloadAdapterBody(V1):
+    """vLLM's `POST /v1/unload_lora_adapter`."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=64)]

@@ -1,0 +1,110 @@
+"""The OpenAPI document, made exact, and `/docs`: one page of it without a script or another host."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse
+
+router = APIRouter(include_in_schema=False)
+
+_METHODS = ("get", "put", "post", "delete")
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>loramux: the routes</title>
+<meta name="viewport" content="width=device-width"><style>
+body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}}
+code,pre{{font:14px/1.4 ui-monospace,monospace}} h2{{margin-top:2rem;border-bottom:1px solid}} summary{{cursor:pointer}}
+table{{border-collapse:collapse}} td{{padding:.1rem .8rem .1rem 0;vertical-align:top}}</style>
+<h1>loramux {version}</h1><p>The machine's form of this page is <a href="openapi.json">openapi.json</a>.</p>
+{routes}<h2>Bodies</h2>{schemas}</html>"""
+
+
+def install(app: FastAPI) -> None:
+    """Replace the document that FastAPI would make."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            app.openapi_schema = _exact(made)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+
+
+def _exact(document: dict[str, Any]) -> dict[str, Any]:
+    """Take out what FastAPI adds by itself: a 422 of another shape, where a malformed body is 400."""
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            unprocessable = operation["responses"].get("422", {})
+            if "HTTPValidationError" in str(unprocessable.get("content")):
+                del operation["responses"]["422"]
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{}, {"key": []}]
+    return document
+
+
+@router.get("/docs", response_class=HTMLResponse)
+async def docs(request: Request) -> HTMLResponse:
+    """Every route with its bodies."""
+    document = request.app.openapi()
+    routes = "".join(
+        _route(path, method, operation)
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+        if method in _METHODS
+    )
+    schemas = "".join(_schema(name, schema) for name, schema in sorted(document["components"]["schemas"].items()))
+    return HTMLResponse(_PAGE.format(version=html.escape(document["info"]["version"]), routes=routes, schemas=schemas))
+
+
+def _route(path: str, method: str, operation: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td><code>{status}</code><td>{html.escape(answer.get('description', ''))}<td>{_bodies(answer)}"
+        for status, answer in sorted(operation["responses"].items())
+    )
+    asks = _bodies(operation.get("requestBody", {}))
+    return (
+        f"<h2><code>{method.upper()} {html.escape(path)}</code></h2>"
+        f"<p>{html.escape(operation.get('description', operation.get('summary', '')))}</p>"
+        + (f"<p>Body: {asks}</p>" if asks else "")
+        + f"<details><summary>Answers</summary><table>{rows}</table></details>"
+    )
+
+
+def _bodies(part: dict[str, Any]) -> str:
+    links = []
+    for kind, content in part.get("content", {}).items():
+        name = content.get("schema", {}).get("$ref", "").rsplit("/", 1)[-1]
+        links.append(f'<a href="#{name}">{name}</a>' if name else f"<code>{html.escape(kind)}</code>")
+    return ", ".join(links)
+
+
+def _schema(name: str, schema: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td><code>{html.escape(field)}</code><td>{html.escape(_kind(kind))}"
+        for field, kind in schema.get("properties", {}).items()
+    )
+    text = html.escape(schema.get("description", ""))
+    return f'<h3 id="{html.escape(name)}">{html.escape(name)}</h3><p>{text}</p><table>{rows}</table>'
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    """A field's type in a few words."""
+    if "$ref" in schema:
+        return str(schema["$ref"]).rsplit("/", 1)[-1]
+    if "anyOf" in schema:
+        return " or ".join(_kind(option) for option in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return " | ".join(map(str, schema.get("enum", [schema.get("const")])))
+    if schema.get("type") == "array":
+        return f"list of {_kind(schema.get('items', {}))}"
+    bounds = [f"{sign} {schema[key]}" for key, sign in _BOUNDS if key in schema]
+    return " ".join([str(schema.get("type", "any")), *bounds])
+
+
+_BOUNDS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("maxLength", "length ≤"))

@@ -1,0 +1,132 @@
+"""What the routes work with: the parts of a running server, and whether they are all there yet.
+
+`Runtime` exists from the first moment; `Parts` when everything has been loaded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from fastapi import Depends, Request
+
+from adapters.registry import Registry
+from adapters.store import Store
+from adapters.weights import Version
+from server.api.auth import Keys
+from server.errors import NotReady
+from server.metrics import Metrics
+from server.settings import Settings
+from server.tasks.inference import Caller, Engine, Inference
+from server.tasks.prompts import Prompts
+from server.tasks.resolve import Resolver
+from server.tasks.store import Tasks
+
+
+class Sources(Protocol):
+    """Where adapters come from."""
+
+    def open(self, source: str) -> AbstractAsyncContextManager[tuple[Path, Path]]:
+        """The folder that `source` means, and the one that its links may not lead out of, while inside."""
+
+
+class Closing(Protocol):
+    """What has to be taken down at the end; what runs gets `drain` seconds."""
+
+    def close(self, drain: float) -> None: ...
+
+
+class Memory(Protocol):
+    """Whoever can tell what it holds."""
+
+    def nbytes(self) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base, as far as the routes need to know it."""
+
+    name: str
+    id: str
+    created: int
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that answers requests."""
+
+    model: Model
+    engine: Engine
+    runner: Memory
+    store: Store
+    registry: Registry
+    sources: Sources
+    tasks: Tasks
+    resolver: Resolver
+    prompts: Prompts
+    inference: Inference
+    device_memory: Callable[[], dict[str, int]] = dict
+    """Bytes of a GPU, by kind; none without one."""
+    quality: Callable[[], Sequence[tuple[str, str, str, str, str, float]]] = tuple
+    """Mean scores: task, adapter, version, metric, source, value."""
+
+
+class Runtime:
+    """A server's state: "loading", then "ready", at the end "draining"; "failed" if it could not be loaded."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.keys = Keys(settings)
+        self.state = "loading"
+        self.reason = ""
+        self.loaded: Parts | None = None
+        self.house: Closing | None = None
+
+    def drain(self) -> None:
+        """Take no new requests from here on; those that run go on."""
+        self.state = "draining"
+
+    def parts(self) -> Parts:
+        """The parts. Raises NotReady while loading or draining."""
+        if self.state != "ready" or self.loaded is None:
+            why = {
+                "loading": "the server is loading its model; try again in a moment",
+                "draining": "the server is shutting down",
+                "failed": f"the server could not start: {self.reason}",
+            }
+            raise NotReady(why.get(self.state, self.state), retry_after=2.0)
+        return self.loaded
+
+    def caller(self, request: Request, deadline_ms: int | None) -> Caller:
+        """Who asks, and until when: the request's deadline within the server's."""
+        seconds = self.settings.deadline
+        if deadline_ms is not None:
+            seconds = min(seconds, deadline_ms / 1000)
+        return Caller(tenant=request.state.tenant, deadline=time.monotonic() + seconds)
+
+
+async def runtime(request: Request) -> Runtime:
+    """The server's runtime, as a dependency."""
+    found: Runtime = request.app.state.runtime
+    return found
+
+
+async def parts(request: Request) -> Parts:
+    """The server's parts, as a dependency. Raises NotReady."""
+    found: Runtime = request.app.state.runtime
+    return found.parts()
+
+
+Running = Annotated[Runtime, Depends(runtime)]
+Ready = Annotated[Parts, Depends(parts)]
+
+
+def served(versions: list[tuple[Version, float]]) -> list[dict[str, Any]]:
+    """The `adapters` of an answer, in the order of the request."""
+    return [{"name": v.name, "version": v.label, "weight": weight} for v, weight in versions]

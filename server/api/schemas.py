@@ -1,0 +1,279 @@
+"""The bodies of our own routes, in and out: field names, types and bounds, as the OpenAPI document shows them.
+
+Bounds are those of `tasks.sampling`. Knows nothing of how a request is answered.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.tasks import definitions as d
+from server.tasks import sampling as s
+
+MAX_PROMPT_LENGTH = 8 << 20
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+REFERENCE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[0-9a-f]{6,64})?$"
+VERSION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}@[0-9a-f]{6,64}$"
+
+AdapterName = Annotated[str, Field(pattern=NAME_PATTERN)]
+StopString = Annotated[str, Field(min_length=1, max_length=s.MAX_STOP_LENGTH)]
+Label = Annotated[str, Field(min_length=1, max_length=d.MAX_LABEL_LENGTH)]
+
+
+class Body(BaseModel):
+    """A body of ours: types as JSON has them, no unknown fields, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Out(BaseModel):
+    """A body that we send."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class ErrorDetail(Out):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Out):
+    """Every body that is not 2xx."""
+
+    error: ErrorDetail
+
+
+class Weighted(Body):
+    """One adapter of a mix: `name` or `name@digest`."""
+
+    name: Annotated[str, Field(pattern=REFERENCE_PATTERN)]
+    weight: Annotated[float, Field(ge=-16, le=16)] = 1.0
+
+
+class GenerationFields(BaseModel):
+    """The fields that every generator takes. Absent ones are the task's, then the server's."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=s.MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=s.MAX_TOKENS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=s.MAX_TOKENS)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=s.MAX_TOKENS)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=s.SEED[0], le=s.SEED[1])] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=s.MAX_STOP)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=s.MAX_STOP_TOKENS)] | None = None
+    ignore_eos: bool | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    stream: bool | None = None
+    adapters: Annotated[list[Weighted], Field(max_length=64)] | None = None
+    deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] | None = None
+
+
+class GenerateBody(GenerationFields, Body):
+    """`POST /generate`."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]
+    logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | None = None
+
+
+class ClassifyBody(Body):
+    """`POST /classify`: `labels` may be left out where the task has them."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]
+    labels: Annotated[list[Label], Field(max_length=d.MAX_LABELS)] | None = None
+    adapters: Annotated[list[Weighted], Field(max_length=64)] | None = None
+    deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] | None = None
+
+
+class TopToken(Out):
+    token: str
+    logprob: float
+
+
+class TokenEntry(TopToken):
+    top: list[TopToken]
+
+
+class ServedAdapter(Out):
+    """What served: in the order of the request."""
+
+    name: str
+    version: str
+    weight: float
+
+
+class Usage(Out):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int
+
+
+class Timings(Out):
+    """Milliseconds, and the rate after the first token."""
+
+    queue_ms: float
+    load_ms: float
+    ttft_ms: float
+    total_ms: float
+    tokens_per_second: float
+
+
+class Served(Out):
+    id: str
+    task: str | None
+    adapters: list[ServedAdapter]
+    usage: Usage
+    timings: Timings
+
+
+class GenerateAnswer(Served):
+    text: str
+    finish_reason: Literal["stop", "length", "cancelled", "error"]
+    logprobs: list[TokenEntry] | None
+
+
+class ClassifyAnswer(Served):
+    label: str
+    scores: dict[str, float]
+
+
+class RegisterBody(Body):
+    """`POST /adapters`: `source` is a folder inside the adapter directory, `org/name@rev`, or an allowed URL."""
+
+    name: AdapterName
+    source: Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class PublishBody(Body):
+    """`PUT /adapters/{name}`: new content, or a version that the name had before."""
+
+    source: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    version: Annotated[str, Field(pattern=VERSION_PATTERN)] | None = None
+
+
+class ComposeBody(Body):
+    """`POST /adapters/compose`: the exact weighted sum as an adapter of its own, cut to `rank` if that is given."""
+
+    name: AdapterName
+    from_: Annotated[list[Weighted], Field(alias="from", min_length=1, max_length=64)]
+    rank: Annotated[int, Field(ge=1, le=4096)] | None = None
+
+
+class AdapterSummary(Out):
+    name: str
+    version: str
+    ranks: list[int]
+    targets: list[str]
+    bytes: int
+    tier: Literal["disk", "ram", "device"]
+    leases: int
+    loaded_at: float | None
+    base: str | None
+    pinned: bool
+    tasks: list[str]
+
+
+class AdapterAnswer(AdapterSummary):
+    versions: list[dict[str, Any]]
+    honoured: list[str]
+    harmless: list[str]
+    notes: list[str]
+    card: str | None
+
+
+class ComposedAnswer(AdapterAnswer):
+    """`error` is the relative Frobenius error of the cut: 0 for the exact sum."""
+
+    error: float
+
+
+class Rejected(Out):
+    path: str
+    reason: str
+    since: float
+
+
+class AdapterList(Out):
+    adapters: list[AdapterSummary]
+    rejected: list[Rejected]
+
+
+class Route(Body):
+    """Either `choice`, or `best` with its rule."""
+
+    choice: Annotated[list[Weighted], Field(max_length=64)] | None = None
+    best: Annotated[list[str], Field(min_length=2, max_length=d.MAX_CANDIDATES)] | None = None
+    metric: Literal["accuracy", "exact_match", "rougeL", "bleu", "chrf", "loss"] | None = None
+    source: Literal["feedback", "evaluation"] | None = None
+    min_samples: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+
+
+class TaskDefaults(Body):
+    """Generation fields of a task."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=s.MAX_TOKENS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=s.MAX_TOKENS)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=s.MAX_TOKENS)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=s.SEED[0], le=s.SEED[1])] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=s.MAX_STOP)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=s.MAX_STOP_TOKENS)] | None = None
+    ignore_eos: bool | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | None = None
+
+
+class TaskBody(Body):
+    """`PUT /tasks/{task}`. `name`, `task` and `source` are those of an answer, and ignored."""
+
+    prompt: Annotated[str, Field(max_length=d.MAX_PROMPT, pattern=r"\{input\}")]
+    format: Literal["raw", "chat"] | None = None
+    system: Annotated[str, Field(max_length=d.MAX_PROMPT)] | None = None
+    labels: Annotated[list[Label], Field(max_length=d.MAX_LABELS)] | None = None
+    defaults: TaskDefaults | None = None
+    route: Route | None = None
+    name: Any = None
+    task: Any = None
+    source: Any = None
+
+
+class TaskAnswer(Out):
+    name: str
+    source: Literal["file", "api"]
+    prompt: str
+    format: Literal["raw", "chat"]
+    system: str | None
+    labels: list[str]
+    defaults: dict[str, Any]
+    route: dict[str, Any]
+
+
+class TaskList(Out):
+    tasks: list[TaskAnswer]
+
+
+class Health(Out):
+    status: str
+
+
+class Stats(Out):
+    """Memory by kind in bytes, the engine's counters, slots, and a table by task."""
+
+    base: dict[str, Any]
+    memory: dict[str, int]
+    engine: dict[str, Any]
+    slots: dict[str, Any]
+    adapters: dict[str, int]
+    tasks: dict[str, dict[str, float]]

@@ -1,0 +1,99 @@
+"""Server-sent events, and noticing that a client has gone away.
+
+Owns the wire form of a stream. What an event says is the encoder's, one for each kind of answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from starlette.responses import Response
+
+from server.api.errors import answer
+from server.api.types import Receive, Scope, Send
+from server.engine.request import Delivery
+from server.errors import NotReady
+from server.tasks.inference import Generation
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Encoder(Protocol):
+    """What a stream says: bytes of whole events, possibly none."""
+
+    def first(self) -> bytes: ...
+
+    def step(self, index: int, delivery: Delivery) -> bytes: ...
+
+    def last(self) -> bytes: ...
+
+
+@contextlib.asynccontextmanager
+async def listening(receive: Receive, generation: Generation) -> AsyncIterator[None]:
+    """While inside, a client that goes away stops its work; after, so does leaving early for any reason."""
+
+    async def listen() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            continue
+        generation.cancel()
+
+    listener = asyncio.create_task(listen())
+    try:
+        yield
+    finally:
+        listener.cancel()
+        generation.cancel()
+
+
+async def finished(receive: Receive, generation: Generation) -> None:
+    """Wait for a whole answer, as long as there is somebody to send it to. Raises the generation's error."""
+    async with listening(receive, generation):
+        await generation.finished()
+
+
+class EventStream(Response):
+    """A streamed answer. A failure before the first byte is a plain error, after it the last event."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, generation: Generation, encoder: Encoder) -> None:
+        super().__init__()
+        self.generation = generation
+        self.encoder = encoder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        generation, encoder = self.generation, self.encoder
+        async with listening(receive, generation):
+            steps = generation.steps()
+            arrived = await anext(steps)
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            body = encoder.first()
+            try:
+                while True:
+                    body += b"".join([encoder.step(index, delivery) for index, delivery in arrived])
+                    if body:
+                        await send({"type": "http.response.body", "body": body, "more_body": True})
+                    body = b""
+                    arrived = await anext(steps)
+            except StopAsyncIteration:
+                body = self._end()
+            except Exception as error:
+                body = b"data: " + answer(error, scope["state"]["request_id"]).encode() + b"\n\n"
+            await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def _end(self) -> bytes:
+        return self.encoder.last() + DONE
+
+
+def check_complete(generation: Generation) -> None:
+    """Raises NotReady if the server cut the answer short, which OpenAI's finish reasons have no word for."""
+    if generation.cancelled:
+        raise NotReady("the server stopped before the answer was complete; send the request again", retry_after=2.0)

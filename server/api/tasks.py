@@ -1,0 +1,53 @@
+"""`/tasks`: definitions of tasks."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Response
+
+from server.api import schemas
+from server.api.generate import json_response
+from server.api.responses import errors
+from server.api.runtime import Ready, Running
+
+router = APIRouter(prefix="/tasks", tags=["tasks"])
+
+Name = Annotated[str, Path(max_length=64)]
+
+
+@router.get("", response_model=schemas.TaskList, responses=errors(503))
+async def list_tasks(parts: Ready) -> dict[str, Any]:
+    """All tasks by name."""
+    return {"tasks": [task.describe() for task in parts.tasks.all()]}
+
+
+@router.get("/{task}", response_model=schemas.TaskAnswer, responses=errors(404, 422, 503))
+async def get_task(task: Name, parts: Ready) -> dict[str, Any]:
+    """One task, and whether a folder or the API has defined it."""
+    return parts.tasks.get(task).describe()
+
+
+@router.put(
+    "/{task}",
+    response_model=schemas.TaskAnswer,
+    responses={
+        **errors(400, 404, 422, 503, 507),
+        201: {"model": schemas.TaskAnswer, "description": "the name is new"},
+    },
+)
+async def put_task(task: Name, body: schemas.TaskBody, parts: Ready) -> Response:
+    """Define a task. It wins over the one that an adapter's folder brings."""
+    given = body.model_dump(exclude_none=True, exclude={"name", "task", "source"})
+    defined, created = await asyncio.to_thread(parts.tasks.put, task, given)
+    return json_response(defined.describe(), 201 if created else 200)
+
+
+@router.delete("/{task}", response_model=schemas.TaskAnswer, responses=errors(404, 422, 503, 507))
+async def delete_task(task: Name, runtime: Running, parts: Ready) -> dict[str, Any]:
+    """Take a task away; one of a folder that it had covered comes back."""
+    deleted = await asyncio.to_thread(parts.tasks.delete, task)
+    if parts.tasks.find(task) is None:
+        runtime.metrics.forget_task(task)
+    return deleted.describe()

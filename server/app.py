@@ -1,0 +1,95 @@
+"""`create_app`: the server as an ASGI application, from its settings.
+
+Owns the order of loading and of leaving. What is loaded answers in `api`; how it is built is each part's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from server.api import adapters, auth, errors, generate, limits, monitoring, openai, openapi, tasks, vllm
+from server.api.assembly import House, assemble
+from server.api.runtime import Runtime
+from server.settings import Settings
+from server.tasks.mailbox import Mailbox
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = "Many LoRA adapters, and weighted mixes of them, on one resident 4-bit base."
+
+
+def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lambda error: None) -> FastAPI:
+    """The application. It answers /health/live at once, and everything else when its model has been loaded.
+
+    `on_failure` hears of a model or a setting that cannot be served; the application then stays unready. Raises
+    BadSetting for keys that cannot be read.
+    """
+    runtime = Runtime(settings)
+    runtime.metrics.snapshot = lambda: monitoring.snapshot(runtime)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(_load(runtime, on_failure))
+        try:
+            yield
+        finally:
+            await _leave(runtime, loading)
+
+    app = FastAPI(
+        title="loramux",
+        version=_version(),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=[
+            Middleware(limits.Boundary, access_log=settings.access_log),
+            Middleware(auth.Gate, keys=runtime.keys, hosts=auth.known_hosts(settings)),
+            Middleware(limits.BodyLimit, max_body=settings.max_body, max_upload=settings.max_upload),
+        ],
+    )
+    app.state.runtime = runtime
+    errors.install(app)
+    openapi.install(app)
+    for part in (generate, openai, vllm, adapters, tasks, monitoring, openapi):
+        app.include_router(part.router)
+    return app
+
+
+async def _load(runtime: Runtime, on_failure: Callable[[Exception], None]) -> None:
+    """Build all parts on a thread, then open the doors."""
+    mailbox = Mailbox(asyncio.get_running_loop())
+    try:
+        house: House = await asyncio.to_thread(assemble, runtime.settings, runtime.metrics, mailbox)
+    except Exception as error:
+        log.error("the server cannot start: %s", error, exc_info=not hasattr(error, "message"))
+        runtime.state, runtime.reason = "failed", getattr(error, "message", "see the log")
+        on_failure(error)
+        return
+    runtime.house, runtime.loaded = house, house.parts
+    runtime.state = "ready"
+    log.info("ready: %s", house.parts.model.name)
+
+
+async def _leave(runtime: Runtime, loading: asyncio.Task[None]) -> None:
+    """Let what runs finish, for as long as the settings say, then stop."""
+    await asyncio.gather(loading, return_exceptions=True)
+    runtime.drain()
+    if runtime.house is not None:
+        await asyncio.to_thread(runtime.house.close, runtime.settings.drain)
+        await asyncio.sleep(0)  # the last deliveries reach their readers
+
+
+def _version() -> str:
+    try:
+        return version("loramux")
+    except PackageNotFoundError:
+        return "0"

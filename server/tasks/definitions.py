@@ -1,0 +1,201 @@
+"""`Task`: a name that clients use, with its prompt, labels, defaults and the mix or rule that answers it.
+
+Owns the form of a task, as a value and as JSON (an adapter folder's `task.json`, or the body of a PUT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from adapters.weights import NAME, Choice, check_weight
+from server.engine.text import INPUT, Format
+from server.errors import InvalidRequest
+from server.tasks.sampling import check_defaults
+
+MAX_PROMPT = 100_000
+MAX_LABELS = 64
+MAX_LABEL_LENGTH = 256
+MAX_CANDIDATES = 16
+MIN_SAMPLES = 200
+METRICS = ("accuracy", "exact_match", "rougeL", "bleu", "chrf", "loss")
+SOURCES = ("feedback", "evaluation")
+DEFAULT = "default"
+"""The task of a request to /generate that names none, where it is defined."""
+
+Source = Literal["file", "api"]
+
+
+@dataclass(frozen=True)
+class Best:
+    """A route that finds out: the candidates take turns, then the one that is proven better serves."""
+
+    candidates: tuple[str, ...]
+    metric: str = "accuracy"
+    source: str = "feedback"
+    min_samples: int = MIN_SAMPLES
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "best": list(self.candidates),
+            "metric": self.metric,
+            "source": self.source,
+            "min_samples": self.min_samples,
+        }
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A route that is a choice; the empty one is the base alone."""
+
+    choice: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.choice)
+
+    def describe(self) -> dict[str, Any]:
+        return {"choice": [{"name": name, "weight": weight} for name, weight in self.choice]}
+
+
+Route = Fixed | Best
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task's name stands for. `prompt` has one literal `{input}`."""
+
+    name: str
+    prompt: str
+    route: Route
+    format: Format = "raw"
+    system: str | None = None
+    labels: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    source: Source = "api"
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that its route may use, without versions."""
+        return tuple(dict.fromkeys(name.partition("@")[0] for name in self.route.candidates))
+
+    def body(self) -> dict[str, Any]:
+        """The JSON that `parse` reads back."""
+        return {
+            "prompt": self.prompt,
+            "format": self.format,
+            "system": self.system,
+            "labels": list(self.labels),
+            "defaults": dict(self.defaults),
+            "route": self.route.describe(),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "source": self.source, **self.body()}
+
+
+_KEYS = frozenset({"task", "name", "source", "prompt", "format", "system", "labels", "defaults", "route"})
+
+
+def parse(name: str, body: Mapping[str, Any], *, default_route: Route, source: Source) -> Task:
+    """A task from its JSON. Raises InvalidRequest, naming the field and what it must be."""
+    check_task_name(name)
+    for key in body:
+        if key not in _KEYS:
+            raise InvalidRequest(f"a task has no field {str(key)[:64]!r}", str(key)[:64])
+    prompt = body.get("prompt")
+    if not isinstance(prompt, str) or prompt.count(INPUT) != 1 or len(prompt) > MAX_PROMPT:
+        raise InvalidRequest(f"prompt must be a text with {INPUT} in it, once", "prompt")
+    system, format = body.get("system"), body.get("format") or "raw"
+    if format not in ("raw", "chat"):
+        raise InvalidRequest("format must be raw or chat", "format")
+    if system is not None and (not isinstance(system, str) or len(system) > MAX_PROMPT):
+        raise InvalidRequest("system must be a text or null", "system")
+    if system is not None and format == "raw":
+        raise InvalidRequest("a raw prompt has no system message; set format to chat", "system")
+    defaults = body.get("defaults") or {}
+    if not isinstance(defaults, Mapping):
+        raise InvalidRequest("defaults must be an object of generation fields", "defaults")
+    route = body.get("route")
+    return Task(
+        name=name,
+        prompt=prompt,
+        route=default_route if route is None else _route(route),
+        format=cast(Format, format),
+        system=system,
+        labels=check_labels(body.get("labels") or [], "labels"),
+        defaults=check_defaults(defaults),
+        source=source,
+    )
+
+
+def check_task_name(name: str) -> None:
+    """Raises InvalidRequest for what can not be a task's name."""
+    if not NAME.fullmatch(name):
+        raise InvalidRequest("a name has 1 to 64 letters, digits, `.`, `_` or `-`, and begins with no sign", "task")
+
+
+def check_labels(labels: Any, param: str) -> tuple[str, ...]:
+    """Distinct, non-empty labels. Raises InvalidRequest."""
+    if not isinstance(labels, list) or len(labels) > MAX_LABELS:
+        raise InvalidRequest(f"labels must be a list of up to {MAX_LABELS} texts", param)
+    if not all(isinstance(label, str) and 0 < len(label) <= MAX_LABEL_LENGTH for label in labels):
+        raise InvalidRequest(f"a label is a text of 1 to {MAX_LABEL_LENGTH} characters", param)
+    if len(set(labels)) != len(labels):
+        raise InvalidRequest("a label is there twice", param)
+    return tuple(labels)
+
+
+def _route(route: Any) -> Route:
+    if not isinstance(route, Mapping) or ("choice" in route) == ("best" in route):
+        raise InvalidRequest("route must have either `choice` or `best`", "route")
+    if "choice" in route:
+        if set(route) != {"choice"}:
+            raise InvalidRequest("a route with `choice` has no other field", "route")
+        return Fixed(tuple(parse_choice(route["choice"], "route.choice")))
+    return _best(route)
+
+
+def _best(route: Mapping[str, Any]) -> Best:
+    unknown = set(route) - {"best", "metric", "source", "min_samples"}
+    if unknown:
+        raise InvalidRequest(f"a route has no field {sorted(map(str, unknown))[0][:64]!r}", "route")
+    names = route["best"]
+    if not isinstance(names, list) or not 2 <= len(names) <= MAX_CANDIDATES:
+        raise InvalidRequest(f"route.best must list 2 to {MAX_CANDIDATES} adapters", "route.best")
+    for name in names:
+        _adapter_name(name, "route.best")
+    if len(set(names)) != len(names):
+        raise InvalidRequest("route.best lists an adapter twice", "route.best")
+    metric, source = route.get("metric") or "accuracy", route.get("source") or "feedback"
+    if metric not in METRICS:
+        raise InvalidRequest(f"route.metric must be one of {', '.join(METRICS)}", "route.metric")
+    if source not in SOURCES:
+        raise InvalidRequest(f"route.source must be one of {', '.join(SOURCES)}", "route.source")
+    least = route.get("min_samples", MIN_SAMPLES)
+    if not isinstance(least, int) or isinstance(least, bool) or not 1 <= least <= 1_000_000:
+        raise InvalidRequest("route.min_samples must be a whole number from 1 to 1000000", "route.min_samples")
+    return Best(tuple(names), metric, source, least)
+
+
+def parse_choice(entries: Any, param: str) -> Choice:
+    """`[{"name", "weight"}, ...]` as a choice; a weight that is not given is 1.0. Raises InvalidRequest."""
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or len(entries) > 64:
+        raise InvalidRequest(f"{param} must be a list of up to 64 adapters with their weights", param)
+    choice: Choice = []
+    for entry in entries:
+        if not isinstance(entry, Mapping) or set(entry) - {"name", "weight"}:
+            raise InvalidRequest(f'each of {param} must be {{"name": ..., "weight": ...}}', param)
+        weight = entry.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise InvalidRequest(f"a weight of {param} must be a number", param)
+        choice.append((_adapter_name(entry.get("name"), param), check_weight(weight, param)))
+    return choice
+
+
+def _adapter_name(name: Any, param: str) -> str:
+    base, at, digest = name.partition("@") if isinstance(name, str) else ("", "", "")
+    if not NAME.fullmatch(base) or (at and not 6 <= len(digest) <= 64):
+        raise InvalidRequest(f"{param} must name adapters, as `name` or `name@digest`", param)
+    return cast(str, name)

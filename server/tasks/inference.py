@@ -1,0 +1,309 @@
+"""Runs prompts on the engine for a target: lease, request, deliveries, release, record.
+
+`Inference.start` makes a `Generation`, the sequences of one call that share a mix. Whatever becomes of its reader, the
+lease is released and the metrics are written when the engine has delivered the last word on each reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from adapters.leases import Lease
+from adapters.weights import Choice, Version
+from server.engine.request import Delivery, Request, Sampling, TokenLogprob
+from server.metrics import Ended, Metrics
+from server.tasks.mailbox import Inbox, Mailbox
+from server.tasks.resolve import Target
+
+log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What running a prompt asks of the engine."""
+
+    def submit(self, request: Request) -> None: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    def stats(self) -> dict[str, Any]: ...
+
+
+class Leases(Protocol):
+    """What running a prompt asks of the registry."""
+
+    def lease(self, choice: Choice) -> Lease: ...
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks and on what terms. `deadline` is in `time.monotonic()` seconds."""
+
+    tenant: str = ""
+    deadline: float = math.inf
+    priority: int = 0
+    latency: bool = True
+    """False keeps the call out of the latency records (evaluation traffic)."""
+
+
+@dataclass(eq=False)
+class Reply:
+    """One answer as it grows."""
+
+    request: Request
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: Exception | None = None
+
+
+class Generation:
+    """The sequences of one call. Read `steps()` or `finished()`; `cancel()` when nobody listens any more."""
+
+    def __init__(self, id: str, target: Target, lease: Lease, caller: Caller, engine: Engine) -> None:
+        self.id = id
+        self.target = target
+        self.caller = caller
+        self.versions: list[tuple[Version, float]] = list(lease.versions)
+        self.replies: list[Reply] = []
+        self.status = ""
+        """The HTTP status that was recorded, or "cancelled"; empty while it runs."""
+        self.inbox = Inbox()
+        self._lease = lease
+        self._engine = engine
+        self._open = 0
+
+    async def steps(self) -> AsyncIterator[list[tuple[int, Delivery]]]:
+        """What has arrived, as (sequence, delivery), until all sequences have ended. Raises the first error."""
+        left = len(self.replies)
+        while left:
+            arrived: list[tuple[int, Delivery]] = await self.inbox.take()
+            for _, delivery in arrived:
+                if delivery.finish_reason is not None:
+                    left -= 1
+                if delivery.error is not None:
+                    self.cancel()
+                    raise delivery.error
+            yield arrived
+
+    async def finished(self) -> None:
+        """Wait until all sequences have ended. Raises the first error."""
+        async for _ in self.steps():
+            continue
+
+    def cancel(self) -> None:
+        """Stop what still runs. Idempotent; leases, blocks and slots return when the engine has let go."""
+        for reply in self.replies:
+            if reply.finish_reason is None:
+                self._engine.cancel(reply.request.id)
+
+    @property
+    def cancelled(self) -> bool:
+        return any(s.finish_reason == "cancelled" for s in self.replies)
+
+    def usage(self) -> dict[str, int]:
+        """Tokens of the call so far. A prompt that has several answers counts once."""
+        prompts = {s.request.prompt: s.request for s in reversed(self.replies)}
+        prompt = sum(len(p) for p in prompts)
+        completion = sum(len(s.request.output) for s in self.replies)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "cached_tokens": sum(r.cached for r in prompts.values()),
+        }
+
+
+class Inference:
+    """Starts generations. `status_of` tells the HTTP status of an error, for the record."""
+
+    def __init__(
+        self, engine: Engine, leases: Leases, metrics: Metrics, mailbox: Mailbox, status_of: Callable[[Exception], int]
+    ) -> None:
+        self.engine = engine
+        self.on_ended: Callable[[Generation], None] = lambda generation: None
+        """Called on the loop's thread once a generation has ended and been recorded."""
+        self.live: set[Generation] = set()
+        self._leases = leases
+        self._metrics = metrics
+        self._mailbox = mailbox
+        self._status_of = status_of
+
+    def start(
+        self,
+        target: Target,
+        prompts: Sequence[Sequence[int]],
+        samplings: Sequence[Sampling],
+        caller: Caller,
+        *,
+        id: str = "",
+        scored: Sequence[int] = (),
+    ) -> Generation:
+        """Submit one sequence per prompt, all on one lease. On the loop's thread.
+
+        Raises UnknownAdapter, InvalidChoice, NoRoom, QueueFull, NotReady, NoCapacity; nothing runs then.
+        """
+        try:
+            lease = self._leases.lease(target.choice)
+        except Exception as error:
+            self.refused(target, error, caller)
+            raise
+        generation = Generation(id or new_id("gen"), target, lease, caller, self.engine)
+        fair_key = target.task.name if target.task else "+".join(lease.mix.digests)
+        for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+            request = Request(
+                id=f"{generation.id}.{index}",
+                prompt=tuple(prompt),
+                sampling=sampling,
+                deliver=self._delivery(generation, index),
+                mix=lease.mix,
+                fair_key=fair_key,
+                tenant=caller.tenant,
+                priority=caller.priority,
+                deadline=caller.deadline,
+                scored=scored[index] if scored else 0,
+            )
+            generation.replies.append(Reply(request))
+        self._submit(generation, lease)
+        return generation
+
+    def refused(self, target: Target | None, error: Exception, caller: Caller) -> None:
+        """Record a call that never ran. Names that were not found are the client's words, and no labels."""
+        status = self._status_of(error)
+        self._metrics.record(
+            Ended(
+                task=target.task.name if target and target.task else None,
+                adapters=_names(target.choice) if target else (),
+                status=str(status),
+                known=target is not None and status != 404,
+                latency=caller.latency,
+            )
+        )
+
+    def _submit(self, generation: Generation, lease: Lease) -> None:
+        submitted = 0
+        try:
+            for reply in generation.replies:
+                self.engine.submit(reply.request)
+                submitted += 1
+        except Exception as error:
+            generation.status = str(self._status_of(error))
+            self.refused(generation.target, error, generation.caller)
+            rest = generation.replies[:submitted]
+            generation.replies = rest
+            generation._open = len(rest)
+            if not rest:
+                lease.release()
+            generation.cancel()
+            raise
+        generation._open = submitted
+        self.live.add(generation)
+
+    def _delivery(self, generation: Generation, index: int) -> Callable[[Delivery], None]:
+        mailbox = self._mailbox
+
+        def arrived(delivery: Delivery) -> None:
+            self._arrived(generation, index, delivery)
+
+        return lambda delivery: mailbox.post(arrived, delivery)
+
+    def _arrived(self, generation: Generation, index: int, delivery: Delivery) -> None:
+        reply = generation.replies[index]
+        if delivery.text:
+            reply.text.append(delivery.text)
+        if delivery.logprobs:
+            reply.logprobs.extend(delivery.logprobs)
+        if delivery.finish_reason is not None:
+            reply.finish_reason, reply.error = delivery.finish_reason, delivery.error
+            generation._open -= 1
+            if not generation._open:
+                self._ended(generation)
+        generation.inbox.put((index, delivery))
+
+    def _ended(self, generation: Generation) -> None:
+        """All sequences are over: give back, write down."""
+        generation._lease.release()
+        self.live.discard(generation)
+        if generation.status:
+            return  # refused half-way, and recorded then
+        errors = [s.error for s in generation.replies if s.error is not None]
+        if errors:
+            generation.status = str(self._status_of(errors[0]))
+        else:
+            generation.status = "cancelled" if generation.cancelled else "200"
+        self._metrics.record(ended(generation))
+        self.on_ended(generation)
+
+    async def drained(self, seconds: float) -> bool:
+        """Wait until nothing runs, for at most `seconds`. Answers whether nothing does."""
+        end = time.monotonic() + seconds
+        while self.live and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        return not self.live
+
+
+def ended(generation: Generation) -> Ended:
+    """The record of a generation, from its requests' own timestamps."""
+    requests = [s.request for s in generation.replies]
+    usage = generation.usage()
+    task = generation.target.task
+    return Ended(
+        task=task.name if task else None,
+        adapters=tuple(version.name for version, weight in generation.versions if weight),
+        status=generation.status,
+        submitted=min(r.submitted for r in requests),
+        admitted=_least(r.admitted for r in requests),
+        first_token=_least(r.first_token for r in requests),
+        finished=max(r.finished for r in requests),
+        prompt_tokens=usage["prompt_tokens"],
+        generated_tokens=usage["completion_tokens"],
+        longest=max(len(r.output) for r in requests),
+        latency=generation.caller.latency,
+    )
+
+
+def timings(generation: Generation) -> dict[str, float]:
+    """Milliseconds of a generation that has ended, as clients see them; its longest sequence gives the rate."""
+    record = ended(generation)
+    load = max(s.request.load_seconds for s in generation.replies)
+    total = record.finished - record.submitted
+    ttft = record.first_token - record.submitted
+    seconds = total - ttft if record.longest > 1 else total
+    tokens = record.longest - 1 if record.longest > 1 else record.longest
+    return {
+        "queue_ms": _ms(record.admitted - record.submitted - load),
+        "load_ms": _ms(load),
+        "ttft_ms": _ms(ttft),
+        "total_ms": _ms(total),
+        "tokens_per_second": round(tokens / seconds, 1) if seconds > 0 else 0.0,
+    }
+
+
+def choices(sampling: Sampling, n: int) -> list[Sampling]:
+    """The samplings of `n` answers to one prompt: with a seed, each has its own, derived from it."""
+    if sampling.seed is None or n == 1:
+        return [sampling] * n
+    return [replace(sampling, seed=(sampling.seed + i * 0x9E3779B97F4A7C15) % (1 << 63)) for i in range(n)]
+
+
+def new_id(prefix: str) -> str:
+    """An id of our own making, never a client's."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def _least(times: Any) -> float:
+    return min((t for t in times if not math.isnan(t)), default=math.nan)
+
+
+def _ms(seconds: float) -> float:
+    return 0.0 if math.isnan(seconds) else round(max(0.0, seconds) * 1000, 2)
+
+
+def _names(choice: Choice) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.partition("@")[0] for name, weight in choice if weight))

@@ -1,0 +1,113 @@
+"""From a client's words to token ids: templates, bounds, and a thread for what is long.
+
+Owns the check by characters that comes before tokenizing, and the one by tokens that comes after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from server.engine.text import Text
+from server.errors import InvalidRequest
+from server.tasks.definitions import Task
+from server.tasks.sampling import Room
+
+T = TypeVar("T")
+Message = Mapping[str, Any]
+
+INLINE = 4096
+"""Prompts of up to so many characters are tokenized on the event loop; longer ones would hold it up."""
+
+
+class Prompts:
+    """A text's way into the context. `longest_token` is the most characters that one token stands for."""
+
+    def __init__(self, text: Text, room: Room, longest_token: int) -> None:
+        self.text = text
+        self.room = room
+        self._characters = room.context * longest_token
+
+    async def of_input(self, task: Task | None, prompt: str) -> list[int]:
+        """The ids of `prompt` in a task's template, or as it is. Raises InvalidRequest."""
+        self._check_characters(len(prompt), "prompt")
+        if task is None:
+            ids = await _off(len(prompt), lambda: self.text.encode(prompt))
+        else:
+            ids = await _off(len(prompt), lambda: self.text.encode_task(task.prompt, task.format, task.system, prompt))
+        self.room.check_prompt(len(ids))
+        return ids
+
+    async def of_chat(self, task: Task | None, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation; a task's template wraps its last user message. Raises InvalidRequest."""
+        size = sum(len(m["content"]) for m in messages)
+        self._check_characters(size, "messages")
+        if task is not None and task.format == "raw":
+            return await self.of_input(task, _only_message(task, messages))
+        wrapped = messages if task is None else _wrapped(task, messages)
+        ids = await _off(size, lambda: self.text.encode_chat(wrapped))
+        self.room.check_prompt(len(ids), "messages")
+        return ids
+
+    def of_tokens(self, ids: Sequence[int]) -> list[int]:
+        """Ids that the client has made itself, checked. Raises InvalidRequest."""
+        self.room.check_prompt(len(ids))
+        if min(ids) < 0 or max(ids) >= self.room.vocabulary:
+            raise InvalidRequest(f"prompt has a token id that is not within 0 to {self.room.vocabulary - 1}", "prompt")
+        return list(ids)
+
+    async def of_labels(self, task: Task | None, prompt: str, labels: Sequence[str]) -> list[tuple[list[int], int]]:
+        """For each label: the ids of prompt, label and end token, and how many of the last are scored.
+
+        Raises InvalidRequest.
+        """
+        size = (len(prompt) + sum(map(len, labels))) * len(labels)
+        self._check_characters(len(prompt), "prompt")
+
+        def encode() -> list[tuple[list[int], int]]:
+            text, format = self.text, task.format if task else "raw"
+            pieces = text.render_task(task.prompt if task else "{input}", format, task.system if task else None, prompt)
+            return text.encode_continuations(pieces, labels, format)
+
+        scored = await _off(size, encode)
+        longest = max(len(ids) for ids, _ in scored)
+        if longest > self.room.context:
+            raise InvalidRequest(
+                f"prompt and label have {longest} tokens, and the context holds {self.room.context}", "prompt"
+            )
+        if any(len(ids) <= count for ids, count in scored):
+            raise InvalidRequest("the prompt is empty", "prompt")
+        return scored
+
+    def _check_characters(self, size: int, param: str) -> None:
+        if size > self._characters:
+            raise InvalidRequest(
+                f"{param} has {size} characters, which the context of {self.room.context} tokens can not hold; "
+                f"it holds {self._characters} at the very most",
+                param,
+            )
+
+
+def _only_message(task: Task, messages: Sequence[Message]) -> str:
+    if len(messages) != 1 or messages[0]["role"] != "user":
+        raise InvalidRequest(
+            f"the task {task.name!r} has a raw template, which has no place for a conversation; send one user message",
+            "messages",
+        )
+    return str(messages[0]["content"])
+
+
+def _wrapped(task: Task, messages: Sequence[Message]) -> list[Message]:
+    last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
+    if last is None:
+        raise InvalidRequest(f"the task {task.name!r} needs a user message", "messages")
+    wrapped = list(messages)
+    wrapped[last] = {**messages[last], "content": task.prompt.replace("{input}", messages[last]["content"], 1)}
+    if task.system is not None and messages[0]["role"] != "system":
+        wrapped.insert(0, {"role": "system", "content": task.system})
+    return wrapped
+
+
+async def _off(size: int, call: Callable[[], T]) -> T:
+    return call() if size <= INLINE else await asyncio.to_thread(call)

@@ -1,0 +1,84 @@
+"""Names to mixes: what `?task=`, `model` and `adapters` of a request mean.
+
+Unknown names are errors, never a silent base.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+from adapters.weights import NAME, Choice, Version
+from server.errors import UnknownName
+from server.tasks.definitions import DEFAULT, Best, Task
+from server.tasks.store import Tasks
+
+_VERSION = re.compile(rf"({NAME.pattern})@[0-9a-f]{{6,64}}")
+
+
+class Versions(Protocol):
+    """What resolving asks of the registry."""
+
+    def names(self) -> list[str]: ...
+
+    def resolve(self, choice: Choice) -> list[tuple[Version, float]]: ...
+
+
+class Router(Protocol):
+    """Picks one of a `best` route's candidates for the next request."""
+
+    def pick(self, task: Task, route: Best) -> str: ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """What answers a request: a task's template or none, and a choice. `name` is what the client called it."""
+
+    name: str
+    task: Task | None
+    choice: Choice
+
+
+class Resolver:
+    """From a client's words to a `Target`."""
+
+    def __init__(self, tasks: Tasks, adapters: Versions, base: str, router: Router) -> None:
+        self.base = base
+        self._tasks = tasks
+        self._adapters = adapters
+        self._router = router
+
+    def task(self, name: str | None, override: Choice | None) -> Target:
+        """`?task=`: tasks only. None is `default` where that is defined, else the base. Raises UnknownName."""
+        task = self._tasks.find(DEFAULT) if name is None else self._tasks.get(name)
+        choice = override if override is not None else self._route(task)
+        return Target(name or (task.name if task else self.base), task, choice)
+
+    def model(self, name: str, override: Choice | None) -> Target:
+        """`model`: exact version, then task, then adapter, then base. Raises UnknownName, UnknownAdapter."""
+        bare = name.removeprefix("adapter:")
+        if bare != name or _VERSION.fullmatch(name):
+            if not NAME.fullmatch(bare.partition("@")[0]):
+                raise _no_model(name)
+            self._adapters.resolve([(bare, 1.0)])
+            return Target(name, None, [(bare, 1.0)] if override is None else override)
+        task = self._tasks.find(name)
+        if task is not None:
+            return Target(name, task, override if override is not None else self._route(task))
+        if name in self._adapters.names():
+            return Target(name, None, [(name, 1.0)] if override is None else override)
+        if name == self.base:
+            return Target(name, None, override or [])
+        raise _no_model(name)
+
+    def _route(self, task: Task | None) -> Choice:
+        if task is None:
+            return []
+        if isinstance(task.route, Best):
+            return [(self._router.pick(task, task.route), 1.0)]
+        return list(task.route.choice)
+
+
+def _no_model(name: str) -> UnknownName:
+    return UnknownName(f"there is no model {name[:96]!r}; GET /v1/models lists them", "model")

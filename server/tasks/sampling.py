@@ -1,0 +1,151 @@
+"""The generation fields: their bounds and defaults, and how three layers of them become a `Sampling`.
+
+Every bound is here once; the HTTP schemas and task files both read it. Order: request, task's defaults, server's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from server.engine.request import Sampling
+from server.errors import InvalidRequest
+
+MAX_TOKENS = 1_000_000
+MAX_STOP = 8
+MAX_STOP_LENGTH = 256
+MAX_STOP_TOKENS = 64
+MAX_LOGPROBS = 20
+MAX_N = 16
+SEED = (-(2**63), 2**63 - 1)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number's kind and bounds. With `above`, the lower bound itself is not allowed."""
+
+    kind: type[int] | type[float]
+    low: float
+    high: float
+    above: bool = False
+
+    def check(self, name: str, value: Any) -> Any:
+        """`value`, as this kind. Raises InvalidRequest."""
+        right = isinstance(value, int) and not isinstance(value, bool)
+        right = right or (self.kind is float and isinstance(value, float) and math.isfinite(value))
+        if not right or not self.low <= value <= self.high or (self.above and value == self.low):
+            lower = f"over {self.low:g}" if self.above else f"from {self.low:g}"
+            kind = "whole number" if self.kind is int else "number"
+            raise InvalidRequest(f"{name} must be a {kind} {lower} to {self.high:g}", name)
+        return self.kind(value)
+
+
+NUMBERS: Mapping[str, Number] = {
+    "max_tokens": Number(int, 1, MAX_TOKENS),
+    "min_tokens": Number(int, 0, MAX_TOKENS),
+    "temperature": Number(float, 0, 2),
+    "top_p": Number(float, 0, 1, above=True),
+    "top_k": Number(int, 0, MAX_TOKENS),
+    "min_p": Number(float, 0, 1),
+    "seed": Number(int, *SEED),
+    "repetition_penalty": Number(float, 0, 10, above=True),
+    "presence_penalty": Number(float, -2, 2),
+    "frequency_penalty": Number(float, -2, 2),
+    "logprobs": Number(int, 0, MAX_LOGPROBS),
+}
+OWN_DEFAULTS: Mapping[str, Any] = {"max_tokens": 64, "temperature": 0.0}
+COMPLETION_DEFAULTS: Mapping[str, Any] = {"max_tokens": 16, "temperature": 1.0}
+CHAT_DEFAULTS: Mapping[str, Any] = {"temperature": 1.0}
+"""OpenAI's chat has no default length: what is left of the context."""
+
+
+def check_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's `defaults`, checked. Raises InvalidRequest naming the field."""
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name in NUMBERS:
+            checked[name] = NUMBERS[name].check(f"defaults.{name}", value)
+        elif name == "stop":
+            checked[name] = check_stop(value, "defaults.stop")
+        elif name == "stop_token_ids":
+            checked[name] = _token_ids(value)
+        elif name == "ignore_eos" and isinstance(value, bool):
+            checked[name] = value
+        else:
+            known = ", ".join((*NUMBERS, "stop", "stop_token_ids", "ignore_eos"))
+            raise InvalidRequest(f"defaults has no field {str(name)[:64]!r} of that kind; it knows {known}", "defaults")
+    return checked
+
+
+def check_stop(value: Any, param: str = "stop") -> list[str]:
+    """Stop strings: at most 8, none empty, none over 256 characters. Raises InvalidRequest."""
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOP:
+        raise InvalidRequest(f"{param} takes up to {MAX_STOP} strings", param)
+    if not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops):
+        raise InvalidRequest(f"each of {param} must be a string of 1 to {MAX_STOP_LENGTH} characters", param)
+    return stops
+
+
+def _token_ids(value: Any) -> list[int]:
+    right = isinstance(value, list) and len(value) <= MAX_STOP_TOKENS
+    if not right or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value):
+        raise InvalidRequest(f"stop_token_ids takes up to {MAX_STOP_TOKENS} token ids", "defaults.stop_token_ids")
+    return list(value)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What bounds an answer's length: the context, and the vocabulary that token ids must come from."""
+
+    context: int
+    vocabulary: int
+
+    def check_prompt(self, tokens: int, param: str = "prompt") -> None:
+        """Raises InvalidRequest, with both numbers, if a prompt leaves no place for an answer."""
+        if tokens >= self.context:
+            raise InvalidRequest(
+                f"the prompt has {tokens} tokens, and the context holds {self.context} for prompt and answer; "
+                "shorten the prompt",
+                param,
+            )
+        if tokens == 0:
+            raise InvalidRequest("the prompt is empty", param)
+
+
+def build(
+    asked: Mapping[str, Any], task: Mapping[str, Any], server: Mapping[str, Any], room: Room, longest_prompt: int
+) -> Sampling:
+    """The `Sampling` of a request whose fields that were not given are absent or None in `asked`.
+
+    An absent `max_tokens` is clipped to the context, an explicit one over it is refused. Raises InvalidRequest.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    values = {**server, **task, **given}
+    left = room.context - longest_prompt
+    if (wanted := given.get("max_tokens")) is not None and wanted > left:
+        raise InvalidRequest(
+            f"max_tokens is {wanted}, but the prompt's {longest_prompt} tokens leave {left} of a context of "
+            f"{room.context}; ask for at most {left}, or leave max_tokens out",
+            "max_tokens",
+        )
+    length = min(values.get("max_tokens", left), left)
+    if values.get("min_tokens", 0) > length:
+        if given.get("min_tokens") is not None:
+            raise InvalidRequest(f"min_tokens is over the {length} tokens that the answer may have", "min_tokens")
+        values["min_tokens"] = length
+    for token in values.get("stop_token_ids", ()):
+        if token >= room.vocabulary:
+            raise InvalidRequest(f"{token} is no token id; the vocabulary has {room.vocabulary}", "stop_token_ids")
+    stop = values.get("stop") or ()
+    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    values["stop_token_ids"] = tuple(values.get("stop_token_ids") or ())
+    values["max_tokens"] = length
+    return Sampling(**{name: value for name, value in values.items() if name in _FIELDS})
+
+
+_FIELDS = frozenset(Sampling.__dataclass_fields__)

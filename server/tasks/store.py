@@ -1,0 +1,152 @@
+"""`Tasks`: all tasks by name, those put by the API over those that adapter folders bring.
+
+Owns `tasks.json` in the state directory. A task of a folder lives and goes with its adapter; one that was deleted
+through the API stays away until its adapter has other content.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from adapters.errors import StoreFailed, UnknownAdapter
+from adapters.weights import RESERVED, Choice, Version
+from server.errors import InvalidRequest, ServerError, UnknownName
+from server.tasks.definitions import Fixed, Task, check_task_name, parse
+
+log = logging.getLogger(__name__)
+
+
+class Adapters(Protocol):
+    """What tasks ask of the registry."""
+
+    def names(self) -> list[str]: ...
+
+    def current(self, name: str) -> Version: ...
+
+    def metadata(self, name: str) -> Mapping[str, Any]: ...
+
+    def resolve(self, choice: Choice) -> list[tuple[Version, float]]: ...
+
+
+class Tasks:
+    """Every task that can be named. Reading is lock-free: the tables are replaced, never changed."""
+
+    def __init__(self, file: Path, adapters: Adapters, reserved: Collection[str] = ()) -> None:
+        self._file = file
+        self._adapters = adapters
+        self._reserved = RESERVED | set(reserved)
+        self._lock = threading.Lock()
+        self._put: dict[str, Task] = {}
+        self._deleted: dict[str, str] = {}
+        self._files: dict[str, Task] = {}
+        self._read()
+        self.refresh()
+
+    def get(self, name: str) -> Task:
+        """The task of that name. Raises UnknownName."""
+        task = self.find(name)
+        if task is None:
+            raise UnknownName(f"there is no task {name[:64]!r}; GET /tasks lists them", "task")
+        return task
+
+    def find(self, name: str) -> Task | None:
+        """The task of that name, or None."""
+        return self._put.get(name) or self._files.get(name)
+
+    def all(self) -> list[Task]:
+        """All tasks by name."""
+        table = {**self._files, **self._put}
+        return [table[name] for name in sorted(table)]
+
+    def using(self, adapter: str) -> list[str]:
+        """Names of the tasks that route to an adapter."""
+        return [task.name for task in self.all() if adapter in task.adapters]
+
+    def put(self, name: str, body: Mapping[str, Any]) -> tuple[Task, bool]:
+        """Define a task; answers it and whether the name is new. Raises InvalidRequest, UnknownAdapter, StoreFailed."""
+        if name in self._reserved:
+            raise InvalidRequest(f"the name {name!r} is reserved", "task")
+        check_task_name(name)
+        own = Fixed(((name, 1.0),)) if name in self._adapters.names() else Fixed()
+        task = parse(name, body, default_route=own, source="api")
+        self._adapters.resolve([(candidate, 1.0) for candidate in task.route.candidates])
+        with self._lock:
+            created = self.find(name) is None
+            self._write({**self._put, name: task}, {k: v for k, v in self._deleted.items() if k != name})
+        return task, created
+
+    def delete(self, name: str) -> Task:
+        """Take a task away; a task of a folder that it had covered comes back. Raises UnknownName."""
+        with self._lock:
+            task = self.get(name)
+            if task.source == "api":
+                self._write({k: v for k, v in self._put.items() if k != name}, self._deleted)
+            else:
+                digest = self._adapters.current(task.adapters[0]).digest if task.adapters else ""
+                self._write(self._put, {**self._deleted, name: digest})
+        self.refresh()
+        return task
+
+    def refresh(self) -> None:
+        """Read again what the adapters' folders bring. Called when an adapter came, changed or went."""
+        files: dict[str, Task] = {}
+        for adapter in self._adapters.names():
+            try:
+                body = self._adapters.metadata(adapter).get("task")
+                digest = self._adapters.current(adapter).digest
+            except UnknownAdapter:
+                continue  # it went in between, and its own notice follows
+            if body is None:
+                continue
+            task = self._from_folder(adapter, body)
+            if task is None or self._deleted.get(task.name) == digest:
+                continue
+            if task.name not in files or task.name == adapter:
+                files[task.name] = task
+        self._files = files
+
+    def _from_folder(self, adapter: str, body: Any) -> Task | None:
+        try:
+            if not isinstance(body, Mapping):
+                raise InvalidRequest("it must be an object")
+            name = body.get("task") or adapter
+            if not isinstance(name, str) or name in self._reserved:
+                raise InvalidRequest(f"{str(name)[:64]!r} can not be a task's name", "task")
+            return parse(name, body, default_route=Fixed(((adapter, 1.0),)), source="file")
+        except (ServerError, ValueError) as error:
+            log.warning("the task.json of adapter %r is not used: %s", adapter, error)
+            return None
+
+    def _read(self) -> None:
+        try:
+            stored = json.loads(self._file.read_text(encoding="utf-8"))
+            self._deleted = {str(k): str(v) for k, v in stored["deleted"].items()}
+            for name, body in stored["tasks"].items():
+                self._put[name] = parse(name, body, default_route=Fixed(), source="api")
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, ServerError) as error:
+            aside = self._file.with_suffix(".broken.json")
+            log.error("%s cannot be read (%s); it is set aside as %s", self._file.name, error, aside.name)
+            self._file.replace(aside)
+
+    def _write(self, put: dict[str, Task], deleted: dict[str, str]) -> None:
+        """Disk first, then memory. Raises StoreFailed if the disk refuses."""
+        content = {"tasks": {name: task.body() for name, task in put.items()}, "deleted": deleted}
+        temporary = self._file.with_suffix(".new")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w", encoding="utf-8") as out:
+                json.dump(content, out, ensure_ascii=True, indent=1)
+                out.flush()
+                os.fsync(out.fileno())
+            temporary.replace(self._file)
+        except OSError as error:
+            raise StoreFailed(f"the task cannot be written: {error.strerror}; nothing has changed") from None
+        self._put, self._deleted = put, deleted
