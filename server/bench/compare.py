@@ -1,0 +1,149 @@
+"""The table of ratios: our engine and server beside the peers that are installed, in one run, in both orders.
+
+Owns the order of a run and its medians. Each contestant gives the same numbers for the same prompts and adapters:
+tokens a second of decoding, and of prefill. Nothing here decides what is good enough.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from server.errors import BadSetting
+
+SCRIPTS = {"vllm": "vllm_cpu.py", "peft": "transformers_peft.py", "mistralrs": "mistral_rs.py"}
+LLAMA_BENCH = "llama-batched-bench"
+TIMEOUT = 1800.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every contestant does: greedy answers of `new_tokens` to `prompts` [[ids]], all at once.
+
+    `adapter_of[i]` is the number of prompt i's adapter in `adapters` (PEFT folders), -1 for none.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    texts: Sequence[str]
+    adapters: Sequence[Path]
+    adapter_of: Sequence[int]
+    new_tokens: int
+
+    @property
+    def requests(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens a second: of all prompts until their first tokens, and of all tokens after the first ones."""
+
+    prefill: float
+    decode: float
+
+
+Contestant = Callable[[Job], Rates]
+
+
+@dataclass
+class Row:
+    """One contestant's measurements over the rounds."""
+
+    rounds: list[Rates] = field(default_factory=list)
+
+    @property
+    def median(self) -> Rates:
+        return Rates(
+            statistics.median(r.prefill for r in self.rounds), statistics.median(r.decode for r in self.rounds)
+        )
+
+
+def rates(job: Job, first: float, last: float) -> Rates:
+    """From seconds to all first and to all last tokens."""
+    prompt_tokens = sum(len(p) for p in job.prompts)
+    return Rates(prompt_tokens / first, job.requests * (job.new_tokens - 1) / (last - first))
+
+
+def script_peer(kind: str, python: str, base: Path, threads: int) -> Contestant:
+    """A peer of an environment of its own, by one of the scripts in `peers/`. `base` is an exported folder."""
+    script = Path(__file__).parent / "peers" / SCRIPTS[kind]
+
+    def run(job: Job) -> Rates:
+        body = {
+            "base": str(base),
+            "adapters": [str(a) for a in job.adapters],
+            "prompts": [list(p) for p in job.prompts],
+            "texts": list(job.texts),
+            "adapter_of": list(job.adapter_of),
+            "new_tokens": job.new_tokens,
+            "threads": threads,
+            "repeats": 1,
+        }
+        answer = json.loads(_output([python, str(script)], json.dumps(body)).strip().splitlines()[-1])
+        return rates(job, answer["first"][0], answer["all"][0])
+
+    return run
+
+
+def llama_peer(binary: Path, gguf: Path, threads: int) -> Contestant:
+    """llama.cpp's batched bench, which has no adapters per sequence: only for jobs without any."""
+
+    def run(job: Job) -> Rates:
+        command = [str(binary), "-m", str(gguf), "-c", "16384", "-b", "2048", "-ub", "512", "-fa", "on"]
+        command += ["-npp", str(len(job.prompts[0])), "-ntg", str(job.new_tokens), "-npl", str(job.requests)]
+        command += ["-t", str(threads), "-tb", str(threads), "--output-format", "jsonl"]
+        lines = [line for line in _output(command, "").splitlines() if line.startswith("{")]
+        answer = json.loads(lines[-1])
+        return Rates(float(answer["speed_pp"]), float(answer["speed_tg"]))
+
+    return run
+
+
+def rounds(job: Job, contestants: Mapping[str, Contestant], count: int, heard: Callable[[str], None]) -> dict[str, Row]:
+    """Measure everybody `count` times, every second time in the reverse order."""
+    table = {name: Row() for name in contestants}
+    for i in range(count):
+        names = list(contestants) if i % 2 == 0 else list(contestants)[::-1]
+        for name in names:
+            got = contestants[name](job)
+            table[name].rounds.append(got)
+            heard(f"{name}: prefill {got.prefill:.0f} tok/s, decode {got.decode:.0f} tok/s")
+    return table
+
+
+def ratios(table: Mapping[str, Row], ours: str = "loramux") -> dict[str, dict[str, float]]:
+    """How many times faster we are than each of the others, by medians."""
+    mine = table[ours].median
+    return {
+        name: {"prefill": mine.prefill / row.median.prefill, "decode": mine.decode / row.median.decode}
+        for name, row in table.items()
+        if name != ours
+    }
+
+
+def _output(command: list[str], stdin: str) -> str:
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except FileNotFoundError as error:
+        raise BadSetting(f"the peer {command[0]!r} is not there; see docs/benchmarks.md", "peers") from error
+    if done.returncode:
+        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise BadSetting(f"the peer {Path(command[0]).name!r} failed with status {done.returncode}:\n{tail}", "peers")
+    return done.stdout
+
+
+def as_json(table: Mapping[str, Row]) -> dict[str, Any]:
+    """All rounds and the medians."""
+    return {
+        name: {
+            "prefill": row.median.prefill,
+            "decode": row.median.decode,
+            "rounds": [{"prefill": r.prefill, "decode": r.decode} for r in row.rounds],
+        }
+        for name, row in table.items()
+    }

@@ -1,0 +1,51 @@
+"""The base as an ordinary Hugging Face folder of dequantized weights, for peers that cannot read its packed form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from server.model.loader import Base
+
+
+def export_base(base: Base, folder: Path) -> Path:
+    """Write config.json, tokenizer.json and model.safetensors (bfloat16) for a Llama. Returns `folder`.
+
+    Raises ValueError for another architecture: the peers' table is about the embedded base.
+    """
+    c = base.config
+    if c.architecture != "LlamaForCausalLM":
+        raise ValueError(f"only a Llama can be exported for the peers, not {c.architecture}")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": c.max_position_embeddings,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "vocab_size": c.vocab_size,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "bos_token_id": base.vocabulary.bos_id,
+        "eos_token_id": sorted(base.vocabulary.eos_ids),
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": base.vocabulary.chat_template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=1))
+    base.vocabulary.tokenizer.save(str(folder / "tokenizer.json"))
+    state = {
+        f"{path}.weight": base.backend.dequantize(weight).to(torch.bfloat16) for path, weight in base.weights.items()
+    }
+    state |= {name: tensor.to(torch.bfloat16) for name, tensor in base.tensors.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
