@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 KV_SHARE = 0.25
 """Of the memory that is free once the base is there, for keys and values, if the settings do not say."""
 
+KV_TOKENS = 2048
+"""Tokens for each sequence of a full batch, beyond which more cache would only fill with old prefixes."""
+
 
 @dataclass
 class House:
@@ -150,13 +153,14 @@ def _engine(settings: Settings, base: Base, runner: Runner, registry: Registry, 
 
 def kv_blocks(settings: Settings, block_bytes: int, context: int) -> int:
     """How many blocks of KV cache to allocate: what `--kv-cache` says, or a share of free memory, and at most what a
-    full batch of full contexts needs. At least one context fits unless `--kv-cache` says otherwise.
+    full batch of 2,048 tokens each needs. At least one context fits unless `--kv-cache` says otherwise.
     """
     one = -(-context // settings.block_size)
     if settings.kv_cache is not None:
         return max(1, settings.kv_cache // block_bytes)
     share = int(free_memory() * KV_SHARE) // block_bytes
-    return max(one, min(share, one * settings.max_batch))
+    enough = -(-min(context, KV_TOKENS) // settings.block_size) * settings.max_batch
+    return max(one, min(share, enough))
 
 
 def free_memory() -> int:

@@ -5,8 +5,10 @@ Owns the KV storage and the slot table. Does not know requests, sampling or sche
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from adapters.weights import LoraWeights
@@ -35,7 +37,8 @@ class Runner(Protocol):
         """Bytes of one block of keys and values."""
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held, by kind: `base`, `kv_cache`, `activations` (work buffers, copies of active adapters)."""
+        """Bytes held, by kind: `base`, `kv_cache` (blocks that were ever used), `activations` (work buffers, copies of
+        active adapters)."""
 
 
 class TorchRunner:
@@ -50,13 +53,16 @@ class TorchRunner:
         self._decoder = Decoder(base)
         self._table = SlotTable(max_slots)
         self._storage = torch.empty(0)
-        self._work = 0
+        self._block_size = self._touched = self._work = 0
 
     def allocate(self, blocks: int, block_size: int) -> None:
         config = self._base.config
         shape = (config.num_hidden_layers, blocks + 1, block_size, 2, config.num_key_value_heads, config.head_dim)
         self._storage = torch.empty(0)
-        self._storage = torch.zeros(shape, dtype=self._base.backend.dtype)
+        # Zeroed pages come from the system when they are first written, so an unused cache takes no memory.
+        halves = math.prod(shape) * self._base.backend.dtype.itemsize // 2
+        self._storage = torch.from_numpy(np.zeros(halves, np.int16)).view(self._base.backend.dtype).view(shape)
+        self._block_size, self._touched = block_size, 0
 
     def place(self, slot: int, weights: LoraWeights) -> None:
         self._table.place(slot, weights)
@@ -73,6 +79,7 @@ class TorchRunner:
         hidden = self._decoder(self._decoder.embed(batch.tokens), context)
         logits = self._decoder.logits(hidden[batch.logit_rows])
         self._work = max(self._work, self._step_bytes(batch))
+        self._touched = max(self._touched, int(batch.blocks.max()) + 1)
         return logits
 
     def block_bytes(self, block_size: int) -> int:
@@ -83,7 +90,8 @@ class TorchRunner:
     def nbytes(self) -> dict[str, int]:
         base = sum(weight.nbytes for weight in self._base.weights.values())
         base += sum(tensor.nbytes for tensor in self._base.tensors.values())
-        return {"base": base, "kv_cache": self._storage.nbytes, "activations": self._work + self._table.nbytes}
+        kv_cache = self._touched * self.block_bytes(self._block_size)
+        return {"base": base, "kv_cache": kv_cache, "activations": self._work + self._table.nbytes}
 
     def _step_bytes(self, batch: Batch) -> int:
         """The tensors of a step that live at once, roughly: the stream, an MLP's insides, the logits."""
