@@ -24,7 +24,7 @@ from server.engine.sampler import Pick, Sampler
 from server.engine.scheduler import Limits, Plan, Scheduler
 from server.engine.slots import Slots
 from server.engine.text import Detokenizer, Text
-from server.errors import EngineFailed, InvalidRequest, NoCapacity
+from server.errors import EngineFailed, InvalidRequest, NoCapacity, NotReady
 
 log = logging.getLogger(__name__)
 

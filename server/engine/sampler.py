@@ -49,17 +49,17 @@ class Sampler:
             return _greedy(rows)
         picks: list[Pick] = []
         for item in work:
-            for _ in range(item.logits):
-                picks.append(self._pick_row(rows[len(picks)], item.request))
+            for i in range(item.logits):
+                picks.append(self._pick_row(rows[len(picks)], item.request, i))
         return picks
 
-    def _pick_row(self, raw: Row, request: Request) -> Pick:
+    def _pick_row(self, raw: Row, request: Request, i: int) -> Pick:
         if is_plain(request):
             return _greedy(raw[None])[0]
         if not np.isfinite(raw).all():
             return _not_finite()
         if request.scored:
-            return self._score(raw, request)
+            return self._score(raw, request, i)
         try:
             token = self._choose(raw, request)
         except InvalidRequest as e:
@@ -67,8 +67,8 @@ class Sampler:
         k = request.sampling.logprobs
         return Pick(token, None if k is None else token_logprob(self._copy(raw), token, k))
 
-    def _score(self, raw: Row, request: Request) -> Pick:
-        token = request.prompt[len(request.prompt) - request.scored + len(request.scores)]
+    def _score(self, raw: Row, request: Request, i: int) -> Pick:
+        token = request.prompt[len(request.prompt) - request.scored + len(request.scores) + i]
         return Pick(token, token_logprob(self._copy(raw), token, request.sampling.logprobs or 0))
 
     def _copy(self, raw: Row) -> Row:

@@ -1,0 +1,307 @@
+"""A runner whose answers are a pure function of tokens, positions and mix, and an engine around it that a test steps.
+
+The runner reads what it knows of earlier tokens through the block tables alone, so that a wrong block, a wrong slot or
+a prefix of another mix changes its answers. `solo` says what a request must answer, without any engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import struct
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from adapters.weights import BASE_ALONE, LoraWeights, LowRank, Mix
+from server.engine.batch import Batch
+from server.engine.engine import Engine
+from server.engine.request import Delivery, Request, Sampling, State
+from server.engine.text import Text
+from server.model.vocabulary import Vocabulary
+
+EOS = 2
+TEMPLATE = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def digest_of(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def adapter(name: str) -> LoraWeights:
+    ones = torch.ones(1, 4)
+    return LoraWeights(name, digest_of(name), {"linear": LowRank(ones, ones.T.contiguous(), 1.0)})
+
+
+def mix_of(*names: str) -> Mix:
+    """Equal weights, in canonical order."""
+    return Mix(tuple(sorted((digest_of(name), 1.0) for name in names)))
+
+
+def logits_for(history: Sequence[int], mix: Sequence[tuple[str, float]], vocab: int) -> np.ndarray:
+    """Logits after the tokens `history` under `mix`: like noise, and the same wherever they are computed."""
+    h = hashlib.blake2b(np.asarray(history, np.int64).tobytes(), digest_size=8)
+    for digest, weight in mix:
+        h.update(digest.encode() + struct.pack("<d", weight))
+    noise = np.random.default_rng(int.from_bytes(h.digest(), "little"))
+    return noise.standard_normal(vocab).astype(np.float32) * 3
+
+
+class FakeRunner:
+    """See the module. `before` is called with each batch and may raise; what it returns is added to the logits."""
+
+    def __init__(self, vocab: int) -> None:
+        self.vocab = vocab
+        self.adapters: dict[int, LoraWeights] = {}
+        self.steps: list[Batch] = []
+        self.before: Callable[[Batch], Any] = lambda batch: None
+        self.on_place: Callable[[LoraWeights], None] = lambda weights: None
+
+    def allocate(self, blocks: int, block_size: int) -> None:
+        self.store = np.full((blocks, block_size), -1, np.int64)
+        self.mixes = np.full((blocks, block_size), None, object)
+
+    def place(self, slot: int, weights: LoraWeights) -> None:
+        self.on_place(weights)
+        assert slot not in self.adapters
+        self.adapters[slot] = weights
+
+    def clear(self, slot: int) -> None:
+        self.adapters.pop(slot, None)
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        self.steps.append(batch)
+        added = self.before(batch)
+        size = batch.block_size
+        starts, blocks, context = batch.row_start.tolist(), batch.blocks.numpy(), batch.context.tolist()
+        rows: dict[int, np.ndarray] = {}
+        wanted = set(batch.logit_rows.tolist())
+        written: Counter[tuple[int, int]] = Counter()
+        for s, mix in enumerate(batch.mixes):
+            named = tuple((self.adapters[slot].digest, weight) for slot, weight in mix)
+            for row in range(starts[s], starts[s + 1]):
+                position = int(batch.positions[row])
+                place = int(blocks[s, position // size]), position % size
+                assert place[0] >= 0
+                written[place] += 1
+                self.store[place] = int(batch.tokens[row])
+                self.mixes[place] = named
+            assert position + 1 == context[s]
+            for row in range(starts[s], starts[s + 1]):
+                if row not in wanted:
+                    continue
+                n = int(batch.positions[row]) + 1
+                places = [(int(blocks[s, i // size]), i % size) for i in range(n)]
+                assert all(self.mixes[p] == named for p in places), "keys and values of another mix"
+                rows[row] = logits_for([int(self.store[p]) for p in places], named, self.vocab)
+        assert max(written.values()) == 1, "two rows share a place"
+        logits = torch.from_numpy(
+            np.stack([rows[r] for r in batch.logit_rows.tolist()]) if rows else np.zeros((0, self.vocab), np.float32)
+        )
+        return logits if added is None else logits + added
+
+    def block_bytes(self, block_size: int) -> int:
+        return block_size
+
+    def nbytes(self) -> dict[str, int]:
+        return {}
+
+
+@dataclass
+class Fetcher:
+    """`fetch` whose loads end when the test says so, or at once for names in `ready` (all, if None)."""
+
+    ready: set[str] | None = None
+    pending: list[tuple[Mix, Future[tuple[LoraWeights, ...]]]] = field(default_factory=list)
+    asked: list[Mix] = field(default_factory=list)
+    known: dict[str, LoraWeights] = field(
+        default_factory=lambda: {digest_of(n): adapter(n) for n in [f"a{i}" for i in range(64)]}
+    )
+
+    def __call__(self, mix: Mix) -> Future[tuple[LoraWeights, ...]]:
+        future: Future[tuple[LoraWeights, ...]] = Future()
+        self.asked.append(mix)
+        if self.ready is None or all(self.known[d].name in self.ready for d in mix.digests):
+            future.set_result(self.weights(mix))
+        else:
+            self.pending.append((mix, future))
+        return future
+
+    def weights(self, mix: Mix) -> tuple[LoraWeights, ...]:
+        return tuple(self.known[d] for d in mix.digests)
+
+    def finish(self, index: int = 0, error: Exception | None = None) -> None:
+        mix, future = self.pending.pop(index)
+        if not future.set_running_or_notify_cancel():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(self.weights(mix))
+
+
+class Heard:
+    """A request with all that it heard."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.deliveries: list[Delivery] = []
+
+    def __call__(self, delivery: Delivery) -> None:
+        assert self.reason is None, "a request hears nothing after its end"
+        self.deliveries.append(delivery)
+
+    @property
+    def reason(self) -> str | None:
+        return self.deliveries[-1].finish_reason if self.deliveries else None
+
+    @property
+    def error(self) -> Exception | None:
+        return self.deliveries[-1].error if self.deliveries else None
+
+    @property
+    def tokens(self) -> list[int]:
+        return [t for d in self.deliveries for t in d.tokens]
+
+    @property
+    def text(self) -> str:
+        return "".join(d.text for d in self.deliveries)
+
+    @property
+    def logprobs(self) -> list[Any]:
+        return [p for d in self.deliveries for p in d.logprobs]
+
+
+class Bench:
+    """An engine on the fake runner. Its thread does not run unless a test starts it."""
+
+    def __init__(self, text: Text, **options: Any) -> None:
+        self.text = text
+        self.runner = FakeRunner(options.pop("vocab", text.size))
+        self.fetch = options.pop("fetch", None) or Fetcher()
+        settings: dict[str, Any] = {
+            "text": text,
+            "eos_ids": text.vocabulary.eos_ids,
+            "vocab_size": self.runner.vocab,
+            "context_length": 512,
+            "base_id": "base",
+            "blocks": 64,
+            "block_size": 4,
+            "max_batch": 8,
+            "max_slots": 8,
+            "max_step_tokens": 32,
+        }
+        self.engine = Engine(self.runner, fetch=self.fetch, **(settings | options))
+        self.engine._inbox.open()
+        self._ids = itertools.count()
+
+    def submit(self, prompt: Sequence[int], *, mix: Mix = BASE_ALONE, **options: Any) -> Heard:
+        kept = {
+            key: options.pop(key)
+            for key in ("fair_key", "tenant", "priority", "deadline", "scored", "constraint")
+            if key in options
+        }
+        options = {"max_tokens": 8, "ignore_eos": True} | options
+        request = Request(f"r{next(self._ids)}", tuple(prompt), Sampling(**options), lambda d: None, mix=mix, **kept)
+        heard = Heard(request)
+        request.deliver = heard
+        self.engine.submit(request)
+        return heard
+
+    def settle(self, limit: int = 2000) -> int:
+        """Step until nothing runs; answers the number of steps that ran."""
+        steps = 0
+        while self.engine.step():
+            steps += 1
+            assert steps < limit, "it does not end"
+        return steps
+
+    def run_until(self, done: Callable[[], bool], seconds: float = 5.0) -> None:
+        """Step, with real time passing, until `done`."""
+        end = time.monotonic() + seconds
+        while not done():
+            self.engine.step()
+            assert time.monotonic() < end, "it does not happen"
+
+    def check_empty(self) -> None:
+        """Nothing is held any more."""
+        stats = self.engine.stats()
+        assert stats["running"] == stats["waiting"] == stats["loading"] == 0
+        assert stats["kv_blocks"]["used"] == 0
+        assert stats["slots"]["in_use"] == 0
+        assert not self.engine._live
+        assert len(self.engine._scheduler.loads) == 0
+        assert not self.engine._scheduler._blocked
+        assert self.engine._inbox.waiting == 0 and self.engine._inbox._tokens == 0 and not self.engine._inbox._waiting
+
+
+def solo(heard: Heard, vocab: int, count: int | None = None) -> list[int]:
+    """The greedy answer to a request by itself, without end tokens."""
+    request = heard.request
+    tokens = list(request.prompt)
+    for _ in range(count or request.sampling.max_tokens):
+        tokens.append(int(logits_for(tokens, request.mix.entries, vocab).argmax()))
+    return tokens[len(request.prompt) :]
+
+
+def make_tokenizer() -> Tokenizer:
+    """Byte-level BPE over all bytes with a few merges and three special tokens, ids 0 to 2."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("Ġw", "o"), ("p", "o"), ("po", "s")]
+    tokens = [*specials, *alphabet, *["".join(m) for m in merges]]
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
+    return tokenizer
+
+
+def make_text(template: str | None = TEMPLATE, *, add_bos: bool = False) -> Text:
+    tokenizer = make_tokenizer()
+    special = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+    return Text(Vocabulary(tokenizer, template, frozenset({EOS}), 0, special, add_bos))
+
+
+@pytest.fixture(scope="session")
+def text() -> Text:
+    return make_text()
+
+
+@pytest.fixture
+def bench(text: Text) -> Callable[..., Bench]:
+    """A function that makes a `Bench`; options are those of `Engine`, and `fetch`."""
+    return lambda **options: Bench(text, **options)
+
+
+class Tools:
+    """What tests of this folder need by name."""
+
+    Bench, Fetcher, Heard, FakeRunner, State = Bench, Fetcher, Heard, FakeRunner, State
+    solo = staticmethod(solo)
+    mix_of = staticmethod(mix_of)
+    digest_of = staticmethod(digest_of)
+    adapter = staticmethod(adapter)
+    logits_for = staticmethod(logits_for)
+    make_text = staticmethod(make_text)
+    make_tokenizer = staticmethod(make_tokenizer)
+    EOS = EOS
+    TEMPLATE = TEMPLATE
+
+
+@pytest.fixture(scope="session")
+def tools() -> type[Tools]:
+    return Tools

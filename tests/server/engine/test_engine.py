@@ -1,0 +1,514 @@
+"""The engine as a whole, stepped by hand on the fake runner: every answer is the one that the request has alone."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from server.engine.request import State
+from server.errors import DeadlineExceeded, EngineFailed, InvalidRequest, NoCapacity, NotReady, QueueFull
+
+
+def prompt(seed: int, length: int = 10) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, 250) for _ in range(length)]
+
+
+def test_one_request(bench: Any, tools: Any) -> None:
+    b = bench()
+    heard = b.submit(prompt(1))
+    b.settle()
+    assert heard.tokens == tools.solo(heard, b.runner.vocab)
+    assert heard.reason == "length" and heard.request.state is State.DONE
+    assert heard.text == b.text.decode(heard.tokens)
+    request = heard.request
+    assert request.submitted <= request.admitted <= request.first_token <= request.finished
+    b.check_empty()
+
+
+def test_mixed_batch_is_every_solo_answer(bench: Any, tools: Any) -> None:
+    b = bench(max_step_tokens=16, blocks=80)
+    mixes = [(), ("a1",), ("a2",), ("a1", "a2"), ("a3", "a4", "a5")]
+    all_heard = [
+        b.submit(prompt(i, 3 + 5 * (i % 7)), mix=tools.mix_of(*mixes[i % len(mixes)]), max_tokens=3 + i % 9)
+        for i in range(24)
+    ]
+    b.settle()
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in all_heard)
+    assert max(len(batch.mixes) for batch in b.runner.steps) > 5
+    b.check_empty()
+
+
+def test_weights_of_a_mix_matter(bench: Any, tools: Any) -> None:
+    from adapters.weights import Mix
+
+    b = bench()
+    digest = tools.digest_of("a1")
+    all_heard = [b.submit(prompt(1), mix=Mix(((digest, w),))) for w in (0.5, 1.0, -1.0)]
+    b.settle()
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in all_heard)
+    assert len({tuple(h.tokens) for h in all_heard}) == 3
+    assert b.engine.stats()["slots"]["resident"] == [digest]
+
+
+def test_decode_goes_on_beside_a_long_prefill(bench: Any) -> None:
+    b = bench(max_step_tokens=16)
+    first = b.submit(prompt(1, 4), max_tokens=20)
+    b.engine.step()
+    b.submit(prompt(2, 100), max_tokens=2)
+    for _ in range(5):
+        before = len(first.tokens)
+        b.engine.step()
+        assert len(first.tokens) == before + 1
+        assert b.runner.steps[-1].rows == 16
+    b.settle()
+
+
+def test_preemption_changes_no_answer(bench: Any, tools: Any) -> None:
+    b = bench(blocks=14, prefix_cache=False)
+    all_heard = [b.submit(prompt(i, 9), mix=tools.mix_of(f"a{i}"), max_tokens=24) for i in range(5)]
+    b.settle()
+    assert b.engine.stats()["preemptions"] > 0
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in all_heard)
+    b.check_empty()
+
+
+def test_prefix_hit_changes_no_answer_and_spares_work(bench: Any, tools: Any) -> None:
+    b = bench()
+    shared = prompt(1, 40)
+    first = b.submit([*shared, 5])
+    b.settle()
+    rows = sum(batch.rows for batch in b.runner.steps)
+    second = b.submit([*shared, 6])
+    b.settle()
+    assert second.request.cached == 40
+    assert sum(batch.rows for batch in b.runner.steps) - rows == 1 + 7
+    assert [h.tokens for h in (first, second)] == [tools.solo(h, b.runner.vocab) for h in (first, second)]
+    stats = b.engine.stats()["prefix_cache"]
+    assert stats == {"queried_tokens": 82, "found_tokens": 40}
+
+
+@pytest.mark.parametrize("length", [8, 9, 12])
+def test_the_last_prompt_token_is_always_computed(bench: Any, tools: Any, length: int) -> None:
+    b = bench()
+    twice = [prompt(1, length)] * 2
+    for tokens in twice:
+        heard = b.submit(tokens)
+        b.settle()
+        assert heard.tokens == tools.solo(heard, b.runner.vocab)
+    assert heard.request.cached == (length - 1) // 4 * 4
+
+
+def test_tenant_and_mix_do_not_share_a_prefix(bench: Any, tools: Any) -> None:
+    b = bench()
+    for options in ({"tenant": "x"}, {"tenant": "y"}, {"mix": tools.mix_of("a1")}, {"tenant": "x"}):
+        heard = b.submit(prompt(1, 20), **options)
+        b.settle()
+        assert heard.tokens == tools.solo(heard, b.runner.vocab)
+        cached = heard.request.cached
+    assert cached == 16 and b.engine.stats()["prefix_cache"]["found_tokens"] == 16
+
+
+def test_a_cold_adapter_delays_nobody(bench: Any, tools: Any) -> None:
+    fetch = tools.Fetcher(ready={"a1"})
+    b = bench(fetch=fetch)
+    cold = [b.submit(prompt(i), mix=tools.mix_of("a2"), fair_key="cold") for i in range(3)]
+    warm = b.submit(prompt(9), mix=tools.mix_of("a1"), fair_key="cold")
+    b.settle()
+    assert warm.reason == "length" and all(h.deliveries == [] for h in cold)
+    assert len(fetch.asked) == 2, "one load for three requests"
+    assert all(h.request.state is State.LOADING for h in cold) and b.engine.stats()["loading"] == 3
+    fetch.finish()
+    b.settle()
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in cold)
+    assert all(h.request.load_seconds > 0 for h in cold) and warm.request.load_seconds == 0
+    b.check_empty()
+
+
+def test_a_failed_load_fails_its_requests_alone(bench: Any, tools: Any) -> None:
+    fetch = tools.Fetcher(ready={"a1"})
+    b = bench(fetch=fetch)
+    bad, good = b.submit(prompt(1), mix=tools.mix_of("a2")), b.submit(prompt(2), mix=tools.mix_of("a1"))
+    b.engine.step()
+    error = RuntimeError("half of it is missing")
+    fetch.finish(error=error)
+    b.settle()
+    assert bad.reason == "error" and bad.error is error
+    assert good.tokens == tools.solo(good, b.runner.vocab)
+    b.check_empty()
+
+
+def test_a_fetch_that_raises_and_a_place_that_raises(bench: Any, tools: Any) -> None:
+    b = bench()
+    unknown = b.submit(prompt(1), mix=tools.mix_of("nobody"))
+    b.runner.on_place = lambda weights: (_ for _ in ()).throw(MemoryError("no room")) if weights.name == "a3" else None
+    unplaced = b.submit(prompt(2), mix=tools.mix_of("a2", "a3"))
+    fine = b.submit(prompt(3), mix=tools.mix_of("a2"))
+    b.settle()
+    assert isinstance(unknown.error, KeyError) and isinstance(unplaced.error, EngineFailed)
+    assert fine.tokens == tools.solo(fine, b.runner.vocab)
+    b.check_empty()
+
+
+def test_cancel_in_every_state(bench: Any, tools: Any) -> None:
+    fetch = tools.Fetcher(ready=set())
+    b = bench(fetch=fetch, max_batch=1)
+    running = b.submit(prompt(1), max_tokens=100)
+    b.engine.step()
+    loading = b.submit(prompt(2), mix=tools.mix_of("a1"), fair_key="x")
+    running2 = b.submit(prompt(3), fair_key="y")
+    b.engine.step()
+    inbox = b.submit(prompt(4))
+    b.engine._scheduler._changed = True
+    for heard in (running, running2, inbox, loading):
+        b.engine.cancel(heard.request.id)
+        b.engine.step()
+        assert heard.reason == "cancelled"
+    b.settle()
+    b.check_empty()
+    b.engine.cancel(running.request.id)
+    b.engine.cancel("never heard of")
+    b.settle()
+
+
+def test_cancel_while_loading_gives_the_load_up(bench: Any, tools: Any) -> None:
+    fetch = tools.Fetcher(ready=set())
+    b = bench(fetch=fetch)
+    heard = b.submit(prompt(2), mix=tools.mix_of("a1"))
+    b.engine.step()
+    assert heard.request.state is State.LOADING
+    b.engine.cancel(heard.request.id)
+    b.engine.step()
+    assert heard.reason == "cancelled" and fetch.pending[0][1].cancelled()
+    b.check_empty()
+
+
+def test_deadlines(bench: Any, tools: Any) -> None:
+    fetch = tools.Fetcher(ready=set())
+    b = bench(fetch=fetch, max_batch=1)
+    soon = time.monotonic() + 0.05
+    running = b.submit(prompt(1), max_tokens=240, deadline=soon)
+    queued = b.submit(prompt(2), deadline=soon)
+    loading = b.submit(prompt(3), mix=tools.mix_of("a1"), deadline=soon)
+    b.runner.before = lambda batch: time.sleep(0.005)
+    b.run_until(lambda: all(h.reason for h in (running, queued, loading)))
+    assert all(isinstance(h.error, DeadlineExceeded) for h in (running, queued, loading))
+    assert 0 < len(running.tokens) < 240
+    b.check_empty()
+
+
+def test_a_failed_step_spares_those_that_wait(bench: Any, tools: Any) -> None:
+    b = bench(max_batch=2)
+    all_heard = [b.submit(prompt(i), mix=tools.mix_of("a1")) for i in range(4)]
+
+    def explode(batch: Any) -> None:
+        b.runner.before = lambda batch: None
+        raise RuntimeError("kernel")
+
+    b.runner.before = explode
+    b.engine.start()
+    deadline = time.monotonic() + 5
+    while not all(h.reason for h in all_heard) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert [h.reason for h in all_heard] == ["error", "error", "length", "length"]
+    assert all(isinstance(h.error, EngineFailed) for h in all_heard[:2])
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in all_heard[2:])
+    assert b.engine.stats()["failures"] == 1 and b.engine.state == "running"
+    assert b.engine.stop(1.0)
+    b.check_empty()
+
+
+def test_when_planning_itself_fails_no_request_is_lost(bench: Any) -> None:
+    b = bench()
+    heard = b.submit(prompt(1))
+    b.engine._scheduler._enter = lambda now, plan: 1 / 0
+    b.engine.start()
+    deadline = time.monotonic() + 5
+    while not heard.reason and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert isinstance(heard.error, EngineFailed)
+    b.engine.stop()
+
+
+def test_a_row_that_is_not_finite_fails_alone_and_leaves_no_prefix(bench: Any, tools: Any) -> None:
+    b = bench()
+    good, bad = b.submit(prompt(1, 12)), b.submit(prompt(2, 12), temperature=1.0)
+    b.runner.before = lambda batch: _nan_row(batch, b.runner.vocab)
+    b.engine.step()
+    b.runner.before = lambda batch: None
+    b.settle()
+    assert isinstance(bad.error, EngineFailed) and good.tokens == tools.solo(good, b.runner.vocab)
+    again = b.submit(prompt(2, 12))
+    b.settle()
+    assert again.request.cached == 0
+    b.check_empty()
+
+
+def _nan_row(batch: Any, vocab: int) -> Any:
+    import torch
+
+    added = torch.zeros(len(batch.logit_rows), vocab)
+    added[1, 7] = math.nan
+    return added
+
+
+def test_refused_at_once(bench: Any, tools: Any) -> None:
+    b = bench(blocks=8, context_length=1000, max_slots=2)
+    assert b.engine.context_length == 32
+    with pytest.raises(NoCapacity, match="kv-cache"):
+        b.submit(prompt(1, 30), max_tokens=10)
+    with pytest.raises(NoCapacity, match="max-slots"):
+        b.submit(prompt(1), mix=tools.mix_of("a1", "a2", "a3"))
+    with pytest.raises(InvalidRequest, match="context"):
+        b.submit(prompt(1, 990), max_tokens=20)
+    with pytest.raises(InvalidRequest):
+        b.submit([])
+    exact = b.submit(prompt(1, 25), max_tokens=8)
+    b.settle()
+    assert exact.tokens == tools.solo(exact, b.runner.vocab)
+
+
+def test_queue_is_bounded_by_requests_and_tokens(bench: Any) -> None:
+    b = bench(max_queue=3)
+    for i in range(3):
+        b.submit(prompt(i))
+    with pytest.raises(QueueFull) as refused:
+        b.submit(prompt(4))
+    assert refused.value.retry_after >= 1
+    b.settle()
+    b.submit(prompt(5))
+    b.settle()
+    b = bench(max_queue_tokens=25)
+    b.submit(prompt(1, 20))
+    with pytest.raises(QueueFull):
+        b.submit(prompt(2, 10))
+    b.settle()
+    b.submit(prompt(3, 40), max_tokens=2)  # more than the bound, but alone
+    b.settle()
+    b.check_empty()
+
+
+def test_a_full_queue_makes_room_for_a_key_that_has_little(bench: Any) -> None:
+    b = bench(max_queue=6, max_batch=1)
+    many = [b.submit(prompt(i), fair_key="many") for i in range(6)]
+    few = b.submit(prompt(9), fair_key="few")
+    with pytest.raises(QueueFull):
+        b.submit(prompt(7), fair_key="many")
+    b.settle()
+    assert [h.reason for h in many] == ["length"] * 5 + ["error"] and few.reason == "length"
+    assert isinstance(many[-1].error, QueueFull) and many[-1].error.retry_after >= 1
+    b.check_empty()
+
+
+def test_mixes_that_compete_for_the_last_slots_all_end(bench: Any, tools: Any) -> None:
+    b = bench(max_slots=3)
+    mixes = [("a1", "a2"), ("a2", "a1"), ("a3", "a4", "a5")] * 8
+    all_heard = [b.submit(prompt(i), mix=tools.mix_of(*names), fair_key=str(i % 3)) for i, names in enumerate(mixes)]
+    b.settle()
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in all_heard)
+    b.check_empty()
+
+
+def test_a_large_mix_does_not_starve(bench: Any, tools: Any) -> None:
+    """While requests for single adapters keep coming, a mix that needs all slots still gets its turn."""
+    b = bench(max_slots=4, age_limit=0.02)
+    singles: list[Any] = []
+
+    def feed() -> None:
+        while sum(not h.reason for h in singles) < 6:
+            names = f"a{len(singles) % 4}"
+            singles.append(b.submit(prompt(len(singles)), mix=tools.mix_of(names), fair_key=names, max_tokens=4))
+
+    feed()
+    b.engine.step()
+    large = b.submit(prompt(1), mix=tools.mix_of("a4", "a5", "a6", "a7"), fair_key="large")
+    b.engine._scheduler.waiting.charge(large.request, 1e6)  # fairness alone would let it wait for long
+    end = time.monotonic() + 10
+    while not large.reason:
+        feed()
+        b.engine.step()
+        assert time.monotonic() < end
+    assert large.tokens == tools.solo(large, b.runner.vocab)
+    b.settle()
+    b.check_empty()
+
+
+def test_evaluation_waits_for_all_others_and_gives_way(bench: Any, tools: Any) -> None:
+    b = bench(max_batch=2)
+    low = [b.submit(prompt(i), priority=1, max_tokens=30) for i in range(3)]
+    b.engine.step()
+    assert [h.request.state for h in low] == [State.RUNNING, State.RUNNING, State.QUEUED]
+    high = [b.submit(prompt(10 + i), priority=0, max_tokens=4) for i in range(4)]
+    b.run_until(lambda: all(h.reason for h in high))
+    assert not any(h.reason for h in low)
+    b.settle()
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in (*low, *high))
+    b.check_empty()
+
+
+def test_scored_prompts(bench: Any, tools: Any) -> None:
+    import numpy as np
+
+    b = bench(max_step_tokens=8)
+    tokens = prompt(1, 30)
+    heard = [b.submit(tokens, scored=n, logprobs=2) for n in (1, 4, 29)]
+    b.settle()
+    for h in heard:
+        assert h.reason == "stop" and len(h.deliveries) == 1 and h.tokens == []
+        n = h.request.scored
+        assert [p.id for p in h.logprobs] == tokens[-n:]
+        for i, p in enumerate(h.logprobs):
+            row = tools.logits_for(tokens[: 30 - n + i], (), b.runner.vocab).astype(np.float64)
+            expected = row - np.log(np.exp(row).sum())
+            assert p.logprob == pytest.approx(expected[p.id], abs=1e-5)
+            assert [t for t, _ in p.top] == np.argsort(-row)[:2].tolist()
+    b.check_empty()
+
+
+def test_scored_prompts_share_a_prefix_up_to_what_is_scored(bench: Any) -> None:
+    b = bench()
+    tokens = prompt(1, 30)
+    first = b.submit(tokens, scored=4)
+    b.settle()
+    second = b.submit(tokens, scored=6)
+    b.settle()
+    assert second.request.cached == (30 - 1 - 6) // 4 * 4
+    assert [p.logprob for p in second.logprobs][2:] == [p.logprob for p in first.logprobs]
+
+
+def test_end_tokens_and_stop_strings(bench: Any, tools: Any) -> None:
+    b = bench()
+    probe = b.submit(prompt(5), max_tokens=12)
+    b.settle()
+    answer = probe.tokens
+    third = answer[2]
+    stopped = b.submit(prompt(5), max_tokens=12, stop_token_ids=(third,))
+    word = b.text.decode(answer[4:6])[:3] or "x"
+    by_text = b.submit(prompt(5), max_tokens=12, stop=(word,), logprobs=0)
+    late = b.submit(prompt(5), max_tokens=12, stop_token_ids=(answer[1],), min_tokens=6)
+    b.settle()
+    assert stopped.reason == "stop" and stopped.tokens == answer[: answer.index(third) + 1]
+    assert stopped.text == b.text.decode(stopped.tokens[:-1])
+    assert word not in by_text.text and len(by_text.logprobs) == len(by_text.tokens)
+    assert len(late.tokens) >= 6
+
+
+def test_end_of_text_ends_unless_ignored(bench: Any, tools: Any) -> None:
+    import torch
+
+    b = bench()
+
+    def push_eos(batch: Any) -> Any:
+        added = torch.zeros(len(batch.logit_rows), b.runner.vocab)
+        added[:, tools.EOS] = 100.0
+        return added
+
+    b.runner.before = push_eos
+    ended = b.submit(prompt(1), ignore_eos=False)
+    ignored = b.submit(prompt(2), ignore_eos=True, max_tokens=3)
+    least = b.submit(prompt(3), ignore_eos=False, min_tokens=4)
+    b.settle()
+    assert ended.tokens == [tools.EOS] and ended.reason == "stop" and ended.text == ""
+    assert ignored.tokens == [tools.EOS] * 3 and ignored.reason == "length" and ignored.text == ""
+    assert len(least.tokens) == 5 and least.tokens[-1] == tools.EOS and tools.EOS not in least.tokens[:-1]
+
+
+def test_sampled_answers_do_not_depend_on_the_batch(bench: Any, tools: Any) -> None:
+    options = [
+        {"temperature": 0.8, "seed": 1},
+        {"temperature": 1.5, "seed": 2, "top_p": 0.9},
+        {"temperature": 1, "seed": 3, "top_k": 9, "repetition_penalty": 1.3},
+    ]
+    alone = []
+    for i, option in enumerate(options):
+        b = bench()
+        alone.append(b.submit(prompt(i), **option))
+        b.settle()
+    b = bench(blocks=12, max_step_tokens=8, prefix_cache=False)
+    together = [b.submit(prompt(i), **option) for i, option in enumerate(options)]
+    for i in range(5):
+        b.submit(prompt(20 + i))
+    b.settle()
+    assert b.engine.stats()["preemptions"] > 0
+    assert [h.tokens for h in together] == [h.tokens for h in alone]
+
+
+def test_a_seed_is_drawn_if_none_is_given(bench: Any) -> None:
+    b = bench()
+    all_heard = [b.submit(prompt(1), temperature=2.0) for _ in range(4)]
+    b.settle()
+    assert len({tuple(h.tokens) for h in all_heard}) > 1
+
+
+def test_a_listener_that_fails_ends_its_request_alone(bench: Any, tools: Any) -> None:
+    b = bench()
+    good, bad = b.submit(prompt(1)), b.submit(prompt(2))
+    heard: list[Any] = []
+
+    def deliver(delivery: Any) -> None:
+        heard.append(delivery)
+        raise RuntimeError("the loop is closed")
+
+    bad.request.deliver = deliver
+    b.settle()
+    assert good.tokens == tools.solo(good, b.runner.vocab)
+    assert [d.finish_reason for d in heard] == [None, "cancelled"]
+    b.check_empty()
+
+
+def test_forget_and_release_idle_empty_slots(bench: Any, tools: Any) -> None:
+    b = bench()
+    used = b.submit(prompt(1), mix=tools.mix_of("a1"), max_tokens=20)
+    b.submit(prompt(2), mix=tools.mix_of("a2"), max_tokens=2)
+    b.submit(prompt(3), mix=tools.mix_of("a3"), max_tokens=2)
+    for _ in range(4):
+        b.engine.step()
+    assert b.engine.holds(tools.digest_of("a2"))
+    b.engine.forget(tools.digest_of("a2"))
+    b.engine.forget(tools.digest_of("a1"))
+    b.engine.step()
+    assert not b.engine.holds(tools.digest_of("a2")) and b.engine.holds(tools.digest_of("a1"))
+    b.engine.release_idle(1)
+    b.engine.step()
+    assert b.engine.stats()["slots"]["resident"] == [tools.digest_of("a1")]
+    b.settle()
+    assert used.reason == "length" and b.engine.stats()["slots"]["resident"] == [] and b.runner.adapters == {}
+
+
+def test_stop_drains_and_then_ends_the_rest(bench: Any) -> None:
+    b = bench()
+    quick = b.submit(prompt(1), max_tokens=3)
+    b.engine.start()
+    assert b.engine.stop(5.0)
+    assert quick.reason == "length" and b.engine.state == "stopped"
+    with pytest.raises(NotReady):
+        b.submit(prompt(2))
+    b = bench()
+    b.runner.before = lambda batch: time.sleep(0.01)
+    slow = b.submit(prompt(1), max_tokens=240)
+    b.engine.start()
+    began = time.monotonic()
+    assert b.engine.stop(0.1)
+    assert time.monotonic() - began < 2.0
+    assert isinstance(slow.error, NotReady)
+    b.check_empty()
+
+
+def test_a_stuck_step_can_be_seen_from_outside(bench: Any) -> None:
+    b = bench()
+    gate = threading.Event()
+    b.runner.before = lambda batch: gate.wait(5)
+    heard = b.submit(prompt(1), max_tokens=1)
+    assert b.engine.stuck_for() == 0.0
+    b.engine.start()
+    time.sleep(0.1)
+    assert 0.02 < b.engine.stuck_for() < 5
+    assert heard.request.id in b.engine.what_runs()
+    gate.set()
+    b.engine.stop(2.0)
+    assert b.engine.stuck_for() == 0.0 and heard.reason == "length"
