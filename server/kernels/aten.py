@@ -142,7 +142,7 @@ def _tiles(weight: Weight, start: int, stop: int, tile: int, dtype: torch.dtype)
     order = _tile_order(tile)
     if order is not None:
         levels = levels[..., order]
-    scales = _scales(weight)[:, start:stop].float().unflatten(1, (-1, tile)).permute(3, 1, 0, 2).contiguous()
+    scales = _scales(weight)[:, start:stop].float().view(-1, len(packed), tile, 2).permute(3, 1, 0, 2).contiguous()
     grouped = levels.view(len(packed), -1, group, tile)
     grouped.sub_(8).mul_(scales[0][:, :, None]).add_(scales[1][:, :, None])
     out = torch.empty(width, len(packed), tile, dtype=dtype)

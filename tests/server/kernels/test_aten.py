@@ -1,0 +1,175 @@
+"""Torch's own kernels against the reference: exact where they can be, within bf16 where they cannot."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from adapters.weights import LoraWeights, LowRank
+from server.kernels import aten
+from server.kernels.aten import INT4PACK, PACKED_ROWS, Aten
+from server.kernels.lora import DENSE_ROWS, Segment, Segments, SideBySide, SlotTable, SlotWeights
+from server.kernels.reference import Reference
+from server.kernels.stored import dequantize_stored
+from server.kernels.weight import STORED, Weight
+from server.model.quantization import quantize
+
+BF16 = 2.0**-8
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(12)
+
+
+def rounded(stored: Weight) -> torch.Tensor:
+    """What torch's 4-bit product means: codes around 8, scale and offset in bf16."""
+    exact = dequantize_stored(stored)
+    grouped = exact.view(stored.shape[0], -1, stored.group)
+    plain = {k: t for k, t in stored.tensors.items() if k != "codes"}
+    zeroes = Weight(
+        "int4", STORED, stored.shape, stored.group, plain | {"codes": torch.zeros_like(stored.tensors["codes"])}
+    )
+    ones = Weight(
+        "int4", STORED, stored.shape, stored.group, plain | {"codes": torch.full_like(stored.tensors["codes"], 0x11)}
+    )
+    zero = dequantize_stored(zeroes).view_as(grouped)[..., :1]
+    scale = dequantize_stored(ones).view_as(grouped)[..., :1] - zero
+    codes = ((grouped - zero) / scale).round()
+    return ((codes - 8) * scale.bfloat16().float() + (zero + 8 * scale).bfloat16().float()).view_as(exact)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("rows", "group"), [(64, 32), (192, 64), (80, 64), (112, 128), (16, 32)])
+def test_int4_is_exact_after_the_rounding_of_scales(rows: int, group: int, double_quant: bool) -> None:
+    backend = Aten()
+    stored = quantize(torch.randn(rows, 256) * 0.05, "int4", group, double_quant)
+    packed = backend.pack(stored)
+    assert packed.layout == INT4PACK
+    dense = backend.dequantize(packed)
+    torch.testing.assert_close(dense, rounded(stored), atol=1e-6, rtol=0)
+    for start, stop in [(0, rows), (1, 3), (rows - 5, rows), (rows // 2, rows // 2 + 7)]:
+        assert torch.equal(backend.dequantize(packed, start, stop), dense[start:stop])
+    error = (dense - dequantize_stored(stored)).norm() / dequantize_stored(stored).norm()
+    assert error < BF16
+
+
+@pytest.mark.parametrize(("rows", "columns", "group"), [(40, 128, 64), (64, 48, 16)])
+def test_shapes_that_torch_does_not_take_stay_stored(rows: int, columns: int, group: int) -> None:
+    stored = quantize(torch.randn(rows, columns), "int4", group)
+    packed = Aten().pack(stored)
+    assert packed is stored
+    x = torch.randn(3, columns).bfloat16()
+    torch.testing.assert_close(
+        Aten().linear(packed, x).float(), x.float() @ dequantize_stored(stored).t(), atol=0.1, rtol=0.02
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("count", [1, 5, PACKED_ROWS, PACKED_ROWS + 1])
+@pytest.mark.parametrize(
+    ("scheme", "double_quant"), [("int4", False), ("int4", True), ("nf4", True), ("int8", False), ("none", False)]
+)
+def test_products_are_the_dequantized_ones(scheme: str, double_quant: bool, count: int, dtype: torch.dtype) -> None:
+    backend = Aten()
+    matrix = torch.randn(208, 256) * 0.05
+    packed = backend.pack(quantize(matrix if scheme != "none" else matrix.bfloat16(), scheme, 64, double_quant))
+    x = torch.randn(count, 256).to(dtype)
+    y = backend.linear(packed, x)
+    assert y.dtype == dtype
+    expected = x.double() @ backend.dequantize(packed).double().t()
+    error = (y.double() - expected).norm() / expected.norm()
+    assert error < (1e-6 if dtype == torch.float32 else BF16)
+
+
+def test_blocks_of_any_size_give_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = Aten().pack(quantize(torch.randn(336, 64), "int4", 32))
+    x = torch.randn(PACKED_ROWS + 8, 64).bfloat16()
+    whole = Aten().linear(packed, x)
+    monkeypatch.setattr(aten, "BLOCK_BYTES", 1)
+    torch.testing.assert_close(Aten().linear(packed, x), whole, atol=0, rtol=2 * BF16)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8", "none"])
+def test_rows_are_looked_up(scheme: str) -> None:
+    packed = Aten().pack(quantize(torch.randn(96, 64), scheme, 32))
+    ids = torch.tensor([95, 3, 3, 64])
+    assert torch.equal(Aten().embed(packed, ids), Aten().dequantize(packed)[ids])
+
+
+def adapters(backend: Aten | Reference, count: int) -> list[LoraWeights]:
+    """Adapters of ranks 1 to 24; the last lacks one module, and one shares another's ranks."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for i in range(count):
+        rank = (1, 3, 8, 24, 8)[i % 5]
+        modules = {
+            path: LowRank(
+                torch.randn(rank, 64, generator=generator) * 0.1, torch.randn(32, rank, generator=generator), 0.5 + i
+            )
+            for path in ("m", "n")
+        }
+        if i == count - 1:
+            del modules["m"]
+        made.append(backend.prepare(LoraWeights(f"a{i}", f"{i:064x}", modules)))
+    return made
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_updates_of_any_grouping_equal_the_plain_loop(seed: int) -> None:
+    draw = random.Random(seed)
+    plain, ours = SlotTable(8), SlotTable(8)
+    for slot, (a, b) in enumerate(zip(adapters(Reference(), 7), adapters(Aten(), 7), strict=True)):
+        plain.place(slot, a)
+        ours.place(slot, b)
+    segments, start = [], 0
+    for _ in range(12):
+        rows = draw.choice([1, 1, 1, 2, DENSE_ROWS, DENSE_ROWS + 1, 40])
+        mix: SlotWeights = tuple(
+            (slot, draw.choice([-1.0, 0.25, 1.0, 2.0])) for slot in draw.sample(range(7), draw.choice([0, 1, 1, 2, 4]))
+        )
+        segments.append(Segment(start, start + rows, mix))
+        start += rows
+    x = torch.randn(start, 64).bfloat16()
+    for path in ("m", "n", "absent"):
+        expected, y = torch.zeros(start, 32), torch.zeros(start, 32, dtype=torch.bfloat16)
+        Reference().add_lora(expected, x.float(), path, Segments(plain, segments))
+        Aten().add_lora(y, x, path, Segments(ours, segments))
+        for segment in segments:
+            if not segment.mix:
+                assert not y[segment.start : segment.stop].any()
+        assert (y.float() - expected).norm() <= 2 * BF16 * expected.norm()
+
+
+def test_what_overflows_in_one_adapter_stays_in_its_rows() -> None:
+    table = SlotTable(3)
+    for slot, adapter in enumerate(adapters(Aten(), 3)):
+        table.place(slot, adapter)
+    huge = {"m": LowRank(torch.full((2, 64), 3e38), torch.full((32, 2), 3e38), 16.0)}
+    table.place(2, Aten().prepare(LoraWeights("huge", "f" * 64, huge)))
+    x, y = torch.randn(4, 64).abs().bfloat16(), torch.zeros(4, 32, dtype=torch.bfloat16)
+    rows: list[SlotWeights] = [((0, 1.0),), ((2, 1.0),), (), ((0, 1.0), (1, 1.0))]
+    Aten().add_lora(y, x, "m", Segments(table, [Segment(i, i + 1, mix) for i, mix in enumerate(rows)]))
+    assert not torch.isfinite(y[1]).any()
+    assert torch.isfinite(y[[0, 2, 3]]).all()
+
+
+def test_the_copy_of_the_active_set_is_remade_only_when_it_must_be() -> None:
+    table = SlotTable(4)
+    made = adapters(Aten(), 5)
+    for slot in range(4):
+        table.place(slot, made[slot])
+    both: SideBySide = table.side_by_side([2, 3])
+    assert table.side_by_side([3]) is both  # less than what is held, and not much less
+    assert table.side_by_side([0]) is not both  # another adapter
+    three = table.side_by_side([2, 3, 0])
+    assert table.side_by_side([0]) is not three  # a small part of what is held
+    held = table.side_by_side([1, 2])
+    table.clear(0)
+    assert table.side_by_side([1, 2]) is held
+    table.clear(2)
+    assert table.nbytes == 0
+    table.place(2, made[4])
+    assert made[4].digest in table.side_by_side([1, 2]).place
