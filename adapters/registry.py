@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from adapters.describing import Sight
 from adapters.errors import AdapterConflict, AdapterError, NoRoom, StoreFailed
 from adapters.intake import Intake
-from adapters.journal import Journal, Taken
+from adapters.journal import Journal, Signature, Taken
 from adapters.leases import Lease, Leases
 from adapters.naming import Names, Rejections, check_name
 from adapters.peft_format import read_folder
@@ -160,6 +160,10 @@ class Registry:
         """The version that `name` has. Raises UnknownAdapter."""
         return self._names.find(name)
 
+    def has(self, name: str, digest: str) -> bool:
+        """Whether `name` is served and has this content now."""
+        return self._names.current().get(name) == digest
+
     def metadata(self, name: str) -> Mapping[str, Any]:
         """What the reader told of the current version (`task`, `card`, `honoured`, ...). Raises UnknownAdapter."""
         with self._lock:
@@ -187,12 +191,8 @@ class Registry:
         """`bytes` in RAM and their `budget`; how many `versions` are there, how many `leases` are out."""
         with self._lock:
             leases = len(self._leases)
-        return {
-            "bytes": self._ram.used,
-            "budget": self._ram.capacity,
-            "versions": len(self._ram.resident()),
-            "leases": leases,
-        }
+        versions = len(self._ram.resident())
+        return {"bytes": self._ram.used, "budget": self._ram.capacity, "versions": versions, "leases": leases}
 
     def sizes(self) -> dict[tuple[str, str], int]:
         """Bytes of the adapters that are in memory, by (name, tier): the tier is "device" for those with a slot."""
@@ -215,14 +215,15 @@ class Registry:
         if_match: str | None = None,
         source: str = "api",
         within: Path | None = None,
-        taken: tuple[str, Taken] | None = None,
+        taken: tuple[str, Signature] | None = None,
     ) -> Published:
         """Give `name` the content of a PEFT folder, after it was copied, read and found good.
 
         `create_only`: other content under a name in use raises AdapterConflict. `if_match`: the version that the name
         must have (a label, a digest, or "*" for any), or VersionMismatch. `within`: links may not lead out of it.
-        `taken`: the folder that it is and what it held, to be remembered in the same write. Raises InvalidAdapter,
-        BaseMismatch, NoRoom, StoreFailed; nothing has changed then.
+        `taken`: the watched folder that it is and the state of its files, to be remembered in the same write; if its
+        content is what it was, the name is left as it has become since. Raises InvalidAdapter, BaseMismatch, NoRoom,
+        StoreFailed; nothing has changed then.
         """
         check_name(name, self._reserved)
         self._names.expect(name, if_match)
@@ -271,8 +272,9 @@ class Registry:
     # What a watch needs
 
     def taken(self) -> Mapping[str, Taken]:
-        """What each folder held when it was last taken in."""
-        return self._store.journal.taken
+        """What each folder held when it was last taken in, but for what the store has lost since."""
+        lost = self._store.lost
+        return {folder: taken for folder, taken in self._store.journal.taken.items() if taken.digest not in lost}
 
     def take(self, folder: str, taken: Taken | None) -> None:
         """Remember what a folder held without publishing it, or forget it. Raises StoreFailed."""
@@ -298,7 +300,7 @@ class Registry:
         create_only: bool,
         if_match: str | None,
         source: str,
-        taken: tuple[str, Taken] | None,
+        taken: tuple[str, Signature] | None,
     ) -> Published:
         version = weights.version
         name, digest = version.name, version.digest
@@ -308,13 +310,17 @@ class Registry:
         same = history[:1] == (digest,)
         if create_only and history and not same:
             raise AdapterConflict(f"{name!r} is in use by other content; put the new content to replace it", "name")
+        journal = self._store.journal
+        if taken is not None:
+            before = self.taken().get(taken[0])
+            journal = journal.take(taken[0], Taken(digest, taken[1]))
+            if before is not None and before.digest == digest and not same:
+                self._store.write(journal)
+                return Published(version, False, weights.metadata)
         fresh = digest not in self._store.records and digest not in self._store.journal.referenced()
         self._store.adopt(staged, Record.of(weights, time.time()))
-        journal = self._store.journal
         if not same:
             journal = journal.point(name, digest, source, time.time())
-        if taken is not None:
-            journal = journal.take(*taken)
         try:
             if journal is not self._store.journal:
                 self._store.write(journal)
@@ -511,13 +517,9 @@ class Registry:
         """What is known of one adapter at one moment. With the lock."""
         history = self._names.histories[name]
         entry = self._store.journal.names.get(name)
-        return Sight(
-            name=name,
-            records=tuple(self._store.records[digest] for digest in history),
-            leases=self._leases.of(name),
-            pinned=entry is not None and entry.pinned,
-            failure=self._failures.get(history[0]),
-        )
+        records = tuple(self._store.records[digest] for digest in history)
+        pinned = entry is not None and entry.pinned
+        return Sight(name, records, self._leases.of(name), pinned, self._failures.get(history[0]))
 
     def _summary(self, sight: Sight) -> Description:
         digest = sight.records[0].digest

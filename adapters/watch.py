@@ -1,0 +1,278 @@
+"""`Watch`: the user's directory of adapters becomes what is served; `scan_library`: so do the adapters that ship.
+
+Owns when a folder is read, when it is not read again, and what is told of the ones that are refused. Writes nothing
+there. Does not read adapters itself: the registry does, from its own copy.
+
+A folder is taken in when both files are there and nothing about it has changed for a second, and again only when its
+content changes; so an adapter that was deleted or replaced through the API stays so. A folder that is removed while it
+is watched takes its adapter with it, unless the name has got other content since.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.errors import AdapterError, InvalidAdapter, NoRoom, StoreFailed
+from adapters.journal import Signature
+from adapters.registry import Registry
+from adapters.store import REQUIRED, SIDE
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 30.0
+"""After how long a folder is tried again that failed for want of room, which its content says nothing about."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The state of a folder's files, and since when on the monotonic clock they are so."""
+
+    signature: Signature
+    since: float
+
+
+@dataclass(frozen=True)
+class _Refused:
+    signature: Signature
+    retry_at: float | None
+
+
+class Watch:
+    """Looks at `directory` every `interval` seconds. `still` and `gone` are the seconds that a folder must not have
+    changed before it is read, and must have been away before its adapter is retired. `clock` is monotonic.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        directory: Path,
+        *,
+        interval: float = 1.0,
+        still: float = 1.0,
+        gone: float = 3.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._registry = registry
+        self._directory = directory
+        self._interval = interval
+        self._still = still
+        self._gone = gone
+        self._clock = clock
+        self._seen: dict[str, _Seen] = {}
+        self._refused: dict[str, _Refused] = {}
+        self._away: dict[str, float] = {}
+        """Folders that were there and are not now, since when."""
+        self._known: set[str] = set()
+        """Folders that this process has seen and that adapters came from."""
+        self._unreadable = False
+        self._first = True
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Look now and then, on a thread. Call `poll` before, to have what is there served from the start."""
+        self._thread = threading.Thread(target=self._run, name="loramux-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, after the look that it may be at."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def poll(self) -> None:
+        """Look once. Raises nothing that a folder is at fault for."""
+        try:
+            with os.scandir(self._directory) as entries:
+                folders = sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
+        except OSError as error:
+            if not self._unreadable:  # its adapters are served on: a mount that is away is no deletion
+                log.info("the adapter directory cannot be read: %s", error.strerror)
+            self._unreadable = True
+            return
+        self._unreadable = False
+        if self._first:
+            self._first = False
+            for folder in self._taken_before() - set(folders):
+                log.info("%s is served from the store; its folder is gone", folder)
+        for folder in folders:
+            self._look(folder)
+        for folder in (self._known | set(self._refused) | set(self._seen)) - set(folders):
+            self._miss(folder)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            try:
+                self.poll()
+            except Exception:  # one look that fails must not be the last
+                log.exception("looking at the adapter directory failed")
+
+    def _look(self, folder: str) -> None:
+        try:
+            signature = signature_of(self._directory / folder, self._directory)
+        except InvalidAdapter as error:
+            self._registry.rejections.add(shown(folder), error.message)
+            self._refused[folder] = _Refused((), None)
+            return
+        now = self._clock()
+        if not signature:  # no adapter, or none any more
+            self._miss(folder)
+            return
+        self._away.pop(folder, None)
+        taken = self._registry.taken().get(origin("watch", folder))
+        if taken is not None and taken.signature == signature:
+            self._known.add(folder)
+            self._settle(folder)
+            return
+        refused = self._refused.get(folder)
+        if refused is not None and refused.signature == signature and not _due(refused.retry_at, now):
+            return
+        seen = self._seen.get(folder)
+        if seen is None or seen.signature != signature:
+            seen = self._seen[folder] = _Seen(signature, now)
+        if now - seen.since >= self._still or _old(signature, self._still):
+            self._take_in(folder, signature, now)
+
+    def _taken_before(self) -> set[str]:
+        """The folders whose content is served, as far as the store remembers."""
+        kind = origin("watch", "")
+        taken = {key.removeprefix(kind): t for key, t in self._registry.taken().items() if key.startswith(kind)}
+        return {folder for folder, t in taken.items() if self._registry.has(folder, t.digest)}
+
+    def _take_in(self, folder: str, signature: Signature, now: float) -> None:
+        try:
+            published = self._registry.publish_now(
+                folder,
+                self._directory / folder,
+                source="watch",
+                within=self._directory,
+                taken=(origin("watch", folder), signature),
+            )
+        except AdapterError as error:
+            retry_at = now + RETRY_SECONDS if isinstance(error, (StoreFailed, NoRoom)) else None
+            self._refused[folder] = _Refused(signature, retry_at)
+            self._registry.rejections.add(shown(folder), error.message)
+            return
+        self._known.add(folder)
+        self._settle(folder)
+        if published.created:
+            log.info("%s is served from its folder", published.version.label)
+
+    def _settle(self, folder: str) -> None:
+        """Nothing is to be done about `folder` until it changes."""
+        self._seen.pop(folder, None)
+        self._refused.pop(folder, None)
+        self._registry.rejections.drop(shown(folder))
+
+    def _miss(self, folder: str) -> None:
+        """`folder` is not there, or holds nothing: the adapter that came from it goes too, if it stays so."""
+        since = self._away.setdefault(folder, self._clock())
+        if folder in self._known and self._clock() - since < self._gone:
+            return
+        self._settle(folder)
+        self._away.pop(folder, None)
+        if folder not in self._known:
+            return
+        key = origin("watch", folder)
+        taken = self._registry.taken().get(key)
+        try:
+            if taken is not None and self._registry.has(folder, taken.digest):
+                self._registry.retire_now(folder, forget=[key])
+                log.info("%s is retired: its folder was removed", folder)
+            elif taken is not None:
+                self._registry.take(key, None)
+        except AdapterError as error:  # it is tried again at the next look
+            log.warning("%s was removed, but is not retired: %s", folder, error.message)
+            return
+        self._known.discard(folder)
+
+
+def scan_library(registry: Registry, library: Path) -> list[str]:
+    """Register the adapters that ship in `library` and fit the base; one log line for each that is skipped.
+
+    A newer content replaces what the library put there before, never what somebody else gave that name, and what was
+    deleted stays deleted until its content changes. Answers the names that are served from it.
+    """
+    served: list[str] = []
+    try:
+        folders = sorted(path for path in library.iterdir() if path.is_dir() and path.name[0] not in "._")
+    except OSError as error:
+        log.warning("the library of adapters cannot be read: %s", error.strerror)
+        return served
+    for folder in folders:
+        name, key = folder.name, origin("library", folder.name)
+        try:
+            signature = signature_of(folder, None)
+            if not signature:
+                continue
+            taken = registry.taken().get(key)
+            ours = taken is not None and registry.has(name, taken.digest)
+            if name in registry.names() and not ours:
+                log.info("the library's %s is skipped: the name has another adapter", name)
+                continue
+            if taken is None or taken.signature != signature:
+                registry.publish_now(name, folder, source="library", taken=(key, signature))
+            if name in registry.names():
+                served.append(name)
+            else:
+                log.info("the library's %s is skipped: it was deleted, or was made for another base", name)
+        except AdapterError as error:
+            log.info("the library's %s is skipped: %s", name, error.message)
+    return served
+
+
+def inside(directory: Path, source: str) -> Path:
+    """The folder `source` of `directory`, as a client names it. Raises InvalidAdapter if it leads out or is none."""
+    try:
+        real = (directory / source).resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InvalidAdapter(f"there is no {source[:80]!r} in the adapter directory", "source") from error
+    if not real.is_relative_to(directory.resolve()):
+        raise InvalidAdapter(f"{source[:80]!r} leads out of the adapter directory", "source")
+    if not real.is_dir():
+        raise InvalidAdapter(f"{source[:80]!r} is no folder", "source")
+    return real
+
+
+def signature_of(folder: Path, within: Path | None) -> Signature:
+    """The state of the folder's files; empty if neither of the two that make an adapter is there.
+
+    Raises InvalidAdapter for a link that leads out of `within`.
+    """
+    entries = []
+    for name in (*REQUIRED, *SIDE):
+        path = folder / name
+        try:
+            if within is not None and not path.resolve().is_relative_to(within.resolve()):
+                raise InvalidAdapter(f"{name} leads out of the adapter directory")
+            state = path.stat()
+        except (OSError, RuntimeError):  # not there, or not to be read: the reader will say so
+            continue
+        entries.append((name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
+    return tuple(entries) if any(entry[0] in REQUIRED for entry in entries) else ()
+
+
+def origin(kind: str, folder: str) -> str:
+    """The key under which it is remembered what a folder held."""
+    return f"{kind}/{shown(folder)}"
+
+
+def shown(folder: str) -> str:
+    """A folder's name as text, whatever bytes it has."""
+    return os.fsencode(folder).decode("utf-8", "replace")
+
+
+def _old(signature: Signature, seconds: float) -> bool:
+    """Whether all files were left alone for `seconds`, by the wall clock; if that jumped, we wait and see."""
+    newest = max(max(mtime, ctime) for _, _, mtime, ctime, _ in signature)
+    return newest < time.time_ns() - int(seconds * 1e9)
+
+
+def _due(retry_at: float | None, now: float) -> bool:
+    return retry_at is not None and now >= retry_at

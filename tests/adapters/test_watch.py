@@ -1,0 +1,357 @@
+"""The watched directory and the library: what is taken in, when, and what is told of the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import InvalidAdapter
+from adapters.registry import Registry
+from adapters.store import Disk, Store
+from adapters.watch import Watch, inside, scan_library
+from adapters.weights import LoraWeights
+
+Write = Callable[..., LoraWeights]
+
+
+class Scene:
+    """A registry that can be opened again, a watched directory, and a clock that is turned by hand."""
+
+    def __init__(self, root: Path, shapes: Any, write: Write) -> None:
+        self.root, self.shapes, self.write = root, shapes, write
+        self.directory = root / "adapters"
+        self.now = 100.0
+        self.registry: Registry | None = None
+        self.directory.mkdir()
+        self.restart()
+
+    def restart(self, disk: Disk | None = None, **options: Any) -> None:
+        if self.registry is not None:
+            self.registry.close()
+        store = Store(self.root / "store", disk=disk)
+        self.registry = Registry(store, **{"shapes": self.shapes, "ram_bytes": 1 << 20, **options})
+        self.watch = Watch(self.registry, self.directory, clock=lambda: self.now)
+
+    def put(self, name: str, seed: int, **extras: Any) -> str:
+        return self.write(self.directory / name, seed, **extras).digest
+
+    def look(self, times: int = 1, seconds: float = 1.0) -> dict[str, str]:
+        """Poll, `seconds` apart; answers name -> digest."""
+        for _ in range(times):
+            self.watch.poll()
+            self.now += seconds
+        return self.served()
+
+    def served(self) -> dict[str, str]:
+        assert self.registry is not None
+        return {name: self.registry.current(name).digest for name in self.registry.names()}
+
+    def rejected(self) -> dict[str, str]:
+        assert self.registry is not None
+        return {entry["path"]: entry["reason"] for entry in self.registry.rejected()}
+
+
+@pytest.fixture
+def scene(tmp_path: Path, tiny_shapes: Any, write_adapter: Write) -> Iterator[Scene]:
+    scene = Scene(tmp_path, tiny_shapes, write_adapter)
+    yield scene
+    scene.registry.close()
+
+
+def age(folder: Path) -> None:
+    """Let the folder's files be old, as far as a test can: their change time is always now."""
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+
+
+def test_a_folder_is_read_when_it_has_been_still(scene: Scene) -> None:
+    a = scene.put("a", 1)
+    assert scene.look(seconds=0.5) == {}
+    assert scene.look(seconds=0.5) == {}
+    assert scene.look() == {"a": a}
+
+
+def test_a_folder_that_keeps_changing_is_waited_for(scene: Scene) -> None:
+    for seed in range(5):
+        a = scene.put("a", seed)
+        assert scene.look(seconds=0.9) == {}
+    assert scene.look(2) == {"a": a}
+
+
+def test_files_left_alone_for_a_second_are_read_at_once(scene: Scene) -> None:
+    a = scene.put("a", 1)
+    time.sleep(1.05)
+    assert scene.look() == {"a": a}
+
+
+def test_half_a_folder_is_told_and_then_completed(scene: Scene) -> None:
+    a = scene.put("a", 1)
+    whole = (scene.directory / "a" / "adapter_model.safetensors").read_bytes()
+    (scene.directory / "a" / "adapter_model.safetensors").unlink()
+    assert scene.look(3) == {}
+    assert scene.rejected() == {"a": "adapter_model.safetensors is missing"}
+    since = scene.registry.rejected()[0]["since"]
+    (scene.directory / "a" / "adapter_model.safetensors").write_bytes(whole[:-50])
+    assert scene.look(3) == {} and "damaged" in scene.rejected()["a"]
+    assert scene.registry.rejected()[0]["since"] >= since
+    (scene.directory / "a" / "adapter_model.safetensors").write_bytes(whole)
+    assert scene.look(3) == {"a": a} and scene.rejected() == {}
+
+
+def test_changed_content_is_a_new_version_and_a_bad_change_leaves_the_old(scene: Scene) -> None:
+    first = scene.put("a", 1)
+    scene.look(2)
+    second = scene.put("a", 2)
+    assert scene.look(2) == {"a": second}
+    assert [v["digest"] for v in scene.registry.describe("a")["versions"]] == [second, first]
+    (scene.directory / "a" / "adapter_config.json").write_text("{")
+    assert scene.look(3) == {"a": second} and "JSON" in scene.rejected()["a"]
+
+
+def test_a_rejected_folder_is_read_again_only_when_it_has_changed(scene: Scene, tiny_shapes: Any) -> None:
+    reads: list[str] = []
+
+    def refuse(path: Path, *, name: str, **options: Any) -> LoraWeights:
+        reads.append(name)
+        raise InvalidAdapter("no")
+
+    scene.restart(read=refuse)
+    scene.put("a", 1)
+    scene.look(10)
+    assert reads == ["a"]
+    scene.put("a", 2)
+    scene.look(10)
+    assert reads == ["a", "a"]
+
+
+class FullDisk(Disk):
+    full = False
+
+    def copy(self, source: int, target: Path, limit: int) -> int:
+        if self.full:
+            raise OSError(28, "No space left on device")
+        return super().copy(source, target, limit)
+
+
+def test_want_of_room_is_tried_again_unasked(scene: Scene) -> None:
+    disk = FullDisk()
+    scene.restart(disk)
+    disk.full = True
+    a = scene.put("a", 1)
+    assert scene.look(3) == {} and "the disk is full" in scene.rejected()["a"]
+    disk.full = False
+    assert scene.look(5) == {}
+    assert scene.look(40) == {"a": a} and scene.rejected() == {}
+
+
+def test_names_that_nobody_may_have(scene: Scene) -> None:
+    for name in ("a,b", "base", "-x", "with space", "é"):
+        scene.put(name, 1)
+    scene.put(".hidden", 1)
+    scene.put(os.fsdecode(b"\xff"), 1)
+    (scene.directory / "only, a folder").mkdir()
+    (scene.directory / "file").write_text("x")
+    assert scene.look(3) == {}
+    assert set(scene.rejected()) == {"a,b", "base", "-x", "with space", "é", "\N{REPLACEMENT CHARACTER}"}
+
+
+def test_links_out_of_the_directory_are_refused(scene: Scene, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    scene.write(outside, 1)
+    (scene.directory / "folder").symlink_to(outside)
+    (scene.directory / "files").mkdir()
+    for path in outside.iterdir():
+        (scene.directory / "files" / path.name).symlink_to(path)
+    a = scene.put("a", 2)
+    (scene.directory / "twin").symlink_to("a")
+    assert scene.look(3) == {"a": a, "twin": a}
+    assert set(scene.rejected()) == {"folder", "files"}
+    assert all("leads out of the adapter directory" in reason for reason in scene.rejected().values())
+    assert str(tmp_path) not in str(scene.registry.rejected())
+    (scene.directory / "files" / "adapter_config.json").unlink()
+    (scene.directory / "files" / "adapter_model.safetensors").unlink()
+    (scene.directory / "folder").unlink()
+    scene.look(1)
+    assert scene.rejected() == {}
+
+
+def test_a_removed_folder_takes_its_adapter_with_it(scene: Scene) -> None:
+    scene.put("a", 1)
+    b = scene.put("b", 2)
+    scene.look(2)
+    shutil.rmtree(scene.directory / "a")
+    assert set(scene.look(3)) == {"a", "b"}, "it may be about to be written anew"
+    assert scene.look(1) == {"b": b}
+    a = scene.put("a", 1)
+    assert scene.look(2) == {"a": a, "b": b}, "put back, it is served again"
+
+
+def test_a_folder_that_is_replaced_is_never_away(scene: Scene) -> None:
+    a = scene.put("a", 1)
+    scene.look(2)
+    for path in (scene.directory / "a").iterdir():
+        path.unlink()
+    assert scene.look(1) == {"a": a}
+    a = scene.put("a", 2)
+    assert scene.look(2) == {"a": a}
+    for path in (scene.directory / "a").iterdir():
+        path.unlink()
+    assert scene.look(4) == {}, "an empty folder is a removed one"
+
+
+def test_deleted_through_the_api_it_stays_deleted_until_its_content_changes(scene: Scene) -> None:
+    scene.put("a", 1)
+    scene.look(2)
+    asyncio.run(scene.registry.retire("a"))
+    assert scene.look(5) == {}
+    age(scene.directory / "a")
+    assert scene.look(5) == {}, "touched is not changed"
+    scene.restart()
+    assert scene.look(5) == {}
+    (scene.directory / "a" / "README.md").write_text("a new card")
+    assert scene.look(5) == {}
+    a = scene.put("a", 2)
+    assert scene.look(5) == {"a": a}
+
+
+def test_what_the_api_put_over_a_folder_stays(scene: Scene, tmp_path: Path) -> None:
+    scene.put("a", 1)
+    scene.look(2)
+    scene.write(tmp_path / "other", 2)
+    other = scene.registry.publish_now("a", tmp_path / "other").version.digest
+    scene.restart()
+    assert scene.look(5) == {"a": other}
+    shutil.rmtree(scene.directory / "a")
+    assert scene.look(6) == {"a": other}, "nor does it go with the folder"
+    a = scene.put("a", 1)
+    assert scene.look(3) == {"a": a}
+
+
+def test_a_new_card_or_task_is_told_without_a_new_version(scene: Scene) -> None:
+    a = scene.put("a", 1, task={"prompt": "old {input}"})
+    scene.look(2)
+    (scene.directory / "a" / "task.json").write_text('{"prompt": "new {input}"}')
+    assert scene.look(2) == {"a": a}
+    assert scene.registry.metadata("a")["task"] == {"prompt": "new {input}"}
+    assert len(scene.registry.describe("a")["versions"]) == 1
+
+
+def test_unchanged_folders_are_not_read_again_after_a_restart(scene: Scene) -> None:
+    a = scene.put("a", 1)
+    scene.look(2)
+    scene.restart(read=None)
+    assert scene.look(3) == {"a": a}
+
+
+def test_a_lost_version_comes_back_from_its_folder(scene: Scene) -> None:
+    a = scene.put("a", 1)
+    scene.look(2)
+    scene.registry.close()
+    shutil.rmtree(scene.root / "store" / "versions" / a)
+    scene.restart()
+    assert scene.served() == {}
+    assert scene.look(2) == {"a": a} and scene.rejected() == {}
+
+
+def test_a_directory_that_is_away_is_no_deletion(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    a = scene.put("a", 1)
+    scene.look(2)
+    scene.directory.rename(scene.root / "elsewhere")
+    caplog.set_level(logging.INFO)
+    assert scene.look(10) == {"a": a}
+    assert sum("cannot be read" in record.message for record in caplog.records) == 1
+    (scene.root / "elsewhere").rename(scene.directory)
+    assert scene.look(10) == {"a": a}
+
+
+def test_a_folder_removed_while_the_server_was_down_is_served_on(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = scene.put("a", 1)
+    scene.look(2)
+    shutil.rmtree(scene.directory / "a")
+    scene.restart()
+    caplog.set_level(logging.INFO)
+    assert scene.look(10) == {"a": a}
+    assert [r.message for r in caplog.records] == ["a is served from the store; its folder is gone"]
+
+
+def test_the_thread_looks_and_ends(scene: Scene) -> None:
+    a = scene.put("a", 1)
+    watch = Watch(scene.registry, scene.directory, interval=0.01, still=0.02)
+    watch.start()
+    end = time.monotonic() + 10
+    while scene.served() != {"a": a}:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    watch.stop()
+    scene.put("b", 2)
+    assert scene.served() == {"a": a}
+
+
+# The library
+
+
+def test_the_library_is_registered_once_and_skipped_where_it_does_not_fit(
+    scene: Scene, caplog: pytest.LogCaptureFixture, write_adapter: Write
+) -> None:
+    library = scene.root / "library"
+    good = write_adapter(library / "good", 1).digest
+    write_adapter(library / "wide", 2, rank=99)
+    (library / "__pycache__").mkdir()
+    (library / "empty").mkdir()
+    (library / "__init__.py").write_text("")
+    caplog.set_level(logging.INFO)
+    assert scan_library(scene.registry, library) == ["good"]
+    assert scene.served() == {"good": good}
+    assert [r.message for r in caplog.records if "library" in r.message] == [
+        next(r.message for r in caplog.records if "wide is skipped" in r.message)
+    ]
+    scene.restart(read=None)
+    assert scan_library(scene.registry, library / "nothing") == []
+    shutil.rmtree(library / "wide")
+    assert scan_library(scene.registry, library) == ["good"], "nothing is read again"
+
+
+def test_the_library_never_takes_a_name_back(scene: Scene, write_adapter: Write) -> None:
+    library, other = scene.root / "library", scene.root / "other"
+    write_adapter(library / "a", 1)
+    write_adapter(library / "b", 2)
+    write_adapter(other, 3)
+    mine = scene.registry.publish_now("a", other).version.digest
+    assert scan_library(scene.registry, library) == ["b"]
+    assert scene.served()["a"] == mine
+    scene.registry.retire_now("b")
+    assert scan_library(scene.registry, library) == [] and "b" not in scene.served()
+    newer = write_adapter(library / "b", 4).digest
+    assert scan_library(scene.registry, library) == ["b"], "changed content comes back"
+    newest = write_adapter(library / "b", 5).digest
+    assert newest != newer
+    assert scan_library(scene.registry, library) == ["b"] and scene.served()["b"] == newest
+    mine = scene.registry.publish_now("b", other).version.digest
+    write_adapter(library / "b", 6)
+    assert scan_library(scene.registry, library) == [] and scene.served()["b"] == mine
+
+
+# Sources that a client names
+
+
+def test_inside(scene: Scene, tmp_path: Path) -> None:
+    scene.put("a", 1)
+    (scene.directory / "group").mkdir()
+    shutil.copytree(scene.directory / "a", scene.directory / "group" / "b")
+    (scene.directory / "out").symlink_to(tmp_path)
+    assert inside(scene.directory, "a") == (scene.directory / "a").resolve()
+    assert inside(scene.directory, "group/b").name == "b"
+    file = "a/adapter_config.json"
+    for source in ("..", "../store", "/etc", "out", "out/store", "nothing", file, "a\0b", "x" * 5000):
+        with pytest.raises(InvalidAdapter):
+            inside(scene.directory, source)
