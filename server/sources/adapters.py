@@ -1,0 +1,90 @@
+"""`Sources.open`: what a client's `source` says, as a folder on this machine for as long as it is being read."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from server.errors import InvalidRequest
+from server.sources import folder, hub, urls
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Sources:
+    """The places that adapters may come from.
+
+    `directory` is the user's adapter directory. `hub_allow` has hub ids (org/name, or org/* for all of an
+    organization) and `url_allow` URL prefixes; both are empty unless the operator says otherwise. Fetched files go to
+    `scratch`, at most `max_bytes` an adapter, within `seconds`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        scratch: Path,
+        *,
+        hub_allow: Sequence[str] = (),
+        url_allow: Sequence[str] = (),
+        max_bytes: int = 1 << 30,
+        seconds: float = 300.0,
+    ) -> None:
+        self._directory, self._scratch = directory, scratch
+        self._hub_allow, self._url_allow = tuple(hub_allow), tuple(url_allow)
+        self._max_bytes, self._seconds = max_bytes, seconds
+
+    @asynccontextmanager
+    async def open(self, source: str) -> AsyncIterator[tuple[Path, Path]]:
+        """The folder of `source`, and the directory that links in it may not leave.
+
+        `source` is a path inside the adapter directory, `org/name@revision`, or a URL. What was fetched is gone when
+        the context ends. Raises InvalidRequest, with the reason, and OSError if the disk refuses.
+        """
+        if urls.is_url(source):
+            url = urls.check(source, self._url_allow)
+            async with self._temporary() as place:
+                await self._limited(urls.fetch, url, place, max_bytes=self._max_bytes, seconds=self._seconds)
+                yield place, place
+            return
+        found = await asyncio.to_thread(folder.inside, source, self._directory)
+        if found is not None:
+            yield found, self._directory
+        elif hub.is_id(source) and self._hub_allowed(source):
+            async with self._temporary() as place:
+                fetched = await self._limited(hub.fetch_adapter, source, place, self._max_bytes)
+                yield fetched, place
+        else:
+            raise InvalidRequest(
+                "the source is no folder inside the adapter directory, and no hub id that --hub-allow names", "source"
+            )
+
+    def _hub_allowed(self, source: str) -> bool:
+        repo = source.partition("@")[0]
+        return any(fnmatchcase(repo, pattern) for pattern in self._hub_allow)
+
+    async def _limited(self, fetch: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
+        """`fetch` in a thread, given up after the time limit. A source that hangs costs that thread, no more."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await asyncio.to_thread(fetch, *args, **options)
+        except TimeoutError:
+            raise InvalidRequest(f"the source did not answer within {self._seconds:g} s", "source") from None
+
+    @asynccontextmanager
+    async def _temporary(self) -> AsyncIterator[Path]:
+        def make() -> Path:
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix="fetch-", dir=self._scratch))
+
+        place = await asyncio.to_thread(make)
+        try:
+            yield place
+        finally:
+            await asyncio.to_thread(shutil.rmtree, place, True)

@@ -1,0 +1,22 @@
+"""Folders below the user's adapter directory, which is a jail: no path, link or `..` leads out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from server.errors import InvalidRequest
+
+
+def inside(source: str, directory: Path) -> Path | None:
+    """The folder that `source` names below `directory`, or None where there is none.
+
+    `source` is relative to `directory`, or absolute and below it. Raises InvalidRequest for a place outside; the
+    message does not tell what lies there.
+    """
+    root = directory.resolve()
+    if "\0" in source:
+        raise InvalidRequest("the source is no path", "source")
+    place = (root / source).resolve()
+    if not place.is_relative_to(root):
+        raise InvalidRequest("the source is a path outside the adapter directory", "source")
+    return place if place != root and place.is_dir() else None

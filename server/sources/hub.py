@@ -1,0 +1,85 @@
+"""The Hugging Face hub, through `huggingface_hub` (the extra `hub`), for ids that somebody asked for by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from server.errors import BadModel, InvalidRequest, ServerError
+
+_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+_MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "task.json", "README.md"]
+
+
+def is_id(text: str) -> bool:
+    """Whether `text` has the form org/name or org/name@revision."""
+    return _ID.fullmatch(text) is not None
+
+
+def fetch_model(hub_id: str, directory: Path) -> Path:
+    """The folder of a base on the hub; one that was fetched whole before is not asked for again. Raises BadModel."""
+    record = directory / f"{hub_id.replace('/', '--')}.json"
+    known = _recorded(record)
+    if known is not None:
+        return known
+    try:
+        folder = _snapshot(hub_id, directory, _MODEL_FILES, ignore=["original/*"])
+    except _Unavailable as e:
+        raise BadModel(e.message, "model") from None
+    partial = record.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps({"path": str(folder)}))
+    os.replace(partial, record)
+    return folder
+
+
+def fetch_adapter(hub_id: str, directory: Path, max_bytes: int) -> Path:
+    """The folder of an adapter on the hub. Raises InvalidRequest."""
+    try:
+        return _snapshot(hub_id, directory, _ADAPTER_FILES, max_bytes=max_bytes)
+    except _Unavailable as e:
+        raise InvalidRequest(e.message, "source") from None
+
+
+def _recorded(record: Path) -> Path | None:
+    """Where an earlier fetch put the folder, if it says so and the folder is still there."""
+    try:
+        folder = Path(json.loads(record.read_text())["path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return folder if folder.is_dir() else None
+
+
+class _Unavailable(ServerError):
+    """The hub did not give what was asked for."""
+
+
+def _snapshot(
+    hub_id: str, directory: Path, patterns: list[str], ignore: Sequence[str] = (), max_bytes: int | None = None
+) -> Path:
+    match = _ID.fullmatch(hub_id)
+    if match is None:
+        raise _Unavailable(f"{hub_id!r} is no hub id (org/name or org/name@revision)")
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise _Unavailable(f"{hub_id} comes from the hub, which needs an extra: pip install 'loramux[hub]'")
+    import huggingface_hub
+
+    repo, revision = match[1], match[2]
+    try:
+        if max_bytes is not None:
+            info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
+            size = sum(f.size or 0 for f in info.siblings or () if f.rfilename in patterns)
+            if size > max_bytes:
+                raise _Unavailable(f"{hub_id} has {size} bytes, over the limit of {max_bytes} (--max-upload)")
+            revision = info.sha  # what was measured is what is fetched
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision, cache_dir=directory, allow_patterns=patterns, ignore_patterns=list(ignore)
+        )
+    except (OSError, ValueError) as e:  # the hub's own errors are all one of these, being offline too
+        reason = " ".join(str(e).split("\n", 1)[0].split())[:300]
+        raise _Unavailable(f"{hub_id} could not be fetched from the hub: {reason}") from None
+    return Path(folder)

@@ -1,0 +1,52 @@
+"""`resolve_model`: what `--model` says, as a name and a place on this machine."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from adapters.weights import NAME
+from server.errors import BadModel
+from server.sources import catalogue, hub
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and of how much (0: not known)."""
+
+
+class Resolved(NamedTuple):
+    """A base's name, as clients see it, and its folder or GGUF file."""
+
+    name: str
+    path: Path
+
+
+def resolve_model(model: str, state_dir: Path, *, progress: Progress | None = None) -> Resolved:
+    """The base that `model` names: a catalogue name, a local folder, a .gguf file, or a hub id (org/name@revision).
+
+    Fetches what is not there yet to `state_dir`/models; what appears there is whole. Raises BadModel, which says what
+    to do when it cannot be had.
+    """
+    if model in catalogue.ENTRIES:
+        return Resolved(model, catalogue.fetch(catalogue.ENTRIES[model], state_dir / "models", progress))
+    path = Path(model).expanduser()
+    if path.exists():
+        return Resolved(_served_name(path.stem if path.is_file() else path.resolve().name), path.resolve())
+    if hub.is_id(model) and not model.endswith(".gguf"):
+        name = model.partition("@")[0].rpartition("/")[2]
+        return Resolved(_served_name(name), hub.fetch_model(model, state_dir / "models" / "hub"))
+    near = difflib.get_close_matches(model, catalogue.ENTRIES, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise BadModel(
+        f"the model {model!r} is no name of the catalogue ({', '.join(catalogue.ENTRIES)}), no folder or .gguf file "
+        f"on this machine and no hub id (org/name){hint}",
+        "model",
+    )
+
+
+def _served_name(name: str) -> str:
+    """`name` with what a served name can not have replaced. "base" stays free for the base itself."""
+    cleaned = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:64]
+    return cleaned if NAME.fullmatch(cleaned) else "model"

