@@ -216,7 +216,8 @@ def load_settings(flags: Mapping[str, Any] | None = None, *, config: Path | None
     The file is `config`, else LORAMUX_CONFIG, else loramux.toml in the working directory if it is there.
     """
     environment = {k[len(PREFIX) :].lower(): v for k, v in os.environ.items() if k.startswith(PREFIX) and v != ""}
-    named = config or environment.pop("config", None)
+    from_variable = environment.pop("config", None)
+    named = config or from_variable
     from_file = _read_file(Path(named or DEFAULT_FILE), must_exist=named is not None)
     for name in environment:
         if name not in Settings.model_fields:

@@ -79,7 +79,9 @@ def _snapshot(
         folder = huggingface_hub.snapshot_download(
             repo, revision=revision, cache_dir=directory, allow_patterns=patterns, ignore_patterns=list(ignore)
         )
-    except (OSError, ValueError) as e:  # the hub's own errors are all one of these, being offline too
+    except _Unavailable:
+        raise
+    except Exception as e:  # the library has dozens of error classes of no common base
         reason = " ".join(str(e).split("\n", 1)[0].split())[:300]
         raise _Unavailable(f"{hub_id} could not be fetched from the hub: {reason}") from None
     return Path(folder)

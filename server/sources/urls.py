@@ -19,6 +19,7 @@ _REQUIRED = ("adapter_config.json", "adapter_model.safetensors")
 _OPTIONAL = ("task.json", "README.md")
 _SMALL = 1 << 20  # bytes of any file but the tensors
 _CHUNK = 1 << 20
+_BLOCK = {"http": 0, "https": 0}  # as a stream: not every host serves ranges
 _LOCAL = frozenset({"file", "local", "memory", "zip", "tar", "libarchive", "git", "ssh", "sftp", "smb", "reference"})
 
 
@@ -61,7 +62,7 @@ def fetch(url: str, folder: Path, *, max_bytes: int, seconds: float) -> None:
 
 def _copy(files: Any, url: str, target: Path, limit: int, end: float) -> int:
     copied = 0
-    with files.open(url, "rb", block_size=_CHUNK, cache_type="none") as remote, target.open("wb") as out:
+    with files.open(url, "rb", block_size=_BLOCK.get(urlsplit(url).scheme, _CHUNK)) as remote, target.open("wb") as out:
         while chunk := remote.read(_CHUNK):
             copied += len(chunk)
             if copied > limit:
