@@ -228,14 +228,15 @@ class Folder:
         return asked if asked.scheme == "none" else replace(asked, group=asked.linear_group)
 
     def weights(self, quantization: Quantization) -> Iterator[tuple[str, Weight]]:
-        tables = self.config.table_shapes()
-        wanted = {f"{path}.weight": path for path in (*tables, *self.config.linear_shapes())}
-        for name, tensor in self._shards.read(wanted):
-            path = wanted[name]
-            if tensor.dtype not in _FLOATS:
-                raise BadModel(f"{name} is of the type {tensor.dtype}, which is not read; give 16- or 32-bit floats")
-            kind = _table if path in tables else _linear
-            yield path, kind(tensor, quantization, path)
+        # The tables first: they are the largest by far, and nothing else is in memory yet.
+        for paths, kind in ((self.config.table_shapes(), _table), (self.config.linear_shapes(), _linear)):
+            for name, tensor in self._shards.read({f"{path}.weight" for path in paths}):
+                if tensor.dtype not in _FLOATS:
+                    raise BadModel(
+                        f"{name} is of the type {tensor.dtype}, which is not read; give 16- or 32-bit floats"
+                    )
+                path = name.removesuffix(".weight")
+                yield path, kind(tensor, quantization, path)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._shards.read(self.config.tensor_shapes()):
