@@ -1,0 +1,50 @@
+"""Pictures of measurements, for people. Needs the extra `bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from server.bench.slora import Load
+
+
+def _axes(title: str, y: str):  # type: ignore[no-untyped-def]
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.set_title(title)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def bars(path: Path, title: str, y: str, values: Mapping[str, float]) -> Path:
+    """One bar a contestant, its value on top. Writes a PNG and returns its path."""
+    figure, axes = _axes(title, y)
+    drawn = axes.bar(list(values), list(values.values()), color="#3b6ea5")
+    axes.bar_label(drawn, fmt="{:,.0f}")
+    axes.tick_params(axis="x", labelrotation=15)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def loads(path: Path, title: str, runs: Sequence[Load]) -> Path:
+    """Throughput of each run of the S-LoRA workload, few adapters beside many. Writes a PNG and returns its path."""
+    figure, axes = _axes(title, "requests/s finished")
+    counts = sorted({run.adapters for run in runs})
+    cases = list(dict.fromkeys((run.alpha, run.share) for run in runs))
+    width = 0.8 / len(counts)
+    for n, count in enumerate(counts):
+        values = [
+            next(r.summary.requests_per_second for r in runs if (r.alpha, r.share, r.adapters) == (*case, count))
+            for case in cases
+        ]
+        axes.bar([i + n * width for i in range(len(cases))], values, width, label=f"{count} adapters")
+    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(cases))])
+    axes.set_xticklabels([f"alpha {alpha}, {share:.0%} of capacity" for alpha, share in cases])
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    return path

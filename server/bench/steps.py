@@ -1,0 +1,115 @@
+"""What a step costs: decode steps of chosen shape on a runner, interleaved, as ratios and as shares of the roofline.
+
+Owns batches made by hand, without an engine. Knows nothing of HTTP or of peers.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adapters.weights import LoraWeights
+from server.bench.roofline import Ceilings, decode_cost
+from server.engine.batch import Batch, SlotWeights
+from server.engine.runner import Runner
+from server.model.loader import Base
+
+BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A kind of step: as many sequences as `mixes`, each with `context` tokens in the cache after it."""
+
+    name: str
+    mixes: tuple[SlotWeights, ...]
+    context: int = 160
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Median seconds of a step, and the share of the roofline that it reaches."""
+
+    name: str
+    seconds: float
+    roofline: float
+
+
+def decode_batch(shape: Shape, vocab: int, seed: int = 0) -> Batch:
+    """One new token for each sequence."""
+    count, per = len(shape.mixes), -(-shape.context // BLOCK)
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(
+        tokens=torch.randint(0, vocab, (count,), generator=generator),
+        positions=torch.full((count,), shape.context - 1),
+        row_start=torch.arange(count + 1, dtype=torch.int32),
+        context=torch.full((count,), shape.context, dtype=torch.int32),
+        blocks=torch.arange(count * per, dtype=torch.int32).reshape(count, per),
+        logit_rows=torch.arange(count),
+        mixes=shape.mixes,
+        block_size=BLOCK,
+    )
+
+
+def measure(
+    base: Base,
+    runner: Runner,
+    slots: Sequence[LoraWeights],
+    shapes: Sequence[Shape],
+    ceilings: Ceilings,
+    repeats: int = 60,
+) -> list[StepTime]:
+    """Time every shape `repeats` times, all of them in turn, every second turn backwards. Slot i holds `slots[i]`."""
+    widest = max(len(s.mixes) * -(-s.context // BLOCK) for s in shapes)
+    runner.allocate(widest, BLOCK)
+    for slot, weights in enumerate(slots):
+        runner.place(slot, weights)
+    batches = [decode_batch(shape, base.config.vocab_size) for shape in shapes]
+    times: list[list[float]] = [[] for _ in shapes]
+    for turn in range(repeats + 3):
+        order = range(len(shapes)) if turn % 2 else reversed(range(len(shapes)))
+        for i in order:
+            start = time.perf_counter()
+            runner.run(batches[i])
+            if turn >= 3:  # the first ones warm caches and page in the cache's memory
+                times[i].append(time.perf_counter() - start)
+    result = []
+    for shape, taken in zip(shapes, times, strict=True):
+        mixes = [[slots[slot] for slot, _ in mix] for mix in shape.mixes]
+        limit = decode_cost(base, [shape.context] * len(shape.mixes), mixes).seconds(ceilings)
+        seconds = statistics.median(taken)
+        result.append(StepTime(shape.name, seconds, limit / seconds))
+    return result
+
+
+def standard_shapes(ranks: Sequence[int], four: Sequence[int], whole: int) -> list[Shape]:
+    """The shapes of the published table.
+
+    Slots 0 to 15 hold adapters of `ranks`; slots `four` hold four whose ranks add up to that of slot `whole`. Slot 1
+    is the one of rank 16.
+    """
+    one = next(slot for slot, rank in enumerate(ranks) if rank == 16)
+    return [
+        Shape("1 sequence, base", ((),)),
+        Shape("1 sequence, one adapter of rank 16", (((one, 1.0),),)),
+        Shape("16 sequences, base", ((),) * 16),
+        Shape("16 sequences, one adapter of rank 16", (((one, 1.0),),) * 16),
+        Shape("16 sequences, sixteen adapters", tuple(((slot, 1.0),) for slot in range(16))),
+        Shape("16 sequences, one adapter of the mix's rank", (((whole, 1.0),),) * 16),
+        Shape("16 sequences, a mix of four", (tuple((slot, 0.25) for slot in four),) * 16),
+    ]
+
+
+def overheads(times: Sequence[StepTime]) -> dict[str, float]:
+    """Step time over the base's, and a mix's over that of one adapter of the same total rank."""
+    seconds = [t.seconds for t in times]
+    return {
+        "one adapter, 1 sequence": seconds[1] / seconds[0],
+        "one adapter, 16 sequences": seconds[3] / seconds[2],
+        "sixteen adapters, 16 sequences": seconds[4] / seconds[2],
+        "a mix of four over one of its rank": seconds[6] / seconds[5],
+    }
