@@ -77,7 +77,7 @@ class Engine:
         self._scheduler = Scheduler(
             KVCache(blocks, block_size, prefix_share if prefix_cache else 0.0),
             self._slots,
-            Loads(fetch, max_batch, self._wake.set),
+            Loads(fetch, 2 * max_batch, self._wake.set),
             Limits(max_batch, max(max_step_tokens, max_batch + 1), max(64, 2 * max_batch), age_limit),
             lambda request: root_key(base_id, request.mix, request.tenant),
         )

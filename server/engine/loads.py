@@ -48,7 +48,7 @@ class Loads:
         """The weights of the request's mix, in its order; None while they are on their way or no load may start."""
         load = self._loads.get(request.mix)
         if load is None:
-            if len(self._loads) >= self._limit:
+            if len(self._loads) >= self._limit and not self._drop_less_urgent(request.priority):
                 return None
             load = self._loads[request.mix] = _Load(self._start(request.mix))
         if request not in load.waiters:
@@ -80,6 +80,20 @@ class Loads:
         if load is not None and load.waiters.pop(request, None) is not None and not load.waiters:
             del self._loads[request.mix]
             load.future.cancel()
+
+    def _drop_less_urgent(self, priority: int) -> bool:
+        """Give up a load that only less urgent requests wait for; they will ask again. False if there is none.
+
+        Without this they would hold every place while they wait for the more urgent one to run first.
+        """
+        for mix, load in self._loads.items():
+            if all(request.priority > priority for request in load.waiters):
+                for request in load.waiters:
+                    request.state = State.QUEUED
+                del self._loads[mix]
+                load.future.cancel()
+                return True
+        return False
 
     def _start(self, mix: Mix) -> Future[tuple[LoraWeights, ...]]:
         try:

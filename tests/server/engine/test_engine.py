@@ -512,3 +512,22 @@ def test_a_stuck_step_can_be_seen_from_outside(bench: Any) -> None:
     gate.set()
     b.engine.stop(2.0)
     assert b.engine.stuck_for() == 0.0 and heard.reason == "length"
+
+
+def test_loads_of_the_less_urgent_do_not_lock_the_urgent_out(bench: Any, tools: Any) -> None:
+    fetch = tools.Fetcher(ready=set())
+    b = bench(fetch=fetch, max_batch=1)
+    low = [b.submit(prompt(i), mix=tools.mix_of(f"a{i}"), priority=1) for i in range(3)]
+    b.engine.step()
+    assert len(fetch.pending) == 2
+    high = b.submit(prompt(9), mix=tools.mix_of("a9"))
+    b.engine.step()
+    assert len(fetch.pending) == 3
+    fetch.finish(2)
+    b.settle()
+    assert high.reason == "length"
+    while fetch.pending:
+        fetch.finish()
+        b.settle()
+    assert all(h.reason == "length" for h in low)
+    b.check_empty()
