@@ -1,0 +1,230 @@
+"""`NativeRunner`: the second implementation behind `runner.run`. One C call a step; the Python decoder is its oracle.
+
+Owns the memory that the C++ model points into: the KV cache, the angles, the slots' adapters, a step's arrays. Does
+not know how anything is computed (kernels/cpu) nor requests, sampling or scheduling.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from itertools import chain
+
+import numpy as np
+import torch
+
+from adapters.weights import LoraWeights, LowRank
+from server.engine.batch import Batch
+from server.errors import BadModel
+from server.kernels.cpu import bindings, packing
+from server.kernels.cpu.bindings import SITES
+from server.model.config import ModelConfig
+from server.model.decoder import Source
+from server.model.rope import angles, frequencies
+
+VECTOR = 16
+"""Tokens of a block that the kernels read together: block sizes are multiples of it."""
+
+
+class NativeRunner:
+    """One model on the C++ kernels. Not thread-safe: the engine's thread alone calls it."""
+
+    def __init__(self, base: Source, max_slots: int, threads: int) -> None:
+        """`threads` is the size of the kernels' own pool. Raises ValueError and BadModel."""
+        self._base = base
+        self._config = base.config
+        self._library = bindings.library()
+        self._pool = bindings.Pool(threads)
+        self._slots: list[LoraWeights | None] = [None] * max_slots
+        self._sites = _site_places(base.config)
+        self._kept: list[torch.Tensor] = []  # float32 copies of norms and biases that the model points to
+        self._shape = _config(base.config, max_slots)
+        embed = packing.matrix(base.weights["model.embed_tokens"])
+        head = embed if base.config.tie_word_embeddings else packing.matrix(base.weights["lm_head"])
+        layers = (bindings.Layer * base.config.num_hidden_layers)(
+            *(self._layer(i) for i in range(base.config.num_hidden_layers))
+        )
+        norm = self._vector("model.norm.weight")
+        self._model: int = self._library.loramux_model_new(self._shape, layers, embed, head, norm, self._pool.handle)
+        self._storage = torch.empty(0, dtype=torch.bfloat16)
+        self._angles = (torch.empty(0), torch.empty(0))
+        self._blocks = self._block_size = self._touched = 0
+
+    def __del__(self) -> None:
+        if getattr(self, "_model", None):
+            self._library.loramux_model_free(self._model)
+            self._model = 0
+
+    def allocate(self, blocks: int, block_size: int) -> None:
+        """Raises ValueError for a block size that is no multiple of 16."""
+        if block_size < 1 or block_size % VECTOR:
+            raise ValueError(f"the native kernels need a block size that is a multiple of {VECTOR}, not {block_size}")
+        halves = blocks * self.block_bytes(block_size) // torch.bfloat16.itemsize
+        self._storage = torch.empty(0, dtype=torch.bfloat16)
+        # Zeroed pages come from the system when they are first written, so an unused cache takes no memory.
+        self._storage = torch.from_numpy(np.zeros(halves, np.int16)).view(torch.bfloat16)
+        self._touched = 0
+        inverse, factor = frequencies(self._config)
+        positions = torch.arange(min(blocks * block_size, self._config.max_position_embeddings))
+        cosine, sine = angles(inverse, factor, positions)
+        self._angles = (cosine.float().contiguous(), sine.float().contiguous())
+        self._blocks, self._block_size = blocks, block_size
+        self._library.loramux_model_cache(
+            self._model, self._storage.data_ptr(), blocks, block_size, *(t.data_ptr() for t in self._angles)
+        )
+
+    def place(self, slot: int, weights: LoraWeights) -> None:
+        """Point a slot at an adapter's own memory. Raises ValueError if it is not this base's or not prepared."""
+        layers = self._config.num_hidden_layers
+        sites = (bindings.LoraSite * (layers * len(SITES)))()
+        for path, update in weights.modules.items():
+            place = self._sites.get(path)
+            if place is None:
+                raise ValueError(f"the base has no linear {path} that an adapter could change")
+            index, shape = place
+            _check(path, update, shape)
+            sites[index] = bindings.LoraSite(update.A.data_ptr(), update.B.data_ptr(), update.rank, update.scale)
+        self._library.loramux_model_slot(self._model, slot, sites)
+        self._slots[slot] = weights
+
+    def clear(self, slot: int) -> None:
+        self._library.loramux_model_slot(self._model, slot, None)
+        self._slots[slot] = None
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        logits = torch.empty(batch.logit_rows.shape[0], self._config.vocab_size)
+        if batch.rows == 0:
+            return logits
+        arrays = _arrays(batch)
+        self._check_batch(batch, arrays)
+        entries = list(chain.from_iterable(batch.mixes))
+        starts = (ctypes.c_int32 * (batch.sequences + 1))()
+        for s, mix in enumerate(batch.mixes):
+            starts[s + 1] = starts[s] + len(mix)
+        slots = (ctypes.c_int32 * max(len(entries), 1))(*(slot for slot, _ in entries))
+        weights = (ctypes.c_float * max(len(entries), 1))(*(weight for _, weight in entries))
+        step = bindings.Step(
+            rows=batch.rows,
+            sequences=batch.sequences,
+            table_width=batch.blocks.shape[1],
+            logit_count=logits.shape[0],
+            mix_start=ctypes.addressof(starts),
+            mix_slot=ctypes.addressof(slots),
+            mix_weight=ctypes.addressof(weights),
+            logits=logits.data_ptr(),
+            **{name: tensor.data_ptr() for name, tensor in arrays.items()},
+        )
+        self._library.loramux_model_step(self._model, step)
+        return logits
+
+    def block_bytes(self, block_size: int) -> int:
+        return int(self._library.loramux_block_bytes(self._shape, block_size))
+
+    def nbytes(self) -> dict[str, int]:
+        base = sum(weight.nbytes for weight in self._base.weights.values())
+        base += sum(tensor.nbytes for tensor in self._base.tensors.values())
+        work = self._library.loramux_model_bytes(self._model) + sum(t.nbytes for t in self._angles)
+        return {"base": base, "kv_cache": self._touched * self._block_nbytes(), "activations": int(work)}
+
+    def _block_nbytes(self) -> int:
+        return self.block_bytes(self._block_size) if self._block_size else 0
+
+    def take_times(self) -> dict[str, float]:
+        """Seconds that each kind of phase has taken since the last call, for benchmarks."""
+        times = (ctypes.c_int64 * len(bindings.PHASES))()
+        self._library.loramux_model_times(self._model, times)
+        return {name: t * 1e-9 for name, t in zip(bindings.PHASES, times, strict=True)}
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """The first largest of each row of float32 logits [L, vocab]: int64 [L], on the kernels' threads."""
+        logits = logits.contiguous()
+        out = torch.empty(logits.shape[0], dtype=torch.int64)
+        self._library.loramux_argmax(self._pool.handle, logits.data_ptr(), *logits.shape, out.data_ptr())
+        return out
+
+    def logsumexp(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logarithm of the sum of exponentials of each row of float32 logits [L, vocab]: float32 [L]."""
+        logits = logits.contiguous()
+        out = torch.empty(logits.shape[0])
+        self._library.loramux_logsumexp(self._pool.handle, logits.data_ptr(), *logits.shape, out.data_ptr())
+        return out
+
+    def _layer(self, index: int) -> bindings.Layer:
+        path = f"model.layers.{index}"
+        layer = bindings.Layer(rope=int(self._config.has_rope(index)))
+        for i, name in enumerate(SITES):
+            module = f"{path}.{_parent(name)}.{name}"
+            bias = f"{module}.bias"
+            layer.site[i] = packing.matrix(self._base.weights[module])
+            if bias in self._base.tensors:
+                layer.site[i].bias = self._vector(bias)
+        layer.input_norm = self._vector(f"{path}.input_layernorm.weight")
+        layer.post_norm = self._vector(f"{path}.post_attention_layernorm.weight")
+        if self._config.qk_norm:
+            layer.q_norm = self._vector(f"{path}.self_attn.q_norm.weight")
+            layer.k_norm = self._vector(f"{path}.self_attn.k_norm.weight")
+        return layer
+
+    def _vector(self, name: str) -> int:
+        """Address of a small tensor as float32, kept alive here."""
+        if name not in self._base.tensors:
+            raise BadModel(f"the model lacks {name}")
+        tensor = self._base.tensors[name].float().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _check_batch(self, batch: Batch, arrays: Mapping[str, torch.Tensor]) -> None:
+        """The kernels trust what they are given; these are the engine's own invariants."""
+        assert self._storage.numel(), "allocate comes before run"
+        tokens, positions = arrays["tokens"], arrays["positions"]
+        assert 0 <= int(tokens.min()) and int(tokens.max()) < self._config.vocab_size
+        last = int(positions.max())
+        assert last < self._angles[0].shape[0], "a position is beyond the cache or the model's context"
+        assert last < batch.blocks.shape[1] * self._block_size
+        highest = int(batch.blocks.max())
+        assert highest < self._blocks
+        self._touched = max(self._touched, highest + 1)
+        assert all(self._slots[slot] is not None for mix in batch.mixes for slot, _ in mix), "a slot is empty"
+
+
+def _arrays(batch: Batch) -> dict[str, torch.Tensor]:
+    """The step's tensors in the dtypes of kernels.h, contiguous."""
+    wide = {name: getattr(batch, name).to(torch.int64).contiguous() for name in ("tokens", "positions", "logit_rows")}
+    narrow = {name: getattr(batch, name).to(torch.int32).contiguous() for name in ("row_start", "context", "blocks")}
+    return wide | narrow
+
+
+def _parent(name: str) -> str:
+    return "self_attn" if name in SITES[:4] else "mlp"
+
+
+def _site_places(config: ModelConfig) -> dict[str, tuple[int, tuple[int, int]]]:
+    """Module path -> (place in a slot's table, (out, in))."""
+    places = {}
+    for path, shape in config.linear_shapes().items():
+        layer, name = int(path.split(".")[2]), path.rsplit(".", 1)[1]
+        places[path] = (layer * len(SITES) + SITES.index(name), shape)
+    return places
+
+
+def _check(path: str, update: LowRank, shape: tuple[int, int]) -> None:
+    a, b = update.A, update.B
+    if (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+        raise ValueError(f"the update of {path} is {tuple(b.shape)} x {tuple(a.shape)}, the module is {shape}")
+    layouts = a.is_contiguous() and b.t().is_contiguous()
+    if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16 or not layouts:
+        raise ValueError(f"the update of {path} was not prepared for the native kernels")
+
+
+def _config(config: ModelConfig, max_slots: int) -> bindings.Config:
+    return bindings.Config(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab=config.vocab_size,
+        max_slots=max_slots,
+        eps=config.rms_norm_eps,
+    )
