@@ -173,8 +173,11 @@ async def compose(body: schemas.ComposeBody, runtime: Running, parts: Ready) -> 
 
 async def publish_source(parts: Parts, name: str, place: str, **options: Any) -> Published:
     """Publish from a place that a client named. Raises InvalidRequest for one that is not allowed."""
-    async with parts.sources.open(place) as (folder, within):
-        return await parts.registry.publish(name, folder, within=within, **options)
+    try:
+        async with parts.sources.open(place) as (folder, within):
+            return await parts.registry.publish(name, folder, within=within, **options)
+    except OSError as error:
+        raise StoreFailed(f"the disk refuses the adapter: {error.strerror}") from None
 
 
 def describe(parts: Parts, name: str, status: int = 200, more: Mapping[str, Any] | None = None) -> Response:

@@ -9,14 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapters.errors import AdapterError
 from adapters.ports import Observer
 from adapters.registry import Registry
 from adapters.store import Store
+from adapters.watch import Watch, scan_library
 from adapters.weights import Version
 from server.api.errors import answer
 from server.api.runtime import Model, Parts
-from server.api.sources import AdapterSources
 from server.engine.engine import Engine
 from server.engine.runner import Runner, make_runner
 from server.engine.text import Text
@@ -24,6 +23,7 @@ from server.kernels import choose
 from server.metrics import Metrics
 from server.model.loader import Base, load_base
 from server.settings import Settings
+from server.sources import Sources, resolve_model
 from server.tasks.inference import Inference
 from server.tasks.mailbox import Mailbox
 from server.tasks.prompts import Prompts
@@ -74,7 +74,7 @@ class _Notices(Observer):
 
 def assemble(settings: Settings, metrics: Metrics, mailbox: Mailbox) -> House:
     """Load the base, then everything that stands on it. Raises BadModel, BadSetting, NoRoom, StoreFailed."""
-    name, source = model_source(settings)
+    name, source = resolve_model(settings.model, settings.state_dir)
     backend = choose(settings.kernels)
     base = load_base(
         source,
@@ -112,7 +112,10 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox) ->
     registry.tasks = tasks.using
     notices.on_adapters = tasks.refresh
     registry.start()
-    register_library(registry, settings.library)
+    watch = Watch(registry, settings.watched_dir)
+    if settings.library is not None:
+        scan_library(registry, settings.library)
+    watch.poll()
     prompts = Prompts(text, Room(min(context, engine.context_length), text.size), longest_token(text))
     inference = Inference(engine, registry, metrics, mailbox, lambda error: answer(error).status)
     parts = Parts(
@@ -121,14 +124,21 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox) ->
         runner=runner,
         store=store,
         registry=registry,
-        sources=AdapterSources(settings),
+        sources=Sources(
+            settings.watched_dir,
+            settings.state_dir / "fetched",
+            hub_allow=settings.hub_allow,
+            url_allow=settings.url_allow,
+            max_bytes=settings.max_upload,
+        ),
         tasks=tasks,
         resolver=Resolver(tasks, registry, base.name, FirstCandidate()),
         prompts=prompts,
         inference=inference,
     )
     engine.start()
-    return House(parts, [lambda drain: registry.close(), engine.stop])
+    watch.start()
+    return House(parts, [lambda drain: registry.close(), engine.stop, lambda drain: watch.stop()])
 
 
 def _engine(settings: Settings, base: Base, runner: Runner, registry: Registry, text: Text, context: int) -> Engine:
@@ -173,19 +183,6 @@ def free_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def register_library(registry: Registry, library: Path | None) -> None:
-    """Publish the adapters that ship, where they fit the base; one line for each that does not."""
-    if library is None or not library.is_dir():
-        return
-    for folder in sorted(p for p in library.iterdir() if (p / "adapter_config.json").exists()):
-        if folder.name in registry.names():
-            continue
-        try:
-            registry.publish_now(folder.name, folder, create_only=True, source="library")
-        except AdapterError as error:
-            log.info("the library's adapter %r is not served on this base: %s", folder.name, error)
-
-
 def longest_token(text: Text) -> int:
     """The most characters that one token stands for."""
     return max(map(len, text.vocabulary.tokenizer.get_vocab(with_added_tokens=True)), default=1)
@@ -198,9 +195,3 @@ def _details(base: Base, context: int) -> dict[str, object]:
         "context": context,
         "notes": list(base.notes),
     }
-
-
-def model_source(settings: Settings) -> tuple[str, Path]:
-    """The base's name and where it lies."""
-    path = Path(settings.model)
-    return path.stem if path.suffix == ".gguf" else path.name, path

@@ -108,7 +108,12 @@ async def _answer(
         chosen = sampling.build(asked, {k: v for k, v in own.items() if k != "logprobs"}, defaults,
                                 parts.prompts.room, longest)  # fmt: skip
     generation = parts.inference.start(
-        target, [p for p in prompts for _ in range(n)], choices(chosen, n) * len(prompts), caller, id=shape.id
+        target,
+        [p for p in prompts for _ in range(n)],
+        choices(chosen, n) * len(prompts),
+        caller,
+        id=shape.id,
+        answers=n,
     )
     if body.stream:
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)

@@ -72,6 +72,8 @@ class Generation:
         self.caller = caller
         self.versions: list[tuple[Version, float]] = list(lease.versions)
         self.replies: list[Reply] = []
+        self.answers = 1
+        """How many replies in a row answer the same prompt."""
         self.status = ""
         """The HTTP status that was recorded, or "cancelled"; empty while it runs."""
         self.inbox = Inbox()
@@ -109,14 +111,14 @@ class Generation:
 
     def usage(self) -> dict[str, int]:
         """Tokens of the call so far. A prompt that has several answers counts once."""
-        prompts = {s.request.prompt: s.request for s in reversed(self.replies)}
-        prompt = sum(len(p) for p in prompts)
+        firsts = [reply.request for reply in self.replies[:: self.answers]]
+        prompt = sum(len(request.prompt) for request in firsts)
         completion = sum(len(s.request.output) for s in self.replies)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "cached_tokens": sum(r.cached for r in prompts.values()),
+            "cached_tokens": sum(request.cached for request in firsts),
         }
 
 
@@ -143,10 +145,12 @@ class Inference:
         caller: Caller,
         *,
         id: str = "",
+        answers: int = 1,
         scored: Sequence[int] = (),
     ) -> Generation:
         """Submit one sequence per prompt, all on one lease. On the loop's thread.
 
+        `answers` sequences in a row have the same prompt; `scored` are the counts of label scoring.
         Raises UnknownAdapter, InvalidChoice, NoRoom, QueueFull, NotReady, NoCapacity; nothing runs then.
         """
         try:
@@ -155,6 +159,7 @@ class Inference:
             self.refused(target, error, caller)
             raise
         generation = Generation(id or new_id("gen"), target, lease, caller, self.engine)
+        generation.answers = answers
         fair_key = target.task.name if target.task else "+".join(lease.mix.digests)
         for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
             request = Request(

@@ -1,0 +1,197 @@
+"""/generate and /classify against a live server: the answers' form, mixes, streams, bounds, and who is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from server.engine.batch import Batch
+from server.engine.runner import TorchRunner
+
+KEYS = {"id", "task", "text", "finish_reason", "adapters", "logprobs", "usage", "timings"}
+
+
+def test_an_answer_has_the_contracts_form(live: Any) -> None:
+    answer = live.generate("A fine day.", task="mood", logprobs=3)
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert set(body) == KEYS and body["task"] == "mood" and body["id"].startswith("gen-")
+    assert body["finish_reason"] in ("stop", "length") and body["usage"]["completion_tokens"] <= 6
+    version = live.http.get("/adapters/mood").json()["version"]
+    assert body["adapters"] == [{"name": "mood", "version": version, "weight": 1.0}]
+    assert len(body["logprobs"]) == body["usage"]["completion_tokens"]
+    for entry in body["logprobs"]:
+        assert len(entry["top"]) == 3
+        assert entry["top"] == sorted(entry["top"], key=lambda t: -t["logprob"])
+        assert entry["top"][0] == {"token": entry["token"], "logprob": entry["logprob"]}, "greedy takes the best"
+    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
+    assert set(body["timings"]) == {"queue_ms", "load_ms", "ttft_ms", "total_ms", "tokens_per_second"}
+    assert 0 < body["timings"]["ttft_ms"] <= body["timings"]["total_ms"]
+
+
+def test_without_a_task_the_base_continues_the_raw_prompt(live: Any) -> None:
+    body = live.generate("hello").json()
+    assert body["task"] is None and body["adapters"] == [] and body["logprobs"] is None
+    assert body["usage"]["prompt_tokens"] == len(live.house.parts.prompts.text.encode("hello"))
+    assert live.generate("hello", logprobs=0).json()["logprobs"] is None
+
+
+def test_the_default_task_answers_when_none_is_named(live: Any) -> None:
+    assert live.http.put("/tasks/default", json={"prompt": ">> {input}", "route": {"choice": []}}).status_code == 201
+    body = live.generate("hello").json()
+    assert body["task"] == "default"
+    assert body["usage"]["prompt_tokens"] == len(live.house.parts.prompts.text.encode(">> hello"))
+
+
+def test_adapters_of_a_request_replace_the_tasks_mix(live: Any) -> None:
+    mixed = live.generate("x", task="mood", adapters=[{"name": "b", "weight": 0.7}, {"name": "a", "weight": -0.3}])
+    assert [(a["name"], a["weight"]) for a in mixed.json()["adapters"]] == [("b", 0.7), ("a", -0.3)]
+    assert live.generate("x", task="mood", adapters=[]).json()["adapters"] == []
+    version = live.http.get("/adapters/a").json()["version"]
+    pinned = live.generate("x", adapters=[{"name": version}]).json()
+    assert pinned["adapters"] == [{"name": "a", "version": version, "weight": 1.0}]
+
+
+def test_weight_zero_is_the_base_bit_for_bit(live: Any) -> None:
+    base = live.generate("once upon", logprobs=5, max_tokens=8).json()
+    zero = live.generate("once upon", logprobs=5, max_tokens=8, adapters=[{"name": "a", "weight": 0}]).json()
+    assert zero["logprobs"] == base["logprobs"] and zero["adapters"][0]["weight"] == 0.0
+    other = live.generate("once upon", logprobs=5, max_tokens=8, adapters=[{"name": "a"}]).json()
+    assert other["logprobs"] != base["logprobs"]
+
+
+def test_a_stream_says_the_same_as_the_whole_answer(live: Any) -> None:
+    fields = {"max_tokens": 20, "ignore_eos": True, "logprobs": 2}
+    whole = live.generate("the cat", task="mood", **fields).json()
+    streamed = live.generate("the cat", task="mood", stream=True, **fields)
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    found = [
+        json.loads(d) for line in streamed.text.split("\n\n") if (d := line.removeprefix("data: ")).startswith("{")
+    ]
+    assert streamed.text.endswith("data: [DONE]\n\n")
+    assert all(set(event) == {"id", "text"} for event in found[:-1])
+    assert "".join(event["text"] for event in found[:-1]) == whole["text"]
+    assert set(found[-1]) == KEYS - {"text"}
+    told, again = found[-1]["logprobs"], whole["logprobs"]
+    assert [t["token"] for t in told] == [t["token"] for t in again]
+    assert [t["logprob"] for t in told] == pytest.approx([t["logprob"] for t in again], abs=1e-5)
+    assert {event["id"] for event in found} == {found[0]["id"]}
+
+
+def test_seeds_repeat_and_stop_strings_hide(live: Any) -> None:
+    fields = {"temperature": 1.5, "seed": 7, "max_tokens": 30, "ignore_eos": True}
+    first, again = (live.generate("so", **fields).json()["text"] for _ in range(2))
+    assert first == again
+    stop = first[3:5]
+    stopped = live.generate("so", stop=[stop], **fields).json()
+    assert stopped["text"] == first[: first.find(stop)] and stopped["finish_reason"] == "stop"
+    assert live.generate("so", stop=stop, **fields).json()["text"] == stopped["text"]
+
+
+def test_classify_scores_labels_of_which_one_begins_another(live: Any) -> None:
+    answer = live.http.post("/classify", params={"task": "mood"}, json={"prompt": "A fine day."})
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert set(body) == (KEYS - {"text", "finish_reason", "logprobs"}) | {"label", "scores"}
+    assert list(body["scores"]) == ["good", "bad", "goodish"]
+    assert math.isclose(sum(body["scores"].values()), 1.0, rel_tol=1e-6)
+    assert body["label"] == max(body["scores"], key=body["scores"].__getitem__)
+    own = live.http.post("/classify", json={"prompt": "x", "labels": ["yes", "no"]}).json()
+    assert set(own["scores"]) == {"yes", "no"} and own["task"] is None
+    assert live.http.post("/classify", json={"prompt": "x"}).json()["error"]["param"] == "labels"
+
+
+def test_classify_is_a_softmax_over_the_sums_of_log_probabilities(live: Any, tiny_runner: TorchRunner) -> None:
+    """Against one whole pass of the decoder over each label with its end token."""
+    labels = ["a", "b", "ab"]
+    scores = live.http.post("/classify", json={"prompt": "q: ", "labels": labels}).json()["scores"]
+    text = live.house.parts.prompts.text
+    sums = []
+    for label in labels:
+        ids = [*text.encode("q: " + label), text.eos_id]
+        first = len(text.encode("q: "))
+        told = torch.log_softmax(whole_pass(tiny_runner, ids), dim=-1)
+        sums.append(sum(float(told[i - 1, ids[i]]) for i in range(first, len(ids))))
+    expected = torch.softmax(torch.tensor(sums), dim=0).tolist()
+    assert [scores[label] for label in labels] == pytest.approx(expected, abs=1e-4)
+
+
+def whole_pass(runner: TorchRunner, ids: list[int]) -> torch.Tensor:
+    """Logits [T, vocab] of one sequence on the base."""
+    count = len(ids)
+    return runner.run(
+        Batch(
+            tokens=torch.tensor(ids),
+            positions=torch.arange(count),
+            row_start=torch.tensor([0, count], dtype=torch.int32),
+            context=torch.tensor([count], dtype=torch.int32),
+            blocks=torch.arange(4, dtype=torch.int32)[None],
+            logit_rows=torch.arange(count),
+            mixes=((),),
+            block_size=16,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({}, 422, "prompt"),
+        ({"prompt": "x", "nonsense": 1}, 422, "nonsense"),
+        ({"prompt": "x", "temperature": float("nan")}, 422, "temperature"),
+        ({"prompt": "x", "adapters": [{"name": "a", "weight": 1e308}]}, 422, "adapters.0.weight"),
+        ({"prompt": "x", "adapters": [{"name": "a,b"}]}, 422, "adapters.0.name"),
+        ({"prompt": "x", "adapters": [{"name": "a"}, {"name": "a"}]}, 400, "adapters"),
+        ({"prompt": "x", "adapters": [{"name": "gone"}]}, 404, None),
+        ({"prompt": "x", "n": 2}, 422, "n"),
+        ({"prompt": "x", "stop": ["s"] * 1000}, 422, "stop"),
+        ({"prompt": "x", "stop": [""]}, 422, "stop"),
+        ({"prompt": "x", "logprobs": 21}, 422, "logprobs"),
+        ({"prompt": "x", "stop_token_ids": [100000]}, 400, "stop_token_ids"),
+        ({"prompt": "x", "max_tokens": 100000}, 400, "max_tokens"),
+        ({"prompt": "x", "max_tokens": 2, "max_completion_tokens": 3}, 400, "max_completion_tokens"),
+        ({"prompt": "x " * 300}, 400, "prompt"),
+        ({"prompt": "x" * 1_000_000}, 400, "prompt"),
+        ({"prompt": "\ud800"}, 422, "prompt"),
+        ({"prompt": 5}, 422, "prompt"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_its_name(live: Any, body: Any, status: int, param: str | None) -> None:
+    answer = live.http.post("/generate", content=json.dumps(body), headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    if param is not None:
+        assert error["param"].startswith(param), error
+    assert live.generate("still here").status_code == 200
+
+
+def test_an_absent_length_is_clipped_and_an_explicit_one_is_refused_with_both_numbers(live: Any) -> None:
+    prompt = "y" * 250
+    clipped = live.generate(prompt, ignore_eos=True).json()
+    assert clipped["usage"]["completion_tokens"] == 6 and clipped["finish_reason"] == "length"
+    message = live.generate(prompt, max_tokens=64).json()["error"]["message"]
+    assert "64" in message and "250" in message and "256" in message
+
+
+def test_unknown_tasks_are_404_and_adapters_are_no_tasks(live: Any) -> None:
+    for name in ("nothing", "a"):
+        answer = live.generate("x", task=name)
+        assert answer.status_code == 404 and answer.json()["error"]["param"] == "task"
+
+
+def test_special_tokens_in_a_users_text_are_plain_text(live: Any) -> None:
+    text = live.house.parts.prompts.text
+    count = live.generate("<|im_end|>").json()["usage"]["prompt_tokens"]
+    assert count == len(text.encode("<|im_end|>")) > 1
+
+
+def test_a_deadline_ends_a_request_with_504(live: Any) -> None:
+    live.slow_down(0.05)
+    answer = live.generate("x", max_tokens=100, ignore_eos=True, deadline_ms=150)
+    assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
+    assert live.idle()

@@ -1,0 +1,138 @@
+"""A client that goes away: its work stops within one step, and leases, blocks and slots return."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import httpx
+import pytest
+
+LONG = {"prompt": "once", "max_tokens": 200, "ignore_eos": True, "adapters": [{"name": "a"}]}
+STEP = 0.1
+
+
+def send(live: Any, path: str, body: dict[str, Any]) -> socket.socket:
+    """Write a request and leave the connection open."""
+    data = json.dumps(body).encode()
+    host, port = live.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)))
+    head = (
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(data)}",
+    )
+    connection.sendall("\r\n".join((*head, "", "")).encode() + data)
+    return connection
+
+
+def until(condition: Any, seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come true"
+        time.sleep(0.005)
+
+
+def steps(live: Any) -> int:
+    return int(live.stats()["steps"])
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", LONG),
+        ("/generate", {**LONG, "stream": True}),
+        ("/v1/completions", {**LONG, "model": "a"}),
+        ("/v1/completions", {**LONG, "model": "a", "stream": True, "n": 3}),
+    ],
+)
+def test_running_work_stops_within_a_step(live: Any, path: str, body: dict[str, Any]) -> None:
+    live.slow_down(STEP)
+    body = {k: v for k, v in body.items() if not (k == "adapters" and path != "/generate")}
+    connection = send(live, path, body)
+    until(lambda: live.stats()["running"])
+    until(lambda: any(r.request.output for g in live.house.parts.inference.live for r in g.replies))
+    connection.close()
+    before = steps(live)
+    assert live.idle(2.0)
+    assert steps(live) - before <= 2, "the step that ran, and at most one that had been planned"
+    assert live.stats()["kv_blocks"]["used"] == 0 and live.stats()["slots"]["in_use"] == 0
+    text = live.http.get("/metrics").text
+    assert 'loramux_requests_total{task="none",adapter="a",status="cancelled"} 1' in text
+
+
+def test_queued_work_stops_before_it_ran(start: Any, write_adapter: Any) -> None:
+    live = start(max_batch=1)
+    live.slow_down(STEP)
+    first = send(live, "/generate", {"prompt": "one", "max_tokens": 200, "ignore_eos": True})
+    until(lambda: live.stats()["running"])
+    second = send(live, "/generate", {"prompt": "two", "max_tokens": 200, "ignore_eos": True})
+    until(lambda: live.stats()["waiting"])
+    second.close()
+    until(lambda: not live.stats()["waiting"], 1.0)
+    assert live.stats()["running"] == 1
+    first.close()
+    assert live.idle(2.0)
+
+
+def test_loading_work_stops_while_its_adapter_is_on_its_way(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    never: Future[Any] = Future()
+    monkeypatch.setattr(live.house.parts.engine._scheduler.loads, "_fetch", lambda mix: never)
+    connection = send(live, "/generate", LONG)
+    until(lambda: live.stats()["loading"])
+    connection.close()
+    assert live.idle(2.0) and never.cancelled()
+
+
+def test_classification_stops_too(live: Any) -> None:
+    live.slow_down(STEP)
+    labels = [f"label {i}" for i in range(40)]
+    connection = send(live, "/classify", {"prompt": "x" * 150, "labels": labels})
+    until(lambda: live.stats()["running"])
+    connection.close()
+    assert live.idle(2.0)
+
+
+def test_the_server_goes_on_for_others(live: Any) -> None:
+    live.slow_down(0.01)
+    for _ in range(5):
+        connection = send(live, "/generate", LONG)
+        until(lambda: live.stats()["running"])
+        connection.close()
+    assert live.generate("still here", max_tokens=2).status_code == 200
+    assert live.idle()
+
+
+def test_many_at_once_against_a_short_queue_are_answered_or_refused(start: Any) -> None:
+    live = start(max_queue=8, max_batch=2)
+    live.slow_down(0.01)
+    with httpx.Client(base_url=live.url, limits=httpx.Limits(max_connections=None), timeout=30) as client:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(40) as pool:
+            answers = list(
+                pool.map(lambda i: client.post("/generate", json={"prompt": f"p{i}", "max_tokens": 8}), range(40))
+            )
+    statuses = {a.status_code for a in answers}
+    assert statuses == {200, 429}
+    for refused in (a for a in answers if a.status_code == 429):
+        assert int(refused.headers["retry-after"]) >= 1 and refused.json()["error"]["code"] == "queue_full"
+    assert live.idle()
+
+
+def test_shutting_down_lets_what_runs_finish(start: Any) -> None:
+    live = start()
+    live.slow_down(0.02)
+    connection = send(live, "/generate", {"prompt": "x", "max_tokens": 20, "ignore_eos": True})
+    until(lambda: live.stats()["running"])
+    live.runtime.drain()
+    refused = live.generate("new")
+    assert refused.status_code == 503 and "retry-after" in refused.headers
+    assert live.http.get("/health/ready").status_code == 503
+    connection.settimeout(10)
+    assert b"200 OK" in connection.recv(65536)
+    connection.close()

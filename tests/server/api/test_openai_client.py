@@ -1,0 +1,217 @@
+"""/v1 through the real `openai` package: shapes, streams, usage, log-probabilities, errors, and what is not served."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+
+@pytest.fixture
+def client(live: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=30) as made:
+        yield made
+
+
+HELLO: Any = [{"role": "user", "content": "hello"}]
+
+
+def test_models_lists_each_id_once(live: Any, client: openai.OpenAI) -> None:
+    found = {m.id: m for m in client.models.list()}
+    assert set(found) == {"tiny", "a", "b", "mood", "adapter:mood"}
+    kinds = {id: (m.model_extra or {})["kind"] for id, m in found.items()}
+    assert kinds == {"tiny": "base", "a": "adapter", "b": "adapter", "mood": "task", "adapter:mood": "adapter"}
+    assert client.models.retrieve("adapter:mood").id == "adapter:mood"
+    assert "/" not in json.dumps([m.model_dump() for m in found.values()]), "no path of the server"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nobody")
+
+
+def test_chat_whole_and_streamed_agree(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="a", messages=HELLO, max_tokens=12, temperature=0, logprobs=True,
+                                           top_logprobs=2, extra_body={"ignore_eos": True})  # fmt: skip
+    assert whole.object == "chat.completion" and whole.choices[0].message.role == "assistant"
+    assert whole.choices[0].finish_reason == "length" and whole.usage is not None
+    assert whole.usage.completion_tokens == 12 and whole.usage.prompt_tokens_details is not None
+    told = whole.choices[0].logprobs
+    assert told is not None and told.content is not None and len(told.content) == 12
+    assert all(len(t.top_logprobs) == 2 and t.bytes is not None for t in told.content)
+    stream = client.chat.completions.create(model="a", messages=HELLO, max_tokens=12, temperature=0, stream=True,
+                                            stream_options={"include_usage": True},
+                                            extra_body={"ignore_eos": True})  # fmt: skip
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 12
+    assert all(c.usage is None for c in chunks[:-1]) and len({c.id for c in chunks}) == 1
+    assert {c.object for c in chunks} == {"chat.completion.chunk"}
+
+
+def test_completions_of_texts_ids_and_n(client: openai.OpenAI) -> None:
+    made = client.completions.create(model="tiny", prompt=["one", "two"], n=2, max_tokens=3, temperature=0)
+    assert [c.index for c in made.choices] == [0, 1, 2, 3]
+    assert made.choices[0].text == made.choices[1].text, "greedy answers to one prompt are equal"
+    assert made.usage is not None and made.usage.prompt_tokens == 5
+    ids = client.completions.create(model="tiny", prompt=[40, 41, 42], max_tokens=2, logprobs=1)
+    told = ids.choices[0].logprobs
+    assert told is not None and told.tokens is not None and told.text_offset is not None and told.top_logprobs
+    assert len(told.tokens) == 2 and told.text_offset[0] == 0 and told.text_offset[1] == len(told.tokens[0])
+    assert len(client.completions.create(model="tiny", prompt=[[40], [41, 42]], max_tokens=1).choices) == 2
+    assert client.completions.create(model="tiny", prompt="x").choices[0].finish_reason in ("stop", "length")
+
+
+def test_answers_to_one_prompt_differ_by_seed_and_repeat(client: openai.OpenAI) -> None:
+    def ask() -> list[str]:
+        made = client.completions.create(model="tiny", prompt="so", n=4, seed=3, max_tokens=12, temperature=1.5,
+                                         extra_body={"ignore_eos": True})  # fmt: skip
+        return [c.text for c in made.choices]
+
+    first = ask()
+    assert len(set(first)) > 1 and ask() == first
+
+
+def test_streamed_completions_carry_logprobs(client: openai.OpenAI) -> None:
+    stream = client.completions.create(model="tiny", prompt="x", n=2, max_tokens=5, logprobs=1, stream=True,
+                                       temperature=0, extra_body={"ignore_eos": True})  # fmt: skip
+    tokens: dict[int, list[str]] = {0: [], 1: []}
+    offsets: dict[int, list[int]] = {0: [], 1: []}
+    for chunk in stream:
+        for choice in chunk.choices:
+            assert choice.logprobs is not None
+            tokens[choice.index] += choice.logprobs.tokens or []
+            offsets[choice.index] += choice.logprobs.text_offset or []
+    assert len(tokens[0]) == 5 and tokens[0] == tokens[1]
+    assert offsets[0] == [sum(map(len, tokens[0][:i])) for i in range(5)]
+
+
+def test_model_means_version_then_task_then_adapter_then_base(live: Any, client: openai.OpenAI) -> None:
+    text = live.house.parts.prompts.text
+
+    def prompt_tokens(model: str) -> int:
+        made = client.chat.completions.create(model=model, messages=HELLO, max_tokens=1)
+        assert made.usage is not None
+        return made.usage.prompt_tokens
+
+    plain = len(text.encode_chat(HELLO))
+    wrapped = len(text.encode_chat([{"role": "user", "content": "Is it good?\n\nhello"}]))
+    version = live.http.get("/adapters/mood").json()["version"]
+    assert prompt_tokens("mood") == wrapped
+    assert prompt_tokens("adapter:mood") == prompt_tokens(version) == prompt_tokens("tiny") == plain
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="nobody", messages=HELLO)
+    assert caught.value.param == "model"
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="mood@000000000000", messages=HELLO)
+
+
+def test_a_tasks_defaults_stand_between_the_request_and_openais(client: openai.OpenAI) -> None:
+    own = client.chat.completions.create(model="mood", messages=HELLO, extra_body={"ignore_eos": True})
+    assert own.usage is not None and own.usage.completion_tokens == 6
+    asked = client.chat.completions.create(model="mood", messages=HELLO, max_tokens=3, extra_body={"ignore_eos": True})
+    assert asked.usage is not None and asked.usage.completion_tokens == 3
+
+
+def test_a_mix_goes_in_extra_body(client: openai.OpenAI) -> None:
+    fields: Any = {"model": "tiny", "prompt": "hello you", "max_tokens": 8, "temperature": 0, "logprobs": 1}
+    base = client.completions.create(**fields)
+    mixed = client.completions.create(**fields, extra_body={"adapters": [{"name": "a"}, {"name": "b", "weight": -2}]})
+    assert base.choices[0].logprobs != mixed.choices[0].logprobs
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "tool_choice": "none", "tools": []},
+        {"logit_bias": {}, "response_format": {"type": "text"}, "parallel_tool_calls": True, "top_logprobs": None},
+        {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "safety_identifier": "s"},
+        {
+            "prompt_cache_key": "k",
+            "stream_options": {"include_obfuscation": False},
+            "stop": None,
+            "modalities": ["text"],
+        },
+    ],
+)
+def test_what_asks_for_nothing_is_accepted(live: Any, extra: dict[str, Any]) -> None:
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 1, **extra}
+    answer = live.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"best_of": 3}, "best_of"),
+        ({"echo": True}, "echo"),
+        ({"suffix": "end"}, "suffix"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"chat_template": "x"}, "chat_template"),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_by_name(live: Any, extra: dict[str, Any], param: str) -> None:
+    answer = live.http.post("/v1/completions", json={"model": "tiny", "prompt": "x", **extra})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["code"] == "unsupported_parameter" and error["param"] == param and param in error["message"]
+
+
+def test_malformed_bodies_are_400_on_v1(client: openai.OpenAI, live: Any) -> None:
+    for extra in ({"temperature": 9}, {"n": 1_000_000}, {"max_tokens": 0}, {"top_logprobs": 3}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="tiny", messages=HELLO, extra_body=extra)
+        assert caught.value.param == next(iter(extra)), caught.value
+    broken = live.http.post("/v1/completions", content=b"{", headers={"content-type": "application/json"})
+    assert broken.status_code == 400 and broken.json()["error"]["code"] == "invalid_json"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    assert client.chat.completions.create(model="tiny", messages=parts, max_tokens=1).choices  # type: ignore[arg-type]
+    with pytest.raises(openai.BadRequestError):
+        image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]
+        client.chat.completions.create(model="tiny", messages=image)
+
+
+async def test_the_async_client_reads_many_streams_at_once(live: Any) -> None:
+    import asyncio
+
+    async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none", timeout=30) as client:
+
+        async def one(i: int) -> str:
+            stream = await client.completions.create(model="ab"[i % 2], prompt=f"p{i}", max_tokens=10, temperature=0,
+                                                     stream=True, extra_body={"ignore_eos": True})  # fmt: skip
+            return "".join([c.choices[0].text async for c in stream])
+
+        texts = await asyncio.gather(*map(one, range(12)))
+        alone = await client.completions.create(model="b", prompt="p3", max_tokens=10, temperature=0,
+                                                extra_body={"ignore_eos": True})  # fmt: skip
+    assert alone.choices[0].text == texts[3]
+
+
+def test_a_failure_after_the_first_byte_is_an_event(live: Any, client: openai.OpenAI) -> None:
+    live.slow_down(0.05)
+    stream = client.completions.create(model="tiny", prompt="x", max_tokens=100, stream=True,
+                                       extra_body={"ignore_eos": True, "deadline_ms": 300})  # fmt: skip
+    with pytest.raises(openai.APIError) as caught:
+        for _ in stream:
+            pass
+    assert "deadline" in str(caught.value.body) and live.idle()
+
+
+def test_vllms_adapter_routes(live: Any, write_adapter: Any) -> None:
+    write_adapter("late", 9)
+    loaded = live.http.post("/v1/load_lora_adapter", json={"lora_name": "late", "lora_path": "late"})
+    assert loaded.status_code == 200 and "late" in loaded.json()
+    write_adapter("late", 10)
+    again = {"lora_name": "late", "lora_path": "late"}
+    refused = live.http.post("/v1/load_lora_adapter", json=again)
+    assert refused.status_code == 409 and refused.headers["x-should-retry"] == "false"
+    assert live.http.post("/v1/load_lora_adapter", json={**again, "load_inplace": True}).status_code == 200
+    assert live.http.post("/v1/unload_lora_adapter", json={"lora_name": "late"}).status_code == 200
+    assert live.http.post("/v1/unload_lora_adapter", json={"lora_name": "late"}).status_code == 404
+    assert live.http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/etc"}).status_code == 400
