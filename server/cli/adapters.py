@@ -1,0 +1,167 @@
+"""`loramux adapters`: see and change the adapters of a running server, and check a folder without one."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from server.cli.options import AsJson, with_settings
+from server.cli.terminal import out, print_json, size
+from server.errors import ServerError
+from server.settings import Settings, parse_keys
+
+app = typer.Typer(help="Adapters of a running server (--host, --port), or a folder of one (check).")
+_SERVER = ("host", "port", "admin_keys_file")
+Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
+
+
+@app.command("list")
+@with_settings(*_SERVER)
+def list_(settings: Settings, as_json: AsJson = False) -> None:
+    """List the adapters, and the folders that were rejected with the reason."""
+    from rich.table import Table
+
+    answer = _call(settings, "GET", "/adapters")
+    if as_json:
+        print_json(answer)
+        return
+    table = Table("version", "tier", "size", "ranks", "targets", "leases", "pinned", "tasks", box=None)
+    for a in answer["adapters"]:
+        ranks, targets = ", ".join(map(str, a["ranks"])), ", ".join(t.removesuffix("_proj") for t in a["targets"])
+        pinned, tasks = "yes" if a["pinned"] else "", ", ".join(a["tasks"])
+        table.add_row(a["version"], a["tier"], size(a["bytes"]), ranks, targets, str(a["leases"]), pinned, tasks)
+    out().print(table)
+    for r in answer["rejected"]:
+        out().print(f"rejected: {r['path']}: {r['reason']}")
+
+
+@app.command()
+@with_settings(*_SERVER)
+def show(settings: Settings, name: Name) -> None:
+    """Show one adapter: versions, the config keys that were honoured, notes, its card."""
+    print_json(_call(settings, "GET", f"/adapters/{_quoted(name)}"))
+
+
+@app.command()
+@with_settings(*_SERVER)
+def load(
+    settings: Settings,
+    name: Name,
+    source: Annotated[str, typer.Argument(help="Folder in the adapter directory, org/name@revision, or a URL.")],
+    replace: Annotated[bool, typer.Option(help="Publish as the new version of a name that is in use.")] = False,
+) -> None:
+    """Load an adapter from a place that the server may read."""
+    if replace:
+        print_json(_call(settings, "PUT", f"/adapters/{_quoted(name)}", {"source": source}))
+    else:
+        print_json(_call(settings, "POST", "/adapters", {"name": name, "source": source}))
+
+
+@app.command("roll-back")
+@with_settings(*_SERVER)
+def roll_back(settings: Settings, version: Annotated[str, typer.Argument(help="name@digest")]) -> None:
+    """Move a name back to a version that it had before."""
+    name = version.partition("@")[0]
+    print_json(_call(settings, "PUT", f"/adapters/{_quoted(name)}", {"version": version}))
+
+
+@app.command()
+@with_settings(*_SERVER)
+def retire(settings: Settings, name: Name) -> None:
+    """Take an adapter out of service; requests that hold it finish."""
+    print_json(_call(settings, "DELETE", f"/adapters/{_quoted(name)}"))
+
+
+@app.command()
+@with_settings(*_SERVER)
+def pin(settings: Settings, name: Name) -> None:
+    """Keep an adapter in RAM."""
+    print_json(_call(settings, "POST", f"/adapters/{_quoted(name)}/pin"))
+
+
+@app.command()
+@with_settings(*_SERVER)
+def unpin(settings: Settings, name: Name) -> None:
+    """Let an adapter be evicted again."""
+    print_json(_call(settings, "POST", f"/adapters/{_quoted(name)}/unpin"))
+
+
+@app.command()
+@with_settings(*_SERVER)
+def prefetch(settings: Settings, name: Name) -> None:
+    """Bring an adapter into RAM before its first request."""
+    print_json(_call(settings, "POST", f"/adapters/{_quoted(name)}/prefetch"))
+
+
+@app.command()
+@with_settings("max_rank")
+def check(
+    settings: Settings,
+    folder: Annotated[Path, typer.Argument(help="A folder as PEFT writes it.", exists=True, file_okay=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Read a PEFT folder as the server would, and say what was honoured or why it is refused. Needs no server."""
+    from adapters.peft_format import read_folder
+
+    weights = read_folder(folder, name=folder.resolve().name, max_rank=settings.max_rank)
+    told = {k: v for k, v in weights.metadata.items() if k in ("honoured", "harmless", "notes", "base")}
+    found = {
+        "version": weights.version.label,
+        "ranks": weights.ranks,
+        "targets": weights.targets,
+        "modules": len(weights.modules),
+        "bytes": weights.nbytes,
+        **told,
+    }
+    if as_json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        out().print(f"{name:<10} {size(value) if name == 'bytes' else shown}")
+
+
+def _quoted(name: str) -> str:
+    return urllib.parse.quote(name, safe="")
+
+
+def _call(settings: Settings, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """What the server answers. Raises ServerError with the server's own message."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '[::]') else host}:{settings.port}"
+    request = urllib.request.Request(url + path, method=method)
+    if body is not None:
+        request.data = json.dumps(body).encode()
+        request.add_header("Content-Type", "application/json")
+    for name, secret in _admin_keys(settings).items():
+        request.add_header("Authorization", f"Bearer {name}:{secret}")
+        break
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+            text = answer.read()
+    except urllib.error.HTTPError as e:
+        raise ServerError(_message(e)) from None
+    except OSError as e:
+        reason = getattr(e, "reason", e)
+        raise ServerError(f"no server answers at {url}: {reason}; start one with `loramux serve`") from None
+    return json.loads(text) if text else {}
+
+
+def _admin_keys(settings: Settings) -> dict[str, str]:
+    text = settings.admin_keys.get_secret_value()
+    if settings.admin_keys_file is not None and settings.admin_keys_file.exists():
+        text += "\n" + settings.admin_keys_file.read_text()
+    return parse_keys(text, "admin_keys")
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.loads(error.read())["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered {error.code} {error.reason}"

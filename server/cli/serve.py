@@ -1,0 +1,118 @@
+"""`loramux serve`: one process, one event loop, and a stop that lets what runs finish."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from server.cli import logs
+from server.cli.options import EVERYTHING, with_settings
+from server.cli.terminal import progress
+from server.errors import BadSetting
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    import uvicorn
+
+KEEP_ALIVE = 75
+"""Seconds that an idle connection stays open: longer than the minute that proxies keep theirs."""
+
+log = logging.getLogger(__name__)
+
+
+@with_settings(*EVERYTHING)
+def serve(settings: Settings) -> None:
+    """Serve the base and its adapters over HTTP."""
+    logs.configure(settings.log_format, settings.log_level)
+    listener = listen(settings.host, settings.port)
+    host, port = settings.host, listener.getsockname()[1]
+    log.info("http://%s:%d, loading %s", f"[{host}]" if ":" in host else host, port, settings.model)
+
+    from server.sources import resolve_model
+
+    with progress("bytes") as bar:
+        resolve_model(settings.model, settings.state_dir, progress=bar)  # so that a download shows its progress
+
+    from server.app import create_app
+
+    failures: list[Exception] = []
+
+    def failed(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(settings, on_failure=failed)
+    server = _server(settings, app)
+    with _sigterm_and_sigint(server, app.state.runtime, settings.drain):
+        server.run(sockets=[listener])
+    if failures:
+        sys.stderr.write(f"error: {getattr(failures[0], 'message', failures[0])}\n")
+        raise typer.Exit(1)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 is a free one. Raises BadSetting."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, OverflowError) as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        raise BadSetting(
+            f"can not listen on {host}:{port}: {reason}; --port chooses another, 0 a free one", "port"
+        ) from None
+
+
+def _server(settings: Settings, app: Any) -> uvicorn.Server:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """uvicorn's, with signals left to `_sigterm_and_sigint`: its own would end the process by a signal."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=int(settings.drain) + 1,
+    )
+    return Server(config)
+
+
+@contextlib.contextmanager
+def _sigterm_and_sigint(server: uvicorn.Server, runtime: Any, drain: float) -> Iterator[None]:
+    """The first signal refuses new requests and lets running ones finish, within `drain` seconds; a second ends."""
+    begun: list[float] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if begun:
+            sys.stderr.write("stopped at once by a second signal\n")
+            os._exit(128 + number)
+        begun.append(time.monotonic())
+        log.info("%s: draining, at most %g s", signal.Signals(number).name, drain)
+        runtime.drain()
+        server.should_exit = True
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,74 @@
+"""What people and machines see: progress bars on a terminal, JSON where it is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+
+Progress = Callable[[str, int, int], None]
+
+
+def out() -> Console:
+    """For results."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, indent=None if not sys.stdout.isatty() else 2, default=str) + "\n")
+
+
+@contextlib.contextmanager
+def progress(unit: str, quiet: bool = False) -> Iterator[Progress]:
+    """A bar on standard error for `call(what, done, total)`; `unit` is "bytes" or "parameters".
+
+    `total` 0 is not known yet. Without a terminal there is one line for each new `what`.
+    """
+    console = Console(stderr=True, highlight=False)
+    if quiet:
+        yield lambda what, done, total: None
+    elif not console.is_terminal:
+        said: set[str] = set()
+
+        def say(what: str, done: int, total: int) -> None:
+            if what not in said:
+                said.add(what)
+                console.print(f"{what} ...")
+
+        yield say
+    else:
+        with _bar(console, unit) as call:
+            yield call
+
+
+@contextlib.contextmanager
+def _bar(console: Console, unit: str) -> Iterator[Progress]:
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    amount = DownloadColumn() if unit == "bytes" else TextColumn("{task.percentage:>3.0f} %")
+    with Bar(
+        TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn(), console=console, transient=True
+    ) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def call(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done, total=total or None)
+
+        yield call
+
+
+def size(n: float) -> str:
+    """Bytes for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    raise AssertionError("the last unit always fits")
