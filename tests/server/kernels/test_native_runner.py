@@ -1,0 +1,334 @@
+"""The native runner on tiny random models: close to the reference runner, and bit-equal to itself in any batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.weights import LoraWeights, LowRank
+from server.engine.batch import Batch, SlotWeights
+from server.engine.runner import Runner, make_runner
+from server.kernels import Backend, choose, cpu
+from server.kernels.weight import Weight
+from server.model.config import ModelConfig, RopeScaling
+from server.model.quantization import quantize
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native kernels: {cpu.unavailable()}")
+
+BLOCK = 16
+SLOTS = 16
+RANKS = [1, 2, 3, 4, 7, 8, 16, 17, 32, 64]
+LLAMA = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=97,
+    hidden_size=96,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_scaling=RopeScaling(),
+    tie_word_embeddings=True,
+)
+FAMILIES: dict[str, tuple[dict[str, Any], str, int, bool]] = {
+    "llama-int4": ({}, "int4", 32, False),
+    "llama-double": ({}, "int4", 32, True),
+    "llama-nf4": ({"hidden_size": 128, "intermediate_size": 192}, "nf4", 64, True),
+    "llama-bf16": ({}, "none", 0, False),
+    "untied": ({"tie_word_embeddings": False}, "int4", 32, False),
+    "qwen2": ({"attention_bias": True, "output_bias": True, "mlp_bias": True}, "int4", 32, False),
+    "qwen3": ({"qk_norm": True, "head_dim": 64}, "int4", 32, False),
+    "smollm3": ({"no_rope_layers": (1, 0, 1)}, "int4", 32, False),
+    "odd-heads": ({"head_dim": 24, "num_attention_heads": 4, "num_key_value_heads": 4}, "none", 0, False),
+    "odd-widths": ({"hidden_size": 72, "intermediate_size": 100, "head_dim": 18}, "none", 0, False),
+    "one-kv-head": ({"num_key_value_heads": 1, "num_attention_heads": 9, "head_dim": 64}, "int4", 32, False),
+    "yarn": (
+        {"rope_scaling": RopeScaling("yarn", 4.0, original_max_position_embeddings=128)},
+        "int4",
+        32,
+        False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    config: ModelConfig
+    weights: dict[str, Weight]
+    tensors: dict[str, torch.Tensor]
+    backend: Backend
+
+
+def bases(family: str) -> tuple[Tiny, Tiny]:
+    """The same stored weights, packed natively and as the reference has them."""
+    changes, scheme, group, double = FAMILIES[family]
+    config = ModelConfig(**{**LLAMA.__dict__, **changes})
+    torch.manual_seed(11)
+    stored = {
+        path: quantize(torch.randn(shape) * shape[1] ** -0.5, scheme, group or 64, double)
+        for path, shape in config.linear_shapes().items()
+    }
+    table = "none" if config.hidden_size % 32 else "int8"
+    stored |= {path: quantize(torch.randn(shape), table, 32) for path, shape in config.table_shapes().items()}
+    tensors = {
+        name: torch.randn(shape) * 0.1 + (0.0 if name.endswith("bias") else 1.0)
+        for name, shape in config.tensor_shapes().items()
+    }
+    native, reference = choose("native"), choose("reference")
+    return (
+        Tiny(config, {path: native.pack(w) for path, w in stored.items()}, tensors, native),
+        Tiny(config, stored, tensors, reference),
+    )
+
+
+def adapter(base: Tiny, seed: int, rank: int, targets: tuple[str, ...] = (), size: float = 1.0) -> LoraWeights:
+    generator = torch.Generator().manual_seed(seed)
+    modules = {
+        path: LowRank(
+            torch.randn(rank, width, generator=generator) * width**-0.5,
+            torch.randn(out, rank, generator=generator) * rank**-0.5 * size,
+            0.5,
+        )
+        for path, (out, width) in base.config.linear_shapes().items()
+        if not targets or path.endswith(targets)
+    }
+    return LoraWeights(f"a{seed}", f"{seed:064x}", modules)
+
+
+@dataclass
+class Sequence:
+    """What an engine keeps of a sequence: its tokens, how many are in the cache, its blocks and its mix."""
+
+    tokens: list[int]
+    blocks: list[int]
+    mix: SlotWeights = ()
+    done: int = 0
+
+
+def runner_of(base: Tiny, threads: int = 2, blocks: int = 128) -> Runner:
+    runner = make_runner(base, SLOTS, threads)
+    runner.allocate(blocks, BLOCK)
+    return runner
+
+
+def place_all(runner: Runner, base: Tiny, adapters: dict[int, LoraWeights]) -> None:
+    for slot, weights in adapters.items():
+        runner.place(slot, base.backend.prepare(weights))
+
+
+def step(runner: Runner, new: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
+    """Run `count` more tokens of each sequence: the logits [count, vocab] of each."""
+    tokens, positions, starts, context = [], [], [0], []
+    for sequence, count in new:
+        end = sequence.done + count
+        tokens += sequence.tokens[sequence.done : end]
+        positions += range(sequence.done, end)
+        starts.append(len(tokens))
+        context.append(end)
+        sequence.done = end
+    blocks = torch.full((len(new), max(len(s.blocks) for s, _ in new)), -1, dtype=torch.int32)
+    for i, (sequence, _) in enumerate(new):
+        blocks[i, : len(sequence.blocks)] = torch.tensor(sequence.blocks)
+    logits = runner.run(
+        Batch(
+            torch.tensor(tokens),
+            torch.tensor(positions),
+            torch.tensor(starts, dtype=torch.int32),
+            torch.tensor(context, dtype=torch.int32),
+            blocks,
+            torch.arange(len(tokens)),
+            tuple(s.mix for s, _ in new),
+            BLOCK,
+        )
+    )
+    return list(logits.split([count for _, count in new]))
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    return torch.randint(0, 97, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def alone(runner: Runner, ids: list[int], mix: SlotWeights = (), first_block: int = 100) -> torch.Tensor:
+    """Logits of every token, the sequence in one step by itself."""
+    needed = -(-len(ids) // BLOCK)
+    return step(runner, [(Sequence(ids, list(range(first_block, first_block + needed)), mix), len(ids))])[0]
+
+
+def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((ours - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_close_to_the_reference(family: str) -> None:
+    native, reference = bases(family)
+    ours, exact = runner_of(native), runner_of(reference)
+    for count in (1, 3, 17, 300):
+        ids = tokens(count, count)
+        assert error(alone(ours, ids), alone(exact, ids)) < 0.04, count
+
+
+@pytest.mark.parametrize("family", ["llama-int4", "llama-bf16", "qwen2", "odd-widths"])
+def test_adapters_of_all_ranks_share_a_batch(family: str) -> None:
+    """Ranks from 1 to 64, rows without an adapter, mixes, weights of -1, 0 and 2, prefills beside decodes."""
+    native, reference = bases(family)
+    targets = [(), ("q_proj", "v_proj"), ("down_proj",), ("gate_proj", "up_proj"), ("o_proj", "k_proj")]
+    adapters = {i: adapter(native, i, rank, targets[i % len(targets)]) for i, rank in enumerate(RANKS)}
+    mixes: list[SlotWeights] = [((i, weight),) for i, weight in enumerate([1.0, -1.0, 2.0, 0.5, 1.0, -1.0, 2.0, 1.0])]
+    mixes += [(), ((8, 0.0),), ((9, 0.7), (0, -1.0), (5, 2.0)), ((8, 1.0), (9, 0.3)), ()]
+    lengths = [1, 3, 17, 40, 1, 1, 2, 33, 5, 6, 20, 1, 1]
+    results = []
+    for base in (native, reference):
+        runner = runner_of(base)
+        place_all(runner, base, adapters)
+        sequences = [
+            Sequence(tokens(i, length + 1), list(range(i * 4, i * 4 + 4)), mix)
+            for i, (length, mix) in enumerate(zip(lengths, mixes, strict=True))
+        ]
+        first = step(runner, [(s, n) for s, n in zip(sequences, lengths, strict=True)])
+        second = step(runner, [(s, 1) for s in sequences])
+        results.append([torch.cat(pair) for pair in zip(first, second, strict=True)])
+    for i, (ours, exact) in enumerate(zip(*results, strict=True)):
+        assert error(ours, exact) < 0.05, (i, mixes[i])
+
+
+def test_an_adapter_changes_what_it_should_and_no_more() -> None:
+    native, reference = bases("llama-bf16")
+    ours, exact = runner_of(native), runner_of(reference)
+    ids = tokens(5, 40)
+    plain = alone(ours, ids)
+    for base, runner in ((native, ours), (reference, exact)):
+        place_all(runner, base, {0: adapter(native, 1, 8, size=2.0)})
+    assert error(alone(ours, ids, ((0, 1.0),)), plain) > 0.3
+    assert error(alone(ours, ids, ((0, 1.0),)), alone(exact, ids, ((0, 1.0),))) < 0.03
+    assert torch.equal(alone(ours, ids, ((0, 0.0),)), plain)
+    assert torch.equal(alone(ours, ids), plain)
+
+
+@pytest.mark.parametrize("family", ["llama-int4", "llama-nf4", "llama-bf16", "qwen3", "odd-heads", "one-kv-head"])
+def test_a_row_does_not_depend_on_its_batch(family: str) -> None:
+    """Bit for bit: alone or among others, at any place, in any chunks, blocks, slots and number of threads."""
+    native, _ = bases(family)
+    adapters = [adapter(native, i, rank) for i, rank in enumerate([8, 17, 1, 64])]
+    runner = runner_of(native)
+    place_all(runner, native, dict(enumerate(adapters)))
+    ids, mix = tokens(1, 77), ((0, 1.0), (1, -1.0))
+    expected = alone(runner, ids, mix)
+
+    # among neighbours that differ in length, mix and slots, first in chunks, then token by token
+    for place, chunks in ((0, [30, 30, 1, 1, 15]), (2, [1, 2, 3, 64, 7]), (1, [77])):
+        others = [
+            Sequence(tokens(20, 90), [3, 1, 9, 40, 41, 42], ((3, 0.5),)),
+            Sequence(tokens(21, 300), list(range(60, 80)), ((0, 2.0), (2, 1.0))),
+        ]
+        subject = Sequence(ids, [99, 12, 55, 13, 98], mix)
+        seen = []
+        for count in chunks:
+            batch = [(other, 300 // len(chunks) // 4) for other in others]
+            batch.insert(place, (subject, count))
+            seen.append(step(runner, batch)[place])
+        assert torch.equal(torch.cat(seen), expected), (place, chunks)
+
+    # another number of threads, the adapters in other slots
+    for threads in (1, 3):
+        other = runner_of(native, threads)
+        place_all(other, native, {9: adapters[0], 2: adapters[1]})
+        assert torch.equal(alone(other, ids, ((9, 1.0), (2, -1.0)), first_block=17), expected)
+
+    # beginning behind a prefix that another sequence left in its blocks
+    first = Sequence(ids[:64], [30, 31, 32, 33], mix)
+    step(runner, [(first, 64)])
+    behind = Sequence(ids, [30, 31, 32, 33, 50], mix, done=64)
+    assert torch.equal(step(runner, [(behind, 13)])[0], expected[64:])
+
+
+def test_what_an_earlier_owner_left_in_a_block_is_not_seen() -> None:
+    native, _ = bases("llama-int4")
+    fresh, used = runner_of(native), runner_of(native)
+    place_all(used, native, {0: adapter(native, 1, 4, size=1e30)})
+    overflown = alone(used, tokens(2, 64), ((0, 16.0),), first_block=0)
+    assert not overflown.isfinite().all()
+    for count in (1, 2, 15, 16, 17, 33):
+        ids = tokens(3, count)
+        assert torch.equal(alone(used, ids, first_block=0), alone(fresh, ids, first_block=0))
+
+
+def test_a_slot_is_reused_and_cleared() -> None:
+    native, _ = bases("llama-int4")
+    runner = runner_of(native)
+    ids = tokens(4, 9)
+    one, two = adapter(native, 1, 8), adapter(native, 2, 5, ("q_proj",))
+    place_all(runner, native, {0: one, 1: two})
+    alone_two = alone(runner, ids, ((1, 1.0),))
+    runner.clear(0)
+    place_all(runner, native, {0: two})
+    assert torch.equal(alone(runner, ids, ((0, 1.0),)), alone_two)
+
+
+def test_only_wanted_logits_are_computed() -> None:
+    native, _ = bases("llama-int4")
+    runner = runner_of(native)
+    ids = tokens(6, 40)
+    everything = alone(runner, ids)
+    for wanted in ([39], [0, 17, 39], []):
+        batch = Batch(
+            torch.tensor(ids),
+            torch.arange(40),
+            torch.tensor([0, 40], dtype=torch.int32),
+            torch.tensor([40], dtype=torch.int32),
+            torch.tensor([[7, 8, 9]], dtype=torch.int32),
+            torch.tensor(wanted, dtype=torch.int64),
+            ((),),
+            BLOCK,
+        )
+        assert torch.equal(runner.run(batch), everything[wanted])
+
+
+def test_wrong_adapters_and_blocks_are_refused() -> None:
+    native, reference = bases("llama-int4")
+    runner = make_runner(native, SLOTS, 1)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        runner.allocate(4, 8)
+    with pytest.raises(ValueError, match="not prepared"):
+        runner.place(0, adapter(native, 1, 4))
+    path = "model.layers.0.self_attn.q_proj"
+    wrong = LoraWeights("w", "0" * 64, {path: LowRank(torch.zeros(2, 32), torch.zeros(192, 2), 1.0)})
+    with pytest.raises(ValueError, match="the module is"):
+        runner.place(0, native.backend.prepare(wrong))
+    foreign = LoraWeights("f", "0" * 64, {"lm_head": LowRank(torch.zeros(2, 96), torch.zeros(97, 2), 1.0)})
+    with pytest.raises(ValueError, match="no linear lm_head"):
+        runner.place(0, native.backend.prepare(foreign))
+    with pytest.raises(ValueError, match="at least one thread"):
+        make_runner(native, SLOTS, 0)
+
+
+def test_bytes_are_accounted_for() -> None:
+    native, _ = bases("llama-int4")
+    runner = runner_of(native, blocks=32)
+    held = runner.nbytes()
+    layers, heads, dim = 3, 2, 32
+    assert runner.block_bytes(BLOCK) == layers * BLOCK * heads * dim * 2 * 2
+    assert held["kv_cache"] == 0
+    assert held["base"] == sum(w.nbytes for w in native.weights.values()) + sum(
+        t.nbytes for t in native.tensors.values()
+    )
+    alone(runner, tokens(1, 20), first_block=0)
+    assert runner.nbytes()["kv_cache"] == 2 * runner.block_bytes(BLOCK)
+    assert runner.nbytes()["activations"] > held["activations"]
+
+
+def test_argmax_and_logsumexp_over_a_vocabulary() -> None:
+    from server.engine.native_runner import NativeRunner
+
+    native, _ = bases("llama-int4")
+    runner = NativeRunner(native, SLOTS, 2)
+    logits = torch.randn(5, 1003) * 4
+    logits[3, 500] = logits[3, 700] = 99.0
+    assert torch.equal(runner.argmax(logits), logits.argmax(1))
+    assert int(runner.argmax(logits)[3]) == 500
+    assert torch.allclose(runner.logsumexp(logits), torch.logsumexp(logits.double(), 1).float(), atol=1e-5)
