@@ -1,0 +1,62 @@
+// Talks to the server that this page came from. Knows the contract's one error shape and nothing of the page.
+
+export class Failure extends Error {
+  constructor(status, error) {
+    super(error?.message ?? `the server answered ${status}`);
+    this.status = status;
+    this.code = error?.code ?? null;
+  }
+}
+
+export const key = {
+  get: () => sessionStorage.getItem("key") ?? "",
+  set: (value) => sessionStorage.setItem("key", value),
+};
+
+function headers(json) {
+  const all = json ? { "content-type": "application/json" } : {};
+  return key.get() ? { ...all, authorization: `Bearer ${key.get()}` } : all;
+}
+
+async function checked(answer) {
+  if (answer.ok) return answer;
+  const body = await answer.json().catch(() => null);
+  throw new Failure(answer.status, body?.error);
+}
+
+export async function get(path) {
+  return (await checked(await fetch(path, { headers: headers(false) }))).json();
+}
+
+export async function send(method, path, body) {
+  const form = body instanceof FormData;
+  const answer = await checked(await fetch(path, {
+    method,
+    headers: headers(!form && body !== undefined),
+    body: form || body === undefined ? body : JSON.stringify(body),
+  }));
+  return answer.status === 204 ? null : answer.json().catch(() => null);
+}
+
+// Yields each event of a streamed answer. Throws a Failure for an error before or within the stream.
+export async function* stream(path, body, signal) {
+  const answer = await checked(await fetch(path, {
+    method: "POST", headers: headers(true), body: JSON.stringify({ ...body, stream: true }), signal,
+  }));
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) throw new Failure(0, { message: "the connection closed before the answer was whole" });
+    rest += value;
+    const lines = rest.split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data: ")) continue;
+      if (line === "data: [DONE]") return;
+      const event = JSON.parse(line.slice(6));
+      if (event.error) throw new Failure(answer.status, event.error);
+      yield event;
+    }
+  }
+}
