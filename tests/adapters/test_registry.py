@@ -361,7 +361,8 @@ def test_a_request_keeps_its_version_and_the_old_one_really_goes(registry: Regis
     device.kept[old.digest] = fetched(registry, lease.mix)[0]
     assert old.digest in registry._ram.resident()
     lease.release()
-    assert old.digest not in registry._ram.resident() and not device.kept
+    until(lambda: old.digest not in registry._ram.resident())
+    assert not device.kept
     assert stored(registry) == {old.digest, new.digest}, "kept on disk, to roll back to"
     with registry.lease([("a", 1.0)]) as lease:
         assert lease.versions == [(new, 1.0)]
@@ -475,7 +476,8 @@ async def test_pins_hold_across_publish_and_restart(open_registry: Open, folders
     until(lambda: registry._pins["a"] is not None)
     for name in "bcd":
         await registry.prefetch(name)
-    assert registry.describe("a")["tier"] == "ram" and registry._ram.held == size
+    assert registry.describe("a")["tier"] == "ram"
+    until(lambda: registry._ram.held == size)
     again = open_registry(ram_bytes=3 * size)
     again.start()
     until(lambda: again.describe("a")["tier"] == "ram")
@@ -711,6 +713,7 @@ def test_two_thousand_cycles_leave_nothing_behind(open_registry: Open, folders: 
         registry.retire_now("a").drained.result(10)
         registry.retire_now("b").drained.result(10)
         assert not stored(registry) and not registry._store.records
+        until(lambda: registry._ram.used == 0)
         with registry._lock:
             kept = len(registry._draining) + len(registry._failures) + len(registry._misfits) + len(registry._drains)
         ram = registry._ram
