@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from server.errors import BadModel
 
 ARCHITECTURES = {
@@ -318,10 +320,10 @@ def _positive(values: Mapping[str, Any], key: str, default: int | None = None) -
     value = values.get(key)
     if value is None:
         value = default
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(set(value)) != 1:  # GGUF may give one number a layer
+    if isinstance(value, np.ndarray | list):  # GGUF may give one number a layer
+        if len({int(v) for v in value}) != 1:
             raise BadModel(f"{key} differs between layers, which is not served")
-        value = value[0]
+        value = int(value[0])
     if value is None:
         raise BadModel(f"the model's config lacks {key}")
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:

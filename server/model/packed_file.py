@@ -15,6 +15,7 @@ import logging
 import os
 import struct
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 MAGIC = b"loramux1"
 ALIGNMENT = 64
+_ABANDONED = 24 * 3600.0  # seconds
 _HEAD = struct.Struct("<8sQQ32s")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
@@ -60,6 +62,9 @@ class PackedWriter:
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
         self._path, self._key = path, dict(key)
         path.parent.mkdir(parents=True, exist_ok=True)
+        for abandoned in path.parent.glob("base-*.tmp"):  # by a process that was killed while it wrote
+            if time.time() - abandoned.stat().st_mtime > _ABANDONED:
+                abandoned.unlink(missing_ok=True)
         handle, self._temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
         self._file: BinaryIO = os.fdopen(handle, "w+b")
         self._digest = hashlib.sha256()

@@ -21,7 +21,7 @@ SCHEMES = ("int4", "nf4", "none")
 GROUPS = (32, 64, 128, 256)
 TABLE_GROUP = 32
 """Group of 8-bit tables, that of GGUF's Q8_0."""
-_CHUNK = 1 << 21  # values quantized at a time: the temporaries stay in cache and out of the peak
+_CHUNK = 1 << 20  # values quantized at a time: the temporaries stay in cache and out of the peak
 
 
 class Rows(Protocol):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 
@@ -156,6 +157,7 @@ def test_gguf_metadata() -> None:
     assert config.architecture == "LlamaForCausalLM" and config.vocab_size == 100
     assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (2, 16, 10000.0)
     assert config.tie_word_embeddings and not config.attention_bias
+    assert from_gguf(GGUF | {"llama.attention.head_count_kv": np.array([2, 2], np.uint32)}, TABLE) == config
     qwen = {key.replace("llama", "qwen2"): value for key, value in GGUF.items()} | {"general.architecture": "qwen2"}
     more = from_gguf(qwen, TABLE | {"blk.0.attn_q.bias": (64,), "output.weight": (100, 64)})
     assert more.architecture == "Qwen2ForCausalLM" and more.attention_bias and not more.output_bias
@@ -172,7 +174,7 @@ def test_gguf_metadata() -> None:
         ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"llama.rope.dimension_count": 8}, "RoPE on 8 of 16"),
         ({"llama.attention.value_length": 8}, "value_length"),
-        ({"llama.attention.head_count_kv": [2, 4]}, "differs between layers"),
+        ({"llama.attention.head_count_kv": np.array([2, 4], np.uint32)}, "differs between layers"),
         ({"llama.rope.scaling.type": "longrope"}, "longrope"),
     ],
 )

@@ -105,6 +105,15 @@ def test_nothing_is_left_of_a_write_that_did_not_finish(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path) -> None:
+    old, young = tmp_path / "base-1.tmp", tmp_path / "base-2.tmp"
+    for path, age in ((old, 2 * 86400), (young, 60)):
+        path.write_bytes(b"x")
+        os.utime(path, (time.time() - age, time.time() - age))
+    write(tmp_path)
+    assert not old.exists() and young.exists()
+
+
 def test_digests_are_remembered_until_size_or_time_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(b"one")
