@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
 
@@ -15,6 +16,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import BadModel, InvalidRequest
@@ -42,6 +44,7 @@ class ChatTemplate:
         room = MAX_GROWTH + 4 * _characters(messages)
         end = time.monotonic() + MAX_SECONDS
         parts: list[str] = []
+        outer = _deadline.set(end)
         try:
             stream = self._template.generate(
                 messages=messages,
@@ -54,10 +57,23 @@ class ChatTemplate:
                 parts.append(part)
                 room -= len(part)
                 if room < 0 or time.monotonic() > end:
-                    raise InvalidRequest("the chat template wrote too much or took too long", "messages")
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
+                    raise jinja2.TemplateError("it wrote too much or took too long")
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+        ) as e:
             raise InvalidRequest(f"the chat template refuses these messages: {e}", "messages") from e
+        finally:
+            _deadline.reset(outer)
         return "".join(parts)
+
+
+_deadline: ContextVar[float] = ContextVar("_deadline")
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -66,6 +82,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _to_json
         self.globals["raise_exception"] = _raise
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+
+    def call(self, context: Context, function: Any, *args: Any, **options: Any) -> Any:
+        """Every call of a template passes here: `range` too, so that a loop without output ends in time."""
+        if time.monotonic() > _deadline.get():
+            raise jinja2.TemplateError("it took too long")
+        return super().call(context, function, *args, **options)
 
 
 class _GenerationBlock(Extension):
