@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -87,3 +89,14 @@ def test_it_costs_five_bits_and_starts_fast(embedded: Path, base: Base, tmp_path
         warm.weights["model.embed_tokens"].tensors["codes"], base.weights["model.embed_tokens"].tensors["codes"]
     )
     assert seconds < 2.0  # 0.14 s on an idle machine
+
+
+def test_loading_it_needs_neither_transformers_nor_the_gguf_package(embedded: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from server.kernels.reference import Reference;"
+        "from server.model.loader import load_base;"
+        "load_base(Path(sys.argv[1]), name='x', backend=Reference());"
+        "print(sorted({'transformers', 'gguf', 'fastapi'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, embedded], check=True, stdout=subprocess.PIPE, cwd=REPO)
+    assert done.stdout.strip() == b"[]"
