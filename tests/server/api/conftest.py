@@ -38,6 +38,7 @@ class Live:
 
     def __init__(self, runtime: Runtime, port: int) -> None:
         self.runtime = runtime
+        self.app: Any = None
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx.Client(base_url=self.url, timeout=30)
         self.delay = 0.0
@@ -152,6 +153,7 @@ def start(tmp_path: Path, adapter_dir: Path, tiny_base: Base, monkeypatch: pytes
         app = create_app(settings)
         context = serving(app)
         live = Live(app.state.runtime, context.__enter__())
+        live.app = app
         running.append((context, live))
         if ready:
             wait_ready(live.http)

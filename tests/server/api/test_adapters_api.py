@@ -1,0 +1,183 @@
+"""/adapters over HTTP: register, publish, roll back, retire, upload, pin, compose, and everything that is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FIELDS = {"name", "version", "ranks", "targets", "bytes", "tier", "leases", "loaded_at", "base", "pinned", "tasks"}
+DETAILS = FIELDS | {"versions", "honoured", "harmless", "notes", "card"}
+
+
+def upload(folder: Path, **fields: str) -> dict[str, Any]:
+    files = {n: (n, (folder / n).read_bytes()) for n in ("adapter_config.json", "adapter_model.safetensors")}
+    return {"files": files, "data": fields}
+
+
+def test_the_list_and_one_adapter(live: Any) -> None:
+    listed = live.http.get("/adapters").json()
+    assert [a["name"] for a in listed["adapters"]] == ["a", "b", "mood"] and listed["rejected"] == []
+    assert all(set(a) == FIELDS for a in listed["adapters"])
+    one = live.http.get("/adapters/mood")
+    assert set(one.json()) == DETAILS and one.json()["tasks"] == ["mood"]
+    assert one.headers["etag"] == f'"{one.json()["version"]}"'
+    assert live.http.get("/adapters/nobody").status_code == 404
+
+
+def test_registering_is_201_then_200_then_409(live: Any, write_adapter: Callable[..., Path]) -> None:
+    write_adapter("late", 5)
+    made = live.http.post("/adapters", json={"name": "new", "source": "late"})
+    assert made.status_code == 201 and set(made.json()) == DETAILS
+    assert live.http.post("/adapters", json={"name": "new", "source": "late"}).status_code == 200
+    write_adapter("late", 6)
+    refused = live.http.post("/adapters", json={"name": "new", "source": "late"})
+    assert refused.status_code == 409 and refused.headers["x-should-retry"] == "false"
+    assert live.generate("x", adapters=[{"name": "new"}]).status_code == 200
+
+
+def test_put_publishes_compares_and_rolls_back(live: Any, write_adapter: Callable[..., Path]) -> None:
+    first = live.http.get("/adapters/a").headers["etag"]
+    before = live.generate("so it goes", adapters=[{"name": "a"}], logprobs=1).json()
+    write_adapter("later", 77)
+    stale = live.http.put("/adapters/a", json={"source": "later"}, headers={"if-match": '"a@000000000000"'})
+    assert stale.status_code == 412
+    moved = live.http.put("/adapters/a", json={"source": "later"}, headers={"if-match": first})
+    assert moved.status_code == 200 and moved.headers["etag"] != first
+    after = live.generate("so it goes", adapters=[{"name": "a"}], logprobs=1).json()
+    assert after["logprobs"] != before["logprobs"]
+    kept = live.generate("so it goes", adapters=[{"name": first.strip('"')}], logprobs=1).json()
+    assert kept["text"] == before["text"]
+    back = live.http.put("/adapters/a", json={"version": first.strip('"')})
+    assert back.status_code == 200 and back.headers["etag"] == first
+    assert live.http.put("/adapters/a", json={"version": "b@000000000000"}).status_code == 400
+    assert live.http.put("/adapters/a", json={"version": "a@ffffffffffff"}).status_code == 404
+    assert live.http.put("/adapters/a", json={}).status_code == 400
+    assert live.http.put("/adapters/fresh", json={"source": "later"}).status_code == 201
+
+
+def test_uploads(live: Any, write_adapter: Callable[..., Path]) -> None:
+    folder = write_adapter("local", 8)
+    made = live.http.post("/adapters", **upload(folder, name="sent"))
+    assert made.status_code == 201, made.text
+    assert live.http.put("/adapters/sent", **upload(write_adapter("local", 9))).status_code == 200
+    assert live.http.post("/adapters", **upload(folder)).status_code == 400
+    extra = upload(folder, name="x")
+    extra["files"]["evil.py"] = ("evil.py", b"import os")
+    assert live.http.post("/adapters", **extra).status_code == 400
+    assert not list((live.runtime.settings.state_dir / "uploads").iterdir()), "nothing is left behind"
+
+
+def test_retiring_waits_for_tasks_and_frees(live: Any) -> None:
+    used = live.http.delete("/adapters/mood")
+    assert used.status_code == 409 and "mood" in used.json()["error"]["message"]
+    assert live.http.delete("/tasks/mood").status_code == 200
+    assert live.http.delete("/adapters/mood").status_code == 202
+    assert live.http.get("/adapters/mood").status_code == 404
+    assert live.generate("x", adapters=[{"name": "mood"}]).status_code == 404
+    assert 'adapter="mood"' not in live.http.get("/metrics").text
+    assert live.http.delete("/adapters/mood").status_code == 404
+
+
+def test_pin_unpin_prefetch(live: Any) -> None:
+    assert live.http.post("/adapters/a/prefetch").json()["tier"] in ("ram", "device")
+    assert live.http.post("/adapters/a/pin").json()["pinned"] is True
+    assert live.http.post("/adapters/a/unpin").json()["pinned"] is False
+    for verb in ("pin", "unpin", "prefetch"):
+        assert live.http.post(f"/adapters/nobody/{verb}").status_code == 404
+
+
+def test_compose_stores_the_exact_sum(live: Any) -> None:
+    parts = [{"name": "a", "weight": 0.5}, {"name": "b", "weight": -1.5}]
+    made = live.http.post("/adapters/compose", json={"name": "sum", "from": parts})
+    assert made.status_code == 201, made.text
+    assert set(made.json()) == DETAILS | {"error"} and made.json()["error"] == 0 and made.json()["ranks"] == [7]
+    mixed = live.generate("hello you", adapters=parts, logprobs=5).json()["logprobs"]
+    stored = live.generate("hello you", adapters=[{"name": "sum"}], logprobs=5).json()["logprobs"]
+    assert [t["logprob"] for t in stored] == pytest.approx([t["logprob"] for t in mixed], abs=1e-4)
+    cut = live.http.post("/adapters/compose", json={"name": "cut", "from": parts, "rank": 3})
+    assert cut.status_code == 201 and 0 < cut.json()["error"] < 1 and cut.json()["ranks"] == [3]
+    assert live.http.post("/adapters/compose", json={"name": "cut", "from": parts, "rank": 3}).status_code == 200
+    assert live.http.post("/adapters/compose", json={"name": "a", "from": parts}).status_code == 409
+    assert live.http.post("/adapters/compose", json={"name": "x", "from": [{"name": "no"}]}).status_code == 404
+
+
+@pytest.mark.parametrize("name", ["a,b", "", "-x", "a/b", "x" * 65, "base", "other", "none", "tiny", "ü"])
+def test_names_that_nobody_may_have(live: Any, name: str) -> None:
+    answer = live.http.post("/adapters", json={"name": name, "source": "a"})
+    assert answer.status_code in (400, 422), answer.text
+    loaded = live.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": "a"})
+    assert loaded.status_code == 400, loaded.text
+
+
+@pytest.mark.parametrize("source", ["/etc", "../outside", "a/../../x", "link", "~", "\x00", ".", "https://x/y", "org/name"])
+def test_sources_outside_are_refused(live: Any, adapter_dir: Path, tmp_path: Path, source: str) -> None:
+    (tmp_path / "outside").mkdir(exist_ok=True)
+    os.symlink(tmp_path / "outside", adapter_dir / "link")
+    answer = live.http.post("/adapters", json={"name": "n", "source": source})
+    assert answer.status_code in (400, 404, 422), answer.text
+    assert str(tmp_path) not in answer.text
+
+
+class Boom:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("was-executed",)
+
+
+def test_bad_content_is_refused_and_harms_nobody(live: Any, write_adapter: Callable[..., Path]) -> None:
+    good = write_adapter("folder", 11)
+    config, tensors = good / "adapter_config.json", good / "adapter_model.safetensors"
+    data, text = tensors.read_bytes(), config.read_text()
+
+    def put(config_text: str, content: bytes) -> Any:
+        files = {"adapter_config.json": config_text.encode(), "adapter_model.safetensors": content}
+        return live.http.put("/adapters/a", files=files)
+
+    version = live.http.get("/adapters/a").json()["version"]
+    changed = json.loads(text)
+    for case in (
+        put(text, data[: len(data) // 2]),
+        put(text, pickle.dumps(Boom())),
+        put("{", data),
+        put(json.dumps({**changed, "use_dora": True}), data),
+        put(json.dumps({**changed, "r": 0}), data),
+        put(json.dumps({**changed, "r": 100}), data),
+        put(json.dumps({**changed, "unheard_of": 5}), data),
+    ):
+        assert case.status_code == 400 and case.json()["error"]["message"], case.text
+    assert not Path("was-executed").exists()
+    assert live.http.get("/adapters/a").json()["version"] == version
+    assert live.generate("x", adapters=[{"name": "a"}]).status_code == 200
+
+
+def test_a_full_disk_is_507_and_nothing_changes(
+    live: Any, write_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    from server.api import adapters as api
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = write_adapter("local", 12)
+    monkeypatch.setattr(api, "_write", full)
+    answer = live.http.post("/adapters", **upload(folder, name="sent"))
+    assert answer.status_code == 507 and answer.headers["x-should-retry"] == "false"
+    assert live.http.get("/adapters/sent").status_code == 404
+
+
+def test_a_folder_in_the_watched_directory_is_served_by_itself(live: Any, write_adapter: Callable[..., Path]) -> None:
+    import time
+
+    write_adapter("dropped", 21, task={"prompt": "{input}", "task": "dropped-task"})
+    end = time.monotonic() + 8
+    while live.http.get("/adapters/dropped").status_code != 200:
+        assert time.monotonic() < end, live.http.get("/adapters").json()["rejected"]
+        time.sleep(0.1)
+    assert live.generate("x", task="dropped-task").json()["adapters"][0]["name"] == "dropped"

@@ -1,0 +1,236 @@
+"""Who gets in: keys by an allow-list of every route, Host, Origin, body limits; and one error shape on every status."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.routing import APIRoute
+
+from server.api.auth import Access, KeyRing, access
+from server.errors import BadSetting
+
+OPEN = {("GET", "/health/live"), ("GET", "/health/ready")}
+METRICS = {("GET", "/metrics")}
+INFERENCE = {
+    *(("POST", path) for path in ("/generate", "/classify", "/v1/completions", "/v1/chat/completions")),
+    *(("GET", path) for path in ("/adapters", "/adapters/{name}", "/tasks", "/tasks/{task}", "/stats", "/docs")),
+    *(("GET", path) for path in ("/v1/models", "/v1/models/{model}", "/openapi.json", "/tasks/{task}/performance")),
+    ("POST", "/tasks/{task}/feedback"),
+    *(("GET", path) for path in ("/jobs", "/jobs/{id}", "/")),
+}
+KEYED = {"api_keys": "team:secret-one", "admin_keys": "boss:secret-two"}
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    body = answer.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}, body
+    assert answer.headers["content-type"] == "application/json" and answer.headers["x-request-id"].startswith("req-")
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+def every_route(app: Any) -> set[tuple[str, str]]:
+    def walk(routes: Any) -> Iterator[APIRoute]:
+        for route in routes:
+            included = getattr(route, "original_router", None)
+            if included is not None:
+                yield from walk(included.routes)
+            elif isinstance(route, APIRoute):
+                yield route
+
+    return {(m, r.path) for r in walk(app.routes) for m in r.methods} | {("GET", "/openapi.json")}
+
+
+def test_every_route_needs_what_the_contract_says(start: Any) -> None:
+    """Walks all routes: what is not listed here needs an admin key, new ones included."""
+    live = start(**KEYED)
+    routes = every_route(live.app)
+    assert len(routes) > 20
+    for method, path in routes:
+        url = path.replace("{name}", "x").replace("{task}", "x").replace("{model}", "x").replace("{id}", "x")
+        plain = live.http.request(method, url)
+        kept_out = plain.status_code == 401
+        assert kept_out == ((method, path) not in OPEN), (method, path, plain.status_code)
+        if not kept_out:
+            continue
+        assert error_of(plain)["code"] == "invalid_api_key" and plain.headers["www-authenticate"] == "Bearer"
+        assert live.http.request(method, url, headers=bearer("wrong")).status_code == 401
+        as_team = live.http.request(method, url, headers=bearer("secret-one")).status_code
+        assert (as_team == 403) == ((method, path) not in INFERENCE | METRICS), (method, path, as_team)
+        assert live.http.request(method, url, headers=bearer("secret-two")).status_code not in (401, 403)
+
+
+def test_a_route_that_nobody_has_listed_needs_an_admin_key() -> None:
+    assert access("GET", "/something/new") is Access.ADMIN
+    assert access("DELETE", "/generate") is Access.ADMIN
+    assert access("POST", "/tasks/x/evaluate") is Access.ADMIN
+    assert access("GET", "/v1/files") is Access.ADMIN
+    assert access("GET", "/adapters/a/b") is Access.ADMIN
+
+
+def test_admin_routes_are_closed_without_admin_keys(start: Any) -> None:
+    live = start(api_keys="team:secret-one")
+    answer = live.http.delete("/adapters/x", headers=bearer("secret-one"))
+    assert answer.status_code == 403 and "admin" in error_of(answer)["message"]
+    assert live.http.get("/adapters", headers=bearer("team:secret-one")).status_code == 200
+
+
+def test_metrics_has_a_key_of_its_own_or_is_public(start: Any, tmp_path: Path) -> None:
+    live = start(**KEYED, metrics_key="prom:secret-three")
+    assert live.http.get("/metrics").status_code == 401
+    assert live.http.get("/metrics", headers=bearer("secret-three")).status_code == 200
+    assert live.http.get("/adapters", headers=bearer("secret-three")).status_code == 403
+    public = start(**KEYED, metrics_public=True, state_dir=tmp_path / "other")
+    assert public.http.get("/metrics").status_code == 200
+
+
+def test_key_files_are_read_again_when_they_change(start: Any, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one:alpha\n")
+    live = start(api_keys_file=file)
+    assert live.http.get("/adapters", headers=bearer("alpha")).status_code == 200
+    file.write_text("two:beta\n")
+    os.utime(file, ns=(1, 1))
+    assert live.http.get("/adapters", headers=bearer("alpha")).status_code == 401
+    assert live.http.get("/adapters", headers=bearer("beta")).status_code == 200
+    file.write_text("not a key")
+    os.utime(file, ns=(2, 2))
+    assert live.http.get("/adapters", headers=bearer("beta")).status_code == 200, "a broken file changes nothing"
+    file.unlink()
+    assert live.http.get("/adapters", headers=bearer("beta")).status_code == 200
+    assert live.http.get("/adapters").status_code == 401, "and never opens"
+    with pytest.raises(BadSetting, match="api_keys_file"):
+        KeyRing("", tmp_path / "absent", "api_keys")
+
+
+def test_hosts_and_origins(start: Any) -> None:
+    live = start(allowed_hosts="llm.example")
+    for host in ("localhost", "127.0.0.1:1", "[::1]:80", "llm.example", "LLM.example:443"):
+        assert live.http.get("/adapters", headers={"host": host}).status_code == 200, host
+    for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil", "[::2]"):
+        answer = live.http.get("/adapters", headers={"host": host})
+        assert answer.status_code == 403 and error_of(answer)["code"] == "forbidden", host
+    own = live.url
+    body = {"prompt": "x", "max_tokens": 1}
+    assert live.http.post("/generate", json=body, headers={"origin": own}).status_code == 200
+    for origin in ("http://evil.example", "null", "http://localhost:1"):
+        answer = live.http.post("/generate", json=body, headers={"origin": origin})
+        assert answer.status_code == 403, origin
+        error_of(answer)
+        assert "access-control-allow-origin" not in answer.headers
+    assert live.http.get("/adapters", headers={"origin": "http://evil.example"}).status_code == 200
+    assert live.http.options("/generate", headers={"origin": "http://evil.example"}).status_code == 403
+
+
+def test_one_shape_for_every_status(live: Any) -> None:
+    seen = {
+        404: live.http.get("/nowhere"),
+        405: live.http.get("/generate"),
+        422: live.http.post("/generate", json={}),
+        400: live.http.post("/v1/completions", json={}),
+        409: live.http.delete("/adapters/mood"),
+    }
+    for status, answer in seen.items():
+        assert answer.status_code == status, answer.text
+        error_of(answer)
+    assert seen[405].headers["allow"] == "POST"
+    assert seen[409].headers["x-should-retry"] == "false"
+    assert error_of(live.http.post("/generate/"))["code"] == "not_found"
+    text = live.http.post("/generate", content=b"plain", headers={"content-type": "text/plain"})
+    assert text.status_code == 422 and error_of(text)
+    deep = live.http.post("/generate", content=b"[" * 100_000, headers={"content-type": "application/json"})
+    assert deep.status_code in (400, 422) and error_of(deep)
+
+
+def test_what_nobody_expected_is_a_500_that_tells_only_its_id(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise ValueError("a secret path /somewhere and a value 0x7f00")
+
+    monkeypatch.setattr(live.house.parts.resolver, "task", broken)
+    answer = live.generate("x")
+    assert answer.status_code == 500
+    error = error_of(answer)
+    assert error["code"] == "internal" and "secret" not in answer.text and "0x7f" not in answer.text
+    assert answer.headers["x-request-id"] in error["message"]
+
+
+def test_a_large_body_is_read_away_and_answered(start: Any) -> None:
+    live = start(max_body=10_000)
+    for size in (10_001, 12 << 20):
+        answer = live.http.post("/generate", json={"prompt": "x" * size})
+        assert answer.status_code == 413 and error_of(answer)["code"] == "body_too_large"
+        streamed = live.http.post("/generate", content=iter([b"x" * 65536] * (size // 65536 + 1)))
+        assert streamed.status_code == 413 and error_of(streamed)
+    assert live.generate("small").status_code == 200
+
+
+def test_a_lying_length_and_a_broken_upload_do_no_harm(live: Any) -> None:
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n{")
+    broken = live.http.post(
+        "/adapters", content=b"--x\r\nnot", headers={"content-type": "multipart/form-data; boundary=x"}
+    )
+    assert broken.status_code == 400 and error_of(broken)
+    missing = live.http.post("/adapters", content=b"", headers={"content-type": "multipart/form-data"})
+    assert missing.status_code == 400 and error_of(missing)
+    assert live.generate("x", max_tokens=1).status_code == 200
+
+
+def test_a_server_that_loads_says_so_and_one_that_failed_says_why(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    import server.app
+    from server.errors import BadModel
+
+    gate = threading.Event()
+
+    def slow(*_: Any) -> Any:
+        gate.wait(10)
+        raise BadModel("no such model")
+
+    real = server.app.assemble
+    monkeypatch.setattr(server.app, "assemble", slow)
+    live = start(ready=False)
+    assert live.http.get("/health/live").status_code == 200
+    for answer in (live.http.get("/health/ready"), live.generate("x"), live.http.get("/v1/models")):
+        assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1 and error_of(answer)
+    assert "loramux_memory_bytes" in live.http.get("/metrics").text
+    gate.set()
+    for _ in range(200):
+        message = live.http.get("/health/ready").json()["error"]["message"]
+        if "no such model" in message:
+            break
+    assert "no such model" in message
+    monkeypatch.setattr(server.app, "assemble", real)
+
+
+def test_tenants_do_not_share_a_prefix(start: Any) -> None:
+    live = start(api_keys="one:alpha,two:beta", admin_keys="boss:gamma")
+    body = {"prompt": "a long enough prompt for several blocks of the cache, twice", "max_tokens": 1}
+
+    def cached(token: str) -> int:
+        answer = live.http.post("/generate", json=body, headers=bearer(token))
+        return int(answer.json()["usage"]["cached_tokens"])
+
+    assert cached("alpha") == 0 and cached("alpha") > 0
+    assert cached("beta") == 0
+
+
+def test_answers_hold_no_path_of_the_server(live: Any, tmp_path: Path) -> None:
+    shown = [live.http.get(path).text for path in ("/adapters", "/adapters/a", "/tasks", "/v1/models", "/stats")]
+    shown.append(live.http.post("/adapters", json={"name": "n", "source": "../../etc"}).text)
+    shown.append(live.http.post("/adapters", json={"name": "n", "source": "absent"}).text)
+    assert all(str(tmp_path) not in text for text in shown)
+    assert json.loads(shown[-1])["error"]["message"]

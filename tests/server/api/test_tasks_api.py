@@ -1,0 +1,89 @@
+"""/tasks over HTTP: definitions, their precedence, and what a request makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+BODY = {"prompt": "Say: {input}"}
+
+
+def test_a_folders_task_and_one_put_over_it(live: Any) -> None:
+    file = live.http.get("/tasks/mood").json()
+    assert file["source"] == "file" and file["route"] == {"choice": [{"name": "mood", "weight": 1.0}]}
+    put = live.http.put("/tasks/mood", json={**BODY, "route": {"choice": [{"name": "a", "weight": 0.5}]}})
+    assert put.status_code == 200 and put.json()["source"] == "api"
+    answer = live.generate("x", task="mood").json()
+    assert answer["adapters"][0]["name"] == "a" and answer["adapters"][0]["weight"] == 0.5
+    assert live.http.get("/adapters/a").json()["tasks"] == ["mood"]
+    assert live.http.delete("/tasks/mood").json()["source"] == "api"
+    assert live.http.get("/tasks/mood").json() == file
+    assert live.http.delete("/tasks/mood").json()["source"] == "file"
+    assert live.http.get("/tasks/mood").status_code == 404
+
+
+def test_a_put_reads_what_a_get_answers(live: Any) -> None:
+    made = live.http.put("/tasks/own", json={**BODY, "format": "chat", "system": "Be kind.", "labels": ["x", "y"],
+                                             "defaults": {"max_tokens": 3, "stop": "."}})  # fmt: skip
+    assert made.status_code == 201, made.text
+    assert made.json()["route"] == {"choice": []}, "no adapter of that name: the base"
+    got = live.http.get("/tasks/own").json()
+    assert live.http.put("/tasks/own", json=got).json() == got
+    assert [t["name"] for t in live.http.get("/tasks").json()["tasks"]] == ["mood", "own"]
+    assert live.http.put("/tasks/a", json=BODY).json()["route"] == {"choice": [{"name": "a", "weight": 1.0}]}
+
+
+def test_tasks_outlive_the_server(start: Any, tmp_path: Any) -> None:
+    first = start()
+    assert first.http.put("/tasks/own", json=BODY).status_code == 201
+    from server.tasks.store import Tasks
+
+    again = Tasks(tmp_path / "state" / "tasks.json", first.house.parts.registry)
+    assert again.get("own").prompt == BODY["prompt"]
+
+
+def test_special_characters_of_a_template_are_literal(live: Any) -> None:
+    live.http.put("/tasks/braces", json={"prompt": "{{x}} %s \\1 {input} {other}", "route": {"choice": []}})
+    text = live.house.parts.prompts.text
+    answer = live.generate("{input}{input}", task="braces").json()
+    assert answer["usage"]["prompt_tokens"] == len(text.encode("{{x}} %s \\1 {input}{input} {other}"))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"prompt": "no place"}, 422, "prompt"),
+        ({"prompt": "{input} {input}"}, 400, "prompt"),
+        ({}, 422, "prompt"),
+        ({**BODY, "surplus": 1}, 422, "surplus"),
+        ({**BODY, "format": "html"}, 422, "format"),
+        ({**BODY, "system": "raw has none"}, 400, "system"),
+        ({**BODY, "labels": ["a", "a"]}, 400, "labels"),
+        ({**BODY, "defaults": {"temperature": 9}}, 422, "defaults.temperature"),
+        ({**BODY, "route": {}}, 400, "route"),
+        ({**BODY, "route": {"choice": [], "metric": "accuracy"}}, 400, "route"),
+        ({**BODY, "route": {"choice": [{"name": "nobody"}]}}, 404, None),
+        ({**BODY, "route": {"choice": [{"name": "a", "weight": 99}]}}, 422, "route"),
+        ({**BODY, "route": {"best": ["a"]}}, 422, "route"),
+        ({**BODY, "route": {"best": ["a", "a"]}}, 400, "route"),
+    ],
+)
+def test_bad_definitions_are_refused(live: Any, body: Any, status: int, param: str | None) -> None:
+    answer = live.http.put("/tasks/own", json=body)
+    assert answer.status_code == status, answer.text
+    if param:
+        assert answer.json()["error"]["param"].startswith(param)
+    assert live.http.get("/tasks/own").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["tiny", "base", "none", "a,b", "-x"])
+def test_bad_names_are_refused(live: Any, name: str) -> None:
+    assert live.http.put(f"/tasks/{name}", json=BODY).status_code == 400
+
+
+def test_a_bad_task_file_leaves_its_adapter_served(live: Any, write_adapter: Any) -> None:
+    write_adapter("odd", 31, task={"prompt": "no input here"})
+    assert live.http.post("/adapters", json={"name": "odd", "source": "odd"}).status_code in (200, 201)
+    assert live.http.get("/tasks/odd").status_code == 404
+    assert live.generate("x", adapters=[{"name": "odd"}]).status_code == 200
