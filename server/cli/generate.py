@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapters.weights import check_weight
 from server.cli import logs
 from server.cli.options import BASE, AsJson, with_settings
 from server.cli.terminal import print_json, progress
@@ -118,6 +117,8 @@ async def _answer(
 
 def _adapter(house: House, text: str) -> tuple[str, float]:
     """NAME=WEIGHT as an entry of a choice; a folder is published under its own name first."""
+    from adapters.weights import check_weight
+
     name, equals, weight_text = text.rpartition("=")
     if not equals:
         name, weight_text = text, "1"

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from adapters.errors import AdapterError
+from server.bench import command as bench
 from server.cli import adapters, generate, models, serve
 from server.errors import ServerError
 
@@ -25,6 +26,7 @@ app.add_typer(adapters.app, name="adapters")
 app.command()(models.pull)
 app.command()(models.quantize)
 app.command()(models.doctor)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

@@ -21,16 +21,22 @@ def is_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
+def fetched(hub_id: str, directory: Path) -> Path | None:
+    """The folder that an earlier `fetch_model` brought, if it is still there: no network is asked."""
+    try:
+        folder = Path(json.loads(_record(hub_id, directory).read_text())["path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return folder if folder.is_dir() else None
+
+
 def fetch_model(hub_id: str, directory: Path) -> Path:
-    """The folder of a base on the hub; one that was fetched whole before is not asked for again. Raises BadModel."""
-    record = directory / f"{hub_id.replace('/', '--')}.json"
-    known = _recorded(record)
-    if known is not None:
-        return known
+    """The folder of a base on the hub, recorded for `fetched` when it is whole. Raises BadModel."""
     try:
         folder = _snapshot(hub_id, directory, _MODEL_FILES, ignore=["original/*"])
     except _Unavailable as e:
         raise BadModel(e.message, "model") from None
+    record = _record(hub_id, directory)
     partial = record.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps({"path": str(folder)}))
     os.replace(partial, record)
@@ -45,13 +51,8 @@ def fetch_adapter(hub_id: str, directory: Path, max_bytes: int) -> Path:
         raise InvalidRequest(e.message, "source") from None
 
 
-def _recorded(record: Path) -> Path | None:
-    """Where an earlier fetch put the folder, if it says so and the folder is still there."""
-    try:
-        folder = Path(json.loads(record.read_text())["path"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return folder if folder.is_dir() else None
+def _record(hub_id: str, directory: Path) -> Path:
+    return directory / f"{hub_id.replace('/', '--')}.json"
 
 
 class _Unavailable(ServerError):

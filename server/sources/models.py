@@ -29,14 +29,25 @@ def resolve_model(model: str, state_dir: Path, *, progress: Progress | None = No
     Fetches what is not there yet to `state_dir`/models; what appears there is whole. Raises BadModel, which says what
     to do when it cannot be had.
     """
+    found = locate(model, state_dir)
+    if found is not None:
+        return found
     if model in catalogue.ENTRIES:
         return Resolved(model, catalogue.fetch(catalogue.ENTRIES[model], state_dir / "models", progress))
+    return Resolved(_hub_name(model), hub.fetch_model(model, state_dir / "models" / "hub"))
+
+
+def locate(model: str, state_dir: Path) -> Resolved | None:
+    """The base that `model` names if it is on this machine, None if it has to be fetched. Raises BadModel."""
+    if model in catalogue.ENTRIES:
+        placed = catalogue.present(catalogue.ENTRIES[model], state_dir / "models")
+        return None if placed is None else Resolved(model, placed)
     path = Path(model).expanduser()
     if path.exists():
         return Resolved(_served_name(path.stem if path.is_file() else path.resolve().name), path.resolve())
     if hub.is_id(model) and not model.endswith(".gguf"):
-        name = model.partition("@")[0].rpartition("/")[2]
-        return Resolved(_served_name(name), hub.fetch_model(model, state_dir / "models" / "hub"))
+        known = hub.fetched(model, state_dir / "models" / "hub")
+        return None if known is None else Resolved(_hub_name(model), known)
     near = difflib.get_close_matches(model, catalogue.ENTRIES, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise BadModel(
@@ -46,7 +57,11 @@ def resolve_model(model: str, state_dir: Path, *, progress: Progress | None = No
     )
 
 
+def _hub_name(hub_id: str) -> str:
+    return _served_name(hub_id.partition("@")[0].rpartition("/")[2])
+
+
 def _served_name(name: str) -> str:
-    """`name` with what a served name can not have replaced. "base" stays free for the base itself."""
+    """`name` with what a served name can not have replaced."""
     cleaned = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:64]
     return cleaned if NAME.fullmatch(cleaned) else "model"

@@ -1,0 +1,185 @@
+"""`examine`: what this machine offers, what would be used, and what would go wrong, before anything is served.
+
+Fetches nothing, loads no base, changes nothing. Knows the other parts only by asking them what they would choose.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from server.errors import ServerError
+from server.settings import Settings
+
+ISA = {
+    "x86_64": ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8"),
+    "aarch64": ("asimd", "asimddp", "i8mm", "bf16", "sve"),
+}
+"""Processor features that matter to the kernels, as the kernel's cpuinfo names them."""
+
+FEW_FILES = 1024
+"""Open files at or below which a busy server may run out."""
+
+
+@dataclass
+class Report:
+    """`facts` for people, in order; `problems` keep the server from starting, `remarks` make it slower or smaller."""
+
+    facts: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def describe(self) -> dict[str, Any]:
+        return {"ok": not self.problems, "facts": self.facts, "problems": self.problems, "notes": self.remarks}
+
+
+def examine(settings: Settings) -> Report:
+    """Look at processor, memory, GPU, kernels, base, disk and port."""
+    report = Report()
+    checks: tuple[Callable[[Settings, Report], None], ...] = (
+        _processor,
+        _memory,
+        _torch,
+        _kernels,
+        _base,
+        _state_dir,
+        _listening,
+    )
+    for check in checks:
+        try:
+            check(settings, report)
+        except ServerError as e:
+            report.problems.append(e.message)
+    return report
+
+
+def _processor(settings: Settings, report: Report) -> None:
+    cores = len(os.sched_getaffinity(0))
+    report.facts["cores"] = f"{cores} of {os.cpu_count()}"
+    threads = settings.threads or cores
+    report.facts["threads"] = str(threads)
+    if threads > cores:
+        report.remarks.append(f"{threads} threads on {cores} cores get in each other's way; leave --threads out")
+    flags = set(_cpuinfo("flags", "Features").split())
+    known = ISA.get(platform.machine(), ())
+    found = [name for name in known if name in flags]
+    report.facts["processor"] = f"{_cpuinfo('model name') or platform.machine()} ({', '.join(found) or 'plain'})"
+
+
+def _memory(settings: Settings, report: Report) -> None:
+    info = meminfo()
+    free, total = info.get("MemAvailable", 0), info.get("MemTotal", 0)
+    limit = _cgroup_limit()
+    if limit is not None and limit < total:
+        report.facts["memory limit"] = f"{_gib(limit)} for this container"
+        free = min(free, limit)
+    report.facts["memory"] = f"{_gib(free)} free of {_gib(total)}"
+    wanted = settings.adapter_ram + (settings.kv_cache or 0)
+    if wanted > free:
+        report.remarks.append(
+            f"--adapter-ram and --kv-cache may take {_gib(wanted)}, but only {_gib(free)} is free; lower them"
+        )
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    report.facts["open files"] = str(files)
+    if files <= FEW_FILES:
+        report.remarks.append(f"{files} open files may be too few for many clients; raise it with ulimit -n")
+
+
+def _torch(settings: Settings, report: Report) -> None:
+    import torch
+
+    report.facts["torch"] = str(torch.__version__)
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        report.facts["GPU"] = f"{torch.cuda.get_device_name()}, {_gib(free)} free of {_gib(total)}"
+    else:
+        report.facts["GPU"] = "none that torch can use"
+        if settings.device == "cuda":
+            why = "this torch is a CPU build" if torch.version.cuda is None else "the driver offers none"
+            report.problems.append(f"--device cuda: {why}; leave --device out to serve from the CPU")
+
+
+def _kernels(settings: Settings, report: Report) -> None:
+    from server.kernels import choose, cpu
+
+    reason = cpu.unavailable()
+    report.facts["kernels"] = choose(settings.kernels).name
+    if reason is not None:
+        report.facts["native kernels"] = f"not here: {reason}"
+        hint = "" if shutil.which("g++") else "; with a C++ compiler (g++), pip install builds them"
+        report.remarks.append(f"without the native kernels torch's own ops serve, which is slower{hint}")
+
+
+def _base(settings: Settings, report: Report) -> None:
+    from server.sources.models import locate
+
+    found = locate(settings.model, settings.state_dir)
+    if found is None:
+        report.facts["base"] = f"{settings.model}, not on this machine yet"
+        report.remarks.append(f"`loramux pull {settings.model}`, or the first start, fetches the base")
+        return
+    files = [found.path] if found.path.is_file() else [p for p in found.path.glob("*.safetensors") if p.is_file()]
+    size = sum(p.stat().st_size for p in files)
+    report.facts["base"] = f"{found.name}, {_gib(size)} at {found.path}"
+    if not files:
+        report.problems.append(f"{found.path} has no .safetensors file; --model takes a model's folder or a .gguf file")
+
+
+def _state_dir(settings: Settings, report: Report) -> None:
+    place = settings.state_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    report.facts["state"] = f"{settings.state_dir}, {_gib(free)} of disk free"
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        report.problems.append(
+            f"the state directory {settings.state_dir} can not be written; --state-dir names another"
+        )
+    elif free < 1 << 30:
+        report.remarks.append(f"only {_gib(free)} of disk is free for adapters and the cache")
+
+
+def _listening(settings: Settings, report: Report) -> None:
+    try:
+        info = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        with socket.create_server(info[4][:2], family=info[0]) as s:
+            report.facts["address"] = f"{settings.host}:{s.getsockname()[1]}, free"
+    except OSError as e:
+        report.facts["address"] = f"{settings.host}:{settings.port}, not free"
+        report.problems.append(f"can not listen on {settings.host}:{settings.port}: {e.strerror or e}; see --port")
+
+
+def meminfo() -> dict[str, int]:
+    """The kernel's account of memory in bytes; empty where there is none."""
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    parts = (line.split() for line in lines)
+    return {p[0].rstrip(":"): int(p[1]) * (1024 if len(p) > 2 else 1) for p in parts if len(p) >= 2}
+
+
+def _cgroup_limit() -> int | None:
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        path = Path("/sys/fs/cgroup") / name
+        if path.exists() and (text := path.read_text().strip()).isdigit():
+            return int(text)
+    return None
+
+
+def _cpuinfo(*names: str) -> str:
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        name, _, value = line.partition(":")
+        if name.strip() in names:
+            return value.strip()
+    return ""
+
+
+def _gib(n: int) -> str:
+    return f"{n / (1 << 30):.1f} GiB" if n >= 1 << 30 else f"{n / (1 << 20):.0f} MiB"
