@@ -115,7 +115,9 @@ def test_names_that_nobody_may_have(live: Any, name: str) -> None:
     assert loaded.status_code == 400, loaded.text
 
 
-@pytest.mark.parametrize("source", ["/etc", "../outside", "a/../../x", "link", "~", "\x00", ".", "https://x/y", "org/name"])
+@pytest.mark.parametrize(
+    "source", ["/etc", "../outside", "a/../../x", "link", "~", "\x00", ".", "https://x/y", "org/name"]
+)
 def test_sources_outside_are_refused(live: Any, adapter_dir: Path, tmp_path: Path, source: str) -> None:
     (tmp_path / "outside").mkdir(exist_ok=True)
     os.symlink(tmp_path / "outside", adapter_dir / "link")

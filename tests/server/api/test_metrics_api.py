@@ -1,0 +1,238 @@
+"""Every series of the contract on a live server, and the gateway's reading of the five of its own."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.metrics import (
+    DURATION_BUCKETS,
+    MAX_PAIRS,
+    TPOT_BUCKETS,
+    TTFT_BUCKETS,
+    Ended,
+    Metrics,
+    Snapshot,
+)
+
+SERIES = {
+    "loramux_requests": "counter",
+    "loramux_request_duration_seconds": "histogram",
+    "loramux_time_to_first_token_seconds": "histogram",
+    "loramux_time_per_output_token_seconds": "histogram",
+    "loramux_queue_seconds": "histogram",
+    "loramux_prompt_tokens": "counter",
+    "loramux_generation_tokens": "counter",
+    "loramux_adapter_info": "gauge",
+    "loramux_task_quality": "gauge",
+    "loramux_adapter_bytes": "gauge",
+    "loramux_adapter_loads": "counter",
+    "loramux_adapter_load_seconds": "histogram",
+    "loramux_adapter_evictions": "counter",
+    "loramux_memory_bytes": "gauge",
+    "loramux_kv_blocks": "gauge",
+    "loramux_batch_size": "histogram",
+    "loramux_training_loss": "gauge",
+    "loramux_training_tokens": "counter",
+    "loramux_training_progress": "gauge",
+    "vllm:num_requests_running": "gauge",
+    "vllm:num_requests_waiting": "gauge",
+    "vllm:kv_cache_usage_perc": "gauge",
+    "vllm:cache_config_info": "gauge",
+    "vllm:lora_requests_info": "gauge",
+}
+
+
+def families(text: str) -> dict[str, Any]:
+    found = list(text_string_to_metric_families(text))
+    assert len({f.name for f in found}) == len(found), "no family comes twice"
+    return {f.name: f for f in found}
+
+
+def value(text: str, name: str, **labels: str) -> float | None:
+    for family in families(text).values():
+        for sample in family.samples:
+            if sample.name == name and labels.items() <= sample.labels.items():
+                return float(sample.value)
+    return None
+
+
+def ended(task: str | None, *adapters: str, status: str = "200", **more: Any) -> Ended:
+    times: dict[str, Any] = {"submitted": 1.0, "admitted": 1.5, "first_token": 2.0, "finished": 4.0}
+    return Ended(task, adapters, status, **{**times, "prompt_tokens": 10, "generated_tokens": 5, "longest": 5, **more})
+
+
+def test_every_series_has_its_name_type_and_help() -> None:
+    found = families(Metrics().render().decode())
+    assert {name: family.type for name, family in found.items()} == SERIES
+    assert all(family.documentation for family in found.values())
+
+
+def test_buckets_are_vllms_with_ours_before() -> None:
+    assert TPOT_BUCKETS[:4] == (0.001, 0.0025, 0.005, 0.01) and TPOT_BUCKETS[-1] == 80
+    assert DURATION_BUCKETS[:5] == (0.01, 0.025, 0.05, 0.1, 0.3) and DURATION_BUCKETS[-1] == 7680
+    assert TTFT_BUCKETS[0] == 0.001 and TTFT_BUCKETS[-1] == 2560 and len(TTFT_BUCKETS) == 22
+
+
+def test_a_request_is_recorded_from_its_own_timestamps() -> None:
+    metrics = Metrics()
+    metrics.record(ended("mood", "b", "a"))
+    text = metrics.render().decode()
+    pair = {"task": "mood", "adapter": "a+b"}
+    assert value(text, "loramux_requests_total", **pair, status="200") == 1
+    assert value(text, "loramux_request_duration_seconds_sum", **pair) == 3.0
+    assert value(text, "loramux_time_to_first_token_seconds_sum", **pair) == 1.0
+    assert value(text, "loramux_time_per_output_token_seconds_sum", **pair) == 0.5
+    assert value(text, "loramux_queue_seconds_sum", **pair) == 0.5
+    assert value(text, "loramux_queue_seconds_bucket", **pair, le="0.3") == 0
+    assert value(text, "loramux_queue_seconds_bucket", **pair, le="0.5") == 1
+    assert value(text, "loramux_queue_seconds_bucket", **pair, le="+Inf") == 1
+    assert value(text, "loramux_prompt_tokens_total", **pair) == 10
+    metrics.record(ended(None, status="cancelled"))
+    metrics.record(ended("mood", "a", "b", latency=False))
+    text = metrics.render().decode()
+    assert value(text, "loramux_requests_total", task="none", adapter="base", status="cancelled") == 1
+    assert value(text, "loramux_request_duration_seconds_count", task="none", adapter="base") == 0
+    assert value(text, "loramux_request_duration_seconds_count", **pair) == 1, "evaluation stays out of the latencies"
+    assert value(text, "loramux_requests_total", **pair, status="200") == 2
+
+
+def test_pairs_are_bounded_and_go_with_their_adapter() -> None:
+    metrics = Metrics()
+    for i in range(MAX_PAIRS + 50):
+        metrics.record(ended(f"t{i}", f"a{i}"))
+    text = metrics.render().decode()
+    assert value(text, "loramux_requests_total", task="other", adapter="other") == 50
+    assert text.count("loramux_requests_total{") == MAX_PAIRS + 1
+    metrics.record(ended(None, "a7", "zz"))
+    metrics.forget_adapter("a7")
+    text = metrics.render().decode()
+    assert 'adapter="a7"' not in text and 'adapter="a7+zz"' not in text
+    metrics.record(ended("fresh", "new"))
+    assert value(metrics.render().decode(), "loramux_requests_total", task="fresh", adapter="new") == 1
+
+
+def test_names_that_were_not_found_are_no_labels(live: Any) -> None:
+    live.generate("x", task="made-up-by-a-client")
+    live.generate("x", adapters=[{"name": "another-made-up"}])
+    live.http.post("/v1/completions", json={"model": "third", "prompt": "x"})
+    text = live.http.get("/metrics").text
+    assert "made-up" not in text and "third" not in text
+    assert value(text, "loramux_requests_total", task="other", adapter="other", status="404") == 3
+
+
+def test_a_scrape_at_200_pairs_is_quick() -> None:
+    metrics = Metrics()
+    for i in range(MAX_PAIRS):
+        metrics.record(ended(f"t{i}", f"a{i}"))
+    best = min(_timed(metrics.render) for _ in range(5))
+    assert best < 0.15, f"{best * 1000:.0f} ms"
+
+
+def _timed(call: Any) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def test_a_live_server_tells_of_its_traffic(live: Any) -> None:
+    live.generate("hello", task="mood", ignore_eos=True)
+    live.generate("hello", adapters=[{"name": "b"}, {"name": "a", "weight": 0.5}])
+    live.generate("hello", max_tokens=100000)
+    text = live.http.get("/metrics").text
+    assert value(text, "loramux_requests_total", task="mood", adapter="mood", status="200") == 1
+    assert value(text, "loramux_requests_total", task="none", adapter="a+b", status="200") == 1
+    assert value(text, "loramux_requests_total", task="none", adapter="base", status="400") == 1
+    assert value(text, "loramux_generation_tokens_total", task="mood", adapter="mood") == 6
+    version = live.http.get("/adapters/a").json()["version"]
+    assert value(text, "loramux_adapter_info", adapter="a", version=version) == 1
+    assert (value(text, "loramux_adapter_bytes", adapter="a", tier="device") or 0) > 0
+    for kind in ("base", "kv_cache", "adapters", "activations", "process"):
+        assert (value(text, "loramux_memory_bytes", kind=kind) or 0) > 0, kind
+    total = sum(value(text, "loramux_kv_blocks", state=s) or 0 for s in ("free", "used", "cached"))
+    assert total == live.stats()["kv_blocks"]["total"]
+    assert (value(text, "loramux_batch_size_count") or 0) == live.stats()["steps"]
+    stats = live.http.get("/stats").json()
+    assert stats["tasks"]["mood"]["requests"] == 1 and stats["slots"]["resident"]
+    assert set(stats["memory"]) >= {"base", "kv_cache", "adapters", "activations", "process"}
+
+
+# What the gateway does: parse the families, take the newest LoRA series, score.
+
+
+def newest(text: str) -> dict[str, str]:
+    samples = families(text)["vllm:lora_requests_info"].samples
+    return dict(max(samples, key=lambda s: s.value).labels)
+
+
+def score(labels: dict[str, str], model: str) -> float:
+    def names(key: str) -> set[str]:
+        return {part.strip() for part in labels[key].split(",") if part.strip()}
+
+    active, waiting = names("running_lora_adapters"), names("waiting_lora_adapters")
+    if model in active:
+        return 1.0
+    if len(active) + len(waiting) < int(labels["max_lora"]):
+        return 0.8
+    return 0.6 if model in waiting else 0.0
+
+
+def test_the_gateway_scores_us_by_what_is_resident(live: Any) -> None:
+    text = live.http.get("/metrics").text
+    assert len(families(text)["vllm:lora_requests_info"].samples) == 1
+    assert score(newest(text), "a") == 0.8 and newest(text)["running_lora_adapters"] == ""
+    live.generate("x", adapters=[{"name": "a"}], max_tokens=1)
+    text = live.http.get("/metrics").text
+    samples = families(text)["vllm:lora_requests_info"].samples
+    assert len(samples) == 1 and abs(samples[0].value - time.time()) < 10
+    assert score(newest(text), "a") == 1.0 and score(newest(text), "b") == 0.8
+    assert newest(text)["max_lora"] == "64" and "mood" not in newest(text)["running_lora_adapters"]
+    assert value(text, "vllm:num_requests_running") == 0 and value(text, "vllm:num_requests_waiting") == 0
+    config = families(text)["vllm:cache_config_info"].samples[0].labels
+    assert config["block_size"] == "16" and int(config["num_gpu_blocks"]) == live.stats()["kv_blocks"]["total"]
+
+
+def test_the_gateways_gauges_follow_the_load(start: Any, write_adapter: Any) -> None:
+    live = start(max_batch=1)
+    live.slow_down(0.03)
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            pool.submit(live.generate, "x", max_tokens=20, ignore_eos=True)
+        seen = []
+        for _ in range(60):
+            text = live.http.get("/metrics").text
+            seen.append((value(text, "vllm:num_requests_running"), value(text, "vllm:num_requests_waiting")))
+            if seen[-1] == (1.0, 3.0):
+                assert (value(text, "vllm:kv_cache_usage_perc") or 0) > 0
+                break
+        assert (1.0, 3.0) in seen
+
+
+def test_loads_and_evictions_are_heard_of() -> None:
+    metrics = Metrics(lambda: Snapshot(slot_evictions=2))
+    metrics.on_load("a", "ok", 0.25)
+    metrics.on_load("a", "failed", 9.0)
+    metrics.on_evict("a", "ram")
+    text = metrics.render().decode()
+    assert value(text, "loramux_adapter_loads_total", adapter="a", outcome="ok") == 1
+    assert value(text, "loramux_adapter_loads_total", adapter="a", outcome="failed") == 1
+    assert value(text, "loramux_adapter_load_seconds_sum") == 0.25
+    assert value(text, "loramux_adapter_evictions_total", tier="ram") == 1
+    assert value(text, "loramux_adapter_evictions_total", tier="device") == 2
+    metrics.on_change("a", None)
+    assert 'adapter="a"' not in metrics.render().decode()
+
+
+def test_snapshot_values_reach_their_series() -> None:
+    metrics = Metrics(lambda: Snapshot(base="b", quality=[("t", "a", "a@1", "accuracy", "feedback", 0.5)],
+                                       training=[(f"j{i}", 1.5, 10, 0.25) for i in range(30)]))  # fmt: skip
+    text = metrics.render().decode()
+    assert value(text, "loramux_task_quality", task="t", version="a@1") == 0.5
+    assert value(text, "loramux_training_tokens_total", job="j29") == 10
+    assert value(text, "loramux_training_loss", job="j9") is None, "the last twenty jobs"
+    assert value(text, "loramux_training_progress", job="j10") == pytest.approx(0.25)
