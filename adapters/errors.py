@@ -9,8 +9,9 @@ AdapterError
 ├── AdapterConflict       the name is in use: by other content, by a task, or pinned
 ├── VersionMismatch       compare-and-set: the name is not at the version that the caller expected
 ├── NoRoom                it does not fit the budget, and never could
-└── StoreFailed           the disk refused (full, read-only, gone); nothing was changed
-InvalidData               a training or evaluation line is not usable; names the line
+├── StoreFailed           the disk refused (full, read-only, gone); nothing was changed
+├── InvalidData           a training or evaluation line is not usable; names the line
+└── TrainingStopped       somebody asked for it; the checkpoint is written
 """
 
 
@@ -61,3 +62,7 @@ class StoreFailed(AdapterError):
 
 class InvalidData(AdapterError):
     """A line of a data file is not usable; the message gives its number and what is wrong."""
+
+
+class TrainingStopped(AdapterError):
+    """A training run was asked to stop, and did after writing its checkpoint; it can be resumed from there."""

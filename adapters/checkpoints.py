@@ -1,0 +1,62 @@
+"""A training run on disk, to go on from: one safetensors file, replaced by a rename, so a kill leaves a whole one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from adapters.errors import AdapterError, StoreFailed
+
+FILE = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`key` says which run it is of, `progress` where it is (JSON values), `tensors` its state."""
+
+    key: str
+    progress: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+
+def write_checkpoint(folder: Path, state: Checkpoint) -> None:
+    """Replaces the folder's checkpoint. Raises StoreFailed, and then the old one is still there."""
+    header = {"key": state.key, "progress": json.dumps(dict(state.progress))}
+    part = folder / f".{FILE}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as stream:
+            stream.write(safetensors.torch.save(dict(state.tensors), metadata=header))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, folder / FILE)
+    except OSError as error:
+        raise StoreFailed(f"the checkpoint could not be written: {error}") from error
+
+
+def read_checkpoint(folder: Path, key: str) -> Checkpoint | None:
+    """The folder's checkpoint, None if there is none. Raises AdapterError if it is damaged, or of another run."""
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        progress = json.loads(header["progress"])
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise AdapterError(f"the checkpoint {path.name} is damaged ({error}); remove it to begin anew") from error
+    if header.get("key") != key:
+        raise AdapterError(
+            f"the checkpoint in {folder.name!r} is of another run: other data, settings or start; "
+            "remove it, or give another folder"
+        )
+    return Checkpoint(key, progress, tensors)

@@ -1,0 +1,196 @@
+"""Training data: JSON and JSONL files as people write them, checked line by line, and as tokens.
+
+Owns the three forms of an example and what can be wrong with one. How text becomes tokens is the caller's `encode`;
+neither templates nor tokenizers are known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import InvalidData
+
+MAX_LINE = 4 << 20
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`{"input", "output"}`: the input goes into the task's prompt template, the output is learned."""
+
+    line: int
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`{"prompt", "completion"}`: the text as it is, the completion is learned."""
+
+    line: int
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """`{"messages"}`: a conversation; what the assistant says is learned, but for messages of weight 0."""
+
+    line: int
+    messages: tuple[dict[str, Any], ...]
+
+
+Record = Pair | Completion | Chat
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sequence of tokens. `learned[i]` says whether token i is a target: predicted from those before it."""
+
+    ids: tuple[int, ...]
+    learned: tuple[bool, ...]
+
+    @property
+    def targets(self) -> int:
+        return sum(self.learned)
+
+
+Encode = Callable[[Record], tuple[Sequence[int], Sequence[bool]]]
+"""A record -> its token ids, and which of them are learned; the end token is among both."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Examples, and how many records were left out because they are longer than the limit."""
+
+    examples: tuple[Example, ...]
+    too_long: int = 0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all ids and masks, in order."""
+        h = hashlib.sha256()
+        for example in self.examples:
+            h.update(json.dumps([example.ids, [int(b) for b in example.learned]]).encode())
+        return h.hexdigest()
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a .json file (a list of objects) or a .jsonl file (one object a line; empty lines are skipped).
+
+    Raises InvalidData, which names the file, the line or the entry, and what is wrong with it.
+    """
+    try:
+        return parse(path.read_bytes(), path.name)
+    except OSError as error:
+        raise InvalidData(f"{path.name} cannot be read: {error}") from error
+
+
+def parse(data: bytes, name: str = "data") -> list[Record]:
+    """The records in the bytes of a file; see `read`. Whether it is JSON or JSONL is seen from its first character."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise InvalidData(f"{name}, line {line}: not UTF-8 ({error.reason})") from error
+    records = list(_from_list(text, name) if text.lstrip()[:1] == "[" else _from_lines(text, name))
+    if not records:
+        raise InvalidData(f"{name} has no examples")
+    return records
+
+
+def _from_list(text: str, name: str) -> Iterator[Record]:
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidData(f"{name} is no valid JSON: {error}") from error
+    for number, entry in enumerate(entries, 1):
+        yield record(entry, number, f"{name}, entry {number}")
+
+
+def _from_lines(text: str, name: str) -> Iterator[Record]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{name}, line {number}"
+        if len(line) > MAX_LINE:
+            raise InvalidData(f"{where}: {len(line):,} characters are over the limit of {MAX_LINE:,}")
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InvalidData(f"{where}: no valid JSON ({error})") from error
+        yield record(entry, number, where)
+
+
+def record(entry: object, number: int, where: str) -> Record:
+    """One example from its JSON value. Raises InvalidData, which begins with `where`."""
+    if not isinstance(entry, dict):
+        raise InvalidData(f"{where}: an example is an object, not {type(entry).__name__}")
+    keys = set(entry)
+    if "messages" in keys:
+        return Chat(number, tuple(_messages(entry["messages"], where)))
+    for first, second in (("input", "output"), ("prompt", "completion")):
+        if first in keys or second in keys:
+            given, learned = _string(entry, first, where), _string(entry, second, where)
+            if not learned.strip():
+                raise InvalidData(f"{where}: {second!r} is empty; there is nothing to learn")
+            return Pair(number, given, learned) if first == "input" else Completion(number, given, learned)
+    shown = ", ".join(sorted(map(str, keys))[:8]) or "nothing"
+    raise InvalidData(
+        f"{where}: it has {shown}; an example has 'input' and 'output', or 'prompt' and 'completion', or 'messages'"
+    )
+
+
+def _string(entry: dict[str, Any], key: str, where: str) -> str:
+    if key not in entry:
+        raise InvalidData(f"{where}: {key!r} is missing")
+    value = entry[key]
+    if not isinstance(value, str):
+        raise InvalidData(f"{where}: {key!r} must be a string, not {type(value).__name__}")
+    return value
+
+
+def _messages(value: object, where: str) -> Iterator[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        raise InvalidData(f"{where}: 'messages' must be a list of messages")
+    learned = 0
+    for i, message in enumerate(value, 1):
+        if not isinstance(message, dict):
+            raise InvalidData(f"{where}: message {i} is no object")
+        role, content, weight = message.get("role"), message.get("content"), message.get("weight", 1)
+        if role not in ROLES:
+            raise InvalidData(f"{where}: message {i} has the role {role!r}; roles are {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise InvalidData(f"{where}: message {i} has no text in 'content'")
+        if weight not in (0, 1):
+            raise InvalidData(f"{where}: message {i} has the weight {weight!r}; it is 0 or 1")
+        learned += role == "assistant" and weight == 1
+        yield message
+    if not learned:
+        raise InvalidData(f"{where}: no message of the assistant is there to learn")
+
+
+def tokenize(records: Iterable[Record], encode: Encode, max_length: int, name: str = "data") -> Tokens:
+    """The records as tokens. Those over `max_length` are left out and counted.
+
+    Raises InvalidData if nothing is left, or for a record without a token to learn, naming its line.
+    """
+    examples = []
+    too_long = 0
+    for item in records:
+        ids, learned = encode(item)
+        if len(ids) != len(learned) or not any(learned[1:]):
+            raise InvalidData(f"{name}, line {item.line}: no token of it would be learned")
+        if len(ids) > max_length:
+            too_long += 1
+            continue
+        # The first token has none before it to be predicted from.
+        examples.append(Example(tuple(ids), (False, *map(bool, learned[1:]))))
+    if not examples:
+        raise InvalidData(f"{name}: all {too_long} examples are longer than {max_length} tokens (max_length)")
+    return Tokens(tuple(examples), too_long)

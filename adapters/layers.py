@@ -1,0 +1,169 @@
+"""`LoRALinear`, and how it gets into a module tree and out again as `LoraWeights` (LoRA, Hu et al. 2021).
+
+Owns the trainable factors and their first values. The base layer is any module with `in_features` and `out_features`
+that is called with x and whatever else its tree passes on; how it multiplies, and how it sends a gradient through
+frozen 4-bit weights, is its own business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from adapters import peft_config
+from adapters.errors import AdapterError, BaseMismatch
+from adapters.weights import LoraWeights, LowRank, sealed
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Which linears get a LoRA, and of what size.
+
+    `targets` is a list of names (last parts, or more, of module paths), or a pattern for the whole path, or
+    "all-linear". `rank_of` overrides `rank` for whole module paths; 0 there leaves the module out. The scale is
+    alpha / rank, or alpha / sqrt(rank) with `rslora`.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = peft_config.ALL_LINEAR
+    rslora: bool = False
+    rank_of: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise AdapterError(f"a rank must be at least 1, not {self.rank}", "lora_rank")
+        if not 0.0 <= self.dropout < 1.0:
+            raise AdapterError(f"dropout is from 0 to under 1, not {self.dropout!r}", "lora_dropout")
+        if not math.isfinite(self.alpha):
+            raise AdapterError(f"alpha must be finite, not {self.alpha!r}", "lora_alpha")
+
+    def ranks(self, names: Iterable[str]) -> dict[str, int]:
+        """The rank of each of the base's linears that gets one. Raises BaseMismatch if none does."""
+        targets = self.targets if isinstance(self.targets, str) else frozenset(self.targets)
+        config = peft_config.LoraConfig(self.rank, self.alpha, self.rslora, (), (), targets, frozenset(), None, ())
+        chosen = {name: self.rank_of.get(name, self.rank) for name in peft_config.select(config, list(names))}
+        result = {name: rank for name, rank in chosen.items() if rank > 0}
+        if not result:
+            raise BaseMismatch(f"no linear of the base is meant by target_modules = {self.targets!r}", "target_modules")
+        return result
+
+
+class LoRALinear(nn.Module):
+    """`base_layer(x) + scale * B (A dropout(x))`. A is [rank, in], B is [out, rank], float32; the base is frozen.
+
+    A begins normal, with the variance of PEFT's uniform start (1 / (3 in)), B at zero: the first forward is the base's.
+    The products run in x's dtype.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        width: int = base_layer.in_features  # type: ignore[assignment]
+        out: int = base_layer.out_features  # type: ignore[assignment]
+        self.base_layer = base_layer
+        self.rank = rank
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.dropout = dropout
+        self.lora_A = nn.Parameter(torch.empty(rank, width).normal_(0.0, (3.0 * width) ** -0.5, generator=generator))
+        self.lora_B = nn.Parameter(torch.zeros(out, rank))
+
+    def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        y: torch.Tensor = self.base_layer(x, *args)
+        dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
+        inner = F.linear(dropped, self.lora_A.to(x.dtype)) * self.scale
+        return y + F.linear(inner, self.lora_B.to(x.dtype))
+
+    def low_rank(self) -> LowRank:
+        """A copy of the factors as they are now."""
+        return LowRank(self.lora_A.detach().clone(), self.lora_B.detach().clone(), self.scale)
+
+
+def linears(tree: nn.Module) -> dict[str, nn.Module]:
+    """The linears of a tree by their path: modules with `in_features` and `out_features`, heads left out."""
+    return {
+        path: module
+        for path, module in tree.named_modules()
+        if hasattr(module, "in_features")
+        and hasattr(module, "out_features")
+        and path
+        and not peft_config.HEADS.fullmatch(path)
+        and not path.endswith(".base_layer")
+    }
+
+
+def injected(tree: nn.Module) -> dict[str, LoRALinear]:
+    """The LoRALinears of a tree by their path."""
+    return {path: module for path, module in tree.named_modules() if isinstance(module, LoRALinear)}
+
+
+def inject(tree: nn.Module, spec: LoraSpec, seed: int = 0) -> dict[str, LoRALinear]:
+    """Puts a LoRALinear over each targeted linear of a tree that has none, and freezes all else.
+
+    Raises BaseMismatch if the spec means no linear, AdapterError if there are LoRALinears already.
+    """
+    if injected(tree):
+        raise AdapterError("the tree has LoRA layers already; eject them first")
+    found = linears(tree)
+    ranks = spec.ranks(found)
+    tree.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for path, rank in ranks.items():
+        layer = LoRALinear(found[path], rank, spec.alpha, spec.dropout, spec.rslora, generator)
+        _set(tree, path, layer)
+        layers[path] = layer
+    return layers
+
+
+def load(layers: Mapping[str, LoRALinear], weights: LoraWeights) -> None:
+    """Makes the factors those of `weights`, its scales included. Raises BaseMismatch if modules or shapes differ."""
+    if set(layers) != set(weights.modules):
+        odd = sorted(set(layers) ^ set(weights.modules))
+        raise BaseMismatch(f"the adapter to start from and the targets differ in {len(odd)} modules, {odd[0]!r} first")
+    for path, layer in layers.items():
+        a, b, scale = weights.modules[path]
+        if a.shape != layer.lora_A.shape or b.shape != layer.lora_B.shape:
+            raise BaseMismatch(
+                f"{path}: the adapter to start from has {list(b.shape)} x {list(a.shape)}, "
+                f"not {list(layer.lora_B.shape)} x {list(layer.lora_A.shape)}"
+            )
+        with torch.no_grad():
+            layer.lora_A.copy_(a)
+            layer.lora_B.copy_(b)
+        layer.scale = scale
+
+
+def extract(tree: nn.Module, name: str, metadata: Mapping[str, Any] | None = None) -> LoraWeights:
+    """The factors of a tree's LoRALinears as they are now, copied, float32."""
+    return sealed(name, {path: layer.low_rank() for path, layer in injected(tree).items()}, metadata)
+
+
+def eject(tree: nn.Module) -> None:
+    """Puts the base layers back."""
+    for path, layer in injected(tree).items():
+        _set(tree, path, layer.base_layer)
+
+
+def trainable_parameters(shapes: Mapping[str, tuple[int, int]], spec: LoraSpec) -> int:
+    """How many values a spec trains on a base with these linears (path -> (out, in))."""
+    return sum(rank * sum(shapes[path]) for path, rank in spec.ranks(shapes).items())
+
+
+def _set(tree: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, last = path.rpartition(".")
+    setattr(tree.get_submodule(parent), last, module)

@@ -1,0 +1,76 @@
+"""Training records as tokens, rendered by the same functions that render a request (`engine.text`).
+
+Owns which tokens of a record are learned: an answer and the token that ends it, never what was asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from adapters.data import Chat, Completion, Encode, Pair, Record
+from adapters.errors import InvalidData
+from server.engine.text import Format, Text
+from server.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class Template:
+    """A task's prompt (with one `{input}`), its format and system text, as in task.json."""
+
+    prompt: str = "{input}"
+    format: Format = "chat"
+    system: str | None = None
+
+    @staticmethod
+    def of(task: Mapping[str, object]) -> Template:
+        """The template in a task.json."""
+        format: Format = "raw" if task.get("format") == "raw" else "chat"
+        system = task.get("system")
+        return Template(str(task.get("prompt", "{input}")), format, system if isinstance(system, str) else None)
+
+
+def encoder(text: Text, template: Template) -> Encode:
+    """A function for `adapters.data.tokenize`. It raises InvalidData for records that cannot be rendered."""
+
+    def encode(record: Record) -> tuple[list[int], list[bool]]:
+        try:
+            if isinstance(record, Chat):
+                return _chat(text, record)
+            if isinstance(record, Completion):
+                ids, learned = text.encode_example("{input}", "raw", None, record.prompt, record.completion)
+            else:
+                ids, learned = _pair(text, template, record)
+        except InvalidRequest as error:
+            raise InvalidData(f"line {record.line}: {error.message}") from error
+        return ids, [False] * (len(ids) - learned) + [True] * learned
+
+    return encode
+
+
+def _pair(text: Text, template: Template, record: Pair) -> tuple[list[int], int]:
+    return text.encode_example(template.prompt, template.format, template.system, record.input, record.output)
+
+
+def _chat(text: Text, record: Chat) -> tuple[list[int], list[bool]]:
+    """Each answer of the assistant is learned from the tokens of all that comes before it, as a server would send it.
+
+    A template may render a turn otherwise once another follows. Where the tokens so far are not the beginning of the
+    next ones, the record is refused rather than learned at the wrong places.
+    """
+    messages = list(record.messages)
+    ids: list[int] = []
+    learned: list[bool] = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = text.encode_chat(messages[:i])
+        whole = [*prompt, *text.encode(message["content"], bos=False), text.end_of_turn]
+        if prompt[: len(ids)] != ids:
+            raise InvalidData(
+                f"line {record.line}: the chat template renders earlier turns otherwise once message {i + 1} is there; "
+                "give each answer in an example of its own"
+            )
+        learned += [False] * (len(prompt) - len(ids)) + [message.get("weight", 1) == 1] * (len(whole) - len(prompt))
+        ids = whole
+    return ids, learned

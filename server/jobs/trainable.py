@@ -1,0 +1,150 @@
+"""`Trainable`: a loaded base as the `Model` of `adapters.training`: a second tree over the same weights.
+
+Owns how sequences go through the decoder with gradients: one after the other without padding, and what all of them
+begin with only once. The tree that serves, if there is one, is another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from server.kernels import Backend
+from server.kernels.weight import Weight
+from server.model.attention import Context, PackedAttention, grouped_attention
+from server.model.decoder import training_decoder
+from server.model.loader import Base
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+KEPT_BYTES = 512 << 20
+"""A base whose dequantized linears take no more than this keeps them while it trains."""
+
+
+class Trainable:
+    """A decoder for training over `base`. `compute_dtype` is that of the products; the stream they add to is float32.
+
+    The linears of a small base are dequantized once and kept (`kept_bytes` at most, in the compute dtype); those of a
+    larger one at every use, so that the codes alone are resident.
+    """
+
+    def __init__(self, base: Base, compute_dtype: str = "bfloat16", kept_bytes: int = KEPT_BYTES) -> None:
+        dtype = DTYPES[compute_dtype]
+        decoder = training_decoder(base, dtype)
+        self.tree: nn.Module = decoder
+        self.blocks: Sequence[nn.Module] = list(decoder.model.layers)
+        self.metadata: Mapping[str, Any] = {
+            "base": base.name,
+            "quantization": {**base.quantization, "base_id": base.id, "kernels": base.backend.name},
+        }
+        weights = sum(w.nbytes for w in base.weights.values())
+        self.nbytes = weights + sum(t.nbytes for t in base.tensors.values())
+        paths = list(base.shapes())
+        if sum(out * into * dtype.itemsize for out, into in base.shapes().values()) <= kept_bytes:
+            for path in paths:
+                parent, _, last = path.rpartition(".")
+                dense = _Dense(base.weights[path], base.tensors.get(f"{path}.bias"), base.backend, dtype)
+                setattr(decoder.get_submodule(parent), last, dense)
+                self.nbytes += dense.weight.nbytes
+        self._embed, self._logits = decoder.embed, decoder.logits
+
+    def hidden(self, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """int64 [T] of sequences one after the other -> their last states, float32 [T, hidden].
+
+        What all sequences begin with is computed once: its states are the same in each, since the decoder is causal,
+        and so is their gradient's sum.
+        """
+        shared = shared_prefix(ids, lengths)
+        if shared == 0 and 2 * max(lengths) * len(lengths) > 3 * len(ids):  # padding would cost more than it saves
+            attention = PackedAttention(lengths)
+            states: torch.Tensor = self.tree(self._embed(ids), Context(attention.positions, attention))
+            return states
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        own = torch.cat([torch.arange(s + shared, e) for s, e in zip(starts, starts[1:], strict=False)])
+        tails = PrefixAttention(shared, [length - shared for length in lengths])
+        computed = self.tree(self._embed(torch.cat((ids[:shared], ids[own]))), Context(tails.positions, tails))
+        # Rows of the whole sequences, taken from the computed ones: the prefix's again and again.
+        rows = torch.arange(shared).repeat(len(lengths), 1)
+        place = shared
+        parts = []
+        for row, length in zip(rows, lengths, strict=True):
+            parts += [row, torch.arange(place, place + length - shared)]
+            place += length - shared
+        return computed.index_select(0, torch.cat(parts))  # type: ignore[no-any-return]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [L, hidden] -> float32 [L, vocab]."""
+        return self._logits(hidden)
+
+
+def shared_prefix(ids: torch.Tensor, lengths: Sequence[int]) -> int:
+    """How many tokens all of several sequences begin with; each keeps at least one of its own. 0 for a single one."""
+    if len(lengths) < 2:
+        return 0
+    parts = ids.split(list(lengths))
+    least = min(lengths) - 1
+    heads = torch.stack([part[:least] for part in parts])
+    differ = (heads != heads[0]).any(0).nonzero()
+    return int(differ[0]) if len(differ) else least
+
+
+class PrefixAttention:
+    """Causal attention of sequences that share their first tokens: rows are the prefix, then each one's own tail.
+
+    All tails are attended to in one call, padded to the longest, which costs scores and nothing else.
+    """
+
+    def __init__(self, shared: int, tails: Sequence[int]) -> None:
+        self.positions = torch.cat([torch.arange(shared), *(torch.arange(shared, shared + n) for n in tails)])
+        self._shared, count, width = shared, len(tails), max(tails)
+        lengths = torch.tensor(tails)[:, None]
+        column = torch.arange(width)
+        self._real = (column < lengths).flatten()
+        first = lengths.cumsum(0) - lengths + shared
+        # Where each place of the padded tails is among the rows; what is behind a tail's end reads its first row.
+        self._rows = (first + torch.where(column < lengths, column, 0)).flatten()
+        seen = column[None, :] <= column[:, None]
+        mask = torch.zeros(width, shared + width)
+        mask[:, shared:].masked_fill_(~seen, float("-inf"))
+        self._size, self._mask = (count, width), mask
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `server.model.attention.Attention`."""
+        (count, width), shared = self._size, self._shared
+        heads, d = q.shape[1:]
+        kv_heads = k.shape[1]
+        group = heads // kv_heads
+
+        def padded(x: torch.Tensor) -> torch.Tensor:
+            """[T, kv_heads, d] -> [count * kv_heads, shared + width, d]: the prefix before each tail."""
+            tail = x[self._rows].view(count, width, kv_heads, d)
+            whole = torch.cat((x[:shared].expand(count, -1, -1, -1), tail), 1)
+            return whole.transpose(1, 2).flatten(0, 1)
+
+        queries = q[self._rows].view(count, width, kv_heads, group, d).permute(0, 2, 3, 1, 4)
+        # Plain products: for many short sequences these are several times faster, both ways, than the fused kernel.
+        scores = torch.bmm(queries.reshape(count * kv_heads, group * width, d), padded(k).mT)
+        scores = scores.view(count * kv_heads, group, width, -1).mul(d**-0.5) + self._mask.to(q.dtype)
+        seen = torch.bmm(scores.softmax(-1).flatten(1, 2), padded(v)).view(count, kv_heads, group, width, d)
+        tails = seen.permute(0, 3, 1, 2, 4).reshape(count * width, heads * d)[self._real]
+        if not shared:
+            return tails
+        return torch.cat((grouped_attention(q[:shared], k[:shared], v[:shared], causal=True), tails))
+
+
+class _Dense(nn.Module):
+    """A linear of the base in the compute dtype, frozen: exactly the dequantized codes, rounded once."""
+
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, backend: Backend, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = backend.dequantize(weight).to(dtype)
+        self.bias = bias.to(dtype) if bias is not None else None
+
+    def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)

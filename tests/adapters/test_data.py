@@ -1,0 +1,97 @@
+"""Data files: the three forms, and a bad line is named by its number and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapters import data
+from adapters.data import Chat, Completion, Pair
+from adapters.errors import InvalidData
+
+
+def test_the_three_forms(tmp_path):
+    lines = [
+        {"input": "a", "output": "b", "note": "ignored"},
+        {"prompt": "p", "completion": "c"},
+        {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "v"}]},
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\ufeff" + "\n\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    found = data.read(path)
+    assert found[:2] == [Pair(1, "a", "b"), Completion(3, "p", "c")]
+    assert isinstance(found[2], Chat) and found[2].line == 5 and found[2].messages[1]["content"] == "v"
+    (tmp_path / "x.json").write_text(json.dumps(lines))
+    assert [r.line for r in data.read(tmp_path / "x.json")] == [1, 2, 3]
+
+
+GOOD = '{"input": "a", "output": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("{", "no valid JSON"),
+        ("3", "an example is an object, not int"),
+        ("{}", "it has nothing"),
+        ('{"text": "x"}', "it has text; an example has"),
+        ('{"input": "x"}', "'output' is missing"),
+        ('{"output": "x"}', "'input' is missing"),
+        ('{"input": 3, "output": "x"}', "'input' must be a string, not int"),
+        ('{"input": "x", "output": " "}', "'output' is empty"),
+        ('{"prompt": "x", "completion": null}', "'completion' must be a string"),
+        ('{"messages": []}', "must be a list"),
+        ('{"messages": [3]}', "message 1 is no object"),
+        ('{"messages": [{"role": "bot", "content": "x"}]}', "message 1 has the role 'bot'"),
+        ('{"messages": [{"role": "user"}]}', "message 1 has no text"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "no message of the assistant"),
+        ('{"messages": [{"role": "assistant", "content": "x", "weight": 2}]}', "weight 2"),
+        ("[" * 99_999, "no valid JSON"),
+    ],
+)
+def test_a_bad_line_is_named(line, wrong):
+    with pytest.raises(InvalidData) as error:
+        data.parse((GOOD * 2 + "\n" + line + "\n" + GOOD).encode(), "my.jsonl")
+    assert error.value.message.startswith("my.jsonl, line 4: ") and wrong in error.value.message
+
+
+def test_a_bad_file_is_named(tmp_path):
+    with pytest.raises(InvalidData, match="no examples"):
+        data.parse(b"\n \n")
+    with pytest.raises(InvalidData, match="line 2: not UTF-8"):
+        data.parse(GOOD.encode() + b"\xff\xfe")
+    with pytest.raises(InvalidData, match="no valid JSON"):
+        data.parse(b'[{"input": "a"')
+    with pytest.raises(InvalidData, match="entry 2"):
+        data.parse(b'[{"input": "a", "output": "b"}, 7]')
+    with pytest.raises(InvalidData, match="cannot be read"):
+        data.read(tmp_path / "nothing.jsonl")
+
+
+def test_tokens_are_bounded_and_counted():
+    records = [Pair(1, "ab", "c"), Pair(2, "abcdefgh", "i")]
+
+    def encode(r):
+        ids = [ord(c) for c in r.input + r.output]
+        return ids, [False] * len(r.input) + [True] * len(r.output)
+
+    tokens = data.tokenize(records, encode, 5)
+    assert tokens.too_long == 1 and tokens.examples[0].targets == 1
+    assert tokens.digest != data.tokenize(records, encode, 50).digest
+    with pytest.raises(InvalidData, match="longer than 2"):
+        data.tokenize(records, encode, 2)
+    with pytest.raises(InvalidData, match="line 1: no token"):
+        data.tokenize(records, lambda r: ([1, 2], [True, False]), 5)
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=80, deadline=None)
+def test_any_bytes_are_read_or_refused(noise):
+    for content in (noise, GOOD.encode() + noise, b"[" + noise):
+        try:
+            assert data.parse(content)
+        except InvalidData as error:
+            assert error.message

@@ -1,0 +1,348 @@
+"""The trainer on a tiny Llama: gradients against PEFT, the loss, packing, resumption, stopping."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from adapters import layers, training
+from adapters.data import Example, Tokens
+from adapters.errors import AdapterError, BaseMismatch, TrainingStopped
+from adapters.layers import LoraSpec
+from adapters.optimizer import AdamW, learning_rate
+from adapters.training import TrainingConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+class Wrapped:
+    """A Transformers model as the `Model` of a trainer; sequences one by one."""
+
+    metadata = {"base": "tiny", "quantization": {"scheme": "none"}}
+    nbytes = 0
+
+    def __init__(self, model) -> None:
+        self.model = copy.deepcopy(model)
+        self.tree = self.model
+        self.blocks = list(self.model.model.layers)
+
+    def hidden(self, ids, lengths):
+        return torch.cat([self.model.model(part[None]).last_hidden_state[0] for part in ids.split(list(lengths))])
+
+    def logits(self, hidden):
+        return self.model.lm_head(hidden)
+
+
+def examples(count: int, seed: int = 0) -> Tokens:
+    draw = torch.Generator().manual_seed(seed)
+    result = []
+    for i in range(count):
+        size, learned = 4 + i % 5, 1 + i % 3
+        ids = torch.randint(0, 48, (size,), generator=draw).tolist()
+        result.append(Example(tuple(ids), (False,) * (size - learned) + (True,) * learned))
+    return Tokens(tuple(result))
+
+
+def plain_loss(model, data: Tokens) -> torch.Tensor:
+    """The mean loss over learned tokens, written down once more."""
+    total, count = torch.tensor(0.0), 0
+    for e in data.examples:
+        logits = model(torch.tensor([e.ids])).logits[0]
+        rows = [i for i, on in enumerate(e.learned) if on]
+        total = total + F.cross_entropy(
+            logits[[i - 1 for i in rows]], torch.tensor([e.ids[i] for i in rows]), reduction="sum"
+        )
+        count += len(rows)
+    return total / count
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_gradients_are_pefts_also_after_an_evaluation(llama, rslora):
+    data = examples(6)
+    peft = get_peft_model(
+        copy.deepcopy(llama),
+        LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", use_rslora=rslora, task_type="CAUSAL_LM"),
+    )
+    model = Wrapped(llama)
+    found = layers.inject(model.tree, LoraSpec(rank=3, alpha=7, rslora=rslora), seed=0)
+    with torch.no_grad():
+        for path, layer in found.items():
+            layer.lora_B.normal_(0, 0.3)
+            theirs = peft.base_model.model.get_submodule(path)
+            theirs.lora_A["default"].weight.copy_(layer.lora_A)
+            theirs.lora_B["default"].weight.copy_(layer.lora_B)
+    loss = plain_loss(peft, data)
+    loss.backward()
+    loss = loss.detach()
+    targets = sum(e.targets for e in data.examples)
+    for _ in range(2):
+        model.tree.zero_grad()
+        ours = 0.0
+        for piece in training.pieces(data.examples, 16):
+            ours += training._losses(model, *training._forward(model, piece), scale=1 / targets)[0]
+        assert ours / targets == pytest.approx(float(loss), abs=1e-5)
+        for path, layer in found.items():
+            theirs = peft.base_model.model.get_submodule(path)
+            assert (layer.lora_A.grad - theirs.lora_A["default"].weight.grad).abs().max() < 1e-5
+            assert (layer.lora_B.grad - theirs.lora_B["default"].weight.grad).abs().max() < 1e-5
+        mean, _ = training.evaluate_loss(model, data)
+        assert mean == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_the_loss_in_chunks_is_the_loss(llama, monkeypatch):
+    data, model = examples(9), Wrapped(llama)
+    whole = training.evaluate_loss(model, data)
+    monkeypatch.setattr(training, "LOSS_ROWS", 2)
+    assert training.evaluate_loss(model, data) == pytest.approx(whole)
+
+
+CONFIG = TrainingConfig(epochs=3, batch_size=4, lora_rank=2, learning_rate=0.02, lora_dropout=0.1, save_steps=2, seed=5)
+
+
+def test_it_learns_and_leaves_the_model_as_it_was(llama):
+    data, model = examples(12), Wrapped(llama)
+    before = {name: tensor.clone() for name, tensor in model.tree.state_dict().items()}
+    start, _ = training.evaluate_loss(model, data)
+    events = []
+    config = dataclasses.replace(CONFIG, epochs=20, lora_dropout=0.0)
+    weights = training.train(model, data, config, on_event=events.append)
+    after = model.tree.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
+    steps = [e for e in events if e.kind == "step"]
+    assert len(steps) == 60 and steps[-1].loss < 0.5 * start and events[-1].kind == "done"
+    made = weights.metadata["training"]
+    assert made["steps"] == 60 and made["samples"] == 12 and made["config"]["lora_rank"] == 2
+    assert made["tokens"] == 20 * sum(len(e.ids) for e in data.examples)
+    assert weights.metadata["base"] == "tiny" and made["memory"]["optimizer"] == 2 * made["memory"]["adapters"]
+
+
+def test_the_result_depends_on_its_arguments_alone(llama):
+    data = examples(12)
+    torch.manual_seed(1)
+    first = training.train(Wrapped(llama), data, CONFIG)
+    torch.manual_seed(2)
+    drawn = torch.get_rng_state()
+    again = training.train(Wrapped(llama), data, CONFIG)
+    assert torch.equal(torch.get_rng_state(), drawn), "the caller's random numbers are its own"
+    other = training.train(Wrapped(llama), data, dataclasses.replace(CONFIG, seed=6))
+    assert first.digest == again.digest != other.digest
+
+
+def test_the_size_of_pieces_changes_rounding_only(llama):
+    data, config = examples(12), dataclasses.replace(CONFIG, lora_dropout=0.0, epochs=1)
+    one, two = (training.train(Wrapped(llama), data, dataclasses.replace(config, micro_tokens=n)) for n in (8, 4096))
+    for path in one.modules:
+        assert torch.allclose(one.delta(path), two.delta(path), atol=1e-4)
+
+
+@pytest.mark.parametrize("stopped_at", [1, 2, 5])
+def test_a_stopped_run_goes_on_bit_for_bit(llama, tmp_path, stopped_at):
+    data, held = examples(12), examples(5, seed=9)
+    config = dataclasses.replace(CONFIG, eval_steps=2)
+    whole = training.train(Wrapped(llama), data, config, validation=held)
+    seen = []
+    with pytest.raises(TrainingStopped, match=f"step {stopped_at} of 9"):
+        training.train(
+            Wrapped(llama),
+            data,
+            config,
+            validation=held,
+            checkpoints=tmp_path,
+            on_event=lambda e: seen.append(e.step),
+            stop=lambda: bool(seen) and seen[-1] >= stopped_at,
+        )
+    resumed = training.train(Wrapped(llama), data, config, validation=held, checkpoints=tmp_path)
+    assert resumed.digest == whole.digest
+    told = resumed.metadata["training"]["evaluations"]
+    assert told == whole.metadata["training"]["evaluations"]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(llama, tmp_path):
+    """The child is killed in the middle of a step, well after its last checkpoint."""
+    data = examples(12)
+    whole = training.train(Wrapped(llama), data, CONFIG)
+    torch.save(llama.state_dict(), tmp_path / "model.pt")
+    child = f"""
+import copy, os, sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(training.__file__).parents[1])!r}]
+import torch
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+import test_training as t
+model = LlamaForCausalLM(LlamaConfig(**{llama.config.to_dict()!r})).eval()
+model.load_state_dict(torch.load({str(tmp_path / "model.pt")!r}))
+def die(event):
+    if event.kind == "step" and event.step == 7:
+        os.kill(os.getpid(), 9)
+t.training.train(t.Wrapped(model), t.examples(12), t.CONFIG, checkpoints=Path({str(tmp_path / "run")!r}), on_event=die)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", child], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True
+    )
+    assert done.returncode == -9, done.stderr.decode()[-2000:]
+    steps = []
+    resumed = training.train(
+        Wrapped(llama), data, CONFIG, checkpoints=tmp_path / "run", on_event=lambda e: steps.append((e.kind, e.step))
+    )
+    assert steps[0] == ("step", 7) and resumed.digest == whole.digest
+
+
+def test_a_checkpoint_of_another_run_is_refused(llama, tmp_path):
+    data = examples(8)
+    training.train(Wrapped(llama), data, CONFIG, checkpoints=tmp_path)
+    for other in (dataclasses.replace(CONFIG, learning_rate=0.5), dataclasses.replace(CONFIG, seed=1)):
+        with pytest.raises(AdapterError, match="another run"):
+            training.train(Wrapped(llama), data, other, checkpoints=tmp_path)
+    with pytest.raises(AdapterError, match="another run"):
+        training.train(Wrapped(llama), examples(9), CONFIG, checkpoints=tmp_path)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"half a fi")
+    with pytest.raises(AdapterError, match="damaged"):
+        training.train(Wrapped(llama), data, CONFIG, checkpoints=tmp_path)
+
+
+def test_it_stops_early_and_gives_the_best(llama):
+    data, held = examples(4), examples(8, seed=3)
+    config = dataclasses.replace(CONFIG, epochs=60, batch_size=4, eval_steps=3, patience=2, lora_dropout=0.0)
+    model, events = Wrapped(llama), []
+    weights = training.train(model, data, config, validation=held, on_event=events.append)
+    evals = [e for e in events if e.kind == "eval"]
+    assert events[-1].step < 60, "random data cannot be learned, so more training makes it worse"
+    best = min(evals, key=lambda e: e.loss)
+    assert weights.metadata["training"]["best_step"] == best.step
+    found = layers.inject(model.tree, config.spec())
+    layers.load(found, weights)
+    assert training.evaluate_loss(model, held)[0] == pytest.approx(best.loss, abs=1e-6)
+
+
+def test_it_goes_on_from_an_adapter(llama):
+    data = examples(8)
+    first = training.train(Wrapped(llama), data, CONFIG)
+    tiny = dataclasses.replace(CONFIG, max_steps=1, learning_rate=1e-9)
+    same = training.train(Wrapped(llama), data, tiny, init=first)
+    for path in first.modules:
+        assert torch.allclose(same.delta(path), first.delta(path), atol=1e-6)
+    with pytest.raises(BaseMismatch, match="start from"):
+        training.train(Wrapped(llama), data, dataclasses.replace(CONFIG, lora_rank=3), init=first)
+
+
+def test_ranks_of_single_modules(llama, shapes):
+    ranks = dict.fromkeys(shapes, 0) | {"model.layers.0.self_attn.q_proj": 5, "model.layers.1.mlp.up_proj": 1}
+    weights = training.train(Wrapped(llama), examples(4), dataclasses.replace(CONFIG, lora_rank_of=ranks))
+    assert {p: m.rank for p, m in weights.modules.items()} == {p: r for p, r in ranks.items() if r}
+
+
+def test_full_fine_tuning_of_the_same_tree(llama):
+    model = Wrapped(llama)
+    data = examples(8)
+    before, _ = training.evaluate_loss(model, data)
+    made = training.train_dense(model, data, dataclasses.replace(CONFIG, learning_rate=1e-2, epochs=10), lambda e: None)
+    assert training.evaluate_loss(model, data)[0] < before
+    assert made["memory"]["adapters"] == 4 * sum(m.weight.numel() for m in layers.linears(model.tree).values())
+
+
+def test_a_diverging_run_is_told(llama):
+    data = examples(4)
+    with pytest.raises(AdapterError, match="not finite"):
+        config = dataclasses.replace(CONFIG, learning_rate=1e30, lora_dropout=0.0, max_grad_norm=0.0, warmup_ratio=0.0)
+        training.train(Wrapped(llama), data, config)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0},
+        {"learning_rate": float("nan")},
+        {"lora_rank": 0},
+        {"batch_size": 0},
+        {"lora_dropout": 1.0},
+        {"compute_dtype": "float8"},
+        {"warmup_ratio": 1.5},
+        {"lora_alpha": float("inf")},
+    ],
+)
+def test_wrong_settings_are_named(wrong):
+    with pytest.raises(AdapterError) as error:
+        TrainingConfig(**wrong)
+    assert error.value.param == next(iter(wrong))
+
+
+def test_pieces_hold_every_example_once():
+    data = examples(20).examples
+    packed = training.pieces(data, 20)
+    assert sorted(e.ids for p in packed for e in p) == sorted(e.ids for e in data)
+    assert all(sum(len(e.ids) for e in p) <= 20 for p in packed)
+    assert [len(p) for p in training.pieces(data[:2], 1)] == [1, 1]
+
+
+def test_adamw_is_torchs():
+    torch.manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5))] for _ in range(2))
+    with torch.no_grad():
+        for a, b in zip(ours, theirs, strict=True):
+            b.copy_(a)
+    flat = AdamW(ours, weight_decay=0.1)
+    oracle = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1)
+    for step in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            (a.sin() * (step + 1)).sum().backward()
+            (b.sin() * (step + 1)).sum().backward()
+        norm = flat.clip(0.5)
+        assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs, 0.5)), rel=1e-5)
+        flat.step(0.01)
+        oracle.step()
+        oracle.zero_grad()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [learning_rate(s, 100, 1.0, 10) for s in range(100)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10] == 1.0
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False)) and 0 < rates[-1] < 1e-3
+    assert math.isclose(rates[55], 0.5)
+
+
+def test_seven_billion_parameters_need_four_million():
+    llama = {f"model.layers.{i}.self_attn.{p}_proj": (4096, 4096) for i in range(32) for p in "qkvo"} | {
+        f"model.layers.{i}.mlp.up_proj": (11008, 4096) for i in range(32)
+    }
+    spec = LoraSpec(rank=4, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+    assert layers.trainable_parameters(llama, spec) == 4_194_304
+    qwen = {
+        f"model.layers.{i}.self_attn.{p}_proj": (out, 3584)
+        for i in range(28)
+        for p, out in (("q", 3584), ("k", 512), ("v", 512), ("o", 3584))
+    }
+    assert layers.trainable_parameters(qwen, dataclasses.replace(spec, rank=8)) == 5_046_272
+    with pytest.raises(BaseMismatch, match="no linear"):
+        LoraSpec(targets=("W_pack",)).ranks(llama)
+
+
+def test_inject_and_eject(llama):
+    tree = copy.deepcopy(llama)
+    names = [n for n, _ in tree.named_parameters()]
+    found = layers.inject(tree, LoraSpec(targets=r".*layers\.1\..*(q|k)_proj"))
+    assert sorted(found) == ["model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.q_proj"]
+    assert [n for n, p in tree.named_parameters() if p.requires_grad] == [
+        f"{path}.lora_{half}"
+        for path in ("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj")
+        for half in "AB"
+    ]
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(tree(ids).logits, llama(ids).logits), "B begins at zero"
+    with pytest.raises(AdapterError, match="already"):
+        layers.inject(tree, LoraSpec())
+    layers.eject(tree)
+    assert [n for n, _ in tree.named_parameters()] == names and not layers.injected(tree)

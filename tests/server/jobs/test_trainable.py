@@ -1,0 +1,131 @@
+"""The base as a model to train: sequences that share a prefix, kept and not kept weights, gradients against PEFT."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adapters import layers, training
+from adapters.data import Chat, Completion, Example, Pair, Tokens
+from adapters.errors import InvalidData
+from adapters.layers import LoraSpec
+from server.engine.text import Text
+from server.jobs.encoding import Template, encoder
+from server.jobs.trainable import PrefixAttention, Trainable, shared_prefix
+from server.model.attention import Context, PackedAttention
+
+
+def sequences(prefix: int, tails: list[int], seed: int = 0) -> tuple[torch.Tensor, list[int]]:
+    draw = torch.Generator().manual_seed(seed)
+    head = torch.randint(3, 200, (prefix,), generator=draw)
+    parts = []
+    for i, n in enumerate(tails):
+        tail = torch.randint(3, 200, (n,), generator=draw)
+        tail[0] = 210 + i  # so that they share no more than the prefix
+        parts.append(torch.cat((head, tail)))
+    return torch.cat(parts), [len(p) for p in parts]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "tails"), [(7, [3, 1, 6]), (1, [4, 4]), (0, [5, 4]), (0, [5]), (0, [9, 1, 1]), (20, [2] * 5)]
+)
+def test_a_shared_prefix_changes_no_state_and_no_gradient(prefix, tails, tiny_base):
+    ids, lengths = sequences(prefix, tails)
+    assert shared_prefix(ids, lengths) == (prefix if len(tails) > 1 else 0)
+    model = Trainable(tiny_base, "float32")
+    found = layers.inject(model.tree, LoraSpec(rank=3), seed=1)
+    for layer in found.values():
+        torch.nn.init.normal_(layer.lora_B, 0, 0.2)
+    results = []
+    for shared in (True, False):
+        model.tree.zero_grad()
+        if shared:
+            states = model.hidden(ids, lengths)
+        else:
+            packed = PackedAttention(lengths)
+            states = model.tree(model.tree.embed(ids), Context(packed.positions, packed))
+        (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+        results.append(
+            (states.detach(), torch.cat([p.grad.flatten() for p in model.tree.parameters() if p.requires_grad]))
+        )
+    (a, da), (b, db) = results
+    assert torch.allclose(a, b, atol=2e-5)
+    assert (da - db).abs().max() < 1e-4 * db.abs().max()
+
+
+def test_kept_weights_are_the_dequantized_codes(tiny_base):
+    ids, lengths = sequences(4, [3, 5])
+    with torch.no_grad():
+        kept = Trainable(tiny_base, "float32").hidden(ids, lengths)
+        codes = Trainable(tiny_base, "float32", kept_bytes=0).hidden(ids, lengths)
+    assert torch.allclose(kept, codes, atol=2e-5)
+    assert Trainable(tiny_base, "float32", kept_bytes=0).nbytes < Trainable(tiny_base, "float32").nbytes
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_gradients_reach_the_first_layer_also_after_an_evaluation(kept, tiny_base):
+    """bitsandbytes loses the base's gradient after an evaluation on a CPU; here it is bit for bit the same."""
+    ids, lengths = sequences(5, [4, 6, 2])
+    model = Trainable(tiny_base, "float32", kept_bytes=kept)
+    layers.inject(model.tree, LoraSpec(rank=2, targets=("q_proj",)), seed=1)
+    examples = tuple(Example(tuple(p.tolist()), (False,) * 3 + (True,) * (len(p) - 3)) for p in ids.split(lengths))
+
+    def gradient():
+        model.tree.zero_grad()
+        training._losses(model, *training._forward(model, examples), scale=0.1)
+        return model.tree.model.layers[0].self_attn.q_proj.lora_B.grad.clone()
+
+    before = gradient()
+    training.evaluate_loss(model, Tokens(examples))
+    assert before.abs().max() > 0 and torch.equal(before, gradient())
+
+
+def test_activation_checkpointing_changes_nothing(tiny_base):
+    ids, lengths = sequences(5, [4, 6, 2])
+    examples = tuple(Example(tuple(p.tolist()), (False,) * 3 + (True,) * (len(p) - 3)) for p in ids.split(lengths))
+    results = []
+    for on in (False, True):
+        model = Trainable(tiny_base, "float32")
+        config = training.TrainingConfig(epochs=3, batch_size=2, lora_dropout=0.1, activation_checkpointing=on)
+        results.append(training.train(model, Tokens(examples), config).digest)
+    assert results[0] == results[1]
+
+
+def test_pairs_learn_the_answer_and_the_end(tiny_vocabulary):
+    text = Text(tiny_vocabulary)
+    ids, learned = encoder(text, Template("Say {input}!"))(Pair(1, "this", "and that"))
+    asked = text.encode_task("Say {input}!", "chat", None, "this")
+    assert ids[: len(asked)] == asked and ids[-1] == text.end_of_turn
+    assert not any(learned[: len(asked)]) and all(learned[len(asked) :])
+    assert text.decode(ids[len(asked) : -1]) == "and that"
+
+
+def test_completions_and_chats(tiny_vocabulary):
+    text = Text(tiny_vocabulary)
+    encode = encoder(text, Template())
+    ids, learned = encode(Completion(1, "def f():", " pass"))
+    assert text.decode([i for i, on in zip(ids, learned, strict=True) if on][:-1]) == " pass"
+    turns = (
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two", "weight": 0},
+        {"role": "user", "content": "three"},
+        {"role": "assistant", "content": "four"},
+    )
+    ids, learned = encode(Chat(1, turns))
+    assert text.decode([i for i, on in zip(ids, learned, strict=True) if on][:-1]) == "four"
+    assert ids[: len(text.encode_chat(turns[:1]))] == text.encode_chat(turns[:1])
+
+
+def test_a_template_that_rewrites_history_is_refused(tiny_vocabulary):
+    import dataclasses
+
+    odd = "{% for m in messages %}{{ m['role'] + loop.revindex|string + m['content'] }}{% endfor %}"
+    text = Text(dataclasses.replace(tiny_vocabulary, chat_template=odd))
+    turns = tuple({"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant"))
+    with pytest.raises(InvalidData, match="line 7"):
+        encoder(text, Template())(Chat(7, turns))
+
+
+def test_the_mask_of_padded_tails():
+    tails = PrefixAttention(2, [1, 3])
+    assert tails.positions.tolist() == [0, 1, 2, 2, 3, 4]
