@@ -40,7 +40,7 @@ class Source:
     def load(self, digest: str) -> LoraWeights:
         self.loads[digest] += 1
         if digest in self.gates:
-            assert self.gates[digest].wait(10)
+            assert self.gates[digest].wait(60)
         if digest in self.errors:
             raise self.errors[digest]
         return weights_of(digest, self.sizes.get(digest, 8))
