@@ -1,0 +1,140 @@
+"""The engine under load: fairness between keys, cold adapters beside warm ones, more requests than it can hold."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from server.errors import DeadlineExceeded, QueueFull
+
+
+def first_tokens(bench: Callable[..., Any], share: float, load: float, steps: int = 1200) -> list[int]:
+    """Steps from arrival to first token of the requests of "small", which sends `share` of all.
+
+    A step is the clock. A request keeps one of 8 places for 8 steps, so that a load of 1 is one request a step.
+    """
+    b = bench(max_queue=10_000, max_queue_tokens=10**7, blocks=256, max_step_tokens=128)
+    rng = random.Random(1)
+    arrived: list[tuple[int, Any]] = []
+    seen: dict[Any, int] = {}
+    due = 0.0
+    for step in range(steps):
+        due += load
+        while due >= 1:
+            due -= 1
+            key = "small" if rng.random() < share else "large"
+            heard = b.submit([3 + rng.randrange(200) for _ in range(10)], fair_key=key, max_tokens=8)
+            arrived.append((step, heard))
+        b.engine.step()
+        for start, heard in arrived:
+            if heard.deliveries and heard not in seen:
+                seen[heard] = step - start
+        arrived = [(start, heard) for start, heard in arrived if heard not in seen]
+    waiting = [steps - start for start, heard in arrived if heard.request.fair_key == "small"]
+    return sorted([n for heard, n in seen.items() if heard.request.fair_key == "small"] + waiting)
+
+
+@pytest.mark.parametrize("load", [0.9, 1.3])
+def test_a_small_task_does_not_suffer_from_a_large_one(bench: Callable[..., Any], load: float) -> None:
+    even, uneven = (first_tokens(bench, share, load) for share in (0.5, 1 / 51))
+    assert len(uneven) >= 10
+    p95 = [values[int(0.95 * len(values))] for values in (even, uneven)]
+    assert p95[1] <= max(2 * p95[0], p95[0] + 1)
+
+
+def test_a_cold_adapter_delays_no_warm_request(bench: Callable[..., Any], tools: Any) -> None:
+    """While one adapter takes its time to load, each request on a warm one waits no longer than without it."""
+    fetch = tools.Fetcher(ready={"a1"})
+    b = bench(fetch=fetch)
+    b.runner.before = lambda batch: time.sleep(0.002)
+    b.engine.start()
+    cold = b.submit([5] * 8, mix=tools.mix_of("a2"), fair_key="t")
+    waits = []
+    for i in range(40):
+        warm = b.submit([5 + i] * 8, mix=tools.mix_of("a1"), fair_key="t", max_tokens=2)
+        while not warm.reason:
+            time.sleep(0.001)
+        waits.append(warm.request.admitted - warm.request.submitted)
+    assert not cold.deliveries
+    assert sorted(waits)[20] < 0.005, "no more than a step"
+    fetch.finish()
+    end = time.monotonic() + 5
+    while not cold.reason and time.monotonic() < end:
+        time.sleep(0.001)
+    assert cold.reason == "length" and cold.request.load_seconds > 0.1
+    b.engine.stop(1.0)
+    b.check_empty()
+
+
+def test_a_thousand_at_once_are_answered_or_refused_in_time(bench: Callable[..., Any], tools: Any) -> None:
+    b = bench(max_queue=256, max_batch=16, max_slots=8, blocks=256, max_step_tokens=256)
+    b.runner.before = lambda batch: time.sleep(0.001)
+    b.engine.start()
+    heard: list[Any] = []
+    refused: list[QueueFull] = []
+    lock = threading.Lock()
+    deadline = time.monotonic() + 1.0
+
+    def send(worker: int) -> None:
+        rng = random.Random(worker)
+        for _ in range(125):
+            names = rng.sample([f"a{i}" for i in range(12)], rng.randrange(4))
+            try:
+                one = b.submit(
+                    [rng.randrange(3, 200) for _ in range(12)],
+                    mix=tools.mix_of(*names),
+                    fair_key=str(rng.randrange(5)),
+                    deadline=deadline,
+                    max_tokens=4,
+                )
+            except QueueFull as error:
+                with lock:
+                    refused.append(error)
+            else:
+                with lock:
+                    heard.append(one)
+
+    threads = [threading.Thread(target=send, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    end = deadline + 0.5
+    while not all(h.reason for h in heard) and time.monotonic() < end:
+        time.sleep(0.005)
+    assert all(h.reason for h in heard)
+    assert len(heard) + len(refused) == 1000 and refused
+    assert all(1 <= error.retry_after <= 30 for error in refused if error.retry_after is not None)
+    for h in heard:
+        if h.reason == "error":
+            assert isinstance(h.error, DeadlineExceeded | QueueFull)
+        else:
+            assert h.tokens == tools.solo(h, b.runner.vocab)
+    assert b.engine.stop(1.0)
+    b.check_empty()
+
+
+def test_slots_for_many_mixes_from_many_threads(bench: Callable[..., Any], tools: Any) -> None:
+    """Mixes of up to four on three slots less than all adapters need, with cancels: all end, all is given back."""
+    b = bench(max_slots=4, max_batch=6, age_limit=0.05)
+    b.engine.start()
+    rng = random.Random(3)
+    heard = []
+    for i in range(150):
+        names = rng.sample([f"a{i}" for i in range(9)], rng.randrange(1, 5))
+        heard.append(b.submit([3 + i % 100] * 6, mix=tools.mix_of(*names), fair_key=names[0], max_tokens=3))
+        if i % 7 == 0:
+            b.engine.cancel(rng.choice(heard).request.id)
+    end = time.monotonic() + 20
+    while not all(h.reason for h in heard) and time.monotonic() < end:
+        time.sleep(0.005)
+    assert {h.reason for h in heard} <= {"length", "cancelled"}
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in heard if h.reason == "length")
+    assert b.engine.stop(1.0)
+    b.check_empty()
+    assert b.runner.adapters == {}
