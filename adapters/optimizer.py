@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
 
 
 class AdamW:
@@ -18,7 +17,7 @@ class AdamW:
 
     def __init__(
         self,
-        parameters: Sequence[nn.Parameter],
+        parameters: Sequence[torch.Tensor],
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

@@ -204,7 +204,7 @@ def train_dense(
 
     Answers the report that `train` puts into its metadata.
     """
-    parameters = [m.weight for m in layers.linears(model.tree).values() if isinstance(m, nn.Linear)]
+    parameters: list[torch.Tensor] = [m.weight for m in layers.linears(model.tree).values() if isinstance(m, nn.Linear)]
     model.tree.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -232,7 +232,7 @@ class _Run:
         model: Model,
         data: Tokens,
         config: TrainingConfig,
-        parameters: Sequence[nn.Parameter],
+        parameters: Sequence[torch.Tensor],
         validation: Tokens | None,
         folder: Path | None,
         key: str,
@@ -423,7 +423,7 @@ def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
             del block.forward
 
 
-def _parameters(found: Mapping[str, layers.LoRALinear]) -> list[nn.Parameter]:
+def _parameters(found: Mapping[str, layers.LoRALinear]) -> list[torch.Tensor]:
     return [p for layer in found.values() for p in (layer.lora_A, layer.lora_B)]
 
 

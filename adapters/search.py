@@ -1,0 +1,248 @@
+"""Which rank is good enough, and where ranks are best spent: rank search by successive halving, and auto-LoRA.
+
+Owns the choice, the table and the advice drawn from it. Training and scoring are callables of the caller; a score is
+any number of which more is better (accuracy, chrF, minus a loss).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapters import layers, pruning, training
+from adapters.data import Tokens
+from adapters.errors import AdapterError
+from adapters.training import Model, TrainingConfig
+from adapters.weights import LoraWeights, LowRank, sealed
+
+Trial = Callable[[int, int, int], tuple[float, int]]
+"""(rank, steps, seed) -> the score of an adapter trained so, and how many parameters it has."""
+
+CALIBRATION_ROWS = 512
+"""Rows of each module's inputs that the activation-variance start looks at."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rank as it was last tried: mean score over the seeds, and how far the seeds are apart."""
+
+    rank: int
+    parameters: int
+    steps: int
+    score: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class RankSearch:
+    """`chosen` is the smallest rank whose score is within `tolerance` of the best; `table` has a row per rank."""
+
+    chosen: int
+    table: tuple[Row, ...]
+    steps_spent: int
+    steps_of_full_grid: int
+    tolerance: float
+    advice: str = field(default="")
+
+
+def search_rank(
+    trial: Trial,
+    ranks: Sequence[int],
+    *,
+    max_steps: int,
+    tolerance: float = 0.01,
+    seeds: Sequence[int] = (0,),
+    share: float = 1.0 / 3.0,
+    tell: Callable[[Row], None] | None = None,
+) -> RankSearch:
+    """The smallest rank that is good enough, by successive halving (Jamieson & Talwalkar 2016), factor 3.
+
+    Every rank gets a ninth of `max_steps`, the best third of them (at least two) a third. No more than `share` of the
+    steps of the full grid, every rank for `max_steps` with every seed, is spent; shorter rungs make room if need be.
+    Among equals, within `tolerance`, the smaller rank goes on. Raises AdapterError for arguments that leave no choice.
+    """
+    ranks = sorted(set(ranks))
+    if not ranks or ranks[0] < 1:
+        raise AdapterError(f"ranks to try must be positive, not {list(ranks)}", "ranks")
+    if not seeds or max_steps < 1 or not 0.0 < share <= 1.0:
+        raise AdapterError("a search needs a seed, at least one step and a share over 0 and up to 1", "max_steps")
+    grid = len(ranks) * max_steps * len(seeds)
+    finalists = min(len(ranks), max(2, math.ceil(len(ranks) / 3)))
+    planned = len(ranks) * max_steps / 9 + finalists * max_steps / 3
+    shrink = min(1.0, share * len(ranks) * max_steps / planned)
+    rungs = ((len(ranks), max_steps / 9 * shrink), (finalists, max_steps / 3 * shrink))
+    rows: dict[int, Row] = {}
+    left, spent = list(ranks), 0
+    for keep, length in rungs:
+        left = _best(left, rows, keep, tolerance)
+        steps = max(1, int(length))
+        for rank in left:
+            results = [trial(rank, steps, seed) for seed in seeds]
+            scores = [score for score, _ in results]
+            rows[rank] = Row(rank, results[0][1], steps, fmean(scores), max(scores) - min(scores))
+            spent += steps * len(seeds)
+            if tell is not None:
+                tell(rows[rank])
+    top = max(rows[r].score for r in left)
+    chosen = next(r for r in left if rows[r].score >= top - tolerance)
+    table = tuple(rows[r] for r in ranks)
+    return RankSearch(chosen, table, spent, grid, tolerance, _advice(table, chosen, left, tolerance))
+
+
+def _best(ranks: list[int], rows: Mapping[int, Row], keep: int, tolerance: float) -> list[int]:
+    """`keep` of the ranks, ascending: the best one, then those as good from the smallest up, then by score."""
+    if keep >= len(ranks):
+        return ranks
+    best = max(ranks, key=lambda r: rows[r].score)
+    as_good = [r for r in ranks if r != best and rows[r].score >= rows[best].score - tolerance]
+    others = sorted((r for r in ranks if r != best and r not in as_good), key=lambda r: -rows[r].score)
+    return sorted([best, *as_good, *others][:keep])
+
+
+def _advice(table: Sequence[Row], chosen: int, finalists: Sequence[int], tolerance: float) -> str:
+    row = next(r for r in table if r.rank == chosen)
+    largest = table[-1]
+    lines = [f"Take rank {chosen}: {row.parameters:,} parameters, score {row.score:.4f} after {row.steps} steps."]
+    if chosen == table[0].rank and len(table) > 1:
+        lines.append("It is the smallest that was tried; a smaller one may do as well.")
+    elif chosen == largest.rank and len(table) > 1:
+        lines.append("It is the largest that was tried, and smaller ones were worse; a larger one may be better.")
+    elif largest.parameters:
+        lines.append(f"Rank {largest.rank} has {largest.parameters / row.parameters:.1f} times its parameters.")
+    if row.spread > tolerance:
+        lines.append(f"Its seeds are {row.spread:.4f} apart, more than the tolerance of {tolerance:g}: try more seeds.")
+    lines.append(f"Ranks {', '.join(map(str, finalists))} were compared at the longest trial; the others dropped out.")
+    return " ".join(lines)
+
+
+def plot(table: Sequence[Row], chosen: int, title: str = "quality against parameters") -> str:
+    """An SVG picture of a search's table: parameters on a logarithmic axis, the chosen rank filled."""
+    width, height, left, bottom = 480, 300, 60, 40
+    xs = [math.log10(max(1, row.parameters)) for row in table]
+    ys = [row.score for row in table]
+    x_span, y_span = (max(xs) - min(xs)) or 1.0, (max(ys) - min(ys)) or 1.0
+    marks = []
+    for row, x, y in zip(table, xs, ys, strict=True):
+        px = left + (x - min(xs)) / x_span * (width - left - 30)
+        py = height - bottom - (y - min(ys)) / y_span * (height - bottom - 40)
+        fill = "#2563eb" if row.rank == chosen else "white"
+        marks.append(
+            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5" fill="{fill}" stroke="#2563eb"/>'
+            f'<text x="{px:.1f}" y="{py - 10:.1f}" text-anchor="middle">r={row.rank}: {row.score:.3f}</text>'
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="11">'
+        f'<text x="{width / 2}" y="16" text-anchor="middle" font-size="13">{title}</text>'
+        f'<path d="M{left} 30V{height - bottom}H{width - 20}" fill="none" stroke="#888"/>'
+        f'<text x="{width / 2}" y="{height - 10}" text-anchor="middle">parameters, '
+        f"{min(r.parameters for r in table):,} to {max(r.parameters for r in table):,} (log)</text>"
+        f"{''.join(marks)}</svg>\n"
+    )
+
+
+def allocate(
+    model: Model, data: Tokens, config: TrainingConfig, widest: float = 2.0
+) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    """Ranks by the variance of each module's inputs, and the directions that explain it (EVA, Paischer et al. 2024).
+
+    The sum of ranks is that of the uniform `config`; no module gets over `widest` times `lora_rank`. A module that
+    explains too little gets 0. Answers path -> rank, and path -> orthonormal rows [rank, in] for A to begin with.
+    """
+    found = layers.linears(model.tree)
+    uniform = config.spec().ranks(found)
+    inputs = _inputs(model, data, {path: found[path] for path in uniform}, config.micro_tokens)
+    limit = max(1, int(config.lora_rank * widest))
+    shares: list[tuple[float, str]] = []
+    directions = {}
+    for path, x in inputs.items():
+        k = min(limit, *x.shape)
+        _, s, v = torch.svd_lowrank(x, q=min(k + 8, *x.shape), niter=2)
+        directions[path] = v[:, :k].T.contiguous()
+        variance = s[:k].square() / x.square().sum()
+        shares += [(float(share), path) for share in variance]
+    taken = sorted(shares, key=lambda entry: (-entry[0], entry[1]))[: sum(uniform.values())]
+    ranks = dict.fromkeys(uniform, 0)
+    for _, path in taken:
+        ranks[path] += 1
+    return ranks, {path: directions[path][:rank] for path, rank in ranks.items() if rank}
+
+
+def _inputs(model: Model, data: Tokens, found: Mapping[str, nn.Module], micro_tokens: int) -> dict[str, torch.Tensor]:
+    """Up to `CALIBRATION_ROWS` rows of what goes into each module, float32, spread over the first examples."""
+    rows: dict[str, list[torch.Tensor]] = {path: [] for path in found}
+
+    def keep(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x: torch.Tensor = args[0].detach().reshape(-1, args[0].shape[-1])
+            rows[path].append(x[:: max(1, 4 * len(x) // CALIBRATION_ROWS)].float())
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(keep(path)) for path, module in found.items()]
+    try:
+        with torch.no_grad():
+            for piece in training.pieces(data.examples[: 4 * CALIBRATION_ROWS // 16], micro_tokens)[:4]:
+                ids = torch.tensor([token for example in piece for token in example.ids])
+                model.hidden(ids, [len(example.ids) for example in piece])
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {path: torch.cat(parts)[:CALIBRATION_ROWS] for path, parts in rows.items()}
+
+
+def auto_lora(
+    model: Model,
+    data: Tokens,
+    config: TrainingConfig,
+    *,
+    name: str = "auto",
+    widen: float = 2.0,
+    recovery: float = 0.1,
+    validation: Tokens | None = None,
+    on_event: Callable[[training.Event], None] | None = None,
+) -> LoraWeights:
+    """An adapter of at most the parameters that `config` would have uniformly, spent where they count.
+
+    Ranks and first directions come from the variance of the inputs, at `widen` times the parameters; after training
+    one global threshold over singular values cuts to the budget and drops modules; a share `recovery` of the steps
+    then trains what is left. The metadata tell the cut (`pruning`) and the ranks.
+    """
+    found = layers.linears(model.tree)
+    uniform = config.spec().ranks(found)
+    budget = sum(rank * _cost(found[path]) for path, rank in uniform.items())
+    wide = replace(config, lora_rank=max(1, round(config.lora_rank * widen)))
+    ranks, directions = allocate(model, data, wide)
+    wide = replace(wide, lora_rank_of=ranks, use_rslora=False, lora_alpha=config.lora_alpha * widen)
+    start = {
+        # As long as a random row of A would be, so that learning rates keep their meaning.
+        path: LowRank(
+            rows / math.sqrt(3.0), torch.zeros(_out(found[path]), len(rows)), wide.lora_alpha / wide.lora_rank
+        )
+        for path, rows in directions.items()
+    }
+    trained = training.train(
+        model, data, wide, sealed(name, start), name=name, validation=validation, on_event=on_event
+    )
+    cut, what = pruning.truncate_globally(trained, budget=budget)
+    left = dict.fromkeys(uniform, 0) | {path: module.rank for path, module in cut.modules.items()}
+    steps = max(1, round(recovery * config.steps(len(data.examples))))
+    after = replace(wide, lora_rank_of=left, max_steps=steps, learning_rate=config.learning_rate / 4)
+    result = training.train(model, data, after, cut, name=name, validation=validation, on_event=on_event)
+    told = {"ranks": {p: m.rank for p, m in result.modules.items()}, "dropped": list(what.dropped), "budget": budget}
+    return replace(result, metadata={**result.metadata, "auto_lora": told, "pruning": cut.metadata["pruning"]})
+
+
+def _cost(module: nn.Module) -> int:
+    """Parameters that one unit of rank takes."""
+    return _out(module) + int(module.in_features)  # type: ignore[arg-type]
+
+
+def _out(module: nn.Module) -> int:
+    return int(module.out_features)  # type: ignore[arg-type]

@@ -1,0 +1,91 @@
+"""Rank search on scores that are known, and auto-LoRA on a tiny Llama."""
+
+from __future__ import annotations
+
+import dataclasses
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+from adapters import layers, search, training
+from adapters.data import Example, Tokens
+from adapters.errors import AdapterError
+from adapters.pruning import parameters
+from adapters.training import TrainingConfig
+
+
+def known(best: dict[int, float]):
+    calls = []
+
+    def trial(rank, steps, seed):
+        calls.append((rank, steps, seed))
+        return best[rank] * (1 - 1 / (1 + steps)) + 0.001 * (seed % 2), 1000 * rank
+
+    return trial, calls
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen"),
+    [
+        ({2: 0.80, 4: 0.90, 8: 0.905, 16: 0.908, 32: 0.906}, 4),
+        ({2: 0.90, 4: 0.90, 8: 0.90, 16: 0.90, 32: 0.90}, 2),
+        ({2: 0.50, 4: 0.60, 8: 0.70, 16: 0.80, 32: 0.90}, 32),
+    ],
+)
+def test_the_smallest_rank_that_is_good_enough(scores, chosen):
+    trial, calls = known(scores)
+    found = search.search_rank(trial, list(scores), max_steps=270, seeds=(0, 1))
+    assert found.chosen == chosen
+    assert found.steps_spent == sum(steps for _, steps, _ in calls)
+    assert found.steps_spent <= found.steps_of_full_grid / 3
+    assert {row.rank for row in found.table} == set(scores) and f"rank {chosen}" in found.advice
+    picture = ElementTree.fromstring(search.plot(found.table, found.chosen))
+    assert len(picture.findall("{http://www.w3.org/2000/svg}circle")) == len(scores)
+
+
+def test_one_candidate_and_none():
+    trial, _ = known({8: 0.5})
+    assert search.search_rank(trial, [8], max_steps=30).chosen == 8
+    for wrong in ({"ranks": []}, {"ranks": [0]}, {"ranks": [4], "seeds": ()}, {"ranks": [4], "share": 0.0}):
+        with pytest.raises(AdapterError):
+            search.search_rank(trial, **{"max_steps": 10, **wrong})
+
+
+@pytest.fixture
+def model(tiny_base):
+    from server.jobs.trainable import Trainable
+
+    return Trainable(tiny_base, "float32")
+
+
+@pytest.fixture
+def data():
+    draw = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 200, (9,), generator=draw).tolist() for _ in range(12)]
+    return Tokens(tuple(Example(tuple(i), (False,) * 5 + (True,) * 4) for i in ids))
+
+
+CONFIG = TrainingConfig(lora_rank=2, epochs=4, batch_size=4, learning_rate=0.01)
+
+
+def test_ranks_go_where_the_inputs_vary(model, data):
+    ranks, directions = search.allocate(model, data, CONFIG)
+    assert sum(ranks.values()) == 2 * len(ranks) and max(ranks.values()) <= 4
+    for path, rows in directions.items():
+        assert len(rows) == ranks[path]
+        assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-4)
+
+
+def test_auto_lora_keeps_to_the_budget(model, data):
+    weights = search.auto_lora(model, data, CONFIG)
+    uniform = layers.LoraSpec(rank=2).ranks(layers.linears(model.tree))
+    budget = weights.metadata["auto_lora"]["budget"]
+    assert parameters(weights) <= budget and not layers.injected(model.tree)
+    assert set(weights.modules) | set(weights.metadata["auto_lora"]["dropped"]) <= set(uniform)
+    base, _ = training.evaluate_loss(model, data)
+    spec = dataclasses.replace(
+        CONFIG, lora_rank_of=dict.fromkeys(uniform, 0) | weights.metadata["auto_lora"]["ranks"]
+    ).spec()
+    layers.load(layers.inject(model.tree, spec), weights)
+    assert training.evaluate_loss(model, data)[0] < base
