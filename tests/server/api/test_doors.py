@@ -16,14 +16,16 @@ from fastapi.routing import APIRoute
 from server.api.auth import Access, KeyRing, access
 from server.errors import BadSetting
 
-OPEN = {("GET", "/health/live"), ("GET", "/health/ready")}
+OPEN = {
+    *(("GET", path) for path in ("/health/live", "/health/ready", "/", "/web/{file}", "/web/{folder}/{file}")),
+}
 METRICS = {("GET", "/metrics")}
 INFERENCE = {
     *(("POST", path) for path in ("/generate", "/classify", "/v1/completions", "/v1/chat/completions")),
     *(("GET", path) for path in ("/adapters", "/adapters/{name}", "/tasks", "/tasks/{task}", "/stats", "/docs")),
     *(("GET", path) for path in ("/v1/models", "/v1/models/{model}", "/openapi.json", "/tasks/{task}/performance")),
     ("POST", "/tasks/{task}/feedback"),
-    *(("GET", path) for path in ("/jobs", "/jobs/{id}", "/")),
+    *(("GET", path) for path in ("/jobs", "/jobs/{id}")),
 }
 KEYED = {"api_keys": "team:secret-one", "admin_keys": "boss:secret-two"}
 
@@ -145,6 +147,7 @@ def test_one_shape_for_every_status(live: Any) -> None:
         assert answer.status_code == status, answer.text
         error_of(answer)
     assert seen[405].headers["allow"] == "POST"
+    assert live.http.patch("/adapters/a").headers["allow"] == "DELETE, GET, PUT"
     assert seen[409].headers["x-should-retry"] == "false"
     assert error_of(live.http.post("/generate/"))["code"] == "not_found"
     text = live.http.post("/generate", content=b"plain", headers={"content-type": "text/plain"})

@@ -1,0 +1,40 @@
+"""The built-in page's files: which are served, and with which headers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from server.api.page import FOLDER
+
+
+def test_every_file_that_the_page_asks_for_is_served_under_the_policy(start: Any) -> None:
+    live = start(api_keys="team:secret-one")
+    index = live.http.get("/")
+    assert index.status_code == 200 and index.headers["content-type"] == "text/html; charset=utf-8"
+    asked = set(re.findall(r'(?:src|href)="(/web/[^"]+)"', index.text))
+    assert len(asked) >= 4
+    for module in FOLDER.glob("*.js"):
+        asked |= {f"/web/{name}" for name in re.findall(r'from "\./([\w.]+)"', module.read_text())}
+    for path in sorted(asked):
+        answer = live.http.get(path)
+        assert answer.status_code == 200, path
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        again = live.http.get(path, headers={"if-none-match": answer.headers["etag"]})
+        assert again.status_code == 304 and not again.content
+
+
+def test_the_page_has_no_inline_script_or_style_and_no_other_host() -> None:
+    text = "".join(p.read_text() for p in FOLDER.glob("*.*"))
+    assert not re.search(r"<script(?![^>]*\bsrc=)", text)
+    assert not re.search(r"<[^>]+\s(style|on\w+)=", text)
+    assert not re.search(r"https?://(?!www\.w3\.org/)(?!localhost)", text)
+
+
+@pytest.mark.parametrize("path", ["/web/none.js", "/web/..%2fapp.py", "/web/%2e%2e/settings.py", "/web/vendor"])
+def test_nothing_else_is_served(start: Any, path: str) -> None:
+    assert start().http.get(path).status_code == 404
