@@ -35,6 +35,8 @@ from server.settings import Settings
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO})
+"""Errors that are the disk's, and no client's."""
 OPTIONAL = ("README.md", "task.json")
 WRITE = errors(400, 404, 409, 412, 422, 500, 503, 507)
 
@@ -177,7 +179,9 @@ async def publish_source(parts: Parts, name: str, place: str, **options: Any) ->
         async with parts.sources.open(place) as (folder, within):
             return await parts.registry.publish(name, folder, within=within, **options)
     except OSError as error:
-        raise StoreFailed(f"the disk refuses the adapter: {error.strerror}") from None
+        if error.errno in DISK:
+            raise StoreFailed(f"the disk refuses the adapter: {error.strerror}") from None
+        raise InvalidRequest(f"source cannot be read: {error.strerror}", "source") from None
 
 
 def describe(parts: Parts, name: str, status: int = 200, more: Mapping[str, Any] | None = None) -> Response:
@@ -228,7 +232,7 @@ async def uploaded(request: Request, settings: Settings, *, named: bool) -> Asyn
                     await asyncio.to_thread(_write, folder / field, value)
                 yield str(name), folder
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            if error.errno in DISK:
                 raise StoreFailed(f"the disk refuses the upload: {error.strerror}") from None
             raise
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,6 +145,15 @@ def _what(problem: Mapping[str, Any]) -> str:
     return str(problem["msg"]).removeprefix("Value error, ")
 
 
+def _methods(app: FastAPI, path: str) -> list[str]:
+    """What a path knows, over all routes that match it: the framework tells of the first one alone."""
+    found: set[str] = set()
+    for template, operations in app.openapi()["paths"].items():
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
+            found |= {method.upper() for method in operations}
+    return sorted(found)
+
+
 def is_openai(path: str) -> bool:
     """Whether a path follows OpenAI's conventions, by which a malformed body is 400."""
     return path.startswith("/v1/")
@@ -154,7 +164,10 @@ def install(app: FastAPI) -> None:
 
     async def handler(request: Request, error: Exception) -> Response:
         request_id = request.scope.get("state", {}).get("request_id", "")
-        return answer(error, request_id, openai=is_openai(request.url.path)).response()
+        told = answer(error, request_id, openai=is_openai(request.url.path))
+        if told.status == 405:
+            told.headers["allow"] = ", ".join(_methods(app, request.url.path))
+        return told.response()
 
     for kind in (RequestValidationError, HTTPException, adapter_errors.AdapterError, server_errors.ServerError):
         app.add_exception_handler(kind, handler)

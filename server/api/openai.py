@@ -34,7 +34,7 @@ async def list_models(parts: Ready) -> dict[str, Any]:
     return {"object": "list", "data": models(parts)}
 
 
-@router.get("/models/{model}", response_model=schemas.ModelEntry, responses=errors(404, 503))
+@router.get("/models/{model}", response_model=schemas.ModelEntry, responses=errors(400, 404, 503))
 async def get_model(model: Annotated[str, Path(max_length=256)], parts: Ready) -> dict[str, Any]:
     """One entry of the list."""
     for entry in models(parts):

@@ -68,7 +68,7 @@ class GenerationFields(BaseModel):
     stop: StopString | Annotated[list[StopString], Field(max_length=s.MAX_STOP)] | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=s.MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     stream: bool | None = None
@@ -229,7 +229,7 @@ class TaskDefaults(Body):
     stop: StopString | Annotated[list[StopString], Field(max_length=s.MAX_STOP)] | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=s.MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | None = None

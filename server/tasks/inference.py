@@ -77,6 +77,8 @@ class Generation:
         self.status = ""
         """The HTTP status that was recorded, or "cancelled"; empty while it runs."""
         self.inbox = Inbox()
+        self.whole = False
+        """Nobody reads the steps: the reader is woken for the ends alone."""
         self._lease = lease
         self._engine = engine
         self._open = 0
@@ -95,7 +97,8 @@ class Generation:
             yield arrived
 
     async def finished(self) -> None:
-        """Wait until all sequences have ended. Raises the first error."""
+        """Wait until all sequences have ended, without waking for every token. Raises the first error."""
+        self.whole = True
         async for _ in self.steps():
             continue
 
@@ -229,7 +232,8 @@ class Inference:
             generation._open -= 1
             if not generation._open:
                 self._ended(generation)
-        generation.inbox.put((index, delivery))
+        if delivery.finish_reason is not None or not generation.whole:
+            generation.inbox.put((index, delivery))
 
     def _ended(self, generation: Generation) -> None:
         """All sequences are over: give back, write down."""

@@ -19,7 +19,8 @@ MAX_STOP_LENGTH = 256
 MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
 MAX_N = 16
-SEED = (-(2**63), 2**63 - 1)
+SEED = (-9223372036854776000, 9223372036854776000)
+"""OpenAI's own bounds: 64 bits, as a double can say them. What is used is the seed modulo 2^63."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ NUMBERS: Mapping[str, Number] = {
     "top_k": Number(int, 0, MAX_TOKENS),
     "min_p": Number(float, 0, 1),
     "seed": Number(int, *SEED),
-    "repetition_penalty": Number(float, 0, 10, above=True),
+    "repetition_penalty": Number(float, 0.01, 10),
     "presence_penalty": Number(float, -2, 2),
     "frequency_penalty": Number(float, -2, 2),
     "logprobs": Number(int, 0, MAX_LOGPROBS),
@@ -145,6 +146,8 @@ def build(
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     values["stop_token_ids"] = tuple(values.get("stop_token_ids") or ())
     values["max_tokens"] = length
+    if values.get("seed") is not None:
+        values["seed"] %= 1 << 63
     return Sampling(**{name: value for name, value in values.items() if name in _FIELDS})
 
 
