@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from adapters.errors import AdapterError, NoRoom
@@ -25,6 +25,9 @@ from adapters.lru import LRU
 from adapters.weights import LoraWeights, LowRank
 
 log = logging.getLogger(__name__)
+
+PRESSURE_SECONDS = 0.05
+"""How often it is asked again for bytes that views hold: what is in use now is idle a little later."""
 
 Fetched = Future[tuple[LoraWeights, ...]]
 
@@ -44,7 +47,7 @@ class Ram:
     `load(digest)` reads one version, on a worker thread. `size(digest)` is what it will take in bytes, as far as
     known; the truth replaces it after the first load. `evict_last(digest)` is asked under the lock and must not
     block. `on_load(digest, outcome, seconds)` hears of each load ("ok" or "failed"), `on_evict(digest)` of each
-    eviction, and `pressure(bytes)` is called when a fetch waits for bytes that views hold.
+    eviction, and `pressure(bytes)` is called, again and again, while a fetch waits for bytes that views hold.
     """
 
     def __init__(
@@ -77,6 +80,8 @@ class Ram:
         self._returned: deque[str] = deque()
         self._effects: deque[Callable[[], None]] = deque()
         self._closed = False
+        self._short = False
+        """Whether somebody waits for room that views hold."""
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="loramux-load")
         # SimpleQueue.put is the one queue operation that is safe in a finalizer, wherever that may run.
         self._bell: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -196,13 +201,16 @@ class Ram:
     def _serve(self) -> None:
         if self._closed:
             return
-        blocked = False
+        was_short, self._short = self._short, False
         for want in tuple(self._waiting):
             costs = {digest: self.size(digest) for digest in want.digests}
-            if blocked and any(digest not in self._lru for digest in costs):
+            if self._short and any(digest not in self._lru for digest in costs):
                 continue
             if not self._lru.reserve(costs, self._evict_last):
-                blocked = True
+                self._short = True
+                self._listen()
+                if not was_short:
+                    self._bell.put(True)
                 short = self._lru.used + sum(c for d, c in costs.items() if d not in self._lru) - self.capacity
                 self._effects.append(lambda short=short: self._pressure(short))  # type: ignore[misc]
                 continue
@@ -268,9 +276,7 @@ class Ram:
 
     def _deliver(self, want: _Want) -> None:
         """Turn the pins of `want` into views, each of which returns its pin when it dies."""
-        if self._bell_thread is None:
-            self._bell_thread = threading.Thread(target=self._listen, name="loramux-ram", daemon=True)
-            self._bell_thread.start()
+        self._listen()
         views = tuple(self._view(digest) for digest in want.digests)
 
         def tell() -> None:
@@ -291,8 +297,17 @@ class Ram:
         self._bell.put(True)
 
     def _listen(self) -> None:
-        """Serve who waits when a view dies and nobody else comes by. Without the lock."""
-        while self._bell.get():
+        """From now on somebody serves who waits, when a view dies and nobody else comes by."""
+        if self._bell_thread is None:
+            self._bell_thread = threading.Thread(target=self._hear, name="loramux-ram", daemon=True)
+            self._bell_thread.start()
+
+    def _hear(self) -> None:
+        """The bell's thread. While somebody waits for room, it asks for it again and again. Without the lock."""
+        open_ = True
+        while open_:
+            with suppress(queue.Empty):
+                open_ = self._bell.get(timeout=PRESSURE_SECONDS if self._short else None)
             with self._turn():
                 pass
 

@@ -524,7 +524,7 @@ async def test_waiting_for_room_asks_the_slots_for_it(open_registry: Open, folde
         del view
     assert [d["tier"] for d in registry.list()] == ["device", "device", "disk"]
     await asyncio.wait_for(registry.prefetch("c"), 10)
-    assert device.asked == [size]
+    assert device.asked and set(device.asked) == {size}
     assert sorted(d["tier"] for d in registry.list()) == ["device", "disk", "ram"]
     assert registry.memory() == {"bytes": 2 * size, "budget": 2 * size, "versions": 2, "leases": 0}
     assert sorted(registry.sizes().values()) == [size, size]
