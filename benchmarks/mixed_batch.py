@@ -1,0 +1,122 @@
+"""One batch of requests, each on its own adapter: this engine against Transformers + PEFT (`adapter_names`).
+
+    python benchmarks/mixed_batch.py BASE.gguf [--kernels aten] [--requests 16] [--rounds 5] [--tokens 32]
+
+Both run in this process on the same weights (PEFT's are the dequantized ones, in bf16), with random adapters of ranks
+8 to 32 on q, k, v and o, prompts of 128 random tokens and greedy decoding, taking turns: round by round one, then the
+other. Prints medians in tokens a second and the ratio; nothing else may run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.peft_format import save
+from adapters.weights import LowRank, sealed
+from server.bench.inprocess import InProcess
+from server.kernels import choose
+from server.model.config import to_hf
+from server.model.loader import Base, load_base
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+RANKS = (8, 16, 24, 32)
+
+
+def write_adapters(base: Base, folder: Path, count: int) -> list[Path]:
+    """PEFT folders of random adapters."""
+    generator = torch.Generator().manual_seed(0)
+    paths = []
+    for i in range(count):
+        rank = RANKS[i % len(RANKS)]
+        modules = {
+            path: LowRank(
+                torch.randn(rank, width, generator=generator) * width**-0.5,
+                torch.randn(out, rank, generator=generator) * 0.01,
+                2.0,
+            )
+            for path, (out, width) in base.shapes().items()
+            if path.endswith(TARGETS)
+        }
+        paths.append(folder / f"a{i}")
+        save(sealed(f"a{i}", modules), paths[-1], dtype=torch.bfloat16, shapes=base.shapes())
+    return paths
+
+
+def peft_model(base: Base, adapters: list[Path]) -> Any:
+    """The same weights in Transformers, bf16, with every adapter loaded."""
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = to_hf(base.config)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    state = {f"{path}.weight": base.backend.dequantize(weight) for path, weight in base.weights.items()}
+    model.load_state_dict(state | dict(base.tensors), strict=False)
+    tuned = PeftModel.from_pretrained(model, adapters[0], adapter_name="a0")
+    for i, path in enumerate(adapters[1:], 1):
+        tuned.load_adapter(path, adapter_name=f"a{i}")
+    return tuned.to(torch.bfloat16).eval()
+
+
+def peft_seconds(model: Any, prompts: torch.Tensor, tokens: int) -> float:
+    """Seconds to the last of `tokens` tokens of every prompt, in one mixed batch."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+            adapter_names=[f"a{i}" for i in range(len(prompts))],
+        )
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--kernels", default="aten")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=32)
+    args = parser.parse_args()
+    base = load_base(args.base, name="base", backend=choose(args.kernels))
+    shape = (args.requests, args.prompt)
+    prompts = torch.randint(3, base.config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_adapters(base, Path(folder), args.requests)
+        model = peft_model(base, paths)
+        torch.set_num_threads(args.threads)
+        times: dict[str, list[tuple[float, float]]] = {"loramux": [], "peft": []}
+        with InProcess(base, paths, threads=args.threads, max_batch=args.requests) as ours:
+            mixes = [ours.mix([(i, 1.0)]) for i in range(args.requests)]
+            ours.run(prompts.tolist(), mixes, 2)
+            peft_seconds(model, prompts, 2)
+            for _ in range(args.rounds):
+                times["loramux"].append(ours.rates(prompts.tolist(), mixes, args.tokens))
+                times["peft"].append((peft_seconds(model, prompts, 1), peft_seconds(model, prompts, args.tokens)))
+    result: dict[str, Any] = {"kernels": base.backend.name, "requests": args.requests}
+    for name, pairs in times.items():
+        result[name] = {
+            "prefill": statistics.median(args.requests * args.prompt / first for first, _ in pairs),
+            "decode": statistics.median(args.requests * (args.tokens - 1) / (last - first) for first, last in pairs),
+            "whole": statistics.median(args.requests * args.tokens / last for _, last in pairs),
+        }
+    result["ratio"] = {key: result["loramux"][key] / result["peft"][key] for key in ("prefill", "decode", "whole")}
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

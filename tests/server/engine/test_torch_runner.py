@@ -1,0 +1,75 @@
+"""TorchRunner: storage, slots and what they weigh. Its arithmetic is tested in model/test_decoder.py."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from adapters.weights import LoraWeights
+from server.engine.batch import Batch
+from server.engine.runner import TorchRunner, make_runner
+
+if TYPE_CHECKING:
+    from server.model.loader import Base
+
+
+def step(*mixes: tuple[tuple[int, float], ...]) -> Batch:
+    """One first token for each of the sequences, each in a block of its own."""
+    count = len(mixes)
+    return Batch(
+        tokens=torch.arange(count) + 5,
+        positions=torch.zeros(count, dtype=torch.int64),
+        row_start=torch.arange(count + 1, dtype=torch.int32),
+        context=torch.ones(count, dtype=torch.int32),
+        blocks=torch.arange(count, dtype=torch.int32)[:, None],
+        logit_rows=torch.arange(count),
+        mixes=mixes,
+        block_size=16,
+    )
+
+
+def test_bytes_are_those_that_are_held(tiny_base: Base, tiny_runner: TorchRunner) -> None:
+    held = tiny_runner.nbytes()
+    assert held["base"] == tiny_base.nbytes
+    assert tiny_runner.block_bytes(16) == 2 * 2 * 2 * 16 * 16 * 4  # layers, k and v, heads, tokens, dimensions, bytes
+    assert (held["kv_cache"], held["activations"]) == (0, 0)  # pages that were never written take no memory
+    tiny_runner.run(step((), (), ()))
+    held = tiny_runner.nbytes()
+    assert held["kv_cache"] == 3 * tiny_runner.block_bytes(16)
+    assert held["activations"] > 0
+    tiny_runner.allocate(8, 32)
+    assert tiny_runner.nbytes()["kv_cache"] == 0
+
+
+def test_a_cleared_slot_lets_go_and_the_base_is_as_before(
+    tiny_runner: TorchRunner, tiny_adapter: Callable[..., LoraWeights]
+) -> None:
+    before = tiny_runner.run(step((), ()))
+    for slot in range(3):
+        tiny_runner.place(slot, tiny_adapter(slot, rank=2 + slot))
+    mixed = tiny_runner.run(step(((0, 1.0), (2, 0.5)), ((1, -1.0),)))
+    assert not torch.allclose(mixed[0], before[0], atol=1e-3)
+    again = tiny_adapter(9)
+    gone = weakref.ref(again)
+    tiny_runner.place(1, again)
+    tiny_runner.run(step(((1, 1.0),), ((0, 1.0),)))
+    del again
+    for slot in range(3):
+        tiny_runner.clear(slot)
+    gc.collect()
+    assert gone() is None
+    assert torch.equal(tiny_runner.run(step((), ())), before)
+
+
+def test_slots_are_as_many_as_were_asked_for(tiny_base: Base, tiny_adapter: Callable[..., LoraWeights]) -> None:
+    runner = make_runner(tiny_base, max_slots=1, threads=1)
+    runner.place(0, tiny_adapter(0))
+    with pytest.raises(IndexError):
+        runner.place(1, tiny_adapter(1))
+    with pytest.raises(ValueError, match="at least one thread"):
+        make_runner(tiny_base, max_slots=1, threads=0)

@@ -1,0 +1,84 @@
+"""A frozen matrix as a module: its product, its gradient, and a LoRA trained over it in a second tree."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from adapters.layers import LoraSpec, extract, inject
+from server.kernels import choose
+from server.model import linear
+from server.model.attention import Context, PackedAttention
+from server.model.decoder import Decoder, training_decoder
+from server.model.linear import Linear
+from server.model.quantization import quantize
+
+if TYPE_CHECKING:
+    from server.engine.runner import TorchRunner
+    from server.model.loader import Base
+
+
+@pytest.mark.parametrize("kernels", ["reference", "aten"])
+@pytest.mark.parametrize("scheme", ["int4", "nf4", "int8", "none"])
+def test_the_gradient_is_that_of_the_dequantized_matrix(
+    scheme: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "BLOCK_BYTES", 1)  # several blocks
+    generator = torch.Generator().manual_seed(2)
+    backend = choose(kernels)
+    matrix, bias = torch.randn(208, 64, generator=generator), torch.randn(208, generator=generator)
+    module = Linear("m", backend.pack(quantize(matrix, scheme, 32)), bias, backend)
+    dense = backend.dequantize(module.weight)
+    x, theirs = (torch.randn(5, 64, generator=generator.manual_seed(3)).requires_grad_() for _ in range(2))
+    y, expected = module(x), theirs @ dense.t() + bias
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-5)
+    for out in (y, expected):
+        out.square().sum().backward()
+    torch.testing.assert_close(x.grad, theirs.grad, atol=1e-2, rtol=1e-5)
+    assert not list(module.parameters())
+
+
+def test_a_second_tree_trains_over_the_same_weights(tiny_base: Base, tiny_runner: TorchRunner) -> None:
+    serving, tree = Decoder(tiny_base), training_decoder(tiny_base)
+    layers = inject(tree, LoraSpec(rank=4, alpha=8.0), seed=1)
+    assert set(layers) == set(tiny_base.shapes())
+    attention = PackedAttention([7, 3])
+    ids = torch.arange(10) + 20
+    context = Context(attention.positions, attention)
+    with torch.no_grad():
+        before = serving.logits(serving(serving.embed(ids), context))
+
+    def loss() -> torch.Tensor:
+        logits = tree.logits(tree(tree.embed(ids), context))
+        return torch.nn.functional.cross_entropy(logits, ids.roll(-1))
+
+    optimizer = torch.optim.AdamW(tree.parameters(), lr=1e-2)
+    first = loss()
+    torch.testing.assert_close(tree.logits(tree(tree.embed(ids), context)), before)  # B begins at zero
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss() < first - 0.5
+    with torch.no_grad():
+        assert torch.equal(serving.logits(serving(serving.embed(ids), context)), before)
+        trained = tree.logits(tree(tree.embed(ids), context))
+    # What was trained is what is served.
+    from server.engine.batch import Batch
+
+    tiny_runner.place(3, tiny_base.backend.prepare(extract(tree, "trained")))
+    served = tiny_runner.run(
+        Batch(
+            tokens=ids,
+            positions=attention.positions,
+            row_start=torch.tensor([0, 7, 10], dtype=torch.int32),
+            context=torch.tensor([7, 3], dtype=torch.int32),
+            blocks=torch.tensor([[5], [2]], dtype=torch.int32),
+            logit_rows=torch.arange(10),
+            mixes=(((3, 1.0),), ((3, 1.0),)),
+            block_size=16,
+        )
+    )
+    torch.testing.assert_close(served, trained, atol=1e-4, rtol=0)
