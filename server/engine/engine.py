@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sys
 import threading
 import time
 from typing import Any
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 STUCK_SECONDS = 10.0
 """How long `stop` waits for a step that is running after all its time is over."""
+
+SWITCH_SECONDS = 0.0005
+"""How long another thread may hold the interpreter while the engine wants it."""
 
 IDLE_SECONDS = 0.02
 """How long the thread sleeps at most while requests wait and none can run: their deadlines are looked at then."""
@@ -94,6 +98,8 @@ class Engine:
     def start(self) -> None:
         """Begin to run steps on a thread of its own."""
         assert self._thread is None, "an engine starts once"
+        # process-wide: each return from native code would otherwise wait for a busy event loop for up to 5 ms
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         self._thread = threading.Thread(target=self._loop, name="loramux-engine", daemon=True)
         self._inbox.open()
         self._thread.start()

@@ -176,19 +176,31 @@ def _not_finite() -> Pick:
 def _candidates(weights: Row, sampling: Sampling) -> npt.NDArray[np.int64]:
     """The ids, ascending, that top_k, then top_p, then min_p leave; among equals the lower ids stay.
 
-    `weights` are probabilities up to a factor, the largest being 1.
+    `weights` are probabilities up to a factor, the largest being 1. Values are sorted, never ids, which is many times
+    faster where a flat distribution leaves thousands of them.
     """
-    if 0 < sampling.top_k < len(weights):
-        ids = _largest(weights, sampling.top_k)
-        total = weights[ids].sum(dtype=np.float64)
+    k, total = len(weights), 0.0
+    limited = 0 < sampling.top_k < k
+    if not limited and sampling.top_p >= 1.0:
+        return np.flatnonzero(weights >= np.float32(sampling.min_p))
+    if limited:
+        k = sampling.top_k
+        values = np.sort(np.partition(weights, len(weights) - k)[len(weights) - k :])[::-1]
     else:
-        total = weights.sum(dtype=np.float64)
+        total = float(weights.sum(dtype=np.float64))
         # what is below this adds up to less than what top_p leaves out
-        ids = np.flatnonzero(weights >= (1.0 - sampling.top_p) * total / len(weights))
-        ids = _by_size(weights, ids) if sampling.top_p < 1.0 else ids
+        values = np.sort(weights[weights >= (1.0 - sampling.top_p) * total / len(weights)])[::-1]
+    count = len(values)
     if sampling.top_p < 1.0:
-        ids = ids[: int(np.searchsorted(np.cumsum(weights[ids], dtype=np.float64), sampling.top_p * total)) + 1]
-    return np.sort(ids[weights[ids] >= sampling.min_p])
+        sums = np.cumsum(values, dtype=np.float64)
+        goal = sampling.top_p * (total or sums[-1])
+        count = min(count, int(np.searchsorted(sums, goal)) + 1)
+    least = values[count - 1]
+    ids = np.flatnonzero(weights >= max(least, np.float32(sampling.min_p)))
+    surplus = len(ids) - count
+    if surplus > 0:
+        ids = np.delete(ids, np.flatnonzero(weights[ids] == least)[-surplus:])
+    return ids
 
 
 def _largest(row: Row, k: int) -> npt.NDArray[np.int64]:
