@@ -19,14 +19,17 @@ export function bytes(n) {
   }
 }
 
-function button(label, does) {
+function button(label, name, does) {
   const b = Object.assign(document.createElement("button"), { type: "button", textContent: label });
+  b.ariaLabel = `${label} ${name}`;
   b.addEventListener("click", async () => {
     b.disabled = true;
     try {
       await does();
+      frame.complain(null);
       drawn = "";
       await frame.refresh();
+      document.querySelector(`[aria-label="${CSS.escape(b.ariaLabel)}"]`)?.focus();
     } catch (error) {
       frame.complain(error);
     } finally {
@@ -36,21 +39,27 @@ function button(label, does) {
   return b;
 }
 
+function tier(adapter) {
+  return Object.assign(document.createElement("span"), {
+    className: `tier ${adapter.tier}`, textContent: adapter.tier + (adapter.pinned ? ", pinned" : ""),
+  });
+}
+
 function row(adapter) {
   const path = `/adapters/${encodeURIComponent(adapter.name)}`;
   const version = Object.assign(document.createElement("code"), { textContent: adapter.version.split("@")[1] });
   const does = document.createElement("td");
   does.append(
-    adapter.pinned ? button("Unpin", () => send("POST", `${path}/unpin`)) : button("Pin", () => send("POST", `${path}/pin`)),
-    button("Load", () => send("POST", `${path}/prefetch`)),
-    button("Retire", async () => {
+    adapter.pinned ? button("Unpin", adapter.name, () => send("POST", `${path}/unpin`)) : button("Pin", adapter.name, () => send("POST", `${path}/pin`)),
+    button("Load", adapter.name, () => send("POST", `${path}/prefetch`)),
+    button("Retire", adapter.name, async () => {
       if (confirm(`Retire ${adapter.name}? Running requests finish; new ones no longer find it.`)) await send("DELETE", path);
     }),
   );
   const tr = document.createElement("tr");
   tr.append(
     cell(adapter.name), cell(version), cell(adapter.ranks.join(", ")), cell(adapter.targets.map((t) => t.replace("_proj", "")).join(" ")),
-    cell(bytes(adapter.bytes), "num"), cell(adapter.tier + (adapter.pinned ? ", pinned" : "")),
+    cell(bytes(adapter.bytes), "num"), cell(tier(adapter)),
     cell(String(adapter.leases), "num"), cell((adapter.tasks ?? []).join(", ")), does,
   );
   return tr;
@@ -66,6 +75,7 @@ export function start(given) {
     form.append("adapter_model.safetensors", $("upload-weights").files[0]);
     try {
       await send("POST", "/adapters", form);
+      frame.complain(null);
       $("upload").reset();
       drawn = "";
       await frame.refresh();
@@ -80,7 +90,9 @@ export async function refresh() {
   const now = JSON.stringify([adapters, rejected]);
   if (now === drawn) return; // so that a button keeps its focus
   drawn = now;
+  const focused = document.activeElement?.ariaLabel;
   $("adapter-rows").replaceChildren(...adapters.map(row));
+  if (focused) $("adapter-rows").querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
   $("rejected").hidden = !rejected.length;
   $("rejected-rows").replaceChildren(...rejected.map((r) => {
     const tr = document.createElement("tr");

@@ -18,31 +18,38 @@ function headers(json) {
   return key.get() ? { ...all, authorization: `Bearer ${key.get()}` } : all;
 }
 
-async function checked(answer) {
+async function ask(path, options) {
+  let answer;
+  try {
+    answer = await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Failure(0, { message: "the server does not answer" });
+  }
   if (answer.ok) return answer;
   const body = await answer.json().catch(() => null);
   throw new Failure(answer.status, body?.error);
 }
 
 export async function get(path) {
-  return (await checked(await fetch(path, { headers: headers(false) }))).json();
+  return (await ask(path, { headers: headers(false) })).json();
 }
 
 export async function send(method, path, body) {
   const form = body instanceof FormData;
-  const answer = await checked(await fetch(path, {
+  const answer = await ask(path, {
     method,
     headers: headers(!form && body !== undefined),
     body: form || body === undefined ? body : JSON.stringify(body),
-  }));
+  });
   return answer.status === 204 ? null : answer.json().catch(() => null);
 }
 
 // Yields each event of a streamed answer. Throws a Failure for an error before or within the stream.
 export async function* stream(path, body, signal) {
-  const answer = await checked(await fetch(path, {
+  const answer = await ask(path, {
     method: "POST", headers: headers(true), body: JSON.stringify({ ...body, stream: true }), signal,
-  }));
+  });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {

@@ -11,12 +11,19 @@ const tabs = [...document.querySelectorAll('[role="tab"]')];
 const alert = document.getElementById("alert");
 const status = document.getElementById("status");
 
-export function complain(error) {
-  alert.textContent = error ? error.message : "";
+// What failed stays until it is closed or the next action works; a poll that works takes only its own message away.
+let polled = false;
+
+function complain(error, fromPoll = false) {
+  if (!error && fromPoll && !polled) return;
+  polled = Boolean(error) && fromPoll;
+  alert.firstElementChild.textContent = error ? error.message : "";
   alert.hidden = !error;
 }
 
-export const current = () => tabs.find((t) => t.ariaSelected === "true").getAttribute("aria-controls");
+alert.querySelector("button").addEventListener("click", () => complain(null));
+
+const current = () => tabs.find((t) => t.ariaSelected === "true").getAttribute("aria-controls");
 
 async function show(name) {
   for (const tab of tabs) {
@@ -32,18 +39,19 @@ async function show(name) {
 async function refresh() {
   try {
     await parts[current()].refresh();
-    complain(null);
+    complain(null, true);
   } catch (error) {
-    complain(error);
+    complain(error, true);
   }
 }
 
 tabs.forEach((tab, i) => {
   tab.addEventListener("click", () => show(tab.getAttribute("aria-controls")));
   tab.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!step) return;
-    const next = tabs[(i + step + tabs.length) % tabs.length];
+    const to = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: tabs.length - 1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    const next = tabs[(to + tabs.length) % tabs.length];
     next.focus();
     show(next.getAttribute("aria-controls"));
   });
@@ -51,7 +59,8 @@ tabs.forEach((tab, i) => {
 
 const field = document.getElementById("key");
 field.value = key.get();
-field.addEventListener("change", () => { key.set(field.value.trim()); refresh(); });
+field.addEventListener("change", () => { key.set(field.value.trim()); refresh(); beat(); });
+document.getElementById("key-form").addEventListener("submit", (event) => event.preventDefault());
 
 const root = document.documentElement;
 root.dataset.theme = localStorage.getItem("theme") ?? "";
@@ -60,23 +69,36 @@ document.getElementById("theme").addEventListener("click", () => {
   const now = root.dataset.theme || (dark ? "dark" : "light");
   root.dataset.theme = now === "dark" ? "light" : "dark";
   localStorage.setItem("theme", root.dataset.theme);
-  live.redraw();
+  redraw();
 });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+
+function redraw() {
+  live.redraw();
+  jobs.redraw();
+  refresh();
+}
 
 async function beat() {
   try {
     const stats = await get("/stats");
+    const woke = status.dataset.ready === undefined;
     status.textContent = `${stats.base.name} · ${stats.base.kernels} · ${stats.engine.running} running, ${stats.engine.waiting} waiting`;
     status.dataset.ready = "";
     live.note(stats);
-    if (["adapters", "tasks", "jobs"].includes(current())) await refresh();
+    if (woke || ["adapters", "tasks", "jobs"].includes(current())) await refresh();
   } catch (error) {
     delete status.dataset.ready;
-    status.textContent = error.status ? error.message : "the server does not answer";
+    status.textContent = error.status ? "not ready" : "not connected";
+    complain(error, true);
   }
+}
+
+async function beatOn() {
+  if (!document.hidden) await beat();
+  setTimeout(beatOn, 2000);
 }
 
 for (const part of Object.values(parts)) part.start({ complain, refresh });
 show(tabs.some((t) => `#${t.getAttribute("aria-controls")}` === location.hash) ? location.hash.slice(1) : "playground");
-beat();
-setInterval(() => { if (!document.hidden) beat(); }, 2000);
+beatOn();

@@ -7,6 +7,10 @@ let drawn = "";
 
 export function start() {}
 
+export function redraw() {
+  drawn = "";
+}
+
 async function losses(id) {
   try {
     const { data } = await get(`/v1/fine_tuning/jobs/${encodeURIComponent(id)}/events?limit=1000`);

@@ -12,6 +12,7 @@ const SHOWN = {
   kv: [["in use", (n) => n.kv]],
   memory: [["base", (n) => n.base], ["KV cache", (n) => n.cache], ["adapters", (n) => n.adapters], ["process", (n) => n.process]],
 };
+const FIXED = { tokens: 0, requests: 0, kv: 3, memory: 0 };
 const COLOURS = ["#3b82f6", "#f59e0b", "#10b981", "#a855f7"];
 
 function totals(stats) {
@@ -42,12 +43,16 @@ function data(series) {
 
 function make(name, series) {
   const style = getComputedStyle(document.documentElement);
-  const axis = { stroke: style.getPropertyValue("--soft"), grid: { stroke: style.getPropertyValue("--line") } };
+  const line = { stroke: style.getPropertyValue("--line"), width: 1 };
+  const axis = { stroke: style.getPropertyValue("--soft"), grid: line, ticks: line };
   const node = document.getElementById(`chart-${name}`);
   const options = {
     width: node.clientWidth || 480, height: 190, cursor: { y: false }, axes: [axis, { ...axis, size: 60 }],
-    scales: { y: { range: (_, low, high) => [0, Math.max(high, name === "kv" ? 1 : 1e-6)] } },
-    series: [{}, ...series.map(([label], i) => ({ label, stroke: COLOURS[i], width: 1.5 }))],
+    scales: { y: { range: (_, low, high) => [0, Math.max(high * 1.1, 1)] } },
+    series: [{ value: "{HH}:{mm}:{ss}" }, ...series.map(([label], i) => ({
+      label, stroke: COLOURS[i], width: 1.5, points: { show: false }, value: (_, v) => (v == null ? "" : v.toFixed(FIXED[name])),
+    }))],
+    legend: { live: true },
   };
   node.replaceChildren();
   charts[name] = new uPlot(options, data(series), node);
@@ -69,12 +74,12 @@ export async function refresh() {
   }
   const n = history.at(-1);
   if (!n) return;
-  const rows = [["Tokens a second", n.generated.toFixed(0)], ["Running", n.running], ["Waiting", n.waiting],
-    ["KV cache in use", `${(n.kv * 100).toFixed(1)} %`], ["Process memory", `${n.process.toFixed(0)} MiB`]];
-  document.getElementById("live-rows").replaceChildren(...rows.map(([name, value]) => {
-    const tr = document.createElement("tr");
-    tr.append(Object.assign(document.createElement("th"), { scope: "row", textContent: name }),
-      Object.assign(document.createElement("td"), { className: "num", textContent: String(value) }));
-    return tr;
+  const rows = [["tokens a second", n.generated.toFixed(0)], ["running", n.running], ["waiting", n.waiting],
+    ["of the KV cache", `${(n.kv * 100).toFixed(1)} %`], ["process memory", `${n.process.toFixed(0)} MiB`]];
+  document.getElementById("live-now").replaceChildren(...rows.map(([name, value]) => {
+    const tile = document.createElement("div");
+    tile.append(Object.assign(document.createElement("dt"), { textContent: name }),
+      Object.assign(document.createElement("dd"), { textContent: String(value) }));
+    return tile;
   }));
 }

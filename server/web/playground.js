@@ -1,5 +1,5 @@
 // Prompts, mixes and streamed answers, one or two side by side.
-import { get, send, stream } from "./api.js";
+import { get, key, send, stream } from "./api.js";
 
 const $ = (id) => document.getElementById(id);
 let names = [];
@@ -16,6 +16,7 @@ class Side {
     this.node = $("side").content.firstElementChild.cloneNode(true);
     this.part = (name) => this.node.querySelector(`.${name}`);
     this.part("add").addEventListener("click", () => this.add());
+    this.part("task").addEventListener("change", () => this.hint());
     this.part("up").addEventListener("click", () => this.feedback(1));
     this.part("down").addEventListener("click", () => this.feedback(0));
     for (const button of this.node.querySelectorAll(".copy")) {
@@ -26,10 +27,18 @@ class Side {
 
   fill() {
     const select = this.part("task");
-    const chosen = select.value;
+    const chosen = this.filled ? select.value : tasks[0]; // the first time, a task that there is says more than none
     select.replaceChildren(option("", "none (raw prompt)"), ...tasks.map((t) => option(t)));
     if (tasks.includes(chosen)) select.value = chosen;
+    this.filled ||= tasks.length > 0;
     for (const member of this.members()) this.offer(member.querySelector("select"));
+    this.part("add").disabled = !names.length;
+    this.hint();
+  }
+
+  hint() {
+    const alone = this.part("task").value ? "the task's own adapter" : "the base alone";
+    this.part("hint").textContent = this.members().length ? "this mix, exactly" : alone;
   }
 
   offer(select) {
@@ -50,8 +59,13 @@ class Side {
     select.value = names.find((n) => !taken.includes(n)) ?? names[0] ?? "";
     range.addEventListener("input", () => { number.value = range.value; });
     number.addEventListener("input", () => { range.value = number.value; });
-    remove.addEventListener("click", () => item.remove());
+    remove.addEventListener("click", () => {
+      item.remove();
+      this.hint();
+      this.part("add").focus();
+    });
     this.part("mix").append(item);
+    this.hint();
     select.focus();
   }
 
@@ -73,52 +87,73 @@ class Side {
 
   async run(signal) {
     const answer = this.part("answer");
-    const figures = this.part("figures");
     this.sent = { path: this.path(), body: this.body(), task: this.part("task").value };
     answer.textContent = "";
-    answer.classList.remove("failed");
-    figures.textContent = "";
+    answer.className = "answer";
+    answer.ariaBusy = "true"; // so that a screen reader reads the answer once, whole
+    this.figures([]);
     this.part("after").hidden = true;
     const start = performance.now();
     let first = null;
+    let steps = 0;
     try {
       for await (const event of stream(this.sent.path, this.sent.body, signal)) {
         if (event.text) {
           first ??= performance.now();
-          answer.textContent += event.text;
+          steps += 1;
+          answer.append(event.text);
+          const seconds = (performance.now() - first) / 1000;
+          this.figures([["first token, seen here", `${(first - start).toFixed(0)} ms`],
+            ["steps a second", seconds > 0 && steps > 1 ? ((steps - 1) / seconds).toFixed(0) : "…"]]);
         }
-        if (event.finish_reason) this.finish(event, first === null ? null : first - start);
+        if (event.finish_reason) this.finish(event);
       }
+      answer.classList.add("done");
     } catch (error) {
       if (error.name === "AbortError") {
-        figures.textContent = "stopped";
+        this.figures([["stopped after", `${((performance.now() - start) / 1000).toFixed(1)} s`]]);
       } else {
-        answer.textContent = error.message;
         answer.classList.add("failed");
+        answer.append(`${answer.textContent ? "\n" : ""}${error.message}`);
+        frame.complain(error);
       }
+    } finally {
+      answer.ariaBusy = "false";
     }
   }
 
-  finish(event, first) {
-    this.id = event.id;
-    const timings = event.timings;
-    const served = event.adapters.map((a) => `${a.version} × ${a.weight}`).join(" + ") || "the base alone";
-    const ttft = timings.ttft_ms ?? first;
-    this.part("figures").textContent =
-      `first token ${ttft.toFixed(1)} ms · ${timings.tokens_per_second.toFixed(0)} tokens/s · ` +
-      `${event.usage.completion_tokens} tokens (${event.finish_reason}) · ${served}`;
+  figures(pairs) {
+    this.part("figures").replaceChildren(...pairs.map(([name, value]) => {
+      const tile = document.createElement("div");
+      tile.append(Object.assign(document.createElement("dt"), { textContent: name }),
+        Object.assign(document.createElement("dd"), { textContent: value }));
+      return tile;
+    }));
+  }
+
+  finish({ id, timings, usage, adapters, finish_reason: reason }) {
+    this.id = id;
+    const ms = (value) => (value == null ? "none" : `${value.toFixed(1)} ms`);
+    const cached = usage.cached_tokens ? `, ${usage.cached_tokens} cached` : "";
+    this.figures([
+      ["first token", ms(timings.ttft_ms)],
+      ["tokens a second", timings.tokens_per_second?.toFixed(0) ?? "none"],
+      ["in all", ms(timings.total_ms)],
+      ["tokens", `${usage.prompt_tokens}${cached} → ${usage.completion_tokens} (${reason})`],
+      ["served by", adapters.map((a) => (a.weight === 1 ? a.version : `${a.version} × ${a.weight}`)).join(" + ") || "the base alone"],
+    ]);
     this.part("after").hidden = false;
     for (const name of ["up", "down"]) {
       this.part(name).hidden = !this.sent.task;
-      this.part(name).disabled = false;
+      this.part(name).ariaPressed = "false";
     }
   }
 
   async feedback(score) {
     try {
       await send("POST", `/tasks/${encodeURIComponent(this.sent.task)}/feedback`, { id: this.id, score });
-      this.part("up").disabled = score === 1;
-      this.part("down").disabled = score === 0;
+      this.part("up").ariaPressed = String(score === 1);
+      this.part("down").ariaPressed = String(score === 0);
       frame.complain(null);
     } catch (error) {
       frame.complain(error);
@@ -127,23 +162,41 @@ class Side {
 
   async copy(button) {
     const text = snippet(button.dataset.as, this.sent);
-    await navigator.clipboard.writeText(text);
+    try {
+      await write(text);
+    } catch {
+      frame.complain(new Error("this browser does not let the page copy"));
+      return;
+    }
     const label = button.textContent;
     button.textContent = "Copied";
     setTimeout(() => { button.textContent = label; }, 1200);
   }
 }
 
+// The clipboard is closed to pages over plain HTTP from another machine; the older way is not.
+async function write(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = Object.assign(document.createElement("textarea"), { value: text });
+  document.body.append(area);
+  area.select();
+  const done = document.execCommand("copy");
+  area.remove();
+  if (!done) throw new Error("not copied");
+}
+
 function snippet(kind, { path, body, task }) {
   const url = location.origin;
   const json = JSON.stringify(body);
   if (kind === "curl") {
-    return `curl -s '${url}${path}' -H 'content-type: application/json' -d '${json.replaceAll("'", "'\\''")}'`;
+    const auth = key.get() ? ' -H "authorization: Bearer $LORAMUX_KEY"' : "";
+    return `curl -s '${url}${path}' -H 'content-type: application/json'${auth} -d '${json.replaceAll("'", "'\\''")}'`;
   }
   // In Python, a JSON string is a string, and no number, list or object of this body reads differently.
   const literal = JSON.stringify(body, null, 4);
   if (kind === "python") {
-    return `import httpx\n\nanswer = httpx.post("${url}${path}", json=${literal}, timeout=60)\nprint(answer.json()["text"])\n`;
+    const auth = key.get() ? ', headers={"authorization": f"Bearer {os.environ[\'LORAMUX_KEY\']}"}' : "";
+    return `${auth ? "import os\n\n" : ""}import httpx\n\nanswer = httpx.post("${url}${path}", json=${literal}${auth}, timeout=60)\nprint(answer.json()["text"])\n`;
   }
   const { prompt, adapters, ...rest } = body;
   const settings = Object.entries(rest).map(([k, v]) => `    ${k}=${JSON.stringify(v)},\n`).join("");
@@ -151,7 +204,8 @@ function snippet(kind, { path, body, task }) {
   const call = task ? "chat.completions" : "completions";
   const input = task ? `    messages=[{"role": "user", "content": ${JSON.stringify(prompt)}}],\n` : `    prompt=${JSON.stringify(prompt)},\n`;
   const text = task ? "message.content" : "text";
-  return `from openai import OpenAI\n\nclient = OpenAI(base_url="${url}/v1", api_key="none")\n` +
+  const secret = key.get() ? 'os.environ["LORAMUX_KEY"]' : '"none"';
+  return `${key.get() ? "import os\n\n" : ""}from openai import OpenAI\n\nclient = OpenAI(base_url="${url}/v1", api_key=${secret})\n` +
     `answer = client.${call}.create(\n    model=${JSON.stringify(task || "base")},\n${input}${settings}${extra})\nprint(answer.choices[0].${text})\n`;
 }
 
@@ -170,6 +224,7 @@ export function start(given) {
     running = new AbortController();
     $("run").disabled = true;
     $("stop").disabled = false;
+    frame.complain(null);
     const shown = $("two").checked ? sides : sides.slice(0, 1);
     await Promise.all(shown.map((side) => side.run(running.signal)));
     $("run").disabled = false;

@@ -44,7 +44,7 @@ export async function refresh() {
       [known[i]?.best ? `${known[i].best.name ?? known[i].best.version ?? ""} ${known[i].best.reason ?? ""}` : ""],
     ];
     for (const [text, kind] of cells) {
-      tr.append(Object.assign(document.createElement("td"), { textContent: text, className: kind ?? "" }));
+      tr.append(Object.assign(document.createElement("td"), { textContent: text, className: kind ?? "lines" }));
     }
     return tr;
   }));
