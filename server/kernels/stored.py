@@ -101,11 +101,18 @@ def dequantize_stored(weight: Weight, start: int = 0, stop: int | None = None) -
     if weight.scheme == "int8":
         values = codes.float()
     elif weight.scheme == "nf4":
-        values = NF4.to(codes.device)[unpack_nibbles(codes).int()]
+        values = _levels(codes, NF4)
     else:
-        values = unpack_nibbles(codes).float()
+        values = _levels(codes, torch.arange(16.0))
     grouped = values.view(stop - start, columns // weight.group, weight.group)
     grouped *= group_values(weight.tensors, "scale", start, stop).float()[:, :, None]
     if weight.scheme == "int4":
         grouped += group_values(weight.tensors, "zero", start, stop).float()[:, :, None]
     return values
+
+
+def _levels(packed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """table[code] of each nibble: uint8 [rows, n/2] -> float32 [rows, n]. One look-up a byte gives both its values."""
+    pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), 1).view(torch.int64).view(-1)
+    found = torch.index_select(pairs.to(packed.device), 0, packed.reshape(-1).int())
+    return found.view(torch.float32).view(packed.shape[0], 2 * packed.shape[1])
