@@ -113,7 +113,14 @@ def _framework(error: HTTPException) -> Answer:
         400: "the body cannot be read; send valid JSON as application/json",
     }.get(status, str(error.detail))
     code = STATUS_CODES.get(status, "invalid_request" if status < 500 else "internal")
-    return Answer(status, message, INVALID if status < 500 else SERVER, None, code, dict(error.headers or {}))
+    return Answer(
+        status,
+        message,
+        INVALID if status < 500 else SERVER,
+        None,
+        code,
+        {k.lower(): v for k, v in (error.headers or {}).items()},
+    )
 
 
 def _invalid(problems: Sequence[Any], openai: bool) -> Answer:
