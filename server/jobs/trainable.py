@@ -31,7 +31,9 @@ class Trainable:
     larger one at every use, so that the codes alone are resident.
     """
 
-    def __init__(self, base: Base, compute_dtype: str = "bfloat16", kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(
+        self, base: Base, compute_dtype: str = "bfloat16", kept_bytes: int = KEPT_BYTES, share_prefix: bool = True
+    ) -> None:
         dtype = DTYPES[compute_dtype]
         decoder = training_decoder(base, dtype)
         self.tree: nn.Module = decoder
@@ -49,6 +51,7 @@ class Trainable:
                 dense = _Dense(base.weights[path], base.tensors.get(f"{path}.bias"), base.backend, dtype)
                 setattr(decoder.get_submodule(parent), last, dense)
                 self.nbytes += dense.weight.nbytes
+        self._share_prefix = share_prefix
         self._embed, self._logits = decoder.embed, decoder.logits
 
     def hidden(self, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -57,7 +60,7 @@ class Trainable:
         What all sequences begin with is computed once: its states are the same in each, since the decoder is causal,
         and so is their gradient's sum.
         """
-        shared = shared_prefix(ids, lengths)
+        shared = shared_prefix(ids, lengths) if self._share_prefix else 0
         if shared == 0 and 2 * max(lengths) * len(lengths) > 3 * len(ids):  # padding would cost more than it saves
             attention = PackedAttention(lengths)
             states: torch.Tensor = self.tree(self._embed(ids), Context(attention.positions, attention))
@@ -86,7 +89,7 @@ def shared_prefix(ids: torch.Tensor, lengths: Sequence[int]) -> int:
     """How many tokens all of several sequences begin with; each keeps at least one of its own. 0 for a single one."""
     if len(lengths) < 2:
         return 0
-    parts = ids.split(list(lengths))
+    parts = torch.split(ids, list(lengths))
     least = min(lengths) - 1
     heads = torch.stack([part[:least] for part in parts])
     differ = (heads != heads[0]).any(0).nonzero()

@@ -1,0 +1,53 @@
+"""Scores of answers, on values worked out by hand and on what a score must be."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.tasks import scores
+
+
+def test_accuracy_and_exact_match():
+    answers, references = [" Yes", "no", "maybe"], ["yes", "no", "No"]
+    assert scores.accuracy(answers, references) == pytest.approx(2 / 3)
+    assert scores.exact_match(answers, references) == pytest.approx(1 / 3)
+
+
+def test_rouge_l_is_the_f_of_the_longest_common_subsequence():
+    # "police the gunman" against four words: a subsequence of 3 of 4 and 4, so F = 3/4 (Lin 2004, section 3).
+    assert scores.rouge_l(["police killed the gunman"], ["Police kill the gunman!"]) == pytest.approx(0.75)
+    assert scores.rouge_l(["the gunman kill police"], ["police killed the gunman"]) == pytest.approx(0.5)
+    assert scores.rouge_l(["", "a"], ["a", ""]) == 0.0
+
+
+def test_bleu_by_hand():
+    # 6 tokens of 7, brevity exp(1 - 7/6); n-gram hits 5/6, 3/5, 1/4, and 1/(2*3) smoothed.
+    answer, reference = "the cat sat on mat today", "the cat sat on the mat ."
+    hits = (5 / 6) * (3 / 5) * (2 / 4) * (1 / 3)
+    assert scores.bleu([answer], [reference]) == pytest.approx(100 * hits**0.25 * 2.718281828 ** (1 - 7 / 6), rel=1e-6)
+    smoothed = (3 / 4) * (1 / 3) * (1 / (2 * 2)) * (1 / (4 * 1))
+    assert scores.bleu(["a b x c"], ["a b c d"]) == pytest.approx(100 * smoothed**0.25, rel=1e-6)
+
+
+def test_tokens_of_bleu():
+    assert scores._tokens('He said: "3.5, not 4!" (twice)') == [
+        "He", "said", ":", '"', "3.5", ",", "not", "4", "!", '"', "(", "twice", ")",
+    ]  # fmt: skip
+
+
+def test_chrf_by_hand():
+    # "ab" against "abc": unigrams 2/2 and 2/3, bigrams 1/1 and 1/2; no longer ones in the answer.
+    recall = (2 / 3 + 1 / 2) / 2
+    assert scores.chrf(["a b"], ["abc"]) == pytest.approx(100 * 5 * recall / (4 + recall))
+    assert scores.chrf([""], [""]) == 0.0 and scores.chrf(["x"], ["y"]) == 0.0
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "bc", "cab."]), min_size=4, max_size=8).map(" ".join), min_size=1))
+@settings(max_examples=40, deadline=None)
+def test_the_reference_itself_is_perfect(texts):
+    assert scores.accuracy(texts, texts) == scores.exact_match(texts, texts) == 1.0
+    assert scores.bleu(texts, texts) == pytest.approx(100.0)
+    if all("a" in t for t in texts):
+        assert scores.rouge_l(texts, texts) == 1.0 and scores.chrf(texts, texts) == pytest.approx(100.0)
