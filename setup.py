@@ -11,6 +11,20 @@ from glob import glob
 from setuptools import Extension, setup
 
 KERNELS = "server/kernels/cpu"
+ISA = ["f", "bw", "dq", "vl", "vnni", "bf16", "vbmi"]
+"""Parts of AVX-512 that the kernels use. Whether a machine has them is asked when the library is loaded."""
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",  # contraction would fuse where the stored scales are defined by two roundings
+    "-fno-math-errno",
+    "-Wno-ignored-attributes",
+    "-mavx2",
+    "-mfma",
+    "-mf16c",
+    "-mbmi2",
+    *(f"-mavx512{part}" for part in ISA),
+]
 
 setup(
     ext_modules=[
@@ -19,8 +33,7 @@ setup(
             sources=sorted(glob(f"{KERNELS}/*.cpp")),
             depends=sorted(glob(f"{KERNELS}/*.h")),
             language="c++",
-            # Contraction would fuse a product and a sum where the stored scales are defined by two roundings.
-            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-ignored-attributes"],
+            extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],
             optional=True,
         )

@@ -1,5 +1,6 @@
 #include "gemm.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "simd.h"
@@ -65,15 +66,32 @@ inline GroupScales scales(const Matrix& w, int64_t tile, int64_t groups, int64_t
   return s;
 }
 
+template <int S, bool DOUBLE>
+inline void prefetch_scales(const Matrix& w, int64_t tile, int64_t groups, int64_t g) {
+  const int64_t at = tile * groups + g;
+  if constexpr (DOUBLE) {
+    _mm_prefetch(reinterpret_cast<const char*>(w.scale_codes + at * 16), _MM_HINT_T0);
+    if constexpr (S == INT4) _mm_prefetch(reinterpret_cast<const char*>(w.zero_codes + at * 16), _MM_HINT_T0);
+  } else {
+    _mm_prefetch(reinterpret_cast<const char*>(w.scale + at * (S == INT4 ? 32 : 16)), _MM_HINT_T0);
+  }
+}
+
 constexpr int64_t bytes_of_group(int scheme) { return scheme == INT8 ? 512 : 256; }
+
+// Which lines of the tiles behind these a walk asks for: of the T * bytes_of_group / 64 that it passes a step.
+struct Ahead {
+  int first, last;
+};
 
 // R rows by T tiles of 16 columns over all of k. Groups of weights are whole numbers of groups of activations.
 template <int S, bool DOUBLE, int R, int T>
 void product(const Matrix& w, int64_t tile, const int8_t* x, const float* meta, float* out, int64_t stride,
-             bool prefetch) {
+             Ahead ahead) {
   constexpr int64_t BYTES = bytes_of_group(S);
   const int64_t steps = w.padded() / GROUP, groups = w.k / w.group, each = w.group / GROUP;
   const uint8_t* codes = w.codes + tile * steps * BYTES;
+  const uint8_t* next = codes + T * steps * BYTES;
   const __m512i low = _mm512_set1_epi8(15);
   [[maybe_unused]] const __m512i levels = nf4_levels();
   __m512 sum[T][R];
@@ -82,13 +100,12 @@ void product(const Matrix& w, int64_t tile, const int8_t* x, const float* meta, 
   for (int64_t g = 0; g < groups; g++) {
     GroupScales s[T];
     for (int t = 0; t < T; t++) s[t] = scales<S, DOUBLE>(w, tile + t, groups, g);
+    if (ahead.first == 0 && ahead.last > 0)
+      for (int t = 0; t < T; t++) prefetch_scales<S, DOUBLE>(w, tile + T + t, groups, g);
     for (int64_t e = 0; e < each; e++) {
-      if (prefetch) {
-#pragma GCC unroll 16
-        for (int t = 0; t < T; t++)
-          for (int64_t b = 0; b < BYTES; b += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(codes + (T + t) * steps * BYTES + b), _MM_HINT_T0);
-      }
+      for (int l = ahead.first; l < ahead.last; l++)
+        _mm_prefetch(reinterpret_cast<const char*>(next + l * 64), _MM_HINT_T0);
+      next += T * BYTES;
       __m512i dot[T][R];
       for (int t = 0; t < T; t++)
         for (int r = 0; r < R; r++) {
@@ -168,17 +185,22 @@ template <int S, bool DOUBLE, int T>
 void columns(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride,
              bool prefetch) {
   const int64_t steps = w.padded() / GROUP;
-  for (int64_t first = 0; first < rows; first += ROWS) {
+  // The walks over the rows share the asking, so that it is spread over the time until the bytes are wanted.
+  constexpr int LINES = static_cast<int>(T * bytes_of_group(S) / 64);
+  const int walks = static_cast<int>(std::min<int64_t>((rows + ROWS - 1) / ROWS, LINES));
+  for (int64_t first = 0, walk = 0; first < rows; first += ROWS, walk++) {
+    Ahead ahead{0, 0};
+    if (prefetch && walk < walks)
+      ahead = {static_cast<int>(LINES * walk / walks), static_cast<int>(LINES * (walk + 1) / walks)};
     const int8_t* codes = x.codes.get() + first * w.padded();
     const float* meta = x.meta.get() + first / ROWS * steps * META;
     float* at = out + first * stride;
     switch (rows - first) {
-      case 1: product<S, DOUBLE, 1, T>(w, tile, codes, meta, at, stride, prefetch); break;
-      case 2: product<S, DOUBLE, 2, T>(w, tile, codes, meta, at, stride, prefetch); break;
-      case 3: product<S, DOUBLE, 3, T>(w, tile, codes, meta, at, stride, prefetch); break;
-      default: product<S, DOUBLE, 4, T>(w, tile, codes, meta, at, stride, prefetch);
+      case 1: product<S, DOUBLE, 1, T>(w, tile, codes, meta, at, stride, ahead); break;
+      case 2: product<S, DOUBLE, 2, T>(w, tile, codes, meta, at, stride, ahead); break;
+      case 3: product<S, DOUBLE, 3, T>(w, tile, codes, meta, at, stride, ahead); break;
+      default: product<S, DOUBLE, 4, T>(w, tile, codes, meta, at, stride, ahead);
     }
-    prefetch = false;
   }
 }
 
@@ -285,12 +307,6 @@ void multiply(const Matrix& w, int64_t first_tile, int64_t last_tile, const Acti
   int64_t tile = first_tile;
   for (; tile + 2 <= last_tile; tile += 2) columns_any<2>(w, tile, x, rows, out + (tile - first_tile) * 16, stride);
   if (tile < last_tile) columns_any<1>(w, tile, x, rows, out + (tile - first_tile) * 16, stride);
-}
-
-void prefetch_tile(const Matrix& w, int64_t tile) {
-  const int64_t bytes = w.scheme == NONE ? w.padded() * 32 : w.padded() / GROUP * bytes_of_group(w.scheme);
-  const char* p = reinterpret_cast<const char*>(w.codes) + tile * bytes;
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
 }
 
 void dequantize_row(const Matrix& w, int64_t row, float* out) {

@@ -60,9 +60,6 @@ struct Activations {
 void multiply(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows, float* out,
               int64_t stride);
 
-// Asks for the bytes of one tile, so that they are near when their turn comes.
-void prefetch_tile(const Matrix& w, int64_t tile);
-
 // Row `row` of the matrix as floats [k].
 void dequantize_row(const Matrix& w, int64_t row, float* out);
 

@@ -190,6 +190,7 @@ LoraPlan Model::plan_block(const Step& step, int64_t first, int64_t count) const
               {static_cast<int32_t>(r - first), mix[e].second, group.entries[e].offset});
       }
       for (int64_t r = row; r < end; r++) group.rows.push_back(static_cast<int32_t>(r - first));
+      plan.rows += end - row;
     }
     row = end;
   }
@@ -236,29 +237,44 @@ bool Model::site_used(const RowBlock& block, int64_t layer, int site) const {
   return false;
 }
 
-void Model::shrink_all(int64_t layer, const RowBlock& block, const std::vector<int>& sites, const Activations& x,
-                       int64_t in) {
-  if (!block.plan.any()) return;
+void Model::shrink_piece(int64_t layer, const RowBlock& block, const Activations& x, int64_t in, int piece) {
+  const ShrinkTask& task = shrink_tasks_[static_cast<size_t>(piece)];
+  const SlotRows& slot = block.plan.slots[static_cast<size_t>(task.slot)];
+  const LoraSite& site = slots_[static_cast<size_t>(slot.slot)][layer * SITES + task.site];
+  if (static_cast<size_t>(piece) + 1 < shrink_tasks_.size()) {
+    const ShrinkTask& next = shrink_tasks_[static_cast<size_t>(piece) + 1];
+    const int32_t next_slot = block.plan.slots[static_cast<size_t>(next.slot)].slot;
+    prefetch_site(slots_[static_cast<size_t>(next_slot)][layer * SITES + next.site], in);
+  }
+  shrink(site, slot, task.first, task.last, x.half.get(), x.padded, in, products_of(task.site), block.plan.width);
+}
+
+void Model::expand_rows(int64_t layer, const RowBlock& block, const std::vector<int>& sites,
+                        const std::vector<Target>& targets) {
   const int64_t started = now();
-  plan_shrink(block.plan, slots_, layer, sites, shrink_tasks_);
-  pool_.run(static_cast<int>(shrink_tasks_.size()), [&](int piece, int) {
-    const ShrinkTask& task = shrink_tasks_[static_cast<size_t>(piece)];
-    const SlotRows& slot = block.plan.slots[static_cast<size_t>(task.slot)];
-    const LoraSite& site = slots_[static_cast<size_t>(slot.slot)][layer * SITES + task.site];
-    shrink(site, slot, task.first, task.last, x.half.get(), x.padded, in, products_of(task.site), block.plan.width);
+  int64_t out[SITES] = {};
+  const Target* of[SITES] = {};
+  for (const Target& target : targets) {
+    out[target.site] = target.w->n;
+    of[target.site] = &target;
+  }
+  plan_expand(block.plan, slots_, layer, sites, out, expand_tasks_);
+  pool_.run(static_cast<int>(expand_tasks_.size()), [&](int piece, int) {
+    const ExpandTask& task = expand_tasks_[static_cast<size_t>(piece)];
+    const Target& target = *of[task.site];
+    expand(block.plan.mixes[static_cast<size_t>(task.mix)], block.plan.width, slots_, layer * SITES + task.site,
+           task.first, task.last, products_of(task.site), target.out + task.column, target.stride, task.column,
+           task.columns, target.w->n);
   });
-  clock(SHRINK, started);
+  clock(EXPAND, started);
 }
 
 // ---- linears --------------------------------------------------------------------------------------------------
 
-void Model::product_piece(int64_t layer, const RowBlock& block, const Activations& x, const Target& target,
-                          int64_t first, int64_t last, int thread) {
+void Model::product_piece(const RowBlock& block, const Activations& x, const Target& target, int64_t first,
+                          int64_t last, int thread) {
   const Matrix& w = *target.w;
   const int64_t column = first * 16, columns = std::min(last * 16, w.n) - column;
-  const bool lora = target.site < SITES && block.plan.any() && site_used(block, layer, target.site);
-  const int64_t at = layer * SITES + target.site;
-  if (lora) prefetch_expand(block.plan, slots_, at, column, columns, w.n);
   // Whole tiles may be written in place; sums with what is there already go through the thread's own tile.
   const bool direct = !target.add && last * 16 <= target.stride;
   float* y = direct ? target.out + column : local_[static_cast<size_t>(thread)].tile.get();
@@ -266,7 +282,6 @@ void Model::product_piece(int64_t layer, const RowBlock& block, const Activation
   multiply(w, first, last, x, block.count, y, stride);
   if (w.bias)
     for (int64_t r = 0; r < block.count; r++) add_row(y + r * stride, w.bias + column, columns);
-  if (lora) expand(block.plan, slots_, at, products_of(target.site), y, stride, column, columns, w.n);
   if (direct) return;
   for (int64_t r = 0; r < block.count; r++) {
     float* to = target.out + r * target.stride + column;
@@ -274,16 +289,27 @@ void Model::product_piece(int64_t layer, const RowBlock& block, const Activation
   }
 }
 
-void Model::products(int64_t layer, const RowBlock& block, const Activations& x, const std::vector<Target>& targets) {
+// The base's products and the adapters' first ones side by side (one lives on arithmetic, the other on memory), then
+// the adapters' second ones on top.
+void Model::products(int64_t layer, const RowBlock& block, const Activations& x, int64_t in,
+                     const std::vector<Target>& targets) {
+  std::vector<int> sites;
+  for (const Target& target : targets) sites.push_back(target.site);
+  shrink_tasks_.clear();
+  if (block.plan.any()) plan_shrink(block.plan, slots_, layer, sites, shrink_tasks_);
+  const int shrinks = static_cast<int>(shrink_tasks_.size());
   std::array<int64_t, 4> start{};
   for (size_t i = 0; i < targets.size(); i++)
     start[i + 1] = start[i] + (targets[i].w->tiles() + TILES - 1) / TILES;
-  pool_.run(static_cast<int>(start[targets.size()]), [&](int piece, int thread) {
+  pool_.run(shrinks + static_cast<int>(start[targets.size()]), [&](int piece, int thread) {
+    if (piece < shrinks) return shrink_piece(layer, block, x, in, piece);
+    piece -= shrinks;
     size_t i = 0;
     while (piece >= start[i + 1]) i++;
     const int64_t first = (piece - start[i]) * TILES;
-    product_piece(layer, block, x, targets[i], first, std::min(first + TILES, targets[i].w->tiles()), thread);
+    product_piece(block, x, targets[i], first, std::min(first + TILES, targets[i].w->tiles()), thread);
   });
+  if (shrinks > 0) expand_rows(layer, block, sites, targets);
 }
 
 // silu(gate) * up, 32 columns of each at a time, given on as quantized activations.
@@ -292,6 +318,11 @@ void Model::gate_up(int64_t layer, const RowBlock& block) {
   const Matrix& up = layers_[static_cast<size_t>(layer)].site[UP];
   const bool lora[2] = {block.plan.any() && site_used(block, layer, GATE),
                         block.plan.any() && site_used(block, layer, UP)};
+  if (lora[0] || lora[1]) {
+    plan_shrink(block.plan, slots_, layer, {GATE, UP}, shrink_tasks_);
+    pool_.run(static_cast<int>(shrink_tasks_.size()),
+              [&](int piece, int) { shrink_piece(layer, block, normed_, config_.hidden, piece); });
+  }
   constexpr int64_t WIDE = TILES * 16;
   pool_.run(static_cast<int>((gate.tiles() + TILES - 1) / TILES), [&](int piece, int thread) {
     const int64_t first = piece * TILES, last = std::min(first + TILES, gate.tiles());
@@ -302,12 +333,11 @@ void Model::gate_up(int64_t layer, const RowBlock& block) {
       const int site = side == 0 ? GATE : UP;
       const int64_t at = layer * SITES + site;
       float* to = y + side * WIDE;
-      if (lora[side]) prefetch_expand(block.plan, slots_, at, column, columns, w.n);
       multiply(w, first, last, normed_, block.count, to, 2 * WIDE);
       if (w.bias)
         for (int64_t r = 0; r < block.count; r++) add_row(to + r * 2 * WIDE, w.bias + column, columns);
       if (lora[side])
-        expand(block.plan, slots_, at, products_of(site), to, 2 * WIDE, column, columns, w.n);
+        expand_all(block.plan, slots_, at, products_of(site), to, 2 * WIDE, column, columns, w.n);
     }
     for (int64_t r = 0; r < block.count; r++) {
       float* g = y + r * 2 * WIDE;
@@ -441,29 +471,21 @@ void Model::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
 
   norm_rows(block.first, block.count, l.input_norm, normed_);
   t = clock(NORM, t);
-  shrink_all(layer, block, {Q, K, V}, normed_, config_.hidden);
-  t = now();
-  products(layer, block, normed_,
+  products(layer, block, normed_, config_.hidden,
            {{&l.site[Q], Q, qkv_.get(), stride, false},
             {&l.site[K], K, qkv_.get() + whole_tiles(heads), stride, false},
             {&l.site[V], V, qkv_.get() + whole_tiles(heads) + whole_tiles(kv), stride, false}});
   t = clock(QKV, t);
   attention(step, layer, block);
   t = clock(ATTENTION, t);
-  shrink_all(layer, block, {O}, attended_, heads);
-  t = now();
-  products(layer, block, attended_, {{&l.site[O], O, stream, config_.hidden, true}});
+  products(layer, block, attended_, heads, {{&l.site[O], O, stream, config_.hidden, true}});
   t = clock(OUT, t);
 
   norm_rows(block.first, block.count, l.post_norm, normed_);
   t = clock(NORM, t);
-  shrink_all(layer, block, {GATE, UP}, normed_, config_.hidden);
-  t = now();
   gate_up(layer, block);
   t = clock(GATE_UP, t);
-  shrink_all(layer, block, {DOWN}, gated_, config_.intermediate);
-  t = now();
-  products(layer, block, gated_, {{&l.site[DOWN], DOWN, stream, config_.hidden, true}});
+  products(layer, block, gated_, config_.intermediate, {{&l.site[DOWN], DOWN, stream, config_.hidden, true}});
   clock(DOWN_PROJ, t);
 }
 

@@ -21,7 +21,7 @@ float log_sum_exp(const float* x, int64_t n);
 
 class Model {
  public:
-  enum Phase { NORM, QKV, ATTENTION, OUT, GATE_UP, DOWN_PROJ, SHRINK, HEAD, PLAN, PHASES };
+  enum Phase { NORM, QKV, ATTENTION, OUT, GATE_UP, DOWN_PROJ, EXPAND, HEAD, PLAN, PHASES };
 
   Model(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,
         Pool& pool);
@@ -56,11 +56,13 @@ class Model {
   void run_layer(const Step& step, int64_t layer, const RowBlock& block);
   void norm_rows(int64_t first, int64_t count, const float* weight, Activations& to);
   void norm_row(const float* x, const float* weight, int64_t row, Activations& to, float* scratch);
-  void shrink_all(int64_t layer, const RowBlock& block, const std::vector<int>& sites, const Activations& x,
-                  int64_t in);
-  void products(int64_t layer, const RowBlock& block, const Activations& x, const std::vector<Target>& targets);
-  void product_piece(int64_t layer, const RowBlock& block, const Activations& x, const Target& target, int64_t first,
-                     int64_t last, int thread);
+  void products(int64_t layer, const RowBlock& block, const Activations& x, int64_t in,
+                const std::vector<Target>& targets);
+  void product_piece(const RowBlock& block, const Activations& x, const Target& target, int64_t first, int64_t last,
+                     int thread);
+  void shrink_piece(int64_t layer, const RowBlock& block, const Activations& x, int64_t in, int piece);
+  void expand_rows(int64_t layer, const RowBlock& block, const std::vector<int>& sites,
+                   const std::vector<Target>& targets);
   void gate_up(int64_t layer, const RowBlock& block);
   void rotate_and_write(const Step& step, int64_t layer, const RowBlock& block, int64_t row, int64_t head);
   void attention(const Step& step, int64_t layer, const RowBlock& block);
@@ -91,6 +93,7 @@ class Model {
   std::vector<RowBlock> row_blocks_;
   std::vector<int32_t> row_sequence_;
   std::vector<ShrinkTask> shrink_tasks_;
+  std::vector<ExpandTask> expand_tasks_;
   Buffer<float> stream_;  // [rows][hidden]
   Buffer<float> qkv_;     // [block][q | k | v], each padded to whole tiles
   Buffer<uint16_t> query_;

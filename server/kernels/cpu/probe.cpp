@@ -1,4 +1,4 @@
-// Says whether the kernels can run here. Compiled for any x86-64, and for other machines, so that asking is safe.
+// Says whether the kernels can run here. Asks nothing of the machine but integers, whatever the rest is compiled for.
 
 extern "C" const char* loramux_missing() {
 #if defined(__x86_64__)

@@ -1,4 +1,6 @@
-// The instruction set of the kernels, named once. Included first by every file but probe.cpp, which must run anywhere.
+// The instruction set of the kernels, which setup.py asks the compiler for. Included by every file but probe.cpp.
 #pragma once
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx512vbmi,avx2,fma,f16c,bmi2")
+#if !defined(__AVX512VNNI__) || !defined(__AVX512BF16__) || !defined(__AVX512VBMI__)
+#error "the kernels are written for AVX512 with VNNI, BF16 and VBMI; see setup.py for the flags"
+#endif
 #include <immintrin.h>
