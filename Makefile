@@ -23,7 +23,7 @@ flags = $(if $(PORT),--port "$(PORT)") $(call typed,HOST,host) $(call typed,MODE
   $(call typed,DEVICE,device) $(call typed,THREADS,threads) $(call typed,STATE_DIR,state-dir) \
   $(call typed,ADAPTER_DIR,adapter-dir) $(call typed,CONFIG,config)
 
-.PHONY: help serve test lint format clean
+.PHONY: help serve test lint format dashboard clean
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' $(MAKEFILE_LIST)
 
@@ -41,6 +41,16 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Keys, then server, Prometheus and Grafana in containers. SERVER=server-gpu for the one with a GPU.
+SERVER ?= server
+dashboard:
+	deploy/make-keys
+	@command -v docker >/dev/null || { echo "docker with its compose plugin is needed" >&2; exit 1; }
+	PORT="$(PORT)" TORCH_INDEX="$(TORCH_INDEX)" docker compose up --build --detach $(SERVER) prometheus grafana
+	@echo "loramux     http://127.0.0.1:$(or $(PORT),8000)   keys: deploy/secrets/api_keys, admin_keys"
+	@echo "Prometheus  http://127.0.0.1:9090"
+	@echo "Grafana     http://127.0.0.1:3000   admin, password: deploy/secrets/grafana_password"
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,37 @@
+# syntax=docker/dockerfile:1
+# CPU by default:   docker build -t loramux .
+# For GPUs:         docker build -t loramux:cuda --build-arg EXTRAS=cuda --build-arg TORCH_INDEX= .
+#
+# TORCH_INDEX is the index that torch comes from, such as that of its CPU builds; empty is pip's own configuration,
+# whose build for Linux brings CUDA's libraries along.
+ARG PYTHON=3.11
+
+FROM python:${PYTHON}-slim AS build
+ARG TORCH_INDEX=
+ARG EXTRAS=
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+RUN python -m venv /opt/loramux
+ENV PATH=/opt/loramux/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+RUN if [ -n "$TORCH_INDEX" ]; then pip install --index-url "$TORCH_INDEX" torch; fi
+WORKDIR /src
+COPY pyproject.toml setup.py README.md LICENSE ./
+COPY adapters adapters
+COPY server server
+RUN pip install ".${EXTRAS:+[$EXTRAS]}"
+
+FROM python:${PYTHON}-slim
+RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/loramux loramux
+COPY --from=build /opt/loramux /opt/loramux
+ENV PATH=/opt/loramux/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    LORAMUX_STATE_DIR=/var/lib/loramux/data LORAMUX_HOST=0.0.0.0
+USER loramux
+WORKDIR /var/lib/loramux
+RUN mkdir data
+VOLUME /var/lib/loramux/data
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health/ready', timeout=2)"]
+# Listens on all of the container's addresses, so it wants keys (LORAMUX_API_KEYS or _FILE) or LORAMUX_INSECURE=1.
+ENTRYPOINT ["loramux"]
+CMD ["serve"]
