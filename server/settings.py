@@ -161,6 +161,9 @@ class Settings(BaseModel):
     hub_allow: Names = Field((), description="hub ids that adapters may be loaded from, org/name or org/*")
     url_allow: Names = Field((), description="URL prefixes that adapters may be loaded from")
 
+    # Quality records
+    quality_retention: Duration = Field(90 * 86_400.0, description="how long scores and latencies of tasks are kept")
+
     # Logs
     log_format: Literal["text", "json"] = Field("text", description="form of log lines")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")

@@ -27,8 +27,10 @@ from server.sources import Sources, resolve_model
 from server.tasks.inference import Inference
 from server.tasks.mailbox import Mailbox
 from server.tasks.prompts import Prompts
+from server.tasks.quality import Quality
+from server.tasks.records import remember
 from server.tasks.resolve import Resolver
-from server.tasks.routing import FirstCandidate
+from server.tasks.routing import BestRouter
 from server.tasks.sampling import Room
 from server.tasks.store import Tasks
 
@@ -118,6 +120,9 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox) ->
     watch.poll()
     prompts = Prompts(text, Room(min(context, engine.context_length), text.size), longest_token(text))
     inference = Inference(engine, registry, metrics, mailbox, lambda error: answer(error).status)
+    quality = Quality(settings.state_dir / "quality.db", settings.quality_retention)
+    router = BestRouter(quality, registry, base.id)
+    inference.on_ended = lambda generation: remember(quality, generation, base.id)
     parts = Parts(
         model=Model(base.name, base.id, int(time.time()), _details(base, context)),
         engine=engine,
@@ -132,13 +137,17 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox) ->
             max_bytes=settings.max_upload,
         ),
         tasks=tasks,
-        resolver=Resolver(tasks, registry, base.name, FirstCandidate()),
+        resolver=Resolver(tasks, registry, base.name, router),
         prompts=prompts,
         inference=inference,
+        quality=quality,
+        router=router,
     )
     engine.start()
     watch.start()
-    return House(parts, [lambda drain: registry.close(), engine.stop, lambda drain: watch.stop()])
+    return House(
+        parts, [lambda drain: quality.close(), lambda drain: registry.close(), engine.stop, lambda drain: watch.stop()]
+    )
 
 
 def _engine(settings: Settings, base: Base, runner: Runner, registry: Registry, text: Text, context: int) -> Engine:

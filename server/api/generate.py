@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -72,15 +71,12 @@ async def classify(
         [Sampling(max_tokens=1, logprobs=0)] * len(encoded),
         caller,
         scored=[count for _, count in encoded],
+        labels=labels,
     )
     await finished(request.receive, generation)
     if generation.cancelled:
         raise NotReady("the server stopped before the answer was complete; send the request again", retry_after=2.0)
-    scores = softmax([sum(t.logprob for t in reply.logprobs) for reply in generation.replies])
-    best = max(range(len(labels)), key=scores.__getitem__)
-    return json_response(
-        {**_common(generation), "label": labels[best], "scores": dict(zip(labels, scores, strict=True))}
-    )
+    return json_response({**_common(generation), "label": generation.said(), "scores": generation.scores()})
 
 
 class _Events:
@@ -135,14 +131,6 @@ def entry(token: TokenLogprob, text: Text) -> dict[str, Any]:
 def finite(logprob: float) -> float:
     """JSON has no infinity: the log-probability of the impossible is -9999."""
     return max(logprob, -9999.0)
-
-
-def softmax(logits: list[float]) -> list[float]:
-    """Probabilities of a few log-scores."""
-    peak = max(logits)
-    weights = [math.exp(x - peak) for x in logits]
-    total = sum(weights)
-    return [w / total for w in weights]
 
 
 def asked_fields(body: schemas.GenerationFields) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def snapshot(runtime: Runtime) -> Snapshot:
         resident=[names[d] for d in engine["slots"]["resident"] if d in names],
         loading=[names[d] for d in engine["waiting_digests"] if d in names],
         slot_evictions=engine["slots"].get("evictions", 0),
-        quality=parts.quality(),
+        quality=parts.quality.means(),
     )
 
 

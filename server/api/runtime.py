@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,9 @@ from server.metrics import Metrics
 from server.settings import Settings
 from server.tasks.inference import Caller, Engine, Inference
 from server.tasks.prompts import Prompts
+from server.tasks.quality import Quality
 from server.tasks.resolve import Resolver
+from server.tasks.routing import BestRouter
 from server.tasks.store import Tasks
 
 
@@ -70,10 +72,10 @@ class Parts:
     resolver: Resolver
     prompts: Prompts
     inference: Inference
+    quality: Quality
+    router: BestRouter
     device_memory: Callable[[], dict[str, int]] = dict
     """Bytes of a GPU, by kind; none without one."""
-    quality: Callable[[], Sequence[tuple[str, str, str, str, str, float]]] = tuple
-    """Mean scores: task, adapter, version, metric, source, value."""
 
 
 class Runtime:

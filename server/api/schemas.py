@@ -264,6 +264,55 @@ class TaskList(Out):
     tasks: list[TaskAnswer]
 
 
+class FeedbackBody(Body):
+    """`POST /tasks/{task}/feedback`: either a score from 0 to 1, or what the answer should have been."""
+
+    id: Annotated[str, Field(min_length=1, max_length=128)]
+    score: Annotated[float, Field(ge=0, le=1)] | None = None
+    expected: Annotated[str, Field(max_length=d.MAX_PROMPT)] | None = None
+
+
+class Percentiles(Out):
+    """Seconds."""
+
+    p50: float | None
+    p95: float | None
+    p99: float | None
+
+
+class QualityEntry(Out):
+    """Scores by one metric from one source; the interval holds at every moment at once."""
+
+    metric: str
+    source: Literal["feedback", "evaluation"]
+    samples: int
+    mean: float
+    low: float
+    high: float
+
+
+class VersionPerformance(Out):
+    version: str
+    adapters: list[dict[str, Any]]
+    base: str
+    samples: int
+    quality: list[QualityEntry]
+    ttft: Percentiles
+    tpot: Percentiles
+    e2e: Percentiles
+    requests: int
+    errors: int
+    tokens: dict[str, int]
+
+
+class Performance(Out):
+    """What is known of a task's versions, and which a `best` route has found."""
+
+    task: str
+    versions: list[VersionPerformance]
+    best: dict[str, Any] | None
+
+
 class Health(Out):
     status: str
 

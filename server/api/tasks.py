@@ -1,16 +1,18 @@
-"""`/tasks`: definitions of tasks."""
+"""`/tasks`: definitions of tasks, feedback on their answers, and how their versions do."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Request, Response
 
 from server.api import schemas
 from server.api.generate import json_response
 from server.api.responses import errors
 from server.api.runtime import Ready, Running
+from server.errors import InvalidRequest
+from server.tasks.definitions import Best
 
 router = APIRouter(prefix="/tasks", tags=["tasks"])
 
@@ -41,6 +43,8 @@ async def put_task(task: Name, body: schemas.TaskBody, parts: Ready) -> Response
     """Define a task. It wins over the one that an adapter's folder brings."""
     given = body.model_dump(exclude_none=True, exclude={"name", "task", "source"})
     defined, created = await asyncio.to_thread(parts.tasks.put, task, given)
+    if not isinstance(defined.route, Best):
+        await asyncio.to_thread(parts.quality.forget, task)
     return json_response(defined.describe(), 201 if created else 200)
 
 
@@ -51,3 +55,36 @@ async def delete_task(task: Name, runtime: Running, parts: Ready) -> dict[str, A
     if parts.tasks.find(task) is None:
         runtime.metrics.forget_task(task)
     return deleted.describe()
+
+
+@router.post(
+    "/{task}/feedback",
+    status_code=204,
+    response_class=Response,
+    responses=errors(400, 404, 422, 503),
+)
+async def feedback(task: Name, body: schemas.FeedbackBody, request: Request, parts: Ready) -> Response:
+    """Score an answer of the last 24 hours that the same key has asked for. Once an id: the last score counts."""
+    if (body.score is None) == (body.expected is None):
+        raise InvalidRequest("give either score or expected", "score")
+    found = parts.tasks.get(task)
+
+    def take() -> None:
+        parts.quality.feedback(task, body.id, request.state.tenant, score=body.score, expected=body.expected)
+        if isinstance(found.route, Best):
+            parts.router.review(found, found.route)
+
+    await asyncio.to_thread(take)
+    return Response(status_code=204)
+
+
+@router.get("/{task}/performance", response_model=schemas.Performance, responses=errors(404, 422, 503))
+async def performance(task: Name, parts: Ready) -> dict[str, Any]:
+    """Per version: quality by source with its interval, latencies, tokens and errors; and the best, with the reason."""
+    found = parts.tasks.get(task)
+
+    def look() -> dict[str, Any]:
+        best = parts.router.describe(found, found.route) if isinstance(found.route, Best) else None
+        return {"task": task, "versions": parts.quality.performance(task), "best": best}
+
+    return await asyncio.to_thread(look)

@@ -72,6 +72,8 @@ class Generation:
         self.caller = caller
         self.versions: list[tuple[Version, float]] = list(lease.versions)
         self.replies: list[Reply] = []
+        self.labels: tuple[str, ...] = ()
+        """Of a classification: what its replies score, in their order."""
         self.answers = 1
         """How many replies in a row answer the same prompt."""
         self.status = ""
@@ -112,6 +114,19 @@ class Generation:
     def cancelled(self) -> bool:
         return any(s.finish_reason == "cancelled" for s in self.replies)
 
+    def scores(self) -> dict[str, float]:
+        """A classification's probabilities: softmax over each label's sum of log-probabilities."""
+        sums = [sum(token.logprob for token in reply.logprobs) for reply in self.replies]
+        weights = [math.exp(x - max(sums)) for x in sums]
+        return {label: weight / sum(weights) for label, weight in zip(self.labels, weights, strict=True)}
+
+    def said(self) -> str:
+        """The first answer's text; a classification's best label."""
+        if self.labels:
+            scores = self.scores()
+            return max(scores, key=scores.__getitem__)
+        return "".join(self.replies[0].text)
+
     def usage(self) -> dict[str, int]:
         """Tokens of the call so far. A prompt that has several answers counts once."""
         firsts = [reply.request for reply in self.replies[:: self.answers]]
@@ -150,10 +165,11 @@ class Inference:
         id: str = "",
         answers: int = 1,
         scored: Sequence[int] = (),
+        labels: Sequence[str] = (),
     ) -> Generation:
         """Submit one sequence per prompt, all on one lease. On the loop's thread.
 
-        `answers` sequences in a row have the same prompt; `scored` are the counts of label scoring.
+        `answers` sequences in a row have the same prompt; `scored` and `labels` are those of label scoring.
         Raises UnknownAdapter, InvalidChoice, NoRoom, QueueFull, NotReady, NoCapacity; nothing runs then.
         """
         try:
@@ -163,6 +179,7 @@ class Inference:
             raise
         generation = Generation(id or new_id("gen"), target, lease, caller, self.engine)
         generation.answers = answers
+        generation.labels = tuple(labels)
         fair_key = target.task.name if target.task else "+".join(lease.mix.digests)
         for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
             request = Request(

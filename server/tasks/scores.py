@@ -104,7 +104,7 @@ def _tokens(text: str) -> list[str]:
 METRICS: Mapping[str, Callable[[Sequence[str], Sequence[str]], float]] = {
     "accuracy": accuracy,
     "exact_match": exact_match,
-    "rouge_l": rouge_l,
+    "rougeL": rouge_l,
     "chrf": chrf,
     "bleu": bleu,
 }

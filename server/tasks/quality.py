@@ -1,0 +1,368 @@
+"""What is known of a task's answers: scores by version, from feedback or evaluation, and latencies. Kept in SQLite.
+
+Owns `quality.db`: raw rows, and beside them hourly sums, from which everything is read. A *subject* is a task, a mix
+with its versions and weights, and the base: what is learned of one says nothing of another. Feedback and evaluation
+are never added up.
+
+Answers are buffered and written twice a second; a score is on disk before the caller hears that it was taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapters.weights import Version
+from server.errors import UnknownName
+from server.tasks.intervals import Totals, interval
+from server.tasks.latency import Latencies
+
+log = logging.getLogger(__name__)
+
+DAY = 86_400.0
+HOUR = 3_600
+FLUSH_SECONDS = 0.5
+FEEDBACK, EVALUATION = "feedback", "evaluation"
+KINDS = ("ttft", "tpot", "e2e")
+
+_TOLD = "requests, errors, prompt_tokens, generated_tokens, ttft, tpot, e2e"
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS subjects (
+  id INTEGER PRIMARY KEY, task TEXT NOT NULL, mix TEXT NOT NULL, base TEXT NOT NULL, UNIQUE (task, mix, base));
+CREATE TABLE IF NOT EXISTS answers (
+  id TEXT PRIMARY KEY, subject INTEGER NOT NULL, tenant TEXT NOT NULL, at REAL NOT NULL, text BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS answers_at ON answers (at);
+CREATE TABLE IF NOT EXISTS scores (
+  id TEXT PRIMARY KEY, subject INTEGER NOT NULL, metric TEXT NOT NULL, value REAL NOT NULL, at REAL NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS scores_at ON scores (at);
+CREATE TABLE IF NOT EXISTS hours (
+  subject INTEGER NOT NULL, metric TEXT NOT NULL, source TEXT NOT NULL, hour INTEGER NOT NULL,
+  count INTEGER NOT NULL, total REAL NOT NULL, squares REAL NOT NULL,
+  PRIMARY KEY (subject, metric, source, hour)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS traffic (
+  subject INTEGER NOT NULL, hour INTEGER NOT NULL, requests INTEGER NOT NULL, errors INTEGER NOT NULL,
+  prompt_tokens INTEGER NOT NULL, generated_tokens INTEGER NOT NULL, ttft BLOB NOT NULL, tpot BLOB NOT NULL,
+  e2e BLOB NOT NULL, PRIMARY KEY (subject, hour)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS leaders (
+  task TEXT PRIMARY KEY, mix TEXT NOT NULL, base TEXT NOT NULL, since REAL NOT NULL, reason TEXT NOT NULL
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a score is about. `mix` is canonical JSON of `[[version label, weight], ...]`, sorted."""
+
+    task: str
+    mix: str
+    base: str
+
+    @staticmethod
+    def of(task: str, versions: Iterable[tuple[Version, float]], base: str) -> Subject:
+        pairs = sorted([v.label, float(w)] for v, w in versions if w)
+        return Subject(task, json.dumps(pairs), base)
+
+    @property
+    def label(self) -> str:
+        """What people see: `name@digest`, `a@...*0.7+b@...*0.3`, or `base`."""
+        return "+".join(v if w == 1.0 else f"{v}*{w:g}" for v, w in json.loads(self.mix)) or "base"
+
+    @property
+    def adapter(self) -> str:
+        """The names alone, as metrics have them."""
+        return "+".join(sorted(v.partition("@")[0] for v, _ in json.loads(self.mix))) or "base"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer of a task, as far as quality needs it. Latencies in seconds, nan for none."""
+
+    id: str
+    subject: Subject
+    tenant: str
+    text: str
+    failed: bool = False
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    ttft: float = float("nan")
+    tpot: float = float("nan")
+    e2e: float = float("nan")
+    at: float = field(default_factory=time.time)
+
+
+class _Traffic:
+    """What has come of one subject in one hour and is not written yet."""
+
+    def __init__(self) -> None:
+        self.sums = [0, 0, 0, 0]  # requests, errors, prompt tokens, generated tokens
+        self.latencies = {kind: Latencies() for kind in KINDS}
+
+    def add(self, answered: Answered) -> None:
+        told = (1, int(answered.failed), answered.prompt_tokens, answered.generated_tokens)
+        self.sums = [a + b for a, b in zip(self.sums, told, strict=True)]
+        if not answered.failed:
+            for kind, latencies in self.latencies.items():
+                latencies.add(getattr(answered, kind))
+
+    def join(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Add rows of `traffic`, without their keys."""
+        for sums in rows:
+            self.sums = [a + b for a, b in zip(self.sums, sums[:4], strict=True)]
+        for i, latencies in enumerate(self.latencies.values(), start=4):
+            latencies.join(row[i] for row in rows)
+
+
+class Quality:
+    """Scores and traffic by subject. Thread-safe. `retention` is in seconds, for raw rows and hourly sums alike."""
+
+    def __init__(self, file: Path, retention: float = 90 * DAY) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.executescript(_SCHEMA)
+        self._retention = retention
+        self._lock = threading.Lock()
+        self._pending: list[Answered] = []
+        self._ids: dict[Subject, int] = {}
+        self._totals: dict[tuple[Subject, str, str], Totals] = {}
+        self._swept = 0.0
+        self._load()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="loramux-quality", daemon=True)
+        self._thread.start()
+
+    # ---- writing
+
+    def answered(self, answered: Answered) -> None:
+        """Take note of an answer. Costs an append."""
+        self._pending.append(answered)
+
+    def feedback(self, task: str, id: str, tenant: str, *, score: float | None, expected: str | None) -> None:
+        """Score an answer of the last 24 hours, once: the last one counts. Raises UnknownName.
+
+        With `expected`, the score is whether the answer said the same.
+        """
+        with self._lock:
+            self._flush()
+            row = self._db.execute(
+                "SELECT subject, text, task FROM answers JOIN subjects ON subjects.id = subject"
+                " WHERE answers.id = ? AND tenant = ? AND at > ?",
+                (id, tenant, time.time() - DAY),
+            ).fetchone()
+            if row is None or row[2] != task:
+                raise UnknownName(f"there is no answer {id[:64]!r} of this task in the last 24 hours", "id")
+            value = float(row[1] == _told(expected)) if expected is not None else float(score or 0.0)
+            subject = self._subject(row[0])
+            with self._db:
+                self._db.execute("BEGIN")
+                old = self._db.execute("SELECT value, metric, at FROM scores WHERE id = ?", (id,)).fetchone()
+                if old is not None:
+                    self._count(row[0], old[1], FEEDBACK, old[0], old[2], -1)
+                now = time.time()
+                self._db.execute(
+                    "INSERT OR REPLACE INTO scores VALUES (?, ?, 'accuracy', ?, ?)", (id, row[0], value, now)
+                )
+                self._count(row[0], "accuracy", FEEDBACK, value, now, 1)
+            if old is not None:
+                self._add(subject, old[1], FEEDBACK, old[0], -1)
+            self._add(subject, "accuracy", FEEDBACK, value, 1)
+
+    def evaluated(self, subject: Subject, metric: str, values: Sequence[float]) -> None:
+        """Add the scores of an evaluation, from 0 to 1."""
+        with self._lock:
+            now = time.time()
+            with self._db:
+                self._db.execute("BEGIN")
+                number = self._number(subject)
+                for value in values:
+                    self._count(number, metric, EVALUATION, value, now, 1)
+            for value in values:
+                self._add(subject, metric, EVALUATION, value, 1)
+
+    def lead(self, task: str, leader: Subject, reason: str) -> None:
+        """Remember who leads a task."""
+        with self._lock, self._db:
+            self._db.execute(
+                "INSERT OR REPLACE INTO leaders VALUES (?, ?, ?, ?, ?)",
+                (task, leader.mix, leader.base, time.time(), reason),
+            )
+
+    def forget(self, task: str) -> None:
+        """Forget who leads a task that is gone or has another route."""
+        with self._lock, self._db:
+            self._db.execute("DELETE FROM leaders WHERE task = ?", (task,))
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        with self._lock:
+            self._flush()
+
+    def close(self) -> None:
+        """Write the rest and let go of the file."""
+        self._stop.set()
+        self._thread.join()
+        with self._lock:
+            self._flush()
+            self._db.close()
+
+    # ---- reading
+
+    def totals(self, subject: Subject, metric: str, source: str) -> Totals:
+        """All scores of a subject by one metric from one source."""
+        return self._totals.get((subject, metric, source), Totals())
+
+    def leader(self, task: str) -> tuple[Subject, str] | None:
+        """Who leads a task, and why; None if nobody does yet."""
+        with self._lock:
+            row = self._db.execute("SELECT mix, base, reason FROM leaders WHERE task = ?", (task,)).fetchone()
+        return None if row is None else (Subject(task, row[0], row[1]), row[2])
+
+    def means(self) -> list[tuple[str, str, str, str, str, float]]:
+        """Task, adapter, version, metric, source and mean of everything that has a score."""
+        return [
+            (s.task, s.adapter, s.label, metric, source, totals.mean)
+            for (s, metric, source), totals in list(self._totals.items())
+            if totals.count
+        ]
+
+    def performance(self, task: str) -> list[dict[str, Any]]:
+        """Per version: samples, quality by source with its interval, latencies, tokens, errors."""
+        with self._lock:
+            self._flush()
+            numbers = {n: s for s, n in self._ids.items() if s.task == task}
+            traffic = {number: _Traffic() for number in numbers}
+            for number, seen in traffic.items():
+                seen.join(self._db.execute(f"SELECT {_TOLD} FROM traffic WHERE subject = ?", (number,)).fetchall())
+        return [self._described(numbers[number], seen) for number, seen in traffic.items()]
+
+    def _described(self, subject: Subject, seen: _Traffic) -> dict[str, Any]:
+        quality = []
+        for (other, metric, source), totals in list(self._totals.items()):
+            if other == subject and totals.count:
+                low, high = interval(totals)
+                quality.append(
+                    {
+                        "metric": metric,
+                        "source": source,
+                        "samples": totals.count,
+                        "mean": totals.mean,
+                        "low": low,
+                        "high": high,
+                    }  # fmt: skip
+                )
+        requests, errors, prompt, generated = seen.sums
+        return {
+            "version": subject.label,
+            "adapters": [{"version": v, "weight": w} for v, w in json.loads(subject.mix)],
+            "base": subject.base,
+            "samples": sum(q["samples"] for q in quality),
+            "quality": quality,
+            **{
+                kind: dict(zip(("p50", "p95", "p99"), latencies.percentiles(), strict=True))
+                for kind, latencies in seen.latencies.items()
+            },
+            "requests": requests,
+            "errors": errors,
+            "tokens": {"prompt": prompt, "generated": generated},
+        }
+
+    # ---- with the lock
+
+    def _load(self) -> None:
+        self._ids = {Subject(*row[1:]): row[0] for row in self._db.execute("SELECT id, task, mix, base FROM subjects")}
+        by_number = {number: subject for subject, number in self._ids.items()}
+        for number, metric, source, *sums in self._db.execute(
+            "SELECT subject, metric, source, sum(count), sum(total), sum(squares) FROM hours"
+            " GROUP BY subject, metric, source"
+        ):
+            self._totals[by_number[number], metric, source] = Totals(*sums)
+
+    def _add(self, subject: Subject, metric: str, source: str, value: float, times: int) -> None:
+        key = (subject, metric, source)
+        self._totals[key] = self._totals.get(key, Totals()).plus(value, times)
+
+    def _count(self, number: int, metric: str, source: str, value: float, at: float, times: int) -> None:
+        self._db.execute(
+            "INSERT INTO hours VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count,"
+            " total = total + excluded.total, squares = squares + excluded.squares",
+            (number, metric, source, int(at) // HOUR, times, times * value, times * value * value),
+        )
+
+    def _number(self, subject: Subject) -> int:
+        if subject not in self._ids:
+            self._db.execute(
+                "INSERT OR IGNORE INTO subjects (task, mix, base) VALUES (?, ?, ?)",
+                (subject.task, subject.mix, subject.base),
+            )
+            row = self._db.execute(
+                "SELECT id FROM subjects WHERE task = ? AND mix = ? AND base = ?",
+                (subject.task, subject.mix, subject.base),
+            ).fetchone()
+            self._ids[subject] = row[0]
+        return self._ids[subject]
+
+    def _subject(self, number: int) -> Subject:
+        return next(subject for subject, known in self._ids.items() if known == number)
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        traffic: dict[tuple[int, int], _Traffic] = {}
+        with self._db:
+            self._db.execute("BEGIN")
+            rows = []
+            for answered in pending:
+                number = self._number(answered.subject)
+                traffic.setdefault((number, int(answered.at) // HOUR), _Traffic()).add(answered)
+                if not answered.failed:
+                    rows.append((answered.id, number, answered.tenant, answered.at, _told(answered.text)))
+            self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", rows)
+            for (number, hour), seen in traffic.items():
+                self._write_traffic(number, hour, seen)
+
+    def _write_traffic(self, number: int, hour: int, seen: _Traffic) -> None:
+        query = f"SELECT {_TOLD} FROM traffic WHERE subject = ? AND hour = ?"
+        seen.join(self._db.execute(query, (number, hour)).fetchall())
+        blobs = [latencies.dump() for latencies in seen.latencies.values()]
+        self._db.execute("INSERT OR REPLACE INTO traffic VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                         (number, hour, *seen.sums, *blobs))  # fmt: skip
+
+    def _sweep(self, now: float) -> None:
+        """Forget what is older than it may be."""
+        self._swept = now
+        old = now - self._retention
+        with self._db:
+            self._db.execute("DELETE FROM answers WHERE at < ?", (now - DAY,))
+            self._db.execute("DELETE FROM scores WHERE at < ?", (old,))
+            gone = self._db.execute("DELETE FROM hours WHERE hour < ?", (int(old) // HOUR,)).rowcount
+            self._db.execute("DELETE FROM traffic WHERE hour < ?", (int(old) // HOUR,))
+        if gone:
+            self._totals.clear()
+            self._load()
+
+    def _run(self) -> None:
+        while not self._stop.wait(FLUSH_SECONDS):
+            try:
+                with self._lock:
+                    self._flush()
+                    if (now := time.time()) - self._swept > HOUR:
+                        self._sweep(now)
+            except sqlite3.Error as error:  # a full disk: answers are served on, and their records are lost
+                log.error("quality records cannot be written: %s", error)
+
+
+def _told(text: str | None) -> bytes:
+    """An answer's words, for comparison alone: what people write is not kept."""
+    return hashlib.sha256((text or "").strip().encode()).digest()

@@ -1,0 +1,77 @@
+"""Feedback and performance over HTTP, and a `best` route that finds the better adapter by them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+BEST = {"prompt": "{input}", "labels": ["x", "y"], "route": {"best": ["a", "b"], "min_samples": 40}}
+
+
+def send(live: Any, task: str, **body: Any) -> int:
+    return int(live.http.post(f"/tasks/{task}/feedback", json=body).status_code)
+
+
+def test_feedback_counts_once_an_id_and_the_last_wins(live: Any) -> None:
+    answer = live.generate("x", task="mood").json()
+    assert send(live, "mood", id=answer["id"], score=0.0) == 204
+    assert send(live, "mood", id=answer["id"], expected=answer["text"]) == 204
+    told = live.http.get("/tasks/mood/performance").json()
+    (version,) = told["versions"]
+    assert told["task"] == "mood" and told["best"] is None and version["version"] == answer["adapters"][0]["version"]
+    (quality,) = version["quality"]
+    assert (quality["samples"], quality["mean"], quality["source"]) == (1, 1.0, "feedback")
+    assert 0 <= quality["low"] < quality["high"] <= 1
+    assert version["requests"] == 1 and version["errors"] == 0 and version["ttft"]["p50"] > 0
+    assert version["tokens"]["generated"] == answer["usage"]["completion_tokens"]
+    metrics = live.http.get("/metrics").text
+    assert 'loramux_task_quality{adapter="mood",' in metrics or 'task="mood",adapter="mood",version="mood@' in metrics
+
+
+def test_answers_of_every_route_can_be_scored_by_their_task_alone(live: Any) -> None:
+    live.http.put("/tasks/other-task", json={"prompt": "{input}"})
+    chat = live.http.post("/v1/chat/completions", json={"model": "mood", "messages": [{"role": "user", "content": "x"}]})
+    label = live.http.post("/classify?task=mood", json={"prompt": "x"}).json()
+    assert send(live, "mood", id=chat.json()["id"], score=1) == 204
+    assert send(live, "mood", id=label["id"], expected=label["label"]) == 204
+    assert send(live, "other-task", id=chat.json()["id"], score=1) == 404
+    assert send(live, "mood", id="gen-unknown", score=1) == 404
+    assert send(live, "nobody", id=chat.json()["id"], score=1) == 404
+    plain = live.generate("x").json()
+    assert send(live, "mood", id=plain["id"], score=1) == 404
+    assert live.http.get("/tasks/mood/performance").json()["versions"][0]["quality"][0]["mean"] == 1.0
+
+
+@pytest.mark.parametrize("body", [{}, {"score": 1, "expected": "x"}])
+def test_feedback_is_a_score_or_an_expectation(live: Any, body: Any) -> None:
+    assert send(live, "mood", id="x", **body) == 400
+    assert send(live, "mood", id="x", score=2) == 422
+
+
+def test_feedback_is_the_keys_own(start: Any) -> None:
+    live = start(api_keys="one:alpha,two:beta", admin_keys="boss:gamma")
+    one, two, boss = ({"authorization": f"Bearer {key}"} for key in ("alpha", "beta", "gamma"))
+    assert live.http.put("/tasks/t", json={"prompt": "{input}"}, headers=boss).status_code == 201
+    answer = live.http.post("/generate?task=t", json={"prompt": "x", "max_tokens": 2}, headers=one).json()
+    body = {"id": answer["id"], "score": 1}
+    assert live.http.post("/tasks/t/feedback", json=body, headers=two).status_code == 404
+    assert live.http.post("/tasks/t/feedback", json=body, headers=one).status_code == 204
+
+
+def test_a_best_route_takes_turns_and_then_serves_the_better_one(live: Any) -> None:
+    assert live.http.put("/tasks/contest", json=BEST).status_code == 201
+    served = []
+    for _ in range(100):
+        answer = live.http.post("/classify?task=contest", json={"prompt": "x"}).json()
+        name = answer["adapters"][0]["name"]
+        served.append(name)
+        assert send(live, "contest", id=answer["id"], score=1.0 if name == "b" else 0.0) == 204
+    assert sorted(served[:10]) == ["a"] * 5 + ["b"] * 5, "turns"
+    assert set(served[85:]) == {"b"} or served[85:].count("a") == 1, "the better one, but for one in twenty"
+    told = live.http.get("/tasks/contest/performance").json()
+    assert told["best"]["leader"] == "b" and told["best"]["version"].startswith("b@")
+    assert "better by at least" in told["best"]["decided"]
+    assert {v["version"][0] for v in told["versions"]} == {"a", "b"}
+    live.http.put("/tasks/contest", json={"prompt": "{input}"})
+    assert live.http.get("/tasks/contest/performance").json()["best"] is None
