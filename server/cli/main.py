@@ -9,7 +9,7 @@ import typer
 
 from adapters.errors import AdapterError
 from server.bench import command as bench
-from server.cli import adapters, generate, models, serve
+from server.cli import adapters, generate, models, serve, train
 from server.errors import ServerError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(serve.serve)
 app.command()(generate.generate)
+app.command()(train.train)
 app.add_typer(adapters.app, name="adapters")
 app.command()(models.pull)
 app.command()(models.quantize)

@@ -20,6 +20,9 @@ from server.model.decoder import training_decoder
 from server.model.loader import Base
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SHORT = 160
+"""Own tokens of the longest sequence up to which all are attended to in one call, whose scores are kept for the way
+back; longer ones go through the fused kernel one by one, which keeps no scores."""
 KEPT_BYTES = 512 << 20
 """A base whose dequantized linears take no more than this keeps them while it trains."""
 
@@ -61,7 +64,9 @@ class Trainable:
         and so is their gradient's sum.
         """
         shared = shared_prefix(ids, lengths) if self._share_prefix else 0
-        if shared == 0 and 2 * max(lengths) * len(lengths) > 3 * len(ids):  # padding would cost more than it saves
+        width = max(lengths) - shared
+        padding = width * len(lengths) / (len(ids) - shared * len(lengths))
+        if width > SHORT or padding > (1.5 if shared == 0 else 3.0):
             attention = PackedAttention(lengths)
             states: torch.Tensor = self.tree(self._embed(ids), Context(attention.positions, attention))
             return states

@@ -1,0 +1,75 @@
+"""Recipes: TOML files that say how an adapter is made. One command trains several over one resident base.
+
+Owns the file's form and what can be wrong with it. A recipe names its data, which stays outside of the project.
+
+    name = "sentiment"
+    data = "sentiment.train.jsonl"        # .json or .jsonl, relative to --data or to the recipe
+    validation = "sentiment.dev.jsonl"    # optional: evaluated while training, the best is kept
+
+    [task]                                # as in task.json: prompt, format, system, labels, defaults
+    [training]                            # any field of adapters.training.TrainingConfig
+    [card]                                # about, data, limits: text for the model card
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import AdapterError
+from adapters.training import TrainingConfig
+from server.errors import BadSetting
+from server.tasks.definitions import Fixed, parse
+
+_KEYS = {"name", "data", "validation", "task", "training", "card"}
+_CARD = {"about", "data", "limits"}
+_TRAINING = {f.name for f in dataclasses.fields(TrainingConfig)} - {"model", "data", "output"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one adapter is made. Paths are as the file has them."""
+
+    name: str
+    data: str
+    task: Mapping[str, Any]
+    config: TrainingConfig
+    validation: str | None = None
+    card: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file. Raises BadSetting, which names the file, the key and what it must be."""
+    try:
+        raw = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadSetting(f"{path}: {error}") from error
+    where = path.name
+    _known(raw, _KEYS, where)
+    name, data = raw.get("name"), raw.get("data")
+    if not isinstance(name, str) or not isinstance(data, str):
+        raise BadSetting(f"{where}: name and data must be there, each a text", "name")
+    tables = {key: raw.get(key, {}) for key in ("task", "training", "card")}
+    for key, table in tables.items():
+        if not isinstance(table, dict):
+            raise BadSetting(f"{where}: [{key}] must be a table", key)
+    _known(tables["training"], _TRAINING, f"{where} [training]")
+    _known(tables["card"], _CARD, f"{where} [card]")
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tables["training"].items()}
+    try:
+        parse(name, tables["task"], default_route=Fixed(), source="file")
+        config = TrainingConfig(**settings, data=data)
+    except (AdapterError, TypeError) as error:
+        raise BadSetting(f"{where}: {error}", getattr(error, "param", None)) from error
+    validation = raw.get("validation")
+    return Recipe(name, data, {"task": name, **tables["task"]}, config, validation, tables["card"])
+
+
+def _known(table: Mapping[str, Any], known: set[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise BadSetting(f"{where}: {key!r} is not known; known are {', '.join(sorted(known))}", key)

@@ -1,0 +1,104 @@
+"""Makes one recipe's adapter over a loaded base: data to tokens, training, and the folder that is published.
+
+Owns the model card and where checkpoints lie while a run goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters import data, peft_format, pruning
+from adapters.data import Tokens
+from adapters.training import Event, train
+from adapters.weights import LoraWeights
+from server.engine.text import Text
+from server.jobs.encoding import Template, encoder
+from server.jobs.recipe import Recipe
+from server.jobs.trainable import Trainable
+from server.model.loader import Base
+
+CHECKPOINTS = ".checkpoints"
+
+
+def run(
+    recipe: Recipe,
+    base: Base,
+    output: Path,
+    *,
+    data_dir: Path,
+    on_event: Callable[[Event], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> LoraWeights:
+    """Trains and writes `output/<name>`: the PEFT folder in bf16, task.json and a model card.
+
+    A run that was killed goes on from its last checkpoint when it is started again. Raises InvalidData for the data
+    and TrainingStopped if `stop` said so.
+    """
+    text = Text(base.vocabulary)
+    encode = encoder(text, Template.of(recipe.task))
+
+    def tokens(file: str) -> Tokens:
+        path = data_dir / file
+        return data.tokenize(data.read(path), encode, recipe.config.max_length, path.name)
+
+    examples = tokens(recipe.data)
+    held = tokens(recipe.validation) if recipe.validation else None
+    folder = output / recipe.name
+    checkpoints = output / CHECKPOINTS / recipe.name
+    weights = train(
+        Trainable(base, recipe.config.compute_dtype),
+        examples,
+        replace(recipe.config, model=base.name, quantization=str(base.quantization.get("scheme", ""))),
+        name=recipe.name,
+        validation=held,
+        checkpoints=checkpoints,
+        on_event=on_event,
+        stop=stop,
+    )
+    peft_format.save(
+        weights, folder, dtype=torch.bfloat16, shapes=base.shapes(), task=recipe.task, card=card(recipe, weights)
+    )
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return weights
+
+
+def card(recipe: Recipe, weights: LoraWeights) -> str:
+    """The model card: what the recipe says about it, and what the run measured."""
+    made: dict[str, Any] = weights.metadata["training"]
+    config, base = recipe.config, weights.metadata.get("base")
+    count = pruning.parameters(weights)
+    quantization = weights.metadata.get("quantization") or {}
+    lines = [
+        "---",
+        "library_name: peft",
+        f"base_model: {base}",
+        "tags: [lora]",
+        "---",
+        "",
+        f"# {recipe.name}",
+        "",
+        recipe.card.get("about", f"A LoRA for {base}.").strip(),
+        "",
+        f"- **Task**: `POST /generate?task={recipe.name}`; the template is in `task.json`.",
+        f"- **Data**: {recipe.card.get('data', recipe.data).strip()} {made['samples']:,} examples.",
+        f"- **Training**: `loramux train` on the {quantization.get('scheme', '')} codes that are served; rank "
+        f"{config.lora_rank}, alpha {config.lora_alpha:g}, {config.target_modules}, AdamW at {config.learning_rate:g} "
+        f"with warm-up and cosine decay, {made['steps']} steps of {config.batch_size}, loss on the answer and the end "
+        f"token only, {config.compute_dtype}, seed {config.seed}.",
+    ]
+    if made["evaluations"]:
+        best = min(made["evaluations"], key=lambda e: e["loss"])
+        lines.append(
+            f"- **Held out**: loss {best['loss']:.4f} a token, {100 * best['accuracy']:.1f} % of the answers' tokens "
+            f"right when the ones before are given, at step {best['step']}."
+        )
+    lines.append(f"- **Size**: {count:,} parameters, {2 * count / 1e6:.1f} MB in bf16.")
+    if "limits" in recipe.card:
+        lines.append(f"- **Limits**: {recipe.card['limits'].strip()}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,85 @@
+"""Recipes: those that ship can be read and run, and what is wrong with one is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from adapters import data, peft_format
+from adapters.errors import InvalidData
+from server.errors import ServerError
+from server.jobs.recipe import read_recipe
+from server.jobs.run import run
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+RECIPE = """
+name = "{name}"
+data = "{data}"
+[task]
+prompt = "Say: {{input}}"
+format = "chat"
+[training]
+epochs = 1
+batch_size = 2
+lora_rank = 2
+compute_dtype = "float32"
+max_length = 200
+"""
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent.name for p in EXAMPLES.glob("*/recipe.toml")))
+def test_every_recipe_that_ships_is_whole(folder):
+    recipe = read_recipe(EXAMPLES / folder / "recipe.toml")
+    assert recipe.name == folder and {"about", "data", "limits"} <= set(recipe.card)
+    examples = data.read(EXAMPLES / folder / "example.jsonl")
+    labels = recipe.task.get("labels")
+    assert all(not labels or e.output in labels for e in examples)
+
+
+def test_there_is_a_recipe_for_each_adapter_that_ships_and_one_for_code():
+    names = {p.parent.name for p in EXAMPLES.glob("*/recipe.toml")}
+    assert names >= {"sentiment", "classification", "summarization", "translation", "code"}
+
+
+def test_two_recipes_over_one_base(tiny_base, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.toml").write_text(RECIPE.format(name=name, data=f"{name}.jsonl"))
+        lines = [json.dumps({"input": f"{name} {i}", "output": "yes"}) for i in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        run(read_recipe(tmp_path / f"{name}.toml"), tiny_base, tmp_path / "out", data_dir=tmp_path)
+    for name in ("one", "two"):
+        weights = peft_format.read_folder(tmp_path / "out" / name, name=name, shapes=tiny_base.shapes())
+        assert weights.ranks == [2] and weights.metadata["training"]["samples"] == 4
+        assert weights.metadata["quantization"]["base_id"] == tiny_base.id
+        assert weights.metadata["task"]["prompt"] == "Say: {input}"
+        assert "4 examples" in weights.metadata["card"] and "2 steps of 2" in weights.metadata["card"]
+    assert not (tmp_path / "out" / ".checkpoints" / "one").exists()
+
+
+def test_a_bad_line_is_named(tiny_base, tmp_path):
+    (tmp_path / "r.toml").write_text(RECIPE.format(name="one", data="d.jsonl"))
+    (tmp_path / "d.jsonl").write_text('{"input": "a", "output": "b"}\n{"input": "a"}\n')
+    with pytest.raises(InvalidData, match=r"d\.jsonl, line 2: 'output' is missing"):
+        run(read_recipe(tmp_path / "r.toml"), tiny_base, tmp_path, data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (("epochs = 1", "epochs = 0"), "epochs"),
+        (("epochs = 1", 'epochs = "many"'), "r.toml"),
+        (("epochs = 1", "epoch = 1"), "'epoch' is not known"),
+        (('name = "one"', "nam = 1"), "'nam' is not known"),
+        (('name = "one"', ""), "name and data"),
+        (('prompt = "Say: {input}"', 'prompt = "Say"'), "prompt"),
+        (("[task]", "[task"), "r.toml"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_is_named(change, named, tmp_path):
+    (tmp_path / "r.toml").write_text(RECIPE.format(name="one", data="d.jsonl").replace(*change))
+    with pytest.raises(ServerError, match=named):
+        read_recipe(tmp_path / "r.toml")
+    with pytest.raises(ServerError, match="nothing"):
+        read_recipe(tmp_path / "nothing.toml")
