@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from adapters.weights import LoraWeights
 from server.kernels.lora import Segments
 from server.kernels.reference import prepared, stored_rows
-from server.kernels.stored import dequantize_stored, group_values, unpack_nibbles
+from server.kernels.stored import TILE, dequantize_stored, group_values, unpack_nibbles
 from server.kernels.weight import STORED, Weight
 
-INT4PACK = "int4pack-1"
+INT4PACK = "int4pack-2"
 GROUPS = (32, 64, 128, 256)
 """Group sizes that torch's 4-bit product takes."""
 PACKED_ROWS = 192
@@ -44,7 +44,8 @@ class Aten:
         tensors = {"codes": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 8)}
         del codes
         if stored.double_quantized:
-            tensors |= {name: tensor for name, tensor in stored.tensors.items() if name != "codes"}
+            # Kept as small as they are stored, groups before rows, and widened at each use.
+            tensors |= {name: tensor.t().contiguous() for name, tensor in stored.tensors.items() if name != "codes"}
         else:
             tensors["scales"] = _scales(stored)
         return Weight("int4", INT4PACK, stored.shape, stored.group, tensors)
@@ -100,14 +101,36 @@ class Aten:
                     y[segment.start : segment.stop].addmm_(v, update.B.t(), alpha=weight * update.scale)
 
 
-def _scales(weight: Weight) -> torch.Tensor:
-    """bf16 [in/group, out, 2]: scale and offset as torch has them, w = (code - 8) * scale + offset."""
+def _scales(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """bf16 [in/group, rows, 2]: scale and offset as torch has them, w = (code - 8) * scale + offset.
+
+    Of rows `start`, a multiple of 16, to `stop`.
+    """
+    stop = weight.shape[0] if stop is None else stop
     if "scales" in weight.tensors:
-        return weight.tensors["scales"]
-    out = weight.shape[0]
-    scale = group_values(weight.tensors, "scale", 0, out).float()
-    offset = group_values(weight.tensors, "zero", 0, out).float() + 8 * scale
-    return torch.stack((scale.t(), offset.t()), -1).bfloat16()
+        return weight.tensors["scales"][:, start:stop]
+    if weight.layout == STORED:
+        scale, zero = (group_values(weight.tensors, name, start, stop).t() for name in ("scale", "zero"))
+    else:
+        scale, zero = (_widened(weight, name, start, stop) for name in ("scale", "zero"))
+    both = torch.empty((*scale.shape, 2), dtype=torch.bfloat16)
+    both[..., 0] = scale
+    both[..., 1] = zero.float().add_(scale, alpha=8)
+    return both
+
+
+def _widened(weight: Weight, name: str, start: int, stop: int) -> torch.Tensor:
+    """Double-quantized scales or zeros of rows of the layout `int4pack` as float16 [in/group, stop - start]."""
+    codes = weight.tensors[f"{name}_codes"][:, start:stop]
+    groups, rows = codes.shape
+    tiles = slice(start // TILE, -(-stop // TILE))
+    step, base = (
+        weight.tensors[f"{name}_{part}"][:, tiles]
+        .repeat_interleave(TILE, 1)[:, :rows]
+        .repeat_interleave(TILE, 0)[:groups]
+        for part in ("step", "base")
+    )
+    return codes.float().mul_(step).add_(base).half()
 
 
 def _blocks(weight: Weight) -> Iterator[tuple[int, int]]:
@@ -142,7 +165,7 @@ def _tiles(weight: Weight, start: int, stop: int, tile: int, dtype: torch.dtype)
     order = _tile_order(tile)
     if order is not None:
         levels = levels[..., order]
-    scales = _scales(weight)[:, start:stop].float().view(-1, len(packed), tile, 2).permute(3, 1, 0, 2).contiguous()
+    scales = _scales(weight, start, stop).float().view(-1, len(packed), tile, 2).permute(3, 1, 0, 2).contiguous()
     grouped = levels.view(len(packed), -1, group, tile)
     grouped.sub_(8).mul_(scales[0][:, :, None]).add_(scales[1][:, :, None])
     out = torch.empty(width, len(packed), tile, dtype=dtype)
