@@ -291,7 +291,7 @@ class Engine:
         for digest in arrivals.forgotten:
             self._scheduler.forget(digest)
         if arrivals.wanted_bytes:
-            self._slots.release_idle(arrivals.wanted_bytes)
+            self._scheduler.press(arrivals.wanted_bytes, time.monotonic())
 
     def _announce(self, plan: Plan) -> None:
         for request in plan.entered:

@@ -74,6 +74,22 @@ class Loads:
                 del self._loads[mix]
         return bool(done), failed
 
+    def came_for(self, request: Request) -> bool:
+        """Whether the request holds weights that have come for it."""
+        load = self._loads.get(request.mix)
+        return load is not None and load.settled and request in load.waiters
+
+    def waited(self, priority: int, now: float) -> float:
+        """For how long a request of that priority has waited for a load that has not come, at most; 0 if none does."""
+        since = [
+            since
+            for load in self._loads.values()
+            if not load.settled
+            for request, since in load.waiters.items()
+            if request.priority == priority
+        ]
+        return now - min(since, default=now)
+
     def leave(self, request: Request) -> None:
         """The request waits for its mix no more: it runs, or it has ended."""
         load = self._loads.get(request.mix)

@@ -6,7 +6,7 @@ the loads, everything that a request holds. Does not know models, logits or text
 A step's tokens go to running answers first (one each), then to prompts that have begun, then to requests that enter:
 when their blocks and their slots can be reserved together, in the queue's order. A request whose adapters are not in
 memory is passed over until they are; one that finds no room is passed over too, until it has waited `age_limit`
-seconds for it: then nothing else enters before it does.
+seconds for it: then nothing else enters before it does. So it is for room in RAM, where slots hold it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from server.engine.slots import Slots
 from server.errors import DeadlineExceeded, EngineFailed
 
 Ended = list[tuple[Request, Delivery]]
+
+PRESSED_SECONDS = 0.2
+"""For how long a call for room in RAM counts; it is repeated more often than that while it lasts."""
 
 SWEEP_SECONDS = 0.02
 """How often deadlines are looked at."""
@@ -72,6 +75,8 @@ class Scheduler:
         self._changed = False
         """Whether anything has come or been given back since the queue was last gone through in vain."""
         self._next_sweep = -math.inf
+        self._pressed = -math.inf
+        """When a load last lacked room that slots hold."""
 
     # -- between steps
 
@@ -101,6 +106,12 @@ class Scheduler:
     def forget(self, digest: str) -> None:
         """An adapter leaves its slot as soon as no request holds it."""
         self.slots.forget(digest)
+        self._changed = True
+
+    def press(self, nbytes: int, now: float) -> None:
+        """A load lacks `nbytes` of RAM: slots that no request holds are emptied for it."""
+        self.slots.release_idle(nbytes)
+        self._pressed = now
         self._changed = True
 
     def reset(self) -> None:
@@ -148,7 +159,9 @@ class Scheduler:
         if not self.loads:
             return
         came, failed = self.loads.settle(now)
-        self._changed |= came
+        if came:
+            self._changed = True
+            self._pressed = -math.inf
         for request, error in failed:
             self._end_in(plan, request, error, now)
 
@@ -246,14 +259,25 @@ class Scheduler:
     def _enter(self, now: float, plan: Plan) -> None:
         if not self._changed or not self.waiting or plan.tokens >= self.limits.max_step_tokens:
             return
+        owing = self._owes_room(now)
         for request in self._candidates(now):
+            if owing and not self.loads.came_for(request):
+                continue
             if plan.tokens >= self.limits.max_step_tokens or len(self.running) >= self.limits.max_batch:
                 return
             try:
                 self._try(request, now, plan)
             except Exception as e:  # the runner refused to place its adapters: that is this request's failure alone
                 self._end_in(plan, request, EngineFailed(f"its adapters could not be placed: {e}"), now)
-        self._changed = False
+        self._changed = owing
+
+    def _owes_room(self, now: float) -> bool:
+        """Whether a load has lacked room in RAM for too long, so that slots must fall idle.
+
+        Only those may enter then whose own load has come: they hold room themselves, and give it back by running.
+        """
+        pressed = now - self._pressed < PRESSED_SECONDS
+        return pressed and self.loads.waited(self.waiting.priority, now) > self.limits.age_limit
 
     def _candidates(self, now: float) -> Iterator[Request]:
         starving = self._starving(now)

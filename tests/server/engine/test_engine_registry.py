@@ -1,0 +1,174 @@
+"""The engine on a real registry: room in RAM, slots and leases between them."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.leases import Lease
+from adapters.peft_format import save
+from adapters.registry import Registry
+from adapters.store import Store
+from adapters.weights import LowRank, sealed
+from server.engine.engine import Engine
+from server.engine.request import Delivery, Request, Sampling
+from server.engine.runner import TorchRunner
+from server.engine.text import Text
+from server.model.loader import Base
+
+COUNT = 6
+
+
+class House:
+    """A registry with room for `room` adapters in RAM, and an engine with 8 slots, both at work."""
+
+    def __init__(self, root: Path, base: Base, runner: TorchRunner, room: int) -> None:
+        self.numbers = iter(range(10**9))
+        folders = []
+        for seed in range(COUNT):
+            generator = torch.Generator().manual_seed(seed)
+            modules = {
+                path: LowRank(
+                    torch.randn(4, into, generator=generator) * 0.2, torch.randn(out, 4, generator=generator) * 0.2, 2.0
+                )
+                for path, (out, into) in base.config.linear_shapes().items()
+                if path.endswith("q_proj")
+            }
+            weights = sealed(f"a{seed}", modules)
+            save(weights, root / f"a{seed}")
+            folders.append(root / f"a{seed}")
+        self.size = base.backend.prepare(weights).nbytes
+        self.registry = Registry(
+            Store(root / "store"),
+            shapes=base.config.linear_shapes(),
+            prepare=base.backend.prepare,
+            ram_bytes=room * self.size,
+        )
+        self.engine = Engine(
+            runner,
+            fetch=self.registry.fetch,
+            text=Text(base.vocabulary),
+            eos_ids=frozenset(),
+            vocab_size=base.config.vocab_size,
+            context_length=256,
+            base_id=base.id,
+            blocks=64,
+            max_batch=8,
+            max_slots=8,
+            age_limit=0.3,
+        )
+        self.registry.slots = self.engine
+        for folder in folders:
+            self.registry.publish_now(folder.name, folder)
+        self.engine.start()
+
+    def ask(self, names: list[str], tokens: int = 8, seconds: float = 30.0) -> tuple[Lease, Callable[[], Delivery]]:
+        """Submit a request; answers its lease, and a function that waits for its end."""
+        lease = self.registry.lease([(name, 1.0) for name in names])
+        done = threading.Event()
+        last: list[Delivery] = []
+
+        def deliver(delivery: Delivery) -> None:
+            if delivery.finish_reason is not None:
+                last.append(delivery)
+                lease.release()
+                done.set()
+
+        number = next(self.numbers)
+        self.engine.submit(
+            Request(
+                id=str(number),
+                prompt=(5, 6, 7 + number % 50),
+                sampling=Sampling(max_tokens=tokens, ignore_eos=True),
+                deliver=deliver,
+                mix=lease.mix,
+                deadline=time.monotonic() + seconds,
+                fair_key="+".join(names),
+            )
+        )
+
+        def wait() -> Delivery:
+            assert done.wait(seconds + 10), "a request never heard of its end"
+            return last[0]
+
+        return lease, wait
+
+    def close(self) -> None:
+        self.engine.stop(0)
+        self.registry.close()
+
+
+@pytest.fixture
+def open_house(tmp_path: Path, tiny_base: Base, tiny_runner: TorchRunner) -> Iterator[Callable[[int], House]]:
+    houses: list[House] = []
+
+    def make(room: int) -> House:
+        houses.append(House(tmp_path, tiny_base, tiny_runner, room))
+        return houses[-1]
+
+    yield make
+    for house in houses:
+        house.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.005)
+
+
+def test_mixes_that_compete_for_room_in_ram_all_finish(open_house: Callable[[int], House]) -> None:
+    house, dice = open_house(3), random.Random(3)
+    waits = [house.ask(dice.sample([f"a{i}" for i in range(COUNT)], dice.randint(1, 3)))[1] for _ in range(60)]
+    assert [wait().finish_reason for wait in waits] == ["length"] * 60
+    memory = house.registry.memory()
+    assert memory["leases"] == 0 and memory["bytes"] <= 3 * house.size
+
+
+def test_what_is_retired_leaves_slots_and_memory(open_house: Callable[[int], House]) -> None:
+    house = open_house(COUNT)
+    waits = [house.ask([f"a{i}"])[1] for i in range(COUNT)]
+    assert all(wait().finish_reason == "length" for wait in waits)
+    assert {entry["tier"] for entry in house.registry.list()} == {"device"}
+    lease, wait = house.ask(["a0", "a1"], tokens=60)
+    for i in range(COUNT):
+        house.registry.retire_now(f"a{i}")
+    assert wait().finish_reason == "length"
+    until(lambda: house.registry.memory()["bytes"] == 0)
+    assert house.engine.stats()["slots"]["resident"] == []
+    until(lambda: not list((house.registry._store.root / "versions").iterdir()))
+
+
+def test_steady_traffic_on_all_of_ram_does_not_starve_a_cold_adapter(open_house: Callable[[int], House]) -> None:
+    house = open_house(2)
+    stop = threading.Event()
+
+    def keep_busy(name: str) -> None:
+        waits: list[Callable[[], Delivery]] = []
+        dice = random.Random(name)
+        while not stop.is_set():
+            waits.append(house.ask([name], tokens=dice.randint(10, 60))[1])
+            if len(waits) >= 5:
+                waits.pop(0)()
+        for wait in waits:
+            wait()
+
+    threads = [threading.Thread(target=keep_busy, args=(name,)) for name in ("a0", "a1")]
+    for thread in threads:
+        thread.start()
+    until(lambda: set(house.engine.stats()["slots"]["resident"]) >= set(house.registry._ram.resident()))
+    began = time.monotonic()
+    last = house.ask(["a2"], seconds=10)[1]()
+    waited = time.monotonic() - began
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert last.finish_reason == "length", last.error
+    assert waited < 5
