@@ -25,7 +25,7 @@ from server.engine.sampler import Pick, Sampler
 from server.engine.scheduler import Limits, Plan, Scheduler
 from server.engine.slots import Slots
 from server.engine.text import Detokenizer, Text
-from server.errors import EngineFailed, InvalidRequest, NoCapacity, NotReady
+from server.errors import Conflict, EngineFailed, InvalidRequest, NoCapacity, NotReady
 
 log = logging.getLogger(__name__)
 
@@ -278,6 +278,10 @@ class Engine:
         if arrivals is None:
             return
         for request in arrivals.requests:
+            if request.id in self._live:
+                self._inbox.left(request)
+                self._tell(request, Delivery(finish_reason="error", error=Conflict(f"{request.id} runs already")))
+                continue
             self._live[request.id] = request
             self._scheduler.add(request)
         while (key := self._inbox.overfull()) is not None:

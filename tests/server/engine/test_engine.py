@@ -531,3 +531,13 @@ def test_loads_of_the_less_urgent_do_not_lock_the_urgent_out(bench: Any, tools: 
         b.settle()
     assert all(h.reason == "length" for h in low)
     b.check_empty()
+
+
+def test_one_id_is_one_request(bench: Any) -> None:
+    b = bench()
+    first = b.submit(prompt(1))
+    b._ids = iter([0])
+    second = b.submit(prompt(2))
+    b.settle()
+    assert first.reason == "length" and second.reason == "error" and "runs already" in str(second.error)
+    b.check_empty()

@@ -1,0 +1,145 @@
+"""The inbox's bounds and the fair queue's order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from server.engine import queue
+from server.engine.queue import FairQueue, Inbox
+from server.engine.request import Request, Sampling
+from server.errors import NotReady, QueueFull
+
+
+def request(key: str = "k", priority: int = 0, length: int = 4) -> Request:
+    return Request("r", (1,) * length, Sampling(), lambda d: None, fair_key=key, priority=priority)
+
+
+def served(q: FairQueue, cost: float, count: int) -> list[str]:
+    """The keys of the next `count` requests, each of which costs `cost`."""
+    keys = []
+    for one in q.in_order():
+        q.remove(one)
+        q.charge(one, cost)
+        keys.append(one.fair_key)
+        if len(keys) == count:
+            break
+    return keys
+
+
+def test_keys_take_turns_however_many_each_has() -> None:
+    q = FairQueue()
+    for _ in range(50):
+        q.add(request("many"))
+    for _ in range(3):
+        q.add(request("few"))
+    assert sorted(served(q, 10, 4)) == ["few", "few", "many", "many"]
+    assert len(q) == 49 and q
+
+
+def test_service_counts_not_turns() -> None:
+    q = FairQueue()
+    for _ in range(20):
+        q.add(request("long"))
+        q.add(request("short"))
+    keys = []
+    for one in q.in_order():
+        q.remove(one)
+        q.charge(one, 30 if one.fair_key == "long" else 10)
+        keys.append(one.fair_key)
+        if len(keys) == 16:
+            break
+    assert keys.count("short") == 12
+
+
+def test_absence_earns_no_credit() -> None:
+    q = FairQueue()
+    for _ in range(30):
+        q.add(request("busy"))
+    served(q, 100, 20)
+    for _ in range(10):
+        q.add(request("new"))
+    assert served(q, 100, 10).count("new") <= 6
+
+
+def test_one_key_is_first_come_first_served_and_resumed_go_before() -> None:
+    q = FairQueue()
+    first, second, third = request(), request(), request()
+    q.add(first)
+    q.add(second)
+    q.put_back(third)
+    assert list(q.in_order()) == [third, first, second]
+    assert third in q and q.newest("k") is second
+    q.remove(third)
+    assert third not in q and "x" not in q
+    with pytest.raises(KeyError):
+        q.remove(third)
+
+
+def test_urgency_before_fairness() -> None:
+    q = FairQueue()
+    low, high = request("a", priority=1), request("b")
+    q.add(low)
+    q.add(high)
+    q.charge(high, 1e9)
+    assert q.priority == 0 and list(q.in_order()) == [high, low]
+    assert q.newest("a") is low and q.newest("c") is None
+
+
+def test_what_is_remembered_of_keys_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "REMEMBERED_KEYS", 10)
+    q = FairQueue()
+    for i in range(200):
+        one = request(f"key{i}")
+        q.add(one)
+        q.remove(one)
+        q.charge(one, i)
+    assert len(q._service) <= 21 and len(q._last) <= 21
+    assert q._service[0, "key199"] > 0
+
+
+def opened(**bounds: int) -> Inbox:
+    inbox = Inbox(bounds.get("requests", 4), bounds.get("tokens", 100), lambda: None)
+    inbox.open()
+    return inbox
+
+
+def test_a_closed_inbox_says_why() -> None:
+    inbox = Inbox(1, 1, lambda: None)
+    with pytest.raises(NotReady, match="not been started"):
+        inbox.put(request())
+    inbox.open()
+    inbox.close("the server is stopping")
+    with pytest.raises(NotReady, match="stopping") as refused:
+        inbox.put(request())
+    assert refused.value.retry_after
+
+
+def test_what_has_left_makes_room_once() -> None:
+    inbox = opened()
+    inside = [request() for _ in range(4)]
+    for one in inside:
+        inbox.put(one)
+    with pytest.raises(QueueFull):
+        inbox.put(request())
+    inbox.left(inside[0])
+    inbox.left(inside[0])
+    inbox.put(request())
+    with pytest.raises(QueueFull):
+        inbox.put(request())
+    assert inbox.waiting == 4
+
+
+def test_arrivals_are_taken_once() -> None:
+    inbox = opened()
+    assert inbox.take() is None
+    one = request()
+    inbox.put(one)
+    inbox.cancel("x")
+    inbox.forget("d")
+    inbox.release_idle(5)
+    inbox.release_idle(3)
+    taken: Any = inbox.take()
+    assert (taken.requests, taken.cancelled, taken.forgotten, taken.wanted_bytes) == ([one], ["x"], ["d"], 5)
+    assert inbox.take() is None
