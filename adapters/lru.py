@@ -127,9 +127,7 @@ class LRU(Generic[K]):
         assert not self._held[key].pins, f"{key!r} is removed while it is pinned"
         self.used -= self._held.pop(key).cost
 
-    def _victims(
-        self, need: int, spared: Mapping[K, int], evict_last: Callable[[K], bool] | None
-    ) -> list[K] | None:
+    def _victims(self, need: int, spared: Mapping[K, int], evict_last: Callable[[K], bool] | None) -> list[K] | None:
         """The keys to evict so that `need` is given back, in order; None if that cannot be."""
         if need <= 0:
             return []

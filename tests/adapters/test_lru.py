@@ -77,8 +77,10 @@ def test_misuse_is_caught() -> None:
 KEYS = st.integers(0, 7)
 
 
-@given(st.integers(0, 12), st.lists(st.tuples(st.sampled_from(["reserve", "free", "add", "shrink"]),
-                                              st.sets(KEYS, min_size=1, max_size=3))))
+@given(
+    st.integers(0, 12),
+    st.lists(st.tuples(st.sampled_from(["reserve", "free", "add", "shrink"]), st.sets(KEYS, min_size=1, max_size=3))),
+)
 def test_bounds_hold_whatever_is_asked(capacity: int, calls: list[tuple[str, set[int]]]) -> None:
     held: set[int] = set()
     lru: LRU[int] = LRU(capacity, held.discard)

@@ -131,7 +131,7 @@ def test_put_and_read_back(store: Store, folders: list[Path]) -> None:
 
 def test_keeps_the_last_three_of_a_name(store: Store, folders: list[Path]) -> None:
     digests = [publish(store, "a", folder) for folder in folders]
-    assert store.journal.names["a"].history == tuple(digests[:-KEPT - 1:-1])
+    assert store.journal.names["a"].history == tuple(digests[: -KEPT - 1 : -1])
     assert check_whole(store) == {"a": digests[-1]}
 
 
@@ -171,9 +171,7 @@ def test_one_process_at_a_time(store: Store) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "record", "record of another"])
-def test_a_lost_version_is_told_and_can_be_put_again(
-    store: Store, folders: list[Path], kind: str
-) -> None:
+def test_a_lost_version_is_told_and_can_be_put_again(store: Store, folders: list[Path], kind: str) -> None:
     digest, other = publish(store, "a", folders[0]), publish(store, "b", folders[1])
     store.close()
     if kind == "missing":
