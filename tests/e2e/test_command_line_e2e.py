@@ -1,0 +1,101 @@
+"""The command line on the embedded base: one answer without a server, and how a server stops."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import REPO, STATE, Live, serving
+
+pytestmark = pytest.mark.e2e
+
+
+def test_generate(embedded: Path) -> None:
+    command = [sys.executable, "-m", "server.cli", "generate", "--task", "sentiment", "A dull, lifeless film."]
+    run = subprocess.run(
+        [*command, "--state-dir", str(STATE)], cwd=REPO, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert run.stdout == "negative\n"
+    adapter = REPO / "adapters" / "library" / "sentiment"
+    mixed = subprocess.run(
+        [*command, "--state-dir", str(STATE), "--library", "none", "--adapter", f"{adapter}=0.9", "--json"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert json.loads(mixed.stdout)["text"] == "negative"  # the folder brought its task
+    prompt = ["generate", "Once", "--max-tokens", "3", "--json", "--library", "none", "--adapter", f"{adapter}=0.9"]
+    answer = subprocess.run(
+        [sys.executable, "-m", "server.cli", *prompt, "--state-dir", str(STATE)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    told = json.loads(answer.stdout)
+    assert told["usage"]["completion_tokens"] == 3 and told["adapters"][0]["weight"] == pytest.approx(0.9)
+
+
+def _stream(live: Live, tokens: int, begun: threading.Event, lines: list[str]) -> None:
+    body = {"prompt": "Once upon a time", "max_tokens": tokens, "stream": True, "ignore_eos": True, "adapters": []}
+    try:
+        with httpx.stream("POST", f"{live.url}/generate", json=body, timeout=60) as answer:
+            for line in answer.iter_lines():
+                if line:
+                    lines.append(line)
+                    begun.set()
+    except httpx.HTTPError:
+        lines.append("cut")
+
+
+def test_sigterm_lets_requests_finish(embedded: Path, tmp_path: Path) -> None:
+    with serving(tmp_path) as live:
+        begun, lines = threading.Event(), []
+        reader = threading.Thread(target=_stream, args=(live, 300, begun, lines))
+        reader.start()
+        assert begun.wait(30)
+        live.process.send_signal(signal.SIGTERM)
+        reader.join(60)
+        assert lines[-1] == "data: [DONE]"
+        assert live.process.wait(30) == 0
+
+
+def test_a_second_signal_ends_at_once(embedded: Path, tmp_path: Path) -> None:
+    with serving(tmp_path) as live:
+        begun, lines = threading.Event(), []
+        reader = threading.Thread(target=_stream, args=(live, 4000, begun, lines))
+        reader.start()
+        assert begun.wait(30)
+        live.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert live.process.poll() is None
+        live.process.send_signal(signal.SIGTERM)
+        assert live.process.wait(5) == 128 + signal.SIGTERM
+        reader.join(10)
+        assert lines[-1] != "data: [DONE]"
+
+
+def test_a_base_that_is_none_ends_the_start(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--model", str(tmp_path / "model")]
+    run = subprocess.run(
+        [*command, "--state-dir", str(tmp_path / "state")],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("error: ")

@@ -1,0 +1,166 @@
+"""What people type: flags made from settings, one-line errors, JSON for machines, a doctor that does not fetch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from server.cli import app, logs, main, terminal
+from server.cli.options import EVERYTHING, SECRET
+from server.cli.serve import listen
+from server.doctor import examine
+from server.errors import BadSetting
+from server.settings import Settings, flag
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
+    """The exit status of `loramux arguments`."""
+    monkeypatch.setattr(sys, "argv", ["loramux", *arguments])
+    with pytest.raises(SystemExit) as e:
+        main()
+    return e.value.code
+
+
+def test_serve_has_every_setting_but_secrets() -> None:
+    shown = runner.invoke(app, ["serve", "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"}).output
+    for name in EVERYTHING:
+        assert flag(name) in shown
+    for name in SECRET:
+        assert f"{flag(name)} " not in shown
+    assert set(EVERYTHING) | SECRET == set(Settings.model_fields)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    assert not [name for name, field in Settings.model_fields.items() if not field.description]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--host", "0.0.0.0"], "error: host '0.0.0.0' can be reached by others"),
+        (["serve", "--kv-cache", "lots"], "error: kv_cache"),
+        (["pull", "no-such-model"], "error: the model 'no-such-model'"),
+        (["quantize", "no-such-model", "out"], "error: the model 'no-such-model'"),
+        (["adapters", "check", "."], "error: "),
+        (["adapters", "list", "--port", "9"], "error: no server answers at http://127.0.0.1:9"),
+    ],
+)
+def test_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(monkeypatch, *arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(message) and printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+def test_errors_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "pull", "no-such-model", "--json") == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["type"] == "BadModel" and error["param"] == "model"
+
+
+def test_check_reads_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = Settings().library
+    assert library is not None
+    done = runner.invoke(app, ["adapters", "check", str(library / "sentiment"), "--json"])
+    found = json.loads(done.output)
+    assert done.exit_code == 0 and found["ranks"] == [8] and found["version"].startswith("sentiment@")
+    assert "r" in found["honoured"] and len(found["targets"]) == 7
+    refused = runner.invoke(app, ["adapters", "check", str(library / "sentiment"), "--max-rank", "4"])
+    assert refused.exit_code == 1 and "rank" in str(refused.exception)
+
+
+def test_pull_says_where(tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").touch()
+    done = runner.invoke(app, ["pull", str(tmp_path / "tiny.gguf"), "--json"])
+    assert json.loads(done.output) == {"name": "tiny", "path": str(tmp_path / "tiny.gguf")}
+
+
+def test_the_doctor_finds_what_would_go_wrong(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        report = examine(Settings(port=port, model="nothing", state_dir=tmp_path))
+    assert any(f"can not listen on 127.0.0.1:{port}" in problem for problem in report.problems)
+    assert any("'nothing'" in problem for problem in report.problems)
+    assert {"cores", "processor", "memory", "GPU", "kernels", "state"} <= set(report.facts)
+
+
+def test_the_doctor_fetches_nothing(tmp_path: Path) -> None:
+    report = examine(Settings(port=0, state_dir=tmp_path / "new"))
+    assert report.problems == []
+    assert "not on this machine yet" in report.facts["base"] and any("pull" in r for r in report.remarks)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_doctor_knows_when_there_is_no_gpu(tmp_path: Path) -> None:
+    report = examine(Settings(port=0, device="cuda", threads=4096, state_dir=tmp_path))
+    assert any("--device cuda" in problem for problem in report.problems)
+    assert any("4096 threads" in remark for remark in report.remarks)
+
+
+def test_the_doctor_sees_a_folder_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    report = examine(Settings(port=0, model=str(tmp_path / "model"), state_dir=tmp_path))
+    assert any("no .safetensors" in problem for problem in report.problems)
+
+
+def test_the_doctor_ends_with_a_status(tmp_path: Path) -> None:
+    well = runner.invoke(app, ["doctor", "--port", "0", "--json", "--state-dir", str(tmp_path)])
+    ill = runner.invoke(app, ["doctor", "--port", "0", "--json", "--model", "nothing"])
+    assert (well.exit_code, json.loads(well.output)["ok"]) == (0, True)
+    assert (ill.exit_code, json.loads(ill.output)["ok"]) == (1, False)
+
+
+def test_listening() -> None:
+    with listen("127.0.0.1", 0) as s:
+        port = s.getsockname()[1]
+        assert port > 0
+        with pytest.raises(BadSetting, match=f"can not listen on 127.0.0.1:{port}"):
+            listen("127.0.0.1", port)
+    with pytest.raises(BadSetting, match="can not listen"):
+        listen("no such host", 0)
+
+
+def test_json_log_lines() -> None:
+    record = logging.LogRecord("a.b", logging.WARNING, "f", 1, "%s is late", ("it",), None)
+    record.request_id = "gen-1"
+    line = json.loads(logs.JsonLines().format(record))
+    assert line | {"time": ""} == {
+        "time": "",
+        "level": "warning",
+        "logger": "a.b",
+        "message": "it is late",
+        "request_id": "gen-1",
+    }
+
+
+def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.progress("bytes") as bar:
+        for done in (0, 5, 10):
+            bar("fetching", done, 10)
+        bar("loading", 0, 0)
+    assert capsys.readouterr().err == "fetching ...\nloading ...\n"
+    with terminal.progress("bytes", quiet=True) as bar:
+        bar("fetching", 1, 2)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 40, "3072.0 GiB")])
+def test_sizes_for_people(n: int, text: str) -> None:
+    assert terminal.size(n) == text
