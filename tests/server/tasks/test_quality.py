@@ -1,0 +1,122 @@
+"""Quality records: what is kept, for whom, how fast it is read and how large it gets."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adapters.weights import Version
+from server.errors import UnknownName
+from server.tasks import quality as module
+from server.tasks.latency import Latencies
+from server.tasks.quality import Answered, Quality, Subject
+
+A, B = Version("a", "a" * 64), Version("b", "b" * 64)
+
+
+def answered(id: str, subject: Subject, text: str = "yes", tenant: str = "", **more: float) -> Answered:
+    return Answered(id, subject, tenant, text, ttft=0.1, e2e=0.5, prompt_tokens=3, generated_tokens=2, **more)  # type: ignore[arg-type]
+
+
+def test_subjects_are_versions_weights_and_base() -> None:
+    one = Subject.of("t", [(A, 1.0)], "base")
+    assert one.label == "a@" + "a" * 12 and one.adapter == "a"
+    mixed = Subject.of("t", [(B, 0.5), (A, -2.0)], "base")
+    assert mixed == Subject.of("t", [(A, -2.0), (B, 0.5)], "base") and mixed.adapter == "a+b"
+    assert mixed.label == f"a@{'a' * 12}*-2+b@{'b' * 12}*0.5"
+    assert Subject.of("t", [(A, 0.0)], "base").label == "base"
+    assert len({one, mixed, Subject.of("t", [(A, 1.0)], "other"), Subject.of("u", [(A, 1.0)], "base")}) == 4
+
+
+def test_records_outlive_the_process_and_hold_no_text(tmp_path: Path) -> None:
+    file, subject = tmp_path / "quality.db", Subject.of("t", [(A, 1.0)], "base")
+    quality = Quality(file)
+    quality.answered(answered("gen-1", subject, "a secret answer"))
+    quality.feedback("t", "gen-1", "", score=None, expected=" a secret answer\n")
+    quality.answered(answered("gen-2", subject))
+    quality.close()
+    assert b"secret" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    again = Quality(file)
+    assert again.totals(subject, "accuracy", "feedback").mean == 1.0
+    again.feedback("t", "gen-2", "", score=0.5, expected=None)
+    again.feedback("t", "gen-1", "", score=0.0, expected=None)
+    totals = again.totals(subject, "accuracy", "feedback")
+    assert (totals.count, totals.total, totals.squares) == (2, 0.5, 0.25)
+    (told,) = again.performance("t")
+    assert told["requests"] == 2 and told["tokens"] == {"prompt": 6, "generated": 4}
+    assert told["e2e"]["p50"] == pytest.approx(0.5, rel=0.06) and told["tpot"]["p50"] is None
+    again.close()
+    reopened = Quality(file)
+    assert reopened.totals(subject, "accuracy", "feedback") == totals, "the hourly sums agree with what was in memory"
+    reopened.close()
+
+
+def test_feedback_is_for_a_day(tmp_path: Path) -> None:
+    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality.answered(answered("old", subject, at=time.time() - module.DAY - 1))
+    with pytest.raises(UnknownName):
+        quality.feedback("t", "old", "", score=1.0, expected=None)
+    quality.close()
+
+
+def test_old_rows_go(tmp_path: Path) -> None:
+    quality, subject = Quality(tmp_path / "quality.db", retention=module.DAY), Subject.of("t", [], "base")
+    quality.answered(answered("one", subject))
+    quality.feedback("t", "one", "", score=1.0, expected=None)
+    quality._sweep(time.time() + 3 * module.DAY)
+    assert quality.totals(subject, "accuracy", "feedback").count == 0
+    assert quality.performance("t")[0]["requests"] == 0
+    quality.close()
+
+
+def test_performance_of_600_000_records_is_quick_and_small(tmp_path: Path) -> None:
+    """Written by the tables' own shape, over thirty days and six versions, then read through the class."""
+    file = tmp_path / "quality.db"
+    quality = Quality(file)
+    subjects = [Subject.of("t", [(Version("a", f"{i:x}" * 64), 1.0)], "base") for i in range(6)]
+    for subject in subjects:
+        quality.evaluated(subject, "accuracy", [1.0])
+    quality.close()
+    db, now, count = sqlite3.connect(file), time.time(), 600_000
+    rng = np.random.default_rng(0)
+    times = now - rng.random(count) * 30 * module.DAY
+    rows = ((f"gen-{i:032x}", 1 + i % 6, "accuracy", float(i % 10 > 0), times[i]) for i in range(count))
+    db.executemany("INSERT INTO scores VALUES (?, ?, ?, ?, ?)", rows)
+    latencies = Latencies()
+    for _ in range(100):
+        latencies.add(0.3)
+    blob = latencies.dump()
+    hours = [(s, int(now) // 3600 - h) for s in range(1, 7) for h in range(720)]
+    db.executemany("INSERT INTO hours VALUES (?, 'accuracy', 'feedback', ?, 139, 125, 125)", hours)
+    db.executemany("INSERT INTO traffic VALUES (?, ?, 139, 1, 9, 9, ?, ?, ?)", ((*h, blob, blob, blob) for h in hours))
+    db.commit()
+    db.close()
+    quality = Quality(file)
+    start = time.perf_counter()
+    told = quality.performance("t")
+    seconds = time.perf_counter() - start
+    assert len(told) == 6 and sum(v["requests"] for v in told) == 6 * 720 * 139
+    assert told[0]["e2e"]["p99"] == pytest.approx(0.3, rel=0.06)
+    assert seconds < 0.1, f"{seconds * 1000:.0f} ms"
+    quality.close()
+    assert file.stat().st_size < 150e6
+
+
+def test_percentiles_are_within_five_percent() -> None:
+    latencies = Latencies()
+    rng = np.random.default_rng(1)
+    seconds = rng.lognormal(-2, 1, 20_000)
+    for value in seconds:
+        latencies.add(float(value))
+    for told, share in zip(latencies.percentiles(), (50, 95, 99), strict=True):
+        assert told == pytest.approx(np.percentile(seconds, share), rel=0.06)
+    latencies.add(math.nan)
+    latencies.add(1e9)
+    latencies.add(0.0)
+    assert int(latencies.counts.sum()) == 20_002
+    assert Latencies().percentiles() == [None, None, None]
