@@ -1,0 +1,77 @@
+"""`loramux compose` and `loramux prune`: adapter folders in, a new adapter folder out. Neither needs a base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.cli.options import AsJson
+from server.cli.terminal import out, print_json, size
+from server.errors import BadSetting
+
+Output = Annotated[Path, typer.Option(help="Folder to write.")]
+
+
+def compose(
+    parts: Annotated[list[str], typer.Argument(help="Adapter folders, each FOLDER or FOLDER=WEIGHT.")],
+    output: Output,
+    method: Annotated[str, typer.Option(help="exact, linear, ties, dare_linear or dare_ties.")] = "exact",
+    rank: Annotated[int | None, typer.Option(help="Re-rank the result to at most this; the error is told.")] = None,
+    density: Annotated[float, typer.Option(help="Share of values that TIES and DARE keep.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of DARE's draw.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make one adapter of several, weighted. `exact` is what serving a mix computes."""
+    from adapters import composition, peft_format
+
+    pairs = []
+    for part in parts:
+        folder, _, weight = part.partition("=")
+        try:
+            factor = float(weight) if weight else 1.0
+        except ValueError as error:
+            raise BadSetting(f"{part!r}: the weight is no number") from error
+        pairs.append((peft_format.read_folder(Path(folder), name=Path(folder).name, max_rank=4096), factor))
+    result = composition.compose(pairs, output.name, method, rank=rank, density=density, seed=seed)
+    peft_format.save(result, output)
+    told = {"path": str(output), "version": result.version.label, "ranks": result.ranks, "bytes": result.nbytes}
+    lost = result.metadata.get("pruning", {}).get("error", 0.0)
+    if as_json:
+        print_json({**told, "error": lost})
+    else:
+        out().print(f"{output}: ranks {result.ranks}, {size(result.nbytes)}, relative error of the re-rank {lost:.2g}")
+
+
+def prune(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    output: Output,
+    rank: Annotated[int | None, typer.Option(help="Cut every module to this rank.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Keep at most this many parameters, by one threshold.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Keep this share of the squared singular values.")] = None,
+    drop: Annotated[float | None, typer.Option(help="Drop this share of the modules, weakest first.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an adapter smaller, by exactly one of the four ways, and tell the error."""
+    from adapters import peft_format, pruning
+
+    if sum(option is not None for option in (rank, budget, energy, drop)) != 1:
+        raise BadSetting("give exactly one of --rank, --budget, --energy and --drop")
+    weights = peft_format.read_folder(adapter, name=output.name, max_rank=4096)
+    if rank is not None:
+        result, cut = pruning.truncate(weights, rank)
+    elif drop is not None:
+        result, cut = pruning.drop_modules(weights, pruning.weakest_modules(weights, drop))
+    else:
+        result, cut = pruning.truncate_globally(weights, budget=budget, energy=energy)
+    # The files keep the precision that they had.
+    peft_format.save(result, output, dtype=next(iter(weights.modules.values())).A.dtype)
+    if as_json:
+        told = result.metadata["pruning"]
+        print_json({"path": str(output), "version": result.version.label, "ranks": result.ranks, **told})
+    else:
+        out().print(
+            f"{output}: {cut.parameters:,} of {cut.parameters_before:,} parameters, relative error {cut.error:.3g} "
+            f"(worst {cut.worst_error:.3g} at {cut.worst_module}), {len(cut.dropped)} modules dropped"
+        )

@@ -1,0 +1,57 @@
+"""`loramux compose` and `prune` on folders, as a person runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from adapters import peft_format
+from adapters.weights import LowRank, sealed
+from server.cli.main import app
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    made = []
+    for i, rank in enumerate((4, 6)):
+        draw = torch.Generator().manual_seed(i)
+        modules = {
+            path: LowRank(torch.randn(rank, 8, generator=draw), torch.randn(12, rank, generator=draw), 0.5)
+            for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
+        }
+        peft_format.save(sealed(f"a{i}", modules), tmp_path / f"a{i}")
+        made.append(tmp_path / f"a{i}")
+    return made
+
+
+def run(*arguments: object) -> dict[str, object]:
+    done = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.output)
+
+
+def test_compose_is_the_weighted_sum(folders: list[Path], tmp_path: Path) -> None:
+    told = run("compose", f"{folders[0]}=0.5", f"{folders[1]}=-2", "--output", tmp_path / "sum")
+    one, two, both = (peft_format.read_folder(f, name="x") for f in (*folders, tmp_path / "sum"))
+    for path in both.modules:
+        assert torch.allclose(both.delta(path), 0.5 * one.delta(path) - 2 * two.delta(path), atol=1e-5)
+    assert told["ranks"] == [10] and told["error"] == 0.0
+    smaller = run("compose", *folders, "--rank", 3, "--output", tmp_path / "small")
+    assert smaller["ranks"] == [3] and 0 < smaller["error"] < 1
+
+
+@pytest.mark.parametrize("how", [("--rank", 2), ("--budget", 100), ("--energy", 0.7), ("--drop", 0.5)])
+def test_prune_tells_its_error(how: tuple[str, object], folders: list[Path], tmp_path: Path) -> None:
+    told = run("prune", folders[1], *how, "--output", tmp_path / "cut")
+    assert told["parameters"] < told["parameters_before"] == 240 and 0 < told["error"] < 1
+    assert peft_format.read_folder(tmp_path / "cut", name="x").modules
+
+
+def test_wrong_arguments_are_named(folders: list[Path], tmp_path: Path) -> None:
+    for arguments in (["prune", folders[0]], ["compose", f"{folders[0]}=much"], ["compose", tmp_path / "nothing"]):
+        done = CliRunner().invoke(app, [*map(str, arguments), "--output", str(tmp_path / "x")])
+        assert done.exit_code != 0 and done.exception is not None and str(done.exception)
