@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from adapters.errors import InvalidAdapter
 from adapters.weights import LoraWeights, LowRank
-from server.errors import BadSetting
 from server.kernels import choose, reference
 from server.kernels.lora import Segment, Segments, SlotTable
 from server.kernels.stored import dequantize_stored
@@ -84,8 +83,3 @@ def test_updates_reach_their_own_rows_only() -> None:
     dense = x @ (update.B @ update.A).t() * 0.5
     assert not y[:2].any()
     torch.testing.assert_close(y[2:], torch.cat((dense[2:4] * -2, dense[4:])))
-
-
-def test_unknown_kernels_are_refused() -> None:
-    with pytest.raises(BadSetting, match="known are auto, native, aten, reference"):
-        choose("cuda-graphs")
