@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 PRESSURE_SECONDS = 0.05
 """How often it is asked again for bytes that views hold: what is in use now is idle a little later."""
 
+LOAD_SECONDS = 60.0
+"""How long a person waits for an adapter to be loaded, pinned or not; requests have deadlines of their own."""
+
 Fetched = Future[tuple[LoraWeights, ...]]
 
 
@@ -377,13 +380,19 @@ def _bare(error: Exception) -> Exception:
     return error.with_traceback(None)
 
 
-async def loaded(fetched: Fetched) -> tuple[LoraWeights, ...]:
-    """Await a fetch. `asyncio.wrap_future` would keep its views in a cycle until the collector comes by."""
+async def loaded(fetched: Fetched, seconds: float = LOAD_SECONDS) -> tuple[LoraWeights, ...]:
+    """Await a fetch for so long at most. Raises its error, and NoRoom if it has to wait longer.
+
+    `asyncio.wrap_future` would keep the views in a cycle until the collector comes by.
+    """
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
     fetched.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
     try:
-        await done.wait()
+        async with asyncio.timeout(seconds):
+            await done.wait()
+    except TimeoutError:
+        raise NoRoom(f"not loaded within {seconds:g} seconds: the adapters in use leave no room in RAM") from None
     finally:
         fetched.cancel()
     return fetched.result()

@@ -87,3 +87,9 @@ def write_adapter() -> Callable[..., LoraWeights]:
         return weights
 
     return write
+
+
+@pytest.fixture
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that write thousands of times: they crash processes, not machines."""
+    monkeypatch.setattr("os.fsync", lambda fd: None)

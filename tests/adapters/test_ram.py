@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from adapters.errors import InvalidAdapter, NoRoom
-from adapters.ram import Fetched, Ram
+from adapters.ram import Fetched, Ram, loaded
 from adapters.weights import LoraWeights, LowRank
 
 SIZE = 8 * 4 * 2
@@ -266,6 +266,17 @@ def test_offer_takes_only_free_room(make_ram: MakeRam, source: Source) -> None:
     assert not ram.offer(weights_of("c"))
     got(ram.fetch(["a"]))
     assert not source.loads
+
+
+async def test_a_person_waits_for_so_long_and_no_longer(make_ram: MakeRam) -> None:
+    ram = make_ram(1)
+    (view,) = await loaded(ram.fetch(["a"]))
+    waiting = ram.fetch(["b"])
+    with pytest.raises(NoRoom, match="not loaded within"):
+        await loaded(waiting, seconds=0.05)
+    assert waiting.cancelled()
+    del view
+    assert (await loaded(ram.fetch(["b"])))[0].digest == "b"
 
 
 def test_close_cancels_what_waits(make_ram: MakeRam) -> None:

@@ -621,6 +621,7 @@ def test_closing_refuses_and_leaves_nothing_running(open_registry: Open, folders
     assert stored(open_registry()) == set(), "what the closed one could not delete is swept"
 
 
+@pytest.mark.usefixtures("no_fsync")
 def test_many_clients_and_publishers_at_once(registry: Registry, folders: list[Path]) -> None:
     """Whatever is published meanwhile, a request is served by exactly what it leased."""
     device = registry.slots = Device()
@@ -687,6 +688,7 @@ def live_tensors() -> int:
     return sum(1 for thing in gc.get_objects() if type(thing) is torch.Tensor)
 
 
+@pytest.mark.usefixtures("no_fsync")
 def test_two_thousand_cycles_leave_nothing_behind(open_registry: Open, folders: list[Path]) -> None:
     """Load and unload 2,000 times, publishing and retiring as it goes: everything is back at the start."""
     size = read_folder(folders[0], name="a").nbytes

@@ -340,6 +340,7 @@ class RegistryMachine(RuleBasedStateMachine):
         return {self.history[name][0] for name in self.pinned}
 
 
+@pytest.mark.usefixtures("no_fsync")
 def test_any_order_of_events(tmp_path: Path, tiny_shapes: dict[str, tuple[int, int]], write_adapter: Write) -> None:
     contents = []
     for seed in range(5):

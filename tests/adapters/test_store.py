@@ -6,6 +6,9 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -226,6 +229,7 @@ def dry_run(folders: list[Path], root: Path) -> tuple[int, list[dict[str, str]]]
     return disk.count, states
 
 
+@pytest.mark.usefixtures("no_fsync")
 @pytest.mark.parametrize("half", [False, True])
 def test_a_crash_at_any_write_leaves_a_readable_store(tmp_path: Path, folders: list[Path], half: bool) -> None:
     count, states = dry_run(folders, tmp_path / "dry")
@@ -249,6 +253,7 @@ def test_a_crash_at_any_write_leaves_a_readable_store(tmp_path: Path, folders: l
         shutil.rmtree(root)
 
 
+@pytest.mark.usefixtures("no_fsync")
 def test_a_full_disk_at_any_write_changes_nothing_that_is_seen(tmp_path: Path, folders: list[Path]) -> None:
     count, states = dry_run(folders, tmp_path / "dry")
     failures = 0
@@ -336,3 +341,43 @@ def test_journal_round_trip_and_rules() -> None:
     assert journal.point("x", d, "api", 4.0).names["x"].history == (d, c, b)
     assert "x" not in journal.retire("x").names and journal.retire("x").taken == journal.taken
     assert not journal.take("watch/x", None).taken
+
+
+PUBLISHER = """
+import sys
+from pathlib import Path
+from adapters.peft_format import read_folder
+from adapters.registry import Registry
+from adapters.store import Store
+
+root, folders = Path(sys.argv[1]), [Path(p) for p in sys.argv[2:]]
+shapes = {p: (m.B.shape[0], m.A.shape[1]) for p, m in read_folder(folders[0], name="a").modules.items()}
+registry = Registry(Store(root), shapes=shapes, ram_bytes=1 << 20)
+for n in range(10**6):
+    registry.publish_now("ab"[n % 2], folders[n % len(folders)])
+    if n % 5 == 4:
+        registry.retire_now("a")
+    print(n, flush=True)
+"""
+
+
+def test_kill_minus_nine_while_registering(tmp_path: Path, folders: list[Path]) -> None:
+    """The real thing, at moments that nobody chose."""
+    root = tmp_path / "store"
+    for run in range(2):
+        with subprocess.Popen(
+            [sys.executable, "-c", PUBLISHER, str(root), *map(str, folders)],
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if int(line) == 20 + 7 * run:
+                    break
+            time.sleep(0.003 * run)
+            process.kill()
+        store = Store(root)
+        assert set(check_whole(store)) & {"a", "b"}
+        publish(store, "c", folders[0])
+        store.close()
