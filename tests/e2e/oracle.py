@@ -89,16 +89,34 @@ class Oracle:
         self._peft.base_model.enable_adapter_layers()
         key = tuple(mix)
         if key not in self._mixes:
-            name = f"m{len(self._mixes)}"
-            names, weights = [n for n, _ in mix], [w for _, w in mix]
-            self._peft.add_weighted_adapter(names, weights, name, combination_type="cat")
-            self._mixes[key] = name
-        self._peft.set_adapter(self._mixes[key])
+            self._mixes[key] = self._combine(key)
+        self._peft.base_model.set_adapter(self._mixes[key])
         return self._peft
+
+    def _combine(self, mix: tuple[tuple[str, float], ...]) -> str:
+        """PEFT's exact combination of a mix, as a new adapter of its."""
+        assert self._peft is not None
+        name = f"m{len(self._mixes)}"
+        names, weights = [n for n, _ in mix], [w for _, w in mix]
+        for member in names:
+            # PEFT takes the combination's targets and layers from its members' configs, and wants them alike; what each
+            # one really changes is the whole truth.
+            config = self._peft.peft_config[member]
+            config.target_modules = {
+                path.removeprefix("model.")
+                for path, module in self._peft.base_model.named_modules()
+                if member in getattr(module, "lora_A", {})
+            }
+            config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+            # The first member's rsLoRA would scale the combination, whose own scale is 1 already.
+            config.use_rslora = False
+        self._peft.add_weighted_adapter(names, weights, name, combination_type="cat")
+        return name
 
     def forget_mixes(self) -> None:
         """Free what `model` built; there is one adapter for each distinct mix."""
         for name in self._mixes.values():
+            assert self._peft is not None
             self._peft.delete_adapter(name)
         self._mixes.clear()
 

@@ -18,7 +18,11 @@ from server.model.loader import Base
 from tests.e2e.conftest import Live, sentences
 from tests.e2e.oracle import Oracle, llama_of, write_peft
 
-pytestmark = pytest.mark.e2e
+pytestmark = [
+    pytest.mark.e2e,
+    # PEFT asks Transformers by a name that Transformers has deprecated.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 PROMPT = "The committee met on Tuesday and decided nothing."
 WEIGHTS = (-1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
@@ -80,7 +84,7 @@ ODD = (
     {"r": 17, "lora_alpha": 12, "target_modules": ["o_proj", "down_proj"], "layers_to_transform": [0, 3, 29]},
     {"r": 64, "lora_alpha": 32, "target_modules": ["q_proj"], "layers_to_transform": 11, "layers_pattern": "layers"},
     {"r": 1, "lora_alpha": 2, "target_modules": "all-linear", "exclude_modules": ["k_proj", "gate_proj"]},
-    {"r": 33, "lora_alpha": 40, "use_rslora": True, "rank_pattern": {"down_proj": 2}, "target_modules": "all-linear"},
+    {"r": 33, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {"down_proj": 2}, "target_modules": "all-linear"},
 )  # fmt: skip
 MIXES = (
     ((0, 1.0), (1, -0.5)),

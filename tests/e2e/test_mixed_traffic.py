@@ -15,7 +15,11 @@ from server.model.loader import Base
 from tests.e2e.conftest import Live, sentences
 from tests.e2e.oracle import Oracle
 
-pytestmark = pytest.mark.e2e
+pytestmark = [
+    pytest.mark.e2e,
+    # PEFT asks Transformers by a name that Transformers has deprecated.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 RANKS = (3, 4, 8, 12, 16, 17, 24, 32, 33, 40, 48, 50, 56, 60, 63, 64)
 NEW_TOKENS = 12
