@@ -75,7 +75,8 @@ async def _load(runtime: Runtime, on_failure: Callable[[Exception], None]) -> No
         on_failure(error)
         return
     runtime.house, runtime.loaded = house, house.parts
-    runtime.state = "ready"
+    if runtime.state == "loading":  # it may have been told to leave by now
+        runtime.state = "ready"
     log.info("ready: %s", house.parts.model.name)
 
 

@@ -16,6 +16,7 @@ from adapters.watch import Watch, scan_library
 from adapters.weights import Version
 from server.api.errors import answer
 from server.api.runtime import Model, Parts
+from server.api.watchdog import Watchdog
 from server.engine.engine import Engine
 from server.engine.runner import Runner, make_runner
 from server.engine.text import Text
@@ -24,7 +25,7 @@ from server.metrics import Metrics
 from server.model.loader import Base, load_base
 from server.settings import Settings
 from server.sources import Sources, resolve_model
-from server.tasks.inference import Inference
+from server.tasks.inference import Generation, Inference
 from server.tasks.mailbox import Mailbox
 from server.tasks.prompts import Prompts
 from server.tasks.quality import Quality
@@ -122,7 +123,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox) ->
     inference = Inference(engine, registry, metrics, mailbox, lambda error: answer(error).status)
     quality = Quality(settings.state_dir / "quality.db", settings.quality_retention)
     router = BestRouter(quality, registry, base.id)
-    inference.on_ended = lambda generation: remember(quality, generation, base.id)
+    inference.on_ended = _ending(settings, quality, text, base.id)
     parts = Parts(
         model=Model(base.name, base.id, int(time.time()), _details(base, context)),
         engine=engine,
@@ -145,9 +146,29 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox) ->
     )
     engine.start()
     watch.start()
-    return House(
-        parts, [lambda drain: quality.close(), lambda drain: registry.close(), engine.stop, lambda drain: watch.stop()]
-    )
+    watchdog = Watchdog(engine)
+    watchdog.start()
+    closing: list[Callable[[float], object]] = [
+        lambda drain: quality.close(),
+        lambda drain: registry.close(),
+        engine.stop,
+        lambda drain: watchdog.stop(),
+        lambda drain: watch.stop(),
+    ]
+    return House(parts, closing)
+
+
+def _ending(settings: Settings, quality: Quality, text: Text, base_id: str) -> Callable[[Generation], None]:
+    """What is done once a generation has ended."""
+
+    def ended(generation: Generation) -> None:
+        remember(quality, generation, base_id)
+        if settings.log_prompts:
+            for reply in generation.replies:
+                said = "".join(reply.text)
+                log.info("%s: prompt %r, answer %r", reply.request.id, text.decode(reply.request.prompt), said)
+
+    return ended
 
 
 def _engine(settings: Settings, base: Base, runner: Runner, registry: Registry, text: Text, context: int) -> Engine:

@@ -15,6 +15,7 @@ from adapters.weights import SHORT_DIGEST
 from server.api import schemas
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running, Runtime
+from server.errors import NotReady
 from server.metrics import CONTENT_TYPE, Snapshot
 
 router = APIRouter(tags=["monitoring"])
@@ -28,7 +29,10 @@ async def live() -> dict[str, str]:
 
 @router.get("/health/ready", response_model=schemas.Health, responses=errors(503))
 async def ready(parts: Ready) -> dict[str, str]:
-    """The model is loaded and requests are taken; 503 while loading, draining, or after failed steps."""
+    """The model is loaded and requests are taken; 503 while loading, draining, or when the last step has failed."""
+    state = parts.engine.state
+    if state != "running":
+        raise NotReady(f"the engine is {state}; the log says why", retry_after=2.0)
     return {"status": "ready"}
 
 

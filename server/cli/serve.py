@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import signal
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 def serve(settings: Settings) -> None:
     """Serve the base and its adapters over HTTP."""
     logs.configure(settings.log_format, settings.log_level)
+    faulthandler.enable()  # a crash in native code leaves the stacks of all threads
     listener = listen(settings.host, settings.port)
     host, port = settings.host, listener.getsockname()[1]
     log.info("http://%s:%d, loading %s", f"[{host}]" if ":" in host else host, port, settings.model)

@@ -34,6 +34,9 @@ class Engine(Protocol):
 
     def stats(self) -> dict[str, Any]: ...
 
+    @property
+    def state(self) -> str: ...
+
 
 class Leases(Protocol):
     """What running a prompt asks of the registry."""

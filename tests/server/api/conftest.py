@@ -42,6 +42,7 @@ class Live:
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx.Client(base_url=self.url, timeout=30)
         self.delay = 0.0
+        self.stop: Callable[[], None] = lambda: None
 
     @property
     def house(self) -> House:
@@ -135,7 +136,7 @@ def start(tmp_path: Path, adapter_dir: Path, tiny_base: Base, monkeypatch: pytes
     monkeypatch.setattr(
         server.app, "assemble", lambda settings, metrics, mailbox: build(settings, tiny_base, metrics, mailbox)
     )
-    running: list[Any] = []
+    running: list[Live] = []
 
     def begin(ready: bool = True, **given: Any) -> Live:
         settings = Settings(
@@ -154,16 +155,23 @@ def start(tmp_path: Path, adapter_dir: Path, tiny_base: Base, monkeypatch: pytes
         context = serving(app)
         live = Live(app.state.runtime, context.__enter__())
         live.app = app
-        running.append((context, live))
+        running.append(live)
+
+        def stop() -> None:
+            if live in running:
+                running.remove(live)
+                live.delay = 0.0
+                live.http.close()
+                context.__exit__(None, None, None)
+
+        live.stop = stop
         if ready:
             wait_ready(live.http)
         return live
 
     yield begin
-    for context, live in running:
-        live.delay = 0.0
-        live.http.close()
-        context.__exit__(None, None, None)
+    for live in list(running):
+        live.stop()
 
 
 @pytest.fixture

@@ -31,7 +31,9 @@ def test_feedback_counts_once_an_id_and_the_last_wins(live: Any) -> None:
 
 def test_answers_of_every_route_can_be_scored_by_their_task_alone(live: Any) -> None:
     live.http.put("/tasks/other-task", json={"prompt": "{input}"})
-    chat = live.http.post("/v1/chat/completions", json={"model": "mood", "messages": [{"role": "user", "content": "x"}]})
+    chat = live.http.post(
+        "/v1/chat/completions", json={"model": "mood", "messages": [{"role": "user", "content": "x"}]}
+    )
     label = live.http.post("/classify?task=mood", json={"prompt": "x"}).json()
     assert send(live, "mood", id=chat.json()["id"], score=1) == 204
     assert send(live, "mood", id=label["id"], expected=label["label"]) == 204

@@ -1,0 +1,61 @@
+"""`Watchdog`: a step that is stuck ends the process, with a line that says what ran, so that something restarts it.
+
+A step runs in native code that nothing can interrupt; while it hangs, every request hangs with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+log = logging.getLogger(__name__)
+
+STUCK_SECONDS = 30.0
+EXIT_CODE = 70
+
+
+class Steps(Protocol):
+    """What is watched."""
+
+    def stuck_for(self) -> float: ...
+
+    def what_runs(self) -> str: ...
+
+
+class Watchdog:
+    """Looks at the engine's current step once a second, on a thread of its own."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        *,
+        limit: float = STUCK_SECONDS,
+        interval: float = 1.0,
+        end: Callable[[int], object] = os._exit,
+    ) -> None:
+        self._steps = steps
+        self._limit = limit
+        self._interval = interval
+        self._end = end
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="loramux-watchdog", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            seconds = self._steps.stuck_for()
+            if seconds > self._limit:
+                log.critical("the process ends: a step is stuck for %.0f s: %s", seconds, self._steps.what_runs())
+                for handler in logging.getLogger().handlers:
+                    handler.flush()
+                self._end(EXIT_CODE)
+                return

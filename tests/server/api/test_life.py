@@ -1,0 +1,115 @@
+"""Failures inside: a step that raises or is stuck; prompts in the log; publishing under load; a restart."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from server.api.watchdog import EXIT_CODE, Watchdog
+
+
+def test_a_step_that_raises_fails_its_requests_alone(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = live.house.parts.runner
+    run = runner.run
+    failing = threading.Event()
+
+    def broken(batch: Any) -> Any:
+        if failing.is_set():
+            raise RuntimeError("kernel")
+        return run(batch)
+
+    monkeypatch.setattr(runner, "run", broken)
+    failing.set()
+    answer = live.generate("x", adapters=[{"name": "a"}])
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "engine_failed"
+    assert live.http.get("/health/ready").status_code == 503
+    failing.clear()
+    assert live.generate("x", adapters=[{"name": "a"}]).status_code == 200
+    assert live.http.get("/health/ready").status_code == 200
+    assert live.idle()
+
+
+def test_a_stuck_step_ends_the_process_and_says_what_ran(caplog: pytest.LogCaptureFixture) -> None:
+    class Stuck:
+        def stuck_for(self) -> float:
+            return 31.0
+
+        def what_runs(self) -> str:
+            return "a step of 5 rows"
+
+    ended: list[int] = []
+    dog = Watchdog(Stuck(), interval=0.01, end=ended.append)
+    dog.start()
+    while not ended:
+        time.sleep(0.005)
+    dog.stop()
+    assert ended == [EXIT_CODE] and "a step of 5 rows" in caplog.text
+
+
+def test_prompts_are_logged_only_if_asked(start: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    quiet = start(access_log=True)
+    quiet.generate("a private matter", max_tokens=1)
+    quiet.generate("a private matter", max_tokens=100000)
+    assert "/generate" in caplog.text and "private" not in caplog.text
+    loud = start(log_prompts=True, state_dir=tmp_path / "other")
+    loud.generate("a private matter", max_tokens=1)
+    assert "private" in caplog.text
+
+
+def test_publishing_while_serving_never_changes_what_was_leased(live: Any, write_adapter: Any) -> None:
+    """Answers of a name that is republished all the while are those of the version that they say they had."""
+    live.slow_down(0.002)
+    fields = {"prompt": "tell me of it", "max_tokens": 12, "ignore_eos": True, "temperature": 0}
+    stop = threading.Event()
+
+    def republish() -> None:
+        seed = 0
+        while not stop.is_set():
+            write_adapter("moving", 100 + seed % 3)
+            assert live.http.put("/adapters/hot", json={"source": "moving"}).status_code in (200, 201)
+            seed += 1
+
+    assert live.http.put("/adapters/hot", json={"source": "a"}).status_code == 201
+    thread = threading.Thread(target=republish)
+    thread.start()
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            ask = [{**fields, "adapters": [{"name": "hot"}]}] * 40
+            answers = list(pool.map(lambda body: live.http.post("/generate", json=body).json(), ask))
+    finally:
+        stop.set()
+        thread.join()
+    texts: dict[str, set[str]] = {}
+    for answer in answers:
+        texts.setdefault(answer["adapters"][0]["version"], set()).add(answer["text"])
+    assert len(texts) > 1 and all(len(found) == 1 for found in texts.values()), texts
+    assert live.idle()
+
+
+def test_everything_returns_after_traffic(live: Any) -> None:
+    parts = live.house.parts
+    with ThreadPoolExecutor(8) as pool:
+        bodies = [{"prompt": f"p{i}", "max_tokens": 4, "adapters": [{"name": "ab"[i % 2], "weight": i / 10}]}
+                  for i in range(40)]  # fmt: skip
+        answers = list(pool.map(lambda body: live.http.post("/generate", json=body), bodies))
+    assert {a.status_code for a in answers} == {200} and live.idle()
+    assert parts.registry.memory()["leases"] == 0 and not parts.inference.live
+    assert live.stats()["kv_blocks"]["used"] == 0
+
+
+def test_a_restart_brings_adapters_and_tasks_back(start: Any, write_adapter: Any, tmp_path: Any) -> None:
+    write_adapter("a", 1)
+    first = start()
+    assert first.http.post("/adapters", json={"name": "kept", "source": "a"}).status_code == 201
+    assert first.http.put("/tasks/kept", json={"prompt": "{input}"}).status_code == 201
+    before = first.generate("x", task="kept").json()
+    first.stop()
+    again = start()
+    after = again.generate("x", task="kept").json()
+    assert after["text"] == before["text"] and after["adapters"] == before["adapters"]
