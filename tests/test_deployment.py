@@ -1,0 +1,130 @@
+"""The files that run outside Python agree with the code and with one another: Compose, Dockerfile, Makefile, README.
+
+Docker is not run here; what can be read is checked.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from server.cli import app
+from server.settings import PREFIX, Settings, flag, parse_keys
+
+REPO = Path(__file__).resolve().parents[1]
+READ_BY_LOAD = {f"{PREFIX}CONFIG"}
+
+
+def read(name: str) -> str:
+    return (REPO / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(read("docker-compose.yml"))
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What deploy/make-keys makes, in a copy of the folder."""
+    deploy = tmp_path_factory.mktemp("checkout") / "deploy"
+    deploy.mkdir()
+    (deploy / "make-keys").write_text(read("deploy/make-keys"))
+    for _ in range(2):
+        subprocess.run(["bash", str(deploy / "make-keys")], check=True, timeout=30)
+    return deploy / "secrets"
+
+
+def test_published_on_this_machine_only(compose: dict[str, Any]) -> None:
+    published = [port for service in compose["services"].values() for port in service.get("ports", [])]
+    assert len(published) == 4 and all(port.startswith("127.0.0.1:") for port in published)
+
+
+def test_images_are_pinned_and_ours_hold_no_rights(compose: dict[str, Any]) -> None:
+    for service in compose["services"].values():
+        assert re.fullmatch(r"[\w./-]+:(v?\d+\.\d+\.\d+|cpu|cuda)", service["image"])
+        assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
+    assert compose["services"]["server-gpu"]["profiles"] == ["gpu"]
+    assert re.search(r"^USER (?!root)\w+$", read("Dockerfile"), re.MULTILINE)
+
+
+def test_what_is_mounted_is_there(compose: dict[str, Any]) -> None:
+    for service in compose["services"].values():
+        for volume in service.get("volumes", []):
+            source = volume.partition(":")[0]
+            assert (REPO / source).is_dir() if source.startswith("./") else source in compose["volumes"]
+
+
+def test_variables_are_settings(compose: dict[str, Any]) -> None:
+    named = set(
+        re.findall(rf"\b{PREFIX}[A-Z_]+\b", read("docker-compose.yml") + read("Dockerfile") + read("README.md"))
+    )
+    assert named - READ_BY_LOAD <= {PREFIX + name.upper() for name in Settings.model_fields}
+
+
+def test_keys_are_made_once_and_fit(compose: dict[str, Any], secrets: Path) -> None:
+    made = {p.name: p.read_text() for p in secrets.iterdir()}
+    assert {s["file"] for s in compose["secrets"].values()} == {f"./deploy/secrets/{name}" for name in made}
+    assert stat.S_IMODE(secrets.stat().st_mode) == 0o700
+    assert parse_keys(made["metrics_key"]) == {"prometheus": made["prometheus_credentials"]}
+    assert len({*parse_keys(made["api_keys"]).values(), *parse_keys(made["admin_keys"]).values()}) == 2
+    assert all(len(text) >= 32 for text in made.values())
+    subprocess.run(["bash", str(secrets.parent / "make-keys")], check=True, timeout=30)
+    assert {p.name: p.read_text() for p in secrets.iterdir()} == made
+
+
+def test_prometheus_finds_the_server(compose: dict[str, Any]) -> None:
+    (job,) = yaml.safe_load(read("deploy/prometheus/prometheus.yml"))["scrape_configs"]
+    (target,) = job["static_configs"][0]["targets"]
+    server = compose["services"]["server"]
+    host = target.removesuffix(":8000")
+    assert host in server["networks"]["default"]["aliases"]
+    assert server["environment"]["LORAMUX_ALLOWED_HOSTS"] == host
+    assert Path(job["authorization"]["credentials_file"]).name in compose["services"]["prometheus"]["secrets"]
+
+
+def test_the_image_is_made_of_what_the_build_needs() -> None:
+    sent = {line[1:] for line in read(".dockerignore").splitlines() if line.startswith("!")}
+    copied = {name for line in re.findall(r"^COPY (?!--from)(.*)$", read("Dockerfile"), re.M) for name in line.split()}
+    assert sent == copied - {"./"}
+    assert all((REPO / name).exists() for name in sent)
+
+
+def test_the_readme_names_what_there_is() -> None:
+    text = read("README.md")
+    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)\b", text)) <= targets
+    options = {o for c in get_command(app).commands.values() for p in c.params for o in p.opts}  # type: ignore[attr-defined]
+    options |= {flag(name) for name in Settings.model_fields}
+    foreign = {"--help", "--build-arg"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= options | foreign
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (REPO / target).exists()
+
+
+def test_make_passes_settings_on() -> None:
+    def command(*arguments: str, **environment: str) -> list[str]:
+        run = subprocess.run(
+            ["make", "--dry-run", "--always-make", "serve", *arguments],
+            cwd=REPO,
+            env={"PATH": "/usr/bin:/bin", **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        return shlex.split(run.stdout.splitlines()[-1].split("loramux ")[1])
+
+    assert command() == ["serve"]
+    assert command("PORT=9000", "ARGS=--max-mix 2") == ["serve", "--port", "9000", "--max-mix", "2"]
+    assert command(PORT="9001", HOST="this-machine", MODEL="x") == ["serve", "--port", "9001"]
+    assert command("MODEL=a b", "STATE_DIR=/s") == ["serve", "--model", "a b", "--state-dir", "/s"]
