@@ -35,7 +35,7 @@ class Observer:
         """A version of `name` left the tier "ram" because its room was needed."""
 
     def on_change(self, name: str, version: Version | None) -> None:
-        """`name` has another version now, or None: it is gone."""
+        """`name` has another version now, or the same one with another card or task, or None: it is gone."""
 
 
 class Slots(Protocol):

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Descriptions = list[Description]
+Folder = tuple[str, Signature] | None
+"""A watched folder's key in the journal, and the state of its files."""
 
 FOLDER_FACTOR = 4
 """A folder on disk may be this much larger than the budget in RAM: fp32 there, 8 bits here."""
@@ -215,7 +217,7 @@ class Registry:
         if_match: str | None = None,
         source: str = "api",
         within: Path | None = None,
-        taken: tuple[str, Signature] | None = None,
+        taken: Folder = None,
     ) -> Published:
         """Give `name` the content of a PEFT folder, after it was copied, read and found good.
 
@@ -294,13 +296,7 @@ class Registry:
     # On the writer's thread
 
     def _commit(
-        self,
-        staged: Path,
-        weights: LoraWeights,
-        create_only: bool,
-        if_match: str | None,
-        source: str,
-        taken: tuple[str, Signature] | None,
+        self, staged: Path, weights: LoraWeights, create_only: bool, if_match: str | None, source: str, taken: Folder
     ) -> Published:
         version = weights.version
         name, digest = version.name, version.digest
@@ -318,7 +314,7 @@ class Registry:
                 self._store.write(journal)
                 return Published(version, False, weights.metadata)
         fresh = digest not in self._store.records and digest not in self._store.journal.referenced()
-        self._store.adopt(staged, Record.of(weights, time.time()))
+        renewed = self._store.adopt(staged, Record.of(weights, time.time()))
         if not same:
             journal = journal.point(name, digest, source, time.time())
         try:
@@ -332,6 +328,9 @@ class Registry:
         with self._lock:
             self._failures.pop(digest, None)
         self._serve(journal)
+        if renewed:
+            for other in [other for other, current in self._names.current().items() if current == digest]:
+                self._observer.on_change(other, Version(other, digest))
         return Published(version, not same, weights.metadata)
 
     def _move(self, version: Version, if_match: str | None) -> Published:

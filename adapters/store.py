@@ -201,11 +201,11 @@ class Store:
                     os.close(source)
             yield staged
 
-    def adopt(self, staged: Path, record: Record) -> None:
+    def adopt(self, staged: Path, record: Record) -> bool:
         """Take a staged copy, found to be `record.digest`, as that version.
 
         If the version is here already, only its card, its task and its record are renewed, since equal digests mean
-        equal content; if its files were found damaged they are replaced too.
+        equal content; if its files were found damaged they are replaced too. Answers whether what is told of it is new.
         """
         digest, target = record.digest, self.path(record.digest)
         known = self.records.get(digest)
@@ -223,6 +223,7 @@ class Store:
         self.damaged.discard(digest)
         self.lost.pop(digest, None)
         self.records[digest] = record
+        return known is not None and json.dumps(known.metadata) != json.dumps(record.metadata)
 
     def write(self, journal: Journal) -> None:
         """Make `journal` the one that is found after a crash."""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import InvalidAdapter
+from adapters.ports import Observer
 from adapters.registry import Registry
 from adapters.store import Disk, Store
 from adapters.watch import Watch, inside, scan_library
@@ -236,12 +237,21 @@ def test_what_the_api_put_over_a_folder_stays(scene: Scene, tmp_path: Path) -> N
 
 
 def test_a_new_card_or_task_is_told_without_a_new_version(scene: Scene) -> None:
+    heard: list[str] = []
+    observer = Observer()
+    observer.on_change = lambda name, version: heard.append(name)  # type: ignore[method-assign]
+    scene.restart(observer=observer)
     a = scene.put("a", 1, task={"prompt": "old {input}"})
     scene.look(2)
+    assert heard == ["a"]
     (scene.directory / "a" / "task.json").write_text('{"prompt": "new {input}"}')
     assert scene.look(2) == {"a": a}
     assert scene.registry.metadata("a")["task"] == {"prompt": "new {input}"}
     assert len(scene.registry.describe("a")["versions"]) == 1
+    assert heard == ["a", "a"], "whoever reads tasks from it hears of that"
+    age(scene.directory / "a")
+    scene.look(3)
+    assert heard == ["a", "a"]
 
 
 def test_unchanged_folders_are_not_read_again_after_a_restart(scene: Scene) -> None:
