@@ -100,7 +100,9 @@ async def publish(name: Name, request: Request, runtime: Running, parts: Ready, 
     known = name in parts.registry.names()
     expected = _version(if_match)
     if _is_multipart(request):
-        async with uploaded(request, runtime.settings, named=False) as (_, folder):
+        async with uploaded(request, runtime.settings, named=False) as (field, folder):
+            if field not in ("", name):
+                raise InvalidRequest(f"the upload's name is {field[:64]!r}, and the path's {name!r}", "name")
             await parts.registry.publish(name, folder, if_match=expected)
         return describe(parts, name, 200 if known else 201)
     body = await _json_body(request, schemas.PublishBody)
@@ -219,7 +221,7 @@ async def uploaded(request: Request, settings: Settings, *, named: bool) -> Asyn
         try:
             async with request.form(max_files=4, max_fields=4, max_part_size=settings.max_body) as form:
                 given = dict(form.multi_items())
-                allowed = {CONFIG, TENSORS, *OPTIONAL, *(("name",) if named else ())}
+                allowed = {CONFIG, TENSORS, *OPTIONAL, "name"}
                 for field in given.keys() - allowed:
                     raise InvalidRequest(f"an upload has no field {str(field)[:64]!r}", str(field)[:64])
                 for field in (CONFIG, TENSORS):
