@@ -261,7 +261,7 @@ class Scheduler:
             return
         owing = self._owes_room(now)
         for request in self._candidates(now):
-            if owing and not self.loads.came_for(request):
+            if owing and request.mix and not self.loads.came_for(request):
                 continue
             if plan.tokens >= self.limits.max_step_tokens or len(self.running) >= self.limits.max_batch:
                 return
@@ -274,7 +274,8 @@ class Scheduler:
     def _owes_room(self, now: float) -> bool:
         """Whether a load has lacked room in RAM for too long, so that slots must fall idle.
 
-        Only those may enter then whose own load has come: they hold room themselves, and give it back by running.
+        Only those may enter then that need no adapter, or whose own load has come: these hold room themselves, and give
+        it back by running.
         """
         pressed = now - self._pressed < PRESSED_SECONDS
         return pressed and self.loads.waited(self.waiting.priority, now) > self.limits.age_limit
