@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+from adapters.errors import UnknownAdapter
 from adapters.leases import Lease
 from adapters.peft_format import save
 from adapters.registry import Registry
@@ -29,6 +32,7 @@ class House:
     """A registry with room for `room` adapters in RAM, and an engine with 8 slots, both at work."""
 
     def __init__(self, root: Path, base: Base, runner: TorchRunner, room: int) -> None:
+        self.root = root
         self.numbers = iter(range(10**9))
         folders = []
         for seed in range(COUNT):
@@ -80,7 +84,7 @@ class House:
                 lease.release()
                 done.set()
 
-        number = next(self.numbers)
+        number = self.last = next(self.numbers)
         self.engine.submit(
             Request(
                 id=str(number),
@@ -172,3 +176,54 @@ def test_steady_traffic_on_all_of_ram_does_not_starve_a_cold_adapter(open_house:
         thread.join()
     assert last.finish_reason == "length", last.error
     assert waited < 5
+
+
+def test_traffic_over_adapters_that_come_and_go_leaves_nothing_behind(open_house: Callable[[int], House]) -> None:
+    """Room for 4 of 6 in RAM, mixes of up to 4, some cancelled, while names are published, retired and rolled back."""
+    house, stop = open_house(4), threading.Event()
+    names = [f"a{i}" for i in range(COUNT)]
+    folders = [house.root / name for name in names]
+    failures: list[BaseException] = []
+
+    def client(seed: int) -> None:
+        dice = random.Random(seed)
+        try:
+            while not stop.is_set():
+                choice = dice.sample(names, dice.randint(0, 4))
+                try:
+                    lease, wait = house.ask(choice, tokens=dice.randint(1, 12))
+                except UnknownAdapter:
+                    continue
+                if dice.random() < 0.2:
+                    time.sleep(dice.random() * 0.01)
+                    house.engine.cancel(str(house.last))
+                last = wait()
+                assert last.finish_reason in ("length", "cancelled"), last.error
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(10)]
+    for thread in threads:
+        thread.start()
+    dice, end = random.Random(99), time.monotonic() + 4
+    while time.monotonic() < end:
+        name = dice.choice(names)
+        if dice.random() < 0.2:
+            with suppress(UnknownAdapter):
+                house.registry.retire_now(name)
+        house.registry.publish_now(name, dice.choice(folders))
+        if dice.random() < 0.3:
+            old = dice.choice(house.registry.describe(name)["versions"])["version"]
+            asyncio.run(house.registry.roll_back(name, old))
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    assert house.registry.memory()["leases"] == 0
+    for name in names:
+        with suppress(UnknownAdapter):
+            house.registry.retire_now(name).drained.result(10)
+    until(lambda: house.registry.memory()["bytes"] == 0)
+    stats = house.engine.stats()
+    assert stats["running"] == stats["waiting"] == 0 and stats["slots"]["resident"] == []
+    assert stats["kv_blocks"]["used"] == 0
