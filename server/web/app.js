@@ -32,7 +32,7 @@ async function show(name) {
     tab.tabIndex = chosen ? 0 : -1;
     document.getElementById(tab.getAttribute("aria-controls")).hidden = !chosen;
   }
-  history.replaceState(null, "", `#${name}`);
+  history.replaceState(null, "", `#/${name}`); // no id: the browser would move the focus there
   await refresh();
 }
 
@@ -100,5 +100,5 @@ async function beatOn() {
 }
 
 for (const part of Object.values(parts)) part.start({ complain, refresh });
-show(tabs.some((t) => `#${t.getAttribute("aria-controls")}` === location.hash) ? location.hash.slice(1) : "playground");
+show(tabs.some((t) => `#/${t.getAttribute("aria-controls")}` === location.hash) ? location.hash.slice(2) : "playground");
 beatOn();

@@ -24,9 +24,8 @@ async function performance(name) {
 const ms = (seconds) => (seconds == null ? "" : `${(seconds * 1000).toFixed(0)} ms`);
 
 function quality(version) {
-  return Object.entries(version.quality ?? {}).flatMap(([source, metrics]) =>
-    Object.entries(metrics).map(([metric, q]) =>
-      `${version.version}: ${metric} ${q.mean.toFixed(3)} [${q.interval.map((x) => x.toFixed(3)).join(", ")}] of ${q.samples} (${source})`));
+  return (version.quality ?? []).map((q) => `${version.version}: ${q.metric} ${q.mean.toFixed(3)} ` +
+    `[${q.low.toFixed(3)}, ${q.high.toFixed(3)}] of ${q.samples} (${q.source})`);
 }
 
 export async function refresh() {

@@ -1,0 +1,405 @@
+"""The built-in page in a real Chromium: each control, on one server with the embedded base.
+
+Every test fails on a script error, a console error that is no refused request, and on any request to another host.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.e2e.conftest import Live, serving
+
+pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+
+pytestmark = [pytest.mark.e2e, pytest.mark.part("chromium")]
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+FLAGS += ["--disable-sync", "--no-first-run"]
+REFUSED = "Failed to load resource"
+"""What Chromium writes for each answer of 4xx, whether the page expects it or not."""
+FILM = "A stirring, funny film that never lets go."
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def house(
+    tmp_path_factory: pytest.TempPathFactory, embedded: Path, write_random: Callable[..., Path]
+) -> Iterator[Live]:
+    """A server with the library's adapter, two random ones, and a folder that it has to reject."""
+    folder = tmp_path_factory.mktemp("adapters")
+    write_random(folder / "formal", rank=4, seed=1)
+    write_random(folder / "spare", rank=2, seed=2)
+    shutil.copytree(folder / "spare", folder / "broken")
+    (folder / "broken" / "adapter_model.safetensors").write_bytes(b"not tensors")
+    with serving(tmp_path_factory.mktemp("page"), "--adapter-dir", str(folder), "--max-queue", "64") as live:
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            listed = live.get("/adapters")
+            if len(listed["adapters"]) == 3 and listed["rejected"]:
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"the adapters did not appear: {listed}")
+        yield live
+
+
+@pytest.fixture
+def page(browser: Browser, house: Live, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """The page, ready; light, unless the test asks for something else by `parametrize(..., indirect=True)`."""
+    scheme = getattr(request, "param", "light")
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme=scheme, base_url=house.url)
+    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=house.url)
+    context.set_default_timeout(15_000)
+    opened = context.new_page()
+    wrong: list[str] = []
+    hosts: set[str] = set()
+
+    def heard(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning") and not message.text.startswith(REFUSED):
+            wrong.append(message.text)
+
+    opened.on("console", heard)
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("request", lambda sent: hosts.add(urlsplit(sent.url).netloc))
+    opened.goto("/")
+    expect(opened.locator("#status[data-ready]")).to_be_visible()
+    expect(opened.locator(".side .task option")).not_to_have_count(1)
+    yield opened
+    context.close()
+    assert not wrong
+    assert hosts == {urlsplit(house.url).netloc}
+
+
+def ask(page: Page, prompt: str = FILM, tokens: int | None = None) -> None:
+    page.get_by_role("textbox", name="Prompt").fill(prompt)
+    if tokens is not None:
+        page.get_by_label("Tokens at most").fill(str(tokens))
+    page.get_by_role("button", name="Run").click()
+
+
+def figures(page: Page, side: int = 0) -> dict[str, str]:
+    """What a side says of its answer, once it is whole."""
+    node = page.locator(".side").nth(side)
+    expect(node.locator(".after")).to_be_visible()
+    return dict(zip(node.locator("dt").all_inner_texts(), node.locator("dd").all_inner_texts(), strict=True))
+
+
+def body_of(page: Page, act: Callable[[], None]) -> dict:
+    """The JSON of the generation that `act` sends."""
+    with page.expect_request(lambda sent: "/generate" in sent.url) as caught:
+        act()
+    return json.loads(caught.value.post_data or "")
+
+
+def test_a_task_answers_with_its_figures(page: Page) -> None:
+    page.locator("select.task").select_option("sentiment")
+    expect(page.locator(".side .hint").first).to_have_text("the task's own adapter")
+    ask(page)
+    shown = figures(page)
+    expect(page.locator(".answer")).to_have_text("positive")
+    assert re.fullmatch(r"[\d.]+ ms", shown["first token"]) and float(shown["tokens a second"]) > 0
+    assert "(stop)" in shown["tokens"] and shown["served by"].startswith("sentiment@")
+    assert page.get_by_role("button", name="Stop").is_disabled()
+
+
+def test_a_raw_answer_streams_in_steps(page: Page) -> None:
+    page.locator("select.task").select_option("")
+    expect(page.locator(".side .hint").first).to_have_text("the base alone")
+    page.evaluate(
+        """() => { window.seen = []; new MutationObserver(() => {
+        window.seen.push(document.querySelector('.answer').textContent.length); }).observe(
+        document.querySelector('.answer'), {childList: true, subtree: true, characterData: true}); }"""
+    )
+    ask(page, "Once upon a time, there was a", tokens=40)
+    shown = figures(page)
+    assert shown["served by"] == "the base alone" and "→ 40 (length)" in shown["tokens"]
+    lengths = page.evaluate("window.seen")
+    assert len(lengths) > 10 and lengths == sorted(lengths), "the text grew step by step"
+    assert not page.locator(".side .up").is_visible(), "without a task there is nothing to tell of"
+
+
+def test_a_mix_by_its_sliders(page: Page) -> None:
+    page.locator("select.task").select_option("sentiment")
+    page.get_by_role("button", name="Add adapter").click()
+    page.get_by_role("button", name="Add adapter").click()
+    first, second = page.locator(".mix li").all()
+    assert first.get_by_label("Adapter").input_value() != second.get_by_label("Adapter").input_value()
+    first.get_by_label("Adapter").select_option("sentiment")
+    second.get_by_label("Adapter").select_option("formal")
+    slider = second.get_by_role("slider")
+    slider.fill("0.3")
+    expect(second.get_by_label("Weight as a number")).to_have_value("0.3")
+    slider.press("ArrowRight")
+    expect(second.get_by_label("Weight as a number")).to_have_value("0.35")
+    first.get_by_label("Weight as a number").fill("-0.5")
+    expect(first.get_by_role("slider")).to_have_value("-0.5")
+    sent = body_of(page, lambda: ask(page))
+    assert sent["adapters"] == [{"name": "sentiment", "weight": -0.5}, {"name": "formal", "weight": 0.35}]
+    served = figures(page)["served by"]
+    assert re.fullmatch(r"sentiment@\w{12} × -0.5 \+ formal@\w{12} × 0.35", served), served
+    second.get_by_role("button", name="Take out").click()
+    first.get_by_role("button", name="Take out").click()
+    assert "adapters" not in body_of(page, lambda: ask(page))
+
+
+def test_two_side_by_side(page: Page) -> None:
+    page.get_by_role("checkbox").check()
+    left, right = page.locator(".side").all()
+    left.locator("select.task").select_option("sentiment")
+    right.locator("select.task").select_option("")
+    right.get_by_role("button", name="Add adapter").click()
+    right.get_by_label("Adapter", exact=True).select_option("formal")
+    ask(page, tokens=8)
+    assert figures(page, 0)["served by"].startswith("sentiment@")
+    assert figures(page, 1)["served by"].startswith("formal@")
+    page.get_by_role("checkbox").uncheck()
+    expect(page.locator(".side")).to_have_count(1)
+
+
+def test_stop_ends_the_work_on_the_server(page: Page, house: Live) -> None:
+    page.locator("select.task").select_option("")
+    page.get_by_label("Temperature").fill("1.5")
+    ask(page, "Count: one, two, three,", tokens=4000)
+    expect(page.locator(".answer")).not_to_be_empty()
+    expect(page.locator(".answer")).to_have_attribute("aria-busy", "true")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator(".figures")).to_contain_text("stopped after")
+    expect(page.locator(".answer")).to_have_attribute("aria-busy", "false")
+    end = time.monotonic() + 5
+    while house.get("/stats")["engine"]["running"] and time.monotonic() < end:
+        time.sleep(0.05)
+    assert house.get("/stats")["engine"]["running"] == 0
+    expect(page.get_by_role("button", name="Run")).to_be_enabled()
+
+
+def test_thumbs_post_feedback(page: Page) -> None:
+    page.locator("select.task").select_option("sentiment")
+    ask(page)
+    figures(page)
+    with page.expect_response("**/tasks/sentiment/feedback") as caught:
+        page.get_by_role("button", name="A good answer").click()
+    sent = json.loads(caught.value.request.post_data or "")
+    assert sent["id"].startswith("gen-") and sent["score"] == 1
+    assert caught.value.status == 204
+    expect(page.get_by_role("button", name="A good answer")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="A bad answer").click()
+    expect(page.get_by_role("button", name="A good answer")).to_have_attribute("aria-pressed", "false")
+    expect(page.get_by_role("button", name="A bad answer")).to_have_attribute("aria-pressed", "true")
+
+
+def test_copies_run_as_they_are(page: Page, house: Live) -> None:
+    """curl, Python and openai: each snippet is run, and answers what the page has shown."""
+    import subprocess
+    import sys
+
+    page.locator("select.task").select_option("sentiment")
+    ask(page, "It's a dull, \"lifeless\" film.\nNo joy in it.", tokens=4)
+    figures(page)
+    answer = page.locator(".answer").inner_text()
+    for name in ("curl", "Python", "openai"):
+        page.get_by_role("button", name=name, exact=True).click()
+        expect(page.locator(f".copy[data-as={name.lower()}]")).to_have_text("Copied")
+        text = page.evaluate("navigator.clipboard.readText()")
+        if name == "curl" and shutil.which("curl") is None:
+            continue
+        command = ["bash", "-c", text] if name == "curl" else [sys.executable, "-c", text]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert out.returncode == 0, out.stderr
+        assert (json.loads(out.stdout)["text"] if name == "curl" else out.stdout.strip()) == answer, name
+
+
+def row(page: Page, name: str):
+    return page.locator("#adapter-rows tr").filter(has=page.get_by_text(name, exact=True)).first
+
+
+def test_the_adapters_table_acts(page: Page, house: Live) -> None:
+    page.get_by_role("tab", name="Adapters").click()
+    expect(row(page, "formal")).to_contain_text("KiB")
+    page.get_by_role("button", name="Pin formal").click()
+    expect(row(page, "formal")).to_contain_text("pinned")
+    expect(page.get_by_role("button", name="Unpin formal")).to_be_visible()
+    assert house.get("/adapters/formal")["pinned"] is True
+    page.get_by_role("button", name="Unpin formal").click()
+    expect(row(page, "formal")).not_to_contain_text("pinned")
+    page.get_by_role("button", name="Load formal").click()
+    expect(row(page, "formal").locator(".tier")).to_have_text(re.compile("ram|device"))
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    page.get_by_role("button", name="Retire spare").click()
+    assert house.client.get("/adapters/spare").status_code == 200, "asked first"
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Retire spare").click()
+    expect(page.get_by_role("button", name="Retire spare")).to_have_count(0)
+    assert house.client.get("/adapters/spare").status_code == 404
+
+
+def test_what_fails_is_said_and_stays(page: Page, house: Live) -> None:
+    """An adapter that a task routes to cannot be retired: the server's reason outlives the polls, until it is closed."""
+    route = {"choice": [{"name": "formal", "weight": 1.0}]}
+    assert house.client.put("/tasks/guarded", json={"prompt": "{input}", "route": route}).is_success
+    page.get_by_role("tab", name="Adapters").click()
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Retire formal").click()
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("guarded")
+    page.wait_for_timeout(2500)
+    expect(alert).to_be_visible()
+    page.get_by_role("button", name="Close the message").click()
+    expect(alert).to_be_hidden()
+    assert house.client.delete("/tasks/guarded").is_success
+
+
+def test_a_refused_prompt_is_said_where_it_was_asked(page: Page) -> None:
+    page.locator("select.task").select_option("")
+    ask(page, "hello", tokens=100_000)
+    expect(page.locator(".answer.failed")).to_contain_text("100000")
+    expect(page.get_by_role("alert")).to_contain_text("100000")
+    ask(page, "hello", tokens=2)
+    figures(page)
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_an_upload_is_served_at_once_and_a_bad_one_is_refused(
+    page: Page, house: Live, tmp_path: Path, write_random: Callable[..., Path]
+) -> None:
+    folder = write_random(tmp_path / "new", rank=3, seed=5)
+    page.get_by_role("tab", name="Adapters").click()
+    page.get_by_label("Name", exact=True).fill("uploaded")
+    page.get_by_label("adapter_config.json").set_input_files(folder / "adapter_config.json")
+    page.get_by_label("adapter_model.safetensors").set_input_files(folder / "adapter_model.safetensors")
+    page.get_by_role("button", name="Upload", exact=True).click()
+    expect(row(page, "uploaded")).to_be_visible()
+    assert house.post("/generate", {"prompt": "x", "adapters": [{"name": "uploaded"}], "max_tokens": 1})["adapters"]
+
+    page.get_by_label("Name", exact=True).fill("wrong")
+    page.get_by_label("adapter_config.json").set_input_files(folder / "adapter_config.json")
+    page.get_by_label("adapter_model.safetensors").set_input_files(
+        {"name": "adapter_model.safetensors", "mimeType": "application/octet-stream", "buffer": b"no tensors"}
+    )
+    page.get_by_role("button", name="Upload", exact=True).click()
+    expect(page.get_by_role("alert")).to_be_visible()
+    assert house.client.get("/adapters/wrong").status_code == 404
+
+
+def test_rejected_folders_with_their_reasons(page: Page) -> None:
+    page.get_by_role("tab", name="Adapters").click()
+    rejected = page.locator("#rejected-rows tr")
+    expect(rejected).to_have_count(1)
+    expect(rejected).to_contain_text("broken")
+    assert len(rejected.locator("td").nth(1).inner_text()) > 10
+
+
+def test_tasks_live_and_jobs_show_what_there_is(page: Page, house: Live) -> None:
+    house.post("/generate?task=sentiment", {"prompt": FILM})
+    page.get_by_role("tab", name="Tasks").click()
+    sentiment = page.locator("#task-rows tr").filter(has_text="sentiment").first
+    expect(sentiment).to_contain_text("positive, negative")
+    assert int(sentiment.locator("td").nth(3).inner_text()) >= 1
+    expect(sentiment.locator("td").nth(5)).to_contain_text("ms")
+    expect(sentiment.locator("td").nth(7)).to_contain_text("feedback")
+
+    page.get_by_role("tab", name="Live").click()
+    for name in ("tokens", "requests", "kv", "memory"):
+        expect(page.locator(f"#chart-{name} canvas")).to_be_visible()
+    expect(page.locator("#live-now")).to_contain_text("MiB")
+    page.set_viewport_size({"width": 500, "height": 800})
+    expect(page.locator("#chart-kv canvas")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than a phone"
+
+    page.get_by_role("tab", name="Jobs").click()
+    expect(page.locator("#job-list > *").first).to_be_visible()
+
+
+def test_the_keyboard_alone(page: Page) -> None:
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("tab", name="Playground")).to_be_focused()
+    for key, name in [("ArrowRight", "Adapters"), ("End", "Jobs"), ("ArrowRight", "Playground"), ("Home", "Playground")]:
+        page.keyboard.press(key)
+        tab = page.get_by_role("tab", name=name)
+        expect(tab).to_be_focused()
+        expect(tab).to_have_attribute("aria-selected", "true")
+        expect(page.get_by_role("tabpanel")).to_have_count(1)
+    page.get_by_role("textbox", name="Prompt").fill("hello")
+    page.get_by_label("Tokens at most").fill("2")
+    page.get_by_role("textbox", name="Prompt").press("Control+Enter")
+    figures(page)
+
+
+def test_every_control_has_a_name(page: Page) -> None:
+    page.get_by_role("checkbox").check()
+    page.get_by_role("button", name="Add adapter").first.click()
+    for tab in ("Playground", "Adapters", "Tasks", "Live", "Jobs"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(200)
+        nameless = page.evaluate(
+            """() => [...document.querySelectorAll('button, input, select, textarea')].filter(e => e.offsetParent)
+            .filter(e => !(e.ariaLabel || e.labels?.length || e.textContent.trim())).map(e => e.outerHTML)"""
+        )
+        assert not nameless
+
+
+CONTRAST = """() => {
+  const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => c.startsWith('color') ? +v : v / 255)
+    .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
+  const under = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+    if (!c.startsWith('rgba(0, 0, 0, 0')) return c; } return 'rgb(255,255,255)'; };
+  return [...document.querySelectorAll('h1, label, p, button, td, th, dt, dd, a, caption')]
+    .filter(e => e.offsetParent && e.textContent.trim() && !e.disabled && !e.closest('.skip'))
+    .map(e => { const [a, b] = [light(getComputedStyle(e).color), light(under(e))];
+      return [e.textContent.trim().slice(0, 40), (Math.max(a, b) + .05) / (Math.min(a, b) + .05)]; });
+}"""
+
+
+@pytest.mark.parametrize("page", ["light", "dark"], indirect=True)
+def test_both_themes_are_readable(page: Page) -> None:
+    def background() -> str:
+        return page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+
+    for _ in range(2):
+        for tab in ("Playground", "Adapters", "Tasks", "Live"):
+            page.get_by_role("tab", name=tab).click()
+            page.wait_for_timeout(100)
+            faint = [(text, ratio) for text, ratio in page.evaluate(CONTRAST) if ratio < 4.5]
+            assert not faint, tab
+        before = background()
+        page.get_by_role("button", name="Change between light and dark").click()
+        assert background() != before
+    page.get_by_role("button", name="Change between light and dark").click()
+    chosen = background()
+    page.reload()
+    assert background() == chosen, "the choice is kept"
+
+
+def test_a_server_with_keys_asks_for_one(
+    browser: Browser, tmp_path: Path, embedded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keys").write_text("boss:secret-two\n")
+    with serving(tmp_path / "state", "--admin-keys-file", str(tmp_path / "keys")) as live:
+        opened = browser.new_page()
+        opened.goto(live.url)
+        expect(opened.get_by_role("alert")).to_contain_text("key")
+        opened.get_by_label("Key").fill("secret-two")
+        opened.get_by_label("Key").press("Enter")
+        expect(opened.locator("#status[data-ready]")).to_be_visible()
+        expect(opened.get_by_role("alert")).to_be_hidden()
+        opened.locator("select.task").select_option("sentiment")
+        ask(opened)
+        figures(opened)
+        opened.close()
