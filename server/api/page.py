@@ -68,7 +68,7 @@ async def vendored(folder: str, file: str, request: Request) -> Response:
 
 
 def _answer(path: str, request: Request) -> Response:
-    """A file, or 304 where the browser has it. It asks each time: a new server's page is never mixed with an old one's."""
+    """A file, or 304 where the browser has it. It asks each time, so that no page is of two servers' files."""
     found = _files().get(path)
     if found is None:
         raise UnknownName("there is no such file")
