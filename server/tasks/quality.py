@@ -116,10 +116,12 @@ class _Traffic:
 
     def join(self, rows: Sequence[Sequence[Any]]) -> None:
         """Add rows of `traffic`, without their keys."""
-        for sums in rows:
-            self.sums = [a + b for a, b in zip(self.sums, sums[:4], strict=True)]
+        columns = list(zip(*rows, strict=True))
+        if not columns:
+            return
+        self.sums = [have + sum(more) for have, more in zip(self.sums, columns[:4], strict=True)]
         for i, latencies in enumerate(self.latencies.values(), start=4):
-            latencies.join(row[i] for row in rows)
+            latencies.join(columns[i])
 
 
 class Quality:
