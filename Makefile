@@ -23,7 +23,7 @@ flags = $(if $(PORT),--port "$(PORT)") $(call typed,HOST,host) $(call typed,MODE
   $(call typed,DEVICE,device) $(call typed,THREADS,threads) $(call typed,STATE_DIR,state-dir) \
   $(call typed,ADAPTER_DIR,adapter-dir) $(call typed,CONFIG,config)
 
-.PHONY: help serve test lint format dashboard clean
+.PHONY: help serve test fuzz soak lint format dashboard clean
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' $(MAKEFILE_LIST)
 
@@ -32,6 +32,19 @@ serve: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# Made-up requests over the whole OpenAPI document (FUZZ examples of each kind), and made-up files for every reader.
+FUZZ ?= 400
+fuzz: $(VENV)/.installed-dev
+	FUZZ_EXAMPLES=$(FUZZ) $(BIN)/python -m pytest -s --hypothesis-profile=fuzz -p no:cacheprovider \
+	  tests/server/api/test_schemathesis.py
+	FUZZ_EXAMPLES=$$(( 50 * $(FUZZ) )) $(BIN)/python -m pytest --hypothesis-profile=fuzz -p no:cacheprovider \
+	  tests/adapters/test_peft_fuzz.py tests/server/model/test_gguf_fuzz.py tests/server/tasks/test_task_fuzz.py
+
+# 32 clients against the embedded base while adapters come and go, for MINUTES.
+MINUTES ?= 30
+soak: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 # Before torch is imported anywhere: tiny tensors are faster without a thread pool, and two cores are few.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+hypothesis.settings.register_profile("fuzz", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "400")), deadline=None)
+"""What `make fuzz` runs under."""
 
 REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
 

@@ -137,6 +137,9 @@ class Rows:
         return values
 
 
+_MAX_DEPTH = 8
+
+
 class _Header:
     """Reads the header from its start to its end, once."""
 
@@ -158,7 +161,9 @@ class _Header:
             key = self._string()
             metadata[key] = self._value(self._scalar("<I"))
         found = [self._tensor() for _ in range(tensor_count)]
-        alignment = int(metadata.get("general.alignment", 32))
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError("general.alignment is no positive whole number")
         start = -(-self._at // alignment) * alignment
         tensors = {}
         for name, kind, shape, offset in found:
@@ -189,7 +194,7 @@ class _Header:
         self._at += length
         return text.decode()
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
@@ -198,7 +203,10 @@ class _Header:
         if kind == _STRING:
             return self._strings(count)
         if kind == _ARRAY:
-            return [self._value(_ARRAY) for _ in range(count)]
+            # a list inside a list inside a list: no model has one, and each level is a level of our own stack
+            if depth == _MAX_DEPTH:
+                raise ValueError("lists are nested too deeply")
+            return [self._value(_ARRAY, depth + 1) for _ in range(count)]
         values = np.frombuffer(self._data, np.dtype(_form(kind)), count, self._at)
         self._at += values.nbytes
         return values

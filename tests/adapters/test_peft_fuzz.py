@@ -1,76 +1,80 @@
-"""Damaged adapter files: whatever the bytes are, they are read or refused, never a crash and never another error."""
+"""Made-up adapter files: read, or refused with one of our own errors; nothing else ever comes out."""
 
 from __future__ import annotations
 
 import json
 
-import pytest
+import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save
 
-from adapters import peft_format
 from adapters.errors import AdapterError
+from adapters.peft_format import read_bytes
 
-SHAPES = {"model.layers.0.self_attn.q_proj": (6, 4), "model.layers.1.self_attn.q_proj": (6, 4)}
-CONFIG = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}).encode()
-TENSORS = save(
+SHAPES = {"model.layers.0.self_attn.q_proj": (8, 4), "model.layers.0.self_attn.v_proj": (4, 4)}
+GOOD = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+TENSORS = safetensors.torch.save(
     {
-        f"base_model.model.{path}.lora_{half}.weight": torch.ones((2, into) if half == "A" else (out, 2))
-        for path, (out, into) in SHAPES.items()
-        for half in "AB"
+        f"base_model.model.{path}.lora_{side}.weight": torch.ones(*(2, n_in) if side == "A" else (n_out, 2))
+        for path, (n_out, n_in) in SHAPES.items()
+        for side in "AB"
     }
+)
+KEYS = (
+    "peft_type", "r", "lora_alpha", "target_modules", "bias", "use_rslora", "rank_pattern", "alpha_pattern",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "use_dora", "modules_to_save", "init_lora_weights",
+    "target_parameters", "layer_replication", "fan_in_fan_out", "task_type", "lora_bias", "made_up",
+)  # fmt: skip
+WORDS = ("LORA", "none", "q_proj", "all-linear", ".*q_proj", "(a+)+$", "[", "layers", "\ud800", "1" * 400)
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(WORDS) | st.text(max_size=20)
+    | st.sampled_from([2**63, -1, 0, 1e308, 10**400])
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS, lambda v: st.lists(v, max_size=4) | st.dictionaries(st.sampled_from(WORDS) | st.text(), v, max_size=3)
 )
 
 
-def read(config: bytes, tensors: bytes) -> None:
-    for shapes in (SHAPES, None):
-        try:
-            weights = peft_format.read_bytes(config, tensors, name="a", shapes=shapes)
-        except AdapterError as error:
-            assert error.message
-        else:
-            assert all(torch.isfinite(m.A).all() and torch.isfinite(m.B).all() for m in weights.modules.values())
+def read(config: bytes, tensors: bytes) -> bool:
+    try:
+        read_bytes(config, tensors, name="fuzzed", shapes=SHAPES)
+    except AdapterError as error:
+        json.dumps(error.message)
+        assert len(error.message) < 5000
+        return False
+    return True
 
 
-def test_the_whole_file_is_read():
-    assert peft_format.read_bytes(CONFIG, TENSORS, name="a", shapes=SHAPES).ranks == [2]
+def test_the_good_one_is_read() -> None:
+    assert read(json.dumps(GOOD).encode(), TENSORS)
 
 
-@given(flips=st.lists(st.tuples(st.integers(0, len(TENSORS) - 1), st.integers(0, 7)), min_size=1, max_size=4))
-@settings(max_examples=200, deadline=None)
-def test_flipped_bits(flips):
-    damaged = bytearray(TENSORS)
-    for place, bit in flips:
-        damaged[place] ^= 1 << bit
-    read(CONFIG, bytes(damaged))
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
+def test_any_config(changed: dict) -> None:
+    read(json.dumps({**GOOD, **changed}).encode(), TENSORS)
 
 
-@given(cut=st.integers(0, len(TENSORS)), tail=st.binary(max_size=16))
-@settings(max_examples=60, deadline=None)
-def test_cut_and_continued(cut, tail):
-    read(CONFIG, TENSORS[:cut] + tail)
+@given(st.binary(max_size=200) | st.recursive(VALUES, st.lists).map(lambda v: json.dumps(v).encode()))
+def test_any_bytes_for_a_config(config: bytes) -> None:
+    assert not read(config, TENSORS)
 
 
-@given(data=st.binary(max_size=64))
-@settings(max_examples=60, deadline=None)
-def test_noise(data):
-    read(CONFIG, data)
-    read(data, TENSORS)
+@given(st.lists(st.tuples(st.integers(0, len(TENSORS) - 1), st.integers(0, 255)), min_size=1, max_size=6))
+def test_changed_bytes_of_tensors(changes: list[tuple[int, int]]) -> None:
+    data = bytearray(TENSORS)
+    for at, value in changes:
+        data[at] = value
+    read(json.dumps(GOOD).encode(), bytes(data))
 
 
-@given(length=st.integers(0, 2**64 - 1))
-@settings(max_examples=40, deadline=None)
-def test_any_header_length(length):
-    read(CONFIG, length.to_bytes(8, "little") + TENSORS[8:])
+@given(st.integers(0, len(TENSORS) - 1), st.binary(max_size=64))
+def test_cut_and_continued_tensors(at: int, tail: bytes) -> None:
+    if TENSORS[:at] + tail != TENSORS:
+        assert not read(json.dumps(GOOD).encode(), TENSORS[:at] + tail)
 
 
-@given(data=st.data())
-@settings(max_examples=80, deadline=None)
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_damaged_config(data):
-    place = data.draw(st.integers(0, len(CONFIG) - 1))
-    damaged = bytearray(CONFIG)
-    damaged[place] = data.draw(st.integers(0, 255))
-    read(bytes(damaged), TENSORS)
+@given(st.dictionaries(st.text(max_size=20) | st.sampled_from(["__metadata__", "a.lora_A.weight"]), VALUES, max_size=3))
+def test_any_header(header: dict) -> None:
+    text = json.dumps(header).encode()
+    assert not read(json.dumps(GOOD).encode(), len(text).to_bytes(8, "little") + text + bytes(64))
