@@ -57,6 +57,11 @@ class KVCache:
         self._cached_of: dict[Mix, OrderedDict[int, None]] = {}
 
     @property
+    def remembers(self) -> bool:
+        """Whether what is kept can be found again."""
+        return self._limit > 0
+
+    @property
     def available(self) -> int:
         """How many blocks `reserve` could give."""
         return len(self._free) + len(self._cached)

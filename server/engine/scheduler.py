@@ -72,6 +72,8 @@ class Scheduler:
         self._root = root
         self._blocked: dict[Request, float] = {}
         """Those that had their weights and found no room, and since when."""
+        self._coming: dict[Key, Request] = {}
+        """The full blocks that running requests are about to compute: who shares them waits instead of repeating it."""
         self._changed = False
         """Whether anything has come or been given back since the queue was last gone through in vain."""
         self._next_sweep = -math.inf
@@ -221,6 +223,7 @@ class Scheduler:
         self._changed = True
 
     def _release(self, request: Request) -> None:
+        self._let_come(request, request.kept, len(request.keys) - 1)
         self.kv.free(request.blocks)
         self.slots.free(request.mix)
         del request.blocks[:]
@@ -243,7 +246,15 @@ class Scheduler:
         keys = self._keys(request, full)
         for i in range(request.kept, full):
             self.kv.keep(request.blocks[i], keys[i + 1], request.mix)
+        self._let_come(request, request.kept, full)
         request.kept = full
+
+    def _let_come(self, request: Request, start: int, stop: int) -> None:
+        """Blocks `start` to `stop` of the request are there, or will not be: nobody waits for them any more."""
+        for key in request.keys[start + 1 : stop + 1] if self._coming else ():
+            if self._coming.get(key) is request:
+                del self._coming[key]
+                self._changed = True
 
     def _keys(self, request: Request, count: int) -> list[Key]:
         """The request's root and the keys of its first `count` blocks, at least."""
@@ -310,7 +321,12 @@ class Scheduler:
             weights = self.loads.ask(request, now)
             if weights is None:
                 return
-        found = self._find_cached(request)
+        most = request.first_logit // self.kv.block_size
+        keys = self._keys(request, request.goal // self.kv.block_size)
+        found = self.kv.match(keys[1 : most + 1])
+        if len(found) < most and keys[len(found) + 1] in self._coming:
+            self.kv.free(found)
+            return
         need = self.kv.blocks_for(request.goal) - len(found)
         spare = len(self.running)  # each of the others may need a block soon
         slots = None
@@ -332,6 +348,9 @@ class Scheduler:
         request.kept = len(found)
         request.computed = len(found) * self.kv.block_size
         self.running.append(request)
+        if self.kv.remembers:
+            for key in keys[len(found) + 1 :]:
+                self._coming.setdefault(key, request)
         if math.isnan(request.admitted):
             request.admitted = now
             request.cached = request.computed
@@ -339,10 +358,6 @@ class Scheduler:
             self.waiting.charge(request, max(1, len(request.prompt) - request.computed))
             plan.entered.append(request)
         self._add_chunk(request, plan)
-
-    def _find_cached(self, request: Request) -> list[int]:
-        most = request.first_logit // self.kv.block_size
-        return self.kv.match(self._keys(request, most)[1 : most + 1])
 
     def _leave_queue(self, request: Request) -> None:
         self.waiting.remove(request)

@@ -93,6 +93,38 @@ def test_prefix_hit_changes_no_answer_and_spares_work(bench: Any, tools: Any) ->
     assert stats == {"queried_tokens": 82, "found_tokens": 40}
 
 
+def test_answers_to_one_prompt_share_its_computation(bench: Any, tools: Any) -> None:
+    """Even if they come at once: those that share a prefix wait for the one that computes it."""
+    b = bench(max_step_tokens=16)
+    shared = prompt(1, 40)
+    all_heard = [b.submit(shared, temperature=0.5, seed=i) for i in range(4)]
+    labels = [b.submit([*shared, *label], scored=len(label)) for label in ([7], [8, 9], [7, 9, 11])]
+    other = b.submit([*shared[:20], *prompt(2, 20)])
+    b.settle()
+    assert all_heard[0].request.cached == 0 and other.request.cached == 20
+    assert all(h.request.cached >= 36 for h in (*all_heard[1:], *labels))
+    assert sum(batch.rows for batch in b.runner.steps) <= 40 + 20 + 6 * 4 + 6 + 5 * 7
+    assert other.tokens == tools.solo(other, b.runner.vocab)
+    assert not b.engine._scheduler._coming
+    b.check_empty()
+
+
+def test_whoever_waits_for_a_prefix_goes_on_when_it_does_not_come(bench: Any, tools: Any) -> None:
+    b = bench(max_step_tokens=16)
+    first, second = b.submit(prompt(1, 100)), b.submit(prompt(1, 100))
+    b.engine.step()
+    assert second.request.state is State.QUEUED
+    b.engine.cancel(first.request.id)
+    b.settle()
+    assert second.tokens == tools.solo(second, b.runner.vocab) and second.request.cached == 16
+    b = bench(max_step_tokens=16, prefix_cache=False)
+    first, second = b.submit(prompt(1, 10)), b.submit(prompt(1, 10))
+    b.engine.step()
+    assert second.request.state is State.RUNNING
+    b.settle()
+    b.check_empty()
+
+
 @pytest.mark.parametrize("length", [8, 9, 12])
 def test_the_last_prompt_token_is_always_computed(bench: Any, tools: Any, length: int) -> None:
     b = bench()
