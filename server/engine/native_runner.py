@@ -7,6 +7,7 @@ not know how anything is computed (kernels/cpu) nor requests, sampling or schedu
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Mapping
 from itertools import chain
 
@@ -26,6 +27,33 @@ VECTOR = 16
 """Tokens of a block that the kernels read together: block sizes are multiples of it."""
 
 
+class _Results:
+    """Memory for steps' logits that is used again once nobody holds them: fresh pages cost a tenth of a step."""
+
+    KEPT = 2
+    LARGEST = 2**26  # bytes; what a long scoring step needs is given back
+
+    def __init__(self) -> None:
+        self._arenas: list[np.ndarray] = []
+
+    def take(self, rows: int, columns: int) -> torch.Tensor:
+        """float32 [rows, columns], not initialised, that no other living result shares."""
+        size = rows * columns
+        for arena in self._arenas:
+            # Held by the list, by `arena` and by the question itself, and by every result that is made of it.
+            if arena.size >= size and sys.getrefcount(arena) == 3:
+                break
+        else:
+            arena = np.empty(size, dtype=np.float32)
+            if arena.nbytes <= self.LARGEST:
+                self._arenas = [*self._arenas[1 - self.KEPT :], arena]
+        return torch.from_numpy(arena)[:size].view(rows, columns)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(arena.nbytes for arena in self._arenas)
+
+
 class NativeRunner:
     """One model on the C++ kernels. Not thread-safe: the engine's thread alone calls it."""
 
@@ -35,6 +63,7 @@ class NativeRunner:
         self._config = base.config
         self._library = bindings.library()
         self._pool = bindings.Pool(threads)
+        self._results = _Results()
         self._slots: list[LoraWeights | None] = [None] * max_slots
         self._sites = _site_places(base.config)
         self._kept: list[torch.Tensor] = []  # float32 copies of norms and biases that the model points to
@@ -92,7 +121,7 @@ class NativeRunner:
         self._slots[slot] = None
 
     def run(self, batch: Batch) -> torch.Tensor:
-        logits = torch.empty(batch.logit_rows.shape[0], self._config.vocab_size)
+        logits = self._results.take(batch.logit_rows.shape[0], self._config.vocab_size)
         if batch.rows == 0:
             return logits
         arrays = _arrays(batch)
@@ -123,7 +152,8 @@ class NativeRunner:
     def nbytes(self) -> dict[str, int]:
         base = sum(weight.nbytes for weight in self._base.weights.values())
         base += sum(tensor.nbytes for tensor in self._base.tensors.values())
-        work = self._library.loramux_model_bytes(self._model) + sum(t.nbytes for t in self._angles)
+        work = self._library.loramux_model_bytes(self._model) + self._results.nbytes
+        work += sum(tensor.nbytes for tensor in self._angles)
         return {"base": base, "kv_cache": self._touched * self._block_nbytes(), "activations": int(work)}
 
     def _block_nbytes(self) -> int:

@@ -9,17 +9,22 @@
 namespace loramux {
 namespace {
 
-// Scores of N queries against V vectors of 16 tokens of one block.
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// Scores of N queries against V vectors of 16 tokens. A line of each of `next` is asked for with every line that is
+// read: a burst would wait for the few that the processor keeps under way.
 template <int N, int V>
-inline void score(const uint16_t* keys, int64_t dim, const uint16_t* const* q, __m512 scale, float* scores,
-                  int64_t stride) {
-  const int64_t pairs = dim / 2;
+inline void score(const uint16_t* const* keys, const uint16_t* const* next, int64_t dim, const uint16_t* const* q,
+                  __m512 scale, float* scores, int64_t stride) {
   __m512 sum[N][V];
   for (int n = 0; n < N; n++)
     for (int v = 0; v < V; v++) sum[n][v] = _mm512_setzero_ps();
-  for (int64_t p = 0; p < pairs; p++) {
+  for (int64_t p = 0; p < dim / 2; p++) {
     __m512bh k[V];
-    for (int v = 0; v < V; v++) k[v] = (__m512bh)_mm512_loadu_si512(keys + (v * pairs + p) * 32);
+    for (int v = 0; v < V; v++) {
+      k[v] = (__m512bh)_mm512_loadu_si512(keys[v] + p * 32);
+      prefetch(next[v] + p * 32);
+    }
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
       const __m512bh a = (__m512bh)broadcast_word(q[n] + 2 * p);
@@ -51,17 +56,24 @@ float softmax_powers(const float* scores, int64_t context, int64_t padded, uint1
 // Weighted sums of values for N queries and W vectors of 16 dims from `from` on.
 template <int N, int W>
 void weigh(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int64_t from,
-           const uint16_t* powers, int64_t stride, const float* inverse, float* const* out) {
-  const int64_t padded = cache.padded();
+           const uint16_t* powers, int64_t stride, const float* inverse, float* const* out,
+           const uint16_t* const* following) {
+  const int64_t padded = cache.padded(), last = (context - 1) / cache.size;
   __m512 sum[N][W];
   for (int n = 0; n < N; n++)
     for (int w = 0; w < W; w++) sum[n][w] = _mm512_setzero_ps();
   for (int64_t start = 0, b = 0; start < context; start += cache.size, b++) {
     const uint16_t* values = cache.values(blocks[b], head) + from * 2;
+    const int64_t later = b + AHEAD;
+    const uint16_t* next = later <= last ? cache.values(blocks[later], head) : following[later - last - 1];
+    next += from * 2;
     const int64_t pairs = (std::min(cache.size, context - start) + 1) / 2;
     for (int64_t p = 0; p < pairs; p++) {
       __m512bh v[W];
-      for (int w = 0; w < W; w++) v[w] = (__m512bh)_mm512_loadu_si512(values + p * padded * 2 + w * 32);
+      for (int w = 0; w < W; w++) {
+        v[w] = (__m512bh)_mm512_loadu_si512(values + p * padded * 2 + w * 32);
+        prefetch(next + p * padded * 2 + w * 32);
+      }
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) {
         const __m512bh a = (__m512bh)broadcast_word(powers + n * stride + start + 2 * p);
@@ -77,31 +89,40 @@ void weigh(const Cache& cache, const int32_t* blocks, int64_t head, int64_t cont
 
 template <int N>
 void weigh_all(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const uint16_t* powers,
-               int64_t stride, const float* inverse, float* const* out) {
+               int64_t stride, const float* inverse, float* const* out, const uint16_t* const* following) {
   int64_t from = 0;
   for (; from + 64 <= cache.padded(); from += 64)
-    weigh<N, 4>(cache, blocks, head, context, from, powers, stride, inverse, out);
+    weigh<N, 4>(cache, blocks, head, context, from, powers, stride, inverse, out, following);
   for (; from < cache.padded(); from += 16)
-    weigh<N, 1>(cache, blocks, head, context, from, powers, stride, inverse, out);
+    weigh<N, 1>(cache, blocks, head, context, from, powers, stride, inverse, out, following);
 }
 
 template <int N>
 void scores_of(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const uint16_t* const* q,
                float scale, float* scores, int64_t stride) {
+  constexpr int V = N <= 4 ? 4 : 2;  // enough sums side by side to hide the latency of each
   const __m512 factor = _mm512_set1_ps(scale);
-  const int64_t half = cache.dim * 16, lines = cache.head_halves() / 32;
-  for (int64_t start = 0, b = 0; start < context; start += cache.size, b++) {
-    const uint16_t* keys = cache.keys(blocks[b], head);
-    // A block's values lie behind its keys: both are on their way before the walk over values begins.
-    if (start + cache.size < context) {
-      const uint16_t* next = cache.keys(blocks[b + 1], head);
-      for (int64_t i = 0; i < lines; i++) _mm_prefetch(reinterpret_cast<const char*>(next + i * 32), _MM_HINT_T0);
+  const int64_t vectors = (context + 15) / 16, each = cache.size / 16;
+  // The values are walked after the keys: their beginning is asked for with the last keys.
+  const auto keys = [&](int64_t v) {
+    if (v < vectors) return cache.keys(blocks[v / each], head) + v % each * cache.dim * 16;
+    return cache.values(blocks[std::min((v - vectors) / each, (vectors - 1) / each)], head) +
+           (v - vectors) % each * cache.dim * 16;
+  };
+  const uint16_t* now[V];
+  const uint16_t* next[V];
+  int64_t v = 0;
+  for (; v + V <= vectors; v += V) {
+    for (int i = 0; i < V; i++) {
+      now[i] = keys(v + i);
+      next[i] = keys(v + V + i);
     }
-    const int64_t vectors = (std::min(cache.size, context - start) + 15) / 16;
-    int64_t v = 0;
-    for (; v + 2 <= vectors; v += 2)
-      score<N, 2>(keys + v * half, cache.dim, q, factor, scores + start + v * 16, stride);
-    if (v < vectors) score<N, 1>(keys + v * half, cache.dim, q, factor, scores + start + v * 16, stride);
+    score<N, V>(now, next, cache.dim, q, factor, scores + v * 16, stride);
+  }
+  for (; v < vectors; v++) {
+    now[0] = keys(v);
+    next[0] = keys(v + V);
+    score<N, 1>(now, next, cache.dim, q, factor, scores + v * 16, stride);
   }
 }
 
@@ -110,19 +131,29 @@ void scores_of(const Cache& cache, const int32_t* blocks, int64_t head, int64_t 
 void write_token(const Cache& cache, int64_t block, int64_t head, int64_t offset, const float* key, const float* value,
                  bool last) {
   const int64_t padded = cache.padded();
-  uint16_t* k = cache.keys(block, head) + offset / 16 * cache.dim * 16 + offset % 16 * 2;
-  for (int64_t p = 0; p < cache.dim / 2; p++) {
-    k[p * 32] = float_to_bf16(key[2 * p]);
-    k[p * 32 + 1] = float_to_bf16(key[2 * p + 1]);
+  uint32_t pairs[16];
+  auto* k = reinterpret_cast<uint32_t*>(cache.keys(block, head) + offset / 16 * cache.dim * 16) + offset % 16;
+  for (int64_t d = 0; d < cache.dim; d += 32) {
+    const __m512 a = _mm512_maskz_loadu_ps(first_lanes(cache.dim - d), key + d);
+    const __m512 b = _mm512_maskz_loadu_ps(first_lanes(cache.dim - d - 16), key + d + 16);
+    _mm512_storeu_si512(pairs, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    for (int64_t p = 0; p < std::min<int64_t>(16, (cache.dim - d) / 2); p++) k[(d / 2 + p) * 16] = pairs[p];
   }
-  uint16_t* v = cache.values(block, head) + offset / 2 * padded * 2 + offset % 2;
-  for (int64_t d = 0; d < cache.dim; d++) v[d * 2] = float_to_bf16(value[d]);
-  if (last && offset % 2 == 0)
-    for (int64_t d = 0; d < padded; d++) v[d * 2 + 1] = 0;
+  // Of each pair of tokens only this one's half is written, unless nothing else will write the other.
+  const bool first = offset % 2 == 0;
+  uint16_t* v = cache.values(block, head) + offset / 2 * padded * 2;
+  for (int64_t d = 0; d < padded; d += 16) {
+    const __m512 x = _mm512_maskz_loadu_ps(first_lanes(cache.dim - d), value + d);
+    const __m512i half = _mm512_cvtepu16_epi32(float_to_bf16(x));
+    if (first && last)
+      _mm512_storeu_si512(v + d * 2, half);
+    else
+      _mm512_mask_storeu_epi16(v + d * 2, first ? 0x55555555u : 0xaaaaaaaau, first ? half : _mm512_slli_epi32(half, 16));
+  }
 }
 
 void attend(const Cache& cache, const int32_t* blocks, int64_t head, int count, const uint16_t* const* q,
-            const int64_t* position, float scale, AttentionScratch& scratch, float* const* out) {
+            const int64_t* position, float scale, AttentionScratch& scratch, float* const* out, const uint16_t* const* following) {
   const int64_t context = *std::max_element(position, position + count) + 1;
   const int64_t stride = (context + 31) / 32 * 32;
   float* scores = scratch.scores.get();
@@ -143,10 +174,10 @@ void attend(const Cache& cache, const int32_t* blocks, int64_t head, int count, 
   for (int n = 0; n < count; n += 4) {
     const uint16_t* p = powers + n * stride;
     switch (count - n) {
-      case 1: weigh_all<1>(cache, blocks, head, context, p, stride, inverse + n, out + n); break;
-      case 2: weigh_all<2>(cache, blocks, head, context, p, stride, inverse + n, out + n); break;
-      case 3: weigh_all<3>(cache, blocks, head, context, p, stride, inverse + n, out + n); break;
-      default: weigh_all<4>(cache, blocks, head, context, p, stride, inverse + n, out + n);
+      case 1: weigh_all<1>(cache, blocks, head, context, p, stride, inverse + n, out + n, following); break;
+      case 2: weigh_all<2>(cache, blocks, head, context, p, stride, inverse + n, out + n, following); break;
+      case 3: weigh_all<3>(cache, blocks, head, context, p, stride, inverse + n, out + n, following); break;
+      default: weigh_all<4>(cache, blocks, head, context, p, stride, inverse + n, out + n, following);
     }
   }
 }

@@ -10,6 +10,7 @@
 
 namespace loramux {
 
+constexpr int AHEAD = 4;    // blocks that are asked for before they are read
 constexpr int QUERIES = 8;  // of one KV head that walk its keys together
 
 // One layer's cache. A block holds, for each KV head, its keys as [size/16][dim/2][16][2] and its values as
@@ -42,8 +43,8 @@ struct AttentionScratch {
 };
 
 // out[i] [dim] for `count` <= QUERIES queries q[i] (bf16 [dim]) of one head, query i seeing tokens 0..position[i].
-// `blocks` is the sequence's block table.
+// `blocks` is the sequence's block table; `following` [AHEAD] are blocks that will be wanted after this.
 void attend(const Cache& cache, const int32_t* blocks, int64_t head, int count, const uint16_t* const* q,
-            const int64_t* position, float scale, AttentionScratch& scratch, float* const* out);
+            const int64_t* position, float scale, AttentionScratch& scratch, float* const* out, const uint16_t* const* following);
 
 }  // namespace loramux

@@ -302,6 +302,16 @@ void Activations::set(int64_t row, int64_t from, int64_t to, const float* x) {
   }
 }
 
+void Activations::fetch(int64_t rows) const {
+  if (!wants_codes) return;
+  const int64_t whole = (rows + ROWS - 1) / ROWS * ROWS;
+  const char* c = reinterpret_cast<const char*>(codes.get());
+  const char* m = reinterpret_cast<const char*>(meta.get());
+  const int64_t meta_bytes = whole / ROWS * (padded / GROUP) * META * static_cast<int64_t>(sizeof(float));
+  for (int64_t i = 0; i < whole * padded; i += 64) _mm_prefetch(c + i, _MM_HINT_T0);
+  for (int64_t i = 0; i < meta_bytes; i += 64) _mm_prefetch(m + i, _MM_HINT_T0);
+}
+
 void multiply(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows, float* out,
               int64_t stride) {
   int64_t tile = first_tile;

@@ -271,6 +271,16 @@ void Model::expand_rows(int64_t layer, const RowBlock& block, const std::vector<
 
 // ---- linears --------------------------------------------------------------------------------------------------
 
+// A line that another core has written takes as long as one from memory: few rows are asked for all at once, by each
+// thread when it begins with them.
+void Model::fetch_once(const Activations& x, int64_t rows, int thread) {
+  constexpr int64_t FEW = 32;
+  Local& local = local_[static_cast<size_t>(thread)];
+  if (local.phase == phase_) return;
+  local.phase = phase_;
+  if (rows <= FEW) x.fetch(rows);
+}
+
 void Model::product_piece(const RowBlock& block, const Activations& x, const Target& target, int64_t first,
                           int64_t last, int thread) {
   const Matrix& w = *target.w;
@@ -301,9 +311,11 @@ void Model::products(int64_t layer, const RowBlock& block, const Activations& x,
   std::array<int64_t, 4> start{};
   for (size_t i = 0; i < targets.size(); i++)
     start[i + 1] = start[i] + (targets[i].w->tiles() + TILES - 1) / TILES;
+  phase_++;
   pool_.run(shrinks + static_cast<int>(start[targets.size()]), [&](int piece, int thread) {
     if (piece < shrinks) return shrink_piece(layer, block, x, in, piece);
     piece -= shrinks;
+    fetch_once(x, block.count, thread);
     size_t i = 0;
     while (piece >= start[i + 1]) i++;
     const int64_t first = (piece - start[i]) * TILES;
@@ -324,10 +336,12 @@ void Model::gate_up(int64_t layer, const RowBlock& block) {
               [&](int piece, int) { shrink_piece(layer, block, normed_, config_.hidden, piece); });
   }
   constexpr int64_t WIDE = TILES * 16;
+  phase_++;
   pool_.run(static_cast<int>((gate.tiles() + TILES - 1) / TILES), [&](int piece, int thread) {
     const int64_t first = piece * TILES, last = std::min(first + TILES, gate.tiles());
     const int64_t column = first * 16, columns = std::min(last * 16, gate.n) - column;
     float* y = local_[static_cast<size_t>(thread)].tile.get();
+    fetch_once(normed_, block.count, thread);
     for (int side = 0; side < 2; side++) {
       const Matrix& w = side == 0 ? gate : up;
       const int site = side == 0 ? GATE : UP;
@@ -396,7 +410,7 @@ void Model::rotate_and_write(const Step& step, int64_t layer, const RowBlock& bl
 // Rows first..last of a sequence, the queries of one KV head; what they see is left in `attended_` too where a head
 // is a whole number of its groups.
 void Model::attend_rows(const Step& step, int64_t layer, const RowBlock& block, int64_t sequence, int64_t head,
-                        int64_t first, int64_t last, int thread) {
+                        int64_t first, int64_t last, int thread, const uint16_t* const* following) {
   const int64_t dim = config_.head_dim, group = config_.heads / config_.kv_heads, heads = config_.heads * dim;
   const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)));
   const int32_t* table = step.blocks + sequence * step.table_width;
@@ -412,7 +426,8 @@ void Model::attend_rows(const Step& step, int64_t layer, const RowBlock& block, 
       position[n] = step.positions[block.first + row];
       out[n] = seen_.get() + row * heads + h * dim;
     }
-    attend(cache_of(layer), table, head, some, q, position, scale, local_[static_cast<size_t>(thread)].attention, out);
+    attend(cache_of(layer), table, head, some, q, position, scale, local_[static_cast<size_t>(thread)].attention, out,
+           following);
   }
   if (dim % GROUP) return;
   for (int64_t r = first; r < last; r++) {
@@ -443,14 +458,19 @@ void Model::attention(const Step& step, int64_t layer, const RowBlock& block) {
       for (int64_t r = piece * ROWS; r < std::min<int64_t>(block.count, (piece + 1) * ROWS); r++)
         for (int64_t head = 0; head < kv_heads; head++) rotate_and_write(step, layer, block, r, head);
     });
-  // The longest walks last in a chunk come first: threads then end together.
+  const Cache cache = cache_of(layer);
   const auto* all = tasks.data();
   const auto pieces = static_cast<int64_t>(tasks.size()) * kv_heads;
   pool_.run(static_cast<int>(pieces), [&](int piece, int thread) {
     const Task& task = all[piece / kv_heads];
     const int64_t head = piece % kv_heads;
     if (single) rotate_and_write(step, layer, block, task.first, head);
-    attend_rows(step, layer, block, task.sequence, head, task.first, task.last, thread);
+    const Task& later = all[std::min<int64_t>(piece + 1, pieces - 1) / kv_heads];
+    const int32_t* table = step.blocks + later.sequence * step.table_width;
+    const uint16_t* following[AHEAD];
+    for (int64_t i = 0; i < AHEAD; i++)
+      following[i] = cache.keys(table[i < step.table_width && table[i] >= 0 ? i : 0], (head + 1) % kv_heads);
+    attend_rows(step, layer, block, task.sequence, head, task.first, task.last, thread, following);
   });
   if (config_.head_dim % GROUP == 0) return;
   const int64_t heads = config_.heads * config_.head_dim;

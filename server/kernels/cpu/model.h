@@ -67,11 +67,12 @@ class Model {
   void rotate_and_write(const Step& step, int64_t layer, const RowBlock& block, int64_t row, int64_t head);
   void attention(const Step& step, int64_t layer, const RowBlock& block);
   void attend_rows(const Step& step, int64_t layer, const RowBlock& block, int64_t sequence, int64_t head,
-                   int64_t first, int64_t last, int thread);
+                   int64_t first, int64_t last, int thread, const uint16_t* const* following);
   void head(const Step& step);
   bool site_used(const RowBlock& block, int64_t layer, int site) const;
   float* products_of(int site) { return rank_products_[static_cast<size_t>(site)].get(); }
   Cache cache_of(int64_t layer) const;
+  void fetch_once(const Activations& x, int64_t rows, int thread);
   int64_t clock(Phase phase, int64_t since);
 
   const Config config_;
@@ -103,8 +104,10 @@ class Model {
   struct Local {
     AttentionScratch attention;
     Buffer<float> tile, row;
+    int64_t phase = 0;  // the last one in which this thread asked for its activations
   };
   std::vector<Local> local_;
+  int64_t phase_ = 0;
   std::array<int64_t, PHASES> times_{};
 };
 

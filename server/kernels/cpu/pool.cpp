@@ -74,14 +74,15 @@ void Pool::run_erased(int n, Function function, void* context) {
   }
 }
 
-bool Pool::take_part(int thread, uint32_t epoch) {
+void Pool::take_part(int thread, uint32_t epoch) {
   const int count = threads();
-  bool any = false;
+  // Told once, at the end: a line that two cores write for every piece costs more than a short piece.
+  int done = 0;
   for (int turn = 0; turn < count; turn++) {
     auto& range = ranges_[(thread + turn) % count].word;
     uint64_t word = range.load(std::memory_order_acquire);
     for (;;) {
-      if (static_cast<uint32_t>(word >> 32) != epoch) return any;
+      if (static_cast<uint32_t>(word >> 32) != epoch) break;
       const int first = static_cast<int>(word >> 16 & 0xffff);
       const int last = static_cast<int>(word & 0xffff);
       if (first >= last) break;
@@ -91,12 +92,11 @@ bool Pool::take_part(int thread, uint32_t epoch) {
       void* const context = context_.load(std::memory_order_relaxed);
       if (!range.compare_exchange_weak(word, rest, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
       function(context, piece, thread);
-      pending_.fetch_sub(1, std::memory_order_acq_rel);
-      any = true;
+      done++;
       word = range.load(std::memory_order_acquire);
     }
   }
-  return any;
+  if (done > 0) pending_.fetch_sub(done, std::memory_order_acq_rel);
 }
 
 void Pool::work(int thread) {

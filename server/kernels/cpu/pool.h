@@ -41,7 +41,7 @@ class Pool {
 
   void run_erased(int n, Function function, void* context);
   void work(int thread);
-  bool take_part(int thread, uint32_t epoch);
+  void take_part(int thread, uint32_t epoch);
 
   std::vector<Range> ranges_;
   std::vector<std::thread> workers_;

@@ -332,3 +332,40 @@ def test_argmax_and_logsumexp_over_a_vocabulary() -> None:
     assert torch.equal(runner.argmax(logits), logits.argmax(1))
     assert int(runner.argmax(logits)[3]) == 500
     assert torch.allclose(runner.logsumexp(logits), torch.logsumexp(logits.double(), 1).float(), atol=1e-5)
+
+
+def test_a_prepared_adapter_lies_in_one_piece_in_the_order_of_a_step() -> None:
+    native, _ = bases("llama-int4")
+    weights = adapter(native, 1, 5)
+    prepared = native.backend.prepare(weights)
+    assert prepared.version == weights.version
+    assert prepared.nbytes == weights.nbytes // 2
+    for path, update in weights.modules.items():
+        assert torch.equal(prepared.modules[path].A, update.A.bfloat16())
+        assert torch.equal(prepared.modules[path].B, update.B.bfloat16())
+        assert prepared.modules[path].scale == update.scale
+    layer = "model.layers.1.self_attn"
+    walked = [prepared.modules[f"{layer}.{name}"].A for name in ("q_proj", "k_proj", "v_proj")]
+    walked += [prepared.modules[f"{layer}.{name}"].B for name in ("q_proj", "k_proj", "v_proj")]
+    walked.append(prepared.modules[f"{layer}.o_proj"].A)
+    addresses = [matrix.data_ptr() for matrix in walked]
+    assert addresses == sorted(addresses)
+    assert addresses[-1] - addresses[0] < sum(matrix.nbytes + 64 for matrix in walked)
+    assert all((address - addresses[0]) % 64 == 0 for address in addresses)
+
+
+def test_memory_for_logits_is_used_again_once_nobody_holds_it() -> None:
+    native, _ = bases("llama-int4")
+    runner = runner_of(native)
+    ids = tokens(1, 20)
+    first = alone(runner, ids)
+    row, kept = first[3], first.clone()
+    second = alone(runner, ids)
+    assert second.data_ptr() != first.data_ptr()
+    address = second.data_ptr()
+    del second
+    assert alone(runner, tokens(2, 20)).data_ptr() == address
+    del first
+    for seed in range(4):
+        alone(runner, tokens(seed, 20))
+    assert torch.equal(row, kept[3])

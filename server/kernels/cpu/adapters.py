@@ -1,0 +1,54 @@
+"""An adapter's memory: all its matrices in one piece, in the order in which a step walks them.
+
+Owns that order. Sixteen adapters of a batch are read from memory once a step, each a few kilobytes a layer: what lies
+together is found by the processor's prefetching and by few page table entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from adapters.weights import LoraWeights, LowRank
+from server.kernels.cpu.bindings import SITES
+
+LINE = 32
+"""bf16 values of a cache line: where every matrix begins."""
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Modules whose A's are walked one after the other, and then their B's."""
+
+
+def in_one_piece(weights: LoraWeights) -> LoraWeights:
+    """Prepared bf16 weights, copied: A [rank, in] row-major and B [out, rank] column-major, views of one tensor."""
+    order = list(_walk(weights))
+    places, size = [], 0
+    for path, part in order:
+        places.append(size)
+        size += -(-getattr(weights.modules[path], part).numel() // LINE) * LINE
+    flat = torch.zeros(size, dtype=torch.bfloat16)
+    parts: dict[tuple[str, str], torch.Tensor] = {}
+    for (path, part), place in zip(order, places, strict=True):
+        source = getattr(weights.modules[path], part)
+        rows = source if part == "A" else source.t()
+        view = flat[place : place + rows.numel()].view(rows.shape)
+        view.copy_(rows)
+        parts[path, part] = view if part == "A" else view.t()
+    modules = {
+        path: LowRank(parts[path, "A"], parts[path, "B"], update.scale) for path, update in weights.modules.items()
+    }
+    return LoraWeights(weights.name, weights.digest, modules, weights.metadata)
+
+
+def _walk(weights: LoraWeights) -> Iterator[tuple[str, str]]:
+    """(module path, "A" or "B") in the order of a step."""
+    group = {name: i for i, names in enumerate(TOGETHER) for name in names}
+
+    def key(item: tuple[str, str]) -> tuple[int, int, str, int, str]:
+        path, part = item
+        pieces = path.split(".")
+        layer = next((int(piece) for piece in pieces if piece.isdigit()), -1)
+        name = pieces[-1]
+        return layer, group.get(name, len(TOGETHER)), part, SITES.index(name) if name in SITES else len(SITES), path
+
+    yield from sorted(((path, part) for path in weights.modules for part in ("A", "B")), key=key)
