@@ -29,6 +29,8 @@ from adapters.layers import LoraSpec
 from adapters.optimizer import AdamW, learning_rate
 from adapters.weights import LoraWeights
 
+TRIM_STEPS = 16
+"""Updates after which freed memory is given back: batches differ in size, so the heap falls into ever more pieces."""
 LOSS_ROWS = 256
 """Rows whose logits are in memory at a time."""
 
@@ -293,6 +295,8 @@ class _Run:
             )
         self.optimizer.step(rate)
         progress.step += 1
+        if progress.step % TRIM_STEPS == 0:
+            memory.trim()
         progress.tokens += sum(len(example.ids) for example in batch)
         progress.targets += targets
         progress.seconds += time.perf_counter() - started

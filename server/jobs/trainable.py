@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from server.kernels import Backend
-from server.kernels.weight import Weight
+from server.kernels.aten import Aten
+from server.kernels.weight import STORED, Weight
 from server.model.attention import Context, PackedAttention, grouped_attention
 from server.model.decoder import training_decoder
 from server.model.loader import Base
@@ -54,6 +55,9 @@ class Trainable:
                 dense = _Dense(base.weights[path], base.tensors.get(f"{path}.bias"), base.backend, dtype)
                 setattr(decoder.get_submodule(parent), last, dense)
                 self.nbytes += dense.weight.nbytes
+        if decoder.lm_head.weight.layout == STORED:
+            # The same values, dequantized block by block: the whole table in float32 would be most of the memory.
+            decoder.lm_head.backend = Aten()
         self._share_prefix = share_prefix
         self._embed, self._logits = decoder.embed, decoder.logits
 
