@@ -101,16 +101,13 @@ def _torch(settings: Settings, report: Report) -> None:
         report.facts["GPU"] = f"{torch.cuda.get_device_name()}, {_gib(free)} free of {_gib(total)}"
     else:
         report.facts["GPU"] = "none that torch can use"
-        if settings.device == "cuda":
-            why = "this torch is a CPU build" if torch.version.cuda is None else "the driver offers none"
-            report.problems.append(f"--device cuda: {why}; leave --device out to serve from the CPU")
 
 
 def _kernels(settings: Settings, report: Report) -> None:
     from server.kernels import choose, cpu
 
     reason = cpu.unavailable()
-    report.facts["kernels"] = choose(settings.kernels).name
+    report.facts["kernels"] = choose(settings.kernels, settings.device).name
     if reason is not None:
         report.facts["native kernels"] = f"not here: {reason}"
         hint = "" if shutil.which("g++") else "; with a C++ compiler (g++), pip install builds them"

@@ -52,7 +52,7 @@ def generate(
         base = load_base(
             source,
             name=name,
-            backend=choose(settings.kernels),
+            backend=choose(settings.kernels, settings.device),
             quantization=settings.quantization,
             group_size=settings.group_size,
             double_quant=settings.double_quant,

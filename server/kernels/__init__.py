@@ -59,11 +59,14 @@ class StepBackend(Backend, Protocol):
         """Add to y [T, out], in place, what the adapters of each row make of x [T, in] in the module `path`."""
 
 
-def choose(name: str = "auto") -> Backend:
+def choose(name: str = "auto", device: str = "auto") -> Backend:
     """The backend of that name; `auto` is the native one where it was built and runs, else torch's own ops.
 
-    Raises BadSetting for an unknown name, and for `native` where it cannot run, with the reason.
+    Raises BadSetting for an unknown name, for `native` where it cannot run, with the reason, and for the device
+    `cuda`, which no backend here runs on.
     """
+    if device == "cuda":
+        raise BadSetting("there are no CUDA kernels here; leave --device out to serve from the CPU", "device")
     if name not in CHOICES:
         raise BadSetting(f"kernels {name!r} are not known; known are {', '.join(CHOICES)}", "kernels")
     if name in ("auto", "native"):
