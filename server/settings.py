@@ -141,6 +141,12 @@ class Settings(BaseModel):
     max_queue_tokens: Count = Field(262_144, description="most tokens that wait")
     deadline: Duration = Field(300.0, description="longest time of one request, and the most it may ask for")
 
+    key_rate: Annotated[Annotated[float, Field(gt=0)] | None, _auto(lambda v: v)] = Field(
+        None, description="requests a second that one key may send: auto is no limit"
+    )
+    key_concurrency: AutoInt = Field(None, description="most requests of one key in flight: auto is no limit")
+    task_concurrency: AutoInt = Field(None, description="most requests of one task in flight: auto is no limit")
+
     # HTTP
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65_535)] = Field(8000, description="port to listen on; 0 picks a free one")

@@ -25,6 +25,7 @@ from server.metrics import Metrics
 from server.model.loader import Base, load_base
 from server.settings import Settings
 from server.sources import Sources, resolve_model
+from server.tasks.admission import Admission
 from server.tasks.inference import Generation, Inference
 from server.tasks.mailbox import Mailbox
 from server.tasks.prompts import Prompts
@@ -78,7 +79,7 @@ class _Notices(Observer):
 def assemble(settings: Settings, metrics: Metrics, mailbox: Mailbox) -> House:
     """Load the base, then everything that stands on it. Raises BadModel, BadSetting, NoRoom, StoreFailed."""
     name, source = resolve_model(settings.model, settings.state_dir)
-    backend = choose(settings.kernels)
+    backend = choose(settings.kernels, settings.device)
     base = load_base(
         source,
         name=name,
@@ -123,6 +124,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox) ->
     inference = Inference(engine, registry, metrics, mailbox, lambda error: answer(error).status)
     quality = Quality(settings.state_dir / "quality.db", settings.quality_retention)
     router = BestRouter(quality, registry, base.id)
+    inference.admission = Admission(settings.key_rate, settings.key_concurrency, settings.task_concurrency)
     inference.on_ended = _ending(settings, quality, text, base.id)
     parts = Parts(
         model=Model(base.name, base.id, int(time.time()), _details(base, context)),

@@ -6,10 +6,8 @@ lease is released and the metrics are written when the engine has delivered the 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +17,7 @@ from adapters.leases import Lease
 from adapters.weights import Choice, Version
 from server.engine.request import Delivery, Request, Sampling, TokenLogprob
 from server.metrics import Ended, Metrics
+from server.tasks.admission import Admission
 from server.tasks.mailbox import Inbox, Mailbox
 from server.tasks.resolve import Target
 
@@ -153,6 +152,7 @@ class Inference:
         self.on_ended: Callable[[Generation], None] = lambda generation: None
         """Called on the loop's thread once a generation has ended and been recorded."""
         self.live: set[Generation] = set()
+        self.admission = Admission()
         self._leases = leases
         self._metrics = metrics
         self._mailbox = mailbox
@@ -175,9 +175,16 @@ class Inference:
         `answers` sequences in a row have the same prompt; `scored` and `labels` are those of label scoring.
         Raises UnknownAdapter, InvalidChoice, NoRoom, QueueFull, NotReady, NoCapacity; nothing runs then.
         """
+        task = target.task.name if target.task else None
+        try:
+            self.admission.enter(caller.tenant, task)
+        except Exception as error:
+            self.refused(target, error, caller)
+            raise
         try:
             lease = self._leases.lease(target.choice)
         except Exception as error:
+            self.admission.leave(caller.tenant, task)
             self.refused(target, error, caller)
             raise
         generation = Generation(id or new_id("gen"), target, lease, caller, self.engine)
@@ -228,6 +235,7 @@ class Inference:
             generation._open = len(rest)
             if not rest:
                 lease.release()
+                self._left(generation)
             generation.cancel()
             raise
         generation._open = submitted
@@ -258,6 +266,7 @@ class Inference:
     def _ended(self, generation: Generation) -> None:
         """All sequences are over: give back, write down."""
         generation._lease.release()
+        self._left(generation)
         self.live.discard(generation)
         if generation.status:
             return  # refused half-way, and recorded then
@@ -269,12 +278,9 @@ class Inference:
         self._metrics.record(ended(generation))
         self.on_ended(generation)
 
-    async def drained(self, seconds: float) -> bool:
-        """Wait until nothing runs, for at most `seconds`. Answers whether nothing does."""
-        end = time.monotonic() + seconds
-        while self.live and time.monotonic() < end:
-            await asyncio.sleep(0.02)
-        return not self.live
+    def _left(self, generation: Generation) -> None:
+        task = generation.target.task
+        self.admission.leave(generation.caller.tenant, task.name if task else None)
 
 
 def ended(generation: Generation) -> Ended:

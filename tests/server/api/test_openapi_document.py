@@ -1,0 +1,116 @@
+"""The OpenAPI document says what is: real answers of every kind are held against it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+
+
+@pytest.fixture
+def document(live: Any) -> dict[str, Any]:
+    found: dict[str, Any] = live.http.get("/openapi.json").json()
+    return found
+
+
+def check(document: dict[str, Any], answer: httpx.Response) -> None:
+    """The answer's status and body are in the document."""
+    method, path = answer.request.method.lower(), answer.request.url.path
+    for template, operations in document["paths"].items():
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path) and method in operations:
+            told = operations[method]["responses"]
+            assert str(answer.status_code) in told, (method, path, answer.status_code)
+            content = told[str(answer.status_code)].get("content", {})
+            kind = answer.headers.get("content-type", "").partition(";")[0]
+            assert (kind in content) or not answer.content, (method, path, answer.status_code, kind)
+            if kind == "application/json":
+                schema = {**content[kind]["schema"], "components": document["components"]}
+                jsonschema.validate(answer.json(), schema)
+            return
+    raise AssertionError(f"{method} {path} is not in the document")
+
+
+def test_the_errors_of_every_operation_have_the_one_shape(document: dict[str, Any]) -> None:
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            for status, told in operation["responses"].items():
+                if status.startswith(("4", "5")):
+                    schema = told["content"]["application/json"]["schema"]
+                    assert schema == {"$ref": "#/components/schemas/ErrorBody"}, (path, method, status)
+            assert operation.get("description"), (path, method)
+            if path.startswith("/v1/"):
+                assert "422" not in operation["responses"], path
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+def test_real_answers_are_as_the_document_says(live: Any, document: dict[str, Any]) -> None:
+    http = live.http
+    chat = {"model": "mood", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    answers = [
+        live.generate("x", task="mood", logprobs=2),
+        live.generate("x", stream=True, max_tokens=2),
+        live.generate("x", task="nobody"),
+        live.generate("", task="mood"),
+        live.generate("x", max_tokens=100_000),
+        http.post("/classify?task=mood", json={"prompt": "x"}),
+        http.post("/classify", json={"prompt": "x"}),
+        http.get("/v1/models"),
+        http.get("/v1/models/mood"),
+        http.get("/v1/models/nobody"),
+        http.post("/v1/completions", json={"model": "a", "prompt": "x", "logprobs": 1}),
+        http.post("/v1/completions", json={"model": "a"}),
+        http.post("/v1/completions", json={"model": "nobody", "prompt": "x"}),
+        http.post("/v1/chat/completions", json={**chat, "logprobs": True}),
+        http.post("/v1/chat/completions", json={**chat, "stream": True}),
+        http.get("/adapters"),
+        http.get("/adapters/a"),
+        http.get("/adapters/nobody"),
+        http.post("/adapters", json={"name": "new", "source": "a"}),
+        http.post("/adapters", json={"name": "new", "source": "a"}),
+        http.post("/adapters", json={"name": "new", "source": "b"}),
+        http.post("/adapters", json={"name": "x", "source": "/"}),
+        http.put("/adapters/new", json={"source": "b"}),
+        http.put("/adapters/new", json={"source": "a"}, headers={"if-match": "new@000000"}),
+        http.post("/adapters/new/pin"),
+        http.post("/adapters/new/unpin"),
+        http.post("/adapters/compose", json={"name": "sum", "from": [{"name": "a"}, {"name": "b"}], "rank": 2}),
+        http.delete("/adapters/new"),
+        http.delete("/adapters/mood"),
+        http.get("/tasks"),
+        http.put("/tasks/own", json={"prompt": "{input}"}),
+        http.put("/tasks/own", json={"prompt": "{input}"}),
+        http.put("/tasks/own", json={}),
+        http.get("/tasks/own"),
+        http.get("/tasks/mood/performance"),
+        http.post("/tasks/mood/feedback", json={"id": "x", "score": 1}),
+        http.delete("/tasks/own"),
+        http.get("/health/live"),
+        http.get("/health/ready"),
+        http.get("/stats"),
+        http.get("/metrics"),
+        http.post("/v1/load_lora_adapter", json={"lora_name": "v", "lora_path": "a"}),
+        http.post("/v1/unload_lora_adapter", json={"lora_name": "v"}),
+    ]
+    for answer in answers:
+        check(document, answer)
+    assert {a.status_code for a in answers} >= {200, 201, 202, 400, 404, 409, 412, 422}
+
+
+def test_the_page_of_the_document_needs_no_other_host(live: Any, document: dict[str, Any]) -> None:
+    page = live.http.get("/docs")
+    assert page.status_code == 200 and "<script" not in page.text and "https://" not in page.text
+    assert all(path in page.text for path in document["paths"])
+
+
+def test_a_keys_limits_over_http(start: Any) -> None:
+    live = start(key_rate=1.0, api_keys="one:alpha,two:beta")
+    body = {"prompt": "x", "max_tokens": 1}
+    one, two = ({"authorization": f"Bearer {key}"} for key in ("alpha", "beta"))
+    statuses = [live.http.post("/generate", json=body, headers=one).status_code for _ in range(3)]
+    assert statuses == [200, 200, 429]
+    refused = live.http.post("/generate", json=body, headers=one)
+    assert refused.headers["retry-after"] == "1"
+    assert live.http.post("/generate", json=body, headers=two).status_code == 200

@@ -1,0 +1,58 @@
+"""Limits of a key and of a task: what they refuse, and that everything that was let in leaves."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.errors import QueueFull
+from server.tasks.admission import Admission
+
+
+def test_numbers_in_flight() -> None:
+    admission = Admission(per_key=2, per_task=3)
+    admission.enter("one", "t")
+    admission.enter("one", None)
+    with pytest.raises(QueueFull, match="this key has 2"):
+        admission.enter("one", "t")
+    admission.enter("two", "t")
+    admission.enter("three", "t")
+    with pytest.raises(QueueFull, match="the task 't' has 3"):
+        admission.enter("two", "t")
+    admission.leave("one", "t")
+    admission.enter("two", "t")
+
+
+def test_a_rate_with_its_burst_and_when_to_come_back() -> None:
+    now = [0.0]
+    admission = Admission(rate=2.0, clock=lambda: now[0])
+    for _ in range(4):
+        admission.enter("one", None)
+    with pytest.raises(QueueFull) as caught:
+        admission.enter("one", None)
+    assert caught.value.retry_after == pytest.approx(0.5)
+    admission.enter("two", None)
+    now[0] = 0.5
+    admission.enter("one", None)
+    with pytest.raises(QueueFull):
+        admission.enter("one", None)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["t", "u", None]), st.booleans()), max_size=60))
+def test_what_leaves_makes_room_again(events: list[tuple[str, str | None, bool]]) -> None:
+    admission, inside = Admission(per_key=3, per_task=4), []
+    for tenant, task, leaves in events:
+        if leaves and inside:
+            admission.leave(*inside.pop())
+            continue
+        full = sum(t == tenant for t, _ in inside) >= 3 or (task and sum(k == task for _, k in inside) >= 4)
+        if full:
+            with pytest.raises(QueueFull):
+                admission.enter(tenant, task)
+        else:
+            admission.enter(tenant, task)
+            inside.append((tenant, task))
+    for one in inside:
+        admission.leave(*one)
+    assert not admission._keys and not admission._tasks
