@@ -93,6 +93,7 @@ class Snapshot:
     base: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)  # adapter -> name@digest12
     adapter_bytes: Mapping[tuple[str, str], int] = field(default_factory=dict)  # (adapter, tier) -> bytes
+    rejected: int = 0  # adapters that are not served
     memory: Mapping[str, int] = field(default_factory=dict)  # kind -> bytes
     kv_blocks: Mapping[str, int] = field(default_factory=dict)  # free, used, cached
     block_size: int = 0
@@ -296,6 +297,12 @@ class Metrics(Observer):
             "Bytes that an adapter holds in a tier.",
             ("adapter", "tier"),
             now.adapter_bytes.items(),
+        )
+        yield _gauge(
+            "loramux_adapters_rejected",
+            "Adapters found but not served; GET /adapters tells why.",
+            (),
+            [((), now.rejected)],
         )
         yield from self._loading_families()
         with self._lock:
