@@ -25,13 +25,23 @@ Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
 @with_settings(*_SERVER)
 def list_(settings: Settings, as_json: AsJson = False) -> None:
     """List the adapters, and the folders that were rejected with the reason."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     answer = _call(settings, "GET", "/adapters")
     if as_json:
         print_json(answer)
         return
-    table = Table("version", "tier", "size", "ranks", "targets", "leases", "pinned", "tasks", box=None)
+    table = Table(
+        Column("version", overflow="fold", min_width=24),
+        "tier",
+        "size",
+        "ranks",
+        "targets",
+        "leases",
+        "pinned",
+        "tasks",
+        box=None,
+    )
     for a in answer["adapters"]:
         ranks, targets = ", ".join(map(str, a["ranks"])), ", ".join(t.removesuffix("_proj") for t in a["targets"])
         pinned, tasks = "yes" if a["pinned"] else "", ", ".join(a["tasks"])
