@@ -61,7 +61,7 @@ def test_a_cold_adapter_delays_no_warm_request(bench: Callable[..., Any], tools:
             time.sleep(0.001)
         waits.append(warm.request.admitted - warm.request.submitted)
     assert not cold.deliveries
-    assert sorted(waits)[20] < 0.005, "no more than a step"
+    assert sorted(waits)[20] < 0.05, "a step or so, and nothing of the load"
     fetch.finish()
     end = time.monotonic() + 5
     while not cold.reason and time.monotonic() < end:
@@ -104,7 +104,7 @@ def test_a_thousand_at_once_are_answered_or_refused_in_time(bench: Callable[...,
         thread.start()
     for thread in threads:
         thread.join()
-    end = deadline + 0.5
+    end = deadline + 2.0
     while not all(h.reason for h in heard) and time.monotonic() < end:
         time.sleep(0.005)
     assert all(h.reason for h in heard)
@@ -130,6 +130,9 @@ def test_slots_for_many_mixes_from_many_threads(bench: Callable[..., Any], tools
         heard.append(b.submit([3 + i % 100] * 6, mix=tools.mix_of(*names), fair_key=names[0], max_tokens=3))
         if i % 7 == 0:
             b.engine.cancel(rng.choice(heard).request.id)
+        stats = b.engine.stats()
+        assert sum(stats["kv_blocks"][state] for state in ("free", "used", "cached")) == 64
+        assert len(stats["slots"]["resident"]) <= 4
     end = time.monotonic() + 20
     while not all(h.reason for h in heard) and time.monotonic() < end:
         time.sleep(0.005)
