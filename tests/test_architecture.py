@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import subprocess
 import sys
 import tokenize
@@ -252,6 +253,7 @@ def imported() -> dict[str, object]:
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", PROBE, json.dumps(names)],
         cwd=REPO,
+        env={**os.environ, "OMP_NUM_THREADS": "3"},  # a number that no module would set
         capture_output=True,
         text=True,
         timeout=120,
