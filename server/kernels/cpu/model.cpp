@@ -244,7 +244,9 @@ void Model::shrink_piece(int64_t layer, const RowBlock& block, const Activations
   if (static_cast<size_t>(piece) + 1 < shrink_tasks_.size()) {
     const ShrinkTask& next = shrink_tasks_[static_cast<size_t>(piece) + 1];
     const int32_t next_slot = block.plan.slots[static_cast<size_t>(next.slot)].slot;
-    prefetch_site(slots_[static_cast<size_t>(next_slot)][layer * SITES + next.site], in);
+    const LoraSite& after = slots_[static_cast<size_t>(next_slot)][layer * SITES + next.site];
+    // What lies right behind this one is asked for on the way.
+    if (after.a < site.a || after.a > site.a + site.rank * in + 64) prefetch_site(after, in);
   }
   shrink(site, slot, task.first, task.last, x.half.get(), x.padded, in, products_of(task.site), block.plan.width);
 }
