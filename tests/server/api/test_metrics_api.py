@@ -31,6 +31,7 @@ SERIES = {
     "loramux_adapter_bytes": "gauge",
     "loramux_adapter_loads": "counter",
     "loramux_adapter_load_seconds": "histogram",
+    "loramux_adapters_rejected": "gauge",
     "loramux_adapter_evictions": "counter",
     "loramux_memory_bytes": "gauge",
     "loramux_kv_blocks": "gauge",
