@@ -209,7 +209,7 @@ def test_copies_run_as_they_are(page: Page, house: Live) -> None:
     import sys
 
     page.locator("select.task").select_option("sentiment")
-    ask(page, "It's a dull, \"lifeless\" film.\nNo joy in it.", tokens=4)
+    ask(page, 'It\'s a dull, "lifeless" film.\nNo joy in it.', tokens=4)
     figures(page)
     answer = page.locator(".answer").inner_text()
     for name in ("curl", "Python", "openai"):
@@ -249,7 +249,7 @@ def test_the_adapters_table_acts(page: Page, house: Live) -> None:
 
 
 def test_what_fails_is_said_and_stays(page: Page, house: Live) -> None:
-    """An adapter that a task routes to cannot be retired: the server's reason outlives the polls, until it is closed."""
+    """An adapter that a task routes to cannot be retired: why outlives the polls, until it is closed."""
     route = {"choice": [{"name": "formal", "weight": 1.0}]}
     assert house.client.put("/tasks/guarded", json={"prompt": "{input}", "route": route}).is_success
     page.get_by_role("tab", name="Adapters").click()
@@ -330,7 +330,12 @@ def test_the_keyboard_alone(page: Page) -> None:
     expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
     page.keyboard.press("Tab")
     expect(page.get_by_role("tab", name="Playground")).to_be_focused()
-    for key, name in [("ArrowRight", "Adapters"), ("End", "Jobs"), ("ArrowRight", "Playground"), ("Home", "Playground")]:
+    for key, name in [
+        ("ArrowRight", "Adapters"),
+        ("End", "Jobs"),
+        ("ArrowRight", "Playground"),
+        ("Home", "Playground"),
+    ]:
         page.keyboard.press(key)
         tab = page.get_by_role("tab", name=name)
         expect(tab).to_be_focused()

@@ -1,0 +1,215 @@
+"""Prometheus from deploy/ over a live server under load: every query returns data, and faults fire their alerts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import promql_parser
+import pytest
+
+from tests.deploy.queries import DEPLOY, JOBS, RULES, expressions, filled
+from tests.e2e.conftest import Live, serving
+
+pytestmark = [pytest.mark.e2e, pytest.mark.part("prometheus")]
+
+
+@dataclass
+class World:
+    """A server under load that has less room than is asked of it, and the Prometheus that watches it."""
+
+    server: Live
+    url: str
+    folder: Path
+    errors: list[Exception]
+
+    def ask(self, expr: str) -> list[float]:
+        """The values of an instant query, without those that are not numbers."""
+        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": expr}, timeout=10).json()
+        assert answer["status"] == "success", answer
+        result = answer["data"]["result"]
+        assert answer["data"]["resultType"] == "vector"
+        return [v for v in (float(sample["value"][1]) for sample in result) if not math.isnan(v)]
+
+    def firing(self) -> set[str]:
+        alerts = httpx.get(f"{self.url}/api/v1/alerts", timeout=10).json()["data"]["alerts"]
+        return {a["labels"]["alertname"] for a in alerts if a["state"] == "firing"}
+
+
+def wait(what: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if what():
+            return True
+        time.sleep(0.25)
+    return False
+
+
+def press(server: Live, number: int, stop: threading.Event, errors: list[Exception]) -> None:
+    """One client of many: tasks, single adapters, mixes, the base, what does not fit, and thumbs."""
+    names = ["r0", "r1", "r2", "r3"]
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/generate?task=sentiment", {}),
+        *(("/generate", {"adapters": [{"name": n}]}) for n in names),
+        ("/generate?task=sentiment", {"adapters": [{"name": "sentiment"}, {"name": "r0", "weight": 0.5}]}),
+        ("/generate", {}),
+        ("/generate", {"adapters": [{"name": n} for n in (*names, "sentiment")]}),
+    ]
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        for i in itertools.count(number):
+            if stop.is_set():
+                return
+            path, body = bodies[i % len(bodies)]
+            try:
+                answer = client.post(path, json={"prompt": f"Once {i}", "max_tokens": 6, "ignore_eos": True, **body})
+                if answer.status_code == 200 and "task" in path:
+                    sent = {"id": answer.json()["id"], "score": 1.0}
+                    client.post("/tasks/sentiment/feedback", json=sent).raise_for_status()
+                if answer.status_code == 429:
+                    stop.wait(0.2)
+            except httpx.HTTPError as error:
+                if not stop.is_set():
+                    errors.append(error)
+                    return
+
+
+@pytest.fixture(scope="module")
+def world(
+    tmp_path_factory: pytest.TempPathFactory, embedded: Path, write_random: Callable[..., Path]
+) -> Iterator[World]:
+    root = tmp_path_factory.mktemp("watched")
+    folder = root / "adapters"
+    for i in range(4):
+        write_random(folder / f"r{i}", rank=16, seed=i)
+    (root / "metrics").write_text("prometheus:for-a-test-only\n")
+    (root / "credentials").write_text("for-a-test-only")
+    flags = ["--adapter-dir", str(folder), "--adapter-ram", "14MiB", "--max-batch", "4", "--max-queue", "2"]
+    errors: list[Exception] = []
+    with serving(root / "state", *flags, "--metrics-key-file", str(root / "metrics")) as server:
+        assert server.client.get("/metrics").status_code == 401, "Prometheus's key is asked for"
+        assert wait(lambda: len(server.get("/adapters")["adapters"]) == 5, 30)
+        stop = threading.Event()
+        clients = [threading.Thread(target=press, args=(server, i, stop, errors)) for i in range(9)]
+        with prometheus(root, server) as url:
+            for client in clients:
+                client.start()
+            yield World(server, url, folder, errors)
+            stop.set()
+            for client in clients:
+                client.join(30)
+
+
+class prometheus:
+    """Prometheus from deploy/, every path and pace of it made this machine's and a test's."""
+
+    def __init__(self, root: Path, server: Live) -> None:
+        quick = re.sub(r"\[\dm\]", "[10s]", re.sub(r"for: \dm", "for: 1s", RULES.read_text()))
+        (root / "rules").mkdir()
+        (root / "rules" / "loramux.yml").write_text(quick)
+        config = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
+        for old, new in {
+            "_interval: 5s": "_interval: 1s",
+            "/run/secrets/prometheus_credentials": str(root / "credentials"),
+            "loramux:8000": server.url.removeprefix("http://"),
+        }.items():
+            assert old in config
+            config = config.replace(old, new)
+        (root / "prometheus.yml").write_text(config)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{s.getsockname()[1]}"
+        self.url, self.log = f"http://{address}", root / "prometheus.log"
+        self.command = ["prometheus", f"--config.file={root / 'prometheus.yml'}", f"--web.listen-address={address}"]
+        self.command.append(f"--storage.tsdb.path={root / 'tsdb'}")
+
+    def __enter__(self) -> str:
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(self.command, stdout=out, stderr=subprocess.STDOUT)
+        if not wait(self.ready, 30):
+            self.process.kill()
+            pytest.fail(self.log.read_text()[-2000:])
+        return self.url
+
+    def ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/-/ready", timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+def test_every_query_returns_data(world: World) -> None:
+    """Of panels and recorded rules as they are; of alerts what they compare, once their faults have been induced."""
+    break_a_stored_version(world)
+    left = {expr.id: data_of(expr.values[0]) for expr in expressions() if JOBS not in expr.values[0]}
+
+    def ask_all() -> bool:
+        for where in [where for where, expr in left.items() if world.ask(expr)]:
+            del left[where]
+        return not left
+
+    assert wait(ask_all, 60), left
+    assert not world.errors
+
+
+def data_of(expr: str) -> str:
+    """An expression without the comparison that makes it an alert."""
+    tree = promql_parser.parse(filled(expr))
+    if "$job" not in expr and isinstance(tree, promql_parser.BinaryExpr) and ">" in str(tree.op):
+        return tree.lhs.prettify()
+    return filled(expr)
+
+
+def break_a_stored_version(world: World) -> None:
+    """Damage what the store holds of an adapter, so that its next load fails."""
+    digest = world.server.get("/adapters/r3")["versions"][0]["digest"]
+    file = world.server.state / "store" / "versions" / digest / "adapter_model.safetensors"
+    file.chmod(0o600)
+    file.write_bytes(file.read_bytes()[:-64])
+
+
+def test_faults_fire_their_alerts(world: World) -> None:
+    shutil.copytree(world.folder / "r0", world.folder / "broken")
+    (world.folder / "broken" / "adapter_model.safetensors").write_bytes(b"no tensors")
+    expected = {"LoramuxQueueFull", "LoramuxNoRoom", "LoramuxAdapterRefused", "LoramuxAdapterLoadsFail"}
+    assert wait(lambda: world.firing() >= expected, 45), world.firing()
+
+    pausing = threading.Event()
+    thread = threading.Thread(target=pause, args=(world.server.process, pausing))
+    thread.start()
+    try:
+        assert wait(lambda: "LoramuxSlowSteps" in world.firing(), 60), world.firing()
+    finally:
+        pausing.set()
+        thread.join()
+    shutil.rmtree(world.folder / "broken")
+    assert wait(lambda: "LoramuxAdapterRefused" not in world.firing(), 30), "it ends with its fault"
+
+
+def pause(process: subprocess.Popen[bytes], stop: threading.Event) -> None:
+    """Let the server run for a twentieth of the time, as on a machine that others have taken over."""
+    while not stop.is_set():
+        process.send_signal(signal.SIGSTOP)
+        stop.wait(0.8)
+        process.send_signal(signal.SIGCONT)
+        stop.wait(0.04)
+
+
+def test_a_server_that_is_gone_is_told(world: World) -> None:
+    world.server.process.terminate()
+    assert wait(lambda: "LoramuxDown" in world.firing(), 60), world.firing()
