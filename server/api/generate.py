@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from adapters.weights import Choice
 from server.api import schemas
-from server.api.responses import errors
+from server.api.responses import Responses, errors
 from server.api.runtime import Parts, Ready, Running, served
 from server.api.stream import EventStream, finished
 from server.engine.request import Delivery, Sampling, TokenLogprob
@@ -25,12 +25,14 @@ router = APIRouter(tags=["generate"])
 TaskName = Annotated[str | None, Query(alias="task", max_length=64, description="the task; none is the base")]
 
 CALLED = errors(400, 404, 422, 429, 500, 503, 504, 507)
+STREAMED: Responses = {200: {"content": {"text/event-stream": {"schema": {}}}}}
+"""With `stream`. The document has no word for events one by one, so it says nothing of their form."""
 
 
 @router.post(
     "/generate",
     response_model=schemas.GenerateAnswer,
-    responses={**CALLED, 200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses={**CALLED, **STREAMED},
 )
 async def generate(
     body: schemas.GenerateBody, request: Request, runtime: Running, parts: Ready, task: TaskName = None

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, Response
 
 from server.api import openai_schemas as schemas
-from server.api.generate import asked_fields, counted, json_response, override
+from server.api.generate import STREAMED, asked_fields, counted, json_response, override
 from server.api.openai_shapes import ChatShape, CompletionShape, Shape, V1Events
-from server.api.responses import Responses, errors
+from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running
 from server.api.stream import EventStream, check_complete, finished
 from server.errors import InvalidRequest, UnknownName
@@ -25,7 +25,6 @@ from server.tasks.resolve import Target
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 CALLED = errors(400, 404, 429, 500, 503, 504, 507)
-STREAMED: Responses = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 @router.get("/models", response_model=schemas.ModelList, responses=errors(503))

@@ -1,0 +1,19 @@
+"""The soak, for seconds: fewer adapters and fewer solo answers than `make soak`, the same clients and the same rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.soak import soak
+from tests.e2e.conftest import STATE
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_short_soak(tmp_path: Path, embedded: Path) -> None:
+    report = soak(15 / 60, tmp_path, STATE / "models", alone=40, steady=14, churned=3)
+    assert not report.wrong, report.as_dict()
+    assert report.alone > 10 and report.compared > report.alone
+    assert {"publish", "retire", "gone", "malformed", "stream"} <= set(report.calls)
