@@ -1,4 +1,4 @@
-"""The soak, for seconds: fewer adapters and fewer solo answers than `make soak`, the same clients and the same rules."""
+"""The soak, for seconds: fewer adapters and solo answers than `make soak`, the same clients and the same rules."""
 
 from __future__ import annotations
 
