@@ -18,6 +18,7 @@ from server.api.errors import answer
 from server.api.runtime import Model, Parts
 from server.api.watchdog import Watchdog
 from server.engine.engine import Engine
+from server.engine.grammar import Grammars
 from server.engine.runner import Runner, make_runner
 from server.engine.text import Text
 from server.kernels import choose
@@ -142,6 +143,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox) ->
         tasks=tasks,
         resolver=Resolver(tasks, registry, base.name, router),
         prompts=prompts,
+        grammars=Grammars(text, base.config.vocab_size),
         inference=inference,
         quality=quality,
         router=router,

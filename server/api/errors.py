@@ -154,8 +154,9 @@ def _what(problem: Mapping[str, Any]) -> str:
 
 def _methods(app: FastAPI, path: str) -> list[str]:
     """What a path knows, over all routes that match it: the framework tells of the first one alone."""
+    paths = app.openapi()["paths"]
     found: set[str] = set()
-    for template, operations in app.openapi()["paths"].items():
+    for template, operations in {path: paths[path]}.items() if path in paths else paths.items():
         if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
             found |= {method.upper() for method in operations}
     return sorted(found)

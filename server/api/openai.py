@@ -5,6 +5,7 @@ What an answer looks like is in `openai_shapes`; which fields are accepted, in `
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from server.api.openai_shapes import ChatShape, CompletionShape, Shape, V1Events
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running
 from server.api.stream import EventStream, check_complete, finished
+from server.engine.request import Constraint
 from server.errors import InvalidRequest, UnknownName
 from server.tasks import sampling
 from server.tasks.inference import Caller, choices, new_id
@@ -106,6 +108,10 @@ async def _answer(
         own = target.task.defaults if target.task else {}
         chosen = sampling.build(asked, {k: v for k, v in own.items() if k != "logprobs"}, defaults,
                                 parts.prompts.room, longest)  # fmt: skip
+        schema = body.response_format.schema_of_answer() if body.response_format is not None else None
+        grammars: Sequence[Constraint] = ()
+        if schema is not None:
+            grammars = await asyncio.to_thread(parts.grammars.compile, schema, len(prompts) * n)
     generation = parts.inference.start(
         target,
         [p for p in prompts for _ in range(n)],
@@ -113,6 +119,7 @@ async def _answer(
         caller,
         id=shape.id,
         answers=n,
+        constraints=grammars,
     )
     if body.stream:
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)

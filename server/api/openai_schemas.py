@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.schemas import GenerationFields, Out
-from server.errors import UnsupportedParameter
+from server.engine.grammar import ANY_OBJECT
+from server.errors import InvalidRequest, UnsupportedParameter
 from server.tasks import sampling as s
 
 BOOKKEEPING = frozenset(
@@ -47,10 +48,30 @@ class StreamOptions(V1):
     include_obfuscation: bool | None = None
 
 
+class JsonSchema(V1):
+    """The schema that an answer follows. It is held to whatever `strict` says."""
+
+    name: Annotated[str, Field(max_length=64)] | None = None
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    strict: bool | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
 class ResponseFormat(V1):
-    """`text` only, for now."""
+    """What an answer's text is: anything, a JSON object, or what a schema says."""
 
     type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_of_answer(self) -> Mapping[str, Any] | None:
+        """The schema to hold the answer to; None is any text. Raises InvalidRequest."""
+        if self.type == "json_schema":
+            if self.json_schema is None:
+                raise InvalidRequest("response_format of type json_schema needs json_schema", "response_format")
+            return self.json_schema.schema_
+        if self.json_schema is not None:
+            raise InvalidRequest(f"response_format of type {self.type} has no json_schema", "response_format")
+        return ANY_OBJECT if self.type == "json_object" else None
 
 
 class V1Fields(GenerationFields, V1):
@@ -98,12 +119,10 @@ class ChatBody(V1Fields):
 def refuse_unserved(body: V1Fields) -> None:
     """Raises UnsupportedParameter for the first field that asks for something we do not serve."""
     _refuse(body, "")
-    if body.response_format is not None and body.response_format.type != "text":
-        raise UnsupportedParameter(
-            "response_format of type json_object or json_schema is not served", "response_format"
-        )
     if body.response_format is not None:
         _refuse(body.response_format, "response_format.")
+        if body.response_format.json_schema is not None:
+            _refuse(body.response_format.json_schema, "response_format.json_schema.")
     if body.stream_options is not None:
         _refuse(body.stream_options, "stream_options.")
     if isinstance(body, ChatBody):

@@ -18,6 +18,7 @@ from adapters.registry import Registry
 from adapters.store import Store
 from adapters.weights import Version
 from server.api.auth import Keys
+from server.engine.grammar import Grammars
 from server.errors import NotReady
 from server.metrics import Metrics
 from server.settings import Settings
@@ -71,6 +72,7 @@ class Parts:
     tasks: Tasks
     resolver: Resolver
     prompts: Prompts
+    grammars: Grammars
     inference: Inference
     quality: Quality
     router: BestRouter

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from adapters.leases import Lease
 from adapters.weights import Choice, Version
-from server.engine.request import Delivery, Request, Sampling, TokenLogprob
+from server.engine.request import Constraint, Delivery, Request, Sampling, TokenLogprob
 from server.metrics import Ended, Metrics
 from server.tasks.admission import Admission
 from server.tasks.mailbox import Inbox, Mailbox
@@ -169,10 +169,12 @@ class Inference:
         answers: int = 1,
         scored: Sequence[int] = (),
         labels: Sequence[str] = (),
+        constraints: Sequence[Constraint] = (),
     ) -> Generation:
         """Submit one sequence per prompt, all on one lease. On the loop's thread.
 
-        `answers` sequences in a row have the same prompt; `scored` and `labels` are those of label scoring.
+        `answers` sequences in a row have the same prompt; `scored` and `labels` are those of label scoring;
+        `constraints` are one for each sequence, or none at all.
         Raises UnknownAdapter, InvalidChoice, NoRoom, QueueFull, NotReady, NoCapacity; nothing runs then.
         """
         task = target.task.name if target.task else None
@@ -203,6 +205,7 @@ class Inference:
                 priority=caller.priority,
                 deadline=caller.deadline,
                 scored=scored[index] if scored else 0,
+                constraint=constraints[index] if constraints else None,
             )
             generation.replies.append(Reply(request))
         self._submit(generation, lease)

@@ -20,6 +20,9 @@ Message = Mapping[str, Any]
 INLINE = 4096
 """Prompts of up to so many characters are tokenized on the event loop; longer ones would hold it up."""
 
+MESSAGE = 64
+"""Characters that a message of a conversation counts beside its own: the template runs for each."""
+
 
 class Prompts:
     """A text's way into the context. `longest_token` is the most characters that one token stands for."""
@@ -46,7 +49,7 @@ class Prompts:
         if task is not None and task.format == "raw":
             return await self.of_input(task, _only_message(task, messages))
         wrapped = messages if task is None else _wrapped(task, messages)
-        ids = await _off(size, lambda: self.text.encode_chat(wrapped))
+        ids = await _off(size + MESSAGE * len(wrapped), lambda: self.text.encode_chat(wrapped))
         self.room.check_prompt(len(ids), "messages")
         return ids
 
