@@ -24,13 +24,6 @@ _TEXTS = {
 ALWAYS = (401, 403, 413)
 """Statuses that the middleware may answer on every route."""
 
-EVENTS = {
-    "text/event-stream": {
-        "schema": {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-    }
-}
-"""The content of a stream, event by event."""
-
 Responses = dict[int | str, dict[str, Any]]
 
 
