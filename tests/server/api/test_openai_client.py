@@ -148,7 +148,7 @@ def test_what_asks_for_nothing_is_accepted(live: Any, extra: dict[str, Any]) -> 
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_object", "made_up": 1}}, "response_format.made_up"),
         ({"best_of": 3}, "best_of"),
         ({"echo": True}, "echo"),
         ({"suffix": "end"}, "suffix"),
