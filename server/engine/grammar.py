@@ -1,0 +1,140 @@
+"""Answers that follow a JSON schema: compiled once, off the engine's thread, then a mask for each token of a request.
+
+Owns how a vocabulary is told to `llguidance`, the limits on a grammar's size and time, and the cache of those that
+were compiled. Knows neither OpenAI's fields nor the sampler, which asks a `Constraint` for its mask.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from server.engine.text import Text
+from server.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_SCHEMA = 1 << 16
+"""Characters of a schema, as compact JSON."""
+MAX_CACHED = 64
+ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+_WHITESPACE = r"[ \n]{0,16}"
+"""Between two tokens of JSON. Bounded, since a small model may otherwise write spaces until it is cut off."""
+
+
+class Grammar:
+    """One request's place in its grammar: a `Constraint`. Only one thread at a time uses it."""
+
+    def __init__(self, matcher: LLMatcher, ends: npt.NDArray[np.uint8]) -> None:
+        self._matcher = matcher
+        self._ends = ends
+
+    def mask(self) -> npt.NDArray[np.uint8]:
+        """A bit for each id. Raises InvalidRequest if the grammar has become too large to go on with."""
+        if self._matcher.is_error():
+            raise InvalidRequest(f"the schema is too complex: {_first_line(self._matcher.get_error())}", PARAM)
+        if self._matcher.is_stopped():
+            return self._ends
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            raise InvalidRequest(f"the schema is too complex: {_first_line(self._matcher.get_error())}", PARAM)
+        return mask
+
+    def accept(self, token: int) -> None:
+        """`token` has been chosen."""
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token)
+
+
+PARAM = "response_format"
+
+
+class Grammars:
+    """Compiles schemas for one vocabulary of `vocab_size` ids. Thread-safe; nothing is loaded before the first one."""
+
+    def __init__(self, text: Text, vocab_size: int) -> None:
+        self._text = text
+        self._size = vocab_size
+        ends = np.zeros(-(-vocab_size // 32) * 4, np.uint8)
+        for token in text.vocabulary.eos_ids:
+            ends[token // 8] |= 1 << token % 8
+        self._ends = ends
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+
+    def compile(self, schema: Mapping[str, Any], count: int) -> list[Grammar]:
+        """`count` grammars for answers that follow `schema`. Takes up to a second; call it off the event loop.
+
+        One schema at a time is compiled, within limits on its size and time. Raises InvalidRequest for one that is no
+        JSON schema, asks for what cannot be held to, or is too large.
+        """
+        asked = json.dumps(schema, separators=(",", ":"))
+        if len(asked) > MAX_SCHEMA:
+            raise InvalidRequest(f"the schema has {len(asked)} characters, over the limit of {MAX_SCHEMA}", PARAM)
+        with self._lock:
+            matcher = self._compiled.get(asked) or self._compile(asked)
+            self._compiled[asked] = matcher
+            self._compiled.move_to_end(asked)
+            if len(self._compiled) > MAX_CACHED:
+                self._compiled.popitem(last=False)
+            return [Grammar(matcher.deep_copy(), self._ends) for _ in range(count)]
+
+    def _compile(self, schema: str) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits
+
+        if self._tokenizer is None:
+            self._tokenizer = self._told()
+        limits = LLParserLimits(
+            max_items_in_row=1000,
+            initial_lexer_fuel=2_000_000,  # about 40 ms
+            step_lexer_fuel=100_000,  # about 7 ms, the longest that one mask may hold up a step
+            step_max_items=20_000,
+            max_lexer_states=20_000,
+            max_grammar_size=100_000,
+        )
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITESPACE})
+        except ValueError as error:
+            raise InvalidRequest(f"the schema cannot be used: {_first_line(str(error))}", PARAM) from None
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise InvalidRequest(f"the schema cannot be used: {_first_line(matcher.get_error())}", PARAM)
+        return matcher
+
+    def _told(self) -> LLTokenizer:
+        """Our vocabulary, as `llguidance` wants it."""
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        vocabulary = self._text.vocabulary
+        return LLTokenizer(
+            TokenizerWrapper(_Vocabulary(self._text, self._size)),
+            n_vocab=self._size,
+            eos_token=sorted(vocabulary.eos_ids),
+            slices=LLTokenizer.json_slices(),
+        )
+
+
+class _Vocabulary:
+    """What `TokenizerWrapper` asks of a tokenizer."""
+
+    def __init__(self, text: Text, size: int) -> None:
+        self._text = text
+        self.eos_token_id = text.eos_id
+        self.bos_token_id = text.vocabulary.bos_id
+        self.tokens = [text.token_bytes(token) for token in range(size)]
+        self.special_token_ids = sorted(text.vocabulary.special.values())
+
+    def __call__(self, text: str) -> list[int]:
+        return self._text.encode(text, bos=False)
+
+
+def _first_line(message: str) -> str:
+    return message.partition("\n")[0][:200]

@@ -1,0 +1,99 @@
+"""`response_format` through the real `openai` package, on a model that knows nothing of JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import openai
+import pytest
+
+HELLO: Any = [{"role": "user", "content": "hello"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"mood": {"enum": ["good", "bad"]}, "sure": {"type": "boolean"}},
+    "required": ["mood", "sure"],
+    "additionalProperties": False,
+}
+FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "mood", "strict": True, "schema": SCHEMA}}
+
+
+@pytest.fixture
+def client(live: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
+
+
+def test_answers_follow_the_schema(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="a", messages=HELLO, max_tokens=120, temperature=1, seed=3, n=4, response_format=FORMAT
+    )
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content or ""), SCHEMA)
+    pieces = client.chat.completions.create(
+        model="a", messages=HELLO, max_tokens=120, temperature=0, stream=True, response_format=FORMAT
+    )
+    streamed = "".join(c.choices[0].delta.content or "" for c in pieces if c.choices)
+    whole = client.chat.completions.create(
+        model="a", messages=HELLO, max_tokens=120, temperature=0, response_format=FORMAT
+    )
+    assert streamed == whole.choices[0].message.content
+    jsonschema.validate(json.loads(streamed), SCHEMA)
+
+
+def test_json_object_and_completions(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=40, temperature=0, response_format={"type": "json_object"}
+    )
+    assert (chat.choices[0].message.content or "").startswith("{")
+    said = client.completions.create(
+        model="tiny", prompt=["one", "two"], max_tokens=120, temperature=0, extra_body={"response_format": FORMAT}
+    )
+    for choice in said.choices:
+        jsonschema.validate(json.loads(choice.text), SCHEMA)
+
+
+async def test_each_request_of_a_batch_has_its_own(live: Any) -> None:
+    """Free and held requests together answer as they do alone."""
+
+    async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+
+        async def ask(i: int) -> str:
+            more: Any = {"response_format": FORMAT} if i % 2 else {}
+            if i % 4 == 3:
+                more = {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": [["x", i]]}}}}
+            answer = await client.chat.completions.create(
+                model=("tiny", "a", "b")[i % 3], messages=HELLO, max_tokens=150, temperature=0, **more
+            )
+            return answer.choices[0].message.content or ""
+
+        together = await asyncio.gather(*map(ask, range(12)))
+        alone = [await ask(i) for i in range(12)]
+    assert together == alone
+    assert [json.loads(text) for text in together[3::4]] == [["x", 3], ["x", 7], ["x", 11]]
+    for i in range(1, 12, 4):
+        jsonschema.validate(json.loads(together[i]), SCHEMA)
+    assert live.idle()
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "x"}},
+        {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}},
+        {"type": "json_schema", "json_schema": {"schema": {"$ref": "https://example.com/x"}}},
+        {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 100_000]}}},
+        {"type": "json_object", "json_schema": {"schema": {}}},
+        {"type": "grammar"},
+    ],
+)
+def test_what_is_no_format_is_400(live: Any, client: openai.OpenAI, format: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as told:
+        client.chat.completions.create(model="a", messages=HELLO, max_tokens=4, response_format=format)
+    assert str(told.value.param).startswith("response_format")
+    assert live.idle()

@@ -1,0 +1,172 @@
+"""Grammars over a small byte-level vocabulary: what is allowed next, the end, and the limits."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine.grammar import Grammar, Grammars
+from server.engine.text import Text
+from server.errors import InvalidRequest
+from server.model.vocabulary import Vocabulary
+
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}, "kind": {"enum": ["good", "bad"]}},
+    "required": ["x", "kind"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def tiny_text(tiny_vocabulary: Vocabulary) -> Text:
+    return Text(tiny_vocabulary)
+
+
+def allowed(grammar: Grammar, size: int) -> list[int]:
+    return np.flatnonzero(np.unpackbits(grammar.mask(), count=size, bitorder="little")).tolist()
+
+
+def walk(text: Text, grammar: Grammar, seed: int, most: int = 400) -> str | None:
+    """A random answer within the grammar; None if it did not end."""
+    dice, said = random.Random(seed), []
+    for _ in range(most):
+        token = dice.choice(allowed(grammar, text.size))
+        grammar.accept(token)
+        if token in text.vocabulary.eos_ids:
+            return text.decode(said)
+        said.append(token)
+    return None
+
+
+def test_random_walks_follow_the_schema(tiny_text: Text) -> None:
+    import jsonschema
+
+    grammars = Grammars(tiny_text, tiny_text.size).compile(POINT, 20)
+    answers = [walk(tiny_text, grammar, i) for i, grammar in enumerate(grammars)]
+    whole = [json.loads(a) for a in answers if a is not None]
+    assert len(whole) >= 15
+    for answer in whole:
+        jsonschema.validate(answer, POINT)
+    assert {answer["kind"] for answer in whole} == {"good", "bad"}
+
+
+def test_special_tokens_are_never_part_of_it_and_the_end_only_when_it_is_whole(tiny_text: Text) -> None:
+    special = set(tiny_text.vocabulary.special.values())
+    [grammar] = Grammars(tiny_text, tiny_text.size).compile({"enum": [{"a": "<|im_end|>"}]}, 1)
+    said = b""
+    while not said.endswith(b"}"):
+        ids = allowed(grammar, tiny_text.size)
+        assert not special & set(ids)
+        grammar.accept(ids[0])
+        said += tiny_text.token_bytes(ids[0])
+    assert json.loads(said) == {"a": "<|im_end|>"}
+    assert set(allowed(grammar, tiny_text.size)) == tiny_text.vocabulary.eos_ids
+    grammar.accept(min(tiny_text.vocabulary.eos_ids))
+    assert set(allowed(grammar, tiny_text.size)) == tiny_text.vocabulary.eos_ids, "after the end, the end again"
+
+
+def test_a_model_s_table_may_be_longer_than_the_vocabulary(tiny_text: Text) -> None:
+    [grammar] = Grammars(tiny_text, tiny_text.size + 50).compile(POINT, 1)
+    ids = allowed(grammar, tiny_text.size + 50)
+    assert ids and max(ids) < tiny_text.size
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "nonsense"},
+        {"type": "string", "pattern": "("},
+        {"$ref": "https://example.com/schema"},
+        {"type": "object", "unevaluatedProperties": False, "patternProperties": {"[": {}}},
+        {"enum": ["x" * 70_000]},
+        {"allOf": [{"type": "string"}, {"type": "integer"}]},
+    ],
+)
+def test_what_cannot_be_held_to_is_refused_and_soon(tiny_text: Text, schema: dict[str, Any]) -> None:
+    grammars = Grammars(tiny_text, tiny_text.size)
+    start = time.process_time()
+    with pytest.raises(InvalidRequest, match="schema") as told:
+        grammars.compile(schema, 1)
+    assert time.process_time() - start < 5
+    assert told.value.param == "response_format" and len(told.value.message) < 400
+    assert grammars.compile(POINT, 1)
+
+
+@pytest.mark.parametrize("pattern", ["(?:a?){5000}a{5000}" * 3, "(.*a.*){200}", "^(([a-z])+.)+[A-Z]([a-z])+$"])
+def test_a_mask_takes_bounded_time(tiny_text: Text, pattern: str) -> None:
+    """A pattern made to explode: each step is quick, or the request ends with an error of its own."""
+    try:
+        [grammar] = Grammars(tiny_text, tiny_text.size).compile({"type": "string", "pattern": pattern}, 1)
+        for _ in range(40):
+            start = time.thread_time()
+            ids = allowed(grammar, tiny_text.size)
+            assert time.thread_time() - start < 0.25
+            grammar.accept(ids[-1])
+    except InvalidRequest as error:
+        assert "complex" in error.message or "schema" in error.message
+
+
+WORDS = (
+    "type",
+    "properties",
+    "items",
+    "enum",
+    "pattern",
+    "anyOf",
+    "minimum",
+    "required",
+    "object",
+    "string",
+    "$ref",
+    "#",
+)
+SCHEMAS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from(WORDS),
+    lambda v: st.lists(v, max_size=4) | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=4), v, max_size=4),
+)
+made: dict[str, Grammars] = {}
+
+
+@settings(deadline=None)
+@given(schema=st.dictionaries(st.sampled_from(WORDS), SCHEMAS, max_size=4))
+def test_any_schema_is_compiled_or_refused(schema: dict[str, Any]) -> None:
+    if not made:
+        from tests.server.engine.conftest import make_text
+
+        text = make_text()
+        made["one"] = Grammars(text, text.size)
+    try:
+        [grammar] = made["one"].compile(schema, 1)
+        grammar.mask()
+    except InvalidRequest:
+        return
+
+
+def test_in_one_batch_with_others(bench: Any, text: Text) -> None:
+    """Each request has its own place in its grammar; those without one answer as they do alone."""
+    engine = bench()
+    grammars = Grammars(text, text.size).compile(POINT, 3)
+    free = [engine.submit(text.encode(p), max_tokens=8) for p in ("a b", "c")]
+    held = [
+        engine.submit(text.encode("hi"), max_tokens=100, temperature=0.8, seed=i, ignore_eos=False, constraint=g)
+        for i, g in enumerate(grammars)
+    ]
+    engine.settle()
+    alone = bench()
+    again = [alone.submit(text.encode(p), max_tokens=8) for p in ("a b", "c")]
+    alone.settle()
+    assert [f.tokens for f in free] == [a.tokens for a in again]
+    for heard in held:
+        assert heard.reason in ("stop", "length") and heard.error is None
+        if heard.reason == "stop":
+            assert set(json.loads(heard.text)) == {"x", "kind"}
+        else:
+            assert heard.text.startswith("{")
