@@ -15,6 +15,7 @@ ISA = ["f", "bw", "dq", "vl", "vnni", "bf16", "vbmi"]
 """Parts of AVX-512 that the kernels use. Whether a machine has them is asked when the library is loaded."""
 FLAGS = [
     "-std=c++17",
+    "-g0",
     "-O3",
     "-ffp-contract=off",  # contraction would fuse where the stored scales are defined by two roundings
     "-fno-math-errno",

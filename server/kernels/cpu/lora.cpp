@@ -141,7 +141,7 @@ void prefetch_site(const LoraSite& site, int64_t in) {
 
 void plan_shrink(const LoraPlan& plan, const std::vector<const LoraSite*>& slots, int64_t layer,
                  const std::vector<int>& sites, std::vector<ShrinkTask>& tasks) {
-  constexpr int EACH = 16;
+  constexpr int EACH = 8;
   tasks.clear();
   for (size_t s = 0; s < plan.slots.size(); s++)
     for (const int site : sites) {

@@ -148,7 +148,14 @@ void Model::take_times(int64_t* out) {
 
 int64_t Model::clock(Phase phase, int64_t since) {
   const int64_t t = now();
-  times_[phase] += t - since;
+  // The second products of adapters run inside other phases and are told apart from them.
+  if (phase == EXPAND)
+    expanding_ += t - since;
+  else {
+    times_[phase] += t - since - expanding_;
+    times_[EXPAND] += expanding_;
+    expanding_ = 0;
+  }
   return t;
 }
 

@@ -109,6 +109,7 @@ class Model {
   std::vector<Local> local_;
   int64_t phase_ = 0;
   std::array<int64_t, PHASES> times_{};
+  int64_t expanding_ = 0;
 };
 
 }  // namespace loramux
