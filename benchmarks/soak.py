@@ -431,7 +431,8 @@ def soak(
         write_adapter(path, SHAPES, rank=RANK, seed=seed)
     # as the registry holds it: what the upload has, in the kernels' layout, a little more than the file
     size = int((folder / "a0" / TENSORS).stat().st_size * 1.05)
-    common = ["--max-mix", str(MAX_MIX), *flags]
+    # a cache that is full before the first look: pages that are first touched later would read as growth
+    common = ["--max-mix", str(MAX_MIX), "--kv-cache", "192MiB", *flags]
     with serving(
         folder / "state", models, "--max-slots", str(SLOTS), "--adapter-ram", str(IN_RAM * size), *common
     ) as s:
