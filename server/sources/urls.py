@@ -63,11 +63,11 @@ def fetch(url: str, folder: Path, *, max_bytes: int, seconds: float) -> None:
 def _copy(files: Any, url: str, target: Path, limit: int, end: float) -> int:
     copied = 0
     with files.open(url, "rb", block_size=_BLOCK.get(urlsplit(url).scheme, _CHUNK)) as remote, target.open("wb") as out:
-        while chunk := remote.read(_CHUNK):
+        while time.monotonic() < end and (chunk := remote.read(_CHUNK)):
             copied += len(chunk)
             if copied > limit:
                 raise InvalidRequest(f"{target.name} is over the limit of {limit} bytes (--max-upload)", "source")
-            if time.monotonic() > end:
-                raise InvalidRequest(f"{target.name} took too long to fetch", "source")
             out.write(chunk)
+    if time.monotonic() >= end:
+        raise InvalidRequest(f"{target.name} took too long to fetch", "source")
     return copied

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +12,8 @@ import pytest
 from server.errors import InvalidRequest
 from server.sources import Sources, urls
 
+RELEASE = threading.Event()
+"""Set when the tests are over: what hangs need hang no longer."""
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"s" * 3_000_000}
 
 
@@ -61,7 +62,7 @@ class _Host(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.rpartition("/")[2]
         if "hang" in self.path:
-            time.sleep(3)
+            RELEASE.wait(10)
         elif "redirect" in self.path and name == "adapter_config.json":
             self.send_response(302)
             self.send_header("Location", "/good/adapter_config.json")
@@ -87,6 +88,7 @@ def host() -> Iterator[str]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
+    RELEASE.set()
     server.shutdown()
     server.server_close()
     thread.join()
