@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 from server.errors import InvalidRequest
 from server.sources import folder, hub, urls
@@ -70,10 +71,34 @@ class Sources:
         return any(fnmatchcase(repo, pattern) for pattern in self._hub_allow)
 
     async def _limited(self, fetch: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
-        """`fetch` in a thread, given up after the time limit. A source that hangs costs that thread, no more."""
+        """`fetch` in a thread of its own, given up after the time limit.
+
+        A source that hangs costs that thread, no more: it is none of a pool's, and the process ends without it.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[R] = loop.create_future()
+
+        def settle(result: R | None, error: BaseException | None) -> None:
+            if done.done():
+                return
+            if error is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(cast(R, result))
+
+        def run() -> None:
+            result, error = None, None
+            try:
+                result = fetch(*args, **options)
+            except Exception as e:
+                error = e
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(settle, result, error)
+
+        threading.Thread(target=run, name="fetch", daemon=True).start()
         try:
             async with asyncio.timeout(self._seconds):
-                return await asyncio.to_thread(fetch, *args, **options)
+                return await done
         except TimeoutError:
             raise InvalidRequest(f"the source did not answer within {self._seconds:g} s", "source") from None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,12 +41,19 @@ def check(url: str, allow: Sequence[str]) -> str:
 
 
 def fetch(url: str, folder: Path, *, max_bytes: int, seconds: float) -> None:
-    """Copy the adapter at `url` (already checked) into `folder`, within both limits. Raises InvalidRequest, OSError."""
+    """Copy the adapter at `url` (already checked) into `folder`, within both limits.
+
+    Raises InvalidRequest, TimeoutError, OSError.
+    """
     try:
         import fsspec
 
         scheme = urlsplit(url).scheme
-        options: dict[str, Any] = {"allow_redirects": False} if scheme in ("http", "https") else {}
+        options: dict[str, Any] = {}
+        if scheme in ("http", "https"):
+            import aiohttp
+
+            options = {"allow_redirects": False, "client_kwargs": {"timeout": aiohttp.ClientTimeout(total=seconds)}}
         files = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
     except (ImportError, ValueError) as e:
         raise InvalidRequest(f"this URL needs a package that is not installed: {e}", "source") from None
@@ -55,19 +62,36 @@ def fetch(url: str, folder: Path, *, max_bytes: int, seconds: float) -> None:
         limit = left if name.endswith(".safetensors") else min(left, _SMALL)
         try:
             left -= _copy(files, f"{url}/{name}", folder / name, limit, end)
-        except FileNotFoundError:
+        except FileNotFoundError as e:  # http's word for a host that cannot be reached, too: the cause tells
+            (folder / name).unlink(missing_ok=True)
             if name in _REQUIRED:
-                raise InvalidRequest(f"the URL has no {name}", "source") from None
+                reason = " ".join(str(e.__cause__ or "not found").split())[:200]
+                raise InvalidRequest(f"the URL gives no {name}: {reason}", "source") from None
 
 
 def _copy(files: Any, url: str, target: Path, limit: int, end: float) -> int:
     copied = 0
-    with files.open(url, "rb", block_size=_BLOCK.get(urlsplit(url).scheme, _CHUNK)) as remote, target.open("wb") as out:
-        while time.monotonic() < end and (chunk := remote.read(_CHUNK)):
+    with target.open("wb") as out:
+        for chunk in _chunks(files, url, end):
             copied += len(chunk)
             if copied > limit:
                 raise InvalidRequest(f"{target.name} is over the limit of {limit} bytes (--max-upload)", "source")
             out.write(chunk)
-    if time.monotonic() >= end:
-        raise InvalidRequest(f"{target.name} took too long to fetch", "source")
     return copied
+
+
+def _chunks(files: Any, url: str, end: float) -> Iterator[bytes]:
+    """The remote file in pieces. Raises FileNotFoundError, TimeoutError, and InvalidRequest for all else there."""
+    try:
+        if time.monotonic() >= end:
+            raise TimeoutError
+        with files.open(url, "rb", block_size=_BLOCK.get(urlsplit(url).scheme, _CHUNK)) as remote:
+            while chunk := remote.read(_CHUNK):
+                yield chunk
+                if time.monotonic() >= end:
+                    raise TimeoutError
+    except (FileNotFoundError, TimeoutError):
+        raise
+    except Exception as e:  # each protocol's library has errors of its own
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise InvalidRequest(f"the URL could not be read: {reason}", "source") from None

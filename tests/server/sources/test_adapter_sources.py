@@ -61,7 +61,9 @@ async def test_hub_ids_that_are_allowed(sources: Sources, tmp_path: Path, monkey
 class _Host(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.rpartition("/")[2]
-        if "hang" in self.path:
+        if "forbidden" in self.path:
+            self.send_error(403)
+        elif "hang" in self.path:
             RELEASE.wait(10)
         elif "redirect" in self.path and name == "adapter_config.json":
             self.send_response(302)
@@ -125,7 +127,8 @@ async def test_a_url(tmp_path: Path, host: str) -> None:
 @pytest.mark.parametrize(
     ("path", "limits", "message"),
     [
-        ("absent", {}, "has no adapter_config.json"),
+        ("absent", {}, "gives no adapter_config.json: .*404"),
+        ("forbidden", {}, "gives no adapter_config.json: .*403"),
         ("good", {"max_bytes": 2_000_000}, "over the limit"),
         ("hang", {"seconds": 0.5}, "within 0.5 s"),
     ],
@@ -144,3 +147,11 @@ async def test_redirects_are_not_followed(tmp_path: Path, host: str) -> None:
     sources = Sources(tmp_path, tmp_path / "scratch", url_allow=[f"{host}/redirect"])
     async with sources.open(f"{host}/redirect") as (folder, _):
         assert (folder / "adapter_config.json").read_bytes() != FILES["adapter_config.json"]
+
+
+async def test_a_host_that_is_not_there(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    sources = Sources(tmp_path, tmp_path / "scratch", url_allow=["http://127.0.0.1:9"])
+    with pytest.raises(InvalidRequest, match="gives no adapter_config.json: .*onnect"):
+        async with sources.open("http://127.0.0.1:9/lora"):
+            pass
