@@ -23,7 +23,7 @@ flags = $(if $(PORT),--port "$(PORT)") $(call typed,HOST,host) $(call typed,MODE
   $(call typed,DEVICE,device) $(call typed,THREADS,threads) $(call typed,STATE_DIR,state-dir) \
   $(call typed,ADAPTER_DIR,adapter-dir) $(call typed,CONFIG,config)
 
-.PHONY: help serve test fuzz soak lint format dashboard clean
+.PHONY: help serve test fuzz soak lint format dashboard clean bench
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' $(MAKEFILE_LIST)
 
@@ -45,6 +45,9 @@ fuzz: $(VENV)/.installed-dev
 MINUTES ?= 30
 soak: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(ARGS)
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/loramux bench steps $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
