@@ -306,7 +306,9 @@ def test_rejected_folders_with_their_reasons(page: Page) -> None:
 
 
 def test_tasks_live_and_jobs_show_what_there_is(page: Page, house: Live) -> None:
-    house.post("/generate?task=sentiment", {"prompt": FILM})
+    answered = house.post("/generate?task=sentiment", {"prompt": FILM})
+    sent = {"id": answered["id"], "score": 1.0}
+    assert house.client.post("/tasks/sentiment/feedback", json=sent).status_code == 204
     page.get_by_role("tab", name="Tasks").click()
     sentiment = page.locator("#task-rows tr").filter(has_text="sentiment").first
     expect(sentiment).to_contain_text("positive, negative")
