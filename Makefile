@@ -34,7 +34,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
 # Made-up requests over the whole OpenAPI document (FUZZ examples of each kind), and made-up files for every reader.
-FUZZ ?= 400
+FUZZ ?= 550
 fuzz: $(VENV)/.installed-dev
 	FUZZ_EXAMPLES=$(FUZZ) $(BIN)/python -m pytest -s --hypothesis-profile=fuzz -p no:cacheprovider \
 	  tests/server/api/test_schemathesis.py
