@@ -314,7 +314,9 @@ class Registry:
                 self._store.write(journal)
                 return Published(version, False, weights.metadata)
         fresh = digest not in self._store.records and digest not in self._store.journal.referenced()
-        renewed = self._store.adopt(staged, Record.of(weights, time.time()))
+        others = (h for other, h in self._names.histories.items() if other != name)
+        shared = any(history[:1] == (digest,) for history in others)
+        renewed = self._store.adopt(staged, Record.of(weights, time.time()), shared=shared)
         if not same:
             journal = journal.point(name, digest, source, time.time())
         try:

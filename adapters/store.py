@@ -201,15 +201,19 @@ class Store:
                     os.close(source)
             yield staged
 
-    def adopt(self, staged: Path, record: Record) -> bool:
+    def adopt(self, staged: Path, record: Record, *, shared: bool = False) -> bool:
         """Take a staged copy, found to be `record.digest`, as that version.
 
         If the version is here already, only its card, its task and its record are renewed, since equal digests mean
-        equal content; if its files were found damaged they are replaced too. Answers whether what is told of it is new.
+        equal content; if its files were found damaged they are replaced too. Under another name that is `shared`, what
+        is told of it stays, and only what was not told is added. Answers whether what is told of it is new.
         """
         digest, target = record.digest, self.path(record.digest)
         known = self.records.get(digest)
-        record = record if known is None else Record(**{**vars(record), "created_at": known.created_at})
+        if known is not None:
+            told = {k: v for k, v in known.metadata.items() if v is not None} if shared else {}
+            metadata = {**record.metadata, **told}
+            record = Record(**{**vars(record), "metadata": metadata, "created_at": known.created_at})
         with _told("keep the new version"):
             self._disk.write(staged / RECORD, json.dumps(asdict(record)))
             if known is None:
@@ -219,6 +223,8 @@ class Store:
                 self._disk.rename(staged, target)
                 self._disk.sync(self._versions)
             else:
+                if shared:
+                    self._keep_told(staged, target)
                 self._renew(staged, target, replaced=REQUIRED if digest in self.damaged else ())
         self.damaged.discard(digest)
         self.lost.pop(digest, None)
@@ -255,6 +261,12 @@ class Store:
         trash = Path(tempfile.mkdtemp(dir=self._incoming))
         self._disk.rename(folder, trash / folder.name)
         self._disk.remove(trash)
+
+    def _keep_told(self, staged: Path, target: Path) -> None:
+        """The side files of a version go over those of its new copy."""
+        for name in SIDE:
+            if (target / name).exists():
+                self._disk.write(staged / name, (target / name).read_text(encoding="utf-8"))
 
     def _renew(self, staged: Path, target: Path, replaced: tuple[str, ...]) -> None:
         for name in (*replaced, *SIDE, RECORD):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -381,3 +382,15 @@ def test_kill_minus_nine_while_registering(tmp_path: Path, folders: list[Path]) 
         assert set(check_whole(store)) & {"a", "b"}
         publish(store, "c", folders[0])
         store.close()
+
+
+def test_another_name_of_equal_content_takes_nothing_away(store: Store, folders: list[Path]) -> None:
+    digest = publish(store, "a", folders[0])
+    before = dict(store.records[digest].metadata)
+    bare = dataclasses.replace(store.records[digest], metadata={**before, "task": None})
+    with store.stage(folders[0]) as staged:
+        (staged / "task.json").unlink()
+        store.adopt(staged, bare, shared=True)
+    assert before["task"] is not None
+    assert store.records[digest].metadata == before
+    assert read_folder(store.path(digest), name="a").metadata["task"] == before["task"]
