@@ -76,9 +76,10 @@ def test_gradients_are_pefts_also_after_an_evaluation(llama, rslora):
     )
     model = Wrapped(llama)
     found = layers.inject(model.tree, LoraSpec(rank=3, alpha=7, rslora=rslora), seed=0)
+    random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for path, layer in found.items():
-            layer.lora_B.normal_(0, 0.3)
+            layer.lora_B.normal_(0, 0.3, generator=random)
             theirs = peft.base_model.model.get_submodule(path)
             theirs.lora_A["default"].weight.copy_(layer.lora_A)
             theirs.lora_B["default"].weight.copy_(layer.lora_B)
