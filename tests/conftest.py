@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 # Before torch is imported anywhere: tiny tensors are faster without a thread pool, and two cores are few.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
+"""No test is timed: how long an example takes says more of the machine than of the code."""
+
 hypothesis.settings.register_profile("fuzz", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "400")), deadline=None)
 """What `make fuzz` runs under."""
 
