@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from adapters.leases import Lease
 from adapters.weights import Choice, Version
 from server.engine.request import Constraint, Delivery, Request, Sampling, TokenLogprob
+from server.errors import QueueFull
 from server.metrics import Ended, Metrics
 from server.tasks.admission import Admission
 from server.tasks.mailbox import Inbox, Mailbox
@@ -153,7 +154,7 @@ class Inference:
         """Called on the loop's thread once a generation has ended and been recorded."""
         self.live: set[Generation] = set()
         self.admission = Admission()
-        self._leases = leases
+        self.leases = leases
         self._metrics = metrics
         self._mailbox = mailbox
         self._status_of = status_of
@@ -184,7 +185,7 @@ class Inference:
             self.refused(target, error, caller)
             raise
         try:
-            lease = self._leases.lease(target.choice)
+            lease = self.leases.lease(target.choice)
         except Exception as error:
             self.admission.leave(caller.tenant, task)
             self.refused(target, error, caller)
@@ -212,7 +213,12 @@ class Inference:
         return generation
 
     def refused(self, target: Target | None, error: Exception, caller: Caller) -> None:
-        """Record a call that never ran. Names that were not found are the client's words, and no labels."""
+        """Record a call that never ran. Names that were not found are the client's words, and no labels.
+
+        An evaluation that finds the queue full has not failed: it waits and tries again.
+        """
+        if isinstance(error, QueueFull) and not caller.latency:
+            return
         status = self._status_of(error)
         self._metrics.record(
             Ended(

@@ -67,8 +67,11 @@ def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
     return 100.0 * (1 + factor) * precision * recall / both if both else 0.0
 
 
-def bleu(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus BLEU over n-grams of tokens up to 4, 0 to 100 (Papineni et al. 2002)."""
+def bleu(answers: Sequence[str], references: Sequence[str], effective_order: bool = False) -> float:
+    """Corpus BLEU over n-grams of tokens up to 4, 0 to 100 (Papineni et al. 2002).
+
+    With `effective_order` only orders that the answers are long enough for count, which is for single sentences.
+    """
     hits, totals = [0] * BLEU_ORDER, [0] * BLEU_ORDER
     given = wanted = 0
     for answer, reference in zip(answers, references, strict=True):
@@ -80,15 +83,16 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> float:
             totals[n - 1] += sum(mine.values())
     if not hits[0]:
         return 0.0
+    orders = sum(total > 0 for total in totals) if effective_order else BLEU_ORDER
     logs, smooth = 0.0, 1.0
-    for hit, total in zip(hits, totals, strict=True):
+    for hit, total in zip(hits[:orders], totals[:orders], strict=True):
         if not total:
             return 0.0
         if not hit:
             smooth *= 2.0
         logs += math.log(hit / total if hit else 1.0 / (smooth * total))
     brevity = min(0.0, 1.0 - wanted / given)
-    return 100.0 * math.exp(logs / BLEU_ORDER + brevity)
+    return 100.0 * math.exp(logs / orders + brevity)
 
 
 def _tokens(text: str) -> list[str]:
@@ -109,3 +113,11 @@ METRICS: Mapping[str, Callable[[Sequence[str], Sequence[str]], float]] = {
     "bleu": bleu,
 }
 """Names of metrics -> function of answers and references."""
+
+
+def single(metric: str, answer: str, reference: str) -> float:
+    """What a metric says of one answer, from 0 to 1: for BLEU (of effective order) and chrF the score of its own."""
+    if metric == "bleu":
+        return bleu([answer], [reference], effective_order=True) / 100.0
+    value = METRICS[metric]([answer], [reference])
+    return value / 100.0 if metric == "chrf" else value

@@ -1,0 +1,235 @@
+"""Evaluation: a target over examples with known answers, through the engine, in the same batches as all else.
+
+Owns which metrics there are, what each says of single examples, and how two candidates are compared on the same ones.
+Examples are the callers'; nothing is stored here. Answers are greedy, at the lowest priority, and stay out of the
+latency records. The versions are leased for the whole evaluation: what is published meanwhile changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from adapters.data import Pair, Record
+from adapters.weights import Version
+from server.engine.request import Sampling
+from server.errors import InvalidRequest, NotReady, QueueFull
+from server.tasks import scores
+from server.tasks.definitions import METRICS, Task
+from server.tasks.inference import Caller, Generation, Inference
+from server.tasks.prompts import Prompts
+from server.tasks.resolve import Target
+from server.tasks.sampling import OWN_DEFAULTS, build
+
+LOSS = "loss"
+PRIORITY = 1
+"""Behind everybody else's requests."""
+IN_FLIGHT = 64
+"""Examples that are in the engine at a time: a full batch, and the next one waiting."""
+LONGEST_WAIT = 1.0
+"""Seconds before a full queue is tried again, at most."""
+
+Tell = Callable[[int, int], None]
+"""Called with the number of examples that are done, and of all."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """`value` is the metric as the field defines it: a share from 0 to 1 (accuracy, exact_match, rougeL), a corpus
+    score from 0 to 100 (bleu, chrf), or nats a token (loss). `values` has one number for each example, in order: from
+    0 to 1 (for bleu and chrf the sentence's own score over 100), or the example's mean nats a token.
+    """
+
+    metric: str
+    value: float
+    values: tuple[float, ...]
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.metric == LOSS
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of one candidate. `answers` are in the order of the examples, and empty if only the loss was asked."""
+
+    scores: Mapping[str, Score]
+    answers: tuple[str, ...]
+    versions: tuple[tuple[Version, float], ...]
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one candidate to another on the same examples: the mean of the differences, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def check_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
+    """The metrics, each once. Raises InvalidRequest for none, and for one that is not known."""
+    for metric in metrics:
+        if metric not in METRICS:
+            raise InvalidRequest(f"{str(metric)[:64]!r} is no metric; there are {', '.join(METRICS)}", "metric")
+    if not metrics:
+        raise InvalidRequest("a metric is needed", "metric")
+    return tuple(dict.fromkeys(metrics))
+
+
+def pairs(records: Sequence[Record]) -> list[Pair]:
+    """Records that have an input and an output. Raises InvalidRequest, naming the line of the first that has not."""
+    for record in records:
+        if not isinstance(record, Pair):
+            raise InvalidRequest(f"line {record.line}: an evaluation needs 'input' and 'output'", "data")
+    return [record for record in records if isinstance(record, Pair)]
+
+
+def default_metric(task: Task | None) -> str:
+    """What is looked at if nobody says: accuracy where there are labels, else chrF."""
+    return "accuracy" if task is not None and task.labels else "chrf"
+
+
+async def evaluate(
+    inference: Inference,
+    prompts: Prompts,
+    target: Target,
+    examples: Sequence[Pair],
+    metrics: Sequence[str] = ("accuracy",),
+    *,
+    tenant: str = "",
+    in_flight: int = IN_FLIGHT,
+    tell: Tell | None = None,
+) -> Evaluation:
+    """Answer (and, for the loss, score) every example, and measure. On the loop's thread.
+
+    A queue that is full is waited for. Cancelling the coroutine stops what runs within a step. Raises InvalidRequest,
+    naming the example's line, for one that does not fit into the context; what the engine raises; UnknownAdapter.
+    """
+    metrics = check_metrics(metrics)
+    if not examples:
+        raise InvalidRequest("there are no examples", "data")
+    started = time.monotonic()
+    with inference.leases.lease(target.choice) as lease:
+        versions = tuple(lease.versions)
+        fixed = Target(target.name, target.task, [(f"{v.name}@{v.digest}", w) for v, w in versions])
+        run = _Run(inference, prompts, fixed, Caller(tenant, priority=PRIORITY, latency=False), metrics)
+        await run.all(examples, in_flight, tell or (lambda done, total: None))
+    return Evaluation(
+        {metric: run.score(metric, examples) for metric in metrics},
+        tuple(run.answers),
+        versions,
+        run.prompt_tokens,
+        run.completion_tokens,
+        time.monotonic() - started,
+    )
+
+
+def difference(ours: Score, theirs: Score) -> Difference:
+    """Paired: how much more `ours` has on the same examples (less is better for a loss). Normal approximation."""
+    each = [a - b for a, b in zip(ours.values, theirs.values, strict=True)]
+    mean = fmean(each)
+    half = 1.96 * stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.inf
+    return Difference(mean, mean - half, mean + half)
+
+
+class _Run:
+    """One evaluation while it goes on."""
+
+    def __init__(
+        self, inference: Inference, prompts: Prompts, target: Target, caller: Caller, metrics: Sequence[str]
+    ) -> None:
+        self._inference, self._prompts, self._target, self._caller = inference, prompts, target, caller
+        self._with_loss = LOSS in metrics
+        self._with_text = any(metric != LOSS for metric in metrics)
+        self.answers: list[str] = []
+        self._losses: list[tuple[float, int]] = []
+        self.prompt_tokens = self.completion_tokens = 0
+
+    async def all(self, examples: Sequence[Pair], in_flight: int, tell: Tell) -> None:
+        self.answers = [""] * len(examples)
+        self._losses = [(0.0, 0)] * len(examples)
+        left = iter(range(len(examples)))
+        done = 0
+
+        async def work(numbers: Iterator[int]) -> None:
+            nonlocal done
+            for number in numbers:
+                await self._one(number, examples[number])
+                done += 1
+                tell(done, len(examples))
+
+        tell(0, len(examples))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(in_flight, len(examples))):
+                    group.create_task(work(left))
+        except BaseExceptionGroup as errors:
+            # The first failure is the reason; the other workers were cancelled because of it, or failed alike.
+            raise errors.exceptions[0] from None
+
+    async def _one(self, number: int, example: Pair) -> None:
+        try:
+            if self._with_text:
+                await self._answer(number, example)
+            if self._with_loss:
+                await self._score(number, example)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"line {example.line}: {error.message}", error.param) from error
+
+    async def _answer(self, number: int, example: Pair) -> None:
+        task = self._target.task
+        ids = await self._prompts.of_input(task, example.input)
+        defaults = {**(task.defaults if task else {}), "temperature": 0.0, "logprobs": None}
+        sampling = build({}, defaults, OWN_DEFAULTS, self._prompts.room, len(ids))
+        generation = await self._ran([ids], [sampling], ())
+        self.answers[number] = "".join(generation.replies[0].text)
+
+    async def _score(self, number: int, example: Pair) -> None:
+        encoded = await self._prompts.of_labels(self._target.task, example.input, [example.output])
+        sampling = Sampling(max_tokens=1, logprobs=0)
+        generation = await self._ran([ids for ids, _ in encoded], [sampling], [count for _, count in encoded])
+        found = generation.replies[0].logprobs
+        self._losses[number] = (-sum(token.logprob for token in found), len(found))
+
+    async def _ran(
+        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], scored: Sequence[int]
+    ) -> Generation:
+        generation = await self._started(prompts, samplings, scored)
+        try:
+            await generation.finished()
+        except BaseException:
+            generation.cancel()
+            raise
+        if generation.cancelled:
+            raise NotReady("the engine stopped before the evaluation was complete; start it again", retry_after=2.0)
+        usage: dict[str, Any] = generation.usage()
+        self.prompt_tokens += usage["prompt_tokens"]
+        self.completion_tokens += usage["completion_tokens"]
+        return generation
+
+    async def _started(
+        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], scored: Sequence[int]
+    ) -> Generation:
+        """Submits, and waits where the queue has no place: those that it is full of go first anyway."""
+        while True:
+            try:
+                return self._inference.start(self._target, prompts, samplings, self._caller, scored=scored)
+            except QueueFull as error:
+                await asyncio.sleep(min(error.retry_after or LONGEST_WAIT, LONGEST_WAIT))
+
+    def score(self, metric: str, examples: Sequence[Pair]) -> Score:
+        if metric == LOSS:
+            nats, tokens = (sum(part) for part in zip(*self._losses, strict=True))
+            return Score(metric, nats / tokens, tuple(loss / count for loss, count in self._losses))
+        references = [example.output for example in examples]
+        values = tuple(scores.single(metric, a, r) for a, r in zip(self.answers, references, strict=True))
+        return Score(metric, scores.METRICS[metric](self.answers, references), values)

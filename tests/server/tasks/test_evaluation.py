@@ -1,0 +1,142 @@
+"""Evaluation through a real engine over the tiny base: what it measures, in which order, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from adapters import data, training
+from adapters.data import Completion, Pair
+from adapters.peft_format import save
+from adapters.weights import LoraWeights
+from server.api.assembly import build
+from server.api.runtime import Parts
+from server.engine.text import Text
+from server.errors import InvalidRequest, QueueFull
+from server.jobs.encoding import Template, encoder
+from server.jobs.trainable import Trainable
+from server.metrics import Metrics
+from server.model.loader import Base
+from server.settings import Settings
+from server.tasks import scores
+from server.tasks.evaluation import Score, check_metrics, difference, evaluate, pairs
+from server.tasks.mailbox import Mailbox
+
+TASK = {"prompt": "Say: {input}", "format": "chat", "defaults": {"max_tokens": 5, "temperature": 1.5, "logprobs": 2}}
+EXAMPLES = [Pair(i + 1, f"text {i} " + "and " * (i % 5), ("yes", "no", "in the end")[i % 3]) for i in range(23)]
+
+
+@pytest_asyncio.fixture
+async def parts(tmp_path: Path, tiny_base: Base, tiny_adapter: Callable[..., LoraWeights]) -> AsyncIterator[Parts]:
+    settings = Settings(state_dir=tmp_path, library=None, kv_cache=8 << 20, threads=1, adapter_ram=64 << 20)
+    house = build(settings, tiny_base, Metrics(), Mailbox(asyncio.get_running_loop()))
+    for seed, name in enumerate(("a", "b")):
+        folder = tmp_path / "made" / name
+        folder.mkdir(parents=True)
+        save(tiny_adapter(seed), folder, base="tiny")
+        house.parts.registry.publish_now(name, folder, source="file")
+    house.parts.tasks.put("say", {**TASK, "route": {"choice": [{"name": "a"}, {"name": "b", "weight": -0.5}]}})
+    yield house.parts
+    await asyncio.to_thread(house.close, 0.0)
+
+
+async def measured(parts: Parts, *metrics: str, override: Any = None, **more: Any) -> Any:
+    target = parts.resolver.task("say", override)
+    return await evaluate(parts.inference, parts.prompts, target, EXAMPLES, metrics, **more)
+
+
+async def test_answers_are_greedy_in_order_and_scored_as_the_metric_says(parts: Parts) -> None:
+    told: list[tuple[int, int]] = []
+    found = await measured(parts, "chrf", "accuracy", "chrf", tell=lambda done, total: told.append((done, total)))
+    assert set(found.scores) == {"chrf", "accuracy"} and len(found.answers) == len(EXAMPLES)
+    assert [v.name for v, _ in found.versions] == ["a", "b"] and [w for _, w in found.versions] == [1.0, -0.5]
+    assert told == [(i, len(EXAMPLES)) for i in range(len(EXAMPLES) + 1)]
+    references = [e.output for e in EXAMPLES]
+    assert found.scores["chrf"].value == scores.chrf(found.answers, references)
+    assert all(0 <= value <= 1 for score in found.scores.values() for value in score.values)
+    alone = await measured(parts, "accuracy", in_flight=1)
+    assert alone.answers == found.answers, "the same whatever is in the batch"
+    assert found.prompt_tokens == alone.prompt_tokens > 0 and found.completion_tokens > len(EXAMPLES)
+
+
+async def test_the_loss_is_the_trainers(parts: Parts, tiny_base: Base) -> None:
+    found = (await measured(parts, "loss", override=[])).scores["loss"]
+    encode = encoder(Text(tiny_base.vocabulary), Template.of(TASK))
+    tokens = data.tokenize(EXAMPLES, encode, 1000)
+    expected, _ = training.evaluate_loss(Trainable(tiny_base, "float32"), tokens)
+    assert found.value == pytest.approx(expected, rel=1e-4)
+    counts = [example.targets for example in tokens.examples]
+    weighted = sum(v * n for v, n in zip(found.values, counts, strict=True)) / sum(counts)
+    assert weighted == pytest.approx(found.value) and found.lower_is_better
+
+
+async def test_a_mix_of_its_own_and_a_pair_on_the_same_examples(parts: Parts) -> None:
+    one = (await measured(parts, "loss", override=[("a", 1.0)])).scores["loss"]
+    two = (await measured(parts, "loss", override=[("b", 1.0)])).scores["loss"]
+    assert one.values != two.values
+    found = difference(one, two)
+    assert found.low < found.mean < found.high
+    assert found.mean == pytest.approx(sum(one.values) / len(EXAMPLES) - sum(two.values) / len(EXAMPLES))
+    same = difference(one, one)
+    assert (same.low, same.mean, same.high) == (0.0, 0.0, 0.0)
+    assert math.isinf(difference(Score("loss", 1, (1.0,)), Score("loss", 1, (2.0,))).high)
+
+
+async def test_cancelling_stops_everything_and_gives_the_leases_back(parts: Parts) -> None:
+    begun = asyncio.Event()
+    job = asyncio.create_task(measured(parts, "accuracy", in_flight=3, tell=lambda done, total: done and begun.set()))
+    await begun.wait()
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    for _ in range(500):
+        if not parts.inference.live and not parts.registry.memory()["leases"]:
+            break
+        await asyncio.sleep(0.01)
+    assert not parts.inference.live and not parts.registry.memory()["leases"]
+
+
+async def test_an_example_that_does_not_fit_is_named_by_its_line(parts: Parts) -> None:
+    long = [*EXAMPLES, Pair(99, "x " * 400, "yes")]
+    target = parts.resolver.task("say", None)
+    with pytest.raises(InvalidRequest, match="line 99: .*context"):
+        await evaluate(parts.inference, parts.prompts, target, long, ["accuracy"])
+    with pytest.raises(InvalidRequest, match="no examples"):
+        await evaluate(parts.inference, parts.prompts, target, [], ["accuracy"])
+
+
+async def test_a_full_queue_is_waited_for_and_is_no_failed_request(parts: Parts) -> None:
+    submit, refused = parts.inference.engine.submit, []
+
+    def full(request: Any) -> None:
+        if len(refused) < 5:
+            refused.append(request.id)
+            raise QueueFull("full", retry_after=0.01)
+        submit(request)
+
+    parts.inference.engine.submit = full  # type: ignore[method-assign]
+    found = await measured(parts, "exact_match")
+    assert len(refused) == 5 and len(found.answers) == len(EXAMPLES)
+
+
+def test_metrics_and_records_are_checked() -> None:
+    assert check_metrics(["bleu", "loss", "bleu"]) == ("bleu", "loss")
+    with pytest.raises(InvalidRequest, match="no metric"):
+        check_metrics(["perplexity"])
+    with pytest.raises(InvalidRequest, match="needed"):
+        check_metrics([])
+    with pytest.raises(InvalidRequest, match="line 2: .*'input'"):
+        pairs([Pair(1, "a", "b"), Completion(2, "a", "b")])
+
+
+def test_what_single_answers_are_worth() -> None:
+    assert scores.single("bleu", "two words", "two words") == pytest.approx(1.0)
+    assert scores.single("chrf", "abc", "abc") == pytest.approx(1.0)
+    assert scores.single("rougeL", "a b", "a c") == pytest.approx(0.5)
+    assert scores.single("accuracy", " YES", "yes") == 1.0
