@@ -9,7 +9,7 @@ import typer
 
 from adapters.errors import AdapterError
 from server.bench import command as bench
-from server.cli import adapters, generate, models, offline, serve, train
+from server.cli import adapters, evaluate, generate, models, offline, serve, train
 from server.errors import ServerError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(train.train)
+app.command()(evaluate.evaluate)
 app.command()(offline.compose)
 app.command()(offline.prune)
 app.add_typer(adapters.app, name="adapters")

@@ -1,0 +1,96 @@
+"""A base and the parts of a server in this process, for commands that answer without one. Owns how they are opened.
+
+A server may hold the store of the state directory, so the parts stand on a store of their own, which goes at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from server.cli.terminal import progress
+from server.errors import InvalidRequest
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.api.assembly import House
+    from server.kernels import Backend
+    from server.model.loader import Base
+
+BASE_ALONE = "base"
+"""As a candidate: no adapter at all."""
+
+
+def open_base(settings: Settings, backend: Backend, quiet: bool) -> Base:
+    """The base that the settings name, fetched and packed with a bar for people unless `quiet`."""
+    from server.model.loader import load_base
+    from server.sources import resolve_model
+
+    with progress("bytes", quiet=quiet) as bar:
+        name, source = resolve_model(settings.model, settings.state_dir, progress=bar)
+    with progress("parameters", quiet=quiet) as bar:
+        return load_base(
+            source,
+            name=name,
+            backend=backend,
+            quantization=settings.quantization,
+            group_size=settings.group_size,
+            double_quant=settings.double_quant,
+            table_bits=settings.table_bits,
+            cache_dir=settings.cache_dir,
+            progress=bar,
+        )
+
+
+@contextlib.asynccontextmanager
+async def opened(settings: Settings, base: Base) -> AsyncIterator[House]:
+    """The parts of a server over `base`, in this process, with the library's adapters and no others."""
+    from server.api.assembly import build
+    from server.metrics import Metrics
+    from server.tasks.mailbox import Mailbox
+
+    with tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
+        own = settings.model_copy(update={"state_dir": Path(scratch), "adapter_dir": None})
+        mailbox = Mailbox(asyncio.get_running_loop())
+        house = await asyncio.to_thread(build, own, base, Metrics(), mailbox)
+        try:
+            yield house
+        finally:
+            await asyncio.to_thread(house.close, 0.0)
+
+
+def choice_of(house: House, mix: str) -> list[tuple[str, float]]:
+    """`NAME=0.7+FOLDER=0.3` as a choice; `base` is the base alone. Raises InvalidRequest."""
+    if mix == BASE_ALONE:
+        return []
+    parts = [mix] if Path(mix).expanduser().is_dir() else mix.split("+")
+    return [weighted(house, part) for part in parts]
+
+
+def weighted(house: House, text: str) -> tuple[str, float]:
+    """NAME=WEIGHT as an entry of a choice; a folder is published first, under its own name if that is free.
+
+    Raises InvalidRequest.
+    """
+    from adapters.weights import check_weight
+
+    name, equals, weight_text = text.rpartition("=")
+    if not equals:
+        name, weight_text = text, "1"
+    try:
+        weight = check_weight(float(weight_text))
+    except ValueError:
+        raise InvalidRequest(f"the weight of {name!r} must be a number, not {weight_text!r}", "adapter") from None
+    registry = house.parts.registry
+    folder = Path(name).expanduser()
+    if name not in registry.names() and folder.is_dir():
+        own = folder.resolve().name
+        others = (f"{own}-{number}" for number in itertools.count(2))
+        name = next(free for free in itertools.chain([own], others) if free not in registry.names())
+        registry.publish_now(name, folder, source="file")
+    return name, weight

@@ -1,0 +1,80 @@
+"""`loramux evaluate` over the tiny base: candidates by name, folder and mix, people's table and machines' JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from adapters.peft_format import save
+from adapters.weights import LoraWeights
+from server.cli import app, evaluate
+from server.model.loader import Base
+
+runner = CliRunner()
+SETTINGS = ["--state-dir", "state"]
+
+
+@pytest.fixture
+def given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base: Base, tiny_adapter: Callable[..., LoraWeights]
+) -> Path:
+    """A folder with data, a task.json and two adapters, the first of which ships and brings the task `mood`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "open_base", lambda settings, backend, quiet: tiny_base)
+    task = {"task": "mood", "prompt": "Mood: {input}", "labels": ["good", "bad"], "defaults": {"max_tokens": 3}}
+    save(tiny_adapter(1), tmp_path / "library" / "mood", base="tiny", task=task)
+    save(tiny_adapter(2), tmp_path / "mine" / "mood", base="tiny")
+    (tmp_path / "task.json").write_text(json.dumps({**task, "task": "another", "labels": []}))
+    lines = [json.dumps({"input": f"text {i}", "output": "good" if i % 2 else "bad"}) for i in range(9)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_candidates_are_compared_on_the_same_examples(given: Path) -> None:
+    command = ["evaluate", "data.jsonl", "--task", "mood", "--metric", "loss", "--metric", "accuracy", "--limit", "7"]
+    command += ["--candidate", "mood", "--candidate", "mine/mood", "--candidate", "base"]
+    command += ["--candidate", "mood=0.5+mine/mood=-1", "--library", "library", "--answers", "said.jsonl", *SETTINGS]
+    done = runner.invoke(app, [*command, "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    mood, mine, base, mix = told["candidates"]
+    assert told["examples"] == 7 and [len(row["adapters"]) for row in told["candidates"]] == [1, 1, 0, 2]
+    assert mood["adapters"] != mine["adapters"], "a folder does not take the place of what ships"
+    assert "difference" not in mood["scores"]["loss"]
+    found = mine["scores"]["loss"]
+    assert found["difference"]["low"] <= found["difference"]["mean"] <= found["difference"]["high"]
+    assert base["scores"]["loss"]["value"] != mix["scores"]["loss"]["value"]
+    said = [json.loads(line) for line in (given / "said.jsonl").read_text().splitlines()]
+    assert len(said) == 7 and set(said[0]["answers"]) == {"mood", "mine/mood", "base", "mood=0.5+mine/mood=-1"}
+    shown = runner.invoke(app, command)
+    assert "to the first" in shown.stdout and "mine/mood" in shown.stdout and "±" in shown.stdout
+
+
+def test_a_task_file_and_the_metric_that_fits(given: Path) -> None:
+    done = runner.invoke(
+        app, ["evaluate", "data.jsonl", "--task", "task.json", "--json", *SETTINGS, "--library", "library"]
+    )
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.stdout)["candidates"]
+    assert list(row["scores"]) == ["chrf"] and row["adapters"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.jsonl", "--task", "unknown"], "no task 'unknown'"),
+        (["data.jsonl", "--task", "mood", "--metric", "f1"], "'f1' is no metric"),
+        (["data.jsonl", "--task", "mood", "--candidate", "nobody"], "nobody"),
+        (["data.jsonl", "--task", "mood", "--candidate", "mood=x"], "must be a number"),
+        (["bad.jsonl", "--task", "mood"], "line 2: an evaluation needs"),
+        (["none.jsonl", "--task", "mood"], "cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_said(given: Path, arguments: list[str], message: str) -> None:
+    (given / "bad.jsonl").write_text('{"input": "a", "output": "b"}\n{"prompt": "a", "completion": "b"}')
+    done = runner.invoke(app, ["evaluate", *arguments, "--library", "library", *SETTINGS])
+    assert done.exit_code != 0 and message in str(done.exception)
