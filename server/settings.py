@@ -166,6 +166,8 @@ class Settings(BaseModel):
     # Sources
     hub_allow: Names = Field((), description="hub ids that adapters may be loaded from, org/name or org/*")
     url_allow: Names = Field((), description="URL prefixes that adapters may be loaded from")
+    fetch_disk: Size = Field(4 << 30, description="disk for adapters on their way from hub or URL, all together")
+    fetch_time: Duration = Field(300.0, description="longest time that one adapter may be on its way")
 
     # Quality records
     quality_retention: Duration = Field(90 * 86_400.0, description="how long scores and latencies of tasks are kept")
@@ -191,6 +193,16 @@ class Settings(BaseModel):
             raise BadSetting("nf4 has groups of 64; leave --group-size out", "group_size")
         if self.group_size is not None and (self.group_size < 16 or self.group_size % 16):
             raise BadSetting(f"group_size must be a multiple of 16, not {self.group_size}", "group_size")
+        return self
+
+    @model_validator(mode="after")
+    def _native(self) -> Self:
+        if self.kernels in ("auto", "native") and self.device != "cuda" and self.block_size % 16:
+            raise BadSetting(
+                f"block_size must be a multiple of 16 for the native kernels, not {self.block_size}; "
+                "--kernels reference or aten take any",
+                "block_size",
+            )
         return self
 
     @property

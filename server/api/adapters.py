@@ -38,7 +38,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO})
 """Errors that are the disk's, and no client's."""
 OPTIONAL = ("README.md", "task.json")
-WRITE = errors(400, 404, 409, 412, 422, 500, 503, 507)
+WRITE = errors(400, 404, 409, 412, 422, 429, 500, 503, 507)
 
 Name = Annotated[str, PathParameter(max_length=64)]
 IfMatch = Annotated[str | None, Header(alias="if-match", max_length=160, description="the version it must have now")]

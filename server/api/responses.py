@@ -15,7 +15,7 @@ _TEXTS = {
     412: "compare-and-set failed",
     413: "the body is too large",
     422: "the schema refuses it",
-    429: "the queue is full; `Retry-After` says when to come back",
+    429: "too much is waiting already; `Retry-After` says when to come back",
     500: "a failure of ours; the log has more under the id that is told",
     503: "loading or draining; `Retry-After` says when to come back",
     504: "the deadline passed",

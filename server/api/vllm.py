@@ -11,7 +11,7 @@ from server.api.runtime import Ready
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
 
-WRITE = errors(400, 404, 409, 500, 503, 507)
+WRITE = errors(400, 404, 409, 429, 500, 503, 507)
 
 
 @router.post("/load_lora_adapter", responses=WRITE)

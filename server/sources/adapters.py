@@ -10,13 +10,16 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from server.errors import InvalidRequest
 from server.sources import folder, hub, urls
+from server.sources.budget import Budget, Spend
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_PREFIX = "fetch-"
 
 
 class Sources:
@@ -24,7 +27,8 @@ class Sources:
 
     `directory` is the user's adapter directory. `hub_allow` has hub ids (org/name, or org/* for all of an
     organization) and `url_allow` URL prefixes; both are empty unless the operator says otherwise. Fetched files go to
-    `scratch`, at most `max_bytes` an adapter, within `seconds`.
+    `scratch`, at most `max_bytes` an adapter and `disk` bytes in all at one time, within `seconds`. What an earlier
+    process left in `scratch` is removed.
     """
 
     def __init__(
@@ -35,31 +39,37 @@ class Sources:
         hub_allow: Sequence[str] = (),
         url_allow: Sequence[str] = (),
         max_bytes: int = 1 << 30,
+        disk: int = 4 << 30,
         seconds: float = 300.0,
     ) -> None:
         self._directory, self._scratch = directory, scratch
         self._hub_allow, self._url_allow = tuple(hub_allow), tuple(url_allow)
         self._max_bytes, self._seconds = max_bytes, seconds
+        self.budget = Budget(disk)
+        for left in scratch.glob(f"{_PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     @asynccontextmanager
     async def open(self, source: str) -> AsyncIterator[tuple[Path, Path]]:
         """The folder of `source`, and the directory that links in it may not leave.
 
         `source` is a path inside the adapter directory, `org/name@revision`, or a URL. What was fetched is gone when
-        the context ends. Raises InvalidRequest, with the reason, and OSError if the disk refuses.
+        the context ends. Raises InvalidRequest, with the reason; NoCapacity or QueueFull if the disk budget is too
+        small or used up; OSError if the disk refuses.
         """
         if urls.is_url(source):
             url = urls.check(source, self._url_allow)
-            async with self._temporary() as place:
-                await self._limited(urls.fetch, url, place, max_bytes=self._max_bytes, seconds=self._seconds)
+            async with self._temporary() as (place, spend):
+                limits: dict[str, Any] = {"max_bytes": self._max_bytes, "seconds": self._seconds}
+                await self._limited(urls.fetch, url, place, **limits, spend=spend)
                 yield place, place
             return
         found = await asyncio.to_thread(folder.inside, source, self._directory)
         if found is not None:
             yield found, self._directory
         elif hub.is_id(source) and self._hub_allowed(source):
-            async with self._temporary() as place:
-                fetched = await self._limited(hub.fetch_adapter, source, place, self._max_bytes)
+            async with self._temporary() as (place, spend):
+                fetched = await self._limited(hub.fetch_adapter, source, place, self._max_bytes, spend)
                 yield fetched, place
         else:
             raise InvalidRequest(
@@ -103,13 +113,14 @@ class Sources:
             raise InvalidRequest(f"the source did not answer within {self._seconds:g} s", "source") from None
 
     @asynccontextmanager
-    async def _temporary(self) -> AsyncIterator[Path]:
+    async def _temporary(self) -> AsyncIterator[tuple[Path, Spend]]:
         def make() -> Path:
             self._scratch.mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix="fetch-", dir=self._scratch))
+            return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._scratch))
 
         place = await asyncio.to_thread(make)
         try:
-            yield place
+            with self.budget.account() as spend:
+                yield place, spend
         finally:
             await asyncio.to_thread(shutil.rmtree, place, True)

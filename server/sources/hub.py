@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from server.errors import BadModel, InvalidRequest, ServerError
+from server.sources.budget import Spend
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
@@ -43,10 +44,10 @@ def fetch_model(hub_id: str, directory: Path) -> Path:
     return folder
 
 
-def fetch_adapter(hub_id: str, directory: Path, max_bytes: int) -> Path:
-    """The folder of an adapter on the hub. Raises InvalidRequest."""
+def fetch_adapter(hub_id: str, directory: Path, max_bytes: int, spend: Spend) -> Path:
+    """The folder of an adapter on the hub; `spend` is told its bytes. Raises InvalidRequest, and what `spend` does."""
     try:
-        return _snapshot(hub_id, directory, _ADAPTER_FILES, max_bytes=max_bytes)
+        return _snapshot(hub_id, directory, _ADAPTER_FILES, max_bytes=max_bytes, spend=spend)
     except _Unavailable as e:
         raise InvalidRequest(e.message, "source") from None
 
@@ -60,7 +61,12 @@ class _Unavailable(ServerError):
 
 
 def _snapshot(
-    hub_id: str, directory: Path, patterns: list[str], ignore: Sequence[str] = (), max_bytes: int | None = None
+    hub_id: str,
+    directory: Path,
+    patterns: list[str],
+    ignore: Sequence[str] = (),
+    max_bytes: int | None = None,
+    spend: Spend = lambda count: None,
 ) -> Path:
     match = _ID.fullmatch(hub_id)
     if match is None:
@@ -76,11 +82,12 @@ def _snapshot(
             size = sum(f.size or 0 for f in info.siblings or () if f.rfilename in patterns)
             if size > max_bytes:
                 raise _Unavailable(f"{hub_id} has {size} bytes, over the limit of {max_bytes} (--max-upload)")
+            spend(size)
             revision = info.sha  # what was measured is what is fetched
         folder = huggingface_hub.snapshot_download(
             repo, revision=revision, cache_dir=directory, allow_patterns=patterns, ignore_patterns=list(ignore)
         )
-    except _Unavailable:
+    except ServerError:
         raise
     except Exception as e:  # the library has dozens of error classes of no common base
         reason = " ".join(str(e).split("\n", 1)[0].split())[:300]

@@ -1,26 +1,45 @@
 """Adapters below a URL, through `fsspec`: http(s), s3, gs and whatever protocol is installed; never local files.
 
 Only below prefixes that the settings allow, with limits on bytes and time; redirects are not followed, since they
-could lead out of the allow-list.
+could lead out of the allow-list. What breaks on the way is asked for again, what is refused is not. Where the folder
+has a file SHA256SUMS (as `sha256sum` writes it), the files that it lists must agree with it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from server.errors import InvalidRequest
+from server.sources.budget import Spend
+
+T = TypeVar("T")
 
 _REQUIRED = ("adapter_config.json", "adapter_model.safetensors")
 _OPTIONAL = ("task.json", "README.md")
+_SUMS = "SHA256SUMS"
 _SMALL = 1 << 20  # bytes of any file but the tensors
 _CHUNK = 1 << 20
 _BLOCK = {"http": 0, "https": 0}  # as a stream: not every host serves ranges
 _LOCAL = frozenset({"file", "local", "memory", "zip", "tar", "libarchive", "git", "ssh", "sftp", "smb", "reference"})
+_TRIES, _PAUSE = 3, 0.5
+"""How often a file is asked for, and how many seconds the first pause is between."""
+_MAY_PASS = frozenset({408, 425, 429})  # of the statuses below 500
+_SILENCE = 30.0
+"""Seconds after which a host that says nothing is given up, and asked again."""
+
+
+class _Broken(Exception):
+    """The transfer failed in a way that may pass."""
+
+
+class _Refused(Exception):
+    """The host has no such file, or does not give it: asking again would not help."""
 
 
 def is_url(text: str) -> bool:
@@ -40,58 +59,134 @@ def check(url: str, allow: Sequence[str]) -> str:
     return trimmed
 
 
-def fetch(url: str, folder: Path, *, max_bytes: int, seconds: float) -> None:
-    """Copy the adapter at `url` (already checked) into `folder`, within both limits.
+def fetch(url: str, folder: Path, *, max_bytes: int, seconds: float, spend: Spend) -> None:
+    """Copy the adapter at `url` (already checked) into `folder`, within both limits, telling `spend` of every byte.
 
-    Raises InvalidRequest, TimeoutError, OSError.
+    Raises InvalidRequest, TimeoutError, OSError, and what `spend` raises.
     """
+    fetcher = _Fetcher(_filesystem(urlsplit(url).scheme, seconds), time.monotonic() + seconds, spend)
+    sums = _read_sums(fetcher.text(f"{url}/{_SUMS}"))
+    left = max_bytes
+    for name in (*_REQUIRED, *_OPTIONAL):
+        limit = left if name.endswith(".safetensors") else min(left, _SMALL)
+        try:
+            size, digest = fetcher.copy(f"{url}/{name}", folder / name, limit)
+        except _Refused as e:  # where nobody may list a bucket, what is not there is forbidden
+            if name in _REQUIRED:
+                raise InvalidRequest(f"the URL gives no {name}: {e}", "source") from None
+            continue
+        left -= size
+        if sums.get(name, digest) != digest:
+            raise InvalidRequest(f"{name} is not what {_SUMS} says: it has the SHA-256 {digest}", "source")
+
+
+def _read_sums(text: str) -> dict[str, str]:
+    """Digests by file name, from lines of `<sha256> [ *]<name>`."""
+    lines = re.findall(r"^([0-9a-fA-F]{64}) [ *](?:\./)?(\S+)\s*$", text, re.MULTILINE)
+    return {name: digest.lower() for digest, name in lines}
+
+
+def _filesystem(scheme: str, seconds: float) -> Any:
+    """`fsspec`'s files of one protocol, with time limits where the protocol has them. Raises InvalidRequest."""
+    silence = min(seconds, _SILENCE)
     try:
         import fsspec
 
-        scheme = urlsplit(url).scheme
         options: dict[str, Any] = {}
         if scheme in ("http", "https"):
             import aiohttp
 
-            options = {"allow_redirects": False, "client_kwargs": {"timeout": aiohttp.ClientTimeout(total=seconds)}}
-        files = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
+            timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=silence, sock_read=silence)
+            options = {"allow_redirects": False, "client_kwargs": {"timeout": timeout}}
+        elif scheme in ("s3", "s3a"):
+            limits = {"connect_timeout": silence, "read_timeout": silence, "retries": {"max_attempts": 0}}
+            options = {"config_kwargs": limits}
+        return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
     except (ImportError, ValueError) as e:
         raise InvalidRequest(f"this URL needs a package that is not installed: {e}", "source") from None
-    end, left = time.monotonic() + seconds, max_bytes
-    for name in (*_REQUIRED, *_OPTIONAL):
-        limit = left if name.endswith(".safetensors") else min(left, _SMALL)
+
+
+class _Fetcher:
+    """Reads files of one filesystem until `end` on the monotonic clock."""
+
+    def __init__(self, files: Any, end: float, spend: Spend) -> None:
+        self._files, self._end, self._spend = files, end, spend
+
+    def text(self, url: str) -> str:
+        """A small file's text; empty if it is not there."""
         try:
-            left -= _copy(files, f"{url}/{name}", folder / name, limit, end)
-        except FileNotFoundError as e:  # http's word for a host that cannot be reached, too: the cause tells
-            (folder / name).unlink(missing_ok=True)
-            if name in _REQUIRED:
-                reason = " ".join(str(e.__cause__ or "not found").split())[:200]
-                raise InvalidRequest(f"the URL gives no {name}: {reason}", "source") from None
+            return _again(lambda: b"".join(self._chunks(url, _SUMS, _SMALL)), self._end).decode("utf-8", "replace")
+        except _Refused:
+            return ""
+
+    def copy(self, url: str, target: Path, limit: int) -> tuple[int, str]:
+        """Copy one file of up to `limit` bytes; answers its size and its SHA-256. Nothing is left of a failure."""
+
+        def attempt() -> tuple[int, str]:
+            copied, digest = 0, hashlib.sha256()
+            try:
+                with target.open("wb") as out:
+                    for chunk in self._chunks(url, target.name, limit):
+                        self._spend(len(chunk))
+                        copied += len(chunk)
+                        out.write(chunk)
+                        digest.update(chunk)
+            except (_Broken, _Refused):
+                target.unlink(missing_ok=True)
+                self._spend(-copied)
+                raise
+            return copied, digest.hexdigest()
+
+        return _again(attempt, self._end)
+
+    def _chunks(self, url: str, name: str, limit: int) -> Iterator[bytes]:
+        """The remote file in pieces. Raises _Refused, _Broken, TimeoutError, and InvalidRequest over `limit` bytes."""
+        copied, expected = 0, None
+        try:
+            if time.monotonic() >= self._end:
+                raise TimeoutError
+            with self._files.open(url, "rb", block_size=_BLOCK.get(urlsplit(url).scheme, _CHUNK)) as remote:
+                expected = getattr(remote, "size", None)
+                while chunk := remote.read(_CHUNK):
+                    copied += len(chunk)
+                    if copied > limit:
+                        raise InvalidRequest(f"{name} is over the limit of {limit} bytes (--max-upload)", "source")
+                    yield chunk
+                    if time.monotonic() >= self._end:
+                        raise TimeoutError
+        except InvalidRequest:
+            raise
+        except Exception as e:  # each protocol's library has errors of its own
+            if time.monotonic() >= self._end:
+                raise TimeoutError from None
+            reason = " ".join(str(e.__cause__ or e).split())[:200] or type(e).__name__
+            raise (_Refused if _is_final(e) else _Broken)(reason) from None
+        if isinstance(expected, int) and copied != expected:
+            raise _Broken(f"{name} has {expected} bytes, of which {copied} came")
 
 
-def _copy(files: Any, url: str, target: Path, limit: int, end: float) -> int:
-    copied = 0
-    with target.open("wb") as out:
-        for chunk in _chunks(files, url, end):
-            copied += len(chunk)
-            if copied > limit:
-                raise InvalidRequest(f"{target.name} is over the limit of {limit} bytes (--max-upload)", "source")
-            out.write(chunk)
-    return copied
-
-
-def _chunks(files: Any, url: str, end: float) -> Iterator[bytes]:
-    """The remote file in pieces. Raises FileNotFoundError, TimeoutError, and InvalidRequest for all else there."""
+def _again(attempt: Callable[[], T], end: float) -> T:
+    """What `attempt` gives; if the transfer breaks, it is tried again after a pause. Raises InvalidRequest."""
+    for tried in range(1, _TRIES):
+        try:
+            return attempt()
+        except _Broken:
+            time.sleep(max(0.0, min(_PAUSE * tried, end - time.monotonic())))
     try:
-        if time.monotonic() >= end:
-            raise TimeoutError
-        with files.open(url, "rb", block_size=_BLOCK.get(urlsplit(url).scheme, _CHUNK)) as remote:
-            while chunk := remote.read(_CHUNK):
-                yield chunk
-                if time.monotonic() >= end:
-                    raise TimeoutError
-    except (FileNotFoundError, TimeoutError):
-        raise
-    except Exception as e:  # each protocol's library has errors of its own
-        reason = " ".join(str(e).split())[:200] or type(e).__name__
-        raise InvalidRequest(f"the URL could not be read: {reason}", "source") from None
+        return attempt()
+    except _Broken as e:
+        raise InvalidRequest(f"the URL could not be read, {_TRIES} times: {e}", "source") from None
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether the host has answered, and not said that it is out of order or too busy."""
+    seen: BaseException | None = error
+    while seen is not None:
+        response = getattr(seen, "response", None)  # botocore's
+        told = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+        status = getattr(seen, "status", told.get("HTTPStatusCode"))
+        if isinstance(status, int):
+            return status < 500 and status not in _MAY_PASS
+        seen = seen.__cause__
+    bare = isinstance(error, FileNotFoundError) and error.__cause__ is None
+    return bare or isinstance(error, PermissionError | ValueError | TypeError)

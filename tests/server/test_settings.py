@@ -94,6 +94,8 @@ def test_broken_file() -> None:
         ({"kv_cache": "lots"}, "'lots' is no size"),
         ({"kernels": "fast"}, "kernels"),
         ({"max_mix": "0"}, "max_mix"),
+        ({"block_size": "8"}, "multiple of 16 for the native kernels.*--kernels reference"),
+        ({"block_size": "24", "kernels": "native"}, "multiple of 16"),
         ({"group_size": "24"}, "multiple of 16"),
         ({"quantization": "nf4", "group_size": "32"}, "groups of 64"),
         ({"host": "0.0.0.0"}, "no keys"),
@@ -104,6 +106,10 @@ def test_broken_file() -> None:
 def test_refused(flags: dict[str, str], message: str) -> None:
     with pytest.raises(BadSetting, match=message):
         load_settings(flags)
+
+
+def test_other_kernels_take_blocks_of_any_length() -> None:
+    assert load_settings({"block_size": "8", "kernels": "reference"}).block_size == 8
 
 
 def test_other_hosts_need_keys_or_a_word(tmp_path: Path) -> None:

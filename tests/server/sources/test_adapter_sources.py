@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, NoCapacity, QueueFull
 from server.sources import Sources, urls
+from server.sources.budget import Budget, Spend
 
 RELEASE = threading.Event()
 """Set when the tests are over: what hangs need hang no longer."""
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"s" * 3_000_000}
+SUMS = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in FILES.items())
+ASKED: Counter[str] = Counter()
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urls, "_PAUSE", 0.0)
+    ASKED.clear()
 
 
 @pytest.fixture
@@ -48,7 +59,8 @@ async def test_neither_folder_nor_allowed(sources: Sources, source: str) -> None
 
 
 async def test_hub_ids_that_are_allowed(sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fetch(hub_id: str, directory: Path, max_bytes: int) -> Path:
+    def fetch(hub_id: str, directory: Path, max_bytes: int, spend: Spend) -> Path:
+        spend(max_bytes)
         (directory / hub_id.replace("/", "-")).mkdir()
         return directory / hub_id.replace("/", "-")
 
@@ -61,8 +73,24 @@ async def test_hub_ids_that_are_allowed(sources: Sources, tmp_path: Path, monkey
 class _Host(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.rpartition("/")[2]
+        ASKED[self.path] += 1
         if "forbidden" in self.path:
             self.send_error(403)
+        elif "busy" in self.path and ASKED[self.path] < 6:  # HEAD and GET are both asked, for each try
+            self.send_error(503)
+        elif "broken" in self.path:
+            self.send_error(500)
+        elif "short" in self.path and name == "adapter_model.safetensors" and self.command == "GET":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(FILES[name])))
+            self.end_headers()
+            self.wfile.write(FILES[name][: 1_000_000 if ASKED[self.path] < 5 else None])
+        elif "sums" in self.path and name == "SHA256SUMS":
+            body = SUMS.encode() if "wrong" not in self.path else SUMS.replace("4", "5").encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body if self.command == "GET" else b"")
         elif "hang" in self.path:
             RELEASE.wait(10)
         elif "redirect" in self.path and name == "adapter_config.json":
@@ -74,7 +102,7 @@ class _Host(BaseHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Length", str(len(FILES[name])))
             self.end_headers()
-            self.wfile.write(FILES[name])
+            self.wfile.write(FILES[name] if self.command == "GET" else b"")
         else:
             self.send_error(404)
 
@@ -131,6 +159,8 @@ async def test_a_url(tmp_path: Path, host: str) -> None:
         ("forbidden", {}, "gives no adapter_config.json: .*403"),
         ("good", {"max_bytes": 2_000_000}, "over the limit"),
         ("hang", {"seconds": 0.5}, "within 0.5 s"),
+        ("broken", {}, "could not be read, 3 times: .*500"),
+        ("wrong-sums", {}, "is not what SHA256SUMS says"),
     ],
 )
 async def test_urls_that_fail(tmp_path: Path, host: str, path: str, limits: dict[str, float], message: str) -> None:
@@ -152,6 +182,51 @@ async def test_redirects_are_not_followed(tmp_path: Path, host: str) -> None:
 async def test_a_host_that_is_not_there(tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     sources = Sources(tmp_path, tmp_path / "scratch", url_allow=["http://127.0.0.1:9"])
-    with pytest.raises(InvalidRequest, match="gives no adapter_config.json: .*onnect"):
+    with pytest.raises(InvalidRequest, match="could not be read, 3 times: .*onnect"):
         async with sources.open("http://127.0.0.1:9/lora"):
             pass
+
+
+@pytest.mark.parametrize("path", ["busy", "short", "sums"])
+async def test_what_breaks_on_the_way_is_asked_for_again(tmp_path: Path, host: str, path: str) -> None:
+    pytest.importorskip("aiohttp")
+    sources = Sources(tmp_path, tmp_path / "scratch", url_allow=[host])
+    async with sources.open(f"{host}/{path}") as (folder, _):
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == FILES
+        assert sources.budget.spent == sum(map(len, FILES.values())), "what broke off is not counted"
+    assert sources.budget.spent == 0
+
+
+async def test_all_fetches_share_one_disk_budget(tmp_path: Path, host: str) -> None:
+    pytest.importorskip("aiohttp")
+    sources = Sources(tmp_path, tmp_path / "scratch", url_allow=[host], disk=5_000_000)
+    async with sources.open(f"{host}/good"):
+        with pytest.raises(QueueFull) as caught:
+            async with sources.open(f"{host}/good"):
+                pass
+        assert caught.value.retry_after
+    async with sources.open(f"{host}/good"):
+        pass
+    small = Sources(tmp_path, tmp_path / "scratch", url_allow=[host], disk=1_000_000)
+    with pytest.raises(NoCapacity, match="--fetch-disk"):
+        async with small.open(f"{host}/good"):
+            pass
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_nobody_spends_from_an_account_that_is_closed() -> None:
+    budget = Budget(10)
+    with budget.account() as spend:
+        spend(10)
+        spend(-3)
+        assert budget.spent == 7
+    with pytest.raises(TimeoutError):
+        spend(1)
+    assert budget.spent == 0
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "scratch" / "fetch-old").mkdir(parents=True)
+    (tmp_path / "scratch" / "fetch-old" / "adapter_model.safetensors").write_bytes(b"half")
+    Sources(tmp_path, tmp_path / "scratch")
+    assert list((tmp_path / "scratch").iterdir()) == []
