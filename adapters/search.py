@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -157,6 +158,19 @@ def allocate(
     """
     found = layers.linears(model.tree)
     uniform = config.spec().ranks(found)
+    with torch.random.fork_rng(devices=[]):  # the decomposition draws, and a run that goes on must draw the same
+        torch.manual_seed(config.seed)
+        return _allocated(model, data, config, found, uniform, widest)
+
+
+def _allocated(
+    model: Model,
+    data: Tokens,
+    config: TrainingConfig,
+    found: Mapping[str, nn.Module],
+    uniform: Mapping[str, int],
+    widest: float,
+) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     inputs = _inputs(model, data, {path: found[path] for path in uniform}, config.micro_tokens)
     limit = max(1, int(config.lora_rank * widest))
     shares: list[tuple[float, str]] = []
@@ -207,12 +221,15 @@ def auto_lora(
     recovery: float = 0.1,
     validation: Tokens | None = None,
     on_event: Callable[[training.Event], None] | None = None,
+    checkpoints: Path | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> LoraWeights:
     """An adapter of at most the parameters that `config` would have uniformly, spent where they count.
 
     Ranks and first directions come from the variance of the inputs, at `widen` times the parameters; after training
     one global threshold over singular values cuts to the budget and drops modules; a share `recovery` of the steps
-    then trains what is left. The metadata tell the cut (`pruning`) and the ranks.
+    then trains what is left. The metadata tell the cut (`pruning`) and the ranks. With a folder for `checkpoints` both
+    runs resume as `train` does; `stop` raises TrainingStopped in either.
     """
     found = layers.linears(model.tree)
     uniform = config.spec().ranks(found)
@@ -227,14 +244,14 @@ def auto_lora(
         )
         for path, rows in directions.items()
     }
-    trained = training.train(
-        model, data, wide, sealed(name, start), name=name, validation=validation, on_event=on_event
-    )
+    told_to: dict[str, Any] = {"name": name, "validation": validation, "on_event": on_event, "stop": stop}
+    folders = (checkpoints / "wide", checkpoints / "narrow") if checkpoints is not None else (None, None)
+    trained = training.train(model, data, wide, sealed(name, start), checkpoints=folders[0], **told_to)
     cut, what = pruning.truncate_globally(trained, budget=budget)
     left = dict.fromkeys(uniform, 0) | {path: module.rank for path, module in cut.modules.items()}
     steps = max(1, round(recovery * config.steps(len(data.examples))))
     after = replace(wide, lora_rank_of=left, max_steps=steps, learning_rate=config.learning_rate / 4)
-    result = training.train(model, data, after, cut, name=name, validation=validation, on_event=on_event)
+    result = training.train(model, data, after, cut, checkpoints=folders[1], **told_to)
     told = {"ranks": {p: m.rank for p, m in result.modules.items()}, "dropped": list(what.dropped), "budget": budget}
     return replace(result, metadata={**result.metadata, "auto_lora": told, "pruning": cut.metadata["pruning"]})
 

@@ -14,7 +14,22 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from server.api import adapters, auth, errors, generate, limits, monitoring, openai, openapi, page, tasks, vllm
+from server.api import (
+    adapters,
+    auth,
+    errors,
+    files,
+    fine_tuning,
+    generate,
+    jobs,
+    limits,
+    monitoring,
+    openai,
+    openapi,
+    page,
+    tasks,
+    vllm,
+)
 from server.api.assembly import House, assemble
 from server.api.runtime import Runtime
 from server.settings import Settings
@@ -59,7 +74,7 @@ def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lam
     app.state.runtime = runtime
     errors.install(app)
     openapi.install(app)
-    for part in (generate, openai, vllm, adapters, tasks, monitoring, openapi, page):
+    for part in (generate, openai, vllm, adapters, tasks, files, fine_tuning, jobs, monitoring, openapi, page):
         app.include_router(part.router)
     return app
 

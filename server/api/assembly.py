@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,12 +23,22 @@ from server.engine.engine import Engine
 from server.engine.grammar import Grammars
 from server.engine.runner import Runner, make_runner
 from server.engine.text import Text
+from server.jobs.evaluating import Evaluating
+from server.jobs.files import Files
+from server.jobs.publishing import Evaluate, Publishing
+from server.jobs.records import EVALUATION, TRAINING, Records
+from server.jobs.requests import Ground
+from server.jobs.runner import Jobs, Work
+from server.jobs.spec import BaseSource
+from server.jobs.training import Training
 from server.kernels import choose
 from server.metrics import Metrics
 from server.model.loader import Base, load_base
 from server.settings import Settings
 from server.sources import Sources, resolve_model
 from server.tasks.admission import Admission
+from server.tasks.definitions import Best, Task
+from server.tasks.evaluation import evaluate
 from server.tasks.inference import Generation, Inference
 from server.tasks.mailbox import Mailbox
 from server.tasks.prompts import Prompts
@@ -41,6 +53,9 @@ log = logging.getLogger(__name__)
 
 KV_SHARE = 0.25
 """Of the memory that is free once the base is there, for keys and values, if the settings do not say."""
+
+TRAINING_THREADS = 2
+"""Most threads of a training process: it gets what the server leaves, and more threads would wait for each other."""
 
 KV_TOKENS = 2048
 """Tokens for each sequence of a full batch, beyond which more cache would only fill with old prefixes."""
@@ -91,14 +106,15 @@ def assemble(settings: Settings, metrics: Metrics, mailbox: Mailbox) -> House:
         table_bits=settings.table_bits,
         cache_dir=settings.cache_dir,
     )
-    return build(settings, base, metrics, mailbox)
+    return build(settings, base, metrics, mailbox, source)
 
 
-def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox) -> House:
-    """Everything that stands on a base that has been loaded."""
+def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, source: Path | None = None) -> House:
+    """Everything that stands on a base that has been loaded, from `source`: without it, nothing can be trained."""
     text = Text(base.vocabulary)
     notices = _Notices(metrics)
     store = Store(settings.state_dir / "store")
+    shutil.rmtree(settings.state_dir / "uploads", ignore_errors=True)  # what a killed process left: the store is ours
     registry = Registry(
         store,
         shapes=base.shapes(),
@@ -127,19 +143,25 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox) ->
     router = BestRouter(quality, registry, base.id)
     inference.admission = Admission(settings.key_rate, settings.key_concurrency, settings.task_concurrency)
     inference.on_ended = _ending(settings, quality, text, base.id)
+    training = Ground(
+        origin=None if source is None else _origin(settings, base, source),
+        base_name=base.name,
+        max_rank=settings.max_rank,
+        threads=min(TRAINING_THREADS, settings.threads or os.cpu_count() or 1),
+        files=Files(settings.state_dir / "files"),
+        registry=registry,
+        store=store,
+        tasks=tasks,
+    )
+    evaluations = _evaluations(inference, prompts, mailbox)
+    jobs = _jobs(settings, training, tasks, quality, evaluations, router, base)
     parts = Parts(
         model=Model(base.name, base.id, int(time.time()), _details(base, context)),
         engine=engine,
         runner=runner,
         store=store,
         registry=registry,
-        sources=Sources(
-            settings.watched_dir,
-            settings.state_dir / "fetched",
-            hub_allow=settings.hub_allow,
-            url_allow=settings.url_allow,
-            max_bytes=settings.max_upload,
-        ),
+        sources=_sources(settings),
         tasks=tasks,
         resolver=Resolver(tasks, registry, base.name, router),
         prompts=prompts,
@@ -147,19 +169,90 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox) ->
         inference=inference,
         quality=quality,
         router=router,
+        files=training.files,
+        jobs=jobs,
+        training=training,
     )
     engine.start()
     watch.start()
     watchdog = Watchdog(engine)
     watchdog.start()
+    jobs.start()
     closing: list[Callable[[float], object]] = [
         lambda drain: quality.close(),
         lambda drain: registry.close(),
         engine.stop,
         lambda drain: watchdog.stop(),
         lambda drain: watch.stop(),
+        jobs.close,
     ]
     return House(parts, closing)
+
+
+def _origin(settings: Settings, base: Base, source: Path) -> BaseSource:
+    """How a training process loads the same base: from the same packed file, so with the same kernels' layout."""
+    return BaseSource(
+        source=source.resolve(),
+        name=base.name,
+        kernels=base.backend.name,
+        quantization=settings.quantization,
+        group_size=settings.group_size,
+        double_quant=settings.double_quant,
+        table_bits=settings.table_bits,
+        cache_dir=settings.cache_dir.resolve(),
+        id=base.id,
+    )
+
+
+def _evaluations(inference: Inference, prompts: Prompts, mailbox: Mailbox) -> Evaluate:
+    """Evaluations for threads that are not the loop's."""
+    return lambda target, examples, metrics, tell: asyncio.run_coroutine_threadsafe(
+        evaluate(inference, prompts, target, examples, metrics, tell=tell), mailbox.loop
+    )
+
+
+def _jobs(
+    settings: Settings,
+    training: Ground,
+    tasks: Tasks,
+    quality: Quality,
+    evaluations: Evaluate,
+    router: BestRouter,
+    base: Base,
+) -> Jobs:
+    files = training.files
+    publishing = Publishing(
+        training.registry, tasks, quality, files, evaluations, shapes=base.shapes(), base_id=base.id
+    )
+    works: dict[str, Work] = {
+        TRAINING: Training(training, publishing),
+        EVALUATION: Evaluating(tasks, quality, files, evaluations, _reviewer(router), base.id),
+    }
+    jobs = Jobs(Records(settings.state_dir / "jobs"), works)
+    files.used_by = jobs.using
+    return jobs
+
+
+def _reviewer(router: BestRouter) -> Callable[[Task], None]:
+    """Looks again at who leads a task, where its route asks that."""
+
+    def review(task: Task) -> None:
+        if isinstance(task.route, Best):
+            router.review(task, task.route)
+
+    return review
+
+
+def _sources(settings: Settings) -> Sources:
+    return Sources(
+        settings.watched_dir,
+        settings.state_dir / "fetched",
+        hub_allow=settings.hub_allow,
+        url_allow=settings.url_allow,
+        max_bytes=settings.max_upload,
+        disk=settings.fetch_disk,
+        seconds=settings.fetch_time,
+    )
 
 
 def _ending(settings: Settings, quality: Quality, text: Text, base_id: str) -> Callable[[Generation], None]:

@@ -97,6 +97,7 @@ def snapshot(runtime: Runtime) -> Snapshot:
         loading=[names[d] for d in engine["waiting_digests"] if d in names],
         slot_evictions=engine["slots"].get("evictions", 0),
         quality=parts.quality.means(),
+        training=parts.jobs.training(),
     )
 
 

@@ -118,22 +118,23 @@ class ChatBody(V1Fields):
 
 def refuse_unserved(body: V1Fields) -> None:
     """Raises UnsupportedParameter for the first field that asks for something we do not serve."""
-    _refuse(body, "")
+    refuse_fields(body, "")
     if body.response_format is not None:
-        _refuse(body.response_format, "response_format.")
+        refuse_fields(body.response_format, "response_format.")
         if body.response_format.json_schema is not None:
-            _refuse(body.response_format.json_schema, "response_format.json_schema.")
+            refuse_fields(body.response_format.json_schema, "response_format.json_schema.")
     if body.stream_options is not None:
-        _refuse(body.stream_options, "stream_options.")
+        refuse_fields(body.stream_options, "stream_options.")
     if isinstance(body, ChatBody):
         for i, message in enumerate(body.messages):
-            _refuse(message, f"messages.{i}.")
+            refuse_fields(message, f"messages.{i}.")
             if not isinstance(message.content, str):
                 for part in message.content:
-                    _refuse(part, f"messages.{i}.content.")
+                    refuse_fields(part, f"messages.{i}.content.")
 
 
-def _refuse(body: BaseModel, prefix: str) -> None:
+def refuse_fields(body: BaseModel, prefix: str) -> None:
+    """Raises UnsupportedParameter for a field that the body does not have and that asks for something."""
     for name, value in (body.model_extra or {}).items():
         if value is None or value in ([], {}) or (not prefix and name in BOOKKEEPING):
             continue

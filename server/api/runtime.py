@@ -20,6 +20,9 @@ from adapters.weights import Version
 from server.api.auth import Keys
 from server.engine.grammar import Grammars
 from server.errors import NotReady
+from server.jobs.files import Files
+from server.jobs.requests import Ground
+from server.jobs.runner import Jobs
 from server.metrics import Metrics
 from server.settings import Settings
 from server.tasks.inference import Caller, Engine, Inference
@@ -76,6 +79,10 @@ class Parts:
     inference: Inference
     quality: Quality
     router: BestRouter
+    files: Files
+    jobs: Jobs
+    training: Ground
+    """What requests for training are checked against."""
     device_memory: Callable[[], dict[str, int]] = dict
     """Bytes of a GPU, by kind; none without one."""
 

@@ -85,7 +85,7 @@ def card(recipe: Recipe, weights: LoraWeights) -> str:
         "",
         recipe.card.get("about", f"A LoRA for {base}.").strip(),
         "",
-        f"- **Task**: `POST /generate?task={recipe.name}`; the template is in `task.json`.",
+        *([f"- **Task**: `POST /generate?task={recipe.name}`; the template is in `task.json`."] if recipe.task else []),
         f"- **Data**: {recipe.card.get('data', recipe.data).strip()} {made['samples']:,} examples.",
         f"- **Training**: `loramux train` on the {quantization.get('scheme', '')} codes that are served; rank "
         f"{config.lora_rank}, alpha {config.lora_alpha:g}, {config.target_modules}, AdamW at {config.learning_rate:g} "

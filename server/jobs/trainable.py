@@ -49,15 +49,22 @@ class Trainable:
         weights = sum(w.nbytes for w in base.weights.values())
         self.nbytes = weights + sum(t.nbytes for t in base.tensors.values())
         paths = list(base.shapes())
-        if sum(out * into * dtype.itemsize for out, into in base.shapes().values()) <= kept_bytes:
+        if sum(_bytes(shape, dtype) for shape in base.shapes().values()) <= kept_bytes:
             for path in paths:
                 parent, _, last = path.rpartition(".")
                 dense = _Dense(base.weights[path], base.tensors.get(f"{path}.bias"), base.backend, dtype)
                 setattr(decoder.get_submodule(parent), last, dense)
                 self.nbytes += dense.weight.nbytes
-        if decoder.lm_head.weight.layout == STORED:
+        head = decoder.lm_head
+        kept = sum(m.weight.nbytes for m in decoder.modules() if isinstance(m, _Dense))
+        if head.weight.layout != STORED and kept + _bytes(head.weight.shape, dtype) <= kept_bytes:
+            # Kernels that quantize activations would do so to the states that the loss is computed from.
+            dense = _Dense(head.weight, head.bias, base.backend, dtype)
+            decoder.lm_head = dense  # type: ignore[assignment]
+            self.nbytes += dense.weight.nbytes
+        elif head.weight.layout == STORED:
             # The same values, dequantized block by block: the whole table in float32 would be most of the memory.
-            decoder.lm_head.backend = Aten()
+            head.backend = Aten()
         self._share_prefix = share_prefix
         self._embed, self._logits = decoder.embed, decoder.logits
 
@@ -92,6 +99,10 @@ class Trainable:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [L, hidden] -> float32 [L, vocab]."""
         return self._logits(hidden)
+
+
+def _bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    return shape[0] * shape[1] * dtype.itemsize
 
 
 def shared_prefix(ids: torch.Tensor, lengths: Sequence[int]) -> int:
@@ -159,4 +170,4 @@ class _Dense(nn.Module):
         self.bias = bias.to(dtype) if bias is not None else None
 
     def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)

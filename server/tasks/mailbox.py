@@ -18,16 +18,16 @@ class Mailbox:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._posts: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._awake = False
 
     def post(self, receiver: Callable[[Any], None], item: Any) -> None:
         """Call `receiver(item)` on the loop's thread, soon. Never blocks; from any thread."""
         self._posts.append((receiver, item))
-        if not self._awake and not self._loop.is_closed():
+        if not self._awake and not self.loop.is_closed():
             self._awake = True
-            self._loop.call_soon_threadsafe(self._empty)
+            self.loop.call_soon_threadsafe(self._empty)
 
     def _empty(self) -> None:
         self._awake = False

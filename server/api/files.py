@@ -1,0 +1,128 @@
+"""`/v1/files`: data for training and evaluation, and what training jobs leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi import Path as PathParameter
+from fastapi.responses import FileResponse
+from starlette.datastructures import UploadFile
+
+from server.api import fine_tuning_schemas as schemas
+from server.api.generate import json_response
+from server.api.responses import errors
+from server.api.runtime import Ready, Running
+from server.errors import InvalidRequest
+from server.jobs.files import File
+
+router = APIRouter(prefix="/v1/files", tags=["files"])
+
+Id = Annotated[str, PathParameter(max_length=schemas.MAX_FILE_ID)]
+After = Annotated[str | None, Query(max_length=schemas.MAX_FILE_ID, description="the id after which to begin")]
+PURPOSE = "fine-tune"
+
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": [PURPOSE]},
+                    },
+                    "required": ["file", "purpose"],
+                    "additionalProperties": False,
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("", response_model=schemas.FileObject, responses=errors(400, 500, 503, 507), openapi_extra=_FORM)
+async def upload(request: Request, runtime: Running, parts: Ready) -> Response:
+    """Upload a file of examples, JSON or JSONL. What is in it is looked at when a job uses it."""
+    async with request.form(max_files=1, max_fields=1, max_part_size=runtime.settings.max_body) as form:
+        given = dict(form.multi_items())
+        for field in given.keys() - {"file", "purpose"}:
+            raise InvalidRequest(f"an upload has no field {str(field)[:64]!r}", str(field)[:64])
+        file, purpose = given.get("file"), given.get("purpose")
+        if not isinstance(file, UploadFile):
+            raise InvalidRequest("send multipart/form-data with a part `file` that has a filename", "file")
+        if purpose != PURPOSE:
+            raise InvalidRequest(f"purpose must be {PURPOSE}", "purpose")
+
+        def write(path: Path) -> None:
+            file.file.seek(0)
+            with path.open("wb") as out:
+                shutil.copyfileobj(file.file, out, 1 << 20)
+
+        added = await asyncio.to_thread(parts.files.add, write, file.filename or "file", PURPOSE)
+    return json_response(_shown(added))
+
+
+@router.get("", response_model=schemas.FileList, responses=errors(400, 404, 503))
+async def list_files(
+    parts: Ready,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: Annotated[str | None, Query(max_length=64)] = None,
+) -> dict[str, Any]:
+    """All files, newest first."""
+    found = [file for file in parts.files.all() if purpose in (None, file.purpose)]
+    page, more = paged([_shown(f) for f in (found if order == "desc" else found[::-1])], after, limit)
+    return {"object": "list", "data": page, **ends(page), "has_more": more}
+
+
+@router.get("/{file_id}", response_model=schemas.FileObject, responses=errors(400, 404, 503))
+async def get_file(file_id: Id, parts: Ready) -> dict[str, Any]:
+    """One file, without its content."""
+    return _shown(parts.files.get(file_id))
+
+
+@router.get(
+    "/{file_id}/content",
+    response_class=Response,
+    responses={
+        **errors(400, 404, 503),
+        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+    },
+)
+async def content(file_id: Id, parts: Ready) -> Response:
+    """A file's content."""
+    return FileResponse(parts.files.path(file_id), media_type="application/octet-stream")
+
+
+@router.delete("/{file_id}", response_model=schemas.FileDeleted, responses=errors(400, 404, 409, 503))
+async def delete_file(file_id: Id, parts: Ready) -> dict[str, Any]:
+    """Delete a file. 409 while a job needs it."""
+    await asyncio.to_thread(parts.files.delete, file_id)
+    return {"id": file_id, "object": "file", "deleted": True}
+
+
+def paged(entries: Sequence[dict[str, Any]], after: str | None, limit: int) -> tuple[list[dict[str, Any]], bool]:
+    """The entries after the one of that id, and whether there are more. Raises InvalidRequest for an unknown id."""
+    start = 0
+    if after is not None:
+        places = [i for i, entry in enumerate(entries) if entry["id"] == after]
+        if not places:
+            raise InvalidRequest(f"after must be an id of the list, not {after[:64]!r}", "after")
+        start = places[0] + 1
+    return list(entries[start : start + limit]), start + limit < len(entries)
+
+
+def ends(page: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The ids that a page begins and ends with."""
+    return {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+
+
+def _shown(file: File) -> dict[str, Any]:
+    return {"object": "file", "status": "processed", **vars(file)}

@@ -1,0 +1,245 @@
+"""The bodies of `/v1/files`, `/v1/fine_tuning/jobs`, `/jobs` and `/tasks/{task}/evaluate`, in and out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from server.api.openai_schemas import V1
+from server.api.schemas import NAME_PATTERN, REFERENCE_PATTERN, Body, Out, Weighted
+from server.tasks import definitions as d
+from server.tasks import sampling as s
+
+MAX_FILE_ID = 128
+MAX_METADATA = 16
+Auto = Literal["auto"]
+FileId = Annotated[str, Field(min_length=1, max_length=MAX_FILE_ID)]
+Metadata = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]]
+
+
+class FileObject(Out):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["processed"]
+
+
+class FileList(Out):
+    """Newest first; `has_more` says whether older ones follow the last."""
+
+    object: Literal["list"]
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileDeleted(Out):
+    id: str
+    object: Literal["file"]
+    deleted: bool
+
+
+class Hyperparameters(V1):
+    """OpenAI's three. "auto" is 3 epochs, 16 examples a step and a multiplier of 1, which is a rate of 5e-4."""
+
+    n_epochs: Auto | Annotated[float, Field(gt=0, le=1000)] | None = None
+    batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] | None = None
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] | None = None
+
+
+class Supervised(V1):
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(V1):
+    """Supervised is what there is; others are refused by name."""
+
+    type: Annotated[str, Field(max_length=64)]
+    supervised: Supervised | None = None
+
+
+class LoraBody(Body):
+    """What is ours. `task` gives the template that inputs go through; absent, a task of the suffix's name.
+
+    `prune_to` cuts the trained adapter to that rank; `auto_rank` spends the parameters of `r` where they count;
+    `init_from` is an adapter to go on from, with its ranks and modules. `publish: if_better` compares with the adapter
+    that has the name, on the validation file or on a tenth of the training file that is held out for it.
+    """
+
+    r: Annotated[int, Field(ge=1, le=4096)] | None = None
+    alpha: Annotated[float, Field(gt=0, le=65_536)] | None = None
+    target_modules: (
+        Annotated[str, Field(min_length=1, max_length=1024)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(min_length=1, max_length=64)]
+        | None
+    ) = None
+    rslora: bool | None = None
+    auto_rank: bool | None = None
+    prune_to: Annotated[int, Field(ge=1, le=4096)] | None = None
+    task: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
+    publish: Literal["always", "if_better", "never"] | None = None
+    init_from: Annotated[str, Field(pattern=REFERENCE_PATTERN)] | None = None
+
+
+class FineTuningBody(V1):
+    """`POST /v1/fine_tuning/jobs`. `model` is the base; the result is called `suffix`, else `ft-` and the job's id."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    training_file: FileId
+    validation_file: FileId | None = None
+    hyperparameters: Hyperparameters | None = None
+    method: Method | None = None
+    suffix: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
+    seed: Annotated[int, Field(ge=0, le=s.SEED[1])] | None = None
+    metadata: Annotated[Metadata, Field(max_length=MAX_METADATA)] | None = None
+    lora: LoraBody | None = None
+
+
+class JobError(Out):
+    code: str
+    message: str
+    param: str | None
+
+
+class FineTuningJob(Out):
+    """A training job. Beyond OpenAI's: the status `paused`, and `lora`."""
+
+    id: str
+    object: Literal["fine_tuning.job"]
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    estimated_finish: int | None
+    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    error: JobError | None
+    model: str
+    fine_tuned_model: str | None
+    organization_id: str
+    hyperparameters: dict[str, Any]
+    method: dict[str, Any]
+    training_file: str
+    validation_file: str | None
+    result_files: list[str]
+    trained_tokens: int | None
+    seed: int
+    metadata: dict[str, str] | None
+    user_provided_suffix: str | None
+    integrations: list[dict[str, Any]]
+    lora: dict[str, Any]
+
+
+class FineTuningJobList(Out):
+    """Newest first."""
+
+    object: Literal["list"]
+    data: list[FineTuningJob]
+    has_more: bool
+
+
+class FineTuningEvent(Out):
+    """`data` of the type "metrics" has `step` and losses and accuracies under OpenAI's names."""
+
+    id: str
+    object: Literal["fine_tuning.job.event"]
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, Any]
+
+
+class FineTuningEventList(Out):
+    """Newest first."""
+
+    object: Literal["list"]
+    data: list[FineTuningEvent]
+    has_more: bool
+
+
+class FineTuningCheckpoint(Out):
+    """A point that the job was, or is, able to go on from. It is not served; `metrics` are the last ones before it."""
+
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"]
+    created_at: int
+    fine_tuning_job_id: str
+    fine_tuned_model_checkpoint: str
+    step_number: int
+    metrics: dict[str, float]
+
+
+class FineTuningCheckpointList(Out):
+    """Newest first."""
+
+    object: Literal["list"]
+    data: list[FineTuningCheckpoint]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class JobSummary(Out):
+    """A job of either kind. `progress` is from 0 to 1; `seconds` are those of work, `loss` is the last in training."""
+
+    id: str
+    kind: Literal["training", "evaluation"]
+    name: str
+    status: str
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    progress: float
+    step: int
+    steps: int
+    loss: float | None
+    tokens: int
+    seconds: float
+    error: JobError | None
+    result: dict[str, Any]
+
+
+class JobAnswer(JobSummary):
+    """With what it was asked, and its curves: lists of `[step, value]` by name."""
+
+    asked: dict[str, Any]
+    curves: dict[str, list[list[float]]]
+    messages: list[dict[str, Any]]
+
+
+class JobList(Out):
+    """Newest first, the last 200."""
+
+    jobs: list[JobSummary]
+
+
+class Example(Body):
+    input: Annotated[str, Field(min_length=1, max_length=d.MAX_PROMPT)]
+    output: Annotated[str, Field(min_length=1, max_length=d.MAX_PROMPT)]
+
+
+class EvaluateBody(Body):
+    """`POST /tasks/{task}/evaluate`: either `data` or `file`. Without `candidates`, those of the task's route.
+
+    A candidate is a mix, as in `adapters`; an empty one is the base alone.
+    """
+
+    data: Annotated[list[Example], Field(min_length=1, max_length=100_000)] | None = None
+    file: FileId | None = None
+    candidates: (
+        Annotated[
+            list[Annotated[list[Weighted], Field(max_length=64)]], Field(min_length=1, max_length=d.MAX_CANDIDATES)
+        ]
+        | None
+    ) = None
+    metric: Literal["accuracy", "exact_match", "rougeL", "bleu", "chrf", "loss"] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> EvaluateBody:
+        if (self.data is None) == (self.file is None):
+            raise ValueError("give either data or file")
+        return self

@@ -1,0 +1,111 @@
+"""`/jobs`: training and evaluation jobs as people look at them; and `POST /tasks/{task}/evaluate`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Response
+
+from server.api import fine_tuning_schemas as schemas
+from server.api.generate import json_response
+from server.api.responses import errors
+from server.api.runtime import Parts, Ready
+from server.jobs.evaluating import DATA
+from server.jobs.records import EVALUATION, Job
+from server.tasks.definitions import Best, Task
+from server.tasks.evaluation import default_metric
+
+router = APIRouter(tags=["jobs"])
+
+SHOWN = 200
+"""Jobs of a list."""
+CURVES = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
+MESSAGES = 50
+"""The last ones of a job that are shown."""
+
+
+@router.get("/jobs", response_model=schemas.JobList, responses=errors(503))
+async def list_jobs(parts: Ready) -> dict[str, Any]:
+    """Jobs of both kinds, newest first."""
+    return {"jobs": [summary(job) for job in reversed(parts.jobs.records.all()[-SHOWN:])]}
+
+
+@router.get("/jobs/{id}", response_model=schemas.JobAnswer, responses=errors(404, 422, 503))
+async def get_job(id: Annotated[str, Path(max_length=schemas.MAX_FILE_ID)], parts: Ready) -> dict[str, Any]:
+    """One job, with its curves and what was said of it."""
+    job = parts.jobs.get(id)
+    events = await asyncio.to_thread(parts.jobs.records.events, job.id)
+    curves: dict[str, list[list[float]]] = {name: [] for name in CURVES}
+    for event in events:
+        if event["type"] == "metrics":
+            for name in CURVES:
+                if name in event["data"]:
+                    curves[name].append([event["data"]["step"], event["data"][name]])
+    said = [{k: e[k] for k in ("at", "level", "message")} for e in events if e["type"] == "message"]
+    return {**summary(job), "asked": job.request, "curves": curves, "messages": said[-MESSAGES:]}
+
+
+@router.post(
+    "/tasks/{task}/evaluate",
+    status_code=202,
+    response_model=schemas.JobSummary,
+    responses=errors(400, 404, 422, 500, 503, 507),
+)
+async def evaluate(task: Annotated[str, Path(max_length=64)], body: schemas.EvaluateBody, parts: Ready) -> Response:
+    """Run candidates of a task over examples with known answers, behind all other requests. Answers a job."""
+    found = parts.tasks.get(task)
+    candidates = _candidates(found, body)
+    for choice in candidates:
+        parts.registry.resolve([(name, weight) for name, weight in choice])
+    if body.file is not None:
+        parts.files.get(body.file)
+    request = {
+        "training_file": body.file,
+        "candidates": candidates,
+        "metric": body.metric or _metric(found),
+        "samples": len(body.data) if body.data is not None else None,
+    }
+    lines = "".join(json.dumps(example.model_dump()) + "\n" for example in body.data or [])
+    job = await asyncio.to_thread(_add, parts, task, request, lines)
+    return json_response(summary(job), 202)
+
+
+def _add(parts: Parts, task: str, request: dict[str, Any], lines: str) -> Job:
+    files = {DATA: lines.encode()} if lines else {}
+    return parts.jobs.enter(parts.jobs.prepare(EVALUATION, task, request, "eval", files))
+
+
+def _metric(task: Task) -> str:
+    return task.route.metric if isinstance(task.route, Best) else default_metric(task)
+
+
+def _candidates(task: Task, body: schemas.EvaluateBody) -> list[list[tuple[str, float]]]:
+    if body.candidates is not None:
+        return [[(part.name, part.weight) for part in choice] for choice in body.candidates]
+    if isinstance(task.route, Best):
+        return [[(name, 1.0)] for name in task.route.candidates]
+    return [list(task.route.choice)]
+
+
+def summary(job: Job) -> dict[str, Any]:
+    """A job in a list."""
+    progress = job.progress
+    return {
+        "id": job.id,
+        "kind": job.kind,
+        "name": job.name,
+        "status": job.status,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+        "progress": 1.0 if job.status == "succeeded" else progress.share,
+        "step": progress.step,
+        "steps": progress.steps,
+        "loss": progress.loss,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "error": job.error,
+        "result": job.result,
+    }

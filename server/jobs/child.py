@@ -1,0 +1,132 @@
+"""`python -m server.jobs.child FOLDER`: the training process, one job long.
+
+Owns how it behaves beside the server: it takes only what processor time nobody else wants, it is the first to go when
+memory runs out, and it stops at a checkpoint as soon as its standard input ends, which it does with the server too.
+What it does is `fine_tune`'s. Lines of JSON go to standard output, last words to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+
+if TYPE_CHECKING:
+    from server.jobs.spec import Spec
+
+LOCK = "lock"
+NICE = 19
+OOM_SCORE = "1000"
+LOCK_SECONDS = 60.0
+"""How long to wait for the process of a server that was killed to write its checkpoint and end."""
+
+
+def main(folder: Path) -> int:
+    """Run the job in `folder`. The exit status is 0 if its end was told, however it ended."""
+    words = _own_output()
+    yield_to_others()
+    stop = threading.Event()
+    threading.Thread(target=_listen, args=(sys.stdin.buffer, stop), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+
+    def tell(line: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # a server that is gone; the end of our input says so too
+            words.write(json.dumps(line) + "\n")
+            words.flush()
+
+    with _alone(folder):
+        _run(folder, tell, stop)
+    return 0
+
+
+def _run(folder: Path, tell: Any, stop: threading.Event) -> None:
+    # What is heavy is imported at the lowest priority.
+    import torch
+
+    from adapters.errors import AdapterError, TrainingStopped
+    from server.errors import ServerError
+    from server.jobs.errors import JobError
+    from server.jobs.fine_tune import fine_tune
+    from server.jobs.spec import FAILED, STOPPED, Spec
+
+    spec = Spec.read(folder)
+    torch.set_num_threads(spec.threads)
+    try:
+        fine_tune(spec, _base(spec), folder, tell, stop.is_set)
+    except TrainingStopped as error:
+        tell({"kind": STOPPED, "message": error.message})
+    except JobError as error:
+        tell({"kind": FAILED, "code": error.code, "message": error.message, "param": error.param})
+    except (AdapterError, ServerError) as error:
+        tell({"kind": FAILED, "code": "failed", "message": error.message, "param": error.param})
+
+
+def _base(spec: Spec) -> Any:
+    """The served base, mapped from its packed file. Raises BadModel if it is another one by now."""
+    from server.errors import BadModel
+    from server.kernels import choose
+    from server.model.loader import load_base
+
+    told = spec.base
+    base = load_base(
+        told.source,
+        name=told.name,
+        backend=choose(told.kernels),
+        quantization=told.quantization,
+        group_size=told.group_size,
+        double_quant=told.double_quant,
+        table_bits=told.table_bits,
+        cache_dir=told.cache_dir,
+    )
+    if base.id != told.id:
+        raise BadModel(f"the files of {told.name} have changed since the server loaded them; restart the server")
+    return base
+
+
+def yield_to_others() -> None:
+    """Lowest priority in everything that this system lets a process give up."""
+    os.nice(NICE)
+    with contextlib.suppress(OSError, AttributeError):  # not Linux, or not allowed: nice is what there is
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
+
+
+def _own_output() -> TextIO:
+    """Standard output for our lines alone: what any library prints goes to standard error."""
+    words = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return words
+
+
+def _listen(stdin: BinaryIO, stop: threading.Event) -> None:
+    while stdin.read(1):
+        continue
+    stop.set()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Any:
+    """Hold the job's lock, so that no two processes write its checkpoints."""
+    with (folder / LOCK).open("w") as lock:
+        end = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,106 @@
+"""The work of an evaluation job: each candidate of a task over the same examples, through the engine.
+
+Owns what is told of the comparison. How answers are scored is `tasks.evaluation`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from adapters import data
+from adapters.data import Pair
+from adapters.errors import InvalidData
+from adapters.weights import Choice
+from server.errors import InvalidRequest
+from server.jobs.errors import JobError
+from server.jobs.files import Files
+from server.jobs.publishing import Evaluate, awaited, shares
+from server.jobs.records import RUNNING
+from server.jobs.runner import Active
+from server.tasks.definitions import Task
+from server.tasks.evaluation import Evaluation, difference, pairs
+from server.tasks.quality import Quality, Subject
+from server.tasks.resolve import Target
+from server.tasks.store import Tasks
+
+DATA = "data.jsonl"
+"""The file within the job's folder, where the examples came with the request."""
+
+
+class Evaluating:
+    """`Work` for evaluation jobs. `reviewed` is told of a task whose records have grown."""
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        quality: Quality,
+        files: Files,
+        evaluate: Evaluate,
+        reviewed: Callable[[Task], object],
+        base_id: str,
+    ) -> None:
+        self._tasks, self._quality, self._files = tasks, quality, files
+        self._evaluate, self._reviewed, self._base_id = evaluate, reviewed, base_id
+
+    def __call__(self, active: Active) -> None:
+        job, request = active.job, active.job.request
+        examples = self._examples(active)
+        task = self._tasks.get(job.name)
+        candidates: list[Choice] = [[(name, weight) for name, weight in choice] for choice in request["candidates"]]
+        metric: str = request["metric"]
+        job.progress.steps = len(examples) * len(candidates)
+        active.become(RUNNING)
+        found: list[Evaluation] = []
+        for number, choice in enumerate(candidates):
+
+            def tell(done: int, total: int, before: int = number * len(examples)) -> None:
+                job.progress.step = before + done
+
+            target = Target(task.name, task, choice)
+            found.append(awaited(active, self._evaluate(target, examples, (metric,), tell)))
+            job.progress.tokens += found[-1].prompt_tokens + found[-1].completion_tokens
+            job.progress.seconds += found[-1].seconds
+            active.note(f"{_label(found[-1])}: {metric} {found[-1].scores[metric].value:.4f}.")
+        for one in found:
+            subject = Subject.of(task.name, one.versions, self._base_id)
+            self._quality.evaluated(subject, metric, shares(one.scores[metric]))
+        self._reviewed(task)
+        job.result = told(found, metric)
+
+    def _examples(self, active: Active) -> list[Pair]:
+        file = active.job.request["training_file"]
+        path = self._files.path(file) if file else active.folder / DATA
+        name = self._files.get(file).filename if file else "data"
+        try:
+            return pairs(data.parse(path.read_bytes(), name))
+        except InvalidData as error:
+            raise JobError("invalid_file", error.message, "file" if file else "data") from error
+        except InvalidRequest as error:
+            raise JobError("invalid_file", f"{name}, {error.message}", "file" if file else "data") from error
+        except OSError as error:
+            raise JobError("invalid_file", f"{name} cannot be read: {error.strerror}", "file") from error
+
+
+def told(found: Sequence[Evaluation], metric: str) -> dict[str, Any]:
+    """The outcome: each candidate's score, how far it is from the best on the same examples, and which is best."""
+    of = [one.scores[metric] for one in found]
+    best = (min if of[0].lower_is_better else max)(range(len(of)), key=lambda i: of[i].value)
+    rows: list[Mapping[str, Any]] = []
+    for one, score in zip(found, of, strict=True):
+        apart = difference(score, of[best])
+        finite = {"mean": apart.mean, "low": apart.low, "high": apart.high} if len(score.values) > 1 else None
+        rows.append(
+            {
+                "adapters": [{"name": v.name, "version": v.label, "weight": weight} for v, weight in one.versions],
+                "score": score.value,
+                "samples": len(score.values),
+                "difference_to_best": finite,
+                "seconds": round(one.seconds, 3),
+            }
+        )
+    return {"metric": metric, "candidates": rows, "best": best}
+
+
+def _label(one: Evaluation) -> str:
+    return "+".join(v.label if w == 1.0 else f"{v.label}*{w:g}" for v, w in one.versions) or "base"

@@ -1,0 +1,106 @@
+"""`Files`: uploaded data and what jobs leave behind, on disk by an id of our own making.
+
+Owns `files/` in the state directory: one folder a file, which appears under its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from adapters.errors import StoreFailed
+from server.errors import Conflict, UnknownName
+
+CONTENT, ABOUT = "content", "file.json"
+MAX_NAME = 255
+
+
+@dataclass(frozen=True)
+class File:
+    """`bytes` is its size, `created_at` in seconds since the epoch."""
+
+    id: str
+    filename: str
+    purpose: str
+    bytes: int
+    created_at: int
+
+
+class Files:
+    """All files. Thread-safe. `used_by` tells which job that is not over needs a file, if there is one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.used_by: Callable[[str], str | None] = lambda id: None
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._files: dict[str, File] = {}
+        for about in sorted(folder.glob(f"file-*/{ABOUT}")):
+            try:
+                file = File(**json.loads(about.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError):
+                continue  # a folder that somebody else has put there
+            self._files[file.id] = file
+
+    def add(self, write: Callable[[Path], object], filename: str, purpose: str) -> File:
+        """A new file, whose content `write` puts at the path that it is given. Raises StoreFailed."""
+        id = f"file-{uuid.uuid4().hex}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            part = Path(tempfile.mkdtemp(dir=self._folder, prefix=".new-"))
+        except OSError as error:
+            raise StoreFailed(f"the disk refuses the file: {error.strerror}") from None
+        try:
+            write(part / CONTENT)
+            with (part / CONTENT).open("rb") as stream:
+                os.fsync(stream.fileno())
+            size = (part / CONTENT).stat().st_size
+            name = Path(filename.replace("\\", "/")).name[:MAX_NAME] or "file"
+            file = File(id, name, purpose, size, int(time.time()))
+            with (part / ABOUT).open("w", encoding="utf-8") as out:
+                json.dump(asdict(file), out)
+                out.flush()
+                os.fsync(out.fileno())
+            part.rename(self._folder / id)
+        except OSError as error:
+            raise StoreFailed(f"the disk refuses the file: {error.strerror}") from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        with self._lock:
+            self._files[id] = file
+        return file
+
+    def get(self, id: str) -> File:
+        """Raises UnknownName."""
+        with self._lock:
+            found = self._files.get(id)
+        if found is None:
+            raise UnknownName(f"there is no file {id[:64]!r}; GET /v1/files lists them", "file_id")
+        return found
+
+    def path(self, id: str) -> Path:
+        """Where a file's content lies. Raises UnknownName."""
+        self.get(id)
+        return self._folder / id / CONTENT
+
+    def all(self) -> list[File]:
+        """Newest first."""
+        with self._lock:
+            return sorted(self._files.values(), key=lambda file: (file.created_at, file.id), reverse=True)
+
+    def delete(self, id: str) -> None:
+        """Raises UnknownName, and Conflict while a job needs it."""
+        self.get(id)
+        user = self.used_by(id)
+        if user is not None:
+            raise Conflict(f"{id} is what the job {user} works on; cancel that first", "file_id")
+        with self._lock:
+            self._files.pop(id, None)
+        shutil.rmtree(self._folder / id, ignore_errors=True)

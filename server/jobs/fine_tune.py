@@ -1,0 +1,251 @@
+"""`fine_tune`: one training run from its spec, over a base that has been loaded: files to tokens to a PEFT folder.
+
+Owns which examples are trained on and which are held out, and what is told of it. The process around it is `child`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters import data, layers, peft_format, pruning, search
+from adapters.data import Pair, Record, Tokens
+from adapters.errors import AdapterError, InvalidData, TrainingStopped
+from adapters.layers import LoraSpec
+from adapters.training import Event, TrainingConfig, evaluate_loss, train
+from adapters.weights import LoraWeights
+from server.engine.text import Text
+from server.jobs.encoding import Template, encoder
+from server.jobs.errors import JobError
+from server.jobs.recipe import Recipe
+from server.jobs.run import card
+from server.jobs.spec import CHECKPOINTS, EVALUATED, NOTE, RESULT, TRAINED, VALIDATED, Spec
+from server.jobs.trainable import Trainable
+from server.model.loader import Base
+
+MOST_HELD_OUT = 200
+"""Examples, however many there are."""
+MOST_EVALUATED = 500
+"""Examples of a validation file that are looked at while a run goes on."""
+RECOVERY = 0.1
+"""The share of the steps that auto_lora trains for once it has cut."""
+EVALUATIONS = 4
+"""Within a run, if there is something to evaluate on."""
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a run learns and what it is judged by. `kept` are records held out of the training file, by position."""
+
+    learned: Tokens
+    judged: Tokens | None
+    kept: tuple[int, ...]
+
+
+def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[], bool]) -> LoraWeights:
+    """Trains and writes `folder/result`. Goes on from the checkpoint in `folder`, if there is one.
+
+    Raises JobError for the files and the settings, TrainingStopped if `stop` said so (the checkpoint is written).
+    """
+    examples = prepare(spec, base)
+    config = _config(spec, base, examples)
+    steps = config.steps(len(examples.learned.examples))
+    if examples.judged is not None:
+        config = replace(config, eval_steps=max(1, math.ceil(steps / EVALUATIONS)))
+    on_event = _Told(tell, steps + (max(1, round(RECOVERY * steps)) if spec.auto_rank else 0))
+    tell(
+        {
+            "kind": VALIDATED,
+            "examples": len(examples.learned.examples),
+            "validation_examples": len(examples.judged.examples) if examples.judged is not None else 0,
+            "too_long": examples.learned.too_long,
+            "held_out": list(examples.kept),
+            "steps": on_event.steps,
+        }
+    )
+    model = Trainable(base, config.compute_dtype)
+
+    try:
+        weights = _train(spec, model, base, examples, config, folder / CHECKPOINTS, on_event, stop)
+        if spec.prune_to is not None:
+            weights, cut = pruning.truncate(weights, spec.prune_to, spec.name)
+            said = (
+                f"pruned to rank {spec.prune_to}: {cut.parameters:,} of {cut.parameters_before:,} parameters are left"
+            )
+            tell({"kind": NOTE, "message": f"{said}; relative error {cut.error:.4f}", "data": {"error": cut.error}})
+        losses = _losses(spec, model, base, weights, examples)
+    except (JobError, TrainingStopped):
+        raise
+    except AdapterError as error:
+        raise JobError("invalid_settings", error.message, error.param) from error
+    _write(spec, base, folder, weights)
+    made = {k: v for k, v in weights.metadata["training"].items() if k != "config"}
+    tell({"kind": TRAINED, "digest": weights.digest, "parameters": pruning.parameters(weights), **losses, "made": made})
+    return weights
+
+
+class _Told:
+    """Passes events on. Of two runs, one after the other, as auto_lora makes them, the second goes on counting."""
+
+    def __init__(self, tell: Tell, steps: int) -> None:
+        self._tell, self.steps = tell, steps
+        self._before = Event("", 0, 0)
+
+    def __call__(self, event: Event) -> None:
+        before = self._before
+        if event.kind == "done":
+            step, tokens, seconds = before.step + event.step, before.tokens + event.tokens, event.seconds
+            self._before = Event("done", step, step, tokens=tokens, seconds=before.seconds + seconds)
+            return
+        line: dict[str, Any] = vars(event) | {
+            "step": before.step + event.step,
+            "steps": self.steps,
+            "tokens": before.tokens + event.tokens,
+            "seconds": before.seconds + event.seconds,
+        }
+        self._tell({k: v for k, v in line.items() if not (isinstance(v, float) and math.isnan(v))})
+
+
+def prepare(spec: Spec, base: Base) -> Examples:
+    """The spec's files as tokens. Raises JobError, which names the file, the line and what is wrong with it."""
+    encode = encoder(Text(base.vocabulary), Template.of(spec.template))
+    longest = min(spec.config.max_length, base.config.max_position_embeddings)
+
+    def tokens(records: Sequence[Record], name: str, param: str) -> Tokens:
+        try:
+            return data.tokenize(records, encode, longest, name)
+        except InvalidData as error:
+            said = error.message if error.message.startswith(name) else f"{name}, {error.message}"
+            raise JobError(f"invalid_{param}", said, param) from error
+
+    records = _read(spec.data, spec.data_name, "training_file")
+    if spec.validation is not None:
+        judged = _read(spec.validation, spec.validation_name, "validation_file")[:MOST_EVALUATED]
+        learned = tokens(records, spec.data_name, "training_file")
+        return Examples(learned, tokens(judged, spec.validation_name, "validation_file"), ())
+    kept = held_out(len(records), spec.held_out, spec.config.seed)
+    left = [record for i, record in enumerate(records) if i not in set(kept)]
+    learned = tokens(left, spec.data_name, "training_file")
+    if not kept:
+        return Examples(learned, None, ())
+    return Examples(learned, tokens([records[i] for i in kept], spec.data_name, "training_file"), kept)
+
+
+def held_out(count: int, share: float, seed: int) -> tuple[int, ...]:
+    """Positions of the records that a share holds out, ascending; none if that is less than one record."""
+    wanted = min(MOST_HELD_OUT, int(share * count), count - 1)
+    if wanted < 1:
+        return ()
+    drawn: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return tuple(sorted(drawn[:wanted]))
+
+
+def judged_pairs(spec: Spec, kept: Sequence[int]) -> list[Pair]:
+    """The records that a result is judged by, if all of them have an input and an output; else none."""
+    if spec.validation is not None:
+        records = _read(spec.validation, spec.validation_name, "validation_file")
+    else:
+        every = _read(spec.data, spec.data_name, "training_file") if kept else []
+        records = [every[i] for i in kept]
+    pairs = [record for record in records if isinstance(record, Pair)]
+    return pairs if len(pairs) == len(records) else []
+
+
+def _read(path: Path, name: str, param: str) -> list[Record]:
+    try:
+        return data.parse(path.read_bytes(), name)
+    except OSError as error:
+        raise JobError(f"invalid_{param}", f"{name} cannot be read: {error.strerror}", param) from error
+    except InvalidData as error:
+        raise JobError(f"invalid_{param}", error.message, param) from error
+
+
+def _config(spec: Spec, base: Base, examples: Examples) -> TrainingConfig:
+    """The spec's config; an adapter to start from gives ranks and modules."""
+    config = replace(spec.config, model=base.name, quantization=str(base.quantization.get("scheme", "")))
+    if spec.init is None:
+        return config
+    start = _adapter(spec, base, spec.init)
+    ranks = dict.fromkeys(base.shapes(), 0) | {path: m.rank for path, m in start.modules.items()}
+    return replace(config, lora_rank=max(start.ranks), lora_rank_of=ranks, target_modules="all-linear")
+
+
+def _train(
+    spec: Spec,
+    model: Trainable,
+    base: Base,
+    examples: Examples,
+    config: TrainingConfig,
+    checkpoints: Path,
+    on_event: Callable[[Event], None],
+    stop: Callable[[], bool],
+) -> LoraWeights:
+    if spec.auto_rank:
+        return search.auto_lora(
+            model,
+            examples.learned,
+            config,
+            name=spec.name,
+            validation=examples.judged,
+            recovery=RECOVERY,
+            on_event=on_event,
+            checkpoints=checkpoints,
+            stop=stop,
+        )
+    init = _adapter(spec, base, spec.init) if spec.init is not None else None
+    return train(
+        model,
+        examples.learned,
+        config,
+        init,
+        name=spec.name,
+        validation=examples.judged,
+        checkpoints=checkpoints,
+        on_event=on_event,
+        stop=stop,
+    )
+
+
+def _adapter(spec: Spec, base: Base, folder: Path) -> LoraWeights:
+    return peft_format.read_folder(folder, name=spec.name, max_rank=spec.max_rank, shapes=base.shapes())
+
+
+def _losses(spec: Spec, model: Trainable, base: Base, weights: LoraWeights, examples: Examples) -> dict[str, Any]:
+    """The loss on the judged examples, of the result and of the one that it would replace."""
+    if examples.judged is None:
+        return {}
+    told = {EVALUATED: loss_of(model, weights, examples.judged)}
+    if spec.rival is not None:
+        told["rival"] = loss_of(model, _adapter(spec, base, spec.rival), examples.judged)
+    return {"losses": told}
+
+
+def loss_of(model: Trainable, weights: LoraWeights, examples: Tokens) -> float:
+    """Mean nats a learned token that `weights` have on `examples`."""
+    every = dict.fromkeys(layers.linears(model.tree), 0) | {path: m.rank for path, m in weights.modules.items()}
+    found = layers.inject(model.tree, LoraSpec(rank=max(weights.ranks), rank_of=every))
+    try:
+        layers.load(found, weights)
+        return evaluate_loss(model, examples)[0]
+    finally:
+        layers.eject(model.tree)
+
+
+def _write(spec: Spec, base: Base, folder: Path, weights: LoraWeights) -> None:
+    """The result in bf16 under a name of its own, then by a rename under the one that is looked for."""
+    part = folder / f".{RESULT}"
+    shutil.rmtree(part, ignore_errors=True)
+    about = Recipe(spec.name, spec.data_name, spec.task or {}, spec.config)
+    peft_format.save(
+        weights, part, dtype=torch.bfloat16, shapes=base.shapes(), task=spec.task, card=card(about, weights)
+    )
+    shutil.rmtree(folder / RESULT, ignore_errors=True)
+    part.rename(folder / RESULT)

@@ -1,0 +1,247 @@
+"""What becomes of a trained adapter: checked, measured against the one that it would replace, and published by rule.
+
+Owns the rule. The result is measured under the job's own name, which is taken away again, so that nothing is served
+under the name that clients use before it has been found good.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import csv
+import io
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters.data import Pair
+from adapters.errors import UnknownAdapter, VersionMismatch
+from adapters.peft_format import CONFIG_FILE, TENSOR_FILE, read_folder
+from adapters.registry import Registry
+from adapters.weights import Version
+from server.errors import NotReady
+from server.jobs.errors import JobError
+from server.jobs.files import Files
+from server.jobs.fine_tune import judged_pairs
+from server.jobs.runner import Active
+from server.jobs.spec import EVALUATED, RESULT, Spec
+from server.metrics import OTHER
+from server.tasks.definitions import Fixed, Task
+from server.tasks.evaluation import LOSS, Evaluation, Score, default_metric
+from server.tasks.quality import EVALUATION, Quality, Subject
+from server.tasks.resolve import Target
+from server.tasks.store import Tasks
+
+MOST_JUDGED = 1000
+"""Examples that a result is compared on."""
+TRIES = 3
+"""Comparisons, where the name gets another version meanwhile."""
+RESULTS = "fine-tune-results"
+
+Evaluate = Callable[
+    [Target, Sequence[Pair], Sequence[str], Callable[[int, int], None]], "concurrent.futures.Future[Evaluation]"
+]
+"""Starts an evaluation on the server's engine: target, examples, metrics, and whom to tell of its progress."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A result against the version that has its name. `theirs` is None if there is none, or nothing to compare by."""
+
+    metric: str
+    samples: int
+    ours: float
+    theirs: float | None
+    scores: tuple[Score, Score | None] | None = None
+
+    @property
+    def better(self) -> bool:
+        """Nothing is better than what it equals."""
+        if self.theirs is None:
+            return False
+        return self.ours < self.theirs if self.metric == LOSS else self.ours > self.theirs
+
+    def told(self) -> dict[str, Any]:
+        return {"metric": self.metric, "samples": self.samples, "score": self.ours, "replaced": self.theirs}
+
+
+class Publishing:
+    """Publishes results. `evaluate` runs an evaluation on the engine."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        tasks: Tasks,
+        quality: Quality,
+        files: Files,
+        evaluate: Evaluate,
+        *,
+        shapes: dict[str, tuple[int, int]],
+        base_id: str,
+    ) -> None:
+        self._registry, self._tasks, self._quality, self._files = registry, tasks, quality, files
+        self._evaluate, self._shapes, self._base_id = evaluate, shapes, base_id
+
+    def publish(self, active: Active, spec: Spec) -> None:
+        """The rest of a training job. Raises InvalidAdapter and all that publishing raises, Stopped."""
+        job, folder = active.job, active.folder / RESULT
+        weights = read_folder(folder, name=job.name, max_rank=spec.max_rank, shapes=self._shapes)
+        rule = job.request["lora"]["publish"]
+        for _ in range(TRIES):
+            active.check()
+            rival = self._current(job.name)
+            verdict = self._judge(active, spec, rival)
+            if verdict is not None:
+                job.result["evaluation"] = verdict.told()
+                active.note(_words(verdict), data=verdict.told())
+            reason = _kept_back(rule, rival, verdict)
+            if reason is not None:
+                job.result["model"] = None
+                active.note(f"Not published: {reason}")
+                break
+            expected = rival.label if rival is not None and rule == "if_better" else None
+            try:
+                published = self._registry.publish_now(job.name, folder, source="job", if_match=expected)
+            except VersionMismatch:
+                active.note(f"{job.name} got another version meanwhile; the result is compared with that.")
+                continue
+            job.result |= {"model": job.name, "version": published.version.label}
+            active.note(f"Published as {published.version.label}.", data={"version": published.version.label})
+            break
+        else:
+            raise JobError("conflict", f"{job.name} got another version at each of {TRIES} tries to publish", "suffix")
+        self._record(job.request["lora"]["task"], Version(job.name, weights.digest), rival, verdict)
+        self._leave_files(active, published_=job.result["model"] is not None)
+
+    # ---- measuring
+
+    def _judge(self, active: Active, spec: Spec, rival: Version | None) -> Verdict | None:
+        """How the result does, on the engine if the data allow it, else by the loss that the training has told."""
+        trained = active.job.trained or {}
+        pairs = judged_pairs(spec, trained.get("held_out", []))[:MOST_JUDGED]
+        if not pairs:
+            losses = trained.get("losses")
+            if not losses:
+                return None
+            samples = int(trained.get("validation_examples", 0))
+            return Verdict(LOSS, samples, losses[EVALUATED], losses.get("rival"))
+        task = self._tasks.find(active.job.request["lora"]["task"] or "")
+        metric = default_metric(task) if task is not None else LOSS
+        active.note(f"Evaluating {metric} on {len(pairs):,} examples.")
+        with self._named(active) as name:
+            ours = self._score(active, task, name, pairs, metric)
+        theirs = None
+        if rival is not None:
+            theirs = self._score(active, task, f"{rival.name}@{rival.digest}", pairs, metric)
+        return Verdict(metric, len(pairs), ours.value, theirs.value if theirs else None, (ours, theirs))
+
+    def _named(self, active: Active) -> _Named:
+        return _Named(self._registry, active.job.id, active.folder)
+
+    def _score(self, active: Active, task: Task | None, name: str, pairs: Sequence[Pair], metric: str) -> Score:
+        template = task or Task(OTHER, "{input}", Fixed(), format="chat")
+        target = Target(template.name, template, [(name, 1.0)])
+        return awaited(active, self._evaluate(target, pairs, (metric,), lambda done, total: None)).scores[metric]
+
+    def _record(self, task: str | None, version: Version, rival: Version | None, verdict: Verdict | None) -> None:
+        """Scores go to the task's records: those of the result, and of what it was compared with if it has none."""
+        if task is None or verdict is None or verdict.scores is None:
+            return
+        ours, theirs = verdict.scores
+        self._quality.evaluated(Subject.of(task, [(version, 1.0)], self._base_id), ours.metric, shares(ours))
+        if rival is not None and theirs is not None:
+            subject = Subject.of(task, [(rival, 1.0)], self._base_id)
+            if not self._quality.totals(subject, theirs.metric, EVALUATION).count:
+                self._quality.evaluated(subject, theirs.metric, shares(theirs))
+
+    def _current(self, name: str) -> Version | None:
+        try:
+            return self._registry.current(name)
+        except UnknownAdapter:
+            return None
+
+    # ---- what is left behind
+
+    def _leave_files(self, active: Active, *, published_: bool) -> None:
+        """The losses by step as a file; of an adapter that is not published, its two files too."""
+        table = losses_table(active.records.events(active.job.id))
+        files = [self._files.add(lambda path: path.write_text(table), f"{active.job.id}.csv", RESULTS)]
+        if not published_:
+            for name in (CONFIG_FILE, TENSOR_FILE):
+                source = active.folder / RESULT / name
+                files.append(self._files.add(_copier(source), name, RESULTS))
+        active.job.result["files"] = [file.id for file in files]
+        shutil.rmtree(active.folder / RESULT, ignore_errors=True)
+
+
+class _Named:
+    """The result, served under the job's name while inside; it brings no task along."""
+
+    def __init__(self, registry: Registry, name: str, folder: Path) -> None:
+        self._registry, self._name, self._folder = registry, name, folder
+
+    def __enter__(self) -> str:
+        candidate = self._folder / "candidate"
+        shutil.rmtree(candidate, ignore_errors=True)
+        candidate.mkdir()
+        for file in (CONFIG_FILE, TENSOR_FILE):
+            shutil.copyfile(self._folder / RESULT / file, candidate / file)
+        self._registry.publish_now(self._name, candidate, source="job")
+        shutil.rmtree(candidate, ignore_errors=True)
+        return self._name
+
+    def __exit__(self, *_: object) -> None:
+        self._registry.retire_now(self._name)
+
+
+def awaited(active: Active, future: concurrent.futures.Future[Evaluation]) -> Evaluation:
+    """The evaluation's outcome. Raises Stopped if the job was asked to end, and what the evaluation raises."""
+    active.stopped_by(future.cancel, future.cancel)
+    try:
+        return future.result()
+    except (concurrent.futures.CancelledError, NotReady):
+        active.check()
+        raise
+
+
+def shares(score: Score) -> list[float]:
+    """A score's values as quality records take them, 0 to 1: of a loss, the probability that a token falls short by."""
+    return [1.0 - math.exp(-v) for v in score.values] if score.lower_is_better else list(score.values)
+
+
+def losses_table(events: Sequence[dict[str, Any]]) -> str:
+    """Step, losses and accuracies as CSV, with the columns of OpenAI's result files."""
+    columns = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
+    rows: dict[int, dict[str, float]] = {}
+    for event in events:
+        if event["type"] == "metrics":
+            rows.setdefault(event["data"]["step"], {}).update(event["data"])
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("step", *columns))
+    for step, row in sorted(rows.items()):
+        writer.writerow((step, *(f"{row[c]:.6g}" if c in row else "" for c in columns)))
+    return out.getvalue()
+
+
+def _kept_back(rule: str, rival: Version | None, verdict: Verdict | None) -> str | None:
+    """Why a result is not published, or None if it is."""
+    if rule == "never":
+        return "the job asks for that; its files are among the results."
+    if rule == "if_better" and rival is not None:
+        if verdict is None or verdict.theirs is None:
+            return f"there is nothing to compare it with {rival.label} by; give a validation_file."
+        if not verdict.better:
+            return f"{rival.label} is at least as good."
+    return None
+
+
+def _words(verdict: Verdict) -> str:
+    against = f", against {verdict.theirs:.4f} of the one that it would replace" if verdict.theirs is not None else ""
+    return f"{verdict.metric} {verdict.ours:.4f} on {verdict.samples:,} examples{against}."
+
+
+def _copier(source: Path) -> Callable[[Path], object]:
+    return lambda path: shutil.copyfile(source, path)

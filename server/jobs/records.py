@@ -1,0 +1,159 @@
+"""`Job` and `Records`: what is known of each job, on disk so that it outlives the server.
+
+Owns `jobs/` in the state directory. A job's state is one file, replaced whole; its events are a journal, to which
+lines are added. What a job does, and when, is not known here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import StoreFailed
+
+log = logging.getLogger(__name__)
+
+TRAINING, EVALUATION = "training", "evaluation"
+QUEUED, VALIDATING, RUNNING, PAUSED = "queued", "validating_files", "running", "paused"
+SUCCEEDED, FAILED, CANCELLED = "succeeded", "failed", "cancelled"
+OVER = frozenset({SUCCEEDED, FAILED, CANCELLED})
+ACTIVE = frozenset({VALIDATING, RUNNING})
+
+STATE, EVENTS = "job.json", "events.jsonl"
+
+
+@dataclass
+class Progress:
+    """How far a job is. Of an evaluation, steps are examples; `loss` is the last one of training."""
+
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def share(self) -> float:
+        return min(1.0, self.step / self.steps) if self.steps else 0.0
+
+
+@dataclass
+class Job:
+    """`name` is what the result is called (training), or the task (evaluation). `request` is what was asked, checked.
+
+    `trained` is what the training process told at its end; with it, only evaluation and publishing are left.
+    """
+
+    id: str
+    kind: str
+    name: str
+    request: dict[str, Any]
+    status: str = QUEUED
+    created_at: float = field(default_factory=time.time)
+    started_at: float | None = None
+    finished_at: float | None = None
+    error: dict[str, Any] | None = None
+    progress: Progress = field(default_factory=Progress)
+    trained: dict[str, Any] | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def over(self) -> bool:
+        return self.status in OVER
+
+
+class Records:
+    """Jobs and their events by id. Thread-safe."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self.jobs: dict[str, Job] = {}
+        for file in sorted(folder.glob(f"*/{STATE}")):
+            try:
+                raw = json.loads(file.read_text(encoding="utf-8"))
+                job = Job(**{**raw, "progress": Progress(**raw["progress"])})
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                log.error("the record of job %s cannot be read and is left out: %s", file.parent.name, error)
+                continue
+            self.jobs[job.id] = job
+
+    def prepare(self, kind: str, name: str, request: Mapping[str, Any], prefix: str, files: Mapping[str, bytes]) -> Job:
+        """A job with a folder and these files in it. An empty name is made of the id. Raises StoreFailed."""
+        id = f"{prefix}-{uuid.uuid4().hex[:24]}"
+        job = Job(id, kind, name or f"ft-{id}", dict(request))
+        try:
+            self.folder(id).mkdir(parents=True)
+            for file, content in files.items():
+                (self.folder(id) / file).write_bytes(content)
+        except OSError as error:
+            raise StoreFailed(f"the disk refuses the job: {error.strerror}") from None
+        return job
+
+    def enter(self, job: Job) -> None:
+        """Make a prepared job known, on disk first. Raises StoreFailed."""
+        self.save(job)
+        with self._lock:
+            self.jobs = {**self.jobs, job.id: job}
+
+    def folder(self, id: str) -> Path:
+        """Where all that belongs to a job lies."""
+        return self._folder / id
+
+    def all(self) -> list[Job]:
+        """Oldest first."""
+        return sorted(self.jobs.values(), key=lambda job: (job.created_at, job.id))
+
+    def save(self, job: Job) -> None:
+        """Replace a job's state on disk. Raises StoreFailed."""
+        part = self.folder(job.id) / f".{STATE}"
+        with self._lock:
+            try:
+                with part.open("w", encoding="utf-8") as out:
+                    json.dump(asdict(job), out)
+                    out.flush()
+                    os.fsync(out.fileno())
+                part.replace(self.folder(job.id) / STATE)
+            except OSError as error:
+                raise StoreFailed(f"the job's record cannot be written: {error.strerror}") from None
+
+    def note(
+        self,
+        job: Job,
+        message: str,
+        *,
+        level: str = "info",
+        type: str = "message",
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add an event. A disk that refuses it costs the event and a log line."""
+        event = {"at": time.time(), "level": level, "message": message, "type": type, "data": dict(data or {})}
+        with self._lock:
+            try:
+                with (self.folder(job.id) / EVENTS).open("ab") as out:
+                    out.write(b"\n" + json.dumps(event).encode())  # a line that a kill cut short spoils no other
+            except OSError as error:
+                log.error("an event of job %s cannot be written: %s", job.id, error)
+
+    def events(self, id: str) -> list[dict[str, Any]]:
+        """A job's events, oldest first, each with the `id` that its place gives it."""
+        try:
+            lines = (self.folder(id) / EVENTS).read_bytes().split(b"\n")
+        except OSError:
+            return []
+        found = []
+        for number, line in enumerate(lines):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # cut short by a kill
+            found.append({**event, "id": f"ftevent-{id.partition('-')[2]}-{number}"})
+        return found

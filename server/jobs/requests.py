@@ -1,0 +1,206 @@
+"""What clients may ask of a training job, checked: names, defaults, and the settings that they make.
+
+Owns the meaning of OpenAI's hyperparameters and of `lora`. Form and bounds of the fields are the API's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from adapters.errors import AdapterError
+from adapters.registry import Registry
+from adapters.store import Store
+from adapters.training import TrainingConfig
+from adapters.weights import RESERVED
+from server.errors import InvalidRequest
+from server.jobs.files import Files
+from server.jobs.spec import BaseSource, Spec
+from server.tasks.definitions import Task
+
+EPOCHS, BATCH = 3, 16
+LEARNING_RATE = 5e-4
+"""What a learning_rate_multiplier multiplies."""
+SAVE_STEPS = 20
+HELD_OUT = 0.1
+"""Of the training file, to compare on, where a result is to be published only if it is better."""
+PUBLISH = ("always", "if_better", "never")
+AUTO_WIDENS = 4
+"""How many times `r` the rank of a module may get with auto_rank."""
+INIT, RIVAL = "init", "rival"
+
+_PARAM = {
+    "lora_rank": "lora.r", "lora_alpha": "lora.alpha", "target_modules": "lora.target_modules",
+    "epochs": "hyperparameters.n_epochs", "batch_size": "hyperparameters.batch_size",
+    "learning_rate": "hyperparameters.learning_rate_multiplier",
+}  # fmt: skip
+
+
+class TaskNames(Protocol):
+    """What a job asks of the tasks."""
+
+    def find(self, name: str) -> Task | None: ...
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What is asked of the adapter beyond OpenAI's words."""
+
+    r: int = 8
+    alpha: float | None = None
+    target_modules: str | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+    auto_rank: bool = False
+    prune_to: int | None = None
+    task: str | None = None
+    publish: str = "always"
+    init_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A training job as a client wants it. None is "auto"; `given` are the fields of `lora` that were given."""
+
+    training_file: str
+    validation_file: str | None = None
+    suffix: str | None = None
+    seed: int = 0
+    n_epochs: float | None = None
+    batch_size: int | None = None
+    learning_rate_multiplier: float | None = None
+    lora: Lora = field(default_factory=Lora)
+    given: frozenset[str] = frozenset()
+    metadata: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What requests are checked against, and specs are made of. `origin` is None for a base that no file holds."""
+
+    origin: BaseSource | None
+    base_name: str
+    max_rank: int
+    threads: int
+    files: Files
+    registry: Registry
+    store: Store
+    tasks: TaskNames
+
+
+def checked(asked: Asked, ground: Ground) -> dict[str, Any]:
+    """The request as it is recorded. Raises InvalidRequest, UnknownName, UnknownAdapter, each naming the field."""
+    if ground.origin is None:
+        raise InvalidRequest("this server's base is in memory alone, and a training process could not map it", "model")
+    for param in ("training_file", "validation_file"):
+        id = getattr(asked, param)
+        if id is not None and ground.files.get(id).purpose != "fine-tune":
+            raise InvalidRequest(f"{param} must have been uploaded with the purpose fine-tune", param)
+    if asked.suffix is not None and asked.suffix in RESERVED | {ground.base_name}:
+        raise InvalidRequest(f"the name {asked.suffix!r} is reserved", "suffix")
+    task = _task(asked, ground)
+    _check_ranks(asked, ground)
+    request = {
+        "training_file": asked.training_file,
+        "validation_file": asked.validation_file,
+        "suffix": asked.suffix,
+        "seed": asked.seed,
+        "hyperparameters": {
+            "n_epochs": asked.n_epochs or EPOCHS,
+            "batch_size": asked.batch_size or BATCH,
+            "learning_rate_multiplier": asked.learning_rate_multiplier or 1.0,
+        },
+        "lora": {**vars(asked.lora), "alpha": asked.lora.alpha or 2.0 * asked.lora.r, "task": task},
+        "metadata": dict(asked.metadata or {}) or None,
+    }
+    try:
+        config_of(request)
+    except AdapterError as error:
+        raise InvalidRequest(error.message, _PARAM.get(error.param or "", error.param)) from error
+    return request
+
+
+def _task(asked: Asked, ground: Ground) -> str | None:
+    """The task whose template the data go through: the one that is named, else that of the adapter's name."""
+    name = asked.lora.task
+    if name is None:
+        return asked.suffix if asked.suffix and ground.tasks.find(asked.suffix) is not None else None
+    if ground.tasks.find(name) is None:
+        raise InvalidRequest(f"there is no task {name[:64]!r}; GET /tasks lists them", "lora.task")
+    return name
+
+
+def _check_ranks(asked: Asked, ground: Ground) -> None:
+    lora = asked.lora
+    most = lora.r * (AUTO_WIDENS if lora.auto_rank else 1)
+    if most > ground.max_rank:
+        why = f", and auto_rank may give a module {AUTO_WIDENS} times r" if lora.auto_rank else ""
+        raise InvalidRequest(f"this server takes ranks of up to {ground.max_rank} (--max-rank){why}", "lora.r")
+    if lora.init_from is not None:
+        ground.registry.resolve([(lora.init_from, 1.0)])
+        fixed: Collection[str] = asked.given & {"r", "alpha", "target_modules", "rslora", "auto_rank"}
+        if fixed:
+            one = sorted(fixed)[0]
+            raise InvalidRequest(f"an adapter that is started from has its own ranks; leave {one} out", f"lora.{one}")
+
+
+def config_of(request: Mapping[str, Any]) -> TrainingConfig:
+    """The settings of a run. Raises AdapterError."""
+    lora, hyper = request["lora"], request["hyperparameters"]
+    targets = lora["target_modules"]
+    return TrainingConfig(
+        epochs=float(hyper["n_epochs"]),
+        batch_size=hyper["batch_size"],
+        learning_rate=LEARNING_RATE * hyper["learning_rate_multiplier"],
+        lora_rank=lora["r"],
+        lora_alpha=float(lora["alpha"]),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        use_rslora=lora["rslora"],
+        seed=request["seed"],
+        save_steps=SAVE_STEPS,
+    )
+
+
+def keep_init(request: Mapping[str, Any], ground: Ground, folder: Path) -> None:
+    """Put the adapter to start from, as it is now, into the job's folder."""
+    name = request["lora"]["init_from"]
+    if name is not None:
+        [(version, _)] = ground.registry.resolve([(name, 1.0)])
+        shutil.copytree(ground.store.path(version.digest), folder / INIT)
+
+
+def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path) -> Spec:
+    """What the training process is told. The adapter that the result would replace is copied, as it is now.
+
+    Raises UnknownName for a file that is gone.
+    """
+    assert ground.origin is not None
+    lora, files = request["lora"], ground.files
+    validation = request["validation_file"]
+    rival = folder / RIVAL
+    shutil.rmtree(rival, ignore_errors=True)
+    if name in ground.registry.names():
+        shutil.copytree(ground.store.path(ground.registry.current(name).digest), rival)
+    task = ground.tasks.find(lora["task"]) if lora["task"] else None
+    body = {k: v for k, v in task.body().items() if k != "route"} if task is not None else {}
+    return Spec(
+        base=ground.origin,
+        name=name,
+        config=replace(config_of(request), data=files.get(request["training_file"]).filename),
+        data=files.path(request["training_file"]).resolve(),
+        data_name=files.get(request["training_file"]).filename,
+        validation=files.path(validation).resolve() if validation else None,
+        validation_name=files.get(validation).filename if validation else "",
+        held_out=HELD_OUT if lora["publish"] == "if_better" and not validation else 0.0,
+        template=body,
+        # An adapter that is called otherwise than the task would take the task from the one that has it.
+        task={"task": task.name, **body} if task is not None and task.name == name else None,
+        threads=ground.threads,
+        max_rank=ground.max_rank,
+        init=(folder / INIT).resolve() if (folder / INIT).exists() else None,
+        rival=rival.resolve() if rival.exists() else None,
+        auto_rank=lora["auto_rank"],
+        prune_to=lora["prune_to"],
+    )

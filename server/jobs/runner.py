@@ -1,0 +1,279 @@
+"""`Jobs`: what is queued, runs, and is over; one job of each kind at a time, in the order they came.
+
+Owns states and who may change them: a client (cancel, pause, resume), the work itself, and the end of the server,
+after which all that was queued or running is queued again. What a job does is its `Work`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from adapters.errors import AdapterError
+from server.errors import Conflict, ServerError, UnknownName
+from server.jobs.errors import JobError
+from server.jobs.records import (
+    ACTIVE,
+    CANCELLED,
+    FAILED,
+    PAUSED,
+    QUEUED,
+    RUNNING,
+    SUCCEEDED,
+    TRAINING,
+    VALIDATING,
+    Job,
+    Records,
+)
+from server.jobs.spec import CHECKPOINTS
+
+log = logging.getLogger(__name__)
+
+CLOSING = "closing"
+
+
+class Stopped(Exception):
+    """The work has ended because it was asked to."""
+
+
+def _nothing() -> None:
+    """Between pieces of work there is nothing to end."""
+
+
+class Active:
+    """A job while it is worked on: what its work may do to it, and what is asked of the work meanwhile."""
+
+    def __init__(self, job: Job, records: Records) -> None:
+        self.job, self.records = job, records
+        self.folder = records.folder(job.id)
+        self.wanted: str | None = None
+        """CANCELLED, PAUSED or CLOSING, once somebody wants the work to end."""
+        self._lock = threading.Lock()
+        self._stop: Callable[[], object] = _nothing
+        self._kill: Callable[[], object] = _nothing
+
+    def ask(self, wanted: str, now: bool = False) -> None:
+        """Want the work to end, at its next checkpoint or `now`. The last word counts; nothing undoes a cancel."""
+        with self._lock:
+            if self.wanted != CANCELLED:
+                self.wanted = wanted
+            (self._kill if now or self.wanted == CANCELLED else self._stop)()
+
+    def stopped_by(self, stop: Callable[[], object], kill: Callable[[], object]) -> None:
+        """How the present piece of work is ended; called at once if that is wanted already."""
+        with self._lock:
+            self._stop, self._kill = stop, kill
+            if self.wanted is not None:
+                (kill if self.wanted == CANCELLED else stop)()
+
+    def check(self) -> None:
+        """Between pieces of work. Raises Stopped."""
+        if self.wanted is not None:
+            raise Stopped
+
+    def become(self, status: str) -> None:
+        """Another status of a job that goes on."""
+        self.job.status = status
+        self.records.save(self.job)
+
+    def note(self, message: str, **more: Any) -> None:
+        """Add an event."""
+        self.records.note(self.job, message, **more)
+
+
+Work = Callable[[Active], None]
+"""Does a job, from wherever it is. Raises JobError if it fails, Stopped if it was asked to end."""
+
+
+class Jobs:
+    """All jobs. Thread-safe. `works` has the work of each kind, each on a thread of its own."""
+
+    def __init__(self, records: Records, works: Mapping[str, Work]) -> None:
+        self.records = records
+        self._works = dict(works)
+        self._condition = threading.Condition()
+        self._active: dict[str, Active] = {}
+        self._closing = False
+        for job in records.all():
+            if job.status in ACTIVE:
+                job.status = QUEUED
+                records.save(job)
+                records.note(job, "The server has started again; the job goes on from its last checkpoint.")
+        self._threads = [
+            threading.Thread(target=self._run, args=(kind,), name=f"loramux-{kind}", daemon=True) for kind in works
+        ]
+
+    def start(self) -> None:
+        """Begin to work."""
+        for thread in self._threads:
+            thread.start()
+
+    def close(self, drain: float) -> None:
+        """Stop what runs, at a checkpoint, and leave it queued. What has not stopped after `drain` seconds is ended."""
+        with self._condition:
+            self._closing = True
+            active = list(self._active.values())
+            self._condition.notify_all()
+        for one in active:
+            one.ask(CLOSING)
+        end = time.monotonic() + max(drain, 1.0)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(max(0.0, end - time.monotonic()))
+        for one in active:
+            one.ask(CLOSING, now=True)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(10.0)
+
+    # ---- asked by clients
+
+    def get(self, id: str) -> Job:
+        """Raises UnknownName."""
+        job = self.records.jobs.get(id)
+        if job is None:
+            raise UnknownName(f"there is no job {id[:64]!r}; GET /jobs lists them", "id")
+        return job
+
+    def prepare(
+        self, kind: str, name: str, request: Mapping[str, Any], prefix: str, files: Mapping[str, bytes] | None = None
+    ) -> Job:
+        """A new job with its folder and these files in it, which nobody sees before `enter`. Raises StoreFailed."""
+        return self.records.prepare(kind, name, request, prefix, files or {})
+
+    def enter(self, job: Job) -> Job:
+        """Queue a job that has been prepared. Raises StoreFailed."""
+        self.records.enter(job)
+        self.records.note(job, "Created.")
+        with self._condition:
+            self._condition.notify_all()
+        return job
+
+    def cancel(self, id: str) -> Job:
+        """End a job for good. Raises UnknownName, Conflict if it is over."""
+        with self._condition:
+            job = self._open(id, "cancelled")
+            active = self._active.get(id)
+            if active is None:
+                self._finish(job, CANCELLED, "Cancelled.")
+        if active is not None:
+            active.ask(CANCELLED)
+        return job
+
+    def pause(self, id: str) -> Job:
+        """Stop a job at a checkpoint until it is resumed. Raises UnknownName, Conflict."""
+        with self._condition:
+            job = self._open(id, "paused")
+            if job.kind != TRAINING or job.trained is not None:
+                raise Conflict(f"{id} has nothing left that could be paused; cancel it, or let it end", "id")
+            active = self._active.get(id)
+            if active is None and job.status != PAUSED:
+                job.status = PAUSED
+                self.records.save(job)
+                self.records.note(job, "Paused.")
+        if active is not None:
+            active.ask(PAUSED)
+        return job
+
+    def resume(self, id: str) -> Job:
+        """Queue a job again that is paused, or that has failed: it goes on from its checkpoint. Raises Conflict."""
+        with self._condition:
+            job = self.get(id)
+            if job.status not in (PAUSED, FAILED) or job.kind != TRAINING:
+                raise Conflict(f"{id} is {job.status}; only a job that is paused or has failed can be resumed", "id")
+            job.status, job.error, job.finished_at = QUEUED, None, None
+            self.records.save(job)
+            self.records.note(job, "Resumed; the job goes on from its last checkpoint.")
+            self._condition.notify_all()
+        return job
+
+    def using(self, file_id: str) -> str | None:
+        """A job that is not over and needs this file."""
+        for job in self.records.all():
+            if not job.over and file_id in (job.request.get("training_file"), job.request.get("validation_file")):
+                return job.id
+        return None
+
+    def training(self) -> list[tuple[str, float, int, float]]:
+        """Id, loss, tokens and progress of every training job that has begun, oldest first, for the metrics."""
+        return [
+            (job.id, job.progress.loss, job.progress.tokens, job.progress.share)
+            for job in self.records.all()
+            if job.kind == TRAINING and job.progress.loss is not None
+        ]
+
+    def _open(self, id: str, what: str) -> Job:
+        job = self.get(id)
+        if job.over:
+            raise Conflict(f"{id} has {job.status} already, and can not be {what}", "id")
+        return job
+
+    # ---- the threads
+
+    def _run(self, kind: str) -> None:
+        while True:
+            with self._condition:
+                job = self._next(kind)
+                while job is None and not self._closing:
+                    self._condition.wait()
+                    job = self._next(kind)
+                if self._closing or job is None:
+                    return
+                active = self._active[job.id] = Active(job, self.records)
+                job.status = VALIDATING if kind == TRAINING and job.trained is None else RUNNING
+                job.started_at = job.started_at or time.time()
+            self._do(active, self._works[kind])
+
+    def _next(self, kind: str) -> Job | None:
+        waiting = [job for job in self.records.all() if job.kind == kind and job.status == QUEUED]
+        return waiting[0] if waiting else None
+
+    def _do(self, active: Active, work: Work) -> None:
+        job = active.job
+        status, message, error = SUCCEEDED, "The job has succeeded.", None
+        try:
+            self.records.save(job)
+            work(active)
+        except Stopped:
+            status, message = {
+                CANCELLED: (CANCELLED, "Cancelled."),
+                PAUSED: (PAUSED, f"Paused at step {job.progress.step}."),
+            }.get(active.wanted or "", (QUEUED, "The server stops; the job goes on when it starts again."))
+        except JobError as failure:
+            error = {"code": failure.code, "message": failure.message, "param": failure.param}
+        except (AdapterError, ServerError) as failure:
+            error = {"code": "failed", "message": failure.message, "param": failure.param}
+        except Exception:
+            log.exception("job %s failed", job.id)
+            error = {
+                "code": "internal",
+                "message": "internal error; the log has more under the job's id",
+                "param": None,
+            }
+        if error is not None:
+            status, message, job.error = FAILED, str(error["message"]), error
+        with self._condition:
+            del self._active[job.id]
+            if status in (SUCCEEDED, FAILED, CANCELLED):
+                self._finish(job, status, message)
+            else:
+                job.status = status
+                self._write(job, message)
+
+    def _finish(self, job: Job, status: str, message: str) -> None:
+        """The end of a job. A checkpoint is kept only where the job can be resumed."""
+        if status != FAILED:
+            shutil.rmtree(self.records.folder(job.id) / CHECKPOINTS, ignore_errors=True)
+        job.status, job.finished_at = status, time.time()
+        self._write(job, message, "error" if status == FAILED else "info")
+
+    def _write(self, job: Job, message: str, level: str = "info") -> None:
+        self.records.note(job, message, level=level)
+        try:
+            self.records.save(job)
+        except AdapterError as error:  # a full disk: what is in memory goes on to be told
+            log.error("%s: %s", job.id, error.message)

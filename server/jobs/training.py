@@ -1,0 +1,116 @@
+"""The work of a training job: the process that trains, then evaluation and publishing.
+
+Owns what the process tells and how it becomes progress and events.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from server.jobs.errors import JobError
+from server.jobs.process import Process
+from server.jobs.publishing import Publishing
+from server.jobs.records import RUNNING
+from server.jobs.requests import INIT, RIVAL, Ground, spec_of
+from server.jobs.runner import CLOSING, Active, Stopped
+from server.jobs.spec import CHECKPOINT, CHECKPOINTS, EVALUATED, FAILED, NOTE, STEP, STOPPED, TRAINED, VALIDATED
+
+METRIC_EVENTS = 1000
+"""Events of single steps that a job may have, about; of a longer one every second, or third, ... is told."""
+
+
+class Training:
+    """`Work` for training jobs."""
+
+    def __init__(self, ground: Ground, publishing: Publishing) -> None:
+        self._ground, self._publishing = ground, publishing
+
+    def __call__(self, active: Active) -> None:
+        job = active.job
+        spec = spec_of(job.name, job.request, self._ground, active.folder)
+        if job.trained is None:
+            spec.write(active.folder)
+            self._train(active)
+            active.check()
+        active.become(RUNNING)
+        self._publishing.publish(active, spec)
+        for folder in (INIT, RIVAL, CHECKPOINTS):
+            shutil.rmtree(active.folder / folder, ignore_errors=True)
+
+    def _train(self, active: Active) -> None:
+        process = Process(active.folder)
+        heard = _Heard(active)
+        active.stopped_by(process.stop, process.kill)
+        try:
+            for line in process.lines():
+                heard.line(line)
+        finally:
+            process.kill()
+        end = heard.end
+        if end is not None and end["kind"] == TRAINED:
+            active.job.trained = {k: v for k, v in end.items() if k != "kind"} | {"held_out": heard.held_out}
+            active.records.save(active.job)
+        elif end is not None and end["kind"] == FAILED:
+            raise JobError(str(end["code"]), str(end["message"]), end.get("param"))
+        elif active.wanted is not None or (end is not None and end["kind"] == STOPPED):
+            active.wanted = active.wanted or CLOSING  # somebody else has stopped the process, at a checkpoint
+            raise Stopped
+        else:
+            raise JobError("process_died", process.how_it_ended())
+
+
+class _Heard:
+    """Turns what the process tells into progress and events."""
+
+    def __init__(self, active: Active) -> None:
+        self._active, self._job = active, active.job
+        self.end: dict[str, Any] | None = None
+        self.held_out: list[int] = []
+        self._last: dict[str, float] = {}
+
+    def line(self, told: dict[str, Any]) -> None:
+        kind = told.get("kind")
+        if kind == VALIDATED:
+            self._validated(told)
+        elif kind == STEP:
+            self._step(told)
+        elif kind == EVALUATED:
+            data = {"valid_loss": told["loss"], "valid_mean_token_accuracy": told["accuracy"]}
+            self._last.update(data)
+            self._metrics(f"Step {told['step']}/{told['steps']}: validation loss={told['loss']:.4f}", told, data)
+        elif kind == CHECKPOINT:
+            data = {"checkpoint": told["step"], **self._last}
+            self._active.note(f"Checkpoint at step {told['step']}.", data=data)
+            self._active.records.save(self._job)
+        elif kind == NOTE:
+            self._active.note(str(told["message"]), data=told.get("data"))
+        elif kind in (TRAINED, STOPPED, FAILED):
+            self.end = told
+
+    def _validated(self, told: dict[str, Any]) -> None:
+        self.held_out = list(told["held_out"])
+        self._job.progress.steps = told["steps"]
+        said = f"Files are valid: {told['examples']:,} examples to learn"
+        if told["validation_examples"]:
+            said += f", {told['validation_examples']:,} to validate on"
+            said += " (held out of the training file)" if told["held_out"] else ""
+        self._active.note(f"{said}; {told['steps']:,} steps.")
+        if told["too_long"]:
+            self._active.note(f"{told['too_long']:,} examples are longer than a sequence may be and are left out.",
+                              level="warn")  # fmt: skip
+        self._active.become(RUNNING)
+
+    def _step(self, told: dict[str, Any]) -> None:
+        progress = self._job.progress
+        progress.step, progress.steps, progress.loss = told["step"], told["steps"], told["loss"]
+        progress.tokens, progress.seconds = told["tokens"], told["seconds"]
+        data = {"train_loss": told["loss"], "train_mean_token_accuracy": told["accuracy"]}
+        data["learning_rate"], self._last["train_loss"] = told["learning_rate"], told["loss"]
+        self._last["train_mean_token_accuracy"] = told["accuracy"]
+        every = max(1, told["steps"] // METRIC_EVENTS)
+        if told["step"] % every == 0 or told["step"] == told["steps"]:
+            self._metrics(f"Step {told['step']}/{told['steps']}: training loss={told['loss']:.4f}", told, data)
+
+    def _metrics(self, message: str, told: dict[str, Any], data: dict[str, float]) -> None:
+        self._active.note(message, type="metrics", data={"step": told["step"], "total_steps": told["steps"], **data})

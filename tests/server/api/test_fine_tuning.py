@@ -1,0 +1,416 @@
+"""Files and training jobs over HTTP, by OpenAI's own client, with a real training process over a tiny base."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+import server.app
+from server.api.assembly import build
+from server.model.loader import Base
+
+LINES = [{"input": f"the {i}", "output": "good" if i % 2 else "bad"} for i in range(12)]
+
+
+def jsonl(lines: list[Any]) -> bytes:
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+@pytest.fixture
+def house(
+    start: Callable[..., Any], tiny_folder: Path, folder_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """`house(**settings)`: a server that can train."""
+    monkeypatch.setattr(
+        server.app,
+        "assemble",
+        lambda settings, metrics, mailbox: build(settings, folder_base, metrics, mailbox, tiny_folder),
+    )
+    return lambda **settings: start(quantization="none", **settings)
+
+
+@pytest.fixture
+def live(house: Callable[..., Any]) -> Any:
+    return house()
+
+
+def client_of(live: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def client(live: Any) -> openai.OpenAI:
+    return client_of(live)
+
+
+def upload(client: openai.OpenAI, lines: list[Any] | bytes = LINES, name: str = "mood.jsonl") -> str:
+    content = lines if isinstance(lines, bytes) else jsonl(lines)
+    return client.files.create(file=(name, content), purpose="fine-tune").id
+
+
+def create(client: openai.OpenAI, **fields: Any) -> Any:
+    fields.setdefault("training_file", None)
+    fields["training_file"] = fields["training_file"] or upload(client)
+    lora = fields.pop("lora", {})
+    return client.fine_tuning.jobs.create(
+        **{
+            "model": "tiny",
+            "hyperparameters": {"n_epochs": 1, "batch_size": 4},
+            "extra_body": {"lora": {"r": 2, "target_modules": ["q_proj", "v_proj"], **lora}},
+            **fields,
+        }
+    )
+
+
+def until(client: openai.OpenAI, id: str, *statuses: str, seconds: float = 60) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        job = client.fine_tuning.jobs.retrieve(id)
+        if job.status in (statuses or ("succeeded", "failed", "cancelled")):
+            return job
+        time.sleep(0.02)
+    raise AssertionError((job, client.fine_tuning.jobs.list_events(id, limit=100).data))
+
+
+def test_a_job_from_upload_to_served_model(live: Any, client: openai.OpenAI) -> None:
+    file = client.files.create(file=("mood.jsonl", jsonl(LINES)), purpose="fine-tune")
+    assert (file.object, file.filename, file.bytes) == ("file", "mood.jsonl", len(jsonl(LINES)))
+    judged = upload(client, LINES[:4], "dev.jsonl")
+    job = create(
+        client, training_file=file.id, validation_file=judged, suffix="mood", seed=7, metadata={"for": "a test"}
+    )
+    assert job.status in ("queued", "validating_files", "running") and job.fine_tuned_model is None
+    assert job.hyperparameters.n_epochs == 1 and job.seed == 7 and job.metadata == {"for": "a test"}
+    job = until(client, job.id)
+    assert job.status == "succeeded", job
+    assert job.fine_tuned_model == "mood" and job.trained_tokens > 0 and job.finished_at >= job.created_at
+    chat = client.chat.completions.create(model="mood", messages=[{"role": "user", "content": "the 1"}], max_tokens=3)
+    assert chat.usage.completion_tokens >= 1
+    adapter = live.http.get("/adapters/mood").json()
+    assert adapter["ranks"] == [2] and "3 steps of 4" in adapter["card"]
+    assert job.id not in live.house.parts.registry.names(), "the name that it was measured under is gone"
+
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=5))  # follows the pages
+    assert [e.message for e in events][0] == "The job has succeeded." and events[-1].message == "Created."
+    steps = [e.data["step"] for e in events if e.type == "metrics" and "train_loss" in e.data]
+    assert steps == [3, 2, 1]
+    checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert checkpoints[0].step_number == 3 and checkpoints[0].metrics.train_loss > 0
+    assert [j.id for j in client.fine_tuning.jobs.list()] == [job.id]
+
+    [table] = job.result_files
+    rows = client.files.content(table).text.splitlines()
+    assert rows[0].startswith("step,train_loss") and len(rows) == 4
+    assert client.files.retrieve(table).purpose == "fine-tune-results"
+    assert client.files.delete(file.id).deleted and file.id not in [f.id for f in client.files.list()]
+
+    shown = live.http.get(f"/jobs/{job.id}").json()
+    assert shown["kind"] == "training" and shown["progress"] == 1.0 and len(shown["curves"]["train_loss"]) == 3
+    assert shown["result"]["evaluation"]["metric"] == "loss" and shown["result"]["evaluation"]["samples"] == 4
+    assert live.http.get("/jobs").json()["jobs"][0]["id"] == job.id
+    text = live.http.get("/metrics").text
+    for name in ("loss", "tokens_total", "progress"):
+        assert f'loramux_training_{name}{{job="{job.id}"}} ' in text
+
+
+def test_what_is_wrong_with_a_file_fails_the_job_by_its_line(client: openai.OpenAI) -> None:
+    bad = upload(client, jsonl(LINES) + b'{"input": "x"}\n', "bad.jsonl")
+    job = until(client, create(client, training_file=bad).id)
+    assert job.status == "failed" and job.error.code == "invalid_training_file" and job.error.param == "training_file"
+    assert job.error.message == "bad.jsonl, line 13: 'output' is missing"
+    job = until(client, create(client, validation_file=bad).id)
+    assert job.error.code == "invalid_validation_file" and "line 13" in job.error.message
+    job = until(client, create(client, lora={"target_modules": ["nothing"]}).id)
+    assert job.status == "failed" and "target_modules" in job.error.message and job.error.code == "invalid_settings"
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model": "gpt-4"}, "model"),
+        ({"training_file": "file-none"}, "file"),
+        ({"suffix": "base"}, "suffix"),
+        ({"suffix": "no good"}, "suffix"),
+        ({"method": {"type": "dpo"}}, "dpo"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
+        ({"lora": {"r": 1000}}, "lora.r"),
+        ({"lora": {"r": 0}}, "lora.r"),
+        ({"lora": {"rank": 4}}, "lora.rank"),
+        ({"lora": {"task": "nobody"}}, "lora.task"),
+        ({"lora": {"init_from": "nobody"}}, "nobody"),
+        ({"lora": {"auto_rank": True, "r": 32}}, "auto_rank"),
+        ({"hyperparameters": {"batch_size": 0}}, "batch_size"),
+        ({"hyperparameters": {"beta": 1}}, "beta"),
+    ],
+)
+def test_what_can_be_refused_at_once_is(client: openai.OpenAI, fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(openai.APIStatusError) as refused:
+        create(client, **fields)
+    assert refused.value.status_code in (400, 404) and named in f"{refused.value} {refused.value.param}"
+    assert client.fine_tuning.jobs.list().data == []
+
+
+def child_of(live: Any, id: str, seconds: float = 30) -> int:
+    """The process that trains a job, once it does."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for status in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = status.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"server.jobs.child" in words and any(id.encode() in word for word in words):
+                return int(status.parent.name)
+        time.sleep(0.01)
+    raise AssertionError("there is no process")
+
+
+def long_job(client: openai.OpenAI, epochs: int = 200, **fields: Any) -> Any:
+    return create(client, hyperparameters={"n_epochs": epochs, "batch_size": 4}, **fields)
+
+
+def steps_of(client: openai.OpenAI, id: str) -> list[tuple[int, float]]:
+    """Step and loss of every step that has been told, in the order of time."""
+    events = [e for e in client.fine_tuning.jobs.list_events(id, limit=1000).data if e.type == "metrics"]
+    return [(e.data["step"], e.data["train_loss"]) for e in reversed(events)]
+
+
+def past(client: openai.OpenAI, id: str, step: int, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if any(s >= step for s, _ in steps_of(client, id)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} is not reached")
+
+
+def test_pausing_killing_and_restarting_change_no_bit(house: Callable[..., Any]) -> None:
+    live = house()
+    client = client_of(live)
+    whole = until(client, long_job(client, 30, suffix="whole").id)
+    job = long_job(client, 30, suffix="parts")
+
+    past(client, job.id, 5)
+    client.fine_tuning.jobs.pause(job.id)
+    assert until(client, job.id, "paused").status == "paused"
+    time.sleep(0.3)
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
+    client.fine_tuning.jobs.resume(job.id)
+
+    past(client, job.id, 25)
+    os.kill(child_of(live, job.id), signal.SIGKILL)
+    failed = until(client, job.id)
+    assert failed.status == "failed" and failed.error.code == "process_died" and "SIGKILL" in failed.error.message
+    client.fine_tuning.jobs.resume(job.id)
+    past(client, job.id, 45)
+    live.stop()
+
+    live = house()
+    client = client_of(live)
+    assert until(client, job.id).status == "succeeded"
+    told = dict(steps_of(client, job.id))
+    assert told == dict(steps_of(client, whole.id)) and len(told) == 90
+    digests = [live.http.get(f"/adapters/{name}").json()["version"].split("@")[1] for name in ("whole", "parts")]
+    assert digests[0] == digests[1]
+
+
+def test_one_at_a_time_and_cancelling(live: Any, client: openai.OpenAI) -> None:
+    first, second, third = (long_job(client) for _ in range(3))
+    past(client, first.id, 1)
+    assert [client.fine_tuning.jobs.retrieve(j.id).status for j in (second, third)] == ["queued", "queued"]
+    with pytest.raises(openai.ConflictError, match=first.id):
+        client.files.delete(first.training_file)
+    assert client.fine_tuning.jobs.cancel(third.id).status == "cancelled"
+    client.fine_tuning.jobs.pause(second.id)
+    process = child_of(live, first.id)
+    client.fine_tuning.jobs.cancel(first.id)
+    assert until(client, first.id).status == "cancelled"
+    assert not Path(f"/proc/{process}").exists()
+    with pytest.raises(openai.ConflictError):
+        client.fine_tuning.jobs.cancel(first.id)
+    with pytest.raises(openai.ConflictError):
+        client.fine_tuning.jobs.resume(first.id)
+    assert client.fine_tuning.jobs.retrieve(second.id).status == "paused"
+    client.fine_tuning.jobs.cancel(second.id)
+    client.files.delete(first.training_file)
+
+
+def test_the_process_yields_and_goes_with_the_server(house: Callable[..., Any]) -> None:
+    live = house()
+    client = client_of(live)
+    job = long_job(client, 1000)
+    past(client, job.id, 1)
+    process = child_of(live, job.id)
+    assert os.sched_getscheduler(process) == os.SCHED_IDLE
+    assert Path(f"/proc/{process}/oom_score_adj").read_text().strip() == "1000"
+    live.stop()
+    assert not Path(f"/proc/{process}").exists()
+    record = json.loads((live.runtime.settings.state_dir / "jobs" / job.id / "job.json").read_text())
+    assert record["status"] == "queued"
+
+
+def test_publishing_by_rule(live: Any, client: openai.OpenAI) -> None:
+    task = {"prompt": "{input}", "format": "chat", "labels": ["good", "bad"], "defaults": {"max_tokens": 4}}
+    assert live.http.put("/tasks/mood", json=task).status_code == 201
+    good = upload(client, [{"input": "the", "output": "good"}] * 8)
+    first = until(client, long_job(client, 60, suffix="mood", training_file=good, validation_file=good).id)
+    assert first.status == "succeeded", first
+    before = live.http.get("/adapters/mood").json()["version"]
+    shown = live.http.get(f"/jobs/{first.id}").json()["result"]
+    assert shown["evaluation"]["metric"] == "accuracy" and shown["evaluation"]["replaced"] is None
+    [entry] = live.http.get("/tasks/mood/performance").json()["versions"]
+    assert entry["version"] == before and entry["quality"][0]["samples"] == 8
+    assert entry["quality"][0]["source"] == "evaluation"
+    assert live.http.get("/tasks/mood").json()["source"] == "api"
+
+    worse = upload(client, [{"input": "the", "output": "bad"}] * 8)
+    second = until(
+        client,
+        create(client, suffix="mood", training_file=worse, validation_file=good, lora={"publish": "if_better"}).id,
+    )
+    assert second.status == "succeeded" and second.fine_tuned_model is None
+    assert live.http.get("/adapters/mood").json()["version"] == before
+    names = [client.files.retrieve(id).filename for id in second.result_files]
+    assert names[1:] == ["adapter_config.json", "adapter_model.safetensors"]
+    assert "r" in json.loads(client.files.content(second.result_files[1]).text)
+    said = [e.message for e in client.fine_tuning.jobs.list_events(second.id, limit=50)]
+    assert any(m.startswith("Not published: mood@") for m in said)
+
+    third = until(client, create(client, suffix="mood", training_file=worse, lora={"publish": "always"}).id)
+    assert third.fine_tuned_model == "mood" and live.http.get("/adapters/mood").json()["version"] != before
+    fourth = until(client, create(client, suffix="mood", training_file=worse, lora={"publish": "never"}).id)
+    assert fourth.fine_tuned_model is None and len(fourth.result_files) == 3
+
+
+def test_going_on_from_an_adapter_pruning_and_auto_rank(live: Any, client: openai.OpenAI) -> None:
+    first = until(client, create(client, suffix="first").id)
+    assert first.status == "succeeded"
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=upload(client),
+        suffix="second",
+        hyperparameters={"n_epochs": 1, "batch_size": 4},
+        extra_body={"lora": {"init_from": "first", "prune_to": 1}},
+    )
+    job = until(client, job.id)
+    assert job.status == "succeeded", job
+    assert live.http.get("/adapters/second").json()["ranks"] == [1]
+    said = [e.message for e in client.fine_tuning.jobs.list_events(job.id, limit=50)]
+    assert any("pruned to rank 1" in m for m in said)
+    with pytest.raises(openai.BadRequestError, match="leave r out"):
+        create(client, lora={"init_from": "first"})
+
+    auto = until(client, create(client, suffix="auto", lora={"auto_rank": True, "target_modules": "all-linear"}).id)
+    assert auto.status == "succeeded", auto
+    assert [s for s, _ in steps_of(client, auto.id)] == [1, 2, 3, 4]
+
+
+def test_chat_and_completion_data(client: openai.OpenAI) -> None:
+    turns = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "and"}]
+    chat = upload(client, [{"messages": turns}] * 20)
+    job = until(client, create(client, training_file=chat, suffix="talk", lora={"publish": "if_better"}).id)
+    assert job.status == "succeeded" and job.fine_tuned_model == "talk", "there is nothing that it would replace"
+    job = until(client, create(client, training_file=chat, suffix="talk", lora={"publish": "if_better"}).id)
+    assert job.fine_tuned_model is None, "an equal is not better"
+    raw = upload(client, [{"prompt": "the", "completion": " is"}] * 4, "raw.json")
+    assert until(client, create(client, training_file=raw).id).fine_tuned_model.startswith("ft-ftjob-")
+
+
+def test_uploads_are_checked_and_bounded(house: Callable[..., Any]) -> None:
+    live = house(max_upload=10_000)
+    http: httpx.Client = live.http
+    part = {"file": ("x.jsonl", b"{}")}
+    for given in (
+        {"files": part, "data": {"purpose": "batch"}},
+        {"files": part},
+        {"data": {"purpose": "fine-tune"}},
+        {"files": {**part, "other": ("y", b"")}, "data": {"purpose": "fine-tune"}},
+        {"content": b"{}", "headers": {"content-type": "application/json"}},
+    ):
+        answer = http.post("/v1/files", **given)
+        assert answer.status_code == 400, answer.text
+    large = http.post("/v1/files", files={"file": ("x", b"0" * 20_000)}, data={"purpose": "fine-tune"})
+    assert large.status_code == 413 and large.json()["error"]["code"] == "body_too_large"
+    named = http.post("/v1/files", files={"file": ("../../x.jsonl", b"{}")}, data={"purpose": "fine-tune"}).json()
+    assert named["filename"] == "x.jsonl"
+    assert [p.name for p in (live.runtime.settings.state_dir / "files").iterdir()] == [named["id"]]
+    assert http.get("/v1/files/..%2f..").status_code == 404 and http.delete("/v1/files/file-x").status_code == 404
+
+
+def test_evaluating_candidates_of_a_task(live: Any, client: openai.OpenAI, write_adapter: Any) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        write_adapter(name, seed)
+        live.http.post("/adapters", json={"name": name, "source": name})
+    task = {"prompt": "{input}", "labels": ["good", "bad"], "defaults": {"max_tokens": 4}}
+    live.http.put("/tasks/mood", json={**task, "route": {"best": ["a", "b"], "source": "evaluation", "min_samples": 5}})
+    answer = live.http.post("/tasks/mood/evaluate", json={"data": LINES})
+    assert answer.status_code == 202
+    job = finished(live, answer.json()["id"])
+    assert job["status"] == "succeeded" and job["steps"] == job["step"] == 24, job
+    rows = job["result"]["candidates"]
+    assert [row["adapters"][0]["name"] for row in rows] == ["a", "b"] and rows[0]["samples"] == 12
+    versions = live.http.get("/tasks/mood/performance").json()["versions"]
+    assert {v["version"] for v in versions} == {row["adapters"][0]["version"] for row in rows}
+
+    file = upload(client)
+    mixes = [[], [{"name": "a", "weight": 0.5}, {"name": "b", "weight": 0.5}]]
+    body = {"file": file, "candidates": mixes, "metric": "loss"}
+    job = finished(live, live.http.post("/tasks/mood/evaluate", json=body).json()["id"])
+    assert job["status"] == "succeeded" and job["result"]["candidates"][0]["adapters"] == []
+    assert all(row["score"] > 0 for row in job["result"]["candidates"])
+
+    bad = upload(client, [{"prompt": "x", "completion": "y"}])
+    job = finished(live, live.http.post("/tasks/mood/evaluate", json={"file": bad}).json()["id"])
+    assert job["status"] == "failed" and "line 1" in job["error"]["message"]
+    for wrong, status in (
+        ({}, 422),
+        ({"data": LINES, "file": file}, 422),
+        ({"file": "file-none"}, 404),
+        ({"data": LINES, "candidates": [[{"name": "nobody"}]]}, 404),
+        ({"data": LINES, "metric": "beauty"}, 422),
+    ):
+        assert live.http.post("/tasks/mood/evaluate", json=wrong).status_code == status, wrong
+    assert live.http.post("/tasks/nobody/evaluate", json={"data": LINES}).status_code == 404
+    assert live.idle()
+
+
+def finished(live: Any, id: str, seconds: float = 30) -> dict[str, Any]:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        job: dict[str, Any] = live.http.get(f"/jobs/{id}").json()
+        if job["status"] in ("succeeded", "failed", "cancelled"):
+            return job
+        time.sleep(0.02)
+    raise AssertionError(job)
+
+
+def test_jobs_are_for_admins_but_anybody_may_look(house: Callable[..., Any], tmp_path: Path) -> None:
+    live = house(api_keys="team:secret-one", admin_keys="boss:secret-two")
+    team, boss = ({"authorization": f"Bearer {s}"} for s in ("secret-one", "secret-two"))
+    for method, path in (
+        ("GET", "/v1/files"),
+        ("POST", "/v1/files"),
+        ("GET", "/v1/fine_tuning/jobs"),
+        ("POST", "/v1/fine_tuning/jobs"),
+        ("GET", "/v1/fine_tuning/jobs/x/events"),
+        ("POST", "/v1/fine_tuning/jobs/x/pause"),
+        ("POST", "/tasks/mood/evaluate"),
+    ):
+        assert live.http.request(method, path, headers=team).status_code == 403, path
+        assert live.http.request(method, path, headers=boss).status_code not in (401, 403), path
+    assert live.http.get("/jobs", headers=team).json() == {"jobs": []}
+    client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="secret-two")
+    job = create(client)
+    until(client, job.id)
+    shown = [live.http.get(path, headers=team).text for path in ("/jobs", f"/jobs/{job.id}")]
+    shown += [live.http.get(f"/v1/fine_tuning/jobs/{job.id}{x}", headers=boss).text for x in ("", "/events?limit=100")]
+    assert all(str(tmp_path) not in text and "secret" not in text for text in shown)
