@@ -2,9 +2,10 @@
 
     python benchmarks/mixed_batch.py BASE.gguf [--kernels aten] [--requests 16] [--rounds 5] [--tokens 32]
 
-Both run in this process on the same weights (PEFT's are the dequantized ones, in bf16), with random adapters of ranks
-8 to 32 on q, k, v and o, prompts of 128 random tokens and greedy decoding, taking turns: round by round one, then the
-other. Prints medians in tokens a second and the ratio; nothing else may run on the machine.
+Each runs in a process of its own, so that neither has the other's threads beside its own, on the same weights (PEFT's
+are the dequantized ones, in bf16), with random adapters of ranks 8 to 32 on q, k, v and o, prompts of 128 random tokens
+and greedy decoding, taking turns: a round begins with the one that the last began with second. Prints medians in tokens
+a second and the ratio; nothing else may run on the machine.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import json
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +70,32 @@ def peft_model(base: Base, adapters: list[Path]) -> Any:
     return tuned.to(torch.bfloat16).eval()
 
 
+def serve_ours(pipe: Connection, args: argparse.Namespace, paths: list[Path]) -> None:
+    """In a child: (tokens) -> (seconds to all first tokens, seconds to all last ones), until the pipe is closed."""
+    base = load_base(args.base, name="base", backend=choose(args.kernels))
+    prompts = prompts_of(args, base.config.vocab_size).tolist()
+    with InProcess(base, paths, threads=args.threads, max_batch=args.requests) as ours:
+        mixes = [ours.mix([(i, 1.0)]) for i in range(args.requests)]
+        for tokens in iter(pipe.recv, None):
+            pipe.send(ours.rates(prompts, mixes, tokens))
+
+
+def serve_peft(pipe: Connection, args: argparse.Namespace, paths: list[Path]) -> None:
+    """The same for Transformers + PEFT."""
+    torch.set_num_threads(args.threads)
+    base = load_base(args.base, name="base", backend=choose(args.kernels))
+    prompts = prompts_of(args, base.config.vocab_size)
+    model = peft_model(base, paths)
+    for tokens in iter(pipe.recv, None):
+        pipe.send((peft_seconds(model, prompts, 1), peft_seconds(model, prompts, tokens)))
+
+
+def prompts_of(args: argparse.Namespace, vocab_size: int) -> torch.Tensor:
+    """int64 [requests, prompt]."""
+    shape = (args.requests, args.prompt)
+    return torch.randint(3, vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
 def peft_seconds(model: Any, prompts: torch.Tensor, tokens: int) -> float:
     """Seconds to the last of `tokens` tokens of every prompt, in one mixed batch."""
     start = time.perf_counter()
@@ -92,22 +122,27 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=32)
     args = parser.parse_args()
-    base = load_base(args.base, name="base", backend=choose(args.kernels))
-    shape = (args.requests, args.prompt)
-    prompts = torch.randint(3, base.config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
-    with tempfile.TemporaryDirectory() as folder:
+    times: dict[str, list[tuple[float, float]]] = {"loramux": [], "peft": []}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as open_pipes:
+        base = load_base(args.base, name="base", backend=choose(args.kernels))
         paths = write_adapters(base, Path(folder), args.requests)
-        model = peft_model(base, paths)
-        torch.set_num_threads(args.threads)
-        times: dict[str, list[tuple[float, float]]] = {"loramux": [], "peft": []}
-        with InProcess(base, paths, threads=args.threads, max_batch=args.requests) as ours:
-            mixes = [ours.mix([(i, 1.0)]) for i in range(args.requests)]
-            ours.run(prompts.tolist(), mixes, 2)
-            peft_seconds(model, prompts, 2)
-            for _ in range(args.rounds):
-                times["loramux"].append(ours.rates(prompts.tolist(), mixes, args.tokens))
-                times["peft"].append((peft_seconds(model, prompts, 1), peft_seconds(model, prompts, args.tokens)))
-    result: dict[str, Any] = {"kernels": base.backend.name, "requests": args.requests}
+        context = get_context("spawn")
+        pipes: dict[str, Connection] = {}
+        for name, serve in (("loramux", serve_ours), ("peft", serve_peft)):
+            pipes[name], theirs = context.Pipe()
+            child = context.Process(target=serve, args=(theirs, args, paths), daemon=True)
+            child.start()
+            theirs.close()
+            open_pipes.callback(child.join)
+            open_pipes.callback(pipes[name].send, None)
+        for pipe in pipes.values():  # the first call of each is not counted
+            pipe.send(2)
+            pipe.recv()
+        for turn in range(args.rounds):
+            for name in sorted(pipes, reverse=turn % 2 == 1):
+                pipes[name].send(args.tokens)
+                times[name].append(pipes[name].recv())
+    result: dict[str, Any] = {"kernels": args.kernels, "requests": args.requests}
     for name, pairs in times.items():
         result[name] = {
             "prefill": statistics.median(args.requests * args.prompt / first for first, _ in pairs),

@@ -18,6 +18,7 @@ from server.engine.engine import Engine
 from server.engine.request import Delivery, Request, Sampling
 from server.engine.runner import make_runner
 from server.engine.text import Text
+from server.kernels.threads import apart
 from server.model.loader import Base
 
 CONTEXT = 2048
@@ -38,10 +39,13 @@ class InProcess:
         max_rank: int = 64,
         prefix_cache: bool = False,
     ) -> None:
-        self._weights = [
-            base.backend.prepare(read_folder(path, name=f"a{i}", max_rank=max_rank, shapes=base.shapes()))
-            for i, path in enumerate(adapters)
-        ]
+        shapes = base.shapes()
+        self._weights = apart(
+            lambda: [
+                base.backend.prepare(read_folder(path, name=f"a{i}", max_rank=max_rank, shapes=shapes))
+                for i, path in enumerate(adapters)
+            ]
+        )
         self._by_digest = {w.digest: w for w in self._weights}
         self.runner = make_runner(base, max_slots, threads)
         self.engine = Engine(

@@ -6,6 +6,7 @@ Owns the KV storage and the slot table. Does not know requests, sampling or sche
 from __future__ import annotations
 
 import math
+import threading
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from adapters.weights import LoraWeights
 from server.engine.batch import Batch
 from server.kernels.lora import Segment, Segments, SlotTable
+from server.kernels.threads import take
 from server.model.attention import Context, PagedAttention
 from server.model.decoder import Decoder, Source
 
@@ -45,10 +47,12 @@ class TorchRunner:
     """The Python decoder over paged KV, on a CPU. For the backends `reference` and `aten`."""
 
     def __init__(self, base: Source, max_slots: int, threads: int) -> None:
-        """`threads` is torch's own, for the process: it has one pool. Raises ValueError if it is not positive."""
+        """`threads` is the number of torch's threads for the thread that runs. Raises ValueError if not positive."""
         if threads < 1:
             raise ValueError(f"a runner needs at least one thread, not {threads}")
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)  # here and in the threads to come; the one that runs takes its own
+        self._threads = threads
+        self._owner: int | None = None
         self._base = base
         self._decoder = Decoder(base)
         self._table = SlotTable(max_slots)
@@ -72,6 +76,9 @@ class TorchRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
+        if self._owner != threading.get_ident():
+            take(self._threads)
+            self._owner = threading.get_ident()
         attention = PagedAttention(self._storage, batch.positions, batch.row_start, batch.context, batch.blocks)
         starts = batch.row_start.tolist()
         segments = Segments(self._table, (Segment(starts[s], starts[s + 1], mix) for s, mix in enumerate(batch.mixes)))

@@ -8,6 +8,8 @@ Owns the layout `int4pack` and the choice between products. What serves where th
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -23,10 +25,27 @@ from server.kernels.weight import STORED, Weight
 INT4PACK = "int4pack-2"
 GROUPS = (32, 64, 128, 256)
 """Group sizes that torch's 4-bit product takes."""
-PACKED_ROWS = 192
+PACKED_ROWS = 96
 """Rows of x up to which the 4-bit product is faster than dequantizing blocks and multiplying in bf16 (measured)."""
 BLOCK_BYTES = 2**22
 """Bytes of dequantized weights, in float32, at a time: larger ones leave the cache, smaller ones cost more calls."""
+
+
+class Work(threading.local):
+    """Memory for blocks of weights that is used again, by each thread its own.
+
+    A fresh tensor of megabytes is fresh pages, and their faults take three times as long as a table's product.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def __call__(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """A tensor of that shape with anything in it, valid until the next call for the same name and dtype."""
+        size, buffer = math.prod(shape), self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
+        return buffer[:size].view(shape)
 
 
 class Aten:
@@ -35,6 +54,9 @@ class Aten:
     name = "aten"
     layout = f"{INT4PACK}-{torch.backends.cpu.get_cpu_capability().lower()}"
     dtype = torch.bfloat16
+
+    def __init__(self) -> None:
+        self._work = Work()
 
     def pack(self, stored: Weight) -> Weight:
         out, width = stored.shape
@@ -55,7 +77,7 @@ class Aten:
             return dequantize_stored(weight, start, stop)
         stop = weight.shape[0] if stop is None else min(stop, weight.shape[0])
         first = start // _tile_rows() * _tile_rows()
-        return _columns(weight, first, stop, torch.float32)[:, start - first :].t().contiguous()
+        return _columns(weight, first, stop, torch.float32, self._work)[:, start - first :].t().contiguous()
 
     def prepare(self, weights: LoraWeights) -> LoraWeights:
         return prepared(weights, self.dtype)
@@ -72,9 +94,10 @@ class Aten:
         y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
         for start, stop in _blocks(weight):
             if weight.layout == INT4PACK:
-                y[:, start:stop] = x @ _columns(weight, start, stop, x.dtype)
+                torch.mm(x, _columns(weight, start, stop, x.dtype, self._work), out=y[:, start:stop])
             else:
-                y[:, start:stop] = F.linear(x, dequantize_stored(weight, start, stop).to(x.dtype))
+                out = self._work("rows", torch.float32, stop - start, weight.shape[1])
+                y[:, start:stop] = _by_thread(dequantize_stored(weight, start, stop, out=out).to(x.dtype), x)
         return y
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
@@ -99,6 +122,18 @@ class Aten:
                 if update is not None:
                     v = x[segment.start : segment.stop] @ update.A.t()
                     y[segment.start : segment.stop].addmm_(v, update.B.t(), alpha=weight * update.scale)
+
+
+def _by_thread(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x rows^T [T, n] of rows [n, in], of which each thread multiplies those that it has just written.
+
+    One product of all rows is divided otherwise, and lines that go from core to core take longer than the arithmetic:
+    19 ms instead of 7.5 for 16 x 576 x 49,152 where the cores share no cache.
+    """
+    threads = torch.get_num_threads()
+    parts = threads if len(rows) % threads == 0 else 1
+    products = torch.bmm(rows.view(parts, -1, rows.shape[1]), x.t().expand(parts, -1, -1))
+    return products.view(len(rows), -1).t()
 
 
 def _scales(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -141,35 +176,41 @@ def _blocks(weight: Weight) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, out)
 
 
-def _columns(weight: Weight, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows `start` to `stop` of the layout `int4pack`, transposed: [in, stop - start].
+def _columns(weight: Weight, start: int, stop: int, dtype: torch.dtype, work: Work) -> torch.Tensor:
+    """Rows `start` to `stop` of the layout `int4pack`, transposed: [in, stop - start], in `work`'s memory.
 
     `start` is a multiple of the tile. Each value is rounded to `dtype` once; in float32 it is exact.
     """
-    width, tile = weight.shape[1], _tile_rows()
+    tile = _tile_rows()
+    out = work("columns", dtype, weight.shape[1], stop - start)
     whole = (stop - start) // tile * tile
-    parts = [_tiles(weight, start, start + whole, tile, dtype)] if whole else []
-    if start + whole < stop:
-        last = min(start + whole + tile, weight.shape[0])
-        parts.append(_tiles(weight, start + whole, last, last - start - whole, dtype)[:, : stop - start - whole])
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1) if parts else torch.empty(width, 0, dtype=dtype)
+    if whole:
+        _tiles(out[:, :whole], weight, start, tile, work)
+    if start + whole < stop:  # torch packs what is left in one narrower tile
+        last = min(start + whole + tile, weight.shape[0]) - start - whole
+        narrow = work("narrow", dtype, weight.shape[1], last)
+        _tiles(narrow, weight, start + whole, last, work)
+        out[:, whole:] = narrow[:, : stop - start - whole]
+    return out
 
 
-def _tiles(weight: Weight, start: int, stop: int, tile: int, dtype: torch.dtype) -> torch.Tensor:
-    """`_columns` of rows that are packed in tiles of `tile` rows."""
-    width, group = weight.shape[1], weight.group
-    packed = weight.tensors["codes"].view(-1)[start * width // 2 : stop * width // 2].view(-1, width, tile // 2)
-    levels = torch.empty(len(packed), width, tile)
-    levels[..., : tile // 2] = packed & 15
-    levels[..., tile // 2 :] = packed >> 4
+def _tiles(out: torch.Tensor, weight: Weight, start: int, tile: int, work: Work) -> None:
+    """Write rows from `start` on, which are packed in tiles of `tile` rows, to the columns of `out` [in, rows]."""
+    (width, rows), group = out.shape, weight.group
+    packed = weight.tensors["codes"].view(-1)[start * width // 2 : (start + rows) * width // 2]
+    packed = packed.view(-1, width, tile // 2)
+    levels = work("levels", torch.float32, len(packed), width, tile)
+    nibbles = work("nibbles", torch.uint8, *packed.shape)
+    levels[..., : tile // 2] = torch.bitwise_and(packed, 15, out=nibbles)
+    levels[..., tile // 2 :] = torch.bitwise_right_shift(packed, 4, out=nibbles)
     order = _tile_order(tile)
     if order is not None:
         levels = levels[..., order]
-    scales = _scales(weight, start, stop).float().view(-1, len(packed), tile, 2).permute(3, 1, 0, 2).contiguous()
+    scales = _scales(weight, start, start + rows).float()
+    scales = scales.view(-1, len(packed), tile, 2).permute(3, 1, 0, 2).contiguous()
     grouped = levels.view(len(packed), -1, group, tile)
     grouped.sub_(8).mul_(scales[0][:, :, None]).add_(scales[1][:, :, None])
-    out = torch.empty(width, len(packed), tile, dtype=dtype)
-    return out.copy_(levels.transpose(0, 1)).view(width, -1)
+    out.view(width, len(packed), tile).copy_(levels.transpose(0, 1))
 
 
 @lru_cache

@@ -91,15 +91,20 @@ def decode_tiles(codes: torch.Tensor, step: torch.Tensor, base: torch.Tensor, st
     return values.half()
 
 
-def dequantize_stored(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    """Rows `start` to `stop` of a matrix in the stored layout as float32 [rows, in]: what the model's weights are."""
+def dequantize_stored(
+    weight: Weight, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows `start` to `stop` of a matrix in the stored layout as float32 [rows, in]: what the model's weights are.
+
+    Of a matrix of bytes they are written to `out`, if it is given, and that is returned.
+    """
     rows, columns = weight.shape
     stop = rows if stop is None else min(stop, rows)
     codes = weight.tensors["codes"][start:stop]
     if weight.scheme == "none":
         return codes.float()
     if weight.scheme == "int8":
-        values = codes.float()
+        values = codes.float() if out is None else out.copy_(codes)
     elif weight.scheme == "nf4":
         values = _levels(codes, NF4)
     else:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from server.errors import BadModel, Conflict
 from server.kernels import Backend
+from server.kernels.threads import apart
 from server.kernels.weight import Weight
 from server.model.checkpoint import MANIFEST, MANIFEST_FORMAT, Checkpoint, open_checkpoint
 from server.model.config import ModelConfig, to_hf
@@ -90,8 +91,15 @@ def load_base(
     process, map the same bytes. Without one, or where it cannot be written, it is kept in memory. Raises BadModel,
     which names what is wrong, and BadSetting.
     """
+    wanted = Quantization(quantization, group_size, double_quant, table_bits)
+    return apart(lambda: _load(source, name, backend, wanted, cache_dir, progress))
+
+
+def _load(
+    source: Path, name: str, backend: Backend, wanted: Quantization, cache_dir: Path | None, progress: Progress | None
+) -> Base:
     checkpoint = open_checkpoint(source)
-    settings = checkpoint.effective(Quantization(quantization, group_size, double_quant, table_bits))
+    settings = checkpoint.effective(wanted)
     vocabulary = checkpoint.vocabulary()
     _check_vocabulary(vocabulary, checkpoint.config)
     digests = Digests(cache_dir)

@@ -1,7 +1,8 @@
 """The packed cache: one file that holds a base's resident form, mapped by whoever serves or trains on it.
 
 Owns the file format. It is disposable: keyed by the source's digest, the quantization and the backend's layout, it is
-written atomically, verified when it is opened, and made again when anything is wrong with it. Does not know models.
+written atomically, verified when it is opened, and made again when anything is wrong with it. When one is written,
+those that nobody has opened for thirty days are removed. Does not know models.
 
 Format, all little-endian: 64 bytes of head (magic, offset, length and SHA-256 of the index), then the tensors, each
 at a multiple of 64 bytes, then the index, a JSON object.
@@ -17,6 +18,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 MAGIC = b"loramux1"
 ALIGNMENT = 64
 _ABANDONED = 24 * 3600.0  # seconds
+_UNUSED = 30 * 24 * 3600.0  # seconds
 _HEAD = struct.Struct("<8sQQ32s")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
@@ -111,6 +114,15 @@ class PackedWriter:
             os.fsync(directory)
         finally:
             os.close(directory)
+        self._remove_unused()
+
+    def _remove_unused(self) -> None:
+        """Remove the packed files of other sources, settings and layouts that have not been opened for long."""
+        for other in self._path.parent.glob("base-*.packed"):
+            stat = other.stat()
+            if other != self._path and time.time() - max(stat.st_atime, stat.st_mtime) > _UNUSED:
+                log.info("the packed cache %s has not been used for 30 days and is removed", other.name)
+                other.unlink(missing_ok=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -141,7 +153,10 @@ def open_packed(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed 
     if not path.is_file():
         return None
     try:
-        return _mapped(path, key, digests)
+        packed = _mapped(path, key, digests)
+        with suppress(OSError):  # on a read-only disk nobody removes it either
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # opened: many disks do not note that
+        return packed
     except (OSError, ValueError, KeyError, TypeError, struct.error, RuntimeError) as error:
         log.warning("the packed cache %s is damaged and is made again: %s", path.name, error)
         path.unlink(missing_ok=True)
