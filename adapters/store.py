@@ -216,7 +216,7 @@ class Store:
             record = Record(**{**vars(record), "metadata": metadata, "created_at": known.created_at})
         with _told("keep the new version"):
             self._disk.write(staged / RECORD, json.dumps(asdict(record)))
-            if known is None:
+            if known is None or not target.exists():
                 self._disk.sync(staged)
                 if target.exists():  # an earlier attempt got this far and the journal never named it
                     self._discard(target)

@@ -61,7 +61,7 @@ async def delete_task(task: Name, runtime: Running, parts: Ready) -> dict[str, A
     "/{task}/feedback",
     status_code=204,
     response_class=Response,
-    responses=errors(400, 404, 422, 503),
+    responses=errors(400, 404, 422, 503, 507),
 )
 async def feedback(task: Name, body: schemas.FeedbackBody, request: Request, parts: Ready) -> Response:
     """Score an answer of the last 24 hours that the same key has asked for. Once an id: the last score counts."""

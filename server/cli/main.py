@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import metadata
 
 import typer
 
 from adapters.errors import AdapterError
 from server.bench import command as bench
-from server.cli import adapters, evaluate, generate, models, offline, serve, train
+from server.cli import adapters, evaluate, generate, models, offline, search, serve, train
 from server.errors import ServerError
 
 app = typer.Typer(
@@ -20,10 +21,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(metadata.version("loramux"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Say the version and end."),
+) -> None:
+    """Serve many LoRA adapters, and weighted mixes of them, on one resident 4-bit base."""
+
+
 app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
+app.command()(search.search)
 app.command()(offline.compose)
 app.command()(offline.prune)
 app.add_typer(adapters.app, name="adapters")

@@ -15,11 +15,13 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapters.errors import StoreFailed
 from adapters.weights import Version
 from server.errors import UnknownName
 from server.tasks.intervals import Totals, interval
@@ -30,6 +32,10 @@ log = logging.getLogger(__name__)
 DAY = 86_400.0
 HOUR = 3_600
 FLUSH_SECONDS = 0.5
+MOST_PENDING = 10_000
+"""Answers that wait in memory at most while the disk refuses them; the oldest are let go."""
+JUMP = 60.0
+"""Seconds that the wall clock may gain or lose in an hour and still be a clock."""
 FEEDBACK, EVALUATION = "feedback", "evaluation"
 KINDS = ("ttft", "tpot", "e2e")
 
@@ -138,8 +144,11 @@ class Quality:
         self._pending: list[Answered] = []
         self._ids: dict[Subject, int] = {}
         self._totals: dict[tuple[Subject, str, str], Totals] = {}
-        self._swept = 0.0
+        self._clocks = time.time(), time.monotonic()
+        """Both clocks when they were last compared."""
         self._load()
+        self._refused = False
+        """Whether the last attempt to write failed."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="loramux-quality", daemon=True)
         self._thread.start()
@@ -153,9 +162,9 @@ class Quality:
     def feedback(self, task: str, id: str, tenant: str, *, score: float | None, expected: str | None) -> None:
         """Score an answer of the last 24 hours, once: the last one counts. Raises UnknownName.
 
-        With `expected`, the score is whether the answer said the same.
+        With `expected`, the score is whether the answer said the same. Raises StoreFailed if the disk refuses it.
         """
-        with self._lock:
+        with self._lock, _told_of_the_disk():
             self._flush()
             row = self._db.execute(
                 "SELECT subject, text, task FROM answers JOIN subjects ON subjects.id = subject"
@@ -181,8 +190,8 @@ class Quality:
             self._add(subject, "accuracy", FEEDBACK, value, 1)
 
     def evaluated(self, subject: Subject, metric: str, values: Sequence[float]) -> None:
-        """Add the scores of an evaluation, from 0 to 1."""
-        with self._lock:
+        """Add the scores of an evaluation, from 0 to 1. Raises StoreFailed if the disk refuses them."""
+        with self._lock, _told_of_the_disk():
             now = time.time()
             with self._db:
                 self._db.execute("BEGIN")
@@ -321,18 +330,31 @@ class Quality:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
+        try:
+            with self._db:
+                self._db.execute("BEGIN")
+                self._write(pending)
+        except sqlite3.Error:
+            self._pending[:0] = pending[-MOST_PENDING:]  # a disk that has room again gets them
+            self._ids = {s: n for s, n in self._ids.items() if n in self._written()}
+            raise
+
+    def _written(self) -> set[int]:
+        """The subjects that are in the file."""
+        return {number for (number,) in self._db.execute("SELECT id FROM subjects")}
+
+    def _write(self, pending: Sequence[Answered]) -> None:
+        """Add answers to the file, within a transaction."""
         traffic: dict[tuple[int, int], _Traffic] = {}
-        with self._db:
-            self._db.execute("BEGIN")
-            rows = []
-            for answered in pending:
-                number = self._number(answered.subject)
-                traffic.setdefault((number, int(answered.at) // HOUR), _Traffic()).add(answered)
-                if not answered.failed:
-                    rows.append((answered.id, number, answered.tenant, answered.at, _told(answered.text)))
-            self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", rows)
-            for (number, hour), seen in traffic.items():
-                self._write_traffic(number, hour, seen)
+        rows = []
+        for answered in pending:
+            number = self._number(answered.subject)
+            traffic.setdefault((number, int(answered.at) // HOUR), _Traffic()).add(answered)
+            if not answered.failed:
+                rows.append((answered.id, number, answered.tenant, answered.at, _told(answered.text)))
+        self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", rows)
+        for (number, hour), seen in traffic.items():
+            self._write_traffic(number, hour, seen)
 
     def _write_traffic(self, number: int, hour: int, seen: _Traffic) -> None:
         query = f"SELECT {_TOLD} FROM traffic WHERE subject = ? AND hour = ?"
@@ -341,9 +363,21 @@ class Quality:
         self._db.execute("INSERT OR REPLACE INTO traffic VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                          (number, hour, *seen.sums, *blobs))  # fmt: skip
 
+    def _sweep_hourly(self, wall: float, steady: float) -> None:
+        """Sweep once in an hour of running, if the wall clock went on as the other did: one that jumped is not to be
+        trusted with what it would delete."""
+        before, since = self._clocks
+        if steady - since < HOUR:
+            return
+        self._clocks = wall, steady
+        drift = (wall - before) - (steady - since)
+        if abs(drift) < JUMP:
+            self._sweep(wall)
+        else:
+            log.warning("the clock was set by %+.0f s; old quality records are kept for an hour more", drift)
+
     def _sweep(self, now: float) -> None:
         """Forget what is older than it may be."""
-        self._swept = now
         old = now - self._retention
         with self._db:
             self._db.execute("DELETE FROM answers WHERE at < ?", (now - DAY,))
@@ -359,12 +393,23 @@ class Quality:
             try:
                 with self._lock:
                     self._flush()
-                    if (now := time.time()) - self._swept > HOUR:
-                        self._sweep(now)
-            except sqlite3.Error as error:  # a full disk: answers are served on, and their records are lost
-                log.error("quality records cannot be written: %s", error)
+                    self._sweep_hourly(time.time(), time.monotonic())
+            except sqlite3.Error as error:  # a full disk: answers are served on, and the last records wait for room
+                if not self._refused:
+                    log.error("quality records cannot be written: %s; they are kept in memory until they can", error)
+                self._refused = True
+            else:
+                self._refused = False
+
+
+@contextmanager
+def _told_of_the_disk() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise StoreFailed(f"the quality records cannot be written: {error}") from None
 
 
 def _told(text: str | None) -> bytes:
-    """An answer's words, for comparison alone: what people write is not kept."""
-    return hashlib.sha256((text or "").strip().encode()).digest()
+    """An answer's words as accuracy compares them, but for case and space: what people write is not kept."""
+    return hashlib.sha256((text or "").strip().lower().encode()).digest()

@@ -35,6 +35,10 @@ export async function get(path) {
   return (await ask(path, { headers: headers(false) })).json();
 }
 
+export async function getText(path) {
+  return (await ask(path, { headers: headers(false) })).text();
+}
+
 export async function send(method, path, body) {
   const form = body instanceof FormData;
   const answer = await ask(path, {

@@ -1,5 +1,5 @@
 // The page's frame: tabs, key, theme, status, and which part is refreshed when.
-import { get, key } from "./api.js";
+import { get, getText, key } from "./api.js";
 import * as adapters from "./adapters.js";
 import * as jobs from "./jobs.js";
 import * as live from "./live.js";
@@ -61,6 +61,20 @@ const field = document.getElementById("key");
 field.value = key.get();
 field.addEventListener("change", () => { key.set(field.value.trim()); refresh(); beat(); });
 document.getElementById("key-form").addEventListener("submit", (event) => event.preventDefault());
+
+// A link cannot carry the key, so with one the page of routes is fetched and shown here.
+document.getElementById("docs").addEventListener("click", async (event) => {
+  if (!key.get()) return;
+  event.preventDefault();
+  try {
+    const page = new DOMParser().parseFromString(await getText("/docs"), "text/html");
+    const dialog = document.getElementById("api-page");
+    dialog.lastElementChild.replaceChildren(...page.body.childNodes);
+    dialog.showModal();
+  } catch (error) {
+    complain(error);
+  }
+});
 
 const root = document.documentElement;
 root.dataset.theme = localStorage.getItem("theme") ?? "";

@@ -394,3 +394,10 @@ def test_another_name_of_equal_content_takes_nothing_away(store: Store, folders:
     assert before["task"] is not None
     assert store.records[digest].metadata == before
     assert read_folder(store.path(digest), name="a").metadata["task"] == before["task"]
+
+
+def test_a_version_whose_folder_went_while_it_was_served_can_be_put_again(store: Store, folders: list[Path]) -> None:
+    digest = publish(store, "a", folders[0])
+    shutil.rmtree(store.path(digest))
+    assert publish(store, "a", folders[0]) == digest
+    assert check_whole(store) == {"a": digest}

@@ -277,9 +277,18 @@ def test_a_directory_that_is_away_is_no_deletion(scene: Scene, caplog: pytest.Lo
     scene.directory.rename(scene.root / "elsewhere")
     caplog.set_level(logging.INFO)
     assert scene.look(10) == {"a": a}
-    assert sum("cannot be read" in record.message for record in caplog.records) == 1
+    assert sum("not there any more" in record.message for record in caplog.records) == 1
     (scene.root / "elsewhere").rename(scene.directory)
     assert scene.look(10) == {"a": a}
+
+
+def test_a_directory_that_does_not_exist_yet_is_no_matter(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    scene.directory.rmdir()
+    caplog.set_level(logging.INFO)
+    assert scene.look(2) == {} and not caplog.records
+    scene.directory.mkdir()
+    a = scene.put("a", 1)
+    assert scene.look(2) == {"a": a}
 
 
 def test_a_folder_removed_while_the_server_was_down_is_served_on(

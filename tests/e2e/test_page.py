@@ -413,4 +413,59 @@ def test_a_server_with_keys_asks_for_one(
         opened.locator("select.task").select_option("sentiment")
         ask(opened)
         figures(opened)
+        opened.get_by_role("link", name="API").click()
+        routes = opened.get_by_role("dialog")
+        expect(routes).to_contain_text("POST /generate")
+        routes.get_by_role("button", name="Close").click()
+        expect(routes).to_be_hidden()
         opened.close()
+
+
+def test_a_job_is_started_paused_resumed_and_cancelled(page: Page, house: Live) -> None:
+    page.get_by_role("tab", name="Jobs").click()
+    lines = "".join(json.dumps({"input": f"word {i}", "output": "yes"}) + "\n" for i in range(16)).encode()
+
+    def start(name: str, content: bytes, epochs: int, validation: bytes = b"") -> None:
+        page.get_by_label("Examples, JSON or JSONL").set_input_files(
+            {"name": "words.jsonl", "mimeType": "application/jsonl", "buffer": content}
+        )
+        if validation:
+            page.get_by_label("Held-out examples").set_input_files(
+                {"name": "held.jsonl", "mimeType": "application/jsonl", "buffer": validation}
+            )
+        page.get_by_label("Adapter's name").fill(name)
+        page.get_by_label("Rank").fill("2")
+        page.get_by_label("Epochs").fill(str(epochs))
+        page.get_by_role("button", name="Start").click()
+        expect(page.get_by_label("Adapter's name")).to_have_value("")
+
+    def card(name: str):
+        return page.locator(".job").filter(has=page.locator("h2", has_text=name))
+
+    start("words", lines, 8, lines)
+    expect(card("words").locator(".chart canvas")).to_be_visible(timeout=120_000)
+    page.get_by_role("button", name="Pause words").click()
+    expect(card("words").locator(".state")).to_have_text("paused", timeout=60_000)
+    page.get_by_role("button", name="Resume words").click()
+    expect(card("words").locator(".state")).to_have_text("succeeded", timeout=120_000)
+    expect(card("words")).to_contain_text("8 of 8 steps")
+    expect(card("words")).to_contain_text("published as words@")
+    expect(card("words").locator(".u-legend")).to_contain_text("validation loss")
+    assert house.get("/adapters/words")["ranks"] == [2]
+
+    start("wrong", lines + b'{"input": 1}\n', 1)
+    expect(card("wrong").locator(".wrong")).to_contain_text("line 17", timeout=60_000)
+    expect(page.get_by_role("button", name="Resume wrong")).to_be_visible()
+
+    start("endless", lines, 1000)
+    page.get_by_role("button", name="Cancel endless").click()
+    expect(card("endless").locator(".state")).to_have_text("cancelled", timeout=60_000)
+    page.get_by_role("button", name="Change between light and dark").click()
+    expect(card("words").locator(".chart canvas")).to_be_visible()
+    page.get_by_role("button", name="Change between light and dark").click()
+    page.get_by_label("Adapter's name").fill("base")
+    page.get_by_label("Examples, JSON or JSONL").set_input_files(
+        {"name": "words.jsonl", "mimeType": "application/jsonl", "buffer": lines}
+    )
+    page.get_by_role("button", name="Start").click()
+    expect(page.get_by_role("alert")).to_contain_text("reserved")

@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,11 @@ def test_errors_are_one_line(
     printed = capsys.readouterr()
     assert printed.err.startswith(message) and printed.err.count("\n") == 1
     assert printed.out == ""
+
+
+def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"{metadata.version('loramux')}\n"
 
 
 def test_errors_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,20 @@ def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path) -> None:
     assert not old.exists() and young.exists()
 
 
+def test_what_nobody_has_opened_for_thirty_days_goes_with_the_next_write(tmp_path: Path) -> None:
+    long_ago = time.time() - 31 * 86400
+    used, unused = write(tmp_path), tmp_path / "base-2.packed"
+    unused.write_bytes(b"x")
+    for path in (used, unused):
+        os.utime(path, (long_ago, long_ago))
+    assert open_packed(used, KEY, Digests(None)) is not None
+    assert used.stat().st_mtime == pytest.approx(long_ago), "when it was written is what the digests go by"
+    other = KEY | {"layout": "stored-2"}
+    with PackedWriter(packed_path(tmp_path, other), other) as writer:
+        writer.finish()
+    assert used.exists() and not unused.exists()
+
+
 def test_digests_are_remembered_until_size_or_time_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(b"one")

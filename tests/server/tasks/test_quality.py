@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from adapters.errors import StoreFailed
 from adapters.weights import Version
 from server.errors import UnknownName
 from server.tasks import quality as module
@@ -71,6 +74,109 @@ def test_old_rows_go(tmp_path: Path) -> None:
     quality._sweep(time.time() + 3 * module.DAY)
     assert quality.totals(subject, "accuracy", "feedback").count == 0
     assert quality.performance("t")[0]["requests"] == 0
+    quality.close()
+
+
+def test_a_clock_that_jumps_deletes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality.answered(answered("one", subject))
+    quality.feedback("t", "one", "", score=1.0, expected=None)
+    wall, steady = quality._clocks
+    for hours, offset in ((1.1, 365 * module.DAY), (2.2, -365 * module.DAY), (3.3, 0.0)):
+        quality._sweep_hourly(wall + hours * module.HOUR + offset, steady + hours * module.HOUR)
+        assert quality.totals(subject, "accuracy", "feedback").count == 1
+    assert caplog.text.count("the clock was set by") == 3
+    quality._sweep_hourly(wall + 100 * module.DAY, steady + 100 * module.DAY)
+    assert quality.totals(subject, "accuracy", "feedback").count == 0, "a hundred days that were really there"
+    quality.close()
+
+
+def test_a_clock_that_jumps_ahead_and_back_takes_no_feedback_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    now = time.time()
+    monkeypatch.setattr(module.time, "time", lambda: now + 400 * module.DAY)
+    quality.answered(answered("ahead", subject, at=now + 400 * module.DAY))
+    quality.feedback("t", "ahead", "", score=1.0, expected=None)
+    monkeypatch.setattr(module.time, "time", lambda: now)
+    quality.answered(answered("now", subject))
+    for id in ("ahead", "now"):
+        quality.feedback("t", id, "", score=0.0, expected=None)
+    totals = quality.totals(subject, "accuracy", "feedback")
+    assert (totals.count, totals.total) == (2, 0.0)
+    quality.close()
+
+
+def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quality = Quality(tmp_path / "quality.db")
+    first, second = Subject.of("t", [], "base"), Subject.of("t", [(A, 1.0)], "base")
+    quality.answered(answered("one", first))
+    quality.flush()
+    with quality._lock:
+        (pages,) = quality._db.execute("PRAGMA page_count").fetchone()
+        quality._db.execute(f"PRAGMA max_page_count = {pages}")
+    for n in range(500):
+        quality.answered(answered(f"more-{n}", second))
+    with pytest.raises(StoreFailed, match="full"):
+        quality.feedback("t", "one", "", score=1.0, expected=None)
+    end = time.monotonic() + 10
+    while "cannot be written" not in caplog.text:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    with quality._lock:
+        quality._db.execute("PRAGMA max_page_count = 1000000")
+    for id in ("one", "more-0", "more-499"):
+        quality.feedback("t", id, "", score=1.0, expected=None)
+    assert {told["version"]: told["requests"] for told in quality.performance("t")} == {"base": 1, second.label: 500}
+    quality.close()
+    again = Quality(tmp_path / "quality.db")
+    assert again.totals(second, "accuracy", "feedback").count == 2
+    again.close()
+
+
+def test_expected_is_compared_as_accuracy_does(tmp_path: Path) -> None:
+    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality.answered(answered("one", subject, " Positive"))
+    quality.feedback("t", "one", "", score=None, expected="positive\n")
+    assert quality.totals(subject, "accuracy", "feedback").mean == 1.0
+    quality.close()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from server.tasks.quality import Answered, Quality, Subject
+
+quality, subject = Quality(Path(sys.argv[1])), Subject.of("t", [], "base")
+for n in range(10**6):
+    quality.answered(Answered(f"gen-{n}", subject, "", "yes"))
+    quality.feedback("t", f"gen-{n}", "", score=1.0, expected=None)
+    print(n, flush=True)
+"""
+
+
+def test_kill_minus_nine_while_scores_are_written(tmp_path: Path) -> None:
+    """Every score that was confirmed is there, once, and the sums agree with the rows."""
+    file, confirmed = tmp_path / "quality.db", -1
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(file)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[3], text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            confirmed = int(line)
+            if confirmed >= 100:
+                break
+        process.kill()
+        confirmed = max([confirmed, *map(int, process.stdout.read().split())])
+    quality, subject = Quality(file), Subject.of("t", [], "base")
+    totals = quality.totals(subject, "accuracy", "feedback")
+    with sqlite3.connect(file) as db:
+        rows = {id for (id,) in db.execute("SELECT id FROM scores")}
+    db.close()
+    assert rows >= {f"gen-{n}" for n in range(confirmed + 1)} and totals.count == len(rows)
+    quality.feedback("t", f"gen-{confirmed}", "", score=0.0, expected=None)
+    assert quality.totals(subject, "accuracy", "feedback").total == len(rows) - 1
     quality.close()
 
 
