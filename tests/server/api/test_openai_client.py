@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -215,3 +218,75 @@ def test_vllms_adapter_routes(live: Any, write_adapter: Any) -> None:
     assert live.http.post("/v1/unload_lora_adapter", json={"lora_name": "late"}).status_code == 200
     assert live.http.post("/v1/unload_lora_adapter", json={"lora_name": "late"}).status_code == 404
     assert live.http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/etc"}).status_code == 400
+
+
+async def test_a_failure_in_the_async_clients_stream_is_its_error(live: Any) -> None:
+    live.slow_down(0.05)
+    async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+        stream = await client.chat.completions.create(model="a", messages=HELLO, max_tokens=100, stream=True,
+                                                      extra_body={"ignore_eos": True, "deadline_ms": 300})  # fmt: skip
+        with pytest.raises(openai.APIError, match="deadline"):
+            async for _ in stream:
+                pass
+        with pytest.raises(openai.NotFoundError):
+            await client.chat.completions.create(model="nobody", messages=HELLO)
+        stream = await client.chat.completions.create(model="a", messages=HELLO, max_tokens=200, stream=True,
+                                                      extra_body={"ignore_eos": True})  # fmt: skip
+        await anext(aiter(stream))
+        await stream.close()
+    assert live.idle(2.0), "closing a stream ends the work"
+
+
+def test_errors_have_the_packages_own_classes(start: Any) -> None:
+    live = start(api_keys="me:secret", max_body=1 << 12)
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="wrong", max_retries=0, timeout=30) as client:
+        with pytest.raises(openai.AuthenticationError):
+            client.models.list()
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="secret", max_retries=0, timeout=30) as client:
+        assert client.models.list().data
+        with pytest.raises(openai.PermissionDeniedError):
+            client.fine_tuning.jobs.list()
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.completions.create(model="tiny", prompt="x" * 5000)
+        assert caught.value.status_code == 413
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(model="tiny", prompt="x", max_tokens=100_000)
+        assert "100000" in refused.value.message and refused.value.param == "max_tokens"
+
+
+def test_the_package_comes_back_when_there_is_room(start: Any) -> None:
+    """Its own retries: 429 and 503 with `Retry-After` are tried again; 409 says that it would be in vain."""
+    live = start(max_queue=1, max_batch=1, max_queue_tokens=4096)
+    live.slow_down(0.02)
+    http = httpx.Client(event_hooks={"response": [lambda answer: statuses.append(answer.status_code)]})
+    statuses: list[int] = []
+    with openai.OpenAI(
+        base_url=f"{live.url}/v1", api_key="none", max_retries=5, timeout=60, http_client=http
+    ) as client:
+
+        def ask(i: int) -> int:
+            made = client.completions.create(model="tiny", prompt=f"p{i}", max_tokens=10,
+                                             extra_body={"ignore_eos": True})  # fmt: skip
+            assert made.usage is not None
+            return made.usage.completion_tokens
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(ask, range(4))) == [10] * 4
+        assert 429 in statuses and statuses.count(200) == 4
+        live.slow_down(0.0)
+        live.runtime.state = "loading"
+        statuses.clear()
+        back = threading.Timer(1.0, lambda: setattr(live.runtime, "state", "ready"))
+        back.start()
+        assert ask(9) == 10 and statuses[0] == 503 and statuses[-1] == 200
+        back.join()
+    assert live.idle()
+
+
+def test_a_conflict_is_not_tried_again(live: Any, write_adapter: Any) -> None:
+    statuses: list[int] = []
+    http = httpx.Client(event_hooks={"response": [lambda answer: statuses.append(answer.status_code)]})
+    with openai.OpenAI(base_url=live.url, api_key="none", max_retries=3, timeout=30, http_client=http) as client:
+        with pytest.raises(openai.ConflictError):
+            client.post("/adapters", body={"name": "a", "source": "b"}, cast_to=object)
+    assert statuses == [409]

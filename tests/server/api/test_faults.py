@@ -1,0 +1,139 @@
+"""What breaks around a server that runs: files on the disk, the clock, the budget. Nothing is lost, and it says why."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def stored(live: Any, name: str) -> Path:
+    """The folder of an adapter's version in the store."""
+    registry = live.house.parts.registry
+    return Path(live.house.parts.store.path(registry.resolve([(name, 1.0)])[0][0].digest))
+
+
+def evict(live: Any, name: str) -> None:
+    """Take an adapter out of slots and RAM, so that the next request has to read it."""
+    parts = live.house.parts
+    digest = parts.registry.resolve([(name, 1.0)])[0][0].digest
+    parts.engine.forget(digest)
+    end = time.monotonic() + 10
+    while parts.engine.holds(digest) or digest in parts.registry._ram.resident():
+        parts.registry._ram.discard(digest)
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def text_of(live: Any, name: str) -> str:
+    answer = live.generate("tell me", adapters=[{"name": name}], max_tokens=6, ignore_eos=True)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["text"])
+
+
+@pytest.mark.parametrize("harm", ["deleted", "cut", "swapped", "folder"])
+def test_files_of_the_store_that_are_harmed_while_served(live: Any, harm: str, write_adapter: Any) -> None:
+    before, other = text_of(live, "a"), text_of(live, "b")
+    tensors = stored(live, "a") / TENSORS
+    if harm == "deleted":
+        tensors.unlink()
+    elif harm == "cut":
+        tensors.write_bytes(tensors.read_bytes()[:-7])
+    elif harm == "swapped":
+        tensors.unlink()
+        shutil.copy(stored(live, "b") / TENSORS, tensors)
+        (stored(live, "a") / CONFIG).write_bytes((stored(live, "b") / CONFIG).read_bytes())
+    else:
+        shutil.rmtree(tensors.parent)
+    assert text_of(live, "a") == before, "what is in memory is served on"
+    evict(live, "a")
+    refused = live.generate("tell me", adapters=[{"name": "a"}], max_tokens=6, ignore_eos=True)
+    error = refused.json()["error"]
+    assert refused.status_code in (500, 503, 507) and "a" in error["message"], refused.text
+    assert str(tensors.parent) not in refused.text, "no path of ours"
+    assert text_of(live, "b") == other, "others are served on"
+    assert live.idle()
+    again = live.http.put("/adapters/a", json={"source": "a"})
+    assert again.status_code == 200, again.text
+    assert text_of(live, "a") == before, "publishing it again heals it"
+
+
+def test_files_of_the_users_folder_that_are_harmed_while_served(live: Any, write_adapter: Any) -> None:
+    folder = write_adapter("a", 1)
+    first = text_of(live, "a")
+    registry = live.house.parts.registry
+
+    def until(condition: Callable[[], Any]) -> Any:
+        end = time.monotonic() + 20
+        while not (found := condition()):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        return found
+
+    whole = (folder / TENSORS).read_bytes()
+    (folder / TENSORS).write_bytes(whole[: len(whole) // 2])
+    reason = until(lambda: [r["reason"] for r in registry.rejected() if r["path"] == "a"])
+    assert TENSORS in reason[0] and text_of(live, "a") == first
+    write_adapter("a", 77)  # swapped for another one, in place
+    until(lambda: text_of(live, "a") != first)
+    assert registry.rejected() == []
+    (folder / TENSORS).unlink()  # half of it is gone: that is no removal
+    second = text_of(live, "a")
+    until(lambda: [r for r in registry.rejected() if r["path"] == "a"])
+    assert text_of(live, "a") == second
+
+
+@pytest.mark.parametrize("jump", [400 * 86_400.0, -400 * 86_400.0])
+def test_a_clock_that_jumps_ends_nothing(
+    live: Any, write_adapter: Any, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """Deadlines, rates and waits go by the monotonic clock; the wall clock is for what people read."""
+    live.slow_down(0.02)
+    real, offset = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + offset[0])
+    real_ns = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real_ns() + int(offset[0] * 1e9))
+    answers: list[Any] = []
+    body = {"prompt": "x", "max_tokens": 30, "ignore_eos": True, "adapters": [{"name": "a"}], "deadline_ms": 20_000}
+    thread = threading.Thread(target=lambda: answers.append(live.http.post("/generate", json=body)))
+    thread.start()
+    while not live.stats()["running"]:
+        time.sleep(0.002)
+    offset[0] = jump
+    thread.join()
+    assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 30
+    assert 0 < answers[0].json()["timings"]["total_ms"] < 20_000
+    late = live.generate("y", max_tokens=200, ignore_eos=True, deadline_ms=200)
+    assert late.status_code == 504, "and a deadline is one still"
+    live.slow_down(0.0)
+    write_adapter("late", 5)
+    end = time.monotonic() + 20
+    while "late" not in live.house.parts.registry.names():
+        assert time.monotonic() < end, "the watch waits for a clock"
+        time.sleep(0.05)
+    assert live.http.put("/adapters/a", json={"source": "b"}).status_code == 200
+    offset[0] = 0.0
+    versions = live.http.get("/adapters/a").json()["versions"]
+    assert len(versions) == 2 and live.generate("x", adapters=[{"name": "a"}]).status_code == 200
+    assert live.idle()
+
+
+def test_over_the_budget_is_507_and_the_old_version_serves_on(start: Any, write_adapter: Any) -> None:
+    write_adapter("a", 1, rank=2)
+    folder = write_adapter("large", 2, rank=32, targets=("q_proj", "v_proj", "up_proj", "down_proj"))
+    live = start(adapter_ram=64 << 10)
+    assert live.http.post("/adapters", json={"name": "a", "source": "a"}).status_code in (200, 201)
+    before = text_of(live, "a")
+    assert (folder / TENSORS).stat().st_size > 64 << 10
+    refused = live.http.put("/adapters/a", json={"source": "large"})
+    assert refused.status_code == 507 and refused.headers["x-should-retry"] == "false"
+    assert "--adapter-ram" in refused.json()["error"]["message"] or "bytes" in refused.json()["error"]["message"]
+    assert text_of(live, "a") == before
+    assert live.http.get("/health/ready").status_code == 200 and live.idle()

@@ -1,0 +1,140 @@
+"""More than there is room for, over real connections: requests, slots, and an adapter that is slow to load."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+
+
+def ask_all(url: str, bodies: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any], str | None]]:
+    """Send all at once, each on a connection of its own: status, body, Retry-After."""
+
+    async def run() -> list[tuple[int, dict[str, Any], str | None]]:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+            async def one(body: dict[str, Any]) -> tuple[int, dict[str, Any], str | None]:
+                async with session.post(f"{url}/generate", json=body) as answer:
+                    return answer.status, await answer.json(), answer.headers.get("retry-after")
+
+            return await asyncio.gather(*map(one, bodies))
+
+    return asyncio.run(run())
+
+
+def register(live: Any, *names: str) -> None:
+    for name in names:
+        assert live.http.post("/adapters", json={"name": name, "source": name}).status_code in (200, 201)
+
+
+def test_a_thousand_at_once_against_a_queue_of_256(start: Any, write_adapter: Callable[..., Path]) -> None:
+    for i in range(6):
+        write_adapter(f"x{i}", i)
+    live = start(max_queue=256, max_batch=8, max_slots=4)
+    register(live, *(f"x{i}" for i in range(6)))
+    live.slow_down(0.002)
+    deadline_ms = 3000
+    bodies = [
+        {
+            "prompt": f"{i} and so on",
+            "max_tokens": 3,
+            "ignore_eos": True,
+            "deadline_ms": deadline_ms,
+            "adapters": [{"name": f"x{(i + k) % 6}", "weight": 0.5 + k} for k in range(i % 4)],
+        }
+        for i in range(1000)
+    ]
+    answers = ask_all(live.url, bodies)
+    statuses = Counter(status for status, _, _ in answers)
+    assert set(statuses) <= {200, 429, 504} and statuses[200] and statuses[429], statuses
+    for status, body, retry_after in answers:
+        if status == 200:
+            assert body["usage"]["completion_tokens"] == 3 and body["timings"]["total_ms"] < deadline_ms + 500
+        else:
+            assert set(body) == {"error"} and (status == 504 or int(retry_after or 0) >= 1)
+    assert live.idle() and live.stats()["kv_blocks"]["used"] == 0 and live.stats()["slots"]["in_use"] == 0
+    assert live.generate("and now", max_tokens=2).status_code == 200
+
+
+def test_mixes_that_compete_for_the_last_slots_all_finish(start: Any, write_adapter: Callable[..., Path]) -> None:
+    for i, name in enumerate("abcde"):
+        write_adapter(name, i)
+    live = start(max_slots=3, max_batch=6, prefix_cache=False)
+    register(live, *"abcde")
+    mixes = [("a", "b"), ("b", "a"), ("c", "d", "e")]
+    bodies = [
+        {"prompt": f"tell {i}", "max_tokens": 6, "ignore_eos": True, "adapters": [{"name": n} for n in mixes[i % 3]]}
+        for i in range(60)
+    ]
+    answers = ask_all(live.url, bodies)
+    assert [status for status, _, _ in answers] == [200] * 60
+    for (_, told, _), body in zip(answers, bodies, strict=True):
+        assert [a["name"] for a in told["adapters"]] == [a["name"] for a in body["adapters"]]
+    alone = [live.http.post("/generate", json=body).json()["text"] for body in bodies[:6]]
+    assert [told["text"] for _, told, _ in answers[:6]] == alone
+    assert live.idle() and live.stats()["slots"]["in_use"] == 0
+
+
+def test_an_adapter_that_is_slow_to_load_delays_nobody_else(
+    start: Any, write_adapter: Callable[..., Path], monkeypatch: Any
+) -> None:
+    """While its load goes on, forty requests on a warm adapter enter with the very next step."""
+    write_adapter("warm", 1)
+    write_adapter("cold", 2)
+    live = start(adapter_ram=1 << 20, max_batch=4)
+    register(live, "warm", "cold")
+    assert live.generate("x", adapters=[{"name": "warm"}]).status_code == 200
+    parts = live.house.parts
+    digest = live.http.get("/adapters/cold").json()["version"].partition("@")[2]
+    ram, release = parts.registry._ram, threading.Event()
+    for full in list(ram.resident()):
+        if full.startswith(digest):
+            ram.discard(full)
+    read = ram._read
+
+    def slow(wanted: str) -> Any:
+        if wanted.startswith(digest):
+            assert release.wait(60)
+        return read(wanted)
+
+    monkeypatch.setattr(ram, "_read", slow)
+    waited: list[int] = []
+    engine: Any = parts.engine
+    entered: dict[str, int] = {}
+    submit = engine.submit
+
+    def counting(request: Any) -> None:
+        entered[request.id] = engine.stats()["steps"]
+        submit(request)
+
+    monkeypatch.setattr(engine, "submit", counting)
+    plan = engine._scheduler.plan
+
+    def watching(*args: Any, **more: Any) -> Any:
+        made = plan(*args, **more)
+        waited.extend(
+            engine.stats()["steps"] - entered[request.id] for request in made.entered if request.id in entered
+        )
+        return made
+
+    monkeypatch.setattr(engine._scheduler, "plan", watching)
+    told: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: told.append(live.generate("y", max_tokens=2, adapters=[{"name": "cold"}])))
+    thread.start()
+    while not live.stats()["loading"]:
+        pass
+    for i in range(40):
+        warm = live.generate(f"p{i}", max_tokens=2, adapters=[{"name": "warm"}]).json()
+        assert warm["timings"]["load_ms"] == 0.0
+    assert not told and live.stats()["loading"] == 1, "the load still goes on"
+    assert len(waited) == 40 and max(waited) <= 1
+    release.set()
+    thread.join()
+    assert told[0].status_code == 200 and told[0].json()["timings"]["load_ms"] > 0
+    assert live.idle()
