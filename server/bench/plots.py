@@ -48,3 +48,30 @@ def loads(path: Path, title: str, runs: Sequence[Load]) -> Path:
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
     return path
+
+
+def quality(path: Path, title: str, y: str, points: Sequence[tuple[int, int, float, float, int]], chosen: int) -> Path:
+    """Quality against parameters, one point a rank: (rank, parameters, value, spread of the seeds, steps). Filled are
+    those that were trained longest, larger the chosen one. Writes a PNG and returns its path.
+    """
+    figure, axes = _axes(title, y)
+    longest = max(steps for *_, steps in points)
+    for rank, parameters, value, spread, steps in points:
+        axes.errorbar(
+            parameters,
+            value,
+            yerr=spread / 2,
+            fmt="o",
+            color="#3b6ea5",
+            capsize=3,
+            markersize=11 if rank == chosen else 6,
+            markerfacecolor="#3b6ea5" if steps == longest else "white",
+        )
+        axes.annotate(
+            f"rank {rank}\n{steps} steps", (parameters, value), xytext=(8, 4), textcoords="offset points", fontsize=8
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters")
+    axes.margins(0.15)
+    figure.savefig(path, dpi=120)
+    return path

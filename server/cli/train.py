@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from server.cli.inprocess import open_base
 from server.cli.options import BASE, AsJson, with_settings
 from server.cli.terminal import Progress, out, print_json, progress, size
 from server.settings import Settings
@@ -18,6 +20,13 @@ def train(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes (.toml); see examples/.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the data files. [the recipe's own]")] = None,
     output: Annotated[Path, typer.Option(help="Folder that gets one adapter folder for each.")] = Path("trained"),
+    rank: Annotated[int | None, typer.Option(min=1, help="Instead of the recipes' lora_rank.")] = None,
+    auto_rank: Annotated[
+        bool, typer.Option("--auto-rank", help="Spend the parameters of that rank on the modules that need them.")
+    ] = False,
+    prune_to: Annotated[int | None, typer.Option(min=1, help="Cut to this rank at the end.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipes' max_steps.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipes' seed.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train one adapter for each recipe, on the 4-bit base that serves. Started again, it goes on where it was."""
@@ -25,22 +34,21 @@ def train(
     from server.jobs.recipe import read_recipe
     from server.jobs.run import run
     from server.kernels import choose
-    from server.model.loader import load_base
-    from server.sources import resolve_model
 
-    wanted = [(read_recipe(path), data or path.parent) for path in recipes]
-    name, source = resolve_model(settings.model, settings.state_dir)
+    given = {"lora_rank": rank, "max_steps": steps, "seed": seed}
+    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    wanted = []
+    for path in recipes:
+        recipe = read_recipe(path)
+        recipe = replace(
+            recipe,
+            config=replace(recipe.config, **changed),
+            auto_rank=auto_rank or recipe.auto_rank,
+            prune_to=prune_to or recipe.prune_to,
+        )
+        wanted.append((recipe, data or path.parent))
     # Training multiplies in bf16 or fp32 over dequantized codes, which the reference kernels give exactly.
-    base = load_base(
-        source,
-        name=name,
-        backend=choose("reference"),
-        quantization=settings.quantization,
-        group_size=settings.group_size,
-        double_quant=settings.double_quant,
-        table_bits=settings.table_bits,
-        cache_dir=settings.state_dir / "cache",
-    )
+    base = open_base(settings, choose("reference"), quiet=as_json)
     for recipe, folder in wanted:
         with progress("parameters", quiet=as_json) as bar:
 

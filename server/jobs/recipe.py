@@ -5,6 +5,8 @@ Owns the file's form and what can be wrong with it. A recipe names its data, whi
     name = "sentiment"
     data = "sentiment.train.jsonl"        # .json or .jsonl, relative to --data or to the recipe
     validation = "sentiment.dev.jsonl"    # optional: evaluated while training, the best is kept
+    auto_rank = true                      # optional: ranks by module, at the parameters that lora_rank would have
+    prune_to = 2                          # optional: cut to this rank at the end
 
     [task]                                # as in task.json: prompt, format, system, labels, defaults
     [training]                            # any field of adapters.training.TrainingConfig
@@ -25,7 +27,7 @@ from adapters.training import TrainingConfig
 from server.errors import BadSetting
 from server.tasks.definitions import Fixed, parse
 
-_KEYS = {"name", "data", "validation", "task", "training", "card"}
+_KEYS = {"name", "data", "validation", "auto_rank", "prune_to", "task", "training", "card"}
 _CARD = {"about", "data", "limits"}
 _TRAINING = {f.name for f in dataclasses.fields(TrainingConfig)} - {"model", "data", "output"}
 
@@ -40,6 +42,8 @@ class Recipe:
     config: TrainingConfig
     validation: str | None = None
     card: Mapping[str, str] = field(default_factory=dict)
+    auto_rank: bool = False
+    prune_to: int | None = None
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -65,8 +69,13 @@ def read_recipe(path: Path) -> Recipe:
         config = TrainingConfig(**settings, data=data)
     except (AdapterError, TypeError) as error:
         raise BadSetting(f"{where}: {error}", getattr(error, "param", None)) from error
-    validation = raw.get("validation")
-    return Recipe(name, data, {"task": name, **tables["task"]}, config, validation, tables["card"])
+    auto_rank, prune_to = raw.get("auto_rank", False), raw.get("prune_to")
+    if not isinstance(auto_rank, bool):
+        raise BadSetting(f"{where}: auto_rank is true or false", "auto_rank")
+    if prune_to is not None and (not isinstance(prune_to, int) or isinstance(prune_to, bool) or prune_to < 1):
+        raise BadSetting(f"{where}: prune_to is a rank, at least 1", "prune_to")
+    task = {"task": name, **tables["task"]}
+    return Recipe(name, data, task, config, raw.get("validation"), tables["card"], auto_rank, prune_to)
 
 
 def _known(table: Mapping[str, Any], known: set[str], where: str) -> None:

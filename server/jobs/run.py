@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from adapters import data, peft_format, pruning
+from adapters import data, peft_format, pruning, search
 from adapters.data import Tokens
 from adapters.training import Event, train
 from adapters.weights import LoraWeights
@@ -51,16 +51,21 @@ def run(
     held = tokens(recipe.validation) if recipe.validation else None
     folder = output / recipe.name
     checkpoints = output / CHECKPOINTS / recipe.name
-    weights = train(
-        Trainable(base, recipe.config.compute_dtype),
+    model = Trainable(base, recipe.config.compute_dtype)
+    config = replace(recipe.config, model=base.name, quantization=str(base.quantization.get("scheme", "")))
+    make = search.auto_lora if recipe.auto_rank else train
+    weights = make(
+        model,
         examples,
-        replace(recipe.config, model=base.name, quantization=str(base.quantization.get("scheme", ""))),
+        config,
         name=recipe.name,
         validation=held,
         checkpoints=checkpoints,
         on_event=on_event,
         stop=stop,
     )
+    if recipe.prune_to is not None:
+        weights, _ = pruning.truncate(weights, recipe.prune_to, recipe.name)
     peft_format.save(
         weights, folder, dtype=torch.bfloat16, shapes=base.shapes(), task=recipe.task, card=card(recipe, weights)
     )
@@ -92,6 +97,15 @@ def card(recipe: Recipe, weights: LoraWeights) -> str:
         f"with warm-up and cosine decay, {made['steps']} steps of {config.batch_size}, loss on the answer and the end "
         f"token only, {config.compute_dtype}, seed {config.seed}.",
     ]
+    if "auto_lora" in weights.metadata:
+        ranks, none = weights.ranks, len(weights.metadata["auto_lora"]["dropped"])
+        lines.append(
+            f"- **Ranks**: {ranks[0]} to {ranks[-1]} by module, for the parameters that rank {config.lora_rank} takes "
+            f"everywhere; {none} modules have none."
+        )
+    if recipe.prune_to is not None:
+        error = weights.metadata["pruning"]["error"]
+        lines.append(f"- **Pruned** to rank {recipe.prune_to} after training; relative error {error:.3g}.")
     if made["evaluations"]:
         best = min(made["evaluations"], key=lambda e: e["loss"])
         lines.append(

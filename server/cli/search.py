@@ -1,0 +1,254 @@
+"""`loramux search`: the smallest rank of a recipe that is good enough, with a table, a plot and advice."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.cli import logs
+from server.cli.inprocess import open_base, opened
+from server.cli.options import BASE, AsJson, with_settings
+from server.cli.terminal import Progress, out, print_json, progress
+from server.errors import BadSetting
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from adapters.search import RankSearch, Row
+    from adapters.training import Event
+    from adapters.weights import LoraWeights
+    from server.api.assembly import House
+    from server.jobs.recipe import Recipe
+    from server.jobs.searching import Examples
+    from server.jobs.trainable import Trainable
+    from server.model.loader import Base
+
+LOSS = "loss"
+TOLERANCE = {"bleu": 1.0, "chrf": 1.0}
+"""One point; of the others, which are shares or nats, a hundredth."""
+RANKS = "1,2,4,8,16"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is searched for."""
+
+    recipe: Recipe
+    ranks: list[int]
+    seeds: list[int]
+    metric: str
+    tolerance: float
+    steps: int
+    share: float
+
+
+@with_settings(*BASE, "state_dir", "log_level")
+def search(
+    settings: Settings,
+    recipe: Annotated[Path, typer.Argument(help="Recipe (.toml); see examples/.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the data files. [the recipe's own]")] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="File that judges. [the recipe's, or a tenth of the data]")
+    ] = None,
+    ranks: Annotated[str, typer.Option(help="Ranks to try.")] = RANKS,
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="Instead of ranks: 1, 2, 4, ... up to so many parameters.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="accuracy, exact_match, rougeL, bleu, chrf or loss. [what fits the task]")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds; each is a run of its own.")] = "0",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of a full training. [the recipe's]")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="How far from the best is as good. [a point of the metric]")
+    ] = None,
+    share: Annotated[float, typer.Option(min=0, max=1, help="Of the full grid's steps, at most this.")] = 1 / 3,
+    limit: Annotated[int, typer.Option(min=1, help="Examples that judge, at most.")] = 500,
+    output: Annotated[Path, typer.Option(help="Folder that gets search.json and the plot.")] = Path("search"),
+    as_json: AsJson = False,
+) -> None:
+    """Find the smallest rank that is good enough, by successive halving: all ranks for a while, the best for longer."""
+    from server.jobs.recipe import read_recipe
+    from server.jobs.searching import examples, within
+    from server.jobs.trainable import Trainable
+    from server.kernels import choose
+    from server.tasks.definitions import Fixed, parse
+    from server.tasks.evaluation import check_metrics, default_metric
+
+    logs.configure(settings.log_format, "warning" if settings.log_level == "info" else settings.log_level)
+    wanted = read_recipe(recipe)
+    wanted = replace(wanted, validation=validation or wanted.validation)
+    task = parse(
+        wanted.name, {k: v for k, v in wanted.task.items() if k != "task"}, default_route=Fixed(), source="api"
+    )
+    judged_by = check_metrics([metric])[0] if metric else default_metric(task)
+    base = open_base(settings, choose("reference"), quiet=as_json)
+    found = examples(wanted, base, data or recipe.parent, limit)
+    plan = Plan(
+        recipe=wanted,
+        ranks=within(base.shapes(), wanted.config, budget) if budget is not None else _numbers(ranks, "ranks"),
+        seeds=_numbers(seeds, "seeds"),
+        metric=judged_by,
+        tolerance=TOLERANCE.get(judged_by, 0.01) if tolerance is None else tolerance,
+        steps=steps or wanted.config.steps(len(found.learned.examples)),
+        share=share,
+    )
+    model = Trainable(base, wanted.config.compute_dtype)
+    with progress("steps", quiet=as_json) as bar:
+        if judged_by == LOSS:
+            result = _searched(plan, model, found, None, bar, lambda: False)
+        else:
+            serving = open_base(settings, choose(settings.kernels, settings.device), quiet=True)
+            result = asyncio.run(_with_engine(settings, serving, plan, model, found, bar))
+    told = _told(plan, result)
+    picture = _write(output, plan, result, told)
+    if as_json:
+        print_json({**told, "plot": str(picture)})
+    else:
+        _show(told, picture)
+
+
+def _searched(
+    plan: Plan,
+    model: Trainable,
+    found: Examples,
+    score: Callable[[LoraWeights], float] | None,
+    bar: Progress,
+    stop: Callable[[], bool],
+) -> RankSearch:
+    from adapters.search import search_rank
+    from server.jobs.searching import Trials
+
+    def heard(label: str, event: Event) -> None:
+        if event.kind == "step":
+            bar(label, event.step, event.steps)
+
+    trials = Trials(plan.recipe, model, found, score=score, on_event=heard, stop=stop)
+    return search_rank(
+        trials, plan.ranks, max_steps=plan.steps, tolerance=plan.tolerance, seeds=plan.seeds, share=plan.share
+    )
+
+
+async def _with_engine(
+    settings: Settings, base: Base, plan: Plan, model: Trainable, found: Examples, bar: Progress
+) -> RankSearch:
+    """The search with answers judged as they are served: trained on a thread, evaluated by an engine beside it."""
+    stopped = threading.Event()
+    async with opened(settings.model_copy(update={"library": None}), base) as house:
+        with tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
+            score = _scorer(house, base, plan, found, Path(scratch), asyncio.get_running_loop())
+            threads = settings.threads or os.cpu_count() or 1
+
+            def work() -> RankSearch:
+                import torch
+
+                def scored(weights: LoraWeights) -> float:
+                    value = score(weights)
+                    torch.set_num_threads(threads)
+                    return value
+
+                torch.set_num_threads(threads)  # the engine has left this process's threads of torch with one
+                return _searched(plan, model, found, scored, bar, stopped.is_set)
+
+            try:
+                return await asyncio.to_thread(work)
+            finally:
+                stopped.set()
+
+
+def _scorer(
+    house: House, base: Base, plan: Plan, found: Examples, scratch: Path, loop: asyncio.AbstractEventLoop
+) -> Callable[[LoraWeights], float]:
+    """A function for another thread: an adapter's score by the engine."""
+    from adapters import peft_format
+    from server.tasks.evaluation import evaluate, pairs
+
+    parts, name = house.parts, plan.recipe.name
+    parts.tasks.put(name, plan.recipe.task)
+    judges = pairs(found.judges)
+
+    def score(weights: LoraWeights) -> float:
+        folder = scratch / weights.name
+        peft_format.save(weights, folder, shapes=base.shapes())
+        parts.registry.publish_now(weights.name, folder, source="file")
+        target = parts.resolver.task(name, [(weights.name, 1.0)])
+        asked = evaluate(parts.inference, parts.prompts, target, judges, [plan.metric])
+        return asyncio.run_coroutine_threadsafe(asked, loop).result().scores[plan.metric].value
+
+    return score
+
+
+def _numbers(text: str, what: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BadSetting(f"{what} are whole numbers with commas between, as in {RANKS}, not {text!r}", what) from error
+
+
+def _value(plan: Plan, score: float) -> float:
+    """As people know the metric: a search's scores are better when larger, a loss when smaller."""
+    return -score if plan.metric == LOSS else score
+
+
+def _told(plan: Plan, result: RankSearch) -> dict[str, Any]:
+    def row(row: Row) -> dict[str, Any]:
+        told = asdict(row) | {plan.metric: _value(plan, row.score)}
+        del told["score"]
+        return told
+
+    return {
+        "recipe": plan.recipe.name,
+        "metric": plan.metric,
+        "chosen": result.chosen,
+        "tolerance": plan.tolerance,
+        "seeds": plan.seeds,
+        "steps_spent": result.steps_spent,
+        "steps_of_full_grid": result.steps_of_full_grid,
+        "table": [row(r) for r in result.table],
+        "advice": result.advice,
+    }
+
+
+def _write(output: Path, plan: Plan, result: RankSearch, told: dict[str, Any]) -> Path:
+    """search.json and the plot: a PNG where matplotlib is installed, else an SVG. Returns the plot's path."""
+    from adapters.search import plot
+
+    title = f"{plan.recipe.name}: {plan.metric} against parameters"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "search.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        if importlib.util.find_spec("matplotlib") is not None:
+            from server.bench.plots import quality
+
+            points = [(r.rank, r.parameters, _value(plan, r.score), r.spread, r.steps) for r in result.table]
+            return quality(output / "search.png", title, plan.metric, points, result.chosen)
+        picture = output / "search.svg"
+        picture.write_text(plot(result.table, result.chosen, title), encoding="utf-8")
+        return picture
+    except OSError as error:
+        raise BadSetting(f"{output} cannot be written: {error.strerror}", "output") from error
+
+
+def _show(told: dict[str, Any], picture: Path) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for column in ("rank", "parameters", "steps", told["metric"], "between seeds"):
+        table.add_column(column, justify="right")
+    for row in told["table"]:
+        mark = "*" if row["rank"] == told["chosen"] else ""
+        cells = (f"{mark}{row['rank']}", f"{row['parameters']:,}", str(row["steps"]))
+        table.add_row(*cells, f"{row[told['metric']]:.4f}", f"{row['spread']:.4f}")
+    out().print(table)
+    out().print(f"{told['steps_spent']:,} of the full grid's {told['steps_of_full_grid']:,} steps. {told['advice']}")
+    out().print(f"{picture}")

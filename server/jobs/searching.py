@@ -1,0 +1,96 @@
+"""The trials of a rank search: a recipe trained at a rank, for so many steps, with a seed, and how good it is then.
+
+Owns what is trained on and what judges it. Which trials are made, and what follows from them, is `adapters.search`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from adapters import data, layers, pruning
+from adapters.data import Record, Tokens
+from adapters.errors import AdapterError
+from adapters.training import Event, TrainingConfig, train
+from adapters.weights import LoraWeights
+from server.engine.text import Text
+from server.jobs.encoding import Template, encoder
+from server.jobs.fine_tune import held_out
+from server.jobs.recipe import Recipe
+from server.jobs.trainable import Trainable
+from server.model.loader import Base
+
+HELD_OUT = 0.1
+"""The share of the examples that judge if a recipe names no validation file."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a recipe's trials learn, and what judges them, as records and as tokens."""
+
+    learned: Tokens
+    judges: Sequence[Record]
+    judged: Tokens
+
+
+def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
+    """The recipe's files as tokens, with at most `most` judges. Raises InvalidData."""
+    encode = encoder(Text(base.vocabulary), Template.of(recipe.task))
+    records = data.read(data_dir / recipe.data)
+    if recipe.validation:
+        judges = data.read(data_dir / recipe.validation)[:most]
+    else:
+        kept = held_out(len(records), HELD_OUT, recipe.config.seed)[:most]
+        judges = [records[i] for i in kept]
+        records = [record for i, record in enumerate(records) if i not in set(kept)]
+    length = recipe.config.max_length
+    learned = data.tokenize(records, encode, length, recipe.data)
+    return Examples(learned, judges, data.tokenize(judges, encode, length, recipe.validation or recipe.data))
+
+
+def within(shapes: Mapping[str, tuple[int, int]], config: TrainingConfig, budget: int) -> list[int]:
+    """The ranks 1, 2, 4, 8, ... whose trainable parameters a budget allows. Raises AdapterError if there is none."""
+    one = layers.trainable_parameters(shapes, replace(config, lora_rank=1).spec())
+    ranks = [rank for rank in (2**i for i in range(12)) if rank * one <= budget]
+    if not ranks:
+        raise AdapterError(f"rank 1 takes {one:,} parameters, more than the budget of {budget:,}", "budget")
+    return ranks
+
+
+class Trials:
+    """`adapters.search.Trial` for a recipe. `score` says how good an adapter is, more is better; without one it is
+    minus its loss on the judges. `on_event` hears of every trial's training.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Trainable,
+        found: Examples,
+        *,
+        score: Callable[[LoraWeights], float] | None = None,
+        on_event: Callable[[str, Event], None] = lambda label, event: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._recipe, self._model, self._found = recipe, model, found
+        self._score, self._on_event, self._stop = score, on_event, stop
+
+    def __call__(self, rank: int, steps: int, seed: int) -> tuple[float, int]:
+        """The score, and how many parameters were trained. Raises TrainingStopped."""
+        label = f"rank {rank}, {steps} steps, seed {seed}"
+        # As many epochs as the steps need: `max_steps` alone would not go beyond the recipe's.
+        config = replace(self._recipe.config, lora_rank=rank, max_steps=steps, epochs=float(steps), seed=seed)
+        config = replace(config, eval_steps=0, patience=0)
+        weights = train(
+            self._model,
+            self._found.learned,
+            config,
+            name=f"trial-r{rank}-s{seed}",
+            validation=self._found.judged if self._score is None else None,
+            on_event=lambda event: self._on_event(label, event),
+            stop=self._stop,
+        )
+        if self._score is not None:
+            return self._score(weights), pruning.parameters(weights)
+        return -float(weights.metadata["training"]["evaluations"][-1]["loss"]), pruning.parameters(weights)

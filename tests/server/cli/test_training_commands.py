@@ -1,0 +1,108 @@
+"""`loramux train` and `loramux search` over the tiny base: what they write, tell, and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from adapters import peft_format
+from server.bench import plots
+from server.cli import app, search, train
+from server.jobs.recipe import read_recipe
+from server.jobs.searching import within
+from server.model.loader import Base
+
+runner = CliRunner()
+RECIPE = """
+name = "echo"
+data = "data.jsonl"
+[task]
+prompt = "Say: {input}"
+format = "chat"
+labels = ["yes", "no"]
+defaults = { max_tokens = 2 }
+[training]
+batch_size = 4
+learning_rate = 0.01
+compute_dtype = "float32"
+max_length = 200
+"""
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base: Base) -> Path:
+    """A folder with a recipe and its data; the base is the tiny one."""
+    monkeypatch.chdir(tmp_path)
+    for module in (search, train):
+        monkeypatch.setattr(module, "open_base", lambda settings, backend, quiet: tiny_base)
+    (tmp_path / "echo.toml").write_text(RECIPE)
+    lines = [json.dumps({"input": f"text {i}", "output": "yes" if i % 2 else "no"}) for i in range(24)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    (tmp_path / "held.jsonl").write_text("\n".join(lines[:8]))
+    return tmp_path
+
+
+def told(*arguments: str) -> dict:
+    done = runner.invoke(app, [*arguments, "--json", "--state-dir", "state"])
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    return json.loads(done.stdout)
+
+
+def test_a_search_by_loss_tells_a_table_a_plot_and_advice(given: Path) -> None:
+    found = told("search", "echo.toml", "--ranks", "1,2,4", "--metric", "loss", "--steps", "9", "--seeds", "0,1")
+    assert [row["rank"] for row in found["table"]] == [1, 2, 4] and found["chosen"] in (1, 2, 4)
+    assert all(row["loss"] > 0 for row in found["table"]) and found["table"][0]["parameters"] > 0
+    assert found["steps_spent"] <= found["steps_of_full_grid"] / 3 + 3 * 2
+    assert found["advice"].startswith(f"Take rank {found['chosen']}")
+    assert json.loads((given / "search" / "search.json").read_text())["chosen"] == found["chosen"]
+    assert (given / "search" / "search.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_search_by_answers_as_they_are_served_without_matplotlib(
+    given: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: None)
+    command = ["search", "echo.toml", "--budget", "3000", "--steps", "9", "--validation", "held.jsonl"]
+    done = runner.invoke(app, [*command, "--output", "out", "--state-dir", "state"])
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    assert "accuracy" in done.stdout and "Take rank" in done.stdout
+    assert (given / "out" / "search.svg").read_text().startswith("<svg")
+
+
+def test_a_budget_is_parameters(given: Path, tiny_base: Base) -> None:
+    config = read_recipe(given / "echo.toml").config
+    one = sum(sum(shape) for shape in tiny_base.shapes().values())
+    assert within(tiny_base.shapes(), config, 5 * one) == [1, 2, 4]
+    done = runner.invoke(app, ["search", "echo.toml", "--budget", "10", "--state-dir", "state"])
+    assert f"rank 1 takes {one:,} parameters" in str(done.exception)
+
+
+def test_seeds_that_are_no_numbers_are_named(given: Path) -> None:
+    done = runner.invoke(app, ["search", "echo.toml", "--seeds", "a", "--state-dir", "state"])
+    assert "seeds are whole numbers" in str(done.exception)
+
+
+def test_ranks_of_their_own_and_pruning_are_reached_from_train(given: Path) -> None:
+    made = told("train", "echo.toml", "--rank", "4", "--auto-rank", "--prune-to", "2", "--steps", "3", "--seed", "5")
+    weights = peft_format.read_folder(given / made["path"], name="echo")
+    assert max(weights.ranks) <= 2 and made["config"]["seed"] == 5
+    card = weights.metadata["card"]
+    assert "by module" in card and "Pruned** to rank 2" in card
+
+
+@pytest.mark.parametrize("line", ["auto_rank = 1", "prune_to = 0", "prune_to = true"])
+def test_a_recipe_says_both_and_what_is_wrong_with_them(given: Path, line: str) -> None:
+    (given / "echo.toml").write_text(f"auto_rank = true\nprune_to = 3\n{RECIPE}")
+    recipe = read_recipe(given / "echo.toml")
+    assert recipe.auto_rank and recipe.prune_to == 3
+    (given / "echo.toml").write_text(f"{line}\n{RECIPE}")
+    done = runner.invoke(app, ["train", "echo.toml", "--state-dir", "state"])
+    assert line.split(" ")[0] in str(done.exception)
+
+
+def test_the_plot_of_a_search_marks_what_was_chosen(tmp_path: Path) -> None:
+    points = [(1, 1000, 0.8, 0.0, 10), (2, 2000, 0.9, 0.02, 30)]
+    assert plots.quality(tmp_path / "q.png", "title", "accuracy", points, 2).stat().st_size > 1000
