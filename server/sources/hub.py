@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -76,6 +77,7 @@ def _snapshot(
     import huggingface_hub
 
     repo, revision = match[1], match[2]
+    sums: dict[str, str] = {}
     try:
         if max_bytes is not None:
             info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
@@ -84,6 +86,7 @@ def _snapshot(
                 raise _Unavailable(f"{hub_id} has {size} bytes, over the limit of {max_bytes} (--max-upload)")
             spend(size)
             revision = info.sha  # what was measured is what is fetched
+            sums = {f.rfilename: f.lfs.sha256 for f in info.siblings or () if f.rfilename in patterns and f.lfs}
         folder = huggingface_hub.snapshot_download(
             repo, revision=revision, cache_dir=directory, allow_patterns=patterns, ignore_patterns=list(ignore)
         )
@@ -92,4 +95,12 @@ def _snapshot(
     except Exception as e:  # the library has dozens of error classes of no common base
         reason = " ".join(str(e).split("\n", 1)[0].split())[:300]
         raise _Unavailable(f"{hub_id} could not be fetched from the hub: {reason}") from None
+    for name, digest in sums.items():  # the library compares sizes alone
+        if _sha256(Path(folder) / name) != digest:
+            raise _Unavailable(f"{name} of {hub_id} came with another SHA-256 than the hub says; try again")
     return Path(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
