@@ -65,12 +65,30 @@ def test_running_work_stops_within_a_step(live: Any, path: str, body: dict[str, 
     assert 'loramux_requests_total{task="none",adapter="a",status="cancelled"} 1' in text
 
 
-def test_queued_work_stops_before_it_ran(start: Any, write_adapter: Any) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_work_stops_before_the_first_token(start: Any, write_adapter: Any, stream: bool) -> None:
+    write_adapter("a", 1)
+    live = start(max_step_tokens=16, max_batch=4)
+    assert live.http.post("/adapters", json={"name": "a", "source": "a"}).status_code in (200, 201)
+    live.slow_down(STEP)
+    connection = send(live, "/generate", {**LONG, "prompt": "z" * 180, "max_tokens": 20, "stream": stream})
+    until(lambda: live.stats()["running"])
+    requests = [r.request for g in live.house.parts.inference.live for r in g.replies]
+    until(lambda: requests[0].computed > 0)
+    connection.close()
+    before = steps(live)
+    assert live.idle(2.0) and steps(live) - before <= 2
+    assert not requests[0].output and requests[0].computed < 150, "it was within its prompt"
+    assert live.stats()["kv_blocks"]["used"] == 0 and live.stats()["slots"]["in_use"] == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_queued_work_stops_before_it_ran(start: Any, write_adapter: Any, stream: bool) -> None:
     live = start(max_batch=1)
     live.slow_down(STEP)
     first = send(live, "/generate", {"prompt": "one", "max_tokens": 200, "ignore_eos": True})
     until(lambda: live.stats()["running"])
-    second = send(live, "/generate", {"prompt": "two", "max_tokens": 200, "ignore_eos": True})
+    second = send(live, "/generate", {"prompt": "two", "max_tokens": 200, "ignore_eos": True, "stream": stream})
     until(lambda: live.stats()["waiting"])
     second.close()
     until(lambda: not live.stats()["waiting"], 1.0)
@@ -79,13 +97,17 @@ def test_queued_work_stops_before_it_ran(start: Any, write_adapter: Any) -> None
     assert live.idle(2.0)
 
 
-def test_loading_work_stops_while_its_adapter_is_on_its_way(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_loading_work_stops_while_its_adapter_is_on_its_way(
+    live: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
     never: Future[Any] = Future()
     monkeypatch.setattr(live.house.parts.engine._scheduler.loads, "_fetch", lambda mix: never)
-    connection = send(live, "/generate", LONG)
+    connection = send(live, "/generate", {**LONG, "stream": stream})
     until(lambda: live.stats()["loading"])
     connection.close()
     assert live.idle(2.0) and never.cancelled()
+    assert live.stats()["slots"]["in_use"] == 0
 
 
 def test_classification_stops_too(live: Any) -> None:
