@@ -4,7 +4,8 @@
 
 Each contestant runs in a process of its own, one after the other, with the same threads. Tokens are those of the
 examples, padding not counted; memory is the peak of resident memory above that after the imports, the base included.
-"ours, nothing shared" computes the prompt's common beginning again for every example, as PEFT does.
+"ours-unshared" computes the prompt's common beginning again for every example, as PEFT does; "ours-full" trains all
+linears instead of a LoRA, on the same tree.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 
 from adapters import data, memory
 from adapters.data import Example
-from adapters.training import Event, TrainingConfig, train
+from adapters.training import Event, TrainingConfig, train, train_dense
 from server.engine.text import Text
 from server.jobs.encoding import Template, encoder
 from server.jobs.trainable import Trainable
@@ -48,7 +50,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(one(args, args.one)))
         return
-    contestants = ["ours", "ours-recompute", "ours-unshared"]
+    contestants = ["ours", "ours-recompute", "ours-unshared", "ours-full"]
     contestants += [f"peft-{dtype}-{batch}" for dtype in ("bfloat16", "float32") for batch in args.batches.split(",")]
     for _ in range(args.rounds):
         for who in contestants:
@@ -90,7 +92,10 @@ def one(args: argparse.Namespace, who: str) -> dict[str, Any]:
         micro_tokens=1024,
         activation_checkpointing=who == "ours-recompute",
     )
-    train(model, tokens, config, on_event=events.append)
+    if who == "ours-full":
+        train_dense(model, tokens, replace(config, learning_rate=1e-5), events.append)
+    else:
+        train(model, tokens, config, on_event=events.append)
     steps = [e for e in events if e.kind == "step"]
     timed = steps[WARM - 1], steps[-1]
     peak = watch.peak()

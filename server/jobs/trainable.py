@@ -160,14 +160,18 @@ class PrefixAttention:
         return torch.cat((grouped_attention(q[:shared], k[:shared], v[:shared], causal=True), tails))
 
 
-class _Dense(nn.Module):
-    """A linear of the base in the compute dtype, frozen: exactly the dequantized codes, rounded once."""
+class _Dense(nn.Linear):
+    """A linear of the base in the compute dtype, frozen: exactly the dequantized codes, rounded once.
+
+    Full fine-tuning, which is there for comparison, makes the weight a float32 one; the product stays in x's dtype.
+    """
 
     def __init__(self, weight: Weight, bias: torch.Tensor | None, backend: Backend, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight = backend.dequantize(weight).to(dtype)
-        self.bias = bias.to(dtype) if bias is not None else None
+        out, into = weight.shape
+        super().__init__(into, out, bias=False, device="meta", dtype=dtype)
+        self.weight = nn.Parameter(backend.dequantize(weight).to(dtype), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
 
     def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
