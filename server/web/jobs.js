@@ -1,58 +1,197 @@
-// Training and evaluation jobs: progress, and the loss as it went.
+// Training and evaluation jobs: progress, curves, what can be done with each, and the form that starts one.
 /* global uPlot */
-import { Failure, get } from "./api.js";
+import { get, send } from "./api.js";
 
-const list = document.getElementById("job-list");
-let drawn = "";
+const $ = (id) => document.getElementById(id);
+const list = $("job-list");
+const cards = new Map(); // id -> its card, so that a button keeps its focus and a chart its place
+let frame;
 
-export function start() {}
+const PATH = (id) => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
+const RUNS = ["queued", "validating_files", "running"];
+const CURVES = [["train_loss", "training loss", "#3b82f6"], ["valid_loss", "validation loss", "#f59e0b"]];
+const WORDS = { validating_files: "reads its files" };
+
+const make = (tag, given = {}) => Object.assign(document.createElement(tag), given);
+
+class Card {
+  constructor(job) {
+    this.node = make("article", { className: "job" });
+    this.node.dataset.job = job.id;
+    this.title = make("h2");
+    this.bar = make("progress", { max: 1 });
+    this.bar.setAttribute("aria-label", `Progress of ${job.name}`);
+    this.said = make("p", { className: "hint" });
+    this.wrong = make("p", { className: "wrong", hidden: true });
+    this.does = make("div", { className: "row" });
+    this.chart = make("div", { className: "chart" });
+    this.node.append(this.title, this.bar, this.said, this.wrong, this.does, this.chart);
+    this.drawn = "";
+    this.plot = null;
+  }
+
+  button(label, job, path) {
+    const button = make("button", { type: "button", textContent: label });
+    button.ariaLabel = `${label} ${job.name}`;
+    button.addEventListener("click", async () => {
+      button.disabled = true;
+      try {
+        await send("POST", `${PATH(job.id)}/${path}`);
+        frame.complain(null);
+        await frame.refresh();
+      } catch (error) {
+        frame.complain(error);
+      } finally {
+        button.disabled = false;
+      }
+    });
+    return button;
+  }
+
+  async show(job) {
+    const now = JSON.stringify(job);
+    if (now === this.drawn) return;
+    const first = this.status !== job.status;
+    this.drawn = now;
+    this.bar.value = job.progress;
+    this.said.textContent = figures(job);
+    this.wrong.hidden = !job.error;
+    this.wrong.textContent = job.error?.message ?? "";
+    if (first) {
+      this.status = job.status;
+      const state = make("span", { className: `state ${job.status}`, textContent: WORDS[job.status] ?? job.status });
+      this.title.replaceChildren(job.name, state, make("code", { textContent: `${job.kind} ${job.id}` }));
+      const runs = RUNS.includes(job.status);
+      const buttons = [];
+      if (job.kind === "training") {
+        if (runs) buttons.push(this.button("Pause", job, "pause"));
+        if (["paused", "failed"].includes(job.status)) buttons.push(this.button("Resume", job, "resume"));
+        if (runs || job.status === "paused") buttons.push(this.button("Cancel", job, "cancel"));
+      }
+      this.does.replaceChildren(...buttons);
+      this.does.hidden = !buttons.length;
+    }
+    if (job.kind === "training" && job.step) this.draw((await get(`/jobs/${encodeURIComponent(job.id)}`)).curves);
+  }
+
+  draw(curves) {
+    const shown = CURVES.filter(([name]) => curves[name].length);
+    const points = Math.max(0, ...shown.map(([name]) => curves[name].length));
+    if (points < 2) return;
+    const data = uPlot.join(shown.map(([name]) => [curves[name].map((p) => p[0]), curves[name].map((p) => p[1])]));
+    if (this.plot && this.shown === shown.length) {
+      this.plot.setData(data);
+      return;
+    }
+    this.clear();
+    this.shown = shown.length;
+    const style = getComputedStyle(document.documentElement);
+    const line = { stroke: style.getPropertyValue("--line"), width: 1 };
+    const axis = { stroke: style.getPropertyValue("--soft"), grid: line, ticks: line };
+    this.plot = new uPlot({
+      width: Math.max(280, (this.node.clientWidth || 640) - 40), height: 190, cursor: { y: false },
+      scales: { x: { time: false } }, axes: [axis, { ...axis, size: 60 }],
+      series: [{ label: "step" }, ...shown.map(([, label, stroke]) => ({
+        label, stroke, width: 1.5, spanGaps: true, points: { show: label !== "training loss", size: 6 },
+        value: (_, v) => (v == null ? "" : v.toFixed(4)),
+      }))],
+    }, data, this.chart);
+  }
+
+  clear() {
+    this.plot?.destroy();
+    this.plot = null;
+    this.chart.replaceChildren();
+  }
+}
+
+function figures(job) {
+  const said = [];
+  if (job.steps) said.push(`${job.step} of ${job.steps} ${job.kind === "training" ? "steps" : "examples"}`);
+  if (job.loss != null) said.push(`loss ${job.loss.toFixed(4)}`);
+  if (job.seconds > 0) said.push(`${(job.tokens / job.seconds).toFixed(0)} tokens/s`);
+  const { evaluation, candidates, metric, version } = job.result;
+  if (evaluation) {
+    const before = evaluation.replaced == null ? "" : `, the one before ${evaluation.replaced.toFixed(4)}`;
+    said.push(`${evaluation.metric} ${evaluation.score.toFixed(4)} of ${evaluation.samples}${before}`);
+  }
+  if (version) said.push(`published as ${version}`);
+  else if (job.kind === "training" && job.status === "succeeded") said.push("not published");
+  for (const one of candidates ?? []) {
+    const name = one.adapters.map((a) => (a.weight === 1 ? a.version : `${a.version} × ${a.weight}`)).join(" + ");
+    said.push(`${name || "the base"}: ${metric} ${one.score.toFixed(4)}`);
+  }
+  return said.join(" · ");
+}
+
+async function upload(file) {
+  const form = new FormData();
+  form.append("purpose", "fine-tune");
+  form.append("file", file);
+  return (await send("POST", "/v1/files", form)).id;
+}
+
+async function begin() {
+  const { base } = await get("/stats");
+  const body = {
+    model: base.name, suffix: $("train-name").value, training_file: await upload($("train-file").files[0]),
+    hyperparameters: { n_epochs: Number($("train-epochs").value) },
+    lora: { r: Number($("train-rank").value), publish: $("train-publish").value },
+  };
+  if ($("train-validation").files.length) body.validation_file = await upload($("train-validation").files[0]);
+  if ($("train-task").value) body.lora.task = $("train-task").value;
+  await send("POST", "/v1/fine_tuning/jobs", body);
+}
+
+export function start(given) {
+  frame = given;
+  $("train").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const button = $("train").querySelector("button");
+    button.disabled = true;
+    try {
+      await begin();
+      frame.complain(null);
+      $("train").reset();
+      await frame.refresh();
+    } catch (error) {
+      frame.complain(error);
+    } finally {
+      button.disabled = false;
+    }
+  });
+}
 
 export function redraw() {
-  drawn = "";
-}
-
-async function losses(id) {
-  try {
-    const { data } = await get(`/v1/fine_tuning/jobs/${encodeURIComponent(id)}/events?limit=1000`);
-    return data.filter((e) => e.type === "metrics" && e.data?.train_loss != null)
-      .map((e) => [e.data.step, e.data.train_loss]).sort((a, b) => a[0] - b[0]);
-  } catch (error) {
-    if (error instanceof Failure) return []; // an evaluation has no such events, and a key may not open them
-    throw error;
+  for (const card of cards.values()) {
+    card.clear();
+    card.drawn = "";
   }
 }
 
-async function card(job) {
-  const node = Object.assign(document.createElement("article"), { className: "job" });
-  const title = Object.assign(document.createElement("h2"), { textContent: `${job.id} · ${job.kind ?? "job"} · ${job.status}` });
-  const bar = Object.assign(document.createElement("progress"), { max: 1, value: job.progress ?? 0 });
-  bar.setAttribute("aria-label", `Progress of ${job.id}`);
-  node.append(title, bar);
-  if (job.error) node.append(Object.assign(document.createElement("p"), { textContent: job.error.message ?? String(job.error) }));
-  const points = await losses(job.id);
-  if (points.length > 1) {
-    const plot = document.createElement("div");
-    node.append(plot);
-    const style = getComputedStyle(document.documentElement);
-    const axis = { stroke: style.getPropertyValue("--soft"), grid: { stroke: style.getPropertyValue("--line") } };
-    new uPlot({ width: 640, height: 180, scales: { x: { time: false } }, axes: [axis, axis],
-      series: [{ label: "step" }, { label: "training loss", stroke: "#3b82f6", width: 1.5 }] },
-    [points.map((p) => p[0]), points.map((p) => p[1])], plot);
-  }
-  return node;
+async function offerTasks() {
+  const names = (await get("/tasks")).tasks.map((task) => task.name);
+  const select = $("train-task");
+  if (names.join() === [...select.options].slice(1).map((o) => o.value).join()) return;
+  const chosen = select.value;
+  select.replaceChildren(select.options[0], ...names.map((name) => make("option", { value: name, textContent: name })));
+  select.value = names.includes(chosen) ? chosen : "";
 }
 
 export async function refresh() {
-  let jobs = [];
-  try {
-    ({ jobs } = await get("/jobs"));
-  } catch (error) {
-    if (!(error instanceof Failure) || error.status !== 404) throw error;
+  const [{ jobs }] = await Promise.all([get("/jobs"), offerTasks()]);
+  for (const [id, card] of cards) {
+    if (!jobs.some((job) => job.id === id)) {
+      card.node.remove();
+      cards.delete(id);
+    }
   }
-  const now = JSON.stringify(jobs);
-  if (now === drawn && list.childElementCount) return;
-  drawn = now;
-  const cards = await Promise.all(jobs.map(card));
-  const none = Object.assign(document.createElement("p"), { className: "empty", textContent: "No job has been started. POST /v1/fine_tuning/jobs starts one." });
-  list.replaceChildren(...(cards.length ? cards : [none]));
+  jobs.forEach((job, place) => {
+    if (!cards.has(job.id)) cards.set(job.id, new Card(job));
+    const { node } = cards.get(job.id);
+    if (list.children[place] !== node) list.insertBefore(node, list.children[place] ?? null);
+  });
+  list.querySelector(".empty")?.remove();
+  if (!jobs.length) list.append(make("p", { className: "empty", textContent: "No job has been started." }));
+  await Promise.all(jobs.map((job) => cards.get(job.id).show(job)));
 }

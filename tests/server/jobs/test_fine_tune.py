@@ -1,0 +1,129 @@
+"""One run from its spec: what is held out, what is compared, how a run that was stopped goes on, the last words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import TrainingStopped
+from adapters.peft_format import read_folder
+from adapters.training import TrainingConfig
+from server.jobs.errors import JobError
+from server.jobs.fine_tune import fine_tune, held_out, judged_pairs, prepare
+from server.jobs.process import last_words
+from server.jobs.publishing import Verdict, losses_table, shares
+from server.jobs.spec import BaseSource, Spec
+from server.tasks.evaluation import Score
+
+CONFIG = TrainingConfig(
+    epochs=2, batch_size=4, lora_rank=2, target_modules=("q_proj",), compute_dtype="float32", save_steps=2
+)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Spec:
+    data = tmp_path / "content"
+    data.write_text("".join(json.dumps({"input": f"the {i}", "output": "good"}) + "\n" for i in range(10)))
+    origin = BaseSource(tmp_path, "tiny", "reference", "none", None, False, 8, tmp_path, "0" * 64)
+    return Spec(
+        base=origin, name="x", config=CONFIG, data=data, data_name="d.jsonl", template={}, threads=1, max_rank=64
+    )
+
+
+def test_a_spec_is_read_as_it_was_written(spec, tmp_path):
+    whole = replace(spec, init=tmp_path, task={"task": "x"}, config=replace(CONFIG, lora_rank_of={"a": 1}))
+    whole.write(tmp_path)
+    assert Spec.read(tmp_path) == whole
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_a_stopped_run_goes_on_bit_for_bit(spec, tiny_base, tmp_path, auto):
+    spec = replace(spec, auto_rank=auto, held_out=0.2)
+    told: list[dict[str, Any]] = []
+    (tmp_path / "whole").mkdir()
+    whole = fine_tune(spec, tiny_base, tmp_path / "whole", told.append, lambda: False)
+    steps = [line["step"] for line in told if line["kind"] == "step"]
+    assert steps == list(range(1, told[0]["steps"] + 1))
+    assert len(told[0]["held_out"]) == 2 and told[0]["examples"] == 8 and told[-1]["kind"] == "trained"
+    assert json.dumps(told, allow_nan=False)
+
+    (tmp_path / "parts").mkdir()
+    for limit in (1, 1):
+        seen = 0
+
+        def stop(limit: int = limit) -> bool:
+            nonlocal seen
+            seen += 1
+            return seen > limit
+
+        with pytest.raises(TrainingStopped):
+            fine_tune(spec, tiny_base, tmp_path / "parts", lambda line: None, stop)
+    parts = fine_tune(spec, tiny_base, tmp_path / "parts", lambda line: None, lambda: False)
+    assert parts.digest == whole.digest
+    read = read_folder(tmp_path / "parts" / "result", name="x", shapes=tiny_base.shapes())
+    assert read.metadata["task"] is None and "POST /generate" not in read.metadata["card"]
+
+
+def test_losses_of_result_and_rival(spec, tiny_base, tmp_path):
+    told: list[dict[str, Any]] = []
+    fine_tune(replace(spec, validation=spec.data, validation_name="v"), tiny_base, tmp_path, told.append, lambda: False)
+    (tmp_path / "result").rename(tmp_path / "rival")
+    first = told[-1]["losses"]
+    again = replace(spec, validation=spec.data, validation_name="v", rival=tmp_path / "rival", init=tmp_path / "rival")
+    (tmp_path / "again").mkdir()
+    fine_tune(again, tiny_base, tmp_path / "again", told.append, lambda: False)
+    losses = told[-1]["losses"]
+    assert losses["rival"] == pytest.approx(first["eval"], rel=1e-2), "it was stored in bf16"
+    assert losses["eval"] < losses["rival"]
+
+
+def test_what_is_wrong_names_file_and_line(spec, tiny_base, tmp_path):
+    (tmp_path / "bad").write_text('{"input": "a", "output": "b"}\n{"input": 1, "output": "b"}\n')
+    with pytest.raises(JobError, match=r"^v\.jsonl, line 2: 'input' must be a string") as wrong:
+        prepare(replace(spec, validation=tmp_path / "bad", validation_name="v.jsonl"), tiny_base)
+    assert (wrong.value.code, wrong.value.param) == ("invalid_validation_file", "validation_file")
+    with pytest.raises(JobError, match=r"d\.jsonl") as wrong:
+        prepare(replace(spec, config=replace(CONFIG, max_length=2)), tiny_base)
+    assert wrong.value.code == "invalid_training_file"
+    with pytest.raises(JobError) as wrong:
+        prepare(replace(spec, data=tmp_path / "absent"), tiny_base)
+    assert str(tmp_path) not in wrong.value.message
+
+
+def test_what_is_held_out():
+    assert held_out(10, 0.0, 0) == () and held_out(9, 0.1, 0) == () and held_out(1, 0.9, 0) == ()
+    assert len(held_out(100, 0.1, 0)) == 10 and len(held_out(100_000, 0.1, 0)) == 200
+    assert held_out(100, 0.1, 3) == held_out(100, 0.1, 3) != held_out(100, 0.1, 4)
+
+
+def test_only_pairs_are_judged_by_the_engine(spec, tmp_path):
+    assert [pair.input for pair in judged_pairs(spec, (2, 5))] == ["the 2", "the 5"] and judged_pairs(spec, ()) == []
+    (tmp_path / "mixed").write_text('{"input": "a", "output": "b"}\n{"prompt": "a", "completion": "b"}\n')
+    assert judged_pairs(replace(spec, validation=tmp_path / "mixed", validation_name="m"), ()) == []
+
+
+def test_last_words_have_no_path(tmp_path):
+    (tmp_path / "log").write_text("x" * 5000 + '\n  File "/home/somebody/lib/torch/nn.py", line 3\nMemoryError: /a/b/c')
+    said = last_words(tmp_path / "log")
+    assert "/" not in said and said.endswith('File "nn.py", line 3\nMemoryError: c') and len(said) <= 600
+    assert last_words(tmp_path / "none") == ""
+
+
+def test_better_is_better_and_an_equal_is_not():
+    assert Verdict("accuracy", 9, 0.9, 0.8).better and not Verdict("accuracy", 9, 0.8, 0.8).better
+    assert Verdict("loss", 9, 0.1, 0.2).better and not Verdict("loss", 9, 0.2, 0.1).better
+    assert not Verdict("accuracy", 9, 0.9, None).better
+    assert shares(Score("loss", 1.0, (0.0, 1e9))) == [0.0, 1.0] and shares(Score("accuracy", 1.0, (1.0,))) == [1.0]
+
+
+def test_the_table_of_losses_has_a_row_for_each_step():
+    def event(step: int, **data: float) -> dict[str, Any]:
+        return {"type": "metrics", "data": {"step": step, **data}}
+
+    events = [event(1, train_loss=2.0), event(2, train_loss=1.0), event(2, valid_loss=1.5), {"type": "message"}]
+    rows = losses_table(events).splitlines()
+    assert rows[1:] == ["1,2,,,", "2,1,,1.5,"]

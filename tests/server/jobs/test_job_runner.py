@@ -1,0 +1,208 @@
+"""Queue, states and their changes, with work that a test holds in its hands; and what is on the disk of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from adapters.errors import StoreFailed
+from server.errors import Conflict, UnknownName
+from server.jobs.errors import JobError
+from server.jobs.files import Files
+from server.jobs.records import EVALUATION, TRAINING, Job, Records
+from server.jobs.runner import Active, Jobs, Stopped
+
+
+class Work:
+    """Waits until a test lets it go on, or the job is stopped."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.go = threading.Event()
+        self.error: Exception | None = None
+        self.killed = False
+
+    def __call__(self, active: Active) -> None:
+        self.begun.append(active.job.id)
+        active.become("running")
+        active.stopped_by(self.go.set, self._kill)
+        assert self.go.wait(10)
+        self.go.clear()
+        active.check()
+        if self.error is not None:
+            raise self.error
+
+    def _kill(self) -> None:
+        self.killed = True
+        self.go.set()
+
+
+@pytest.fixture
+def work() -> Work:
+    return Work()
+
+
+@pytest.fixture
+def make(tmp_path: Path, work: Work):
+    made: list[Jobs] = []
+
+    def build() -> Jobs:
+        jobs = Jobs(Records(tmp_path / "jobs"), {TRAINING: work, EVALUATION: work})
+        jobs.start()
+        made.append(jobs)
+        return jobs
+
+    yield build
+    for jobs in made:
+        work.go.set()
+        jobs.close(1.0)
+
+
+def add(jobs: Jobs, kind: str = TRAINING, **request: object) -> Job:
+    return jobs.enter(jobs.prepare(kind, "", request, "ftjob"))
+
+
+def until(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 5
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_one_at_a_time_in_their_order(make, work):
+    jobs = make()
+    first, second = add(jobs), add(jobs)
+    until(lambda: first.status == "running")
+    assert second.status == "queued" and first.name == f"ft-{first.id}"
+    work.go.set()
+    until(lambda: first.over and second.status == "running")
+    assert work.begun == [first.id, second.id] and first.status == "succeeded" and first.finished_at
+    work.go.set()
+    until(lambda: second.over)
+
+
+def test_an_evaluation_does_not_wait_for_a_training(make, work):
+    jobs = make()
+    training, evaluation = add(jobs), add(jobs, EVALUATION)
+    until(lambda: training.status == evaluation.status == "running")
+    with pytest.raises(Conflict):
+        jobs.pause(evaluation.id)
+    with pytest.raises(Conflict):
+        jobs.resume(evaluation.id)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (JobError("bad", "the reason", "field"), "bad"),
+        (StoreFailed("no disk"), "failed"),
+        (ZeroDivisionError("a secret"), "internal"),
+    ],
+)
+def test_a_failure_is_told_and_the_next_job_runs(make, work, error, code):
+    jobs, work.error = make(), error
+    job = add(jobs)
+    work.go.set()
+    until(lambda: job.over)
+    assert job.status == "failed" and job.error["code"] == code and "secret" not in job.error["message"]
+    assert jobs.records.events(job.id)[-1]["level"] == "error"
+    work.error = None
+    other = add(jobs)
+    until(lambda: other.status == "running")
+    assert jobs.resume(job.id).error is None
+    work.go.set()
+    until(lambda: other.over and job.status == "running")
+
+
+def test_pause_resume_and_cancel(make, work):
+    jobs = make()
+    job, waiting = add(jobs), add(jobs)
+    until(lambda: job.status == "running")
+    assert jobs.pause(waiting.id).status == "paused" and jobs.cancel(waiting.id).status == "cancelled"
+    jobs.pause(job.id)
+    until(lambda: job.status == "paused")
+    assert not work.killed
+    with pytest.raises(Conflict):
+        jobs.resume(waiting.id)
+    jobs.resume(job.id)
+    until(lambda: job.status == "running")
+    jobs.cancel(job.id)
+    until(lambda: job.status == "cancelled")
+    assert work.killed, "a cancelled job needs no checkpoint"
+    for change in (jobs.cancel, jobs.pause, jobs.resume):
+        with pytest.raises(Conflict):
+            change(job.id)
+        with pytest.raises(UnknownName):
+            change("ftjob-none")
+
+
+def test_what_ran_is_queued_again_after_the_server(make, work, tmp_path):
+    jobs = make()
+    job, paused, done = add(jobs, training_file="file-1"), add(jobs), add(jobs)
+    until(lambda: job.status == "running")
+    jobs.pause(paused.id)
+    jobs.cancel(done.id)
+    jobs.close(1.0)
+    assert job.status == "queued"
+    jobs.records.note(job, "whole")
+    with (tmp_path / "jobs" / job.id / "events.jsonl").open("ab") as journal:
+        journal.write(b'\n{"at": 1, "mess')  # a kill
+    state = tmp_path / "jobs" / job.id / "job.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "status": "running"}))
+    (tmp_path / "jobs" / "odd").mkdir()
+    (tmp_path / "jobs" / "odd" / "job.json").write_text("{")
+    work.go.clear()
+    again = make()
+    until(lambda: again.get(job.id).status == "running")
+    assert {again.get(j.id).status for j in (paused, done)} == {"paused", "cancelled"}
+    said = [event["message"] for event in again.records.events(job.id)]
+    assert said[-2] == "whole" and "started again" in said[-1]
+    ids = [event["id"] for event in again.records.events(job.id)]
+    assert len(set(ids)) == len(ids)
+    assert again.using("file-1") == job.id and again.using("file-2") is None
+
+
+def test_files_come_back_and_those_in_use_stay(tmp_path):
+    files = Files(tmp_path / "files")
+    file = files.add(lambda path: path.write_bytes(b"abc"), "C:\\data\\x.jsonl", "fine-tune")
+    assert (file.filename, file.bytes) == ("x.jsonl", 3)
+    again = Files(tmp_path / "files")
+    assert again.get(file.id) == file and again.path(file.id).read_bytes() == b"abc" and again.all() == [file]
+    again.used_by = lambda id: "ftjob-1"
+    with pytest.raises(Conflict, match="ftjob-1"):
+        again.delete(file.id)
+    again.used_by = lambda id: None
+    again.delete(file.id)
+    with pytest.raises(UnknownName):
+        again.path(file.id)
+    assert list((tmp_path / "files").iterdir()) == []
+
+
+def test_a_disk_that_refuses_a_file_leaves_nothing(tmp_path):
+    files = Files(tmp_path / "files")
+
+    def full(path: Path) -> None:
+        path.write_bytes(b"x")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StoreFailed, match="No space"):
+        files.add(full, "x", "fine-tune")
+    assert files.all() == [] and list((tmp_path / "files").iterdir()) == []
+
+
+def test_stopping_reaches_a_piece_of_work_that_begins_late(tmp_path):
+    records = Records(tmp_path)
+    active = Active(records.prepare(TRAINING, "x", {}, "ftjob", {}), records)
+    heard: list[str] = []
+    active.ask("paused")
+    active.stopped_by(lambda: heard.append("stop"), lambda: heard.append("kill"))
+    active.ask("cancelled")
+    active.ask("paused")
+    assert heard == ["stop", "kill", "kill"] and active.wanted == "cancelled"
+    with pytest.raises(Stopped):
+        active.check()
