@@ -17,6 +17,8 @@ from adapters.errors import BaseMismatch, InvalidAdapter, UnsupportedAdapter
 
 MAX_LIST = 16_384
 """Entries of a list or a pattern table: over any real model's count of linear layers."""
+MAX_RANK = 1 << 20
+"""Above it, a number is no rank of any matrix; what is served has a limit of its own, `--max-rank`."""
 ALL_LINEAR = "all-linear"
 
 HONOURED = frozenset(
@@ -186,6 +188,8 @@ def _check_init(value: object) -> None:
 def _rank(value: object, key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise InvalidAdapter(f"{key}: a rank must be a positive integer, not {str(value)[:80]}", key)
+    if value > MAX_RANK:
+        raise InvalidAdapter(f"{key}: a rank of {str(value)[:80]} is out of range", key)
     return value
 
 

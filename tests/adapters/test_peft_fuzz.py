@@ -6,7 +6,7 @@ import json
 
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from adapters.errors import AdapterError
@@ -48,6 +48,13 @@ def read(config: bytes, tensors: bytes) -> bool:
 
 def test_the_good_one_is_read() -> None:
     assert read(json.dumps(GOOD).encode(), TENSORS)
+
+
+@given(st.sampled_from(KEYS), SCALARS)
+@example("r", 10**400)
+@example("rank_pattern", {"q_proj": 10**400})
+def test_one_key_of_any_value(key: str, value: object) -> None:
+    read(json.dumps({**GOOD, key: value}).encode(), TENSORS)
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
