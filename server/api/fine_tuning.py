@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -42,8 +43,13 @@ async def create(body: schemas.FineTuningBody, parts: Ready) -> Response:
     def add() -> Job:
         request = checked(asked, parts.training)
         job = parts.jobs.prepare(TRAINING, body.suffix or "", request, "ftjob")
-        keep_init(request, parts.training, parts.jobs.records.folder(job.id))
-        return parts.jobs.enter(job)
+        folder = parts.jobs.records.folder(job.id)
+        try:
+            keep_init(request, parts.training, folder)
+            return parts.jobs.enter(job)
+        except Exception:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     return json_response(_shown(parts, await asyncio.to_thread(add)))
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 if TYPE_CHECKING:
     from server.jobs.spec import Spec
 
-LOCK = "lock"
+LOCK, UNTOLD = "lock", "untold.jsonl"
+PROGRESS = ("step", "eval", "checkpoint")
 NICE = 19
 OOM_SCORE = "1000"
 LOCK_SECONDS = 60.0
@@ -30,20 +31,41 @@ LOCK_SECONDS = 60.0
 
 def main(folder: Path) -> int:
     """Run the job in `folder`. The exit status is 0 if its end was told, however it ended."""
-    words = _own_output()
+    words = Words(_own_output(), folder / UNTOLD)
     yield_to_others()
     stop = threading.Event()
     threading.Thread(target=_listen, args=(sys.stdin.buffer, stop), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
-
-    def tell(line: dict[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # a server that is gone; the end of our input says so too
-            words.write(json.dumps(line) + "\n")
-            words.flush()
-
     with _alone(folder):
-        _run(folder, tell, stop)
+        words.tell_untold()
+        _run(folder, words.tell, stop)
     return 0
+
+
+class Words:
+    """What is told to the server. What it does not hear, since it is gone, is kept for the next one."""
+
+    def __init__(self, out: TextIO, untold: Path) -> None:
+        self._out, self._untold = out, untold
+
+    def tell(self, line: dict[str, Any]) -> None:
+        """One line."""
+        text = json.dumps(line) + "\n"
+        try:
+            self._out.write(text)
+            self._out.flush()
+        except BrokenPipeError:
+            with self._untold.open("a", encoding="utf-8") as kept:
+                kept.write(text)
+
+    def tell_untold(self) -> None:
+        """What a process before this one has done of the job after its server was gone; how it ended is nobody's."""
+        if self._untold.exists():
+            for text in self._untold.read_text(encoding="utf-8").splitlines():
+                line = json.loads(text)
+                if line.get("kind") in PROGRESS:
+                    self.tell(line)
+            self._untold.unlink()
 
 
 def _run(folder: Path, tell: Any, stop: threading.Event) -> None:

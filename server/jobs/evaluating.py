@@ -24,6 +24,8 @@ from server.tasks.quality import Quality, Subject
 from server.tasks.resolve import Target
 from server.tasks.store import Tasks
 
+MAX_BYTES = 32 << 20
+"""Of a file: it is read in the server's own process, whose steps would wait while it is."""
 DATA = "data.jsonl"
 """The file within the job's folder, where the examples came with the request."""
 
@@ -72,6 +74,8 @@ class Evaluating:
         file = active.job.request["training_file"]
         path = self._files.path(file) if file else active.folder / DATA
         name = self._files.get(file).filename if file else "data"
+        if path.stat().st_size > MAX_BYTES:
+            raise JobError("invalid_file", f"{name} is over the {MAX_BYTES >> 20} MiB of an evaluation's file", "file")
         try:
             return pairs(data.parse(path.read_bytes(), name))
         except InvalidData as error:

@@ -5,6 +5,7 @@ Owns which examples are trained on and which are held out, and what is told of i
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -25,12 +26,14 @@ from server.jobs.encoding import Template, encoder
 from server.jobs.errors import JobError
 from server.jobs.recipe import Recipe
 from server.jobs.run import card
-from server.jobs.spec import CHECKPOINTS, EVALUATED, NOTE, RESULT, TRAINED, VALIDATED, Spec
+from server.jobs.spec import CHECKPOINTS, EVALUATED, JUDGED, NOTE, RESULT, TRAINED, VALIDATED, Spec
 from server.jobs.trainable import Trainable
 from server.model.loader import Base
 
 MOST_HELD_OUT = 200
 """Examples, however many there are."""
+MOST_JUDGED = 1000
+"""Examples of a validation file that a result is compared on."""
 MOST_EVALUATED = 500
 """Examples of a validation file that are looked at while a run goes on."""
 RECOVERY = 0.1
@@ -43,11 +46,15 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Examples:
-    """What a run learns and what it is judged by. `kept` are records held out of the training file, by position."""
+    """What a run learns and what it is judged by: as tokens, and as the records behind them.
+
+    `held_out` is how many of the training file are among the latter.
+    """
 
     learned: Tokens
-    judged: Tokens | None
-    kept: tuple[int, ...]
+    judged: Tokens | None = None
+    records: tuple[Record, ...] = ()
+    held_out: int = 0
 
 
 def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[], bool]) -> LoraWeights:
@@ -56,6 +63,7 @@ def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[
     Raises JobError for the files and the settings, TrainingStopped if `stop` said so (the checkpoint is written).
     """
     examples = prepare(spec, base)
+    keep_pairs(examples.records, folder)
     config = _config(spec, base, examples)
     steps = config.steps(len(examples.learned.examples))
     if examples.judged is not None:
@@ -67,7 +75,7 @@ def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[
             "examples": len(examples.learned.examples),
             "validation_examples": len(examples.judged.examples) if examples.judged is not None else 0,
             "too_long": examples.learned.too_long,
-            "held_out": list(examples.kept),
+            "held_out": examples.held_out,
             "steps": on_event.steps,
         }
     )
@@ -128,15 +136,16 @@ def prepare(spec: Spec, base: Base) -> Examples:
 
     records = _read(spec.data, spec.data_name, "training_file")
     if spec.validation is not None:
-        judged = _read(spec.validation, spec.validation_name, "validation_file")[:MOST_EVALUATED]
+        judged = _read(spec.validation, spec.validation_name, "validation_file")
         learned = tokens(records, spec.data_name, "training_file")
-        return Examples(learned, tokens(judged, spec.validation_name, "validation_file"), ())
-    kept = held_out(len(records), spec.held_out, spec.config.seed)
-    left = [record for i, record in enumerate(records) if i not in set(kept)]
-    learned = tokens(left, spec.data_name, "training_file")
+        looked_at = tokens(judged[:MOST_EVALUATED], spec.validation_name, "validation_file")
+        return Examples(learned, looked_at, tuple(judged[:MOST_JUDGED]))
+    kept = set(held_out(len(records), spec.held_out, spec.config.seed))
+    learned = tokens([r for i, r in enumerate(records) if i not in kept], spec.data_name, "training_file")
     if not kept:
-        return Examples(learned, None, ())
-    return Examples(learned, tokens([records[i] for i in kept], spec.data_name, "training_file"), kept)
+        return Examples(learned)
+    judged = [records[i] for i in sorted(kept)]
+    return Examples(learned, tokens(judged, spec.data_name, "training_file"), tuple(judged), len(judged))
 
 
 def held_out(count: int, share: float, seed: int) -> tuple[int, ...]:
@@ -148,15 +157,16 @@ def held_out(count: int, share: float, seed: int) -> tuple[int, ...]:
     return tuple(sorted(drawn[:wanted]))
 
 
-def judged_pairs(spec: Spec, kept: Sequence[int]) -> list[Pair]:
-    """The records that a result is judged by, if all of them have an input and an output; else none."""
-    if spec.validation is not None:
-        records = _read(spec.validation, spec.validation_name, "validation_file")
-    else:
-        every = _read(spec.data, spec.data_name, "training_file") if kept else []
-        records = [every[i] for i in kept]
+def keep_pairs(records: Sequence[Record], folder: Path) -> None:
+    """Put what a result is judged by where the server finds it, if all of it has an input and an output.
+
+    So the server never reads a file as large as training files are.
+    """
     pairs = [record for record in records if isinstance(record, Pair)]
-    return pairs if len(pairs) == len(records) else []
+    (folder / JUDGED).unlink(missing_ok=True)
+    if pairs and len(pairs) == len(records):
+        lines = (json.dumps({"input": pair.input, "output": pair.output}) for pair in pairs)
+        (folder / JUDGED).write_text("\n".join(lines), encoding="utf-8")
 
 
 def _read(path: Path, name: str, param: str) -> list[Record]:
@@ -222,7 +232,7 @@ def _losses(spec: Spec, model: Trainable, base: Base, weights: LoraWeights, exam
     """The loss on the judged examples, of the result and of the one that it would replace."""
     if examples.judged is None:
         return {}
-    told = {EVALUATED: loss_of(model, weights, examples.judged)}
+    told = {"examples": len(examples.judged.examples), EVALUATED: loss_of(model, weights, examples.judged)}
     if spec.rival is not None:
         told["rival"] = loss_of(model, _adapter(spec, base, spec.rival), examples.judged)
     return {"losses": told}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters import data
 from adapters.data import Pair
 from adapters.errors import UnknownAdapter, VersionMismatch
 from adapters.peft_format import CONFIG_FILE, TENSOR_FILE, read_folder
@@ -24,18 +25,16 @@ from adapters.weights import Version
 from server.errors import NotReady
 from server.jobs.errors import JobError
 from server.jobs.files import Files
-from server.jobs.fine_tune import judged_pairs
 from server.jobs.runner import Active
-from server.jobs.spec import EVALUATED, RESULT, Spec
+from server.jobs.spec import EVALUATED, JUDGED, RESULT, Spec
 from server.metrics import OTHER
 from server.tasks.definitions import Fixed, Task
 from server.tasks.evaluation import LOSS, Evaluation, Score, default_metric
+from server.tasks.evaluation import pairs as of_pairs
 from server.tasks.quality import EVALUATION, Quality, Subject
 from server.tasks.resolve import Target
 from server.tasks.store import Tasks
 
-MOST_JUDGED = 1000
-"""Examples that a result is compared on."""
 TRIES = 3
 """Comparisons, where the name gets another version meanwhile."""
 RESULTS = "fine-tune-results"
@@ -119,14 +118,12 @@ class Publishing:
 
     def _judge(self, active: Active, spec: Spec, rival: Version | None) -> Verdict | None:
         """How the result does, on the engine if the data allow it, else by the loss that the training has told."""
-        trained = active.job.trained or {}
-        pairs = judged_pairs(spec, trained.get("held_out", []))[:MOST_JUDGED]
-        if not pairs:
-            losses = trained.get("losses")
+        if not (active.folder / JUDGED).exists():
+            losses = (active.job.trained or {}).get("losses")
             if not losses:
                 return None
-            samples = int(trained.get("validation_examples", 0))
-            return Verdict(LOSS, samples, losses[EVALUATED], losses.get("rival"))
+            return Verdict(LOSS, losses["examples"], losses[EVALUATED], losses.get("rival"))
+        pairs = of_pairs(data.parse((active.folder / JUDGED).read_bytes(), JUDGED))
         task = self._tasks.find(active.job.request["lora"]["task"] or "")
         metric = default_metric(task) if task is not None else LOSS
         active.note(f"Evaluating {metric} on {len(pairs):,} examples.")

@@ -167,8 +167,14 @@ def keep_init(request: Mapping[str, Any], ground: Ground, folder: Path) -> None:
     """Put the adapter to start from, as it is now, into the job's folder."""
     name = request["lora"]["init_from"]
     if name is not None:
-        [(version, _)] = ground.registry.resolve([(name, 1.0)])
-        shutil.copytree(ground.store.path(version.digest), folder / INIT)
+        _copy(ground, name, folder / INIT)
+
+
+def _copy(ground: Ground, name: str, target: Path) -> None:
+    """An adapter's folder, leased meanwhile."""
+    with ground.registry.lease([(name, 1.0)]) as lease:
+        [(version, _)] = lease.versions
+        shutil.copytree(ground.store.path(version.digest), target)
 
 
 def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path) -> Spec:
@@ -182,7 +188,7 @@ def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path)
     rival = folder / RIVAL
     shutil.rmtree(rival, ignore_errors=True)
     if name in ground.registry.names():
-        shutil.copytree(ground.store.path(ground.registry.current(name).digest), rival)
+        _copy(ground, name, rival)
     task = ground.tasks.find(lora["task"]) if lora["task"] else None
     body = {k: v for k, v in task.body().items() if k != "route"} if task is not None else {}
     return Spec(

@@ -17,6 +17,8 @@ SPEC = "spec.json"
 RESULT = "result"
 """The folder, within that of the job, which holds the PEFT folder once it is whole."""
 CHECKPOINTS = "checkpoints"
+JUDGED = "judged.jsonl"
+"""What the result is compared on, if the engine can answer it."""
 
 VALIDATED, STEP, EVALUATED, CHECKPOINT = "validated", "step", "eval", "checkpoint"
 TRAINED, STOPPED, FAILED, NOTE = "trained", "stopped", "failed", "note"

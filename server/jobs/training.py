@@ -49,7 +49,7 @@ class Training:
             process.kill()
         end = heard.end
         if end is not None and end["kind"] == TRAINED:
-            active.job.trained = {k: v for k, v in end.items() if k != "kind"} | {"held_out": heard.held_out}
+            active.job.trained = {k: v for k, v in end.items() if k != "kind"}
             active.records.save(active.job)
         elif end is not None and end["kind"] == FAILED:
             raise JobError(str(end["code"]), str(end["message"]), end.get("param"))
@@ -66,7 +66,6 @@ class _Heard:
     def __init__(self, active: Active) -> None:
         self._active, self._job = active, active.job
         self.end: dict[str, Any] | None = None
-        self.held_out: list[int] = []
         self._last: dict[str, float] = {}
 
     def line(self, told: dict[str, Any]) -> None:
@@ -89,7 +88,6 @@ class _Heard:
             self.end = told
 
     def _validated(self, told: dict[str, Any]) -> None:
-        self.held_out = list(told["held_out"])
         self._job.progress.steps = told["steps"]
         said = f"Files are valid: {told['examples']:,} examples to learn"
         if told["validation_examples"]:

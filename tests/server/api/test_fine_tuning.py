@@ -17,6 +17,7 @@ import pytest
 import server.app
 from server.api.assembly import build
 from server.model.loader import Base
+from tests.server.api.test_openapi_document import check
 
 LINES = [{"input": f"the {i}", "output": "good" if i % 2 else "bad"} for i in range(12)]
 
@@ -414,3 +415,21 @@ def test_jobs_are_for_admins_but_anybody_may_look(house: Callable[..., Any], tmp
     shown = [live.http.get(path, headers=team).text for path in ("/jobs", f"/jobs/{job.id}")]
     shown += [live.http.get(f"/v1/fine_tuning/jobs/{job.id}{x}", headers=boss).text for x in ("", "/events?limit=100")]
     assert all(str(tmp_path) not in text and "secret" not in text for text in shown)
+
+
+def test_real_answers_are_as_the_document_says(live: Any, client: openai.OpenAI) -> None:
+    document = live.http.get("/openapi.json").json()
+    until(client, create(client, suffix="x", validation_file=upload(client)).id)
+    http, jobs = live.http, "/v1/fine_tuning/jobs"
+    job = http.get(jobs).json()["data"][0]
+    paths = [f"{jobs}/{job['id']}{x}" for x in ("", "/events", "/checkpoints", "/events?limit=0", "/events?after=x")]
+    paths += [jobs, "/v1/files", "/v1/files?order=asc&limit=1", f"/v1/files/{job['training_file']}", "/v1/files/x"]
+    paths += [f"/v1/files/{job['result_files'][0]}/content", "/jobs", f"/jobs/{job['id']}", "/jobs/x"]
+    answers = [http.get(path) for path in paths]
+    answers += [http.post(f"{jobs}/{job['id']}/{x}") for x in ("cancel", "pause", "resume")]
+    body = {"model": "tiny", "training_file": job["training_file"]}
+    answers += [http.post(jobs, json=body), http.post(jobs, json={}), http.post(jobs, json={**body, "model": "x"})]
+    answers += [http.delete(f"/v1/files/{job['result_files'][0]}"), http.delete("/v1/files/x")]
+    for answer in answers:
+        check(document, answer)
+    assert {a.status_code for a in answers} == {200, 400, 404, 409}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from adapters import data
 from adapters.errors import TrainingStopped
 from adapters.peft_format import read_folder
 from adapters.training import TrainingConfig
+from server.jobs.child import Words
 from server.jobs.errors import JobError
-from server.jobs.fine_tune import fine_tune, held_out, judged_pairs, prepare
+from server.jobs.fine_tune import fine_tune, held_out, keep_pairs, prepare
 from server.jobs.process import last_words
 from server.jobs.publishing import Verdict, losses_table, shares
 from server.jobs.spec import BaseSource, Spec
@@ -26,11 +31,11 @@ CONFIG = TrainingConfig(
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Spec:
-    data = tmp_path / "content"
-    data.write_text("".join(json.dumps({"input": f"the {i}", "output": "good"}) + "\n" for i in range(10)))
+    content = tmp_path / "content"
+    content.write_text("".join(json.dumps({"input": f"the {i}", "output": "good"}) + "\n" for i in range(10)))
     origin = BaseSource(tmp_path, "tiny", "reference", "none", None, False, 8, tmp_path, "0" * 64)
     return Spec(
-        base=origin, name="x", config=CONFIG, data=data, data_name="d.jsonl", template={}, threads=1, max_rank=64
+        base=origin, name="x", config=CONFIG, data=content, data_name="d.jsonl", template={}, threads=1, max_rank=64
     )
 
 
@@ -48,7 +53,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(spec, tiny_base, tmp_path, auto):
     whole = fine_tune(spec, tiny_base, tmp_path / "whole", told.append, lambda: False)
     steps = [line["step"] for line in told if line["kind"] == "step"]
     assert steps == list(range(1, told[0]["steps"] + 1))
-    assert len(told[0]["held_out"]) == 2 and told[0]["examples"] == 8 and told[-1]["kind"] == "trained"
+    assert told[0]["held_out"] == 2 and told[0]["examples"] == 8 and told[-1]["kind"] == "trained"
     assert json.dumps(told, allow_nan=False)
 
     (tmp_path / "parts").mkdir()
@@ -100,10 +105,16 @@ def test_what_is_held_out():
     assert held_out(100, 0.1, 3) == held_out(100, 0.1, 3) != held_out(100, 0.1, 4)
 
 
-def test_only_pairs_are_judged_by_the_engine(spec, tmp_path):
-    assert [pair.input for pair in judged_pairs(spec, (2, 5))] == ["the 2", "the 5"] and judged_pairs(spec, ()) == []
-    (tmp_path / "mixed").write_text('{"input": "a", "output": "b"}\n{"prompt": "a", "completion": "b"}\n')
-    assert judged_pairs(replace(spec, validation=tmp_path / "mixed", validation_name="m"), ()) == []
+def test_only_pairs_are_judged_by_the_engine(spec, tiny_base, tmp_path):
+    held = prepare(replace(spec, held_out=0.2), tiny_base)
+    keep_pairs(held.records, tmp_path)
+    kept = data.read(tmp_path / "judged.jsonl")
+    assert len(kept) == held.held_out == 2 and len(held.learned.examples) == 8
+    assert {pair.input for pair in kept} < {f"the {i}" for i in range(10)}
+    mixed = data.parse(b'{"input": "a", "output": "b"}\n{"prompt": "a", "completion": "b"}\n')
+    for records in (mixed, []):
+        keep_pairs(records, tmp_path)
+        assert not (tmp_path / "judged.jsonl").exists()
 
 
 def test_last_words_have_no_path(tmp_path):
@@ -127,3 +138,16 @@ def test_the_table_of_losses_has_a_row_for_each_step():
     events = [event(1, train_loss=2.0), event(2, train_loss=1.0), event(2, valid_loss=1.5), {"type": "message"}]
     rows = losses_table(events).splitlines()
     assert rows[1:] == ["1,2,,,", "2,1,,1.5,"]
+
+
+def test_what_a_server_that_is_gone_does_not_hear_is_told_to_the_next(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as gone:
+        words = Words(gone, tmp_path / "untold")
+        for line in ({"kind": "step", "step": 6}, {"kind": "stopped"}):
+            words.tell(line)
+    heard = io.StringIO()
+    Words(heard, tmp_path / "untold").tell_untold()
+    Words(heard, tmp_path / "untold").tell_untold()
+    assert heard.getvalue() == '{"kind": "step", "step": 6}\n'
