@@ -20,6 +20,7 @@ import os
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -121,6 +122,8 @@ class Report:
     compared: int = 0
     megabytes_an_hour: float = 0.0
     resident: tuple[int, int] = (0, 0)
+    minutes: list[float] = field(default_factory=list)
+    """Megabytes in memory by the minute: the median of each."""
     before: dict[str, Any] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
@@ -325,6 +328,10 @@ class Soak:
         watching.cancel()
         self.report.seconds = time.monotonic() - start
         self.report.after = await self._held()
+        by_minute: dict[int, list[int]] = {}
+        for t, b in memory:
+            by_minute.setdefault(int((t - start) // 60), []).append(b)
+        self.report.minutes = [round(statistics.median(values) / 1e6, 1) for values in by_minute.values()]
         late = [(t, b) for t, b in memory if t >= start + self.report.seconds / 3]
         self.report.resident = (late[0][1], late[-1][1])
         self.report.megabytes_an_hour = theil_sen(late) * 3600 / 1e6

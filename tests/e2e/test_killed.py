@@ -1,0 +1,79 @@
+"""kill -9 of a real server while adapters, tasks and scores are written: all that was confirmed is there again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import serving
+
+pytestmark = pytest.mark.e2e
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def test_nothing_that_was_confirmed_is_lost(tmp_path: Path, embedded: Path, write_random: Callable[..., Path]) -> None:
+    folders = [write_random(tmp_path / f"f{i}", rank=4, seed=i) for i in range(3)]
+    files = [{name: (folder / name).read_bytes() for name in (CONFIG, TENSORS)} for folder in folders]
+    adapters: dict[str, str] = {}
+    """The version of each name that was confirmed last."""
+    tasks: dict[str, str] = {}
+    scores = 0
+
+    def register(live: Any) -> None:
+        for n in range(10**6):
+            name = f"n{n % 5}"
+            answer = live.client.put(f"/adapters/{name}", files=files[n % 3])
+            adapters[name] = answer.json()["version"]
+
+    def define(live: Any) -> None:
+        for n in range(10**6):
+            body = {"prompt": f"{n}: {{input}}", "route": {"choice": []}}
+            live.client.put(f"/tasks/t{n % 3}", json=body).raise_for_status()
+            tasks[f"t{n % 3}"] = body["prompt"]
+
+    def score(live: Any) -> None:
+        nonlocal scores
+        for n in range(10**6):
+            answer = live.post("/generate?task=sentiment", {"prompt": f"film {n}", "max_tokens": 1})
+            body = {"id": answer["id"], "score": 1.0}
+            live.client.post("/tasks/sentiment/feedback", json=body).raise_for_status()
+            scores += 1
+
+    def until_killed(work: Callable[[Any], None], live: Any) -> None:
+        try:
+            work(live)
+        except httpx.HTTPError:
+            return
+
+    with serving(tmp_path / "state") as live:
+        threads = [threading.Thread(target=until_killed, args=(work, live)) for work in (register, define, score)]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + 60
+        while min(len(adapters) / 5, len(tasks) / 3, scores / 5) < 1:
+            assert time.monotonic() < end, "they do not get on"
+            time.sleep(0.01)
+        live.process.kill()
+        live.process.wait()
+        for thread in threads:
+            thread.join()
+    with serving(tmp_path / "state", log=tmp_path / "second.log") as live:
+        listed = {a["name"]: a for a in live.get("/adapters")["adapters"]}
+        for name, version in adapters.items():
+            assert version in [v["version"] for v in live.get(f"/adapters/{name}")["versions"]]
+            made = live.post("/generate", {"prompt": "x", "max_tokens": 2, "adapters": [{"name": name}]})
+            assert made["adapters"][0]["version"] == listed[name]["version"]
+        for name, prompt in tasks.items():
+            number = int(live.get(f"/tasks/{name}")["prompt"].partition(":")[0])
+            assert number in (int(prompt.partition(":")[0]), int(prompt.partition(":")[0]) + 3), "this, or the next"
+        (quality,) = live.get("/tasks/sentiment/performance")["versions"][0]["quality"]
+        assert scores <= quality["samples"] <= scores + 1 and quality["mean"] == 1.0
+        assert list((tmp_path / "state" / "store" / "incoming").iterdir()) == []
+        uploads = tmp_path / "state" / "uploads"
+        assert not uploads.exists() or list(uploads.iterdir()) == []
