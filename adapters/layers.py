@@ -83,7 +83,12 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(out, rank))
 
     def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
-        y: torch.Tensor = self.base_layer(x, *args)
+        base = self.base_layer
+        whole = isinstance(base, nn.Linear) and not base.weight.requires_grad and base.weight.dtype == x.dtype
+        if whole and not (self.dropout and self.training):
+            fused: torch.Tensor = _Fused.apply(x, base.weight, base.bias, self.lora_A, self.lora_B, self.scale)  # type: ignore[no-untyped-call]
+            return fused
+        y: torch.Tensor = base(x, *args)
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
         inner = F.linear(dropped, self.lora_A.to(x.dtype)) * self.scale
         return y + F.linear(inner, self.lora_B.to(x.dtype))
@@ -91,6 +96,41 @@ class LoRALinear(nn.Module):
     def low_rank(self) -> LowRank:
         """A copy of the factors as they are now."""
         return LowRank(self.lora_A.detach().clone(), self.lora_B.detach().clone(), self.scale)
+
+
+class _Fused(torch.autograd.Function):
+    """A frozen `nn.Linear` and its LoRA in one: each product is added to the one before, none is added up afterwards.
+
+    Keeps x and A x for the way back, which is what the two would keep apart.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows @ a.T
+        y = F.linear(rows, weight, bias).addmm_(inner, b.T, alpha=scale)
+        ctx.save_for_backward(rows, inner, weight, a, b)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, inner, weight, a, b = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])
+        back = (grad @ b) * ctx.scale
+        grad_x = (grad @ weight).addmm_(back, a) if ctx.needs_input_grad[0] else None
+        grad_b = (grad.T @ inner) * ctx.scale
+        shape = (*grads[0].shape[:-1], weight.shape[1])
+        return (grad_x.view(shape) if grad_x is not None else None), None, None, back.T @ rows, grad_b, None
 
 
 def linears(tree: nn.Module) -> dict[str, nn.Module]:

@@ -89,7 +89,7 @@ def one(args: argparse.Namespace, who: str) -> dict[str, Any]:
     config = TrainingConfig(
         max_steps=WARM + args.steps,
         batch_size=size,
-        micro_tokens=1024,
+        micro_tokens=2048,
         activation_checkpointing=who == "ours-recompute",
     )
     if who == "ours-full":

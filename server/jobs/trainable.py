@@ -59,7 +59,7 @@ class Trainable:
         kept = sum(m.weight.nbytes for m in decoder.modules() if isinstance(m, _Dense))
         if head.weight.layout != STORED and kept + _bytes(head.weight.shape, dtype) <= kept_bytes:
             # Kernels that quantize activations would do so to the states that the loss is computed from.
-            dense = _Dense(head.weight, head.bias, base.backend, dtype)
+            dense = _Head(head.weight, head.bias, base.backend, dtype)
             decoder.lm_head = dense  # type: ignore[assignment]
             self.nbytes += dense.weight.nbytes
         elif head.weight.layout == STORED:
@@ -127,7 +127,7 @@ class PrefixAttention:
         self._shared, count, width = shared, len(tails), max(tails)
         lengths = torch.tensor(tails)[:, None]
         column = torch.arange(width)
-        self._real = (column < lengths).flatten()
+        self._real = (column < lengths).flatten().nonzero().flatten()
         first = lengths.cumsum(0) - lengths + shared
         # Where each place of the padded tails is among the rows; what is behind a tail's end reads its first row.
         self._rows = (first + torch.where(column < lengths, column, 0)).flatten()
@@ -145,19 +145,51 @@ class PrefixAttention:
 
         def padded(x: torch.Tensor) -> torch.Tensor:
             """[T, kv_heads, d] -> [count * kv_heads, shared + width, d]: the prefix before each tail."""
-            tail = x[self._rows].view(count, width, kv_heads, d)
+            tail = _Padded.apply(x, self._rows, self._real, shared).view(count, width, kv_heads, d)  # type: ignore[no-untyped-call]
             whole = torch.cat((x[:shared].expand(count, -1, -1, -1), tail), 1)
             return whole.transpose(1, 2).flatten(0, 1)
 
-        queries = q[self._rows].view(count, width, kv_heads, group, d).permute(0, 2, 3, 1, 4)
+        queries: torch.Tensor = _Padded.apply(q, self._rows, self._real, shared)  # type: ignore[no-untyped-call]
+        queries = queries.view(count, width, kv_heads, group, d).permute(0, 2, 3, 1, 4)
         # Plain products: for many short sequences these are several times faster, both ways, than the fused kernel.
         scores = torch.bmm(queries.reshape(count * kv_heads, group * width, d), padded(k).mT)
         scores = scores.view(count * kv_heads, group, width, -1).mul(d**-0.5) + self._mask.to(q.dtype)
         seen = torch.bmm(scores.softmax(-1).flatten(1, 2), padded(v)).view(count, kv_heads, group, width, d)
-        tails = seen.permute(0, 3, 1, 2, 4).reshape(count * width, heads * d)[self._real]
+        tails: torch.Tensor = _Unpadded.apply(seen.permute(0, 3, 1, 2, 4).reshape(count * width, heads * d), self._real)  # type: ignore[no-untyped-call]
         if not shared:
             return tails
         return torch.cat((grouped_attention(q[:shared], k[:shared], v[:shared], causal=True), tails))
+
+
+class _Padded(torch.autograd.Function):
+    """`x[rows]`: the tails, padded. What pads is seen by nobody and has no gradient, so that no sum is needed back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, real: torch.Tensor, shared: int) -> torch.Tensor:
+        ctx.real, ctx.shared = real, shared
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad = grads[0]
+        back = grad.new_empty(ctx.shared + len(ctx.real), *grad.shape[1:])
+        back[: ctx.shared] = 0
+        torch.index_select(grad, 0, ctx.real, out=back[ctx.shared :])
+        return back, None, None, None
+
+
+class _Unpadded(torch.autograd.Function):
+    """`x[real]`, each row of which is taken once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        ctx.real, ctx.rows = real, len(x)
+        return x.index_select(0, real)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad = grads[0]
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, ctx.real, grad), None
 
 
 class _Dense(nn.Linear):
@@ -175,3 +207,10 @@ class _Dense(nn.Linear):
 
     def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class _Head(_Dense):
+    """The output table: the states that it is given are float32, and the product is in the compute dtype."""
+
+    def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
