@@ -98,7 +98,11 @@ async def get_file(file_id: Id, parts: Ready) -> dict[str, Any]:
 )
 async def content(file_id: Id, parts: Ready) -> Response:
     """A file's content."""
-    return FileResponse(parts.files.path(file_id), media_type="application/octet-stream")
+    return FileResponse(
+        parts.files.path(file_id),
+        media_type="application/octet-stream",
+        headers={"x-content-type-options": "nosniff"},
+    )
 
 
 @router.delete("/{file_id}", response_model=schemas.FileDeleted, responses=errors(400, 404, 409, 503))

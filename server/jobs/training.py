@@ -50,6 +50,9 @@ class Training:
         end = heard.end
         if end is not None and end["kind"] == TRAINED:
             active.job.trained = {k: v for k, v in end.items() if k != "kind"}
+            made = end["made"]
+            shown = {k: made[k] for k in ("samples", "steps", "tokens", "seconds", "tokens_per_second", "memory")}
+            active.job.result["training"] = {"parameters": end["parameters"], **shown}
             active.records.save(active.job)
         elif end is not None and end["kind"] == FAILED:
             raise JobError(str(end["code"]), str(end["message"]), end.get("param"))

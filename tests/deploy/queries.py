@@ -18,8 +18,6 @@ DEPLOY = REPO / "deploy"
 BOARDS = {p.stem: json.loads(p.read_text()) for p in sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))}
 RULES = DEPLOY / "prometheus" / "rules" / "loramux.yml"
 OPERATIONS = REPO / "docs" / "operations.md"
-JOBS = "loramux_training_"
-"""Series that only training jobs make."""
 
 
 def panels(board: dict[str, Any]) -> list[dict[str, Any]]:

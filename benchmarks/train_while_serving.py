@@ -1,0 +1,222 @@
+"""Serving at half load while a job trains: failed requests, decoding, the job's speed, and whether a bit changes.
+
+Run it as `python benchmarks/train_while_serving.py`. It starts a server of its own on the embedded base, finds how many
+requests a second it can serve, and then sends half as many, at random times, with the training process running and held
+(SIGSTOP) in turn, so that what else the machine does falls on both alike. The job's solo speed comes from stretches
+without a request. Before, and again and again while it trains under load, the same prompts are answered greedily with
+log-probabilities, which have to be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+from scrape import ready
+
+WORDS = "the sea was calm and a boat went out to where the old light had been seen by all who came home late".split()
+PROMPT_WORDS, TOKENS = 48, 48
+PROBES = 12
+JOB = {"r": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "publish": "never"}
+
+
+@dataclass
+class Stretch:
+    """What was seen in a stretch of load: seconds between tokens, seconds of whole requests, failures."""
+
+    gaps: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    failed: int = 0
+    sent: int = 0
+    job_tokens: float = 0.0
+    seconds: float = 0.0
+
+    def join(self, other: Stretch) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+def prompt(draw: random.Random) -> str:
+    return " ".join(draw.choice(WORDS) for _ in range(PROMPT_WORDS))
+
+
+async def answer(http: aiohttp.ClientSession, text: str, seen: Stretch) -> None:
+    """One streamed answer; anything but a whole one is a failure."""
+    body = {"prompt": text, "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
+    start, times, whole = time.perf_counter(), [], False
+    seen.sent += 1
+    try:
+        async with http.post("/generate", json=body) as got:
+            async for line in got.content:
+                if line.startswith(b'data: {"id"') and b'"finish_reason"' not in line:
+                    times.append(time.perf_counter())
+                whole |= b'"finish_reason": "length"' in line
+    except aiohttp.ClientError:
+        whole = False
+    seen.failed += not whole
+    seen.gaps += list(np.diff(times))
+    seen.whole.append(time.perf_counter() - start)
+
+
+async def capacity(http: aiohttp.ClientSession, clients: int, seconds: float) -> float:
+    """Requests a second with so many clients who never pause."""
+    seen, end = Stretch(), time.perf_counter() + seconds
+
+    async def client(number: int) -> None:
+        draw = random.Random(number)
+        while time.perf_counter() < end:
+            await answer(http, prompt(draw), seen)
+
+    start = time.perf_counter()
+    await asyncio.gather(*(client(i) for i in range(clients)))
+    assert not seen.failed
+    return len(seen.whole) / (time.perf_counter() - start)
+
+
+async def load(http: aiohttp.ClientSession, rate: float, seconds: float, seed: int) -> Stretch:
+    """Requests at random times, `rate` a second on average, whatever becomes of those before."""
+    seen, draw = Stretch(), random.Random(seed)
+    running = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        running.append(asyncio.create_task(answer(http, prompt(draw), seen)))
+        await asyncio.sleep(draw.expovariate(rate))
+    await asyncio.gather(*running)
+    return seen
+
+
+async def probe(http: aiohttp.ClientSession) -> list[Any]:
+    """Tokens and log-probabilities of fixed prompts."""
+    draw, found = random.Random(0), []
+    for _ in range(PROBES):
+        body = {"prompt": prompt(draw), "max_tokens": 16, "ignore_eos": True, "logprobs": 5}
+        async with http.post("/generate", json=body) as got:
+            told = await got.json()
+            found.append((told["text"], told["logprobs"]))
+    return found
+
+
+async def start_job(http: aiohttp.ClientSession, model: str, batch: int) -> str:
+    draw = random.Random(1)
+    lines = "".join(json.dumps({"input": prompt(draw), "output": draw.choice(WORDS)}) + "\n" for _ in range(512))
+    form = aiohttp.FormData()
+    form.add_field("purpose", "fine-tune")
+    form.add_field("file", lines.encode(), filename="words.jsonl")
+    async with http.post("/v1/files", data=form) as got:
+        file = (await got.json())["id"]
+    hyper = {"n_epochs": 100, "batch_size": batch}
+    body = {"model": model, "training_file": file, "hyperparameters": hyper, "lora": JOB}
+    async with http.post("/v1/fine_tuning/jobs", json=body) as got:
+        got.raise_for_status()
+        return str((await got.json())["id"])
+
+
+async def job(http: aiohttp.ClientSession, id: str) -> dict[str, Any]:
+    async with http.get(f"/jobs/{id}") as got:
+        return dict(await got.json())
+
+
+def process_of(id: str) -> int:
+    """The training process of a job."""
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = line.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"server.jobs.child" in words and any(id.encode() in word for word in words):
+            return int(line.parent.name)
+    raise RuntimeError("the job has no process")
+
+
+async def speed(http: aiohttp.ClientSession, id: str, what: Any) -> tuple[float, float, Any]:
+    """Tokens that the job trains on while `what` goes on, by whole steps, the seconds of that, and what comes of it."""
+    start, before = time.perf_counter(), await job(http, id)
+    found = await what
+    after = await job(http, id)
+    return after["tokens"] - before["tokens"], time.perf_counter() - start, found
+
+
+async def measure(url: str, given: argparse.Namespace) -> dict[str, Any]:
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(url, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as http:
+        async with http.get("/stats") as got:
+            base = (await got.json())["base"]
+        await capacity(http, given.clients, 3.0)
+        most = await capacity(http, given.clients, given.seconds)
+        expected = await probe(http)
+        id = await start_job(http, base["name"], given.batch)
+        while (await job(http, id))["step"] < 3:
+            await asyncio.sleep(0.2)
+        child = process_of(id)
+        alone, beside, solo, equal = Stretch(), Stretch(), Stretch(), 0
+        probes = 0
+        for number in range(given.rounds):
+            tokens, seconds, _ = await speed(http, id, asyncio.sleep(given.seconds))
+            solo.join(Stretch(job_tokens=tokens, seconds=seconds))
+            for held in (True, False) if number % 2 else (False, True):
+                os.kill(child, signal.SIGSTOP if held else signal.SIGCONT)
+                sending = load(http, most / 2, given.seconds, 1000 + number)
+                tokens, seconds, seen = await speed(http, id, sending)
+                seen.job_tokens, seen.seconds = tokens, seconds
+                (alone if held else beside).join(seen)
+            os.kill(child, signal.SIGCONT)
+            under, found = await asyncio.gather(load(http, most / 2, 3.0, 2000 + number), probe(http))
+            beside.failed, beside.sent = beside.failed + under.failed, beside.sent + under.sent
+            probes, equal = probes + PROBES, equal + sum(a == b for a, b in zip(found, expected, strict=True))
+        async with http.post(f"/v1/fine_tuning/jobs/{id}/cancel") as got:
+            got.raise_for_status()
+    return {
+        "base": base["name"], "kernels": base["kernels"], "requests_per_second_at_most": round(most, 2),
+        "requests": {"alone": alone.sent, "beside": beside.sent},
+        "failed": {"alone": alone.failed, "beside": beside.failed},
+        "gap_ms": {name: {p: round(1000 * float(np.percentile(s.gaps, p)), 2) for p in (50, 95, 99)}
+                   for name, s in (("alone", alone), ("beside", beside))},
+        "request_s_p50": {"alone": statistics.median(alone.whole), "beside": statistics.median(beside.whole)},
+        "decode_p95_ratio": float(np.percentile(beside.gaps, 95) / np.percentile(alone.gaps, 95)),
+        "job_tokens_per_second": {"solo": solo.job_tokens / solo.seconds, "beside": beside.job_tokens / beside.seconds},
+        "job_share": (beside.job_tokens / beside.seconds) / (solo.job_tokens / solo.seconds),
+        "probes_equal": f"{equal} of {probes}",
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, default=16, help="those that find out how much there can be")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each stretch")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4, help="examples of an update of the job")
+    parser.add_argument("--state-dir", type=Path, help="one that has the base already; default: a fresh one")
+    given = parser.parse_args()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory() as fresh:
+        command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port)]
+        command += ["--state-dir", str(given.state_dir or fresh), "--log-level", "warning"]
+        process = subprocess.Popen(command)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            ready(url, process)
+            print(json.dumps(asyncio.run(measure(url, given)), indent=1))
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+if __name__ == "__main__":
+    main()
