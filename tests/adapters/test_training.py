@@ -350,3 +350,22 @@ def test_inject_and_eject(llama):
         layers.inject(tree, LoraSpec())
     layers.eject(tree)
     assert [n for n, _ in tree.named_parameters()] == names and not layers.injected(tree)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_frozen_linear_and_its_lora_in_one_are_the_two(bias):
+    """What autograd makes of the formula, on inputs of three dimensions, with and without a gradient of the input."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(6, 5, bias=bias).double().requires_grad_(False)
+    layer = layers.LoRALinear(base, rank=2, alpha=3).double()
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    out = torch.randn(2, 4, 5, dtype=torch.float64)
+    given = (x, layer.lora_A, layer.lora_B)
+    plain = base(x) + layer.scale * (x @ layer.lora_A.T) @ layer.lora_B.T
+    expected = torch.autograd.grad(plain, given, out)
+    assert torch.allclose(layer(x), plain)
+    for ours, theirs in zip(torch.autograd.grad(layer(x), given, out), expected, strict=True):
+        assert torch.allclose(ours, theirs)
+    layer(x.detach()).backward(out)
+    assert torch.allclose(layer.lora_A.grad, expected[1])
