@@ -90,6 +90,10 @@ def p95(waits: Sequence[float]) -> float:
     return float(np.percentile(np.asarray(waits), 95, method="higher")) if len(waits) else float("nan")
 
 
+def _ms(seconds: float) -> float | str:
+    return round(1000 * seconds, 1) if np.isfinite(seconds) else "refused"
+
+
 async def measure(url: str, loads: Sequence[float], seconds: float, rounds: int) -> list[dict[str, Any]]:
     texts, dice, sent = prompts(1), np.random.default_rng(2), 0
     warm = [Arrival(0.0, i % 2, 0, NEW_TOKENS) for i in range(300)]
@@ -122,7 +126,7 @@ async def measure(url: str, loads: Sequence[float], seconds: float, rounds: int)
                 "refused": refused,
                 "stretches measured again": again,
                 "ttft p50 ms": {kind: round(1000 * float(np.median(w)), 1) for kind, w in waits.items()},
-                "ttft p95 ms": {kind: round(1000 * tail, 1) for kind, tail in tails.items()},
+                "ttft p95 ms": {kind: _ms(tail) for kind, tail in tails.items()},
                 "ratio": round(tails["uneven"] / tails["equal"], 2),
             }
         )
