@@ -157,7 +157,7 @@ async def measure(url: str, given: argparse.Namespace) -> dict[str, Any]:
         async with http.get("/stats") as got:
             base = (await got.json())["base"]
         await capacity(http, given.clients, 3.0)
-        most = await capacity(http, given.clients, given.seconds)
+        most = given.most or await capacity(http, given.clients, given.seconds)
         expected = await probe(http)
         id = await start_job(http, base["name"], given.batch)
         while (await job(http, id))["step"] < 3:
@@ -197,6 +197,7 @@ async def measure(url: str, given: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=16, help="those that find out how much there can be")
+    parser.add_argument("--most", type=float, help="requests a second at most, if that is known already")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each stretch")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4, help="examples of an update of the job")

@@ -53,6 +53,10 @@ class Process:
         self._process.wait()
         self._let_go()
 
+    def send(self, number: int) -> None:
+        """Send it a signal, if it has not ended."""
+        self._process.send_signal(number)
+
     def stop(self) -> None:
         """Ask it to write a checkpoint and end. Idempotent; from any thread."""
         self._let_go()
