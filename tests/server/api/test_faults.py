@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +126,53 @@ def test_a_clock_that_jumps_ends_nothing(
     versions = live.http.get("/adapters/a").json()["versions"]
     assert len(versions) == 2 and live.generate("x", adapters=[{"name": "a"}]).status_code == 200
     assert live.idle()
+
+
+def test_a_source_that_hangs_delays_nobody(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.sources.urls._PAUSE", 0.0)
+    silent = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{silent.getsockname()[1]}/lora"
+    live = start(url_allow=[url])
+    told: list[Any] = []
+    post = threading.Thread(
+        target=lambda: told.append(live.http.post("/adapters", json={"name": "far", "source": url}))
+    )
+    post.start()
+    connection, _ = silent.accept()
+    for _ in range(10):
+        assert live.generate("meanwhile", max_tokens=2).status_code == 200
+    assert not told, "it still waits"
+    silent.close()
+    connection.close()
+    post.join()
+    assert told[0].status_code == 400 and "could not be read, 3 times" in told[0].json()["error"]["message"]
+    assert live.http.get("/adapters/far").status_code == 404 and live.idle()
+
+
+def test_an_adapter_of_a_url_is_served(start: Any, write_adapter: Any, adapter_dir: Path) -> None:
+    write_adapter("a", 1)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Nothing to say."""
+
+    host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(adapter_dir)))
+    thread = threading.Thread(target=host.serve_forever)
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{host.server_port}"
+        live = start(url_allow=[url])
+        made = live.http.post("/adapters", json={"name": "far", "source": f"{url}/a"})
+        assert made.status_code == 201, made.text
+        near = live.http.post("/adapters", json={"name": "near", "source": "a"}).json()
+        assert made.json()["version"].partition("@")[2] == near["version"].partition("@")[2]
+        assert text_of(live, "far") == text_of(live, "near")
+        assert live.http.post("/adapters", json={"name": "no", "source": f"{url}/b"}).status_code == 400
+        assert live.http.post("/adapters", json={"name": "no", "source": "http://127.0.0.1:1/a"}).status_code == 400
+    finally:
+        host.shutdown()
+        host.server_close()
+        thread.join()
 
 
 def test_over_the_budget_is_507_and_the_old_version_serves_on(start: Any, write_adapter: Any) -> None:
