@@ -55,7 +55,7 @@ def test_a_thousand_at_once_against_a_queue_of_256(start: Any, write_adapter: Ca
     assert set(statuses) <= {200, 429, 504} and statuses[200] and statuses[429], statuses
     for status, body, retry_after in answers:
         if status == 200:
-            assert body["usage"]["completion_tokens"] == 3 and body["timings"]["total_ms"] < deadline_ms + 500
+            assert body["usage"]["completion_tokens"] == 3 and body["timings"]["total_ms"] < deadline_ms + 2000
         else:
             assert set(body) == {"error"} and (status == 504 or int(retry_after or 0) >= 1)
     assert live.idle() and live.stats()["kv_blocks"]["used"] == 0 and live.stats()["slots"]["in_use"] == 0
