@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--batches", default="8,16")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="*", help="contestants, as patterns: ours,peft-bfloat16-*")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -54,7 +55,7 @@ def main() -> None:
     contestants += [f"peft-{dtype}-{batch}" for dtype in ("bfloat16", "float32") for batch in args.batches.split(",")]
     for _ in range(args.rounds):
         for who in contestants:
-            if args.only and not any(part in who for part in args.only.split(",")):
+            if not any(fnmatch(who, pattern) for pattern in args.only.split(",")):
                 continue
             done = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], "--one", who], capture_output=True, text=True, check=False
