@@ -1,10 +1,10 @@
 """Serving at half load while a job trains: failed requests, decoding, the job's speed, and whether a bit changes.
 
 Run it as `python benchmarks/train_while_serving.py`. It starts a server of its own on the embedded base, finds how many
-requests a second it can serve, and then sends half as many, at random times, with the training process running and held
-(SIGSTOP) in turn, so that what else the machine does falls on both alike. The job's solo speed comes from stretches
-without a request. Before, and again and again while it trains under load, the same prompts are answered greedily with
-log-probabilities, which have to be equal.
+requests a second it can serve, and then sends half as many, at random times, with the job running and paused in turn,
+so that what else the machine does falls on both alike. The job's solo speed comes from stretches without a request.
+Before, and again and again while it trains under load, the same prompts are answered greedily with log-probabilities,
+which have to be equal.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import signal
 import socket
 import statistics
 import subprocess
@@ -131,16 +129,19 @@ async def job(http: aiohttp.ClientSession, id: str) -> dict[str, Any]:
         return dict(await got.json())
 
 
-def process_of(id: str) -> int:
-    """The training process of a job."""
-    for line in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = line.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"server.jobs.child" in words and any(id.encode() in word for word in words):
-            return int(line.parent.name)
-    raise RuntimeError("the job has no process")
+async def asked(http: aiohttp.ClientSession, id: str, what: str) -> None:
+    """Pause or resume the job, and wait until it has been."""
+    async with http.post(f"/v1/fine_tuning/jobs/{id}/{what}") as got:
+        got.raise_for_status()
+    while what == "pause" and (await job(http, id))["status"] != "paused":
+        await asyncio.sleep(0.05)
+
+
+async def trains(http: aiohttp.ClientSession, id: str) -> None:
+    """Wait until the job has made two more steps."""
+    before = (await job(http, id))["step"]
+    while (await job(http, id))["step"] < before + 2:
+        await asyncio.sleep(0.1)
 
 
 async def speed(http: aiohttp.ClientSession, id: str, what: Any) -> tuple[float, float, Any]:
@@ -160,21 +161,21 @@ async def measure(url: str, given: argparse.Namespace) -> dict[str, Any]:
         most = given.most or await capacity(http, given.clients, given.seconds)
         expected = await probe(http)
         id = await start_job(http, base["name"], given.batch)
-        while (await job(http, id))["step"] < 3:
-            await asyncio.sleep(0.2)
-        child = process_of(id)
+        await trains(http, id)
         alone, beside, solo, equal = Stretch(), Stretch(), Stretch(), 0
         probes = 0
         for number in range(given.rounds):
             tokens, seconds, _ = await speed(http, id, asyncio.sleep(given.seconds))
             solo.join(Stretch(job_tokens=tokens, seconds=seconds))
-            for held in (True, False) if number % 2 else (False, True):
-                os.kill(child, signal.SIGSTOP if held else signal.SIGCONT)
+            for held in (False, True):
+                if held:
+                    await asked(http, id, "pause")
                 sending = load(http, most / 2, given.seconds, 1000 + number)
                 tokens, seconds, seen = await speed(http, id, sending)
                 seen.job_tokens, seen.seconds = tokens, seconds
                 (alone if held else beside).join(seen)
-            os.kill(child, signal.SIGCONT)
+            await asked(http, id, "resume")
+            await trains(http, id)
             under, found = await asyncio.gather(load(http, most / 2, 3.0, 2000 + number), probe(http))
             beside.failed, beside.sent = beside.failed + under.failed, beside.sent + under.sent
             probes, equal = probes + PROBES, equal + sum(a == b for a, b in zip(found, expected, strict=True))
