@@ -17,9 +17,9 @@ from collections.abc import Callable
 SHARE = 0.3
 """Of the time in which there are steps to run, for the other process."""
 TURN = 0.03
-"""Seconds: shorter turns are saved up until they make one. Both sides lose some time at every change: with turns of 4 ms
-the median step took twice as long as with 8. Of the steps of a few ms that decoding takes, about 1 in 25 is followed by
-a turn of this length."""
+"""Seconds: shorter turns are saved up until they make one. Both sides lose some time at every change: with turns of
+4 ms the median step took twice as long as with 8. Of the steps of a few ms that decoding takes, about 1 in 25 is
+followed by a turn of this length."""
 
 Send = Callable[[int], object]
 """Sends a signal to the process, or does nothing if it has ended."""
