@@ -154,7 +154,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         tasks=tasks,
     )
     evaluations = _evaluations(inference, prompts, mailbox)
-    jobs = _jobs(settings, training, tasks, quality, evaluations, router, base, engine)
+    jobs = _jobs(settings, training, tasks, quality, evaluations, router, base)
     parts = Parts(
         model=Model(base.name, base.id, int(time.time()), _details(base, context)),
         engine=engine,
@@ -219,14 +219,13 @@ def _jobs(
     evaluations: Evaluate,
     router: BestRouter,
     base: Base,
-    engine: Engine,
 ) -> Jobs:
     files = training.files
     publishing = Publishing(
         training.registry, tasks, quality, files, evaluations, shapes=base.shapes(), base_id=base.id
     )
     works: dict[str, Work] = {
-        TRAINING: Training(training, publishing, engine.turns),
+        TRAINING: Training(training, publishing),
         EVALUATION: Evaluating(tasks, quality, files, evaluations, _reviewer(router), base.id),
     }
     jobs = Jobs(Records(settings.state_dir / "jobs"), works)

@@ -25,7 +25,6 @@ from server.engine.sampler import Pick, Sampler
 from server.engine.scheduler import Limits, Plan, Scheduler
 from server.engine.slots import Slots
 from server.engine.text import Detokenizer, Text
-from server.engine.turns import Turns
 from server.errors import Conflict, EngineFailed, InvalidRequest, NoCapacity, NotReady
 
 log = logging.getLogger(__name__)
@@ -92,8 +91,6 @@ class Engine:
         """Every request that has been drained from the inbox and has not heard of its end."""
         self._thread: threading.Thread | None = None
         self._stop_at: float | None = None
-        self.turns = Turns()
-        """Of a process that may run between steps."""
         runner.allocate(blocks, block_size)
 
     # -- from any thread
@@ -201,7 +198,6 @@ class Engine:
                 self._wake.clear()
                 try:
                     if not self.step():
-                        self.turns.free()
                         self._wake.wait(IDLE_SECONDS if self._live or self._stop_at is not None else None)
                 except Exception as error:
                     self._recover(error)
@@ -209,7 +205,6 @@ class Engine:
         finally:
             self._inbox.close("the engine has stopped")
             self._finish()
-            self.turns.free()
 
     def _is_over(self) -> bool:
         if self._stop_at is None:
@@ -270,15 +265,12 @@ class Engine:
         self._announce(plan)
         if not plan.work:
             return self._record.nothing()
-        self.turns.hold()
         batch = build_batch(plan.work, self._block_size)
         logits = self._record.run(plan, lambda: self._runner.run(batch))
         picks = self._sampler.pick(logits, plan.work)
         self._scheduler.commit(plan.work, time.monotonic())
         self._deliver(plan.work, picks)
-        self._record.end()
-        self.turns.after(time.monotonic() - now)
-        return True
+        return self._record.end()
 
     def _drain(self) -> None:
         """Take in what came since the last step: requests first, so that one may be cancelled as soon as it came."""

@@ -8,7 +8,6 @@ What it does is `fine_tune`'s. Lines of JSON go to standard output, last words t
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 LOCK, UNTOLD = "lock", "untold.jsonl"
 PROGRESS = ("step", "eval", "checkpoint")
 NICE = 19
-PR_SET_PDEATHSIG = 1
 OOM_SCORE = "1000"
 LOCK_SECONDS = 60.0
 """How long to wait for the process of a server that was killed to write its checkpoint and end."""
@@ -119,8 +117,6 @@ def yield_to_others() -> None:
     os.nice(NICE)
     with contextlib.suppress(OSError, AttributeError):  # not Linux, or not allowed: nice is what there is
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    with contextlib.suppress(OSError, AttributeError):  # a server that is killed may leave it standing still
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
 

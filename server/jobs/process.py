@@ -32,7 +32,9 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                start_new_session=True,  # a Ctrl-C is the server's to hear
+                # A group, so that a Ctrl-C is the server's alone to hear, and no session: Linux would give it an equal
+                # share of the processors beside the server (sched_autogroup), whatever its priority.
+                process_group=0,
             )
 
     @property
@@ -52,10 +54,6 @@ class Process:
                     yield told
         self._process.wait()
         self._let_go()
-
-    def send(self, number: int) -> None:
-        """Send it a signal, if it has not ended."""
-        self._process.send_signal(number)
 
     def stop(self) -> None:
         """Ask it to write a checkpoint and end. Idempotent; from any thread."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from server.engine.turns import Turns
 from server.jobs.errors import JobError
 from server.jobs.process import Process
 from server.jobs.publishing import Publishing
@@ -24,9 +23,8 @@ METRIC_EVENTS = 1000
 class Training:
     """`Work` for training jobs."""
 
-    def __init__(self, ground: Ground, publishing: Publishing, turns: Turns) -> None:
-        """`turns` are the engine's, in which the process trains."""
-        self._ground, self._publishing, self._turns = ground, publishing, turns
+    def __init__(self, ground: Ground, publishing: Publishing) -> None:
+        self._ground, self._publishing = ground, publishing
 
     def __call__(self, active: Active) -> None:
         job = active.job
@@ -43,14 +41,12 @@ class Training:
     def _train(self, active: Active) -> None:
         process = Process(active.folder)
         heard = _Heard(active)
-        self._turns.join(process.send)
         active.stopped_by(process.stop, process.kill)
         try:
             for line in process.lines():
                 heard.line(line)
         finally:
             process.kill()
-            self._turns.leave()
         end = heard.end
         if end is not None and end["kind"] == TRAINED:
             active.job.trained = {k: v for k, v in end.items() if k != "kind"}
