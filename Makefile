@@ -44,7 +44,7 @@ fuzz: $(VENV)/.installed-dev
 # 32 clients against the embedded base while adapters come and go, for MINUTES.
 MINUTES ?= 30
 soak: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(ARGS)
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/loramux bench steps $(ARGS)

@@ -91,9 +91,7 @@ class Watch:
         try:
             with os.scandir(self._directory) as entries:
                 folders = sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
-        except (
-            FileNotFoundError
-        ):  # nobody has to have one; its adapters are served on: a mount that is away is no deletion
+        except FileNotFoundError:  # nobody has to have one, and a mount that is away is no deletion
             if not (self._unreadable or self._first):
                 log.info("the adapter directory is not there any more; its adapters are served on")
             self._unreadable = True

@@ -6,7 +6,7 @@ so that what else the machine does falls on both. The small task's 95th percenti
 when a request was due, may be at most twice that of the equal stretches. A stretch during which the server was not
 given a processor (`/health/live`, asked all the while, took over a second) is measured again.
 
-Run it as `python benchmarks/fairness.py`. Exit status 1 means that a load was over the bound.
+Run it as `python -m benchmarks.fairness`. Exit status 1 means that a load was over the bound.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.soak import REPO, SHAPES, serving
+from benchmarks.serving import MODELS, serving
+from benchmarks.soak import SHAPES
 from server.bench.client import Outcome, closed_loop, open_loop, timed
 from server.bench.synthetic import write_adapter
 from server.bench.workloads import Arrival
@@ -138,7 +139,7 @@ def main() -> int:
     parser.add_argument("--loads", type=float, nargs="+", default=[0.6, 0.9, 1.3], help="shares of the capacity")
     parser.add_argument("--seconds", type=float, default=20.0, help="of one stretch")
     parser.add_argument("--rounds", type=int, default=3, help="stretches of each kind")
-    parser.add_argument("--models", type=Path, default=REPO / "data" / "models", help="where the base has been fetched")
+    parser.add_argument("--models", type=Path, default=MODELS, help="where the base has been fetched")
     given, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,6 +1,6 @@
 """Load a random model of Qwen2.5-7B's shape as 4-bit with double quantization, and say what it costs.
 
-    python benchmarks/large_base.py [--directory DIR] [--layers N] [--kernels NAME] [--cache] [--tokens N]
+    python -m benchmarks.large_base [--directory DIR] [--layers N] [--kernels NAME] [--cache] [--tokens N]
 
 Writes bf16 shards of random weights (15 GB for the whole shape) into a temporary folder, layer by layer, then loads
 them in a fresh process through `load_base` and generates greedily from a random prompt. Prints one JSON object:
@@ -26,23 +26,10 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from benchmarks.shapes import QWEN_7B
 from server.model.config import from_hf
 
-SHAPE = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-    "eos_token_id": 0,
-}
+SHAPE = QWEN_7B | {"eos_token_id": 0}
 
 
 def write_model(folder: Path, shape: dict[str, Any]) -> int:
@@ -186,7 +173,7 @@ def main() -> None:
         folder, cache = Path(name) / "model", Path(name) / "cache"
         folder.mkdir()
         parameters = write_model(folder, SHAPE | {"num_hidden_layers": options.layers})
-        again = [sys.executable, *sys.argv, "--measure", str(folder), str(cache)]
+        again = [sys.executable, "-m", "benchmarks.large_base", *sys.argv[1:], "--measure", str(folder), str(cache)]
         results = []
         for _ in range(2 if options.cache else 1):
             done = subprocess.run(again, check=True, stdout=subprocess.PIPE, text=True)

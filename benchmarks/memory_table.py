@@ -23,36 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from adapters.layers import LoraSpec, trainable_parameters
+from benchmarks.shapes import LLAMA_7B, QWEN_7B
 from server.kernels.stored import stored_parts
 from server.model.config import ModelConfig, from_hf
 from server.model.quantization import TABLE_GROUP
 
-LLAMA_7B = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-    "tie_word_embeddings": False,
-}
-QWEN_7B = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SHAPES = {"Llama-7B": (LLAMA_7B, 4), "Qwen2.5-7B": (QWEN_7B, 8)}
 """Name -> its shape, and the rank on q, k, v and o."""

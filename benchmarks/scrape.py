@@ -1,6 +1,6 @@
 """What /metrics costs: the time of a scrape at 200 live pairs, and decoding while scraped every second and while not.
 
-Run it as `python benchmarks/scrape.py`. It starts servers of its own on the embedded base, in which 200 (task, adapter)
+Run it as `python -m benchmarks.scrape`. It starts servers of its own on the embedded base, in which 200 (task, adapter)
 pairs have been made by real requests, and alternates stretches of load with and without scrapes, so that what else the
 machine does falls on both alike.
 """
@@ -10,18 +10,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
+
+from benchmarks.serving import MODELS, serving
 
 PAIRS = 200
 PROMPT = "Once upon a time, in a town by the sea, there was a"
@@ -109,34 +107,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--state-dir", type=Path, help="one that has the base already; default: a fresh one")
+    parser.add_argument("--models", type=Path, default=MODELS, help="where the base has been fetched")
     given = parser.parse_args()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with tempfile.TemporaryDirectory() as fresh:
-        command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port)]
-        command += ["--state-dir", str(given.state_dir or fresh), "--log-level", "warning"]
-        process = subprocess.Popen(command)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            ready(url, process)
-            print(json.dumps(asyncio.run(measure(url, given.clients, given.tokens, given.rounds)), indent=1))
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Wait until the server answers. Raises RuntimeError if it ends instead."""
-    while True:
-        try:
-            urllib.request.urlopen(f"{url}/health/ready", timeout=5)
-            return
-        except OSError:
-            if process.poll() is not None:
-                raise RuntimeError("the server did not start") from None
-            time.sleep(0.1)
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "state", given.models) as server:
+        print(json.dumps(asyncio.run(measure(server.url, given.clients, given.tokens, given.rounds)), indent=1))
 
 
 if __name__ == "__main__":

@@ -16,17 +16,13 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import os
 import random
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +30,9 @@ from typing import Any
 import httpx
 import numpy as np
 
+from benchmarks.serving import REPO, Server, serving
 from server.bench.synthetic import write_adapter
 
-REPO = Path(__file__).resolve().parents[1]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 CLIENTS, STEADY, CHURNED, CONTENTS = 32, 32, 8, 3
 """32 adapters that stay, and 8 names that move among 3 contents each."""
@@ -61,53 +57,6 @@ WEIGHTS = (1.0, 0.5, 0.25, -0.5, 0.75)
 Mix = tuple[tuple[str, float], ...]
 Key = tuple[str, str, Mix, int]
 """Route, prompt, mix by version, seed (0 is greedy)."""
-
-
-@dataclass
-class Server:
-    """A running `loramux serve`."""
-
-    process: subprocess.Popen[bytes]
-    url: str
-
-    def resident(self) -> int:
-        """Bytes of the process in memory."""
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    def count(self, kind: str) -> int:
-        """How many of `task` (threads) or `fd` the process has."""
-        return len(os.listdir(f"/proc/{self.process.pid}/{kind}"))
-
-
-@contextlib.contextmanager
-def serving(state: Path, models: Path, *flags: str) -> Iterator[Server]:
-    """A server on a free port, ready to answer; stopped at the end."""
-    state.mkdir(parents=True)
-    if models.is_dir():
-        (state / "models").symlink_to(models)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--state-dir", str(state)]
-    with (state / "server.log").open("wb") as log:
-        process = subprocess.Popen([*command, "--library", "none", *flags], cwd=REPO, stdout=log, stderr=log)
-    server = Server(process, f"http://127.0.0.1:{port}")
-    try:
-        end = time.monotonic() + 180
-        while True:
-            if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError((state / "server.log").read_text()[-3000:])
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{server.url}/health/ready", timeout=5).status_code == 200:
-                    break
-            time.sleep(0.05)
-        yield server
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 @dataclass

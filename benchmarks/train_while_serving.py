@@ -1,6 +1,6 @@
 """Serving at half load while a job trains: failed requests, decoding, the job's speed, and whether a bit changes.
 
-Run it as `python benchmarks/train_while_serving.py`. It starts a server of its own on the embedded base, finds how many
+Run it as `python -m benchmarks.train_while_serving`. It starts a server of its own on the embedded base, finds how many
 requests a second it can serve, and then sends half as many, at random times, with the job running and paused in turn,
 so that what else the machine does falls on both alike. The job's solo speed comes from stretches without a request.
 Before, and again and again while it trains under load, the same prompts are answered greedily with log-probabilities,
@@ -13,10 +13,7 @@ import argparse
 import asyncio
 import json
 import random
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -25,7 +22,8 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from scrape import ready
+
+from benchmarks.serving import MODELS, serving
 
 WORDS = "the sea was calm and a boat went out to where the old light had been seen by all who came home late".split()
 PROMPT_WORDS, TOKENS = 48, 48
@@ -202,22 +200,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="of each stretch")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4, help="examples of an update of the job")
-    parser.add_argument("--state-dir", type=Path, help="one that has the base already; default: a fresh one")
+    parser.add_argument("--models", type=Path, default=MODELS, help="where the base has been fetched")
     given = parser.parse_args()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with tempfile.TemporaryDirectory() as fresh:
-        command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port)]
-        command += ["--state-dir", str(given.state_dir or fresh), "--log-level", "warning"]
-        process = subprocess.Popen(command)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            ready(url, process)
-            print(json.dumps(asyncio.run(measure(url, given)), indent=1))
-        finally:
-            process.terminate()
-            process.wait(60)
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "state", given.models) as server:
+        print(json.dumps(asyncio.run(measure(server.url, given)), indent=1))
 
 
 if __name__ == "__main__":

@@ -211,6 +211,17 @@ class Settings(BaseModel):
         return self.state_dir / "cache"
 
     @property
+    def packing(self) -> dict[str, Any]:
+        """How the base becomes what is resident, and where that is kept: arguments of `load_base`."""
+        return {
+            "quantization": self.quantization,
+            "group_size": self.group_size,
+            "double_quant": self.double_quant,
+            "table_bits": self.table_bits,
+            "cache_dir": self.cache_dir,
+        }
+
+    @property
     def watched_dir(self) -> Path:
         """The user's adapter directory: `adapter_dir`, or adapters/ in the state directory."""
         return self.adapter_dir if self.adapter_dir is not None else self.state_dir / "adapters"

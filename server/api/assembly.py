@@ -96,16 +96,7 @@ def assemble(settings: Settings, metrics: Metrics, mailbox: Mailbox) -> House:
     """Load the base, then everything that stands on it. Raises BadModel, BadSetting, NoRoom, StoreFailed."""
     name, source = resolve_model(settings.model, settings.state_dir)
     backend = choose(settings.kernels, settings.device)
-    base = load_base(
-        source,
-        name=name,
-        backend=backend,
-        quantization=settings.quantization,
-        group_size=settings.group_size,
-        double_quant=settings.double_quant,
-        table_bits=settings.table_bits,
-        cache_dir=settings.cache_dir,
-    )
+    base = load_base(source, name=name, backend=backend, **settings.packing)
     return build(settings, base, metrics, mailbox, source)
 
 
@@ -195,12 +186,8 @@ def _origin(settings: Settings, base: Base, source: Path) -> BaseSource:
         source=source.resolve(),
         name=base.name,
         kernels=base.backend.name,
-        quantization=settings.quantization,
-        group_size=settings.group_size,
-        double_quant=settings.double_quant,
-        table_bits=settings.table_bits,
-        cache_dir=settings.cache_dir.resolve(),
         id=base.id,
+        **settings.packing | {"cache_dir": settings.cache_dir.resolve()},
     )
 
 

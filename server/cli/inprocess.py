@@ -34,17 +34,7 @@ def open_base(settings: Settings, backend: Backend, quiet: bool) -> Base:
     with progress("bytes", quiet=quiet) as bar:
         name, source = resolve_model(settings.model, settings.state_dir, progress=bar)
     with progress("parameters", quiet=quiet) as bar:
-        return load_base(
-            source,
-            name=name,
-            backend=backend,
-            quantization=settings.quantization,
-            group_size=settings.group_size,
-            double_quant=settings.double_quant,
-            table_bits=settings.table_bits,
-            cache_dir=settings.cache_dir,
-            progress=bar,
-        )
+        return load_base(source, name=name, backend=backend, **settings.packing, progress=bar)
 
 
 @contextlib.asynccontextmanager

@@ -198,30 +198,17 @@ def _train(
     on_event: Callable[[Event], None],
     stop: Callable[[], bool],
 ) -> LoraWeights:
+    run: dict[str, Any] = {
+        "name": spec.name,
+        "validation": examples.judged,
+        "checkpoints": checkpoints,
+        "on_event": on_event,
+        "stop": stop,
+    }
     if spec.auto_rank:
-        return search.auto_lora(
-            model,
-            examples.learned,
-            config,
-            name=spec.name,
-            validation=examples.judged,
-            recovery=RECOVERY,
-            on_event=on_event,
-            checkpoints=checkpoints,
-            stop=stop,
-        )
+        return search.auto_lora(model, examples.learned, config, recovery=RECOVERY, **run)
     init = _adapter(spec, base, spec.init) if spec.init is not None else None
-    return train(
-        model,
-        examples.learned,
-        config,
-        init,
-        name=spec.name,
-        validation=examples.judged,
-        checkpoints=checkpoints,
-        on_event=on_event,
-        stop=stop,
-    )
+    return train(model, examples.learned, config, init, **run)
 
 
 def _adapter(spec: Spec, base: Base, folder: Path) -> LoraWeights:

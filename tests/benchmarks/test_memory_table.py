@@ -9,7 +9,8 @@ import torch
 
 from adapters.layers import LoraSpec, inject, trainable_parameters
 from benchmarks import memory_table
-from benchmarks.memory_table import LLAMA_7B, QWEN_7B, count, parameters, stored, table, trained
+from benchmarks.memory_table import count, parameters, stored, table, trained
+from benchmarks.shapes import LLAMA_7B, QWEN_7B
 from server.jobs.trainable import Trainable
 from server.model.config import from_hf
 from server.model.quantization import quantize
