@@ -12,11 +12,10 @@ import torch
 
 from adapters.weights import LoraWeights, LowRank
 from server.kernels.cpu.bindings import SITES
+from server.kernels.lora import TOGETHER
 
 LINE = 32
 """bf16 values of a cache line: where every matrix begins."""
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Modules whose A's are walked one after the other, and then their B's."""
 
 
 def in_one_piece(weights: LoraWeights) -> LoraWeights:
