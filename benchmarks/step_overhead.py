@@ -15,6 +15,8 @@ import threading
 import time
 from concurrent.futures import Future
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -22,6 +24,7 @@ from adapters.weights import LoraWeights, Mix
 from server.engine.batch import Batch
 from server.engine.engine import Engine
 from server.engine.request import Delivery, Request, Sampling
+from server.engine.runner import first_largest
 from server.engine.text import Text
 from server.model.vocabulary import Vocabulary
 
@@ -46,6 +49,9 @@ class PreparedRunner:
         if self._seconds:
             time.sleep(self._seconds)
         return self._logits[: len(batch.logit_rows)]
+
+    def largest(self, logits: torch.Tensor) -> npt.NDArray[np.int64]:
+        return first_largest(logits.numpy())
 
     def block_bytes(self, block_size: int) -> int:
         return 1

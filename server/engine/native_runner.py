@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from adapters.weights import LoraWeights, LowRank
@@ -170,18 +171,10 @@ class NativeRunner:
         self._library.loramux_model_times(self._model, times)
         return {name: t * 1e-9 for name, t in zip(bindings.PHASES, times, strict=True)}
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """The first largest of each row of float32 logits [L, vocab]: int64 [L], on the kernels' threads."""
+    def largest(self, logits: torch.Tensor) -> npt.NDArray[np.int64]:
         logits = logits.contiguous()
-        out = torch.empty(logits.shape[0], dtype=torch.int64)
-        self._library.loramux_argmax(self._pool.handle, logits.data_ptr(), *logits.shape, out.data_ptr())
-        return out
-
-    def logsumexp(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logarithm of the sum of exponentials of each row of float32 logits [L, vocab]: float32 [L]."""
-        logits = logits.contiguous()
-        out = torch.empty(logits.shape[0])
-        self._library.loramux_logsumexp(self._pool.handle, logits.data_ptr(), *logits.shape, out.data_ptr())
+        out = np.empty(logits.shape[0], np.int64)
+        self._library.loramux_largest(self._pool.handle, logits.data_ptr(), *logits.shape, out.ctypes.data)
         return out
 
     def _layer(self, index: int) -> bindings.Layer:
@@ -211,12 +204,12 @@ class NativeRunner:
     def _check_batch(self, batch: Batch, arrays: Mapping[str, torch.Tensor]) -> None:
         """The kernels trust what they are given; these are the engine's own invariants."""
         assert self._storage.numel(), "allocate comes before run"
-        tokens, positions = arrays["tokens"], arrays["positions"]
+        tokens, positions = arrays["tokens"].numpy(), arrays["positions"].numpy()
         assert 0 <= int(tokens.min()) and int(tokens.max()) < self._config.vocab_size
         last = int(positions.max())
         assert last < self._angles[0].shape[0], "a position is beyond the cache or the model's context"
         assert last < batch.blocks.shape[1] * self._block_size
-        highest = int(batch.blocks.max())
+        highest = int(arrays["blocks"].numpy().max())
         assert highest < self._blocks
         self._touched = max(self._touched, highest + 1)
         assert all(self._slots[slot] is not None for mix in batch.mixes for slot, _ in mix), "a slot is empty"

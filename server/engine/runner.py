@@ -10,6 +10,7 @@ import threading
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from adapters.weights import LoraWeights
@@ -34,6 +35,9 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Compute the step: keys and values are in their blocks after it. -> float32 [L, vocab], for `logit_rows`."""
+
+    def largest(self, logits: torch.Tensor) -> npt.NDArray[np.int64]:
+        """The first largest of each row of `logits` [L, vocab]; -1 for a row that has a number that is not finite."""
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one block of keys and values."""
@@ -89,6 +93,9 @@ class TorchRunner:
         self._touched = max(self._touched, int(batch.blocks.max()) + 1)
         return logits
 
+    def largest(self, logits: torch.Tensor) -> npt.NDArray[np.int64]:
+        return first_largest(logits.numpy(force=True))
+
     def block_bytes(self, block_size: int) -> int:
         config = self._base.config
         row = 2 * config.num_key_value_heads * config.head_dim * self._base.backend.dtype.itemsize
@@ -105,6 +112,14 @@ class TorchRunner:
         config = self._base.config
         row = 8 * config.hidden_size + 3 * self._base.backend.dtype.itemsize * config.intermediate_size
         return batch.rows * row + 4 * config.vocab_size * batch.logit_rows.shape[0]
+
+
+def first_largest(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """What `Runner.largest` says, by numpy."""
+    tokens = rows.argmax(1)
+    # argmax finds a NaN or +inf if there is one, and the minimum a -inf
+    fine = np.isfinite(rows[np.arange(len(rows)), tokens]) & np.isfinite(rows.min(1))
+    return np.where(fine, tokens, -1)
 
 
 def make_runner(base: Source, max_slots: int, threads: int) -> Runner:

@@ -9,7 +9,7 @@ min_p -> one uniform number against the distribution's sum over ids, ascending.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from server.engine.request import Request, Sampling, TokenLogprob
 from server.errors import EngineFailed, InvalidRequest
 
 Row = npt.NDArray[np.float32]
+Largest = Callable[[torch.Tensor], npt.NDArray[np.int64]]
 
 _STRIDE = 256
 """Ids whose probabilities are summed before the sums are: the draw then looks into one stretch alone."""
@@ -35,27 +36,35 @@ class Pick(NamedTuple):
 
 
 class Sampler:
-    """Picks tokens for `vocab` ids. `eos_ids` are masked while a request is under its min_tokens."""
+    """Picks tokens for `vocab` ids. `eos_ids` are masked while a request is under its min_tokens.
 
-    def __init__(self, vocab: int, eos_ids: frozenset[int]) -> None:
+    `largest` is the runner's: the first largest of each row, -1 for one that is not finite.
+    """
+
+    def __init__(self, vocab: int, eos_ids: frozenset[int], largest: Largest) -> None:
+        self._largest = largest
         self._eos = np.asarray(sorted(eos_ids), np.int64)
         self._row = np.empty(vocab, np.float32)
         self._weights = np.zeros(-(-vocab // _STRIDE) * _STRIDE, np.float32)
 
     def pick(self, logits: torch.Tensor, work: Sequence[Work]) -> list[Pick]:
         """One pick for each row of `logits` [L, vocab] float32, whose rows are those that `work` asks for, in order."""
-        rows = logits.numpy(force=True)
         if all(item.logits == 0 or is_plain(item.request) for item in work):
-            return _greedy(rows)
+            return self._greedy(logits)
+        rows = logits.numpy(force=True)
         picks: list[Pick] = []
         for item in work:
+            if item.logits and is_plain(item.request):
+                picks += self._greedy(logits[len(picks) : len(picks) + item.logits])
+                continue
             for i in range(item.logits):
                 picks.append(self._pick_row(rows[len(picks)], item.request, i))
         return picks
 
+    def _greedy(self, logits: torch.Tensor) -> list[Pick]:
+        return [Pick(token) if token >= 0 else _not_finite() for token in self._largest(logits).tolist()]
+
     def _pick_row(self, raw: Row, request: Request, i: int) -> Pick:
-        if is_plain(request):
-            return _greedy(raw[None])[0]
         if not np.isfinite(raw).all():
             return _not_finite()
         if request.scored:
@@ -157,16 +166,6 @@ def token_logprob(row: Row, token: int, k: int) -> TokenLogprob:
         ids = _largest(row, k)
         best = tuple((int(i), float(row[i]) - total) for i in ids)
     return TokenLogprob(token, float(row[token]) - total, best)
-
-
-def _greedy(rows: npt.NDArray[np.float32]) -> list[Pick]:
-    """The largest logit of each row, the lowest id among equals. Two passes over all rows, no loop over ids."""
-    tokens = rows.argmax(1)
-    # argmax finds a NaN or +inf if there is one, and the minimum a -inf
-    fine = np.isfinite(rows[np.arange(len(rows)), tokens]) & np.isfinite(rows.min(1))
-    if fine.all():
-        return [Pick(token) for token in tokens.tolist()]
-    return [Pick(token) if ok else _not_finite() for token, ok in zip(tokens.tolist(), fine.tolist(), strict=True)]
 
 
 def _not_finite() -> Pick:

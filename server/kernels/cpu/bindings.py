@@ -100,8 +100,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_model_step": (None, [c_void_p, POINTER(Step)]),
     "loramux_model_bytes": (c_int64, [c_void_p]),
     "loramux_model_times": (None, [c_void_p, POINTER(c_int64)]),
-    "loramux_argmax": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
-    "loramux_logsumexp": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
+    "loramux_largest": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
 }
 
 

@@ -73,9 +73,14 @@ int64_t cache_halves(const Config& config, int64_t block_size) {
 }
 
 int64_t first_largest(const float* x, int64_t n) {
-  __m512 most = _mm512_set1_ps(-INFINITY);
-  for (int64_t i = 0; i < n; i += 16)
-    most = _mm512_max_ps(most, _mm512_mask_loadu_ps(most, first_lanes(n - i), x + i));
+  __m512 most = _mm512_set1_ps(-INFINITY), nothing = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = first_lanes(n - i);
+    const __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
+    most = _mm512_mask_max_ps(most, mask, most, v);
+    nothing = _mm512_fmadd_ps(v, _mm512_setzero_ps(), nothing);  // becomes NaN by NaN and by infinities
+  }
+  if (_mm512_cmp_ps_mask(nothing, nothing, _CMP_UNORD_Q)) return -1;
   const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(most));
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = first_lanes(n - i);
@@ -83,18 +88,6 @@ int64_t first_largest(const float* x, int64_t n) {
     if (hit) return i + __builtin_ctz(hit);
   }
   return 0;
-}
-
-float log_sum_exp(const float* x, int64_t n) {
-  const float peak = x[first_largest(x, n)];
-  const __m512 p = _mm512_set1_ps(peak);
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = first_lanes(n - i);
-    const __m512 e = exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), p));
-    sum = _mm512_add_ps(sum, _mm512_maskz_mov_ps(mask, e));
-  }
-  return peak + std::log(_mm512_reduce_add_ps(sum));
 }
 
 Model::Model(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,

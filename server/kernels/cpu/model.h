@@ -16,8 +16,7 @@
 namespace loramux {
 
 int64_t cache_halves(const Config& config, int64_t block_size);  // bf16 values of one block of one layer
-int64_t first_largest(const float* x, int64_t n);
-float log_sum_exp(const float* x, int64_t n);
+int64_t first_largest(const float* x, int64_t n);  // -1 if not all are finite
 
 class Model {
  public:

@@ -25,6 +25,7 @@ from adapters.weights import BASE_ALONE, LoraWeights, LowRank, Mix
 from server.engine.batch import Batch
 from server.engine.engine import Engine
 from server.engine.request import Delivery, Request, Sampling, State
+from server.engine.runner import first_largest
 from server.engine.text import Text
 from server.model.vocabulary import Vocabulary
 
@@ -112,6 +113,9 @@ class FakeRunner:
             np.stack([rows[r] for r in batch.logit_rows.tolist()]) if rows else np.zeros((0, self.vocab), np.float32)
         )
         return logits if added is None else logits + added
+
+    def largest(self, logits: torch.Tensor) -> np.ndarray:
+        return first_largest(logits.numpy())
 
     def block_bytes(self, block_size: int) -> int:
         return block_size

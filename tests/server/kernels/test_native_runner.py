@@ -322,16 +322,19 @@ def test_bytes_are_accounted_for() -> None:
     assert runner.nbytes()["activations"] > held["activations"]
 
 
-def test_argmax_and_logsumexp_over_a_vocabulary() -> None:
-    from server.engine.native_runner import NativeRunner
-
-    native, _ = bases("llama-int4")
-    runner = NativeRunner(native, SLOTS, 2)
-    logits = torch.randn(5, 1003) * 4
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_largest_of_each_row_is_the_first_and_none_if_one_is_not_finite(backend: str) -> None:
+    runner = runner_of(bases("llama-int4")[backend != "native"])
+    logits = torch.randn(9, 1003) * 4
     logits[3, 500] = logits[3, 700] = 99.0
-    assert torch.equal(runner.argmax(logits), logits.argmax(1))
-    assert int(runner.argmax(logits)[3]) == 500
-    assert torch.allclose(runner.logsumexp(logits), torch.logsumexp(logits.double(), 1).float(), atol=1e-5)
+    expected = logits.argmax(1).tolist()
+    assert expected[3] == 500
+    for row, column, bad in [(1, 0, torch.nan), (4, 1002, torch.inf), (5, 600, -torch.inf), (8, 17, torch.nan)]:
+        logits[row, column] = bad
+        expected[row] = -1
+    assert runner.largest(logits).tolist() == expected
+    assert runner.largest(logits[2:4]).tolist() == expected[2:4]
+    assert runner.largest(logits[:0]).tolist() == []
 
 
 def test_a_prepared_adapter_lies_in_one_piece_in_the_order_of_a_step() -> None:
