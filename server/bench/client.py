@@ -24,13 +24,15 @@ Body = Callable[[Arrival, int], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One request as the client saw it. Times in seconds; `ttft` counts from when it was due to be sent."""
+    """One request as the client saw it. Times in seconds; `ttft` and `e2e` count from when it was due to be sent, at
+    `due` on the client's clock."""
 
     adapter: int
     ok: bool
     tokens: int
     ttft: float
     e2e: float
+    due: float
     error: str = ""
 
     @property
@@ -41,13 +43,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run: rates over its whole time, medians and tails over its finished requests (seconds)."""
+    """A run: rates over its whole time, of decoding as `decode_rate` has it, medians and tails over its finished
+    requests (seconds)."""
 
     requests: int
     finished: int
     seconds: float
     requests_per_second: float
     tokens_per_second: float
+    decode_tokens_per_second: float
     ttft_p50: float
     ttft_p90: float
     ttft_p99: float
@@ -63,12 +67,13 @@ class Summary:
 
 async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], due: float, adapter: int) -> Outcome:
     """Send one streaming completion and read it to its end. A failure is an Outcome, never an exception."""
-    first = float("nan")
+    first, last = float("nan"), float("nan")
     tokens, pieces, error = 0, 0, ""
     try:
         async with session.post(url, json=body) as response:
             if response.status != 200:
-                return Outcome(adapter, False, 0, first, time.perf_counter() - due, (await response.text())[:300])
+                why = (await response.text())[:300]
+                return Outcome(adapter, False, 0, first, time.perf_counter() - due, due, why)
             async for line in response.content:
                 if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
                     continue
@@ -80,11 +85,12 @@ async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any],
                     tokens = event["usage"]["completion_tokens"]
                 if event.get("choices"):
                     pieces += 1
+                    last = time.perf_counter() - due
                     if math.isnan(first):
-                        first = time.perf_counter() - due
+                        first = last
     except (TimeoutError, aiohttp.ClientError, ConnectionError) as e:
         error = f"{type(e).__name__}: {e}"
-    return Outcome(adapter, not error and pieces > 0, tokens or pieces, first, time.perf_counter() - due, error)
+    return Outcome(adapter, not error and pieces > 0, tokens or pieces, first, last, due, error)
 
 
 async def open_loop(base_url: str, arrivals: Sequence[Arrival], body: Body, timeout: float = 600) -> list[Outcome]:
@@ -131,6 +137,22 @@ async def timed(run: Awaitable[list[Outcome]], slo_seconds: float = 6.0) -> tupl
     return outcomes, summarize(outcomes, time.perf_counter() - start, slo_seconds)
 
 
+def decode_rate(done: Sequence[Outcome]) -> float:
+    """Tokens a second of decoding alone: those after each request's first one, over the time in which at least one
+    request was between its first and its last token.
+
+    A server that answers all at once and one that answers them one after another are both given the time in which
+    they decode, and not that in which they only read prompts or wait. Reading of prompts that goes on while others
+    decode counts, for whoever does that.
+    """
+    busy, until = 0.0, -math.inf
+    for o in sorted(done, key=lambda o: o.due + o.ttft):
+        start, end = max(o.due + o.ttft, until), o.due + o.e2e
+        if end > start:
+            busy, until = busy + end - start, end
+    return sum(o.tokens - 1 for o in done) / busy if busy else float("nan")
+
+
 def summarize(outcomes: Sequence[Outcome], seconds: float, slo_seconds: float = 6.0) -> Summary:
     """Throughput, percentiles, and S-LoRA's two service levels: the share of first tokens within `slo_seconds`
     (a failed request counts as missed) and the mean of max(0, 1 - (ttft / slo)^2)."""
@@ -144,6 +166,7 @@ def summarize(outcomes: Sequence[Outcome], seconds: float, slo_seconds: float = 
         seconds=seconds,
         requests_per_second=len(done) / seconds,
         tokens_per_second=sum(o.tokens for o in done) / seconds,
+        decode_tokens_per_second=decode_rate(done),
         ttft_p50=float(np.percentile(ttft, 50)),
         ttft_p90=float(np.percentile(ttft, 90)),
         ttft_p99=float(np.percentile(ttft, 99)),

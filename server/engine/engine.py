@@ -85,7 +85,7 @@ class Engine:
             Limits(max_batch, max(max_step_tokens, max_batch + 1), max(64, 2 * max_batch), age_limit),
             lambda request: root_key(base_id, request.mix, request.tenant),
         )
-        self._sampler = Sampler(vocab_size, eos_ids, runner.largest)
+        self._sampler = Sampler(vocab_size, eos_ids)
         self._record = StepRecord()
         self._live: dict[str, Request] = {}
         """Every request that has been drained from the inbox and has not heard of its end."""

@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from adapters.weights import LoraWeights, LowRank
-from server.engine.batch import Batch
+from server.engine.batch import Batch, Logits
 from server.errors import BadModel
 from server.kernels.cpu import bindings, packing
 from server.kernels.cpu.bindings import SITES
@@ -126,10 +125,11 @@ class NativeRunner:
         self._library.loramux_model_slot(self._model, slot, None)
         self._slots[slot] = None
 
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> Logits:
         logits = self._results.take(batch.logit_rows.shape[0], self._config.vocab_size)
+        largest = np.empty(logits.shape[0], np.int64)
         if batch.rows == 0:
-            return logits
+            return Logits(logits, largest)
         arrays = _arrays(batch)
         self._check_batch(batch, arrays)
         entries = list(chain.from_iterable(batch.mixes))
@@ -147,10 +147,11 @@ class NativeRunner:
             mix_slot=ctypes.addressof(slots),
             mix_weight=ctypes.addressof(weights),
             logits=logits.data_ptr(),
+            largest=largest.ctypes.data,
             **{name: tensor.data_ptr() for name, tensor in arrays.items()},
         )
         self._library.loramux_model_step(self._model, step)
-        return logits
+        return Logits(logits, largest)
 
     def block_bytes(self, block_size: int) -> int:
         return int(self._library.loramux_block_bytes(self._shape, block_size))
@@ -170,12 +171,6 @@ class NativeRunner:
         times = (ctypes.c_int64 * len(bindings.PHASES))()
         self._library.loramux_model_times(self._model, times)
         return {name: t * 1e-9 for name, t in zip(bindings.PHASES, times, strict=True)}
-
-    def largest(self, logits: torch.Tensor) -> npt.NDArray[np.int64]:
-        logits = logits.contiguous()
-        out = np.empty(logits.shape[0], np.int64)
-        self._library.loramux_largest(self._pool.handle, logits.data_ptr(), *logits.shape, out.ctypes.data)
-        return out
 
     def _layer(self, index: int) -> bindings.Layer:
         path = f"model.layers.{index}"

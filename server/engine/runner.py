@@ -10,11 +10,10 @@ import threading
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from adapters.weights import LoraWeights
-from server.engine.batch import Batch
+from server.engine.batch import Batch, Logits
 from server.kernels.lora import Segment, Segments, SlotTable
 from server.kernels.threads import take
 from server.model.attention import Context, PagedAttention
@@ -33,11 +32,8 @@ class Runner(Protocol):
     def clear(self, slot: int) -> None:
         """Empty a slot and keep no reference to what was in it."""
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Compute the step: keys and values are in their blocks after it. -> float32 [L, vocab], for `logit_rows`."""
-
-    def largest(self, logits: torch.Tensor) -> npt.NDArray[np.int64]:
-        """The first largest of each row of `logits` [L, vocab]; -1 for a row that has a number that is not finite."""
+    def run(self, batch: Batch) -> Logits:
+        """Compute the step: keys and values are in their blocks after it."""
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one block of keys and values."""
@@ -79,7 +75,7 @@ class TorchRunner:
         self._table.clear(slot)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> Logits:
         if self._owner != threading.get_ident():
             take(self._threads)
             self._owner = threading.get_ident()
@@ -91,10 +87,7 @@ class TorchRunner:
         logits = self._decoder.logits(hidden[batch.logit_rows])
         self._work = max(self._work, self._step_bytes(batch))
         self._touched = max(self._touched, int(batch.blocks.max()) + 1)
-        return logits
-
-    def largest(self, logits: torch.Tensor) -> npt.NDArray[np.int64]:
-        return first_largest(logits.numpy(force=True))
+        return Logits.of(logits)
 
     def block_bytes(self, block_size: int) -> int:
         config = self._base.config
@@ -112,14 +105,6 @@ class TorchRunner:
         config = self._base.config
         row = 8 * config.hidden_size + 3 * self._base.backend.dtype.itemsize * config.intermediate_size
         return batch.rows * row + 4 * config.vocab_size * batch.logit_rows.shape[0]
-
-
-def first_largest(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """What `Runner.largest` says, by numpy."""
-    tokens = rows.argmax(1)
-    # argmax finds a NaN or +inf if there is one, and the minimum a -inf
-    fine = np.isfinite(rows[np.arange(len(rows)), tokens]) & np.isfinite(rows.min(1))
-    return np.where(fine, tokens, -1)
 
 
 def make_runner(base: Source, max_slots: int, threads: int) -> Runner:

@@ -9,19 +9,17 @@ min_p -> one uniform number against the distribution's sum over ids, ascending.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from server.engine.batch import Work
+from server.engine.batch import Logits, Work
 from server.engine.request import Request, Sampling, TokenLogprob
 from server.errors import EngineFailed, InvalidRequest
 
 Row = npt.NDArray[np.float32]
-Largest = Callable[[torch.Tensor], npt.NDArray[np.int64]]
 
 _STRIDE = 256
 """Ids whose probabilities are summed before the sums are: the draw then looks into one stretch alone."""
@@ -36,33 +34,25 @@ class Pick(NamedTuple):
 
 
 class Sampler:
-    """Picks tokens for `vocab` ids. `eos_ids` are masked while a request is under its min_tokens.
+    """Picks tokens for `vocab` ids. `eos_ids` are masked while a request is under its min_tokens."""
 
-    `largest` is the runner's: the first largest of each row, -1 for one that is not finite.
-    """
-
-    def __init__(self, vocab: int, eos_ids: frozenset[int], largest: Largest) -> None:
-        self._largest = largest
+    def __init__(self, vocab: int, eos_ids: frozenset[int]) -> None:
         self._eos = np.asarray(sorted(eos_ids), np.int64)
         self._row = np.empty(vocab, np.float32)
         self._weights = np.zeros(-(-vocab // _STRIDE) * _STRIDE, np.float32)
 
-    def pick(self, logits: torch.Tensor, work: Sequence[Work]) -> list[Pick]:
-        """One pick for each row of `logits` [L, vocab] float32, whose rows are those that `work` asks for, in order."""
+    def pick(self, logits: Logits, work: Sequence[Work]) -> list[Pick]:
+        """One pick for each row of `logits`, whose rows are those that `work` asks for, in order."""
+        greedy = [Pick(token) if token >= 0 else _not_finite() for token in logits.largest.tolist()]
         if all(item.logits == 0 or is_plain(item.request) for item in work):
-            return self._greedy(logits)
-        rows = logits.numpy(force=True)
+            return greedy
+        rows = logits.rows.numpy(force=True)
         picks: list[Pick] = []
         for item in work:
-            if item.logits and is_plain(item.request):
-                picks += self._greedy(logits[len(picks) : len(picks) + item.logits])
-                continue
             for i in range(item.logits):
-                picks.append(self._pick_row(rows[len(picks)], item.request, i))
+                row = len(picks)
+                picks.append(greedy[row] if is_plain(item.request) else self._pick_row(rows[row], item.request, i))
         return picks
-
-    def _greedy(self, logits: torch.Tensor) -> list[Pick]:
-        return [Pick(token) if token >= 0 else _not_finite() for token in self._largest(logits).tolist()]
 
     def _pick_row(self, raw: Row, request: Request, i: int) -> Pick:
         if not np.isfinite(raw).all():

@@ -76,11 +76,4 @@ void loramux_model_step(void* model, const Step* step) { static_cast<Model*>(mod
 int64_t loramux_model_bytes(void* model) { return static_cast<Model*>(model)->work_bytes(); }
 // Nanoseconds that each kind of phase has taken since the last call; see Model::Phase.
 void loramux_model_times(void* model, int64_t* out) { static_cast<Model*>(model)->take_times(out); }
-
-// The first largest of each row of logits [rows, n]; -1 for a row that has a number that is not finite.
-void loramux_largest(void* pool_, const float* logits, int64_t rows, int64_t n, int64_t* out) {
-  auto& pool = *static_cast<Pool*>(pool_);
-  std::lock_guard<std::mutex> turn(pool.turn);
-  pool.run(static_cast<int>(rows), [&](int row, int) { out[row] = first_largest(logits + row * n, n); });
-}
 }

@@ -80,6 +80,7 @@ class Step(ctypes.Structure):
         ("mix_slot", c_void_p),
         ("mix_weight", c_void_p),
         ("logits", c_void_p),
+        ("largest", c_void_p),
     ]
 
 
@@ -100,7 +101,6 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_model_step": (None, [c_void_p, POINTER(Step)]),
     "loramux_model_bytes": (c_int64, [c_void_p]),
     "loramux_model_times": (None, [c_void_p, POINTER(c_int64)]),
-    "loramux_largest": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
 }
 
 

@@ -72,24 +72,6 @@ int64_t cache_halves(const Config& config, int64_t block_size) {
   return config.kv_heads * Cache{nullptr, block_size, config.kv_heads, config.head_dim}.head_halves();
 }
 
-int64_t first_largest(const float* x, int64_t n) {
-  __m512 most = _mm512_set1_ps(-INFINITY), nothing = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = first_lanes(n - i);
-    const __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
-    most = _mm512_mask_max_ps(most, mask, most, v);
-    nothing = _mm512_fmadd_ps(v, _mm512_setzero_ps(), nothing);  // becomes NaN by NaN and by infinities
-  }
-  if (_mm512_cmp_ps_mask(nothing, nothing, _CMP_UNORD_Q)) return -1;
-  const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = first_lanes(n - i);
-    const __mmask16 hit = _mm512_mask_cmp_ps_mask(mask, _mm512_maskz_loadu_ps(mask, x + i), peak, _CMP_EQ_OQ);
-    if (hit) return i + __builtin_ctz(hit);
-  }
-  return 0;
-}
-
 Model::Model(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,
              Pool& pool)
     : config_(config),
@@ -128,7 +110,7 @@ void Model::set_slot(int64_t slot, const LoraSite* sites) {
 
 int64_t Model::work_bytes() const {
   int64_t bytes = stream_.bytes() + qkv_.bytes() + query_.bytes() + seen_.bytes() + normed_.bytes() +
-                  attended_.bytes() + gated_.bytes();
+                  attended_.bytes() + gated_.bytes() + peaks_.bytes();
   for (const auto& buffer : rank_products_) bytes += buffer.bytes();
   for (const Local& local : local_) bytes += local.attention.bytes() + local.tile.bytes() + local.row.bytes();
   return bytes;
@@ -511,12 +493,33 @@ void Model::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
   clock(DOWN_PROJ, t);
 }
 
+// Of x[0..n), which begin at column `at` of the row.
+Model::Peak Model::peak_of(const float* x, int64_t n, int64_t at) {
+  __m512 most = _mm512_set1_ps(-INFINITY), nothing = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = first_lanes(n - i);
+    const __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
+    most = _mm512_mask_max_ps(most, mask, most, v);
+    nothing = _mm512_fmadd_ps(v, _mm512_setzero_ps(), nothing);
+  }
+  Peak peak{_mm512_reduce_max_ps(most), _mm512_reduce_add_ps(nothing), at};
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 hit = _mm512_mask_cmp_ps_mask(first_lanes(n - i), _mm512_maskz_loadu_ps(first_lanes(n - i), x + i),
+                                                  _mm512_set1_ps(peak.value), _CMP_EQ_OQ);
+    if (!hit) continue;
+    peak.at = at + i + __builtin_ctz(hit);
+    break;
+  }
+  return peak;
+}
+
 void Model::head(const Step& step) {
   constexpr int64_t EACH = 8;  // tiles: the table is long
-  const int64_t tiles = head_.tiles();
+  const int64_t tiles = head_.tiles(), pieces = (tiles + EACH - 1) / EACH;
   for (int64_t first = 0; first < step.logit_count; first += BLOCK) {
     const int64_t count = std::min(BLOCK, step.logit_count - first);
     normed_.reserve(count, config_.hidden, head_.scheme != NONE, head_.scheme == NONE);
+    peaks_.reserve(pieces * count);
     for (Local& local : local_) local.tile.reserve(count * EACH * 16);
     pool_.run(static_cast<int>((count + ROWS - 1) / ROWS), [&](int piece, int thread) {
       float* scratch = local_[static_cast<size_t>(thread)].row.get();
@@ -526,17 +529,29 @@ void Model::head(const Step& step) {
         normed_.set(r, 0, config_.hidden, scratch);
       }
     });
-    pool_.run(static_cast<int>((tiles + EACH - 1) / EACH), [&](int piece, int thread) {
+    pool_.run(static_cast<int>(pieces), [&](int piece, int thread) {
       const int64_t tile = piece * EACH, last = std::min(tile + EACH, tiles);
+      const int64_t columns = std::min(last * 16, config_.vocab) - tile * 16;
       float* to = step.logits + first * config_.vocab + tile * 16;
       if (last * 16 <= config_.vocab) {
         multiply(head_, tile, last, normed_, count, to, config_.vocab);
-        return;
+      } else {
+        float* y = local_[static_cast<size_t>(thread)].tile.get();
+        multiply(head_, tile, last, normed_, count, y, EACH * 16);
+        for (int64_t r = 0; r < count; r++) copy_row(to + r * config_.vocab, y + r * EACH * 16, columns);
       }
-      float* y = local_[static_cast<size_t>(thread)].tile.get();
-      multiply(head_, tile, last, normed_, count, y, EACH * 16);
-      for (int64_t r = 0; r < count; r++) copy_row(to + r * config_.vocab, y + r * EACH * 16, config_.vocab - tile * 16);
+      for (int64_t r = 0; r < count; r++)  // while they are still in the first cache
+        peaks_.get()[piece * count + r] = peak_of(to + r * config_.vocab, columns, tile * 16);
     });
+    for (int64_t r = 0; r < count; r++) {
+      Peak best = peaks_.get()[r];
+      for (int64_t piece = 1; piece < pieces; piece++) {
+        const Peak& peak = peaks_.get()[piece * count + r];
+        best.nothing += peak.nothing;
+        if (peak.value > best.value) best.value = peak.value, best.at = peak.at;
+      }
+      step.largest[first + r] = std::isnan(best.nothing) ? -1 : best.at;
+    }
   }
 }
 

@@ -16,7 +16,6 @@
 namespace loramux {
 
 int64_t cache_halves(const Config& config, int64_t block_size);  // bf16 values of one block of one layer
-int64_t first_largest(const float* x, int64_t n);  // -1 if not all are finite
 
 class Model {
  public:
@@ -38,6 +37,12 @@ class Model {
   struct RowBlock {
     int64_t first, count;
     LoraPlan plan;
+  };
+
+  // The first largest of some logits of a row, and NaN times zero if one of them is not finite.
+  struct Peak {
+    float value, nothing;
+    int64_t at;
   };
 
   // What one product does with its result.
@@ -68,6 +73,7 @@ class Model {
   void attend_rows(const Step& step, int64_t layer, const RowBlock& block, int64_t sequence, int64_t head,
                    int64_t first, int64_t last, int thread, const uint16_t* const* following);
   void head(const Step& step);
+  static Peak peak_of(const float* x, int64_t n, int64_t at);
   bool site_used(const RowBlock& block, int64_t layer, int site) const;
   float* products_of(int site) { return rank_products_[static_cast<size_t>(site)].get(); }
   Cache cache_of(int64_t layer) const;
@@ -100,6 +106,7 @@ class Model {
   Buffer<float> seen_;  // attention's result [block][heads * dim]
   std::array<Buffer<float>, SITES> rank_products_;
   Activations normed_, attended_, gated_;
+  Buffer<Peak> peaks_;  // [pieces of the table][rows]
   struct Local {
     AttentionScratch attention;
     Buffer<float> tile, row;

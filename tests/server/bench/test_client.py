@@ -1,0 +1,42 @@
+"""The load client's sums: decoding told apart from the rest, by times alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from server.bench.client import Outcome, decode_rate, summarize
+
+
+def outcome(due: float, first: float, last: float, tokens: int, ok: bool = True) -> Outcome:
+    """`first` and `last` on the client's clock."""
+    return Outcome(0, ok, tokens, first - due, last - due, due)
+
+
+def test_decoding_at_once_counts_its_time_once() -> None:
+    together = [outcome(0.0, 1.0, 3.0, 21), outcome(0.0, 1.5, 3.5, 21)]
+    assert decode_rate(together) == pytest.approx(40 / 2.5)
+
+
+def test_decoding_one_after_another_leaves_out_what_lies_between() -> None:
+    turns = [outcome(0.0, 5.0, 6.0, 11), outcome(0.0, 1.0, 2.0, 11)]
+    assert decode_rate(turns) == pytest.approx(20 / 2.0)
+
+
+def test_one_within_another_adds_tokens_and_no_time() -> None:
+    assert decode_rate([outcome(0.0, 1.0, 5.0, 41), outcome(2.0, 2.5, 3.0, 6)]) == pytest.approx(45 / 4.0)
+
+
+def test_single_tokens_are_no_decoding() -> None:
+    assert math.isnan(decode_rate([outcome(0.0, 1.0, 1.0, 1)]))
+    assert math.isnan(decode_rate([]))
+
+
+def test_a_run_counts_what_was_finished() -> None:
+    run = [outcome(0.0, 1.0, 3.0, 21), outcome(0.0, math.nan, 0.5, 0, ok=False)]
+    summary = summarize(run, 4.0)
+    assert (summary.requests, summary.finished) == (2, 1)
+    assert summary.tokens_per_second == pytest.approx(21 / 4)
+    assert summary.decode_tokens_per_second == pytest.approx(20 / 2)
+    assert summary.slo_attainment == 0.5
