@@ -13,7 +13,7 @@ from pathlib import Path
 INT4, NF4, INT8, NONE = range(4)
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of a layer, in the order of `SiteIndex`."""
-PHASES = ("norm", "qkv", "attention", "out", "gate_up", "down", "expand", "head", "plan")
+PHASES = ("norm", "qkv", "attention", "out", "gate_up", "down", "head", "plan")
 """What `loramux_model_times` tells apart, in the order of `Model::Phase`."""
 
 
