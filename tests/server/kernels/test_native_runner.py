@@ -199,6 +199,30 @@ def test_adapters_of_all_ranks_share_a_batch(family: str) -> None:
         assert error(ours, exact) < 0.05, (i, mixes[i])
 
 
+@pytest.mark.parametrize("rows", [1, 3, 17, 300])
+@pytest.mark.parametrize("family", ["llama-int4", "odd-widths"])
+def test_steps_of_one_to_many_rows(family: str, rows: int) -> None:
+    """All ranks in a step as far as its rows go, weights of -1, 0 and 2: close to the reference, and each sequence bit
+    for bit as it is alone."""
+    native, reference = bases(family)
+    adapters = {i: adapter(native, i, rank) for i, rank in enumerate(RANKS)}
+    mixes: list[SlotWeights] = [((i, (-1.0, 2.0, 1.0, 0.0)[i % 4]),) for i in range(len(RANKS))]
+    mixes += [(), ((6, 2.0), (3, -1.0)), ((9, 1.0),)]
+    count = min(rows, len(mixes))
+    lengths = [rows * (i + 1) // count - rows * i // count for i in range(count)]
+    results = []
+    for base in (native, reference):
+        runner = runner_of(base)
+        place_all(runner, base, adapters)
+        sequences = [Sequence(tokens(i, n), [i * 2, i * 2 + 1], mixes[i]) for i, n in enumerate(lengths)]
+        results.append(step(runner, list(zip(sequences, lengths, strict=True))))
+        if base is native:
+            for sequence, ours in zip(sequences, results[0], strict=True):
+                assert torch.equal(alone(runner, sequence.tokens, sequence.mix), ours)
+    for i, (ours, exact) in enumerate(zip(*results, strict=True)):
+        assert error(ours, exact) < 0.05, (i, mixes[i])
+
+
 def test_an_adapter_changes_what_it_should_and_no_more() -> None:
     native, reference = bases("llama-bf16")
     ours, exact = runner_of(native), runner_of(reference)
