@@ -194,14 +194,14 @@ void Model::reserve(const Step& step) {
     sites |= block.plan.sites;
   }
   for (int64_t r = 0; r < step.rows; r++) context = std::max(context, step.positions[r] + 1);
-  const bool half = any_half_ || rank > 0;
+  const auto half = [&](uint32_t readers) { return any_half_ || (sites & readers) != 0; };
   stream_.reserve(step.rows * config_.hidden);
   qkv_.reserve(rows * (whole_tiles(heads) + 2 * whole_tiles(kv)));
   query_.reserve(rows * heads);
   seen_.reserve(rows * heads);
-  normed_.reserve(rows, config_.hidden, any_codes_, half);
-  attended_.reserve(rows, heads, any_codes_, half);
-  gated_.reserve(rows, config_.intermediate, any_codes_, half);
+  normed_.reserve(rows, config_.hidden, any_codes_, half(1u << Q | 1u << K | 1u << V | 1u << GATE | 1u << UP));
+  attended_.reserve(rows, heads, any_codes_, half(1u << O));
+  gated_.reserve(rows, config_.intermediate, any_codes_, half(1u << DOWN));
   for (size_t site = 0; site < SITES; site++)
     if (sites >> site & 1) updates_[site].reserve(rows * whole_tiles(layers_[0].site[site].n));
   for (Local& local : local_) {
@@ -276,7 +276,8 @@ void Model::product_piece(const RowBlock& block, const Activations& x, const Tar
 }
 
 // The base's products and the adapters' updates side by side: one lives on arithmetic, the other on memory. Whoever
-// reads the result adds the updates.
+// reads the result adds the updates. Those of the first rows come first and those of the last rows last, so that of two
+// threads each mostly computes what it will read, and one reads memory while the other multiplies.
 void Model::products(int64_t layer, const RowBlock& block, const Activations& x, int64_t in,
                      const std::vector<Target>& targets) {
   std::vector<int> sites;
@@ -285,11 +286,13 @@ void Model::products(int64_t layer, const RowBlock& block, const Activations& x,
     sites.push_back(targets[i].site);
     start[i + 1] = start[i] + (targets[i].w->tiles() + TILES - 1) / TILES;
   }
-  const int updates = plan_updates(layer, block, sites);
+  const int updates = plan_updates(layer, block, sites), before = (updates + 1) / 2;
+  const int products = static_cast<int>(start[targets.size()]);
   phase_++;
-  pool_.run(updates + static_cast<int>(start[targets.size()]), [&](int piece, int thread) {
-    if (piece < updates) return update_piece(block, x, in, piece, thread);
-    piece -= updates;
+  pool_.run(updates + products, [&](int piece, int thread) {
+    if (piece < before) return update_piece(block, x, in, piece, thread);
+    if (piece >= before + products) return update_piece(block, x, in, piece - products, thread);
+    piece -= before;
     fetch_once(x, block.count, thread);
     size_t i = 0;
     while (piece >= start[i + 1]) i++;
