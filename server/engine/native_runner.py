@@ -127,9 +127,9 @@ class NativeRunner:
 
     def run(self, batch: Batch) -> Logits:
         logits = self._results.take(batch.logit_rows.shape[0], self._config.vocab_size)
-        largest = np.empty(logits.shape[0], np.int64)
+        largest = torch.empty(logits.shape[0], dtype=torch.int64)
         if batch.rows == 0:
-            return Logits(logits, largest)
+            return Logits(logits, largest.numpy())
         arrays = _arrays(batch)
         self._check_batch(batch, arrays)
         entries = list(chain.from_iterable(batch.mixes))
@@ -147,11 +147,11 @@ class NativeRunner:
             mix_slot=ctypes.addressof(slots),
             mix_weight=ctypes.addressof(weights),
             logits=logits.data_ptr(),
-            largest=largest.ctypes.data,
+            largest=largest.data_ptr(),
             **{name: tensor.data_ptr() for name, tensor in arrays.items()},
         )
         self._library.loramux_model_step(self._model, step)
-        return Logits(logits, largest)
+        return Logits(logits, largest.numpy())
 
     def block_bytes(self, block_size: int) -> int:
         return int(self._library.loramux_block_bytes(self._shape, block_size))

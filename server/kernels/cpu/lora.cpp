@@ -19,8 +19,8 @@ inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// Bytes ahead of a walk that are asked for at least. Pages are small and the processor's own prefetching ends with each.
-constexpr int64_t AHEAD = 3072;
+// Bytes ahead of a walk that are asked for. Pages are small and the processor's own prefetching ends with each.
+constexpr int64_t AHEAD = 4096;
 
 inline void prefetch(const uint16_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
@@ -30,7 +30,6 @@ inline void shrink_tile(const uint16_t* a, const uint16_t* const* x, int64_t in,
   __m512 sum[J][R][2];
   for (int j = 0; j < J; j++)
     for (int r = 0; r < R; r++) sum[j][r][0] = sum[j][r][1] = _mm512_setzero_ps();
-  const int64_t ahead = (AHEAD / 2 + J * in - 1) / (J * in) * (J * in);  // whole tiles
   int64_t i = 0;
   for (; i + 64 <= in; i += 64) {
 #pragma GCC unroll 2
@@ -38,7 +37,7 @@ inline void shrink_tile(const uint16_t* a, const uint16_t* const* x, int64_t in,
       __m512bh w[J];
       for (int j = 0; j < J; j++) {
         w[j] = (__m512bh)_mm512_loadu_si512(a + j * in + i + h * 32);
-        prefetch(a + j * in + i + h * 32 + ahead);
+        prefetch(a + AHEAD / 2 + (i + h * 32) * J + j * 32);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
@@ -69,7 +68,7 @@ inline void shrink_tile(const uint16_t* a, const uint16_t* const* x, int64_t in,
 template <int R>
 void shrink_rows(const LoraSite& site, const uint16_t* const* x, int64_t in, __m128 factor, float* const* v) {
   // For one row alone the walk over A is what costs, and it goes from end to end.
-  constexpr int J = R == 1 ? 1 : 2;
+  constexpr int J = 2;
   float* at[R];
   int64_t j = 0;
   for (; j + J <= site.rank; j += J) {
@@ -92,8 +91,7 @@ inline void expand_tile(const uint16_t* b, int64_t columns, const float* const* 
   for (; c + 16 <= columns; c += 16) {
     __m512 sum[R];
     for (int r = 0; r < R; r++) sum[r] = _mm512_loadu_ps(y[r] + c);
-    if constexpr (J > 1)
-      for (int j = c % 32 == 0 ? 0 : J / 2; j < (c % 32 == 0 ? J / 2 : J); j++) prefetch(b + (J + j) * columns + c);
+    for (int l = 0; l < J / 2; l++) prefetch(b + AHEAD / 2 + c * J + l * 32);
 #pragma GCC unroll 8
     for (int j = 0; j < J; j++) {
       const __m512 w = bf16_to_float(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + j * columns + c)));

@@ -116,7 +116,7 @@ void Model::set_slot(int64_t slot, const LoraSite* sites) {
 
 int64_t Model::work_bytes() const {
   int64_t bytes = stream_.bytes() + qkv_.bytes() + query_.bytes() + seen_.bytes() + normed_.bytes() +
-                  attended_.bytes() + gated_.bytes() + peaks_.bytes();
+                  attended_.bytes() + gated_.bytes();
   for (const auto& buffer : updates_) bytes += buffer.bytes();
   for (const Local& local : local_)
     bytes += local.attention.bytes() + local.tile.bytes() + local.row.bytes() + local.ranks.bytes();
@@ -525,8 +525,10 @@ void Model::head(const Step& step) {
   for (int64_t first = 0; first < step.logit_count; first += BLOCK) {
     const int64_t count = std::min(BLOCK, step.logit_count - first);
     normed_.reserve(count, config_.hidden, head_.scheme != NONE, head_.scheme == NONE);
-    peaks_.reserve(pieces * count);
-    for (Local& local : local_) local.tile.reserve(count * EACH * 16);
+    for (Local& local : local_) {
+      local.tile.reserve(count * EACH * 16);
+      local.peaks.assign(static_cast<size_t>(count), Peak{});
+    }
     pool_.run(static_cast<int>((count + ROWS - 1) / ROWS), [&](int piece, int thread) {
       float* scratch = local_[static_cast<size_t>(thread)].row.get();
       for (int64_t r = piece * ROWS; r < std::min<int64_t>(count, (piece + 1) * ROWS); r++) {
@@ -547,15 +549,12 @@ void Model::head(const Step& step) {
         for (int64_t r = 0; r < count; r++) copy_row(to + r * config_.vocab, y + r * EACH * 16, columns);
       }
       for (int64_t r = 0; r < count; r++)  // while they are still in the first cache
-        peaks_.get()[piece * count + r] = peak_of(to + r * config_.vocab, columns, tile * 16);
+        local_[static_cast<size_t>(thread)].peaks[static_cast<size_t>(r)].take(
+            peak_of(to + r * config_.vocab, columns, tile * 16));
     });
     for (int64_t r = 0; r < count; r++) {
-      Peak best = peaks_.get()[r];
-      for (int64_t piece = 1; piece < pieces; piece++) {
-        const Peak& peak = peaks_.get()[piece * count + r];
-        best.nothing += peak.nothing;
-        if (peak.value > best.value) best.value = peak.value, best.at = peak.at;
-      }
+      Peak best;
+      for (const Local& local : local_) best.take(local.peaks[static_cast<size_t>(r)]);
       step.largest[first + r] = std::isnan(best.nothing) ? -1 : best.at;
     }
   }

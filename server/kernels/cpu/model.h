@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "attention.h"
@@ -41,8 +42,13 @@ class Model {
 
   // The first largest of some logits of a row, and NaN times zero if one of them is not finite.
   struct Peak {
-    float value, nothing;
-    int64_t at;
+    float value = -std::numeric_limits<float>::infinity(), nothing = 0.0f;
+    int64_t at = std::numeric_limits<int64_t>::max();
+
+    void take(const Peak& other) {
+      nothing += other.nothing;
+      if (other.value > value || (other.value == value && other.at < at)) value = other.value, at = other.at;
+    }
   };
 
   // What one product does with its result.
@@ -105,10 +111,10 @@ class Model {
   Buffer<float> seen_;  // attention's result [block][heads * dim]
   std::array<Buffer<float>, SITES> updates_;  // [block][the site's outputs]
   Activations normed_, attended_, gated_;
-  Buffer<Peak> peaks_;  // [pieces of the table][rows]
   struct Local {
     AttentionScratch attention;
     Buffer<float> tile, row, ranks;
+    std::vector<Peak> peaks;  // of the logits that this thread has computed
     int64_t phase = 0;  // the last one in which this thread asked for its activations
   };
   std::vector<Local> local_;
