@@ -321,7 +321,7 @@ void Model::gate_up(int64_t layer, const RowBlock& block) {
       multiply(w, first, last, normed_, block.count, to, 2 * WIDE);
       for (int64_t r = 0; r < block.count; r++) {
         if (w.bias) add_row(to + r * 2 * WIDE, w.bias + column, columns);
-        const float* z = update_of(block, side == 0 ? GATE : UP, r);
+        const float* z = updates > 0 ? update_of(block, side == 0 ? GATE : UP, r) : nullptr;
         if (z) add_row(to + r * 2 * WIDE, z + column, columns);
       }
     }
