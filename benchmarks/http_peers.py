@@ -3,8 +3,9 @@
 Run it as `python -m benchmarks.http_peers BASE.gguf --llama LLAMA.CPP --gguf Q4_0.gguf`, where LLAMA.CPP is the folder
 of llama.cpp's source with its binaries in `b/bin`. Both servers run from start to end and one client asks them in
 turn, every second round backwards: prompts of 128 random tokens, 64 new ones, whatever the end token, no prefix cache.
-A wave is all requests at once; the next begins when all are answered. Decoding is told apart as
-`server.bench.client.decode_rate` has it, which is the same for both; whole requests are the tokens of a wave over its
+A wave is all requests at once; the next begins when all are answered. Decoding is told apart in two ways, the same for
+both: over all the time in which something decodes (`server.bench.client.decode_rate`), which for us has the reading of
+prompts in it, and over the steps that only decode (`steady_rate`). Whole requests are the tokens of a wave over its
 time. In process the same requests go to an engine without HTTP, from the client's own process.
 """
 
@@ -54,6 +55,7 @@ def over_http(url: str, body: Body, arrivals: list[Arrival]) -> Wave:
         return {
             "whole": summary.tokens_per_second,
             "decode": summary.decode_tokens_per_second,
+            "steady decode": summary.steady_tokens_per_second,
             "ttft_p50": summary.ttft_p50,
         }
 
@@ -70,13 +72,16 @@ def in_process(engine: InProcess, body: Body, arrivals: list[Arrival], adapters:
 @contextlib.contextmanager
 def llama_serving(folder: Path, llama: Path, gguf: Path, base: Base, adapters: list[Path], slots: int) -> Iterator[str]:
     """The address of a llama-server with its adapters, which are converted into `folder` first."""
-    exported = export_base(base, folder / "exported")
+    exported = folder / "exported"
     command = [str(llama / "b/bin/llama-server"), "-m", str(gguf), "-t", "2", "-tb", "2", "-b", "2048", "-ub", "512"]
     command += ["--parallel", str(slots), "-c", "16384", "-fa", "on", "--lora-init-without-apply"]
     for i, adapter in enumerate(adapters):
         out = folder / f"{i}.gguf"
-        convert = [sys.executable, str(llama / "convert_lora_to_gguf.py"), "--base", str(exported), str(adapter)]
-        subprocess.run([*convert, "--outfile", str(out)], check=True, capture_output=True)
+        if not out.exists():
+            if not exported.exists():
+                export_base(base, exported)
+            convert = [sys.executable, str(llama / "convert_lora_to_gguf.py"), "--base", str(exported), str(adapter)]
+            subprocess.run([*convert, "--outfile", str(out)], check=True, capture_output=True)
         command += ["--lora", str(out)]
     port = free_port()
     with (folder / "llama.log").open("wb") as log:
@@ -116,7 +121,8 @@ def report(found: Mapping[str, list[Mapping[str, float]]]) -> dict[str, Any]:
     ours, inside = medians["loramux"], medians["in process"]
     ratios = {"HTTP over in process, whole": ours["whole"] / inside["whole"]}
     if "llama-server" in medians:
-        ratios |= {f"over llama-server, {key}": ours[key] / medians["llama-server"][key] for key in ("decode", "whole")}
+        theirs = medians["llama-server"]
+        ratios |= {f"over llama-server, {key}": ours[key] / theirs[key] for key in ("steady decode", "decode", "whole")}
     return {"medians": medians, "ratios": ratios, "rounds": found}
 
 
@@ -125,6 +131,7 @@ def main() -> None:
     parser.add_argument("base", type=Path, help="the embedded base, a .gguf file")
     parser.add_argument("--llama", type=Path, help="llama.cpp's folder; without it only ours is measured")
     parser.add_argument("--gguf", type=Path, help="the base as Q4_0, for llama-server")
+    parser.add_argument("--converted", type=Path, help="keep adapters as llama-server wants them here, for a next run")
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--adapters", action=argparse.BooleanOptionalAction, default=True, help="one a request")
     parser.add_argument("--rounds", type=int, default=5)
@@ -147,7 +154,7 @@ def main() -> None:
             "loramux": over_http(ours.url, body, arrivals),
         }
         if given.llama is not None:
-            peer = llama_serving(folder, given.llama, given.gguf, base, adapters, given.requests)
+            peer = llama_serving(given.converted or folder, given.llama, given.gguf, base, adapters, given.requests)
             waves["llama-server"] = over_http(
                 stack.enter_context(peer), llama_body(count, VOCAB) if count else body, arrivals
             )

@@ -25,7 +25,7 @@ Body = Callable[[Arrival, int], Mapping[str, Any]]
 @dataclass(frozen=True)
 class Outcome:
     """One request as the client saw it. Times in seconds; `ttft` and `e2e` count from when it was due to be sent, at
-    `due` on the client's clock."""
+    `due` on the client's clock; `times` are those of its events that carried text, on that clock."""
 
     adapter: int
     ok: bool
@@ -33,6 +33,7 @@ class Outcome:
     ttft: float
     e2e: float
     due: float
+    times: tuple[float, ...] = ()
     error: str = ""
 
     @property
@@ -43,8 +44,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run: rates over its whole time, of decoding as `decode_rate` has it, medians and tails over its finished
-    requests (seconds)."""
+    """A run: rates over its whole time, of decoding as `decode_rate` and `steady_rate` have it, medians and tails over
+    its finished requests (seconds)."""
 
     requests: int
     finished: int
@@ -52,6 +53,7 @@ class Summary:
     requests_per_second: float
     tokens_per_second: float
     decode_tokens_per_second: float
+    steady_tokens_per_second: float
     ttft_p50: float
     ttft_p90: float
     ttft_p99: float
@@ -67,13 +69,13 @@ class Summary:
 
 async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], due: float, adapter: int) -> Outcome:
     """Send one streaming completion and read it to its end. A failure is an Outcome, never an exception."""
-    first, last = float("nan"), float("nan")
-    tokens, pieces, error = 0, 0, ""
+    times: list[float] = []
+    tokens, error = 0, ""
     try:
         async with session.post(url, json=body) as response:
             if response.status != 200:
                 why = (await response.text())[:300]
-                return Outcome(adapter, False, 0, first, time.perf_counter() - due, due, why)
+                return Outcome(adapter, False, 0, math.nan, time.perf_counter() - due, due, error=why)
             async for line in response.content:
                 if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
                     continue
@@ -84,13 +86,11 @@ async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any],
                 if event.get("usage"):
                     tokens = event["usage"]["completion_tokens"]
                 if event.get("choices"):
-                    pieces += 1
-                    last = time.perf_counter() - due
-                    if math.isnan(first):
-                        first = last
+                    times.append(time.perf_counter())
     except (TimeoutError, aiohttp.ClientError, ConnectionError) as e:
         error = f"{type(e).__name__}: {e}"
-    return Outcome(adapter, not error and pieces > 0, tokens or pieces, first, last, due, error)
+    first, last = (times[0] - due, times[-1] - due) if times else (math.nan, math.nan)
+    return Outcome(adapter, not error and bool(times), tokens or len(times), first, last, due, tuple(times), error)
 
 
 async def open_loop(base_url: str, arrivals: Sequence[Arrival], body: Body, timeout: float = 600) -> list[Outcome]:
@@ -153,6 +153,29 @@ def decode_rate(done: Sequence[Outcome]) -> float:
     return sum(o.tokens - 1 for o in done) / busy if busy else float("nan")
 
 
+BURST_SECONDS = 0.002
+"""Events that come closer than this belong to one step of the server."""
+
+
+def steady_rate(done: Sequence[Outcome]) -> float:
+    """Tokens a second of the steps in which a server only decodes.
+
+    Events are taken together as steps; a step that brings a first token has read a prompt, or has had nothing to do
+    before it, and is left out with the time before it and the tokens that came along. What is left are the tokens of
+    all other steps over the time since the step before each.
+    """
+    steps: list[tuple[float, int, bool]] = []  # its first event's time, how many it has, whether one is a first token
+    last = -math.inf
+    for t, first in sorted((t, i == 0) for o in done for i, t in enumerate(o.times)):
+        if t - last >= BURST_SECONDS:
+            steps.append((t, 0, False))
+        start, count, fresh = steps[-1]
+        steps[-1], last = (start, count + 1, fresh or first), t
+    alone = [(b[0] - a[0], b[1]) for a, b in zip(steps, steps[1:], strict=False) if not b[2]]
+    busy = sum(seconds for seconds, _ in alone)
+    return sum(count for _, count in alone) / busy if busy else float("nan")
+
+
 def summarize(outcomes: Sequence[Outcome], seconds: float, slo_seconds: float = 6.0) -> Summary:
     """Throughput, percentiles, and S-LoRA's two service levels: the share of first tokens within `slo_seconds`
     (a failed request counts as missed) and the mean of max(0, 1 - (ttft / slo)^2)."""
@@ -167,6 +190,7 @@ def summarize(outcomes: Sequence[Outcome], seconds: float, slo_seconds: float = 
         requests_per_second=len(done) / seconds,
         tokens_per_second=sum(o.tokens for o in done) / seconds,
         decode_tokens_per_second=decode_rate(done),
+        steady_tokens_per_second=steady_rate(done),
         ttft_p50=float(np.percentile(ttft, 50)),
         ttft_p90=float(np.percentile(ttft, 90)),
         ttft_p99=float(np.percentile(ttft, 99)),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from server.bench.client import Outcome, decode_rate, summarize
+from server.bench.client import Outcome, decode_rate, steady_rate, summarize
 
 
 def outcome(due: float, first: float, last: float, tokens: int, ok: bool = True) -> Outcome:
-    """`first` and `last` on the client's clock."""
-    return Outcome(0, ok, tokens, first - due, last - due, due)
+    """`first` and `last` on the client's clock, the other tokens evenly between them."""
+    times = tuple(first + (last - first) * i / max(tokens - 1, 1) for i in range(tokens))
+    return Outcome(0, ok, tokens, first - due, last - due, due, times)
 
 
 def test_decoding_at_once_counts_its_time_once() -> None:
@@ -31,6 +33,21 @@ def test_one_within_another_adds_tokens_and_no_time() -> None:
 def test_single_tokens_are_no_decoding() -> None:
     assert math.isnan(decode_rate([outcome(0.0, 1.0, 1.0, 1)]))
     assert math.isnan(decode_rate([]))
+
+
+def test_steps_that_read_a_prompt_are_no_steady_decoding() -> None:
+    """The second request's prompt is read while the first decodes, which takes that step 1 s instead of 0.1."""
+    one = outcome(0.0, 1.0, 1.5, 6)
+    rest = tuple(2.5 + 0.1 * i for i in range(6))
+    one = replace(one, tokens=12, times=one.times + rest, e2e=3.0)
+    two = outcome(0.0, 2.501, 3.001, 6)
+    assert decode_rate([one, two]) == pytest.approx(16 / 2.001)
+    assert steady_rate([one, two]) == pytest.approx((5 + 5 * 2) / (0.5 + 0.5))
+
+
+def test_steady_decoding_one_after_another_leaves_out_what_lies_between() -> None:
+    turns = [outcome(0.0, 5.0, 6.0, 11), outcome(0.0, 1.0, 2.0, 11)]
+    assert steady_rate(turns) == pytest.approx(20 / 2.0)
 
 
 def test_a_run_counts_what_was_finished() -> None:
