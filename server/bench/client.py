@@ -68,29 +68,48 @@ class Summary:
 
 
 async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], due: float, adapter: int) -> Outcome:
-    """Send one streaming completion and read it to its end. A failure is an Outcome, never an exception."""
-    times: list[float] = []
-    tokens, error = 0, ""
+    """Send one streaming completion and read it to its end. A failure is an Outcome, never an exception.
+
+    What arrives is only noted, and read once all is there: a client on the server's own machine takes its time.
+    """
+    received, marks = bytearray(), []
     try:
         async with session.post(url, json=body) as response:
             if response.status != 200:
                 why = (await response.text())[:300]
                 return Outcome(adapter, False, 0, math.nan, time.perf_counter() - due, due, error=why)
-            async for line in response.content:
-                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                    continue
-                event = json.loads(line[6:])
-                if "error" in event:
-                    error = str(event["error"])[:300]
-                    break
-                if event.get("usage"):
-                    tokens = event["usage"]["completion_tokens"]
-                if event.get("choices"):
-                    times.append(time.perf_counter())
+            async for chunk in response.content.iter_any():
+                received += chunk
+                marks.append((len(received), time.perf_counter()))
+        tokens, times, error = read_events(bytes(received), marks)
     except (TimeoutError, aiohttp.ClientError, ConnectionError) as e:
+        tokens, times, error = read_events(bytes(received), marks)
         error = f"{type(e).__name__}: {e}"
     first, last = (times[0] - due, times[-1] - due) if times else (math.nan, math.nan)
     return Outcome(adapter, not error and bool(times), tokens or len(times), first, last, due, tuple(times), error)
+
+
+def read_events(received: bytes, marks: Sequence[tuple[int, float]]) -> tuple[int, list[float], str]:
+    """The number of tokens as the usage has it (0 without one), when each event with text was there, and the error.
+
+    `marks` say how many bytes had arrived when; the last line may be incomplete.
+    """
+    times: list[float] = []
+    tokens = end = mark = 0
+    for line in received.splitlines(keepends=True):
+        end += len(line)
+        if not line.startswith(b"data: {") or not line.endswith(b"\n"):
+            continue
+        while marks[mark][0] < end:
+            mark += 1
+        event = json.loads(line[6:])
+        if "error" in event:
+            return tokens, times, str(event["error"])[:300]
+        if event.get("usage"):
+            tokens = event["usage"]["completion_tokens"]
+        if event.get("choices"):
+            times.append(marks[mark][1])
+    return tokens, times, ""
 
 
 async def open_loop(base_url: str, arrivals: Sequence[Arrival], body: Body, timeout: float = 600) -> list[Outcome]:

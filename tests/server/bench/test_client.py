@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from server.bench.client import Outcome, decode_rate, steady_rate, summarize
+from server.bench.client import Outcome, decode_rate, read_events, steady_rate, summarize
 
 
 def outcome(due: float, first: float, last: float, tokens: int, ok: bool = True) -> Outcome:
@@ -57,3 +57,22 @@ def test_a_run_counts_what_was_finished() -> None:
     assert summary.tokens_per_second == pytest.approx(21 / 4)
     assert summary.decode_tokens_per_second == pytest.approx(20 / 2)
     assert summary.slo_attainment == 0.5
+
+
+def test_events_came_when_their_last_byte_did() -> None:
+    events = [
+        b'data: {"choices": [{"text": "a"}]}\n\n',
+        b'data: {"choices": [{"text": "b"}]}\n\ndata: {"choices": [{"text": "c\\r"}]}\n',
+        b'\ndata: {"choices": [], "usage": {"completion_tokens": 4}}\n\ndata: [DONE]\n\ndata: {"cho',
+    ]
+    received = b"".join(events)
+    first, second = len(events[0]), len(events[0]) + len(events[1])
+    marks = [(first - 5, 1.0), (first + 3, 2.0), (second, 3.0), (len(received), 4.0)]
+    assert read_events(received, marks) == (4, [2.0, 3.0, 3.0], "")
+
+
+def test_an_error_ends_a_stream() -> None:
+    received = b'data: {"choices": [{"text": "a"}]}\n\ndata: {"error": {"message": "full"}}\n\n'
+    tokens, times, error = read_events(received, [(len(received), 1.0)])
+    assert (tokens, times) == (0, [1.0])
+    assert "full" in error
