@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from server.engine.request import Request
@@ -47,6 +48,23 @@ class Batch:
     @property
     def sequences(self) -> int:
         return self.context.shape[0]
+
+
+class Logits(NamedTuple):
+    """What a step computes: float32 [L, vocab] of a batch's `logit_rows`, and the first largest of each, int64 [L], -1
+    for a row that has a number that is not finite."""
+
+    rows: torch.Tensor
+    largest: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> Logits:
+        """With the largest found here."""
+        values = rows.numpy(force=True)
+        largest = values.argmax(1)
+        # argmax finds a NaN or +inf if there is one, and the minimum a -inf
+        fine = np.isfinite(values[np.arange(len(values)), largest]) & np.isfinite(values.min(1))
+        return cls(rows, np.where(fine, largest, -1))
 
 
 class Work(NamedTuple):

@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from server.engine.batch import Work
+from server.engine.batch import Logits, Work
 from server.engine.request import Request, Sampling, TokenLogprob
 from server.errors import EngineFailed, InvalidRequest
 
@@ -42,20 +41,20 @@ class Sampler:
         self._row = np.empty(vocab, np.float32)
         self._weights = np.zeros(-(-vocab // _STRIDE) * _STRIDE, np.float32)
 
-    def pick(self, logits: torch.Tensor, work: Sequence[Work]) -> list[Pick]:
-        """One pick for each row of `logits` [L, vocab] float32, whose rows are those that `work` asks for, in order."""
-        rows = logits.numpy(force=True)
+    def pick(self, logits: Logits, work: Sequence[Work]) -> list[Pick]:
+        """One pick for each row of `logits`, whose rows are those that `work` asks for, in order."""
+        greedy = [Pick(token) if token >= 0 else _not_finite() for token in logits.largest.tolist()]
         if all(item.logits == 0 or is_plain(item.request) for item in work):
-            return _greedy(rows)
+            return greedy
+        rows = logits.rows.numpy(force=True)
         picks: list[Pick] = []
         for item in work:
             for i in range(item.logits):
-                picks.append(self._pick_row(rows[len(picks)], item.request, i))
+                row = len(picks)
+                picks.append(greedy[row] if is_plain(item.request) else self._pick_row(rows[row], item.request, i))
         return picks
 
     def _pick_row(self, raw: Row, request: Request, i: int) -> Pick:
-        if is_plain(request):
-            return _greedy(raw[None])[0]
         if not np.isfinite(raw).all():
             return _not_finite()
         if request.scored:
@@ -157,16 +156,6 @@ def token_logprob(row: Row, token: int, k: int) -> TokenLogprob:
         ids = _largest(row, k)
         best = tuple((int(i), float(row[i]) - total) for i in ids)
     return TokenLogprob(token, float(row[token]) - total, best)
-
-
-def _greedy(rows: npt.NDArray[np.float32]) -> list[Pick]:
-    """The largest logit of each row, the lowest id among equals. Two passes over all rows, no loop over ids."""
-    tokens = rows.argmax(1)
-    # argmax finds a NaN or +inf if there is one, and the minimum a -inf
-    fine = np.isfinite(rows[np.arange(len(rows)), tokens]) & np.isfinite(rows.min(1))
-    if fine.all():
-        return [Pick(token) for token in tokens.tolist()]
-    return [Pick(token) if ok else _not_finite() for token, ok in zip(tokens.tolist(), fine.tolist(), strict=True)]
 
 
 def _not_finite() -> Pick:

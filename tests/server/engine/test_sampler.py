@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.batch import Work
+from server.engine.batch import Logits, Work
 from server.engine.request import Request, Sampling
 from server.engine.sampler import Pick, Sampler, token_logprob, uniform
 from server.errors import EngineFailed, InvalidRequest
@@ -30,7 +30,7 @@ def request(output: tuple[int, ...] = (), prompt: tuple[int, ...] = (1, 2), seed
 
 def pick(logits: Any, *requests: Request) -> list[Pick]:
     rows = torch.from_numpy(np.atleast_2d(np.asarray(logits, np.float32)))
-    return Sampler(rows.shape[1], frozenset({EOS})).pick(rows, [Work(r, 1, 1) for r in requests])
+    return Sampler(rows.shape[1], frozenset({EOS})).pick(Logits.of(rows), [Work(r, 1, 1) for r in requests])
 
 
 def noise(seed: int, rows: int = 1, vocab: int = VOCAB) -> np.ndarray:
