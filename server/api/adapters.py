@@ -98,7 +98,8 @@ async def register(request: Request, runtime: Running, parts: Ready) -> Response
 async def publish(name: Name, request: Request, runtime: Running, parts: Ready, if_match: IfMatch = None) -> Response:
     """Give a name new content, or one of the versions that it had before."""
     known = name in parts.registry.names()
-    expected = _version(if_match)
+    expected = _version(parts, name, if_match)
+    parts.registry.check(name, expected)  # before anything is fetched or taken in
     if _is_multipart(request):
         async with uploaded(request, runtime.settings, named=False) as (field, folder):
             if field not in ("", name):
@@ -120,7 +121,7 @@ async def publish(name: Name, request: Request, runtime: Running, parts: Ready, 
 @router.delete("/{name}", status_code=202, response_model=schemas.AdapterAnswer, responses=WRITE)
 async def retire(name: Name, parts: Ready, if_match: IfMatch = None) -> Response:
     """Take a name away. What runs on it finishes; then its memory and disk are freed."""
-    return json_response(await retire_unused(parts, name, _version(if_match)), 202)
+    return json_response(await retire_unused(parts, name, _version(parts, name, if_match)), 202)
 
 
 async def retire_unused(parts: Parts, name: str, if_match: str | None = None) -> dict[str, Any]:
@@ -176,7 +177,11 @@ async def compose(body: schemas.ComposeBody, runtime: Running, parts: Ready) -> 
 
 
 async def publish_source(parts: Parts, name: str, place: str, **options: Any) -> Published:
-    """Publish from a place that a client named. Raises InvalidRequest for one that is not allowed."""
+    """Publish from a place that a client named, if the name will do. Raises InvalidRequest for a place that will not.
+
+    Raises what the registry does.
+    """
+    parts.registry.check(name)
     try:
         async with parts.sources.open(place) as (folder, within):
             return await parts.registry.publish(name, folder, within=within, **options)
@@ -263,6 +268,13 @@ async def _json_body(request: Request, model: type[B]) -> B:
         raise RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": "", "input": None}]) from None
 
 
-def _version(if_match: str | None) -> str | None:
-    """The version within an If-Match header: an ETag as we send them, a bare label, or `*`."""
-    return None if if_match is None else if_match.strip().removeprefix("W/").strip('"')
+def _version(parts: Parts, name: str, if_match: str | None) -> str | None:
+    """The version within an If-Match header: an ETag as we send them, a bare label, or `*`.
+
+    Of several it is the one that the adapter has now, so that the registry can hold it to that.
+    """
+    if if_match is None:
+        return None
+    listed = [tag.strip().removeprefix("W/").strip('"') for tag in if_match.split(",")]
+    now = parts.registry.current(name).label if name in parts.registry.names() else None
+    return now if now in listed else listed[0]

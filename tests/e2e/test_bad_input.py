@@ -63,6 +63,10 @@ def mix(weight: str) -> bytes:
     return b'{"prompt": "x", "adapters": [{"name": "sentiment", "weight": %s}]}' % weight.encode()
 
 
+def chat(content: bytes) -> bytes:
+    return b'{"model": "smollm2-135m", "messages": [{"role": "user", "content": %s}]}' % content
+
+
 @pytest.mark.parametrize(
     ("status", "path", "body", "says"),
     [
@@ -74,7 +78,17 @@ def mix(weight: str) -> bytes:
         (400, "/v1/completions", b"[", "JSON"),
         (422, "/generate", b"\xff\xfe{}", ""),
         (400, "/generate", b"[" * 100_000, ""),
+        (400, "/generate", b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", "JSON"),
+        (422, "/generate", b'{"prompt": "a\\ud800b"}', "prompt"),
+        (400, "/v1/completions", b'{"model": "smollm2-135m", "prompt": "a\\ud800b"}', "surrogate"),
+        (400, "/v1/completions", b'{"model": "smollm2-135m", "prompt": ["fine", "\\udfff"]}', "surrogate"),
+        (400, "/v1/chat/completions", chat(b'"\\ud83d"'), "surrogate"),
+        (400, "/v1/chat/completions", chat(b'[{"type": "text", "text": "\\ud83d"}]'), "surrogate"),
+        (422, "/generate", b'["prompt"]', "must be a JSON object"),
+        (422, "/generate", b"{'prompt': 'x'}", "not valid JSON, at character 1"),
         (404, "/generate?task=nowhere", {"prompt": "x"}, "nowhere"),
+        (422, "/generate?taks=sentiment", {"prompt": "x"}, "taks: there is no such field"),
+        (422, "/classify?task=sentiment&tasks=x", {"prompt": "x"}, "tasks"),
         (404, "/generate", {"prompt": "x", "adapters": [{"name": "nobody"}]}, "nobody"),
         (404, "/v1/completions", {"model": "nobody", "prompt": "x"}, "nobody"),
         (422, "/generate", {"prompt": "x", "temprature": 1}, ""),
