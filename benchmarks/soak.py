@@ -305,6 +305,7 @@ class Soak:
             for name, folders in self.contents.items():
                 await self.publish(http, name, folders[0], "POST")
             await self._fill(http)
+            await self._wake_threads(http)
         await self._load(self.clock.now() + max(3.0, seconds / 10))
         self.report.before = await self._held()
         start = self.clock.now()
@@ -330,6 +331,13 @@ class Soak:
         for half in (texts[::2], texts[1::2]):
             body = {"model": "smollm2-135m", "prompt": half, "max_tokens": 1}
             (await http.post("/v1/completions", json=body)).raise_for_status()
+
+    async def _wake_threads(self, http: httpx.AsyncClient) -> None:
+        """Pools start their threads when all that they have are busy: so once all at a time."""
+        long = {"prompt": "word " * 20_000}
+        await asyncio.gather(*(http.post("/generate", json=long) for _ in range(64)))
+        names = [n for n in self.contents if n.startswith("c")]
+        await asyncio.gather(*(self.publish(http, name, self.contents[name][0], "PUT") for name in names))
 
     async def _load(self, until: float) -> None:
         async with asyncio.TaskGroup() as group:

@@ -83,6 +83,8 @@ def listen(host: str, port: int) -> socket.socket:
 def _server(settings: Settings, app: Any, runtime: Runtime) -> uvicorn.Server:
     import uvicorn
 
+    from server.cli.http import Protocol
+
     class Server(uvicorn.Server):
         """uvicorn's, with signals left to `_sigterm_and_sigint`: its own would end the process by a signal.
 
@@ -109,6 +111,7 @@ def _server(settings: Settings, app: Any, runtime: Runtime) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        http=Protocol,
         ws="none",
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=LAST_WORDS,

@@ -11,6 +11,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from server.engine import completion
@@ -103,6 +104,10 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="loramux-engine", daemon=True)
         self._inbox.open()
         self._thread.start()
+
+    def check_call(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises NoCapacity for requests of one call that the queue could never hold together."""
+        self._inbox.check(len(prompts), sum(map(len, prompts)))
 
     def submit(self, request: Request) -> None:
         """Let a request in. From here on it hears of its end exactly once.
