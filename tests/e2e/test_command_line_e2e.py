@@ -61,9 +61,9 @@ def _stream(live: Live, tokens: int, begun: threading.Event, lines: list[str]) -
 
 def test_sigterm_lets_requests_finish(embedded: Path, tmp_path: Path) -> None:
     """What runs is finished; what is new is told that it comes too late, and when to come back."""
-    with serving(tmp_path) as live:
+    with serving(tmp_path, "--drain", "5m") as live:
         begun, lines = threading.Event(), []
-        reader = threading.Thread(target=_stream, args=(live, 1500, begun, lines))
+        reader = threading.Thread(target=_stream, args=(live, 1000, begun, lines))
         reader.start()
         assert begun.wait(30)
         live.process.send_signal(signal.SIGTERM)
@@ -73,7 +73,7 @@ def test_sigterm_lets_requests_finish(embedded: Path, tmp_path: Path) -> None:
         assert late.status_code == ready.status_code == 503 and int(late.headers["retry-after"]) >= 1
         assert "shutting down" in late.json()["error"]["message"] and lines[-1] != "data: [DONE]"
         assert httpx.get(f"{live.url}/health/live", timeout=60).status_code == 200
-        reader.join(60)
+        reader.join(300)
         assert lines[-1] == "data: [DONE]" and json.loads(lines[-2][6:])["finish_reason"] == "length"
         assert live.process.wait(30) == 0
 

@@ -182,13 +182,13 @@ def test_a_full_disk_is_507_and_nothing_changes(
 ) -> None:
     import errno
 
-    from server.api import adapters as api
+    from server.api import uploads
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     folder = write_adapter("local", 12)
-    monkeypatch.setattr(api, "_write", full)
+    monkeypatch.setattr(uploads, "_write", full)
     answer = live.http.post("/adapters", **upload(folder, name="sent"))
     assert answer.status_code == 507 and answer.headers["x-should-retry"] == "false"
     assert live.http.get("/adapters/sent").status_code == 404
