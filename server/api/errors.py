@@ -92,7 +92,7 @@ def answer(error: Exception, request_id: str = "", *, openai: bool = False) -> A
     for kind in type(error).__mro__:
         if kind in TABLE:
             return _known(error, *TABLE[kind])
-    log.error("request %s failed", request_id, exc_info=error)
+    log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
     return Answer(500, f"internal error; the log has more under {request_id or 'this time'}", SERVER, None, "internal")
 
 

@@ -59,7 +59,8 @@ class Boundary:
         finally:
             if self.access_log:
                 took = (time.monotonic() - start) * 1000
-                log.info("%s %r %s %.1f ms %s", scope["method"], scope["path"], status or "gone", took, request_id)
+                told = (scope["method"], scope["path"], status or "gone", took, request_id)
+                log.info("%s %r %s %.1f ms %s", *told, extra={"request_id": request_id, "status": status, "ms": took})
 
 
 class BodyLimit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from server.api.watchdog import EXIT_CODE, Watchdog
+from server.cli import logs
 
 
 def test_a_step_that_raises_fails_its_requests_alone(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +82,9 @@ def test_prompts_are_logged_only_if_asked(start: Any, tmp_path: Any, caplog: pyt
     quiet.generate("a private matter", max_tokens=1)
     quiet.generate("a private matter", max_tokens=100000)
     assert "/generate" in caplog.text and "private" not in caplog.text
+    lines = [json.loads(logs.JsonLines().format(record)) for record in caplog.records]
+    assert {line["status"] for line in lines if "/generate" in line["message"]} == {200, 400}
+    assert all(line["request_id"].startswith("req-") for line in lines if "/generate" in line["message"])
     loud = start(log_prompts=True, state_dir=tmp_path / "other")
     loud.generate("a private matter", max_tokens=1)
     assert "private" in caplog.text
