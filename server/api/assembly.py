@@ -32,6 +32,7 @@ from server.jobs.runner import Jobs, Work
 from server.jobs.spec import BaseSource
 from server.jobs.training import Training
 from server.kernels import choose
+from server.kernels.cpu.last_words import last_words
 from server.metrics import Metrics
 from server.model.loader import Base, load_base
 from server.settings import Settings
@@ -272,6 +273,7 @@ def _engine(settings: Settings, base: Base, runner: Runner, registry: Registry, 
         max_queue_tokens=settings.max_queue_tokens,
         max_step_tokens=settings.max_step_tokens,
         prefix_cache=settings.prefix_cache,
+        tell=last_words(),
     )
 
 

@@ -11,6 +11,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from server.engine import completion
@@ -44,7 +45,7 @@ class Engine:
 
     `fetch(mix)` gives a future of the weights of a mix, in its order, and must not block. `blocks` blocks of
     `block_size` tokens are allocated at once, in the constructor. At most `max_queue` requests with `max_queue_tokens`
-    prompt tokens wait.
+    prompt tokens wait. `tell` hears in a line which requests run together, whenever that changes.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Engine:
         prefix_cache: bool = True,
         prefix_share: float = 0.5,
         age_limit: float = 2.0,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.context_length = min(context_length, blocks * block_size)
         """Tokens that one request can have at most, prompt and answer together."""
@@ -86,7 +88,7 @@ class Engine:
             lambda request: root_key(base_id, request.mix, request.tenant),
         )
         self._sampler = Sampler(vocab_size, eos_ids)
-        self._record = StepRecord()
+        self._record = StepRecord(tell)
         self._live: dict[str, Request] = {}
         """Every request that has been drained from the inbox and has not heard of its end."""
         self._thread: threading.Thread | None = None
@@ -103,6 +105,10 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="loramux-engine", daemon=True)
         self._inbox.open()
         self._thread.start()
+
+    def check_call(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises NoCapacity for requests of one call that the queue could never hold together."""
+        self._inbox.check(len(prompts), sum(map(len, prompts)))
 
     def submit(self, request: Request) -> None:
         """Let a request in. From here on it hears of its end exactly once.

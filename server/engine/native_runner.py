@@ -28,7 +28,11 @@ VECTOR = 16
 
 
 class _Results:
-    """Memory for steps' logits that is used again once nobody holds them: fresh pages cost a tenth of a step."""
+    """Memory for steps' logits that is used again once nobody holds them: fresh pages cost a tenth of a step.
+
+    Sizes are powers of two, so that a few steps decide them for good, and not each that is a little larger than all
+    before it. Pages that no step has needed are not there.
+    """
 
     KEPT = 2
     LARGEST = 2**26  # bytes; what a long scoring step needs is given back
@@ -44,7 +48,7 @@ class _Results:
             if arena.size >= size and sys.getrefcount(arena) == 3:
                 break
         else:
-            arena = np.empty(size, dtype=np.float32)
+            arena = np.empty(1 << (size - 1).bit_length(), dtype=np.float32)
             if arena.nbytes <= self.LARGEST:
                 self._arenas = [*self._arenas[1 - self.KEPT :], arena]
         return torch.from_numpy(arena)[:size].view(rows, columns)

@@ -101,6 +101,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_model_step": (None, [c_void_p, POINTER(Step)]),
     "loramux_model_bytes": (c_int64, [c_void_p]),
     "loramux_model_times": (None, [c_void_p, POINTER(c_int64)]),
+    "loramux_last_words": (None, [c_void_p]),
 }
 
 
