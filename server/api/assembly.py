@@ -79,7 +79,8 @@ class _Notices(Observer):
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self.on_adapters: Callable[[], None] = lambda: None
+        self.on_adapters: Callable[[], set[str]] = set
+        """Answers the tasks that went with an adapter."""
 
     def on_load(self, name: str, outcome: str, seconds: float) -> None:
         self._metrics.on_load(name, outcome, seconds)
@@ -89,7 +90,8 @@ class _Notices(Observer):
 
     def on_change(self, name: str, version: Version | None) -> None:
         self._metrics.on_change(name, version)
-        self.on_adapters()
+        for task in self.on_adapters():
+            self._metrics.forget_task(task)
 
 
 def assemble(settings: Settings, metrics: Metrics, mailbox: Mailbox) -> House:
@@ -123,6 +125,9 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     tasks = Tasks(settings.state_dir / "tasks.json", registry, reserved=(base.name,))
     registry.tasks = tasks.using
     notices.on_adapters = tasks.refresh
+    metrics.served = lambda task, adapters: (
+        (task is None or tasks.find(task) is not None) and set(adapters) <= set(registry.names())
+    )
     registry.start()
     watch = Watch(registry, settings.watched_dir)
     if settings.library is not None:

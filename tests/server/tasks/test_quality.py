@@ -186,7 +186,7 @@ def test_performance_of_600_000_records_is_quick_and_small(tmp_path: Path) -> No
     quality = Quality(file)
     subjects = [Subject.of("t", [(Version("a", f"{i:x}" * 64), 1.0)], "base") for i in range(6)]
     for subject in subjects:
-        quality.evaluated(subject, "accuracy", [1.0])
+        quality.evaluated(subject, "accuracy", {"x": 1.0})
     quality.close()
     db, now, count = sqlite3.connect(file), time.time(), 600_000
     rng = np.random.default_rng(0)
