@@ -4,7 +4,8 @@ Owns `quality.db`: raw rows, and beside them hourly sums, from which everything 
 with its versions and weights, and the base: what is learned of one says nothing of another. Feedback and evaluation
 are never added up.
 
-Answers are buffered and written twice a second; a score is on disk before the caller hears that it was taken.
+Answers are buffered and written twice a second; a score is on disk before the caller hears that it was taken. Rows are
+keyed by digests of their ids, and no second index is kept: they are found by id, and swept once an hour.
 """
 
 from __future__ import annotations
@@ -47,13 +48,11 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS subjects (
   id INTEGER PRIMARY KEY, task TEXT NOT NULL, mix TEXT NOT NULL, base TEXT NOT NULL, UNIQUE (task, mix, base));
 CREATE TABLE IF NOT EXISTS answers (
-  id TEXT PRIMARY KEY, subject INTEGER NOT NULL, tenant TEXT NOT NULL, at REAL NOT NULL, text BLOB NOT NULL
+  id BLOB PRIMARY KEY, subject INTEGER NOT NULL, tenant TEXT NOT NULL, at REAL NOT NULL, text BLOB NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS answers_at ON answers (at);
 CREATE TABLE IF NOT EXISTS scores (
-  id TEXT PRIMARY KEY, subject INTEGER NOT NULL, metric TEXT NOT NULL, value REAL NOT NULL, at REAL NOT NULL
+  id BLOB PRIMARY KEY, subject INTEGER NOT NULL, metric TEXT NOT NULL, value REAL NOT NULL, at REAL NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS scores_at ON scores (at);
 CREATE TABLE IF NOT EXISTS hours (
   subject INTEGER NOT NULL, metric TEXT NOT NULL, source TEXT NOT NULL, hour INTEGER NOT NULL,
   count INTEGER NOT NULL, total REAL NOT NULL, squares REAL NOT NULL,
@@ -116,7 +115,7 @@ class Answered:
 
 
 class _Traffic:
-    """What has come of one subject in one hour and is not written yet."""
+    """What has come of one subject, in one hour or in all."""
 
     def __init__(self) -> None:
         self.sums = [0, 0, 0, 0]  # requests, errors, prompt tokens, generated tokens
@@ -128,6 +127,12 @@ class _Traffic:
         if not answered.failed:
             for kind, latencies in self.latencies.items():
                 latencies.add(getattr(answered, kind))
+
+    def merge(self, other: _Traffic) -> None:
+        """Add what another has seen."""
+        self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
+        for kind, latencies in self.latencies.items():
+            latencies.merge(other.latencies[kind])
 
     def join(self, rows: Sequence[Sequence[Any]]) -> None:
         """Add rows of `traffic`, without their keys."""
@@ -154,6 +159,8 @@ class Quality:
         self._ids: dict[Subject, int] = {}
         self._totals: dict[tuple[Subject, str, str], Totals] = {}
         self._hours: dict[tuple[Subject, str, str], dict[int, Totals]] = {}
+        self._traffic: dict[int, _Traffic] = {}
+        """All hours of each subject, by its number."""
         self._clocks = time.time(), time.monotonic()
         """Both clocks when they were last compared."""
         self._load()
@@ -174,19 +181,20 @@ class Quality:
 
         With `expected`, the score is whether the answer said the same. Raises StoreFailed if the disk refuses it.
         """
+        key = digest(id)
         with self._lock, _told_of_the_disk():
             self._flush()
             row = self._db.execute(
                 "SELECT subject, text, task FROM answers JOIN subjects ON subjects.id = subject"
                 " WHERE answers.id = ? AND tenant = ? AND at > ?",
-                (id, tenant, time.time() - DAY),
+                (key, tenant, time.time() - DAY),
             ).fetchone()
             if row is None or row[2] != task:
                 raise UnknownName(f"there is no answer {id[:64]!r} of this task in the last 24 hours", "id")
             value = float(row[1] == _told(expected)) if expected is not None else float(score or 0.0)
             with self._db:
                 self._db.execute("BEGIN")
-                changes = self._score(id, row[0], "accuracy", FEEDBACK, value, time.time())
+                changes = self._score(key, row[0], "accuracy", FEEDBACK, value, time.time())
             self._add(self._subject(row[0]), "accuracy", FEEDBACK, changes)
 
     def evaluated(self, subject: Subject, metric: str, values: Mapping[str, float]) -> None:
@@ -199,8 +207,8 @@ class Quality:
                 self._db.execute("BEGIN")
                 number = self._number(subject)
                 for example, value in values.items():
-                    id = f"eval-{_digest(f'{number} {metric} {example}').hex()[:32]}"
-                    changes += self._score(id, number, metric, EVALUATION, value, now)
+                    key = digest(f"{number} {metric} {example}")
+                    changes += self._score(key, number, metric, EVALUATION, value, now)
             self._add(subject, metric, EVALUATION, changes)
 
     def lead(self, task: str, rule: str, leader: Subject, reason: str) -> None:
@@ -255,27 +263,19 @@ class Quality:
         """Per version: samples, quality by source with its interval, latencies, tokens, errors."""
         with self._lock:
             self._flush()
-            numbers = {n: s for s, n in self._ids.items() if s.task == task}
-            traffic = {number: _Traffic() for number in numbers}
-            for number, seen in traffic.items():
-                seen.join(self._db.execute(f"SELECT {_TOLD} FROM traffic WHERE subject = ?", (number,)).fetchall())
-        return [self._described(numbers[number], seen) for number, seen in traffic.items()]
+            subjects = {subject: number for subject, number in self._ids.items() if subject.task == task}
+            scores: dict[Subject, list[dict[str, Any]]] = {subject: [] for subject in subjects}
+            for (subject, metric, source), totals in self._totals.items():
+                if subject in scores and totals.count:
+                    low, high = interval(totals)
+                    scores[subject].append({"metric": metric, "source": source, "samples": totals.count,
+                                            "mean": totals.mean, "low": low, "high": high})  # fmt: skip
+            return [
+                self._described(subject, scores[subject], self._traffic.get(number, _Traffic()))
+                for subject, number in subjects.items()
+            ]
 
-    def _described(self, subject: Subject, seen: _Traffic) -> dict[str, Any]:
-        quality = []
-        for (other, metric, source), totals in list(self._totals.items()):
-            if other == subject and totals.count:
-                low, high = interval(totals)
-                quality.append(
-                    {
-                        "metric": metric,
-                        "source": source,
-                        "samples": totals.count,
-                        "mean": totals.mean,
-                        "low": low,
-                        "high": high,
-                    }  # fmt: skip
-                )
+    def _described(self, subject: Subject, quality: list[dict[str, Any]], seen: _Traffic) -> dict[str, Any]:
         requests, errors, prompt, generated = seen.sums
         return {
             "version": subject.label,
@@ -300,6 +300,9 @@ class Quality:
         for number, metric, source, hour, *sums in self._db.execute("SELECT * FROM hours"):
             self._hours.setdefault((by_number[number], metric, source), {})[hour] = Totals(*sums)
         self._totals = {key: Totals.joined(hours.values()) for key, hours in self._hours.items()}
+        for number in by_number:
+            rows = self._db.execute(f"SELECT {_TOLD} FROM traffic WHERE subject = ?", (number,)).fetchall()
+            self._traffic.setdefault(number, _Traffic()).join(rows)
 
     def _add(self, subject: Subject, metric: str, source: str, changes: Sequence[_Change]) -> None:
         """Do in memory what `_score` has done in the file."""
@@ -309,12 +312,12 @@ class Quality:
             hours[hour] = hours.get(hour, Totals()).plus(value, times)
             self._totals[key] = self._totals.get(key, Totals()).plus(value, times)
 
-    def _score(self, id: str, number: int, metric: str, source: str, value: float, at: float) -> list[_Change]:
-        """Write a score over the one that its id may have had, within a transaction."""
-        old = self._db.execute("SELECT value, at FROM scores WHERE id = ?", (id,)).fetchone()
+    def _score(self, key: bytes, number: int, metric: str, source: str, value: float, at: float) -> list[_Change]:
+        """Write a score over the one that its key may have had, within a transaction."""
+        old = self._db.execute("SELECT value, at FROM scores WHERE id = ?", (key,)).fetchone()
         changes = [(old[0], int(old[1]) // HOUR, -1)] if old is not None else []
         changes.append((value, int(at) // HOUR, 1))
-        self._db.execute("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?)", (id, number, metric, value, at))
+        self._db.execute("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?)", (key, number, metric, value, at))
         for change in changes:
             self._count(number, metric, source, *change)
         return changes
@@ -349,35 +352,37 @@ class Quality:
         try:
             with self._db:
                 self._db.execute("BEGIN")
-                self._write(pending)
+                traffic = self._write(pending)
         except sqlite3.Error:
             self._pending[:0] = pending[-MOST_PENDING:]  # a disk that has room again gets them
             self._ids = {s: n for s, n in self._ids.items() if n in self._written()}
             raise
+        for (number, _), seen in traffic.items():
+            self._traffic.setdefault(number, _Traffic()).merge(seen)
 
     def _written(self) -> set[int]:
         """The subjects that are in the file."""
         return {number for (number,) in self._db.execute("SELECT id FROM subjects")}
 
-    def _write(self, pending: Sequence[Answered]) -> None:
-        """Add answers to the file, within a transaction."""
+    def _write(self, pending: Sequence[Answered]) -> dict[tuple[int, int], _Traffic]:
+        """Add answers to the file, within a transaction. Answers what they come to, by subject and hour."""
         traffic: dict[tuple[int, int], _Traffic] = {}
         rows = []
         for answered in pending:
             number = self._number(answered.subject)
             traffic.setdefault((number, int(answered.at) // HOUR), _Traffic()).add(answered)
             if not answered.failed:
-                rows.append((answered.id, number, answered.tenant, answered.at, _told(answered.text)))
+                rows.append((digest(answered.id), number, answered.tenant, answered.at, _told(answered.text)))
         self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", rows)
         for (number, hour), seen in traffic.items():
-            self._write_traffic(number, hour, seen)
-
-    def _write_traffic(self, number: int, hour: int, seen: _Traffic) -> None:
-        query = f"SELECT {_TOLD} FROM traffic WHERE subject = ? AND hour = ?"
-        seen.join(self._db.execute(query, (number, hour)).fetchall())
-        blobs = [latencies.dump() for latencies in seen.latencies.values()]
-        self._db.execute("INSERT OR REPLACE INTO traffic VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                         (number, hour, *seen.sums, *blobs))  # fmt: skip
+            whole = _Traffic()
+            whole.join(self._db.execute(f"SELECT {_TOLD} FROM traffic WHERE subject = ? AND hour = ?",
+                                        (number, hour)).fetchall())  # fmt: skip
+            whole.merge(seen)
+            blobs = [latencies.dump() for latencies in whole.latencies.values()]
+            self._db.execute("INSERT OR REPLACE INTO traffic VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                             (number, hour, *whole.sums, *blobs))  # fmt: skip
+        return traffic
 
     def _sweep_hourly(self, wall: float, steady: float) -> None:
         """Sweep once in an hour of running, if the wall clock went on as the other did: one that jumped is not to be
@@ -402,6 +407,7 @@ class Quality:
             self._db.execute("DELETE FROM traffic WHERE hour < ?", (int(old) // HOUR,))
         if gone:
             self._hours.clear()
+            self._traffic.clear()
             self._load()
 
     def _run(self) -> None:
@@ -428,8 +434,9 @@ def _told_of_the_disk() -> Iterator[None]:
 
 def _told(text: str | None) -> bytes:
     """An answer's words as accuracy compares them, but for case and space: what people write is not kept."""
-    return _digest((text or "").strip().lower())
+    return digest((text or "").strip().lower())
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+def digest(text: str) -> bytes:
+    """16 bytes that stand for a text: an id, or the words of an answer."""
+    return hashlib.sha256(text.encode()).digest()[:16]
