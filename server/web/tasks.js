@@ -3,7 +3,8 @@ import { get } from "./api.js";
 import { make, mixture, row } from "./dom.js";
 
 const list = document.getElementById("task-list");
-const COLUMNS = ["Version", "Requests", "Errors", "First token", "Per token", "Whole", "Quality"];
+const COLUMNS = ["Version", "Requests", "Errors", "First token, ms", "Per token, ms", "Whole, ms", "Quality"];
+const LATENCIES = COLUMNS.slice(3, 6);
 const NUMBERS = COLUMNS.slice(1, 6);
 let drawn = "";
 
@@ -14,13 +15,8 @@ function route({ best, metric, source, min_samples: least, choice }) {
   return `goes to ${mixture(choice.map((c) => ({ ...c, version: c.name })))}`;
 }
 
-const ms = (seconds) => (seconds == null ? "none" : seconds < 0.01 ? `${(seconds * 1000).toFixed(1)} ms` : `${(seconds * 1000).toFixed(0)} ms`);
-
-function latency({ p50, p95, p99 }) {
-  if (p50 == null) return "none";
-  const node = make("span", { textContent: `${ms(p50)} / ${ms(p95)}`, title: `p50 ${ms(p50)}, p95 ${ms(p95)}, p99 ${ms(p99)}` });
-  return node;
-}
+const ms = (seconds) => (seconds * 1000).toFixed(seconds < 0.01 ? 1 : 0);
+const latency = ({ p50, p95, p99 }) => (p50 == null ? "none" : [p50, p95, p99].map(ms).join(" / "));
 
 // The mean within its interval, drawn from 0 to 1 and said in words.
 function score(q) {
@@ -46,7 +42,7 @@ function table(task, versions, leader) {
   for (const name of COLUMNS) {
     const th = make("th", { scope: "col", className: NUMBERS.includes(name) ? "num" : "", textContent: name });
     th.setAttribute("role", "columnheader");
-    if (["First token", "Per token", "Whole"].includes(name)) th.append(make("small", { textContent: " p50 / p95" }));
+    if (LATENCIES.includes(name)) th.append(make("small", { textContent: " p50 / p95 / p99" }));
     head.append(th);
   }
   node.createTHead().append(head);
@@ -61,7 +57,7 @@ function table(task, versions, leader) {
 }
 
 function card(task, { versions, best }) {
-  const title = make("h2", { className: "titled" }, task.name, make("small", { textContent: route(task.route) }));
+  const title = make("div", { className: "titled" }, make("h2", { textContent: task.name }), make("small", { textContent: route(task.route) }));
   const node = make("article", { className: "card task" }, title);
   node.dataset.task = task.name;
   if (task.labels.length) node.append(make("p", { className: "hint", textContent: `Labels: ${task.labels.join(", ")}` }));
