@@ -47,7 +47,8 @@ def house(
     write_random(folder / "spare", rank=2, seed=2)
     shutil.copytree(folder / "spare", folder / "broken")
     (folder / "broken" / "adapter_model.safetensors").write_bytes(b"not tensors")
-    with serving(tmp_path_factory.mktemp("page"), "--adapter-dir", str(folder), "--max-queue", "64") as live:
+    flags = ["--adapter-dir", str(folder), "--max-queue", "64", "--adapter-ram", "12MiB"]
+    with serving(tmp_path_factory.mktemp("page"), *flags) as live:
         end = time.monotonic() + 30
         while time.monotonic() < end:
             listed = live.get("/adapters")
@@ -236,11 +237,12 @@ def test_the_adapters_table_acts(page: Page, house: Live) -> None:
     page.get_by_role("tab", name="Adapters").click()
     expect(row(page, "formal")).to_contain_text("KiB")
     expect(page.locator("#room")).to_have_text(
-        re.compile(r"[\d.]+ \wi?B of 2.0 GiB.*One more takes about [\d.]+ .iB, and \d+ more")
+        re.compile(r"[\d.]+ \wi?B of 12.0 MiB.*One more takes about [\d.]+ .iB, and \d+ more")
     )
-    page.get_by_role("button", name="Load translation").click()
-    expect(row(page, "translation").locator(".tag")).to_have_text(re.compile("ram|device"))
-    expect(page.get_by_role("button", name="Load translation")).to_be_disabled()
+    cold = next(a["name"] for a in house.get("/adapters")["adapters"] if a["tier"] == "disk")
+    page.get_by_role("button", name=f"Load {cold}").click()
+    expect(row(page, cold).locator(".tag")).to_have_text("ram")
+    expect(page.get_by_role("button", name=f"Load {cold}")).to_be_disabled()
     page.get_by_role("button", name="Pin formal").click()
     expect(row(page, "formal")).to_contain_text("pinned")
     expect(page.get_by_role("button", name="Unpin formal")).to_be_visible()
