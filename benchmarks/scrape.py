@@ -2,8 +2,8 @@
 and scraped every second.
 
 Run it as `python -m benchmarks.scrape`. It starts a server of its own on the embedded base, in which 200 pairs of task
-and adapter have been made by real requests, and goes through the three ways in turn, in many short stretches, so that what
-else the machine does falls on all alike. Answers are short, so that requests end as often as they can.
+and adapter have been made by real requests, and goes through the three ways in turn, in many short stretches, so that
+what else the machine does falls on all alike. Answers are short, so that requests end as often as they can.
 """
 
 from __future__ import annotations
