@@ -39,8 +39,6 @@ Descriptions = list[Description]
 Folder = tuple[str, Signature] | None
 """A watched folder's key in the journal, and the state of its files."""
 
-FIRST_RANK = 8
-"""The rank that an adapter is taken to have before there is any."""
 FOLDER_FACTOR = 4
 """A folder on disk may be this much larger than the budget in RAM: fp32 there, 8 bits here."""
 
@@ -81,7 +79,6 @@ class Registry:
         limit = max(FOLDER_FACTOR * ram_bytes, 1 << 20)
         self._intake = Intake(store, read, prepare, shapes, max_rank, limit)
         self._max_mix = max_mix
-        self._shapes = shapes
         self._reserved = RESERVED | set(reserved)
         self._observer = observer or Observer()
         self._lock = threading.Lock()
@@ -198,17 +195,6 @@ class Registry:
             leases = len(self._leases)
         versions = len(self._ram.resident())
         return {"bytes": self._ram.used, "budget": self._ram.capacity, "versions": versions, "leases": leases}
-
-    def room(self) -> dict[str, int]:
-        """What one more adapter would take of RAM, `one_more` bytes, and how many such fit beside what is there,
-        `more_fit`, without an eviction. One like those that are registered, at their mean; the first of all is taken
-        to have rank 8 on every linear, at two bytes a number.
-        """
-        with self._lock:
-            sizes = [self._ram.size(digest) for digest in set(self._names.current().values())]
-        first = 2 * FIRST_RANK * sum(map(sum, self._shapes.values()))
-        one = -(-sum(sizes) // len(sizes)) if sizes else first
-        return {"one_more": one, "more_fit": max(0, self._ram.capacity - self._ram.used) // max(one, 1)}
 
     def sizes(self) -> dict[tuple[str, str], int]:
         """Bytes of the adapters that are in memory, by (name, tier): the tier is "device" for those with a slot."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import signal
 import statistics
 import tempfile
@@ -127,10 +126,11 @@ async def measure(server: Server, given: Given) -> dict[str, Any]:
 
 
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """The mean ratio of the stretches of a round, with its 95 % interval."""
-    logs = np.log(np.array(ours) / np.array(theirs))
-    mean, half = float(logs.mean()), 1.96 * float(logs.std(ddof=1)) / math.sqrt(len(logs))
-    return {"mean": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half)}
+    """The median ratio of the stretches of a round, with its 95 % interval (bootstrap over rounds)."""
+    ratios = np.array(ours) / np.array(theirs)
+    drawn = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
 
 
 OFF, ON, SCRAPED = "records replaced by nothing", "recorded", "recorded and scraped every second"
@@ -150,8 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a stretch")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a stretch")
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--models", type=Path, default=MODELS, help="where the base has been fetched")
     asked = parser.parse_args()
     given = Given(asked.clients, asked.tokens, asked.seconds, asked.rounds)

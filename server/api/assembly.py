@@ -57,6 +57,8 @@ KV_SHARE = 0.25
 TRAINING_THREADS = 2
 """Most threads of a training process: it gets what the server leaves, and more threads would wait for each other."""
 
+ADAPTER_NUMBER = 2
+"""Bytes of a number of an adapter: bfloat16."""
 KV_TOKENS = 2048
 """Tokens for each sequence of a full batch, beyond which more cache would only fill with old prefixes."""
 
@@ -312,5 +314,6 @@ def _details(base: Base, context: int) -> dict[str, object]:
         "quantization": dict(base.quantization),
         "kernels": base.backend.name,
         "context": context,
+        "bytes_per_rank": ADAPTER_NUMBER * sum(map(sum, base.shapes().values())),
         "notes": list(base.notes),
     }

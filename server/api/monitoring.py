@@ -22,6 +22,8 @@ from server.tasks.quality import Subject
 
 router = APIRouter(tags=["monitoring"])
 
+FIRST_RANK = 8
+
 
 @router.get("/health/live", response_model=schemas.Health, responses=errors())
 async def live() -> dict[str, str]:
@@ -62,7 +64,7 @@ async def stats(runtime: Running, parts: Ready) -> dict[str, Any]:
         "memory": memory(parts),
         "engine": engine,
         "slots": slots,
-        "adapters": {**parts.registry.memory(), **parts.registry.room()},
+        "adapters": _adapters(parts),
         "tasks": runtime.metrics.totals(),
     }
 
@@ -71,6 +73,17 @@ def memory(parts: Parts) -> dict[str, int]:
     """Bytes by kind. On a CPU an adapter has one copy, whether it holds a slot or not."""
     return {**parts.runner.nbytes(), "adapters": parts.registry.memory()["bytes"], **parts.device_memory(),
             "process": process_bytes()}  # fmt: skip
+
+
+def _adapters(parts: Parts) -> dict[str, int]:
+    """What adapters take of RAM; what one more would, like those that there are; and how many such fit beside them.
+
+    The first of all is taken to have rank 8 on every linear.
+    """
+    told = parts.registry.memory()
+    sizes = [adapter["bytes"] for adapter in parts.registry.list()]
+    one = sum(sizes) // len(sizes) if sizes else FIRST_RANK * parts.model.details["bytes_per_rank"]
+    return {**told, "one_more": one, "more_fit": max(0, told["budget"] - told["bytes"]) // max(one, 1)}
 
 
 def snapshot(runtime: Runtime) -> Snapshot:

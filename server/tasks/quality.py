@@ -25,6 +25,7 @@ from typing import Any
 from adapters.errors import StoreFailed
 from adapters.weights import Version
 from server.errors import UnknownName
+from server.tasks.definitions import FEEDBACK_METRIC
 from server.tasks.intervals import Totals, interval
 from server.tasks.latency import Latencies
 
@@ -194,8 +195,8 @@ class Quality:
             value = float(row[1] == _told(expected)) if expected is not None else float(score or 0.0)
             with self._db:
                 self._db.execute("BEGIN")
-                changes = self._score(key, row[0], "accuracy", FEEDBACK, value, time.time())
-            self._add(self._subject(row[0]), "accuracy", FEEDBACK, changes)
+                changes = self._score(key, row[0], FEEDBACK_METRIC, FEEDBACK, value, time.time())
+            self._add(self._subject(row[0]), FEEDBACK_METRIC, FEEDBACK, changes)
 
     def evaluated(self, subject: Subject, metric: str, values: Mapping[str, float]) -> None:
         """Take the scores of an evaluation: example -> 0 to 1. An example that was scored before is not counted twice:
