@@ -155,7 +155,8 @@ def test_a_live_server_tells_of_its_traffic(live: Any) -> None:
         assert (value(text, "loramux_memory_bytes", kind=kind) or 0) > 0, kind
     total = sum(value(text, "loramux_kv_blocks", state=s) or 0 for s in ("free", "used", "cached"))
     assert total == live.stats()["kv_blocks"]["total"]
-    assert (value(text, "loramux_batch_size_count") or 0) == live.stats()["steps"]
+    steps = value(text, "loramux_batch_size_count") or 0
+    assert 0 <= live.stats()["steps"] - steps <= 1, "the last step is counted once its answers are on their way"
     stats = live.http.get("/stats").json()
     assert stats["tasks"]["mood"]["requests"] == 1 and stats["slots"]["resident"]
     assert set(stats["memory"]) >= {"base", "kv_cache", "adapters", "activations", "process"}
