@@ -58,6 +58,8 @@ KV_SHARE = 0.25
 TRAINING_THREADS = 2
 """Most threads of a training process: it gets what the server leaves, and more threads would wait for each other."""
 
+ADAPTER_NUMBER = 2
+"""Bytes of a number of an adapter: bfloat16."""
 KV_TOKENS = 2048
 """Tokens for each sequence of a full batch, beyond which more cache would only fill with old prefixes."""
 
@@ -80,7 +82,8 @@ class _Notices(Observer):
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self.on_adapters: Callable[[], None] = lambda: None
+        self.on_adapters: Callable[[], set[str]] = set
+        """Answers the tasks that went with an adapter."""
 
     def on_load(self, name: str, outcome: str, seconds: float) -> None:
         self._metrics.on_load(name, outcome, seconds)
@@ -90,7 +93,8 @@ class _Notices(Observer):
 
     def on_change(self, name: str, version: Version | None) -> None:
         self._metrics.on_change(name, version)
-        self.on_adapters()
+        for task in self.on_adapters():
+            self._metrics.forget_task(task)
 
 
 def assemble(settings: Settings, metrics: Metrics, mailbox: Mailbox) -> House:
@@ -124,6 +128,9 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     tasks = Tasks(settings.state_dir / "tasks.json", registry, reserved=(base.name,))
     registry.tasks = tasks.using
     notices.on_adapters = tasks.refresh
+    metrics.served = lambda task, adapters: (
+        (task is None or tasks.find(task) is not None) and set(adapters) <= set(registry.names())
+    )
     registry.start()
     watch = Watch(registry, settings.watched_dir)
     if settings.library is not None:
@@ -309,5 +316,6 @@ def _details(base: Base, context: int) -> dict[str, object]:
         "quantization": dict(base.quantization),
         "kernels": base.backend.name,
         "context": context,
+        "bytes_per_rank": ADAPTER_NUMBER * sum(map(sum, base.shapes().values())),
         "notes": list(base.notes),
     }
