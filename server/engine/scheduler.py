@@ -21,7 +21,7 @@ from server.engine.loads import Loads
 from server.engine.queue import OUTPUT_COST, FairQueue
 from server.engine.request import Delivery, Request, State
 from server.engine.slots import Slots
-from server.errors import DeadlineExceeded, EngineFailed
+from server.errors import DeadlineExceeded, EngineFailed, NoCapacity
 
 Ended = list[tuple[Request, Delivery]]
 
@@ -278,6 +278,8 @@ class Scheduler:
                 return
             try:
                 self._try(request, now, plan)
+            except NoCapacity as e:
+                self._end_in(plan, request, e, now)
             except Exception as e:  # the runner refused to place its adapters: that is this request's failure alone
                 self._end_in(plan, request, EngineFailed(f"its adapters could not be placed: {e}"), now)
         self._changed = owing

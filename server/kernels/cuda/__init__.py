@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.weights import LoraWeights
+from server.kernels.adapter_memory import in_one_piece
 from server.kernels.cuda import packing
 from server.kernels.reference import prepared
 from server.kernels.weight import Weight
@@ -53,7 +54,7 @@ class Cuda:
         return packing.dequantize(weight, start, stop)
 
     def prepare(self, weights: LoraWeights) -> LoraWeights:
-        return prepared(weights, self.dtype)
+        return in_one_piece(prepared(weights, self.dtype), self.dtype, pinned=torch.cuda.is_available())
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, packing.dequantize(weight).to(x.dtype))

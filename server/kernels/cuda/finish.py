@@ -20,23 +20,24 @@ OUTPUTS = 128
 
 
 @triton.jit
-def summed(sums, bias, row0, rows, column, stop, N, T, BM: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr):
+def summed(sums, bias, row0, rows, column, stop, N, T, splits, BM: tl.constexpr, BIAS: tl.constexpr):
     """The sums of the splits and the bias, float32, for a tile of rows and the outputs `column` below `stop`."""
     i = tl.arange(0, BM)
     inside = (i[:, None] < rows) & (column[None, :] < stop)
     acc = tl.load(sums + (row0 + i)[:, None] * N + column[None, :], mask=inside, other=0.0)
-    for split in tl.static_range(1, SPLITS):
+    for split in range(1, splits):
         acc += tl.load(sums + (split * T + row0 + i)[:, None] * N + column[None, :], mask=inside, other=0.0)
     if BIAS:
         acc += tl.load(bias + column, mask=column < stop, other=0.0)[None, :]
     return acc
 
 
-@triton.jit(do_not_specialize=["site", "sites", "T"])
+@triton.jit(do_not_specialize=["site", "sites", "T", "splits", "v_splits"])
 def finish_kernel(
-    sums, bias, out, pool, offsets, ranks, tiles, lane_slot, lane_index, v, site, sites, N, T, width, N0, N1, N2,
-    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr,
-    SLICES: tl.constexpr, V_SPLITS: tl.constexpr, ADD: tl.constexpr,
+    sums, bias, out, pool, offsets, ranks, tiles, lane_slot, lane_index, v, site, sites, N, T, width, splits, v_splits,
+    N0, N1, N2,
+    BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, SLICES: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
     """out [T, N] = the finished product, or with ADD, out += it. Up to three slices of N0, N1 and N2 outputs."""
     row0, rows = tl.load(tiles + tl.program_id(1) * 4), tl.load(tiles + tl.program_id(1) * 4 + 1)
@@ -49,12 +50,12 @@ def finish_kernel(
         outputs = tl.where(piece == 0, N0, tl.where(piece == 1, N1, N2))
         column = (block - first) * BN + tl.arange(0, BN)
         i = tl.arange(0, BM)
-        acc = summed(sums, bias, row0, rows, base + column, base + outputs, N, T, BM, SPLITS, BIAS)
+        acc = summed(sums, bias, row0, rows, base + column, base + outputs, N, T, splits, BM, BIAS)
         if LORA:
             lane0, lanes = tl.load(tiles + tl.program_id(1) * 4 + 2), tl.load(tiles + tl.program_id(1) * 4 + 3)
             acc = expanded(
                 acc, pool, offsets, ranks, lane_slot, lane_index, lane0, lanes, v, site, sites, piece, row0, rows,
-                column, outputs, T, width, BM, SLICES, V_SPLITS,
+                column, outputs, T, width, v_splits, BM, SLICES,
             )  # fmt: skip
         target = out + (row0 + i)[:, None] * N + (base + column)[None, :]
         inside = (i[:, None] < rows) & (column[None, :] < outputs)
@@ -63,11 +64,10 @@ def finish_kernel(
         tl.store(target, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["site", "sites", "T"])
+@triton.jit(do_not_specialize=["site", "sites", "T", "splits", "v_splits"])
 def swiglu_kernel(
-    sums, bias, out, out_sums, pool, offsets, ranks, tiles, lane_slot, lane_index, v, site, sites, N, T, width,
-    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr,
-    V_SPLITS: tl.constexpr, GROUP: tl.constexpr,
+    sums, bias, out, out_sums, pool, offsets, ranks, tiles, lane_slot, lane_index, v, site, sites, N, T, width, splits, v_splits,
+    BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out [T, N] = silu(gate) * up, of a finished product [T, 2 N] with the gates first; its groups' sums if GROUP."""
     row0, rows = tl.load(tiles + tl.program_id(1) * 4), tl.load(tiles + tl.program_id(1) * 4 + 1)
@@ -75,19 +75,20 @@ def swiglu_kernel(
         column = tl.program_id(0) * BN + tl.arange(0, BN)
         up_column = tl.where(column < N, N + column, 2 * N)
         i = tl.arange(0, BM)
-        gate = summed(sums, bias, row0, rows, column, N, 2 * N, T, BM, SPLITS, BIAS)
-        up = summed(sums, bias, row0, rows, up_column, 2 * N, 2 * N, T, BM, SPLITS, BIAS)
+        gate = summed(sums, bias, row0, rows, column, N, 2 * N, T, splits, BM, BIAS)
+        up = summed(sums, bias, row0, rows, up_column, 2 * N, 2 * N, T, splits, BM, BIAS)
         if LORA:
             lane0, lanes = tl.load(tiles + tl.program_id(1) * 4 + 2), tl.load(tiles + tl.program_id(1) * 4 + 3)
             gate = expanded(
                 gate, pool, offsets, ranks, lane_slot, lane_index, lane0, lanes, v, site, sites, 0, row0, rows,
-                column, N, T, width, BM, 2, V_SPLITS,
+                column, N, T, width, v_splits, BM, 2,
             )  # fmt: skip
             up = expanded(
                 up, pool, offsets, ranks, lane_slot, lane_index, lane0, lanes, v, site, sites, 1, row0, rows,
-                column, N, T, width, BM, 2, V_SPLITS,
+                column, N, T, width, v_splits, BM, 2,
             )  # fmt: skip
-        hidden = (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty)
+        small = tl.exp(-tl.abs(gate))  # never over 1
+        hidden = (gate * tl.where(gate >= 0.0, 1.0, small) / (1.0 + small) * up).to(out.dtype.element_ty)
         inside = (i[:, None] < rows) & (column[None, :] < N)
         tl.store(out + (row0 + i)[:, None] * N + column[None, :], hidden, mask=inside)
         if GROUP > 0:
@@ -121,9 +122,9 @@ def finish(
     grid = (sum(-(-width // tile) for width in slices), lanes.tiles.shape[0])
     finish_kernel[grid](
         sums, sums if bias is None else bias, out, *_adapters(pool, lanes, shrunk, sums), site,
-        0 if pool is None else pool.sites, n, rows, lanes.width, *widths,
-        BM=lanes.tile_rows, BN=tile, SPLITS=sums.shape[0], BIAS=bias is not None, LORA=shrunk is not None,
-        SLICES=len(slices), V_SPLITS=v_splits, ADD=add, **OPTIONS,
+        0 if pool is None else pool.sites, n, rows, lanes.width, sums.shape[0], v_splits, *widths,
+        BM=lanes.tile_rows, BN=tile, BIAS=bias is not None, LORA=shrunk is not None, SLICES=len(slices), ADD=add,
+        **OPTIONS,
     )  # fmt: skip
 
 
@@ -148,9 +149,8 @@ def finish_swiglu(
     grid = (-(-n // tile), lanes.tiles.shape[0])
     swiglu_kernel[grid](
         sums, sums if bias is None else bias, out, out_sums, *_adapters(pool, lanes, shrunk, sums), site,
-        0 if pool is None else pool.sites, n, rows, lanes.width,
-        BM=lanes.tile_rows, BN=tile, SPLITS=sums.shape[0], BIAS=bias is not None, LORA=shrunk is not None,
-        V_SPLITS=v_splits, GROUP=group, **OPTIONS,
+        0 if pool is None else pool.sites, n, rows, lanes.width, sums.shape[0], v_splits,
+        BM=lanes.tile_rows, BN=tile, BIAS=bias is not None, LORA=shrunk is not None, GROUP=group, **OPTIONS,
     )  # fmt: skip
 
 

@@ -65,16 +65,16 @@ def shrink_splits(width: int, inputs: int) -> int:
     return splits
 
 
-@triton.jit(do_not_specialize=["site", "sites", "T", "places"])
+@triton.jit(do_not_specialize=["site", "sites", "T", "places", "splits"])
 def shrink_kernel(
     x, pool, offsets, ranks, scales, tiles, lane_slot, lane_index, lane_place, sequence, weights, out,
-    site, sites, K, T, places, width,
-    BM: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, SPLITS: tl.constexpr,
+    site, sites, K, T, places, width, splits,
+    BM: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """out float32 [SPLITS, SLICES, T, width] = weight * scale * x A^T of a tile's rows and lanes, a range of K each."""
+    """out float32 [splits, SLICES, T, width] = weight * scale * x A^T of a tile's rows and lanes, a range of K each."""
     tile, first = tl.program_id(0), tl.program_id(1) * LANE_BLOCK
-    piece = tl.program_id(2) // SPLITS
-    split = tl.program_id(2) % SPLITS
+    piece = tl.program_id(2) // splits
+    split = tl.program_id(2) % splits
     row0, rows = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
     lane0, lanes = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
     if rows > 0 and first < lanes:
@@ -89,7 +89,7 @@ def shrink_kernel(
         i = tl.arange(0, BM)
         m = row0 + i
         acc = tl.zeros((BM, LANE_BLOCK), tl.float32)
-        chunk = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
+        chunk = tl.cdiv(tl.cdiv(K, BK), splits) * BK
         for start in range(split * chunk, tl.minimum((split + 1) * chunk, K), BK):
             k = start + tl.arange(0, BK)
             inside = k < K
@@ -106,8 +106,9 @@ def shrink_kernel(
 
 @triton.jit
 def expanded(
-    acc, pool, offsets, ranks, lane_slot, lane_index, lane0, lanes, v, site, sites, piece, row0, rows, column, N, T, width,
-    BM: tl.constexpr, SLICES: tl.constexpr, SPLITS: tl.constexpr,
+    acc, pool, offsets, ranks, lane_slot, lane_index, lane0, lanes, v, site, sites, piece, row0, rows,
+    column, N, T, width, splits,
+    BM: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """`acc` [BM, outputs] with the lanes' v B^T added, for the outputs `column` (below N) of a slice's module."""
     dtype: tl.constexpr = pool.dtype.element_ty
@@ -121,7 +122,7 @@ def expanded(
         used &= index < tl.load(ranks + at)
         b = tl.load(offsets + 2 * at + 1) + index.to(tl.int64) * N
         shrunk = tl.zeros((BM, LANE_BLOCK), tl.float32)
-        for split in tl.static_range(SPLITS):
+        for split in range(0, splits):
             source = v + ((split * SLICES + piece) * T + row0 + i)[:, None] * width + j[None, :]
             shrunk += tl.load(source, mask=(i[:, None] < rows) & used[None, :], other=0.0)
         rows_b = tl.load(pool + b[:, None] + column[None, :], mask=used[:, None] & (column[None, :] < N), other=0.0)
@@ -139,6 +140,6 @@ def shrink(x: torch.Tensor, pool: Pool, lanes: Lanes, site: int, slices: int, ou
     shrink_kernel[grid](
         x, pool.values, pool.offsets, pool.ranks, pool.scales,
         lanes.tiles, lanes.slot, lanes.index, lanes.place, lanes.sequence, lanes.weights, out,
-        site, pool.sites, x.shape[1], x.shape[0], lanes.weights.shape[1], lanes.width,
-        BM=lanes.tile_rows, BK=128, SLICES=slices, SPLITS=splits, **OPTIONS,
+        site, pool.sites, x.shape[1], x.shape[0], lanes.weights.shape[1], lanes.width, splits,
+        BM=lanes.tile_rows, BK=128, SLICES=slices, **OPTIONS,
     )  # fmt: skip

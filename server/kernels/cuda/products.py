@@ -96,14 +96,14 @@ def offset_of(dtype: torch.dtype) -> int:
     return {torch.bfloat16: 128, torch.float16: 1024}.get(dtype, 0)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "splits"])
 def product_kernel(
     x, group_sums, words, levels, scale, scale_codes, scale_step, scale_base, zero, zero_codes, zero_step, zero_base,
-    out, M, N, K, blocks,
+    out, M, N, K, blocks, splits,
     BM: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
-    SCHEME: tl.constexpr, DOUBLE: tl.constexpr, OFFSET: tl.constexpr, SPLITS: tl.constexpr,
+    SCHEME: tl.constexpr, DOUBLE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """out float32 [SPLITS, M, N] = x [M, K] times the transposed matrix, over one range of K each.
+    """out float32 [splits, M, N] = x [M, K] times the transposed matrix, over one range of K each.
 
     group_sums float32 [M, K / GROUP] are x's own sums, which meet the zeros of int4.
     """
@@ -115,7 +115,7 @@ def product_kernel(
     i = tl.arange(0, RUN)
     here, there = m < M, n < N
     total = tl.zeros((BM, BN), tl.float32)
-    for block in range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
+    for block in range(split * blocks // splits, (split + 1) * blocks // splits):
         tile = tl.load(
             words + (block * N + n)[None, :] * RUN + i[:, None],
             mask=there[None, :],
@@ -149,7 +149,7 @@ def product_kernel(
                         z = decoded(z_quads, g, z_step, z_base)
                     else:
                         z = tl.load(zero + g * N + n, mask=there, other=0.0).to(tl.float32)
-                    mine = here & (k < K)
+                    mine = here & (k + 0 * m < K)
                     inputs = tl.load(group_sums + m * (K // GROUP) + g, mask=mine, other=0.0)
                     z = tl.fma(s, -1.0 * OFFSET, z)
                     inputs = tl.broadcast_to(inputs[:, None], (BM, BN))
@@ -295,8 +295,8 @@ class Matrix:
             tiled_kernel[grid](x, *self.arguments, out, *sizes, BM=how.rows, BN=how.outputs, **self.constants, **launch)
             return
         product_kernel[grid](
-            x, sums, *self.arguments, out, *sizes,
-            BM=how.rows, BN=how.outputs, SPLITS=how.splits, OFFSET=offset_of(x.dtype), **self.constants, **launch,
+            x, sums, *self.arguments, out, *sizes, how.splits,
+            BM=how.rows, BN=how.outputs, OFFSET=offset_of(x.dtype), **self.constants, **launch,
         )  # fmt: skip
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:

@@ -68,8 +68,8 @@ def rotate_kernel(
             if turned:
                 power = (tl.sum(first * first, 0) + tl.sum(second * second, 0)) / D
                 factor = 1.0 / tl.sqrt(power + eps)
-                of_q = inside & (head < HEADS)
-                of_k = inside & (head >= HEADS)
+                of_q = inside & (head + 0 * i < HEADS)
+                of_k = inside & (head + 0 * i >= HEADS)
                 low = tl.load(q_norm + i, mask=of_q, other=0.0) + tl.load(k_norm + i, mask=of_k, other=0.0)
                 high = tl.load(q_norm + half + i, mask=of_q, other=0.0)
                 high += tl.load(k_norm + half + i, mask=of_k, other=0.0)

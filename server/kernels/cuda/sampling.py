@@ -27,7 +27,7 @@ def best_kernel(logits, best, token, V, BV: tl.constexpr):
     values = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
     top = tl.max(values, 0)
     first = tl.min(tl.where(values == top, v, NONE), 0)
-    odd = tl.sum(((v < V) & ((values - values) != 0.0)).to(tl.int32), 0)
+    odd = tl.sum(((v < V) & ((tl.abs(values) == float("inf")) | (values != values))).to(tl.int32), 0)
     place = row * tl.num_programs(1) + piece
     tl.store(best + place, top)
     tl.store(token + place, tl.where(odd > 0, -1, first))
