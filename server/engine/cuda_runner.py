@@ -29,11 +29,24 @@ SLOTS = 4096
 """Adapters that can be resident at most: rows of the pool's tables."""
 
 
+SHARE = 0.9
+"""Of the memory that is free, if nothing is said."""
+
+
+def gpu_memory(wanted: int | float | None, device: int = 0) -> int:
+    """Bytes of the GPU's memory to use in all: `wanted` bytes, or that share of what is free, but not more than that."""
+    free, _ = torch.cuda.mem_get_info(device)
+    if isinstance(wanted, int):
+        return min(wanted, free)
+    return int(free * (SHARE if wanted is None else wanted))
+
+
 class CudaRunner:
     """One model on one GPU. Not thread-safe: the engine's thread alone calls it.
 
     Steps of up to `max_batch` single rows run as graphs. `memory` is what there is for all in bytes; `kv_cache` and
-    `adapters` are what is wanted of it, None for a share. Raises BadModel, and NoCapacity if the base leaves too little.
+    `adapters` are what is wanted of it, None for a share; no sequence is longer than `context`. Raises BadModel, and
+    NoCapacity if the base leaves too little.
     """
 
     def __init__(
@@ -46,8 +59,10 @@ class CudaRunner:
         max_step_tokens: int = 512,
         kv_cache: int | None = None,
         adapters: int | None = None,
+        context: int | None = None,
     ) -> None:
         self._config, self._device = base.config, device
+        self._context = min(context or base.config.max_position_embeddings, base.config.max_position_embeddings)
         self._dtype = base.backend.dtype
         needed = sum(weight.nbytes for weight in base.weights.values())
         self.shares: Shares = share_out(base.config, needed, max_step_tokens, memory, kv_cache, adapters)
@@ -74,8 +89,8 @@ class CudaRunner:
         self._storage = torch.empty(0)
         self._storage = torch.zeros(shape, dtype=self._dtype, device=self._device)
         self._block_size = block_size
-        self._width = -(-min(blocks * block_size, config.max_position_embeddings) // block_size)
-        self._model.turn_up_to(blocks * block_size)
+        self._width = -(-min(blocks * block_size, self._context) // block_size)
+        self._model.turn_up_to(self._width * block_size)
         self._graphs.clear()
         self._graph_memory = None
         largest = max(self._bucket(size, WIDTHS[-1]).elements for size in self._buckets)

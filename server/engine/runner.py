@@ -40,7 +40,7 @@ class Runner(Protocol):
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held, by kind: `base`, `kv_cache` (blocks that were ever used), `activations` (work buffers, copies of
-        active adapters)."""
+        active adapters); on a GPU `slots` too, the room of adapters there."""
 
 
 class TorchRunner:
@@ -108,7 +108,7 @@ class TorchRunner:
 
 
 def make_runner(base: Source, max_slots: int, threads: int) -> Runner:
-    """The runner of the base's backend."""
+    """The runner of the base's backend, on a CPU."""
     if base.backend.name == "native":
         from server.engine.native_runner import NativeRunner
 
