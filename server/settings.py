@@ -144,7 +144,9 @@ class Settings(BaseModel):
     max_slots: Count = Field(64, description="most distinct adapters in one batch")
     adapter_ram: Size = Field(2 << 30, description="RAM for adapters that are loaded")
     adapter_device_memory: AutoSize = Field(None, description="GPU memory for adapters: auto is a share of gpu_memory")
-    gpu_memory: AutoMemory = Field(None, description="GPU memory to use in all, or a share: auto is 0.9 of what is free")
+    gpu_memory: AutoMemory = Field(
+        None, description="GPU memory to use in all, or a share: auto is 0.9 of what is free"
+    )
 
     # The engine
     kv_cache: AutoSize = Field(None, description="memory for keys and values: auto is a share of free memory")

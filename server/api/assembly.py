@@ -257,9 +257,7 @@ def _ending(settings: Settings, quality: Quality, text: Text, base_id: str) -> C
     return ended
 
 
-def _engine(
-    settings: Settings, base: Base, registry: Registry, text: Text, context: int
-) -> tuple[Runner, Engine]:
+def _engine(settings: Settings, base: Base, registry: Registry, text: Text, context: int) -> tuple[Runner, Engine]:
     """The runner of the base's kernels, and the engine on it."""
     of_device: dict[str, Any]
     if base.backend.name == "cuda":

@@ -26,7 +26,7 @@ WIDTHS = tuple(LANES * 4**i for i in range(6))
 
 def batch_buckets(most: int) -> list[int]:
     """The buckets of sequences: powers of two to 16, then every eighth up to `most`."""
-    return [b for b in (1, 2, 4, 8, 16) if b < most] + [b for b in range(24, most, 8)] + [most]
+    return [b for b in (1, 2, 4, 8, 16) if b < most] + list(range(24, most, 8)) + [most]
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def without_adapters(shape: Shape) -> Shape:
 
 
 def _tiles(counts: list[int], starts: list[int], size: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first sequence, last + 1, first row, rows) of each tile: neighbours of one row share it, others have their own."""
+    """(first sequence, last + 1, first row, rows) of each tile: neighbours of one row share it."""
     s = 0
     while s < len(counts):
         if counts[s] != 1:

@@ -46,9 +46,9 @@ def share_out(
     token = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
     if left <= 0 or for_adapters < 0 or for_cache < 16 * token or for_adapters + for_cache > left:
         raise NoCapacity(
-            f"{_gb(total)} of GPU memory are too little: the base takes {_gb(base)}, work buffers {_gb(work)}, adapters "
-            f"{_gb(max(for_adapters, 0))} and keys and values {_gb(max(for_cache, 0))}; raise --gpu-memory, or lower "
-            "--kv-cache, --adapter-device-memory or --max-step-tokens"
+            f"{_gb(total)} of GPU memory are too little: the base takes {_gb(base)}, work buffers {_gb(work)}, "
+            f"adapters {_gb(max(for_adapters, 0))} and keys and values {_gb(max(for_cache, 0))}; "
+            "raise --gpu-memory, or lower --kv-cache, --adapter-device-memory or --max-step-tokens"
         )
     return Shares(total, base, work, for_adapters, for_cache)
 

@@ -42,7 +42,7 @@ class AdapterPool:
         self.pool = Pool(torch.empty(self._size, dtype=dtype, device=device), offsets, ranks, scales)
         self.ranks = [0] * slots
         """The largest rank of each slot's adapter: its lanes."""
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._copied: torch.cuda.Event | None = None
 
     @property
@@ -106,7 +106,7 @@ class AdapterPool:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
     def _room(self, size: int) -> int:
@@ -148,7 +148,7 @@ def _in_one_piece(weights: LoraWeights, dtype: torch.dtype) -> tuple[torch.Tenso
     places = {}
     for path, update in weights.modules.items():
         if flat is None:
-            flat = torch.empty(0, dtype=dtype).set_(update.A.untyped_storage())  # type: ignore[call-overload]
+            flat = torch.empty(0, dtype=dtype).set_(update.A.untyped_storage())
         same = all(m.dtype == dtype and m.untyped_storage().data_ptr() == flat.data_ptr() for m in update[:2])
         if not same or not update.A.is_contiguous() or not update.B.t().is_contiguous():
             raise ValueError(f"the update of {path} was not prepared for the CUDA kernels")

@@ -1,4 +1,4 @@
-"""`CudaRunner`: the third implementation behind `runner.run`. Triton kernels on one GPU, steps of a bucket as one graph.
+"""`CudaRunner`: the third implementation behind `runner.run`. Triton kernels on one GPU, a graph for each bucket.
 
 Owns the device's memory: the model, the KV cache, the pool of adapters, the graphs. Nothing waits for the device
 between a batch and its logits, which stay there; `draw` brings tokens back. Without a GPU, under Triton's interpreter,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ SHARE = 0.9
 
 
 def gpu_memory(wanted: int | float | None, device: int = 0) -> int:
-    """Bytes of the GPU's memory to use in all: `wanted` bytes, or that share of what is free, but not more than that."""
+    """Bytes of the GPU's memory to use in all: `wanted` bytes, or that share of what is free, never more."""
     free, _ = torch.cuda.mem_get_info(device)
     if isinstance(wanted, int):
         return min(wanted, free)
@@ -73,7 +74,7 @@ class CudaRunner:
         self._storage = torch.empty(0)
         self._results = torch.empty(max_batch, base.config.vocab_size, device=device)
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
-        self._graph_memory: tuple[int, int] | None = None
+        self._graph_memory: Any = None
         self._numbers = torch.zeros(1, dtype=torch.int32, device=device)
         self._block_size = self._width = 0
 
@@ -147,6 +148,13 @@ class CudaRunner:
             work = max(work, torch.cuda.memory_reserved(self._device) - sum(known.values()))
         return {**known, "activations": work}
 
+    def release(self) -> None:
+        """Give the device's memory back. Nothing else may be called after it."""
+        self._graphs.clear()
+        del self._model, self._pool, self._storage, self._results, self._numbers
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     # -- graphs
 
     def _bucket(self, size: int, width: int) -> Shape:
@@ -160,7 +168,7 @@ class CudaRunner:
         if found is not None:
             return found
         waiting = self._numbers.clone()
-        stream = torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(), torch.cuda.stream(stream):

@@ -79,7 +79,9 @@ def choose(name: str = "auto", device: str = "auto") -> Backend:
         if reason is None:
             return cuda.Cuda()
         if name == "cuda" or device == "cuda":
-            raise BadSetting(f"the CUDA kernels cannot run here: {reason}; without --device cuda the CPU serves", "device")
+            raise BadSetting(
+                f"the CUDA kernels cannot run here: {reason}; without --device cuda the CPU serves", "device"
+            )
     if name in ("auto", "native"):
         from server.kernels import cpu
 

@@ -1,7 +1,7 @@
 """An adapter's memory: all its matrices in one piece, in the order in which a step walks them.
 
-Owns that order, for all backends that keep adapters so. Sixteen adapters of a batch are read from memory once a step, each a few kilobytes a layer: what lies
-together is found by the processor's prefetching and by few page table entries.
+Owns that order, for all backends that keep adapters so. Sixteen adapters of a batch are read from memory once a step,
+each a few kilobytes a layer: what lies together is found by the processor's prefetching and by few page table entries.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from adapters.weights import LoraWeights, LowRank
+
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of a layer."""
 LINE = 32

@@ -62,7 +62,7 @@ class _Layer:
 
 
 class DeviceModel:
-    """The base's weights on `device`, activations in `dtype`. Raises BadModel for shapes that the kernels do not take."""
+    """The base's weights on `device`, activations in `dtype`. Raises BadModel for shapes that do not fit."""
 
     def __init__(self, base: Source, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = base.config, device, dtype

@@ -25,8 +25,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def decode_kernel(
     q, cache, blocks, context, row_of, sequence_of, out, weight,
     layer, block_count, table_width, row_stride, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    SIZE: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Part of one row's attention with the query heads of one KV head: out [n, HEADS, SPLITS, D], weight the log2 of
     the sum of exponentials."""
@@ -157,7 +157,8 @@ def decode(
     decode_kernel[(n, kv_heads, SPLITS)](
         qkv, cache, blocks, context, row_of, sequence_of, parts, weight,
         layer, cache.shape[1], blocks.shape[1], qkv.shape[1], d**-0.5,
-        HEADS=heads, KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=group, D=d, BD=width, SIZE=size, SPLITS=SPLITS, BT=TILE, **OPTIONS,
+        HEADS=heads, KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=group,
+        D=d, BD=width, SIZE=size, SPLITS=SPLITS, BT=TILE, **OPTIONS,
     )  # fmt: skip
     combine_kernel[(n, heads)](
         parts, weight, context, row_of, sequence_of, out, HEADS=heads, D=d, BD=width, SPLITS=SPLITS, BT=TILE,
@@ -174,5 +175,6 @@ def prefill(
     heads = out.shape[1] // d
     prefill_kernel[(tiles.shape[0], heads)](
         qkv, cache, blocks, tiles, out, layer, cache.shape[1], blocks.shape[1], qkv.shape[1], d**-0.5,
-        HEADS=heads, KV_HEADS=kv_heads, D=d, BD=triton.next_power_of_2(max(16, d)), SIZE=size, BM=QUERIES, BT=TILE, **OPTIONS,
+        HEADS=heads, KV_HEADS=kv_heads, D=d, BD=triton.next_power_of_2(max(16, d)), SIZE=size,
+        BM=QUERIES, BT=TILE, **OPTIONS,
     )  # fmt: skip

@@ -66,7 +66,8 @@ def finish_kernel(
 
 @triton.jit(do_not_specialize=["site", "sites", "T", "splits", "v_splits"])
 def swiglu_kernel(
-    sums, bias, out, out_sums, pool, offsets, ranks, tiles, lane_slot, lane_index, v, site, sites, N, T, width, splits, v_splits,
+    sums, bias, out, out_sums, pool, offsets, ranks, tiles, lane_slot, lane_index, v, site, sites, N, T, width,
+    splits, v_splits,
     BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out [T, N] = silu(gate) * up, of a finished product [T, 2 N] with the gates first; its groups' sums if GROUP."""

@@ -37,14 +37,14 @@ def parts_of(scheme: str) -> int:
 
 
 def run_of(scheme: str, width: int, group: int) -> int:
-    """The run that pads the inputs least, the longest among equals. Parts are within groups and groups within blocks."""
+    """The run that pads the inputs least, the longest among equals. Parts are within groups, those within blocks."""
     parts = parts_of(scheme)
     fitting = [run for run in RUNS if group % run == 0 and parts * run % group == 0]
     return min(fitting, key=lambda run: (-width % (parts * run), -run))
 
 
 def pack(stored: Weight) -> Weight:
-    """The stored matrix in this layout, on the same device. Raises BadModel for a group that the kernels do not take."""
+    """The stored matrix in this layout, on its device. Raises BadModel for a group that the kernels do not take."""
     if stored.scheme == "none":
         values = stored.tensors["codes"]
         kept = values if values.dtype in (torch.bfloat16, torch.float32) else values.bfloat16()

@@ -30,7 +30,7 @@ def embed_kernel(
 
 @triton.jit
 def rms_norm_kernel(x, weight, out, sums, N, eps, BN: tl.constexpr, GROUP: tl.constexpr):
-    """out [T, N] = x / sqrt(mean(x^2) + eps) * weight, a row a program, and the sums of its groups unless GROUP is 0."""
+    """out [T, N] = x / sqrt(mean(x^2) + eps) * weight, and the sums of its groups unless GROUP is 0."""
     row = tl.program_id(0)
     n = tl.arange(0, BN)
     values = tl.load(x + row * N + n, mask=n < N, other=0.0)
@@ -102,7 +102,15 @@ def embed(table: Matrix, ids: torch.Tensor, out: torch.Tensor) -> None:
     words, levels, scale = table.arguments[:3]
     names = ("RUN", "PARTS", "GROUP", "SCHEME")
     embed_kernel[(ids.shape[0], table.blocks)](
-        ids, words, levels, scale, out, table.rows, table.width, **{name: table.constants[name] for name in names}, **OPTIONS
+        ids,
+        words,
+        levels,
+        scale,
+        out,
+        table.rows,
+        table.width,
+        **{name: table.constants[name] for name in names},
+        **OPTIONS,
     )
 
 

@@ -21,7 +21,7 @@ NONE = tl.constexpr(2147483647)
 
 @triton.jit
 def best_kernel(logits, best, token, V, BV: tl.constexpr):
-    """best and token [L, pieces]: the largest logit of each piece of a row and its first id, -1 if any is not finite."""
+    """best and token [L, pieces]: the largest logit of a row's pieces and its first id, -1 if one is not finite."""
     row, piece = tl.program_id(0), tl.program_id(1)
     v = piece * BV + tl.arange(0, BV)
     values = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
@@ -42,7 +42,7 @@ def ordered(values):
 
 @triton.jit
 def mass_above(logits, V, key, top, temperature, COUNT: tl.constexpr, BV: tl.constexpr):
-    """How many logits of a row have at least the order `key`, or with COUNT off the sum of their probabilities' parts."""
+    """How many logits of a row have at least the order `key`, or without COUNT the sum of their weights."""
     sums = tl.zeros((BV,), tl.float32)
     for start in range(0, V, BV):
         v = start + tl.arange(0, BV)

@@ -102,7 +102,7 @@ class Compiler:
             return
         self.seen.add(key)
         began = time.monotonic()
-        said = f"{kernel.__name__} {[v for v in constants.values()]} {options}"
+        said = f"{kernel.__name__} {list(constants.values())} {options}"
         try:
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
             made = triton.compile(source, target=self.target, options=options)
@@ -139,7 +139,11 @@ def main(which: str, capability: int) -> int:
         size = (config.num_hidden_layers, 64, config.num_key_value_heads, 2, 16, config.head_dim)
         cache = torch.empty(size, dtype=torch.bfloat16, device=META)
         shapes = [single_rows(n, width) for n in sizes for width in (0, 64)]
-        shapes += [Shape(n, 3, 16, 2, 1, 4, 5, 64, width, 2) for n in (100, 512) for width in (0, 64)]
+        shapes += [
+            Shape(n, 3, 16, 2, 1, 4, 5, 64, width, 2)
+            for n in ((100,) if which == "small" else (100, 512))
+            for width in (0, 64)
+        ]
         for shape in shapes:
             memory = torch.empty(shape.elements, dtype=torch.int32, device=META)
             model.logits(on_device(shape, memory), cache, pool)

@@ -262,7 +262,9 @@ def test_attention_over_blocks(head_dim: int) -> None:
     count = sum(new)
     owner = [s for s, n in enumerate(new) for _ in range(n)]
     place = [contexts[s] - n + i for s, n in enumerate(new) for i in range(n)]
-    blocks = torch.tensor([[4 * s + s + b if b < -(-c // size) else -1 for b in range(9)] for s, c in enumerate(contexts)])
+    blocks = torch.tensor(
+        [[4 * s + s + b if b < -(-c // size) else -1 for b in range(9)] for s, c in enumerate(contexts)]
+    )
     blocks[2, :9] = torch.arange(20, 29)
     cache = torch.randn(2, 32, kv_heads, 2, size, head_dim, generator=generator).to(FLOAT).float()
     qkv = torch.randn(count + 1, (heads + 2 * kv_heads) * head_dim, generator=generator).to(FLOAT).float()
@@ -335,7 +337,12 @@ def test_tokens_are_drawn_from_what_the_limits_leave(monkeypatch: pytest.MonkeyP
     generator = np.random.default_rng(0)
     row = torch.from_numpy(generator.normal(size=150).astype(np.float32) * 2)
     noise = (np.arange(12) / 12 + 0.01).tolist()
-    for temperature, top_p, min_p, top_k in ((0.7, 1.0, 0.0, 0), (1.0, 1.0, 0.0, 9), (1.3, 0.6, 0.0, 0), (0.9, 0.8, 0.1, 20)):
+    for temperature, top_p, min_p, top_k in (
+        (0.7, 1.0, 0.0, 0),
+        (1.0, 1.0, 0.0, 9),
+        (1.3, 0.6, 0.0, 0),
+        (0.9, 0.8, 0.1, 20),
+    ):
         weights = torch.softmax(row.double() / temperature, 0)
         kept = torch.ones(150, dtype=torch.bool)
         order = weights.argsort(descending=True)

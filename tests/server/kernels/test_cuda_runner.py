@@ -239,7 +239,10 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together() -> None:
     """Adapters of different sizes come and go until what is free lies in pieces; their bytes stay what they were."""
     config, backend = LLAMA, Cuda(FLOAT)
     made = {rank: backend.prepare(adapter(config, rank, rank, ("q_proj",))) for rank in (1, 2, 3, 4)}
-    sizes = {rank: weights.modules["model.layers.0.self_attn.q_proj"].A.untyped_storage().nbytes() for rank, weights in made.items()}
+    sizes = {
+        rank: weights.modules["model.layers.0.self_attn.q_proj"].A.untyped_storage().nbytes()
+        for rank, weights in made.items()
+    }
     pool = AdapterPool(config, sizes[1] + sizes[2] + sizes[3], 6, DEVICE, FLOAT)
     for slot, rank in ((0, 1), (1, 2), (2, 3)):
         pool.place(slot, made[rank])
