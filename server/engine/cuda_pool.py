@@ -1,13 +1,13 @@
 """`AdapterPool`: the adapters on a GPU, in one piece of memory of a fixed number of bytes, each at its true size.
 
 Owns where each adapter lies and the tables that tell the kernels. Copies go over a stream of their own; whoever
-computes waits for them on the device (`ready`). Does not know who may hold a slot (engine/slots.py): it is asked for
-room that there is, and moves adapters together where it is in too many pieces.
+computes waits, on the device, for those it uses (`ready`). Does not know who may hold a slot (engine/slots.py): it is
+asked for room that there is, and moves adapters together where it is in too many pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -43,7 +43,8 @@ class AdapterPool:
         self.ranks = [0] * slots
         """The largest rank of each slot's adapter: its lanes."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._copied: torch.cuda.Event | None = None
+        self._copies: dict[int, torch.cuda.Event] = {}
+        """Slot -> what tells that its copy is done, until somebody has waited for it."""
 
     @property
     def room(self) -> Room:
@@ -77,20 +78,21 @@ class AdapterPool:
         self._placed[slot] = (start, _aligned(flat.numel()))
         offsets += start
         self.ranks[slot] = max((update.rank for update in weights.modules.values()), default=0)
-        with self._copying():
+        with self._copying(slot):
             self.pool.values[start : start + flat.numel()].copy_(flat, non_blocking=True)
             self._tell(slot)
 
     def clear(self, slot: int) -> None:
         """Empty a slot. No step that is still to run may use it."""
         self._placed.pop(slot, None)
+        self._copies.pop(slot, None)
         self.ranks[slot] = 0
 
-    def ready(self) -> None:
-        """Let what is launched from now on see every adapter that was placed."""
-        if self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)
-            self._copied = None
+    def ready(self, slots: Iterable[int]) -> None:
+        """Let what is launched from now on see the adapters in `slots`; copies of others go on beside it."""
+        if self._copies:
+            for event in {self._copies.pop(slot) for slot in slots if slot in self._copies}:
+                torch.cuda.current_stream().wait_event(event)
 
     def _tell(self, slot: int) -> None:
         """Bring a slot's rows of the tables to the device."""
@@ -98,16 +100,17 @@ class AdapterPool:
             held[slot].copy_(table[slot])
 
     @contextmanager
-    def _copying(self) -> Iterator[None]:
-        """The stream of copies: behind what was launched, since that may still read what is written over."""
+    def _copying(self, *slots: int) -> Iterator[None]:
+        """The stream of copies to `slots`: behind what was launched, which may still read what is written over."""
         if self._stream is None:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        self._copies.update(dict.fromkeys(slots, done))
 
     def _room(self, size: int) -> int:
         """The start of a free piece of so many elements; adapters are moved together if there is none but room."""
@@ -130,7 +133,7 @@ class AdapterPool:
     def _move_together(self) -> int:
         """Close all gaps; answers where the free room begins."""
         end = 0
-        with self._copying():
+        with self._copying(*self._placed):
             for slot, (start, length) in sorted(self._placed.items(), key=lambda item: item[1]):
                 if start != end:
                     values = self.pool.values

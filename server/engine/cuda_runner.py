@@ -112,7 +112,7 @@ class CudaRunner:
         """See `Runner`. The logits are the device's, and good until the next step."""
         numbers = describe(batch, self._pool.ranks)
         self._check(batch)
-        self._pool.ready()
+        self._pool.ready({slot for mix in batch.mixes for slot, _ in mix})
         shape = numbers.shape.bucket(self._buckets, self._width)
         if shape is None:
             step = on_device(numbers.shape, self._copy(numbers, numbers.shape))

@@ -83,6 +83,18 @@ class Slots:
             raise
         return tuple((self._slot_of[digest], weight) for digest, weight in mix)
 
+    def offer(self, mix: Mix, weights: Sequence[LoraWeights]) -> None:
+        """Let a mix that will be needed be copied meanwhile, into room that nobody has; what finds none is left."""
+        if self.room is None:
+            return
+        for digest, cost in self._costs(mix, weights).items():
+            if digest in self._slot_of or not self._open or not self._held.add(digest, cost):
+                continue
+            slot = self._slot_of[digest] = self._open.pop()
+            one = next(each for each in weights if each.digest == digest)
+            self._place(slot, one)
+            self._bytes[digest] = one.nbytes
+
     def free(self, mix: Mix) -> None:
         """The holder of `mix` needs it no more."""
         self._held.free(mix.digests)

@@ -7,6 +7,7 @@ engine/cuda_runner.py's. Where there is no GPU, Triton's interpreter runs the sa
 from __future__ import annotations
 
 import importlib.util
+import shutil
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ def unavailable() -> str | None:
     """Why the CUDA kernels cannot run on this machine, or None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'loramux[cuda]')"
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "Triton builds its launchers with a C compiler, and there is none (cc, gcc or clang)"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     if not torch.cuda.is_available():
@@ -57,9 +60,11 @@ class Cuda:
         return in_one_piece(prepared(weights, self.dtype), self.dtype, pinned=torch.cuda.is_available())
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, packing.dequantize(weight).to(x.dtype))
+        if not x.is_cuda or weight.scheme == "none":
+            return F.linear(x, packing.dequantize(weight).to(x.dtype))
+        from server.kernels.cuda.products import Matrix
+
+        return F.linear(x, Matrix(weight, x.dtype).values(x.dtype))
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
-        found, place = torch.unique(ids, return_inverse=True)
-        rows = [packing.dequantize(weight, int(i), int(i) + 1) for i in found.tolist()]
-        return torch.cat(rows)[place] if rows else torch.empty(0, weight.shape[1])
+        return packing.rows(weight, ids)

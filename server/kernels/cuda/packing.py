@@ -86,6 +86,13 @@ def dequantize(weight: Weight, start: int = 0, stop: int | None = None) -> torch
     return values
 
 
+def rows(table: Weight, ids: torch.Tensor) -> torch.Tensor:
+    """Rows `ids` (int64 [n]) of a packed table, whose scales are not double-quantized, as float32 [n, in]."""
+    axis = 0 if table.scheme == "none" else 1
+    found = {name: tensor.index_select(axis, ids) for name, tensor in table.tensors.items()}
+    return dequantize(Weight(table.scheme, LAYOUT, (len(ids), table.shape[1]), table.group, found))
+
+
 def side_by_side(weights: Sequence[Weight], device: torch.device) -> Weight:
     """One matrix on `device` whose outputs are those of all `weights`, one after the other.
 

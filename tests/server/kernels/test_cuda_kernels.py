@@ -56,6 +56,8 @@ def test_packing_loses_nothing(scheme: str, group: int, double: bool, width: int
     exact = reference.Reference().dequantize(stored)
     assert torch.equal(packing.dequantize(packed), exact)
     assert torch.equal(packing.dequantize(packed, 5, 37), exact[5:37])
+    if not double:
+        assert torch.equal(packing.rows(packed, torch.tensor([40, 3, 3])), exact[[40, 3, 3]])
     assert torch.equal(on_device(stored).values(torch.float32).cpu(), exact)
 
 

@@ -252,7 +252,7 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together() -> None:
     pool.clear(2)
     assert sizes[4] <= sizes[1] + sizes[3]
     pool.place(4, made[4])  # in no single gap, but in both together
-    pool.ready()
+    pool.ready(range(6))
     for slot, rank in ((1, 2), (4, 4)):
         for layer in range(2):
             path = f"model.layers.{layer}.self_attn.q_proj"
