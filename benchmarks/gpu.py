@@ -140,7 +140,7 @@ def ceilings(bench: Bench) -> None:
 def memory(bench: Bench) -> None:
     held = bench.runner.nbytes()
     for kind, size in held.items():
-        bench.tell(f"resident: {kind}, GB", round(size / 1e9, 3))
+        bench.tell(f"memory: {kind}, GB", round(size / 1e9, 3))
     bench.tell("base resident, bytes", held["base"], "<= 4.7e9", held["base"] <= 4.7e9)
 
 
@@ -178,7 +178,7 @@ def kernels(bench: Bench) -> None:
             products.group_sums(x, matrix.group, sums)
             how = matrix.tiling(m)
             out = torch.empty(how.splits, m, matrix.rows, device=bench.device)
-            cold = torch.empty(1 << (10 if bench.check else 27), dtype=torch.uint8, device=bench.device)
+            cold = torch.empty(1 << (10 if bench.check else 29), dtype=torch.uint8, device=bench.device)
 
             def once(matrix: Any = matrix, x: Any = x, sums: Any = sums, out: Any = out, how: Any = how) -> None:
                 matrix.multiply(x, sums, out, how)

@@ -7,13 +7,14 @@ to a bucket of sequences and of lanes, so that one CUDA graph runs all steps of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from server.engine.batch import Batch
+from server.engine.batch import Batch, SlotWeights
 from server.kernels.cuda.attention import QUERIES
 from server.kernels.cuda.lora import LANES, Lanes
 from server.model.on_device import DeviceStep
@@ -124,31 +125,15 @@ def describe(batch: Batch, ranks: Sequence[int]) -> Numbers:
     starts, contexts = batch.row_start.numpy(), batch.context.numpy()
     counts = np.diff(starts)
     size = tile_rows(batch.rows)
-    tiles = list(_tiles(counts.tolist(), starts.tolist(), size))
-    slots = sorted({slot for mix in batch.mixes for slot, _ in mix})
-    lanes = [
-        [(slot, r) for slot in sorted({s for mix in batch.mixes[a:b] for s, _ in mix}) for r in range(ranks[slot])]
-        for a, b, _, _ in tiles
-    ]
-    width = -(-max(map(len, lanes), default=0) // LANES) * LANES
-    place_of = {slot: place for place, slot in enumerate(slots)}
-    table = np.zeros((3, len(tiles), width), np.int32)
-    for t, pairs in enumerate(lanes):
-        if pairs:
-            table[0, t, : len(pairs)], table[1, t, : len(pairs)] = zip(*pairs, strict=True)
-            table[2, t, : len(pairs)] = [place_of[slot] for slot, _ in pairs]
-    weights = np.zeros((batch.sequences, len(slots) if width else 0), np.float32)
-    if width:
-        for s, mix in enumerate(batch.mixes):
-            for slot, weight in mix:
-                weights[s, place_of[slot]] += weight
+    used = tuple((slot, ranks[slot]) for slot in sorted({slot for mix in batch.mixes for slot, _ in mix}))
+    rows, table, weights = _lanes(batch.mixes, tuple(counts.tolist()), used, size)
+    width = table.shape[2]
     singles = np.flatnonzero(counts == 1).astype(np.int32)
     prefills = [
         (s, starts[s] + i, min(QUERIES, counts[s] - i), contexts[s] - counts[s] + i)
         for s in np.flatnonzero(counts > 1)
         for i in range(0, counts[s], QUERIES)
     ]
-    rows = [(row, n, t * width, len(lanes[t])) for t, (_, _, row, n) in enumerate(tiles)]
     arrays: dict[str, Ints | npt.NDArray[np.float32]] = {
         "tokens": batch.tokens.numpy().astype(np.int32),
         "positions": batch.positions.numpy().astype(np.int32),
@@ -159,7 +144,7 @@ def describe(batch: Batch, ranks: Sequence[int]) -> Numbers:
         "single_sequences": singles,
         "prefills": np.array(prefills, np.int32).reshape(-1, 4),
         "logit_rows": batch.logit_rows.numpy().astype(np.int32),
-        "tiles": np.array(rows, np.int32).reshape(-1, 4),
+        "tiles": rows,
         "slot": table[0].reshape(-1),
         "index": table[1].reshape(-1),
         "place": table[2].reshape(-1),
@@ -167,9 +152,39 @@ def describe(batch: Batch, ranks: Sequence[int]) -> Numbers:
     }
     shape = Shape(
         batch.rows, batch.sequences, batch.blocks.shape[1], batch.logit_rows.shape[0], len(singles), len(prefills),
-        len(tiles), size, width, weights.shape[1],
+        len(rows), size, width, weights.shape[1],
     )  # fmt: skip
     return Numbers(shape, arrays)
+
+
+@lru_cache(maxsize=4)
+def _lanes(
+    mixes: tuple[SlotWeights, ...], counts: tuple[int, ...], ranks: tuple[tuple[int, int], ...], size: int
+) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
+    """The tiles [tiles, 4], their lanes' (slot, index, place) [3, tiles, width], and the weights [S, places].
+
+    Most steps have the mixes of the one before. `ranks` are (slot, rank), ascending.
+    """
+    tiles = list(_tiles(counts, size))
+    rank_of = dict(ranks)
+    lanes = [
+        [(slot, r) for slot in sorted({s for mix in mixes[a:b] for s, _ in mix}) for r in range(rank_of[slot])]
+        for a, b, _, _ in tiles
+    ]
+    width = -(-max(map(len, lanes), default=0) // LANES) * LANES
+    place_of = {slot: place for place, (slot, _) in enumerate(ranks)}
+    table = np.zeros((3, len(tiles), width), np.int32)
+    for t, pairs in enumerate(lanes):
+        if pairs:
+            table[0, t, : len(pairs)], table[1, t, : len(pairs)] = zip(*pairs, strict=True)
+            table[2, t, : len(pairs)] = [place_of[slot] for slot, _ in pairs]
+    weights = np.zeros((len(mixes), len(ranks) if width else 0), np.float32)
+    if width:
+        for s, mix in enumerate(mixes):
+            for slot, weight in mix:
+                weights[s, place_of[slot]] += weight
+    rows = [(row, n, t * width, len(lanes[t])) for t, (_, _, row, n) in enumerate(tiles)]
+    return np.array(rows, np.int32).reshape(-1, 4), table, weights
 
 
 def on_device(shape: Shape, memory: torch.Tensor) -> DeviceStep:
@@ -202,22 +217,19 @@ def on_device(shape: Shape, memory: torch.Tensor) -> DeviceStep:
     )
 
 
-def without_adapters(shape: Shape) -> Shape:
-    """The same step for the base alone."""
-    return replace(shape, width=0, places=0)
-
-
-def _tiles(counts: list[int], starts: list[int], size: int) -> Iterator[tuple[int, int, int, int]]:
+def _tiles(counts: Sequence[int], size: int) -> Iterator[tuple[int, int, int, int]]:
     """(first sequence, last + 1, first row, rows) of each tile: neighbours of one row share it."""
-    s = 0
+    s = row = 0
     while s < len(counts):
         if counts[s] != 1:
             for i in range(0, counts[s], size):
-                yield s, s + 1, starts[s] + i, min(size, counts[s] - i)
+                yield s, s + 1, row + i, min(size, counts[s] - i)
+            row += counts[s]
             s += 1
             continue
         end = s
         while end < len(counts) and counts[end] == 1 and end - s < size:
             end += 1
-        yield s, end, starts[s], end - s
+        yield s, end, row, end - s
+        row += end - s
         s = end

@@ -115,10 +115,10 @@ class CudaRunner:
         self._pool.ready({slot for mix in batch.mixes for slot, _ in mix})
         shape = numbers.shape.bucket(self._buckets, self._width)
         if shape is None:
-            step = on_device(numbers.shape, self._copy(numbers, numbers.shape))
+            memory = self._host(numbers, numbers.shape).to(self._device, non_blocking=True)
+            step = on_device(numbers.shape, memory)
             return self._model.logits(step, self._storage, self._pool.pool)
-        memory = self._copy(numbers, shape)
-        self._numbers[: memory.shape[0]].copy_(memory)
+        self._numbers[: shape.elements].copy_(self._host(numbers, shape), non_blocking=True)
         if self._device.type == "cuda":
             self._graph(shape).replay()
         else:
@@ -141,12 +141,15 @@ class CudaRunner:
         return config.num_hidden_layers * block_size * row
 
     def nbytes(self) -> dict[str, int]:
-        """All of it is the device's: `base`, `kv_cache`, `slots`, and `activations` with graphs and work buffers."""
+        """All of it is the device's: `base`, `kv_cache`, `slots`, and `activations` with graphs and work buffers.
+
+        `device_budget` is what they may take together.
+        """
         known = {"base": self._model.nbytes, "kv_cache": self._storage.nbytes, "slots": self._pool.nbytes}
         work = self._results.nbytes + self._numbers.nbytes
         if self._device.type == "cuda":
             work = max(work, torch.cuda.memory_reserved(self._device) - sum(known.values()))
-        return {**known, "activations": work}
+        return {**known, "activations": work, "device_budget": self.shares.total}
 
     def release(self) -> None:
         """Give the device's memory back. Nothing else may be called after it."""
@@ -175,7 +178,8 @@ class CudaRunner:
             self._numbers.zero_()  # no tile has rows then, and no row a position below the cache's end
             self._step(shape).positions.fill_(-1)
             self._compute(shape)  # compiles whatever has not run yet, which must not be captured
-            with torch.cuda.graph(graph, pool=self._graph_memory, stream=stream):
+            # Other threads may pin memory meanwhile, which is none of this graph's business.
+            with torch.cuda.graph(graph, self._graph_memory, stream, capture_error_mode="thread_local"):
                 self._compute(shape)
             self._numbers.copy_(waiting)
         torch.cuda.current_stream().wait_stream(stream)
@@ -193,11 +197,11 @@ class CudaRunner:
 
     # -- a step's numbers
 
-    def _copy(self, numbers: Numbers, shape: Shape) -> torch.Tensor:
-        """A step's numbers on their way to the device, int32 [shape.elements]."""
+    def _host(self, numbers: Numbers, shape: Shape) -> torch.Tensor:
+        """A step's numbers, int32 [shape.elements], where the device copies from by itself."""
         host = torch.empty(shape.elements, dtype=torch.int32, pin_memory=self._device.type == "cuda")
         numbers.write(shape, host.numpy())
-        return host.to(self._device, non_blocking=True)
+        return host
 
     def _sent(self, host: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda":

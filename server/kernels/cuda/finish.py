@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from server.kernels.cuda.lora import Lanes, Pool, expanded
-from server.kernels.cuda.products import OPTIONS
+from server.kernels.cuda.products import OPTIONS, PROCESSORS
 
-OUTPUTS = 128
-"""Outputs of a tile."""
+OUTPUTS = (128, 64, 32)
+"""Outputs of a tile: as many as leave each processor one."""
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def finish(
     widths = [*slices, 0, 0][:3]
     rows, n = out.shape
     v_splits = 1 if shrunk is None else shrunk.shape[0]
-    tile = min(OUTPUTS, triton.next_power_of_2(max(16, min(slices))))
+    tile = _tile(n, lanes)
     grid = (sum(-(-width // tile) for width in slices), lanes.tiles.shape[0])
     finish_kernel[grid](
         sums, sums if bias is None else bias, out, *_adapters(pool, lanes, shrunk, sums), site,
@@ -146,13 +146,17 @@ def finish_swiglu(
     """
     rows, n = out.shape
     v_splits = 1 if shrunk is None else shrunk.shape[0]
-    tile = max(group, min(OUTPUTS, triton.next_power_of_2(max(16, n))))
+    tile = max(group, _tile(n, lanes))
     grid = (-(-n // tile), lanes.tiles.shape[0])
     swiglu_kernel[grid](
         sums, sums if bias is None else bias, out, out_sums, *_adapters(pool, lanes, shrunk, sums), site,
         0 if pool is None else pool.sites, n, rows, lanes.width, sums.shape[0], v_splits,
         BM=lanes.tile_rows, BN=tile, BIAS=bias is not None, LORA=shrunk is not None, GROUP=group, **OPTIONS,
     )  # fmt: skip
+
+
+def _tile(outputs: int, lanes: Lanes) -> int:
+    return next((t for t in OUTPUTS if -(-outputs // t) * lanes.tiles.shape[0] >= PROCESSORS), OUTPUTS[-1])
 
 
 def _adapters(
