@@ -47,7 +47,7 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("scheme", "group", "double"), [*SCHEMES, ("int4", 128, True), ("int4", 256, True)])
-@pytest.mark.parametrize("width", [256, 576, 704])
+@pytest.mark.parametrize("width", [256, 576])
 def test_packing_loses_nothing(scheme: str, group: int, double: bool, width: int) -> None:
     if width % group:
         pytest.skip("the group does not divide the inputs, and such a matrix is not made")
@@ -259,7 +259,7 @@ def test_norms_and_tables() -> None:
 def test_attention_over_blocks(head_dim: int) -> None:
     """Queries turned, keys and values written, prefill chunks and single rows, of contexts of many lengths."""
     heads, kv_heads, size = 6, 2, 16
-    contexts, new = [1, 40, 130, 70], [1, 1, 1, 33]
+    contexts, new = [1, 40, 130, 30], [1, 1, 1, 12]
     generator = torch.Generator().manual_seed(5)
     count = sum(new)
     owner = [s for s, n in enumerate(new) for _ in range(n)]
@@ -300,7 +300,7 @@ def test_attention_over_blocks(head_dim: int) -> None:
     context = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
     scratch = poisoned(3, heads, attention.SPLITS, head_dim), poisoned(3, heads, attention.SPLITS)
     attention.decode(work, held, 1, table, context, singles, singles, scratch, out)
-    tiles = torch.tensor([[3, 3, 20, 37], [3, 23, 13, 57]], dtype=torch.int32, device=DEVICE)
+    tiles = torch.tensor([[3, 3, 7, 18], [3, 10, 5, 25]], dtype=torch.int32, device=DEVICE)
     attention.prefill(work, held, 1, table, tiles, out)
     start = 0
     for s, n in enumerate(new):
@@ -337,8 +337,8 @@ def test_tokens_are_drawn_from_what_the_limits_leave(monkeypatch: pytest.MonkeyP
     """Greedy, and draws whose noise runs through the distribution, against the sums over the ids that remain."""
     monkeypatch.setattr(sampling, "PIECE", 64)
     generator = np.random.default_rng(0)
-    row = torch.from_numpy(generator.normal(size=150).astype(np.float32) * 2)
-    noise = (np.arange(12) / 12 + 0.01).tolist()
+    row = torch.from_numpy(generator.normal(size=90).astype(np.float32) * 2)
+    noise = (np.arange(4) / 4 + 0.11).tolist()
     for temperature, top_p, min_p, top_k in (
         (0.7, 1.0, 0.0, 0),
         (1.0, 1.0, 0.0, 9),
@@ -346,7 +346,7 @@ def test_tokens_are_drawn_from_what_the_limits_leave(monkeypatch: pytest.MonkeyP
         (0.9, 0.8, 0.1, 20),
     ):
         weights = torch.softmax(row.double() / temperature, 0)
-        kept = torch.ones(150, dtype=torch.bool)
+        kept = torch.ones(90, dtype=torch.bool)
         order = weights.argsort(descending=True)
         if top_k:
             kept[order[top_k:]] = False
@@ -356,7 +356,7 @@ def test_tokens_are_drawn_from_what_the_limits_leave(monkeypatch: pytest.MonkeyP
         sums = torch.where(kept, weights, 0.0).cumsum(0)
         exact = [int(torch.searchsorted(sums, u * sums[-1], right=True)) for u in noise]
         how = [[temperature, top_p, min_p, u] for u in noise]
-        assert choices(row.repeat(12, 1), how, [top_k] * 12) == exact
+        assert choices(row.repeat(4, 1), how, [top_k] * 4) == exact
 
 
 def test_the_largest_and_rows_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
