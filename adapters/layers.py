@@ -79,7 +79,8 @@ class LoRALinear(nn.Module):
         self.rank = rank
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = dropout
-        self.lora_A = nn.Parameter(torch.empty(rank, width).normal_(0.0, (3.0 * width) ** -0.5, generator=generator))
+        drawn = torch.empty(rank, width, device="cpu").normal_(0.0, (3.0 * width) ** -0.5, generator=generator)
+        self.lora_A = nn.Parameter(drawn.to(torch.get_default_device()))
         self.lora_B = nn.Parameter(torch.zeros(out, rank))
 
     def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:

@@ -344,7 +344,7 @@ class _Run:
 @functools.lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    order: list[int] = torch.randperm(count, generator=generator, device="cpu").tolist()
     return order
 
 

@@ -30,7 +30,7 @@ class PreparedRunner:
     """Answers rows of one random matrix."""
 
     def __init__(self, vocab: int, rows: int, seconds: float) -> None:
-        self._logits = Logits.of(torch.randn(rows, vocab))
+        self._logits = Logits(torch.randn(rows, vocab))
         self._seconds = seconds
 
     def allocate(self, blocks: int, block_size: int) -> None:

@@ -95,20 +95,39 @@ def _memory(settings: Settings, report: Report) -> None:
 def _torch(settings: Settings, report: Report) -> None:
     import torch
 
+    from server.kernels import cuda
+
     report.facts["torch"] = str(torch.__version__)
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        report.facts["GPU"] = f"{torch.cuda.get_device_name()}, {_gib(free)} free of {_gib(total)}"
+        major, minor = torch.cuda.get_device_capability()
+        name = torch.cuda.get_device_name()
+        report.facts["GPU"] = f"{name}, capability {major}.{minor}, {_gib(free)} free of {_gib(total)}"
     else:
         report.facts["GPU"] = "none that torch can use"
+    driver = _driver()
+    if driver:
+        report.facts["GPU driver"] = driver
+    reason = cuda.unavailable()
+    if driver or torch.cuda.is_available():
+        report.facts["CUDA kernels"] = "can run" if reason is None else f"not here: {reason}"
+        if reason is not None:
+            report.remarks.append(f"there is a GPU, but {reason}")
+
+
+def _driver() -> str:
+    """The NVIDIA driver's own line about its version; empty without one."""
+    path = Path("/proc/driver/nvidia/version")
+    return path.read_text().splitlines()[0].removeprefix("NVRM version:").strip() if path.exists() else ""
 
 
 def _kernels(settings: Settings, report: Report) -> None:
     from server.kernels import choose, cpu
 
     reason = cpu.unavailable()
-    report.facts["kernels"] = choose(settings.kernels, settings.device).name
-    if reason is not None:
+    chosen = choose(settings.kernels, settings.device).name
+    report.facts["kernels"] = chosen
+    if reason is not None and chosen != "cuda":
         report.facts["native kernels"] = f"not here: {reason}"
         hint = "" if shutil.which("g++") else "; with a C++ compiler (g++), pip install builds them"
         report.remarks.append(f"without the native kernels torch's own ops serve, which is slower{hint}")

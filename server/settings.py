@@ -46,6 +46,18 @@ def parse_size(text: object) -> int:
     return size
 
 
+def parse_memory(text: object) -> int | float:
+    """Bytes as `parse_size` has them, or a share of what is free: a number up to 1 with a point. Raises ValueError."""
+    share = text if isinstance(text, float) else None
+    if isinstance(text, str) and re.fullmatch(r"\s*[01]?\.\d+\s*", text):
+        share = float(text)
+    if share is None:
+        return parse_size(text)
+    if not 0 < share <= 1:
+        raise ValueError("a share of memory is over 0 and at most 1; write a size as 20GiB")
+    return share
+
+
 def parse_duration(text: object) -> float:
     """Seconds of "300s", "5m", "250ms", "1h" or a number of seconds. Raises ValueError."""
     if isinstance(text, int | float) and not isinstance(text, bool):
@@ -93,6 +105,7 @@ def _whole(value: object) -> object:
 Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 AutoSize = Annotated[int | None, _auto(parse_size)]
+AutoMemory = Annotated[int | float | None, _auto(parse_memory)]
 AutoInt = Annotated[int | None, _auto(lambda v: v)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
 Count = Annotated[int, Field(ge=1)]
@@ -112,7 +125,9 @@ class Settings(BaseModel):
     table_bits: Annotated[Literal[8, 16], BeforeValidator(_whole)] = Field(
         8, description="bits of embedding tables and lm_head"
     )
-    kernels: Literal["auto", "native", "aten", "reference"] = Field("auto", description="kernels to run the base with")
+    kernels: Literal["auto", "native", "aten", "reference", "cuda"] = Field(
+        "auto", description="kernels to run the base with"
+    )
     threads: AutoInt = Field(None, description="CPU threads of the kernels: auto is one a core")
     max_context: AutoInt = Field(None, description="longest prompt and answer, in tokens: auto is the base's own limit")
 
@@ -129,7 +144,9 @@ class Settings(BaseModel):
     max_slots: Count = Field(64, description="most distinct adapters in one batch")
     adapter_ram: Size = Field(2 << 30, description="RAM for adapters that are loaded")
     adapter_device_memory: AutoSize = Field(None, description="GPU memory for adapters: auto is a share of gpu_memory")
-    gpu_memory: AutoSize = Field(None, description="GPU memory to use in all: auto is 90% of what is free")
+    gpu_memory: AutoMemory = Field(
+        None, description="GPU memory to use in all, or a share: auto is 0.9 of what is free"
+    )
 
     # The engine
     kv_cache: AutoSize = Field(None, description="memory for keys and values: auto is a share of free memory")

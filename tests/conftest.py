@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 # Before torch is imported anywhere: tiny tensors are faster without a thread pool, and two cores are few.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before Triton is: without a GPU its interpreter runs the kernels, on a CPU's tensors.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")

@@ -42,6 +42,8 @@ ONLY_IN = {
 MAX_MODULE, MAX_KERNEL, MAX_FUNCTION = 400, 600, 80
 LARGER: dict[str, str] = {}
 """Modules over the limit, each with its reason."""
+ON_GPUS = ("server.kernels.cuda.", "server.model.on_device", "server.engine.cuda_")
+"""Modules over Triton, which are imported where a GPU is used."""
 APART = "server/bench/peers/"
 """Scripts that run inside other servers' environments: not imported by any part, and not importable here."""
 
@@ -249,7 +251,7 @@ print(json.dumps({"failed": failed, "heavy": heavy}))
 @pytest.fixture(scope="module")
 def imported() -> dict[str, object]:
     """Imports every module in one fresh process and tells what that changed."""
-    names = [n for n in OURS if not n.endswith("__main__") and not n.startswith("server.kernels.cuda")]
+    names = [n for n in OURS if not n.endswith("__main__") and not n.startswith(ON_GPUS)]
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", PROBE, json.dumps(names)],
         cwd=REPO,

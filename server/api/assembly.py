@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from adapters.ports import Observer
 from adapters.registry import Registry
@@ -121,9 +124,8 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         reserved=(base.name,),
         observer=notices,
     )
-    runner = make_runner(base, settings.max_slots, settings.threads or os.cpu_count() or 1)
     context = min(base.config.max_position_embeddings, settings.max_context or base.config.max_position_embeddings)
-    engine = _engine(settings, base, runner, registry, text, context)
+    runner, engine = _engine(settings, base, registry, text, context)
     registry.slots = engine
     tasks = Tasks(settings.state_dir / "tasks.json", registry, reserved=(base.name,))
     registry.tasks = tasks.using
@@ -263,8 +265,16 @@ def _ending(settings: Settings, quality: Quality, text: Text, base_id: str) -> C
     return ended
 
 
-def _engine(settings: Settings, base: Base, runner: Runner, registry: Registry, text: Text, context: int) -> Engine:
-    return Engine(
+def _engine(settings: Settings, base: Base, registry: Registry, text: Text, context: int) -> tuple[Runner, Engine]:
+    """The runner of the base's kernels, and the engine on it."""
+    of_device: dict[str, Any]
+    if base.backend.name == "cuda":
+        runner, of_device = _on_gpu(settings, base, context)
+    else:
+        runner = make_runner(base, settings.max_slots, settings.threads or os.cpu_count() or 1)
+        blocks = kv_blocks(settings, runner.block_bytes(settings.block_size), context)
+        of_device = {"blocks": blocks, "max_slots": settings.max_slots}
+    engine = Engine(
         runner,
         fetch=registry.fetch,
         text=text,
@@ -272,16 +282,34 @@ def _engine(settings: Settings, base: Base, runner: Runner, registry: Registry, 
         vocab_size=base.config.vocab_size,
         context_length=context,
         base_id=base.id,
-        blocks=kv_blocks(settings, runner.block_bytes(settings.block_size), context),
         block_size=settings.block_size,
         max_batch=settings.max_batch,
-        max_slots=settings.max_slots,
         max_queue=settings.max_queue,
         max_queue_tokens=settings.max_queue_tokens,
         max_step_tokens=settings.max_step_tokens,
         prefix_cache=settings.prefix_cache,
         tell=last_words(),
+        **of_device,
     )
+    return runner, engine
+
+
+def _on_gpu(settings: Settings, base: Base, context: int) -> tuple[Runner, dict[str, Any]]:
+    """The runner on the GPU, and what the engine is told of it."""
+    from server.engine.cuda_runner import SLOTS, CudaRunner, gpu_memory
+
+    runner = CudaRunner(
+        base,
+        settings.max_batch,
+        memory=gpu_memory(settings.gpu_memory),
+        device=torch.device("cuda"),
+        max_step_tokens=settings.max_step_tokens,
+        kv_cache=settings.kv_cache,
+        adapters=settings.adapter_device_memory,
+        context=context,
+    )
+    blocks = max(1, runner.shares.kv_cache // runner.block_bytes(settings.block_size))
+    return runner, {"blocks": blocks, "max_slots": SLOTS, "room": runner.room, "draw": runner.draw}
 
 
 def kv_blocks(settings: Settings, block_bytes: int, context: int) -> int:

@@ -71,8 +71,8 @@ async def stats(runtime: Running, parts: Ready) -> dict[str, Any]:
 
 def memory(parts: Parts) -> dict[str, int]:
     """Bytes by kind. On a CPU an adapter has one copy, whether it holds a slot or not."""
-    return {**parts.runner.nbytes(), "adapters": parts.registry.memory()["bytes"], **parts.device_memory(),
-            "process": process_bytes()}  # fmt: skip
+    adapters = parts.registry.memory()["bytes"]
+    return {**parts.runner.nbytes(), "adapters": adapters, "process": process_bytes()}
 
 
 def _adapters(parts: Parts) -> dict[str, int]:

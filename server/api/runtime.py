@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +82,6 @@ class Parts:
     jobs: Jobs
     training: Ground
     """What requests for training are checked against."""
-    device_memory: Callable[[], dict[str, int]] = dict
-    """Bytes of a GPU, by kind; none without one."""
 
 
 class Runtime:

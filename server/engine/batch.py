@@ -50,21 +50,26 @@ class Batch:
         return self.context.shape[0]
 
 
-class Logits(NamedTuple):
-    """What a step computes: float32 [L, vocab] of a batch's `logit_rows`, and the first largest of each, int64 [L], -1
-    for a row that has a number that is not finite."""
+class Logits:
+    """What a step computes: `rows`, float32 [L, vocab] of a batch's `logit_rows`, where the runner has them.
 
-    rows: torch.Tensor
-    largest: npt.NDArray[np.int64]
+    `largest` is the first largest of each row, int64 [L], -1 for a row that has a number that is not finite. A runner
+    that does not give it has it found when it is first asked for.
+    """
 
-    @classmethod
-    def of(cls, rows: torch.Tensor) -> Logits:
-        """With the largest found here."""
-        values = rows.numpy(force=True)
-        largest = values.argmax(1)
-        # argmax finds a NaN or +inf if there is one, and the minimum a -inf
-        fine = np.isfinite(values[np.arange(len(values)), largest]) & np.isfinite(values.min(1))
-        return cls(rows, np.where(fine, largest, -1))
+    def __init__(self, rows: torch.Tensor, largest: npt.NDArray[np.int64] | None = None) -> None:
+        self.rows = rows
+        self._largest = largest
+
+    @property
+    def largest(self) -> npt.NDArray[np.int64]:
+        if self._largest is None:
+            values = self.rows.numpy(force=True)
+            found = values.argmax(1)
+            # argmax finds a NaN or +inf if there is one, and the minimum a -inf
+            fine = np.isfinite(values[np.arange(len(values)), found]) & np.isfinite(values.min(1))
+            self._largest = np.where(fine, found, -1)
+        return self._largest
 
 
 class Work(NamedTuple):

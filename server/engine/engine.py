@@ -22,9 +22,9 @@ from server.engine.queue import Inbox
 from server.engine.record import StepRecord
 from server.engine.request import Delivery, Request, State
 from server.engine.runner import Runner
-from server.engine.sampler import Pick, Sampler
+from server.engine.sampler import Draw, Pick, Sampler
 from server.engine.scheduler import Limits, Plan, Scheduler
-from server.engine.slots import Slots
+from server.engine.slots import Room, Slots
 from server.engine.text import Detokenizer, Text
 from server.errors import Conflict, EngineFailed, InvalidRequest, NoCapacity, NotReady
 
@@ -45,7 +45,8 @@ class Engine:
 
     `fetch(mix)` gives a future of the weights of a mix, in its order, and must not block. `blocks` blocks of
     `block_size` tokens are allocated at once, in the constructor. At most `max_queue` requests with `max_queue_tokens`
-    prompt tokens wait. `tell` hears in a line which requests run together, whenever that changes.
+    prompt tokens wait. `tell` hears in a line which requests run together, whenever that changes. `room` is what
+    adapters may take of memory that they are copied to, `draw` how the runner picks tokens where its logits are.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class Engine:
         prefix_share: float = 0.5,
         age_limit: float = 2.0,
         tell: Callable[[str], None] = lambda text: None,
+        room: Room | None = None,
+        draw: Draw | None = None,
     ) -> None:
         self.context_length = min(context_length, blocks * block_size)
         """Tokens that one request can have at most, prompt and answer together."""
@@ -79,7 +82,7 @@ class Engine:
         self._block_size = block_size
         self._wake = threading.Event()
         self._inbox = Inbox(max_queue, max_queue_tokens, self._wake.set)
-        self._slots = Slots(max_slots, runner.place, runner.clear)
+        self._slots = Slots(max_slots, runner.place, runner.clear, room)
         self._scheduler = Scheduler(
             KVCache(blocks, block_size, prefix_share if prefix_cache else 0.0),
             self._slots,
@@ -87,7 +90,7 @@ class Engine:
             Limits(max_batch, max(max_step_tokens, max_batch + 1), max(64, 2 * max_batch), age_limit),
             lambda request: root_key(base_id, request.mix, request.tenant),
         )
-        self._sampler = Sampler(vocab_size, eos_ids)
+        self._sampler = Sampler(vocab_size, eos_ids, draw)
         self._record = StepRecord(tell)
         self._live: dict[str, Request] = {}
         """Every request that has been drained from the inbox and has not heard of its end."""

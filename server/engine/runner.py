@@ -40,7 +40,7 @@ class Runner(Protocol):
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held, by kind: `base`, `kv_cache` (blocks that were ever used), `activations` (work buffers, copies of
-        active adapters)."""
+        active adapters); on a GPU `slots` too, the room of adapters there."""
 
 
 class TorchRunner:
@@ -87,7 +87,7 @@ class TorchRunner:
         logits = self._decoder.logits(hidden[batch.logit_rows])
         self._work = max(self._work, self._step_bytes(batch))
         self._touched = max(self._touched, int(batch.blocks.max()) + 1)
-        return Logits.of(logits)
+        return Logits(logits)
 
     def block_bytes(self, block_size: int) -> int:
         config = self._base.config
@@ -108,7 +108,7 @@ class TorchRunner:
 
 
 def make_runner(base: Source, max_slots: int, threads: int) -> Runner:
-    """The runner of the base's backend."""
+    """The runner of the base's backend, on a CPU."""
     if base.backend.name == "native":
         from server.engine.native_runner import NativeRunner
 

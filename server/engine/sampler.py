@@ -9,17 +9,22 @@ min_p -> one uniform number against the distribution's sum over ids, ascending.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from server.engine.batch import Logits, Work
 from server.engine.request import Request, Sampling, TokenLogprob
 from server.errors import EngineFailed, InvalidRequest
 
 Row = npt.NDArray[np.float32]
+
+Draw = Callable[[torch.Tensor, npt.NDArray[np.float32], npt.NDArray[np.int32]], npt.NDArray[np.int32]]
+"""Of logits [L, vocab] on a device, a float32 [L, 4] of temperature (0: the largest), top_p, min_p and noise, and an
+int32 [L] of top_k: the tokens, -1 for a row that is not finite."""
 
 _STRIDE = 256
 """Ids whose probabilities are summed before the sums are: the draw then looks into one stretch alone."""
@@ -34,15 +39,24 @@ class Pick(NamedTuple):
 
 
 class Sampler:
-    """Picks tokens for `vocab` ids. `eos_ids` are masked while a request is under its min_tokens."""
+    """Picks tokens for `vocab` ids. `eos_ids` are masked while a request is under its min_tokens.
 
-    def __init__(self, vocab: int, eos_ids: frozenset[int]) -> None:
+    With `draw`, rows that want no more than a token are drawn where the logits are, and only the others come here.
+    """
+
+    def __init__(self, vocab: int, eos_ids: frozenset[int], draw: Draw | None = None) -> None:
+        self._draw_there = draw
         self._eos = np.asarray(sorted(eos_ids), np.int64)
         self._row = np.empty(vocab, np.float32)
         self._weights = np.zeros(-(-vocab // _STRIDE) * _STRIDE, np.float32)
 
     def pick(self, logits: Logits, work: Sequence[Work]) -> list[Pick]:
         """One pick for each row of `logits`, whose rows are those that `work` asks for, in order."""
+        if self._draw_there is not None:
+            return self._pick_there(logits.rows, work, self._draw_there)
+        return self._pick_here(logits, work)
+
+    def _pick_here(self, logits: Logits, work: Sequence[Work]) -> list[Pick]:
         greedy = [Pick(token) if token >= 0 else _not_finite() for token in logits.largest.tolist()]
         if all(item.logits == 0 or is_plain(item.request) for item in work):
             return greedy
@@ -52,6 +66,29 @@ class Sampler:
             for i in range(item.logits):
                 row = len(picks)
                 picks.append(greedy[row] if is_plain(item.request) else self._pick_row(rows[row], item.request, i))
+        return picks
+
+    def _pick_there(self, logits: torch.Tensor, work: Sequence[Work], draw: Draw) -> list[Pick]:
+        asked = [item for item in work if item.logits]
+        simple = [is_simple(item.request) for item in asked]
+        if not any(simple):
+            return self._pick_here(Logits(logits), work)
+        starts = np.cumsum([0, *(item.logits for item in asked)])
+        how = np.zeros((int(starts[-1]), 4), np.float32)
+        top_k = np.zeros(len(how), np.int32)
+        for item, alone, row in zip(asked, simple, starts.tolist(), strict=False):
+            sampling = item.request.sampling
+            if alone and sampling.temperature > 0.0:
+                noise = uniform(item.request.seed, len(item.request.output))
+                how[row] = sampling.temperature, sampling.top_p, sampling.min_p, noise
+                top_k[row] = sampling.top_k
+        tokens = draw(logits, how, top_k).tolist()
+        picks: list[Pick] = []
+        for item, alone, row in zip(asked, simple, starts.tolist(), strict=False):
+            if alone:
+                picks.append(Pick(tokens[row]) if tokens[row] >= 0 else _not_finite())
+            else:
+                picks += self._pick_here(Logits(logits[row : row + item.logits]), [item])
         return picks
 
     def _pick_row(self, raw: Row, request: Request, i: int) -> Pick:
@@ -116,10 +153,14 @@ class Sampler:
 
 def is_plain(request: Request) -> bool:
     """Whether nothing but the largest logit is wanted now."""
+    return request.sampling.temperature == 0.0 and is_simple(request)
+
+
+def is_simple(request: Request) -> bool:
+    """Whether nothing but a token is wanted now, by temperature and limits alone."""
     s = request.sampling
     return (
-        s.temperature == 0.0
-        and s.logprobs is None
+        s.logprobs is None
         and request.scored == 0
         and request.constraint is None
         and s.repetition_penalty == 1.0

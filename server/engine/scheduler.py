@@ -11,6 +11,7 @@ seconds for it: then nothing else enters before it does. So it is for room in RA
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,12 +22,15 @@ from server.engine.loads import Loads
 from server.engine.queue import OUTPUT_COST, FairQueue
 from server.engine.request import Delivery, Request, State
 from server.engine.slots import Slots
-from server.errors import DeadlineExceeded, EngineFailed
+from server.errors import DeadlineExceeded, EngineFailed, NoCapacity
 
 Ended = list[tuple[Request, Delivery]]
 
 PRESSED_SECONDS = 0.2
 """For how long a call for room in RAM counts; it is repeated more often than that while it lasts."""
+
+PREFETCHED = 8
+"""Waiting requests whose adapters are copied to a GPU ahead of them."""
 
 SWEEP_SECONDS = 0.02
 """How often deadlines are looked at."""
@@ -275,12 +279,24 @@ class Scheduler:
             if owing and request.mix and not self.loads.came_for(request):
                 continue
             if plan.tokens >= self.limits.max_step_tokens or len(self.running) >= self.limits.max_batch:
+                if self.slots.room is not None:
+                    self._prefetch(now)
                 return
             try:
                 self._try(request, now, plan)
+            except NoCapacity as e:
+                self._end_in(plan, request, e, now)
             except Exception as e:  # the runner refused to place its adapters: that is this request's failure alone
                 self._end_in(plan, request, EngineFailed(f"its adapters could not be placed: {e}"), now)
         self._changed = owing
+
+    def _prefetch(self, now: float) -> None:
+        """Ask for the adapters of the next to enter, and let those that have come be copied beside the steps."""
+        for request in itertools.islice(self.waiting.in_order(), PREFETCHED):
+            if not self.slots.has(request.mix):
+                weights = self.loads.ask(request, now)
+                if weights is not None:
+                    self.slots.offer(request.mix, weights)
 
     def _owes_room(self, now: float) -> bool:
         """Whether a load has lacked room in RAM for too long, so that slots must fall idle.

@@ -7,21 +7,41 @@ engine's thread has it alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from adapters.lru import LRU
 from adapters.weights import LoraWeights, Mix
+from server.errors import NoCapacity
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory that adapters in slots take for themselves: its bytes, and what one adapter takes of them."""
+
+    nbytes: int
+    cost: Callable[[LoraWeights], int]
 
 
 class Slots:
-    """`count` places for adapters, by digest. What no request holds stays resident until its place is needed."""
+    """`count` places for adapters, by digest. What no request holds stays resident until its place is needed.
 
-    def __init__(self, count: int, place: Callable[[int, LoraWeights], None], clear: Callable[[int], None]) -> None:
+    `room` bounds what all of them take together; None where they take nothing of their own.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        place: Callable[[int, LoraWeights], None],
+        clear: Callable[[int], None],
+        room: Room | None = None,
+    ) -> None:
         self.count = count
+        self.room = room
         self._place = place
         self._clear = clear
         self._open = list(range(count - 1, -1, -1))
         self._slot_of: dict[str, int] = {}
-        self._held: LRU[str] = LRU(count, on_evict=self._vacate)
+        self._held: LRU[str] = LRU(count if room is None else room.nbytes, on_evict=self._vacate)
         self._leaving: set[str] = set()
         self._bytes: dict[str, int] = {}
 
@@ -33,7 +53,7 @@ class Slots:
     @property
     def in_use(self) -> int:
         """How many slots requests hold now."""
-        return self._held.pinned
+        return sum(self._held.pins(digest) > 0 for digest in self._held)
 
     def has(self, mix: Mix) -> bool:
         """Whether every adapter of `mix` is resident, so that `reserve` needs no weights."""
@@ -43,10 +63,10 @@ class Slots:
         """The (slot, weight) pairs of a mix, held until `free`; None and no change if there is no room now.
 
         `weights` are those of the mix, in its order; None if `has(mix)`. What the runner raises while it places an
-        adapter is raised, and nothing is held.
+        adapter is raised, and nothing is held; NoCapacity, if the mix alone is over the room.
         """
         missing = [i for i, digest in enumerate(mix.digests) if digest not in self._slot_of]
-        if not self._held.reserve(dict.fromkeys(mix.digests, 1)):
+        if not self._held.reserve(self._costs(mix, weights)):
             return None
         try:
             for i in missing:
@@ -62,6 +82,18 @@ class Slots:
                     self._vacate(digest)
             raise
         return tuple((self._slot_of[digest], weight) for digest, weight in mix)
+
+    def offer(self, mix: Mix, weights: Sequence[LoraWeights]) -> None:
+        """Let a mix that will be needed be copied meanwhile, into room that nobody has; what finds none is left."""
+        if self.room is None:
+            return
+        for digest, cost in self._costs(mix, weights).items():
+            if digest in self._slot_of or not self._open or not self._held.add(digest, cost):
+                continue
+            slot = self._slot_of[digest] = self._open.pop()
+            one = next(each for each in weights if each.digest == digest)
+            self._place(slot, one)
+            self._bytes[digest] = one.nbytes
 
     def free(self, mix: Mix) -> None:
         """The holder of `mix` needs it no more."""
@@ -99,6 +131,23 @@ class Slots:
     def holds(self, digest: str) -> bool:
         """Whether the adapter has a slot now. From any thread."""
         return digest in self._slot_of
+
+    def _costs(self, mix: Mix, weights: Sequence[LoraWeights] | None) -> dict[str, int]:
+        """What each adapter of a mix takes; never less than lets as many be resident as there are slots."""
+        if self.room is None:
+            return dict.fromkeys(mix.digests, 1)
+        if weights is None:
+            return {digest: self._held.cost(digest) for digest in mix.digests}
+        least = -(-self.room.nbytes // self.count)
+        costs = {each.digest: max(least, self.room.cost(each)) for each in weights}
+        total = sum(costs.values())
+        if total > self.room.nbytes:
+            raise NoCapacity(
+                f"the mix's adapters take {total} bytes of GPU memory, and there is room for {self.room.nbytes} "
+                "(--adapter-device-memory)",
+                "adapters",
+            )
+        return costs
 
     def _vacate(self, digest: str) -> None:
         slot = self._slot_of.pop(digest)

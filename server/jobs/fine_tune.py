@@ -60,8 +60,20 @@ class Examples:
 def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[], bool]) -> LoraWeights:
     """Trains and writes `folder/result`. Goes on from the checkpoint in `folder`, if there is one.
 
-    Raises JobError for the files and the settings, TrainingStopped if `stop` said so (the checkpoint is written).
+    On the GPU if the base's kernels are its, on memory of its own beside the server's. Raises JobError for the files
+    and the settings, and where the GPU lacks room, TrainingStopped if `stop` said so (the checkpoint is written).
     """
+    device = torch.device("cuda" if base.backend.name == "cuda" and torch.cuda.is_available() else "cpu")
+    try:
+        with device:
+            return _fine_tune(spec, base.to(device), folder, tell, stop)
+    except torch.OutOfMemoryError as error:
+        raise JobError(
+            "no_memory", f"the GPU has no room for this training beside the server; lower --gpu-memory: {error}"
+        ) from error
+
+
+def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[], bool]) -> LoraWeights:
     examples = prepare(spec, base)
     keep_pairs(examples.records, folder)
     config = _config(spec, base, examples)
@@ -153,7 +165,7 @@ def held_out(count: int, share: float, seed: int) -> tuple[int, ...]:
     wanted = min(MOST_HELD_OUT, int(share * count), count - 1)
     if wanted < 1:
         return ()
-    drawn: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     return tuple(sorted(drawn[:wanted]))
 
 

@@ -18,7 +18,7 @@ from server.kernels.weight import Weight
 if TYPE_CHECKING:
     from server.kernels.lora import Segments
 
-CHOICES = ("auto", "native", "aten", "reference")
+CHOICES = ("auto", "native", "aten", "reference", "cuda")
 """What `--kernels` may say."""
 
 log = logging.getLogger(__name__)
@@ -60,15 +60,28 @@ class StepBackend(Backend, Protocol):
 
 
 def choose(name: str = "auto", device: str = "auto") -> Backend:
-    """The backend of that name; `auto` is the native one where it was built and runs, else torch's own ops.
+    """The backend of that name on that device; `auto` is what serves fastest here.
 
-    Raises BadSetting for an unknown name, for `native` where it cannot run, with the reason, and for the device
-    `cuda`, which no backend here runs on.
+    That is the GPU where one can be used, then the native kernels where they were built and run, else torch's own ops.
+    Kernels that are named run on the CPU, unless they are `cuda`. Raises BadSetting for an unknown name, and for what
+    is asked for and cannot run here, with the reason.
     """
-    if device == "cuda":
-        raise BadSetting("there are no CUDA kernels here; leave --device out to serve from the CPU", "device")
     if name not in CHOICES:
         raise BadSetting(f"kernels {name!r} are not known; known are {', '.join(CHOICES)}", "kernels")
+    if name not in ("auto", "cuda") and device == "cuda":
+        raise BadSetting(f"the {name} kernels run on a CPU; leave --kernels or --device out", "kernels")
+    if name == "cuda" and device == "cpu":
+        raise BadSetting("the cuda kernels do not run on a CPU; leave --kernels or --device out", "kernels")
+    if device != "cpu" and name in ("auto", "cuda"):
+        from server.kernels import cuda
+
+        reason = cuda.unavailable()
+        if reason is None:
+            return cuda.Cuda()
+        if name == "cuda" or device == "cuda":
+            raise BadSetting(
+                f"the CUDA kernels cannot run here: {reason}; without --device cuda the CPU serves", "device"
+            )
     if name in ("auto", "native"):
         from server.kernels import cpu
 

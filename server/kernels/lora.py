@@ -16,7 +16,9 @@ from adapters.weights import LoraWeights
 SlotWeights = tuple[tuple[int, float], ...]
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Modules of a layer that read the same input."""
+"""Linears of a layer that read the same input."""
+SITES = tuple(name for names in TOGETHER for name in names)
+"""All of them, in the order of a step."""
 
 DENSE_ROWS = 16
 """Rows of one mix up to which they share the ALL_SLOTS product; longer ones (prefills) go adapter by adapter."""
@@ -52,7 +54,7 @@ class Site:
 
 
 class SideBySide:
-    """The adapters of a set, concatenated along the rank, modules of one input together, as they are first asked for."""
+    """The adapters of a set along the rank, modules of one input together, concatenated when they are first asked for."""
 
     def __init__(self, adapters: Sequence[LoraWeights]) -> None:
         self._adapters = list(adapters)

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,16 @@ class Base:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Module path -> (out, in) of every linear that a LoRA may target."""
         return self.config.linear_shapes()
+
+    def to(self, device: torch.device) -> Base:
+        """The same base with its weights and tensors on a device."""
+        weights = {
+            path: replace(weight, tensors={name: tensor.to(device) for name, tensor in weight.tensors.items()})
+            for path, weight in self.weights.items()
+        }
+        return replace(
+            self, weights=weights, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()}
+        )
 
     @property
     def nbytes(self) -> int:

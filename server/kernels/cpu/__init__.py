@@ -12,7 +12,8 @@ from functools import lru_cache
 import torch
 
 from adapters.weights import LoraWeights
-from server.kernels.cpu import adapters, bindings, packing
+from server.kernels.adapter_memory import in_one_piece
+from server.kernels.cpu import bindings, packing
 from server.kernels.reference import prepared
 from server.kernels.weight import Weight
 
@@ -46,7 +47,7 @@ class Native:
         return packing.dequantize(weight, start, stop)
 
     def prepare(self, weights: LoraWeights) -> LoraWeights:
-        return adapters.in_one_piece(prepared(weights, self.dtype))
+        return in_one_piece(prepared(weights, self.dtype))
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
         rows = x.detach().float().contiguous()

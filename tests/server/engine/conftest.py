@@ -111,7 +111,7 @@ class FakeRunner:
         logits = torch.from_numpy(
             np.stack([rows[r] for r in batch.logit_rows.tolist()]) if rows else np.zeros((0, self.vocab), np.float32)
         )
-        return Logits.of(logits if added is None else logits + added)
+        return Logits(logits if added is None else logits + added)
 
     def block_bytes(self, block_size: int) -> int:
         return block_size

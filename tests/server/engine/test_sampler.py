@@ -30,7 +30,7 @@ def request(output: tuple[int, ...] = (), prompt: tuple[int, ...] = (1, 2), seed
 
 def pick(logits: Any, *requests: Request) -> list[Pick]:
     rows = torch.from_numpy(np.atleast_2d(np.asarray(logits, np.float32)))
-    return Sampler(rows.shape[1], frozenset({EOS})).pick(Logits.of(rows), [Work(r, 1, 1) for r in requests])
+    return Sampler(rows.shape[1], frozenset({EOS})).pick(Logits(rows), [Work(r, 1, 1) for r in requests])
 
 
 def noise(seed: int, rows: int = 1, vocab: int = VOCAB) -> np.ndarray:
@@ -196,3 +196,21 @@ def test_a_temperature_that_is_very_low_or_high() -> None:
     assert pick(row, request(temperature=1e-6))[0].token == int(row.argmax())
     assert pick(row * 1e30, request(temperature=1e-30))[0].token == int(row.argmax())
     assert len(drawn(row, 200, temperature=1e6)) > 150
+
+
+def test_tokens_are_drawn_where_the_logits_are() -> None:
+    """Rows that want no more than a token go to `draw` together; the others, and only they, come to the sampler."""
+    asked = []
+
+    def draw(logits: torch.Tensor, how: np.ndarray, top_k: np.ndarray) -> np.ndarray:
+        asked.append((logits.shape[0], how.copy(), top_k.copy()))
+        return np.array([11, -1, 13], np.int32)
+
+    requests = [request(), request(temperature=0.5, top_k=3, top_p=0.9, seed=7), request(logprobs=2)]
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    picks = Sampler(20, frozenset(), draw).pick(logits, [Work(r, 1, 1) for r in requests])
+    [(rows, how, top_k)] = asked
+    assert rows == 3 and how[0].tolist() == [0.0, 0.0, 0.0, 0.0] and top_k.tolist() == [0, 3, 0]
+    assert how[1].tolist() == pytest.approx([0.5, 0.9, 0.0, uniform(requests[1].seed, 0)])
+    assert picks[0].token == 11 and picks[1].error is not None
+    assert picks[2].token == int(logits[2].argmax()) and picks[2].logprob is not None

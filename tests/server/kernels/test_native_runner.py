@@ -148,7 +148,7 @@ def step(runner: Runner, new: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
             BLOCK,
         )
     )
-    assert logits.largest.tolist() == Logits.of(logits.rows).largest.tolist()
+    assert logits.largest.tolist() == Logits(logits.rows).largest.tolist()
     return list(logits.rows.split([count for _, count in new]))
 
 

@@ -1,7 +1,7 @@
 """An adapter's memory: all its matrices in one piece, in the order in which a step walks them.
 
-Owns that order. Sixteen adapters of a batch are read from memory once a step, each a few kilobytes a layer: what lies
-together is found by the processor's prefetching and by few page table entries.
+Owns that order, for all backends that keep adapters so. Sixteen adapters of a batch are read from memory once a step,
+each a few kilobytes a layer: what lies together is found by the processor's prefetching and by few page table entries.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ from collections.abc import Iterator
 import torch
 
 from adapters.weights import LoraWeights, LowRank
-from server.kernels.cpu.bindings import SITES
-from server.kernels.lora import TOGETHER
+from server.kernels.lora import SITES, TOGETHER
 
 LINE = 32
-"""bf16 values of a cache line: where every matrix begins."""
+"""Values that every matrix begins at a multiple of: a cache line of bf16."""
 
 
-def in_one_piece(weights: LoraWeights) -> LoraWeights:
-    """Prepared bf16 weights, copied: A [rank, in] row-major and B [out, rank] column-major, views of one tensor."""
+def in_one_piece(weights: LoraWeights, dtype: torch.dtype = torch.bfloat16, pinned: bool = False) -> LoraWeights:
+    """Prepared weights, copied: A [rank, in] row-major and B [out, rank] column-major, views of one tensor of `dtype`.
+
+    With `pinned` that is memory which a GPU copies from by itself.
+    """
     order = list(_walk(weights))
     places, size = [], 0
     for path, part in order:
         places.append(size)
         size += -(-getattr(weights.modules[path], part).numel() // LINE) * LINE
-    flat = torch.zeros(size, dtype=torch.bfloat16)
+    flat = torch.zeros(size, dtype=dtype, pin_memory=pinned)
     parts: dict[tuple[str, str], torch.Tensor] = {}
     for (path, part), place in zip(order, places, strict=True):
         source = getattr(weights.modules[path], part)

@@ -1,0 +1,279 @@
+"""Everything that is claimed of the GPU, in one run of less than ten minutes: one table, and JSON.
+
+    python -m benchmarks.gpu [--json FILE] [--only NAME ...] [--answers PART ...] [--check]
+
+Needs one GPU, torch, triton, safetensors, tokenizers and prometheus-client, and no network. Speed is measured on
+random weights of Qwen2.5-7B's shape. `--answers` takes a folder that `loramux quantize` wrote, or several that hold its
+files in parts (NAME.part0, NAME.part1, ... are joined), and compares greedy answers with the reference on the CPU.
+`--check` runs everything on a tiny model, without a GPU in Triton's interpreter: that it runs, not how fast.
+
+A fraction of the roofline is the time that the bytes of a step take at the bandwidth that is measured here first (base
+without its embedding table, distinct adapters, keys and values), over the time of the step: tokens drawn and brought to
+the host included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and "--check" in sys.argv and not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+
+import numpy as np
+import torch
+
+from benchmarks import gpu_answers, gpu_load, gpu_peers
+from benchmarks.gpu_base import RandomBase, random_adapters, random_base
+from benchmarks.shapes import QWEN_7B
+from server.engine.batch import Batch, SlotWeights
+from server.engine.cuda_runner import CudaRunner, gpu_memory
+from server.kernels.cuda import Cuda, products
+from server.model.config import ModelConfig, from_hf
+
+BLOCK = 16
+TINY: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"], "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+class Bench:
+    """The model, the runner on it, and how things are timed here."""
+
+    def __init__(self, check: bool) -> None:
+        self.check = check
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        backend = Cuda(torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.config: ModelConfig = from_hf(TINY if check else QWEN_7B)
+        self.base: RandomBase = random_base(self.config, backend, self.device)
+        self.backend = backend
+        self.rank = 4 if check else 16
+        self.rows = 2 if check else 32
+        self.context = 20 if check else 256
+        self.results: list[dict[str, Any]] = []
+        self.bandwidth = self.peak = 1.0
+        memory = gpu_memory(None) if self.device.type == "cuda" else 1 << 31
+        room = (1 << 20) if check else 20 << 30
+        self.runner = CudaRunner(
+            self.base, self.rows, memory=memory, device=self.device, adapters=room,
+            kv_cache=(1 << 20) if check else 8 << 30,
+            context=64 if check else 4096,
+        )  # fmt: skip
+        self.base.weights.clear()  # the runner has its own, side by side
+        self.blocks = 12 if check else 32 * 64
+        self.runner.allocate(self.blocks, BLOCK)
+
+    def tell(self, name: str, value: Any, target: Any = None, met: bool | None = None, **more: Any) -> None:
+        self.results.append({"name": name, "value": value, "target": target, "met": met, **more})
+        print(f"  {name}: {value}" + ("" if target is None else f"   (at least: {target})"), flush=True)
+
+    def seconds(self, call: Callable[[], object], rounds: int = 30) -> float:
+        """Median of the time of `call`, which may be asynchronous, after three to warm up."""
+        rounds = 1 if self.check else rounds
+        for _ in range(1 if self.check else 3):
+            call()
+        times = []
+        for _ in range(rounds):
+            self.wait()
+            began = time.perf_counter()
+            call()
+            self.wait()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def batch(self, sequences: int, mixes: tuple[SlotWeights, ...]) -> Batch:
+        """One new token for each sequence, of `context` before it."""
+        each = self.context // BLOCK + 1
+        rows = torch.arange(sequences)
+        return Batch(
+            tokens=rows % self.config.vocab_size,
+            positions=torch.full((sequences,), self.context),
+            row_start=torch.arange(sequences + 1, dtype=torch.int32),
+            context=torch.full((sequences,), self.context + 1, dtype=torch.int32),
+            blocks=(torch.arange(sequences * each) % self.blocks).int().view(sequences, each),
+            logit_rows=rows,
+            mixes=mixes,
+            block_size=BLOCK,
+        )
+
+    def step_seconds(self, sequences: int, mixes: tuple[SlotWeights, ...]) -> float:
+        """A step from a batch on the host to its greedy tokens on the host."""
+        batch = self.batch(sequences, mixes)
+        how, top_k = np.zeros((sequences, 4), np.float32), np.zeros(sequences, np.int32)
+        return self.seconds(lambda: self.runner.draw(self.runner.run(batch).rows, how, top_k))
+
+    def step_bytes(self, sequences: int, adapters: int) -> int:
+        """Bytes that a step has to read."""
+        config = self.config
+        table = config.vocab_size * config.hidden_size * (1 + 2 / 32)
+        values = sum(self.rank * (out + width) for out, width in config.linear_shapes().values())
+        cache = sequences * self.context * self.runner.block_bytes(1)
+        return int(self.runner.nbytes()["base"] - table + 2 * values * adapters + cache)
+
+
+def ceilings(bench: Bench) -> None:
+    """Copy bandwidth, bytes read and written, and the bf16 rate of a large product, on random data."""
+    size = 1 << (16 if bench.check else 31)
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(source)
+    bench.bandwidth = 2 * size / bench.seconds(lambda: target.copy_(source), 10)
+    n = 64 if bench.check else 8192
+    a, b = (torch.randn(n, n, device=bench.device, dtype=bench.backend.dtype) for _ in range(2))
+    bench.peak = 2 * n**3 / bench.seconds(lambda: a @ b, 10)
+    bench.tell("bandwidth, GB/s", round(bench.bandwidth / 1e9, 1))
+    bench.tell("bf16 products, TFLOP/s", round(bench.peak / 1e12, 1))
+
+
+def memory(bench: Bench) -> None:
+    held = bench.runner.nbytes()
+    for kind, size in held.items():
+        bench.tell(f"memory: {kind}, GB", round(size / 1e9, 3))
+    bench.tell("base resident, bytes", held["base"], "<= 4.7e9", held["base"] <= 4.7e9)
+
+
+def decode(bench: Bench) -> None:
+    """Steps of single rows at one sequence and many, without adapters and with one for each."""
+    for n in sorted({1, bench.rows}):
+        seconds = bench.step_seconds(n, ((),) * n)
+        share = bench.step_bytes(n, 0) / bench.bandwidth / seconds
+        target = (0.5, share >= 0.5) if n == 1 else (None, None)
+        bench.tell(
+            f"decode, batch {n}, no adapter: of the roofline", round(share, 3), *target, milliseconds=seconds * 1e3
+        )
+        alone = seconds
+    n = bench.rows
+    for slot, weights in enumerate(random_adapters(bench.config, bench.backend, n, bench.rank)):
+        bench.runner.place(slot, weights)
+    seconds = bench.step_seconds(n, tuple(((slot, 1.0),) for slot in range(n)))
+    share = bench.step_bytes(n, n) / bench.bandwidth / seconds
+    by_bytes = bench.step_bytes(n, n) / bench.step_bytes(n, 0)
+    bench.tell(
+        f"decode, batch {n}, {n} adapters of rank {bench.rank}: of the base's step time", round(seconds / alone, 3),
+        "<= 1.25", seconds <= 1.25 * alone, bytes_ratio=by_bytes, milliseconds=seconds * 1e3,
+    )  # fmt: skip
+    bench.tell("the same: of the roofline with the adapters counted", round(share, 3), 0.5, share >= 0.5)
+
+
+def kernels(bench: Bench) -> None:
+    """Each matrix of a layer by itself at several numbers of rows: where a step's time goes, and what to tune."""
+    model, layer = bench.runner._model, bench.runner._model._layers[0]
+    matrices = {"qkv": layer.qkv, "out": layer.out, "gate_up": layer.gate_up, "down": layer.down, "head": model._head}
+    for name, matrix in matrices.items():
+        for m in (1, 17) if bench.check else (1, 8, 16, 32, 64, 128, 512, 1024, 2048):
+            x = torch.randn(m, matrix.width, device=bench.device).to(bench.backend.dtype)
+            sums = torch.empty(m, matrix.width // matrix.group, device=bench.device)
+            products.group_sums(x, matrix.group, sums)
+            how = matrix.tiling(m)
+            out = torch.empty(how.splits, m, matrix.rows, device=bench.device)
+            cold = torch.empty(1 << (10 if bench.check else 29), dtype=torch.uint8, device=bench.device)
+
+            def once(matrix: Any = matrix, x: Any = x, sums: Any = sums, out: Any = out, how: Any = how) -> None:
+                matrix.multiply(x, sums, out, how)
+
+            seconds = _device_seconds(bench, once, cold)
+            floor = max(matrix.nbytes / bench.bandwidth, 2 * m * matrix.rows * matrix.width / bench.peak)
+            bench.tell(f"{name} {matrix.rows}x{matrix.width}, {m} rows: of the roofline", round(floor / seconds, 3),
+                       microseconds=seconds * 1e6, tiling=str(how))  # fmt: skip
+
+
+def _device_seconds(bench: Bench, call: Callable[[], None], cold: torch.Tensor) -> float:
+    """Median device time of `call` with nothing of its operands in the cache, without the time of launching."""
+    if bench.device.type != "cuda":
+        return bench.seconds(call)
+    call()
+    times = []
+    for _ in range(10):
+        cold.fill_(1)
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        call()
+        last.record()
+        torch.cuda.synchronize()
+        times.append(first.elapsed_time(last) / 1e3)
+    return statistics.median(times)
+
+
+def placing(bench: Bench) -> None:
+    """An adapter from RAM to the device, and a step beside it."""
+    [weights] = random_adapters(bench.config, bench.backend, 1, bench.rank)
+
+    def place() -> None:
+        bench.runner.clear(bench.rows)
+        bench.runner.place(bench.rows, weights)
+
+    seconds = bench.seconds(place, 20)
+    bench.tell("adapter host to device, ms", round(seconds * 1e3, 3), "< 4", seconds < 4e-3, bytes=weights.nbytes)
+
+
+def prefill(bench: Bench) -> None:
+    """A chunk of one prompt: tokens a second."""
+    n = 24 if bench.check else 512
+    starts, context = torch.tensor([0, n], dtype=torch.int32), torch.tensor([n], dtype=torch.int32)
+    ids, blocks = torch.arange(n) % bench.config.vocab_size, torch.arange(-(-n // BLOCK), dtype=torch.int32)[None]
+    one = Batch(ids, torch.arange(n), starts, context, blocks, torch.tensor([n - 1]), ((),), BLOCK)
+    seconds = bench.seconds(lambda: bench.runner.run(one), 10)
+    bench.tell(f"prefill of {n} tokens, tokens/s", round(n / seconds), milliseconds=seconds * 1e3)
+
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "ceilings": ceilings,
+    "memory": memory,
+    "decode": decode,
+    "kernels": kernels,
+    "prefill": prefill,
+    "placing": placing,
+    "load": gpu_load.load,
+    "cliff": gpu_load.cliff,
+    "peers": gpu_peers.peers,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="+", choices=[*SECTIONS, "answers"], default=[*SECTIONS, "answers"])
+    parser.add_argument("--answers", nargs="+", type=Path, default=[], help="a quantized folder, or its parts")
+    parser.add_argument("--check", action="store_true", help="a tiny model, and no claim")
+    options = parser.parse_args()
+    if not torch.cuda.is_available() and not options.check:
+        print("there is no GPU here: nothing is measured (--check runs it all on a tiny model)", file=sys.stderr)
+        return 1
+    bench = Bench(options.check)
+    names = [name for name in SECTIONS if name in options.only]
+    for name in ["ceilings", *names] if "ceilings" not in names else names:
+        print(f"{name} ({time.strftime('%X')})", flush=True)
+        SECTIONS[name](bench)
+        _write(bench, options.json)
+    if options.answers and "answers" in options.only:
+        bench.runner.release()
+        gpu_answers.answers(bench, options.answers)
+        _write(bench, options.json)
+    width = max(len(row["name"]) for row in bench.results)
+    print(f"\n{'what':{width}}  measured        at least    met")
+    for row in bench.results:
+        met = {True: "yes", False: "no", None: ""}[row["met"]]
+        print(f"{row['name']:{width}}  {row['value']!s:14}  {row['target'] or ''!s:10}  {met}")
+    return 0
+
+
+def _write(bench: Bench, target: Path | None) -> None:
+    if target is not None:
+        card = torch.cuda.get_device_name() if bench.device.type == "cuda" else "none: interpreted, no measurement"
+        target.write_text(json.dumps({"card": card, "torch": torch.__version__, "results": bench.results}, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""What `benchmarks/gpu.py` measures on: a random base of a model's shape made on the device, adapters, a vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer, models
+
+from adapters.weights import LoraWeights, LowRank
+from server.kernels.cuda import Cuda, packing
+from server.kernels.stored import stored_parts
+from server.kernels.weight import STORED, Weight
+from server.model.config import ModelConfig
+from server.model.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class RandomBase:
+    """int4 in groups of 64 with double quantization, tables in 8 bits; values of a size that a trained model has."""
+
+    config: ModelConfig
+    weights: dict[str, Weight]
+    tensors: dict[str, torch.Tensor]
+    backend: Cuda
+
+
+def random_base(config: ModelConfig, backend: Cuda, device: torch.device) -> RandomBase:
+    """Packed weights on `device`; they are made there, since seven billion of them take minutes on a CPU."""
+    weights = {path: _linear(shape, device) for path, shape in config.linear_shapes().items()}
+    weights |= {path: _table(shape, device) for path, shape in config.table_shapes().items()}
+    tensors = {
+        name: torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        for name, shape in config.tensor_shapes().items()
+    }
+    return RandomBase(config, weights, tensors, backend)
+
+
+def random_adapters(config: ModelConfig, backend: Cuda, count: int, rank: int) -> list[LoraWeights]:
+    """Prepared adapters on all linears, in memory that the device copies from."""
+    made = []
+    pool = torch.randn(1 << 22)
+    for number in range(count):
+        modules, at = {}, number * 7919
+        for path, (out, width) in config.linear_shapes().items():
+            size = rank * (out + width)
+            at = (at + size) % (len(pool) - size)
+            values = pool[at : at + size] * 0.01
+            modules[path] = LowRank(
+                values[: rank * width].view(rank, width), values[rank * width :].view(out, rank), 1.0
+            )
+        made.append(backend.prepare(LoraWeights(f"a{number}", f"{number:064x}", modules)))
+    return made
+
+
+def vocabulary_of(size: int) -> Vocabulary:
+    """A word for each id, the first of which ends an answer."""
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t1"))
+    return Vocabulary(tokenizer, None, frozenset({0}), None, {}, False)
+
+
+def _linear(shape: tuple[int, int], device: torch.device) -> Weight:
+    group = 64
+    stored = stored_parts("int4", shape, group, True)
+    spread = shape[1] ** -0.5 / 4
+    tensors = {}
+    for name, (dtype, size) in stored.items():
+        if dtype == torch.uint8:
+            tensors[name] = torch.randint(0, 256, size, dtype=dtype, device=device)
+        else:
+            value = {
+                "scale_step": spread / 512,
+                "scale_base": spread,
+                "zero_step": spread / 512,
+                "zero_base": -7.75 * spread,
+            }
+            tensors[name] = torch.full(size, value[name], dtype=dtype, device=device)
+    return packing.pack(Weight("int4", STORED, shape, group, tensors))
+
+
+def _table(shape: tuple[int, int], device: torch.device) -> Weight:
+    codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+    scale = torch.full((shape[0], shape[1] // 32), 0.02 / 127, dtype=torch.float16, device=device)
+    return packing.pack(Weight("int8", STORED, shape, 32, {"codes": codes, "scale": scale}))

@@ -1,0 +1,67 @@
+"""Transformers + PEFT on the same card and the same shape: a mixed batch, each request on its own adapter."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from typing import Any
+
+import torch
+
+
+def peers(bench: Any) -> None:
+    """32 requests on 32 adapters: our tokens a second over theirs, in bf16 and, if it is there, bitsandbytes'."""
+    if bench.check or any(importlib.util.find_spec(name) is None for name in ("transformers", "peft")):
+        bench.tell("Transformers + PEFT", "not measured")
+        return
+    n = bench.rows
+    ours = n / bench.step_seconds(n, tuple(((slot, 1.0),) for slot in range(n)))
+    kinds = ["bf16"] + (["bitsandbytes"] if importlib.util.find_spec("bitsandbytes") else [])
+    for kind in kinds:
+        theirs = _tokens_a_second(bench, kind)
+        ratio = ours / theirs
+        met = {"target": 10, "met": ratio >= 10} if kind == "bf16" else {}
+        bench.tell(f"decode of {n} mixed requests over Transformers + PEFT {kind}", round(ratio, 2), **met,
+                   ours=ours, theirs=theirs)  # fmt: skip
+
+
+def _tokens_a_second(bench: Any, kind: str) -> float:
+    """Of a decoding batch, from the difference of two generations, so that the prefill does not count."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
+
+    from benchmarks.shapes import QWEN_7B
+
+    shape = {k: v for k, v in QWEN_7B.items() if k != "architectures"}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(bench.device):
+            model = Qwen2ForCausalLM(Qwen2Config(**shape, eos_token_id=None))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if kind == "bitsandbytes":
+        from transformers.integrations import replace_with_bnb_linear
+
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        model = replace_with_bnb_linear(model, quantization_config=quantization).to(bench.device)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    names = [f"a{i}" for i in range(bench.rows)]
+    wrapped: Any = get_peft_model(model, LoraConfig(r=bench.rank, target_modules=targets), adapter_name=names[0])
+    for name in names[1:]:
+        wrapped.add_adapter(name, LoraConfig(r=bench.rank, target_modules=targets))
+    wrapped.to(bench.device).eval()
+    prompt = torch.randint(1, 1000, (bench.rows, bench.context), device=bench.device)
+    times = []
+    for count in (2, 2, 18):  # the first warms up
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        with torch.inference_mode():
+            wrapped.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), adapter_names=names, do_sample=False,
+                min_new_tokens=count, max_new_tokens=count, pad_token_id=0,
+            )  # fmt: skip
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    del wrapped, model
+    torch.cuda.empty_cache()
+    return 16 * bench.rows / (times[2] - times[1])

@@ -1,0 +1,66 @@
+"""A GPU's memory, shared out once: what the base leaves goes to work buffers first, then to adapters and the KV cache.
+
+Owns the arithmetic alone; nothing is allocated here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from server.errors import NoCapacity
+from server.model.config import ModelConfig
+
+RESERVE = 512 << 20
+"""Bytes for graphs, a library's workspaces, and what the driver keeps for a context's kernels."""
+ADAPTER_SHARE = 0.25
+"""Of what base and work buffers leave, for adapters, if nothing is said."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Bytes of each kind, whose sum is `total` or less."""
+
+    total: int
+    base: int
+    work: int
+    adapters: int
+    kv_cache: int
+
+
+def share_out(
+    config: ModelConfig,
+    base: int,
+    max_step_tokens: int,
+    total: int,
+    kv_cache: int | None = None,
+    adapters: int | None = None,
+) -> Shares:
+    """What each may take of `total` bytes. `kv_cache` and `adapters` are what is wanted, None for a share.
+
+    Raises NoCapacity, which says what is short, if it is more than there is or leaves no keys and values for 16 tokens.
+    """
+    work = work_bytes(config, max_step_tokens)
+    left = total - base - work
+    for_adapters = int(left * ADAPTER_SHARE) if adapters is None else adapters
+    for_cache = left - for_adapters if kv_cache is None else kv_cache
+    token = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
+    if left <= 0 or for_adapters < 0 or for_cache < 16 * token or for_adapters + for_cache > left:
+        raise NoCapacity(
+            f"{_gb(total)} of GPU memory are too little: the base takes {_gb(base)}, work buffers {_gb(work)}, "
+            f"adapters {_gb(max(for_adapters, 0))} and keys and values {_gb(max(for_cache, 0))}; "
+            "raise --gpu-memory, or lower --kv-cache, --adapter-device-memory or --max-step-tokens"
+        )
+    return Shares(total, base, work, for_adapters, for_cache)
+
+
+def work_bytes(config: ModelConfig, max_step_tokens: int) -> int:
+    """What a step's tensors take at most, about, and the reserve."""
+    heads = config.num_attention_heads * config.head_dim
+    keys = 2 * config.num_key_value_heads * config.head_dim
+    row = 4 * 3 * config.hidden_size + 6 * (heads + keys) + (4 * 2 + 2) * config.intermediate_size
+    dense = 2 * 2 * config.intermediate_size * config.hidden_size  # a matrix dequantized for many rows
+    return RESERVE + max_step_tokens * row + 2 * 64 * 4 * config.vocab_size + dense
+
+
+def _gb(n: int) -> str:
+    return f"{n / 1e9:.2f} GB"

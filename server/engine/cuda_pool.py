@@ -1,0 +1,163 @@
+"""`AdapterPool`: the adapters on a GPU, in one piece of memory of a fixed number of bytes, each at its true size.
+
+Owns where each adapter lies and the tables that tell the kernels. Copies go over a stream of their own; whoever
+computes waits, on the device, for those it uses (`ready`). Does not know who may hold a slot (engine/slots.py): it is
+asked for room that there is, and moves adapters together where it is in too many pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from adapters.weights import LoraWeights
+from server.engine.slots import Room
+from server.errors import NoCapacity
+from server.kernels.cuda.lora import Pool
+from server.kernels.lora import SITES
+from server.model.config import ModelConfig
+
+ALIGNMENT = 64
+"""Elements that every adapter's place is a multiple of."""
+
+
+class AdapterPool:
+    """Room for adapters of `nbytes` bytes in all, in up to `slots` slots."""
+
+    def __init__(self, config: ModelConfig, nbytes: int, slots: int, device: torch.device, dtype: torch.dtype) -> None:
+        sites = config.num_hidden_layers * len(SITES)
+        self._shapes = config.linear_shapes()
+        self._site = {path: i for i, path in enumerate(self._shapes)}
+        self._size = nbytes // dtype.itemsize // ALIGNMENT * ALIGNMENT
+        self._placed: dict[int, tuple[int, int]] = {}
+        """Slot -> (start, size) in elements."""
+        self._tables = (
+            torch.zeros(slots, sites, 2, dtype=torch.int64),
+            torch.zeros(slots, sites, dtype=torch.int32),
+            torch.zeros(slots, sites),
+        )
+        offsets, ranks, scales = (table.to(device) for table in self._tables)
+        self.pool = Pool(torch.empty(self._size, dtype=dtype, device=device), offsets, ranks, scales)
+        self.ranks = [0] * slots
+        """The largest rank of each slot's adapter: its lanes."""
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copies: dict[int, torch.cuda.Event] = {}
+        """Slot -> what tells that its copy is done, until somebody has waited for it."""
+
+    @property
+    def room(self) -> Room:
+        """What adapters may take together, and what one takes."""
+        return Room(self.pool.values.nbytes, self.cost)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool and its tables."""
+        return sum(t.nbytes for t in (self.pool.values, self.pool.offsets, self.pool.ranks, self.pool.scales))
+
+    def cost(self, weights: LoraWeights) -> int:
+        """Bytes that a prepared adapter takes of the pool."""
+        return _aligned(_in_one_piece(weights, self.pool.values.dtype)[0].numel()) * self.pool.values.element_size()
+
+    def place(self, slot: int, weights: LoraWeights) -> None:
+        """Copy a prepared adapter into a slot, behind whatever the device computes.
+
+        Raises ValueError if it is not this base's or was not prepared, NoCapacity if the pool lacks room.
+        """
+        flat, places = _in_one_piece(weights, self.pool.values.dtype)
+        offsets, ranks, scales = (table[slot] for table in self._tables)
+        ranks.zero_()
+        start = self._room(flat.numel())
+        for path, update in weights.modules.items():
+            site = self._site.get(path)
+            if site is None or (update.B.shape[0], update.A.shape[1]) != self._shapes[path]:
+                raise ValueError(f"the base has no linear {path} that this adapter could change")
+            offsets[site] = torch.tensor(places[path])
+            ranks[site], scales[site] = update.rank, update.scale
+        self._placed[slot] = (start, _aligned(flat.numel()))
+        offsets += start
+        self.ranks[slot] = max((update.rank for update in weights.modules.values()), default=0)
+        with self._copying(slot):
+            self.pool.values[start : start + flat.numel()].copy_(flat, non_blocking=True)
+            self._tell(slot)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot. No step that is still to run may use it."""
+        self._placed.pop(slot, None)
+        self._copies.pop(slot, None)
+        self.ranks[slot] = 0
+
+    def ready(self, slots: Iterable[int]) -> None:
+        """Let what is launched from now on see the adapters in `slots`; copies of others go on beside it."""
+        if self._copies:
+            for event in {self._copies.pop(slot) for slot in slots if slot in self._copies}:
+                torch.cuda.current_stream().wait_event(event)
+
+    def _tell(self, slot: int) -> None:
+        """Bring a slot's rows of the tables to the device."""
+        for table, held in zip(self._tables, (self.pool.offsets, self.pool.ranks, self.pool.scales), strict=True):
+            held[slot].copy_(table[slot])
+
+    @contextmanager
+    def _copying(self, *slots: int) -> Iterator[None]:
+        """The stream of copies to `slots`: behind what was launched, which may still read what is written over."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        self._copies.update(dict.fromkeys(slots, done))
+
+    def _room(self, size: int) -> int:
+        """The start of a free piece of so many elements; adapters are moved together if there is none but room."""
+        size = _aligned(size)
+        held = sum(length for _, length in self._placed.values())
+        if held + size > self._size:
+            raise NoCapacity(
+                f"an adapter of {size * self.pool.values.element_size()} bytes finds no room in the "
+                f"{self._size * self.pool.values.element_size()} of the GPU's pool (--adapter-device-memory)"
+            )
+        end = 0
+        for start, length in sorted(self._placed.values()):
+            if start - end >= size:
+                return end
+            end = start + length
+        if self._size - end >= size:
+            return end
+        return self._move_together()
+
+    def _move_together(self) -> int:
+        """Close all gaps; answers where the free room begins."""
+        end = 0
+        with self._copying(*self._placed):
+            for slot, (start, length) in sorted(self._placed.items(), key=lambda item: item[1]):
+                if start != end:
+                    values = self.pool.values
+                    values[end : end + length] = values[start : start + length].clone()  # the two may overlap
+                    self._tables[0][slot] += end - start
+                    self._tell(slot)
+                    self._placed[slot] = (end, length)
+                end += length
+        return end
+
+
+def _in_one_piece(weights: LoraWeights, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, tuple[int, int]]]:
+    """The memory of a prepared adapter, and where in it each module's A and B begin."""
+    flat: torch.Tensor | None = None
+    places = {}
+    for path, update in weights.modules.items():
+        if flat is None:
+            flat = torch.empty(0, dtype=dtype).set_(update.A.untyped_storage())
+        same = all(m.dtype == dtype and m.untyped_storage().data_ptr() == flat.data_ptr() for m in update[:2])
+        if not same or not update.A.is_contiguous() or not update.B.t().is_contiguous():
+            raise ValueError(f"the update of {path} was not prepared for the CUDA kernels")
+        places[path] = (int(update.A.storage_offset()), int(update.B.storage_offset()))
+    return (torch.empty(0, dtype=dtype) if flat is None else flat), places
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,70 @@
+"""The CUDA backend: Triton kernels for one GPU, imported when they are first asked for.
+
+Owns whether they can run here, and the products that the Python decoder (training) asks of them; a whole step is
+engine/cuda_runner.py's. Where there is no GPU, Triton's interpreter runs the same kernels on a CPU's tensors, slowly.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+
+import torch
+import torch.nn.functional as F
+
+from adapters.weights import LoraWeights
+from server.kernels.adapter_memory import in_one_piece
+from server.kernels.cuda import packing
+from server.kernels.reference import prepared
+from server.kernels.weight import Weight
+
+CAPABILITY = (8, 0)
+"""The oldest compute capability that has bf16 in its matrix units."""
+
+
+def unavailable() -> str | None:
+    """Why the CUDA kernels cannot run on this machine, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'loramux[cuda]')"
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "Triton builds its launchers with a C compiler, and there is none (cc, gcc or clang)"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU that it can use; see whether nvidia-smi finds one, and its driver's version"
+    found = torch.cuda.get_device_capability()
+    if found < CAPABILITY:
+        return f"the GPU has compute capability {found[0]}.{found[1]}, and {CAPABILITY[0]}.{CAPABILITY[1]} is needed"
+    return None
+
+
+class Cuda:
+    """The backend of the Triton kernels. Adapters and the KV cache are bf16, the residual stream float32.
+
+    Weights are packed on the CPU, where they can be kept in a file and mapped; the runner puts them on the GPU.
+    """
+
+    name = "cuda"
+    layout = packing.LAYOUT
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.dtype = dtype
+
+    def pack(self, stored: Weight) -> Weight:
+        return packing.pack(stored)
+
+    def dequantize(self, weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return packing.dequantize(weight, start, stop)
+
+    def prepare(self, weights: LoraWeights) -> LoraWeights:
+        return in_one_piece(prepared(weights, self.dtype), self.dtype, pinned=torch.cuda.is_available())
+
+    def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_cuda or weight.scheme == "none":
+            return F.linear(x, packing.dequantize(weight).to(x.dtype))
+        from server.kernels.cuda.products import Matrix
+
+        return F.linear(x, Matrix(weight, x.dtype).values(x.dtype))
+
+    def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
+        return packing.rows(weight, ids)

@@ -1,0 +1,180 @@
+"""Attention over paged keys and values: single rows with the context split among programs, and packed prefills.
+
+A sequence's split depends on its own context alone, and splits are joined in order, so a row's result is the same in
+every batch. Keys and values are read where they lie, through the block table.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from server.kernels.cuda.products import OPTIONS
+
+SPLITS = 16
+"""Programs that share a row's context at most, each with whole tiles of it."""
+TILE = 64
+"""Tokens of a tile of the context."""
+QUERIES = 64
+"""Rows of a prefill that a program takes."""
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["layer", "block_count", "table_width"])
+def decode_kernel(
+    q, cache, blocks, context, row_of, sequence_of, out, weight,
+    layer, block_count, table_width, row_stride, scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Part of one row's attention with the query heads of one KV head: out [n, HEADS, SPLITS, D], weight the log2 of
+    the sum of exponentials."""
+    item, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence = tl.load(sequence_of + item)
+    length = tl.load(context + sequence)
+    tiles = tl.cdiv(length, BT)
+    each = tl.cdiv(tiles, SPLITS)
+    first = split * each
+    last = tl.minimum(first + each, tiles)
+    if first < last:
+        g, d, t = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BT)
+        head = kv_head * GROUP + g
+        mine = (g[:, None] < GROUP) & (d[None, :] < D)
+        row = tl.load(row_of + item)
+        queries = tl.load(q + row * row_stride + head[:, None] * D + d[None, :], mask=mine, other=0.0)
+        best = tl.full((BG,), float("-inf"), tl.float32)
+        total = tl.zeros((BG,), tl.float32)
+        acc = tl.zeros((BG, BD), tl.float32)
+        for tile in range(first, last):
+            token = tile * BT + t
+            there = token < length
+            block = tl.load(blocks + sequence * table_width + token // SIZE, mask=there, other=0).to(tl.int64)
+            place = (((layer * block_count + block) * KV_HEADS + kv_head) * 2 * SIZE + token % SIZE) * D
+            inside = there[:, None] & (d[None, :] < D)
+            keys = tl.load(cache + place[:, None] + d[None, :], mask=inside, other=0.0)
+            scores = tl.dot(queries, tl.trans(keys)) * (scale * LOG2E)
+            scores = tl.where(there[None, :], scores, float("-inf"))
+            higher = tl.maximum(best, tl.max(scores, 1))
+            shift = tl.exp2(best - higher)
+            powers = tl.exp2(scores - higher[:, None])
+            values = tl.load(cache + (place + SIZE * D)[:, None] + d[None, :], mask=inside, other=0.0)
+            acc = tl.dot(powers.to(values.dtype), values, acc * shift[:, None])
+            total = total * shift + tl.sum(powers, 1)
+            best = higher
+        target = (item * HEADS + head) * SPLITS + split
+        tl.store(out + target[:, None] * D + d[None, :], acc / total[:, None], mask=mine)
+        tl.store(weight + target, best + tl.log2(total), mask=g < GROUP)
+
+
+@triton.jit
+def combine_kernel(
+    parts, weight, context, row_of, sequence_of, out,
+    HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """out [T, HEADS * D] of a row and head = its splits joined, in order; zeros for a row without a context."""
+    item, head = tl.program_id(0), tl.program_id(1)
+    length = tl.load(context + tl.load(sequence_of + item))
+    tiles = tl.cdiv(length, BT)
+    used = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, SPLITS), 1))
+    d = tl.arange(0, BD)
+    best = float("-inf")
+    for split in range(0, used):
+        best = tl.maximum(best, tl.load(weight + (item * HEADS + head) * SPLITS + split))
+    acc = tl.zeros((BD,), tl.float32)
+    total = 0.0
+    for split in range(0, used):
+        source = (item * HEADS + head) * SPLITS + split
+        share = tl.exp2(tl.load(weight + source) - best)
+        acc += share * tl.load(parts + source * D + d, mask=d < D, other=0.0)
+        total += share
+    row = tl.load(row_of + item)
+    joined = acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + (row * HEADS + head) * D + d, joined.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["layer", "block_count", "table_width"])
+def prefill_kernel(
+    q, cache, blocks, tiles, out, layer, block_count, table_width, row_stride, scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    SIZE: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Causal attention of up to BM neighbouring rows of one sequence, for one head. tiles [n, 4]: sequence, first row,
+    rows, position of the first."""
+    item, head = tl.program_id(0), tl.program_id(1)
+    sequence, row0 = tl.load(tiles + item * 4), tl.load(tiles + item * 4 + 1)
+    rows, position0 = tl.load(tiles + item * 4 + 2), tl.load(tiles + item * 4 + 3)
+    kv_head = head // (HEADS // KV_HEADS)
+    i, d, t = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BT)
+    mine = (i[:, None] < rows) & (d[None, :] < D)
+    queries = tl.load(q + (row0 + i)[:, None] * row_stride + head * D + d[None, :], mask=mine, other=0.0)
+    best = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BD), tl.float32)
+    length = position0 + rows
+    for start in range(0, length, BT):
+        token = start + t
+        there = token < length
+        block = tl.load(blocks + sequence * table_width + token // SIZE, mask=there, other=0).to(tl.int64)
+        place = (((layer * block_count + block) * KV_HEADS + kv_head) * 2 * SIZE + token % SIZE) * D
+        inside = there[:, None] & (d[None, :] < D)
+        keys = tl.load(cache + place[:, None] + d[None, :], mask=inside, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys)) * (scale * LOG2E)
+        scores = tl.where(token[None, :] <= (position0 + i)[:, None], scores, float("-inf"))
+        higher = tl.maximum(best, tl.max(scores, 1))
+        shift = tl.exp2(best - higher)
+        powers = tl.exp2(scores - higher[:, None])
+        values = tl.load(cache + (place + SIZE * D)[:, None] + d[None, :], mask=inside, other=0.0)
+        acc = tl.dot(powers.to(values.dtype), values, acc * shift[:, None])
+        total = total * shift + tl.sum(powers, 1)
+        best = higher
+    target = out + ((row0 + i)[:, None] * HEADS + head) * D + d[None, :]
+    tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=mine)
+
+
+def decode(
+    qkv: torch.Tensor,
+    cache: torch.Tensor,
+    layer: int,
+    blocks: torch.Tensor,
+    context: torch.Tensor,
+    row_of: torch.Tensor,
+    sequence_of: torch.Tensor,
+    scratch: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+) -> None:
+    """Attention of n single rows into their rows of out [T, heads * d].
+
+    qkv [T, (heads + 2 kv_heads) * d] with the queries turned, blocks int32 [S, B], context int32 [S], row_of and
+    sequence_of int32 [n]. `scratch` is float32 [n, heads, SPLITS, d] and [n, heads, SPLITS].
+    """
+    kv_heads, size, d = cache.shape[2], cache.shape[4], cache.shape[5]
+    heads = out.shape[1] // d
+    n = row_of.shape[0]
+    parts, weight = scratch
+    width = triton.next_power_of_2(max(16, d))
+    group = triton.next_power_of_2(max(16, heads // kv_heads))
+    decode_kernel[(n, kv_heads, SPLITS)](
+        qkv, cache, blocks, context, row_of, sequence_of, parts, weight,
+        layer, cache.shape[1], blocks.shape[1], qkv.shape[1], d**-0.5,
+        HEADS=heads, KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=group,
+        D=d, BD=width, SIZE=size, SPLITS=SPLITS, BT=TILE, **OPTIONS,
+    )  # fmt: skip
+    combine_kernel[(n, heads)](
+        parts, weight, context, row_of, sequence_of, out, HEADS=heads, D=d, BD=width, SPLITS=SPLITS, BT=TILE,
+        num_warps=1, **OPTIONS,
+    )  # fmt: skip
+
+
+def prefill(
+    qkv: torch.Tensor, cache: torch.Tensor, layer: int, blocks: torch.Tensor, tiles: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Causal attention of the rows of `tiles` (int32 [n, 4]: sequence, first row, rows up to QUERIES, position of the
+    first) over the cache, which holds their own keys and values too, into out [T, heads * d]."""
+    kv_heads, size, d = cache.shape[2], cache.shape[4], cache.shape[5]
+    heads = out.shape[1] // d
+    prefill_kernel[(tiles.shape[0], heads)](
+        qkv, cache, blocks, tiles, out, layer, cache.shape[1], blocks.shape[1], qkv.shape[1], d**-0.5,
+        HEADS=heads, KV_HEADS=kv_heads, D=d, BD=triton.next_power_of_2(max(16, d)), SIZE=size,
+        BM=QUERIES, BT=TILE, **OPTIONS,
+    )  # fmt: skip

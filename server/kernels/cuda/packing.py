@@ -1,0 +1,148 @@
+"""The layout `words-1`: a quantized matrix as 32-bit words that a tile of a product reads with 16-byte loads.
+
+A block of the inputs is `parts * run` long, parts being 8 for 4-bit codes and 4 for 8-bit ones. Its word i of row n
+holds the codes of the inputs p * run + i in its parts p = 0, 1, ..., lowest bits first. So shifting a tile of words
+gives `run` neighbouring inputs of every row at once, whose codes share a scale, with no shuffling of lanes:
+
+    words   int32 [blocks, out, run]      blocks = ceil(in / (parts * run)), codes beyond the inputs are 0
+    scale, zero     float16 [in / group, out]    (zero for int4 alone), or double-quantized, for each of the two:
+    s_codes         int32 [ceil(in / group / 4), out], the codes of four neighbouring groups, lowest bits first
+    s_step, s_base  float32 [ceil(in / group / 16), ceil(out / 16)]
+
+All tensors have the outputs on axis 1 (tiles of 16 outputs in s_step and s_base): matrices are put side by side by
+concatenation. What the codes mean is kernels/stored.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from server.errors import BadModel
+from server.kernels.stored import NF4, TILE, decode_tiles, unpack_nibbles
+from server.kernels.weight import Weight
+
+LAYOUT = "words-1"
+RUNS = (64, 32, 16)
+"""Neighbouring inputs of a part: the depth of one product of matrix units."""
+
+
+GROUPS = (32, 64, 128, 256)
+
+
+def parts_of(scheme: str) -> int:
+    """Codes in a word."""
+    return 4 if scheme == "int8" else 8
+
+
+def run_of(scheme: str, width: int, group: int) -> int:
+    """The run that pads the inputs least, the longest among equals. Parts are within groups, those within blocks."""
+    parts = parts_of(scheme)
+    fitting = [run for run in RUNS if group % run == 0 and parts * run % group == 0]
+    return min(fitting, key=lambda run: (-width % (parts * run), -run))
+
+
+def pack(stored: Weight) -> Weight:
+    """The stored matrix in this layout, on its device. Raises BadModel for a group that the kernels do not take."""
+    if stored.scheme == "none":
+        values = stored.tensors["codes"]
+        kept = values if values.dtype in (torch.bfloat16, torch.float32) else values.bfloat16()
+        return Weight("none", LAYOUT, stored.shape, stored.group, {"values": kept.contiguous()})
+    if stored.group not in GROUPS or stored.shape[1] % stored.group:
+        raise BadModel(
+            f"the CUDA kernels take groups of {', '.join(map(str, GROUPS))} that divide the inputs, not {stored.group} "
+            f"for {stored.shape[1]} inputs",
+            "group_size",
+        )
+    codes = stored.tensors["codes"]
+    codes = codes.view(torch.uint8) if stored.scheme == "int8" else unpack_nibbles(codes)
+    tensors = {"words": _words(codes, stored.scheme, run_of(stored.scheme, stored.shape[1], stored.group))}
+    for name, tensor in stored.tensors.items():
+        if name.endswith("_codes"):
+            tensors[name] = _quads(tensor)
+        elif name != "codes":
+            tensors[name] = tensor.t().contiguous()
+    return Weight(stored.scheme, LAYOUT, stored.shape, stored.group, tensors)
+
+
+def dequantize(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Rows `start` to `stop` of a packed matrix as float32 [rows, in], those of the stored form bit for bit."""
+    rows, width = weight.shape
+    stop = rows if stop is None else min(stop, rows)
+    if weight.scheme == "none":
+        return weight.tensors["values"][start:stop].float()
+    codes = _codes(weight.tensors["words"][:, start:stop], weight.scheme, width)
+    if weight.scheme == "int8":
+        values = codes.view(torch.int8).float()
+    elif weight.scheme == "nf4":
+        values = NF4.to(codes.device)[codes.int()]
+    else:
+        values = codes.float()
+    grouped = values.view(stop - start, width // weight.group, weight.group)
+    grouped *= _group_values(weight, "scale", start, stop).float()[:, :, None]
+    if weight.scheme == "int4":
+        grouped += _group_values(weight, "zero", start, stop).float()[:, :, None]
+    return values
+
+
+def rows(table: Weight, ids: torch.Tensor) -> torch.Tensor:
+    """Rows `ids` (int64 [n]) of a packed table, whose scales are not double-quantized, as float32 [n, in]."""
+    axis = 0 if table.scheme == "none" else 1
+    found = {name: tensor.index_select(axis, ids) for name, tensor in table.tensors.items()}
+    return dequantize(Weight(table.scheme, LAYOUT, (len(ids), table.shape[1]), table.group, found))
+
+
+def side_by_side(weights: Sequence[Weight], device: torch.device) -> Weight:
+    """One matrix on `device` whose outputs are those of all `weights`, one after the other.
+
+    Raises BadModel if they cannot be joined: another scheme, group or number of inputs, or double-quantized scales
+    whose outputs are no multiple of 16.
+    """
+    first = weights[0]
+    same = all((w.scheme, w.group, w.shape[1]) == (first.scheme, first.group, first.shape[1]) for w in weights)
+    tiled = all(not w.double_quantized or w.shape[0] % TILE == 0 for w in weights)
+    if not same or not tiled:
+        shapes = ", ".join(f"{w.shape[0]}x{w.shape[1]} {w.scheme} in groups of {w.group}" for w in weights)
+        raise BadModel(f"the CUDA kernels can not join these matrices of a layer: {shapes}")
+    axis = 0 if first.scheme == "none" else 1
+    joined = {name: torch.cat([w.tensors[name].to(device) for w in weights], axis) for name in first.tensors}
+    shape = (sum(w.shape[0] for w in weights), first.shape[1])
+    return Weight(first.scheme, LAYOUT, shape, first.group, joined)
+
+
+def _words(codes: torch.Tensor, scheme: str, run: int) -> torch.Tensor:
+    """uint8 [out, in] -> int32 [blocks, out, run]."""
+    rows, width = codes.shape
+    parts = parts_of(scheme)
+    bits = 32 // parts
+    blocks = -(-width // (parts * run))
+    padded = torch.nn.functional.pad(codes, (0, blocks * parts * run - width))
+    split = padded.view(rows, blocks, parts, run)
+    words = torch.zeros(blocks, rows, run, dtype=torch.int32, device=codes.device)
+    for p in range(parts):
+        words |= split[:, :, p].transpose(0, 1).int() << (bits * p)
+    return words
+
+
+def _codes(words: torch.Tensor, scheme: str, width: int) -> torch.Tensor:
+    """The inverse of `_words`: uint8 [rows, in]."""
+    parts = parts_of(scheme)
+    bits = 32 // parts
+    split = [(words >> (bits * p)) & ((1 << bits) - 1) for p in range(parts)]
+    return torch.stack(split, 2).to(torch.uint8).transpose(0, 1).flatten(1)[:, :width].contiguous()
+
+
+def _quads(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [out, groups] -> int32 [ceil(groups / 4), out]."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4))
+    return padded.contiguous().view(torch.int32).t().contiguous()
+
+
+def _group_values(weight: Weight, name: str, start: int, stop: int) -> torch.Tensor:
+    """The `scale` or `zero` of rows start..stop as float16 [rows, in/group]."""
+    if not weight.double_quantized:
+        return weight.tensors[name][:, start:stop].t()
+    codes = weight.tensors[f"{name}_codes"][:, start:stop].t().contiguous().view(torch.uint8)
+    codes = codes[:, : weight.shape[1] // weight.group]
+    return decode_tiles(codes, weight.tensors[f"{name}_step"].t(), weight.tensors[f"{name}_base"].t(), start)

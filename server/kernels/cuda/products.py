@@ -1,0 +1,315 @@
+"""Products with a quantized matrix in the layout `words-1`: one kernel from a single row to a prefill.
+
+Codes go into the matrix units as they are, whole numbers that both 16-bit floats hold exactly; a group's scale and zero
+meet the float32 sums. So nothing is rounded but the activations, and a code costs a shift and one logical operation.
+K is cut into `splits` ranges, whose sums are written side by side and added in order by whoever reads them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from server.kernels.cuda.packing import parts_of
+from server.kernels.stored import NF4, TILE
+from server.kernels.weight import Weight
+
+INT4, FOUR_BIT_FLOAT, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SCHEMES = {"int4": 0, "nf4": 1, "int8": 2}
+TILE_ROWS = tl.constexpr(TILE)
+
+PROCESSORS = 132
+"""Multiprocessors of an H100, which splits are chosen for."""
+DENSE_ROWS = 1024
+"""Rows from which the matrix is dequantized for cuBLAS instead. Not measured yet."""
+
+
+FEW_ROWS = 64
+"""Most rows of the split product; its tiles have 32 at most, since accumulators are scaled where they lie."""
+OPTIONS = {"enable_fp_fusion": False}
+"""Sums and products are rounded one by one, as the stored form says; where a fused one is meant, tl.fma says so."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a product is cut: rows and outputs of a tile, ranges of K, warps and pipeline stages."""
+
+    rows: int
+    outputs: int
+    splits: int
+    warps: int = 4
+    stages: int = 3
+
+
+def tiling(rows: int, outputs: int, blocks: int) -> Tiling:
+    """The tiling of a product with `rows` rows: fills the processors about twice, K cut into at most 16 ranges."""
+    if rows > FEW_ROWS:
+        return Tiling(128 if rows > 128 else 64, 128, 1, warps=8 if rows > 128 else 4)
+    tile = 16 if rows <= 16 else 32
+    programs = -(-outputs // 128) * -(-rows // tile)
+    splits = 1
+    while splits < 16 and 2 * splits <= blocks and programs * splits < 2 * PROCESSORS:
+        splits *= 2
+    return Tiling(tile, 128, splits)
+
+
+@triton.jit
+def spread(step, base, g, n, N):
+    """The step and base of the codes of group g for outputs n, float32."""
+    tile = (g // TILE_ROWS) * ((N + TILE_ROWS - 1) // TILE_ROWS) + n // TILE_ROWS
+    return tl.load(step + tile, mask=n < N, other=0.0), tl.load(base + tile, mask=n < N, other=0.0)
+
+
+@triton.jit
+def decoded(quads, g, step, base):
+    """The scale or zero of group g whose code is in `quads`: rounded as it is stored."""
+    code = ((quads >> (8 * (g % 4))) & 255).to(tl.float32)
+    return (code * step + base).to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def part_values(words, levels, part, SCHEME: tl.constexpr, dtype: tl.constexpr):
+    """What a part of each word stands for, in `dtype`; int4 codes come with the offset of `offset_of` added.
+
+    A 16-bit float whose exponent makes the last bit of its mantissa worth 1 takes a code by a bitwise or.
+    """
+    if SCHEME == INT8:
+        return ((words << (24 - 8 * part)) >> 24).to(tl.float32).to(dtype)
+    else:
+        codes = (words >> (4 * part)) & 15
+        if SCHEME == FOUR_BIT_FLOAT:
+            return tl.load(levels + codes)
+        elif dtype == tl.bfloat16:
+            return (codes | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        elif dtype == tl.float16:
+            return (codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
+        else:
+            return codes.to(dtype)
+
+
+def offset_of(dtype: torch.dtype) -> int:
+    """What `part_values` adds to the codes of int4 in that dtype."""
+    return {torch.bfloat16: 128, torch.float16: 1024}.get(dtype, 0)
+
+
+@triton.jit(do_not_specialize=["M", "splits"])
+def product_kernel(
+    x, group_sums, words, levels, scale, scale_codes, scale_step, scale_base, zero, zero_codes, zero_step, zero_base,
+    out, M, N, K, blocks, splits,
+    BM: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    SCHEME: tl.constexpr, DOUBLE: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """out float32 [splits, M, N] = x [M, K] times the transposed matrix, over one range of K each.
+
+    group_sums float32 [M, K / GROUP] are x's own sums, which meet the zeros of int4.
+    """
+    dtype: tl.constexpr = x.dtype.element_ty
+    groups: tl.constexpr = PARTS * RUN // GROUP
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    split = tl.program_id(2)
+    i = tl.arange(0, RUN)
+    here, there = m < M, n < N
+    total = tl.zeros((BM, BN), tl.float32)
+    for block in range(split * blocks // splits, (split + 1) * blocks // splits):
+        tile = tl.load(
+            words + (block * N + n)[None, :] * RUN + i[:, None],
+            mask=there[None, :],
+            other=0,
+            eviction_policy="evict_first",
+        )
+        if DOUBLE:
+            s_step, s_base = spread(scale_step, scale_base, block * groups, n, N)
+            if SCHEME == INT4:
+                z_step, z_base = spread(zero_step, zero_base, block * groups, n, N)
+        sums = tl.zeros((BM, BN), tl.float32)
+        for part in tl.static_range(PARTS):
+            k = (block * PARTS + part) * RUN
+            inside = here[:, None] & ((k + i) < K)[None, :]
+            rows = tl.load(x + m[:, None] * K + (k + i)[None, :], mask=inside, other=0.0)
+            sums = tl.dot(rows, part_values(tile, levels, part, SCHEME, dtype), sums)
+            if ((part + 1) * RUN) % GROUP == 0:
+                # Groups that only pad the inputs have products of zeros, whatever scale they read.
+                g = tl.minimum(block * groups + part * RUN // GROUP, K // GROUP - 1)
+                if DOUBLE:
+                    if (part * RUN // GROUP) % 4 == 0:
+                        s_quads = tl.load(scale_codes + g // 4 * N + n, mask=there, other=0)
+                        if SCHEME == INT4:
+                            z_quads = tl.load(zero_codes + g // 4 * N + n, mask=there, other=0)
+                    s = decoded(s_quads, g, s_step, s_base)
+                else:
+                    s = tl.load(scale + g * N + n, mask=there, other=0.0).to(tl.float32)
+                total = tl.fma(sums, tl.broadcast_to(s[None, :], (BM, BN)), total)
+                if SCHEME == INT4:
+                    if DOUBLE:
+                        z = decoded(z_quads, g, z_step, z_base)
+                    else:
+                        z = tl.load(zero + g * N + n, mask=there, other=0.0).to(tl.float32)
+                    mine = here & (k + 0 * m < K)
+                    inputs = tl.load(group_sums + m * (K // GROUP) + g, mask=mine, other=0.0)
+                    z = tl.fma(s, -1.0 * OFFSET, z)
+                    inputs = tl.broadcast_to(inputs[:, None], (BM, BN))
+                    total = tl.fma(inputs, tl.broadcast_to(z[None, :], (BM, BN)), total)
+                sums = tl.zeros((BM, BN), tl.float32)
+    tl.store(out + (split * M + m)[:, None] * N + n[None, :], total, mask=here[:, None] & there[None, :])
+
+
+@triton.jit
+def group_values(
+    g, n, N, scale, scale_codes, scale_step, scale_base, zero, zero_codes, zero_step, zero_base,
+    SCHEME: tl.constexpr, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """Scale and zero of group g for outputs n, float32. Without a zero the scale stands for it."""
+    there = n < N
+    if DOUBLE:
+        step, base = spread(scale_step, scale_base, g, n, N)
+        s = decoded(tl.load(scale_codes + g // 4 * N + n, mask=there, other=0), g, step, base)
+    else:
+        s = tl.load(scale + g * N + n, mask=there, other=0.0).to(tl.float32)
+    z = s
+    if SCHEME == INT4:
+        if DOUBLE:
+            step, base = spread(zero_step, zero_base, g, n, N)
+            z = decoded(tl.load(zero_codes + g // 4 * N + n, mask=there, other=0), g, step, base)
+        else:
+            z = tl.load(zero + g * N + n, mask=there, other=0.0).to(tl.float32)
+    return s, z
+
+
+@triton.jit(do_not_specialize=["M"])
+def tiled_kernel(
+    x, words, levels, scale, scale_codes, scale_step, scale_base, zero, zero_codes, zero_step, zero_base,
+    out, M, N, K, blocks,
+    BM: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    SCHEME: tl.constexpr, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """out float32 [M, N] = x [M, K] times the transposed matrix, for many rows: weights are rounded to x's dtype."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    i = tl.arange(0, RUN)
+    here, there = m < M, n < N
+    total = tl.zeros((BM, BN), tl.float32)
+    for block in range(0, blocks):
+        tile = tl.load(words + (block * N + n)[None, :] * RUN + i[:, None], mask=there[None, :], other=0)
+        for part in range(PARTS):  # not unrolled: each would have its own stages
+            k = (block * PARTS + part) * RUN
+            g = tl.minimum(k // GROUP, K // GROUP - 1)
+            s, z = group_values(
+                g, n, N, scale, scale_codes, scale_step, scale_base, zero, zero_codes, zero_step, zero_base,
+                SCHEME, DOUBLE,
+            )  # fmt: skip
+            values = part_values(tile, levels, part, SCHEME, tl.float32) * s[None, :]
+            if SCHEME == INT4:
+                values += z[None, :]
+            inside = here[:, None] & ((k + i) < K)[None, :]
+            rows = tl.load(x + m[:, None] * K + (k + i)[None, :], mask=inside, other=0.0)
+            total = tl.dot(rows, values.to(dtype), total)
+    tl.store(out + m[:, None] * N + n[None, :], total, mask=here[:, None] & there[None, :])
+
+
+@triton.jit
+def dequantize_kernel(
+    words, levels, scale, scale_codes, scale_step, scale_base, zero, zero_codes, zero_step, zero_base, out,
+    N, K,
+    BN: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    SCHEME: tl.constexpr, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """out [N, K] = the matrix in out's dtype, a block of the inputs a program. For products with very many rows."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    block = tl.program_id(1)
+    i = tl.arange(0, RUN)
+    tile = tl.load(words + (block * N + n)[:, None] * RUN + i[None, :], mask=(n < N)[:, None], other=0)
+    for part in tl.static_range(PARTS):
+        k = (block * PARTS + part) * RUN
+        g = tl.minimum(k // GROUP, K // GROUP - 1)
+        s, z = group_values(
+            g, n, N, scale, scale_codes, scale_step, scale_base, zero, zero_codes, zero_step, zero_base, SCHEME, DOUBLE
+        )
+        values = part_values(tile, levels, part, SCHEME, tl.float32) * s[:, None]
+        if SCHEME == INT4:
+            values += z[:, None]
+        place = out + n[:, None].to(tl.int64) * K + (k + i)[None, :]
+        tl.store(place, values.to(out.dtype.element_ty), mask=(n < N)[:, None] & (k + i < K)[None, :])
+
+
+@triton.jit
+def group_sums_kernel(x, out, K, GROUP: tl.constexpr, BG: tl.constexpr):
+    """out float32 [M, K / GROUP] = the sums of x's groups."""
+    row = tl.program_id(0)
+    g = tl.program_id(1) * BG + tl.arange(0, BG)
+    place = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    values = tl.load(x + row * K + place, mask=place < K, other=0.0).to(tl.float32)
+    tl.store(out + row * (K // GROUP) + g, tl.sum(values, 1), mask=g < K // GROUP)
+
+
+class Matrix:
+    """A packed matrix on a device, ready to be multiplied with: its tensors and the constants of the kernels."""
+
+    def __init__(self, weight: Weight, dtype: torch.dtype) -> None:
+        self.rows, self.width = weight.shape
+        self.group = weight.group
+        self.dense = weight.scheme == "none"
+        """Whether it is not quantized: then it is kept in `dtype`, and cuBLAS multiplies."""
+        self.dense_values = weight.tensors["values"].to(dtype) if self.dense else torch.empty(0)
+        self.wants_sums = weight.scheme == "int4"
+        """Whether products need the sums of the rows' groups."""
+        self.blocks = 1
+        self.nbytes = self.dense_values.nbytes if self.dense else weight.nbytes
+        if self.dense:
+            return
+        words = weight.tensors["words"]
+        self.blocks = words.shape[0]
+        names = [f"{name}{suffix}" for name in ("scale", "zero") for suffix in ("", "_codes", "_step", "_base")]
+        # What a scheme lacks is never read: the words stand for it.
+        self.arguments = [words, NF4.to(words.device, dtype), *(weight.tensors.get(name, words) for name in names)]
+        self.constants: dict[str, Any] = {
+            "RUN": words.shape[2],
+            "PARTS": parts_of(weight.scheme),
+            "GROUP": weight.group,
+            "SCHEME": SCHEMES[weight.scheme],
+            "DOUBLE": weight.double_quantized,
+        }
+
+    def tiling(self, rows: int) -> Tiling:
+        """How a product with that many rows is cut."""
+        return Tiling(16, 128, 1) if self.dense else tiling(rows, self.rows, self.blocks)
+
+    def multiply(self, x: torch.Tensor, sums: torch.Tensor, out: torch.Tensor, how: Tiling) -> None:
+        """x [M, in], contiguous, times the transposed matrix, into float32 out [splits, M, rows].
+
+        `sums` float32 [M, in / group] are those of x's groups, read if `wants_sums` and M is at most FEW_ROWS.
+        """
+        m = x.shape[0]
+        if self.dense or m >= DENSE_ROWS:
+            out[0].copy_(x @ (self.dense_values if self.dense else self.values(x.dtype)).t())
+            return
+        grid = (-(-m // how.rows), -(-self.rows // how.outputs), how.splits)
+        sizes = (m, self.rows, self.width, self.blocks)
+        launch = {"num_warps": how.warps, "num_stages": how.stages, **OPTIONS}
+        if m > FEW_ROWS:
+            tiled_kernel[grid](x, *self.arguments, out, *sizes, BM=how.rows, BN=how.outputs, **self.constants, **launch)
+            return
+        product_kernel[grid](
+            x, sums, *self.arguments, out, *sizes, how.splits,
+            BM=how.rows, BN=how.outputs, OFFSET=offset_of(x.dtype), **self.constants, **launch,
+        )  # fmt: skip
+
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """The quantized matrix [rows, in] in a floating dtype, on its device."""
+        out = torch.empty(self.rows, self.width, dtype=dtype, device=self.arguments[0].device)
+        words, levels, *scales = self.arguments
+        dequantize_kernel[(-(-self.rows // 32), self.blocks)](
+            words, NF4.to(levels.device), *scales, out, self.rows, self.width, BN=32, **self.constants, **OPTIONS
+        )
+        return out
+
+
+def group_sums(x: torch.Tensor, group: int, out: torch.Tensor) -> None:
+    """The sums of each group of the rows of x [M, K], into float32 out [M, K / group]."""
+    rows, width = x.shape
+    group_sums_kernel[(rows, -(-width // (16 * group)))](x, out, width, GROUP=group, BG=16, **OPTIONS)

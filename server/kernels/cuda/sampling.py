@@ -1,0 +1,125 @@
+"""From logits on the device to tokens on the device: the largest, or a draw with temperature, top_k, top_p and min_p.
+
+A row is a program's alone and its noise is the one number it is given, so what is drawn does not depend on the batch.
+The order is the engine's sampler's: temperature -> top_k -> top_p -> min_p -> one uniform number against the sums over
+ids, ascending. Of equals at the limit of top_k or top_p all stay, where the engine's sampler keeps the lower ids.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from server.kernels.cuda.products import OPTIONS
+
+PIECE = 4096
+"""Logits that a program reads at a time."""
+LOWEST = tl.constexpr(-2147483647)
+NONE = tl.constexpr(2147483647)
+
+
+@triton.jit
+def best_kernel(logits, best, token, V, BV: tl.constexpr):
+    """best and token [L, pieces]: the largest logit of a row's pieces and its first id, -1 if one is not finite."""
+    row, piece = tl.program_id(0), tl.program_id(1)
+    v = piece * BV + tl.arange(0, BV)
+    values = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
+    top = tl.max(values, 0)
+    first = tl.min(tl.where(values == top, v, NONE), 0)
+    odd = tl.sum(((v < V) & ((tl.abs(values) == float("inf")) | (values != values))).to(tl.int32), 0)
+    place = row * tl.num_programs(1) + piece
+    tl.store(best + place, top)
+    tl.store(token + place, tl.where(odd > 0, -1, first))
+
+
+@triton.jit
+def ordered(values):
+    """float32 as int32 of the same order."""
+    bits = values.to(tl.int32, bitcast=True)
+    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+
+
+@triton.jit
+def mass_above(logits, V, key, top, temperature, COUNT: tl.constexpr, BV: tl.constexpr):
+    """How many logits of a row have at least the order `key`, or without COUNT the sum of their weights."""
+    sums = tl.zeros((BV,), tl.float32)
+    for start in range(0, V, BV):
+        v = start + tl.arange(0, BV)
+        values = tl.load(logits + v, mask=v < V, other=float("-inf"))
+        kept = (v < V) & (ordered(values) >= key)
+        if COUNT:
+            sums += kept.to(tl.float32)
+        else:
+            sums += tl.where(kept, tl.exp((values - top) / temperature), 0.0)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def highest_key(logits, V, goal, floor, top, temperature, COUNT: tl.constexpr, BV: tl.constexpr):
+    """The highest order at or above which the mass is at least `goal`; `floor` if none above it is."""
+    low = floor.to(tl.int64)
+    high = ordered(top).to(tl.int64)
+    while low < high:
+        middle = (low + high + 1) >> 1
+        if mass_above(logits, V, middle.to(tl.int32), top, temperature, COUNT, BV) >= goal:
+            low = middle
+        else:
+            high = middle - 1
+    return low.to(tl.int32)
+
+
+@triton.jit
+def draw_kernel(logits, best, piece_token, how, top_k, out, V, pieces, BP: tl.constexpr, BV: tl.constexpr):
+    """out int32 [L]: the token of a row, -1 if a logit is not finite. how [L, 4]: temperature, top_p, min_p, noise."""
+    row = tl.program_id(0)
+    p = tl.arange(0, BP)
+    tops = tl.load(best + row * pieces + p, mask=p < pieces, other=float("-inf"))
+    tokens = tl.load(piece_token + row * pieces + p, mask=p < pieces, other=NONE)
+    top = tl.max(tops, 0)
+    token = tl.min(tl.where(tops == top, tokens, NONE), 0)
+    fine = tl.min(tokens, 0) >= 0
+    temperature = tl.load(how + row * 4)
+    if fine and temperature > 0.0:
+        mine = logits + row.to(tl.int64) * V
+        top_p, min_p = tl.load(how + row * 4 + 1), tl.load(how + row * 4 + 2)
+        k = tl.load(top_k + row)
+        key = tl.full((), LOWEST, tl.int32)
+        if k > 0 and k < V:
+            key = highest_key(mine, V, k.to(tl.float32), key, top, temperature, True, BV)
+        if top_p < 1.0:
+            goal = top_p * mass_above(mine, V, key, top, temperature, False, BV)
+            key = highest_key(mine, V, goal, key, top, temperature, False, BV)
+        if min_p > 0.0:
+            key = tl.maximum(key, ordered(top + temperature * tl.log(min_p)))
+        goal = tl.load(how + row * 4 + 3) * mass_above(mine, V, key, top, temperature, False, BV)
+        before = 0.0
+        found = tl.full((), NONE, tl.int32)
+        last = token
+        for start in range(0, V, BV):
+            v = start + tl.arange(0, BV)
+            values = tl.load(mine + v, mask=v < V, other=float("-inf"))
+            kept = (v < V) & (ordered(values) >= key)
+            weight = tl.where(kept, tl.exp((values - top) / temperature), 0.0)
+            passed = kept & (weight > 0.0) & (before + tl.cumsum(weight, 0) > goal)
+            found = tl.minimum(found, tl.min(tl.where(passed, v, NONE), 0))
+            last = tl.maximum(last, tl.max(tl.where(kept & (weight > 0.0), v, 0), 0))
+            before += tl.sum(weight, 0)
+        token = tl.where(found == NONE, last, found)
+    tl.store(out + row, tl.where(fine, token, -1))
+
+
+def draw(logits: torch.Tensor, how: torch.Tensor, top_k: torch.Tensor, out: torch.Tensor) -> None:
+    """A token of each row of float32 logits [L, vocab] into int32 out [L], -1 where a logit is not finite.
+
+    how float32 [L, 4] is temperature (0: the largest), top_p, min_p and the row's noise in [0, 1); top_k int32 [L],
+    0 for no limit.
+    """
+    rows, vocab = logits.shape
+    pieces = -(-vocab // PIECE)
+    best = torch.empty(rows, pieces, dtype=torch.float32, device=logits.device)
+    token = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)
+    best_kernel[(rows, pieces)](logits, best, token, vocab, BV=PIECE, **OPTIONS)
+    draw_kernel[(rows,)](
+        logits, best, token, how, top_k, out, vocab, pieces, BP=triton.next_power_of_2(pieces), BV=PIECE, **OPTIONS
+    )

@@ -1,0 +1,49 @@
+"""Slots on a device with memory of its own: adapters by their bytes, all of a mix or nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from adapters.weights import LoraWeights
+from server.engine.slots import Room, Slots
+from server.errors import NoCapacity
+
+
+@pytest.fixture
+def slots() -> Slots:
+    """Room for 100 bytes in four slots; an adapter costs ten times the number in its name."""
+    return Slots(4, lambda slot, weights: None, lambda slot: None, Room(100, lambda w: 10 * int(w.name[1:])))
+
+
+def weights_of(tools: Any, *names: str) -> list[LoraWeights]:
+    return [LoraWeights(name, tools.digest_of(name), {}) for name in sorted(names, key=tools.digest_of)]
+
+
+def test_what_is_idle_goes_when_bytes_are_needed(slots: Slots, tools: Any) -> None:
+    four, five, six = (tools.mix_of(name) for name in ("a4", "a5", "a6"))
+    for name, mix in (("a4", four), ("a5", five)):
+        assert slots.reserve(mix, weights_of(tools, name)) is not None
+    assert slots.reserve(six, weights_of(tools, "a6")) is None, "both are in use"
+    slots.free(four)
+    assert slots.reserve(six, weights_of(tools, "a6")) is None, "40 of 60 bytes could be had"
+    slots.free(five)
+    assert slots.reserve(six, weights_of(tools, "a6")) is not None
+    assert slots.has(six) and slots.in_use == 1
+    assert slots.resident == [tools.digest_of("a6")]
+
+
+def test_a_mix_that_could_never_fit_is_refused(slots: Slots, tools: Any) -> None:
+    mix = tools.mix_of("a6", "a7")
+    with pytest.raises(NoCapacity, match="130 bytes of GPU memory, and there is room for 100"):
+        slots.reserve(mix, weights_of(tools, "a6", "a7"))
+    assert slots.in_use == 0 and slots.resident == []
+
+
+def test_small_adapters_never_outnumber_the_slots(slots: Slots, tools: Any) -> None:
+    for name in ("a1", "a2", "a0", "a3", "a1"):
+        mix = tools.mix_of(name)
+        slots.reserve(mix, None if slots.has(mix) else weights_of(tools, name))
+        slots.free(mix)
+    assert len(slots.resident) <= 4

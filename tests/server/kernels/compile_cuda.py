@@ -1,0 +1,158 @@
+"""Compiles the kernels that steps of a model would launch, for a GPU that need not be here: down to machine code.
+
+`python tests/server/kernels/compile_cuda.py [small|7b] [capability]` builds a model whose tensors have shapes and no
+contents, runs a prefill and steps of several buckets through it, and compiles each distinct launch instead of running
+it. Prints a line a kernel; the exit status is 1 if one does not compile or wants more shared memory than there is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from server.engine.cuda_batch import Shape, on_device, tile_rows
+from server.kernels.cuda import packing, sampling
+from server.kernels.cuda.lora import Pool
+from server.kernels.stored import stored_parts
+from server.kernels.weight import STORED, Weight
+from server.model.config import ModelConfig, from_hf
+from server.model.on_device import SITES, DeviceModel
+
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
+"""Bytes of shared memory that a block can have."""
+META = torch.device("meta")
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8", torch.int8: "i8",
+}  # fmt: skip
+
+
+def small() -> ModelConfig:
+    return from_hf(
+        {
+            "architectures": ["Qwen2ForCausalLM"], "vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024,
+            "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 2,
+            "max_position_embeddings": 512, "tie_word_embeddings": True,
+        }
+    )  # fmt: skip
+
+
+def seven_billion() -> ModelConfig:
+    from benchmarks.shapes import QWEN_7B
+
+    return from_hf({**QWEN_7B, "num_hidden_layers": 1})
+
+
+class Shapes:
+    """A base of tensors without contents."""
+
+    def __init__(self, config: ModelConfig, scheme: str, double: bool) -> None:
+        self.config = config
+        tables = {path: self._weight(shape, "int8", 32, False) for path, shape in config.table_shapes().items()}
+        linears = {path: self._weight(shape, scheme, 64, double) for path, shape in config.linear_shapes().items()}
+        self.weights = tables | linears
+        self.tensors = {name: torch.empty(shape, device=META) for name, shape in config.tensor_shapes().items()}
+
+    @staticmethod
+    def _weight(shape: tuple[int, int], scheme: str, group: int, double: bool) -> Weight:
+        parts = stored_parts(scheme, shape, group, double)
+        tensors = {name: torch.empty(size, dtype=dtype, device=META) for name, (dtype, size) in parts.items()}
+        return packing.pack(Weight(scheme, STORED, shape, group, tensors))
+
+
+class Compiler:
+    """Stands in for `JITFunction.run`: compiles what it has not seen yet."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+        self.most = SHARED[capability]
+        self.seen: set[Any] = set()
+        self.failed: list[str] = []
+
+    def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = list(kernel.arg_names)
+        options = {k: v for k, v in kwargs.items() if k not in names}
+        given = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+        signature, constants, attributes = {}, {}, {}
+        for i, name in enumerate(names):
+            value, parameter = given[name], kernel.params[i]
+            if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+                signature[name], constants[(i,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + TYPES[value.dtype]
+                attributes[(i,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32"
+                if value % 16 == 0 and not parameter.do_not_specialize:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+        key = (kernel.__name__, *map(str, (signature, constants, attributes, options)))
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        began = time.monotonic()
+        said = f"{kernel.__name__} {list(constants.values())} {options}"
+        try:
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+            made = triton.compile(source, target=self.target, options=options)
+        except Exception as error:
+            self.failed.append(said)
+            print(f"{said}: {type(error).__name__}: {str(error)[-800:]}", flush=True)
+            return
+        if made.metadata.shared > self.most:
+            self.failed.append(said)
+        print(f"{said}: {made.metadata.shared} bytes shared, {time.monotonic() - began:.1f} s", flush=True)
+
+
+def single_rows(size: int, width: int) -> Shape:
+    rows = tile_rows(size)
+    return Shape(size, size, 16, size, size, 0, -(-size // rows), rows, width, min(width, 16 * size))
+
+
+def main(which: str, capability: int) -> int:
+    compiler = Compiler(capability)
+    JITFunction.run = lambda self, *args, **kwargs: compiler.launch(self, *args, **kwargs)  # type: ignore[method-assign]
+    config = small() if which == "small" else seven_billion()
+    schemes = [("int4", True)] if which == "small" else [("int4", True), ("int4", False), ("nf4", True)]
+    sizes = [1] if which == "small" else [1, 8, 32, 64]
+    for scheme, double in schemes:
+        model = DeviceModel(Shapes(config, scheme, double), META, torch.bfloat16)  # type: ignore[arg-type]
+        model.turn_up_to(256)
+        sites = config.num_hidden_layers * len(SITES)
+        pool = Pool(
+            torch.empty(1 << 20, dtype=torch.bfloat16, device=META),
+            torch.empty(64, sites, 2, dtype=torch.int64, device=META),
+            torch.empty(64, sites, dtype=torch.int32, device=META),
+            torch.empty(64, sites, device=META),
+        )
+        size = (config.num_hidden_layers, 64, config.num_key_value_heads, 2, 16, config.head_dim)
+        cache = torch.empty(size, dtype=torch.bfloat16, device=META)
+        shapes = [single_rows(n, width) for n in sizes for width in (0, 64)]
+        shapes += [
+            Shape(n, 3, 16, 2, 1, 4, 5, 64, width, 2)
+            for n in ((100,) if which == "small" else (100, 512))
+            for width in (0, 64)
+        ]
+        for shape in shapes:
+            memory = torch.empty(shape.elements, dtype=torch.int32, device=META)
+            model.logits(on_device(shape, memory), cache, pool)
+    logits = torch.empty(4, config.vocab_size, device=META)
+    how, tokens = torch.empty(4, 4, device=META), torch.empty(4, dtype=torch.int32, device=META)
+    sampling.draw(logits, how, tokens, tokens)
+    print(f"{len(compiler.seen)} kernels for capability {capability}, {len(compiler.failed)} failed", flush=True)
+    return 1 if compiler.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "small", int(sys.argv[2]) if len(sys.argv) > 2 else 90))

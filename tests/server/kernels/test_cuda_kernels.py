@@ -1,0 +1,369 @@
+"""The Triton kernels against the reference, at tiny shapes: in Triton's interpreter, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") != "1":
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from server.errors import BadModel
+from server.kernels import reference
+from server.kernels.cuda import attention, finish, lora, packing, products, rows, sampling
+from server.kernels.weight import Weight
+from server.model.quantization import quantize
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FLOAT = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+"""The interpreter multiplies no bfloat16; float16 has the same path through the matrix units and is tested too."""
+LOOSE = 2e-2 if DEVICE.type == "cuda" else 2e-5
+SCHEMES = [("int4", 64, True), ("int4", 32, False), ("nf4", 64, True), ("nf4", 64, False), ("int8", 32, False)]
+
+
+def stored_matrix(out: int, width: int, scheme: str, group: int, double: bool, seed: int = 0) -> Weight:
+    generator = torch.Generator().manual_seed(seed)
+    return quantize(torch.randn(out, width, generator=generator) * width**-0.5, scheme, group, double)
+
+
+def on_device(stored: Weight, dtype: torch.dtype = FLOAT) -> products.Matrix:
+    return products.Matrix(packing.side_by_side([packing.pack(stored)], DEVICE), dtype)
+
+
+def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    ours, exact = ours.float().cpu(), exact.float()
+    assert torch.isfinite(ours).all()
+    return float((ours - exact).norm() / exact.norm())
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A result that has to be written everywhere."""
+    return torch.full(shape, math.nan, dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize(("scheme", "group", "double"), [*SCHEMES, ("int4", 128, True), ("int4", 256, True)])
+@pytest.mark.parametrize("width", [256, 576])
+def test_packing_loses_nothing(scheme: str, group: int, double: bool, width: int) -> None:
+    if width % group:
+        pytest.skip("the group does not divide the inputs, and such a matrix is not made")
+    stored = stored_matrix(48, width, scheme, group, double)
+    packed = packing.pack(stored)
+    exact = reference.Reference().dequantize(stored)
+    assert torch.equal(packing.dequantize(packed), exact)
+    assert torch.equal(packing.dequantize(packed, 5, 37), exact[5:37])
+    if not double:
+        assert torch.equal(packing.rows(packed, torch.tensor([40, 3, 3])), exact[[40, 3, 3]])
+    assert torch.equal(on_device(stored).values(torch.float32).cpu(), exact)
+
+
+def test_production_shapes_are_packed_without_padding() -> None:
+    for width in (2048, 2560, 3584, 4096, 8192, 14336, 18944):
+        run = packing.run_of("int4", width, 64)
+        assert run == 64 and width % (8 * run) == 0
+    stored = stored_matrix(64, 1024, "int4", 64, True)
+    assert packing.pack(stored).nbytes == stored.nbytes
+
+
+def test_a_group_that_does_not_fit_is_refused() -> None:
+    stored = stored_matrix(16, 64, "int4", 64, False)
+    with pytest.raises(BadModel, match="groups of 32, 64, 128, 256"):
+        packing.pack(Weight("int4", "stored", (16, 64), 16, stored.tensors))
+    one, other = (packing.pack(stored_matrix(16, 64, "int4", group, False)) for group in (32, 64))
+    with pytest.raises(BadModel, match="can not join"):
+        packing.side_by_side([one, other], DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, torch.float16])
+@pytest.mark.parametrize(("scheme", "group", "double"), SCHEMES)
+@pytest.mark.parametrize(("m", "out", "width"), [(1, 160, 512), (3, 48, 576), (19, 130, 256)])
+def test_products_of_few_rows(
+    m: int, out: int, width: int, scheme: str, group: int, double: bool, dtype: torch.dtype
+) -> None:
+    if double and out % 16:
+        out = 128
+    stored = stored_matrix(out, width, scheme, group, double)
+    matrix = on_device(stored, dtype)
+    x = torch.randn(m, width, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    sums = poisoned(m, width // group)
+    products.group_sums(x, group, sums)
+    tolerance = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}[dtype]
+    levels = 5e-3 if scheme == "nf4" and dtype != torch.float32 else tolerance
+    how = matrix.tiling(m)
+    assert how.splits > 1 or matrix.blocks == 1
+    result = poisoned(how.splits, m, out)
+    matrix.multiply(x, sums, result, how)
+    exact = x.float().cpu() @ reference.Reference().dequantize(stored).t()
+    assert error(result.sum(0), exact) < levels
+
+
+@pytest.mark.parametrize(("scheme", "group", "double"), [("int4", 64, True), ("nf4", 64, False), ("int8", 32, False)])
+def test_products_of_many_rows(scheme: str, group: int, double: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = stored_matrix(144, 320, scheme, group, double)
+    matrix = on_device(stored)
+    x = torch.randn(70, 320, generator=torch.Generator().manual_seed(2)).to(DEVICE, FLOAT)
+    exact = x.float().cpu() @ reference.Reference().dequantize(stored).t()
+    for dense_rows in (1000, 70):  # tiles, and the matrix dequantized for a library's product
+        monkeypatch.setattr(products, "DENSE_ROWS", dense_rows)
+        result = poisoned(1, 70, 144)
+        matrix.multiply(x, x, result, matrix.tiling(70))
+        assert error(result[0], exact) < LOOSE
+
+
+def test_a_matrix_that_is_not_quantized() -> None:
+    stored = quantize(torch.randn(24, 40), "none")
+    matrix = on_device(stored)
+    x = torch.randn(3, 40).to(DEVICE, FLOAT)
+    result = poisoned(1, 3, 24)
+    matrix.multiply(x, x, result, matrix.tiling(3))
+    assert error(result[0], x.float().cpu() @ stored.tensors["codes"].float().t()) < LOOSE
+
+
+def test_offsets_of_codes_are_exact() -> None:
+    """The bits that the kernel puts codes into, for the dtype that the interpreter does not multiply."""
+    codes = torch.arange(16, dtype=torch.int16)
+    for dtype, bits in ((torch.bfloat16, 0x4300), (torch.float16, 0x6400)):
+        assert torch.equal((codes | bits).view(dtype).float(), codes.float() + products.offset_of(dtype))
+
+
+class Adapters:
+    """A pool with adapters of several ranks at one site of three slices, where some lack a slice."""
+
+    def __init__(self, width: int, outputs: tuple[int, ...], ranks: list[list[int]]) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.a, self.b = {}, {}
+        pieces, at = [torch.full((8,), math.nan)], 8
+        offsets = torch.zeros(len(ranks), 4, 2, dtype=torch.int64)
+        table = torch.zeros(len(ranks), 4, dtype=torch.int32)
+        scales = torch.zeros(len(ranks), 4)
+        for slot, each in enumerate(ranks):
+            for piece, rank in enumerate(each):
+                self.a[slot, piece] = torch.randn(rank, width, generator=generator)
+                self.b[slot, piece] = torch.randn(rank, outputs[piece], generator=generator)
+                for i, part in enumerate((self.a[slot, piece], self.b[slot, piece])):
+                    offsets[slot, 1 + piece, i] = at
+                    pieces.append(part.flatten())
+                    at += part.numel()
+                table[slot, 1 + piece] = rank
+                scales[slot, 1 + piece] = 0.5 * (slot + 1)
+        self.scales = scales
+        values = torch.cat([*pieces, torch.full((8,), math.nan)]).to(DEVICE, FLOAT)
+        self.pool = lora.Pool(values, offsets.to(DEVICE), table.to(DEVICE), scales.to(DEVICE))
+
+    def update(self, x: torch.Tensor, piece: int, mix: dict[int, float]) -> torch.Tensor:
+        total = torch.zeros(1)
+        for slot, weight in mix.items():
+            scale = float(self.scales[slot, 1 + piece])
+            total = total + (x @ self.a[slot, piece].t()) @ self.b[slot, piece] * weight * scale
+        return total
+
+
+def test_low_rank_updates_over_true_ranks() -> None:
+    """Decoding rows on all lanes, a prefill of one mix, rows without an adapter, a tile that is not used."""
+    width, outputs = 160, (80, 48, 16)
+    adapters = Adapters(width, outputs, [[3, 3, 0], [8, 8, 8], [20, 0, 20]])
+    mixes: list[dict[int, float]] = [{0: 1.0}, {}, {1: -2.0, 2: 0.5}, {2: 1.0}]
+    owner = [0, 1, 2, 3, 3, 3, 3, 3]
+    lanes_of = [(0, r) for r in range(3)] + [(1, r) for r in range(8)] + [(2, r) for r in range(20)]
+    tables = torch.tensor([lane[0] for lane in lanes_of]), torch.tensor([lane[1] for lane in lanes_of])
+    slot, index = (t.int().to(DEVICE) for t in tables)
+    weights = torch.tensor([[mix.get(place, 0.0) for place in range(3)] for mix in mixes])
+    lanes = lora.Lanes(
+        tiles=torch.tensor([[0, 3, 0, 31], [3, 5, 11, 20], [0, 0, 0, 0]], dtype=torch.int32, device=DEVICE),
+        slot=slot,
+        index=index,
+        place=slot,
+        sequence=torch.tensor(owner, dtype=torch.int32, device=DEVICE),
+        weights=weights.to(DEVICE),
+        width=32,
+        tile_rows=16,
+    )
+    x = torch.randn(8, width, generator=torch.Generator().manual_seed(3))
+    x = x.to(FLOAT).float()
+    for splits in (1, 2):
+        shrunk = poisoned(splits, 3, 8, 32)
+        lora.shrink(x.to(DEVICE, FLOAT), adapters.pool, lanes, 1, 3, shrunk)
+        sums = torch.randn(2, 8, sum(outputs), device=DEVICE)
+        bias = torch.randn(sum(outputs), device=DEVICE)
+        out = poisoned(8, sum(outputs))
+        finish.finish(sums, bias, out, outputs, lanes, adapters.pool, 1, shrunk)
+        exact = (sums.sum(0) + bias).cpu()
+        for row, sequence in enumerate(owner):
+            start = 0
+            for piece, n in enumerate(outputs):
+                exact[row, start : start + n] += adapters.update(x[row], piece, mixes[sequence])
+                start += n
+        assert error(out, exact) < LOOSE
+        added = out.clone()
+        finish.finish(sums, bias, added, outputs, lanes, adapters.pool, 1, shrunk, add=True)
+        assert error(added, 2 * exact) < LOOSE
+    # gate and up: two slices of equal width
+    pair = Adapters(width, (96, 96), [[3, 3], [8, 8], [20, 5]])
+    shrunk = poisoned(1, 2, 8, 32)
+    lora.shrink(x.to(DEVICE, FLOAT), pair.pool, lanes, 1, 2, shrunk)
+    sums = torch.randn(1, 8, 192, device=DEVICE)
+    hidden, hidden_sums = poisoned(8, 96, dtype=FLOAT), poisoned(8, 3)
+    finish.finish_swiglu(sums, None, hidden, hidden_sums, 32, lanes, pair.pool, 1, shrunk)
+    parts = sums[0].cpu().clone()
+    for row, sequence in enumerate(owner):
+        parts[row, :96] += pair.update(x[row], 0, mixes[sequence])
+        parts[row, 96:] += pair.update(x[row], 1, mixes[sequence])
+    assert error(hidden, reference.swiglu(parts[:, :96], parts[:, 96:])) < LOOSE
+    assert error(hidden_sums, hidden.float().cpu().view(8, 3, 32).sum(2)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*(overflow|invalid value):RuntimeWarning")  # of numpy, in the interpreter
+def test_what_a_row_does_not_use_does_not_touch_it() -> None:
+    """A neighbour's adapter whose product overflows leaves this row's bits as they are."""
+    adapters = Adapters(32, (16,), [[1], [1]])
+    tiles = torch.tensor([[0, 2, 0, 2]], dtype=torch.int32, device=DEVICE)
+    slot = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
+    index = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    weights = torch.eye(2, device=DEVICE)
+    lanes = lora.Lanes(tiles, slot, index, slot, slot, weights, 16, 16)
+    x = torch.randn(2, 32, device=DEVICE).to(FLOAT)
+    results = []
+    for factor in (1.0, 1e30):
+        at = int(adapters.pool.offsets[1, 1, 0])
+        adapters.pool.values[at : at + 32] *= factor
+        shrunk, out = poisoned(1, 1, 2, 16), poisoned(2, 16)
+        lora.shrink(x, adapters.pool, lanes, 1, 1, shrunk)
+        finish.finish(torch.zeros(1, 2, 16, device=DEVICE), None, out, (16,), lanes, adapters.pool, 1, shrunk)
+        results.append(out)
+    assert torch.equal(results[0][0], results[1][0])
+
+
+def test_norms_and_tables() -> None:
+    x, weight = torch.randn(3, 96), torch.randn(96)
+    out, sums = poisoned(3, 96, dtype=FLOAT), poisoned(3, 3)
+    rows.rms_norm(x.to(DEVICE), weight.to(DEVICE), 1e-5, out, sums, 32)
+    assert error(out, reference.rms_norm(x, weight, 1e-5)) < LOOSE
+    assert error(sums, out.float().cpu().view(3, 3, 32).sum(2)) < 1e-5
+    stored = stored_matrix(50, 96, "int8", 32, False)
+    for table in (on_device(stored), on_device(quantize(torch.randn(50, 96), "none"))):
+        ids = torch.tensor([7, 0, 49, -1], dtype=torch.int32, device=DEVICE)
+        found = poisoned(4, 96)
+        rows.embed(table, ids, found)
+        if table.dense:
+            assert torch.equal(found[:3].cpu(), table.dense_values[[7, 0, 49]].float().cpu())
+        else:
+            assert torch.equal(found[:3].cpu(), reference.stored_rows(stored, ids[:3].long().cpu()))
+            assert (found[3] == 0).all()
+
+
+@pytest.mark.parametrize("head_dim", [32, 24])
+def test_attention_over_blocks(head_dim: int) -> None:
+    """Queries turned, keys and values written, prefill chunks and single rows, of contexts of many lengths."""
+    heads, kv_heads, size = 6, 2, 16
+    contexts, new = [1, 40, 130, 30], [1, 1, 1, 12]
+    generator = torch.Generator().manual_seed(5)
+    count = sum(new)
+    owner = [s for s, n in enumerate(new) for _ in range(n)]
+    place = [contexts[s] - n + i for s, n in enumerate(new) for i in range(n)]
+    blocks = torch.tensor(
+        [[4 * s + s + b if b < -(-c // size) else -1 for b in range(9)] for s, c in enumerate(contexts)]
+    )
+    blocks[2, :9] = torch.arange(20, 29)
+    cache = torch.randn(2, 32, kv_heads, 2, size, head_dim, generator=generator).to(FLOAT).float()
+    qkv = torch.randn(count + 1, (heads + 2 * kv_heads) * head_dim, generator=generator).to(FLOAT).float()
+    angle = torch.rand(140, head_dim // 2, generator=generator) * 6
+    norms = (torch.rand(head_dim) + 0.5, torch.rand(head_dim) + 0.5)
+    q, k, v = qkv[:count].view(count, -1, head_dim).split([heads, kv_heads, kv_heads], 1)
+    at = torch.tensor(place)
+    q = reference.rope(reference.rms_norm(q, norms[0], 1e-5), angle[at].cos(), angle[at].sin())
+    k = reference.rope(reference.rms_norm(k, norms[1], 1e-5), angle[at].cos(), angle[at].sin())
+
+    held, work = cache.to(DEVICE, FLOAT), qkv.to(DEVICE, FLOAT)
+    positions = torch.tensor([*place, -1], dtype=torch.int32, device=DEVICE)
+    sequence = torch.tensor([*owner, 0], dtype=torch.int32, device=DEVICE)
+    table = blocks.int().to(DEVICE)
+    rows.rotate(
+        work, tuple(n.to(DEVICE) for n in norms), (angle.cos().to(DEVICE), angle.sin().to(DEVICE)),
+        positions, sequence, table, held, 1, 1e-5,
+    )  # fmt: skip
+    assert error(work[:count, : heads * head_dim], q.flatten(1)) < LOOSE
+    assert torch.equal(work[count].cpu(), qkv[count].to(FLOAT)), "a row that is not there stays as it is"
+    layer = cache[1].permute(0, 3, 2, 1, 4)  # [blocks, size, 2, kv_heads, d]
+    keys, values = layer[:, :, 0].clone(), layer[:, :, 1].clone()
+    for row, (s, p) in enumerate(zip(owner, place, strict=True)):
+        block = int(blocks[s, p // size])
+        keys[block, p % size], values[block, p % size] = k[row], v[row]
+    assert error(held[1].permute(0, 3, 2, 1, 4)[:, :, 0], keys) < LOOSE
+    assert torch.equal(held[0].float().cpu(), cache[0])
+
+    out = poisoned(count, heads * head_dim, dtype=FLOAT)
+    singles = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
+    context = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
+    scratch = poisoned(3, heads, attention.SPLITS, head_dim), poisoned(3, heads, attention.SPLITS)
+    attention.decode(work, held, 1, table, context, singles, singles, scratch, out)
+    tiles = torch.tensor([[3, 3, 7, 18], [3, 10, 5, 25]], dtype=torch.int32, device=DEVICE)
+    attention.prefill(work, held, 1, table, tiles, out)
+    start = 0
+    for s, n in enumerate(new):
+        exact = reference.attention(q[start : start + n], keys, values, blocks[s], contexts[s]).flatten(1)
+        assert error(out[start : start + n], exact) < LOOSE, s
+        start += n
+
+
+def test_a_single_row_does_not_depend_on_its_batch() -> None:
+    heads, kv_heads, size, d = 4, 2, 16, 16
+    cache = torch.randn(1, 20, kv_heads, 2, size, d, device=DEVICE).to(FLOAT)
+    qkv = torch.randn(3, (heads + 2 * kv_heads) * d, device=DEVICE).to(FLOAT)
+    table = torch.arange(12, dtype=torch.int32, device=DEVICE)[None].repeat(3, 1)
+    context = torch.tensor([90, 170, 3], dtype=torch.int32, device=DEVICE)
+    together = poisoned(3, heads * d, dtype=FLOAT)
+    everyone = torch.arange(3, dtype=torch.int32, device=DEVICE)
+    scratch = poisoned(3, heads, attention.SPLITS, d), poisoned(3, heads, attention.SPLITS)
+    attention.decode(qkv, cache, 0, table, context, everyone, everyone, scratch, together)
+    for i in range(3):
+        alone = poisoned(3, heads * d, dtype=FLOAT)
+        attention.decode(qkv, cache, 0, table, context, everyone[i : i + 1], everyone[i : i + 1], scratch, alone)
+        assert torch.equal(alone[i], together[i])
+
+
+def choices(logits: torch.Tensor, how: list[list[float]], top_k: list[int]) -> list[int]:
+    out = torch.zeros(len(how), dtype=torch.int32, device=DEVICE)
+    sampling.draw(
+        logits.to(DEVICE), torch.tensor(how, device=DEVICE), torch.tensor(top_k, dtype=torch.int32, device=DEVICE), out
+    )
+    return out.tolist()
+
+
+def test_tokens_are_drawn_from_what_the_limits_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy, and draws whose noise runs through the distribution, against the sums over the ids that remain."""
+    monkeypatch.setattr(sampling, "PIECE", 64)
+    generator = np.random.default_rng(0)
+    row = torch.from_numpy(generator.normal(size=90).astype(np.float32) * 2)
+    noise = (np.arange(4) / 4 + 0.11).tolist()
+    for temperature, top_p, min_p, top_k in (
+        (0.7, 1.0, 0.0, 0),
+        (1.0, 1.0, 0.0, 9),
+        (1.3, 0.6, 0.0, 0),
+        (0.9, 0.8, 0.1, 20),
+    ):
+        weights = torch.softmax(row.double() / temperature, 0)
+        kept = torch.ones(90, dtype=torch.bool)
+        order = weights.argsort(descending=True)
+        if top_k:
+            kept[order[top_k:]] = False
+        masses = torch.where(kept, weights, 0.0)[order].cumsum(0)
+        kept[order[int(torch.searchsorted(masses, top_p * masses[-1])) + 1 :]] = False
+        kept &= weights >= min_p * weights.max()
+        sums = torch.where(kept, weights, 0.0).cumsum(0)
+        exact = [int(torch.searchsorted(sums, u * sums[-1], right=True)) for u in noise]
+        how = [[temperature, top_p, min_p, u] for u in noise]
+        assert choices(row.repeat(4, 1), how, [top_k] * 4) == exact
+
+
+def test_the_largest_and_rows_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "PIECE", 64)
+    logits = torch.randn(5, 150)
+    logits[0, 100] = logits[0, 20] = 50.0
+    logits[1, 149] = 60.0
+    logits[2, 70], logits[3, 3], logits[4, 140] = math.nan, math.inf, -math.inf
+    greedy = [0.0, 1.0, 0.0, 0.0]
+    assert choices(logits, [greedy, greedy, greedy, greedy, [1.0, 1.0, 0.0, 0.5]], [0] * 5) == [20, 149, -1, -1, -1]

@@ -1,0 +1,295 @@
+"""The CUDA runner on tiny random models against the reference runner: in Triton's interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") != "1":
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from adapters.weights import LoraWeights, LowRank
+from server.engine.batch import Batch, SlotWeights
+from server.engine.cuda_batch import batch_buckets, describe
+from server.engine.cuda_memory import share_out, work_bytes
+from server.engine.cuda_pool import AdapterPool
+from server.engine.cuda_runner import CudaRunner
+from server.engine.runner import Runner, TorchRunner
+from server.errors import BadModel, NoCapacity
+from server.kernels import Backend
+from server.kernels.cuda import Cuda
+from server.kernels.reference import Reference
+from server.kernels.weight import Weight
+from server.model.config import ModelConfig, RopeScaling
+from server.model.quantization import quantize
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FLOAT = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+LOOSE = 4e-2 if DEVICE.type == "cuda" else 1e-4
+BLOCK = 16
+LLAMA = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=61,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_scaling=RopeScaling(),
+    tie_word_embeddings=True,
+)
+FAMILIES: dict[str, tuple[dict[str, Any], str, int, bool]] = {
+    "llama-int4": ({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}, "int4", 32, True),
+    "qwen2-nf4": (
+        {"attention_bias": True, "output_bias": True, "num_hidden_layers": 1, "intermediate_size": 64,
+         "tie_word_embeddings": False},
+        "nf4", 64, True,
+    ),
+    "qwen3-int4": ({"qk_norm": True, "num_hidden_layers": 1}, "int4", 32, False),
+    "smollm3-bf16": ({"no_rope_layers": (1, 0)}, "none", 64, False),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tiny:
+    config: ModelConfig
+    weights: dict[str, Weight]
+    tensors: dict[str, torch.Tensor]
+    backend: Backend
+
+
+def bases(family: str) -> tuple[Tiny, Tiny]:
+    """The same stored weights, packed for the kernels and as the reference has them."""
+    changes, scheme, group, double = FAMILIES[family]
+    config = ModelConfig(**{**LLAMA.__dict__, **changes})
+    torch.manual_seed(11)
+    stored = {
+        path: quantize(torch.randn(shape) * shape[1] ** -0.5, scheme, group, double)
+        for path, shape in config.linear_shapes().items()
+    }
+    stored |= {path: quantize(torch.randn(shape), "int8", 32) for path, shape in config.table_shapes().items()}
+    tensors = {
+        name: torch.randn(shape) * 0.1 + (0.0 if name.endswith("bias") else 1.0)
+        for name, shape in config.tensor_shapes().items()
+    }
+    cuda, plain = Cuda(FLOAT), Reference()
+    packed = {path: cuda.pack(weight) for path, weight in stored.items()}
+    return Tiny(config, packed, tensors, cuda), Tiny(config, stored, tensors, plain)
+
+
+def adapter(config: ModelConfig, seed: int, rank: int, targets: tuple[str, ...] = ()) -> LoraWeights:
+    generator = torch.Generator().manual_seed(seed)
+    modules = {
+        path: LowRank(
+            torch.randn(rank, width, generator=generator) * width**-0.5,
+            torch.randn(out, rank, generator=generator) * rank**-0.5,
+            0.5,
+        )
+        for path, (out, width) in config.linear_shapes().items()
+        if not targets or path.endswith(targets)
+    }
+    return LoraWeights(f"a{seed}", f"{seed:064x}", modules)
+
+
+def cuda_runner(base: Tiny, max_batch: int = 4, adapters: int = 1 << 20) -> CudaRunner:
+    memory = work_bytes(base.config, 64) + (4 << 20) + adapters
+    runner = CudaRunner(
+        base, max_batch, memory=memory, device=DEVICE, max_step_tokens=64, kv_cache=1 << 20, adapters=adapters
+    )
+    runner.allocate(40, BLOCK)
+    return runner
+
+
+def reference_runner(base: Tiny) -> Runner:
+    runner = TorchRunner(base, 8, 1)
+    runner.allocate(40, BLOCK)
+    return runner
+
+
+@dataclass
+class Sequence:
+    """What an engine keeps of a sequence: its tokens, how many are in the cache, its blocks and its mix."""
+
+    tokens: list[int]
+    blocks: list[int]
+    mix: SlotWeights = ()
+    done: int = 0
+
+
+def step(runner: Runner, new: list[tuple[Sequence, int]], every_row: bool = False) -> torch.Tensor:
+    """Run `count` more tokens of each sequence: the logits of the last row of each, or of all rows."""
+    tokens, positions, starts, context = [], [], [0], []
+    for sequence, count in new:
+        end = sequence.done + count
+        tokens += sequence.tokens[sequence.done : end]
+        positions += range(sequence.done, end)
+        starts.append(len(tokens))
+        context.append(end)
+        sequence.done = end
+    blocks = torch.full((len(new), max(len(s.blocks) for s, _ in new)), -1, dtype=torch.int32)
+    for i, (sequence, _) in enumerate(new):
+        blocks[i, : len(sequence.blocks)] = torch.tensor(sequence.blocks)
+    wanted = torch.arange(len(tokens)) if every_row else torch.tensor(starts[1:]) - 1
+    logits = runner.run(
+        Batch(
+            torch.tensor(tokens),
+            torch.tensor(positions),
+            torch.tensor(starts, dtype=torch.int32),
+            torch.tensor(context, dtype=torch.int32),
+            blocks,
+            wanted,
+            tuple(s.mix for s, _ in new),
+            BLOCK,
+        )
+    )
+    return logits.rows.float().cpu().clone()
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    return torch.randint(0, 61, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def sequences(lengths: list[int], mixes: list[SlotWeights]) -> list[Sequence]:
+    return [
+        Sequence(tokens(i, n), list(range(6 * i, 6 * i + 6)), mix)
+        for i, (n, mix) in enumerate(zip(lengths, mixes, strict=True))
+    ]
+
+
+def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    assert torch.isfinite(ours).all()
+    return float((ours - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_reference(family: str) -> None:
+    """Prefills in chunks beside single rows, then answers, with adapters of several ranks, mixes and none."""
+    ours, exact = bases(family)
+    adapters = {0: adapter(ours.config, 1, 3, ("q_proj", "v_proj", "down_proj")), 5: adapter(ours.config, 2, 20)}
+    mixes: list[SlotWeights] = [((0, 1.0),), (), ((5, -0.5), (0, 2.0))]
+    results = []
+    for runner, base in ((cuda_runner(ours), ours), (reference_runner(exact), exact)):
+        for slot, weights in adapters.items():
+            runner.place(slot, base.backend.prepare(weights))
+        first, second, third = sequences([18, 3, 4], mixes)
+        logits = [step(runner, [(second, 1), (first, 9)], every_row=True)]
+        logits.append(step(runner, [(second, 1), (first, 8), (third, 3)]))
+        logits.append(step(runner, [(second, 1), (first, 1), (third, 1)]))
+        results.append(logits)
+    for a, b in zip(*results, strict=True):
+        assert error(a, b) < LOOSE
+
+
+def test_greedy_answers_are_those_of_the_reference() -> None:
+    """In buckets with rows that are not there, the tokens drawn on the device, slots emptied and filled meanwhile."""
+    ours, exact = bases("llama-int4")
+    mixes: list[SlotWeights] = [((1, 1.0),), (), ((2, 1.5),)]
+    answers = []
+    for runner, base in ((cuda_runner(ours), ours), (reference_runner(exact), exact)):
+        for slot, seed in ((1, 1), (2, 2)):
+            runner.place(slot, base.backend.prepare(adapter(base.config, seed, 4 * slot)))
+        batch = sequences([5, 1, 2], mixes)
+        logits = step(runner, [(s, len(s.tokens)) for s in batch])
+        for turn in range(2):
+            if isinstance(runner, CudaRunner):
+                how = np.tile(np.array([0.0, 1.0, 0.0, 0.0], np.float32), (3, 1))
+                chosen = runner.draw(logits.to(DEVICE), how, np.zeros(3, np.int32)).tolist()
+                assert chosen == logits.argmax(1).tolist()
+            for sequence, row in zip(batch, logits, strict=True):
+                sequence.tokens.append(int(row.argmax()))
+            if turn == 0:
+                runner.clear(2)
+                runner.place(2, base.backend.prepare(adapter(base.config, 3, 2)))
+            logits = step(runner, [(s, 1) for s in batch])
+        answers.append([s.tokens for s in batch])
+    assert answers[0] == answers[1]
+
+
+def test_steps_of_single_rows_are_padded_to_buckets() -> None:
+    assert batch_buckets(4) == [1, 2, 4] and batch_buckets(40) == [1, 2, 4, 8, 16, 24, 32, 40]
+    one = torch.ones(3, dtype=torch.int64)
+    starts, context = torch.arange(4, dtype=torch.int32), torch.tensor([1, 2, 3], dtype=torch.int32)
+    blocks, rows = torch.zeros(3, 2, dtype=torch.int32), torch.arange(3)
+    mixes: tuple[SlotWeights, ...] = (((7, 1.0),), (), ((3, 0.5), (7, -1.0)))
+    numbers = describe(Batch(one, one, starts, context, blocks, rows, mixes, BLOCK), {3: 12, 7: 5})  # type: ignore[arg-type]
+    assert numbers.shape.width == 32 and numbers.shape.places == 2
+    shape = numbers.shape.bucket([1, 2, 4], 6)
+    assert shape is not None and (shape.rows, shape.blocks, shape.width) == (4, 6, 64)
+    assert numbers.shape.bucket([1, 2], 6) is None and numbers.shape.bucket([4], 1) is None
+    memory = np.full(shape.elements, 99, np.int32)
+    numbers.write(shape, memory)
+    found = {name: memory[at : at + int(np.prod(size))].reshape(size) for name, at, size in shape.parts()}
+    assert found["positions"].tolist() == [1, 1, 1, -1] and found["context"].tolist() == [1, 2, 3, 0]
+    assert found["tiles"].tolist() == [[0, 3, 0, 17]]
+    assert found["slot"][:17].tolist() == [3] * 12 + [7] * 5
+    assert found["index"][:17].tolist() == [*range(12), *range(5)]
+    assert found["weights"].view(np.float32)[:3, :2].tolist() == [[0.0, 1.0], [0.0, 0.0], [0.5, -1.0]]
+
+
+def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together() -> None:
+    """Adapters of different sizes come and go until what is free lies in pieces; their bytes stay what they were."""
+    config, backend = LLAMA, Cuda(FLOAT)
+    made = {rank: backend.prepare(adapter(config, rank, rank, ("q_proj",))) for rank in (1, 2, 3, 4)}
+    sizes = {
+        rank: weights.modules["model.layers.0.self_attn.q_proj"].A.untyped_storage().nbytes()
+        for rank, weights in made.items()
+    }
+    pool = AdapterPool(config, sizes[1] + sizes[2] + sizes[3], 6, DEVICE, FLOAT)
+    for slot, rank in ((0, 1), (1, 2), (2, 3)):
+        pool.place(slot, made[rank])
+    with pytest.raises(NoCapacity, match="adapter-device-memory"):
+        pool.place(3, made[1])
+    pool.clear(0)
+    pool.clear(2)
+    assert sizes[4] <= sizes[1] + sizes[3]
+    pool.place(4, made[4])  # in no single gap, but in both together
+    pool.ready(range(6))
+    for slot, rank in ((1, 2), (4, 4)):
+        for layer in range(2):
+            path = f"model.layers.{layer}.self_attn.q_proj"
+            site = layer * 7
+            a, b = pool.pool.offsets[slot, site].tolist()
+            update = made[rank].modules[path]
+            assert pool.pool.ranks[slot, site] == rank
+            assert torch.equal(pool.pool.values[a : a + update.A.numel()].cpu(), update.A.flatten())
+            assert torch.equal(pool.pool.values[b : b + update.B.numel()].cpu(), update.B.t().flatten())
+    with pytest.raises(ValueError, match="was not prepared"):
+        pool.place(5, adapter(config, 9, 1))
+
+
+def test_memory_is_shared_out_and_what_does_not_fit_is_refused() -> None:
+    shares = share_out(LLAMA, 1 << 30, 512, 8 << 30)
+    assert shares.base + shares.work + shares.adapters + shares.kv_cache <= shares.total
+    assert shares.kv_cache > shares.adapters > 0
+    wanted = share_out(LLAMA, 1 << 30, 512, 8 << 30, kv_cache=1 << 30, adapters=2 << 30)
+    assert (wanted.kv_cache, wanted.adapters) == (1 << 30, 2 << 30)
+    for options in ({"total": 1 << 30}, {"total": 8 << 30, "adapters": 8 << 30}, {"total": 8 << 30, "kv_cache": 10}):
+        with pytest.raises(NoCapacity, match="raise --gpu-memory"):
+            share_out(LLAMA, 1 << 30, 512, **options)
+
+
+def test_nothing_is_left_out_of_the_account() -> None:
+    ours, _ = bases("llama-int4")
+    runner = cuda_runner(ours)
+    kinds = runner.nbytes()
+    assert kinds["base"] >= sum(weight.nbytes for weight in ours.weights.values())
+    assert kinds["kv_cache"] == 40 * runner.block_bytes(BLOCK) and kinds["slots"] >= runner.room.nbytes
+    assert set(kinds) == {"base", "kv_cache", "slots", "activations", "device_budget"}
+    assert sum(kinds.values()) - kinds["device_budget"] <= kinds["device_budget"]
+
+
+def test_shapes_that_the_kernels_do_not_take_are_refused() -> None:
+    ours, _ = bases("llama-int4")
+    odd = Tiny(ModelConfig(**{**LLAMA.__dict__, "intermediate_size": 100}), ours.weights, ours.tensors, ours.backend)
+    with pytest.raises(BadModel, match="multiple of 16"):
+        cuda_runner(odd)
