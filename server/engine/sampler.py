@@ -30,6 +30,10 @@ _STRIDE = 256
 """Ids whose probabilities are summed before the sums are: the draw then looks into one stretch alone."""
 
 
+_TINY = float(np.finfo(np.float32).tiny)
+"""Temperatures below it are 0: no logit can be divided by them in float32."""
+
+
 class Pick(NamedTuple):
     """What one row of logits came to: a token, its log-probability if wanted, or the error that ends the request."""
 
@@ -124,7 +128,7 @@ class Sampler:
         best = int(row.argmax())
         if row[best] == -np.inf:
             raise InvalidRequest("no token is allowed here: the limits on this answer contradict each other")
-        if sampling.temperature == 0.0:
+        if sampling.temperature < _TINY:
             return best
         return self._draw(row, row[best], sampling, uniform(request.seed, len(request.output)))
 

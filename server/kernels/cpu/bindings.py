@@ -107,13 +107,15 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The loaded library. Raises OSError where it was not built or cannot be loaded."""
+    """The loaded library. Raises OSError where it was not built, cannot be loaded or is not of this source."""
     found = sorted(Path(__file__).parent.glob("_native*.so"))
     if not found:
         raise OSError("the library was not built with this package")
     loaded = ctypes.CDLL(str(found[0]))
     for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
+        function = getattr(loaded, name, None)
+        if function is None:
+            raise OSError(f"the library was built from other sources, it has no {name}: install the package again")
         function.restype = result
         function.argtypes = arguments
     return loaded

@@ -56,6 +56,14 @@ def test_greedy_takes_the_lowest_id_among_equals() -> None:
     assert [t for t, _ in pick(row, request(logprobs=3))[0].logprob.top] == [30, 31, 700]
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-45, 1e-39, 1.2e-38, 1e-20])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 5e-324}, {"min_p": 1.0}, {"repetition_penalty": 0.01}])
+def test_a_temperature_of_next_to_nothing_is_greedy(temperature: float, options: dict[str, Any]) -> None:
+    row = noise(3)[0]
+    greedy = pick(row, request(**options | {"top_p": 1.0}))[0].token
+    assert pick(row, request(temperature=temperature, **options))[0].token == greedy
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"logprobs": 1}])
 def test_a_row_that_is_not_finite_fails_alone(bad: float, options: Any) -> None:
