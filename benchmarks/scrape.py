@@ -155,11 +155,12 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=MODELS, help="where the base has been fetched")
     asked = parser.parse_args()
     given = Given(asked.clients, asked.tokens, asked.seconds, asked.rounds)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        serving(Path(folder) / "state", asked.models, module="benchmarks.switched") as server,
-    ):
-        print(json.dumps(asyncio.run(measure(server, given)), indent=1))
+    with tempfile.TemporaryDirectory() as folder:
+        state = Path(folder) / "state"
+        with serving(state, asked.models, module="benchmarks.switched") as server:
+            found = asyncio.run(measure(server, given))
+        print(json.dumps(found, indent=1))
+        print((state / "server.log").read_text().splitlines()[-1])
 
 
 if __name__ == "__main__":

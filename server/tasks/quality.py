@@ -414,8 +414,8 @@ class Quality:
     def _run(self) -> None:
         while not self._stop.wait(FLUSH_SECONDS):
             try:
+                self.flush()
                 with self._lock:
-                    self._flush()
                     self._sweep_hourly(time.time(), time.monotonic())
             except sqlite3.Error as error:  # a full disk: answers are served on, and the last records wait for room
                 if not self._refused:

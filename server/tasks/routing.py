@@ -41,13 +41,15 @@ def decide(
     scores: Mapping[str, Hours], min_samples: int, current: str | None, lower_is_better: bool = False
 ) -> Decision:
     """The rule itself. `scores` are the candidates', by hour; `current` is the one that leads now."""
+    if len(scores) < 2:
+        return Decision(current, f"nothing to compare: {', '.join(scores) or 'no candidate'} is left")
     totals = {name: Totals.joined(hours.values()) for name, hours in scores.items()}
     told = ", ".join(f"{name} {t.mean:.3f} of {t.count}" if t.count else f"{name} none" for name, t in totals.items())
     if any(t.count < min_samples for t in totals.values()):
         return Decision(current, f"taking turns until each has {min_samples} samples: {told}")
     if lower_is_better:
         scores = {name: {hour: t.turned() for hour, t in hours.items()} for name, hours in scores.items()}
-    alpha = ALPHA / max(1, len(scores) - 1)
+    alpha = ALPHA / (len(scores) - 1)
     for leader, hours in scores.items():
         least = 1.0
         for name, others in scores.items():

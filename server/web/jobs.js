@@ -26,7 +26,8 @@ class Card {
     this.chart = make("div", { className: "chart" });
     this.chart.setAttribute("role", "img");
     this.chart.ariaLabel = `Losses of ${job.name} by step`;
-    this.node.append(this.title, this.bar, this.said, this.wrong, this.does, this.chart);
+    this.node.append(this.title, this.bar, this.said, this.wrong, this.does);
+    if (job.kind === "training") this.node.append(this.chart);
     this.drawn = "";
     this.plot = null;
   }

@@ -61,7 +61,7 @@ function card(task, { versions, best }) {
   const node = make("article", { className: "card task" }, title);
   node.dataset.task = task.name;
   if (task.labels.length) node.append(make("p", { className: "hint", textContent: `Labels: ${task.labels.join(", ")}` }));
-  if (best) node.append(make("p", { className: "hint", textContent: best.reason[0].toUpperCase() + best.reason.slice(1) }));
+  if (best) node.append(make("p", { className: "hint", textContent: `So far: ${best.reason}` }));
   const empty = "Nobody has asked yet. Requests and scores are listed here, by the version that answered.";
   node.append(versions.length ? table(task, versions, best?.version) : make("p", { className: "empty", textContent: empty }));
   return node;

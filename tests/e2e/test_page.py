@@ -334,7 +334,7 @@ def test_tasks_live_and_jobs_show_what_there_is(page: Page, house: Live) -> None
     )
     contest = page.locator("[data-task=contest]")
     expect(contest).to_contain_text("goes to the best of formal, sentiment, by accuracy from feedback")
-    expect(contest).to_contain_text("Taking turns until each has 20 samples")
+    expect(contest).to_contain_text("So far: taking turns until each has 20 samples")
     expect(contest).to_contain_text("Nobody has asked yet")
     assert house.client.delete("/tasks/contest").is_success
 

@@ -141,6 +141,7 @@ def test_a_leader_stays_until_a_rival_is_proven_better() -> None:
     close = {"a": {0: Totals(1000, 850, 850)}, "b": {0: Totals(1000, 870, 870)}}
     assert decide(close, 200, "a").leader == "a"
     assert decide({**close, "b": {0: Totals(1000, 980, 980)}}, 200, "a").leader == "b"
+    assert decide({"a": close["a"]}, 200, None).leader is None and decide({}, 200, None).leader is None
     assert "taking turns" in decide({**close, "b": {0: Totals(3, 3, 3)}}, 200, None).reason
 
 
