@@ -76,19 +76,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, help="the embedded base, a .gguf file")
     parser.add_argument("--data", type=Path, required=True, help="folder of the .dev.jsonl files")
-    parser.add_argument("--task", action="append", help="[sentiment and classification]")
+    parser.add_argument("--task", nargs="*", default=["sentiment", "classification"], help="[%(default)s]")
     parser.add_argument("--limit", type=int, help="only so many examples of each task")
-    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--windows", type=int, default=40, help="0 leaves perplexity out")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--state-dir", type=Path, default=STATE, help="where the base has been fetched")
     given = parser.parse_args()
-    told = perplexities(given.base, given.data / "summarization.dev.jsonl", given.windows, given.length)
-    report: dict[str, Any] = {
-        "perplexity": {**told, "relative": told["native"] / told["reference"] - 1},
-        "agreement": {},
-    }
+    report: dict[str, Any] = {"agreement": {}}
+    if given.windows:
+        told = perplexities(given.base, given.data / "summarization.dev.jsonl", given.windows, given.length)
+        report["perplexity"] = {**told, "relative": told["native"] / told["reference"] - 1}
     with tempfile.TemporaryDirectory() as name:
-        for task in given.task or ["sentiment", "classification"]:
+        for task in given.task:
             data = given.data / f"{task}.dev.jsonl"
             ours, exact = (
                 answers(kernels, task, data, given.state_dir, given.limit, Path(name))
