@@ -155,7 +155,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         tasks=tasks,
     )
     evaluations = _evaluations(inference, prompts, mailbox)
-    jobs = _jobs(settings, training, tasks, quality, evaluations, router, base)
+    jobs = _jobs(settings, training, tasks, quality, evaluations, router, base, engine.lend)
     parts = Parts(
         model=Model(base.name, base.id, int(time.time()), _details(base, context)),
         engine=engine,
@@ -216,13 +216,14 @@ def _jobs(
     evaluations: Evaluate,
     router: BestRouter,
     base: Base,
+    lend: Callable[[bool], None],
 ) -> Jobs:
     files = training.files
     publishing = Publishing(
         training.registry, tasks, quality, files, evaluations, shapes=base.shapes(), base_id=base.id
     )
     works: dict[str, Work] = {
-        TRAINING: Training(training, publishing),
+        TRAINING: Training(training, publishing, lend),
         EVALUATION: Evaluating(tasks, quality, files, evaluations, _reviewer(router), base.id),
     }
     jobs = Jobs(Records(settings.state_dir / "jobs"), works)

@@ -141,6 +141,10 @@ class Engine:
         """Empty slots that no running request uses until adapters of about `nbytes` are let go."""
         self._inbox.release_idle(nbytes)
 
+    def lend(self, lending: bool) -> None:
+        """Leave the processors to others for a while after each step, from now on or no more; see `Scheduler.rest`."""
+        self._scheduler.lending = lending
+
     def stop(self, drain: float = 0.0) -> bool:
         """Let nothing more in, give what is there `drain` seconds to end; the rest hears NotReady.
 
@@ -208,6 +212,8 @@ class Engine:
                 try:
                     if not self.step():
                         self._wake.wait(IDLE_SECONDS if self._live or self._stop_at is not None else None)
+                    elif rest := self._scheduler.rest:
+                        time.sleep(rest * self._record.last_seconds)
                 except Exception as error:
                     self._recover(error)
                     self._wake.wait(IDLE_SECONDS)

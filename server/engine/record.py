@@ -35,6 +35,7 @@ class StepRecord:
         self.failures = 0
         self.rows = 0
         self.seconds = 0.0
+        self.last_seconds = 0.0
         self.runner_seconds = 0.0
         self.last_batch = 0
         self.histogram = [0] * (len(ROW_BUCKETS) + 1)
@@ -73,7 +74,8 @@ class StepRecord:
         self.rows += plan.tokens
         self.last_batch = len(plan.work)
         self.histogram[bisect_left(ROW_BUCKETS, plan.tokens)] += 1
-        self.seconds += time.monotonic() - began
+        self.last_seconds = time.monotonic() - began
+        self.seconds += self.last_seconds
         self.failing = False
         self._began, self._plan = None, _NO_PLAN
         return True
