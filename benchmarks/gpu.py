@@ -115,6 +115,15 @@ class Bench:
         how, top_k = np.zeros((sequences, 4), np.float32), np.zeros(sequences, np.int32)
         return self.seconds(lambda: self.runner.draw(self.runner.run(batch), how, top_k))
 
+    def mixed_step_seconds(self) -> float:
+        """A step of `rows` sequences, each on an adapter of its own on all linears."""
+        for slot, weights in enumerate(random_adapters(self.config, self.backend, self.rows, self.rank)):
+            self.runner.place(slot, weights)
+        seconds = self.step_seconds(self.rows, tuple(((slot, 1.0),) for slot in range(self.rows)))
+        for slot in range(self.rows):
+            self.runner.clear(slot)
+        return seconds
+
     def step_bytes(self, sequences: int, adapters: int) -> int:
         """Bytes that a step has to read."""
         config = self.config
@@ -155,9 +164,7 @@ def decode(bench: Bench) -> None:
         )
         alone = seconds
     n = bench.rows
-    for slot, weights in enumerate(random_adapters(bench.config, bench.backend, n, bench.rank)):
-        bench.runner.place(slot, weights)
-    seconds = bench.step_seconds(n, tuple(((slot, 1.0),) for slot in range(n)))
+    seconds = bench.mixed_step_seconds()
     share = bench.step_bytes(n, n) / bench.bandwidth / seconds
     by_bytes = bench.step_bytes(n, n) / bench.step_bytes(n, 0)
     bench.tell(
@@ -215,6 +222,7 @@ def placing(bench: Bench) -> None:
         bench.runner.place(bench.rows, weights)
 
     seconds = bench.seconds(place, 20)
+    bench.runner.clear(bench.rows)
     bench.tell("adapter host to device, ms", round(seconds * 1e3, 3), "< 4", seconds < 4e-3, bytes=weights.nbytes)
 
 

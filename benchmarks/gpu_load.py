@@ -15,7 +15,7 @@ from server.engine.engine import Engine
 from server.engine.request import Request, Sampling
 from server.engine.text import Text
 
-BUFFERS = 48
+BUFFERS = 16
 """Distinct contents in RAM; more adapters than these are versions of their own over the same bytes, copied as often."""
 
 
