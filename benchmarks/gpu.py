@@ -241,12 +241,23 @@ def prefill(bench: Bench) -> None:
     bench.tell(f"prefill of {n} tokens, tokens/s", round(n / seconds), milliseconds=seconds * 1e3)
 
 
+def buckets(bench: Bench) -> None:
+    """One row in batches of several sizes: how far its logits are from those it has alone."""
+    alone = bench.runner.run(bench.batch(1, ((),)))[0].clone()
+    for n in (2,) if bench.check else (2, 8, 16, 32):
+        among = bench.runner.run(bench.batch(n, ((),) * n))[0]
+        far = float((among - alone).abs().max() / alone.std())
+        same = bool(among.argmax() == alone.argmax())
+        bench.tell(f"one row among {n}: largest difference, of the logits' deviation", round(far, 5), same_token=same)
+
+
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "ceilings": ceilings,
     "memory": memory,
     "decode": decode,
     "kernels": kernels,
     "prefill": prefill,
+    "buckets": buckets,
     "placing": placing,
     "load": gpu_load.load,
     "cliff": gpu_load.cliff,
