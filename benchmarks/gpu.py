@@ -73,6 +73,7 @@ class Bench:
         self.runner.allocate(self.blocks, BLOCK)
 
     def tell(self, name: str, value: Any, target: Any = None, met: bool | None = None, **more: Any) -> None:
+        met = None if self.check else met  # a tiny model proves nothing
         self.results.append({"name": name, "value": value, "target": target, "met": met, **more})
         print(f"  {name}: {value}" + ("" if target is None else f"   (at least: {target})"), flush=True)
 
@@ -115,6 +116,15 @@ class Bench:
         how, top_k = np.zeros((sequences, 4), np.float32), np.zeros(sequences, np.int32)
         return self.seconds(lambda: self.runner.draw(self.runner.run(batch).rows, how, top_k))
 
+    def mixed_step_seconds(self) -> float:
+        """A step of `rows` sequences, each on an adapter of its own on all linears."""
+        for slot, weights in enumerate(random_adapters(self.config, self.backend, self.rows, self.rank)):
+            self.runner.place(slot, weights)
+        seconds = self.step_seconds(self.rows, tuple(((slot, 1.0),) for slot in range(self.rows)))
+        for slot in range(self.rows):
+            self.runner.clear(slot)
+        return seconds
+
     def step_bytes(self, sequences: int, adapters: int) -> int:
         """Bytes that a step has to read."""
         config = self.config
@@ -155,9 +165,7 @@ def decode(bench: Bench) -> None:
         )
         alone = seconds
     n = bench.rows
-    for slot, weights in enumerate(random_adapters(bench.config, bench.backend, n, bench.rank)):
-        bench.runner.place(slot, weights)
-    seconds = bench.step_seconds(n, tuple(((slot, 1.0),) for slot in range(n)))
+    seconds = bench.mixed_step_seconds()
     share = bench.step_bytes(n, n) / bench.bandwidth / seconds
     by_bytes = bench.step_bytes(n, n) / bench.step_bytes(n, 0)
     bench.tell(
@@ -216,6 +224,11 @@ def placing(bench: Bench) -> None:
 
     seconds = bench.seconds(place, 20)
     bench.tell("adapter host to device, ms", round(seconds * 1e3, 3), "< 4", seconds < 4e-3, bytes=weights.nbytes)
+    batch = bench.batch(bench.rows, ((),) * bench.rows)
+    alone = bench.seconds(lambda: bench.runner.run(batch), 20)
+    beside = bench.seconds(lambda: (place(), bench.runner.run(batch)), 20)
+    bench.runner.clear(bench.rows)
+    bench.tell("a step and a copy together: of the two one after the other", round(beside / (alone + seconds), 3))
 
 
 def prefill(bench: Bench) -> None:
@@ -228,12 +241,23 @@ def prefill(bench: Bench) -> None:
     bench.tell(f"prefill of {n} tokens, tokens/s", round(n / seconds), milliseconds=seconds * 1e3)
 
 
+def buckets(bench: Bench) -> None:
+    """One row in batches of several sizes: how far its logits are from those it has alone."""
+    alone = bench.runner.run(bench.batch(1, ((),)))[0].clone()
+    for n in (2,) if bench.check else (2, 8, 16, 32):
+        among = bench.runner.run(bench.batch(n, ((),) * n))[0]
+        far = float((among - alone).abs().max() / alone.std())
+        same = bool(among.argmax() == alone.argmax())
+        bench.tell(f"one row among {n}: largest difference, of the logits' deviation", round(far, 5), same_token=same)
+
+
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "ceilings": ceilings,
     "memory": memory,
     "decode": decode,
     "kernels": kernels,
     "prefill": prefill,
+    "buckets": buckets,
     "placing": placing,
     "load": gpu_load.load,
     "cliff": gpu_load.cliff,

@@ -15,7 +15,7 @@ from server.engine.engine import Engine
 from server.engine.request import Request, Sampling
 from server.engine.text import Text
 
-BUFFERS = 48
+BUFFERS = 16
 """Distinct contents in RAM; more adapters than these are versions of their own over the same bytes, copied as often."""
 
 
@@ -36,7 +36,8 @@ def cliff(bench: Any) -> None:
     kept = _Kept(bench, 4)
     resident = max(1, bench.runner.room.nbytes // bench.runner.room.cost(kept.buffers[0]))
     resident = min(resident, 4) if bench.check else resident
-    counts = sorted({max(1, int(resident * share)) for share in (0.25, 0.5, 0.9, 1.0, 1.1, 1.5, 2.0)})
+    shares = (1.0, 1.5) if bench.check else (0.25, 0.5, 0.9, 1.0, 1.1, 1.5, 2.0)
+    counts = sorted({max(1, int(resident * share)) for share in shares})
     kept = _Kept(bench, max(counts))
     points = [(count, _throughput(bench, kept, count, 4 if bench.check else 150, "uniform")) for count in counts]
     for count, rate in points:

@@ -15,7 +15,7 @@ def peers(bench: Any) -> None:
         bench.tell("Transformers + PEFT", "not measured")
         return
     n = bench.rows
-    ours = n / bench.step_seconds(n, tuple(((slot, 1.0),) for slot in range(n)))
+    ours = n / bench.mixed_step_seconds()
     kinds = ["bf16"] + (["bitsandbytes"] if importlib.util.find_spec("bitsandbytes") else [])
     for kind in kinds:
         theirs = _tokens_a_second(bench, kind)

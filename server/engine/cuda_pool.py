@@ -65,6 +65,7 @@ class AdapterPool:
 
         Raises ValueError if it is not this base's or was not prepared, NoCapacity if the pool lacks room.
         """
+        self.clear(slot)
         flat, places = _in_one_piece(weights, self.pool.values.dtype)
         offsets, ranks, scales = (table[slot] for table in self._tables)
         ranks.zero_()
@@ -79,8 +80,8 @@ class AdapterPool:
         offsets += start
         self.ranks[slot] = max((update.rank for update in weights.modules.values()), default=0)
         with self._copying(slot):
+            self._tell(slot)  # first: behind the copy it would wait for it, since the tables are not pinned
             self.pool.values[start : start + flat.numel()].copy_(flat, non_blocking=True)
-            self._tell(slot)
 
     def clear(self, slot: int) -> None:
         """Empty a slot. No step that is still to run may use it."""

@@ -84,7 +84,6 @@ class DeviceModel:
 
         cache [layers, blocks, kv_heads, 2, block_size, head_dim] in the model's dtype.
         """
-        eps = self.config.rms_norm_eps
         stream = self._new(step.tokens.shape[0], self.config.hidden_size)
         rows.embed(self._table, step.tokens, stream)
         for index, layer in enumerate(self._layers):
@@ -96,7 +95,7 @@ class DeviceModel:
             hidden, sums = self._gated(layer, x, sums, step, pool, site)
             self._finish(layer.down, DOWN, layer.biases[3], hidden, sums, step, pool, site, stream, add=True)
         wanted = stream.index_select(0, step.logit_rows)
-        x, sums = self._normed(wanted, self._norm, self._head, eps)
+        x, sums = self._normed(wanted, self._norm, self._head)
         how = self._head.tiling(x.shape[0])
         result = self._new(how.splits, x.shape[0], self._head.rows)
         self._head.multiply(x, sums, result, how)
@@ -182,14 +181,12 @@ class DeviceModel:
         lora.shrink(x, pool, step.lanes, site, slices, shrunk)
         return product, shrunk
 
-    def _normed(
-        self, stream: torch.Tensor, weight: torch.Tensor, into: Matrix, eps: float | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _normed(self, stream: torch.Tensor, weight: torch.Tensor, into: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
         """The normed rows and the sums of the groups that `into` has."""
         group = into.group if into.wants_sums else 0
         out = self._new(*stream.shape, dtype=self.dtype)
         sums = self._new(stream.shape[0], stream.shape[1] // group) if group else stream
-        rows.rms_norm(stream, weight, self.config.rms_norm_eps if eps is None else eps, out, sums, group)
+        rows.rms_norm(stream, weight, self.config.rms_norm_eps, out, sums, group)
         return out, sums
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -136,3 +136,13 @@ def test_secrets_are_not_shown() -> None:
 def test_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Settings().port = 1  # type: ignore[misc]
+
+
+def test_gpu_memory_is_a_size_or_a_share() -> None:
+    given = {"auto": None, "20GiB": 20 << 30, "0.9": 0.9, ".5": 0.5, "1.0": 1.0, "4096": 4096}
+    for text, value in given.items():
+        assert load_settings({"gpu_memory": text}).gpu_memory == value
+    assert isinstance(load_settings({"gpu_memory": "1.0"}).gpu_memory, float)
+    for text in ("1.5", "0.0", "half"):
+        with pytest.raises(BadSetting, match="gpu_memory"):
+            load_settings({"gpu_memory": text})

@@ -39,7 +39,8 @@ def parts_of(scheme: str) -> int:
 def run_of(scheme: str, width: int, group: int) -> int:
     """The run that pads the inputs least, the longest among equals. Parts are within groups, those within blocks."""
     parts = parts_of(scheme)
-    fitting = [run for run in RUNS if group % run == 0 and parts * run % group == 0]
+    longest = 32 if scheme == "nf4" else RUNS[0]  # looking levels up takes the registers of a longer one
+    fitting = [run for run in RUNS if run <= longest and group % run == 0 and parts * run % group == 0]
     return min(fitting, key=lambda run: (-width % (parts * run), -run))
 
 

@@ -47,3 +47,35 @@ def test_small_adapters_never_outnumber_the_slots(slots: Slots, tools: Any) -> N
         slots.reserve(mix, None if slots.has(mix) else weights_of(tools, name))
         slots.free(mix)
     assert len(slots.resident) <= 4
+
+
+def test_what_is_offered_takes_free_room_only(slots: Slots, tools: Any) -> None:
+    four, five, six = (tools.mix_of(name) for name in ("a4", "a5", "a6"))
+    assert slots.reserve(five, weights_of(tools, "a5")) is not None
+    slots.free(five)
+    slots.offer(six, weights_of(tools, "a6"))
+    assert slots.resident == [tools.digest_of("a5")], "60 bytes are not free, and an idle adapter does not go for it"
+    slots.offer(four, weights_of(tools, "a4"))
+    assert slots.has(four) and slots.in_use == 0
+    assert slots.reserve(four, None) is not None and slots.in_use == 1
+
+
+def test_adapters_of_waiting_requests_are_copied_while_others_run(bench: Any, tools: Any) -> None:
+    made = bench(max_batch=1, room=Room(100, lambda weights: 10))
+    first, second = (made.submit([5, 6, 7], mix=tools.mix_of(name)) for name in ("a1", "a2"))
+    for _ in range(2):
+        made.engine.step()
+    assert first.tokens and not second.tokens
+    assert made.engine.holds(tools.digest_of("a2"))
+    made.settle()
+    assert second.tokens == tools.solo(second, made.runner.vocab)
+    made.check_empty()
+
+
+def test_a_mix_over_the_devices_room_ends_with_what_is_missing(bench: Any, tools: Any) -> None:
+    made = bench(room=Room(100, lambda weights: 60))
+    refused, served = made.submit([5, 6], mix=tools.mix_of("a1", "a2")), made.submit([5, 6], mix=tools.mix_of("a3"))
+    made.settle()
+    assert isinstance(refused.error, NoCapacity) and "--adapter-device-memory" in str(refused.error)
+    assert served.tokens == tools.solo(served, made.runner.vocab)
+    made.check_empty()

@@ -138,11 +138,12 @@ def main(which: str, capability: int) -> int:
         )
         size = (config.num_hidden_layers, 64, config.num_key_value_heads, 2, 16, config.head_dim)
         cache = torch.empty(size, dtype=torch.bfloat16, device=META)
-        shapes = [single_rows(n, width) for n in sizes for width in (0, 64)]
+        widths = (64,) if which == "small" else (0, 64)
+        shapes = [single_rows(n, width) for n in sizes for width in widths]
         shapes += [
             Shape(n, 3, 16, 2, 1, 4, 5, 64, width, 2)
             for n in ((100,) if which == "small" else (100, 512))
-            for width in (0, 64)
+            for width in widths
         ]
         for shape in shapes:
             memory = torch.empty(shape.elements, dtype=torch.int32, device=META)
