@@ -54,7 +54,7 @@ class Site:
 
 
 class SideBySide:
-    """The adapters of a set along the rank, modules of one input together, concatenated when they are first asked for."""
+    """Adapters of a set along the rank, modules of one input together, concatenated when they are first asked for."""
 
     def __init__(self, adapters: Sequence[LoraWeights]) -> None:
         self._adapters = list(adapters)
