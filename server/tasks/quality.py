@@ -204,8 +204,7 @@ class Quality:
         """
         with self._lock, _told_of_the_disk():
             now, changes = time.time(), list[_Change]()
-            with self._db:
-                self._db.execute("BEGIN")
+            with self._all_or_nothing():
                 number = self._number(subject)
                 for example, value in values.items():
                     key = digest(f"{number} {metric} {example}")
@@ -351,19 +350,25 @@ class Quality:
             return
         pending, self._pending = self._pending, []
         try:
-            with self._db:
-                self._db.execute("BEGIN")
+            with self._all_or_nothing():
                 traffic = self._write(pending)
         except sqlite3.Error:
             self._pending[:0] = pending[-MOST_PENDING:]  # a disk that has room again gets them
-            self._ids = {s: n for s, n in self._ids.items() if n in self._written()}
             raise
         for (number, _), seen in traffic.items():
             self._traffic.setdefault(number, _Traffic()).merge(seen)
 
-    def _written(self) -> set[int]:
-        """The subjects that are in the file."""
-        return {number for (number,) in self._db.execute("SELECT id FROM subjects")}
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """A transaction; if it fails, subjects that it had added are forgotten too."""
+        try:
+            with self._db:
+                self._db.execute("BEGIN")
+                yield
+        except sqlite3.Error:
+            written = {number for (number,) in self._db.execute("SELECT id FROM subjects")}
+            self._ids = {subject: number for subject, number in self._ids.items() if number in written}
+            raise
 
     def _write(self, pending: Sequence[Answered]) -> dict[tuple[int, int], _Traffic]:
         """Add answers to the file, within a transaction. Answers what they come to, by subject and hour."""

@@ -120,6 +120,10 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.Lo
         quality.answered(answered(f"more-{n}", second))
     with pytest.raises(StoreFailed, match="full"):
         quality.feedback("t", "one", "", score=1.0, expected=None)
+    third = Subject.of("t", [(B, 1.0)], "base")
+    with pytest.raises(StoreFailed, match="full"):
+        quality.evaluated(third, "accuracy", {f"{i}": 1.0 for i in range(2000)})
+    assert quality.totals(third, "accuracy", "evaluation").count == 0
     end = time.monotonic() + 10
     while "cannot be written" not in caplog.text:
         assert time.monotonic() < end
@@ -132,6 +136,9 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.Lo
     quality.close()
     again = Quality(tmp_path / "quality.db")
     assert again.totals(second, "accuracy", "feedback").count == 2
+    assert again.totals(third, "accuracy", "evaluation").count == 0
+    again.evaluated(third, "accuracy", {"x": 1.0})
+    assert again.totals(third, "accuracy", "evaluation").count == 1
     again.close()
 
 
