@@ -205,7 +205,9 @@ class Engine:
                 try:
                     if not self.step():
                         self._wake.wait(IDLE_SECONDS if self._live or self._stop_at is not None else None)
-                except Exception as error:
+                except (
+                    BaseException
+                ) as error:  # a panic in a library of Rust is no Exception, and ends a thread like one
                     self._recover(error)
                     self._wake.wait(IDLE_SECONDS)
         finally:
@@ -224,7 +226,7 @@ class Engine:
             self._end(request, Delivery(finish_reason="error", error=NotReady("the server is stopping")))
         self._slots.reset()
 
-    def _recover(self, error: Exception) -> None:
+    def _recover(self, error: BaseException) -> None:
         """A step has failed: its requests end with EngineFailed; those that wait, and the adapters, are unharmed.
 
         If nothing ran, something that waits is at fault, and no one can tell which: then all of them end.
