@@ -214,7 +214,8 @@ class Engine:
                         self._wake.wait(IDLE_SECONDS if self._live or self._stop_at is not None else None)
                     elif rest := self._scheduler.rest:
                         time.sleep(rest * self._record.last_seconds)
-                except Exception as error:
+                # A panic in a library of Rust is no Exception, and would end this thread.
+                except BaseException as error:
                     self._recover(error)
                     self._wake.wait(IDLE_SECONDS)
         finally:
@@ -233,7 +234,7 @@ class Engine:
             self._end(request, Delivery(finish_reason="error", error=NotReady("the server is stopping")))
         self._slots.reset()
 
-    def _recover(self, error: Exception) -> None:
+    def _recover(self, error: BaseException) -> None:
         """A step has failed: its requests end with EngineFailed; those that wait, and the adapters, are unharmed.
 
         If nothing ran, something that waits is at fault, and no one can tell which: then all of them end.

@@ -276,13 +276,18 @@ def test_deadlines(bench: Any, tools: Any) -> None:
     b.check_empty()
 
 
-def test_a_failed_step_spares_those_that_wait(bench: Any, tools: Any) -> None:
+class Panic(BaseException):
+    """What a library in Rust raises where its code panics."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic])
+def test_a_failed_step_spares_those_that_wait(bench: Any, tools: Any, kind: type[BaseException]) -> None:
     b = bench(max_batch=2)
     all_heard = [b.submit(prompt(i), mix=tools.mix_of("a1")) for i in range(4)]
 
     def explode(batch: Any) -> None:
         b.runner.before = lambda batch: None
-        raise RuntimeError("kernel")
+        raise kind("kernel")
 
     b.runner.before = explode
     b.engine.start()
