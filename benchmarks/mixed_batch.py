@@ -74,7 +74,8 @@ def serve_ours(pipe: Connection, args: argparse.Namespace, paths: list[Path]) ->
     """In a child: (tokens) -> (seconds to all first tokens, seconds to all last ones), until the pipe is closed."""
     base = load_base(args.base, name="base", backend=choose(args.kernels))
     prompts = prompts_of(args, base.config.vocab_size).tolist()
-    with InProcess(base, paths, threads=args.threads, max_batch=args.requests) as ours:
+    every_prompt = args.requests * args.prompt
+    with InProcess(base, paths, threads=args.threads, max_batch=args.requests, max_step_tokens=every_prompt) as ours:
         mixes = [ours.mix([(i, 1.0)]) for i in range(args.requests)]
         for tokens in iter(pipe.recv, None):
             pipe.send(ours.rates(prompts, mixes, tokens))

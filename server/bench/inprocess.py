@@ -37,8 +37,10 @@ class InProcess:
         max_batch: int = 32,
         max_slots: int = 64,
         max_rank: int = 64,
+        max_step_tokens: int = 512,
         prefix_cache: bool = False,
     ) -> None:
+        """`max_step_tokens`, the server's setting of that name, may hold all prompts: then all decode together."""
         shapes = base.shapes()
         self._weights = apart(
             lambda: [
@@ -60,6 +62,7 @@ class InProcess:
             block_size=BLOCK,
             max_batch=max_batch,
             max_slots=max_slots,
+            max_step_tokens=max_step_tokens,
             prefix_cache=prefix_cache,
         )
 

@@ -16,8 +16,8 @@ from adapters.weights import LoraWeights
 from server.engine.slots import Room
 from server.errors import NoCapacity
 from server.kernels.cuda.lora import Pool
+from server.kernels.lora import SITES
 from server.model.config import ModelConfig
-from server.model.on_device import SITES
 
 ALIGNMENT = 64
 """Elements that every adapter's place is a multiple of."""

@@ -11,13 +11,10 @@ from collections.abc import Iterator
 import torch
 
 from adapters.weights import LoraWeights, LowRank
+from server.kernels.lora import SITES, TOGETHER
 
-SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linears of a layer."""
 LINE = 32
 """Values that every matrix begins at a multiple of: a cache line of bf16."""
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Modules whose A's are walked one after the other, and then their B's."""
 
 
 def in_one_piece(weights: LoraWeights, dtype: torch.dtype = torch.bfloat16, pinned: bool = False) -> LoraWeights:

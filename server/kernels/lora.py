@@ -15,6 +15,12 @@ from adapters.weights import LoraWeights
 
 SlotWeights = tuple[tuple[int, float], ...]
 
+SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linears of a layer, in the order of a step."""
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Modules of a layer that read the same input."""
+
 DENSE_ROWS = 16
 """Rows of one mix up to which they share the ALL_SLOTS product; longer ones (prefills) go adapter by adapter."""
 
@@ -29,19 +35,27 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Site:
-    """One module's A's and B's side by side: A [R, in], B [R, out]; `columns` says whose each of the R ranks is.
+class Shrink:
+    """The A's of modules that read the same input, side by side: A [R, in], one product for all of them.
 
-    `members` is ((place in the set, rank, scale), ...); equal members share the row weights of a step.
+    `members` is ((place in the set, rank, scale), ...) along R; equal members share the row weights of a step.
     """
 
     A: torch.Tensor
-    B: torch.Tensor
     members: tuple[tuple[int, int, float], ...]
 
 
+@dataclass(frozen=True)
+class Site:
+    """One module's part: its columns of X A^T [rows, R], and its B's side by side [ranks, out]."""
+
+    shrink: Shrink
+    columns: slice
+    B: torch.Tensor
+
+
 class SideBySide:
-    """The adapters of a set, concatenated along the rank, module by module as they are first asked for."""
+    """The adapters of a set, concatenated along the rank, modules of one input together, as they are first asked for."""
 
     def __init__(self, adapters: Sequence[LoraWeights]) -> None:
         self._adapters = list(adapters)
@@ -50,24 +64,35 @@ class SideBySide:
         self.rank_bytes = sum(adapter.nbytes for adapter in adapters)
 
     def site(self, path: str) -> Site | None:
-        """The module's A's and B's, or None where no adapter of the set has that module."""
+        """The module's part, or None where no adapter of the set has that module."""
         if path not in self._sites:
-            self._sites[path] = self._concatenate(path)
+            self._sites |= self._concatenate(path)
         return self._sites[path]
 
     @property
     def nbytes(self) -> int:
-        return sum(site.A.nbytes + site.B.nbytes for site in self._sites.values() if site is not None)
+        sites = [site for site in self._sites.values() if site is not None]
+        shrinks = {id(site.shrink): site.shrink.A.nbytes for site in sites}
+        return sum(shrinks.values()) + sum(site.B.nbytes for site in sites)
 
-    def _concatenate(self, path: str) -> Site | None:
-        found = [(i, a.modules[path]) for i, a in enumerate(self._adapters) if path in a.modules]
-        if not found:
-            return None
-        return Site(
-            A=torch.cat([m.A for _, m in found]),
-            B=torch.cat([m.B.t() for _, m in found]),
-            members=tuple((i, m.rank, m.scale) for i, m in found),
-        )
+    def _concatenate(self, path: str) -> dict[str, Site | None]:
+        """The sites of `path` and of the modules that read what it reads."""
+        parent, _, name = path.rpartition(".")
+        together = next((names for names in TOGETHER if name in names), (name,))
+        paths = [f"{parent}.{sibling}" if parent else sibling for sibling in together]
+        found = {p: [(i, a.modules[p]) for i, a in enumerate(self._adapters) if p in a.modules] for p in paths}
+        updates = [update for p in paths for update in found[p]]
+        if not updates:
+            return dict.fromkeys(paths)
+        shrink = Shrink(torch.cat([m.A for _, m in updates]), tuple((i, m.rank, m.scale) for i, m in updates))
+        sites: dict[str, Site | None] = {}
+        start = 0
+        for p in paths:
+            stop = start + sum(m.rank for _, m in found[p])
+            expand = torch.cat([m.B.t() for _, m in found[p]]) if found[p] else None
+            sites[p] = None if expand is None else Site(shrink, slice(start, stop), expand)
+            start = stop
+        return sites
 
 
 class SlotTable:
@@ -119,13 +144,14 @@ class Run:
     """Neighbouring short segments of several mixes, computed together: rows `start` to `stop`.
 
     Per module: V = X A^T over all ranks of the set, times each row's weight for each rank, times B. Two products
-    whatever the number of adapters, ranks and weights.
+    whatever the number of adapters, ranks and weights, and modules of one input share the first.
     """
 
     def __init__(self, segments: Sequence[Segment], table: SlotTable, side: SideBySide) -> None:
         self.start, self.stop = segments[0].start, segments[-1].stop
-        self._side = side
+        self.site = side.site
         self._by_members: dict[tuple[tuple[int, int, float], ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._shrunk: tuple[Shrink, torch.Tensor] | None = None
         weights = torch.zeros(self.stop - self.start, len(side.place))
         for segment in segments:
             for slot, weight in segment.mix:
@@ -133,18 +159,27 @@ class Run:
                 weights[segment.start - self.start : segment.stop - self.start, place] += weight
         self._weights = weights
 
-    def site(self, path: str) -> tuple[Site, torch.Tensor, torch.Tensor] | None:
-        """The module's A's and B's, with the weight of each row for each rank [rows, R] and where that is zero."""
-        site = self._side.site(path)
-        if site is None:
-            return None
-        known = self._by_members.get(site.members)
+    def shrunk(self, shrink: Shrink, x: torch.Tensor) -> torch.Tensor:
+        """X A^T of the run's rows of x [T, in], each row's weight and each rank's scale in it: [rows, R] of x's dtype.
+
+        A step asks for the modules of one input in turn, so the last product is kept until another is wanted.
+        """
+        if self._shrunk is None or self._shrunk[0] is not shrink:
+            weights, unused = self._ranked(shrink.members)
+            v = x[self.start : self.stop] @ shrink.A.t()
+            # Filled, not only multiplied by zero: what overflows in one row's adapter must not reach another row.
+            self._shrunk = shrink, v.mul_(weights).masked_fill_(unused, 0.0)
+        return self._shrunk[1]
+
+    def _ranked(self, members: tuple[tuple[int, int, float], ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's weight for each rank [rows, R], and where that is zero."""
+        known = self._by_members.get(members)
         if known is None:
-            places = [place for place, rank, _ in site.members for _ in range(rank)]
-            scales = torch.tensor([scale for _, rank, scale in site.members for _ in range(rank)])
+            places = [place for place, rank, _ in members for _ in range(rank)]
+            scales = torch.tensor([scale for _, rank, scale in members for _ in range(rank)])
             ranked = self._weights[:, places] * scales
-            known = self._by_members[site.members] = (ranked, ranked == 0)
-        return site, *known
+            known = self._by_members[members] = (ranked, ranked == 0)
+        return known
 
 
 class Segments:

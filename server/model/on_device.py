@@ -15,13 +15,12 @@ from server.errors import BadModel
 from server.kernels.cuda import attention, finish, lora, packing, products, rows
 from server.kernels.cuda.lora import Lanes, Pool
 from server.kernels.cuda.products import Matrix
+from server.kernels.lora import SITES
 from server.kernels.stored import TILE
 from server.model.config import ModelConfig
 from server.model.decoder import Source
 from server.model.rope import angles, frequencies
 
-SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linears of a layer, in the order of a pool's sites."""
 QKV, OUT, GATE_UP, DOWN = 0, 3, 4, 6
 
 

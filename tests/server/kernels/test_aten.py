@@ -100,7 +100,7 @@ def test_rows_are_looked_up(scheme: str) -> None:
 
 
 def adapters(backend: Aten | Reference, count: int) -> list[LoraWeights]:
-    """Adapters of ranks 1 to 24; the last lacks one module, and one shares another's ranks."""
+    """Adapters of ranks 1 to 24; the last lacks two modules, and one shares another's ranks."""
     generator = torch.Generator().manual_seed(5)
     made = []
     for i in range(count):
@@ -109,10 +109,10 @@ def adapters(backend: Aten | Reference, count: int) -> list[LoraWeights]:
             path: LowRank(
                 torch.randn(rank, 64, generator=generator) * 0.1, torch.randn(32, rank, generator=generator), 0.5 + i
             )
-            for path in ("m", "n")
+            for path in ("m", "n", "layer.q_proj", "layer.k_proj")
         }
         if i == count - 1:
-            del modules["m"]
+            del modules["m"], modules["layer.q_proj"]
         made.append(backend.prepare(LoraWeights(f"a{i}", f"{i:064x}", modules)))
     return made
 
@@ -133,7 +133,7 @@ def test_updates_of_any_grouping_equal_the_plain_loop(seed: int) -> None:
         segments.append(Segment(start, start + rows, mix))
         start += rows
     x = torch.randn(start, 64).bfloat16()
-    for path in ("m", "n", "absent"):
+    for path in ("m", "layer.q_proj", "layer.k_proj", "layer.v_proj", "n", "absent"):
         expected, y = torch.zeros(start, 32), torch.zeros(start, 32, dtype=torch.bfloat16)
         Reference().add_lora(expected, x.float(), path, Segments(plain, segments))
         Aten().add_lora(y, x, path, Segments(ours, segments))
