@@ -23,7 +23,7 @@ flags = $(if $(PORT),--port "$(PORT)") $(call typed,HOST,host) $(call typed,MODE
   $(call typed,DEVICE,device) $(call typed,THREADS,threads) $(call typed,STATE_DIR,state-dir) \
   $(call typed,ADAPTER_DIR,adapter-dir) $(call typed,CONFIG,config)
 
-.PHONY: help serve test fuzz soak lint format dashboard clean bench
+.PHONY: help serve test fuzz soak lint audit format dashboard clean bench
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' $(MAKEFILE_LIST)
 
@@ -33,13 +33,17 @@ serve: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
-# Made-up requests over the whole OpenAPI document (FUZZ examples of each kind), and made-up files for every reader.
+# Made-up requests over the whole OpenAPI document (FUZZ examples of each kind), and made-up files for every reader,
+# for FUZZ_MINUTES each.
 FUZZ ?= 550
+FUZZ_MINUTES ?= 10
+READERS := tests/adapters/test_peft_fuzz.py tests/server/model/test_gguf_fuzz.py tests/server/tasks/test_task_fuzz.py
 fuzz: $(VENV)/.installed-dev
 	FUZZ_EXAMPLES=$(FUZZ) $(BIN)/python -m pytest -s --hypothesis-profile=fuzz -p no:cacheprovider \
 	  tests/server/api/test_schemathesis.py
-	FUZZ_EXAMPLES=$$(( 50 * $(FUZZ) )) $(BIN)/python -m pytest --hypothesis-profile=fuzz -p no:cacheprovider \
-	  tests/adapters/test_peft_fuzz.py tests/server/model/test_gguf_fuzz.py tests/server/tasks/test_task_fuzz.py
+	for reader in $(READERS); do for (( end = SECONDS + 60 * $(FUZZ_MINUTES); SECONDS < end; )); do \
+	  FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -q --hypothesis-profile=fuzz -p no:cacheprovider $$reader; \
+	done; done
 
 # 32 clients against the embedded base while adapters come and go, for MINUTES.
 MINUTES ?= 30
@@ -53,6 +57,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python deploy/audit.py $(AUDIT)
+
+# Known vulnerabilities of what is installed, where the network tells of any. AUDIT="--ignore-vuln ID" leaves one out.
+audit: $(VENV)/.installed-dev
+	$(BIN)/python deploy/audit.py $(AUDIT)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -202,6 +202,13 @@ class Registry:
         current = self._names.current()
         return {(name, self._tier(d)): resident[d] for name, d in current.items() if d in resident}
 
+    def check(self, name: str, if_match: str | None = None) -> None:
+        """Raises what `publish` would say of the name alone, before there is any content: InvalidAdapter,
+        VersionMismatch.
+        """
+        check_name(name, self._reserved)
+        self._names.expect(name, if_match)
+
     # What changes names
 
     async def publish(self, name: str, folder: Path, **options: Any) -> Published:
@@ -227,8 +234,7 @@ class Registry:
         content is what it was, the name is left as it has become since. Raises InvalidAdapter, BaseMismatch, NoRoom,
         StoreFailed; nothing has changed then.
         """
-        check_name(name, self._reserved)
-        self._names.expect(name, if_match)
+        self.check(name, if_match)
         with self._intake.stage(name, folder, within) as (staged, weights):
             self._check_fit(name, weights.nbytes)
             commit = self._submit(

@@ -115,7 +115,7 @@ class Bench:
         """A step from a batch on the host to its greedy tokens on the host."""
         batch = self.batch(sequences, mixes)
         how, top_k = np.zeros((sequences, 4), np.float32), np.zeros(sequences, np.int32)
-        return self.seconds(lambda: self.runner.draw(self.runner.run(batch), how, top_k))
+        return self.seconds(lambda: self.runner.draw(self.runner.run(batch).rows, how, top_k))
 
     def mixed_step_seconds(self) -> float:
         """A step of `rows` sequences, each on an adapter of its own on all linears."""

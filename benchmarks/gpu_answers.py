@@ -84,7 +84,7 @@ def _generate(runner: Runner, prompts: list[list[int]], count: int) -> list[tupl
             mixes=((),) * len(prompts),
             block_size=BLOCK,
         )
-        logits = runner.run(batch).float().cpu()
+        logits = runner.run(batch).rows.float().cpu()
         done = [d + n for d, n in zip(done, counts, strict=True)]
         new = [[int(row.argmax())] for row in logits]
         for i, row in enumerate(logits):

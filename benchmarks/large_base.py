@@ -141,7 +141,7 @@ def generate(runner: Any, vocabulary: int, count: int) -> tuple[list[int], float
                 mixes=((),),
                 block_size=block,
             )
-        )
+        ).rows
         if not bool(torch.isfinite(logits).all()):
             raise RuntimeError("logits are not finite")
         new = logits[-1].argmax().reshape(1)

@@ -39,16 +39,21 @@ class Server:
         return len(os.listdir(f"/proc/{self.process.pid}/{kind}"))
 
 
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @contextlib.contextmanager
-def serving(state: Path, models: Path, *flags: str) -> Iterator[Server]:
-    """A server on a free port, ready to answer; stopped at the end."""
+def serving(state: Path, models: Path, *flags: str, module: str = "server.cli") -> Iterator[Server]:
+    """A server on a free port, ready to answer; stopped at the end. `module` is what is run as `loramux`."""
     state.mkdir(parents=True)
     if models.is_dir():
         (state / "models").symlink_to(models)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--state-dir", str(state)]
+    port = free_port()
+    command = [sys.executable, "-m", module, "serve", "--port", str(port), "--state-dir", str(state)]
     with (state / "server.log").open("wb") as log:
         process = subprocess.Popen([*command, "--library", "none", *flags], cwd=REPO, stdout=log, stderr=log)
     server = Server(process, f"http://127.0.0.1:{port}")

@@ -6,6 +6,8 @@ adapters are published again, rolled back and retired. Afterwards a second serve
 distinct request alone, and the answers must be equal, character for character: the native kernels are bit-equal in
 any batch, and others part only where two tokens are nearly as likely.
 
+A machine that stops for a while (SIGSTOP, a hypervisor) is no hang: the soak's own clock stands still with it.
+
 Run it as `python benchmarks/soak.py --minutes 30`. Exit status 1 means that something that had to hold did not.
 """
 
@@ -40,6 +42,13 @@ SLOTS, IN_RAM, MAX_MIX = 8, 12, 4
 RANK, NEW_TOKENS = 16, 12
 HANG = 180.0
 """Seconds after which a request counts as hanging."""
+PATIENCE = 1800.0
+"""Seconds for what changes adapters, and for what is asked before and after: longer than a machine may stand still."""
+BEAT, PAUSE = 0.25, 5.0
+"""Seconds between two looks at the clock, and between which two this process cannot have been running."""
+KV_CACHE = "192MiB"
+FILLING = 256
+"""Prompts of 100 tokens and more that touch every block of that cache, in two calls of /v1/completions."""
 MB_AN_HOUR = 10.0
 SHAPES = {
     f"model.layers.{layer}.self_attn.{name}": shape
@@ -64,6 +73,8 @@ class Report:
     """What a soak came to. `wrong` lists what had to hold and did not."""
 
     seconds: float = 0.0
+    paused: float = 0.0
+    """Seconds for which the machine stood still, which are not among those above."""
     calls: Counter[str] = field(default_factory=Counter)
     distinct: int = 0
     alone: int = 0
@@ -98,12 +109,32 @@ MALFORMED: tuple[tuple[str, Any, int], ...] = (
 )
 
 
+class Clock:
+    """Seconds in which this process had the machine; `run` has to run beside what is timed."""
+
+    def __init__(self) -> None:
+        self.paused = 0.0
+
+    def now(self) -> float:
+        return time.monotonic() - self.paused
+
+    async def run(self) -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(BEAT)
+            now = time.monotonic()
+            if now - last > PAUSE:
+                self.paused += now - last
+            last = now
+
+
 class Soak:
     """One run: its dice, its clients, and all that they saw."""
 
     def __init__(self, server: Server, contents: dict[str, list[Path]], seed: int = 1) -> None:
         self.server, self.contents, self.dice = server, contents, random.Random(seed)
         self.report = Report()
+        self.clock = Clock()
         self.seen: dict[Key, str] = {}
         self.versions: dict[str, Path] = {}
         """Folder of each digest that people see."""
@@ -133,14 +164,18 @@ class Soak:
 
     async def client(self, until: float) -> None:
         async with httpx.AsyncClient(base_url=self.server.url, timeout=HANG) as http:
-            while time.monotonic() < until:
+            while self.clock.now() < until:
+                paused = self.clock.paused
                 kind = self.dice.choices(("plain", "stream", "chat", "sampled", "gone", "malformed", "classify"),
                                          (40, 20, 8, 8, 10, 8, 6))[0]  # fmt: skip
                 self.report.calls[kind] += 1
                 try:
                     await getattr(self, f"_{kind}")(http)
                 except httpx.TimeoutException:
-                    self.problem(f"{kind}: no answer within {HANG} s")
+                    await asyncio.sleep(2 * BEAT)  # the clock is told of a pause by its next beat
+                    if self.clock.paused == paused:
+                        self.problem(f"{kind}: no answer within {HANG} s")
+                    self.report.calls["cut by a pause"] += self.clock.paused != paused
                 except httpx.HTTPError as error:
                     self.problem(f"{kind}: {type(error).__name__} {error}")
 
@@ -242,8 +277,8 @@ class Soak:
         """Publish, roll back, retire and register again, one after the other."""
         names = [n for n in self.contents if n.startswith("c")]
         current: dict[str, list[str]] = {}
-        async with httpx.AsyncClient(base_url=self.server.url, timeout=HANG) as http:
-            while time.monotonic() < until:
+        async with httpx.AsyncClient(base_url=self.server.url, timeout=PATIENCE) as http:
+            while self.clock.now() < until:
                 name = self.dice.choice(names)
                 act = self.dice.choices(("publish", "roll back", "retire"), (5, 3, 2))[0]
                 self.report.calls[act] += 1
@@ -265,18 +300,23 @@ class Soak:
 
     async def run(self, seconds: float) -> None:
         """A tenth of the time to warm up, then a look at what is held, then the rest and a second look."""
-        async with httpx.AsyncClient(base_url=self.server.url, timeout=HANG) as http:
+        beating = asyncio.create_task(self.clock.run())
+        async with httpx.AsyncClient(base_url=self.server.url, timeout=PATIENCE) as http:
             for name, folders in self.contents.items():
                 await self.publish(http, name, folders[0], "POST")
-        await self._load(time.monotonic() + max(3.0, seconds / 10))
+            await self._fill(http)
+            await self._wake_threads(http)
+        await self._load(self.clock.now() + max(3.0, seconds / 10))
         self.report.before = await self._held()
-        start = time.monotonic()
+        start = self.clock.now()
         memory: list[tuple[float, int]] = []
         watching = asyncio.create_task(self._watch(memory))
         await self._load(start + seconds)
         watching.cancel()
-        self.report.seconds = time.monotonic() - start
+        self.report.seconds = self.clock.now() - start
         self.report.after = await self._held()
+        beating.cancel()
+        self.report.paused = self.clock.paused
         by_minute: dict[int, list[int]] = {}
         for t, b in memory:
             by_minute.setdefault(int((t - start) // 60), []).append(b)
@@ -284,6 +324,20 @@ class Soak:
         late = [(t, b) for t, b in memory if t >= start + self.report.seconds / 3]
         self.report.resident = (late[0][1], late[-1][1])
         self.report.megabytes_an_hour = theil_sen(late) * 3600 / 1e6
+
+    async def _fill(self, http: httpx.AsyncClient) -> None:
+        """Touch every block of the KV cache: pages that are first touched later would read as growth."""
+        texts = [" ".join(str(i * n) for n in range(7, 27)) for i in range(1, FILLING + 1)]
+        for half in (texts[::2], texts[1::2]):
+            body = {"model": "smollm2-135m", "prompt": half, "max_tokens": 1}
+            (await http.post("/v1/completions", json=body)).raise_for_status()
+
+    async def _wake_threads(self, http: httpx.AsyncClient) -> None:
+        """Pools start their threads when all that they have are busy: so once all at a time."""
+        long = {"prompt": "word " * 20_000}
+        await asyncio.gather(*(http.post("/generate", json=long) for _ in range(64)))
+        names = [n for n in self.contents if n.startswith("c")]
+        await asyncio.gather(*(self.publish(http, name, self.contents[name][0], "PUT") for name in names))
 
     async def _load(self, until: float) -> None:
         async with asyncio.TaskGroup() as group:
@@ -293,14 +347,14 @@ class Soak:
 
     async def _watch(self, memory: list[tuple[float, int]]) -> None:
         while True:
-            memory.append((time.monotonic(), self.server.resident()))
+            memory.append((self.clock.now(), self.server.resident()))
             await asyncio.sleep(1.0)
 
     async def _held(self) -> dict[str, Any]:
         """What the server holds once nothing runs: it has a minute to let go."""
         end = time.monotonic() + 60
         while True:
-            async with httpx.AsyncClient(base_url=self.server.url, timeout=HANG) as http:
+            async with httpx.AsyncClient(base_url=self.server.url, timeout=PATIENCE) as http:
                 stats = (await http.get("/stats")).json()
             held = {
                 "running": stats["engine"]["running"],
@@ -335,7 +389,7 @@ class Soak:
         asked = self.dice.sample(sorted(self.seen.items(), key=repr), min(most, len(self.seen)))
         self.report.alone = len(asked)
         names = {digest: f"s-{digest}" for digest in self.versions}
-        with httpx.Client(base_url=server.url, timeout=HANG) as http:
+        with httpx.Client(base_url=server.url, timeout=PATIENCE) as http:
             for digest, folder in self.versions.items():
                 files = {n: (folder / n).read_bytes() for n in (CONFIG, TENSORS)}
                 answer = http.post("/adapters", files=files, data={"name": names[digest]})
@@ -387,8 +441,8 @@ def soak(
         write_adapter(path, SHAPES, rank=RANK, seed=seed)
     # as the registry holds it: what the upload has, in the kernels' layout, a little more than the file
     size = int((folder / "a0" / TENSORS).stat().st_size * 1.05)
-    # a cache that is full before the first look: pages that are first touched later would read as growth
-    common = ["--max-mix", str(MAX_MIX), "--kv-cache", "192MiB", *flags]
+    # a deadline that no pause of the machine uses up
+    common = ["--max-mix", str(MAX_MIX), "--kv-cache", KV_CACHE, "--deadline", "1h", *flags]
     with serving(
         folder / "state", models, "--max-slots", str(SLOTS), "--adapter-ram", str(IN_RAM * size), *common
     ) as s:

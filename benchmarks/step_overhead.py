@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from adapters.weights import LoraWeights, Mix
-from server.engine.batch import Batch
+from server.engine.batch import Batch, Logits
 from server.engine.engine import Engine
 from server.engine.request import Delivery, Request, Sampling
 from server.engine.text import Text
@@ -30,7 +30,7 @@ class PreparedRunner:
     """Answers rows of one random matrix."""
 
     def __init__(self, vocab: int, rows: int, seconds: float) -> None:
-        self._logits = torch.randn(rows, vocab)
+        self._logits = Logits(torch.randn(rows, vocab))
         self._seconds = seconds
 
     def allocate(self, blocks: int, block_size: int) -> None:
@@ -42,10 +42,11 @@ class PreparedRunner:
     def clear(self, slot: int) -> None:
         pass
 
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> Logits:
         if self._seconds:
             time.sleep(self._seconds)
-        return self._logits[: len(batch.logit_rows)]
+        count = len(batch.logit_rows)
+        return Logits(self._logits.rows[:count], self._logits.largest[:count])
 
     def block_bytes(self, block_size: int) -> int:
         return 1

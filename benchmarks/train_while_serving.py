@@ -3,6 +3,9 @@
 Run it as `python -m benchmarks.train_while_serving`. It starts a server of its own on the embedded base, finds how many
 requests a second it can serve, and then sends half as many, at random times, with the job running and paused in turn,
 so that what else the machine does falls on both alike. The job's solo speed comes from stretches without a request.
+`processors` says what the server, the job and this program's own requests take of the machine meanwhile, and `in_steps`
+the share of the time in which the engine is within a step: the job can have no more than they leave. A stretch beside
+which other processes took more than `--other` of a processor is measured again.
 Before, and again and again while it trains under load, the same prompts are answered greedily with log-probabilities,
 which have to be equal.
 """
@@ -11,23 +14,34 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
+import itertools
 import json
+import os
 import random
 import statistics
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
+import psutil
 
-from benchmarks.serving import MODELS, serving
+from benchmarks.serving import MODELS, Server, serving
 
 WORDS = "the sea was calm and a boat went out to where the old light had been seen by all who came home late".split()
 PROMPT_WORDS, TOKENS = 48, 48
 PROBES = 12
+OURS = ("server", "job", "load")
+SEEDS = itertools.count(2)
+"""Of prompts: no two stretches ask for the same, since the prefix cache would know them."""
+AGAIN = 6
+"""How often a stretch is measured at most."""
 JOB = {"r": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "publish": "never"}
 
 
@@ -41,10 +55,25 @@ class Stretch:
     sent: int = 0
     job_tokens: float = 0.0
     seconds: float = 0.0
+    used: Counter[str] = field(default_factory=Counter)
+    """Seconds of processors by who took them (`machine` is all), and `steps`: those that the engine spent in steps."""
 
     def join(self, other: Stretch) -> None:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def other(self) -> float:
+        """Processors that other processes took."""
+        return (self.used["machine"] - sum(self.used[who] for who in OURS)) / self.seconds
+
+    def told(self) -> dict[str, Any]:
+        """Of the time: processors used by each, and the share that the engine was within a step."""
+        told = {who: round(self.used[who] / self.seconds, 3) for who in OURS} | {"other": round(self.other, 3)}
+        return {"processors": told, "in_steps": round(self.used["steps"] / self.seconds, 3)}
+
+
+Sending = Callable[[], Awaitable[Stretch]]
 
 
 def prompt(draw: random.Random) -> str:
@@ -73,20 +102,20 @@ async def capacity(http: aiohttp.ClientSession, clients: int, seconds: float) ->
     """Requests a second with so many clients who never pause."""
     seen, end = Stretch(), time.perf_counter() + seconds
 
-    async def client(number: int) -> None:
-        draw = random.Random(number)
+    async def client() -> None:
+        draw = random.Random(next(SEEDS))
         while time.perf_counter() < end:
             await answer(http, prompt(draw), seen)
 
     start = time.perf_counter()
-    await asyncio.gather(*(client(i) for i in range(clients)))
+    await asyncio.gather(*(client() for _ in range(clients)))
     assert not seen.failed
     return len(seen.whole) / (time.perf_counter() - start)
 
 
-async def load(http: aiohttp.ClientSession, rate: float, seconds: float, seed: int) -> Stretch:
+async def load(http: aiohttp.ClientSession, rate: float, seconds: float) -> Stretch:
     """Requests at random times, `rate` a second on average, whatever becomes of those before."""
-    seen, draw = Stretch(), random.Random(seed)
+    seen, draw = Stretch(), random.Random(next(SEEDS))
     running = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -142,17 +171,51 @@ async def trains(http: aiohttp.ClientSession, id: str) -> None:
         await asyncio.sleep(0.1)
 
 
-async def speed(http: aiohttp.ClientSession, id: str, what: Any) -> tuple[float, float, Any]:
-    """Tokens that the job trains on while `what` goes on, by whole steps, the seconds of that, and what comes of it."""
-    start, before = time.perf_counter(), await job(http, id)
-    found = await what
-    after = await job(http, id)
-    return after["tokens"] - before["tokens"], time.perf_counter() - start, found
+async def used(http: aiohttp.ClientSession, server: int) -> Counter[str]:
+    """See `Stretch.used`, since each process began; the job's is the server's only child."""
+    children = [c for file in Path(f"/proc/{server}/task").glob("*/children") for c in file.read_text().split()]
+    async with http.get("/stats") as got:
+        steps = (await got.json())["engine"]["seconds"]
+    ours = {"server": taken(server), "job": sum(taken(int(c)) for c in children), "load": taken(os.getpid())}
+    idle = ("idle", "iowait", "guest", "guest_nice")
+    busy = sum(value for name, value in psutil.cpu_times()._asdict().items() if name not in idle)
+    return Counter(**ours, machine=busy, steps=steps)
 
 
-async def measure(url: str, given: argparse.Namespace) -> dict[str, Any]:
+def taken(process: int) -> float:
+    """Seconds of processors that a process has used."""
+    times = psutil.Process(process).cpu_times()
+    return float(times.user + times.system)
+
+
+async def during(http: aiohttp.ClientSession, server: Server, id: str, what: Sending, other: float) -> Stretch:
+    """What `what` has seen, with the tokens that the job has trained on meanwhile, by whole steps.
+
+    Of stretches that are measured again only the requests are counted, and those that failed.
+    """
+    sent = failed = 0
+    for _ in range(AGAIN):
+        start, before, uses = time.perf_counter(), await job(http, id), await used(http, server.process.pid)
+        seen = await what()
+        after, seen.used = await job(http, id), await used(http, server.process.pid)
+        seen.used.subtract(uses)
+        seen.job_tokens, seen.seconds = after["tokens"] - before["tokens"], time.perf_counter() - start
+        sent, failed = sent + seen.sent, failed + seen.failed
+        if seen.other <= other:
+            break
+    seen.sent, seen.failed = sent, failed
+    return seen
+
+
+async def nothing(seconds: float) -> Stretch:
+    """No request."""
+    await asyncio.sleep(seconds)
+    return Stretch()
+
+
+async def measure(server: Server, given: argparse.Namespace) -> dict[str, Any]:
     timeout = aiohttp.ClientTimeout(total=600)
-    async with aiohttp.ClientSession(url, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as http:
+    async with aiohttp.ClientSession(server.url, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as http:
         async with http.get("/stats") as got:
             base = (await got.json())["base"]
         await capacity(http, given.clients, 3.0)
@@ -162,19 +225,17 @@ async def measure(url: str, given: argparse.Namespace) -> dict[str, Any]:
         await trains(http, id)
         alone, beside, solo, equal = Stretch(), Stretch(), Stretch(), 0
         probes = 0
-        for number in range(given.rounds):
-            tokens, seconds, _ = await speed(http, id, asyncio.sleep(given.seconds))
-            solo.join(Stretch(job_tokens=tokens, seconds=seconds))
+        for _ in range(given.rounds):
+            solo.join(await during(http, server, id, lambda: nothing(given.seconds), given.other))
             for held in (False, True):
                 if held:
                     await asked(http, id, "pause")
-                sending = load(http, most / 2, given.seconds, 1000 + number)
-                tokens, seconds, seen = await speed(http, id, sending)
-                seen.job_tokens, seen.seconds = tokens, seconds
+                sending = functools.partial(load, http, most / 2, given.seconds)
+                seen = await during(http, server, id, sending, given.other)
                 (alone if held else beside).join(seen)
             await asked(http, id, "resume")
             await trains(http, id)
-            under, found = await asyncio.gather(load(http, most / 2, 3.0, 2000 + number), probe(http))
+            under, found = await asyncio.gather(load(http, most / 2, 3.0), probe(http))
             beside.failed, beside.sent = beside.failed + under.failed, beside.sent + under.sent
             probes, equal = probes + PROBES, equal + sum(a == b for a, b in zip(found, expected, strict=True))
         async with http.post(f"/v1/fine_tuning/jobs/{id}/cancel") as got:
@@ -189,6 +250,7 @@ async def measure(url: str, given: argparse.Namespace) -> dict[str, Any]:
         "decode_p95_ratio": float(np.percentile(beside.gaps, 95) / np.percentile(alone.gaps, 95)),
         "job_tokens_per_second": {"solo": solo.job_tokens / solo.seconds, "beside": beside.job_tokens / beside.seconds},
         "job_share": (beside.job_tokens / beside.seconds) / (solo.job_tokens / solo.seconds),
+        "use": {"solo": solo.told(), "alone": alone.told(), "beside": beside.told()},
         "probes_equal": f"{equal} of {probes}",
     }  # fmt: skip
 
@@ -199,11 +261,12 @@ def main() -> None:
     parser.add_argument("--most", type=float, help="requests a second at most, if that is known already")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each stretch")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--other", type=float, default=0.1, help="processors that others may take in a stretch")
     parser.add_argument("--batch", type=int, default=4, help="examples of an update of the job")
     parser.add_argument("--models", type=Path, default=MODELS, help="where the base has been fetched")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "state", given.models) as server:
-        print(json.dumps(asyncio.run(measure(server.url, given)), indent=1))
+        print(json.dumps(asyncio.run(measure(server, given)), indent=1))
 
 
 if __name__ == "__main__":

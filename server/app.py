@@ -37,6 +37,8 @@ from server.tasks.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
 
+LEAVING = 5.0
+"""Seconds that jobs get to stop at a checkpoint, however long the requests took."""
 DESCRIPTION = "Many LoRA adapters, and weighted mixes of them, on one resident 4-bit base."
 
 
@@ -96,11 +98,12 @@ async def _load(runtime: Runtime, on_failure: Callable[[Exception], None]) -> No
 
 
 async def _leave(runtime: Runtime, loading: asyncio.Task[None]) -> None:
-    """Let what runs finish, for as long as the settings say, then stop."""
+    """Let what runs finish, for what is left of the time that the settings give it, then stop."""
     await asyncio.gather(loading, return_exceptions=True)
     runtime.drain()
     if runtime.house is not None:
-        await asyncio.to_thread(runtime.house.close, runtime.settings.drain)
+        left = max(runtime.settings.drain - runtime.draining_for, min(runtime.settings.drain, LEAVING))
+        await asyncio.to_thread(runtime.house.close, left)
         await asyncio.sleep(0)  # the last deliveries reach their readers
 
 

@@ -163,6 +163,8 @@ class Metrics(Observer):
 
     def __init__(self, snapshot: Callable[[], Snapshot] = Snapshot, max_pairs: int = MAX_PAIRS) -> None:
         self.snapshot = snapshot
+        self.served: Callable[[str | None, tuple[str, ...]], bool] = lambda task, adapters: True
+        """Whether a task and adapters still have their names: what outlives them is counted as `other`."""
         self._max_pairs = max_pairs
         self._lock = threading.Lock()
         self._pairs: dict[tuple[str, str], _Pair] = {}
@@ -194,19 +196,17 @@ class Metrics(Observer):
                 queue.observe(ended.admitted - ended.submitted)
 
     def _pair(self, ended: Ended) -> _Pair:
-        if ended.known:
-            key = (ended.task or NO_TASK, "+".join(sorted(ended.adapters)) or NO_ADAPTER)
-            if key not in self._pairs and self._live() >= self._max_pairs:
-                key = (OTHER, OTHER)
-        else:
+        key = (ended.task or NO_TASK, "+".join(sorted(ended.adapters)) or NO_ADAPTER)
+        if not ended.known or (key not in self._pairs and not self._may_begin(ended)):
             key = (OTHER, OTHER)
         pair = self._pairs.get(key)
         if pair is None:
             pair = self._pairs[key] = _Pair(*key)
         return pair
 
-    def _live(self) -> int:
-        return len(self._pairs) - ((OTHER, OTHER) in self._pairs)
+    def _may_begin(self, ended: Ended) -> bool:
+        live = len(self._pairs) - ((OTHER, OTHER) in self._pairs)
+        return live < self._max_pairs and self.served(ended.task, ended.adapters)
 
     def on_load(self, name: str, outcome: str, seconds: float) -> None:
         """An adapter was read into RAM ("ok"), or could not be ("failed"). `name` is one that the registry knows."""

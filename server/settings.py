@@ -222,6 +222,14 @@ class Settings(BaseModel):
             )
         return self
 
+    def where_not_given(self, others: Mapping[str, Any]) -> Settings:
+        """These settings, with those of `others` that nobody has given here. Raises BadSetting."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        try:
+            return Settings(**{**others, **given})
+        except ValidationError as e:
+            raise BadSetting(*_explain(e)) from None
+
     @property
     def cache_dir(self) -> Path:
         """Where disposable files go."""

@@ -6,12 +6,8 @@ Owns the two bodies of a registration, JSON and multipart. What an adapter must 
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -19,25 +15,20 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
 
 from adapters import composition
-from adapters.errors import AdapterConflict, StoreFailed
+from adapters.errors import AdapterConflict
 from adapters.peft_format import read_folder, save
 from adapters.ports import Published
 from server.api import schemas
 from server.api.generate import json_response
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running
+from server.api.uploads import CONFIG, OPTIONAL, TENSORS, disk_errors, is_multipart, temporary, uploaded
 from server.errors import InvalidRequest
-from server.settings import Settings
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO})
-"""Errors that are the disk's, and no client's."""
-OPTIONAL = ("README.md", "task.json")
 WRITE = errors(400, 404, 409, 412, 422, 429, 500, 503, 507)
 
 Name = Annotated[str, PathParameter(max_length=64)]
@@ -79,7 +70,7 @@ async def get_adapter(name: Name, parts: Ready) -> Response:
 )
 async def register(request: Request, runtime: Running, parts: Ready) -> Response:
     """Give a new name its content. Other content under a name in use is 409: that is what PUT is for."""
-    if _is_multipart(request):
+    if is_multipart(request):
         async with uploaded(request, runtime.settings, named=True) as (name, folder):
             published = await parts.registry.publish(name, folder, create_only=True)
     else:
@@ -98,8 +89,9 @@ async def register(request: Request, runtime: Running, parts: Ready) -> Response
 async def publish(name: Name, request: Request, runtime: Running, parts: Ready, if_match: IfMatch = None) -> Response:
     """Give a name new content, or one of the versions that it had before."""
     known = name in parts.registry.names()
-    expected = _version(if_match)
-    if _is_multipart(request):
+    expected = _version(parts, name, if_match)
+    parts.registry.check(name, expected)  # before anything is fetched or taken in
+    if is_multipart(request):
         async with uploaded(request, runtime.settings, named=False) as (field, folder):
             if field not in ("", name):
                 raise InvalidRequest(f"the upload's name is {field[:64]!r}, and the path's {name!r}", "name")
@@ -120,7 +112,7 @@ async def publish(name: Name, request: Request, runtime: Running, parts: Ready, 
 @router.delete("/{name}", status_code=202, response_model=schemas.AdapterAnswer, responses=WRITE)
 async def retire(name: Name, parts: Ready, if_match: IfMatch = None) -> Response:
     """Take a name away. What runs on it finishes; then its memory and disk are freed."""
-    return json_response(await retire_unused(parts, name, _version(if_match)), 202)
+    return json_response(await retire_unused(parts, name, _version(parts, name, if_match)), 202)
 
 
 async def retire_unused(parts: Parts, name: str, if_match: str | None = None) -> dict[str, Any]:
@@ -176,13 +168,16 @@ async def compose(body: schemas.ComposeBody, runtime: Running, parts: Ready) -> 
 
 
 async def publish_source(parts: Parts, name: str, place: str, **options: Any) -> Published:
-    """Publish from a place that a client named. Raises InvalidRequest for one that is not allowed."""
+    """Publish from a place that a client named, if the name will do. Raises InvalidRequest for a place that will not.
+
+    Raises what the registry does.
+    """
+    parts.registry.check(name)
     try:
-        async with parts.sources.open(place) as (folder, within):
-            return await parts.registry.publish(name, folder, within=within, **options)
+        with disk_errors("the adapter"):
+            async with parts.sources.open(place) as (folder, within):
+                return await parts.registry.publish(name, folder, within=within, **options)
     except OSError as error:
-        if error.errno in DISK:
-            raise StoreFailed(f"the disk refuses the adapter: {error.strerror}") from None
         raise InvalidRequest(f"source cannot be read: {error.strerror}", "source") from None
 
 
@@ -193,63 +188,6 @@ def describe(parts: Parts, name: str, status: int = 200, more: Mapping[str, Any]
 
 
 # Bodies
-
-
-@asynccontextmanager
-async def temporary(settings: Settings) -> AsyncIterator[Path]:
-    """A folder of our own that goes away again. Raises StoreFailed if the disk refuses."""
-    root = settings.state_dir / "uploads"
-
-    def make() -> Path:
-        root.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(dir=root))
-
-    try:
-        folder = await asyncio.to_thread(make)
-    except OSError as error:
-        raise StoreFailed(f"the disk refuses an upload: {error.strerror}") from None
-    try:
-        yield folder
-    finally:
-        await asyncio.to_thread(shutil.rmtree, folder, True)
-
-
-@asynccontextmanager
-async def uploaded(request: Request, settings: Settings, *, named: bool) -> AsyncIterator[tuple[str, Path]]:
-    """The name and a folder with the files of a multipart body. Raises InvalidRequest, BodyTooLarge, StoreFailed."""
-    async with temporary(settings) as folder:
-        try:
-            async with request.form(max_files=4, max_fields=4, max_part_size=settings.max_body) as form:
-                given = dict(form.multi_items())
-                allowed = {CONFIG, TENSORS, *OPTIONAL, "name"}
-                for field in given.keys() - allowed:
-                    raise InvalidRequest(f"an upload has no field {str(field)[:64]!r}", str(field)[:64])
-                for field in (CONFIG, TENSORS):
-                    if field not in given:
-                        raise InvalidRequest(f"an upload needs the file {field}", field)
-                name = given.pop("name", "")
-                if named and (not isinstance(name, str) or not name):
-                    raise InvalidRequest("an upload needs a field `name`", "name")
-                for field, value in given.items():
-                    await asyncio.to_thread(_write, folder / field, value)
-                yield str(name), folder
-        except OSError as error:
-            if error.errno in DISK:
-                raise StoreFailed(f"the disk refuses the upload: {error.strerror}") from None
-            raise
-
-
-def _write(path: Path, value: UploadFile | str) -> None:
-    with path.open("wb") as out:
-        if isinstance(value, str):
-            out.write(value.encode())
-        else:
-            value.file.seek(0)
-            shutil.copyfileobj(value.file, out, 1 << 20)
-
-
-def _is_multipart(request: Request) -> bool:
-    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
 
 
 async def _json_body(request: Request, model: type[B]) -> B:
@@ -263,6 +201,13 @@ async def _json_body(request: Request, model: type[B]) -> B:
         raise RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": "", "input": None}]) from None
 
 
-def _version(if_match: str | None) -> str | None:
-    """The version within an If-Match header: an ETag as we send them, a bare label, or `*`."""
-    return None if if_match is None else if_match.strip().removeprefix("W/").strip('"')
+def _version(parts: Parts, name: str, if_match: str | None) -> str | None:
+    """The version within an If-Match header: an ETag as we send them, a bare label, or `*`.
+
+    Of several it is the one that the adapter has now, so that the registry can hold it to that.
+    """
+    if if_match is None:
+        return None
+    listed = [tag.strip().removeprefix("W/").strip('"') for tag in if_match.split(",")]
+    now = parts.registry.current(name).label if name in parts.registry.names() else None
+    return now if now in listed else listed[0]

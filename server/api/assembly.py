@@ -35,6 +35,7 @@ from server.jobs.runner import Jobs, Work
 from server.jobs.spec import BaseSource
 from server.jobs.training import Training
 from server.kernels import choose
+from server.kernels.cpu.last_words import last_words
 from server.metrics import Metrics
 from server.model.loader import Base, load_base
 from server.settings import Settings
@@ -60,6 +61,8 @@ KV_SHARE = 0.25
 TRAINING_THREADS = 2
 """Most threads of a training process: it gets what the server leaves, and more threads would wait for each other."""
 
+ADAPTER_NUMBER = 2
+"""Bytes of a number of an adapter: bfloat16."""
 KV_TOKENS = 2048
 """Tokens for each sequence of a full batch, beyond which more cache would only fill with old prefixes."""
 
@@ -82,7 +85,8 @@ class _Notices(Observer):
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self.on_adapters: Callable[[], None] = lambda: None
+        self.on_adapters: Callable[[], set[str]] = set
+        """Answers the tasks that went with an adapter."""
 
     def on_load(self, name: str, outcome: str, seconds: float) -> None:
         self._metrics.on_load(name, outcome, seconds)
@@ -92,7 +96,8 @@ class _Notices(Observer):
 
     def on_change(self, name: str, version: Version | None) -> None:
         self._metrics.on_change(name, version)
-        self.on_adapters()
+        for task in self.on_adapters():
+            self._metrics.forget_task(task)
 
 
 def assemble(settings: Settings, metrics: Metrics, mailbox: Mailbox) -> House:
@@ -125,6 +130,9 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     tasks = Tasks(settings.state_dir / "tasks.json", registry, reserved=(base.name,))
     registry.tasks = tasks.using
     notices.on_adapters = tasks.refresh
+    metrics.served = lambda task, adapters: (
+        (task is None or tasks.find(task) is not None) and set(adapters) <= set(registry.names())
+    )
     registry.start()
     watch = Watch(registry, settings.watched_dir)
     if settings.library is not None:
@@ -147,7 +155,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         tasks=tasks,
     )
     evaluations = _evaluations(inference, prompts, mailbox)
-    jobs = _jobs(settings, training, tasks, quality, evaluations, router, base)
+    jobs = _jobs(settings, training, tasks, quality, evaluations, router, base, engine.lend)
     parts = Parts(
         model=Model(base.name, base.id, int(time.time()), _details(base, context)),
         engine=engine,
@@ -208,13 +216,14 @@ def _jobs(
     evaluations: Evaluate,
     router: BestRouter,
     base: Base,
+    lend: Callable[[bool], None],
 ) -> Jobs:
     files = training.files
     publishing = Publishing(
         training.registry, tasks, quality, files, evaluations, shapes=base.shapes(), base_id=base.id
     )
     works: dict[str, Work] = {
-        TRAINING: Training(training, publishing),
+        TRAINING: Training(training, publishing, lend),
         EVALUATION: Evaluating(tasks, quality, files, evaluations, _reviewer(router), base.id),
     }
     jobs = Jobs(Records(settings.state_dir / "jobs"), works)
@@ -280,6 +289,7 @@ def _engine(settings: Settings, base: Base, registry: Registry, text: Text, cont
         max_queue_tokens=settings.max_queue_tokens,
         max_step_tokens=settings.max_step_tokens,
         prefix_cache=settings.prefix_cache,
+        tell=last_words(),
         **of_device,
     )
     return runner, engine
@@ -335,5 +345,6 @@ def _details(base: Base, context: int) -> dict[str, object]:
         "quantization": dict(base.quantization),
         "kernels": base.backend.name,
         "context": context,
+        "bytes_per_rank": ADAPTER_NUMBER * sum(map(sum, base.shapes().values())),
         "notes": list(base.notes),
     }

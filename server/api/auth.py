@@ -192,7 +192,7 @@ class Gate:
             raise Forbidden("this server does not go by that name; add it with --allowed-hosts")
         if scope["method"] != "GET":
             for origin in headers.get(b"origin", []):
-                if urlsplit(origin).netloc.lower() != hosts[0].lower():
+                if _authority(origin) != hosts[0].lower():
                     raise Forbidden("requests of pages from another origin are refused")
         authorization = headers.get(b"authorization", [])
         needed = access(scope["method"], scope["path"])
@@ -202,6 +202,14 @@ class Gate:
         name = host.lower()
         name = name[: name.find("]") + 1] if name.startswith("[") else name.partition(":")[0]
         return name in self.hosts or "*" in self.hosts
+
+
+def _authority(origin: str) -> str | None:
+    """Host and port of an Origin header, in lower case; None for what is no URL."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def known_hosts(settings: Settings) -> frozenset[str]:

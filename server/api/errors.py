@@ -54,6 +54,8 @@ TABLE: Mapping[type[Exception], tuple[int, str, str]] = {
 """Exception class -> (status, type, code). The nearest class of an exception's ancestry counts."""
 
 STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 400: "invalid_request", 413: "body_too_large"}
+UNREADABLE = "There was an error parsing the body"
+"""What the framework says of JSON that it cannot read; its other words for a 400 are of multipart bodies."""
 PERMANENT = frozenset({409, 507})
 """Statuses that a client's own retry rules would retry, though it can not help."""
 
@@ -90,7 +92,7 @@ def answer(error: Exception, request_id: str = "", *, openai: bool = False) -> A
     for kind in type(error).__mro__:
         if kind in TABLE:
             return _known(error, *TABLE[kind])
-    log.error("request %s failed", request_id, exc_info=error)
+    log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
     return Answer(500, f"internal error; the log has more under {request_id or 'this time'}", SERVER, None, "internal")
 
 
@@ -110,8 +112,10 @@ def _framework(error: HTTPException) -> Answer:
     message = {
         404: "there is no such route; /docs lists them all",
         405: "this route does not know that method; the Allow header lists what it knows",
-        400: "the body cannot be read; send valid JSON as application/json",
+        400: f"the upload cannot be read: {error.detail}",
     }.get(status, str(error.detail))
+    if str(error.detail).startswith(UNREADABLE):
+        message = "the body cannot be read; send valid JSON as application/json"
     code = STATUS_CODES.get(status, "invalid_request" if status < 500 else "internal")
     return Answer(
         status,
@@ -125,7 +129,7 @@ def _framework(error: HTTPException) -> Answer:
 
 def _invalid(problems: Sequence[Any], openai: bool) -> Answer:
     """A body or query that the schema refuses: the first few problems by the name of their field."""
-    named = [(_where(p["loc"]), _what(p)) for p in problems]
+    named = [("" if p["type"] == "json_invalid" else _where(p["loc"]), _what(p)) for p in problems]
     shown = "; ".join(f"{where}: {what}" if where else what for where, what in named[:5])
     more = f" (and {len(named) - 5} more)" if len(named) > 5 else ""
     broken = bool(problems) and problems[0]["type"] == "json_invalid"
@@ -144,7 +148,10 @@ def _where(location: Sequence[Any]) -> str:
 
 def _what(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "json_invalid":
-        return "the body is not valid JSON"
+        at = problem["loc"][1:]  # not a field: where in the body it breaks
+        return f"the body is not valid JSON{f', at character {at[0]}' if at else ''}"
+    if problem["type"] in ("model_type", "model_attributes_type") and tuple(problem["loc"]) == ("body",):
+        return "the body must be a JSON object, sent as application/json"
     if problem["type"] == "extra_forbidden":
         return "there is no such field"
     if problem["type"] == "missing" and tuple(problem["loc"]) == ("body",):
@@ -152,10 +159,10 @@ def _what(problem: Mapping[str, Any]) -> str:
     return str(problem["msg"]).removeprefix("Value error, ")
 
 
-def _methods(app: FastAPI, path: str) -> list[str]:
-    """What a path knows, over all routes that match it: the framework tells of the first one alone."""
+def _methods(app: FastAPI, path: str, first: str) -> list[str]:
+    """What a path knows, over all routes that match it: the framework tells of the `first` one alone."""
     paths = app.openapi()["paths"]
-    found: set[str] = set()
+    found = {method.strip() for method in first.split(",") if method.strip()}
     for template, operations in {path: paths[path]}.items() if path in paths else paths.items():
         if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
             found |= {method.upper() for method in operations}
@@ -174,7 +181,7 @@ def install(app: FastAPI) -> None:
         request_id = request.scope.get("state", {}).get("request_id", "")
         told = answer(error, request_id, openai=is_openai(request.url.path))
         if told.status == 405:
-            told.headers["allow"] = ", ".join(_methods(app, request.url.path))
+            told.headers["allow"] = ", ".join(_methods(app, request.url.path, told.headers.get("allow", "")))
         return told.response()
 
     for kind in (RequestValidationError, HTTPException, adapter_errors.AdapterError, server_errors.ServerError):

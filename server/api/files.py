@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,8 +16,9 @@ from starlette.datastructures import UploadFile
 from server.api import fine_tuning_schemas as schemas
 from server.api.generate import json_response
 from server.api.responses import errors
-from server.api.runtime import Ready, Running
-from server.errors import InvalidRequest
+from server.api.runtime import Parts, Ready, Running
+from server.api.uploads import disk_errors
+from server.errors import InvalidRequest, UnknownName
 from server.jobs.files import File
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -49,23 +50,29 @@ _FORM = {
 @router.post("", response_model=schemas.FileObject, responses=errors(400, 500, 503, 507), openapi_extra=_FORM)
 async def upload(request: Request, runtime: Running, parts: Ready) -> Response:
     """Upload a file of examples, JSON or JSONL. What is in it is looked at when a job uses it."""
-    async with request.form(max_files=1, max_fields=1, max_part_size=runtime.settings.max_body) as form:
-        given = dict(form.multi_items())
-        for field in given.keys() - {"file", "purpose"}:
-            raise InvalidRequest(f"an upload has no field {str(field)[:64]!r}", str(field)[:64])
-        file, purpose = given.get("file"), given.get("purpose")
-        if not isinstance(file, UploadFile):
-            raise InvalidRequest("send multipart/form-data with a part `file` that has a filename", "file")
-        if purpose != PURPOSE:
-            raise InvalidRequest(f"purpose must be {PURPOSE}", "purpose")
-
-        def write(path: Path) -> None:
-            file.file.seek(0)
-            with path.open("wb") as out:
-                shutil.copyfileobj(file.file, out, 1 << 20)
-
-        added = await asyncio.to_thread(parts.files.add, write, file.filename or "file", PURPOSE)
+    with disk_errors("the upload"):
+        async with request.form(max_files=1, max_fields=1, max_part_size=runtime.settings.max_body) as form:
+            added = await _add(parts, dict(form.multi_items()))
     return json_response(_shown(added))
+
+
+async def _add(parts: Parts, given: Mapping[str, Any]) -> File:
+    """The file of a form. Raises InvalidRequest, StoreFailed."""
+    for field in given.keys() - {"file", "purpose"}:
+        raise InvalidRequest(f"an upload has no field {str(field)[:64]!r}", str(field)[:64])
+    file = given.get("file")
+    if not isinstance(file, UploadFile):
+        raise InvalidRequest("send multipart/form-data with a part `file` that has a filename", "file")
+    if given.get("purpose") != PURPOSE:
+        raise InvalidRequest(f"purpose must be {PURPOSE}", "purpose")
+    stream = file.file
+
+    def write(path: Path) -> None:
+        stream.seek(0)
+        with path.open("wb") as out:
+            shutil.copyfileobj(stream, out, 1 << 20)
+
+    return await asyncio.to_thread(parts.files.add, write, file.filename or "file", PURPOSE)
 
 
 @router.get("", response_model=schemas.FileList, responses=errors(400, 404, 503))
@@ -98,8 +105,11 @@ async def get_file(file_id: Id, parts: Ready) -> dict[str, Any]:
 )
 async def content(file_id: Id, parts: Ready) -> Response:
     """A file's content."""
+    path = parts.files.path(file_id)
+    if not path.is_file():
+        raise UnknownName(f"the content of {file_id} is gone from the server's disk; upload it again", "file_id")
     return FileResponse(
-        parts.files.path(file_id),
+        path,
         media_type="application/octet-stream",
         headers={"x-content-type-options": "nosniff"},
     )

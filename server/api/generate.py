@@ -22,7 +22,7 @@ from server.tasks.resolve import Target
 
 router = APIRouter(tags=["generate"])
 
-TaskName = Annotated[str | None, Query(alias="task", max_length=64, description="the task; none is the base")]
+TaskQuery = Annotated[schemas.TaskQuery, Query()]
 
 CALLED = errors(400, 404, 422, 429, 500, 503, 504, 507)
 STREAMED: Responses = {200: {"content": {"text/event-stream": {"schema": {}}}}}
@@ -35,11 +35,11 @@ STREAMED: Responses = {200: {"content": {"text/event-stream": {"schema": {}}}}}
     responses={**CALLED, **STREAMED},
 )
 async def generate(
-    body: schemas.GenerateBody, request: Request, runtime: Running, parts: Ready, task: TaskName = None
+    body: schemas.GenerateBody, request: Request, runtime: Running, parts: Ready, query: TaskQuery
 ) -> Response:
     """Continue a prompt through a task, a mix of adapters, or the base."""
     caller = runtime.caller(request, body.deadline_ms)
-    target = resolve_task(parts, task, body.adapters, caller)
+    target = resolve_task(parts, query.task, body.adapters, caller)
     asked = asked_fields(body)
     with counted(parts.inference, target, caller):
         defaults = target.task.defaults if target.task else {}
@@ -57,11 +57,11 @@ async def generate(
 
 @router.post("/classify", response_model=schemas.ClassifyAnswer, responses=CALLED)
 async def classify(
-    body: schemas.ClassifyBody, request: Request, runtime: Running, parts: Ready, task: TaskName = None
+    body: schemas.ClassifyBody, request: Request, runtime: Running, parts: Ready, query: TaskQuery
 ) -> Response:
     """Probabilities of given labels: softmax over the log-probabilities of each label and the end, as one batch."""
     caller = runtime.caller(request, body.deadline_ms)
-    target = resolve_task(parts, task, body.adapters, caller)
+    target = resolve_task(parts, query.task, body.adapters, caller)
     with counted(parts.inference, target, caller):
         labels = check_labels(body.labels, "labels") if body.labels else target.task.labels if target.task else ()
         if not labels:

@@ -24,7 +24,7 @@ UPLOADS = ("/adapters", "/v1/files")
 
 
 class Boundary:
-    """Outermost: gives the request its id and turns whatever escaped into an answer."""
+    """Outermost: gives the request its id and turns whatever escaped into an answer. HEAD is GET without the body."""
 
     def __init__(self, app: ASGIApp, access_log: bool = False) -> None:
         self.app = app
@@ -34,6 +34,8 @@ class Boundary:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # a copy: the server itself leaves the body of the answer out
         request_id = f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
         header = (b"x-request-id", request_id.encode())
@@ -57,7 +59,8 @@ class Boundary:
         finally:
             if self.access_log:
                 took = (time.monotonic() - start) * 1000
-                log.info("%s %r %s %.1f ms %s", scope["method"], scope["path"], status or "gone", took, request_id)
+                told = (scope["method"], scope["path"], status or "gone", took, request_id)
+                log.info("%s %r %s %.1f ms %s", *told, extra={"request_id": request_id, "status": status, "ms": took})
 
 
 class BodyLimit:

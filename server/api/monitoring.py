@@ -11,14 +11,18 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
+from adapters.errors import AdapterError
 from adapters.weights import SHORT_DIGEST
 from server.api import schemas
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running, Runtime
 from server.errors import NotReady
 from server.metrics import CONTENT_TYPE, Snapshot
+from server.tasks.quality import Subject
 
 router = APIRouter(tags=["monitoring"])
+
+FIRST_RANK = 8
 
 
 @router.get("/health/live", response_model=schemas.Health, responses=errors())
@@ -60,7 +64,7 @@ async def stats(runtime: Running, parts: Ready) -> dict[str, Any]:
         "memory": memory(parts),
         "engine": engine,
         "slots": slots,
-        "adapters": parts.registry.memory(),
+        "adapters": _adapters(parts),
         "tasks": runtime.metrics.totals(),
     }
 
@@ -69,6 +73,17 @@ def memory(parts: Parts) -> dict[str, int]:
     """Bytes by kind. On a CPU an adapter has one copy, whether it holds a slot or not."""
     adapters = parts.registry.memory()["bytes"]
     return {**parts.runner.nbytes(), "adapters": adapters, "process": process_bytes()}
+
+
+def _adapters(parts: Parts) -> dict[str, int]:
+    """What adapters take of RAM; what one more would, like those that there are; and how many such fit beside them.
+
+    The first of all is taken to have rank 8 on every linear.
+    """
+    told = parts.registry.memory()
+    sizes = [adapter["bytes"] for adapter in parts.registry.list()]
+    one = sum(sizes) // len(sizes) if sizes else FIRST_RANK * parts.model.details["bytes_per_rank"]
+    return {**told, "one_more": one, "more_fit": max(0, told["budget"] - told["bytes"]) // max(one, 1)}
 
 
 def snapshot(runtime: Runtime) -> Snapshot:
@@ -96,9 +111,26 @@ def snapshot(runtime: Runtime) -> Snapshot:
         resident=[names[d] for d in engine["slots"]["resident"] if d in names],
         loading=[names[d] for d in engine["waiting_digests"] if d in names],
         slot_evictions=engine["slots"].get("evictions", 0),
-        quality=parts.quality.means(),
+        quality=_quality(parts),
         training=parts.jobs.training(),
     )
+
+
+def _quality(parts: Parts) -> list[tuple[str, str, str, str, str, float]]:
+    """What is known of the tasks that there are, by versions that are still kept, on the base that is served."""
+    return [
+        (subject.task, subject.adapter, subject.label, metric, source, mean)
+        for subject, metric, source, mean in parts.quality.means()
+        if subject.base == parts.model.id and parts.tasks.find(subject.task) and _kept(parts, subject)
+    ]
+
+
+def _kept(parts: Parts, subject: Subject) -> bool:
+    try:
+        parts.registry.resolve([(label, 1.0) for label in subject.versions])
+    except AdapterError:
+        return False
+    return True
 
 
 def _names_by_digest(parts: Parts) -> dict[str, str]:

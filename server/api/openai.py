@@ -19,7 +19,7 @@ from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running
 from server.api.stream import EventStream, check_complete, finished
 from server.engine.request import Constraint
-from server.errors import InvalidRequest, UnknownName
+from server.errors import InvalidRequest
 from server.tasks import sampling
 from server.tasks.inference import Caller, choices, new_id
 from server.tasks.resolve import Target
@@ -37,24 +37,27 @@ async def list_models(parts: Ready) -> dict[str, Any]:
 
 @router.get("/models/{model}", response_model=schemas.ModelEntry, responses=errors(400, 404, 503))
 async def get_model(model: Annotated[str, Path(max_length=256)], parts: Ready) -> dict[str, Any]:
-    """One entry of the list."""
+    """One entry of the list; exact versions, and `adapter:<name>` of any adapter, are told of too."""
     for entry in models(parts):
         if entry["id"] == model:
             return entry
-    raise UnknownName(f"there is no model {model[:96]!r}; GET /v1/models lists them", "model")
+    parts.resolver.model(model, None)
+    return _entry(parts, model, "adapter", parts.model.name)
 
 
 def models(parts: Parts) -> list[dict[str, Any]]:
     """Every id that `model` may be, exact versions aside."""
-    base, created = parts.model.name, parts.model.created
+    base = parts.model.name
     tasks = [task.name for task in parts.tasks.all()]
     found: list[tuple[str, str, str | None]] = [(base, "base", None)] if base not in tasks else []
     found += [(name, "task", base) for name in tasks]
     found += [(f"adapter:{a}" if a in tasks else a, "adapter", base) for a in parts.registry.names()]
-    return [
-        {"id": id, "object": "model", "created": created, "owned_by": "loramux", "kind": kind, "parent": parent}
-        for id, kind, parent in found
-    ]
+    return [_entry(parts, *entry) for entry in found]
+
+
+def _entry(parts: Parts, id: str, kind: str, parent: str | None) -> dict[str, Any]:
+    created = parts.model.created
+    return {"id": id, "object": "model", "created": created, "owned_by": "loramux", "kind": kind, "parent": parent}
 
 
 @router.post("/completions", response_model=schemas.Completion, responses={**CALLED, **STREAMED})

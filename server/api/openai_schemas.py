@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.api.schemas import GenerationFields, Out
+from server.api.schemas import GenerationFields, Out, Text
 from server.engine.grammar import ANY_OBJECT
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.tasks import sampling as s
@@ -90,8 +90,8 @@ class CompletionBody(V1Fields):
     """`POST /v1/completions`."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_SEQUENCES)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_SEQUENCES)]
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_SEQUENCES)]
     )
@@ -100,12 +100,12 @@ class CompletionBody(V1Fields):
 
 class TextPart(V1):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(V1):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatBody(V1Fields):

@@ -95,10 +95,22 @@ class Runtime:
         self.reason = ""
         self.loaded: Parts | None = None
         self.house: Closing | None = None
+        self._draining_since: float | None = None
 
     def drain(self) -> None:
         """Take no new requests from here on; those that run go on."""
         self.state = "draining"
+        self._draining_since = self._draining_since or time.monotonic()
+
+    @property
+    def draining_for(self) -> float:
+        """Seconds since `drain`; 0 before it."""
+        return 0.0 if self._draining_since is None else max(1e-9, time.monotonic() - self._draining_since)
+
+    def cut_short(self) -> None:
+        """End what still runs: each answer says so itself. On the event loop's thread."""
+        for generation in list(self.loaded.inference.live) if self.loaded is not None else ():
+            generation.cancel()
 
     def parts(self) -> Parts:
         """The parts. Raises NotReady while loading or draining."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from server.tasks import definitions as d
 from server.tasks import sampling as s
@@ -17,6 +17,18 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 REFERENCE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[0-9a-f]{6,64})?$"
 VERSION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}@[0-9a-f]{6,64}$"
 
+
+def _characters(text: str) -> str:
+    """Raises ValueError for a text with half of a surrogate pair, which JSON can say and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is half of a surrogate pair, which is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_characters)]
+"""For texts without another bound: where there is one, pydantic looks at the characters itself."""
 AdapterName = Annotated[str, Field(pattern=NAME_PATTERN)]
 StopString = Annotated[str, Field(min_length=1, max_length=s.MAX_STOP_LENGTH)]
 Label = Annotated[str, Field(min_length=1, max_length=d.MAX_LABEL_LENGTH)]
@@ -74,6 +86,14 @@ class GenerationFields(BaseModel):
     stream: bool | None = None
     adapters: Annotated[list[Weighted], Field(max_length=64)] | None = None
     deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] | None = None
+
+
+class TaskQuery(BaseModel):
+    """`?task=`. A query that says anything else is refused: a slip of the pen would be answered by the base."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: Annotated[str, Field(max_length=64, description="the task; none is the base")] | None = None
 
 
 class GenerateBody(GenerationFields, Body):

@@ -44,7 +44,7 @@ async def put_task(task: Name, body: schemas.TaskBody, parts: Ready) -> Response
     given = body.model_dump(exclude_none=True, exclude={"name", "task", "source"})
     defined, created = await asyncio.to_thread(parts.tasks.put, task, given)
     if not isinstance(defined.route, Best):
-        await asyncio.to_thread(parts.quality.forget, task)
+        await asyncio.to_thread(parts.router.forget, task)
     return json_response(defined.describe(), 201 if created else 200)
 
 
@@ -54,6 +54,7 @@ async def delete_task(task: Name, runtime: Running, parts: Ready) -> dict[str, A
     deleted = await asyncio.to_thread(parts.tasks.delete, task)
     if parts.tasks.find(task) is None:
         runtime.metrics.forget_task(task)
+        await asyncio.to_thread(parts.router.forget, task)
     return deleted.describe()
 
 

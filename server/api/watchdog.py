@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -51,8 +52,13 @@ class Watchdog:
         self._thread.join()
 
     def _run(self) -> None:
+        """Counts the time between its own looks, of which none is long: a process that was paused (SIGSTOP, a
+        hypervisor) or got no processor has not hung, however old its step is by the clock.
+        """
+        seconds, looked = 0.0, time.monotonic()
         while not self._stop.wait(self._interval):
-            seconds = self._steps.stuck_for()
+            age, since, looked = self._steps.stuck_for(), time.monotonic() - looked, time.monotonic()
+            seconds = min(age, seconds + min(since, 2 * self._interval))
             if seconds > self._limit:
                 log.critical("the process ends: a step is stuck for %.0f s: %s", seconds, self._steps.what_runs())
                 for handler in logging.getLogger().handlers:

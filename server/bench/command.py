@@ -133,6 +133,9 @@ def slora(
     few: int = 5,
     many: int = 1000,
     requests: int = 1000,
+    alpha: Annotated[
+        list[float] | None, typer.Option(help="Popularity, 1 is uniform; again for more. [1, 0.3]")
+    ] = None,
     vocab: Annotated[int, typer.Option(help="Prompts are random token ids below this.")] = 40_000,
     out: Out = None,
     as_json: AsJson = False,
@@ -143,7 +146,13 @@ def slora(
 
     body = workload.body_of([f"{prefix}{i}" for i in range(many)], vocab)
     most, loads = workload.compare(
-        url, body, few=few, many=many, requests=requests, heard=lambda line: console.print(line)
+        url,
+        body,
+        few=few,
+        many=many,
+        alphas=alpha or (1.0, 0.3),
+        requests=requests,
+        heard=lambda line: console.print(line),
     )
     result = {"capacity": most, "runs": [run.as_dict() for run in loads], "ratios": workload.ratios(loads)}
     table = Table("alpha", "share of capacity", f"throughput, {many} over {few}", "p99 of first token")

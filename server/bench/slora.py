@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from server.bench.client import Body, Summary, open_loop, timed
-from server.bench.workloads import Arrival, Poisson, generate
+from server.bench.client import Body, Summary, closed_loop, open_loop, timed
+from server.bench.workloads import Arrival, Poisson, closed, generate
 
 BURST = 400.0
 """Requests a second that no server here keeps up with: what it finishes under this is its capacity."""
@@ -70,6 +70,14 @@ def run(url: str, spec: Poisson, body: Body, slo_seconds: float = 6.0) -> Summar
     return asyncio.run(timed(open_loop(url, generate(spec), body), slo_seconds))[1]
 
 
+def warm(url: str, body: Body, adapters: int) -> None:
+    """Ask for every adapter once, so that those that fit are in RAM. Raises RuntimeError if one does not answer."""
+    outcomes = asyncio.run(closed_loop(url, closed(adapters, range(adapters), 8, 1), body, concurrency=16))
+    failed = [o for o in outcomes if not o.ok]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {adapters} adapters did not answer, the first: {failed[0].error}")
+
+
 def capacity(url: str, body: Body, adapters: int, requests: int = 400) -> float:
     """Requests a second that the server finishes when it is never idle."""
     spec = Poisson(rate=BURST, duration=requests / BURST, adapters=adapters)
@@ -87,7 +95,9 @@ def compare(
     requests: int = 1000,
     heard: Callable[[str], None] = lambda line: None,
 ) -> tuple[float, list[Load]]:
-    """The measured capacity, and a run of at least `requests` for each alpha, share and number of adapters."""
+    """The measured capacity, and a run of at least `requests` for each alpha, share and number of adapters, all of
+    which have been asked for before."""
+    warm(url, body, many)
     most = capacity(url, body, few)
     heard(f"capacity with {few} adapters: {most:.1f} requests/s")
     loads = []

@@ -77,7 +77,7 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the smallest rank that is good enough, by successive halving: all ranks for a while, the best for longer."""
-    from server.jobs.recipe import read_recipe
+    from server.jobs.recipe import packing, read_recipe
     from server.jobs.searching import examples, within
     from server.jobs.trainable import Trainable
     from server.kernels import choose
@@ -91,6 +91,7 @@ def search(
         wanted.name, {k: v for k, v in wanted.task.items() if k != "task"}, default_route=Fixed(), source="api"
     )
     judged_by = check_metrics([metric])[0] if metric else default_metric(task)
+    settings = settings.where_not_given(packing([wanted]))
     base = open_base(settings, choose("reference"), quiet=as_json)
     found = examples(wanted, base, data or recipe.parent, limit)
     plan = Plan(

@@ -9,14 +9,13 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from server.cli import logs
+from server.cli import logs, malloc
 from server.cli.options import EVERYTHING, with_settings
 from server.cli.terminal import progress
 from server.errors import BadSetting
@@ -25,8 +24,13 @@ from server.settings import Settings
 if TYPE_CHECKING:
     import uvicorn
 
+    from server.api.runtime import Runtime
+
 KEEP_ALIVE = 75
 """Seconds that an idle connection stays open: longer than the minute that proxies keep theirs."""
+
+LAST_WORDS = 5
+"""Seconds for answers that were cut short, or connections that are slow, to be sent to their end."""
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,7 @@ def serve(settings: Settings) -> None:
     """Serve the base and its adapters over HTTP."""
     logs.configure(settings.log_format, settings.log_level)
     faulthandler.enable()  # a crash in native code leaves the stacks of all threads
+    malloc.settle()
     listener = listen(settings.host, settings.port)
     host, port = settings.host, listener.getsockname()[1]
     log.info("http://%s:%d, loading %s", f"[{host}]" if ":" in host else host, port, settings.model)
@@ -54,8 +59,9 @@ def serve(settings: Settings) -> None:
         server.should_exit = True
 
     app = create_app(settings, on_failure=failed)
-    server = _server(settings, app)
-    with _sigterm_and_sigint(server, app.state.runtime, settings.drain):
+    runtime = app.state.runtime
+    server = _server(settings, app, runtime)
+    with _sigterm_and_sigint(runtime, settings.drain):
         server.run(sockets=[listener])
     if failures:
         sys.stderr.write(f"error: {getattr(failures[0], 'message', failures[0])}\n")
@@ -74,15 +80,29 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def _server(settings: Settings, app: Any) -> uvicorn.Server:
+def _server(settings: Settings, app: Any, runtime: Runtime) -> uvicorn.Server:
     import uvicorn
 
+    from server.cli.http import Protocol
+
     class Server(uvicorn.Server):
-        """uvicorn's, with signals left to `_sigterm_and_sigint`: its own would end the process by a signal."""
+        """uvicorn's, with signals left to `_sigterm_and_sigint`: its own would end the process by a signal.
+
+        While it drains it still listens, so that new requests and probes hear 503 and when to come back.
+        """
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
+
+        async def on_tick(self, counter: int) -> bool:
+            """Called ten times a second."""
+            if runtime.draining_for >= settings.drain:
+                runtime.cut_short()
+                self.should_exit = True
+            elif runtime.draining_for and not self.server_state.tasks:
+                self.should_exit = True
+            return await super().on_tick(counter)
 
     config = uvicorn.Config(
         app,
@@ -91,26 +111,24 @@ def _server(settings: Settings, app: Any) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        http=Protocol,
         ws="none",
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=int(settings.drain) + 1,
+        timeout_graceful_shutdown=LAST_WORDS,
     )
     return Server(config)
 
 
 @contextlib.contextmanager
-def _sigterm_and_sigint(server: uvicorn.Server, runtime: Any, drain: float) -> Iterator[None]:
+def _sigterm_and_sigint(runtime: Runtime, drain: float) -> Iterator[None]:
     """The first signal refuses new requests and lets running ones finish, within `drain` seconds; a second ends."""
-    begun: list[float] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if begun:
+        if runtime.draining_for:
             sys.stderr.write("stopped at once by a second signal\n")
             os._exit(128 + number)
-        begun.append(time.monotonic())
         log.info("%s: draining, at most %g s", signal.Signals(number).name, drain)
         runtime.drain()
-        server.should_exit = True
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:

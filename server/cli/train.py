@@ -31,7 +31,7 @@ def train(
 ) -> None:
     """Train one adapter for each recipe, on the 4-bit base that serves. Started again, it goes on where it was."""
     from adapters.training import Event
-    from server.jobs.recipe import read_recipe
+    from server.jobs.recipe import packing, read_recipe
     from server.jobs.run import run
     from server.kernels import choose
 
@@ -48,6 +48,7 @@ def train(
         )
         wanted.append((recipe, data or path.parent))
     # Training multiplies in bf16 or fp32 over dequantized codes, which the reference kernels give exactly.
+    settings = settings.where_not_given(packing([recipe for recipe, _ in wanted]))
     base = open_base(settings, choose("reference"), quiet=as_json)
     for recipe, folder in wanted:
         with progress("parameters", quiet=as_json) as bar:

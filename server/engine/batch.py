@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from server.engine.request import Request
@@ -47,6 +48,28 @@ class Batch:
     @property
     def sequences(self) -> int:
         return self.context.shape[0]
+
+
+class Logits:
+    """What a step computes: `rows`, float32 [L, vocab] of a batch's `logit_rows`, where the runner has them.
+
+    `largest` is the first largest of each row, int64 [L], -1 for a row that has a number that is not finite. A runner
+    that does not give it has it found when it is first asked for.
+    """
+
+    def __init__(self, rows: torch.Tensor, largest: npt.NDArray[np.int64] | None = None) -> None:
+        self.rows = rows
+        self._largest = largest
+
+    @property
+    def largest(self) -> npt.NDArray[np.int64]:
+        if self._largest is None:
+            values = self.rows.numpy(force=True)
+            found = values.argmax(1)
+            # argmax finds a NaN or +inf if there is one, and the minimum a -inf
+            fine = np.isfinite(values[np.arange(len(values)), found]) & np.isfinite(values.min(1))
+            self._largest = np.where(fine, found, -1)
+        return self._largest
 
 
 class Work(NamedTuple):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from adapters.weights import LoraWeights
-from server.engine.batch import Batch
+from server.engine.batch import Batch, Logits
 from server.engine.cuda_batch import WIDTHS, Numbers, Shape, batch_buckets, describe, on_device, tile_rows
 from server.engine.cuda_memory import Shares, share_out
 from server.engine.cuda_pool import AdapterPool
@@ -108,7 +108,7 @@ class CudaRunner:
         self._pool.clear(slot)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> Logits:
         """See `Runner`. The logits are the device's, and good until the next step."""
         numbers = describe(batch, self._pool.ranks)
         self._check(batch)
@@ -117,13 +117,13 @@ class CudaRunner:
         if shape is None:
             memory = self._host(numbers, numbers.shape).to(self._device, non_blocking=True)
             step = on_device(numbers.shape, memory)
-            return self._model.logits(step, self._storage, self._pool.pool)
+            return Logits(self._model.logits(step, self._storage, self._pool.pool))
         self._numbers[: shape.elements].copy_(self._host(numbers, shape), non_blocking=True)
         if self._device.type == "cuda":
             self._graph(shape).replay()
         else:
             self._compute(shape)
-        return self._results[: batch.rows]
+        return Logits(self._results[: batch.rows])
 
     @torch.inference_mode()
     def draw(self, logits: torch.Tensor, how: np.ndarray, top_k: np.ndarray) -> np.ndarray:

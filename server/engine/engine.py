@@ -11,6 +11,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from server.engine import completion
@@ -44,8 +45,8 @@ class Engine:
 
     `fetch(mix)` gives a future of the weights of a mix, in its order, and must not block. `blocks` blocks of
     `block_size` tokens are allocated at once, in the constructor. At most `max_queue` requests with `max_queue_tokens`
-    prompt tokens wait. `room` is what adapters may take of memory that they are copied to, `draw` how the runner picks
-    tokens where its logits are.
+    prompt tokens wait. `tell` hears in a line which requests run together, whenever that changes. `room` is what
+    adapters may take of memory that they are copied to, `draw` how the runner picks tokens where its logits are.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Engine:
         prefix_cache: bool = True,
         prefix_share: float = 0.5,
         age_limit: float = 2.0,
+        tell: Callable[[str], None] = lambda text: None,
         room: Room | None = None,
         draw: Draw | None = None,
     ) -> None:
@@ -89,7 +91,7 @@ class Engine:
             lambda request: root_key(base_id, request.mix, request.tenant),
         )
         self._sampler = Sampler(vocab_size, eos_ids, draw)
-        self._record = StepRecord()
+        self._record = StepRecord(tell)
         self._live: dict[str, Request] = {}
         """Every request that has been drained from the inbox and has not heard of its end."""
         self._thread: threading.Thread | None = None
@@ -106,6 +108,10 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="loramux-engine", daemon=True)
         self._inbox.open()
         self._thread.start()
+
+    def check_call(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises NoCapacity for requests of one call that the queue could never hold together."""
+        self._inbox.check(len(prompts), sum(map(len, prompts)))
 
     def submit(self, request: Request) -> None:
         """Let a request in. From here on it hears of its end exactly once.
@@ -134,6 +140,10 @@ class Engine:
     def release_idle(self, nbytes: int) -> None:
         """Empty slots that no running request uses until adapters of about `nbytes` are let go."""
         self._inbox.release_idle(nbytes)
+
+    def lend(self, lending: bool) -> None:
+        """Leave the processors to others for a while after each step, from now on or no more; see `Scheduler.rest`."""
+        self._scheduler.lending = lending
 
     def stop(self, drain: float = 0.0) -> bool:
         """Let nothing more in, give what is there `drain` seconds to end; the rest hears NotReady.
@@ -202,6 +212,8 @@ class Engine:
                 try:
                     if not self.step():
                         self._wake.wait(IDLE_SECONDS if self._live or self._stop_at is not None else None)
+                    elif rest := self._scheduler.rest:
+                        time.sleep(rest * self._record.last_seconds)
                 except Exception as error:
                     self._recover(error)
                     self._wake.wait(IDLE_SECONDS)

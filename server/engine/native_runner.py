@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from adapters.weights import LoraWeights, LowRank
-from server.engine.batch import Batch
+from server.engine.batch import Batch, Logits
 from server.errors import BadModel
 from server.kernels.cpu import bindings, packing
 from server.kernels.cpu.bindings import SITES
@@ -28,7 +28,11 @@ VECTOR = 16
 
 
 class _Results:
-    """Memory for steps' logits that is used again once nobody holds them: fresh pages cost a tenth of a step."""
+    """Memory for steps' logits that is used again once nobody holds them: fresh pages cost a tenth of a step.
+
+    Sizes are powers of two, so that a few steps decide them for good, and not each that is a little larger than all
+    before it. Pages that no step has needed are not there.
+    """
 
     KEPT = 2
     LARGEST = 2**26  # bytes; what a long scoring step needs is given back
@@ -44,7 +48,7 @@ class _Results:
             if arena.size >= size and sys.getrefcount(arena) == 3:
                 break
         else:
-            arena = np.empty(size, dtype=np.float32)
+            arena = np.empty(1 << (size - 1).bit_length(), dtype=np.float32)
             if arena.nbytes <= self.LARGEST:
                 self._arenas = [*self._arenas[1 - self.KEPT :], arena]
         return torch.from_numpy(arena)[:size].view(rows, columns)
@@ -125,10 +129,11 @@ class NativeRunner:
         self._library.loramux_model_slot(self._model, slot, None)
         self._slots[slot] = None
 
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> Logits:
         logits = self._results.take(batch.logit_rows.shape[0], self._config.vocab_size)
+        largest = torch.empty(logits.shape[0], dtype=torch.int64)
         if batch.rows == 0:
-            return logits
+            return Logits(logits, largest.numpy())
         arrays = _arrays(batch)
         self._check_batch(batch, arrays)
         entries = list(chain.from_iterable(batch.mixes))
@@ -146,10 +151,11 @@ class NativeRunner:
             mix_slot=ctypes.addressof(slots),
             mix_weight=ctypes.addressof(weights),
             logits=logits.data_ptr(),
+            largest=largest.data_ptr(),
             **{name: tensor.data_ptr() for name, tensor in arrays.items()},
         )
         self._library.loramux_model_step(self._model, step)
-        return logits
+        return Logits(logits, largest.numpy())
 
     def block_bytes(self, block_size: int) -> int:
         return int(self._library.loramux_block_bytes(self._shape, block_size))
@@ -169,20 +175,6 @@ class NativeRunner:
         times = (ctypes.c_int64 * len(bindings.PHASES))()
         self._library.loramux_model_times(self._model, times)
         return {name: t * 1e-9 for name, t in zip(bindings.PHASES, times, strict=True)}
-
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """The first largest of each row of float32 logits [L, vocab]: int64 [L], on the kernels' threads."""
-        logits = logits.contiguous()
-        out = torch.empty(logits.shape[0], dtype=torch.int64)
-        self._library.loramux_argmax(self._pool.handle, logits.data_ptr(), *logits.shape, out.data_ptr())
-        return out
-
-    def logsumexp(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logarithm of the sum of exponentials of each row of float32 logits [L, vocab]: float32 [L]."""
-        logits = logits.contiguous()
-        out = torch.empty(logits.shape[0])
-        self._library.loramux_logsumexp(self._pool.handle, logits.data_ptr(), *logits.shape, out.data_ptr())
-        return out
 
     def _layer(self, index: int) -> bindings.Layer:
         path = f"model.layers.{index}"
@@ -211,12 +203,12 @@ class NativeRunner:
     def _check_batch(self, batch: Batch, arrays: Mapping[str, torch.Tensor]) -> None:
         """The kernels trust what they are given; these are the engine's own invariants."""
         assert self._storage.numel(), "allocate comes before run"
-        tokens, positions = arrays["tokens"], arrays["positions"]
+        tokens, positions = arrays["tokens"].numpy(), arrays["positions"].numpy()
         assert 0 <= int(tokens.min()) and int(tokens.max()) < self._config.vocab_size
         last = int(positions.max())
         assert last < self._angles[0].shape[0], "a position is beyond the cache or the model's context"
         assert last < batch.blocks.shape[1] * self._block_size
-        highest = int(batch.blocks.max())
+        highest = int(arrays["blocks"].numpy().max())
         assert highest < self._blocks
         self._touched = max(self._touched, highest + 1)
         assert all(self._slots[slot] is not None for mix in batch.mixes for slot, _ in mix), "a slot is empty"

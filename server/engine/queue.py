@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from server.engine.request import Request
-from server.errors import NotReady, QueueFull
+from server.errors import NoCapacity, NotReady, QueueFull
 
 OUTPUT_COST = 2.0
 """What a generated token counts for a key, a computed prompt token counting 1."""
@@ -67,6 +67,14 @@ class Inbox:
         """From now on `put` raises NotReady with this reason."""
         with self._lock:
             self._closed = reason
+
+    def check(self, requests: int, tokens: int) -> None:
+        """Raises NoCapacity for so many requests, with so many prompt tokens, that never have place at one time."""
+        if requests > self._max_requests or (requests > 1 and tokens > self._max_tokens):
+            raise NoCapacity(
+                f"the call makes {requests} requests with {tokens} prompt tokens, and the queue holds "
+                f"{self._max_requests} with {self._max_tokens} (--max-queue, --max-queue-tokens); send fewer at a time"
+            )
 
     def put(self, request: Request) -> None:
         """Raises NotReady if closed, QueueFull if too much is waiting."""

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
+from server.engine.batch import Work
 from server.engine.scheduler import Plan
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -21,13 +22,20 @@ T = TypeVar("T")
 
 
 class StepRecord:
-    """Totals since the start. `seconds` are those of steps, of which `runner_seconds` were spent in the runner."""
+    """Totals since the start. `seconds` are those of steps, of which `runner_seconds` were spent in the runner.
 
-    def __init__(self) -> None:
+    `tell` hears in a line whose steps run from now on, whenever other requests run together than before.
+    """
+
+    def __init__(self, tell: Callable[[str], None] = lambda text: None) -> None:
+        self._tell = tell
+        self._together: list[str] = []
+        """Ids of the requests that ran together last."""
         self.steps = 0
         self.failures = 0
         self.rows = 0
         self.seconds = 0.0
+        self.last_seconds = 0.0
         self.runner_seconds = 0.0
         self.last_batch = 0
         self.histogram = [0] * (len(ROW_BUCKETS) + 1)
@@ -49,6 +57,10 @@ class StepRecord:
     def run(self, plan: Plan, runner: Callable[[], T]) -> T:
         """What the runner's part of the step answers, timed."""
         self._plan = plan
+        together = [item.request.id for item in plan.work]
+        if together != self._together:
+            self._together = together
+            self._tell(", ".join(f"{item.request.id}{_digests(item)}" for item in plan.work))
         began = time.monotonic()
         answer = runner()
         self.runner_seconds += time.monotonic() - began
@@ -62,7 +74,8 @@ class StepRecord:
         self.rows += plan.tokens
         self.last_batch = len(plan.work)
         self.histogram[bisect_left(ROW_BUCKETS, plan.tokens)] += 1
-        self.seconds += time.monotonic() - began
+        self.last_seconds = time.monotonic() - began
+        self.seconds += self.last_seconds
         self.failing = False
         self._began, self._plan = None, _NO_PLAN
         return True
@@ -83,10 +96,7 @@ class StepRecord:
         plan = self._plan
         if not plan.work:
             return "no step"
-        parts = [
-            f"{item.request.id}[{item.tokens} tokens{''.join(f', {d[:12]}' for d in item.request.mix.digests)}]"
-            for item in plan.work
-        ]
+        parts = [f"{item.request.id}[{item.tokens} tokens{_digests(item)}]" for item in plan.work]
         return f"a step of {plan.tokens} rows: {' '.join(parts)}"
 
     def snapshot(self) -> dict[str, Any]:
@@ -101,3 +111,8 @@ class StepRecord:
             "outside_seconds": self.seconds - self.runner_seconds,
             "batch_rows": {"buckets": list(ROW_BUCKETS), "counts": list(self.histogram), "sum": self.rows},
         }
+
+
+def _digests(item: Work) -> str:
+    """The adapters of a request, for a line."""
+    return "".join(f" {digest[:12]}" for digest in item.request.mix.digests)

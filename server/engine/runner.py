@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from adapters.weights import LoraWeights
-from server.engine.batch import Batch
+from server.engine.batch import Batch, Logits
 from server.kernels.lora import Segment, Segments, SlotTable
 from server.kernels.threads import take
 from server.model.attention import Context, PagedAttention
@@ -32,8 +32,8 @@ class Runner(Protocol):
     def clear(self, slot: int) -> None:
         """Empty a slot and keep no reference to what was in it."""
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Compute the step: keys and values are in their blocks after it. -> float32 [L, vocab], for `logit_rows`."""
+    def run(self, batch: Batch) -> Logits:
+        """Compute the step: keys and values are in their blocks after it."""
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one block of keys and values."""
@@ -75,7 +75,7 @@ class TorchRunner:
         self._table.clear(slot)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> Logits:
         if self._owner != threading.get_ident():
             take(self._threads)
             self._owner = threading.get_ident()
@@ -87,7 +87,7 @@ class TorchRunner:
         logits = self._decoder.logits(hidden[batch.logit_rows])
         self._work = max(self._work, self._step_bytes(batch))
         self._touched = max(self._touched, int(batch.blocks.max()) + 1)
-        return logits
+        return Logits(logits)
 
     def block_bytes(self, block_size: int) -> int:
         config = self._base.config

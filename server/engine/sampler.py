@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from server.engine.batch import Work
+from server.engine.batch import Logits, Work
 from server.engine.request import Request, Sampling, TokenLogprob
 from server.errors import EngineFailed, InvalidRequest
 
@@ -28,6 +28,10 @@ int32 [L] of top_k: the tokens, -1 for a row that is not finite."""
 
 _STRIDE = 256
 """Ids whose probabilities are summed before the sums are: the draw then looks into one stretch alone."""
+
+
+_TINY = float(np.finfo(np.float32).tiny)
+"""Temperatures below it are 0: no logit can be divided by them in float32."""
 
 
 class Pick(NamedTuple):
@@ -50,27 +54,29 @@ class Sampler:
         self._row = np.empty(vocab, np.float32)
         self._weights = np.zeros(-(-vocab // _STRIDE) * _STRIDE, np.float32)
 
-    def pick(self, logits: torch.Tensor, work: Sequence[Work]) -> list[Pick]:
-        """One pick for each row of `logits` [L, vocab] float32, whose rows are those that `work` asks for, in order."""
+    def pick(self, logits: Logits, work: Sequence[Work]) -> list[Pick]:
+        """One pick for each row of `logits`, whose rows are those that `work` asks for, in order."""
         if self._draw_there is not None:
-            return self._pick_there(logits, work, self._draw_there)
+            return self._pick_there(logits.rows, work, self._draw_there)
         return self._pick_here(logits, work)
 
-    def _pick_here(self, logits: torch.Tensor, work: Sequence[Work]) -> list[Pick]:
-        rows = logits.numpy(force=True)
+    def _pick_here(self, logits: Logits, work: Sequence[Work]) -> list[Pick]:
+        greedy = [Pick(token) if token >= 0 else _not_finite() for token in logits.largest.tolist()]
         if all(item.logits == 0 or is_plain(item.request) for item in work):
-            return _greedy(rows)
+            return greedy
+        rows = logits.rows.numpy(force=True)
         picks: list[Pick] = []
         for item in work:
             for i in range(item.logits):
-                picks.append(self._pick_row(rows[len(picks)], item.request, i))
+                row = len(picks)
+                picks.append(greedy[row] if is_plain(item.request) else self._pick_row(rows[row], item.request, i))
         return picks
 
     def _pick_there(self, logits: torch.Tensor, work: Sequence[Work], draw: Draw) -> list[Pick]:
         asked = [item for item in work if item.logits]
         simple = [is_simple(item.request) for item in asked]
         if not any(simple):
-            return self._pick_here(logits, work)
+            return self._pick_here(Logits(logits), work)
         starts = np.cumsum([0, *(item.logits for item in asked)])
         how = np.zeros((int(starts[-1]), 4), np.float32)
         top_k = np.zeros(len(how), np.int32)
@@ -86,12 +92,10 @@ class Sampler:
             if alone:
                 picks.append(Pick(tokens[row]) if tokens[row] >= 0 else _not_finite())
             else:
-                picks += self._pick_here(logits[row : row + item.logits], [item])
+                picks += self._pick_here(Logits(logits[row : row + item.logits]), [item])
         return picks
 
     def _pick_row(self, raw: Row, request: Request, i: int) -> Pick:
-        if is_plain(request):
-            return _greedy(raw[None])[0]
         if not np.isfinite(raw).all():
             return _not_finite()
         if request.scored:
@@ -124,7 +128,7 @@ class Sampler:
         best = int(row.argmax())
         if row[best] == -np.inf:
             raise InvalidRequest("no token is allowed here: the limits on this answer contradict each other")
-        if sampling.temperature == 0.0:
+        if sampling.temperature < _TINY:
             return best
         return self._draw(row, row[best], sampling, uniform(request.seed, len(request.output)))
 
@@ -197,16 +201,6 @@ def token_logprob(row: Row, token: int, k: int) -> TokenLogprob:
         ids = _largest(row, k)
         best = tuple((int(i), float(row[i]) - total) for i in ids)
     return TokenLogprob(token, float(row[token]) - total, best)
-
-
-def _greedy(rows: npt.NDArray[np.float32]) -> list[Pick]:
-    """The largest logit of each row, the lowest id among equals. Two passes over all rows, no loop over ids."""
-    tokens = rows.argmax(1)
-    # argmax finds a NaN or +inf if there is one, and the minimum a -inf
-    fine = np.isfinite(rows[np.arange(len(rows)), tokens]) & np.isfinite(rows.min(1))
-    if fine.all():
-        return [Pick(token) for token in tokens.tolist()]
-    return [Pick(token) if ok else _not_finite() for token, ok in zip(tokens.tolist(), fine.tolist(), strict=True)]
 
 
 def _not_finite() -> Pick:

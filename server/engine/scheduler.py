@@ -32,6 +32,12 @@ PRESSED_SECONDS = 0.2
 PREFETCHED = 8
 """Waiting requests whose adapters are copied to a GPU ahead of them."""
 
+REST = 1.0
+"""The longest that processors are lent after a step, in times of what it took."""
+
+LENT_ROWS = 12
+"""Rows of prompts that a step may have while processors are lent, so that neither it nor the rest after it is long."""
+
 SWEEP_SECONDS = 0.02
 """How often deadlines are looked at."""
 
@@ -53,6 +59,8 @@ class Plan:
     work: list[Work] = field(default_factory=list)
     entered: list[Request] = field(default_factory=list)
     ended: Ended = field(default_factory=list)
+    most: int = 0
+    """Tokens up to which prompts may add to it."""
     tokens: int = 0
     logits: int = 0
 
@@ -73,6 +81,8 @@ class Scheduler:
         self.waiting = FairQueue()
         self.running: list[Request] = []
         self.preemptions = 0
+        self.lending = False
+        """Whether processors are lent to others between steps; may be set from any thread."""
         self._root = root
         self._blocked: dict[Request, float] = {}
         """Those that had their weights and found no room, and since when."""
@@ -131,7 +141,7 @@ class Scheduler:
 
     def plan(self, now: float) -> Plan:
         """What runs next. Requests that end here (deadline, failed load) are done and only have to be told."""
-        plan = Plan()
+        plan = Plan(most=self._most_tokens())
         self._sweep(now, plan)
         self._settle_loads(now, plan)
         self._make_way()
@@ -149,6 +159,24 @@ class Scheduler:
                 request.first_token = now
             if logits and not request.scored:
                 self.waiting.charge(request, OUTPUT_COST)
+
+    # -- processors lent
+
+    @property
+    def rest(self) -> float:
+        """How long the processors are to be left to others after a step, in times of what it took.
+
+        Up to a quarter of `max_batch` it is REST, from half of it on nothing. What a server that is not full lends is
+        mostly not lost: a step of few sequences takes nearly as long as one of some more, and requests that come more
+        slowly than they could be taken gather in fewer and larger steps.
+        """
+        if not self.lending:
+            return 0.0
+        return REST * min(1.0, max(0.0, 2.0 - 4.0 * len(self.running) / self.limits.max_batch))
+
+    def _most_tokens(self) -> int:
+        most = self.limits.max_step_tokens
+        return min(most, len(self.running) + LENT_ROWS) if self.rest else most
 
     # -- deadlines and loads
 
@@ -238,7 +266,7 @@ class Scheduler:
     def _add_chunk(self, request: Request, plan: Plan) -> None:
         """As much of a prompt as the step has room for."""
         start = request.computed
-        count = min(request.goal - start, self.limits.max_step_tokens - plan.tokens)
+        count = min(request.goal - start, plan.most - plan.tokens)
         before = max(0, request.first_logit - start)
         """Rows that come before the first whose logits are wanted."""
         count = min(count, before + max(0, self.limits.max_logits - plan.logits))
@@ -272,13 +300,13 @@ class Scheduler:
     # -- waiting requests
 
     def _enter(self, now: float, plan: Plan) -> None:
-        if not self._changed or not self.waiting or plan.tokens >= self.limits.max_step_tokens:
+        if not self._changed or not self.waiting or plan.tokens >= plan.most:
             return
         owing = self._owes_room(now)
         for request in self._candidates(now):
             if owing and request.mix and not self.loads.came_for(request):
                 continue
-            if plan.tokens >= self.limits.max_step_tokens or len(self.running) >= self.limits.max_batch:
+            if plan.tokens >= plan.most or len(self.running) >= self.limits.max_batch:
                 if self.slots.room is not None:
                     self._prefetch(now)
                 return

@@ -19,7 +19,7 @@ from server.jobs.publishing import Evaluate, awaited, shares
 from server.jobs.records import RUNNING
 from server.jobs.runner import Active
 from server.tasks.definitions import Task
-from server.tasks.evaluation import Evaluation, difference, pairs
+from server.tasks.evaluation import Evaluation, difference, identities, pairs
 from server.tasks.quality import Quality, Subject
 from server.tasks.resolve import Target
 from server.tasks.store import Tasks
@@ -66,7 +66,8 @@ class Evaluating:
             active.note(f"{_label(found[-1])}: {metric} {found[-1].scores[metric].value:.4f}.")
         for one in found:
             subject = Subject.of(task.name, one.versions, self._base_id)
-            self._quality.evaluated(subject, metric, shares(one.scores[metric]))
+            values = zip(identities(examples), shares(one.scores[metric]), strict=True)
+            self._quality.evaluated(subject, metric, dict(values))
         self._reviewed(task)
         job.result = told(found, metric)
 

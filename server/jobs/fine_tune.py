@@ -25,7 +25,7 @@ from server.engine.text import Text
 from server.jobs.encoding import Template, encoder
 from server.jobs.errors import JobError
 from server.jobs.recipe import Recipe
-from server.jobs.run import card
+from server.jobs.run import card, on_base
 from server.jobs.spec import CHECKPOINTS, EVALUATED, JUDGED, NOTE, RESULT, TRAINED, VALIDATED, Spec
 from server.jobs.trainable import Trainable
 from server.model.loader import Base
@@ -192,7 +192,7 @@ def _read(path: Path, name: str, param: str) -> list[Record]:
 
 def _config(spec: Spec, base: Base, examples: Examples) -> TrainingConfig:
     """The spec's config; an adapter to start from gives ranks and modules."""
-    config = replace(spec.config, model=base.name, quantization=str(base.quantization.get("scheme", "")))
+    config = on_base(spec.config, base)
     if spec.init is None:
         return config
     start = _adapter(spec, base, spec.init)

@@ -29,9 +29,9 @@ from server.jobs.runner import Active
 from server.jobs.spec import EVALUATED, JUDGED, RESULT, Spec
 from server.metrics import OTHER
 from server.tasks.definitions import Fixed, Task
-from server.tasks.evaluation import LOSS, Evaluation, Score, default_metric
+from server.tasks.evaluation import LOSS, Evaluation, Score, default_metric, identities
 from server.tasks.evaluation import pairs as of_pairs
-from server.tasks.quality import EVALUATION, Quality, Subject
+from server.tasks.quality import Quality, Subject
 from server.tasks.resolve import Target
 from server.tasks.store import Tasks
 
@@ -54,6 +54,7 @@ class Verdict:
     ours: float
     theirs: float | None
     scores: tuple[Score, Score | None] | None = None
+    examples: Sequence[str] = ()
 
     @property
     def better(self) -> bool:
@@ -132,7 +133,8 @@ class Publishing:
         theirs = None
         if rival is not None:
             theirs = self._score(active, task, f"{rival.name}@{rival.digest}", pairs, metric)
-        return Verdict(metric, len(pairs), ours.value, theirs.value if theirs else None, (ours, theirs))
+        return Verdict(metric, len(pairs), ours.value, theirs.value if theirs else None, (ours, theirs),
+                       identities(pairs))  # fmt: skip
 
     def _named(self, active: Active) -> _Named:
         return _Named(self._registry, active.job.id, active.folder)
@@ -143,15 +145,14 @@ class Publishing:
         return awaited(active, self._evaluate(target, pairs, (metric,), lambda done, total: None)).scores[metric]
 
     def _record(self, task: str | None, version: Version, rival: Version | None, verdict: Verdict | None) -> None:
-        """Scores go to the task's records: those of the result, and of what it was compared with if it has none."""
+        """Scores go to the task's records: those of the result, and of what it was compared with."""
         if task is None or verdict is None or verdict.scores is None:
             return
-        ours, theirs = verdict.scores
-        self._quality.evaluated(Subject.of(task, [(version, 1.0)], self._base_id), ours.metric, shares(ours))
-        if rival is not None and theirs is not None:
-            subject = Subject.of(task, [(rival, 1.0)], self._base_id)
-            if not self._quality.totals(subject, theirs.metric, EVALUATION).count:
-                self._quality.evaluated(subject, theirs.metric, shares(theirs))
+        for whose, score in zip((version, rival), verdict.scores, strict=True):
+            if whose is not None and score is not None:
+                subject = Subject.of(task, [(whose, 1.0)], self._base_id)
+                values = zip(verdict.examples, shares(score), strict=True)
+                self._quality.evaluated(subject, score.metric, dict(values))
 
     def _current(self, name: str) -> Version | None:
         try:

@@ -9,7 +9,8 @@ Owns the file's form and what can be wrong with it. A recipe names its data, whi
     prune_to = 2                          # optional: cut to this rank at the end
 
     [task]                                # as in task.json: prompt, format, system, labels, defaults
-    [training]                            # any field of adapters.training.TrainingConfig
+    [training]                            # any field of adapters.training.TrainingConfig; quantization and
+                                          # use_double_quant stand where no setting says how the base is packed
     [card]                                # about, data, limits: text for the model card
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,14 @@ from server.tasks.definitions import Fixed, parse
 
 _KEYS = {"name", "data", "validation", "auto_rank", "prune_to", "task", "training", "card"}
 _CARD = {"about", "data", "limits"}
+_PACKING = {"quantization": "quantization", "use_double_quant": "double_quant"}
+"""Fields of the config that say how the base is packed, and the settings that say the same."""
 _TRAINING = {f.name for f in dataclasses.fields(TrainingConfig)} - {"model", "data", "output"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one adapter is made. Paths are as the file has them."""
+    """How one adapter is made. Paths are as the file has them; `packing` has the base's settings that it asks for."""
 
     name: str
     data: str
@@ -44,6 +47,20 @@ class Recipe:
     card: Mapping[str, str] = field(default_factory=dict)
     auto_rank: bool = False
     prune_to: int | None = None
+    packing: Mapping[str, Any] = field(default_factory=dict)
+
+
+def packing(recipes: Sequence[Recipe]) -> dict[str, Any]:
+    """The settings that recipes ask of the base which they are trained on together. Raises BadSetting."""
+    wanted: dict[str, Any] = {}
+    for recipe in recipes:
+        for name, value in recipe.packing.items():
+            if wanted.setdefault(name, value) != value:
+                raise BadSetting(
+                    f"recipes ask for {name} {wanted[name]} and {value}; one base is resident, so train them apart",
+                    name,
+                )
+    return wanted
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -75,7 +92,8 @@ def read_recipe(path: Path) -> Recipe:
     if prune_to is not None and (not isinstance(prune_to, int) or isinstance(prune_to, bool) or prune_to < 1):
         raise BadSetting(f"{where}: prune_to is a rank, at least 1", "prune_to")
     task = {"task": name, **tables["task"]}
-    return Recipe(name, data, task, config, raw.get("validation"), tables["card"], auto_rank, prune_to)
+    packed = {setting: settings[key] for key, setting in _PACKING.items() if key in settings}
+    return Recipe(name, data, task, config, raw.get("validation"), tables["card"], auto_rank, prune_to, packed)
 
 
 def _known(table: Mapping[str, Any], known: set[str], where: str) -> None:

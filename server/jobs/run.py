@@ -15,7 +15,7 @@ import torch
 
 from adapters import data, peft_format, pruning, search
 from adapters.data import Tokens
-from adapters.training import Event, train
+from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
 from server.engine.text import Text
 from server.jobs.encoding import Template, encoder
@@ -52,7 +52,7 @@ def run(
     folder = output / recipe.name
     checkpoints = output / CHECKPOINTS / recipe.name
     model = Trainable(base, recipe.config.compute_dtype)
-    config = replace(recipe.config, model=base.name, quantization=str(base.quantization.get("scheme", "")))
+    config = on_base(recipe.config, base)
     make = search.auto_lora if recipe.auto_rank else train
     weights = make(
         model,
@@ -71,6 +71,14 @@ def run(
     )
     shutil.rmtree(checkpoints, ignore_errors=True)
     return weights
+
+
+def on_base(config: TrainingConfig, base: Base) -> TrainingConfig:
+    """The config with the base that it is really trained on."""
+    packed = base.quantization
+    return replace(
+        config, model=base.name, quantization=str(packed["scheme"]), use_double_quant=bool(packed.get("double"))
+    )
 
 
 def card(recipe: Recipe, weights: LoraWeights) -> str:

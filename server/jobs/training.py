@@ -6,6 +6,7 @@ Owns what the process tells and how it becomes progress and events.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 from server.jobs.errors import JobError
@@ -21,10 +22,10 @@ METRIC_EVENTS = 1000
 
 
 class Training:
-    """`Work` for training jobs."""
+    """`Work` for training jobs. `lend` hears whether a process trains, to which processors may be lent."""
 
-    def __init__(self, ground: Ground, publishing: Publishing) -> None:
-        self._ground, self._publishing = ground, publishing
+    def __init__(self, ground: Ground, publishing: Publishing, lend: Callable[[bool], None]) -> None:
+        self._ground, self._publishing, self._lend = ground, publishing, lend
 
     def __call__(self, active: Active) -> None:
         job = active.job
@@ -42,11 +43,13 @@ class Training:
         process = Process(active.folder)
         heard = _Heard(active)
         active.stopped_by(process.stop, process.kill)
+        self._lend(True)
         try:
             for line in process.lines():
                 heard.line(line)
         finally:
             process.kill()
+            self._lend(False)
         end = heard.end
         if end is not None and end["kind"] == TRAINED:
             active.job.trained = {k: v for k, v in end.items() if k != "kind"}

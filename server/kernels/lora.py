@@ -19,7 +19,9 @@ SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 """The linears of a layer, in the order of a step."""
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Modules of a layer that read the same input."""
+"""Linears of a layer that read the same input."""
+SITES = tuple(name for names in TOGETHER for name in names)
+"""All of them, in the order of a step."""
 
 DENSE_ROWS = 16
 """Rows of one mix up to which they share the ALL_SLOTS product; longer ones (prefills) go adapter by adapter."""
@@ -55,7 +57,7 @@ class Site:
 
 
 class SideBySide:
-    """The adapters of a set, concatenated along the rank, modules of one input together, as they are first asked for."""
+    """Adapters of a set along the rank, modules of one input together, concatenated when they are first asked for."""
 
     def __init__(self, adapters: Sequence[LoraWeights]) -> None:
         self._adapters = list(adapters)

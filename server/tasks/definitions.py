@@ -21,6 +21,8 @@ MAX_CANDIDATES = 16
 MIN_SAMPLES = 200
 METRICS = ("accuracy", "exact_match", "rougeL", "bleu", "chrf", "loss")
 SOURCES = ("feedback", "evaluation")
+FEEDBACK_METRIC = "accuracy"
+"""What feedback is counted as."""
 DEFAULT = "default"
 """The task of a request to /generate that names none, where it is defined."""
 
@@ -168,11 +170,16 @@ def _best(route: Mapping[str, Any]) -> Best:
         _adapter_name(name, "route.best")
     if len(set(names)) != len(names):
         raise InvalidRequest("route.best lists an adapter twice", "route.best")
-    metric, source = route.get("metric") or "accuracy", route.get("source") or "feedback"
+    metric = route.get("metric") or FEEDBACK_METRIC
+    source = route.get("source") or ("feedback" if metric == FEEDBACK_METRIC else "evaluation")
     if metric not in METRICS:
         raise InvalidRequest(f"route.metric must be one of {', '.join(METRICS)}", "route.metric")
     if source not in SOURCES:
         raise InvalidRequest(f"route.source must be one of {', '.join(SOURCES)}", "route.source")
+    if source == "feedback" and metric != FEEDBACK_METRIC:
+        raise InvalidRequest(
+            f"feedback is counted as {FEEDBACK_METRIC}; for {metric} set source to evaluation", "route.source"
+        )
     least = route.get("min_samples", MIN_SAMPLES)
     if not isinstance(least, int) or isinstance(least, bool) or not 1 <= least <= 1_000_000:
         raise InvalidRequest("route.min_samples must be a whole number from 1 to 1000000", "route.min_samples")

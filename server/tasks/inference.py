@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 class Engine(Protocol):
     """What running a prompt asks of the engine."""
 
+    def check_call(self, prompts: Sequence[Sequence[int]]) -> None: ...
+
     def submit(self, request: Request) -> None: ...
 
     def cancel(self, request_id: str) -> None: ...
@@ -185,6 +187,7 @@ class Inference:
             self.refused(target, error, caller)
             raise
         try:
+            self.engine.check_call(prompts)
             lease = self.leases.lease(target.choice)
         except Exception as error:
             self.admission.leave(caller.tenant, task)

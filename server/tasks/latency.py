@@ -26,6 +26,10 @@ class Latencies:
             bucket = math.ceil(math.log(max(seconds, LOWEST) / LOWEST, FACTOR) - 1e-9)
             self.counts[min(max(bucket, 0), BUCKETS - 1)] += 1
 
+    def merge(self, other: Latencies) -> None:
+        """Add another's counts."""
+        self.counts += other.counts
+
     def join(self, dumped: Iterable[bytes]) -> None:
         """Add what others have dumped."""
         rows = np.frombuffer(b"".join(dumped), np.uint32).reshape(-1, BUCKETS)

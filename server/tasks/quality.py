@@ -4,7 +4,8 @@ Owns `quality.db`: raw rows, and beside them hourly sums, from which everything 
 with its versions and weights, and the base: what is learned of one says nothing of another. Feedback and evaluation
 are never added up.
 
-Answers are buffered and written twice a second; a score is on disk before the caller hears that it was taken.
+Answers are buffered and written twice a second; a score is on disk before the caller hears that it was taken. Rows are
+keyed by digests of their ids, and no second index is kept: they are found by id, and swept once an hour.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 from adapters.errors import StoreFailed
 from adapters.weights import Version
 from server.errors import UnknownName
+from server.tasks.definitions import FEEDBACK_METRIC
 from server.tasks.intervals import Totals, interval
 from server.tasks.latency import Latencies
 
@@ -39,18 +41,19 @@ JUMP = 60.0
 FEEDBACK, EVALUATION = "feedback", "evaluation"
 KINDS = ("ttft", "tpot", "e2e")
 
+_Change = tuple[float, int, int]
+"""A score, its hour, and whether it came (1) or went (-1)."""
+
 _TOLD = "requests, errors, prompt_tokens, generated_tokens, ttft, tpot, e2e"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS subjects (
   id INTEGER PRIMARY KEY, task TEXT NOT NULL, mix TEXT NOT NULL, base TEXT NOT NULL, UNIQUE (task, mix, base));
 CREATE TABLE IF NOT EXISTS answers (
-  id TEXT PRIMARY KEY, subject INTEGER NOT NULL, tenant TEXT NOT NULL, at REAL NOT NULL, text BLOB NOT NULL
+  id BLOB PRIMARY KEY, subject INTEGER NOT NULL, tenant TEXT NOT NULL, at REAL NOT NULL, text BLOB NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS answers_at ON answers (at);
 CREATE TABLE IF NOT EXISTS scores (
-  id TEXT PRIMARY KEY, subject INTEGER NOT NULL, metric TEXT NOT NULL, value REAL NOT NULL, at REAL NOT NULL
+  id BLOB PRIMARY KEY, subject INTEGER NOT NULL, metric TEXT NOT NULL, value REAL NOT NULL, at REAL NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS scores_at ON scores (at);
 CREATE TABLE IF NOT EXISTS hours (
   subject INTEGER NOT NULL, metric TEXT NOT NULL, source TEXT NOT NULL, hour INTEGER NOT NULL,
   count INTEGER NOT NULL, total REAL NOT NULL, squares REAL NOT NULL,
@@ -59,9 +62,10 @@ CREATE TABLE IF NOT EXISTS traffic (
   subject INTEGER NOT NULL, hour INTEGER NOT NULL, requests INTEGER NOT NULL, errors INTEGER NOT NULL,
   prompt_tokens INTEGER NOT NULL, generated_tokens INTEGER NOT NULL, ttft BLOB NOT NULL, tpot BLOB NOT NULL,
   e2e BLOB NOT NULL, PRIMARY KEY (subject, hour)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS leaders (
-  task TEXT PRIMARY KEY, mix TEXT NOT NULL, base TEXT NOT NULL, since REAL NOT NULL, reason TEXT NOT NULL
-) WITHOUT ROWID;
+DROP TABLE IF EXISTS leaders;
+CREATE TABLE IF NOT EXISTS decisions (
+  task TEXT PRIMARY KEY, rule TEXT NOT NULL, mix TEXT NOT NULL, base TEXT NOT NULL, since REAL NOT NULL,
+  reason TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -79,6 +83,11 @@ class Subject:
         return Subject(task, json.dumps(pairs), base)
 
     @property
+    def versions(self) -> list[str]:
+        """Labels of the versions, without weights."""
+        return [label for label, _ in json.loads(self.mix)]
+
+    @property
     def label(self) -> str:
         """What people see: `name@digest`, `a@...*0.7+b@...*0.3`, or `base`."""
         return "+".join(v if w == 1.0 else f"{v}*{w:g}" for v, w in json.loads(self.mix)) or "base"
@@ -86,7 +95,7 @@ class Subject:
     @property
     def adapter(self) -> str:
         """The names alone, as metrics have them."""
-        return "+".join(sorted(v.partition("@")[0] for v, _ in json.loads(self.mix))) or "base"
+        return "+".join(sorted(v.partition("@")[0] for v in self.versions)) or "base"
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ class Answered:
 
 
 class _Traffic:
-    """What has come of one subject in one hour and is not written yet."""
+    """What has come of one subject, in one hour or in all."""
 
     def __init__(self) -> None:
         self.sums = [0, 0, 0, 0]  # requests, errors, prompt tokens, generated tokens
@@ -119,6 +128,12 @@ class _Traffic:
         if not answered.failed:
             for kind, latencies in self.latencies.items():
                 latencies.add(getattr(answered, kind))
+
+    def merge(self, other: _Traffic) -> None:
+        """Add what another has seen."""
+        self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
+        for kind, latencies in self.latencies.items():
+            latencies.merge(other.latencies[kind])
 
     def join(self, rows: Sequence[Sequence[Any]]) -> None:
         """Add rows of `traffic`, without their keys."""
@@ -144,6 +159,9 @@ class Quality:
         self._pending: list[Answered] = []
         self._ids: dict[Subject, int] = {}
         self._totals: dict[tuple[Subject, str, str], Totals] = {}
+        self._hours: dict[tuple[Subject, str, str], dict[int, Totals]] = {}
+        self._traffic: dict[int, _Traffic] = {}
+        """All hours of each subject, by its number."""
         self._clocks = time.time(), time.monotonic()
         """Both clocks when they were last compared."""
         self._load()
@@ -164,55 +182,48 @@ class Quality:
 
         With `expected`, the score is whether the answer said the same. Raises StoreFailed if the disk refuses it.
         """
+        key = digest(id)
         with self._lock, _told_of_the_disk():
             self._flush()
             row = self._db.execute(
                 "SELECT subject, text, task FROM answers JOIN subjects ON subjects.id = subject"
                 " WHERE answers.id = ? AND tenant = ? AND at > ?",
-                (id, tenant, time.time() - DAY),
+                (key, tenant, time.time() - DAY),
             ).fetchone()
             if row is None or row[2] != task:
                 raise UnknownName(f"there is no answer {id[:64]!r} of this task in the last 24 hours", "id")
             value = float(row[1] == _told(expected)) if expected is not None else float(score or 0.0)
-            subject = self._subject(row[0])
             with self._db:
                 self._db.execute("BEGIN")
-                old = self._db.execute("SELECT value, metric, at FROM scores WHERE id = ?", (id,)).fetchone()
-                if old is not None:
-                    self._count(row[0], old[1], FEEDBACK, old[0], old[2], -1)
-                now = time.time()
-                self._db.execute(
-                    "INSERT OR REPLACE INTO scores VALUES (?, ?, 'accuracy', ?, ?)", (id, row[0], value, now)
-                )
-                self._count(row[0], "accuracy", FEEDBACK, value, now, 1)
-            if old is not None:
-                self._add(subject, old[1], FEEDBACK, old[0], -1)
-            self._add(subject, "accuracy", FEEDBACK, value, 1)
+                changes = self._score(key, row[0], FEEDBACK_METRIC, FEEDBACK, value, time.time())
+            self._add(self._subject(row[0]), FEEDBACK_METRIC, FEEDBACK, changes)
 
-    def evaluated(self, subject: Subject, metric: str, values: Sequence[float]) -> None:
-        """Add the scores of an evaluation, from 0 to 1. Raises StoreFailed if the disk refuses them."""
+    def evaluated(self, subject: Subject, metric: str, values: Mapping[str, float]) -> None:
+        """Take the scores of an evaluation: example -> 0 to 1. An example that was scored before is not counted twice:
+        the last one counts, as for feedback. Raises StoreFailed if the disk refuses them.
+        """
         with self._lock, _told_of_the_disk():
-            now = time.time()
+            now, changes = time.time(), list[_Change]()
             with self._db:
                 self._db.execute("BEGIN")
                 number = self._number(subject)
-                for value in values:
-                    self._count(number, metric, EVALUATION, value, now, 1)
-            for value in values:
-                self._add(subject, metric, EVALUATION, value, 1)
+                for example, value in values.items():
+                    key = digest(f"{number} {metric} {example}")
+                    changes += self._score(key, number, metric, EVALUATION, value, now)
+            self._add(subject, metric, EVALUATION, changes)
 
-    def lead(self, task: str, leader: Subject, reason: str) -> None:
-        """Remember who leads a task."""
+    def lead(self, task: str, rule: str, leader: Subject, reason: str) -> None:
+        """Remember who leads a task, and by which rule that was found."""
         with self._lock, self._db:
             self._db.execute(
-                "INSERT OR REPLACE INTO leaders VALUES (?, ?, ?, ?, ?)",
-                (task, leader.mix, leader.base, time.time(), reason),
+                "INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?, ?)",
+                (task, rule, leader.mix, leader.base, time.time(), reason),
             )
 
     def forget(self, task: str) -> None:
         """Forget who leads a task that is gone or has another route."""
         with self._lock, self._db:
-            self._db.execute("DELETE FROM leaders WHERE task = ?", (task,))
+            self._db.execute("DELETE FROM decisions WHERE task = ?", (task,))
 
     def flush(self) -> None:
         """Write what is buffered."""
@@ -233,45 +244,39 @@ class Quality:
         """All scores of a subject by one metric from one source."""
         return self._totals.get((subject, metric, source), Totals())
 
-    def leader(self, task: str) -> tuple[Subject, str] | None:
-        """Who leads a task, and why; None if nobody does yet."""
+    def hours(self, subject: Subject, metric: str, source: str) -> dict[int, Totals]:
+        """The same by hour."""
         with self._lock:
-            row = self._db.execute("SELECT mix, base, reason FROM leaders WHERE task = ?", (task,)).fetchone()
+            return dict(self._hours.get((subject, metric, source), {}))
+
+    def leader(self, task: str, rule: str) -> tuple[Subject, str] | None:
+        """Who leads a task by a rule, and why; None if nobody does yet."""
+        query = "SELECT mix, base, reason FROM decisions WHERE task = ? AND rule = ?"
+        with self._lock:
+            row = self._db.execute(query, (task, rule)).fetchone()
         return None if row is None else (Subject(task, row[0], row[1]), row[2])
 
-    def means(self) -> list[tuple[str, str, str, str, str, float]]:
-        """Task, adapter, version, metric, source and mean of everything that has a score."""
-        return [
-            (s.task, s.adapter, s.label, metric, source, totals.mean)
-            for (s, metric, source), totals in list(self._totals.items())
-            if totals.count
-        ]
+    def means(self) -> list[tuple[Subject, str, str, float]]:
+        """Subject, metric, source and mean of everything that has a score."""
+        return [(*key, totals.mean) for key, totals in list(self._totals.items()) if totals.count]
 
     def performance(self, task: str) -> list[dict[str, Any]]:
         """Per version: samples, quality by source with its interval, latencies, tokens, errors."""
         with self._lock:
             self._flush()
-            numbers = {n: s for s, n in self._ids.items() if s.task == task}
-            traffic = {number: _Traffic() for number in numbers}
-            for number, seen in traffic.items():
-                seen.join(self._db.execute(f"SELECT {_TOLD} FROM traffic WHERE subject = ?", (number,)).fetchall())
-        return [self._described(numbers[number], seen) for number, seen in traffic.items()]
+            subjects = {subject: number for subject, number in self._ids.items() if subject.task == task}
+            scores: dict[Subject, list[dict[str, Any]]] = {subject: [] for subject in subjects}
+            for (subject, metric, source), totals in self._totals.items():
+                if subject in scores and totals.count:
+                    low, high = interval(totals)
+                    scores[subject].append({"metric": metric, "source": source, "samples": totals.count,
+                                            "mean": totals.mean, "low": low, "high": high})  # fmt: skip
+            return [
+                self._described(subject, scores[subject], self._traffic.get(number, _Traffic()))
+                for subject, number in subjects.items()
+            ]
 
-    def _described(self, subject: Subject, seen: _Traffic) -> dict[str, Any]:
-        quality = []
-        for (other, metric, source), totals in list(self._totals.items()):
-            if other == subject and totals.count:
-                low, high = interval(totals)
-                quality.append(
-                    {
-                        "metric": metric,
-                        "source": source,
-                        "samples": totals.count,
-                        "mean": totals.mean,
-                        "low": low,
-                        "high": high,
-                    }  # fmt: skip
-                )
+    def _described(self, subject: Subject, quality: list[dict[str, Any]], seen: _Traffic) -> dict[str, Any]:
         requests, errors, prompt, generated = seen.sums
         return {
             "version": subject.label,
@@ -293,21 +298,36 @@ class Quality:
     def _load(self) -> None:
         self._ids = {Subject(*row[1:]): row[0] for row in self._db.execute("SELECT id, task, mix, base FROM subjects")}
         by_number = {number: subject for subject, number in self._ids.items()}
-        for number, metric, source, *sums in self._db.execute(
-            "SELECT subject, metric, source, sum(count), sum(total), sum(squares) FROM hours"
-            " GROUP BY subject, metric, source"
-        ):
-            self._totals[by_number[number], metric, source] = Totals(*sums)
+        for number, metric, source, hour, *sums in self._db.execute("SELECT * FROM hours"):
+            self._hours.setdefault((by_number[number], metric, source), {})[hour] = Totals(*sums)
+        self._totals = {key: Totals.joined(hours.values()) for key, hours in self._hours.items()}
+        for number in by_number:
+            rows = self._db.execute(f"SELECT {_TOLD} FROM traffic WHERE subject = ?", (number,)).fetchall()
+            self._traffic.setdefault(number, _Traffic()).join(rows)
 
-    def _add(self, subject: Subject, metric: str, source: str, value: float, times: int) -> None:
+    def _add(self, subject: Subject, metric: str, source: str, changes: Sequence[_Change]) -> None:
+        """Do in memory what `_score` has done in the file."""
         key = (subject, metric, source)
-        self._totals[key] = self._totals.get(key, Totals()).plus(value, times)
+        hours = self._hours.setdefault(key, {})
+        for value, hour, times in changes:
+            hours[hour] = hours.get(hour, Totals()).plus(value, times)
+            self._totals[key] = self._totals.get(key, Totals()).plus(value, times)
 
-    def _count(self, number: int, metric: str, source: str, value: float, at: float, times: int) -> None:
+    def _score(self, key: bytes, number: int, metric: str, source: str, value: float, at: float) -> list[_Change]:
+        """Write a score over the one that its key may have had, within a transaction."""
+        old = self._db.execute("SELECT value, at FROM scores WHERE id = ?", (key,)).fetchone()
+        changes = [(old[0], int(old[1]) // HOUR, -1)] if old is not None else []
+        changes.append((value, int(at) // HOUR, 1))
+        self._db.execute("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?)", (key, number, metric, value, at))
+        for change in changes:
+            self._count(number, metric, source, *change)
+        return changes
+
+    def _count(self, number: int, metric: str, source: str, value: float, hour: int, times: int) -> None:
         self._db.execute(
             "INSERT INTO hours VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count,"
             " total = total + excluded.total, squares = squares + excluded.squares",
-            (number, metric, source, int(at) // HOUR, times, times * value, times * value * value),
+            (number, metric, source, hour, times, times * value, times * value * value),
         )
 
     def _number(self, subject: Subject) -> int:
@@ -333,35 +353,37 @@ class Quality:
         try:
             with self._db:
                 self._db.execute("BEGIN")
-                self._write(pending)
+                traffic = self._write(pending)
         except sqlite3.Error:
             self._pending[:0] = pending[-MOST_PENDING:]  # a disk that has room again gets them
             self._ids = {s: n for s, n in self._ids.items() if n in self._written()}
             raise
+        for (number, _), seen in traffic.items():
+            self._traffic.setdefault(number, _Traffic()).merge(seen)
 
     def _written(self) -> set[int]:
         """The subjects that are in the file."""
         return {number for (number,) in self._db.execute("SELECT id FROM subjects")}
 
-    def _write(self, pending: Sequence[Answered]) -> None:
-        """Add answers to the file, within a transaction."""
+    def _write(self, pending: Sequence[Answered]) -> dict[tuple[int, int], _Traffic]:
+        """Add answers to the file, within a transaction. Answers what they come to, by subject and hour."""
         traffic: dict[tuple[int, int], _Traffic] = {}
         rows = []
         for answered in pending:
             number = self._number(answered.subject)
             traffic.setdefault((number, int(answered.at) // HOUR), _Traffic()).add(answered)
             if not answered.failed:
-                rows.append((answered.id, number, answered.tenant, answered.at, _told(answered.text)))
+                rows.append((digest(answered.id), number, answered.tenant, answered.at, _told(answered.text)))
         self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", rows)
         for (number, hour), seen in traffic.items():
-            self._write_traffic(number, hour, seen)
-
-    def _write_traffic(self, number: int, hour: int, seen: _Traffic) -> None:
-        query = f"SELECT {_TOLD} FROM traffic WHERE subject = ? AND hour = ?"
-        seen.join(self._db.execute(query, (number, hour)).fetchall())
-        blobs = [latencies.dump() for latencies in seen.latencies.values()]
-        self._db.execute("INSERT OR REPLACE INTO traffic VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                         (number, hour, *seen.sums, *blobs))  # fmt: skip
+            whole = _Traffic()
+            whole.join(self._db.execute(f"SELECT {_TOLD} FROM traffic WHERE subject = ? AND hour = ?",
+                                        (number, hour)).fetchall())  # fmt: skip
+            whole.merge(seen)
+            blobs = [latencies.dump() for latencies in whole.latencies.values()]
+            self._db.execute("INSERT OR REPLACE INTO traffic VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                             (number, hour, *whole.sums, *blobs))  # fmt: skip
+        return traffic
 
     def _sweep_hourly(self, wall: float, steady: float) -> None:
         """Sweep once in an hour of running, if the wall clock went on as the other did: one that jumped is not to be
@@ -385,14 +407,15 @@ class Quality:
             gone = self._db.execute("DELETE FROM hours WHERE hour < ?", (int(old) // HOUR,)).rowcount
             self._db.execute("DELETE FROM traffic WHERE hour < ?", (int(old) // HOUR,))
         if gone:
-            self._totals.clear()
+            self._hours.clear()
+            self._traffic.clear()
             self._load()
 
     def _run(self) -> None:
         while not self._stop.wait(FLUSH_SECONDS):
             try:
+                self.flush()
                 with self._lock:
-                    self._flush()
                     self._sweep_hourly(time.time(), time.monotonic())
             except sqlite3.Error as error:  # a full disk: answers are served on, and the last records wait for room
                 if not self._refused:
@@ -412,4 +435,9 @@ def _told_of_the_disk() -> Iterator[None]:
 
 def _told(text: str | None) -> bytes:
     """An answer's words as accuracy compares them, but for case and space: what people write is not kept."""
-    return hashlib.sha256((text or "").strip().lower().encode()).digest()
+    return digest((text or "").strip().lower())
+
+
+def digest(text: str) -> bytes:
+    """16 bytes that stand for a text: an id, or the words of an answer."""
+    return hashlib.sha256(text.encode()).digest()[:16]

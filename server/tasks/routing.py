@@ -1,20 +1,22 @@
 """`best` routes: candidates take turns until one is proven better, and that one serves.
 
 Owns the rule. Turns go on until every candidate has `min_samples` and the leader's mean is over each other's by an
-interval that holds at all times. After that, one request in twenty still goes around, so that a change is noticed, and
-a rival takes over only when it is proven better in its turn.
+interval that holds at all times. After that, one request in twenty still goes to the others in turn, to those first
+that have few samples (a version that has just been published), so that a change is noticed; a rival takes over only
+when it is proven better itself.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from adapters.errors import AdapterError
 from adapters.weights import Choice, Version
 from server.tasks.definitions import Best, Task
-from server.tasks.intervals import ALPHA, Totals, lead
+from server.tasks.intervals import ALPHA, Hours, Totals, lead
 from server.tasks.quality import Quality, Subject
 
 EXPLORED = 20
@@ -35,19 +37,26 @@ class Decision:
     reason: str
 
 
-def decide(scores: dict[str, Totals], min_samples: int, current: str | None, lower_is_better: bool = False) -> Decision:
-    """The rule itself. `scores` are the candidates'; `current` is the one that leads now."""
-    if lower_is_better:
-        scores = {name: Totals(t.count, t.count - t.total, t.count - 2 * t.total + t.squares)
-                  for name, t in scores.items()}  # fmt: skip
-    told = ", ".join(f"{name} {t.mean:.3f} of {t.count}" if t.count else f"{name} none" for name, t in scores.items())
-    if any(t.count < min_samples for t in scores.values()):
+def decide(
+    scores: Mapping[str, Hours], min_samples: int, current: str | None, lower_is_better: bool = False
+) -> Decision:
+    """The rule itself. `scores` are the candidates', by hour; `current` is the one that leads now."""
+    if len(scores) < 2:
+        return Decision(current, f"nothing to compare: {', '.join(scores) or 'no candidate'} is left")
+    totals = {name: Totals.joined(hours.values()) for name, hours in scores.items()}
+    told = ", ".join(f"{name} {t.mean:.3f} of {t.count}" if t.count else f"{name} none" for name, t in totals.items())
+    if any(t.count < min_samples for t in totals.values()):
         return Decision(current, f"taking turns until each has {min_samples} samples: {told}")
-    leader = max(scores, key=lambda name: scores[name].mean)
-    alpha = ALPHA / max(1, len(scores) - 1)
-    leads = [lead(scores[leader], totals, alpha) for name, totals in scores.items() if name != leader]
-    if min(leads, default=1.0) > 0:
-        return Decision(leader, f"{leader} is better by at least {min(leads):.3f}, at {1 - ALPHA:.0%}: {told}")
+    if lower_is_better:
+        scores = {name: {hour: t.turned() for hour, t in hours.items()} for name, hours in scores.items()}
+    alpha = ALPHA / (len(scores) - 1)
+    for leader, hours in scores.items():
+        least = 1.0
+        for name, others in scores.items():
+            if name != leader and least > 0:
+                least = min(least, lead(hours, others, alpha))
+        if least > 0:
+            return Decision(leader, f"{leader} is better by at least {least:.3f}, at {1 - ALPHA:.0%}: {told}")
     return Decision(current, f"no candidate is proven better yet: {told}")
 
 
@@ -67,24 +76,30 @@ class BestRouter:
         leader = self._leading(task, route)
         if leader is not None and turn % EXPLORED:
             return leader
-        names = list(self._subjects(task, route)) or list(route.candidates)
-        return names[(turn // EXPLORED if leader else turn) % len(names)]
+        subjects = self._subjects(task, route)
+        if leader is None:
+            names = list(subjects) or list(route.candidates)
+            return names[turn % len(names)]
+        counts = {n: self._quality.totals(s, route.metric, route.source).count for n, s in subjects.items()}
+        others = [name for name in subjects if name != leader]
+        turns = [name for name in others if counts[name] < route.min_samples] or others or [leader]
+        return turns[turn // EXPLORED % len(turns)]
 
     def review(self, task: Task, route: Best) -> Decision:
         """Look at the scores again, and change the leader if that is proven. Called when a score has come."""
         subjects = self._subjects(task, route)
-        scores = {name: self._quality.totals(s, route.metric, route.source) for name, s in subjects.items()}
+        scores = {name: self._quality.hours(s, route.metric, route.source) for name, s in subjects.items()}
         current = self._leading(task, route)
         decision = decide(scores, route.min_samples, current, route.metric == "loss")
         if decision.leader is not None and decision.leader != current:
-            self._quality.lead(task.name, subjects[decision.leader], decision.reason)
+            self._quality.lead(task.name, _rule(route), subjects[decision.leader], decision.reason)
             self._leaders[task.name] = (route, subjects[decision.leader])
         return decision
 
     def describe(self, task: Task, route: Best) -> dict[str, Any]:
         """The `best` of a task's performance."""
         decision = self.review(task, route)
-        known = self._quality.leader(task.name)
+        known = self._quality.leader(task.name, _rule(route))
         subjects = self._subjects(task, route)
         leader = decision.leader
         return {
@@ -94,11 +109,16 @@ class BestRouter:
             "reason": decision.reason,
         }
 
+    def forget(self, task: str) -> None:
+        """Forget who leads a task that is gone or has no such route any more."""
+        self._quality.forget(task)
+        self._leaders.pop(task, None)
+
     def _leading(self, task: Task, route: Best) -> str | None:
         """The candidate whose very version has been proven better; None if there is none, or it has changed."""
         known = self._leaders.get(task.name)
         if known is None or known[0] != route:
-            found = self._quality.leader(task.name)
+            found = self._quality.leader(task.name, _rule(route))
             known = self._leaders[task.name] = (route, found[0] if found else None)
         if known[1] is None:
             return None
@@ -116,3 +136,8 @@ class BestRouter:
             except AdapterError:
                 continue
         return subjects
+
+
+def _rule(route: Best) -> str:
+    """What a decision was made by: one that another metric or source has made says nothing here."""
+    return f"{route.metric} by {route.source}"

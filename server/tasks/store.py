@@ -93,8 +93,9 @@ class Tasks:
         self.refresh()
         return task
 
-    def refresh(self) -> None:
-        """Read again what the adapters' folders bring. Called when an adapter came, changed or went."""
+    def refresh(self) -> set[str]:
+        """Read again what the adapters' folders bring. Called when an adapter came, changed or went. Answers the
+        names of the tasks that went with it."""
         files: dict[str, Task] = {}
         for adapter in self._adapters.names():
             try:
@@ -109,7 +110,9 @@ class Tasks:
                 continue
             if task.name not in files or task.name == adapter:
                 files[task.name] = task
+        gone = self._files.keys() - files.keys() - self._put.keys()
         self._files = files
+        return gone
 
     def _from_folder(self, adapter: str, body: Any) -> Task | None:
         try:

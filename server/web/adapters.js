@@ -1,35 +1,25 @@
 // The adapters that are registered, what they cost, and what can be done with each.
 import { get, send } from "./api.js";
+import { bytes, headings, make, row } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
+const ORDER = ["q", "k", "v", "o", "gate", "up", "down"];
 let frame;
 let drawn = "";
 
-function cell(content, kind = "") {
-  const td = document.createElement("td");
-  td.className = kind;
-  td.append(content);
-  return td;
-}
-
-export function bytes(n) {
-  for (const unit of ["B", "KiB", "MiB", "GiB"]) {
-    if (n < 1024 || unit === "GiB") return `${unit === "B" ? n : n.toFixed(1)} ${unit}`;
-    n /= 1024;
-  }
-}
-
-function button(label, name, does) {
-  const b = Object.assign(document.createElement("button"), { type: "button", textContent: label });
+function button(label, name, said, does, className = "") {
+  const b = make("button", { type: "button", textContent: label, className: `small ${className}` });
   b.ariaLabel = `${label} ${name}`;
   b.addEventListener("click", async () => {
     b.disabled = true;
     try {
-      await does();
-      frame.complain(null);
+      if (await does() === false) return;
+      frame.say(said);
       drawn = "";
       await frame.refresh();
-      document.querySelector(`[aria-label="${CSS.escape(b.ariaLabel)}"]`)?.focus();
+      const next = document.querySelector(`[aria-label="${CSS.escape(b.ariaLabel)}"]:enabled`)
+        ?? document.querySelector(`[aria-label$=" ${CSS.escape(name)}"]:enabled`) ?? $("adapters-title");
+      next.focus();
     } catch (error) {
       frame.complain(error);
     } finally {
@@ -39,65 +29,70 @@ function button(label, name, does) {
   return b;
 }
 
-function tier(adapter) {
-  return Object.assign(document.createElement("span"), {
-    className: `tier ${adapter.tier}`, textContent: adapter.tier + (adapter.pinned ? ", pinned" : ""),
-  });
+function targets(names) {
+  const short = names.map((t) => t.replace("_proj", ""));
+  return [...ORDER.filter((t) => short.includes(t)), ...short.filter((t) => !ORDER.includes(t))].join(" ");
 }
 
-function row(adapter) {
-  const path = `/adapters/${encodeURIComponent(adapter.name)}`;
-  const version = Object.assign(document.createElement("code"), { textContent: adapter.version.split("@")[1] });
-  const does = document.createElement("td");
-  does.append(
-    adapter.pinned ? button("Unpin", adapter.name, () => send("POST", `${path}/unpin`)) : button("Pin", adapter.name, () => send("POST", `${path}/pin`)),
-    button("Load", adapter.name, () => send("POST", `${path}/prefetch`)),
-    button("Retire", adapter.name, async () => {
-      if (confirm(`Retire ${adapter.name}? Running requests finish; new ones no longer find it.`)) await send("DELETE", path);
-    }),
-  );
-  const tr = document.createElement("tr");
-  tr.append(
-    cell(adapter.name), cell(version), cell(adapter.ranks.join(", ")), cell(adapter.targets.map((t) => t.replace("_proj", "")).join(" ")),
-    cell(bytes(adapter.bytes), "num"), cell(tier(adapter)),
-    cell(String(adapter.leases), "num"), cell((adapter.tasks ?? []).join(", ")), does,
-  );
-  return tr;
+function described(adapter) {
+  const { name } = adapter;
+  const path = `/adapters/${encodeURIComponent(name)}`;
+  const pin = adapter.pinned
+    ? button("Unpin", name, `${name} may leave memory again.`, () => send("POST", `${path}/unpin`))
+    : button("Pin", name, `${name} stays in memory.`, () => send("POST", `${path}/pin`));
+  const load = button("Load", name, `${name} is in memory.`, () => send("POST", `${path}/prefetch`));
+  load.disabled = adapter.tier !== "disk";
+  const retire = button("Retire", name, `${name} is retired.`, async () => {
+    if (!confirm(`Retire ${name}? Running requests finish; new ones no longer find it.`)) return false;
+    return send("DELETE", path);
+  }, "danger");
+  const tier = make("span", { className: `tag ${adapter.tier}`, textContent: adapter.tier + (adapter.pinned ? ", pinned" : "") });
+  return row(headings($("adapter-rows").parentNode), [
+    [name], [make("code", { textContent: adapter.version.split("@")[1] })], [adapter.ranks.join(", ")], [targets(adapter.targets)],
+    [bytes(adapter.bytes), "num"], [tier], [String(adapter.leases), "num"], [(adapter.tasks ?? []).join(", ")], [make("span", {}, pin, load, retire), "acts"],
+  ]);
 }
 
 export function start(given) {
   frame = given;
   $("upload").addEventListener("submit", async (event) => {
     event.preventDefault();
+    const submit = $("upload").querySelector("button");
     const form = new FormData();
     form.append("name", $("upload-name").value);
     form.append("adapter_config.json", $("upload-config").files[0]);
     form.append("adapter_model.safetensors", $("upload-weights").files[0]);
+    submit.disabled = true;
     try {
-      await send("POST", "/adapters", form);
-      frame.complain(null);
+      const { version } = await send("POST", "/adapters", form);
+      frame.say(`${version} is served.`);
       $("upload").reset();
       drawn = "";
       await frame.refresh();
     } catch (error) {
       frame.complain(error);
+    } finally {
+      submit.disabled = false;
+      submit.focus();
     }
   });
 }
 
 export async function refresh() {
-  const { adapters, rejected } = await get("/adapters");
-  const now = JSON.stringify([adapters, rejected]);
+  const [{ adapters, rejected }, { adapters: room }] = await Promise.all([get("/adapters"), get("/stats")]);
+  const now = JSON.stringify([adapters, rejected, room]);
   if (now === drawn) return; // so that a button keeps its focus
   drawn = now;
   const focused = document.activeElement?.ariaLabel;
-  $("adapter-rows").replaceChildren(...adapters.map(row));
+  $("room").textContent = `${bytes(room.bytes)} of ${bytes(room.budget)} in memory. ` +
+    `One more takes about ${bytes(room.one_more)}, and ${room.more_fit.toLocaleString("en")} more fit.`;
+  $("adapter-rows").replaceChildren(...adapters.map(described));
+  $("adapter-rows").parentNode.hidden = !adapters.length;
+  $("no-adapters").hidden = adapters.length > 0;
   if (focused) $("adapter-rows").querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
   $("rejected").hidden = !rejected.length;
-  $("rejected-rows").replaceChildren(...rejected.map((r) => {
-    const tr = document.createElement("tr");
-    const since = typeof r.since === "number" ? new Date(r.since * 1000).toLocaleString() : r.since;
-    tr.append(cell(r.path), cell(r.reason), cell(since ?? ""));
-    return tr;
-  }));
+  const columns = headings($("rejected-rows").parentNode);
+  $("rejected-rows").replaceChildren(...rejected.map((r) => row(columns, [
+    [r.path], [r.reason], [typeof r.since === "number" ? new Date(r.since * 1000).toLocaleString() : r.since ?? ""],
+  ])));
 }

@@ -16,9 +16,21 @@ let polled = false;
 
 function complain(error, fromPoll = false) {
   if (!error && fromPoll && !polled) return;
+  if ([401, 403].includes(error?.status)) document.getElementById("key-form").hidden = false;
   polled = Boolean(error) && fromPoll;
   alert.firstElementChild.textContent = error ? error.message : "";
   alert.hidden = !error;
+}
+
+// What went well is said for a moment, to the eye and to screen readers.
+const notice = document.getElementById("notice");
+let quiet;
+
+function say(text) {
+  complain(null);
+  notice.textContent = text;
+  clearTimeout(quiet);
+  quiet = setTimeout(() => { notice.textContent = ""; }, 4000);
 }
 
 alert.querySelector("button").addEventListener("click", () => complain(null));
@@ -59,6 +71,7 @@ tabs.forEach((tab, i) => {
 
 const field = document.getElementById("key");
 field.value = key.get();
+document.getElementById("key-form").hidden = !key.get();
 field.addEventListener("change", () => { key.set(field.value.trim()); refresh(); beat(); });
 document.getElementById("key-form").addEventListener("submit", (event) => event.preventDefault());
 
@@ -113,6 +126,6 @@ async function beatOn() {
   setTimeout(beatOn, 2000);
 }
 
-for (const part of Object.values(parts)) part.start({ complain, refresh });
+for (const part of Object.values(parts)) part.start({ complain, say, refresh });
 show(tabs.some((t) => `#/${t.getAttribute("aria-controls")}` === location.hash) ? location.hash.slice(2) : "playground");
 beatOn();

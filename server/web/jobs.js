@@ -1,6 +1,7 @@
 // Training and evaluation jobs: progress, curves, what can be done with each, and the form that starts one.
 /* global uPlot */
 import { get, send } from "./api.js";
+import { chart, make, mixture, newest } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 const list = $("job-list");
@@ -9,23 +10,24 @@ let frame;
 
 const PATH = (id) => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
 const RUNS = ["queued", "validating_files", "running"];
-const CURVES = [["train_loss", "training loss", "#3b82f6"], ["valid_loss", "validation loss", "#f59e0b"]];
+const CURVES = [["train_loss", "training loss", "--one"], ["valid_loss", "validation loss", "--two"]];
 const WORDS = { validating_files: "reads its files" };
-
-const make = (tag, given = {}) => Object.assign(document.createElement(tag), given);
 
 class Card {
   constructor(job) {
     this.node = make("article", { className: "job" });
     this.node.dataset.job = job.id;
-    this.title = make("h2");
+    this.title = make("h2", { className: "titled" });
     this.bar = make("progress", { max: 1 });
     this.bar.setAttribute("aria-label", `Progress of ${job.name}`);
     this.said = make("p", { className: "hint" });
     this.wrong = make("p", { className: "wrong", hidden: true });
     this.does = make("div", { className: "row" });
     this.chart = make("div", { className: "chart" });
-    this.node.append(this.title, this.bar, this.said, this.wrong, this.does, this.chart);
+    this.chart.setAttribute("role", "img");
+    this.chart.ariaLabel = `Losses of ${job.name} by step`;
+    this.node.append(this.title, this.bar, this.said, this.wrong, this.does);
+    if (job.kind === "training") this.node.append(this.chart);
     this.drawn = "";
     this.plot = null;
   }
@@ -37,7 +39,7 @@ class Card {
       button.disabled = true;
       try {
         await send("POST", `${PATH(job.id)}/${path}`);
-        frame.complain(null);
+        frame.say(`${label} ${job.name}: done.`);
         await frame.refresh();
       } catch (error) {
         frame.complain(error);
@@ -59,7 +61,7 @@ class Card {
     this.wrong.textContent = job.error?.message ?? "";
     if (first) {
       this.status = job.status;
-      const state = make("span", { className: `state ${job.status}`, textContent: WORDS[job.status] ?? job.status });
+      const state = make("span", { className: `state tag ${job.status}`, textContent: WORDS[job.status] ?? job.status });
       this.title.replaceChildren(job.name, state, make("code", { textContent: `${job.kind} ${job.id}` }));
       const runs = RUNS.includes(job.status);
       const buttons = [];
@@ -81,21 +83,13 @@ class Card {
     const data = uPlot.join(shown.map(([name]) => [curves[name].map((p) => p[0]), curves[name].map((p) => p[1])]));
     if (this.plot && this.shown === shown.length) {
       this.plot.setData(data);
+      newest(this.plot);
       return;
     }
     this.clear();
     this.shown = shown.length;
-    const style = getComputedStyle(document.documentElement);
-    const line = { stroke: style.getPropertyValue("--line"), width: 1 };
-    const axis = { stroke: style.getPropertyValue("--soft"), grid: line, ticks: line };
-    this.plot = new uPlot({
-      width: Math.max(280, (this.node.clientWidth || 640) - 40), height: 190, cursor: { y: false },
-      scales: { x: { time: false } }, axes: [axis, { ...axis, size: 60 }],
-      series: [{ label: "step" }, ...shown.map(([, label, stroke]) => ({
-        label, stroke, width: 1.5, spanGaps: true, points: { show: label !== "training loss", size: 6 },
-        value: (_, v) => (v == null ? "" : v.toFixed(4)),
-      }))],
-    }, data, this.chart);
+    const series = shown.map(([name, label, token]) => [label, token, { spanGaps: true, points: { show: name === "valid_loss", size: 6 } }]);
+    this.plot = new uPlot(chart(this.chart, series, { time: false, digits: 4 }), data, this.chart);
   }
 
   clear() {
@@ -118,8 +112,7 @@ function figures(job) {
   if (version) said.push(`published as ${version}`);
   else if (job.kind === "training" && job.status === "succeeded") said.push("not published");
   for (const one of candidates ?? []) {
-    const name = one.adapters.map((a) => (a.weight === 1 ? a.version : `${a.version} × ${a.weight}`)).join(" + ");
-    said.push(`${name || "the base"}: ${metric} ${one.score.toFixed(4)}`);
+    said.push(`${mixture(one.adapters)}: ${metric} ${one.score.toFixed(4)}`);
   }
   return said.join(" · ");
 }
@@ -145,13 +138,17 @@ async function begin() {
 
 export function start(given) {
   frame = given;
+  addEventListener("resize", () => {
+    redraw();
+    if (!$("jobs").hidden) frame.refresh();
+  });
   $("train").addEventListener("submit", async (event) => {
     event.preventDefault();
     const button = $("train").querySelector("button");
     button.disabled = true;
     try {
       await begin();
-      frame.complain(null);
+      frame.say("The job is in the queue.");
       $("train").reset();
       await frame.refresh();
     } catch (error) {
@@ -192,6 +189,6 @@ export async function refresh() {
     if (list.children[place] !== node) list.insertBefore(node, list.children[place] ?? null);
   });
   list.querySelector(".empty")?.remove();
-  if (!jobs.length) list.append(make("p", { className: "empty", textContent: "No job has been started." }));
+  if (!jobs.length) list.append(make("p", { className: "card empty", textContent: "No job has been started. Training and evaluation jobs show here with their progress." }));
   await Promise.all(jobs.map((job) => cards.get(job.id).show(job)));
 }

@@ -1,5 +1,6 @@
 // Charts of the last minutes, from /stats, in the browser's memory alone.
 /* global uPlot */
+import { chart, newest, tile } from "./dom.js";
 
 const KEEP = 300;
 const history = [];
@@ -7,13 +8,13 @@ const charts = {};
 let last = null;
 
 const SHOWN = {
-  tokens: [["generated", (n) => n.generated], ["prompt", (n) => n.prompt]],
-  requests: [["running", (n) => n.running], ["waiting", (n) => n.waiting]],
-  kv: [["in use", (n) => n.kv]],
-  memory: [["base", (n) => n.base], ["KV cache", (n) => n.cache], ["adapters", (n) => n.adapters], ["process", (n) => n.process]],
+  tokens: [["generated", "--one", (n) => n.generated], ["prompt", "--two", (n) => n.prompt]],
+  requests: [["running", "--one", (n) => n.running], ["waiting", "--two", (n) => n.waiting]],
+  kv: [["in use", "--one", (n) => n.kv * 100]],
+  memory: [["process", "--four", (n) => n.process], ["base", "--one", (n) => n.base], ["KV cache", "--two", (n) => n.cache],
+    ["adapters", "--three", (n) => n.adapters]],
 };
-const FIXED = { tokens: 0, requests: 0, kv: 3, memory: 0 };
-const COLOURS = ["#3b82f6", "#f59e0b", "#10b981", "#a855f7"];
+const LOOKS = { tokens: {}, requests: { round: true }, kv: { top: 100, digits: 1 }, memory: {} };
 
 function totals(stats) {
   const all = Object.values(stats.tasks);
@@ -38,24 +39,7 @@ export function note(stats) {
 }
 
 function data(series) {
-  return [history.map((n) => n.at), ...series.map(([, of]) => history.map(of))];
-}
-
-function make(name, series) {
-  const style = getComputedStyle(document.documentElement);
-  const line = { stroke: style.getPropertyValue("--line"), width: 1 };
-  const axis = { stroke: style.getPropertyValue("--soft"), grid: line, ticks: line };
-  const node = document.getElementById(`chart-${name}`);
-  const options = {
-    width: node.clientWidth || 480, height: 190, cursor: { y: false }, axes: [axis, { ...axis, size: 60 }],
-    scales: { y: { range: (_, low, high) => [0, Math.max(high * 1.1, 1)] } },
-    series: [{ value: "{HH}:{mm}:{ss}" }, ...series.map(([label], i) => ({
-      label, stroke: COLOURS[i], width: 1.5, points: { show: false }, value: (_, v) => (v == null ? "" : v.toFixed(FIXED[name])),
-    }))],
-    legend: { live: true },
-  };
-  node.replaceChildren();
-  charts[name] = new uPlot(options, data(series), node);
+  return [history.map((n) => n.at), ...series.map(([, , of]) => history.map(of))];
 }
 
 export function redraw() {
@@ -68,18 +52,15 @@ export function start() {
 }
 
 export async function refresh() {
-  for (const [name, series] of Object.entries(SHOWN)) {
-    if (charts[name]) charts[name].setData(data(series));
-    else make(name, series);
-  }
   const n = history.at(-1);
   if (!n) return;
-  const rows = [["tokens a second", n.generated.toFixed(0)], ["running", n.running], ["waiting", n.waiting],
-    ["of the KV cache", `${(n.kv * 100).toFixed(1)} %`], ["process memory", `${n.process.toFixed(0)} MiB`]];
-  document.getElementById("live-now").replaceChildren(...rows.map(([name, value]) => {
-    const tile = document.createElement("div");
-    tile.append(Object.assign(document.createElement("dt"), { textContent: name }),
-      Object.assign(document.createElement("dd"), { textContent: String(value) }));
-    return tile;
-  }));
+  for (const [name, series] of Object.entries(SHOWN)) {
+    const node = document.getElementById(`chart-${name}`);
+    if (charts[name]) charts[name].setData(data(series));
+    else charts[name] = new uPlot(chart(node, series.map(([label, token]) => [label, token]), LOOKS[name]), data(series), node);
+    newest(charts[name]);
+    node.ariaLabel = series.map(([label, , of]) => `${label} ${of(n).toFixed(LOOKS[name].digits ?? 0)}`).join(", ");
+  }
+  tile(document.getElementById("live-now"), [["tokens a second", n.generated.toFixed(0)], ["running", n.running], ["waiting", n.waiting],
+    ["of the KV cache", `${(n.kv * 100).toFixed(1)} %`], ["process memory", `${n.process.toFixed(0)} MiB`]]);
 }

@@ -1,5 +1,6 @@
 // Prompts, mixes and streamed answers, one or two side by side.
 import { get, key, send, stream } from "./api.js";
+import { make, mixture, tile } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 let names = [];
@@ -7,13 +8,12 @@ let tasks = [];
 let running = null;
 let frame;
 
-function option(value, text = value) {
-  return Object.assign(document.createElement("option"), { value, textContent: text });
-}
+const option = (value, text = value) => make("option", { value, textContent: text });
 
 class Side {
-  constructor() {
+  constructor(label) {
     this.node = $("side").content.firstElementChild.cloneNode(true);
+    this.node.ariaLabel = label;
     this.part = (name) => this.node.querySelector(`.${name}`);
     this.part("add").addEventListener("click", () => this.add());
     this.part("task").addEventListener("change", () => this.hint());
@@ -27,18 +27,22 @@ class Side {
 
   fill() {
     const select = this.part("task");
-    const chosen = this.filled ? select.value : tasks[0]; // the first time, a task that there is says more than none
-    select.replaceChildren(option("", "none (raw prompt)"), ...tasks.map((t) => option(t)));
-    if (tasks.includes(chosen)) select.value = chosen;
+    const chosen = this.filled ? select.value : tasks[0]?.name; // the first time, a task that there is says more than none
+    select.replaceChildren(option("", "none (raw prompt)"), ...tasks.map((t) => option(t.name)));
+    if (tasks.some((t) => t.name === chosen)) select.value = chosen;
     this.filled ||= tasks.length > 0;
     for (const member of this.members()) this.offer(member.querySelector("select"));
     this.part("add").disabled = !names.length;
     this.hint();
   }
 
+  // Who will answer, and what the task makes of the prompt.
   hint() {
-    const alone = this.part("task").value ? "the task's own adapter" : "the base alone";
-    this.part("hint").textContent = this.members().length ? "this mix, exactly" : alone;
+    const task = tasks.find((t) => t.name === this.part("task").value);
+    const alone = task ? "The task's own adapter answers" : "The base alone continues the prompt";
+    const who = this.members().length ? "This mix answers, exactly" : alone;
+    const frame = task?.prompt.replace("{input}", "").trim().replace(/\s+/g, " ");
+    this.part("hint").textContent = frame ? `${who}: “${frame}”` : `${who}.`;
   }
 
   offer(select) {
@@ -53,10 +57,17 @@ class Side {
 
   add() {
     const item = $("member").content.firstElementChild.cloneNode(true);
+    const named = () => {
+      range.ariaLabel = `Weight of ${select.value}`;
+      number.ariaLabel = `Weight of ${select.value} as a number`;
+      remove.ariaLabel = `Take out ${select.value}`;
+    };
     const [select, range, number, remove] = item.children;
     this.offer(select);
     const taken = this.members().map((m) => m.children[0].value);
     select.value = names.find((n) => !taken.includes(n)) ?? names[0] ?? "";
+    named();
+    select.addEventListener("change", named);
     range.addEventListener("input", () => { number.value = range.value; });
     number.addEventListener("input", () => { range.value = number.value; });
     remove.addEventListener("click", () => {
@@ -123,12 +134,7 @@ class Side {
   }
 
   figures(pairs) {
-    this.part("figures").replaceChildren(...pairs.map(([name, value]) => {
-      const tile = document.createElement("div");
-      tile.append(Object.assign(document.createElement("dt"), { textContent: name }),
-        Object.assign(document.createElement("dd"), { textContent: value }));
-      return tile;
-    }));
+    tile(this.part("figures"), pairs);
   }
 
   finish({ id, timings, usage, adapters, finish_reason: reason }) {
@@ -140,7 +146,7 @@ class Side {
       ["tokens a second", timings.tokens_per_second?.toFixed(0) ?? "none"],
       ["in all", ms(timings.total_ms)],
       ["tokens", `${usage.prompt_tokens}${cached} → ${usage.completion_tokens} (${reason})`],
-      ["served by", adapters.map((a) => (a.weight === 1 ? a.version : `${a.version} × ${a.weight}`)).join(" + ") || "the base alone"],
+      ["served by", mixture(adapters)],
     ]);
     this.part("after").hidden = false;
     for (const name of ["up", "down"]) {
@@ -154,7 +160,7 @@ class Side {
       await send("POST", `/tasks/${encodeURIComponent(this.sent.task)}/feedback`, { id: this.id, score });
       this.part("up").ariaPressed = String(score === 1);
       this.part("down").ariaPressed = String(score === 0);
-      frame.complain(null);
+      frame.say(`Counted as a ${score ? "good" : "bad"} answer of ${this.sent.task}.`);
     } catch (error) {
       frame.complain(error);
     }
@@ -168,9 +174,7 @@ class Side {
       frame.complain(new Error("this browser does not let the page copy"));
       return;
     }
-    const label = button.textContent;
-    button.textContent = "Copied";
-    setTimeout(() => { button.textContent = label; }, 1200);
+    frame.say(`Copied as ${button.textContent}.`);
   }
 }
 
@@ -209,11 +213,19 @@ function snippet(kind, { path, body, task }) {
     `answer = client.${call}.create(\n    model=${JSON.stringify(task || "base")},\n${input}${settings}${extra})\nprint(answer.choices[0].${text})\n`;
 }
 
+// One of two buttons goes out and the other comes on; the focus goes along, for those who use the keyboard.
+function turn(out, on) {
+  const focused = document.activeElement === out;
+  on.disabled = false;
+  out.disabled = true;
+  if (focused) on.focus();
+}
+
 const sides = [];
 
 export function start(given) {
   frame = given;
-  sides.push(new Side(), new Side());
+  sides.push(new Side("First answer"), new Side("Second answer"));
   $("sides").append(sides[0].node);
   $("two").addEventListener("change", () => {
     if ($("two").checked) $("sides").append(sides[1].node);
@@ -221,14 +233,14 @@ export function start(given) {
   });
   $("ask").addEventListener("submit", async (event) => {
     event.preventDefault();
+    if (running) return;
     running = new AbortController();
-    $("run").disabled = true;
-    $("stop").disabled = false;
+    turn($("run"), $("stop"));
     frame.complain(null);
     const shown = $("two").checked ? sides : sides.slice(0, 1);
     await Promise.all(shown.map((side) => side.run(running.signal)));
-    $("run").disabled = false;
-    $("stop").disabled = true;
+    running = null;
+    turn($("stop"), $("run"));
   });
   $("stop").addEventListener("click", () => running?.abort());
   $("prompt").addEventListener("keydown", (event) => {
@@ -239,6 +251,6 @@ export function start(given) {
 export async function refresh() {
   const [known, defined] = await Promise.all([get("/adapters"), get("/tasks")]);
   names = known.adapters.map((a) => a.name);
-  tasks = defined.tasks.map((t) => t.name);
+  tasks = defined.tasks;
   for (const side of sides) side.fill();
 }

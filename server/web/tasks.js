@@ -1,50 +1,78 @@
-// Tasks with their routes, latency and quality by version.
-import { Failure, get } from "./api.js";
+// Tasks: where each goes, and how its versions do.
+import { get } from "./api.js";
+import { make, mixture, row } from "./dom.js";
 
-const rows = document.getElementById("task-rows");
+const list = document.getElementById("task-list");
+const COLUMNS = ["Version", "Requests", "Errors", "First token, ms", "Per token, ms", "Whole, ms", "Quality"];
+const LATENCIES = COLUMNS.slice(3, 6);
+const NUMBERS = COLUMNS.slice(1, 6);
+let drawn = "";
 
 export function start() {}
 
-function route(task) {
-  const way = task.route ?? {};
-  if (way.best) return `best of ${way.best.join(", ")} by ${way.metric}`;
-  const choice = way.choice ?? [];
-  return choice.map((c) => (c.weight === 1 ? c.name : `${c.name} × ${c.weight}`)).join(" + ") || "the base alone";
+function route({ best, metric, source, min_samples: least, choice }) {
+  if (best) return `goes to the best of ${best.join(", ")}, by ${metric} from ${source}, after ${least} samples each`;
+  return `goes to ${mixture(choice.map((c) => ({ ...c, version: c.name })))}`;
 }
 
-async function performance(name) {
-  try {
-    return await get(`/tasks/${encodeURIComponent(name)}/performance`);
-  } catch (error) {
-    if (error instanceof Failure && error.status === 404) return null;
-    throw error;
+const ms = (seconds) => (seconds * 1000).toFixed(seconds < 0.01 ? 1 : 0);
+const latency = ({ p50, p95, p99 }) => (p50 == null ? "none" : [p50, p95, p99].map(ms).join(" / "));
+
+// The mean within its interval, drawn from 0 to 1 and said in words.
+function score(q) {
+  const range = make("i");
+  range.style.left = `${q.low * 100}%`;
+  range.style.right = `${(1 - q.high) * 100}%`;
+  const mean = make("b");
+  mean.style.left = `${q.mean * 100}%`;
+  const bar = make("span", { className: "span" }, range, mean);
+  bar.ariaHidden = "true";
+  const words = `${q.metric} ${q.mean.toFixed(3)} (${q.low.toFixed(3)} to ${q.high.toFixed(3)}), ${q.samples.toLocaleString("en")} by ${q.source}`;
+  return make("span", { className: "score" }, words, bar);
+}
+
+const leads = () => make("span", { className: "tag succeeded", textContent: "leads" });
+
+function table(task, versions, leader) {
+  const node = make("table", { className: "stacks" });
+  node.setAttribute("role", "table");
+  node.ariaLabel = `Versions of ${task.name}`;
+  const head = make("tr");
+  head.setAttribute("role", "row");
+  for (const name of COLUMNS) {
+    const th = make("th", { scope: "col", className: NUMBERS.includes(name) ? "num" : "", textContent: name });
+    th.setAttribute("role", "columnheader");
+    if (LATENCIES.includes(name)) th.append(make("small", { textContent: " p50 / p95 / p99" }));
+    head.append(th);
   }
+  node.createTHead().append(head);
+  node.createTBody().append(...versions.map((v) => row(COLUMNS, [
+    [make("span", {}, make("code", { textContent: mixture(v.adapters) }), ...(v.version === leader ? [" ", leads()] : []))],
+    [v.requests.toLocaleString("en"), "num"], [v.errors.toLocaleString("en"), "num"],
+    [latency(v.ttft), "num"], [latency(v.tpot), "num"], [latency(v.e2e), "num"],
+    [v.quality.length ? make("span", {}, ...v.quality.map(score)) : "not scored yet"],
+  ])));
+  for (const part of [node.tHead, node.tBodies[0]]) part.setAttribute("role", "rowgroup");
+  return node;
 }
 
-const ms = (seconds) => (seconds == null ? "" : `${(seconds * 1000).toFixed(0)} ms`);
-
-function quality(version) {
-  return (version.quality ?? []).map((q) => `${version.version}: ${q.metric} ${q.mean.toFixed(3)} ` +
-    `[${q.low.toFixed(3)}, ${q.high.toFixed(3)}] of ${q.samples} (${q.source})`);
+function card(task, { versions, best }) {
+  const title = make("div", { className: "titled" }, make("h2", { textContent: task.name }), make("small", { textContent: route(task.route) }));
+  const node = make("article", { className: "card task" }, title);
+  node.dataset.task = task.name;
+  if (task.labels.length) node.append(make("p", { className: "hint", textContent: `Labels: ${task.labels.join(", ")}` }));
+  if (best) node.append(make("p", { className: "hint", textContent: `So far: ${best.reason}` }));
+  const empty = "Nobody has asked yet. Requests and scores are listed here, by the version that answered.";
+  node.append(versions.length ? table(task, versions, best?.version) : make("p", { className: "empty", textContent: empty }));
+  return node;
 }
 
 export async function refresh() {
-  const [{ tasks }, stats] = await Promise.all([get("/tasks"), get("/stats")]);
-  const known = await Promise.all(tasks.map((t) => performance(t.name)));
-  rows.replaceChildren(...tasks.map((task, i) => {
-    const counted = stats.tasks[task.name] ?? {};
-    const versions = known[i]?.versions ?? [];
-    const first = versions[0] ?? {};
-    const tr = document.createElement("tr");
-    const cells = [
-      [task.name], [route(task)], [(task.labels ?? []).join(", ")], [String(counted.requests ?? 0), "num"],
-      [String(counted.errors ?? 0), "num"], [ms(first.ttft?.p50 ?? counted.ttft_seconds), "num"],
-      [ms(first.e2e?.p95), "num"], [versions.flatMap(quality).join("\n") || "no record yet"],
-      [known[i]?.best ? `${known[i].best.name ?? known[i].best.version ?? ""} ${known[i].best.reason ?? ""}` : ""],
-    ];
-    for (const [text, kind] of cells) {
-      tr.append(Object.assign(document.createElement("td"), { textContent: text, className: kind ?? "lines" }));
-    }
-    return tr;
-  }));
+  const { tasks } = await get("/tasks");
+  const known = await Promise.all(tasks.map((t) => get(`/tasks/${encodeURIComponent(t.name)}/performance`)));
+  const now = JSON.stringify([tasks, known]);
+  if (now === drawn) return;
+  drawn = now;
+  const none = make("p", { className: "card empty", textContent: "No task yet. PUT /tasks/{name} defines one, or the task.json of an adapter's folder." });
+  list.replaceChildren(...(tasks.length ? tasks.map((task, i) => card(task, known[i])) : [none]));
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import resource
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,6 +65,10 @@ def mix(weight: str) -> bytes:
     return b'{"prompt": "x", "adapters": [{"name": "sentiment", "weight": %s}]}' % weight.encode()
 
 
+def chat(content: bytes) -> bytes:
+    return b'{"model": "smollm2-135m", "messages": [{"role": "user", "content": %s}]}' % content
+
+
 @pytest.mark.parametrize(
     ("status", "path", "body", "says"),
     [
@@ -74,7 +80,17 @@ def mix(weight: str) -> bytes:
         (400, "/v1/completions", b"[", "JSON"),
         (422, "/generate", b"\xff\xfe{}", ""),
         (400, "/generate", b"[" * 100_000, ""),
+        (400, "/generate", b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", "JSON"),
+        (422, "/generate", b'{"prompt": "a\\ud800b"}', "prompt"),
+        (400, "/v1/completions", b'{"model": "smollm2-135m", "prompt": "a\\ud800b"}', "surrogate"),
+        (400, "/v1/completions", b'{"model": "smollm2-135m", "prompt": ["fine", "\\udfff"]}', "surrogate"),
+        (400, "/v1/chat/completions", chat(b'"\\ud83d"'), "surrogate"),
+        (400, "/v1/chat/completions", chat(b'[{"type": "text", "text": "\\ud83d"}]'), "surrogate"),
+        (422, "/generate", b'["prompt"]', "must be a JSON object"),
+        (422, "/generate", b"{'prompt': 'x'}", "not valid JSON, at character 1"),
         (404, "/generate?task=nowhere", {"prompt": "x"}, "nowhere"),
+        (422, "/generate?taks=sentiment", {"prompt": "x"}, "taks: there is no such field"),
+        (422, "/classify?task=sentiment&tasks=x", {"prompt": "x"}, "tasks"),
         (404, "/generate", {"prompt": "x", "adapters": [{"name": "nobody"}]}, "nobody"),
         (404, "/v1/completions", {"model": "nobody", "prompt": "x"}, "nobody"),
         (422, "/generate", {"prompt": "x", "temprature": 1}, ""),
@@ -96,6 +112,34 @@ def mix(weight: str) -> bytes:
 )  # fmt: skip
 def test_requests(live: Live, status: int, path: str, body: object, says: str) -> None:
     refused(live, status, path, body, says)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /stats HTTP/1.1\r\nno colon\r\n\r\n",
+        b"GET /stats HTTP/1.1\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200) + b"\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+    ],
+    ids=["header", "host", "tls", "length"],
+)
+def test_what_is_no_http(live: Live, sent: bytes) -> None:
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(sent)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and b"application/json" in head
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+
+
+def test_the_content_of_a_file_that_is_gone(live: Live) -> None:
+    sent = live.client.post("/v1/files", files={"file": ("a.jsonl", b"{}")}, data={"purpose": "fine-tune"}).json()
+    (live.state / "files" / sent["id"] / "content").unlink()
+    assert "gone" in shaped(live, live.client.get(f"/v1/files/{sent['id']}/content"), 404)["message"]
+    assert live.client.delete(f"/v1/files/{sent['id']}").json()["deleted"]
 
 
 def test_a_prompt_that_holds_the_template_s_own_tokens_is_text(live: Live) -> None:
@@ -282,6 +326,9 @@ def test_a_full_disk_while_registering(live: Live, write_random: Any, adapter_di
         error = shaped(live, upload(live, folder, "large"), 507)
         assert "disk" in error["message"] or "file" in error["message"].lower()
         shaped(live, live.client.get("/adapters/large"), 404)
+        lines = {"file": ("lines.jsonl", b'{"input": "a", "output": "b"}\n' * 100_000)}
+        files = live.client.post("/v1/files", files=lines, data={"purpose": "fine-tune"})
+        assert "the disk refuses" in shaped(live, files, 507)["message"]
     finally:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
     assert upload(live, folder, "large").status_code == 201

@@ -60,15 +60,34 @@ def _stream(live: Live, tokens: int, begun: threading.Event, lines: list[str]) -
 
 
 def test_sigterm_lets_requests_finish(embedded: Path, tmp_path: Path) -> None:
-    with serving(tmp_path) as live:
+    """What runs is finished; what is new is told that it comes too late, and when to come back."""
+    with serving(tmp_path, "--drain", "5m") as live:
         begun, lines = threading.Event(), []
-        reader = threading.Thread(target=_stream, args=(live, 300, begun, lines))
+        reader = threading.Thread(target=_stream, args=(live, 1000, begun, lines))
         reader.start()
         assert begun.wait(30)
         live.process.send_signal(signal.SIGTERM)
-        reader.join(60)
-        assert lines[-1] == "data: [DONE]"
+        while (ready := httpx.get(f"{live.url}/health/ready", timeout=60)).status_code == 200:
+            time.sleep(0.01)
+        late = httpx.post(f"{live.url}/generate", json={"prompt": "x"}, timeout=60)
+        assert late.status_code == ready.status_code == 503 and int(late.headers["retry-after"]) >= 1
+        assert "shutting down" in late.json()["error"]["message"] and lines[-1] != "data: [DONE]"
+        assert httpx.get(f"{live.url}/health/live", timeout=60).status_code == 200
+        reader.join(300)
+        assert lines[-1] == "data: [DONE]" and json.loads(lines[-2][6:])["finish_reason"] == "length"
         assert live.process.wait(30) == 0
+
+
+def test_what_is_not_over_when_the_drain_is_ends_with_a_word(embedded: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, "--drain", "500ms") as live:
+        begun, lines = threading.Event(), []
+        reader = threading.Thread(target=_stream, args=(live, 8000, begun, lines))
+        reader.start()
+        assert begun.wait(30)
+        live.process.send_signal(signal.SIGTERM)
+        assert live.process.wait(30) == 0
+        reader.join(10)
+        assert lines[-1] == "data: [DONE]" and json.loads(lines[-2][6:])["finish_reason"] == "cancelled"
 
 
 def test_a_second_signal_ends_at_once(embedded: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def prefill(runner, prompt: Sequence[int], mixes: Sequence[tuple[tuple[int, floa
             mixes=tuple(mixes),
             block_size=16,
         )
-    ).reshape(count, n, -1)
+    ).rows.reshape(count, n, -1)
 
 
 @pytest.fixture

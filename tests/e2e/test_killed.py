@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +17,30 @@ from tests.e2e.conftest import serving
 
 pytestmark = pytest.mark.e2e
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def test_a_crash_in_native_code_says_what_ran_and_a_restart_brings_all_back(
+    tmp_path: Path, embedded: Path, write_random: Callable[..., Path]
+) -> None:
+    """The signal of a crash, sent while a step runs. The kernels themselves are never given what would crash them."""
+    folder, log = write_random(tmp_path / "f", rank=4, seed=1), tmp_path / "first.log"
+    with serving(tmp_path / "state", log=log) as live:
+        files = {name: (folder / name).read_bytes() for name in (CONFIG, TENSORS)}
+        version = live.client.post("/adapters", files=files, data={"name": "kept"}).json()["version"]
+        asked = {"prompt": "x", "max_tokens": 4000, "ignore_eos": True, "stream": True, "adapters": [{"name": "kept"}]}
+        with pytest.raises(httpx.HTTPError), live.client.stream("POST", "/generate", json=asked) as answer:
+            lines = answer.iter_lines()
+            id = json.loads(next(lines)[6:])["id"]
+            live.process.send_signal(signal.SIGSEGV)
+            for _ in lines:
+                continue
+        assert live.process.wait(60) == -signal.SIGSEGV
+    said = log.read_text()
+    assert f"SIGSEGV in native code; the last step ran {id}.0 {version.partition('@')[2]}\n" in said
+    assert "Fatal Python error: Segmentation fault" in said
+    with serving(tmp_path / "state", log=tmp_path / "second.log") as live:
+        assert live.get("/adapters/kept")["version"] == version
+        assert live.post("/generate", {"prompt": "x", "max_tokens": 2, "adapters": [{"name": "kept"}]})["text"]
 
 
 def test_nothing_that_was_confirmed_is_lost(tmp_path: Path, embedded: Path, write_random: Callable[..., Path]) -> None:

@@ -47,7 +47,8 @@ def house(
     write_random(folder / "spare", rank=2, seed=2)
     shutil.copytree(folder / "spare", folder / "broken")
     (folder / "broken" / "adapter_model.safetensors").write_bytes(b"not tensors")
-    with serving(tmp_path_factory.mktemp("page"), "--adapter-dir", str(folder), "--max-queue", "64") as live:
+    flags = ["--adapter-dir", str(folder), "--max-queue", "64", "--adapter-ram", "12MiB"]
+    with serving(tmp_path_factory.mktemp("page"), *flags) as live:
         end = time.monotonic() + 30
         while time.monotonic() < end:
             listed = live.get("/adapters")
@@ -80,6 +81,7 @@ def page(browser: Browser, house: Live, request: pytest.FixtureRequest) -> Itera
     opened.on("request", lambda sent: hosts.add(urlsplit(sent.url).netloc))
     opened.goto("/")
     expect(opened.locator("#status[data-ready]")).to_be_visible()
+    expect(opened.get_by_label("Key")).to_be_hidden()
     expect(opened.locator(".side .task option")).not_to_have_count(1)
     yield opened
     context.close()
@@ -110,7 +112,7 @@ def body_of(page: Page, act: Callable[[], None]) -> dict:
 
 def test_a_task_answers_with_its_figures(page: Page) -> None:
     page.locator("select.task").select_option("sentiment")
-    expect(page.locator(".side .hint").first).to_have_text("the task's own adapter")
+    expect(page.locator(".side .hint").first).to_contain_text("The task's own adapter answers: “Classify the sentiment")
     ask(page)
     shown = figures(page)
     expect(page.locator(".answer")).to_have_text("positive")
@@ -121,7 +123,8 @@ def test_a_task_answers_with_its_figures(page: Page) -> None:
 
 def test_a_raw_answer_streams_in_steps(page: Page) -> None:
     page.locator("select.task").select_option("")
-    expect(page.locator(".side .hint").first).to_have_text("the base alone")
+    expect(page.locator(".side .hint").first).to_have_text("The base alone continues the prompt.")
+    expect(page.locator(".answer")).to_be_empty()
     page.evaluate(
         """() => { window.seen = []; new MutationObserver(() => {
         window.seen.push(document.querySelector('.answer').textContent.length); }).observe(
@@ -145,10 +148,10 @@ def test_a_mix_by_its_sliders(page: Page) -> None:
     second.get_by_label("Adapter").select_option("formal")
     slider = second.get_by_role("slider")
     slider.fill("0.3")
-    expect(second.get_by_label("Weight as a number")).to_have_value("0.3")
+    expect(second.get_by_label("Weight of formal as a number")).to_have_value("0.3")
     slider.press("ArrowRight")
-    expect(second.get_by_label("Weight as a number")).to_have_value("0.35")
-    first.get_by_label("Weight as a number").fill("-0.5")
+    expect(second.get_by_role("spinbutton")).to_have_value("0.35")
+    first.get_by_label("Weight of sentiment as a number").fill("-0.5")
     expect(first.get_by_role("slider")).to_have_value("-0.5")
     sent = body_of(page, lambda: ask(page))
     assert sent["adapters"] == [{"name": "sentiment", "weight": -0.5}, {"name": "formal", "weight": 0.35}]
@@ -202,6 +205,7 @@ def test_thumbs_post_feedback(page: Page) -> None:
     page.get_by_role("button", name="A bad answer").click()
     expect(page.get_by_role("button", name="A good answer")).to_have_attribute("aria-pressed", "false")
     expect(page.get_by_role("button", name="A bad answer")).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#notice")).to_have_text("Counted as a bad answer of sentiment.")
 
 
 def test_copies_run_as_they_are(page: Page, house: Live) -> None:
@@ -215,7 +219,7 @@ def test_copies_run_as_they_are(page: Page, house: Live) -> None:
     answer = page.locator(".answer").inner_text()
     for name in ("curl", "Python", "openai"):
         page.get_by_role("button", name=name, exact=True).click()
-        expect(page.locator(f".copy[data-as={name.lower()}]")).to_have_text("Copied")
+        expect(page.locator("#notice")).to_have_text(f"Copied as {name}.")
         text = page.evaluate("navigator.clipboard.readText()")
         if name == "curl" and shutil.which("curl") is None:
             continue
@@ -232,20 +236,27 @@ def row(page: Page, name: str):
 def test_the_adapters_table_acts(page: Page, house: Live) -> None:
     page.get_by_role("tab", name="Adapters").click()
     expect(row(page, "formal")).to_contain_text("KiB")
+    expect(page.locator("#room")).to_have_text(
+        re.compile(r"[\d.]+ \wi?B of 12.0 MiB.*One more takes about [\d.]+ .iB, and \d+ more")
+    )
+    cold = next(a["name"] for a in house.get("/adapters")["adapters"] if a["tier"] == "disk")
+    page.get_by_role("button", name=f"Load {cold}").click()
+    expect(row(page, cold).locator(".tag")).to_have_text("ram")
+    expect(page.get_by_role("button", name=f"Load {cold}")).to_be_disabled()
     page.get_by_role("button", name="Pin formal").click()
     expect(row(page, "formal")).to_contain_text("pinned")
     expect(page.get_by_role("button", name="Unpin formal")).to_be_visible()
     assert house.get("/adapters/formal")["pinned"] is True
     page.get_by_role("button", name="Unpin formal").click()
     expect(row(page, "formal")).not_to_contain_text("pinned")
-    page.get_by_role("button", name="Load formal").click()
-    expect(row(page, "formal").locator(".tier")).to_have_text(re.compile("ram|device"))
     page.once("dialog", lambda dialog: dialog.dismiss())
     page.get_by_role("button", name="Retire spare").click()
     assert house.client.get("/adapters/spare").status_code == 200, "asked first"
     page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Retire spare").click()
     expect(page.get_by_role("button", name="Retire spare")).to_have_count(0)
+    expect(page.locator("#notice")).to_have_text("spare is retired.")
+    expect(page.get_by_role("heading", name="Adapters on this server")).to_be_focused()
     assert house.client.get("/adapters/spare").status_code == 404
 
 
@@ -285,6 +296,7 @@ def test_an_upload_is_served_at_once_and_a_bad_one_is_refused(
     page.get_by_label("adapter_model.safetensors").set_input_files(folder / "adapter_model.safetensors")
     page.get_by_role("button", name="Upload", exact=True).click()
     expect(row(page, "uploaded")).to_be_visible()
+    expect(page.locator("#notice")).to_have_text(re.compile(r"uploaded@\w{12} is served."))
     assert house.post("/generate", {"prompt": "x", "adapters": [{"name": "uploaded"}], "max_tokens": 1})["adapters"]
 
     page.get_by_label("Name", exact=True).fill("wrong")
@@ -309,26 +321,55 @@ def test_tasks_live_and_jobs_show_what_there_is(page: Page, house: Live) -> None
     answered = house.post("/generate?task=sentiment", {"prompt": FILM})
     sent = {"id": answered["id"], "score": 1.0}
     assert house.client.post("/tasks/sentiment/feedback", json=sent).status_code == 204
+    route = {"best": ["formal", "sentiment"], "min_samples": 20}
+    assert house.client.put("/tasks/contest", json={"prompt": "{input}", "route": route}).is_success
     page.get_by_role("tab", name="Tasks").click()
-    sentiment = page.locator("#task-rows tr").filter(has_text="sentiment").first
+    sentiment = page.locator("[data-task=sentiment]")
     expect(sentiment).to_contain_text("positive, negative")
-    assert int(sentiment.locator("td").nth(3).inner_text()) >= 1
-    expect(sentiment.locator("td").nth(5)).to_contain_text("ms")
-    expect(sentiment.locator("td").nth(7)).to_contain_text("feedback")
+    version = sentiment.get_by_role("row").filter(has_text=answered["adapters"][0]["version"]).first
+    assert int(version.get_by_role("cell").nth(1).inner_text()) >= 1
+    expect(version.get_by_role("cell").nth(3)).to_have_text(re.compile(r"[\d.]+ / [\d.]+ / [\d.]+"))
+    expect(version.get_by_role("cell").nth(6)).to_have_text(
+        re.compile(r"accuracy [\d.]+ \(.* to .*\), \d+ by feedback")
+    )
+    contest = page.locator("[data-task=contest]")
+    expect(contest).to_contain_text("goes to the best of formal, sentiment, by accuracy from feedback")
+    expect(contest).to_contain_text("So far: taking turns until each has 20 samples")
+    expect(contest).to_contain_text("Nobody has asked yet")
+    assert house.client.delete("/tasks/contest").is_success
 
     page.get_by_role("tab", name="Live").click()
     for name in ("tokens", "requests", "kv", "memory"):
         expect(page.locator(f"#chart-{name} canvas")).to_be_visible()
     expect(page.locator("#live-now")).to_contain_text("MiB")
-    page.set_viewport_size({"width": 500, "height": 800})
-    expect(page.locator("#chart-kv canvas")).to_be_visible()
-    end = time.monotonic() + 5  # charts are drawn anew after the browser has told of its size
-    while not page.evaluate("document.documentElement.scrollWidth <= innerWidth"):
-        assert time.monotonic() < end, "nothing is wider than a phone"
-        page.wait_for_timeout(50)
+    expect(page.locator("#chart-memory")).to_have_attribute("aria-label", re.compile(r"process \d+, base \d+"))
+    expect(page.locator("#chart-memory .u-legend")).to_contain_text(re.compile(r"base\d+"))
 
     page.get_by_role("tab", name="Jobs").click()
     expect(page.locator("#job-list > *").first).to_be_visible()
+
+
+def test_a_narrow_window(page: Page) -> None:
+    """390 pixels, as a phone has: nothing is wider, tables are lists, and every cell says what it is."""
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.get_by_role("checkbox").check()
+    page.get_by_role("button", name="Add adapter").first.click()
+    for tab in ("Playground", "Adapters", "Tasks", "Live", "Jobs"):
+        page.get_by_role("tab", name=tab).click()
+        expect(page.get_by_role("tabpanel", name=tab)).to_be_visible()
+        page.wait_for_timeout(200)
+        end = time.monotonic() + 5  # charts are drawn anew after the browser has told of its size
+        while not page.evaluate("document.documentElement.scrollWidth <= innerWidth"):
+            assert time.monotonic() < end, f"{tab} is wider than the window"
+            page.wait_for_timeout(50)
+    page.get_by_role("tab", name="Adapters").click()
+    expect(row(page, "sentiment").get_by_role("cell").first).to_be_visible()
+    labels = page.evaluate("[...document.querySelector('#adapter-rows tr').cells].map(c => c.dataset.label)")
+    assert labels == [th.inner_text() for th in page.locator("#adapters thead th").all()][:9]
+    chart = page.locator("#chart-kv canvas")
+    page.get_by_role("tab", name="Live").click()
+    expect(chart).to_be_visible()
+    assert (chart.bounding_box() or {"width": 0})["width"] < 390
 
 
 def test_the_keyboard_alone(page: Page) -> None:
@@ -347,7 +388,20 @@ def test_the_keyboard_alone(page: Page) -> None:
         expect(tab).to_be_focused()
         expect(tab).to_have_attribute("aria-selected", "true")
         expect(page.get_by_role("tabpanel")).to_have_count(1)
-    page.get_by_role("textbox", name="Prompt").fill("hello")
+    for name in ("link API", "button Change between light and dark", "textbox Prompt"):
+        page.keyboard.press("Tab")
+        role, _, name = name.partition(" ")
+        expect(page.get_by_role(role, name=name, exact=True)).to_be_focused()
+    page.keyboard.type("hello")
+    page.keyboard.press("Tab")
+    page.keyboard.type("2000")
+    page.get_by_role("button", name="Run").focus()
+    page.keyboard.press("Enter")
+    stop = page.get_by_role("button", name="Stop")
+    expect(stop).to_be_focused()
+    page.keyboard.press("Space")
+    expect(page.locator(".figures")).to_contain_text("stopped after")
+    expect(page.get_by_role("button", name="Run")).to_be_focused()
     page.get_by_label("Tokens at most").fill("2")
     page.get_by_role("textbox", name="Prompt").press("Control+Enter")
     figures(page)
@@ -371,7 +425,7 @@ CONTRAST = """() => {
     .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
   const under = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
     if (!c.startsWith('rgba(0, 0, 0, 0')) return c; } return 'rgb(255,255,255)'; };
-  return [...document.querySelectorAll('h1, label, p, button, td, th, dt, dd, a, caption')]
+  return [...document.querySelectorAll('h1, h2, label, p, button, td, th, dt, dd, a, small, code, .tag')]
     .filter(e => e.offsetParent && e.textContent.trim() && !e.disabled && !e.closest('.skip'))
     .map(e => { const [a, b] = [light(getComputedStyle(e).color), light(under(e))];
       return [e.textContent.trim().slice(0, 40), (Math.max(a, b) + .05) / (Math.min(a, b) + .05)]; });
@@ -384,7 +438,7 @@ def test_both_themes_are_readable(page: Page) -> None:
         return page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
 
     for _ in range(2):
-        for tab in ("Playground", "Adapters", "Tasks", "Live"):
+        for tab in ("Playground", "Adapters", "Tasks", "Live", "Jobs"):
             page.get_by_role("tab", name=tab).click()
             page.wait_for_timeout(100)
             faint = [(text, ratio) for text, ratio in page.evaluate(CONTRAST) if ratio < 4.5]
@@ -406,6 +460,7 @@ def test_a_server_with_keys_asks_for_one(
         opened = browser.new_page()
         opened.goto(live.url)
         expect(opened.get_by_role("alert")).to_contain_text("key")
+        expect(opened.get_by_label("Key")).to_be_visible()
         opened.get_by_label("Key").fill("secret-two")
         opened.get_by_label("Key").press("Enter")
         expect(opened.locator("#status[data-ready]")).to_be_visible()

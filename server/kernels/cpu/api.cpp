@@ -76,18 +76,4 @@ void loramux_model_step(void* model, const Step* step) { static_cast<Model*>(mod
 int64_t loramux_model_bytes(void* model) { return static_cast<Model*>(model)->work_bytes(); }
 // Nanoseconds that each kind of phase has taken since the last call; see Model::Phase.
 void loramux_model_times(void* model, int64_t* out) { static_cast<Model*>(model)->take_times(out); }
-
-// The first largest of each row of logits [rows, n].
-void loramux_argmax(void* pool_, const float* logits, int64_t rows, int64_t n, int64_t* out) {
-  auto& pool = *static_cast<Pool*>(pool_);
-  std::lock_guard<std::mutex> turn(pool.turn);
-  pool.run(static_cast<int>(rows), [&](int row, int) { out[row] = first_largest(logits + row * n, n); });
-}
-
-// Each row's logarithm of the sum of exponentials, [rows].
-void loramux_logsumexp(void* pool_, const float* logits, int64_t rows, int64_t n, float* out) {
-  auto& pool = *static_cast<Pool*>(pool_);
-  std::lock_guard<std::mutex> turn(pool.turn);
-  pool.run(static_cast<int>(rows), [&](int row, int) { out[row] = log_sum_exp(logits + row * n, n); });
-}
 }

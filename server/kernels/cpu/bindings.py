@@ -13,7 +13,7 @@ from pathlib import Path
 INT4, NF4, INT8, NONE = range(4)
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of a layer, in the order of `SiteIndex`."""
-PHASES = ("norm", "qkv", "attention", "out", "gate_up", "down", "expand", "head", "plan")
+PHASES = ("norm", "qkv", "attention", "out", "gate_up", "down", "head", "plan")
 """What `loramux_model_times` tells apart, in the order of `Model::Phase`."""
 
 
@@ -80,6 +80,7 @@ class Step(ctypes.Structure):
         ("mix_slot", c_void_p),
         ("mix_weight", c_void_p),
         ("logits", c_void_p),
+        ("largest", c_void_p),
     ]
 
 
@@ -100,20 +101,21 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_model_step": (None, [c_void_p, POINTER(Step)]),
     "loramux_model_bytes": (c_int64, [c_void_p]),
     "loramux_model_times": (None, [c_void_p, POINTER(c_int64)]),
-    "loramux_argmax": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
-    "loramux_logsumexp": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
+    "loramux_last_words": (None, [c_void_p]),
 }
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The loaded library. Raises OSError where it was not built or cannot be loaded."""
+    """The loaded library. Raises OSError where it was not built, cannot be loaded or is not of this source."""
     found = sorted(Path(__file__).parent.glob("_native*.so"))
     if not found:
         raise OSError("the library was not built with this package")
     loaded = ctypes.CDLL(str(found[0]))
     for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
+        function = getattr(loaded, name, None)
+        if function is None:
+            raise OSError(f"the library was built from other sources, it has no {name}: install the package again")
         function.restype = result
         function.argtypes = arguments
     return loaded

@@ -67,7 +67,8 @@ struct Step {
   const int32_t* mix_start;
   const int32_t* mix_slot;
   const float* mix_weight;
-  float* logits;  // [logit_count, vocab]
+  float* logits;     // [logit_count, vocab]
+  int64_t* largest;  // [logit_count]: the first largest of each row, -1 if one of it is not finite
 };
 
 }  // namespace loramux

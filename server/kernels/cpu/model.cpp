@@ -72,31 +72,6 @@ int64_t cache_halves(const Config& config, int64_t block_size) {
   return config.kv_heads * Cache{nullptr, block_size, config.kv_heads, config.head_dim}.head_halves();
 }
 
-int64_t first_largest(const float* x, int64_t n) {
-  __m512 most = _mm512_set1_ps(-INFINITY);
-  for (int64_t i = 0; i < n; i += 16)
-    most = _mm512_max_ps(most, _mm512_mask_loadu_ps(most, first_lanes(n - i), x + i));
-  const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = first_lanes(n - i);
-    const __mmask16 hit = _mm512_mask_cmp_ps_mask(mask, _mm512_maskz_loadu_ps(mask, x + i), peak, _CMP_EQ_OQ);
-    if (hit) return i + __builtin_ctz(hit);
-  }
-  return 0;
-}
-
-float log_sum_exp(const float* x, int64_t n) {
-  const float peak = x[first_largest(x, n)];
-  const __m512 p = _mm512_set1_ps(peak);
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = first_lanes(n - i);
-    const __m512 e = exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), p));
-    sum = _mm512_add_ps(sum, _mm512_maskz_mov_ps(mask, e));
-  }
-  return peak + std::log(_mm512_reduce_add_ps(sum));
-}
-
 Model::Model(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,
              Pool& pool)
     : config_(config),
@@ -108,6 +83,7 @@ Model::Model(const Config& config, const Layer* layers, const Matrix& embed, con
       slot_sites_(static_cast<size_t>(config.max_slots)),
       slots_(static_cast<size_t>(config.max_slots), nullptr),
       slot_rank_(static_cast<size_t>(config.max_slots), 0),
+      slot_uses_(static_cast<size_t>(config.max_slots), 0),
       local_(static_cast<size_t>(pool.threads())) {
   for (const Layer& layer : layers_)
     for (const Matrix& w : layer.site) (w.scheme == NONE ? any_half_ : any_codes_) = true;
@@ -127,17 +103,23 @@ void Model::set_slot(int64_t slot, const LoraSite* sites) {
   slot_sites_[at].clear();
   slots_[at] = nullptr;
   slot_rank_[at] = 0;
+  slot_uses_[at] = 0;
   if (sites == nullptr) return;
   slot_sites_[at].assign(sites, sites + config_.layers * SITES);
   slots_[at] = slot_sites_[at].data();
-  for (const LoraSite& site : slot_sites_[at]) slot_rank_[at] = std::max(slot_rank_[at], site.rank);
+  for (size_t i = 0; i < slot_sites_[at].size(); i++) {
+    const int64_t rank = slot_sites_[at][i].rank;
+    slot_rank_[at] = std::max(slot_rank_[at], rank);
+    if (rank > 0) slot_uses_[at] |= 1u << i % SITES;
+  }
 }
 
 int64_t Model::work_bytes() const {
   int64_t bytes = stream_.bytes() + qkv_.bytes() + query_.bytes() + seen_.bytes() + normed_.bytes() +
                   attended_.bytes() + gated_.bytes();
-  for (const auto& buffer : rank_products_) bytes += buffer.bytes();
-  for (const Local& local : local_) bytes += local.attention.bytes() + local.tile.bytes() + local.row.bytes();
+  for (const auto& buffer : updates_) bytes += buffer.bytes();
+  for (const Local& local : local_)
+    bytes += local.attention.bytes() + local.tile.bytes() + local.row.bytes() + local.ranks.bytes();
   return bytes;
 }
 
@@ -148,14 +130,7 @@ void Model::take_times(int64_t* out) {
 
 int64_t Model::clock(Phase phase, int64_t since) {
   const int64_t t = now();
-  // The second products of adapters run inside other phases and are told apart from them.
-  if (phase == EXPAND)
-    expanding_ += t - since;
-  else {
-    times_[phase] += t - since - expanding_;
-    times_[EXPAND] += expanding_;
-    expanding_ = 0;
-  }
+  times_[phase] += t - since;
   return t;
 }
 
@@ -168,7 +143,7 @@ Cache Model::cache_of(int64_t layer) const {
 
 LoraPlan Model::plan_block(const Step& step, int64_t first, int64_t count) const {
   LoraPlan plan;
-  std::map<int32_t, size_t> slot_at;
+  plan.mixed.assign(static_cast<size_t>(count), 0);
   std::map<std::vector<std::pair<int32_t, float>>, size_t> mix_at;
   int64_t row = first;
   while (row < first + count) {
@@ -181,23 +156,16 @@ LoraPlan Model::plan_block(const Step& step, int64_t first, int64_t count) const
       const auto [at, fresh] = mix_at.emplace(mix, plan.mixes.size());
       if (fresh) {
         MixRows& group = plan.mixes.emplace_back();
-        int32_t offset = 0;
         for (const auto& [slot, weight] : mix) {
-          group.entries.push_back({slot, offset});
-          offset += static_cast<int32_t>(slot_rank_[static_cast<size_t>(slot)]);
+          group.entries.push_back({slot, weight});
+          plan.sites |= slot_uses_[static_cast<size_t>(slot)];
+          plan.rank = std::max(plan.rank, slot_rank_[static_cast<size_t>(slot)]);
         }
-        plan.width = std::max<int64_t>(plan.width, offset);
       }
-      MixRows& group = plan.mixes[at->second];
-      for (size_t e = 0; e < mix.size(); e++) {
-        const auto [where, unseen] = slot_at.emplace(mix[e].first, plan.slots.size());
-        if (unseen) plan.slots.push_back({mix[e].first, {}});
-        for (int64_t r = row; r < end; r++)
-          plan.slots[where->second].uses.push_back(
-              {static_cast<int32_t>(r - first), mix[e].second, group.entries[e].offset});
+      for (int64_t r = row; r < end; r++) {
+        plan.mixes[at->second].rows.push_back(static_cast<int32_t>(r - first));
+        plan.mixed[static_cast<size_t>(r - first)] = 1;
       }
-      for (int64_t r = row; r < end; r++) group.rows.push_back(static_cast<int32_t>(r - first));
-      plan.rows += end - row;
     }
     row = end;
   }
@@ -219,63 +187,62 @@ void Model::plan(const Step& step) {
 void Model::reserve(const Step& step) {
   const int64_t rows = std::min(BLOCK, std::max<int64_t>(step.rows, 1));
   const int64_t heads = config_.heads * config_.head_dim, kv = config_.kv_heads * config_.head_dim;
-  int64_t width = 0, context = 0;
-  for (const RowBlock& block : row_blocks_) width = std::max(width, block.plan.width);
+  int64_t rank = 0, context = 0;
+  uint32_t sites = 0;
+  for (const RowBlock& block : row_blocks_) {
+    rank = std::max(rank, block.plan.rank);
+    sites |= block.plan.sites;
+  }
   for (int64_t r = 0; r < step.rows; r++) context = std::max(context, step.positions[r] + 1);
-  const bool half = any_half_ || width > 0;
+  const auto half = [&](uint32_t readers) { return any_half_ || (sites & readers) != 0; };
   stream_.reserve(step.rows * config_.hidden);
   qkv_.reserve(rows * (whole_tiles(heads) + 2 * whole_tiles(kv)));
   query_.reserve(rows * heads);
   seen_.reserve(rows * heads);
-  normed_.reserve(rows, config_.hidden, any_codes_, half);
-  attended_.reserve(rows, heads, any_codes_, half);
-  gated_.reserve(rows, config_.intermediate, any_codes_, half);
-  for (auto& buffer : rank_products_) buffer.reserve(rows * width);
+  normed_.reserve(rows, config_.hidden, any_codes_, half(1u << Q | 1u << K | 1u << V | 1u << GATE | 1u << UP));
+  attended_.reserve(rows, heads, any_codes_, half(1u << O));
+  gated_.reserve(rows, config_.intermediate, any_codes_, half(1u << DOWN));
+  for (size_t site = 0; site < SITES; site++)
+    if (sites >> site & 1) updates_[site].reserve(rows * whole_tiles(layers_[0].site[site].n));
   for (Local& local : local_) {
     local.attention.reserve(context);
     local.tile.reserve(rows * 2 * TILES * 16);
     local.row.reserve(std::max({config_.hidden, heads, config_.head_dim}) + 16);
+    local.ranks.reserve(UPDATE_SITES * UPDATE_ROWS * rank);
   }
 }
 
-bool Model::site_used(const RowBlock& block, int64_t layer, int site) const {
-  for (const SlotRows& slot : block.plan.slots)
-    if (slots_[static_cast<size_t>(slot.slot)][layer * SITES + site].rank > 0) return true;
-  return false;
+// The tasks that compute the updates of `sites`; how many.
+int Model::plan_updates(int64_t layer, const RowBlock& block, const std::vector<int>& sites) {
+  updated_.clear();
+  for (const int site : sites) {
+    if (!(block.plan.sites >> site & 1)) continue;
+    const int64_t n = layers_[static_cast<size_t>(layer)].site[site].n;
+    updated_.push_back({layer * SITES + site, updates_[static_cast<size_t>(site)].get(), whole_tiles(n), n});
+  }
+  loramux::plan_updates(block.plan, slots_, updated_, update_tasks_);
+  if (update_tasks_.empty()) updated_.clear();
+  return static_cast<int>(update_tasks_.size());
 }
 
-void Model::shrink_piece(int64_t layer, const RowBlock& block, const Activations& x, int64_t in, int piece) {
-  const ShrinkTask& task = shrink_tasks_[static_cast<size_t>(piece)];
-  const SlotRows& slot = block.plan.slots[static_cast<size_t>(task.slot)];
-  const LoraSite& site = slots_[static_cast<size_t>(slot.slot)][layer * SITES + task.site];
-  if (static_cast<size_t>(piece) + 1 < shrink_tasks_.size()) {
-    const ShrinkTask& next = shrink_tasks_[static_cast<size_t>(piece) + 1];
-    const int32_t next_slot = block.plan.slots[static_cast<size_t>(next.slot)].slot;
-    const LoraSite& after = slots_[static_cast<size_t>(next_slot)][layer * SITES + next.site];
-    // What lies right behind this one is asked for on the way.
-    if (after.a < site.a || after.a > site.a + site.rank * in + 64) prefetch_site(after, in);
+void Model::update_piece(const RowBlock& block, const Activations& x, int64_t in, int piece, int thread) {
+  const UpdateTask& task = update_tasks_[static_cast<size_t>(piece)];
+  const uint16_t* next = nullptr;
+  if (static_cast<size_t>(piece) + 1 < update_tasks_.size()) {
+    const UpdateTask& after = update_tasks_[static_cast<size_t>(piece) + 1];
+    const int32_t slot = block.plan.mixes[static_cast<size_t>(after.mix)].entries[0].slot;
+    next = slots_[static_cast<size_t>(slot)][updated_[0].at].a;
   }
-  shrink(site, slot, task.first, task.last, x.half.get(), x.padded, in, products_of(task.site), block.plan.width);
+  update(block.plan.mixes[static_cast<size_t>(task.mix)], task, slots_, updated_, x.half.get(), x.padded, in,
+         local_[static_cast<size_t>(thread)].ranks.get(), next);
 }
 
-void Model::expand_rows(int64_t layer, const RowBlock& block, const std::vector<int>& sites,
-                        const std::vector<Target>& targets) {
-  const int64_t started = now();
-  int64_t out[SITES] = {};
-  const Target* of[SITES] = {};
-  for (const Target& target : targets) {
-    out[target.site] = target.w->n;
-    of[target.site] = &target;
-  }
-  plan_expand(block.plan, slots_, layer, sites, out, expand_tasks_);
-  pool_.run(static_cast<int>(expand_tasks_.size()), [&](int piece, int) {
-    const ExpandTask& task = expand_tasks_[static_cast<size_t>(piece)];
-    const Target& target = *of[task.site];
-    expand(block.plan.mixes[static_cast<size_t>(task.mix)], block.plan.width, slots_, layer * SITES + task.site,
-           task.first, task.last, products_of(task.site), target.out + task.column, target.stride, task.column,
-           task.columns, target.w->n);
-  });
-  clock(EXPAND, started);
+// What the last updates add to a row's output at a site, or null.
+const float* Model::update_of(const RowBlock& block, int site, int64_t row) const {
+  if (!block.plan.mixed[static_cast<size_t>(row)]) return nullptr;
+  for (const Update& update : updated_)
+    if (update.at % SITES == site) return update.z + row * update.stride;
+  return nullptr;
 }
 
 // ---- linears --------------------------------------------------------------------------------------------------
@@ -308,42 +275,39 @@ void Model::product_piece(const RowBlock& block, const Activations& x, const Tar
   }
 }
 
-// The base's products and the adapters' first ones side by side (one lives on arithmetic, the other on memory), then
-// the adapters' second ones on top.
+// The base's products and the adapters' updates side by side: one lives on arithmetic, the other on memory. Whoever
+// reads the result adds the updates. Those of the first rows come first and those of the last rows last, so that of two
+// threads each mostly computes what it will read, and one reads memory while the other multiplies.
 void Model::products(int64_t layer, const RowBlock& block, const Activations& x, int64_t in,
                      const std::vector<Target>& targets) {
   std::vector<int> sites;
-  for (const Target& target : targets) sites.push_back(target.site);
-  shrink_tasks_.clear();
-  if (block.plan.any()) plan_shrink(block.plan, slots_, layer, sites, shrink_tasks_);
-  const int shrinks = static_cast<int>(shrink_tasks_.size());
   std::array<int64_t, 4> start{};
-  for (size_t i = 0; i < targets.size(); i++)
+  for (size_t i = 0; i < targets.size(); i++) {
+    sites.push_back(targets[i].site);
     start[i + 1] = start[i] + (targets[i].w->tiles() + TILES - 1) / TILES;
+  }
+  const int updates = plan_updates(layer, block, sites), before = (updates + 1) / 2;
+  const int products = static_cast<int>(start[targets.size()]);
   phase_++;
-  pool_.run(shrinks + static_cast<int>(start[targets.size()]), [&](int piece, int thread) {
-    if (piece < shrinks) return shrink_piece(layer, block, x, in, piece);
-    piece -= shrinks;
+  pool_.run(updates + products, [&](int piece, int thread) {
+    if (piece < before) return update_piece(block, x, in, piece, thread);
+    if (piece >= before + products) return update_piece(block, x, in, piece - products, thread);
+    piece -= before;
     fetch_once(x, block.count, thread);
     size_t i = 0;
     while (piece >= start[i + 1]) i++;
     const int64_t first = (piece - start[i]) * TILES;
     product_piece(block, x, targets[i], first, std::min(first + TILES, targets[i].w->tiles()), thread);
   });
-  if (shrinks > 0) expand_rows(layer, block, sites, targets);
 }
 
 // silu(gate) * up, 32 columns of each at a time, given on as quantized activations.
 void Model::gate_up(int64_t layer, const RowBlock& block) {
   const Matrix& gate = layers_[static_cast<size_t>(layer)].site[GATE];
   const Matrix& up = layers_[static_cast<size_t>(layer)].site[UP];
-  const bool lora[2] = {block.plan.any() && site_used(block, layer, GATE),
-                        block.plan.any() && site_used(block, layer, UP)};
-  if (lora[0] || lora[1]) {
-    plan_shrink(block.plan, slots_, layer, {GATE, UP}, shrink_tasks_);
-    pool_.run(static_cast<int>(shrink_tasks_.size()),
-              [&](int piece, int) { shrink_piece(layer, block, normed_, config_.hidden, piece); });
-  }
+  const int updates = plan_updates(layer, block, {GATE, UP});
+  if (updates > 0)
+    pool_.run(updates, [&](int piece, int thread) { update_piece(block, normed_, config_.hidden, piece, thread); });
   constexpr int64_t WIDE = TILES * 16;
   phase_++;
   pool_.run(static_cast<int>((gate.tiles() + TILES - 1) / TILES), [&](int piece, int thread) {
@@ -353,14 +317,13 @@ void Model::gate_up(int64_t layer, const RowBlock& block) {
     fetch_once(normed_, block.count, thread);
     for (int side = 0; side < 2; side++) {
       const Matrix& w = side == 0 ? gate : up;
-      const int site = side == 0 ? GATE : UP;
-      const int64_t at = layer * SITES + site;
       float* to = y + side * WIDE;
       multiply(w, first, last, normed_, block.count, to, 2 * WIDE);
-      if (w.bias)
-        for (int64_t r = 0; r < block.count; r++) add_row(to + r * 2 * WIDE, w.bias + column, columns);
-      if (lora[side])
-        expand_all(block.plan, slots_, at, products_of(site), to, 2 * WIDE, column, columns, w.n);
+      for (int64_t r = 0; r < block.count; r++) {
+        if (w.bias) add_row(to + r * 2 * WIDE, w.bias + column, columns);
+        const float* z = updates > 0 ? update_of(block, side == 0 ? GATE : UP, r) : nullptr;
+        if (z) add_row(to + r * 2 * WIDE, z + column, columns);
+      }
     }
     for (int64_t r = 0; r < block.count; r++) {
       float* g = y + r * 2 * WIDE;
@@ -371,14 +334,29 @@ void Model::gate_up(int64_t layer, const RowBlock& block) {
   });
 }
 
-void Model::norm_rows(int64_t first, int64_t count, const float* weight, Activations& to) {
-  const int pieces = static_cast<int>((count + ROWS - 1) / ROWS);
+// Adds what the adapters give to the stream, where no phase that follows does.
+void Model::down(int64_t layer, const RowBlock& block) {
+  const Matrix& w = layers_[static_cast<size_t>(layer)].site[DOWN];
+  float* stream = stream_.get() + block.first * config_.hidden;
+  products(layer, block, gated_, config_.intermediate, {{&w, DOWN, stream, config_.hidden, true}});
+  if (updated_.empty()) return;
+  pool_.run(static_cast<int>((block.count + ROWS - 1) / ROWS), [&](int piece, int) {
+    for (int64_t r = piece * ROWS; r < std::min<int64_t>(block.count, (piece + 1) * ROWS); r++)
+      if (const float* z = update_of(block, DOWN, r)) add_row(stream + r * config_.hidden, z, config_.hidden);
+  });
+}
+
+// The stream's rows, after the updates of `added` if that is a site, as activations.
+void Model::norm_rows(const RowBlock& block, const float* weight, int added) {
+  const int pieces = static_cast<int>((block.count + ROWS - 1) / ROWS);
   pool_.run(pieces, [&](int piece, int thread) {
     float* scratch = local_[static_cast<size_t>(thread)].row.get();
-    for (int64_t r = piece * ROWS; r < std::min<int64_t>(count, (piece + 1) * ROWS); r++) {
-      rms_norm(stream_.get() + (first + r) * config_.hidden, weight, config_.hidden, static_cast<float>(config_.eps),
-               scratch);
-      to.set(r, 0, config_.hidden, scratch);
+    for (int64_t r = piece * ROWS; r < std::min<int64_t>(block.count, (piece + 1) * ROWS); r++) {
+      float* x = stream_.get() + (block.first + r) * config_.hidden;
+      const float* z = added == SITES ? nullptr : update_of(block, added, r);
+      if (z) add_row(x, z, config_.hidden);
+      rms_norm(x, weight, config_.hidden, static_cast<float>(config_.eps), scratch);
+      normed_.set(r, 0, config_.hidden, scratch);
     }
   });
 }
@@ -398,6 +376,9 @@ void Model::rotate_and_write(const Step& step, int64_t layer, const RowBlock& bl
   const float* cosine = cosine_ + position * (dim / 2);
   const float* sine = sine_ + position * (dim / 2);
   const auto eps = static_cast<float>(config_.eps);
+  if (const float* z = update_of(block, Q, row)) add_row(q + head * group * dim, z + head * group * dim, group * dim);
+  if (const float* z = update_of(block, K, row)) add_row(k, z + head * dim, dim);
+  if (const float* z = update_of(block, V, row)) add_row(v, z + head * dim, dim);
   for (int64_t h = head * group; h < (head + 1) * group; h++) {
     float* x = q + h * dim;
     if (l.q_norm) rms_norm(x, l.q_norm, dim, eps, x);
@@ -498,7 +479,7 @@ void Model::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
   float* stream = stream_.get() + block.first * config_.hidden;
   int64_t t = now();
 
-  norm_rows(block.first, block.count, l.input_norm, normed_);
+  norm_rows(block, l.input_norm, SITES);
   t = clock(NORM, t);
   products(layer, block, normed_, config_.hidden,
            {{&l.site[Q], Q, qkv_.get(), stride, false},
@@ -510,21 +491,44 @@ void Model::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
   products(layer, block, attended_, heads, {{&l.site[O], O, stream, config_.hidden, true}});
   t = clock(OUT, t);
 
-  norm_rows(block.first, block.count, l.post_norm, normed_);
+  norm_rows(block, l.post_norm, O);
   t = clock(NORM, t);
   gate_up(layer, block);
   t = clock(GATE_UP, t);
-  products(layer, block, gated_, config_.intermediate, {{&l.site[DOWN], DOWN, stream, config_.hidden, true}});
+  down(layer, block);
   clock(DOWN_PROJ, t);
+}
+
+// Of x[0..n), which begin at column `at` of the row.
+Model::Peak Model::peak_of(const float* x, int64_t n, int64_t at) {
+  __m512 most = _mm512_set1_ps(-INFINITY), nothing = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = first_lanes(n - i);
+    const __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
+    most = _mm512_mask_max_ps(most, mask, most, v);
+    nothing = _mm512_fmadd_ps(v, _mm512_setzero_ps(), nothing);
+  }
+  Peak peak{_mm512_reduce_max_ps(most), _mm512_reduce_add_ps(nothing), at};
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 hit = _mm512_mask_cmp_ps_mask(first_lanes(n - i), _mm512_maskz_loadu_ps(first_lanes(n - i), x + i),
+                                                  _mm512_set1_ps(peak.value), _CMP_EQ_OQ);
+    if (!hit) continue;
+    peak.at = at + i + __builtin_ctz(hit);
+    break;
+  }
+  return peak;
 }
 
 void Model::head(const Step& step) {
   constexpr int64_t EACH = 8;  // tiles: the table is long
-  const int64_t tiles = head_.tiles();
+  const int64_t tiles = head_.tiles(), pieces = (tiles + EACH - 1) / EACH;
   for (int64_t first = 0; first < step.logit_count; first += BLOCK) {
     const int64_t count = std::min(BLOCK, step.logit_count - first);
     normed_.reserve(count, config_.hidden, head_.scheme != NONE, head_.scheme == NONE);
-    for (Local& local : local_) local.tile.reserve(count * EACH * 16);
+    for (Local& local : local_) {
+      local.tile.reserve(count * EACH * 16);
+      local.peaks.assign(static_cast<size_t>(count), Peak{});
+    }
     pool_.run(static_cast<int>((count + ROWS - 1) / ROWS), [&](int piece, int thread) {
       float* scratch = local_[static_cast<size_t>(thread)].row.get();
       for (int64_t r = piece * ROWS; r < std::min<int64_t>(count, (piece + 1) * ROWS); r++) {
@@ -533,17 +537,26 @@ void Model::head(const Step& step) {
         normed_.set(r, 0, config_.hidden, scratch);
       }
     });
-    pool_.run(static_cast<int>((tiles + EACH - 1) / EACH), [&](int piece, int thread) {
+    pool_.run(static_cast<int>(pieces), [&](int piece, int thread) {
       const int64_t tile = piece * EACH, last = std::min(tile + EACH, tiles);
+      const int64_t columns = std::min(last * 16, config_.vocab) - tile * 16;
       float* to = step.logits + first * config_.vocab + tile * 16;
       if (last * 16 <= config_.vocab) {
         multiply(head_, tile, last, normed_, count, to, config_.vocab);
-        return;
+      } else {
+        float* y = local_[static_cast<size_t>(thread)].tile.get();
+        multiply(head_, tile, last, normed_, count, y, EACH * 16);
+        for (int64_t r = 0; r < count; r++) copy_row(to + r * config_.vocab, y + r * EACH * 16, columns);
       }
-      float* y = local_[static_cast<size_t>(thread)].tile.get();
-      multiply(head_, tile, last, normed_, count, y, EACH * 16);
-      for (int64_t r = 0; r < count; r++) copy_row(to + r * config_.vocab, y + r * EACH * 16, config_.vocab - tile * 16);
+      for (int64_t r = 0; r < count; r++)  // while they are still in the first cache
+        local_[static_cast<size_t>(thread)].peaks[static_cast<size_t>(r)].take(
+            peak_of(to + r * config_.vocab, columns, tile * 16));
     });
+    for (int64_t r = 0; r < count; r++) {
+      Peak best;
+      for (const Local& local : local_) best.take(local.peaks[static_cast<size_t>(r)]);
+      step.largest[first + r] = std::isnan(best.nothing) ? -1 : best.at;
+    }
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "attention.h"
@@ -16,12 +17,10 @@
 namespace loramux {
 
 int64_t cache_halves(const Config& config, int64_t block_size);  // bf16 values of one block of one layer
-int64_t first_largest(const float* x, int64_t n);
-float log_sum_exp(const float* x, int64_t n);
 
 class Model {
  public:
-  enum Phase { NORM, QKV, ATTENTION, OUT, GATE_UP, DOWN_PROJ, EXPAND, HEAD, PLAN, PHASES };
+  enum Phase { NORM, QKV, ATTENTION, OUT, GATE_UP, DOWN_PROJ, HEAD, PLAN, PHASES };
 
   Model(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,
         Pool& pool);
@@ -41,6 +40,17 @@ class Model {
     LoraPlan plan;
   };
 
+  // The first largest of some logits of a row, and NaN times zero if one of them is not finite.
+  struct Peak {
+    float value = -std::numeric_limits<float>::infinity(), nothing = 0.0f;
+    int64_t at = std::numeric_limits<int64_t>::max();
+
+    void take(const Peak& other) {
+      nothing += other.nothing;
+      if (other.value > value || (other.value == value && other.at < at)) value = other.value, at = other.at;
+    }
+  };
+
   // What one product does with its result.
   struct Target {
     const Matrix* w;
@@ -54,23 +64,22 @@ class Model {
   LoraPlan plan_block(const Step& step, int64_t first, int64_t count) const;
   void reserve(const Step& step);
   void run_layer(const Step& step, int64_t layer, const RowBlock& block);
-  void norm_rows(int64_t first, int64_t count, const float* weight, Activations& to);
-  void norm_row(const float* x, const float* weight, int64_t row, Activations& to, float* scratch);
+  void norm_rows(const RowBlock& block, const float* weight, int added);
   void products(int64_t layer, const RowBlock& block, const Activations& x, int64_t in,
                 const std::vector<Target>& targets);
   void product_piece(const RowBlock& block, const Activations& x, const Target& target, int64_t first, int64_t last,
                      int thread);
-  void shrink_piece(int64_t layer, const RowBlock& block, const Activations& x, int64_t in, int piece);
-  void expand_rows(int64_t layer, const RowBlock& block, const std::vector<int>& sites,
-                   const std::vector<Target>& targets);
+  int plan_updates(int64_t layer, const RowBlock& block, const std::vector<int>& sites);
+  void update_piece(const RowBlock& block, const Activations& x, int64_t in, int piece, int thread);
+  const float* update_of(const RowBlock& block, int site, int64_t row) const;
   void gate_up(int64_t layer, const RowBlock& block);
+  void down(int64_t layer, const RowBlock& block);
   void rotate_and_write(const Step& step, int64_t layer, const RowBlock& block, int64_t row, int64_t head);
   void attention(const Step& step, int64_t layer, const RowBlock& block);
   void attend_rows(const Step& step, int64_t layer, const RowBlock& block, int64_t sequence, int64_t head,
                    int64_t first, int64_t last, int thread, const uint16_t* const* following);
   void head(const Step& step);
-  bool site_used(const RowBlock& block, int64_t layer, int site) const;
-  float* products_of(int site) { return rank_products_[static_cast<size_t>(site)].get(); }
+  static Peak peak_of(const float* x, int64_t n, int64_t at);
   Cache cache_of(int64_t layer) const;
   void fetch_once(const Activations& x, int64_t rows, int thread);
   int64_t clock(Phase phase, int64_t since);
@@ -83,6 +92,7 @@ class Model {
   std::vector<std::vector<LoraSite>> slot_sites_;
   std::vector<const LoraSite*> slots_;  // [slot] -> [layer][site]
   std::vector<int64_t> slot_rank_;      // the highest of a slot's ranks
+  std::vector<uint32_t> slot_uses_;     // bit s: some layer has site s
   bool any_half_ = false;               // some linear wants bf16 activations
   bool any_codes_ = false;
 
@@ -93,23 +103,23 @@ class Model {
 
   std::vector<RowBlock> row_blocks_;
   std::vector<int32_t> row_sequence_;
-  std::vector<ShrinkTask> shrink_tasks_;
-  std::vector<ExpandTask> expand_tasks_;
+  std::vector<Update> updated_;  // the sites of the last updates, none if the layer's adapters have none of them
+  std::vector<UpdateTask> update_tasks_;
   Buffer<float> stream_;  // [rows][hidden]
   Buffer<float> qkv_;     // [block][q | k | v], each padded to whole tiles
   Buffer<uint16_t> query_;
   Buffer<float> seen_;  // attention's result [block][heads * dim]
-  std::array<Buffer<float>, SITES> rank_products_;
+  std::array<Buffer<float>, SITES> updates_;  // [block][the site's outputs]
   Activations normed_, attended_, gated_;
   struct Local {
     AttentionScratch attention;
-    Buffer<float> tile, row;
+    Buffer<float> tile, row, ranks;
+    std::vector<Peak> peaks;  // of the logits that this thread has computed
     int64_t phase = 0;  // the last one in which this thread asked for its activations
   };
   std::vector<Local> local_;
   int64_t phase_ = 0;
   std::array<int64_t, PHASES> times_{};
-  int64_t expanding_ = 0;
 };
 
 }  // namespace loramux

@@ -1,7 +1,6 @@
 #include "pool.h"
 
 #include <algorithm>
-#include <sched.h>
 
 namespace loramux {
 namespace {
@@ -9,7 +8,7 @@ namespace {
 // Long enough to bridge the gap between two phases and the short ones that a single thread runs, short enough that
 // an idle server burns nothing that shows.
 constexpr int SPINS_BEFORE_PARKING = 20000;
-constexpr int SPINS_BEFORE_YIELDING = 4000;
+constexpr int SPINS_BEFORE_SLEEPING = 20000;
 
 uint64_t pack(uint32_t epoch, int first, int last) {
   return static_cast<uint64_t>(epoch) << 32 | static_cast<uint64_t>(first) << 16 | static_cast<uint64_t>(last);
@@ -67,10 +66,17 @@ void Pool::run_erased(int n, Function function, void* context) {
   }
   take_part(0, epoch);
   for (int spins = 0; pending_.load(std::memory_order_acquire) != 0; spins++) {
-    if (spins < SPINS_BEFORE_YIELDING)
+    if (spins < SPINS_BEFORE_SLEEPING) {
       pause();
-    else
-      sched_yield();
+      continue;
+    }
+    // Asleep and not yielding: who yields to a process of the idle class waits for the next tick of the kernel's clock,
+    // who sleeps is awake, and back on its processor, as soon as the phase is over.
+    std::unique_lock<std::mutex> lock(park_);
+    waiting_.store(true, std::memory_order_seq_cst);
+    over_.wait(lock, [&] { return pending_.load(std::memory_order_seq_cst) == 0; });
+    waiting_.store(false, std::memory_order_relaxed);
+    return;
   }
 }
 
@@ -96,7 +102,11 @@ void Pool::take_part(int thread, uint32_t epoch) {
       word = range.load(std::memory_order_acquire);
     }
   }
-  if (done > 0) pending_.fetch_sub(done, std::memory_order_acq_rel);
+  if (done == 0 || pending_.fetch_sub(done, std::memory_order_seq_cst) != done) return;
+  if (waiting_.load(std::memory_order_seq_cst)) {
+    std::lock_guard<std::mutex> lock(park_);
+    over_.notify_one();
+  }
 }
 
 void Pool::work(int thread) {

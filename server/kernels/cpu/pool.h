@@ -51,8 +51,10 @@ class Pool {
   std::atomic<void*> context_{nullptr};
   std::atomic<int> parked_{0};
   std::atomic<bool> stopping_{false};
+  std::atomic<bool> waiting_{false};  // whether the caller sleeps until the phase is done
   std::mutex park_;
-  std::condition_variable wake_;
+  std::condition_variable wake_;  // of workers: there is a phase
+  std::condition_variable over_;  // of the caller: the phase is done
 };
 
 }  // namespace loramux

@@ -59,6 +59,26 @@ def test_put_publishes_compares_and_rolls_back(live: Any, write_adapter: Callabl
     assert live.http.put("/adapters/a", json={"version": "a@ffffffffffff"}).status_code == 404
     assert live.http.put("/adapters/a", json={}).status_code == 400
     assert live.http.put("/adapters/fresh", json={"source": "later"}).status_code == 201
+    several = f'"a@000000000000", {first}'
+    assert live.http.put("/adapters/a", json={"source": "a"}, headers={"if-match": several}).status_code == 200
+    assert live.http.put("/adapters/a", json={"source": "a"}, headers={"if-match": '"b@1", "c@2"'}).status_code == 412
+
+
+def test_a_name_or_a_version_that_will_not_do_is_told_before_a_source_is_asked(live: Any, monkeypatch: Any) -> None:
+    def opened(source: str) -> Any:
+        raise AssertionError(f"{source} was asked")
+
+    monkeypatch.setattr(live.house.parts.sources, "open", opened)
+    for name in ("base", "none", "tiny"):
+        refused = live.http.post("/adapters", json={"name": name, "source": "far"})
+        assert refused.status_code == 400 and "reserved" in refused.json()["error"]["message"]
+        assert live.http.put(f"/adapters/{name}", json={"source": "far"}).json() == refused.json()
+    invalid = live.http.post("/v1/load_lora_adapter", json={"lora_name": "a b", "lora_path": "far"})
+    assert invalid.status_code == 400 and "name" in invalid.json()["error"]["message"]
+    stale = live.http.put("/adapters/a", json={"source": "far"}, headers={"if-match": '"a@000000000000"'})
+    assert stale.status_code == 412
+    new = live.http.put("/adapters/fresh", json={"source": "far"}, headers={"if-match": "*"})
+    assert new.status_code == 412
 
 
 def test_uploads(live: Any, write_adapter: Callable[..., Path]) -> None:
@@ -162,13 +182,13 @@ def test_a_full_disk_is_507_and_nothing_changes(
 ) -> None:
     import errno
 
-    from server.api import adapters as api
+    from server.api import uploads
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     folder = write_adapter("local", 12)
-    monkeypatch.setattr(api, "_write", full)
+    monkeypatch.setattr(uploads, "_write", full)
     answer = live.http.post("/adapters", **upload(folder, name="sent"))
     assert answer.status_code == 507 and answer.headers["x-should-retry"] == "false"
     assert live.http.get("/adapters/sent").status_code == 404

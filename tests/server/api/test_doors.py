@@ -127,7 +127,7 @@ def test_hosts_and_origins(start: Any) -> None:
     own = live.url
     body = {"prompt": "x", "max_tokens": 1}
     assert live.http.post("/generate", json=body, headers={"origin": own}).status_code == 200
-    for origin in ("http://evil.example", "null", "http://localhost:1"):
+    for origin in ("http://evil.example", "null", "http://localhost:1", "http://[", ""):
         answer = live.http.post("/generate", json=body, headers={"origin": origin})
         assert answer.status_code == 403, origin
         error_of(answer)
@@ -149,12 +149,23 @@ def test_one_shape_for_every_status(live: Any) -> None:
         error_of(answer)
     assert seen[405].headers["allow"] == "POST"
     assert live.http.patch("/adapters/a").headers["allow"] == "DELETE, GET, PUT"
+    assert live.http.post("/").headers["allow"] == live.http.post("/docs").headers["allow"] == "GET"
     assert seen[409].headers["x-should-retry"] == "false"
     assert error_of(live.http.post("/generate/"))["code"] == "not_found"
     text = live.http.post("/generate", content=b"plain", headers={"content-type": "text/plain"})
     assert text.status_code == 422 and error_of(text)
     deep = live.http.post("/generate", content=b"[" * 100_000, headers={"content-type": "application/json"})
     assert deep.status_code in (400, 422) and error_of(deep)
+
+
+def test_head_is_get_without_the_body(start: Any) -> None:
+    live = start(**KEYED)
+    for path, status in (("/health/live", 200), ("/health/ready", 200), ("/", 200), ("/stats", 401)):
+        asked, got = live.http.head(path), live.http.get(path)
+        assert asked.status_code == got.status_code == status and not asked.content
+        assert asked.headers["content-length"] == str(len(got.content)), path
+    refused = live.http.head("/generate", headers=bearer("secret-two"))
+    assert refused.status_code == 405 and refused.headers["allow"] == "POST"
 
 
 def test_what_nobody_expected_is_a_500_that_tells_only_its_id(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +197,9 @@ def test_a_lying_length_and_a_broken_upload_do_no_harm(live: Any) -> None:
     broken = live.http.post(
         "/adapters", content=b"--x\r\nnot", headers={"content-type": "multipart/form-data; boundary=x"}
     )
-    assert broken.status_code == 400 and error_of(broken)
+    assert broken.status_code == 400 and "needs the file" in error_of(broken)["message"]
+    junk = live.http.post("/adapters", content=b"junk", headers={"content-type": "multipart/form-data; boundary=x"})
+    assert junk.status_code == 400 and error_of(junk)["message"].startswith("the upload cannot be read: ")
     missing = live.http.post("/adapters", content=b"", headers={"content-type": "multipart/form-data"})
     assert missing.status_code == 400 and error_of(missing)
     assert live.generate("x", max_tokens=1).status_code == 200

@@ -201,8 +201,10 @@ def test_pausing_killing_and_restarting_change_no_bit(house: Callable[..., Any])
     job = long_job(client, 30, suffix="parts")
 
     past(client, job.id, 5)
+    assert live.house.parts.engine._scheduler.lending, "a process that trains gets processors between steps"
     client.fine_tuning.jobs.pause(job.id)
     assert until(client, job.id, "paused").status == "paused"
+    assert not live.house.parts.engine._scheduler.lending
     time.sleep(0.3)
     assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
     client.fine_tuning.jobs.resume(job.id)

@@ -134,7 +134,7 @@ def whole_pass(runner: TorchRunner, ids: list[int]) -> torch.Tensor:
             mixes=((),),
             block_size=16,
         )
-    )
+    ).rows
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from server.api.watchdog import EXIT_CODE, Watchdog
+from server.cli import logs
 
 
 def test_a_step_that_raises_fails_its_requests_alone(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,12 +45,35 @@ def test_a_stuck_step_ends_the_process_and_says_what_ran(caplog: pytest.LogCaptu
             return "a step of 5 rows"
 
     ended: list[int] = []
-    dog = Watchdog(Stuck(), interval=0.01, end=ended.append)
+    dog = Watchdog(Stuck(), limit=0.1, interval=0.01, end=ended.append)
     dog.start()
     while not ended:
         time.sleep(0.005)
     dog.stop()
     assert ended == [EXIT_CODE] and "a step of 5 rows" in caplog.text
+
+
+def test_a_process_that_was_paused_is_not_stuck() -> None:
+    """After SIGSTOP, or with a hypervisor that takes the machine away, a step is old by the clock and has not hung."""
+
+    class Paused:
+        looks = 0
+
+        def stuck_for(self) -> float:
+            self.looks += 1
+            return 200.0 if self.looks < 3 else 0.0
+
+        def what_runs(self) -> str:
+            return "a step that goes on"
+
+    ended: list[int] = []
+    steps = Paused()
+    dog = Watchdog(steps, limit=30.0, interval=0.01, end=ended.append)
+    dog.start()
+    while steps.looks < 6:
+        time.sleep(0.005)
+    dog.stop()
+    assert not ended
 
 
 def test_prompts_are_logged_only_if_asked(start: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -57,6 +82,9 @@ def test_prompts_are_logged_only_if_asked(start: Any, tmp_path: Any, caplog: pyt
     quiet.generate("a private matter", max_tokens=1)
     quiet.generate("a private matter", max_tokens=100000)
     assert "/generate" in caplog.text and "private" not in caplog.text
+    lines = [json.loads(logs.JsonLines().format(record)) for record in caplog.records]
+    assert {line["status"] for line in lines if "/generate" in line["message"]} == {200, 400}
+    assert all(line["request_id"].startswith("req-") for line in lines if "/generate" in line["message"])
     loud = start(log_prompts=True, state_dir=tmp_path / "other")
     loud.generate("a private matter", max_tokens=1)
     assert "private" in caplog.text

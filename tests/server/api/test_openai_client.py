@@ -27,6 +27,10 @@ def test_models_lists_each_id_once(live: Any, client: openai.OpenAI) -> None:
     kinds = {id: (m.model_extra or {})["kind"] for id, m in found.items()}
     assert kinds == {"tiny": "base", "a": "adapter", "b": "adapter", "mood": "task", "adapter:mood": "adapter"}
     assert client.models.retrieve("adapter:mood").id == "adapter:mood"
+    version = live.http.get("/adapters/a").json()["version"]
+    for exact in (version, "adapter:a", f"adapter:{version}"):
+        told = client.models.retrieve(exact)
+        assert told.id == exact and told.model_extra and told.model_extra["kind"] == "adapter"
     assert "/" not in json.dumps([m.model_dump() for m in found.values()]), "no path of the server"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nobody")

@@ -62,6 +62,18 @@ def test_a_thousand_at_once_against_a_queue_of_256(start: Any, write_adapter: Ca
     assert live.generate("and now", max_tokens=2).status_code == 200
 
 
+def test_a_call_that_the_queue_could_never_hold_is_refused_for_good(start: Any) -> None:
+    live = start(max_queue=4, max_queue_tokens=40)
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    for asked in ({**body, "n": 5}, {**body, "prompt": ["a"] * 5}, {**body, "prompt": ["a long prompt, tokens"] * 3}):
+        refused = live.http.post("/v1/completions", json=asked)
+        assert refused.status_code == 507 and refused.headers["x-should-retry"] == "false", refused.text
+        assert "--max-queue" in refused.json()["error"]["message"]
+    assert len(live.http.post("/v1/completions", json={**body, "n": 4}).json()["choices"]) == 4
+    assert live.generate("one prompt may be longer than that: it waits for nobody but itself", max_tokens=1).is_success
+    assert live.idle()
+
+
 def test_mixes_that_compete_for_the_last_slots_all_finish(start: Any, write_adapter: Callable[..., Path]) -> None:
     for i, name in enumerate("abcde"):
         write_adapter(name, i)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import socket
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +20,7 @@ from server.cli.serve import listen
 from server.doctor import examine
 from server.errors import BadSetting
 from server.settings import Settings, flag
+from tests.conftest import part_missing
 
 runner = CliRunner()
 
@@ -33,6 +36,28 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
     with pytest.raises(SystemExit) as e:
         main()
     return e.value.code
+
+
+def test_malloc_maps_large_blocks_whatever_has_been_freed() -> None:
+    """In a process of its own, since it is told for good. By itself, glibc cuts it from an arena after one free."""
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        part_missing("this C library is not glibc")
+    program = """
+import ctypes
+from server.cli import malloc
+assert malloc.settle()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+class Counts(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks mapped bytes a b c d e".split()]
+libc.mallinfo2.restype = Counts
+before, size = libc.mallinfo2().mapped, ctypes.c_size_t(2 * malloc.MAPPED)
+libc.free(ctypes.c_void_p(libc.malloc(size)))
+libc.malloc(size)
+print(libc.mallinfo2().mapped - before)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.stdout == "1\n", ran.stderr
 
 
 def test_serve_has_every_setting_but_secrets() -> None:

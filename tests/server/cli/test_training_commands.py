@@ -93,6 +93,25 @@ def test_ranks_of_their_own_and_pruning_are_reached_from_train(given: Path) -> N
     assert "by module" in card and "Pruned** to rank 2" in card
 
 
+def test_a_recipe_says_how_the_base_is_packed_unless_a_setting_does(
+    given: Path, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict] = []
+    monkeypatch.setattr(train, "open_base", lambda settings, *_, **__: asked.append(settings.packing) or tiny_base)
+    (given / "echo.toml").write_text(f'{RECIPE}quantization = "nf4"\nuse_double_quant = true\n')
+    made = told("train", "echo.toml", "--steps", "1")
+    told("train", "echo.toml", "--steps", "1", "--quantization", "none")
+    assert [(a["quantization"], a["double_quant"]) for a in asked] == [("nf4", True), ("none", True)]
+    assert made["config"]["quantization"] == tiny_base.quantization["scheme"], "what it was really trained on"
+
+    (given / "other.toml").write_text(f'{RECIPE}quantization = "int4"\n'.replace("echo", "other"))
+    done = runner.invoke(app, ["train", "echo.toml", "other.toml", "--state-dir", "state"])
+    assert "ask for quantization nf4 and int4" in str(done.exception)
+    (given / "other.toml").write_text(f'{RECIPE}quantization = "int3"\n')
+    done = runner.invoke(app, ["train", "other.toml", "--state-dir", "state"])
+    assert "quantization" in str(done.exception) and "int4" in str(done.exception)
+
+
 @pytest.mark.parametrize("line", ["auto_rank = 1", "prune_to = 0", "prune_to = true"])
 def test_a_recipe_says_both_and_what_is_wrong_with_them(given: Path, line: str) -> None:
     (given / "echo.toml").write_text(f"auto_rank = true\nprune_to = 3\n{RECIPE}")

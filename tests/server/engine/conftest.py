@@ -22,7 +22,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from adapters.weights import BASE_ALONE, LoraWeights, LowRank, Mix
-from server.engine.batch import Batch
+from server.engine.batch import Batch, Logits
 from server.engine.engine import Engine
 from server.engine.request import Delivery, Request, Sampling, State
 from server.engine.text import Text
@@ -82,7 +82,7 @@ class FakeRunner:
     def clear(self, slot: int) -> None:
         self.adapters.pop(slot, None)
 
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> Logits:
         self.steps.append(batch)
         added = self.before(batch)
         size = batch.block_size
@@ -111,7 +111,7 @@ class FakeRunner:
         logits = torch.from_numpy(
             np.stack([rows[r] for r in batch.logit_rows.tolist()]) if rows else np.zeros((0, self.vocab), np.float32)
         )
-        return logits if added is None else logits + added
+        return Logits(logits if added is None else logits + added)
 
     def block_bytes(self, block_size: int) -> int:
         return block_size

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+import server.engine.engine
 from server.engine.request import State
+from server.engine.scheduler import LENT_ROWS, REST
 from server.errors import DeadlineExceeded, EngineFailed, InvalidRequest, NoCapacity, NotReady, QueueFull
 
 
@@ -67,6 +69,46 @@ def test_decode_goes_on_beside_a_long_prefill(bench: Any) -> None:
         assert len(first.tokens) == before + 1
         assert b.runner.steps[-1].rows == 16
     b.settle()
+
+
+def test_what_is_lent_falls_with_the_load_and_changes_no_answer(bench: Any, tools: Any) -> None:
+    b = bench(max_batch=8, max_step_tokens=64, blocks=256)
+    scheduler = b.engine._scheduler
+    heard = [b.submit(prompt(1, 50), max_tokens=40)]
+    b.engine.step()
+    assert scheduler.rest == 0.0 and b.runner.steps[-1].rows == 50, "nothing is lent unless somebody wants it"
+    b.engine.lend(True)
+    heard.append(b.submit(prompt(2, 3 * LENT_ROWS), max_tokens=40))
+    for rows in (1 + LENT_ROWS, 2 + LENT_ROWS, LENT_ROWS):
+        b.engine.step()
+        assert b.runner.steps[-1].rows == rows
+    rests = []
+    for seed in range(3, 8):
+        rests.append(scheduler.rest)
+        heard.append(b.submit(prompt(seed), max_tokens=40))
+        b.engine.step()
+    assert rests == [REST, REST / 2, 0.0, 0.0, 0.0], "of two to six that run, where eight could"
+    heard.append(b.submit(prompt(8, 50), max_tokens=4))
+    b.engine.step()
+    assert scheduler.rest == 0.0 and b.runner.steps[-1].rows == 57, "a full server lends nothing"
+    b.settle()
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in heard)
+    b.engine.lend(False)
+    assert scheduler.rest == 0.0
+    b.check_empty()
+
+
+def test_the_thread_rests_after_steps_while_it_lends(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr(server.engine.engine.time, "sleep", rests.append)
+    b = bench()
+    b.engine.lend(True)
+    heard = b.submit(prompt(1), max_tokens=5)
+    b.engine.start()
+    assert b.engine.stop(5.0)
+    record = b.engine.stats()
+    assert heard.reason == "length" and len(rests) == record["steps"]
+    assert sum(rests) == pytest.approx(REST * record["seconds"])
 
 
 def test_preemption_changes_no_answer(bench: Any, tools: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.batch import Work
+from server.engine.batch import Logits, Work
 from server.engine.request import Request, Sampling
 from server.engine.sampler import Pick, Sampler, token_logprob, uniform
 from server.errors import EngineFailed, InvalidRequest
@@ -30,7 +30,7 @@ def request(output: tuple[int, ...] = (), prompt: tuple[int, ...] = (1, 2), seed
 
 def pick(logits: Any, *requests: Request) -> list[Pick]:
     rows = torch.from_numpy(np.atleast_2d(np.asarray(logits, np.float32)))
-    return Sampler(rows.shape[1], frozenset({EOS})).pick(rows, [Work(r, 1, 1) for r in requests])
+    return Sampler(rows.shape[1], frozenset({EOS})).pick(Logits(rows), [Work(r, 1, 1) for r in requests])
 
 
 def noise(seed: int, rows: int = 1, vocab: int = VOCAB) -> np.ndarray:
@@ -54,6 +54,14 @@ def test_greedy_takes_the_lowest_id_among_equals() -> None:
     assert pick(row, request())[0] == Pick(30)
     assert pick(row, request(logprobs=3))[0].token == 30
     assert [t for t, _ in pick(row, request(logprobs=3))[0].logprob.top] == [30, 31, 700]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-45, 1e-39, 1.2e-38, 1e-20])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 5e-324}, {"min_p": 1.0}, {"repetition_penalty": 0.01}])
+def test_a_temperature_of_next_to_nothing_is_greedy(temperature: float, options: dict[str, Any]) -> None:
+    row = noise(3)[0]
+    greedy = pick(row, request(**options | {"top_p": 1.0}))[0].token
+    assert pick(row, request(temperature=temperature, **options))[0].token == greedy
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -49,10 +49,10 @@ def test_bytes_are_those_that_are_held(tiny_base: Base, tiny_runner: TorchRunner
 def test_a_cleared_slot_lets_go_and_the_base_is_as_before(
     tiny_runner: TorchRunner, tiny_adapter: Callable[..., LoraWeights]
 ) -> None:
-    before = tiny_runner.run(step((), ()))
+    before = tiny_runner.run(step((), ())).rows
     for slot in range(3):
         tiny_runner.place(slot, tiny_adapter(slot, rank=2 + slot))
-    mixed = tiny_runner.run(step(((0, 1.0), (2, 0.5)), ((1, -1.0),)))
+    mixed = tiny_runner.run(step(((0, 1.0), (2, 0.5)), ((1, -1.0),))).rows
     assert not torch.allclose(mixed[0], before[0], atol=1e-3)
     again = tiny_adapter(9)
     gone = weakref.ref(again)
@@ -63,7 +63,7 @@ def test_a_cleared_slot_lets_go_and_the_base_is_as_before(
         tiny_runner.clear(slot)
     gc.collect()
     assert gone() is None
-    assert torch.equal(tiny_runner.run(step((), ())), before)
+    assert torch.equal(tiny_runner.run(step((), ())).rows, before)
 
 
 def test_slots_are_as_many_as_were_asked_for(tiny_base: Base, tiny_adapter: Callable[..., LoraWeights]) -> None:

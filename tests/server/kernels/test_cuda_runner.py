@@ -152,7 +152,7 @@ def step(runner: Runner, new: list[tuple[Sequence, int]], every_row: bool = Fals
             BLOCK,
         )
     )
-    return logits.float().cpu().clone()
+    return logits.rows.float().cpu().clone()
 
 
 def tokens(seed: int, count: int) -> list[int]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
 from adapters.weights import LoraWeights, LowRank
-from server.engine.batch import Batch, SlotWeights
+from server.engine.batch import Batch, Logits, SlotWeights
 from server.engine.runner import Runner, make_runner
 from server.kernels import Backend, choose, cpu
 from server.kernels.weight import Weight
@@ -42,6 +42,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, int, bool]] = {
     "llama-nf4": ({"hidden_size": 128, "intermediate_size": 192}, "nf4", 64, True),
     "llama-bf16": ({}, "none", 0, False),
     "untied": ({"tie_word_embeddings": False}, "int4", 32, False),
+    "wide-table": ({"vocab_size": 391}, "int4", 32, False),
     "qwen2": ({"attention_bias": True, "output_bias": True, "mlp_bias": True}, "int4", 32, False),
     "qwen3": ({"qk_norm": True, "head_dim": 64}, "int4", 32, False),
     "smollm3": ({"no_rope_layers": (1, 0, 1)}, "int4", 32, False),
@@ -147,7 +148,8 @@ def step(runner: Runner, new: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
             BLOCK,
         )
     )
-    return list(logits.split([count for _, count in new]))
+    assert logits.largest.tolist() == Logits(logits.rows).largest.tolist()
+    return list(logits.rows.split([count for _, count in new]))
 
 
 def tokens(seed: int, count: int) -> list[int]:
@@ -193,6 +195,30 @@ def test_adapters_of_all_ranks_share_a_batch(family: str) -> None:
         first = step(runner, [(s, n) for s, n in zip(sequences, lengths, strict=True)])
         second = step(runner, [(s, 1) for s in sequences])
         results.append([torch.cat(pair) for pair in zip(first, second, strict=True)])
+    for i, (ours, exact) in enumerate(zip(*results, strict=True)):
+        assert error(ours, exact) < 0.05, (i, mixes[i])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 300])
+@pytest.mark.parametrize("family", ["llama-int4", "odd-widths"])
+def test_steps_of_one_to_many_rows(family: str, rows: int) -> None:
+    """All ranks in a step as far as its rows go, weights of -1, 0 and 2: close to the reference, and each sequence bit
+    for bit as it is alone."""
+    native, reference = bases(family)
+    adapters = {i: adapter(native, i, rank) for i, rank in enumerate(RANKS)}
+    mixes: list[SlotWeights] = [((i, (-1.0, 2.0, 1.0, 0.0)[i % 4]),) for i in range(len(RANKS))]
+    mixes += [(), ((6, 2.0), (3, -1.0)), ((9, 1.0),)]
+    count = min(rows, len(mixes))
+    lengths = [rows * (i + 1) // count - rows * i // count for i in range(count)]
+    results = []
+    for base in (native, reference):
+        runner = runner_of(base)
+        place_all(runner, base, adapters)
+        sequences = [Sequence(tokens(i, n), [i * 2, i * 2 + 1], mixes[i]) for i, n in enumerate(lengths)]
+        results.append(step(runner, list(zip(sequences, lengths, strict=True))))
+        if base is native:
+            for sequence, ours in zip(sequences, results[0], strict=True):
+                assert torch.equal(alone(runner, sequence.tokens, sequence.mix), ours)
     for i, (ours, exact) in enumerate(zip(*results, strict=True)):
         assert error(ours, exact) < 0.05, (i, mixes[i])
 
@@ -286,7 +312,7 @@ def test_only_wanted_logits_are_computed() -> None:
             ((),),
             BLOCK,
         )
-        assert torch.equal(runner.run(batch), everything[wanted])
+        assert torch.equal(runner.run(batch).rows, everything[wanted])
 
 
 def test_wrong_adapters_and_blocks_are_refused() -> None:
@@ -322,16 +348,13 @@ def test_bytes_are_accounted_for() -> None:
     assert runner.nbytes()["activations"] > held["activations"]
 
 
-def test_argmax_and_logsumexp_over_a_vocabulary() -> None:
-    from server.engine.native_runner import NativeRunner
-
-    native, _ = bases("llama-int4")
-    runner = NativeRunner(native, SLOTS, 2)
-    logits = torch.randn(5, 1003) * 4
-    logits[3, 500] = logits[3, 700] = 99.0
-    assert torch.equal(runner.argmax(logits), logits.argmax(1))
-    assert int(runner.argmax(logits)[3]) == 500
-    assert torch.allclose(runner.logsumexp(logits), torch.logsumexp(logits.double(), 1).float(), atol=1e-5)
+def test_the_largest_logit_is_the_first_among_equals() -> None:
+    """`step` compares it with the reference's for every step of these tests."""
+    native, _ = bases("wide-table")
+    silent = replace(native, tensors=native.tensors | {"model.norm.weight": torch.zeros(96)})
+    runner = runner_of(silent)
+    assert not alone(runner, tokens(4, 9)).any()
+    assert alone(runner_of(native), [300, 12, 385]).argmax(1).max() > 256, "in one of the later pieces of the table"
 
 
 def test_a_prepared_adapter_lies_in_one_piece_in_the_order_of_a_step() -> None:

@@ -159,7 +159,7 @@ class Cached:
                 mixes=tuple(self.mixes[s] for s in new),
                 block_size=BLOCK,
             )
-        )
+        ).rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ from adapters.errors import InvalidChoice
 from server.engine.request import Sampling
 from server.errors import InvalidRequest
 from server.tasks import sampling
-from server.tasks.definitions import Fixed, parse
+from server.tasks.definitions import Best, Fixed, parse
 from server.tasks.sampling import Room
 
 ROOM = Room(context=100, vocabulary=1000)
@@ -74,3 +74,15 @@ def test_lengths_against_the_context() -> None:
 
 def test_seeds_are_taken_modulo_63_bits() -> None:
     assert build({"seed": -1}).seed == 2**63 - 1 and build({"seed": 5}).seed == 5
+
+
+def test_feedback_decides_accuracy_and_evaluation_everything() -> None:
+    def route(**given: object) -> object:
+        body = {"prompt": "{input}", "route": {"best": ["a", "b"], **given}}
+        return parse("t", body, default_route=Fixed(), source="api").route
+
+    assert route() == Best(("a", "b"), "accuracy", "feedback", 200)
+    assert route(metric="rougeL") == Best(("a", "b"), "rougeL", "evaluation", 200)
+    assert route(source="evaluation", min_samples=9) == Best(("a", "b"), "accuracy", "evaluation", 9)
+    with pytest.raises(InvalidRequest, match="set source to evaluation"):
+        route(metric="chrf", source="feedback")

@@ -1,0 +1,102 @@
+"""What the native kernels cost in quality: perplexity, and agreement of labels, against the float32 reference kernels.
+
+Run it as `python -m benchmarks.quality BASE.gguf --data FOLDER`, where FOLDER has `summarization.dev.jsonl` and a
+`.dev.jsonl` for each task that is compared. Perplexity is that of the base over the inputs of the e-mails, joined by
+blank lines and cut into windows of so many tokens, each after the first of its window. Labels are the greedy answers of
+`loramux evaluate` with the adapters that ship, to the same examples on both kinds of kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from server.engine.batch import Batch
+from server.engine.runner import Runner, make_runner
+from server.engine.text import Text
+from server.kernels import choose
+from server.model.loader import load_base
+
+BLOCK = 16
+STATE = Path(__file__).resolve().parents[1] / "data"
+
+
+def loss(runner: Runner, ids: list[int]) -> float:
+    """The sum of -log p of all of one window's tokens but its first."""
+    count = len(ids)
+    batch = Batch(
+        tokens=torch.tensor(ids),
+        positions=torch.arange(count),
+        row_start=torch.tensor([0, count], dtype=torch.int32),
+        context=torch.tensor([count], dtype=torch.int32),
+        blocks=torch.arange(-(-count // BLOCK), dtype=torch.int32)[None],
+        logit_rows=torch.arange(count - 1),
+        mixes=((),),
+        block_size=BLOCK,
+    )
+    told = torch.log_softmax(runner.run(batch).rows.double(), 1)
+    return -float(told[torch.arange(count - 1), torch.tensor(ids[1:])].sum())
+
+
+def perplexities(gguf: Path, data: Path, windows: int, length: int) -> dict[str, float]:
+    """Of each kind of kernels, over the same tokens."""
+    inputs = [json.loads(line)["input"] for line in data.read_text("utf-8").splitlines()]
+    found = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for kernels in ("native", "reference"):
+            base = load_base(gguf, name="base", backend=choose(kernels), cache_dir=Path(cache))
+            ids = Text(base.vocabulary).encode("\n\n".join(inputs))
+            pieces = [ids[i * length : (i + 1) * length] for i in range(min(windows, len(ids) // length))]
+            runner = make_runner(base, 1, 2)
+            runner.allocate(-(-length // BLOCK), BLOCK)
+            sums = [loss(runner, piece) for piece in pieces]
+            found[kernels] = math.exp(sum(sums) / (len(pieces) * (length - 1)))
+    return found
+
+
+def answers(kernels: str, task: str, data: Path, state: Path, limit: int | None, folder: Path) -> list[str]:
+    """What `loramux evaluate` says to each example."""
+    out = folder / f"{task}-{kernels}.jsonl"
+    command = [sys.executable, "-m", "server.cli", "evaluate", str(data), "--task", task, "--answers", str(out)]
+    command += ["--kernels", kernels, "--state-dir", str(state), "--json"]
+    command += ["--limit", str(limit)] if limit else []
+    subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    return [next(iter(json.loads(line)["answers"].values())) for line in out.read_text("utf-8").splitlines()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path, help="the embedded base, a .gguf file")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the .dev.jsonl files")
+    parser.add_argument("--task", nargs="*", default=["sentiment", "classification"], help="[%(default)s]")
+    parser.add_argument("--limit", type=int, help="only so many examples of each task")
+    parser.add_argument("--windows", type=int, default=40, help="0 leaves perplexity out")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--state-dir", type=Path, default=STATE, help="where the base has been fetched")
+    given = parser.parse_args()
+    report: dict[str, Any] = {"agreement": {}}
+    if given.windows:
+        told = perplexities(given.base, given.data / "summarization.dev.jsonl", given.windows, given.length)
+        report["perplexity"] = {**told, "relative": told["native"] / told["reference"] - 1}
+    with tempfile.TemporaryDirectory() as name:
+        for task in given.task:
+            data = given.data / f"{task}.dev.jsonl"
+            ours, exact = (
+                answers(kernels, task, data, given.state_dir, given.limit, Path(name))
+                for kernels in ("native", "reference")
+            )
+            same = sum(a == b for a, b in zip(ours, exact, strict=True))
+            report["agreement"][task] = {"examples": len(ours), "equal": same, "share": same / len(ours)}
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

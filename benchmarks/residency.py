@@ -1,0 +1,153 @@
+"""What an adapter's place costs, and what memory the server has: over HTTP, on servers of its own, by medians.
+
+Run it as `python -m benchmarks.residency`. Adapters of 5 MB (rank 22 on q, k, v, o of the embedded base) are asked for
+one at a time, one short prompt and one token, without a prefix cache:
+
+- from disk: never asked for before, and their files dropped from the system's cache; with `--cached` they stay in it;
+- from RAM: loaded, and put out of their slots again by others;
+- warm: asked for right before.
+
+Beside them runs a stream on the base, whose longest gaps between tokens are told apart by what was asked for at that
+time: a running request waits for no load. Then the memory: what is resident above a process that has imported the same
+modules and done nothing, over what `/stats` accounts for, after loading and once more after these requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+import numpy as np
+
+from benchmarks.serving import MODELS, Server, serving
+from server.bench.synthetic import write_adapter
+from server.kernels import choose
+from server.model.loader import load_base
+
+RANK = 22
+SLOTS = 4
+PROMPT = list(range(1000, 1016))
+IMPORTED = """
+import server.app, server.cli.serve, uvicorn, uvicorn.protocols.http.auto, uvicorn.loops.auto, torch
+import server.engine.native_runner, server.sources, server.model.loader
+from server.kernels.cpu.bindings import library
+library()
+print(int(open("/proc/self/statm").read().split()[1]) * __import__("os").sysconf("SC_PAGE_SIZE"))
+"""
+"""Prints the bytes that the interpreter and the libraries have in memory before anything is loaded."""
+
+
+async def first_token(http: aiohttp.ClientSession, model: str) -> float:
+    """Seconds from asking to the whole answer of one token."""
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
+    start = time.perf_counter()
+    async with http.post("/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        await answer.read()
+    return time.perf_counter() - start
+
+
+async def stream(http: aiohttp.ClientSession, times: list[float]) -> None:
+    """A long answer of the base, asked for again and again until cancelled; notes when its tokens come."""
+    body = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    while True:
+        async with http.post("/generate", json=body) as answer:
+            answer.raise_for_status()
+            async for line in answer.content:
+                if line.startswith(b"data:"):
+                    times.append(time.perf_counter())
+
+
+async def ask_all(http: aiohttp.ClientSession, names: list[str], times: list[float]) -> dict[str, Any]:
+    """Ask for each in turn: milliseconds to its token, and the gaps of a stream meanwhile whose `times` are given."""
+    before, taken = len(times), []
+    for name in names:
+        taken.append(1000 * await first_token(http, name))
+        await asyncio.sleep(0.05)  # so that the stream has tokens of its own between two
+    found = {"ms_p50": statistics.median(taken), "ms_p90": float(np.percentile(taken, 90)), "ms_max": max(taken)}
+    gaps = 1000 * np.diff(times[before:])
+    if len(gaps):
+        found |= {f"gap_ms_p{q}": float(np.percentile(gaps, q)) for q in (50, 99, 100)}
+    return found
+
+
+async def places(url: str, names: list[str], beside: bool) -> dict[str, Any]:
+    """The three places, with a stream beside them or alone. `names` have never been asked for."""
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(url, timeout=timeout) as http:
+        await first_token(http, "smollm2-135m")
+        times: list[float] = []
+        running = asyncio.create_task(stream(http, times)) if beside else None
+        await asyncio.sleep(0.5)
+        found = {"disk": await ask_all(http, names, times), "ram": await ask_all(http, names, times)}
+        await first_token(http, names[0])
+        found["warm"] = await ask_all(http, [names[0]] * len(names), times)
+        if running is not None:
+            running.cancel()
+            await asyncio.wait([running])
+        return found | {f"{place}_over_warm_ms": found[place]["ms_p50"] - found["warm"]["ms_p50"]
+                        for place in ("disk", "ram")}  # fmt: skip
+
+
+def memory(server: Server, own: int) -> dict[str, float]:
+    """Megabytes resident, of which interpreter and libraries, accounted, and the ratio."""
+    stats = httpx.get(f"{server.url}/stats").json()["memory"]
+    accounted = sum(size for kind, size in stats.items() if kind != "process")
+    resident = server.resident()
+    return {
+        "resident_MB": resident / 1e6,
+        "interpreter_and_libraries_MB": own / 1e6,
+        "accounted_MB": accounted / 1e6,
+        "ratio": (resident - own) / accounted,
+    }
+
+
+def drop(folder: Path) -> None:
+    """Put the files of a folder out of the system's cache."""
+    for path in folder.iterdir():
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path, help="the embedded base, a .gguf file")
+    parser.add_argument("--count", type=int, default=40, help="adapters of each run")
+    parser.add_argument("--cached", action="store_true", help="leave their files in the system's cache")
+    parser.add_argument("--models", type=Path, default=MODELS, help="where the base has been fetched")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shapes = load_base(given.base, name="base", backend=choose("reference"), cache_dir=folder / "cache").shapes()
+        own = int(subprocess.run([sys.executable, "-c", IMPORTED], check=True, capture_output=True, text=True).stdout)
+        runs: dict[str, Any] = {}
+        for place, beside in (("alone", False), ("beside a stream", True)):
+            adapters = folder / f"adapters-{beside:d}"
+            names = [f"a{i}" for i in range(given.count)]
+            for i, adapter in enumerate(names):
+                write_adapter(adapters / adapter, shapes, rank=RANK, seed=i)
+                if not given.cached:
+                    drop(adapters / adapter)
+            flags = ["--adapter-dir", str(adapters), "--max-slots", str(SLOTS), "--no-prefix-cache"]
+            with serving(folder / f"state-{beside:d}", given.models, *flags) as server:
+                loaded = memory(server, own)
+                runs[place] = asyncio.run(places(server.url, names, beside))
+                runs[place]["memory"] = {"after loading": loaded, "after the requests": memory(server, own)}
+        nbytes = (folder / "adapters-0" / "a0" / "adapter_model.safetensors").stat().st_size
+        print(json.dumps({"adapter_MB": nbytes / 1e6, **runs}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""uvicorn's HTTP protocol, with the one error that it answers by itself in the shape of all others."""
+
+from __future__ import annotations
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from server.api.errors import Answer
+
+
+class Protocol(H11Protocol):
+    """What is no HTTP at all reaches no route, and is answered here; the connection is closed then."""
+
+    def send_400_response(self, msg: str) -> None:
+        body = Answer(400, "this is no HTTP request: it cannot be read", code="invalid_http").encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

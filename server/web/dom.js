@@ -1,0 +1,67 @@
+// Elements and the looks that several parts share. Knows nothing of the server.
+
+export function make(tag, given = {}, ...children) {
+  const node = Object.assign(document.createElement(tag), given);
+  node.append(...children);
+  return node;
+}
+
+// Rows of a table that becomes a list on a narrow screen: the roles stay, and each cell carries its column's name.
+export function row(headings, cells) {
+  const tr = make("tr");
+  tr.setAttribute("role", "row");
+  cells.forEach(([content, className = ""], i) => {
+    const td = make("td", { className }, content);
+    td.setAttribute("role", "cell");
+    td.dataset.label = headings[i];
+    tr.append(td);
+  });
+  return tr;
+}
+
+export function headings(table) {
+  return [...table.tHead.rows[0].cells].map((th) => th.textContent.trim());
+}
+
+export function tile(list, pairs) {
+  list.replaceChildren(...pairs.map(([name, value]) => make("div", {},
+    make("dt", { textContent: name }), make("dd", { textContent: String(value) }))));
+}
+
+export function bytes(n) {
+  for (const unit of ["B", "KiB", "MiB", "GiB"]) {
+    if (n < 1024 || unit === "GiB") return `${unit === "B" ? n : n.toFixed(1)} ${unit}`;
+    n /= 1024;
+  }
+}
+
+export function mixture(adapters) {
+  return adapters.map((a) => (a.weight === 1 ? a.version : `${a.version} × ${a.weight}`)).join(" + ") || "the base alone";
+}
+
+// While nothing is pointed at, the legend tells the newest values.
+export function newest(plot) {
+  if (plot.cursor.left < 0) plot.setLegend({ idx: plot.data[0].length - 1 });
+}
+
+// What every chart has in common: colours of the theme, times of day, whole numbers, no drawing under the pointer's y.
+export function chart(node, series, { time = true, top = null, round = false, digits = 0 } = {}) {
+  const style = getComputedStyle(document.documentElement);
+  const colour = (name) => style.getPropertyValue(name).trim();
+  const font = "12px system-ui, sans-serif";
+  const axis = { stroke: colour("--soft"), font, grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false } };
+  const clock = (u, at) => at.map((t) => new Date(t * 1000).toTimeString().slice(0, 8));
+  return {
+    hooks: { ready: [newest] },
+    width: Math.max(260, node.clientWidth || 480), height: 190, cursor: { y: false }, legend: { live: true },
+    axes: [{ ...axis, size: 26, ...(time ? { values: clock, space: 90 } : {}) }, { ...axis, size: 52, incrs: round ? [1, 2, 5, 10, 20, 50, 100, 200, 500] : undefined }],
+    scales: { x: { time }, y: { range: (_, low, high) => [0, top ?? Math.max(high * 1.1, 1)] } },
+    series: [
+      time ? { label: "at", value: (_, t) => (t == null ? "" : new Date(t * 1000).toTimeString().slice(0, 8)) } : { label: "step" },
+      ...series.map(([label, token, extra]) => ({
+        label, stroke: colour(token), width: 2, points: { show: false },
+        value: (_, v) => (v == null ? "" : v.toFixed(digits)), ...extra,
+      })),
+    ],
+  };
+}

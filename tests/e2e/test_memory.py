@@ -1,0 +1,56 @@
+"""What the server tells of its memory, beside what the operating system counts: within a tenth, kind by kind."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Live, serving
+
+pytestmark = pytest.mark.e2e
+
+SLACK = 12 << 20
+"""Bytes that Python and the C library may take on the way: buffers, arenas, what reading leaves behind."""
+
+
+def mapped(live: Live) -> int:
+    """Resident bytes of the base's packed file."""
+    maps = Path(f"/proc/{live.process.pid}/smaps").read_text()
+    return sum(1024 * int(kb) for kb in re.findall(r"\.packed\n(?:.*\n)*?Rss:\s+(\d+) kB", maps))
+
+
+def told(live: Live) -> dict[str, int]:
+    return live.get("/stats")["memory"]
+
+
+def test_each_kind_is_what_the_system_counts(tmp_path: Path, embedded: Path, write_random: Callable[..., Path]) -> None:
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    with serving(tmp_path / "state", "--adapter-dir", str(folder), "--library", "none") as live:
+        live.post("/generate", {"prompt": "a " * 600, "max_tokens": 8})
+        before, resident = told(live), live.resident()
+        assert before["process"] == pytest.approx(resident, rel=0.1)
+        assert before["base"] == pytest.approx(mapped(live), rel=0.1)
+        assert sum(before[kind] for kind in ("base", "kv_cache", "activations", "adapters")) < resident
+
+        live.post_all("/generate", [{"prompt": f"{i} " + "word " * 1500, "max_tokens": 4} for i in range(4)])
+        after = told(live)
+        grown = after["kv_cache"] + after["activations"] - before["kv_cache"] - before["activations"]
+        assert grown > 80 << 20
+        assert live.resident() - resident == pytest.approx(grown, abs=0.1 * grown + SLACK)
+
+        resident = live.resident()
+        for i in range(16):
+            write_random(folder / f"r{i}", rank=32, seed=i)
+        end = time.monotonic() + 60
+        while len(live.get("/adapters")["adapters"]) < 16 and time.monotonic() < end:
+            time.sleep(0.1)
+        now = live.get("/stats")
+        grown = now["memory"]["adapters"]
+        assert grown == 16 * now["adapters"]["one_more"] > 80 << 20
+        assert live.resident() - resident == pytest.approx(grown, abs=0.1 * grown + SLACK)
+        assert now["adapters"]["more_fit"] == (now["adapters"]["budget"] - grown) // now["adapters"]["one_more"]
