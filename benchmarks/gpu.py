@@ -244,9 +244,9 @@ def prefill(bench: Bench) -> None:
 
 def buckets(bench: Bench) -> None:
     """One row in batches of several sizes: how far its logits are from those it has alone."""
-    alone = bench.runner.run(bench.batch(1, ((),)))[0].clone()
+    alone = bench.runner.run(bench.batch(1, ((),))).rows[0].clone()
     for n in (2,) if bench.check else (2, 8, 16, 32):
-        among = bench.runner.run(bench.batch(n, ((),) * n))[0]
+        among = bench.runner.run(bench.batch(n, ((),) * n)).rows[0]
         far = float((among - alone).abs().max() / alone.std())
         same = bool(among.argmax() == alone.argmax())
         bench.tell(f"one row among {n}: largest difference, of the logits' deviation", round(far, 5), same_token=same)

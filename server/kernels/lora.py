@@ -15,9 +15,6 @@ from adapters.weights import LoraWeights
 
 SlotWeights = tuple[tuple[int, float], ...]
 
-SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linears of a layer, in the order of a step."""
-
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linears of a layer that read the same input."""
 SITES = tuple(name for names in TOGETHER for name in names)
