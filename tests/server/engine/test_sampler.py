@@ -216,7 +216,7 @@ def test_tokens_are_drawn_where_the_logits_are() -> None:
 
     requests = [request(), request(temperature=0.5, top_k=3, top_p=0.9, seed=7), request(logprobs=2)]
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
-    picks = Sampler(20, frozenset(), draw).pick(logits, [Work(r, 1, 1) for r in requests])
+    picks = Sampler(20, frozenset(), draw).pick(Logits(logits), [Work(r, 1, 1) for r in requests])
     [(rows, how, top_k)] = asked
     assert rows == 3 and how[0].tolist() == [0.0, 0.0, 0.0, 0.0] and top_k.tolist() == [0, 3, 0]
     assert how[1].tolist() == pytest.approx([0.5, 0.9, 0.0, uniform(requests[1].seed, 0)])
