@@ -20,6 +20,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,9 +244,9 @@ def prefill(bench: Bench) -> None:
 
 def buckets(bench: Bench) -> None:
     """One row in batches of several sizes: how far its logits are from those it has alone."""
-    alone = bench.runner.run(bench.batch(1, ((),)))[0].clone()
+    alone = bench.runner.run(bench.batch(1, ((),))).rows[0].clone()
     for n in (2,) if bench.check else (2, 8, 16, 32):
-        among = bench.runner.run(bench.batch(n, ((),) * n))[0]
+        among = bench.runner.run(bench.batch(n, ((),) * n)).rows[0]
         far = float((among - alone).abs().max() / alone.std())
         same = bool(among.argmax() == alone.argmax())
         bench.tell(f"one row among {n}: largest difference, of the logits' deviation", round(far, 5), same_token=same)
@@ -276,21 +277,26 @@ def main() -> int:
         print("there is no GPU here: nothing is measured (--check runs it all on a tiny model)", file=sys.stderr)
         return 1
     bench = Bench(options.check)
-    names = [name for name in SECTIONS if name in options.only]
-    for name in ["ceilings", *names] if "ceilings" not in names else names:
-        print(f"{name} ({time.strftime('%X')})", flush=True)
-        SECTIONS[name](bench)
-        _write(bench, options.json)
+    wanted = [name for name in SECTIONS if name in options.only or name == "ceilings"]
+    calls = {name: lambda name=name: SECTIONS[name](bench) for name in wanted}
     if options.answers and "answers" in options.only:
-        bench.runner.release()
-        gpu_answers.answers(bench, options.answers)
+        calls["answers"] = lambda: (bench.runner.release(), gpu_answers.answers(bench, options.answers))
+    failed = False
+    for name, call in calls.items():
+        print(f"{name} ({time.strftime('%X')})", flush=True)
+        try:
+            call()
+        except Exception as error:  # the time on a card is short: what else can be measured is measured
+            traceback.print_exc()
+            bench.tell(name, f"failed: {type(error).__name__}", met=False)
+            failed = True
         _write(bench, options.json)
     width = max(len(row["name"]) for row in bench.results)
     print(f"\n{'what':{width}}  measured        at least    met")
     for row in bench.results:
         met = {True: "yes", False: "no", None: ""}[row["met"]]
         print(f"{row['name']:{width}}  {row['value']!s:14}  {row['target'] or ''!s:10}  {met}")
-    return 0
+    return 1 if failed else 0
 
 
 def _write(bench: Bench, target: Path | None) -> None:

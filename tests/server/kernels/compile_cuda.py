@@ -23,10 +23,11 @@ from triton.runtime.jit import JITFunction
 from server.engine.cuda_batch import Shape, on_device, tile_rows
 from server.kernels.cuda import packing, sampling
 from server.kernels.cuda.lora import Pool
+from server.kernels.lora import SITES
 from server.kernels.stored import stored_parts
 from server.kernels.weight import STORED, Weight
 from server.model.config import ModelConfig, from_hf
-from server.model.on_device import SITES, DeviceModel
+from server.model.on_device import DeviceModel
 
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Bytes of shared memory that a block can have."""

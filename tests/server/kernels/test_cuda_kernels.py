@@ -13,10 +13,13 @@ import torch
 if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") != "1":
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from benchmarks.shapes import QWEN_7B
 from server.errors import BadModel
 from server.kernels import reference
 from server.kernels.cuda import attention, finish, lora, packing, products, rows, sampling
-from server.kernels.weight import Weight
+from server.kernels.stored import stored_parts
+from server.kernels.weight import STORED, Weight
+from server.model.config import from_hf
 from server.model.quantization import quantize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,6 +71,21 @@ def test_production_shapes_are_packed_without_padding() -> None:
         assert run == 64 and width % (8 * run) == 0
     stored = stored_matrix(64, 1024, "int4", 64, True)
     assert packing.pack(stored).nbytes == stored.nbytes
+
+
+def test_a_base_of_seven_billion_takes_less_than_4_7_gigabytes() -> None:
+    """int4 with double quantization and tables in 8 bits, from the sizes of what is resident alone."""
+    config = from_hf(QWEN_7B)
+    total, known = 0, {}
+    kinds = [(shape, "int4", 64, True) for shape in config.linear_shapes().values()]
+    for kind in [*kinds, *((shape, "int8", 32, False) for shape in config.table_shapes().values())]:
+        if kind not in known:
+            shape, scheme, group, double = kind
+            parts = stored_parts(scheme, shape, group, double)
+            tensors = {name: torch.empty(size, dtype=dtype, device="meta") for name, (dtype, size) in parts.items()}
+            known[kind] = packing.pack(Weight(scheme, STORED, shape, group, tensors)).nbytes
+        total += known[kind]
+    assert total < 4.7e9
 
 
 def test_a_group_that_does_not_fit_is_refused() -> None:
