@@ -133,9 +133,7 @@ def slora(
     few: int = 5,
     many: int = 1000,
     requests: int = 1000,
-    alpha: Annotated[
-        list[float] | None, typer.Option(help="Popularity, 1 is uniform; again for more. [1, 0.3]")
-    ] = None,
+    alpha: Annotated[list[float] | None, typer.Option(help="Popularity, 1 is uniform; again for more [1, 0.3]")] = None,
     vocab: Annotated[int, typer.Option(help="Prompts are random token ids below this.")] = 40_000,
     out: Out = None,
     as_json: AsJson = False,
