@@ -29,6 +29,8 @@ from server.kernels.weight import Weight
 from server.model.config import ModelConfig, RopeScaling
 from server.model.quantization import quantize
 
+# Rows of a bucket that a step does not have are computed from whatever memory held, and nobody reads them.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value):RuntimeWarning")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 LOOSE = 4e-2 if DEVICE.type == "cuda" else 1e-4
