@@ -30,32 +30,39 @@ VECTOR = 16
 class _Results:
     """Memory for steps' logits that is used again once nobody holds them: fresh pages cost a tenth of a step.
 
-    Sizes are powers of two, so that a few steps decide them for good, and not each that is a little larger than all
-    before it. Pages that no step has needed are not there.
+    Sizes are powers of two. The smallest piece that will do is taken, and one that nobody has needed for a while is
+    given back: what a rare step with many rows has touched would stay for good.
     """
 
-    KEPT = 2
-    LARGEST = 2**26  # bytes; what a long scoring step needs is given back
+    KEPT = 4
+    RECENT = 512  # steps
+    LARGEST = 2**26  # bytes; what a long scoring step needs is given back at once
 
     def __init__(self) -> None:
-        self._arenas: list[np.ndarray] = []
+        self._arenas: dict[int, np.ndarray] = {}  # by the step that last took it
+        self._step = 0
 
     def take(self, rows: int, columns: int) -> torch.Tensor:
         """float32 [rows, columns], not initialised, that no other living result shares."""
+        self._step += 1
         size = rows * columns
-        for arena in self._arenas:
-            # Held by the list, by `arena` and by the question itself, and by every result that is made of it.
+        for used in sorted(self._arenas, key=lambda used: self._arenas[used].size):
+            arena = self._arenas[used]
+            # Held by the table, by `arena` and by the question itself, and by every result that is made of it.
             if arena.size >= size and sys.getrefcount(arena) == 3:
+                del self._arenas[used]
                 break
         else:
             arena = np.empty(1 << (size - 1).bit_length(), dtype=np.float32)
-            if arena.nbytes <= self.LARGEST:
-                self._arenas = [*self._arenas[1 - self.KEPT :], arena]
+        if arena.nbytes <= self.LARGEST:
+            self._arenas[self._step] = arena
+        recent = [used for used in self._arenas if self._step - used < self.RECENT]
+        self._arenas = {used: self._arenas[used] for used in recent[-self.KEPT :]}
         return torch.from_numpy(arena)[:size].view(rows, columns)
 
     @property
     def nbytes(self) -> int:
-        return sum(arena.nbytes for arena in self._arenas)
+        return sum(arena.nbytes for arena in self._arenas.values())
 
 
 class NativeRunner:

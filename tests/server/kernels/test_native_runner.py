@@ -10,6 +10,7 @@ import torch
 
 from adapters.weights import LoraWeights, LowRank
 from server.engine.batch import Batch, Logits, SlotWeights
+from server.engine.native_runner import _Results
 from server.engine.runner import Runner, make_runner
 from server.kernels import Backend, choose, cpu
 from server.kernels.weight import Weight
@@ -392,3 +393,20 @@ def test_memory_for_logits_is_used_again_once_nobody_holds_it() -> None:
     for seed in range(4):
         alone(runner, tokens(seed, 20))
     assert torch.equal(row, kept[3])
+
+
+def test_memory_of_logits_is_shared_by_no_two_results_and_goes_when_nobody_needs_it() -> None:
+    results = _Results()
+    one, other = results.take(2, 100), results.take(3, 100)
+    one.fill_(1.0)
+    other.fill_(2.0)
+    assert (one == 1.0).all()
+    place = one.data_ptr()
+    del one
+    assert results.take(2, 100).data_ptr() == place
+    small = results.nbytes
+    results.take(60, 100)
+    assert results.nbytes > small
+    for _ in range(results.RECENT):
+        results.take(2, 100)
+    assert results.nbytes <= small
