@@ -326,11 +326,19 @@ class Soak:
         self.report.megabytes_an_hour = theil_sen(late) * 3600 / 1e6
 
     async def _fill(self, http: httpx.AsyncClient) -> None:
-        """Touch every block of the KV cache: pages that are first touched later would read as growth."""
+        """Touch every block of the KV cache, and the logits of the largest step that there can be.
+
+        Pages that are first touched later would read as growth, such as those of a step of 50 logits, of which there is
+        one in a quarter of an hour.
+        """
         texts = [" ".join(str(i * n) for n in range(7, 27)) for i in range(1, FILLING + 1)]
-        for half in (texts[::2], texts[1::2]):
-            body = {"model": "smollm2-135m", "prompt": half, "max_tokens": 1}
+        # two mixes, since one has no more than its share of the cache
+        for model, half in (("smollm2-135m", texts[::2]), (next(iter(self.contents)), texts[1::2])):
+            body = {"model": model, "prompt": half, "max_tokens": 1}
             (await http.post("/v1/completions", json=body)).raise_for_status()
+        labels = [f" {i} of these words here" for i in range(64)]
+        for prompt in PROMPTS:
+            (await http.post("/classify", json={"prompt": prompt, "labels": labels})).raise_for_status()
 
     async def _wake_threads(self, http: httpx.AsyncClient) -> None:
         """Pools start their threads when all that they have are busy: so once all at a time."""
