@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
+from adapters.errors import UnknownAdapter
 from adapters.weights import NAME, Choice, Version
 from server.errors import UnknownName
 from server.tasks.definitions import DEFAULT, Best, Task
@@ -61,7 +62,10 @@ class Resolver:
         if bare != name or _VERSION.fullmatch(name):
             if not NAME.fullmatch(bare.partition("@")[0]):
                 raise _no_model(name)
-            self._adapters.resolve([(bare, 1.0)])
+            try:
+                self._adapters.resolve([(bare, 1.0)])
+            except UnknownAdapter as error:
+                raise UnknownAdapter(error.message, "model") from error
             return Target(name, None, [(bare, 1.0)] if override is None else override)
         task = self._tasks.find(name)
         if task is not None:

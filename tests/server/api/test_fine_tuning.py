@@ -6,7 +6,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -194,23 +195,42 @@ def past(client: openai.OpenAI, id: str, step: int, seconds: float = 60) -> None
     raise AssertionError(f"step {step} is not reached")
 
 
+@contextmanager
+def held_past(live: Any, client: openai.OpenAI, id: str, step: int, seconds: float = 60) -> Iterator[int]:
+    """The process of a job, stopped a few steps behind `step`: it runs in slices and cannot be over unseen."""
+    process, end = child_of(live, id), time.monotonic() + seconds
+    while time.monotonic() < end:
+        os.kill(process, signal.SIGSTOP)
+        time.sleep(0.01)  # what it has written is read meanwhile
+        if any(s >= step for s, _ in steps_of(client, id)):
+            break
+        os.kill(process, signal.SIGCONT)
+        time.sleep(0.05)
+    else:
+        raise AssertionError(f"step {step} is not reached")
+    try:
+        yield process
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
 def test_pausing_killing_and_restarting_change_no_bit(house: Callable[..., Any]) -> None:
     live = house()
     client = client_of(live)
     whole = until(client, long_job(client, 30, suffix="whole").id)
     job = long_job(client, 30, suffix="parts")
 
-    past(client, job.id, 5)
-    assert live.house.parts.engine._scheduler.lending, "a process that trains gets processors between steps"
-    client.fine_tuning.jobs.pause(job.id)
+    with held_past(live, client, job.id, 5):
+        assert live.house.parts.engine._scheduler.lending, "a process that trains gets processors between steps"
+        client.fine_tuning.jobs.pause(job.id)
     assert until(client, job.id, "paused").status == "paused"
     assert not live.house.parts.engine._scheduler.lending
     time.sleep(0.3)
     assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
     client.fine_tuning.jobs.resume(job.id)
 
-    past(client, job.id, 25)
-    os.kill(child_of(live, job.id), signal.SIGKILL)
+    with held_past(live, client, job.id, 25) as process:
+        os.kill(process, signal.SIGKILL)
     failed = until(client, job.id)
     assert failed.status == "failed" and failed.error.code == "process_died" and "SIGKILL" in failed.error.message
     client.fine_tuning.jobs.resume(job.id)

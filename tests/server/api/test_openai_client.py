@@ -108,11 +108,10 @@ def test_model_means_version_then_task_then_adapter_then_base(live: Any, client:
     version = live.http.get("/adapters/mood").json()["version"]
     assert prompt_tokens("mood") == wrapped
     assert prompt_tokens("adapter:mood") == prompt_tokens(version) == prompt_tokens("tiny") == plain
-    with pytest.raises(openai.NotFoundError) as caught:
-        client.chat.completions.create(model="nobody", messages=HELLO)
-    assert caught.value.param == "model"
-    with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model="mood@000000000000", messages=HELLO)
+    for unknown in ("nobody", "adapter:nobody", "mood@000000000000"):
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.chat.completions.create(model=unknown, messages=HELLO)
+        assert caught.value.param == "model"
 
 
 def test_a_tasks_defaults_stand_between_the_request_and_openais(client: openai.OpenAI) -> None:
