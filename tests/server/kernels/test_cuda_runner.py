@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") != "1":
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from adapters.weights import LoraWeights, LowRank
 from server.engine.batch import Batch, SlotWeights
 from server.engine.cuda_batch import batch_buckets, describe
 from server.engine.cuda_memory import share_out, work_bytes
@@ -22,34 +20,26 @@ from server.engine.cuda_pool import AdapterPool
 from server.engine.cuda_runner import CudaRunner
 from server.engine.runner import Runner, TorchRunner
 from server.errors import BadModel, NoCapacity
-from server.kernels import Backend
 from server.kernels.cuda import Cuda
 from server.kernels.reference import Reference
-from server.kernels.weight import Weight
-from server.model.config import ModelConfig, RopeScaling
-from server.model.quantization import quantize
+from tests.server.kernels import tiny
+from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of, error, llama, random_tokens
 
 # Rows of a bucket that a step does not have are computed from whatever memory held, and nobody reads them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value):RuntimeWarning")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 LOOSE = 4e-2 if DEVICE.type == "cuda" else 1e-4
-BLOCK = 16
-LLAMA = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=61,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=32,
-    max_position_embeddings=256,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    rope_scaling=RopeScaling(),
-    tie_word_embeddings=True,
-)
+WIDTHS: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
 FAMILIES: dict[str, tuple[dict[str, Any], str, int, bool]] = {
     "llama-int4": ({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}, "int4", 32, True),
     "qwen2-nf4": (
@@ -62,45 +52,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, int, bool]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Tiny:
-    config: ModelConfig
-    weights: dict[str, Weight]
-    tensors: dict[str, torch.Tensor]
-    backend: Backend
-
-
 def bases(family: str) -> tuple[Tiny, Tiny]:
     """The same stored weights, packed for the kernels and as the reference has them."""
     changes, scheme, group, double = FAMILIES[family]
-    config = ModelConfig(**{**LLAMA.__dict__, **changes})
-    torch.manual_seed(11)
-    stored = {
-        path: quantize(torch.randn(shape) * shape[1] ** -0.5, scheme, group, double)
-        for path, shape in config.linear_shapes().items()
-    }
-    stored |= {path: quantize(torch.randn(shape), "int8", 32) for path, shape in config.table_shapes().items()}
-    tensors = {
-        name: torch.randn(shape) * 0.1 + (0.0 if name.endswith("bias") else 1.0)
-        for name, shape in config.tensor_shapes().items()
-    }
-    cuda, plain = Cuda(FLOAT), Reference()
-    packed = {path: cuda.pack(weight) for path, weight in stored.items()}
-    return Tiny(config, packed, tensors, cuda), Tiny(config, stored, tensors, plain)
-
-
-def adapter(config: ModelConfig, seed: int, rank: int, targets: tuple[str, ...] = ()) -> LoraWeights:
-    generator = torch.Generator().manual_seed(seed)
-    modules = {
-        path: LowRank(
-            torch.randn(rank, width, generator=generator) * width**-0.5,
-            torch.randn(out, rank, generator=generator) * rank**-0.5,
-            0.5,
-        )
-        for path, (out, width) in config.linear_shapes().items()
-        if not targets or path.endswith(targets)
-    }
-    return LoraWeights(f"a{seed}", f"{seed:064x}", modules)
+    return tiny.bases(llama(**{**WIDTHS, **changes}), scheme, group, double, "int8", Cuda(FLOAT), Reference())
 
 
 def cuda_runner(base: Tiny, max_batch: int = 4, adapters: int = 1 << 20) -> CudaRunner:
@@ -118,47 +73,13 @@ def reference_runner(base: Tiny) -> Runner:
     return runner
 
 
-@dataclass
-class Sequence:
-    """What an engine keeps of a sequence: its tokens, how many are in the cache, its blocks and its mix."""
-
-    tokens: list[int]
-    blocks: list[int]
-    mix: SlotWeights = ()
-    done: int = 0
-
-
 def step(runner: Runner, new: list[tuple[Sequence, int]], every_row: bool = False) -> torch.Tensor:
     """Run `count` more tokens of each sequence: the logits of the last row of each, or of all rows."""
-    tokens, positions, starts, context = [], [], [0], []
-    for sequence, count in new:
-        end = sequence.done + count
-        tokens += sequence.tokens[sequence.done : end]
-        positions += range(sequence.done, end)
-        starts.append(len(tokens))
-        context.append(end)
-        sequence.done = end
-    blocks = torch.full((len(new), max(len(s.blocks) for s, _ in new)), -1, dtype=torch.int32)
-    for i, (sequence, _) in enumerate(new):
-        blocks[i, : len(sequence.blocks)] = torch.tensor(sequence.blocks)
-    wanted = torch.arange(len(tokens)) if every_row else torch.tensor(starts[1:]) - 1
-    logits = runner.run(
-        Batch(
-            torch.tensor(tokens),
-            torch.tensor(positions),
-            torch.tensor(starts, dtype=torch.int32),
-            torch.tensor(context, dtype=torch.int32),
-            blocks,
-            wanted,
-            tuple(s.mix for s, _ in new),
-            BLOCK,
-        )
-    )
-    return logits.rows.float().cpu().clone()
+    return runner.run(batch_of(new, every_row)).rows.float().cpu().clone()
 
 
 def tokens(seed: int, count: int) -> list[int]:
-    return torch.randint(0, 61, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return random_tokens(llama(**WIDTHS), seed, count)
 
 
 def sequences(lengths: list[int], mixes: list[SlotWeights]) -> list[Sequence]:
@@ -166,11 +87,6 @@ def sequences(lengths: list[int], mixes: list[SlotWeights]) -> list[Sequence]:
         Sequence(tokens(i, n), list(range(6 * i, 6 * i + 6)), mix)
         for i, (n, mix) in enumerate(zip(lengths, mixes, strict=True))
     ]
-
-
-def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    assert torch.isfinite(ours).all()
-    return float((ours - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -240,7 +156,7 @@ def test_steps_of_single_rows_are_padded_to_buckets() -> None:
 
 def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together() -> None:
     """Adapters of different sizes come and go until what is free lies in pieces; their bytes stay what they were."""
-    config, backend = LLAMA, Cuda(FLOAT)
+    config, backend = llama(**WIDTHS), Cuda(FLOAT)
     made = {rank: backend.prepare(adapter(config, rank, rank, ("q_proj",))) for rank in (1, 2, 3, 4)}
     sizes = {
         rank: weights.modules["model.layers.0.self_attn.q_proj"].A.untyped_storage().nbytes()
@@ -270,14 +186,15 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together() -> None:
 
 
 def test_memory_is_shared_out_and_what_does_not_fit_is_refused() -> None:
-    shares = share_out(LLAMA, 1 << 30, 512, 8 << 30)
+    config = llama(**WIDTHS)
+    shares = share_out(config, 1 << 30, 512, 8 << 30)
     assert shares.base + shares.work + shares.adapters + shares.kv_cache <= shares.total
     assert shares.kv_cache > shares.adapters > 0
-    wanted = share_out(LLAMA, 1 << 30, 512, 8 << 30, kv_cache=1 << 30, adapters=2 << 30)
+    wanted = share_out(config, 1 << 30, 512, 8 << 30, kv_cache=1 << 30, adapters=2 << 30)
     assert (wanted.kv_cache, wanted.adapters) == (1 << 30, 2 << 30)
     for options in ({"total": 1 << 30}, {"total": 8 << 30, "adapters": 8 << 30}, {"total": 8 << 30, "kv_cache": 10}):
         with pytest.raises(NoCapacity, match="raise --gpu-memory"):
-            share_out(LLAMA, 1 << 30, 512, **options)
+            share_out(config, 1 << 30, 512, **options)
 
 
 def test_nothing_is_left_out_of_the_account() -> None:
@@ -292,6 +209,6 @@ def test_nothing_is_left_out_of_the_account() -> None:
 
 def test_shapes_that_the_kernels_do_not_take_are_refused() -> None:
     ours, _ = bases("llama-int4")
-    odd = Tiny(ModelConfig(**{**LLAMA.__dict__, "intermediate_size": 100}), ours.weights, ours.tensors, ours.backend)
+    odd = Tiny(llama(**{**WIDTHS, "intermediate_size": 100}), ours.weights, ours.tensors, ours.backend)
     with pytest.raises(BadModel, match="multiple of 16"):
         cuda_runner(odd)

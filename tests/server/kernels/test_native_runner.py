@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,31 +12,25 @@ from adapters.weights import LoraWeights, LowRank
 from server.engine.batch import Batch, Logits, SlotWeights
 from server.engine.native_runner import _Results
 from server.engine.runner import Runner, make_runner
-from server.kernels import Backend, choose, cpu
-from server.kernels.weight import Weight
-from server.model.config import ModelConfig, RopeScaling
-from server.model.quantization import quantize
+from server.kernels import choose, cpu
+from server.model.config import RopeScaling
+from tests.server.kernels import tiny
+from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of, error, llama, random_tokens
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native kernels: {cpu.unavailable()}")
 
-BLOCK = 16
 SLOTS = 16
 RANKS = [1, 2, 3, 4, 7, 8, 16, 17, 32, 64]
-LLAMA = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=97,
-    hidden_size=96,
-    intermediate_size=160,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=512,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    rope_scaling=RopeScaling(),
-    tie_word_embeddings=True,
-)
+WIDTHS: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
 FAMILIES: dict[str, tuple[dict[str, Any], str, int, bool]] = {
     "llama-int4": ({}, "int4", 32, False),
     "llama-double": ({}, "int4", 32, True),
@@ -59,58 +53,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, int, bool]] = {
 }
 
 
-@dataclass(frozen=True)
-class Tiny:
-    config: ModelConfig
-    weights: dict[str, Weight]
-    tensors: dict[str, torch.Tensor]
-    backend: Backend
-
-
 def bases(family: str) -> tuple[Tiny, Tiny]:
     """The same stored weights, packed natively and as the reference has them."""
     changes, scheme, group, double = FAMILIES[family]
-    config = ModelConfig(**{**LLAMA.__dict__, **changes})
-    torch.manual_seed(11)
-    stored = {
-        path: quantize(torch.randn(shape) * shape[1] ** -0.5, scheme, group or 64, double)
-        for path, shape in config.linear_shapes().items()
-    }
+    config = llama(**{**WIDTHS, **changes})
     table = "none" if config.hidden_size % 32 else "int8"
-    stored |= {path: quantize(torch.randn(shape), table, 32) for path, shape in config.table_shapes().items()}
-    tensors = {
-        name: torch.randn(shape) * 0.1 + (0.0 if name.endswith("bias") else 1.0)
-        for name, shape in config.tensor_shapes().items()
-    }
-    native, reference = choose("native"), choose("reference")
-    return (
-        Tiny(config, {path: native.pack(w) for path, w in stored.items()}, tensors, native),
-        Tiny(config, stored, tensors, reference),
-    )
-
-
-def adapter(base: Tiny, seed: int, rank: int, targets: tuple[str, ...] = (), size: float = 1.0) -> LoraWeights:
-    generator = torch.Generator().manual_seed(seed)
-    modules = {
-        path: LowRank(
-            torch.randn(rank, width, generator=generator) * width**-0.5,
-            torch.randn(out, rank, generator=generator) * rank**-0.5 * size,
-            0.5,
-        )
-        for path, (out, width) in base.config.linear_shapes().items()
-        if not targets or path.endswith(targets)
-    }
-    return LoraWeights(f"a{seed}", f"{seed:064x}", modules)
-
-
-@dataclass
-class Sequence:
-    """What an engine keeps of a sequence: its tokens, how many are in the cache, its blocks and its mix."""
-
-    tokens: list[int]
-    blocks: list[int]
-    mix: SlotWeights = ()
-    done: int = 0
+    return tiny.bases(config, scheme, group or 64, double, table, choose("native"), choose("reference"))
 
 
 def runner_of(base: Tiny, threads: int = 2, blocks: int = 128) -> Runner:
@@ -126,45 +74,19 @@ def place_all(runner: Runner, base: Tiny, adapters: dict[int, LoraWeights]) -> N
 
 def step(runner: Runner, new: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
     """Run `count` more tokens of each sequence: the logits [count, vocab] of each."""
-    tokens, positions, starts, context = [], [], [0], []
-    for sequence, count in new:
-        end = sequence.done + count
-        tokens += sequence.tokens[sequence.done : end]
-        positions += range(sequence.done, end)
-        starts.append(len(tokens))
-        context.append(end)
-        sequence.done = end
-    blocks = torch.full((len(new), max(len(s.blocks) for s, _ in new)), -1, dtype=torch.int32)
-    for i, (sequence, _) in enumerate(new):
-        blocks[i, : len(sequence.blocks)] = torch.tensor(sequence.blocks)
-    logits = runner.run(
-        Batch(
-            torch.tensor(tokens),
-            torch.tensor(positions),
-            torch.tensor(starts, dtype=torch.int32),
-            torch.tensor(context, dtype=torch.int32),
-            blocks,
-            torch.arange(len(tokens)),
-            tuple(s.mix for s, _ in new),
-            BLOCK,
-        )
-    )
+    logits = runner.run(batch_of(new))
     assert logits.largest.tolist() == Logits(logits.rows).largest.tolist()
     return list(logits.rows.split([count for _, count in new]))
 
 
 def tokens(seed: int, count: int) -> list[int]:
-    return torch.randint(0, 97, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return random_tokens(llama(**WIDTHS), seed, count)
 
 
 def alone(runner: Runner, ids: list[int], mix: SlotWeights = (), first_block: int = 100) -> torch.Tensor:
     """Logits of every token, the sequence in one step by itself."""
     needed = -(-len(ids) // BLOCK)
     return step(runner, [(Sequence(ids, list(range(first_block, first_block + needed)), mix), len(ids))])[0]
-
-
-def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((ours - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,7 +103,7 @@ def test_adapters_of_all_ranks_share_a_batch(family: str) -> None:
     """Ranks from 1 to 64, rows without an adapter, mixes, weights of -1, 0 and 2, prefills beside decodes."""
     native, reference = bases(family)
     targets = [(), ("q_proj", "v_proj"), ("down_proj",), ("gate_proj", "up_proj"), ("o_proj", "k_proj")]
-    adapters = {i: adapter(native, i, rank, targets[i % len(targets)]) for i, rank in enumerate(RANKS)}
+    adapters = {i: adapter(native.config, i, rank, targets[i % len(targets)]) for i, rank in enumerate(RANKS)}
     mixes: list[SlotWeights] = [((i, weight),) for i, weight in enumerate([1.0, -1.0, 2.0, 0.5, 1.0, -1.0, 2.0, 1.0])]
     mixes += [(), ((8, 0.0),), ((9, 0.7), (0, -1.0), (5, 2.0)), ((8, 1.0), (9, 0.3)), ()]
     lengths = [1, 3, 17, 40, 1, 1, 2, 33, 5, 6, 20, 1, 1]
@@ -206,7 +128,7 @@ def test_steps_of_one_to_many_rows(family: str, rows: int) -> None:
     """All ranks in a step as far as its rows go, weights of -1, 0 and 2: close to the reference, and each sequence bit
     for bit as it is alone."""
     native, reference = bases(family)
-    adapters = {i: adapter(native, i, rank) for i, rank in enumerate(RANKS)}
+    adapters = {i: adapter(native.config, i, rank) for i, rank in enumerate(RANKS)}
     mixes: list[SlotWeights] = [((i, (-1.0, 2.0, 1.0, 0.0)[i % 4]),) for i in range(len(RANKS))]
     mixes += [(), ((6, 2.0), (3, -1.0)), ((9, 1.0),)]
     count = min(rows, len(mixes))
@@ -230,7 +152,7 @@ def test_an_adapter_changes_what_it_should_and_no_more() -> None:
     ids = tokens(5, 40)
     plain = alone(ours, ids)
     for base, runner in ((native, ours), (reference, exact)):
-        place_all(runner, base, {0: adapter(native, 1, 8, size=2.0)})
+        place_all(runner, base, {0: adapter(native.config, 1, 8, size=2.0)})
     assert error(alone(ours, ids, ((0, 1.0),)), plain) > 0.3
     assert error(alone(ours, ids, ((0, 1.0),)), alone(exact, ids, ((0, 1.0),))) < 0.03
     assert torch.equal(alone(ours, ids, ((0, 0.0),)), plain)
@@ -241,7 +163,7 @@ def test_an_adapter_changes_what_it_should_and_no_more() -> None:
 def test_a_row_does_not_depend_on_its_batch(family: str) -> None:
     """Bit for bit: alone or among others, at any place, in any chunks, blocks, slots and number of threads."""
     native, _ = bases(family)
-    adapters = [adapter(native, i, rank) for i, rank in enumerate([8, 17, 1, 64])]
+    adapters = [adapter(native.config, i, rank) for i, rank in enumerate([8, 17, 1, 64])]
     runner = runner_of(native)
     place_all(runner, native, dict(enumerate(adapters)))
     ids, mix = tokens(1, 77), ((0, 1.0), (1, -1.0))
@@ -277,7 +199,7 @@ def test_a_row_does_not_depend_on_its_batch(family: str) -> None:
 def test_what_an_earlier_owner_left_in_a_block_is_not_seen() -> None:
     native, _ = bases("llama-int4")
     fresh, used = runner_of(native), runner_of(native)
-    place_all(used, native, {0: adapter(native, 1, 4, size=1e30)})
+    place_all(used, native, {0: adapter(native.config, 1, 4, size=1e30)})
     overflown = alone(used, tokens(2, 64), ((0, 16.0),), first_block=0)
     assert not overflown.isfinite().all()
     for count in (1, 2, 15, 16, 17, 33):
@@ -289,7 +211,7 @@ def test_a_slot_is_reused_and_cleared() -> None:
     native, _ = bases("llama-int4")
     runner = runner_of(native)
     ids = tokens(4, 9)
-    one, two = adapter(native, 1, 8), adapter(native, 2, 5, ("q_proj",))
+    one, two = adapter(native.config, 1, 8), adapter(native.config, 2, 5, ("q_proj",))
     place_all(runner, native, {0: one, 1: two})
     alone_two = alone(runner, ids, ((1, 1.0),))
     runner.clear(0)
@@ -322,7 +244,7 @@ def test_wrong_adapters_and_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 16"):
         runner.allocate(4, 8)
     with pytest.raises(ValueError, match="not prepared"):
-        runner.place(0, adapter(native, 1, 4))
+        runner.place(0, adapter(native.config, 1, 4))
     path = "model.layers.0.self_attn.q_proj"
     wrong = LoraWeights("w", "0" * 64, {path: LowRank(torch.zeros(2, 32), torch.zeros(192, 2), 1.0)})
     with pytest.raises(ValueError, match="the module is"):
@@ -360,7 +282,7 @@ def test_the_largest_logit_is_the_first_among_equals() -> None:
 
 def test_a_prepared_adapter_lies_in_one_piece_in_the_order_of_a_step() -> None:
     native, _ = bases("llama-int4")
-    weights = adapter(native, 1, 5)
+    weights = adapter(native.config, 1, 5)
     prepared = native.backend.prepare(weights)
     assert prepared.version == weights.version
     assert prepared.nbytes == weights.nbytes // 2

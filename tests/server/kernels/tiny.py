@@ -1,0 +1,125 @@
+"""Tiny random models, adapters and steps for the tests of the runners: the same weights for every kind of kernels.
+
+Owns how such a model and a batch are made. Does not know which runner takes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adapters.weights import LoraWeights, LowRank
+from server.engine.batch import Batch, SlotWeights
+from server.kernels import Backend
+from server.kernels.weight import Weight
+from server.model.config import ModelConfig, RopeScaling
+from server.model.quantization import quantize
+
+BLOCK = 16
+"""Positions of a block of the KV cache."""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A base as one kind of kernels has it."""
+
+    config: ModelConfig
+    weights: dict[str, Weight]
+    tensors: dict[str, torch.Tensor]
+    backend: Backend
+
+
+def llama(**changes: Any) -> ModelConfig:
+    """A config of Llama's shape; each test module says its widths and what its families change."""
+    return ModelConfig(
+        **{
+            "architecture": "LlamaForCausalLM",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "rope_scaling": RopeScaling(),
+            "tie_word_embeddings": True,
+            **changes,
+        }
+    )
+
+
+def bases(
+    config: ModelConfig, scheme: str, group: int, double: bool, table: str, packer: Backend, plain: Backend
+) -> tuple[Tiny, Tiny]:
+    """The same stored weights, packed by `packer` and as `plain`, the reference, has them."""
+    torch.manual_seed(11)
+    stored = {
+        path: quantize(torch.randn(shape) * shape[1] ** -0.5, scheme, group, double)
+        for path, shape in config.linear_shapes().items()
+    }
+    stored |= {path: quantize(torch.randn(shape), table, 32) for path, shape in config.table_shapes().items()}
+    tensors = {
+        name: torch.randn(shape) * 0.1 + (0.0 if name.endswith("bias") else 1.0)
+        for name, shape in config.tensor_shapes().items()
+    }
+    packed = {path: packer.pack(weight) for path, weight in stored.items()}
+    return Tiny(config, packed, tensors, packer), Tiny(config, stored, tensors, plain)
+
+
+def adapter(config: ModelConfig, seed: int, rank: int, targets: tuple[str, ...] = (), size: float = 1.0) -> LoraWeights:
+    """A random adapter of the linears whose paths end like one of `targets`; of all without any."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {
+        path: LowRank(
+            torch.randn(rank, width, generator=generator) * width**-0.5,
+            torch.randn(out, rank, generator=generator) * rank**-0.5 * size,
+            0.5,
+        )
+        for path, (out, width) in config.linear_shapes().items()
+        if not targets or path.endswith(targets)
+    }
+    return LoraWeights(f"a{seed}", f"{seed:064x}", modules)
+
+
+@dataclass
+class Sequence:
+    """What an engine keeps of a sequence: its tokens, how many are in the cache, its blocks and its mix."""
+
+    tokens: list[int]
+    blocks: list[int]
+    mix: SlotWeights = ()
+    done: int = 0
+
+
+def batch_of(new: list[tuple[Sequence, int]], every_row: bool = True) -> Batch:
+    """The step that runs `count` more tokens of each sequence, with logits of all rows or of each sequence's last."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    starts, context = [0], []
+    for sequence, count in new:
+        end = sequence.done + count
+        tokens += sequence.tokens[sequence.done : end]
+        positions += range(sequence.done, end)
+        starts.append(len(tokens))
+        context.append(end)
+        sequence.done = end
+    blocks = torch.full((len(new), max(len(s.blocks) for s, _ in new)), -1, dtype=torch.int32)
+    for i, (sequence, _) in enumerate(new):
+        blocks[i, : len(sequence.blocks)] = torch.tensor(sequence.blocks)
+    return Batch(
+        torch.tensor(tokens),
+        torch.tensor(positions),
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(context, dtype=torch.int32),
+        blocks,
+        torch.arange(len(tokens)) if every_row else torch.tensor(starts[1:]) - 1,
+        tuple(s.mix for s, _ in new),
+        BLOCK,
+    )
+
+
+def random_tokens(config: ModelConfig, seed: int, count: int) -> list[int]:
+    return torch.randint(0, config.vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    assert torch.isfinite(ours).all()
+    return float((ours - exact).norm() / exact.norm())
