@@ -23,7 +23,7 @@ from server.model import vocabulary as model_vocabulary
 from server.model.config import ModelConfig
 from server.model.digest import Digests
 from server.model.gguf_file import BLOCK, GgufFile
-from server.model.quantization import GROUPS, Quantization, Rows, quantize, quantize_table
+from server.model.quantization import GROUPS, Quantization, Rows, check_finite, quantize, quantize_table
 from server.model.vocabulary import Vocabulary, read_json
 
 MANIFEST = "loramux.json"
@@ -158,6 +158,7 @@ class Gguf:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name in self.config.tensor_shapes():
             tensor = self._file.floats(self._names[name]).float()
+            check_finite(name, tensor)
             order = self._row_order(name.removesuffix(".bias"))
             yield name, tensor if order is None else tensor[order]
 
@@ -240,6 +241,7 @@ class Folder:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._shards.read(self.config.tensor_shapes()):
+            check_finite(name, tensor)
             yield name, tensor.float()
 
     def _ignored(self, name: str) -> bool:

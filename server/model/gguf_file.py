@@ -79,7 +79,7 @@ class GgufFile:
         """A matrix of Q4_0, Q4_1 or Q8_0 in the stored layout, without loss; None for what has no such form.
 
         The values equal those of the `gguf` package bit for bit. A Q8_0 code of -128, which the stored layout does
-        not have and llama.cpp does not write, has no such form either.
+        not have and llama.cpp does not write, has no such form either, nor have scales that are not finite.
         """
         info = self.tensors[name]
         if info.kind not in (Q4_0, Q4_1, Q8_0) or len(info.shape) != 2:
@@ -88,6 +88,8 @@ class GgufFile:
         shape = (rows, columns)
         raw = self._bytes(info, 0, rows).view(rows, columns // BLOCK, _SIZES[info.kind][1])
         scale = _halves(raw[..., 0:2])
+        if not bool(torch.isfinite(scale).all()):
+            return None
         if info.kind == Q8_0:
             codes = raw[..., 2:].contiguous().view(torch.int8).view(rows, columns)
             if int(codes.min()) < -127:
@@ -130,7 +132,8 @@ class Rows:
         try:
             for first in range(start, stop, _ROWS):
                 last = min(first + _ROWS, stop)
-                block = dequantize(self._file._bytes(info, first, last).numpy(), kind)
+                with np.errstate(all="ignore"):  # what is not finite is refused by whoever takes the values
+                    block = dequantize(self._file._bytes(info, first, last).numpy(), kind)
                 values[first - start : last - start] = torch.from_numpy(block)
         except NotImplementedError as error:
             raise BadModel(f"tensors of the GGUF type {kind.name} cannot be read ({info.name})") from error

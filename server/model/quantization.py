@@ -83,6 +83,12 @@ def check_group(name: str, columns: int, group: int) -> None:
     raise BadModel(f"{name} has {columns} inputs, which groups of {group} do not divide; {advice}", "group_size")
 
 
+def check_finite(name: str, values: torch.Tensor) -> None:
+    """Raises BadModel, naming `name`, for an infinity or what is no number. One fast pass where there is neither."""
+    if not bool(torch.isfinite(values.sum(dtype=torch.float32))) and not bool(torch.isfinite(values).all()):
+        raise BadModel(f"{name} holds values that are not finite")
+
+
 def quantize(
     matrix: Rows, scheme: str, group: int = 64, double_quant: bool = False, name: str = "the matrix"
 ) -> Weight:
@@ -97,8 +103,7 @@ def quantize(
     if scheme == "none":
         kept = matrix[:rows]
         kept = kept.float() if kept.dtype == torch.float64 else kept
-        if not bool(torch.isfinite(kept.sum(dtype=torch.float32))) and not bool(torch.isfinite(kept).all()):
-            raise BadModel(f"{name} holds values that are not finite")
+        check_finite(name, kept)
         return Weight("none", STORED, shape, columns, {"codes": kept.contiguous()})
     check_group(name, columns, group)
     groups = columns // group

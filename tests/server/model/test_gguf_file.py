@@ -10,6 +10,7 @@ import torch
 from server.errors import BadModel
 from server.kernels.stored import dequantize_stored
 from server.model.gguf_file import GgufFile
+from server.model.quantization import quantize
 
 KINDS = gguf.GGMLQuantizationType
 
@@ -77,6 +78,19 @@ def test_a_code_of_minus_128_is_not_passed_on(tmp_path: Path) -> None:
     data[info.offset + 2] = 0x80
     path.write_bytes(data)
     assert GgufFile(path).stored("w") is None
+
+
+@pytest.mark.parametrize("kind", [KINDS.Q4_0, KINDS.Q4_1, KINDS.Q8_0])
+def test_scales_that_are_not_finite_are_not_passed_on(tmp_path: Path, kind: KINDS) -> None:
+    path = write(tmp_path / "m.gguf", {"w": (values(2, 32), kind)})
+    info = GgufFile(path).tensors["w"]
+    data = bytearray(path.read_bytes())
+    data[info.offset : info.offset + 2] = np.float16(np.inf).tobytes()
+    path.write_bytes(data)
+    file = GgufFile(path)
+    assert file.stored("w") is None and not torch.isfinite(file.floats("w")).all()
+    with pytest.raises(BadModel, match="w holds values that are not finite"):
+        quantize(file.rows("w"), "int4", 32, name="w")
 
 
 def test_broken_files_are_refused(tmp_path: Path) -> None:

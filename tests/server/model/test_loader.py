@@ -143,6 +143,9 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, tiny_vocabulary: Voca
     refused(whole | {"model.layers.9.x": torch.ones(1)}, r"does not: model\.layers\.9\.x")
     refused(whole | {name: torch.ones(8, 8)}, rf"{name} has the shape \[8, 8\].* asks for \[192, 128\]")
     refused(whole | {name: torch.full((192, 128), float("nan"))}, "up_proj holds values that are not finite")
+    refused(
+        whole | {"model.norm.weight": torch.full((128,), float("inf"))}, "model.norm.weight holds values that are not"
+    )
     refused(whole | {name: torch.ones((192, 128), dtype=torch.int32)}, "int32")
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-5])
     with pytest.raises(BadModel, match=r"model\.safetensors cannot be read"):
