@@ -129,7 +129,7 @@ class _Fused(torch.autograd.Function):
         grad = grads[0].reshape(-1, weight.shape[0])
         back = (grad @ b) * ctx.scale
         grad_x = (grad @ weight).addmm_(back, a) if ctx.needs_input_grad[0] else None
-        grad_b = (grad.T @ inner) * ctx.scale
+        grad_b = (inner.T @ grad).T * ctx.scale  # a wide matrix is not turned
         shape = (*grads[0].shape[:-1], weight.shape[1])
         return (grad_x.view(shape) if grad_x is not None else None), None, None, back.T @ rows, grad_b, None
 

@@ -22,8 +22,10 @@ from server.model.loader import Base
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHORT = 160
-"""Own tokens of the longest sequence up to which all are attended to in one call, whose scores are kept for the way
+"""Own tokens of a sequence up to which it is attended to in one call with others, whose scores are kept for the way
 back; longer ones go through the fused kernel one by one, which keeps no scores."""
+PADDING = 1.5
+"""Rows that sequences in one call may have, padded, over their own: more cost more than a further call."""
 KEPT_BYTES = 512 << 20
 """A base whose dequantized linears take no more than this keeps them while it trains."""
 
@@ -57,9 +59,10 @@ class Trainable:
                 self.nbytes += dense.weight.nbytes
         head = decoder.lm_head
         kept = sum(m.weight.nbytes for m in decoder.modules() if isinstance(m, _Dense))
-        if head.weight.layout != STORED and kept + _bytes(head.weight.shape, dtype) <= kept_bytes:
-            # Kernels that quantize activations would do so to the states that the loss is computed from.
-            dense = _Head(head.weight, head.bias, base.backend, dtype)
+        # The stored layout stays exact; kernels that quantize activations would do so to what the loss comes from.
+        head_dtype = torch.float32 if head.weight.layout == STORED else dtype
+        if kept + _bytes(head.weight.shape, head_dtype) <= kept_bytes:
+            dense = _Head(head.weight, head.bias, base.backend, head_dtype)
             decoder.lm_head = dense  # type: ignore[assignment]
             self.nbytes += dense.weight.nbytes
         elif head.weight.layout == STORED:
@@ -75,17 +78,16 @@ class Trainable:
         and so is their gradient's sum.
         """
         shared = shared_prefix(ids, lengths) if self._share_prefix else 0
-        width = max(lengths) - shared
-        padding = width * len(lengths) / (len(ids) - shared * len(lengths))
-        if width > SHORT or padding > (1.5 if shared == 0 else 3.0):
-            attention = PackedAttention(lengths)
-            states: torch.Tensor = self.tree(self._embed(ids), Context(attention.positions, attention))
+        if max(lengths) - shared > SHORT:
+            shared = 0  # the fused kernel takes whole sequences
+        tails = PrefixAttention(shared, [length - shared for length in lengths])
+        if not shared:
+            states: torch.Tensor = self.tree(self._embed(ids), Context(tails.positions, tails))
             return states
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
         own = torch.cat([torch.arange(s + shared, e) for s, e in zip(starts, starts[1:], strict=False)])
-        tails = PrefixAttention(shared, [length - shared for length in lengths])
         computed = self.tree(self._embed(torch.cat((ids[:shared], ids[own]))), Context(tails.positions, tails))
         # Rows of the whole sequences, taken from the computed ones: the prefix's again and again.
         rows = torch.arange(shared).repeat(len(lengths), 1)
@@ -119,16 +121,52 @@ def shared_prefix(ids: torch.Tensor, lengths: Sequence[int]) -> int:
 class PrefixAttention:
     """Causal attention of sequences that share their first tokens: rows are the prefix, then each one's own tail.
 
-    All tails are attended to in one call, padded to the longest, which costs scores and nothing else.
+    Tails of like length that follow each other are attended to in one call. One of over `SHORT` tokens is alone, and
+    goes through the fused kernel where there is no prefix.
     """
 
     def __init__(self, shared: int, tails: Sequence[int]) -> None:
         self.positions = torch.cat([torch.arange(shared), *(torch.arange(shared, shared + n) for n in tails)])
-        self._shared, count, width = shared, len(tails), max(tails)
+        groups = alike(tails)
+        self._sizes = [shared, *map(sum, groups)]
+        self._groups = [
+            PackedAttention(group) if not shared and group[0] > SHORT else _Tails(shared, group) for group in groups
+        ]
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `server.model.attention.Attention`."""
+        rows = zip(*(x.split(self._sizes) for x in (q, k, v)), strict=True)
+        prefix = next(rows)
+        parts = [grouped_attention(*prefix, causal=True)] if self._sizes[0] else []
+        for group, own in zip(self._groups, rows, strict=True):
+            if isinstance(group, PackedAttention):
+                parts.append(group.attend(layer, *own))
+            else:
+                parts.append(group.attend(*own, *prefix[1:]))
+        return torch.cat(parts)
+
+
+def alike(tails: Sequence[int]) -> list[list[int]]:
+    """Lengths in runs that lose little by being padded to their longest; one over `SHORT` is alone."""
+    groups: list[list[int]] = []
+    for length in tails:
+        last = [*groups[-1], length] if groups else []
+        if last and max(last) <= SHORT and max(last) * len(last) <= PADDING * sum(last):
+            groups[-1].append(length)
+        else:
+            groups.append([length])
+    return groups
+
+
+class _Tails:
+    """Tails that are attended to in one call, padded to the longest, which costs scores and nothing else."""
+
+    def __init__(self, shared: int, tails: Sequence[int]) -> None:
+        count, width = len(tails), max(tails)
         lengths = torch.tensor(tails)[:, None]
         column = torch.arange(width)
         self._real = (column < lengths).flatten().nonzero().flatten()
-        first = lengths.cumsum(0) - lengths + shared
+        first = lengths.cumsum(0) - lengths
         # Where each place of the padded tails is among the rows; what is behind a tail's end reads its first row.
         self._rows = (first + torch.where(column < lengths, column, 0)).flatten()
         seen = column[None, :] <= column[:, None]
@@ -136,46 +174,42 @@ class PrefixAttention:
         mask[:, shared:].masked_fill_(~seen, float("-inf"))
         self._size, self._mask = (count, width), mask
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See `server.model.attention.Attention`."""
-        (count, width), shared = self._size, self._shared
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_k: torch.Tensor, first_v: torch.Tensor
+    ) -> torch.Tensor:
+        """q [T, heads, d] of the tails, k and v [T, kv_heads, d], those of the prefix [shared, kv_heads, d]."""
+        count, width = self._size
         heads, d = q.shape[1:]
         kv_heads = k.shape[1]
         group = heads // kv_heads
 
-        def padded(x: torch.Tensor) -> torch.Tensor:
+        def padded(x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
             """[T, kv_heads, d] -> [count * kv_heads, shared + width, d]: the prefix before each tail."""
-            tail = _Padded.apply(x, self._rows, self._real, shared).view(count, width, kv_heads, d)  # type: ignore[no-untyped-call]
-            whole = torch.cat((x[:shared].expand(count, -1, -1, -1), tail), 1)
+            tail = _Padded.apply(x, self._rows, self._real).view(count, width, kv_heads, d)  # type: ignore[no-untyped-call]
+            whole = torch.cat((first.expand(count, -1, -1, -1), tail), 1)
             return whole.transpose(1, 2).flatten(0, 1)
 
-        queries: torch.Tensor = _Padded.apply(q, self._rows, self._real, shared)  # type: ignore[no-untyped-call]
+        queries: torch.Tensor = _Padded.apply(q, self._rows, self._real)  # type: ignore[no-untyped-call]
         queries = queries.view(count, width, kv_heads, group, d).permute(0, 2, 3, 1, 4)
         # Plain products: for many short sequences these are several times faster, both ways, than the fused kernel.
-        scores = torch.bmm(queries.reshape(count * kv_heads, group * width, d), padded(k).mT)
+        scores = torch.bmm(queries.reshape(count * kv_heads, group * width, d), padded(k, first_k).mT)
         scores = scores.view(count * kv_heads, group, width, -1).mul(d**-0.5) + self._mask.to(q.dtype)
-        seen = torch.bmm(scores.softmax(-1).flatten(1, 2), padded(v)).view(count, kv_heads, group, width, d)
+        seen = torch.bmm(scores.softmax(-1).flatten(1, 2), padded(v, first_v)).view(count, kv_heads, group, width, d)
         tails: torch.Tensor = _Unpadded.apply(seen.permute(0, 3, 1, 2, 4).reshape(count * width, heads * d), self._real)  # type: ignore[no-untyped-call]
-        if not shared:
-            return tails
-        return torch.cat((grouped_attention(q[:shared], k[:shared], v[:shared], causal=True), tails))
+        return tails
 
 
 class _Padded(torch.autograd.Function):
     """`x[rows]`: the tails, padded. What pads is seen by nobody and has no gradient, so that no sum is needed back."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, real: torch.Tensor, shared: int) -> torch.Tensor:
-        ctx.real, ctx.shared = real, shared
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        ctx.real = real
         return x.index_select(0, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad = grads[0]
-        back = grad.new_empty(ctx.shared + len(ctx.real), *grad.shape[1:])
-        back[: ctx.shared] = 0
-        torch.index_select(grad, 0, ctx.real, out=back[ctx.shared :])
-        return back, None, None, None
+        return grads[0].index_select(0, ctx.real), None, None
 
 
 class _Unpadded(torch.autograd.Function):
@@ -210,7 +244,7 @@ class _Dense(nn.Linear):
 
 
 class _Head(_Dense):
-    """The output table: the states that it is given are float32, and the product is in the compute dtype."""
+    """The output table: the states that it is given are float32, and the product is in the table's dtype."""
 
     def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)

@@ -10,8 +10,9 @@ from adapters.data import Chat, Completion, Example, Pair, Tokens
 from adapters.errors import InvalidData
 from adapters.layers import LoraSpec
 from server.engine.text import Text
+from server.jobs import trainable
 from server.jobs.encoding import Template, encoder
-from server.jobs.trainable import PrefixAttention, Trainable, shared_prefix
+from server.jobs.trainable import PrefixAttention, Trainable, alike, shared_prefix
 from server.model.attention import Context, PackedAttention
 
 
@@ -27,9 +28,20 @@ def sequences(prefix: int, tails: list[int], seed: int = 0) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize(
-    ("prefix", "tails"), [(7, [3, 1, 6]), (1, [4, 4]), (0, [5, 4]), (0, [5]), (0, [9, 1, 1]), (20, [2] * 5)]
+    ("prefix", "tails"),
+    [
+        (7, [3, 1, 6]),
+        (1, [4, 4]),
+        (0, [5, 4]),
+        (0, [5]),
+        (3, [9, 1, 1]),
+        (20, [2] * 5),
+        (0, [14, 13, 3, 2]),
+        (4, [14, 2]),
+    ],
 )
-def test_a_shared_prefix_changes_no_state_and_no_gradient(prefix, tails, tiny_base):
+def test_a_shared_prefix_changes_no_state_and_no_gradient(prefix, tails, tiny_base, monkeypatch):
+    monkeypatch.setattr(trainable, "SHORT", 12)
     ids, lengths = sequences(prefix, tails)
     assert shared_prefix(ids, lengths) == (prefix if len(tails) > 1 else 0)
     model = Trainable(tiny_base, "float32")
@@ -129,3 +141,15 @@ def test_a_template_that_rewrites_history_is_refused(tiny_vocabulary):
 def test_the_mask_of_padded_tails():
     tails = PrefixAttention(2, [1, 3])
     assert tails.positions.tolist() == [0, 1, 2, 2, 3, 4]
+
+
+def test_tails_of_like_length_are_padded_together():
+    assert alike([10, 9, 5]) == [[10, 9, 5]]
+    assert alike([10, 9, 2, 1]) == [[10, 9, 2], [1]]
+    assert alike([400, 300, 20]) == [[400], [300], [20]]
+
+
+def test_the_stored_output_table_is_kept_in_float32_where_there_is_room(tiny_base):
+    states = torch.randn(3, tiny_base.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    kept, codes = Trainable(tiny_base).logits(states), Trainable(tiny_base, kept_bytes=0).logits(states)
+    assert kept.dtype == torch.float32 and torch.allclose(kept, codes, atol=1e-5)
