@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
 
 Progress = Callable[[str, int, int], None]
+
+SECONDS_BETWEEN_LINES = 30.0
+"""How often long work without a terminal says how far it is."""
 
 
 def out() -> Console:
@@ -27,18 +31,23 @@ def print_json(value: Any) -> None:
 def progress(unit: str, quiet: bool = False) -> Iterator[Progress]:
     """A bar on standard error for `call(what, done, total)`; `unit` is "bytes" or "parameters".
 
-    `total` 0 is not known yet. Without a terminal there is one line for each new `what`.
+    `total` 0 is not known yet. Without a terminal there is a line for each new `what`, and how far it is now and then.
     """
     console = Console(stderr=True, highlight=False)
     if quiet:
         yield lambda what, done, total: None
     elif not console.is_terminal:
-        said: set[str] = set()
+        said: dict[str, float] = {}
 
         def say(what: str, done: int, total: int) -> None:
+            now = time.monotonic()
             if what not in said:
-                said.add(what)
                 console.print(f"{what} ...")
+            elif total and now - said[what] >= SECONDS_BETWEEN_LINES:
+                console.print(f"{what} {100 * done // total} %")
+            else:
+                return
+            said[what] = now
 
         yield say
     else:

@@ -179,12 +179,19 @@ def test_json_log_lines() -> None:
     }
 
 
-def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal.progress("bytes") as bar:
         for done in (0, 5, 10):
             bar("fetching", done, 10)
         bar("loading", 0, 0)
     assert capsys.readouterr().err == "fetching ...\nloading ...\n"
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.0)
+    with terminal.progress("bytes") as bar:
+        for done in (0, 5, 10):
+            bar("fetching", done, 10)
+        bar("loading", 0, 0)
+        bar("loading", 7, 0)
+    assert capsys.readouterr().err == "fetching ...\nfetching 50 %\nfetching 100 %\nloading ...\n"
     with terminal.progress("bytes", quiet=True) as bar:
         bar("fetching", 1, 2)
     assert capsys.readouterr().err == ""
