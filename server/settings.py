@@ -109,6 +109,8 @@ AutoMemory = Annotated[int | float | None, _auto(parse_memory)]
 AutoInt = Annotated[int | None, _auto(lambda v: v)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
 Count = Annotated[int, Field(ge=1)]
+AutoCount = Annotated[Count | None, _auto(lambda v: v)]
+Rate = Annotated[Annotated[float, Field(gt=0)] | None, _auto(lambda v: v)]
 
 
 class Settings(BaseModel):
@@ -158,11 +160,10 @@ class Settings(BaseModel):
     max_queue_tokens: Count = Field(262_144, description="most tokens that wait")
     deadline: Duration = Field(300.0, description="longest time of one request, and the most it may ask for")
 
-    key_rate: Annotated[Annotated[float, Field(gt=0)] | None, _auto(lambda v: v)] = Field(
-        None, description="requests a second that one key may send: auto is no limit"
-    )
-    key_concurrency: AutoInt = Field(None, description="most requests of one key in flight: auto is no limit")
-    task_concurrency: AutoInt = Field(None, description="most requests of one task in flight: auto is no limit")
+    key_rate: Rate = Field(None, description="requests a second that one key may send: auto is no limit")
+    key_concurrency: AutoCount = Field(None, description="most requests of one key in flight: auto is no limit")
+    task_rate: Rate = Field(None, description="requests a second that one task may be sent: auto is no limit")
+    task_concurrency: AutoCount = Field(None, description="most requests of one task in flight: auto is no limit")
 
     # HTTP
     host: str = Field("127.0.0.1", description="address to listen on")

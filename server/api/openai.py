@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, Response
 
 from server.api import openai_schemas as schemas
-from server.api.generate import STREAMED, asked_fields, counted, json_response, override
+from server.api.generate import STREAMED, asked_fields, counted, json_response, override, within_limits
 from server.api.openai_shapes import ChatShape, CompletionShape, Shape, V1Events
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running
@@ -87,9 +87,10 @@ async def chat(body: schemas.ChatBody, request: Request, runtime: Running, parts
 
 
 def resolve_model(parts: Parts, body: schemas.V1Fields, caller: Caller) -> Target:
-    """The target of `model`. Raises UnknownName, UnknownAdapter, which are counted."""
+    """The target of `model`. Raises UnknownName, UnknownAdapter, QueueFull, which are counted."""
     with counted(parts.inference, None, caller):
-        return parts.resolver.model(body.model, override(body.adapters))
+        target = parts.resolver.model(body.model, override(body.adapters))
+    return within_limits(parts, target, caller)
 
 
 async def _answer(
