@@ -182,6 +182,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     watchdog.start()
     jobs.start()
     closing: list[Callable[[float], object]] = [
+        lambda drain: parts.grammars.close(),
         lambda drain: quality.close(),
         lambda drain: registry.close(),
         engine.stop,

@@ -19,7 +19,7 @@ from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running
 from server.api.stream import EventStream, check_complete, finished
 from server.engine.request import Constraint
-from server.errors import InvalidRequest
+from server.errors import DeadlineExceeded, InvalidRequest
 from server.tasks import sampling
 from server.tasks.inference import Caller, choices, new_id
 from server.tasks.resolve import Target
@@ -115,7 +115,7 @@ async def _answer(
         schema = body.response_format.schema_of_answer() if body.response_format is not None else None
         grammars: Sequence[Constraint] = ()
         if schema is not None:
-            grammars = await asyncio.to_thread(parts.grammars.compile, schema, len(prompts) * n)
+            grammars = await _compiled(parts, schema, len(prompts) * n, caller)
     generation = parts.inference.start(
         target,
         [p for p in prompts for _ in range(n)],
@@ -131,6 +131,15 @@ async def _answer(
     await finished(request.receive, generation)
     check_complete(generation)
     return json_response(shape.whole(generation))
+
+
+async def _compiled(parts: Parts, schema: Mapping[str, Any], count: int, caller: Caller) -> Sequence[Constraint]:
+    """`count` constraints that hold answers to a schema. Raises InvalidRequest, DeadlineExceeded."""
+    try:
+        async with asyncio.timeout(caller.deadline - time.monotonic()):
+            return await asyncio.wrap_future(parts.grammars.ask(schema, count))
+    except TimeoutError:
+        raise DeadlineExceeded("the deadline passed before the schema of response_format was compiled") from None
 
 
 def _asked(body: schemas.CompletionBody | schemas.ChatBody) -> dict[str, Any]:
