@@ -205,7 +205,9 @@ def test_a_lying_length_and_a_broken_upload_do_no_harm(live: Any) -> None:
     assert live.generate("x", max_tokens=1).status_code == 200
 
 
-def test_a_server_that_loads_says_so_and_one_that_failed_says_why(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_loads_says_so_and_one_that_failed_tells_no_path(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import threading
 
     import server.app
@@ -215,7 +217,7 @@ def test_a_server_that_loads_says_so_and_one_that_failed_says_why(start: Any, mo
 
     def slow(*_: Any) -> Any:
         gate.wait(10)
-        raise BadModel("no such model")
+        raise BadModel("there is no model at /a/path/of/ours")
 
     real = server.app.assemble
     monkeypatch.setattr(server.app, "assemble", slow)
@@ -227,9 +229,9 @@ def test_a_server_that_loads_says_so_and_one_that_failed_says_why(start: Any, mo
     gate.set()
     for _ in range(200):
         message = live.http.get("/health/ready").json()["error"]["message"]
-        if "no such model" in message:
+        if "could not start" in message:
             break
-    assert "no such model" in message
+    assert "could not start" in message and "/a/path" not in message, "/health/ready is open to everybody"
     monkeypatch.setattr(server.app, "assemble", real)
 
 
