@@ -198,9 +198,11 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        for name in ("api_keys", "admin_keys", "metrics_key"):
-            parse_keys(getattr(self, name).get_secret_value(), name)
-        keyed = self.api_keys.get_secret_value() or self.api_keys_file
+        given = {
+            name: parse_keys(getattr(self, name).get_secret_value(), name)
+            for name in ("api_keys", "admin_keys", "metrics_key")
+        }
+        keyed = given["api_keys"] or given["admin_keys"] or self.api_keys_file or self.admin_keys_file
         if not keyed and not self.insecure and not is_loopback(self.host):
             raise BadSetting(
                 f"host {self.host!r} can be reached by others and there are no keys: set LORAMUX_API_KEYS, or say "
