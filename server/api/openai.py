@@ -148,6 +148,8 @@ def _asked(body: schemas.CompletionBody | schemas.ChatBody) -> dict[str, Any]:
         asked.pop("logprobs", None)
         if body.logprobs:
             asked["logprobs"] = body.top_logprobs or 0
+    elif body.logprobs is False:
+        del asked["logprobs"]
     return asked
 
 
