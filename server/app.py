@@ -88,7 +88,7 @@ async def _load(runtime: Runtime, on_failure: Callable[[Exception], None]) -> No
         house: House = await asyncio.to_thread(assemble, runtime.settings, runtime.metrics, mailbox)
     except Exception as error:
         log.error("the server cannot start: %s", error, exc_info=not hasattr(error, "message"))
-        runtime.state, runtime.reason = "failed", getattr(error, "message", "see the log")
+        runtime.state = "failed"
         on_failure(error)
         return
     runtime.house, runtime.loaded = house, house.parts

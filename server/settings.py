@@ -109,6 +109,8 @@ AutoMemory = Annotated[int | float | None, _auto(parse_memory)]
 AutoInt = Annotated[int | None, _auto(lambda v: v)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
 Count = Annotated[int, Field(ge=1)]
+AutoCount = Annotated[Count | None, _auto(lambda v: v)]
+Rate = Annotated[Annotated[float, Field(gt=0)] | None, _auto(lambda v: v)]
 
 
 class Settings(BaseModel):
@@ -158,11 +160,10 @@ class Settings(BaseModel):
     max_queue_tokens: Count = Field(262_144, description="most tokens that wait")
     deadline: Duration = Field(300.0, description="longest time of one request, and the most it may ask for")
 
-    key_rate: Annotated[Annotated[float, Field(gt=0)] | None, _auto(lambda v: v)] = Field(
-        None, description="requests a second that one key may send: auto is no limit"
-    )
-    key_concurrency: AutoInt = Field(None, description="most requests of one key in flight: auto is no limit")
-    task_concurrency: AutoInt = Field(None, description="most requests of one task in flight: auto is no limit")
+    key_rate: Rate = Field(None, description="requests a second that one key may send: auto is no limit")
+    key_concurrency: AutoCount = Field(None, description="most requests of one key in flight: auto is no limit")
+    task_rate: Rate = Field(None, description="requests a second that one task may be sent: auto is no limit")
+    task_concurrency: AutoCount = Field(None, description="most requests of one task in flight: auto is no limit")
 
     # HTTP
     host: str = Field("127.0.0.1", description="address to listen on")
@@ -197,9 +198,11 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        for name in ("api_keys", "admin_keys", "metrics_key"):
-            parse_keys(getattr(self, name).get_secret_value(), name)
-        keyed = self.api_keys.get_secret_value() or self.api_keys_file
+        given = {
+            name: parse_keys(getattr(self, name).get_secret_value(), name)
+            for name in ("api_keys", "admin_keys", "metrics_key")
+        }
+        keyed = given["api_keys"] or given["admin_keys"] or self.api_keys_file or self.admin_keys_file
         if not keyed and not self.insecure and not is_loopback(self.host):
             raise BadSetting(
                 f"host {self.host!r} can be reached by others and there are no keys: set LORAMUX_API_KEYS, or say "

@@ -142,7 +142,9 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     inference = Inference(engine, registry, metrics, mailbox, lambda error: answer(error).status)
     quality = Quality(settings.state_dir / "quality.db", settings.quality_retention)
     router = BestRouter(quality, registry, base.id)
-    inference.admission = Admission(settings.key_rate, settings.key_concurrency, settings.task_concurrency)
+    inference.admission = Admission(
+        settings.key_rate, settings.key_concurrency, settings.task_rate, settings.task_concurrency
+    )
     inference.on_ended = _ending(settings, quality, text, base.id)
     training = Ground(
         origin=None if source is None else _origin(settings, base, source),
@@ -180,6 +182,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     watchdog.start()
     jobs.start()
     closing: list[Callable[[float], object]] = [
+        lambda drain: parts.grammars.close(),
         lambda drain: quality.close(),
         lambda drain: registry.close(),
         engine.stop,

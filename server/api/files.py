@@ -17,8 +17,8 @@ from server.api import fine_tuning_schemas as schemas
 from server.api.generate import json_response
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running
-from server.api.uploads import disk_errors
-from server.errors import InvalidRequest, UnknownName
+from server.api.uploads import MAX_FIELDS, disk_errors
+from server.errors import InvalidRequest, UnknownName, UnsupportedParameter
 from server.jobs.files import File
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -51,15 +51,16 @@ _FORM = {
 async def upload(request: Request, runtime: Running, parts: Ready) -> Response:
     """Upload a file of examples, JSON or JSONL. What is in it is looked at when a job uses it."""
     with disk_errors("the upload"):
-        async with request.form(max_files=1, max_fields=1, max_part_size=runtime.settings.max_body) as form:
+        async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=runtime.settings.max_body) as form:
             added = await _add(parts, dict(form.multi_items()))
     return json_response(_shown(added))
 
 
 async def _add(parts: Parts, given: Mapping[str, Any]) -> File:
-    """The file of a form. Raises InvalidRequest, StoreFailed."""
+    """The file of a form. Raises InvalidRequest, UnsupportedParameter, StoreFailed."""
     for field in given.keys() - {"file", "purpose"}:
-        raise InvalidRequest(f"an upload has no field {str(field)[:64]!r}", str(field)[:64])
+        shown = str(field)[:64]
+        raise UnsupportedParameter(f"{shown} is not served; an upload has a file and a purpose", shown)
     file = given.get("file")
     if not isinstance(file, UploadFile):
         raise InvalidRequest("send multipart/form-data with a part `file` that has a filename", "file")

@@ -164,9 +164,17 @@ def override(adapters: list[schemas.Weighted] | None) -> Choice | None:
 
 
 def resolve_task(parts: Parts, task: str | None, adapters: list[schemas.Weighted] | None, caller: Caller) -> Target:
-    """The target of `?task=`. Raises UnknownName, which is counted."""
+    """The target of `?task=`. Raises UnknownName and QueueFull, which are counted."""
     with counted(parts.inference, None, caller):
-        return parts.resolver.task(task, override(adapters))
+        target = parts.resolver.task(task, override(adapters))
+    return within_limits(parts, target, caller)
+
+
+def within_limits(parts: Parts, target: Target, caller: Caller) -> Target:
+    """`target`, if the key and the task may have one more call. Raises QueueFull, which is counted."""
+    with counted(parts.inference, target, caller):
+        parts.inference.check(target, caller)
+    return target
 
 
 class counted:

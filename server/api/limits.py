@@ -11,6 +11,8 @@ import logging
 import time
 import uuid
 
+from starlette.requests import ClientDisconnect
+
 from server.api.errors import Answer, answer, is_openai
 from server.api.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import BodyTooLarge
@@ -51,6 +53,8 @@ class Boundary:
 
         try:
             await self.app(scope, receive, named)
+        except ClientDisconnect:
+            log.info("request %s: its client left before it had sent all of it", request_id)
         except Exception as error:
             if status:
                 log.exception("request %s failed after its answer had begun", request_id)

@@ -13,13 +13,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, Response
 
 from server.api import openai_schemas as schemas
-from server.api.generate import STREAMED, asked_fields, counted, json_response, override
+from server.api.generate import STREAMED, asked_fields, counted, json_response, override, within_limits
 from server.api.openai_shapes import ChatShape, CompletionShape, Shape, V1Events
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running
 from server.api.stream import EventStream, check_complete, finished
 from server.engine.request import Constraint
-from server.errors import InvalidRequest
+from server.errors import DeadlineExceeded, InvalidRequest
 from server.tasks import sampling
 from server.tasks.inference import Caller, choices, new_id
 from server.tasks.resolve import Target
@@ -87,9 +87,10 @@ async def chat(body: schemas.ChatBody, request: Request, runtime: Running, parts
 
 
 def resolve_model(parts: Parts, body: schemas.V1Fields, caller: Caller) -> Target:
-    """The target of `model`. Raises UnknownName, UnknownAdapter, which are counted."""
+    """The target of `model`. Raises UnknownName, UnknownAdapter, QueueFull, which are counted."""
     with counted(parts.inference, None, caller):
-        return parts.resolver.model(body.model, override(body.adapters))
+        target = parts.resolver.model(body.model, override(body.adapters))
+    return within_limits(parts, target, caller)
 
 
 async def _answer(
@@ -114,7 +115,7 @@ async def _answer(
         schema = body.response_format.schema_of_answer() if body.response_format is not None else None
         grammars: Sequence[Constraint] = ()
         if schema is not None:
-            grammars = await asyncio.to_thread(parts.grammars.compile, schema, len(prompts) * n)
+            grammars = await _compiled(parts, schema, len(prompts) * n, caller)
     generation = parts.inference.start(
         target,
         [p for p in prompts for _ in range(n)],
@@ -132,12 +133,23 @@ async def _answer(
     return json_response(shape.whole(generation))
 
 
+async def _compiled(parts: Parts, schema: Mapping[str, Any], count: int, caller: Caller) -> Sequence[Constraint]:
+    """`count` constraints that hold answers to a schema. Raises InvalidRequest, DeadlineExceeded."""
+    try:
+        async with asyncio.timeout(caller.deadline - time.monotonic()):
+            return await asyncio.wrap_future(parts.grammars.ask(schema, count))
+    except TimeoutError:
+        raise DeadlineExceeded("the deadline passed before the schema of response_format was compiled") from None
+
+
 def _asked(body: schemas.CompletionBody | schemas.ChatBody) -> dict[str, Any]:
     asked = asked_fields(body)
     if isinstance(body, schemas.ChatBody):
         asked.pop("logprobs", None)
         if body.logprobs:
             asked["logprobs"] = body.top_logprobs or 0
+    elif body.logprobs is False:
+        del asked["logprobs"]
     return asked
 
 

@@ -22,11 +22,10 @@ NOTHING: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "function_call": ("none",),
-    "logprobs": (False,),
+    "is_3d_lora_weight": (False,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none",),
     "top_logprobs": (0,),
@@ -95,7 +94,8 @@ class CompletionBody(V1Fields):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_SEQUENCES)]
     )
-    logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | Literal[False] | None = None
+    """False, as chat has it, is none."""
 
 
 class TextPart(V1):

@@ -92,7 +92,6 @@ class Runtime:
         self.metrics = Metrics()
         self.keys = Keys(settings)
         self.state = "loading"
-        self.reason = ""
         self.loaded: Parts | None = None
         self.house: Closing | None = None
         self._draining_since: float | None = None
@@ -118,7 +117,7 @@ class Runtime:
             why = {
                 "loading": "the server is loading its model; try again in a moment",
                 "draining": "the server is shutting down",
-                "failed": f"the server could not start: {self.reason}",
+                "failed": "the server could not start; its log says why",
             }
             raise NotReady(why.get(self.state, self.state), retry_after=2.0)
         return self.loaded

@@ -11,14 +11,16 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import UploadFile
 
 from adapters.errors import StoreFailed
-from server.errors import InvalidRequest
 from server.settings import Settings
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OPTIONAL = ("README.md", "task.json")
+MAX_FIELDS = 16
+"""More than there are, so that one which is not known can be named."""
 DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO})
 """Errors that are the disk's, and no client's."""
 
@@ -55,23 +57,33 @@ async def temporary(settings: Settings) -> AsyncIterator[Path]:
 
 @asynccontextmanager
 async def uploaded(request: Request, settings: Settings, *, named: bool) -> AsyncIterator[tuple[str, Path]]:
-    """The name and a folder with the files of a multipart body. Raises InvalidRequest, BodyTooLarge, StoreFailed."""
+    """The name and a folder with the files of a multipart body.
+
+    Raises RequestValidationError for other fields than an upload has, BodyTooLarge, StoreFailed.
+    """
     async with temporary(settings) as folder:
         with disk_errors("the upload"):
-            async with request.form(max_files=4, max_fields=4, max_part_size=settings.max_body) as form:
+            async with request.form(
+                max_files=MAX_FIELDS, max_fields=MAX_FIELDS, max_part_size=settings.max_body
+            ) as form:
                 given = dict(form.multi_items())
                 allowed = {CONFIG, TENSORS, *OPTIONAL, "name"}
                 for field in given.keys() - allowed:
-                    raise InvalidRequest(f"an upload has no field {str(field)[:64]!r}", str(field)[:64])
+                    raise _malformed("extra_forbidden", str(field), "")
                 for field in (CONFIG, TENSORS):
                     if field not in given:
-                        raise InvalidRequest(f"an upload needs the file {field}", field)
+                        raise _malformed("missing", field, "an upload needs this file")
                 name = given.pop("name", "")
                 if named and (not isinstance(name, str) or not name):
-                    raise InvalidRequest("an upload needs a field `name`", "name")
+                    raise _malformed("missing", "name", "an upload needs this field")
                 for field, value in given.items():
                     await asyncio.to_thread(_write, folder / field, value)
                 yield str(name), folder
+
+
+def _malformed(kind: str, field: str, message: str) -> RequestValidationError:
+    """What the schema would say of a multipart body."""
+    return RequestValidationError([{"type": kind, "loc": ("body", field), "msg": message, "input": None}])
 
 
 def _write(path: Path, value: UploadFile | str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from server.api.adapters import publish_source, retire_unused
-from server.api.openai_schemas import LoadAdapterBody, UnloadAdapterBody
+from server.api.openai_schemas import LoadAdapterBody, UnloadAdapterBody, refuse_fields
 from server.api.responses import errors
 from server.api.runtime import Ready
 
@@ -17,6 +17,7 @@ WRITE = errors(400, 404, 409, 429, 500, 503, 507)
 @router.post("/load_lora_adapter", responses=WRITE)
 async def load(body: LoadAdapterBody, parts: Ready) -> str:
     """Register an adapter from a source; with `load_inplace`, over what the name had."""
+    refuse_fields(body, "")
     await publish_source(parts, body.lora_name, body.lora_path, create_only=not body.load_inplace, source="vllm")
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
@@ -24,5 +25,6 @@ async def load(body: LoadAdapterBody, parts: Ready) -> str:
 @router.post("/unload_lora_adapter", responses=WRITE)
 async def unload(body: UnloadAdapterBody, parts: Ready) -> str:
     """Retire an adapter."""
+    refuse_fields(body, "")
     await retire_unused(parts, body.lora_name)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."

@@ -169,7 +169,7 @@ class Engine:
 
     @property
     def state(self) -> str:
-        """ "stopped", "running", "draining", or "failing" while the last step that was tried has failed."""
+        """ "stopped", "running", "draining", or "failing" for a while if the last step that was tried has failed."""
         if self._thread is None or not self._thread.is_alive():
             return "stopped"
         if self._stop_at is not None:

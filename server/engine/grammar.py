@@ -10,6 +10,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,6 +70,15 @@ class Grammars:
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, "loramux-grammar")
+
+    def ask(self, schema: Mapping[str, Any], count: int) -> Future[list[Grammar]]:
+        """`compile` on a thread of its own: schemas wait for each other there, and nothing else waits for them."""
+        return self._thread.submit(self.compile, schema, count)
+
+    def close(self) -> None:
+        """Let go of what has not begun to be compiled."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def compile(self, schema: Mapping[str, Any], count: int) -> list[Grammar]:
         """`count` grammars for answers that follow `schema`. Takes up to a second; call it off the event loop.

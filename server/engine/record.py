@@ -15,6 +15,9 @@ from server.engine.scheduler import Plan
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
+FAILING_SECONDS = 10.0
+"""How long a failed step counts if none is tried after it: who is told of it sends no request that could show more."""
+
 
 _NO_PLAN = Plan()
 
@@ -39,8 +42,8 @@ class StepRecord:
         self.runner_seconds = 0.0
         self.last_batch = 0
         self.histogram = [0] * (len(ROW_BUCKETS) + 1)
-        self.failing = False
-        """Whether the last step that was tried has failed."""
+        self._failed: float | None = None
+        """When the last step that was tried has failed, if it has."""
         self._began: float | None = None
         self._plan = _NO_PLAN
 
@@ -76,15 +79,21 @@ class StepRecord:
         self.histogram[bisect_left(ROW_BUCKETS, plan.tokens)] += 1
         self.last_seconds = time.monotonic() - began
         self.seconds += self.last_seconds
-        self.failing = False
+        self._failed = None
         self._began, self._plan = None, _NO_PLAN
         return True
 
     def failed(self) -> None:
         """The step has raised."""
         self.failures += 1
-        self.failing = True
+        self._failed = time.monotonic()
         self._began, self._plan = None, _NO_PLAN
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last step that was tried has failed, not long ago."""
+        failed = self._failed
+        return failed is not None and time.monotonic() - failed < FAILING_SECONDS
 
     def stuck_for(self) -> float:
         """Seconds since the current step began; 0 between steps."""

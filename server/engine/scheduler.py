@@ -12,6 +12,7 @@ seconds for it: then nothing else enters before it does. So it is for room in RA
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from server.engine.queue import OUTPUT_COST, FairQueue
 from server.engine.request import Delivery, Request, State
 from server.engine.slots import Slots
 from server.errors import DeadlineExceeded, EngineFailed, NoCapacity
+
+log = logging.getLogger(__name__)
 
 Ended = list[tuple[Request, Delivery]]
 
@@ -315,7 +318,9 @@ class Scheduler:
             except NoCapacity as e:
                 self._end_in(plan, request, e, now)
             except Exception as e:  # the runner refused to place its adapters: that is this request's failure alone
-                self._end_in(plan, request, EngineFailed(f"its adapters could not be placed: {e}"), now)
+                log.error("%s: its adapters could not be placed", request.id, exc_info=e)
+                failure = EngineFailed("the request's adapters could not be placed; the server's log says why")
+                self._end_in(plan, request, failure, now)
         self._changed = owing
 
     def _prefetch(self, now: float) -> None:

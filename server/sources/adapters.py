@@ -61,7 +61,7 @@ class Sources:
             url = urls.check(source, self._url_allow)
             async with self._temporary() as (place, spend):
                 limits: dict[str, Any] = {"max_bytes": self._max_bytes, "seconds": self._seconds}
-                await self._limited(urls.fetch, url, place, **limits, spend=spend)
+                await self._limited(place, urls.fetch, url, place, **limits, spend=spend)
                 yield place, place
             return
         found = await asyncio.to_thread(folder.inside, source, self._directory)
@@ -69,7 +69,7 @@ class Sources:
             yield found, self._directory
         elif hub.is_id(source) and self._hub_allowed(source):
             async with self._temporary() as (place, spend):
-                fetched = await self._limited(hub.fetch_adapter, source, place, self._max_bytes, spend)
+                fetched = await self._limited(place, hub.fetch_adapter, source, place, self._max_bytes, spend)
                 yield fetched, place
         else:
             raise InvalidRequest(
@@ -80,11 +80,13 @@ class Sources:
         repo = source.partition("@")[0]
         return any(fnmatchcase(repo, pattern) for pattern in self._hub_allow)
 
-    async def _limited(self, fetch: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
-        """`fetch` in a thread of its own, given up after the time limit.
+    async def _limited(self, place: Path, fetch: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
+        """`fetch` into `place` in a thread of its own, given up after the time limit.
 
-        A source that hangs costs that thread, no more: it is none of a pool's, and the process ends without it.
+        A source that hangs costs that thread, no more: it is none of a pool's, and the process ends without it. What
+        it still writes once nobody waits for it, it takes away.
         """
+        given_up = threading.Event()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[R] = loop.create_future()
 
@@ -102,7 +104,9 @@ class Sources:
                 result = fetch(*args, **options)
             except Exception as e:
                 error = e
-            if not loop.is_closed():
+            if given_up.is_set():
+                shutil.rmtree(place, ignore_errors=True)
+            elif not loop.is_closed():
                 loop.call_soon_threadsafe(settle, result, error)
 
         threading.Thread(target=run, name="fetch", daemon=True).start()
@@ -111,6 +115,8 @@ class Sources:
                 return await done
         except TimeoutError:
             raise InvalidRequest(f"the source did not answer within {self._seconds:g} s", "source") from None
+        finally:
+            given_up.set()
 
     @asynccontextmanager
     async def _temporary(self) -> AsyncIterator[tuple[Path, Spend]]:

@@ -7,12 +7,19 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from server.errors import BadModel, InvalidRequest, ServerError
 from server.sources.budget import Spend
 
+T = TypeVar("T")
+
+_TRIES, _PAUSE = 3, 0.5
+"""How often the hub is asked, and how many seconds the first pause is between."""
+_MAY_PASS = frozenset({408, 425, 429})  # of the statuses below 500
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "task.json", "README.md"]
@@ -46,10 +53,15 @@ def fetch_model(hub_id: str, directory: Path) -> Path:
 
 
 def fetch_adapter(hub_id: str, directory: Path, max_bytes: int, spend: Spend) -> Path:
-    """The folder of an adapter on the hub; `spend` is told its bytes. Raises InvalidRequest, and what `spend` does."""
+    """The folder of an adapter on the hub; `spend` is told its bytes.
+
+    Raises InvalidRequest, OSError if the disk refuses, and what `spend` does.
+    """
     try:
         return _snapshot(hub_id, directory, _ADAPTER_FILES, max_bytes=max_bytes, spend=spend)
     except _Unavailable as e:
+        if isinstance(e.__cause__, OSError) and e.__cause__.errno is not None:  # the machine's own, with a path in it
+            raise e.__cause__ from None
         raise InvalidRequest(e.message, "source") from None
 
 
@@ -80,25 +92,47 @@ def _snapshot(
     sums: dict[str, str] = {}
     try:
         if max_bytes is not None:
-            info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
+            api = huggingface_hub.HfApi()
+            info = _again(lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=30))
             size = sum(f.size or 0 for f in info.siblings or () if f.rfilename in patterns)
             if size > max_bytes:
                 raise _Unavailable(f"{hub_id} has {size} bytes, over the limit of {max_bytes} (--max-upload)")
             spend(size)
             revision = info.sha  # what was measured is what is fetched
             sums = {f.rfilename: f.lfs.sha256 for f in info.siblings or () if f.rfilename in patterns and f.lfs}
-        folder = huggingface_hub.snapshot_download(
-            repo, revision=revision, cache_dir=directory, allow_patterns=patterns, ignore_patterns=list(ignore)
+        folder = _again(
+            lambda: huggingface_hub.snapshot_download(
+                repo, revision=revision, cache_dir=directory, allow_patterns=patterns, ignore_patterns=list(ignore)
+            )
         )
     except ServerError:
         raise
     except Exception as e:  # the library has dozens of error classes of no common base
         reason = " ".join(str(e).split("\n", 1)[0].split())[:300]
-        raise _Unavailable(f"{hub_id} could not be fetched from the hub: {reason}") from None
+        raise _Unavailable(f"{hub_id} could not be fetched from the hub: {reason}") from e
     for name, digest in sums.items():  # the library compares sizes alone
         if _sha256(Path(folder) / name) != digest:
             raise _Unavailable(f"{name} of {hub_id} came with another SHA-256 than the hub says; try again")
     return Path(folder)
+
+
+def _again(call: Callable[[], T]) -> T:
+    """What `call` gives; what broke on the way is tried again after a pause, what the hub refuses is not."""
+    for tried in range(1, _TRIES):
+        try:
+            return call()
+        except Exception as e:  # the library has dozens of error classes of no common base
+            status = getattr(getattr(e, "response", None), "status_code", None)
+            if not (_broke(e) if status is None else status >= 500 or status in _MAY_PASS):
+                raise
+            time.sleep(_PAUSE * tried)
+    return call()
+
+
+def _broke(error: Exception) -> bool:
+    """Whether a call without an answer may go better the next time: it does not offline, or on a full disk."""
+    refused = isinstance(error, ConnectionError | FileNotFoundError | ValueError)
+    return not refused and getattr(error, "errno", None) is None
 
 
 def _sha256(path: Path) -> str:

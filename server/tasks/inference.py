@@ -161,6 +161,10 @@ class Inference:
         self._mailbox = mailbox
         self._status_of = status_of
 
+    def check(self, target: Target, caller: Caller) -> None:
+        """Raises QueueFull for a call over a limit of its key or task, before anything is worked out for it."""
+        self.admission.check(caller.tenant, target.task.name if target.task else None)
+
     def start(
         self,
         target: Target,

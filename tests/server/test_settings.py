@@ -113,8 +113,11 @@ def test_other_kernels_take_blocks_of_any_length() -> None:
 
 
 def test_other_hosts_need_keys_or_a_word(tmp_path: Path) -> None:
-    for more in ({"api_keys": "a:s"}, {"api_keys_file": tmp_path / "keys"}, {"insecure": True}):
+    for more in ({"api_keys": "a:s"}, {"admin_keys": "a:s"}, {"api_keys_file": tmp_path / "keys"}, {"insecure": True}):
         assert load_settings({"host": "0.0.0.0", **more}).host == "0.0.0.0"
+    for nothing in (" ", ",", "\n"):  # no key is in it, and every route would be open
+        with pytest.raises(BadSetting, match="there are no keys"):
+            load_settings({"host": "0.0.0.0", "api_keys": nothing})
     for host in ("localhost", "127.0.0.1", "127.8.0.1", "::1"):
         assert load_settings({"host": host}).host == host
 

@@ -86,10 +86,10 @@ def test_uploads(live: Any, write_adapter: Callable[..., Path]) -> None:
     made = live.http.post("/adapters", **upload(folder, name="sent"))
     assert made.status_code == 201, made.text
     assert live.http.put("/adapters/sent", **upload(write_adapter("local", 9))).status_code == 200
-    assert live.http.post("/adapters", **upload(folder)).status_code == 400
+    assert live.http.post("/adapters", **upload(folder)).status_code == 422
     extra = upload(folder, name="x")
     extra["files"]["evil.py"] = ("evil.py", b"import os")
-    assert live.http.post("/adapters", **extra).status_code == 400
+    assert live.http.post("/adapters", **extra).status_code == 422
     assert not list((live.runtime.settings.state_dir / "uploads").iterdir()), "nothing is left behind"
 
 
@@ -203,3 +203,15 @@ def test_a_folder_in_the_watched_directory_is_served_by_itself(live: Any, write_
         assert time.monotonic() < end, live.http.get("/adapters").json()["rejected"]
         time.sleep(0.1)
     assert live.generate("x", task="dropped-task").json()["adapters"][0]["name"] == "dropped"
+
+
+def test_fields_that_an_upload_does_not_have_are_named(live: Any, adapter_dir: Path) -> None:
+    sent = upload(adapter_dir / "a", name="up")
+    for more, field in (({"nonsense": "1"}, "nonsense"), ({"expires_after[anchor]": "created_at"}, "expires_after")):
+        ours = live.http.post("/adapters", files=sent["files"], data={**sent["data"], **more})
+        assert ours.status_code == 422 and field in ours.json()["error"]["param"], ours.text
+        theirs = live.http.post("/v1/files", files={"file": ("a.jsonl", b"{}")}, data={"purpose": "fine-tune", **more})
+        assert theirs.status_code == 400 and theirs.json()["error"]["code"] == "unsupported_parameter"
+        assert field in theirs.json()["error"]["param"]
+    nameless = live.http.post("/adapters", files=sent["files"])
+    assert nameless.status_code == 422 and nameless.json()["error"]["param"] == "name"

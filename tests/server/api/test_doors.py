@@ -89,6 +89,12 @@ def test_admin_routes_are_closed_without_admin_keys(start: Any) -> None:
     assert live.http.get("/adapters", headers=bearer("team:secret-one")).status_code == 200
 
 
+def test_with_admin_keys_alone_nothing_is_open_to_others(start: Any) -> None:
+    live = start(admin_keys="boss:secret-two")
+    assert live.http.get("/adapters").status_code == live.generate("x").status_code == 401
+    assert live.http.get("/adapters", headers=bearer("secret-two")).status_code == 200
+
+
 def test_metrics_has_a_key_of_its_own_or_is_public(start: Any, tmp_path: Path) -> None:
     live = start(**KEYED, metrics_key="prom:secret-three")
     assert live.http.get("/metrics").status_code == 401
@@ -197,7 +203,7 @@ def test_a_lying_length_and_a_broken_upload_do_no_harm(live: Any) -> None:
     broken = live.http.post(
         "/adapters", content=b"--x\r\nnot", headers={"content-type": "multipart/form-data; boundary=x"}
     )
-    assert broken.status_code == 400 and "needs the file" in error_of(broken)["message"]
+    assert broken.status_code == 422 and "needs this file" in error_of(broken)["message"]
     junk = live.http.post("/adapters", content=b"junk", headers={"content-type": "multipart/form-data; boundary=x"})
     assert junk.status_code == 400 and error_of(junk)["message"].startswith("the upload cannot be read: ")
     missing = live.http.post("/adapters", content=b"", headers={"content-type": "multipart/form-data"})
@@ -205,7 +211,9 @@ def test_a_lying_length_and_a_broken_upload_do_no_harm(live: Any) -> None:
     assert live.generate("x", max_tokens=1).status_code == 200
 
 
-def test_a_server_that_loads_says_so_and_one_that_failed_says_why(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_loads_says_so_and_one_that_failed_tells_no_path(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import threading
 
     import server.app
@@ -215,7 +223,7 @@ def test_a_server_that_loads_says_so_and_one_that_failed_says_why(start: Any, mo
 
     def slow(*_: Any) -> Any:
         gate.wait(10)
-        raise BadModel("no such model")
+        raise BadModel("there is no model at /a/path/of/ours")
 
     real = server.app.assemble
     monkeypatch.setattr(server.app, "assemble", slow)
@@ -227,9 +235,9 @@ def test_a_server_that_loads_says_so_and_one_that_failed_says_why(start: Any, mo
     gate.set()
     for _ in range(200):
         message = live.http.get("/health/ready").json()["error"]["message"]
-        if "no such model" in message:
+        if "could not start" in message:
             break
-    assert "no such model" in message
+    assert "could not start" in message and "/a/path" not in message, "/health/ready is open to everybody"
     monkeypatch.setattr(server.app, "assemble", real)
 
 

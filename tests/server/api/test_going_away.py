@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import time
 from concurrent.futures import Future
@@ -127,6 +128,20 @@ def test_the_server_goes_on_for_others(live: Any) -> None:
         connection.close()
     assert live.generate("still here", max_tokens=2).status_code == 200
     assert live.idle()
+
+
+def test_a_client_that_leaves_within_its_upload_is_no_failure_of_ours(
+    live: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    host, port = live.url.removeprefix("http://").split(":")
+    head = b"POST /adapters HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head + b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
+        until(lambda: list((live.runtime.settings.state_dir / "uploads").glob("*")))
+    until(lambda: "its client left" in caplog.text)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    until(lambda: not list((live.runtime.settings.state_dir / "uploads").iterdir()))
 
 
 def test_many_at_once_against_a_short_queue_are_answered_or_refused(start: Any) -> None:

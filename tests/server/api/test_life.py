@@ -36,6 +36,18 @@ def test_a_step_that_raises_fails_its_requests_alone(live: Any, monkeypatch: pyt
     assert live.idle()
 
 
+def test_one_failed_step_does_not_keep_a_server_unready_that_gets_no_requests(
+    live: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = live.house.parts.runner
+    with monkeypatch.context() as breaking:
+        breaking.setattr(runner, "run", lambda batch: 1 / 0)
+        assert live.generate("x").status_code == 500
+    assert live.http.get("/health/ready").status_code == 503
+    monkeypatch.setattr("server.engine.record.FAILING_SECONDS", 0.0)
+    assert live.http.get("/health/ready").status_code == 200
+
+
 def test_a_stuck_step_ends_the_process_and_says_what_ran(caplog: pytest.LogCaptureFixture) -> None:
     class Stuck:
         def stuck_for(self) -> float:

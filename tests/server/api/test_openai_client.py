@@ -148,6 +148,14 @@ def test_what_asks_for_nothing_is_accepted(live: Any, extra: dict[str, Any]) -> 
     assert answer.status_code == 200, answer.text
 
 
+def test_completions_take_what_asks_for_nothing(live: Any) -> None:
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1, "logprobs": False, "echo": False, "best_of": 1}
+    answer = live.http.post("/v1/completions", json={**body, "suffix": "", "top_logprobs": 0})
+    assert answer.status_code == 200 and answer.json()["choices"][0]["logprobs"] is None, answer.text
+    assert live.http.post("/v1/completions", json={**body, "logprobs": 0}).json()["choices"][0]["logprobs"]
+    assert live.http.post("/v1/completions", json={**body, "logprobs": True}).status_code == 400
+
+
 @pytest.mark.parametrize(
     ("extra", "param"),
     [
@@ -220,6 +228,13 @@ def test_vllms_adapter_routes(live: Any, write_adapter: Any) -> None:
     assert live.http.post("/v1/unload_lora_adapter", json={"lora_name": "late"}).status_code == 200
     assert live.http.post("/v1/unload_lora_adapter", json={"lora_name": "late"}).status_code == 404
     assert live.http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/etc"}).status_code == 400
+    for route in ("load", "unload"):
+        asked = {**again, "is_3d_lora_weight": True}
+        refused = live.http.post(f"/v1/{route}_lora_adapter", json=asked).json()["error"]
+        wanted = "is_3d_lora_weight" if route == "load" else "lora_path"
+        assert refused["code"] == "unsupported_parameter" and refused["param"] == wanted
+    nothing = {**again, "is_3d_lora_weight": False, "load_inplace": None}
+    assert live.http.post("/v1/load_lora_adapter", json=nothing).status_code == 200
 
 
 async def test_a_failure_in_the_async_clients_stream_is_its_error(live: Any) -> None:

@@ -103,14 +103,3 @@ def test_the_page_of_the_document_needs_no_other_host(live: Any, document: dict[
     page = live.http.get("/docs")
     assert page.status_code == 200 and "<script" not in page.text and "https://" not in page.text
     assert all(path in page.text for path in document["paths"])
-
-
-def test_a_keys_limits_over_http(start: Any) -> None:
-    live = start(key_rate=1.0, api_keys="one:alpha,two:beta")
-    body = {"prompt": "x", "max_tokens": 1}
-    one, two = ({"authorization": f"Bearer {key}"} for key in ("alpha", "beta"))
-    statuses = [live.http.post("/generate", json=body, headers=one).status_code for _ in range(3)]
-    assert statuses == [200, 200, 429]
-    refused = live.http.post("/generate", json=body, headers=one)
-    assert refused.headers["retry-after"] == "1"
-    assert live.http.post("/generate", json=body, headers=two).status_code == 200

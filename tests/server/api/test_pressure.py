@@ -150,3 +150,30 @@ def test_an_adapter_that_is_slow_to_load_delays_nobody_else(
     thread.join()
     assert told[0].status_code == 200 and told[0].json()["timings"]["load_ms"] > 0
     assert live.idle()
+
+
+def test_limits_of_a_key_and_of_a_task(start: Any, monkeypatch: Any) -> None:
+    """A call over a limit is refused before its prompt is tokenized."""
+    live = start(key_rate=0.02, task_rate=0.01, api_keys="one:alpha,two:beta", admin_keys="boss:gamma")
+    one, two, boss = ({"authorization": f"Bearer {key}"} for key in ("alpha", "beta", "gamma"))
+    assert live.http.put("/tasks/own", json={"prompt": "{input}"}, headers=boss).status_code == 201
+    body = {"prompt": "x", "max_tokens": 1}
+
+    def ask(headers: dict[str, str], path: str = "/generate", **more: str) -> httpx.Response:
+        answer: httpx.Response = live.http.post(path, json={**body, **more}, headers=headers)
+        return answer
+
+    assert ask(one).status_code == 200 and ask(two, "/generate?task=own").status_code == 200
+    monkeypatch.setattr(live.house.parts.prompts, "of_input", None)
+    refused = {
+        "this key": [ask(one), ask(one, "/v1/completions", model="tiny")],
+        "the task 'own'": [ask(boss, "/generate?task=own"), ask(boss, "/v1/completions", model="own")],
+    }
+    for whose, answers in refused.items():
+        for answer in answers:
+            assert answer.status_code == 429 and f"of {whose} is used up" in answer.json()["error"]["message"]
+            assert 1 <= int(answer.headers["retry-after"]) <= 100
+    monkeypatch.undo()
+    assert ask(boss).status_code == 200, "what the task refused has spent none of the key's"
+    told = live.http.get("/metrics", headers=boss).text
+    assert 'loramux_requests_total{task="own",adapter="base",status="429"} 2' in told

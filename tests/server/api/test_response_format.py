@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import jsonschema
 import openai
 import pytest
@@ -97,3 +99,22 @@ def test_what_is_no_format_is_400(live: Any, client: openai.OpenAI, format: Any)
         client.chat.completions.create(model="a", messages=HELLO, max_tokens=4, response_format=format)
     assert str(told.value.param).startswith("response_format")
     assert live.idle()
+
+
+async def test_schemas_that_are_slow_to_compile_delay_nobody_else(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than the event loop's pool has threads, whose other users go on; each ends by its own deadline."""
+    release, grammars = threading.Event(), live.house.parts.grammars
+    compile = grammars.compile
+    monkeypatch.setattr(grammars, "compile", lambda *given: release.wait(60) and compile(*given))
+    body: dict[str, Any] = {"model": "a", "messages": HELLO, "max_tokens": 2, "response_format": FORMAT}
+    async with httpx.AsyncClient(base_url=live.url, timeout=60) as http:
+        waiting = [asyncio.create_task(http.post("/v1/chat/completions", json=body)) for _ in range(40)]
+        late = await http.post("/v1/chat/completions", json={**body, "deadline_ms": 300})
+        assert late.status_code == 504 and "response_format" in late.json()["error"]["message"]
+        assert (await http.get("/metrics")).status_code == 200
+        long = await http.post("/generate", json={"prompt": "x" * 5000})
+        assert long.status_code == 400, "its bounds were looked at"
+        assert (await http.get("/tasks/mood/performance")).status_code == 200
+        assert not any(task.done() for task in waiting)
+        release.set()
+        assert {answer.status_code for answer in await asyncio.gather(*waiting)} == {200}

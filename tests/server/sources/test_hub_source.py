@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +26,7 @@ FILES = {
     "training.log": b"not wanted",
 }
 LARGE = "adapter_model.safetensors"
+ASKED: Counter[str] = Counter()
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -33,6 +37,10 @@ class _Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         parts = path.strip("/").split("/")
+        ASKED[path] += 1
+        if path == "/api/models/org/busy" and ASKED[path] < 3:
+            self.answer(b'{"error": "in a moment"}', "application/json", status=503)
+            return
         if path.startswith("/api/models/org/") and "tree" in parts:
             self.answer(json.dumps(self.tree()).encode(), "application/json")
         elif path.startswith("/api/models/org/") and parts[3] != "absent":
@@ -95,6 +103,7 @@ def sources(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> So
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setattr("server.sources.hub._PAUSE", 0.0)
     return Sources(tmp_path, tmp_path / "scratch", hub_allow=["org/*"])
 
 
@@ -131,3 +140,55 @@ async def test_limits_are_checked_before_a_byte_comes(sources: Sources, tmp_path
     with pytest.raises(NoCapacity, match="--fetch-disk"):
         async with full.open("org/one"):
             pass
+
+
+async def test_a_hub_that_is_busy_is_asked_again(sources: Sources) -> None:
+    async with sources.open("org/busy") as (folder, _):
+        assert (folder / LARGE).read_bytes() == FILES[LARGE]
+    assert ASKED["/api/models/org/busy"] >= 3 and ASKED["/api/models/org/absent"] <= 1
+
+
+async def test_a_hub_that_is_not_there_is_asked_again(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    paused: list[float] = []
+    monkeypatch.setattr("server.sources.hub.time.sleep", paused.append)
+    with pytest.raises(InvalidRequest, match="could not be fetched from the hub"):
+        async with sources.open("org/one"):
+            pass
+    assert len(paused) == 2
+
+
+async def test_a_full_disk_is_the_disk_s_error(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its message has a path of ours, so whoever answers must not take it for the hub's."""
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device", "/our/state/fetched")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        async with sources.open("org/one"):
+            pass
+    assert caught.value.errno == errno.ENOSPC
+
+
+async def test_what_comes_too_late_is_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, ended = threading.Event(), threading.Event()
+
+    def slow(hub_id: str, directory: Path, max_bytes: int, spend: object) -> Path:
+        release.wait(30)
+        directory.mkdir(parents=True, exist_ok=True)  # as the library does
+        (directory / LARGE).write_bytes(b"late")
+        ended.set()
+        return directory
+
+    monkeypatch.setattr("server.sources.hub.fetch_adapter", slow)
+    sources = Sources(tmp_path, tmp_path / "scratch", hub_allow=["org/*"], seconds=0.05)
+    with pytest.raises(InvalidRequest, match="within 0.05 s"):
+        async with sources.open("org/one"):
+            pass
+    release.set()
+    assert ended.wait(30)
+    end = time.monotonic() + 30
+    while list((tmp_path / "scratch").iterdir()):
+        assert time.monotonic() < end
+        time.sleep(0.005)

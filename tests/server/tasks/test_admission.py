@@ -26,7 +26,7 @@ def test_numbers_in_flight() -> None:
 
 def test_a_rate_with_its_burst_and_when_to_come_back() -> None:
     now = [0.0]
-    admission = Admission(rate=2.0, clock=lambda: now[0])
+    admission = Admission(key_rate=2.0, clock=lambda: now[0])
     for _ in range(4):
         admission.enter("one", None)
     with pytest.raises(QueueFull) as caught:
@@ -37,6 +37,23 @@ def test_a_rate_with_its_burst_and_when_to_come_back() -> None:
     admission.enter("one", None)
     with pytest.raises(QueueFull):
         admission.enter("one", None)
+
+
+def test_a_task_has_a_rate_that_all_keys_share() -> None:
+    now = [0.0]
+    admission = Admission(key_rate=3.0, task_rate=1.0, clock=lambda: now[0])
+    admission.enter("one", "t")
+    admission.enter("two", "t")
+    for tenant in ("one", "three"):
+        with pytest.raises(QueueFull, match="of the task 't' is used up") as caught:
+            admission.enter(tenant, "t")
+        assert caught.value.retry_after == pytest.approx(1.0)
+    for i in range(5):
+        admission.enter("one", "u" if i < 2 else None)  # what was refused has spent none of the key's
+    with pytest.raises(QueueFull, match="of this key"):
+        admission.check("one", None)
+    now[0] = 1.0
+    admission.enter("three", "t")
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["t", "u", None]), st.booleans()), max_size=60))
