@@ -76,7 +76,7 @@ class Tasks:
     def put(self, name: str, body: Mapping[str, Any]) -> tuple[Task, bool]:
         """Define a task; answers it and whether the name is new.
 
-        Raises InvalidRequest, StoreFailed, and what a request with its mix would: UnknownAdapter, InvalidChoice, NoRoom.
+        Raises InvalidRequest, StoreFailed, and UnknownAdapter, InvalidChoice or NoRoom as a request with its mix would.
         """
         if name in self._reserved:
             raise InvalidRequest(f"the name {name!r} is reserved", "task")
