@@ -1,7 +1,7 @@
 """`examine`: what this machine offers, what would be used, and what would go wrong, before anything is served.
 
-Fetches nothing, reads no more of the base than its headers, changes nothing. Knows the other parts only by asking them
-what they would choose.
+Fetches nothing, reads no more of the base than headers and tokenizer, changes nothing. Knows the other parts only by
+asking them what they would choose.
 """
 
 from __future__ import annotations
@@ -153,6 +153,7 @@ def _base(settings: Settings, report: Report) -> None:
     size = sum(p.stat().st_size for p in files)
     report.facts["base"] = f"{found.name}, {_gib(size)} at {found.path}"
     checkpoint = open_checkpoint(found.path)
+    checkpoint.vocabulary()
     served = checkpoint.effective(
         Quantization(settings.quantization, settings.group_size, settings.double_quant, settings.table_bits)
     )

@@ -112,7 +112,7 @@ def snapshot(runtime: Runtime) -> Snapshot:
         max_slots=engine["slots"]["total"],
         resident=[name for d in engine["slots"]["resident"] for name in names.get(d, ())],
         loading=[name for d in engine["waiting_digests"] for name in names.get(d, ())],
-        slot_evictions=engine["slots"].get("evictions", 0),
+        slot_evictions=engine["slots"]["evictions"],
         quality=_quality(parts),
         training=parts.jobs.training(),
     )

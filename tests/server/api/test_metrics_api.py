@@ -262,6 +262,15 @@ def test_the_gateways_gauges_follow_the_load(start: Any, write_adapter: Any) -> 
         assert (1.0, 3.0) in seen
 
 
+def test_an_adapter_that_gives_its_slot_up_is_counted(start: Any, write_adapter: Any) -> None:
+    live = start(max_slots=1)
+    for seed, name in enumerate(("a", "b", "c")):
+        write_adapter(name, seed)
+        assert live.http.post("/adapters", json={"name": name, "source": name}).status_code in (200, 201)
+        assert live.generate("x", adapters=[{"name": name}], max_tokens=1).status_code == 200
+    assert value(live.http.get("/metrics").text, "loramux_adapter_evictions_total", tier="device") == 2
+
+
 def test_loads_and_evictions_are_heard_of() -> None:
     metrics = Metrics(lambda: Snapshot(slot_evictions=2))
     metrics.on_load("a", "ok", 0.25)
