@@ -160,7 +160,7 @@ def _call(settings: Settings, method: str, path: str, body: dict[str, Any] | Non
     if body is not None:
         request.data = json.dumps(body).encode()
         request.add_header("Content-Type", "application/json")
-    for name, secret in _admin_keys(settings).items():
+    for name, secret in _keys(settings).items():
         request.add_header("Authorization", f"Bearer {name}:{secret}")
         break
     try:
@@ -174,11 +174,19 @@ def _call(settings: Settings, method: str, path: str, body: dict[str, Any] | Non
     return json.loads(text) if text else {}
 
 
-def _admin_keys(settings: Settings) -> dict[str, str]:
-    text = settings.admin_keys.get_secret_value()
-    if settings.admin_keys_file is not None and settings.admin_keys_file.exists():
-        text += "\n" + settings.admin_keys_file.read_text()
-    return parse_keys(text, "admin_keys")
+def _keys(settings: Settings) -> dict[str, str]:
+    """The admin keys, by id; where there are none the inference keys, which may look."""
+    for param, given, file in (
+        ("admin_keys", settings.admin_keys, settings.admin_keys_file),
+        ("api_keys", settings.api_keys, settings.api_keys_file),
+    ):
+        text = given.get_secret_value()
+        if file is not None and file.exists():
+            text += "\n" + file.read_text()
+        found = parse_keys(text, param)
+        if found:
+            return found
+    return {}
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import typer
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from server.cli import adapters as cli_adapters
@@ -183,6 +184,14 @@ def test_every_command_that_answers_does_so_in_json_too() -> None:
     commands = dict(_leaves(typer.main.get_command(app)))
     without = {name for name, command in commands.items() if not any("--json" in p.opts for p in command.params)}
     assert without == {"serve", "bench adapters"} and len(commands) > 15
+
+
+def test_the_key_that_a_command_shows(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("boss:two\n")
+    looking = Settings(api_keys=SecretStr("team:one"))
+    assert cli_adapters._keys(looking) == {"team": "one"} and cli_adapters._keys(Settings()) == {}
+    assert cli_adapters._keys(Settings(api_keys=SecretStr("team:one"), admin_keys_file=file)) == {"boss": "two"}
 
 
 def test_an_adapter_for_people(capsys: pytest.CaptureFixture[str]) -> None:
