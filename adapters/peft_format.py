@@ -54,7 +54,8 @@ def read_folder(
     if not path.is_dir():
         raise InvalidAdapter(f"{path.name!r} is no folder")
     config = _read_file(path, CONFIG_FILE, MAX_CONFIG_BYTES)
-    tensors = _read_file(path, TENSOR_FILE, _tensor_limit(shapes, max_rank))
+    hint = f", which no adapter of rank {max_rank} (--max-rank) reaches" if shapes is not None else ""
+    tensors = _read_file(path, TENSOR_FILE, _tensor_limit(shapes, max_rank), hint)
     if config is None:
         raise InvalidAdapter(f"{CONFIG_FILE} is missing", CONFIG_FILE)
     if tensors is None:
@@ -93,6 +94,7 @@ def read_bytes(
     modules = list(pairs)
     if shapes is not None:
         peft_config.check_names(parsed, modules, list(shapes))
+        _check_shapes(pairs, shapes, parsed.base)
         expected = peft_config.select(parsed, list(shapes))
     else:
         expected = peft_config.select(parsed, modules)
@@ -101,7 +103,7 @@ def read_bytes(
     result = {}
     for module, (a, b) in pairs.items():
         rank, scale = sizes[module]
-        _check_pair(module, a, b, rank, max_rank, shapes[module] if shapes is not None else None)
+        _check_pair(module, a, b, rank, max_rank)
         if not abs(scale) < 1e30:
             raise InvalidAdapter(f"lora_alpha gives {module} a scale of {scale:g}, which is out of range", "lora_alpha")
         result[module] = LowRank(a, b, scale)
@@ -126,8 +128,11 @@ def _tensor_limit(shapes: Mapping[str, tuple[int, int]] | None, max_rank: int) -
     return sum(4 * max_rank * (out + into) for out, into in shapes.values()) + HEADER_SLACK
 
 
-def _read_file(folder: Path, file: str, limit: int) -> bytes | None:
-    """The bytes of a file of the folder, or None if there is none. Raises InvalidAdapter for anything odd about it."""
+def _read_file(folder: Path, file: str, limit: int, hint: str = "") -> bytes | None:
+    """The bytes of a file of the folder, or None if there is none. Raises InvalidAdapter for anything odd about it.
+
+    `hint` says where the limit comes from.
+    """
     target = folder / file
     if not os.path.lexists(target):
         return None
@@ -142,7 +147,7 @@ def _read_file(folder: Path, file: str, limit: int) -> bytes | None:
             if not stat.S_ISREG(state.st_mode):
                 raise InvalidAdapter(f"{file} is no regular file", file)
             if state.st_size > limit:
-                raise InvalidAdapter(f"{file} has {state.st_size:,} bytes, over the limit of {limit:,}", file)
+                raise InvalidAdapter(f"{file} has {state.st_size:,} bytes, over the limit of {limit:,}{hint}", file)
             data = stream.read(limit + 1)
     except (OSError, RuntimeError) as error:
         raise InvalidAdapter(f"{file} cannot be read: {error}", file) from error
@@ -254,10 +259,21 @@ def _check_complete(pairs: Mapping[str, object], expected: list[str]) -> None:
         )
 
 
-def _check_pair(
-    module: str, a: torch.Tensor, b: torch.Tensor, rank: int, max_rank: int, shape: tuple[int, int] | None
+def _check_shapes(
+    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], shapes: Mapping[str, tuple[int, int]], base: str | None
 ) -> None:
-    """Raises for tensors of a wrong dtype, rank or shape, and for values that are not finite."""
+    """Raises BaseMismatch for matrices of other sizes than the base's: told first, for its other layers differ too."""
+    for module, (a, b) in pairs.items():
+        if a.ndim == b.ndim == 2 and (b.shape[0], a.shape[1]) != tuple(shapes[module]):
+            made_on = f" It was made on {base!r}." if base else ""
+            raise BaseMismatch(
+                f"the adapter was made for another base: {module} is {list(shapes[module])} here (out, in), "
+                f"{[b.shape[0], a.shape[1]]} there.{made_on}"
+            )
+
+
+def _check_pair(module: str, a: torch.Tensor, b: torch.Tensor, rank: int, max_rank: int) -> None:
+    """Raises for tensors of a wrong dtype or rank, that are empty, and for values that are not finite."""
     for kind, tensor in (("lora_A", a), ("lora_B", b)):
         if tensor.dtype not in DTYPES:
             raise UnsupportedAdapter(
@@ -273,12 +289,7 @@ def _check_pair(
         )
     if rank > max_rank:
         raise InvalidAdapter(f"{module} has the rank {rank}, over the limit of {max_rank} (--max-rank)", module)
-    made_for = (b.shape[0], a.shape[1])
-    if shape is not None and made_for != tuple(shape):
-        raise BaseMismatch(
-            f"the adapter was made for another base: {module} is {list(shape)} here (out, in), {list(made_for)} there"
-        )
-    if 0 in made_for:
+    if 0 in (b.shape[0], a.shape[1]):
         raise InvalidAdapter(f"{module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: empty", module)
     for kind, tensor in (("lora_A", a), ("lora_B", b)):
         if not torch.isfinite(tensor).all():

@@ -1,6 +1,7 @@
 """`examine`: what this machine offers, what would be used, and what would go wrong, before anything is served.
 
-Fetches nothing, loads no base, changes nothing. Knows the other parts only by asking them what they would choose.
+Fetches nothing, reads no more of the base than headers and tokenizer, changes nothing. Knows the other parts only by
+asking them what they would choose.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ ISA = {
     "aarch64": ("asimd", "asimddp", "i8mm", "bf16", "sve"),
 }
 """Processor features that matter to the kernels, as the kernel's cpuinfo names them."""
+
+_WEIGHTS = (".safetensors", ".gguf")
 
 FEW_FILES = 1024
 """Open files at or below which a busy server may run out."""
@@ -134,18 +137,38 @@ def _kernels(settings: Settings, report: Report) -> None:
 
 
 def _base(settings: Settings, report: Report) -> None:
+    from server.model.checkpoint import open_checkpoint
+    from server.model.quantization import Quantization, check_group
+    from server.sources import hub
     from server.sources.models import locate
 
     found = locate(settings.model, settings.state_dir)
     if found is None:
         report.facts["base"] = f"{settings.model}, not on this machine yet"
         report.remarks.append(f"`loramux pull {settings.model}`, or the first start, fetches the base")
+        if hub.is_id(settings.model):
+            hub.check_client(settings.model)
         return
-    files = [found.path] if found.path.is_file() else [p for p in found.path.glob("*.safetensors") if p.is_file()]
+    files = [found.path] if found.path.is_file() else [p for p in found.path.iterdir() if p.suffix in _WEIGHTS]
     size = sum(p.stat().st_size for p in files)
     report.facts["base"] = f"{found.name}, {_gib(size)} at {found.path}"
-    if not files:
-        report.problems.append(f"{found.path} has no .safetensors file; --model takes a model's folder or a .gguf file")
+    checkpoint = open_checkpoint(found.path)
+    checkpoint.vocabulary()
+    served = checkpoint.effective(
+        Quantization(settings.quantization, settings.group_size, settings.double_quant, settings.table_bits)
+    )
+    report.facts["served as"] = served.label
+    report.remarks.extend(checkpoint.notes)
+    linears, tables = checkpoint.config.linear_shapes(), checkpoint.config.table_shapes()
+    quantized = served.scheme != "none"
+    if quantized:
+        for path, (_, columns) in linears.items():
+            check_group(path, columns, served.linear_group)
+    least = sum(rows * columns for rows, columns in linears.values()) * (4 if quantized else 16) // 8
+    least += sum(rows * columns for rows, columns in tables.values()) * (served.table_bits if quantized else 16) // 8
+    free = meminfo().get("MemAvailable", least)
+    if settings.device != "cuda" and least > free:
+        report.remarks.append(f"the base takes {_gib(least)} of memory or more, but only {_gib(free)} is free")
 
 
 def _state_dir(settings: Settings, report: Report) -> None:

@@ -107,6 +107,8 @@ Duration = Annotated[float, BeforeValidator(parse_duration)]
 AutoSize = Annotated[int | None, _auto(parse_size)]
 AutoMemory = Annotated[int | float | None, _auto(parse_memory)]
 AutoInt = Annotated[int | None, _auto(lambda v: v)]
+AutoCount = Annotated[Annotated[int, Field(ge=1)] | None, _auto(lambda v: v)]
+AutoLength = Annotated[Annotated[int, Field(ge=2)] | None, _auto(lambda v: v)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
 Count = Annotated[int, Field(ge=1)]
 AutoCount = Annotated[Count | None, _auto(lambda v: v)]
@@ -130,8 +132,10 @@ class Settings(BaseModel):
     kernels: Literal["auto", "native", "aten", "reference", "cuda"] = Field(
         "auto", description="kernels to run the base with"
     )
-    threads: AutoInt = Field(None, description="CPU threads of the kernels: auto is one a core")
-    max_context: AutoInt = Field(None, description="longest prompt and answer, in tokens: auto is the base's own limit")
+    threads: AutoCount = Field(None, description="CPU threads of the kernels: auto is one a core")
+    max_context: AutoLength = Field(
+        None, description="longest prompt and answer, in tokens: auto is the base's own limit"
+    )
 
     # Adapters
     state_dir: Path = Field(Path("data"), description="all that the server writes; its cache/ may be deleted")
@@ -158,7 +162,9 @@ class Settings(BaseModel):
     max_step_tokens: Annotated[int, Field(ge=16)] = Field(512, description="most new tokens in one step")
     max_queue: Count = Field(256, description="most requests that wait")
     max_queue_tokens: Count = Field(262_144, description="most tokens that wait")
-    deadline: Duration = Field(300.0, description="longest time of one request, and the most it may ask for")
+    deadline: Annotated[Duration, Field(gt=0)] = Field(
+        300.0, description="longest time of one request, and the most it may ask for"
+    )
 
     key_rate: Rate = Field(None, description="requests a second that one key may send: auto is no limit")
     key_concurrency: AutoCount = Field(None, description="most requests of one key in flight: auto is no limit")

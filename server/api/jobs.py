@@ -58,7 +58,7 @@ async def evaluate(task: Annotated[str, Path(max_length=64)], body: schemas.Eval
     found = parts.tasks.get(task)
     candidates = _candidates(found, body)
     for choice in candidates:
-        parts.registry.resolve([(name, weight) for name, weight in choice])
+        parts.registry.lease(choice).release()  # a mix that no request could have is told now, not by the job
     if body.file is not None:
         parts.files.get(body.file)
     request = {

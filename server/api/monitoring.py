@@ -6,6 +6,7 @@ import asyncio
 import os
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,9 @@ async def stats(runtime: Running, parts: Ready) -> dict[str, Any]:
     engine = parts.engine.stats()
     slots = engine.pop("slots")
     names = _names_by_digest(parts)
-    slots["resident"] = [names.get(digest, digest[:SHORT_DIGEST]) for digest in slots["resident"]]
+    slots["resident"] = _named(names, slots["resident"])
     for key in ("waiting_digests", "running_digests"):
-        engine[key.replace("digests", "adapters")] = [names.get(d, d[:SHORT_DIGEST]) for d in engine.pop(key)]
+        engine[key.replace("digests", "adapters")] = _named(names, engine.pop(key))
     return {
         "base": {"name": parts.model.name, "id": parts.model.id, **parts.model.details},
         "memory": memory(parts),
@@ -70,9 +71,10 @@ async def stats(runtime: Running, parts: Ready) -> dict[str, Any]:
 
 
 def memory(parts: Parts) -> dict[str, int]:
-    """Bytes by kind. On a CPU an adapter has one copy, whether it holds a slot or not."""
+    """Bytes by kind. On a CPU an adapter has one copy, whether it holds a slot or not, and nothing is on a device."""
+    on_device = {"device_allocated": 0, "device_reserved": 0}
     adapters = parts.registry.memory()["bytes"]
-    return {**parts.runner.nbytes(), "adapters": adapters, "process": process_bytes()}
+    return {**on_device, **parts.runner.nbytes(), "adapters": adapters, "process": process_bytes()}
 
 
 def _adapters(parts: Parts) -> dict[str, int]:
@@ -108,9 +110,9 @@ def snapshot(runtime: Runtime) -> Snapshot:
         step_counts=rows["counts"],
         step_rows=rows["sum"],
         max_slots=engine["slots"]["total"],
-        resident=[names[d] for d in engine["slots"]["resident"] if d in names],
-        loading=[names[d] for d in engine["waiting_digests"] if d in names],
-        slot_evictions=engine["slots"].get("evictions", 0),
+        resident=[name for d in engine["slots"]["resident"] for name in names.get(d, ())],
+        loading=[name for d in engine["waiting_digests"] for name in names.get(d, ())],
+        slot_evictions=engine["slots"]["evictions"],
         quality=_quality(parts),
         training=parts.jobs.training(),
     )
@@ -133,13 +135,18 @@ def _kept(parts: Parts, subject: Subject) -> bool:
     return True
 
 
-def _names_by_digest(parts: Parts) -> dict[str, str]:
-    """The name of each current version. Of several names with one content, the first by name."""
-    found: dict[str, str] = {}
+def _names_by_digest(parts: Parts) -> dict[str, list[str]]:
+    """The names of each current version: several adapters may have one content."""
+    found: dict[str, list[str]] = {}
     for name in parts.registry.names():
         for version, _ in parts.registry.resolve([(name, 1.0)]):
-            found.setdefault(version.digest, name)
+            found.setdefault(version.digest, []).append(name)
     return found
+
+
+def _named(names: dict[str, list[str]], digests: Iterable[str]) -> list[str]:
+    """All names of versions, and of one that has none any more the digest that people see."""
+    return [name for digest in digests for name in names.get(digest, [digest[:SHORT_DIGEST]])]
 
 
 def process_bytes() -> int:

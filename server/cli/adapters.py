@@ -53,9 +53,9 @@ def list_(settings: Settings, as_json: AsJson = False) -> None:
 
 @app.command()
 @with_settings(*_SERVER)
-def show(settings: Settings, name: Name) -> None:
+def show(settings: Settings, name: Name, as_json: AsJson = False) -> None:
     """Show one adapter: versions, the config keys that were honoured, notes, its card."""
-    print_json(_call(settings, "GET", f"/adapters/{_quoted(name)}"))
+    _tell(_call(settings, "GET", f"/adapters/{_quoted(name)}"), as_json)
 
 
 @app.command()
@@ -65,48 +65,51 @@ def load(
     name: Name,
     source: Annotated[str, typer.Argument(help="Folder in the adapter directory, org/name@revision, or a URL.")],
     replace: Annotated[bool, typer.Option(help="Publish as the new version of a name that is in use.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Load an adapter from a place that the server may read."""
     if replace:
-        print_json(_call(settings, "PUT", f"/adapters/{_quoted(name)}", {"source": source}))
+        _tell(_call(settings, "PUT", f"/adapters/{_quoted(name)}", {"source": source}), as_json)
     else:
-        print_json(_call(settings, "POST", "/adapters", {"name": name, "source": source}))
+        _tell(_call(settings, "POST", "/adapters", {"name": name, "source": source}), as_json)
 
 
 @app.command("roll-back")
 @with_settings(*_SERVER)
-def roll_back(settings: Settings, version: Annotated[str, typer.Argument(help="name@digest")]) -> None:
+def roll_back(
+    settings: Settings, version: Annotated[str, typer.Argument(help="name@digest")], as_json: AsJson = False
+) -> None:
     """Move a name back to a version that it had before."""
     name = version.partition("@")[0]
-    print_json(_call(settings, "PUT", f"/adapters/{_quoted(name)}", {"version": version}))
+    _tell(_call(settings, "PUT", f"/adapters/{_quoted(name)}", {"version": version}), as_json)
 
 
 @app.command()
 @with_settings(*_SERVER)
-def retire(settings: Settings, name: Name) -> None:
+def retire(settings: Settings, name: Name, as_json: AsJson = False) -> None:
     """Take an adapter out of service; requests that hold it finish."""
-    print_json(_call(settings, "DELETE", f"/adapters/{_quoted(name)}"))
+    _tell(_call(settings, "DELETE", f"/adapters/{_quoted(name)}"), as_json)
 
 
 @app.command()
 @with_settings(*_SERVER)
-def pin(settings: Settings, name: Name) -> None:
+def pin(settings: Settings, name: Name, as_json: AsJson = False) -> None:
     """Keep an adapter in RAM."""
-    print_json(_call(settings, "POST", f"/adapters/{_quoted(name)}/pin"))
+    _tell(_call(settings, "POST", f"/adapters/{_quoted(name)}/pin"), as_json)
 
 
 @app.command()
 @with_settings(*_SERVER)
-def unpin(settings: Settings, name: Name) -> None:
+def unpin(settings: Settings, name: Name, as_json: AsJson = False) -> None:
     """Let an adapter be evicted again."""
-    print_json(_call(settings, "POST", f"/adapters/{_quoted(name)}/unpin"))
+    _tell(_call(settings, "POST", f"/adapters/{_quoted(name)}/unpin"), as_json)
 
 
 @app.command()
 @with_settings(*_SERVER)
-def prefetch(settings: Settings, name: Name) -> None:
+def prefetch(settings: Settings, name: Name, as_json: AsJson = False) -> None:
     """Bring an adapter into RAM before its first request."""
-    print_json(_call(settings, "POST", f"/adapters/{_quoted(name)}/prefetch"))
+    _tell(_call(settings, "POST", f"/adapters/{_quoted(name)}/prefetch"), as_json)
 
 
 @app.command()
@@ -129,12 +132,20 @@ def check(
         "bytes": weights.nbytes,
         **told,
     }
+    _tell(found, as_json)
+
+
+def _tell(adapter: dict[str, Any], as_json: bool) -> None:
+    """What is known of one adapter: a line for each thing that there is, or all of it as JSON."""
     if as_json:
-        print_json(found)
+        print_json(adapter)
         return
-    for name, value in found.items():
+    for name, value in adapter.items():
+        if name == "versions":
+            value = [v["version"] for v in value]
         shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-        out().print(f"{name:<10} {size(value) if name == 'bytes' else shown}")
+        if shown not in (None, ""):
+            out().print(f"{name:<10} {size(value) if name == 'bytes' else shown}")
 
 
 def _quoted(name: str) -> str:
@@ -149,7 +160,7 @@ def _call(settings: Settings, method: str, path: str, body: dict[str, Any] | Non
     if body is not None:
         request.data = json.dumps(body).encode()
         request.add_header("Content-Type", "application/json")
-    for name, secret in _admin_keys(settings).items():
+    for name, secret in _keys(settings).items():
         request.add_header("Authorization", f"Bearer {name}:{secret}")
         break
     try:
@@ -163,11 +174,19 @@ def _call(settings: Settings, method: str, path: str, body: dict[str, Any] | Non
     return json.loads(text) if text else {}
 
 
-def _admin_keys(settings: Settings) -> dict[str, str]:
-    text = settings.admin_keys.get_secret_value()
-    if settings.admin_keys_file is not None and settings.admin_keys_file.exists():
-        text += "\n" + settings.admin_keys_file.read_text()
-    return parse_keys(text, "admin_keys")
+def _keys(settings: Settings) -> dict[str, str]:
+    """The admin keys, by id; where there are none the inference keys, which may look."""
+    for param, given, file in (
+        ("admin_keys", settings.admin_keys, settings.admin_keys_file),
+        ("api_keys", settings.api_keys, settings.api_keys_file),
+    ):
+        text = given.get_secret_value()
+        if file is not None and file.exists():
+            text += "\n" + file.read_text()
+        found = parse_keys(text, param)
+        if found:
+            return found
+    return {}
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -70,10 +70,10 @@ def doctor(settings: Settings, as_json: AsJson = False) -> None:
         console = out()
         for name, value in report.facts.items():
             console.print(f"{name:<16} {value}")
-        for problem in report.problems:
-            console.print(f"[red]problem[/red]          {problem}")
-        for remark in report.remarks:
-            console.print(f"[yellow]note[/yellow]             {remark}")
+        for name, colour, lines in (("problem", "red", report.problems), ("note", "yellow", report.remarks)):
+            for line in lines:
+                console.print(f"{name:<16}", style=colour, end=" ")
+                console.print(line)
         if not report.problems:
             console.print("ready to serve")
     if report.problems:

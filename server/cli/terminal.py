@@ -18,8 +18,8 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 def out() -> Console:
-    """For results."""
-    return Console(highlight=False, soft_wrap=True)
+    """For results. Square brackets in them, of a path or a pattern, are text."""
+    return Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def print_json(value: Any) -> None:

@@ -143,13 +143,16 @@ class CudaRunner:
     def nbytes(self) -> dict[str, int]:
         """All of it is the device's: `base`, `kv_cache`, `slots`, and `activations` with graphs and work buffers.
 
-        `device_budget` is what they may take together.
+        `device_budget` is what they may take together; `device_allocated` and `device_reserved` are torch's account.
         """
         known = {"base": self._model.nbytes, "kv_cache": self._storage.nbytes, "slots": self._pool.nbytes}
         work = self._results.nbytes + self._numbers.nbytes
+        told = {"device_budget": self.shares.total}
         if self._device.type == "cuda":
-            work = max(work, torch.cuda.memory_reserved(self._device) - sum(known.values()))
-        return {**known, "activations": work, "device_budget": self.shares.total}
+            told["device_allocated"] = torch.cuda.memory_allocated(self._device)
+            told["device_reserved"] = torch.cuda.memory_reserved(self._device)
+            work = max(work, told["device_reserved"] - sum(known.values()))
+        return {**known, **told, "activations": work}
 
     def release(self) -> None:
         """Give the device's memory back. Nothing else may be called after it."""

@@ -198,7 +198,12 @@ class Engine:
             "running_digests": sorted({digest for request in running for digest in request.mix.digests}),
             "kv_blocks": {"total": kv.blocks, "block_size": self._block_size, **kv.counts},
             "prefix_cache": {"queried_tokens": kv.queries, "found_tokens": kv.hits},
-            "slots": {"total": self._slots.count, "resident": self._slots.resident, "in_use": self._slots.in_use},
+            "slots": {
+                "total": self._slots.count,
+                "resident": self._slots.resident,
+                "in_use": self._slots.in_use,
+                "evictions": self._slots.evictions,
+            },
             "preemptions": scheduler.preemptions,
             **self._record.snapshot(),
         }

@@ -37,11 +37,13 @@ class Slots:
     ) -> None:
         self.count = count
         self.room = room
+        self.evictions = 0
+        """Adapters that left because their place was needed, of all time."""
         self._place = place
         self._clear = clear
         self._open = list(range(count - 1, -1, -1))
         self._slot_of: dict[str, int] = {}
-        self._held: LRU[str] = LRU(count if room is None else room.nbytes, on_evict=self._vacate)
+        self._held: LRU[str] = LRU(count if room is None else room.nbytes, on_evict=self._evict)
         self._leaving: set[str] = set()
         self._bytes: dict[str, int] = {}
 
@@ -119,6 +121,7 @@ class Slots:
                 return
             if not self._held.pins(digest):
                 nbytes -= self._bytes[digest]
+                self.evictions += 1
                 self.forget(digest)
 
     def reset(self) -> None:
@@ -148,6 +151,10 @@ class Slots:
                 "adapters",
             )
         return costs
+
+    def _evict(self, digest: str) -> None:
+        self.evictions += 1
+        self._vacate(digest)
 
     def _vacate(self, digest: str) -> None:
         slot = self._slot_of.pop(digest)

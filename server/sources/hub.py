@@ -30,6 +30,12 @@ def is_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
+def check_client(hub_id: str) -> None:
+    """Raises ServerError if the client that would fetch `hub_id` is not installed."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise _Unavailable(f"{hub_id} comes from the hub, which needs an extra: pip install 'loramux[hub]'")
+
+
 def fetched(hub_id: str, directory: Path) -> Path | None:
     """The folder that an earlier `fetch_model` brought, if it is still there: no network is asked."""
     try:
@@ -84,8 +90,7 @@ def _snapshot(
     match = _ID.fullmatch(hub_id)
     if match is None:
         raise _Unavailable(f"{hub_id!r} is no hub id (org/name or org/name@revision)")
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise _Unavailable(f"{hub_id} comes from the hub, which needs an extra: pip install 'loramux[hub]'")
+    check_client(hub_id)
     import huggingface_hub
 
     repo, revision = match[1], match[2]

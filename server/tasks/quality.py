@@ -150,10 +150,6 @@ class Quality:
 
     def __init__(self, file: Path, retention: float = 90 * DAY) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.executescript(_SCHEMA)
         self._retention = retention
         self._lock = threading.Lock()
         self._pending: list[Answered] = []
@@ -164,7 +160,8 @@ class Quality:
         """All hours of each subject, by its number."""
         self._clocks = time.time(), time.monotonic()
         """Both clocks when they were last compared."""
-        self._load()
+        with _told_of_the_disk():
+            self._db = self._opened(file)
         self._refused = False
         """Whether the last attempt to write failed."""
         self._stop = threading.Event()
@@ -292,16 +289,38 @@ class Quality:
             "tokens": {"prompt": prompt, "generated": generated},
         }
 
+    def _opened(self, file: Path) -> sqlite3.Connection:
+        """The file, read. A damaged one is set aside, as the server does without its records rather than not at all."""
+        db = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=NORMAL")
+            db.executescript(_SCHEMA)
+            self._load(db)
+            return db
+        except sqlite3.OperationalError:  # the disk's, or another process's
+            db.close()
+            raise
+        except sqlite3.DatabaseError as error:
+            db.close()
+            aside = file.with_suffix(".broken.db")
+            log.error("%s cannot be read (%s); it is set aside as %s", file.name, error, aside.name)
+            for rest in ("-wal", "-shm"):  # they belong to no other content
+                Path(f"{file}{rest}").unlink(missing_ok=True)
+            file.replace(aside)
+        return self._opened(file)
+
     # ---- with the lock
 
-    def _load(self) -> None:
-        self._ids = {Subject(*row[1:]): row[0] for row in self._db.execute("SELECT id, task, mix, base FROM subjects")}
+    def _load(self, db: sqlite3.Connection) -> None:
+        self._hours, self._traffic = {}, {}
+        self._ids = {Subject(*row[1:]): row[0] for row in db.execute("SELECT id, task, mix, base FROM subjects")}
         by_number = {number: subject for subject, number in self._ids.items()}
-        for number, metric, source, hour, *sums in self._db.execute("SELECT * FROM hours"):
+        for number, metric, source, hour, *sums in db.execute("SELECT * FROM hours"):
             self._hours.setdefault((by_number[number], metric, source), {})[hour] = Totals(*sums)
         self._totals = {key: Totals.joined(hours.values()) for key, hours in self._hours.items()}
         for number in by_number:
-            rows = self._db.execute(f"SELECT {_TOLD} FROM traffic WHERE subject = ?", (number,)).fetchall()
+            rows = db.execute(f"SELECT {_TOLD} FROM traffic WHERE subject = ?", (number,)).fetchall()
             self._traffic.setdefault(number, _Traffic()).join(rows)
 
     def _add(self, subject: Subject, metric: str, source: str, changes: Sequence[_Change]) -> None:
@@ -412,9 +431,7 @@ class Quality:
             gone = self._db.execute("DELETE FROM hours WHERE hour < ?", (int(old) // HOUR,)).rowcount
             self._db.execute("DELETE FROM traffic WHERE hour < ?", (int(old) // HOUR,))
         if gone:
-            self._hours.clear()
-            self._traffic.clear()
-            self._load()
+            self._load(self._db)
 
     def _run(self) -> None:
         while not self._stop.wait(FLUSH_SECONDS):

@@ -14,10 +14,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from adapters.errors import StoreFailed, UnknownAdapter
+from adapters.errors import AdapterError, StoreFailed, UnknownAdapter
+from adapters.leases import Lease
 from adapters.weights import RESERVED, Choice, Version
 from server.errors import InvalidRequest, ServerError, UnknownName
-from server.tasks.definitions import Fixed, Task, check_task_name, parse
+from server.tasks.definitions import Fixed, Route, Task, check_task_name, parse
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ class Adapters(Protocol):
 
     def resolve(self, choice: Choice) -> list[tuple[Version, float]]: ...
 
+    def lease(self, choice: Choice) -> Lease: ...
+
 
 class Tasks:
     """Every task that can be named. Reading is lock-free: the tables are replaced, never changed."""
@@ -45,6 +48,8 @@ class Tasks:
         self._put: dict[str, Task] = {}
         self._deleted: dict[str, str] = {}
         self._files: dict[str, Task] = {}
+        self._brought: dict[str, str] = {}
+        """Of each task in a folder, the content of the adapter whose folder it is: it may route to others."""
         self._read()
         self.refresh()
 
@@ -69,17 +74,29 @@ class Tasks:
         return [task.name for task in self.all() if adapter in task.adapters]
 
     def put(self, name: str, body: Mapping[str, Any]) -> tuple[Task, bool]:
-        """Define a task; answers it and whether the name is new. Raises InvalidRequest, UnknownAdapter, StoreFailed."""
+        """Define a task; answers it and whether the name is new.
+
+        Raises InvalidRequest, StoreFailed, and UnknownAdapter, InvalidChoice or NoRoom as a request with its mix would.
+        """
         if name in self._reserved:
             raise InvalidRequest(f"the name {name!r} is reserved", "task")
         check_task_name(name)
         own = Fixed(((name, 1.0),)) if name in self._adapters.names() else Fixed()
         task = parse(name, body, default_route=own, source="api")
-        self._adapters.resolve([(candidate, 1.0) for candidate in task.route.candidates])
+        self._check(task.route)
         with self._lock:
             created = self.find(name) is None
             self._write({**self._put, name: task}, {k: v for k, v in self._deleted.items() if k != name})
         return task, created
+
+    def _check(self, route: Route) -> None:
+        try:
+            if isinstance(route, Fixed):
+                self._adapters.lease(list(route.choice)).release()
+            else:
+                self._adapters.resolve([(candidate, 1.0) for candidate in route.candidates])
+        except AdapterError as error:
+            raise type(error)(error.message, "route") from None
 
     def delete(self, name: str) -> Task:
         """Take a task away; a task of a folder that it had covered comes back. Raises UnknownName."""
@@ -88,8 +105,7 @@ class Tasks:
             if task.source == "api":
                 self._write({k: v for k, v in self._put.items() if k != name}, self._deleted)
             else:
-                digest = self._adapters.current(task.adapters[0]).digest if task.adapters else ""
-                self._write(self._put, {**self._deleted, name: digest})
+                self._write(self._put, {**self._deleted, name: self._brought.get(name, "")})
         self.refresh()
         return task
 
@@ -97,6 +113,7 @@ class Tasks:
         """Read again what the adapters' folders bring. Called when an adapter came, changed or went. Answers the
         names of the tasks that went with it."""
         files: dict[str, Task] = {}
+        brought: dict[str, str] = {}
         for adapter in self._adapters.names():
             try:
                 body = self._adapters.metadata(adapter).get("task")
@@ -109,9 +126,9 @@ class Tasks:
             if task is None or self._deleted.get(task.name) == digest:
                 continue
             if task.name not in files or task.name == adapter:
-                files[task.name] = task
+                files[task.name], brought[task.name] = task, digest
         gone = self._files.keys() - files.keys() - self._put.keys()
-        self._files = files
+        self._files, self._brought = files, brought
         return gone
 
     def _from_folder(self, adapter: str, body: Any) -> Task | None:

@@ -399,6 +399,7 @@ def test_evaluating_candidates_of_a_task(live: Any, client: openai.OpenAI, write
         ({"data": LINES, "file": file}, 422),
         ({"file": "file-none"}, 404),
         ({"data": LINES, "candidates": [[{"name": "nobody"}]]}, 404),
+        ({"data": LINES, "candidates": [[{"name": "a"}, {"name": "a"}]]}, 400),
         ({"data": LINES, "metric": "beauty"}, 422),
     ):
         assert live.http.post("/tasks/mood/evaluate", json=wrong).status_code == status, wrong

@@ -153,6 +153,8 @@ def test_a_live_server_tells_of_its_traffic(live: Any) -> None:
     assert (value(text, "loramux_adapter_bytes", adapter="a", tier="device") or 0) > 0
     for kind in ("base", "kv_cache", "adapters", "activations", "process"):
         assert (value(text, "loramux_memory_bytes", kind=kind) or 0) > 0, kind
+    for kind in ("device_allocated", "device_reserved"):
+        assert value(text, "loramux_memory_bytes", kind=kind) == 0, "there is no device here, which is not no answer"
     total = sum(value(text, "loramux_kv_blocks", state=s) or 0 for s in ("free", "used", "cached"))
     assert total == live.stats()["kv_blocks"]["total"]
     steps = value(text, "loramux_batch_size_count") or 0
@@ -234,6 +236,8 @@ def test_the_gateway_scores_us_by_what_is_resident(live: Any) -> None:
     samples = families(text)["vllm:lora_requests_info"].samples
     assert len(samples) == 1 and abs(samples[0].value - time.time()) < 10
     assert score(newest(text), "a") == 1.0 and score(newest(text), "b") == 0.8
+    assert live.http.post("/adapters", json={"name": "twin", "source": "a"}).status_code == 201
+    assert score(newest(live.http.get("/metrics").text), "twin") == 1.0, "the same content by another name"
     assert newest(text)["max_lora"] == "64" and "mood" not in newest(text)["running_lora_adapters"]
     assert value(text, "vllm:num_requests_running") == 0 and value(text, "vllm:num_requests_waiting") == 0
     config = families(text)["vllm:cache_config_info"].samples[0].labels
@@ -256,6 +260,15 @@ def test_the_gateways_gauges_follow_the_load(start: Any, write_adapter: Any) -> 
                 assert (value(text, "vllm:kv_cache_usage_perc") or 0) > 0
                 break
         assert (1.0, 3.0) in seen
+
+
+def test_an_adapter_that_gives_its_slot_up_is_counted(start: Any, write_adapter: Any) -> None:
+    live = start(max_slots=1)
+    for seed, name in enumerate(("a", "b", "c")):
+        write_adapter(name, seed)
+        assert live.http.post("/adapters", json={"name": name, "source": name}).status_code in (200, 201)
+        assert live.generate("x", adapters=[{"name": name}], max_tokens=1).status_code == 200
+    assert value(live.http.get("/metrics").text, "loramux_adapter_evictions_total", tier="device") == 2
 
 
 def test_loads_and_evictions_are_heard_of() -> None:

@@ -63,7 +63,8 @@ def test_special_characters_of_a_template_are_literal(live: Any) -> None:
         ({**BODY, "defaults": {"temperature": 9}}, 422, "defaults.temperature"),
         ({**BODY, "route": {}}, 400, "route"),
         ({**BODY, "route": {"choice": [], "metric": "accuracy"}}, 400, "route"),
-        ({**BODY, "route": {"choice": [{"name": "nobody"}]}}, 404, None),
+        ({**BODY, "route": {"choice": [{"name": "nobody"}]}}, 404, "route"),
+        ({**BODY, "route": {"choice": [{"name": "a"}, {"name": "a", "weight": 0.5}]}}, 400, "route"),
         ({**BODY, "route": {"choice": [{"name": "a", "weight": 99}]}}, 422, "route"),
         ({**BODY, "route": {"best": ["a"]}}, 422, "route"),
         ({**BODY, "route": {"best": ["a", "a"]}}, 400, "route"),
@@ -87,3 +88,11 @@ def test_a_bad_task_file_leaves_its_adapter_served(live: Any, write_adapter: Any
     assert live.http.post("/adapters", json={"name": "odd", "source": "odd"}).status_code in (200, 201)
     assert live.http.get("/tasks/odd").status_code == 404
     assert live.generate("x", adapters=[{"name": "odd"}]).status_code == 200
+
+
+def test_a_folders_task_that_routes_elsewhere_stays_deleted(live: Any, write_adapter: Any) -> None:
+    write_adapter("odd", 31, task={**BODY, "task": "elsewhere", "route": {"choice": [{"name": "a"}]}})
+    assert live.http.post("/adapters", json={"name": "odd", "source": "odd"}).status_code in (200, 201)
+    assert live.http.get("/tasks/elsewhere").json()["source"] == "file"
+    assert live.http.delete("/tasks/elsewhere").status_code == 200
+    assert live.http.get("/tasks/elsewhere").status_code == 404

@@ -8,12 +8,17 @@ import logging
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
+from server.cli import adapters as cli_adapters
 from server.cli import app, logs, main, terminal
 from server.cli.options import EVERYTHING, SECRET
 from server.cli.serve import listen
@@ -143,10 +148,60 @@ def test_the_doctor_knows_what_the_kernels_run_on(tmp_path: Path) -> None:
     assert any("4096 threads" in remark for remark in report.remarks)
 
 
-def test_the_doctor_sees_a_folder_without_weights(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    report = examine(Settings(port=0, model=str(tmp_path / "model"), state_dir=tmp_path))
-    assert any("no .safetensors" in problem for problem in report.problems)
+def test_the_doctor_looks_at_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def problems(model: Path | str, **settings: Any) -> str:
+        return " ".join(examine(Settings(port=0, model=str(model), state_dir=tmp_path, **settings)).problems)
+
+    folder, text = tmp_path / "model", tmp_path / "notes.txt"
+    folder.mkdir()
+    text.write_text("no model, though as long as the head of one")
+    assert "neither a config.json nor exactly one GGUF file" in problems(folder)
+    assert "notes.txt is not a GGUF file" in problems(text)
+    (folder / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"]}))
+    assert "MambaForCausalLM is not served" in problems(folder)
+    assert problems("org/model") == ""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "needs an extra" in problems("org/model")
+
+
+def test_the_doctor_tells_how_a_base_would_be_served(tmp_path: Path, tiny_folder: Path) -> None:
+    settings: dict[str, Any] = {"port": 0, "model": str(tiny_folder), "state_dir": tmp_path}
+    small = examine(Settings(**settings, group_size=32))
+    assert small.problems == [] and small.facts["served as"].startswith("int4 in groups of 32")
+    assert any("which groups of 256 do not divide" in p for p in examine(Settings(**settings, group_size=256)).problems)
+
+
+def _leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    children = getattr(command, "commands", None)
+    if children is None:
+        yield " ".join(path), command
+        return
+    for name, child in children.items():
+        yield from _leaves(child, (*path, name))
+
+
+def test_every_command_that_answers_does_so_in_json_too() -> None:
+    commands = dict(_leaves(typer.main.get_command(app)))
+    without = {name for name, command in commands.items() if not any("--json" in p.opts for p in command.params)}
+    assert without == {"serve", "bench adapters"} and len(commands) > 15
+
+
+def test_the_key_that_a_command_shows(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("boss:two\n")
+    looking = Settings(api_keys=SecretStr("team:one"))
+    assert cli_adapters._keys(looking) == {"team": "one"} and cli_adapters._keys(Settings()) == {}
+    assert cli_adapters._keys(Settings(api_keys=SecretStr("team:one"), admin_keys_file=file)) == {"boss": "two"}
+
+
+def test_an_adapter_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    cli_adapters._tell({"name": "a", "bytes": 2048, "notes": [], "card": "[x] and [/y] are text", "tier": "ram"}, False)
+    assert capsys.readouterr().out.splitlines() == [
+        "name       a",
+        "bytes      2.0 KiB",
+        "card       [x] and [/y] are text",
+        "tier       ram",
+    ]
 
 
 def test_the_doctor_ends_with_a_status(tmp_path: Path) -> None:

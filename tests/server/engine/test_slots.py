@@ -31,7 +31,10 @@ def test_what_is_idle_goes_when_bytes_are_needed(slots: Slots, tools: Any) -> No
     slots.free(five)
     assert slots.reserve(six, weights_of(tools, "a6")) is not None
     assert slots.has(six) and slots.in_use == 1
-    assert slots.resident == [tools.digest_of("a6")]
+    assert slots.resident == [tools.digest_of("a6")] and slots.evictions == 2
+    slots.free(six)
+    slots.forget(tools.digest_of("a6"))
+    assert slots.evictions == 2, "what has gone by itself has made no room"
 
 
 def test_a_mix_that_could_never_fit_is_refused(slots: Slots, tools: Any) -> None:

@@ -59,6 +59,23 @@ def test_records_outlive_the_process_and_hold_no_text(tmp_path: Path) -> None:
     reopened.close()
 
 
+@pytest.mark.parametrize("at", [0, 4096], ids=["no database", "a damaged page"])
+def test_a_damaged_file_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, at: int) -> None:
+    file, subject = tmp_path / "quality.db", Subject.of("t", [(A, 1.0)], "base")
+    first = Quality(file)
+    first.answered(answered("gen-1", subject))
+    first.close()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:at] + b"x" * (len(whole) - at))
+    again = Quality(file)
+    assert again.performance("t") == [] and "set aside as quality.broken.db" in caplog.text
+    again.answered(answered("gen-2", subject))
+    again.feedback("t", "gen-2", "", score=1.0, expected=None)
+    assert again.totals(subject, "accuracy", "feedback").count == 1
+    again.close()
+    assert (tmp_path / "quality.broken.db").stat().st_size == len(whole)
+
+
 def test_feedback_is_for_a_day(tmp_path: Path) -> None:
     quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
     quality.answered(answered("old", subject, at=time.time() - module.DAY - 1))
