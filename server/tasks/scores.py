@@ -16,6 +16,8 @@ CHRF_BETA = 2.0
 BLEU_ORDER = 4
 
 _WORDS = re.compile(r"[^a-z0-9]+")
+_WRITTEN = {"<skipped>": "", "-\n": "", "\n": " ", "&quot;": '"', "&amp;": "&", "&lt;": "<", "&gt;": ">"}
+"""What mteval-v13a takes for something else, in its order."""
 
 
 def accuracy(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -55,9 +57,10 @@ def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
         a, r = "".join(answer.split()), "".join(reference.split())
         for n, total in enumerate(totals, 1):
             counts = [Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (a, r)]
-            total[0] += sum((counts[0] & counts[1]).values())
-            total[1] += sum(counts[0].values())
-            total[2] += sum(counts[1].values())
+            if counts[1]:  # a reference that is too short for an order has no say in it, and so has its answer none
+                total[0] += sum((counts[0] & counts[1]).values())
+                total[1] += sum(counts[0].values())
+                total[2] += sum(counts[1].values())
     scored = [(hit / given, hit / wanted) for hit, given, wanted in totals if given and wanted]
     if not scored:
         return 0.0
@@ -96,8 +99,11 @@ def bleu(answers: Sequence[str], references: Sequence[str], effective_order: boo
 
 
 def _tokens(text: str) -> list[str]:
-    """The tokens of mteval-v13a for plain text: punctuation apart from words, but for points inside numbers."""
-    text = f" {' '.join(text.split())} "
+    """The tokens of mteval-v13a: punctuation apart from words, but for points inside numbers."""
+    text = text.rstrip()
+    for written, meant in _WRITTEN.items():
+        text = text.replace(written, meant)
+    text = f" {text} "
     text = re.sub(r"([{-~\[-` -&(-+:-@/])", r" \1 ", text)
     text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)
     text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)

@@ -35,12 +35,25 @@ def test_tokens_of_bleu():
     assert scores._tokens('He said: "3.5, not 4!" (twice)') == [
         "He", "said", ":", '"', "3.5", ",", "not", "4", "!", '"', "(", "twice", ")",
     ]  # fmt: skip
+    assert scores._tokens("a &amp; b &lt;c&gt;, know-\nledge\nis") == [
+        "a",
+        "&",
+        "b",
+        "<",
+        "c",
+        ">",
+        ",",
+        "knowledge",
+        "is",
+    ]
 
 
 def test_chrf_by_hand():
     # "ab" against "abc": unigrams 2/2 and 2/3, bigrams 1/1 and 1/2; no longer ones in the answer.
     recall = (2 / 3 + 1 / 2) / 2
     assert scores.chrf(["a b"], ["abc"]) == pytest.approx(100 * 5 * recall / (4 + recall))
+    # sacrebleu's value: where a reference is too short for an order, its answer's n-grams are not counted either.
+    assert scores.chrf(["? Cat,", "? A", "?"], ["-", "? A", "?"]) == pytest.approx(82.97413793, rel=1e-8)
     assert scores.chrf([""], [""]) == 0.0 and scores.chrf(["x"], ["y"]) == 0.0
 
 
