@@ -111,7 +111,6 @@ AutoCount = Annotated[Annotated[int, Field(ge=1)] | None, _auto(lambda v: v)]
 AutoLength = Annotated[Annotated[int, Field(ge=2)] | None, _auto(lambda v: v)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
 Count = Annotated[int, Field(ge=1)]
-AutoCount = Annotated[Count | None, _auto(lambda v: v)]
 Rate = Annotated[Annotated[float, Field(gt=0)] | None, _auto(lambda v: v)]
 
 

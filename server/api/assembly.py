@@ -146,16 +146,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         settings.key_rate, settings.key_concurrency, settings.task_rate, settings.task_concurrency
     )
     inference.on_ended = _ending(settings, quality, text, base.id)
-    training = Ground(
-        origin=None if source is None else _origin(settings, base, source),
-        base_name=base.name,
-        max_rank=settings.max_rank,
-        threads=min(TRAINING_THREADS, settings.threads or os.cpu_count() or 1),
-        files=Files(settings.state_dir / "files"),
-        registry=registry,
-        store=store,
-        tasks=tasks,
-    )
+    training = _ground(settings, base, source, registry, store, tasks)
     evaluations = _evaluations(inference, prompts, mailbox)
     jobs = _jobs(settings, training, tasks, quality, evaluations, router, base, engine.lend)
     parts = Parts(
@@ -191,6 +182,21 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         jobs.close,
     ]
     return House(parts, closing)
+
+
+def _ground(
+    settings: Settings, base: Base, source: Path | None, registry: Registry, store: Store, tasks: Tasks
+) -> Ground:
+    return Ground(
+        origin=None if source is None else _origin(settings, base, source),
+        base_name=base.name,
+        max_rank=settings.max_rank,
+        threads=min(TRAINING_THREADS, settings.threads or os.cpu_count() or 1),
+        files=Files(settings.state_dir / "files"),
+        registry=registry,
+        store=store,
+        tasks=tasks,
+    )
 
 
 def _origin(settings: Settings, base: Base, source: Path) -> BaseSource:

@@ -135,14 +135,13 @@ class PrefixAttention:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `server.model.attention.Attention`."""
-        rows = zip(*(x.split(self._sizes) for x in (q, k, v)), strict=True)
-        prefix = next(rows)
-        parts = [grouped_attention(*prefix, causal=True)] if self._sizes[0] else []
-        for group, own in zip(self._groups, rows, strict=True):
+        (first_q, first_k, first_v), *rest = zip(*(x.split_with_sizes(self._sizes) for x in (q, k, v)), strict=True)
+        parts = [grouped_attention(first_q, first_k, first_v, causal=True)] if self._sizes[0] else []
+        for group, (own_q, own_k, own_v) in zip(self._groups, rest, strict=True):
             if isinstance(group, PackedAttention):
-                parts.append(group.attend(layer, *own))
+                parts.append(group.attend(layer, own_q, own_k, own_v))
             else:
-                parts.append(group.attend(*own, *prefix[1:]))
+                parts.append(group.attend(own_q, own_k, own_v, first_k, first_v))
         return torch.cat(parts)
 
 
