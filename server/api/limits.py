@@ -40,7 +40,7 @@ class Boundary:
             scope = {**scope, "method": "GET"}  # a copy: the server itself leaves the body of the answer out
         request_id = f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        header = (b"x-request-id", request_id.encode())
+        header, named_so = (b"x-request-id", request_id.encode()), {"request_id": request_id}
         status = 0
         start = time.monotonic()
 
@@ -54,17 +54,17 @@ class Boundary:
         try:
             await self.app(scope, receive, named)
         except ClientDisconnect:
-            log.info("request %s: its client left before it had sent all of it", request_id)
+            log.info("request %s: its client left before it had sent all of it", request_id, extra=named_so)
         except Exception as error:
             if status:
-                log.exception("request %s failed after its answer had begun", request_id)
+                log.exception("request %s failed after its answer had begun", request_id, extra=named_so)
                 raise
             await refuse(answer(error, request_id, openai=is_openai(scope["path"])), receive, named, more=False)
         finally:
             if self.access_log:
                 took = (time.monotonic() - start) * 1000
                 told = (scope["method"], scope["path"], status or "gone", took, request_id)
-                log.info("%s %r %s %.1f ms %s", *told, extra={"request_id": request_id, "status": status, "ms": took})
+                log.info("%s %r %s %.1f ms %s", *told, extra={**named_so, "status": status, "ms": took})
 
 
 class BodyLimit:
