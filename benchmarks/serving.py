@@ -29,6 +29,7 @@ class Server:
 
     process: subprocess.Popen[bytes]
     url: str
+    log: Path
 
     def resident(self) -> int:
         """Bytes of the process in memory."""
@@ -54,14 +55,15 @@ def serving(state: Path, models: Path, *flags: str, module: str = "server.cli") 
         (state / "models").symlink_to(models)
     port = free_port()
     command = [sys.executable, "-m", module, "serve", "--port", str(port), "--state-dir", str(state)]
-    with (state / "server.log").open("wb") as log:
+    told = state / "server.log"
+    with told.open("wb") as log:
         process = subprocess.Popen([*command, "--library", "none", *flags], cwd=REPO, stdout=log, stderr=log)
-    server = Server(process, f"http://127.0.0.1:{port}")
+    server = Server(process, f"http://127.0.0.1:{port}", told)
     try:
         end = time.monotonic() + 180
         while True:
             if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError((state / "server.log").read_text()[-3000:])
+                raise RuntimeError(told.read_text()[-3000:])
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{server.url}/health/ready", timeout=5).status_code == 200:
                     break

@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from benchmarks.counted import TOLD
 from benchmarks.serving import REPO, Server, serving
 from server.bench.synthetic import write_adapter
 
@@ -372,9 +374,11 @@ class Soak:
                 "blocks in use": stats["engine"]["kv_blocks"]["used"],
             }
             if not any(held.values()) or time.monotonic() > end:
+                tensors = await self._tensors()
                 await asyncio.sleep(1.5)  # the sockets of clients that have left
                 return {
                     **held,
+                    "tensors": tensors,
                     "threads": self.server.count("task"),
                     "descriptors": self.server.count("fd"),
                     "failures": stats["engine"]["failures"],
@@ -382,11 +386,24 @@ class Soak:
                 }
             await asyncio.sleep(0.2)
 
+    async def _tensors(self) -> int:
+        """How many tensors the server has while its RAM holds the same adapters at each look."""
+        async with httpx.AsyncClient(base_url=self.server.url, timeout=PATIENCE) as http:
+            for name in [n for n in self.contents if n.startswith("a")][:IN_RAM]:
+                (await http.post(f"/adapters/{name}/prefetch")).raise_for_status()
+        before = len(self.server.log.read_text(errors="replace").split(TOLD))
+        self.server.process.send_signal(signal.SIGUSR1)
+        while True:
+            told = self.server.log.read_text(errors="replace").split(TOLD)
+            if len(told) > before and "\n" in told[-1]:
+                return int(told[-1].partition("\n")[0])
+            await asyncio.sleep(BEAT)
+
     def judge(self) -> None:
         """Hold the two looks, and the memory, to what has to be."""
         before, after = self.report.before, self.report.after
         for name, value in after.items():
-            if value > (before[name] if name in ("threads", "descriptors") else 0):
+            if value > (before[name] if name in ("tensors", "threads", "descriptors") else 0):
                 self.problem(f"{name}: {before[name]} before, {value} after")
         if self.report.seconds >= 1200 and self.report.megabytes_an_hour > MB_AN_HOUR:
             self.problem(f"memory grows by {self.report.megabytes_an_hour:.1f} MB an hour")
@@ -451,9 +468,8 @@ def soak(
     size = int((folder / "a0" / TENSORS).stat().st_size * 1.05)
     # a deadline that no pause of the machine uses up
     common = ["--max-mix", str(MAX_MIX), "--kv-cache", KV_CACHE, "--deadline", "1h", *flags]
-    with serving(
-        folder / "state", models, "--max-slots", str(SLOTS), "--adapter-ram", str(IN_RAM * size), *common
-    ) as s:
+    most = ["--max-slots", str(SLOTS), "--adapter-ram", str(IN_RAM * size)]
+    with serving(folder / "state", models, *most, *common, module="benchmarks.counted") as s:
         run = Soak(s, contents)
         asyncio.run(run.run(minutes * 60))
         run.judge()
