@@ -129,13 +129,13 @@ class PrefixAttention:
         self.positions = torch.cat([torch.arange(shared), *(torch.arange(shared, shared + n) for n in tails)])
         groups = alike(tails)
         self._sizes = [shared, *map(sum, groups)]
-        self._groups = [
+        self._groups: list[PackedAttention | _Tails] = [
             PackedAttention(group) if not shared and group[0] > SHORT else _Tails(shared, group) for group in groups
         ]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `server.model.attention.Attention`."""
-        rows = zip(*(x.split(self._sizes) for x in (q, k, v)), strict=True)
+        rows = zip(*(torch.split(x, self._sizes) for x in (q, k, v)), strict=True)
         prefix = next(rows)
         parts = [grouped_attention(*prefix, causal=True)] if self._sizes[0] else []
         for group, own in zip(self._groups, rows, strict=True):
