@@ -16,7 +16,7 @@ from typing import Any
 from adapters.errors import InvalidData
 
 MAX_LINE = 4 << 20
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,16 @@ def _string(entry: dict[str, Any], key: str, where: str) -> str:
     value = entry[key]
     if not isinstance(value, str):
         raise InvalidData(f"{where}: {key!r} must be a string, not {type(value).__name__}")
-    return value
+    return _written(value, repr(key), where)
+
+
+def _written(text: str, what: str, where: str) -> str:
+    """The text, which JSON lets be no text: its escapes can name half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidData(f"{where}: {what} is no text: character {error.start + 1} is half of a pair") from None
+    return text
 
 
 def _messages(value: object, where: str) -> Iterator[dict[str, Any]]:
@@ -167,10 +176,11 @@ def _messages(value: object, where: str) -> Iterator[dict[str, Any]]:
             raise InvalidData(f"{where}: message {i} has the role {role!r}; roles are {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise InvalidData(f"{where}: message {i} has no text in 'content'")
+        _written(content, f"message {i}", where)
         if weight not in (0, 1):
             raise InvalidData(f"{where}: message {i} has the weight {weight!r}; it is 0 or 1")
         learned += role == "assistant" and weight == 1
-        yield message
+        yield {**message, "role": "system"} if role == "developer" else message
     if not learned:
         raise InvalidData(f"{where}: no message of the assistant is there to learn")
 

@@ -104,6 +104,8 @@ def truncate_globally(
         ranks[path] = ranks.get(path, 0) + 1
         spent += cost[path]
         kept += value * value
+    if not ranks and energy is not None:
+        raise AdapterError("every update of the adapter is zero; there is no energy to keep", "energy")
     if not ranks:
         smallest = min(cost.values())
         raise AdapterError(f"a budget of {budget} parameters keeps nothing; the least is {smallest}", "budget")

@@ -66,7 +66,8 @@ def search_rank(
 
     Every rank gets a ninth of `max_steps`, the best third of them (at least two) a third. No more than `share` of the
     steps of the full grid, every rank for `max_steps` with every seed, is spent; shorter rungs make room if need be.
-    Among equals, within `tolerance`, the smaller rank goes on. Raises AdapterError for arguments that leave no choice.
+    Among equals, within `tolerance`, the smaller rank goes on. Raises AdapterError for arguments that leave no choice,
+    and for so few steps that the share is spent before each rung has one.
     """
     ranks = sorted(set(ranks))
     if not ranks or ranks[0] < 1:
@@ -77,12 +78,20 @@ def search_rank(
     finalists = min(len(ranks), max(2, math.ceil(len(ranks) / 3)))
     planned = len(ranks) * max_steps / 9 + finalists * max_steps / 3
     shrink = min(1.0, share * len(ranks) * max_steps / planned)
-    rungs = ((len(ranks), max_steps / 9 * shrink), (finalists, max_steps / 3 * shrink))
+    rungs = [
+        (keep, max(1, int(length * shrink)))
+        for keep, length in ((len(ranks), max_steps / 9), (finalists, max_steps / 3))
+    ]
+    if sum(keep * steps for keep, steps in rungs) > share * len(ranks) * max_steps + 1e-6:
+        raise AdapterError(
+            f"{max_steps} steps are too few for {len(ranks)} ranks in {share:.3g} of the full grid's; "
+            "give more steps, fewer ranks or a larger share",
+            "max_steps",
+        )
     rows: dict[int, Row] = {}
     left, spent = list(ranks), 0
-    for keep, length in rungs:
+    for keep, steps in rungs:
         left = _best(left, rows, keep, tolerance)
-        steps = max(1, int(length))
         for rank in left:
             results = [trial(rank, steps, seed) for seed in seeds]
             scores = [score for score, _ in results]
@@ -253,7 +262,23 @@ def auto_lora(
     after = replace(wide, lora_rank_of=left, max_steps=steps, learning_rate=config.learning_rate / 4)
     result = training.train(model, data, after, cut, checkpoints=folders[1], **told_to)
     told = {"ranks": {p: m.rank for p, m in result.modules.items()}, "dropped": list(what.dropped), "budget": budget}
-    return replace(result, metadata={**result.metadata, "auto_lora": told, "pruning": cut.metadata["pruning"]})
+    made = _both(trained.metadata["training"], result.metadata["training"])
+    return replace(
+        result, metadata={**result.metadata, "training": made, "auto_lora": told, "pruning": cut.metadata["pruning"]}
+    )
+
+
+def _both(wide: Mapping[str, Any], narrow: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of two runs, one after the other: the work of both, and all else of the last."""
+    sums = {key: wide[key] + narrow[key] for key in ("steps", "tokens", "target_tokens", "seconds")}
+    before = wide["steps"]
+    return {
+        **narrow,
+        **sums,
+        "tokens_per_second": round(sums["tokens"] / sums["seconds"], 1) if sums["seconds"] else None,
+        "evaluations": [{**e, "step": before + e["step"]} for e in narrow["evaluations"]],
+        "best_step": before + narrow["best_step"],
+    }
 
 
 def _cost(module: nn.Module) -> int:

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,6 +96,7 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name, low in (("epochs", 0.0), ("learning_rate", 0.0)):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > low):
@@ -118,6 +119,22 @@ class TrainingConfig:
             raise AdapterError(f"compute_dtype is bfloat16 or float32, not {self.compute_dtype!r}", "compute_dtype")
         self.spec()
 
+    def _check_kinds(self) -> None:
+        """Files say anything: a text for a number would be found out at the first step."""
+        whats = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            taken: Any = (int, float) if kind is float else kind
+            if not isinstance(value, taken) or (isinstance(value, bool) and kind is not bool):
+                raise AdapterError(f"{name} must be {whats[kind]}, not {value!r}", name)
+        targets = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
+        if not isinstance(targets, list | tuple) or not targets or not all(isinstance(t, str) and t for t in targets):
+            raise AdapterError(f"target_modules is a pattern or a list of names, not {targets!r}", "target_modules")
+        if not isinstance(self.lora_rank_of, Mapping) or not all(
+            isinstance(rank, int) and rank >= 0 for rank in self.lora_rank_of.values()
+        ):
+            raise AdapterError("lora_rank_of gives whole numbers to module paths", "lora_rank_of")
+
     def spec(self) -> LoraSpec:
         """Which linears get a LoRA."""
         return LoraSpec(
@@ -133,6 +150,9 @@ class TrainingConfig:
         """Updates of a run over this many examples."""
         steps = max(1, round(self.epochs * math.ceil(examples / self.batch_size)))
         return min(steps, self.max_steps) if self.max_steps else steps
+
+
+_KINDS = {f.name: type(f.default) for f in fields(TrainingConfig) if f.name not in ("target_modules", "lora_rank_of")}
 
 
 @dataclass(frozen=True)
@@ -281,7 +301,7 @@ class _Run:
         targets = sum(example.targets for example in batch)
         loss = hits = 0.0
         # The noise of dropout depends on the seed and the step alone, so that a resumed run draws the same.
-        torch.manual_seed(config.seed * 1_000_003 + progress.step)
+        torch.manual_seed(_drawn_from(config.seed, progress.step))
         with _mode(self.model.tree, training=True):
             for piece in pieces(batch, config.micro_tokens):
                 part, right = _losses(self.model, *_forward(self.model, piece), scale=1.0 / targets)
@@ -343,9 +363,14 @@ class _Run:
 
 @functools.lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(_drawn_from(seed, epoch))
     order: list[int] = torch.randperm(count, generator=generator, device="cpu").tolist()
     return order
+
+
+def _drawn_from(seed: int, number: int) -> int:
+    """What a generator begins with for one of a run's draws: torch takes 64 bits, whatever the seed."""
+    return (seed * 1_000_003 + number) % (1 << 63)
 
 
 def pieces(examples: Sequence[Example], limit: int) -> list[list[Example]]:
@@ -435,9 +460,10 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _key(data: Tokens, config: TrainingConfig, init: LoraWeights | None) -> str:
+def _key(model: Model, data: Tokens, config: TrainingConfig, init: LoraWeights | None) -> str:
     """What a checkpoint must have been made of to go on from: all that has a say in the result."""
     told = asdict(config) | {"output": "", "data": data.digest, "init": init.digest if init is not None else ""}
+    told["on"] = dict(model.metadata)
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()
 
 

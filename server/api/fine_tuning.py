@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
 from pydantic import BaseModel
 
@@ -55,9 +55,9 @@ async def create(body: schemas.FineTuningBody, parts: Ready) -> Response:
 
 
 @router.get("", response_model=schemas.FineTuningJobList, responses=errors(400, 503))
-async def list_jobs(parts: Ready, after: After = None, limit: Limit = 20) -> dict[str, Any]:
-    """Training jobs, newest first."""
-    jobs = [job for job in reversed(parts.jobs.records.all()) if job.kind == TRAINING]
+async def list_jobs(request: Request, parts: Ready, after: After = None, limit: Limit = 20) -> dict[str, Any]:
+    """Training jobs, newest first. `metadata[key]=value` leaves those that have it, `metadata=null` those without."""
+    jobs = [job for job in reversed(parts.jobs.records.all()) if job.kind == TRAINING and _meant(job, request)]
     page, more = paged([_shown(parts, job) for job in jobs], after, limit)
     return {"object": "list", "data": page, "has_more": more}
 
@@ -105,6 +105,13 @@ async def resume(job_id: Id, parts: Ready) -> Response:
     """Go on with a job that is paused or has failed, from its checkpoint."""
     _job(parts, job_id)
     return json_response(_shown(parts, await asyncio.to_thread(parts.jobs.resume, job_id)))
+
+
+def _meant(job: Job, request: Request) -> bool:
+    """Whether a job has the metadata that a list is asked for."""
+    has: Mapping[str, str] = job.request["metadata"] or {}
+    wanted = {k[9:-1]: v for k, v in request.query_params.items() if k.startswith("metadata[") and k.endswith("]")}
+    return wanted.items() <= has.items() and not (has and request.query_params.get("metadata") == "null")
 
 
 def _job(parts: Parts, id: str) -> Job:

@@ -120,7 +120,8 @@ def _told(task: str, examples: int, found: dict[str, Evaluation]) -> dict[str, A
         for metric, score in evaluation.scores.items():
             measured[metric] = {"value": score.value}
             if evaluation is not first:
-                measured[metric]["difference"] = asdict(difference(score, first.scores[metric]))
+                apart = asdict(difference(score, first.scores[metric]))
+                measured[metric]["difference"] = apart if examples > 1 else None  # one example has no interval
         rows.append(
             {
                 "candidate": candidate,
@@ -149,7 +150,7 @@ def _show(told: dict[str, Any]) -> None:
         cells = [row["candidate"]]
         for score in row["scores"].values():
             cells.append(f"{score['value']:.4f}")
-            if "difference" in score:
+            if score.get("difference"):
                 mean, high = score["difference"]["mean"], score["difference"]["high"]
                 cells.append(f"{mean:+.4f} ± {high - mean:.4f}")
             elif len(told["candidates"]) > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -35,6 +36,11 @@ def open_base(settings: Settings, backend: Backend, quiet: bool) -> Base:
         name, source = resolve_model(settings.model, settings.state_dir, progress=bar)
     with progress("parameters", quiet=quiet) as bar:
         return load_base(source, name=name, backend=backend, **settings.packing, progress=bar)
+
+
+def threads_of(settings: Settings) -> int:
+    """How many threads the settings give to a command that computes by itself."""
+    return settings.threads or os.cpu_count() or 1
 
 
 @contextlib.asynccontextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import os
 import tempfile
 import threading
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli import logs
-from server.cli.inprocess import open_base, opened
+from server.cli.inprocess import open_base, opened, threads_of
 from server.cli.options import BASE, AsJson, with_settings
 from server.cli.terminal import Progress, out, print_json, progress
 from server.errors import BadSetting
@@ -77,6 +76,8 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the smallest rank that is good enough, by successive halving: all ranks for a while, the best for longer."""
+    import torch
+
     from server.jobs.recipe import packing, read_recipe
     from server.jobs.searching import examples, within
     from server.jobs.trainable import Trainable
@@ -84,6 +85,7 @@ def search(
     from server.tasks.definitions import Fixed, parse
     from server.tasks.evaluation import check_metrics, default_metric
 
+    torch.set_num_threads(threads_of(settings))
     logs.configure(settings.log_format, "warning" if settings.log_level == "info" else settings.log_level)
     wanted = read_recipe(recipe)
     wanted = replace(wanted, validation=validation or wanted.validation)
@@ -147,7 +149,7 @@ async def _with_engine(
     async with opened(settings.model_copy(update={"library": None}), base) as house:
         with tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
             score = _scorer(house, base, plan, found, Path(scratch), asyncio.get_running_loop())
-            threads = settings.threads or os.cpu_count() or 1
+            threads = threads_of(settings)
 
             def work() -> RankSearch:
                 import torch

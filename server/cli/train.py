@@ -30,16 +30,16 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one adapter for each recipe, on the 4-bit base that serves. Started again, it goes on where it was."""
+
     from adapters.training import Event
-    from server.jobs.recipe import packing, read_recipe
-    from server.jobs.run import run
+    from server.jobs.recipe import packing, read_recipes
+    from server.jobs.run import prepare, run
     from server.kernels import choose
 
     given = {"lora_rank": rank, "max_steps": steps, "seed": seed}
     changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     wanted = []
-    for path in recipes:
-        recipe = read_recipe(path)
+    for path, recipe in zip(recipes, read_recipes(recipes), strict=True):
         recipe = replace(
             recipe,
             config=replace(recipe.config, **changed),
@@ -50,6 +50,8 @@ def train(
     # Training multiplies in bf16 or fp32 over dequantized codes, which the reference kernels give exactly.
     settings = settings.where_not_given(packing([recipe for recipe, _ in wanted]))
     base = open_base(settings, choose("reference"), quiet=as_json)
+    for recipe, folder in wanted[1:]:
+        prepare(recipe, base, folder)  # what is wrong with the last one's data is said before the first one's hours
     for recipe, folder in wanted:
         with progress("parameters", quiet=as_json) as bar:
 

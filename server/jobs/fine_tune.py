@@ -137,7 +137,7 @@ class _Told:
 def prepare(spec: Spec, base: Base) -> Examples:
     """The spec's files as tokens. Raises JobError, which names the file, the line and what is wrong with it."""
     encode = encoder(Text(base.vocabulary), Template.of(spec.template))
-    longest = min(spec.config.max_length, base.config.max_position_embeddings)
+    longest = min(spec.config.max_length, base.config.context_length)
 
     def tokens(records: Sequence[Record], name: str, param: str) -> Tokens:
         try:

@@ -63,6 +63,20 @@ def packing(recipes: Sequence[Recipe]) -> dict[str, Any]:
     return wanted
 
 
+def read_recipes(paths: Sequence[Path]) -> list[Recipe]:
+    """Recipes that are trained together. Raises BadSetting as `read_recipe` does, and for one name in two of them."""
+    recipes = [read_recipe(path) for path in paths]
+    places: dict[str, Path] = {}
+    for recipe, path in zip(recipes, paths, strict=True):
+        if recipe.name in places:
+            raise BadSetting(
+                f"{places[recipe.name]} and {path} both make {recipe.name!r}, and the second would replace the first",
+                "name",
+            )
+        places[recipe.name] = path
+    return recipes
+
+
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file. Raises BadSetting, which names the file, the key and what it must be."""
     try:
@@ -86,14 +100,19 @@ def read_recipe(path: Path) -> Recipe:
         config = TrainingConfig(**settings, data=data)
     except (AdapterError, TypeError) as error:
         raise BadSetting(f"{where}: {error}", getattr(error, "param", None)) from error
-    auto_rank, prune_to = raw.get("auto_rank", False), raw.get("prune_to")
+    auto_rank, prune_to, validation = raw.get("auto_rank", False), raw.get("prune_to"), raw.get("validation")
+    if validation is not None and not isinstance(validation, str):
+        raise BadSetting(f"{where}: validation must be a text, the name of a file", "validation")
+    for key, text in tables["card"].items():
+        if not isinstance(text, str):
+            raise BadSetting(f"{where} [card]: {key} must be a text", key)
     if not isinstance(auto_rank, bool):
         raise BadSetting(f"{where}: auto_rank is true or false", "auto_rank")
     if prune_to is not None and (not isinstance(prune_to, int) or isinstance(prune_to, bool) or prune_to < 1):
         raise BadSetting(f"{where}: prune_to is a rank, at least 1", "prune_to")
     task = {"task": name, **tables["task"]}
     packed = {setting: settings[key] for key, setting in _PACKING.items() if key in settings}
-    return Recipe(name, data, task, config, raw.get("validation"), tables["card"], auto_rank, prune_to, packed)
+    return Recipe(name, data, task, config, validation, tables["card"], auto_rank, prune_to, packed)
 
 
 def _known(table: Mapping[str, Any], known: set[str], where: str) -> None:

@@ -40,15 +40,7 @@ def run(
     A run that was killed goes on from its last checkpoint when it is started again. Raises InvalidData for the data
     and TrainingStopped if `stop` said so.
     """
-    text = Text(base.vocabulary)
-    encode = encoder(text, Template.of(recipe.task))
-
-    def tokens(file: str) -> Tokens:
-        path = data_dir / file
-        return data.tokenize(data.read(path), encode, recipe.config.max_length, path.name)
-
-    examples = tokens(recipe.data)
-    held = tokens(recipe.validation) if recipe.validation else None
+    examples, held = prepare(recipe, base, data_dir)
     folder = output / recipe.name
     checkpoints = output / CHECKPOINTS / recipe.name
     model = Trainable(base, recipe.config.compute_dtype)
@@ -71,6 +63,18 @@ def run(
     )
     shutil.rmtree(checkpoints, ignore_errors=True)
     return weights
+
+
+def prepare(recipe: Recipe, base: Base, data_dir: Path) -> tuple[Tokens, Tokens | None]:
+    """What a recipe learns, and what it is validated on, as tokens. Raises InvalidData."""
+    encode = encoder(Text(base.vocabulary), Template.of(recipe.task))
+    longest = min(recipe.config.max_length, base.config.context_length)
+
+    def tokens(file: str) -> Tokens:
+        path = data_dir / file
+        return data.tokenize(data.read(path), encode, longest, path.name)
+
+    return tokens(recipe.data), tokens(recipe.validation) if recipe.validation else None
 
 
 def on_base(config: TrainingConfig, base: Base) -> TrainingConfig:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from adapters import data, layers, pruning
 from adapters.data import Record, Tokens
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, InvalidData
 from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
 from server.engine.text import Text
@@ -42,9 +42,13 @@ def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
         judges = data.read(data_dir / recipe.validation)[:most]
     else:
         kept = held_out(len(records), HELD_OUT, recipe.config.seed)[:most]
+        if not kept:
+            raise InvalidData(
+                f"{recipe.data} has {len(records)} examples, of which a tenth is none; name a validation file"
+            )
         judges = [records[i] for i in kept]
         records = [record for i, record in enumerate(records) if i not in set(kept)]
-    length = recipe.config.max_length
+    length = min(recipe.config.max_length, base.config.context_length)
     learned = data.tokenize(records, encode, length, recipe.data)
     return Examples(learned, judges, data.tokenize(judges, encode, length, recipe.validation or recipe.data))
 

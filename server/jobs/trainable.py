@@ -129,7 +129,7 @@ class PrefixAttention:
         self.positions = torch.cat([torch.arange(shared), *(torch.arange(shared, shared + n) for n in tails)])
         groups = alike(tails)
         self._sizes = [shared, *map(sum, groups)]
-        self._groups = [
+        self._groups: list[PackedAttention | _Tails] = [
             PackedAttention(group) if not shared and group[0] > SHORT else _Tails(shared, group) for group in groups
         ]
 

@@ -176,6 +176,8 @@ def test_the_global_threshold_keeps_the_largest_singular_values():
     assert cut.error < 1e-6
     with pytest.raises(AdapterError, match="keeps nothing"):
         pruning.truncate_globally(both, budget=3)
+    with pytest.raises(AdapterError, match="every update of the adapter is zero"):
+        pruning.truncate_globally(random_weights(0, {"m": 4}, scale=0.0), energy=0.9)
     with pytest.raises(AdapterError, match="either"):
         pruning.truncate_globally(both)
     with pytest.raises(AdapterError, match="share"):

@@ -50,12 +50,20 @@ GOOD = '{"input": "a", "output": "b"}\n'
         ('{"messages": [{"role": "user", "content": "x"}]}', "no message of the assistant"),
         ('{"messages": [{"role": "assistant", "content": "x", "weight": 2}]}', "weight 2"),
         ("[" * 99_999, "no valid JSON"),
+        ('{"input": "x", "output": "ab\\ud800"}', "'output' is no text: character 3"),
+        ('{"messages": [{"role": "assistant", "content": "\\udfff"}]}', "message 1 is no text"),
     ],
 )
 def test_a_bad_line_is_named(line, wrong):
     with pytest.raises(InvalidData) as error:
         data.parse((GOOD * 2 + "\n" + line + "\n" + GOOD).encode(), "my.jsonl")
     assert error.value.message.startswith("my.jsonl, line 4: ") and wrong in error.value.message
+
+
+def test_a_developer_speaks_as_the_system():
+    line = b'{"messages": [{"role": "developer", "content": "Be brief."}, {"role": "assistant", "content": "Yes."}]}'
+    [chat] = data.parse(line)
+    assert [m["role"] for m in chat.messages] == ["system", "assistant"]
 
 
 def test_a_bad_file_is_named(tmp_path):

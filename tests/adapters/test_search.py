@@ -52,6 +52,14 @@ def test_one_candidate_and_none():
             search.search_rank(trial, **{"max_steps": 10, **wrong})
 
 
+def test_so_few_steps_that_the_share_does_not_reach_are_refused():
+    trial, calls = known({1: 0.1, 2: 0.2, 4: 0.3, 8: 0.4, 16: 0.5})
+    assert search.search_rank(trial, [1, 2, 4, 8, 16], max_steps=5).steps_spent == 7
+    with pytest.raises(AdapterError, match="4 steps are too few for 5 ranks"):
+        search.search_rank(trial, [1, 2, 4, 8, 16], max_steps=4)
+    assert sum(steps for _, steps, _ in calls) == 7, "nothing is spent before it is refused"
+
+
 @pytest.fixture
 def model(tiny_base):
     from server.jobs.trainable import Trainable
@@ -78,7 +86,11 @@ def test_ranks_go_where_the_inputs_vary(model, data):
 
 
 def test_auto_lora_keeps_to_the_budget(model, data):
-    weights = search.auto_lora(model, data, CONFIG)
+    events = []
+    weights = search.auto_lora(model, data, CONFIG, validation=data, on_event=events.append)
+    made, steps = weights.metadata["training"], [e for e in events if e.kind == "step"]
+    assert made["steps"] == len(steps) == 13, "12 before the cut and a tenth of them after it"
+    assert made["tokens"] == 9 * 4 * 13 and [e["step"] for e in made["evaluations"]] == [13]
     uniform = layers.LoraSpec(rank=2).ranks(layers.linears(model.tree))
     budget = weights.metadata["auto_lora"]["budget"]
     assert parameters(weights) <= budget and not layers.injected(model.tree)

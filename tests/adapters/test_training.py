@@ -210,9 +210,18 @@ def test_a_checkpoint_of_another_run_is_refused(llama, tmp_path):
             training.train(Wrapped(llama), data, other, checkpoints=tmp_path)
     with pytest.raises(AdapterError, match="another run"):
         training.train(Wrapped(llama), examples(9), CONFIG, checkpoints=tmp_path)
+    served = Wrapped(llama)
+    served.metadata = {**served.metadata, "quantization": {"scheme": "none", "base_id": "another"}}
+    with pytest.raises(AdapterError, match="another run"):
+        training.train(served, data, CONFIG, checkpoints=tmp_path)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"half a fi")
     with pytest.raises(AdapterError, match="damaged"):
         training.train(Wrapped(llama), data, CONFIG, checkpoints=tmp_path)
+
+
+def test_any_seed_of_64_bits_will_do(llama):
+    config = dataclasses.replace(CONFIG, max_steps=2, seed=2**63 - 1)
+    assert training.train(Wrapped(llama), examples(4), config).metadata["training"]["steps"] == 2
 
 
 def test_it_stops_early_and_gives_the_best(llama):
@@ -273,6 +282,13 @@ def test_a_diverging_run_is_told(llama):
         {"compute_dtype": "float8"},
         {"warmup_ratio": 1.5},
         {"lora_alpha": float("inf")},
+        {"batch_size": 2.5},
+        {"learning_rate": "5e-4"},
+        {"use_rslora": 1},
+        {"seed": True},
+        {"target_modules": ()},
+        {"target_modules": ("q_proj", 3)},
+        {"lora_rank_of": {"model.layers.0.mlp.up_proj": "4"}},
     ],
 )
 def test_wrong_settings_are_named(wrong):

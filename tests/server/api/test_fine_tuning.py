@@ -247,11 +247,17 @@ def test_pausing_killing_and_restarting_change_no_bit(house: Callable[..., Any])
 
 
 def test_one_at_a_time_and_cancelling(live: Any, client: openai.OpenAI) -> None:
-    first, second, third = (long_job(client) for _ in range(3))
+    first, second, third = (long_job(client, metadata=m) for m in (None, None, {"run": "1"}))
     past(client, first.id, 1)
     assert [client.fine_tuning.jobs.retrieve(j.id).status for j in (second, third)] == ["queued", "queued"]
     with pytest.raises(openai.ConflictError, match=first.id):
         client.files.delete(first.training_file)
+    jobs = client.fine_tuning.jobs
+    assert [job.id for job in jobs.list(metadata={"run": "1"})] == [third.id] and not jobs.list(
+        metadata={"run": ""}
+    ).data
+    without = {job.id for job in jobs.list(extra_query={"metadata": "null"})}
+    assert {first.id, second.id} <= without and third.id not in without
     assert client.fine_tuning.jobs.cancel(third.id).status == "cancelled"
     client.fine_tuning.jobs.pause(second.id)
     process = child_of(live, first.id)

@@ -54,6 +54,13 @@ def test_candidates_are_compared_on_the_same_examples(given: Path) -> None:
     assert "to the first" in shown.stdout and "mine/mood" in shown.stdout and "±" in shown.stdout
 
 
+def test_one_example_has_no_interval_and_the_answer_is_still_json(given: Path) -> None:
+    command = ["evaluate", "data.jsonl", "--task", "mood", "--limit", "1", "--candidate", "mood", "--candidate", "base"]
+    done = runner.invoke(app, [*command, "--library", "library", "--json", *SETTINGS])
+    assert json.loads(done.stdout)["candidates"][1]["scores"]["accuracy"]["difference"] is None
+    assert "Infinity" not in done.stdout
+
+
 def test_a_task_file_and_the_metric_that_fits(given: Path) -> None:
     done = runner.invoke(
         app, ["evaluate", "data.jsonl", "--task", "task.json", "--json", *SETTINGS, "--library", "library"]

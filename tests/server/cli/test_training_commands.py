@@ -80,6 +80,21 @@ def test_a_budget_is_parameters(given: Path, tiny_base: Base) -> None:
     assert f"rank 1 takes {one:,} parameters" in str(done.exception)
 
 
+def test_what_is_wrong_with_any_recipe_is_said_before_the_first_is_trained(given: Path) -> None:
+    (given / "other.toml").write_text(RECIPE.replace('"echo"', '"other"').replace("data.jsonl", "bad.jsonl"))
+    (given / "bad.jsonl").write_text('{"input": "a"}')
+    done = runner.invoke(app, ["train", "echo.toml", "other.toml", "--state-dir", "state"])
+    assert "bad.jsonl, line 1: 'output' is missing" in str(done.exception) and not (given / "trained").exists()
+    done = runner.invoke(app, ["train", "echo.toml", "echo.toml", "--state-dir", "state"])
+    assert "both make 'echo'" in str(done.exception)
+
+
+def test_a_search_needs_something_to_judge_by(given: Path) -> None:
+    (given / "data.jsonl").write_text('{"input": "a", "output": "yes"}\n' * 9)
+    done = runner.invoke(app, ["search", "echo.toml", "--state-dir", "state"])
+    assert "data.jsonl has 9 examples, of which a tenth is none; name a validation file" in str(done.exception)
+
+
 def test_seeds_that_are_no_numbers_are_named(given: Path) -> None:
     done = runner.invoke(app, ["search", "echo.toml", "--seeds", "a", "--state-dir", "state"])
     assert "seeds are whole numbers" in str(done.exception)

@@ -75,6 +75,9 @@ def test_a_bad_line_is_named(tiny_base, tmp_path):
         (('name = "one"', ""), "name and data"),
         (('prompt = "Say: {input}"', 'prompt = "Say"'), "prompt"),
         (("[task]", "[task"), "r.toml"),
+        (("[task]", "validation = 3\n[task]"), "validation"),
+        (("batch_size = 2", "batch_size = 2.5"), "batch_size must be a whole number, not 2.5"),
+        (("[training]", "[card]\nabout = 3\n[training]"), "about must be a text"),
     ],
 )
 def test_what_is_wrong_with_a_recipe_is_named(change, named, tmp_path):
