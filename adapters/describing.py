@@ -40,10 +40,15 @@ class Sight:
             "tasks": tasks,
         }
 
-    def details(self, size: Callable[[str], int]) -> dict[str, Any]:
-        """What the answer about one adapter has beyond the summary."""
+    def details(self, size: Callable[[str], int], base: str | None) -> dict[str, Any]:
+        """What the answer about one adapter has beyond the summary. `base` is the name of the one that is served."""
         metadata = self.records[0].metadata
-        failed = [f"the last load failed: {self.failure}"] if self.failure else []
+        notes = [*metadata.get("notes", ())]
+        made_on = metadata.get("base")
+        if base is not None and made_on and made_on.rstrip("/").rpartition("/")[2].lower() != base.lower():
+            notes.append(f"it names {made_on!r} as its base; served is {base!r}, whose layers it fits")
+        if self.failure:
+            notes.append(f"the last load failed: {self.failure}")
         return {
             "versions": [
                 {
@@ -58,6 +63,6 @@ class Sight:
             ],
             "honoured": [*metadata.get("honoured", ())],
             "harmless": [*metadata.get("harmless", ())],
-            "notes": [*metadata.get("notes", ()), *failed],
+            "notes": notes,
             "card": metadata.get("card"),
         }

@@ -54,7 +54,8 @@ class Registry:
 
     `shapes` are the base's linears by path; stored versions that do not fit them are set aside and listed as rejected.
     `prepare` turns weights into the layout of the kernels. `reserved` are names that nobody may take (the base's own).
-    `tasks(name)` tells which tasks use an adapter, for its description. `slots` and `tasks` may be set later.
+    `tasks(name)` tells which tasks use an adapter, for its description. `slots`, `tasks` and
+    `base`, the name of the base, may be set later: an adapter that names another base has a note.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Registry:
     ) -> None:
         self.slots: Slots = NoSlots()
         self.tasks = tasks
+        self.base: str | None = None
         self.rejections = Rejections()
         self._store = store
         limit = max(FOLDER_FACTOR * ram_bytes, 1 << 20)
@@ -182,7 +184,7 @@ class Registry:
         with self._lock:
             self._names.find(name)
             sight = self._look(name)
-        return {**self._summary(sight), **sight.details(self._ram.size)}
+        return {**self._summary(sight), **sight.details(self._ram.size, self.base)}
 
     def rejected(self) -> Descriptions:
         """The folders and stored adapters that are not served: `{path, reason, since}`, by path."""
@@ -523,9 +525,8 @@ class Registry:
     def _look(self, name: str) -> Sight:
         """What is known of one adapter at one moment. With the lock."""
         history = self._names.histories[name]
-        entry = self._store.journal.names.get(name)
         records = tuple(self._store.records[digest] for digest in history)
-        pinned = entry is not None and entry.pinned
+        pinned = (entry := self._store.journal.names.get(name)) is not None and entry.pinned
         return Sight(name, records, self._leases.of(name), pinned, self._failures.get(history[0]))
 
     def _summary(self, sight: Sight) -> Description:

@@ -126,7 +126,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     )
     context = min(base.config.max_position_embeddings, settings.max_context or base.config.max_position_embeddings)
     runner, engine = _engine(settings, base, registry, text, context)
-    registry.slots = engine
+    registry.slots, registry.base = engine, base.name
     tasks = Tasks(settings.state_dir / "tasks.json", registry, reserved=(base.name,))
     registry.tasks = tasks.using
     notices.on_adapters = tasks.refresh

@@ -41,6 +41,15 @@ def test_registering_is_201_then_200_then_409(live: Any, write_adapter: Callable
     assert live.generate("x", adapters=[{"name": "new"}]).status_code == 200
 
 
+def test_a_base_by_another_name_is_a_note(live: Any, write_adapter: Callable[..., Path]) -> None:
+    config = write_adapter("far", 9) / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "org/Giant-7B"}))
+    made = live.http.post("/adapters", json={"name": "far", "source": "far"})
+    assert made.status_code in (200, 201) and made.json()["base"] == "org/Giant-7B"
+    assert "'org/Giant-7B'" in made.json()["notes"][0] and "'tiny'" in made.json()["notes"][0]
+    assert live.http.get("/adapters/a").json()["notes"] == []
+
+
 def test_put_publishes_compares_and_rolls_back(live: Any, write_adapter: Callable[..., Path]) -> None:
     first = live.http.get("/adapters/a").headers["etag"]
     before = live.generate("so it goes", adapters=[{"name": "a"}], logprobs=1).json()
