@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +40,13 @@ class Sight:
             "tasks": tasks,
         }
 
-    def details(self, size: Callable[[str], int], base: str | None) -> dict[str, Any]:
-        """What the answer about one adapter has beyond the summary. `base` is the name of the one that is served."""
+    def details(self, size: Callable[[str], int], bases: Sequence[str]) -> dict[str, Any]:
+        """What the answer about one adapter has beyond the summary. `bases` are the names of the one that is served."""
         metadata = self.records[0].metadata
         notes = [*metadata.get("notes", ())]
         made_on = metadata.get("base")
-        if base is not None and made_on and made_on.rstrip("/").rpartition("/")[2].lower() != base.lower():
-            notes.append(f"it names {made_on!r} as its base; served is {base!r}, whose layers it fits")
+        if bases and made_on and _last(made_on) not in map(_last, bases):
+            notes.append(f"it names {made_on!r} as its base; served is {bases[0]!r}, whose layers it fits")
         if self.failure:
             notes.append(f"the last load failed: {self.failure}")
         return {
@@ -66,3 +66,8 @@ class Sight:
             "notes": notes,
             "card": metadata.get("card"),
         }
+
+
+def _last(base: str) -> str:
+    """A base's name without the folder or organisation before it, to compare."""
+    return base.rstrip("/").rpartition("/")[2].lower()

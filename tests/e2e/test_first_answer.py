@@ -20,6 +20,8 @@ def test_sentiment_by_task(default_server: Live) -> None:
     assert answer["task"] == "sentiment"
     assert answer["adapters"][0]["version"].startswith("sentiment@")
     assert default_server.post("/generate?task=sentiment", {"prompt": "A stirring, funny film."})["text"] == "positive"
+    shown = default_server.client.get("/adapters/sentiment").json()
+    assert shown["base"].startswith("HuggingFaceTB/") and shown["notes"] == [], "the base goes by the hub's name too"
 
 
 def test_streaming_gives_the_same_text(default_server: Live) -> None:

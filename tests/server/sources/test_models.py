@@ -19,7 +19,7 @@ CONTENT = b"GGUF of a tiny model" * 1000
 @pytest.fixture
 def entry() -> catalogue.Entry:
     return catalogue.Entry(
-        "tiny-base==1.0", "tiny_base", "tiny.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest()
+        "org/Tiny", "tiny-base==1.0", "tiny_base", "tiny.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest()
     )
 
 
