@@ -90,15 +90,20 @@ class Names:
         """The digest that each name has."""
         return {name: history[0] for name, history in self.histories.items()}
 
-    def find(self, text: str) -> Version:
-        """The version that "name" or "name@digest" means. Raises UnknownAdapter, InvalidChoice."""
-        name, at, prefix = text.partition("@")
+    def named(self, name: str) -> Version:
+        """The version that a name has, which is no exact version of it. Raises UnknownAdapter."""
         history = self.histories.get(name)
         if history is None:
             raise self.unknown(name)
+        return Version(name, history[0])
+
+    def find(self, text: str) -> Version:
+        """The version that "name" or "name@digest" means. Raises UnknownAdapter, InvalidChoice."""
+        name, at, prefix = text.partition("@")
+        current = self.named(name)
         if not at:
-            return Version(name, history[0])
-        prefix = prefix.lower()
+            return current
+        history, prefix = self.histories[name], prefix.lower()
         if len(prefix) < MIN_PREFIX:
             raise InvalidChoice(f"{text[:80]!r} needs at least {MIN_PREFIX} digits of the digest", "adapters")
         found = [digest for digest in history if digest.startswith(prefix)]

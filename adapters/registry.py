@@ -162,7 +162,7 @@ class Registry:
 
     def current(self, name: str) -> Version:
         """The version that `name` has. Raises UnknownAdapter."""
-        return self._names.find(name)
+        return self._names.named(name)
 
     def has(self, name: str, digest: str) -> bool:
         """Whether `name` is served and has this content now."""
@@ -171,7 +171,7 @@ class Registry:
     def metadata(self, name: str) -> Mapping[str, Any]:
         """What the reader told of the current version (`task`, `card`, `honoured`, ...). Raises UnknownAdapter."""
         with self._lock:
-            return self._store.records[self._names.find(name).digest].metadata
+            return self._store.records[self._names.named(name).digest].metadata
 
     def list(self) -> Descriptions:
         """A short description of each adapter, by name."""
@@ -182,7 +182,7 @@ class Registry:
     def describe(self, name: str) -> Description:
         """All that is told about one adapter, with its versions. Raises UnknownAdapter."""
         with self._lock:
-            self._names.find(name)
+            self._names.named(name)
             sight = self._look(name)
         return {**self._summary(sight), **sight.details(self._ram.size, self.bases)}
 
@@ -266,7 +266,7 @@ class Registry:
 
     async def pin(self, name: str) -> None:
         """Load the adapter and keep whichever version it has in RAM. Raises as `prefetch`, and NoRoom beside others."""
-        with self.lease([(name, 1.0)]) as lease:
+        with self.lease([(self.current(name).name, 1.0)]) as lease:
             (view,) = await loaded(self.fetch(lease.mix))
             await self._off(self._writer, lambda: self._pin(name, view))
 
@@ -276,7 +276,7 @@ class Registry:
 
     async def prefetch(self, name: str) -> None:
         """Load the adapter into RAM. Raises UnknownAdapter, NoRoom, and why it could not be read."""
-        with self.lease([(name, 1.0)]) as lease:
+        with self.lease([(self.current(name).name, 1.0)]) as lease:
             await loaded(self.fetch(lease.mix))
 
     # What a watch needs
@@ -372,7 +372,7 @@ class Registry:
         return Retired(description, drain.done)
 
     def _pin(self, name: str, view: LoraWeights) -> None:
-        digest = self._names.find(name).digest
+        digest = self._names.named(name).digest
         self._check_fit(name, self._ram.size(digest), pinned=True)
         self._store.write(self._store.journal.pin(name, True))
         with self._lock:
@@ -381,7 +381,7 @@ class Registry:
             self._hold_pin(name)
 
     def _unpin(self, name: str) -> None:
-        self._names.find(name)
+        self._names.named(name)
         self._store.write(self._store.journal.pin(name, False))
         with self._lock:
             self._pins.pop(name, None)

@@ -117,8 +117,13 @@ def test_pin_unpin_prefetch(live: Any) -> None:
     assert live.http.post("/adapters/a/prefetch").json()["tier"] in ("ram", "device")
     assert live.http.post("/adapters/a/pin").json()["pinned"] is True
     assert live.http.post("/adapters/a/unpin").json()["pinned"] is False
+    version = live.http.get("/adapters/a").json()["version"]
     for verb in ("pin", "unpin", "prefetch"):
-        assert live.http.post(f"/adapters/nobody/{verb}").status_code == 404
+        for unknown in ("nobody", version, "a@", "a@abc"):
+            assert live.http.post(f"/adapters/{unknown}/{verb}").status_code == 404
+    for unknown in (version, "a@", "a@abc"):
+        assert live.http.get(f"/adapters/{unknown}").status_code == 404
+        assert live.http.delete(f"/adapters/{unknown}").status_code == 404
 
 
 def test_compose_stores_the_exact_sum(live: Any) -> None:
