@@ -210,7 +210,7 @@ def train(
     try:
         if init is not None:
             layers.load(found, init)
-        run = _Run(model, data, config, _parameters(found), validation, checkpoints, _key(data, config, init))
+        run = _Run(model, data, config, _parameters(found), validation, checkpoints, _key(model, data, config, init))
         progress, peak = run.go(on_event or (lambda event: None), stop or (lambda: False))
         weights = layers.extract(model.tree, name)
     finally:
