@@ -135,30 +135,31 @@ def test_what_is_wrong_with_a_file_fails_the_job_by_its_line(client: openai.Open
     assert job.status == "failed" and "target_modules" in job.error.message and job.error.code == "invalid_settings"
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"model": "gpt-4"}, "model"),
-        ({"training_file": "file-none"}, "file"),
-        ({"suffix": "base"}, "suffix"),
-        ({"suffix": "no good"}, "suffix"),
-        ({"method": {"type": "dpo"}}, "dpo"),
-        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
-        ({"lora": {"r": 1000}}, "lora.r"),
-        ({"lora": {"r": 0}}, "lora.r"),
-        ({"lora": {"rank": 4}}, "lora.rank"),
-        ({"lora": {"task": "nobody"}}, "lora.task"),
-        ({"lora": {"init_from": "nobody"}}, "nobody"),
-        ({"lora": {"auto_rank": True, "r": 32}}, "auto_rank"),
-        ({"hyperparameters": {"batch_size": 0}}, "batch_size"),
-        ({"hyperparameters": {"beta": 1}}, "beta"),
-    ],
-)
-def test_what_can_be_refused_at_once_is(client: openai.OpenAI, fields: dict[str, Any], named: str) -> None:
-    with pytest.raises(openai.APIStatusError) as refused:
-        create(client, **fields)
-    assert refused.value.status_code in (400, 404) and named in f"{refused.value} {refused.value.param}"
-    assert client.fine_tuning.jobs.list().data == []
+REFUSED_AT_ONCE: list[tuple[dict[str, Any], str]] = [
+    ({"model": "gpt-4"}, "model"),
+    ({"training_file": "file-none"}, "file"),
+    ({"suffix": "base"}, "suffix"),
+    ({"suffix": "no good"}, "suffix"),
+    ({"method": {"type": "dpo"}}, "dpo"),
+    ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
+    ({"lora": {"r": 1000}}, "lora.r"),
+    ({"lora": {"r": 0}}, "lora.r"),
+    ({"lora": {"rank": 4}}, "lora.rank"),
+    ({"lora": {"task": "nobody"}}, "lora.task"),
+    ({"lora": {"init_from": "nobody"}}, "nobody"),
+    ({"lora": {"auto_rank": True, "r": 32}}, "auto_rank"),
+    ({"hyperparameters": {"batch_size": 0}}, "batch_size"),
+    ({"hyperparameters": {"beta": 1}}, "beta"),
+]
+
+
+def test_what_can_be_refused_at_once_is(client: openai.OpenAI, subtests: pytest.Subtests) -> None:
+    for fields, named in REFUSED_AT_ONCE:
+        with subtests.test(str(fields)[:80]):
+            with pytest.raises(openai.APIStatusError) as refused:
+                create(client, **fields)
+            assert refused.value.status_code in (400, 404) and named in f"{refused.value} {refused.value.param}"
+            assert client.fine_tuning.jobs.list().data == []
 
 
 def child_of(live: Any, id: str, seconds: float = 30) -> int:

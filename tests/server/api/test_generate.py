@@ -137,37 +137,38 @@ def whole_pass(runner: TorchRunner, ids: list[int]) -> torch.Tensor:
     ).rows
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "param"),
-    [
-        ({}, 422, "prompt"),
-        ({"prompt": "x", "nonsense": 1}, 422, "nonsense"),
-        ({"prompt": "x", "temperature": float("nan")}, 422, "temperature"),
-        ({"prompt": "x", "adapters": [{"name": "a", "weight": 1e308}]}, 422, "adapters.0.weight"),
-        ({"prompt": "x", "adapters": [{"name": "a,b"}]}, 422, "adapters.0.name"),
-        ({"prompt": "x", "adapters": [{"name": "a"}, {"name": "a"}]}, 400, "adapters"),
-        ({"prompt": "x", "adapters": [{"name": "gone"}]}, 404, None),
-        ({"prompt": "x", "n": 2}, 422, "n"),
-        ({"prompt": "x", "stop": ["s"] * 1000}, 422, "stop"),
-        ({"prompt": "x", "stop": [""]}, 422, "stop"),
-        ({"prompt": "x", "logprobs": 21}, 422, "logprobs"),
-        ({"prompt": "x", "stop_token_ids": [100000]}, 400, "stop_token_ids"),
-        ({"prompt": "x", "max_tokens": 100000}, 400, "max_tokens"),
-        ({"prompt": "x", "max_tokens": 2, "max_completion_tokens": 3}, 400, "max_completion_tokens"),
-        ({"prompt": "x " * 300}, 400, "prompt"),
-        ({"prompt": "x" * 1_000_000}, 400, "prompt"),
-        ({"prompt": "\ud800"}, 422, "prompt"),
-        ({"prompt": 5}, 422, "prompt"),
-    ],
-)
-def test_what_is_wrong_is_refused_with_its_name(live: Any, body: Any, status: int, param: str | None) -> None:
-    answer = live.http.post("/generate", content=json.dumps(body), headers={"content-type": "application/json"})
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["message"]
-    if param is not None:
-        assert error["param"].startswith(param), error
-    assert live.generate("still here").status_code == 200
+WRONG_BODIES: list[tuple[Any, int, str | None]] = [
+    ({}, 422, "prompt"),
+    ({"prompt": "x", "nonsense": 1}, 422, "nonsense"),
+    ({"prompt": "x", "temperature": float("nan")}, 422, "temperature"),
+    ({"prompt": "x", "adapters": [{"name": "a", "weight": 1e308}]}, 422, "adapters.0.weight"),
+    ({"prompt": "x", "adapters": [{"name": "a,b"}]}, 422, "adapters.0.name"),
+    ({"prompt": "x", "adapters": [{"name": "a"}, {"name": "a"}]}, 400, "adapters"),
+    ({"prompt": "x", "adapters": [{"name": "gone"}]}, 404, None),
+    ({"prompt": "x", "n": 2}, 422, "n"),
+    ({"prompt": "x", "stop": ["s"] * 1000}, 422, "stop"),
+    ({"prompt": "x", "stop": [""]}, 422, "stop"),
+    ({"prompt": "x", "logprobs": 21}, 422, "logprobs"),
+    ({"prompt": "x", "stop_token_ids": [100000]}, 400, "stop_token_ids"),
+    ({"prompt": "x", "max_tokens": 100000}, 400, "max_tokens"),
+    ({"prompt": "x", "max_tokens": 2, "max_completion_tokens": 3}, 400, "max_completion_tokens"),
+    ({"prompt": "x " * 300}, 400, "prompt"),
+    ({"prompt": "x" * 1_000_000}, 400, "prompt"),
+    ({"prompt": "\ud800"}, 422, "prompt"),
+    ({"prompt": 5}, 422, "prompt"),
+]
+
+
+def test_what_is_wrong_is_refused_with_its_name(live: Any, subtests: pytest.Subtests) -> None:
+    for body, status, param in WRONG_BODIES:
+        with subtests.test(str(body)[:80]):
+            answer = live.http.post("/generate", content=json.dumps(body), headers={"content-type": "application/json"})
+            assert answer.status_code == status, answer.text
+            error = answer.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"} and error["message"]
+            if param is not None:
+                assert error["param"].startswith(param), error
+            assert live.generate("still here").status_code == 200
 
 
 def test_an_absent_length_is_clipped_and_an_explicit_one_is_refused_with_both_numbers(live: Any) -> None:

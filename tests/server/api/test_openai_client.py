@@ -128,24 +128,25 @@ def test_a_mix_goes_in_extra_body(client: openai.OpenAI) -> None:
     assert base.choices[0].logprobs != mixed.choices[0].logprobs
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "tool_choice": "none", "tools": []},
-        {"logit_bias": {}, "response_format": {"type": "text"}, "parallel_tool_calls": True, "top_logprobs": None},
-        {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "safety_identifier": "s"},
-        {
-            "prompt_cache_key": "k",
-            "stream_options": {"include_obfuscation": False},
-            "stop": None,
-            "modalities": ["text"],
-        },
-    ],
-)
-def test_what_asks_for_nothing_is_accepted(live: Any, extra: dict[str, Any]) -> None:
-    body = {"model": "tiny", "messages": HELLO, "max_tokens": 1, **extra}
-    answer = live.http.post("/v1/chat/completions", json=body)
-    assert answer.status_code == 200, answer.text
+ASKING_FOR_NOTHING: list[dict[str, Any]] = [
+    {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "tool_choice": "none", "tools": []},
+    {"logit_bias": {}, "response_format": {"type": "text"}, "parallel_tool_calls": True, "top_logprobs": None},
+    {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "safety_identifier": "s"},
+    {
+        "prompt_cache_key": "k",
+        "stream_options": {"include_obfuscation": False},
+        "stop": None,
+        "modalities": ["text"],
+    },
+]
+
+
+def test_what_asks_for_nothing_is_accepted(live: Any, subtests: pytest.Subtests) -> None:
+    for extra in ASKING_FOR_NOTHING:
+        with subtests.test(str(extra)[:80]):
+            body = {"model": "tiny", "messages": HELLO, "max_tokens": 1, **extra}
+            answer = live.http.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
 
 
 def test_completions_take_what_asks_for_nothing(live: Any) -> None:
@@ -156,24 +157,25 @@ def test_completions_take_what_asks_for_nothing(live: Any) -> None:
     assert live.http.post("/v1/completions", json={**body, "logprobs": True}).status_code == 400
 
 
-@pytest.mark.parametrize(
-    ("extra", "param"),
-    [
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"response_format": {"type": "json_object", "made_up": 1}}, "response_format.made_up"),
-        ({"best_of": 3}, "best_of"),
-        ({"echo": True}, "echo"),
-        ({"suffix": "end"}, "suffix"),
-        ({"skip_special_tokens": False}, "skip_special_tokens"),
-        ({"chat_template": "x"}, "chat_template"),
-    ],
-)
-def test_what_would_change_the_answer_is_refused_by_name(live: Any, extra: dict[str, Any], param: str) -> None:
-    answer = live.http.post("/v1/completions", json={"model": "tiny", "prompt": "x", **extra})
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
-    assert error["code"] == "unsupported_parameter" and error["param"] == param and param in error["message"]
+CHANGING: list[tuple[dict[str, Any], str]] = [
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"response_format": {"type": "json_object", "made_up": 1}}, "response_format.made_up"),
+    ({"best_of": 3}, "best_of"),
+    ({"echo": True}, "echo"),
+    ({"suffix": "end"}, "suffix"),
+    ({"skip_special_tokens": False}, "skip_special_tokens"),
+    ({"chat_template": "x"}, "chat_template"),
+]
+
+
+def test_what_would_change_the_answer_is_refused_by_name(live: Any, subtests: pytest.Subtests) -> None:
+    for extra, param in CHANGING:
+        with subtests.test(str(extra)[:80]):
+            answer = live.http.post("/v1/completions", json={"model": "tiny", "prompt": "x", **extra})
+            assert answer.status_code == 400, answer.text
+            error = answer.json()["error"]
+            assert error["code"] == "unsupported_parameter" and error["param"] == param and param in error["message"]
 
 
 def test_malformed_bodies_are_400_on_v1(client: openai.OpenAI, live: Any) -> None:

@@ -50,37 +50,42 @@ def test_special_characters_of_a_template_are_literal(live: Any) -> None:
     assert answer["usage"]["prompt_tokens"] == len(text.encode("{{x}} %s \\1 {input}{input} {other}"))
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "param"),
-    [
-        ({"prompt": "no place"}, 422, "prompt"),
-        ({"prompt": "{input} {input}"}, 400, "prompt"),
-        ({}, 422, "prompt"),
-        ({**BODY, "surplus": 1}, 422, "surplus"),
-        ({**BODY, "format": "html"}, 422, "format"),
-        ({**BODY, "system": "raw has none"}, 400, "system"),
-        ({**BODY, "labels": ["a", "a"]}, 400, "labels"),
-        ({**BODY, "defaults": {"temperature": 9}}, 422, "defaults.temperature"),
-        ({**BODY, "route": {}}, 400, "route"),
-        ({**BODY, "route": {"choice": [], "metric": "accuracy"}}, 400, "route"),
-        ({**BODY, "route": {"choice": [{"name": "nobody"}]}}, 404, "route"),
-        ({**BODY, "route": {"choice": [{"name": "a"}, {"name": "a", "weight": 0.5}]}}, 400, "route"),
-        ({**BODY, "route": {"choice": [{"name": "a", "weight": 99}]}}, 422, "route"),
-        ({**BODY, "route": {"best": ["a"]}}, 422, "route"),
-        ({**BODY, "route": {"best": ["a", "a"]}}, 400, "route"),
-    ],
-)
-def test_bad_definitions_are_refused(live: Any, body: Any, status: int, param: str | None) -> None:
-    answer = live.http.put("/tasks/own", json=body)
-    assert answer.status_code == status, answer.text
-    if param:
-        assert answer.json()["error"]["param"].startswith(param)
-    assert live.http.get("/tasks/own").status_code == 404
+BAD_DEFINITIONS: list[tuple[Any, int, str | None]] = [
+    ({"prompt": "no place"}, 422, "prompt"),
+    ({"prompt": "{input} {input}"}, 400, "prompt"),
+    ({}, 422, "prompt"),
+    ({**BODY, "surplus": 1}, 422, "surplus"),
+    ({**BODY, "format": "html"}, 422, "format"),
+    ({**BODY, "system": "raw has none"}, 400, "system"),
+    ({**BODY, "labels": ["a", "a"]}, 400, "labels"),
+    ({**BODY, "defaults": {"temperature": 9}}, 422, "defaults.temperature"),
+    ({**BODY, "route": {}}, 400, "route"),
+    ({**BODY, "route": {"choice": [], "metric": "accuracy"}}, 400, "route"),
+    ({**BODY, "route": {"choice": [{"name": "nobody"}]}}, 404, "route"),
+    ({**BODY, "route": {"choice": [{"name": "a"}, {"name": "a", "weight": 0.5}]}}, 400, "route"),
+    ({**BODY, "route": {"choice": [{"name": "a", "weight": 99}]}}, 422, "route"),
+    ({**BODY, "route": {"best": ["a"]}}, 422, "route"),
+    ({**BODY, "route": {"best": ["a", "a"]}}, 400, "route"),
+]
 
 
-@pytest.mark.parametrize("name", ["tiny", "base", "none", "a,b", "-x"])
-def test_bad_names_are_refused(live: Any, name: str) -> None:
-    assert live.http.put(f"/tasks/{name}", json=BODY).status_code == 400
+def test_bad_definitions_are_refused(live: Any, subtests: pytest.Subtests) -> None:
+    for body, status, param in BAD_DEFINITIONS:
+        with subtests.test(str(body)[:80]):
+            answer = live.http.put("/tasks/own", json=body)
+            assert answer.status_code == status, answer.text
+            if param:
+                assert answer.json()["error"]["param"].startswith(param)
+            assert live.http.get("/tasks/own").status_code == 404
+
+
+BAD_NAMES: list[str] = ["tiny", "base", "none", "a,b", "-x"]
+
+
+def test_bad_names_are_refused(live: Any, subtests: pytest.Subtests) -> None:
+    for name in BAD_NAMES:
+        with subtests.test(name):
+            assert live.http.put(f"/tasks/{name}", json=BODY).status_code == 400
 
 
 def test_a_bad_task_file_leaves_its_adapter_served(live: Any, write_adapter: Any) -> None:
