@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -88,6 +88,40 @@ def tiny_vocabulary() -> Vocabulary:
         special={token: i for i, token in enumerate(SPECIAL)},
         add_bos=False,
     )
+
+
+PIECES = (
+    'he ▁a the ▁an ▁and ▁the in ▁o ▁s re ther as er то ▁i ▁sa ▁other ": es ga me na no or th ▁" ▁h ▁w ▁э ▁he ▁in ▁is '
+    "gain ▁has ▁say ▁это ▁again ▁there \", ', af al ap at ds ea gr id io ne oo qu sw té ue ve {\" öß ес же ▁' ▁b ▁c ▁t "
+    "▁y ▁é ▁т afé apt ase est ing ion naï ome ory val ест ▁ad"
+)
+LETTERS = "▁eanthsrodi\".,т1gy2:wéо'3fmuvеэ!04bclpq{}ßïöжс"
+RUNS = (2, 3, 4, 5, 8)
+
+
+@pytest.fixture(scope="session")
+def spm_metadata() -> dict[str, Any]:
+    """GGUF metadata of a small vocabulary of SentencePiece's kind, 3 + 256 + 5 runs of spaces + 118 pieces.
+
+    It was trained as Llama's was (`model_type="bpe"`, byte fallback, digits split), and the runs of spaces share one
+    score, as they do in Llama's and Mistral's.
+    """
+    import numpy as np
+
+    trained = [*PIECES.split(), *LETTERS]
+    runs = ["▁" * length for length in RUNS]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *runs, *trained]
+    scores = [0.0] * 259 + [-1e9] * len(runs) + [-float(i) for i in range(len(trained))]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": np.array(scores, np.float32),
+        "tokenizer.ggml.token_type": np.array([2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)], np.int32),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
 
 
 @pytest.fixture

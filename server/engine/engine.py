@@ -122,7 +122,8 @@ class Engine:
         self._check(request)
         seed = request.sampling.seed
         request.seed = secrets.randbits(63) if seed is None else seed
-        request.reader = Detokenizer(self._text, request.sampling.stop)
+        begins = self._text.begins_after(request.prompt[-1])
+        request.reader = Detokenizer(self._text, request.sampling.stop, begins=begins)
         self._inbox.put(request)
 
     def cancel(self, request_id: str) -> None:

@@ -143,7 +143,7 @@ class _Vocabulary:
         self.special_token_ids = sorted(text.vocabulary.special.values())
 
     def __call__(self, text: str) -> list[int]:
-        return self._text.encode(text, bos=False)
+        return self._text.encode(text, bos=False, begins=False)
 
 
 def _first_line(message: str) -> str:

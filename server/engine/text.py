@@ -6,6 +6,9 @@ shown of generated ids. Does not know requests or batches.
 A prompt on its way to ids is a list of *pieces*: strings are plain text, integers are special tokens that the
 template itself wrote. Added tokens split a text before its tokenizer's merges see it, so that encoding the strings
 one by one gives what the tokenizer gives for the whole.
+
+A tokenizer of SentencePiece's kind puts a space before a text. Each text between added tokens is one of its own, so
+that this space is there after each of them, and is taken away again there from what was generated.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ class Text:
         self._template = self._chat_template(vocabulary) if vocabulary.chat_template else None
         self._bytes = _byte_reader(self._tokenizer)
         self._cache: dict[int, bytes] = {}
+        self._prefixes = b"".join(map(self.token_bytes, self.encode_pieces(["a"]))) == b" a"
 
     def _chat_template(self, vocabulary: Vocabulary) -> ChatTemplate:
         names = {"bos_token": vocabulary.bos_id, "eos_token": self.eos_id}
@@ -61,8 +65,13 @@ class Text:
 
     # -- to ids
 
-    def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Ids of plain text. The beginning-of-text token comes first if the vocabulary asks for one and `bos`."""
+    def encode(self, text: str, *, bos: bool = True, begins: bool = True) -> list[int]:
+        """Ids of plain text. The beginning-of-text token comes first if the vocabulary asks for one and `bos`.
+
+        Without `begins` (and `bos`) it goes on amid a text, and the tokenizer puts no space before it.
+        """
+        if not (bos or begins) and self._prefixes:
+            return self._unprefixed.encode(text, add_special_tokens=False).ids
         return self.encode_pieces(self._raw(text) if bos else [text])
 
     def encode_chat(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[int]:
@@ -170,6 +179,20 @@ class Text:
     def _breaker(self, mark: str) -> _Breaker:
         return _Breaker(self._pattern, tuple(self._special), mark)
 
+    def begins_after(self, token: int) -> bool:
+        """Whether what comes after `token` is a text of its own, and so begins with the tokenizer's space."""
+        return token in self._added
+
+    @functools.cached_property
+    def _unprefixed(self) -> Tokenizer:
+        """The same tokenizer, which puts no space before a text. Made when it is first asked for."""
+        state = json.loads(self._tokenizer.to_str())
+        for part in ("normalizer", "pre_tokenizer"):
+            state[part] = _without_prefix(state[part])
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
     # -- from ids
 
     def token_bytes(self, token: int) -> bytes:
@@ -186,8 +209,12 @@ class Text:
         """The decode of that one id; bytes that are no whole character are shown as U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
+    def without_prefix(self, beginning: bytes) -> bytes:
+        """The first bytes of a text without the space that the tokenizer put there, if it is of that kind."""
+        return beginning.removeprefix(b" ") if self._prefixes else beginning
+
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of generated ids, as a client sees it: without special tokens and without half a character."""
+        """The text of ids that begin one, as a client sees it: without special tokens and without half a character."""
         reader = Detokenizer(self)
         return "".join([reader.add(token) for token in tokens]) + reader.rest()
 
@@ -197,21 +224,29 @@ class Text:
 
 
 class Detokenizer:
-    """The text of one request, token by token: never half a character, never the start of a stop string."""
+    """The text of one request, token by token: never half a character, never the start of a stop string.
 
-    def __init__(self, text: Text, stop: tuple[str, ...] = ()) -> None:
+    `begins` is what `Text.begins_after` says of the token before the first: a text that goes on keeps its space.
+    """
+
+    def __init__(self, text: Text, stop: tuple[str, ...] = (), *, begins: bool = True) -> None:
         self.stopped = False
         """A stop string was found: what it begins with and all after it is hidden."""
         self._text = text
         self._stop = stop
+        self._begins = begins
         self._held = ""
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def add(self, token: int, *, search: bool = True) -> str:
         """The text that `token` makes visible. Without `search`, stop strings are not looked for in it."""
-        if self.stopped or self._text.is_special(token):
+        if self.stopped:
             return ""
-        new = self._decode(self._text.token_bytes(token))
+        begins, self._begins = self._begins, self._text.begins_after(token)
+        if self._text.is_special(token):
+            return ""
+        spelled = self._text.token_bytes(token)
+        new = self._decode(self._text.without_prefix(spelled) if begins and not self._begins else spelled)
         if not self._stop:
             return new
         if not search:
@@ -303,6 +338,19 @@ def _decoder_kinds(tokenizer: Tokenizer) -> set[str]:
         return set()
     state = json.loads(tokenizer.decoder.__getstate__())
     return {part["type"] for part in state.get("decoders", [state])}
+
+
+def _without_prefix(state: Any) -> Any:
+    """A normalizer or pre-tokenizer, as JSON has it, that puts no space before a text."""
+    if state is None or state["type"] == "Prepend":
+        return None
+    for steps in ("normalizers", "pretokenizers"):
+        if steps in state:
+            kept = [step for step in map(_without_prefix, state[steps]) if step is not None]
+            return state | {steps: kept}
+    if state["type"] == "Metaspace":
+        return state | {"prepend_scheme": "never"}
+    return state | {"add_prefix_space": False} if "add_prefix_space" in state else state
 
 
 def _sentencepiece_bytes(name: str) -> bytes:

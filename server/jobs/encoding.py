@@ -65,7 +65,8 @@ def _chat(text: Text, record: Chat) -> tuple[list[int], list[bool]]:
         if message["role"] != "assistant":
             continue
         prompt = text.encode_chat(messages[:i])
-        whole = [*prompt, *text.encode(message["content"], bos=False), text.end_of_turn]
+        begins = not prompt or text.begins_after(prompt[-1])
+        whole = [*prompt, *text.encode(message["content"], bos=False, begins=begins), text.end_of_turn]
         if prompt[: len(ids)] != ids:
             raise InvalidData(
                 f"line {record.line}: the chat template renders earlier turns otherwise once message {i + 1} is there; "

@@ -1,7 +1,8 @@
 """`Vocabulary`: a base's tokenizer, its special tokens and its chat template, from GGUF metadata or a folder.
 
 Owns how byte-level BPE is rebuilt from what a GGUF file says, and which files of a Hugging Face folder say what.
-Needs the `tokenizers` library alone. Does not know how prompts are made of it (engine/text.py).
+SentencePiece's kind is rebuilt in sentencepiece.py. Needs the `tokenizers` library alone. Does not know how prompts
+are made of it (engine/text.py).
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from server.errors import BadModel
+from server.model import sentencepiece
+from server.model.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, is_spaces
 
 
 @dataclass(frozen=True)
@@ -70,39 +75,39 @@ PRE_TOKENIZERS: Mapping[str, _Split] = {
 }
 """`tokenizer.ggml.pre` -> how the tokenizer that the model was trained with cuts text."""
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
-
 
 def from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
-    """The vocabulary of a GGUF file. Raises BadModel for a tokenizer or pre-tokenizer that is not known, by name."""
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
+    """The vocabulary of a GGUF file.
+
+    Raises BadModel for a tokenizer or pre-tokenizer that is not known, by name, and for one that is not whole.
+    `tokenizer.ggml.add_eos_token` is not read: it is for training, and a prompt that ends so has no answer.
+    """
+    kind = _told(metadata, "tokenizer.ggml.model", str, None)
+    if kind not in ("gpt2", "llama"):
         raise BadModel(
-            f"the GGUF tokenizer {kind!r} is not served, only byte-level BPE ('gpt2'); "
-            "give the model's Hugging Face folder instead"
+            f"the GGUF tokenizer {kind!r} is not served, only byte-level BPE ('gpt2') and SentencePiece's BPE "
+            "('llama'); give the model's Hugging Face folder instead"
         )
-    pre = str(metadata.get("tokenizer.ggml.pre", "none"))
-    if pre not in PRE_TOKENIZERS:
-        raise BadModel(f"the GGUF pre-tokenizer {pre!r} is not known; known are {', '.join(sorted(PRE_TOKENIZERS))}")
-    split = PRE_TOKENIZERS[pre]
+    make = _byte_level if kind == "gpt2" else _sentencepiece
     try:
-        tokens: Sequence[str] = metadata["tokenizer.ggml.tokens"]
-        types = [int(kind) for kind in metadata["tokenizer.ggml.token_type"]]
-        tokenizer = _byte_level(tokens, types, metadata["tokenizer.ggml.merges"], split)
+        tokens = _tokens(metadata)
+        types = [int(kind) for kind in _numbers(metadata, "tokenizer.ggml.token_type", "iu", len(tokens))]
+        tokenizer, add_bos = make(metadata, tokens, types)
     except KeyError as error:
         raise BadModel(f"the GGUF file lacks {error.args[0]}") from error
-    tokenizer.add_special_tokens(_added(tokens, types, _CONTROL, special=True))
-    tokenizer.add_tokens(_added(tokens, types, _USER_DEFINED, special=False))
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")}
+    tokenizer.add_special_tokens(_added(tokens, types, (CONTROL, UNKNOWN), special=True))
+    defined = _added(tokens, types, (USER_DEFINED,), special=False)
+    tokenizer.add_tokens([token for token in defined if not is_spaces(token.content)])
+    ids = {name: _listed_id(metadata, f"tokenizer.ggml.{name}_token_id", len(tokens)) for name in ("bos", "eos", "eot")}
     # An end token that the file lists as ordinary would be shown to people and parsed in their texts.
     named = [AddedToken(tokens[i], special=True, normalized=False) for i in ids.values() if i is not None]
     tokenizer.add_special_tokens(named)
     return _checked(
         tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=_told(metadata, "tokenizer.chat_template", str, None),
         eos_ids={i for i in (ids["eos"], ids["eot"]) if i is not None},
         bos_id=ids["bos"],
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", split.bos)),
+        add_bos=bool(_told(metadata, "tokenizer.ggml.add_bos_token", bool, add_bos)),
     )
 
 
@@ -114,7 +119,7 @@ def from_folder(folder: Path) -> Vocabulary:
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise BadModel("the model folder has no tokenizer.json; other tokenizer formats are not served")
+        raise BadModel(f"the model folder has no tokenizer.json; {_instead(folder)}")
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception
@@ -179,12 +184,18 @@ def _checked(
     return Vocabulary(tokenizer, chat_template, frozenset(eos_ids), bos_id, special, add_bos)
 
 
-def _byte_level(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], split: _Split) -> Tokenizer:
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
+    """The tokenizer of GPT-2's kind, and whether a text begins with bos where the file does not say."""
+    pre = str(_told(metadata, "tokenizer.ggml.pre", str, "none"))
+    if pre not in PRE_TOKENIZERS:
+        raise BadModel(f"the GGUF pre-tokenizer {pre!r} is not known; known are {', '.join(sorted(PRE_TOKENIZERS))}")
+    split = PRE_TOKENIZERS[pre]
+    merges = metadata["tokenizer.ggml.merges"]
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     try:
         pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
         vocabulary = {
-            _spelled(token) if kind == _NORMAL and not alphabet.issuperset(token) else token: i
+            _spelled(token) if kind == NORMAL and not alphabet.issuperset(token) else token: i
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
         }
         tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=split.whole))
@@ -198,7 +209,62 @@ def _byte_level(tokens: Sequence[str], types: Sequence[int], merges: Sequence[st
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.regex is None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return tokenizer, split.bos
+
+
+def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
+    """The tokenizer of SentencePiece's kind, which begins a text with bos unless the file says otherwise."""
+    # SentencePiece's normalizer would change a text before it is cut. Llama's and Mistral's files ask for none.
+    squeezed = "tokenizer.ggml.remove_extra_whitespaces"
+    for key, asked in (
+        (squeezed, _told(metadata, squeezed, bool, False)),
+        ("tokenizer.ggml.precompiled_charsmap", "tokenizer.ggml.precompiled_charsmap" in metadata),
+    ):
+        if asked:
+            raise BadModel(f"the GGUF file asks for {key}, which is not served for the tokenizer 'llama'")
+    scores = _numbers(metadata, "tokenizer.ggml.scores", "f", len(tokens)).astype(np.float64)
+    unknown = _listed_id(metadata, "tokenizer.ggml.unknown_token_id", len(tokens))
+    space_prefix = bool(_told(metadata, "tokenizer.ggml.add_space_prefix", bool, True))
+    name = None if unknown is None else tokens[unknown]
+    return sentencepiece.rebuild(tokens, types, scores, unknown=name, space_prefix=space_prefix), True
+
+
+def _tokens(metadata: Mapping[str, Any]) -> list[str]:
+    """Raises KeyError if there are none, BadModel if they are no texts."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise BadModel("the GGUF file's tokenizer is not whole: tokenizer.ggml.tokens is no list of texts")
+    return tokens
+
+
+def _numbers(metadata: Mapping[str, Any], key: str, kinds: str, count: int) -> npt.NDArray[Any]:
+    """A list of `count` numbers whose kind is one of numpy's letters. Raises KeyError if there is none, BadModel."""
+    value = metadata[key]
+    plain = isinstance(value, list) and all(isinstance(number, int | float) for number in value)
+    values = np.array(value) if plain else value
+    if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in kinds:
+        raise BadModel(f"the GGUF file's tokenizer is not whole: {key} is no list of numbers of its kind")
+    if len(values) != count:
+        raise BadModel(f"the GGUF file's tokenizer is not whole: {key} has {len(values)} entries for {count} tokens")
+    return values
+
+
+def _told(metadata: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
+    """What the file says under `key`, or `default`. Raises BadModel if it is of another type than `kind`."""
+    value = metadata.get(key)
+    if value is None:
+        return default
+    if type(value) is not kind:
+        raise BadModel(f"the GGUF file's {key} is of the wrong type: {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+def _listed_id(metadata: Mapping[str, Any], key: str, count: int) -> int | None:
+    """The id under `key`, if there is one. Raises BadModel if it is none of the `count` tokens'."""
+    token = _told(metadata, key, int, None)
+    if token is not None and not 0 <= token < count:
+        raise BadModel(f"the GGUF file's {key} is {token}, and there are {count} tokens")
+    return None if token is None else int(token)
 
 
 def _spelled(token: str) -> str:
@@ -207,12 +273,22 @@ def _spelled(token: str) -> str:
     return "".join(piece for piece, _ in pieces)
 
 
-def _added(tokens: Sequence[str], types: Sequence[int], kind: int, *, special: bool) -> list[AddedToken]:
+def _added(tokens: Sequence[str], types: Sequence[int], kinds: Sequence[int], *, special: bool) -> list[AddedToken]:
     return [
         AddedToken(token, special=special, normalized=False)
-        for token, its in zip(tokens, types, strict=True)
-        if its == kind
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in kinds
     ]
+
+
+def _instead(folder: Path) -> str:
+    """What to do about a folder without a tokenizer.json."""
+    if not (folder / "tokenizer.model").is_file():
+        return "other tokenizer formats are not served"
+    return (
+        "its tokenizer.model is not read. Write one beside it, once, with the packages transformers and sentencepiece: "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER); or serve the model's GGUF file"
+    )
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:

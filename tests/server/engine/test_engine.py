@@ -9,11 +9,14 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
 import server.engine.engine
 from server.engine.request import State
 from server.engine.scheduler import LENT_ROWS, REST
+from server.engine.text import Text
 from server.errors import DeadlineExceeded, EngineFailed, InvalidRequest, NoCapacity, NotReady, QueueFull
+from server.model.vocabulary import from_gguf
 
 
 def prompt(seed: int, length: int = 10) -> list[int]:
@@ -31,6 +34,17 @@ def test_one_request(bench: Any, tools: Any) -> None:
     request = heard.request
     assert request.submitted <= request.admitted <= request.first_token <= request.finished
     b.check_empty()
+
+
+def test_an_answer_keeps_its_first_space_where_it_goes_on_from_words(tools: Any, spm_metadata: dict[str, Any]) -> None:
+    text = Text(from_gguf(spm_metadata))
+    b = tools.Bench(text)
+    [other] = text.encode("other", bos=False)
+    b.runner.before = lambda batch: 100 * torch.eye(text.size)[other]
+    heard = [b.submit(prompt, max_tokens=2) for prompt in (text.encode("the"), text.encode(""))]
+    b.settle()
+    assert [h.tokens for h in heard] == [[other, other]] * 2
+    assert [h.text for h in heard] == [" other other", "other other"]
 
 
 def test_mixed_batch_is_every_solo_answer(bench: Any, tools: Any) -> None:

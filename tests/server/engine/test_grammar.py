@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from server.engine.grammar import Grammar, Grammars
 from server.engine.text import Text
 from server.errors import InvalidRequest
-from server.model.vocabulary import Vocabulary
+from server.model.vocabulary import Vocabulary, from_gguf
 
 POINT = {
     "type": "object",
@@ -56,6 +56,16 @@ def test_random_walks_follow_the_schema(tiny_text: Text) -> None:
     for answer in whole:
         jsonschema.validate(answer, POINT)
     assert {answer["kind"] for answer in whole} == {"good", "bad"}
+
+
+def test_a_space_before_a_text_is_not_put_into_an_answer(
+    spm_metadata: dict[str, Any],
+) -> None:
+    text = Text(from_gguf(spm_metadata))
+    schema = {"type": "object", "properties": {"the other": {"enum": ["and again"]}}, "additionalProperties": False}
+    answers = [walk(text, grammar, i) for i, grammar in enumerate(Grammars(text, text.size).compile(schema, 10))]
+    whole = [json.loads(a) for a in answers if a is not None]
+    assert {"the other": "and again"} in whole and all(a in ({}, {"the other": "and again"}) for a in whole)
 
 
 def test_special_tokens_are_never_part_of_it_and_the_end_only_when_it_is_whole(tiny_text: Text) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from server.engine.chat_template import ChatTemplate
 from server.engine.text import Detokenizer, Text
 from server.errors import BadModel, InvalidRequest
-from server.model.vocabulary import Vocabulary
+from server.model.vocabulary import Vocabulary, from_gguf
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim }}"
@@ -219,3 +219,75 @@ def test_sentencepiece_pieces() -> None:
     tokenizer.decoder = decoders.WordPiece()
     with pytest.raises(BadModel, match="WordPiece"):
         text_of(tokenizer, None, 1)
+
+
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def spm(spm_metadata: dict[str, Any]) -> Text:
+    return Text(from_gguf(spm_metadata | {"tokenizer.chat_template": ZEPHYR}))
+
+
+def shown(text: Text, ids: list[int], begins: bool) -> list[str]:
+    """What each token makes visible, in an answer after a prompt."""
+    reader = Detokenizer(text, begins=begins)
+    return [*(reader.add(i) for i in ids), reader.rest()]
+
+
+def test_the_first_space_is_the_prompt_s_or_the_tokenizer_s(spm: Text) -> None:
+    """`▁other` after words is another word; after a special token it is the beginning of an answer."""
+    other = spm.encode("other", bos=False)
+    assert [spm.token_text(i) for i in other] == [" other"]
+    asked = spm.encode("the")
+    assert not spm.begins_after(asked[-1]) and shown(spm, other, False) == [" other", ""]
+    assert spm.begins_after(asked[0]) and shown(spm, other, True) == ["other", ""]
+    # only the one space, of the first token that is shown; one that is no text is between two texts
+    assert shown(spm, spm.encode("  the", bos=False), True) == [" ", " the", ""]
+    assert shown(spm, [*other, 2, *other, *other], False) == [" other", "", "other", " other", ""]
+    # a letter in bytes, an end of line: no space was there to take away, and later ones stay
+    assert "".join(shown(spm, [*spm.encode("\n日", bos=False, begins=False), *other], True)) == "\n日 other"
+    whole = Detokenizer(spm, ("ther",))
+    assert [whole.add(i) for i in other] == ["o"] and whole.stopped
+
+
+def test_text_amid_a_text_has_no_space_before_it(spm: Text, text: Text) -> None:
+    assert [spm.token_text(i) for i in spm.encode("the other", bos=False, begins=False)] == ["the", " other"]
+    assert spm.encode("<s> ", bos=False, begins=False)[0] != 1
+    assert text.encode("hello", bos=False, begins=False) == text.encode("hello", bos=False)
+    messages = [{"role": "user", "content": "the </s>"}, {"role": "assistant", "content": "other"}]
+    prompt, whole = spm.encode_chat(messages[:1]), spm.encode_chat(messages, generation_prompt=False)
+    answer = spm.encode("other", bos=False, begins=spm.begins_after(prompt[-1]))
+    assert whole[: len(prompt) + len(answer) + 1] == [*prompt, *answer, 2] and whole.count(2) == 2
+
+
+@pytest.mark.parametrize("kind", ["prepend", "metaspace"])
+def test_a_folder_s_tokenizer_goes_on_without_its_space_too(spm_metadata: dict[str, Any], kind: str) -> None:
+    vocabulary = from_gguf(spm_metadata)
+    if kind == "metaspace":
+        vocabulary.tokenizer.normalizer = None  # type: ignore[assignment]
+        vocabulary.tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        vocabulary.tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    folder = Text(vocabulary)
+    assert [folder.token_text(i) for i in folder.encode("the other", bos=False)] == [" the", " other"]
+    assert [folder.token_text(i) for i in folder.encode("the other", bos=False, begins=False)] == ["the", " other"]
+
+
+@given(parts=st.lists(st.text("ther é日😀\n<s>", max_size=12) | st.sampled_from([1, 2]), max_size=6))
+@settings(max_examples=200, deadline=None)
+def test_sentencepiece_texts_come_back_token_by_token(spm: Text, parts: list[str | int]) -> None:
+    pieces = [p for i, p in enumerate(parts) if isinstance(p, int) or not i or isinstance(parts[i - 1], int)]
+    ids = spm.encode_pieces(pieces)
+    said = "".join(p for p in pieces if isinstance(p, str))
+    assert spm.decode(ids) == said
+    for cut in range(len(ids)):
+        begins = not cut or spm.begins_after(ids[cut - 1])
+        rest = b"".join(spm.token_bytes(i) for i in ids[cut:] if not spm.is_special(i))
+        alone = "".join(shown(spm, ids[cut:], begins))
+        assert said.endswith(alone) or b"\x80" <= rest[:1] < b"\xc0", "an answer that begins within a character"

@@ -14,6 +14,7 @@ from server.jobs import trainable
 from server.jobs.encoding import Template, encoder
 from server.jobs.trainable import PrefixAttention, Trainable, alike, shared_prefix
 from server.model.attention import Context, PackedAttention
+from server.model.vocabulary import from_gguf
 
 
 def sequences(prefix: int, tails: list[int], seed: int = 0) -> tuple[torch.Tensor, list[int]]:
@@ -126,6 +127,23 @@ def test_completions_and_chats(tiny_vocabulary):
     ids, learned = encode(Chat(1, turns))
     assert text.decode([i for i, on in zip(ids, learned, strict=True) if on][:-1]) == "four"
     assert ids[: len(text.encode_chat(turns[:1]))] == text.encode_chat(turns[:1])
+
+
+def test_a_chat_goes_on_as_its_template_writes_it(spm_metadata):
+    """A tokenizer of SentencePiece's kind puts a space before a text, and none where an answer begins amid one."""
+    template = (
+        "{% for m in messages %}{{ '<' + m['role'] + '>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"
+    )
+    text = Text(from_gguf(spm_metadata | {"tokenizer.chat_template": template}))
+    turns = tuple(
+        {"role": role, "content": content}
+        for role, content in [("user", "one"), ("assistant", "the other"), ("user", "this"), ("assistant", "that")]
+    )
+    ids, learned = encoder(text, Template())(Chat(1, turns))
+    written = text.encode_chat(turns, generation_prompt=False)
+    assert ids == written[: len(ids)] and ids[-1] == text.end_of_turn
+    assert [text.token_text(i) for i, on in zip(ids, learned, strict=True) if on][:2] == ["the", " other"]
 
 
 def test_a_template_that_rewrites_history_is_refused(tiny_vocabulary):

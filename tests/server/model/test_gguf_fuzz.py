@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.errors import BadModel
 from server.model.gguf_file import GgufFile
+from server.model.vocabulary import from_gguf
 
 TMP = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -114,3 +117,44 @@ TENSOR = st.builds(
 @given(st.lists(ENTRY, max_size=3), st.lists(TENSOR, max_size=3), st.binary(max_size=128))
 def test_made_up_headers(tmp_path: Path, pairs: list[bytes], tensors: list[bytes], data: bytes) -> None:
     read(tmp_path / "f", file(pairs, tensors, data))
+
+
+# -- what a file says of its tokenizer, as `GgufFile` hands it out: numbers, texts, arrays of numpy, lists
+
+SCALAR = st.sampled_from([None, True, False, -1, 0, 2, 10**6, 2**64 - 1, float("nan"), "", "llama", "a"])
+ARRAY = st.sampled_from(
+    [np.zeros(0, np.float32), np.ones(389, np.int32), np.full(389, np.nan, np.float32), np.arange(389) * 1.0]
+)
+NESTED: Any = st.sampled_from([[], ["a"], ["a", "a"], [np.zeros(2), np.zeros(3)], [[["a"]], []]])
+VALUE = SCALAR | ARRAY | NESTED
+KEYS = st.sampled_from(
+    ["model", "tokens", "scores", "token_type", "merges", "pre", "add_bos_token", "add_space_prefix"]
+    + ["bos_token_id", "eos_token_id", "eot_token_id", "unknown_token_id", "precompiled_charsmap"]
+)
+ENTRIES = st.tuples(
+    st.sampled_from(["tokens", "scores", "token_type"]),
+    st.sampled_from([0, 2, 100, 259, 264, 300, 388]),
+    st.sampled_from(["", "▁", "the", "<0x41>", "</s>", "日本"])
+    | st.sampled_from([float("nan"), float("-inf"), -2.0, 1e30, -1, 1, 2, 4, 5, 6]),
+)
+
+
+@TMP
+@given(changes=st.dictionaries(KEYS, VALUE, max_size=3), entries=st.lists(ENTRIES, max_size=3))
+def test_made_up_vocabularies(
+    spm_metadata: dict[str, Any], changes: dict[str, Any], entries: list[tuple[str, int, str | float]]
+) -> None:
+    told = dict(spm_metadata)
+    for key, at, value in entries:
+        name = f"tokenizer.ggml.{key}"
+        if isinstance(value, str) == (key == "tokens") and not (key == "token_type" and isinstance(value, float)):
+            told[name] = told[name].copy()
+            told[name][at] = value
+    told |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    try:
+        vocabulary = from_gguf(told)
+    except BadModel:
+        return
+    tokenizer = vocabulary.tokenizer
+    assert max(tokenizer.encode("the other </s> 日").ids) < len(told["tokenizer.ggml.tokens"])
+    assert vocabulary.eos_ids <= set(range(389))

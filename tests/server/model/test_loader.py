@@ -305,8 +305,34 @@ def test_parts_of_a_wrong_type_or_shape_never_reach_a_kernel(tmp_path: Path, tin
 # -- GGUF
 
 
-def to_gguf(path: Path, kind: str, vocabulary: Vocabulary, linear: TYPES, table: TYPES, **changes: Any) -> Path:
-    """A tiny model as llama.cpp's converter would write it, the order of q and k included."""
+def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary | dict[str, Any]) -> None:
+    if isinstance(vocabulary, dict):
+        told = {key.removeprefix("tokenizer.ggml."): value for key, value in vocabulary.items()}
+        writer.add_tokenizer_model(told["model"])
+        writer.add_tokenizer_pre(told["pre"])
+        writer.add_token_list(told["tokens"])
+        writer.add_token_scores(told["scores"].tolist())
+        writer.add_token_types(told["token_type"].tolist())
+        writer.add_bos_token_id(told["bos_token_id"])
+        writer.add_unk_token_id(told["unknown_token_id"])
+        writer.add_add_space_prefix(told.get("add_space_prefix", True))
+        return
+    tokenizer = json.loads(vocabulary.tokenizer.to_str())["model"]
+    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in vocabulary.special else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+
+
+def to_gguf(
+    path: Path, kind: str, vocabulary: Vocabulary | dict[str, Any], linear: TYPES, table: TYPES, **changes: Any
+) -> Path:
+    """A tiny model as llama.cpp's converter would write it, the order of q and k included.
+
+    A vocabulary of SentencePiece's kind is given as its metadata.
+    """
     model = tiny_model(kind, **changes)
     config, arch = model.config, {"Mistral": "llama"}.get(kind, kind.lower())
     writer = gguf.GGUFWriter(path, arch)
@@ -319,13 +345,7 @@ def to_gguf(path: Path, kind: str, vocabulary: Vocabulary, linear: TYPES, table:
     writer.add_key_length(config.head_dim if kind != "Qwen2" else 32)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    tokenizer = json.loads(vocabulary.tokenizer.to_str())["model"]
-    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in vocabulary.special else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    add_vocabulary(writer, vocabulary)
     writer.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     if kind == "Qwen3":
@@ -405,6 +425,21 @@ def test_a_gguf_quantizes_to_a_folder(tmp_path: Path, tiny_vocabulary: Vocabular
     assert same(direct, again) and again.config == direct.config and again.notes == ()
     assert again.vocabulary.special == direct.vocabulary.special
     assert again.vocabulary.eos_ids == direct.vocabulary.eos_ids
+
+
+def test_a_gguf_of_sentencepiece_s_kind_is_read_and_quantized_to_a_folder(
+    tmp_path: Path, spm_metadata: dict[str, Any]
+) -> None:
+    told = spm_metadata | {"tokenizer.ggml.add_space_prefix": False}
+    path = to_gguf(tmp_path / "m.gguf", "Llama", told, TYPES.Q4_0, TYPES.Q8_0, vocab_size=400)
+    quantize_folder(path, tmp_path / "q")
+    for base in (load(path), load(tmp_path / "q")):
+        vocabulary = base.vocabulary
+        assert (vocabulary.bos_id, vocabulary.add_bos, vocabulary.eos_ids) == (1, True, frozenset({2}))
+        assert vocabulary.tokenizer.encode("the theory 日").tokens == [
+            *("the", "▁the", "ory", "▁"),
+            *("<0xE6>", "<0x97>", "<0xA5>"),
+        ]
 
 
 def test_gguf_tensors_that_do_not_belong_are_named(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:

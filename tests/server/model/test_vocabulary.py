@@ -113,8 +113,13 @@ def test_an_end_token_listed_as_ordinary_is_special_all_the_same(trained: dict[s
     ("change", "said"),
     [
         ({"tokenizer.ggml.pre": "bloom"}, "'bloom' is not known"),
-        ({"tokenizer.ggml.pre": None}, "pre-tokenizer"),
-        ({"tokenizer.ggml.model": "llama"}, "'llama'"),
+        ({"tokenizer.ggml.pre": None}, "pre-tokenizer .none. is not known"),
+        ({"tokenizer.ggml.model": "t5"}, "'t5'"),
+        ({"tokenizer.ggml.model": None}, "None is not served"),
+        ({"tokenizer.ggml.eos_token_id": 10**6}, "eos_token_id is 1000000"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "no list of texts"),
+        ({"tokenizer.ggml.merges": 3}, "not whole"),
+        ({"tokenizer.chat_template": 3}, "chat_template is of the wrong type"),
         ({"tokenizer.ggml.merges": ["nonsense"]}, "not whole"),
         ({"tokenizer.ggml.merges": ["never seen"]}, "not whole"),
         ({"tokenizer.ggml.token_type": [1]}, "not whole"),
@@ -164,7 +169,10 @@ def test_folder_bos_from_the_post_processor_or_the_settings(tmp_path: Path, trai
 
 
 def test_folder_refusals(tmp_path: Path, trained: dict[str, Any]) -> None:
-    with pytest.raises(BadModel, match=r"no tokenizer\.json"):
+    with pytest.raises(BadModel, match=r"no tokenizer\.json; other"):
+        from_folder(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(BadModel, match=r"no tokenizer\.json; its tokenizer\.model is not read.*save_pretrained"):
         from_folder(tmp_path)
     folder(tmp_path, from_gguf(trained), bos_token="<nowhere>", add_bos_token=True)
     with pytest.raises(BadModel, match="begin with"):
