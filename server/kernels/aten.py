@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.weights import LoraWeights
-from server.kernels.lora import Segments
+from server.kernels.lora import Segments, times
 from server.kernels.reference import prepared, stored_rows
 from server.kernels.stored import TILE, dequantize_stored, group_values, unpack_nibbles
 from server.kernels.weight import STORED, Weight
@@ -91,14 +91,17 @@ class Aten:
                 return y
         elif weight.scheme == "none" and weight.tensors["codes"].dtype == x.dtype:
             return F.linear(x, weight.tensors["codes"])
-        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-        for start, stop in _blocks(weight):
-            if weight.layout == INT4PACK:
+        if weight.layout == INT4PACK:
+            y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+            for start, stop in _blocks(weight):
                 torch.mm(x, _columns(weight, start, stop, x.dtype, self._work), out=y[:, start:stop])
-            else:
-                out = self._work("rows", torch.float32, stop - start, weight.shape[1])
-                y[:, start:stop] = _rows_times(dequantize_stored(weight, start, stop, out=out).to(x.dtype), x)
-        return y
+            return y
+        products = self._work("products", x.dtype, weight.shape[0], x.shape[0])
+        for start, stop in _blocks(weight):
+            out = self._work("rows", torch.float32, stop - start, weight.shape[1])
+            products[start:stop] = _rows_times(dequantize_stored(weight, start, stop, out=out).to(x.dtype), x)
+        # Turned once: a few thousand numbers of a block would be turned by one thread. A copy even of one row.
+        return products.t().clone(memory_format=torch.contiguous_format)
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
         if weight.layout == STORED:
@@ -110,7 +113,8 @@ class Aten:
         for run in segments.runs:
             site = run.site(path)
             if site is not None:
-                y[run.start : run.stop].addmm_(run.shrunk(site.shrink, x)[:, site.columns], site.B)
+                rows = y[run.start : run.stop]
+                rows.copy_(times(run.shrunk(site.shrink, x)[:, site.columns], site.B, to=rows))
         for segment in segments.long:
             for slot, weight in segment.mix:
                 update = segments.table[slot].modules.get(path)
@@ -120,15 +124,15 @@ class Aten:
 
 
 def _rows_times(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """x rows^T [T, n] of float32 or bf16 rows [n, in]: by oneDNN where torch has it, whatever the dtype.
+    """rows x^T [n, T] of float32 or bf16 rows [n, in]: by oneDNN where torch has it, whatever the dtype.
 
     For float32, `torch.mm` goes to MKL, which takes twice as long at a few rows of x: 5.5 ms instead of 2.9 for a
     table of 49,152 rows and 16 of x, in blocks.
     """
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         products: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, x, None, "none", [], "")
-        return products.t()
-    return torch.mm(rows, x.t()).t()
+        return products
+    return torch.mm(rows, x.t())
 
 
 def _scales(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
