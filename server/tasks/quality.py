@@ -44,6 +44,7 @@ KINDS = ("ttft", "tpot", "e2e")
 _Change = tuple[float, int, int]
 """A score, its hour, and whether it came (1) or went (-1)."""
 
+_SUMS = ("hours", "traffic")
 _TOLD = "requests, errors, prompt_tokens, generated_tokens, ttft, tpot, e2e"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS subjects (
@@ -209,16 +210,16 @@ class Quality:
             self._add(subject, metric, EVALUATION, changes)
 
     def lead(self, task: str, rule: str, leader: Subject, reason: str) -> None:
-        """Remember who leads a task, and by which rule that was found."""
-        with self._lock, self._db:
+        """Remember who leads a task, and by which rule that was found. Raises StoreFailed if the disk refuses it."""
+        with self._lock, _told_of_the_disk(), self._db:
             self._db.execute(
                 "INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?, ?)",
                 (task, rule, leader.mix, leader.base, time.time(), reason),
             )
 
     def forget(self, task: str) -> None:
-        """Forget who leads a task that is gone or has another route."""
-        with self._lock, self._db:
+        """Forget who leads a task that is gone or has another route. Raises StoreFailed if the disk refuses it."""
+        with self._lock, _told_of_the_disk(), self._db:
             self._db.execute("DELETE FROM decisions WHERE task = ?", (task,))
 
     def flush(self) -> None:
@@ -257,8 +258,11 @@ class Quality:
         return [(*key, totals.mean) for key, totals in list(self._totals.items()) if totals.count]
 
     def performance(self, task: str) -> list[dict[str, Any]]:
-        """Per version: samples, quality by source with its interval, latencies, tokens, errors."""
-        with self._lock:
+        """Per version: samples, quality by source with its interval, latencies, tokens, errors.
+
+        Raises StoreFailed if the disk refuses what has to be written first.
+        """
+        with self._lock, _told_of_the_disk():
             self._flush()
             subjects = {subject: number for subject, number in self._ids.items() if subject.task == task}
             scores: dict[Subject, list[dict[str, Any]]] = {subject: [] for subject in subjects}
@@ -428,9 +432,9 @@ class Quality:
         with self._db:
             self._db.execute("DELETE FROM answers WHERE at < ?", (now - DAY,))
             self._db.execute("DELETE FROM scores WHERE at < ?", (old,))
-            gone = self._db.execute("DELETE FROM hours WHERE hour < ?", (int(old) // HOUR,)).rowcount
-            self._db.execute("DELETE FROM traffic WHERE hour < ?", (int(old) // HOUR,))
-        if gone:
+            before = int(old) // HOUR
+            gone = [self._db.execute(f"DELETE FROM {sums} WHERE hour < ?", (before,)).rowcount for sums in _SUMS]
+        if any(gone):
             self._load(self._db)
 
     def _run(self) -> None:

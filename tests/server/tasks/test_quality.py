@@ -84,10 +84,13 @@ def test_feedback_is_for_a_day(tmp_path: Path) -> None:
     quality.close()
 
 
-def test_old_rows_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scored", [True, False])
+def test_old_rows_go(tmp_path: Path, scored: bool) -> None:
     quality, subject = Quality(tmp_path / "quality.db", retention=module.DAY), Subject.of("t", [], "base")
     quality.answered(answered("one", subject))
-    quality.feedback("t", "one", "", score=1.0, expected=None)
+    if scored:
+        quality.feedback("t", "one", "", score=1.0, expected=None)
+    quality.flush()
     quality._sweep(time.time() + 3 * module.DAY)
     assert quality.totals(subject, "accuracy", "feedback").count == 0
     assert quality.performance("t")[0]["requests"] == 0
@@ -137,6 +140,10 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.Lo
         quality.answered(answered(f"more-{n}", second))
     with pytest.raises(StoreFailed, match="full"):
         quality.feedback("t", "one", "", score=1.0, expected=None)
+    with pytest.raises(StoreFailed, match="full"):
+        quality.performance("t")
+    with pytest.raises(StoreFailed, match="full"):
+        quality.lead("t", "accuracy by feedback", second, "x" * 100_000)
     third = Subject.of("t", [(B, 1.0)], "base")
     with pytest.raises(StoreFailed, match="full"):
         quality.evaluated(third, "accuracy", {f"{i}": 1.0 for i in range(2000)})
