@@ -200,7 +200,11 @@ def test_quality_is_told_of_tasks_and_versions_that_there_are(live: Any, write_a
     assert live.http.post("/tasks/mood/feedback", json=sent).status_code == 204
     version = answer["adapters"][0]["version"]
     labels = {"task": "mood", "version": version, "metric": "accuracy", "source": "feedback"}
-    assert value(live.http.get("/metrics").text, "loramux_task_quality", **labels) == 0.5
+    own = live.generate("x", task="mood", adapters=[{"name": "mood", "weight": 0.123}]).json()
+    assert live.http.post("/tasks/mood/feedback", json={"id": own["id"], "score": 1.0}).status_code == 204
+    told = live.http.get("/metrics").text
+    assert value(told, "loramux_task_quality", **labels) == 0.5
+    assert "0.123" not in told, "weights that a client makes up are no label"
     assert live.http.delete("/tasks/mood").status_code == 200
     assert "loramux_task_quality{" not in live.http.get("/metrics").text
     assert live.http.put("/tasks/mood", json={"prompt": "{input}"}).status_code == 201
