@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, UnknownAdapter
 from adapters.weights import SHORT_DIGEST
 from server.api import schemas
 from server.api.responses import errors
@@ -150,8 +150,10 @@ def _names_by_digest(parts: Parts) -> dict[str, list[str]]:
     """The names of each current version: several adapters may have one content."""
     found: dict[str, list[str]] = {}
     for name in parts.registry.names():
-        for version, _ in parts.registry.resolve([(name, 1.0)]):
-            found.setdefault(version.digest, []).append(name)
+        try:
+            found.setdefault(parts.registry.current(name).digest, []).append(name)
+        except UnknownAdapter:
+            continue  # it went in between
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from adapters.errors import UnknownAdapter
 from server.metrics import (
     DURATION_BUCKETS,
     MAX_PAIRS,
@@ -164,11 +165,18 @@ def test_a_live_server_tells_of_its_traffic(live: Any) -> None:
     assert set(stats["memory"]) >= {"base", "kv_cache", "adapters", "activations", "process"}
 
 
-def test_what_one_more_adapter_costs_and_how_many_fit(live: Any) -> None:
+def test_what_one_more_adapter_costs_and_how_many_fit(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = live.http.get("/adapters").json()["adapters"]
     told = live.http.get("/stats").json()["adapters"]
     assert told["one_more"] == sum(a["bytes"] for a in listed) // len(listed)
     assert told["more_fit"] == (told["budget"] - told["bytes"]) // told["one_more"] > 0
+
+    def gone(name: str) -> Any:
+        raise UnknownAdapter(name)
+
+    monkeypatch.setattr(live.house.parts.registry, "current", gone)
+    looks = [live.http.get(path).status_code for path in ("/stats", "/metrics")]
+    assert looks == [200, 200], "an adapter may be retired while somebody looks"
 
 
 def test_what_outlives_its_name_is_no_series(live: Any) -> None:
