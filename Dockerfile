@@ -22,8 +22,8 @@ RUN pip install ".${EXTRAS:+[$EXTRAS]}"
 FROM python:${PYTHON}-slim
 ARG EXTRAS=
 # Triton builds its launchers with a C compiler when a kernel is first used.
-RUN if [ "$EXTRAS" = cuda ]; then \
-      apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; fi
+RUN case ",$EXTRAS," in *,cuda,*) \
+      apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*;; esac
 RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/loramux loramux
 COPY --from=build /opt/loramux /opt/loramux
 ENV PATH=/opt/loramux/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -152,7 +151,7 @@ BASE_ALONE = Mix()
 
 def check_weight(weight: float, param: str = "adapters") -> float:
     """`weight` rounded to float32. Raises InvalidChoice if it is not finite or over 16 in size."""
-    if not math.isfinite(weight) or abs(weight) > MAX_ABS_WEIGHT:
+    if not abs(weight) <= MAX_ABS_WEIGHT:  # nor is NaN
         raise InvalidChoice(f"an adapter's weight must be a finite number from -16 to 16, not {weight!r}", param)
     return float(np.float32(weight))
 

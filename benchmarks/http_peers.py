@@ -15,19 +15,15 @@ import argparse
 import asyncio
 import contextlib
 import json
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from benchmarks.serving import MODELS, free_port, serving
+from benchmarks.serving import MODELS, free_port, running, serving
 from server.bench.client import Body, closed_loop, timed
 from server.bench.export import export_base
 from server.bench.inprocess import InProcess
@@ -39,7 +35,6 @@ from server.model.loader import Base, load_base
 
 PROMPT, NEW, VOCAB = 128, 64, 40_000
 RANKS = (8, 16, 24, 32)
-START_SECONDS = 180
 
 Wave = Callable[[], Mapping[str, float]]
 
@@ -72,6 +67,7 @@ def in_process(engine: InProcess, body: Body, arrivals: list[Arrival], adapters:
 @contextlib.contextmanager
 def llama_serving(folder: Path, llama: Path, gguf: Path, base: Base, adapters: list[Path], slots: int) -> Iterator[str]:
     """The address of a llama-server with its adapters, which are converted into `folder` first."""
+    folder, llama, gguf = folder.resolve(), llama.resolve(), gguf.resolve()
     exported = folder / "exported"
     command = [str(llama / "b/bin/llama-server"), "-m", str(gguf), "-t", "2", "-tb", "2", "-b", "2048", "-ub", "512"]
     command += ["--parallel", str(slots), "-c", "16384", "-fa", "on", "--lora-init-without-apply"]
@@ -84,21 +80,8 @@ def llama_serving(folder: Path, llama: Path, gguf: Path, base: Base, adapters: l
             subprocess.run([*convert, "--outfile", str(out)], check=True, capture_output=True)
         command += ["--lora", str(out)]
     port = free_port()
-    with (folder / "llama.log").open("wb") as log:
-        process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
-    url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
-    try:
-        while True:
-            if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError((folder / "llama.log").read_text()[-3000:])
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                    break
-            time.sleep(0.05)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+    with running([*command, "--port", str(port)], port, "/health", folder / "llama.log") as server:
+        yield server.url
 
 
 def measure(waves: Mapping[str, Wave], rounds: int) -> dict[str, list[Mapping[str, float]]]:

@@ -1,7 +1,7 @@
 """What an adapter's place costs, and what memory the server has: over HTTP, on servers of its own, by medians.
 
-Run it as `python -m benchmarks.residency`. Adapters of 5 MB (rank 22 on q, k, v, o of the embedded base) are asked for
-one at a time, one short prompt and one token, without a prefix cache:
+Run it as `python -m benchmarks.residency BASE.gguf`. Adapters of 5 MB (rank 22 on q, k, v, o of the embedded base) are
+asked for one at a time, one short prompt and one token, without a prefix cache:
 
 - from disk: never asked for before, and their files dropped from the system's cache; with `--cached` they stay in it;
 - from RAM: loaded, and put out of their slots again by others;

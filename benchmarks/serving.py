@@ -1,6 +1,6 @@
 """`serving`: a `loramux serve` of its own for a benchmark, on the embedded base, with a fresh state.
 
-Owns the process from its start to its end. Does not know what is asked of it.
+Owns the process from its start to its end, and so does `running` for any other server. Does not know what is asked.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import httpx
 REPO = Path(__file__).resolve().parents[1]
 MODELS = REPO / "data" / "models"
 """Where the base lies once `make serve` has fetched it; a server without it fetches its own."""
+START_SECONDS = 180
 
 
 @dataclass
 class Server:
-    """A running `loramux serve`."""
+    """A running server."""
 
     process: subprocess.Popen[bytes]
     url: str
@@ -48,24 +49,21 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(state: Path, models: Path, *flags: str, module: str = "server.cli") -> Iterator[Server]:
-    """A server on a free port, ready to answer; stopped at the end. `module` is what is run as `loramux`."""
-    state.mkdir(parents=True)
-    if models.is_dir():
-        (state / "models").symlink_to(models)
-    port = free_port()
-    command = [sys.executable, "-m", module, "serve", "--port", str(port), "--state-dir", str(state)]
-    told = state / "server.log"
-    with told.open("wb") as log:
-        process = subprocess.Popen([*command, "--library", "none", *flags], cwd=REPO, stdout=log, stderr=log)
-    server = Server(process, f"http://127.0.0.1:{port}", told)
+def running(command: list[str], port: int, ready: str, log: Path) -> Iterator[Server]:
+    """The server that `command` starts on `port`, once its route `ready` answers 200; stopped at the end.
+
+    Raises RuntimeError, with the end of its log, if it ends before that or takes too long.
+    """
+    with log.open("wb") as told:
+        process = subprocess.Popen(command, cwd=REPO, stdout=told, stderr=told)
+    server = Server(process, f"http://127.0.0.1:{port}", log)
     try:
-        end = time.monotonic() + 180
+        end = time.monotonic() + START_SECONDS
         while True:
             if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(told.read_text()[-3000:])
+                raise RuntimeError(log.read_text()[-3000:])
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{server.url}/health/ready", timeout=5).status_code == 200:
+                if httpx.get(f"{server.url}{ready}", timeout=5).status_code == 200:
                     break
             time.sleep(0.05)
         yield server
@@ -75,3 +73,15 @@ def serving(state: Path, models: Path, *flags: str, module: str = "server.cli") 
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+@contextlib.contextmanager
+def serving(state: Path, models: Path, *flags: str, module: str = "server.cli") -> Iterator[Server]:
+    """A server on a free port, ready to answer; stopped at the end. `module` is what is run as `loramux`."""
+    state.mkdir(parents=True)
+    if models.is_dir():
+        (state / "models").symlink_to(models)
+    port = free_port()
+    command = [sys.executable, "-m", module, "serve", "--port", str(port), "--state-dir", str(state)]
+    with running([*command, "--library", "none", *flags], port, "/health/ready", state / "server.log") as server:
+        yield server

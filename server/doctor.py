@@ -149,7 +149,11 @@ def _base(settings: Settings, report: Report) -> None:
         if hub.is_id(settings.model):
             hub.check_client(settings.model)
         return
-    files = [found.path] if found.path.is_file() else [p for p in found.path.iterdir() if p.suffix in _WEIGHTS]
+    files = (
+        [found.path]
+        if found.path.is_file()
+        else [p for p in found.path.iterdir() if p.suffix in _WEIGHTS and p.is_file()]
+    )
     size = sum(p.stat().st_size for p in files)
     report.facts["base"] = f"{found.name}, {_gib(size)} at {found.path}"
     checkpoint = open_checkpoint(found.path)

@@ -12,14 +12,14 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, UnknownAdapter
 from adapters.weights import SHORT_DIGEST
 from server.api import schemas
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running, Runtime
 from server.errors import NotReady
 from server.metrics import CONTENT_TYPE, Snapshot
-from server.tasks.quality import Subject
+from server.tasks.quality import EVALUATION, Subject
 
 router = APIRouter(tags=["monitoring"])
 
@@ -123,8 +123,19 @@ def _quality(parts: Parts) -> list[tuple[str, str, str, str, str, float]]:
     return [
         (subject.task, subject.adapter, subject.label, metric, source, mean)
         for subject, metric, source, mean in parts.quality.means()
-        if subject.base == parts.model.id and parts.tasks.find(subject.task) and _kept(parts, subject)
+        if subject.base == parts.model.id and _is_ours(parts, subject, source) and _kept(parts, subject)
     ]
+
+
+def _is_ours(parts: Parts, subject: Subject, source: str) -> bool:
+    """Whether a mix is no client's own, whose weights would be labels without end: one version alone, what the task's
+    route leads to, or what an evaluation was asked for.
+    """
+    task, choice = parts.tasks.find(subject.task), subject.choice
+    if task is None:
+        return False
+    alone = not choice or (len(choice) == 1 and choice[0][1] == 1.0)
+    return alone or source == EVALUATION or task.route.leads_to(choice)
 
 
 def _kept(parts: Parts, subject: Subject) -> bool:
@@ -139,8 +150,10 @@ def _names_by_digest(parts: Parts) -> dict[str, list[str]]:
     """The names of each current version: several adapters may have one content."""
     found: dict[str, list[str]] = {}
     for name in parts.registry.names():
-        for version, _ in parts.registry.resolve([(name, 1.0)]):
-            found.setdefault(version.digest, []).append(name)
+        try:
+            found.setdefault(parts.registry.current(name).digest, []).append(name)
+        except UnknownAdapter:
+            continue  # it went in between
     return found
 
 

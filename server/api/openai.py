@@ -134,7 +134,7 @@ async def _answer(
 
 
 async def _compiled(parts: Parts, schema: Mapping[str, Any], count: int, caller: Caller) -> Sequence[Constraint]:
-    """`count` constraints that hold answers to a schema. Raises InvalidRequest, DeadlineExceeded."""
+    """`count` constraints that hold answers to a schema. Raises InvalidRequest, QueueFull, DeadlineExceeded."""
     try:
         async with asyncio.timeout(caller.deadline - time.monotonic()):
             return await asyncio.wrap_future(parts.grammars.ask(schema, count))

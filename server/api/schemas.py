@@ -66,11 +66,10 @@ class Weighted(Body):
     weight: Annotated[float, Field(ge=-16, le=16)] = 1.0
 
 
-class GenerationFields(BaseModel):
-    """The fields that every generator takes. Absent ones are the task's, then the server's."""
+class SamplingFields(BaseModel):
+    """How an answer is drawn, and when it ends: what a request may say, and a task for it."""
 
     max_tokens: Annotated[int, Field(ge=1, le=s.MAX_TOKENS)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=s.MAX_TOKENS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=s.MAX_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -83,6 +82,12 @@ class GenerationFields(BaseModel):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+
+
+class GenerationFields(SamplingFields):
+    """The fields that every generator takes. Absent ones are the task's, then the server's."""
+
+    max_completion_tokens: Annotated[int, Field(ge=1, le=s.MAX_TOKENS)] | None = None
     stream: bool | None = None
     adapters: Annotated[list[Weighted], Field(max_length=64)] | None = None
     deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] | None = None
@@ -236,22 +241,9 @@ class Route(Body):
     min_samples: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
 
-class TaskDefaults(Body):
+class TaskDefaults(SamplingFields, Body):
     """Generation fields of a task."""
 
-    max_tokens: Annotated[int, Field(ge=1, le=s.MAX_TOKENS)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=s.MAX_TOKENS)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=s.MAX_TOKENS)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=s.SEED[0], le=s.SEED[1])] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=s.MAX_STOP)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=s.MAX_STOP_TOKENS)] | None = None
-    ignore_eos: bool | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | None = None
 
 

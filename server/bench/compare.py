@@ -17,7 +17,6 @@ from typing import Any
 from server.errors import BadSetting
 
 SCRIPTS = {"vllm": "vllm_cpu.py", "peft": "transformers_peft.py", "mistralrs": "mistral_rs.py"}
-LLAMA_BENCH = "llama-batched-bench"
 TIMEOUT = 1800.0
 
 

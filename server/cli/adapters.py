@@ -17,7 +17,7 @@ from server.errors import ServerError
 from server.settings import Settings, parse_keys
 
 app = typer.Typer(help="Adapters of a running server (--host, --port), or a folder of one (check).")
-_SERVER = ("host", "port", "admin_keys_file")
+_SERVER = ("host", "port", "admin_keys_file", "api_keys_file")
 Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
 
 

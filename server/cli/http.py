@@ -9,9 +9,15 @@ from server.api.errors import Answer
 
 
 class Protocol(H11Protocol):
-    """What is no HTTP at all reaches no route, and is answered here; the connection is closed then."""
+    """What is no HTTP at all reaches no route, and is answered here; the connection is closed then.
+
+    Within a body whose request is being answered, or has been, it is too late for that.
+    """
 
     def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
         body = Answer(400, "this is no HTTP request: it cannot be read", code="invalid_http").encode()
         headers = [
             (b"content-type", b"application/json"),

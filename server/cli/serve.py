@@ -97,10 +97,11 @@ def _server(settings: Settings, app: Any, runtime: Runtime) -> uvicorn.Server:
 
         async def on_tick(self, counter: int) -> bool:
             """Called ten times a second."""
-            if runtime.draining_for >= settings.drain:
+            draining = runtime.draining_for
+            if draining and draining >= settings.drain:
                 runtime.cut_short()
                 self.should_exit = True
-            elif runtime.draining_for and not self.server_state.tasks:
+            elif draining and not self.server_state.tasks:
                 self.should_exit = True
             return await super().on_tick(counter)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from server.cli.inprocess import open_base
+from server.cli.inprocess import open_base, threads_of
 from server.cli.options import BASE, AsJson, with_settings
 from server.cli.terminal import Progress, out, print_json, progress, size
 from server.settings import Settings
@@ -30,12 +30,14 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one adapter for each recipe, on the 4-bit base that serves. Started again, it goes on where it was."""
+    import torch
 
     from adapters.training import Event
     from server.jobs.recipe import packing, read_recipes
     from server.jobs.run import prepare, run
     from server.kernels import choose
 
+    torch.set_num_threads(threads_of(settings))
     given = {"lora_rank": rank, "max_steps": steps, "seed": seed}
     changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     wanted = []

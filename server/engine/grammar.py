@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from server.engine.text import Text
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, QueueFull
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MAX_SCHEMA = 1 << 16
 """Characters of a schema, as compact JSON."""
 MAX_CACHED = 64
+MAX_WAITING = 256
+"""Schemas that wait to be compiled: requests are not in the engine's queue yet, which would bound them."""
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _WHITESPACE = r"[ \n]{0,16}"
 """Between two tokens of JSON. Bounded, since a small model may otherwise write spaces until it is cut off."""
@@ -71,10 +73,19 @@ class Grammars:
         self._tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, "loramux-grammar")
+        self._asked: set[Future[list[Grammar]]] = set()
 
     def ask(self, schema: Mapping[str, Any], count: int) -> Future[list[Grammar]]:
-        """`compile` on a thread of its own: schemas wait for each other there, and nothing else waits for them."""
-        return self._thread.submit(self.compile, schema, count)
+        """`compile` on a thread of its own: schemas wait for each other there, and nothing else waits for them.
+
+        Raises QueueFull if too many do.
+        """
+        if len(self._asked) >= MAX_WAITING:
+            raise QueueFull(f"{len(self._asked)} schemas wait to be compiled; come back later", retry_after=1.0)
+        asked = self._thread.submit(self.compile, schema, count)
+        self._asked.add(asked)
+        asked.add_done_callback(self._asked.discard)
+        return asked
 
     def close(self) -> None:
         """Let go of what has not begun to be compiled."""

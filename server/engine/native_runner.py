@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import chain
 
 import numpy as np
@@ -48,8 +49,7 @@ class _Results:
         size = rows * columns
         for used in sorted(self._arenas, key=lambda used: self._arenas[used].size):
             arena = self._arenas[used]
-            # Held by the table, by `arena` and by the question itself, and by every result that is made of it.
-            if arena.size >= size and sys.getrefcount(arena) == 3:
+            if arena.size >= size and sys.getrefcount(arena) == _held_by_nobody():
                 del self._arenas[used]
                 break
         else:
@@ -63,6 +63,17 @@ class _Results:
     @property
     def nbytes(self) -> int:
         return sum(arena.nbytes for arena in self._arenas.values())
+
+
+@lru_cache(maxsize=1)
+def _held_by_nobody() -> int:
+    """What the interpreter counts where `_Results.take` asks, for an arena of which no result is left.
+
+    The table, a local variable and, before Python 3.14, the question itself hold it; a result would be one more.
+    """
+    table = {0: np.empty(1)}
+    arena = table[0]
+    return sys.getrefcount(arena)
 
 
 class NativeRunner:

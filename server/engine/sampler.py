@@ -29,7 +29,6 @@ int32 [L] of top_k: the tokens, -1 for a row that is not finite."""
 _STRIDE = 256
 """Ids whose probabilities are summed before the sums are: the draw then looks into one stretch alone."""
 
-
 _TINY = float(np.finfo(np.float32).tiny)
 """Temperatures below it are 0: no logit can be divided by them in float32."""
 
@@ -82,7 +81,7 @@ class Sampler:
         top_k = np.zeros(len(how), np.int32)
         for item, alone, row in zip(asked, simple, starts.tolist(), strict=False):
             sampling = item.request.sampling
-            if alone and sampling.temperature > 0.0:
+            if alone and sampling.temperature >= _TINY:
                 noise = uniform(item.request.seed, len(item.request.output))
                 how[row] = sampling.temperature, sampling.top_p, sampling.min_p, noise
                 top_k[row] = sampling.top_k
@@ -157,7 +156,7 @@ class Sampler:
 
 def is_plain(request: Request) -> bool:
     """Whether nothing but the largest logit is wanted now."""
-    return request.sampling.temperature == 0.0 and is_simple(request)
+    return request.sampling.temperature < _TINY and is_simple(request)
 
 
 def is_simple(request: Request) -> bool:

@@ -311,25 +311,24 @@ class Scheduler:
                 continue
             if plan.tokens >= plan.most or len(self.running) >= self.limits.max_batch:
                 if self.slots.room is not None:
-                    self._prefetch(now)
+                    self._prefetch(now, plan)
                 return
             try:
                 self._try(request, now, plan)
-            except NoCapacity as e:
-                self._end_in(plan, request, e, now)
-            except Exception as e:  # the runner refused to place its adapters: that is this request's failure alone
-                log.error("%s: its adapters could not be placed", request.id, exc_info=e)
-                failure = EngineFailed("the request's adapters could not be placed; the server's log says why")
-                self._end_in(plan, request, failure, now)
+            except Exception as e:
+                self._end_in(plan, request, _not_placed(request, e), now)
         self._changed = owing
 
-    def _prefetch(self, now: float) -> None:
+    def _prefetch(self, now: float, plan: Plan) -> None:
         """Ask for the adapters of the next to enter, and let those that have come be copied beside the steps."""
         for request in itertools.islice(self.waiting.in_order(), PREFETCHED):
             if not self.slots.has(request.mix):
                 weights = self.loads.ask(request, now)
                 if weights is not None:
-                    self.slots.offer(request.mix, weights)
+                    try:
+                        self.slots.offer(request.mix, weights)
+                    except Exception as e:
+                        self._end_in(plan, request, _not_placed(request, e), now)
 
     def _owes_room(self, now: float) -> bool:
         """Whether a load has lacked room in RAM for too long, so that slots must fall idle.
@@ -412,3 +411,11 @@ class Scheduler:
         self.waiting.remove(request)
         self.loads.leave(request)
         self._blocked.pop(request, None)
+
+
+def _not_placed(request: Request, error: Exception) -> Exception:
+    """How a request ends whose adapters have no place, or that the runner refused to place: it fails alone."""
+    if isinstance(error, NoCapacity):
+        return error
+    log.error("%s: its adapters could not be placed", request.id, exc_info=error)
+    return EngineFailed("the request's adapters could not be placed; the server's log says why")

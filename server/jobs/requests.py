@@ -27,7 +27,6 @@ LEARNING_RATE = 5e-4
 SAVE_STEPS = 20
 HELD_OUT = 0.1
 """Of the training file, to compare on, where a result is to be published only if it is better."""
-PUBLISH = ("always", "if_better", "never")
 AUTO_WIDENS = 4
 """How many times `r` the rank of a module may get with auto_rank."""
 INIT, RIVAL = "init", "rival"

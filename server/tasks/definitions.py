@@ -38,6 +38,10 @@ class Best:
     source: str = "feedback"
     min_samples: int = MIN_SAMPLES
 
+    def leads_to(self, choice: Choice) -> bool:
+        """Whether the route, and not only a client's own words, may give a request that choice, whatever versions."""
+        return any(_named(choice) == _named([(name, 1.0)]) for name in self.candidates)
+
     def describe(self) -> dict[str, Any]:
         return {
             "best": list(self.candidates),
@@ -57,11 +61,20 @@ class Fixed:
     def candidates(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.choice)
 
+    def leads_to(self, choice: Choice) -> bool:
+        """As `Best` has it."""
+        return _named(choice) == _named(self.choice)
+
     def describe(self) -> dict[str, Any]:
         return {"choice": [{"name": name, "weight": weight} for name, weight in self.choice]}
 
 
 Route = Fixed | Best
+
+
+def _named(choice: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """A choice by names without versions, in one order, with weights as a mix has them, without what has none."""
+    return sorted((name.partition("@")[0], check_weight(weight)) for name, weight in choice if weight)
 
 
 @dataclass(frozen=True)
@@ -197,7 +210,8 @@ def parse_choice(entries: Any, param: str) -> Choice:
         weight = entry.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise InvalidRequest(f"a weight of {param} must be a number", param)
-        choice.append((_adapter_name(entry.get("name"), param), check_weight(weight, param)))
+        check_weight(weight, param)
+        choice.append((_adapter_name(entry.get("name"), param), float(weight)))  # as it was asked for
     return choice
 
 

@@ -22,8 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adapters.errors import StoreFailed
-from adapters.weights import Version
+from adapters.weights import Choice, Version
 from server.errors import UnknownName
 from server.tasks.definitions import FEEDBACK_METRIC
 from server.tasks.intervals import Totals, interval
@@ -36,6 +38,9 @@ HOUR = 3_600
 FLUSH_SECONDS = 0.5
 MOST_PENDING = 10_000
 """Answers that wait in memory at most while the disk refuses them; the oldest are let go."""
+MOST_SUBJECTS = 200
+"""Of a task. Mixes that clients choose themselves have no end: of one that would be a further subject nothing is
+kept."""
 JUMP = 60.0
 """Seconds that the wall clock may gain or lose in an hour and still be a clock."""
 FEEDBACK, EVALUATION = "feedback", "evaluation"
@@ -44,6 +49,7 @@ KINDS = ("ttft", "tpot", "e2e")
 _Change = tuple[float, int, int]
 """A score, its hour, and whether it came (1) or went (-1)."""
 
+_SUMS = ("hours", "traffic")
 _TOLD = "requests, errors, prompt_tokens, generated_tokens, ttft, tpot, e2e"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS subjects (
@@ -62,7 +68,6 @@ CREATE TABLE IF NOT EXISTS traffic (
   subject INTEGER NOT NULL, hour INTEGER NOT NULL, requests INTEGER NOT NULL, errors INTEGER NOT NULL,
   prompt_tokens INTEGER NOT NULL, generated_tokens INTEGER NOT NULL, ttft BLOB NOT NULL, tpot BLOB NOT NULL,
   e2e BLOB NOT NULL, PRIMARY KEY (subject, hour)) WITHOUT ROWID;
-DROP TABLE IF EXISTS leaders;
 CREATE TABLE IF NOT EXISTS decisions (
   task TEXT PRIMARY KEY, rule TEXT NOT NULL, mix TEXT NOT NULL, base TEXT NOT NULL, since REAL NOT NULL,
   reason TEXT NOT NULL) WITHOUT ROWID;
@@ -71,7 +76,7 @@ CREATE TABLE IF NOT EXISTS decisions (
 
 @dataclass(frozen=True)
 class Subject:
-    """What a score is about. `mix` is canonical JSON of `[[version label, weight], ...]`, sorted."""
+    """What a score is about. `mix` is canonical JSON of `[[version label, float32 weight], ...]`, sorted."""
 
     task: str
     mix: str
@@ -79,7 +84,7 @@ class Subject:
 
     @staticmethod
     def of(task: str, versions: Iterable[tuple[Version, float]], base: str) -> Subject:
-        pairs = sorted([v.label, float(w)] for v, w in versions if w)
+        pairs = sorted([v.label, _written(w)] for v, w in versions if w)
         return Subject(task, json.dumps(pairs), base)
 
     @property
@@ -88,9 +93,14 @@ class Subject:
         return [label for label, _ in json.loads(self.mix)]
 
     @property
+    def choice(self) -> Choice:
+        """Labels of the versions, with their weights."""
+        return [(label, weight) for label, weight in json.loads(self.mix)]
+
+    @property
     def label(self) -> str:
-        """What people see: `name@digest`, `a@...*0.7+b@...*0.3`, or `base`."""
-        return "+".join(v if w == 1.0 else f"{v}*{w:g}" for v, w in json.loads(self.mix)) or "base"
+        """What people see: `name@digest`, `a@...*0.7+b@...*0.3`, or `base`. No two mixes have one label."""
+        return "+".join(v if w == 1.0 else f"{v}*{w:.9g}" for v, w in self.choice) or "base"
 
     @property
     def adapter(self) -> str:
@@ -100,7 +110,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer of a task, as far as quality needs it. Latencies in seconds, nan for none."""
+    """One answer of a task, as far as quality needs it. Latencies in seconds, nan for none.
+
+    `routed` says whether the task's route leads to this mix, so that it is no client's own.
+    """
 
     id: str
     subject: Subject
@@ -112,6 +125,7 @@ class Answered:
     ttft: float = float("nan")
     tpot: float = float("nan")
     e2e: float = float("nan")
+    routed: bool = True
     at: float = field(default_factory=time.time)
 
 
@@ -209,16 +223,16 @@ class Quality:
             self._add(subject, metric, EVALUATION, changes)
 
     def lead(self, task: str, rule: str, leader: Subject, reason: str) -> None:
-        """Remember who leads a task, and by which rule that was found."""
-        with self._lock, self._db:
+        """Remember who leads a task, and by which rule that was found. Raises StoreFailed if the disk refuses it."""
+        with self._lock, _told_of_the_disk(), self._db:
             self._db.execute(
                 "INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?, ?)",
                 (task, rule, leader.mix, leader.base, time.time(), reason),
             )
 
     def forget(self, task: str) -> None:
-        """Forget who leads a task that is gone or has another route."""
-        with self._lock, self._db:
+        """Forget who leads a task that is gone or has another route. Raises StoreFailed if the disk refuses it."""
+        with self._lock, _told_of_the_disk(), self._db:
             self._db.execute("DELETE FROM decisions WHERE task = ?", (task,))
 
     def flush(self) -> None:
@@ -257,8 +271,11 @@ class Quality:
         return [(*key, totals.mean) for key, totals in list(self._totals.items()) if totals.count]
 
     def performance(self, task: str) -> list[dict[str, Any]]:
-        """Per version: samples, quality by source with its interval, latencies, tokens, errors."""
-        with self._lock:
+        """Per version: samples, quality by source with its interval, latencies, tokens, errors.
+
+        Raises StoreFailed if the disk refuses what has to be written first.
+        """
+        with self._lock, _told_of_the_disk():
             self._flush()
             subjects = {subject: number for subject, number in self._ids.items() if subject.task == task}
             scores: dict[Subject, list[dict[str, Any]]] = {subject: [] for subject in subjects}
@@ -394,6 +411,8 @@ class Quality:
         traffic: dict[tuple[int, int], _Traffic] = {}
         rows = []
         for answered in pending:
+            if self._is_one_too_many(answered):
+                continue
             number = self._number(answered.subject)
             traffic.setdefault((number, int(answered.at) // HOUR), _Traffic()).add(answered)
             if not answered.failed:
@@ -409,6 +428,12 @@ class Quality:
                              (number, hour, *whole.sums, *blobs))  # fmt: skip
         return traffic
 
+    def _is_one_too_many(self, answered: Answered) -> bool:
+        subject = answered.subject
+        if answered.routed or subject in self._ids:
+            return False
+        return sum(known.task == subject.task for known in self._ids) >= MOST_SUBJECTS
+
     def _sweep_hourly(self, wall: float, steady: float) -> None:
         """Sweep once in an hour of running, if the wall clock went on as the other did: one that jumped is not to be
         trusted with what it would delete."""
@@ -423,14 +448,19 @@ class Quality:
             log.warning("the clock was set by %+.0f s; old quality records are kept for an hour more", drift)
 
     def _sweep(self, now: float) -> None:
-        """Forget what is older than it may be."""
-        old = now - self._retention
-        with self._db:
+        """Forget what is older than it may be, and the subjects of which nothing is left.
+
+        Sums are kept for a day at least, as the answers are that feedback may still be given to.
+        """
+        old = now - max(self._retention, DAY)
+        before = int(old) // HOUR
+        kept = " UNION ".join(f"SELECT subject FROM {sums}" for sums in _SUMS)
+        with self._all_or_nothing():
             self._db.execute("DELETE FROM answers WHERE at < ?", (now - DAY,))
             self._db.execute("DELETE FROM scores WHERE at < ?", (old,))
-            gone = self._db.execute("DELETE FROM hours WHERE hour < ?", (int(old) // HOUR,)).rowcount
-            self._db.execute("DELETE FROM traffic WHERE hour < ?", (int(old) // HOUR,))
-        if gone:
+            gone = [self._db.execute(f"DELETE FROM {sums} WHERE hour < ?", (before,)).rowcount for sums in _SUMS]
+            gone.append(self._db.execute(f"DELETE FROM subjects WHERE id NOT IN ({kept})").rowcount)
+        if any(gone):
             self._load(self._db)
 
     def _run(self) -> None:
@@ -458,6 +488,11 @@ def _told_of_the_disk() -> Iterator[None]:
 def _told(text: str | None) -> bytes:
     """An answer's words as accuracy compares them, but for case and space: what people write is not kept."""
     return digest((text or "").strip().lower())
+
+
+def _written(weight: float) -> float:
+    """A weight as a mix has it, in float32, by the fewest digits that tell it from all others."""
+    return float(str(np.float32(weight)))
 
 
 def digest(text: str) -> bytes:

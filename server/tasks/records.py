@@ -24,5 +24,6 @@ def remember(quality: Quality, generation: Generation, base: str) -> None:
             ttft=record.first_token - record.submitted,
             tpot=(record.finished - record.first_token) / (record.longest - 1) if record.longest > 1 else float("nan"),
             e2e=record.finished - record.submitted,
+            routed=task.route.leads_to(generation.target.choice),
         )
     )

@@ -86,7 +86,10 @@ class BestRouter:
         return turns[turn // EXPLORED % len(turns)]
 
     def review(self, task: Task, route: Best) -> Decision:
-        """Look at the scores again, and change the leader if that is proven. Called when a score has come."""
+        """Look at the scores again, and change the leader if that is proven. Called when a score has come.
+
+        Raises StoreFailed if a new leader cannot be written down.
+        """
         subjects = self._subjects(task, route)
         scores = {name: self._quality.hours(s, route.metric, route.source) for name, s in subjects.items()}
         current = self._leading(task, route)
@@ -110,9 +113,13 @@ class BestRouter:
         }
 
     def forget(self, task: str) -> None:
-        """Forget who leads a task that is gone or has no such route any more."""
+        """Forget who leads a task that is gone or has no such route any more, and whose turn it is.
+
+        Raises StoreFailed.
+        """
         self._quality.forget(task)
         self._leaders.pop(task, None)
+        self._turns.pop(task, None)
 
     def _leading(self, task: Task, route: Best) -> str | None:
         """The candidate whose very version has been proven better; None if there is none, or it has changed."""

@@ -94,8 +94,14 @@ def test_prompts_are_logged_only_if_asked(start: Any, tmp_path: Any, caplog: pyt
     quiet.generate("a private matter", max_tokens=1)
     quiet.generate("a private matter", max_tokens=100000)
     assert "/generate" in caplog.text and "private" not in caplog.text
-    ours = [record for record in caplog.records if record.name == "server.api.limits" and "/generate" in record.message]
-    lines = [json.loads(logs.JsonLines().format(record)) for record in ours]
+
+    def told() -> list[logging.LogRecord]:
+        return [r for r in caplog.records if r.name == "server.api.limits" and "/generate" in r.getMessage()]
+
+    end = time.monotonic() + 30
+    while len(told()) < 2 and time.monotonic() < end:  # a line is written once its answer has left
+        time.sleep(0.005)
+    lines = [json.loads(logs.JsonLines().format(record)) for record in told()]
     assert [line["status"] for line in lines] == [200, 400]
     assert all(line["request_id"].startswith("req-") for line in lines)
     loud = start(log_prompts=True, state_dir=tmp_path / "other")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from adapters.errors import UnknownAdapter
 from server.metrics import (
     DURATION_BUCKETS,
     MAX_PAIRS,
@@ -164,11 +165,18 @@ def test_a_live_server_tells_of_its_traffic(live: Any) -> None:
     assert set(stats["memory"]) >= {"base", "kv_cache", "adapters", "activations", "process"}
 
 
-def test_what_one_more_adapter_costs_and_how_many_fit(live: Any) -> None:
+def test_what_one_more_adapter_costs_and_how_many_fit(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = live.http.get("/adapters").json()["adapters"]
     told = live.http.get("/stats").json()["adapters"]
     assert told["one_more"] == sum(a["bytes"] for a in listed) // len(listed)
     assert told["more_fit"] == (told["budget"] - told["bytes"]) // told["one_more"] > 0
+
+    def gone(name: str) -> Any:
+        raise UnknownAdapter(name)
+
+    monkeypatch.setattr(live.house.parts.registry, "current", gone)
+    looks = [live.http.get(path).status_code for path in ("/stats", "/metrics")]
+    assert looks == [200, 200], "an adapter may be retired while somebody looks"
 
 
 def test_what_outlives_its_name_is_no_series(live: Any) -> None:
@@ -200,7 +208,11 @@ def test_quality_is_told_of_tasks_and_versions_that_there_are(live: Any, write_a
     assert live.http.post("/tasks/mood/feedback", json=sent).status_code == 204
     version = answer["adapters"][0]["version"]
     labels = {"task": "mood", "version": version, "metric": "accuracy", "source": "feedback"}
-    assert value(live.http.get("/metrics").text, "loramux_task_quality", **labels) == 0.5
+    own = live.generate("x", task="mood", adapters=[{"name": "mood", "weight": 0.123}]).json()
+    assert live.http.post("/tasks/mood/feedback", json={"id": own["id"], "score": 1.0}).status_code == 204
+    told = live.http.get("/metrics").text
+    assert value(told, "loramux_task_quality", **labels) == 0.5
+    assert "0.123" not in told, "weights that a client makes up are no label"
     assert live.http.delete("/tasks/mood").status_code == 200
     assert "loramux_task_quality{" not in live.http.get("/metrics").text
     assert live.http.put("/tasks/mood", json={"prompt": "{input}"}).status_code == 201

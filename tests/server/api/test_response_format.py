@@ -117,5 +117,8 @@ async def test_schemas_that_are_slow_to_compile_delay_nobody_else(live: Any, mon
         assert long.status_code == 400, "its bounds were looked at"
         assert (await http.get("/tasks/mood/performance")).status_code == 200
         assert not any(task.done() for task in waiting)
+        monkeypatch.setattr("server.engine.grammar.MAX_WAITING", 40)
+        refused = await http.post("/v1/chat/completions", json=body)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) == 1
         release.set()
         assert {answer.status_code for answer in await asyncio.gather(*waiting)} == {200}

@@ -32,6 +32,8 @@ def test_a_put_reads_what_a_get_answers(live: Any) -> None:
     assert live.http.put("/tasks/own", json=got).json() == got
     assert [t["name"] for t in live.http.get("/tasks").json()["tasks"]] == ["mood", "own"]
     assert live.http.put("/tasks/a", json=BODY).json()["route"] == {"choice": [{"name": "a", "weight": 1.0}]}
+    route = {"choice": [{"name": "a", "weight": 0.7}]}
+    assert live.http.put("/tasks/a", json={**BODY, "route": route}).json()["route"] == route, "and not 0.699999988"
 
 
 def test_tasks_outlive_the_server(start: Any, tmp_path: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import json
 import logging
@@ -18,10 +19,11 @@ import typer
 from pydantic import SecretStr
 from typer.testing import CliRunner
 
+from server.api.runtime import Runtime
 from server.cli import adapters as cli_adapters
 from server.cli import app, logs, main, terminal
 from server.cli.options import EVERYTHING, SECRET
-from server.cli.serve import listen
+from server.cli.serve import _server, listen
 from server.doctor import examine
 from server.errors import BadSetting
 from server.settings import Settings, flag
@@ -219,6 +221,22 @@ def test_listening() -> None:
             listen("127.0.0.1", port)
     with pytest.raises(BadSetting, match="can not listen"):
         listen("no such host", 0)
+
+
+@pytest.mark.parametrize("drain", [0.0, 0.02])
+def test_a_server_ends_once_it_drains_and_not_before(drain: float) -> None:
+    async def ticked() -> list[bool]:
+        settings = Settings(drain=drain)
+        runtime = Runtime(settings)
+        server = _server(settings, lambda: None, runtime)
+        server.server_state.tasks.add(asyncio.create_task(asyncio.sleep(0.1)))
+        ended = [await server.on_tick(1)]
+        runtime.drain()
+        ended.append(await server.on_tick(2))
+        await asyncio.sleep(drain)
+        return [*ended, await server.on_tick(3)]
+
+    assert asyncio.run(ticked()) == [False, drain == 0.0, True]
 
 
 def test_json_log_lines() -> None:

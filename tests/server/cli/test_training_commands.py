@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from adapters import peft_format
@@ -101,7 +102,10 @@ def test_seeds_that_are_no_numbers_are_named(given: Path) -> None:
 
 
 def test_ranks_of_their_own_and_pruning_are_reached_from_train(given: Path) -> None:
-    made = told("train", "echo.toml", "--rank", "4", "--auto-rank", "--prune-to", "2", "--steps", "3", "--seed", "5")
+    torch.set_num_threads(2)
+    asked = ["--rank", "4", "--auto-rank", "--prune-to", "2", "--steps", "3", "--seed", "5", "--threads", "1"]
+    made = told("train", "echo.toml", *asked)
+    assert torch.get_num_threads() == 1
     weights = peft_format.read_folder(given / made["path"], name="echo")
     assert max(weights.ranks) <= 2 and made["config"]["seed"] == 5
     card = weights.metadata["card"]

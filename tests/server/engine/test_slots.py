@@ -8,7 +8,7 @@ import pytest
 
 from adapters.weights import LoraWeights
 from server.engine.slots import Room, Slots
-from server.errors import NoCapacity
+from server.errors import EngineFailed, NoCapacity
 
 
 @pytest.fixture
@@ -72,6 +72,24 @@ def test_adapters_of_waiting_requests_are_copied_while_others_run(bench: Any, to
     assert made.engine.holds(tools.digest_of("a2"))
     made.settle()
     assert second.tokens == tools.solo(second, made.runner.vocab)
+    made.check_empty()
+
+
+def test_what_cannot_be_copied_ahead_ends_its_own_request_alone(bench: Any, tools: Any) -> None:
+    made = bench(max_batch=1, room=Room(100, lambda weights: 95 if weights.name == "a2" else 10))
+
+    def broken(weights: LoraWeights) -> None:
+        if weights.name == "a3":
+            raise ValueError("no place")
+
+    made.runner.on_place = broken
+    served, large, odd, last = (
+        made.submit([5, 6, 7], mix=tools.mix_of(*names)) for names in (("a1",), ("a1", "a2"), ("a3",), ("a4",))
+    )
+    made.settle()
+    assert isinstance(large.error, NoCapacity) and isinstance(odd.error, EngineFailed)
+    for request in (served, last):
+        assert request.tokens == tools.solo(request, made.runner.vocab)
     made.check_empty()
 
 

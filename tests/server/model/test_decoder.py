@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,27 +12,15 @@ from torch import nn
 from adapters.weights import LoraWeights, LowRank
 from server.engine.batch import Batch
 from server.engine.runner import TorchRunner
-from server.kernels import Backend, choose
-from server.kernels.weight import Weight
+from server.kernels import choose
 from server.model.attention import Context, PackedAttention
-from server.model.config import ModelConfig, from_hf
+from server.model.config import from_hf
 from server.model.decoder import Decoder
 from server.model.quantization import quantize
+from tests.server.kernels.tiny import Tiny
 
 TOLERANCE = 1e-4
 BLOCK = 4
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A base made of a Transformers model's own tensors."""
-
-    config: ModelConfig
-    weights: dict[str, Weight]
-    tensors: dict[str, torch.Tensor]
-    backend: Backend
-
-
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,

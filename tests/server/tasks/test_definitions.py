@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from adapters.errors import InvalidChoice
 from server.engine.request import Sampling
 from server.errors import InvalidRequest
 from server.tasks import sampling
-from server.tasks.definitions import Best, Fixed, parse
+from server.tasks.definitions import Best, Fixed, parse, parse_choice
 from server.tasks.sampling import Room
 
 ROOM = Room(context=100, vocabulary=1000)
@@ -86,3 +87,17 @@ def test_feedback_decides_accuracy_and_evaluation_everything() -> None:
     assert route(source="evaluation", min_samples=9) == Best(("a", "b"), "accuracy", "evaluation", 9)
     with pytest.raises(InvalidRequest, match="set source to evaluation"):
         route(metric="chrf", source="feedback")
+
+
+def test_a_route_knows_the_choices_that_it_leads_to() -> None:
+    fixed, best = Fixed((("a@123456", 0.7), ("b", -0.3), ("c", 0.0))), Best(("a", "b@123456"))
+    assert fixed.leads_to([("b", float(np.float32(-0.3))), ("a", 0.7)])
+    assert not fixed.leads_to([("b", -0.3), ("a", 0.71)])
+    assert Fixed().leads_to([]) and not fixed.leads_to([])
+    assert best.leads_to([("b", 1.0)]) and not best.leads_to([("b", 0.5)]) and not best.leads_to([("c", 1.0)])
+
+
+@pytest.mark.parametrize("weight", [17, -16.5, 10**400, float("nan"), float("inf")])
+def test_a_weight_that_is_no_finite_number_up_to_16_is_refused(weight: float) -> None:
+    with pytest.raises(InvalidChoice, match="from -16 to 16"):
+        parse_choice([{"name": "a", "weight": weight}], "route")

@@ -33,6 +33,8 @@ def test_subjects_are_versions_weights_and_base() -> None:
     assert mixed == Subject.of("t", [(A, -2.0), (B, 0.5)], "base") and mixed.adapter == "a+b"
     assert mixed.label == f"a@{'a' * 12}*-2+b@{'b' * 12}*0.5"
     assert Subject.of("t", [(A, 0.0)], "base").label == "base"
+    close = [Subject.of("t", [(A, weight)], "base") for weight in (0.7, 0.7 + 1e-12, 0.7000001)]
+    assert close[0] == close[1] and [s.label[-10:] for s in close[1:]] == ["aaaaaa*0.7", "*0.7000001"]
     assert len({one, mixed, Subject.of("t", [(A, 1.0)], "other"), Subject.of("u", [(A, 1.0)], "base")}) == 4
 
 
@@ -84,13 +86,34 @@ def test_feedback_is_for_a_day(tmp_path: Path) -> None:
     quality.close()
 
 
-def test_old_rows_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scored", [True, False])
+def test_old_rows_go(tmp_path: Path, scored: bool) -> None:
     quality, subject = Quality(tmp_path / "quality.db", retention=module.DAY), Subject.of("t", [], "base")
     quality.answered(answered("one", subject))
-    quality.feedback("t", "one", "", score=1.0, expected=None)
+    if scored:
+        quality.feedback("t", "one", "", score=1.0, expected=None)
+    quality.flush()
     quality._sweep(time.time() + 3 * module.DAY)
     assert quality.totals(subject, "accuracy", "feedback").count == 0
-    assert quality.performance("t")[0]["requests"] == 0
+    assert quality.performance("t") == []
+    quality.answered(answered("two", subject))
+    assert [told["requests"] for told in quality.performance("t")] == [1]
+    quality.close()
+
+
+def test_mixes_that_clients_make_up_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_SUBJECTS", 3)
+    quality = Quality(tmp_path / "quality.db")
+    made_up = [Subject.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
+    for n, subject in enumerate([*made_up, made_up[0]]):
+        quality.answered(answered(f"{n}", subject, routed=False))
+    quality.answered(answered("own", Subject.of("t", [(B, 1.0)], "base")))
+    quality.answered(answered("other", Subject.of("u", [(A, 0.5)], "base"), routed=False))
+    told = {version["version"]: version["requests"] for version in quality.performance("t")}
+    assert list(told.values()) == [2, 1, 1, 1] and f"b@{'b' * 12}" in told
+    assert len(quality.performance("u")) == 1
+    with pytest.raises(UnknownName):
+        quality.feedback("t", "4", "", score=1.0, expected=None)
     quality.close()
 
 
@@ -137,6 +160,10 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.Lo
         quality.answered(answered(f"more-{n}", second))
     with pytest.raises(StoreFailed, match="full"):
         quality.feedback("t", "one", "", score=1.0, expected=None)
+    with pytest.raises(StoreFailed, match="full"):
+        quality.performance("t")
+    with pytest.raises(StoreFailed, match="full"):
+        quality.lead("t", "accuracy by feedback", second, "x" * 100_000)
     third = Subject.of("t", [(B, 1.0)], "base")
     with pytest.raises(StoreFailed, match="full"):
         quality.evaluated(third, "accuracy", {f"{i}": 1.0 for i in range(2000)})
