@@ -311,25 +311,31 @@ class Scheduler:
                 continue
             if plan.tokens >= plan.most or len(self.running) >= self.limits.max_batch:
                 if self.slots.room is not None:
-                    self._prefetch(now)
+                    self._prefetch(now, plan)
                 return
             try:
                 self._try(request, now, plan)
-            except NoCapacity as e:
-                self._end_in(plan, request, e, now)
-            except Exception as e:  # the runner refused to place its adapters: that is this request's failure alone
-                log.error("%s: its adapters could not be placed", request.id, exc_info=e)
-                failure = EngineFailed("the request's adapters could not be placed; the server's log says why")
-                self._end_in(plan, request, failure, now)
+            except Exception as e:
+                self._refuse(plan, request, e, now)
         self._changed = owing
 
-    def _prefetch(self, now: float) -> None:
+    def _prefetch(self, now: float, plan: Plan) -> None:
         """Ask for the adapters of the next to enter, and let those that have come be copied beside the steps."""
-        for request in itertools.islice(self.waiting.in_order(), PREFETCHED):
+        for request in list(itertools.islice(self.waiting.in_order(), PREFETCHED)):
             if not self.slots.has(request.mix):
                 weights = self.loads.ask(request, now)
                 if weights is not None:
-                    self.slots.offer(request.mix, weights)
+                    try:
+                        self.slots.offer(request.mix, weights)
+                    except Exception as e:
+                        self._refuse(plan, request, e, now)
+
+    def _refuse(self, plan: Plan, request: Request, error: Exception, now: float) -> None:
+        """Its adapters could not be placed: that is this request's failure alone."""
+        if not isinstance(error, NoCapacity):
+            log.error("%s: its adapters could not be placed", request.id, exc_info=error)
+            error = EngineFailed("the request's adapters could not be placed; the server's log says why")
+        self._end_in(plan, request, error, now)
 
     def _owes_room(self, now: float) -> bool:
         """Whether a load has lacked room in RAM for too long, so that slots must fall idle.

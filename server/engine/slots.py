@@ -86,7 +86,10 @@ class Slots:
         return tuple((self._slot_of[digest], weight) for digest, weight in mix)
 
     def offer(self, mix: Mix, weights: Sequence[LoraWeights]) -> None:
-        """Let a mix that will be needed be copied meanwhile, into room that nobody has; what finds none is left."""
+        """Let a mix that will be needed be copied meanwhile, into room that nobody has; what finds none is left.
+
+        Raises as `reserve` does; then the adapter that is at fault has no slot.
+        """
         if self.room is None:
             return
         for digest, cost in self._costs(mix, weights).items():
@@ -94,7 +97,12 @@ class Slots:
                 continue
             slot = self._slot_of[digest] = self._open.pop()
             one = next(each for each in weights if each.digest == digest)
-            self._place(slot, one)
+            try:
+                self._place(slot, one)
+            except BaseException:
+                self._held.remove(digest)
+                self._vacate(digest)
+                raise
             self._bytes[digest] = one.nbytes
 
     def free(self, mix: Mix) -> None:
