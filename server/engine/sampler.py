@@ -82,7 +82,7 @@ class Sampler:
         top_k = np.zeros(len(how), np.int32)
         for item, alone, row in zip(asked, simple, starts.tolist(), strict=False):
             sampling = item.request.sampling
-            if alone and sampling.temperature > 0.0:
+            if alone and sampling.temperature >= _TINY:
                 noise = uniform(item.request.seed, len(item.request.output))
                 how[row] = sampling.temperature, sampling.top_p, sampling.min_p, noise
                 top_k[row] = sampling.top_k
