@@ -24,6 +24,7 @@ from server.api.runtime import Model, Parts
 from server.api.watchdog import Watchdog
 from server.engine.engine import Engine
 from server.engine.grammar import Grammars
+from server.engine.overlap import OverlappedEngine
 from server.engine.runner import Runner, make_runner
 from server.engine.text import Text
 from server.jobs.evaluating import Evaluating
@@ -279,13 +280,15 @@ def _ending(settings: Settings, quality: Quality, text: Text, base_id: str) -> C
 def _engine(settings: Settings, base: Base, registry: Registry, text: Text, context: int) -> tuple[Runner, Engine]:
     """The runner of the base's kernels, and the engine on it."""
     of_device: dict[str, Any]
+    kind = Engine
     if base.backend.name == "cuda":
+        kind = OverlappedEngine
         runner, of_device = _on_gpu(settings, base, context)
     else:
         runner = make_runner(base, settings.max_slots, settings.threads or os.cpu_count() or 1)
         blocks = kv_blocks(settings, runner.block_bytes(settings.block_size), context)
         of_device = {"blocks": blocks, "max_slots": settings.max_slots}
-    engine = Engine(
+    engine = kind(
         runner,
         fetch=registry.fetch,
         text=text,

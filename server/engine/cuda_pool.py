@@ -160,7 +160,7 @@ def _in_one_piece(weights: LoraWeights, dtype: torch.dtype) -> tuple[torch.Tenso
     begin, size = flat.data_ptr(), flat.element_size()
     places = {}
     for path, (a, b, _) in weights.modules.items():
-        at = a.storage_offset(), b.storage_offset()
+        at = int(a.storage_offset()), int(b.storage_offset())
         within = a.data_ptr() - size * at[0] == begin == b.data_ptr() - size * at[1]
         if not (within and a.dtype == b.dtype == dtype and a.is_contiguous() and b.t().is_contiguous()):
             raise ValueError(f"the update of {path} was not prepared for the CUDA kernels")

@@ -142,6 +142,13 @@ class Scheduler:
 
     # -- a step
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the next plan is sure to take back nothing that a running request holds."""
+        if len(self.running) > self.kv.available:  # each needs one block more, at most
+            return False
+        return not self.waiting or not self.running or self._youngest().priority <= self.waiting.priority
+
     def plan(self, now: float) -> Plan:
         """What runs next. Requests that end here (deadline, failed load) are done and only have to be told."""
         plan = Plan(most=self._most_tokens())

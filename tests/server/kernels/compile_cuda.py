@@ -152,6 +152,7 @@ def main(which: str, capability: int) -> int:
     logits = torch.empty(4, config.vocab_size, device=META)
     how, tokens = torch.empty(4, 4, device=META), torch.empty(4, dtype=torch.int32, device=META)
     sampling.draw(logits, how, tokens, tokens)
+    sampling.recall(tokens, tokens)
     print(f"{len(compiler.seen)} kernels for capability {capability}, {len(compiler.failed)} failed", flush=True)
     return 1 if compiler.failed else 0
 

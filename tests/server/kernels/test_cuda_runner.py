@@ -22,6 +22,7 @@ from server.engine.runner import Runner, TorchRunner
 from server.errors import BadModel, NoCapacity
 from server.kernels.cuda import Cuda
 from server.kernels.reference import Reference
+from server.model.on_device import DeviceModel, DeviceStep
 from tests.server.kernels import tiny
 from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of, error, llama, random_tokens
 
@@ -121,7 +122,7 @@ def test_greedy_answers_are_those_of_the_reference() -> None:
         for turn in range(2):
             if isinstance(runner, CudaRunner):
                 how = np.tile(np.array([0.0, 1.0, 0.0, 0.0], np.float32), (3, 1))
-                chosen = runner.draw(logits.to(DEVICE), how, np.zeros(3, np.int32)).tolist()
+                chosen = runner.draw(logits.to(DEVICE), how, np.zeros(3, np.int32)).read().tolist()
                 assert chosen == logits.argmax(1).tolist()
             for sequence, row in zip(batch, logits, strict=True):
                 sequence.tokens.append(int(row.argmax()))
@@ -131,6 +132,45 @@ def test_greedy_answers_are_those_of_the_reference() -> None:
             logits = step(runner, [(s, 1) for s in batch])
         answers.append([s.tokens for s in batch])
     assert answers[0] == answers[1]
+
+
+def test_a_step_goes_on_from_tokens_that_nobody_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a bucket and beside a prefill: a token below 0 is the one that the last draw has in that row."""
+
+    def count(step: DeviceStep, *_: object) -> torch.Tensor:
+        """A model that counts: after a token comes the next one."""
+        following = step.tokens.index_select(0, step.logit_rows)[:, None] + 1
+        return (following == torch.arange(61, device=DEVICE)).float()
+
+    monkeypatch.setattr(DeviceModel, "logits", lambda self, *step: count(*step))
+    runner, batch = cuda_runner(bases("llama-int4")[0]), sequences([5, 1, 4], [(), (), ()])
+    for sequence, last in zip(batch, (20, 30, 40), strict=True):
+        sequence.tokens[-1] = last
+    reads = []
+    for new in ([(0, 5), (1, 1)], [(1, 1), (0, 1)], [(2, 4), (1, 1), (0, 1)], [(0, 1), (1, 1), (2, 1)]):
+        logits = runner.run(batch_of([(batch[i], n) for i, n in new], False)).rows
+        drawn = runner.draw(logits, np.zeros((len(new), 4), np.float32), np.zeros(len(new), np.int32))
+        reads.append(lambda drawn=drawn: drawn.read().tolist())
+        for row, (i, _) in enumerate(new):
+            batch[i].tokens.append(-1 - row)
+    assert [read() for read in reads] == [[21, 31], [32, 22], [41, 33, 23], [24, 34, 42]]
+    nothing = runner.draw(logits[:0], np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
+    assert nothing.read().tolist() == []
+
+
+def test_every_kind_of_prompt_is_run_before_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no step waits for a compiler. What they do is the model's own matter."""
+    seen = []
+
+    def note(self: DeviceModel, step: DeviceStep, *_: object) -> torch.Tensor:
+        seen.append((step.tokens.shape[0], step.adapters, step.prefills is not None))
+        return torch.zeros(step.logit_rows.shape[0], 61, device=DEVICE)
+
+    monkeypatch.setattr(DeviceModel, "logits", note)
+    runner = cuda_runner(bases("llama-int4")[0])
+    seen.clear()
+    runner._warm_up()
+    assert seen == [(rows, adapters, True) for rows in (2, 17, 64) for adapters in (False, True)]
 
 
 def test_steps_of_single_rows_are_padded_to_buckets() -> None:
