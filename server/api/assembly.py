@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         settings.key_rate, settings.key_concurrency, settings.task_rate, settings.task_concurrency
     )
     inference.on_ended = _ending(settings, quality, text, base.id)
-    training = _ground(settings, base, source, registry, store, tasks)
+    training = _ground(settings, base, source, registry, store, tasks, runner)
     evaluations = _evaluations(inference, prompts, mailbox)
     jobs = _jobs(settings, training, tasks, quality, evaluations, router, base, engine.lend)
     parts = Parts(
@@ -187,7 +187,13 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
 
 
 def _ground(
-    settings: Settings, base: Base, source: Path | None, registry: Registry, store: Store, tasks: Tasks
+    settings: Settings,
+    base: Base,
+    source: Path | None,
+    registry: Registry,
+    store: Store,
+    tasks: Tasks,
+    runner: Runner,
 ) -> Ground:
     return Ground(
         origin=None if source is None else _origin(settings, base, source),
@@ -198,7 +204,18 @@ def _ground(
         registry=registry,
         store=store,
         tasks=tasks,
+        lend=_lender(base, runner),
     )
+
+
+def _lender(base: Base, runner: Runner) -> Callable[[], Mapping[str, Any] | None]:
+    """What says how much of the GPU a training process may have."""
+    if base.backend.name != "cuda":
+        return lambda: None
+    from server.engine.cuda_runner import CudaRunner
+
+    assert isinstance(runner, CudaRunner), "the CUDA kernels have one runner"
+    return runner.loan
 
 
 def _origin(settings: Settings, base: Base, source: Path) -> BaseSource:

@@ -18,7 +18,7 @@ import torch
 from adapters.weights import LoraWeights
 from server.engine.batch import Batch, Logits
 from server.engine.cuda_batch import WIDTHS, Numbers, Shape, batch_buckets, describe, on_device, tile_rows
-from server.engine.cuda_memory import Shares, share_out
+from server.engine.cuda_memory import Shares, left_for_training, share_out
 from server.engine.cuda_pool import AdapterPool
 from server.engine.slots import Room
 from server.kernels.cuda import sampling
@@ -183,6 +183,20 @@ class CudaRunner:
             told["device_reserved"] = torch.cuda.memory_reserved(self._device)
             work = max(work, told["device_reserved"] - sum(known.values()))
         return {**known, **told, "activations": work}
+
+    def loan(self) -> dict[str, Any]:
+        """What a training process may have of the device beside this runner, as JSON. From any thread.
+
+        `memory` bytes, and `base`, its matrices; None where the driver does not share them.
+        """
+        free, _ = torch.cuda.mem_get_info(self._device)
+        reserved = torch.cuda.memory_reserved(self._device)
+        try:
+            base = self._model.told()
+        except OSError as error:
+            log.warning("the base is not shared with training processes: %s", error)
+            base = None
+        return {"memory": left_for_training(free, self.shares.total, reserved), "base": base}
 
     def release(self) -> None:
         """Give the device's memory back. Nothing else may be called after it."""

@@ -20,7 +20,7 @@ from server.engine.cuda_pool import AdapterPool
 from server.engine.cuda_runner import CudaRunner
 from server.engine.runner import Runner, TorchRunner
 from server.errors import BadModel, NoCapacity
-from server.kernels.cuda import Cuda
+from server.kernels.cuda import Cuda, packing
 from server.kernels.reference import Reference
 from server.model.on_device import DeviceModel, DeviceStep
 from tests.server.kernels import tiny
@@ -247,6 +247,19 @@ def test_nothing_is_left_out_of_the_account() -> None:
     ours_alone = {"base", "kv_cache", "slots", "activations"}
     assert set(kinds) == {*ours_alone, "device_budget", *device}
     assert sum(kinds[kind] for kind in ours_alone) <= kinds["device_budget"]
+
+
+def test_every_quantized_matrix_can_be_lent_as_it_is() -> None:
+    """Joined or not, from the one piece of memory that all lie in."""
+    for family in FAMILIES:
+        ours, _ = bases(family)
+        model = DeviceModel(ours, DEVICE, FLOAT)
+        quantized = {path: weight for path, weight in ours.weights.items() if weight.scheme != "none"}
+        assert set(model._parts) == set(quantized)
+        for path, part in model._parts.items():
+            assert torch.equal(packing.dequantize(part).cpu(), packing.dequantize(quantized[path]))
+            storage = model._piece.memory.untyped_storage()
+            assert all(t.untyped_storage().data_ptr() == storage.data_ptr() for t in part.tensors.values())
 
 
 def test_shapes_that_the_kernels_do_not_take_are_refused() -> None:
