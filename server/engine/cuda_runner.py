@@ -95,6 +95,10 @@ class CudaRunner:
         """What was drawn last: the tokens that the next batch means by those below 0."""
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._graph_memory: Any = None
+        # One stream for all captures: what one graph has let go of is taken again by another on the same stream alone.
+        self._capturing: Any = None
+        if device.type == "cuda":
+            self._capturing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._numbers = torch.zeros(1, dtype=torch.int32, device=device)
         self._max_step_tokens = max_step_tokens
         self._block_size = self._width = 0
@@ -242,8 +246,7 @@ class CudaRunner:
         found = self._graphs.get(shape)
         if found is not None:
             return found
-        waiting = self._numbers.clone()
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        waiting, stream = self._numbers.clone(), self._capturing
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(), torch.cuda.stream(stream):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -156,6 +158,45 @@ def test_a_step_goes_on_from_tokens_that_nobody_has_read(monkeypatch: pytest.Mon
     assert [read() for read in reads] == [[21, 31], [32, 22], [41, 33, 23], [24, 34, 42]]
     nothing = runner.draw(logits[:0], np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
     assert nothing.read().tolist() == []
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the real calls are made there")
+def test_graphs_share_their_memory_and_leave_the_step_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured once each, on one stream into one pool, without rows or lanes; with stand-ins for CUDA's calls."""
+    captures, computed = [], []
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            assert other is not self
+
+    class Graph:
+        def pool(self) -> str:
+            return "pool"
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        captures.append((pool, stream, capture_error_mode, len(computed)))
+        yield
+
+    def note(self: DeviceModel, step: DeviceStep, *_: object) -> torch.Tensor:
+        computed.append(step)
+        assert step.positions.tolist() == [-1] * len(step.positions) and not step.lanes.tiles.any()
+        return torch.zeros(step.logit_rows.shape[0], 61)
+
+    monkeypatch.setattr(DeviceModel, "logits", note)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    other = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: other)
+    runner = cuda_runner(bases("llama-int4")[0])
+    runner._capturing = Stream()
+    runner._numbers[:] = torch.arange(len(runner._numbers))
+    for shape in (runner._bucket(2, 0), runner._bucket(4, 64), runner._bucket(2, 0)):
+        assert isinstance(runner._graph(shape), Graph)
+    assert captures == [(None, runner._capturing, "thread_local", 1), ("pool", runner._capturing, "thread_local", 3)]
+    assert len(computed) == 4, "each has run once before it was captured"
+    assert torch.equal(runner._numbers, torch.arange(len(runner._numbers), dtype=torch.int32))
 
 
 def test_every_kind_of_prompt_is_run_before_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
