@@ -90,7 +90,7 @@ class Sampler:
     def _pick_there(self, logits: torch.Tensor, work: Sequence[Work], draw: Draw) -> list[Pick]:
         asked = [item for item in work if item.logits]
         if not any(is_simple(item.request) for item in asked):
-            return self._pick_here(Logits(logits), work)
+            return self._pick_here(Logits(logits.cpu()), work)  # both what is largest and the rows are looked at
         tokens = self._ask(logits, asked, draw).read()
         picks: list[Pick] = []
         for item in asked:
@@ -98,7 +98,7 @@ class Sampler:
             if is_simple(item.request):
                 picks += drawn_picks(tokens[row : row + 1])
             else:
-                picks += self._pick_here(Logits(logits[row : row + item.logits]), [item])
+                picks += self._pick_here(Logits(logits[row : row + item.logits].cpu()), [item])
         return picks
 
     @staticmethod

@@ -24,7 +24,7 @@ from adapters.weights import LoraWeights
 from server.engine.text import Text
 from server.jobs.encoding import Template, encoder
 from server.jobs.errors import JobError
-from server.jobs.loan import take
+from server.jobs.loan import at, device_of, take
 from server.jobs.recipe import Recipe
 from server.jobs.run import card, on_base
 from server.jobs.spec import CHECKPOINTS, EVALUATED, JUDGED, NOTE, RESULT, TRAINED, VALIDATED, Spec
@@ -65,10 +65,10 @@ def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[
     JobError for the files and the settings, and where the GPU lacks room, TrainingStopped if `stop` said so (the
     checkpoint is written).
     """
-    device = torch.device("cuda" if base.backend.name == "cuda" and torch.cuda.is_available() else "cpu")
+    device = device_of(base)
     try:
         placed = base.to(device) if spec.loan is None else take(base, spec.loan, device, tell)
-        with device:
+        with at(device):
             return _fine_tune(spec, placed, folder, tell, stop)
     except torch.OutOfMemoryError as error:
         raise JobError(
@@ -194,13 +194,8 @@ def _read(path: Path, name: str, param: str) -> list[Record]:
 
 
 def _config(spec: Spec, base: Base, examples: Examples) -> TrainingConfig:
-    """The spec's config; an adapter to start from gives ranks and modules.
-
-    On a GPU, whose memory serving has, layers keep no more than their inputs for the way back.
-    """
+    """The spec's config; an adapter to start from gives ranks and modules."""
     config = on_base(spec.config, base)
-    if base.backend.name == "cuda":
-        config = replace(config, activation_checkpointing=True)
     if spec.init is None:
         return config
     start = _adapter(spec, base, spec.init)

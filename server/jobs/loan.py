@@ -1,10 +1,11 @@
-"""What a server lends to a training process of its GPU: a share of the memory, and its own matrices to train on.
+"""Where training runs, and what a server lends to it of its GPU: a share of the memory, and its own matrices.
 
 Owns how a process takes it. What there is to lend is the runner's to say (engine/cuda_runner.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,16 @@ from server.jobs.errors import JobError
 from server.jobs.spec import NOTE
 from server.kernels.cuda import shared
 from server.model.loader import Base
+
+
+def device_of(base: Base) -> torch.device:
+    """Where a base is trained on: on the GPU, if its kernels are for one and there is one."""
+    return torch.device("cuda" if base.backend.name == "cuda" and torch.cuda.is_available() else "cpu")
+
+
+def at(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """What is made within is made on that device."""
+    return contextlib.nullcontext() if device.type == "cpu" else device
 
 
 def take(base: Base, loan: Mapping[str, Any], device: torch.device, tell: Callable[[dict[str, Any]], None]) -> Base:
