@@ -11,7 +11,7 @@ import numpy as np
 from adapters.weights import LoraWeights, Mix
 from benchmarks.gpu_base import random_adapters, vocabulary_of
 from server.engine.cuda_runner import SLOTS
-from server.engine.engine import Engine
+from server.engine.overlap import OverlappedEngine
 from server.engine.request import Request, Sampling
 from server.engine.text import Text
 
@@ -69,7 +69,7 @@ class _Kept:
 def _throughput(bench: Any, kept: _Kept, count: int, requests: int, popularity: str) -> float:
     """Tokens a second of answers to `requests` requests that all wait from the start."""
     config = bench.config
-    engine = Engine(
+    engine = OverlappedEngine(
         bench.runner,
         fetch=kept.fetch,
         text=Text(vocabulary_of(config.vocab_size)),

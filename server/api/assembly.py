@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from server.api.runtime import Model, Parts
 from server.api.watchdog import Watchdog
 from server.engine.engine import Engine
 from server.engine.grammar import Grammars
+from server.engine.overlap import OverlappedEngine
 from server.engine.runner import Runner, make_runner
 from server.engine.text import Text
 from server.jobs.evaluating import Evaluating
@@ -147,7 +148,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         settings.key_rate, settings.key_concurrency, settings.task_rate, settings.task_concurrency
     )
     inference.on_ended = _ending(settings, quality, text, base.id)
-    training = _ground(settings, base, source, registry, store, tasks)
+    training = _ground(settings, base, source, registry, store, tasks, runner)
     evaluations = _evaluations(inference, prompts, mailbox)
     jobs = _jobs(settings, training, tasks, quality, evaluations, router, base, engine.lend)
     parts = Parts(
@@ -186,7 +187,13 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
 
 
 def _ground(
-    settings: Settings, base: Base, source: Path | None, registry: Registry, store: Store, tasks: Tasks
+    settings: Settings,
+    base: Base,
+    source: Path | None,
+    registry: Registry,
+    store: Store,
+    tasks: Tasks,
+    runner: Runner,
 ) -> Ground:
     return Ground(
         origin=None if source is None else _origin(settings, base, source),
@@ -197,7 +204,18 @@ def _ground(
         registry=registry,
         store=store,
         tasks=tasks,
+        lend=_lender(base, runner),
     )
+
+
+def _lender(base: Base, runner: Runner) -> Callable[[], Mapping[str, Any] | None]:
+    """What says how much of the GPU a training process may have."""
+    if base.backend.name != "cuda":
+        return lambda: None
+    from server.engine.cuda_runner import CudaRunner
+
+    assert isinstance(runner, CudaRunner), "the CUDA kernels have one runner"
+    return runner.loan
 
 
 def _origin(settings: Settings, base: Base, source: Path) -> BaseSource:
@@ -279,13 +297,15 @@ def _ending(settings: Settings, quality: Quality, text: Text, base_id: str) -> C
 def _engine(settings: Settings, base: Base, registry: Registry, text: Text, context: int) -> tuple[Runner, Engine]:
     """The runner of the base's kernels, and the engine on it."""
     of_device: dict[str, Any]
+    kind = Engine
     if base.backend.name == "cuda":
+        kind = OverlappedEngine
         runner, of_device = _on_gpu(settings, base, context)
     else:
         runner = make_runner(base, settings.max_slots, settings.threads or os.cpu_count() or 1)
         blocks = kv_blocks(settings, runner.block_bytes(settings.block_size), context)
         of_device = {"blocks": blocks, "max_slots": settings.max_slots}
-    engine = Engine(
+    engine = kind(
         runner,
         fetch=registry.fetch,
         text=text,

@@ -216,7 +216,9 @@ def _base(model: str, state_dir: Path, kernels: str):  # type: ignore[no-untyped
     from server.sources import resolve_model
 
     found = resolve_model(model, state_dir)
-    return load_base(found.path, name=found.name, backend=choose(kernels), cache_dir=state_dir / "cache")
+    # What is measured here, and the peers, are of the processor; a GPU has a script of its own, benchmarks/gpu.py.
+    backend = choose(kernels, "cpu")
+    return load_base(found.path, name=found.name, backend=backend, cache_dir=state_dir / "cache")
 
 
 def _job(base: Any, paths: list[Path], requests: int):  # type: ignore[no-untyped-def]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from server.cli.inprocess import open_base, threads_of
 from server.cli.options import BASE, AsJson, with_settings
 from server.cli.terminal import Progress, out, print_json, progress, size
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.kernels import Backend
 
 
 @with_settings(*BASE, "state_dir")
@@ -35,7 +38,6 @@ def train(
     from adapters.training import Event
     from server.jobs.recipe import packing, read_recipes
     from server.jobs.run import prepare, run
-    from server.kernels import choose
 
     torch.set_num_threads(threads_of(settings))
     given = {"lora_rank": rank, "max_steps": steps, "seed": seed}
@@ -49,9 +51,8 @@ def train(
             prune_to=prune_to or recipe.prune_to,
         )
         wanted.append((recipe, data or path.parent))
-    # Training multiplies in bf16 or fp32 over dequantized codes, which the reference kernels give exactly.
     settings = settings.where_not_given(packing([recipe for recipe, _ in wanted]))
-    base = open_base(settings, choose("reference"), quiet=as_json)
+    base = open_base(settings, training_backend(settings.device), quiet=as_json)
     for recipe, folder in wanted[1:]:
         prepare(recipe, base, folder)  # what is wrong with the last one's data is said before the first one's hours
     for recipe, folder in wanted:
@@ -73,3 +74,14 @@ def train(
                 f"{output / recipe.name}: {made['steps']} steps, {made['tokens_per_second'] or 0:,.0f} tokens/s"
                 + (f", peak {size(peak)}" if peak else "")
             )
+
+
+def training_backend(device: str) -> Backend:
+    """The kernels to train over: the GPU's where there is one to be used.
+
+    Training multiplies in bf16 or fp32 over dequantized codes, which on a CPU the reference kernels give exactly.
+    """
+    from server.kernels import choose, cuda
+
+    on_gpu = device == "cuda" or (device == "auto" and cuda.unavailable() is None)
+    return choose("cuda") if on_gpu else choose("reference")

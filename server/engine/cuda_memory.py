@@ -12,6 +12,8 @@ from server.model.config import ModelConfig
 
 RESERVE = 512 << 20
 """Bytes for graphs, a library's workspaces, and what the driver keeps for a context's kernels."""
+CONTEXT = 640 << 20
+"""Bytes that the driver takes for one more process, before it has allocated anything."""
 ADAPTER_SHARE = 0.25
 """Of what base and work buffers leave, for adapters, if nothing is said."""
 
@@ -51,6 +53,14 @@ def share_out(
             "raise --gpu-memory, or lower --kv-cache, --adapter-device-memory or --max-step-tokens"
         )
     return Shares(total, base, work, for_adapters, for_cache)
+
+
+def left_for_training(free: int, total: int, reserved: int) -> int:
+    """Bytes that a training process may take of the `free` ones: what serving has not taken yet of its `total` stays.
+
+    `reserved` is what it has. The process's own context is not in them.
+    """
+    return max(0, free - max(0, total - reserved) - CONTEXT)
 
 
 def work_bytes(config: ModelConfig, max_step_tokens: int) -> int:

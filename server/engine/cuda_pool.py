@@ -1,8 +1,9 @@
 """`AdapterPool`: the adapters on a GPU, in one piece of memory of a fixed number of bytes, each at its true size.
 
-Owns where each adapter lies and the tables that tell the kernels. Copies go over a stream of their own; whoever
-computes waits, on the device, for those it uses (`ready`). Does not know who may hold a slot (engine/slots.py): it is
-asked for room that there is, and moves adapters together where it is in too many pieces.
+Owns where each adapter lies and the tables that tell the kernels. Copies go over a stream of their own, all of them
+from pinned memory, so that nobody waits on the host; whoever computes waits, on the device, for those it uses
+(`ready`). Does not know who may hold a slot (engine/slots.py): it is asked for room that there is, and moves adapters
+together where it is in too many pieces.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from adapters.weights import LoraWeights
@@ -57,8 +59,10 @@ class AdapterPool:
         return sum(t.nbytes for t in (self.pool.values, self.pool.offsets, self.pool.ranks, self.pool.scales))
 
     def cost(self, weights: LoraWeights) -> int:
-        """Bytes that a prepared adapter takes of the pool."""
-        return _aligned(_in_one_piece(weights, self.pool.values.dtype)[0].numel()) * self.pool.values.element_size()
+        """Bytes that a prepared adapter takes of the pool. Asked for each of those that wait, so it is quick."""
+        size = self.pool.values.element_size()
+        held = next((update.A.untyped_storage().nbytes() for update in weights.modules.values()), 0)
+        return _aligned(-(-held // size)) * size
 
     def place(self, slot: int, weights: LoraWeights) -> None:
         """Copy a prepared adapter into a slot, behind whatever the device computes.
@@ -67,20 +71,22 @@ class AdapterPool:
         """
         self.clear(slot)
         flat, places = _in_one_piece(weights, self.pool.values.dtype)
-        offsets, ranks, scales = (table[slot] for table in self._tables)
-        ranks.zero_()
-        start = self._room(flat.numel())
-        for path, update in weights.modules.items():
-            site = self._site.get(path)
-            if site is None or (update.B.shape[0], update.A.shape[1]) != self._shapes[path]:
+        found = [self._site.get(path, -1) for path in places]
+        for path, site, update in zip(places, found, weights.modules.values(), strict=True):
+            if site < 0 or (update.B.shape[0], update.A.shape[1]) != self._shapes[path]:
                 raise ValueError(f"the base has no linear {path} that this adapter could change")
-            offsets[site] = torch.tensor(places[path])
-            ranks[site], scales[site] = update.rank, update.scale
+        start = self._room(flat.numel())
+        # Numpy: a call of torch for each of hundreds of numbers takes longer than the copy.
+        offsets, ranks, scales = (table[slot].numpy() for table in self._tables)
+        ranks[:] = 0
+        if found:
+            offsets[found] = np.array(list(places.values()), np.int64) + start
+            ranks[found] = [update.rank for update in weights.modules.values()]
+            scales[found] = [update.scale for update in weights.modules.values()]
         self._placed[slot] = (start, _aligned(flat.numel()))
-        offsets += start
-        self.ranks[slot] = max((update.rank for update in weights.modules.values()), default=0)
+        self.ranks[slot] = int(ranks.max())
         with self._copying(slot):
-            self._tell(slot)  # first: behind the copy it would wait for it, since the tables are not pinned
+            self._tell(slot)
             self.pool.values[start : start + flat.numel()].copy_(flat, non_blocking=True)
 
     def clear(self, slot: int) -> None:
@@ -96,9 +102,10 @@ class AdapterPool:
                 torch.cuda.current_stream().wait_event(event)
 
     def _tell(self, slot: int) -> None:
-        """Bring a slot's rows of the tables to the device."""
+        """Bring a slot's rows of the tables to the device, from memory that nobody changes until they are there."""
         for table, held in zip(self._tables, (self.pool.offsets, self.pool.ranks, self.pool.scales), strict=True):
-            held[slot].copy_(table[slot])
+            row = table[slot]
+            held[slot].copy_(row if self._stream is None else row.pin_memory(), non_blocking=True)
 
     @contextmanager
     def _copying(self, *slots: int) -> Iterator[None]:
@@ -148,16 +155,17 @@ class AdapterPool:
 
 def _in_one_piece(weights: LoraWeights, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, tuple[int, int]]]:
     """The memory of a prepared adapter, and where in it each module's A and B begin."""
-    flat: torch.Tensor | None = None
+    first = next((update.A for update in weights.modules.values()), torch.empty(0, dtype=dtype))
+    flat = torch.empty(0, dtype=first.dtype).set_(first.untyped_storage())
+    begin, size = flat.data_ptr(), flat.element_size()
     places = {}
-    for path, update in weights.modules.items():
-        if flat is None:
-            flat = torch.empty(0, dtype=dtype).set_(update.A.untyped_storage())
-        same = all(m.dtype == dtype and m.untyped_storage().data_ptr() == flat.data_ptr() for m in update[:2])
-        if not same or not update.A.is_contiguous() or not update.B.t().is_contiguous():
+    for path, (a, b, _) in weights.modules.items():
+        at = int(a.storage_offset()), int(b.storage_offset())
+        within = a.data_ptr() - size * at[0] == begin == b.data_ptr() - size * at[1]
+        if not (within and a.dtype == b.dtype == dtype and a.is_contiguous() and b.t().is_contiguous()):
             raise ValueError(f"the update of {path} was not prepared for the CUDA kernels")
-        places[path] = (int(update.A.storage_offset()), int(update.B.storage_offset()))
-    return (torch.empty(0, dtype=dtype) if flat is None else flat), places
+        places[path] = at
+    return flat, places
 
 
 def _aligned(size: int) -> int:

@@ -1,8 +1,8 @@
 """`CudaRunner`: the third implementation behind `runner.run`. Triton kernels on one GPU, a graph for each bucket.
 
 Owns the device's memory: the model, the KV cache, the pool of adapters, the graphs. Nothing waits for the device
-between a batch and its logits, which stay there; `draw` brings tokens back. Without a GPU, under Triton's interpreter,
-the same code runs on a CPU's tensors without graphs.
+between a batch and its logits, which stay there, nor between logits and tokens, which the next batch may name before
+they are read. Without a GPU, under Triton's interpreter, the same code runs on a CPU's tensors without graphs.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from adapters.weights import LoraWeights
 from server.engine.batch import Batch, Logits
 from server.engine.cuda_batch import WIDTHS, Numbers, Shape, batch_buckets, describe, on_device, tile_rows
-from server.engine.cuda_memory import Shares, share_out
+from server.engine.cuda_memory import Shares, left_for_training, share_out
 from server.engine.cuda_pool import AdapterPool
 from server.engine.slots import Room
 from server.kernels.cuda import sampling
+from server.kernels.cuda.products import DENSE_ROWS, FEW_ROWS
 from server.model.decoder import Source
 from server.model.on_device import DeviceModel, DeviceStep
 
@@ -42,12 +44,28 @@ def gpu_memory(wanted: int | float | None, device: int = 0) -> int:
     return int(free * (SHARE if wanted is None else wanted))
 
 
+class DeviceDrawn:
+    """Tokens on their way from the device; see `Drawn`."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._done = torch.cuda.Event() if tokens.is_cuda else None  # type: ignore[no-untyped-call]
+        self._host = torch.empty(tokens.shape, dtype=torch.int32, pin_memory=tokens.is_cuda)
+        self._host.copy_(tokens, non_blocking=True)
+        if self._done is not None:
+            self._done.record()
+
+    def read(self) -> npt.NDArray[np.int32]:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host.numpy()
+
+
 class CudaRunner:
     """One model on one GPU. Not thread-safe: the engine's thread alone calls it.
 
-    Steps of up to `max_batch` single rows run as graphs. `memory` is what there is for all in bytes; `kv_cache` and
-    `adapters` are what is wanted of it, None for a share; no sequence is longer than `context`. Raises BadModel, and
-    NoCapacity if the base leaves too little.
+    Steps of up to `max_batch` single rows run as graphs, and a prompt has up to `max_step_tokens` in one. `memory` is
+    what there is for all in bytes; `kv_cache` and `adapters` are what is wanted of it, None for a share; no sequence is
+    longer than `context`. Raises BadModel, and NoCapacity if the base leaves too little.
     """
 
     def __init__(
@@ -73,9 +91,16 @@ class CudaRunner:
         self._buckets = batch_buckets(max_batch)
         self._storage = torch.empty(0)
         self._results = torch.empty(max_batch, base.config.vocab_size, device=device)
+        self._drawn = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        """What was drawn last: the tokens that the next batch means by those below 0."""
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._graph_memory: Any = None
+        # One stream for all captures: what one graph has let go of is taken again by another on the same stream alone.
+        self._capturing: Any = None
+        if device.type == "cuda":
+            self._capturing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._numbers = torch.zeros(1, dtype=torch.int32, device=device)
+        self._max_step_tokens = max_step_tokens
         self._block_size = self._width = 0
 
     @property
@@ -84,7 +109,8 @@ class CudaRunner:
         return self._pool.room
 
     def allocate(self, blocks: int, block_size: int) -> None:
-        """Also makes the graphs of steps without adapters: those with adapters are made when they are first needed."""
+        """Also compiles the kernels, and makes the graphs of steps with no adapters and few: other graphs are made when
+        they are first needed."""
         config = self._config
         shape = (config.num_hidden_layers, blocks, config.num_key_value_heads, 2, block_size, config.head_dim)
         self._storage = torch.empty(0)
@@ -97,9 +123,11 @@ class CudaRunner:
         largest = max(self._bucket(size, WIDTHS[-1]).elements for size in self._buckets)
         self._numbers = torch.zeros(largest, dtype=torch.int32, device=self._device)
         if self._device.type == "cuda":
+            self._warm_up()
             for size in reversed(self._buckets):
-                self._graph(self._bucket(size, 0))
-            log.info("the graphs of %d batch sizes are made", len(self._buckets))
+                for width in (0, WIDTHS[0]):
+                    self._graph(self._bucket(size, width))
+            log.info("the kernels are compiled, the graphs of %d batch sizes are made", len(self._buckets))
 
     def place(self, slot: int, weights: LoraWeights) -> None:
         self._pool.place(slot, weights)
@@ -109,15 +137,17 @@ class CudaRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Logits:
-        """See `Runner`. The logits are the device's, and good until the next step."""
+        """See `Runner`. The logits are the device's, and good until the next step.
+
+        A token of the batch below 0 is the one that was drawn last in row -1 - token.
+        """
         numbers = describe(batch, self._pool.ranks)
         self._check(batch)
         self._pool.ready({slot for mix in batch.mixes for slot, _ in mix})
         shape = numbers.shape.bucket(self._buckets, self._width)
         if shape is None:
             memory = self._host(numbers, numbers.shape).to(self._device, non_blocking=True)
-            step = on_device(numbers.shape, memory)
-            return Logits(self._model.logits(step, self._storage, self._pool.pool))
+            return Logits(self._logits(on_device(numbers.shape, memory)))
         self._numbers[: shape.elements].copy_(self._host(numbers, shape), non_blocking=True)
         if self._device.type == "cuda":
             self._graph(shape).replay()
@@ -126,14 +156,18 @@ class CudaRunner:
         return Logits(self._results[: batch.rows])
 
     @torch.inference_mode()
-    def draw(self, logits: torch.Tensor, how: np.ndarray, top_k: np.ndarray) -> np.ndarray:
-        """A token of each row of a step's logits, int32, -1 where one is not finite; see kernels/cuda/sampling.py.
+    def draw(self, logits: torch.Tensor, how: np.ndarray, top_k: np.ndarray) -> DeviceDrawn:
+        """A token of each row of a step's logits; see kernels/cuda/sampling.py. Does not wait for the device.
 
-        how float32 [L, 4] is temperature, top_p, min_p and noise. Waits for the device.
+        how float32 [L, 4] is temperature, top_p, min_p and noise.
         """
-        tokens = torch.empty(logits.shape[0], dtype=torch.int32, device=self._device)
-        sampling.draw(logits, self._sent(torch.from_numpy(how)), self._sent(torch.from_numpy(top_k)), tokens)
-        return tokens.cpu().numpy()
+        rows = logits.shape[0]
+        tokens = self._drawn[:rows]
+        if rows > len(tokens):  # of prompts that are scored, which no batch goes on from
+            tokens = torch.empty(rows, dtype=torch.int32, device=self._device)
+        if rows:
+            sampling.draw(logits, self._sent(torch.from_numpy(how)), self._sent(torch.from_numpy(top_k)), tokens)
+        return DeviceDrawn(tokens)
 
     def block_bytes(self, block_size: int) -> int:
         config = self._config
@@ -154,12 +188,51 @@ class CudaRunner:
             work = max(work, told["device_reserved"] - sum(known.values()))
         return {**known, **told, "activations": work}
 
+    def loan(self) -> dict[str, Any]:
+        """What a training process may have of the device beside this runner, as JSON. From any thread.
+
+        `memory` bytes, and `base`, its matrices; None where the driver does not share them.
+        """
+        free, _ = torch.cuda.mem_get_info(self._device)
+        reserved = torch.cuda.memory_reserved(self._device)
+        try:
+            base = self._model.told()
+        except OSError as error:
+            log.warning("the base is not shared with training processes: %s", error)
+            base = None
+        return {"memory": left_for_training(free, self.shares.total, reserved), "base": base}
+
     def release(self) -> None:
         """Give the device's memory back. Nothing else may be called after it."""
         self._graphs.clear()
-        del self._model, self._pool, self._storage, self._results, self._numbers
+        del self._model, self._pool, self._storage, self._results, self._numbers, self._drawn
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Run prompts of every kind that the kernels tell apart, with and without an adapter (an empty slot's).
+
+        A kernel takes seconds to compile, all of them take longer than a step may that is not taken for stuck.
+        """
+        most = min(self._max_step_tokens, self._width * self._block_size)
+        for rows in sorted({min(rows, most) for rows in (2, 17, FEW_ROWS + 1, 2 * FEW_ROWS + 1, DENSE_ROWS, most)}):
+            for mix in ((), ((0, 1.0),)):
+                batch = Batch(
+                    tokens=torch.zeros(rows, dtype=torch.int64),
+                    positions=torch.arange(rows),
+                    row_start=torch.tensor([0, rows], dtype=torch.int32),
+                    context=torch.tensor([rows], dtype=torch.int32),
+                    blocks=torch.arange(-(-rows // self._block_size), dtype=torch.int32)[None],
+                    logit_rows=torch.tensor([rows - 1]),
+                    mixes=(mix,),
+                    block_size=self._block_size,
+                )
+                self._check(batch)
+                numbers = describe(batch, [1])
+                memory = self._host(numbers, numbers.shape).to(self._device)
+                logits = self._logits(on_device(numbers.shape, memory))
+        self.draw(logits, np.array([[1.0, 0.9, 0.1, 0.5]], np.float32), np.array([3], np.int32)).read()
 
     # -- graphs
 
@@ -173,8 +246,7 @@ class CudaRunner:
         found = self._graphs.get(shape)
         if found is not None:
             return found
-        waiting = self._numbers.clone()
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        waiting, stream = self._numbers.clone(), self._capturing
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(), torch.cuda.stream(stream):
@@ -192,8 +264,11 @@ class CudaRunner:
 
     def _compute(self, shape: Shape) -> None:
         """A bucket's step, from the numbers in their place to the results in theirs."""
-        logits = self._model.logits(self._step(shape), self._storage, self._pool.pool)
-        self._results[: shape.logits].copy_(logits)
+        self._results[: shape.logits].copy_(self._logits(self._step(shape)))
+
+    def _logits(self, step: DeviceStep) -> torch.Tensor:
+        sampling.recall(step.tokens, self._drawn)
+        return self._model.logits(step, self._storage, self._pool.pool)
 
     def _step(self, shape: Shape) -> DeviceStep:
         return on_device(shape, self._numbers[: shape.elements])
@@ -215,7 +290,7 @@ class CudaRunner:
         """The kernels trust what they are given; these are the engine's own invariants."""
         assert self._storage.numel(), "allocate comes before run"
         tokens, last = batch.tokens.numpy(), int(batch.positions.max())
-        assert 0 <= tokens.min() and tokens.max() < self._config.vocab_size
+        assert -len(self._drawn) <= tokens.min() and tokens.max() < self._config.vocab_size
         assert last < self._width * self._block_size, "a position is beyond the cache or the model's context"
         assert last < batch.blocks.shape[1] * self._block_size
         assert int(batch.blocks.max()) < self._storage.shape[1]

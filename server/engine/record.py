@@ -64,10 +64,21 @@ class StepRecord:
         if together != self._together:
             self._together = together
             self._tell(", ".join(f"{item.request.id}{_digests(item)}" for item in plan.work))
+        return self.wait(runner)
+
+    def wait(self, runner: Callable[[], T]) -> T:
+        """What the runner answers, timed as its part: of this step, or what it owes of the one before."""
         began = time.monotonic()
         answer = runner()
         self.runner_seconds += time.monotonic() - began
         return answer
+
+    def landed(self) -> Literal[True]:
+        """Nothing new was run; what the runner owed has come."""
+        assert self._began is not None, "it has begun"
+        self.seconds += time.monotonic() - self._began
+        self._began = None
+        return True
 
     def end(self) -> Literal[True]:
         """The step is over."""

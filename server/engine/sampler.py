@@ -10,7 +10,7 @@ min_p -> one uniform number against the distribution's sum over ids, ascending.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,17 @@ from server.errors import EngineFailed, InvalidRequest
 
 Row = npt.NDArray[np.float32]
 
-Draw = Callable[[torch.Tensor, npt.NDArray[np.float32], npt.NDArray[np.int32]], npt.NDArray[np.int32]]
+
+class Drawn(Protocol):
+    """Tokens that a device has been told to draw."""
+
+    def read(self) -> npt.NDArray[np.int32]:
+        """int32 [L], -1 for a row that is not finite. Waits for the device."""
+
+
+Draw = Callable[[torch.Tensor, npt.NDArray[np.float32], npt.NDArray[np.int32]], Drawn]
 """Of logits [L, vocab] on a device, a float32 [L, 4] of temperature (0: the largest), top_p, min_p and noise, and an
-int32 [L] of top_k: the tokens, -1 for a row that is not finite."""
+int32 [L] of top_k: the tokens, without waiting for them."""
 
 _STRIDE = 256
 """Ids whose probabilities are summed before the sums are: the draw then looks into one stretch alone."""
@@ -71,28 +79,40 @@ class Sampler:
                 picks.append(greedy[row] if is_plain(item.request) else self._pick_row(rows[row], item.request, i))
         return picks
 
+    def ahead(self, logits: Logits, work: Sequence[Work]) -> Drawn | None:
+        """The tokens of a step, drawn on the device while others go on; None if a row wants more than a token."""
+        asked = [item for item in work if item.logits]
+        if self._draw_there is None or not all(is_simple(item.request) for item in asked):
+            return None
+        return self._ask(logits.rows, asked, self._draw_there)
+
     def _pick_there(self, logits: torch.Tensor, work: Sequence[Work], draw: Draw) -> list[Pick]:
         asked = [item for item in work if item.logits]
-        simple = [is_simple(item.request) for item in asked]
-        if not any(simple):
-            return self._pick_here(Logits(logits), work)
+        if not any(is_simple(item.request) for item in asked):
+            return self._pick_here(Logits(logits.cpu()), work)  # both what is largest and the rows are looked at
+        tokens = self._ask(logits, asked, draw).read()
+        picks: list[Pick] = []
+        for item in asked:
+            row = len(picks)
+            if is_simple(item.request):
+                picks += drawn_picks(tokens[row : row + 1])
+            else:
+                picks += self._pick_here(Logits(logits[row : row + item.logits].cpu()), [item])
+        return picks
+
+    @staticmethod
+    def _ask(logits: torch.Tensor, asked: Sequence[Work], draw: Draw) -> Drawn:
+        """Have the rows of simple requests drawn as they want it; the largest of the others, for nobody."""
         starts = np.cumsum([0, *(item.logits for item in asked)])
         how = np.zeros((int(starts[-1]), 4), np.float32)
         top_k = np.zeros(len(how), np.int32)
-        for item, alone, row in zip(asked, simple, starts.tolist(), strict=False):
+        for item, row in zip(asked, starts.tolist(), strict=False):
             sampling = item.request.sampling
-            if alone and sampling.temperature >= _TINY:
+            if sampling.temperature >= _TINY and is_simple(item.request):
                 noise = uniform(item.request.seed, len(item.request.output))
                 how[row] = sampling.temperature, sampling.top_p, sampling.min_p, noise
                 top_k[row] = sampling.top_k
-        tokens = draw(logits, how, top_k).tolist()
-        picks: list[Pick] = []
-        for item, alone, row in zip(asked, simple, starts.tolist(), strict=False):
-            if alone:
-                picks.append(Pick(tokens[row]) if tokens[row] >= 0 else _not_finite())
-            else:
-                picks += self._pick_here(Logits(logits[row : row + item.logits]), [item])
-        return picks
+        return draw(logits, how, top_k)
 
     def _pick_row(self, raw: Row, request: Request, i: int) -> Pick:
         if not np.isfinite(raw).all():
@@ -152,6 +172,11 @@ class Sampler:
         if at == _STRIDE:  # the two ways to sum round differently: take the last that has a chance
             at = int(np.searchsorted(inside, inside[-1], side="left"))
         return stretch * _STRIDE + at
+
+
+def drawn_picks(tokens: npt.NDArray[np.int32]) -> list[Pick]:
+    """What a device has drawn, as picks."""
+    return [Pick(token) if token >= 0 else _not_finite() for token in tokens.tolist()]
 
 
 def is_plain(request: Request) -> bool:

@@ -142,6 +142,13 @@ class Scheduler:
 
     # -- a step
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the next plan is sure to take back nothing that a running request holds."""
+        if len(self.running) > self.kv.available:  # each needs one block more, at most
+            return False
+        return not self.waiting or not self.running or self._youngest().priority <= self.waiting.priority
+
     def plan(self, now: float) -> Plan:
         """What runs next. Requests that end here (deadline, failed load) are done and only have to be told."""
         plan = Plan(most=self._most_tokens())
@@ -316,19 +323,26 @@ class Scheduler:
             try:
                 self._try(request, now, plan)
             except Exception as e:
-                self._end_in(plan, request, _not_placed(request, e), now)
+                self._refuse(plan, request, e, now)
         self._changed = owing
 
     def _prefetch(self, now: float, plan: Plan) -> None:
         """Ask for the adapters of the next to enter, and let those that have come be copied beside the steps."""
-        for request in itertools.islice(self.waiting.in_order(), PREFETCHED):
+        for request in list(itertools.islice(self.waiting.in_order(), PREFETCHED)):
             if not self.slots.has(request.mix):
                 weights = self.loads.ask(request, now)
                 if weights is not None:
                     try:
                         self.slots.offer(request.mix, weights)
                     except Exception as e:
-                        self._end_in(plan, request, _not_placed(request, e), now)
+                        self._refuse(plan, request, e, now)
+
+    def _refuse(self, plan: Plan, request: Request, error: Exception, now: float) -> None:
+        """Its adapters could not be placed: that is this request's failure alone."""
+        if not isinstance(error, NoCapacity):
+            log.error("%s: its adapters could not be placed", request.id, exc_info=error)
+            error = EngineFailed("the request's adapters could not be placed; the server's log says why")
+        self._end_in(plan, request, error, now)
 
     def _owes_room(self, now: float) -> bool:
         """Whether a load has lacked room in RAM for too long, so that slots must fall idle.
@@ -411,11 +425,3 @@ class Scheduler:
         self.waiting.remove(request)
         self.loads.leave(request)
         self._blocked.pop(request, None)
-
-
-def _not_placed(request: Request, error: Exception) -> Exception:
-    """How a request ends whose adapters have no place, or that the runner refused to place: it fails alone."""
-    if isinstance(error, NoCapacity):
-        return error
-    log.error("%s: its adapters could not be placed", request.id, exc_info=error)
-    return EngineFailed("the request's adapters could not be placed; the server's log says why")

@@ -88,7 +88,7 @@ class Slots:
     def offer(self, mix: Mix, weights: Sequence[LoraWeights]) -> None:
         """Let a mix that will be needed be copied meanwhile, into room that nobody has; what finds none is left.
 
-        Raises as `reserve` does; what could not be placed is not resident then.
+        Raises as `reserve` does; then the adapter that is at fault has no slot.
         """
         if self.room is None:
             return

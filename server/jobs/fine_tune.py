@@ -24,6 +24,7 @@ from adapters.weights import LoraWeights
 from server.engine.text import Text
 from server.jobs.encoding import Template, encoder
 from server.jobs.errors import JobError
+from server.jobs.loan import at, device_of, take
 from server.jobs.recipe import Recipe
 from server.jobs.run import card, on_base
 from server.jobs.spec import CHECKPOINTS, EVALUATED, JUDGED, NOTE, RESULT, TRAINED, VALIDATED, Spec
@@ -60,13 +61,15 @@ class Examples:
 def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[], bool]) -> LoraWeights:
     """Trains and writes `folder/result`. Goes on from the checkpoint in `folder`, if there is one.
 
-    On the GPU if the base's kernels are its, on memory of its own beside the server's. Raises JobError for the files
-    and the settings, and where the GPU lacks room, TrainingStopped if `stop` said so (the checkpoint is written).
+    On the GPU if the base's kernels are its, on the server's matrices and a share of the memory that it lends. Raises
+    JobError for the files and the settings, and where the GPU lacks room, TrainingStopped if `stop` said so (the
+    checkpoint is written).
     """
-    device = torch.device("cuda" if base.backend.name == "cuda" and torch.cuda.is_available() else "cpu")
+    device = device_of(base)
     try:
-        with device:
-            return _fine_tune(spec, base.to(device), folder, tell, stop)
+        placed = base.to(device) if spec.loan is None else take(base, spec.loan, device, tell)
+        with at(device):
+            return _fine_tune(spec, placed, folder, tell, stop)
     except torch.OutOfMemoryError as error:
         raise JobError(
             "no_memory", f"the GPU has no room for this training beside the server; lower --gpu-memory: {error}"

@@ -6,7 +6,7 @@ Owns the meaning of OpenAI's hyperparameters and of `lora`. Form and bounds of t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,7 +77,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Ground:
-    """What requests are checked against, and specs are made of. `origin` is None for a base that no file holds."""
+    """What requests are checked against, and specs are made of. `origin` is None for a base that no file holds.
+
+    `lend` says what a process may have of the GPU, None on a CPU.
+    """
 
     origin: BaseSource | None
     base_name: str
@@ -87,6 +90,7 @@ class Ground:
     registry: Registry
     store: Store
     tasks: TaskNames
+    lend: Callable[[], Mapping[str, Any] | None] = lambda: None
 
 
 def checked(asked: Asked, ground: Ground) -> dict[str, Any]:
@@ -208,4 +212,5 @@ def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path)
         rival=rival.resolve() if rival.exists() else None,
         auto_rank=lora["auto_rank"],
         prune_to=lora["prune_to"],
+        loan=ground.lend(),
     )

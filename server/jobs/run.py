@@ -19,6 +19,7 @@ from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
 from server.engine.text import Text
 from server.jobs.encoding import Template, encoder
+from server.jobs.loan import at, device_of
 from server.jobs.recipe import Recipe
 from server.jobs.trainable import Trainable
 from server.model.loader import Base
@@ -37,25 +38,27 @@ def run(
 ) -> LoraWeights:
     """Trains and writes `output/<name>`: the PEFT folder in bf16, task.json and a model card.
 
-    A run that was killed goes on from its last checkpoint when it is started again. Raises InvalidData for the data
+    On the GPU if the base's kernels are for one. A run that was killed goes on from its last checkpoint when it is
+    started again. Raises InvalidData for the data
     and TrainingStopped if `stop` said so.
     """
     examples, held = prepare(recipe, base, data_dir)
     folder = output / recipe.name
     checkpoints = output / CHECKPOINTS / recipe.name
-    model = Trainable(base, recipe.config.compute_dtype)
     config = on_base(recipe.config, base)
     make = search.auto_lora if recipe.auto_rank else train
-    weights = make(
-        model,
-        examples,
-        config,
-        name=recipe.name,
-        validation=held,
-        checkpoints=checkpoints,
-        on_event=on_event,
-        stop=stop,
-    )
+    device = device_of(base)
+    with at(device):
+        weights = make(
+            Trainable(base.to(device), recipe.config.compute_dtype),
+            examples,
+            config,
+            name=recipe.name,
+            validation=held,
+            checkpoints=checkpoints,
+            on_event=on_event,
+            stop=stop,
+        )
     if recipe.prune_to is not None:
         weights, _ = pruning.truncate(weights, recipe.prune_to, recipe.name)
     peft_format.save(
@@ -78,10 +81,15 @@ def prepare(recipe: Recipe, base: Base, data_dir: Path) -> tuple[Tokens, Tokens 
 
 
 def on_base(config: TrainingConfig, base: Base) -> TrainingConfig:
-    """The config with the base that it is really trained on."""
+    """The config with the base that it is really trained on. On a GPU layers keep their inputs alone for the way back:
+    its memory is scarcer than its time."""
     packed = base.quantization
     return replace(
-        config, model=base.name, quantization=str(packed["scheme"]), use_double_quant=bool(packed.get("double"))
+        config,
+        model=base.name,
+        quantization=str(packed["scheme"]),
+        use_double_quant=bool(packed.get("double")),
+        activation_checkpointing=config.activation_checkpointing or base.backend.name == "cuda",
     )
 
 

@@ -46,7 +46,8 @@ class Spec:
 
     `data_name` and `validation_name` are what people called the files. `held_out` is the share of the examples that
     is kept for validation if there is no file for that. `init` is the adapter to start from, `rival` the one that
-    the result would replace: its loss is told beside the result's.
+    the result would replace: its loss is told beside the result's. `loan` is what the server lends of its GPU (see
+    loan.py), if it has one.
     """
 
     base: BaseSource
@@ -65,6 +66,7 @@ class Spec:
     rival: Path | None = None
     auto_rank: bool = False
     prune_to: int | None = None
+    loan: Mapping[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Put the spec where the process looks for it."""

@@ -1,22 +1,25 @@
 """`DeviceModel`: a base's weights on a GPU and a step of its decoder as a list of Triton kernels.
 
-Owns the order of the kernels and what is put side by side: q, k and v, and gate and up, are one matrix each. It
-allocates and launches, and never waits for the device or looks at a value on it, so a step can be captured as a CUDA
-graph. Does not know requests, slots' contents or how a step's numbers came to the device.
+Owns the order of the kernels and what is put side by side: q, k and v, and gate and up, are one matrix each, all of
+them in one piece of memory. It allocates and launches, and never waits for the device or looks at a value on it, so a
+step can be captured as a CUDA graph. Does not know requests, slots' contents or how a step's numbers came to the
+device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from server.errors import BadModel
-from server.kernels.cuda import attention, finish, lora, packing, products, rows
+from server.kernels.cuda import attention, finish, lora, packing, products, rows, shared
 from server.kernels.cuda.lora import Lanes, Pool
 from server.kernels.cuda.products import Matrix
 from server.kernels.lora import SITES
 from server.kernels.stored import TILE
+from server.kernels.weight import Weight
 from server.model.config import ModelConfig
 from server.model.decoder import Source
 from server.model.rope import angles, frequencies
@@ -66,12 +69,18 @@ class DeviceModel:
     def __init__(self, base: Source, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = base.config, device, dtype
         _check(base.config)
+        self._piece = shared.Piece(shared.room(base.weights), device)
+        self._parts: dict[str, Weight] = {}
         self._layers = [self._layer(base, i) for i in range(base.config.num_hidden_layers)]
         self._table = self._matrix(base, "model.embed_tokens")
         self._head = self._table if base.config.tie_word_embeddings else self._matrix(base, "lm_head")
         self._norm = self._vector(base, "model.norm.weight")
         self._angles = (torch.empty(0), torch.empty(0))
         self.nbytes = sum(matrix.nbytes for matrix in self._matrices()) + sum(t.nbytes for t in self._vectors())
+
+    def told(self) -> dict[str, Any]:
+        """Where the quantized matrices of the base's modules lie, for another process; see kernels/cuda/shared.py."""
+        return shared.told(self._parts, self._piece.memory)
 
     def turn_up_to(self, positions: int) -> None:
         """Make the angles of so many positions."""
@@ -226,7 +235,15 @@ class DeviceModel:
         )
 
     def _matrix(self, base: Source, *paths: str) -> Matrix:
-        return Matrix(packing.side_by_side([base.weights[path] for path in paths], self.device), self.dtype)
+        joined = packing.side_by_side([base.weights[path] for path in paths], self.device)
+        if joined.scheme != "none":
+            joined = self._piece.keep(joined)
+            at = 0
+            for path in paths:
+                rows = base.weights[path].shape[0]
+                self._parts[path] = packing.part(joined, at, at + rows)
+                at += rows
+        return Matrix(joined, self.dtype)
 
     def _bias(self, base: Source, *paths: str) -> torch.Tensor | None:
         found = [base.tensors.get(f"{path}.bias") for path in paths]

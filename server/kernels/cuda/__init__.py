@@ -16,6 +16,7 @@ from adapters.weights import LoraWeights
 from server.kernels.adapter_memory import in_one_piece
 from server.kernels.cuda import packing
 from server.kernels.reference import prepared
+from server.kernels.stored import TILE
 from server.kernels.weight import Weight
 
 CAPABILITY = (8, 0)
@@ -54,17 +55,27 @@ class Cuda:
         return packing.pack(stored)
 
     def dequantize(self, weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        return packing.dequantize(weight, start, stop)
+        if not _is_on_gpu(weight) or start % TILE:
+            return packing.dequantize(weight, start, stop)
+        from server.kernels.cuda.products import dequantized
+
+        stop = weight.shape[0] if stop is None else min(stop, weight.shape[0])
+        return dequantized(packing.part(weight, start, stop), torch.float32)
 
     def prepare(self, weights: LoraWeights) -> LoraWeights:
         return in_one_piece(prepared(weights, self.dtype), self.dtype, pinned=torch.cuda.is_available())
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
-        if not x.is_cuda or weight.scheme == "none":
+        if not _is_on_gpu(weight):
             return F.linear(x, packing.dequantize(weight).to(x.dtype))
-        from server.kernels.cuda.products import Matrix
+        from server.kernels.cuda.products import dequantized
 
-        return F.linear(x, Matrix(weight, x.dtype).values(x.dtype))
+        return F.linear(x, dequantized(weight, x.dtype))
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
         return packing.rows(weight, ids)
+
+
+def _is_on_gpu(weight: Weight) -> bool:
+    """Whether a matrix is quantized and lies where the kernels run."""
+    return weight.scheme != "none" and weight.tensors["words"].is_cuda

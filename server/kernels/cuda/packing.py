@@ -94,6 +94,20 @@ def rows(table: Weight, ids: torch.Tensor) -> torch.Tensor:
     return dequantize(Weight(table.scheme, LAYOUT, (len(ids), table.shape[1]), table.group, found))
 
 
+def part(weight: Weight, start: int, stop: int) -> Weight:
+    """Outputs `start` to `stop` of a packed matrix, over the same memory. `start` is a multiple of 16."""
+    assert start % TILE == 0, "scales are in tiles of 16 outputs"
+    if weight.scheme == "none":
+        tensors = {name: tensor[start:stop] for name, tensor in weight.tensors.items()}
+    else:
+        tiles = slice(start // TILE, -(-stop // TILE))
+        tensors = {
+            name: tensor[:, tiles if name.endswith(("_step", "_base")) else slice(start, stop)]
+            for name, tensor in weight.tensors.items()
+        }
+    return Weight(weight.scheme, LAYOUT, (stop - start, weight.shape[1]), weight.group, tensors)
+
+
 def side_by_side(weights: Sequence[Weight], device: torch.device) -> Weight:
     """One matrix on `device` whose outputs are those of all `weights`, one after the other.
 
@@ -144,6 +158,7 @@ def _group_values(weight: Weight, name: str, start: int, stop: int) -> torch.Ten
     """The `scale` or `zero` of rows start..stop as float16 [rows, in/group]."""
     if not weight.double_quantized:
         return weight.tensors[name][:, start:stop].t()
-    codes = weight.tensors[f"{name}_codes"][:, start:stop].t().contiguous().view(torch.uint8)
+    turned = weight.tensors[f"{name}_codes"][:, start:stop].t()
+    codes = turned.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     codes = codes[:, : weight.shape[1] // weight.group]
     return decode_tiles(codes, weight.tensors[f"{name}_step"].t(), weight.tensors[f"{name}_base"].t(), start)

@@ -8,6 +8,7 @@ K is cut into `splits` ranges, whose sums are written side by side and added in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -215,15 +216,17 @@ def tiled_kernel(
 @triton.jit
 def dequantize_kernel(
     words, levels, scale, scale_codes, scale_step, scale_base, zero, zero_codes, zero_step, zero_base, out,
-    N, K,
+    rows, N, K,
     BN: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     SCHEME: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """out [N, K] = the matrix in out's dtype, a block of the inputs a program. For products with very many rows."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    """out [rows, K] = outputs of a matrix of N in out's dtype, a block of the inputs a program; the tensors begin at
+    the first of them. For products with very many rows, and for training."""
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = tl.minimum(row, rows - 1)
     block = tl.program_id(1)
     i = tl.arange(0, RUN)
-    tile = tl.load(words + (block * N + n)[:, None] * RUN + i[None, :], mask=(n < N)[:, None], other=0)
+    tile = tl.load(words + (block * N + n)[:, None] * RUN + i[None, :])
     for part in tl.static_range(PARTS):
         k = (block * PARTS + part) * RUN
         g = tl.minimum(k // GROUP, K // GROUP - 1)
@@ -233,8 +236,8 @@ def dequantize_kernel(
         values = part_values(tile, levels, part, SCHEME, tl.float32) * s[:, None]
         if SCHEME == INT4:
             values += z[:, None]
-        place = out + n[:, None].to(tl.int64) * K + (k + i)[None, :]
-        tl.store(place, values.to(out.dtype.element_ty), mask=(n < N)[:, None] & (k + i < K)[None, :])
+        place = out + row[:, None].to(tl.int64) * K + (k + i)[None, :]
+        tl.store(place, values.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (k + i < K)[None, :])
 
 
 @triton.jit
@@ -262,18 +265,10 @@ class Matrix:
         self.nbytes = self.dense_values.nbytes if self.dense else weight.nbytes
         if self.dense:
             return
-        words = weight.tensors["words"]
-        self.blocks = words.shape[0]
-        names = [f"{name}{suffix}" for name in ("scale", "zero") for suffix in ("", "_codes", "_step", "_base")]
-        # What a scheme lacks is never read: the words stand for it.
-        self.arguments = [words, NF4.to(words.device, dtype), *(weight.tensors.get(name, words) for name in names)]
-        self.constants: dict[str, Any] = {
-            "RUN": words.shape[2],
-            "PARTS": parts_of(weight.scheme),
-            "GROUP": weight.group,
-            "SCHEME": SCHEMES[weight.scheme],
-            "DOUBLE": weight.double_quantized,
-        }
+        self._weight = weight
+        self.blocks = weight.tensors["words"].shape[0]
+        self.arguments = arguments(weight, dtype)
+        self.constants = constants(weight)
 
     def tiling(self, rows: int) -> Tiling:
         """How a product with that many rows is cut."""
@@ -301,12 +296,44 @@ class Matrix:
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
         """The quantized matrix [rows, in] in a floating dtype, on its device."""
-        out = torch.empty(self.rows, self.width, dtype=dtype, device=self.arguments[0].device)
-        words, levels, *scales = self.arguments
-        dequantize_kernel[(-(-self.rows // 32), self.blocks)](
-            words, NF4.to(levels.device), *scales, out, self.rows, self.width, BN=32, **self.constants, **OPTIONS
-        )
-        return out
+        return dequantized(self._weight, dtype)
+
+
+def arguments(weight: Weight, dtype: torch.dtype) -> list[torch.Tensor]:
+    """A quantized matrix as the kernels take it. What a scheme lacks is never read: the words stand for it."""
+    words = weight.tensors["words"]
+    names = [f"{name}{suffix}" for name in ("scale", "zero") for suffix in ("", "_codes", "_step", "_base")]
+    return [words, nf4(words.device, dtype), *(weight.tensors.get(name, words) for name in names)]
+
+
+def constants(weight: Weight) -> dict[str, Any]:
+    """What the kernels are compiled for."""
+    return {
+        "RUN": weight.tensors["words"].shape[2],
+        "PARTS": parts_of(weight.scheme),
+        "GROUP": weight.group,
+        "SCHEME": SCHEMES[weight.scheme],
+        "DOUBLE": weight.double_quantized,
+    }
+
+
+@lru_cache
+def nf4(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The levels of nf4 on a device."""
+    return NF4.to(device, dtype)
+
+
+def dequantized(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """A quantized matrix [rows, in] in a floating dtype, on its device: a whole one, or a `packing.part`."""
+    rows, width = weight.shape
+    words = weight.tensors["words"]
+    blocks, _, run = words.shape
+    out = torch.empty(rows, width, dtype=dtype, device=words.device)
+    dequantize_kernel[(-(-rows // 32), blocks)](
+        *arguments(weight, torch.float32), out, rows, words.stride(0) // run, width, BN=32, **constants(weight),
+        **OPTIONS,
+    )  # fmt: skip
+    return out
 
 
 def group_sums(x: torch.Tensor, group: int, out: torch.Tensor) -> None:

@@ -1,4 +1,5 @@
-"""From logits on the device to tokens on the device: the largest, or a draw with temperature, top_k, top_p and min_p.
+"""From logits on the device to tokens on the device: the largest, or a draw with temperature, top_k, top_p and min_p;
+and from the tokens of one step to the next, without the host.
 
 A row is a program's alone and its noise is the one number it is given, so what is drawn does not depend on the batch.
 The order is the engine's sampler's: temperature -> top_k -> top_p -> min_p -> one uniform number against the sums over
@@ -109,6 +110,14 @@ def draw_kernel(logits, best, piece_token, how, top_k, out, V, pieces, BP: tl.co
     tl.store(out + row, tl.where(fine, token, -1))
 
 
+@triton.jit(do_not_specialize=["T"])
+def recall_kernel(tokens, drawn, T, BT: tl.constexpr):
+    """Each of tokens [T] that is below 0 becomes the one drawn in row -1 - token."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    token = tl.load(tokens + t, mask=t < T, other=0)
+    tl.store(tokens + t, tl.load(drawn - 1 - token, mask=token < 0, other=0), mask=token < 0)
+
+
 def draw(logits: torch.Tensor, how: torch.Tensor, top_k: torch.Tensor, out: torch.Tensor) -> None:
     """A token of each row of float32 logits [L, vocab] into int32 out [L], -1 where a logit is not finite.
 
@@ -123,3 +132,8 @@ def draw(logits: torch.Tensor, how: torch.Tensor, top_k: torch.Tensor, out: torc
     draw_kernel[(rows,)](
         logits, best, token, how, top_k, out, vocab, pieces, BP=triton.next_power_of_2(pieces), BV=PIECE, **OPTIONS
     )
+
+
+def recall(tokens: torch.Tensor, drawn: torch.Tensor) -> None:
+    """In tokens int32 [T], in place: -1 - r becomes what was drawn in row r, of drawn int32 [L]."""
+    recall_kernel[(-(-tokens.shape[0] // 256),)](tokens, drawn, tokens.shape[0], BT=256, num_warps=1, **OPTIONS)

@@ -144,3 +144,17 @@ def test_a_recipe_says_both_and_what_is_wrong_with_them(given: Path, line: str) 
 def test_the_plot_of_a_search_marks_what_was_chosen(tmp_path: Path) -> None:
     points = [(1, 1000, 0.8, 0.0, 10), (2, 2000, 0.9, 0.02, 30)]
     assert plots.quality(tmp_path / "q.png", "title", "accuracy", points, 2).stat().st_size > 1000
+
+
+def test_a_gpu_trains_where_there_is_one_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from server.cli.train import training_backend
+    from server.errors import BadSetting
+    from server.kernels import cuda
+
+    assert training_backend("cpu").name == "reference"
+    monkeypatch.setattr(cuda, "unavailable", lambda: "there is no GPU")
+    assert training_backend("auto").name == "reference"
+    with pytest.raises(BadSetting, match="there is no GPU"):
+        training_backend("cuda")
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    assert [training_backend(device).name for device in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "reference"]

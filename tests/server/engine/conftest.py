@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from adapters.weights import BASE_ALONE, LoraWeights, LowRank, Mix
 from server.engine.batch import Batch, Logits
 from server.engine.engine import Engine
+from server.engine.overlap import OverlappedEngine
 from server.engine.request import Delivery, Request, Sampling, State
 from server.engine.text import Text
 from server.model.vocabulary import Vocabulary
@@ -120,6 +121,49 @@ class FakeRunner:
         return {}
 
 
+class LateRunner(FakeRunner):
+    """A device that is launched and read later: it knows which tokens it has drawn, and `events` what came when."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__(vocab)
+        self.drawn = np.zeros(0, np.int32)
+        self.draws = 0
+        self.events: list[tuple[str, int]] = []
+
+    def run(self, batch: Batch) -> Logits:
+        self.events.append(("run", self.draws))
+        tokens = batch.tokens.numpy()
+        late = tokens < 0
+        tokens[late] = self.drawn[-1 - tokens[late]]
+        tokens[late & (tokens < 0)] = 0  # drawn from a row that was not finite
+        return super().run(batch)
+
+    def draw(self, logits: torch.Tensor, how: np.ndarray, top_k: np.ndarray) -> LateTokens:
+        """Temperature and noise alone."""
+        values = logits.numpy().astype(np.float64)
+        fine = np.isfinite(values).all(1)
+        tokens = values.argmax(1) if len(values) else np.zeros(0, np.int64)
+        for row in np.flatnonzero(fine & (how[:, 0] > 0)):
+            sums = np.exp((values[row] - values[row].max()) / how[row, 0]).cumsum()
+            tokens[row] = min(int(np.searchsorted(sums, how[row, 3] * sums[-1], side="right")), len(sums) - 1)
+        self.drawn = np.where(fine, tokens, -1).astype(np.int32)
+        self.draws += 1
+        return LateTokens(self.drawn.copy(), self.draws - 1, self.events)
+
+
+@dataclass
+class LateTokens:
+    """What `LateRunner` has drawn."""
+
+    tokens: np.ndarray
+    number: int
+    events: list[tuple[str, int]]
+
+    def read(self) -> np.ndarray:
+        self.events.append(("read", self.number))
+        return self.tokens
+
+
 @dataclass
 class Fetcher:
     """`fetch` whose loads end when the test says so, or at once for names in `ready` (all, if None)."""
@@ -190,7 +234,8 @@ class Bench:
 
     def __init__(self, text: Text, **options: Any) -> None:
         self.text = text
-        self.runner = FakeRunner(options.pop("vocab", text.size))
+        overlapped = options.pop("overlapped", False)
+        self.runner = (LateRunner if overlapped else FakeRunner)(options.pop("vocab", text.size))
         self.fetch = options.pop("fetch", None) or Fetcher()
         settings: dict[str, Any] = {
             "text": text,
@@ -204,7 +249,11 @@ class Bench:
             "max_slots": 8,
             "max_step_tokens": 32,
         }
-        self.engine = Engine(self.runner, fetch=self.fetch, **(settings | options))
+        if overlapped:
+            settings["draw"] = self.runner.draw
+        self.engine = (OverlappedEngine if overlapped else Engine)(
+            self.runner, fetch=self.fetch, **(settings | options)
+        )
         self.engine._inbox.open()
         self._ids = itertools.count()
 
@@ -290,7 +339,8 @@ def bench(text: Text) -> Callable[..., Bench]:
 class Tools:
     """What tests of this folder need by name."""
 
-    Bench, Fetcher, Heard, FakeRunner, State = Bench, Fetcher, Heard, FakeRunner, State
+    Bench, Fetcher, Heard, State = Bench, Fetcher, Heard, State
+    FakeRunner, LateRunner = FakeRunner, LateRunner
     solo = staticmethod(solo)
     mix_of = staticmethod(mix_of)
     digest_of = staticmethod(digest_of)

@@ -159,7 +159,7 @@ def test_slots_machine() -> None:
     run_state_machine_as_test(SlotsMachine, settings=SMALL)
 
 
-def engine_machine(bench: Any, tools: Any) -> type[RuleBasedStateMachine]:
+def engine_machine(bench: Any, tools: Any, overlapped: bool) -> type[RuleBasedStateMachine]:
     class EngineMachine(RuleBasedStateMachine):
         """Requests of all kinds, loads that end in any order or fail, cancels, faults; at the end all is given back."""
 
@@ -167,8 +167,9 @@ def engine_machine(bench: Any, tools: Any) -> type[RuleBasedStateMachine]:
             super().__init__()
             self.fetch = tools.Fetcher(ready={"a0", "a1", "a2"})
             self.bench = bench(
-                fetch=self.fetch, blocks=16, max_batch=3, max_slots=3, max_step_tokens=8, max_queue=6, age_limit=0.0
-            )
+                fetch=self.fetch, blocks=16, max_batch=3, max_slots=3, max_step_tokens=8, max_queue=6, age_limit=0.0,
+                overlapped=overlapped,
+            )  # fmt: skip
             self.all: list[Any] = []
             self.disturbed: set[str] = set()
 
@@ -262,5 +263,6 @@ def engine_machine(bench: Any, tools: Any) -> type[RuleBasedStateMachine]:
     return EngineMachine
 
 
-def test_engine_machine(bench: Any, tools: Any, caplog: pytest.LogCaptureFixture) -> None:
-    run_state_machine_as_test(engine_machine(bench, tools), settings=SMALL)
+@pytest.mark.parametrize("overlapped", [False, True], ids=["plain", "overlapped"])
+def test_engine_machine(bench: Any, tools: Any, overlapped: bool, caplog: pytest.LogCaptureFixture) -> None:
+    run_state_machine_as_test(engine_machine(bench, tools, overlapped), settings=SMALL)

@@ -63,6 +63,16 @@ def test_what_is_offered_takes_free_room_only(slots: Slots, tools: Any) -> None:
     assert slots.reserve(four, None) is not None and slots.in_use == 1
 
 
+def test_what_cannot_be_copied_ahead_has_no_slot(tools: Any) -> None:
+    def place(slot: int, weights: LoraWeights) -> None:
+        raise ValueError("the base has no such linear")
+
+    slots = Slots(4, place, lambda slot: None, Room(100, lambda w: 10))
+    with pytest.raises(ValueError, match="no such linear"):
+        slots.offer(tools.mix_of("a4"), weights_of(tools, "a4"))
+    assert not slots.has(tools.mix_of("a4")) and slots.resident == []
+
+
 def test_adapters_of_waiting_requests_are_copied_while_others_run(bench: Any, tools: Any) -> None:
     made = bench(max_batch=1, room=Room(100, lambda weights: 10))
     first, second = (made.submit([5, 6, 7], mix=tools.mix_of(name)) for name in ("a1", "a2"))
@@ -99,4 +109,25 @@ def test_a_mix_over_the_devices_room_ends_with_what_is_missing(bench: Any, tools
     made.settle()
     assert isinstance(refused.error, NoCapacity) and "--adapter-device-memory" in str(refused.error)
     assert served.tokens == tools.solo(served, made.runner.vocab)
+    made.check_empty()
+
+
+def test_what_is_wrong_with_a_waiting_mix_harms_none_that_runs(bench: Any, tools: Any) -> None:
+    """Found while its adapters are copied ahead of it: too large for the device, or refused by the runner."""
+
+    def refuse(weights: LoraWeights) -> None:
+        if weights.name == "a4":
+            raise ValueError("the base has no such linear")
+
+    made = bench(max_batch=1, room=Room(100, lambda weights: 60))
+    made.runner.on_place = refuse
+    runs = made.submit([5, 6], mix=tools.mix_of("a3"))
+    made.engine.step()
+    large, bad = (made.submit([5, 6], mix=tools.mix_of(*names)) for names in (("a1", "a2"), ("a4",)))
+    last = made.submit([5, 6], mix=tools.mix_of("a5"))
+    made.settle()
+    assert isinstance(large.error, NoCapacity) and isinstance(bad.error, EngineFailed)
+    for heard in (runs, last):
+        assert heard.tokens == tools.solo(heard, made.runner.vocab)
+    assert made.engine.stats()["failures"] == 0
     made.check_empty()

@@ -40,7 +40,13 @@ def spec(tmp_path: Path) -> Spec:
 
 
 def test_a_spec_is_read_as_it_was_written(spec, tmp_path):
-    whole = replace(spec, init=tmp_path, task={"task": "x"}, config=replace(CONFIG, lora_rank_of={"a": 1}))
+    whole = replace(
+        spec,
+        loan={"memory": 1, "base": None},
+        init=tmp_path,
+        task={"task": "x"},
+        config=replace(CONFIG, lora_rank_of={"a": 1}),
+    )
     whole.write(tmp_path)
     assert Spec.read(tmp_path) == whole
 

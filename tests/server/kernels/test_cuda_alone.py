@@ -39,7 +39,7 @@ class Blocked:
             raise ModuleNotFoundError(f"{name} is not there", name=name)
         return None
 sys.meta_path.insert(0, Blocked())
-import server.engine.engine, server.engine.cuda_runner, server.model.loader, server.kernels.cuda.sampling
+import server.engine.overlap, server.engine.cuda_runner, server.model.loader, server.kernels.cuda.sampling
 import server.metrics, adapters.weights, benchmarks.gpu
 try:
     import fastapi
@@ -70,5 +70,17 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
     """What steps of a model launch, in bf16, down to machine code for capability 9.0."""
     done = run("tests/server/kernels/compile_cuda.py", "small", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    for kernel in ("product", "tiled", "shrink", "finish", "swiglu", "decode", "combine", "prefill", "rotate", "draw"):
+    for kernel in (
+        "product",
+        "tiled",
+        "shrink",
+        "finish",
+        "swiglu",
+        "decode",
+        "combine",
+        "prefill",
+        "rotate",
+        "draw",
+        "recall",
+    ):
         assert f"{kernel}_kernel" in done.stdout

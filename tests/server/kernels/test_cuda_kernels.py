@@ -63,6 +63,11 @@ def test_packing_loses_nothing(width: int, scheme: str, group: int, double: bool
     if not double:
         assert torch.equal(packing.rows(packed, torch.tensor([40, 3, 3])), exact[[40, 3, 3]])
     assert torch.equal(on_device(stored).values(torch.float32).cpu(), exact)
+    whole = packing.side_by_side([packed, packed], DEVICE)
+    for start, stop in ((16, 37), (48, 96)):  # a part of one, and one of two that were joined
+        part = packing.part(whole, start, stop)
+        assert torch.equal(packing.dequantize(part).cpu(), torch.cat((exact, exact))[start:stop])
+        assert torch.equal(products.dequantized(part, torch.float32).cpu(), torch.cat((exact, exact))[start:stop])
 
 
 def test_production_shapes_are_packed_without_padding() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,9 @@ from server.engine.cuda_pool import AdapterPool
 from server.engine.cuda_runner import CudaRunner
 from server.engine.runner import Runner, TorchRunner
 from server.errors import BadModel, NoCapacity
-from server.kernels.cuda import Cuda
+from server.kernels.cuda import Cuda, packing
 from server.kernels.reference import Reference
+from server.model.on_device import DeviceModel, DeviceStep
 from tests.server.kernels import tiny
 from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of, error, llama, random_tokens
 
@@ -121,7 +124,7 @@ def test_greedy_answers_are_those_of_the_reference() -> None:
         for turn in range(2):
             if isinstance(runner, CudaRunner):
                 how = np.tile(np.array([0.0, 1.0, 0.0, 0.0], np.float32), (3, 1))
-                chosen = runner.draw(logits.to(DEVICE), how, np.zeros(3, np.int32)).tolist()
+                chosen = runner.draw(logits.to(DEVICE), how, np.zeros(3, np.int32)).read().tolist()
                 assert chosen == logits.argmax(1).tolist()
             for sequence, row in zip(batch, logits, strict=True):
                 sequence.tokens.append(int(row.argmax()))
@@ -131,6 +134,84 @@ def test_greedy_answers_are_those_of_the_reference() -> None:
             logits = step(runner, [(s, 1) for s in batch])
         answers.append([s.tokens for s in batch])
     assert answers[0] == answers[1]
+
+
+def test_a_step_goes_on_from_tokens_that_nobody_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a bucket and beside a prefill: a token below 0 is the one that the last draw has in that row."""
+
+    def count(step: DeviceStep, *_: object) -> torch.Tensor:
+        """A model that counts: after a token comes the next one."""
+        following = step.tokens.index_select(0, step.logit_rows)[:, None] + 1
+        return (following == torch.arange(61, device=DEVICE)).float()
+
+    monkeypatch.setattr(DeviceModel, "logits", lambda self, *step: count(*step))
+    runner, batch = cuda_runner(bases("llama-int4")[0]), sequences([5, 1, 4], [(), (), ()])
+    for sequence, last in zip(batch, (20, 30, 40), strict=True):
+        sequence.tokens[-1] = last
+    reads = []
+    for new in ([(0, 5), (1, 1)], [(1, 1), (0, 1)], [(2, 4), (1, 1), (0, 1)], [(0, 1), (1, 1), (2, 1)]):
+        logits = runner.run(batch_of([(batch[i], n) for i, n in new], False)).rows
+        drawn = runner.draw(logits, np.zeros((len(new), 4), np.float32), np.zeros(len(new), np.int32))
+        reads.append(lambda drawn=drawn: drawn.read().tolist())
+        for row, (i, _) in enumerate(new):
+            batch[i].tokens.append(-1 - row)
+    assert [read() for read in reads] == [[21, 31], [32, 22], [41, 33, 23], [24, 34, 42]]
+    nothing = runner.draw(logits[:0], np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
+    assert nothing.read().tolist() == []
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the real calls are made there")
+def test_graphs_share_their_memory_and_leave_the_step_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured once each, on one stream into one pool, without rows or lanes; with stand-ins for CUDA's calls."""
+    captures, computed = [], []
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            assert other is not self
+
+    class Graph:
+        def pool(self) -> str:
+            return "pool"
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        captures.append((pool, stream, capture_error_mode, len(computed)))
+        yield
+
+    def note(self: DeviceModel, step: DeviceStep, *_: object) -> torch.Tensor:
+        computed.append(step)
+        assert step.positions.tolist() == [-1] * len(step.positions) and not step.lanes.tiles.any()
+        return torch.zeros(step.logit_rows.shape[0], 61)
+
+    monkeypatch.setattr(DeviceModel, "logits", note)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    other = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: other)
+    runner = cuda_runner(bases("llama-int4")[0])
+    runner._capturing = Stream()
+    runner._numbers[:] = torch.arange(len(runner._numbers))
+    for shape in (runner._bucket(2, 0), runner._bucket(4, 64), runner._bucket(2, 0)):
+        assert isinstance(runner._graph(shape), Graph)
+    assert captures == [(None, runner._capturing, "thread_local", 1), ("pool", runner._capturing, "thread_local", 3)]
+    assert len(computed) == 4, "each has run once before it was captured"
+    assert torch.equal(runner._numbers, torch.arange(len(runner._numbers), dtype=torch.int32))
+
+
+def test_every_kind_of_prompt_is_run_before_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no step waits for a compiler. What they do is the model's own matter."""
+    seen = []
+
+    def note(self: DeviceModel, step: DeviceStep, *_: object) -> torch.Tensor:
+        seen.append((step.tokens.shape[0], step.adapters, step.prefills is not None))
+        return torch.zeros(step.logit_rows.shape[0], 61, device=DEVICE)
+
+    monkeypatch.setattr(DeviceModel, "logits", note)
+    runner = cuda_runner(bases("llama-int4")[0])
+    seen.clear()
+    runner._warm_up()
+    assert seen == [(rows, adapters, True) for rows in (2, 17, 64) for adapters in (False, True)]
 
 
 def test_steps_of_single_rows_are_padded_to_buckets() -> None:
@@ -207,6 +288,19 @@ def test_nothing_is_left_out_of_the_account() -> None:
     ours_alone = {"base", "kv_cache", "slots", "activations"}
     assert set(kinds) == {*ours_alone, "device_budget", *device}
     assert sum(kinds[kind] for kind in ours_alone) <= kinds["device_budget"]
+
+
+def test_every_quantized_matrix_can_be_lent_as_it_is() -> None:
+    """Joined or not, from the one piece of memory that all lie in."""
+    for family in FAMILIES:
+        ours, _ = bases(family)
+        model = DeviceModel(ours, DEVICE, FLOAT)
+        quantized = {path: weight for path, weight in ours.weights.items() if weight.scheme != "none"}
+        assert set(model._parts) == set(quantized)
+        for path, part in model._parts.items():
+            assert torch.equal(packing.dequantize(part).cpu(), packing.dequantize(quantized[path]))
+            storage = model._piece.memory.untyped_storage()
+            assert all(t.untyped_storage().data_ptr() == storage.data_ptr() for t in part.tensors.values())
 
 
 def test_shapes_that_the_kernels_do_not_take_are_refused() -> None:

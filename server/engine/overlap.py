@@ -1,0 +1,122 @@
+"""`OverlappedEngine`: plans a step, and delivers the one before, while a device computes.
+
+Owns the step whose tokens have not been read yet: its flight. The next step is planned and launched without them: a
+token that is still to come is -1 - r in its request's output, r being its row among those that the flight draws, and
+the runner puts in what the device has drawn there. Then the flight lands: its tokens are read and delivered.
+
+What a plan made without them cannot know is made good when they land:
+- An answer that has ended by an end token or a stop string, or was cancelled, has one row too many in the next step.
+  Nobody reads what is drawn there; its keys and values are in a block that later steps write after it.
+- An answer whose last token is on its way by max_tokens gets no place for a further one, so nothing is planned for it.
+- A request whose next token depends on more than logits and temperature (penalties, a grammar, log-probabilities,
+  scores) makes its step one that is read at once: nothing is planned ahead of it.
+- A request is never preempted while its token is on its way: when the next plan might, the flight lands first. So
+  what is looked up in the prefix cache, and what is computed again, is made of known tokens alone.
+The order of the device is what makes this right: a step, its draw, and copies into slots run in the order of launch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from server.engine.batch import Work, build_batch
+from server.engine.engine import Engine
+from server.engine.request import Delivery, Request, State
+from server.engine.runner import Runner
+from server.engine.sampler import Drawn, Pick, drawn_picks
+
+
+class _Flight(NamedTuple):
+    work: list[Work]
+    drawn: Drawn
+
+
+class OverlappedEngine(Engine):
+    """An `Engine` whose runner draws tokens on its device: `draw` must be given, and `runner.run` takes a token below 0
+    for the one that was last drawn in row -1 - token."""
+
+    def __init__(self, runner: Runner, **options: Any) -> None:
+        super().__init__(runner, **options)
+        self._flight: _Flight | None = None
+
+    def step(self) -> bool:
+        """Launch a step and land the one before; False if there was neither."""
+        now = self._record.begin()
+        self._drain()
+        if not self._scheduler.keeps_all:
+            self._land()
+        plan = self._scheduler.plan(now)
+        self._announce(plan)
+        if not plan.work:
+            if self._flight is None:
+                return self._record.nothing()
+            self._land()
+            return self._record.landed()
+        batch = build_batch(plan.work, self._block_size)
+        logits = self._record.run(plan, lambda: self._runner.run(batch))
+        drawn = self._sampler.ahead(logits, plan.work)
+        self._land()
+        if drawn is None:
+            picks = self._record.wait(lambda: self._sampler.pick(logits, plan.work))
+            work, picks = _running(plan.work, picks)
+            self._scheduler.commit(work, time.monotonic())
+            self._deliver(work, picks)
+            return self._record.end()
+        self._scheduler.commit(_running(plan.work, ())[0], time.monotonic())
+        _promise(plan.work)
+        self._flight = _Flight(plan.work, drawn)
+        if self._scheduler.lending:  # nobody waits for a token while processors rest
+            self._land()
+        return self._record.end()
+
+    def _land(self) -> None:
+        """Read and deliver the tokens of the step that is on its way, if there is one."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        tokens = self._record.wait(flight.drawn.read)
+        work, picks = _running(flight.work, drawn_picks(tokens))
+        now = time.monotonic()
+        for request, _, logits in work:
+            if logits:
+                _forget_promise(request)
+                if not request.output:
+                    request.first_token = now
+        self._deliver(work, picks)
+
+    def _last(self, request: Request, delivery: Delivery) -> None:
+        _forget_promise(request)
+        super()._last(request, delivery)
+
+    def _recover(self, error: BaseException) -> None:
+        self._flight = None
+        super()._recover(error)
+
+
+def _running(work: Sequence[Work], picks: Sequence[Pick]) -> tuple[list[Work], list[Pick]]:
+    """The part of a step whose requests have not ended since it was launched, and their picks."""
+    kept: list[Work] = []
+    theirs: list[Pick] = []
+    row = 0
+    for item in work:
+        if item.request.state is State.RUNNING:
+            kept.append(item)
+            theirs += picks[row : row + item.logits]
+        row += item.logits
+    return kept, theirs
+
+
+def _promise(work: Sequence[Work]) -> None:
+    """Give the token that each request is to have its place, unless it is the last."""
+    row = 0
+    for request, _, logits in work:
+        if logits and request.state is State.RUNNING and len(request.output) + 1 < request.sampling.max_tokens:
+            request.output.append(-1 - row)
+        row += logits
+
+
+def _forget_promise(request: Request) -> None:
+    if request.output and request.output[-1] < 0:
+        request.output.pop()

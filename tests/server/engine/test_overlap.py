@@ -1,0 +1,172 @@
+"""The overlapped engine on a device that is read a step later: each request hears what the plain engine tells it."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from server.engine.request import State
+from server.errors import DeadlineExceeded, EngineFailed
+
+
+class Even:
+    """A constraint: ids of the same parity as the number of those before. The mask needs every token there was."""
+
+    def __init__(self, vocab: int) -> None:
+        self.vocab, self.taken = vocab, 0
+
+    def mask(self) -> np.ndarray:
+        return np.packbits(np.arange(self.vocab) % 2 == self.taken % 2, bitorder="little")
+
+    def accept(self, token: int) -> None:
+        assert token % 2 == self.taken % 2
+        self.taken += 1
+
+
+def submit_all(made: Any, tools: Any, seed: int, kinds: list[dict[str, Any]], count: int = 14) -> list[Any]:
+    """Requests of the given kinds, some of which share how they begin, at the same steps of either engine."""
+    rng = random.Random(seed)
+    heard = []
+    for i in range(count):
+        options = dict(kinds[i % len(kinds)])
+        if options.pop("constrained", False):
+            options["constraint"] = Even(made.runner.vocab)
+        prompt = [3 + rng.randrange(3)] * 6 + [rng.randrange(3, 250) for _ in range(rng.randrange(1, 20))]
+        names = rng.choice([(), ("a1",), ("a1", "a2"), ("a3",)])
+        options = {"max_tokens": rng.randrange(1, 12), "seed": i} | options
+        heard.append(made.submit(prompt, mix=tools.mix_of(*names), **options))
+        for _ in range(rng.randrange(3)):
+            made.engine.step()
+    return heard
+
+
+SIMPLE: list[dict[str, Any]] = [
+    {},
+    {"temperature": 2.0, "ignore_eos": False},
+    {"temperature": 3.0, "stop_token_ids": tuple(range(3, 90))},
+    {"temperature": 1.5, "stop": ("a", "e", "t")},
+    {"temperature": 1.0, "min_tokens": 4, "stop_token_ids": tuple(range(3, 200)), "max_tokens": 9},
+]
+OTHERS: list[dict[str, Any]] = [
+    *SIMPLE[:3],
+    {"logprobs": 2, "max_tokens": 3},
+    {"repetition_penalty": 1.5, "frequency_penalty": 0.5},
+    {"constrained": True},
+    {"scored": 2},
+]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "options"),
+    [
+        (SIMPLE, {}),
+        (SIMPLE, {"blocks": 14, "max_batch": 5, "max_step_tokens": 9}),
+        ([{"priority": 1, "max_tokens": 11}, *SIMPLE], {"max_batch": 2}),
+        (OTHERS, {}),
+        (OTHERS, {"blocks": 14, "max_batch": 4, "max_slots": 3, "max_step_tokens": 8}),
+    ],
+    ids=["simple", "few-blocks", "priorities", "others", "others-few-blocks"],
+)
+def test_answers_are_those_of_the_plain_engine(
+    bench: Any, tools: Any, kinds: list[dict[str, Any]], options: dict[str, Any]
+) -> None:
+    preempted = 0
+    for seed in range(4):
+        told = []
+        for overlapped in (True, False):
+            drawn_there = {} if overlapped else {"draw": tools.LateRunner(0).draw}
+            made = bench(overlapped=overlapped, **options, **drawn_there)
+            heard = submit_all(made, tools, seed, kinds)
+            made.settle()
+            made.check_empty()
+            preempted += made.engine.stats()["preemptions"]
+            assert all(h.request.state is State.DONE for h in heard)
+            told.append([(h.tokens, h.text, h.reason, h.logprobs, h.request.output) for h in heard])
+        assert told[0] == told[1]
+    assert (preempted > 0) == bool(options), "for blocks, or for a more urgent request"
+
+
+def test_a_step_is_launched_before_the_one_before_is_read(bench: Any, tools: Any) -> None:
+    made = bench(overlapped=True)
+    heard = [made.submit([5, 6, 7 + i], max_tokens=6) for i in range(3)]
+    made.settle()
+    assert all(h.tokens == tools.solo(h, made.runner.vocab) for h in heard)
+    assert made.runner.events == [
+        ("run", 0),
+        *(event for n in range(5) for event in (("run", n + 1), ("read", n))),
+        ("read", 5),
+    ], "the last tokens are known to be the last: no step too many"
+    assert made.engine.stats()["steps"] == 6
+
+
+def test_a_step_that_must_be_read_at_once_is(bench: Any, tools: Any) -> None:
+    """And the ones after it are planned ahead again."""
+    made = bench(overlapped=True)
+    long = made.submit([5, 6, 7], max_tokens=6)
+    made.engine.step()
+    short = made.submit([5, 6, 8], max_tokens=2, logprobs=0)
+    made.settle()
+    assert long.tokens == tools.solo(long, made.runner.vocab) and short.tokens == tools.solo(short, made.runner.vocab)
+    assert len(short.logprobs) == 2
+    assert made.runner.events[:6] == [("run", 0), ("run", 1), ("read", 0), ("read", 1), ("run", 2), ("read", 2)]
+    assert made.runner.events[6:] == [("run", 3), ("run", 4), ("read", 3), ("run", 5), ("read", 4), ("read", 5)]
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline", "failure", "stop"])
+def test_what_ends_while_its_token_is_on_its_way_has_no_trace_of_it(bench: Any, tools: Any, how: str) -> None:
+    made = bench(overlapped=True)
+    ended, other = made.submit([5, 6, 7]), made.submit([5, 6, 8])
+    for _ in range(3):
+        made.engine.step()
+    assert len(ended.tokens) == 2 and len(ended.request.output) == 3 and ended.request.output[-1] < 0
+    if how == "cancel":
+        made.engine.cancel(ended.request.id)
+    elif how == "deadline":
+        ended.request.deadline = time.monotonic()
+        made.engine._scheduler._next_sweep = 0.0
+    elif how == "failure":
+        made.engine._recover(RuntimeError("kernel"))
+    else:
+        made.engine._finish()
+    if how != "stop":
+        made.settle()
+    assert ended.request.output == ended.tokens == tools.solo(ended, made.runner.vocab, 2)
+    assert ended.reason == ("cancelled" if how == "cancel" else "error")
+    assert how != "deadline" or isinstance(ended.error, DeadlineExceeded)
+    if how in ("cancel", "deadline"):
+        assert other.tokens == tools.solo(other, made.runner.vocab)
+    again = made.submit([5, 6, 7])
+    made.settle()
+    assert again.tokens == tools.solo(again, made.runner.vocab)
+    made.check_empty()
+
+
+def test_a_row_that_is_not_finite_ends_its_request_alone(bench: Any, tools: Any) -> None:
+    made = bench(overlapped=True, prefix_cache=False)
+    bad, good = made.submit([5, 6, 7]), made.submit([5, 6, 8])
+    made.engine.step()
+    made.runner.before = lambda batch: torch.tensor([[math.nan], [0.0]])
+    made.engine.step()
+    made.runner.before = lambda batch: None
+    made.settle()
+    assert isinstance(bad.error, EngineFailed) and bad.request.output == bad.tokens and len(bad.tokens) == 1
+    assert good.tokens == tools.solo(good, made.runner.vocab)
+    made.check_empty()
+
+
+def test_nothing_is_on_its_way_while_processors_are_lent(bench: Any, tools: Any) -> None:
+    made = bench(overlapped=True)
+    made.engine.lend(True)
+    heard = made.submit([5, 6, 7], max_tokens=3)
+    for count in (1, 2, 3):
+        made.engine.step()
+        assert len(heard.tokens) == count
+    assert heard.tokens == tools.solo(heard, made.runner.vocab)
+    request = heard.request
+    assert request.submitted <= request.admitted <= request.first_token <= request.finished
