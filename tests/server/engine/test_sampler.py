@@ -64,19 +64,6 @@ def test_a_temperature_of_next_to_nothing_is_greedy(temperature: float, options:
     assert pick(row, request(temperature=temperature, **options))[0].token == greedy
 
 
-@pytest.mark.parametrize(("temperature", "told"), [(1e-39, 0.0), (5e-324, 0.0), (0.0, 0.0), (0.5, 0.5)])
-def test_a_device_that_draws_is_told_no_temperature_that_it_cannot_divide_by(temperature: float, told: float) -> None:
-    heard: list[float] = []
-
-    def draw(logits: torch.Tensor, how: np.ndarray, top_k: np.ndarray) -> np.ndarray:
-        heard.append(float(how[0, 0]))
-        return logits.numpy().argmax(1)
-
-    work = [Work(request(temperature=temperature), 1, 1)]
-    (picked,) = Sampler(VOCAB, frozenset({EOS}), draw).pick(Logits(torch.from_numpy(noise(3))), work)
-    assert heard == [told] and picked.token == noise(3)[0].argmax()
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"logprobs": 1}])
 def test_a_row_that_is_not_finite_fails_alone(bad: float, options: Any) -> None:
