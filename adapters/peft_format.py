@@ -157,7 +157,9 @@ def _read_file(folder: Path, file: str, limit: int, hint: str = "") -> bytes | N
 
 
 def _json_object(data: bytes, file: str) -> dict[str, Any]:
-    """An object of JSON, in which no key is twice. Raises InvalidAdapter."""
+    """An object of JSON, in which no key is twice and every text is one: an escape can name half of a surrogate pair,
+    which no answer that tells of the adapter could hold. Raises InvalidAdapter.
+    """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -168,6 +170,9 @@ def _json_object(data: bytes, file: str) -> dict[str, Any]:
 
     try:
         value = json.loads(data, object_pairs_hook=once)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidAdapter(f"{file} holds half of a surrogate pair, which is no text", file) from error
     except (ValueError, RecursionError) as error:
         raise InvalidAdapter(f"{file} is no valid JSON: {error}", file) from error
     if not isinstance(value, dict):

@@ -139,7 +139,7 @@ class Tasks:
             if not isinstance(name, str) or name in self._reserved:
                 raise InvalidRequest(f"{str(name)[:64]!r} can not be a task's name", "task")
             return parse(name, body, default_route=Fixed(((adapter, 1.0),)), source="file")
-        except (ServerError, ValueError) as error:
+        except (ServerError, AdapterError, ValueError) as error:
             log.warning("the task.json of adapter %r is not used: %s", adapter, error)
             return None
 
@@ -151,7 +151,7 @@ class Tasks:
                 self._put[name] = parse(name, body, default_route=Fixed(), source="api")
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, ServerError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, ServerError, AdapterError) as error:
             aside = self._file.with_suffix(".broken.json")
             log.error("%s cannot be read (%s); it is set aside as %s", self._file.name, error, aside.name)
             self._file.replace(aside)

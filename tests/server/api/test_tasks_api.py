@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -95,6 +96,22 @@ def test_a_bad_task_file_leaves_its_adapter_served(live: Any, write_adapter: Any
     assert live.http.post("/adapters", json={"name": "odd", "source": "odd"}).status_code in (200, 201)
     assert live.http.get("/tasks/odd").status_code == 404
     assert live.generate("x", adapters=[{"name": "odd"}]).status_code == 200
+    for seed, weight in enumerate((99, float("nan")), 40):
+        write_adapter(f"far{seed}", seed, task={**BODY, "route": {"choice": [{"name": "a", "weight": weight}]}})
+        made = live.http.post("/adapters", json={"name": f"far{seed}", "source": f"far{seed}"})
+        assert made.status_code in (200, 201), made.text
+        assert live.http.get(f"/tasks/far{seed}").status_code == 404
+
+
+def test_half_of_a_character_in_an_adapters_files_is_in_nobodys_answer(live: Any, write_adapter: Any) -> None:
+    for seed, file in enumerate(("task.json", "adapter_config.json"), 50):
+        path = write_adapter(f"half{seed}", seed, task=BODY) / file
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "\ud800", "system": "\udfff"})
+        )
+        refused = live.http.post("/adapters", json={"name": f"half{seed}", "source": f"half{seed}"})
+        assert refused.status_code == 400 and f"{file} holds half" in refused.json()["error"]["message"]
+    assert live.http.get("/adapters").status_code == live.http.get("/tasks").status_code == 200
 
 
 def test_a_folders_task_that_routes_elsewhere_stays_deleted(live: Any, write_adapter: Any) -> None:
