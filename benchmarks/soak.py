@@ -48,9 +48,10 @@ PATIENCE = 1800.0
 """Seconds for what changes adapters, and for what is asked before and after: longer than a machine may stand still."""
 BEAT, PAUSE = 0.25, 5.0
 """Seconds between two looks at the clock, and between which two this process cannot have been running."""
-KV_CACHE = "192MiB"
-FILLING = 256
-"""Prompts of 100 tokens and more that touch every block of that cache, in two calls of /v1/completions."""
+KV_CACHE = 192
+"""MiB, unless a shorter run asks for less."""
+FILLED_BY = 4 / 3
+"""Prompts of 100 tokens and more for each MiB of that, which touch every block, in two calls of /v1/completions."""
 MB_AN_HOUR = 10.0
 SHAPES = {
     f"model.layers.{layer}.self_attn.{name}": shape
@@ -133,8 +134,8 @@ class Clock:
 class Soak:
     """One run: its dice, its clients, and all that they saw."""
 
-    def __init__(self, server: Server, contents: dict[str, list[Path]], seed: int = 1) -> None:
-        self.server, self.contents, self.dice = server, contents, random.Random(seed)
+    def __init__(self, server: Server, contents: dict[str, list[Path]], kv_cache: int, seed: int = 1) -> None:
+        self.server, self.contents, self.kv_cache, self.dice = server, contents, kv_cache, random.Random(seed)
         self.report = Report()
         self.clock = Clock()
         self.seen: dict[Key, str] = {}
@@ -333,7 +334,7 @@ class Soak:
         Pages that are first touched later would read as growth, such as those of a step of 50 logits, of which there is
         one in a quarter of an hour.
         """
-        texts = [" ".join(str(i * n) for n in range(7, 27)) for i in range(1, FILLING + 1)]
+        texts = [" ".join(str(i * n) for n in range(7, 27)) for i in range(1, round(FILLED_BY * self.kv_cache) + 1)]
         # two mixes, since one has no more than its share of the cache
         for model, half in (("smollm2-135m", texts[::2]), (next(iter(self.contents)), texts[1::2])):
             body = {"model": model, "prompt": half, "max_tokens": 1}
@@ -457,8 +458,12 @@ def soak(
     alone: int = 100_000,
     steady: int = STEADY,
     churned: int = CHURNED,
+    kv_cache: int = KV_CACHE,
 ) -> Report:
-    """The whole of it; everything that is written goes into `folder`. `alone` bounds the solo answers."""
+    """The whole of it; everything that is written goes into `folder`. `alone` bounds the solo answers.
+
+    `kv_cache` is in MiB: filling it is most of what comes before the load.
+    """
     contents: dict[str, list[Path]] = {f"a{i}": [folder / f"a{i}"] for i in range(steady)}
     contents |= {f"c{i}": [folder / f"c{i}-{k}" for k in range(CONTENTS)] for i in range(churned)}
     for path in (path for paths in contents.values() for path in paths):
@@ -467,10 +472,10 @@ def soak(
     # as the registry holds it: what the upload has, in the kernels' layout, a little more than the file
     size = int((folder / "a0" / TENSORS).stat().st_size * 1.05)
     # a deadline that no pause of the machine uses up
-    common = ["--max-mix", str(MAX_MIX), "--kv-cache", KV_CACHE, "--deadline", "1h", *flags]
+    common = ["--max-mix", str(MAX_MIX), "--kv-cache", f"{kv_cache}MiB", "--deadline", "1h", *flags]
     most = ["--max-slots", str(SLOTS), "--adapter-ram", str(IN_RAM * size)]
     with serving(folder / "state", models, *most, *common, module="benchmarks.counted") as s:
-        run = Soak(s, contents)
+        run = Soak(s, contents, kv_cache)
         asyncio.run(run.run(minutes * 60))
         run.judge()
     with serving(folder / "solo", models, "--no-prefix-cache", *common) as server:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 # Before torch is imported anywhere: tiny tensors are faster without a thread pool, and two cores are few.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a runner or a server takes more of them, those that wait for each other sleep: where other work runs too, they
+# would burn the time that the one they wait for needs, and a step of a second takes half a minute.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Before Triton is: without a GPU its interpreter runs the kernels, on a CPU's tensors.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")

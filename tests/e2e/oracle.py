@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from adapters.weights import content_digest
 from server.model.loader import Base
 
 
-def llama_of(base: Base) -> LlamaForCausalLM:
-    """The same weights as a float32 Transformers model, never read from its own GGUF reader."""
+def config_of(base: Base) -> LlamaConfig:
+    """The base's architecture, in Transformers' words."""
     c = base.config
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=c.hidden_size,
         intermediate_size=c.intermediate_size,
         num_hidden_layers=c.num_hidden_layers,
@@ -35,11 +35,16 @@ def llama_of(base: Base) -> LlamaForCausalLM:
         tie_word_embeddings=c.tie_word_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
     )
+
+
+def llama_of(base: Base) -> LlamaForCausalLM:
+    """The same weights as a float32 Transformers model, never read from its own GGUF reader."""
+    config = config_of(base)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     state = {f"{path}.weight": base.backend.dequantize(w) for path, w in base.weights.items()}
     state |= {name: t.float() for name, t in base.tensors.items()}
-    if c.tie_word_embeddings:
+    if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     assert not unexpected and not missing, (missing, unexpected)
@@ -63,6 +68,8 @@ class Oracle:
         self._peft: PeftModel | None = None
         self._names: dict[str, str] = {}
         self._mixes: dict[tuple[tuple[str, float], ...], str] = {}
+        self._active: str | None = None
+        self._reading: dict[str, int] | None = None
 
     def add(self, folder: Path) -> str:
         """Load a PEFT folder; returns the name that this oracle knows its content by."""
@@ -77,20 +84,24 @@ class Oracle:
             else:
                 self._peft.load_adapter(str(folder), adapter_name=name)
             self._peft.eval().float()
+            self._active = None
         return self._names[digest]
 
     def model(self, mix: Sequence[tuple[str, float]]) -> Any:
-        """The model with that mix active. An empty mix is the base alone."""
+        """The model with that mix active. An empty mix is the base alone, one adapter at 1 is PEFT's own."""
         if self._peft is None:
             return self._plain
         if not mix:
             self._peft.base_model.disable_adapter_layers()
+            self._active = None
             return self._peft
-        self._peft.base_model.enable_adapter_layers()
         key = tuple(mix)
         if key not in self._mixes:
-            self._mixes[key] = self._combine(key)
-        self._peft.base_model.set_adapter(self._mixes[key])
+            self._mixes[key] = key[0][0] if len(key) == 1 and key[0][1] == 1.0 else self._combine(key)
+        if self._active != self._mixes[key]:
+            self._peft.base_model.enable_adapter_layers()
+            self._peft.base_model.set_adapter(self._mixes[key])
+            self._active = self._mixes[key]
         return self._peft
 
     def _combine(self, mix: tuple[tuple[str, float], ...]) -> str:
@@ -113,60 +124,67 @@ class Oracle:
         self._peft.add_weighted_adapter(names, weights, name, combination_type="cat")
         return name
 
-    def forget_mixes(self) -> None:
-        """Free what `model` built; there is one adapter for each distinct mix."""
-        for name in self._mixes.values():
-            assert self._peft is not None
-            self._peft.delete_adapter(name)
-        self._mixes.clear()
+    @torch.no_grad()
+    def logits(self, prompt: Sequence[int], mix: Sequence[tuple[str, float]] = (), last: int = 0) -> torch.Tensor:
+        """Float32 logits [tokens, vocab] of a prompt; after its last `last` tokens alone, if that is not 0."""
+        ids = torch.tensor([list(prompt)])
+        return self.model(mix)(input_ids=ids, use_cache=False, logits_to_keep=last).logits[0].float()
 
     @torch.no_grad()
-    def logits(self, prompt: Sequence[int], mix: Sequence[tuple[str, float]] = ()) -> torch.Tensor:
-        """Float32 logits [tokens, vocab] of a prompt."""
-        return self.model(mix)(input_ids=torch.tensor([list(prompt)])).logits[0].float()
-
-    @torch.no_grad()
-    def greedy(self, prompt: Sequence[int], count: int, mix: Sequence[tuple[str, float]], eos: set[int]) -> list[int]:
-        """The greedy answer, the end token included if it comes within `count` tokens."""
-        model = self.model(mix)
-        past, ids, out = None, torch.tensor([list(prompt)]), []
-        while len(out) < count:
-            step = model(input_ids=ids, past_key_values=past, use_cache=True)
-            past = step.past_key_values
-            token = int(step.logits[0, -1].argmax())
-            out.append(token)
-            if token in eos:
-                break
-            ids = torch.tensor([[token]])
-        return out
+    def next_logits(self, prompts: Sequence[Sequence[int]], mix: Sequence[tuple[str, float]] = ()) -> torch.Tensor:
+        """Float32 logits [prompts, vocab] after each of several prompts, in one pass; what fills up comes last."""
+        ends = [len(prompt) - 1 for prompt in prompts]
+        ids = torch.tensor([[*prompt, *[0] * (max(ends) - end)] for prompt, end in zip(prompts, ends, strict=True)])
+        step = self.model(mix)(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor(ends))
+        each = torch.arange(len(ends))
+        return step.logits[each, each].float()
 
     def compare(
         self,
         prompt: Sequence[int],
         ours: Sequence[str],
-        decode: Mapping[int, str] | Any,
+        decode: Callable[[int], str],
         count: int,
         mix: Sequence[tuple[str, float]],
         eos: set[int],
     ) -> Difference | None:
         """None if the oracle's greedy answer is `ours` (tokens as strings), else where and how narrowly they part.
 
-        The margin is how far the oracle's own token was ahead of its best token that reads like ours.
+        One pass over the prompt and our answer gives the oracle's choice after each beginning of it. Where all of them
+        are ours, its greedy answer is ours, by induction; the first that is not is where the two part. Several ids may
+        read the same: where the oracle's is another than the one that was passed, it is passed instead.
+
+        The greedy answer has `count` tokens, or fewer of which the last is an end token. The margin is how far the
+        oracle's own token was ahead of its best token that reads like ours.
         """
-        theirs = self.greedy(prompt, count, mix, eos)
-        for i, token in enumerate(theirs):
-            if i >= len(ours) or decode(token) != ours[i]:
-                row = self.logits([*prompt, *theirs[:i]], mix)[-1]
-                rival = row.topk(50).indices.tolist()
-                same = [t for t in rival if i < len(ours) and decode(t) == ours[i]]
-                return Difference(i, float(row[token] - max((row[t] for t in same), default=-torch.inf)))
-        return None if len(ours) == len(theirs) else Difference(len(theirs), float("inf"))
+        ids = [self._id(token, decode) for token in ours[:count]]
+        i = 0
+        while i < len(ids):
+            rows = self.logits([*prompt, *ids[:-1]], mix, last=len(ids))
+            for row in rows[i:]:
+                choice = int(row.argmax())
+                if decode(choice) != ours[i]:
+                    same = [t for t in row.topk(50).indices.tolist() if decode(t) == ours[i]]
+                    return Difference(i, float(row[choice] - max((row[t] for t in same), default=-torch.inf)))
+                i += 1
+                if choice in eos:
+                    return None if i == len(ours) else Difference(i, float("inf"))
+                if choice != ids[i - 1]:
+                    ids[i - 1] = choice
+                    break
+        return None if len(ours) == count else Difference(min(len(ours), count), float("inf"))
+
+    def _id(self, token: str, decode: Callable[[int], str]) -> int:
+        """A token that reads like that; any if there is none, since then the oracle's choice reads otherwise."""
+        if self._reading is None:
+            self._reading = {decode(t): t for t in reversed(range(self._plain.config.vocab_size))}
+        return self._reading.get(token, 0)
 
 
-def write_peft(path: Path, model: LlamaForCausalLM, seed: int, strength: float = 0.15, **config: Any) -> Path:
+def write_peft(path: Path, model: LlamaConfig, seed: int, strength: float = 0.15, **config: Any) -> Path:
     """Let PEFT itself write a randomly filled adapter of any LoraConfig for `model`'s architecture (on meta)."""
     with torch.device("meta"):
-        shell = LlamaForCausalLM(model.config)
+        shell = LlamaForCausalLM(model)
     peft = get_peft_model(shell, LoraConfig(task_type="CAUSAL_LM", **config))
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, torch.Tensor] = {}

@@ -21,8 +21,8 @@ ANSWERS = ("north", "south")
 
 
 def lines() -> bytes:
-    """Twenty-four sentences of our own, with answers that no model would give by itself."""
-    pairs = [{"input": text, "output": ANSWERS[i % 2]} for i, text in enumerate((sentences() * 3)[:24])]
+    """Twelve sentences of our own, with answers that no model would give by itself."""
+    pairs = [{"input": text, "output": ANSWERS[i % 2]} for i, text in enumerate(sentences()[:12])]
     return "".join(json.dumps(pair) + "\n" for pair in pairs).encode()
 
 
@@ -33,7 +33,7 @@ def start(client: openai.OpenAI, suffix: str, epochs: int = 4, **lora: Any) -> s
         training_file=file,
         validation_file=file,
         suffix=suffix,
-        hyperparameters={"n_epochs": epochs, "batch_size": 8, "learning_rate_multiplier": 2},
+        hyperparameters={"n_epochs": epochs, "batch_size": 4, "learning_rate_multiplier": 2},
         extra_body={"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"], **lora}},
     )
     return job.id
