@@ -64,10 +64,12 @@ def search_rank(
 ) -> RankSearch:
     """The smallest rank that is good enough, by successive halving (Jamieson & Talwalkar 2016), factor 3.
 
-    Every rank gets a ninth of `max_steps`, the best third of them (at least two) a third. No more than `share` of the
-    steps of the full grid, every rank for `max_steps` with every seed, is spent; shorter rungs make room if need be.
-    Among equals, within `tolerance`, the smaller rank goes on. Raises AdapterError for arguments that leave no choice,
-    and for so few steps that the share is spent before each rung has one.
+    Every rank gets a ninth of `max_steps`; a third goes to the best one, and to as many others as leave the whole
+    within `share` of the steps of the full grid, which is every rank for `max_steps` with every seed. At least two get
+    so far; shorter rungs make room if need be. The smaller of two equals goes on: small ranks learn more slowly at
+    first, so what is within three times `tolerance` of the best after a ninth of the steps counts as equal to it.
+    Raises AdapterError for arguments that leave no choice, and for so few steps that the share is spent before each
+    rung has one.
     """
     ranks = sorted(set(ranks))
     if not ranks or ranks[0] < 1:
@@ -75,7 +77,8 @@ def search_rank(
     if not seeds or max_steps < 1 or not 0.0 < share <= 1.0:
         raise AdapterError("a search needs a seed, at least one step and a share over 0 and up to 1", "max_steps")
     grid = len(ranks) * max_steps * len(seeds)
-    finalists = min(len(ranks), max(2, math.ceil(len(ranks) / 3)))
+    afforded = math.floor(3 * len(ranks) * (share - 1 / 9) + 1e-6)
+    finalists = min(len(ranks), max(2, afforded))
     planned = len(ranks) * max_steps / 9 + finalists * max_steps / 3
     shrink = min(1.0, share * len(ranks) * max_steps / planned)
     rungs = [
@@ -91,7 +94,7 @@ def search_rank(
     rows: dict[int, Row] = {}
     left, spent = list(ranks), 0
     for keep, steps in rungs:
-        left = _best(left, rows, keep, tolerance)
+        left = _best(left, rows, keep, 3 * tolerance)
         for rank in left:
             results = [trial(rank, steps, seed) for seed in seeds]
             scores = [score for score, _ in results]

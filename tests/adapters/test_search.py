@@ -44,6 +44,15 @@ def test_the_smallest_rank_that_is_good_enough(scores, chosen):
     assert len(picture.findall("{http://www.w3.org/2000/svg}circle")) == len(scores)
 
 
+def test_a_small_rank_may_learn_more_slowly_at_first():
+    def trial(rank, steps, seed):
+        return 0.9 - 0.2 / (rank * steps), 1000 * rank
+
+    found = search.search_rank(trial, [1, 2, 4, 8, 16], max_steps=100)
+    assert 0.01 < trial(16, 11, 0)[0] - trial(1, 11, 0)[0] < 0.03, "worse by more than the tolerance after a ninth"
+    assert found.chosen == 1 and found.steps_spent == 5 * 11 + 3 * 33
+
+
 def test_one_candidate_and_none():
     trial, _ = known({8: 0.5})
     assert search.search_rank(trial, [8], max_steps=30).chosen == 8
@@ -54,10 +63,10 @@ def test_one_candidate_and_none():
 
 def test_so_few_steps_that_the_share_does_not_reach_are_refused():
     trial, calls = known({1: 0.1, 2: 0.2, 4: 0.3, 8: 0.4, 16: 0.5})
-    assert search.search_rank(trial, [1, 2, 4, 8, 16], max_steps=5).steps_spent == 7
+    assert search.search_rank(trial, [1, 2, 4, 8, 16], max_steps=5).steps_spent == 8
     with pytest.raises(AdapterError, match="4 steps are too few for 5 ranks"):
         search.search_rank(trial, [1, 2, 4, 8, 16], max_steps=4)
-    assert sum(steps for _, steps, _ in calls) == 7, "nothing is spent before it is refused"
+    assert sum(steps for _, steps, _ in calls) == 8, "nothing is spent before it is refused"
 
 
 @pytest.fixture
