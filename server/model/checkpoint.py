@@ -290,6 +290,8 @@ class QuantizedFolder:
         parts: dict[str, dict[str, torch.Tensor]] = {}
         owners = {f"{path}.{part}": (path, part) for path, entry in self._weights.items() for part in entry["tensors"]}
         for name, tensor in self._shards.read(owners):
+            if tensor.is_floating_point():
+                check_finite(name, tensor)
             path, part = owners[name]
             gathered, entry = parts.setdefault(path, {}), self._weights[path]
             gathered[part] = tensor
@@ -298,6 +300,7 @@ class QuantizedFolder:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._shards.read(self.config.tensor_shapes()):
+            check_finite(name, tensor)
             yield name, tensor.float()
 
 

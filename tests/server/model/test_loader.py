@@ -295,6 +295,11 @@ def test_parts_of_a_wrong_type_or_shape_never_reach_a_kernel(tmp_path: Path, tin
             save_file(whole | {f"{stem}.{part}": wrong}, path)
             with pytest.raises(BadModel, match="down_proj is not a matrix of 128 by 192 in int4"):
                 load(target)
+    for name in (f"{stem}.scale_step", "model.norm.weight"):
+        save_file(whole | {name: torch.full_like(whole[name], float("inf"))}, path)
+        with pytest.raises(BadModel, match=f"{name} holds values that are not finite"):
+            load(target)
+    save_file(whole, path)
     manifest = json.loads((target / "loramux.json").read_text())
     manifest["weights"][stem]["group"] = 48
     (target / "loramux.json").write_text(json.dumps(manifest))
