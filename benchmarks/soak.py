@@ -34,6 +34,7 @@ import httpx
 import numpy as np
 
 from benchmarks.counted import TOLD
+from benchmarks.pauses import BEAT, Clock
 from benchmarks.serving import REPO, Server, serving
 from server.bench.synthetic import write_adapter
 
@@ -46,8 +47,6 @@ HANG = 180.0
 """Seconds after which a request counts as hanging."""
 PATIENCE = 1800.0
 """Seconds for what changes adapters, and for what is asked before and after: longer than a machine may stand still."""
-BEAT, PAUSE = 0.25, 5.0
-"""Seconds between two looks at the clock, and between which two this process cannot have been running."""
 KV_CACHE = 192
 """MiB, unless a shorter run asks for less."""
 FILLED_BY = 4 / 3
@@ -110,25 +109,6 @@ MALFORMED: tuple[tuple[str, Any, int], ...] = (
     ("/adapters", {"name": "a,b", "source": "a0"}, 422),
     ("/adapters", {"name": "x", "source": "../../etc"}, 400),
 )
-
-
-class Clock:
-    """Seconds in which this process had the machine; `run` has to run beside what is timed."""
-
-    def __init__(self) -> None:
-        self.paused = 0.0
-
-    def now(self) -> float:
-        return time.monotonic() - self.paused
-
-    async def run(self) -> None:
-        last = time.monotonic()
-        while True:
-            await asyncio.sleep(BEAT)
-            now = time.monotonic()
-            if now - last > PAUSE:
-                self.paused += now - last
-            last = now
 
 
 class Soak:

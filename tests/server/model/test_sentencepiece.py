@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from tokenizers import Tokenizer
 
 from server.errors import BadModel
 from server.model.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, rebuild
-from server.model.vocabulary import from_folder, from_gguf, write_folder
+from server.model.vocabulary import from_gguf
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -126,16 +125,6 @@ def test_kinds_of_tokens(spm_metadata: dict[str, Any]) -> None:
     assert "<|end|>" not in tokenizer.encode("<|end|>").tokens
     assert tokenizer.encode("      ").tokens == ["▁" * 6, "▁"]
     assert from_gguf(more).special.keys() == {"<unk>", "<s>", "</s>", "<|end|>"}
-
-
-def test_what_is_written_reads_back_the_same(tmp_path: Path, spm_metadata: dict[str, Any]) -> None:
-    ours = from_gguf(spm_metadata)
-    write_folder(ours, tmp_path)
-    again = from_folder(tmp_path)
-    for name in ("chat_template", "eos_ids", "bos_id", "special", "add_bos"):
-        assert getattr(again, name) == getattr(ours, name), name
-    for text in SEGMENTATIONS:
-        assert again.tokenizer.encode(text).ids == ours.tokenizer.encode(text).ids
 
 
 @pytest.mark.parametrize(

@@ -185,8 +185,10 @@ def test_folder_refusals(tmp_path: Path, trained: dict[str, Any]) -> None:
         from_folder(tmp_path)
 
 
-def test_what_is_written_reads_back_the_same(tmp_path: Path, trained: dict[str, Any]) -> None:
-    ours = from_gguf(trained | {"tokenizer.ggml.pre": "smollm", "tokenizer.ggml.add_bos_token": True})
+@pytest.mark.parametrize("kind", ["trained", "spm_metadata"])
+def test_what_is_written_reads_back_the_same(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    told = request.getfixturevalue(kind)
+    ours = from_gguf(told | {"tokenizer.ggml.pre": "smollm", "tokenizer.ggml.add_bos_token": True})
     write_folder(ours, tmp_path)
     again = from_folder(tmp_path)
     for name in ("chat_template", "eos_ids", "bos_id", "special", "add_bos"):
