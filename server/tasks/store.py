@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -144,17 +145,34 @@ class Tasks:
             return None
 
     def _read(self) -> None:
+        """The file. What cannot be read of it is left out, and the whole is kept aside as it was."""
         try:
             stored = json.loads(self._file.read_text(encoding="utf-8"))
-            self._deleted = {str(k): str(v) for k, v in stored["deleted"].items()}
-            for name, body in stored["tasks"].items():
-                self._put[name] = parse(name, body, default_route=Fixed(), source="api")
+            deleted = {str(k): str(v) for k, v in stored["deleted"].items()}
+            bodies = dict(stored["tasks"])
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, ServerError, AdapterError) as error:
-            aside = self._file.with_suffix(".broken.json")
-            log.error("%s cannot be read (%s); it is set aside as %s", self._file.name, error, aside.name)
-            self._file.replace(aside)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            log.error("%s cannot be read (%s); it is set aside as %s", self._file.name, error, self._aside.name)
+            self._file.replace(self._aside)
+            return
+        self._deleted = deleted
+        for name, body in bodies.items():
+            try:
+                self._put[name] = parse(name, body, default_route=Fixed(), source="api")
+            except (ValueError, KeyError, AttributeError, TypeError, ServerError, AdapterError) as error:
+                log.error(
+                    "the task %r of %s cannot be read (%s) and is left out; the file as it was is kept as %s",
+                    name[:64],
+                    self._file.name,
+                    error,
+                    self._aside.name,
+                )
+                shutil.copyfile(self._file, self._aside)
+
+    @property
+    def _aside(self) -> Path:
+        return self._file.with_suffix(".broken.json")
 
     def _write(self, put: dict[str, Task], deleted: dict[str, str]) -> None:
         """Disk first, then memory. Raises StoreFailed if the disk refuses."""

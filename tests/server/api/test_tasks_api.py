@@ -46,6 +46,27 @@ def test_tasks_outlive_the_server(start: Any, tmp_path: Any) -> None:
     assert again.get("own").prompt == BODY["prompt"]
 
 
+def test_one_damaged_task_does_not_take_the_others_with_it(start: Any, tmp_path: Any) -> None:
+    first = start()
+    for name in ("good", "bad"):
+        assert first.http.put(f"/tasks/{name}", json=BODY).status_code == 201
+    from server.tasks.store import Tasks
+
+    file, registry = tmp_path / "state" / "tasks.json", first.house.parts.registry
+    stored = json.loads(file.read_text())
+    stored["tasks"]["bad"]["prompt"] = "no place for what is asked"
+    damaged = json.dumps(stored)
+    file.write_text(damaged)
+    again = Tasks(file, registry)
+    assert again.find("good") is not None and again.find("bad") is None
+    again.put("new", BODY)
+    assert {"good", "new"} == json.loads(file.read_text())["tasks"].keys()
+    aside = file.with_suffix(".broken.json")
+    assert aside.read_text() == damaged, "nothing of it is lost"
+    file.write_text("{")
+    assert Tasks(file, registry).find("good") is None and aside.read_text() == "{" and not file.exists()
+
+
 def test_special_characters_of_a_template_are_literal(live: Any) -> None:
     live.http.put("/tasks/braces", json={"prompt": "{{x}} %s \\1 {input} {other}", "route": {"choice": []}})
     text = live.house.parts.prompts.text
