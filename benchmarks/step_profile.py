@@ -1,0 +1,88 @@
+"""Where the time of decode steps goes: the kernels' phases, and what is left for Python, in an engine in this process.
+
+Run it as `python -m benchmarks.step_profile BASE.gguf`, native kernels. Sixteen requests with prompts of 128 decode
+together, without adapters and then on sixteen of rank 8 to 32; the time between their first tokens and their last ones
+is told apart into the phases that the runner counts, and the rest: scheduling, batches, picking, text and delivery.
+Medians over rounds of both, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adapters.weights import Mix
+from server.bench.inprocess import InProcess
+from server.bench.synthetic import write_adapter
+from server.engine.native_runner import NativeRunner
+from server.kernels import choose
+from server.model.loader import load_base
+
+PROMPT, NEW = 128, 64
+RANKS = (8, 16, 24, 32)
+REST = "rest"
+
+
+def decoding(
+    engine: InProcess, runner: NativeRunner, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix]
+) -> dict[str, float]:
+    """Milliseconds of a decode step by phase, `rest` for what is none, `step` for all of it.
+
+    Everything is read in one step, so a run of one token has none that decodes, and the difference to a run of `NEW`
+    is `NEW` - 1 steps that do nothing else.
+    """
+    runs = []
+    for new in (1, NEW):
+        runner.take_times()
+        seconds = engine.run(prompts, mixes, new)
+        phases = runner.take_times()
+        runs.append({**phases, REST: seconds - sum(phases.values()), "step": seconds})
+    first, whole = runs
+    return {name: 1000 * (whole[name] - first[name]) / (NEW - 1) for name in whole}
+
+
+def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Of each phase over the rounds, with the share of a step that is none."""
+    found: dict[str, Any] = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+    return {**found, "rest_share": statistics.median(r[REST] / r["step"] for r in rounds)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path, help="the embedded base, a .gguf file")
+    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = load_base(given.base, name="base", backend=choose("native"), cache_dir=folder / "cache")
+        adapters = [
+            write_adapter(folder / f"a{i}", base.shapes(), rank=RANKS[i % len(RANKS)], seed=200 + i)
+            for i in range(given.requests)
+        ]
+        prompts = np.random.RandomState(3).randint(100, 40_000, (given.requests, PROMPT)).tolist()
+        with InProcess(base, adapters, max_step_tokens=given.requests * PROMPT) as engine:
+            runner = engine.runner
+            assert isinstance(runner, NativeRunner), "native kernels were asked for"
+            ways = {
+                "no adapter": [engine.mix([])] * given.requests,
+                "one adapter each": [engine.mix([(i, 1.0)]) for i in range(given.requests)],
+            }
+            found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+            for number in range(given.rounds + 1):
+                for way in list(ways) if number % 2 else list(ways)[::-1]:
+                    row = decoding(engine, runner, prompts, ways[way])
+                    if number:  # the first round warms caches
+                        found[way].append(row)
+        print(json.dumps({way: medians(rounds) for way, rounds in found.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
