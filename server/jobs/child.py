@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from server.jobs.spec import Spec
@@ -34,11 +34,11 @@ def main(folder: Path) -> int:
     words = Words(_own_output(), folder / UNTOLD)
     yield_to_others()
     stop = threading.Event()
-    threading.Thread(target=_listen, args=(sys.stdin.buffer, stop), daemon=True).start()
+    threading.Thread(target=_listen, args=(sys.stdin.fileno(), stop), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     with _alone(folder):
         words.tell_untold()
-        _run(folder, words.tell, stop)
+        run(folder, words.tell, stop)
     return 0
 
 
@@ -68,7 +68,8 @@ class Words:
             self._untold.unlink()
 
 
-def _run(folder: Path, tell: Any, stop: threading.Event) -> None:
+def run(folder: Path, tell: Any, stop: threading.Event) -> None:
+    """Do the job in `folder`, in whatever process this is; the last line that is told says how it ended."""
     # What is heavy is imported at the lowest priority.
     import torch
 
@@ -128,8 +129,9 @@ def _own_output() -> TextIO:
     return words
 
 
-def _listen(stdin: BinaryIO, stop: threading.Event) -> None:
-    while stdin.read(1):
+def _listen(stdin: int, stop: threading.Event) -> None:
+    # Not through `sys.stdin`: a thread that waits within it holds its lock, which Python wants at its end, and aborts.
+    while os.read(stdin, 1):
         continue
     stop.set()
 
