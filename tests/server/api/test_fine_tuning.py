@@ -1,10 +1,15 @@
-"""Files and training jobs over HTTP, by OpenAI's own client, with a real training process over a tiny base."""
+"""Files and training jobs over HTTP, by OpenAI's own client, over a tiny base.
+
+What a process can do is shown with real ones; they take longer to import torch than to train. What is told and
+published of any job is shown with the same work on a thread of the server's own.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +22,7 @@ import pytest
 
 import server.app
 from server.api.assembly import build
+from server.jobs import child, training
 from server.model.loader import Base
 from tests.server.api.test_openapi_document import check
 
@@ -43,6 +49,29 @@ def house(
 @pytest.fixture
 def live(house: Callable[..., Any]) -> Any:
     return house()
+
+
+class Within:
+    """Stands in for `Process`: what the process does, without one. Its lines come when it has ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._stop = folder, threading.Event()
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        told: list[str] = []
+        child.run(self._folder, lambda line: told.append(json.dumps(line)), self._stop)
+        return map(json.loads, told)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    kill = stop
+
+
+@pytest.fixture
+def within(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs are trained by threads."""
+    monkeypatch.setattr(training, "Process", Within)
 
 
 def client_of(live: Any) -> openai.OpenAI:
@@ -100,6 +129,8 @@ def test_a_job_from_upload_to_served_model(live: Any, client: openai.OpenAI) -> 
     adapter = live.http.get("/adapters/mood").json()
     assert adapter["ranks"] == [2] and "3 steps of 4" in adapter["card"]
     assert job.id not in live.house.parts.registry.names(), "the name that it was measured under is gone"
+    folder = live.runtime.settings.state_dir / "jobs" / job.id
+    assert (folder / "stderr.log").read_text() == "", "the process has ended without a word"
 
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=5))  # follows the pages
     assert [e.message for e in events][0] == "The job has succeeded." and events[-1].message == "Created."
@@ -124,11 +155,14 @@ def test_a_job_from_upload_to_served_model(live: Any, client: openai.OpenAI) -> 
         assert f'loramux_training_{name}{{job="{job.id}"}} ' in text
 
 
-def test_what_is_wrong_with_a_file_fails_the_job_by_its_line(client: openai.OpenAI) -> None:
+def test_what_is_wrong_with_a_file_fails_the_job_by_its_line(
+    client: openai.OpenAI, request: pytest.FixtureRequest
+) -> None:
     bad = upload(client, jsonl(LINES) + b'{"input": "x"}\n', "bad.jsonl")
     job = until(client, create(client, training_file=bad).id)
     assert job.status == "failed" and job.error.code == "invalid_training_file" and job.error.param == "training_file"
     assert job.error.message == "bad.jsonl, line 13: 'output' is missing"
+    request.getfixturevalue("within")  # one process has told how it failed
     job = until(client, create(client, validation_file=bad).id)
     assert job.error.code == "invalid_validation_file" and "line 13" in job.error.message
     job = until(client, create(client, lora={"target_modules": ["nothing"]}).id)
@@ -187,6 +221,12 @@ def steps_of(client: openai.OpenAI, id: str) -> list[tuple[int, float]]:
     return [(e.data["step"], e.data["train_loss"]) for e in reversed(events)]
 
 
+def record_of(live: Any, id: str) -> dict[str, Any]:
+    """What is on the disk of a job."""
+    record: dict[str, Any] = json.loads((live.runtime.settings.state_dir / "jobs" / id / "job.json").read_text())
+    return record
+
+
 def past(client: openai.OpenAI, id: str, step: int, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -199,7 +239,9 @@ def past(client: openai.OpenAI, id: str, step: int, seconds: float = 60) -> None
 @contextmanager
 def held_past(live: Any, client: openai.OpenAI, id: str, step: int, seconds: float = 60) -> Iterator[int]:
     """The process of a job, stopped a few steps behind `step`: it runs in slices and cannot be over unseen."""
-    process, end = child_of(live, id), time.monotonic() + seconds
+    process, end, before = child_of(live, id), time.monotonic() + seconds, len(steps_of(client, id))
+    while len(steps_of(client, id)) == before and time.monotonic() < end:
+        time.sleep(0.02)  # it still starts
     while time.monotonic() < end:
         os.kill(process, signal.SIGSTOP)
         time.sleep(0.01)  # what it has written is read meanwhile
@@ -215,14 +257,21 @@ def held_past(live: Any, client: openai.OpenAI, id: str, step: int, seconds: flo
         os.kill(process, signal.SIGCONT)
 
 
-def test_pausing_killing_and_restarting_change_no_bit(house: Callable[..., Any]) -> None:
+def test_pausing_killing_and_restarting_change_no_bit(
+    house: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a process that yields to all others and goes with its server; beside a job that nothing has happened to."""
     live = house()
     client = client_of(live)
-    whole = until(client, long_job(client, 30, suffix="whole").id)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "Process", Within)
+        whole = until(client, long_job(client, 30, suffix="whole").id)
     job = long_job(client, 30, suffix="parts")
 
-    with held_past(live, client, job.id, 5):
+    with held_past(live, client, job.id, 5) as process:
         assert live.house.parts.engine._scheduler.lending, "a process that trains gets processors between steps"
+        assert os.sched_getscheduler(process) == os.SCHED_IDLE
+        assert Path(f"/proc/{process}/oom_score_adj").read_text().strip() == "1000"
         client.fine_tuning.jobs.pause(job.id)
     assert until(client, job.id, "paused").status == "paused"
     assert not live.house.parts.engine._scheduler.lending
@@ -235,8 +284,11 @@ def test_pausing_killing_and_restarting_change_no_bit(house: Callable[..., Any])
     failed = until(client, job.id)
     assert failed.status == "failed" and failed.error.code == "process_died" and "SIGKILL" in failed.error.message
     client.fine_tuning.jobs.resume(job.id)
-    past(client, job.id, 45)
+    with held_past(live, client, job.id, 45) as process:
+        assert record_of(live, job.id)["status"] == "running"
     live.stop()
+    assert not Path(f"/proc/{process}").exists()
+    assert record_of(live, job.id)["status"] == "queued"
 
     live = house()
     client = client_of(live)
@@ -274,20 +326,7 @@ def test_one_at_a_time_and_cancelling(live: Any, client: openai.OpenAI) -> None:
     client.files.delete(first.training_file)
 
 
-def test_the_process_yields_and_goes_with_the_server(house: Callable[..., Any]) -> None:
-    live = house()
-    client = client_of(live)
-    job = long_job(client, 1000)
-    past(client, job.id, 1)
-    process = child_of(live, job.id)
-    assert os.sched_getscheduler(process) == os.SCHED_IDLE
-    assert Path(f"/proc/{process}/oom_score_adj").read_text().strip() == "1000"
-    live.stop()
-    assert not Path(f"/proc/{process}").exists()
-    record = json.loads((live.runtime.settings.state_dir / "jobs" / job.id / "job.json").read_text())
-    assert record["status"] == "queued"
-
-
+@pytest.mark.usefixtures("within")
 def test_publishing_by_rule(live: Any, client: openai.OpenAI) -> None:
     task = {"prompt": "{input}", "format": "chat", "labels": ["good", "bad"], "defaults": {"max_tokens": 4}}
     assert live.http.put("/tasks/mood", json=task).status_code == 201
@@ -321,6 +360,7 @@ def test_publishing_by_rule(live: Any, client: openai.OpenAI) -> None:
     assert fourth.fine_tuned_model is None and len(fourth.result_files) == 3
 
 
+@pytest.mark.usefixtures("within")
 def test_going_on_from_an_adapter_pruning_and_auto_rank(live: Any, client: openai.OpenAI) -> None:
     first = until(client, create(client, suffix="first").id)
     assert first.status == "succeeded"
@@ -344,6 +384,7 @@ def test_going_on_from_an_adapter_pruning_and_auto_rank(live: Any, client: opena
     assert [s for s, _ in steps_of(client, auto.id)] == [1, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("within")
 def test_chat_and_completion_data(client: openai.OpenAI) -> None:
     turns = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "and"}]
     chat = upload(client, [{"messages": turns}] * 20)
@@ -424,6 +465,7 @@ def finished(live: Any, id: str, seconds: float = 30) -> dict[str, Any]:
     raise AssertionError(job)
 
 
+@pytest.mark.usefixtures("within")
 def test_jobs_are_for_admins_but_anybody_may_look(house: Callable[..., Any], tmp_path: Path) -> None:
     live = house(api_keys="team:secret-one", admin_keys="boss:secret-two")
     team, boss = ({"authorization": f"Bearer {s}"} for s in ("secret-one", "secret-two"))
@@ -447,6 +489,7 @@ def test_jobs_are_for_admins_but_anybody_may_look(house: Callable[..., Any], tmp
     assert all(str(tmp_path) not in text and "secret" not in text for text in shown)
 
 
+@pytest.mark.usefixtures("within")
 def test_real_answers_are_as_the_document_says(live: Any, client: openai.OpenAI) -> None:
     document = live.http.get("/openapi.json").json()
     until(client, create(client, suffix="x", validation_file=upload(client)).id)
