@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import uvicorn
 
 import server.app
 from adapters.peft_format import save
+from adapters.watch import Watch
 from adapters.weights import LoraWeights
+from server.api import assembly
 from server.api.assembly import House, build
 from server.api.runtime import Runtime
 from server.app import create_app
@@ -127,6 +130,12 @@ def wait_ready(client: httpx.Client) -> None:
             return
         time.sleep(0.005)
     raise AssertionError("the server does not get ready")
+
+
+@pytest.fixture
+def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's watch looks ten times a second, at folders that have been still for two tenths."""
+    monkeypatch.setattr(assembly, "Watch", partial(Watch, interval=0.1, still=0.2))
 
 
 Start = Callable[..., Live]

@@ -224,6 +224,7 @@ def test_a_full_disk_is_507_and_nothing_changes(
     assert live.http.get("/adapters/sent").status_code == 404
 
 
+@pytest.mark.usefixtures("quick_watch")
 def test_a_folder_in_the_watched_directory_is_served_by_itself(live: Any, write_adapter: Callable[..., Path]) -> None:
     import time
 
@@ -231,7 +232,7 @@ def test_a_folder_in_the_watched_directory_is_served_by_itself(live: Any, write_
     end = time.monotonic() + 8
     while live.http.get("/adapters/dropped").status_code != 200:
         assert time.monotonic() < end, live.http.get("/adapters").json()["rejected"]
-        time.sleep(0.1)
+        time.sleep(0.02)
     assert live.generate("x", task="dropped-task").json()["adapters"][0]["name"] == "dropped"
 
 

@@ -68,6 +68,7 @@ def test_files_of_the_store_that_are_harmed_while_served(live: Any, harm: str, w
     assert text_of(live, "a") == before, "publishing it again heals it"
 
 
+@pytest.mark.usefixtures("quick_watch")
 def test_files_of_the_users_folder_that_are_harmed_while_served(live: Any, write_adapter: Any) -> None:
     folder = write_adapter("a", 1)
     first = text_of(live, "a")
@@ -93,6 +94,7 @@ def test_files_of_the_users_folder_that_are_harmed_while_served(live: Any, write
     assert text_of(live, "a") == second
 
 
+@pytest.mark.usefixtures("quick_watch")
 @pytest.mark.parametrize("jump", [400 * 86_400.0, -400 * 86_400.0])
 def test_a_clock_that_jumps_ends_nothing(
     live: Any, write_adapter: Any, monkeypatch: pytest.MonkeyPatch, jump: float
