@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.weights import content_digest
@@ -61,14 +63,18 @@ class Difference:
 
 
 class Oracle:
-    """One PEFT model that holds every adapter it was given, by content."""
+    """One PEFT model and every adapter that it was given, by content.
+
+    The model holds the modules of the active adapters alone: whatever PEFT does, it goes through all that there are.
+    """
 
     def __init__(self, base: Base) -> None:
         self._plain = llama_of(base)
         self._peft: PeftModel | None = None
         self._names: dict[str, str] = {}
-        self._mixes: dict[tuple[tuple[str, float], ...], str] = {}
-        self._active: str | None = None
+        self._modules: dict[str, list[tuple[LoraLayer, nn.Module, nn.Module]]] = {}
+        """What each adapter adds to which layers, as PEFT has loaded it."""
+        self._active: tuple[tuple[str, float], ...] = ()
         self._reading: dict[str, int] | None = None
 
     def add(self, folder: Path) -> str:
@@ -79,50 +85,38 @@ class Oracle:
         digest = content_digest(config, load_file(folder / "adapter_model.safetensors"))
         if digest not in self._names:
             name = self._names[digest] = f"v{len(self._names)}"
+            self._activate(())
+            # Memory that is filled from the file at once needs no random content before.
+            how: dict[str, Any] = {"adapter_name": name, "low_cpu_mem_usage": True}
             if self._peft is None:
-                self._peft = PeftModel.from_pretrained(self._plain, str(folder), adapter_name=name)
+                self._peft = PeftModel.from_pretrained(self._plain, str(folder), **how)
             else:
-                self._peft.load_adapter(str(folder), adapter_name=name)
+                self._peft.load_adapter(str(folder), **how)
             self._peft.eval().float()
-            self._active = None
+            layers = [m for m in self._peft.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
+            self._modules[name] = [(layer, layer.lora_A.pop(name), layer.lora_B.pop(name)) for layer in layers]
         return self._names[digest]
 
     def model(self, mix: Sequence[tuple[str, float]]) -> Any:
-        """The model with that mix active. An empty mix is the base alone, one adapter at 1 is PEFT's own."""
+        """The model with that mix active: PEFT's own sum over active adapters, whose scales the weights multiply."""
         if self._peft is None:
             return self._plain
-        if not mix:
-            self._peft.base_model.disable_adapter_layers()
-            self._active = None
-            return self._peft
-        key = tuple(mix)
-        if key not in self._mixes:
-            self._mixes[key] = key[0][0] if len(key) == 1 and key[0][1] == 1.0 else self._combine(key)
-        if self._active != self._mixes[key]:
-            self._peft.base_model.enable_adapter_layers()
-            self._peft.base_model.set_adapter(self._mixes[key])
-            self._active = self._mixes[key]
+        if tuple(mix) != self._active:
+            self._activate(tuple(mix))
         return self._peft
 
-    def _combine(self, mix: tuple[tuple[str, float], ...]) -> str:
-        """PEFT's exact combination of a mix, as a new adapter of its."""
-        assert self._peft is not None
-        name = f"m{len(self._mixes)}"
-        names, weights = [n for n, _ in mix], [w for _, w in mix]
-        for member in names:
-            # PEFT takes the combination's targets and layers from its members' configs, and wants them alike; what each
-            # one really changes is the whole truth.
-            config = self._peft.peft_config[member]
-            config.target_modules = {
-                path.removeprefix("model.")
-                for path, module in self._peft.base_model.named_modules()
-                if member in getattr(module, "lora_A", {})
-            }
-            config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
-            # The first member's rsLoRA would scale the combination, whose own scale is 1 already.
-            config.use_rslora = False
-        self._peft.add_weighted_adapter(names, weights, name, combination_type="cat")
-        return name
+    def _activate(self, mix: tuple[tuple[str, float], ...]) -> None:
+        for name, _ in self._active:
+            for layer, _, _ in self._modules[name]:
+                del layer.lora_A[name], layer.lora_B[name]
+        for name, weight in mix:
+            for layer, a, b in self._modules[name]:
+                layer.lora_A[name], layer.lora_B[name] = a, b
+                layer.set_scale(name, weight)
+        if mix:
+            assert self._peft is not None
+            self._peft.base_model.set_adapter([name for name, _ in mix])
+        self._active = mix
 
     @torch.no_grad()
     def logits(self, prompt: Sequence[int], mix: Sequence[tuple[str, float]] = (), last: int = 0) -> torch.Tensor:
