@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -38,6 +39,7 @@ def main(folder: Path) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     with _alone(folder):
         words.tell_untold()
+        _import()
         run(folder, words.tell, stop)
     return 0
 
@@ -68,9 +70,19 @@ class Words:
             self._untold.unlink()
 
 
+def _import() -> None:
+    """Import what is heavy, at the lowest priority. All of it stays: to look through it for garbage, as Python does
+    while it grows and when the process ends, takes more than half a second.
+    """
+    gc.disable()
+    import server.jobs.fine_tune  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
+
+
 def run(folder: Path, tell: Any, stop: threading.Event) -> None:
     """Do the job in `folder`, in whatever process this is; the last line that is told says how it ended."""
-    # What is heavy is imported at the lowest priority.
     import torch
 
     from adapters.errors import AdapterError, TrainingStopped
