@@ -13,7 +13,7 @@ pytestmark = pytest.mark.e2e
 
 
 def test_a_short_soak(tmp_path: Path, embedded: Path) -> None:
-    report = soak(15 / 60, tmp_path, STATE / "models", alone=40, steady=14, churned=3, kv_cache=64)
+    report = soak(8 / 60, tmp_path, STATE / "models", alone=20, steady=14, churned=3, kv_cache=64)
     assert not report.wrong, report.as_dict()
     assert report.alone > 10 and report.compared > report.alone
     assert {"publish", "retire", "gone", "malformed", "stream"} <= set(report.calls)
