@@ -1,4 +1,4 @@
-"""The engine on a GPU needs few libraries, and its kernels compile without one. Each in a process of its own."""
+"""The engine on a GPU needs few libraries."""
 
 from __future__ import annotations
 
@@ -48,39 +48,15 @@ except ModuleNotFoundError:
 """
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=REPO,
-        env={**os.environ, "PYTHONPATH": str(REPO), **environment},
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-
-
 def test_the_engine_imports_with_few_libraries() -> None:
     """torch, triton, safetensors, tokenizers and prometheus-client, and what those need themselves."""
-    done = run("-W", "error", "-c", ALONE)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ALONE],
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (0, "alone\n"), done.stderr[-2000:]
-
-
-def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
-    """What steps of a model launch, in bf16, down to machine code for capability 9.0."""
-    done = run("tests/server/kernels/compile_cuda.py", "small", TRITON_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    for kernel in (
-        "product",
-        "tiled",
-        "shrink",
-        "finish",
-        "swiglu",
-        "decode",
-        "combine",
-        "prefill",
-        "rotate",
-        "draw",
-        "recall",
-    ):
-        assert f"{kernel}_kernel" in done.stdout
