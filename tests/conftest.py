@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -48,6 +49,20 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller's LORAMUX_* variables never reach a test."""
     for name in [n for n in os.environ if n.startswith("LORAMUX_")]:
         monkeypatch.delenv(name)
+
+
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """What the tests import stays to their end, and is not looked through for garbage again and again."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """At the end it is: Triton's bindings tell of what is left then."""
+    gc.unfreeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -44,7 +44,7 @@ def test_load_and_unload_leave_nothing(default_server: Live, write_random: Calla
     live = default_server
     base = {"prompt": "The engine coughed twice", "max_tokens": 8, "adapters": [], "logprobs": 5}
     before = live.post("/generate", base)["logprobs"]
-    folder = write_random(tmp_path / "cycle", rank=16, seed=9)
+    folder = write_random(tmp_path / "cycle", rank=4, seed=9)
     files = {n: (folder / n).read_bytes() for n in ("adapter_config.json", "adapter_model.safetensors")}
 
     def cycle() -> None:

@@ -11,8 +11,11 @@ from typing import Any
 from tests.conftest import part_missing
 
 SCRIPT = """
+import gc
+gc.disable()
 import asyncio, json, sys
 import litellm
+gc.enable()
 
 litellm.suppress_debug_info = True
 url = sys.argv[1]

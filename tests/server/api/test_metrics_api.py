@@ -271,6 +271,7 @@ def test_the_gateways_gauges_follow_the_load(start: Any, write_adapter: Any) -> 
             if seen[-1] == (1.0, 3.0):
                 assert (value(text, "vllm:kv_cache_usage_perc") or 0) > 0
                 break
+        live.slow_down(0.0)
         assert (1.0, 3.0) in seen
 
 
