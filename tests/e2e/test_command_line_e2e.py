@@ -9,42 +9,36 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from server.cli import app
 from tests.e2e.conftest import REPO, STATE, Live, serving
 
 pytestmark = pytest.mark.e2e
 
 
 def test_generate(embedded: Path) -> None:
-    command = [sys.executable, "-m", "server.cli", "generate", "--task", "sentiment", "A dull, lifeless film."]
+    """Once as a process of its own; what else it can be asked needs none."""
+    task = ["generate", "--task", "sentiment", "A dull, lifeless film.", "--state-dir", str(STATE)]
     run = subprocess.run(
-        [*command, "--state-dir", str(STATE)], cwd=REPO, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-m", "server.cli", *task], cwd=REPO, capture_output=True, text=True, timeout=120, check=True
     )
     assert run.stdout == "negative\n"
-    adapter = REPO / "adapters" / "library" / "sentiment"
-    mixed = subprocess.run(
-        [*command, "--state-dir", str(STATE), "--library", "none", "--adapter", f"{adapter}=0.9", "--json"],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert json.loads(mixed.stdout)["text"] == "negative"  # the folder brought its task
-    prompt = ["generate", "Once", "--max-tokens", "3", "--json", "--library", "none", "--adapter", f"{adapter}=0.9"]
-    answer = subprocess.run(
-        [sys.executable, "-m", "server.cli", *prompt, "--state-dir", str(STATE)],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    told = json.loads(answer.stdout)
-    assert told["usage"]["completion_tokens"] == 3 and told["adapters"][0]["weight"] == pytest.approx(0.9)
+
+    def told(*arguments: str) -> dict[str, Any]:
+        adapter = f"{REPO / 'adapters' / 'library' / 'sentiment'}=0.9"
+        done = CliRunner().invoke(app, [*arguments, "--json", "--library", "none", "--adapter", adapter])
+        assert done.exit_code == 0, (done.output, done.exception)
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    assert told(*task)["text"] == "negative", "the folder brought its task"
+    raw = told("generate", "Once", "--max-tokens", "3", "--state-dir", str(STATE))
+    assert raw["usage"]["completion_tokens"] == 3 and raw["adapters"][0]["weight"] == pytest.approx(0.9)
 
 
 def _stream(live: Live, tokens: int, begun: threading.Event, lines: list[str]) -> None:
