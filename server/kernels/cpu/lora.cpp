@@ -19,10 +19,12 @@ inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// Bytes ahead of a walk that are asked for. Pages are small and the processor's own prefetching ends with each.
-constexpr int64_t AHEAD = 4096;
+// Bytes ahead of a walk that are asked for: more than a block of B's rows, which is not walked from end to end. The
+// processor's own prefetching ends with each small page.
+constexpr int64_t AHEAD = 6144;
 
-inline void prefetch(const uint16_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+// Into the second cache, which has more misses under way at once than the first.
+inline void prefetch(const uint16_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 // R rows of x by J rows of A. Each product has two sums, of the even and of the odd vectors of inputs.
 template <int R, int J>
@@ -111,7 +113,7 @@ inline void expand_tile(const uint16_t* b, int64_t columns, const float* const* 
 
 template <int R>
 void expand_rows(const LoraSite& site, int64_t out, const float* const* v, float* const* z) {
-  constexpr int J = R == 1 ? 8 : 4;
+  constexpr int J = 4;
   const float* from[R];
   int64_t j = 0;
   for (; j + J <= site.rank; j += J) {

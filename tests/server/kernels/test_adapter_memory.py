@@ -1,0 +1,66 @@
+"""Adapters in one piece of memory: what is in it, where it begins, and that it goes with the adapter."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.weights import LoraWeights, LowRank
+from server.kernels import adapter_memory
+from server.kernels.adapter_memory import HUGE, LINE, in_one_piece
+
+PATH = "model.layers.{}.self_attn.q_proj"
+
+
+def weights(layers: int, rank: int, width: int) -> LoraWeights:
+    draw = torch.Generator().manual_seed(rank)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw).bfloat16()
+
+    modules = {PATH.format(i): LowRank(random(rank, width), random(width, rank), 0.5) for i in range(layers)}
+    return LoraWeights("a", "digest", modules, {})
+
+
+def mapped(address: int) -> bool:
+    """Whether an address belongs to a mapping of this process."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(part, 16) for part in line.split()[0].split("-"))
+        if first <= address < last:
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("layers", "rank", "width"), [(2, 3, 37), (2, 16, 20_000)])
+def test_every_matrix_is_there_and_begins_at_a_line(layers: int, rank: int, width: int) -> None:
+    given = weights(layers, rank, width)
+    kept = in_one_piece(given)
+    first = kept.modules[PATH.format(0)].A
+    assert first.untyped_storage().nbytes() < kept.nbytes + 4 * layers * LINE, "no room that is not needed"
+    for path, module in given.modules.items():
+        assert torch.equal(kept.modules[path].A, module.A) and torch.equal(kept.modules[path].B, module.B)
+        assert kept.modules[path].A.data_ptr() % (2 * LINE) == kept.modules[path].B.data_ptr() % (2 * LINE) == 0
+    if kept.nbytes >= HUGE:
+        assert first.data_ptr() % HUGE == 0, "so that whole huge pages fit"
+
+
+def test_the_memory_of_a_large_one_goes_with_it() -> None:
+    kept = in_one_piece(weights(2, 16, 20_000))
+    address = kept.modules[PATH.format(1)].B.data_ptr()
+    gone = weakref.ref(kept.modules[PATH.format(0)].A)
+    assert mapped(address)
+    del kept
+    assert gone() is None and not mapped(address)
+
+
+def test_a_kernel_without_huge_pages_has_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Without(adapter_memory.mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(adapter_memory.mmap, "mmap", Without)
+    given = weights(2, 16, 20_000)
+    assert torch.equal(in_one_piece(given).modules[PATH.format(1)].A, given.modules[PATH.format(1)].A)
