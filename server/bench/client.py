@@ -175,6 +175,10 @@ def decode_rate(done: Sequence[Outcome]) -> float:
 BURST_SECONDS = 0.002
 """Events that come closer than this belong to one step of the server."""
 
+LATE_SECONDS = 0.01
+"""How long after a step's other tokens its first ones may come: their answers' headers go out before them, and a client
+on the server's own processors reads them when it gets one."""
+
 
 def steady_rate(done: Sequence[Outcome]) -> float:
     """Tokens a second of the steps in which a server only decodes.
@@ -183,13 +187,19 @@ def steady_rate(done: Sequence[Outcome]) -> float:
     before it, and is left out with the time before it and the tokens that came along. What is left are the tokens of
     all other steps over the time since the step before each.
     """
-    steps: list[tuple[float, int, bool]] = []  # its first event's time, how many it has, whether one is a first token
+    bursts: list[tuple[float, int, bool]] = []  # its first event's time, how many it has, whether one is a first token
     last = -math.inf
     for t, first in sorted((t, i == 0) for o in done for i, t in enumerate(o.times)):
         if t - last >= BURST_SECONDS:
-            steps.append((t, 0, False))
-        start, count, fresh = steps[-1]
-        steps[-1], last = (start, count + 1, fresh or first), t
+            bursts.append((t, 0, False))
+        start, count, fresh = bursts[-1]
+        bursts[-1], last = (start, count + 1, fresh or first), t
+    steps: list[tuple[float, int, bool]] = []
+    for t, count, fresh in bursts:
+        if fresh and steps and t - steps[-1][0] < LATE_SECONDS:
+            steps[-1] = (steps[-1][0], steps[-1][1] + count, True)
+        else:
+            steps.append((t, count, fresh))
     alone = [(b[0] - a[0], b[1]) for a, b in zip(steps, steps[1:], strict=False) if not b[2]]
     busy = sum(seconds for seconds, _ in alone)
     return sum(count for _, count in alone) / busy if busy else float("nan")

@@ -45,6 +45,16 @@ def test_steps_that_read_a_prompt_are_no_steady_decoding() -> None:
     assert steady_rate([one, two]) == pytest.approx((5 + 5 * 2) / (0.5 + 0.5))
 
 
+def test_first_tokens_that_come_late_belong_to_the_step_of_the_others() -> None:
+    """The third's first token is 6 ms behind the first's token of the same step, which took 0.5 s, and 1 behind the
+    second's."""
+    rest = tuple(2.1 + 0.1 * i for i in range(5))
+    one = replace(outcome(0.0, 1.0, 1.5, 6), tokens=12, times=(1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 2.0, *rest), e2e=2.5)
+    two = replace(one, times=(*one.times[:6], 2.005, *rest))
+    three = replace(outcome(0.0, 2.006, 2.5, 6), times=(2.006, *rest))
+    assert steady_rate([one, two, three]) == pytest.approx((5 * 2 + 5 * 3) / (0.5 + 0.5))
+
+
 def test_steady_decoding_one_after_another_leaves_out_what_lies_between() -> None:
     turns = [outcome(0.0, 5.0, 6.0, 11), outcome(0.0, 1.0, 2.0, 11)]
     assert steady_rate(turns) == pytest.approx(20 / 2.0)
