@@ -35,12 +35,13 @@ void loramux_linear(void* pool_, const Matrix* w, const float* x, int64_t rows, 
     pool.run(static_cast<int>((tiles + CHUNK - 1) / CHUNK), [&](int piece, int thread) {
       const int64_t first = piece * CHUNK, last = std::min(tiles, first + CHUNK);
       float* at = y + start * w->n + first * 16;
+      Aside nothing;
       if (last * 16 <= w->n) {
-        multiply(*w, first, last, packed, count, at, w->n);
+        multiply(*w, first, last, packed, count, at, w->n, nothing);
         return;
       }
       float* local = scratch[static_cast<size_t>(thread)].get();
-      multiply(*w, first, last, packed, count, local, CHUNK * 16);
+      multiply(*w, first, last, packed, count, local, CHUNK * 16, nothing);
       for (int64_t r = 0; r < count; r++)
         std::copy_n(local + r * CHUNK * 16, w->n - first * 16, at + r * w->n);
     });

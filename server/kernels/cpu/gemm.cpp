@@ -84,10 +84,11 @@ struct Ahead {
   int first, last;
 };
 
-// R rows by T tiles of 16 columns over all of k. Groups of weights are whole numbers of groups of activations.
+// R rows by T tiles of 16 columns over all of k. Groups of weights are whole numbers of groups of activations. `side` is
+// how many lines from `aside` on are asked for with each of these.
 template <int S, bool DOUBLE, int R, int T>
 void product(const Matrix& w, int64_t tile, const int8_t* x, const float* meta, float* out, int64_t stride,
-             Ahead ahead) {
+             Ahead ahead, const char* aside, int64_t side) {
   constexpr int64_t BYTES = bytes_of_group(S);
   const int64_t steps = w.padded() / GROUP, groups = w.k / w.group, each = w.group / GROUP;
   const uint8_t* codes = w.codes + tile * steps * BYTES;
@@ -106,6 +107,8 @@ void product(const Matrix& w, int64_t tile, const int8_t* x, const float* meta, 
       for (int l = ahead.first; l < ahead.last; l++)
         _mm_prefetch(reinterpret_cast<const char*>(next + l * 64), _MM_HINT_T0);
       next += T * BYTES;
+      for (int64_t l = 0; l < side; l++) _mm_prefetch(aside + l * 64, _MM_HINT_T1);
+      aside += side * 64;
       __m512i dot[T][R];
       for (int t = 0; t < T; t++)
         for (int r = 0; r < R; r++) {
@@ -183,7 +186,7 @@ void product_half(const Matrix& w, int64_t tile, const uint16_t* x, float* out, 
 
 template <int S, bool DOUBLE, int T>
 void columns(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride,
-             bool prefetch) {
+             bool prefetch, Aside& aside) {
   const int64_t steps = w.padded() / GROUP;
   // The walks over the rows share the asking, so that it is spread over the time until the bytes are wanted.
   constexpr int LINES = static_cast<int>(T * bytes_of_group(S) / 64);
@@ -195,12 +198,16 @@ void columns(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, 
     const int8_t* codes = x.codes.get() + first * w.padded();
     const float* meta = x.meta.get() + first / ROWS * steps * META;
     float* at = out + first * stride;
+    const int64_t side = std::min(SIDE_LINES, (aside.lines + steps - 1) / steps);
     switch (rows - first) {
-      case 1: product<S, DOUBLE, 1, T>(w, tile, codes, meta, at, stride, ahead); break;
-      case 2: product<S, DOUBLE, 2, T>(w, tile, codes, meta, at, stride, ahead); break;
-      case 3: product<S, DOUBLE, 3, T>(w, tile, codes, meta, at, stride, ahead); break;
-      default: product<S, DOUBLE, 4, T>(w, tile, codes, meta, at, stride, ahead);
+      case 1: product<S, DOUBLE, 1, T>(w, tile, codes, meta, at, stride, ahead, aside.at, side); break;
+      case 2: product<S, DOUBLE, 2, T>(w, tile, codes, meta, at, stride, ahead, aside.at, side); break;
+      case 3: product<S, DOUBLE, 3, T>(w, tile, codes, meta, at, stride, ahead, aside.at, side); break;
+      default: product<S, DOUBLE, 4, T>(w, tile, codes, meta, at, stride, ahead, aside.at, side);
     }
+    const int64_t asked = std::min(aside.lines, side * steps);
+    aside.at += asked * 64;
+    aside.lines -= asked;
   }
 }
 
@@ -223,20 +230,21 @@ void columns_half(const Matrix& w, int64_t tile, const Activations& x, int64_t r
 }
 
 template <int T>
-void columns_any(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride) {
+void columns_any(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride,
+                 Aside& aside) {
   // The tiles after these are wanted next, by this thread or another.
   const bool prefetch = tile + 2 * T <= w.tiles();
   const bool twice = w.scale_codes != nullptr;
   switch (w.scheme) {
     case INT4:
-      twice ? columns<INT4, true, T>(w, tile, x, rows, out, stride, prefetch)
-            : columns<INT4, false, T>(w, tile, x, rows, out, stride, prefetch);
+      twice ? columns<INT4, true, T>(w, tile, x, rows, out, stride, prefetch, aside)
+            : columns<INT4, false, T>(w, tile, x, rows, out, stride, prefetch, aside);
       break;
     case NF4:
-      twice ? columns<NF4, true, T>(w, tile, x, rows, out, stride, prefetch)
-            : columns<NF4, false, T>(w, tile, x, rows, out, stride, prefetch);
+      twice ? columns<NF4, true, T>(w, tile, x, rows, out, stride, prefetch, aside)
+            : columns<NF4, false, T>(w, tile, x, rows, out, stride, prefetch, aside);
       break;
-    case INT8: columns<INT8, false, T>(w, tile, x, rows, out, stride, prefetch); break;
+    case INT8: columns<INT8, false, T>(w, tile, x, rows, out, stride, prefetch, aside); break;
     default: columns_half<T>(w, tile, x, rows, out, stride);
   }
 }
@@ -313,10 +321,11 @@ void Activations::fetch(int64_t rows) const {
 }
 
 void multiply(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows, float* out,
-              int64_t stride) {
+              int64_t stride, Aside& aside) {
   int64_t tile = first_tile;
-  for (; tile + 2 <= last_tile; tile += 2) columns_any<2>(w, tile, x, rows, out + (tile - first_tile) * 16, stride);
-  if (tile < last_tile) columns_any<1>(w, tile, x, rows, out + (tile - first_tile) * 16, stride);
+  for (; tile + 2 <= last_tile; tile += 2)
+    columns_any<2>(w, tile, x, rows, out + (tile - first_tile) * 16, stride, aside);
+  if (tile < last_tile) columns_any<1>(w, tile, x, rows, out + (tile - first_tile) * 16, stride, aside);
 }
 
 void dequantize_row(const Matrix& w, int64_t row, float* out) {

@@ -58,9 +58,19 @@ struct Activations {
   int64_t bytes() const { return codes.bytes() + meta.bytes() + half.bytes(); }
 };
 
-// out[r, 16 * (t - first)] = row r of x times tile t of w, no bias. Rows of `out` have room for whole tiles.
+// Memory that something else will read soon. Products live on arithmetic and leave memory idle, so they ask for it on
+// the side: for SIDE_LINES of it with every group of inputs that a walk over weights passes.
+struct Aside {
+  const char* at = nullptr;
+  int64_t lines = 0;
+};
+
+constexpr int64_t SIDE_LINES = 3;
+
+// out[r, 16 * (t - first)] = row r of x times tile t of w, no bias. Rows of `out` have room for whole tiles. What has
+// been asked for is taken off `aside`.
 void multiply(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows, float* out,
-              int64_t stride);
+              int64_t stride, Aside& aside);
 
 // Row `row` of the matrix as floats [k].
 void dequantize_row(const Matrix& w, int64_t row, float* out);

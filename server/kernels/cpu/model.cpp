@@ -10,6 +10,9 @@
 namespace loramux {
 namespace {
 
+// What a thread asks for ahead of a layer, at most: it has to stay in the second and third cache until it is read.
+constexpr int64_t AHEAD_LINES = (1 << 20) / 64;
+
 constexpr int64_t TILES = 2;  // of 16 columns: what one piece of a product computes
 
 int64_t whole_tiles(int64_t n) { return (n + 15) / 16 * 16; }
@@ -57,6 +60,18 @@ void add_row(float* to, const float* x, int64_t n) {
     _mm512_mask_storeu_ps(to + i, mask,
                           _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to + i), _mm512_maskz_loadu_ps(mask, x + i)));
   }
+}
+
+// An adapter's matrices of a layer's q, k, v and o, which lie one after the other.
+Aside attention_sites(const LoraSite* sites, const Layer& layer) {
+  const uint16_t *begin = nullptr, *end = nullptr;
+  for (const int s : {Q, K, V, O}) {
+    const LoraSite& site = sites[s];
+    if (site.rank == 0) continue;
+    if (begin == nullptr || site.a < begin) begin = site.a;
+    end = std::max(end, site.b + site.rank * layer.site[s].n);
+  }
+  return {reinterpret_cast<const char*>(begin), begin == nullptr ? 0 : (end - begin + 31) / 32};
 }
 
 void copy_row(float* to, const float* x, int64_t n) {
@@ -245,6 +260,60 @@ const float* Model::update_of(const RowBlock& block, int site, int64_t row) cons
   return nullptr;
 }
 
+// ---- what the next layer reads --------------------------------------------------------------------------------
+
+// What the layers of a step read beside weights: adapters, and blocks of keys and values.
+void Model::plan_ahead(const Step& step) {
+  ahead_slots_.clear();
+  ahead_blocks_.clear();
+  look_ahead(-1);
+  // Of many rows the products take so long that what they read does not show.
+  if (row_blocks_.size() != 1) return;
+  for (const MixRows& mix : row_blocks_[0].plan.mixes)
+    for (const Entry& entry : mix.entries) ahead_slots_.push_back(entry.slot);
+  for (int64_t s = 0; s < step.sequences; s++)
+    for (int64_t b = 0; b * block_size_ < step.context[s]; b++)
+      ahead_blocks_.push_back(step.blocks[s * step.table_width + b]);
+}
+
+// From now on products ask for what `layer` will read; for nothing if it is none.
+void Model::look_ahead(int64_t layer) {
+  look_++;
+  ahead_layer_ = layer < config_.layers ? layer : -1;
+}
+
+// What a thread asks for beside a product. Each has the share of what it will probably read itself: the pieces of
+// updates and of attention are dealt out in the same order.
+Aside& Model::aside_of(int thread) {
+  Local& local = local_[static_cast<size_t>(thread)];
+  if (local.look != look_)
+    local.look = look_, local.aside = {}, local.asked = 0, local.left = AHEAD_LINES;
+  if (ahead_layer_ < 0) return local.aside;
+  const auto threads = static_cast<int64_t>(local_.size());
+  const auto begin = [&](const std::vector<int32_t>& all) {
+    return static_cast<int64_t>(all.size()) * thread / threads;
+  };
+  const auto count = [&](const std::vector<int32_t>& all) {
+    return static_cast<int64_t>(all.size()) * (thread + 1) / threads - begin(all);
+  };
+  while (local.aside.lines == 0) {
+    const int64_t slot = local.asked, block = slot - count(ahead_slots_);
+    if (block >= count(ahead_blocks_) || local.left == 0) break;
+    local.asked++;
+    if (block < 0) {
+      const auto at = static_cast<size_t>(ahead_slots_[static_cast<size_t>(begin(ahead_slots_) + slot)]);
+      local.aside = attention_sites(slots_[at] + ahead_layer_ * SITES, layers_[static_cast<size_t>(ahead_layer_)]);
+    } else {
+      const int32_t at = ahead_blocks_[static_cast<size_t>(begin(ahead_blocks_) + block)];
+      const int64_t halves = cache_halves(config_, block_size_);
+      local.aside = {reinterpret_cast<const char*>(cache_of(ahead_layer_).keys(at, 0)), halves / 32};
+    }
+    local.aside.lines = std::min(local.aside.lines, local.left);
+    local.left -= local.aside.lines;
+  }
+  return local.aside;
+}
+
 // ---- linears --------------------------------------------------------------------------------------------------
 
 // A line that another core has written takes as long as one from memory: few rows are asked for all at once, by each
@@ -265,7 +334,7 @@ void Model::product_piece(const RowBlock& block, const Activations& x, const Tar
   const bool direct = !target.add && last * 16 <= target.stride;
   float* y = direct ? target.out + column : local_[static_cast<size_t>(thread)].tile.get();
   const int64_t stride = direct ? target.stride : TILES * 16;
-  multiply(w, first, last, x, block.count, y, stride);
+  multiply(w, first, last, x, block.count, y, stride, aside_of(thread));
   if (w.bias)
     for (int64_t r = 0; r < block.count; r++) add_row(y + r * stride, w.bias + column, columns);
   if (direct) return;
@@ -318,7 +387,7 @@ void Model::gate_up(int64_t layer, const RowBlock& block) {
     for (int side = 0; side < 2; side++) {
       const Matrix& w = side == 0 ? gate : up;
       float* to = y + side * WIDE;
-      multiply(w, first, last, normed_, block.count, to, 2 * WIDE);
+      multiply(w, first, last, normed_, block.count, to, 2 * WIDE, aside_of(thread));
       for (int64_t r = 0; r < block.count; r++) {
         if (w.bias) add_row(to + r * 2 * WIDE, w.bias + column, columns);
         const float* z = updates > 0 ? update_of(block, side == 0 ? GATE : UP, r) : nullptr;
@@ -487,11 +556,13 @@ void Model::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
             {&l.site[V], V, qkv_.get() + whole_tiles(heads) + whole_tiles(kv), stride, false}});
   t = clock(QKV, t);
   attention(step, layer, block);
+  look_ahead(-1);
   t = clock(ATTENTION, t);
   products(layer, block, attended_, heads, {{&l.site[O], O, stream, config_.hidden, true}});
   t = clock(OUT, t);
 
   norm_rows(block, l.post_norm, O);
+  look_ahead(layer + 1);
   t = clock(NORM, t);
   gate_up(layer, block);
   t = clock(GATE_UP, t);
@@ -542,10 +613,10 @@ void Model::head(const Step& step) {
       const int64_t columns = std::min(last * 16, config_.vocab) - tile * 16;
       float* to = step.logits + first * config_.vocab + tile * 16;
       if (last * 16 <= config_.vocab) {
-        multiply(head_, tile, last, normed_, count, to, config_.vocab);
+        multiply(head_, tile, last, normed_, count, to, config_.vocab, aside_of(thread));
       } else {
         float* y = local_[static_cast<size_t>(thread)].tile.get();
-        multiply(head_, tile, last, normed_, count, y, EACH * 16);
+        multiply(head_, tile, last, normed_, count, y, EACH * 16, aside_of(thread));
         for (int64_t r = 0; r < count; r++) copy_row(to + r * config_.vocab, y + r * EACH * 16, columns);
       }
       for (int64_t r = 0; r < count; r++)  // while they are still in the first cache
@@ -564,6 +635,7 @@ void Model::run(const Step& step) {
   std::lock_guard<std::mutex> turn(pool_.turn);
   int64_t t = now();
   plan(step);
+  plan_ahead(step);
   reserve(step);
   pool_.run(static_cast<int>((step.rows + ROWS - 1) / ROWS), [&](int piece, int) {
     for (int64_t r = piece * ROWS; r < std::min<int64_t>(step.rows, (piece + 1) * ROWS); r++)

@@ -81,6 +81,9 @@ class Model {
   void head(const Step& step);
   static Peak peak_of(const float* x, int64_t n, int64_t at);
   Cache cache_of(int64_t layer) const;
+  void plan_ahead(const Step& step);
+  void look_ahead(int64_t layer);
+  Aside& aside_of(int thread);
   void fetch_once(const Activations& x, int64_t rows, int thread);
   int64_t clock(Phase phase, int64_t since);
 
@@ -101,6 +104,10 @@ class Model {
   const float* cosine_ = nullptr;
   const float* sine_ = nullptr;
 
+  // The slots of a step's adapters and the blocks of its cache; which layer's are asked for, -1 for none; and how often
+  // that has changed.
+  std::vector<int32_t> ahead_slots_, ahead_blocks_;
+  int64_t ahead_layer_ = -1, look_ = 0;
   std::vector<RowBlock> row_blocks_;
   std::vector<int32_t> row_sequence_;
   std::vector<Update> updated_;  // the sites of the last updates, none if the layer's adapters have none of them
@@ -115,6 +122,10 @@ class Model {
     AttentionScratch attention;
     Buffer<float> tile, row, ranks;
     std::vector<Peak> peaks;  // of the logits that this thread has computed
+    Aside aside;        // what this thread asks for beside its products
+    int64_t look = 0;   // the last look ahead that it has begun with
+    int64_t asked = 0;  // of its share of that one, slots and then blocks
+    int64_t left = 0;   // lines that it may still ask for
     int64_t phase = 0;  // the last one in which this thread asked for its activations
   };
   std::vector<Local> local_;
