@@ -11,7 +11,7 @@ namespace loramux {
 namespace {
 
 // What a thread asks for ahead of a layer, at most: it has to stay in the second and third cache until it is read.
-constexpr int64_t AHEAD_LINES = (1 << 20) / 64;
+constexpr int64_t AHEAD_LINES = (2 << 20) / 64;
 
 constexpr int64_t TILES = 2;  // of 16 columns: what one piece of a product computes
 
