@@ -1,9 +1,10 @@
-"""How much memory this process takes, and took at most, as Linux counts it. Elsewhere it says None."""
+"""How much memory this process takes, and took at most, as Linux counts it (elsewhere it says None); and less of it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,14 @@ class Watch:
     def peak(self) -> Peak:
         """The peak until now."""
         return Peak(self.before, resident("VmHWM"))
+
+
+def keep_few_kernels() -> None:
+    """Lets oneDNN keep a step's kernels, and not those of the last 1,024 shapes that it has met.
+
+    It looks once, at its first product in this process: after that, and where the variable is set, nothing changes.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def trim() -> None:

@@ -80,15 +80,18 @@ class Trainable:
         shared = shared_prefix(ids, lengths) if self._share_prefix else 0
         if max(lengths) - shared > SHORT:
             shared = 0  # the fused kernel takes whole sequences
-        tails = PrefixAttention(shared, [length - shared for length in lengths])
+        own = [length - shared for length in lengths]
+        more = filling(shared + sum(own))
+        tails = PrefixAttention(shared, [*own, more] if more else own)
         if not shared:
-            states: torch.Tensor = self.tree(self._embed(ids), Context(tails.positions, tails))
-            return states
+            states: torch.Tensor = self.tree(self._embed(F.pad(ids, (0, more))), Context(tails.positions, tails))
+            return states[: len(ids)]
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
-        own = torch.cat([torch.arange(s + shared, e) for s, e in zip(starts, starts[1:], strict=False)])
-        computed = self.tree(self._embed(torch.cat((ids[:shared], ids[own]))), Context(tails.positions, tails))
+        rest = torch.cat([torch.arange(s + shared, e) for s, e in zip(starts, starts[1:], strict=False)])
+        once = F.pad(torch.cat((ids[:shared], ids[rest])), (0, more))
+        computed = self.tree(self._embed(once), Context(tails.positions, tails))
         # Rows of the whole sequences, taken from the computed ones: the prefix's again and again.
         rows = torch.arange(shared).repeat(len(lengths), 1)
         place = shared
@@ -105,6 +108,15 @@ class Trainable:
 
 def _bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
     return shape[0] * shape[1] * dtype.itemsize
+
+
+def filling(rows: int) -> int:
+    """How many rows are computed for nothing beside `rows`, as a sequence of their own: at most an eighth.
+
+    oneDNN makes and keeps kernels for every number of rows that it meets, 8 to 16 MB in all, so it is shown few.
+    """
+    step = 1 << max(4, (rows - 1).bit_length() - 4)
+    return -rows % step
 
 
 def shared_prefix(ids: torch.Tensor, lengths: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from adapters.layers import LoraSpec
 from server.engine.text import Text
 from server.jobs import trainable
 from server.jobs.encoding import Template, encoder
-from server.jobs.trainable import PrefixAttention, Trainable, alike, shared_prefix
+from server.jobs.trainable import PrefixAttention, Trainable, alike, filling, shared_prefix
 from server.model.attention import Context, PackedAttention
 from server.model.vocabulary import from_gguf
 
@@ -64,6 +64,13 @@ def test_a_shared_prefix_changes_no_state_and_no_gradient(prefix, tails, tiny_ba
     (a, da), (b, db) = results
     assert torch.allclose(a, b, atol=2e-5)
     assert (da - db).abs().max() < 1e-4 * db.abs().max()
+
+
+def test_batches_are_filled_to_few_numbers_of_rows():
+    """Each of which oneDNN keeps kernels for."""
+    whole = [rows + filling(rows) for rows in range(1, 2049)]
+    assert len(set(whole)) <= 48
+    assert all(rows <= found < rows + max(16, rows / 7) for rows, found in enumerate(whole, 1))
 
 
 def test_kept_weights_are_the_dequantized_codes(tiny_base):
