@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="*", help="contestants, as patterns: ours,peft-bfloat16-*")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--micro-tokens", type=int, default=TrainingConfig.micro_tokens, help="ours in a piece")
+    parser.add_argument("--micro-tokens", type=int, default=2048, help="ours in a piece, as the recipes have it")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
