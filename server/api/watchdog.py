@@ -5,6 +5,7 @@ A step runs in native code that nothing can interrupt; while it hangs, every req
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -62,6 +63,7 @@ class Watchdog:
             if seconds > self._limit:
                 log.critical("the process ends: a step is stuck for %.0f s: %s", seconds, self._steps.what_runs())
                 for handler in logging.getLogger().handlers:
-                    handler.flush()
+                    with contextlib.suppress(OSError, ValueError):  # its stream may be closed or full
+                        handler.flush()
                 self._end(EXIT_CODE)
                 return
