@@ -126,7 +126,7 @@ class NativeRunner:
         self._angles = (cosine.float().contiguous(), sine.float().contiguous())
         self._blocks, self._block_size = blocks, block_size
         self._library.loramux_model_cache(
-            self._model, self._storage.data_ptr(), blocks, block_size, *(t.data_ptr() for t in self._angles)
+            self._model, self._storage.data_ptr(), block_size, *(t.data_ptr() for t in self._angles)
         )
 
     def place(self, slot: int, weights: LoraWeights) -> None:

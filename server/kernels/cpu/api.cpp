@@ -59,9 +59,8 @@ void* loramux_model_new(const Config* config, const Layer* layers, const Matrix*
 }
 void loramux_model_free(void* model) { delete static_cast<Model*>(model); }
 
-void loramux_model_cache(void* model, uint16_t* cache, int64_t blocks, int64_t block_size, const float* cosine,
-                         const float* sine) {
-  static_cast<Model*>(model)->set_cache(cache, blocks, block_size, cosine, sine);
+void loramux_model_cache(void* model, uint16_t* cache, int64_t block_size, const float* cosine, const float* sine) {
+  static_cast<Model*>(model)->set_cache(cache, block_size, cosine, sine);
 }
 
 int64_t loramux_block_bytes(const Config* config, int64_t block_size) {

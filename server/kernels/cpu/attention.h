@@ -14,14 +14,15 @@ constexpr int AHEAD = 4;    // blocks that are asked for before they are read
 constexpr int QUERIES = 8;  // of one KV head that walk its keys together
 
 // One layer's cache. A block holds, for each KV head, its keys as [size/16][dim/2][16][2] and its values as
-// [size/2][dim padded to 16][2], both bf16: a vector has 16 tokens' pairs of dims, or 16 dims of a pair of tokens.
+// [size/2][dim padded to 16][2], both bf16: a vector has 16 tokens' pairs of dims, or 16 dims of a pair of tokens. All
+// layers of a block lie side by side, so that the blocks in use fill whole pages, huge ones too.
 struct Cache {
   uint16_t* data;
-  int64_t size, kv_heads, dim;  // size: tokens of a block, a multiple of 16
+  int64_t stride, size, dim;  // values from a block to the next; tokens of a block, a multiple of 16
 
   int64_t padded() const { return (dim + 15) / 16 * 16; }
   int64_t head_halves() const { return size * (dim + padded()); }
-  uint16_t* keys(int64_t block, int64_t head) const { return data + (block * kv_heads + head) * head_halves(); }
+  uint16_t* keys(int64_t block, int64_t head) const { return data + block * stride + head * head_halves(); }
   uint16_t* values(int64_t block, int64_t head) const { return keys(block, head) + size * dim; }
 };
 

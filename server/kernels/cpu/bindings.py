@@ -95,7 +95,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         [POINTER(Config), POINTER(Layer), POINTER(Matrix), POINTER(Matrix), c_void_p, c_void_p],
     ),
     "loramux_model_free": (None, [c_void_p]),
-    "loramux_model_cache": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]),
+    "loramux_model_cache": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
     "loramux_block_bytes": (c_int64, [POINTER(Config), c_int64]),
     "loramux_model_slot": (None, [c_void_p, c_int64, POINTER(LoraSite)]),
     "loramux_model_step": (None, [c_void_p, POINTER(Step)]),

@@ -198,7 +198,7 @@ void columns(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, 
     const int8_t* codes = x.codes.get() + first * w.padded();
     const float* meta = x.meta.get() + first / ROWS * steps * META;
     float* at = out + first * stride;
-    const int64_t side = std::min(SIDE_LINES, (aside.lines + steps - 1) / steps);
+    const int64_t side = std::min(aside.pace, (aside.lines + steps - 1) / steps);
     switch (rows - first) {
       case 1: product<S, DOUBLE, 1, T>(w, tile, codes, meta, at, stride, ahead, aside.at, side); break;
       case 2: product<S, DOUBLE, 2, T>(w, tile, codes, meta, at, stride, ahead, aside.at, side); break;

@@ -59,13 +59,11 @@ struct Activations {
 };
 
 // Memory that something else will read soon. Products live on arithmetic and leave memory idle, so they ask for it on
-// the side: for SIDE_LINES of it with every group of inputs that a walk over weights passes.
+// the side: for `pace` lines of it with every group of inputs that a walk over weights passes.
 struct Aside {
   const char* at = nullptr;
-  int64_t lines = 0;
+  int64_t lines = 0, pace = 0;
 };
-
-constexpr int64_t SIDE_LINES = 3;
 
 // out[r, 16 * (t - first)] = row r of x times tile t of w, no bias. Rows of `out` have room for whole tiles. What has
 // been asked for is taken off `aside`.

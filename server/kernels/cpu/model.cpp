@@ -13,6 +13,9 @@ namespace {
 // What a thread asks for ahead of a layer, at most: it has to stay in the second and third cache until it is read.
 constexpr int64_t AHEAD_LINES = (2 << 20) / 64;
 
+// What it asks for with a group of inputs, at most: memory has no more to give.
+constexpr int64_t MOST_LINES = 3;
+
 constexpr int64_t TILES = 2;  // of 16 columns: what one piece of a product computes
 
 int64_t whole_tiles(int64_t n) { return (n + 15) / 16 * 16; }
@@ -84,7 +87,7 @@ void copy_row(float* to, const float* x, int64_t n) {
 }  // namespace
 
 int64_t cache_halves(const Config& config, int64_t block_size) {
-  return config.kv_heads * Cache{nullptr, block_size, config.kv_heads, config.head_dim}.head_halves();
+  return config.kv_heads * Cache{nullptr, 0, block_size, config.head_dim}.head_halves();
 }
 
 Model::Model(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,
@@ -99,15 +102,15 @@ Model::Model(const Config& config, const Layer* layers, const Matrix& embed, con
       slots_(static_cast<size_t>(config.max_slots), nullptr),
       slot_rank_(static_cast<size_t>(config.max_slots), 0),
       slot_uses_(static_cast<size_t>(config.max_slots), 0),
+      slot_lines_(static_cast<size_t>(config.max_slots), 0),
       local_(static_cast<size_t>(pool.threads())) {
   for (const Layer& layer : layers_)
     for (const Matrix& w : layer.site) (w.scheme == NONE ? any_half_ : any_codes_) = true;
   (head_.scheme == NONE ? any_half_ : any_codes_) = true;
 }
 
-void Model::set_cache(uint16_t* cache, int64_t blocks, int64_t block_size, const float* cosine, const float* sine) {
+void Model::set_cache(uint16_t* cache, int64_t block_size, const float* cosine, const float* sine) {
   cache_ = cache;
-  blocks_ = blocks;
   block_size_ = block_size;
   cosine_ = cosine;
   sine_ = sine;
@@ -119,6 +122,7 @@ void Model::set_slot(int64_t slot, const LoraSite* sites) {
   slots_[at] = nullptr;
   slot_rank_[at] = 0;
   slot_uses_[at] = 0;
+  slot_lines_[at] = 0;
   if (sites == nullptr) return;
   slot_sites_[at].assign(sites, sites + config_.layers * SITES);
   slots_[at] = slot_sites_[at].data();
@@ -127,6 +131,8 @@ void Model::set_slot(int64_t slot, const LoraSite* sites) {
     slot_rank_[at] = std::max(slot_rank_[at], rank);
     if (rank > 0) slot_uses_[at] |= 1u << i % SITES;
   }
+  for (size_t layer = 0; layer < layers_.size(); layer++)
+    slot_lines_[at] += attention_sites(slots_[at] + layer * SITES, layers_[layer]).lines;
 }
 
 int64_t Model::work_bytes() const {
@@ -150,8 +156,8 @@ int64_t Model::clock(Phase phase, int64_t since) {
 }
 
 Cache Model::cache_of(int64_t layer) const {
-  return {cache_ + layer * blocks_ * cache_halves(config_, block_size_), block_size_, config_.kv_heads,
-          config_.head_dim};
+  const int64_t halves = cache_halves(config_, block_size_);
+  return {cache_ + layer * halves, config_.layers * halves, block_size_, config_.head_dim};
 }
 
 // ---- the adapters of a step -----------------------------------------------------------------------------------
@@ -274,6 +280,21 @@ void Model::plan_ahead(const Step& step) {
   for (int64_t s = 0; s < step.sequences; s++)
     for (int64_t b = 0; b * block_size_ < step.context[s]; b++)
       ahead_blocks_.push_back(step.blocks[s * step.table_width + b]);
+  ahead_pace_ = pace_ahead(step.rows);
+}
+
+// Lines a group of inputs, so that what there is to ask for is spread over the products that do it: gate, up and down.
+int64_t Model::pace_ahead(int64_t rows) const {
+  int64_t lines = static_cast<int64_t>(ahead_blocks_.size()) * cache_halves(config_, block_size_) / 32;
+  for (const int32_t slot : ahead_slots_) lines += slot_lines_[static_cast<size_t>(slot)] / config_.layers;
+  lines = std::min(lines, AHEAD_LINES * static_cast<int64_t>(local_.size()));
+  int64_t groups = 0;
+  for (const int site : {GATE, UP, DOWN}) {
+    const Matrix& w = layers_[0].site[site];
+    groups += (w.tiles() + TILES - 1) / TILES * (w.padded() / GROUP);
+  }
+  groups *= (rows + ROWS - 1) / ROWS;
+  return std::min(MOST_LINES, (lines + groups - 1) / groups);
 }
 
 // From now on products ask for what `layer` will read; for nothing if it is none.
@@ -309,6 +330,7 @@ Aside& Model::aside_of(int thread) {
       local.aside = {reinterpret_cast<const char*>(cache_of(ahead_layer_).keys(at, 0)), halves / 32};
     }
     local.aside.lines = std::min(local.aside.lines, local.left);
+    local.aside.pace = ahead_pace_;
     local.left -= local.aside.lines;
   }
   return local.aside;

@@ -25,7 +25,7 @@ class Model {
   Model(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,
         Pool& pool);
 
-  void set_cache(uint16_t* cache, int64_t blocks, int64_t block_size, const float* cosine, const float* sine);
+  void set_cache(uint16_t* cache, int64_t block_size, const float* cosine, const float* sine);
   void set_slot(int64_t slot, const LoraSite* sites);
   void run(const Step& step);
   int64_t work_bytes() const;
@@ -82,6 +82,7 @@ class Model {
   static Peak peak_of(const float* x, int64_t n, int64_t at);
   Cache cache_of(int64_t layer) const;
   void plan_ahead(const Step& step);
+  int64_t pace_ahead(int64_t rows) const;
   void look_ahead(int64_t layer);
   Aside& aside_of(int thread);
   void fetch_once(const Activations& x, int64_t rows, int thread);
@@ -96,18 +97,19 @@ class Model {
   std::vector<const LoraSite*> slots_;  // [slot] -> [layer][site]
   std::vector<int64_t> slot_rank_;      // the highest of a slot's ranks
   std::vector<uint32_t> slot_uses_;     // bit s: some layer has site s
+  std::vector<int64_t> slot_lines_;     // of what is asked for ahead of a layer, over all layers
   bool any_half_ = false;               // some linear wants bf16 activations
   bool any_codes_ = false;
 
   uint16_t* cache_ = nullptr;
-  int64_t blocks_ = 0, block_size_ = 16;
+  int64_t block_size_ = 16;
   const float* cosine_ = nullptr;
   const float* sine_ = nullptr;
 
-  // The slots of a step's adapters and the blocks of its cache; which layer's are asked for, -1 for none; and how often
-  // that has changed.
+  // The slots of a step's adapters and the blocks of its cache; how fast they are asked for; which layer's are, -1 for
+  // none; and how often that has changed.
   std::vector<int32_t> ahead_slots_, ahead_blocks_;
-  int64_t ahead_layer_ = -1, look_ = 0;
+  int64_t ahead_pace_ = 0, ahead_layer_ = -1, look_ = 0;
   std::vector<RowBlock> row_blocks_;
   std::vector<int32_t> row_sequence_;
   std::vector<Update> updated_;  // the sites of the last updates, none if the layer's adapters have none of them
