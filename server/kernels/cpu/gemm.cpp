@@ -77,8 +77,6 @@ inline void prefetch_scales(const Matrix& w, int64_t tile, int64_t groups, int64
   }
 }
 
-constexpr int64_t bytes_of_group(int scheme) { return scheme == INT8 ? 512 : 256; }
-
 // Which lines of the tiles behind these a walk asks for: of the T * bytes_of_group / 64 that it passes a step.
 struct Ahead {
   int first, last;

@@ -39,6 +39,8 @@ class Buffer {
 
 constexpr int ROWS = 4;       // rows of a tile, and of a block of quantized activations
 constexpr int GROUP = 32;     // inputs that share an activation's scale
+// Bytes of a tile's codes for a group of inputs, of the schemes with codes.
+constexpr int64_t bytes_of_group(int scheme) { return scheme == INT8 ? 512 : 256; }
 constexpr int META = 3 * ROWS;  // floats per block and group: scales, scale * sum, -128 * sum as int32
 
 // Activations [rows, k] in the forms that products read, inputs padded with zeros to a multiple of 32:

@@ -1,5 +1,7 @@
 #include "model.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -10,11 +12,16 @@
 namespace loramux {
 namespace {
 
-// What a thread asks for ahead of a layer, at most: it has to stay in the second and third cache until it is read.
-constexpr int64_t AHEAD_LINES = (2 << 20) / 64;
+// What is asked for with a group of inputs, weights among it, at most: memory has no more to give.
+constexpr int64_t MOST_LINES = 5;
 
-// What it asks for with a group of inputs, at most: memory has no more to give.
-constexpr int64_t MOST_LINES = 3;
+// What a thread asks for ahead of a layer, at most: it has to stay in its second cache, or in a third of the third one
+// that it shares with the others, until it is read.
+int64_t ahead_lines(int threads) {
+  constexpr int64_t SECOND = 1 << 20;
+  const int64_t third = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return std::max(SECOND, third / 3 / threads) / 64;
+}
 
 constexpr int64_t TILES = 2;  // of 16 columns: what one piece of a product computes
 
@@ -103,6 +110,7 @@ Model::Model(const Config& config, const Layer* layers, const Matrix& embed, con
       slot_rank_(static_cast<size_t>(config.max_slots), 0),
       slot_uses_(static_cast<size_t>(config.max_slots), 0),
       slot_lines_(static_cast<size_t>(config.max_slots), 0),
+      ahead_lines_(ahead_lines(pool.threads())),
       local_(static_cast<size_t>(pool.threads())) {
   for (const Layer& layer : layers_)
     for (const Matrix& w : layer.site) (w.scheme == NONE ? any_half_ : any_codes_) = true;
@@ -284,23 +292,28 @@ void Model::plan_ahead(const Step& step) {
 }
 
 // Lines a group of inputs, so that what there is to ask for is spread over the products that do it: gate, up and down.
+// Their walks over the rows share the asking for weights, and of few rows that is all that memory can give.
 int64_t Model::pace_ahead(int64_t rows) const {
   int64_t lines = static_cast<int64_t>(ahead_blocks_.size()) * cache_halves(config_, block_size_) / 32;
   for (const int32_t slot : ahead_slots_) lines += slot_lines_[static_cast<size_t>(slot)] / config_.layers;
-  lines = std::min(lines, AHEAD_LINES * static_cast<int64_t>(local_.size()));
-  int64_t groups = 0;
+  lines = std::min(lines, ahead_lines_ * static_cast<int64_t>(local_.size()));
+  const int64_t walks = (rows + ROWS - 1) / ROWS;
+  int64_t groups = 0, weights = 0;
   for (const int site : {GATE, UP, DOWN}) {
     const Matrix& w = layers_[0].site[site];
-    groups += (w.tiles() + TILES - 1) / TILES * (w.padded() / GROUP);
+    const int64_t pieces = (w.tiles() + TILES - 1) / TILES * (w.padded() / GROUP);
+    groups += pieces * walks;
+    weights += pieces * TILES * bytes_of_group(w.scheme) / 64;
   }
-  groups *= (rows + ROWS - 1) / ROWS;
-  return std::min(MOST_LINES, (lines + groups - 1) / groups);
+  const int64_t spare = MOST_LINES - (weights + groups - 1) / groups;
+  return std::max<int64_t>(0, std::min(spare, (lines + groups - 1) / groups));
 }
 
-// From now on products ask for what `layer` will read; for nothing if it is none.
+// From now on products ask for what `layer` will read; for nothing if that is -1. After the last layer comes the first
+// one of the next step, which mostly has the same sequences.
 void Model::look_ahead(int64_t layer) {
   look_++;
-  ahead_layer_ = layer < config_.layers ? layer : -1;
+  ahead_layer_ = layer;
 }
 
 // What a thread asks for beside a product. Each has the share of what it will probably read itself: the pieces of
@@ -308,7 +321,7 @@ void Model::look_ahead(int64_t layer) {
 Aside& Model::aside_of(int thread) {
   Local& local = local_[static_cast<size_t>(thread)];
   if (local.look != look_)
-    local.look = look_, local.aside = {}, local.asked = 0, local.left = AHEAD_LINES;
+    local.look = look_, local.aside = {}, local.asked = 0, local.left = ahead_lines_;
   if (ahead_layer_ < 0) return local.aside;
   const auto threads = static_cast<int64_t>(local_.size());
   const auto begin = [&](const std::vector<int32_t>& all) {
@@ -584,7 +597,7 @@ void Model::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
   t = clock(OUT, t);
 
   norm_rows(block, l.post_norm, O);
-  look_ahead(layer + 1);
+  look_ahead((layer + 1) % config_.layers);
   t = clock(NORM, t);
   gate_up(layer, block);
   t = clock(GATE_UP, t);

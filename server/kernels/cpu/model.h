@@ -106,9 +106,10 @@ class Model {
   const float* cosine_ = nullptr;
   const float* sine_ = nullptr;
 
-  // The slots of a step's adapters and the blocks of its cache; how fast they are asked for; which layer's are, -1 for
-  // none; and how often that has changed.
+  // The slots of a step's adapters and the blocks of its cache; how many lines of them are asked for with a group of
+  // inputs; which layer's are, -1 for none; and how often that has changed.
   std::vector<int32_t> ahead_slots_, ahead_blocks_;
+  const int64_t ahead_lines_;  // that a thread asks for, at most
   int64_t ahead_pace_ = 0, ahead_layer_ = -1, look_ = 0;
   std::vector<RowBlock> row_blocks_;
   std::vector<int32_t> row_sequence_;
