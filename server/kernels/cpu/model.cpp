@@ -309,11 +309,10 @@ int64_t Model::pace_ahead(int64_t rows) const {
   return std::max<int64_t>(0, std::min(spare, (lines + groups - 1) / groups));
 }
 
-// From now on products ask for what `layer` will read; for nothing if that is -1. After the last layer comes the first
-// one of the next step, which mostly has the same sequences.
+// From now on products ask for what `layer` will read; for nothing if it is none.
 void Model::look_ahead(int64_t layer) {
   look_++;
-  ahead_layer_ = layer;
+  ahead_layer_ = layer < config_.layers ? layer : -1;
 }
 
 // What a thread asks for beside a product. Each has the share of what it will probably read itself: the pieces of
@@ -597,7 +596,7 @@ void Model::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
   t = clock(OUT, t);
 
   norm_rows(block, l.post_norm, O);
-  look_ahead((layer + 1) % config_.layers);
+  look_ahead(layer + 1);
   t = clock(NORM, t);
   gate_up(layer, block);
   t = clock(GATE_UP, t);
