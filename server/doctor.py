@@ -64,7 +64,9 @@ def examine(settings: Settings) -> Report:
 
 
 def _processor(settings: Settings, report: Report) -> None:
-    cores = len(os.sched_getaffinity(0))
+    from server.kernels.threads import processors
+
+    cores = processors()
     report.facts["cores"] = f"{cores} of {os.cpu_count()}"
     threads = settings.threads or cores
     report.facts["threads"] = str(threads)

@@ -37,6 +37,7 @@ from server.jobs.spec import BaseSource
 from server.jobs.training import Training
 from server.kernels import choose
 from server.kernels.cpu.last_words import last_words
+from server.kernels.threads import processors
 from server.metrics import Metrics
 from server.model.loader import Base, load_base
 from server.settings import Settings
@@ -199,7 +200,7 @@ def _ground(
         origin=None if source is None else _origin(settings, base, source),
         base_name=base.name,
         max_rank=settings.max_rank,
-        threads=min(TRAINING_THREADS, settings.threads or os.cpu_count() or 1),
+        threads=min(TRAINING_THREADS, settings.threads or processors()),
         files=Files(settings.state_dir / "files"),
         registry=registry,
         store=store,
@@ -302,7 +303,7 @@ def _engine(settings: Settings, base: Base, registry: Registry, text: Text, cont
         kind = OverlappedEngine
         runner, of_device = _on_gpu(settings, base, context)
     else:
-        runner = make_runner(base, settings.max_slots, settings.threads or os.cpu_count() or 1)
+        runner = make_runner(base, settings.max_slots, settings.threads or processors())
         blocks = kv_blocks(settings, runner.block_bytes(settings.block_size), context)
         of_device = {"blocks": blocks, "max_slots": settings.max_slots}
     engine = kind(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -40,7 +39,9 @@ def open_base(settings: Settings, backend: Backend, quiet: bool) -> Base:
 
 def threads_of(settings: Settings) -> int:
     """How many threads the settings give to a command that computes by itself."""
-    return settings.threads or os.cpu_count() or 1
+    from server.kernels.threads import processors
+
+    return settings.threads or processors()
 
 
 @contextlib.asynccontextmanager

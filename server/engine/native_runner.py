@@ -62,7 +62,7 @@ class _Results:
 
     @property
     def nbytes(self) -> int:
-        return sum(arena.nbytes for arena in self._arenas.values())
+        return sum(arena.nbytes for arena in list(self._arenas.values()))  # others ask while a step takes one
 
 
 @lru_cache(maxsize=1)
@@ -115,14 +115,14 @@ class NativeRunner:
         """Raises ValueError for a block size that is no multiple of 16."""
         if block_size < 1 or block_size % VECTOR:
             raise ValueError(f"the native kernels need a block size that is a multiple of {VECTOR}, not {block_size}")
+        inverse, factor = frequencies(self._config)
+        positions = torch.arange(min(blocks * block_size, self._config.max_position_embeddings))
+        cosine, sine = angles(inverse, factor, positions)
         halves = blocks * self.block_bytes(block_size) // torch.bfloat16.itemsize
         self._storage = torch.empty(0, dtype=torch.bfloat16)
         # Zeroed pages come from the system when they are first written, so an unused cache takes no memory.
         self._storage = torch.from_numpy(np.zeros(halves, np.int16)).view(torch.bfloat16)
         self._touched = 0
-        inverse, factor = frequencies(self._config)
-        positions = torch.arange(min(blocks * block_size, self._config.max_position_embeddings))
-        cosine, sine = angles(inverse, factor, positions)
         self._angles = (cosine.float().contiguous(), sine.float().contiguous())
         self._blocks, self._block_size = blocks, block_size
         self._library.loramux_model_cache(
@@ -130,7 +130,9 @@ class NativeRunner:
         )
 
     def place(self, slot: int, weights: LoraWeights) -> None:
-        """Point a slot at an adapter's own memory. Raises ValueError if it is not this base's or not prepared."""
+        """Point a slot at an adapter's own memory. Raises ValueError if it is not this base's or not prepared, and
+        IndexError if there is no such slot."""
+        self._check_slot(slot)
         layers = self._config.num_hidden_layers
         sites = (bindings.LoraSite * (layers * len(SITES)))()
         for path, update in weights.modules.items():
@@ -144,6 +146,7 @@ class NativeRunner:
         self._slots[slot] = weights
 
     def clear(self, slot: int) -> None:
+        self._check_slot(slot)
         self._library.loramux_model_slot(self._model, slot, None)
         self._slots[slot] = None
 
@@ -172,7 +175,8 @@ class NativeRunner:
             largest=largest.data_ptr(),
             **{name: tensor.data_ptr() for name, tensor in arrays.items()},
         )
-        self._library.loramux_model_step(self._model, step)
+        if not self._library.loramux_model_step(self._model, step):
+            raise MemoryError(f"no memory for a step of {batch.rows} rows")
         return Logits(logits, largest.numpy())
 
     def block_bytes(self, block_size: int) -> int:
@@ -218,6 +222,10 @@ class NativeRunner:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < len(self._slots):
+            raise IndexError(f"there are {len(self._slots)} slots and no slot {slot}")
+
     def _check_batch(self, batch: Batch, arrays: Mapping[str, torch.Tensor]) -> None:
         """The kernels trust what they are given; these are the engine's own invariants."""
         assert self._storage.numel(), "allocate comes before run"
@@ -229,7 +237,10 @@ class NativeRunner:
         highest = int(arrays["blocks"].numpy().max())
         assert highest < self._blocks
         self._touched = max(self._touched, highest + 1)
-        assert all(self._slots[slot] is not None for mix in batch.mixes for slot, _ in mix), "a slot is empty"
+        used = {slot for mix in batch.mixes for slot, _ in mix}
+        assert all(slot >= 0 and self._slots[slot] is not None for slot in used), "a slot is empty"
+        if len(arrays["logit_rows"]):
+            assert 0 <= int(arrays["logit_rows"].min()) and int(arrays["logit_rows"].max()) < batch.rows
 
 
 def _arrays(batch: Batch) -> dict[str, torch.Tensor]:

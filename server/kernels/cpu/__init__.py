@@ -6,8 +6,7 @@ engine/native_runner.py's. 4-bit and 8-bit weights meet activations quantized to
 
 from __future__ import annotations
 
-import os
-from functools import lru_cache
+import threading
 
 import torch
 
@@ -15,6 +14,7 @@ from adapters.weights import LoraWeights
 from server.kernels.adapter_memory import in_one_piece
 from server.kernels.cpu import bindings, packing
 from server.kernels.reference import prepared
+from server.kernels.threads import processors
 from server.kernels.weight import Weight
 
 
@@ -27,10 +27,16 @@ def unavailable() -> str | None:
     return None if reason is None else str(reason.decode())
 
 
-@lru_cache(maxsize=1)
+_pools: list[bindings.Pool] = []
+_making = threading.Lock()
+
+
 def shared_pool() -> bindings.Pool:
     """The threads of products that no runner asks for, one a processor that this process may use."""
-    return bindings.Pool(len(os.sched_getaffinity(0)))
+    with _making:
+        if not _pools:
+            _pools.append(bindings.Pool(processors()))
+    return _pools[0]
 
 
 class Native:
@@ -52,9 +58,10 @@ class Native:
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
         rows = x.detach().float().contiguous()
         y = torch.empty(rows.shape[0], weight.shape[0])
-        bindings.library().loramux_linear(
+        if not bindings.library().loramux_linear(
             shared_pool().handle, packing.matrix(weight), rows.data_ptr(), rows.shape[0], y.data_ptr()
-        )
+        ):
+            raise MemoryError(f"no memory for a product of {rows.shape[0]} rows")
         return y.to(x.dtype)
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <mutex>
+#include <new>
+#include <system_error>
 #include <vector>
 
 #include "gemm.h"
@@ -11,41 +13,67 @@
 
 using namespace loramux;
 
-extern "C" {
+namespace {
 
-void* loramux_pool_new(int threads) { return new Pool(threads); }
-void loramux_pool_free(void* pool) { delete static_cast<Pool*>(pool); }
-
-// y [rows, n] = x [rows, k] times w, no bias. Blocks of rows, so that quantized activations stay in cache.
-void loramux_linear(void* pool_, const Matrix* w, const float* x, int64_t rows, float* y) {
-  auto& pool = *static_cast<Pool*>(pool_);
+// Blocks of rows, so that quantized activations stay in cache.
+void linear(Pool& pool, const Matrix& w, const float* x, int64_t rows, float* y) {
   std::lock_guard<std::mutex> turn(pool.turn);
   constexpr int64_t BLOCK = 256, CHUNK = 4;
   Activations packed;
-  packed.reserve(std::min(rows, BLOCK), w->k, w->scheme != NONE, w->scheme == NONE);
-  const int64_t tiles = w->tiles();
+  packed.reserve(std::min(rows, BLOCK), w.k, w.scheme != NONE, w.scheme == NONE);
+  const int64_t tiles = w.tiles();
   std::vector<Buffer<float>> scratch(static_cast<size_t>(pool.threads()));
   for (auto& s : scratch) s.reserve(std::min(rows, BLOCK) * CHUNK * 16);
   for (int64_t start = 0; start < rows; start += BLOCK) {
     const int64_t count = std::min(BLOCK, rows - start);
     pool.run(static_cast<int>((count + ROWS - 1) / ROWS), [&](int piece, int) {
       for (int64_t r = piece * ROWS; r < std::min<int64_t>(count, (piece + 1) * ROWS); r++)
-        packed.set(r, 0, w->k, x + (start + r) * w->k);
+        packed.set(r, 0, w.k, x + (start + r) * w.k);
     });
     pool.run(static_cast<int>((tiles + CHUNK - 1) / CHUNK), [&](int piece, int thread) {
       const int64_t first = piece * CHUNK, last = std::min(tiles, first + CHUNK);
-      float* at = y + start * w->n + first * 16;
+      float* at = y + start * w.n + first * 16;
       Aside nothing;
-      if (last * 16 <= w->n) {
-        multiply(*w, first, last, packed, count, at, w->n, nothing);
+      if (last * 16 <= w.n) {
+        multiply(w, first, last, packed, count, at, w.n, nothing);
         return;
       }
       float* local = scratch[static_cast<size_t>(thread)].get();
-      multiply(*w, first, last, packed, count, local, CHUNK * 16, nothing);
+      multiply(w, first, last, packed, count, local, CHUNK * 16, nothing);
       for (int64_t r = 0; r < count; r++)
-        std::copy_n(local + r * CHUNK * 16, w->n - first * 16, at + r * w->n);
+        std::copy_n(local + r * CHUNK * 16, w.n - first * 16, at + r * w.n);
     });
   }
+}
+
+// Whether there was memory for it: no exception leaves this library. Only the calling thread allocates.
+template <class F>
+bool within_memory(F&& f) {
+  try {
+    f();
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Null if the system does not start so many threads.
+void* loramux_pool_new(int threads) {
+  try {
+    return new Pool(threads);
+  } catch (const std::system_error&) {
+    return nullptr;
+  }
+}
+void loramux_pool_free(void* pool) { delete static_cast<Pool*>(pool); }
+
+// y [rows, n] = x [rows, k] times w, no bias. False if there is no memory for it.
+bool loramux_linear(void* pool, const Matrix* w, const float* x, int64_t rows, float* y) {
+  return within_memory([&] { linear(*static_cast<Pool*>(pool), *w, x, rows, y); });
 }
 
 // Rows `ids` of the matrix as float32 [count, k].
@@ -72,7 +100,10 @@ void loramux_model_slot(void* model, int64_t slot, const LoraSite* sites) {
   static_cast<Model*>(model)->set_slot(slot, sites);
 }
 
-void loramux_model_step(void* model, const Step* step) { static_cast<Model*>(model)->run(*step); }
+// False if there is no memory for its work buffers.
+bool loramux_model_step(void* model, const Step* step) {
+  return within_memory([&] { static_cast<Model*>(model)->run(*step); });
+}
 int64_t loramux_model_bytes(void* model) { return static_cast<Model*>(model)->work_bytes(); }
 // Nanoseconds that each kind of phase has taken since the last call; see Model::Phase.
 void loramux_model_times(void* model, int64_t* out) { static_cast<Model*>(model)->take_times(out); }

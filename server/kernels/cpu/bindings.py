@@ -6,7 +6,7 @@ Owns loading and the signatures. Does not know what a tensor or an adapter is; p
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -88,7 +88,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_missing": (c_char_p, []),
     "loramux_pool_new": (c_void_p, [c_int]),
     "loramux_pool_free": (None, [c_void_p]),
-    "loramux_linear": (None, [c_void_p, POINTER(Matrix), c_void_p, c_int64, c_void_p]),
+    "loramux_linear": (c_bool, [c_void_p, POINTER(Matrix), c_void_p, c_int64, c_void_p]),
     "loramux_rows": (None, [POINTER(Matrix), c_void_p, c_int64, c_void_p]),
     "loramux_model_new": (
         c_void_p,
@@ -98,7 +98,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_model_cache": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
     "loramux_block_bytes": (c_int64, [POINTER(Config), c_int64]),
     "loramux_model_slot": (None, [c_void_p, c_int64, POINTER(LoraSite)]),
-    "loramux_model_step": (None, [c_void_p, POINTER(Step)]),
+    "loramux_model_step": (c_bool, [c_void_p, POINTER(Step)]),
     "loramux_model_bytes": (c_int64, [c_void_p]),
     "loramux_model_times": (None, [c_void_p, POINTER(c_int64)]),
     "loramux_last_words": (None, [c_void_p]),
@@ -125,17 +125,19 @@ class Pool:
     """Threads of the kernels' own. Freed with the last reference; calls on one pool take turns."""
 
     def __init__(self, threads: int) -> None:
-        """Raises ValueError if `threads` is not positive."""
+        """Raises ValueError if `threads` is not positive, and OSError if the system does not start so many."""
         if threads < 1:
             raise ValueError(f"the kernels need at least one thread, not {threads}")
         self.threads = threads
         self._library = library()
-        self.handle: int = self._library.loramux_pool_new(threads)
+        self.handle: int | None = self._library.loramux_pool_new(threads)
+        if not self.handle:
+            raise OSError(f"the system does not start {threads} threads for this process; --threads asks for fewer")
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
             self._library.loramux_pool_free(self.handle)
-            self.handle = 0
+            self.handle = None
 
 
 __all__ = [

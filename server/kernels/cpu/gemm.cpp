@@ -242,7 +242,10 @@ void columns_any(const Matrix& w, int64_t tile, const Activations& x, int64_t ro
       twice ? columns<NF4, true, T>(w, tile, x, rows, out, stride, prefetch, aside)
             : columns<NF4, false, T>(w, tile, x, rows, out, stride, prefetch, aside);
       break;
-    case INT8: columns<INT8, false, T>(w, tile, x, rows, out, stride, prefetch, aside); break;
+    case INT8:
+      twice ? columns<INT8, true, T>(w, tile, x, rows, out, stride, prefetch, aside)
+            : columns<INT8, false, T>(w, tile, x, rows, out, stride, prefetch, aside);
+      break;
     default: columns_half<T>(w, tile, x, rows, out, stride);
   }
 }
@@ -301,7 +304,7 @@ void Activations::set(int64_t row, int64_t from, int64_t to, const float* x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtsepi32_epi8(qb));
     float* m = meta.get() + at * META + lane;
     const float scale = some ? peak / 127.0f : 0.0f;
-    const int32_t offset = -128 * sum;
+    const auto offset = static_cast<int32_t>(0u - 128u * static_cast<uint32_t>(sum));  // of NaN it wraps
     m[0] = scale;
     m[ROWS] = scale * static_cast<float>(sum);
     std::memcpy(m + 2 * ROWS, &offset, sizeof offset);

@@ -4,6 +4,7 @@
 #include "target.h"
 
 #include <cstdint>
+#include <new>
 #include <vector>
 
 #include "kernels.h"
@@ -19,11 +20,13 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr, other.size_ = 0; }
-  // At least n elements; the content is lost if it grows, and is zero then.
+  // At least n elements; the content is lost if it grows, and is zero then. Throws bad_alloc.
   T* reserve(int64_t n) {
     if (n > size_) {
       _mm_free(data_);
+      size_ = 0;
       data_ = static_cast<T*>(_mm_malloc(static_cast<size_t>(n) * sizeof(T), 64));
+      if (data_ == nullptr) throw std::bad_alloc();
       __builtin_memset(data_, 0, static_cast<size_t>(n) * sizeof(T));
       size_ = n;
     }

@@ -286,7 +286,7 @@ void Model::plan_ahead(const Step& step) {
   for (const MixRows& mix : row_blocks_[0].plan.mixes)
     for (const Entry& entry : mix.entries) ahead_slots_.push_back(entry.slot);
   for (int64_t s = 0; s < step.sequences; s++)
-    for (int64_t b = 0; b * block_size_ < step.context[s]; b++)
+    for (int64_t b = 0; b < step.table_width && b * block_size_ < step.context[s]; b++)
       ahead_blocks_.push_back(step.blocks[s * step.table_width + b]);
   ahead_pace_ = pace_ahead(step.rows);
 }
@@ -496,7 +496,8 @@ void Model::rotate_and_write(const Step& step, int64_t layer, const RowBlock& bl
   if (l.rope) rotate(k, cosine, sine, dim);
   const int32_t s = row_sequence_[static_cast<size_t>(block.first + row)];
   const int32_t* table = step.blocks + s * step.table_width;
-  const bool last = block.first + row + 1 == step.row_start[s + 1];
+  // Attention follows block by block: the row behind may not have been written by then.
+  const bool last = row + 1 == block.count || block.first + row + 1 == step.row_start[s + 1];
   write_token(cache_of(layer), table[position / block_size_], head, position % block_size_, k, v, last);
 }
 

@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <algorithm>
+#include <system_error>
 
 namespace loramux {
 namespace {
@@ -19,10 +20,17 @@ inline void pause() { __builtin_ia32_pause(); }
 }  // namespace
 
 Pool::Pool(int threads) : ranges_(static_cast<size_t>(std::max(threads, 1))) {
-  for (int t = 1; t < threads; t++) workers_.emplace_back([this, t] { work(t); });
+  try {
+    for (int t = 1; t < threads; t++) workers_.emplace_back([this, t] { work(t); });
+  } catch (const std::system_error&) {
+    end();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { end(); }
+
+void Pool::end() {
   {
     std::lock_guard<std::mutex> lock(park_);
     stopping_.store(true);

@@ -14,7 +14,7 @@ class Pool {
  public:
   using Function = void (*)(void* context, int piece, int thread);
 
-  explicit Pool(int threads);
+  explicit Pool(int threads);  // throws system_error if the system starts no more threads
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -39,6 +39,7 @@ class Pool {
     std::atomic<uint64_t> word{0};  // epoch << 32 | first << 16 | last
   };
 
+  void end();
   void run_erased(int n, Function function, void* context);
   void work(int thread);
   void take_part(int thread, uint32_t epoch);

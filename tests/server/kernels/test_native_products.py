@@ -21,6 +21,7 @@ SCHEMES = [
     ("nf4", 64, False),
     ("nf4", 64, True),
     ("int8", 32, False),
+    ("int8", 64, True),
     ("none", 0, False),
 ]
 SHAPES = [(16, 192), (48, 576), (49, 384), (7, 192), (130, 1536)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -205,6 +207,54 @@ def test_what_an_earlier_owner_left_in_a_block_is_not_seen() -> None:
     for count in (1, 2, 15, 16, 17, 33):
         ids = tokens(3, count)
         assert torch.equal(alone(used, ids, first_block=0), alone(fresh, ids, first_block=0))
+
+
+def test_nor_is_it_where_a_sequence_goes_on_in_the_next_block_of_rows() -> None:
+    """256 rows go through a layer together: with one before it, the sequence's 255th is the last of them."""
+    native, _ = bases("llama-int4")
+    fresh, used = runner_of(native), runner_of(native)
+    place_all(used, native, {0: adapter(native.config, 1, 4, size=1e30)})
+    overflown = alone(used, tokens(2, 400), ((0, 16.0),), first_block=0)
+    assert not overflown.isfinite().all()
+    ids = tokens(3, 300)
+    expected = alone(fresh, ids, first_block=0)
+    before = Sequence(tokens(4, 1), [60])
+    assert torch.equal(step(used, [(before, 1), (Sequence(ids, list(range(19))), 300)])[1], expected)
+
+
+def test_scores_that_are_not_finite_are_not_hidden() -> None:
+    """Values are small here: times the exp of a NaN, if that were a number, they would be finite, and over its sum zero."""
+    native, _ = bases("llama-int4")
+    small = {n: t * 1e-3 if n.endswith("input_layernorm.weight") else t for n, t in native.tensors.items()}
+    native = replace(native, tensors=small)
+    runner = runner_of(native)
+    place_all(runner, native, {0: adapter(native.config, 1, 4, ("q_proj", "k_proj"), size=1e37)})
+    for count in (2, 3, 20):
+        logits = runner.run(batch_of([(Sequence(tokens(5, count), [0, 1], ((0, 16.0),)), count)]))
+        assert not logits.rows[1:].isfinite().any(), count
+        assert (logits.largest[1:] == -1).all()
+
+
+def test_a_slot_that_there_is_not_is_refused() -> None:
+    native, _ = bases("llama-int4")
+    runner = runner_of(native)
+    prepared = native.backend.prepare(adapter(native.config, 1, 4))
+    for slot in (-1, SLOTS):
+        with pytest.raises(IndexError, match=f"no slot {slot}"):
+            runner.place(slot, prepared)
+        with pytest.raises(IndexError, match=f"no slot {slot}"):
+            runner.clear(slot)
+
+
+def test_threads_that_the_system_does_not_start_are_an_error() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    taken = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (64 << 20), limits[1]))  # room for some eight stacks
+    try:
+        with pytest.raises(OSError, match="does not start 64 threads"):
+            cpu.bindings.Pool(64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_a_slot_is_reused_and_cleared() -> None:

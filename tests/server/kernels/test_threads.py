@@ -1,0 +1,48 @@
+"""How many processors there are for this process: affinity, and quotas of control groups."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from server.kernels import threads
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hierarchy in which this process is in /shop/till; 8 processors by affinity."""
+    (tmp_path / "own").write_text("1:cpu:/old\n0::/shop/till\n")
+    (tmp_path / "shop" / "till").mkdir(parents=True)
+    monkeypatch.setattr(threads, "CGROUP", tmp_path / "own")
+    monkeypatch.setattr(threads, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, 8),
+        ({"shop/till": "max 100000"}, 8),
+        ({"shop/till": "200000 100000"}, 2),
+        ({"shop/till": "150000 100000"}, 2),
+        ({"shop/till": "10000 100000"}, 1),
+        ({"shop/till": "max 100000", "shop": "300000 100000"}, 3),
+        ({"shop/till": "900000 100000", "": "400000 100000"}, 4),
+        ({"shop/till": "1600000 100000"}, 8),
+        ({"shop/till": "what is this"}, 8),
+    ],
+)
+def test_the_smallest_quota_on_the_way_up_counts(groups: Path, limits: dict[str, str], expected: int) -> None:
+    for group, text in limits.items():
+        (groups / group / "cpu.max").write_text(text)
+    assert threads.processors() == expected
+
+
+def test_without_control_groups_affinity_counts(groups: Path) -> None:
+    (groups / "own").write_text("1:cpu:/old\n")
+    assert threads.processors() == 8
+    (groups / "own").unlink()
+    assert threads.processors() == 8
