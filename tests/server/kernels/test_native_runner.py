@@ -223,7 +223,7 @@ def test_nor_is_it_where_a_sequence_goes_on_in_the_next_block_of_rows() -> None:
 
 
 def test_scores_that_are_not_finite_are_not_hidden() -> None:
-    """Values are small here: times the exp of a NaN, if that were a number, they would be finite, and over its sum zero."""
+    """Values are small here: were exp of NaN a number, values times it would be finite, and over its sum zero."""
     native, _ = bases("llama-int4")
     small = {n: t * 1e-3 if n.endswith("input_layernorm.weight") else t for n, t in native.tensors.items()}
     native = replace(native, tensors=small)
