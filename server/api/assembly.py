@@ -151,7 +151,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     inference.on_ended = _ending(settings, quality, text, base.id)
     training = _ground(settings, base, source, registry, store, tasks, runner)
     evaluations = _evaluations(inference, prompts, mailbox)
-    jobs = _jobs(settings, training, tasks, quality, evaluations, router, base, engine.lend)
+    jobs = _jobs(settings, training, tasks, quality, evaluations, router, base, _lends(base, engine))
     parts = Parts(
         model=Model(base.name, base.id, int(time.time()), _details(base, context)),
         engine=engine,
@@ -235,6 +235,11 @@ def _evaluations(inference: Inference, prompts: Prompts, mailbox: Mailbox) -> Ev
     return lambda target, examples, metrics, tell: asyncio.run_coroutine_threadsafe(
         evaluate(inference, prompts, target, examples, metrics, tell=tell), mailbox.loop
     )
+
+
+def _lends(base: Base, engine: Engine) -> Callable[[bool], None]:
+    """Who hears that a process trains: on a CPU the engine, to rest between steps. On a GPU nobody needs to."""
+    return engine.lend if base.backend.name != "cuda" else lambda training: None
 
 
 def _jobs(

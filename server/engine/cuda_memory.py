@@ -12,6 +12,8 @@ from server.model.config import ModelConfig
 
 RESERVE = 512 << 20
 """Bytes for graphs, a library's workspaces, and what the driver keeps for a context's kernels."""
+KEYS_SPLIT = 16
+"""Parts that a sequence's keys are cut into at most: see kernels/cuda/attention.py."""
 CONTEXT = 640 << 20
 """Bytes that the driver takes for one more process, before it has allocated anything."""
 ADAPTER_SHARE = 0.25
@@ -33,6 +35,7 @@ def share_out(
     config: ModelConfig,
     base: int,
     max_step_tokens: int,
+    max_batch: int,
     total: int,
     kv_cache: int | None = None,
     adapters: int | None = None,
@@ -41,7 +44,7 @@ def share_out(
 
     Raises NoCapacity, which says what is short, if it is more than there is or leaves no keys and values for 16 tokens.
     """
-    work = work_bytes(config, max_step_tokens)
+    work = work_bytes(config, max_step_tokens, max_batch)
     left = total - base - work
     for_adapters = int(left * ADAPTER_SHARE) if adapters is None else adapters
     for_cache = left - for_adapters if kv_cache is None else kv_cache
@@ -63,13 +66,16 @@ def left_for_training(free: int, total: int, reserved: int) -> int:
     return max(0, free - max(0, total - reserved) - CONTEXT)
 
 
-def work_bytes(config: ModelConfig, max_step_tokens: int) -> int:
+def work_bytes(config: ModelConfig, max_step_tokens: int, max_batch: int) -> int:
     """What a step's tensors take at most, about, and the reserve."""
     heads = config.num_attention_heads * config.head_dim
     keys = 2 * config.num_key_value_heads * config.head_dim
     row = 4 * 3 * config.hidden_size + 6 * (heads + keys) + (4 * 2 + 2) * config.intermediate_size
     dense = 2 * 2 * config.intermediate_size * config.hidden_size  # a matrix dequantized for many rows
-    return RESERVE + max_step_tokens * row + 2 * 64 * 4 * config.vocab_size + dense
+    # Logits: kept ones, those of the graphs, and of a step without a graph, whose scored rows may be twice as many.
+    logits = 4 * config.vocab_size * 2 * (max_batch + max(64, 2 * max_batch))
+    parts = 4 * max_batch * config.num_attention_heads * KEYS_SPLIT * (config.head_dim + 1)  # of attention's split keys
+    return RESERVE + max_step_tokens * row + logits + parts + dense
 
 
 def _gb(n: int) -> str:

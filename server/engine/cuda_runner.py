@@ -84,7 +84,7 @@ class CudaRunner:
         self._context = min(context or base.config.max_position_embeddings, base.config.max_position_embeddings)
         self._dtype = base.backend.dtype
         needed = sum(weight.nbytes for weight in base.weights.values())
-        self.shares: Shares = share_out(base.config, needed, max_step_tokens, memory, kv_cache, adapters)
+        self.shares: Shares = share_out(base.config, needed, max_step_tokens, max_batch, memory, kv_cache, adapters)
         """What each kind of memory may take."""
         self._model = DeviceModel(base, device, self._dtype)
         self._pool = AdapterPool(base.config, self.shares.adapters, SLOTS, device, self._dtype)

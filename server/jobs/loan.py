@@ -19,8 +19,11 @@ from server.model.loader import Base
 
 
 def device_of(base: Base) -> torch.device:
-    """Where a base is trained on: on the GPU, if its kernels are for one and there is one."""
-    return torch.device("cuda" if base.backend.name == "cuda" and torch.cuda.is_available() else "cpu")
+    """Where a base is trained on: on the GPU, if its kernels are for one and there is one. With its number, which some
+    of torch's functions want."""
+    if base.backend.name == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def at(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -261,18 +261,19 @@ class Jobs:
             if status in (SUCCEEDED, FAILED, CANCELLED):
                 self._finish(job, status, message)
             else:
-                job.status = status
-                self._write(job, message)
+                self._turn(job, status, message)
 
     def _finish(self, job: Job, status: str, message: str) -> None:
         """The end of a job. A checkpoint is kept only where the job can be resumed."""
         if status != FAILED:
             shutil.rmtree(self.records.folder(job.id) / CHECKPOINTS, ignore_errors=True)
-        job.status, job.finished_at = status, time.time()
-        self._write(job, message, "error" if status == FAILED else "info")
+        job.finished_at = time.time()
+        self._turn(job, status, message)
 
-    def _write(self, job: Job, message: str, level: str = "info") -> None:
-        self.records.note(job, message, level=level)
+    def _turn(self, job: Job, status: str, message: str) -> None:
+        """The event first: whoever sees the status finds it."""
+        self.records.note(job, message, level="error" if status == FAILED else "info")
+        job.status = status
         try:
             self.records.save(job)
         except AdapterError as error:  # a full disk: what is in memory goes on to be told

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,8 @@ def unavailable() -> str | None:
         return "triton is not installed (pip install 'loramux[cuda]')"
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return "Triton builds its launchers with a C compiler, and there is none (cc, gcc or clang)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Triton builds its launchers against Python's headers, which are missing (python3-dev)"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     if not torch.cuda.is_available():

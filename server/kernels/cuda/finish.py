@@ -17,6 +17,8 @@ from server.kernels.cuda.products import OPTIONS, PROCESSORS
 
 OUTPUTS = (128, 64, 32)
 """Outputs of a tile: as many as leave each processor one."""
+MANY = 64
+"""Rows of a tile from which on the number of tiles counts for that."""
 
 
 @triton.jit
@@ -24,9 +26,10 @@ def summed(sums, bias, row0, rows, column, stop, N, T, splits, BM: tl.constexpr,
     """The sums of the splits and the bias, float32, for a tile of rows and the outputs `column` below `stop`."""
     i = tl.arange(0, BM)
     inside = (i[:, None] < rows) & (column[None, :] < stop)
-    acc = tl.load(sums + (row0 + i)[:, None] * N + column[None, :], mask=inside, other=0.0)
+    row = (row0 + i).to(tl.int64)  # rows times outputs pass 2^31 in a long step
+    acc = tl.load(sums + row[:, None] * N + column[None, :], mask=inside, other=0.0)
     for split in range(1, splits):
-        acc += tl.load(sums + (split * T + row0 + i)[:, None] * N + column[None, :], mask=inside, other=0.0)
+        acc += tl.load(sums + (split * T + row)[:, None] * N + column[None, :], mask=inside, other=0.0)
     if BIAS:
         acc += tl.load(bias + column, mask=column < stop, other=0.0)[None, :]
     return acc
@@ -156,7 +159,9 @@ def finish_swiglu(
 
 
 def _tile(outputs: int, lanes: Lanes) -> int:
-    return next((t for t in OUTPUTS if -(-outputs // t) * lanes.tiles.shape[0] >= PROCESSORS), OUTPUTS[-1])
+    """Few rows have the same tile however many tiles of them there are: the warm-up has compiled it."""
+    tiles = lanes.tiles.shape[0] if lanes.tile_rows >= MANY else 1
+    return next((t for t in OUTPUTS if -(-outputs // t) * tiles >= PROCESSORS), OUTPUTS[-1])
 
 
 def _adapters(

@@ -85,7 +85,8 @@ def shrink_kernel(
         place = tl.load(lane_place + lane0 + j, mask=used, other=0)
         at = slot * sites + site + piece
         used &= index < tl.load(ranks + at)
-        a = tl.load(offsets + 2 * at) + index.to(tl.int64) * K
+        # Adapters begin at multiples of 32: known to be so, a load is of 16 bytes where K is a multiple of 8 too.
+        a = tl.multiple_of(tl.load(offsets + 2 * at), 8) + index.to(tl.int64) * K
         i = tl.arange(0, BM)
         m = row0 + i
         acc = tl.zeros((BM, LANE_BLOCK), tl.float32)
@@ -120,7 +121,7 @@ def expanded(
         index = tl.load(lane_index + lane0 + j, mask=used, other=0)
         at = slot * sites + site + piece
         used &= index < tl.load(ranks + at)
-        b = tl.load(offsets + 2 * at + 1) + index.to(tl.int64) * N
+        b = tl.multiple_of(tl.load(offsets + 2 * at + 1), 8) + index.to(tl.int64) * N
         shrunk = tl.zeros((BM, LANE_BLOCK), tl.float32)
         for split in range(0, splits):
             source = v + ((split * SLICES + piece) * T + row0 + i)[:, None] * width + j[None, :]

@@ -70,6 +70,7 @@ def told(weights: Mapping[str, Weight], memory: torch.Tensor) -> dict[str, Any]:
 
 def opened(described: Mapping[str, Any], device: torch.device) -> dict[str, Weight]:
     """The matrices that another process has told of, in its memory. Raises OSError if it cannot be mapped."""
+    device = torch.empty(0, device=device).device  # with its number, by which torch compares storages' devices
     memory, begin = _mapped(described["memory"], device)
 
     def view(entry: list[Any]) -> torch.Tensor:

@@ -62,7 +62,7 @@ def bases(family: str) -> tuple[Tiny, Tiny]:
 
 
 def cuda_runner(base: Tiny, max_batch: int = 4, adapters: int = 1 << 20) -> CudaRunner:
-    memory = work_bytes(base.config, 64) + (4 << 20) + adapters
+    memory = work_bytes(base.config, 64, max_batch) + (4 << 20) + adapters
     runner = CudaRunner(
         base, max_batch, memory=memory, device=DEVICE, max_step_tokens=64, kv_cache=1 << 20, adapters=adapters
     )
@@ -268,14 +268,14 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together() -> None:
 
 def test_memory_is_shared_out_and_what_does_not_fit_is_refused() -> None:
     config = llama(**WIDTHS)
-    shares = share_out(config, 1 << 30, 512, 8 << 30)
+    shares = share_out(config, 1 << 30, 512, 32, 8 << 30)
     assert shares.base + shares.work + shares.adapters + shares.kv_cache <= shares.total
     assert shares.kv_cache > shares.adapters > 0
-    wanted = share_out(config, 1 << 30, 512, 8 << 30, kv_cache=1 << 30, adapters=2 << 30)
+    wanted = share_out(config, 1 << 30, 512, 32, 8 << 30, kv_cache=1 << 30, adapters=2 << 30)
     assert (wanted.kv_cache, wanted.adapters) == (1 << 30, 2 << 30)
     for options in ({"total": 1 << 30}, {"total": 8 << 30, "adapters": 8 << 30}, {"total": 8 << 30, "kv_cache": 10}):
         with pytest.raises(NoCapacity, match="raise --gpu-memory"):
-            share_out(config, 1 << 30, 512, **options)
+            share_out(config, 1 << 30, 512, 32, **options)
 
 
 def test_nothing_is_left_out_of_the_account() -> None:
