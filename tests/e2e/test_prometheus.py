@@ -206,8 +206,9 @@ def test_faults_fire_their_alerts(world: World) -> None:
     expected = {"LoramuxQueueFull", "LoramuxNoRoom", "LoramuxAdapterRefused", "LoramuxAdapterLoadsFail"}
     assert wait(lambda: world.firing() >= expected, 45), world.firing()
 
+    scrape = max(world.ask("max_over_time(scrape_duration_seconds[1m])"))
     pausing = threading.Event()
-    thread = threading.Thread(target=pause, args=(world.server.process, pausing))
+    thread = threading.Thread(target=pause, args=(world.server.process, max(0.04, 1.5 * scrape), pausing))
     thread.start()
     try:
         assert wait(lambda: "LoramuxSlowSteps" in world.firing(), 60), world.firing()
@@ -218,13 +219,14 @@ def test_faults_fire_their_alerts(world: World) -> None:
     assert wait(lambda: "LoramuxAdapterRefused" not in world.firing(), 30), "it ends with its fault"
 
 
-def pause(process: subprocess.Popen[bytes], stop: threading.Event) -> None:
-    """Let the server run for a twentieth of the time, as on a machine that others have taken over."""
+def pause(process: subprocess.Popen[bytes], running: float, stop: threading.Event) -> None:
+    """Let the server run for `running` seconds of each second or so, as on a machine that others have taken over. That
+    is a scrape's length at least: a server that none reaches is down."""
     while not stop.is_set():
         process.send_signal(signal.SIGSTOP)
         stop.wait(0.8)
         process.send_signal(signal.SIGCONT)
-        stop.wait(0.04)
+        stop.wait(running)
 
 
 def test_a_server_that_is_gone_is_told(world: World) -> None:
