@@ -131,7 +131,7 @@ class Settings(BaseModel):
     kernels: Literal["auto", "native", "aten", "reference", "cuda"] = Field(
         "auto", description="kernels to run the base with"
     )
-    threads: AutoCount = Field(None, description="CPU threads of the kernels: auto is one a processor that this process may use")
+    threads: AutoCount = Field(None, description="CPU threads of the kernels: auto is one a processor that it may use")
     max_context: AutoLength = Field(
         None, description="longest prompt and answer, in tokens: auto is the base's own limit"
     )
