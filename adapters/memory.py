@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +37,6 @@ class Watch:
     def peak(self) -> Peak:
         """The peak until now."""
         return Peak(self.before, resident("VmHWM"))
-
-
-def keep_few_kernels() -> None:
-    """Lets oneDNN keep a step's kernels, and not those of the last 1,024 shapes that it has met.
-
-    It looks once, at its first product in this process: after that, and where the variable is set, nothing changes.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def trim() -> None:

@@ -270,7 +270,6 @@ class _Run:
     def go(self, tell: Callable[[Event], None], stop: Callable[[], bool]) -> tuple[_Progress, memory.Peak]:
         """Runs to the end, from the checkpoint if there is one, and leaves the best values in the parameters."""
         config, progress = self.config, self._resume()
-        memory.keep_few_kernels()
         watch = memory.Watch()
         recompute = _recomputed(self.model.blocks) if config.activation_checkpointing else contextlib.nullcontext()
         with torch.random.fork_rng(devices=[]), recompute:

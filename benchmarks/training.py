@@ -31,6 +31,7 @@ from server.jobs.encoding import Template, encoder
 from server.jobs.trainable import Trainable
 from server.kernels import choose
 from server.model.loader import Base, load_base
+from server.settings import keep_few_kernels
 
 WARM = 2
 """Updates that are not timed."""
@@ -88,6 +89,7 @@ def one(args: argparse.Namespace, who: str) -> dict[str, Any]:
     model = Trainable(base, share_prefix=who != "ours-unshared")
     held = sum(w.nbytes for w in base.weights.values())
     events: list[Event] = []
+    keep_few_kernels()
     config = TrainingConfig(
         max_steps=WARM + args.steps,
         batch_size=size,

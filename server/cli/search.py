@@ -19,7 +19,7 @@ from server.cli.inprocess import open_base, opened, threads_of
 from server.cli.options import BASE, AsJson, with_settings
 from server.cli.terminal import Progress, out, print_json, progress
 from server.errors import BadSetting
-from server.settings import Settings
+from server.settings import Settings, keep_few_kernels
 
 if TYPE_CHECKING:
     from adapters.search import RankSearch, Row
@@ -85,6 +85,7 @@ def search(
     from server.tasks.definitions import Fixed, parse
     from server.tasks.evaluation import check_metrics, default_metric
 
+    keep_few_kernels()
     torch.set_num_threads(threads_of(settings))
     logs.configure(settings.log_format, "warning" if settings.log_level == "info" else settings.log_level)
     wanted = read_recipe(recipe)

@@ -11,7 +11,7 @@ import typer
 from server.cli.inprocess import open_base, threads_of
 from server.cli.options import BASE, AsJson, with_settings
 from server.cli.terminal import Progress, out, print_json, progress, size
-from server.settings import Settings
+from server.settings import Settings, keep_few_kernels
 
 if TYPE_CHECKING:
     from server.kernels import Backend
@@ -39,6 +39,7 @@ def train(
     from server.jobs.recipe import packing, read_recipes
     from server.jobs.run import prepare, run
 
+    keep_few_kernels()
     torch.set_num_threads(threads_of(settings))
     given = {"lora_rank": rank, "max_steps": steps, "seed": seed}
     changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from server.settings import training_environment
+
 STDERR = "stderr.log"
 LAST_WORDS = 600
 """Characters."""
@@ -35,6 +37,7 @@ class Process:
                 # A group, so that a Ctrl-C is the server's alone to hear, and no session: Linux would give it an equal
                 # share of the processors beside the server (sched_autogroup), whatever its priority.
                 process_group=0,
+                env=training_environment(),
             )
 
     @property

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from server.errors import BadSetting
-from server.settings import Settings, load_settings, parse_duration, parse_keys, parse_size
+from server.settings import (
+    Settings,
+    keep_few_kernels,
+    load_settings,
+    parse_duration,
+    parse_keys,
+    parse_size,
+    training_environment,
+)
 
 
 @pytest.fixture(autouse=True)
 def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def test_a_training_process_keeps_few_kernels_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, "7")
+    keep_few_kernels()
+    assert training_environment()[name] == os.environ[name] == "7"
+    monkeypatch.delenv(name)
+    assert training_environment() == {**os.environ, name: "64"}
+    keep_few_kernels()
+    assert os.environ[name] == "64"
 
 
 def test_flags_over_variables_over_the_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,12 +198,17 @@ def test_a_row_does_not_depend_on_its_batch(family: str) -> None:
     assert torch.equal(step(runner, [(behind, 13)])[0], expected[64:])
 
 
-def test_what_an_earlier_owner_left_in_a_block_is_not_seen() -> None:
+def fresh_and_used(count: int) -> tuple[Runner, Runner]:
+    """Two runners; in the first blocks of the second `count` tokens have left keys and values that are not finite."""
     native, _ = bases("llama-int4")
     fresh, used = runner_of(native), runner_of(native)
     place_all(used, native, {0: adapter(native.config, 1, 4, size=1e30)})
-    overflown = alone(used, tokens(2, 64), ((0, 16.0),), first_block=0)
-    assert not overflown.isfinite().all()
+    assert not alone(used, tokens(2, count), ((0, 16.0),), first_block=0).isfinite().all()
+    return fresh, used
+
+
+def test_what_an_earlier_owner_left_in_a_block_is_not_seen() -> None:
+    fresh, used = fresh_and_used(64)
     for count in (1, 2, 15, 16, 17, 33):
         ids = tokens(3, count)
         assert torch.equal(alone(used, ids, first_block=0), alone(fresh, ids, first_block=0))
@@ -211,11 +216,7 @@ def test_what_an_earlier_owner_left_in_a_block_is_not_seen() -> None:
 
 def test_nor_is_it_where_a_sequence_goes_on_in_the_next_block_of_rows() -> None:
     """256 rows go through a layer together: with one before it, the sequence's 255th is the last of them."""
-    native, _ = bases("llama-int4")
-    fresh, used = runner_of(native), runner_of(native)
-    place_all(used, native, {0: adapter(native.config, 1, 4, size=1e30)})
-    overflown = alone(used, tokens(2, 400), ((0, 16.0),), first_block=0)
-    assert not overflown.isfinite().all()
+    fresh, used = fresh_and_used(400)
     ids = tokens(3, 300)
     expected = alone(fresh, ids, first_block=0)
     before = Sequence(tokens(4, 1), [60])
