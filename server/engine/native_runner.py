@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping
 from functools import lru_cache
-from itertools import chain
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from adapters.weights import LoraWeights, LowRank
-from server.engine.batch import Batch, Logits
+from server.engine.batch import Batch, Logits, SlotWeights
 from server.errors import BadModel
 from server.kernels.cpu import bindings, packing
 from server.kernels.cpu.bindings import SITES
@@ -26,6 +26,24 @@ from server.model.rope import angles, frequencies
 
 VECTOR = 16
 """Tokens of a block that the kernels read together: block sizes are multiples of it."""
+
+
+class _Arena:
+    """Memory of one result at a time, and the step that last took it."""
+
+    __slots__ = ("memory", "used")
+
+    def __init__(self, size: int) -> None:
+        self.memory = np.empty(size, dtype=np.float32)
+        self.used = 0
+
+
+def _references(arena: _Arena) -> int:
+    """What the interpreter counts, some of it for the question: results are what is above `_NOBODY`."""
+    return sys.getrefcount(arena.memory)
+
+
+_NOBODY = _references(_Arena(1))
 
 
 class _Results:
@@ -40,40 +58,53 @@ class _Results:
     LARGEST = 2**26  # bytes; what a long scoring step needs is given back at once
 
     def __init__(self) -> None:
-        self._arenas: dict[int, np.ndarray] = {}  # by the step that last took it
+        self._arenas: list[_Arena] = []  # the smallest first
         self._step = 0
 
     def take(self, rows: int, columns: int) -> torch.Tensor:
         """float32 [rows, columns], not initialised, that no other living result shares."""
         self._step += 1
         size = rows * columns
-        for used in sorted(self._arenas, key=lambda used: self._arenas[used].size):
-            arena = self._arenas[used]
-            if arena.size >= size and sys.getrefcount(arena) == _held_by_nobody():
-                del self._arenas[used]
+        for arena in self._arenas:
+            if arena.memory.size >= size and _references(arena) == _NOBODY:
                 break
         else:
-            arena = np.empty(1 << (size - 1).bit_length(), dtype=np.float32)
-        if arena.nbytes <= self.LARGEST:
-            self._arenas[self._step] = arena
-        recent = [used for used in self._arenas if self._step - used < self.RECENT]
-        self._arenas = {used: self._arenas[used] for used in recent[-self.KEPT :]}
-        return torch.from_numpy(arena)[:size].view(rows, columns)
+            arena = _Arena(1 << (size - 1).bit_length())
+            self._keep(arena)
+        arena.used = self._step
+        self._arenas = [each for each in self._arenas if self._step - each.used < self.RECENT]
+        return torch.from_numpy(arena.memory)[:size].view(rows, columns)
+
+    def _keep(self, arena: _Arena) -> None:
+        if arena.memory.nbytes > self.LARGEST:
+            return
+        recent = sorted(self._arenas, key=lambda each: each.used)[1 - self.KEPT :]
+        self._arenas = sorted([*recent, arena], key=lambda each: each.memory.size)
 
     @property
     def nbytes(self) -> int:
-        return sum(arena.nbytes for arena in list(self._arenas.values()))  # others ask while a step takes one
+        return sum(arena.memory.nbytes for arena in self._arenas)  # others ask while a step takes one
 
 
-@lru_cache(maxsize=1)
-def _held_by_nobody() -> int:
-    """What the interpreter counts where `_Results.take` asks, for an arena of which no result is left.
+class _Mixes(NamedTuple):
+    """The mixes of a step's sequences as the kernels read them: sequence s has entries start[s] to start[s+1]."""
 
-    The table, a local variable and, before Python 3.14, the question itself hold it; a result would be one more.
-    """
-    table = {0: np.empty(1)}
-    arena = table[0]
-    return sys.getrefcount(arena)
+    start: ctypes.Array[ctypes.c_int32]
+    slot: ctypes.Array[ctypes.c_int32]
+    weight: ctypes.Array[ctypes.c_float]
+
+
+@lru_cache(maxsize=8)
+def _flat(mixes: tuple[SlotWeights, ...]) -> _Mixes:
+    """Steps that follow each other mostly have the same."""
+    starts = [0, *accumulate(map(len, mixes))]
+    entries = [*chain.from_iterable(mixes)]
+    size = max(len(entries), 1)
+    return _Mixes(
+        (ctypes.c_int32 * len(starts))(*starts),
+        (ctypes.c_int32 * size)(*(slot for slot, _ in entries)),
+        (ctypes.c_float * size)(*(weight for _, weight in entries)),
+    )
 
 
 class NativeRunner:
@@ -104,7 +135,7 @@ class NativeRunner:
         self._model: int = self._library.loramux_model_new(self._shape, layers, embed, head, norm, self._pool.handle)
         self._storage = torch.empty(0, dtype=torch.bfloat16)
         self._angles = (torch.empty(0), torch.empty(0))
-        self._blocks = self._block_size = self._touched = 0
+        self._block_size = 0
 
     def __del__(self) -> None:
         if getattr(self, "_model", None):
@@ -122,11 +153,11 @@ class NativeRunner:
         self._storage = torch.empty(0, dtype=torch.bfloat16)
         # Zeroed pages come from the system when they are first written, so an unused cache takes no memory.
         self._storage = torch.from_numpy(np.zeros(halves, np.int16)).view(torch.bfloat16)
-        self._touched = 0
         self._angles = (cosine.float().contiguous(), sine.float().contiguous())
-        self._blocks, self._block_size = blocks, block_size
+        self._block_size = block_size
+        angle_addresses = (t.data_ptr() for t in self._angles)
         self._library.loramux_model_cache(
-            self._model, self._storage.data_ptr(), block_size, *(t.data_ptr() for t in self._angles)
+            self._model, self._storage.data_ptr(), blocks, block_size, *angle_addresses, len(positions)
         )
 
     def place(self, slot: int, weights: LoraWeights) -> None:
@@ -156,27 +187,23 @@ class NativeRunner:
         if batch.rows == 0:
             return Logits(logits, largest.numpy())
         arrays = _arrays(batch)
-        self._check_batch(batch, arrays)
-        entries = list(chain.from_iterable(batch.mixes))
-        starts = (ctypes.c_int32 * (batch.sequences + 1))()
-        for s, mix in enumerate(batch.mixes):
-            starts[s + 1] = starts[s] + len(mix)
-        slots = (ctypes.c_int32 * max(len(entries), 1))(*(slot for slot, _ in entries))
-        weights = (ctypes.c_float * max(len(entries), 1))(*(weight for _, weight in entries))
+        mixes = _flat(batch.mixes)
         step = bindings.Step(
             rows=batch.rows,
             sequences=batch.sequences,
             table_width=batch.blocks.shape[1],
             logit_count=logits.shape[0],
-            mix_start=ctypes.addressof(starts),
-            mix_slot=ctypes.addressof(slots),
-            mix_weight=ctypes.addressof(weights),
+            mix_start=ctypes.addressof(mixes.start),
+            mix_slot=ctypes.addressof(mixes.slot),
+            mix_weight=ctypes.addressof(mixes.weight),
             logits=logits.data_ptr(),
             largest=largest.data_ptr(),
             **{name: tensor.data_ptr() for name, tensor in arrays.items()},
         )
-        if not self._library.loramux_model_step(self._model, step):
+        outcome = self._library.loramux_model_step(self._model, step)
+        if outcome == bindings.NO_MEMORY:
             raise MemoryError(f"no memory for a step of {batch.rows} rows")
+        assert outcome == bindings.DONE, bindings.FAULTS[outcome]  # the engine's own invariants, checked there
         return Logits(logits, largest.numpy())
 
     def block_bytes(self, block_size: int) -> int:
@@ -187,7 +214,8 @@ class NativeRunner:
         base += sum(tensor.nbytes for tensor in self._base.tensors.values())
         work = self._library.loramux_model_bytes(self._model) + self._results.nbytes
         work += sum(tensor.nbytes for tensor in self._angles)
-        return {"base": base, "kv_cache": self._touched * self._block_nbytes(), "activations": int(work)}
+        touched = self._library.loramux_model_touched(self._model)
+        return {"base": base, "kv_cache": touched * self._block_nbytes(), "activations": int(work)}
 
     def _block_nbytes(self) -> int:
         return self.block_bytes(self._block_size) if self._block_size else 0
@@ -225,22 +253,6 @@ class NativeRunner:
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < len(self._slots):
             raise IndexError(f"there are {len(self._slots)} slots and no slot {slot}")
-
-    def _check_batch(self, batch: Batch, arrays: Mapping[str, torch.Tensor]) -> None:
-        """The kernels trust what they are given; these are the engine's own invariants."""
-        assert self._storage.numel(), "allocate comes before run"
-        tokens, positions = arrays["tokens"].numpy(), arrays["positions"].numpy()
-        assert 0 <= int(tokens.min()) and int(tokens.max()) < self._config.vocab_size
-        last = int(positions.max())
-        assert last < self._angles[0].shape[0], "a position is beyond the cache or the model's context"
-        assert last < batch.blocks.shape[1] * self._block_size
-        highest = int(arrays["blocks"].numpy().max())
-        assert highest < self._blocks
-        self._touched = max(self._touched, highest + 1)
-        used = {slot for mix in batch.mixes for slot, _ in mix}
-        assert all(slot >= 0 and self._slots[slot] is not None for slot in used), "a slot is empty"
-        if len(arrays["logit_rows"]):
-            assert 0 <= int(arrays["logit_rows"].min()) and int(arrays["logit_rows"].max()) < batch.rows
 
 
 def _arrays(batch: Batch) -> dict[str, torch.Tensor]:

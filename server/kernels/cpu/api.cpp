@@ -1,4 +1,5 @@
-// The C interface. Trusts its arguments: engine/native_runner.py and kernels/cpu check what they pass.
+// The C interface. Trusts its arguments but a step's, which change all the time and are checked here; the others
+// engine/native_runner.py and kernels/cpu check once.
 #include "target.h"
 
 #include <algorithm>
@@ -87,9 +88,12 @@ void* loramux_model_new(const Config* config, const Layer* layers, const Matrix*
 }
 void loramux_model_free(void* model) { delete static_cast<Model*>(model); }
 
-void loramux_model_cache(void* model, uint16_t* cache, int64_t block_size, const float* cosine, const float* sine) {
-  static_cast<Model*>(model)->set_cache(cache, block_size, cosine, sine);
+void loramux_model_cache(void* model, uint16_t* cache, int64_t blocks, int64_t block_size, const float* cosine,
+                         const float* sine, int64_t positions) {
+  static_cast<Model*>(model)->set_cache(cache, blocks, block_size, cosine, sine, positions);
 }
+
+int64_t loramux_model_touched(void* model) { return static_cast<Model*>(model)->blocks_touched(); }
 
 int64_t loramux_block_bytes(const Config* config, int64_t block_size) {
   return config->layers * cache_halves(*config, block_size) * static_cast<int64_t>(sizeof(uint16_t));
@@ -100,9 +104,10 @@ void loramux_model_slot(void* model, int64_t slot, const LoraSite* sites) {
   static_cast<Model*>(model)->set_slot(slot, sites);
 }
 
-// False if there is no memory for its work buffers.
-bool loramux_model_step(void* model, const Step* step) {
-  return within_memory([&] { static_cast<Model*>(model)->run(*step); });
+int32_t loramux_model_step(void* model, const Step* step) {
+  Outcome outcome = NO_MEMORY;
+  within_memory([&] { outcome = static_cast<Model*>(model)->run(*step); });
+  return outcome;
 }
 int64_t loramux_model_bytes(void* model) { return static_cast<Model*>(model)->work_bytes(); }
 // Nanoseconds that each kind of phase has taken since the last call; see Model::Phase.

@@ -15,6 +15,17 @@ SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 """The linears of a layer, in the order of `SiteIndex`."""
 PHASES = ("norm", "qkv", "attention", "out", "gate_up", "down", "head", "plan")
 """What `loramux_model_times` tells apart, in the order of `Model::Phase`."""
+DONE, NO_MEMORY = 0, 1
+"""What `loramux_model_step` answers for a step that was run, and for one that lacked memory for its work buffers."""
+FAULTS = {
+    2: "there is no cache: allocate comes before run",
+    3: "a token is not of the vocabulary",
+    4: "a position is beyond the sequence, the cache or the model's context",
+    5: "a block is not of the cache",
+    6: "a row is not of the step",
+    7: "a slot is empty",
+}
+"""What it answers for a step that is wrong, in the order of `Outcome`."""
 
 
 class Matrix(ctypes.Structure):
@@ -95,10 +106,11 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         [POINTER(Config), POINTER(Layer), POINTER(Matrix), POINTER(Matrix), c_void_p, c_void_p],
     ),
     "loramux_model_free": (None, [c_void_p]),
-    "loramux_model_cache": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
+    "loramux_model_cache": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]),
+    "loramux_model_touched": (c_int64, [c_void_p]),
     "loramux_block_bytes": (c_int64, [POINTER(Config), c_int64]),
     "loramux_model_slot": (None, [c_void_p, c_int64, POINTER(LoraSite)]),
-    "loramux_model_step": (c_bool, [c_void_p, POINTER(Step)]),
+    "loramux_model_step": (c_int32, [c_void_p, POINTER(Step)]),
     "loramux_model_bytes": (c_int64, [c_void_p]),
     "loramux_model_times": (None, [c_void_p, POINTER(c_int64)]),
     "loramux_last_words": (None, [c_void_p]),
@@ -141,10 +153,13 @@ class Pool:
 
 
 __all__ = [
+    "DONE",
+    "FAULTS",
     "INT4",
     "INT8",
     "NF4",
     "NONE",
+    "NO_MEMORY",
     "PHASES",
     "SITES",
     "Config",

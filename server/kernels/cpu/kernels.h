@@ -55,6 +55,9 @@ struct LoraSite {
   double scale;
 };
 
+// What becomes of a step. But for NO_MEMORY, what is wrong with one that is not run; mirrored in bindings.py.
+enum Outcome : int32_t { DONE = 0, NO_MEMORY, NO_CACHE, BAD_TOKEN, BAD_POSITION, BAD_BLOCK, BAD_ROW, EMPTY_SLOT };
+
 // server/engine/batch.py's Batch; the mixes are flat: sequence s has entries mix_start[s] to mix_start[s+1].
 struct Step {
   int64_t rows, sequences, table_width, logit_count;

@@ -117,11 +117,15 @@ Model::Model(const Config& config, const Layer* layers, const Matrix& embed, con
   (head_.scheme == NONE ? any_half_ : any_codes_) = true;
 }
 
-void Model::set_cache(uint16_t* cache, int64_t block_size, const float* cosine, const float* sine) {
+void Model::set_cache(uint16_t* cache, int64_t blocks, int64_t block_size, const float* cosine, const float* sine,
+                      int64_t positions) {
   cache_ = cache;
+  blocks_ = blocks;
   block_size_ = block_size;
   cosine_ = cosine;
   sine_ = sine;
+  positions_ = positions;
+  touched_ = 0;
 }
 
 void Model::set_slot(int64_t slot, const LoraSite* sites) {
@@ -166,6 +170,29 @@ int64_t Model::clock(Phase phase, int64_t since) {
 Cache Model::cache_of(int64_t layer) const {
   const int64_t halves = cache_halves(config_, block_size_);
   return {cache_ + layer * halves, config_.layers * halves, block_size_, config_.head_dim};
+}
+
+// Everything that a step points into is there: what it names wrongly would be read or written beyond it.
+Outcome Model::check(const Step& step) const {
+  if (cache_ == nullptr) return NO_CACHE;
+  const auto within = [](int64_t i, int64_t end) { return i >= 0 && i < end; };
+  if (step.row_start[0] != 0 || step.row_start[step.sequences] != step.rows) return BAD_ROW;
+  for (int64_t r = 0; r < step.rows; r++)
+    if (!within(step.tokens[r], config_.vocab)) return BAD_TOKEN;
+  for (int64_t s = 0; s < step.sequences; s++) {
+    if (step.row_start[s] > step.row_start[s + 1]) return BAD_ROW;
+    for (int64_t r = step.row_start[s]; r < step.row_start[s + 1]; r++)
+      if (!within(step.positions[r], std::min<int64_t>(positions_, step.context[s]))) return BAD_POSITION;
+    if (step.context[s] > step.table_width * block_size_) return BAD_POSITION;
+    for (int64_t b = 0; b * block_size_ < step.context[s]; b++)
+      if (!within(step.blocks[s * step.table_width + b], blocks_)) return BAD_BLOCK;
+    for (int32_t i = step.mix_start[s]; i < step.mix_start[s + 1]; i++)
+      if (!within(step.mix_slot[i], config_.max_slots) || slots_[static_cast<size_t>(step.mix_slot[i])] == nullptr)
+        return EMPTY_SLOT;
+  }
+  for (int64_t i = 0; i < step.logit_count; i++)
+    if (!within(step.logit_rows[i], step.rows)) return BAD_ROW;
+  return DONE;
 }
 
 // ---- the adapters of a step -----------------------------------------------------------------------------------
@@ -666,9 +693,13 @@ void Model::head(const Step& step) {
   }
 }
 
-void Model::run(const Step& step) {
+Outcome Model::run(const Step& step) {
   std::lock_guard<std::mutex> turn(pool_.turn);
   int64_t t = now();
+  if (const Outcome wrong = check(step); wrong != DONE) return wrong;
+  for (int64_t s = 0; s < step.sequences; s++)
+    for (int64_t b = 0; b * block_size_ < step.context[s]; b++)
+      touched_ = std::max<int64_t>(touched_, step.blocks[s * step.table_width + b] + 1);
   plan(step);
   plan_ahead(step);
   reserve(step);
@@ -682,6 +713,7 @@ void Model::run(const Step& step) {
   t = now();
   head(step);
   clock(HEAD, t);
+  return DONE;
 }
 
 }  // namespace loramux

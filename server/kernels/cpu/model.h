@@ -25,9 +25,12 @@ class Model {
   Model(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,
         Pool& pool);
 
-  void set_cache(uint16_t* cache, int64_t block_size, const float* cosine, const float* sine);
+  // `blocks` of `block_size` tokens, and the angles of `positions` positions.
+  void set_cache(uint16_t* cache, int64_t blocks, int64_t block_size, const float* cosine, const float* sine,
+                 int64_t positions);
   void set_slot(int64_t slot, const LoraSite* sites);
-  void run(const Step& step);
+  Outcome run(const Step& step);
+  int64_t blocks_touched() const { return touched_; }  // up to the highest one that a step has used
   int64_t work_bytes() const;
   void take_times(int64_t* out);
 
@@ -60,6 +63,7 @@ class Model {
     bool add;
   };
 
+  Outcome check(const Step& step) const;
   void plan(const Step& step);
   LoraPlan plan_block(const Step& step, int64_t first, int64_t count) const;
   void reserve(const Step& step);
@@ -102,7 +106,7 @@ class Model {
   bool any_codes_ = false;
 
   uint16_t* cache_ = nullptr;
-  int64_t block_size_ = 16;
+  int64_t blocks_ = 0, block_size_ = 16, positions_ = 0, touched_ = 0;
   const float* cosine_ = nullptr;
   const float* sine_ = nullptr;
 

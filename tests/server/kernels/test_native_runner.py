@@ -307,6 +307,39 @@ def test_wrong_adapters_and_blocks_are_refused() -> None:
         make_runner(native, SLOTS, 0)
 
 
+WRONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "a token beyond the table": ("not of the vocabulary", {"tokens": torch.tensor([5, 97])}),
+    "a token below 0": ("not of the vocabulary", {"tokens": torch.tensor([-1, 5])}),
+    "a position beyond the sequence": ("a position", {"positions": torch.tensor([0, 2])}),
+    "a position below 0": ("a position", {"positions": torch.tensor([-1, 1])}),
+    "a sequence beyond its blocks": ("a position", {"context": torch.tensor([17], dtype=torch.int32)}),
+    "a block beyond the cache": ("a block", {"blocks": torch.tensor([[128]], dtype=torch.int32)}),
+    "no block": ("a block", {"blocks": torch.tensor([[-1]], dtype=torch.int32)}),
+    "logits of a row that is not there": ("a row", {"logit_rows": torch.tensor([2])}),
+    "rows of no sequence": ("a row", {"row_start": torch.tensor([0, 1], dtype=torch.int32)}),
+    "a slot that is empty": ("slot is empty", {"mixes": (((3, 1.0),),)}),
+    "a slot that is not there": ("slot is empty", {"mixes": (((SLOTS, 1.0),),)}),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_step_that_points_beyond_what_is_there_is_not_run(fault: str) -> None:
+    native, _ = bases("llama-int4")
+    runner = runner_of(native)
+    good = batch_of([(Sequence([5, 6], [0]), 2)])
+    message, change = WRONG[fault]
+    with pytest.raises(AssertionError, match=message):
+        runner.run(replace(good, **change))
+    assert runner.nbytes()["kv_cache"] == 0
+    assert torch.isfinite(runner.run(good).rows).all()
+
+
+def test_a_step_before_there_is_a_cache_is_not_run() -> None:
+    native, _ = bases("llama-int4")
+    with pytest.raises(AssertionError, match="allocate comes before run"):
+        make_runner(native, SLOTS, 1).run(batch_of([(Sequence([5], [0]), 1)]))
+
+
 def test_bytes_are_accounted_for() -> None:
     native, _ = bases("llama-int4")
     runner = runner_of(native, blocks=32)
