@@ -72,6 +72,10 @@ class Logits:
         return self._largest
 
 
+_NO_BLOCK = b"\xff"
+"""Four of it are -1, which stands in a block table beyond a sequence's last block."""
+
+
 class Work(NamedTuple):
     """A request's part of a step: its next `tokens` tokens, of whose rows the last `logits` are wanted as logits."""
 
@@ -82,28 +86,32 @@ class Work(NamedTuple):
 
 def build_batch(work: Sequence[Work], block_size: int) -> Batch:
     """The flat tensors of a step. The work must not be empty."""
-    counts = np.array([item.tokens for item in work], np.int64)
-    starts = np.zeros(len(work) + 1, np.int32)
-    np.cumsum(counts, out=starts[1:])
-    ends = np.array([item.request.computed for item in work], np.int64) + counts
-    tokens = np.empty(int(starts[-1]), np.int64)
-    blocks = np.full((len(work), max(len(item.request.blocks) for item in work)), -1, np.int32)
-    for i, (request, count, _) in enumerate(work):
-        blocks[i, : len(request.blocks)] = request.blocks
-        if count == 1 and request.computed >= len(request.prompt):  # nearly every row of nearly every step
-            tokens[starts[i]] = request.output[request.computed - len(request.prompt)]
+    tokens: list[int] = []
+    positions: list[int] = []
+    starts, ends = [0], []
+    rows: list[int] = []
+    tables: list[bytes] = []
+    for request, count, logits in work:
+        start = request.computed
+        if count == 1 and start >= len(request.prompt):  # nearly every row of nearly every step
+            tokens.append(request.output[start - len(request.prompt)])
+            positions.append(start)
         else:
-            tokens[starts[i] : starts[i + 1]] = request.slice(request.computed, request.computed + count)
-    positions = np.arange(len(tokens)) + np.repeat(ends - starts[1:], counts)
-    wanted = np.array([item.logits for item in work], np.int64)
-    rows = np.arange(int(wanted.sum())) + np.repeat(starts[1:] - np.cumsum(wanted), wanted)
+            tokens.extend(request.slice(start, start + count))
+            positions.extend(range(start, start + count))
+        starts.append(len(tokens))
+        ends.append(start + count)
+        rows.extend(range(len(tokens) - logits, len(tokens)))
+        tables.append(request.blocks.tobytes())
+    width = max(map(len, tables))
+    blocks = bytearray().join([table.ljust(width, _NO_BLOCK) for table in tables])
     return Batch(
-        tokens=torch.from_numpy(tokens),
-        positions=torch.from_numpy(positions),
-        row_start=torch.from_numpy(starts),
-        context=torch.from_numpy(ends.astype(np.int32)),
-        blocks=torch.from_numpy(blocks),
-        logit_rows=torch.from_numpy(rows),
-        mixes=tuple(item.request.slots for item in work),
+        tokens=torch.from_numpy(np.array(tokens, np.int64)),
+        positions=torch.from_numpy(np.array(positions, np.int64)),
+        row_start=torch.from_numpy(np.array(starts, np.int32)),
+        context=torch.from_numpy(np.array(ends, np.int32)),
+        blocks=torch.from_numpy(np.frombuffer(blocks, np.int32).reshape(len(work), -1)),
+        logit_rows=torch.from_numpy(np.array(rows, np.int64)),
+        mixes=tuple([item.request.slots for item in work]),
         block_size=block_size,
     )

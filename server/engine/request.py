@@ -11,7 +11,8 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,12 @@ class Sampling:
     frequency_penalty: float = 0.0
     logprobs: int | None = None
     """None: none wanted. k from 0 to 20: the chosen token's and the k best's."""
+
+    @cached_property
+    def is_simple(self) -> bool:
+        """Whether tokens alone are wanted, by temperature and limits alone."""
+        plain = self.repetition_penalty == 1.0 and self.presence_penalty == 0.0 and self.frequency_penalty == 0.0
+        return plain and self.logprobs is None
 
 
 class Constraint(Protocol):
@@ -73,8 +80,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class Delivery:
+class Delivery(NamedTuple):
     """What one step adds to a request. `text` never ends within a character or within the start of a stop string.
 
     The last one has `finish_reason` ("stop", "length", "cancelled", "error") and, if that is "error", `error`.
@@ -149,7 +155,7 @@ class Request:
     @property
     def goal(self) -> int:
         """Tokens whose keys and values have to be in the cache before there is something to deliver."""
-        return self.tokens - (self.scored > 0)
+        return len(self.prompt) + len(self.output) - (self.scored > 0)
 
     @property
     def first_logit(self) -> int:

@@ -187,15 +187,7 @@ def is_plain(request: Request) -> bool:
 def is_simple(request: Request) -> bool:
     """Whether nothing but a token is wanted now, by temperature and limits alone."""
     s = request.sampling
-    return (
-        s.logprobs is None
-        and request.scored == 0
-        and request.constraint is None
-        and s.repetition_penalty == 1.0
-        and s.presence_penalty == 0.0
-        and s.frequency_penalty == 0.0
-        and len(request.output) >= s.min_tokens
-    )
+    return s.is_simple and request.scored == 0 and request.constraint is None and len(request.output) >= s.min_tokens
 
 
 def uniform(seed: int, index: int) -> float:

@@ -163,11 +163,11 @@ class Scheduler:
         """The step has run: its tokens are in the cache, and full blocks can be found by their content."""
         for request, count, logits in work:
             request.computed += count
-            if request.computed >= (request.kept + 1) * self.kv.block_size:
+            if self.kv.remembers and request.computed >= (request.kept + 1) * self.kv.block_size:
                 self._keep_full_blocks(request)
-            if logits and not request.output and not request.scored:
-                request.first_token = now
             if logits and not request.scored:
+                if not request.output:
+                    request.first_token = now
                 self.waiting.charge(request, OUTPUT_COST)
 
     # -- processors lent
@@ -217,15 +217,17 @@ class Scheduler:
 
     def _continue(self, plan: Plan) -> None:
         """Work for those that run: answers, then prompts, oldest first. Makes room for the answers by preemption."""
-        for request in list(self.running):
+        size = self.kv.block_size
+        for request in [r for r in self.running if r.computed >= len(r.blocks) * size]:
             if request.state is State.RUNNING:
                 self._grow(request)
         prompts: list[Request] = []
         for request in self.running:
             if request.goal - request.computed == 1:
-                plan.add(request, 1, 1)
+                plan.work.append(Work(request, 1, 1))
             else:
                 prompts.append(request)
+        plan.tokens = plan.logits = len(plan.work)
         for request in prompts:
             self._add_chunk(request, plan)
 
@@ -383,9 +385,11 @@ class Scheduler:
             weights = self.loads.ask(request, now)
             if weights is None:
                 return
-        most = request.first_logit // self.kv.block_size
-        keys = self._keys(request, request.goal // self.kv.block_size)
-        found = self.kv.match(keys[1 : most + 1])
+        most, keys, found = 0, request.keys, list[int]()
+        if self.kv.remembers:
+            most = request.first_logit // self.kv.block_size
+            keys = self._keys(request, request.goal // self.kv.block_size)
+            found = self.kv.match(keys[1 : most + 1])
         if len(found) < most and keys[len(found) + 1] in self._coming:
             self.kv.free(found)
             return

@@ -14,6 +14,7 @@ that this space is there after each of them, and is taken away again there from 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
 import json
 import re
@@ -56,6 +57,8 @@ class Text:
         self._template = self._chat_template(vocabulary) if vocabulary.chat_template else None
         self._bytes = _byte_reader(self._tokenizer)
         self._cache: dict[int, bytes] = {}
+        self.whole = _Whole(self)
+        """What an id shows amid a text, None if that depends on others or if it ends the text that it is in."""
         self._prefixes = b"".join(map(self.token_bytes, self.encode_pieces(["a"]))) == b" a"
 
     def _chat_template(self, vocabulary: Vocabulary) -> ChatTemplate:
@@ -223,6 +226,21 @@ class Text:
         return token in self._special_ids
 
 
+class _Whole(dict[int, str | None]):
+    """`Text.whole`, worked out when it is first asked for: nearly every token is looked up in every step."""
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+
+    def __missing__(self, token: int) -> str | None:
+        shown = None
+        if not self._text.begins_after(token):
+            with contextlib.suppress(UnicodeDecodeError):
+                shown = self._text.token_bytes(token).decode()
+        self[token] = shown
+        return shown
+
+
 class Detokenizer:
     """The text of one request, token by token: never half a character, never the start of a stop string.
 
@@ -236,23 +254,33 @@ class Detokenizer:
         self._stop = stop
         self._begins = begins
         self._held = ""
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._amid = not begins
+        """Whether whole characters came before, and not the beginning of a text."""
 
     def add(self, token: int, *, search: bool = True) -> str:
         """The text that `token` makes visible. Without `search`, stop strings are not looked for in it."""
         if self.stopped:
             return ""
-        begins, self._begins = self._begins, self._text.begins_after(token)
-        if self._text.is_special(token):
-            return ""
-        spelled = self._text.token_bytes(token)
-        new = self._decode(self._text.without_prefix(spelled) if begins and not self._begins else spelled)
+        new = self._text.whole[token] if self._amid else None
+        if new is None:
+            new = self._decode(token)
         if not self._stop:
             return new
         if not search:
             new, self._held = self._held + new, ""
             return new
         return self._release(self._held + new)
+
+    def _decode(self, token: int) -> str:
+        """What the id shows after those before it, whatever it is."""
+        begins, self._begins = self._begins, self._text.begins_after(token)
+        new = ""
+        if not self._text.is_special(token):
+            spelled = self._text.token_bytes(token)
+            new = self._decoder.decode(self._text.without_prefix(spelled) if begins and not self._begins else spelled)
+        self._amid = not self._begins and not self._decoder.getstate()[0]
+        return new
 
     def rest(self) -> str:
         """What was held back in case that a stop string would follow. Half a character is dropped."""
