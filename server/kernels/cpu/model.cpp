@@ -180,7 +180,7 @@ Outcome Model::check(const Step& step) const {
   for (int64_t r = 0; r < step.rows; r++)
     if (!within(step.tokens[r], config_.vocab)) return BAD_TOKEN;
   for (int64_t s = 0; s < step.sequences; s++) {
-    if (step.row_start[s] > step.row_start[s + 1]) return BAD_ROW;
+    if (step.row_start[s] > step.row_start[s + 1] || step.row_start[s + 1] > step.rows) return BAD_ROW;
     for (int64_t r = step.row_start[s]; r < step.row_start[s + 1]; r++)
       if (!within(step.positions[r], std::min<int64_t>(positions_, step.context[s]))) return BAD_POSITION;
     if (step.context[s] > step.table_width * block_size_) return BAD_POSITION;

@@ -317,6 +317,15 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "no block": ("a block", {"blocks": torch.tensor([[-1]], dtype=torch.int32)}),
     "logits of a row that is not there": ("a row", {"logit_rows": torch.tensor([2])}),
     "rows of no sequence": ("a row", {"row_start": torch.tensor([0, 1], dtype=torch.int32)}),
+    "rows beyond the step": (
+        "a row",
+        {
+            "row_start": torch.tensor([0, 10**6, 2], dtype=torch.int32),
+            "context": torch.tensor([2, 2], dtype=torch.int32),
+            "blocks": torch.tensor([[0], [1]], dtype=torch.int32),
+            "mixes": ((), ()),
+        },
+    ),
     "a slot that is empty": ("slot is empty", {"mixes": (((3, 1.0),),)}),
     "a slot that is not there": ("slot is empty", {"mixes": (((SLOTS, 1.0),),)}),
 }
