@@ -244,7 +244,7 @@ class FairQueue:
 
     def charge(self, request: Request, tokens: float) -> None:
         """Count service that the request's key got, and its turn."""
-        key = request.priority, request.fair_key
+        key = _key(request)
         self._service[key] = self._service.get(key, self._floor) + tokens
 
     def in_order(self) -> Iterator[Request]:

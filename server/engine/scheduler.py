@@ -224,10 +224,9 @@ class Scheduler:
         prompts: list[Request] = []
         for request in self.running:
             if request.goal - request.computed == 1:
-                plan.work.append(Work(request, 1, 1))
+                plan.add(request, 1, 1)
             else:
                 prompts.append(request)
-        plan.tokens = plan.logits = len(plan.work)
         for request in prompts:
             self._add_chunk(request, plan)
 
