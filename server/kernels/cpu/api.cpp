@@ -28,8 +28,8 @@ void linear(Pool& pool, const Matrix& w, const float* x, int64_t rows, float* y)
   for (int64_t start = 0; start < rows; start += BLOCK) {
     const int64_t count = std::min(BLOCK, rows - start);
     pool.run(static_cast<int>((count + ROWS - 1) / ROWS), [&](int piece, int) {
-      for (int64_t r = piece * ROWS; r < std::min<int64_t>(count, (piece + 1) * ROWS); r++)
-        packed.set(r, 0, w.k, x + (start + r) * w.k);
+      const int64_t first = piece * ROWS, some = std::min<int64_t>(ROWS, count - first);
+      packed.set(first, some, 0, w.k, x + (start + first) * w.k, w.k);
     });
     pool.run(static_cast<int>((tiles + CHUNK - 1) / CHUNK), [&](int piece, int thread) {
       const int64_t first = piece * CHUNK, last = std::min(tiles, first + CHUNK);

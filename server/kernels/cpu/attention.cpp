@@ -35,22 +35,27 @@ inline void score(const uint16_t* const* keys, const uint16_t* const* next, int6
     for (int v = 0; v < V; v++) _mm512_storeu_ps(scores + n * stride + v * 16, _mm512_mul_ps(sum[n][v], scale));
 }
 
-// exp(s - max) as bf16, zero from `context` to `padded`; gives the sum of what was stored.
-float softmax_powers(const float* scores, int64_t context, int64_t padded, uint16_t* powers) {
+// exp(s - max) of N queries as bf16, zero behind what a query sees; `inverse` are the sums of what was stored, inverted.
+// The queries go side by side: each alone would wait for its own maximum and its own sum.
+template <int N>
+void softmax(const float* scores, const int64_t* position, int64_t stride, uint16_t* powers, float* inverse) {
   const __m512 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  __m512 most = least;
-  for (int64_t i = 0; i < context; i += 16)
-    most = _mm512_max_ps(most, _mm512_mask_loadu_ps(least, first_lanes(context - i), scores + i));
-  const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < padded; i += 16) {
-    const __mmask16 mask = first_lanes(context - i);
-    const __m512 e = exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + i), peak));
-    const __m256i h = float_to_bf16(_mm512_maskz_mov_ps(mask, e));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(powers + i), h);
-    sum = _mm512_add_ps(sum, bf16_to_float(h));
-  }
-  return _mm512_reduce_add_ps(sum);
+  __m512 peak[N], sum[N];
+  for (int n = 0; n < N; n++) peak[n] = least, sum[n] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < stride; i += 16)
+    for (int n = 0; n < N; n++)
+      peak[n] = _mm512_max_ps(
+          peak[n], _mm512_mask_loadu_ps(least, first_lanes(position[n] + 1 - i), scores + n * stride + i));
+  for (int n = 0; n < N; n++) peak[n] = _mm512_set1_ps(_mm512_reduce_max_ps(peak[n]));
+  for (int64_t i = 0; i < stride; i += 16)
+    for (int n = 0; n < N; n++) {
+      const __mmask16 mask = first_lanes(position[n] + 1 - i);
+      const __m512 e = exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + n * stride + i), peak[n]));
+      const __m256i h = float_to_bf16(_mm512_maskz_mov_ps(mask, e));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(powers + n * stride + i), h);
+      sum[n] = _mm512_add_ps(sum[n], bf16_to_float(h));
+    }
+  for (int n = 0; n < N; n++) inverse[n] = 1.0f / _mm512_reduce_add_ps(sum[n]);
 }
 
 // Weighted sums of values for N queries and W vectors of 16 dims from `from` on.
@@ -87,9 +92,13 @@ void weigh(const Cache& cache, const int32_t* blocks, int64_t head, int64_t cont
                             _mm512_mul_ps(sum[n][w], _mm512_set1_ps(inverse[n])));
 }
 
+// From N queries' scores to what they see.
 template <int N>
-void weigh_all(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const uint16_t* powers,
-               int64_t stride, const float* inverse, float* const* out, const uint16_t* const* following) {
+void sum_up(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const float* scores,
+            const int64_t* position, int64_t stride, uint16_t* powers, float* const* out,
+            const uint16_t* const* following) {
+  float inverse[N];
+  softmax<N>(scores, position, stride, powers, inverse);
   int64_t from = 0;
   for (; from + 64 <= cache.padded(); from += 64)
     weigh<N, 4>(cache, blocks, head, context, from, powers, stride, inverse, out, following);
@@ -119,10 +128,15 @@ void scores_of(const Cache& cache, const int32_t* blocks, int64_t head, int64_t 
     }
     score<N, V>(now, next, cache.dim, q, factor, scores + v * 16, stride);
   }
-  for (; v < vectors; v++) {
-    now[0] = keys(v);
-    next[0] = keys(v + V);
-    score<N, 1>(now, next, cache.dim, q, factor, scores + v * 16, stride);
+  for (int i = 0; v + i < vectors; i++) {
+    now[i] = keys(v + i);
+    next[i] = keys(v + V + i);
+  }
+  switch (vectors - v) {
+    case 0: break;
+    case 1: score<N, 1>(now, next, cache.dim, q, factor, scores + v * 16, stride); break;
+    case 2: score<N, std::min(V, 2)>(now, next, cache.dim, q, factor, scores + v * 16, stride); break;
+    default: score<N, std::min(V, 3)>(now, next, cache.dim, q, factor, scores + v * 16, stride);
   }
 }
 
@@ -168,16 +182,15 @@ void attend(const Cache& cache, const int32_t* blocks, int64_t head, int count, 
     case 7: scores_of<7>(cache, blocks, head, context, q, scale, scores, stride); break;
     default: scores_of<8>(cache, blocks, head, context, q, scale, scores, stride);
   }
-  float inverse[QUERIES];
-  for (int n = 0; n < count; n++)
-    inverse[n] = 1.0f / softmax_powers(scores + n * stride, position[n] + 1, stride, powers + n * stride);
   for (int n = 0; n < count; n += 4) {
-    const uint16_t* p = powers + n * stride;
+    const float* s = scores + n * stride;
+    const int64_t* at = position + n;
+    uint16_t* p = powers + n * stride;
     switch (count - n) {
-      case 1: weigh_all<1>(cache, blocks, head, context, p, stride, inverse + n, out + n, following); break;
-      case 2: weigh_all<2>(cache, blocks, head, context, p, stride, inverse + n, out + n, following); break;
-      case 3: weigh_all<3>(cache, blocks, head, context, p, stride, inverse + n, out + n, following); break;
-      default: weigh_all<4>(cache, blocks, head, context, p, stride, inverse + n, out + n, following);
+      case 1: sum_up<1>(cache, blocks, head, context, s, at, stride, p, out + n, following); break;
+      case 2: sum_up<2>(cache, blocks, head, context, s, at, stride, p, out + n, following); break;
+      case 3: sum_up<3>(cache, blocks, head, context, s, at, stride, p, out + n, following); break;
+      default: sum_up<4>(cache, blocks, head, context, s, at, stride, p, out + n, following);
     }
   }
 }

@@ -250,6 +250,60 @@ void columns_any(const Matrix& w, int64_t tile, const Activations& x, int64_t ro
   }
 }
 
+// A group of inputs of one row on its way into codes; which of its halves' inputs are there.
+struct Group {
+  const float* from;
+  __mmask16 first, second;
+  int8_t* codes;
+  float* meta;
+};
+
+// Four at a time, as what is one number for a group would otherwise cost as much as the group.
+void quantize(const Group* groups) {
+  constexpr int N = 4;
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512 a[N], b[N], most[N], sum[N];
+  for (int n = 0; n < N; n++) {
+    a[n] = _mm512_maskz_loadu_ps(groups[n].first, groups[n].from);
+    b[n] = _mm512_maskz_loadu_ps(groups[n].second, groups[n].from + 16);
+    most[n] = (__m512)_mm512_max_epi32((__m512i)a[n] & magnitude, (__m512i)b[n] & magnitude);
+  }
+  // As integers magnitudes have the order that they have as numbers, and NaN is the largest: the row must show it.
+  const __m128 peak = across(most[0], most[1], most[2], most[3], [](__m512 x, __m512 y) {
+    return (__m512)_mm512_max_epi32((__m512i)x, (__m512i)y);
+  });
+  const __m128 most_code = _mm_set1_ps(127.0f);
+  // Below this the reciprocal would overflow; such a group is as good as zero.
+  const __mmask8 some = _mm_cmp_ps_mask(peak, _mm_set1_ps(1e-30f), _CMP_NLT_UQ);
+  const __m128 scale = _mm_maskz_div_ps(some, peak, most_code);
+  alignas(16) float inverse[N];
+  _mm_store_ps(inverse, _mm_maskz_div_ps(some, most_code, peak));
+  __m512i words[N];
+  for (int n = 0; n < N; n++) {
+    const __m512 factor = _mm512_set1_ps(inverse[n]);
+    const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a[n], factor));
+    const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b[n], factor));
+    words[n] = _mm512_packs_epi32(qa, qb);
+    sum[n] = (__m512)_mm512_add_epi32(qa, qb);
+  }
+  // Packing goes by quarters of a vector; back into order.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int n = 0; n < N; n += 2) {
+    const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(words[n], words[n + 1]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(groups[n].codes), _mm512_castsi512_si256(bytes));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(groups[n + 1].codes), _mm512_extracti64x4_epi64(bytes, 1));
+  }
+  const auto sums = (__m128i)across(sum[0], sum[1], sum[2], sum[3], [](__m512 x, __m512 y) {
+    return (__m512)_mm512_add_epi32((__m512i)x, (__m512i)y);
+  });
+  alignas(16) float meta[3][N];
+  _mm_store_ps(meta[0], scale);
+  _mm_store_ps(meta[1], _mm_mul_ps(scale, _mm_cvtepi32_ps(sums)));
+  _mm_store_ps(meta[2], (__m128)_mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(sums, 7)));
+  for (int n = 0; n < N; n++)
+    for (int i = 0; i < 3; i++) groups[n].meta[i * ROWS] = meta[i][n];
+}
+
 float scale_of(const Matrix& w, int64_t row, int64_t g, bool zero) {
   const int64_t tile = row / 16, groups = w.k / w.group, lane = row % 16;
   if (w.scale_codes) {
@@ -277,38 +331,27 @@ void Activations::reserve(int64_t rows, int64_t k, bool with_codes, bool with_ha
   if (with_half) half.reserve(rows * padded);
 }
 
-void Activations::set(int64_t row, int64_t from, int64_t to, const float* x) {
-  const int64_t steps = padded / GROUP, block = row / ROWS, lane = row % ROWS;
-  const __m512 magnitude = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
-  for (int64_t i = from; i < to; i += GROUP, x += GROUP) {
-    const __m512 a = _mm512_maskz_loadu_ps(first_lanes(to - i), x);
-    const __m512 b = _mm512_maskz_loadu_ps(first_lanes(to - i - 16), x + 16);
-    if (wants_half) {
-      const __m512i h = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-      _mm512_storeu_si512(half.get() + row * padded + i, h);
+void Activations::set(int64_t row, int64_t rows, int64_t from, int64_t to, const float* x, int64_t stride) {
+  const int64_t steps = padded / GROUP;
+  Group groups[4];
+  int n = 0;
+  for (int64_t i = from; i < to; i += GROUP) {
+    const __mmask16 first = first_lanes(to - i), second = first_lanes(to - i - 16);
+    for (int64_t r = row; r < row + rows; r++) {
+      const float* at = x + (r - row) * stride + (i - from);
+      if (wants_half) {
+        const __m512 a = _mm512_maskz_loadu_ps(first, at), b = _mm512_maskz_loadu_ps(second, at + 16);
+        _mm512_storeu_si512(half.get() + r * padded + i, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+      }
+      if (!wants_codes) continue;
+      const int64_t step = r / ROWS * steps + i / GROUP, lane = r % ROWS;
+      groups[n++] = {at, first, second, codes.get() + (step * ROWS + lane) * GROUP, meta.get() + step * META + lane};
+      if (n == 4) quantize(groups), n = 0;
     }
-    if (!wants_codes) continue;
-    const __m512 most = _mm512_max_ps(_mm512_and_ps(a, magnitude), _mm512_and_ps(b, magnitude));
-    float peak = _mm512_reduce_max_ps(most);
-    // The maximum drops a NaN; the row must show it.
-    if (_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q)) peak = __builtin_nanf("");
-    // Below this the reciprocal would overflow; such a group is as good as zero.
-    const bool some = !(peak < 1e-30f);
-    const __m512 inverse = _mm512_set1_ps(some ? 127.0f / peak : 0.0f);
-    const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
-    const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-    const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb));
-    const int64_t at = block * steps + i / GROUP;
-    int8_t* q = codes.get() + (at * ROWS + lane) * GROUP;
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtsepi32_epi8(qa));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtsepi32_epi8(qb));
-    float* m = meta.get() + at * META + lane;
-    const float scale = some ? peak / 127.0f : 0.0f;
-    const auto offset = static_cast<int32_t>(0u - 128u * static_cast<uint32_t>(sum));  // of NaN it wraps
-    m[0] = scale;
-    m[ROWS] = scale * static_cast<float>(sum);
-    std::memcpy(m + 2 * ROWS, &offset, sizeof offset);
   }
+  if (n == 0) return;
+  for (; n < 4; n++) groups[n] = groups[n - 1];  // once more what is written anyhow
+  quantize(groups);
 }
 
 void Activations::fetch(int64_t rows) const {

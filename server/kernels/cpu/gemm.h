@@ -56,8 +56,8 @@ struct Activations {
   bool wants_codes = true, wants_half = false;
 
   void reserve(int64_t rows, int64_t k, bool with_codes, bool with_half);
-  // Inputs from..to of a row (from a multiple of 32; to one too, or k); x points at input `from`.
-  void set(int64_t row, int64_t from, int64_t to, const float* x);
+  // Inputs from..to of some rows (from a multiple of 32; to one too, or k); x points at input `from` of the first row.
+  void set(int64_t row, int64_t rows, int64_t from, int64_t to, const float* x, int64_t stride);
   // Asks for the codes of some rows, which other cores may just have written.
   void fetch(int64_t rows) const;
   int64_t bytes() const { return codes.bytes() + meta.bytes() + half.bytes(); }

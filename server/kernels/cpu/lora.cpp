@@ -8,15 +8,9 @@
 namespace loramux {
 namespace {
 
-// The sums of four vectors' lanes, always in this order.
+// The sums of four vectors' lanes.
 inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512 all = _mm512_add_ps(
-      _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
-      _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  return across(a, b, c, d, [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); });
 }
 
 // Bytes ahead of a walk that are asked for: more than a block of B's rows, which is not walked from end to end. The

@@ -32,13 +32,16 @@ int64_t now() {
       .count();
 }
 
+// Every fourth vector to a sum of its own: one alone would wait for itself.
 float sum_of_squares(const float* x, int64_t n) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m512 v = _mm512_maskz_loadu_ps(first_lanes(n - i), x + i);
-    sum = _mm512_fmadd_ps(v, v, sum);
-  }
-  return _mm512_reduce_add_ps(sum);
+  __m512 sum[4];
+  for (__m512& s : sum) s = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 64)
+    for (int64_t j = 0; j < 4; j++) {
+      const __m512 v = _mm512_maskz_loadu_ps(first_lanes(n - i - j * 16), x + i + j * 16);
+      sum[j] = _mm512_fmadd_ps(v, v, sum[j]);
+    }
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }
 
 // out = x / rms(x) * weight
@@ -152,7 +155,7 @@ int64_t Model::work_bytes() const {
                   attended_.bytes() + gated_.bytes();
   for (const auto& buffer : updates_) bytes += buffer.bytes();
   for (const Local& local : local_)
-    bytes += local.attention.bytes() + local.tile.bytes() + local.row.bytes() + local.ranks.bytes();
+    bytes += local.attention.bytes() + local.tile.bytes() + local.rows.bytes() + local.ranks.bytes();
   return bytes;
 }
 
@@ -263,7 +266,7 @@ void Model::reserve(const Step& step) {
   for (Local& local : local_) {
     local.attention.reserve(context);
     local.tile.reserve(rows * 2 * TILES * 16);
-    local.row.reserve(std::max({config_.hidden, heads, config_.head_dim}) + 16);
+    local.rows.reserve(ROWS * config_.hidden);
     local.ranks.reserve(UPDATE_SITES * UPDATE_ROWS * rank);
   }
 }
@@ -459,8 +462,8 @@ void Model::gate_up(int64_t layer, const RowBlock& block) {
       float* g = y + r * 2 * WIDE;
       for (int64_t c = 0; c < WIDE; c += 16)
         _mm512_storeu_ps(g + c, _mm512_mul_ps(silu(_mm512_loadu_ps(g + c)), _mm512_loadu_ps(g + WIDE + c)));
-      gated_.set(r, column, column + columns, g);
     }
+    gated_.set(0, block.count, column, column + columns, y, 2 * WIDE);
   });
 }
 
@@ -479,15 +482,17 @@ void Model::down(int64_t layer, const RowBlock& block) {
 // The stream's rows, after the updates of `added` if that is a site, as activations.
 void Model::norm_rows(const RowBlock& block, const float* weight, int added) {
   const int pieces = static_cast<int>((block.count + ROWS - 1) / ROWS);
+  const int64_t hidden = config_.hidden;
   pool_.run(pieces, [&](int piece, int thread) {
-    float* scratch = local_[static_cast<size_t>(thread)].row.get();
-    for (int64_t r = piece * ROWS; r < std::min<int64_t>(block.count, (piece + 1) * ROWS); r++) {
-      float* x = stream_.get() + (block.first + r) * config_.hidden;
+    const int64_t first = piece * ROWS, last = std::min<int64_t>(block.count, first + ROWS);
+    float* scratch = local_[static_cast<size_t>(thread)].rows.get();
+    for (int64_t r = first; r < last; r++) {
+      float* x = stream_.get() + (block.first + r) * hidden;
       const float* z = added == SITES ? nullptr : update_of(block, added, r);
-      if (z) add_row(x, z, config_.hidden);
-      rms_norm(x, weight, config_.hidden, static_cast<float>(config_.eps), scratch);
-      normed_.set(r, 0, config_.hidden, scratch);
+      if (z) add_row(x, z, hidden);
+      rms_norm(x, weight, hidden, static_cast<float>(config_.eps), scratch + (r - first) * hidden);
     }
+    normed_.set(first, last - first, 0, hidden, scratch, hidden);
   });
 }
 
@@ -551,10 +556,8 @@ void Model::attend_rows(const Step& step, int64_t layer, const RowBlock& block, 
            following);
   }
   if (dim % GROUP) return;
-  for (int64_t r = first; r < last; r++) {
-    const int64_t from = head * group * dim, to = from + group * dim;
-    attended_.set(r, from, to, seen_.get() + r * heads + from);
-  }
+  const int64_t from = head * group * dim;
+  attended_.set(first, last - first, from, from + group * dim, seen_.get() + first * heads + from, heads);
 }
 
 void Model::attention(const Step& step, int64_t layer, const RowBlock& block) {
@@ -596,8 +599,8 @@ void Model::attention(const Step& step, int64_t layer, const RowBlock& block) {
   if (config_.head_dim % GROUP == 0) return;
   const int64_t heads = config_.heads * config_.head_dim;
   pool_.run(static_cast<int>((block.count + ROWS - 1) / ROWS), [&](int piece, int) {
-    for (int64_t r = piece * ROWS; r < std::min<int64_t>(block.count, (piece + 1) * ROWS); r++)
-      attended_.set(r, 0, heads, seen_.get() + r * heads);
+    const int64_t first = piece * ROWS, some = std::min<int64_t>(ROWS, block.count - first);
+    attended_.set(first, some, 0, heads, seen_.get() + first * heads, heads);
   });
 }
 
@@ -632,24 +635,40 @@ void Model::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
   clock(DOWN_PROJ, t);
 }
 
-// Of x[0..n), which begin at column `at` of the row.
-Model::Peak Model::peak_of(const float* x, int64_t n, int64_t at) {
-  __m512 most = _mm512_set1_ps(-INFINITY), nothing = _mm512_setzero_ps();
+Model::Peaks::Peaks()
+    : value(_mm512_set1_ps(-INFINITY)), nothing(_mm512_setzero_ps()), at(_mm512_set1_epi32(INT32_MAX)) {}
+
+inline void Model::Peaks::take(__mmask16 mask, __m512 v, __m512i columns) {
+  const __mmask16 same = _mm512_mask_cmp_ps_mask(mask, v, value, _CMP_EQ_OQ);
+  const __mmask16 better = _mm512_mask_cmp_ps_mask(mask, v, value, _CMP_GT_OQ) |
+                           _mm512_mask_cmplt_epi32_mask(same, columns, at);
+  value = _mm512_mask_mov_ps(value, better, v);
+  at = _mm512_mask_mov_epi32(at, better, columns);
+}
+
+void Model::Peaks::take(const float* x, int64_t n, int64_t column) {
+  Peaks now = *this;  // in registers
+  __m512i columns = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                     _mm512_set1_epi32(static_cast<int32_t>(column)));
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = first_lanes(n - i);
     const __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
-    most = _mm512_mask_max_ps(most, mask, most, v);
-    nothing = _mm512_fmadd_ps(v, _mm512_setzero_ps(), nothing);
+    now.nothing = _mm512_fmadd_ps(v, _mm512_setzero_ps(), now.nothing);
+    now.take(mask, v, columns);
+    columns = _mm512_add_epi32(columns, _mm512_set1_epi32(16));
   }
-  Peak peak{_mm512_reduce_max_ps(most), _mm512_reduce_add_ps(nothing), at};
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 hit = _mm512_mask_cmp_ps_mask(first_lanes(n - i), _mm512_maskz_loadu_ps(first_lanes(n - i), x + i),
-                                                  _mm512_set1_ps(peak.value), _CMP_EQ_OQ);
-    if (!hit) continue;
-    peak.at = at + i + __builtin_ctz(hit);
-    break;
-  }
-  return peak;
+  *this = now;
+}
+
+void Model::Peaks::take(const Peaks& other) {
+  nothing = _mm512_add_ps(nothing, other.nothing);
+  take(0xffff, other.value, other.at);
+}
+
+int64_t Model::Peaks::first_largest() const {
+  if (std::isnan(_mm512_reduce_add_ps(nothing))) return -1;
+  const __mmask16 largest = _mm512_cmp_ps_mask(value, _mm512_set1_ps(_mm512_reduce_max_ps(value)), _CMP_EQ_OQ);
+  return _mm512_mask_reduce_min_epi32(largest, at);
 }
 
 void Model::head(const Step& step) {
@@ -660,15 +679,15 @@ void Model::head(const Step& step) {
     normed_.reserve(count, config_.hidden, head_.scheme != NONE, head_.scheme == NONE);
     for (Local& local : local_) {
       local.tile.reserve(count * EACH * 16);
-      local.peaks.assign(static_cast<size_t>(count), Peak{});
+      local.peaks.assign(static_cast<size_t>(count), Peaks());
     }
     pool_.run(static_cast<int>((count + ROWS - 1) / ROWS), [&](int piece, int thread) {
-      float* scratch = local_[static_cast<size_t>(thread)].row.get();
-      for (int64_t r = piece * ROWS; r < std::min<int64_t>(count, (piece + 1) * ROWS); r++) {
+      const int64_t begin = piece * ROWS, end = std::min<int64_t>(count, begin + ROWS);
+      float* scratch = local_[static_cast<size_t>(thread)].rows.get();
+      for (int64_t r = begin; r < end; r++)
         rms_norm(stream_.get() + step.logit_rows[first + r] * config_.hidden, norm_, config_.hidden,
-                 static_cast<float>(config_.eps), scratch);
-        normed_.set(r, 0, config_.hidden, scratch);
-      }
+                 static_cast<float>(config_.eps), scratch + (r - begin) * config_.hidden);
+      normed_.set(begin, end - begin, 0, config_.hidden, scratch, config_.hidden);
     });
     pool_.run(static_cast<int>(pieces), [&](int piece, int thread) {
       const int64_t tile = piece * EACH, last = std::min(tile + EACH, tiles);
@@ -682,13 +701,12 @@ void Model::head(const Step& step) {
         for (int64_t r = 0; r < count; r++) copy_row(to + r * config_.vocab, y + r * EACH * 16, columns);
       }
       for (int64_t r = 0; r < count; r++)  // while they are still in the first cache
-        local_[static_cast<size_t>(thread)].peaks[static_cast<size_t>(r)].take(
-            peak_of(to + r * config_.vocab, columns, tile * 16));
+        local_[static_cast<size_t>(thread)].peaks[static_cast<size_t>(r)].take(to + r * config_.vocab, columns, tile * 16);
     });
     for (int64_t r = 0; r < count; r++) {
-      Peak best;
-      for (const Local& local : local_) best.take(local.peaks[static_cast<size_t>(r)]);
-      step.largest[first + r] = std::isnan(best.nothing) ? -1 : best.at;
+      Peaks all;
+      for (const Local& local : local_) all.take(local.peaks[static_cast<size_t>(r)]);
+      step.largest[first + r] = all.first_largest();
     }
   }
 }

@@ -5,7 +5,6 @@
 
 #include <array>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "attention.h"
@@ -43,15 +42,18 @@ class Model {
     LoraPlan plan;
   };
 
-  // The first largest of some logits of a row, and NaN times zero if one of them is not finite.
-  struct Peak {
-    float value = -std::numeric_limits<float>::infinity(), nothing = 0.0f;
-    int64_t at = std::numeric_limits<int64_t>::max();
+  // The largest of some logits of a row, in sixteen lanes. Which lane holds the row's is asked once, at the end.
+  struct Peaks {
+    __m512 value, nothing;  // `nothing`: the logits times zero, NaN if one is not finite
+    __m512i at;             // the first column of the lane that has the value
 
-    void take(const Peak& other) {
-      nothing += other.nothing;
-      if (other.value > value || (other.value == value && other.at < at)) value = other.value, at = other.at;
-    }
+    Peaks();
+    void take(const float* x, int64_t n, int64_t column);  // x[0..n), which begin at that column
+    void take(const Peaks& other);
+    int64_t first_largest() const;  // the column, -1 if one of the logits is not finite
+
+   private:
+    void take(__mmask16 mask, __m512 v, __m512i columns);
   };
 
   // What one product does with its result.
@@ -83,7 +85,6 @@ class Model {
   void attend_rows(const Step& step, int64_t layer, const RowBlock& block, int64_t sequence, int64_t head,
                    int64_t first, int64_t last, int thread, const uint16_t* const* following);
   void head(const Step& step);
-  static Peak peak_of(const float* x, int64_t n, int64_t at);
   Cache cache_of(int64_t layer) const;
   void plan_ahead(const Step& step);
   int64_t pace_ahead(int64_t rows) const;
@@ -127,8 +128,8 @@ class Model {
   Activations normed_, attended_, gated_;
   struct Local {
     AttentionScratch attention;
-    Buffer<float> tile, row, ranks;
-    std::vector<Peak> peaks;  // of the logits that this thread has computed
+    Buffer<float> tile, rows, ranks;
+    std::vector<Peaks> peaks;  // of the logits that this thread has computed
     Aside aside;        // what this thread asks for beside its products
     int64_t look = 0;   // the last look ahead that it has begun with
     int64_t asked = 0;  // of its share of that one, slots and then blocks
