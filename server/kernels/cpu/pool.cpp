@@ -90,10 +90,9 @@ void Pool::run_erased(int n, Function function, void* context) {
 
 void Pool::take_part(int thread, uint32_t epoch) {
   const int count = threads();
-  // Told once, at the end: a line that two cores write for every piece costs more than a short piece.
-  int done = 0;
   for (int turn = 0; turn < count; turn++) {
     auto& range = ranges_[(thread + turn) % count].word;
+    int done = 0;
     uint64_t word = range.load(std::memory_order_acquire);
     for (;;) {
       if (static_cast<uint32_t>(word >> 32) != epoch) break;
@@ -109,11 +108,14 @@ void Pool::take_part(int thread, uint32_t epoch) {
       done++;
       word = range.load(std::memory_order_acquire);
     }
-  }
-  if (done == 0 || pending_.fetch_sub(done, std::memory_order_seq_cst) != done) return;
-  if (waiting_.load(std::memory_order_seq_cst)) {
-    std::lock_guard<std::mutex> lock(park_);
-    over_.notify_one();
+    // Told once a range, as a line that two cores write for every piece costs more than a short piece; and before others'
+    // ranges are looked at, which lie on lines of other cores.
+    if (done == 0 || pending_.fetch_sub(done, std::memory_order_seq_cst) != done) continue;
+    if (waiting_.load(std::memory_order_seq_cst)) {
+      std::lock_guard<std::mutex> lock(park_);
+      over_.notify_one();
+    }
+    return;
   }
 }
 

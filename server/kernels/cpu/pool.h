@@ -46,11 +46,12 @@ class Pool {
 
   std::vector<Range> ranges_;
   std::vector<std::thread> workers_;
+  // What a worker reads as a phase begins lies on one line.
   alignas(128) std::atomic<uint32_t> epoch_{0};
-  alignas(128) std::atomic<int> pending_{0};
-  alignas(128) std::atomic<Function> function_{nullptr};
+  std::atomic<Function> function_{nullptr};
   std::atomic<void*> context_{nullptr};
-  std::atomic<int> parked_{0};
+  alignas(128) std::atomic<int> pending_{0};
+  alignas(128) std::atomic<int> parked_{0};
   std::atomic<bool> stopping_{false};
   std::atomic<bool> waiting_{false};  // whether the caller sleeps until the phase is done
   std::mutex park_;
