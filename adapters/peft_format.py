@@ -32,6 +32,8 @@ TASK_FILE = "task.json"
 MAX_CONFIG_BYTES = 4 << 20
 MAX_TENSOR_BYTES = 8 << 30
 MAX_SIDE_BYTES = 1 << 20
+MAX_DEPTH = 64
+"""Levels of JSON. What tells of an adapter is walked by several readers that call themselves."""
 HEADER_SLACK = 16 << 20
 """What a safetensors header and alignment may take over the tensors themselves."""
 METADATA_KEY = "loramux"
@@ -177,7 +179,17 @@ def _json_object(data: bytes, file: str) -> dict[str, Any]:
         raise InvalidAdapter(f"{file} is no valid JSON: {error}", file) from error
     if not isinstance(value, dict):
         raise InvalidAdapter(f"{file} must hold an object", file)
+    if _deeper(value, MAX_DEPTH):
+        raise InvalidAdapter(f"{file} is nested more than {MAX_DEPTH} levels deep", file)
     return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether an object of JSON is nested deeper than that."""
+    inside = [value]
+    for _ in range(levels):
+        inside = [x for v in inside for x in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
+    return any(isinstance(v, dict | list) for v in inside)
 
 
 def _load(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -101,10 +101,10 @@ class Disk:
             os.fsync(out.fileno())
         return size
 
-    def write(self, path: Path, text: str) -> None:
+    def write(self, path: Path, content: bytes) -> None:
         """Write a file and sync it."""
-        with open(path, "w", encoding="utf-8") as out:
-            out.write(text)
+        with open(path, "wb") as out:
+            out.write(content)
             out.flush()
             os.fsync(out.fileno())
 
@@ -215,7 +215,7 @@ class Store:
             metadata = {**record.metadata, **told}
             record = Record(**{**vars(record), "metadata": metadata, "created_at": known.created_at})
         with _told("keep the new version"):
-            self._disk.write(staged / RECORD, json.dumps(asdict(record)))
+            self._disk.write(staged / RECORD, json.dumps(asdict(record)).encode())
             if known is None or not target.exists():
                 self._disk.sync(staged)
                 if target.exists():  # an earlier attempt got this far and the journal never named it
@@ -236,7 +236,7 @@ class Store:
         fresh = self._names.with_suffix(".new")
         with _told("write the names"):
             try:
-                self._disk.write(fresh, json.dumps(journal.to_json(), indent=1))
+                self._disk.write(fresh, json.dumps(journal.to_json(), indent=1).encode())
                 self._disk.rename(fresh, self._names)
             except OSError:
                 fresh.unlink(missing_ok=True)
@@ -266,7 +266,7 @@ class Store:
         """The side files of a version go over those of its new copy."""
         for name in SIDE:
             if (target / name).exists():
-                self._disk.write(staged / name, (target / name).read_text(encoding="utf-8"))
+                self._disk.write(staged / name, (target / name).read_bytes())
 
     def _renew(self, staged: Path, target: Path, replaced: tuple[str, ...]) -> None:
         for name in (*replaced, *SIDE, RECORD):

@@ -90,7 +90,7 @@ class Watch:
         """Look once. Raises nothing that a folder is at fault for."""
         try:
             with os.scandir(self._directory) as entries:
-                folders = sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
+                states = {entry.name: _state(entry) for entry in entries if entry.name[0] != "."}
         except FileNotFoundError:  # nobody has to have one, and a mount that is away is no deletion
             if not (self._unreadable or self._first):
                 log.info("the adapter directory is not there any more; its adapters are served on")
@@ -102,13 +102,17 @@ class Watch:
             self._unreadable = True
             return
         self._unreadable = False
+        there = sorted(name for name, state in states.items() if state is not False)
         if self._first:
             self._first = False
-            for folder in self._taken_before() - set(folders):
+            for folder in self._taken_before() - set(there):
                 log.info("%s is served from the store; its folder is gone", folder)
-        for folder in folders:
-            self._look(folder)
-        for folder in (self._known | set(self._refused) | set(self._seen)) - set(folders):
+        for folder in there:
+            if isinstance(reason := states[folder], str):  # what cannot be read is not gone
+                self._refuse(folder, (), f"cannot be read: {reason}")
+            else:
+                self._look(folder)
+        for folder in (self._known | set(self._refused) | set(self._seen)) - set(there):
             self._miss(folder)
 
     def _run(self) -> None:
@@ -122,8 +126,7 @@ class Watch:
         try:
             signature = signature_of(self._directory / folder, self._directory)
         except InvalidAdapter as error:
-            self._registry.rejections.add(shown(folder), error.message)
-            self._refused[folder] = _Refused((), None)
+            self._refuse(folder, (), error.message)
             return
         now = self._clock()
         if not signature:  # no adapter, or none any more
@@ -161,13 +164,21 @@ class Watch:
             )
         except AdapterError as error:
             retry_at = now + RETRY_SECONDS if isinstance(error, (StoreFailed, NoRoom)) else None
-            self._refused[folder] = _Refused(signature, retry_at)
-            self._registry.rejections.add(shown(folder), error.message)
+            self._refuse(folder, signature, error.message, retry_at)
+            return
+        except Exception:  # a fault of ours, which must not keep the other folders from being served
+            log.exception("%s cannot be taken in", shown(folder))
+            self._refuse(folder, signature, "the server failed on it; its log says how", now + RETRY_SECONDS)
             return
         self._known.add(folder)
         self._settle(folder)
         if published.created:
             log.info("%s is served from its folder", published.version.label)
+
+    def _refuse(self, folder: str, signature: Signature, reason: str, retry_at: float | None = None) -> None:
+        """`folder` is not served as it is; it is looked at again once it has changed, or at `retry_at`."""
+        self._refused[folder] = _Refused(signature, retry_at)
+        self._registry.rejections.add(shown(folder), reason)
 
     def _settle(self, folder: str) -> None:
         """Nothing is to be done about `folder` until it changes."""
@@ -229,6 +240,8 @@ def scan_library(registry: Registry, library: Path) -> list[str]:
                 log.info("the library's %s is skipped: it was deleted, or was made for another base", name)
         except AdapterError as error:
             log.info("the library's %s is skipped: %s", name, error.message)
+        except Exception:  # a fault of ours, which must not keep the server from starting
+            log.exception("the library's %s is skipped", name)
     return served
 
 
@@ -271,6 +284,14 @@ def origin(kind: str, folder: str) -> str:
 def shown(folder: str) -> str:
     """A folder's name as text, whatever bytes it has."""
     return os.fsencode(folder).decode("utf-8", "replace")
+
+
+def _state(entry: os.DirEntry[str]) -> bool | str:
+    """Whether it is a folder, or why that cannot be told."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _old(signature: Signature, seconds: float) -> bool:

@@ -16,7 +16,10 @@ def inside(source: str, directory: Path) -> Path | None:
     root = directory.resolve()
     if "\0" in source:
         raise InvalidRequest("the source is no path", "source")
-    place = (root / source).resolve()
-    if not place.is_relative_to(root):
-        raise InvalidRequest("the source is a path outside the adapter directory", "source")
-    return place if place != root and place.is_dir() else None
+    try:
+        place = (root / source).resolve()
+        if not place.is_relative_to(root):
+            raise InvalidRequest("the source is a path outside the adapter directory", "source")
+        return place if place != root and place.is_dir() else None
+    except (OSError, RuntimeError):  # too long, a link to itself, or not to be looked into
+        raise InvalidRequest("the source is a path that cannot be followed", "source") from None

@@ -48,10 +48,10 @@ BUDGET = 3
 class TightDisk(Disk):
     full = False
 
-    def write(self, path: Path, text: str) -> None:
+    def write(self, path: Path, content: bytes) -> None:
         if self.full:
             raise OSError(errno.ENOSPC, "No space left on device")
-        super().write(path, text)
+        super().write(path, content)
 
 
 class Slots(NoSlots):

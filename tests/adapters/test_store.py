@@ -46,12 +46,12 @@ class FaultyDisk(Disk):
             raise self.fault()
         return super().copy(source, target, limit)
 
-    def write(self, path: Path, text: str) -> None:
+    def write(self, path: Path, content: bytes) -> None:
         if self._due():
             if self.half:
-                path.write_text(text[: len(text) // 2])
+                path.write_bytes(content[: len(content) // 2])
             raise self.fault()
-        super().write(path, text)
+        super().write(path, content)
 
     def rename(self, source: Path, target: Path) -> None:
         if self._due():

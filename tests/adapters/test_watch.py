@@ -184,6 +184,45 @@ def test_links_out_of_the_directory_are_refused(scene: Scene, tmp_path: Path) ->
     assert scene.rejected() == {}
 
 
+def test_odd_folders_keep_no_other_from_being_served(scene: Scene) -> None:
+    a = scene.put("a", 1)
+    (scene.directory / "a" / "README.md").write_bytes("# café".encode("latin-1"))
+    shutil.copytree(scene.directory / "a", scene.directory / "b")
+    scene.put("deep", 2)
+    (scene.directory / "deep" / "task.json").write_text('{"prompt": ' + "[" * 700 + "]" * 700 + "}")
+    (scene.directory / "loop").symlink_to("loop")
+    z = scene.put("z", 3)
+    assert scene.look(3) == {"a": a, "b": a, "z": z}
+    assert scene.rejected() == {
+        "deep": "task.json is nested more than 64 levels deep",
+        "loop": "cannot be read: Too many levels of symbolic links",
+    }
+    (scene.directory / "loop").unlink()
+    scene.look()
+    assert set(scene.rejected()) == {"deep"}
+
+
+def test_a_fault_of_our_own_costs_one_folder_and_is_tried_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    digests = {name: scene.put(name, i) for i, name in enumerate("abc")}
+    publish = scene.registry.publish_now
+
+    def fails(name: str, *rest: Any, **options: Any) -> Any:
+        if name == "b":
+            raise RuntimeError("a fault")
+        return publish(name, *rest, **options)
+
+    monkeypatch.setattr(scene.registry, "publish_now", fails)
+    assert scene.look(4) == {name: digests[name] for name in "ac"}
+    assert scene.rejected() == {"b": "the server failed on it; its log says how"}
+    assert len([r for r in caplog.records if "b cannot be taken in" in r.message]) == 1, "not at every look"
+    monkeypatch.undo()
+    scene.look()
+    assert scene.look(1, seconds=40) == {name: digests[name] for name in "ac"}
+    assert scene.look() == digests and scene.rejected() == {}
+
+
 def test_a_removed_folder_takes_its_adapter_with_it(scene: Scene) -> None:
     scene.put("a", 1)
     b = scene.put("b", 2)

@@ -33,6 +33,7 @@ def sources(tmp_path: Path) -> Sources:
     (tmp_path / "adapters" / "team" / "one").mkdir(parents=True)
     (tmp_path / "secret").mkdir()
     (tmp_path / "adapters" / "link").symlink_to(tmp_path / "secret")
+    (tmp_path / "adapters" / "loop").symlink_to("loop")
     return Sources(tmp_path / "adapters", tmp_path / "scratch", hub_allow=["org/*", "solo/one"])
 
 
@@ -43,7 +44,7 @@ async def test_folders_inside(sources: Sources, tmp_path: Path) -> None:
             assert (folder, within) == (inside, tmp_path / "adapters")
 
 
-@pytest.mark.parametrize("source", ["../secret", "link", "/etc", "team/../../secret", "a\0b"])
+@pytest.mark.parametrize("source", ["../secret", "link", "/etc", "team/../../secret", "a\0b", "loop", "x" * 5000])
 async def test_nothing_leads_out(sources: Sources, source: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest) as e:
         async with sources.open(source):
