@@ -135,7 +135,7 @@ async def evaluate(
     with inference.leases.lease(target.choice) as lease:
         versions = tuple(lease.versions)
         fixed = Target(target.name, target.task, [(f"{v.name}@{v.digest}", w) for v, w in versions])
-        run = _Run(inference, prompts, fixed, Caller(tenant, priority=PRIORITY, latency=False), metrics)
+        run = _Run(inference, prompts, fixed, Caller(tenant, priority=PRIORITY, client=False), metrics)
         await run.all(examples, in_flight, tell or (lambda done, total: None))
     return Evaluation(
         {metric: run.score(metric, examples) for metric in metrics},
@@ -217,12 +217,17 @@ class _Run:
     async def _ran(
         self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], scored: Sequence[int]
     ) -> Generation:
-        generation = await self._started(prompts, samplings, scored)
-        try:
-            await generation.finished()
-        except BaseException:
-            generation.cancel()
-            raise
+        while True:
+            generation = await self._started(prompts, samplings, scored)
+            try:
+                await generation.finished()
+                break
+            except QueueFull as error:  # it was let in, and had to make room for somebody else's
+                generation.cancel()
+                await self._patience(error)
+            except BaseException:
+                generation.cancel()
+                raise
         if generation.cancelled:
             raise NotReady("the engine stopped before the evaluation was complete; start it again", retry_after=2.0)
         usage: dict[str, Any] = generation.usage()
@@ -238,7 +243,10 @@ class _Run:
             try:
                 return self._inference.start(self._target, prompts, samplings, self._caller, scored=scored)
             except QueueFull as error:
-                await asyncio.sleep(min(error.retry_after or LONGEST_WAIT, LONGEST_WAIT))
+                await self._patience(error)
+
+    async def _patience(self, error: QueueFull) -> None:
+        await asyncio.sleep(min(error.retry_after or LONGEST_WAIT, LONGEST_WAIT))
 
     def score(self, metric: str, examples: Sequence[Pair]) -> Score:
         if metric == LOSS:

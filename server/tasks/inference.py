@@ -53,8 +53,8 @@ class Caller:
     tenant: str = ""
     deadline: float = math.inf
     priority: int = 0
-    latency: bool = True
-    """False keeps the call out of the latency records (evaluation traffic)."""
+    client: bool = True
+    """False for the server's own traffic, evaluations: in no latency record, and under no limit of a key or a task."""
 
 
 @dataclass(eq=False)
@@ -186,7 +186,8 @@ class Inference:
         """
         task = target.task.name if target.task else None
         try:
-            self.admission.enter(caller.tenant, task)
+            if caller.client:
+                self.admission.enter(caller.tenant, task)
         except Exception as error:
             self.refused(target, error, caller)
             raise
@@ -194,7 +195,7 @@ class Inference:
             self.engine.check_call(prompts)
             lease = self.leases.lease(target.choice)
         except Exception as error:
-            self.admission.leave(caller.tenant, task)
+            self._left(target, caller)
             self.refused(target, error, caller)
             raise
         generation = Generation(id or new_id("gen"), target, lease, caller, self.engine)
@@ -224,7 +225,7 @@ class Inference:
 
         An evaluation that finds the queue full has not failed: it waits and tries again.
         """
-        if isinstance(error, QueueFull) and not caller.latency:
+        if isinstance(error, QueueFull) and not caller.client:
             return
         status = self._status_of(error)
         self._metrics.record(
@@ -233,7 +234,7 @@ class Inference:
                 adapters=_names(target.choice) if target else (),
                 status=str(status),
                 known=target is not None and status != 404,
-                latency=caller.latency,
+                latency=caller.client,
             )
         )
 
@@ -251,7 +252,7 @@ class Inference:
             generation._open = len(rest)
             if not rest:
                 lease.release()
-                self._left(generation)
+                self._left(generation.target, generation.caller)
             generation.cancel()
             raise
         generation._open = submitted
@@ -282,11 +283,13 @@ class Inference:
     def _ended(self, generation: Generation) -> None:
         """All sequences are over: give back, write down."""
         generation._lease.release()
-        self._left(generation)
+        self._left(generation.target, generation.caller)
         self.live.discard(generation)
         if generation.status:
             return  # refused half-way, and recorded then
         errors = [s.error for s in generation.replies if s.error is not None]
+        if any(isinstance(error, QueueFull) for error in errors) and not generation.caller.client:
+            return  # it tries again, as one that `refused` heard of
         if errors:
             generation.status = str(self._status_of(errors[0]))
         else:
@@ -294,9 +297,9 @@ class Inference:
         self._metrics.record(ended(generation))
         self.on_ended(generation)
 
-    def _left(self, generation: Generation) -> None:
-        task = generation.target.task
-        self.admission.leave(generation.caller.tenant, task.name if task else None)
+    def _left(self, target: Target, caller: Caller) -> None:
+        if caller.client:
+            self.admission.leave(caller.tenant, target.task.name if target.task else None)
 
 
 def ended(generation: Generation) -> Ended:
@@ -315,7 +318,7 @@ def ended(generation: Generation) -> Ended:
         prompt_tokens=usage["prompt_tokens"],
         generated_tokens=usage["completion_tokens"],
         longest=max(len(r.output) for r in requests),
-        latency=generation.caller.latency,
+        latency=generation.caller.client,
     )
 
 

@@ -9,7 +9,7 @@ from server.tasks.quality import Answered, Quality, Subject
 def remember(quality: Quality, generation: Generation, base: str) -> None:
     """Note an answer of a task. Answers without a task, cancelled ones and evaluation traffic are nobody's."""
     task = generation.target.task
-    if task is None or generation.status == "cancelled" or not generation.caller.latency:
+    if task is None or generation.status == "cancelled" or not generation.caller.client:
         return
     record = ended(generation)
     quality.answered(

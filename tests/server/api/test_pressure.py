@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -177,3 +178,56 @@ def test_limits_of_a_key_and_of_a_task(start: Any, monkeypatch: Any) -> None:
     assert ask(boss).status_code == 200, "what the task refused has spent none of the key's"
     told = live.http.get("/metrics", headers=boss).text
     assert 'loramux_requests_total{task="own",adapter="base",status="429"} 2' in told
+
+
+def evaluating(live: Any, count: int) -> str:
+    """The id of an evaluation of that many examples that has begun."""
+    route = {"choice": [{"name": "a"}]}
+    body = {"prompt": "Say: {input}", "format": "raw", "defaults": {"max_tokens": 8}, "route": route}
+    assert live.http.put("/tasks/say", json=body).status_code == 201
+    data = [{"input": f"text {i}", "output": "yes"} for i in range(count)]
+    job = live.http.post("/tasks/say/evaluate", json={"data": data, "metric": "accuracy"}).json()["id"]
+    wait_for(lambda: live.stats()["running"] > 0)
+    return str(job)
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_an_evaluation_takes_nobodys_place_under_the_limit_of_its_task(
+    start: Any, write_adapter: Callable[..., Path]
+) -> None:
+    write_adapter("a", 1)
+    live = start(task_concurrency=1, key_concurrency=1)
+    register(live, "a")
+    live.slow_down(0.01)
+    job = evaluating(live, 60)
+    for _ in range(5):
+        answer = live.generate("x", task="say", max_tokens=1)
+        assert answer.status_code == 200, answer.text
+    assert live.http.get(f"/jobs/{job}").json()["status"] == "running"
+    live.slow_down(0.0)
+    wait_for(lambda: live.http.get(f"/jobs/{job}").json()["status"] == "succeeded")
+    assert live.house.parts.inference.admission._tasks == {}
+
+
+def test_an_evaluation_that_makes_room_for_others_goes_on_later(start: Any, write_adapter: Callable[..., Path]) -> None:
+    for i, name in enumerate("ab"):
+        write_adapter(name, i)
+    live = start(max_queue=8, max_batch=2)
+    register(live, "a", "b")
+    live.slow_down(0.03)
+    job = evaluating(live, 24)
+    wait_for(lambda: live.stats()["waiting"] == 8)
+    mixes: list[list[dict[str, Any]]] = [[], [{"name": "b"}], [{"name": "a"}], [{"name": "a"}, {"name": "b"}]]
+    answers = ask_all(live.url, [{"prompt": "x", "adapters": mix, "max_tokens": 2} for mix in mixes])
+    assert [status for status, _, _ in answers] == [200] * 4, "each put one of the evaluation's out of the queue"
+    live.slow_down(0.0)
+    wait_for(lambda: live.http.get(f"/jobs/{job}").json()["status"] not in ("queued", "running"))
+    told = live.http.get(f"/jobs/{job}").json()
+    assert told["status"] == "succeeded", told["error"]
+    assert 'status="429"' not in live.http.get("/metrics").text
