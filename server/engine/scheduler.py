@@ -314,18 +314,19 @@ class Scheduler:
         if not self._changed or not self.waiting or plan.tokens >= plan.most:
             return
         owing = self._owes_room(now)
+        self._changed = owing  # a request that is refused changes it again
         for request in self._candidates(now):
             if owing and request.mix and not self.loads.came_for(request):
                 continue
             if plan.tokens >= plan.most or len(self.running) >= self.limits.max_batch:
                 if self.slots.room is not None:
                     self._prefetch(now, plan)
+                self._changed = True  # the rest is still to be tried
                 return
             try:
                 self._try(request, now, plan)
             except Exception as e:
                 self._refuse(plan, request, e, now)
-        self._changed = owing
 
     def _prefetch(self, now: float, plan: Plan) -> None:
         """Ask for the adapters of the next to enter, and let those that have come be copied beside the steps."""
@@ -358,7 +359,7 @@ class Scheduler:
         starving = self._starving(now)
         if starving is not None:
             yield starving
-            if starving.state is not State.RUNNING:
+            if starving.state in (State.QUEUED, State.LOADING):  # nobody passes it by
                 return
         for request in self.waiting.in_order():
             if request.priority > self.waiting.priority:

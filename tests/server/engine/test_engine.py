@@ -408,6 +408,21 @@ def test_mixes_that_compete_for_the_last_slots_all_end(bench: Any, tools: Any) -
     b.check_empty()
 
 
+def test_a_starving_request_that_is_refused_holds_nobody_up(bench: Any, tools: Any) -> None:
+    b = bench(blocks=16, age_limit=0.02, context_length=64, prefix_cache=False)
+    b.runner.on_place = lambda weights: (_ for _ in ()).throw(ValueError("cannot be placed"))
+    running = b.submit(range(10, 30), max_tokens=30)  # has nearly all blocks
+    b.engine.step()
+    starving = b.submit(range(10, 60), mix=tools.mix_of("a7"), max_tokens=4)
+    b.engine.step()
+    time.sleep(0.05)
+    behind = b.submit(range(10, 60), max_tokens=4)
+    b.run_until(lambda: starving.reason == "error")
+    assert running.reason == "length", "there was no room before"
+    b.run_until(lambda: behind.reason == "length")
+    b.check_empty()
+
+
 def test_a_large_mix_does_not_starve(bench: Any, tools: Any) -> None:
     """While requests for single adapters keep coming, a mix that needs all slots still gets its turn."""
     b = bench(max_slots=4, age_limit=0.02)
