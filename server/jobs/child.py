@@ -63,8 +63,11 @@ class Words:
     def tell_untold(self) -> None:
         """What a process before this one has done of the job after its server was gone; how it ended is nobody's."""
         if self._untold.exists():
-            for text in self._untold.read_text(encoding="utf-8").splitlines():
-                line = json.loads(text)
+            for text in self._untold.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    line = json.loads(text)
+                except ValueError:  # the last one, if the disk was full or the power went
+                    continue
                 if line.get("kind") in PROGRESS:
                     self.tell(line)
             self._untold.unlink()

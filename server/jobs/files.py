@@ -42,6 +42,8 @@ class Files:
         self._folder = folder
         self._lock = threading.Lock()
         self._files: dict[str, File] = {}
+        for part in folder.glob(".new-*"):  # of an upload that the server's end cut short
+            shutil.rmtree(part, ignore_errors=True)
         for about in sorted(folder.glob(f"file-*/{ABOUT}")):
             try:
                 file = File(**json.loads(about.read_text(encoding="utf-8")))

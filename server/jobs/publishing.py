@@ -18,7 +18,7 @@ from typing import Any
 
 from adapters import data
 from adapters.data import Pair
-from adapters.errors import UnknownAdapter, VersionMismatch
+from adapters.errors import AdapterConflict, UnknownAdapter, VersionMismatch
 from adapters.peft_format import CONFIG_FILE, TENSOR_FILE, read_folder
 from adapters.registry import Registry
 from adapters.weights import Version
@@ -87,11 +87,18 @@ class Publishing:
     def publish(self, active: Active, spec: Spec) -> None:
         """The rest of a training job. Raises InvalidAdapter and all that publishing raises, Stopped."""
         job, folder = active.job, active.folder / RESULT
+        if "files" in job.result:  # all was done when the server was ended
+            return
         weights = read_folder(folder, name=job.name, max_rank=spec.max_rank, shapes=self._shapes)
         rule = job.request["lora"]["publish"]
         for _ in range(TRIES):
             active.check()
             rival = self._current(job.name)
+            if rival is not None and rival.digest == weights.digest and rule != "never":
+                verdict = None  # published just before the server was ended
+                job.result |= {"model": job.name, "version": rival.label}
+                active.note(f"It is served already, as {rival.label}.", data={"version": rival.label})
+                break
             verdict = self._judge(active, spec, rival)
             if verdict is not None:
                 job.result["evaluation"] = verdict.told()
@@ -101,10 +108,16 @@ class Publishing:
                 job.result["model"] = None
                 active.note(f"Not published: {reason}")
                 break
-            expected = rival.label if rival is not None and rule == "if_better" else None
+            compared = rule == "if_better"
             try:
-                published = self._registry.publish_now(job.name, folder, source="job", if_match=expected)
-            except VersionMismatch:
+                published = self._registry.publish_now(
+                    job.name,
+                    folder,
+                    source="job",
+                    if_match=rival.label if compared and rival is not None else None,
+                    create_only=compared and rival is None,
+                )
+            except (VersionMismatch, AdapterConflict):
                 active.note(f"{job.name} got another version meanwhile; the result is compared with that.")
                 continue
             job.result |= {"model": job.name, "version": published.version.label}
@@ -171,6 +184,7 @@ class Publishing:
                 source = active.folder / RESULT / name
                 files.append(self._files.add(_copier(source), name, RESULTS))
         active.job.result["files"] = [file.id for file in files]
+        active.records.save(active.job)  # before what it was made from goes
         shutil.rmtree(active.folder / RESULT, ignore_errors=True)
 
 

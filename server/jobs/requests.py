@@ -104,6 +104,7 @@ def checked(asked: Asked, ground: Ground) -> dict[str, Any]:
     if asked.suffix is not None and asked.suffix in RESERVED | {ground.base_name}:
         raise InvalidRequest(f"the name {asked.suffix!r} is reserved", "suffix")
     task = _task(asked, ground)
+    found = ground.tasks.find(task) if task is not None else None
     _check_ranks(asked, ground)
     request = {
         "training_file": asked.training_file,
@@ -116,6 +117,8 @@ def checked(asked: Asked, ground: Ground) -> dict[str, Any]:
             "learning_rate_multiplier": asked.learning_rate_multiplier or 1.0,
         },
         "lora": {**vars(asked.lora), "alpha": asked.lora.alpha or 2.0 * asked.lora.r, "task": task},
+        # As it is now: the job may begin, or go on from a checkpoint, when the task is another or none.
+        "template": {k: v for k, v in found.body().items() if k != "route"} if found is not None else {},
         "metadata": dict(asked.metadata or {}) or None,
     }
     try:
@@ -192,8 +195,6 @@ def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path)
     shutil.rmtree(rival, ignore_errors=True)
     if name in ground.registry.names():
         _copy(ground, name, rival)
-    task = ground.tasks.find(lora["task"]) if lora["task"] else None
-    body = {k: v for k, v in task.body().items() if k != "route"} if task is not None else {}
     return Spec(
         base=ground.origin,
         name=name,
@@ -203,9 +204,9 @@ def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path)
         validation=files.path(validation).resolve() if validation else None,
         validation_name=files.get(validation).filename if validation else "",
         held_out=HELD_OUT if lora["publish"] == "if_better" and not validation else 0.0,
-        template=body,
+        template=request["template"],
         # An adapter that is called otherwise than the task would take the task from the one that has it.
-        task={"task": task.name, **body} if task is not None and task.name == name else None,
+        task={"task": name, **request["template"]} if lora["task"] == name else None,
         threads=ground.threads,
         max_rank=ground.max_rank,
         init=(folder / INIT).resolve() if (folder / INIT).exists() else None,

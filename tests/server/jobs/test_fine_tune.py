@@ -154,6 +154,8 @@ def test_what_a_server_that_is_gone_does_not_hear_is_told_to_the_next(tmp_path):
         for line in ({"kind": "step", "step": 6}, {"kind": "stopped"}):
             words.tell(line)
     heard = io.StringIO()
+    with (tmp_path / "untold").open("a") as torn:
+        torn.write('{"kind": "st')
     Words(heard, tmp_path / "untold").tell_untold()
     Words(heard, tmp_path / "untold").tell_untold()
     assert heard.getvalue() == '{"kind": "step", "step": 6}\n'

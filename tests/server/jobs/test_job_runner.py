@@ -206,3 +206,12 @@ def test_stopping_reaches_a_piece_of_work_that_begins_late(tmp_path):
     assert heard == ["stop", "kill", "kill"] and active.wanted == "cancelled"
     with pytest.raises(Stopped):
         active.check()
+
+
+def test_what_is_left_of_an_upload_that_was_cut_short_goes(tmp_path: Path) -> None:
+    files = Files(tmp_path / "files")
+    kept = files.add(lambda path: path.write_text("x"), "x", "fine-tune")
+    (tmp_path / "files" / ".new-cut").mkdir()
+    (tmp_path / "files" / ".new-cut" / "content").write_text("half")
+    assert Files(tmp_path / "files").get(kept.id) == kept
+    assert [path.name for path in (tmp_path / "files").iterdir()] == [kept.id]
