@@ -80,7 +80,12 @@ class Prompts:
                 f"prompt and label have {longest} tokens, and the context holds {self.room.context}", "prompt"
             )
         if any(len(ids) <= count for ids, count in scored):
-            raise InvalidRequest("the prompt is empty", "prompt")
+            raise InvalidRequest(
+                "the prompt and a label are one token together; end the prompt with a space or a line"
+                if prompt
+                else "the prompt is empty",
+                "prompt",
+            )
         return scored
 
     def _check_characters(self, size: int, param: str) -> None:

@@ -51,8 +51,8 @@ class Resolver:
         self._router = router
 
     def task(self, name: str | None, override: Choice | None) -> Target:
-        """`?task=`: tasks only. None is `default` where that is defined, else the base. Raises UnknownName."""
-        task = self._tasks.find(DEFAULT) if name is None else self._tasks.get(name)
+        """`?task=`: tasks only. None is `default`, which is the base where nobody defined it. Raises UnknownName."""
+        task = self._tasks.find(DEFAULT) if name in (None, DEFAULT) else self._tasks.get(name)
         choice = override if override is not None else self._route(task)
         return Target(name or (task.name if task else self.base), task, choice)
 

@@ -113,23 +113,24 @@ class Tasks:
     def refresh(self) -> set[str]:
         """Read again what the adapters' folders bring. Called when an adapter came, changed or went. Answers the
         names of the tasks that went with it."""
-        files: dict[str, Task] = {}
-        brought: dict[str, str] = {}
-        for adapter in self._adapters.names():
-            try:
-                body = self._adapters.metadata(adapter).get("task")
-                digest = self._adapters.current(adapter).digest
-            except UnknownAdapter:
-                continue  # it went in between, and its own notice follows
-            if body is None:
-                continue
-            task = self._from_folder(adapter, body)
-            if task is None or self._deleted.get(task.name) == digest:
-                continue
-            if task.name not in files or task.name == adapter:
-                files[task.name], brought[task.name] = task, digest
-        gone = self._files.keys() - files.keys() - self._put.keys()
-        self._files, self._brought = files, brought
+        with self._lock:  # of two, the one that has read last is written last
+            files: dict[str, Task] = {}
+            brought: dict[str, str] = {}
+            for adapter in self._adapters.names():
+                try:
+                    body = self._adapters.metadata(adapter).get("task")
+                    digest = self._adapters.current(adapter).digest
+                except UnknownAdapter:
+                    continue  # it went in between, and its own notice follows
+                if body is None:
+                    continue
+                task = self._from_folder(adapter, body)
+                if task is None or self._deleted.get(task.name) == digest:
+                    continue
+                if task.name not in files or task.name == adapter:
+                    files[task.name], brought[task.name] = task, digest
+            gone = self._files.keys() - files.keys() - self._put.keys()
+            self._files, self._brought = files, brought
         return gone
 
     def _from_folder(self, adapter: str, body: Any) -> Task | None:

@@ -40,6 +40,12 @@ def test_without_a_task_the_base_continues_the_raw_prompt(live: Any) -> None:
     assert live.generate("hello", logprobs=0).json()["logprobs"] is None
 
 
+def test_the_default_task_is_the_base_where_nobody_has_defined_it(live: Any) -> None:
+    named, plain = live.generate("x", task="default").json(), live.generate("x").json()
+    assert named["text"] == plain["text"] and named["adapters"] == plain["adapters"] == []
+    assert live.http.get("/tasks/default").status_code == 404
+
+
 def test_the_default_task_answers_when_none_is_named(live: Any) -> None:
     assert live.http.put("/tasks/default", json={"prompt": ">> {input}", "route": {"choice": []}}).status_code == 201
     body = live.generate("hello").json()
@@ -103,6 +109,8 @@ def test_classify_scores_labels_of_which_one_begins_another(live: Any) -> None:
     own = live.http.post("/classify", json={"prompt": "x", "labels": ["yes", "no"]}).json()
     assert set(own["scores"]) == {"yes", "no"} and own["task"] is None
     assert live.http.post("/classify", json={"prompt": "x"}).json()["error"]["param"] == "labels"
+    merged = live.http.post("/classify", json={"prompt": "t", "labels": ["h", "he"]})
+    assert merged.status_code == 400 and "are one token together" in merged.json()["error"]["message"]
 
 
 def test_classify_is_a_softmax_over_the_sums_of_log_probabilities(live: Any, tiny_runner: TorchRunner) -> None:

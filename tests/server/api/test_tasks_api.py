@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from adapters.weights import Version
+from server.tasks.store import Tasks
 
 BODY = {"prompt": "Say: {input}"}
 
@@ -141,3 +146,34 @@ def test_a_folders_task_that_routes_elsewhere_stays_deleted(live: Any, write_ada
     assert live.http.get("/tasks/elsewhere").json()["source"] == "file"
     assert live.http.delete("/tasks/elsewhere").status_code == 200
     assert live.http.get("/tasks/elsewhere").status_code == 404
+
+
+def test_a_task_that_is_deleted_while_folders_are_read_stays_away(tmp_path: Path) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+
+    class Adapters:
+        """Two adapters with a task each; reading that of the second takes its time on the writer's thread."""
+
+        def names(self) -> list[str]:
+            return ["x", "y"]
+
+        def current(self, name: str) -> Version:
+            return Version(name, "a" * 64)
+
+        def metadata(self, name: str) -> dict[str, Any]:
+            if name == "y" and threading.current_thread().name == "writer":
+                reading.set()
+                assert go_on.wait(10)
+            return {"task": {"prompt": "{input}"}}
+
+    tasks = Tasks(tmp_path / "tasks.json", Adapters())  # type: ignore[arg-type]
+    writer = threading.Thread(target=tasks.refresh, name="writer")
+    deleter = threading.Thread(target=tasks.delete, args=("x",))
+    writer.start()
+    assert reading.wait(10)
+    deleter.start()
+    deleter.join(0.2)
+    go_on.set()
+    writer.join(10)
+    deleter.join(10)
+    assert [task.name for task in tasks.all()] == ["y"]
