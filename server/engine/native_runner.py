@@ -133,6 +133,8 @@ class NativeRunner:
         )
         norm = self._vector("model.norm.weight")
         self._model: int = self._library.loramux_model_new(self._shape, layers, embed, head, norm, self._pool.handle)
+        if not self._model:
+            raise MemoryError("no memory for the kernels' model")
         self._storage = torch.empty(0, dtype=torch.bfloat16)
         self._angles = (torch.empty(0), torch.empty(0))
         self._block_size = 0
@@ -161,8 +163,8 @@ class NativeRunner:
         )
 
     def place(self, slot: int, weights: LoraWeights) -> None:
-        """Point a slot at an adapter's own memory. Raises ValueError if it is not this base's or not prepared, and
-        IndexError if there is no such slot."""
+        """Point a slot at an adapter's own memory. Raises ValueError if it is not this base's or not prepared,
+        IndexError if there is no such slot, and MemoryError."""
         self._check_slot(slot)
         layers = self._config.num_hidden_layers
         sites = (bindings.LoraSite * (layers * len(SITES)))()
@@ -173,7 +175,8 @@ class NativeRunner:
             index, shape = place
             _check(path, update, shape)
             sites[index] = bindings.LoraSite(update.A.data_ptr(), update.B.data_ptr(), update.rank, update.scale)
-        self._library.loramux_model_slot(self._model, slot, sites)
+        if not self._library.loramux_model_slot(self._model, slot, sites):
+            raise MemoryError("no memory for an adapter's place")
         self._slots[slot] = weights
 
     def clear(self, slot: int) -> None:

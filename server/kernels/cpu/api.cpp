@@ -62,11 +62,11 @@ bool within_memory(F&& f) {
 
 extern "C" {
 
-// Null if the system does not start so many threads.
+// Null if the system does not start so many threads, or has no memory for them.
 void* loramux_pool_new(int threads) {
   try {
     return new Pool(threads);
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     return nullptr;
   }
 }
@@ -82,9 +82,12 @@ void loramux_rows(const Matrix* w, const int64_t* ids, int64_t count, float* out
   for (int64_t i = 0; i < count; i++) dequantize_row(*w, ids[i], out + i * w->k);
 }
 
+// Null if there is no memory for it.
 void* loramux_model_new(const Config* config, const Layer* layers, const Matrix* embed, const Matrix* head,
                         const float* norm, void* pool) {
-  return new Model(*config, layers, *embed, *head, norm, *static_cast<Pool*>(pool));
+  Model* model = nullptr;
+  within_memory([&] { model = new Model(*config, layers, *embed, *head, norm, *static_cast<Pool*>(pool)); });
+  return model;
 }
 void loramux_model_free(void* model) { delete static_cast<Model*>(model); }
 
@@ -99,9 +102,9 @@ int64_t loramux_block_bytes(const Config* config, int64_t block_size) {
   return config->layers * cache_halves(*config, block_size) * static_cast<int64_t>(sizeof(uint16_t));
 }
 
-// `sites` is [layers][SITES]; null empties the slot.
-void loramux_model_slot(void* model, int64_t slot, const LoraSite* sites) {
-  static_cast<Model*>(model)->set_slot(slot, sites);
+// `sites` is [layers][SITES]; null empties the slot. False if there is no memory for it; the slot is empty then.
+bool loramux_model_slot(void* model, int64_t slot, const LoraSite* sites) {
+  return within_memory([&] { static_cast<Model*>(model)->set_slot(slot, sites); });
 }
 
 int32_t loramux_model_step(void* model, const Step* step) {

@@ -109,7 +109,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_model_cache": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]),
     "loramux_model_touched": (c_int64, [c_void_p]),
     "loramux_block_bytes": (c_int64, [POINTER(Config), c_int64]),
-    "loramux_model_slot": (None, [c_void_p, c_int64, POINTER(LoraSite)]),
+    "loramux_model_slot": (c_bool, [c_void_p, c_int64, POINTER(LoraSite)]),
     "loramux_model_step": (c_int32, [c_void_p, POINTER(Step)]),
     "loramux_model_bytes": (c_int64, [c_void_p]),
     "loramux_model_times": (None, [c_void_p, POINTER(c_int64)]),

@@ -22,7 +22,7 @@ inline void pause() { __builtin_ia32_pause(); }
 Pool::Pool(int threads) : ranges_(static_cast<size_t>(std::max(threads, 1))) {
   try {
     for (int t = 1; t < threads; t++) workers_.emplace_back([this, t] { work(t); });
-  } catch (const std::system_error&) {
+  } catch (...) {
     end();
     throw;
   }
