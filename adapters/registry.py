@@ -199,10 +199,8 @@ class Registry:
         return {"bytes": self._ram.used, "budget": self._ram.capacity, "versions": versions, "leases": leases}
 
     def sizes(self) -> dict[tuple[str, str], int]:
-        """Bytes of the adapters that are in memory, by (name, tier): the tier is "device" for those with a slot."""
-        resident = self._ram.resident()
-        current = self._names.current()
-        return {(name, self._tier(d)): resident[d] for name, d in current.items() if d in resident}
+        """Bytes of the adapters by (name, tier): "device" for those with a slot, "disk" for those not in memory."""
+        return {(name, self._tier(d)): self._ram.size(d) for name, d in self._names.current().items()}
 
     def check(self, name: str, if_match: str | None = None) -> None:
         """Raises what `publish` would say of the name alone, before there is any content: InvalidAdapter,

@@ -155,7 +155,10 @@ async def compose(body: schemas.ComposeBody, runtime: Running, parts: Ready) -> 
     with parts.registry.lease([(part.name, part.weight) for part in body.from_]) as lease:
 
         def make(folder: Path) -> float:
-            pairs = [(read_folder(parts.store.path(v.digest), name=v.name), weight) for v, weight in lease.versions]
+            pairs = [
+                (read_folder(parts.store.path(v.digest), name=v.name, max_rank=runtime.settings.max_rank), weight)
+                for v, weight in lease.versions
+            ]
             made = composition.compose(pairs, body.name, rank=body.rank)
             save(made, folder)
             cut = made.metadata.get("pruning")

@@ -238,10 +238,10 @@ class FullDisk(Disk):
             raise OSError(errno.ENOSPC, "no space", str(target))
         return super().copy(source, target, limit)
 
-    def write(self, path: Path, text: str) -> None:
+    def write(self, path: Path, content: bytes) -> None:
         if path.name.split(".")[0] in self.full:
             raise OSError(errno.ENOSPC, "no space", str(path))
-        super().write(path, text)
+        super().write(path, content)
 
 
 @pytest.mark.parametrize("where", ["copy", "record", "names"])
@@ -530,7 +530,8 @@ async def test_waiting_for_room_asks_the_slots_for_it(open_registry: Open, folde
     assert device.asked and set(device.asked) == {size}
     assert sorted(d["tier"] for d in registry.list()) == ["device", "disk", "ram"]
     assert registry.memory() == {"bytes": 2 * size, "budget": 2 * size, "versions": 2, "leases": 0}
-    assert sorted(registry.sizes().values()) == [size, size]
+    assert sorted(tier for _, tier in registry.sizes()) == ["device", "disk", "ram"]
+    assert list(registry.sizes().values()) == [size, size, size]
     assert registry._observer.evictions in ([("a", "ram")], [("b", "ram")])
 
 

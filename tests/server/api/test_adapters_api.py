@@ -141,6 +141,15 @@ def test_compose_stores_the_exact_sum(live: Any) -> None:
     assert live.http.post("/adapters/compose", json={"name": "x", "from": [{"name": "no"}]}).status_code == 404
 
 
+def test_compose_takes_the_ranks_that_the_server_takes(start: Any, write_adapter: Any) -> None:
+    write_adapter("big", 1, rank=80)
+    live = start(max_rank=200)
+    assert live.http.post("/adapters", json={"name": "big", "source": "big"}).status_code in (200, 201)
+    parts = [{"name": "big", "weight": 2.0}]
+    made = live.http.post("/adapters/compose", json={"name": "twice", "from": parts})
+    assert made.status_code == 201 and made.json()["ranks"] == [80], made.text
+
+
 FORBIDDEN_NAMES: list[str] = ["a,b", "", "-x", "a/b", "x" * 65, "base", "other", "none", "tiny", "ü"]
 
 
