@@ -17,9 +17,14 @@ import aiohttp
 import numpy as np
 
 from server.bench.workloads import Arrival
+from server.errors import ServerError
 
 Body = Callable[[Arrival, int], Mapping[str, Any]]
 """Makes the JSON body of request number i; how a server names its adapters is its own affair."""
+
+
+class NoAnswer(ServerError):
+    """The server that is measured does not answer."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ Owns arguments and output. What is measured, and how, is in the other modules of
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from rich.table import Table
 app = typer.Typer(no_args_is_help=True, help="Measure this server, its steps, and its peers.")
 console = Console(stderr=True)
 
-Out = Annotated[Path | None, typer.Option(help="Folder for the JSON and the picture.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the JSON, and a picture where there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Model = Annotated[str, typer.Option(help="Catalogue name, folder, .gguf file or hub id.")]
 State = Annotated[Path, typer.Option(help="Where models, the cache and synthetic adapters are kept.")]
@@ -84,6 +86,7 @@ def peers(
     as_json: AsJson = False,
 ) -> None:
     """In process: decode and prefill beside every peer that is installed, in both orders, medians, ratios."""
+    _extra()
     from server.bench import compare, plots
     from server.bench.export import export_base
     from server.bench.inprocess import InProcess
@@ -140,6 +143,7 @@ def slora(
     as_json: AsJson = False,
 ) -> None:
     """S-LoRA's workload against a running server: many adapters beside few."""
+    _extra()
     from server.bench import plots
     from server.bench import slora as workload
 
@@ -180,17 +184,21 @@ def load(
     """A closed loop: so many requests in flight until all are answered."""
     import asyncio
 
-    from server.bench.client import closed_loop, timed
+    _extra()
+    from server.bench.client import NoAnswer, closed_loop, timed
     from server.bench.slora import body_of, llama_body
     from server.bench.workloads import closed
 
     body = llama_body(len(models), vocab) if llama else body_of(models, vocab)
     arrivals = closed(requests, list(range(len(models))), prompt_tokens, new_tokens)
-    summary = asyncio.run(timed(closed_loop(url, arrivals, body, concurrency)))[1]
+    outcomes, summary = asyncio.run(timed(closed_loop(url, arrivals, body, concurrency)))
+    told = {**summary.as_dict(), "error": next((o.error for o in outcomes if not o.ok), None)}
+    if not summary.finished:
+        raise NoAnswer(f"none of {requests} requests was answered; the first: {told['error']}")
     table = Table("", "", title=f"{requests} requests, {concurrency} at a time")
-    for name, value in summary.as_dict().items():
-        table.add_row(name, f"{value:,.4g}")
-    _show(summary.as_dict(), table, as_json, out, "load")
+    for name, value in told.items():
+        table.add_row(name, f"{value:,.4g}" if isinstance(value, float | int) else str(value or "none"))
+    _show(told, table, as_json, out, "load")
 
 
 @app.command()
@@ -210,6 +218,15 @@ def adapters(
     shapes = _base(model, state_dir, "reference").shapes()
     for i in track(range(count), "writing adapters", console=console):
         write_adapter(folder / f"{prefix}{i}", shapes, rank=S2_RANKS[i % 4], seed=i)
+
+
+def _extra() -> None:
+    """Raises BadSetting where what clients and pictures need is not installed."""
+    from server.errors import BadSetting
+
+    for module in ("aiohttp", "matplotlib"):
+        if importlib.util.find_spec(module) is None:
+            raise BadSetting(f"{module} is missing, which this command needs: pip install 'loramux[bench]'", "bench")
 
 
 def _base(model: str, state_dir: Path, kernels: str):  # type: ignore[no-untyped-def]
@@ -256,7 +273,7 @@ def _contestants(config: Path, exported: Path, threads: int, with_adapters: bool
 
 
 def _show(result: Mapping[str, Any], table: Table, as_json: bool, out: Path | None, name: str) -> None:
-    text = json.dumps(result, indent=1)
+    text = json.dumps(_finite(result), indent=1, allow_nan=False)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{name}.json").write_text(text + "\n")
@@ -264,3 +281,12 @@ def _show(result: Mapping[str, Any], table: Table, as_json: bool, out: Path | No
         typer.echo(text)
     else:
         Console().print(table)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON has not: the rate of nothing."""
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

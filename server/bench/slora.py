@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from server.bench.client import Body, Summary, closed_loop, open_loop, timed
+from server.bench.client import Body, NoAnswer, Summary, closed_loop, open_loop, timed
 from server.bench.workloads import Arrival, Poisson, closed, generate
 
 BURST = 400.0
@@ -71,11 +71,11 @@ def run(url: str, spec: Poisson, body: Body, slo_seconds: float = 6.0) -> Summar
 
 
 def warm(url: str, body: Body, adapters: int) -> None:
-    """Ask for every adapter once, so that those that fit are in RAM. Raises RuntimeError if one does not answer."""
+    """Ask for every adapter once, so that those that fit are in RAM. Raises NoAnswer if one does not answer."""
     outcomes = asyncio.run(closed_loop(url, closed(adapters, range(adapters), 8, 1), body, concurrency=16))
     failed = [o for o in outcomes if not o.ok]
     if failed:
-        raise RuntimeError(f"{len(failed)} of {adapters} adapters did not answer, the first: {failed[0].error}")
+        raise NoAnswer(f"{len(failed)} of {adapters} adapters did not answer, the first: {failed[0].error}")
 
 
 def capacity(url: str, body: Body, adapters: int, requests: int = 400) -> float:

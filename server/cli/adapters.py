@@ -17,12 +17,13 @@ from server.errors import ServerError
 from server.settings import Settings, parse_keys
 
 app = typer.Typer(help="Adapters of a running server (--host, --port), or a folder of one (check).")
-_SERVER = ("host", "port", "admin_keys_file", "api_keys_file")
+_of_a_server = with_settings("host", "port", "admin_keys_file", "api_keys_file", insecure=True)
+"""Whether the server has keys is its own matter: a client serves nobody."""
 Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
 
 
 @app.command("list")
-@with_settings(*_SERVER)
+@_of_a_server
 def list_(settings: Settings, as_json: AsJson = False) -> None:
     """List the adapters, and the folders that were rejected with the reason."""
     from rich.table import Column, Table
@@ -52,14 +53,14 @@ def list_(settings: Settings, as_json: AsJson = False) -> None:
 
 
 @app.command()
-@with_settings(*_SERVER)
+@_of_a_server
 def show(settings: Settings, name: Name, as_json: AsJson = False) -> None:
     """Show one adapter: versions, the config keys that were honoured, notes, its card."""
     _tell(_call(settings, "GET", f"/adapters/{_quoted(name)}"), as_json)
 
 
 @app.command()
-@with_settings(*_SERVER)
+@_of_a_server
 def load(
     settings: Settings,
     name: Name,
@@ -75,7 +76,7 @@ def load(
 
 
 @app.command("roll-back")
-@with_settings(*_SERVER)
+@_of_a_server
 def roll_back(
     settings: Settings, version: Annotated[str, typer.Argument(help="name@digest")], as_json: AsJson = False
 ) -> None:
@@ -85,28 +86,28 @@ def roll_back(
 
 
 @app.command()
-@with_settings(*_SERVER)
+@_of_a_server
 def retire(settings: Settings, name: Name, as_json: AsJson = False) -> None:
     """Take an adapter out of service; requests that hold it finish."""
     _tell(_call(settings, "DELETE", f"/adapters/{_quoted(name)}"), as_json)
 
 
 @app.command()
-@with_settings(*_SERVER)
+@_of_a_server
 def pin(settings: Settings, name: Name, as_json: AsJson = False) -> None:
     """Keep an adapter in RAM."""
     _tell(_call(settings, "POST", f"/adapters/{_quoted(name)}/pin"), as_json)
 
 
 @app.command()
-@with_settings(*_SERVER)
+@_of_a_server
 def unpin(settings: Settings, name: Name, as_json: AsJson = False) -> None:
     """Let an adapter be evicted again."""
     _tell(_call(settings, "POST", f"/adapters/{_quoted(name)}/unpin"), as_json)
 
 
 @app.command()
-@with_settings(*_SERVER)
+@_of_a_server
 def prefetch(settings: Settings, name: Name, as_json: AsJson = False) -> None:
     """Bring an adapter into RAM before its first request."""
     _tell(_call(settings, "POST", f"/adapters/{_quoted(name)}/prefetch"), as_json)

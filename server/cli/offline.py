@@ -28,7 +28,7 @@ def compose(
 
     pairs = []
     for part in parts:
-        folder, _, weight = part.partition("=")
+        folder, _, weight = (part, "", "") if Path(part).is_dir() or "=" not in part else part.rpartition("=")
         try:
             factor = float(weight) if weight else 1.0
         except ValueError as error:

@@ -21,8 +21,10 @@ EVERYTHING = tuple(name for name in Settings.model_fields if name not in SECRET)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
-def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator for commands that take `settings: Settings`; `names` are the settings that become flags."""
+def with_settings(*names: str, **fixed: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator for commands that take `settings: Settings`; `names` are the settings that become flags, `fixed` are
+    those that are the command's own.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
@@ -39,7 +41,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
         @functools.wraps(command)
         def run(**given: Any) -> None:
             config = given.pop("config")
-            settings = load_settings({n: given.pop(n) for n in names}, config=config)
+            settings = load_settings({**{n: given.pop(n) for n in names}, **fixed}, config=config)
             command(settings=settings, **given)
 
         signature = inspect.Signature([*own, *added])

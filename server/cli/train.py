@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from server.kernels import Backend
 
 
-@with_settings(*BASE, "state_dir")
+@with_settings(*(name for name in BASE if name != "kernels"), "state_dir")
 def train(
     settings: Settings,
     recipes: Annotated[list[Path], typer.Argument(help="Recipes (.toml); see examples/.")],

@@ -89,6 +89,8 @@ def test_every_setting_says_what_it_is() -> None:
         (["quantize", "no-such-model", "out"], "error: the model 'no-such-model'"),
         (["adapters", "check", "."], "error: "),
         (["adapters", "list", "--port", "9"], "error: no server answers at http://127.0.0.1:9"),
+        (["adapters", "list", "--host", "192.0.2.1.invalid"], "error: no server answers at http://192.0.2.1.invalid"),
+        (["bench", "load", "http://127.0.0.1:9", "--model", "x", "--requests", "2"], "error: none of 2 requests was"),
     ],
 )
 def test_errors_are_one_line(

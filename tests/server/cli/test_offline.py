@@ -55,3 +55,10 @@ def test_wrong_arguments_are_named(folders: list[Path], tmp_path: Path) -> None:
     for arguments in (["prune", folders[0]], ["compose", f"{folders[0]}=much"], ["compose", tmp_path / "nothing"]):
         done = CliRunner().invoke(app, [*map(str, arguments), "--output", str(tmp_path / "x")])
         assert done.exit_code != 0 and done.exception is not None and str(done.exception)
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_name(folders: list[Path], tmp_path: Path) -> None:
+    named = folders[0].rename(tmp_path / "lr=2e-4")
+    told = run("compose", named, "--output", tmp_path / "once")
+    twice = run("compose", f"{named}=2", "--output", tmp_path / "twice")
+    assert told["ranks"] == twice["ranks"] and told["version"].split("@")[1] != twice["version"].split("@")[1]
