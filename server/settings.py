@@ -146,7 +146,9 @@ class Settings(BaseModel):
     )
     max_rank: Count = Field(64, description="highest rank of an adapter")
     max_mix: Count = Field(8, description="most adapters in one mix")
-    max_slots: Count = Field(64, description="most distinct adapters in one batch")
+    max_slots: Count = Field(
+        64, description="most distinct adapters in one batch; on a GPU what adapter_device_memory holds, unless given"
+    )
     adapter_ram: Size = Field(2 << 30, description="RAM for adapters that are loaded")
     adapter_device_memory: AutoSize = Field(None, description="GPU memory for adapters: auto is a share of gpu_memory")
     gpu_memory: AutoMemory = Field(
@@ -324,7 +326,7 @@ def _read_file(path: Path, must_exist: bool) -> dict[str, Any]:
 
 def _unknown(name: str, known: list[str], where: str = "") -> str:
     near = difflib.get_close_matches(name, known, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "; `loramux serve --help` lists them all"
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; `loramux serve --help` lists those that are flags"
     return f"unknown setting {name}{where}{hint}"
 
 

@@ -346,7 +346,9 @@ def _on_gpu(settings: Settings, base: Base, context: int) -> tuple[Runner, dict[
         context=context,
     )
     blocks = max(1, runner.shares.kv_cache // runner.block_bytes(settings.block_size))
-    return runner, {"blocks": blocks, "max_slots": SLOTS, "room": runner.room, "draw": runner.draw}
+    # What bounds adapters there is their memory; the setting's default is a CPU's.
+    slots = min(settings.max_slots, SLOTS) if "max_slots" in settings.model_fields_set else SLOTS
+    return runner, {"blocks": blocks, "max_slots": slots, "room": runner.room, "draw": runner.draw}
 
 
 def kv_blocks(settings: Settings, block_bytes: int, context: int) -> int:
