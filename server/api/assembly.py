@@ -172,7 +172,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     )
     engine.start()
     watch.start()
-    watchdog = Watchdog(engine)
+    watchdog = Watchdog(engine, limit=settings.step_limit)
     watchdog.start()
     jobs.start()
     closing: list[Callable[[float], object]] = [

@@ -15,7 +15,6 @@ from typing import Protocol
 
 log = logging.getLogger(__name__)
 
-STUCK_SECONDS = 30.0
 EXIT_CODE = 70
 
 
@@ -34,7 +33,7 @@ class Watchdog:
         self,
         steps: Steps,
         *,
-        limit: float = STUCK_SECONDS,
+        limit: float,
         interval: float = 1.0,
         end: Callable[[int], object] = os._exit,
     ) -> None:
@@ -61,7 +60,8 @@ class Watchdog:
             age, since, looked = self._steps.stuck_for(), time.monotonic() - looked, time.monotonic()
             seconds = min(age, seconds + min(since, 2 * self._interval))
             if seconds > self._limit:
-                log.critical("the process ends: a step is stuck for %.0f s: %s", seconds, self._steps.what_runs())
+                ran = self._steps.what_runs()
+                log.critical("the process ends: a step is stuck for %.0f s (--step-limit): %s", seconds, ran)
                 for handler in logging.getLogger().handlers:
                     with contextlib.suppress(OSError, ValueError):  # its stream may be closed or full
                         handler.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -52,7 +53,9 @@ async def opened(settings: Settings, base: Base) -> AsyncIterator[House]:
     from server.tasks.mailbox import Mailbox
 
     with tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
-        own = settings.model_copy(update={"state_dir": Path(scratch), "adapter_dir": None})
+        # Nothing restarts a command whose machine is slow.
+        changed = {"state_dir": Path(scratch), "adapter_dir": None, "step_limit": math.inf}
+        own = settings.model_copy(update=changed)
         mailbox = Mailbox(asyncio.get_running_loop())
         house = await asyncio.to_thread(build, own, base, Metrics(), mailbox)
         try:

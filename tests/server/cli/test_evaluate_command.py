@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from adapters.peft_format import save
 from adapters.weights import LoraWeights
+from server.api import assembly
 from server.cli import app, evaluate
+from server.engine.batch import Batch
+from server.engine.runner import TorchRunner
 from server.model.loader import Base
 
 runner = CliRunner()
@@ -59,6 +64,26 @@ def test_one_example_has_no_interval_and_the_answer_is_still_json(given: Path) -
     done = runner.invoke(app, [*command, "--library", "library", "--json", *SETTINGS])
     assert json.loads(done.stdout)["candidates"][1]["scores"]["accuracy"]["difference"] is None
     assert "Infinity" not in done.stdout
+
+
+@pytest.mark.parametrize("limit", [0.05, None])
+def test_a_slow_machine_ends_no_command(given: Path, monkeypatch: pytest.MonkeyPatch, limit: float | None) -> None:
+    """Whatever a step takes; with a `limit` that is not the command's own it would."""
+    ended: list[int] = []
+    watchdog, step = assembly.Watchdog, TorchRunner.run
+
+    def watching(steps: Any, limit: float, given: float | None = limit) -> Any:
+        return watchdog(steps, limit=given or limit, interval=0.01, end=ended.append)
+
+    def slow(runner: TorchRunner, batch: Batch) -> Any:
+        time.sleep(0.2)
+        return step(runner, batch)
+
+    monkeypatch.setattr(assembly, "Watchdog", watching)
+    monkeypatch.setattr(TorchRunner, "run", slow)
+    command = ["evaluate", "data.jsonl", "--task", "mood", "--limit", "2", "--library", "library", "--json", *SETTINGS]
+    assert runner.invoke(app, command).exit_code == 0
+    assert bool(ended) == (limit is not None)
 
 
 def test_a_task_file_and_the_metric_that_fits(given: Path) -> None:
