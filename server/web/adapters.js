@@ -6,6 +6,7 @@ const $ = (id) => document.getElementById(id);
 const ORDER = ["q", "k", "v", "o", "gate", "up", "down"];
 let frame;
 let drawn = "";
+const rows = new Map(); // name -> its row and what that shows, so that those stay that have not changed
 
 function button(label, name, said, does, className = "") {
   const b = make("button", { type: "button", textContent: label, className: `small ${className}` });
@@ -22,6 +23,8 @@ function button(label, name, said, does, className = "") {
       next.focus();
     } catch (error) {
       frame.complain(error);
+      b.disabled = false;
+      b.focus();
     } finally {
       b.disabled = false;
     }
@@ -51,6 +54,25 @@ function described(adapter) {
     [name], [make("code", { textContent: adapter.version.split("@")[1] })], [adapter.ranks.join(", ")], [targets(adapter.targets)],
     [bytes(adapter.bytes), "num"], [tier], [String(adapter.leases), "num"], [(adapter.tasks ?? []).join(", ")], [make("span", {}, pin, load, retire), "acts"],
   ]);
+}
+
+// One row for each, in place.
+function lay(adapters) {
+  const body = $("adapter-rows");
+  adapters.forEach((adapter, place) => {
+    const shows = JSON.stringify(adapter);
+    if (rows.get(adapter.name)?.shows !== shows) {
+      rows.get(adapter.name)?.node.remove();
+      rows.set(adapter.name, { node: described(adapter), shows });
+    }
+    const { node } = rows.get(adapter.name);
+    if (body.children[place] !== node) body.insertBefore(node, body.children[place] ?? null);
+  });
+  for (const [name, { node }] of rows) {
+    if (adapters.some((adapter) => adapter.name === name)) continue;
+    node.remove();
+    rows.delete(name);
+  }
 }
 
 export function start(given) {
@@ -86,10 +108,12 @@ export async function refresh() {
   const focused = document.activeElement?.ariaLabel;
   $("room").textContent = `${bytes(room.bytes)} of ${bytes(room.budget)} in memory. ` +
     `One more takes about ${bytes(room.one_more)}, and ${room.more_fit.toLocaleString("en")} more fit.`;
-  $("adapter-rows").replaceChildren(...adapters.map(described));
+  lay(adapters);
   $("adapter-rows").parentNode.hidden = !adapters.length;
   $("no-adapters").hidden = adapters.length > 0;
-  if (focused) $("adapter-rows").querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
+  if (focused && document.activeElement?.ariaLabel !== focused) {
+    $("adapter-rows").querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
+  }
   $("rejected").hidden = !rejected.length;
   const columns = headings($("rejected-rows").parentNode);
   $("rejected-rows").replaceChildren(...rejected.map((r) => row(columns, [

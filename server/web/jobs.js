@@ -17,7 +17,7 @@ class Card {
   constructor(job) {
     this.node = make("article", { className: "job" });
     this.node.dataset.job = job.id;
-    this.title = make("h2", { className: "titled" });
+    this.title = make("h2", { className: "titled", tabIndex: -1 }); // has the focus when a button has gone
     this.bar = make("progress", { max: 1 });
     this.bar.setAttribute("aria-label", `Progress of ${job.name}`);
     this.said = make("p", { className: "hint" });
@@ -45,6 +45,7 @@ class Card {
         frame.complain(error);
       } finally {
         button.disabled = false;
+        (this.does.querySelector(`[aria-label="${CSS.escape(button.ariaLabel)}"]`) ?? this.title).focus();
       }
     });
     return button;
@@ -54,7 +55,6 @@ class Card {
     const now = JSON.stringify(job);
     if (now === this.drawn) return;
     const first = this.status !== job.status;
-    this.drawn = now;
     this.bar.value = job.progress;
     this.said.textContent = figures(job);
     this.wrong.hidden = !job.error;
@@ -73,7 +73,11 @@ class Card {
       this.does.replaceChildren(...buttons);
       this.does.hidden = !buttons.length;
     }
-    if (job.kind === "training" && job.step) this.draw((await get(`/jobs/${encodeURIComponent(job.id)}`)).curves);
+    if (job.kind === "training" && job.step) {
+      this.curves = (await get(`/jobs/${encodeURIComponent(job.id)}`)).curves;
+      this.draw(this.curves);
+    }
+    this.drawn = now; // all of it: a chart that did not come is asked for again
   }
 
   draw(curves) {
@@ -96,6 +100,12 @@ class Card {
     this.plot?.destroy();
     this.plot = null;
     this.chart.replaceChildren();
+  }
+
+  // In other colours, or of another width.
+  redraw() {
+    this.clear();
+    if (this.curves) this.draw(this.curves);
   }
 }
 
@@ -138,9 +148,10 @@ async function begin() {
 
 export function start(given) {
   frame = given;
+  let still;
   addEventListener("resize", () => {
-    redraw();
-    if (!$("jobs").hidden) frame.refresh();
+    clearTimeout(still);
+    still = setTimeout(redraw, 200);
   });
   $("train").addEventListener("submit", async (event) => {
     event.preventDefault();
@@ -155,15 +166,13 @@ export function start(given) {
       frame.complain(error);
     } finally {
       button.disabled = false;
+      button.focus();
     }
   });
 }
 
 export function redraw() {
-  for (const card of cards.values()) {
-    card.clear();
-    card.drawn = "";
-  }
+  for (const card of cards.values()) card.redraw();
 }
 
 async function offerTasks() {

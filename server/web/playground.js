@@ -5,10 +5,13 @@ import { make, mixture, tile } from "./dom.js";
 const $ = (id) => document.getElementById(id);
 let names = [];
 let tasks = [];
+let base = ""; // the name that the API has for it
 let running = null;
 let frame;
 
 const option = (value, text = value) => make("option", { value, textContent: text });
+const DEFAULT = "default"; // answers where no task is named, if somebody has defined it
+const named = (name) => tasks.find((t) => t.name === (name || DEFAULT));
 
 class Side {
   constructor(label) {
@@ -28,7 +31,7 @@ class Side {
   fill() {
     const select = this.part("task");
     const chosen = this.filled ? select.value : tasks[0]?.name; // the first time, a task that there is says more than none
-    select.replaceChildren(option("", "none (raw prompt)"), ...tasks.map((t) => option(t.name)));
+    select.replaceChildren(option("", named("") ? "none (default answers)" : "none (raw prompt)"), ...tasks.map((t) => option(t.name)));
     if (tasks.some((t) => t.name === chosen)) select.value = chosen;
     this.filled ||= tasks.length > 0;
     for (const member of this.members()) this.offer(member.querySelector("select"));
@@ -38,7 +41,7 @@ class Side {
 
   // Who will answer, and what the task makes of the prompt.
   hint() {
-    const task = tasks.find((t) => t.name === this.part("task").value);
+    const task = named(this.part("task").value);
     const alone = task ? "The task's own adapter answers" : "The base alone continues the prompt";
     const who = this.members().length ? "This mix answers, exactly" : alone;
     const frame = task?.prompt.replace("{input}", "").trim().replace(/\s+/g, " ");
@@ -48,7 +51,9 @@ class Side {
   offer(select) {
     const chosen = select.value;
     select.replaceChildren(...names.map((n) => option(n)));
-    if (names.includes(chosen)) select.value = chosen;
+    // One that is gone stays chosen, and the server says so: no other may answer in its place.
+    if (chosen && !names.includes(chosen)) select.append(option(chosen, `${chosen} (gone)`));
+    if (chosen) select.value = chosen;
   }
 
   members() {
@@ -57,7 +62,7 @@ class Side {
 
   add() {
     const item = $("member").content.firstElementChild.cloneNode(true);
-    const named = () => {
+    const label = () => {
       range.ariaLabel = `Weight of ${select.value}`;
       number.ariaLabel = `Weight of ${select.value} as a number`;
       remove.ariaLabel = `Take out ${select.value}`;
@@ -66,8 +71,8 @@ class Side {
     this.offer(select);
     const taken = this.members().map((m) => m.children[0].value);
     select.value = names.find((n) => !taken.includes(n)) ?? names[0] ?? "";
-    named();
-    select.addEventListener("change", named);
+    label();
+    select.addEventListener("change", label);
     range.addEventListener("input", () => { number.value = range.value; });
     number.addEventListener("input", () => { range.value = number.value; });
     remove.addEventListener("click", () => {
@@ -98,7 +103,7 @@ class Side {
 
   async run(signal) {
     const answer = this.part("answer");
-    this.sent = { path: this.path(), body: this.body(), task: this.part("task").value };
+    this.sent = { path: this.path(), body: this.body(), task: named(this.part("task").value)?.name ?? "" };
     answer.textContent = "";
     answer.className = "answer";
     answer.ariaBusy = "true"; // so that a screen reader reads the answer once, whole
@@ -210,7 +215,7 @@ function snippet(kind, { path, body, task }) {
   const text = task ? "message.content" : "text";
   const secret = key.get() ? 'os.environ["LORAMUX_KEY"]' : '"none"';
   return `${key.get() ? "import os\n\n" : ""}from openai import OpenAI\n\nclient = OpenAI(base_url="${url}/v1", api_key=${secret})\n` +
-    `answer = client.${call}.create(\n    model=${JSON.stringify(task || "base")},\n${input}${settings}${extra})\nprint(answer.choices[0].${text})\n`;
+    `answer = client.${call}.create(\n    model=${JSON.stringify(task || base)},\n${input}${settings}${extra})\nprint(answer.choices[0].${text})\n`;
 }
 
 // One of two buttons goes out and the other comes on; the focus goes along, for those who use the keyboard.
@@ -249,7 +254,8 @@ export function start(given) {
 }
 
 export async function refresh() {
-  const [known, defined] = await Promise.all([get("/adapters"), get("/tasks")]);
+  const [known, defined, stats] = await Promise.all([get("/adapters"), get("/tasks"), get("/stats")]);
+  base = stats.base.name;
   names = known.adapters.map((a) => a.name);
   tasks = defined.tasks;
   for (const side of sides) side.fill();

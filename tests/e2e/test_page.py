@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,9 +212,6 @@ def test_thumbs_post_feedback(page: Page) -> None:
 
 def test_copies_run_as_they_are(page: Page, house: Live) -> None:
     """curl, Python and openai: each snippet is run, and answers what the page has shown."""
-    import subprocess
-    import sys
-
     page.locator("select.task").select_option("sentiment")
     ask(page, 'It\'s a dull, "lifeless" film.\nNo joy in it.', tokens=4)
     figures(page)
@@ -227,6 +226,36 @@ def test_copies_run_as_they_are(page: Page, house: Live) -> None:
         out = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert out.returncode == 0, out.stderr
         assert (json.loads(out.stdout)["text"] if name == "curl" else out.stdout.strip()) == answer, name
+
+
+def test_a_copy_without_a_task_names_the_base(page: Page, house: Live) -> None:
+    page.locator("select.task").select_option("")
+    ask(page, "The capital of France is", tokens=4)
+    figures(page)
+    page.get_by_role("button", name="openai", exact=True).click()
+    expect(page.locator("#notice")).to_have_text("Copied as openai.")
+    out = subprocess.run(
+        [sys.executable, "-c", page.evaluate("navigator.clipboard.readText()")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip() == page.locator(".answer").inner_text().strip()
+
+
+def test_an_adapter_that_goes_is_replaced_by_no_other(page: Page, house: Live) -> None:
+    house.client.post("/adapters", json={"name": "passing", "source": "formal"}).raise_for_status()
+    page.reload()
+    page.get_by_role("button", name="Add adapter").click()
+    member = page.get_by_role("combobox", name="Adapter")
+    member.select_option("passing")
+    assert house.client.delete("/adapters/passing").status_code == 202
+    page.get_by_role("tab", name="Adapters").click()
+    page.get_by_role("tab", name="Playground").click()
+    expect(member.locator("option:checked")).to_have_text("passing (gone)")
+    ask(page, "Hello", tokens=4)
+    expect(page.locator(".answer")).to_contain_text("'passing'")
 
 
 def row(page: Page, name: str):
