@@ -112,7 +112,8 @@ async def publish(name: Name, request: Request, runtime: Running, parts: Ready, 
 @router.delete("/{name}", status_code=202, response_model=schemas.AdapterAnswer, responses=WRITE)
 async def retire(name: Name, parts: Ready, if_match: IfMatch = None) -> Response:
     """Take a name away. What runs on it finishes; then its memory and disk are freed."""
-    return json_response(await retire_unused(parts, name, _version(parts, name, if_match)), 202)
+    told = await retire_unused(parts, name, _version(parts, name, if_match))
+    return json_response(told, 202, {"etag": f'"{told["version"]}"'} if "version" in told else None)
 
 
 async def retire_unused(parts: Parts, name: str, if_match: str | None = None) -> dict[str, Any]:
