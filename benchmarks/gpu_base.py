@@ -56,7 +56,7 @@ def random_adapters(config: ModelConfig, backend: Cuda, count: int, rank: int) -
 def vocabulary_of(size: int) -> Vocabulary:
     """A word for each id, the first of which ends an answer."""
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t1"))
-    return Vocabulary(tokenizer, None, frozenset({0}), None, {}, False)
+    return Vocabulary(tokenizer, None, frozenset({0}), None, {}, False, 0)
 
 
 def _linear(shape: tuple[int, int], device: torch.device) -> Weight:

@@ -61,7 +61,7 @@ def byte_text() -> Text:
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return Text(Vocabulary(tokenizer, None, frozenset({0}), None, {}, False))
+    return Text(Vocabulary(tokenizer, None, frozenset({0}), None, {}, False, 0))
 
 
 def fetch(mix: Mix) -> Future[tuple[LoraWeights, ...]]:

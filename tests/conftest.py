@@ -117,6 +117,7 @@ def tiny_vocabulary() -> Vocabulary:
         bos_id=None,
         special={token: i for i, token in enumerate(SPECIAL)},
         add_bos=False,
+        eos_id=0,
     )
 
 

@@ -44,7 +44,7 @@ class Text:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self.eos_id = min(vocabulary.eos_ids)
+        self.eos_id = vocabulary.eos_id
         self.size: int = vocabulary.tokenizer.get_vocab_size(with_added_tokens=True)
         self._tokenizer: Tokenizer = vocabulary.tokenizer
         self._tokenizer.encode_special_tokens = True

@@ -394,6 +394,8 @@ def _scaling(name: str, parameters: Mapping[str, Any], max_positions: int) -> Ro
     missing = sorted(needed - set(given))
     if missing:
         raise BadModel(f"the RoPE scaling {name} lacks {', '.join(missing)}")
+    if not (math.isfinite(given["factor"]) and given["factor"] > 0):
+        raise BadModel(f"the RoPE scaling {name} has the factor {given['factor']}, which is no positive number")
     if name in ("llama3", "yarn"):
         given.setdefault("original_max_position_embeddings", max_positions)
     return RopeScaling(type=name, **given)
@@ -407,13 +409,16 @@ def _gguf_rope(
         return _llama3_from_factors(factors, theta, head_dim)
     if name == "none" and "rope.scale_linear" in values:  # the spelling before 2023-11
         return _scaling("linear", {"factor": float(values["rope.scale_linear"])}, max_positions)
-    factor = float(values.get("rope.scaling.factor", 1.0))
+    factor = float(values.get("rope.scaling.factor", 0.0)) or 1.0  # 0 is how GGUF's own writer says none
     if name == "none" or (name == "linear" and factor == 1.0):
         return RopeScaling()
+    magnitude = values.get("rope.scaling.attn_factor")
+    if magnitude is not None and name == "yarn" and factor > 1.0:
+        magnitude *= 1.0 + 0.1 * math.log(factor)  # GGUF's multiplies YaRN's own, Transformers' stands instead of it
     parameters = {
         "factor": factor,
         "original_max_position_embeddings": values.get("rope.scaling.original_context_length"),
-        "attention_factor": values.get("rope.scaling.attn_factor"),
+        "attention_factor": magnitude,
         "beta_fast": values.get("rope.scaling.yarn_beta_fast"),
         "beta_slow": values.get("rope.scaling.yarn_beta_slow"),
     }

@@ -26,8 +26,9 @@ from server.model.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, i
 class Vocabulary:
     """Text to ids and back, and the tokens that mean something.
 
-    `special` maps each special token to its id. `eos_ids`, never empty, end an answer. `add_bos` says whether a text
-    begins with `bos_id`; the tokenizer itself is to be called with `add_special_tokens=False`.
+    `special` maps each special token to its id. `eos_ids`, never empty, end an answer; `eos_id` is the one among them
+    that ends a text, and that chat templates know. `add_bos` says whether a text begins with `bos_id`; the tokenizer
+    itself is to be called with `add_special_tokens=False`.
     """
 
     tokenizer: Tokenizer
@@ -36,6 +37,7 @@ class Vocabulary:
     bos_id: int | None
     special: dict[str, int]
     add_bos: bool
+    eos_id: int
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
         tokenizer,
         chat_template=_told(metadata, "tokenizer.chat_template", str, None),
         eos_ids={i for i in (ids["eos"], ids["eot"]) if i is not None},
+        eos_id=ids["eos"],
         bos_id=ids["bos"],
         add_bos=bool(_told(metadata, "tokenizer.ggml.add_bos_token", bool, add_bos)),
     )
@@ -139,6 +142,7 @@ def from_folder(folder: Path) -> Vocabulary:
         tokenizer,
         chat_template=_chat_template(folder, settings),
         eos_ids=eos_ids | ({named["eos"]} if named["eos"] is not None else set()),
+        eos_id=named["eos"],
         bos_id=bos_id,
         add_bos=bool(add_bos),
     )
@@ -148,7 +152,12 @@ def write_folder(vocabulary: Vocabulary, folder: Path) -> None:
     """Write the files from which `from_folder` reads the same vocabulary. Raises OSError."""
     vocabulary.tokenizer.save(str(folder / "tokenizer.json"))
     bos = None if vocabulary.bos_id is None else vocabulary.tokenizer.id_to_token(vocabulary.bos_id)
-    settings = {"add_bos_token": vocabulary.add_bos, "bos_token": bos, "chat_template": vocabulary.chat_template}
+    settings = {
+        "add_bos_token": vocabulary.add_bos,
+        "bos_token": bos,
+        "eos_token": vocabulary.tokenizer.id_to_token(vocabulary.eos_id),
+        "chat_template": vocabulary.chat_template,
+    }
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "generation_config.json", {"eos_token_id": sorted(vocabulary.eos_ids)})
 
@@ -172,7 +181,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _checked(
-    tokenizer: Tokenizer, *, chat_template: str | None, eos_ids: set[int], bos_id: int | None, add_bos: bool
+    tokenizer: Tokenizer,
+    *,
+    chat_template: str | None,
+    eos_ids: set[int],
+    eos_id: int | None,
+    bos_id: int | None,
+    add_bos: bool,
 ) -> Vocabulary:
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     eos_ids = {i for i in eos_ids if 0 <= i < size}
@@ -181,7 +196,8 @@ def _checked(
     if add_bos and bos_id is None:
         raise BadModel("the tokenizer wants a text to begin with a token that it does not name (bos_token)")
     special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-    return Vocabulary(tokenizer, chat_template, frozenset(eos_ids), bos_id, special, add_bos)
+    end = eos_id if eos_id in eos_ids else min(eos_ids)
+    return Vocabulary(tokenizer, chat_template, frozenset(eos_ids), bos_id, special, add_bos, end)
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:

@@ -322,7 +322,7 @@ def make_tokenizer() -> Tokenizer:
 def make_text(template: str | None = TEMPLATE, *, add_bos: bool = False) -> Text:
     tokenizer = make_tokenizer()
     special = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
-    return Text(Vocabulary(tokenizer, template, frozenset({EOS}), 0, special, add_bos))
+    return Text(Vocabulary(tokenizer, template, frozenset({EOS}), 0, special, add_bos, EOS))
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def text_of(
     tokenizer: Tokenizer, template: str | None, eos: int, bos: int | None = None, add_bos: bool = False
 ) -> Text:
     special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-    return Text(Vocabulary(tokenizer, template, frozenset({eos}), bos, special, False))
+    return Text(Vocabulary(tokenizer, template, frozenset({eos}), bos, special, False, eos))
 
 
 CONVERSATIONS = [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,13 @@ def test_gguf_rope_scaling() -> None:
         "llama.rope.scaling.original_context_length": 128,
     }
     assert from_gguf(GGUF | yarn, TABLE).rope_scaling == RopeScaling("yarn", 4.0, 128)
+    told = from_gguf(GGUF | yarn | {"llama.rope.scaling.attn_factor": 1.0}, TABLE).rope_scaling.attention_factor
+    assert told == pytest.approx(1 + 0.1 * math.log(4.0)), "it multiplies YaRN's own"
+    none = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.0}
+    assert from_gguf(GGUF | none, TABLE).rope_scaling == RopeScaling()
+    for factor in (-1.0, math.inf, math.nan):
+        with pytest.raises(BadModel, match="no positive number"):
+            from_gguf(GGUF | none | {"llama.rope.scaling.factor": factor}, TABLE)
     linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
     assert from_gguf(GGUF | linear, TABLE).rope_scaling == RopeScaling("linear", 2.0)
 

@@ -146,10 +146,14 @@ def test_folder_files(tmp_path: Path, trained: dict[str, Any]) -> None:
     gguf.tokenizer.enable_padding(length=64)
     vocabulary = from_folder(folder(tmp_path, gguf, eos_token={"content": "<|endoftext|>"}, chat_template="T"))
     assert (vocabulary.eos_ids, vocabulary.bos_id, vocabulary.add_bos) == (frozenset({0, 2}), 1, False)
+    assert vocabulary.eos_id == 0, "the tokenizer's own"
     assert vocabulary.chat_template == "T"
     assert 4 < len(vocabulary.tokenizer.encode("abcdefghijk lmnop").ids) < 64
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 0]}))
     assert from_folder(tmp_path).eos_ids == frozenset({0, 1, 2})
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|im_end|>"}))
+    assert from_folder(tmp_path).eos_id == 2, "and not the smallest"
     (tmp_path / "chat_template.jinja").write_text("J")
     assert from_folder(tmp_path).chat_template == "J"
 
@@ -191,7 +195,7 @@ def test_what_is_written_reads_back_the_same(kind: str, request: pytest.FixtureR
     ours = from_gguf(told | {"tokenizer.ggml.pre": "smollm", "tokenizer.ggml.add_bos_token": True})
     write_folder(ours, tmp_path)
     again = from_folder(tmp_path)
-    for name in ("chat_template", "eos_ids", "bos_id", "special", "add_bos"):
+    for name in ("chat_template", "eos_ids", "eos_id", "bos_id", "special", "add_bos"):
         assert getattr(again, name) == getattr(ours, name), name
     for text in TEXTS:
         assert again.tokenizer.encode(text).ids == ours.tokenizer.encode(text).ids
