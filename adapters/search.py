@@ -249,11 +249,10 @@ def auto_lora(
     wide = replace(config, lora_rank=max(1, round(config.lora_rank * widen)))
     ranks, directions = allocate(model, data, wide)
     wide = replace(wide, lora_rank_of=ranks, use_rslora=False, lora_alpha=config.lora_alpha * widen)
+    scale = config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
     start = {
         # As long as a random row of A would be, so that learning rates keep their meaning.
-        path: LowRank(
-            rows / math.sqrt(3.0), torch.zeros(_out(found[path]), len(rows)), wide.lora_alpha / wide.lora_rank
-        )
+        path: LowRank(rows / math.sqrt(3.0), torch.zeros(_out(found[path]), len(rows)), scale)
         for path, rows in directions.items()
     }
     told_to: dict[str, Any] = {"name": name, "validation": validation, "on_event": on_event, "stop": stop}

@@ -210,7 +210,7 @@ def train(
     try:
         if init is not None:
             layers.load(found, init)
-        run = _Run(model, data, config, _parameters(found), validation, checkpoints, _key(model, data, config, init))
+        run = _Run(model, data, config, _parameters(found), validation, checkpoints, _key(model, data, config, init, validation))
         progress, peak = run.go(on_event or (lambda event: None), stop or (lambda: False))
         weights = layers.extract(model.tree, name)
     finally:
@@ -480,9 +480,12 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _key(model: Model, data: Tokens, config: TrainingConfig, init: LoraWeights | None) -> str:
+def _key(
+    model: Model, data: Tokens, config: TrainingConfig, init: LoraWeights | None, validation: Tokens | None
+) -> str:
     """What a checkpoint must have been made of to go on from: all that has a say in the result."""
     told = asdict(config) | {"output": "", "data": data.digest, "init": init.digest if init is not None else ""}
+    told["validation"] = validation.digest if validation is not None else ""
     told["on"] = dict(model.metadata)
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()
 

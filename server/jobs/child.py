@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -26,8 +25,6 @@ LOCK, UNTOLD = "lock", "untold.jsonl"
 PROGRESS = ("step", "eval", "checkpoint")
 NICE = 19
 OOM_SCORE = "1000"
-LOCK_SECONDS = 60.0
-"""How long to wait for the process of a server that was killed to write its checkpoint and end."""
 
 
 def main(folder: Path) -> int:
@@ -37,10 +34,15 @@ def main(folder: Path) -> int:
     stop = threading.Event()
     threading.Thread(target=_listen, args=(sys.stdin.fileno(), stop), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
-    with _alone(folder):
-        words.tell_untold()
-        _import()
-        run(folder, words.tell, stop)
+    with _alone(folder, stop) as held:
+        if held:
+            words.tell_untold()
+            _import()
+            run(folder, words.tell, stop)
+        else:
+            from server.jobs.spec import STOPPED
+
+            words.tell({"kind": STOPPED, "message": "stopped before it began"})
     return 0
 
 
@@ -152,19 +154,21 @@ def _listen(stdin: int, stop: threading.Event) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Any:
-    """Hold the job's lock, so that no two processes write its checkpoints."""
+def _alone(folder: Path, stop: threading.Event) -> Any:
+    """Hold the job's lock, so that no two processes write its checkpoints; answers whether it is held, or `stop` came.
+
+    The process of a server that was killed holds it until it has done its update, or its evaluation, and that may be
+    minutes at its priority.
+    """
     with (folder / LOCK).open("w") as lock:
-        end = time.monotonic() + LOCK_SECONDS
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.1)
-        yield
+                if stop.wait(0.1):
+                    break
+        yield not stop.is_set()
 
 
 if __name__ == "__main__":

@@ -94,6 +94,21 @@ def test_ranks_go_where_the_inputs_vary(model, data):
         assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-4)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_auto_lora_begins_with_the_scale_that_is_asked_for(model, data, monkeypatch, rslora):
+    config = dataclasses.replace(CONFIG, use_rslora=rslora)
+    train, starts = training.train, []
+
+    def seen(model, data, config, init, **options):
+        starts.append(init)
+        return train(model, data, config, init, **options)
+
+    monkeypatch.setattr(training, "train", seen)
+    search.auto_lora(model, data, config)
+    scale = config.lora_alpha / (config.lora_rank**0.5 if rslora else config.lora_rank)
+    assert [module.scale for module in starts[0].modules.values()] == [scale] * len(starts[0].modules)
+
+
 def test_auto_lora_keeps_to_the_budget(model, data):
     events = []
     weights = search.auto_lora(model, data, CONFIG, validation=data, on_event=events.append)

@@ -210,6 +210,8 @@ def test_a_checkpoint_of_another_run_is_refused(llama, tmp_path):
             training.train(Wrapped(llama), data, other, checkpoints=tmp_path)
     with pytest.raises(AdapterError, match="another run"):
         training.train(Wrapped(llama), examples(9), CONFIG, checkpoints=tmp_path)
+    with pytest.raises(AdapterError, match="another run"):
+        training.train(Wrapped(llama), data, CONFIG, validation=examples(2), checkpoints=tmp_path)
     served = Wrapped(llama)
     served.metadata = {**served.metadata, "quantization": {"scheme": "none", "base_id": "another"}}
     with pytest.raises(AdapterError, match="another run"):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from adapters import data
 from adapters.errors import TrainingStopped
 from adapters.peft_format import read_folder
 from adapters.training import TrainingConfig
+from server.jobs import child
 from server.jobs.child import Words
 from server.jobs.errors import JobError
 from server.jobs.fine_tune import fine_tune, held_out, keep_pairs, prepare
@@ -159,3 +163,19 @@ def test_what_a_server_that_is_gone_does_not_hear_is_told_to_the_next(tmp_path):
     Words(heard, tmp_path / "untold").tell_untold()
     Words(heard, tmp_path / "untold").tell_untold()
     assert heard.getvalue() == '{"kind": "step", "step": 6}\n'
+
+
+def test_a_job_waits_for_the_process_of_a_server_that_was_killed(tmp_path):
+    def held(stop: threading.Event) -> bool:
+        with child._alone(tmp_path, stop) as held:
+            return held
+
+    stop = threading.Event()
+    with ThreadPoolExecutor() as pool:
+        with (tmp_path / child.LOCK).open("w") as orphan:
+            fcntl.flock(orphan, fcntl.LOCK_EX)
+            waiting, stopped = pool.submit(held, threading.Event()), pool.submit(held, stop)
+            stop.set()
+            assert stopped.result(10) is False, "it ends when it is asked to"
+            assert not waiting.done()
+        assert waiting.result(10) is True
