@@ -210,7 +210,8 @@ def train(
     try:
         if init is not None:
             layers.load(found, init)
-        run = _Run(model, data, config, _parameters(found), validation, checkpoints, _key(model, data, config, init, validation))
+        key = _key(model, data, config, init, validation)
+        run = _Run(model, data, config, _parameters(found), validation, checkpoints, key)
         progress, peak = run.go(on_event or (lambda event: None), stop or (lambda: False))
         weights = layers.extract(model.tree, name)
     finally:

@@ -101,6 +101,7 @@ class CudaRunner:
             self._capturing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._numbers = torch.zeros(1, dtype=torch.int32, device=device)
         self._max_step_tokens = max_step_tokens
+        self._max_logits = max(64, 2 * max_batch)  # that the engine asks for in a step
         self._block_size = self._width = 0
 
     @property
@@ -213,18 +214,20 @@ class CudaRunner:
     def _warm_up(self) -> None:
         """Run prompts of every kind that the kernels tell apart, with and without an adapter (an empty slot's).
 
-        A kernel takes seconds to compile, all of them take longer than a step may that is not taken for stuck.
+        A kernel takes seconds to compile, all of them take longer than a step may that is not taken for stuck. Those
+        without an adapter want as many logits as a step may, since the output table's kernels differ by their number.
         """
         most = min(self._max_step_tokens, self._width * self._block_size)
         for rows in sorted({min(rows, most) for rows in (2, 17, FEW_ROWS + 1, 2 * FEW_ROWS + 1, DENSE_ROWS, most)}):
             for mix in ((), ((0, 1.0),)):
+                wanted = 1 if mix else min(rows, self._max_logits)
                 batch = Batch(
                     tokens=torch.zeros(rows, dtype=torch.int64),
                     positions=torch.arange(rows),
                     row_start=torch.tensor([0, rows], dtype=torch.int32),
                     context=torch.tensor([rows], dtype=torch.int32),
                     blocks=torch.arange(-(-rows // self._block_size), dtype=torch.int32)[None],
-                    logit_rows=torch.tensor([rows - 1]),
+                    logit_rows=torch.arange(rows - wanted, rows),
                     mixes=(mix,),
                     block_size=self._block_size,
                 )

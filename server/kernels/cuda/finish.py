@@ -159,8 +159,10 @@ def finish_swiglu(
 
 
 def _tile(outputs: int, lanes: Lanes) -> int:
-    """Few rows have the same tile however many tiles of them there are: the warm-up has compiled it."""
-    tiles = lanes.tiles.shape[0] if lanes.tile_rows >= MANY else 1
+    """The same however many tiles of rows there are, as a step must not be the first to need a kernel: the warm-up has
+    compiled that of few rows and that of many, which have two tiles at least.
+    """
+    tiles = 2 if lanes.tile_rows >= MANY else 1
     return next((t for t in OUTPUTS if -(-outputs // t) * tiles >= PROCESSORS), OUTPUTS[-1])
 
 

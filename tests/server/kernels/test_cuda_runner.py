@@ -22,7 +22,7 @@ from server.engine.cuda_pool import AdapterPool
 from server.engine.cuda_runner import CudaRunner
 from server.engine.runner import Runner, TorchRunner
 from server.errors import BadModel, NoCapacity
-from server.kernels.cuda import Cuda, packing
+from server.kernels.cuda import Cuda, finish, lora, packing
 from server.kernels.reference import Reference
 from server.model.on_device import DeviceModel, DeviceStep
 from tests.server.kernels import tiny
@@ -204,14 +204,15 @@ def test_every_kind_of_prompt_is_run_before_the_first_request(monkeypatch: pytes
     seen = []
 
     def note(self: DeviceModel, step: DeviceStep, *_: object) -> torch.Tensor:
-        seen.append((step.tokens.shape[0], step.adapters, step.prefills is not None))
+        seen.append((step.tokens.shape[0], step.adapters, step.logit_rows.shape[0]))
+        assert step.prefills is not None
         return torch.zeros(step.logit_rows.shape[0], 61, device=DEVICE)
 
     monkeypatch.setattr(DeviceModel, "logits", note)
     runner = cuda_runner(bases("llama-int4")[0])
     seen.clear()
     runner._warm_up()
-    assert seen == [(rows, adapters, True) for rows in (2, 17, 64) for adapters in (False, True)]
+    assert seen == [(rows, adapters, 1 if adapters else rows) for rows in (2, 17, 64) for adapters in (False, True)]
 
 
 def test_steps_of_single_rows_are_padded_to_buckets() -> None:
@@ -308,3 +309,16 @@ def test_shapes_that_the_kernels_do_not_take_are_refused() -> None:
     odd = Tiny(llama(**{**WIDTHS, "intermediate_size": 100}), ours.weights, ours.tensors, ours.backend)
     with pytest.raises(BadModel, match="multiple of 16"):
         cuda_runner(odd)
+
+
+@pytest.mark.parametrize("outputs", [576, 896, 1536, 2048, 3584, 18944])
+def test_no_step_is_the_first_to_need_a_kernel(outputs: int) -> None:
+    """Of rows in few and in many tiles alike; the warm-up has two."""
+
+    def tile(tiles: int, rows: int) -> int:
+        nothing = torch.empty(0)
+        lanes = lora.Lanes(torch.zeros(tiles, 4), nothing, nothing, nothing, nothing, nothing, 0, rows)
+        return finish._tile(outputs, lanes)
+
+    for rows in (16, 32, finish.MANY):
+        assert len({tile(tiles, rows) for tiles in range(1, 50)}) == 1
