@@ -8,7 +8,8 @@ template itself wrote. Added tokens split a text before its tokenizer's merges s
 one by one gives what the tokenizer gives for the whole.
 
 A tokenizer of SentencePiece's kind puts a space before a text. Each text between added tokens is one of its own, so
-that this space is there after each of them, and is taken away again there from what was generated.
+that this space is there after each of them, and is taken away again there from what was generated. One that puts it
+before the whole alone (Metaspace's `first`) puts none amid a conversation.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ Piece = str | int
 Format = Literal["raw", "chat"]
 
 INPUT = "{input}"
+
+
+class _Amid(str):
+    """A piece that is not the beginning of what a tokenizer would see at once, for one to which that matters."""
+
+    def __add__(self, more: str) -> _Amid:
+        return _Amid(str(self) + more)
 
 
 class Text:
@@ -60,6 +68,7 @@ class Text:
         self.whole = _Whole(self)
         """What an id shows amid a text, None if that depends on others or if it ends the text that it is in."""
         self._prefixes = b"".join(map(self.token_bytes, self.encode_pieces(["a"]))) == b" a"
+        self._prefixes_once = self._prefixes and _has_scheme_first(self._tokenizer)
 
     def _chat_template(self, vocabulary: Vocabulary) -> ChatTemplate:
         names = {"bos_token": vocabulary.bos_id, "eos_token": self.eos_id}
@@ -102,6 +111,8 @@ class Text:
         """
         prompt = self.encode_pieces(pieces)
         end = [self.end_of_turn if format == "chat" else self.eos_id]
+        if format == "chat" and self._prefixes_once:
+            answers = [_Amid(answer) for answer in answers]
         whole = [self.encode_pieces(_extended(pieces, answer)) for answer in answers]
         shared = min((_common_prefix(prompt, ids) for ids in whole), default=0)
         return [(ids + end, len(ids) + 1 - shared) for ids in whole]
@@ -113,7 +124,8 @@ class Text:
             if isinstance(piece, int):
                 ids.append(piece)
             elif piece:
-                ids.extend(self._tokenizer.encode(piece, add_special_tokens=False).ids)
+                tokenizer = self._unprefixed if isinstance(piece, _Amid) else self._tokenizer
+                ids.extend(tokenizer.encode(str(piece), add_special_tokens=False).ids)
         return ids
 
     # -- rendering
@@ -140,7 +152,10 @@ class Text:
             raise InvalidRequest("this base has no chat template; send a plain prompt instead", "messages")
         mark = _fresh_mark()
         rendered = self._template.render([_marked(m, self._breaker(mark)) for m in messages], generation_prompt)
-        return [p if isinstance(p, int) else p.replace(mark, "") for p in self._split(rendered)]
+        pieces = [p if isinstance(p, int) else p.replace(mark, "") for p in self._split(rendered)]
+        if not self._prefixes_once:
+            return pieces
+        return [_Amid(p) if isinstance(p, str) and place else p for place, p in enumerate(pieces)]
 
     @functools.cached_property
     def end_of_turn(self) -> int:
@@ -183,8 +198,12 @@ class Text:
         return _Breaker(self._pattern, tuple(self._special), mark)
 
     def begins_after(self, token: int) -> bool:
-        """Whether what comes after `token` is a text of its own, and so begins with the tokenizer's space."""
+        """Whether what comes after `token` is a text of its own, whose first space is none that anybody sees."""
         return token in self._added
+
+    def spaced_after(self, token: int) -> bool:
+        """Whether the tokenizer puts its space before a text that comes after `token` in a conversation."""
+        return token in self._added and not self._prefixes_once
 
     @functools.cached_property
     def _unprefixed(self) -> Tokenizer:
@@ -379,6 +398,14 @@ def _without_prefix(state: Any) -> Any:
     if state["type"] == "Metaspace":
         return state | {"prepend_scheme": "never"}
     return state | {"add_prefix_space": False} if "add_prefix_space" in state else state
+
+
+def _has_scheme_first(tokenizer: Tokenizer) -> bool:
+    """Whether the space is put before the whole alone, and not before each text between added tokens."""
+    if tokenizer.pre_tokenizer is None:
+        return False
+    state = json.loads(tokenizer.pre_tokenizer.__getstate__())
+    return any(part.get("prepend_scheme") == "first" for part in state.get("pretokenizers", [state]))
 
 
 def _sentencepiece_bytes(name: str) -> bytes:

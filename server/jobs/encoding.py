@@ -65,7 +65,7 @@ def _chat(text: Text, record: Chat) -> tuple[list[int], list[bool]]:
         if message["role"] != "assistant":
             continue
         prompt = text.encode_chat(messages[:i])
-        begins = not prompt or text.begins_after(prompt[-1])
+        begins = not prompt or text.spaced_after(prompt[-1])
         whole = [*prompt, *text.encode(message["content"], bos=False, begins=begins), text.end_of_turn]
         if prompt[: len(ids)] != ids:
             raise InvalidData(

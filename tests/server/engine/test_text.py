@@ -279,6 +279,27 @@ def test_a_folder_s_tokenizer_goes_on_without_its_space_too(spm_metadata: dict[s
     assert [folder.token_text(i) for i in folder.encode("the other", bos=False, begins=False)] == ["the", " other"]
 
 
+def test_a_space_before_the_whole_alone_is_none_amid_a_conversation(spm_metadata: dict[str, Any]) -> None:
+    turns = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}<s>{% endif %}"
+    metadata = spm_metadata | {"tokenizer.chat_template": template}
+    vocabulary, plain = from_gguf(metadata), from_gguf(metadata).tokenizer
+    for tokenizer in (vocabulary.tokenizer, plain):
+        tokenizer.normalizer = None  # type: ignore[assignment]
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    text = Text(vocabulary)
+    messages = [{"role": "the", "content": "other thing"}]
+    rendered = "<s>the\nother thing</s><s>"
+    prompt = text.encode_chat(messages)
+    assert prompt == plain.encode(rendered, add_special_tokens=False).ids
+    assert text.token_text(prompt[1]).startswith("t"), "no space after the first token"
+    [(whole, scored)] = text.encode_continuations(text.chat_pieces(messages), ["other"], "chat")
+    assert whole[:-1] == plain.encode(rendered + "other", add_special_tokens=False).ids
+    assert scored == len(whole) - len(prompt)
+    assert text.begins_after(prompt[-1]) and not text.spaced_after(prompt[-1])
+    assert [text.token_text(i) for i in text.encode("the other", bos=False)] == [" the", " other"]
+
+
 @given(parts=st.lists(st.text("ther é日😀\n<s>", max_size=12) | st.sampled_from([1, 2]), max_size=6))
 @settings(max_examples=200, deadline=None)
 def test_sentencepiece_texts_come_back_token_by_token(spm: Text, parts: list[str | int]) -> None:
