@@ -94,7 +94,7 @@ class Publishing:
         for _ in range(TRIES):
             active.check()
             rival = self._current(job.name)
-            if rival is not None and rival.digest == weights.digest and rule != "never":
+            if rival is not None and rival.digest == weights.digest and rule == "if_better":
                 verdict = None  # published just before the server was ended
                 job.result |= {"model": job.name, "version": rival.label}
                 active.note(f"It is served already, as {rival.label}.", data={"version": rival.label})
