@@ -38,6 +38,8 @@ from server.tasks.store import Tasks
 TRIES = 3
 """Comparisons, where the name gets another version meanwhile."""
 RESULTS = "fine-tune-results"
+INTENT = "publishing"
+"""In a job's result, the version that it is about to publish."""
 
 Evaluate = Callable[
     [Target, Sequence[Pair], Sequence[str], Callable[[int, int], None]], "concurrent.futures.Future[Evaluation]"
@@ -94,8 +96,8 @@ class Publishing:
         for _ in range(TRIES):
             active.check()
             rival = self._current(job.name)
-            if rival is not None and rival.digest == weights.digest and rule == "if_better":
-                verdict = None  # published just before the server was ended
+            if rival is not None and job.result.pop(INTENT, None) == rival.label:
+                verdict = None  # it was published just before the server was ended, and is no rival of itself
                 job.result |= {"model": job.name, "version": rival.label}
                 active.note(f"It is served already, as {rival.label}.", data={"version": rival.label})
                 break
@@ -109,6 +111,8 @@ class Publishing:
                 active.note(f"Not published: {reason}")
                 break
             compared = rule == "if_better"
+            job.result[INTENT] = weights.version.label
+            active.records.save(job)
             try:
                 published = self._registry.publish_now(
                     job.name,
@@ -118,8 +122,10 @@ class Publishing:
                     create_only=compared and rival is None,
                 )
             except (VersionMismatch, AdapterConflict):
+                del job.result[INTENT]
                 active.note(f"{job.name} got another version meanwhile; the result is compared with that.")
                 continue
+            del job.result[INTENT]
             job.result |= {"model": job.name, "version": published.version.label}
             active.note(f"Published as {published.version.label}.", data={"version": published.version.label})
             break
