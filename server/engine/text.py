@@ -125,7 +125,7 @@ class Text:
                 ids.append(piece)
             elif piece:
                 tokenizer = self._unprefixed if isinstance(piece, _Amid) else self._tokenizer
-                ids.extend(tokenizer.encode(str(piece), add_special_tokens=False).ids)
+                ids.extend(tokenizer.encode(piece, add_special_tokens=False).ids)
         return ids
 
     # -- rendering
