@@ -232,7 +232,7 @@ def from_gguf(
     if window is not None and arch == "llama":
         architecture = "MistralForCausalLM"
     interval = {"no_rope_layer_interval": 4}  # llama.cpp fixes it for this architecture, the file does not say
-    theta = float(values.get("rope.freq_base", 10000.0))
+    theta = _real(values, "rope.freq_base", 10000.0)
     return _checked(
         ModelConfig(
             architecture=architecture,
@@ -244,7 +244,7 @@ def from_gguf(
             num_key_value_heads=_positive(values, "attention.head_count_kv", default=heads),
             head_dim=head_dim,
             max_position_embeddings=max_positions,
-            rms_norm_eps=float(values.get("attention.layer_norm_rms_epsilon", 1e-6)),
+            rms_norm_eps=_real(values, "attention.layer_norm_rms_epsilon", 1e-6),
             rope_theta=theta,
             rope_scaling=_gguf_rope(values, theta, head_dim, max_positions, rope_factors),
             tie_word_embeddings="output.weight" not in tensor_shapes,
@@ -394,11 +394,19 @@ def _scaling(name: str, parameters: Mapping[str, Any], max_positions: int) -> Ro
     missing = sorted(needed - set(given))
     if missing:
         raise BadModel(f"the RoPE scaling {name} lacks {', '.join(missing)}")
-    if not (math.isfinite(given["factor"]) and given["factor"] > 0):
+    if not (isinstance(given["factor"], int | float) and math.isfinite(given["factor"]) and given["factor"] > 0):
         raise BadModel(f"the RoPE scaling {name} has the factor {given['factor']}, which is no positive number")
     if name in ("llama3", "yarn"):
         given.setdefault("original_max_position_embeddings", max_positions)
     return RopeScaling(type=name, **given)
+
+
+def _real(values: Mapping[str, Any], key: str, default: float) -> float:
+    """A number of a GGUF file. Raises BadModel."""
+    value = values.get(key, default)
+    if not isinstance(value, int | float):
+        raise BadModel(f"{key} must be a number, not {value!r}")
+    return float(value)
 
 
 def _gguf_rope(
@@ -408,13 +416,13 @@ def _gguf_rope(
     if factors is not None:
         return _llama3_from_factors(factors, theta, head_dim)
     if name == "none" and "rope.scale_linear" in values:  # the spelling before 2023-11
-        return _scaling("linear", {"factor": float(values["rope.scale_linear"])}, max_positions)
-    factor = float(values.get("rope.scaling.factor", 0.0)) or 1.0  # 0 is how GGUF's own writer says none
+        return _scaling("linear", {"factor": _real(values, "rope.scale_linear", 1.0)}, max_positions)
+    factor = _real(values, "rope.scaling.factor", 0.0) or 1.0  # 0 is how GGUF's own writer says none
     if name == "none" or (name == "linear" and factor == 1.0):
         return RopeScaling()
-    magnitude = values.get("rope.scaling.attn_factor")
-    if magnitude is not None and name == "yarn" and factor > 1.0:
-        magnitude *= 1.0 + 0.1 * math.log(factor)  # GGUF's multiplies YaRN's own, Transformers' stands instead of it
+    magnitude = None
+    if "rope.scaling.attn_factor" in values:  # multiplies YaRN's own, where Transformers' stands instead of it
+        magnitude = _real(values, "rope.scaling.attn_factor", 1.0) * (1.0 + 0.1 * math.log(max(factor, 1.0)))
     parameters = {
         "factor": factor,
         "original_max_position_embeddings": values.get("rope.scaling.original_context_length"),

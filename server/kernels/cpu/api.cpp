@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <mutex>
 #include <new>
-#include <system_error>
+#include <exception>
 #include <vector>
 
 #include "gemm.h"

@@ -1,7 +1,6 @@
 #include "pool.h"
 
 #include <algorithm>
-#include <system_error>
 
 namespace loramux {
 namespace {

@@ -195,6 +195,9 @@ def test_gguf_rope_scaling() -> None:
     assert told == pytest.approx(1 + 0.1 * math.log(4.0)), "it multiplies YaRN's own"
     none = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.0}
     assert from_gguf(GGUF | none, TABLE).rope_scaling == RopeScaling()
+    for key in ("factor", "attn_factor"):
+        with pytest.raises(BadModel, match=f"{key} must be a number"):
+            from_gguf(GGUF | yarn | {f"llama.rope.scaling.{key}": "x"}, TABLE)
     for factor in (-1.0, math.inf, math.nan):
         with pytest.raises(BadModel, match="no positive number"):
             from_gguf(GGUF | none | {"llama.rope.scaling.factor": factor}, TABLE)
