@@ -40,15 +40,18 @@ class Sight:
             "tasks": tasks,
         }
 
-    def details(self, size: Callable[[str], int], bases: Sequence[str]) -> dict[str, Any]:
-        """What the answer about one adapter has beyond the summary. `bases` are the names of the one that is served."""
-        metadata = self.records[0].metadata
+    def details(self, size: Callable[[str], int], bases: Sequence[str], faults: Sequence[str]) -> dict[str, Any]:
+        """What the answer about one adapter has beyond the summary. `bases` are the names of the one that is served,
+        `faults` what is wrong beside the adapter itself.
+        """
+        metadata = self.records[0].metadata_of(self.name)
         notes = [*metadata.get("notes", ())]
         made_on = metadata.get("base")
         if bases and made_on and _last(made_on) not in map(_last, bases):
             notes.append(f"it names {made_on!r} as its base; served is {bases[0]!r}, whose layers it fits")
         if self.failure:
             notes.append(f"the last load failed: {self.failure}")
+        notes += faults
         return {
             "versions": [
                 {

@@ -7,14 +7,14 @@ disk or the clock.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 FORMAT = 1
 DIGEST = re.compile(r"[0-9a-f]{64}")
 KEPT = 3
-"""How many versions of a name are kept, the one it has among them."""
+"""How many versions of a name are kept at least, the one it has among them."""
 
 Signature = tuple[tuple[str, int, int, int, int], ...]
 """Of each file of a folder: name, size, modification and change time in nanoseconds, inode."""
@@ -55,11 +55,14 @@ class Journal:
         """The digests that some name has or could be rolled back to."""
         return frozenset(digest for name in self.names.values() for digest in name.history)
 
-    def point(self, name: str, digest: str, source: str, now: float) -> Journal:
-        """Give `name` the version `digest`, new or old; the versions beyond the last three lose the name."""
+    def point(self, name: str, digest: str, source: str, now: float, wanted: Collection[str] = ()) -> Journal:
+        """Give `name` the version `digest`, new or old. Versions beyond the last three lose the name, but for those
+        whose first digits are among the `wanted`.
+        """
         old = self.names.get(name)
-        rest = tuple(d for d in old.history if d != digest) if old else ()
-        fresh = Name((digest, *rest)[:KEPT], source, now, old.pinned if old else False)
+        history = (digest, *(d for d in old.history if d != digest)) if old else (digest,)
+        left = tuple(d for d in history[KEPT:] if d.startswith(tuple(wanted)))
+        fresh = Name((*history[:KEPT], *left), source, now, old.pinned if old else False)
         return replace(self, names={**self.names, name: fresh})
 
     def retire(self, name: str) -> Journal:

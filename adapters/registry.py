@@ -54,8 +54,9 @@ class Registry:
 
     `shapes` are the base's linears by path; stored versions that do not fit them are set aside and listed as rejected.
     `prepare` turns weights into the layout of the kernels. `reserved` are names that nobody may take (the base's own).
-    `tasks(name)` tells which tasks use an adapter, for its description. `slots`, `tasks` and
-    `bases`, the names that the base goes by, may be set later: an adapter that names another has a note.
+    `tasks(name)` tells which tasks use an adapter, for its description, `faults(name)` what is wrong with the task that
+    it brought, and `asked_for(name)` which of its versions, by their first digits, tasks name: those are kept. They,
+    `slots` and `bases`, the names that the base goes by, may be set later: an adapter that names another has a note.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class Registry:
     ) -> None:
         self.slots: Slots = NoSlots()
         self.tasks = tasks
+        self.faults: Callable[[str], Sequence[str]] = lambda name: ()
+        self.asked_for: Callable[[str], Collection[str]] = lambda name: ()
         self.bases: Sequence[str] = ()
         self.rejections = Rejections()
         self._store = store
@@ -171,7 +174,7 @@ class Registry:
     def metadata(self, name: str) -> Mapping[str, Any]:
         """What the reader told of the current version (`task`, `card`, `honoured`, ...). Raises UnknownAdapter."""
         with self._lock:
-            return self._store.records[self._names.named(name).digest].metadata
+            return self._store.records[self._names.named(name).digest].metadata_of(name)
 
     def list(self) -> Descriptions:
         """A short description of each adapter, by name."""
@@ -184,7 +187,7 @@ class Registry:
         with self._lock:
             self._names.named(name)
             sight = self._look(name)
-        return {**self._summary(sight), **sight.details(self._ram.size, self.bases)}
+        return {**self._summary(sight), **sight.details(self._ram.size, self.bases, self.faults(name))}
 
     def rejected(self) -> Descriptions:
         """The folders and stored adapters that are not served: `{path, reason, since}`, by path."""
@@ -320,11 +323,9 @@ class Registry:
                 self._store.write(journal)
                 return Published(version, False, weights.metadata)
         fresh = digest not in self._store.records and digest not in self._store.journal.referenced()
-        others = (h for other, h in self._names.histories.items() if other != name)
-        shared = any(history[:1] == (digest,) for history in others)
-        renewed = self._store.adopt(staged, Record.of(weights, time.time()), shared=shared)
+        renewed = self._store.adopt(staged, Record.of(weights, time.time()))
         if not same:
-            journal = journal.point(name, digest, source, time.time())
+            journal = journal.point(name, digest, source, time.time(), self.asked_for(name))
         try:
             if journal is not self._store.journal:
                 self._store.write(journal)
@@ -336,9 +337,8 @@ class Registry:
         with self._lock:
             self._failures.pop(digest, None)
         self._serve(journal)
-        if renewed:
-            for other in [other for other, current in self._names.current().items() if current == digest]:
-                self._observer.on_change(other, Version(other, digest))
+        if renewed and same:
+            self._observer.on_change(name, version)
         return Published(version, not same, weights.metadata)
 
     def _move(self, version: Version, if_match: str | None) -> Published:
@@ -349,10 +349,10 @@ class Registry:
         same = self._names.histories[name][0] == digest
         if not same:
             journal = self._store.journal
-            journal = journal.point(name, digest, journal.names[name].source, time.time())
+            journal = journal.point(name, digest, journal.names[name].source, time.time(), self.asked_for(name))
             self._store.write(journal)
             self._serve(journal)
-        return Published(version, not same, self._store.records[digest].metadata)
+        return Published(version, not same, self._store.records[digest].metadata_of(name))
 
     def _retire(self, name: str, if_match: str | None, forget: tuple[str, ...]) -> Retired:
         self._names.expect(name, if_match)

@@ -25,7 +25,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +44,35 @@ RECORD = "record.json"
 CHUNK = 1 << 20
 
 
+NAMED = ("task", "card")
+"""Their keys in the metadata, which are the name's that brought them, not the content's."""
+
+
 @dataclass(frozen=True)
 class Record:
-    """What is told about a version without reading its tensors. `modules` maps a path to (rank, out, in)."""
+    """What is told about a version without reading its tensors. `modules` maps a path to (rank, out, in).
+
+    `metadata` is as the version came last; `told` has the task and the card of each name that it was given.
+    """
 
     digest: str
     nbytes: int
     modules: Mapping[str, tuple[int, int, int]]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     created_at: float = 0.0
+    told: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @staticmethod
     def of(weights: LoraWeights, created_at: float) -> Record:
         """The record of `weights`, at the size that they have now."""
         modules = {path: (m.rank, m.B.shape[0], m.A.shape[1]) for path, m in weights.modules.items()}
-        return Record(weights.digest, weights.nbytes, modules, dict(weights.metadata), created_at)
+        metadata = dict(weights.metadata)
+        told = {weights.name: {key: metadata.get(key) for key in NAMED}}
+        return Record(weights.digest, weights.nbytes, modules, metadata, created_at, told)
+
+    def metadata_of(self, name: str) -> Mapping[str, Any]:
+        """The metadata with the task and the card that this name brought."""
+        return {**self.metadata, **self.told.get(name, {})}
 
     @property
     def ranks(self) -> list[int]:
@@ -201,19 +215,19 @@ class Store:
                     os.close(source)
             yield staged
 
-    def adopt(self, staged: Path, record: Record, *, shared: bool = False) -> bool:
+    def adopt(self, staged: Path, record: Record) -> bool:
         """Take a staged copy, found to be `record.digest`, as that version.
 
-        If the version is here already, only its card, its task and its record are renewed, since equal digests mean
-        equal content; if its files were found damaged they are replaced too. Under another name that is `shared`, what
-        is told of it stays, and only what was not told is added. Answers whether what is told of it is new.
+        If the version is here already, only what is told of it is renewed, since equal digests mean equal content; if
+        its files were found damaged they are replaced too. Other names keep the task and the card that they brought.
+        Answers whether those of the name in `record` are new.
         """
         digest, target = record.digest, self.path(record.digest)
         known = self.records.get(digest)
         if known is not None:
-            told = {k: v for k, v in known.metadata.items() if v is not None} if shared else {}
-            metadata = {**record.metadata, **told}
-            record = Record(**{**vars(record), "metadata": metadata, "created_at": known.created_at})
+            others = (name for name, entry in self.journal.names.items() if digest in entry.history)
+            kept = {name: {key: known.metadata_of(name).get(key) for key in NAMED} for name in others}
+            record = replace(record, created_at=known.created_at, told={**kept, **record.told})
         with _told("keep the new version"):
             self._disk.write(staged / RECORD, json.dumps(asdict(record)).encode())
             if known is None or not target.exists():
@@ -223,13 +237,14 @@ class Store:
                 self._disk.rename(staged, target)
                 self._disk.sync(self._versions)
             else:
-                if shared:
-                    self._keep_told(staged, target)
                 self._renew(staged, target, replaced=REQUIRED if digest in self.damaged else ())
         self.damaged.discard(digest)
         self.lost.pop(digest, None)
         self.records[digest] = record
-        return known is not None and json.dumps(known.metadata) != json.dumps(record.metadata)
+        if known is None:
+            return False
+        before, after = ({n: r.metadata_of(n) for n in record.told} for r in (known, record))
+        return json.dumps(before) != json.dumps(after)
 
     def write(self, journal: Journal) -> None:
         """Make `journal` the one that is found after a crash."""
@@ -261,12 +276,6 @@ class Store:
         trash = Path(tempfile.mkdtemp(dir=self._incoming))
         self._disk.rename(folder, trash / folder.name)
         self._disk.remove(trash)
-
-    def _keep_told(self, staged: Path, target: Path) -> None:
-        """The side files of a version go over those of its new copy."""
-        for name in SIDE:
-            if (target / name).exists():
-                self._disk.write(staged / name, (target / name).read_bytes())
 
     def _renew(self, staged: Path, target: Path, replaced: tuple[str, ...]) -> None:
         for name in (*replaced, *SIDE, RECORD):

@@ -130,8 +130,8 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     context = min(base.config.max_position_embeddings, settings.max_context or base.config.max_position_embeddings)
     runner, engine = _engine(settings, base, registry, text, context)
     registry.slots, registry.bases = engine, names_of(base.name)
-    tasks = Tasks(settings.state_dir / "tasks.json", registry, reserved=(base.name,))
-    registry.tasks = tasks.using
+    tasks = Tasks(settings.state_dir / "tasks.json", registry, reserved=(base.name,), vocabulary=text.size)
+    registry.tasks, registry.faults, registry.asked_for = tasks.using, tasks.faults, tasks.versions
     notices.on_adapters = tasks.refresh
     metrics.served = lambda task, adapters: (
         (task is None or tasks.find(task) is not None) and set(adapters) <= set(registry.names())

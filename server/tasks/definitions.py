@@ -95,6 +95,11 @@ class Task:
         """Names of the adapters that its route may use, without versions."""
         return tuple(dict.fromkeys(name.partition("@")[0] for name in self.route.candidates))
 
+    def versions(self, adapter: str) -> set[str]:
+        """The first digits of the versions of an adapter that its route names."""
+        parts = (name.partition("@") for name in self.route.candidates)
+        return {version for name, _, version in parts if name == adapter and version}
+
     def body(self) -> dict[str, Any]:
         """The JSON that `parse` reads back."""
         return {

@@ -1,11 +1,12 @@
 """`Tasks`: all tasks by name, those put by the API over those that adapter folders bring.
 
 Owns `tasks.json` in the state directory. A task of a folder lives and goes with its adapter; one that was deleted
-through the API stays away until its adapter has other content.
+through the API stays away until its adapter has other content or another task.json, or is put again after it went.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -39,18 +40,29 @@ class Adapters(Protocol):
 
 
 class Tasks:
-    """Every task that can be named. Reading is lock-free: the tables are replaced, never changed."""
+    """Every task that can be named. Reading is lock-free: the tables are replaced, never changed.
 
-    def __init__(self, file: Path, adapters: Adapters, reserved: Collection[str] = ()) -> None:
+    Defaults name token ids below `vocabulary`, if one is given.
+    """
+
+    def __init__(
+        self, file: Path, adapters: Adapters, reserved: Collection[str] = (), vocabulary: int | None = None
+    ) -> None:
         self._file = file
+        self._vocabulary = vocabulary
         self._adapters = adapters
         self._reserved = RESERVED | set(reserved)
         self._lock = threading.Lock()
         self._put: dict[str, Task] = {}
-        self._deleted: dict[str, str] = {}
+        self._deleted: dict[str, list[str]] = {}
+        """Of each task that was deleted, the marks of those that brought it."""
         self._files: dict[str, Task] = {}
-        self._brought: dict[str, str] = {}
-        """Of each task in a folder, the content of the adapter whose folder it is: it may route to others."""
+        self._brought: dict[str, list[str]] = {}
+        """Of each task in a folder, the marks of all adapters whose folders bring it: it may route to others."""
+        self._contents: dict[str, str] = {}
+        """Of each adapter, its digest when it was last looked at."""
+        self._faults: dict[str, str] = {}
+        """Of each adapter with a task.json that is no task, why."""
         self._read()
         self.refresh()
 
@@ -74,6 +86,15 @@ class Tasks:
         """Names of the tasks that route to an adapter."""
         return [task.name for task in self.all() if adapter in task.adapters]
 
+    def versions(self, adapter: str) -> set[str]:
+        """The first digits of the versions of an adapter that tasks name."""
+        return {version for task in self.all() for version in task.versions(adapter)}
+
+    def faults(self, adapter: str) -> list[str]:
+        """What is wrong with the task.json that an adapter brought, for its description."""
+        fault = self._faults.get(adapter)
+        return [] if fault is None else [f"its task.json is not used: {fault}"]
+
     def put(self, name: str, body: Mapping[str, Any]) -> tuple[Task, bool]:
         """Define a task; answers it and whether the name is new.
 
@@ -84,11 +105,19 @@ class Tasks:
         check_task_name(name)
         own = Fixed(((name, 1.0),)) if name in self._adapters.names() else Fixed()
         task = parse(name, body, default_route=own, source="api")
+        self._check_tokens(task)
         self._check(task.route)
         with self._lock:
             created = self.find(name) is None
             self._write({**self._put, name: task}, {k: v for k, v in self._deleted.items() if k != name})
         return task, created
+
+    def _check_tokens(self, task: Task) -> None:
+        for token in task.defaults.get("stop_token_ids", ()):
+            if self._vocabulary is not None and token >= self._vocabulary:
+                raise InvalidRequest(
+                    f"{token} is no token id; the vocabulary has {self._vocabulary}", "defaults.stop_token_ids"
+                )
 
     def _check(self, route: Route) -> None:
         try:
@@ -100,13 +129,14 @@ class Tasks:
             raise type(error)(error.message, "route") from None
 
     def delete(self, name: str) -> Task:
-        """Take a task away; a task of a folder that it had covered comes back. Raises UnknownName."""
+        """Take a task away; one of a folder that a task of the API had covered comes back. Raises UnknownName."""
         with self._lock:
             task = self.get(name)
             if task.source == "api":
                 self._write({k: v for k, v in self._put.items() if k != name}, self._deleted)
             else:
-                self._write(self._put, {**self._deleted, name: self._brought.get(name, "")})
+                marks = [*self._deleted.get(name, ()), *self._brought.get(name, ())]
+                self._write(self._put, {**self._deleted, name: list(dict.fromkeys(marks))})
         self.refresh()
         return task
 
@@ -115,41 +145,65 @@ class Tasks:
         names of the tasks that went with it."""
         with self._lock:  # of two, the one that has read last is written last
             files: dict[str, Task] = {}
-            brought: dict[str, str] = {}
-            for adapter in self._adapters.names():
-                try:
-                    body = self._adapters.metadata(adapter).get("task")
-                    digest = self._adapters.current(adapter).digest
-                except UnknownAdapter:
-                    continue  # it went in between, and its own notice follows
+            brought: dict[str, list[str]] = {}
+            faults: dict[str, str] = {}
+            read = [(adapter, *found) for adapter in self._adapters.names() if (found := self._look(adapter))]
+            contents = {adapter: digest for adapter, digest, _ in read}
+            self._forget(set(self._contents.values()) - set(contents.values()))
+            for adapter, digest, body in read:
                 if body is None:
                     continue
-                task = self._from_folder(adapter, body)
-                if task is None or self._deleted.get(task.name) == digest:
+                try:
+                    task = self._from_folder(adapter, body)
+                except (ServerError, AdapterError, ValueError) as error:
+                    faults[adapter] = str(error)
+                    if faults[adapter] != self._faults.get(adapter):
+                        log.warning("the task.json of adapter %r is not used: %s", adapter, error)
                     continue
+                mark = _mark(digest, body)
+                if not {mark, digest}.isdisjoint(self._deleted.get(task.name, ())):
+                    continue
+                brought.setdefault(task.name, []).append(mark)
                 if task.name not in files or task.name == adapter:
-                    files[task.name], brought[task.name] = task, digest
+                    files[task.name] = task
             gone = self._files.keys() - files.keys() - self._put.keys()
-            self._files, self._brought = files, brought
+            self._files, self._brought, self._contents, self._faults = files, brought, contents, faults
         return gone
 
-    def _from_folder(self, adapter: str, body: Any) -> Task | None:
+    def _look(self, adapter: str) -> tuple[str, Any] | None:
+        """The digest and the task.json of an adapter; None if it went in between: its own notice follows."""
         try:
-            if not isinstance(body, Mapping):
-                raise InvalidRequest("it must be an object")
-            name = body.get("task") or adapter
-            if not isinstance(name, str) or name in self._reserved:
-                raise InvalidRequest(f"{str(name)[:64]!r} can not be a task's name", "task")
-            return parse(name, body, default_route=Fixed(((adapter, 1.0),)), source="file")
-        except (ServerError, AdapterError, ValueError) as error:
-            log.warning("the task.json of adapter %r is not used: %s", adapter, error)
+            return self._adapters.current(adapter).digest, self._adapters.metadata(adapter).get("task")
+        except UnknownAdapter:
             return None
+
+    def _forget(self, digests: Collection[str]) -> None:
+        """Let adapters that went bring their tasks again, should they come back. With the lock."""
+        kept = {
+            name: [mark for mark in marks if mark.partition(":")[0] not in digests]
+            for name, marks in self._deleted.items()
+        }
+        if kept != self._deleted:
+            try:
+                self._write(self._put, {name: marks for name, marks in kept.items() if marks})
+            except StoreFailed as error:
+                log.warning("tasks that were deleted stay so: %s", error.message)
+
+    def _from_folder(self, adapter: str, body: Any) -> Task:
+        if not isinstance(body, Mapping):
+            raise InvalidRequest("it must be an object")
+        name = body.get("task") or adapter
+        if not isinstance(name, str) or name in self._reserved:
+            raise InvalidRequest(f"{str(name)[:64]!r} can not be a task's name", "task")
+        task = parse(name, body, default_route=Fixed(((adapter, 1.0),)), source="file")
+        self._check_tokens(task)
+        return task
 
     def _read(self) -> None:
         """The file. What cannot be read of it is left out, and the whole is kept aside as it was."""
         try:
             stored = json.loads(self._file.read_text(encoding="utf-8"))
-            deleted = {str(k): str(v) for k, v in stored["deleted"].items()}
+            deleted = {str(k): [v] if isinstance(v, str) else [*map(str, v)] for k, v in stored["deleted"].items()}
             bodies = dict(stored["tasks"])
         except FileNotFoundError:
             return
@@ -175,7 +229,7 @@ class Tasks:
     def _aside(self) -> Path:
         return self._file.with_suffix(".broken.json")
 
-    def _write(self, put: dict[str, Task], deleted: dict[str, str]) -> None:
+    def _write(self, put: dict[str, Task], deleted: dict[str, list[str]]) -> None:
         """Disk first, then memory. Raises StoreFailed if the disk refuses."""
         content = {"tasks": {name: task.body() for name, task in put.items()}, "deleted": deleted}
         temporary = self._file.with_suffix(".new")
@@ -189,3 +243,8 @@ class Tasks:
         except OSError as error:
             raise StoreFailed(f"the task cannot be written: {error.strerror}; nothing has changed") from None
         self._put, self._deleted = put, deleted
+
+
+def _mark(digest: str, body: Any) -> str:
+    """What an adapter's content and its task.json are known by."""
+    return f"{digest}:{hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]}"

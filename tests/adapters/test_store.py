@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -384,16 +383,39 @@ def test_kill_minus_nine_while_registering(tmp_path: Path, folders: list[Path]) 
         store.close()
 
 
-def test_another_name_of_equal_content_takes_nothing_away(store: Store, folders: list[Path]) -> None:
+def test_names_of_equal_content_have_a_card_and_a_task_each(store: Store, folders: list[Path]) -> None:
     digest = publish(store, "a", folders[0])
-    before = dict(store.records[digest].metadata)
-    bare = dataclasses.replace(store.records[digest], metadata={**before, "task": None})
-    with store.stage(folders[0]) as staged:
-        (staged / "task.json").unlink()
-        store.adopt(staged, bare, shared=True)
-    assert before["task"] is not None
-    assert store.records[digest].metadata == before
-    assert read_folder(store.path(digest), name="a").metadata["task"] == before["task"]
+    before = store.records[digest].metadata_of("a")
+    assert before["task"] is not None and before["card"] == "card 0"
+    (folders[0] / "task.json").unlink()
+    (folders[0] / "README.md").write_text("of b")
+    assert publish(store, "b", folders[0]) == digest
+    store.close()
+    again = Store(store.root)
+    record = again.records[digest]
+    assert record.metadata_of("a") == before
+    assert (record.metadata_of("b")["task"], record.metadata_of("b")["card"]) == (None, "of b")
+    again.write(again.journal.retire("a"))
+    publish(again, "b", folders[0])
+    assert set(again.records[digest].told) == {"b"}, "what names had that are gone is not kept"
+    again.close()
+
+
+def test_what_was_told_of_a_version_before_names_had_their_own_is_every_names(
+    store: Store, folders: list[Path]
+) -> None:
+    digest = publish(store, "a", folders[0])
+    store.close()
+    file = store.path(digest) / "record.json"
+    fields = json.loads(file.read_text())
+    del fields["told"]
+    file.write_text(json.dumps(fields))
+    again = Store(store.root)
+    assert again.records[digest].metadata_of("a")["card"] == "card 0"
+    (folders[0] / "README.md").write_text("of b")
+    publish(again, "b", folders[0])
+    assert again.records[digest].metadata_of("a")["card"] == "card 0"
+    again.close()
 
 
 def test_a_version_whose_folder_went_while_it_was_served_can_be_put_again(store: Store, folders: list[Path]) -> None:

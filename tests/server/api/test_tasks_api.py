@@ -117,11 +117,22 @@ def test_bad_names_are_refused(live: Any, subtests: pytest.Subtests) -> None:
             assert live.http.put(f"/tasks/{name}", json=BODY).status_code == 400
 
 
+def test_stop_tokens_of_a_task_are_in_the_vocabulary(live: Any, write_adapter: Any) -> None:
+    body = {**BODY, "defaults": {"stop_token_ids": [99_999_999]}}
+    refused = live.http.put("/tasks/far", json=body)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "defaults.stop_token_ids"
+    write_adapter("far", 33, task=body)
+    made = live.http.post("/adapters", json={"name": "far", "source": "far"}).json()
+    assert made["tasks"] == [] and "99999999 is no token id" in made["notes"][-1]
+
+
 def test_a_bad_task_file_leaves_its_adapter_served(live: Any, write_adapter: Any) -> None:
     write_adapter("odd", 31, task={"prompt": "no input here"})
     assert live.http.post("/adapters", json={"name": "odd", "source": "odd"}).status_code in (200, 201)
     assert live.http.get("/tasks/odd").status_code == 404
     assert live.generate("x", adapters=[{"name": "odd"}]).status_code == 200
+    [note] = [note for note in live.http.get("/adapters/odd").json()["notes"] if "task.json" in note]
+    assert note.startswith("its task.json is not used: ") and "{input}" in note
     for seed, weight in enumerate((99, float("nan")), 40):
         write_adapter(f"far{seed}", seed, task={**BODY, "route": {"choice": [{"name": "a", "weight": weight}]}})
         made = live.http.post("/adapters", json={"name": f"far{seed}", "source": f"far{seed}"})
@@ -146,6 +157,84 @@ def test_a_folders_task_that_routes_elsewhere_stays_deleted(live: Any, write_ada
     assert live.http.get("/tasks/elsewhere").json()["source"] == "file"
     assert live.http.delete("/tasks/elsewhere").status_code == 200
     assert live.http.get("/tasks/elsewhere").status_code == 404
+
+
+def test_names_of_equal_content_have_a_task_and_a_card_each(live: Any, write_adapter: Any) -> None:
+    """And none gets another's, or loses its own to it."""
+    folder = write_adapter("one", 31)
+    for name, given in (("one", None), ("two", "Two: {input}"), ("three", "Three: {input}")):
+        (folder / "README.md").write_text(f"card of {name}")
+        if given:
+            (folder / "task.json").write_text(json.dumps({"prompt": given}))
+        made = live.http.post("/adapters", json={"name": name, "source": "one"})
+        assert made.status_code == 201 and made.json()["card"] == f"card of {name}"
+    assert live.http.get("/tasks/one").status_code == 404
+    for name, prompt in (("two", "Two: {input}"), ("three", "Three: {input}")):
+        assert live.http.get(f"/tasks/{name}").json()["prompt"] == prompt
+    (folder / "task.json").write_text(json.dumps({"prompt": "New: {input}"}))
+    assert live.http.put("/adapters/two", json={"source": "one"}).status_code == 200
+    assert [live.http.get(f"/tasks/{name}").json().get("prompt") for name in ("one", "two", "three")] == [
+        None, "New: {input}", "Three: {input}",
+    ]  # fmt: skip
+    assert live.http.get("/adapters/one").json()["card"] == "card of one"
+    assert live.http.get("/adapters/one").json()["tasks"] == []
+
+
+def test_a_task_that_two_folders_bring_is_deleted_at_once(live: Any, write_adapter: Any) -> None:
+    for seed, name in ((31, "first"), (32, "second")):
+        write_adapter(name, seed, task={**BODY, "task": "both"})
+        assert live.http.post("/adapters", json={"name": name, "source": name}).status_code == 201
+    assert live.http.delete("/tasks/both").status_code == 200
+    assert live.http.get("/tasks/both").status_code == 404
+    assert live.http.delete("/adapters/first").status_code == 202
+
+
+def test_a_deleted_task_comes_back_with_another_definition_or_with_its_adapter_put_anew(
+    live: Any, write_adapter: Any
+) -> None:
+    write_adapter("re", 31, task=BODY)
+    put = {"name": "re", "source": "re"}
+    assert live.http.post("/adapters", json=put).status_code == 201
+    assert live.http.delete("/tasks/re").status_code == 200
+    assert live.http.put("/adapters/re", json={"source": "re"}).status_code == 200
+    assert live.http.get("/tasks/re").status_code == 404, "it is what was deleted"
+    assert live.http.delete("/adapters/re").status_code == 202
+    assert live.http.post("/adapters", json=put).json()["tasks"] == ["re"]
+    assert live.http.delete("/tasks/re").status_code == 200
+    write_adapter("re", 31, task={"prompt": "Other: {input}"})
+    assert live.http.put("/adapters/re", json={"source": "re"}).json()["tasks"] == ["re"]
+
+
+def test_what_was_deleted_before_marks_had_definitions_stays_away(tmp_path: Path) -> None:
+    class Adapters:
+        def names(self) -> list[str]:
+            return ["x", "y"]
+
+        def current(self, name: str) -> Version:
+            return Version(name, name * 64)
+
+        def metadata(self, name: str) -> dict[str, Any]:
+            return {"task": {"prompt": "{input}"}}
+
+    (tmp_path / "tasks.json").write_text(json.dumps({"tasks": {}, "deleted": {"x": "x" * 64}}))
+    tasks = Tasks(tmp_path / "tasks.json", Adapters())  # type: ignore[arg-type]
+    assert [task.name for task in tasks.all()] == ["y"]
+
+
+def test_a_version_that_a_task_names_is_kept(live: Any, write_adapter: Any) -> None:
+    write_adapter("pv", 40)
+    first = live.http.post("/adapters", json={"name": "pv", "source": "pv"}).json()["version"]
+    route = {"choice": [{"name": first}]}
+    assert live.http.put("/tasks/pinned", json={**BODY, "route": route}).status_code == 201
+    for seed in range(41, 46):
+        write_adapter("pv", seed)
+        assert live.http.put("/adapters/pv", json={"source": "pv"}).status_code == 200
+    answer = live.generate("x", task="pinned").json()
+    assert answer["adapters"][0]["version"] == first
+    assert len(live.http.get("/adapters/pv").json()["versions"]) == 4
+    assert live.http.delete("/tasks/pinned").status_code == 200
+    write_adapter("pv", 46)
+    assert len(live.http.put("/adapters/pv", json={"source": "pv"}).json()["versions"]) == 3
 
 
 def test_a_task_that_is_deleted_while_folders_are_read_stays_away(tmp_path: Path) -> None:
