@@ -250,13 +250,12 @@ class Metrics(Observer):
                 row["prompt_tokens"] += pair.tokens[0]
                 row["generated_tokens"] += pair.tokens[1]
                 duration, ttft = pair.histograms[:2]
-                row["_n"] += sum(duration.counts)
-                row["duration_seconds"] += duration.total
-                row["ttft_seconds"] += ttft.total
+                for name, measured in (("duration", duration), ("ttft", ttft)):
+                    row[f"_{name}"] += sum(measured.counts)
+                    row[f"{name}_seconds"] += measured.total
         for row in table.values():
-            measured = row.pop("_n") or 1.0
-            row["duration_seconds"] /= measured
-            row["ttft_seconds"] /= measured
+            for name in ("duration", "ttft"):
+                row[f"{name}_seconds"] /= row.pop(f"_{name}") or 1.0
         return table
 
     def render(self) -> bytes:
@@ -344,7 +343,7 @@ class Metrics(Observer):
 
 _TOTALS = (
     *("requests", "errors", "cancelled", "prompt_tokens", "generated_tokens", "ttft_seconds", "duration_seconds"),
-    "_n",
+    *("_duration", "_ttft"),
 )
 
 

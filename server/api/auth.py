@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from starlette.routing import Match
+
 from server.api.errors import answer
 from server.api.limits import refuse
 from server.api.types import ASGIApp, Receive, Scope, Send
@@ -195,13 +197,21 @@ class Gate:
                 if _authority(origin) != hosts[0].lower():
                     raise Forbidden("requests of pages from another origin are refused")
         authorization = headers.get(b"authorization", [])
+        given = authorization[0] if len(authorization) == 1 else None
         needed = access(scope["method"], scope["path"])
-        return self.keys.check(needed, authorization[0] if len(authorization) == 1 else None)
+        if needed is Access.ADMIN and not _routed(scope):
+            needed = Access.INFERENCE  # whoever may ask at all hears that there is no such route, or not that method
+        return self.keys.check(needed, given)
 
     def _known(self, host: str) -> bool:
         name = host.lower()
         name = name[: name.find("]") + 1] if name.startswith("[") else name.partition(":")[0]
         return name in self.hosts or "*" in self.hosts
+
+
+def _routed(scope: Scope) -> bool:
+    """Whether the application has a route for this method and path."""
+    return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes)
 
 
 def _authority(origin: str) -> str | None:

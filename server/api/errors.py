@@ -56,6 +56,8 @@ TABLE: Mapping[type[Exception], tuple[int, str, str]] = {
 STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 400: "invalid_request", 413: "body_too_large"}
 UNREADABLE = "There was an error parsing the body"
 """What the framework says of JSON that it cannot read; its other words for a 400 are of multipart bodies."""
+UNION_PARTS = ("function-", "list[", "literal[", "constrained-")
+"""How the validator names the kinds of a field that takes several, which are no part of the field's name."""
 PERMANENT = frozenset({409, 507})
 """Statuses that a client's own retry rules would retry, though it can not help."""
 
@@ -88,7 +90,7 @@ def answer(error: Exception, request_id: str = "", *, openai: bool = False) -> A
     if isinstance(error, RequestValidationError):
         return _invalid(error.errors(), openai)
     if isinstance(error, HTTPException):
-        return _framework(error)
+        return _framework(error, openai)
     for kind in type(error).__mro__:
         if kind in TABLE:
             return _known(error, *TABLE[kind])
@@ -107,15 +109,16 @@ def _known(error: Any, status: int, kind: str, code: str) -> Answer:
     return Answer(status, error.message, kind, error.param, code, headers)
 
 
-def _framework(error: HTTPException) -> Answer:
+def _framework(error: HTTPException, openai: bool) -> Answer:
     status = error.status_code
+    if str(error.detail).startswith(UNREADABLE):
+        message = "the body cannot be read; send valid JSON, in UTF-8, as application/json"
+        return Answer(400 if openai else 422, message, INVALID, None, "invalid_json")
     message = {
         404: "there is no such route; /docs lists them all",
         405: "this route does not know that method; the Allow header lists what it knows",
         400: f"the upload cannot be read: {error.detail}",
     }.get(status, str(error.detail))
-    if str(error.detail).startswith(UNREADABLE):
-        message = "the body cannot be read; send valid JSON as application/json"
     code = STATUS_CODES.get(status, "invalid_request" if status < 500 else "internal")
     return Answer(
         status,
@@ -141,7 +144,7 @@ def _invalid(problems: Sequence[Any], openai: bool) -> Answer:
 
 def _where(location: Sequence[Any]) -> str:
     parts = [
-        p for p in location[1:] if not (isinstance(p, str) and p.startswith(("function-", "list[", "constrained-")))
+        p for p in location[1:] if not (isinstance(p, str) and p.startswith(UNION_PARTS))
     ]
     return ".".join(str(p)[:64] for p in parts) if location[:1] != ("body",) or len(location) > 1 else ""
 

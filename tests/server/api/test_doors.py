@@ -89,6 +89,15 @@ def test_admin_routes_are_closed_without_admin_keys(start: Any) -> None:
     assert live.http.get("/adapters", headers=bearer("team:secret-one")).status_code == 200
 
 
+def test_what_is_no_route_is_not_found_whatever_the_key(start: Any) -> None:
+    live = start(api_keys="team:secret-one", metrics_key="prom:secret-three")
+    assert live.http.post("/v1/embeddings", json={}, headers=bearer("secret-one")).status_code == 404
+    wrong = live.http.get("/generate", headers=bearer("secret-one"))
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+    assert live.http.post("/v1/embeddings", json={}).status_code == 401
+    assert live.http.get("/nope", headers=bearer("secret-three")).status_code == 403
+
+
 def test_with_admin_keys_alone_nothing_is_open_to_others(start: Any) -> None:
     live = start(admin_keys="boss:secret-two")
     assert live.http.get("/adapters").status_code == live.generate("x").status_code == 401
@@ -160,8 +169,13 @@ def test_one_shape_for_every_status(live: Any) -> None:
     assert error_of(live.http.post("/generate/"))["code"] == "not_found"
     text = live.http.post("/generate", content=b"plain", headers={"content-type": "text/plain"})
     assert text.status_code == 422 and error_of(text)
-    deep = live.http.post("/generate", content=b"[" * 100_000, headers={"content-type": "application/json"})
-    assert deep.status_code in (400, 422) and error_of(deep)
+    number = b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}"
+    for body in (b"[" * 100_000, b'{"prompt": "\xff"}', number):
+        for route, status in (("/generate", 422), ("/v1/completions", 400)):
+            unread = live.http.post(route, content=body, headers={"content-type": "application/json"})
+            assert unread.status_code == status and error_of(unread)["code"] == "invalid_json", unread.text
+    several = live.http.post("/v1/completions", json={"model": "x", "prompt": "x", "logprobs": True})
+    assert error_of(several)["param"] == "logprobs"
 
 
 def test_head_is_get_without_the_body(start: Any) -> None:

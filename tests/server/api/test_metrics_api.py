@@ -102,6 +102,17 @@ def test_a_request_is_recorded_from_its_own_timestamps() -> None:
     assert value(text, "loramux_requests_total", **pair, status="200") == 2
 
 
+def test_means_are_over_what_was_measured() -> None:
+    """A classification has no first token, and does not make it look earlier."""
+    metrics = Metrics()
+    metrics.record(Ended("t", ("a",), "200", submitted=10.0, first_token=12.0, finished=13.0))
+    for _ in range(4):
+        metrics.record(Ended("t", ("a",), "200", submitted=10.0, finished=11.0))
+    told = metrics.totals()["t"]
+    assert (told["ttft_seconds"], told["duration_seconds"]) == (2.0, 7.0 / 5)
+    assert all(not name.startswith("_") for name in told)
+
+
 def test_pairs_are_bounded_and_go_with_their_adapter() -> None:
     metrics = Metrics()
     for i in range(MAX_PAIRS + 50):
