@@ -29,6 +29,11 @@ BLOCK = 16
 STATE = Path(__file__).resolve().parents[1] / "data"
 
 
+def tell(line: str) -> None:
+    """On the way: it takes long, and what is known when it is ended is not lost."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def loss(runner: Runner, ids: list[int]) -> float:
     """The sum of -log p of all of one window's tokens but its first."""
     count = len(ids)
@@ -57,7 +62,10 @@ def perplexities(gguf: Path, data: Path, windows: int, length: int) -> dict[str,
             pieces = [ids[i * length : (i + 1) * length] for i in range(min(windows, len(ids) // length))]
             runner = make_runner(base, 1, 2)
             runner.allocate(-(-length // BLOCK), BLOCK)
-            sums = [loss(runner, piece) for piece in pieces]
+            sums = []
+            for piece in pieces:
+                sums.append(loss(runner, piece))
+                tell(f"perplexity, {kernels}: {len(sums)} of {len(pieces)} windows")
             found[kernels] = math.exp(sum(sums) / (len(pieces) * (length - 1)))
     return found
 
@@ -84,8 +92,9 @@ def main() -> None:
     given = parser.parse_args()
     report: dict[str, Any] = {"agreement": {}}
     if given.windows:
-        told = perplexities(given.base, given.data / "summarization.dev.jsonl", given.windows, given.length)
-        report["perplexity"] = {**told, "relative": told["native"] / told["reference"] - 1}
+        found = perplexities(given.base, given.data / "summarization.dev.jsonl", given.windows, given.length)
+        report["perplexity"] = {**found, "relative": found["native"] / found["reference"] - 1}
+        tell(f"perplexity: {report['perplexity']}")
     with tempfile.TemporaryDirectory() as name:
         for task in given.task:
             data = given.data / f"{task}.dev.jsonl"
@@ -95,6 +104,7 @@ def main() -> None:
             )
             same = sum(a == b for a, b in zip(ours, exact, strict=True))
             report["agreement"][task] = {"examples": len(ours), "equal": same, "share": same / len(ours)}
+            tell(f"{task}: {report['agreement'][task]}")
     print(json.dumps(report, indent=1))
 
 
