@@ -23,6 +23,10 @@ Ints = npt.NDArray[np.int32]
 
 WIDTHS = tuple(LANES * 4**i for i in range(6))
 """Buckets of a tile's lanes: the summed ranks of its adapters."""
+ROW_WIDTHS = WIDTHS[:4]
+"""Those of tiles of one row."""
+OWN_LANES = 512
+"""Lanes that rows may have of their own, all together, before it counts that some are the same. Not measured yet."""
 
 
 def batch_buckets(most: int) -> list[int]:
@@ -79,14 +83,18 @@ class Shape:
         if not self.rows == self.sequences == self.singles == self.logits:
             return None
         size = next((b for b in batches if b >= self.rows), None)
-        width = 0 if self.width == 0 else next((w for w in WIDTHS if w >= self.width), None)
+        width = next((w for w in (0, *WIDTHS) if w >= self.width), None)
         if size is None or width is None or self.blocks > blocks:
             return None
-        rows = tile_rows(size)
-        places = min(width, 16 * size)
-        if self.places > places:
-            return None
-        return Shape(size, size, blocks, size, size, 0, -(-size // rows), rows, width, places)
+        shape = Shape.single_rows(size, blocks, width, each=self.tile_rows == 1)
+        return shape if self.places <= shape.places else None
+
+    @classmethod
+    def single_rows(cls, size: int, blocks: int, width: int, each: bool) -> Shape:
+        """The bucket of `size` single rows with tiles of up to `width` lanes, `each` row a tile by itself or not."""
+        rows = 1 if each else tile_rows(size)
+        tiles = -(-size // rows)
+        return cls(size, size, blocks, size, size, 0, tiles, rows, width, min(width * tiles, 16 * size))
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ class Numbers:
 
 
 def tile_rows(rows: int) -> int:
-    """Rows of a tile in a step with so many."""
+    """Rows of a tile in a step with so many, where tiles have more than one."""
     return 16 if rows <= 16 else 32 if rows <= 64 else 64
 
 
@@ -124,9 +132,8 @@ def describe(batch: Batch, ranks: Sequence[int]) -> Numbers:
     """The numbers of a step. `ranks` is the largest rank of each slot's adapter."""
     starts, contexts = batch.row_start.numpy(), batch.context.numpy()
     counts = np.diff(starts)
-    size = tile_rows(batch.rows)
     used = tuple((slot, ranks[slot]) for slot in sorted({slot for mix in batch.mixes for slot, _ in mix}))
-    rows, table, weights = _lanes(batch.mixes, tuple(counts.tolist()), used, size)
+    size, rows, table, weights = _lanes(batch.mixes, tuple(counts.tolist()), used)
     width = table.shape[2]
     singles = np.flatnonzero(counts == 1).astype(np.int32)
     prefills = [
@@ -159,12 +166,14 @@ def describe(batch: Batch, ranks: Sequence[int]) -> Numbers:
 
 @lru_cache(maxsize=4)
 def _lanes(
-    mixes: tuple[SlotWeights, ...], counts: tuple[int, ...], ranks: tuple[tuple[int, int], ...], size: int
-) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
-    """The tiles [tiles, 4], their lanes' (slot, index, place) [3, tiles, width], and the weights [S, places].
+    mixes: tuple[SlotWeights, ...], counts: tuple[int, ...], ranks: tuple[tuple[int, int], ...]
+) -> tuple[int, Ints, Ints, npt.NDArray[np.float32]]:
+    """The rows of a tile, the tiles [tiles, 4], their lanes' (slot, index, place) [3, tiles, width], and the weights
+    [S, places].
 
     Most steps have the mixes of the one before. `ranks` are (slot, rank), ascending.
     """
+    size = 1 if _each_by_itself(mixes, counts, ranks) else tile_rows(sum(counts))
     tiles = list(_tiles(counts, size))
     rank_of = dict(ranks)
     lanes = [
@@ -184,7 +193,17 @@ def _lanes(
             for slot, weight in mix:
                 weights[s, place_of[slot]] += weight
     rows = [(row, n, t * width, len(lanes[t])) for t, (_, _, row, n) in enumerate(tiles)]
-    return np.array(rows, np.int32).reshape(-1, 4), table, weights
+    return size, np.array(rows, np.int32).reshape(-1, 4), table, weights
+
+
+def _each_by_itself(
+    mixes: tuple[SlotWeights, ...], counts: tuple[int, ...], ranks: tuple[tuple[int, int], ...]
+) -> bool:
+    """Whether each row is to be a tile: if rows are single, and few adapters, or small ones, are used by several."""
+    rank_of = dict(ranks)
+    own = [sum(rank_of[slot] for slot in {slot for slot, _ in mix}) for mix in mixes]
+    few = sum(own) <= max(OWN_LANES, 2 * sum(rank_of.values()))
+    return max(counts, default=0) == 1 and 0 < max(own) <= ROW_WIDTHS[-1] and few
 
 
 def on_device(shape: Shape, memory: torch.Tensor) -> DeviceStep:

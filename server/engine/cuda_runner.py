@@ -17,7 +17,7 @@ import torch
 
 from adapters.weights import LoraWeights
 from server.engine.batch import Batch, Logits
-from server.engine.cuda_batch import WIDTHS, Numbers, Shape, batch_buckets, describe, on_device, tile_rows
+from server.engine.cuda_batch import ROW_WIDTHS, WIDTHS, Numbers, Shape, batch_buckets, describe, on_device
 from server.engine.cuda_memory import Shares, left_for_training, share_out
 from server.engine.cuda_pool import AdapterPool
 from server.engine.slots import Room
@@ -121,13 +121,17 @@ class CudaRunner:
         self._model.turn_up_to(self._width * block_size)
         self._graphs.clear()
         self._graph_memory = None
-        largest = max(self._bucket(size, WIDTHS[-1]).elements for size in self._buckets)
+        largest = max(
+            Shape.single_rows(size, self._width, width, each).elements
+            for size in self._buckets
+            for width, each in ((WIDTHS[-1], False), (ROW_WIDTHS[-1], True))
+        )
         self._numbers = torch.zeros(largest, dtype=torch.int32, device=self._device)
         if self._device.type == "cuda":
             self._warm_up()
             for size in reversed(self._buckets):
-                for width in (0, WIDTHS[0]):
-                    self._graph(self._bucket(size, width))
+                for width, each in ((0, False), (ROW_WIDTHS[0], True)):
+                    self._graph(Shape.single_rows(size, self._width, width, each))
             log.info("the kernels are compiled, the graphs of %d batch sizes are made", len(self._buckets))
 
     def place(self, slot: int, weights: LoraWeights) -> None:
@@ -238,11 +242,6 @@ class CudaRunner:
         self.draw(logits, np.array([[1.0, 0.9, 0.1, 0.5]], np.float32), np.array([3], np.int32)).read()
 
     # -- graphs
-
-    def _bucket(self, size: int, width: int) -> Shape:
-        rows = tile_rows(size)
-        places = min(width, 16 * size)
-        return Shape(size, size, self._width, size, size, 0, -(-size // rows), rows, width, places)
 
     def _graph(self, shape: Shape) -> torch.cuda.CUDAGraph:
         """The graph of a bucket's steps, captured when it is first asked for."""

@@ -186,7 +186,8 @@ class DeviceModel:
         matrix.multiply(x, sums, product, how)
         if not step.adapters:
             return product, None
-        shrunk = self._new(lora.shrink_splits(step.lanes.width, matrix.width), slices, count, step.lanes.width)
+        splits = lora.shrink_splits(step.lanes.tile_rows, step.lanes.width, matrix.width)
+        shrunk = self._new(splits, slices, count, step.lanes.width)
         lora.shrink(x, pool, step.lanes, site, slices, shrunk)
         return product, shrunk
 

@@ -160,8 +160,10 @@ def finish_swiglu(
 
 def _tile(outputs: int, lanes: Lanes) -> int:
     """The same however many tiles of rows there are, as a step must not be the first to need a kernel: the warm-up has
-    compiled that of few rows and that of many, which have two tiles at least.
+    compiled that of few rows and that of many, which have two tiles at least. Tiles of one row have little to do each.
     """
+    if lanes.tile_rows == 1:
+        return OUTPUTS[0]
     tiles = 2 if lanes.tile_rows >= MANY else 1
     return next((t for t in OUTPUTS if -(-outputs // t) * tiles >= PROCESSORS), OUTPUTS[-1])
 

@@ -2,8 +2,10 @@
 
 All adapters lie in one pool; a matrix of one is an integer offset into it, A [rank, in] and B^T [rank, out], ranks
 being rows of both. A step's lanes are (slot, rank row) pairs. A tile is neighbouring rows of the step and the lanes
-that they are multiplied with: all active adapters' for rows that decode (their weights zero where a row does not
-use them), those of its own mix for a prefill. Nothing is padded to the largest rank, nothing is merged.
+that they are multiplied with, in one of two forms. Tiles of several rows go through the matrix units: with the lanes
+of all adapters that any of them uses (weights are zero where a row does not), or of its own mix for a prefill. A tile
+of one row has its own lanes alone and is summed up by the ordinary units: of an adapter that no other row uses,
+nothing is read or multiplied in vain. Nothing is padded to the largest rank, nothing is merged.
 """
 
 from __future__ import annotations
@@ -17,8 +19,15 @@ import triton.language as tl
 from server.kernels.cuda.products import OPTIONS
 
 LANES = 16
-"""Lanes that are computed together."""
+"""Lanes whose A's are read together; a tile's lanes are rounded up to that."""
 LANE_BLOCK = tl.constexpr(LANES)
+ROUND = tl.constexpr(64)
+"""Lanes of a tile of several rows whose B's are read together: each round waits for its addresses and then for them."""
+SPLITS = 16
+"""Most ranges that inputs are cut into."""
+SPLITS_MOST = tl.constexpr(SPLITS)
+ROW_INPUTS = 512
+"""Inputs of a range, for a tile of one row: as many as are read at once."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +66,16 @@ class Pool:
         return self.ranks.shape[1]
 
 
-def shrink_splits(width: int, inputs: int) -> int:
-    """Ranges that the inputs are cut into: about 64 programs, each with at least 256 inputs."""
+def shrink_splits(tile_rows: int, width: int, inputs: int) -> int:
+    """Ranges that the inputs are cut into.
+
+    For tiles of one row, whose sums are cheap to put together, as many as can be read at once. For others about 64
+    programs, each with at least 256 inputs.
+    """
+    if tile_rows == 1:
+        return min(SPLITS, -(-inputs // ROW_INPUTS))
     splits = 1
-    while splits < 16 and splits * 2 * (width // LANES) <= 64 and inputs >= 512 * splits:
+    while splits < SPLITS and splits * 2 * (width // LANES) <= 64 and inputs >= 512 * splits:
         splits *= 2
     return splits
 
@@ -94,9 +109,14 @@ def shrink_kernel(
         for start in range(split * chunk, tl.minimum((split + 1) * chunk, K), BK):
             k = start + tl.arange(0, BK)
             inside = k < K
-            rows_x = tl.load(x + m[:, None] * K + k[None, :], mask=(i[:, None] < rows) & inside[None, :], other=0.0)
-            rows_a = tl.load(pool + a[None, :] + k[:, None], mask=used[None, :] & inside[:, None], other=0.0)
-            acc = tl.dot(rows_x, rows_a, acc)
+            if BM == 1:
+                row_x = tl.load(x + row0 * K + k, mask=inside, other=0.0).to(tl.float32)
+                rows_a = tl.load(pool + a[:, None] + k[None, :], mask=used[:, None] & inside[None, :], other=0.0)
+                acc += tl.sum(rows_a.to(tl.float32) * row_x[None, :], 1)[None, :]
+            else:
+                rows_x = tl.load(x + m[:, None] * K + k[None, :], mask=(i[:, None] < rows) & inside[None, :], other=0.0)
+                rows_a = tl.load(pool + a[None, :] + k[:, None], mask=used[None, :] & inside[:, None], other=0.0)
+                acc = tl.dot(rows_x, rows_a, acc)
         owner = tl.load(sequence + m, mask=i < rows, other=0)
         weight = tl.load(weights + owner[:, None] * places + place[None, :], mask=used[None, :], other=0.0)
         weight = weight * tl.load(scales + at)[None, :]
@@ -113,28 +133,35 @@ def expanded(
 ):  # fmt: skip
     """`acc` [BM, outputs] with the lanes' v B^T added, for the outputs `column` (below N) of a slice's module."""
     dtype: tl.constexpr = pool.dtype.element_ty
+    together: tl.constexpr = LANE_BLOCK if BM == 1 else ROUND
     i = tl.arange(0, BM)
-    for first in range(0, lanes, LANE_BLOCK):
-        j = first + tl.arange(0, LANE_BLOCK)
+    for first in range(0, lanes, together):
+        j = first + tl.arange(0, together)
         used = j < lanes
         slot = tl.load(lane_slot + lane0 + j, mask=used, other=0)
         index = tl.load(lane_index + lane0 + j, mask=used, other=0)
         at = slot * sites + site + piece
         used &= index < tl.load(ranks + at)
         b = tl.multiple_of(tl.load(offsets + 2 * at + 1), 8) + index.to(tl.int64) * N
-        shrunk = tl.zeros((BM, LANE_BLOCK), tl.float32)
-        for split in range(0, splits):
-            source = v + ((split * SLICES + piece) * T + row0 + i)[:, None] * width + j[None, :]
-            shrunk += tl.load(source, mask=(i[:, None] < rows) & used[None, :], other=0.0)
         rows_b = tl.load(pool + b[:, None] + column[None, :], mask=used[:, None] & (column[None, :] < N), other=0.0)
-        acc = tl.dot(shrunk.to(dtype), rows_b, acc)
+        if BM == 1:
+            split = tl.arange(0, SPLITS_MOST)
+            source = v + ((split * SLICES + piece) * T + row0)[:, None] * width + j[None, :]
+            shrunk = tl.sum(tl.load(source, mask=(split[:, None] < splits) & used[None, :], other=0.0), 0)
+            acc += tl.sum(shrunk[:, None] * rows_b.to(tl.float32), 0)[None, :]
+        else:
+            shrunk = tl.zeros((BM, together), tl.float32)
+            for split in range(0, splits):
+                source = v + ((split * SLICES + piece) * T + row0 + i)[:, None] * width + j[None, :]
+                shrunk += tl.load(source, mask=(i[:, None] < rows) & used[None, :], other=0.0)
+            acc = tl.dot(shrunk.to(dtype), rows_b, acc)
     return acc
 
 
 def shrink(x: torch.Tensor, pool: Pool, lanes: Lanes, site: int, slices: int, out: torch.Tensor) -> None:
     """The products with the A's of `slices` neighbouring sites, into float32 out [splits, slices, T, width].
 
-    The number of splits is `shrink_splits` of the width and x's inputs.
+    The number of splits is `shrink_splits` of the tiles' rows, their width and x's inputs.
     """
     splits = out.shape[0]
     grid = (lanes.tiles.shape[0], lanes.width // LANES, slices * splits)
@@ -142,5 +169,5 @@ def shrink(x: torch.Tensor, pool: Pool, lanes: Lanes, site: int, slices: int, ou
         x, pool.values, pool.offsets, pool.ranks, pool.scales,
         lanes.tiles, lanes.slot, lanes.index, lanes.place, lanes.sequence, lanes.weights, out,
         site, pool.sites, x.shape[1], x.shape[0], lanes.weights.shape[1], lanes.width, splits,
-        BM=lanes.tile_rows, BK=128, SLICES=slices, **OPTIONS,
+        BM=lanes.tile_rows, BK=ROW_INPUTS if lanes.tile_rows == 1 else 128, SLICES=slices, **OPTIONS,
     )  # fmt: skip

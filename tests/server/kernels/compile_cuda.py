@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from server.engine.cuda_batch import Shape, on_device, tile_rows
+from server.engine.cuda_batch import Shape, on_device
 from server.kernels.cuda import packing, sampling
 from server.kernels.cuda.lora import Pool
 from server.kernels.lora import SITES
@@ -116,11 +116,6 @@ class Compiler:
         print(f"{said}: {made.metadata.shared} bytes shared, {time.monotonic() - began:.1f} s", flush=True)
 
 
-def single_rows(size: int, width: int) -> Shape:
-    rows = tile_rows(size)
-    return Shape(size, size, 16, size, size, 0, -(-size // rows), rows, width, min(width, 16 * size))
-
-
 def main(which: str, capability: int) -> int:
     compiler = Compiler(capability)
     JITFunction.run = lambda self, *args, **kwargs: compiler.launch(self, *args, **kwargs)  # type: ignore[method-assign]
@@ -140,7 +135,9 @@ def main(which: str, capability: int) -> int:
         size = (config.num_hidden_layers, 64, config.num_key_value_heads, 2, 16, config.head_dim)
         cache = torch.empty(size, dtype=torch.bfloat16, device=META)
         widths = (64,) if which == "small" else (0, 64)
-        shapes = [single_rows(n, width) for n in sizes for width in widths]
+        shapes = [
+            Shape.single_rows(n, 16, width, each) for n in sizes for width in widths for each in (False, width > 0)
+        ]
         shapes += [
             Shape(n, 3, 16, 2, 1, 4, 5, 64, width, 2)
             for n in ((100,) if which == "small" else (100, 512))

@@ -186,30 +186,51 @@ class Adapters:
         return total
 
 
-def test_low_rank_updates_over_true_ranks() -> None:
-    """Decoding rows on all lanes, a prefill of one mix, rows without an adapter, a tile that is not used."""
-    width, outputs = 160, (80, 48, 16)
-    adapters = Adapters(width, outputs, [[3, 3, 0], [8, 8, 8], [20, 0, 20]])
-    mixes: list[dict[int, float]] = [{0: 1.0}, {}, {1: -2.0, 2: 0.5}, {2: 1.0}]
-    owner = [0, 1, 2, 3, 3, 3, 3, 3]
-    lanes_of = [(0, r) for r in range(3)] + [(1, r) for r in range(8)] + [(2, r) for r in range(20)]
-    tables = torch.tensor([lane[0] for lane in lanes_of]), torch.tensor([lane[1] for lane in lanes_of])
-    slot, index = (t.int().to(DEVICE) for t in tables)
-    weights = torch.tensor([[mix.get(place, 0.0) for place in range(3)] for mix in mixes])
-    lanes = lora.Lanes(
-        tiles=torch.tensor([[0, 3, 0, 31], [3, 5, 11, 20], [0, 0, 0, 0]], dtype=torch.int32, device=DEVICE),
+def lanes_of(
+    ranks: list[int],
+    mixes: list[dict[int, float]],
+    owner: list[int],
+    tiles: list[tuple[int, int, list[int]]],
+    width: int,
+) -> lora.Lanes:
+    """Tiles of (first row, rows, slots), and one at the end that is not used."""
+    table, pairs = [], []
+    for row, count, slots in tiles:
+        mine = [(slot, r) for slot in slots for r in range(ranks[slot])]
+        table.append([row, count, len(pairs), len(mine)])
+        pairs += mine
+    slot, index = (torch.tensor([p[i] for p in pairs], dtype=torch.int32, device=DEVICE) for i in (0, 1))
+    return lora.Lanes(
+        tiles=torch.tensor([*table, [0, 0, 0, 0]], dtype=torch.int32, device=DEVICE),
         slot=slot,
         index=index,
         place=slot,
         sequence=torch.tensor(owner, dtype=torch.int32, device=DEVICE),
-        weights=weights.to(DEVICE),
-        width=32,
-        tile_rows=16,
+        weights=torch.tensor([[mix.get(place, 0.0) for place in range(3)] for mix in mixes], device=DEVICE),
+        width=width,
+        tile_rows=max(count for _, count, _ in tiles) if len(tiles) == len(owner) else 16,
     )
-    x = torch.randn(8, width, generator=torch.Generator().manual_seed(3))
+
+
+TOGETHER = [(0, 3, [0, 1, 2]), (3, 5, [1, 2])]
+EACH = [(0, 1, [0]), (1, 1, []), (2, 1, [1, 2]), *((row, 1, [2]) for row in range(3, 8))]
+
+
+@pytest.mark.parametrize(("tiles", "width"), [(TOGETHER, 80), (EACH, 64)], ids=["together", "each"])
+def test_low_rank_updates_over_true_ranks(tiles: list[tuple[int, int, list[int]]], width: int) -> None:
+    """Rows without an adapter, of one and of a mix, a tile that is not used; more lanes than go in one round.
+
+    In tiles of several rows, decoding ones on all lanes and a prefill on its own, and in tiles of one row.
+    """
+    inputs, outputs = 600, (80, 48, 16)
+    adapters = Adapters(inputs, outputs, [[3, 3, 0], [8, 8, 8], [56, 0, 56]])
+    mixes: list[dict[int, float]] = [{0: 1.0}, {}, {1: -2.0, 2: 0.5}, {2: 1.0}]
+    owner = [0, 1, 2, 3, 3, 3, 3, 3]
+    lanes = lanes_of([3, 8, 56], mixes, owner, tiles, width)
+    x = torch.randn(8, inputs, generator=torch.Generator().manual_seed(3))
     x = x.to(FLOAT).float()
     for splits in (1, 2):
-        shrunk = poisoned(splits, 3, 8, 32)
+        shrunk = poisoned(splits, 3, 8, width)
         lora.shrink(x.to(DEVICE, FLOAT), adapters.pool, lanes, 1, 3, shrunk)
         sums = torch.randn(2, 8, sum(outputs), device=DEVICE)
         bias = torch.randn(sum(outputs), device=DEVICE)
@@ -226,8 +247,8 @@ def test_low_rank_updates_over_true_ranks() -> None:
         finish.finish(sums, bias, added, outputs, lanes, adapters.pool, 1, shrunk, add=True)
         assert error(added, 2 * exact) < LOOSE
     # gate and up: two slices of equal width
-    pair = Adapters(width, (96, 96), [[3, 3], [8, 8], [20, 5]])
-    shrunk = poisoned(1, 2, 8, 32)
+    pair = Adapters(inputs, (96, 96), [[3, 3], [8, 8], [56, 5]])
+    shrunk = poisoned(1, 2, 8, width)
     lora.shrink(x.to(DEVICE, FLOAT), pair.pool, lanes, 1, 2, shrunk)
     sums = torch.randn(1, 8, 192, device=DEVICE)
     hidden, hidden_sums = poisoned(8, 96, dtype=FLOAT), poisoned(8, 3)
@@ -238,6 +259,11 @@ def test_low_rank_updates_over_true_ranks() -> None:
         parts[row, 96:] += pair.update(x[row], 1, mixes[sequence])
     assert error(hidden, reference.swiglu(parts[:, :96], parts[:, 96:])) < LOOSE
     assert error(hidden_sums, hidden.float().cpu().view(8, 3, 32).sum(2)) < 1e-5
+
+
+def test_inputs_are_cut_into_ranges_that_are_read_at_once() -> None:
+    assert [lora.shrink_splits(1, 16, inputs) for inputs in (64, 512, 576, 3584, 18944)] == [1, 1, 2, 7, 16]
+    assert [lora.shrink_splits(16, width, 3584) for width in (16, 64, 1024)] == [8, 8, 1]
 
 
 @pytest.mark.filterwarnings("ignore:.*(overflow|invalid value):RuntimeWarning")  # of numpy, in the interpreter

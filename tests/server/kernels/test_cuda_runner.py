@@ -15,8 +15,9 @@ import torch
 if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") != "1":
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from server.engine import cuda_batch
 from server.engine.batch import Batch, SlotWeights
-from server.engine.cuda_batch import batch_buckets, describe
+from server.engine.cuda_batch import Shape, batch_buckets, describe
 from server.engine.cuda_memory import share_out, work_bytes
 from server.engine.cuda_pool import AdapterPool
 from server.engine.cuda_runner import CudaRunner
@@ -192,7 +193,8 @@ def test_graphs_share_their_memory_and_leave_the_step_that_waits(monkeypatch: py
     runner = cuda_runner(bases("llama-int4")[0])
     runner._capturing = Stream()
     runner._numbers[:] = torch.arange(len(runner._numbers))
-    for shape in (runner._bucket(2, 0), runner._bucket(4, 64), runner._bucket(2, 0)):
+    none, some = (Shape.single_rows(size, runner._width, width, each) for size, width, each in ((2, 0, 0), (4, 64, 1)))
+    for shape in (none, some, none):
         assert isinstance(runner._graph(shape), Graph)
     assert captures == [(None, runner._capturing, "thread_local", 1), ("pool", runner._capturing, "thread_local", 3)]
     assert len(computed) == 4, "each has run once before it was captured"
@@ -215,25 +217,54 @@ def test_every_kind_of_prompt_is_run_before_the_first_request(monkeypatch: pytes
     assert seen == [(rows, adapters, 1 if adapters else rows) for rows in (2, 17, 64) for adapters in (False, True)]
 
 
-def test_steps_of_single_rows_are_padded_to_buckets() -> None:
+def test_steps_of_single_rows_are_padded_to_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tiles of one row, and of several where too many share their adapters."""
     assert batch_buckets(4) == [1, 2, 4] and batch_buckets(40) == [1, 2, 4, 8, 16, 24, 32, 40]
     one = torch.ones(3, dtype=torch.int64)
     starts, context = torch.arange(4, dtype=torch.int32), torch.tensor([1, 2, 3], dtype=torch.int32)
     blocks, rows = torch.zeros(3, 2, dtype=torch.int32), torch.arange(3)
     mixes: tuple[SlotWeights, ...] = (((7, 1.0),), (), ((3, 0.5), (7, -1.0)))
-    numbers = describe(Batch(one, one, starts, context, blocks, rows, mixes, BLOCK), {3: 12, 7: 5})  # type: ignore[arg-type]
-    assert numbers.shape.width == 32 and numbers.shape.places == 2
-    shape = numbers.shape.bucket([1, 2, 4], 6)
-    assert shape is not None and (shape.rows, shape.blocks, shape.width) == (4, 6, 64)
-    assert numbers.shape.bucket([1, 2], 6) is None and numbers.shape.bucket([4], 1) is None
-    memory = np.full(shape.elements, 99, np.int32)
-    numbers.write(shape, memory)
-    found = {name: memory[at : at + int(np.prod(size))].reshape(size) for name, at, size in shape.parts()}
-    assert found["positions"].tolist() == [1, 1, 1, -1] and found["context"].tolist() == [1, 2, 3, 0]
+    batch = Batch(one, one, starts, context, blocks, rows, mixes, BLOCK)
+    ranks: Any = {3: 12, 7: 5}
+
+    def padded(width: int, lanes: int) -> dict[str, np.ndarray]:
+        numbers = describe(batch, ranks)
+        assert numbers.shape.width == width and numbers.shape.places == 2
+        shape = numbers.shape.bucket([1, 2, 4], 6)
+        assert shape is not None and (shape.rows, shape.blocks, shape.width) == (4, 6, lanes)
+        assert numbers.shape.bucket([1, 2], 6) is None and numbers.shape.bucket([4], 1) is None
+        memory = np.full(shape.elements, 99, np.int32)
+        numbers.write(shape, memory)
+        found = {name: memory[at : at + int(np.prod(size))].reshape(size) for name, at, size in shape.parts()}
+        assert found["positions"].tolist() == [1, 1, 1, -1] and found["context"].tolist() == [1, 2, 3, 0]
+        assert found["weights"].view(np.float32)[:3, :2].tolist() == [[0.0, 1.0], [0.0, 0.0], [0.5, -1.0]]
+        return found
+
+    found = padded(32, 64)
+    assert found["tiles"].tolist() == [[0, 1, 0, 5], [1, 1, 64, 0], [2, 1, 128, 17], [0, 0, 0, 0]]
+    assert found["slot"][:5].tolist() == [7] * 5 and found["place"][:5].tolist() == [1] * 5
+    assert found["slot"][128:145].tolist() == [3] * 12 + [7] * 5
+    assert found["index"][128:145].tolist() == [*range(12), *range(5)]
+    monkeypatch.setattr(cuda_batch, "_each_by_itself", lambda *_: False)
+    cuda_batch._lanes.cache_clear()
+    found = padded(32, 64)
     assert found["tiles"].tolist() == [[0, 3, 0, 17]]
     assert found["slot"][:17].tolist() == [3] * 12 + [7] * 5
     assert found["index"][:17].tolist() == [*range(12), *range(5)]
-    assert found["weights"].view(np.float32)[:3, :2].tolist() == [[0.0, 1.0], [0.0, 0.0], [0.5, -1.0]]
+    cuda_batch._lanes.cache_clear()
+
+
+def test_rows_that_share_large_adapters_are_multiplied_together() -> None:
+    def by_itself(rows: int, adapters: int, rank: int, longest: int = 1) -> bool:
+        mixes = tuple(((row % adapters, 1.0),) for row in range(rows))
+        ranks = tuple((slot, rank) for slot in range(adapters))
+        return cuda_batch._each_by_itself(mixes, (longest,) * rows, ranks)
+
+    assert by_itself(1, 1, 64) and by_itself(32, 32, 16) and by_itself(32, 32, 64) and by_itself(32, 1, 16)
+    assert not by_itself(32, 1, 64) and not by_itself(64, 4, 16)
+    assert not by_itself(2, 2, 2000), "wider than any bucket"
+    assert not by_itself(4, 4, 8, longest=3), "a prompt is among them"
+    assert not cuda_batch._each_by_itself(((), ()), (1, 1), ()), "nothing to add"
 
 
 def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together() -> None:
