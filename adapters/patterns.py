@@ -8,26 +8,56 @@ short-lived child process that is killed when its time is over; both give exactl
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from adapters.errors import InvalidAdapter
 
 MAX_PATTERN = 4096
 MAX_NAME = 256
-CHEAP_STEPS = 2e9
+MAX_GROUPS = 64
+"""Groups of a pattern that is matched here: what `re` copies at a branch grows with them."""
+CHEAP_MATCH = 1e6
+"""Steps of one match, through which the lock is held: some 20 ms."""
+CHEAP_STEPS = 1e8
+"""Steps of all matches of one call; other threads get their turns between them."""
 CHILD_SECONDS = 5.0
+BRANCH_STEPS = 8.0
+"""What `re` takes for entering a branch of a group, in steps over one character."""
 
-_PLAIN = re.compile(r"[\w.\-]+")
-_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+_TOKEN = re.compile(
+    r"""
+    (?P<open> \( (?: \?: | \?= | \?! | \?P<\w+> | (?!\?) ) )
+  | (?P<close> \) ) (?P<optional> \?\?? )? (?![*+?{])
+  | (?P<bar> \| )
+  | (?P<one> [^\\\[\](){}*+?|] | \\[dDwWsSbBAZ] | \\[^\w\s]
+      | \[\^? (?: \w-\w | [\w./:] | \\[dDwWsS.\-] )+ -?\] )
+    (?: (?P<times> [*+?] | \{ (?=[0-9,]) (?P<least> [0-9]{0,4} ) (?P<range> , (?P<most> [0-9]{0,4} ) )? \} ) \?? )?
+    (?![*+?{])
+    """,
+    re.VERBOSE,
+)
+"""All that a pattern may consist of if its steps are to be counted; a flag, which can change what the rest means, a
+reference, a comment, a condition and a repeated group are none of it."""
+
 _CHILD = """
 import json, re, sys
 patterns, names, whole = json.load(sys.stdin)
-match = re.fullmatch if whole else re.match
-found = [[match(p, n) for n in names] for p in patterns]
-json.dump([[None if m is None else m.groupdict().get("idx") or "" for m in row] for row in found], sys.stdout)
+rows = []
+for at, pattern in enumerate(patterns):
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        json.dump({"bad": at, "why": str(error)}, sys.stdout)
+        sys.exit()
+    match = compiled.fullmatch if whole else compiled.match
+    found = map(match, names)
+    rows.append([None if m is None else m.groupdict().get("idx") or "" for m in found])
+json.dump({"rows": rows}, sys.stdout)
 """
 
 
@@ -53,17 +83,74 @@ def layer_numbers(patterns: Sequence[str], names: Sequence[str], key: str) -> li
     return [int(found) if found else None for found in first]
 
 
+@dataclass
+class _Count:
+    """Bounds for a part of a pattern from one place in a name: `ways` in which it can match, `steps` to try them all.
+
+    The first two are of the branch that is being read, the others of the branches before it.
+    """
+
+    ways: float = 1.0
+    steps: float = BRANCH_STEPS
+    other_ways: float = 0.0
+    other_steps: float = 0.0
+
+    def then(self, ways: float, steps: float) -> None:
+        """What follows is tried once for each way in which what is before it matches."""
+        self.steps += self.ways * steps
+        self.ways *= ways
+
+    def branch(self) -> None:
+        self.other_ways += self.ways
+        self.other_steps += self.steps
+        self.ways, self.steps = 1.0, BRANCH_STEPS
+
+
 def steps(pattern: str, length: int) -> float:
-    """An upper bound on the steps that matching a name of `length` can take; infinite if its form gives none."""
-    if _PLAIN.fullmatch(pattern):
-        return float(length * length)
-    if _REPEATED_GROUP.search(pattern):
-        return float("inf")
-    repeats = sum(pattern.count(c) for c in "*+?{")
-    bars = pattern.count("|")
-    groups = min(pattern.count("(") + 1, bars)
-    ways = (bars / groups + 1.0) ** groups if groups else 1.0
-    return float(length) ** (repeats + 1) * ways
+    """An upper bound on the steps of matching `pattern` at the start of a name of `length`; infinite if there is none.
+
+    A pattern is bounded if it consists of known constructs alone and repeats single characters only, never a group.
+    """
+    if pattern.count("(") > MAX_GROUPS:
+        return math.inf
+    counts, at = [_Count()], 0
+    while at < len(pattern):
+        token = _TOKEN.match(pattern, at)
+        if token is None:
+            return math.inf
+        at = token.end()
+        if token["open"]:
+            counts.append(_Count())
+        elif token["bar"]:
+            counts[-1].branch()
+        elif token["close"]:
+            inner = counts.pop()
+            if not counts:
+                return math.inf
+            inner.branch()
+            skipped = 1.0 if token["optional"] else 0.0
+            counts[-1].then(inner.other_ways + skipped, inner.other_steps + skipped)
+        else:
+            ways = _repetitions(token, length)
+            work = float(len(token["one"]))
+            counts[-1].then(ways, work if token["times"] is None else work * length + ways)
+    if len(counts) > 1:
+        return math.inf
+    counts[0].branch()
+    return counts[0].other_steps
+
+
+def _repetitions(token: re.Match[str], length: int) -> float:
+    """How many counts of its repetitions one character of a pattern may have in a name of `length`."""
+    if token["times"] is None:
+        return 1.0
+    if token["times"] in "*+":
+        return length + 1.0
+    if token["times"] == "?":
+        return 2.0
+    least = int(token["least"] or 0)
+    most = least if token["range"] is None else int(token["most"] or length)
+    return max(min(most, length) - least, 0) + 1.0
 
 
 def _check_length(pattern: str, key: str) -> None:
@@ -76,27 +163,37 @@ def _matches(
 ) -> list[list[str | None]]:
     """One row per pattern: None where it does not match, else what its group `idx` has found ("" if nothing).
 
-    `inner` are the parts that strangers wrote, whose form bounds the steps.
+    `inner` are the parts that strangers wrote, for messages.
     """
-    compiled = []
-    for pattern, shown in zip(patterns, inner or patterns, strict=True):
-        _check_length(shown, key)
-        try:
-            compiled.append(re.compile(pattern))
-        except (re.error, RecursionError, OverflowError) as error:
-            raise InvalidAdapter(f"{key}: {shown[:80]!r} is no valid pattern ({error})", key) from error
+    shown = inner or patterns
+    for part in shown:
+        _check_length(part, key)
     for name in names:
         if len(name) > MAX_NAME or "\n" in name:
             raise InvalidAdapter(f"the module name {name[:80]!r} is too long or has a line break", key)
     length = max(map(len, names), default=0)
-    cost = len(names) * sum(steps(p, length) for p in inner or patterns)
-    if cost > CHEAP_STEPS:
-        return _in_a_child(patterns, names, key, whole)
-    found = [[c.fullmatch(n) if whole else c.match(n) for n in names] for c in compiled]
-    return [[None if m is None else m.groupdict().get("idx") or "" for m in row] for row in found]
+    costs = [steps(pattern, length) for pattern in patterns]
+    if max(costs, default=0.0) > CHEAP_MATCH or len(names) * sum(costs) > CHEAP_STEPS:
+        return _in_a_child(patterns, names, key, whole, shown)
+    rows = []
+    for pattern, part in zip(patterns, shown, strict=True):
+        try:
+            compiled = re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise _no_pattern(part, str(error), key) from error
+        found = map(compiled.fullmatch if whole else compiled.match, names)
+        rows.append([None if m is None else m.groupdict().get("idx") or "" for m in found])
+    return rows
 
 
-def _in_a_child(patterns: Sequence[str], names: Sequence[str], key: str, whole: bool) -> list[list[str | None]]:
+def _no_pattern(pattern: str, reason: str, key: str) -> InvalidAdapter:
+    return InvalidAdapter(f"{key}: {pattern[:80]!r} is no valid pattern ({reason})", key)
+
+
+def _in_a_child(
+    patterns: Sequence[str], names: Sequence[str], key: str, whole: bool, shown: Sequence[str]
+) -> list[list[str | None]]:
+    """The same in a process that is killed when its time is over. Compiling a pattern can take long as well."""
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _CHILD],
@@ -114,5 +211,8 @@ def _in_a_child(patterns: Sequence[str], names: Sequence[str], key: str, whole: 
         ) from error
     except (OSError, subprocess.CalledProcessError) as error:
         raise InvalidAdapter(f"{key}: its patterns could not be matched ({error})", key) from error
-    answers: list[list[str | None]] = json.loads(done.stdout)
-    return answers
+    answer = json.loads(done.stdout)
+    if "bad" in answer:
+        raise _no_pattern(shown[answer["bad"]], answer["why"], key)
+    rows: list[list[str | None]] = answer["rows"]
+    return rows

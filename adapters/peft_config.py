@@ -40,13 +40,18 @@ HARMLESS: Mapping[str, str] = {
     "loftq_config": "is read by init_lora_weights 'loftq' alone",
     "corda_config": "is read by init_lora_weights 'corda' alone",
     "lora_ga_config": "is read by init_lora_weights 'lora_ga' alone",
+    "velora_config": "changes the backward pass alone",
+    "monteclora_config": "samples in training only; what is learned is the mean, B A",
+    "qalora_group_size": "is read with use_qalora alone",
+    "megatron_core": "is read with megatron_config alone",
+    "ensure_weight_tying": "acts on heads and embeddings, whose tensors are refused",
 }
 
 REFUSED: Mapping[str, str] = {
-    "bias": "trained biases are no low-rank update",
+    "bias": "this is none of PEFT's settings of it",
     "use_dora": "DoRA rescales the base's columns, which is no sum of B A x",
     "lora_bias": "a bias on B is no low-rank update",
-    "modules_to_save": "it replaces whole modules of the base",
+    "modules_to_save": "it replaces whole modules of the base; retrain without it",
     "trainable_token_indices": "it replaces rows of the embedding",
     "alora_invocation_tokens": "an activated LoRA switches itself on inside a sequence",
     "target_parameters": "it adapts parameters that are not linear layers",
@@ -55,25 +60,23 @@ REFUSED: Mapping[str, str] = {
     "use_bdlora": "block-diagonal factors are not served",
     "arrow_config": "Arrow picks adapters per token",
     "kasa_config": "KaSA truncates the base's weights",
-    "velora_config": "VeLoRA is not served",
-    "monteclora_config": "MontecLoRA samples its weights",
     "megatron_config": "Megatron's parallel layers are not served",
-    "ensure_weight_tying": "tied embedding adapters are not served",
 }
 
-DEFAULTS: Mapping[str, Any] = {
-    "bias": "none",
-    "qalora_group_size": 16,
-    "megatron_core": "megatron.core",
-    "runtime_config": {"ephemeral_gpu_offload": False},
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "bias": ("none", "all", "lora_only"),
+    "runtime_config": ({"ephemeral_gpu_offload": False},),
 }
-"""PEFT's defaults that are neither null nor false nor empty, of keys that are not honoured and not harmless."""
+"""Values that are neither null nor false nor empty and mean nothing, of keys that are not honoured and not harmless.
+Which biases were trained is told by the tensors that are there, not by `bias`."""
 
 SAFE_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "true", "false"})
 BASE_CHANGING_INITS = re.compile(r"(pissa(_niter_\d+)?|olora|loftq|corda|lora_ga)")
 
 HEADS = re.compile(r"(.*\.)?(lm_head|embed_tokens|wte|word_embeddings|embed_out)")
 """Output heads and embeddings: they may be named as targets by some adapters and are refused by name."""
+HEADS_OF_BASES = ("model.embed_tokens", "lm_head")
+"""Those that the bases served here have."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def _sort_keys(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         elif key == "init_lora_weights":
             _check_init(value)
             harmless.append(key)
-        elif key in HARMLESS or _is_empty(value) or (key in DEFAULTS and _same(value, DEFAULTS[key])):
+        elif key in HARMLESS or _is_empty(value) or any(_same(value, v) for v in NEUTRAL.get(key, ())):
             harmless.append(key)
         else:
             shown = repr(value)
@@ -249,18 +252,28 @@ def select(config: LoraConfig, names: Sequence[str]) -> list[str]:
     """Those of `names` that the config adapts, in their order: PEFT's rules on full module names.
 
     A name in a target list that is a whole module path is taken whatever layers_to_transform says, as PEFT does.
-    Raises InvalidAdapter for patterns that are not valid or take too long, UnsupportedAdapter for heads in a list.
+    Raises InvalidAdapter for patterns that are not valid or take too long, UnsupportedAdapter for a list that adapts a
+    head of the base.
     """
-    if isinstance(config.target_modules, frozenset):
-        for target in sorted(config.target_modules):
-            if HEADS.fullmatch(target):
-                raise UnsupportedAdapter(
-                    f"target_modules names {target!r}: LoRA on embeddings and output heads is not served",
-                    "target_modules",
-                )
-    targeted = _hits(config.target_modules, names, "target_modules")
-    excluded = _hits(config.exclude_modules, names, "exclude_modules")
-    chosen = [name for name, t, e in zip(names, targeted, excluded, strict=True) if t and not e]
+    if isinstance(config.target_modules, frozenset) and (heads := _chosen(config, HEADS_OF_BASES)):
+        raise on_a_head(heads[0], "target_modules")
+    return _chosen(config, names)
+
+
+def on_a_head(module: str, key: str) -> UnsupportedAdapter:
+    """The error for an adapter of an output head or an embedding, found at the config's key or the tensor `key`."""
+    return UnsupportedAdapter(
+        f"LoRA on {module!r} is not served, as on any output head or embedding: retrain without that target", key
+    )
+
+
+def _chosen(config: LoraConfig, names: Sequence[str]) -> list[str]:
+    hits = _hits(config.target_modules, names, "target_modules")
+    targeted = [name for name, hit in zip(names, hits, strict=True) if hit]
+    if not targeted:
+        return []
+    excluded = _hits(config.exclude_modules, targeted, "exclude_modules")
+    chosen = [name for name, hit in zip(targeted, excluded, strict=True) if not hit]
     if config.layers is None or isinstance(config.target_modules, str):
         return chosen
     layer_of = _layer_numbers(config.layers_pattern, chosen)

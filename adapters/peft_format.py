@@ -6,14 +6,15 @@ before its size is known, and no link is followed out of the folder. What the co
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -21,6 +22,7 @@ import torch
 
 from adapters import peft_config
 from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter
+from adapters.peft_config import LoraConfig
 from adapters.weights import LoraWeights, LowRank, sealed
 
 CONFIG_FILE = "adapter_config.json"
@@ -42,6 +44,15 @@ METADATA_KEY = "loramux"
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 RENAMES = (("base_model.model.", ""), (".base_layer.", "."), (".default.", "."))
 """What other writers put into tensor names: a leading prefix, and segments anywhere."""
+TRAINING_ONLY = (".lora_velora_embed", ".lora_monteclora_sampler.")
+"""Parts of the names of tensors that PEFT saves and reads in training alone."""
+WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+FIRST_WRAPPER = "module"
+"""What DataParallel, DDP and DeepSpeed put before all other parts of a name."""
 
 
 def read_folder(
@@ -56,10 +67,12 @@ def read_folder(
     if not path.is_dir():
         raise InvalidAdapter(f"{path.name!r} is no folder")
     config = _read_file(path, CONFIG_FILE, MAX_CONFIG_BYTES)
-    hint = f", which no adapter of rank {max_rank} (--max-rank) reaches" if shapes is not None else ""
-    tensors = _read_file(path, TENSOR_FILE, _tensor_limit(shapes, max_rank), hint)
     if config is None:
         raise InvalidAdapter(f"{CONFIG_FILE} is missing", CONFIG_FILE)
+    parsed = peft_config.parse(_json_object(config, CONFIG_FILE))
+    hint = f", which no adapter of rank {max_rank} (--max-rank) reaches" if shapes is not None else ""
+    limit = _tensor_limit(shapes, max_rank)
+    tensors = _read_file(path, TENSOR_FILE, limit, hint, lambda stream: _check_declared(stream, parsed, shapes))
     if tensors is None:
         if os.path.lexists(path / PICKLE_FILE):
             raise UnsupportedAdapter(
@@ -68,7 +81,7 @@ def read_folder(
                 PICKLE_FILE,
             )
         raise InvalidAdapter(f"{TENSOR_FILE} is missing", TENSOR_FILE)
-    weights = read_bytes(config, tensors, name=name, max_rank=max_rank, shapes=shapes)
+    weights = _weights(parsed, tensors, name, max_rank, shapes)
     card = _read_file(path, CARD_FILE, MAX_SIDE_BYTES)
     task = _read_file(path, TASK_FILE, MAX_SIDE_BYTES)
     side = {
@@ -90,17 +103,19 @@ def read_bytes(
     parsed = peft_config.parse(_json_object(config, CONFIG_FILE))
     limit = _tensor_limit(shapes, max_rank)
     if len(tensors) > limit:
+        _check_declared(io.BytesIO(tensors), parsed, shapes)
         raise InvalidAdapter(f"{TENSOR_FILE} has {len(tensors):,} bytes, over the limit of {limit:,}", TENSOR_FILE)
-    found, header = _load(tensors)
-    pairs = _pairs(found)
+    return _weights(parsed, tensors, name, max_rank, shapes)
+
+
+def _weights(
+    parsed: LoraConfig, data: bytes, name: str, max_rank: int, shapes: Mapping[str, tuple[int, int]] | None
+) -> LoraWeights:
+    """The adapter in the contents of a tensor file that is not too large."""
+    found, header = _load(data)
+    pairs = _pairs(found, parsed, shapes)
     modules = list(pairs)
-    if shapes is not None:
-        peft_config.check_names(parsed, modules, list(shapes))
-        _check_shapes(pairs, shapes, parsed.base)
-        expected = peft_config.select(parsed, list(shapes))
-    else:
-        expected = peft_config.select(parsed, modules)
-    _check_complete(pairs, expected)
+    _check_complete(pairs, peft_config.select(parsed, modules if shapes is None else list(shapes)))
     sizes = peft_config.ranks_and_scales(parsed, modules)
     result = {}
     for module, (a, b) in pairs.items():
@@ -130,10 +145,12 @@ def _tensor_limit(shapes: Mapping[str, tuple[int, int]] | None, max_rank: int) -
     return sum(4 * max_rank * (out + into) for out, into in shapes.values()) + HEADER_SLACK
 
 
-def _read_file(folder: Path, file: str, limit: int, hint: str = "") -> bytes | None:
+def _read_file(
+    folder: Path, file: str, limit: int, hint: str = "", too_large: Callable[[BinaryIO], None] = lambda stream: None
+) -> bytes | None:
     """The bytes of a file of the folder, or None if there is none. Raises InvalidAdapter for anything odd about it.
 
-    `hint` says where the limit comes from.
+    `hint` says where the limit comes from; `too_large` may look at a file over it and raise for a better reason.
     """
     target = folder / file
     if not os.path.lexists(target):
@@ -149,6 +166,7 @@ def _read_file(folder: Path, file: str, limit: int, hint: str = "") -> bytes | N
             if not stat.S_ISREG(state.st_mode):
                 raise InvalidAdapter(f"{file} is no regular file", file)
             if state.st_size > limit:
+                too_large(stream)
                 raise InvalidAdapter(f"{file} has {state.st_size:,} bytes, over the limit of {limit:,}{hint}", file)
             data = stream.read(limit + 1)
     except (OSError, RuntimeError) as error:
@@ -203,6 +221,21 @@ def _load(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, header
 
 
+def _check_declared(stream: BinaryIO, parsed: LoraConfig, shapes: Mapping[str, tuple[int, int]] | None) -> None:
+    """Raises what the header alone of a safetensors file gives reason for; silent about a header that is damaged."""
+    length = int.from_bytes(stream.read(8), "little")
+    if length > HEADER_SLACK:
+        return
+    try:
+        header = json.loads(stream.read(length))
+        declared = {
+            key: torch.empty(entry["shape"], device="meta") for key, entry in header.items() if key != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError, OverflowError):
+        return
+    _pairs(declared, parsed, shapes)
+
+
 def normalised(key: str) -> str:
     """A tensor's name without what other writers put into it (`RENAMES`)."""
     prefix, replacement = RENAMES[0]
@@ -213,46 +246,87 @@ def normalised(key: str) -> str:
     return key
 
 
-def _pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Module path -> (A, B), sorted. Raises for tensors that belong to no pair."""
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    for key in sorted(tensors):
-        name = normalised(key)
+def _pairs(
+    tensors: Mapping[str, torch.Tensor], parsed: LoraConfig, shapes: Mapping[str, tuple[int, int]] | None
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Module path -> (A, B), sorted. Raises for tensors that belong to no pair, and for pairs of another base."""
+    halves = _halves(tensors)
+    pairs = {module: (tensors[half["lora_A"]], tensors[half["lora_B"]]) for module, half in sorted(halves.items())}
+    if shapes is not None:
+        peft_config.check_names(parsed, list(pairs), list(shapes))
+        _check_shapes(pairs, shapes, parsed.base)
+    return pairs
+
+
+def _halves(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Module path -> lora_A and lora_B -> the tensor's key, by the names alone. Raises for what is no pair."""
+    names = {key: normalised(key) for key in sorted(keys)}
+    for key, name in names.items():  # first, for the tables that are saved beside them are no fault of their own
+        if (head := _head_of(key, name)) is not None:
+            raise peft_config.on_a_head(head, key)
+    halves: dict[str, dict[str, str]] = {}
+    for key, name in names.items():
+        _check_unwrapped(key, name)
         for kind in ("lora_A", "lora_B"):
             module = name.removesuffix(f".{kind}.weight")
             if module and module != name:
                 if kind in halves.setdefault(module, {}):
                     raise InvalidAdapter(f"{TENSOR_FILE}: {name} is there twice, once as {key}", key)
-                halves[module][kind] = tensors[key]
+                halves[module][kind] = key
                 break
         else:
-            _refuse_tensor(key, name)
+            if not any(part in name for part in TRAINING_ONLY):
+                _refuse_tensor(key, name)
     if not halves:
         raise InvalidAdapter(f"{TENSOR_FILE} holds no LoRA tensors", TENSOR_FILE)
     for module, half in halves.items():
-        if peft_config.HEADS.fullmatch(module):
-            raise UnsupportedAdapter(f"LoRA on {module!r} is not served: embeddings and output heads", module)
         for kind in ("lora_A", "lora_B"):
             if kind not in half:
                 raise InvalidAdapter(f"{TENSOR_FILE}: {module}.{kind}.weight is missing", module)
-    return {module: (half["lora_A"], half["lora_B"]) for module, half in sorted(halves.items())}
+    return halves
+
+
+def _head_of(key: str, name: str) -> str | None:
+    """The output head or embedding that a tensor is a LoRA of, or that it is the adapted base's copy of; else None."""
+    module, found, _ = name.partition(".lora_")
+    if not found and ".base_layer." in key:
+        module, found, _ = name.rpartition(".")
+    return module if found and peft_config.HEADS.fullmatch(module) else None
+
+
+def _check_unwrapped(key: str, name: str) -> None:
+    """Raises InvalidAdapter for a name that holds a part which something around the model has put there."""
+    parts = name.split(".")
+    found = next(((part, WRAPPERS[part]) for part in parts if part in WRAPPERS), None)
+    if found is None and parts[0] == FIRST_WRAPPER:
+        found = (FIRST_WRAPPER, "DataParallel, DDP or DeepSpeed")
+    if found is not None:
+        raise InvalidAdapter(
+            f"{TENSOR_FILE}: {key} has {found[0]!r} in its name, from {found[1]}: unwrap the model before it is saved",
+            key,
+        )
 
 
 def _refuse_tensor(key: str, name: str) -> None:
     """Raises for a tensor that is no half of a low-rank pair, by what its name says."""
     reasons = {
         "lora_magnitude_vector": "DoRA rescales the base's columns, which is no sum of B A x",
-        "lora_embedding_": "LoRA on embeddings is not served",
+        "lora_embedding_": "LoRA on embeddings is not served; retrain without that target",
         "lora_B.bias": "lora_bias is not served",
     }
     for part, reason in reasons.items():
         if part in name:
             raise UnsupportedAdapter(f"{TENSOR_FILE}: {key} is not served: {reason}", key)
-    if peft_config.HEADS.fullmatch(name.rsplit(".", 1)[0]) or "modules_to_save" in name:
+    module, _, last = name.rpartition(".")
+    if peft_config.HEADS.fullmatch(module) or "modules_to_save" in name:
         raise UnsupportedAdapter(
             f"{TENSOR_FILE}: {key} is not served: it replaces a whole module of the base; "
             "save with save_embedding_layers=False",
             key,
+        )
+    if last == "bias":
+        raise UnsupportedAdapter(
+            f"{TENSOR_FILE}: {key} is not served: a trained bias is no low-rank update; retrain with bias='none'", key
         )
     raise InvalidAdapter(f"{TENSOR_FILE}: {key} belongs to no pair of lora_A and lora_B", key)
 
@@ -271,7 +345,8 @@ def _check_complete(pairs: Mapping[str, object], expected: list[str]) -> None:
     if missing:
         raise InvalidAdapter(
             f"{TENSOR_FILE} lacks the tensors of {len(missing)} modules that the config adapts, "
-            f"{missing[0]!r} among them",
+            f"{missing[0]!r} among them; save the whole adapter again, or name them in exclude_modules if they were "
+            "not trained",
             missing[0],
         )
 
@@ -281,7 +356,7 @@ def _check_shapes(
 ) -> None:
     """Raises BaseMismatch for matrices of other sizes than the base's: told first, for its other layers differ too."""
     for module, (a, b) in pairs.items():
-        if a.ndim == b.ndim == 2 and (b.shape[0], a.shape[1]) != tuple(shapes[module]):
+        if a.ndim == b.ndim == 2 and a.numel() and b.numel() and (b.shape[0], a.shape[1]) != tuple(shapes[module]):
             made_on = f" It was made on {base!r}." if base else ""
             raise BaseMismatch(
                 f"the adapter was made for another base: {module} is {list(shapes[module])} here (out, in), "
@@ -294,23 +369,36 @@ def _check_pair(module: str, a: torch.Tensor, b: torch.Tensor, rank: int, max_ra
     for kind, tensor in (("lora_A", a), ("lora_B", b)):
         if tensor.dtype not in DTYPES:
             raise UnsupportedAdapter(
-                f"{module}.{kind} is {str(tensor.dtype).removeprefix('torch.')}, not float32, bfloat16 or float16",
+                f"{module}.{kind} is {str(tensor.dtype).removeprefix('torch.')}, not float32, bfloat16 or float16; "
+                "cast it to one of these and save again",
                 module,
             )
         if tensor.ndim != 2:
-            raise InvalidAdapter(f"{module}.{kind} has the shape {list(tensor.shape)}; it must be a matrix", module)
+            raise InvalidAdapter(
+                f"{module}.{kind} has the shape {list(tensor.shape)}; it must be a matrix{_gather(tensor)}", module
+            )
     if a.shape[0] != b.shape[1] or a.shape[0] != rank:
         raise InvalidAdapter(
-            f"{module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}, but the config gives the rank {rank}",
+            f"{module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}, but the config gives the rank {rank}"
+            f"{_gather(a, b)}",
             module,
         )
     if rank > max_rank:
         raise InvalidAdapter(f"{module} has the rank {rank}, over the limit of {max_rank} (--max-rank)", module)
     if 0 in (b.shape[0], a.shape[1]):
-        raise InvalidAdapter(f"{module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: empty", module)
+        raise InvalidAdapter(
+            f"{module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: empty{_gather(a, b)}", module
+        )
     for kind, tensor in (("lora_A", a), ("lora_B", b)):
         if not torch.isfinite(tensor).all():
             raise InvalidAdapter(f"{module}.{kind} has values that are not finite (NaN or infinity)", module)
+
+
+def _gather(*tensors: torch.Tensor) -> str:
+    """Advice on tensors of which one is empty, as those are that other processes held when they were saved."""
+    if all(tensor.numel() for tensor in tensors):
+        return ""
+    return "; an empty shard of ZeRO-3 or FSDP: gather the parameters before saving"
 
 
 def to_bytes(

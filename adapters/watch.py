@@ -16,17 +16,20 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from adapters.errors import AdapterError, InvalidAdapter, NoRoom, StoreFailed
 from adapters.journal import Signature
 from adapters.registry import Registry
-from adapters.store import REQUIRED, SIDE
+from adapters.store import CONFIG, REQUIRED, SIDE
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 30.0
 """After how long a folder is tried again that failed for want of room, which its content says nothing about."""
+MAX_ENTRIES = 1000
+"""Of a folder that is no adapter, how many entries are looked at for one."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,11 @@ class Watch:
             return
         now = self._clock()
         if not signature:  # no adapter, or none any more
-            self._miss(folder)
+            below, state = _adapters_below(self._directory / folder)
+            if below and folder not in self._known:
+                self._refuse_nested(folder, below[0], state, now)
+            else:
+                self._miss(folder)
             return
         self._away.pop(folder, None)
         taken = self._registry.taken().get(origin("watch", folder))
@@ -141,11 +148,30 @@ class Watch:
         refused = self._refused.get(folder)
         if refused is not None and refused.signature == signature and not _due(refused.retry_at, now):
             return
+        if self._is_still(folder, signature, now):
+            self._take_in(folder, signature, now)
+
+    def _refuse_nested(self, folder: str, below: str, signature: Signature, now: float) -> None:
+        """`folder` holds an adapter and is none, unless it is being copied and its own files come last."""
+        self._away.pop(folder, None)
+        refused = self._refused.get(folder)
+        if (refused is None or refused.signature != signature) and self._is_still(folder, signature, now):
+            self._seen.pop(folder, None)
+            first = shown(below)
+            self._refuse(
+                folder,
+                signature,
+                f"{CONFIG} is missing, but {first!r} in it has one, as PEFT saves named adapters and trainers save "
+                f"checkpoints: move the files of {first!r} up into the folder, or register {shown(folder)}/{first} "
+                "under a name",
+            )
+
+    def _is_still(self, folder: str, signature: Signature, now: float) -> bool:
+        """Whether nothing about the folder's files has changed for long enough."""
         seen = self._seen.get(folder)
         if seen is None or seen.signature != signature:
             seen = self._seen[folder] = _Seen(signature, now)
-        if now - seen.since >= self._still or _old(signature, self._still):
-            self._take_in(folder, signature, now)
+        return now - seen.since >= self._still or _old(signature, self._still)
 
     def _taken_before(self) -> set[str]:
         """The folders whose content is served, as far as the store remembers."""
@@ -274,6 +300,39 @@ def signature_of(folder: Path, within: Path | None) -> Signature:
             continue
         entries.append((name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
     return tuple(entries) if any(entry[0] in REQUIRED for entry in entries) else ()
+
+
+def _adapters_below(folder: Path) -> tuple[list[str], Signature]:
+    """The names of those folders in `folder` that have an adapter's config, sorted, and the state of all files there.
+
+    It is all files, since a folder that is being copied may get its own config last.
+    """
+    found = []
+    try:
+        signature, names = _files_and_folders(folder)
+        for name in names:
+            files, _ = _files_and_folders(folder / name)
+            if any(entry[0] == CONFIG for entry in files):
+                found.append(name)
+                signature += tuple((f"{name}/{entry[0]}", *entry[1:]) for entry in files)
+    except OSError:  # it goes as we look, or is not to be read
+        return [], ()
+    return found, signature if found else ()
+
+
+def _files_and_folders(folder: Path) -> tuple[Signature, list[str]]:
+    """The states of the files in `folder`, and its folders: sorted, without what is hidden, links taken for files."""
+    files, folders = [], []
+    with os.scandir(folder) as entries:
+        for entry in islice(entries, MAX_ENTRIES):
+            if entry.name[0] == ".":
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.name)
+            else:
+                state = entry.stat(follow_symlinks=False)
+                files.append((entry.name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
+    return tuple(sorted(files)), sorted(folders)
 
 
 def origin(kind: str, folder: str) -> str:

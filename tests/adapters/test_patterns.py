@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 
@@ -27,7 +28,10 @@ def test_full_matches_are_pythons(pattern):
     assert patterns.full_matches(pattern, NAMES, "k") == [re.fullmatch(pattern, n) is not None for n in NAMES]
 
 
-@pytest.mark.parametrize("hostile", [r"(\w+\.?)+!", r"(.|.|m)*!", r"(.|.)(.|.)(.|.)" * 8 + "!", r"(.*)*\1x"])
+@pytest.mark.parametrize(
+    "hostile",
+    [r"(\w+\.?)+!", r"(.|.|m)*!", r"(.|.)(.|.)(.|.)" * 8 + "!", r"(.*)*\1x", r"(?x)([\w.]+) +!", r"(?x:([\w.]+) +!)"],
+)
 def test_a_hostile_pattern_is_stopped(hostile, monkeypatch):
     monkeypatch.setattr(patterns, "CHILD_SECONDS", 0.5)
     started = time.monotonic()
@@ -38,6 +42,81 @@ def test_a_hostile_pattern_is_stopped(hostile, monkeypatch):
     assert time.monotonic() - started < 3.0
 
 
+UNCOUNTED = [
+    r"(?x)([\w.]+) +!",
+    r"(?ix)([\w.]+) +!",
+    r"(?x:([\w.]+) +!)",
+    r"(?i-s+x:([\w.]+) +!)",
+    r"(?i-s:a)",
+    "(?x:([\\w.]+)#a remark\n+!)",
+    r"([\w.]+)(?#a remark)+!",
+    r"(?:(?=(a+))a)+",
+    r"(?<=a)(b)*",
+    r"(a*)\1",
+    r"(?P<x>a*)(?P=x)",
+    r"(a)?(?(1)b|c)",
+    r"(?>a*)",
+    r"a*+",
+    r"(a?){9}",
+    r"(a?){2,}?",
+    r"(a*)?+b",
+    r"a{2}{3}",
+    r"[^]a](b)+",
+    r"[[]a](b)+",
+    r"a)(b",
+    r"(a",
+    r"+a",
+    "(" * 65 + "a" + ")" * 65,
+]
+
+
+@pytest.mark.parametrize("pattern", UNCOUNTED)
+def test_what_is_not_proved_cheap_has_no_bound(pattern):
+    assert patterns.steps(pattern, 40) == math.inf
+
+
+def test_the_bound_counts_ways_and_what_is_done_in_each():
+    assert patterns.steps(r"model\.layers\.(1|2|11)\..*", 40) < 1000
+    assert patterns.steps(r"(?:.*\.)?(?!lm_head)[\w.-]+?(q|k|v)_proj$", 40) < 1e5
+    for part in (".*", r"\w+", "a?", "(a|b)", "(a|)", "(a)?", "(?=.*a)"):
+        assert patterns.steps(part * 31, 40) > 2**30, part
+    assert patterns.steps("a{3}" * 30, 40) < 1e5 < patterns.steps("a{,3}" * 30, 40)
+    assert patterns.steps("a{0,9999}b", 40) == pytest.approx(patterns.steps("a*b", 40))
+
+
+def test_a_key_that_reaches_out_of_its_place_is_judged_as_it_is_matched(monkeypatch):
+    """PEFT puts each key into a pattern of its own, where `+` repeats what is before it."""
+    asked = []
+    monkeypatch.setattr(patterns, "_in_a_child", lambda *args: asked.append(args[0]) or [[None] * len(NAMES)])
+    patterns.layer_numbers(["+x"], NAMES, "layers_pattern")
+    patterns.first_suffix_match(["(?x:a) +"], NAMES, "rank_pattern")
+    assert asked == [[r"(?:^|.*?\.)+x\.(?P<idx>\d+)\."], [r"(.*\.)?((?x:a) +)$"]]
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [".", "a", "m", r"\.", r"\w", "[a-m.]", r"[^\d]", "(", "(?:", "(?=", "(?!", ")", ")?", ")??", "|", "*", "+"]
+            + ["?", "*?", "{2}", "{1,3}", "{,2}?", "^", "$", r"\b", " ", "#", "(?P<g>", "(?x)", "(?#"]
+        ),
+        max_size=12,
+    ).map("".join)
+)
+@settings(deadline=None)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_whatever_is_matched_here_is_what_re_says(pattern):
+    if patterns.steps(pattern, 40) == math.inf:
+        return
+    try:
+        wanted = [re.fullmatch(pattern, name) is not None for name in NAMES]
+    except re.error:
+        wanted = None
+    try:
+        assert patterns.full_matches(pattern, NAMES, "k") == wanted
+    except InvalidAdapter:
+        assert wanted is None
+
+
 def test_first_suffix_match_is_the_first_in_order():
     keys = ["q_proj", r"layers\.1\..*", "proj", "odel.layers.0.self_attn.q_proj"]
     found = patterns.first_suffix_match(keys, NAMES, "rank_pattern")
@@ -46,7 +125,7 @@ def test_first_suffix_match_is_the_first_in_order():
 
 
 def test_what_is_no_pattern_is_named():
-    for pattern in ("(", "x{99999999999}", "a" * 5000):
+    for pattern in ("(", "x{99999999999}", "a" * 5000, "[z-a]", "(?P<g>a)(?P<g>b)", "(?x)(a"):
         with pytest.raises(InvalidAdapter, match="target_modules"):
             patterns.full_matches(pattern, NAMES, "target_modules")
     with pytest.raises(InvalidAdapter, match="too long"):
@@ -58,7 +137,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-KEYS = sorted(peft_config.HONOURED | set(peft_config.HARMLESS) | set(peft_config.REFUSED) | set(peft_config.DEFAULTS))
+KEYS = sorted(peft_config.HONOURED | set(peft_config.HARMLESS) | set(peft_config.REFUSED) | set(peft_config.NEUTRAL))
 
 
 @given(changes=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=8), json_values, max_size=3))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 
 from adapters import peft_format
@@ -172,7 +173,7 @@ def test_the_answer_lists_what_was_honoured_and_what_was_harmless(make_peft, sha
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora"),
     "lora_bias": ({"lora_bias": True}, "lora_bias"),
-    "bias": ({"bias": "lora_only"}, "bias"),
+    "bias": ({"bias": "some"}, "bias"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
     "lm_head": ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
@@ -188,11 +189,66 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "layer_replication": ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
     "another type": ({"peft_type": "IA3"}, "IA3"),
     "qalora": ({"use_qalora": True}, "use_qalora"),
-    "a group of qalora": ({"qalora_group_size": 32}, "qalora_group_size"),
+    "a group of qalora": ({"use_qalora": True, "qalora_group_size": 32}, "use_qalora"),
+    "megatron": ({"megatron_config": {"hidden_size": 8}, "megatron_core": "megatron.other"}, "megatron_config"),
+    "an embedding by its path": ({"target_modules": ["q_proj", "model.embed_tokens"]}, "embed_tokens"),
+    "a head beside an exclusion": (
+        {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["embed_tokens"]},
+        "lm_head.*retrain without that target",
+    ),
     "arrow": ({"arrow_config": {"top_k": 3}}, "arrow_config"),
     "an unknown key": ({"warp_factor": 9}, "warp_factor"),
     "a number that is false": ({"warp_factor": 0}, "warp_factor"),
 }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bias": "lora_only"},
+        {"bias": "all"},
+        {"qalora_group_size": 32},
+        {"use_qalora": False, "qalora_group_size": 7},
+        {"megatron_core": "megatron.other"},
+        {"ensure_weight_tying": True},
+        {"target_modules": ["q_proj", "wte", "word_embeddings", "embed_out", "other.lm_head"]},
+        {"target_modules": ["q_proj", "lm_head", "embed_tokens"], "exclude_modules": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ".*head"},
+        {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [0, 1, 2]},
+    ],
+)
+def test_what_has_no_effect_is_served(changes, llama, make_peft, shapes):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    before = peft_format.read_folder(folder, name="a", shapes=shapes)
+    edit(folder, **changes)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(llama), folder).eval()
+    for known in (shapes, None):
+        weights = peft_format.read_folder(folder, name="a", shapes=known)
+        assert weights.digest == before.digest
+    with torch.no_grad():
+        assert (logits_with(llama, weights) - loaded(IDS).logits).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("variant", "extra"),
+    [
+        ({"velora_config": VeloraConfig(num_groups=4)}, "lora_velora_embed"),
+        ({"monteclora_config": MontecloraConfig(num_samples=3, buffer_size=2)}, "lora_monteclora_sampler"),
+    ],
+)
+def test_variants_of_training_are_served_as_peft_infers(variant, extra, llama, shapes, make_peft):
+    model, folder = make_peft(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], **variant)
+    assert any(extra in key for key in load_file(folder / "adapter_model.safetensors"))
+    weights = peft_format.read_folder(folder, name="a", shapes=shapes)
+    with torch.no_grad():
+        live, loaded = model(IDS).logits, PeftModel.from_pretrained(copy.deepcopy(llama), folder).eval()(IDS).logits
+        merged = model.merge_and_unload()(IDS).logits
+    for wanted in (live, loaded, merged):
+        assert (logits_with(llama, weights) - wanted).abs().max() < 2e-5
+    assert (live - llama(IDS).logits).abs().max() > 1e-2
+    retensor(folder, lambda ts: {k: v for k, v in ts.items() if extra in k})
+    with pytest.raises(InvalidAdapter, match="no LoRA tensors"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
 
 
 @pytest.mark.parametrize("what", REFUSALS)
@@ -259,6 +315,10 @@ def put(key: str, tensor: torch.Tensor) -> Any:
     return lambda ts: {**ts, key: tensor}
 
 
+def rename_all(part: str, replacement: str) -> Any:
+    return lambda ts: {k.replace(part, replacement, 1): v for k, v in ts.items()}
+
+
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -283,6 +343,28 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         (put("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(2, 48)), UnsupportedAdapter, "embed"),
         (put("base_model.model.lm_head.weight", torch.ones(48, 16)), UnsupportedAdapter, "lm_head"),
         (put("base_model.model.model.norm.weight", torch.ones(16)), InvalidAdapter, "no pair"),
+        (put(f"{Q0}.base_layer.bias", torch.ones(16)), UnsupportedAdapter, "trained bias"),
+        (put("base_model.model.model.layers.0.mlp.up_proj.bias", torch.ones(24)), UnsupportedAdapter, "trained bias"),
+        (put("base_model.model.lm_head.lora_A.weight", torch.ones(2, 16)), UnsupportedAdapter, "retrain without that"),
+        (
+            put("base_model.model.model.embed_tokens.base_layer.weight", torch.ones(48, 16)),
+            UnsupportedAdapter,
+            "LoRA on 'model.embed_tokens' .* retrain without that target",
+        ),
+        (put(f"{Q0}.lora_A.weight", torch.ones(2, 16, dtype=torch.float8_e4m3fn)), UnsupportedAdapter, "cast it"),
+        (put(f"{Q0}.lora_A.weight", torch.zeros(0)), InvalidAdapter, "gather the parameters before saving"),
+        (put(f"{Q0}.lora_B.weight", torch.zeros(0, 2)), InvalidAdapter, "gather the parameters before saving"),
+        (drop("layers.0"), InvalidAdapter, "exclude_modules if they were not trained"),
+        (rename_all("base_model.", "module.base_model."), InvalidAdapter, "'module'.*DataParallel.*unwrap"),
+        (rename_all("base_model.model.", "base_model.model.module."), InvalidAdapter, "'module'.*unwrap"),
+        (rename_all("base_model.model.", "_orig_mod.base_model.model."), InvalidAdapter, "torch.compile.*unwrap"),
+        (rename_all(".self_attn.", "._orig_mod.self_attn."), InvalidAdapter, "torch.compile.*unwrap"),
+        (rename_all(".self_attn.", "._fsdp_wrapped_module.self_attn."), InvalidAdapter, "FSDP.*unwrap"),
+        (
+            rename_all(".self_attn.", "._checkpoint_wrapped_module.self_attn."),
+            InvalidAdapter,
+            "activation checkpointing.*unwrap",
+        ),
         (put("", torch.ones(16)), InvalidAdapter, "no pair"),
     ],
 )
@@ -373,6 +455,72 @@ def test_sizes_are_known_before_reading(make_peft, shapes):
         tensors.truncate(1 << 40)
     with pytest.raises(InvalidAdapter, match=r"over the limit .* no adapter of rank 64 \(--max-rank\) reaches"):
         peft_format.read_folder(folder, name="a", shapes=shapes)
+
+
+TABLE = torch.zeros(48, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "error", "named"),
+    [
+        ({"modules_to_save": ["lm_head"]}, {"lm_head.weight": TABLE}, UnsupportedAdapter, "modules_to_save.*retrain"),
+        (
+            {"target_modules": ["q_proj", "lm_head"]},
+            {"lm_head.base_layer.weight": TABLE, "model.embed_tokens.weight": TABLE},
+            UnsupportedAdapter,
+            "LoRA on 'lm_head' .* retrain without that target",
+        ),
+        ({}, {"lm_head.weight": TABLE}, UnsupportedAdapter, "save_embedding_layers=False"),
+        ({}, {"model.layers.9.mlp.up_proj.lora_A.weight": TABLE}, InvalidAdapter, "lora_B.weight is missing"),
+        (
+            {},
+            {f"model.layers.9.mlp.up_proj.lora_{s}.weight": TABLE for s in "AB"},
+            BaseMismatch,
+            "modules that this base does not have",
+        ),
+        (
+            {},
+            {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 32)},
+            BaseMismatch,
+            "made for another base",
+        ),
+    ],
+)
+def test_a_file_over_the_limit_is_refused_for_what_is_wrong_with_it(
+    changes, tensors, error, named, make_peft, shapes, monkeypatch
+):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    retensor(folder, lambda ts: {**ts, **{f"base_model.model.{k}": v.clone() for k, v in tensors.items()}})
+    edit(folder, **changes)
+    monkeypatch.setattr(peft_format, "_tensor_limit", lambda shapes, max_rank: 100)
+    files = [(folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]
+    with pytest.raises(error, match=named):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+    with pytest.raises(error, match=named):
+        peft_format.read_bytes(*files, name="a", shapes=shapes)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[",
+        b"[1]",
+        b"[" * 10_000,
+        b'{"a": 1}',
+        b'{"a": {"shape": [-1]}}',
+        b'{"a": {"shape": ["x"]}}',
+        b'{"a": {"shape": [99999999999999999999]}}',
+        b'{"a": {"shape": [4611686018427387904, 4611686018427387904]}}',
+    ],
+)
+def test_a_damaged_header_over_the_limit_is_too_large(header, make_peft, shapes, monkeypatch):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    file = folder / "adapter_model.safetensors"
+    monkeypatch.setattr(peft_format, "_tensor_limit", lambda shapes, max_rank: 4)
+    for length in (len(header), 1 << 62):
+        file.write_bytes(length.to_bytes(8, "little") + header)
+        with pytest.raises(InvalidAdapter, match="over the limit of 4"):
+            peft_format.read_folder(folder, name="a", shapes=shapes)
 
 
 @pytest.mark.parametrize(

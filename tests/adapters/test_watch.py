@@ -223,6 +223,69 @@ def test_a_fault_of_our_own_costs_one_folder_and_is_tried_again(
     assert scene.look() == digests and scene.rejected() == {}
 
 
+@pytest.mark.parametrize("below", ["formal", "checkpoint-10"])
+def test_an_adapter_one_level_down_is_told_of(scene: Scene, below: str) -> None:
+    a = scene.put("a", 1)
+    shutil.copytree(scene.directory / "a", scene.directory / "named" / below)
+    shutil.copytree(scene.directory / "a", scene.directory / "deep" / "er" / "still")
+    shutil.copytree(scene.directory / "a", scene.directory / "hidden" / ".cache")
+    (scene.directory / "named" / "README.md").write_text("# A card")
+    (scene.directory / "empty" / "folder").mkdir(parents=True)
+    assert scene.look() == {} and scene.rejected() == {}, "it may be copied still"
+    assert scene.look(3) == {"a": a}
+    assert set(scene.rejected()) == {"named"}
+    reason = scene.rejected()["named"]
+    assert "adapter_config.json is missing" in reason
+    assert f"move the files of {below!r} up" in reason and f"register named/{below}" in reason
+    since = scene.registry.rejected()[0]["since"]
+    scene.look(3)
+    assert scene.registry.rejected()[0]["since"] == since
+    for path in (scene.directory / "named" / below).iterdir():
+        path.rename(scene.directory / "named" / path.name)
+    assert scene.look(3) == {"a": a, "named": a} and scene.rejected() == {}
+
+
+def test_a_folder_whose_own_files_are_copied_last_is_waited_for(scene: Scene) -> None:
+    a = scene.put("a", 1)
+    scene.look(2)
+    target = scene.directory / "b" / "checkpoint-10"
+    target.mkdir(parents=True)
+    for path in sorted((scene.directory / "a").iterdir()):
+        (target / path.name).write_bytes(path.read_bytes())
+        assert scene.look(seconds=0.9) == {"a": a} and scene.rejected() == {}
+    for part in ("optimizer.pt", "optimizer.pt", "optimizer.pt", "scheduler.pt"):
+        with open(target / part, "ab") as file:
+            file.write(b"part")
+        assert scene.look(seconds=0.9) == {"a": a} and scene.rejected() == {}
+    for path in (scene.directory / "a").iterdir():
+        (target.parent / path.name).write_bytes(path.read_bytes())
+    assert scene.look(2) == {"a": a, "b": a} and scene.rejected() == {}
+
+
+def test_what_is_told_of_a_nested_adapter_goes_with_it(scene: Scene, tmp_path: Path) -> None:
+    scene.write(scene.directory / "named" / "formal", 1)
+    scene.write(tmp_path / "outside", 1)
+    (scene.directory / "links").mkdir()
+    (scene.directory / "links" / "out").symlink_to(tmp_path / "outside")
+    (scene.directory / "named" / "loop").symlink_to("loop")
+    (scene.directory / "named" / "a link").symlink_to(tmp_path / "outside")
+    scene.look(3)
+    assert set(scene.rejected()) == {"named"}
+    shutil.rmtree(scene.directory / "named" / "formal")
+    scene.look()
+    assert scene.rejected() == {}
+
+
+def test_files_that_moved_down_take_their_adapter_with_them(scene: Scene) -> None:
+    a = scene.put("a", 1)
+    scene.look(2)
+    (scene.directory / "a" / "formal").mkdir()
+    for path in list((scene.directory / "a").glob("adapter_*")):
+        path.rename(scene.directory / "a" / "formal" / path.name)
+    assert scene.look(3) == {"a": a}, "they may be about to be written anew"
+    assert scene.look(4) == {} and set(scene.rejected()) == {"a"}
+
+
 def test_a_removed_folder_takes_its_adapter_with_it(scene: Scene) -> None:
     scene.put("a", 1)
     b = scene.put("b", 2)
