@@ -34,8 +34,11 @@ RUN mkdir data
 VOLUME /var/lib/loramux/data
 EXPOSE 8000
 STOPSIGNAL SIGTERM
+# Asked past any proxy. Kubernetes sets LORAMUX_PORT to tcp://... beside a Service of that name: that is no port.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health/ready', timeout=2)"]
+    CMD ["python", "-c", "import os; from urllib.request import ProxyHandler, build_opener; \
+port = os.environ.get('LORAMUX_PORT', ''); url = 'http://127.0.0.1:' + (port if port.isdigit() else '8000'); \
+build_opener(ProxyHandler({})).open(url + '/health/ready', timeout=2)"]
 # Listens on all of the container's addresses, so it wants keys (LORAMUX_API_KEYS or _FILE) or LORAMUX_INSECURE=1.
 ENTRYPOINT ["loramux"]
 CMD ["serve"]

@@ -6,17 +6,18 @@ asking them what they would choose.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import resource
 import shutil
-import socket
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from server.errors import ServerError
+from server.errors import BadSetting, ServerError
 from server.settings import Settings
 
 ISA = {
@@ -44,7 +45,7 @@ class Report:
 
 
 def examine(settings: Settings) -> Report:
-    """Look at processor, memory, GPU, kernels, base, disk and port."""
+    """Look at processor, memory, GPU, kernels, base, disk, keys and port."""
     report = Report()
     checks: tuple[Callable[[Settings, Report], None], ...] = (
         _processor,
@@ -53,6 +54,7 @@ def examine(settings: Settings) -> Report:
         _kernels,
         _base,
         _state_dir,
+        _keys,
         _listening,
     )
     for check in checks:
@@ -142,13 +144,14 @@ def _base(settings: Settings, report: Report) -> None:
     from server.model.checkpoint import open_checkpoint
     from server.model.quantization import Quantization, check_group
     from server.sources import hub
-    from server.sources.models import locate
+    from server.sources.models import locate, no_folder
 
     found = locate(settings.model, settings.state_dir)
     if found is None:
         report.facts["base"] = f"{settings.model}, not on this machine yet"
-        report.remarks.append(f"`loramux pull {settings.model}`, or the first start, fetches the base")
-        if hub.is_id(settings.model):
+        as_id = f"{no_folder(settings.model)} " if hub.is_id(settings.model) else ""
+        report.remarks.append(f"{as_id}`loramux pull {settings.model}`, or the first start, fetches the base")
+        if as_id:
             hub.check_client(settings.model)
         return
     files = (
@@ -178,27 +181,56 @@ def _base(settings: Settings, report: Report) -> None:
 
 
 def _state_dir(settings: Settings, report: Report) -> None:
-    place = settings.state_dir.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    report.facts["state"] = f"{settings.state_dir}, {_gib(free)} of disk free"
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        report.problems.append(
-            f"the state directory {settings.state_dir} can not be written; --state-dir names another"
-        )
-    elif free < 1 << 30:
+    report.facts["state"] = str(settings.state_dir)
+    free = shutil.disk_usage(check_state_dir(settings.state_dir)).free
+    report.facts["state"] += f", {_gib(free)} of disk free"
+    if free < 1 << 30:
         report.remarks.append(f"only {_gib(free)} of disk is free for adapters and the cache")
 
 
-def _listening(settings: Settings, report: Report) -> None:
+def check_state_dir(state_dir: Path) -> Path:
+    """Raises BadSetting unless a server could write there, and none has it; leaves nothing behind.
+
+    Returns the folder that is there already: the state directory, or what it would be made in.
+    """
+    store = state_dir / "store"
     try:
-        info = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-        with socket.create_server(info[4][:2], family=info[0]) as s:
-            report.facts["address"] = f"{settings.host}:{s.getsockname()[1]}, free"
+        place = next(folder for folder in (state_dir, *state_dir.absolute().parents) if folder.exists())
+        for folder in (place, store, store / "versions", store / "incoming"):
+            if folder == place or folder.exists():
+                tempfile.TemporaryFile(dir=folder).close()
+        if (store / "lock").exists():
+            with (store / "lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadSetting(
+            f"the state directory {state_dir} is in use by another process; stop that, or name another with "
+            "--state-dir",
+            "state_dir",
+        ) from None
     except OSError as e:
-        report.facts["address"] = f"{settings.host}:{settings.port}, not free"
-        report.problems.append(f"can not listen on {settings.host}:{settings.port}: {e.strerror or e}; see --port")
+        raise BadSetting(
+            f"the state directory {state_dir} can not be written: {e.strerror or e}; --state-dir names another",
+            "state_dir",
+        ) from None
+    return place
+
+
+def _keys(settings: Settings, report: Report) -> None:
+    from server.api.auth import Keys
+
+    Keys(settings)
+
+
+def _listening(settings: Settings, report: Report) -> None:
+    from server.cli.serve import listen
+
+    try:
+        with listen(settings.host, settings.port) as s:
+            report.facts["address"] = f"{settings.host}:{s.getsockname()[1]}, free"
+    except ServerError:
+        report.facts["address"] = f"{settings.host}:{settings.port}, not to be had"
+        raise
 
 
 def meminfo() -> dict[str, int]:

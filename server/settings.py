@@ -16,7 +16,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 import adapters
 from server.errors import BadSetting
@@ -28,6 +37,8 @@ _SIZE_UNITS = {"": 1, "B": 1}
 _SIZE_UNITS |= {f"{p}iB": 1 << (10 * i) for i, p in enumerate("KMGT", 1)}
 _SIZE_UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
 _SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LARGEST = 1 << 63
+"""No size is as large, nor can a float of more digits be told from infinity."""
 _KEY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -40,9 +51,11 @@ def parse_size(text: object) -> int:
         unit = {u.lower(): n for u, n in _SIZE_UNITS.items()}.get(m[2].lower()) if m else None
         if m is None or unit is None:
             raise ValueError(f"{text!r} is no size; write it as 2GiB, 512MiB or a number of bytes")
-        size = int(float(m[1]) * unit)
+        size = int(min(float(m[1]) * unit, _LARGEST))
     if size < 0:
         raise ValueError("a size can not be negative")
+    if size >= _LARGEST:
+        raise ValueError("that is more than any machine has")
     return size
 
 
@@ -61,7 +74,7 @@ def parse_memory(text: object) -> int | float:
 def parse_duration(text: object) -> float:
     """Seconds of "300s", "5m", "250ms", "1h" or a number of seconds. Raises ValueError."""
     if isinstance(text, int | float) and not isinstance(text, bool):
-        seconds = float(text)
+        seconds = float(text) if isinstance(text, float) or text < _LARGEST else math.inf
     else:
         m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|[smhd]?)\s*", str(text))
         if m is None:
@@ -102,6 +115,17 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
 
+def _at_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} begins with ~, and whose home that is cannot be told") from None
+
+
+def _without_brackets(host: str) -> str:
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 AutoSize = Annotated[int | None, _auto(parse_size)]
@@ -109,6 +133,8 @@ AutoMemory = Annotated[int | float | None, _auto(parse_memory)]
 AutoInt = Annotated[int | None, _auto(lambda v: v)]
 AutoCount = Annotated[Annotated[int, Field(ge=1)] | None, _auto(lambda v: v)]
 AutoLength = Annotated[Annotated[int, Field(ge=2)] | None, _auto(lambda v: v)]
+Place = Annotated[Path, AfterValidator(_at_home)]
+AutoPlace = Annotated[Place | None, _auto(Path)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[Annotated[float, Field(gt=0)] | None, _auto(lambda v: v)]
@@ -137,11 +163,11 @@ class Settings(BaseModel):
     )
 
     # Adapters
-    state_dir: Path = Field(Path("data"), description="all that the server writes; its cache/ may be deleted")
-    adapter_dir: Annotated[Path | None, _auto(Path)] = Field(
+    state_dir: Place = Field(Path("data"), description="all that the server writes; its cache/ may be deleted")
+    adapter_dir: AutoPlace = Field(
         None, description="watched directory of PEFT folders, never written: auto is adapters/ in the state directory"
     )
-    library: Annotated[Path | None, _auto(lambda v: None if v == "none" else Path(v))] = Field(
+    library: Annotated[Place | None, _auto(lambda v: None if v == "none" else Path(v))] = Field(
         Path(adapters.__path__[0]) / "library", description="adapters registered at start; none for no such adapters"
     )
     max_rank: Count = Field(64, description="highest rank of an adapter")
@@ -173,14 +199,14 @@ class Settings(BaseModel):
     task_concurrency: AutoCount = Field(None, description="most requests of one task in flight: auto is no limit")
 
     # HTTP
-    host: str = Field("127.0.0.1", description="address to listen on")
+    host: Annotated[str, AfterValidator(_without_brackets)] = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65_535)] = Field(8000, description="port to listen on; 0 picks a free one")
     api_keys: SecretStr = Field(SecretStr(""), description="inference keys, id:secret, comma-separated")
-    api_keys_file: Path | None = Field(None, description="file of inference keys, read again when it changes")
+    api_keys_file: Place | None = Field(None, description="file of inference keys, read again when it changes")
     admin_keys: SecretStr = Field(SecretStr(""), description="admin keys, id:secret, comma-separated")
-    admin_keys_file: Path | None = Field(None, description="file of admin keys, read again when it changes")
+    admin_keys_file: Place | None = Field(None, description="file of admin keys, read again when it changes")
     metrics_key: SecretStr = Field(SecretStr(""), description="a key that opens /metrics only, as id:secret")
-    metrics_key_file: Path | None = Field(None, description="file of the key for /metrics, read again when it changes")
+    metrics_key_file: Place | None = Field(None, description="file of the key for /metrics, read again when it changes")
     metrics_public: bool = Field(False, description="serve /metrics without a key")
     allowed_hosts: Names = Field((), description="more values of the Host header to accept, comma-separated")
     insecure: bool = Field(False, description="serve without keys on an address that others can reach")
@@ -300,6 +326,7 @@ def load_settings(flags: Mapping[str, Any] | None = None, *, config: Path | None
     The file is `config`, else LORAMUX_CONFIG, else loramux.toml in the working directory if it is there.
     """
     environment = {k[len(PREFIX) :].lower(): v for k, v in os.environ.items() if k.startswith(PREFIX) and v != ""}
+    environment = {name: value for name, value in environment.items() if not _is_service_link(name, value)}
     from_variable = environment.pop("config", None)
     named = config or from_variable
     from_file = _read_file(Path(named or DEFAULT_FILE), must_exist=named is not None)
@@ -316,14 +343,33 @@ def load_settings(flags: Mapping[str, Any] | None = None, *, config: Path | None
         raise BadSetting(*_explain(e)) from None
 
 
+_SERVICE_LINKS = (
+    (r"service_host", r"[0-9a-fA-F.:]+"),
+    (r"service_port(_\w+)?", r"\d+"),
+    (r"port(_\d+_(tcp|udp|sctp))?", r"(tcp|udp|sctp)://\S+:\d+"),
+    (r"port_\d+_(tcp|udp|sctp)_proto", r"tcp|udp|sctp"),
+    (r"port_\d+_(tcp|udp|sctp)_port", r"\d+"),
+    (r"port_\d+_(tcp|udp|sctp)_addr", r"[0-9a-fA-F.:]+"),
+)
+"""Names without their prefix, and values, of the variables that Kubernetes gives to the pods beside a Service."""
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes tells where a Service is, one named `loramux` or `loramux-...`: that is no setting."""
+    return any(
+        re.fullmatch(rf"(\w+_)?{names}", name) and re.fullmatch(values, value) for names, values in _SERVICE_LINKS
+    )
+
+
 def _read_file(path: Path, must_exist: bool) -> dict[str, Any]:
     try:
+        path = _at_home(path)
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if must_exist:
             raise BadSetting(f"the settings file {path} does not exist", "config") from None
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+    except (OSError, ValueError) as e:  # not to be read, no UTF-8, no TOML, or in nobody's home
         raise BadSetting(f"the settings file {path} can not be read: {e}", "config") from None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -13,7 +15,7 @@ import typer
 
 from server.cli.options import AsJson, with_settings
 from server.cli.terminal import out, print_json, size
-from server.errors import ServerError
+from server.errors import BadSetting, ServerError
 from server.settings import Settings, parse_keys
 
 app = typer.Typer(help="Adapters of a running server (--host, --port), or a folder of one (check).")
@@ -29,6 +31,8 @@ def list_(settings: Settings, as_json: AsJson = False) -> None:
     from rich.table import Column, Table
 
     answer = _call(settings, "GET", "/adapters")
+    if not answer.keys() >= {"adapters", "rejected"}:
+        raise _another(_address(settings))
     if as_json:
         print_json(answer)
         return
@@ -154,36 +158,63 @@ def _quoted(name: str) -> str:
 
 
 def _call(settings: Settings, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """What the server answers. Raises ServerError with the server's own message."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '[::]') else host}:{settings.port}"
+    """The object that the server answers. Raises ServerError with the server's own message, and BadSetting."""
+    url = _address(settings)
     request = urllib.request.Request(url + path, method=method)
     if body is not None:
         request.data = json.dumps(body).encode()
         request.add_header("Content-Type", "application/json")
     for name, secret in _keys(settings).items():
+        if not secret.isprintable() or max(secret) > "\xff":
+            raise BadSetting(f"the key {name!r} has characters that a header cannot carry; give it other ones")
         request.add_header("Authorization", f"Bearer {name}:{secret}")
         break
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
             text = answer.read()
+        told = json.loads(text) if text else {}
+        if isinstance(told, dict):
+            return told
     except urllib.error.HTTPError as e:
         raise ServerError(_message(e)) from None
     except OSError as e:
         reason = getattr(e, "reason", e)
         raise ServerError(f"no server answers at {url}: {reason}; start one with `loramux serve`") from None
-    return json.loads(text) if text else {}
+    except (http.client.HTTPException, ValueError):  # not HTTP, or not JSON
+        pass
+    raise _another(url)
+
+
+def _address(settings: Settings) -> str:
+    """Where the server is. Raises BadSetting for a host that no name or address can be."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '[::]') else host}:{settings.port}"
+    try:
+        settings.host.encode("idna")
+        known = urllib.parse.urlsplit(url).hostname is not None and not re.search(r"[\x00-\x20\x7f/?#@\\]", host)
+    except ValueError:
+        known = False
+    if not known:
+        raise BadSetting(f"{settings.host!r} is no name or address of a host; see --host", "host")
+    return url
+
+
+def _another(url: str) -> ServerError:
+    return ServerError(f"what answers at {url} is no loramux server; see --host and --port")
 
 
 def _keys(settings: Settings) -> dict[str, str]:
-    """The admin keys, by id; where there are none the inference keys, which may look."""
+    """The admin keys, by id; where there are none the inference keys, which may look. Raises BadSetting."""
     for param, given, file in (
         ("admin_keys", settings.admin_keys, settings.admin_keys_file),
         ("api_keys", settings.api_keys, settings.api_keys_file),
     ):
         text = given.get_secret_value()
-        if file is not None and file.exists():
-            text += "\n" + file.read_text()
+        if file is not None:
+            try:
+                text += "\n" + file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as e:
+                raise BadSetting(f"{param}_file cannot be read: {e}", f"{param}_file") from None
         found = parse_keys(text, param)
         if found:
             return found
@@ -193,5 +224,5 @@ def _keys(settings: Settings) -> dict[str, str]:
 def _message(error: urllib.error.HTTPError) -> str:
     try:
         return str(json.loads(error.read())["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
         return f"the server answered {error.code} {error.reason}"

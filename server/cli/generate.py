@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
@@ -13,6 +14,7 @@ from server.cli import logs
 from server.cli.inprocess import open_base, opened, weighted
 from server.cli.options import BASE, AsJson, with_settings
 from server.cli.terminal import print_json
+from server.errors import InvalidRequest
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,11 +42,23 @@ def generate(
 
     logs.configure(settings.log_format, "warning" if settings.log_level == "info" else settings.log_level)
     asked = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read(sys.stdin.buffer) if prompt == "-" else prompt
+    if not _is_text(text):
+        raise InvalidRequest("the prompt is no UTF-8 text", "prompt")
     base = open_base(settings, choose(settings.kernels, settings.device), quiet=as_json)
     answer = asyncio.run(_answer(settings, base, text, task, adapter, asked, stream=not as_json))
     if as_json:
         print_json(answer)
+
+
+def _read(stream: BinaryIO) -> str:
+    """UTF-8 text, its lines ended as Python ends them; bytes that are none of it stay as lone surrogates."""
+    return io.StringIO(stream.read().decode("utf-8", "surrogateescape"), newline=None).read()
+
+
+def _is_text(text: str) -> bool:
+    """Whether it has no lone surrogates, which stand for what was given in another encoding."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 async def _answer(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from importlib import metadata
+from typing import NoReturn, cast
 
 import typer
+from safetensors import SafetensorError
 
 from adapters.errors import AdapterError
 from server.bench import command as bench
@@ -50,13 +53,47 @@ app.command()(models.doctor)
 app.add_typer(bench.app, name="bench")
 
 
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
+"""Click's, which typer does not name: what is wrong with the arguments themselves."""
+
+
 def main() -> None:
     """Run `loramux` with the process's arguments."""
     try:
-        app()
-    except (ServerError, AdapterError) as error:
-        if "--json" in sys.argv:
-            body = {"message": error.message, "type": type(error).__name__, "param": error.param}
-            sys.stdout.write(json.dumps({"error": body}) + "\n")
-        sys.stderr.write(f"error: {error.message}\n")
+        status = app(standalone_mode=False)
+    except _UsageError as error:
+        _tell(error, error.format_message(), getattr(getattr(error, "param", None), "name", None))
+        error.show()
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.stderr.write("aborted\n")
         sys.exit(1)
+    except (ServerError, AdapterError) as error:
+        _fail(error, error.message, error.param)
+    except OSError as error:
+        _fail(error, _in_words(error))
+    except SafetensorError as error:
+        _fail(error, f"a file of tensors cannot be read or written: {error}")
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(error: Exception, message: str, param: str | None = None) -> NoReturn:
+    _tell(error, message, param)
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(1)
+
+
+def _tell(error: Exception, message: str, param: str | None = None) -> None:
+    """An error for machines, where the command was asked for JSON."""
+    if "--json" in sys.argv:
+        body = {"message": message, "type": type(error).__name__, "param": param}
+        sys.stdout.write(json.dumps({"error": body}) + "\n")
+
+
+def _in_words(error: OSError) -> str:
+    """What the system refuses, without its number; how the disk refuses is often told without the file."""
+    named = error.filename if isinstance(error.filename, str) else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{named or 'a file'} cannot be written: no space left on the disk"
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{named} cannot be read or written: {reason}" if named else reason

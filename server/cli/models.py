@@ -58,7 +58,10 @@ def quantize(
         out().print(f"{target}: {size(done['bytes'])}, {done['bits']:.2f} bits a parameter in the linears")
 
 
-@with_settings(*BASE, "state_dir", "adapter_ram", "kv_cache", "host", "port")
+_KEYS = ("api_keys_file", "admin_keys_file", "metrics_key_file")
+
+
+@with_settings(*BASE, "state_dir", "adapter_ram", "kv_cache", "host", "port", *_KEYS, "insecure")
 def doctor(settings: Settings, as_json: AsJson = False) -> None:
     """Tell what this machine offers, what would be used, and what would go wrong."""
     from server.doctor import examine

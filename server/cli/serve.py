@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import gc
 import logging
@@ -19,6 +20,7 @@ import typer
 from server.cli import logs, malloc
 from server.cli.options import EVERYTHING, with_settings
 from server.cli.terminal import progress
+from server.doctor import check_state_dir
 from server.errors import BadSetting
 from server.settings import Settings
 
@@ -42,6 +44,7 @@ def serve(settings: Settings) -> None:
     logs.configure(settings.log_format, settings.log_level)
     faulthandler.enable()  # a crash in native code leaves the stacks of all threads
     malloc.settle()
+    check_state_dir(settings.state_dir)
     listener = listen(settings.host, settings.port)
     host, port = settings.host, listener.getsockname()[1]
     log.info("http://%s:%d, loading %s", f"[{host}]" if ":" in host else host, port, settings.model)
@@ -54,16 +57,16 @@ def serve(settings: Settings) -> None:
     gc.freeze()
     gc.enable()
 
-    with progress("bytes") as bar:
-        resolve_model(settings.model, settings.state_dir, progress=bar)  # so that a download shows its progress
-
     failures: list[Exception] = []
 
     def failed(error: Exception) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(settings, on_failure=failed)
+    app = create_app(settings, on_failure=failed)  # it reads the keys: before what takes minutes
+    with progress("bytes") as bar:
+        resolve_model(settings.model, settings.state_dir, progress=bar)  # so that a download shows its progress
+
     runtime = app.state.runtime
     server = _server(settings, app, runtime)
     with _sigterm_and_sigint(runtime, settings.drain):
@@ -78,11 +81,11 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
-    except (OSError, OverflowError) as e:
+    except (OSError, OverflowError, UnicodeError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-        raise BadSetting(
-            f"can not listen on {host}:{port}: {reason}; --port chooses another, 0 a free one", "port"
-        ) from None
+        named = isinstance(e, socket.gaierror | UnicodeError) or getattr(e, "errno", None) == errno.EADDRNOTAVAIL
+        advice = "--host takes an address of this machine" if named else "--port chooses another, 0 a free one"
+        raise BadSetting(f"can not listen on {host}:{port}: {reason}; {advice}", "host" if named else "port") from None
 
 
 def _server(settings: Settings, app: Any, runtime: Runtime) -> uvicorn.Server:

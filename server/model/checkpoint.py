@@ -367,7 +367,10 @@ def _opened(path: Path) -> Iterator[Any]:
 def _shard_names(folder: Path) -> list[str]:
     index = read_json(folder / WEIGHTS_INDEX)
     if index:
-        return sorted({str(name) for name in dict(index.get("weight_map", {})).values()})
+        named = index.get("weight_map", {})
+        if not isinstance(named, dict):
+            raise BadModel(f"{WEIGHTS_INDEX} is not whole: its weight_map does not say which file has which tensor")
+        return sorted({str(name) for name in named.values()})
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):

@@ -10,8 +10,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from server.errors import BadModel, Conflict
+from server.errors import BadModel, BadSetting, Conflict, ServerError
 from server.kernels import Backend
 from server.kernels.threads import apart
 from server.kernels.weight import Weight
@@ -147,26 +149,44 @@ def quantize_folder(
     """Write `source`, quantized, as a folder that `load_base` reads without quantizing again.
 
     The folder appears under its name when it is whole; memory holds one file of at most half a gigabyte (or one
-    matrix) at a time. Returns the manifest's `quantization`, with `bytes` and `bits`. Raises BadModel, BadSetting,
-    Conflict if `target` exists, OSError.
+    matrix) at a time. Returns the manifest's `quantization`, with `bytes` and `bits`. Raises BadModel, BadSetting, also
+    if the target cannot be written, and Conflict if it exists.
     """
-    if target.exists():
+    with _writing(target):
+        exists = target.exists()
+    if exists:
         raise Conflict(f"{target} exists already; give another place or remove it first", "target")
     checkpoint = open_checkpoint(source)
     settings = checkpoint.effective(Quantization(quantization, group_size, double_quant, table_bits))
     vocabulary = checkpoint.vocabulary()
     _check_vocabulary(vocabulary, checkpoint.config)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
     try:
-        summary = _write_shards(checkpoint, settings, partial, progress)
-        write_json(partial / "config.json", to_hf(checkpoint.config))
-        write_folder(vocabulary, partial)
-        os.replace(partial, target)
+        with _writing(target):
+            partial.mkdir(parents=True)
+            summary = _write_shards(checkpoint, settings, partial, progress)
+            write_json(partial / "config.json", to_hf(checkpoint.config))
+            write_folder(vocabulary, partial)
+            os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return summary
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """The disk's refusals become BadSetting, which names the folder and the reason: what is read has told its own."""
+    try:
+        yield
+    except ServerError:
+        raise
+    except Exception as error:  # safetensors and tokenizers give the system's number in their message alone
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        if not isinstance(error, OSError) and told is None:
+            raise
+        reason = os.strerror(int(told[1])) if told else getattr(error, "strerror", None) or str(error)
+        raise BadSetting(f"{target} cannot be written: {reason}", "target") from error
 
 
 def _write_shards(

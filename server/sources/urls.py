@@ -49,14 +49,22 @@ def is_url(text: str) -> bool:
 
 def check(url: str, allow: Sequence[str]) -> str:
     """`url` without a trailing slash, if it is plain and below one of `allow`. Raises InvalidRequest."""
-    parts = urlsplit(url)
-    plain = "://" in url and not (parts.query or parts.fragment or parts.username or parts.password)
-    if not plain or parts.scheme in _LOCAL or "::" in url or "%" in url or "\\" in url or ".." in parts.path.split("/"):
+    if not _is_plain(url):
         raise InvalidRequest("the source must be a plain URL of a folder: no query, user, escapes or `..`", "source")
     trimmed = url.rstrip("/")
     if not any(f"{trimmed}/".startswith(f"{prefix.rstrip('/')}/") for prefix in allow):
         raise InvalidRequest("adapters may not be loaded from this URL; --url-allow names prefixes", "source")
     return trimmed
+
+
+def _is_plain(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets that hold no address, or letters that would become other ones in a host's name
+        return False
+    bare = not (parts.query or parts.fragment or parts.username or parts.password)
+    escaped = any(sign in url for sign in ("::", "%", "\\"))
+    return bare and "://" in url and not escaped and parts.scheme not in _LOCAL and ".." not in parts.path.split("/")
 
 
 def fetch(url: str, folder: Path, *, max_bytes: int, seconds: float, spend: Spend) -> None:

@@ -176,3 +176,78 @@ def test_gpu_memory_is_a_size_or_a_share() -> None:
     for text in ("1.5", "0.0", "half"):
         with pytest.raises(BadSetting, match="gpu_memory"):
             load_settings({"gpu_memory": text})
+
+
+LINKS = {
+    "SERVICE_HOST": "10.0.0.1",
+    "SERVICE_PORT": "8000",
+    "SERVICE_PORT_HTTP": "8000",
+    "PORT": "tcp://10.0.0.1:8000",
+    "PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "PORT_8000_TCP_PROTO": "tcp",
+    "PORT_8000_TCP_PORT": "8000",
+    "PORT_8000_TCP_ADDR": "10.0.0.1",
+}
+
+
+@pytest.mark.parametrize("service", ["LORAMUX", "LORAMUX_GPU"])
+def test_what_kubernetes_sets_beside_a_service_is_no_setting(monkeypatch: pytest.MonkeyPatch, service: str) -> None:
+    for name, value in LINKS.items():
+        monkeypatch.setenv(f"{service}_{name}", value)
+    monkeypatch.setenv("LORAMUX_MAX_MIX", "5")
+    settings = load_settings()
+    assert (settings.port, settings.max_mix) == (8000, 5)
+    monkeypatch.setenv(f"{service}_SERVICE_HOST", "fd00::1")
+    monkeypatch.setenv(f"{service}_PORT", "tcp://[fd00::1]:8000")
+    assert load_settings().port == 8000
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SERVER_PORT", "8000"),
+        ("PORT_8000_TCP", "8000"),
+        ("PORTS", "tcp://10.0.0.1:8000"),
+        ("SERVICE_HOST", "localhost"),
+        ("SERVICE_PORT", "many"),
+        ("PORT", "http://10.0.0.1:8000"),
+        ("PORT", "8OOO"),
+        ("PORT_8000_TCP_PROTO", "http"),
+    ],
+)
+def test_what_only_looks_like_that_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"LORAMUX_{name}", value)
+    with pytest.raises(BadSetting):
+        load_settings()
+
+
+def test_a_home_is_meant_by_its_sign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("state_dir", "adapter_dir", "library", "api_keys_file", "admin_keys_file", "metrics_key_file")
+    for name in names:
+        monkeypatch.setenv(f"LORAMUX_{name.upper()}", f"~/{name}")
+    (tmp_path / "mine.toml").write_text("port = 1")
+    settings = load_settings(config=Path("~/mine.toml"))
+    assert {name: getattr(settings, name) for name in names} == {name: tmp_path / name for name in names}
+    assert settings.port == 1
+    monkeypatch.setenv("LORAMUX_STATE_DIR", "~nobody-at-all/x")
+    with pytest.raises(BadSetting, match=r"state_dir .*whose home that is cannot be told"):
+        load_settings()
+    with pytest.raises(BadSetting, match="the settings file ~nobody-at-all/x can not be read"):
+        load_settings(config=Path("~nobody-at-all/x"))
+
+
+def test_a_host_in_brackets_is_the_address() -> None:
+    assert load_settings({"host": "[::1]"}).host == "::1"
+    with pytest.raises(BadSetting, match="no keys"):
+        load_settings({"host": "[::]"})
+
+
+def test_numbers_of_many_digits() -> None:
+    for text in ("9" * 400, 10**400, "9" * 30, f"{1 << 33}TiB"):
+        with pytest.raises(ValueError, match="more than any machine has"):
+            parse_size(text)
+    for text in ("9" * 400, 10**400):
+        with pytest.raises(ValueError, match="finite"):
+            parse_duration(text)
+    assert parse_size(str(1 << 50)) == 1 << 50

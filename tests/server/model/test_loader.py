@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from server.errors import BadModel, BadSetting, Conflict
@@ -273,6 +276,46 @@ def test_a_quantize_that_fails_leaves_nothing(tmp_path: Path, tiny_vocabulary: V
     with pytest.raises(BadModel):
         quantize_folder(source, tmp_path / "q", group_size=256)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("part", ["save_file", "write_folder", "write_json"])
+def test_a_disk_that_is_full_says_so(
+    tmp_path: Path, tiny_vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Each library tells it in a way of its own; what was written by then goes."""
+    source = saved(tmp_path / "m", "Llama", tiny_vocabulary)
+    errors = {
+        "save_file": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        "write_folder": Exception("No space left on device (os error 28)"),
+        "write_json": OSError(errno.ENOSPC, "No space left on device"),
+    }
+
+    def full(*_: object) -> None:
+        raise errors[part]
+
+    monkeypatch.setattr(f"server.model.loader.{part}", full)
+    with pytest.raises(BadSetting, match=r"/q cannot be written: No space left on device$") as e:
+        quantize_folder(source, tmp_path / "q")
+    assert e.value.param == "target" and [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_disk_that_takes_no_more(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    source, before = saved(tmp_path / "m", "Llama", tiny_vocabulary), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(BadSetting, match=r"/q cannot be written: File too large"):
+            quantize_folder(source, tmp_path / "q")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("named", [3, [], ["model.safetensors"], "model.safetensors", None])
+def test_an_index_that_names_no_files(tmp_path: Path, tiny_vocabulary: Vocabulary, named: object) -> None:
+    source = saved(tmp_path / "m", "Llama", tiny_vocabulary)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    with pytest.raises(BadModel, match=r"model\.safetensors\.index\.json is not whole: its weight_map"):
+        load(source)
 
 
 def test_a_damaged_quantized_folder_is_refused(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:

@@ -138,6 +138,8 @@ def test_urls_must_be_plain_and_allowed() -> None:
         "https://other.example/lora/one",
         "http://models.example/lora/one",
         "file:///etc",
+        "http://[bad",
+        "http://a\u2100b/",
         "file:/etc",
         "simplecache::s3://bucket/a",
     ):

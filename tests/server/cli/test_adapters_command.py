@@ -1,0 +1,85 @@
+"""`loramux adapters` against what is no loramux server, with hosts that are none and keys that cannot be sent."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from server.cli.adapters import _call, list_
+from server.errors import BadSetting, ServerError
+from server.settings import Settings
+
+BROKEN = {
+    "HTML": b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n<!doctype html><p>hello",
+    "no HTTP": b"220 mail.example ESMTP\r\n",
+    "a list": b"HTTP/1.0 200 OK\r\n\r\n[]",
+    "bytes": b"HTTP/1.0 200 OK\r\n\r\n\xff\xfe\x00",
+    "a part": b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\n{}",
+}
+
+
+@pytest.fixture
+def port(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Where a server answers once, with the bytes of the parameter, whatever it is asked."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        other, _ = server.accept()
+        with other:
+            other.recv(65536)
+            other.sendall(request.param)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    yield server.getsockname()[1]
+    thread.join(30)
+    server.close()
+
+
+@pytest.mark.parametrize("port", BROKEN.values(), ids=BROKEN.keys(), indirect=True)
+def test_what_is_no_loramux_server(port: int) -> None:
+    with pytest.raises(ServerError, match=rf"what answers at http://127\.0\.0\.1:{port} is no loramux server"):
+        _call(Settings(port=port), "GET", "/adapters")
+
+
+@pytest.mark.parametrize("port", [b"HTTP/1.0 200 OK\r\n\r\n{}"], indirect=True)
+def test_json_of_another_server(port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {**dict.fromkeys(list_.__annotations__), "as_json": True, "port": port}
+    with pytest.raises(ServerError, match="is no loramux server"):
+        list_(**given)
+
+
+@pytest.mark.parametrize("host", ["127..0.0.1", "a b", "ö" * 70, "a\u2100b", "a/b", "me@a", "a\0b", "[bad"])
+def test_a_host_that_is_none(host: str) -> None:
+    with pytest.raises(BadSetting, match="is no name or address of a host; see --host"):
+        _call(Settings(host=host, insecure=True), "GET", "/adapters")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "::1", "localhost", "0.0.0.0"])
+def test_a_host_that_is_one(host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    with pytest.raises(ServerError, match="no server answers at http://"):
+        _call(Settings(host=host, port=port, insecure=True), "GET", "/adapters")
+
+
+@pytest.mark.parametrize("secret", ["ключ", "a\x07b"])
+def test_a_key_that_no_header_carries(secret: str) -> None:
+    with pytest.raises(BadSetting, match="the key 'me' has characters that a header cannot carry") as e:
+        _call(Settings(api_keys=SecretStr(f"me:{secret}")), "GET", "/adapters")
+    assert secret not in e.value.message
+
+
+@pytest.mark.parametrize("name", ["admin_keys_file", "api_keys_file"])
+def test_a_file_of_keys_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    for file in (tmp_path, tmp_path / "absent", tmp_path / "bytes"):
+        with pytest.raises(BadSetting, match=f"{name} cannot be read"):
+            _call(Settings(**{name: file}), "GET", "/adapters")

@@ -1,0 +1,106 @@
+"""How commands end that fail: one line, JSON where it is asked for, and a status; never a traceback."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+from server.cli import generate, main
+
+Run = Callable[..., tuple[int | str | None, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run("pull", "x")` is the status of `loramux pull x`, and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr(sys, "argv", ["loramux", *arguments])
+        with pytest.raises(SystemExit) as e:
+            main()
+        printed = capsys.readouterr()
+        return e.value.code, printed.out, printed.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "a file cannot be written: no space left on the disk"),
+        (OSError(errno.ENOSPC, "No space", "/a/b"), "/a/b cannot be written: no space left on the disk"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "x cannot be read or written: Permission denied"),
+        (TimeoutError(), "TimeoutError"),
+        (SafetensorError("header is odd"), "a file of tensors cannot be read or written: header is odd"),
+    ],
+)
+def test_what_the_system_refuses(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("server.sources.resolve_model", refused)
+    assert run("pull") == (1, "", f"error: {message}\n")
+    status, out, err = run("pull", "--json")
+    told = {"error": {"message": message, "type": type(error).__name__, "param": None}}
+    assert (status, json.loads(out), err) == (1, told, f"error: {message}\n")
+
+
+def test_a_target_that_cannot_be_written(run: Run, tiny_folder: Path) -> None:
+    for target in ("/proc/q", str(tiny_folder / "config.json" / "q"), "x" * 300):
+        status, out, err = run("quantize", str(tiny_folder), target, "--group-size", "32", "--json")
+        assert status == 1 and f"error: {target} cannot be written: " in err and "Traceback" not in err
+        assert json.loads(out)["error"]["param"] == "target"
+
+
+def test_usage_errors_as_json(run: Run) -> None:
+    for arguments, said in ((["quantize"], "Missing argument"), (["pull", "--nope"], "--nope"), (["nope"], "nope")):
+        status, out, err = run(*arguments)
+        assert status == 2 and out == "" and said in err
+        status, out, again = run(*arguments, "--json")
+        assert status == 2 and said in json.loads(out)["error"]["message"] and said in again
+
+
+@pytest.mark.parametrize("model", ["~nouser/x.gguf", "x" * 300, "a/" + "x" * 300 + ".gguf", "~nouser"])
+def test_a_model_that_is_no_path(run: Run, model: str) -> None:
+    status, _, err = run("pull", model)
+    assert status == 1 and err.startswith("error: the model ") and err.count("\n") == 1
+
+
+def test_a_size_of_many_digits(run: Run) -> None:
+    status, _, err = run("doctor", "--adapter-ram", "9" * 400)
+    assert status == 1 and err.startswith("error: adapter_ram ") and "more than any machine has" in err
+
+
+@pytest.mark.parametrize("prompt", ["-", "caf\udce9"])
+def test_a_prompt_that_is_no_text(run: Run, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
+    def never(*_: object, **__: object) -> None:
+        pytest.fail("the base is loaded before what is wrong is said")
+
+    monkeypatch.setattr(generate, "open_base", never)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    status, out, err = run("generate", prompt, "--json")
+    assert (status, err) == (1, "error: the prompt is no UTF-8 text\n")
+    assert json.loads(out)["error"] == {"message": "the prompt is no UTF-8 text", "type": "InvalidRequest",
+                                        "param": "prompt"}  # fmt: skip
+
+
+def test_a_prompt_from_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+
+    async def answer(settings: object, base: object, prompt: str, *_: object, **__: object) -> dict[str, Any]:
+        said.append(prompt)
+        return {}
+
+    monkeypatch.setattr(generate, "open_base", lambda *_, **__: None)
+    monkeypatch.setattr(generate, "_answer", answer)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é\r\nß\n".encode()), encoding="ascii"))
+    assert run("generate", "-")[0] == 0 and said == ["é\nß\n"]

@@ -1,0 +1,65 @@
+"""`loramux serve` says what keeps it from starting before it fetches or packs a base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from adapters.store import Store
+from server.cli import logs, malloc
+from server.cli.serve import listen, serve
+from server.errors import BadSetting
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """`serve` with flags, where a fetch of the base is a failure of the test."""
+
+    def never(*_: object, **__: object) -> None:
+        pytest.fail("the base is fetched before what is wrong is said")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("server.sources.resolve_model", never)
+    monkeypatch.setattr(malloc, "settle", lambda: True)
+    monkeypatch.setattr(logs, "configure", lambda form, level: None)
+    listeners = []
+
+    def listening(host: str, port: int) -> object:
+        listeners.append(listen(host, port))
+        return listeners[-1]
+
+    monkeypatch.setattr("server.cli.serve.listen", listening)
+
+    def run(**flags: object) -> None:
+        names = serve.__annotations__
+        serve(**{**dict.fromkeys(names), "port": 0, **flags})
+
+    yield run
+    for listener in listeners:
+        listener.close()
+
+
+def test_keys_are_read_first(started: Callable[..., None], tmp_path: Path) -> None:
+    with pytest.raises(BadSetting, match="admin_keys_file cannot be read"):
+        started(admin_keys_file=tmp_path / "absent")
+
+
+def test_the_state_directory_is_looked_at_first(started: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BadSetting, match="can not be written"):
+        started(state_dir=tmp_path / "file")
+    store = Store(tmp_path / "state" / "store")
+    try:
+        with pytest.raises(BadSetting, match="in use by another process"):
+            started(state_dir=tmp_path / "state")
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("host", ["127..0.0.1", "no such host", "192.0.2.77"])
+def test_what_cannot_be_listened_on_for_its_host(host: str) -> None:
+    with pytest.raises(BadSetting, match=f"can not listen on {host}:0: .*--host") as e:
+        listen(host, 0)
+    assert e.value.param == "host"

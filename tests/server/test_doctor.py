@@ -1,0 +1,91 @@
+"""What the doctor finds is what `serve` would end with, and looking leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.store import Store
+from server.doctor import check_state_dir, examine
+from server.errors import BadSetting
+from server.settings import Settings
+
+
+def problems(**settings: Any) -> str:
+    return " ".join(examine(Settings(port=0, **settings)).problems)
+
+
+def test_a_state_directory_that_another_process_holds(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    try:
+        with pytest.raises(BadSetting, match="in use by another process"):
+            check_state_dir(tmp_path)
+        assert f"{tmp_path} is in use by another process" in problems(state_dir=tmp_path)
+    finally:
+        store.close()
+    assert check_state_dir(tmp_path) == tmp_path and problems(state_dir=tmp_path) == ""
+    Store(tmp_path / "store").close()  # the lock was not kept
+
+
+def test_a_state_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for place in (file, file / "state", Path("/proc/state"), tmp_path / ("x" * 300), Path("/proc")):
+        with pytest.raises(BadSetting, match=r"can not be written: .*--state-dir names another"):
+            check_state_dir(place)
+    assert "can not be written" in problems(state_dir=file / "state")
+
+    def read_only(dir: Path) -> Any:
+        if dir.name == "store":
+            raise OSError(errno.EROFS, "Read-only file system")
+        return open(tmp_path / "file", "rb")
+
+    (tmp_path / "state" / "store").mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(BadSetting, match="Read-only file system"):
+        check_state_dir(tmp_path / "state")
+
+
+def test_looking_at_a_state_directory_changes_nothing(tmp_path: Path) -> None:
+    assert check_state_dir(tmp_path / "a" / "b") == tmp_path and list(tmp_path.iterdir()) == []
+    Store(tmp_path / "store").close()
+    before = sorted(tmp_path.rglob("*"))
+    assert check_state_dir(tmp_path) == tmp_path and sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_may_look_at_once(tmp_path: Path) -> None:
+    Store(tmp_path / "store").close()
+    with (tmp_path / "store" / "lock").open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        check_state_dir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["api_keys_file", "admin_keys_file", "metrics_key_file"])
+def test_keys_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "keys"
+    for content in (None, b"no key", b"\xff\xfe"):
+        if content is not None:
+            file.write_bytes(content)
+        assert f"{name} cannot be read" in problems(state_dir=tmp_path, **{name: file})
+    assert f"{name} cannot be read" in problems(state_dir=tmp_path, **{name: tmp_path})
+    file.write_text("me:secret")
+    assert problems(state_dir=tmp_path, **{name: file}) == ""
+
+
+@pytest.mark.parametrize("host", ["127..0.0.1", "no such host", "ö" * 70])
+def test_a_host_that_is_none(tmp_path: Path, host: str) -> None:
+    report = examine(Settings(port=0, host=host, insecure=True, state_dir=tmp_path))
+    assert any(f"can not listen on {host}:0" in p and "--host" in p and "--port" not in p for p in report.problems)
+    assert report.facts["address"].endswith("not to be had")
+
+
+def test_a_folder_that_is_not_there_may_be_a_hub_id(tmp_path: Path) -> None:
+    remarks = examine(Settings(port=0, model="data/qwen", state_dir=tmp_path)).remarks
+    assert any(
+        r.startswith("there is no folder data/qwen here; as a hub id: `loramux pull data/qwen`") for r in remarks
+    )
