@@ -70,7 +70,17 @@ class SamplingFields(BaseModel):
     """How an answer is drawn, and when it ends: what a request may say, and a task for it."""
 
     max_tokens: Annotated[int, Field(ge=1, le=s.MAX_TOKENS)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=s.MAX_TOKENS)] | None = None
+    min_tokens: (
+        Annotated[
+            int,
+            Field(
+                ge=0,
+                le=s.MAX_TOKENS,
+                description="no end before so many tokens, unless `response_format` allows nothing but the end",
+            ),
+        ]
+        | None
+    ) = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=s.MAX_TOKENS)] | None = None

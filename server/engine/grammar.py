@@ -1,16 +1,18 @@
 """Answers that follow a JSON schema: compiled once, off the engine's thread, then a mask for each token of a request.
 
-Owns how a vocabulary is told to `llguidance`, the limits on a grammar's size and time, and the cache of those that
+Owns how a vocabulary is told to `llguidance`, the limits on a schema's size and time, and the cache of those that
 were compiled. Knows neither OpenAI's fields nor the sampler, which asks a `Constraint` for its mask.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +26,15 @@ if TYPE_CHECKING:
 
 MAX_SCHEMA = 1 << 16
 """Characters of a schema, as compact JSON."""
+MAX_BOUNDS = 256
+"""Bounds of numbers in a schema: each range becomes a pattern of its own, which takes milliseconds."""
+MAX_STEP = 10_000
+"""The least common multiple of all `multipleOf` of a schema, without decimal points: a state for each number below."""
 MAX_CACHED = 64
 MAX_WAITING = 256
 """Schemas that wait to be compiled: requests are not in the engine's queue yet, which would bound them."""
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+_BOUNDS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
 _WHITESPACE = r"[ \n]{0,16}"
 """Between two tokens of JSON. Bounded, since a small model may otherwise write spaces until it is cut off."""
 
@@ -60,7 +67,11 @@ PARAM = "response_format"
 
 
 class Grammars:
-    """Compiles schemas for one vocabulary of `vocab_size` ids. Thread-safe; nothing is loaded before the first one."""
+    """Compiles schemas for one vocabulary of `vocab_size` ids. Thread-safe.
+
+    Making it takes about a second of a slow processor, most of it with the interpreter's lock held: do it before there
+    is traffic.
+    """
 
     def __init__(self, text: Text, vocab_size: int) -> None:
         self._text = text
@@ -70,7 +81,7 @@ class Grammars:
             ends[token // 8] |= 1 << token % 8
         self._ends = ends
         self._lock = threading.Lock()
-        self._tokenizer: LLTokenizer | None = None
+        self._tokenizer = self._told()
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, "loramux-grammar")
         self._asked: set[Future[list[Grammar]]] = set()
@@ -78,7 +89,8 @@ class Grammars:
     def ask(self, schema: Mapping[str, Any], count: int) -> Future[list[Grammar]]:
         """`compile` on a thread of its own: schemas wait for each other there, and nothing else waits for them.
 
-        Raises QueueFull if too many do.
+        Cancel the future when nobody waits for it any more: what has not begun is dropped. Raises QueueFull if too many
+        wait.
         """
         if len(self._asked) >= MAX_WAITING:
             raise QueueFull(f"{len(self._asked)} schemas wait to be compiled; come back later", retry_after=1.0)
@@ -101,7 +113,10 @@ class Grammars:
         if len(asked) > MAX_SCHEMA:
             raise InvalidRequest(f"the schema has {len(asked)} characters, over the limit of {MAX_SCHEMA}", PARAM)
         with self._lock:
-            matcher = self._compiled.get(asked) or self._compile(asked)
+            matcher = self._compiled.get(asked)
+            if matcher is None:
+                _check_numbers(schema)
+                matcher = self._compile(asked)
             self._compiled[asked] = matcher
             self._compiled.move_to_end(asked)
             if len(self._compiled) > MAX_CACHED:
@@ -109,10 +124,10 @@ class Grammars:
             return [Grammar(matcher.deep_copy(), self._ends) for _ in range(count)]
 
     def _compile(self, schema: str) -> LLMatcher:
+        if self._tokenizer is None:
+            raise InvalidRequest("the package llguidance is not installed, and answers by a schema need it", PARAM)
         from llguidance import LLMatcher, LLParserLimits
 
-        if self._tokenizer is None:
-            self._tokenizer = self._told()
         limits = LLParserLimits(
             max_items_in_row=1000,
             initial_lexer_fuel=2_000_000,  # about 40 ms
@@ -130,10 +145,12 @@ class Grammars:
             raise InvalidRequest(f"the schema cannot be used: {_first_line(matcher.get_error())}", PARAM)
         return matcher
 
-    def _told(self) -> LLTokenizer:
-        """Our vocabulary, as `llguidance` wants it."""
-        from llguidance import LLTokenizer, TokenizerWrapper
-
+    def _told(self) -> LLTokenizer | None:
+        """Our vocabulary, as `llguidance` wants it; None if that is not installed."""
+        try:
+            from llguidance import LLTokenizer, TokenizerWrapper
+        except ImportError:
+            return None
         vocabulary = self._text.vocabulary
         return LLTokenizer(
             TokenizerWrapper(_Vocabulary(self._text, self._size)),
@@ -155,6 +172,33 @@ class _Vocabulary:
 
     def __call__(self, text: str) -> list[int]:
         return self._text.encode(text, bos=False, begins=False)
+
+
+def _check_numbers(schema: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest for a schema whose limits on numbers take too long to compile: nothing else bounds that."""
+    bounds, steps, left = 0, list[int](), list[Any]([schema])
+    while left:
+        part = left.pop()
+        if isinstance(part, Mapping):
+            bounds += sum(key in _BOUNDS and isinstance(value, int | float) for key, value in part.items())
+            step = part.get("multipleOf")
+            if isinstance(step, int | float):
+                steps.append(_digits(step))
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
+    if bounds > MAX_BOUNDS:
+        raise InvalidRequest(f"the schema has {bounds} bounds of numbers, over the limit of {MAX_BOUNDS}", PARAM)
+    if math.lcm(*steps) > MAX_STEP:
+        raise InvalidRequest(f"the schema's multipleOf have a least common multiple of over {MAX_STEP}", PARAM)
+
+
+def _digits(number: float) -> int:
+    """A number without its decimal point; 1 if there is nothing to count with."""
+    exact = Decimal(str(number + 0))
+    if not exact.is_finite() or not exact:
+        return 1
+    return int(exact) if exact == exact.to_integral_value() else int("".join(map(str, exact.as_tuple().digits)))
 
 
 def _first_line(message: str) -> str:

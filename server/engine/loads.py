@@ -5,10 +5,15 @@ Owns futures of weights and who waits for them. Does not know where weights come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
+import torch
+
+from adapters.errors import AdapterError, NoRoom
 from adapters.weights import LoraWeights, Mix
 from server.engine.request import Request, State
 from server.errors import EngineFailed
@@ -19,15 +24,18 @@ Fetch = Callable[[Mix], "Future[tuple[LoraWeights, ...]]"]
 @dataclass(eq=False)
 class _Load:
     future: Future[tuple[LoraWeights, ...]]
+    warm: bool
+    """Whether it was known to need no reading."""
     waiters: dict[Request, float] = field(default_factory=dict)
     """Since when each request waits for it."""
     settled: bool = False
 
 
 class Loads:
-    """At most `limit` mixes are asked for at a time. `wake` is called, on any thread, when one of them is done.
+    """At most `limit` mixes that have to be read are asked for at a time, and as many that are in RAM.
 
-    The weights of a load that is done are held until the last of its waiters has left.
+    So one that is in RAM never waits for a place behind those that are read. `wake` is called, on any thread, when a
+    load is done. The weights of a load that is done are held until the last of its waiters has left.
     """
 
     def __init__(self, fetch: Fetch, limit: int, wake: Callable[[], None]) -> None:
@@ -35,6 +43,12 @@ class Loads:
         self._limit = limit
         self._wake = wake
         self._loads: dict[Mix, _Load] = {}
+        self._places: Counter[bool] = Counter()
+        """Those taken, by whether the load is warm."""
+        self._came: deque[Mix] = deque()
+        """Whose load is done, as it is told on any thread."""
+        self._in_ram: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
+        """A tensor of each adapter that came once. Views share it with the copy in RAM, so it lives as long as that."""
 
     def __len__(self) -> int:
         return len(self._loads)
@@ -48,9 +62,11 @@ class Loads:
         """The weights of the request's mix, in its order; None while they are on their way or no load may start."""
         load = self._loads.get(request.mix)
         if load is None:
-            if len(self._loads) >= self._limit and not self._drop_less_urgent(request.priority):
+            warm = all(digest in self._in_ram for digest in request.mix.digests)
+            if self._places[warm] >= self._limit and not self._drop_less_urgent(request.priority, warm):
                 return None
-            load = self._loads[request.mix] = _Load(self._start(request.mix))
+            self._places[warm] += 1
+            load = self._loads[request.mix] = _Load(self._start(request.mix), warm)
         if request not in load.waiters:
             load.waiters[request] = now
         if load.settled or load.future.done():
@@ -60,10 +76,14 @@ class Loads:
 
     def settle(self, now: float) -> tuple[bool, list[tuple[Request, Exception]]]:
         """Take note of what has come: whether anything has, and the requests whose load failed, with the reason."""
-        done = [(mix, load) for mix, load in self._loads.items() if not load.settled and load.future.done()]
+        came = False
         failed: list[tuple[Request, Exception]] = []
-        for mix, load in done:
-            load.settled = True
+        while self._came:
+            mix = self._came.popleft()
+            load = self._loads.get(mix)
+            if load is None or load.settled or not load.future.done():  # it was given up, and perhaps asked for again
+                continue
+            came = load.settled = True
             error = _error(load.future)
             for request, since in list(load.waiters.items()):
                 request.load_seconds += now - since
@@ -71,8 +91,10 @@ class Loads:
                 if error is not None:
                     failed.append((request, error))
             if error is not None:
-                del self._loads[mix]
-        return bool(done), failed
+                self._remove(mix)
+            else:
+                self._remember(load.future.result())
+        return came, failed
 
     def came_for(self, request: Request) -> bool:
         """Whether the request holds weights that have come for it."""
@@ -81,35 +103,66 @@ class Loads:
 
     def waited(self, priority: int, now: float) -> float:
         """For how long a request of that priority has waited for a load that has not come, at most; 0 if none does."""
-        since = [
-            since
-            for load in self._loads.values()
-            if not load.settled
-            for request, since in load.waiters.items()
-            if request.priority == priority
-        ]
-        return now - min(since, default=now)
+        return now - min(self._lacking(priority), default=now)
 
     def leave(self, request: Request) -> None:
         """The request waits for its mix no more: it runs, or it has ended."""
         load = self._loads.get(request.mix)
         if load is not None and load.waiters.pop(request, None) is not None and not load.waiters:
-            del self._loads[request.mix]
-            load.future.cancel()
+            self._remove(request.mix)
 
-    def _drop_less_urgent(self, priority: int) -> bool:
-        """Give up a load that only less urgent requests wait for; they will ask again. False if there is none.
+    def give_way(self, priority: int) -> None:
+        """Give up the loads that only less urgent requests wait for, if one of that priority lacks its own.
+
+        They will ask again. What has come for them holds RAM, and what has not stands before the other in the line for
+        it, while they wait for the more urgent one to run first.
+        """
+        if next(self._lacking(priority), None) is not None:
+            for mix in [mix for mix, load in self._loads.items() if _is_less_urgent(load, priority)]:
+                self._give_up(mix)
+
+    def misfits(self) -> list[tuple[Request, Exception]]:
+        """Who waits for the first load that has not come, with the reason, if it never can any more."""
+        load = next((load for load in self._loads.values() if not load.settled), None)
+        if load is None:
+            return []
+        try:
+            next(iter(load.waiters)).still_fits()
+        except NoRoom as error:
+            return [(request, error) for request in load.waiters]
+        except AdapterError:  # its name is gone, for one, and what is leased is as good as before
+            pass
+        return []
+
+    def _lacking(self, priority: int) -> Iterator[float]:
+        """Since when each request of a priority waits for a load that has not come."""
+        for load in self._loads.values():
+            if not load.settled:
+                for request, since in load.waiters.items():
+                    if request.priority == priority:
+                        yield since
+
+    def _drop_less_urgent(self, priority: int, warm: bool) -> bool:
+        """Give up a load that only less urgent requests wait for, for its place. False if there is none.
 
         Without this they would hold every place while they wait for the more urgent one to run first.
         """
         for mix, load in self._loads.items():
-            if all(request.priority > priority for request in load.waiters):
-                for request in load.waiters:
-                    request.state = State.QUEUED
-                del self._loads[mix]
-                load.future.cancel()
+            if load.warm == warm and _is_less_urgent(load, priority):
+                self._give_up(mix)
                 return True
         return False
+
+    def _give_up(self, mix: Mix) -> None:
+        """Its waiters will ask again."""
+        for request in self._loads[mix].waiters:
+            request.state = State.QUEUED
+        self._remove(mix)
+
+    def _remove(self, mix: Mix) -> None:
+        load = self._loads.pop(mix)
+        self._places[load.warm] -= 1
+        load.future.cancel()
 
     def _start(self, mix: Mix) -> Future[tuple[LoraWeights, ...]]:
         try:
@@ -117,12 +170,30 @@ class Loads:
         except Exception as e:  # whatever is wrong with one mix ends the requests for it, not the step
             future = Future()
             future.set_exception(e)
-        future.add_done_callback(lambda _: self._wake())
+        future.add_done_callback(lambda _: self._done(mix))
         return future
 
+    def _done(self, mix: Mix) -> None:
+        self._came.append(mix)
+        self._wake()
+
+    def _remember(self, weights: Sequence[LoraWeights]) -> None:
+        for each in weights:
+            module = next(iter(each.modules.values()), None)
+            if module is not None:
+                self._in_ram[each.digest] = module.A
+
     def _result(self, load: _Load) -> Sequence[LoraWeights] | None:
-        # a failed one is dealt with by the next `settle`
-        return load.future.result() if _error(load.future) is None else None
+        if _error(load.future) is not None:  # it is dealt with by the next `settle`
+            return None
+        weights = load.future.result()
+        if not load.settled:
+            self._remember(weights)
+        return weights
+
+
+def _is_less_urgent(load: _Load, priority: int) -> bool:
+    return all(request.priority > priority for request in load.waiters)
 
 
 def _error(future: Future[tuple[LoraWeights, ...]]) -> Exception | None:

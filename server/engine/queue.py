@@ -4,7 +4,7 @@ Owns order and bounds. Does not know blocks, slots or loads.
 
 The fair queue follows the virtual token counter of Sheng et al. (2024), "Fairness in Serving Large Language Models":
 each key has a counter of the service that it got; the key with the least goes first; a key that has been away starts
-at the least of those that are there, so that absence earns no credit.
+at the least of those of its priority that are there, so that absence earns no credit.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ OUTPUT_COST = 2.0
 
 REMEMBERED_KEYS = 1024
 
+Key = tuple[int, str]
+"""(priority, fair key); the lower priority number goes first."""
+
 
 @dataclass
 class Arrivals:
@@ -43,8 +46,9 @@ _NOTHING = Arrivals()
 class Inbox:
     """The engine's door, for any thread. Bounds what waits, from here until it runs for the first time.
 
-    When all places are taken, a key that has fewer requests waiting than another still gets in: `overfull` then
-    names the key whose newest request has to go.
+    A request finds a place taken only by those that are not less urgent than it. Where all are, one whose key has fewer
+    waiting than another of its priority still gets in. `overfull` then names the key whose newest request has to go:
+    of the least urgent, the one with most.
     """
 
     def __init__(self, max_requests: int, max_tokens: int, wake: Callable[[], None]) -> None:
@@ -53,9 +57,11 @@ class Inbox:
         self._wake = wake
         self._lock = threading.Lock()
         self._arrivals = Arrivals()
-        self._waiting: Counter[str] = Counter()
+        self._waiting: Counter[Key] = Counter()
         self._inside: set[Request] = set()
         self._tokens = 0
+        self._tokens_of: Counter[int] = Counter()
+        """By priority."""
         self._closed: str | None = "the engine has not been started"
         self._left_at: deque[float] = deque(maxlen=32)
 
@@ -84,7 +90,8 @@ class Inbox:
             self._check_room(request)
             self._inside.add(request)
             self._tokens += len(request.prompt)
-            self._waiting[request.fair_key] += 1
+            self._tokens_of[request.priority] += len(request.prompt)
+            self._waiting[_key(request)] += 1
             self._arrivals.requests.append(request)
         self._wake()
 
@@ -121,17 +128,19 @@ class Inbox:
                 return
             self._inside.remove(request)
             self._tokens -= len(request.prompt)
-            self._waiting[request.fair_key] -= 1
-            if not self._waiting[request.fair_key]:
-                del self._waiting[request.fair_key]
+            self._tokens_of[request.priority] -= len(request.prompt)
+            key = _key(request)
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key]
             self._left_at.append(time.monotonic())
 
-    def overfull(self) -> str | None:
-        """The key that has most waiting while there are more than fit; None while all fit."""
+    def overfull(self) -> Key | None:
+        """The key that has to give up a place while there are more requests than fit; None while all fit."""
         if len(self._inside) <= self._max_requests and (self._tokens <= self._max_tokens or len(self._inside) <= 1):
             return None
         with self._lock:
-            return max(self._waiting, key=self._waiting.__getitem__)
+            return max(self._waiting, key=lambda key: (key[0], self._waiting[key]))
 
     @property
     def waiting(self) -> int:
@@ -139,14 +148,23 @@ class Inbox:
         return len(self._inside)
 
     def _check_room(self, request: Request) -> None:
-        if len(self._inside) < self._max_requests and (
-            self._tokens + len(request.prompt) <= self._max_tokens or not len(self._inside)
-        ):
+        priority, count, tokens = request.priority, len(self._inside), self._tokens
+        if self._fits(request, count, tokens):
             return
-        most = max(self._waiting.values(), default=0)
-        if self._waiting[request.fair_key] + 1 < most and len(self._inside) < 2 * self._max_requests:
-            return
+        if count < 2 * self._max_requests:  # who has to go does so with the next step
+            if any(other > priority for other, _ in self._waiting):
+                count = sum(n for (other, _), n in self._waiting.items() if other <= priority)
+                tokens = sum(n for other, n in self._tokens_of.items() if other <= priority)
+                if self._fits(request, count, tokens):
+                    return
+            most = max((n for (other, _), n in self._waiting.items() if other == priority), default=0)
+            if self._waiting[_key(request)] + 1 < most:
+                return
         raise self.full()
+
+    def _fits(self, request: Request, count: int, tokens: int) -> bool:
+        """Whether there is room for the request beside `count` others with so many prompt tokens."""
+        return count < self._max_requests and (tokens + len(request.prompt) <= self._max_tokens or not count)
 
     def full(self) -> QueueFull:
         """The error for a request that finds no place."""
@@ -178,10 +196,6 @@ class _Lane:
         yield from list(self.fresh)
 
 
-Key = tuple[int, str]
-"""(priority, fair key); the lower priority number goes first."""
-
-
 class FairQueue:
     """Waiting requests in the order in which they should be tried. For the engine's thread alone."""
 
@@ -189,7 +203,8 @@ class FairQueue:
         self._lanes: dict[Key, _Lane] = {}
         self._service: dict[Key, float] = {}
         self._last: dict[Key, int] = {}
-        self._floor = 0.0
+        self._floors: dict[int, float] = {}
+        """By priority: what a key that comes is taken to have had, at least."""
         self._turn = 0
 
     def __len__(self) -> int:
@@ -233,19 +248,17 @@ class FairQueue:
             del lane.fresh[request]
         if not lane:
             del self._lanes[key]
-            self._floor = max(self._floor, self._least(default=self._service[key]))
+            self._raise_floor(key[0], default=self._service[key])
 
-    def newest(self, fair_key: str) -> Request | None:
-        """The last one of a key that has not run yet, the least urgent priority first."""
-        for key in sorted((k for k in self._lanes if k[1] == fair_key), reverse=True):
-            if self._lanes[key].fresh:
-                return next(reversed(self._lanes[key].fresh))
-        return None
+    def newest(self, key: Key) -> Request | None:
+        """The last one of a key that has not run yet."""
+        lane = self._lanes.get(key)
+        return next(reversed(lane.fresh), None) if lane is not None else None
 
     def charge(self, request: Request, tokens: float) -> None:
         """Count service that the request's key got, and its turn."""
         key = _key(request)
-        self._service[key] = self._service.get(key, self._floor) + tokens
+        self._service[key] = self._service.get(key, self._floors.get(key[0], 0.0)) + tokens
 
     def in_order(self) -> Iterator[Request]:
         """Every waiting request, fairest first. The caller may remove and charge what it is given as it goes."""
@@ -269,15 +282,17 @@ class FairQueue:
     def _lane(self, key: Key) -> _Lane:
         lane = self._lanes.get(key)
         if lane is None:
-            self._floor = max(self._floor, self._least(default=self._floor))
-            self._service[key] = max(self._service.get(key, 0.0), self._floor)
+            floor = self._raise_floor(key[0], default=0.0)
+            self._service[key] = max(self._service.get(key, 0.0), floor)
             lane = self._lanes[key] = _Lane()
             self._forget_idle()
         return lane
 
-    def _least(self, default: float) -> float:
-        """The least service of the keys that wait."""
-        return min((self._service[key] for key in self._lanes), default=default)
+    def _raise_floor(self, priority: int, default: float) -> float:
+        """To the least service of the keys that wait at that priority: those of another wait for other reasons."""
+        least = min((self._service[key] for key in self._lanes if key[0] == priority), default=default)
+        self._floors[priority] = max(self._floors.get(priority, 0.0), least)
+        return self._floors[priority]
 
     def _forget_idle(self) -> None:
         """Bound what is remembered of keys that do not wait: those with the least service earn nothing by it."""

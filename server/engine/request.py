@@ -29,6 +29,7 @@ class Sampling:
 
     max_tokens: int = 64
     min_tokens: int = 0
+    """Before so many an answer ends only where its constraint allows nothing else."""
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -107,6 +108,11 @@ class Request:
     sampling: Sampling
     deliver: Callable[[Delivery], None]
     mix: Mix = BASE_ALONE
+    still_fits: Callable[[], None] = lambda: None
+    """Raises NoRoom once the mix can never be in RAM any more, since its lease keeps nothing else from being pinned.
+
+    Called on the engine's thread, so it must be quick.
+    """
     fair_key: str = ""
     """Who shares a place in the fair queue: the task's name, else the mix's."""
     tenant: str = ""

@@ -10,6 +10,7 @@ min_p -> one uniform number against the distribution's sum over ids, ascending.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -52,6 +53,7 @@ class Pick(NamedTuple):
 class Sampler:
     """Picks tokens for `vocab` ids. `eos_ids` are masked while a request is under its min_tokens.
 
+    Where a constraint allows nothing but an end, min_tokens is lifted and the answer ends.
     With `draw`, rows that want no more than a token are drawn where the logits are, and only the others come here.
     """
 
@@ -138,12 +140,16 @@ class Sampler:
         sampling = request.sampling
         row = self._copy(raw)
         penalize(row, request)
-        if len(request.output) < sampling.min_tokens:
-            row[self._eos] = -np.inf
-            row[list(sampling.stop_token_ids)] = -np.inf
         if request.constraint is not None:
             allowed = np.unpackbits(request.constraint.mask().view(np.uint8), count=len(row), bitorder="little")
             row[allowed == 0] = -np.inf
+        if len(request.output) < sampling.min_tokens:
+            ends = [*self._eos, *sampling.stop_token_ids]
+            kept = row[ends]
+            row[ends] = -np.inf
+            if request.constraint is not None and row.max() == -np.inf:  # it is whole: nothing can follow but the end
+                row[ends] = kept
+                request.sampling = replace(sampling, min_tokens=0)
         best = int(row.argmax())
         if row[best] == -np.inf:
             raise InvalidRequest("no token is allowed here: the limits on this answer contradict each other")

@@ -6,7 +6,8 @@ the loads, everything that a request holds. Does not know models, logits or text
 A step's tokens go to running answers first (one each), then to prompts that have begun, then to requests that enter:
 when their blocks and their slots can be reserved together, in the queue's order. A request whose adapters are not in
 memory is passed over until they are; one that finds no room is passed over too, until it has waited `age_limit`
-seconds for it: then nothing else enters before it does. So it is for room in RAM, where slots hold it.
+seconds for it: then nothing else enters before it does. So it is for room in RAM, where slots hold it. What less urgent
+requests hold, running or waiting, is given up for a more urgent one.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ class Scheduler:
         """Whether anything has come or been given back since the queue was last gone through in vain."""
         self._next_sweep = -math.inf
         self._pressed = -math.inf
-        """When a load last lacked room that slots hold."""
+        """When a load last lacked room in RAM."""
+        self._doubtful = False
+        """Whether one has since it was last looked at whether such a load can come at all."""
 
     # -- between steps
 
@@ -128,10 +131,12 @@ class Scheduler:
         self._changed = True
 
     def press(self, nbytes: int, now: float) -> None:
-        """A load lacks `nbytes` of RAM: slots that no request holds are emptied for it."""
+        """A load lacks `nbytes` of RAM: slots that no request holds are emptied for it, less urgent loads given up."""
         self.slots.release_idle(nbytes)
+        if self.waiting:
+            self.loads.give_way(self.waiting.priority)
         self._pressed = now
-        self._changed = True
+        self._doubtful = self._changed = True
 
     def reset(self) -> None:
         """After a failed step: nothing that was computed is trusted any more. Running requests must have ended."""
@@ -154,7 +159,7 @@ class Scheduler:
         plan = Plan(most=self._most_tokens())
         self._sweep(now, plan)
         self._settle_loads(now, plan)
-        self._make_way()
+        self._make_way(now)
         self._continue(plan)
         self._enter(now, plan)
         return plan
@@ -200,12 +205,13 @@ class Scheduler:
             self._end_in(plan, request, DeadlineExceeded(f"the deadline passed after {waited}, while {where}"), now)
 
     def _settle_loads(self, now: float, plan: Plan) -> None:
-        if not self.loads:
-            return
         came, failed = self.loads.settle(now)
         if came:
             self._changed = True
             self._pressed = -math.inf
+        if self._doubtful:
+            self._doubtful = False
+            failed += self.loads.misfits()
         for request, error in failed:
             self._end_in(plan, request, error, now)
 
@@ -230,13 +236,15 @@ class Scheduler:
         for request in prompts:
             self._add_chunk(request, plan)
 
-    def _make_way(self) -> None:
+    def _make_way(self, now: float) -> None:
         """A less urgent request gives up its place, one a step, while a more urgent one finds none."""
         if not self.waiting or not self.running:
             return
         urgent, victim = self.waiting.priority, self._youngest()
         if victim.priority > urgent and (
-            len(self.running) >= self.limits.max_batch or any(r.priority == urgent for r in self._blocked)
+            len(self.running) >= self.limits.max_batch
+            or any(r.priority == urgent for r in self._blocked)
+            or self._owes_room(now)
         ):
             self._preempt(victim)
 
@@ -319,7 +327,7 @@ class Scheduler:
             if owing and request.mix and not self.loads.came_for(request):
                 continue
             if plan.tokens >= plan.most or len(self.running) >= self.limits.max_batch:
-                if self.slots.room is not None:
+                if self.slots.room is not None and not owing:
                     self._prefetch(now, plan)
                 self._changed = True  # the rest is still to be tried
                 return
@@ -347,7 +355,7 @@ class Scheduler:
         self._end_in(plan, request, error, now)
 
     def _owes_room(self, now: float) -> bool:
-        """Whether a load has lacked room in RAM for too long, so that slots must fall idle.
+        """Whether a load of the most urgent has lacked room in RAM for too long, so that slots must fall idle.
 
         Only those may enter then that need no adapter, or whose own load has come: these hold room themselves, and give
         it back by running.

@@ -209,6 +209,7 @@ class Inference:
                 sampling=sampling,
                 deliver=self._delivery(generation, index),
                 mix=lease.mix,
+                still_fits=lambda: self._lease_again(lease),
                 fair_key=fair_key,
                 tenant=caller.tenant,
                 priority=caller.priority,
@@ -219,6 +220,11 @@ class Inference:
             generation.replies.append(Reply(request))
         self._submit(generation, lease)
         return generation
+
+    def _lease_again(self, lease: Lease) -> None:
+        """Raises what another lease of the same versions would now. On the engine's thread."""
+        same = [(f"{version.name}@{version.digest}", weight) for version, weight in lease.versions]
+        self.leases.lease(same).release()
 
     def refused(self, target: Target | None, error: Exception, caller: Caller) -> None:
         """Record a call that never ran. Names that were not found are the client's words, and no labels.

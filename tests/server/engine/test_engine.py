@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
 import server.engine.engine
+from adapters.errors import NoRoom, UnknownAdapter
 from server.engine.request import State
 from server.engine.scheduler import LENT_ROWS, REST
 from server.engine.text import Text
@@ -639,6 +642,121 @@ def test_loads_of_the_less_urgent_do_not_lock_the_urgent_out(bench: Any, tools: 
         fetch.finish()
         b.settle()
     assert all(h.reason == "length" for h in low)
+    b.check_empty()
+
+
+def test_what_has_come_for_the_less_urgent_is_given_up_when_the_urgent_lack_room_in_ram(bench: Any, tools: Any) -> None:
+    fetch = tools.Fetcher(ready=set())
+    b = bench(fetch=fetch)
+    running = b.submit(prompt(5), max_tokens=40)
+    low = b.submit(prompt(1), mix=tools.mix_of("a1"), priority=1)
+    shared = b.submit(prompt(3), mix=tools.mix_of("a3"), priority=1)
+    b.run_until(lambda: len(fetch.pending) == 2)
+    loads = b.engine._scheduler.loads
+    high = [b.submit(prompt(i), mix=tools.mix_of(f"a{i}")) for i in (2, 3)]
+    fetch.finish(0)
+    b.engine.step()
+    assert loads.came_for(low.request) and high[0].request.state is State.LOADING
+    views = [weakref.ref(loads._loads[low.request.mix].future)]
+    b.engine.release_idle(1)
+    b.engine.step()
+    gc.collect()
+    assert not loads.came_for(low.request) and views[0]() is None, "its pins on RAM are gone"
+    assert loads._loads.keys() == {h.request.mix for h in high}, "what an urgent one waits for too stays"
+    fetch.ready = None
+    while fetch.pending:
+        fetch.finish()
+    b.settle()
+    assert all(h.reason == "length" for h in (running, low, shared, *high))
+    assert low.request.admitted >= max(h.request.admitted for h in high)
+    b.check_empty()
+
+
+def test_the_less_urgent_stop_for_an_urgent_load_that_lacks_room_for_too_long(bench: Any, tools: Any) -> None:
+    fetch = tools.Fetcher(ready={"a1"})
+    b = bench(fetch=fetch, age_limit=0.02, context_length=256, blocks=128)
+    low = b.submit(prompt(1), mix=tools.mix_of("a1"), priority=1, max_tokens=200)
+    b.engine.step()
+    high = b.submit(prompt(2), mix=tools.mix_of("a2"))
+    b.engine.step()
+    time.sleep(0.03)
+    b.engine.release_idle(1)
+    b.engine.step()
+    assert low.request.state is State.QUEUED and not b.engine._slots.in_use
+    fetch.finish()
+    b.settle()
+    assert high.reason == low.reason == "length" and low.tokens == tools.solo(low, b.runner.vocab)
+    b.check_empty()
+
+
+def test_a_mix_that_can_never_be_in_ram_any_more_is_told_so(bench: Any, tools: Any) -> None:
+    def still_fits() -> None:
+        raise NoRoom("others are pinned", "adapters")
+
+    fetch = tools.Fetcher(ready=set())
+    b = bench(fetch=fetch)
+    lost = [b.submit(prompt(i), mix=tools.mix_of("a1", "a2")) for i in range(2)]
+    other = b.submit(prompt(3), mix=tools.mix_of("a3"))
+    for heard in lost:
+        heard.request.still_fits = still_fits
+    b.engine.step()
+    assert not any(h.reason for h in (*lost, other))
+    b.engine.release_idle(1)
+    b.engine.step()
+    assert [(h.reason, type(h.error)) for h in lost] == [("error", NoRoom)] * 2 and not other.reason
+    assert fetch.pending[0][1].cancelled(), "it stands in nobody's way"
+
+    def retired() -> None:
+        raise UnknownAdapter("no adapter named 'a3' is served")
+
+    other.request.still_fits = retired
+    b.engine.release_idle(1)
+    b.engine.step()
+    assert not other.reason
+    fetch.finish(1)
+    b.settle()
+    assert other.reason == "length"
+    b.check_empty()
+
+
+def test_what_is_in_ram_waits_for_no_place_among_those_that_are_read(bench: Any, tools: Any) -> None:
+    fetch = tools.Fetcher(ready={"a60", "a61"})
+    b = bench(fetch=fetch, max_batch=1, max_slots=2)
+    for name in ("a60", "a61"):
+        b.submit(prompt(1), mix=tools.mix_of(name))
+    b.settle()
+    b.engine.release_idle(1 << 30)
+    cold = [b.submit(prompt(i), mix=tools.mix_of(f"a{i}"), fair_key=f"a{i}") for i in range(8)]
+    b.engine.step()
+    assert len(fetch.pending) == 2, "two are read for each place of a batch"
+    del fetch.known[tools.digest_of("a61")]
+    gc.collect()
+    warm = b.submit(prompt(9), mix=tools.mix_of("a60"), fair_key="a60")
+    gone = b.submit(prompt(9), mix=tools.mix_of("a61"), fair_key="a61")
+    b.settle()
+    assert warm.reason == "length" and tools.mix_of("a61") not in fetch.asked[4:], "it has left RAM since"
+    b.engine.cancel(gone.request.id)
+    fetch.ready = None
+    while fetch.pending:
+        fetch.finish()
+        b.settle()
+    assert all(h.reason == "length" for h in cold)
+    b.check_empty()
+
+
+def test_an_evaluation_takes_no_place_of_a_client_of_its_own_task(bench: Any) -> None:
+    b = bench(max_queue=4, max_batch=1)
+    low = [b.submit(prompt(i), fair_key="t", priority=1) for i in range(4)]
+    b.engine.step()
+    low.append(b.submit(prompt(4), fair_key="t", priority=1))
+    with pytest.raises(QueueFull):
+        b.submit(prompt(5), fair_key="t", priority=1)
+    high = [b.submit(prompt(10 + i), fair_key="t") for i in range(4)]
+    b.engine.step()
+    evicted = [h for h in low if h.reason]
+    assert evicted == low[1:] and all(isinstance(h.error, QueueFull) for h in evicted)
+    b.settle()
+    assert all(h.reason == "length" for h in (*high, low[0]))
     b.check_empty()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.errors import UnknownAdapter
+from adapters.errors import NoRoom, UnknownAdapter
 from adapters.leases import Lease
 from adapters.peft_format import save
 from adapters.registry import Registry
@@ -72,7 +72,9 @@ class House:
             self.registry.publish_now(folder.name, folder)
         self.engine.start()
 
-    def ask(self, names: list[str], tokens: int = 8, seconds: float = 30.0) -> tuple[Lease, Callable[[], Delivery]]:
+    def ask(
+        self, names: list[str], tokens: int = 8, seconds: float = 30.0, priority: int = 0
+    ) -> tuple[Lease, Callable[[], Delivery]]:
         """Submit a request; answers its lease, and a function that waits for its end."""
         lease = self.registry.lease([(name, 1.0) for name in names])
         done = threading.Event()
@@ -92,8 +94,12 @@ class House:
                 sampling=Sampling(max_tokens=tokens, ignore_eos=True),
                 deliver=deliver,
                 mix=lease.mix,
+                still_fits=lambda: self.registry.lease(
+                    [(f"{v.name}@{v.digest}", w) for v, w in lease.versions]
+                ).release(),
                 deadline=time.monotonic() + seconds,
                 fair_key="+".join(names),
+                priority=priority,
             )
         )
 
@@ -176,6 +182,32 @@ def test_steady_traffic_on_all_of_ram_does_not_starve_a_cold_adapter(open_house:
         thread.join()
     assert last.finish_reason == "length", last.error
     assert waited < 5
+
+
+def test_an_adapter_that_is_pinned_while_a_mix_waits_ends_the_mix_and_nothing_else(
+    open_house: Callable[[int], House],
+) -> None:
+    """Room for two in RAM: one is pinned after a mix of two others was leased, which can never be there any more."""
+    house = open_house(2)
+    busy = house.ask(["a0"], tokens=200)[1]
+    until(lambda: house.engine.stats()["running"] == 1)
+    mix = house.ask(["a1", "a2"], seconds=30)[1]
+    until(lambda: house.engine.stats()["loading"] == 1)
+    asyncio.run(house.registry.pin("a0"))
+    began = time.monotonic()
+    last = mix()
+    assert isinstance(last.error, NoRoom) and "pinned" in str(last.error)
+    assert house.ask(["a0"])[1]().finish_reason == "length"
+    assert house.ask(["a3"])[1]().finish_reason == "length"
+    assert time.monotonic() - began < 15 and busy().finish_reason == "length"
+
+
+def test_an_evaluation_s_load_gives_its_room_to_a_client(open_house: Callable[[int], House]) -> None:
+    """The evaluation's adapters come into RAM, which they fill, when a client waits for another already."""
+    house = open_house(2)
+    low = house.ask(["a0", "a1"], priority=1)[1]
+    high = [house.ask([f"a{i}"], seconds=20)[1] for i in (2, 3, 4, 5)]
+    assert [wait().finish_reason for wait in (*high, low)] == ["length"] * 5
 
 
 def test_traffic_over_adapters_that_come_and_go_leaves_nothing_behind(open_house: Callable[[int], House]) -> None:

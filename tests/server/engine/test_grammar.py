@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+import threading
 import time
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from server.engine.grammar import Grammar, Grammars
 from server.engine.text import Text
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, QueueFull
 from server.model.vocabulary import Vocabulary, from_gguf
 
 POINT = {
@@ -158,6 +160,83 @@ def test_any_schema_is_compiled_or_refused(schema: dict[str, Any]) -> None:
         grammar.mask()
     except InvalidRequest:
         return
+
+
+def numbers(count: int, **limits: float) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{i}": {"type": "number", **limits} for i in range(count)}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "told"),
+    [
+        (numbers(129, minimum=1.5, exclusiveMaximum=7), "258 bounds of numbers"),
+        (numbers(1, multipleOf=99_991), "multipleOf"),
+        (numbers(1, multipleOf=8_640_000.0), "multipleOf"),
+        ({"type": "integer", "allOf": [{"multipleOf": 997}, {"multipleOf": 0.991}]}, "multipleOf"),
+    ],
+)
+def test_numbers_that_take_long_are_refused_at_once(
+    tiny_text: Text, schema: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars = Grammars(tiny_text, tiny_text.size)
+    monkeypatch.setattr(grammars, "_compile", lambda schema: pytest.fail("it was compiled"))
+    with pytest.raises(InvalidRequest, match=told) as refused:
+        grammars.compile(schema, 1)
+    assert refused.value.param == "response_format"
+
+
+def test_usual_numbers_are_compiled(tiny_text: Text) -> None:
+    grammars = Grammars(tiny_text, tiny_text.size)
+    assert grammars.compile(numbers(20, minimum=0, maximum=1e6, multipleOf=0.01), 1)
+    assert grammars.compile({"type": "integer", "allOf": [{"multipleOf": 3600}, {"multipleOf": 0.5}]}, 1)
+    named = {"type": "object", "properties": {"minimum": {"type": "boolean"}, "multipleOf": {"type": "string"}}}
+    assert grammars.compile(named, 1)
+
+
+def test_the_vocabulary_is_told_before_the_first_request(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = Grammars(tiny_text, tiny_text.size)
+    monkeypatch.setattr(Grammars, "_told", lambda self: pytest.fail("it was told during traffic"))
+    assert grammars.ask(POINT, 1).result(10)
+
+
+def test_without_the_library_the_rest_works(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    grammars = Grammars(tiny_text, tiny_text.size)
+    with pytest.raises(InvalidRequest, match="llguidance is not installed"):
+        grammars.compile(POINT, 1)
+
+
+def test_what_nobody_waits_for_any_more_is_not_compiled(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars, begun, go_on, compiled = Grammars(tiny_text, tiny_text.size), threading.Event(), threading.Event(), []
+    compile = grammars._compile
+
+    def slow(schema: str) -> Any:
+        compiled.append(json.loads(schema))
+        begun.set()
+        assert go_on.wait(10)
+        return compile(schema)
+
+    monkeypatch.setattr(grammars, "_compile", slow)
+    monkeypatch.setattr("server.engine.grammar.MAX_WAITING", 6)
+    first = grammars.ask({"enum": [0]}, 1)
+    assert begun.wait(10)
+    gone = [grammars.ask({"enum": [i]}, 1) for i in range(1, 6)]
+    with pytest.raises(QueueFull):
+        grammars.ask({"enum": [6]}, 1)
+    assert all(one.cancel() for one in gone)
+    last = grammars.ask({"enum": [7]}, 1)
+    go_on.set()
+    assert first.result(10) and last.result(10)
+    assert compiled == [{"enum": [0]}, {"enum": [7]}]
+    grammars.close()
+
+
+def test_an_answer_that_is_whole_ends_before_min_tokens(bench: Any, text: Text) -> None:
+    engine = bench()
+    [grammar] = Grammars(text, text.size).compile({"enum": [{"a": 1}]}, 1)
+    heard = engine.submit(text.encode("hi"), max_tokens=60, min_tokens=50, ignore_eos=False, constraint=grammar)
+    engine.settle()
+    assert (heard.reason, heard.error) == ("stop", None) and json.loads(heard.text) == {"a": 1}
 
 
 def test_in_one_batch_with_others(bench: Any, text: Text) -> None:

@@ -70,7 +70,7 @@ def test_one_key_is_first_come_first_served_and_resumed_go_before() -> None:
     q.add(second)
     q.put_back(third)
     assert list(q.in_order()) == [third, first, second]
-    assert third in q and q.newest("k") is second
+    assert third in q and q.newest((0, "k")) is second
     q.remove(third)
     assert third not in q and "x" not in q
     with pytest.raises(KeyError):
@@ -84,7 +84,18 @@ def test_urgency_before_fairness() -> None:
     q.add(high)
     q.charge(high, 1e9)
     assert q.priority == 0 and list(q.in_order()) == [high, low]
-    assert q.newest("a") is low and q.newest("c") is None
+    assert q.newest((1, "a")) is low and q.newest((0, "a")) is None and q.newest((0, "c")) is None
+
+
+def test_a_less_urgent_request_that_waits_earns_nobody_credit() -> None:
+    q = FairQueue()
+    q.add(request("late", priority=1))
+    for _ in range(30):
+        q.add(request("busy"))
+    served(q, 100, 20)
+    for _ in range(10):
+        q.add(request("new"))
+    assert served(q, 100, 10).count("new") <= 6
 
 
 def test_what_is_remembered_of_keys_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +140,39 @@ def test_what_has_left_makes_room_once() -> None:
     with pytest.raises(QueueFull):
         inbox.put(request())
     assert inbox.waiting == 4
+
+
+def test_the_less_urgent_take_no_place_of_the_more_urgent() -> None:
+    inbox = opened(requests=3, tokens=30)
+    low = [request("t", priority=1, length=10) for _ in range(3)]
+    for one in low:
+        inbox.put(one)
+    assert inbox.overfull() is None
+    with pytest.raises(QueueFull):
+        inbox.put(request("t", priority=1, length=10))
+    high = [request("t", length=10) for _ in range(3)]
+    for one in high:
+        inbox.put(one)
+        assert inbox.overfull() == (1, "t")
+        inbox.left(low.pop())
+    assert inbox.overfull() is None
+    with pytest.raises(QueueFull):
+        inbox.put(request("t", length=10))
+    with pytest.raises(QueueFull):
+        inbox.put(request("other", priority=1))
+    for one in high:
+        inbox.left(one)
+    assert not inbox.waiting and not inbox._waiting and not any(inbox._tokens_of.values())
+
+
+def test_tokens_of_the_more_urgent_are_not_displaced() -> None:
+    inbox = opened(requests=10, tokens=30)
+    inbox.put(request("a", length=20))
+    inbox.put(request("e", priority=1, length=10))
+    with pytest.raises(QueueFull):
+        inbox.put(request("b", length=11))
+    inbox.put(request("b", length=10))
+    assert inbox.overfull() == (1, "e")
 
 
 def test_arrivals_are_taken_once() -> None:

@@ -172,8 +172,18 @@ def test_a_constraint_masks_all_but_what_it_allows() -> None:
     assert picks[0].token == int(rows[0].argmax())
     assert picks[1].token == (33 if rows[1, 33] > rows[1, 999] else 999)
     assert picks[2].token == 1
-    nothing = pick(rows[0], request(constraint=Allow(EOS), min_tokens=1))[0]
+    nothing = pick(rows[0], request(constraint=Allow()))[0]
     assert isinstance(nothing.error, InvalidRequest)
+
+
+def test_a_constraint_that_allows_nothing_but_an_end_ends_the_answer_before_min_tokens() -> None:
+    row = np.zeros(VOCAB)
+    row[EOS] = 5.0
+    going_on, whole = (request(output=(1,), min_tokens=9, constraint=Allow(*ids)) for ids in ((EOS, 33), (EOS,)))
+    assert [p.token for p in pick([row, row], going_on, whole)] == [33, EOS]
+    assert (going_on.sampling.min_tokens, whole.sampling.min_tokens) == (9, 0)
+    stop = request(min_tokens=9, stop_token_ids=(33,), constraint=Allow(33))
+    assert pick(row, stop)[0].token == 33
 
 
 def test_noise_is_a_function_of_seed_and_index() -> None:

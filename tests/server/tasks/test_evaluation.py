@@ -13,10 +13,12 @@ import pytest_asyncio
 
 from adapters import data, training
 from adapters.data import Completion, Pair
+from adapters.errors import NoRoom
 from adapters.peft_format import save
 from adapters.weights import LoraWeights
 from server.api.assembly import build
 from server.api.runtime import Parts
+from server.engine.request import Delivery
 from server.engine.text import Text
 from server.errors import InvalidRequest, QueueFull
 from server.jobs.encoding import Template, encoder
@@ -123,6 +125,41 @@ async def test_a_full_queue_is_waited_for_and_is_no_failed_request(parts: Parts)
     parts.inference.engine.submit = full  # type: ignore[method-assign]
     found = await measured(parts, "exact_match")
     assert len(refused) == 5 and len(found.answers) == len(EXAMPLES)
+
+
+async def test_an_example_that_was_displaced_is_tried_again_and_is_no_failed_request(parts: Parts) -> None:
+    submit, displaced, recorded = parts.inference.engine.submit, [], []
+    parts.inference.on_ended = lambda generation: recorded.append(generation.status)
+
+    def make_room(request: Any) -> None:
+        if len(displaced) < 5:
+            displaced.append(request.id)
+            request.deliver(Delivery(finish_reason="error", error=QueueFull("full", retry_after=0.01)))
+        else:
+            submit(request)
+
+    parts.inference.engine.submit = make_room  # type: ignore[method-assign]
+    found = await measured(parts, "exact_match")
+    assert len(displaced) == 5 and len(found.answers) == len(EXAMPLES)
+    assert recorded == ["200"] * len(EXAMPLES)
+    assert not parts.inference.live and not parts.registry.memory()["leases"]
+
+
+async def test_a_request_can_ask_whether_its_mix_still_fits(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, asked = parts.inference.engine.submit, []
+
+    def look(request: Any) -> None:
+        asked.append(request)
+        submit(request)
+
+    parts.inference.engine.submit = look  # type: ignore[method-assign]
+    await measured(parts, "exact_match")
+    asked[0].still_fits()
+    assert not parts.registry.memory()["leases"]
+    room = parts.registry._ram.size(asked[0].mix.digests[0])
+    monkeypatch.setattr(parts.registry._ram, "capacity", room)
+    with pytest.raises(NoRoom, match="the mix takes"):
+        asked[0].still_fits()
 
 
 def test_metrics_and_records_are_checked() -> None:
