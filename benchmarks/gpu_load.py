@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,16 @@ from benchmarks.gpu_base import random_adapters, vocabulary_of
 from server.engine.cuda_runner import SLOTS
 from server.engine.overlap import OverlappedEngine
 from server.engine.request import Delivery, Request, Sampling
+from server.engine.slots import Room
 from server.engine.text import Text
+
+RESIDENT = 64
+"""Adapters that the cliff has room for: twice a batch, and few enough that asking for several times as many takes less
+than a minute or two of the run. What an adapter's eviction and its copy cost does not depend on how many are resident.
+"""
+
+ROUNDS = 3
+"""Requests of a point of the cliff for each of its adapters, after one that brings each in."""
 
 BUFFERS = 16
 """Distinct contents in RAM; more adapters than these are versions of their own over the same bytes, copied as often."""
@@ -25,7 +34,12 @@ def load(bench: Any) -> None:
     few, many = (3, 12) if bench.check else (5, 1000)
     requests = 6 if bench.check else 400
     kept = _Kept(bench, many)
-    rates = {count: _throughput(bench, kept, count, requests, "power") for count in (few, many)}
+    room, warm = bench.runner.room, range(min(bench.rows, requests))
+    rates = {}
+    for count in (few, many):
+        draws = np.random.default_rng(42).power(0.6, requests)
+        warming = [int(draws[i] * count) for i in warm]
+        rates[count] = _run(bench, kept, room, warming, [int(draw * count) for draw in draws]).rate
     for count, rate in rates.items():
         bench.tell(f"{count} adapters in RAM, power law 0.6: tokens/s", round(rate))
     ratio = rates[many] / rates[few]
@@ -34,18 +48,28 @@ def load(bench: Any) -> None:
 
 def cliff(bench: Any) -> None:
     """Throughput over the number of adapters, each as likely, up to and over what is resident."""
-    kept = _Kept(bench, 4)
-    resident = max(1, bench.runner.room.nbytes // bench.runner.room.cost(kept.buffers[0]))
-    resident = min(resident, 4) if bench.check else resident
+    whole = bench.runner.room
+    cost = whole.cost(_Kept(bench, 1).buffers[0])
+    resident = max(1, min(2 if bench.check else RESIDENT, whole.nbytes // cost))
+    room = Room(resident * cost, whole.cost)
     shares = (1.0, 1.5) if bench.check else (0.25, 0.5, 0.9, 1.0, 1.1, 1.5, 2.0)
     counts = sorted({max(1, int(resident * share)) for share in shares})
     kept = _Kept(bench, max(counts))
-    points = [(count, _throughput(bench, kept, count, 4 if bench.check else 150, "uniform")) for count in counts]
-    for count, rate in points:
-        bench.tell(f"cliff: {count} adapters of {resident} resident, tokens/s", round(rate))
-    most = max(rate for _, rate in points)
-    for count, rate in points:
-        print(f"  {count:5d} {'#' * max(1, round(50 * rate / most))} {rate:.0f}", flush=True)
+    points = []
+    for count in counts:
+        requests = ROUNDS * count if bench.check else max(150, ROUNDS * count)
+        draws = np.random.default_rng(42).integers(0, count, requests).tolist()
+        everyone = [i % count for i in range(max(count, bench.rows))]
+        points.append((count, requests, _run(bench, kept, room, everyone, draws)))
+    for count, requests, run in points:
+        bench.tell(
+            f"cliff: {count} adapters, room for {resident}, tokens/s", round(run.rate), requests=requests,
+            evictions=run.evictions,
+        )  # fmt: skip
+    most = max(run.rate for *_, run in points)
+    for count, requests, run in points:
+        bar = "#" * max(1, round(50 * run.rate / most))
+        print(f"  {count:5d} {bar} {run.rate:.0f}, {run.evictions} evictions in {requests} requests", flush=True)
 
 
 class _Kept:
@@ -72,10 +96,18 @@ def _note_end(done: list[float], delivery: Delivery) -> None:
         done.append(time.perf_counter())
 
 
-def _throughput(bench: Any, kept: _Kept, count: int, requests: int, popularity: str) -> float:
-    """Tokens a second of answers to `requests` requests that all wait from the start.
+class Run(NamedTuple):
+    """Tokens a second, and how many adapters left their slots meanwhile for others."""
 
-    A batch's worth of them is answered before, untimed: the graphs of their adapters' widths are made then.
+    rate: float
+    evictions: int
+
+
+def _run(bench: Any, kept: _Kept, room: Room, warming: list[int], asked: list[int]) -> Run:
+    """Answers to requests on the adapters `asked` for, by number, that all wait from the start.
+
+    Those on `warming` are answered before, untimed: the graphs of their adapters' widths are made then, and as many of
+    them as there is room for are resident.
     """
     config = bench.config
     engine = OverlappedEngine(
@@ -89,25 +121,25 @@ def _throughput(bench: Any, kept: _Kept, count: int, requests: int, popularity: 
         blocks=bench.blocks,
         max_batch=bench.rows,
         max_slots=SLOTS,
-        max_queue=requests,
+        max_queue=max(len(warming), len(asked)),
         max_queue_tokens=1 << 24,
         prefix_cache=False,
-        room=bench.runner.room,
+        room=room,
         draw=bench.runner.draw,
     )
     generator = np.random.default_rng(42)
-    draws = generator.power(0.6, requests) if popularity == "power" else generator.random(requests)
     lengths = (8, 4) if bench.check else (128, 64)
     engine.start()
-    seconds = 0.0
-    for some in (min(bench.rows, requests), requests):
+    seconds, before = 0.0, 0
+    for name, adapters in (("warming", warming), ("timed", asked)):
         done: list[float] = []
+        before = engine.stats()["slots"]["evictions"]
         began = time.perf_counter()
-        for number in range(some):
-            digest = kept.digests[int(draws[number] * count)]
+        for number, adapter in enumerate(adapters):
+            digest = kept.digests[adapter]
             prompt = tuple(generator.integers(1, config.vocab_size, lengths[0]).tolist())
             request = Request(
-                id=f"{some}-{number}",
+                id=f"{name}-{number}",
                 prompt=prompt,
                 sampling=Sampling(max_tokens=lengths[1], ignore_eos=True),
                 deliver=partial(_note_end, done),
@@ -115,10 +147,11 @@ def _throughput(bench: Any, kept: _Kept, count: int, requests: int, popularity: 
                 fair_key=digest,
             )
             engine.submit(request)
-        while len(done) < some:
+        while len(done) < len(adapters):
             time.sleep(0.002)
             if engine.state == "stopped":
                 raise RuntimeError("the engine has stopped")
         seconds = max(done) - began
+    evictions = engine.stats()["slots"]["evictions"] - before
     engine.stop()
-    return requests * lengths[1] / seconds
+    return Run(len(asked) * lengths[1] / seconds, evictions)

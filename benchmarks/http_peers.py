@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving import MODELS, free_port, running, serving
+from server.bench import machine
 from server.bench.client import Body, closed_loop, timed
 from server.bench.export import export_base
 from server.bench.inprocess import InProcess
@@ -65,17 +66,20 @@ def in_process(engine: InProcess, body: Body, arrivals: list[Arrival], adapters:
 
 
 @contextlib.contextmanager
-def llama_serving(folder: Path, llama: Path, gguf: Path, base: Base, adapters: list[Path], slots: int) -> Iterator[str]:
-    """The address of a llama-server with its adapters, which are converted into `folder` first."""
+def llama_serving(
+    folder: Path, llama: Path, gguf: Path, base: Base, adapters: list[Path], slots: int, threads: int
+) -> Iterator[str]:
+    """The address of a llama-server with its adapters, which are converted into `folder` first, apart for each base."""
     folder, llama, gguf = folder.resolve(), llama.resolve(), gguf.resolve()
-    exported = folder / "exported"
-    command = [str(llama / "b/bin/llama-server"), "-m", str(gguf), "-t", "2", "-tb", "2", "-b", "2048", "-ub", "512"]
+    converted = folder / f"converted-{base.id[:32]}"
+    converted.mkdir(parents=True, exist_ok=True)
+    command = [str(llama / "b/bin/llama-server"), "-m", str(gguf), "-t", str(threads), "-tb", str(threads)]
+    command += ["-b", "2048", "-ub", "512"]
     command += ["--parallel", str(slots), "-c", "16384", "-fa", "on", "--lora-init-without-apply"]
     for i, adapter in enumerate(adapters):
-        out = folder / f"{i}.gguf"
+        out = converted / f"{i}.gguf"
         if not out.exists():
-            if not exported.exists():
-                export_base(base, exported)
+            exported = export_base(base, folder / "exported")
             convert = [sys.executable, str(llama / "convert_lora_to_gguf.py"), "--base", str(exported), str(adapter)]
             subprocess.run([*convert, "--outfile", str(out)], check=True, capture_output=True)
         command += ["--lora", str(out)]
@@ -118,6 +122,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--adapters", action=argparse.BooleanOptionalAction, default=True, help="one a request")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="of each server's kernels, and of those in process")
     parser.add_argument("--models", type=Path, default=MODELS, help="where the base has been fetched")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -129,19 +134,23 @@ def main() -> None:
         ]
         arrivals = closed(given.requests, list(range(max(count, 1))), PROMPT, NEW)
         body = body_of([p.name for p in adapters] or ["smollm2-135m"], VOCAB)
-        flags = ["--no-prefix-cache", *(["--adapter-dir", str(folder / "adapters")] if count else [])]
+        flags = ["--threads", str(given.threads), "--no-prefix-cache"]
+        flags += ["--adapter-dir", str(folder / "adapters")] if count else []
         ours = stack.enter_context(serving(folder / "state", given.models, *flags))
-        engine = stack.enter_context(InProcess(base, adapters))
+        engine = stack.enter_context(InProcess(base, adapters, threads=given.threads))
         waves = {
             "in process": in_process(engine, body, arrivals, count),
             "loramux": over_http(ours.url, body, arrivals),
         }
         if given.llama is not None:
-            peer = llama_serving(given.converted or folder, given.llama, given.gguf, base, adapters, given.requests)
-            waves["llama-server"] = over_http(
-                stack.enter_context(peer), llama_body(count, VOCAB) if count else body, arrivals
+            peer = llama_serving(
+                given.converted or folder, given.llama, given.gguf, base, adapters, given.requests, given.threads
             )
-        print(json.dumps(report(measure(waves, given.rounds)), indent=1))
+            waves["llama-server"] = over_http(stack.enter_context(peer), llama_body(count, VOCAB), arrivals)
+        asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
+        asked |= {"prompt_tokens": PROMPT, "new_tokens": NEW, "ranks": RANKS, "base_digest": base.id}
+        told = {"asked": asked, "machine": machine.describe(), **report(measure(waves, given.rounds))}
+        print(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":

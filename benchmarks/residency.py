@@ -3,19 +3,23 @@
 Run it as `python -m benchmarks.residency BASE.gguf`. Adapters of 5 MB (rank 22 on q, k, v, o of the embedded base) are
 asked for one at a time, one short prompt and one token, without a prefix cache:
 
-- from disk: never asked for before, and their files dropped from the system's cache; with `--cached` they stay in it;
+- from disk: by a server that was started again after it had taken them in, so that it has none in memory, and with the
+  files of its store dropped from the system's cache; with `--cached` they stay in it. That each one's tier is `disk`
+  before it is asked for, and that as many are read as are asked for, is checked; what the system read is told;
 - from RAM: loaded, and put out of their slots again by others;
 - warm: asked for right before.
 
 Beside them runs a stream on the base, whose longest gaps between tokens are told apart by what was asked for at that
 time: a running request waits for no load. Then the memory: what is resident above a process that has imported the same
-modules and done nothing, over what `/stats` accounts for, after loading and once more after these requests.
+modules and done nothing, over what `/stats` accounts for: after loading, with the adapters that were taken in; once
+started again, which maps the base and has read little of it yet; and after these requests.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
@@ -23,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +35,15 @@ import aiohttp
 import httpx
 import numpy as np
 
-from benchmarks.serving import MODELS, Server, serving
+from benchmarks.serving import MODELS, Server, free_port, running, serving
+from server.bench import machine
 from server.bench.synthetic import write_adapter
 from server.kernels import choose
 from server.model.loader import load_base
 
 RANK = 22
 SLOTS = 4
+TAKEN_IN_SECONDS = 300
 PROMPT = list(range(1000, 1016))
 IMPORTED = """
 import server.app, server.cli.serve, uvicorn, uvicorn.protocols.http.auto, uvicorn.loops.auto, torch
@@ -82,22 +89,75 @@ async def ask_all(http: aiohttp.ClientSession, names: list[str], times: list[flo
     return found
 
 
-async def places(url: str, names: list[str], beside: bool) -> dict[str, Any]:
-    """The three places, with a stream beside them or alone. `names` have never been asked for."""
+async def places(server: Server, names: list[str], beside: bool) -> dict[str, Any]:
+    """The three places, with a stream beside them or alone. Raises RuntimeError where `names` are not on disk before,
+    or are not read as often as they should be."""
     timeout = aiohttp.ClientTimeout(total=600)
-    async with aiohttp.ClientSession(url, timeout=timeout) as http:
+    async with aiohttp.ClientSession(server.url, timeout=timeout) as http:
         await first_token(http, "smollm2-135m")
         times: list[float] = []
-        running = asyncio.create_task(stream(http, times)) if beside else None
+        streaming = asyncio.create_task(stream(http, times)) if beside else None
         await asyncio.sleep(0.5)
-        found = {"disk": await ask_all(http, names, times), "ram": await ask_all(http, names, times)}
+        tiers = await tiers_of(http, names)
+        if set(tiers.values()) != {"disk"}:
+            raise RuntimeError(f"not all are on disk before they are asked for: {tiers}")
+        found: dict[str, Any] = {}
+        for place, reads in (("disk", len(names)), ("ram", 0)):
+            loads, read = await loads_of(http), bytes_read(server)
+            found[place] = await ask_all(http, names, times)
+            found[place] |= {"loads": await loads_of(http) - loads, "read_MB": (bytes_read(server) - read) / 1e6}
+            if found[place]["loads"] != reads:
+                raise RuntimeError(f"{found[place]['loads']} adapters were read from disk, not {reads}, for {place!r}")
         await first_token(http, names[0])
         found["warm"] = await ask_all(http, [names[0]] * len(names), times)
-        if running is not None:
-            running.cancel()
-            await asyncio.wait([running])
+        if streaming is not None:
+            streaming.cancel()
+            await asyncio.wait([streaming])
         return found | {f"{place}_over_warm_ms": found[place]["ms_p50"] - found["warm"]["ms_p50"]
                         for place in ("disk", "ram")}  # fmt: skip
+
+
+async def tiers_of(http: aiohttp.ClientSession, names: list[str]) -> dict[str, str]:
+    """Where each adapter is now: `disk`, `ram` or `device`."""
+    async with http.get("/adapters") as answer:
+        answer.raise_for_status()
+        told = {adapter["name"]: str(adapter["tier"]) for adapter in (await answer.json())["adapters"]}
+    return {name: told.get(name, "not there") for name in names}
+
+
+async def loads_of(http: aiohttp.ClientSession) -> int:
+    """How many adapters the server has read from its store."""
+    async with http.get("/metrics") as answer:
+        answer.raise_for_status()
+        lines = (await answer.text()).splitlines()
+    return int(float(next(line.split()[-1] for line in lines if line.startswith("loramux_adapter_load_seconds_count"))))
+
+
+def bytes_read(server: Server) -> int:
+    """Bytes that the server's process has had the system read from a disk; those from its cache do not count."""
+    lines = Path(f"/proc/{server.process.pid}/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("read_bytes:")))
+
+
+@contextlib.contextmanager
+def serving_again(state: Path, *flags: str) -> Iterator[Server]:
+    """A server on a state that another has left."""
+    port = free_port()
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--state-dir", str(state)]
+    with running([*command, "--library", "none", *flags], port, "/health/ready", state / "again.log") as server:
+        yield server
+
+
+def take_in(state: Path, models: Path, names: list[str], own: int, *flags: str) -> dict[str, float]:
+    """Have a server take the adapters into the store of a fresh state, and end. Returns its memory then. Raises
+    RuntimeError if it does not."""
+    with serving(state, models, *flags) as server:
+        end = time.monotonic() + TAKEN_IN_SECONDS
+        while {a["name"] for a in httpx.get(f"{server.url}/adapters").json()["adapters"]} < set(names):
+            if time.monotonic() > end:
+                raise RuntimeError(f"the adapters were not taken in within {TAKEN_IN_SECONDS} s")
+            time.sleep(0.2)
+        return memory(server, own)
 
 
 def memory(server: Server, own: int) -> dict[str, float]:
@@ -114,8 +174,8 @@ def memory(server: Server, own: int) -> dict[str, float]:
 
 
 def drop(folder: Path) -> None:
-    """Put the files of a folder out of the system's cache."""
-    for path in folder.iterdir():
+    """Put the files below a folder out of the system's cache."""
+    for path in (path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as f:
             os.fsync(f.fileno())
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -128,6 +188,8 @@ def main() -> None:
     parser.add_argument("--cached", action="store_true", help="leave their files in the system's cache")
     parser.add_argument("--models", type=Path, default=MODELS, help="where the base has been fetched")
     given = parser.parse_args()
+    if given.count <= SLOTS:
+        parser.error(f"--count must be above {SLOTS}: as many slots there are, and what has one is not loaded again")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shapes = load_base(given.base, name="base", backend=choose("reference"), cache_dir=folder / "cache").shapes()
@@ -138,15 +200,23 @@ def main() -> None:
             names = [f"a{i}" for i in range(given.count)]
             for i, adapter in enumerate(names):
                 write_adapter(adapters / adapter, shapes, rank=RANK, seed=i)
-                if not given.cached:
-                    drop(adapters / adapter)
             flags = ["--adapter-dir", str(adapters), "--max-slots", str(SLOTS), "--no-prefix-cache"]
-            with serving(folder / f"state-{beside:d}", given.models, *flags) as server:
-                loaded = memory(server, own)
-                runs[place] = asyncio.run(places(server.url, names, beside))
-                runs[place]["memory"] = {"after loading": loaded, "after the requests": memory(server, own)}
+            state = folder / f"state-{beside:d}"
+            loaded = take_in(state, given.models, names, own, *flags)
+            with serving_again(state, *flags) as server:
+                if not given.cached:
+                    drop(state / "store")
+                again = memory(server, own)
+                runs[place] = asyncio.run(places(server, names, beside))
+                runs[place]["memory"] = {
+                    "after loading": loaded,
+                    "started again": again,
+                    "after the requests": memory(server, own),
+                }
         nbytes = (folder / "adapters-0" / "a0" / "adapter_model.safetensors").stat().st_size
-        print(json.dumps({"adapter_MB": nbytes / 1e6, **runs}, indent=1))
+        asked = {"count": given.count, "rank": RANK, "slots": SLOTS, "cached": given.cached, "base": given.base.name}
+        told = {"asked": asked, "machine": machine.describe(), "adapter_MB": nbytes / 1e6, **runs}
+        print(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":

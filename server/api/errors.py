@@ -143,9 +143,7 @@ def _invalid(problems: Sequence[Any], openai: bool) -> Answer:
 
 
 def _where(location: Sequence[Any]) -> str:
-    parts = [
-        p for p in location[1:] if not (isinstance(p, str) and p.startswith(UNION_PARTS))
-    ]
+    parts = [p for p in location[1:] if not (isinstance(p, str) and p.startswith(UNION_PARTS))]
     return ".".join(str(p)[:64] for p in parts) if location[:1] != ("body",) or len(location) > 1 else ""
 
 

@@ -11,10 +11,10 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
-import numpy as np
 
 from server.bench.workloads import Arrival
 from server.errors import ServerError
@@ -30,7 +30,8 @@ class NoAnswer(ServerError):
 @dataclass(frozen=True)
 class Outcome:
     """One request as the client saw it. Times in seconds; `ttft` and `e2e` count from when it was due to be sent, at
-    `due` on the client's clock; `times` are those of its events that carried text, on that clock."""
+    `due` on the client's clock; `times` are those of its events that carried text, on that clock. `tokens` are those
+    that its usage tells, or as many as these events where it tells none."""
 
     adapter: int
     ok: bool
@@ -49,11 +50,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run: rates over its whole time, of decoding as `decode_rate` and `steady_rate` have it, medians and tails over
-    its finished requests (seconds)."""
+    """A run: rates over its whole time, of decoding as `decode_rate` and `steady_rate` have it; medians and tails in
+    seconds. A request that did not finish waits for its first token, and for its end, for ever (`math.inf`); `tpot` is
+    of those that finished. `reasons` are the first different ones for which requests failed."""
 
     requests: int
     finished: int
+    failed: int
+    reasons: tuple[str, ...]
     seconds: float
     requests_per_second: float
     tokens_per_second: float
@@ -68,7 +72,7 @@ class Summary:
     slo_attainment: float
     satisfaction: float
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -81,7 +85,7 @@ async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any],
     try:
         async with session.post(url, json=body) as response:
             if response.status != 200:
-                why = (await response.text())[:300]
+                why = _refusal(response.status, await response.text(errors="replace"))
                 return Outcome(adapter, False, 0, math.nan, time.perf_counter() - due, due, error=why)
             async for chunk in response.content.iter_any():
                 received += chunk
@@ -91,15 +95,27 @@ async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any],
         tokens, times, error = read_events(bytes(received), marks)
         error = f"{type(e).__name__}: {e}"
     first, last = (times[0] - due, times[-1] - due) if times else (math.nan, math.nan)
-    return Outcome(adapter, not error and bool(times), tokens or len(times), first, last, due, tuple(times), error)
+    if not times and not error:
+        error = "the answer ended without a token"
+    return Outcome(adapter, not error, tokens or len(times), first, last, due, tuple(times), error)
+
+
+def _refusal(status: int, text: str) -> str:
+    """Why a request was refused, in one line."""
+    if status == HTTPStatus.UNAUTHORIZED:
+        return f"{status}: give a key that the server knows with --api-key ({text.strip()[:200]})"
+    return f"{status}: {text.strip()[:300]}"
 
 
 def read_events(received: bytes, marks: Sequence[tuple[int, float]]) -> tuple[int, list[float], str]:
     """The number of tokens as the usage has it (0 without one), when each event with text was there, and the error.
 
-    `marks` say how many bytes had arrived when; the last line may be incomplete.
+    `marks` say how many bytes had arrived when; the last line may be incomplete. An event whose text is empty is no
+    token: servers end a stream with one, or hold text back. Where no event has any and the usage tells of tokens, they
+    are there with the first event: a text of nothing but tokens that are not shown.
     """
     times: list[float] = []
+    silent: list[float] = []
     tokens = end = mark = 0
     for line in received.splitlines(keepends=True):
         end += len(line)
@@ -107,51 +123,63 @@ def read_events(received: bytes, marks: Sequence[tuple[int, float]]) -> tuple[in
             continue
         while marks[mark][0] < end:
             mark += 1
-        event = json.loads(line[6:])
-        if "error" in event:
-            return tokens, times, str(event["error"])[:300]
-        if event.get("usage"):
-            tokens = event["usage"]["completion_tokens"]
-        if event.get("choices"):
-            times.append(marks[mark][1])
-    return tokens, times, ""
+        try:
+            event = json.loads(line[6:])
+            if "error" in event:
+                return tokens, times, str(event["error"])[:300]
+            if event.get("usage"):
+                tokens = int(event["usage"]["completion_tokens"])
+            if event.get("choices"):
+                (times if event["choices"][0].get("text") else silent).append(marks[mark][1])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return tokens, times, f"an event cannot be read: {line[:200].decode(errors='replace').strip()}"
+    return tokens, times or silent[:1] * bool(tokens), ""
 
 
-async def open_loop(base_url: str, arrivals: Sequence[Arrival], body: Body, timeout: float = 600) -> list[Outcome]:
-    """Send each request at its time, whatever is still running."""
+def address(url: str) -> str:
+    """Where completions are asked for: `url` may end in a slash, or in the /v1 that other clients want."""
+    return f"{url.rstrip('/').removesuffix('/v1').rstrip('/')}/v1/completions"
+
+
+async def open_loop(
+    url: str, arrivals: Sequence[Arrival], body: Body, timeout: float = 600, key: str = ""
+) -> list[Outcome]:
+    """Send each request at its time, whatever is still running. `key` is sent as the server wants it, if not empty."""
+    route = address(url)
 
     async def one(session: aiohttp.ClientSession, i: int, start: float) -> Outcome:
         arrival = arrivals[i]
         due = start + arrival.time
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        return await ask(session, f"{base_url}/v1/completions", body(arrival, i), due, arrival.adapter)
+        return await ask(session, route, body(arrival, i), due, arrival.adapter)
 
-    async with _session(timeout) as session:
+    async with _session(timeout, key) as session:
         start = time.perf_counter()
         return list(await asyncio.gather(*(one(session, i, start) for i in range(len(arrivals)))))
 
 
 async def closed_loop(
-    base_url: str, arrivals: Sequence[Arrival], body: Body, concurrency: int, timeout: float = 600
+    url: str, arrivals: Sequence[Arrival], body: Body, concurrency: int, timeout: float = 600, key: str = ""
 ) -> list[Outcome]:
-    """Keep `concurrency` requests in flight until all are answered."""
+    """Keep `concurrency` requests in flight until all are answered. `key` is as for `open_loop`."""
+    route = address(url)
     queue = iter(range(len(arrivals)))
     outcomes: list[Outcome] = []
 
     async def worker(session: aiohttp.ClientSession) -> None:
         for i in queue:
             due = time.perf_counter()
-            done = await ask(session, f"{base_url}/v1/completions", body(arrivals[i], i), due, arrivals[i].adapter)
-            outcomes.append(done)
+            outcomes.append(await ask(session, route, body(arrivals[i], i), due, arrivals[i].adapter))
 
-    async with _session(timeout) as session:
+    async with _session(timeout, key) as session:
         await asyncio.gather(*(worker(session) for _ in range(concurrency)))
     return outcomes
 
 
-def _session(timeout: float) -> aiohttp.ClientSession:
+def _session(timeout: float, key: str) -> aiohttp.ClientSession:
     connector = aiohttp.TCPConnector(limit=0)
-    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=timeout))
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return aiohttp.ClientSession(connector=connector, headers=headers, timeout=aiohttp.ClientTimeout(total=timeout))
 
 
 async def timed(run: Awaitable[list[Outcome]], slo_seconds: float = 6.0) -> tuple[list[Outcome], Summary]:
@@ -190,16 +218,18 @@ def steady_rate(done: Sequence[Outcome]) -> float:
 
     Events are taken together as steps; a step that brings a first token has read a prompt, or has had nothing to do
     before it, and is left out with the time before it and the tokens that came along. What is left are the tokens of
-    all other steps over the time since the step before each.
+    all other steps over the time since the step before each. An event is worth its request's tokens over its events:
+    a server may send several tokens at once.
     """
-    bursts: list[tuple[float, int, bool]] = []  # its first event's time, how many it has, whether one is a first token
+    bursts: list[tuple[float, float, bool]] = []  # its first event's time, its tokens, whether one is a first token
     last = -math.inf
-    for t, first in sorted((t, i == 0) for o in done for i, t in enumerate(o.times)):
+    events = ((t, i == 0, o.tokens / len(o.times)) for o in done for i, t in enumerate(o.times))
+    for t, first, worth in sorted(events):
         if t - last >= BURST_SECONDS:
-            bursts.append((t, 0, False))
+            bursts.append((t, 0.0, False))
         start, count, fresh = bursts[-1]
-        bursts[-1], last = (start, count + 1, fresh or first), t
-    steps: list[tuple[float, int, bool]] = []
+        bursts[-1], last = (start, count + worth, fresh or first), t
+    steps: list[tuple[float, float, bool]] = []
     for t, count, fresh in bursts:
         if fresh and steps and t - steps[-1][0] < LATE_SECONDS:
             steps[-1] = (steps[-1][0], steps[-1][1] + count, True)
@@ -210,27 +240,44 @@ def steady_rate(done: Sequence[Outcome]) -> float:
     return sum(count for _, count in alone) / busy if busy else float("nan")
 
 
+REASONS = 3
+"""How many different reasons of failures a summary keeps."""
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The `q`th percentile between its neighbours, infinite where the upper one is; nan of nothing."""
+    if not values:
+        return math.nan
+    ordered = sorted(values)
+    at = (len(ordered) - 1) * q / 100
+    low, high = ordered[math.floor(at)], ordered[math.ceil(at)]
+    return high if low == high or math.isinf(high) else low + (high - low) * (at - math.floor(at))
+
+
 def summarize(outcomes: Sequence[Outcome], seconds: float, slo_seconds: float = 6.0) -> Summary:
     """Throughput, percentiles, and S-LoRA's two service levels: the share of first tokens within `slo_seconds`
     (a failed request counts as missed) and the mean of max(0, 1 - (ttft / slo)^2)."""
     done = [o for o in outcomes if o.ok]
-    ttft = np.array([o.ttft for o in done]) if done else np.array([np.nan])
-    tpot = np.array([o.tpot for o in done if o.tokens > 1] or [np.nan])
+    failed = [o for o in outcomes if not o.ok]
+    ttft = [o.ttft if o.ok else math.inf for o in outcomes]
+    tpot = [o.tpot for o in done if o.tokens > 1]
     total = max(len(outcomes), 1)
     return Summary(
         requests=len(outcomes),
         finished=len(done),
+        failed=len(failed),
+        reasons=tuple(dict.fromkeys(o.error for o in failed))[:REASONS],
         seconds=seconds,
         requests_per_second=len(done) / seconds,
         tokens_per_second=sum(o.tokens for o in done) / seconds,
         decode_tokens_per_second=decode_rate(done),
         steady_tokens_per_second=steady_rate(done),
-        ttft_p50=float(np.percentile(ttft, 50)),
-        ttft_p90=float(np.percentile(ttft, 90)),
-        ttft_p99=float(np.percentile(ttft, 99)),
-        tpot_p50=float(np.percentile(tpot, 50)),
-        tpot_p99=float(np.percentile(tpot, 99)),
-        e2e_p50=float(np.median([o.e2e for o in done])) if done else float("nan"),
+        ttft_p50=percentile(ttft, 50),
+        ttft_p90=percentile(ttft, 90),
+        ttft_p99=percentile(ttft, 99),
+        tpot_p50=percentile(tpot, 50),
+        tpot_p99=percentile(tpot, 99),
+        e2e_p50=percentile([o.e2e if o.ok else math.inf for o in outcomes], 50),
         slo_attainment=sum(1 for o in done if o.ttft < slo_seconds) / total,
         satisfaction=sum(max(0.0, 1 - (o.ttft / slo_seconds) ** 2) for o in done) / total,
     )

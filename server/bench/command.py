@@ -8,14 +8,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
+import shutil
 import tomllib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(no_args_is_help=True, help="Measure this server, its steps, and its peers.")
 console = Console(stderr=True)
@@ -24,10 +28,27 @@ Out = Annotated[Path | None, typer.Option(help="Folder for the JSON, and a pictu
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Model = Annotated[str, typer.Option(help="Catalogue name, folder, .gguf file or hub id.")]
 State = Annotated[Path, typer.Option(help="Where models, the cache and synthetic adapters are kept.")]
-Threads = Annotated[int, typer.Option(help="Threads of the kernels, and of each peer.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of the kernels, and of each peer.")]
 Kernels = Annotated[str, typer.Option(help="auto, native, aten or reference.")]
 
+Url = Annotated[str, typer.Argument(help="Any OpenAI-compatible server, with or without /v1 at the end.")]
+Vocab = Annotated[int, typer.Option(min=101, help="Prompts are random token ids below this.")]
+ApiKey = Annotated[
+    str,
+    typer.Option(
+        envvar=["LORAMUX_API_KEYS", "LORAMUX_ADMIN_KEYS", "OPENAI_API_KEY"],
+        help="Key of the server, better given by the environment: of several, the first.",
+    ),
+]
+
 RANKS = (8, 16, 24, 32) * 4
+SEED = 3
+"""Of the prompts that the peers and we are asked."""
+DRAWS = 20
+"""Draws of a prompt before one is taken whose text is not read as the same ids: a peer that is given text should find
+them in it."""
+LONGEST = 1 << 15
+"""Tokens of a prompt or an answer that can be asked for."""
 PROMPT, NEW = 128, 64
 
 
@@ -37,7 +58,7 @@ def steps(
     state_dir: State = Path("data"),
     threads: Threads = 2,
     kernels: Kernels = "auto",
-    repeats: int = 60,
+    repeats: Annotated[int, typer.Option(min=1)] = 60,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -53,18 +74,33 @@ def steps(
     ranks = (*RANKS, 8, 8, 8, 8, 32)
     paths = [write_adapter(folder / f"step{i}", base.shapes(), rank=rank, seed=100 + i) for i, rank in enumerate(ranks)]
     slots = [base.backend.prepare(read_folder(p, name=p.name, shapes=base.shapes())) for p in paths]
+    shapes = measured.standard_shapes(RANKS, (16, 17, 18, 19), 20)
     runner = make_runner(base, len(slots), threads)
     ceilings = roofline.measure(threads)
-    times = measured.measure(
-        base, runner, slots, measured.standard_shapes(RANKS, (16, 17, 18, 19), 20), ceilings, repeats
-    )
+    times = measured.measure(base, runner, slots, shapes, ceilings, repeats)
     ratios = measured.overheads(times)
-    result = {
-        "ceilings": {"GB_per_second": ceilings.bytes_per_second / 1e9, "GOP_per_second": ceilings.ops_per_second / 1e9},
-        "steps": [{"name": t.name, "ms": t.seconds * 1e3, "roofline": t.roofline} for t in times],
-        "ratios": ratios,
-        "kernels": base.backend.name,
-    }
+    asked = {"base": _named(base), "ranks": ranks, "context": shapes[0].context, "threads": threads, "repeats": repeats}
+    result = _report(
+        {**asked, "seeds": [100 + i for i in range(len(ranks))]},
+        {
+            "ceilings": {
+                "GB_per_second": ceilings.bytes_per_second / 1e9,
+                "GOP_per_second": ceilings.ops_per_second / 1e9,
+            },
+            "steps": [
+                {
+                    "name": t.name,
+                    "ms": t.seconds * 1e3,
+                    "roofline": t.roofline,
+                    "bytes": t.cost.nbytes,
+                    "operations": t.cost.ops,
+                }
+                for t in times
+            ],
+            "ratios": ratios,
+            "kernels": base.backend.name,
+        },
+    )
     table = Table("step", "ms", "of the roofline", title=f"{base.name}, {base.backend.name} kernels, {threads} threads")
     for t in times:
         table.add_row(t.name, f"{t.seconds * 1e3:.2f}", f"{t.roofline:.2f}")
@@ -79,8 +115,8 @@ def peers(
     model: Model = "smollm2-135m",
     state_dir: State = Path("data"),
     threads: Threads = 2,
-    rounds: int = 3,
-    requests: int = 16,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    requests: Annotated[int, typer.Option(min=1)] = 16,
     adapters: Annotated[bool, typer.Option(help="A different adapter for each request.")] = True,
     out: Out = None,
     as_json: AsJson = False,
@@ -92,76 +128,113 @@ def peers(
     from server.bench.inprocess import InProcess
     from server.bench.synthetic import write_adapter
 
+    named = _peers(config)
     base = _base(model, state_dir, "auto")
     folder = state_dir / "bench"
-    exported = folder / "exported"
-    if not (exported / "model.safetensors").exists():
-        export_base(base, exported)
-    paths = [
-        write_adapter(folder / f"peer{i}", base.shapes(), rank=RANKS[i % 16], seed=200 + i)
-        for i in range(requests if adapters else 0)
-    ]
+    exported = export_base(base, folder / "exported")
+    ranks = [RANKS[i % len(RANKS)] for i in range(requests if adapters else 0)]
+    paths = [write_adapter(folder / f"peer{i}", base.shapes(), rank=rank, seed=200 + i) for i, rank in enumerate(ranks)]
     job = _job(base, paths, requests)
     with InProcess(base, paths, threads=threads) as ours:
         mixes = [ours.mix([(n, 1.0)] if n >= 0 else []) for n in job.adapter_of]
         contestants: dict[str, compare.Contestant] = {
             "loramux": lambda job: compare.rates(job, *ours.rates(job.prompts, mixes, job.new_tokens))
         }
-        contestants |= _contestants(config, exported, threads, bool(paths))
+        contestants |= _contestants(named, exported, threads, bool(paths))
         contestants["loramux"](job)
-        table = compare.rounds(job, contestants, rounds, lambda line: console.print(line))
-    result: dict[str, Any] = {
-        "requests": requests,
-        "adapters": len(paths),
-        "rates": compare.as_json(table),
-        "ratios": compare.ratios(table),
-    }
+        measured = compare.rounds(job, contestants, rounds, lambda line: console.print(line, markup=False))
+    table = measured.table
+    asked = {"base": _named(base), "peers": named, "ranks": ranks, "prompt_tokens": PROMPT, "new_tokens": NEW}
+    result = _report(
+        {
+            **asked,
+            "threads": threads,
+            "rounds": rounds,
+            "seed": SEED,
+            "adapter_seeds": [200 + i for i in range(len(ranks))],
+        },
+        {
+            "requests": requests,
+            "adapters": len(paths),
+            "rates": compare.as_json(table),
+            "ratios": compare.ratios(table),
+            "failed": measured.failed,
+        },
+    )
     shown = Table("", "prefill tok/s", "decode tok/s", "we are faster by (prefill, decode)")
     for name, row in table.items():
         ratio = result["ratios"].get(name)
         ahead = f"{ratio['prefill']:.1f}, {ratio['decode']:.1f}" if ratio else ""
         shown.add_row(name, f"{row.median.prefill:,.0f}", f"{row.median.decode:,.0f}", ahead)
+    for name in measured.failed:
+        shown.add_row(f"{name} failed", "", "", f"in round {len(measured.rows[name].rounds) + 1} of {rounds}")
     title = f"decode, {requests} requests, {len(paths)} adapters"
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         rates = {name: row.median.decode for name, row in table.items()}
         plots.bars(out / f"peers-{requests}-{len(paths)}.png", title, "tokens/s", rates)
     _show(result, shown, as_json, out, f"peers-{requests}-{len(paths)}")
+    for name, reason in measured.failed.items():
+        console.print(f"error: the peer {name} failed: {reason}", markup=False)
+    if measured.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
 def slora(
-    url: Annotated[str, typer.Argument(help="Any OpenAI-compatible server.")],
+    url: Url,
     prefix: Annotated[str, typer.Option(help="Adapters are named prefix0, prefix1, ...")] = "s",
-    few: int = 5,
-    many: int = 1000,
-    requests: int = 1000,
+    few: Annotated[int, typer.Option(min=1)] = 5,
+    many: Annotated[int, typer.Option(min=2)] = 1000,
+    requests: Annotated[int, typer.Option(min=1, help="Of one run.")] = 1000,
+    duration: Annotated[float | None, typer.Option(help="Seconds of one run, instead of --requests.")] = None,
     alpha: Annotated[list[float] | None, typer.Option(help="Popularity, 1 is uniform; again for more [1, 0.3]")] = None,
     share: Annotated[list[float] | None, typer.Option(help="Of the capacity; again for more [0.7, 1.2]")] = None,
-    vocab: Annotated[int, typer.Option(help="Prompts are random token ids below this.")] = 40_000,
+    rate: Annotated[list[float] | None, typer.Option(help="Requests/s instead of shares; again for more.")] = None,
+    cv: Annotated[float, typer.Option(help="Coefficient of variation of the gaps; 1 is Poisson.")] = 1.0,
+    prompt: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens of a prompt, below HIGH.")] = "8:128",
+    output: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens of an answer, below HIGH.")] = "8:128",
+    slo: Annotated[float, typer.Option(help="Seconds within which a first token is in time.")] = 6.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 42,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each kind; few and many take turns.")] = 1,
+    vocab: Vocab = 40_000,
+    api_key: ApiKey = "",
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """S-LoRA's workload against a running server: many adapters beside few."""
+    from server.errors import BadSetting
+
     _extra()
     from server.bench import plots
     from server.bench import slora as workload
 
+    if share and rate:
+        raise BadSetting("give --share or --rate, not both: a share is of the measured capacity", "rate")
+    plan = workload.Plan(
+        few=few, many=many, requests=requests, duration=duration, alphas=tuple(alpha or (1.0, 0.3)),
+        shares=() if rate else tuple(share or (0.7, 1.2)), rates=tuple(rate or ()), cv=cv,
+        prompt=_lengths(prompt, "prompt"), output=_lengths(output, "output"), seed=seed, slo=slo, repeats=repeats,
+    )  # fmt: skip
+    plan.check()
     body = workload.body_of([f"{prefix}{i}" for i in range(many)], vocab)
-    most, loads = workload.compare(
-        url,
-        body,
-        few=few,
-        many=many,
-        alphas=alpha or (1.0, 0.3),
-        shares=share or (0.7, 1.2),
-        requests=requests,
-        heard=lambda line: console.print(line),
+    client = workload.Client(url, body, _key(api_key))
+    most, loads = workload.compare(client, plan, lambda line: console.print(line, markup=False))
+    rows = workload.ratios(loads)
+    result = _report(
+        {"url": url, "models": f"{prefix}0 to {prefix}{many - 1}", "vocab": vocab, **asdict(plan)},
+        {"capacity": most, "runs": [run.as_dict() for run in loads], "ratios": rows},
     )
-    result = {"capacity": most, "runs": [run.as_dict() for run in loads], "ratios": workload.ratios(loads)}
-    table = Table("alpha", "share of capacity", f"throughput, {many} over {few}", "p99 of first token")
-    for row in workload.ratios(loads):
-        table.add_row(*(f"{row[k]:.2f}" for k in ("alpha", "share", "throughput", "ttft_p99")))
+    table = Table(
+        "alpha", "requests/s", "of capacity", f"throughput, {many} over {few}", "p99 of first token", "failed"
+    )
+    for row in rows:
+        told = [f"{row[k]:.2f}" if math.isfinite(row[k]) else "none" for k in ("throughput", "ttft_p99")]
+        of = "" if row["share"] is None else f"{row['share']:.2f}"
+        failed = ", ".join(f"{n} with {name}" for name, n in row["failed"].items() if n) or "0"
+        table.add_row(f"{row['alpha']:.2f}", f"{row['rate']:.2f}", of, *told, failed)
+    for reason in dict.fromkeys(reason for run in loads for reason in run.summary.reasons):
+        console.print(f"failed: {reason}", markup=False)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         plots.loads(out / "slora.png", f"S-LoRA workload, {few} and {many} adapters", loads)
@@ -170,13 +243,14 @@ def slora(
 
 @app.command()
 def load(
-    url: Annotated[str, typer.Argument(help="Any OpenAI-compatible server.")],
+    url: Url,
     models: Annotated[list[str], typer.Option("--model", help="Names to ask for in turn.")],
-    concurrency: int = 16,
-    requests: int = 64,
-    prompt_tokens: int = PROMPT,
-    new_tokens: int = NEW,
-    vocab: int = 40_000,
+    concurrency: Annotated[int, typer.Option(min=1)] = 16,
+    requests: Annotated[int, typer.Option(min=1)] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = PROMPT,
+    new_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = NEW,
+    vocab: Vocab = 40_000,
+    api_key: ApiKey = "",
     llama: Annotated[bool, typer.Option(help="Name adapters as llama-server does: --lora numbers, 0 first.")] = False,
     out: Out = None,
     as_json: AsJson = False,
@@ -191,20 +265,22 @@ def load(
 
     body = llama_body(len(models), vocab) if llama else body_of(models, vocab)
     arrivals = closed(requests, list(range(len(models))), prompt_tokens, new_tokens)
-    outcomes, summary = asyncio.run(timed(closed_loop(url, arrivals, body, concurrency)))
-    told = {**summary.as_dict(), "error": next((o.error for o in outcomes if not o.ok), None)}
+    _, summary = asyncio.run(timed(closed_loop(url, arrivals, body, concurrency, key=_key(api_key))))
     if not summary.finished:
-        raise NoAnswer(f"none of {requests} requests was answered; the first: {told['error']}")
+        raise NoAnswer(f"none of {requests} requests was answered; the first: {summary.reasons[0]}")
+    asked = {"url": url, "models": models, "concurrency": concurrency, "requests": requests, "vocab": vocab}
+    told = _report({**asked, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}, summary.as_dict())
     table = Table("", "", title=f"{requests} requests, {concurrency} at a time")
-    for name, value in told.items():
-        table.add_row(name, f"{value:,.4g}" if isinstance(value, float | int) else str(value or "none"))
+    for name, value in summary.as_dict().items():
+        number = isinstance(value, float | int)
+        table.add_row(name, f"{value:,.4g}" if number else Text("\n".join(value) or "none"))
     _show(told, table, as_json, out, "load")
 
 
 @app.command()
 def adapters(
     folder: Annotated[Path, typer.Argument(help="Where to write them, one PEFT folder each.")],
-    count: int = 1000,
+    count: Annotated[int, typer.Option(min=1)] = 1000,
     prefix: str = "s",
     model: Model = "smollm2-135m",
     state_dir: State = Path("data"),
@@ -245,31 +321,91 @@ def _job(base: Any, paths: list[Path], requests: int):  # type: ignore[no-untype
 
     from server.bench.compare import Job
 
-    random = np.random.RandomState(3)
-    prompts = random.randint(100, base.config.vocab_size - 100, (requests, PROMPT)).tolist()
-    texts = [base.vocabulary.tokenizer.decode(p) for p in prompts]
+    random = np.random.RandomState(SEED)
+    tokenizer = base.vocabulary.tokenizer
+    prompts: list[list[int]] = []
+    for draw in range(DRAWS * requests):
+        drawn = tokenizer.decode(random.randint(100, base.config.vocab_size - 100, 2 * PROMPT).tolist())
+        prompt = tokenizer.encode(drawn, add_special_tokens=False).ids[:PROMPT]
+        found = tokenizer.encode(tokenizer.decode(prompt), add_special_tokens=False).ids == prompt
+        if len(prompt) == PROMPT and (found or draw >= (DRAWS - 1) * requests):
+            prompts.append(prompt)
+        if len(prompts) == requests:
+            break
+    texts = [tokenizer.decode(p) for p in prompts]
     which = list(range(requests)) if paths else [-1] * requests
     return Job(prompts, texts, paths, which, NEW)
 
 
-def _contestants(config: Path, exported: Path, threads: int, with_adapters: bool):  # type: ignore[no-untyped-def]
+def _peers(config: Path) -> dict[str, Any]:
     """The peers of the file: `vllm`, `peft`, `mistralrs` name a Python; `[llama]` has `bench` and `gguf`."""
-    from server.bench import compare
+    from server.bench.compare import SCRIPTS
     from server.errors import BadSetting
 
     try:
-        named: Mapping[str, Any] = tomllib.loads(config.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        named = tomllib.loads(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadSetting(f"{config.name} cannot be read: {error}", "config") from error
+    for name, value in named.items():
+        if name == "llama":
+            given = {key for key, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else set()
+            if given != {"bench", "gguf"} or len(value) != len(given):
+                raise BadSetting(f"{config.name}: [llama] is a table of `bench` and `gguf`, each a path", "config")
+            programs = [value["bench"]]
+        elif name in SCRIPTS and isinstance(value, str):
+            programs = [value]
+        elif name in SCRIPTS:
+            raise BadSetting(f"{config.name}: {name} is the path of a Python, in quotes", "config")
+        else:
+            known = ", ".join(SCRIPTS)
+            raise BadSetting(f"{config.name}: {name!r} is no peer; known are {known}, llama", "config")
+        for program in programs:
+            if shutil.which(program) is None:
+                raise BadSetting(f"{config.name}: {program!r} of {name} is no program that can be run", "config")
+    return named
+
+
+def _contestants(named: Mapping[str, Any], exported: Path, threads: int, with_adapters: bool):  # type: ignore[no-untyped-def]
+    """What `_peers` found, as contestants; llama.cpp has none for a job with adapters."""
+    from server.bench import compare
+
     found: dict[str, compare.Contestant] = {}
     for name, value in named.items():
-        if name in compare.SCRIPTS:
-            found[name] = compare.script_peer(name, str(value), exported, threads)
-        elif name == "llama" and not with_adapters:
+        if name != "llama":
+            found[name] = compare.script_peer(name, value, exported, threads)
+        elif not with_adapters:
             found["llama.cpp"] = compare.llama_peer(Path(value["bench"]), Path(value["gguf"]), threads)
-        elif name != "llama":
-            raise BadSetting(f"{config.name}: {name!r} is no peer; known are {', '.join(compare.SCRIPTS)}, llama")
     return found
+
+
+def _lengths(text: str, param: str) -> tuple[int, int]:
+    """(low, high) of LOW:HIGH. Raises BadSetting."""
+    from server.errors import BadSetting
+
+    found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip())
+    low, high = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= low < high <= LONGEST:
+        raise BadSetting(
+            f"--{param} is LOW:HIGH, whole numbers of tokens from 1 to {LONGEST} with LOW below HIGH, not {text!r}",
+            param,
+        )
+    return low, high
+
+
+def _key(given: str) -> str:
+    """The first of several, as a server's own variables have them."""
+    return next((entry.strip() for entry in re.split(r"[,\n]", given) if entry.strip()), "")
+
+
+def _named(base: Any) -> dict[str, str]:
+    return {"name": base.name, "digest": base.id}
+
+
+def _report(asked: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a JSON file has: what was asked, the machine, and what came of it."""
+    from server.bench.machine import describe
+
+    return {"asked": asked, "machine": describe(), **found}
 
 
 def _show(result: Mapping[str, Any], table: Table, as_json: bool, out: Path | None, name: str) -> None:
@@ -284,7 +420,7 @@ def _show(result: Mapping[str, Any], table: Table, as_json: bool, out: Path | No
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON has not: the rate of nothing."""
+    """The same with null for numbers that JSON has not: the rate of nothing, a wait without end, a ratio of those."""
     if isinstance(value, Mapping):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):

@@ -14,10 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from server.errors import BadSetting
+from server.errors import ServerError
 
 SCRIPTS = {"vllm": "vllm_cpu.py", "peft": "transformers_peft.py", "mistralrs": "mistral_rs.py"}
 TIMEOUT = 1800.0
+
+
+class PeerFailed(ServerError):
+    """A peer did not do what it was asked to."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +61,40 @@ class Row:
 
     @property
     def median(self) -> Rates:
+        """Of at least one round."""
         return Rates(
             statistics.median(r.prefill for r in self.rounds), statistics.median(r.decode for r in self.rounds)
         )
 
 
-def rates(job: Job, first: float, last: float) -> Rates:
-    """From seconds to all first and to all last tokens."""
-    prompt_tokens = sum(len(p) for p in job.prompts)
-    return Rates(prompt_tokens / first, job.requests * (job.new_tokens - 1) / (last - first))
+@dataclass(frozen=True)
+class Measured:
+    """What the rounds gave: each contestant's row, empty if it never answered, and why those failed that did."""
+
+    rows: Mapping[str, Row]
+    failed: Mapping[str, str]
+
+    @property
+    def table(self) -> dict[str, Row]:
+        """The rows with at least one round."""
+        return {name: row for name, row in self.rows.items() if row.rounds}
+
+
+def rates(
+    job: Job, first: float, last: float, prompt_tokens: int | None = None, new_tokens: int | None = None
+) -> Rates:
+    """From seconds to all first and to all last tokens. A contestant that tells how many tokens it read and made in all
+    is credited with these; they are the job's otherwise."""
+    read = sum(len(p) for p in job.prompts) if prompt_tokens is None else prompt_tokens
+    made = job.requests * job.new_tokens if new_tokens is None else new_tokens
+    return Rates(read / first, (made - job.requests) / (last - first))
 
 
 def script_peer(kind: str, python: str, base: Path, threads: int) -> Contestant:
-    """A peer of an environment of its own, by one of the scripts in `peers/`. `base` is an exported folder."""
+    """A peer of an environment of its own, by one of the scripts in `peers/`. `base` is an exported folder.
+
+    It raises PeerFailed, as that of `llama_peer` does.
+    """
     script = Path(__file__).parent / "peers" / SCRIPTS[kind]
 
     def run(job: Job) -> Rates:
@@ -83,8 +108,13 @@ def script_peer(kind: str, python: str, base: Path, threads: int) -> Contestant:
             "threads": threads,
             "repeats": 1,
         }
-        answer = json.loads(_output([python, str(script)], json.dumps(body)).strip().splitlines()[-1])
-        return rates(job, answer["first"][0], answer["all"][0])
+        told = _output([python, str(script)], json.dumps(body))
+        try:
+            answer = json.loads(told.strip().splitlines()[-1])
+            tokens = [answer[name][0] if name in answer else None for name in ("prompt_tokens", "new_tokens")]
+            return rates(job, answer["first"][0], answer["all"][0], *tokens)
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+            raise _unreadable(told) from error
 
     return run
 
@@ -96,27 +126,41 @@ def llama_peer(binary: Path, gguf: Path, threads: int) -> Contestant:
         command = [str(binary), "-m", str(gguf), "-c", "16384", "-b", "2048", "-ub", "512", "-fa", "on"]
         command += ["-npp", str(len(job.prompts[0])), "-ntg", str(job.new_tokens), "-npl", str(job.requests)]
         command += ["-t", str(threads), "-tb", str(threads), "--output-format", "jsonl"]
-        lines = [line for line in _output(command, "").splitlines() if line.startswith("{")]
-        answer = json.loads(lines[-1])
-        return Rates(float(answer["speed_pp"]), float(answer["speed_tg"]))
+        told = _output(command, "")
+        try:
+            answer = json.loads([line for line in told.splitlines() if line.startswith("{")][-1])
+            return Rates(float(answer["speed_pp"]), float(answer["speed_tg"]))
+        except (ValueError, LookupError, TypeError) as error:
+            raise _unreadable(told) from error
 
     return run
 
 
-def rounds(job: Job, contestants: Mapping[str, Contestant], count: int, heard: Callable[[str], None]) -> dict[str, Row]:
-    """Measure everybody `count` times, every second time in the reverse order."""
-    table = {name: Row() for name in contestants}
+def rounds(job: Job, contestants: Mapping[str, Contestant], count: int, heard: Callable[[str], None]) -> Measured:
+    """Measure everybody `count` times, every second time in the reverse order. One that fails is not asked again; what
+    it and the others have given stays."""
+    rows = {name: Row() for name in contestants}
+    failed: dict[str, str] = {}
     for i in range(count):
         names = list(contestants) if i % 2 == 0 else list(contestants)[::-1]
         for name in names:
-            got = contestants[name](job)
-            table[name].rounds.append(got)
+            if name in failed:
+                continue
+            try:
+                got = contestants[name](job)
+            except ServerError as error:
+                failed[name] = error.message
+                heard(f"{name} failed in round {i + 1} of {count}: {error.message}")
+                continue
+            rows[name].rounds.append(got)
             heard(f"{name}: prefill {got.prefill:.0f} tok/s, decode {got.decode:.0f} tok/s")
-    return table
+    return Measured(rows, failed)
 
 
 def ratios(table: Mapping[str, Row], ours: str = "loramux") -> dict[str, dict[str, float]]:
-    """How many times faster we are than each of the others, by medians."""
+    """How many times faster we are than each of the others, by medians; of nobody where we have none."""
+    if ours not in table:
+        return {}
     mine = table[ours].median
     return {
         name: {"prefill": mine.prefill / row.median.prefill, "decode": mine.decode / row.median.decode}
@@ -128,12 +172,18 @@ def ratios(table: Mapping[str, Row], ours: str = "loramux") -> dict[str, dict[st
 def _output(command: list[str], stdin: str) -> str:
     try:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except FileNotFoundError as error:
-        raise BadSetting(f"the peer {command[0]!r} is not there; see docs/benchmarks.md", "peers") from error
+    except OSError as error:
+        raise PeerFailed(f"{command[0]!r} cannot be run: {error}; see docs/benchmarks.md", "peers") from error
+    except subprocess.TimeoutExpired as error:
+        raise PeerFailed(f"{Path(command[0]).name!r} did not end within {TIMEOUT:.0f} s", "peers") from error
     if done.returncode:
         tail = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise BadSetting(f"the peer {Path(command[0]).name!r} failed with status {done.returncode}:\n{tail}", "peers")
+        raise PeerFailed(f"{Path(command[0]).name!r} ended with status {done.returncode}:\n{tail}", "peers")
     return done.stdout
+
+
+def _unreadable(told: str) -> PeerFailed:
+    return PeerFailed(f"its answer cannot be read: {told.strip()[-200:] or 'nothing was printed'}", "peers")
 
 
 def as_json(table: Mapping[str, Row]) -> dict[str, Any]:

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from server.errors import BadSetting
 from server.model.loader import Base
 
 
-def export_base(base: Base, folder: Path) -> Path:
-    """Write config.json, tokenizer.json and model.safetensors (bfloat16) for a Llama. Returns `folder`.
+def export_base(base: Base, parent: Path) -> Path:
+    """The folder below `parent` with this base's config.json, tokenizer and model.safetensors (bfloat16).
 
-    Raises ValueError for another architecture: the peers' table is about the embedded base.
+    It is named by the base's id, so that another base, or another quantization, has one of its own; it is written once,
+    and appears when it is whole. Raises BadSetting for what is no Llama: the peers' table is about the embedded base.
     """
+    if base.config.architecture != "LlamaForCausalLM":
+        raise BadSetting(
+            f"only a Llama can be exported for the peers, and {base.name} is {base.config.architecture}: "
+            "give another --model",
+            "model",
+        )
+    folder = parent / base.id[:32]
+    if folder.exists():
+        return folder
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        _write(base, partial)
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def _write(base: Base, folder: Path) -> None:
     c = base.config
-    if c.architecture != "LlamaForCausalLM":
-        raise ValueError(f"only a Llama can be exported for the peers, not {c.architecture}")
-    folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -48,4 +70,3 @@ def export_base(base: Base, folder: Path) -> Path:
     }
     state |= {name: tensor.to(torch.bfloat16) for name, tensor in base.tensors.items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder

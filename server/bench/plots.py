@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -32,19 +33,26 @@ def bars(path: Path, title: str, y: str, values: Mapping[str, float]) -> Path:
 
 
 def loads(path: Path, title: str, runs: Sequence[Load]) -> Path:
-    """Throughput of each run of the S-LoRA workload, few adapters beside many. Writes a PNG and returns its path."""
+    """Throughput of the runs of the S-LoRA workload, few adapters beside many, by the medians of their repeats. Writes
+    a PNG and returns its path."""
     figure, axes = _axes(title, "requests/s finished")
     counts = sorted({run.adapters for run in runs})
-    cases = list(dict.fromkeys((run.alpha, run.share) for run in runs))
+    cases = list(dict.fromkeys(run.case for run in runs))
     width = 0.8 / len(counts)
     for n, count in enumerate(counts):
         values = [
-            next(r.summary.requests_per_second for r in runs if (r.alpha, r.share, r.adapters) == (*case, count))
+            statistics.median(r.summary.requests_per_second for r in runs if (r.case, r.adapters) == (case, count))
             for case in cases
         ]
         axes.bar([i + n * width for i in range(len(cases))], values, width, label=f"{count} adapters")
     axes.set_xticks([i + 0.4 - width / 2 for i in range(len(cases))])
-    axes.set_xticklabels([f"alpha {alpha}, {share:.0%} of capacity" for alpha, share in cases])
+    share = {run.case: run.share for run in runs}
+    axes.set_xticklabels(
+        [
+            f"alpha {case[0]}, {case[1]:.3g} requests/s" + (f", {share[case]:.0%} of capacity" if share[case] else "")
+            for case in cases
+        ]
+    )
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
     return path

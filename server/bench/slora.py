@@ -7,28 +7,84 @@ its adapter is given too, so any OpenAI-compatible server can be asked.
 from __future__ import annotations
 
 import asyncio
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from server.bench.client import Body, NoAnswer, Summary, closed_loop, open_loop, timed
 from server.bench.workloads import Arrival, Poisson, closed, generate
+from server.errors import BadSetting
 
 BURST = 400.0
 """Requests a second that no server here keeps up with: what it finishes under this is its capacity."""
 
+BURST_REQUESTS = 400
+"""As many are enough to measure it; a shorter comparison measures it by as many as one of its runs has."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared: `few` and `many` adapters under the same arrivals, for each of `alphas`, at each of `shares`
+    of the measured capacity or at each of `rates` (requests a second) if those are given.
+
+    A run has `requests` requests, or lasts `duration` seconds if that is given. Lengths are in tokens, [low, high);
+    `slo` in seconds.
+    """
+
+    few: int = 5
+    many: int = 1000
+    requests: int = 1000
+    duration: float | None = None
+    alphas: tuple[float, ...] = (1.0, 0.3)
+    shares: tuple[float, ...] = (0.7, 1.2)
+    rates: tuple[float, ...] = ()
+    cv: float = 1.0
+    prompt: tuple[int, int] = (8, 128)
+    output: tuple[int, int] = (8, 128)
+    seed: int = 42
+    slo: float = 6.0
+    repeats: int = 1
+
+    def check(self) -> None:
+        """Raises BadSetting for a plan that cannot be run."""
+        if not 1 <= self.few < self.many:
+            raise BadSetting(f"--many ({self.many}) must be more adapters than --few ({self.few}), at least 1", "many")
+        numbers = {"cv": (self.cv,), "slo": (self.slo,), "alpha": self.alphas, "share": self.shares, "rate": self.rates}
+        numbers["duration"] = () if self.duration is None else (self.duration,)
+        for name, values in numbers.items():
+            if not all(math.isfinite(value) and value > 0 for value in values):
+                raise BadSetting(f"--{name} must be above 0, not {', '.join(map(str, values))}", name)
+        if self.duration is not None and any(int(rate * self.duration) < 1 for rate in self.rates):
+            raise BadSetting(f"no request is due within a --duration of {self.duration:g} s at that --rate", "duration")
+
+    def arrivals(self, rate: float, adapters: int, alpha: float) -> Poisson:
+        """One run. Raises BadSetting where no request is due within its duration."""
+        duration = (self.requests + 1) / rate if self.duration is None else self.duration
+        if int(rate * duration) < 1:
+            raise BadSetting(f"no request is due within a --duration of {duration:g} s at {rate:.3g} a second")
+        return Poisson(rate, duration, adapters, alpha, self.cv, self.prompt, self.output, self.seed)
+
 
 @dataclass(frozen=True)
 class Load:
-    """One run: how many adapters, how popular (`alpha`), at what share of the capacity, and what came of it."""
+    """One run: how many adapters, how popular (`alpha`), at what rate and share of the capacity (None where that is
+    not measured), and what came of it."""
 
     adapters: int
     alpha: float
-    share: float
+    share: float | None
     rate: float
     summary: Summary
+    repeat: int = 0
+
+    @property
+    def case(self) -> tuple[float, float]:
+        """What runs of few and of many adapters have in common."""
+        return self.alpha, self.rate
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,8 +111,9 @@ def body_of(names: Sequence[str], vocab: int, seed: int = 1) -> Body:
 
 
 def llama_body(count: int, vocab: int) -> Body:
-    """The same requests in llama-server's own words: adapter i at scale 1, the others at 0."""
-    plain = body_of([""] * count, vocab)
+    """The same requests in llama-server's own words: adapter i at scale 1, the others at 0; none with a `count` of 0.
+    A prompt that it has read before is read again."""
+    plain = body_of([""] * max(count, 1), vocab)
 
     def body(arrival: Arrival, i: int) -> Mapping[str, Any]:
         lora = [{"id": n, "scale": float(n == arrival.adapter)} for n in range(count)]
@@ -65,67 +122,85 @@ def llama_body(count: int, vocab: int) -> Body:
     return body
 
 
-def run(url: str, spec: Poisson, body: Body, slo_seconds: float = 6.0) -> Summary:
-    """One open-loop run."""
-    return asyncio.run(timed(open_loop(url, generate(spec), body), slo_seconds))[1]
+@dataclass(frozen=True)
+class Client:
+    """How a server is asked: where, with what body, and with which key if it has any."""
 
+    url: str
+    body: Body
+    key: str = field(default="", repr=False)
 
-def warm(url: str, body: Body, adapters: int) -> None:
-    """Ask for every adapter once, so that those that fit are in RAM. Raises NoAnswer if one does not answer."""
-    outcomes = asyncio.run(closed_loop(url, closed(adapters, range(adapters), 8, 1), body, concurrency=16))
-    failed = [o for o in outcomes if not o.ok]
-    if failed:
-        raise NoAnswer(f"{len(failed)} of {adapters} adapters did not answer, the first: {failed[0].error}")
+    def run(self, spec: Poisson, slo_seconds: float) -> Summary:
+        """One open-loop run."""
+        return asyncio.run(timed(open_loop(self.url, generate(spec), self.body, key=self.key), slo_seconds))[1]
 
+    def warm(self, adapters: int) -> None:
+        """Ask for every adapter once, so that those that fit are in RAM. Raises NoAnswer if one does not answer."""
+        asked = closed(adapters, range(adapters), 8, 1)
+        outcomes = asyncio.run(closed_loop(self.url, asked, self.body, concurrency=16, key=self.key))
+        failed = [o for o in outcomes if not o.ok]
+        if failed:
+            raise NoAnswer(f"{len(failed)} of {adapters} adapters did not answer, the first: {failed[0].error}")
 
-def capacity(url: str, body: Body, adapters: int, requests: int = 400) -> float:
-    """Requests a second that the server finishes when it is never idle."""
-    spec = Poisson(rate=BURST, duration=requests / BURST, adapters=adapters)
-    return run(url, spec, body).requests_per_second
+    def capacity(self, plan: Plan) -> float:
+        """Requests a second that the server finishes when it is never idle. Raises NoAnswer if one fails: what is
+        refused takes no time, so the others would look like more than the server can do."""
+        asked = replace(plan, requests=min(plan.requests, BURST_REQUESTS), duration=None)
+        summary = self.run(asked.arrivals(BURST, plan.few, 1.0), plan.slo)
+        if summary.failed:
+            raise NoAnswer(
+                f"{summary.failed} of {summary.requests} requests failed while the capacity was measured, the first: "
+                f"{summary.reasons[0]}. All of them must find room in the server's queue (loramux serve --max-queue); "
+                "or give --rate, then it is not measured"
+            )
+        return summary.requests_per_second
 
 
 def compare(
-    url: str,
-    body: Body,
-    *,
-    few: int = 5,
-    many: int = 1000,
-    alphas: Sequence[float] = (1.0, 0.3),
-    shares: Sequence[float] = (0.7, 1.2),
-    requests: int = 1000,
-    heard: Callable[[str], None] = lambda line: None,
-) -> tuple[float, list[Load]]:
-    """The measured capacity, and a run of at least `requests` for each alpha, share and number of adapters, all of
-    which have been asked for before."""
-    warm(url, body, many)
-    most = capacity(url, body, few)
-    heard(f"capacity with {few} adapters: {most:.1f} requests/s")
+    client: Client, plan: Plan, heard: Callable[[str], None] = lambda line: None
+) -> tuple[float | None, list[Load]]:
+    """The measured capacity (None where the plan has rates), and the runs of the plan: few and many adapters in turn,
+    every second time the other way round. All adapters have been asked for before. Raises BadSetting, NoAnswer."""
+    plan.check()
+    client.warm(plan.many)
+    most = None if plan.rates else client.capacity(plan)
+    if most is not None:
+        heard(f"capacity with {plan.few} adapters: {most:.1f} requests/s")
+    levels = [(None, rate) for rate in plan.rates] if most is None else [(s, s * most) for s in plan.shares]
     loads = []
-    for alpha in alphas:
-        for share in shares:
-            for count in (few, many):
-                rate = share * most
-                spec = Poisson(rate=rate, duration=(requests + 1) / rate, adapters=count, alpha=alpha)
-                load = Load(count, alpha, share, rate, run(url, spec, body))
-                loads.append(load)
-                s = load.summary
-                heard(
-                    f"alpha {alpha}, {share:.1f} of capacity, {count} adapters: {s.finished} of {s.requests}, "
-                    f"{s.requests_per_second:.2f} requests/s, first token {s.ttft_p50:.3f} s, p99 {s.ttft_p99:.3f} s"
-                )
+    for alpha in plan.alphas:
+        for share, rate in levels:
+            for repeat in range(plan.repeats):
+                for count in (plan.few, plan.many) if repeat % 2 == 0 else (plan.many, plan.few):
+                    summary = client.run(plan.arrivals(rate, count, alpha), plan.slo)
+                    loads.append(Load(count, alpha, share, rate, summary, repeat))
+                    heard(_line(loads[-1]))
     return most, loads
 
 
-def ratios(loads: Sequence[Load]) -> list[dict[str, float]]:
-    """Many adapters against few, for each alpha and share: throughput, and the tail of the time to first token."""
+def _line(load: Load) -> str:
+    s = load.summary
+    at = f"{load.rate:.2f} requests/s" if load.share is None else f"{load.share:.1f} of capacity"
+    failed = f", {s.failed} failed: {s.reasons[0]}" if s.failed else ""
+    return (
+        f"alpha {load.alpha}, {at}, {load.adapters} adapters: {s.finished} of {s.requests}, "
+        f"{s.requests_per_second:.2f} requests/s, first token {s.ttft_p50:.3f} s, p99 {s.ttft_p99:.3f} s{failed}"
+    )
+
+
+def ratios(loads: Sequence[Load]) -> list[dict[str, Any]]:
+    """Many adapters against few, for each alpha and rate, by the medians of the repeats: throughput, and the tail of
+    the time to first token. Both are nan where a request of either failed, as `failed` (few, many) counts: a server
+    that refuses requests has more time for the others."""
     table = []
-    for a, b in zip(loads[::2], loads[1::2], strict=True):
-        table.append(
-            {
-                "alpha": a.alpha,
-                "share": a.share,
-                "throughput": b.summary.requests_per_second / a.summary.requests_per_second,
-                "ttft_p99": b.summary.ttft_p99 / a.summary.ttft_p99,
-            }
-        )
+    few, many = min(load.adapters for load in loads), max(load.adapters for load in loads)
+    for case in dict.fromkeys(load.case for load in loads):
+        of = {n: [load for load in loads if load.case == case and load.adapters == n] for n in (few, many)}
+        failed = {name: sum(load.summary.failed for load in of[n]) for name, n in (("few", few), ("many", many))}
+        told = {"throughput": math.nan, "ttft_p99": math.nan}
+        if not any(failed.values()):
+            rate = {n: statistics.median(load.summary.requests_per_second for load in of[n]) for n in of}
+            tail = {n: statistics.median(load.summary.ttft_p99 for load in of[n]) for n in of}
+            told = {"throughput": rate[many] / rate[few], "ttft_p99": tail[many] / tail[few]}
+        table.append({"alpha": case[0], "share": of[few][0].share, "rate": case[1], **told, "failed": failed})
     return table

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.weights import LoraWeights
-from server.bench.roofline import Ceilings, decode_cost
+from server.bench.roofline import Ceilings, Cost, decode_cost
 from server.engine.batch import Batch, SlotWeights
 from server.engine.runner import Runner
 from server.model.loader import Base
@@ -32,11 +32,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Median seconds of a step, and the share of the roofline that it reaches."""
+    """Median seconds of a step, and the share of the roofline that it reaches, by what it `cost`."""
 
     name: str
     seconds: float
     roofline: float
+    cost: Cost
 
 
 def decode_batch(shape: Shape, vocab: int, seed: int = 0) -> Batch:
@@ -80,9 +81,9 @@ def measure(
     result = []
     for shape, taken in zip(shapes, times, strict=True):
         mixes = [[slots[slot] for slot, _ in mix] for mix in shape.mixes]
-        limit = decode_cost(base, [shape.context] * len(shape.mixes), mixes).seconds(ceilings)
+        cost = decode_cost(base, [shape.context] * len(shape.mixes), mixes)
         seconds = statistics.median(taken)
-        result.append(StepTime(shape.name, seconds, limit / seconds))
+        result.append(StepTime(shape.name, seconds, cost.seconds(ceilings) / seconds, cost))
     return result
 
 

@@ -11,10 +11,24 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What its max_lora_rank may be."""
+
+
+def adapter_room(folders: list) -> dict:
+    """Its settings for just these adapters: each has a place, and no place is larger than the largest rank needs."""
+    if not folders:
+        return {}
+    ranks = [json.loads((Path(folder) / "adapter_config.json").read_text())["r"] for folder in folders]
+    rank = next(r for r in RANKS if r >= max(ranks))
+    return {"enable_lora": True, "max_loras": len(folders), "max_cpu_loras": len(folders), "max_lora_rank": rank}
 
 
 def main() -> None:
@@ -24,10 +38,14 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    lora = {}
-    if job["adapters"]:
-        lora = {"enable_lora": True, "max_loras": 16, "max_lora_rank": 32, "max_cpu_loras": 16}
-    llm = LLM(job["base"], dtype="bfloat16", max_model_len=1024, max_num_seqs=32, enable_prefix_caching=False, **lora)
+    llm = LLM(
+        job["base"],
+        dtype="bfloat16",
+        max_model_len=1024,
+        max_num_seqs=max(32, len(job["prompts"])),
+        enable_prefix_caching=False,
+        **adapter_room(job["adapters"]),
+    )
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     requests = [None if n < 0 else LoRARequest(f"a{n}", n + 1, job["adapters"][n]) for n in job["adapter_of"]]
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from server.bench.client import Outcome, decode_rate, read_events, steady_rate, summarize
+from server.bench.client import (
+    Outcome,
+    address,
+    closed_loop,
+    decode_rate,
+    open_loop,
+    percentile,
+    read_events,
+    steady_rate,
+    summarize,
+)
+from server.bench.slora import body_of
+from server.bench.workloads import closed
+from tests.server.bench.conftest import Answering, events
 
 
 def outcome(due: float, first: float, last: float, tokens: int, ok: bool = True) -> Outcome:
@@ -86,3 +103,79 @@ def test_an_error_ends_a_stream() -> None:
     tokens, times, error = read_events(received, [(len(received), 1.0)])
     assert (tokens, times) == (0, [1.0])
     assert "full" in error
+
+
+def test_an_event_without_text_is_no_token() -> None:
+    """llama-server ends its streams with one, and it comes with those before it or a step later."""
+    received = b"".join(b'data: {"choices": [{"text": "%s"}]}\n\n' % text for text in (b"a", b"b", b""))
+    marks = [(n, float(n)) for n in (received.index(b"\n\n") + 2, len(received) - 3, len(received))]
+    tokens, times, error = read_events(received, marks)
+    assert (tokens, error) == (0, "")
+    assert times == [marks[0][0], marks[1][0]]
+
+
+def test_tokens_of_no_text_are_there_with_the_first_event() -> None:
+    received = b'data: {"choices": [{"text": ""}]}\n\ndata: {"choices": [], "usage": {"completion_tokens": 1}}\n\n'
+    assert read_events(received, [(len(received), 1.0)]) == (1, [1.0], "")
+    assert read_events(received.replace(b"1}", b"0}"), [(len(received), 1.0)]) == (0, [], "")
+
+
+@pytest.mark.parametrize("event", [b"{no JSON}", b'{"choices": [7]}', b'{"usage": {"tokens": 1}}'])
+def test_an_event_that_cannot_be_read_is_a_failure(event: bytes) -> None:
+    received = b'data: {"choices": [{"text": "a"}]}\n\ndata: ' + event + b"\n\n"
+    _, times, error = read_events(received, [(len(received), 1.0)])
+    assert times == [1.0] and "cannot be read" in error
+
+
+def test_events_of_several_tokens_count_as_the_usage_has_them() -> None:
+    """As many tokens a second, whether each comes with an event of its own or three with one."""
+    single = Outcome(0, True, 13, 1.0, 2.2, 0.0, tuple(1.0 + 0.1 * i for i in range(13)))
+    three = replace(single, tokens=15, e2e=2.2, times=(1.0, 1.3, 1.6, 1.9, 2.2))
+    assert steady_rate([single]) == pytest.approx(10)
+    assert steady_rate([three]) == pytest.approx(10)
+
+
+def test_who_does_not_finish_waits_for_ever() -> None:
+    """Three of a hundred that fail are more than the last percent, however soon they did."""
+    done = [outcome(0.0, 1.0, 3.0, 21)] * 97
+    lost = [Outcome(0, False, 0, math.nan, 0.1, 0.0, error="429: full")] * 2
+    broken = Outcome(0, False, 3, 0.2, 0.4, 0.0, (0.2, 0.3, 0.4), error="ClientPayloadError: cut")
+    summary = summarize([*done, *lost, broken], 10.0)
+    assert (summary.ttft_p50, summary.ttft_p90, summary.ttft_p99) == (1.0, 1.0, math.inf)
+    assert (summary.failed, summary.reasons) == (3, ("429: full", "ClientPayloadError: cut"))
+    assert summary.tokens_per_second == pytest.approx(97 * 21 / 10)
+    nobody = summarize(lost, 10.0)
+    assert (nobody.ttft_p50, nobody.e2e_p50) == (math.inf, math.inf) and math.isnan(nobody.tpot_p50)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.sampled_from([0, 50, 90, 99, 100]))
+def test_percentiles_are_those_of_numpy(values: list[float], q: int) -> None:
+    assert percentile(values, q) == pytest.approx(float(np.percentile(values, q)))
+
+
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_the_address_may_be_that_of_other_clients(end: str) -> None:
+    assert address(f"http://localhost:8000{end}") == "http://localhost:8000/v1/completions"
+    assert address(f"http://host/a/v10{end}") == "http://host/a/v10/v1/completions"
+
+
+@pytest.mark.parametrize("loop", ["open", "closed"])
+def test_a_key_is_sent_and_one_that_is_missing_is_asked_for(answering: Answering, loop: str) -> None:
+    answering.reply = lambda body: (200, events(2, usage=False)) if answering.asked[-1][1] else (401, ["who are you?"])
+    arrivals, body = closed(2, [0], 4, 2), body_of(["a"], 200)
+
+    def ask(**key: str) -> list[Outcome]:
+        if loop == "open":
+            return asyncio.run(open_loop(f"{answering.url}/v1", arrivals, body, **key))
+        return asyncio.run(closed_loop(f"{answering.url}/v1", arrivals, body, 1, **key))
+
+    assert [(o.ok, o.tokens) for o in ask(key="me:secret")] == [(True, 2)] * 2
+    assert {(route, key) for route, key, _ in answering.asked} == {("/v1/completions", "Bearer me:secret")}
+    [first, _] = ask()
+    assert not first.ok and "--api-key" in first.error and "who are you?" in first.error
+
+
+def test_an_answer_without_a_token_has_a_reason(answering: Answering) -> None:
+    answering.reply = lambda body: (200, ["[DONE]"])
+    [outcome] = asyncio.run(closed_loop(answering.url, closed(1, [0], 4, 2), body_of(["a"], 200), 1))
+    assert not outcome.ok and "without a token" in outcome.error

@@ -1,18 +1,38 @@
-"""The base that benchmarks of this package run on, what they print, and what they need."""
+"""The base that benchmarks of this package run on, what they print, what they need, and what they refuse."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 from rich.table import Table
+from typer.testing import CliRunner
 
-from server.bench import command
+from server.bench import command, compare, roofline
+from server.bench.client import NoAnswer
+from server.bench.compare import PeerFailed, Rates
+from server.bench.slora import Client
 from server.errors import BadSetting
 from server.kernels import cuda
+from tests.server.bench.conftest import Answering, events
+
+
+def bench(*arguments: str) -> Result:
+    return CliRunner(env={"LORAMUX_API_KEYS": "", "OPENAI_API_KEY": ""}).invoke(command.app, arguments)
+
+
+def told_of(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file, which has to tell of the machine."""
+    told = json.loads((folder / f"{name}.json").read_text())
+    machine = told.pop("machine")
+    assert machine["cores"] >= 1 and machine["processor"] and machine["date"].startswith("20")
+    assert machine["python"] == ".".join(map(str, sys.version_info[:3]))
+    return told
 
 
 def test_the_processor_is_measured_where_there_is_a_gpu_too(
@@ -34,3 +54,206 @@ def test_a_missing_extra_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadSetting, match=r"pip install 'loramux\[bench\]'"):
         command._extra()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("load", "http://x", "--model", "a", "--concurrency", "0"),
+        ("load", "http://x", "--model", "a", "--requests", "0"),
+        ("load", "http://x", "--model", "a", "--prompt-tokens", "70000"),
+        ("load", "http://x", "--model", "a", "--vocab", "100"),
+        ("peers", "peers.toml", "--rounds", "0"),
+        ("peers", "peers.toml", "--requests", "0"),
+        ("steps", "--repeats", "0"),
+        ("slora", "http://x", "--repeats", "0"),
+        ("slora", "http://x", "--few", "0"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused(arguments: tuple[str, ...]) -> None:
+    result = bench(*arguments)
+    assert result.exit_code == 2 and f"Invalid value for '{arguments[-2]}'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--few", "5", "--many", "3"), "--many"),
+        (("--prompt", "8"), "--prompt is LOW:HIGH"),
+        (("--output", "8:8"), "--output is LOW:HIGH"),
+        (("--output", "0:8"), "--output is LOW:HIGH"),
+        (("--prompt", "1:99999"), "--prompt is LOW:HIGH"),
+        (("--cv", "0"), "--cv must be above 0"),
+        (("--share", "0.5", "--rate", "2"), "not both"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused_at_once(
+    answering: Answering, arguments: tuple[str, ...], told: str
+) -> None:
+    result = bench("slora", answering.url, *arguments)
+    assert isinstance(result.exception, BadSetting) and told in result.exception.message
+    assert answering.asked == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[llama]\ngguf = 'x'", r"\[llama\] is a table of `bench` and `gguf`"),
+        ("llama = 'x'", r"\[llama\] is a table"),
+        ("[peft]\npython = 'x'", "peft is the path of a Python"),
+        ("sglang = 'x'", "'sglang' is no peer"),
+        ("peft = '/nowhere/python'", "no program that can be run"),
+        ("peft =", "cannot be read"),
+    ],
+)
+def test_a_file_of_peers_that_names_none_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "peers.toml").write_text(text)
+    with pytest.raises(BadSetting, match=told):
+        command._peers(tmp_path / "peers.toml")
+
+
+def test_peers_keep_what_was_measured_before_one_failed(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "peers.toml").write_text(f"peft = '{sys.executable}'\nvllm = '{sys.executable}'")
+    calls: list[str] = []
+
+    def peer(kind: str, python: str, base: Path, threads: int) -> compare.Contestant:
+        assert (base / "model.safetensors").is_file()
+
+        def run(job: compare.Job) -> Rates:
+            calls.append(kind)
+            if calls.count("peft") == 2 and kind == "peft":
+                raise PeerFailed("it did not end within 1800 s")
+            return Rates(3.0, 2.0)
+
+        return run
+
+    monkeypatch.setattr(compare, "script_peer", peer)
+    result = bench(
+        "peers", str(tmp_path / "peers.toml"), "--model", str(tiny_folder), "--state-dir", str(tmp_path / "state"),
+        "--threads", "1", "--rounds", "3", "--requests", "2", "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert result.exit_code == 1, result.exception
+    assert "the peer peft failed: it did not end" in " ".join(result.stderr.split())
+    assert "peft failed" in result.stdout
+    told = told_of(tmp_path / "out", "peers-2-2")
+    assert [len(told["rates"][name]["rounds"]) for name in ("loramux", "peft", "vllm")] == [3, 1, 3]
+    assert told["failed"] == {"peft": "it did not end within 1800 s"} and set(told["ratios"]) == {"peft", "vllm"}
+    asked = told["asked"]
+    assert (asked["rounds"], asked["threads"], asked["ranks"]) == (3, 1, [8, 16])
+    assert asked["base"]["name"] and len(asked["base"]["digest"]) == 64
+
+
+def test_a_peer_that_is_given_text_finds_the_ids_in_it(tiny_folder: Path, tmp_path: Path) -> None:
+    base = command._base(str(tiny_folder), tmp_path, "reference")
+    job = command._job(base, [], 3)
+    assert [len(prompt) for prompt in job.prompts] == [command.PROMPT] * 3
+    encode = base.vocabulary.tokenizer.encode
+    assert [encode(text, add_special_tokens=False).ids for text in job.texts] == job.prompts
+
+
+def test_steps_tell_what_is_behind_the_roofline(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roofline, "measure", lambda threads: roofline.Ceilings(2e9, 1e9))
+    result = bench(
+        "steps", "--model", str(tiny_folder), "--state-dir", str(tmp_path / "state"), "--threads", "1",
+        "--repeats", "1", "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.exception
+    told = told_of(tmp_path / "out", "steps")
+    assert (told["asked"]["threads"], told["asked"]["repeats"], len(told["asked"]["ranks"])) == (1, 1, 21)
+    for step in told["steps"]:
+        limit = max(step["bytes"] / 2e9, step["operations"] / 1e9)
+        assert step["roofline"] == pytest.approx(limit / (step["ms"] / 1e3))
+
+
+def test_a_load_tells_what_was_asked_and_what_failed(answering: Answering, tmp_path: Path) -> None:
+    answering.reply = lambda body: (429, ["full"]) if body["model"] == "b" else (200, events(body["max_tokens"]))
+    result = bench(
+        "load", f"{answering.url}/v1", "--model", "a", "--model", "b", "--requests", "6", "--concurrency", "2",
+        "--new-tokens", "3", "--prompt-tokens", "5", "--api-key", "first:one,second:two", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.exception
+    told = told_of(tmp_path, "load")
+    assert told["asked"] == {
+        "url": f"{answering.url}/v1", "models": ["a", "b"], "concurrency": 2, "requests": 6, "vocab": 40_000,
+        "prompt_tokens": 5, "new_tokens": 3,
+    }  # fmt: skip
+    assert (told["failed"], told["reasons"], told["ttft_p99"]) == (3, ["429: full"], None)
+    assert "429: full" in result.stdout
+    assert {key for _, key, _ in answering.asked} == {"Bearer first:one"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "sent"),
+    [
+        ({"LORAMUX_API_KEYS": "a:b", "OPENAI_API_KEY": "sk"}, "Bearer a:b"),
+        ({"LORAMUX_ADMIN_KEYS": "c:d\ne:f"}, "Bearer c:d"),
+        ({"OPENAI_API_KEY": "sk-1"}, "Bearer sk-1"),
+        ({}, None),
+    ],
+)
+def test_the_key_is_that_of_other_clients(
+    answering: Answering, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], sent: str | None
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(command.app, ["load", answering.url, "--model", "a", "--requests", "1"])
+    assert result.exit_code == 0, result.exception
+    assert [key for _, key, _ in answering.asked] == [sent]
+
+
+def test_where_nothing_is_answered_the_reason_is_told(answering: Answering) -> None:
+    answering.reply = lambda body: (401, ["no key"])
+    result = bench("load", answering.url, "--model", "a", "--requests", "2")
+    assert isinstance(result.exception, NoAnswer) and "--api-key" in result.exception.message
+
+
+def test_failures_of_the_comparison_are_named_and_no_ratio_is_told(answering: Answering, tmp_path: Path) -> None:
+    def reply(body: dict[str, Any]) -> tuple[int, list[str]]:
+        warming = len(answering.asked) <= 9
+        return (200, events(body["max_tokens"])) if warming or body["model"] == "s0" else (503, ["restarting"])
+
+    answering.reply = reply
+    result = bench(
+        "slora", answering.url, "--few", "1", "--many", "9", "--requests", "20", "--rate", "400", "--alpha", "1",
+        "--prompt", "3:6", "--output", "2:4", "--cv", "0.5", "--seed", "9", "--slo", "2", "--repeats", "2",
+        "--out", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.exception
+    told = told_of(tmp_path, "slora")
+    [row] = told["ratios"]
+    assert (row["throughput"], row["ttft_p99"], told["capacity"], row["share"]) == (None, None, None, None)
+    assert row["failed"]["few"] == 0 and row["failed"]["many"] > 0
+    assert [run["adapters"] for run in told["runs"]] == [1, 9, 9, 1]
+    assert {tuple(run["summary"]["reasons"]) for run in told["runs"]} == {(), ("503: restarting",)}
+    asked = told["asked"]
+    assert (asked["cv"], asked["seed"], asked["slo"], asked["repeats"]) == (0.5, 9, 2.0, 2)
+    assert (asked["prompt"], asked["output"], asked["rates"], asked["shares"]) == ([3, 6], [2, 4], [400.0], [])
+    assert "none" in result.stdout and f"{row['failed']['many']} with" in result.stdout
+    assert "failed: 503: restarting" in result.stderr
+
+
+def test_defaults_of_the_comparison_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Any] = []
+
+    def compared(client: Client, plan: Any, heard: Any) -> None:
+        plans.append((client, plan))
+        raise NoAnswer("enough")
+
+    monkeypatch.setattr("server.bench.slora.compare", compared)
+    bench("slora", "http://x")
+    [(client, plan)] = plans
+    assert (plan.few, plan.many, plan.requests, plan.alphas, plan.shares) == (5, 1000, 1000, (1.0, 0.3), (0.7, 1.2))
+    assert (plan.cv, plan.prompt, plan.output, plan.seed, plan.slo, plan.repeats) == (
+        1.0,
+        (8, 128),
+        (8, 128),
+        42,
+        6.0,
+        1,
+    )
+    assert client.key == ""

@@ -1,0 +1,82 @@
+"""The rounds of the peers: what was measured stays when one of them fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.bench import compare
+from server.bench.compare import Contestant, Job, PeerFailed, Rates, llama_peer, ratios, rounds, script_peer
+
+JOB = Job([[1, 2, 3]] * 2, ["a"] * 2, [], [-1, -1], 5)
+
+
+def failing(after: int) -> Contestant:
+    """Answers so many times, then no more."""
+    left = iter(range(after))
+
+    def run(job: Job) -> Rates:
+        if next(left, None) is None:
+            raise PeerFailed("it fell over")
+        return Rates(2.0, 2.0)
+
+    return run
+
+
+def test_a_peer_that_fails_later_keeps_what_it_gave() -> None:
+    heard: list[str] = []
+    measured = rounds(
+        JOB, {"loramux": lambda job: Rates(6.0, 8.0), "one": failing(2), "two": failing(0)}, 4, heard.append
+    )
+    assert [len(row.rounds) for row in measured.rows.values()] == [4, 2, 0]
+    assert measured.failed == {"one": "it fell over", "two": "it fell over"}
+    assert list(measured.table) == ["loramux", "one"]
+    assert ratios(measured.table) == {"one": {"prefill": 3.0, "decode": 4.0}}
+    assert [line for line in heard if "failed" in line] == [
+        "two failed in round 1 of 4: it fell over",
+        "one failed in round 3 of 4: it fell over",
+    ]
+    json.dumps(compare.as_json(measured.table), allow_nan=False)
+
+
+def test_without_our_own_there_are_no_ratios() -> None:
+    measured = rounds(JOB, {"loramux": failing(0), "one": lambda job: Rates(1.0, 1.0)}, 2, lambda line: None)
+    assert ratios(measured.table) == {} and list(measured.table) == ["one"]
+
+
+def test_a_peer_that_does_not_end_has_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compare, "TIMEOUT", 0.01)
+    monkeypatch.setattr(subprocess, "run", _endless)
+    with pytest.raises(PeerFailed, match="did not end within 0 s"):
+        script_peer("peft", sys.executable, tmp_path, 1)(JOB)
+
+
+def _endless(*_: Any, timeout: float, **__: Any) -> None:
+    raise subprocess.TimeoutExpired("it", timeout)
+
+
+def test_a_peer_that_is_not_there_has_failed(tmp_path: Path) -> None:
+    with pytest.raises(PeerFailed, match="cannot be run"):
+        llama_peer(tmp_path / "none", tmp_path / "x.gguf", 1)(JOB)
+
+
+@pytest.mark.parametrize("told", ["", "no JSON", "{}", '{"first": [1.0], "all": [1.0]}', '{"first": [], "all": []}'])
+def test_an_answer_that_cannot_be_read_is_a_failure(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+    monkeypatch.setattr(compare, "_output", lambda command, stdin: told)
+    with pytest.raises(PeerFailed, match="cannot be read"):
+        script_peer("peft", "python", Path("base"), 1)(JOB)
+    with pytest.raises(PeerFailed, match="cannot be read"):
+        llama_peer(Path("bench"), Path("x.gguf"), 1)(JOB)
+
+
+def test_a_peer_that_tells_its_tokens_is_credited_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer: dict[str, Any] = {"first": [2.0], "all": [4.0]}
+    monkeypatch.setattr(compare, "_output", lambda command, stdin: "a line\n" + json.dumps(answer))
+    assert script_peer("mistralrs", "python", Path("base"), 1)(JOB) == Rates(6 / 2, 8 / 2)
+    answer |= {"prompt_tokens": [10], "new_tokens": [6]}
+    assert script_peer("mistralrs", "python", Path("base"), 1)(JOB) == Rates(10 / 2, 4 / 2)
