@@ -23,7 +23,7 @@ import torch
 from adapters import peft_config
 from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter
 from adapters.peft_config import LoraConfig
-from adapters.weights import LoraWeights, LowRank, sealed
+from adapters.weights import LoraWeights, LowRank, not_finite, sealed
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -124,6 +124,8 @@ def _weights(
         if not abs(scale) < 1e30:
             raise InvalidAdapter(f"lora_alpha gives {module} a scale of {scale:g}, which is out of range", "lora_alpha")
         result[module] = LowRank(a, b, scale)
+    if (bad := not_finite(result)) is not None:
+        raise InvalidAdapter(f"{bad[0]}.lora_{bad[1]} has values that are not finite (NaN or infinity)", bad[0])
     made = _json_object(header[METADATA_KEY].encode(), TENSOR_FILE) if METADATA_KEY in header else {}
     metadata = {
         "honoured": list(parsed.honoured),
@@ -389,9 +391,6 @@ def _check_pair(module: str, a: torch.Tensor, b: torch.Tensor, rank: int, max_ra
         raise InvalidAdapter(
             f"{module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: empty{_gather(a, b)}", module
         )
-    for kind, tensor in (("lora_A", a), ("lora_B", b)):
-        if not torch.isfinite(tensor).all():
-            raise InvalidAdapter(f"{module}.{kind} has values that are not finite (NaN or infinity)", module)
 
 
 def _gather(*tensors: torch.Tensor) -> str:

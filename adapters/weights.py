@@ -97,6 +97,22 @@ class LoraWeights:
         return replace(self, name=name)
 
 
+def not_finite(modules: Mapping[str, LowRank]) -> tuple[str, str] | None:
+    """(path, "A" or "B") of a matrix with a value that is NaN or infinite; None if all are finite.
+
+    An adapter has hundreds of small matrices: all of a dtype are looked at together, and one by one if any is at fault.
+    """
+    parts = {(path, part): getattr(m, part) for path, m in modules.items() for part in ("A", "B")}
+    flat: dict[torch.dtype, list[torch.Tensor]] = {}
+    for (_, part), matrix in parts.items():
+        rows = matrix if part == "A" else matrix.t()  # as it often lies in memory
+        flat.setdefault(matrix.dtype, []).append(rows.reshape(-1))
+    together = [torch.cat(each) for each in flat.values()]
+    if all(bool(torch.stack(torch.aminmax(values)).isfinite().all()) for values in together if values.numel()):
+        return None
+    return next((key for key, matrix in parts.items() if not torch.isfinite(matrix).all()), None)
+
+
 def content_digest(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over the canonical JSON of `config`, then name, dtype, shape and bytes of each tensor by name."""
     h = hashlib.sha256()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.errors import InvalidAdapter
-from adapters.weights import LoraWeights, LowRank
+from adapters.weights import LoraWeights, LowRank, not_finite
 from server.kernels.lora import Segments
 from server.kernels.stored import TILE, dequantize_stored
 from server.kernels.weight import STORED, Weight
@@ -83,10 +83,9 @@ def prepared(weights: LoraWeights, dtype: torch.dtype) -> LoraWeights:
     """
     modules = {}
     for path, (a, b, scale) in weights.modules.items():
-        update = LowRank(a.to(dtype).contiguous(), b.to(dtype).t().contiguous().t(), scale)
-        if not (torch.isfinite(update.A).all() and torch.isfinite(update.B).all()):
-            raise InvalidAdapter(f"the adapter {weights.name!r} has values in {path} that are not finite in {dtype}")
-        modules[path] = update
+        modules[path] = LowRank(a.to(dtype).contiguous(), b.to(dtype).t().contiguous().t(), scale)
+    if (bad := not_finite(modules)) is not None:
+        raise InvalidAdapter(f"the adapter {weights.name!r} has values in {bad[0]} that are not finite in {dtype}")
     return LoraWeights(weights.name, weights.digest, modules, weights.metadata)
 
 
