@@ -5,7 +5,7 @@ asked for one at a time, one short prompt and one token, without a prefix cache:
 
 - from disk: by a server that was started again after it had taken them in, so that it has none in memory, and with the
   files of its store dropped from the system's cache; with `--cached` they stay in it. That each one's tier is `disk`
-  before it is asked for, and that as many are read as are asked for, is checked; what the system read is told;
+  before it is asked for, that as many are read as are asked for, and that the system read their bytes, is checked;
 - from RAM: loaded, and put out of their slots again by others;
 - warm: asked for right before.
 
@@ -173,6 +173,16 @@ def memory(server: Server, own: int) -> dict[str, float]:
     }
 
 
+def check_read(runs: dict[str, Any], megabytes: float) -> None:
+    """Raises RuntimeError where less was read from the disk for `disk`: a folder in RAM cannot be dropped from it."""
+    for name, run in runs.items():
+        if run["disk"]["read_MB"] < megabytes:
+            raise RuntimeError(
+                f"{name}: {run['disk']['read_MB']:.1f} MB were read from the disk, not {megabytes:.1f}: "
+                "name a folder that is on one with TMPDIR"
+            )
+
+
 def drop(folder: Path) -> None:
     """Put the files below a folder out of the system's cache."""
     for path in (path for path in folder.rglob("*") if path.is_file()):
@@ -214,6 +224,7 @@ def main() -> None:
                     "after the requests": memory(server, own),
                 }
         nbytes = (folder / "adapters-0" / "a0" / "adapter_model.safetensors").stat().st_size
+        check_read(runs, 0 if given.cached else given.count * nbytes / 1e6)
         asked = {"count": given.count, "rank": RANK, "slots": SLOTS, "cached": given.cached, "base": given.base.name}
         told = {"asked": asked, "machine": machine.describe(), "adapter_MB": nbytes / 1e6, **runs}
         print(json.dumps(told, indent=1))

@@ -30,7 +30,7 @@ class NoAnswer(ServerError):
 @dataclass(frozen=True)
 class Outcome:
     """One request as the client saw it. Times in seconds; `ttft` and `e2e` count from when it was due to be sent, at
-    `due` on the client's clock; `times` are those of its events that carried text, on that clock. `tokens` are those
+    `due` on the client's clock; `times` are those of its events, on that clock. `tokens` are those
     that its usage tells, or as many as these events where it tells none."""
 
     adapter: int
@@ -108,15 +108,16 @@ def _refusal(status: int, text: str) -> str:
 
 
 def read_events(received: bytes, marks: Sequence[tuple[int, float]]) -> tuple[int, list[float], str]:
-    """The number of tokens as the usage has it (0 without one), when each event with text was there, and the error.
+    """The number of tokens as the usage has it (0 without one), when each event was there, and the error.
 
-    `marks` say how many bytes had arrived when; the last line may be incomplete. An event whose text is empty is no
-    token: servers end a stream with one, or hold text back. Where no event has any and the usage tells of tokens, they
-    are there with the first event: a text of nothing but tokens that are not shown.
+    `marks` say how many bytes had arrived when; the last line may be incomplete. Without a usage an event whose text is
+    empty is no token, and left out: servers end a stream with one. With it all events count, since tokens that are not
+    shown come with empty ones, and an answer lasts until its last.
     """
-    times: list[float] = []
-    silent: list[float] = []
+    every: list[float] = []
+    shown: list[float] = []
     tokens = end = mark = 0
+    error = ""
     for line in received.splitlines(keepends=True):
         end += len(line)
         if not line.startswith(b"data: {") or not line.endswith(b"\n"):
@@ -126,14 +127,18 @@ def read_events(received: bytes, marks: Sequence[tuple[int, float]]) -> tuple[in
         try:
             event = json.loads(line[6:])
             if "error" in event:
-                return tokens, times, str(event["error"])[:300]
+                error = str(event["error"])[:300]
+                break
             if event.get("usage"):
                 tokens = int(event["usage"]["completion_tokens"])
             if event.get("choices"):
-                (times if event["choices"][0].get("text") else silent).append(marks[mark][1])
+                every.append(marks[mark][1])
+                if event["choices"][0].get("text"):
+                    shown.append(every[-1])
         except (ValueError, KeyError, TypeError, AttributeError):
-            return tokens, times, f"an event cannot be read: {line[:200].decode(errors='replace').strip()}"
-    return tokens, times or silent[:1] * bool(tokens), ""
+            error = f"an event cannot be read: {line[:200].decode(errors='replace').strip()}"
+            break
+    return tokens, every if tokens else shown, error
 
 
 def address(url: str) -> str:

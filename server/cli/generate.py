@@ -26,7 +26,7 @@ Number = float | None
 @with_settings(*BASE, "state_dir", "library", "max_rank", "max_mix", "max_context", "log_level")
 def generate(
     settings: Settings,
-    prompt: Annotated[str, typer.Argument(help="What to answer; - reads standard input.")],
+    prompt: Annotated[str, typer.Argument(help="What to answer; - reads standard input, in UTF-8.")],
     task: Annotated[str | None, typer.Option(help="Task of a shipped adapter, or of one given here.")] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="NAME or FOLDER, with =WEIGHT if it is not 1; again for a mix.")

@@ -82,7 +82,9 @@ def _missing(folder: Path) -> list[str]:
             weights = sorted(set(map(str, named.values() if isinstance(named, dict) else named)))
         except (ValueError, KeyError, TypeError):
             return [f"a list of files in {index}"]
-    return [name for name in ("config.json", "tokenizer.json", *weights) if not (folder / name).is_file()]
+    # Reading the folder has better words for a tokenizer in another form.
+    tokenizer = "tokenizer.model" if (folder / "tokenizer.model").is_file() else "tokenizer.json"
+    return [name for name in ("config.json", tokenizer, *weights) if not (folder / name).is_file()]
 
 
 def fetch_adapter(hub_id: str, directory: Path, max_bytes: int, spend: Spend) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.residency import drop, places
+from benchmarks.residency import check_read, drop, places
 from benchmarks.serving import Server
 
 NAMES = ["a0", "a1"]
@@ -104,3 +104,10 @@ def test_all_files_of_a_store_are_put_out_of_the_cache(tmp_path: Path, monkeypat
         ("weights", os.POSIX_FADV_DONTNEED),
         ("names.json", os.POSIX_FADV_DONTNEED),
     }
+
+
+def test_what_was_read_from_memory_is_not_the_disk() -> None:
+    check_read({"alone": {"disk": {"read_MB": 10.1}}}, 10.0)
+    check_read({"alone": {"disk": {"read_MB": 0.0}}}, 0.0)
+    with pytest.raises(RuntimeError, match="TMPDIR"):
+        check_read({"alone": {"disk": {"read_MB": 0.0}}}, 10.0)

@@ -114,6 +114,18 @@ def test_an_event_without_text_is_no_token() -> None:
     assert times == [marks[0][0], marks[1][0]]
 
 
+def test_an_answer_lasts_until_its_last_token_shown_or_not() -> None:
+    """Four tokens that are shown, then sixty that are not and come with the event that ends the answer."""
+    texts = (b"a", b"b", b"c", b"d", b"")
+    parts = [b'data: {"choices": [{"text": "%s"}]}\n\n' % text for text in texts]
+    parts[-1] += b'data: {"choices": [], "usage": {"completion_tokens": 64}}\n\n'
+    times = [0.02, 0.04, 0.06, 0.08, 1.28]
+    marks = [(sum(map(len, parts[: i + 1])), time) for i, time in enumerate(times)]
+    assert read_events(b"".join(parts), marks) == (64, times, "")
+    done = Outcome(0, True, 64, times[0], times[-1], 0.0, tuple(times))
+    assert done.tpot == pytest.approx(0.02) and decode_rate([done]) == pytest.approx(50)
+
+
 def test_tokens_of_no_text_are_there_with_the_first_event() -> None:
     received = b'data: {"choices": [{"text": ""}]}\n\ndata: {"choices": [], "usage": {"completion_tokens": 1}}\n\n'
     assert read_events(received, [(len(received), 1.0)]) == (1, [1.0], "")

@@ -188,6 +188,16 @@ def test_a_snapshot_that_is_not_whole_is_no_base(
     assert asked == ["org/name"] * 2 and locate("org/name", tmp_path) is None
 
 
+def test_a_tokenizer_of_another_form_is_the_readers_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what to do about it, and where; the hub's part is done."""
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for name in ("config.json", "tokenizer.model", "model.safetensors"):
+        (snapshot / name).touch()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    assert resolve_model("org/name", tmp_path) == locate("org/name", tmp_path) == ("name", snapshot)
+
+
 def test_a_base_of_the_hub_that_lost_a_file_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
