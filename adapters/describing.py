@@ -25,7 +25,7 @@ class Sight:
 
     def summary(self, *, nbytes: int, tier: str, loaded_at: float | None, tasks: list[str]) -> dict[str, Any]:
         """One entry of the list of adapters. Times are seconds since the epoch, `bytes` what it takes in memory."""
-        record = self.records[0]
+        record, metadata = self.records[0], self.records[0].metadata_of(self.name)
         return {
             "name": self.name,
             "version": Version(self.name, record.digest).label,
@@ -35,7 +35,7 @@ class Sight:
             "tier": tier,
             "leases": self.leases.total(),
             "loaded_at": loaded_at,
-            "base": record.metadata.get("base"),
+            "base": metadata.get("base"),
             "pinned": self.pinned,
             "tasks": tasks,
         }

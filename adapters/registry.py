@@ -149,6 +149,11 @@ class Registry:
             self._draining.difference_update(mix.digests)
         return Lease(mix, versions, self._release)
 
+    def check_room(self, mix: Mix) -> None:
+        """Raises NoRoom if the mix can no longer be in RAM together, as others have been pinned since it was leased."""
+        with self._lock:
+            self._check_room(mix)
+
     def fetch(self, mix: Mix) -> Fetched:
         """The weights of a leased mix, in its order, all or none, when they are in RAM. Never blocks.
 

@@ -44,15 +44,11 @@ RECORD = "record.json"
 CHUNK = 1 << 20
 
 
-NAMED = ("task", "card")
-"""Their keys in the metadata, which are the name's that brought them, not the content's."""
-
-
 @dataclass(frozen=True)
 class Record:
     """What is told about a version without reading its tensors. `modules` maps a path to (rank, out, in).
 
-    `metadata` is as the version came last; `told` has the task and the card of each name that it was given.
+    `metadata` is what was told of it last; `told` is what was told under each name, its task and card among it.
     """
 
     digest: str
@@ -67,12 +63,11 @@ class Record:
         """The record of `weights`, at the size that they have now."""
         modules = {path: (m.rank, m.B.shape[0], m.A.shape[1]) for path, m in weights.modules.items()}
         metadata = dict(weights.metadata)
-        told = {weights.name: {key: metadata.get(key) for key in NAMED}}
-        return Record(weights.digest, weights.nbytes, modules, metadata, created_at, told)
+        return Record(weights.digest, weights.nbytes, modules, metadata, created_at, {weights.name: metadata})
 
     def metadata_of(self, name: str) -> Mapping[str, Any]:
-        """The metadata with the task and the card that this name brought."""
-        return {**self.metadata, **self.told.get(name, {})}
+        """What was told of the version under this name."""
+        return self.told.get(name, self.metadata)
 
     @property
     def ranks(self) -> list[int]:
@@ -219,14 +214,14 @@ class Store:
         """Take a staged copy, found to be `record.digest`, as that version.
 
         If the version is here already, only what is told of it is renewed, since equal digests mean equal content; if
-        its files were found damaged they are replaced too. Other names keep the task and the card that they brought.
-        Answers whether those of the name in `record` are new.
+        its files were found damaged they are replaced too. What was told under other names stays. Answers whether
+        something is told that was not.
         """
         digest, target = record.digest, self.path(record.digest)
         known = self.records.get(digest)
         if known is not None:
             others = (name for name, entry in self.journal.names.items() if digest in entry.history)
-            kept = {name: {key: known.metadata_of(name).get(key) for key in NAMED} for name in others}
+            kept = {name: known.metadata_of(name) for name in others}
             record = replace(record, created_at=known.created_at, told={**kept, **record.told})
         with _told("keep the new version"):
             self._disk.write(staged / RECORD, json.dumps(asdict(record)).encode())

@@ -307,32 +307,29 @@ def _adapters_below(folder: Path) -> tuple[list[str], Signature]:
 
     It is all files, since a folder that is being copied may get its own config last.
     """
-    found = []
     try:
-        signature, names = _files_and_folders(folder)
-        for name in names:
-            files, _ = _files_and_folders(folder / name)
-            if any(entry[0] == CONFIG for entry in files):
-                found.append(name)
-                signature += tuple((f"{name}/{entry[0]}", *entry[1:]) for entry in files)
+        # Anything may lie there, and it is looked at every second: names first.
+        with os.scandir(folder) as entries:
+            folders = (entry.name for entry in islice(entries, MAX_ENTRIES) if entry.is_dir(follow_symlinks=False))
+            below = [name for name in folders if name[0] != "."]
+        found = [name for name in sorted(below) if (folder / name / CONFIG).is_file()]
+        if not found:
+            return [], ()
+        return found, sum((_files(folder, name) for name in ("", *found)), ())
     except OSError:  # it goes as we look, or is not to be read
         return [], ()
-    return found, signature if found else ()
 
 
-def _files_and_folders(folder: Path) -> tuple[Signature, list[str]]:
-    """The states of the files in `folder`, and its folders: sorted, without what is hidden, links taken for files."""
-    files, folders = [], []
-    with os.scandir(folder) as entries:
+def _files(folder: Path, below: str) -> Signature:
+    """The states of the files in a folder below `folder`, sorted, without what is hidden; links are taken for files."""
+    files = []
+    with os.scandir(folder / below) as entries:
         for entry in islice(entries, MAX_ENTRIES):
-            if entry.name[0] == ".":
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.name)
-            else:
+            if entry.name[0] != "." and not entry.is_dir(follow_symlinks=False):
                 state = entry.stat(follow_symlinks=False)
-                files.append((entry.name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
-    return tuple(sorted(files)), sorted(folders)
+                name = f"{below}/{entry.name}" if below else entry.name
+                files.append((name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
+    return tuple(sorted(files))
 
 
 def origin(kind: str, folder: str) -> str:

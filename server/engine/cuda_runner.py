@@ -17,7 +17,7 @@ import torch
 
 from adapters.weights import LoraWeights
 from server.engine.batch import Batch, Logits
-from server.engine.cuda_batch import ROW_WIDTHS, WIDTHS, Numbers, Shape, batch_buckets, describe, on_device
+from server.engine.cuda_batch import OWN_LANES, ROW_WIDTHS, WIDTHS, Numbers, Shape, batch_buckets, describe, on_device
 from server.engine.cuda_memory import Shares, left_for_training, share_out
 from server.engine.cuda_pool import AdapterPool
 from server.engine.slots import Room
@@ -130,7 +130,8 @@ class CudaRunner:
         if self._device.type == "cuda":
             self._warm_up()
             for size in reversed(self._buckets):
-                for width, each in ((0, False), (ROW_WIDTHS[0], True)):
+                together = [(WIDTHS[0], False)] if size * WIDTHS[0] > OWN_LANES else []  # where many share few lanes
+                for width, each in ((0, False), (ROW_WIDTHS[0], True), *together):
                     self._graph(Shape.single_rows(size, self._width, width, each))
             log.info("the kernels are compiled, the graphs of %d batch sizes are made", len(self._buckets))
 

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from adapters.errors import AdapterError, NoRoom
+from adapters.errors import NoRoom
 from adapters.weights import LoraWeights, Mix
 from server.engine.request import Request, State
 from server.errors import EngineFailed
@@ -130,8 +130,6 @@ class Loads:
             next(iter(load.waiters)).still_fits()
         except NoRoom as error:
             return [(request, error) for request in load.waiters]
-        except AdapterError:  # its name is gone, for one, and what is leased is as good as before
-            pass
         return []
 
     def _lacking(self, priority: int) -> Iterator[float]:

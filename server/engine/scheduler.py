@@ -152,7 +152,7 @@ class Scheduler:
         """Whether the next plan is sure to take back nothing that a running request holds."""
         if len(self.running) > self.kv.available:  # each needs one block more, at most
             return False
-        return not self.waiting or not self.running or self._youngest().priority <= self.waiting.priority
+        return not self.waiting or not self.running or self._youngest(self.running).priority <= self.waiting.priority
 
     def plan(self, now: float) -> Plan:
         """What runs next. Requests that end here (deadline, failed load) are done and only have to be told."""
@@ -240,13 +240,17 @@ class Scheduler:
         """A less urgent request gives up its place, one a step, while a more urgent one finds none."""
         if not self.waiting or not self.running:
             return
-        urgent, victim = self.waiting.priority, self._youngest()
-        if victim.priority > urgent and (
-            len(self.running) >= self.limits.max_batch
-            or any(r.priority == urgent for r in self._blocked)
-            or self._owes_room(now)
-        ):
-            self._preempt(victim)
+        urgent = self.waiting.priority
+        victims = [r for r in self.running if r.priority > urgent]
+        if not victims:
+            return
+        if len(self.running) < self.limits.max_batch and not any(r.priority == urgent for r in self._blocked):
+            if not self._owes_room(now):
+                return
+            used = {digest for r in self.running if r.priority <= urgent for digest in r.mix.digests}
+            victims = [r for r in victims if not used.issuperset(r.mix.digests)]  # whose slots fall idle
+        if victims:
+            self._preempt(self._youngest(victims))
 
     def _grow(self, request: Request) -> None:
         """A block for the request's next token, if it needs one."""
@@ -255,14 +259,15 @@ class Scheduler:
             if got is not None:
                 request.blocks.extend(got)
                 return
-            victim = self._youngest()
+            victim = self._youngest(self.running)
             self._preempt(victim)
             if victim is request:
                 return
 
-    def _youngest(self) -> Request:
-        """Who is preempted first: of the least urgent, the last that entered."""
-        return max(reversed(self.running), key=lambda r: r.priority)
+    @staticmethod
+    def _youngest(running: list[Request]) -> Request:
+        """Who of them is preempted first: of the least urgent, the last that entered."""
+        return max(reversed(running), key=lambda r: r.priority)
 
     def _preempt(self, request: Request) -> None:
         """Take back all that a request holds. What it has computed is found again if it is still cached then."""

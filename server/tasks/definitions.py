@@ -98,7 +98,7 @@ class Task:
     def versions(self, adapter: str) -> set[str]:
         """The first digits of the versions of an adapter that its route names."""
         parts = (name.partition("@") for name in self.route.candidates)
-        return {version for name, _, version in parts if name == adapter and version}
+        return {version.lower() for name, _, version in parts if name == adapter and version}
 
     def body(self) -> dict[str, Any]:
         """The JSON that `parse` reads back."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from adapters.leases import Lease
-from adapters.weights import Choice, Version
+from adapters.weights import Choice, Mix, Version
 from server.engine.request import Constraint, Delivery, Request, Sampling, TokenLogprob
 from server.errors import QueueFull
 from server.metrics import Ended, Metrics
@@ -44,6 +44,8 @@ class Leases(Protocol):
     """What running a prompt asks of the registry."""
 
     def lease(self, choice: Choice) -> Lease: ...
+
+    def check_room(self, mix: Mix) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ class Inference:
                 sampling=sampling,
                 deliver=self._delivery(generation, index),
                 mix=lease.mix,
-                still_fits=lambda: self._lease_again(lease),
+                still_fits=lambda: self.leases.check_room(lease.mix),
                 fair_key=fair_key,
                 tenant=caller.tenant,
                 priority=caller.priority,
@@ -220,11 +222,6 @@ class Inference:
             generation.replies.append(Reply(request))
         self._submit(generation, lease)
         return generation
-
-    def _lease_again(self, lease: Lease) -> None:
-        """Raises what another lease of the same versions would now. On the engine's thread."""
-        same = [(f"{version.name}@{version.digest}", weight) for version, weight in lease.versions]
-        self.leases.lease(same).release()
 
     def refused(self, target: Target | None, error: Exception, caller: Caller) -> None:
         """Record a call that never ran. Names that were not found are the client's words, and no labels.

@@ -389,12 +389,14 @@ def test_names_of_equal_content_have_a_card_and_a_task_each(store: Store, folder
     assert before["task"] is not None and before["card"] == "card 0"
     (folders[0] / "task.json").unlink()
     (folders[0] / "README.md").write_text("of b")
+    config = json.loads((folders[0] / "adapter_config.json").read_text())
+    (folders[0] / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "of/b"}))
     assert publish(store, "b", folders[0]) == digest
     store.close()
     again = Store(store.root)
     record = again.records[digest]
     assert record.metadata_of("a") == before
-    assert (record.metadata_of("b")["task"], record.metadata_of("b")["card"]) == (None, "of b")
+    assert [record.metadata_of("b")[key] for key in ("task", "card", "base")] == [None, "of b", "of/b"]
     again.write(again.journal.retire("a"))
     publish(again, "b", folders[0])
     assert set(again.records[digest].told) == {"b"}, "what names had that are gone is not kept"

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import server.engine.engine
-from adapters.errors import NoRoom, UnknownAdapter
+from adapters.errors import NoRoom
+from adapters.weights import BASE_ALONE
 from server.engine.request import State
 from server.engine.scheduler import LENT_ROWS, REST
 from server.engine.text import Text
@@ -689,6 +690,25 @@ def test_the_less_urgent_stop_for_an_urgent_load_that_lacks_room_for_too_long(be
     b.check_empty()
 
 
+def test_the_less_urgent_run_on_where_their_end_would_give_no_room(bench: Any, tools: Any) -> None:
+    """One on the base alone, and one whose adapter a more urgent one uses too."""
+    fetch = tools.Fetcher(ready={"a1"})
+    b = bench(fetch=fetch, age_limit=0.02, context_length=256, blocks=128)
+    mixes = BASE_ALONE, tools.mix_of("a1")
+    low = [b.submit(prompt(i), mix=mix, priority=1, max_tokens=200) for i, mix in enumerate(mixes)]
+    first = b.submit(prompt(3), mix=tools.mix_of("a1"), max_tokens=200)
+    b.engine.step()
+    b.submit(prompt(4), mix=tools.mix_of("a2"))
+    b.engine.step()
+    time.sleep(0.03)
+    b.engine.release_idle(1)
+    b.engine.step()
+    assert all(h.request.state is State.RUNNING for h in (*low, first))
+    fetch.finish()
+    b.settle()
+    b.check_empty()
+
+
 def test_a_mix_that_can_never_be_in_ram_any_more_is_told_so(bench: Any, tools: Any) -> None:
     def still_fits() -> None:
         raise NoRoom("others are pinned", "adapters")
@@ -705,11 +725,6 @@ def test_a_mix_that_can_never_be_in_ram_any_more_is_told_so(bench: Any, tools: A
     b.engine.step()
     assert [(h.reason, type(h.error)) for h in lost] == [("error", NoRoom)] * 2 and not other.reason
     assert fetch.pending[0][1].cancelled(), "it stands in nobody's way"
-
-    def retired() -> None:
-        raise UnknownAdapter("no adapter named 'a3' is served")
-
-    other.request.still_fits = retired
     b.engine.release_idle(1)
     b.engine.step()
     assert not other.reason

@@ -94,9 +94,7 @@ class House:
                 sampling=Sampling(max_tokens=tokens, ignore_eos=True),
                 deliver=deliver,
                 mix=lease.mix,
-                still_fits=lambda: self.registry.lease(
-                    [(f"{v.name}@{v.digest}", w) for v, w in lease.versions]
-                ).release(),
+                still_fits=lambda: self.registry.check_room(lease.mix),
                 deadline=time.monotonic() + seconds,
                 fair_key="+".join(names),
                 priority=priority,

@@ -101,3 +101,9 @@ def test_a_route_knows_the_choices_that_it_leads_to() -> None:
 def test_a_weight_that_is_no_finite_number_up_to_16_is_refused(weight: float) -> None:
     with pytest.raises(InvalidChoice, match="from -16 to 16"):
         parse_choice([{"name": "a", "weight": weight}], "route")
+
+
+def test_a_task_tells_which_versions_it_names() -> None:
+    choice = [{"name": "a@C2A7A51E"}, {"name": "a@123456"}, {"name": "b@123456"}, {"name": "a"}]
+    task = parse("t", {"prompt": "{input}", "route": {"choice": choice}}, default_route=Fixed(), source="file")
+    assert task.versions("a") == {"c2a7a51e", "123456"} and task.versions("c") == set()
