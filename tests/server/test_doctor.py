@@ -62,7 +62,7 @@ def test_two_may_look_at_once(tmp_path: Path) -> None:
     Store(tmp_path / "store").close()
     with (tmp_path / "store" / "lock").open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
-        check_state_dir(tmp_path)
+        assert check_state_dir(tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize("name", ["api_keys_file", "admin_keys_file", "metrics_key_file"])
