@@ -38,6 +38,7 @@ from adapters.ports import NoSlots, Observer
 from adapters.registry import Registry
 from adapters.store import Disk, Store
 from adapters.weights import LoraWeights, Mix, Version
+from tests.waiting import until
 
 Write = Callable[..., LoraWeights]
 Open = Callable[..., Registry]
@@ -115,13 +116,6 @@ def digest_of(folder: Path) -> str:
 
 def fetched(registry: Registry, mix: Mix) -> tuple[LoraWeights, ...]:
     return registry.fetch(mix).result(10)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.001)
 
 
 def stored(registry: Registry) -> set[str]:

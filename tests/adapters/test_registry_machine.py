@@ -6,7 +6,6 @@ import asyncio
 import errno
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from adapters.ports import NoSlots
 from adapters.registry import Registry
 from adapters.store import Disk, Store
 from adapters.weights import LoraWeights, Version
+from tests.waiting import until
 
 Write = Callable[..., LoraWeights]
 NAMES = st.sampled_from(["a", "b", "c"])
@@ -79,13 +79,6 @@ class Held:
     run: int
     released: bool = False
     waiting: list[Future[tuple[LoraWeights, ...]]] = field(default_factory=list)
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.0005)
 
 
 class RegistryMachine(RuleBasedStateMachine):

@@ -19,6 +19,7 @@ from adapters.registry import Registry
 from adapters.store import Disk, Store
 from adapters.watch import Watch, inside, scan_library
 from adapters.weights import LoraWeights
+from tests.waiting import until
 
 Write = Callable[..., LoraWeights]
 
@@ -409,10 +410,7 @@ def test_the_thread_looks_and_ends(scene: Scene) -> None:
     a = scene.put("a", 1)
     watch = Watch(scene.registry, scene.directory, interval=0.01, still=0.02)
     watch.start()
-    end = time.monotonic() + 10
-    while scene.served() != {"a": a}:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(lambda: scene.served() == {"a": a})
     watch.stop()
     scene.put("b", 2)
     assert scene.served() == {"a": a}

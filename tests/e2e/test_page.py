@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.e2e.conftest import Live, serving
+from tests.waiting import SECONDS, until
 
 pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
@@ -33,6 +34,7 @@ FILM = "A stirring, funny film that never lets go."
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=1000 * SECONDS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         yield browser
@@ -51,7 +53,7 @@ def house(
     (folder / "broken" / "adapter_model.safetensors").write_bytes(b"not tensors")
     flags = ["--adapter-dir", str(folder), "--max-queue", "64", "--adapter-ram", "12MiB"]
     with serving(tmp_path_factory.mktemp("page"), *flags) as live:
-        end = time.monotonic() + 30
+        end = time.monotonic() + SECONDS
         while time.monotonic() < end:
             listed = live.get("/adapters")
             names = {adapter["name"] for adapter in listed["adapters"]}
@@ -69,7 +71,7 @@ def page(browser: Browser, house: Live, request: pytest.FixtureRequest) -> Itera
     scheme = getattr(request, "param", "light")
     context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme=scheme, base_url=house.url)
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=house.url)
-    context.set_default_timeout(15_000)
+    context.set_default_timeout(1000 * SECONDS)
     opened = context.new_page()
     wrong: list[str] = []
     hosts: set[str] = set()
@@ -187,10 +189,7 @@ def test_stop_ends_the_work_on_the_server(page: Page, house: Live) -> None:
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".figures")).to_contain_text("stopped after")
     expect(page.locator(".answer")).to_have_attribute("aria-busy", "false")
-    end = time.monotonic() + 5
-    while house.get("/stats")["engine"]["running"] and time.monotonic() < end:
-        time.sleep(0.05)
-    assert house.get("/stats")["engine"]["running"] == 0
+    until(lambda: house.get("/stats")["engine"]["running"] == 0, every=0.05)
     expect(page.get_by_role("button", name="Run")).to_be_enabled()
 
 
@@ -387,7 +386,7 @@ def test_a_narrow_window(page: Page) -> None:
         page.get_by_role("tab", name=tab).click()
         expect(page.get_by_role("tabpanel", name=tab)).to_be_visible()
         page.wait_for_timeout(200)
-        end = time.monotonic() + 5  # charts are drawn anew after the browser has told of its size
+        end = time.monotonic() + SECONDS  # charts are drawn anew after the browser has told of its size
         while not page.evaluate("document.documentElement.scrollWidth <= innerWidth"):
             assert time.monotonic() < end, f"{tab} is wider than the window"
             page.wait_for_timeout(50)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import until
+
 FIELDS = {"name", "version", "ranks", "targets", "bytes", "tier", "leases", "loaded_at", "base", "pinned", "tasks"}
 DETAILS = FIELDS | {"versions", "honoured", "harmless", "notes", "card"}
 
@@ -235,13 +237,8 @@ def test_a_full_disk_is_507_and_nothing_changes(
 
 @pytest.mark.usefixtures("quick_watch")
 def test_a_folder_in_the_watched_directory_is_served_by_itself(live: Any, write_adapter: Callable[..., Path]) -> None:
-    import time
-
     write_adapter("dropped", 21, task={"prompt": "{input}", "task": "dropped-task"})
-    end = time.monotonic() + 8
-    while live.http.get("/adapters/dropped").status_code != 200:
-        assert time.monotonic() < end, live.http.get("/adapters").json()["rejected"]
-        time.sleep(0.02)
+    until(lambda: live.http.get("/adapters/dropped").status_code == 200, every=0.02)
     assert live.generate("x", task="dropped-task").json()["adapters"][0]["name"] == "dropped"
 
 

@@ -7,12 +7,13 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.waiting import until
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -28,11 +29,12 @@ def evict(live: Any, name: str) -> None:
     parts = live.house.parts
     digest = parts.registry.resolve([(name, 1.0)])[0][0].digest
     parts.engine.forget(digest)
-    end = time.monotonic() + 10
-    while parts.engine.holds(digest) or digest in parts.registry._ram.resident():
+
+    def gone() -> bool:
         parts.registry._ram.discard(digest)
-        assert time.monotonic() < end
-        time.sleep(0.005)
+        return not parts.engine.holds(digest) and digest not in parts.registry._ram.resident()
+
+    until(gone)
 
 
 def text_of(live: Any, name: str) -> str:
@@ -74,13 +76,6 @@ def test_files_of_the_users_folder_that_are_harmed_while_served(live: Any, write
     first = text_of(live, "a")
     registry = live.house.parts.registry
 
-    def until(condition: Callable[[], Any]) -> Any:
-        end = time.monotonic() + 20
-        while not (found := condition()):
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        return found
-
     whole = (folder / TENSORS).read_bytes()
     (folder / TENSORS).write_bytes(whole[: len(whole) // 2])
     reason = until(lambda: [r["reason"] for r in registry.rejected() if r["path"] == "a"])
@@ -109,8 +104,7 @@ def test_a_clock_that_jumps_ends_nothing(
     body = {"prompt": "x", "max_tokens": 30, "ignore_eos": True, "adapters": [{"name": "a"}], "deadline_ms": 20_000}
     thread = threading.Thread(target=lambda: answers.append(live.http.post("/generate", json=body)))
     thread.start()
-    while not live.stats()["running"]:
-        time.sleep(0.002)
+    until(lambda: live.stats()["running"])
     offset[0] = jump
     thread.join()
     assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 30
@@ -119,10 +113,7 @@ def test_a_clock_that_jumps_ends_nothing(
     assert late.status_code == 504, "and a deadline is one still"
     live.slow_down(0.0)
     write_adapter("late", 5)
-    end = time.monotonic() + 20
-    while "late" not in live.house.parts.registry.names():
-        assert time.monotonic() < end, "the watch waits for a clock"
-        time.sleep(0.05)
+    until(lambda: "late" in live.house.parts.registry.names(), "the watch waits for a clock")
     assert live.http.put("/adapters/a", json={"source": "b"}).status_code == 200
     offset[0] = 0.0
     versions = live.http.get("/adapters/a").json()["versions"]

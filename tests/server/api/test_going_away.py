@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import time
 from concurrent.futures import Future
 from typing import Any
 
 import httpx
 import pytest
+
+from tests.waiting import until
 
 LONG = {"prompt": "once", "max_tokens": 200, "ignore_eos": True, "adapters": [{"name": "a"}]}
 STEP = 0.1
@@ -29,13 +30,6 @@ def send(live: Any, path: str, body: dict[str, Any]) -> socket.socket:
     )
     connection.sendall("\r\n".join((*head, "", "")).encode() + data)
     return connection
-
-
-def until(condition: Any, seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it does not come true"
-        time.sleep(0.005)
 
 
 def steps(live: Any) -> int:
@@ -92,7 +86,7 @@ def test_queued_work_stops_before_it_ran(start: Any, write_adapter: Any, stream:
     second = send(live, "/generate", {"prompt": "two", "max_tokens": 200, "ignore_eos": True, "stream": stream})
     until(lambda: live.stats()["waiting"])
     second.close()
-    until(lambda: not live.stats()["waiting"], 1.0)
+    until(lambda: not live.stats()["waiting"])
     assert live.stats()["running"] == 1
     first.close()
     assert live.idle(2.0)

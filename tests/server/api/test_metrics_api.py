@@ -18,6 +18,7 @@ from server.metrics import (
     Metrics,
     Snapshot,
 )
+from tests.waiting import until
 
 SERIES = {
     "loramux_requests": "counter",
@@ -203,8 +204,7 @@ def test_what_outlives_its_name_is_no_series(live: Any) -> None:
             pool.submit(live.generate, "x", adapters=[{"name": "brief"}], max_tokens=20, ignore_eos=True),
             pool.submit(live.generate, "x", task="brief", max_tokens=20, ignore_eos=True),
         ]
-        while live.stats()["running"] < 2:
-            time.sleep(0.01)
+        until(lambda: live.stats()["running"] == 2, "they never ran side by side")
         assert live.http.delete("/tasks/brief").status_code == 200
         assert live.http.delete("/adapters/brief").status_code == 202
         assert [run.result().json()["finish_reason"] for run in runs] == ["length", "length"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import aiohttp
 import httpx
+
+from tests.waiting import until
 
 
 def ask_all(url: str, bodies: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any], str | None]]:
@@ -109,6 +110,7 @@ def test_an_adapter_that_is_slow_to_load_delays_nobody_else(
     for full in list(ram.resident()):
         if full.startswith(digest):
             ram.discard(full)
+    until(lambda: not any(full.startswith(digest) for full in ram.resident()))
     read = ram._read
 
     def slow(wanted: str) -> Any:
@@ -140,8 +142,7 @@ def test_an_adapter_that_is_slow_to_load_delays_nobody_else(
     told: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: told.append(live.generate("y", max_tokens=2, adapters=[{"name": "cold"}])))
     thread.start()
-    while not live.stats()["loading"]:
-        pass
+    until(lambda: live.stats()["loading"] == 1)
     for i in range(40):
         warm = live.generate(f"p{i}", max_tokens=2, adapters=[{"name": "warm"}]).json()
         assert warm["timings"]["load_ms"] == 0.0
@@ -187,15 +188,8 @@ def evaluating(live: Any, count: int) -> str:
     assert live.http.put("/tasks/say", json=body).status_code == 201
     data = [{"input": f"text {i}", "output": "yes"} for i in range(count)]
     job = live.http.post("/tasks/say/evaluate", json={"data": data, "metric": "accuracy"}).json()["id"]
-    wait_for(lambda: live.stats()["running"] > 0)
+    until(lambda: live.stats()["running"] > 0)
     return str(job)
-
-
-def wait_for(true: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_an_evaluation_takes_nobodys_place_under_the_limit_of_its_task(
@@ -211,7 +205,7 @@ def test_an_evaluation_takes_nobodys_place_under_the_limit_of_its_task(
         assert answer.status_code == 200, answer.text
     assert live.http.get(f"/jobs/{job}").json()["status"] == "running"
     live.slow_down(0.0)
-    wait_for(lambda: live.http.get(f"/jobs/{job}").json()["status"] == "succeeded")
+    until(lambda: live.http.get(f"/jobs/{job}").json()["status"] == "succeeded", every=0.02)
     assert live.house.parts.inference.admission._tasks == {}
 
 
@@ -222,12 +216,12 @@ def test_an_evaluation_that_makes_room_for_others_goes_on_later(start: Any, writ
     register(live, "a", "b")
     live.slow_down(0.03)
     job = evaluating(live, 24)
-    wait_for(lambda: live.stats()["waiting"] == 8)
+    until(lambda: live.stats()["waiting"] == 8)
     mixes: list[list[dict[str, Any]]] = [[], [{"name": "b"}], [{"name": "a"}], [{"name": "a"}, {"name": "b"}]]
     answers = ask_all(live.url, [{"prompt": "x", "adapters": mix, "max_tokens": 2} for mix in mixes])
     assert [status for status, _, _ in answers] == [200] * 4, "each put one of the evaluation's out of the queue"
     live.slow_down(0.0)
-    wait_for(lambda: live.http.get(f"/jobs/{job}").json()["status"] not in ("queued", "running"))
+    until(lambda: live.http.get(f"/jobs/{job}").json()["status"] not in ("queued", "running"), every=0.02)
     told = live.http.get(f"/jobs/{job}").json()
     assert told["status"] == "succeeded", told["error"]
     assert 'status="429"' not in live.http.get("/metrics").text

@@ -28,6 +28,7 @@ from server.engine.overlap import OverlappedEngine
 from server.engine.request import Delivery, Request, Sampling, State
 from server.engine.text import Text
 from server.model.vocabulary import Vocabulary
+from tests.waiting import SECONDS
 
 EOS = 2
 TEMPLATE = (
@@ -278,7 +279,7 @@ class Bench:
             assert steps < limit, "it does not end"
         return steps
 
-    def run_until(self, done: Callable[[], bool], seconds: float = 5.0) -> None:
+    def run_until(self, done: Callable[[], bool], seconds: float = SECONDS) -> None:
         """Step, with real time passing, until `done`."""
         end = time.monotonic() + seconds
         while not done():

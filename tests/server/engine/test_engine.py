@@ -21,6 +21,7 @@ from server.engine.scheduler import LENT_ROWS, REST
 from server.engine.text import Text
 from server.errors import DeadlineExceeded, EngineFailed, InvalidRequest, NoCapacity, NotReady, QueueFull
 from server.model.vocabulary import from_gguf
+from tests.waiting import SECONDS, until
 
 
 def prompt(seed: int, length: int = 10) -> list[int]:
@@ -310,9 +311,7 @@ def test_a_failed_step_spares_those_that_wait(bench: Any, tools: Any, kind: type
 
     b.runner.before = explode
     b.engine.start()
-    deadline = time.monotonic() + 5
-    while not all(h.reason for h in all_heard) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    until(lambda: all(h.reason for h in all_heard))
     assert [h.reason for h in all_heard] == ["error", "error", "length", "length"]
     assert all(isinstance(h.error, EngineFailed) for h in all_heard[:2])
     assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in all_heard[2:])
@@ -326,9 +325,7 @@ def test_when_planning_itself_fails_no_request_is_lost(bench: Any) -> None:
     heard = b.submit(prompt(1))
     b.engine._scheduler._enter = lambda now, plan: 1 / 0
     b.engine.start()
-    deadline = time.monotonic() + 5
-    while not heard.reason and time.monotonic() < deadline:
-        time.sleep(0.005)
+    until(lambda: heard.reason)
     assert isinstance(heard.error, EngineFailed)
     b.engine.stop()
 
@@ -441,7 +438,7 @@ def test_a_large_mix_does_not_starve(bench: Any, tools: Any) -> None:
     b.engine.step()
     large = b.submit(prompt(1), mix=tools.mix_of("a4", "a5", "a6", "a7"), fair_key="large")
     b.engine._scheduler.waiting.charge(large.request, 1e6)  # fairness alone would let it wait for long
-    end = time.monotonic() + 10
+    end = time.monotonic() + SECONDS
     while not large.reason:
         feed()
         b.engine.step()

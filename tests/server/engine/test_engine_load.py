@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from server.errors import DeadlineExceeded, QueueFull
+from tests.waiting import until
 
 
 def first_tokens(bench: Callable[..., Any], share: float, load: float, steps: int = 1200) -> list[int]:
@@ -57,15 +58,12 @@ def test_a_cold_adapter_delays_no_warm_request(bench: Callable[..., Any], tools:
     waits = []
     for i in range(40):
         warm = b.submit([5 + i] * 8, mix=tools.mix_of("a1"), fair_key="t", max_tokens=2)
-        while not warm.reason:
-            time.sleep(0.001)
+        until(lambda: warm.reason, every=0.001)  # noqa: B023
         waits.append(warm.request.admitted - warm.request.submitted)
     assert not cold.deliveries
     assert sorted(waits)[20] < 0.05, "a step or so, and nothing of the load"
     fetch.finish()
-    end = time.monotonic() + 5
-    while not cold.reason and time.monotonic() < end:
-        time.sleep(0.001)
+    until(lambda: cold.reason)
     assert cold.reason == "length" and cold.request.load_seconds > 0.1
     b.engine.stop(1.0)
     b.check_empty()
@@ -133,9 +131,7 @@ def test_slots_for_many_mixes_from_many_threads(bench: Callable[..., Any], tools
         stats = b.engine.stats()
         assert sum(stats["kv_blocks"][state] for state in ("free", "used", "cached")) == 64
         assert len(stats["slots"]["resident"]) <= 4
-    end = time.monotonic() + 20
-    while not all(h.reason for h in heard) and time.monotonic() < end:
-        time.sleep(0.005)
+    until(lambda: all(h.reason for h in heard))
     assert {h.reason for h in heard} <= {"length", "cancelled"}
     assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in heard if h.reason == "length")
     assert b.engine.stop(1.0)

@@ -24,6 +24,7 @@ from server.engine.request import Delivery, Request, Sampling
 from server.engine.runner import TorchRunner
 from server.engine.text import Text
 from server.model.loader import Base
+from tests.waiting import until
 
 COUNT = 6
 
@@ -123,13 +124,6 @@ def open_house(tmp_path: Path, tiny_base: Base, tiny_runner: TorchRunner) -> Ite
     yield make
     for house in houses:
         house.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.005)
 
 
 def test_mixes_that_compete_for_room_in_ram_all_finish(open_house: Callable[[int], House]) -> None:

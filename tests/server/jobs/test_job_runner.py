@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from server.jobs.errors import JobError
 from server.jobs.files import Files
 from server.jobs.records import EVALUATION, TRAINING, Job, Records
 from server.jobs.runner import Active, Jobs, Stopped
+from tests.waiting import until
 
 
 class Work:
@@ -65,13 +64,6 @@ def make(tmp_path: Path, work: Work):
 
 def add(jobs: Jobs, kind: str = TRAINING, **request: object) -> Job:
     return jobs.enter(jobs.prepare(kind, "", request, "ftjob"))
-
-
-def until(what: Callable[[], bool]) -> None:
-    end = time.monotonic() + 5
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def test_one_at_a_time_in_their_order(make, work):

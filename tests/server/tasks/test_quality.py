@@ -18,6 +18,7 @@ from server.errors import UnknownName
 from server.tasks import quality as module
 from server.tasks.latency import Latencies
 from server.tasks.quality import Answered, Quality, Subject
+from tests.waiting import until
 
 A, B = Version("a", "a" * 64), Version("b", "b" * 64)
 
@@ -168,10 +169,7 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.Lo
     with pytest.raises(StoreFailed, match="full"):
         quality.evaluated(third, "accuracy", {f"{i}": 1.0 for i in range(2000)})
     assert quality.totals(third, "accuracy", "evaluation").count == 0
-    end = time.monotonic() + 10
-    while "cannot be written" not in caplog.text:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    until(lambda: "cannot be written" in caplog.text)
     with quality._lock:
         quality._db.execute("PRAGMA max_page_count = 1000000")
     for id in ("one", "more-0", "more-499"):
