@@ -170,11 +170,11 @@ def _read_file(
             if state.st_size > limit:
                 too_large(stream)
                 raise InvalidAdapter(f"{file} has {state.st_size:,} bytes, over the limit of {limit:,}{hint}", file)
-            data = stream.read(limit + 1)
+            data = stream.read(state.st_size + 1)  # no more room than is needed, and notice what grows
     except (OSError, RuntimeError) as error:
         raise InvalidAdapter(f"{file} cannot be read: {error}", file) from error
-    if len(data) > limit:
-        raise InvalidAdapter(f"{file} grew over the limit of {limit:,} bytes while it was read", file)
+    if len(data) > state.st_size:
+        raise InvalidAdapter(f"{file} grew while it was read", file)
     return data
 
 

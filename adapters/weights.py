@@ -21,6 +21,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RESERVED = frozenset({"base", "other", "none"})
 MAX_ABS_WEIGHT = 16.0
 SHORT_DIGEST = 12
+PORTION = 1 << 17
+"""Values that are looked at together."""
 
 Choice = list[tuple[str, float]]
 """What a request or a task asks for: `[(name or name@digest, weight), ...]`, in the order that was asked."""
@@ -60,13 +62,14 @@ class LoraWeights:
 
     The tensors may have any floating dtype and any strides: a backend's kernel layout is a choice of both, the
     shapes are always those of `LowRank`. `metadata` holds what is told to people: `honoured`, `harmless`, `notes`,
-    `base`, `card`, `quantization`.
+    `base`, `card`, `quantization`. `places` is what a backend that prepared the tensors knows of where they lie.
     """
 
     name: str
     digest: str
     modules: Mapping[str, LowRank]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    places: object = None
 
     @property
     def version(self) -> Version:
@@ -100,17 +103,35 @@ class LoraWeights:
 def not_finite(modules: Mapping[str, LowRank]) -> tuple[str, str] | None:
     """(path, "A" or "B") of a matrix with a value that is NaN or infinite; None if all are finite.
 
-    An adapter has hundreds of small matrices: all of a dtype are looked at together, and one by one if any is at fault.
+    An adapter has hundreds of small matrices: they are looked at many at a time, and one by one if any is at fault.
     """
     parts = {(path, part): getattr(m, part) for path, m in modules.items() for part in ("A", "B")}
-    flat: dict[torch.dtype, list[torch.Tensor]] = {}
-    for (_, part), matrix in parts.items():
-        rows = matrix if part == "A" else matrix.t()  # as it often lies in memory
-        flat.setdefault(matrix.dtype, []).append(rows.reshape(-1))
-    together = [torch.cat(each) for each in flat.values()]
-    if all(bool(torch.stack(torch.aminmax(values)).isfinite().all()) for values in together if values.numel()):
+    together: dict[torch.dtype, list[torch.Tensor]] = {}
+    for matrix in parts.values():
+        rows = matrix if matrix.is_contiguous() else matrix.t()  # as it lies in memory, mostly
+        together.setdefault(matrix.dtype, []).append(rows.reshape(-1))
+    if all(all_finite(torch.cat(some)) for each in together.values() for some in _portions(each)):
         return None
     return next((key for key, matrix in parts.items() if not torch.isfinite(matrix).all()), None)
+
+
+def _portions(flat: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The vectors in turn, some at a time: what is copied stays in a core's cache, and takes no fresh memory."""
+    some: list[torch.Tensor] = []
+    count = 0
+    for each in flat:
+        some.append(each)
+        count += each.numel()
+        if count >= PORTION:
+            yield some
+            some, count = [], 0
+    if some:
+        yield some
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def content_digest(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:

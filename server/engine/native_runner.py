@@ -15,17 +15,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from adapters.weights import LoraWeights, LowRank
+from adapters.weights import LoraWeights
 from server.engine.batch import Batch, Logits, SlotWeights
 from server.errors import BadModel
 from server.kernels.cpu import bindings, packing
 from server.kernels.cpu.bindings import SITES
+from server.kernels.cpu.places import SITE, Places, Shapes
 from server.model.config import ModelConfig
 from server.model.decoder import Source
 from server.model.rope import angles, frequencies
 
 VECTOR = 16
 """Tokens of a block that the kernels read together: block sizes are multiples of it."""
+
+
+KINDS = 256
+"""Sets of modules of which it is remembered where they are in a slot's table."""
 
 
 class _Arena:
@@ -124,6 +129,7 @@ class NativeRunner:
         self._results = _Results()
         self._slots: list[LoraWeights | None] = [None] * max_slots
         self._sites = _site_places(base.config)
+        self._known: dict[Shapes, np.ndarray] = {}
         self._kept: list[torch.Tensor] = []  # float32 copies of norms and biases that the model points to
         self._shape = _config(base.config, max_slots)
         embed = packing.matrix(base.weights["model.embed_tokens"])
@@ -166,15 +172,11 @@ class NativeRunner:
         """Point a slot at an adapter's own memory. Raises ValueError if it is not this base's or not prepared,
         IndexError if there is no such slot, and MemoryError."""
         self._check_slot(slot)
-        layers = self._config.num_hidden_layers
-        sites = (bindings.LoraSite * (layers * len(SITES)))()
-        for path, update in weights.modules.items():
-            place = self._sites.get(path)
-            if place is None:
-                raise ValueError(f"the base has no linear {path} that an adapter could change")
-            index, shape = place
-            _check(path, update, shape)
-            sites[index] = bindings.LoraSite(update.A.data_ptr(), update.B.data_ptr(), update.rank, update.scale)
+        if not isinstance(weights.places, Places):
+            raise ValueError(f"the adapter {weights.name!r} was not prepared for the native kernels")
+        table = np.zeros(self._config.num_hidden_layers * len(SITES), SITE)
+        table[self._indexes(weights.places.shapes)] = weights.places.sites
+        sites = ctypes.cast(table.ctypes.data, ctypes.POINTER(bindings.LoraSite))
         if not self._library.loramux_model_slot(self._model, slot, sites):
             raise MemoryError("no memory for an adapter's place")
         self._slots[slot] = weights
@@ -253,6 +255,23 @@ class NativeRunner:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
+    def _indexes(self, shapes: Shapes) -> np.ndarray:
+        """Where an adapter's modules are in a slot's table. Adapters of one kind, which most are, ask alike."""
+        found = self._known.get(shapes)
+        if found is None:
+            indexes = []
+            for path, shape in shapes:
+                if path not in self._sites:
+                    raise ValueError(f"the base has no linear {path} that an adapter could change")
+                index, own = self._sites[path]
+                if shape != own:
+                    raise ValueError(f"the update of {path} is {shape} (out, in), the module is {own}")
+                indexes.append(index)
+            if len(self._known) >= KINDS:
+                self._known.clear()
+            found = self._known[shapes] = np.array(indexes, np.int64)
+        return found
+
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < len(self._slots):
             raise IndexError(f"there are {len(self._slots)} slots and no slot {slot}")
@@ -276,15 +295,6 @@ def _site_places(config: ModelConfig) -> dict[str, tuple[int, tuple[int, int]]]:
         layer, name = int(path.split(".")[2]), path.rsplit(".", 1)[1]
         places[path] = (layer * len(SITES) + SITES.index(name), shape)
     return places
-
-
-def _check(path: str, update: LowRank, shape: tuple[int, int]) -> None:
-    a, b = update.A, update.B
-    if (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
-        raise ValueError(f"the update of {path} is {tuple(b.shape)} x {tuple(a.shape)}, the module is {shape}")
-    layouts = a.is_contiguous() and b.t().is_contiguous()
-    if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16 or not layouts:
-        raise ValueError(f"the update of {path} was not prepared for the native kernels")
 
 
 def _config(config: ModelConfig, max_slots: int) -> bindings.Config:

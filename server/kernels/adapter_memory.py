@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 
-from adapters.weights import LoraWeights, LowRank
+from adapters.weights import LoraWeights, LowRank, all_finite
 from server.kernels.lora import SITES, TOGETHER
+from server.kernels.reference import check_finite
 
 HUGE = 2 << 20
 """Bytes of a huge page, which begins at a multiple of them."""
@@ -24,11 +25,12 @@ LINE = 32
 
 
 def in_one_piece(weights: LoraWeights, dtype: torch.dtype = torch.bfloat16, pinned: bool = False) -> LoraWeights:
-    """Prepared weights, copied: A [rank, in] row-major and B [out, rank] column-major, views of one tensor of `dtype`.
+    """The adapter, copied: A [rank, in] row-major and B [out, rank] column-major, views of one tensor of `dtype`.
 
-    With `pinned` that is memory which a GPU copies from by itself.
+    With `pinned` that is memory which a GPU copies from by itself. Raises InvalidAdapter if a value is not finite in
+    that dtype.
     """
-    order = list(_walk(weights))
+    order = _order(tuple(weights.modules))
     places, size = [], 0
     for path, part in order:
         places.append(size)
@@ -44,7 +46,10 @@ def in_one_piece(weights: LoraWeights, dtype: torch.dtype = torch.bfloat16, pinn
     modules = {
         path: LowRank(parts[path, "A"], parts[path, "B"], update.scale) for path, update in weights.modules.items()
     }
-    return LoraWeights(weights.name, weights.digest, modules, weights.metadata)
+    kept = LoraWeights(weights.name, weights.digest, modules, weights.metadata)
+    if not all_finite(flat):
+        check_finite(kept, dtype)
+    return kept
 
 
 def _zeros(size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -63,8 +68,9 @@ def _zeros(size: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(room, dtype=dtype, count=size, offset=start)
 
 
-def _walk(weights: LoraWeights) -> Iterator[tuple[str, str]]:
-    """(module path, "A" or "B") in the order of a step."""
+@lru_cache(maxsize=64)
+def _order(paths: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """(module path, "A" or "B") in the order of a step. Most adapters of a base have the same modules."""
     group = {name: i for i, names in enumerate(TOGETHER) for name in names}
 
     def key(item: tuple[str, str]) -> tuple[int, int, str, int, str]:
@@ -74,4 +80,4 @@ def _walk(weights: LoraWeights) -> Iterator[tuple[str, str]]:
         name = pieces[-1]
         return layer, group.get(name, len(TOGETHER)), part, SITES.index(name) if name in SITES else len(SITES), path
 
-    yield from sorted(((path, part) for path in weights.modules for part in ("A", "B")), key=key)
+    return tuple(sorted(((path, part) for path in paths for part in ("A", "B")), key=key))

@@ -84,9 +84,15 @@ def prepared(weights: LoraWeights, dtype: torch.dtype) -> LoraWeights:
     modules = {}
     for path, (a, b, scale) in weights.modules.items():
         modules[path] = LowRank(a.to(dtype).contiguous(), b.to(dtype).t().contiguous().t(), scale)
-    if (bad := not_finite(modules)) is not None:
+    made = LoraWeights(weights.name, weights.digest, modules, weights.metadata)
+    check_finite(made, dtype)
+    return made
+
+
+def check_finite(weights: LoraWeights, dtype: torch.dtype) -> None:
+    """Raises InvalidAdapter if a value is not finite, now that they are of `dtype`."""
+    if (bad := not_finite(weights.modules)) is not None:
         raise InvalidAdapter(f"the adapter {weights.name!r} has values in {bad[0]} that are not finite in {dtype}")
-    return LoraWeights(weights.name, weights.digest, modules, weights.metadata)
 
 
 def stored_rows(weight: Weight, ids: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,14 @@ engine/native_runner.py's. 4-bit and 8-bit weights meet activations quantized to
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import torch
 
 from adapters.weights import LoraWeights
 from server.kernels.adapter_memory import in_one_piece
 from server.kernels.cpu import bindings, packing
-from server.kernels.reference import prepared
+from server.kernels.cpu.places import places
 from server.kernels.threads import processors
 from server.kernels.weight import Weight
 
@@ -53,7 +54,8 @@ class Native:
         return packing.dequantize(weight, start, stop)
 
     def prepare(self, weights: LoraWeights) -> LoraWeights:
-        return in_one_piece(prepared(weights, self.dtype))
+        kept = in_one_piece(weights, self.dtype)
+        return replace(kept, places=places(kept))
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
         rows = x.detach().float().contiguous()

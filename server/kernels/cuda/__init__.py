@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from adapters.weights import LoraWeights
 from server.kernels.adapter_memory import in_one_piece
 from server.kernels.cuda import packing
-from server.kernels.reference import prepared
 from server.kernels.stored import TILE
 from server.kernels.weight import Weight
 
@@ -67,7 +66,7 @@ class Cuda:
         return dequantized(packing.part(weight, start, stop), torch.float32)
 
     def prepare(self, weights: LoraWeights) -> LoraWeights:
-        return in_one_piece(prepared(weights, self.dtype), self.dtype, pinned=torch.cuda.is_available())
+        return in_one_piece(weights, self.dtype, pinned=torch.cuda.is_available())
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
         if not _is_on_gpu(weight):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
+from adapters.errors import InvalidAdapter
 from adapters.weights import LoraWeights, LowRank
 from server.kernels import adapter_memory
 from server.kernels.adapter_memory import HUGE, LINE, in_one_piece
@@ -64,3 +66,31 @@ def test_a_kernel_without_huge_pages_has_small_ones(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(adapter_memory.mmap, "mmap", Without)
     given = weights(2, 16, 20_000)
     assert torch.equal(in_one_piece(given).modules[PATH.format(1)].A, given.modules[PATH.format(1)].A)
+
+
+@pytest.mark.parametrize("part", ["A", "B"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_value_that_is_not_finite_is_refused_by_its_module(part: str, value: float) -> None:
+    given = weights(3, 3, 37)
+    getattr(given.modules[PATH.format(1)], part)[2, 1] = value
+    with pytest.raises(InvalidAdapter, match=r"layers\.1\.self_attn\.q_proj.*not finite in torch.bfloat16"):
+        in_one_piece(given)
+
+
+def test_what_is_finite_in_float32_alone_is_refused() -> None:
+    a, b = torch.zeros(2, 8), torch.zeros(8, 2)
+    b[3, 1] = 3.4e38  # rounded to bf16 it is infinite
+    given = LoraWeights("a", "digest", {PATH.format(0): LowRank(a, b, 1.0)}, {})
+    with pytest.raises(InvalidAdapter, match="not finite"):
+        in_one_piece(given)
+
+
+def test_other_layouts_and_dtypes_come_out_alike() -> None:
+    given = weights(2, 3, 37)
+    turned = {
+        path: LowRank(m.A.float().t().contiguous().t(), m.B.float(), m.scale) for path, m in given.modules.items()
+    }
+    kept = in_one_piece(LoraWeights("a", "digest", turned, {}))
+    for path, module in given.modules.items():
+        assert torch.equal(kept.modules[path].A, module.A) and kept.modules[path].A.is_contiguous()
+        assert torch.equal(kept.modules[path].B, module.B) and kept.modules[path].B.t().is_contiguous()

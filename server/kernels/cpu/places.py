@@ -1,0 +1,46 @@
+"""`Places`: where the matrices of one adapter lie in memory, as the kernels are told when it gets a slot.
+
+Owns the layout that the kernels read an adapter in. It is found out once, when the adapter is made ready: requests of
+many adapters give slots away every few steps, and a step waits meanwhile. Does not know models or slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from adapters.weights import LoraWeights
+
+SITE = np.dtype([("a", np.uint64), ("b", np.uint64), ("rank", np.int64), ("scale", np.float64)])
+"""One matrix pair, as `bindings.LoraSite` lays it out."""
+
+Shapes = tuple[tuple[str, tuple[int, int]], ...]
+"""(module path, (out, in)) of each module of an adapter."""
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """`sites` [modules] of `SITE`, in the order of `shapes`. Addresses are those of tensors that it does not own."""
+
+    shapes: Shapes
+    sites: np.ndarray
+
+
+def places(weights: LoraWeights) -> Places:
+    """Those of an adapter that lies as the kernels read it: bf16, A [rank, in] row-major, B [out, rank] column-major.
+
+    Raises ValueError if it does not.
+    """
+    sites = np.zeros(len(weights.modules), SITE)
+    shapes = []
+    for i, (path, (a, b, scale)) in enumerate(weights.modules.items()):
+        if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16 or not (a.is_contiguous() and b.t().is_contiguous()):
+            raise ValueError(f"the update of {path} was not prepared for the native kernels")
+        (rank, into), (out, inner) = a.shape, b.shape
+        if inner != rank:
+            raise ValueError(f"the update of {path} is {tuple(b.shape)} x {tuple(a.shape)}")
+        sites[i] = (a.data_ptr(), b.data_ptr(), rank, scale)
+        shapes.append((path, (out, into)))
+    return Places(tuple(shapes), sites)
