@@ -7,7 +7,8 @@ A step's tokens go to running answers first (one each), then to prompts that hav
 when their blocks and their slots can be reserved together, in the queue's order. A request whose adapters are not in
 memory is passed over until they are; one that finds no room is passed over too, until it has waited `age_limit`
 seconds for it: then nothing else enters before it does. So it is for room in RAM, where slots hold it. What less urgent
-requests hold, running or waiting, is given up for a more urgent one.
+requests hold, running or waiting, is given up for a more urgent one. Where adapters are copied to a device, a request
+whose own are not there waits for one step more, beside which they are copied.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from adapters.weights import LoraWeights
 from server.engine.batch import Work
 from server.engine.kv_cache import Key, KVCache, next_key
 from server.engine.loads import Loads
@@ -90,6 +92,8 @@ class Scheduler:
         self._root = root
         self._blocked: dict[Request, float] = {}
         """Those that had their weights and found no room, and since when."""
+        self._brought: set[Request] = set()
+        """Those that wait for one step while their adapters are copied beside it."""
         self._coming: dict[Key, Request] = {}
         """The full blocks that running requests are about to compute: who shares them waits instead of repeating it."""
         self._changed = False
@@ -408,15 +412,17 @@ class Scheduler:
             return
         need = self.kv.blocks_for(request.goal) - len(found)
         spare = len(self.running)  # each of the others may need a block soon
-        slots = None
+        slots, brought = None, False
         try:
             if need + spare <= self.kv.available:
-                slots = self.slots.reserve(request.mix, weights)
+                brought = weights is not None and self._bring(request, weights)
+                slots = None if brought else self.slots.reserve(request.mix, weights)
         finally:
             if slots is None:
                 self.kv.free(found)
         if slots is None:
-            self._blocked.setdefault(request, now)
+            if not brought:
+                self._blocked.setdefault(request, now)
             return
         fresh = self.kv.reserve(need)
         assert fresh is not None, "there was room"
@@ -438,7 +444,22 @@ class Scheduler:
             plan.entered.append(request)
         self._add_chunk(request, plan)
 
+    def _bring(self, request: Request, weights: Sequence[LoraWeights]) -> bool:
+        """Have the adapters of a request that could enter copied during a step that does not use them yet.
+
+        Answers whether it is to wait for that step. Did it enter at once, all that run would wait for the copy. Once
+        only, since another may take the place meanwhile.
+        """
+        if self.slots.room is None or not self.running or request in self._brought:
+            return False
+        if not self.slots.bring(request.mix, weights):
+            return False
+        self._brought.add(request)
+        self._changed = True
+        return True
+
     def _leave_queue(self, request: Request) -> None:
+        self._brought.discard(request)
         self.waiting.remove(request)
         self.loads.leave(request)
         self._blocked.pop(request, None)

@@ -131,3 +131,41 @@ def test_what_is_wrong_with_a_waiting_mix_harms_none_that_runs(bench: Any, tools
         assert heard.tokens == tools.solo(heard, made.runner.vocab)
     assert made.engine.stats()["failures"] == 0
     made.check_empty()
+
+
+def test_nobody_who_runs_waits_for_the_copy_of_an_adapter_that_comes(bench: Any, tools: Any) -> None:
+    """The step in which it is copied is not yet one that uses it, also where idle ones have to go for it."""
+    made = bench(room=Room(20, lambda weights: 10), max_slots=2)
+    placed: list[str] = []
+    made.runner.on_place = lambda weights: placed.append(weights.name)
+    gone = made.submit([5, 6, 7], mix=tools.mix_of("a1"))
+    made.settle()
+    runs = made.submit([5, 6, 7], mix=tools.mix_of("a2"), max_tokens=20)
+    made.engine.step()
+    assert placed == ["a1", "a2"] and runs.tokens, "alone it enters at once"
+    comes = made.submit([5, 6, 8], mix=tools.mix_of("a3"))
+    made.engine.step()
+    assert placed == ["a1", "a2", "a3"] and not comes.tokens and made.engine.stats()["running"] == 1
+    made.engine.step()
+    assert comes.tokens and made.engine.stats()["running"] == 2
+    made.settle()
+    for heard in (gone, runs, comes):
+        assert heard.tokens == tools.solo(heard, made.runner.vocab)
+    made.check_empty()
+
+
+def test_those_that_take_each_other_s_place_while_they_are_copied_all_run(bench: Any, tools: Any) -> None:
+    made = bench(room=Room(20, lambda weights: 10), max_slots=2)
+    placed: list[str] = []
+    made.runner.on_place = lambda weights: placed.append(weights.name)
+    runs = made.submit([5, 6, 7], mix=tools.mix_of("a1"), max_tokens=60)
+    made.engine.step()
+    others = [made.submit([5, 6, i], mix=tools.mix_of(f"a{i}"), max_tokens=2) for i in range(2, 10)]
+    for _ in range(40):
+        made.engine.step()
+    assert runs.reason is None and all(heard.reason == "length" for heard in others), "one place for all of them"
+    assert len(placed) <= 1 + 2 * len(others), "each is copied ahead once at most"
+    made.settle()
+    for heard in (runs, *others):
+        assert heard.tokens == tools.solo(heard, made.runner.vocab)
+    made.check_empty()
