@@ -53,7 +53,7 @@ class Text:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self.eos_id = vocabulary.eos_id
-        self.size: int = vocabulary.tokenizer.get_vocab_size(with_added_tokens=True)
+        self.size = vocabulary.size
         self._tokenizer: Tokenizer = vocabulary.tokenizer
         self._tokenizer.encode_special_tokens = True
         added: dict[int, AddedToken] = self._tokenizer.get_added_tokens_decoder()

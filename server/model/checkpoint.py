@@ -28,12 +28,15 @@ from server.model.vocabulary import Vocabulary, read_json
 
 MANIFEST = "loramux.json"
 MANIFEST_FORMAT = 1
+WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 _IDENTITY = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "chat_template.json", MANIFEST, WEIGHTS_INDEX,
+    "chat_template.jinja", "chat_template.json", MANIFEST,
 )  # fmt: skip
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED = 1 << 22  # values of two tables that are compared at once
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -117,8 +120,9 @@ class Gguf:
     def __init__(self, path: Path) -> None:
         self._file = GgufFile(path)
         metadata, tensors = self._file.metadata, self._file.tensors
-        if int(metadata.get("split.count", 1)) > 1:
-            raise BadModel(f"{path.name} is one of {metadata['split.count']} parts; merge them into one file first")
+        parts = metadata.get("split.count", 1)
+        if isinstance(parts, int) and parts > 1:
+            raise BadModel(f"{path.name} is one of {parts} parts; merge them into one file first")
         factors = self._file.floats(_ROPE_FACTORS).tolist() if _ROPE_FACTORS in tensors else None
         self.config = model_config.from_gguf(metadata, {n: t.shape for n, t in tensors.items()}, factors)
         self.notes: list[str] = []
@@ -215,15 +219,22 @@ class Folder:
         self._folder = folder
         self.config = model_config.from_hf(read_json(folder / "config.json"))
         self.notes: list[str] = []
-        self._shards = _Shards(folder, _shard_names(folder))
+        names, self._index = _shard_names(folder)
+        if self._index is None and (folder / WEIGHTS_INDEX).is_file():
+            self.notes.append(f"{WEIGHTS} is read; {WEIGHTS_INDEX} beside it, and the files that it names, are not")
+        self._shards = _Shards(folder, names)
+        self._embedding = self._tied()
         shapes = {n: s for n, s in self._shards.shapes.items() if not self._ignored(n)}
+        if self._embedding == _HEAD:
+            shapes[_EMBEDDING] = self._shards.shapes[_HEAD]
         _check_shapes(shapes, self.config)
 
     def vocabulary(self) -> Vocabulary:
         return model_vocabulary.from_folder(self._folder)
 
     def digest(self, digests: Digests) -> str:
-        return digests.of_all(self._folder, _identity_files(self._folder, self._shards.files))
+        index = [] if self._index is None else [self._index]
+        return digests.of_all(self._folder, _identity_files(self._folder, [*self._shards.files, *index]))
 
     def effective(self, asked: Quantization) -> Quantization:
         return asked if asked.scheme == "none" else replace(asked, group=asked.linear_group)
@@ -231,12 +242,13 @@ class Folder:
     def weights(self, quantization: Quantization) -> Iterator[tuple[str, Weight]]:
         # The tables first: they are the largest by far, and nothing else is in memory yet.
         for paths, kind in ((self.config.table_shapes(), _table), (self.config.linear_shapes(), _linear)):
-            for name, tensor in self._shards.read({f"{path}.weight" for path in paths}):
+            asked = {self._embedding if path == "model.embed_tokens" else f"{path}.weight": path for path in paths}
+            for name, tensor in self._shards.read(asked):
                 if tensor.dtype not in _FLOATS:
                     raise BadModel(
                         f"{name} is of the type {tensor.dtype}, which is not read; give 16- or 32-bit floats"
                     )
-                path = name.removesuffix(".weight")
+                path = asked[name]
                 yield path, kind(tensor, quantization, path)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -244,9 +256,25 @@ class Folder:
             check_finite(name, tensor)
             yield name, tensor.float()
 
+    def _tied(self) -> str:
+        """The name that the embedding table is stored under. Unties the config if there is a head that differs.
+
+        What is stored rules over `tie_word_embeddings`, as Transformers has it: one of two tied tables is enough,
+        whichever it is, and training and merging can leave two tables under a config that still says there is one.
+        """
+        stored = self._shards.shapes.keys() & {_EMBEDDING, _HEAD}
+        if not self.config.tie_word_embeddings or _HEAD not in stored:
+            return _EMBEDDING
+        if _EMBEDDING not in stored:
+            return _HEAD
+        if not self._shards.equal(_EMBEDDING, _HEAD):
+            self.config = replace(self.config, tie_word_embeddings=False)
+            self.notes.append(f"config.json ties {_HEAD} to {_EMBEDDING}, but the two differ: each is read as it is")
+        return _EMBEDDING
+
     def _ignored(self, name: str) -> bool:
         """Tensors that some checkpoints carry and no model reads."""
-        return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.config.tie_word_embeddings)
+        return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and self.config.tie_word_embeddings)
 
 
 class QuantizedFolder:
@@ -346,6 +374,17 @@ class _Shards:
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
                     self._owner[name] = path
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two matrices have the same values, whatever types they are stored in. A few rows at a time."""
+        shape = self.shapes[one]
+        if shape != self.shapes[other] or len(shape) != 2:
+            return False
+        step = max(1, _COMPARED // max(1, shape[1]))
+        with _opened(self._owner[one]) as first, _opened(self._owner[other]) as second:
+            a, b = first.get_slice(one), second.get_slice(other)
+            parts = (slice(start, start + step) for start in range(0, shape[0], step))
+            return all(torch.equal(a[part].float(), b[part].float()) for part in parts)
+
     def read(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Those of `names` that there are, as views of the mapped files."""
         for path in self.files:
@@ -364,15 +403,19 @@ def _opened(path: Path) -> Iterator[Any]:
         raise BadModel(f"{path.name} cannot be read: {error}") from error
 
 
-def _shard_names(folder: Path) -> list[str]:
+def _shard_names(folder: Path) -> tuple[list[str], Path | None]:
+    """The files with the weights, and the index that names them if one does.
+
+    As Transformers has it, one whole file is read alone: an index beside it is what an earlier save in parts left.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS], None
     index = read_json(folder / WEIGHTS_INDEX)
     if index:
         named = index.get("weight_map", {})
         if not isinstance(named, dict):
             raise BadModel(f"{WEIGHTS_INDEX} is not whole: its weight_map does not say which file has which tensor")
-        return sorted({str(name) for name in named.values()})
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
+        return sorted({str(name) for name in named.values()}), folder / WEIGHTS_INDEX
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise BadModel("the model folder holds pickles, which can run code, and no safetensors; convert it first")
     raise BadModel("the model folder holds no model.safetensors")

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-
 from server.errors import BadModel
+from server.model.values import above_zero, real, told, whole
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -166,25 +165,25 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     architecture = _architecture(config)
     kind = ARCHITECTURES[architecture]
     _refuse_unserved(config)
-    layers = _positive(config, "num_hidden_layers")
-    heads = _positive(config, "num_attention_heads")
-    hidden = _positive(config, "hidden_size")
+    layers = whole(config, "num_hidden_layers")
+    heads = whole(config, "num_attention_heads")
+    hidden = whole(config, "hidden_size")
     window = _sliding_window(config, kind, layers)
-    max_positions = _positive(config, "max_position_embeddings")
+    max_positions = whole(config, "max_position_embeddings")
     theta, scaling = _rope(config, kind, max_positions)
     bias = bool(config.get("attention_bias", False)) and kind not in ("mistral", "qwen2")
     return _checked(
         ModelConfig(
             architecture=architecture,
-            vocab_size=_positive(config, "vocab_size"),
+            vocab_size=whole(config, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_positive(config, "intermediate_size"),
+            intermediate_size=whole(config, "intermediate_size"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=_positive(config, "num_key_value_heads", default=8 if kind == "mistral" else heads),
-            head_dim=_positive(config, "head_dim", default=128 if kind == "qwen3" else hidden // heads),
+            num_key_value_heads=whole(config, "num_key_value_heads", default=8 if kind == "mistral" else heads),
+            head_dim=whole(config, "head_dim", default=128 if kind == "qwen3" else hidden // heads),
             max_position_embeddings=max_positions,
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=above_zero(config, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", kind == "smollm3")),
@@ -216,35 +215,35 @@ def from_gguf(
     values = {key[len(arch) + 1 :]: value for key, value in metadata.items() if key.startswith(f"{arch}.")}
     if values.get("expert_count"):
         raise BadModel("mixtures of experts are not served")
-    layers = _positive(values, "block_count")
-    heads = _positive(values, "attention.head_count")
-    hidden = _positive(values, "embedding_length")
-    head_dim = _positive(values, "attention.key_length", default=hidden // heads)
-    if values.get("attention.value_length", head_dim) != head_dim:
+    layers = whole(values, "block_count")
+    heads = whole(values, "attention.head_count")
+    hidden = whole(values, "embedding_length")
+    head_dim = whole(values, "attention.key_length", default=hidden // heads)
+    if whole(values, "attention.value_length", head_dim) != head_dim:
         raise BadModel("values of another size than keys are not served (attention.value_length)")
-    if values.get("rope.dimension_count", head_dim) != head_dim:
-        raise BadModel(f"RoPE on {values['rope.dimension_count']} of {head_dim} dimensions of a head is not served")
-    max_positions = _positive(values, "context_length")
+    if (rotary := whole(values, "rope.dimension_count", head_dim)) != head_dim:
+        raise BadModel(f"RoPE on {rotary} of {head_dim} dimensions of a head is not served")
+    max_positions = whole(values, "context_length")
     if "token_embd.weight" not in tensor_shapes:
         raise BadModel("the GGUF file has no tensor token_embd.weight")
     architecture = GGUF_ARCHITECTURES[arch]
-    window = values.get("attention.sliding_window") or None
+    window = whole(values, "attention.sliding_window", 0, least=0) or None
     if window is not None and arch == "llama":
         architecture = "MistralForCausalLM"
     interval = {"no_rope_layer_interval": 4}  # llama.cpp fixes it for this architecture, the file does not say
-    theta = _real(values, "rope.freq_base", 10000.0)
+    theta = above_zero(values, "rope.freq_base", 10000.0)
     return _checked(
         ModelConfig(
             architecture=architecture,
             vocab_size=int(tensor_shapes["token_embd.weight"][0]),
             hidden_size=hidden,
-            intermediate_size=_positive(values, "feed_forward_length"),
+            intermediate_size=whole(values, "feed_forward_length"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=_positive(values, "attention.head_count_kv", default=heads),
+            num_key_value_heads=whole(values, "attention.head_count_kv", default=heads),
             head_dim=head_dim,
             max_position_embeddings=max_positions,
-            rms_norm_eps=_real(values, "attention.layer_norm_rms_epsilon", 1e-6),
+            rms_norm_eps=above_zero(values, "attention.layer_norm_rms_epsilon", 1e-6),
             rope_theta=theta,
             rope_scaling=_gguf_rope(values, theta, head_dim, max_positions, rope_factors),
             tie_word_embeddings="output.weight" not in tensor_shapes,
@@ -259,7 +258,11 @@ def from_gguf(
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The content of a `config.json` from which `from_hf`, and Transformers, read the same model."""
+    """The content of a `config.json` from which `from_hf`, and Transformers, read the same model.
+
+    Raises BadModel, naming what differs, for a model that none can describe: a GGUF file tells by its tensors what a
+    `config.json` tells by its architecture.
+    """
     scaling = config.rope_scaling
     defaults = RopeScaling()
     rope: dict[str, Any] = {"rope_type": scaling.type, "rope_theta": config.rope_theta}
@@ -288,26 +291,30 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         content |= {"sliding_window": config.sliding_window, "use_sliding_window": True, "max_window_layers": 0}
     elif config.model_type == "mistral":
         content["sliding_window"] = None
+    again = from_hf(content)
+    if lost := [field.name for field in fields(config) if getattr(again, field.name) != getattr(config, field.name)]:
+        raise BadModel(
+            f"no config.json can describe this model: for {config.architecture} there are no words for its "
+            f"{', '.join(lost)}; serve its file as it is"
+        )
     return content
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
-    named = config.get("architectures") or []
-    if isinstance(named, str):
-        named = [named]
+    given = config.get("architectures") or []
+    named = [str(name) for name in (given if isinstance(given, list) else [given])]
     if not named:
         by_type = {kind: name for name, kind in ARCHITECTURES.items()}
         named = [by_type.get(str(config.get("model_type")), str(config.get("model_type")))]
     for name in named:
         if name in ARCHITECTURES:
-            return str(name)
-    asked = ", ".join(map(str, named))
-    raise BadModel(f"the architecture {asked} is not served; served are {', '.join(ARCHITECTURES)}")
+            return name
+    raise BadModel(f"the architecture {', '.join(named)} is not served; served are {', '.join(ARCHITECTURES)}")
 
 
 def _refuse_unserved(config: Mapping[str, Any]) -> None:
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "another library")
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "another library") if isinstance(quantized, Mapping) else quantized
         raise BadModel(f"this checkpoint is already quantized ({method}); give the original weights or a GGUF file")
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
@@ -316,43 +323,32 @@ def _refuse_unserved(config: Mapping[str, Any]) -> None:
         raise BadModel("encoder-decoder models are not served")
 
 
-def _positive(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = values.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, np.ndarray | list):  # GGUF may give one number a layer
-        if len({int(v) for v in value}) != 1:
-            raise BadModel(f"{key} differs between layers, which is not served")
-        value = int(value[0])
-    if value is None:
-        raise BadModel(f"the model's config lacks {key}")
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise BadModel(f"the model's {key} is {value!r}, not a positive whole number")
-    return value
+_WINDOW = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}
+"""The sliding window of a `config.json` that leaves it out, by model type; null is none."""
 
 
 def _sliding_window(config: Mapping[str, Any], kind: str, layers: int) -> int | None:
     """The window, if any layer has one."""
-    window = config.get("sliding_window")
-    if window is None or kind == "llama":
+    if kind == "llama" or (kind != "mistral" and not config.get("use_sliding_window", False)):
         return None
-    if kind != "mistral" and not config.get("use_sliding_window", False):
+    if config.get("sliding_window", _WINDOW.get(kind)) is None:
         return None
-    types = config.get("layer_types")
+    window = whole(config, "sliding_window", _WINDOW.get(kind))
+    types = told(config, "layer_types", list, "a list of names")
     if types is not None and kind != "mistral":
-        unknown = set(types) - {"full_attention", "sliding_attention"}
+        unknown = {str(name) for name in types} - {"full_attention", "sliding_attention"}
         if unknown:
             raise BadModel(f"layers of type {', '.join(sorted(unknown))} are not served (layer_types)")
-        return int(window) if "sliding_attention" in types else None
-    if kind in ("qwen2", "qwen3") and int(config.get("max_window_layers", 28)) >= layers:
+        return window if "sliding_attention" in types else None
+    if kind in ("qwen2", "qwen3") and whole(config, "max_window_layers", 28, least=0) >= layers:
         return None
-    return int(window)
+    return window
 
 
 def _no_rope_layers(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    listed = config.get("no_rope_layers")
+    listed = told(config, "no_rope_layers", list, "a list of 0 and 1")
     if listed is None:
-        interval = int(config.get("no_rope_layer_interval", 4))
+        interval = whole(config, "no_rope_layer_interval", 4)
         return tuple(int((i + 1) % interval != 0) for i in range(layers))
     if len(listed) < layers:
         raise BadModel(f"no_rope_layers has {len(listed)} entries for {layers} layers")
@@ -361,23 +357,31 @@ def _no_rope_layers(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
 
 def _rope(config: Mapping[str, Any], kind: str, max_positions: int) -> tuple[float, RopeScaling]:
     """Base period and scaling, from either spelling."""
-    parameters = dict(config.get("rope_scaling") or {})
-    parameters.update(config.get("rope_parameters") or {})
+    parameters: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        parameters |= told(config, key, Mapping, "an object with a rope_type") or {}
     nested = [key for key, value in parameters.items() if isinstance(value, Mapping)]
     if nested:
         raise BadModel(f"RoPE that differs between layers is not served ({', '.join(sorted(nested))})")
-    theta = parameters.pop("rope_theta", None) or config.get("rope_theta")
-    if theta is None:
-        theta = 2000000.0 if kind == "smollm3" else 10000.0
-    rotary = parameters.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    if float(rotary) != 1.0:
+    theta = _either(parameters, config, "rope_theta", 2000000.0 if kind == "smollm3" else 10000.0)
+    rotary = _either(parameters, config, "partial_rotary_factor", 1.0)
+    if rotary != 1.0:
         raise BadModel(f"RoPE on a part of each head is not served (partial_rotary_factor {rotary})")
     name = parameters.pop("rope_type", None) or parameters.get("type") or "default"
     parameters.pop("type", None)
     original = config.get("original_max_position_embeddings")
     if original is not None:
         parameters["original_max_position_embeddings"] = original
-    return float(theta), _scaling(str(name), parameters, max_positions)
+    return theta, _scaling(str(name), parameters, max_positions)
+
+
+def _either(parameters: dict[str, Any], config: Mapping[str, Any], key: str, default: float) -> float:
+    """A number above 0 that is taken out of `parameters`, or else is in `config`."""
+    found = [value for value in (parameters.pop(key, None), config.get(key)) if value is not None]
+    return above_zero({key: found[0]}, key, default) if found else default
+
+
+_ZERO_IS_NONE = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 def _scaling(name: str, parameters: Mapping[str, Any], max_positions: int) -> RopeScaling:
@@ -386,7 +390,8 @@ def _scaling(name: str, parameters: Mapping[str, Any], max_positions: int) -> Ro
     if name == "default":
         return RopeScaling()
     allowed = set(RopeScaling.__dataclass_fields__)
-    given = {key: value for key, value in parameters.items() if value is not None}
+    # 0 is as if there were none, where Transformers has it so.
+    given = {k: v for k, v in parameters.items() if v is not None and not (k in _ZERO_IS_NONE and v == 0)}
     surplus = sorted(set(given) - allowed)
     if surplus:
         raise BadModel(f"the RoPE scaling {name} has parameters that are not served: {', '.join(surplus)}")
@@ -394,19 +399,16 @@ def _scaling(name: str, parameters: Mapping[str, Any], max_positions: int) -> Ro
     missing = sorted(needed - set(given))
     if missing:
         raise BadModel(f"the RoPE scaling {name} lacks {', '.join(missing)}")
-    if not (isinstance(given["factor"], int | float) and math.isfinite(given["factor"]) and given["factor"] > 0):
-        raise BadModel(f"the RoPE scaling {name} has the factor {given['factor']}, which is no positive number")
     if name in ("llama3", "yarn"):
         given.setdefault("original_max_position_embeddings", max_positions)
+    for key in given:
+        if key == "original_max_position_embeddings":
+            given[key] = whole(given, key)
+        elif key != "truncate":
+            given[key] = above_zero(given, key, 0.0, of=f"the RoPE scaling {name}")
+    if "truncate" in parameters:  # null is no, where none at all is yes
+        given["truncate"] = bool(told(parameters, "truncate", bool, "true or false"))
     return RopeScaling(type=name, **given)
-
-
-def _real(values: Mapping[str, Any], key: str, default: float) -> float:
-    """A number of a GGUF file. Raises BadModel."""
-    value = values.get(key, default)
-    if not isinstance(value, int | float):
-        raise BadModel(f"{key} must be a number, not {value!r}")
-    return float(value)
 
 
 def _gguf_rope(
@@ -416,13 +418,13 @@ def _gguf_rope(
     if factors is not None:
         return _llama3_from_factors(factors, theta, head_dim)
     if name == "none" and "rope.scale_linear" in values:  # the spelling before 2023-11
-        return _scaling("linear", {"factor": _real(values, "rope.scale_linear", 1.0)}, max_positions)
-    factor = _real(values, "rope.scaling.factor", 0.0) or 1.0  # 0 is how GGUF's own writer says none
+        return _scaling("linear", {"factor": real(values, "rope.scale_linear", 1.0)}, max_positions)
+    factor = real(values, "rope.scaling.factor", 0.0) or 1.0  # 0 is how GGUF's own writer says none
     if name == "none" or (name == "linear" and factor == 1.0):
         return RopeScaling()
     magnitude = None
     if "rope.scaling.attn_factor" in values:  # multiplies YaRN's own, where Transformers' stands instead of it
-        magnitude = _real(values, "rope.scaling.attn_factor", 1.0) * (1.0 + 0.1 * math.log(max(factor, 1.0)))
+        magnitude = real(values, "rope.scaling.attn_factor", 1.0) * (1.0 + 0.1 * math.log(max(factor, 1.0)))
     parameters = {
         "factor": factor,
         "original_max_position_embeddings": values.get("rope.scaling.original_context_length"),
@@ -439,12 +441,12 @@ def _llama3_from_factors(factors: Sequence[float], theta: float, head_dim: int) 
     GGUF keeps only the divisors. All published models of this kind share three of the four parameters, so the one
     that differs is the largest divisor; whatever does not reproduce the tensor is refused.
     """
-    scaling = RopeScaling("llama3", float(max(factors)), 8192, 1.0, 4.0)
+    scaling = RopeScaling("llama3", float(max(factors, default=1.0)), 8192, 1.0, 4.0)
     expected = llama3_divisors(scaling, theta, head_dim)
     close = len(expected) == len(factors) and all(
         math.isclose(a, b, rel_tol=1e-3) for a, b in zip(expected, factors, strict=True)
     )
-    if not close:
+    if not (close and math.isfinite(scaling.factor)):
         raise BadModel("the GGUF file's rope_freqs.weight are not those of a Llama 3 scaling, no other is served")
     return scaling
 
@@ -474,4 +476,10 @@ def _checked(config: ModelConfig) -> ModelConfig:
         )
     if config.head_dim % 2:
         raise BadModel(f"RoPE needs an even head_dim, not {config.head_dim}")
+    scaling = config.rope_scaling
+    if scaling.type == "yarn" and config.rope_theta <= 1.0:
+        raise BadModel(f"the RoPE scaling yarn needs a rope_theta above 1, not {config.rope_theta}")
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if scaling.type == "llama3" and low is not None and high is not None and high <= low:
+        raise BadModel(f"the RoPE scaling llama3 needs a high_freq_factor above its low_freq_factor {low}, not {high}")
     return config

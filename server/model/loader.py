@@ -114,10 +114,14 @@ def _load(
     settings = checkpoint.effective(wanted)
     vocabulary = checkpoint.vocabulary()
     _check_vocabulary(vocabulary, checkpoint.config)
+    opened = tuple(checkpoint.notes)
     digests = Digests(cache_dir)
     source_digest = checkpoint.digest(digests)
     key = {"source": source_digest, "quantization": settings.describe(), "layout": backend.layout}
     packed = None if cache_dir is None else open_packed(packed_path(cache_dir, key), key, digests)
+    matrices = checkpoint.config.linear_shapes() | checkpoint.config.table_shapes()
+    if packed is not None and packed.weights.keys() != matrices.keys():
+        packed = None  # an earlier version took these files for another model
     if packed is None and cache_dir is not None:
         packed = _cached(checkpoint, settings, backend, cache_dir, key, digests, progress)
     if packed is None:
@@ -131,7 +135,7 @@ def _load(
         tensors=packed.tensors,
         vocabulary=vocabulary,
         backend=backend,
-        notes=(*packed.notes, *checkpoint.config.notes),
+        notes=tuple(dict.fromkeys((*opened, *packed.notes, *checkpoint.config.notes))),
         quantization=settings.describe(),
     )
 
@@ -158,6 +162,7 @@ def quantize_folder(
         raise Conflict(f"{target} exists already; give another place or remove it first", "target")
     checkpoint = open_checkpoint(source)
     settings = checkpoint.effective(Quantization(quantization, group_size, double_quant, table_bits))
+    described = to_hf(checkpoint.config)
     vocabulary = checkpoint.vocabulary()
     _check_vocabulary(vocabulary, checkpoint.config)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -165,7 +170,7 @@ def quantize_folder(
         with _writing(target):
             partial.mkdir(parents=True)
             summary = _write_shards(checkpoint, settings, partial, progress)
-            write_json(partial / "config.json", to_hf(checkpoint.config))
+            write_json(partial / "config.json", described)
             write_folder(vocabulary, partial)
             os.replace(partial, target)
     except BaseException:
@@ -252,8 +257,11 @@ def _cached(
     digests: Digests,
     progress: Progress | None,
 ) -> Packed | None:
-    """Pack into the cache and map it; None, with a log line, where it cannot be written."""
-    path = packed_path(directory, key)
+    """Pack into the cache and map it; None, with a log line, where it cannot be written.
+
+    Only what reading the weights tells is noted there: what opening the source does is told at each start.
+    """
+    path, opened = packed_path(directory, key), len(checkpoint.notes)
     try:
         counter = _Counter("loading", checkpoint.config, progress)
         with PackedWriter(path, key) as writer:
@@ -262,7 +270,7 @@ def _cached(
                 counter.add(weight)
             for name, tensor in checkpoint.tensors():
                 writer.add_tensor(name, tensor)
-            writer.finish(tuple(checkpoint.notes))
+            writer.finish(tuple(checkpoint.notes[opened:]))
         return open_packed(path, key, digests)
     except OSError as error:
         log.warning("the packed cache cannot be written, the base is kept in memory: %s", error)
@@ -294,6 +302,7 @@ class _Counter:
 
 
 def _check_vocabulary(vocabulary: Vocabulary, config: ModelConfig) -> None:
-    highest = max(vocabulary.tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    if highest >= config.vocab_size:
-        raise BadModel(f"the tokenizer has tokens up to {highest}, the model's table ends before {config.vocab_size}")
+    if vocabulary.size > config.vocab_size:
+        raise BadModel(
+            f"the tokenizer has tokens up to {vocabulary.size - 1}, the model's table ends before {config.vocab_size}"
+        )

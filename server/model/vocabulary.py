@@ -7,6 +7,7 @@ are made of it (engine/text.py).
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ class Vocabulary:
     special: dict[str, int]
     add_bos: bool
     eos_id: int
+
+    @functools.cached_property
+    def size(self) -> int:
+        """The highest id and one more: ids may have holes, so it is not how many tokens there are."""
+        return _size(self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -78,11 +84,22 @@ PRE_TOKENIZERS: Mapping[str, _Split] = {
 """`tokenizer.ggml.pre` -> how the tokenizer that the model was trained with cuts text."""
 
 
+_ENDS = frozenset(
+    {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<|end|>"}
+)
+"""Tokens that end an answer whether the file names them or not, as with llama.cpp: it names one or two, where the
+generation_config.json of a folder names all, and an answer would run on past the others."""
+_ENDS_IF_CONTROL = _ENDS | {"</s>", "<eos>", "<EOT>", "<｜end▁of▁sentence｜>"}
+"""Those, and some that are text in other vocabularies, such as HTML's tags, and end an answer where they are control
+tokens."""
+
+
 def from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
     """The vocabulary of a GGUF file.
 
     Raises BadModel for a tokenizer or pre-tokenizer that is not known, by name, and for one that is not whole.
-    `tokenizer.ggml.add_eos_token` is not read: it is for training, and a prompt that ends so has no answer.
+    `tokenizer.ggml.add_eos_token` is not read: it is for training, and a prompt that ends so has no answer. Tokens that
+    are known as ends are ends, too, unless the file has one for what is unknown, as SmolLM2's has.
     """
     kind = _told(metadata, "tokenizer.ggml.model", str, None)
     if kind not in ("gpt2", "llama"):
@@ -97,17 +114,20 @@ def from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
         tokenizer, add_bos = make(metadata, tokens, types)
     except KeyError as error:
         raise BadModel(f"the GGUF file lacks {error.args[0]}") from error
-    tokenizer.add_special_tokens(_added(tokens, types, (CONTROL, UNKNOWN), special=True))
-    defined = _added(tokens, types, (USER_DEFINED,), special=False)
-    tokenizer.add_tokens([token for token in defined if not is_spaces(token.content)])
-    ids = {name: _listed_id(metadata, f"tokenizer.ggml.{name}_token_id", len(tokens)) for name in ("bos", "eos", "eot")}
+    named = ("bos", "eos", "eot", "eom")
+    ids = {name: _listed_id(metadata, f"tokenizer.ggml.{name}_token_id", len(tokens)) for name in named}
+    ends = {i for i in (ids["eos"], ids["eot"], ids["eom"]) if i is not None}
+    if ends:
+        ends |= _known_ends(tokens, types) - {_told(metadata, "tokenizer.ggml.unknown_token_id", int, None)}
     # An end token that the file lists as ordinary would be shown to people and parsed in their texts.
-    named = [AddedToken(tokens[i], special=True, normalized=False) for i in ids.values() if i is not None]
-    tokenizer.add_special_tokens(named)
+    special = ends | {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN) or i == ids["bos"]}
+    defined = [i for i, kind in enumerate(types) if kind == USER_DEFINED and i not in special]
+    tokenizer.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in sorted(special)])
+    tokenizer.add_tokens([AddedToken(tokens[i], normalized=False) for i in defined if not is_spaces(tokens[i])])
     return _checked(
         tokenizer,
         chat_template=_told(metadata, "tokenizer.chat_template", str, None),
-        eos_ids={i for i in (ids["eos"], ids["eot"]) if i is not None},
+        eos_ids=ends,
         eos_id=ids["eos"],
         bos_id=ids["bos"],
         add_bos=bool(_told(metadata, "tokenizer.ggml.add_bos_token", bool, add_bos)),
@@ -189,7 +209,7 @@ def _checked(
     bos_id: int | None,
     add_bos: bool,
 ) -> Vocabulary:
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    size = _size(tokenizer)
     eos_ids = {i for i in eos_ids if 0 <= i < size}
     if not eos_ids:
         raise BadModel("the model does not say which token ends a text (eos_token_id)")
@@ -198,6 +218,10 @@ def _checked(
     special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
     end = eos_id if eos_id in eos_ids else min(eos_ids)
     return Vocabulary(tokenizer, chat_template, frozenset(eos_ids), bos_id, special, add_bos, end)
+
+
+def _size(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
@@ -289,12 +313,12 @@ def _spelled(token: str) -> str:
     return "".join(piece for piece, _ in pieces)
 
 
-def _added(tokens: Sequence[str], types: Sequence[int], kinds: Sequence[int], *, special: bool) -> list[AddedToken]:
-    return [
-        AddedToken(token, special=special, normalized=False)
-        for token, kind in zip(tokens, types, strict=True)
-        if kind in kinds
-    ]
+def _known_ends(tokens: Sequence[str], types: Sequence[int]) -> set[int]:
+    return {
+        i
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if (kind == CONTROL and token in _ENDS_IF_CONTROL) or (kind == USER_DEFINED and token in _ENDS)
+    }
 
 
 def _instead(folder: Path) -> str:

@@ -23,7 +23,8 @@ _MAY_PASS = frozenset({408, 425, 429})  # of the statuses below 500
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "task.json", "README.md"]
-_INDEXES = {"loramux.json": "files", "model.safetensors.index.json": "weight_map"}
+_WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+_INDEXES = {"loramux.json": "files", _WEIGHTS_INDEX: "weight_map"}
 """Files that name the files of weights, the one that rules first, and the key that they have them under."""
 
 
@@ -75,13 +76,15 @@ def fetch_model(hub_id: str, directory: Path) -> Path:
 def _missing(folder: Path) -> list[str]:
     """Names of the files that a base needs and `folder` lacks."""
     index = next((name for name in _INDEXES if (folder / name).is_file()), None)
-    weights = ["model.safetensors"]
+    weights = [_WEIGHTS]
     if index is not None:
         try:
             named = json.loads((folder / index).read_text(encoding="utf-8"))[_INDEXES[index]]
             weights = sorted(set(map(str, named.values() if isinstance(named, dict) else named)))
         except (ValueError, KeyError, TypeError):
             return [f"a list of files in {index}"]
+    if index == _WEIGHTS_INDEX and (folder / _WEIGHTS).is_file():
+        weights = [_WEIGHTS]  # one whole file is read alone, and the index is of an earlier save
     # Reading the folder has better words for a tokenizer in another form.
     tokenizer = "tokenizer.model" if (folder / "tokenizer.model").is_file() else "tokenizer.json"
     return [name for name in ("config.json", tokenizer, *weights) if not (folder / name).is_file()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -312,3 +313,32 @@ def test_sentencepiece_texts_come_back_token_by_token(spm: Text, parts: list[str
         rest = b"".join(spm.token_bytes(i) for i in ids[cut:] if not spm.is_special(i))
         alone = "".join(shown(spm, ids[cut:], begins))
         assert said.endswith(alone) or b"\x80" <= rest[:1] < b"\xc0", "an answer that begins within a character"
+
+
+LLAMA3_ENDS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
+LLAMA3_CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def test_a_gguf_that_names_the_end_of_texts_alone_ends_turns_by_its_template() -> None:
+    state = json.loads(bpe(LLAMA3_ENDS).to_str())["model"]
+    tokens = sorted(state["vocab"], key=state["vocab"].get)
+    vocabulary = from_gguf(
+        {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [3 if token in LLAMA3_ENDS else 1 for token in tokens],
+            "tokenizer.ggml.merges": [" ".join(pair) for pair in state["merges"]],
+            "tokenizer.ggml.bos_token_id": 0,
+            "tokenizer.ggml.eos_token_id": 4,
+            "tokenizer.chat_template": LLAMA3_CHAT,
+        }
+    )
+    text = Text(vocabulary)
+    assert vocabulary.eos_ids == {3, 4} and text.eos_id == 4
+    assert text.end_of_turn == 3, "what the template puts after an answer ends one"
+    assert text.encode_example("{input}", "chat", None, "hello", "po")[0][-1] == 3

@@ -20,6 +20,15 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
+QWEN3: dict[str, Any] = {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "sliding_window": 64}
+YARN: dict[str, Any] = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 GGUF: dict[str, Any] = {
     "general.architecture": "llama",
     "llama.block_count": 2,
@@ -124,6 +133,38 @@ def test_both_spellings_of_rope(old: dict[str, Any] | None, new: RopeScaling) ->
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),
         ({"head_dim": 15}, "head_dim"),
+        # Values of another type than they have anywhere:
+        ({"architectures": 5}, "architecture 5 is not served"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "is not served"),
+        ({"hidden_size": ["64"]}, "hidden_size is '64'"),
+        ({"hidden_size": []}, "hidden_size"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a number, not None"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps 0.0, which is no positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan"),
+        ({"rope_theta": "x"}, "rope_theta must be a number, not 'x'"),
+        ({"rope_theta": -1}, "rope_theta -1.0, which is no positive number"),
+        ({"rope_theta": 10**400}, "rope_theta is too large"),
+        ({"partial_rotary_factor": "x"}, "partial_rotary_factor must be a number"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear', not an object"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a number"),
+        ({"rope_scaling": {"type": "linear", "factor": True}}, "factor must be a number"),
+        ({"rope_scaling": {"type": "linear", "factor": float("inf")}}, "no positive number"),
+        ({"quantization_config": "gptq"}, r"already quantized \(gptq\)"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": "x"}, "sliding_window is 'x'"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window is 0"),
+        (QWEN3 | {"max_window_layers": "x"}, "max_window_layers is 'x', not a whole number of at least 0"),
+        (QWEN3 | {"layer_types": 5}, "layer_types is 5, not a list"),
+        (QWEN3 | {"layer_types": [{}]}, "not served"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": 3}, "no_rope_layers is 3, not a list"),
+        # Numbers of which no rotation can be made:
+        (YARN | {"rope_theta": 1}, "rope_theta above 1"),
+        ({"rope_scaling": YARN["rope_scaling"] | {"attention_factor": "1"}}, "attention_factor must be a number"),
+        ({"rope_scaling": YARN["rope_scaling"] | {"beta_fast": "x"}}, "beta_fast must be a number"),
+        ({"rope_scaling": YARN["rope_scaling"] | {"truncate": "no"}}, "truncate is 'no', not true or false"),
+        (YARN | {"original_max_position_embeddings": "x"}, "original_max_position_embeddings is 'x'"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor above its low_freq_factor 1.0"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 0}}, "low_freq_factor 0.0, which is no positive number"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(change: dict[str, Any], said: str) -> None:
@@ -143,6 +184,39 @@ def test_a_sliding_window_ends_the_context_and_says_so() -> None:
     assert from_hf(saved("Qwen2", sliding_window=64)).context_length == 512
     with pytest.raises(BadModel, match="chunked_attention"):
         from_hf(LLAMA | qwen | {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["chunked_attention"] * 8})
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "Qwen3"])
+def test_a_sliding_window_that_is_left_out_is_not_one_that_is_null(kind: str) -> None:
+    changes = {"max_position_embeddings": 32768, "use_sliding_window": True, "max_window_layers": 0}
+    left_out = LLAMA | changes | {"architectures": [f"{kind}ForCausalLM"], "num_key_value_heads": 2}
+    told = {name: value for name, value in left_out.items() if name != "architectures"}
+    assert getattr(transformers, f"{kind}Config")(**told).sliding_window == 4096
+    assert from_hf(left_out).context_length == from_hf(left_out).sliding_window == 4096
+    assert "sliding window" in from_hf(left_out).notes[0]
+    null = from_hf(left_out | {"sliding_window": None})
+    assert null.sliding_window is None and null.context_length == 32768
+    if kind != "Mistral":
+        assert from_hf(left_out | {"use_sliding_window": False}).context_length == 32768
+        assert from_hf(left_out | {"max_window_layers": 8}).context_length == 32768
+
+
+@pytest.mark.parametrize("truncate", [None, False, True, "left out"])
+def test_yarn_truncates_as_transformers_does(truncate: object) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from server.model.rope import frequencies
+
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "mscale": 0}
+    scaling |= {} if truncate == "left out" else {"truncate": truncate}
+    config = from_hf(LLAMA | {"head_dim": 64, "rope_parameters": scaling | {"rope_theta": 10000.0}})
+    assert config.rope_scaling.truncate is (truncate in (True, "left out"))
+    named = {k: v for k, v in LLAMA.items() if k != "architectures"}
+    theirs = transformers.LlamaConfig(**named, head_dim=64, rope_parameters=scaling | {"rope_theta": 10000.0})
+    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, device="cpu")
+    ours, magnitude = frequencies(config)
+    assert ours.tolist() == pytest.approx(expected.tolist(), rel=1e-5) and magnitude == pytest.approx(factor)
+    assert from_hf(to_hf(config)) == config
 
 
 def test_layers_without_rope() -> None:
@@ -177,11 +251,36 @@ def test_gguf_metadata() -> None:
         ({"llama.attention.value_length": 8}, "value_length"),
         ({"llama.attention.head_count_kv": np.array([2, 4], np.uint32)}, "differs between layers"),
         ({"llama.rope.scaling.type": "longrope"}, "longrope"),
+        ({"llama.rope.freq_base": 0.0}, "no positive number"),
+        ({"llama.attention.layer_norm_rms_epsilon": "x"}, "layer_norm_rms_epsilon must be a number"),
+        ({"llama.attention.sliding_window": "x"}, "sliding_window is 'x'"),
+        ({"llama.attention.value_length": np.array([16, 8], np.uint32)}, "differs between layers"),
     ],
 )
 def test_gguf_that_is_not_served(change: dict[str, Any], said: str) -> None:
     with pytest.raises(BadModel, match=said):
         from_gguf(GGUF | change, TABLE)
+
+
+BIASES = {f"blk.0.attn_{part}.bias": (64,) for part in "qkv"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "said"),
+    [
+        ({}, BIASES, "LlamaForCausalLM there are no words for its output_bias"),
+        ({}, {"blk.0.attn_q_norm.weight": (16,)}, "qk_norm"),
+        ({"llama.attention.sliding_window": 64}, {"blk.0.ffn_down.bias": (64,)}, "MistralForCausalLM.*mlp_bias"),
+    ],
+)
+def test_what_no_config_json_can_say_is_not_written(
+    changes: dict[str, Any], tensors: dict[str, tuple[int, ...]], said: str
+) -> None:
+    config = from_gguf(GGUF | changes, TABLE | tensors)
+    with pytest.raises(BadModel, match=said):
+        to_hf(config)
+    both = {"blk.0.attn_output.bias": (64,), "blk.0.ffn_down.bias": (64,)}
+    assert from_hf(to_hf(from_gguf(GGUF, TABLE | BIASES | both))) == from_gguf(GGUF, TABLE | BIASES | both)
 
 
 def test_gguf_rope_scaling() -> None:
@@ -211,8 +310,9 @@ def test_llama3_scaling_is_found_in_the_divisors_that_gguf_keeps(factor: float) 
     divisors = llama3_divisors(scaling, 500000.0, 16)
     metadata = GGUF | {"llama.rope.freq_base": 500000.0}
     assert from_gguf(metadata, TABLE, divisors).rope_scaling == scaling
-    with pytest.raises(BadModel, match="rope_freqs"):
-        from_gguf(metadata, TABLE, [d * 1.1 for d in divisors])
+    for wrong in ([d * 1.1 for d in divisors], [], [math.inf] * 8, [math.nan] * 8):
+        with pytest.raises(BadModel, match="rope_freqs"):
+            from_gguf(metadata, TABLE, wrong)
 
 
 def test_llama3_divisors_are_those_of_transformers() -> None:

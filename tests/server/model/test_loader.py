@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from server.errors import BadModel, BadSetting, Conflict
 from server.kernels.reference import Reference
 from server.kernels.stored import dequantize_stored
+from server.model.config import ModelConfig
 from server.model.loader import Base, load_base, quantize_folder
 from server.model.packed_file import PackedWriter
 from server.model.quantization import bits, quantize
@@ -130,6 +131,76 @@ def test_tied_tables_are_one_even_if_the_file_has_both(tmp_path: Path, tiny_voca
     tensors |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
     save_file(tensors, tmp_path / "model.safetensors")
     assert "lm_head" not in load(tmp_path).weights
+
+
+def test_a_head_that_differs_from_the_embedding_is_read_whatever_the_config_says(
+    tmp_path: Path, tiny_vocabulary: Vocabulary
+) -> None:
+    """Transformers unties them too. Such folders are left by training and merging."""
+    source = saved(tmp_path / "m", "Qwen2", tiny_vocabulary, tie_word_embeddings=True)
+    tensors = load_file(source / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 0.25
+    save_file(tensors | {"lm_head.weight": head}, source / "model.safetensors", metadata={"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert torch.equal(theirs.lm_head.weight, head)
+    base = load(source, quantization="none")
+    assert torch.equal(base.weights["lm_head"].tensors["codes"], head)
+    table = base.weights["model.embed_tokens"].tensors["codes"]
+    assert torch.equal(table, tensors["model.embed_tokens.weight"]) and not base.config.tie_word_embeddings
+    [note] = base.notes
+    assert note.startswith("config.json ties lm_head.weight to model.embed_tokens.weight, but the two differ")
+    quantize_folder(source, tmp_path / "q")
+    assert same(load(source), load(tmp_path / "q")) and load(tmp_path / "q").notes == base.notes
+
+    # Tables in other types are compared by their values, and those of other sizes are two.
+    embedding = tensors["model.embed_tokens.weight"].bfloat16()
+    as_stored = tensors | {"model.embed_tokens.weight": embedding}
+    save_file(as_stored | {"lm_head.weight": embedding.float()}, source / "model.safetensors")
+    assert "lm_head" not in load(source).weights and load(source).notes == ()
+    save_file(as_stored | {"lm_head.weight": head[:-1].clone()}, source / "model.safetensors")
+    with pytest.raises(BadModel, match=r"lm_head\.weight has the shape \[299, 128\]"):
+        load(source)
+
+
+def test_tied_tables_may_be_stored_under_the_name_of_the_head(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    saved(tmp_path, "Llama", tiny_vocabulary, tie_word_embeddings=True)
+    first = load(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    base = load(tmp_path)
+    assert same(first, base) and base.config.tie_word_embeddings and base.notes == ()
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(BadModel, match=r"lacks model\.embed_tokens\.weight"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("shards", ["left", "gone"])
+def test_one_whole_file_is_read_and_not_the_parts_of_an_earlier_save(
+    tmp_path: Path, tiny_vocabulary: Vocabulary, shards: str
+) -> None:
+    source, cache = saved(tmp_path / "m", "Llama", tiny_vocabulary, "200KB"), tmp_path / "cache"
+    parts = list(source.glob("model-*.safetensors"))
+    model = tiny_model("Llama")
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    save_file(dict(model.state_dict()), source / "model.safetensors", metadata={"format": "pt"})
+    if shards == "gone":
+        for part in parts:
+            part.unlink()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert torch.equal(theirs.lm_head.weight, model.lm_head.weight)
+    base = load(source, quantization="none")
+    assert torch.equal(base.weights["lm_head"].tensors["codes"], model.lm_head.weight)
+    [note] = load(source, cache_dir=cache).notes
+    assert note.startswith("model.safetensors is read; model.safetensors.index.json beside it")
+    assert load(source, cache_dir=cache).notes == base.notes == (note,)
+    (source / "model.safetensors.index.json").unlink()
+    again = load(source, cache_dir=cache)
+    assert again.id == load(source).id and again.notes == ()
+    assert load(source, quantization="none").id == base.id, "the index was no part of it"
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
@@ -310,9 +381,33 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, tiny_vocabulary: Vocabulary) 
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+def test_a_cache_of_another_reading_of_the_same_files_is_made_again(
+    tmp_path: Path, tiny_vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache = saved(tmp_path / "m", "Llama", tiny_vocabulary), tmp_path / "cache"
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelConfig, "table_shapes", lambda c: {"model.embed_tokens": (c.vocab_size, c.hidden_size)})
+        patched.setattr("server.model.checkpoint._check_names", lambda *_: None)
+        assert "lm_head" not in load(source, cache_dir=cache).weights
+    assert same(load(source, cache_dir=cache), load(source))
+
+
+def test_a_gguf_of_which_no_config_json_can_tell_is_not_quantized_to_a_folder(
+    tmp_path: Path, tiny_vocabulary: Vocabulary
+) -> None:
+    """Qwen2's tensors, whose o_proj has no bias, in a file that says it is a llama."""
+    path = to_gguf(tmp_path / "m.gguf", "Qwen2", tiny_vocabulary, TYPES.F32, TYPES.F32)
+    path.write_bytes(path.read_bytes().replace(b"qwen2", b"llama"))
+    assert load(path).config.architecture == "LlamaForCausalLM"
+    with pytest.raises(BadModel, match="output_bias; serve its file as it is"):
+        quantize_folder(path, tmp_path / "q")
+    assert [found.name for found in tmp_path.iterdir()] == ["m.gguf"]
+
+
 @pytest.mark.parametrize("named", [3, [], ["model.safetensors"], "model.safetensors", None])
 def test_an_index_that_names_no_files(tmp_path: Path, tiny_vocabulary: Vocabulary, named: object) -> None:
     source = saved(tmp_path / "m", "Llama", tiny_vocabulary)
+    (source / "model.safetensors").rename(source / "model-00001-of-00001.safetensors")
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
     with pytest.raises(BadModel, match=r"model\.safetensors\.index\.json is not whole: its weight_map"):
         load(source)

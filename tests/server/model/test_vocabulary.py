@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+from server.engine.text import Text
 from server.errors import BadModel
 from server.model.vocabulary import PRE_TOKENIZERS, Vocabulary, from_folder, from_gguf, write_folder
 
@@ -54,6 +55,7 @@ def trained() -> dict[str, Any]:
         "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.chat_template": "{{ messages }}",
     }
 
@@ -102,6 +104,30 @@ def test_special_and_added_tokens(trained: dict[str, Any]) -> None:
     more = from_gguf(trained | {"tokenizer.ggml.eot_token_id": 0, "tokenizer.ggml.add_bos_token": True})
     assert more.eos_ids == frozenset({0, 2}) and more.add_bos
     assert from_gguf(trained | {"tokenizer.ggml.pre": "llama-bpe"}).add_bos
+
+
+def test_tokens_known_as_ends_are_ends_though_the_file_names_one(trained: dict[str, Any]) -> None:
+    assert from_gguf(trained).eos_ids == {2}, "the file has <|endoftext|> for what is unknown"
+    told = {key: value for key, value in trained.items() if key != "tokenizer.ggml.unknown_token_id"}
+    for eos in (0, 2):
+        vocabulary = from_gguf(told | {"tokenizer.ggml.eos_token_id": eos})
+        assert (vocabulary.eos_ids, vocabulary.eos_id) == (frozenset({0, 2}), eos)
+    think = len(trained["tokenizer.ggml.tokens"]) - 1
+    assert from_gguf(trained | {"tokenizer.ggml.eom_token_id": 1}).eos_ids == {1, 2}
+    for name, kind, ends in [
+        ("<|eot_id|>", 3, True),
+        ("<|end|>", 4, True),
+        ("<|end|>", 1, False),
+        ("</s>", 3, True),
+        ("</s>", 4, False),
+    ]:
+        tokens, types = list(trained["tokenizer.ggml.tokens"]), list(trained["tokenizer.ggml.token_type"])
+        tokens[think], types[think] = name, kind
+        vocabulary = from_gguf(trained | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types})
+        assert (think in vocabulary.eos_ids) is ends, (name, kind)
+        assert (name in vocabulary.special) is ends, "an end is not shown"
+        if kind != 1:
+            assert vocabulary.tokenizer.encode(f"a{name}").ids[-1] == think
 
 
 def test_an_end_token_listed_as_ordinary_is_special_all_the_same(trained: dict[str, Any]) -> None:
@@ -156,6 +182,20 @@ def test_folder_files(tmp_path: Path, trained: dict[str, Any]) -> None:
     assert from_folder(tmp_path).eos_id == 2, "and not the smallest"
     (tmp_path / "chat_template.jinja").write_text("J")
     assert from_folder(tmp_path).chat_template == "J"
+
+
+def test_ids_with_a_hole_lose_no_end_token(tmp_path: Path, trained: dict[str, Any]) -> None:
+    folder(tmp_path, from_gguf(trained), eos_token="<|im_end|>")
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    for added in saved["added_tokens"]:
+        added["id"] = 900 if added["content"] == "<|im_end|>" else added["id"]
+    saved["model"]["vocab"]["<|im_end|>"] = 900
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 900}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [900, 901, -1, 0]}))
+    vocabulary = from_folder(tmp_path)
+    assert (vocabulary.eos_ids, vocabulary.eos_id) == (frozenset({0, 900}), 900)
+    assert vocabulary.size == 901 == Text(vocabulary).size
 
 
 def test_folder_chat_templates_by_name(tmp_path: Path, trained: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from server.errors import InvalidRequest, NoCapacity
 from server.sources import Sources
+from server.sources.hub import _missing
 
 COMMIT = "c" * 40
 FILES = {
@@ -192,3 +193,17 @@ async def test_what_comes_too_late_is_taken_away(tmp_path: Path, monkeypatch: py
     while list((tmp_path / "scratch").iterdir()):
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def test_a_folder_is_whole_with_the_files_that_loading_reads(tmp_path: Path) -> None:
+    """The one whole file rules over an index beside it, and what `loramux quantize` wrote over both."""
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    assert _missing(tmp_path) == ["model.safetensors"]
+    weight_map = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert _missing(tmp_path) == ["model-1.safetensors", "model-2.safetensors"]
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert _missing(tmp_path) == []
+    (tmp_path / "loramux.json").write_text(json.dumps({"files": ["weights-00001.safetensors"]}))
+    assert _missing(tmp_path) == ["weights-00001.safetensors"]
