@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +20,38 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
-class Pair:
-    """`{"input", "output"}`: the input goes into the task's prompt template, the output is learned."""
+class _Placed:
+    """Where an example stands in its file: in which line, or as which entry of a list; `unit` says which."""
 
     line: int
+    unit: str = field(default="line", kw_only=True)
+
+    @property
+    def place(self) -> str:
+        """For people: `line 3`, `entry 3`."""
+        return f"{self.unit} {self.line}"
+
+
+@dataclass(frozen=True)
+class Pair(_Placed):
+    """`{"input", "output"}`: the input goes into the task's prompt template, the output is learned."""
+
     input: str
     output: str
 
 
 @dataclass(frozen=True)
-class Completion:
+class Completion(_Placed):
     """`{"prompt", "completion"}`: the text as it is, the completion is learned."""
 
-    line: int
     prompt: str
     completion: str
 
 
 @dataclass(frozen=True)
-class Chat:
+class Chat(_Placed):
     """`{"messages"}`: a conversation; what the assistant says is learned, but for messages of weight 0."""
 
-    line: int
     messages: tuple[dict[str, Any], ...]
 
 
@@ -110,7 +120,7 @@ def _from_list(text: str, name: str) -> Iterator[Record]:
     except (ValueError, RecursionError) as error:
         raise InvalidData(f"{name} is no valid JSON: {error}") from error
     for number, entry in enumerate(entries, 1):
-        yield record(entry, number, f"{name}, entry {number}")
+        yield record(entry, number, name, "entry")
 
 
 def _from_lines(text: str, name: str) -> Iterator[Record]:
@@ -124,22 +134,27 @@ def _from_lines(text: str, name: str) -> Iterator[Record]:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InvalidData(f"{where}: no valid JSON ({error})") from error
-        yield record(entry, number, where)
+        yield record(entry, number, name)
 
 
-def record(entry: object, number: int, where: str) -> Record:
-    """One example from its JSON value. Raises InvalidData, which begins with `where`."""
+def record(entry: object, number: int, name: str, unit: str = "line") -> Record:
+    """One example from its JSON value, the `number`th line or other `unit` of the file. Raises InvalidData, which
+    begins with the file's name and that place.
+    """
+    where = f"{name}, {unit} {number}"
     if not isinstance(entry, dict):
         raise InvalidData(f"{where}: an example is an object, not {type(entry).__name__}")
     keys = set(entry)
     if "messages" in keys:
-        return Chat(number, tuple(_messages(entry["messages"], where)))
+        _refuse_tools(entry, ("tools", "functions"), where)
+        return Chat(number, tuple(_messages(entry["messages"], where)), unit=unit)
     for first, second in (("input", "output"), ("prompt", "completion")):
         if first in keys or second in keys:
             given, learned = _string(entry, first, where), _string(entry, second, where)
             if not learned.strip():
                 raise InvalidData(f"{where}: {second!r} is empty; there is nothing to learn")
-            return Pair(number, given, learned) if first == "input" else Completion(number, given, learned)
+            form = Pair if first == "input" else Completion
+            return form(number, given, learned, unit=unit)
     shown = ", ".join(sorted(map(str, keys))[:8]) or "nothing"
     raise InvalidData(
         f"{where}: it has {shown}; an example has 'input' and 'output', or 'prompt' and 'completion', or 'messages'"
@@ -164,6 +179,14 @@ def _written(text: str, what: str, where: str) -> str:
     return text
 
 
+def _refuse_tools(value: dict[str, Any], keys: Sequence[str], where: str) -> None:
+    """What an example has beside text would be dropped without a word, and an answer learned that nobody gave."""
+    for key in keys:
+        if value.get(key):
+            raise InvalidData(f"{where}: {key!r} cannot be learned; give what is said as text in 'content', or leave "
+                              "the example out")  # fmt: skip
+
+
 def _messages(value: object, where: str) -> Iterator[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise InvalidData(f"{where}: 'messages' must be a list of messages")
@@ -174,6 +197,7 @@ def _messages(value: object, where: str) -> Iterator[dict[str, Any]]:
         role, content, weight = message.get("role"), message.get("content"), message.get("weight", 1)
         if role not in ROLES:
             raise InvalidData(f"{where}: message {i} has the role {role!r}; roles are {', '.join(ROLES)}")
+        _refuse_tools(message, ("tool_calls", "function_call"), f"{where}: message {i}")
         if not isinstance(content, str):
             raise InvalidData(f"{where}: message {i} has no text in 'content'")
         _written(content, f"message {i}", where)
@@ -188,14 +212,14 @@ def _messages(value: object, where: str) -> Iterator[dict[str, Any]]:
 def tokenize(records: Iterable[Record], encode: Encode, max_length: int, name: str = "data") -> Tokens:
     """The records as tokens. Those over `max_length` are left out and counted.
 
-    Raises InvalidData if nothing is left, or for a record without a token to learn, naming its line.
+    Raises InvalidData if nothing is left, or for a record without a token to learn, naming its line or entry.
     """
     examples = []
     too_long = 0
     for item in records:
         ids, learned = encode(item)
         if len(ids) != len(learned) or not any(learned[1:]):
-            raise InvalidData(f"{name}, line {item.line}: no token of it would be learned")
+            raise InvalidData(f"{name}, {item.place}: no token of it would be learned")
         if len(ids) > max_length:
             too_long += 1
             continue

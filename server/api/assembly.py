@@ -149,7 +149,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         settings.key_rate, settings.key_concurrency, settings.task_rate, settings.task_concurrency
     )
     inference.on_ended = _ending(settings, quality, text, base.id)
-    training = _ground(settings, base, source, registry, store, tasks, runner)
+    training = _ground(settings, base, source, registry, store, tasks, runner, prompts.room.context)
     evaluations = _evaluations(inference, prompts, mailbox)
     jobs = _jobs(settings, training, tasks, quality, evaluations, router, base, _lends(base, engine))
     parts = Parts(
@@ -195,6 +195,7 @@ def _ground(
     store: Store,
     tasks: Tasks,
     runner: Runner,
+    context: int,
 ) -> Ground:
     return Ground(
         origin=None if source is None else _origin(settings, base, source),
@@ -206,6 +207,7 @@ def _ground(
         store=store,
         tasks=tasks,
         lend=_lender(base, runner),
+        context=context,
     )
 
 

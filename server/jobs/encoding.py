@@ -42,7 +42,7 @@ def encoder(text: Text, template: Template) -> Encode:
             else:
                 ids, learned = _pair(text, template, record)
         except InvalidRequest as error:
-            raise InvalidData(f"line {record.line}: {error.message}") from error
+            raise InvalidData(f"{record.place}: {error.message}") from error
         return ids, [False] * (len(ids) - learned) + [True] * learned
 
     return encode
@@ -69,7 +69,7 @@ def _chat(text: Text, record: Chat) -> tuple[list[int], list[bool]]:
         whole = [*prompt, *text.encode(message["content"], bos=False, begins=begins), text.end_of_turn]
         if prompt[: len(ids)] != ids:
             raise InvalidData(
-                f"line {record.line}: the chat template renders earlier turns otherwise once message {i + 1} is there; "
+                f"{record.place}: the chat template renders earlier turns otherwise once message {i + 1} is there; "
                 "give each answer in an example of its own"
             )
         learned += [False] * (len(prompt) - len(ids)) + [message.get("weight", 1) == 1] * (len(whole) - len(prompt))

@@ -16,7 +16,7 @@ from server.errors import InvalidRequest
 from server.jobs.errors import JobError
 from server.jobs.files import Files
 from server.jobs.publishing import Evaluate, awaited, shares
-from server.jobs.records import RUNNING
+from server.jobs.records import RUNNING, Progress
 from server.jobs.runner import Active
 from server.tasks.definitions import Task
 from server.tasks.evaluation import Evaluation, difference, identities, pairs
@@ -51,7 +51,7 @@ class Evaluating:
         task = self._tasks.get(job.name)
         candidates: list[Choice] = [[(name, weight) for name, weight in choice] for choice in request["candidates"]]
         metric: str = request["metric"]
-        job.progress.steps = len(examples) * len(candidates)
+        job.progress = Progress(steps=len(examples) * len(candidates))  # of a job that begins again, too
         active.become(RUNNING)
         found: list[Evaluation] = []
         for number, choice in enumerate(candidates):

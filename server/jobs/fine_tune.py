@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from adapters import data, layers, peft_format, pruning, search
-from adapters.data import Pair, Record, Tokens
+from adapters.data import Encode, Pair, Record, Tokens
 from adapters.errors import AdapterError, InvalidData, TrainingStopped
 from adapters.layers import LoraSpec
 from adapters.training import Event, TrainingConfig, evaluate_loss, train
@@ -49,13 +50,14 @@ Tell = Callable[[dict[str, Any]], None]
 class Examples:
     """What a run learns and what it is judged by: as tokens, and as the records behind them.
 
-    `held_out` is how many of the training file are among the latter.
+    `held_out` is how many of the training file were kept for the latter, `left_out` how many of these cannot judge.
     """
 
     learned: Tokens
     judged: Tokens | None = None
     records: tuple[Record, ...] = ()
     held_out: int = 0
+    left_out: int = 0
 
 
 def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[], bool]) -> LoraWeights:
@@ -94,6 +96,10 @@ def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[
             "steps": on_event.steps,
         }
     )
+    if examples.left_out:
+        said = f"{examples.left_out:,} examples that the result would be measured on are left out"
+        why = "they are longer than a sequence may be here, or have nothing before the answer"
+        tell({"kind": NOTE, "message": f"{said}: {why}.", "data": {"left_out": examples.left_out}})
     model = Trainable(base, config.compute_dtype)
 
     try:
@@ -143,24 +149,56 @@ def prepare(spec: Spec, base: Base) -> Examples:
     longest = min(spec.config.max_length, base.config.context_length)
 
     def tokens(records: Sequence[Record], name: str, param: str) -> Tokens:
-        try:
+        with _told(name, param):
             return data.tokenize(records, encode, longest, name)
-        except InvalidData as error:
-            said = error.message if error.message.startswith(name) else f"{name}, {error.message}"
-            raise JobError(f"invalid_{param}", said, param) from error
+
+    def judging(records: Sequence[Record], looked_at: Tokens, name: str, param: str) -> tuple[tuple[Record, ...], int]:
+        # The server's context may be another when a run goes on, so it has no say in what the run looks at.
+        if not all(isinstance(record, Pair) for record in records):
+            return tuple(records), looked_at.too_long
+        with _told(name, param):
+            left = answerable(records, encode, min(longest, spec.context or longest))
+        return tuple(left), len(records) - len(left)
 
     records = _read(spec.data, spec.data_name, "training_file")
     if spec.validation is not None:
         judged = _read(spec.validation, spec.validation_name, "validation_file")
         learned = tokens(records, spec.data_name, "training_file")
-        looked_at = tokens(judged[:MOST_EVALUATED], spec.validation_name, "validation_file")
-        return Examples(learned, looked_at, tuple(judged[:MOST_JUDGED]))
+        name, param = spec.validation_name, "validation_file"
+        looked_at = tokens(judged[:MOST_EVALUATED], name, param)
+        judges, left_out = judging(judged[:MOST_JUDGED], looked_at, name, param)
+        return Examples(learned, looked_at, judges, left_out=left_out)
     kept = set(held_out(len(records), spec.held_out, spec.config.seed))
     learned = tokens([r for i, r in enumerate(records) if i not in kept], spec.data_name, "training_file")
     if not kept:
         return Examples(learned)
     judged = [records[i] for i in sorted(kept)]
-    return Examples(learned, tokens(judged, spec.data_name, "training_file"), tuple(judged), len(judged))
+    looked_at = tokens(judged, spec.data_name, "training_file")
+    judges, left_out = judging(judged, looked_at, spec.data_name, "training_file")
+    return Examples(learned, looked_at, judges, len(judged), left_out)
+
+
+@contextmanager
+def _told(name: str, param: str) -> Iterator[None]:
+    """A wrong line of a file, as the job's error."""
+    try:
+        yield
+    except InvalidData as error:
+        said = error.message if error.message.startswith(name) else f"{name}, {error.message}"
+        raise JobError(f"invalid_{param}", said, param) from error
+
+
+def answerable(records: Sequence[Record], encode: Encode, longest: int) -> list[Record]:
+    """The records that can be measured: of up to `longest` tokens, with something before the answer for an engine.
+
+    One that an engine refuses would cost the measure of all the others. Raises InvalidData as `encode` does.
+    """
+
+    def fits(record: Record) -> bool:
+        ids, learned = encode(record)
+        return len(ids) <= longest and not all(learned)
+
+    return [record for record in records if fits(record)]
 
 
 def held_out(count: int, share: float, seed: int) -> tuple[int, ...]:
@@ -231,12 +269,18 @@ def _adapter(spec: Spec, base: Base, folder: Path) -> LoraWeights:
 
 
 def _losses(spec: Spec, model: Trainable, base: Base, weights: LoraWeights, examples: Examples) -> dict[str, Any]:
-    """The loss on the judged examples, of the result and of the one that it would replace."""
+    """The loss on the judged examples, of the result and of the one that it would replace, with that one's digest:
+    another may have its name by the time that the two are compared.
+    """
     if examples.judged is None:
         return {}
-    told = {"examples": len(examples.judged.examples), EVALUATED: loss_of(model, weights, examples.judged)}
+    told: dict[str, Any] = {
+        "examples": len(examples.judged.examples),
+        EVALUATED: loss_of(model, weights, examples.judged),
+    }
     if spec.rival is not None:
-        told["rival"] = loss_of(model, _adapter(spec, base, spec.rival), examples.judged)
+        rival = _adapter(spec, base, spec.rival)
+        told |= {"rival": loss_of(model, rival, examples.judged), "rival_digest": rival.digest}
     return {"losses": told}
 
 

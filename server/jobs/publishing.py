@@ -7,39 +7,48 @@ under the name that clients use before it has been found good.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import csv
 import io
+import logging
 import math
+import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapters import data
 from adapters.data import Pair
-from adapters.errors import AdapterConflict, UnknownAdapter, VersionMismatch
+from adapters.errors import AdapterConflict, AdapterError, StoreFailed, UnknownAdapter, VersionMismatch
 from adapters.peft_format import CONFIG_FILE, TENSOR_FILE, read_folder
 from adapters.registry import Registry
 from adapters.weights import Version
-from server.errors import NotReady
+from server.errors import EngineFailed, NotReady, ServerError
 from server.jobs.errors import JobError
 from server.jobs.files import Files
 from server.jobs.runner import Active
 from server.jobs.spec import EVALUATED, JUDGED, RESULT, Spec
 from server.metrics import OTHER
-from server.tasks.definitions import Fixed, Task
+from server.tasks.definitions import Fixed, Task, parse
 from server.tasks.evaluation import LOSS, Evaluation, Score, default_metric, identities
 from server.tasks.evaluation import pairs as of_pairs
 from server.tasks.quality import Quality, Subject
 from server.tasks.resolve import Target
 from server.tasks.store import Tasks
 
+log = logging.getLogger(__name__)
+
 TRIES = 3
 """Comparisons, where the name gets another version meanwhile."""
 RESULTS = "fine-tune-results"
 INTENT = "publishing"
 """In a job's result, the version that it is about to publish."""
+FOR_NOW = (EngineFailed, NotReady, StoreFailed)
+"""Failures to measure that the server is the reason of: when the job is resumed, it may compare after all."""
+MEASURED = re.compile(r"ftjob-[0-9a-f]{24}")
+"""The names that results are measured under: the ids of jobs."""
 
 Evaluate = Callable[
     [Target, Sequence[Pair], Sequence[str], Callable[[int, int], None]], "concurrent.futures.Future[Evaluation]"
@@ -70,7 +79,10 @@ class Verdict:
 
 
 class Publishing:
-    """Publishes results. `evaluate` runs an evaluation on the engine."""
+    """Publishes results. `evaluate` runs an evaluation on the engine.
+
+    Takes away at once what a server that was killed was measuring: its job may be cancelled and never run again.
+    """
 
     def __init__(
         self,
@@ -85,6 +97,11 @@ class Publishing:
     ) -> None:
         self._registry, self._tasks, self._quality, self._files = registry, tasks, quality, files
         self._evaluate, self._shapes, self._base_id = evaluate, shapes, base_id
+        for name in filter(MEASURED.fullmatch, registry.names()):
+            try:
+                registry.retire_now(name)
+            except AdapterError as error:
+                log.error("%s, the result of a job that was being measured, stays: %s", name, error.message)
 
     def publish(self, active: Active, spec: Spec) -> None:
         """The rest of a training job. Raises InvalidAdapter and all that publishing raises, Stopped."""
@@ -101,11 +118,21 @@ class Publishing:
                 job.result |= {"model": job.name, "version": rival.label}
                 active.note(f"It is served already, as {rival.label}.", data={"version": rival.label})
                 break
-            verdict = self._judge(active, spec, rival)
+            try:
+                verdict, failure = self._judge(active, spec, rival), None
+            except (AdapterError, ServerError) as error:
+                if isinstance(error, UnknownAdapter) and self._current(job.name) != rival:
+                    active.note(f"{job.name} was deleted or replaced meanwhile; the result is measured again.")
+                    continue
+                if isinstance(error, FOR_NOW) and rule == "if_better" and rival is not None:
+                    raise
+                verdict, failure = None, error.message
+                active.note(f"The result could not be measured: {failure}", level="warn")
+            job.result.pop("evaluation", None)
             if verdict is not None:
                 job.result["evaluation"] = verdict.told()
                 active.note(_words(verdict), data=verdict.told())
-            reason = _kept_back(rule, rival, verdict)
+            reason = _kept_back(rule, rival, verdict, failure)
             if reason is not None:
                 job.result["model"] = None
                 active.note(f"Not published: {reason}")
@@ -142,9 +169,11 @@ class Publishing:
             losses = (active.job.trained or {}).get("losses")
             if not losses:
                 return None
-            return Verdict(LOSS, losses["examples"], losses[EVALUATED], losses.get("rival"))
+            # The process knew the version that had the name when it began.
+            known = rival is not None and rival.digest == losses.get("rival_digest")
+            return Verdict(LOSS, losses["examples"], losses[EVALUATED], losses["rival"] if known else None)
         pairs = of_pairs(data.parse((active.folder / JUDGED).read_bytes(), JUDGED))
-        task = self._tasks.find(active.job.request["lora"]["task"] or "")
+        task = self._task(active.job.request)
         metric = default_metric(task) if task is not None else LOSS
         active.note(f"Evaluating {metric} on {len(pairs):,} examples.")
         with self._named(active) as name:
@@ -154,6 +183,14 @@ class Publishing:
             theirs = self._score(active, task, f"{rival.name}@{rival.digest}", pairs, metric)
         return Verdict(metric, len(pairs), ours.value, theirs.value if theirs else None, (ours, theirs),
                        identities(pairs))  # fmt: skip
+
+    def _task(self, request: Mapping[str, Any]) -> Task | None:
+        """The task that a result is for: one that is gone is as it was when the job was asked for."""
+        name = request["lora"]["task"]
+        found = self._tasks.find(name) if name is not None else None
+        if found is not None or not request["template"]:
+            return found
+        return parse(name, request["template"], default_route=Fixed(), source="api")
 
     def _named(self, active: Active) -> _Named:
         return _Named(self._registry, active.job.id, active.folder)
@@ -203,15 +240,20 @@ class _Named:
     def __enter__(self) -> str:
         candidate = self._folder / "candidate"
         shutil.rmtree(candidate, ignore_errors=True)
-        candidate.mkdir()
-        for file in (CONFIG_FILE, TENSOR_FILE):
-            shutil.copyfile(self._folder / RESULT / file, candidate / file)
-        self._registry.publish_now(self._name, candidate, source="job")
-        shutil.rmtree(candidate, ignore_errors=True)
+        try:
+            candidate.mkdir()
+            for file in (CONFIG_FILE, TENSOR_FILE):
+                shutil.copyfile(self._folder / RESULT / file, candidate / file)
+            self._registry.publish_now(self._name, candidate, source="job")
+        except OSError as error:
+            raise StoreFailed(f"the disk refuses a copy of the result: {error.strerror}") from None
+        finally:
+            shutil.rmtree(candidate, ignore_errors=True)
         return self._name
 
     def __exit__(self, *_: object) -> None:
-        self._registry.retire_now(self._name)
+        with contextlib.suppress(UnknownAdapter):  # somebody has deleted it
+            self._registry.retire_now(self._name)
 
 
 def awaited(active: Active, future: concurrent.futures.Future[Evaluation]) -> Evaluation:
@@ -244,13 +286,17 @@ def losses_table(events: Sequence[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _kept_back(rule: str, rival: Version | None, verdict: Verdict | None) -> str | None:
-    """Why a result is not published, or None if it is."""
+def _kept_back(rule: str, rival: Version | None, verdict: Verdict | None, failure: str | None) -> str | None:
+    """Why a result is not published, or None if it is. `failure` is why it could not be measured."""
     if rule == "never":
         return "the job asks for that; its files are among the results."
     if rule == "if_better" and rival is not None:
-        if verdict is None or verdict.theirs is None:
+        if failure is not None:
+            return f"it could not be compared with {rival.label}."
+        if verdict is None:
             return f"there is nothing to compare it with {rival.label} by; give a validation_file."
+        if verdict.theirs is None:
+            return f"{rival.label} came after the training began, and only the training could compare the two by loss."
         if not verdict.better:
             return f"{rival.label} is at least as good."
     return None

@@ -5,13 +5,14 @@ Owns the meaning of OpenAI's hyperparameters and of `lora`. Form and bounds of t
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, StoreFailed, UnknownAdapter
 from adapters.registry import Registry
 from adapters.store import Store
 from adapters.training import TrainingConfig
@@ -79,7 +80,8 @@ class Asked:
 class Ground:
     """What requests are checked against, and specs are made of. `origin` is None for a base that no file holds.
 
-    `lend` says what a process may have of the GPU, None on a CPU.
+    `lend` says what a process may have of the GPU, None on a CPU. `context` is how many tokens of prompt and answer the
+    engine takes; None is as many as the base.
     """
 
     origin: BaseSource | None
@@ -91,6 +93,7 @@ class Ground:
     store: Store
     tasks: TaskNames
     lend: Callable[[], Mapping[str, Any] | None] = lambda: None
+    context: int | None = None
 
 
 def checked(asked: Asked, ground: Ground) -> dict[str, Any]:
@@ -146,7 +149,8 @@ def _check_ranks(asked: Asked, ground: Ground) -> None:
         raise InvalidRequest(f"this server takes ranks of up to {ground.max_rank} (--max-rank){why}", "lora.r")
     if lora.init_from is not None:
         ground.registry.resolve([(lora.init_from, 1.0)])
-        fixed: Collection[str] = asked.given & {"r", "alpha", "target_modules", "rslora", "auto_rank"}
+        fixed = set(asked.given & {"r", "alpha", "target_modules"})
+        fixed |= {name for name in ("rslora", "auto_rank") if getattr(lora, name)}
         if fixed:
             one = sorted(fixed)[0]
             raise InvalidRequest(f"an adapter that is started from has its own ranks; leave {one} out", f"lora.{one}")
@@ -170,23 +174,28 @@ def config_of(request: Mapping[str, Any]) -> TrainingConfig:
 
 
 def keep_init(request: Mapping[str, Any], ground: Ground, folder: Path) -> None:
-    """Put the adapter to start from, as it is now, into the job's folder."""
+    """Put the adapter to start from, as it is now, into the job's folder. Raises UnknownAdapter, StoreFailed."""
     name = request["lora"]["init_from"]
     if name is not None:
         _copy(ground, name, folder / INIT)
 
 
 def _copy(ground: Ground, name: str, target: Path) -> None:
-    """An adapter's folder, leased meanwhile."""
+    """An adapter's folder, leased meanwhile. Raises UnknownAdapter, StoreFailed."""
     with ground.registry.lease([(name, 1.0)]) as lease:
         [(version, _)] = lease.versions
-        shutil.copytree(ground.store.path(version.digest), target)
+        try:
+            target.mkdir(parents=True)
+            for file in ground.store.path(version.digest).iterdir():  # not copytree, whose error has no reason
+                shutil.copyfile(file, target / file.name)
+        except OSError as error:
+            raise StoreFailed(f"the disk refuses a copy of {version.label}: {error.strerror}") from None
 
 
 def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path) -> Spec:
     """What the training process is told. The adapter that the result would replace is copied, as it is now.
 
-    Raises UnknownName for a file that is gone.
+    Raises UnknownName for a file that is gone, StoreFailed.
     """
     assert ground.origin is not None
     lora, files = request["lora"], ground.files
@@ -194,7 +203,8 @@ def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path)
     rival = folder / RIVAL
     shutil.rmtree(rival, ignore_errors=True)
     if name in ground.registry.names():
-        _copy(ground, name, rival)
+        with contextlib.suppress(UnknownAdapter):  # it goes at this moment, and the name is free
+            _copy(ground, name, rival)
     return Spec(
         base=ground.origin,
         name=name,
@@ -214,4 +224,5 @@ def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path)
         auto_rank=lora["auto_rank"],
         prune_to=lora["prune_to"],
         loan=ground.lend(),
+        context=ground.context,
     )

@@ -16,7 +16,7 @@ from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
 from server.engine.text import Text
 from server.jobs.encoding import Template, encoder
-from server.jobs.fine_tune import held_out
+from server.jobs.fine_tune import answerable, held_out
 from server.jobs.recipe import Recipe
 from server.jobs.trainable import Trainable
 from server.model.loader import Base
@@ -27,7 +27,7 @@ HELD_OUT = 0.1
 
 @dataclass(frozen=True)
 class Examples:
-    """What a recipe's trials learn, and what judges them, as records and as tokens."""
+    """What a recipe's trials learn, and what judges them, as records that an engine can answer and as tokens."""
 
     learned: Tokens
     judges: Sequence[Record]
@@ -50,7 +50,8 @@ def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
         records = [record for i, record in enumerate(records) if i not in set(kept)]
     length = min(recipe.config.max_length, base.config.context_length)
     learned = data.tokenize(records, encode, length, recipe.data)
-    return Examples(learned, judges, data.tokenize(judges, encode, length, recipe.validation or recipe.data))
+    judged = data.tokenize(judges, encode, length, recipe.validation or recipe.data)
+    return Examples(learned, answerable(judges, encode, length), judged)
 
 
 def within(shapes: Mapping[str, tuple[int, int]], config: TrainingConfig, budget: int) -> list[int]:

@@ -1,6 +1,7 @@
 """What the training process is told, and what it tells back: a file before it starts, lines of JSON while it runs.
 
-Owns both forms. Whoever writes a spec and whoever reads it are of one version: a spec is written anew at each start.
+Owns both forms. Whoever writes a spec and the process that reads it are of one version: a spec is written anew at each
+start. The last one is read again where a trained job is still to be published, perhaps by a later version.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Spec:
     `data_name` and `validation_name` are what people called the files. `held_out` is the share of the examples that
     is kept for validation if there is no file for that. `init` is the adapter to start from, `rival` the one that
     the result would replace: its loss is told beside the result's. `loan` is what the server lends of its GPU (see
-    loan.py), if it has one.
+    loan.py), if it has one. `created_at` is when the job was created, in seconds since the epoch: the time that a chat
+    template is told, whenever the process starts; None is the present. `context` is how many tokens of prompt and
+    answer the server takes, if that is less than what the base does.
     """
 
     base: BaseSource
@@ -67,6 +70,8 @@ class Spec:
     auto_rank: bool = False
     prune_to: int | None = None
     loan: Mapping[str, Any] | None = None
+    created_at: float | None = None
+    context: int | None = None
 
     def write(self, folder: Path) -> None:
         """Put the spec where the process looks for it."""

@@ -92,7 +92,7 @@ def pairs(records: Sequence[Record]) -> list[Pair]:
     """Records that have an input and an output. Raises InvalidRequest, naming the line of the first that has not."""
     for record in records:
         if not isinstance(record, Pair):
-            raise InvalidRequest(f"line {record.line}: an evaluation needs 'input' and 'output'", "data")
+            raise InvalidRequest(f"{record.place}: an evaluation needs 'input' and 'output'", "data")
     return [record for record in records if isinstance(record, Pair)]
 
 
@@ -197,7 +197,7 @@ class _Run:
             if self._with_loss:
                 await self._score(number, example)
         except InvalidRequest as error:
-            raise InvalidRequest(f"line {example.line}: {error.message}", error.param) from error
+            raise InvalidRequest(f"{example.place}: {error.message}", error.param) from error
 
     async def _answer(self, number: int, example: Pair) -> None:
         task = self._target.task

@@ -52,6 +52,18 @@ GOOD = '{"input": "a", "output": "b"}\n'
         ("[" * 99_999, "no valid JSON"),
         ('{"input": "x", "output": "ab\\ud800"}', "'output' is no text: character 3"),
         ('{"messages": [{"role": "assistant", "content": "\\udfff"}]}', "message 1 is no text"),
+        (
+            '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "", "tool_calls": [1]}]}',
+            "message 2: 'tool_calls' cannot be learned",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": null, "function_call": {"name": "f"}}]}',
+            "message 1: 'function_call' cannot be learned",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "x"}], "tools": [{"type": "function"}]}',
+            "'tools' cannot be learned",
+        ),
     ],
 )
 def test_a_bad_line_is_named(line, wrong):
@@ -64,6 +76,20 @@ def test_a_developer_speaks_as_the_system():
     line = b'{"messages": [{"role": "developer", "content": "Be brief."}, {"role": "assistant", "content": "Yes."}]}'
     [chat] = data.parse(line)
     assert [m["role"] for m in chat.messages] == ["system", "assistant"]
+
+
+def test_tools_that_ask_for_nothing_are_no_fault():
+    line = b'{"messages": [{"role": "assistant", "content": "x", "tool_calls": null}], "tools": []}'
+    assert len(data.parse(line)) == 1
+
+
+def test_an_entry_of_a_list_is_called_one_later_too():
+    chat = '{"messages": [{"role": "assistant", "content": "x"}]}'
+    listed = data.parse(f'[{GOOD}, {{"prompt": "a", "completion": "b"}}, {chat}]'.encode(), "d.json")
+    assert [record.place for record in listed] == ["entry 1", "entry 2", "entry 3"]
+    assert [record.place for record in data.parse(GOOD.encode() * 2)] == ["line 1", "line 2"]
+    with pytest.raises(InvalidData, match=r"^d\.json, entry 2: no token"):
+        data.tokenize(listed[1:], lambda r: ([1, 2], [True, False]), 5, "d.json")
 
 
 def test_a_bad_file_is_named(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -21,8 +22,11 @@ import openai
 import pytest
 
 import server.app
+from adapters.errors import StoreFailed
 from server.api.assembly import build
 from server.jobs import child, training
+from server.jobs.publishing import Publishing
+from server.jobs.spec import Spec
 from server.model.loader import Base
 from tests.server.api.test_openapi_document import check
 
@@ -361,6 +365,38 @@ def test_publishing_by_rule(live: Any, client: openai.OpenAI) -> None:
 
 
 @pytest.mark.usefixtures("within")
+def test_a_trained_job_goes_on_without_its_files(
+    live: Any, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk has kept it from being published, and people make room."""
+
+    def full(*_: Any) -> None:
+        raise StoreFailed("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Publishing, "publish", full)
+        job = until(client, create(client, suffix="late", seed=2).id)
+    assert job.status == "failed" and "no space left" in job.error.message
+    folder = live.runtime.settings.state_dir / "jobs" / job.id
+    assert Spec.read(folder).created_at == record_of(live, job.id)["created_at"], "what a template is told"
+    client.files.delete(job.training_file)
+    client.fine_tuning.jobs.resume(job.id)
+    job = until(client, job.id)
+    assert job.status == "succeeded" and job.fine_tuned_model == "late", job
+
+
+@pytest.mark.usefixtures("within")
+def test_a_full_disk_is_told_as_that(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "/a/secret/spec.json")
+
+    monkeypatch.setattr(Spec, "write", full)
+    job = until(client, create(client).id)
+    assert job.status == "failed" and job.error.code == "failed", job
+    assert "No space left on device" in job.error.message and "secret" not in job.error.message
+
+
+@pytest.mark.usefixtures("within")
 def test_going_on_from_an_adapter_pruning_and_auto_rank(live: Any, client: openai.OpenAI) -> None:
     first = until(client, create(client, suffix="first").id)
     assert first.status == "succeeded"
@@ -455,6 +491,28 @@ def test_evaluating_candidates_of_a_task(live: Any, client: openai.OpenAI, write
     assert live.idle()
 
 
+def test_an_evaluation_is_cancelled_as_the_refusal_says(live: Any, client: openai.OpenAI) -> None:
+    document = live.http.get("/openapi.json").json()
+    live.http.put("/tasks/mood", json={"prompt": "{input}", "labels": ["good", "bad"]}).raise_for_status()
+    file = upload(client)
+    live.slow_down(0.3)
+    started = live.http.post("/tasks/mood/evaluate", json={"file": file, "candidates": [[]]})
+    id = started.json()["id"]
+    kept = live.http.delete(f"/v1/files/{file}")
+    assert kept.status_code == 409 and f"POST /jobs/{id}/cancel" in kept.json()["error"]["message"]
+    elsewhere = live.http.post(f"/v1/fine_tuning/jobs/{id}/cancel")
+    assert elsewhere.status_code == 404 and f"POST /jobs/{id}/cancel" in elsewhere.json()["error"]["message"]
+    ended = live.http.post(f"/jobs/{id}/cancel")
+    assert ended.status_code == 200 and ended.json()["id"] == id and ended.json()["kind"] == "evaluation"
+    live.slow_down(0.0)
+    assert finished(live, id)["status"] == "cancelled"
+    assert live.http.delete(f"/v1/files/{file}").status_code == 200
+    again, unknown = live.http.post(f"/jobs/{id}/cancel"), live.http.post("/jobs/eval-none/cancel")
+    assert (again.status_code, unknown.status_code) == (409, 404)
+    for answer in (elsewhere, ended, again, unknown):
+        check(document, answer)
+
+
 def finished(live: Any, id: str, seconds: float = 30) -> dict[str, Any]:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -506,3 +564,35 @@ def test_real_answers_are_as_the_document_says(live: Any, client: openai.OpenAI)
     for answer in answers:
         check(document, answer)
     assert {a.status_code for a in answers} == {200, 400, 404, 409}
+
+
+@pytest.mark.usefixtures("within")
+def test_an_example_that_no_engine_can_answer_costs_no_training(house: Callable[..., Any]) -> None:
+    live = house(max_context=24)
+    client = client_of(live)
+    task = {"prompt": "{input}", "format": "raw", "labels": ["good", "bad"], "defaults": {"max_tokens": 2}}
+    live.http.put("/tasks/raw", json=task).raise_for_status()
+    odd = [{"input": "the " * 40, "output": "good"}, {"input": "", "output": "good"}]
+    held = upload(client, [*odd, *LINES[:3]], "dev.jsonl")
+    job = until(client, create(client, validation_file=held, suffix="mine", lora={"task": "raw"}).id)
+    assert job.status == "succeeded" and job.fine_tuned_model == "mine", job
+    shown = live.http.get(f"/jobs/{job.id}").json()["result"]
+    assert shown["evaluation"]["metric"] == "accuracy" and shown["evaluation"]["samples"] == 3
+    said = [e.message for e in client.fine_tuning.jobs.list_events(job.id, limit=50)]
+    assert any(m.startswith("2 examples that the result would be measured on are left out") for m in said), said
+
+
+@pytest.mark.usefixtures("within")
+def test_a_full_disk_is_no_room(live: Any, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "/secret/place")
+
+    file = upload(client)
+    until(client, create(client, training_file=file, suffix="first").id)
+    jobs = live.runtime.settings.state_dir / "jobs"
+    before = sorted(jobs.iterdir())
+    monkeypatch.setattr(shutil, "copyfile", full)
+    body = {"model": "tiny", "training_file": file, "lora": {"init_from": "first", "rslora": False}}
+    answer = live.http.post("/v1/fine_tuning/jobs", json=body)
+    assert answer.status_code == 507 and "No space left" in answer.text and "secret" not in answer.text
+    assert sorted(jobs.iterdir()) == before

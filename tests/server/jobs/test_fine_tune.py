@@ -10,6 +10,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from adapters import data
 from adapters.errors import TrainingStopped
 from adapters.peft_format import read_folder
 from adapters.training import TrainingConfig
+from server.engine import chat_template
+from server.engine.chat_template import as_of
+from server.engine.text import Text
+from server.errors import InvalidRequest
 from server.jobs import child
 from server.jobs.child import Words
 from server.jobs.errors import JobError
@@ -26,7 +31,7 @@ from server.jobs.fine_tune import fine_tune, held_out, keep_pairs, prepare
 from server.jobs.process import last_words
 from server.jobs.publishing import Verdict, losses_table, shares
 from server.jobs.spec import BaseSource, Spec
-from server.tasks.evaluation import Score
+from server.tasks.evaluation import Score, pairs
 
 CONFIG = TrainingConfig(
     epochs=2, batch_size=4, lora_rank=2, target_modules=("q_proj",), compute_dtype="float32", save_steps=2
@@ -53,6 +58,53 @@ def test_a_spec_is_read_as_it_was_written(spec, tmp_path):
     )
     whole.write(tmp_path)
     assert Spec.read(tmp_path) == whole
+
+
+def run_child(folder: Path, stop_at: int = 0) -> list[dict[str, Any]]:
+    """What the process tells, in this one. It is asked to stop once it has told the step."""
+    told: list[dict[str, Any]] = []
+    stop = threading.Event()
+
+    def tell(line: dict[str, Any]) -> None:
+        told.append(line)
+        if line["kind"] == "step" and line["step"] == stop_at:
+            stop.set()
+
+    child.run(folder, tell, stop)
+    return told
+
+
+def test_a_run_over_a_template_with_the_date_goes_on_on_another_day(spec, tiny_base, tmp_path, monkeypatch):
+    dated = "Today is {{ strftime_now('%d %b %Y') }}\n" + tiny_base.vocabulary.chat_template
+    base = replace(tiny_base, vocabulary=replace(tiny_base.vocabulary, chat_template=dated))
+    monkeypatch.setattr(child, "_base", lambda spec: base)
+    created = datetime(2030, 5, 4, 12).timestamp()
+    replace(spec, created_at=created, held_out=0.2).write(tmp_path)
+    with as_of(created):
+        assert "04 May 2030" in Text(base.vocabulary).decode(prepare(spec, base).learned.examples[0].ids)
+    assert run_child(tmp_path, stop_at=2)[-1]["kind"] == "stopped"
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2031, 1, 2)
+
+    monkeypatch.setattr(chat_template, "datetime", Tomorrow)
+    told = run_child(tmp_path)
+    assert [line["step"] for line in told if line["kind"] == "step"] == [3, 4] and told[-1]["kind"] == "trained", told
+    assert "02 Jan 2031" in Text(base.vocabulary).decode(prepare(spec, base).learned.examples[0].ids)
+
+
+def test_a_full_disk_is_told_and_kills_no_process(spec, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(child, "_base", lambda spec: tiny_base)
+    spec.write(tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "/a/secret/judged.jsonl")
+
+    monkeypatch.setattr("server.jobs.fine_tune.keep_pairs", full)
+    [end] = run_child(tmp_path)
+    assert end["kind"] == "failed" and "No space left on device" in end["message"] and "secret" not in end["message"]
 
 
 @pytest.mark.parametrize("auto", [False, True])
@@ -94,6 +146,8 @@ def test_losses_of_result_and_rival(spec, tiny_base, tmp_path):
     losses = told[-1]["losses"]
     assert losses["rival"] == pytest.approx(first["eval"], rel=1e-2), "it was stored in bf16"
     assert losses["eval"] < losses["rival"]
+    rival = read_folder(tmp_path / "rival", name="x", shapes=tiny_base.shapes())
+    assert losses["rival_digest"] == rival.digest and "rival_digest" not in first
 
 
 def test_what_is_wrong_names_file_and_line(spec, tiny_base, tmp_path):
@@ -125,6 +179,58 @@ def test_only_pairs_are_judged_by_the_engine(spec, tiny_base, tmp_path):
     for records in (mixed, []):
         keep_pairs(records, tmp_path)
         assert not (tmp_path / "judged.jsonl").exists()
+
+
+def write(path: Path, records: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+MEASURED = [
+    {"input": "the 1", "output": "good"},
+    {"input": "", "output": "good"},
+    {"input": "the " * 40, "output": "b"},
+]
+
+
+def test_what_no_engine_can_answer_judges_nothing(spec, tiny_base, tmp_path):
+    """Neither an empty prompt nor one that is over the server's context, which trains all the same."""
+    held = write(tmp_path / "held", MEASURED)
+    raw = replace(spec, validation=held, validation_name="v", template={"prompt": "{input}", "format": "raw"})
+    whole, short = prepare(raw, tiny_base), prepare(replace(raw, context=20), tiny_base)
+    assert [r.line for r in whole.records] == [1, 3] and whole.left_out == 1
+    assert [r.line for r in short.records] == [1] and short.left_out == 2
+    assert short.judged.digest == whole.judged.digest, "a checkpoint goes on under another context"
+    keep_pairs(short.records, tmp_path)
+    assert len(data.read(tmp_path / "judged.jsonl")) == 1
+
+    kept = prepare(replace(raw, validation=None, held_out=0.5, context=1), tiny_base)
+    assert kept.records == () and kept.left_out == kept.held_out == 5
+
+    said = [{"prompt": r["input"], "completion": r["output"]} for r in MEASURED]
+    by_loss = prepare(replace(raw, validation=write(held, said), context=20), tiny_base)
+    assert len(by_loss.records) == 3 and by_loss.left_out == 0, "the training process takes them"
+
+
+def test_what_judges_nothing_is_told(spec, tiny_base, tmp_path):
+    held = write(tmp_path / "held", MEASURED)
+    told: list[dict[str, Any]] = []
+    config = replace(CONFIG, max_steps=1)
+    measured = replace(spec, config=config, validation=held, validation_name="v", context=40)
+    fine_tune(measured, tiny_base, tmp_path, told.append, lambda: False)
+    [note] = [line for line in told if line["kind"] == "note"]
+    assert note["message"].startswith("1 examples that the result would be measured on are left out")
+    assert note["data"] == {"left_out": 1}
+
+
+def test_a_fault_names_the_entry_of_a_list(spec, tiny_base, tmp_path):
+    held = tmp_path / "held"
+    held.write_text('[{"input": "a", "output": "b"}, {"messages": [{"role": "assistant", "content": "x"}]}]')
+    with pytest.raises(InvalidRequest, match="^entry 2: an evaluation needs"):
+        pairs(data.read(held))
+    base = replace(tiny_base, vocabulary=replace(tiny_base.vocabulary, chat_template=None))
+    with pytest.raises(JobError, match=r"^v, entry 2: this base has no chat template"):
+        prepare(replace(spec, validation=held, validation_name="v", template={"format": "raw"}), base)
 
 
 def test_last_words_have_no_path(tmp_path):

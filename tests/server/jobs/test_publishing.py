@@ -4,7 +4,11 @@ that a job keeps the template that it was asked with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +16,22 @@ from typing import Any
 import pytest
 import torch
 
+from adapters.errors import InvalidChoice, StoreFailed
 from adapters.peft_format import save
 from adapters.registry import Registry
 from adapters.store import Store
 from adapters.weights import LowRank, Version, sealed
+from server.errors import InvalidRequest, NotReady, ServerError
+from server.jobs.evaluating import DATA, Evaluating
 from server.jobs.files import Files
 from server.jobs.publishing import Publishing, Verdict
-from server.jobs.records import TRAINING, Records
-from server.jobs.requests import Asked, Ground, Lora, checked, spec_of
+from server.jobs.records import EVALUATION, TRAINING, Records
+from server.jobs.requests import Asked, Ground, Lora, checked, keep_init, spec_of
 from server.jobs.runner import Active
-from server.jobs.spec import RESULT, BaseSource
+from server.jobs.spec import JUDGED, RESULT, BaseSource
 from server.tasks.definitions import Fixed, Task, parse
+from server.tasks.evaluation import Evaluation, Score
+from server.tasks.resolve import Target
 
 SHAPES = {f"model.layers.0.self_attn.{part}": (6, 4) for part in ("q_proj", "v_proj")}
 SPEC: Any = SimpleNamespace(max_rank=64)
@@ -122,6 +131,225 @@ def test_what_came_while_a_result_was_judged_is_compared_with_too(scene: Scene) 
     assert scene.registry.current("m") == tries[0], "the better one stays"
 
 
+class Engine:
+    """Stands in for evaluations on the engine: each version has the score that its place in `scores` gives it.
+
+    `before` is called before each, and what it raises is what the engine raises.
+    """
+
+    def __init__(self, registry: Registry, scores: list[float]) -> None:
+        self.registry, self.scores = registry, scores
+        self.targets: list[Target] = []
+        self.before: Callable[[int], object] = lambda number: None
+
+    def __call__(self, target: Target, examples: Any, metrics: Any, tell: Any) -> Future[Evaluation]:
+        future: Future[Evaluation] = Future()
+        self.targets.append(target)
+        try:
+            self.before(len(self.targets))
+            with self.registry.lease(target.choice) as lease:
+                versions = tuple(lease.versions)
+            value = self.scores[(len(self.targets) - 1) % len(self.scores)]
+            scores = {metric: Score(metric, value, (value,) * len(examples)) for metric in metrics}
+            future.set_result(Evaluation(scores, ("",) * len(examples), versions, 3, 4, 0.5))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class Measured(Scene):
+    """A scene whose result is measured by `engine`, on one example, or by the losses that its training has told."""
+
+    def __init__(self, root: Path, rule: str, task: str | None = None) -> None:
+        super().__init__(root, rule)
+        self.engine = Engine(self.registry, [0.9, 0.1])
+        self.taken: list[Any] = []
+        tasks: Any = SimpleNamespace(find=lambda name: None)
+        quality: Any = SimpleNamespace(evaluated=lambda *what: self.taken.append(what))
+        files = Files(root / "files")
+        self.open: Callable[[], Publishing] = lambda: Publishing(
+            self.registry, tasks, quality, files, self.engine, shapes=SHAPES, base_id="b"
+        )
+        self.publishing = self.open()  # type: ignore[assignment]
+        self.job.request |= {"template": {}}
+        self.job.request["lora"]["task"] = task
+        self.on_engine(True)
+
+    def on_engine(self, whether: bool) -> None:
+        """Whether the examples are the engine's to answer, or known by the losses alone."""
+        path = self.records.folder(self.job.id) / JUDGED
+        path.write_text('{"input": "a", "output": "b"}') if whether else path.unlink(missing_ok=True)
+        self.records.save(self.job)
+
+    def said(self) -> str:
+        return "\n".join(event["message"] for event in self.records.events(self.job.id))
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Iterator[Callable[..., Measured]]:
+    made: list[Measured] = []
+
+    def make(rule: str, **more: Any) -> Measured:
+        made.append(Measured(tmp_path / str(len(made)), rule, **more))
+        return made[-1]
+
+    yield make
+    for scene in made:
+        scene.registry.close()
+
+
+def test_a_loss_is_compared_with_the_version_that_it_is_of(measured: Callable[..., Measured]) -> None:
+    """The training process knew the version that had the name at its start, and no other can be told by it."""
+    scene = measured("if_better")
+    old = scene.registry.publish_now("m", write(scene.root / "old", 2)).version
+    losses = {"examples": 3, "eval": 1.0, "rival": 2.0, "rival_digest": old.digest}
+    scene.job.trained = {"losses": losses}
+    scene.on_engine(False)
+    better = scene.registry.publish_now("m", write(scene.root / "better", 3)).version
+    result = scene.publish()
+    assert scene.registry.current("m") == better and result["model"] is None and len(result["files"]) == 3
+    assert result["evaluation"] == {"metric": "loss", "samples": 3, "score": 1.0, "replaced": None}
+    assert f"{better.label} came after the training began" in scene.said()
+
+    scene = measured("if_better")
+    known = scene.registry.publish_now("m", write(scene.root / "old", 2)).version
+    scene.job.trained = {"losses": {**losses, "rival_digest": known.digest}}
+    scene.on_engine(False)
+    assert scene.publish()["model"] == "m" and scene.registry.current("m") != known
+
+
+def test_a_loss_of_a_version_that_came_at_the_last_moment_decides_nothing(
+    measured: Callable[..., Measured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = measured("if_better")
+    old = scene.registry.publish_now("m", write(scene.root / "old", 2)).version
+    scene.job.trained = {"losses": {"examples": 3, "eval": 1.0, "rival": 2.0, "rival_digest": old.digest}}
+    scene.on_engine(False)
+    publish_now, came = scene.registry.publish_now, []
+
+    def late(*args: Any, **more: Any) -> Any:
+        monkeypatch.setattr(scene.registry, "publish_now", publish_now)
+        came.append(publish_now("m", write(scene.root / "late", 3)).version)
+        return publish_now(*args, **more)
+
+    monkeypatch.setattr(scene.registry, "publish_now", late)
+    assert scene.publish()["model"] is None and "came after the training began" in scene.said()
+    assert [scene.registry.current("m")] == came
+
+
+REFUSED = InvalidRequest("line 1: the prompt is empty", "prompt")
+
+
+@pytest.mark.parametrize("error", [REFUSED, InvalidChoice("no"), NotReady("the engine stopped")])
+def test_a_result_that_cannot_be_measured_is_not_lost(measured: Callable[..., Measured], error: Exception) -> None:
+    def refuse(number: int) -> None:
+        raise error
+
+    for rule, published, files in (("always", "m", 1), ("never", None, 3), ("if_better", "m", 1)):
+        scene = measured(rule)
+        scene.engine.before = refuse
+        if rule != "if_better":
+            scene.registry.publish_now("m", write(scene.root / "old", 2))
+        result = scene.publish()
+        assert (result["model"], len(result["files"])) == (published, files), rule
+        assert "evaluation" not in result and f"could not be measured: {error.message}" in scene.said()  # type: ignore[attr-defined]
+        assert scene.registry.names() == ["m"], "nothing is left of what was measured"
+
+
+def test_what_cannot_be_compared_is_not_published(measured: Callable[..., Measured]) -> None:
+    def refuse(number: int) -> None:
+        if len(refused) < 1:
+            refused.append(number)
+            raise error
+
+    error: ServerError = REFUSED
+    refused: list[int] = []
+    scene = measured("if_better")
+    old = scene.registry.publish_now("m", write(scene.root / "old", 2)).version
+    scene.engine.before = refuse
+    result = scene.publish()
+    assert result["model"] is None and len(result["files"]) == 3 and scene.registry.current("m") == old
+    assert f"Not published: it could not be compared with {old.label}." in scene.said()
+
+    scene, error = measured("if_better"), NotReady("the engine stopped")
+    refused.clear()
+    old = scene.registry.publish_now("m", write(scene.root / "old", 2)).version
+    scene.engine.before = refuse
+    with pytest.raises(NotReady):
+        scene.publish()
+    assert scene.publish()["model"] == "m", "another try compares"
+
+
+@pytest.mark.parametrize("rule", ["always", "if_better"])
+def test_what_a_result_would_replace_may_be_deleted_meanwhile(measured: Callable[..., Measured], rule: str) -> None:
+    scene = measured(rule)
+    scene.registry.publish_now("m", write(scene.root / "old", 2))
+    scene.engine.before = lambda number: scene.registry.retire_now("m") if number == 2 else None
+    result = scene.publish()
+    assert result["model"] == "m" and result["evaluation"]["replaced"] is None
+    assert len(scene.engine.targets) == 3 and "was deleted or replaced meanwhile" in scene.said()
+
+
+def test_a_result_is_measured_by_its_task_though_that_is_gone(measured: Callable[..., Measured]) -> None:
+    scene = measured("always", task="mood")
+    body = {
+        "prompt": "Q: {input}",
+        "format": "raw",
+        "system": None,
+        "labels": ["b", "c"],
+        "defaults": {"max_tokens": 2},
+    }
+    scene.job.request["template"] = body
+    scene.on_engine(True)
+    assert scene.publish()["evaluation"]["metric"] == "accuracy"
+    [target] = scene.engine.targets
+    assert target.name == "mood" and target.task is not None
+    assert {k: v for k, v in target.task.body().items() if k != "route"} == body
+    assert [what[1] for what in scene.taken] == ["accuracy"]
+
+
+def test_a_disk_that_refuses_a_copy_is_told_as_such(
+    measured: Callable[..., Measured], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "/secret/place")
+
+    scene = measured("if_better")
+    scene.registry.publish_now("m", write(scene.root / "old", 2))
+    ground: Any = SimpleNamespace(registry=scene.registry, store=Store(tmp_path / "other"))
+    ground.store.path = lambda digest: scene.root / "old"
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(StoreFailed, match=r"^the disk refuses a copy of the result: No space left on device$"):
+        scene.publish()
+    with pytest.raises(StoreFailed, match=r"^the disk refuses a copy of m@[0-9a-f]+: No space left on device$"):
+        keep_init({"lora": {"init_from": "m"}}, ground, tmp_path / "job")
+
+
+def test_what_was_measured_when_the_server_was_killed_is_taken_away(measured: Callable[..., Measured]) -> None:
+    scene = measured("always")
+    assert scene.job.id.startswith("ftjob-")
+    for name in (scene.job.id, f"ft-{scene.job.id}", "ftjob-mine", "m"):
+        scene.registry.publish_now(name, write(scene.root / "old", 2))
+    scene.open()
+    assert scene.registry.names() == sorted([f"ft-{scene.job.id}", "ftjob-mine", "m"])
+
+
+def test_an_evaluation_that_begins_again_counts_anew(measured: Callable[..., Measured]) -> None:
+    scene = measured("always")
+    scene.registry.publish_now("m", write(scene.root / "old", 2))
+    task = parse("mood", {"prompt": "{input}"}, default_route=Fixed(), source="api")
+    request = {"training_file": None, "candidates": [[["m", 1.0]], []], "metric": "accuracy"}
+    content = {DATA: json.dumps([{"input": "a", "output": "b"}]).encode()}
+    job = scene.records.prepare(EVALUATION, "mood", request, "eval", content)
+    scene.records.enter(job)
+    tasks: Any = SimpleNamespace(get=lambda name: task)
+    quality: Any = SimpleNamespace(evaluated=lambda *what: None)
+    work = Evaluating(tasks, quality, Files(scene.root / "files"), scene.engine, lambda task: None, "b")
+    for _ in range(2):
+        work(Active(job, scene.records))
+        assert (job.progress.tokens, job.progress.seconds, job.progress.steps) == (14, 1.0, 2)
+
+
 def test_a_job_keeps_the_template_that_it_was_asked_with(tmp_path: Path) -> None:
     def task(prompt: str) -> Task:
         return parse("say", {"prompt": prompt, "format": "raw"}, default_route=Fixed(), source="api")
@@ -149,3 +377,14 @@ def test_a_job_keeps_the_template_that_it_was_asked_with(tmp_path: Path) -> None
         assert spec_of("say", request, ground, tmp_path) == asked
     bare = spec_of("m", plain, ground, tmp_path)
     assert bare.template == {} and bare.task is None
+    assert bare.context is None and spec_of("m", plain, replace(ground, context=9), tmp_path).context == 9
+
+    for given in ({"rslora": False}, {"auto_rank": False}, {}):
+        lora = Lora(init_from="m", **given)
+        assert checked(Asked(file.id, lora=lora, given=frozenset({"init_from", *given})), ground)["lora"] == {
+            **plain["lora"], "init_from": "m"
+        }  # fmt: skip
+    for name, value in {"rslora": True, "auto_rank": True, "r": 8}.items():
+        lora = Lora(init_from="m", **{name: value})
+        with pytest.raises(InvalidRequest, match=f"leave {name} out"):
+            checked(Asked(file.id, lora=lora, given=frozenset({"init_from", name})), ground)
