@@ -31,6 +31,8 @@ from adapters.weights import LoraWeights
 
 TRIM_STEPS = 16
 """Updates after which freed memory is given back: batches differ in size, so the heap falls into ever more pieces."""
+SEEDS = (-(1 << 63), (1 << 64) - 1)
+"""What torch's generators begin with: 64 bits, with a sign or without."""
 LOSS_ROWS = 256
 """Rows whose logits are in memory at a time."""
 
@@ -115,6 +117,8 @@ class TrainingConfig:
         for name in ("warmup_ratio", "weight_decay", "max_grad_norm"):
             if not 0.0 <= getattr(self, name) < (1.0 if name == "warmup_ratio" else math.inf):
                 raise AdapterError(f"{name} is out of range: {getattr(self, name)!r}", name)
+        if not SEEDS[0] <= self.seed <= SEEDS[1]:
+            raise AdapterError(f"seed must be a whole number of 64 bits, up to 2**64 - 1, not {self.seed}", "seed")
         if self.compute_dtype not in ("bfloat16", "float32"):
             raise AdapterError(f"compute_dtype is bfloat16 or float32, not {self.compute_dtype!r}", "compute_dtype")
         self.spec()

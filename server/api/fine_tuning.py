@@ -116,8 +116,11 @@ def _meant(job: Job, request: Request) -> bool:
 
 def _job(parts: Parts, id: str) -> Job:
     job = parts.jobs.records.jobs.get(id)
-    if job is None or job.kind != TRAINING:
+    if job is None:
         raise UnknownName(f"there is no training job {id[:64]!r}; GET /v1/fine_tuning/jobs lists them", "id")
+    if job.kind != TRAINING:
+        raise UnknownName(f"{id} is an evaluation, no training job; GET /jobs/{id} shows it, POST /jobs/{id}/cancel "
+                          "ends it", "id")  # fmt: skip
     return job
 
 

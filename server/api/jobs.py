@@ -1,4 +1,4 @@
-"""`/jobs`: training and evaluation jobs as people look at them; and `POST /tasks/{task}/evaluate`."""
+"""`/jobs`: training and evaluation jobs as people look at them, and their end; and `POST /tasks/{task}/evaluate`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from server.tasks.evaluation import default_metric
 
 router = APIRouter(tags=["jobs"])
 
+Id = Annotated[str, Path(max_length=schemas.MAX_FILE_ID)]
 SHOWN = 200
 """Jobs of a list."""
 CURVES = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -33,7 +34,7 @@ async def list_jobs(parts: Ready) -> dict[str, Any]:
 
 
 @router.get("/jobs/{id}", response_model=schemas.JobAnswer, responses=errors(404, 422, 503))
-async def get_job(id: Annotated[str, Path(max_length=schemas.MAX_FILE_ID)], parts: Ready) -> dict[str, Any]:
+async def get_job(id: Id, parts: Ready) -> dict[str, Any]:
     """One job, with its curves and what was said of it."""
     job = parts.jobs.get(id)
     events = await asyncio.to_thread(parts.jobs.records.events, job.id)
@@ -45,6 +46,12 @@ async def get_job(id: Annotated[str, Path(max_length=schemas.MAX_FILE_ID)], part
                     curves[name].append([event["data"]["step"], event["data"][name]])
     said = [{k: e[k] for k in ("at", "level", "message")} for e in events if e["type"] == "message"]
     return {**summary(job), "asked": job.request, "curves": curves, "messages": said[-MESSAGES:]}
+
+
+@router.post("/jobs/{id}/cancel", response_model=schemas.JobSummary, responses=errors(404, 409, 422, 503))
+async def cancel(id: Id, parts: Ready) -> Response:
+    """End a job of either kind for good, at once; the answer may still say that it runs."""
+    return json_response(summary(await asyncio.to_thread(parts.jobs.cancel, id)))
 
 
 @router.post(

@@ -36,7 +36,12 @@ def compose(
         pairs.append((peft_format.read_folder(Path(folder), name=Path(folder).name, max_rank=4096), factor))
     result = composition.compose(pairs, output.name, method, rank=rank, density=density, seed=seed)
     peft_format.save(result, output)
-    told = {"path": str(output), "version": result.version.label, "ranks": result.ranks, "bytes": result.nbytes}
+    told = {
+        "path": str(output),
+        "version": _version(output, max(result.ranks)),
+        "ranks": result.ranks,
+        "bytes": result.nbytes,
+    }
     lost = result.metadata.get("pruning", {}).get("error", 0.0)
     if as_json:
         print_json({**told, "error": lost})
@@ -69,9 +74,17 @@ def prune(
     peft_format.save(result, output, dtype=next(iter(weights.modules.values())).A.dtype)
     if as_json:
         told = result.metadata["pruning"]
-        print_json({"path": str(output), "version": result.version.label, "ranks": result.ranks, **told})
+        version = _version(output, max(result.ranks))
+        print_json({"path": str(output), "version": version, "ranks": result.ranks, **told})
     else:
         out().print(
             f"{output}: {cut.parameters:,} of {cut.parameters_before:,} parameters, relative error {cut.error:.3g} "
             f"(worst {cut.worst_error:.3g} at {cut.worst_module}), {len(cut.dropped)} modules dropped"
         )
+
+
+def _version(output: Path, max_rank: int) -> str:
+    """The version that lies in the folder: files have a precision of their own, and with it another content."""
+    from adapters import peft_format
+
+    return peft_format.read_folder(output, name=output.name, max_rank=max_rank).version.label

@@ -106,6 +106,8 @@ def search(
         steps=steps or wanted.config.steps(len(found.learned.examples)),
         share=share,
     )
+    for seed in plan.seeds:
+        replace(wanted.config, seed=seed)  # one that is none is told before the first trial
     model = Trainable(base, wanted.config.compute_dtype)
     with progress("steps", quiet=as_json) as bar:
         if judged_by == LOSS:
@@ -147,7 +149,8 @@ async def _with_engine(
 ) -> RankSearch:
     """The search with answers judged as they are served: trained on a thread, evaluated by an engine beside it."""
     stopped = threading.Event()
-    async with opened(settings.model_copy(update={"library": None}), base) as house:
+    ranked = {"library": None, "max_rank": max(settings.max_rank, *plan.ranks)}
+    async with opened(settings.model_copy(update=ranked), base) as house:
         with tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
             score = _scorer(house, base, plan, found, Path(scratch), asyncio.get_running_loop())
             threads = threads_of(settings)

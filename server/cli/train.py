@@ -14,6 +14,7 @@ from server.cli.terminal import Progress, out, print_json, progress, size
 from server.settings import Settings, keep_few_kernels
 
 if TYPE_CHECKING:
+    from adapters.weights import LoraWeights
     from server.kernels import Backend
 
 
@@ -32,12 +33,15 @@ def train(
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipes' seed.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train one adapter for each recipe, on the 4-bit base that serves. Started again, it goes on where it was."""
+    """Train one adapter for each recipe, on the 4-bit base that serves. Started again, it goes on where it was.
+
+    What is finished, by the very same recipe, data and base, is skipped.
+    """
     import torch
 
     from adapters.training import Event
     from server.jobs.recipe import packing, read_recipes
-    from server.jobs.run import prepare, run
+    from server.jobs.run import finished, prepare, run
 
     keep_few_kernels()
     torch.set_num_threads(threads_of(settings))
@@ -54,9 +58,14 @@ def train(
         wanted.append((recipe, data or path.parent))
     settings = settings.where_not_given(packing([recipe for recipe, _ in wanted]))
     base = open_base(settings, training_backend(settings.device), quiet=as_json)
-    for recipe, folder in wanted[1:]:
+    done = {recipe.name: finished(recipe, base, output, data_dir=folder) for recipe, folder in wanted}
+    for recipe, folder in [(recipe, folder) for recipe, folder in wanted if done[recipe.name] is None][1:]:
         prepare(recipe, base, folder)  # what is wrong with the last one's data is said before the first one's hours
     for recipe, folder in wanted:
+        found = done[recipe.name]
+        if found is not None:
+            _tell(found, output, as_json, skipped=True)
+            continue
         with progress("parameters", quiet=as_json) as bar:
 
             def tell(event: Event, bar: Progress = bar, name: str = recipe.name) -> None:
@@ -64,17 +73,23 @@ def train(
                     bar(name, event.step, event.steps)
 
             weights = run(recipe, base, output, data_dir=folder, on_event=tell)
-        made = weights.metadata["training"]
-        if as_json:
-            print_json(
-                {"name": recipe.name, "path": str(output / recipe.name), "version": weights.version.label, **made}
-            )
-        else:
-            peak = made["memory"]["peak_process"]
-            out().print(
-                f"{output / recipe.name}: {made['steps']} steps, {made['tokens_per_second'] or 0:,.0f} tokens/s"
-                + (f", peak {size(peak)}" if peak else "")
-            )
+        _tell(weights, output, as_json, skipped=False)
+
+
+def _tell(weights: LoraWeights, output: Path, as_json: bool, *, skipped: bool) -> None:
+    """What lies in the output now, and how it was made, if not by this command then by an earlier one."""
+    made, path = weights.metadata["training"], output / weights.name
+    if as_json:
+        told = {"name": weights.name, "path": str(path), "version": weights.version.label, "skipped": skipped}
+        print_json({**told, **made})
+    elif skipped:
+        out().print(f"{path} is finished, by the same recipe, data and base; remove it to have it trained again")
+    else:
+        peak = made["memory"]["peak_process"]
+        out().print(
+            f"{path}: {made['steps']} steps, {made['tokens_per_second'] or 0:,.0f} tokens/s"
+            + (f", peak {size(peak)}" if peak else "")
+        )
 
 
 def training_backend(device: str) -> Backend:

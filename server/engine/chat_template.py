@@ -5,9 +5,10 @@ Owns how a template is run. Knows nothing of tokens: what it gives back is a str
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
@@ -74,6 +75,25 @@ class ChatTemplate:
 
 
 _deadline: ContextVar[float] = ContextVar("_deadline")
+_moment: ContextVar[float | None] = ContextVar("_moment", default=None)
+
+
+@contextlib.contextmanager
+def as_of(moment: float | None) -> Iterator[None]:
+    """Within it templates that ask for the time are told `moment`, seconds since the epoch; None is the present.
+
+    What training reads must be the same tokens when it is rendered again on another day.
+    """
+    outer = _moment.set(moment)
+    try:
+        yield
+    finally:
+        _moment.reset(outer)
+
+
+def _now(form: str) -> str:
+    moment = _moment.get()
+    return (datetime.now() if moment is None else datetime.fromtimestamp(moment)).strftime(form)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -81,7 +101,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock])
         self.filters["tojson"] = _to_json
         self.globals["raise_exception"] = _raise
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.globals["strftime_now"] = _now
 
     def call(self, context: Context, function: Any, *args: Any, **options: Any) -> Any:
         """Every call of a template passes here: `range` too, so that a loop without output ends in time."""

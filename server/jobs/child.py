@@ -91,21 +91,25 @@ def run(folder: Path, tell: Any, stop: threading.Event) -> None:
     import torch
 
     from adapters.errors import AdapterError, TrainingStopped
+    from server.engine.chat_template import as_of
     from server.errors import ServerError
-    from server.jobs.errors import JobError
+    from server.jobs.errors import JobError, refused
     from server.jobs.fine_tune import fine_tune
     from server.jobs.spec import FAILED, STOPPED, Spec
 
     spec = Spec.read(folder)
     torch.set_num_threads(spec.threads)
     try:
-        fine_tune(spec, _base(spec), folder, tell, stop.is_set)
+        with as_of(spec.created_at):
+            fine_tune(spec, _base(spec), folder, tell, stop.is_set)
     except TrainingStopped as error:
         tell({"kind": STOPPED, "message": error.message})
     except JobError as error:
         tell({"kind": FAILED, "code": error.code, "message": error.message, "param": error.param})
     except (AdapterError, ServerError) as error:
         tell({"kind": FAILED, "code": "failed", "message": error.message, "param": error.param})
+    except OSError as error:  # a full disk, most likely: a reason to tell, not to die of
+        tell({"kind": FAILED, "code": "failed", "message": refused(error), "param": None})
 
 
 def _base(spec: Spec) -> Any:

@@ -1,4 +1,4 @@
-"""The one exception of this package."""
+"""The one exception of this package, and the words for what the system refuses."""
 
 from __future__ import annotations
 
@@ -9,3 +9,8 @@ class JobError(Exception):
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.code, self.message, self.param = code, message, param
+
+
+def refused(error: OSError) -> str:
+    """What clients are shown of an error of the system: its reason, and no path."""
+    return f"the system refuses what the job needs: {error.strerror or 'it gives no reason'}"

@@ -102,7 +102,9 @@ class Files:
         self.get(id)
         user = self.used_by(id)
         if user is not None:
-            raise Conflict(f"{id} is what the job {user} works on; cancel that first", "file_id")
+            raise Conflict(
+                f"{id} is what the job {user} works on; end that first, by POST /jobs/{user}/cancel", "file_id"
+            )
         with self._lock:
             self._files.pop(id, None)
         shutil.rmtree(self._folder / id, ignore_errors=True)

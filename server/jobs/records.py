@@ -49,7 +49,8 @@ class Progress:
 class Job:
     """`name` is what the result is called (training), or the task (evaluation). `request` is what was asked, checked.
 
-    `trained` is what the training process told at its end; with it, only evaluation and publishing are left.
+    `trained` is what the training process told at its end; with it, only evaluation and publishing are left. `pausing`
+    is a wish for a pause that the work has not come to yet; it outlives the server, so that the job does not go on.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Job:
     progress: Progress = field(default_factory=Progress)
     trained: dict[str, Any] | None = None
     result: dict[str, Any] = field(default_factory=dict)
+    pausing: bool = False
 
     @property
     def over(self) -> bool:

@@ -1,22 +1,28 @@
 """Makes one recipe's adapter over a loaded base: data to tokens, training, and the folder that is published.
 
-Owns the model card and where checkpoints lie while a run goes on.
+Owns the model card, where checkpoints lie while a run goes on, and what is known of runs that are over.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adapters import data, peft_format, pruning, search
+from adapters import checkpoints, data, peft_format, pruning, search
 from adapters.data import Tokens
+from adapters.errors import AdapterError
 from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
+from server.engine.chat_template import as_of
 from server.engine.text import Text
 from server.jobs.encoding import Template, encoder
 from server.jobs.loan import at, device_of
@@ -24,7 +30,10 @@ from server.jobs.recipe import Recipe
 from server.jobs.trainable import Trainable
 from server.model.loader import Base
 
-CHECKPOINTS = ".checkpoints"
+CHECKPOINTS, FINISHED = ".checkpoints", ".finished"
+"""Folders within the output: of runs that go on, and of what is known of those that are over."""
+BEGUN = "begun"
+"""Beside a run's checkpoint, when it began, in seconds since the epoch."""
 
 
 def run(
@@ -39,12 +48,15 @@ def run(
     """Trains and writes `output/<name>`: the PEFT folder in bf16, task.json and a model card.
 
     On the GPU if the base's kernels are for one. A run that was killed goes on from its last checkpoint when it is
-    started again. Raises InvalidData for the data
-    and TrainingStopped if `stop` said so.
+    started again. Answers what has been written, as it is read back. Raises InvalidData for the data and
+    TrainingStopped if `stop` said so.
     """
-    examples, held = prepare(recipe, base, data_dir)
-    folder = output / recipe.name
-    checkpoints = output / CHECKPOINTS / recipe.name
+    folder, resumed = output / recipe.name, output / CHECKPOINTS / recipe.name
+    moment = _begun(resumed)
+    with as_of(moment):
+        examples, held = prepare(recipe, base, data_dir)
+    key = _key(recipe, base, data_dir)  # now: the files may be others when hours of training are over
+    _write(resumed / BEGUN, repr(moment))
     config = on_base(recipe.config, base)
     make = search.auto_lora if recipe.auto_rank else train
     device = device_of(base)
@@ -55,7 +67,7 @@ def run(
             config,
             name=recipe.name,
             validation=held,
-            checkpoints=checkpoints,
+            checkpoints=resumed,
             on_event=on_event,
             stop=stop,
         )
@@ -64,8 +76,54 @@ def run(
     peft_format.save(
         weights, folder, dtype=torch.bfloat16, shapes=base.shapes(), task=recipe.task, card=card(recipe, weights)
     )
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return weights
+    most = max(weights.ranks)
+    saved = peft_format.read_folder(folder, name=recipe.name, max_rank=most, shapes=base.shapes())
+    _write(
+        output / FINISHED / f"{recipe.name}.json", json.dumps({"key": key, "digest": saved.digest, "max_rank": most})
+    )
+    shutil.rmtree(resumed, ignore_errors=True)
+    return saved
+
+
+def finished(recipe: Recipe, base: Base, output: Path, *, data_dir: Path) -> LoraWeights | None:
+    """What an earlier run of the very same recipe, data and base has written; None if it is gone or another since."""
+    try:
+        told = json.loads((output / FINISHED / f"{recipe.name}.json").read_text(encoding="utf-8"))
+        if told["key"] != _key(recipe, base, data_dir):
+            return None
+        folder, most = output / recipe.name, told["max_rank"]
+        weights = peft_format.read_folder(folder, name=recipe.name, max_rank=most, shapes=base.shapes())
+    except (OSError, ValueError, KeyError, TypeError, AdapterError):
+        return None  # whatever is wrong with it, training makes it anew
+    return weights if weights.digest == told["digest"] else None
+
+
+def _begun(resumed: Path) -> float:
+    """When the run whose checkpoint is there began, so that a template tells it the same date; else the present."""
+    if any(resumed.rglob(checkpoints.FILE)):
+        try:
+            return float((resumed / BEGUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            pass  # of a version that did not keep it
+    return time.time()
+
+
+def _key(recipe: Recipe, base: Base, data_dir: Path) -> str:
+    """What a run is made of. Raises OSError for files that cannot be read."""
+    told: list[Any] = [asdict(recipe), base.id]
+    for file in (recipe.data, recipe.validation):
+        if file is not None:
+            with (data_dir / file).open("rb") as stream:
+                told.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _write(file: Path, text: str) -> None:
+    """The whole of a file or nothing of it, whenever the process is killed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
 
 
 def prepare(recipe: Recipe, base: Base, data_dir: Path) -> tuple[Tokens, Tokens | None]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from adapters.errors import AdapterError
 from server.errors import Conflict, ServerError, UnknownName
-from server.jobs.errors import JobError
+from server.jobs.errors import JobError, refused
 from server.jobs.records import (
     ACTIVE,
     CANCELLED,
@@ -57,7 +57,10 @@ class Active:
         self._kill: Callable[[], object] = _nothing
 
     def ask(self, wanted: str, now: bool = False) -> None:
-        """Want the work to end, at its next checkpoint or `now`. The last word counts; nothing undoes a cancel."""
+        """Want the work to end, at its next checkpoint or `now`. The last word counts; nothing undoes a cancel.
+
+        A pause is in the job's record besides, and holds whatever is asked after it.
+        """
         with self._lock:
             if self.wanted != CANCELLED:
                 self.wanted = wanted
@@ -100,9 +103,13 @@ class Jobs:
         self._closing = False
         for job in records.all():
             if job.status in ACTIVE:
+                message = "The server has started again; the job goes on from its last checkpoint."
                 job.status = QUEUED
+                if job.pausing:
+                    job.status, job.pausing = PAUSED, False
+                    message = "Paused: that was asked before the server ended."
                 records.save(job)
-                records.note(job, "The server has started again; the job goes on from its last checkpoint.")
+                records.note(job, message)
         self._threads = [
             threading.Thread(target=self._run, args=(kind,), name=f"loramux-{kind}", daemon=True) for kind in works
         ]
@@ -171,7 +178,10 @@ class Jobs:
             if job.kind != TRAINING or job.trained is not None:
                 raise Conflict(f"{id} has nothing left that could be paused; cancel it, or let it end", "id")
             active = self._active.get(id)
-            if active is None and job.status != PAUSED:
+            if active is not None:
+                job.pausing = True
+                self._keep(job)
+            elif job.status != PAUSED:
                 job.status = PAUSED
                 self.records.save(job)
                 self.records.note(job, "Paused.")
@@ -239,14 +249,16 @@ class Jobs:
             self.records.save(job)
             work(active)
         except Stopped:
-            status, message = {
-                CANCELLED: (CANCELLED, "Cancelled."),
-                PAUSED: (PAUSED, f"Paused at step {job.progress.step}."),
-            }.get(active.wanted or "", (QUEUED, "The server stops; the job goes on when it starts again."))
+            status, message = QUEUED, "The server stops; the job goes on when it starts again."
+            if active.wanted == CANCELLED:
+                status, message = CANCELLED, "Cancelled."
         except JobError as failure:
             error = {"code": failure.code, "message": failure.message, "param": failure.param}
         except (AdapterError, ServerError) as failure:
             error = {"code": "failed", "message": failure.message, "param": failure.param}
+        except OSError as failure:
+            log.exception("job %s failed", job.id)
+            error = {"code": "failed", "message": refused(failure), "param": None}
         except Exception:
             log.exception("job %s failed", job.id)
             error = {
@@ -258,6 +270,8 @@ class Jobs:
             status, message, job.error = FAILED, str(error["message"]), error
         with self._condition:
             del self._active[job.id]
+            if status == QUEUED and job.pausing:  # the wish holds, whatever else has stopped the work
+                status, message = PAUSED, f"Paused at step {job.progress.step}."
             if status in (SUCCEEDED, FAILED, CANCELLED):
                 self._finish(job, status, message)
             else:
@@ -273,7 +287,10 @@ class Jobs:
     def _turn(self, job: Job, status: str, message: str) -> None:
         """The event first: whoever sees the status finds it."""
         self.records.note(job, message, level="error" if status == FAILED else "info")
-        job.status = status
+        job.status, job.pausing = status, False
+        self._keep(job)
+
+    def _keep(self, job: Job) -> None:
         try:
             self.records.save(job)
         except AdapterError as error:  # a full disk: what is in memory goes on to be told

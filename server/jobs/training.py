@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from server.jobs.errors import JobError
@@ -15,7 +16,7 @@ from server.jobs.publishing import Publishing
 from server.jobs.records import RUNNING
 from server.jobs.requests import INIT, RIVAL, Ground, spec_of
 from server.jobs.runner import CLOSING, Active, Stopped
-from server.jobs.spec import CHECKPOINT, CHECKPOINTS, EVALUATED, FAILED, NOTE, STEP, STOPPED, TRAINED, VALIDATED
+from server.jobs.spec import CHECKPOINT, CHECKPOINTS, EVALUATED, FAILED, NOTE, STEP, STOPPED, TRAINED, VALIDATED, Spec
 
 METRIC_EVENTS = 1000
 """Events of single steps that a job may have, about; of a longer one every second, or third, ... is told."""
@@ -29,11 +30,15 @@ class Training:
 
     def __call__(self, active: Active) -> None:
         job = active.job
-        spec = spec_of(job.name, job.request, self._ground, active.folder)
         if job.trained is None:
+            spec = spec_of(job.name, job.request, self._ground, active.folder)
+            spec = replace(spec, created_at=job.created_at)
             spec.write(active.folder)
             self._train(active)
             active.check()
+        else:
+            # As it was trained by: its files may be gone since. The bound is that of the server that publishes.
+            spec = replace(Spec.read(active.folder), max_rank=self._ground.max_rank)
         active.become(RUNNING)
         self._publishing.publish(active, spec)
         for folder in (INIT, RIVAL, CHECKPOINTS):

@@ -8,7 +8,8 @@ const list = $("job-list");
 const cards = new Map(); // id -> its card, so that a button keeps its focus and a chart its place
 let frame;
 
-const PATH = (id) => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
+const TRAINING = (id) => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
+const JOB = (id) => `/jobs/${encodeURIComponent(id)}`;
 const RUNS = ["queued", "validating_files", "running"];
 const CURVES = [["train_loss", "training loss", "--one"], ["valid_loss", "validation loss", "--two"]];
 const WORDS = { validating_files: "reads its files" };
@@ -32,13 +33,13 @@ class Card {
     this.plot = null;
   }
 
-  button(label, job, path) {
+  button(label, job, route) {
     const button = make("button", { type: "button", textContent: label });
     button.ariaLabel = `${label} ${job.name}`;
     button.addEventListener("click", async () => {
       button.disabled = true;
       try {
-        await send("POST", `${PATH(job.id)}/${path}`);
+        await send("POST", route);
         frame.say(`${label} ${job.name}: done.`);
         await frame.refresh();
       } catch (error) {
@@ -66,15 +67,15 @@ class Card {
       const runs = RUNS.includes(job.status);
       const buttons = [];
       if (job.kind === "training") {
-        if (runs) buttons.push(this.button("Pause", job, "pause"));
-        if (["paused", "failed"].includes(job.status)) buttons.push(this.button("Resume", job, "resume"));
-        if (runs || job.status === "paused") buttons.push(this.button("Cancel", job, "cancel"));
+        if (runs) buttons.push(this.button("Pause", job, `${TRAINING(job.id)}/pause`));
+        if (["paused", "failed"].includes(job.status)) buttons.push(this.button("Resume", job, `${TRAINING(job.id)}/resume`));
       }
+      if (runs || job.status === "paused") buttons.push(this.button("Cancel", job, `${JOB(job.id)}/cancel`));
       this.does.replaceChildren(...buttons);
       this.does.hidden = !buttons.length;
     }
     if (job.kind === "training" && job.step) {
-      this.curves = (await get(`/jobs/${encodeURIComponent(job.id)}`)).curves;
+      this.curves = (await get(JOB(job.id))).curves;
       this.draw(this.curves);
     }
     this.drawn = now; // all of it: a chart that did not come is asked for again

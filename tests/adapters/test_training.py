@@ -288,6 +288,8 @@ def test_a_diverging_run_is_told(llama):
         {"learning_rate": "5e-4"},
         {"use_rslora": 1},
         {"seed": True},
+        {"seed": 1 << 64},
+        {"seed": -(1 << 63) - 1},
         {"target_modules": ()},
         {"target_modules": ("q_proj", 3)},
         {"lora_rank_of": {"model.layers.0.mlp.up_proj": "4"}},
@@ -297,6 +299,12 @@ def test_wrong_settings_are_named(wrong):
     with pytest.raises(AdapterError) as error:
         TrainingConfig(**wrong)
     assert error.value.param == next(iter(wrong))
+
+
+@pytest.mark.parametrize("seed", training.SEEDS)
+def test_the_first_and_the_last_seed_train(llama, seed):
+    config = dataclasses.replace(CONFIG, seed=seed, max_steps=1)
+    assert training.train(Wrapped(llama), examples(4), config).metadata["training"]["config"]["seed"] == seed
 
 
 def test_pieces_hold_every_example_once():

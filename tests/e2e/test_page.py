@@ -504,6 +504,17 @@ def test_a_server_with_keys_asks_for_one(
         opened.close()
 
 
+def test_an_evaluation_is_cancelled(page: Page, house: Live) -> None:
+    data = [{"input": f"{FILM} {i}", "output": "positive"} for i in range(2000)]
+    job = house.post("/tasks/sentiment/evaluate", {"data": data}, 202)["id"]
+    page.get_by_role("tab", name="Jobs").click()
+    card = page.locator(".job").filter(has_text=job)
+    card.get_by_role("button", name="Cancel sentiment").click()
+    expect(card.locator(".state")).to_have_text("cancelled")
+    expect(card.get_by_role("button")).to_have_count(0)
+    assert house.get(f"/jobs/{job}")["status"] == "cancelled"
+
+
 def test_a_job_is_started_paused_resumed_and_cancelled(page: Page, house: Live) -> None:
     page.get_by_role("tab", name="Jobs").click()
     lines = "".join(json.dumps({"input": f"word {i}", "output": "yes"}) + "\n" for i in range(16)).encode()

@@ -51,6 +51,16 @@ def test_prune_tells_its_error(how: tuple[str, object], folders: list[Path], tmp
     assert peft_format.read_folder(tmp_path / "cut", name="x").modules
 
 
+def test_the_version_told_is_the_one_that_lies_in_the_folder(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(3)
+    a, b = torch.randn(4, 8, generator=draw).bfloat16(), torch.randn(12, 4, generator=draw).bfloat16()
+    peft_format.save(sealed("half", {"model.layers.0.self_attn.q_proj": LowRank(a, b, 0.5)}), tmp_path / "half")
+    commands: list[list[object]] = [["prune", tmp_path / "half", "--rank", 2], ["compose", f"{tmp_path / 'half'}=0.3"]]
+    for command in commands:
+        told = run(*command, "--output", tmp_path / "made")
+        assert told["version"] == peft_format.read_folder(tmp_path / "made", name="made").version.label
+
+
 def test_wrong_arguments_are_named(folders: list[Path], tmp_path: Path) -> None:
     for arguments in (["prune", folders[0]], ["compose", f"{folders[0]}=much"], ["compose", tmp_path / "nothing"]):
         done = CliRunner().invoke(app, [*map(str, arguments), "--output", str(tmp_path / "x")])

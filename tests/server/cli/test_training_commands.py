@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from adapters import peft_format
+from adapters import peft_format, training
+from adapters.errors import AdapterError, TrainingStopped
 from server.bench import plots
 from server.cli import app, search, train
+from server.errors import ServerError
 from server.jobs.recipe import read_recipe
 from server.jobs.searching import within
 from server.model.loader import Base
@@ -73,6 +77,12 @@ def test_a_search_by_answers_as_they_are_served_without_matplotlib(
     assert (given / "out" / "search.svg").read_text().startswith("<svg")
 
 
+def test_ranks_over_what_a_server_takes_by_itself_are_searched_and_told(given: Path) -> None:
+    command = ["--ranks", "1,100", "--steps", "9", "--share", "1", "--validation", "held.jsonl"]
+    found = told("search", "echo.toml", *command)
+    assert [row["rank"] for row in found["table"]] == [1, 100] and (given / "search" / "search.json").exists()
+
+
 def test_a_budget_is_parameters(given: Path, tiny_base: Base) -> None:
     config = read_recipe(given / "echo.toml").config
     one = sum(sum(shape) for shape in tiny_base.shapes().values())
@@ -99,6 +109,81 @@ def test_a_search_needs_something_to_judge_by(given: Path) -> None:
 def test_seeds_that_are_no_numbers_are_named(given: Path) -> None:
     done = runner.invoke(app, ["search", "echo.toml", "--seeds", "a", "--state-dir", "state"])
     assert "seeds are whole numbers" in str(done.exception)
+
+
+@pytest.mark.parametrize("line", ["train echo.toml --seed", "search echo.toml --metric loss --steps 9 --seeds 0,"])
+def test_a_seed_of_more_than_64_bits_is_refused_before_any_step(
+    given: Path, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapters.training._Run.go", lambda *_: pytest.fail("it trains"))
+    words = f"{line}{'' if line.endswith(',') else '='}{2**64}".split(" ")
+    done = runner.invoke(app, [*words, "--state-dir", "state"])
+    assert isinstance(done.exception, AdapterError) and "2**64 - 1" in done.exception.message, done.output
+    (given / "echo.toml").write_text(f"{RECIPE}seed = {2**64}\n")
+    with pytest.raises(ServerError, match="seed must be"):
+        read_recipe(given / "echo.toml")
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, fails_at: int = 0) -> list[int]:
+    """The steps of each update from now on; the update of that number is cut short."""
+    steps: list[int] = []
+    update = training._Run._update
+
+    def counting(self: training._Run) -> training.Event:
+        if len(steps) + 1 == fails_at:
+            raise TrainingStopped("as by a signal")
+        steps.append(self.progress.step)
+        return update(self)
+
+    monkeypatch.setattr(training._Run, "_update", counting)
+    return steps
+
+
+def test_started_again_it_trains_what_is_left(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (given / "other.toml").write_text(RECIPE.replace('"echo"', '"other"') + "save_steps = 1\n")
+    command = ["train", "echo.toml", "other.toml", "--steps", "4", "--state-dir", "state"]
+    with monkeypatch.context() as patch:
+        counted(patch, fails_at=7)
+        assert "as by a signal" in str(runner.invoke(app, command).exception)
+    steps = counted(monkeypatch)
+    done = runner.invoke(app, command)
+    assert done.exit_code == 0 and steps == [2, 3], "the first is finished, and the second goes on"
+    assert "trained/echo is finished" in done.stdout and "trained/other: 4 steps" in done.stdout
+    again = told("train", "echo.toml", "--steps", "4")
+    read = peft_format.read_folder(given / "trained" / "echo", name="echo")
+    assert again["skipped"] and again["version"] == read.version.label and again["steps"] == 4 and len(steps) == 2
+
+    told("train", "echo.toml", "--steps", "3")
+    assert len(steps) == 5, "it is another recipe"
+    (given / "data.jsonl").write_text((given / "held.jsonl").read_text())
+    assert not told("train", "echo.toml", "--steps", "1")["skipped"]
+    (given / "data.jsonl").write_text('{"input": "a", "output": "yes"}')
+    assert not told("train", "echo.toml", "--steps", "1")["skipped"] and len(steps) == 7, "it is other data"
+    shutil.rmtree(given / "trained" / "echo")
+    told("train", "echo.toml", "--steps", "1")
+    assert len(steps) == 8, "there is nothing left of it"
+
+
+def test_a_run_over_a_template_with_the_date_goes_on_on_another_day(
+    given: Path, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dated = "Today is {{ strftime_now('%d %b %Y') }}\n" + (tiny_base.vocabulary.chat_template or "")
+    base = replace(tiny_base, vocabulary=replace(tiny_base.vocabulary, chat_template=dated))
+    monkeypatch.setattr(train, "open_base", lambda settings, backend, quiet: base)
+    (given / "echo.toml").write_text(RECIPE + "save_steps = 1\n")
+    command = ["train", "echo.toml", "--steps", "4", "--state-dir", "state"]
+    with monkeypatch.context() as patch:
+        patch.setattr("server.jobs.run.time.time", lambda: 1e9)
+        counted(patch, fails_at=3)
+        assert "as by a signal" in str(runner.invoke(app, command).exception)
+    steps = counted(monkeypatch)
+    done = runner.invoke(app, command)
+    assert done.exit_code == 0 and steps == [2, 3], done.exception
+
+
+def test_the_version_told_is_the_one_that_lies_in_the_folder(given: Path) -> None:
+    made = told("train", "echo.toml", "--steps", "3")
+    assert made["version"] == peft_format.read_folder(given / made["path"], name="echo").version.label
 
 
 def test_ranks_of_their_own_and_pruning_are_reached_from_train(given: Path) -> None:

@@ -25,11 +25,12 @@ class Work:
         self.go = threading.Event()
         self.error: Exception | None = None
         self.killed = False
+        self.deaf = False
 
     def __call__(self, active: Active) -> None:
         self.begun.append(active.job.id)
         active.become("running")
-        active.stopped_by(self.go.set, self._kill)
+        active.stopped_by((lambda: None) if self.deaf else self.go.set, self._kill)
         assert self.go.wait(10)
         self.go.clear()
         active.check()
@@ -93,6 +94,7 @@ def test_an_evaluation_does_not_wait_for_a_training(make, work):
     [
         (JobError("bad", "the reason", "field"), "bad"),
         (StoreFailed("no disk"), "failed"),
+        (OSError(28, "No space left on device", "/a/secret/spec.json"), "failed"),
         (ZeroDivisionError("a secret"), "internal"),
     ],
 )
@@ -103,6 +105,7 @@ def test_a_failure_is_told_and_the_next_job_runs(make, work, error, code):
     until(lambda: job.over)
     assert job.status == "failed" and job.error["code"] == code and "secret" not in job.error["message"]
     assert jobs.records.events(job.id)[-1]["level"] == "error"
+    assert not isinstance(error, OSError) or "No space left on device" in job.error["message"]
     work.error = None
     other = add(jobs)
     until(lambda: other.status == "running")
@@ -157,6 +160,50 @@ def test_what_ran_is_queued_again_after_the_server(make, work, tmp_path):
     ids = [event["id"] for event in again.records.events(job.id)]
     assert len(set(ids)) == len(ids)
     assert again.using("file-1") == job.id and again.using("file-2") is None
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_pause_that_was_asked_before_the_server_ended_holds(make, work, tmp_path, killed):
+    """Of a job within a step that takes longer than the server lives."""
+    jobs, work.deaf = make(), True
+    job = add(jobs)
+    until(lambda: job.status == "running")
+    active = jobs._active[job.id]
+    jobs.pause(job.id)
+    state = tmp_path / "jobs" / job.id / "job.json"
+    seen = state.read_bytes()
+    assert json.loads(seen)["status"] == "running"
+    closing = threading.Thread(target=jobs.close, args=(5.0,))
+    closing.start()
+    until(lambda: active.wanted == "closing")
+    work.deaf = False
+    work.go.set()
+    closing.join()
+    assert job.status == "paused"
+    if killed:
+        state.write_bytes(seen)
+    again = make()
+    found = again.get(job.id)
+    assert found.status == "paused" and not found.pausing
+    assert again.records.events(job.id)[-1]["message"].startswith("Paused")
+    again.resume(job.id)
+    until(lambda: found.status == "running")
+    again.close(1.0)
+    assert found.status == "queued", "a pause is over once the job has been resumed"
+
+
+def test_a_pause_is_kept_where_the_disk_refuses_its_record(make, work, monkeypatch):
+    jobs = make()
+    job = add(jobs)
+    until(lambda: job.status == "running")
+
+    def full(job: Job) -> None:
+        raise StoreFailed("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.records, "save", full)
+        jobs.pause(job.id)
+        until(lambda: job.status == "paused")
 
 
 def test_files_come_back_and_those_in_use_stay(tmp_path):
