@@ -9,7 +9,7 @@ files in parts (NAME.part0, NAME.part1, ... are joined), and compares greedy ans
 
 A fraction of the roofline is the time that the bytes of a step take at the bandwidth that is measured here first (base
 without its embedding table, distinct adapters, keys and values), over the time of the step: tokens drawn and brought to
-the host included.
+the host included. "By its bytes" is what a ratio would be if reading were all that takes time.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ if __name__ == "__main__" and "--check" in sys.argv and not Path("/dev/nvidiactl
 import numpy as np
 import torch
 
-from benchmarks import gpu_answers, gpu_load, gpu_peers
-from benchmarks.gpu_base import RandomBase, random_adapters, random_base
+from benchmarks import gpu_answers, gpu_kernels, gpu_load, gpu_peers
+from benchmarks.gpu_base import Kind, RandomBase, random_adapters, random_base
 from benchmarks.shapes import QWEN_7B
 from server.engine.batch import Batch, SlotWeights
 from server.engine.cuda_runner import CudaRunner, gpu_memory
-from server.kernels.cuda import Cuda, products
+from server.kernels.cuda import Cuda
+from server.kernels.lora import SITES
 from server.model.config import ModelConfig, from_hf
 
 BLOCK = 16
@@ -48,35 +49,32 @@ TINY: dict[str, Any] = {
 
 
 class Bench:
-    """The model, the runner on it, and how things are timed here."""
+    """The model, the runner on it once it is made, and how things are timed here."""
 
     def __init__(self, check: bool) -> None:
         self.check = check
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backend = Cuda(torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.config: ModelConfig = from_hf(TINY if check else QWEN_7B)
-        self.base: RandomBase = random_base(self.config, backend, self.device)
         self.backend = backend
-        self.rank = 4 if check else 16
+        self.kinds = (Kind(4), Kind(2, SITES[:4])) if check else (Kind(16), Kind(8, SITES[:4]))
+        """The adapters that are claimed about, and S-LoRA's."""
         self.rows = 2 if check else 32
         self.context = 20 if check else 256
         self.results: list[dict[str, Any]] = []
         self.bandwidth = self.peak = 1.0
-        memory = gpu_memory(None) if self.device.type == "cuda" else 1 << 31
-        room = (1 << 20) if check else 20 << 30
-        self.runner = CudaRunner(
-            self.base, self.rows, memory=memory, device=self.device, adapters=room,
-            kv_cache=(1 << 20) if check else 8 << 30,
-            context=64 if check else 4096,
-        )  # fmt: skip
-        self.base.weights.clear()  # the runner has its own, side by side
         self.blocks = 12 if check else 32 * 64
-        self.runner.allocate(self.blocks, BLOCK)
+        self.folders: list[Path] = []
+        """A real base, whose answers are compared."""
+        self.runner: CudaRunner
+        self.made = False
+        """Whether there is a runner: see `model`."""
 
     def tell(self, name: str, value: Any, target: Any = None, met: bool | None = None, **more: Any) -> None:
         met = None if self.check else met  # a tiny model proves nothing
         self.results.append({"name": name, "value": value, "target": target, "met": met, **more})
-        print(f"  {name}: {value}" + ("" if target is None else f"   (at least: {target})"), flush=True)
+        limits = ("" if target is None else f"   (at least: {target})") + _by_bytes(more, "   (by its bytes: {})")
+        print(f"  {name}: {value}{limits}", flush=True)
 
     def seconds(self, call: Callable[[], object], rounds: int = 30) -> float:
         """Median of the time of `call`, which may be asynchronous, after three to warm up."""
@@ -135,22 +133,21 @@ class Bench:
 
         return self.seconds(steps, 5) / count
 
-    def mixed_step_seconds(self, seconds: Callable[[int, tuple[SlotWeights, ...]], float]) -> float:
-        """A step of `rows` sequences, each on an adapter of its own on all linears."""
-        for slot, weights in enumerate(random_adapters(self.config, self.backend, self.rows, self.rank)):
+    def mixed_step_seconds(self, seconds: Callable[[int, tuple[SlotWeights, ...]], float], kind: Kind) -> float:
+        """A step of `rows` sequences, each on an adapter of its own."""
+        for slot, weights in enumerate(random_adapters(self.config, self.backend, self.rows, kind)):
             self.runner.place(slot, weights)
         taken = seconds(self.rows, tuple(((slot, 1.0),) for slot in range(self.rows)))
         for slot in range(self.rows):
             self.runner.clear(slot)
         return taken
 
-    def step_bytes(self, sequences: int, adapters: int) -> int:
-        """Bytes that a step has to read."""
+    def step_bytes(self, sequences: int, adapters: float, kind: Kind) -> int:
+        """Bytes that a step has to read, with so many distinct adapters in it."""
         config = self.config
         table = config.vocab_size * config.hidden_size * (1 + 2 / 32)
-        values = sum(self.rank * (out + width) for out, width in config.linear_shapes().values())
         cache = sequences * self.context * self.runner.block_bytes(1)
-        return int(self.runner.nbytes()["base"] - table + 2 * values * adapters + cache)
+        return int(self.runner.nbytes()["base"] - table + 2 * kind.values(config) * adapters + cache)
 
 
 def ceilings(bench: Bench) -> None:
@@ -170,6 +167,24 @@ def ceilings(bench: Bench) -> None:
     bench.tell("bf16 products, TFLOP/s", round(bench.peak / 1e12, 1))
 
 
+def model(bench: Bench) -> None:
+    """The base on the device and its runner: the kernels compiled, the graphs of steps with few adapters made."""
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the ceilings were measured on
+    began = time.perf_counter()
+    base: RandomBase = random_base(bench.config, bench.backend, bench.device)
+    bench.runner = CudaRunner(
+        base, bench.rows, memory=gpu_memory(None) if bench.device.type == "cuda" else 1 << 31, device=bench.device,
+        adapters=(1 << 20) if bench.check else 20 << 30,
+        kv_cache=(1 << 20) if bench.check else 8 << 30,
+        context=64 if bench.check else 4096,
+    )  # fmt: skip
+    base.weights.clear()  # the runner has its own, side by side
+    bench.runner.allocate(bench.blocks, BLOCK)
+    bench.made = True
+    bench.tell("seconds to compile the kernels and make the first graphs", round(time.perf_counter() - began, 1))
+
+
 def memory(bench: Bench) -> None:
     held = bench.runner.nbytes()
     for kind, size in held.items():
@@ -179,10 +194,11 @@ def memory(bench: Bench) -> None:
 
 def decode(bench: Bench) -> None:
     """Steps of single rows at one sequence and many, without adapters and with one for each, among others."""
+    kind = bench.kinds[0]
     for n in sorted({1, bench.rows}):
         seconds = bench.running_seconds(n, ((),) * n)
         by_itself = bench.step_seconds(n, ((),) * n)
-        share = bench.step_bytes(n, 0) / bench.bandwidth / seconds
+        share = bench.step_bytes(n, 0, kind) / bench.bandwidth / seconds
         target = (0.5, share >= 0.5) if n == 1 else (None, None)
         bench.tell(
             f"decode, batch {n}, no adapter: of the roofline", round(share, 3), *target, milliseconds=seconds * 1e3,
@@ -190,60 +206,22 @@ def decode(bench: Bench) -> None:
         )  # fmt: skip
         alone = seconds
     n = bench.rows
-    seconds = bench.mixed_step_seconds(bench.running_seconds)
-    by_itself = bench.mixed_step_seconds(bench.step_seconds)
-    share = bench.step_bytes(n, n) / bench.bandwidth / seconds
-    by_bytes = bench.step_bytes(n, n) / bench.step_bytes(n, 0)
-    bench.tell(
-        f"decode, batch {n}, {n} adapters of rank {bench.rank}: of the base's step time", round(seconds / alone, 3),
-        "<= 1.25", seconds <= 1.25 * alone, bytes_ratio=by_bytes, milliseconds=seconds * 1e3,
-        milliseconds_by_itself=by_itself * 1e3,
-    )  # fmt: skip
-    bench.tell("the same: of the roofline with the adapters counted", round(share, 3), 0.5, share >= 0.5)
-
-
-def kernels(bench: Bench) -> None:
-    """Each matrix of a layer by itself at several numbers of rows: where a step's time goes, and what to tune."""
-    model, layer = bench.runner._model, bench.runner._model._layers[0]
-    matrices = {"qkv": layer.qkv, "out": layer.out, "gate_up": layer.gate_up, "down": layer.down, "head": model._head}
-    for name, matrix in matrices.items():
-        for m in (1, 17) if bench.check else (1, 8, 16, 32, 64, 128, 512, 1024, 2048):
-            x = torch.randn(m, matrix.width, device=bench.device).to(bench.backend.dtype)
-            sums = torch.empty(m, matrix.width // matrix.group, device=bench.device)
-            products.group_sums(x, matrix.group, sums)
-            how = matrix.tiling(m)
-            out = torch.empty(how.splits, m, matrix.rows, device=bench.device)
-            cold = torch.empty(1 << (10 if bench.check else 29), dtype=torch.uint8, device=bench.device)
-
-            def once(matrix: Any = matrix, x: Any = x, sums: Any = sums, out: Any = out, how: Any = how) -> None:
-                matrix.multiply(x, sums, out, how)
-
-            seconds = _device_seconds(bench, once, cold)
-            floor = max(matrix.nbytes / bench.bandwidth, 2 * m * matrix.rows * matrix.width / bench.peak)
-            bench.tell(f"{name} {matrix.rows}x{matrix.width}, {m} rows: of the roofline", round(floor / seconds, 3),
-                       microseconds=seconds * 1e6, tiling=str(how))  # fmt: skip
-
-
-def _device_seconds(bench: Bench, call: Callable[[], None], cold: torch.Tensor) -> float:
-    """Median device time of `call` with nothing of its operands in the cache, without the time of launching."""
-    if bench.device.type != "cuda":
-        return bench.seconds(call)
-    call()
-    times = []
-    for _ in range(10):
-        cold.fill_(1)
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        call()
-        last.record()
-        torch.cuda.synchronize()
-        times.append(first.elapsed_time(last) / 1e3)
-    return statistics.median(times)
+    for kind in bench.kinds:
+        seconds = bench.mixed_step_seconds(bench.running_seconds, kind)
+        by_itself = bench.mixed_step_seconds(bench.step_seconds, kind)
+        share = bench.step_bytes(n, n, kind) / bench.bandwidth / seconds
+        bench.tell(
+            f"decode, batch {n}, {n} adapters of {kind}: of the base's step time", round(seconds / alone, 3),
+            "<= 1.25", seconds <= 1.25 * alone,
+            by_bytes=bench.step_bytes(n, n, kind) / bench.step_bytes(n, 0, kind),
+            milliseconds=seconds * 1e3, milliseconds_by_itself=by_itself * 1e3,
+        )  # fmt: skip
+        bench.tell("the same: of the roofline with the adapters counted", round(share, 3), 0.5, share >= 0.5)
 
 
 def placing(bench: Bench) -> None:
     """An adapter from RAM to the device, and a step beside it."""
-    [weights] = random_adapters(bench.config, bench.backend, 1, bench.rank)
+    [weights] = random_adapters(bench.config, bench.backend, 1, bench.kinds[0])
 
     def place() -> None:
         bench.runner.clear(bench.rows)
@@ -280,49 +258,68 @@ def buckets(bench: Bench) -> None:
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "ceilings": ceilings,
+    "model": model,
     "memory": memory,
     "decode": decode,
-    "kernels": kernels,
+    "kernels": gpu_kernels.kernels,
     "prefill": prefill,
     "buckets": buckets,
     "placing": placing,
+    "answers": gpu_answers.answers,
     "load": gpu_load.load,
     "cliff": gpu_load.cliff,
     "peers": gpu_peers.peers,
 }
+"""In this order: what takes longest is last, as whoever lends a card may take it back."""
+ALWAYS = ("ceilings", "model")
+WITHOUT_MODEL = ("ceilings", "model", "answers")
+"""What needs no runner on the random base."""
 
 
-def main() -> int:
+def measure(bench: Bench, wanted: list[str], target: Path | None) -> bool:
+    """Run the sections of these names, and write what is known after each; whether all went well."""
+    fine = True
+    for name in wanted:
+        print(f"{name} ({time.strftime('%X')})", flush=True)
+        try:
+            if name not in WITHOUT_MODEL and not bench.made:
+                raise RuntimeError("there is no model to measure")
+            SECTIONS[name](bench)
+        except Exception as error:  # the time on a card is short: what else can be measured is measured
+            traceback.print_exc()
+            bench.tell(name, f"failed: {type(error).__name__}", met=False)
+            fine = False
+        _write(bench, target)
+    return fine
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", nargs="+", choices=[*SECTIONS, "answers"], default=[*SECTIONS, "answers"])
+    parser.add_argument("--only", nargs="+", choices=[*SECTIONS], default=[*SECTIONS])
     parser.add_argument("--answers", nargs="+", type=Path, default=[], help="a quantized folder, or its parts")
     parser.add_argument("--check", action="store_true", help="a tiny model, and no claim")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.check:
         print("there is no GPU here: nothing is measured (--check runs it all on a tiny model)", file=sys.stderr)
         return 1
     bench = Bench(options.check)
-    wanted = [name for name in SECTIONS if name in options.only or name == "ceilings"]
-    calls = {name: lambda name=name: SECTIONS[name](bench) for name in wanted}
-    if options.answers and "answers" in options.only:
-        calls["answers"] = lambda: (bench.runner.release(), gpu_answers.answers(bench, options.answers))
-    failed = False
-    for name, call in calls.items():
-        print(f"{name} ({time.strftime('%X')})", flush=True)
-        try:
-            call()
-        except Exception as error:  # the time on a card is short: what else can be measured is measured
-            traceback.print_exc()
-            bench.tell(name, f"failed: {type(error).__name__}", met=False)
-            failed = True
-        _write(bench, options.json)
+    bench.folders = options.answers
+    wanted = [name for name in SECTIONS if name in options.only or name in ALWAYS]
+    wanted = [name for name in wanted if name != "answers" or options.answers]
+    failed = not measure(bench, wanted, options.json)
     width = max(len(row["name"]) for row in bench.results)
-    print(f"\n{'what':{width}}  measured        at least    met")
+    print(f"\n{'what':{width}}  measured        at least    by its bytes  met")
     for row in bench.results:
         met = {True: "yes", False: "no", None: ""}[row["met"]]
-        print(f"{row['name']:{width}}  {row['value']!s:14}  {row['target'] or ''!s:10}  {met}")
+        limit, bound = row["target"] or "", _by_bytes(row, "{}")
+        print(f"{row['name']:{width}}  {row['value']!s:14}  {limit!s:10}  {bound:12}  {met}")
     return 1 if failed else 0
+
+
+def _by_bytes(row: dict[str, Any], form: str) -> str:
+    """What the bytes alone would make of a result, if it is told."""
+    return form.format(round(row["by_bytes"], 3)) if "by_bytes" in row else ""
 
 
 def _write(bench: Bench, target: Path | None) -> None:

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models
 
 from adapters.weights import LoraWeights, LowRank
 from server.kernels.cuda import Cuda, packing
+from server.kernels.lora import SITES
 from server.kernels.stored import stored_parts
 from server.kernels.weight import STORED, Weight
 from server.model.config import ModelConfig
@@ -36,13 +37,34 @@ def random_base(config: ModelConfig, backend: Cuda, device: torch.device) -> Ran
     return RandomBase(config, weights, tensors, backend)
 
 
-def random_adapters(config: ModelConfig, backend: Cuda, count: int, rank: int) -> list[LoraWeights]:
-    """Prepared adapters on all linears, in memory that the device copies from."""
+@dataclass(frozen=True)
+class Kind:
+    """What adapters a row of the table is about: their rank, and the names of the linears that they change."""
+
+    rank: int
+    linears: tuple[str, ...] = SITES
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {'all linears' if self.linears == SITES else ', '.join(self.linears)}"
+
+    def shapes(self, config: ModelConfig) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of each linear that is changed, by its path."""
+        found = config.linear_shapes()
+        return {path: shape for path, shape in found.items() if path.rpartition(".")[2] in self.linears}
+
+    def values(self, config: ModelConfig) -> int:
+        """Numbers in an adapter."""
+        return sum(self.rank * (out + width) for out, width in self.shapes(config).values())
+
+
+def random_adapters(config: ModelConfig, backend: Cuda, count: int, kind: Kind) -> list[LoraWeights]:
+    """Prepared adapters, in memory that the device copies from."""
+    rank = kind.rank
     made = []
     pool = torch.randn(1 << 22)
     for number in range(count):
         modules, at = {}, number * 7919
-        for path, (out, width) in config.linear_shapes().items():
+        for path, (out, width) in kind.shapes(config).items():
             size = rank * (out + width)
             at = (at + size) % (len(pool) - size)
             values = pool[at : at + size] * 0.01

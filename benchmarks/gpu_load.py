@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from adapters.weights import LoraWeights, Mix
-from benchmarks.gpu_base import random_adapters, vocabulary_of
+from benchmarks.gpu_base import Kind, random_adapters, vocabulary_of
 from server.engine.cuda_runner import SLOTS
 from server.engine.overlap import OverlappedEngine
 from server.engine.request import Delivery, Request, Sampling
@@ -33,28 +32,37 @@ def load(bench: Any) -> None:
     """Throughput with 1,000 adapters in RAM by a power law of 0.6 (S-LoRA's), against 5."""
     few, many = (3, 12) if bench.check else (5, 1000)
     requests = 6 if bench.check else 400
-    kept = _Kept(bench, many)
     room, warm = bench.runner.room, range(min(bench.rows, requests))
-    rates = {}
-    for count in (few, many):
-        draws = np.random.default_rng(42).power(0.6, requests)
-        warming = [int(draws[i] * count) for i in warm]
-        rates[count] = _run(bench, kept, room, warming, [int(draw * count) for draw in draws]).rate
-    for count, rate in rates.items():
-        bench.tell(f"{count} adapters in RAM, power law 0.6: tokens/s", round(rate))
-    ratio = rates[many] / rates[few]
-    bench.tell(f"{many} adapters against {few}", round(ratio, 3), 0.95, ratio >= 0.95)
+    draws = np.random.default_rng(42).power(0.6, requests)
+    for kind in bench.kinds:
+        kept = _Kept(bench, many, kind)
+        rates, read = {}, {}
+        for count in (few, many):
+            asked = [int(draw * count) for draw in draws]
+            rates[count] = _run(bench, kept, room, [asked[i] for i in warm], asked).rate
+            read[count] = bench.step_bytes(bench.rows, _distinct(asked, bench.rows), kind)
+        for count, rate in rates.items():
+            bench.tell(f"{count} adapters of {kind} in RAM, power law 0.6: tokens/s", round(rate))
+        ratio = rates[many] / rates[few]
+        bench.tell(f"{many} adapters against {few}, {kind}", round(ratio, 3), 0.95, ratio >= 0.95,
+                   by_bytes=read[few] / read[many])  # fmt: skip
+
+
+def _distinct(asked: list[int], rows: int) -> float:
+    """Different adapters among so many neighbouring requests, in the mean."""
+    batches = [asked[i : i + rows] for i in range(max(1, len(asked) - rows + 1))]
+    return sum(len(set(batch)) for batch in batches) / len(batches)
 
 
 def cliff(bench: Any) -> None:
     """Throughput over the number of adapters, each as likely, up to and over what is resident."""
     whole = bench.runner.room
-    cost = whole.cost(_Kept(bench, 1).buffers[0])
+    cost = whole.cost(_Kept(bench, 1, bench.kinds[0]).buffers[0])
     resident = max(1, min(2 if bench.check else RESIDENT, whole.nbytes // cost))
     room = Room(resident * cost, whole.cost)
     shares = (1.0, 1.5) if bench.check else (0.25, 0.5, 0.9, 1.0, 1.1, 1.5, 2.0)
     counts = sorted({max(1, int(resident * share)) for share in shares})
-    kept = _Kept(bench, max(counts))
+    kept = _Kept(bench, max(counts), bench.kinds[0])
     points = []
     for count in counts:
         requests = ROUNDS * count if bench.check else max(150, ROUNDS * count)
@@ -75,10 +83,8 @@ def cliff(bench: Any) -> None:
 class _Kept:
     """Adapters in RAM, by digest."""
 
-    def __init__(self, bench: Any, count: int) -> None:
-        self.buffers = random_adapters(
-            bench.config, bench.backend, min(count, 3 if bench.check else BUFFERS), bench.rank
-        )
+    def __init__(self, bench: Any, count: int, kind: Kind) -> None:
+        self.buffers = random_adapters(bench.config, bench.backend, min(count, 3 if bench.check else BUFFERS), kind)
         self.digests = [f"{i:064x}" for i in range(count)]
         self.weights = {
             digest: LoraWeights(digest[-8:], digest, self.buffers[i % len(self.buffers)].modules)
@@ -91,9 +97,47 @@ class _Kept:
         return future
 
 
-def _note_end(done: list[float], delivery: Delivery) -> None:
-    if delivery.finish_reason:
-        done.append(time.perf_counter())
+class _Answers:
+    """What the requests of a run have been told, on the engine's thread."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.ends: list[tuple[float, Delivery]] = []
+        """When each has ended, and how."""
+
+    def note(self, delivery: Delivery) -> None:
+        self.tokens += len(delivery.tokens)
+        if delivery.finish_reason:
+            self.ends.append((time.perf_counter(), delivery))
+
+    def wait(self, engine: OverlappedEngine, count: int, length: int, seconds: float) -> float:
+        """When the last of `count` answers of `length` tokens has come.
+
+        Raises RuntimeError if one is not whole, a step has failed, or they take longer than `seconds`: a request that
+        failed was not served, however fast it went.
+        """
+        end = time.perf_counter() + seconds
+        while len(self.ends) < count:
+            if time.perf_counter() > end or engine.state == "stopped":
+                raise RuntimeError(
+                    f"{len(self.ends)} of {count} answers have come in {seconds:.0f} s, and {self.tokens} tokens; "
+                    f"the engine is {engine.state}"
+                )
+            time.sleep(0.002)
+        for _, delivery in self.ends:
+            if delivery.finish_reason != "length":
+                raise RuntimeError(f"an answer has ended by {delivery.finish_reason!r}") from delivery.error
+        if self.tokens != count * length:
+            raise RuntimeError(f"{self.tokens} tokens came of the {count * length} that were asked for")
+        if failures := engine.stats()["failures"]:
+            raise RuntimeError(f"{failures} steps have failed")
+        return max(when for when, _ in self.ends)
+
+
+RUN_SECONDS = 60.0
+"""For a run's answers, a few times what they take: the rest of the table is still to be measured."""
+CHECK_SECONDS = 600.0
+"""The same in Triton's interpreter."""
 
 
 class Run(NamedTuple):
@@ -107,7 +151,7 @@ def _run(bench: Any, kept: _Kept, room: Room, warming: list[int], asked: list[in
     """Answers to requests on the adapters `asked` for, by number, that all wait from the start.
 
     Those on `warming` are answered before, untimed: the graphs of their adapters' widths are made then, and as many of
-    them as there is room for are resident.
+    them as there is room for are resident. Raises RuntimeError unless all are answered whole.
     """
     config = bench.config
     engine = OverlappedEngine(
@@ -129,29 +173,28 @@ def _run(bench: Any, kept: _Kept, room: Room, warming: list[int], asked: list[in
     )
     generator = np.random.default_rng(42)
     lengths = (8, 4) if bench.check else (128, 64)
+    limit = CHECK_SECONDS if bench.check else RUN_SECONDS
     engine.start()
-    seconds, before = 0.0, 0
-    for name, adapters in (("warming", warming), ("timed", asked)):
-        done: list[float] = []
-        before = engine.stats()["slots"]["evictions"]
-        began = time.perf_counter()
-        for number, adapter in enumerate(adapters):
-            digest = kept.digests[adapter]
-            prompt = tuple(generator.integers(1, config.vocab_size, lengths[0]).tolist())
-            request = Request(
-                id=f"{name}-{number}",
-                prompt=prompt,
-                sampling=Sampling(max_tokens=lengths[1], ignore_eos=True),
-                deliver=partial(_note_end, done),
-                mix=Mix(((digest, 1.0),)),
-                fair_key=digest,
-            )
-            engine.submit(request)
-        while len(done) < len(adapters):
-            time.sleep(0.002)
-            if engine.state == "stopped":
-                raise RuntimeError("the engine has stopped")
-        seconds = max(done) - began
-    evictions = engine.stats()["slots"]["evictions"] - before
-    engine.stop()
+    try:
+        seconds, before = 0.0, 0
+        for name, adapters in (("warming", warming), ("timed", asked)):
+            answers = _Answers()
+            before = engine.stats()["slots"]["evictions"]
+            began = time.perf_counter()
+            for number, adapter in enumerate(adapters):
+                digest = kept.digests[adapter]
+                prompt = tuple(generator.integers(1, config.vocab_size, lengths[0]).tolist())
+                request = Request(
+                    id=f"{name}-{number}",
+                    prompt=prompt,
+                    sampling=Sampling(max_tokens=lengths[1], ignore_eos=True),
+                    deliver=answers.note,
+                    mix=Mix(((digest, 1.0),)),
+                    fair_key=digest,
+                )
+                engine.submit(request)
+            seconds = answers.wait(engine, len(adapters), lengths[1], limit) - began
+        evictions = engine.stats()["slots"]["evictions"] - before
+    finally:
+        engine.stop()
     return Run(len(asked) * lengths[1] / seconds, evictions)

@@ -15,7 +15,7 @@ def peers(bench: Any) -> None:
         bench.tell("Transformers + PEFT", "not measured")
         return
     n = bench.rows
-    ours = n / bench.mixed_step_seconds(bench.running_seconds)
+    ours = n / bench.mixed_step_seconds(bench.running_seconds, bench.kinds[0])
     kinds = ["bf16"] + (["bitsandbytes"] if importlib.util.find_spec("bitsandbytes") else [])
     for kind in kinds:
         theirs = _tokens_a_second(bench, kind)
@@ -25,7 +25,7 @@ def peers(bench: Any) -> None:
                    ours=ours, theirs=theirs)  # fmt: skip
 
 
-def _tokens_a_second(bench: Any, kind: str) -> float:
+def _tokens_a_second(bench: Any, weights: str) -> float:
     """Of a decoding batch, from the difference of two generations, so that the prefill does not count."""
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -39,13 +39,14 @@ def _tokens_a_second(bench: Any, kind: str) -> float:
             model = Qwen2ForCausalLM(Qwen2Config(**shape, eos_token_id=None))
     finally:
         torch.set_default_dtype(torch.float32)
-    if kind == "bitsandbytes":
+    if weights == "bitsandbytes":
         _into_four_bits(model)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     names = [f"a{i}" for i in range(bench.rows)]
-    wrapped: Any = get_peft_model(model, LoraConfig(r=bench.rank, target_modules=targets), adapter_name=names[0])
+    kind = bench.kinds[0]
+    options: dict[str, Any] = {"r": kind.rank, "target_modules": list(kind.linears)}
+    wrapped: Any = get_peft_model(model, LoraConfig(**options), adapter_name=names[0])
     for name in names[1:]:
-        wrapped.add_adapter(name, LoraConfig(r=bench.rank, target_modules=targets))
+        wrapped.add_adapter(name, LoraConfig(**options))
     wrapped.to(bench.device).eval()
     prompt = torch.randint(1, 1000, (bench.rows, bench.context), device=bench.device)
     times = []

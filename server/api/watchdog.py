@@ -1,6 +1,7 @@
 """`Watchdog`: a step that is stuck ends the process, with a line that says what ran, so that something restarts it.
 
-A step runs in native code that nothing can interrupt; while it hangs, every request hangs with it.
+A step runs in native code that nothing can interrupt; while it hangs, every request hangs with it. A device that has
+had a fault ends the process too: it computes nothing any more for a process that it has failed in.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ class Steps(Protocol):
     def stuck_for(self) -> float: ...
 
     def what_runs(self) -> str: ...
+
+    def lost(self) -> str | None:
+        """Why no step can run any more."""
 
 
 class Watchdog:
@@ -59,9 +63,11 @@ class Watchdog:
         while not self._stop.wait(self._interval):
             age, since, looked = self._steps.stuck_for(), time.monotonic() - looked, time.monotonic()
             seconds = min(age, seconds + min(since, 2 * self._interval))
-            if seconds > self._limit:
-                ran = self._steps.what_runs()
-                log.critical("the process ends: a step is stuck for %.0f s (--step-limit): %s", seconds, ran)
+            why = self._steps.lost()
+            if why is None and seconds > self._limit:
+                why = f"a step is stuck for {seconds:.0f} s (--step-limit): {self._steps.what_runs()}"
+            if why is not None:
+                log.critical("the process ends: %s", why)
                 for handler in logging.getLogger().handlers:
                     with contextlib.suppress(OSError, ValueError):  # its stream may be closed or full
                         handler.flush()

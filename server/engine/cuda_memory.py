@@ -11,7 +11,8 @@ from server.errors import NoCapacity
 from server.model.config import ModelConfig
 
 RESERVE = 512 << 20
-"""Bytes for graphs, a library's workspaces, and what the driver keeps for a context's kernels."""
+"""Bytes for what the driver keeps of graphs, whose number is bounded, and of a context's kernels, and for a library's
+workspaces."""
 KEYS_SPLIT = 16
 """Parts that a sequence's keys are cut into at most: see kernels/cuda/attention.py."""
 CONTEXT = 640 << 20

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 SLOTS = 4096
 """Adapters that can be resident at most: rows of the pool's tables."""
 
+GRAPHS = 128
+"""Graphs that are kept at most, those that were used last. What one takes of the driver is not measured yet."""
 
 SHARE = 0.9
 """Of the memory that is free, if nothing is said."""
@@ -58,6 +60,41 @@ class DeviceDrawn:
         if self._done is not None:
             self._done.synchronize()
         return self._host.numpy()
+
+
+class StepMemory:
+    """Pinned memory for steps' numbers, in `PIECES` that take turns: what was sent last may still be on its way.
+
+    Fresh memory for each step is one that the driver pins, and frees, whenever torch does not keep pieces of its size.
+    """
+
+    PIECES = 3
+    """More than there are steps under way, so that nobody waits."""
+
+    def __init__(self, elements: int, device: torch.device) -> None:
+        self._pinned = device.type == "cuda"
+        self._pieces = [self._fresh(elements) for _ in range(self.PIECES)]
+        self._sent: list[torch.cuda.Event | None] = [None] * self.PIECES
+        """What tells that the piece's numbers have reached the device."""
+        self._turn = 0
+
+    def send(self, numbers: Numbers, shape: Shape, target: torch.Tensor) -> None:
+        """Numbers as `shape` lays them out, to int32 `target` [shape.elements] on the device, without waiting."""
+        turn = self._turn = (self._turn + 1) % self.PIECES
+        sent = self._sent[turn]
+        if sent is not None:
+            sent.synchronize()
+        host = self._pieces[turn][: shape.elements]
+        if len(host) < shape.elements:  # more prompts or adapters than steps of single rows can have
+            host = self._fresh(shape.elements)
+        numbers.write(shape, host.numpy())
+        target.copy_(host, non_blocking=True)
+        if self._pinned:
+            sent = self._sent[turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            sent.record()
+
+    def _fresh(self, elements: int) -> torch.Tensor:
+        return torch.empty(elements, dtype=torch.int32, pin_memory=self._pinned)
 
 
 class CudaRunner:
@@ -93,13 +130,17 @@ class CudaRunner:
         self._results = torch.empty(max_batch, base.config.vocab_size, device=device)
         self._drawn = torch.zeros(max_batch, dtype=torch.int32, device=device)
         """What was drawn last: the tokens that the next batch means by those below 0."""
-        self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Shape, torch.cuda.CUDAGraph | None] = {}
+        """The one that was used last is at the end; None: memory lacked for it, and its steps run without."""
         self._graph_memory: Any = None
+        self._graph_bytes = 0
+        """What the driver has taken for graphs, beside the memory that torch has of it."""
         # One stream for all captures: what one graph has let go of is taken again by another on the same stream alone.
         self._capturing: Any = None
         if device.type == "cuda":
             self._capturing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._numbers = torch.zeros(1, dtype=torch.int32, device=device)
+        self._step_memory = StepMemory(1, device)
         self._max_step_tokens = max_step_tokens
         self._max_logits = max(64, 2 * max_batch)  # that the engine asks for in a step
         self._block_size = self._width = 0
@@ -120,19 +161,23 @@ class CudaRunner:
         self._width = -(-min(blocks * block_size, self._context) // block_size)
         self._model.turn_up_to(self._width * block_size)
         self._graphs.clear()
-        self._graph_memory = None
+        self._graph_memory, self._graph_bytes = None, 0
         largest = max(
             Shape.single_rows(size, self._width, width, each).elements
             for size in self._buckets
             for width, each in ((WIDTHS[-1], False), (ROW_WIDTHS[-1], True))
         )
         self._numbers = torch.zeros(largest, dtype=torch.int32, device=self._device)
+        self._step_memory = StepMemory(largest, self._device)
         if self._device.type == "cuda":
             self._warm_up()
+            first = []
             for size in reversed(self._buckets):
                 together = [(WIDTHS[0], False)] if size * WIDTHS[0] > OWN_LANES else []  # where many share few lanes
                 for width, each in ((0, False), (ROW_WIDTHS[0], True), *together):
-                    self._graph(Shape.single_rows(size, self._width, width, each))
+                    first.append(Shape.single_rows(size, self._width, width, each))
+            for bucket in first[-GRAPHS:]:  # the largest first, whose memory the others use again
+                self._graph(bucket)
             log.info("the kernels are compiled, the graphs of %d batch sizes are made", len(self._buckets))
 
     def place(self, slot: int, weights: LoraWeights) -> None:
@@ -152,13 +197,13 @@ class CudaRunner:
         self._pool.ready({slot for mix in batch.mixes for slot, _ in mix})
         shape = numbers.shape.bucket(self._buckets, self._width)
         if shape is None:
-            memory = self._host(numbers, numbers.shape).to(self._device, non_blocking=True)
-            return Logits(self._logits(on_device(numbers.shape, memory)))
-        self._numbers[: shape.elements].copy_(self._host(numbers, shape), non_blocking=True)
-        if self._device.type == "cuda":
-            self._graph(shape).replay()
-        else:
+            return Logits(self._logits(self._step_of(numbers)))
+        self._step_memory.send(numbers, shape, self._numbers[: shape.elements])
+        graph = self._graph(shape) if self._device.type == "cuda" else None
+        if graph is None:
             self._compute(shape)
+        else:
+            graph.replay()
         return Logits(self._results[: batch.rows])
 
     @torch.inference_mode()
@@ -175,15 +220,23 @@ class CudaRunner:
             sampling.draw(logits, self._sent(torch.from_numpy(how)), self._sent(torch.from_numpy(top_k)), tokens)
         return DeviceDrawn(tokens)
 
+    def wait(self) -> None:
+        """Wait for all that the device was given. Raises what it has failed at: RuntimeError, each time from then on,
+        after a fault that leaves this process nothing of the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def block_bytes(self, block_size: int) -> int:
         config = self._config
         row = 2 * config.num_key_value_heads * config.head_dim * self._dtype.itemsize
         return config.num_hidden_layers * block_size * row
 
     def nbytes(self) -> dict[str, int]:
-        """All of it is the device's: `base`, `kv_cache`, `slots`, and `activations` with graphs and work buffers.
+        """All of it is the device's: `base`, `kv_cache`, `slots`, `activations` with work buffers and what graphs
+        compute in, and `graphs`, what the driver keeps of them.
 
-        `device_budget` is what they may take together; `device_allocated` and `device_reserved` are torch's account.
+        `device_budget` is what they may take together; `device_allocated` and `device_reserved` are torch's account,
+        which `graphs` is no part of.
         """
         known = {"base": self._model.nbytes, "kv_cache": self._storage.nbytes, "slots": self._pool.nbytes}
         work = self._results.nbytes + self._numbers.nbytes
@@ -192,7 +245,7 @@ class CudaRunner:
             told["device_allocated"] = torch.cuda.memory_allocated(self._device)
             told["device_reserved"] = torch.cuda.memory_reserved(self._device)
             work = max(work, told["device_reserved"] - sum(known.values()))
-        return {**known, **told, "activations": work}
+        return {**known, **told, "activations": work, "graphs": self._graph_bytes}
 
     def loan(self) -> dict[str, Any]:
         """What a training process may have of the device beside this runner, as JSON. From any thread.
@@ -211,7 +264,7 @@ class CudaRunner:
     def release(self) -> None:
         """Give the device's memory back. Nothing else may be called after it."""
         self._graphs.clear()
-        del self._model, self._pool, self._storage, self._results, self._numbers, self._drawn
+        del self._model, self._pool, self._storage, self._results, self._numbers, self._drawn, self._step_memory
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -237,32 +290,64 @@ class CudaRunner:
                     block_size=self._block_size,
                 )
                 self._check(batch)
-                numbers = describe(batch, [1])
-                memory = self._host(numbers, numbers.shape).to(self._device)
-                logits = self._logits(on_device(numbers.shape, memory))
+                logits = self._logits(self._step_of(describe(batch, [1])))
         self.draw(logits, np.array([[1.0, 0.9, 0.1, 0.5]], np.float32), np.array([3], np.int32)).read()
 
     # -- graphs
 
-    def _graph(self, shape: Shape) -> torch.cuda.CUDAGraph:
-        """The graph of a bucket's steps, captured when it is first asked for."""
-        found = self._graphs.get(shape)
-        if found is not None:
+    def _graph(self, shape: Shape) -> torch.cuda.CUDAGraph | None:
+        """The graph of a bucket's steps, captured when it is first asked for; None if memory lacks for it."""
+        if shape in self._graphs:
+            self._graphs[shape] = found = self._graphs.pop(shape)  # to the end
             return found
+        if len(self._graphs) >= GRAPHS:
+            self._drop_graph()
+        before = self._outside_torch()
+        made: torch.cuda.CUDAGraph | None = None
+        try:
+            made = graph = self._captured(shape)
+        except RuntimeError as error:
+            if not _lacks_memory(error):
+                raise
+            torch.cuda.empty_cache()
+            log.warning(
+                "GPU memory lacks for the graph of %d sequences, whose steps run without: %s", shape.rows, error
+            )
+        else:
+            self._graph_memory = graph.pool()
+            self._graph_bytes += max(0, self._outside_torch() - before)
+        self._graphs[shape] = made
+        return made
+
+    def _drop_graph(self) -> None:
+        """Let go of the graph that was used the longest ago."""
+        torch.cuda.current_stream().synchronize()  # it may still run
+        graphs = sum(graph is not None for graph in self._graphs.values())
+        oldest = next(iter(self._graphs))
+        if self._graphs.pop(oldest) is not None:
+            self._graph_bytes -= self._graph_bytes // graphs
+
+    def _outside_torch(self) -> int:
+        """Bytes of the device that are taken and are not torch's, whoever has them."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free - torch.cuda.memory_reserved(self._device)
+
+    def _captured(self, shape: Shape) -> torch.cuda.CUDAGraph:
         waiting, stream = self._numbers.clone(), self._capturing
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.stream(stream):
-            self._numbers.zero_()  # no tile has rows then, and no row a position below the cache's end
-            self._step(shape).positions.fill_(-1)
-            self._compute(shape)  # compiles whatever has not run yet, which must not be captured
-            # Other threads may pin memory meanwhile, which is none of this graph's business.
-            with torch.cuda.graph(graph, self._graph_memory, stream, capture_error_mode="thread_local"):
-                self._compute(shape)
-            self._numbers.copy_(waiting)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph_memory = graph.pool()
-        self._graphs[shape] = graph
+        try:
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                self._numbers.zero_()  # no tile has rows then, and no row a position below the cache's end
+                self._step(shape).positions.fill_(-1)
+                self._compute(shape)  # compiles whatever has not run yet, which must not be captured
+                # Other threads may pin memory meanwhile, which is none of this graph's business.
+                with torch.cuda.graph(graph, self._graph_memory, stream, capture_error_mode="thread_local"):
+                    self._compute(shape)
+        finally:
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                self._numbers.copy_(waiting)
+            torch.cuda.current_stream().wait_stream(stream)
         return graph
 
     def _compute(self, shape: Shape) -> None:
@@ -278,11 +363,11 @@ class CudaRunner:
 
     # -- a step's numbers
 
-    def _host(self, numbers: Numbers, shape: Shape) -> torch.Tensor:
-        """A step's numbers, int32 [shape.elements], where the device copies from by itself."""
-        host = torch.empty(shape.elements, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        numbers.write(shape, host.numpy())
-        return host
+    def _step_of(self, numbers: Numbers) -> DeviceStep:
+        """A step at its own sizes, on the device."""
+        memory = torch.empty(numbers.shape.elements, dtype=torch.int32, device=self._device)
+        self._step_memory.send(numbers, numbers.shape, memory)
+        return on_device(numbers.shape, memory)
 
     def _sent(self, host: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda":
@@ -298,3 +383,11 @@ class CudaRunner:
         assert last < batch.blocks.shape[1] * self._block_size
         assert int(batch.blocks.max()) < self._storage.shape[1]
         assert all(math.isfinite(weight) for mix in batch.mixes for _, weight in mix)
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether torch, or the driver behind it, had too little of the device's memory, also if something else failed at
+    the end of a capture that was left for that."""
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        return True
+    return error.__context__ is not None and _lacks_memory(error.__context__)

@@ -96,6 +96,7 @@ class Engine:
         """Every request that has been drained from the inbox and has not heard of its end."""
         self._thread: threading.Thread | None = None
         self._stop_at: float | None = None
+        self._lost: str | None = None
         runner.allocate(blocks, block_size)
 
     # -- from any thread
@@ -168,14 +169,19 @@ class Engine:
         """The current step in a line for the log."""
         return self._record.what_runs()
 
+    def lost(self) -> str | None:
+        """Why no step of this process can run any more; None as long as one can."""
+        return self._lost
+
     @property
     def state(self) -> str:
-        """ "stopped", "running", "draining", or "failing" for a while if the last step that was tried has failed."""
+        """ "stopped", "running", "draining", or "failing": for a while if the last step that was tried has failed, and
+        for good once no step can run any more."""
         if self._thread is None or not self._thread.is_alive():
             return "stopped"
         if self._stop_at is not None:
             return "draining"
-        return "failing" if self._record.failing else "running"
+        return "failing" if self._lost is not None or self._record.failing else "running"
 
     def stats(self) -> dict[str, Any]:
         """A snapshot, as JSON. Cheap, and read while the engine runs: numbers of one step may be a little apart."""

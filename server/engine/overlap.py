@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 from server.engine.batch import Work, build_batch
 from server.engine.engine import Engine
@@ -28,17 +28,25 @@ from server.engine.runner import Runner
 from server.engine.sampler import Drawn, Pick, drawn_picks
 
 
+class DeviceRunner(Runner, Protocol):
+    """A runner on a device of its own."""
+
+    def wait(self) -> None:
+        """Wait for all that the device was given; raises what it has failed at."""
+
+
 class _Flight(NamedTuple):
     work: list[Work]
     drawn: Drawn
 
 
 class OverlappedEngine(Engine):
-    """An `Engine` whose runner draws tokens on its device: `draw` must be given, and `runner.run` takes a token below 0
-    for the one that was last drawn in row -1 - token."""
+    """An `Engine` whose runner, a `DeviceRunner`, draws tokens on its device: `draw` must be given, and `runner.run`
+    takes a token below 0 for the one that was last drawn in row -1 - token."""
 
     def __init__(self, runner: Runner, **options: Any) -> None:
         super().__init__(runner, **options)
+        self._wait = cast(DeviceRunner, runner).wait
         self._flight: _Flight | None = None
 
     def step(self) -> bool:
@@ -91,8 +99,17 @@ class OverlappedEngine(Engine):
         super()._last(request, delivery)
 
     def _recover(self, error: BaseException) -> None:
+        """And see whether the device still answers: after a fault (an address that is not there, a launch that failed,
+        memory that lost a bit) it never does again in this process, whose requests would all fail from now on."""
         self._flight = None
+        fault = None
+        try:
+            self._wait()
+        except Exception as found:
+            fault = f"the device answers nothing any more after a fault ({found})"
         super()._recover(error)
+        if fault is not None:
+            self._lost = fault
 
 
 def _running(work: Sequence[Work], picks: Sequence[Pick]) -> tuple[list[Work], list[Pick]]:

@@ -23,6 +23,9 @@ from server.kernels.weight import Weight
 CAPABILITY = (8, 0)
 """The oldest compute capability that has bf16 in its matrix units."""
 
+BLOCK_BYTES = 160 << 20
+"""Bytes of a matrix that a product dequantizes at a time: a linear of seven billion weights' model in bf16 is whole."""
+
 
 def unavailable() -> str | None:
     """Why the CUDA kernels cannot run on this machine, or None where they can."""
@@ -69,11 +72,21 @@ class Cuda:
         return in_one_piece(weights, self.dtype, pinned=torch.cuda.is_available())
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] times the transposed matrix, in x's dtype. On a GPU so many outputs at a time that no more than
+        BLOCK_BYTES are dequantized: a large output table in float32 would be gigabytes."""
         if not _is_on_gpu(weight):
             return F.linear(x, packing.dequantize(weight).to(x.dtype))
         from server.kernels.cuda.products import dequantized
 
-        return F.linear(x, dequantized(weight, x.dtype))
+        outputs, inputs = weight.shape
+        step = max(TILE, BLOCK_BYTES // (inputs * x.element_size()) // TILE * TILE)
+        if outputs <= step:
+            return F.linear(x, dequantized(weight, x.dtype))
+        y = x.new_empty(*x.shape[:-1], outputs)
+        for start in range(0, outputs, step):
+            stop = min(start + step, outputs)
+            y[..., start:stop] = F.linear(x, dequantized(packing.part(weight, start, stop), x.dtype))
+        return y
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
         return packing.rows(weight, ids)

@@ -2,6 +2,7 @@
 
 Codes go into the matrix units as they are, whole numbers that both 16-bit floats hold exactly; a group's scale and zero
 meet the float32 sums. So nothing is rounded but the activations, and a code costs a shift and one logical operation.
+The levels of nf4 are no whole numbers: they are looked up, rounded to the activations' dtype, as the matrix units want.
 K is cut into `splits` ranges, whose sums are written side by side and added in order by whoever reads them.
 """
 
@@ -74,7 +75,8 @@ def decoded(quads, g, step, base):
 
 @triton.jit
 def part_values(words, levels, part, SCHEME: tl.constexpr, dtype: tl.constexpr):
-    """What a part of each word stands for, in `dtype`; int4 codes come with the offset of `offset_of` added.
+    """What a part of each word stands for, in `dtype`; int4 codes come with the offset of `offset_of` added, and levels
+    of nf4 as `levels` has them.
 
     A 16-bit float whose exponent makes the last bit of its mantissa worth 1 takes a code by a bitwise or.
     """
@@ -319,7 +321,7 @@ def constants(weight: Weight) -> dict[str, Any]:
 
 @lru_cache
 def nf4(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The levels of nf4 on a device."""
+    """The levels of nf4 on a device, rounded to `dtype`."""
     return NF4.to(device, dtype)
 
 

@@ -16,6 +16,9 @@ from server.kernels.cuda.products import OPTIONS
 
 PIECE = 4096
 """Logits that a program reads at a time."""
+DRAW_WARPS = 16
+"""A row is one program's, which for top_k or top_p goes over all logits up to 32 times: the more warps, the more of
+them are on their way at once."""
 LOWEST = tl.constexpr(-2147483647)
 NONE = tl.constexpr(2147483647)
 
@@ -130,8 +133,9 @@ def draw(logits: torch.Tensor, how: torch.Tensor, top_k: torch.Tensor, out: torc
     token = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)
     best_kernel[(rows, pieces)](logits, best, token, vocab, BV=PIECE, **OPTIONS)
     draw_kernel[(rows,)](
-        logits, best, token, how, top_k, out, vocab, pieces, BP=triton.next_power_of_2(pieces), BV=PIECE, **OPTIONS
-    )
+        logits, best, token, how, top_k, out, vocab, pieces, BP=triton.next_power_of_2(pieces), BV=PIECE,
+        num_warps=DRAW_WARPS, **OPTIONS,
+    )  # fmt: skip
 
 
 def recall(tokens: torch.Tensor, drawn: torch.Tensor) -> None:

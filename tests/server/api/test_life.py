@@ -58,6 +58,9 @@ def test_a_stuck_step_ends_the_process_and_says_what_ran(caplog: pytest.LogCaptu
         def what_runs(self) -> str:
             return "a step of 5 rows"
 
+        def lost(self) -> None:
+            return None
+
     class Closed(logging.NullHandler):
         def flush(self) -> None:
             raise ValueError("I/O operation on closed file")
@@ -73,6 +76,29 @@ def test_a_stuck_step_ends_the_process_and_says_what_ran(caplog: pytest.LogCaptu
     assert ended == [EXIT_CODE] and "a step of 5 rows" in caplog.text
 
 
+def test_a_device_that_is_lost_ends_the_process(caplog: pytest.LogCaptureFixture) -> None:
+    """As a stuck step does, without its wait."""
+
+    class Lost:
+        def stuck_for(self) -> float:
+            return 0.0
+
+        def what_runs(self) -> str:
+            return "no step"
+
+        def lost(self) -> str:
+            return "the device answers nothing any more"
+
+    ended: list[int] = []
+    dog = Watchdog(Lost(), limit=3600.0, interval=0.01, end=ended.append)
+    dog.start()
+    deadline = time.monotonic() + 30
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.005)
+    dog.stop()
+    assert ended == [EXIT_CODE] and "the process ends: the device answers nothing any more" in caplog.text
+
+
 def test_a_process_that_was_paused_is_not_stuck() -> None:
     """After SIGSTOP, or with a hypervisor that takes the machine away, a step is old by the clock and has not hung."""
 
@@ -85,6 +111,9 @@ def test_a_process_that_was_paused_is_not_stuck() -> None:
 
         def what_runs(self) -> str:
             return "a step that goes on"
+
+        def lost(self) -> None:
+            return None
 
     ended: list[int] = []
     steps = Paused()

@@ -130,6 +130,12 @@ class LateRunner(FakeRunner):
         self.drawn = np.zeros(0, np.int32)
         self.draws = 0
         self.events: list[tuple[str, int]] = []
+        self.fault: Exception | None = None
+        """What it has failed at, for good."""
+
+    def wait(self) -> None:
+        if self.fault is not None:
+            raise self.fault
 
     def run(self, batch: Batch) -> Logits:
         self.events.append(("run", self.draws))

@@ -13,6 +13,7 @@ import torch
 
 from server.engine.request import State
 from server.errors import DeadlineExceeded, EngineFailed
+from tests.waiting import SECONDS
 
 
 class Even:
@@ -158,6 +159,41 @@ def test_a_row_that_is_not_finite_ends_its_request_alone(bench: Any, tools: Any)
     assert isinstance(bad.error, EngineFailed) and bad.request.output == bad.tokens and len(bad.tokens) == 1
     assert good.tokens == tools.solo(good, made.runner.vocab)
     made.check_empty()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
+def test_a_step_that_fails_leaves_a_device_that_answers_as_it_was(bench: Any, tools: Any, kind: Any) -> None:
+    made = bench(overlapped=True)
+    bad = made.submit([5, 6, 7])
+    made.engine.step()
+    made.engine._recover(kind("one step"))
+    assert isinstance(bad.error, EngineFailed) and made.engine.lost() is None
+    good = made.submit([5, 6, 8])
+    made.settle()
+    assert good.tokens == tools.solo(good, made.runner.vocab)
+
+
+def test_a_device_with_a_fault_is_lost_for_good(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long ago the step was that failed."""
+    monkeypatch.setattr("server.engine.record.FAILING_SECONDS", 0.0)
+    made = bench(overlapped=True)
+    bad = made.submit([5, 6, 7])
+    made.runner.fault = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fails(batch: Any) -> None:
+        raise made.runner.fault
+
+    made.runner.before = fails
+    made.engine.start()
+    try:
+        made.engine._wake.set()
+        end = time.monotonic() + SECONDS
+        while made.engine.lost() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        assert isinstance(bad.error, EngineFailed)
+        assert "an illegal memory access" in (made.engine.lost() or "") and made.engine.state == "failing"
+    finally:
+        made.engine.stop()
 
 
 def test_nothing_is_on_its_way_while_processors_are_lent(bench: Any, tools: Any) -> None:

@@ -15,7 +15,7 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
 
 from benchmarks.shapes import QWEN_7B
 from server.errors import BadModel
-from server.kernels import reference
+from server.kernels import cuda, reference
 from server.kernels.cuda import attention, finish, lora, packing, products, rows, sampling
 from server.kernels.stored import stored_parts
 from server.kernels.weight import STORED, Weight
@@ -373,6 +373,28 @@ def test_a_single_row_does_not_depend_on_its_batch() -> None:
         alone = poisoned(3, heads * d, dtype=FLOAT)
         attention.decode(qkv, cache, 0, table, context, everyone[i : i + 1], everyone[i : i + 1], scratch, alone)
         assert torch.equal(alone[i], together[i])
+
+
+@pytest.mark.parametrize(("outputs", "kind"), [(200, ("int8", 32, False)), (208, ("nf4", 64, True))])
+def test_a_product_dequantizes_no_more_than_a_block_at_a_time(
+    outputs: int, kind: tuple[str, int, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An output table in float32 would be gigabytes. The last block is not full."""
+    weight = packing.side_by_side([packing.pack(stored_matrix(outputs, 128, *kind))], DEVICE)
+    exact = packing.dequantize(weight)
+    made = []
+
+    def noted(part: Weight, dtype: torch.dtype) -> torch.Tensor:
+        made.append(part.shape[0])
+        return dequantized(part, dtype)
+
+    dequantized = products.dequantized
+    monkeypatch.setattr(products, "dequantized", noted)
+    monkeypatch.setattr(cuda, "_is_on_gpu", lambda weight: True)
+    monkeypatch.setattr(cuda, "BLOCK_BYTES", 4 * 128 * 70)
+    x = torch.randn(3, 128, device=DEVICE)
+    assert torch.allclose(cuda.Cuda().linear(weight, x), x @ exact.t(), rtol=1e-4, atol=1e-3)
+    assert made == [64, 64, 64, outputs - 192]
 
 
 def choices(logits: torch.Tensor, how: list[list[float]], top_k: list[int]) -> list[int]:

@@ -16,11 +16,12 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from server.engine import cuda_batch
+from server.engine import cuda_runner as cuda_runner_module
 from server.engine.batch import Batch, SlotWeights
 from server.engine.cuda_batch import Shape, batch_buckets, describe
 from server.engine.cuda_memory import share_out, work_bytes
 from server.engine.cuda_pool import AdapterPool
-from server.engine.cuda_runner import CudaRunner
+from server.engine.cuda_runner import CudaRunner, StepMemory
 from server.engine.runner import Runner, TorchRunner
 from server.errors import BadModel, NoCapacity
 from server.kernels.cuda import Cuda, finish, lora, packing
@@ -161,44 +162,149 @@ def test_a_step_goes_on_from_tokens_that_nobody_has_read(monkeypatch: pytest.Mon
     assert nothing.read().tolist() == []
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="the real calls are made there")
-def test_graphs_share_their_memory_and_leave_the_step_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Captured once each, on one stream into one pool, without rows or lanes; with stand-ins for CUDA's calls."""
-    captures, computed = [], []
+class Stream:
+    """Stands in for CUDA's."""
 
-    class Stream:
-        def wait_stream(self, other: object) -> None:
-            assert other is not self
+    def wait_stream(self, other: object) -> None:
+        assert other is not self
 
-    class Graph:
-        def pool(self) -> str:
-            return "pool"
+    def synchronize(self) -> None:
+        pass
+
+
+class Graph:
+    """Stands in for CUDA's; the driver keeps 100 bytes of each that there is."""
+
+    alive = 0
+
+    def __init__(self) -> None:
+        Graph.alive += 1
+        self.replays = 0
+
+    def __del__(self) -> None:
+        Graph.alive -= 1
+
+    def pool(self) -> str:
+        return "pool"
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+class Captures:
+    """What was captured and computed on the stand-ins, none of whose captures has rows or lanes."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[Any, ...]] = []
+        self.computed: list[DeviceStep] = []
+        self.error: Exception | None = None
+        """Which a capture ends with."""
 
     @contextlib.contextmanager
-    def capture(graph: Graph, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-        captures.append((pool, stream, capture_error_mode, len(computed)))
+    def capture(self, graph: Graph, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        self.made.append((pool, stream, capture_error_mode, len(self.computed)))
         yield
+        if self.error is not None:
+            raise self.error
 
-    def note(self: DeviceModel, step: DeviceStep, *_: object) -> torch.Tensor:
-        computed.append(step)
+    def note(self, model: DeviceModel, step: DeviceStep, *_: object) -> torch.Tensor:
+        self.computed.append(step)
         assert step.positions.tolist() == [-1] * len(step.positions) and not step.lanes.tiles.any()
         return torch.zeros(step.logit_rows.shape[0], 61)
 
-    monkeypatch.setattr(DeviceModel, "logits", note)
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
+    """A runner's graphs with stand-ins for CUDA's calls."""
+    if DEVICE.type == "cuda":
+        pytest.skip("the real calls are made there")
+    found = Captures()
+    monkeypatch.setattr(DeviceModel, "logits", lambda *given: found.note(*given))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph", found.capture)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((1 << 30) - 100 * Graph.alive, 2 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 20)
     other = Stream()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: other)
+    return found
+
+
+def capturing_runner() -> CudaRunner:
     runner = cuda_runner(bases("llama-int4")[0])
     runner._capturing = Stream()
     runner._numbers[:] = torch.arange(len(runner._numbers))
-    none, some = (Shape.single_rows(size, runner._width, width, each) for size, width, each in ((2, 0, 0), (4, 64, 1)))
-    for shape in (none, some, none):
-        assert isinstance(runner._graph(shape), Graph)
-    assert captures == [(None, runner._capturing, "thread_local", 1), ("pool", runner._capturing, "thread_local", 3)]
-    assert len(computed) == 4, "each has run once before it was captured"
+    return runner
+
+
+def bucket(runner: CudaRunner, size: int, width: int = 0) -> Shape:
+    return Shape.single_rows(size, runner._width, width, width > 0)
+
+
+def test_graphs_share_their_memory_and_leave_the_step_that_waits(captures: Captures) -> None:
+    """Captured once each, on one stream into one pool, without rows or lanes; with stand-ins for CUDA's calls."""
+    runner = capturing_runner()
+    for size, width in ((2, 0), (4, 64), (2, 0)):
+        assert isinstance(runner._graph(bucket(runner, size, width)), Graph)
+    stream = runner._capturing
+    assert captures.made == [(None, stream, "thread_local", 1), ("pool", stream, "thread_local", 3)]
+    assert len(captures.computed) == 4, "each has run once before it was captured"
     assert torch.equal(runner._numbers, torch.arange(len(runner._numbers), dtype=torch.int32))
+    assert runner.nbytes()["graphs"] == 200
+
+
+def test_graphs_that_were_not_used_for_long_make_room(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_runner_module, "GRAPHS", 2)
+    runner = capturing_runner()
+    one, two, four = (bucket(runner, size) for size in (1, 2, 4))
+    before = Graph.alive
+    first = runner._graph(one)
+    for shape in (two, one, four):
+        runner._graph(shape)
+    assert list(runner._graphs) == [one, four] and runner._graphs[one] is first
+    assert Graph.alive - before == 2 and runner.nbytes()["graphs"] == 200
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no block of 2 MiB"), RuntimeError("CUDA error: out of memory")]
+)
+def test_a_step_runs_without_a_graph_where_memory_lacks_for_one(captures: Captures, error: Exception) -> None:
+    """Tried once, not at every step; and the numbers that wait are what they were."""
+    runner, captures.error = capturing_runner(), error
+    shape = bucket(runner, 2)
+    for _ in range(3):
+        assert runner._graph(shape) is None
+    assert len(captures.made) == 1 and runner.nbytes()["graphs"] == 0
+    assert torch.equal(runner._numbers, torch.arange(len(runner._numbers), dtype=torch.int32))
+    captures.error = None
+    assert isinstance(runner._graph(bucket(runner, 4)), Graph)
+
+
+def test_a_capture_that_fails_otherwise_fails_its_step(captures: Captures) -> None:
+    runner, captures.error = capturing_runner(), RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        runner._graph(bucket(runner, 2))
+
+
+def test_steps_take_turns_in_the_memory_that_they_are_sent_from() -> None:
+    """What a step was given is what reaches the device, also one that is larger than what was set aside."""
+    ours, _ = bases("llama-int4")
+    runner = cuda_runner(ours)
+    first, second, third = sequences([18, 3, 4], [(), (), ()])
+    small = describe(batch_of([(second, 1)], False), runner._pool.ranks)
+    large = describe(batch_of([(first, 18), (second, 2), (third, 4)], True), runner._pool.ranks)
+    memory = StepMemory(small.shape.elements, DEVICE)
+    pieces = [piece.data_ptr() for piece in memory._pieces]
+    assert len(set(pieces)) == StepMemory.PIECES > 2
+    for numbers in (small, large, small, small, small):
+        expected = np.full(numbers.shape.elements, 7, np.int32)
+        numbers.write(numbers.shape, expected)
+        target = torch.full((numbers.shape.elements,), 7, dtype=torch.int32, device=DEVICE)
+        memory.send(numbers, numbers.shape, target)
+        for _, start, size in numbers.shape.parts():
+            stop = start + int(np.prod(size))
+            assert target[start:stop].tolist() == expected[start:stop].tolist()
+    assert [piece.data_ptr() for piece in memory._pieces] == pieces
 
 
 def test_every_kind_of_prompt_is_run_before_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,9 +316,8 @@ def test_every_kind_of_prompt_is_run_before_the_first_request(monkeypatch: pytes
         assert step.prefills is not None
         return torch.zeros(step.logit_rows.shape[0], 61, device=DEVICE)
 
+    runner = cuda_runner(bases("llama-int4")[0])  # on a GPU with graphs, whose steps have no prompt
     monkeypatch.setattr(DeviceModel, "logits", note)
-    runner = cuda_runner(bases("llama-int4")[0])
-    seen.clear()
     runner._warm_up()
     assert seen == [(rows, adapters, 1 if adapters else rows) for rows in (2, 17, 64) for adapters in (False, True)]
 
@@ -317,7 +422,7 @@ def test_nothing_is_left_out_of_the_account() -> None:
     assert kinds["base"] >= sum(weight.nbytes for weight in ours.weights.values())
     assert kinds["kv_cache"] == 40 * runner.block_bytes(BLOCK) and kinds["slots"] >= runner.room.nbytes
     device = {"device_allocated", "device_reserved"} if torch.cuda.is_available() else set()
-    ours_alone = {"base", "kv_cache", "slots", "activations"}
+    ours_alone = {"base", "kv_cache", "slots", "activations", "graphs"}
     assert set(kinds) == {*ours_alone, "device_budget", *device}
     assert sum(kinds[kind] for kind in ours_alone) <= kinds["device_budget"]
 

@@ -23,3 +23,5 @@ def test_every_kernel_compiles_for_a_gpu(compiled: Compiled) -> None:
     assert status == 0, out[-3000:] + err[-2000:]
     for kernel in KERNELS:
         assert f"{kernel}_kernel" in out
+    [draw] = [line for line in out.splitlines() if line.startswith("draw_kernel")]
+    assert "'num_warps': 16" in draw, "one program goes over all logits of a row, many times"
