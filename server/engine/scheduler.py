@@ -8,7 +8,7 @@ when their blocks and their slots can be reserved together, in the queue's order
 memory is passed over until they are; one that finds no room is passed over too, until it has waited `age_limit`
 seconds for it: then nothing else enters before it does. So it is for room in RAM, where slots hold it. What less urgent
 requests hold, running or waiting, is given up for a more urgent one. Where adapters are copied to a device, a request
-whose own are not there waits for one step more, beside which they are copied.
+whose own are copied now has its first tokens computed a step later, so that the copy goes on beside this one.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from adapters.weights import LoraWeights
 from server.engine.batch import Work
 from server.engine.kv_cache import Key, KVCache, next_key
 from server.engine.loads import Loads
@@ -69,6 +68,8 @@ class Plan:
     """Tokens up to which prompts may add to it."""
     tokens: int = 0
     logits: int = 0
+    copied: set[str] = field(default_factory=set)
+    """The adapters that are on their way to the device: what uses them now waits for them, with all of the step."""
 
     def add(self, request: Request, count: int, logits: int) -> None:
         self.work.append(Work(request, count, logits))
@@ -92,8 +93,6 @@ class Scheduler:
         self._root = root
         self._blocked: dict[Request, float] = {}
         """Those that had their weights and found no room, and since when."""
-        self._brought: set[Request] = set()
-        """Those that wait for one step while their adapters are copied beside it."""
         self._coming: dict[Key, Request] = {}
         """The full blocks that running requests are about to compute: who shares them waits instead of repeating it."""
         self._changed = False
@@ -410,26 +409,25 @@ class Scheduler:
         if len(found) < most and keys[len(found) + 1] in self._coming:
             self.kv.free(found)
             return
+        fresh = [digest for digest in request.mix.digests if not self.slots.holds(digest)]
         need = self.kv.blocks_for(request.goal) - len(found)
         spare = len(self.running)  # each of the others may need a block soon
-        slots, brought = None, False
+        slots = None
         try:
             if need + spare <= self.kv.available:
-                brought = weights is not None and self._bring(request, weights)
-                slots = None if brought else self.slots.reserve(request.mix, weights)
+                slots = self.slots.reserve(request.mix, weights)
         finally:
             if slots is None:
                 self.kv.free(found)
         if slots is None:
-            if not brought:
-                self._blocked.setdefault(request, now)
+            self._blocked.setdefault(request, now)
             return
-        fresh = self.kv.reserve(need)
-        assert fresh is not None, "there was room"
+        blocks = self.kv.reserve(need)
+        assert blocks is not None, "there was room"
         self._leave_queue(request)
         request.state = State.RUNNING
         request.slots = slots
-        request.blocks.extend(found + fresh)
+        request.blocks.extend(found + blocks)
         request.kept = len(found)
         request.computed = len(found) * self.kv.block_size
         self.running.append(request)
@@ -442,24 +440,12 @@ class Scheduler:
             self.kv.count_query(len(request.prompt), len(found))
             self.waiting.charge(request, max(1, len(request.prompt) - request.computed))
             plan.entered.append(request)
-        self._add_chunk(request, plan)
-
-    def _bring(self, request: Request, weights: Sequence[LoraWeights]) -> bool:
-        """Have the adapters of a request that could enter copied during a step that does not use them yet.
-
-        Answers whether it is to wait for that step. Did it enter at once, all that run would wait for the copy. Once
-        only, since another may take the place meanwhile.
-        """
-        if self.slots.room is None or not self.running or request in self._brought:
-            return False
-        if not self.slots.bring(request.mix, weights):
-            return False
-        self._brought.add(request)
-        self._changed = True
-        return True
+        if self.slots.room is not None:
+            plan.copied.update(fresh)
+        if not plan.work or plan.copied.isdisjoint(request.mix.digests):
+            self._add_chunk(request, plan)
 
     def _leave_queue(self, request: Request) -> None:
-        self._brought.discard(request)
         self.waiting.remove(request)
         self.loads.leave(request)
         self._blocked.pop(request, None)

@@ -85,16 +85,6 @@ class Slots:
             raise
         return tuple((self._slot_of[digest], weight) for digest, weight in mix)
 
-    def bring(self, mix: Mix, weights: Sequence[LoraWeights]) -> bool:
-        """Let a mix be copied that is to be used soon; what is idle goes for it. Whether there was room. See `reserve`.
-
-        Nobody holds it yet, so that it may have to be brought again.
-        """
-        brought = self.reserve(mix, weights) is not None
-        if brought:
-            self.free(mix)
-        return brought
-
     def offer(self, mix: Mix, weights: Sequence[LoraWeights]) -> None:
         """Let a mix that will be needed be copied meanwhile, into room that nobody has; what finds none is left.
 

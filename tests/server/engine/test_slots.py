@@ -134,7 +134,7 @@ def test_what_is_wrong_with_a_waiting_mix_harms_none_that_runs(bench: Any, tools
 
 
 def test_nobody_who_runs_waits_for_the_copy_of_an_adapter_that_comes(bench: Any, tools: Any) -> None:
-    """The step in which it is copied is not yet one that uses it, also where idle ones have to go for it."""
+    """The step in which it is copied is not yet one that uses it, whoever asks for it."""
     made = bench(room=Room(20, lambda weights: 10), max_slots=2)
     placed: list[str] = []
     made.runner.on_place = lambda weights: placed.append(weights.name)
@@ -142,30 +142,31 @@ def test_nobody_who_runs_waits_for_the_copy_of_an_adapter_that_comes(bench: Any,
     made.settle()
     runs = made.submit([5, 6, 7], mix=tools.mix_of("a2"), max_tokens=20)
     made.engine.step()
-    assert placed == ["a1", "a2"] and runs.tokens, "alone it enters at once"
-    comes = made.submit([5, 6, 8], mix=tools.mix_of("a3"))
+    assert placed == ["a1", "a2"] and runs.tokens, "alone it is computed at once"
+    first, second = (made.submit([5, 6, n], mix=tools.mix_of("a3")) for n in (8, 9))
+    base = made.submit([5, 6, 10])
     made.engine.step()
-    assert placed == ["a1", "a2", "a3"] and not comes.tokens and made.engine.stats()["running"] == 1
+    assert placed == ["a1", "a2", "a3"] and base.tokens and not first.tokens and not second.tokens
     made.engine.step()
-    assert comes.tokens and made.engine.stats()["running"] == 2
+    assert first.tokens and second.tokens
     made.settle()
-    for heard in (gone, runs, comes):
+    for heard in (gone, runs, first, second, base):
         assert heard.tokens == tools.solo(heard, made.runner.vocab)
     made.check_empty()
 
 
-def test_those_that_take_each_other_s_place_while_they_are_copied_all_run(bench: Any, tools: Any) -> None:
-    made = bench(room=Room(20, lambda weights: 10), max_slots=2)
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_more_adapters_than_room_are_copied_once_for_each_that_enters(bench: Any, tools: Any, overlapped: bool) -> None:
+    made = bench(room=Room(40, lambda weights: 10), max_slots=4, max_batch=3, overlapped=overlapped)
     placed: list[str] = []
+    used: list[set[int]] = []
     made.runner.on_place = lambda weights: placed.append(weights.name)
-    runs = made.submit([5, 6, 7], mix=tools.mix_of("a1"), max_tokens=60)
-    made.engine.step()
-    others = [made.submit([5, 6, i], mix=tools.mix_of(f"a{i}"), max_tokens=2) for i in range(2, 10)]
-    for _ in range(40):
-        made.engine.step()
-    assert runs.reason is None and all(heard.reason == "length" for heard in others), "one place for all of them"
-    assert len(placed) <= 1 + 2 * len(others), "each is copied ahead once at most"
+    made.runner.before = lambda batch: used.append({slot for mix in batch.mixes for slot, _ in mix})
+    heard = [
+        made.submit([5, 6, n], mix=tools.mix_of(f"a{n % 12}"), max_tokens=2 + n % 5, fair_key=f"a{n % 12}")
+        for n in range(60)
+    ]
     made.settle()
-    for heard in (runs, *others):
-        assert heard.tokens == tools.solo(heard, made.runner.vocab)
+    assert all(each.tokens == tools.solo(each, made.runner.vocab) for each in heard)
+    assert len(placed) <= len(heard) and len(used) < 3 * len(heard)
     made.check_empty()
