@@ -181,6 +181,12 @@ class Registry:
         with self._lock:
             return self._store.records[self._names.named(name).digest].metadata_of(name)
 
+    def source(self, name: str) -> str:
+        """Who put the adapter there, as `publish` was told. Raises UnknownAdapter."""
+        with self._lock:
+            self._names.named(name)
+            return self._store.journal.names[name].source
+
     def list(self) -> Descriptions:
         """A short description of each adapter, by name."""
         with self._lock:

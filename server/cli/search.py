@@ -177,11 +177,18 @@ def _scorer(
 ) -> Callable[[LoraWeights], float]:
     """A function for another thread: an adapter's score by the engine."""
     from adapters import peft_format
+    from adapters.errors import InvalidData
+    from server.jobs.fine_tune import answerable
     from server.tasks.evaluation import evaluate, pairs
 
     parts, name = house.parts, plan.recipe.name
     parts.tasks.put(name, plan.recipe.task)
-    judges = pairs(found.judges)
+    room = parts.prompts.room.context
+    judges = pairs(answerable(found.judges, found.encode, room))
+    if not judges:
+        raise InvalidData(
+            f"none of the {len(found.judges)} examples that judge fits into {room} tokens that the engine takes"
+        )
 
     def score(weights: LoraWeights) -> float:
         folder = scratch / weights.name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 SLOTS = 4096
 """Adapters that can be resident at most: rows of the pool's tables."""
 
+RETRY_SECONDS = 60.0
+"""After which memory that lacked for a graph may be there."""
 GRAPHS = 128
 """Graphs that are kept at most, those that were used last. What one takes of the driver is not measured yet."""
 
@@ -130,8 +133,10 @@ class CudaRunner:
         self._results = torch.empty(max_batch, base.config.vocab_size, device=device)
         self._drawn = torch.zeros(max_batch, dtype=torch.int32, device=device)
         """What was drawn last: the tokens that the next batch means by those below 0."""
-        self._graphs: dict[Shape, torch.cuda.CUDAGraph | None] = {}
-        """The one that was used last is at the end; None: memory lacked for it, and its steps run without."""
+        self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+        """The one that was used last is at the end."""
+        self._without: dict[Shape, float] = {}
+        """Until when the steps of a bucket run without a graph, as memory lacked for it."""
         self._graph_memory: Any = None
         self._graph_bytes = 0
         """What the driver has taken for graphs, beside the memory that torch has of it."""
@@ -161,6 +166,7 @@ class CudaRunner:
         self._width = -(-min(blocks * block_size, self._context) // block_size)
         self._model.turn_up_to(self._width * block_size)
         self._graphs.clear()
+        self._without.clear()
         self._graph_memory, self._graph_bytes = None, 0
         largest = max(
             Shape.single_rows(size, self._width, width, each).elements
@@ -300,32 +306,35 @@ class CudaRunner:
         if shape in self._graphs:
             self._graphs[shape] = found = self._graphs.pop(shape)  # to the end
             return found
+        if self._without.get(shape, -math.inf) > time.monotonic():
+            return None
         if len(self._graphs) >= GRAPHS:
             self._drop_graph()
         before = self._outside_torch()
-        made: torch.cuda.CUDAGraph | None = None
         try:
-            made = graph = self._captured(shape)
+            made = self._captured(shape)
         except RuntimeError as error:
             if not _lacks_memory(error):
                 raise
             torch.cuda.empty_cache()
             log.warning(
-                "GPU memory lacks for the graph of %d sequences, whose steps run without: %s", shape.rows, error
+                "GPU memory lacks for the graph of %d sequences, whose steps run without for a while: %s",
+                shape.rows,
+                error,
             )
-        else:
-            self._graph_memory = graph.pool()
-            self._graph_bytes += max(0, self._outside_torch() - before)
+            self._without[shape] = time.monotonic() + RETRY_SECONDS
+            return None
+        self._without.pop(shape, None)
+        self._graph_memory = made.pool()
+        self._graph_bytes += max(0, self._outside_torch() - before)
         self._graphs[shape] = made
         return made
 
     def _drop_graph(self) -> None:
         """Let go of the graph that was used the longest ago."""
         torch.cuda.current_stream().synchronize()  # it may still run
-        graphs = sum(graph is not None for graph in self._graphs.values())
-        oldest = next(iter(self._graphs))
-        if self._graphs.pop(oldest) is not None:
-            self._graph_bytes -= self._graph_bytes // graphs
+        self._graph_bytes -= self._graph_bytes // len(self._graphs)
+        del self._graphs[next(iter(self._graphs))]
 
     def _outside_torch(self) -> int:
         """Bytes of the device that are taken and are not torch's, whoever has them."""

@@ -21,11 +21,19 @@ from typing import Any
 
 from adapters import data
 from adapters.data import Pair
-from adapters.errors import AdapterConflict, AdapterError, StoreFailed, UnknownAdapter, VersionMismatch
+from adapters.errors import (
+    AdapterConflict,
+    AdapterError,
+    InvalidChoice,
+    InvalidData,
+    StoreFailed,
+    UnknownAdapter,
+    VersionMismatch,
+)
 from adapters.peft_format import CONFIG_FILE, TENSOR_FILE, read_folder
 from adapters.registry import Registry
 from adapters.weights import Version
-from server.errors import EngineFailed, NotReady, ServerError
+from server.errors import InvalidRequest, NotReady
 from server.jobs.errors import JobError
 from server.jobs.files import Files
 from server.jobs.runner import Active
@@ -43,10 +51,12 @@ log = logging.getLogger(__name__)
 TRIES = 3
 """Comparisons, where the name gets another version meanwhile."""
 RESULTS = "fine-tune-results"
+SOURCE = "job"
+"""Who has published a result, in the registry."""
 INTENT = "publishing"
 """In a job's result, the version that it is about to publish."""
-FOR_NOW = (EngineFailed, NotReady, StoreFailed)
-"""Failures to measure that the server is the reason of: when the job is resumed, it may compare after all."""
+REFUSED = (InvalidChoice, InvalidData, InvalidRequest)
+"""Failures to measure that lie in what is measured, and would come again. After any other the job can be resumed."""
 MEASURED = re.compile(r"ftjob-[0-9a-f]{24}")
 """The names that results are measured under: the ids of jobs."""
 
@@ -98,6 +108,8 @@ class Publishing:
         self._registry, self._tasks, self._quality, self._files = registry, tasks, quality, files
         self._evaluate, self._shapes, self._base_id = evaluate, shapes, base_id
         for name in filter(MEASURED.fullmatch, registry.names()):
+            if registry.source(name) != SOURCE:
+                continue
             try:
                 registry.retire_now(name)
             except AdapterError as error:
@@ -120,12 +132,12 @@ class Publishing:
                 break
             try:
                 verdict, failure = self._judge(active, spec, rival), None
-            except (AdapterError, ServerError) as error:
-                if isinstance(error, UnknownAdapter) and self._current(job.name) != rival:
-                    active.note(f"{job.name} was deleted or replaced meanwhile; the result is measured again.")
-                    continue
-                if isinstance(error, FOR_NOW) and rule == "if_better" and rival is not None:
+            except UnknownAdapter:
+                if self._current(job.name) == rival:
                     raise
+                active.note(f"{job.name} was deleted or replaced meanwhile; the result is measured again.")
+                continue
+            except REFUSED as error:
                 verdict, failure = None, error.message
                 active.note(f"The result could not be measured: {failure}", level="warn")
             job.result.pop("evaluation", None)
@@ -144,7 +156,7 @@ class Publishing:
                 published = self._registry.publish_now(
                     job.name,
                     folder,
-                    source="job",
+                    source=SOURCE,
                     if_match=rival.label if compared and rival is not None else None,
                     create_only=compared and rival is None,
                 )
@@ -244,7 +256,7 @@ class _Named:
             candidate.mkdir()
             for file in (CONFIG_FILE, TENSOR_FILE):
                 shutil.copyfile(self._folder / RESULT / file, candidate / file)
-            self._registry.publish_now(self._name, candidate, source="job")
+            self._registry.publish_now(self._name, candidate, source=SOURCE)
         except OSError as error:
             raise StoreFailed(f"the disk refuses a copy of the result: {error.strerror}") from None
         finally:

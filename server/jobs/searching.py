@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters import data, layers, pruning
-from adapters.data import Record, Tokens
+from adapters.data import Encode, Record, Tokens
 from adapters.errors import AdapterError, InvalidData
 from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
@@ -32,6 +32,7 @@ class Examples:
     learned: Tokens
     judges: Sequence[Record]
     judged: Tokens
+    encode: Encode
 
 
 def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
@@ -51,7 +52,7 @@ def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
     length = min(recipe.config.max_length, base.config.context_length)
     learned = data.tokenize(records, encode, length, recipe.data)
     judged = data.tokenize(judges, encode, length, recipe.validation or recipe.data)
-    return Examples(learned, answerable(judges, encode, length), judged)
+    return Examples(learned, answerable(judges, encode, length), judged, encode)
 
 
 def within(shapes: Mapping[str, tuple[int, int]], config: TrainingConfig, budget: int) -> list[int]:

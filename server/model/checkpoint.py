@@ -383,7 +383,8 @@ class _Shards:
         with _opened(self._owner[one]) as first, _opened(self._owner[other]) as second:
             a, b = first.get_slice(one), second.get_slice(other)
             parts = (slice(start, start + step) for start in range(0, shape[0], step))
-            return all(torch.equal(a[part].float(), b[part].float()) for part in parts)
+            pairs = ((a[part], b[part]) for part in parts)
+            return all(torch.equal(*((x, y) if x.dtype == y.dtype else (x.float(), y.float()))) for x, y in pairs)
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Those of `names` that there are, as views of the mapped files."""

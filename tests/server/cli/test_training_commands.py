@@ -83,6 +83,19 @@ def test_ranks_over_what_a_server_takes_by_itself_are_searched_and_told(given: P
     assert [row["rank"] for row in found["table"]] == [1, 100] and (given / "search" / "search.json").exists()
 
 
+def test_judges_that_the_engine_cannot_take_are_left_out_or_said_before_any_trial(
+    given: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAMUX_MAX_CONTEXT", "100")
+    lines = (given / "held.jsonl").read_text()
+    (given / "held.jsonl").write_text(lines + "\n" + json.dumps({"input": "x" * 120, "output": "yes"}) + "\n")
+    command = ["--ranks", "1", "--steps", "2", "--share", "1", "--validation", "held.jsonl"]
+    assert told("search", "echo.toml", *command)["table"]
+    (given / "held.jsonl").write_text(json.dumps({"input": "x" * 120, "output": "yes"}) + "\n")
+    done = runner.invoke(app, ["search", "echo.toml", *command, "--state-dir", "state"])
+    assert "none of the 1 examples that judge fits into 100 tokens" in str(done.exception)
+
+
 def test_a_budget_is_parameters(given: Path, tiny_base: Base) -> None:
     config = read_recipe(given / "echo.toml").config
     one = sum(sum(shape) for shape in tiny_base.shapes().values())

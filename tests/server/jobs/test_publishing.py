@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.errors import InvalidChoice, StoreFailed
+from adapters.errors import InvalidChoice, InvalidData, StoreFailed
 from adapters.peft_format import save
 from adapters.registry import Registry
 from adapters.store import Store
@@ -240,7 +240,7 @@ def test_a_loss_of_a_version_that_came_at_the_last_moment_decides_nothing(
 REFUSED = InvalidRequest("line 1: the prompt is empty", "prompt")
 
 
-@pytest.mark.parametrize("error", [REFUSED, InvalidChoice("no"), NotReady("the engine stopped")])
+@pytest.mark.parametrize("error", [REFUSED, InvalidChoice("no"), InvalidData("line 1: no")])
 def test_a_result_that_cannot_be_measured_is_not_lost(measured: Callable[..., Measured], error: Exception) -> None:
     def refuse(number: int) -> None:
         raise error
@@ -254,6 +254,20 @@ def test_a_result_that_cannot_be_measured_is_not_lost(measured: Callable[..., Me
         assert (result["model"], len(result["files"])) == (published, files), rule
         assert "evaluation" not in result and f"could not be measured: {error.message}" in scene.said()  # type: ignore[attr-defined]
         assert scene.registry.names() == ["m"], "nothing is left of what was measured"
+
+
+@pytest.mark.parametrize("rule", ["always", "never", "if_better"])
+def test_a_job_whose_server_fails_to_measure_can_be_resumed(measured: Callable[..., Measured], rule: str) -> None:
+    def stop(number: int) -> None:
+        raise NotReady("the engine stopped")
+
+    scene = measured(rule)
+    scene.engine.before = stop
+    with pytest.raises(NotReady):
+        scene.publish()
+    assert scene.registry.names() == [], "neither the result nor what was measured"
+    scene.engine.before = lambda number: None
+    assert scene.publish()["evaluation"]["samples"] and scene.registry.names() == (["m"] if rule != "never" else [])
 
 
 def test_what_cannot_be_compared_is_not_published(measured: Callable[..., Measured]) -> None:
@@ -328,10 +342,12 @@ def test_a_disk_that_refuses_a_copy_is_told_as_such(
 def test_what_was_measured_when_the_server_was_killed_is_taken_away(measured: Callable[..., Measured]) -> None:
     scene = measured("always")
     assert scene.job.id.startswith("ftjob-")
+    uploaded = "ftjob-" + 24 * "0"
     for name in (scene.job.id, f"ft-{scene.job.id}", "ftjob-mine", "m"):
-        scene.registry.publish_now(name, write(scene.root / "old", 2))
+        scene.registry.publish_now(name, write(scene.root / "old", 2), source="job")
+    scene.registry.publish_now(uploaded, write(scene.root / "old", 2))
     scene.open()
-    assert scene.registry.names() == sorted([f"ft-{scene.job.id}", "ftjob-mine", "m"])
+    assert scene.registry.names() == sorted([f"ft-{scene.job.id}", "ftjob-mine", "m", uploaded])
 
 
 def test_an_evaluation_that_begins_again_counts_anew(measured: Callable[..., Measured]) -> None:
