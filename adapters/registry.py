@@ -164,9 +164,9 @@ class Registry:
 
     # What people ask
 
-    def names(self) -> list[str]:
-        """The adapters that are served, sorted."""
-        return sorted(self._names.histories)
+    def names(self, source: str | None = None) -> list[str]:
+        """The adapters that are served, sorted; with `source` those alone that it has put there."""
+        return sorted(n for n in self._names.histories if source in (None, self._store.journal.names[n].source))
 
     def current(self, name: str) -> Version:
         """The version that `name` has. Raises UnknownAdapter."""
@@ -180,12 +180,6 @@ class Registry:
         """What the reader told of the current version (`task`, `card`, `honoured`, ...). Raises UnknownAdapter."""
         with self._lock:
             return self._store.records[self._names.named(name).digest].metadata_of(name)
-
-    def source(self, name: str) -> str:
-        """Who put the adapter there, as `publish` was told. Raises UnknownAdapter."""
-        with self._lock:
-            self._names.named(name)
-            return self._store.journal.names[name].source
 
     def list(self) -> Descriptions:
         """A short description of each adapter, by name."""

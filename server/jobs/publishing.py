@@ -107,9 +107,7 @@ class Publishing:
     ) -> None:
         self._registry, self._tasks, self._quality, self._files = registry, tasks, quality, files
         self._evaluate, self._shapes, self._base_id = evaluate, shapes, base_id
-        for name in filter(MEASURED.fullmatch, registry.names()):
-            if registry.source(name) != SOURCE:
-                continue
+        for name in filter(MEASURED.fullmatch, registry.names(SOURCE)):
             try:
                 registry.retire_now(name)
             except AdapterError as error:
