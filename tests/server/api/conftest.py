@@ -138,6 +138,12 @@ def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "Watch", partial(Watch, interval=0.1, still=0.2))
 
 
+@pytest.fixture
+def idle_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's watch looks once, at the start: what a test puts out of memory it would take in again."""
+    monkeypatch.setattr(assembly, "Watch", partial(Watch, interval=3600.0))
+
+
 Start = Callable[..., Live]
 
 

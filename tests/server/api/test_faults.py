@@ -43,6 +43,7 @@ def text_of(live: Any, name: str) -> str:
     return str(answer.json()["text"])
 
 
+@pytest.mark.usefixtures("idle_watch")
 @pytest.mark.parametrize("harm", ["deleted", "cut", "swapped", "folder"])
 def test_files_of_the_store_that_are_harmed_while_served(live: Any, harm: str, write_adapter: Any) -> None:
     before, other = text_of(live, "a"), text_of(live, "b")

@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import httpx
+import pytest
 
 from tests.waiting import until
 
@@ -95,6 +96,7 @@ def test_mixes_that_compete_for_the_last_slots_all_finish(start: Any, write_adap
     assert live.idle() and live.stats()["slots"]["in_use"] == 0
 
 
+@pytest.mark.usefixtures("idle_watch")
 def test_an_adapter_that_is_slow_to_load_delays_nobody_else(
     start: Any, write_adapter: Callable[..., Path], monkeypatch: Any
 ) -> None:
