@@ -164,9 +164,9 @@ class Registry:
 
     # What people ask
 
-    def names(self, source: str | None = None) -> list[str]:
-        """The adapters that are served, sorted; with `source` those alone that it has put there."""
-        return sorted(n for n in self._names.histories if source in (None, self._store.journal.names[n].source))
+    def names(self, by: str | None = None) -> list[str]:
+        """The adapters that are served, sorted; with `by` those alone that this source has put there."""
+        return sorted(n for n in self._names.histories if by is None or self._store.journal.names[n].source == by)
 
     def current(self, name: str) -> Version:
         """The version that `name` has. Raises UnknownAdapter."""

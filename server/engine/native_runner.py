@@ -28,7 +28,6 @@ from server.model.rope import angles, frequencies
 VECTOR = 16
 """Tokens of a block that the kernels read together: block sizes are multiples of it."""
 
-
 KINDS = 256
 """Sets of modules of which it is remembered where they are in a slot's table."""
 

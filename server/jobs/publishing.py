@@ -107,7 +107,7 @@ class Publishing:
     ) -> None:
         self._registry, self._tasks, self._quality, self._files = registry, tasks, quality, files
         self._evaluate, self._shapes, self._base_id = evaluate, shapes, base_id
-        for name in filter(MEASURED.fullmatch, registry.names(SOURCE)):
+        for name in filter(MEASURED.fullmatch, registry.names(by=SOURCE)):
             try:
                 registry.retire_now(name)
             except AdapterError as error:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from adapters.weights import LoraWeights
+from server.kernels.cpu.bindings import LoraSite
 
-SITE = np.dtype([("a", np.uint64), ("b", np.uint64), ("rank", np.int64), ("scale", np.float64)])
-"""One matrix pair, as `bindings.LoraSite` lays it out."""
+SITE = np.dtype(LoraSite)
+"""One matrix pair: fields `a` and `b`, the addresses, `rank` and `scale`."""
 
 Shapes = tuple[tuple[str, tuple[int, int]], ...]
 """(module path, (out, in)) of each module of an adapter."""

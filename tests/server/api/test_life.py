@@ -13,6 +13,7 @@ import pytest
 
 from server.api.watchdog import EXIT_CODE, Watchdog
 from server.cli import logs
+from tests.waiting import until
 
 
 def test_a_step_that_raises_fails_its_requests_alone(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +49,16 @@ def test_one_failed_step_does_not_keep_a_server_unready_that_gets_no_requests(
     assert live.http.get("/health/ready").status_code == 200
 
 
+def ended_by(steps: Any, limit: float) -> list[int]:
+    """The statuses that a watchdog over such an engine ends the process with."""
+    ended: list[int] = []
+    dog = Watchdog(steps, limit=limit, interval=0.01, end=ended.append)
+    dog.start()
+    until(lambda: ended)
+    dog.stop()
+    return ended
+
+
 def test_a_stuck_step_ends_the_process_and_says_what_ran(caplog: pytest.LogCaptureFixture) -> None:
     """Also where nobody reads the log any more."""
 
@@ -66,14 +77,7 @@ def test_a_stuck_step_ends_the_process_and_says_what_ran(caplog: pytest.LogCaptu
             raise ValueError("I/O operation on closed file")
 
     logging.getLogger().addHandler(Closed())
-    ended: list[int] = []
-    dog = Watchdog(Stuck(), limit=0.1, interval=0.01, end=ended.append)
-    dog.start()
-    deadline = time.monotonic() + 30
-    while not ended and time.monotonic() < deadline:
-        time.sleep(0.005)
-    dog.stop()
-    assert ended == [EXIT_CODE] and "a step of 5 rows" in caplog.text
+    assert ended_by(Stuck(), limit=0.1) == [EXIT_CODE] and "a step of 5 rows" in caplog.text
 
 
 def test_a_device_that_is_lost_ends_the_process(caplog: pytest.LogCaptureFixture) -> None:
@@ -89,14 +93,10 @@ def test_a_device_that_is_lost_ends_the_process(caplog: pytest.LogCaptureFixture
         def lost(self) -> str:
             return "the device answers nothing any more"
 
-    ended: list[int] = []
-    dog = Watchdog(Lost(), limit=3600.0, interval=0.01, end=ended.append)
-    dog.start()
-    deadline = time.monotonic() + 30
-    while not ended and time.monotonic() < deadline:
-        time.sleep(0.005)
-    dog.stop()
-    assert ended == [EXIT_CODE] and "the process ends: the device answers nothing any more" in caplog.text
+    assert (
+        ended_by(Lost(), limit=3600.0) == [EXIT_CODE]
+        and "the process ends: the device answers nothing any more" in caplog.text
+    )
 
 
 def test_a_process_that_was_paused_is_not_stuck() -> None:
