@@ -103,7 +103,7 @@ void product(const Matrix& w, int64_t tile, const int8_t* x, const float* meta, 
       for (int t = 0; t < T; t++) prefetch_scales<S, DOUBLE>(w, tile + T + t, groups, g);
     for (int64_t e = 0; e < each; e++) {
       for (int l = ahead.first; l < ahead.last; l++)
-        _mm_prefetch(reinterpret_cast<const char*>(next + l * 64), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(next + l * 64), _MM_HINT_T1);
       next += T * BYTES;
       for (int64_t l = 0; l < side; l++) _mm_prefetch(aside + l * 64, _MM_HINT_T1);
       aside += side * 64;

@@ -13,7 +13,7 @@ namespace loramux {
 namespace {
 
 // What is asked for with a group of inputs, weights among it, at most: memory has no more to give.
-constexpr int64_t MOST_LINES = 5;
+constexpr int64_t MOST_LINES = 7;
 
 // What a thread asks for ahead of a layer, at most: it has to stay in its second cache, or in a third of the third one
 // that it shares with the others, until it is read.
@@ -621,13 +621,12 @@ void Model::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
             {&l.site[V], V, qkv_.get() + whole_tiles(heads) + whole_tiles(kv), stride, false}});
   t = clock(QKV, t);
   attention(step, layer, block);
-  look_ahead(-1);
+  look_ahead(layer + 1);
   t = clock(ATTENTION, t);
   products(layer, block, attended_, heads, {{&l.site[O], O, stream, config_.hidden, true}});
   t = clock(OUT, t);
 
   norm_rows(block, l.post_norm, O);
-  look_ahead(layer + 1);
   t = clock(NORM, t);
   gate_up(layer, block);
   t = clock(GATE_UP, t);
