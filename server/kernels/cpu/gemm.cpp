@@ -102,6 +102,7 @@ void product(const Matrix& w, int64_t tile, const int8_t* x, const float* meta, 
     if (ahead.first == 0 && ahead.last > 0)
       for (int t = 0; t < T; t++) prefetch_scales<S, DOUBLE>(w, tile + T + t, groups, g);
     for (int64_t e = 0; e < each; e++) {
+      // Into the second cache: a line under way to the first holds one of its few places, and the walk's own loads wait.
       for (int l = ahead.first; l < ahead.last; l++)
         _mm_prefetch(reinterpret_cast<const char*>(next + l * 64), _MM_HINT_T1);
       next += T * BYTES;
@@ -109,12 +110,7 @@ void product(const Matrix& w, int64_t tile, const int8_t* x, const float* meta, 
       aside += side * 64;
       __m512i dot[T][R];
       for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) {
-          if constexpr (S == INT4)
-            dot[t][r] = _mm512_setzero_si512();
-          else
-            dot[t][r] = broadcast_word(meta + 2 * ROWS + r);
-        }
+        for (int r = 0; r < R; r++) dot[t][r] = broadcast_word(meta + START * ROWS + r);
 #pragma GCC unroll 8
       for (int b = 0; b < 4; b++) {
         __m512i first[T], second[T];
@@ -136,6 +132,13 @@ void product(const Matrix& w, int64_t tile, const int8_t* x, const float* meta, 
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
           const __m512i a = broadcast_word(x + r * GROUP + b * 8);
+          if (b == 2) {  // the second half begins: into its units
+            const __m512i right = broadcast_word(meta + RIGHT * ROWS + r), left = broadcast_word(meta + LEFT * ROWS + r);
+            for (int t = 0; t < T; t++) {
+              dot[t][r] = _mm512_sllv_epi32(_mm512_srav_epi32(dot[t][r], right), left);
+              if constexpr (S != INT4) dot[t][r] = _mm512_add_epi32(dot[t][r], broadcast_word(meta + OFFSET * ROWS + r));
+            }
+          }
           for (int t = 0; t < T; t++) dot[t][r] = _mm512_dpbusd_epi32(dot[t][r], first[t], a);
         }
 #pragma GCC unroll 8
@@ -148,9 +151,9 @@ void product(const Matrix& w, int64_t tile, const int8_t* x, const float* meta, 
       for (int t = 0; t < T; t++)
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-          const __m512 d = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[t][r]), _mm512_set1_ps(meta[r]));
+          const __m512 d = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[t][r]), _mm512_set1_ps(meta[SCALE * ROWS + r]));
           sum[t][r] = _mm512_fmadd_ps(d, s[t].scale, sum[t][r]);
-          if constexpr (S == INT4) sum[t][r] = _mm512_fmadd_ps(s[t].zero, _mm512_set1_ps(meta[ROWS + r]), sum[t][r]);
+          if constexpr (S == INT4) sum[t][r] = _mm512_fmadd_ps(s[t].zero, _mm512_set1_ps(meta[SUM * ROWS + r]), sum[t][r]);
         }
       codes += BYTES;
       x += ROWS * GROUP;
@@ -250,6 +253,9 @@ void columns_any(const Matrix& w, int64_t tile, const Activations& x, int64_t ro
   }
 }
 
+// Bits that the scales of a group's halves differ by, at most. Sums of 16 products have 19 of 32 bits before.
+constexpr int MOST_SHIFT = 7;
+
 // A group of inputs of one row on its way into codes; which of its halves' inputs are there.
 struct Group {
   const float* from;
@@ -258,33 +264,47 @@ struct Group {
   float* meta;
 };
 
+// 2^n, n in -126..127.
+inline __m128 power_of_two(__m128i n) { return (__m128)_mm_slli_epi32(_mm_add_epi32(n, _mm_set1_epi32(127)), 23); }
+
 // Four at a time, as what is one number for a group would otherwise cost as much as the group.
 void quantize(const Group* groups) {
   constexpr int N = 4;
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  __m512 a[N], b[N], most[N], sum[N];
+  __m512 a[N], b[N], most_a[N], most_b[N], sum_a[N], sum_b[N];
   for (int n = 0; n < N; n++) {
     a[n] = _mm512_maskz_loadu_ps(groups[n].first, groups[n].from);
     b[n] = _mm512_maskz_loadu_ps(groups[n].second, groups[n].from + 16);
-    most[n] = (__m512)_mm512_max_epi32((__m512i)a[n] & magnitude, (__m512i)b[n] & magnitude);
+    most_a[n] = (__m512)((__m512i)a[n] & magnitude);
+    most_b[n] = (__m512)((__m512i)b[n] & magnitude);
   }
   // As integers magnitudes have the order that they have as numbers, and NaN is the largest: the row must show it.
-  const __m128 peak = across(most[0], most[1], most[2], most[3], [](__m512 x, __m512 y) {
-    return (__m512)_mm512_max_epi32((__m512i)x, (__m512i)y);
-  });
+  const auto larger = [](__m512 x, __m512 y) { return (__m512)_mm512_max_epi32((__m512i)x, (__m512i)y); };
+  const auto peak_a = (__m128i)across(most_a[0], most_a[1], most_a[2], most_a[3], larger);
+  const auto peak_b = (__m128i)across(most_b[0], most_b[1], most_b[2], most_b[3], larger);
+  const auto peak = (__m128)_mm_max_epi32(peak_a, peak_b);
+  // How many times the smaller half can be doubled and not exceed the larger one: bits of floats have one place for
+  // each doubling at 2^23.
+  const __m128i zero = _mm_setzero_si128(), most_shift = _mm_set1_epi32(MOST_SHIFT);
+  const __m128i ahead = _mm_sub_epi32(peak_a, peak_b);
+  const __m128i left = _mm_min_epi32(_mm_srli_epi32(_mm_max_epi32(ahead, zero), 23), most_shift);
+  const __m128i right =
+      _mm_min_epi32(_mm_srli_epi32(_mm_max_epi32(_mm_sub_epi32(zero, ahead), zero), 23), most_shift);
   const __m128 most_code = _mm_set1_ps(127.0f);
   // Below this the reciprocal would overflow; such a group is as good as zero.
   const __mmask8 some = _mm_cmp_ps_mask(peak, _mm_set1_ps(1e-30f), _CMP_NLT_UQ);
-  const __m128 scale = _mm_maskz_div_ps(some, peak, most_code);
-  alignas(16) float inverse[N];
-  _mm_store_ps(inverse, _mm_maskz_div_ps(some, most_code, peak));
+  const __m128 inverse = _mm_maskz_div_ps(some, most_code, peak);
+  const __m128 scale = _mm_mul_ps(_mm_maskz_div_ps(some, peak, most_code), power_of_two(_mm_sub_epi32(zero, left)));
+  alignas(16) float inverse_a[N], inverse_b[N];
+  _mm_store_ps(inverse_a, _mm_mul_ps(inverse, power_of_two(right)));
+  _mm_store_ps(inverse_b, _mm_mul_ps(inverse, power_of_two(left)));
   __m512i words[N];
   for (int n = 0; n < N; n++) {
-    const __m512 factor = _mm512_set1_ps(inverse[n]);
-    const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a[n], factor));
-    const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b[n], factor));
+    const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a[n], _mm512_set1_ps(inverse_a[n])));
+    const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b[n], _mm512_set1_ps(inverse_b[n])));
     words[n] = _mm512_packs_epi32(qa, qb);
-    sum[n] = (__m512)_mm512_add_epi32(qa, qb);
+    sum_a[n] = (__m512)qa;
+    sum_b[n] = (__m512)qb;
   }
   // Packing goes by quarters of a vector; back into order.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -293,15 +313,21 @@ void quantize(const Group* groups) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(groups[n].codes), _mm512_castsi512_si256(bytes));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(groups[n + 1].codes), _mm512_extracti64x4_epi64(bytes, 1));
   }
-  const auto sums = (__m128i)across(sum[0], sum[1], sum[2], sum[3], [](__m512 x, __m512 y) {
-    return (__m512)_mm512_add_epi32((__m512i)x, (__m512i)y);
-  });
-  alignas(16) float meta[3][N];
-  _mm_store_ps(meta[0], scale);
-  _mm_store_ps(meta[1], _mm_mul_ps(scale, _mm_cvtepi32_ps(sums)));
-  _mm_store_ps(meta[2], (__m128)_mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(sums, 7)));
+  const auto plus = [](__m512 x, __m512 y) { return (__m512)_mm512_add_epi32((__m512i)x, (__m512i)y); };
+  const auto total_a = (__m128i)across(sum_a[0], sum_a[1], sum_a[2], sum_a[3], plus);
+  const auto total_b = (__m128i)across(sum_b[0], sum_b[1], sum_b[2], sum_b[3], plus);
+  const __m128 units = power_of_two(_mm_sub_epi32(left, right));  // of the first half in those of the second one
+  const __m128 total = _mm_add_ps(_mm_mul_ps(_mm_cvtepi32_ps(total_a), units), _mm_cvtepi32_ps(total_b));
+  alignas(16) float meta[METAS][N];
+  _mm_store_ps(meta[SCALE], scale);
+  _mm_store_ps(meta[SUM], _mm_mul_ps(scale, total));
+  _mm_store_ps(meta[START], (__m128)_mm_srli_epi32(_mm_sllv_epi32(_mm_set1_epi32(1), right), 1));
+  _mm_store_ps(meta[LEFT], (__m128)left);
+  _mm_store_ps(meta[RIGHT], (__m128)right);
+  const __m128i whole = _mm_srav_epi32(_mm_sllv_epi32(_mm_slli_epi32(total_a, 7), left), right);  // exactly
+  _mm_store_ps(meta[OFFSET], (__m128)_mm_sub_epi32(zero, _mm_add_epi32(whole, _mm_slli_epi32(total_b, 7))));
   for (int n = 0; n < N; n++)
-    for (int i = 0; i < 3; i++) groups[n].meta[i * ROWS] = meta[i][n];
+    for (int i = 0; i < METAS; i++) groups[n].meta[i * ROWS] = meta[i][n];
 }
 
 float scale_of(const Matrix& w, int64_t row, int64_t g, bool zero) {

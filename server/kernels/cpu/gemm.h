@@ -40,14 +40,27 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-constexpr int ROWS = 4;       // rows of a tile, and of a block of quantized activations
-constexpr int GROUP = 32;     // inputs that share an activation's scale
+constexpr int ROWS = 4;    // rows of a tile, and of a block of quantized activations
+constexpr int GROUP = 32;  // inputs whose products are added up before they are scaled
 // Bytes of a tile's codes for a group of inputs, of the schemes with codes.
 constexpr int64_t bytes_of_group(int scheme) { return scheme == INT8 ? 512 : 256; }
-constexpr int META = 3 * ROWS;  // floats per block and group: scales, scale * sum, -128 * sum as int32
+
+// What a row says of a group of its inputs beside their codes. The two halves' scales differ by a power of two, so that
+// a large input costs only the 15 beside it their last bits; sums of the first half are shifted into the second one's
+// units, and `scale` is of these.
+enum Meta : int {
+  SCALE,  // float
+  SUM,    // float: of the inputs as their codes have them
+  START,  // int32: what a sum of the first half begins with, so that it is rounded to nearest when it is shifted down
+  LEFT,   // int32: bits that sums of the first half are shifted by, up
+  RIGHT,  // and down; one of the two is zero
+  OFFSET,  // int32: -128 times the sum of the codes, for weights with 128 added
+  METAS
+};
+constexpr int META = METAS * ROWS;  // words per block and group
 
 // Activations [rows, k] in the forms that products read, inputs padded with zeros to a multiple of 32:
-//   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/32][3][4], and bf16 [rows][kp].
+//   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/32][METAS][4], and bf16 [rows][kp].
 struct Activations {
   Buffer<int8_t> codes;
   Buffer<float> meta;

@@ -321,7 +321,7 @@ void Model::plan_ahead(const Step& step) {
   ahead_pace_ = pace_ahead(step.rows);
 }
 
-// Lines a group of inputs, so that what there is to ask for is spread over the products that do it: gate, up and down.
+// Lines a group of inputs, so that what there is to ask for is spread over gate, up and down, which do most of it.
 // Their walks over the rows share the asking for weights, and of few rows that is all that memory can give.
 int64_t Model::pace_ahead(int64_t rows) const {
   int64_t lines = static_cast<int64_t>(ahead_blocks_.size()) * cache_halves(config_, block_size_) / 32;
