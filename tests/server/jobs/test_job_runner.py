@@ -186,6 +186,7 @@ def test_a_pause_that_was_asked_before_the_server_ended_holds(make, work, tmp_pa
     found = again.get(job.id)
     assert found.status == "paused" and not found.pausing
     assert again.records.events(job.id)[-1]["message"].startswith("Paused")
+    work.go.clear()
     again.resume(job.id)
     until(lambda: found.status == "running")
     again.close(1.0)
