@@ -70,10 +70,10 @@ template <int S, bool DOUBLE>
 inline void prefetch_scales(const Matrix& w, int64_t tile, int64_t groups, int64_t g) {
   const int64_t at = tile * groups + g;
   if constexpr (DOUBLE) {
-    _mm_prefetch(reinterpret_cast<const char*>(w.scale_codes + at * 16), _MM_HINT_T0);
-    if constexpr (S == INT4) _mm_prefetch(reinterpret_cast<const char*>(w.zero_codes + at * 16), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(w.scale_codes + at * 16), _MM_HINT_T1);
+    if constexpr (S == INT4) _mm_prefetch(reinterpret_cast<const char*>(w.zero_codes + at * 16), _MM_HINT_T1);
   } else {
-    _mm_prefetch(reinterpret_cast<const char*>(w.scale + at * (S == INT4 ? 32 : 16)), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(w.scale + at * (S == INT4 ? 32 : 16)), _MM_HINT_T1);
   }
 }
 
