@@ -3,8 +3,11 @@
 Owns order and bounds. Does not know blocks, slots or loads.
 
 The fair queue follows the virtual token counter of Sheng et al. (2024), "Fairness in Serving Large Language Models":
-each key has a counter of the service that it got; the key with the least goes first; a key that has been away starts
-at the least of those of its priority that are there, so that absence earns no credit.
+each key has a counter of the service that it got, and the key with the least goes first. Theirs lets a key that has
+been away start at the least of those that wait. Where ever new keys come, all of them start there and hold it down, and
+whoever has been served once waits for ever; so here it starts at a clock as in fair queueing (Demers et al., 1989),
+which goes on by the share that each key that waits or runs has of the service. Counters that are less than LEVEL apart
+count as equal for requests that join what runs already: adapters that a step reads anyway cost it nothing more.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import heapq
 import math
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -22,6 +25,9 @@ from server.errors import NoCapacity, NotReady, QueueFull
 
 OUTPUT_COST = 2.0
 """What a generated token counts for a key, a computed prompt token counting 1."""
+
+LEVEL = 512.0
+"""Service, in tokens, by which a key may get ahead of others because its adapters are in use: some two requests."""
 
 REMEMBERED_KEYS = 1024
 
@@ -201,11 +207,14 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._lanes: dict[Key, _Lane] = {}
+        self._lanes_of: Counter[int] = Counter()
+        """By priority."""
+        self._running: Counter[Key] = Counter()
+        self._present: defaultdict[int, set[Key]] = defaultdict(set)
+        """By priority: the keys that wait or run."""
         self._service: dict[Key, float] = {}
-        self._last: dict[Key, int] = {}
-        self._floors: dict[int, float] = {}
+        self._clock: defaultdict[int, float] = defaultdict(float)
         """By priority: what a key that comes is taken to have had, at least."""
-        self._turn = 0
 
     def __len__(self) -> int:
         return sum(len(lane) for lane in self._lanes.values())
@@ -226,7 +235,7 @@ class FairQueue:
     @property
     def priority(self) -> int:
         """The best priority that waits. The queue must not be empty."""
-        return min(priority for priority, _ in self._lanes)
+        return min(self._lanes_of)
 
     def add(self, request: Request) -> None:
         """A new request, behind those of its key."""
@@ -237,6 +246,7 @@ class FairQueue:
         lane = self._lane(_key(request))
         lane.resumed[request] = None
         lane.resumed.move_to_end(request, last=False)
+        self.leave(request)
 
     def remove(self, request: Request) -> None:
         """Take a request out, wherever it is. Raises KeyError if it does not wait."""
@@ -248,7 +258,25 @@ class FairQueue:
             del lane.fresh[request]
         if not lane:
             del self._lanes[key]
-            self._raise_floor(key[0], default=self._service[key])
+            self._lanes_of[key[0]] -= 1
+            if not self._lanes_of[key[0]]:
+                del self._lanes_of[key[0]]
+            self._note(key)
+
+    def enter(self, request: Request) -> None:
+        """Take a request out that runs now, until `put_back` or `leave`. Raises KeyError if it waits nowhere."""
+        self.remove(request)
+        key = _key(request)
+        self._running[key] += 1
+        self._note(key)
+
+    def leave(self, request: Request) -> None:
+        """One that ran does so no more."""
+        key = _key(request)
+        self._running[key] -= 1
+        if not self._running[key]:
+            del self._running[key]
+            self._note(key)
 
     def newest(self, key: Key) -> Request | None:
         """The last one of a key that has not run yet."""
@@ -256,43 +284,56 @@ class FairQueue:
         return next(reversed(lane.fresh), None) if lane is not None else None
 
     def charge(self, request: Request, tokens: float) -> None:
-        """Count service that the request's key got, and its turn."""
+        """Count service that the request's key got."""
         key = _key(request)
-        self._service[key] = self._service.get(key, self._floors.get(key[0], 0.0)) + tokens
+        priority = key[0]
+        self._service[key] = self._service.get(key, self._clock[priority]) + tokens
+        self._clock[priority] += tokens / max(1, len(self._present[priority]))
 
-    def in_order(self) -> Iterator[Request]:
-        """Every waiting request, fairest first. The caller may remove and charge what it is given as it goes."""
-        heads = [
-            (key[0], self._service[key], self._last.get(key, 0), key, iter(lane)) for key, lane in self._lanes.items()
-        ]
+    def in_order(self, joins: Callable[[Request], bool] = lambda request: False) -> Iterator[Request]:
+        """Every waiting request, fairest first. The caller may take out and charge what it is given as it goes.
+
+        `joins` tells of a request whether it uses no adapter that is not in use already.
+        """
+
+        def rank(key: Key, request: Request) -> tuple[int, float, bool, float, float]:
+            service = self._service[key]
+            return key[0], service // LEVEL, not joins(request), service, request.submitted
+
+        lanes = {key: iter(lane) for key, lane in self._lanes.items()}
+        firsts = {key: next(lane) for key, lane in lanes.items()}
+        heads = [(rank(key, request), key) for key, request in firsts.items()]
         heapq.heapify(heads)
         while heads:
-            priority, _, _, key, requests = heads[0]
-            request = next(requests, None)
+            _, key = heads[0]
+            yield firsts[key]
+            request = next(lanes[key], None)
             if request is None:
                 heapq.heappop(heads)
-                continue
-            before = self._service[key]
-            yield request
-            if self._service.get(key, 0.0) != before:
-                self._turn += 1
-                self._last[key] = self._turn
-                heapq.heapreplace(heads, (priority, self._service[key], self._turn, key, requests))
+            else:
+                firsts[key] = request
+                heapq.heapreplace(heads, (rank(key, request), key))
 
     def _lane(self, key: Key) -> _Lane:
         lane = self._lanes.get(key)
         if lane is None:
-            floor = self._raise_floor(key[0], default=0.0)
-            self._service[key] = max(self._service.get(key, 0.0), floor)
+            priority = key[0]
+            waiting = (self._service[other] for other in self._lanes if other[0] == priority)
+            self._clock[priority] = max(self._clock[priority], min(waiting, default=0.0))
+            self._service[key] = max(self._service.get(key, 0.0), self._clock[priority])
             lane = self._lanes[key] = _Lane()
+            self._lanes_of[priority] += 1
+            self._note(key)
             self._forget_idle()
         return lane
 
-    def _raise_floor(self, priority: int, default: float) -> float:
-        """To the least service of the keys that wait at that priority: those of another wait for other reasons."""
-        least = min((self._service[key] for key in self._lanes if key[0] == priority), default=default)
-        self._floors[priority] = max(self._floors.get(priority, 0.0), least)
-        return self._floors[priority]
+    def _note(self, key: Key) -> None:
+        """A key may have come or gone."""
+        present = self._present[key[0]]
+        if key in self._lanes or key in self._running:
+            present.add(key)
+        else:
+            present.discard(key)
 
     def _forget_idle(self) -> None:
         """Bound what is remembered of keys that do not wait: those with the least service earn nothing by it."""
@@ -301,7 +342,6 @@ class FairQueue:
         idle = sorted((k for k in self._service if k not in self._lanes), key=self._service.__getitem__)
         for key in idle[: max(0, len(self._service) - REMEMBERED_KEYS)]:
             del self._service[key]
-            self._last.pop(key, None)
 
 
 def _key(request: Request) -> Key:

@@ -121,9 +121,11 @@ class Scheduler:
             if not trusted:
                 self.kv.disown(request.blocks)
             self.running.remove(request)
+            self.waiting.leave(request)
             self._release(request)
         else:
-            self._leave_queue(request)
+            self.waiting.remove(request)
+            self._stop_waiting(request)
         request.state = State.DONE
         request.finished = now
         self._changed = True
@@ -331,22 +333,30 @@ class Scheduler:
             return
         owing = self._owes_room(now)
         self._changed = owing  # a request that is refused changes it again
-        for request in self._candidates(now):
+        candidates = self._candidates(now)
+        while not self._is_full(plan):
+            request = next(candidates, None)
+            if request is None:
+                return
             if owing and request.mix and not self.loads.came_for(request):
                 continue
-            if plan.tokens >= plan.most or len(self.running) >= self.limits.max_batch:
-                if self.slots.room is not None and not owing:
-                    self._prefetch(now, plan)
-                self._changed = True  # the rest is still to be tried
-                return
             try:
                 self._try(request, now, plan)
             except Exception as e:
                 self._refuse(plan, request, e, now)
+        if self.slots.room is not None and not owing:
+            self._prefetch(now, plan)
+        self._changed = True  # the rest is still to be tried
+
+    def _is_full(self, plan: Plan) -> bool:
+        return plan.tokens >= plan.most or len(self.running) >= self.limits.max_batch
+
+    def _in_order(self) -> Iterator[Request]:
+        return self.waiting.in_order(lambda request: self.slots.used(request.mix))
 
     def _prefetch(self, now: float, plan: Plan) -> None:
         """Ask for the adapters of the next to enter, and let those that have come be copied beside the steps."""
-        for request in list(itertools.islice(self.waiting.in_order(), PREFETCHED)):
+        for request in list(itertools.islice(self._in_order(), PREFETCHED)):
             if not self.slots.has(request.mix):
                 weights = self.loads.ask(request, now)
                 if weights is not None:
@@ -377,7 +387,7 @@ class Scheduler:
             yield starving
             if starving.state in (State.QUEUED, State.LOADING):  # nobody passes it by
                 return
-        for request in self.waiting.in_order():
+        for request in self._in_order():
             if request.priority > self.waiting.priority:
                 return
             if request is not starving:
@@ -424,7 +434,8 @@ class Scheduler:
             return
         blocks = self.kv.reserve(need)
         assert blocks is not None, "there was room"
-        self._leave_queue(request)
+        self.waiting.enter(request)
+        self._stop_waiting(request)
         request.state = State.RUNNING
         request.slots = slots
         request.blocks.extend(found + blocks)
@@ -445,7 +456,7 @@ class Scheduler:
         if not plan.work or plan.copied.isdisjoint(request.mix.digests):
             self._add_chunk(request, plan)
 
-    def _leave_queue(self, request: Request) -> None:
-        self.waiting.remove(request)
+    def _stop_waiting(self, request: Request) -> None:
+        """Nothing is kept for it any more that its waiting needed: loads, and its age."""
         self.loads.leave(request)
         self._blocked.pop(request, None)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from server.engine import queue
-from server.engine.queue import FairQueue, Inbox
+from server.engine.queue import LEVEL, FairQueue, Inbox
 from server.engine.request import Request, Sampling
 from server.errors import NotReady, QueueFull
 
@@ -63,9 +63,55 @@ def test_absence_earns_no_credit() -> None:
     assert served(q, 100, 10).count("new") <= 6
 
 
+def test_new_keys_do_not_keep_those_waiting_that_were_served_before() -> None:
+    """More keys come than can be served, each of them for the first time, and each with one request."""
+    q = FairQueue()
+    known = [request(f"known{i}") for i in range(5)]
+    for one in known:
+        q.add(one)
+    served(q, 200, 5)
+    q.add(request("new"))
+    for one in known:
+        q.add(request(one.fair_key))
+    first = []
+    for turn in range(100):
+        q.add(request(f"new{turn}"))
+        if turn % 4 != 0:
+            first += served(q, 200, 1)
+    assert {one.fair_key for one in known} <= set(first)
+
+
+def test_a_key_that_waits_or_runs_has_its_share_of_the_clock() -> None:
+    q = FairQueue()
+    first, second = request("a"), request("b")
+    for one in (first, second):
+        q.add(one)
+        q.enter(one)
+        q.charge(one, 100)
+    q.leave(second)
+    q.charge(first, 100)
+    new = request("new")
+    q.add(new)
+    assert q._service[0, "new"] == 100 / 1 + 100 / 2 + 100 / 1
+
+
+def test_what_joins_goes_first_among_those_that_had_about_as_much() -> None:
+    q = FairQueue()
+    for key in ("a", "b", "b", "b", "b", "b"):
+        q.add(request(key))
+    cost, keys = LEVEL / 2, []
+    for one in q.in_order(lambda r: r.fair_key == "b"):
+        q.enter(one)
+        q.charge(one, cost)
+        keys.append(one.fair_key)
+    assert keys == ["b", "b", "a", "b", "b", "b"]
+
+
 def test_one_key_is_first_come_first_served_and_resumed_go_before() -> None:
     q = FairQueue()
     first, second, third = request(), request(), request()
+    q.add(third)
+    q.enter(third)
     q.add(first)
     q.add(second)
     q.put_back(third)
@@ -106,7 +152,8 @@ def test_what_is_remembered_of_keys_is_bounded(monkeypatch: pytest.MonkeyPatch) 
         q.add(one)
         q.remove(one)
         q.charge(one, i)
-    assert len(q._service) <= 21 and len(q._last) <= 21
+    assert len(q._service) <= 21
+    assert not any(q._present.values()) and not q._running
     assert q._service[0, "key199"] > 0
 
 
