@@ -6,8 +6,8 @@ The fair queue follows the virtual token counter of Sheng et al. (2024), "Fairne
 each key has a counter of the service that it got, and the key with the least goes first. Theirs lets a key that has
 been away start at the least of those that wait. Where ever new keys come, all of them start there and hold it down, and
 whoever has been served once waits for ever; so here it starts at a clock as in fair queueing (Demers et al., 1989),
-which goes on by the share that each key that waits or runs has of the service. Counters that are less than LEVEL apart
-count as equal for requests that join what runs already: adapters that a step reads anyway cost it nothing more.
+which goes on by the share that each key that waits or runs has of the service. Who wants less than its share leaves
+the rest to others, whose counters get ahead of the clock; so it follows the least of those that wait, and the last one.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ from server.errors import NoCapacity, NotReady, QueueFull
 
 OUTPUT_COST = 2.0
 """What a generated token counts for a key, a computed prompt token counting 1."""
-
-LEVEL = 512.0
-"""Service, in tokens, by which a key may get ahead of others because its adapters are in use: some two requests."""
 
 REMEMBERED_KEYS = 1024
 
@@ -257,10 +254,12 @@ class FairQueue:
         else:
             del lane.fresh[request]
         if not lane:
+            priority = key[0]
             del self._lanes[key]
-            self._lanes_of[key[0]] -= 1
-            if not self._lanes_of[key[0]]:
-                del self._lanes_of[key[0]]
+            self._lanes_of[priority] -= 1
+            if not self._lanes_of[priority]:
+                del self._lanes_of[priority]
+                self._clock[priority] = max(self._clock[priority], self._service[key])
             self._note(key)
 
     def enter(self, request: Request) -> None:
@@ -290,15 +289,11 @@ class FairQueue:
         self._service[key] = self._service.get(key, self._clock[priority]) + tokens
         self._clock[priority] += tokens / max(1, len(self._present[priority]))
 
-    def in_order(self, joins: Callable[[Request], bool] = lambda request: False) -> Iterator[Request]:
-        """Every waiting request, fairest first. The caller may take out and charge what it is given as it goes.
+    def in_order(self) -> Iterator[Request]:
+        """Every waiting request, fairest first. The caller may take out and charge what it is given as it goes."""
 
-        `joins` tells of a request whether it uses no adapter that is not in use already.
-        """
-
-        def rank(key: Key, request: Request) -> tuple[int, float, bool, float, float]:
-            service = self._service[key]
-            return key[0], service // LEVEL, not joins(request), service, request.submitted
+        def rank(key: Key, request: Request) -> tuple[int, float, float]:
+            return key[0], self._service[key], request.submitted
 
         lanes = {key: iter(lane) for key, lane in self._lanes.items()}
         firsts = {key: next(lane) for key, lane in lanes.items()}
@@ -336,10 +331,11 @@ class FairQueue:
             present.discard(key)
 
     def _forget_idle(self) -> None:
-        """Bound what is remembered of keys that do not wait: those with the least service earn nothing by it."""
+        """Bound what is remembered of keys that neither wait nor run: those behind the clock earn nothing by it."""
         if len(self._service) <= 2 * REMEMBERED_KEYS:
             return
-        idle = sorted((k for k in self._service if k not in self._lanes), key=self._service.__getitem__)
+        idle = [key for key in self._service if key not in self._present[key[0]]]
+        idle.sort(key=lambda key: self._service[key] - self._clock[key[0]])
         for key in idle[: max(0, len(self._service) - REMEMBERED_KEYS)]:
             del self._service[key]
 

@@ -351,12 +351,9 @@ class Scheduler:
     def _is_full(self, plan: Plan) -> bool:
         return plan.tokens >= plan.most or len(self.running) >= self.limits.max_batch
 
-    def _in_order(self) -> Iterator[Request]:
-        return self.waiting.in_order(lambda request: self.slots.used(request.mix))
-
     def _prefetch(self, now: float, plan: Plan) -> None:
         """Ask for the adapters of the next to enter, and let those that have come be copied beside the steps."""
-        for request in list(itertools.islice(self._in_order(), PREFETCHED)):
+        for request in list(itertools.islice(self.waiting.in_order(), PREFETCHED)):
             if not self.slots.has(request.mix):
                 weights = self.loads.ask(request, now)
                 if weights is not None:
@@ -387,7 +384,7 @@ class Scheduler:
             yield starving
             if starving.state in (State.QUEUED, State.LOADING):  # nobody passes it by
                 return
-        for request in self._in_order():
+        for request in self.waiting.in_order():
             if request.priority > self.waiting.priority:
                 return
             if request is not starving:

@@ -61,10 +61,6 @@ class Slots:
         """Whether every adapter of `mix` is resident, so that `reserve` needs no weights."""
         return all(digest in self._slot_of for digest, _ in mix)
 
-    def used(self, mix: Mix) -> bool:
-        """Whether requests hold every adapter of `mix` now, so that one more with it makes no step read more."""
-        return all(self._held.pins(digest) > 0 for digest, _ in mix)
-
     def reserve(self, mix: Mix, weights: Sequence[LoraWeights] | None) -> tuple[tuple[int, float], ...] | None:
         """The (slot, weight) pairs of a mix, held until `free`; None and no change if there is no room now.
 

@@ -424,20 +424,6 @@ def test_a_starving_request_that_is_refused_holds_nobody_up(bench: Any, tools: A
     b.check_empty()
 
 
-def test_those_whose_adapters_run_already_go_first_for_a_while(bench: Any, tools: Any) -> None:
-    b = bench(max_batch=2)
-    b.submit(prompt(0), mix=tools.mix_of("a1"), fair_key="a1", max_tokens=4)
-    b.submit(prompt(1), mix=tools.mix_of("a2"), fair_key="a2", max_tokens=16)
-    b.engine.step()
-    other = b.submit(prompt(2), mix=tools.mix_of("a3"), fair_key="a3", max_tokens=4)
-    same = b.submit(prompt(3), mix=tools.mix_of("a2"), fair_key="a2", max_tokens=4)
-    b.run_until(lambda: same.reason)
-    assert not other.tokens, "a2 was in use"
-    b.settle()
-    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in (other, same))
-    b.check_empty()
-
-
 def test_a_large_mix_does_not_starve(bench: Any, tools: Any) -> None:
     """While requests for single adapters keep coming, a mix that needs all slots still gets its turn."""
     b = bench(max_slots=4, age_limit=0.02)

@@ -37,17 +37,6 @@ def test_what_is_idle_goes_when_bytes_are_needed(slots: Slots, tools: Any) -> No
     assert slots.evictions == 2, "what has gone by itself has made no room"
 
 
-def test_a_mix_is_used_while_requests_hold_all_of_it(slots: Slots, tools: Any) -> None:
-    one, two, both = tools.mix_of("a1"), tools.mix_of("a2"), tools.mix_of("a1", "a2")
-    assert not slots.used(one) and slots.used(tools.mix_of()), "without adapters a step reads none"
-    slots.reserve(one, weights_of(tools, "a1"))
-    assert slots.used(one) and not slots.used(both)
-    slots.reserve(two, weights_of(tools, "a2"))
-    assert slots.used(both)
-    slots.free(one)
-    assert slots.has(both) and not slots.used(both)
-
-
 def test_a_mix_that_could_never_fit_is_refused(slots: Slots, tools: Any) -> None:
     mix = tools.mix_of("a6", "a7")
     with pytest.raises(NoCapacity, match="130 bytes of GPU memory, and there is room for 100"):
