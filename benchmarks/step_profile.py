@@ -1,9 +1,9 @@
 """Where the time of decode steps goes: the kernels' phases, and what is left for Python, in an engine in this process.
 
 Run it as `python -m benchmarks.step_profile BASE.gguf`, native kernels. Sixteen requests with prompts of 128 decode
-together, without adapters and then on sixteen of rank 8 to 32; the time between their first tokens and their last ones
-is told apart into the phases that the runner counts, and the rest: scheduling, batches, picking, text and delivery.
-Medians over rounds of both, in turn.
+together, without adapters and then on sixteen of rank 8 to 32, greedily and drawn (temperature and top_p); the time
+between their first tokens and their last ones is told apart into the phases that the runner counts, and the rest:
+scheduling, batches, picking, text and delivery. Medians over rounds of all, in turn.
 """
 
 from __future__ import annotations
@@ -19,19 +19,26 @@ from typing import Any
 import numpy as np
 
 from adapters.weights import Mix
-from server.bench.inprocess import InProcess
+from server.bench.inprocess import GREEDY, InProcess
 from server.bench.synthetic import write_adapter
 from server.engine.native_runner import NativeRunner
+from server.engine.request import Sampling
 from server.kernels import choose
 from server.model.loader import load_base
 
 PROMPT, NEW = 128, 64
 RANKS = (8, 16, 24, 32)
 REST = "rest"
+DRAWN = "one adapter each, drawn"
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 
 
 def decoding(
-    engine: InProcess, runner: NativeRunner, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix]
+    engine: InProcess,
+    runner: NativeRunner,
+    prompts: Sequence[Sequence[int]],
+    mixes: Sequence[Mix],
+    how: Sampling = GREEDY,
 ) -> dict[str, float]:
     """Milliseconds of a decode step by phase, `rest` for what is none, `step` for all of it.
 
@@ -41,7 +48,7 @@ def decoding(
     runs = []
     for new in (1, NEW):
         runner.take_times()
-        seconds = engine.run(prompts, mixes, new)
+        seconds = engine.run(prompts, mixes, new, how)
         phases = runner.take_times()
         runs.append({**phases, REST: seconds - sum(phases.values()), "step": seconds})
     first, whole = runs
@@ -74,11 +81,12 @@ def main() -> None:
             ways = {
                 "no adapter": [engine.mix([])] * given.requests,
                 "one adapter each": [engine.mix([(i, 1.0)]) for i in range(given.requests)],
+                DRAWN: [engine.mix([(i, 1.0)]) for i in range(given.requests)],
             }
             found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
             for number in range(given.rounds + 1):
                 for way in list(ways) if number % 2 else list(ways)[::-1]:
-                    row = decoding(engine, runner, prompts, ways[way])
+                    row = decoding(engine, runner, prompts, ways[way], SAMPLING if way == DRAWN else GREEDY)
                     if number:  # the first round warms caches
                         found[way].append(row)
         print(json.dumps({way: medians(rounds) for way, rounds in found.items()}, indent=1))

@@ -328,6 +328,7 @@ def _engine(settings: Settings, base: Base, registry: Registry, text: Text, cont
         max_step_tokens=settings.max_step_tokens,
         prefix_cache=settings.prefix_cache,
         tell=last_words(),
+        draw=runner.draw,
         **of_device,
     )
     return runner, engine
@@ -350,7 +351,7 @@ def _on_gpu(settings: Settings, base: Base, context: int) -> tuple[Runner, dict[
     blocks = max(1, runner.shares.kv_cache // runner.block_bytes(settings.block_size))
     # What bounds adapters there is their memory; the setting's default is a CPU's.
     slots = min(settings.max_slots, SLOTS) if "max_slots" in settings.model_fields_set else SLOTS
-    return runner, {"blocks": blocks, "max_slots": slots, "room": runner.room, "draw": runner.draw}
+    return runner, {"blocks": blocks, "max_slots": slots, "room": runner.room}
 
 
 def kv_blocks(settings: Settings, block_bytes: int, context: int) -> int:

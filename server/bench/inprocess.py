@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from server.model.loader import Base
 
 CONTEXT = 2048
 BLOCK = 16
+GREEDY = Sampling()
 
 
 class InProcess:
@@ -64,6 +66,7 @@ class InProcess:
             max_slots=max_slots,
             max_step_tokens=max_step_tokens,
             prefix_cache=prefix_cache,
+            draw=self.runner.draw,
         )
 
     def __enter__(self) -> InProcess:
@@ -78,7 +81,9 @@ class InProcess:
         pairs = [(Version(f"a{n}", self._weights[n].digest), w) for n, w in choice]
         return canonical_mix(pairs, max_mix=16)
 
-    def run(self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], new_tokens: int) -> float:
+    def run(
+        self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], new_tokens: int, how: Sampling = GREEDY
+    ) -> float:
         """Generate exactly `new_tokens` for each prompt, all submitted at once. Returns seconds to the last token.
 
         Raises the first request's error, if one failed.
@@ -92,7 +97,7 @@ class InProcess:
                     failures.append(delivery.error)
                 done.release()
 
-        sampling = Sampling(max_tokens=new_tokens, ignore_eos=True)
+        sampling = replace(how, max_tokens=new_tokens, ignore_eos=True)
         start = time.perf_counter()
         for i, (prompt, mix) in enumerate(zip(prompts, mixes, strict=True)):
             self.engine.submit(Request(f"b{start}-{i}", tuple(prompt), sampling, heard, mix=mix, fair_key="bench"))

@@ -62,6 +62,15 @@ class Logits:
         self._largest = largest
 
     @property
+    def knows_largest(self) -> bool:
+        """Whether `largest` costs nothing."""
+        return self._largest is not None
+
+    def part(self, start: int, stop: int) -> Logits:
+        """Some of the rows, in the host's memory."""
+        return Logits(self.rows[start:stop].cpu(), None if self._largest is None else self._largest[start:stop])
+
+    @property
     def largest(self) -> npt.NDArray[np.int64]:
         if self._largest is None:
             values = self.rows.numpy(force=True)

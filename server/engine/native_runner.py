@@ -17,6 +17,7 @@ import torch
 
 from adapters.weights import LoraWeights
 from server.engine.batch import Batch, Logits, SlotWeights
+from server.engine.sampler import DrawnHere
 from server.errors import BadModel
 from server.kernels.cpu import bindings, packing
 from server.kernels.cpu.bindings import SITES
@@ -209,6 +210,16 @@ class NativeRunner:
             raise MemoryError(f"no memory for a step of {batch.rows} rows")
         assert outcome == bindings.DONE, bindings.FAULTS[outcome]  # the engine's own invariants, checked there
         return Logits(logits, largest.numpy())
+
+    def draw(self, logits: torch.Tensor, how: np.ndarray, top_k: np.ndarray) -> DrawnHere:
+        """A token of each row of a step's logits, by the kernels' threads; see `Draw`. Raises MemoryError."""
+        logits = logits.contiguous()
+        tokens = np.empty(len(logits), np.int32)
+        if not self._library.loramux_model_draw(
+            self._model, logits.data_ptr(), len(logits), how.ctypes.data, top_k.ctypes.data, tokens.ctypes.data
+        ):
+            raise MemoryError(f"no memory to draw from {len(logits)} rows of logits")
+        return DrawnHere(tokens)
 
     def block_bytes(self, block_size: int) -> int:
         return int(self._library.loramux_block_bytes(self._shape, block_size))

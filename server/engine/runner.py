@@ -14,6 +14,7 @@ import torch
 
 from adapters.weights import LoraWeights
 from server.engine.batch import Batch, Logits
+from server.engine.sampler import Draw
 from server.kernels.lora import Segment, Segments, SlotTable
 from server.kernels.threads import take
 from server.model.attention import Context, PagedAttention
@@ -22,6 +23,10 @@ from server.model.decoder import Decoder, Source
 
 class Runner(Protocol):
     """One model on one device. Not thread-safe: the engine's thread alone calls it."""
+
+    @property
+    def draw(self) -> Draw | None:
+        """Picks tokens where the logits are; None if it does not."""
 
     def allocate(self, blocks: int, block_size: int) -> None:
         """Make room for the keys and values of that many blocks; whatever was in them is gone."""
@@ -45,6 +50,8 @@ class Runner(Protocol):
 
 class TorchRunner:
     """The Python decoder over paged KV, on a CPU. For the backends `reference` and `aten`."""
+
+    draw: Draw | None = None
 
     def __init__(self, base: Source, max_slots: int, threads: int) -> None:
         """`threads` is the number of torch's threads for the thread that runs. Raises ValueError if not positive."""

@@ -25,15 +25,24 @@ Row = npt.NDArray[np.float32]
 
 
 class Drawn(Protocol):
-    """Tokens that a device has been told to draw."""
+    """Tokens that a runner has been told to draw."""
 
     def read(self) -> npt.NDArray[np.int32]:
-        """int32 [L], -1 for a row that is not finite. Waits for the device."""
+        """int32 [L], -1 for a row that is not finite. Waits for a device."""
+
+
+class DrawnHere(NamedTuple):
+    """Tokens that have been drawn already, int32 [L]."""
+
+    tokens: npt.NDArray[np.int32]
+
+    def read(self) -> npt.NDArray[np.int32]:
+        return self.tokens
 
 
 Draw = Callable[[torch.Tensor, npt.NDArray[np.float32], npt.NDArray[np.int32]], Drawn]
-"""Of logits [L, vocab] on a device, a float32 [L, 4] of temperature (0: the largest), top_p, min_p and noise, and an
-int32 [L] of top_k: the tokens, without waiting for them."""
+"""Of logits [L, vocab] where the runner has them, a float32 [L, 4] of temperature (0: the largest), top_p, min_p and
+noise, and an int32 [L] of top_k: the tokens, without waiting for a device."""
 
 _STRIDE = 256
 """Ids whose probabilities are summed before the sums are: the draw then looks into one stretch alone."""
@@ -54,7 +63,7 @@ class Sampler:
     """Picks tokens for `vocab` ids. `eos_ids` are masked while a request is under its min_tokens.
 
     Where a constraint allows nothing but an end, min_tokens is lifted and the answer ends.
-    With `draw`, rows that want no more than a token are drawn where the logits are, and only the others come here.
+    With `draw`, rows that want no more than a token are drawn by the runner, and only the others come here.
     """
 
     def __init__(self, vocab: int, eos_ids: frozenset[int], draw: Draw | None = None) -> None:
@@ -66,7 +75,7 @@ class Sampler:
     def pick(self, logits: Logits, work: Sequence[Work]) -> list[Pick]:
         """One pick for each row of `logits`, whose rows are those that `work` asks for, in order."""
         if self._draw_there is not None:
-            return self._pick_there(logits.rows, work, self._draw_there)
+            return self._pick_there(logits, work, self._draw_there)
         return self._pick_here(logits, work)
 
     def _pick_here(self, logits: Logits, work: Sequence[Work]) -> list[Pick]:
@@ -88,18 +97,19 @@ class Sampler:
             return None
         return self._ask(logits.rows, asked, self._draw_there)
 
-    def _pick_there(self, logits: torch.Tensor, work: Sequence[Work], draw: Draw) -> list[Pick]:
+    def _pick_there(self, logits: Logits, work: Sequence[Work], draw: Draw) -> list[Pick]:
         asked = [item for item in work if item.logits]
-        if not any(is_simple(item.request) for item in asked):
-            return self._pick_here(Logits(logits.cpu()), work)  # both what is largest and the rows are looked at
-        tokens = self._ask(logits, asked, draw).read()
+        if not any(_is_to_draw(item.request, logits) for item in asked):
+            # both what is largest and the rows are looked at
+            return self._pick_here(logits if logits.knows_largest else Logits(logits.rows.cpu()), work)
+        tokens = self._ask(logits.rows, asked, draw).read()
         picks: list[Pick] = []
         for item in asked:
             row = len(picks)
             if is_simple(item.request):
                 picks += drawn_picks(tokens[row : row + 1])
             else:
-                picks += self._pick_here(Logits(logits[row : row + item.logits].cpu()), [item])
+                picks += self._pick_here(logits.part(row, row + item.logits), [item])
         return picks
 
     @staticmethod
@@ -183,6 +193,11 @@ class Sampler:
 def drawn_picks(tokens: npt.NDArray[np.int32]) -> list[Pick]:
     """What a device has drawn, as picks."""
     return [Pick(token) if token >= 0 else _not_finite() for token in tokens.tolist()]
+
+
+def _is_to_draw(request: Request, logits: Logits) -> bool:
+    """Whether the runner has still to find the request's token, and can."""
+    return is_simple(request) and not (logits.knows_largest and is_plain(request))
 
 
 def is_plain(request: Request) -> bool:

@@ -112,6 +112,11 @@ int32_t loramux_model_step(void* model, const Step* step) {
   within_memory([&] { outcome = static_cast<Model*>(model)->run(*step); });
   return outcome;
 }
+// tokens [rows] of logits [rows, vocab]; `how` is [rows] of Drawing. False if there is no memory for it.
+bool loramux_model_draw(void* model, const float* logits, int64_t rows, const Drawing* how, const int32_t* top_k,
+                        int32_t* tokens) {
+  return within_memory([&] { static_cast<Model*>(model)->draw(logits, rows, how, top_k, tokens); });
+}
 int64_t loramux_model_bytes(void* model) { return static_cast<Model*>(model)->work_bytes(); }
 // Nanoseconds that each kind of phase has taken since the last call; see Model::Phase.
 void loramux_model_times(void* model, int64_t* out) { static_cast<Model*>(model)->take_times(out); }

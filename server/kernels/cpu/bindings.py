@@ -13,7 +13,7 @@ from pathlib import Path
 INT4, NF4, INT8, NONE = range(4)
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of a layer, in the order of `SiteIndex`."""
-PHASES = ("norm", "qkv", "attention", "out", "gate_up", "down", "head", "plan")
+PHASES = ("norm", "qkv", "attention", "out", "gate_up", "down", "head", "plan", "draw")
 """What `loramux_model_times` tells apart, in the order of `Model::Phase`."""
 DONE, NO_MEMORY = 0, 1
 """What `loramux_model_step` answers for a step that was run, and for one that lacked memory for its work buffers."""
@@ -111,6 +111,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_block_bytes": (c_int64, [POINTER(Config), c_int64]),
     "loramux_model_slot": (c_bool, [c_void_p, c_int64, POINTER(LoraSite)]),
     "loramux_model_step": (c_int32, [c_void_p, POINTER(Step)]),
+    "loramux_model_draw": (c_bool, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]),
     "loramux_model_bytes": (c_int64, [c_void_p]),
     "loramux_model_times": (None, [c_void_p, POINTER(c_int64)]),
     "loramux_last_words": (None, [c_void_p]),

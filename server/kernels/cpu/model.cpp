@@ -155,7 +155,7 @@ int64_t Model::work_bytes() const {
                   attended_.bytes() + gated_.bytes();
   for (const auto& buffer : updates_) bytes += buffer.bytes();
   for (const Local& local : local_)
-    bytes += local.attention.bytes() + local.tile.bytes() + local.rows.bytes() + local.ranks.bytes();
+    bytes += local.attention.bytes() + local.tile.bytes() + local.rows.bytes() + local.ranks.bytes() + local.draw.bytes();
   return bytes;
 }
 
@@ -731,6 +731,17 @@ Outcome Model::run(const Step& step) {
   head(step);
   clock(HEAD, t);
   return DONE;
+}
+
+void Model::draw(const float* logits, int64_t rows, const Drawing* how, const int32_t* top_k, int32_t* tokens) {
+  std::lock_guard<std::mutex> turn(pool_.turn);
+  const int64_t t = now();
+  for (Local& local : local_) local.draw.reserve(config_.vocab);
+  pool_.run(static_cast<int>(rows), [&](int row, int thread) {
+    tokens[row] = loramux::draw(logits + row * config_.vocab, config_.vocab, how[row], top_k[row],
+                                local_[static_cast<size_t>(thread)].draw);
+  });
+  clock(DRAW, t);
 }
 
 }  // namespace loramux

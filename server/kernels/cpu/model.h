@@ -12,6 +12,7 @@
 #include "kernels.h"
 #include "lora.h"
 #include "pool.h"
+#include "sampling.h"
 
 namespace loramux {
 
@@ -19,7 +20,7 @@ int64_t cache_halves(const Config& config, int64_t block_size);  // bf16 values 
 
 class Model {
  public:
-  enum Phase { NORM, QKV, ATTENTION, OUT, GATE_UP, DOWN_PROJ, HEAD, PLAN, PHASES };
+  enum Phase { NORM, QKV, ATTENTION, OUT, GATE_UP, DOWN_PROJ, HEAD, PLAN, DRAW, PHASES };
 
   Model(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,
         Pool& pool);
@@ -29,6 +30,8 @@ class Model {
                  int64_t positions);
   void set_slot(int64_t slot, const LoraSite* sites);
   Outcome run(const Step& step);
+  // tokens [rows] of logits [rows, vocab]. Throws bad_alloc.
+  void draw(const float* logits, int64_t rows, const Drawing* how, const int32_t* top_k, int32_t* tokens);
   int64_t blocks_touched() const { return touched_; }  // up to the highest one that a step has used
   int64_t work_bytes() const;
   void take_times(int64_t* out);
@@ -129,6 +132,7 @@ class Model {
   struct Local {
     AttentionScratch attention;
     Buffer<float> tile, rows, ranks;
+    DrawScratch draw;
     std::vector<Peaks> peaks;  // of the logits that this thread has computed
     Aside aside;        // what this thread asks for beside its products
     int64_t look = 0;   // the last look ahead that it has begun with
