@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of each server's kernels, and of those in process")
     parser.add_argument("--models", type=Path, default=MODELS, help="where the base has been fetched")
     given = parser.parse_args()
+    if given.llama and not given.gguf:
+        parser.error("--llama wants the base as Q4_0 too: --gguf FILE")
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder, count = Path(name), given.requests if given.adapters else 0
         base = load_base(given.base, name="base", backend=choose("auto"), cache_dir=folder / "cache")

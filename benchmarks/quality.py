@@ -51,15 +51,19 @@ def loss(runner: Runner, ids: list[int]) -> float:
     return -float(told[torch.arange(count - 1), torch.tensor(ids[1:])].sum())
 
 
-def perplexities(gguf: Path, data: Path, windows: int, length: int) -> dict[str, float]:
-    """Of each kind of kernels, over the same tokens."""
+def perplexities(gguf: Path, data: Path, windows: int | None, length: int) -> dict[str, float]:
+    """Of each kind of kernels, over the same tokens: so many windows of the text, all that it has if None. Raises
+    ValueError for a text that is shorter than one."""
     inputs = [json.loads(line)["input"] for line in data.read_text("utf-8").splitlines()]
-    found = {}
+    found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as cache:
         for kernels in ("native", "reference"):
             base = load_base(gguf, name="base", backend=choose(kernels), cache_dir=Path(cache))
             ids = Text(base.vocabulary).encode("\n\n".join(inputs))
-            pieces = [ids[i * length : (i + 1) * length] for i in range(min(windows, len(ids) // length))]
+            pieces = [ids[i * length : (i + 1) * length] for i in range(len(ids) // length)][:windows]
+            if not pieces:
+                raise ValueError(f"{data} has {len(ids)} tokens, which is less than a window of {length} (--length)")
+            found["tokens"] = len(pieces) * length
             runner = make_runner(base, 1, 2)
             runner.allocate(-(-length // BLOCK), BLOCK)
             sums = []
@@ -86,12 +90,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the .dev.jsonl files")
     parser.add_argument("--task", nargs="*", default=["sentiment", "classification"], help="[%(default)s]")
     parser.add_argument("--limit", type=int, help="only so many examples of each task")
-    parser.add_argument("--windows", type=int, default=40, help="0 leaves perplexity out")
+    parser.add_argument("--windows", type=int, help="of the text; 0 leaves perplexity out [all that it has]")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--state-dir", type=Path, default=STATE, help="where the base has been fetched")
     given = parser.parse_args()
     report: dict[str, Any] = {"agreement": {}}
-    if given.windows:
+    if given.windows != 0:
         found = perplexities(given.base, given.data / "summarization.dev.jsonl", given.windows, given.length)
         report["perplexity"] = {**found, "relative": found["native"] / found["reference"] - 1}
         tell(f"perplexity: {report['perplexity']}")

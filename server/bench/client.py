@@ -44,8 +44,8 @@ class Outcome:
 
     @property
     def tpot(self) -> float:
-        """Seconds a token after the first, nan with fewer than two."""
-        return (self.e2e - self.ttft) / (self.tokens - 1) if self.tokens > 1 else float("nan")
+        """Seconds a token after the first, nan with fewer than two, or where all came at once."""
+        return (self.e2e - self.ttft) / (self.tokens - 1) if self.tokens > 1 and self.e2e > self.ttft else math.nan
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any],
         error = f"{type(e).__name__}: {e}"
     first, last = (times[0] - due, times[-1] - due) if times else (math.nan, math.nan)
     if not times and not error:
-        error = "the answer ended without a token"
+        begins = received[:200].decode(errors="replace").strip()
+        error = "the answer ended without a token" + (f"; it begins: {begins}" if begins else "")
     return Outcome(adapter, not error, tokens or len(times), first, last, due, tuple(times), error)
 
 
@@ -112,33 +113,43 @@ def read_events(received: bytes, marks: Sequence[tuple[int, float]]) -> tuple[in
 
     `marks` say how many bytes had arrived when; the last line may be incomplete. Without a usage an event whose text is
     empty is no token, and left out: servers end a stream with one. With it all events count, since tokens that are not
-    shown come with empty ones, and an answer lasts until its last.
+    shown come with empty ones, and an answer lasts until its last. One that has neither a finish_reason nor the word
+    that ends a stream was cut off.
     """
     every: list[float] = []
     shown: list[float] = []
     tokens = end = mark = 0
     error = ""
+    whole = False
     for line in received.splitlines(keepends=True):
         end += len(line)
-        if not line.startswith(b"data: {") or not line.endswith(b"\n"):
+        data = line.removeprefix(b"data:").strip()
+        if not line.startswith(b"data:") or not line.endswith((b"\n", b"\r")):
+            continue
+        whole = whole or data == b"[DONE]"
+        if not data.startswith(b"{"):
             continue
         while marks[mark][0] < end:
             mark += 1
         try:
-            event = json.loads(line[6:])
-            if "error" in event:
+            event = json.loads(data)
+            if event.get("error"):
                 error = str(event["error"])[:300]
                 break
             if event.get("usage"):
-                tokens = int(event["usage"]["completion_tokens"])
+                tokens = int(event["usage"]["completion_tokens"] or 0)
             if event.get("choices"):
                 every.append(marks[mark][1])
                 if event["choices"][0].get("text"):
                     shown.append(every[-1])
+                whole = whole or event["choices"][0].get("finish_reason") is not None
         except (ValueError, KeyError, TypeError, AttributeError):
             error = f"an event cannot be read: {line[:200].decode(errors='replace').strip()}"
             break
-    return tokens, every if tokens else shown, error
+    times = every if tokens else shown
+    if times and not whole and not error:
+        error = "the answer was cut off: it has neither a finish_reason nor [DONE]"
+    return tokens, times, error
 
 
 def address(url: str) -> str:
@@ -207,7 +218,7 @@ def decode_rate(done: Sequence[Outcome]) -> float:
         start, end = max(o.due + o.ttft, until), o.due + o.e2e
         if end > start:
             busy, until = busy + end - start, end
-    return sum(o.tokens - 1 for o in done) / busy if busy else float("nan")
+    return sum(o.tokens - 1 for o in done if o.e2e > o.ttft) / busy if busy else float("nan")
 
 
 BURST_SECONDS = 0.002
@@ -265,7 +276,7 @@ def summarize(outcomes: Sequence[Outcome], seconds: float, slo_seconds: float = 
     done = [o for o in outcomes if o.ok]
     failed = [o for o in outcomes if not o.ok]
     ttft = [o.ttft if o.ok else math.inf for o in outcomes]
-    tpot = [o.tpot for o in done if o.tokens > 1]
+    tpot = [o.tpot for o in done if not math.isnan(o.tpot)]
     total = max(len(outcomes), 1)
     return Summary(
         requests=len(outcomes),

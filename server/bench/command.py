@@ -6,15 +6,18 @@ Owns arguments and output. What is measured, and how, is in the other modules of
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import json
 import math
 import re
 import shutil
+import tempfile
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
@@ -36,10 +39,11 @@ Vocab = Annotated[int, typer.Option(min=101, help="Prompts are random token ids 
 ApiKey = Annotated[
     str,
     typer.Option(
-        envvar=["LORAMUX_API_KEYS", "LORAMUX_ADMIN_KEYS", "OPENAI_API_KEY"],
-        help="Key of the server, better given by the environment: of several, the first.",
+        envvar="OPENAI_API_KEY", help="Key of the server, better given by the environment: of several, the first."
     ),
 ]
+OwnKey = Annotated[str, typer.Option(hidden=True, envvar=["LORAMUX_API_KEYS", "LORAMUX_ADMIN_KEYS"])]
+"""The keys of a loramux on this machine, which are no other server's business."""
 
 RANKS = (8, 16, 24, 32) * 4
 SEED = 3
@@ -63,6 +67,7 @@ def steps(
     as_json: AsJson = False,
 ) -> None:
     """Decode steps with and without adapters, as ratios and as shares of the roofline."""
+    _make_room(out)
     from adapters.peft_format import read_folder
     from server.bench import roofline
     from server.bench import steps as measured
@@ -123,6 +128,7 @@ def peers(
 ) -> None:
     """In process: decode and prefill beside every peer that is installed, in both orders, medians, ratios."""
     _extra()
+    _make_room(out)
     from server.bench import compare, plots
     from server.bench.export import export_base
     from server.bench.inprocess import InProcess
@@ -169,11 +175,10 @@ def peers(
     for name in measured.failed:
         shown.add_row(f"{name} failed", "", "", f"in round {len(measured.rows[name].rounds) + 1} of {rounds}")
     title = f"decode, {requests} requests, {len(paths)} adapters"
+    _show(result, shown, as_json, out, f"peers-{requests}-{len(paths)}")
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         rates = {name: row.median.decode for name, row in table.items()}
         plots.bars(out / f"peers-{requests}-{len(paths)}.png", title, "tokens/s", rates)
-    _show(result, shown, as_json, out, f"peers-{requests}-{len(paths)}")
     for name, reason in measured.failed.items():
         console.print(f"error: the peer {name} failed: {reason}", markup=False)
     if measured.failed:
@@ -182,6 +187,7 @@ def peers(
 
 @app.command()
 def slora(
+    context: typer.Context,
     url: Url,
     prefix: Annotated[str, typer.Option(help="Adapters are named prefix0, prefix1, ...")] = "s",
     few: Annotated[int, typer.Option(min=1)] = 5,
@@ -199,6 +205,7 @@ def slora(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each kind; few and many take turns.")] = 1,
     vocab: Vocab = 40_000,
     api_key: ApiKey = "",
+    own_key: OwnKey = "",
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -206,6 +213,7 @@ def slora(
     from server.errors import BadSetting
 
     _extra()
+    _make_room(out)
     from server.bench import plots
     from server.bench import slora as workload
 
@@ -218,7 +226,7 @@ def slora(
     )  # fmt: skip
     plan.check()
     body = workload.body_of([f"{prefix}{i}" for i in range(many)], vocab)
-    client = workload.Client(url, body, _key(api_key))
+    client = workload.Client(url, body, _key(context, api_key, own_key, url))
     most, loads = workload.compare(client, plan, lambda line: console.print(line, markup=False))
     rows = workload.ratios(loads)
     result = _report(
@@ -235,14 +243,14 @@ def slora(
         table.add_row(f"{row['alpha']:.2f}", f"{row['rate']:.2f}", of, *told, failed)
     for reason in dict.fromkeys(reason for run in loads for reason in run.summary.reasons):
         console.print(f"failed: {reason}", markup=False)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        plots.loads(out / "slora.png", f"S-LoRA workload, {few} and {many} adapters", loads)
     _show(result, table, as_json, out, "slora")
+    if out is not None:
+        plots.loads(out / "slora.png", f"S-LoRA workload, {few} and {many} adapters", loads)
 
 
 @app.command()
 def load(
+    context: typer.Context,
     url: Url,
     models: Annotated[list[str], typer.Option("--model", help="Names to ask for in turn.")],
     concurrency: Annotated[int, typer.Option(min=1)] = 16,
@@ -251,6 +259,7 @@ def load(
     new_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = NEW,
     vocab: Vocab = 40_000,
     api_key: ApiKey = "",
+    own_key: OwnKey = "",
     llama: Annotated[bool, typer.Option(help="Name adapters as llama-server does: --lora numbers, 0 first.")] = False,
     out: Out = None,
     as_json: AsJson = False,
@@ -259,13 +268,16 @@ def load(
     import asyncio
 
     _extra()
+    _make_room(out)
     from server.bench.client import NoAnswer, closed_loop, timed
     from server.bench.slora import body_of, llama_body
     from server.bench.workloads import closed
 
     body = llama_body(len(models), vocab) if llama else body_of(models, vocab)
     arrivals = closed(requests, list(range(len(models))), prompt_tokens, new_tokens)
-    _, summary = asyncio.run(timed(closed_loop(url, arrivals, body, concurrency, key=_key(api_key))))
+    _, summary = asyncio.run(
+        timed(closed_loop(url, arrivals, body, concurrency, key=_key(context, api_key, own_key, url)))
+    )
     if not summary.finished:
         raise NoAnswer(f"none of {requests} requests was answered; the first: {summary.reasons[0]}")
     asked = {"url": url, "models": models, "concurrency": concurrency, "requests": requests, "vocab": vocab}
@@ -392,9 +404,23 @@ def _lengths(text: str, param: str) -> tuple[int, int]:
     return low, high
 
 
-def _key(given: str) -> str:
-    """The first of several, as a server's own variables have them."""
+def _key(context: typer.Context, given: str, own: str, url: str) -> str:
+    """What the server at `url` is shown, the first of several: what the command says, this machine's own keys if it is
+    there, or what the environment has for any."""
+    source = context.get_parameter_source("api_key")
+    said = source is not None and source.name == "COMMANDLINE"
+    if own and not said and _is_here(url):
+        given = own
     return next((entry.strip() for entry in re.split(r"[,\n]", given) if entry.strip()), "")
+
+
+def _is_here(url: str) -> bool:
+    """Whether a URL is of this machine."""
+    host = urlsplit(url if "//" in url else f"//{url}").hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _named(base: Any) -> dict[str, str]:
@@ -408,15 +434,22 @@ def _report(asked: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any
     return {"asked": asked, "machine": describe(), **found}
 
 
-def _show(result: Mapping[str, Any], table: Table, as_json: bool, out: Path | None, name: str) -> None:
-    text = json.dumps(_finite(result), indent=1, allow_nan=False)
+def _make_room(out: Path | None) -> None:
+    """Find out before anything is measured whether what comes of it can be written. Raises OSError."""
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{name}.json").write_text(text + "\n")
+        with tempfile.TemporaryFile(dir=out):
+            pass
+
+
+def _show(result: Mapping[str, Any], table: Table, as_json: bool, out: Path | None, name: str) -> None:
+    text = json.dumps(_finite(result), indent=1, allow_nan=False)
     if as_json:
         typer.echo(text)
     else:
         Console().print(table)
+    if out is not None:
+        (out / f"{name}.json").write_text(text + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from server.bench.slora import Load
 
 
-def _axes(title: str, y: str):  # type: ignore[no-untyped-def]
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def _axes(title: str, y: str):  # type: ignore[no-untyped-def]
+    pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.set_title(title)
     axes.set_ylabel(y)
@@ -33,28 +40,38 @@ def bars(path: Path, title: str, y: str, values: Mapping[str, float]) -> Path:
 
 
 def loads(path: Path, title: str, runs: Sequence[Load]) -> Path:
-    """Throughput of the runs of the S-LoRA workload, few adapters beside many, by the medians of their repeats. Writes
-    a PNG and returns its path."""
-    figure, axes = _axes(title, "requests/s finished")
+    """Throughput and the tail of the time to the first token of the runs of the S-LoRA workload, few adapters beside
+    many, by the medians of their repeats. Writes a PNG and returns its path."""
+    pyplot = _pyplot()
     counts = sorted({run.adapters for run in runs})
     cases = list(dict.fromkeys(run.case for run in runs))
-    width = 0.8 / len(counts)
-    for n, count in enumerate(counts):
-        values = [
-            statistics.median(r.summary.requests_per_second for r in runs if (r.case, r.adapters) == (case, count))
-            for case in cases
-        ]
-        axes.bar([i + n * width for i in range(len(cases))], values, width, label=f"{count} adapters")
-    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(cases))])
     share = {run.case: run.share for run in runs}
-    axes.set_xticklabels(
-        [
-            f"alpha {case[0]}, {case[1]:.3g} requests/s" + (f", {share[case]:.0%} of capacity" if share[case] else "")
-            for case in cases
-        ]
-    )
-    axes.legend(frameon=False)
+    names = [
+        f"alpha {alpha:g}\n{rate:.3g} requests/s"
+        + (f"\n{share[alpha, rate]:.0%} of capacity" if share[alpha, rate] else "")
+        for alpha, rate in cases
+    ]
+    figure, halves = pyplot.subplots(2, 1, figsize=(max(8.0, 1.5 * len(cases)), 7), layout="constrained", sharex=True)
+    figure.suptitle(title)
+    width = 0.8 / len(counts)
+    told = {"requests/s finished": "requests_per_second", "first token, p99, s": "ttft_p99"}
+    for axes, (label, of) in zip(halves, told.items(), strict=True):
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+        for n, count in enumerate(counts):
+            values = [
+                statistics.median(getattr(r.summary, of) for r in runs if (r.case, r.adapters) == (case, count))
+                for case in cases
+            ]
+            # A run of which requests failed has no tail that could be drawn.
+            heights = [value if math.isfinite(value) else 0.0 for value in values]
+            at = [i + n * width for i in range(len(cases))]
+            drawn = axes.bar(at, heights, width, label=f"{count} adapters")
+            axes.bar_label(drawn, [f"{v:.2f}" if math.isfinite(v) else "failed" for v in values], fontsize=8)
+    halves[0].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    halves[1].set_xticks([i + 0.4 - width / 2 for i in range(len(cases))], names)
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
     return path
 
 

@@ -63,7 +63,7 @@ class Plan:
 
     def arrivals(self, rate: float, adapters: int, alpha: float) -> Poisson:
         """One run. Raises BadSetting where no request is due within its duration."""
-        duration = (self.requests + 1) / rate if self.duration is None else self.duration
+        duration = (self.requests + 0.5) / rate if self.duration is None else self.duration
         if int(rate * duration) < 1:
             raise BadSetting(f"no request is due within a --duration of {duration:g} s at {rate:.3g} a second")
         return Poisson(rate, duration, adapters, alpha, self.cv, self.prompt, self.output, self.seed)

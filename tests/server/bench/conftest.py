@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-Reply = Callable[[dict[str, Any]], tuple[int, list[str]]]
+Reply = Callable[[dict[str, Any]], tuple[int, "list[str] | str"]]
 """The status of an answer to a body, and the data of its events; of another status than 200 the first is the text."""
 
 
@@ -38,7 +38,8 @@ def answering() -> Iterator[Answering]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             told.asked.append((self.path, self.headers["Authorization"], body))
             status, data = told.reply(body)
-            text = "".join(f"data: {d}\n\n" for d in data) if status == 200 else data[0]
+            stream = status == 200 and isinstance(data, list)
+            text = "".join(f"data: {d}\n\n" for d in data) if stream else "".join(data)
             self.send_response(status)
             self.send_header("Content-Length", str(len(text.encode())))
             self.end_headers()

@@ -26,6 +26,8 @@ from server.bench.slora import body_of
 from server.bench.workloads import closed
 from tests.server.bench.conftest import Answering, events
 
+DONE = b"data: [DONE]\n\n"
+
 
 def outcome(due: float, first: float, last: float, tokens: int, ok: bool = True) -> Outcome:
     """`first` and `last` on the client's clock, the other tokens evenly between them."""
@@ -109,7 +111,7 @@ def test_an_event_without_text_is_no_token() -> None:
     """llama-server ends its streams with one, and it comes with those before it or a step later."""
     received = b"".join(b'data: {"choices": [{"text": "%s"}]}\n\n' % text for text in (b"a", b"b", b""))
     marks = [(n, float(n)) for n in (received.index(b"\n\n") + 2, len(received) - 3, len(received))]
-    tokens, times, error = read_events(received, marks)
+    tokens, times, error = read_events(received + DONE, marks)
     assert (tokens, error) == (0, "")
     assert times == [marks[0][0], marks[1][0]]
 
@@ -121,15 +123,45 @@ def test_an_answer_lasts_until_its_last_token_shown_or_not() -> None:
     parts[-1] += b'data: {"choices": [], "usage": {"completion_tokens": 64}}\n\n'
     times = [0.02, 0.04, 0.06, 0.08, 1.28]
     marks = [(sum(map(len, parts[: i + 1])), time) for i, time in enumerate(times)]
-    assert read_events(b"".join(parts), marks) == (64, times, "")
+    assert read_events(b"".join([*parts, DONE]), marks) == (64, times, "")
     done = Outcome(0, True, 64, times[0], times[-1], 0.0, tuple(times))
     assert done.tpot == pytest.approx(0.02) and decode_rate([done]) == pytest.approx(50)
 
 
 def test_tokens_of_no_text_are_there_with_the_first_event() -> None:
     received = b'data: {"choices": [{"text": ""}]}\n\ndata: {"choices": [], "usage": {"completion_tokens": 1}}\n\n'
-    assert read_events(received, [(len(received), 1.0)]) == (1, [1.0], "")
-    assert read_events(received.replace(b"1}", b"0}"), [(len(received), 1.0)]) == (0, [], "")
+    assert read_events(received + DONE, [(len(received), 1.0)]) == (1, [1.0], "")
+    assert read_events(received.replace(b"1}", b"0}") + DONE, [(len(received), 1.0)]) == (0, [], "")
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data:{"choices":[{"text":"a","finish_reason":"length"}]}\n\n',
+        b'data: {"choices": [{"text": "a", "finish_reason": "stop"}], "error": null, "usage": null}\r\n\r\n',
+        b': ping\n\ndata:  {"choices": [{"text": "a"}], "usage": {"completion_tokens": null}}\n\ndata:[DONE]\n\n',
+    ],
+)
+def test_other_servers_streams_are_read(event: bytes) -> None:
+    assert read_events(event, [(len(event), 1.0)]) == (0, [1.0], "")
+
+
+def test_an_answer_that_is_cut_off_is_a_failure() -> None:
+    received = b'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n'
+    assert "cut off" in read_events(received, [(len(received), 1.0)])[2]
+
+
+def test_what_is_no_stream_is_told(answering: Answering) -> None:
+    answering.reply = lambda body: (200, '{"error": "streams are off"}')
+    [one] = asyncio.run(closed_loop(answering.url, closed(1, [0], 4, 2), body_of(["a"], 200), 1))
+    assert not one.ok and "streams are off" in one.error
+
+
+def test_an_answer_that_comes_at_once_has_no_time_of_decoding() -> None:
+    steady = Outcome(0, True, 11, 1.0, 2.0, 0.0)
+    at_once = Outcome(0, True, 100, 1.5, 1.5, 0.0)
+    assert decode_rate([steady, at_once]) == pytest.approx(10)
+    assert math.isnan(at_once.tpot) and summarize([steady, at_once], 2.0).tpot_p50 == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("event", [b"{no JSON}", b'{"choices": [7]}', b'{"usage": {"tokens": 1}}'])

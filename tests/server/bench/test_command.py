@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from click.testing import Result
 from rich.table import Table
 from typer.testing import CliRunner
@@ -204,6 +205,31 @@ def test_the_key_is_that_of_other_clients(
     result = CliRunner().invoke(command.app, ["load", answering.url, "--model", "a", "--requests", "1"])
     assert result.exit_code == 0, result.exception
     assert [key for _, key, _ in answering.asked] == [sent]
+
+
+def test_the_keys_of_this_machine_are_shown_to_no_other() -> None:
+    asked: list[str] = []
+
+    @command.app.command()
+    def shown(context: typer.Context, url: str, api_key: command.ApiKey = "", own_key: command.OwnKey = "") -> None:
+        asked.append(command._key(context, api_key, own_key, url))
+
+    try:
+        for url in ("http://localhost:1", "127.0.0.1:80/v1", "http://[::1]:8", "https://example.org/v1", "example.org"):
+            for more in ([], ["--api-key", "mine"]):
+                variables = {"LORAMUX_ADMIN_KEYS": "own", "OPENAI_API_KEY": "sk"}
+                CliRunner(env=variables).invoke(command.app, ["shown", url, *more], catch_exceptions=False)
+    finally:
+        command.app.registered_commands.pop()
+    assert asked == ["own", "mine"] * 3 + ["sk", "mine"] * 2
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(
+    answering: Answering, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    result = bench("load", answering.url, "--model", "a", "--requests", "1", "--out", str(tmp_path / "file"))
+    assert isinstance(result.exception, OSError) and not answering.asked
 
 
 def test_where_nothing_is_answered_the_reason_is_told(answering: Answering) -> None:
