@@ -123,8 +123,8 @@ class Publishing:
         for _ in range(TRIES):
             active.check()
             rival = self._current(job.name)
-            if rival is not None and job.result.pop(INTENT, None) == rival.label:
-                verdict = None  # it was published just before the server was ended, and is no rival of itself
+            if rival is not None and rival.label in (job.result.pop(INTENT, None), job.result.get("version")):
+                # It was published before the server was ended or the job failed, and is no rival of itself.
                 job.result |= {"model": job.name, "version": rival.label}
                 active.note(f"It is served already, as {rival.label}.", data={"version": rival.label})
                 break
@@ -142,6 +142,8 @@ class Publishing:
             if verdict is not None:
                 job.result["evaluation"] = verdict.told()
                 active.note(_words(verdict), data=verdict.told())
+            # Before it is published: a job that is ended in between knows its scores no more.
+            self._record(job.request["lora"]["task"], Version(job.name, weights.digest), rival, verdict)
             reason = _kept_back(rule, rival, verdict, failure)
             if reason is not None:
                 job.result["model"] = None
@@ -168,7 +170,6 @@ class Publishing:
             break
         else:
             raise JobError("conflict", f"{job.name} got another version at each of {TRIES} tries to publish", "suffix")
-        self._record(job.request["lora"]["task"], Version(job.name, weights.digest), rival, verdict)
         self._leave_files(active, published_=job.result["model"] is not None)
 
     # ---- measuring

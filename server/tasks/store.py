@@ -59,6 +59,10 @@ class Tasks:
         self._files: dict[str, Task] = {}
         self._brought: dict[str, list[str]] = {}
         """Of each task in a folder, the marks of all adapters whose folders bring it: it may route to others."""
+        self._contested: dict[str, str] = {}
+        """The owners of tasks that several adapters bring, which the file has too."""
+        self._owners: dict[str, str] = {}
+        """Of each task in a folder, the adapter whose definition it has. It keeps it when another brings one too."""
         self._contents: dict[str, str] = {}
         """Of each adapter, its digest when it was last looked at."""
         self._faults: dict[str, str] = {}
@@ -144,7 +148,7 @@ class Tasks:
         """Read again what the adapters' folders bring. Called when an adapter came, changed or went. Answers the
         names of the tasks that went with it."""
         with self._lock:  # of two, the one that has read last is written last
-            files: dict[str, Task] = {}
+            offers: dict[str, dict[str, Task]] = {}  # of each task, by adapter
             brought: dict[str, list[str]] = {}
             faults: dict[str, str] = {}
             read = [(adapter, *found) for adapter in self._adapters.names() if (found := self._look(adapter))]
@@ -157,18 +161,42 @@ class Tasks:
                     task = self._from_folder(adapter, body)
                 except (ServerError, AdapterError, ValueError) as error:
                     faults[adapter] = str(error)
-                    if faults[adapter] != self._faults.get(adapter):
-                        log.warning("the task.json of adapter %r is not used: %s", adapter, error)
                     continue
                 mark = _mark(digest, body)
                 if not {mark, digest}.isdisjoint(self._deleted.get(task.name, ())):
                     continue
                 brought.setdefault(task.name, []).append(mark)
-                if task.name not in files or task.name == adapter:
-                    files[task.name] = task
+                offers.setdefault(task.name, {})[adapter] = task
+            owners = {name: self._owner(name, those) for name, those in offers.items()}
+            for name, those in offers.items():
+                for adapter in those.keys() - {owners[name]}:
+                    faults[adapter] = f"the task {name!r} is that of adapter {owners[name]!r}; give it another name"
+            for adapter, fault in faults.items():
+                if fault != self._faults.get(adapter):
+                    log.warning("the task.json of adapter %r is not used: %s", adapter, fault)
+            self._keep_owners({name: owners[name] for name, those in offers.items() if len(those) > 1})
+            self._owners = owners
+            files = {name: those[owners[name]] for name, those in offers.items()}
             gone = self._files.keys() - files.keys() - self._put.keys()
             self._files, self._brought, self._contents, self._faults = files, brought, contents, faults
         return gone
+
+    def _owner(self, name: str, offers: Collection[str]) -> str:
+        """Of the adapters that bring a task: the one that has it, else the one that is called so, else the first."""
+        has = self._owners.get(name) or self._contested.get(name)
+        if has is not None and has in offers:
+            return has
+        return name if name in offers else min(offers)
+
+    def _keep_owners(self, contested: dict[str, str]) -> None:
+        """Remember across restarts whose the tasks are that several adapters bring. With the lock."""
+        if contested != self._contested:
+            before, self._contested = self._contested, contested
+            try:
+                self._write(self._put, self._deleted)
+            except StoreFailed as error:
+                self._contested = before
+                log.warning("whose the tasks %s are is not remembered: %s", ", ".join(contested), error.message)
 
     def _look(self, adapter: str) -> tuple[str, Any] | None:
         """The digest and the task.json of an adapter; None if it went in between: its own notice follows."""
@@ -204,6 +232,7 @@ class Tasks:
         try:
             stored = json.loads(self._file.read_text(encoding="utf-8"))
             deleted = {str(k): [v] if isinstance(v, str) else [*map(str, v)] for k, v in stored["deleted"].items()}
+            owners = {str(k): str(v) for k, v in stored.get("owners", {}).items()}
             bodies = dict(stored["tasks"])
         except FileNotFoundError:
             return
@@ -211,7 +240,7 @@ class Tasks:
             log.error("%s cannot be read (%s); it is set aside as %s", self._file.name, error, self._aside.name)
             self._file.replace(self._aside)
             return
-        self._deleted = deleted
+        self._deleted, self._contested = deleted, owners
         for name, body in bodies.items():
             try:
                 self._put[name] = parse(name, body, default_route=Fixed(), source="api")
@@ -231,7 +260,8 @@ class Tasks:
 
     def _write(self, put: dict[str, Task], deleted: dict[str, list[str]]) -> None:
         """Disk first, then memory. Raises StoreFailed if the disk refuses."""
-        content = {"tasks": {name: task.body() for name, task in put.items()}, "deleted": deleted}
+        tasks = {name: task.body() for name, task in put.items()}
+        content = {"tasks": tasks, "deleted": deleted, "owners": self._contested}
         temporary = self._file.with_suffix(".new")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -221,6 +221,39 @@ def test_what_was_deleted_before_marks_had_definitions_stays_away(tmp_path: Path
     assert [task.name for task in tasks.all()] == ["y"]
 
 
+def test_a_folder_does_not_take_a_task_from_the_adapter_that_has_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Adapters:
+        those = ["reviews"]
+
+        def names(self) -> list[str]:
+            return sorted(self.those)
+
+        def current(self, name: str) -> Version:
+            return Version(name, name[0] * 64)
+
+        def metadata(self, name: str) -> dict[str, Any]:
+            return {"task": {"task": "mood", "prompt": f"{name}: {{input}}"}}
+
+    def prompt(tasks: Tasks) -> str:
+        return tasks.get("mood").prompt.partition(":")[0]
+
+    adapters: Any = Adapters()
+    tasks = Tasks(tmp_path / "tasks.json", adapters)
+    assert prompt(tasks) == "reviews" and tasks.faults("reviews") == []
+    adapters.those += ["experiment", "mood"]
+    tasks.refresh()
+    assert prompt(tasks) == "reviews"
+    assert ["is that of adapter 'reviews'" in fault for fault in tasks.faults("experiment")] == [True]
+    assert "task.json of adapter 'mood' is not used" in caplog.text
+    again = Tasks(tmp_path / "tasks.json", adapters)
+    assert prompt(again) == "reviews", "after a restart too"
+    adapters.those.remove("reviews")
+    again.refresh()
+    assert prompt(again) == "mood" and again.faults("mood") == [] and again.faults("experiment") != []
+
+
 def test_a_version_that_a_task_names_is_kept(live: Any, write_adapter: Any) -> None:
     write_adapter("pv", 40)
     first = live.http.post("/adapters", json={"name": "pv", "source": "pv"}).json()["version"]

@@ -114,6 +114,48 @@ def test_a_result_is_published_once_however_often_the_server_ends(
 
 
 @pytest.mark.parametrize("scene", ["if_better"], indirect=True)
+def test_a_job_that_failed_after_it_had_published_is_no_rival_of_itself(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise StoreFailed("the disk is full")
+
+    records = Records(scene.root / "jobs")
+    job = records.jobs[scene.job.id]
+    scene.publishing.verdict = Verdict("accuracy", 10, 0.9, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(scene.publishing, "_leave_files", full)
+        with pytest.raises(StoreFailed):
+            scene.publishing.publish(Active(job, records), SPEC)
+    records.save(job)
+    scene.publishing.verdict = Verdict("accuracy", 10, 0.9, 0.9)
+    result = scene.publish()
+    assert (result["model"], result["version"]) == ("m", scene.registry.current("m").label)
+    assert len(result["files"]) == 1
+
+
+@pytest.mark.parametrize("scene", ["always"], indirect=True)
+def test_scores_are_recorded_before_a_result_is_published(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended(Exception):
+        """Stands in for the end of the process."""
+
+    seen: list[Verdict | None] = []
+    scene.publishing.verdict = Verdict("accuracy", 10, 0.9, None)
+    monkeypatch.setattr(scene.publishing, "_record", lambda task, version, rival, verdict: seen.append(verdict))
+    publish = scene.registry.publish_now
+
+    def end(*given: Any, **options: Any) -> None:
+        publish(*given, **options)
+        raise Ended
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scene.registry, "publish_now", end)
+        with pytest.raises(Ended):
+            scene.publish()
+    assert scene.publish()["model"] == "m" and seen == [scene.publishing.verdict]
+
+
+@pytest.mark.parametrize("scene", ["if_better"], indirect=True)
 def test_what_came_while_a_result_was_judged_is_compared_with_too(scene: Scene) -> None:
     tries = []
 
