@@ -31,6 +31,7 @@ if __name__ == "__main__" and "--check" in sys.argv and not Path("/dev/nvidiactl
 import numpy as np
 import torch
 
+from adapters.weights import LoraWeights
 from benchmarks import gpu_answers, gpu_kernels, gpu_load, gpu_peers
 from benchmarks.gpu_base import Kind, RandomBase, random_adapters, random_base
 from benchmarks.shapes import QWEN_7B
@@ -69,6 +70,7 @@ class Bench:
         self.runner: CudaRunner
         self.made = False
         """Whether there is a runner: see `model`."""
+        self._adapters: dict[Kind, list[LoraWeights]] = {}
 
     def tell(self, name: str, value: Any, target: Any = None, met: bool | None = None, **more: Any) -> None:
         met = None if self.check else met  # a tiny model proves nothing
@@ -133,9 +135,15 @@ class Bench:
 
         return self.seconds(steps, 5) / count
 
+    def adapters(self, kind: Kind) -> list[LoraWeights]:
+        """Random ones, one a row. They are made once, as each takes the host a third of a second."""
+        if kind not in self._adapters:
+            self._adapters[kind] = random_adapters(self.config, self.backend, self.rows, kind)
+        return self._adapters[kind]
+
     def mixed_step_seconds(self, seconds: Callable[[int, tuple[SlotWeights, ...]], float], kind: Kind) -> float:
         """A step of `rows` sequences, each on an adapter of its own."""
-        for slot, weights in enumerate(random_adapters(self.config, self.backend, self.rows, kind)):
+        for slot, weights in enumerate(self.adapters(kind)):
             self.runner.place(slot, weights)
         taken = seconds(self.rows, tuple(((slot, 1.0),) for slot in range(self.rows)))
         for slot in range(self.rows):
@@ -180,6 +188,8 @@ def model(bench: Bench) -> None:
         context=64 if bench.check else 4096,
     )  # fmt: skip
     base.weights.clear()  # the runner has its own, side by side
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()  # or what packing them took would be told as activations
     bench.runner.allocate(bench.blocks, BLOCK)
     bench.made = True
     bench.tell("seconds to compile the kernels and make the first graphs", round(time.perf_counter() - began, 1))
@@ -221,7 +231,7 @@ def decode(bench: Bench) -> None:
 
 def placing(bench: Bench) -> None:
     """An adapter from RAM to the device, and a step beside it."""
-    [weights] = random_adapters(bench.config, bench.backend, 1, bench.kinds[0])
+    weights = bench.adapters(bench.kinds[0])[0]
 
     def place() -> None:
         bench.runner.clear(bench.rows)
@@ -267,8 +277,8 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "placing": placing,
     "answers": gpu_answers.answers,
     "load": gpu_load.load,
-    "cliff": gpu_load.cliff,
     "peers": gpu_peers.peers,
+    "cliff": gpu_load.cliff,
 }
 """In this order: what takes longest is last, as whoever lends a card may take it back."""
 ALWAYS = ("ceilings", "model")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_base import random_adapters
 from server.engine.cuda_batch import describe, on_device
 from server.kernels.cuda import attention, finish, lora, products, sampling
 from server.kernels.cuda.products import FEW_ROWS
@@ -63,7 +62,7 @@ def _tell_others(bench: Any, cold: torch.Tensor) -> None:
     """Adapters, endings, attention and draws of a step of `rows` sequences, each on an adapter of its own."""
     runner, model, n = bench.runner, bench.runner._model, bench.rows
     kind = bench.kinds[0]
-    for slot, weights in enumerate(random_adapters(bench.config, bench.backend, n, kind)):
+    for slot, weights in enumerate(bench.adapters(kind)):
         runner.place(slot, weights)
     runner._pool.ready(range(n))
     try:

@@ -44,9 +44,9 @@ def _tokens_a_second(bench: Any, weights: str) -> float:
     names = [f"a{i}" for i in range(bench.rows)]
     kind = bench.kinds[0]
     options: dict[str, Any] = {"r": kind.rank, "target_modules": list(kind.linears)}
-    wrapped: Any = get_peft_model(model, LoraConfig(**options), adapter_name=names[0])
+    wrapped: Any = get_peft_model(model, LoraConfig(**options), adapter_name=names[0], autocast_adapter_dtype=False)
     for name in names[1:]:
-        wrapped.add_adapter(name, LoraConfig(**options))
+        wrapped.add_adapter(name, LoraConfig(**options), autocast_adapter_dtype=False)
     wrapped.to(bench.device).eval()
     prompt = torch.randint(1, 1000, (bench.rows, bench.context), device=bench.device)
     times = []

@@ -25,6 +25,8 @@ WIDTHS = tuple(LANES * 4**i for i in range(6))
 """Buckets of a tile's lanes: the summed ranks of its adapters."""
 ROW_WIDTHS = WIDTHS[:4]
 """Those of tiles of one row."""
+BESIDE_PROMPTS = 8
+"""Rows that decode in one tile, in a step that reads prompts too."""
 OWN_LANES = 512
 """Lanes that rows may have of their own, all together, before it counts that some are the same. Not measured yet."""
 
@@ -237,7 +239,9 @@ def on_device(shape: Shape, memory: torch.Tensor) -> DeviceStep:
 
 
 def _tiles(counts: Sequence[int], size: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first sequence, last + 1, first row, rows) of each tile: neighbours of one row share it."""
+    """(first sequence, last + 1, first row, rows) of each tile: neighbours of one row share it, beside prompts few of
+    them, as each goes through the lanes of all."""
+    together = size if max(counts, default=1) == 1 else min(size, BESIDE_PROMPTS)
     s = row = 0
     while s < len(counts):
         if counts[s] != 1:
@@ -247,7 +251,7 @@ def _tiles(counts: Sequence[int], size: int) -> Iterator[tuple[int, int, int, in
             s += 1
             continue
         end = s
-        while end < len(counts) and counts[end] == 1 and end - s < size:
+        while end < len(counts) and counts[end] == 1 and end - s < together:
             end += 1
         yield s, end, row, end - s
         row += end - s

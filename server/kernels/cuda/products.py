@@ -47,16 +47,30 @@ class Tiling:
     stages: int = 3
 
 
+PLACES = 2 * PROCESSORS
+"""Programs of a split product that run at once."""
+BLOCK_BYTES = 128 * 64 * 4
+"""What such a program reads of a block of inputs: 64 words of each of its outputs."""
+SUM_BYTES = 8
+"""What each range of K costs for an output: its sum is written and read."""
+
+
 def tiling(rows: int, outputs: int, blocks: int) -> Tiling:
-    """The tiling of a product with `rows` rows: fills the processors about twice, K cut into at most 16 ranges."""
+    """The tiling of a product with `rows` rows, K cut into at most 16 ranges.
+
+    Programs come in waves, of which the last is seldom full, and each range has sums of its own: the least bytes that
+    pass while all places read, and then the sums. Of tiles of 32 rows two stages let two programs share a processor.
+    """
     if rows > FEW_ROWS:
         return Tiling(128 if rows > 128 else 64, 128, 1, warps=8 if rows > 128 else 4)
     tile = 16 if rows <= 16 else 32
     programs = -(-outputs // 128) * -(-rows // tile)
-    splits = 1
-    while splits < 16 and 2 * splits <= blocks and programs * splits < 2 * PROCESSORS:
-        splits *= 2
-    return Tiling(tile, 128, splits)
+
+    def cost(splits: int) -> int:
+        waves = -(-programs * splits // PLACES) * -(-blocks // splits)
+        return waves * PLACES * BLOCK_BYTES + splits * rows * outputs * SUM_BYTES
+
+    return Tiling(tile, 128, min(range(1, min(16, blocks) + 1), key=cost), stages=3 if tile == 16 else 2)
 
 
 @triton.jit
