@@ -141,7 +141,10 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     if settings.library is not None:
         scan_library(registry, settings.library)
     watch.poll()
-    prompts = Prompts(text, Room(min(context, engine.context_length), text.size), longest_token(text))
+    room = min(context, engine.context_length)
+    if room < context:
+        log.warning("--kv-cache holds %d tokens, and the context is %d: longer requests are refused", room, context)
+    prompts = Prompts(text, Room(room, text.size), longest_token(text))
     inference = Inference(engine, registry, metrics, mailbox, lambda error: answer(error).status)
     quality = Quality(settings.state_dir / "quality.db", settings.quality_retention)
     router = BestRouter(quality, registry, base.id)
@@ -153,7 +156,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     evaluations = _evaluations(inference, prompts, mailbox)
     jobs = _jobs(settings, training, tasks, quality, evaluations, router, base, _lends(base, engine))
     parts = Parts(
-        model=Model(base.name, base.id, int(time.time()), _details(base, context)),
+        model=Model(base.name, base.id, int(time.time()), _details(base, room)),
         engine=engine,
         runner=runner,
         store=store,

@@ -318,3 +318,9 @@ def test_snapshot_values_reach_their_series() -> None:
     assert value(text, "loramux_training_tokens_total", job="j29") == 10
     assert value(text, "loramux_training_loss", job="j9") is None, "the last twenty jobs"
     assert value(text, "loramux_training_progress", job="j10") == pytest.approx(0.25)
+
+
+def test_a_cache_that_is_smaller_than_the_context_is_told(start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    live = start(kv_cache=1)
+    assert live.http.get("/stats").json()["base"]["context"] == live.house.parts.engine.context_length == 16
+    assert "--kv-cache holds 16 tokens" in caplog.text
