@@ -46,6 +46,10 @@ class _Refused:
     retry_at: float | None
 
 
+HERE = "."
+"""The adapter directory itself, among what is refused."""
+
+
 class Watch:
     """Looks at `directory` every `interval` seconds. `still` and `gone` are the seconds that a folder must not have
     changed before it is read, and must have been away before its adapter is retired. `clock` is monotonic.
@@ -115,6 +119,14 @@ class Watch:
                 self._refuse(folder, (), f"cannot be read: {reason}")
             else:
                 self._look(folder)
+        if CONFIG in states:
+            self._refuse(
+                HERE,
+                (),
+                f"{CONFIG} lies in the adapter directory itself: move the adapter's files into a folder of their own, "
+                "whose name is the adapter's",
+            )
+            there.append(HERE)
         for folder in (self._known | set(self._refused) | set(self._seen)) - set(there):
             self._miss(folder)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,11 @@ from server.cli.options import AsJson
 from server.cli.terminal import out, print_json, size
 from server.errors import BadSetting
 
+if TYPE_CHECKING:
+    from adapters.weights import LoraWeights
+
 Output = Annotated[Path, typer.Option(help="Folder to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the adapter that the folder holds, its task.json too.")]
 
 
 def compose(
@@ -21,11 +25,13 @@ def compose(
     rank: Annotated[int | None, typer.Option(help="Re-rank the result to at most this; the error is told.")] = None,
     density: Annotated[float, typer.Option(help="Share of values that TIES and DARE keep.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of DARE's draw.")] = 0,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Make one adapter of several, weighted. `exact` is what serving a mix computes."""
     from adapters import composition, peft_format
 
+    replaced = _check_free(output, force)
     pairs = []
     for part in parts:
         folder, _, weight = (part, "", "") if Path(part).is_dir() or "=" not in part else part.rpartition("=")
@@ -36,6 +42,7 @@ def compose(
         pairs.append((peft_format.read_folder(Path(folder), name=Path(folder).name, max_rank=4096), factor))
     result = composition.compose(pairs, output.name, method, rank=rank, density=density, seed=seed)
     peft_format.save(result, output)
+    _clear(output, replaced, result)
     told = {
         "path": str(output),
         "version": _version(output, max(result.ranks)),
@@ -56,6 +63,7 @@ def prune(
     budget: Annotated[int | None, typer.Option(help="Keep at most this many parameters, by one threshold.")] = None,
     energy: Annotated[float | None, typer.Option(help="Keep this share of the squared singular values.")] = None,
     drop: Annotated[float | None, typer.Option(help="Drop this share of the modules, weakest first.")] = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Make an adapter smaller, by exactly one of the four ways, and tell the error."""
@@ -63,6 +71,7 @@ def prune(
 
     if sum(option is not None for option in (rank, budget, energy, drop)) != 1:
         raise BadSetting("give exactly one of --rank, --budget, --energy and --drop")
+    replaced = _check_free(output, force)
     weights = peft_format.read_folder(adapter, name=output.name, max_rank=4096)
     if rank is not None:
         result, cut = pruning.truncate(weights, rank)
@@ -72,6 +81,7 @@ def prune(
         result, cut = pruning.truncate_globally(weights, budget=budget, energy=energy)
     # The files keep the precision that they had.
     peft_format.save(result, output, dtype=next(iter(weights.modules.values())).A.dtype)
+    _clear(output, replaced, result)
     if as_json:
         told = result.metadata["pruning"]
         version = _version(output, max(result.ranks))
@@ -81,6 +91,24 @@ def prune(
             f"{output}: {cut.parameters:,} of {cut.parameters_before:,} parameters, relative error {cut.error:.3g} "
             f"(worst {cut.worst_error:.3g} at {cut.worst_module}), {len(cut.dropped)} modules dropped"
         )
+
+
+def _check_free(output: Path, force: bool) -> bool:
+    """Whether an adapter lies there that is replaced. Raises BadSetting if nobody has said that it may be."""
+    from adapters.peft_format import CONFIG_FILE
+
+    there = (output / CONFIG_FILE).exists()
+    if there and not force:
+        raise BadSetting(f"{output} holds an adapter; choose another folder, or --force to replace it", "output")
+    return there
+
+
+def _clear(output: Path, replaced: bool, result: LoraWeights) -> None:
+    """A task that came with the adapter before is not one of the new one."""
+    from adapters.peft_format import TASK_FILE
+
+    if replaced and result.metadata.get("task") is None:
+        (output / TASK_FILE).unlink(missing_ok=True)
 
 
 def _version(output: Path, max_rank: int) -> str:

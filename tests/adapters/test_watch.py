@@ -81,6 +81,17 @@ def test_a_folder_is_read_when_it_has_been_still(scene: Scene) -> None:
     assert scene.look() == {"a": a}
 
 
+def test_an_adapter_in_the_directory_itself_is_told(scene: Scene) -> None:
+    scene.put("a", 1)
+    for path in (scene.directory / "a").iterdir():
+        shutil.copy(path, scene.directory)
+    assert list(scene.look(2)) == ["a"]
+    assert "move the adapter's files into a folder" in scene.rejected()["."]
+    (scene.directory / "adapter_config.json").unlink()
+    scene.look()
+    assert scene.rejected() == {} and list(scene.served()) == ["a"]
+
+
 def test_a_folder_that_keeps_changing_is_waited_for(scene: Scene) -> None:
     for seed in range(5):
         a = scene.put("a", seed)

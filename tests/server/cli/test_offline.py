@@ -57,7 +57,7 @@ def test_the_version_told_is_the_one_that_lies_in_the_folder(tmp_path: Path) -> 
     peft_format.save(sealed("half", {"model.layers.0.self_attn.q_proj": LowRank(a, b, 0.5)}), tmp_path / "half")
     commands: list[list[object]] = [["prune", tmp_path / "half", "--rank", 2], ["compose", f"{tmp_path / 'half'}=0.3"]]
     for command in commands:
-        told = run(*command, "--output", tmp_path / "made")
+        told = run(*command, "--output", tmp_path / "made", "--force")
         assert told["version"] == peft_format.read_folder(tmp_path / "made", name="made").version.label
 
 
@@ -72,3 +72,16 @@ def test_a_folder_may_have_an_equals_sign_in_its_name(folders: list[Path], tmp_p
     told = run("compose", named, "--output", tmp_path / "once")
     twice = run("compose", f"{named}=2", "--output", tmp_path / "twice")
     assert told["ranks"] == twice["ranks"] and told["version"].split("@")[1] != twice["version"].split("@")[1]
+
+
+@pytest.mark.parametrize("command", ["compose", "prune"])
+def test_an_adapter_is_replaced_only_if_that_is_said(folders: list[Path], tmp_path: Path, command: str) -> None:
+    (folders[1] / "task.json").write_text('{"task": "old", "prompt": "{input}"}')
+    before = {path.name: path.read_bytes() for path in folders[1].iterdir()}
+    asked = [command, folders[0], *(["--rank", 2] if command == "prune" else []), "--output", folders[1]]
+    done = CliRunner().invoke(app, [*map(str, asked)])
+    assert done.exit_code != 0 and "--force" in str(done.exception)
+    assert {path.name: path.read_bytes() for path in folders[1].iterdir()} == before
+    told = run(*asked, "--force")
+    assert told["version"] == peft_format.read_folder(folders[1], name=folders[1].name).version.label
+    assert not (folders[1] / "task.json").exists(), "it is another adapter's"
