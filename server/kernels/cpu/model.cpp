@@ -634,42 +634,6 @@ void Model::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
   clock(DOWN_PROJ, t);
 }
 
-Model::Peaks::Peaks()
-    : value(_mm512_set1_ps(-INFINITY)), nothing(_mm512_setzero_ps()), at(_mm512_set1_epi32(INT32_MAX)) {}
-
-inline void Model::Peaks::take(__mmask16 mask, __m512 v, __m512i columns) {
-  const __mmask16 same = _mm512_mask_cmp_ps_mask(mask, v, value, _CMP_EQ_OQ);
-  const __mmask16 better = _mm512_mask_cmp_ps_mask(mask, v, value, _CMP_GT_OQ) |
-                           _mm512_mask_cmplt_epi32_mask(same, columns, at);
-  value = _mm512_mask_mov_ps(value, better, v);
-  at = _mm512_mask_mov_epi32(at, better, columns);
-}
-
-void Model::Peaks::take(const float* x, int64_t n, int64_t column) {
-  Peaks now = *this;  // in registers
-  __m512i columns = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                     _mm512_set1_epi32(static_cast<int32_t>(column)));
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = first_lanes(n - i);
-    const __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
-    now.nothing = _mm512_fmadd_ps(v, _mm512_setzero_ps(), now.nothing);
-    now.take(mask, v, columns);
-    columns = _mm512_add_epi32(columns, _mm512_set1_epi32(16));
-  }
-  *this = now;
-}
-
-void Model::Peaks::take(const Peaks& other) {
-  nothing = _mm512_add_ps(nothing, other.nothing);
-  take(0xffff, other.value, other.at);
-}
-
-int64_t Model::Peaks::first_largest() const {
-  if (std::isnan(_mm512_reduce_add_ps(nothing))) return -1;
-  const __mmask16 largest = _mm512_cmp_ps_mask(value, _mm512_set1_ps(_mm512_reduce_max_ps(value)), _CMP_EQ_OQ);
-  return _mm512_mask_reduce_min_epi32(largest, at);
-}
-
 void Model::head(const Step& step) {
   constexpr int64_t EACH = 8;  // tiles: the table is long
   const int64_t tiles = head_.tiles(), pieces = (tiles + EACH - 1) / EACH;

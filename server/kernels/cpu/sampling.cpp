@@ -26,28 +26,6 @@ int64_t bin_of(float weight) {
   return std::min<int64_t>(bits >> SHIFT, BINS - 1);
 }
 
-// The largest of n, NaN if one is not finite.
-float largest(const float* x, int64_t n) {
-  __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), nothing = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = first_lanes(n - i);
-    const __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
-    top = _mm512_mask_max_ps(top, mask, top, v);
-    nothing = _mm512_fmadd_ps(v, _mm512_setzero_ps(), nothing);
-  }
-  return _mm512_reduce_max_ps(top) + _mm512_reduce_add_ps(nothing);
-}
-
-int32_t first_of(const float* x, int64_t n, float value) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = first_lanes(n - i);
-    const __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
-    const __mmask16 same = _mm512_mask_cmp_ps_mask(mask, v, _mm512_set1_ps(value), _CMP_EQ_OQ);
-    if (same) return static_cast<int32_t>(i + __builtin_ctz(same));
-  }
-  return -1;
-}
-
 // exp((x - top) / temperature), its largest by pieces and its sums by stretches; zeros behind the last id.
 void weigh(const float* x, int64_t vocab, float top, float temperature, DrawScratch& s) {
   const __m512 from = _mm512_set1_ps(top), by = _mm512_set1_ps(temperature), least = _mm512_set1_ps(-104.0f);
@@ -207,6 +185,42 @@ int32_t draw_of_some(int64_t vocab, const Drawing& how, int64_t top_k, DrawScrat
 
 }  // namespace
 
+Peaks::Peaks()
+    : value(_mm512_set1_ps(-INFINITY)), nothing(_mm512_setzero_ps()), at(_mm512_set1_epi32(INT32_MAX)) {}
+
+inline void Peaks::take(__mmask16 mask, __m512 v, __m512i columns) {
+  const __mmask16 same = _mm512_mask_cmp_ps_mask(mask, v, value, _CMP_EQ_OQ);
+  const __mmask16 better = _mm512_mask_cmp_ps_mask(mask, v, value, _CMP_GT_OQ) |
+                           _mm512_mask_cmplt_epi32_mask(same, columns, at);
+  value = _mm512_mask_mov_ps(value, better, v);
+  at = _mm512_mask_mov_epi32(at, better, columns);
+}
+
+void Peaks::take(const float* x, int64_t n, int64_t column) {
+  Peaks now = *this;  // in registers
+  __m512i columns = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                     _mm512_set1_epi32(static_cast<int32_t>(column)));
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = first_lanes(n - i);
+    const __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
+    now.nothing = _mm512_fmadd_ps(v, _mm512_setzero_ps(), now.nothing);
+    now.take(mask, v, columns);
+    columns = _mm512_add_epi32(columns, _mm512_set1_epi32(16));
+  }
+  *this = now;
+}
+
+void Peaks::take(const Peaks& other) {
+  nothing = _mm512_add_ps(nothing, other.nothing);
+  take(0xffff, other.value, other.at);
+}
+
+int64_t Peaks::first_largest() const {
+  if (std::isnan(_mm512_reduce_add_ps(nothing))) return -1;
+  const __mmask16 largest = _mm512_cmp_ps_mask(value, _mm512_set1_ps(_mm512_reduce_max_ps(value)), _CMP_EQ_OQ);
+  return _mm512_mask_reduce_min_epi32(largest, at);
+}
+
 void DrawScratch::reserve(int64_t vocab) {
   const int64_t whole = stretches(vocab) * STRETCH;
   weights.reserve(whole);
@@ -225,10 +239,11 @@ int64_t DrawScratch::bytes() const {
 }
 
 int32_t draw(const float* x, int64_t vocab, const Drawing& how, int32_t top_k, DrawScratch& scratch) {
-  const float top = largest(x, vocab);
-  if (std::isnan(top)) return -1;
-  if (how.temperature <= 0) return first_of(x, vocab, top);
-  weigh(x, vocab, top, how.temperature, scratch);
+  Peaks peaks;
+  peaks.take(x, vocab, 0);
+  const int64_t best = peaks.first_largest();
+  if (best < 0 || how.temperature <= 0) return static_cast<int32_t>(best);
+  weigh(x, vocab, x[best], how.temperature, scratch);
   const int64_t limit = top_k > 0 && top_k < vocab ? top_k : 0;
   if (limit == 0 && how.top_p >= 1.0f && how.min_p <= 0.0f) return draw_of_all(vocab, how.noise, scratch);
   return draw_of_some(vocab, how, limit, scratch);

@@ -8,6 +8,20 @@
 
 namespace loramux {
 
+// The largest of some logits of a row, in sixteen lanes. Which lane holds the row's is asked once, at the end.
+struct Peaks {
+  __m512 value, nothing;  // `nothing`: the logits times zero, NaN if one is not finite
+  __m512i at;             // the first column of the lane that has the value
+
+  Peaks();
+  void take(const float* x, int64_t n, int64_t column);  // x[0..n), which begin at that column
+  void take(const Peaks& other);
+  int64_t first_largest() const;  // the column, -1 if one of the logits is not finite
+
+ private:
+  void take(__mmask16 mask, __m512 v, __m512i columns);
+};
+
 // What a row is drawn by. `temperature` 0 is the largest; `noise` is in [0, 1]. float32 [4] in memory.
 struct Drawing {
   float temperature, top_p, min_p, noise;
