@@ -12,7 +12,6 @@ time. In process the same requests go to an engine without HTTP, from the client
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import statistics
@@ -25,7 +24,7 @@ from typing import Any
 
 from benchmarks.serving import MODELS, free_port, running, serving
 from server.bench import machine
-from server.bench.client import Body, closed_loop, timed
+from server.bench.client import Body, closed_loop, run, timed
 from server.bench.export import export_base
 from server.bench.inprocess import InProcess
 from server.bench.slora import body_of, llama_body
@@ -44,7 +43,7 @@ def over_http(url: str, body: Body, arrivals: list[Arrival]) -> Wave:
     """A wave's rates and times, as the client saw them. Raises RuntimeError if a request fails."""
 
     def wave() -> Mapping[str, float]:
-        outcomes, summary = asyncio.run(timed(closed_loop(url, arrivals, body, len(arrivals))))
+        outcomes, summary = run(timed(closed_loop(url, arrivals, body, len(arrivals))))
         for outcome in outcomes:
             if not outcome.ok or outcome.tokens != NEW:
                 raise RuntimeError(f"{url} answered {outcome.tokens} tokens of {NEW}: {outcome.error}")

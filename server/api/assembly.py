@@ -128,7 +128,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         observer=notices,
     )
     context = min(base.config.max_position_embeddings, settings.max_context or base.config.max_position_embeddings)
-    runner, engine = _engine(settings, base, registry, text, context)
+    runner, engine = _engine(settings, base, registry, text, context, mailbox.wake)
     registry.slots, registry.bases = engine, names_of(base.name)
     tasks = Tasks(settings.state_dir / "tasks.json", registry, reserved=(base.name,), vocabulary=text.size)
     registry.tasks, registry.faults, registry.asked_for = tasks.using, tasks.faults, tasks.versions
@@ -305,8 +305,10 @@ def _ending(settings: Settings, quality: Quality, text: Text, base_id: str) -> C
     return ended
 
 
-def _engine(settings: Settings, base: Base, registry: Registry, text: Text, context: int) -> tuple[Runner, Engine]:
-    """The runner of the base's kernels, and the engine on it."""
+def _engine(
+    settings: Settings, base: Base, registry: Registry, text: Text, context: int, told: Callable[[], None]
+) -> tuple[Runner, Engine]:
+    """The runner of the base's kernels, and the engine on it; `told` is the engine's."""
     of_device: dict[str, Any]
     kind = Engine
     if base.backend.name == "cuda":
@@ -332,6 +334,7 @@ def _engine(settings: Settings, base: Base, registry: Registry, text: Text, cont
         prefix_cache=settings.prefix_cache,
         tell=last_words(),
         draw=runner.draw,
+        told=told,
         **of_device,
     )
     return runner, engine

@@ -70,24 +70,27 @@ class EventStream(Response):
         self.encoder = encoder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        generation, encoder = self.generation, self.encoder
-        async with listening(receive, generation):
-            steps = generation.steps()
-            arrived = await anext(steps)
-            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            body = encoder.first()
-            try:
-                while True:
-                    body += b"".join([encoder.step(index, delivery) for index, delivery in arrived])
-                    if body:
-                        await send({"type": "http.response.body", "body": body, "more_body": True})
-                    body = b""
-                    arrived = await anext(steps)
-            except StopAsyncIteration:
-                body = self._end()
-            except Exception as error:
-                body = b"data: " + answer(error, scope["state"]["request_id"]).encode() + b"\n\n"
-            await send({"type": "http.response.body", "body": body, "more_body": False})
+        async with listening(receive, self.generation):
+            # As a task of its own: each event would otherwise resume every layer of the routes and middleware first.
+            await asyncio.create_task(self._answer(scope["state"]["request_id"], send))
+
+    async def _answer(self, request_id: str, send: Send) -> None:
+        steps, encoder = self.generation.steps(), self.encoder
+        arrived = await anext(steps)
+        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        body = encoder.first()
+        try:
+            while True:
+                body += b"".join([encoder.step(index, delivery) for index, delivery in arrived])
+                if body:
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                body = b""
+                arrived = await anext(steps)
+        except StopAsyncIteration:
+            body = self._end()
+        except Exception as error:
+            body = b"data: " + answer(error, request_id).encode() + b"\n\n"
+        await send({"type": "http.response.body", "body": body, "more_body": False})
 
     def _end(self) -> bytes:
         return self.encoder.last() + DONE

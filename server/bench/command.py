@@ -265,19 +265,16 @@ def load(
     as_json: AsJson = False,
 ) -> None:
     """A closed loop: so many requests in flight until all are answered."""
-    import asyncio
-
     _extra()
     _make_room(out)
-    from server.bench.client import NoAnswer, closed_loop, timed
+    from server.bench.client import NoAnswer, closed_loop, run, timed
     from server.bench.slora import body_of, llama_body
     from server.bench.workloads import closed
 
     body = llama_body(len(models), vocab) if llama else body_of(models, vocab)
     arrivals = closed(requests, list(range(len(models))), prompt_tokens, new_tokens)
-    _, summary = asyncio.run(
-        timed(closed_loop(url, arrivals, body, concurrency, key=_key(context, api_key, own_key, url)))
-    )
+    key = _key(context, api_key, own_key, url)
+    _, summary = run(timed(closed_loop(url, arrivals, body, concurrency, key=key)))
     if not summary.finished:
         raise NoAnswer(f"none of {requests} requests was answered; the first: {summary.reasons[0]}")
     asked = {"url": url, "models": models, "concurrency": concurrency, "requests": requests, "vocab": vocab}

@@ -6,7 +6,6 @@ its adapter is given too, so any OpenAI-compatible server can be asked.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from server.bench.client import Body, NoAnswer, Summary, closed_loop, open_loop, timed
+from server.bench.client import Body, NoAnswer, Summary, closed_loop, open_loop, run, timed
 from server.bench.workloads import Arrival, Poisson, closed, generate
 from server.errors import BadSetting
 
@@ -132,12 +131,12 @@ class Client:
 
     def run(self, spec: Poisson, slo_seconds: float) -> Summary:
         """One open-loop run."""
-        return asyncio.run(timed(open_loop(self.url, generate(spec), self.body, key=self.key), slo_seconds))[1]
+        return run(timed(open_loop(self.url, generate(spec), self.body, key=self.key), slo_seconds))[1]
 
     def warm(self, adapters: int) -> None:
         """Ask for every adapter once, so that those that fit are in RAM. Raises NoAnswer if one does not answer."""
         asked = closed(adapters, range(adapters), 8, 1)
-        outcomes = asyncio.run(closed_loop(self.url, asked, self.body, concurrency=16, key=self.key))
+        outcomes = run(closed_loop(self.url, asked, self.body, concurrency=16, key=self.key))
         failed = [o for o in outcomes if not o.ok]
         if failed:
             raise NoAnswer(f"{len(failed)} of {adapters} adapters did not answer, the first: {failed[0].error}")

@@ -47,6 +47,8 @@ class Engine:
     `block_size` tokens are allocated at once, in the constructor. At most `max_queue` requests with `max_queue_tokens`
     prompt tokens wait. `tell` hears in a line which requests run together, whenever that changes. `room` is what
     adapters may take of memory that they are copied to, `draw` how the runner picks tokens where its logits are.
+    `told` is called when requests may have been told something, after all that were told by a step: for listeners on
+    another thread, who else would come for the first while the others are still being told.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Engine:
         tell: Callable[[str], None] = lambda text: None,
         room: Room | None = None,
         draw: Draw | None = None,
+        told: Callable[[], None] = lambda: None,
     ) -> None:
         self.context_length = min(context_length, blocks * block_size)
         """Tokens that one request can have at most, prompt and answer together."""
@@ -92,6 +95,7 @@ class Engine:
         )
         self._sampler = Sampler(vocab_size, eos_ids, draw)
         self._record = StepRecord(tell)
+        self._told = told
         self._live: dict[str, Request] = {}
         """Every request that has been drained from the inbox and has not heard of its end."""
         self._thread: threading.Thread | None = None
@@ -222,13 +226,16 @@ class Engine:
             while not self._is_over():
                 self._wake.clear()
                 try:
-                    if not self.step():
+                    ran = self.step()
+                    self._pass_on()
+                    if not ran:
                         self._wake.wait(IDLE_SECONDS if self._live or self._stop_at is not None else None)
                     elif rest := self._scheduler.rest:
                         time.sleep(rest * self._record.last_seconds)
                 # A panic in a library of Rust is no Exception, and would end this thread.
                 except BaseException as error:
                     self._recover(error)
+                    self._pass_on()
                     self._wake.wait(IDLE_SECONDS)
         finally:
             self._inbox.close("the engine has stopped")
@@ -244,6 +251,7 @@ class Engine:
         self._drain()
         for request in list(self._live.values()):
             self._end(request, Delivery(finish_reason="error", error=NotReady("the server is stopping")))
+        self._pass_on()
         self._slots.reset()
 
     def _recover(self, error: BaseException) -> None:
@@ -330,6 +338,7 @@ class Engine:
             self._inbox.left(request)
         for request, delivery in plan.ended:
             self._last(request, delivery)
+        self._pass_on()
 
     def _deliver(self, work: list[Work], picks: list[Pick]) -> None:
         row = 0
@@ -369,3 +378,9 @@ class Engine:
             log.exception("request %s: its listener failed", request.id)
             if request.state is not State.DONE:
                 self._inbox.cancel(request.id)
+
+    def _pass_on(self) -> None:
+        try:
+            self._told()
+        except Exception:
+            log.exception("those who were told could not be woken")

@@ -12,9 +12,10 @@ from typing import Any
 
 
 class Mailbox:
-    """Takes what any thread posts and hands it over on the loop's thread, in order.
+    """Takes what any thread posts and hands it over on the loop's thread, in order, once it is woken.
 
-    The first post after an empty box wakes the loop; those that follow before the loop has come cost one append.
+    Waking is apart from posting: the loop would come for the first post of a step while the others are being written,
+    and then again for nearly each of them, as both threads want the interpreter.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -23,9 +24,12 @@ class Mailbox:
         self._awake = False
 
     def post(self, receiver: Callable[[Any], None], item: Any) -> None:
-        """Call `receiver(item)` on the loop's thread, soon. Never blocks; from any thread."""
+        """Call `receiver(item)` on the loop's thread, after the next `wake`. Never blocks; from any thread."""
         self._posts.append((receiver, item))
-        if not self._awake and not self.loop.is_closed():
+
+    def wake(self) -> None:
+        """Let the loop come for all that has been posted. Never blocks; from any thread."""
+        if self._posts and not self._awake and not self.loop.is_closed():
             self._awake = True
             self.loop.call_soon_threadsafe(self._empty)
 

@@ -609,6 +609,54 @@ def test_stop_drains_and_then_ends_the_rest(bench: Any) -> None:
     b.check_empty()
 
 
+def test_listeners_are_woken_once_for_all_that_a_step_tells(bench: Any) -> None:
+    heard: list[Any] = []
+    known: list[int] = []
+    b = bench(told=lambda: known.append(sum(len(h.tokens) for h in heard)))
+    heard += [b.submit(prompt(i), max_tokens=5) for i in range(3)]
+    b.engine.start()
+    assert b.engine.stop(5.0)
+    assert sorted(set(known)) == [0, 3, 6, 9, 12, 15]
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_listeners_are_woken_for_ends_of_every_kind(bench: Any, overlapped: bool) -> None:
+    heard: list[Any] = []
+    ended: list[int] = []
+    b = bench(told=lambda: ended.append(sum(h.reason is not None for h in heard)), overlapped=overlapped)
+
+    def fail(batch: Any) -> None:
+        raise RuntimeError("no step")
+
+    b.runner.before = lambda batch: time.sleep(0.01)
+    heard.append(b.submit(prompt(1), max_tokens=240))
+    b.engine.start()
+    until(lambda: heard[0].tokens)
+    b.engine.cancel(heard[0].request.id)
+    until(lambda: 1 in ended)
+    heard.append(b.submit(prompt(2), deadline=time.monotonic()))
+    until(lambda: 2 in ended)
+    b.runner.before = fail
+    heard.append(b.submit(prompt(3)))
+    until(lambda: 3 in ended)
+    b.runner.before = lambda batch: time.sleep(0.01)
+    heard.append(b.submit(prompt(4), max_tokens=240))
+    until(lambda: heard[3].tokens)
+    b.engine.stop(0.0)
+    assert ended[-1] == 4
+
+
+def test_listeners_that_cannot_be_woken_harm_no_step(bench: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def gone() -> None:
+        raise RuntimeError("the loop is closed")
+
+    b = bench(told=gone)
+    heard = b.submit(prompt(1), max_tokens=3)
+    b.engine.start()
+    assert b.engine.stop(5.0)
+    assert heard.reason == "length" and b.engine.stats()["failures"] == 0 and "the loop is closed" in caplog.text
+
+
 def test_a_stuck_step_can_be_seen_from_outside(bench: Any) -> None:
     b = bench()
     gate = threading.Event()
