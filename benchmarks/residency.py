@@ -7,8 +7,9 @@ asked for one at a time, one short prompt and one token, without a prefix cache:
   files of its store dropped from the system's cache; with `--cached` they stay in it. That each one's tier is `disk`
   before it is asked for, that as many are read as are asked for, and that the system read their bytes, is checked;
 - from RAM: loaded, and put out of their slots again by others;
-- warm: asked for right before.
+- warm: each of both asked for once more, right after.
 
+What a place costs is the median of each adapter's own difference to warm, as a machine's pace changes within seconds.
 Beside them runs a stream on the base, whose longest gaps between tokens are told apart by what was asked for at that
 time: a running request waits for no load. Then the memory: what is resident above a process that has imported the same
 modules and done nothing, over what `/stats` accounts for: after loading, with the adapters that were taken in; once
@@ -77,21 +78,29 @@ async def stream(http: aiohttp.ClientSession, times: list[float]) -> None:
 
 
 async def ask_all(http: aiohttp.ClientSession, names: list[str], times: list[float]) -> dict[str, Any]:
-    """Ask for each in turn: milliseconds to its token, and the gaps of a stream meanwhile whose `times` are given."""
-    before, taken = len(times), []
+    """Ask for each in turn, twice: milliseconds to its token where it is and warm, and the longest gaps of a stream
+    whose `times` are given while the first ones were asked for."""
+    there: list[float] = []
+    warm: list[float] = []
+    gaps: list[float] = []
     for name in names:
-        taken.append(1000 * await first_token(http, name))
-        await asyncio.sleep(0.05)  # so that the stream has tokens of its own between two
-    found = {"ms_p50": statistics.median(taken), "ms_p90": float(np.percentile(taken, 90)), "ms_max": max(taken)}
-    gaps = 1000 * np.diff(times[before:])
-    if len(gaps):
+        for taken in (there, warm):
+            before = len(times)
+            taken.append(1000 * await first_token(http, name))
+            await asyncio.sleep(0.05)  # so that the stream has tokens of its own between two
+            if taken is there:
+                gaps += (1000 * np.diff(times[before:])).tolist()
+    found = {"ms_p50": statistics.median(there), "ms_p90": float(np.percentile(there, 90)), "ms_max": max(there)}
+    found["warm_ms_p50"] = statistics.median(warm)
+    found["over_warm_ms"] = statistics.median(a - b for a, b in zip(there, warm, strict=True))
+    if gaps:
         found |= {f"gap_ms_p{q}": float(np.percentile(gaps, q)) for q in (50, 99, 100)}
     return found
 
 
 async def places(server: Server, names: list[str], beside: bool) -> dict[str, Any]:
-    """The three places, with a stream beside them or alone. Raises RuntimeError where `names` are not on disk before,
-    or are not read as often as they should be."""
+    """Both places, with a stream beside them or alone. Raises RuntimeError where `names` are not on disk before, or are
+    not read as often as they should be."""
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(server.url, timeout=timeout) as http:
         await first_token(http, "smollm2-135m")
@@ -108,13 +117,10 @@ async def places(server: Server, names: list[str], beside: bool) -> dict[str, An
             found[place] |= {"loads": await loads_of(http) - loads, "read_MB": (bytes_read(server) - read) / 1e6}
             if found[place]["loads"] != reads:
                 raise RuntimeError(f"{found[place]['loads']} adapters were read from disk, not {reads}, for {place!r}")
-        await first_token(http, names[0])
-        found["warm"] = await ask_all(http, [names[0]] * len(names), times)
         if streaming is not None:
             streaming.cancel()
             await asyncio.wait([streaming])
-        return found | {f"{place}_over_warm_ms": found[place]["ms_p50"] - found["warm"]["ms_p50"]
-                        for place in ("disk", "ram")}  # fmt: skip
+        return found
 
 
 async def tiers_of(http: aiohttp.ClientSession, names: list[str]) -> dict[str, str]:

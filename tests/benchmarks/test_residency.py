@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.residency import check_read, drop, places
+import benchmarks.residency
+from benchmarks.residency import ask_all, check_read, drop, places
 from benchmarks.serving import Server
 
 NAMES = ["a0", "a1"]
@@ -76,7 +77,21 @@ def measured(server: Places) -> dict[str, Any]:
 def test_adapters_on_disk_are_read_once_and_then_in_ram(answering: Places) -> None:
     found = measured(answering)
     assert (found["disk"]["loads"], found["ram"]["loads"]) == (2, 0)
-    assert found["disk_over_warm_ms"] == found["disk"]["ms_p50"] - found["warm"]["ms_p50"]
+
+
+async def test_each_adapter_is_compared_with_itself_when_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = iter([0.030, 0.010, 0.070, 0.020, 0.040, 0.015])
+    asked: list[str] = []
+
+    async def first_token(http: Any, model: str) -> float:
+        asked.append(model)
+        return next(taken)
+
+    monkeypatch.setattr(benchmarks.residency, "first_token", first_token)
+    http: Any = None
+    found = await ask_all(http, ["a0", "a1", "a2"], [])
+    assert asked == ["a0", "a0", "a1", "a1", "a2", "a2"]
+    assert (found["ms_p50"], found["warm_ms_p50"], found["over_warm_ms"]) == pytest.approx((40, 15, 25))
 
 
 def test_one_that_is_in_ram_already_is_not_measured_as_from_disk(answering: Places) -> None:
