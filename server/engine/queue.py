@@ -292,22 +292,26 @@ class FairQueue:
     def in_order(self) -> Iterator[Request]:
         """Every waiting request, fairest first. The caller may take out and charge what it is given as it goes."""
 
-        def rank(key: Key, request: Request) -> tuple[int, float, float]:
-            return key[0], self._service[key], request.submitted
-
-        lanes = {key: iter(lane) for key, lane in self._lanes.items()}
-        firsts = {key: next(lane) for key, lane in lanes.items()}
-        heads = [(rank(key, request), key) for key, request in firsts.items()]
+        service, lanes = self._service, dict(self._lanes)
+        # Mostly one or two are taken of hundreds of keys: what is worked out for all of them is how they rank.
+        heads = [
+            (key[0], service[key], next(iter(lane.resumed or lane.fresh)).submitted, key) for key, lane in lanes.items()
+        ]
         heapq.heapify(heads)
+        begun: dict[Key, Iterator[Request]] = {}
+        following: dict[Key, Request] = {}
         while heads:
-            _, key = heads[0]
-            yield firsts[key]
-            request = next(lanes[key], None)
+            key = heads[0][-1]
+            if key not in begun:
+                begun[key] = iter(lanes[key])
+                following[key] = next(begun[key])
+            yield following[key]
+            request = next(begun[key], None)
             if request is None:
                 heapq.heappop(heads)
             else:
-                firsts[key] = request
-                heapq.heapreplace(heads, (rank(key, request), key))
+                following[key] = request
+                heapq.heapreplace(heads, (key[0], service[key], request.submitted, key))
 
     def _lane(self, key: Key) -> _Lane:
         lane = self._lanes.get(key)
