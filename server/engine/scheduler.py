@@ -98,6 +98,8 @@ class Scheduler:
         self._changed = False
         """Whether anything has come or been given back since the queue was last gone through in vain."""
         self._next_sweep = -math.inf
+        self._first_deadline = math.inf
+        """No request that waits or runs has an earlier one."""
         self._pressed = -math.inf
         """When a load last lacked room in RAM."""
         self._doubtful = False
@@ -109,6 +111,7 @@ class Scheduler:
         """A new request waits from now on."""
         request.state = State.QUEUED
         self.waiting.add(request)
+        self._first_deadline = min(self._first_deadline, request.deadline)
         self._changed = True
 
     def end(self, request: Request, now: float, *, trusted: bool = True) -> None:
@@ -201,10 +204,12 @@ class Scheduler:
     # -- deadlines and loads
 
     def _sweep(self, now: float, plan: Plan) -> None:
-        if now < self._next_sweep:
+        if now < self._first_deadline or now < self._next_sweep:
             return
         self._next_sweep = now + SWEEP_SECONDS
-        for request in [r for r in (*self.running, *self.waiting) if r.deadline <= now]:
+        live = [*self.running, *self.waiting]
+        self._first_deadline = min((r.deadline for r in live if r.deadline > now), default=math.inf)
+        for request in [r for r in live if r.deadline <= now]:
             waited = f"{now - request.submitted:.1f} s"
             where = "running" if request.state is State.RUNNING else "waiting"
             self._end_in(plan, request, DeadlineExceeded(f"the deadline passed after {waited}, while {where}"), now)

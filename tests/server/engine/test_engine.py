@@ -282,6 +282,18 @@ def test_cancel_while_loading_gives_the_load_up(bench: Any, tools: Any) -> None:
     b.check_empty()
 
 
+def test_each_deadline_is_kept_whatever_became_of_the_earlier_ones(bench: Any, tools: Any) -> None:
+    b = bench(fetch=tools.Fetcher(ready=set()))
+    now = time.monotonic()
+    first = b.submit(prompt(1), max_tokens=2, deadline=now + 0.5)
+    later = [b.submit(prompt(i), mix=tools.mix_of("a1"), deadline=now + wait) for i, wait in ((2, 0.7), (3, 0.6))]
+    b.run_until(lambda: first.reason == "length")
+    b.run_until(lambda: all(heard.error for heard in later))
+    assert all(isinstance(heard.error, DeadlineExceeded) for heard in later)
+    assert all(heard.request.finished >= heard.request.deadline for heard in later)
+    assert later[1].request.finished <= later[0].request.finished
+
+
 def test_deadlines(bench: Any, tools: Any) -> None:
     fetch = tools.Fetcher(ready=set())
     b = bench(fetch=fetch, max_batch=1)
