@@ -48,7 +48,7 @@ class Engine:
     prompt tokens wait. `tell` hears in a line which requests run together, whenever that changes. `room` is what
     adapters may take of memory that they are copied to, `draw` how the runner picks tokens where its logits are.
     `told` is called when requests may have been told something, after all that were told by a step: for listeners on
-    another thread, who else would come for the first while the others are still being told.
+    another thread, who would otherwise come for the first while the others are still being told.
     """
 
     def __init__(
@@ -380,6 +380,7 @@ class Engine:
                 self._inbox.cancel(request.id)
 
     def _pass_on(self) -> None:
+        """Let those who have been told something come for it, if anybody has."""
         try:
             self._told()
         except Exception:

@@ -291,7 +291,6 @@ class FairQueue:
 
     def in_order(self) -> Iterator[Request]:
         """Every waiting request, fairest first. The caller may take out and charge what it is given as it goes."""
-
         service, lanes = self._service, dict(self._lanes)
         # Mostly one or two are taken of hundreds of keys: what is worked out for all of them is how they rank.
         heads = [

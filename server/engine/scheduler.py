@@ -44,7 +44,7 @@ LENT_ROWS = 12
 """Rows of prompts that a step may have while processors are lent, so that neither it nor the rest after it is long."""
 
 SWEEP_SECONDS = 0.02
-"""How often deadlines are looked at."""
+"""How often deadlines are looked at, at most."""
 
 
 @dataclass(frozen=True)

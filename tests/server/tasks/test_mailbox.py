@@ -39,6 +39,8 @@ async def test_what_is_posted_is_handed_over_together_once_the_loop_is_woken() -
 async def test_a_loop_that_is_closed_is_left_alone() -> None:
     loop = asyncio.new_event_loop()
     mailbox = Mailbox(loop)
-    mailbox.post(print, "never")
+    arrived: list[int] = []
     loop.close()
+    mailbox.post(arrived.append, 1)
     mailbox.wake()
+    assert loop.is_closed() and arrived == [], "and nothing is raised"
