@@ -17,6 +17,7 @@ from typing import Any
 
 from server.settings import training_environment
 
+COMMAND = (sys.executable, "-m", "server.jobs.child")
 STDERR = "stderr.log"
 LAST_WORDS = 600
 """Characters."""
@@ -30,7 +31,7 @@ class Process:
         self._folder = folder
         with (folder / STDERR).open("wb") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "server.jobs.child", str(folder.resolve())],
+                [*COMMAND, str(folder.resolve())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -10,10 +10,10 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import pytest
 import server.app
 from adapters.errors import StoreFailed
 from server.api.assembly import build
-from server.jobs import child, training
+from server.jobs import child, process, training
 from server.jobs.publishing import Publishing
 from server.jobs.spec import Spec
 from server.model.loader import Base
@@ -200,18 +200,33 @@ def test_what_can_be_refused_at_once_is(client: openai.OpenAI, subtests: pytest.
             assert client.fine_tuning.jobs.list().data == []
 
 
-def child_of(live: Any, id: str, seconds: float = 30) -> int:
-    """The process that trains a job, once it does."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        for status in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = status.read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"server.jobs.child" in words and any(id.encode() in word for word in words):
-                return int(status.parent.name)
-        time.sleep(0.01)
+class Gate:
+    """The step at which training processes wait until a later one is named, or they are asked to stop."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def name(self, step: int) -> None:
+        self._file.with_suffix(".new").write_text(str(step))
+        self._file.with_suffix(".new").replace(self._file)  # at once: it is being read
+
+
+@pytest.fixture
+def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    file = tmp_path / "gate"
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, str(Path(__file__).with_name("held_child.py")), str(file)))
+    return Gate(file)
+
+
+def child_of(id: str) -> int:
+    """The process that trains a job, which waits at the gate."""
+    for status in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = status.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if any(word.endswith(b"held_child.py") for word in words) and any(id.encode() in word for word in words):
+            return int(status.parent.name)
     raise AssertionError("there is no process")
 
 
@@ -237,32 +252,11 @@ def past(client: openai.OpenAI, id: str, step: int, seconds: float = 60) -> None
         if any(s >= step for s, _ in steps_of(client, id)):
             return
         time.sleep(0.02)
-    raise AssertionError(f"step {step} is not reached")
-
-
-@contextmanager
-def held_past(live: Any, client: openai.OpenAI, id: str, step: int, seconds: float = 60) -> Iterator[int]:
-    """The process of a job, stopped a few steps behind `step`: it runs in slices and cannot be over unseen."""
-    process, end, before = child_of(live, id), time.monotonic() + seconds, len(steps_of(client, id))
-    while len(steps_of(client, id)) == before and time.monotonic() < end:
-        time.sleep(0.02)  # it still starts
-    while time.monotonic() < end:
-        os.kill(process, signal.SIGSTOP)
-        time.sleep(0.01)  # what it has written is read meanwhile
-        if any(s >= step for s, _ in steps_of(client, id)):
-            break
-        os.kill(process, signal.SIGCONT)
-        time.sleep(0.05)
-    else:
-        raise AssertionError(f"step {step} is not reached")
-    try:
-        yield process
-    finally:
-        os.kill(process, signal.SIGCONT)
+    raise AssertionError(f"step {step} is not reached: {client.fine_tuning.jobs.retrieve(id)}")
 
 
 def test_pausing_killing_and_restarting_change_no_bit(
-    house: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    house: Callable[..., Any], gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a process that yields to all others and goes with its server; beside a job that nothing has happened to."""
     live = house()
@@ -270,30 +264,36 @@ def test_pausing_killing_and_restarting_change_no_bit(
     with monkeypatch.context() as patch:
         patch.setattr(training, "Process", Within)
         whole = until(client, long_job(client, 30, suffix="whole").id)
+    gate.name(5)
     job = long_job(client, 30, suffix="parts")
 
-    with held_past(live, client, job.id, 5) as process:
-        assert live.house.parts.engine._scheduler.lending, "a process that trains gets processors between steps"
-        assert os.sched_getscheduler(process) == os.SCHED_IDLE
-        assert Path(f"/proc/{process}/oom_score_adj").read_text().strip() == "1000"
-        client.fine_tuning.jobs.pause(job.id)
+    past(client, job.id, 5)
+    pid = child_of(job.id)
+    assert live.house.parts.engine._scheduler.lending, "a process that trains gets processors between steps"
+    assert os.sched_getscheduler(pid) == os.SCHED_IDLE
+    assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "1000"
+    client.fine_tuning.jobs.pause(job.id)
     assert until(client, job.id, "paused").status == "paused"
     assert not live.house.parts.engine._scheduler.lending
     time.sleep(0.3)
     assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
+    gate.name(25)
     client.fine_tuning.jobs.resume(job.id)
 
-    with held_past(live, client, job.id, 25) as process:
-        os.kill(process, signal.SIGKILL)
+    past(client, job.id, 25)
+    os.kill(child_of(job.id), signal.SIGKILL)
     failed = until(client, job.id)
     assert failed.status == "failed" and failed.error.code == "process_died" and "SIGKILL" in failed.error.message
+    gate.name(45)
     client.fine_tuning.jobs.resume(job.id)
-    with held_past(live, client, job.id, 45) as process:
-        assert record_of(live, job.id)["status"] == "running"
+    past(client, job.id, 45)
+    pid = child_of(job.id)
+    assert record_of(live, job.id)["status"] == "running"
     live.stop()
-    assert not Path(f"/proc/{process}").exists()
+    assert not Path(f"/proc/{pid}").exists()
     assert record_of(live, job.id)["status"] == "queued"
 
+    gate.name(91)
     live = house()
     client = client_of(live)
     assert until(client, job.id).status == "succeeded"
@@ -303,7 +303,8 @@ def test_pausing_killing_and_restarting_change_no_bit(
     assert digests[0] == digests[1]
 
 
-def test_one_at_a_time_and_cancelling(live: Any, client: openai.OpenAI) -> None:
+def test_one_at_a_time_and_cancelling(live: Any, client: openai.OpenAI, gate: Gate) -> None:
+    gate.name(1)
     first, second, third = (long_job(client, metadata=m) for m in (None, None, {"run": "1"}))
     past(client, first.id, 1)
     assert [client.fine_tuning.jobs.retrieve(j.id).status for j in (second, third)] == ["queued", "queued"]
@@ -317,10 +318,10 @@ def test_one_at_a_time_and_cancelling(live: Any, client: openai.OpenAI) -> None:
     assert {first.id, second.id} <= without and third.id not in without
     assert client.fine_tuning.jobs.cancel(third.id).status == "cancelled"
     client.fine_tuning.jobs.pause(second.id)
-    process = child_of(live, first.id)
+    pid = child_of(first.id)
     client.fine_tuning.jobs.cancel(first.id)
     assert until(client, first.id).status == "cancelled"
-    assert not Path(f"/proc/{process}").exists()
+    assert not Path(f"/proc/{pid}").exists()
     with pytest.raises(openai.ConflictError):
         client.fine_tuning.jobs.cancel(first.id)
     with pytest.raises(openai.ConflictError):
