@@ -292,6 +292,11 @@ class Registry:
         lost = self._store.lost
         return {folder: taken for folder, taken in self._store.journal.taken.items() if taken.digest not in lost}
 
+    def taken_from(self, folder: str) -> Taken | None:
+        """The same of one folder."""
+        taken = self._store.journal.taken.get(folder)
+        return None if taken is None or taken.digest in self._store.lost else taken
+
     def take(self, folder: str, taken: Taken | None) -> None:
         """Remember what a folder held without publishing it, or forget it. Raises StoreFailed."""
         self._submit(self._writer, lambda: self._store.write(self._store.journal.take(folder, taken))).result()
@@ -322,7 +327,7 @@ class Registry:
             raise AdapterConflict(f"{name!r} is in use by other content; put the new content to replace it", "name")
         journal = self._store.journal
         if taken is not None:
-            before = self.taken().get(taken[0])
+            before = self.taken_from(taken[0])
             journal = journal.take(taken[0], Taken(digest, taken[1]))
             if before is not None and before.digest == digest and not same:
                 self._store.write(journal)

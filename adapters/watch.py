@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from adapters.store import CONFIG, REQUIRED, SIDE
 
 log = logging.getLogger(__name__)
 
+SHARE = 0.02
+"""Of one processor, what looking takes at most: of thousands of folders it looks less often."""
 RETRY_SECONDS = 30.0
 """After how long a folder is tried again that failed for want of room, which its content says nothing about."""
 MAX_ENTRIES = 1000
@@ -51,8 +54,9 @@ HERE = "."
 
 
 class Watch:
-    """Looks at `directory` every `interval` seconds. `still` and `gone` are the seconds that a folder must not have
-    changed before it is read, and must have been away before its adapter is retired. `clock` is monotonic.
+    """Looks at `directory` every `interval` seconds, or less often if there is that much to look at. `still` and `gone`
+    are the seconds that a folder must not have changed before it is read, and must have been away before its adapter is
+    retired. `clock` is monotonic.
     """
 
     def __init__(
@@ -131,11 +135,14 @@ class Watch:
             self._miss(folder)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._interval):
+        took = 0.0
+        while not self._stop.wait(max(self._interval, took / SHARE)):
+            before = time.thread_time()
             try:
                 self.poll()
             except Exception:  # one look that fails must not be the last
                 log.exception("looking at the adapter directory failed")
+            took = time.thread_time() - before
 
     def _look(self, folder: str) -> None:
         try:
@@ -152,7 +159,7 @@ class Watch:
                 self._miss(folder)
             return
         self._away.pop(folder, None)
-        taken = self._registry.taken().get(origin("watch", folder))
+        taken = self._registry.taken_from(origin("watch", folder))
         if taken is not None and taken.signature == signature:
             self._known.add(folder)
             self._settle(folder)
@@ -234,7 +241,7 @@ class Watch:
         if folder not in self._known:
             return
         key = origin("watch", folder)
-        taken = self._registry.taken().get(key)
+        taken = self._registry.taken_from(key)
         try:
             if taken is not None and self._registry.has(folder, taken.digest):
                 self._registry.retire_now(folder, forget=[key])
@@ -265,7 +272,7 @@ def scan_library(registry: Registry, library: Path) -> list[str]:
             signature = signature_of(folder, None)
             if not signature:
                 continue
-            taken = registry.taken().get(key)
+            taken = registry.taken_from(key)
             ours = taken is not None and registry.has(name, taken.digest)
             if name in registry.names() and not ours:
                 log.info("the library's %s is skipped: the name has another adapter", name)
@@ -299,15 +306,19 @@ def inside(directory: Path, source: str) -> Path:
 def signature_of(folder: Path, within: Path | None) -> Signature:
     """The state of the folder's files; empty if neither of the two that make an adapter is there.
 
-    Raises InvalidAdapter for a link that leads out of `within`.
+    Raises InvalidAdapter for a link that leads out of `within`, which `folder` is an entry of.
     """
     entries = []
+    root = os.fspath(folder)
+    linked = os.path.islink(root)
     for name in (*REQUIRED, *SIDE):
-        path = folder / name
+        path = f"{root}/{name}"
         try:
-            if within is not None and not path.resolve().is_relative_to(within.resolve()):
-                raise InvalidAdapter(f"{name} leads out of the adapter directory")
-            state = path.stat()
+            state = os.lstat(path)
+            if linked or stat.S_ISLNK(state.st_mode):  # else there is nothing to follow: a thousand are looked at
+                if within is not None and not Path(path).resolve().is_relative_to(within.resolve()):
+                    raise InvalidAdapter(f"{name} leads out of the adapter directory")
+                state = os.stat(path)
         except (OSError, RuntimeError):  # not there, or not to be read: the reader will say so
             continue
         entries.append((name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))

@@ -427,6 +427,25 @@ def test_the_thread_looks_and_ends(scene: Scene) -> None:
     assert scene.served() == {"a": a}
 
 
+def test_looks_that_take_long_are_rarer(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By processor time, of which they take a fiftieth at most."""
+    watch, waits, used = Watch(scene.registry, scene.directory, interval=1.0), [], iter([0.0, 0.01, 5.0, 5.5, 6.0, 6.1])
+    monkeypatch.setattr(time, "thread_time", lambda: next(used))
+    monkeypatch.setattr(watch._stop, "wait", lambda seconds: waits.append(seconds) or len(waits) == 4)
+    watch._run()
+    assert waits == [1.0, 1.0, pytest.approx(25.0), pytest.approx(5.0)]
+
+
+def test_looking_at_a_folder_does_not_go_through_all_that_was_taken(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = {name: scene.put(name, seed) for seed, name in enumerate("abc")}
+    assert scene.look(2) == digests
+    monkeypatch.delattr(Registry, "taken")
+    monkeypatch.setattr(Path, "resolve", None)  # nor does it follow links where there are none
+    assert scene.look() == digests and scene.rejected() == {}
+
+
 # The library
 
 
