@@ -202,16 +202,18 @@ void columns(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, 
     const int8_t* codes = x.codes.get() + first * w.padded();
     const float* meta = x.meta.get() + first / ROWS * steps * META;
     float* at = out + first * stride;
-    const int64_t side = std::min(aside.pace, (aside.lines + steps - 1) / steps);
+    if (aside.lines.count == 0) aside.refill();
+    const int64_t side = std::min(aside.pace, (aside.lines.count + steps - 1) / steps);
+    const char* beside = aside.lines.at;
     switch (rows - first) {
-      case 1: product<S, DOUBLE, 1, T>(w, tile, codes, meta, at, stride, ahead, aside.at, side); break;
-      case 2: product<S, DOUBLE, 2, T>(w, tile, codes, meta, at, stride, ahead, aside.at, side); break;
-      case 3: product<S, DOUBLE, 3, T>(w, tile, codes, meta, at, stride, ahead, aside.at, side); break;
-      default: product<S, DOUBLE, 4, T>(w, tile, codes, meta, at, stride, ahead, aside.at, side);
+      case 1: product<S, DOUBLE, 1, T>(w, tile, codes, meta, at, stride, ahead, beside, side); break;
+      case 2: product<S, DOUBLE, 2, T>(w, tile, codes, meta, at, stride, ahead, beside, side); break;
+      case 3: product<S, DOUBLE, 3, T>(w, tile, codes, meta, at, stride, ahead, beside, side); break;
+      default: product<S, DOUBLE, 4, T>(w, tile, codes, meta, at, stride, ahead, beside, side);
     }
-    const int64_t asked = std::min(aside.lines, side * steps);
-    aside.at += asked * 64;
-    aside.lines -= asked;
+    const int64_t asked = std::min(aside.lines.count, side * steps);
+    aside.lines.at += asked * 64;
+    aside.lines.count -= asked;
   }
 }
 

@@ -76,11 +76,21 @@ struct Activations {
   int64_t bytes() const { return codes.bytes() + meta.bytes() + half.bytes(); }
 };
 
+// Lines of 64 bytes that lie one after the other.
+struct Lines {
+  const char* at = nullptr;
+  int64_t count = 0;
+};
+
 // Memory that something else will read soon. Products live on arithmetic and leave memory idle, so they ask for it on
 // the side: for `pace` lines of it with every group of inputs that a walk over weights passes.
 struct Aside {
-  const char* at = nullptr;
-  int64_t lines = 0, pace = 0;
+  Lines lines;
+  int64_t pace = 0;
+
+  virtual ~Aside() = default;
+  // Called before a walk when all lines have been asked for: puts the next ones there, if there are any.
+  virtual void refill() {}
 };
 
 // out[r, 16 * (t - first)] = row r of x times tile t of w, no bias. Rows of `out` have room for whole tiles. What has

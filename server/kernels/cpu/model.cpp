@@ -13,7 +13,7 @@ namespace loramux {
 namespace {
 
 // What is asked for with a group of inputs, weights among it, at most: memory has no more to give.
-constexpr int64_t MOST_LINES = 7;
+constexpr int64_t MOST_LINES = 9;
 
 // What a thread asks for ahead of a layer, at most: it has to stay in its second cache, or in a third of the third one
 // that it shares with the others, until it is read.
@@ -76,7 +76,7 @@ void add_row(float* to, const float* x, int64_t n) {
 }
 
 // An adapter's matrices of a layer's q, k, v and o, which lie one after the other.
-Aside attention_sites(const LoraSite* sites, const Layer& layer) {
+Lines attention_sites(const LoraSite* sites, const Layer& layer) {
   const uint16_t *begin = nullptr, *end = nullptr;
   for (const int s : {Q, K, V, O}) {
     const LoraSite& site = sites[s];
@@ -115,6 +115,7 @@ Model::Model(const Config& config, const Layer* layers, const Matrix& embed, con
       slot_lines_(static_cast<size_t>(config.max_slots), 0),
       ahead_lines_(ahead_lines(pool.threads())),
       local_(static_cast<size_t>(pool.threads())) {
+  for (size_t t = 0; t < local_.size(); t++) local_[t].ahead.model = this, local_[t].ahead.thread = static_cast<int>(t);
   for (const Layer& layer : layers_)
     for (const Matrix& w : layer.site) (w.scheme == NONE ? any_half_ : any_codes_) = true;
   (head_.scheme == NONE ? any_half_ : any_codes_) = true;
@@ -147,7 +148,7 @@ void Model::set_slot(int64_t slot, const LoraSite* sites) {
     if (rank > 0) slot_uses_[at] |= 1u << i % SITES;
   }
   for (size_t layer = 0; layer < layers_.size(); layer++)
-    slot_lines_[at] += attention_sites(slots_[at] + layer * SITES, layers_[layer]).lines;
+    slot_lines_[at] += attention_sites(slots_[at] + layer * SITES, layers_[layer]).count;
 }
 
 int64_t Model::work_bytes() const {
@@ -345,37 +346,40 @@ void Model::look_ahead(int64_t layer) {
   ahead_layer_ = layer < config_.layers ? layer : -1;
 }
 
-// What a thread asks for beside a product. Each has the share of what it will probably read itself: the pieces of
-// updates and of attention are dealt out in the same order.
+// What a thread asks for beside a product.
 Aside& Model::aside_of(int thread) {
-  Local& local = local_[static_cast<size_t>(thread)];
-  if (local.look != look_)
-    local.look = look_, local.aside = {}, local.asked = 0, local.left = ahead_lines_;
-  if (ahead_layer_ < 0) return local.aside;
+  Ahead& ahead = local_[static_cast<size_t>(thread)].ahead;
+  if (ahead.look != look_)
+    ahead.look = look_, ahead.lines = {}, ahead.pace = ahead_pace_, ahead.asked = 0, ahead.left = ahead_lines_;
+  return ahead;
+}
+
+// Each thread has the share of what it will probably read itself: the pieces of updates and of attention are dealt out
+// in the same order.
+void Model::refill(Ahead& ahead) const {
+  if (ahead_layer_ < 0) return;
   const auto threads = static_cast<int64_t>(local_.size());
   const auto begin = [&](const std::vector<int32_t>& all) {
-    return static_cast<int64_t>(all.size()) * thread / threads;
+    return static_cast<int64_t>(all.size()) * ahead.thread / threads;
   };
   const auto count = [&](const std::vector<int32_t>& all) {
-    return static_cast<int64_t>(all.size()) * (thread + 1) / threads - begin(all);
+    return static_cast<int64_t>(all.size()) * (ahead.thread + 1) / threads - begin(all);
   };
-  while (local.aside.lines == 0) {
-    const int64_t slot = local.asked, block = slot - count(ahead_slots_);
-    if (block >= count(ahead_blocks_) || local.left == 0) break;
-    local.asked++;
+  while (ahead.lines.count == 0 && ahead.left > 0) {
+    const int64_t slot = ahead.asked, block = slot - count(ahead_slots_);
+    if (block >= count(ahead_blocks_)) break;
+    ahead.asked++;
     if (block < 0) {
       const auto at = static_cast<size_t>(ahead_slots_[static_cast<size_t>(begin(ahead_slots_) + slot)]);
-      local.aside = attention_sites(slots_[at] + ahead_layer_ * SITES, layers_[static_cast<size_t>(ahead_layer_)]);
+      ahead.lines = attention_sites(slots_[at] + ahead_layer_ * SITES, layers_[static_cast<size_t>(ahead_layer_)]);
     } else {
       const int32_t at = ahead_blocks_[static_cast<size_t>(begin(ahead_blocks_) + block)];
       const int64_t halves = cache_halves(config_, block_size_);
-      local.aside = {reinterpret_cast<const char*>(cache_of(ahead_layer_).keys(at, 0)), halves / 32};
+      ahead.lines = {reinterpret_cast<const char*>(cache_of(ahead_layer_).keys(at, 0)), halves / 32};
     }
-    local.aside.lines = std::min(local.aside.lines, local.left);
-    local.aside.pace = ahead_pace_;
-    local.left -= local.aside.lines;
+    ahead.lines.count = std::min(ahead.lines.count, ahead.left);
+    ahead.left -= ahead.lines.count;
   }
-  return local.aside;
 }
 
 // ---- linears --------------------------------------------------------------------------------------------------

@@ -79,6 +79,8 @@ class Model {
   int64_t pace_ahead(int64_t rows) const;
   void look_ahead(int64_t layer);
   Aside& aside_of(int thread);
+  struct Ahead;
+  void refill(Ahead& ahead) const;
   void fetch_once(const Activations& x, int64_t rows, int thread);
   int64_t clock(Phase phase, int64_t since);
 
@@ -115,15 +117,22 @@ class Model {
   Buffer<float> seen_;  // attention's result [block][heads * dim]
   std::array<Buffer<float>, SITES> updates_;  // [block][the site's outputs]
   Activations normed_, attended_, gated_;
+  // What a thread asks for beside its products.
+  struct Ahead : Aside {
+    const Model* model = nullptr;
+    int thread = 0;
+    int64_t look = 0;   // the last look ahead that it has begun with
+    int64_t asked = 0;  // of its share of that one, slots and then blocks
+    int64_t left = 0;   // lines that it may still ask for
+
+    void refill() override { model->refill(*this); }
+  };
   struct Local {
     AttentionScratch attention;
     Buffer<float> tile, rows, ranks;
     DrawScratch draw;
     std::vector<Peaks> peaks;  // of the logits that this thread has computed
-    Aside aside;        // what this thread asks for beside its products
-    int64_t look = 0;   // the last look ahead that it has begun with
-    int64_t asked = 0;  // of its share of that one, slots and then blocks
-    int64_t left = 0;   // lines that it may still ask for
+    Ahead ahead;
     int64_t phase = 0;  // the last one in which this thread asked for its activations
   };
   std::vector<Local> local_;
