@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,7 +76,7 @@ class LoraWeights:
     def version(self) -> Version:
         return Version(self.name, self.digest)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(m.nbytes for m in self.modules.values())
@@ -178,7 +179,7 @@ class Mix:
     def __iter__(self) -> Iterator[tuple[str, float]]:
         return iter(self.entries)
 
-    @property
+    @cached_property
     def digests(self) -> tuple[str, ...]:
         return tuple(digest for digest, _ in self.entries)
 
