@@ -136,23 +136,22 @@ void plan_updates(const LoraPlan& plan, const std::vector<const LoraSite*>& slot
     for (const Entry& entry : mix.entries)
       for (const Update& site : sites) used = used || slots[static_cast<size_t>(entry.slot)][site.at].rank > 0;
   if (!used) return;
-  for (size_t m = 0; m < plan.mixes.size(); m++) {
-    const int count = static_cast<int>(plan.mixes[m].rows.size());
+  for (const MixRows& mix : plan.mixes) {
+    const int count = static_cast<int>(mix.rows.size());
     for (int first = 0; first < count; first += UPDATE_ROWS)
-      tasks.push_back({static_cast<int32_t>(m), first, std::min(count, first + UPDATE_ROWS)});
+      tasks.push_back({&mix, first, std::min(count, first + UPDATE_ROWS)});
   }
 }
 
-void update(const MixRows& mix, const UpdateTask& task, const std::vector<const LoraSite*>& slots,
-            const std::vector<Update>& sites, const uint16_t* x, int64_t padded, int64_t in, float* ranks,
-            const uint16_t* next) {
+void update(const UpdateTask& task, const std::vector<const LoraSite*>& slots, const std::vector<Update>& sites,
+            const uint16_t* x, int64_t padded, int64_t in, float* ranks) {
+  const MixRows& mix = *task.mix;
   const auto row = [&](int r) { return static_cast<int64_t>(mix.rows[static_cast<size_t>(r)]); };
   for (const Update& site : sites)
     for (int r = task.first; r < task.last; r++) std::memset(site.z + row(r) * site.stride, 0, site.out * sizeof(float));
   const uint16_t* rows[4];
   float *to[4], *v[4];
-  for (size_t e = 0; e < mix.entries.size(); e++) {
-    const Entry& entry = mix.entries[e];
+  for (const Entry& entry : mix.entries) {
     const LoraSite* slot = slots[static_cast<size_t>(entry.slot)];
     float* at = ranks;
     for (const Update& update : sites) {
@@ -168,8 +167,6 @@ void update(const MixRows& mix, const UpdateTask& task, const std::vector<const 
         }
       });
     }
-    if (e + 1 == mix.entries.size() && next != nullptr)
-      for (int64_t i = 0; i < AHEAD / 2; i += 32) prefetch(next + i);
     at = ranks;
     for (const Update& update : sites) {
       const LoraSite& site = slot[update.at];

@@ -42,7 +42,8 @@ struct Update {
 
 // A piece of the updates of some sites: rows first..last of a mix.
 struct UpdateTask {
-  int32_t mix, first, last;
+  const MixRows* mix;  // of the plan
+  int32_t first, last;
 };
 
 constexpr int UPDATE_ROWS = 8;   // rows of a task
@@ -54,10 +55,8 @@ void plan_updates(const LoraPlan& plan, const std::vector<const LoraSite*>& slot
 
 // z[row][c] = sum over a mix's entries and their ranks of weight * scale * (A[j] . x[row]) * B[j][c], at every site, for
 // the rows of a task. x is bf16 [rows][padded]. An adapter's matrices for these sites lie one after the other, and are
-// walked so. `ranks` has room for UPDATE_SITES * UPDATE_ROWS * (the highest rank) floats. `next` is where the next task
-// begins to read, or null.
-void update(const MixRows& mix, const UpdateTask& task, const std::vector<const LoraSite*>& slots,
-            const std::vector<Update>& sites, const uint16_t* x, int64_t padded, int64_t in, float* ranks,
-            const uint16_t* next);
+// walked so. `ranks` has room for UPDATE_SITES * UPDATE_ROWS * (the highest rank) floats.
+void update(const UpdateTask& task, const std::vector<const LoraSite*>& slots, const std::vector<Update>& sites,
+            const uint16_t* x, int64_t padded, int64_t in, float* ranks);
 
 }  // namespace loramux

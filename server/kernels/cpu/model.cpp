@@ -15,6 +15,9 @@ namespace {
 // What is asked for with a group of inputs, weights among it, at most: memory has no more to give.
 constexpr int64_t MOST_LINES = 9;
 
+// The same of an update's adapters: most of them have come as far as the third cache before.
+constexpr int64_t MOST_NEAR = 16;
+
 // What a thread asks for ahead of a layer, at most: it has to stay in its second cache, or in a third of the third one
 // that it shares with the others, until it is read.
 int64_t ahead_lines(int threads) {
@@ -75,12 +78,14 @@ void add_row(float* to, const float* x, int64_t n) {
   }
 }
 
-// An adapter's matrices of a layer's q, k, v and o, which lie one after the other.
-Lines attention_sites(const LoraSite* sites, const Layer& layer) {
+constexpr uint32_t ATTENTION_SITES = 1u << Q | 1u << K | 1u << V | 1u << O;
+
+// An adapter's matrices of some sites of a layer, which lie one after the other. Bit s of `which`: site s is one.
+Lines lines_of(const LoraSite* sites, const Layer& layer, uint32_t which) {
   const uint16_t *begin = nullptr, *end = nullptr;
-  for (const int s : {Q, K, V, O}) {
+  for (size_t s = 0; s < SITES; s++) {
     const LoraSite& site = sites[s];
-    if (site.rank == 0) continue;
+    if (!(which >> s & 1) || site.rank == 0) continue;
     if (begin == nullptr || site.a < begin) begin = site.a;
     end = std::max(end, site.b + site.rank * layer.site[s].n);
   }
@@ -148,7 +153,7 @@ void Model::set_slot(int64_t slot, const LoraSite* sites) {
     if (rank > 0) slot_uses_[at] |= 1u << i % SITES;
   }
   for (size_t layer = 0; layer < layers_.size(); layer++)
-    slot_lines_[at] += attention_sites(slots_[at] + layer * SITES, layers_[layer]).count;
+    slot_lines_[at] += lines_of(slots_[at] + layer * SITES, layers_[layer], ATTENTION_SITES).count;
 }
 
 int64_t Model::work_bytes() const {
@@ -285,16 +290,9 @@ int Model::plan_updates(int64_t layer, const RowBlock& block, const std::vector<
   return static_cast<int>(update_tasks_.size());
 }
 
-void Model::update_piece(const RowBlock& block, const Activations& x, int64_t in, int piece, int thread) {
-  const UpdateTask& task = update_tasks_[static_cast<size_t>(piece)];
-  const uint16_t* next = nullptr;
-  if (static_cast<size_t>(piece) + 1 < update_tasks_.size()) {
-    const UpdateTask& after = update_tasks_[static_cast<size_t>(piece) + 1];
-    const int32_t slot = block.plan.mixes[static_cast<size_t>(after.mix)].entries[0].slot;
-    next = slots_[static_cast<size_t>(slot)][updated_[0].at].a;
-  }
-  update(block.plan.mixes[static_cast<size_t>(task.mix)], task, slots_, updated_, x.half.get(), x.padded, in,
-         local_[static_cast<size_t>(thread)].ranks.get(), next);
+void Model::update_piece(const Activations& x, int64_t in, int piece, int thread) {
+  loramux::update(update_tasks_[static_cast<size_t>(piece)], slots_, updated_, x.half.get(), x.padded, in,
+                  local_[static_cast<size_t>(thread)].ranks.get());
 }
 
 // What the last updates add to a row's output at a site, or null.
@@ -346,17 +344,51 @@ void Model::look_ahead(int64_t layer) {
   ahead_layer_ = layer < config_.layers ? layer : -1;
 }
 
-// What a thread asks for beside a product.
-Aside& Model::aside_of(int thread) {
+// What a thread asks for beside a product; `update` is the task of this phase that it comes to next, if there is one.
+Aside& Model::aside_of(int thread, int update) {
   Ahead& ahead = local_[static_cast<size_t>(thread)].ahead;
-  if (ahead.look != look_)
-    ahead.look = look_, ahead.lines = {}, ahead.pace = ahead_pace_, ahead.asked = 0, ahead.left = ahead_lines_;
+  if (ahead.look != look_) {
+    ahead.look = look_;
+    ahead.near = false;
+    ahead.lines = ahead.far = {};
+    ahead.pace = ahead_pace_;
+    ahead.asked = 0;
+    ahead.left = ahead_lines_;
+  }
+  if (ahead.phase == phase_ && ahead.update == update) return ahead;
+  if (!ahead.near) ahead.far = ahead.lines;
+  ahead.near = true;
+  ahead.lines = {};
+  ahead.phase = phase_;
+  ahead.update = update;
+  ahead.entry = ahead.end = nullptr;
+  if (update == NO_UPDATE) return ahead;
+  const MixRows* mix = update_tasks_[static_cast<size_t>(update)].mix;
+  if (update > 0 && update_tasks_[static_cast<size_t>(update) - 1].mix == mix) return ahead;  // it has just been read
+  ahead.entry = mix->entries.data();
+  ahead.end = ahead.entry + mix->entries.size();
   return ahead;
 }
 
-// Each thread has the share of what it will probably read itself: the pieces of updates and of attention are dealt out
-// in the same order.
+// What the updates of this phase read of an adapter.
+Lines Model::lines_of_update(int32_t slot) const {
+  uint32_t which = 0;
+  for (const Update& update : updated_) which |= 1u << update.at % SITES;
+  const auto layer = static_cast<size_t>(updated_[0].at / SITES);
+  return lines_of(slots_[static_cast<size_t>(slot)] + layer * SITES, layers_[layer], which);
+}
+
+// Of what the next layer reads each thread has the share that it will probably read itself: the pieces of updates and
+// of attention are dealt out in the same order.
 void Model::refill(Ahead& ahead) const {
+  if (ahead.near) {
+    ahead.pace = MOST_NEAR;
+    while (ahead.lines.count == 0 && ahead.entry != ahead.end) ahead.lines = lines_of_update((ahead.entry++)->slot);
+    if (ahead.lines.count > 0) return;
+    ahead.near = false;
+    ahead.pace = ahead_pace_;
+    ahead.lines = ahead.far;
+  }
   if (ahead_layer_ < 0) return;
   const auto threads = static_cast<int64_t>(local_.size());
   const auto begin = [&](const std::vector<int32_t>& all) {
@@ -371,7 +403,8 @@ void Model::refill(Ahead& ahead) const {
     ahead.asked++;
     if (block < 0) {
       const auto at = static_cast<size_t>(ahead_slots_[static_cast<size_t>(begin(ahead_slots_) + slot)]);
-      ahead.lines = attention_sites(slots_[at] + ahead_layer_ * SITES, layers_[static_cast<size_t>(ahead_layer_)]);
+      const Layer& layer = layers_[static_cast<size_t>(ahead_layer_)];
+      ahead.lines = lines_of(slots_[at] + ahead_layer_ * SITES, layer, ATTENTION_SITES);
     } else {
       const int32_t at = ahead_blocks_[static_cast<size_t>(begin(ahead_blocks_) + block)];
       const int64_t halves = cache_halves(config_, block_size_);
@@ -395,14 +428,14 @@ void Model::fetch_once(const Activations& x, int64_t rows, int thread) {
 }
 
 void Model::product_piece(const RowBlock& block, const Activations& x, const Target& target, int64_t first,
-                          int64_t last, int thread) {
+                          int64_t last, Aside& aside, int thread) {
   const Matrix& w = *target.w;
   const int64_t column = first * 16, columns = std::min(last * 16, w.n) - column;
   // Whole tiles may be written in place; sums with what is there already go through the thread's own tile.
   const bool direct = !target.add && last * 16 <= target.stride;
   float* y = direct ? target.out + column : local_[static_cast<size_t>(thread)].tile.get();
   const int64_t stride = direct ? target.stride : TILES * 16;
-  multiply(w, first, last, x, block.count, y, stride, aside_of(thread));
+  multiply(w, first, last, x, block.count, y, stride, aside);
   if (w.bias)
     for (int64_t r = 0; r < block.count; r++) add_row(y + r * stride, w.bias + column, columns);
   if (direct) return;
@@ -412,9 +445,9 @@ void Model::product_piece(const RowBlock& block, const Activations& x, const Tar
   }
 }
 
-// The base's products and the adapters' updates side by side: one lives on arithmetic, the other on memory. Whoever
-// reads the result adds the updates. Those of the first rows come first and those of the last rows last, so that of two
-// threads each mostly computes what it will read, and one reads memory while the other multiplies.
+// The base's products and the adapters' updates in turn: products live on arithmetic, and ask for what the update behind
+// them reads. Whoever reads the result adds the updates. Of two threads each mostly computes those of rows that it will
+// read.
 void Model::products(int64_t layer, const RowBlock& block, const Activations& x, int64_t in,
                      const std::vector<Target>& targets) {
   std::vector<int> sites;
@@ -423,18 +456,22 @@ void Model::products(int64_t layer, const RowBlock& block, const Activations& x,
     sites.push_back(targets[i].site);
     start[i + 1] = start[i] + (targets[i].w->tiles() + TILES - 1) / TILES;
   }
-  const int updates = plan_updates(layer, block, sites), before = (updates + 1) / 2;
+  const int updates = plan_updates(layer, block, sites);
   const int products = static_cast<int>(start[targets.size()]);
+  const auto updates_before = [&](int piece) {
+    return static_cast<int>(static_cast<int64_t>(piece) * updates / (updates + products));
+  };
   phase_++;
   pool_.run(updates + products, [&](int piece, int thread) {
-    if (piece < before) return update_piece(block, x, in, piece, thread);
-    if (piece >= before + products) return update_piece(block, x, in, piece - products, thread);
-    piece -= before;
+    const int update = updates_before(piece);  // how many have come before
+    if (updates_before(piece + 1) > update) return update_piece(x, in, update, thread);
+    const int product = piece - update;
     fetch_once(x, block.count, thread);
     size_t i = 0;
-    while (piece >= start[i + 1]) i++;
-    const int64_t first = (piece - start[i]) * TILES;
-    product_piece(block, x, targets[i], first, std::min(first + TILES, targets[i].w->tiles()), thread);
+    while (product >= start[i + 1]) i++;
+    const int64_t first = (product - start[i]) * TILES;
+    product_piece(block, x, targets[i], first, std::min(first + TILES, targets[i].w->tiles()),
+                  aside_of(thread, update < updates ? update : NO_UPDATE), thread);
   });
 }
 
@@ -444,7 +481,7 @@ void Model::gate_up(int64_t layer, const RowBlock& block) {
   const Matrix& up = layers_[static_cast<size_t>(layer)].site[UP];
   const int updates = plan_updates(layer, block, {GATE, UP});
   if (updates > 0)
-    pool_.run(updates, [&](int piece, int thread) { update_piece(block, normed_, config_.hidden, piece, thread); });
+    pool_.run(updates, [&](int piece, int thread) { update_piece(normed_, config_.hidden, piece, thread); });
   constexpr int64_t WIDE = TILES * 16;
   phase_++;
   pool_.run(static_cast<int>((gate.tiles() + TILES - 1) / TILES), [&](int piece, int thread) {

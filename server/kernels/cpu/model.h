@@ -39,6 +39,7 @@ class Model {
  private:
   // Rows that go through a layer together: few enough that what passes between phases stays in cache.
   static constexpr int64_t BLOCK = 256;
+  static constexpr int NO_UPDATE = -1;
 
   struct RowBlock {
     int64_t first, count;
@@ -63,9 +64,9 @@ class Model {
   void products(int64_t layer, const RowBlock& block, const Activations& x, int64_t in,
                 const std::vector<Target>& targets);
   void product_piece(const RowBlock& block, const Activations& x, const Target& target, int64_t first, int64_t last,
-                     int thread);
+                     Aside& aside, int thread);
   int plan_updates(int64_t layer, const RowBlock& block, const std::vector<int>& sites);
-  void update_piece(const RowBlock& block, const Activations& x, int64_t in, int piece, int thread);
+  void update_piece(const Activations& x, int64_t in, int piece, int thread);
   const float* update_of(const RowBlock& block, int site, int64_t row) const;
   void gate_up(int64_t layer, const RowBlock& block);
   void down(int64_t layer, const RowBlock& block);
@@ -78,9 +79,10 @@ class Model {
   void plan_ahead(const Step& step);
   int64_t pace_ahead(int64_t rows) const;
   void look_ahead(int64_t layer);
-  Aside& aside_of(int thread);
+  Aside& aside_of(int thread, int update = NO_UPDATE);
   struct Ahead;
   void refill(Ahead& ahead) const;
+  Lines lines_of_update(int32_t slot) const;
   void fetch_once(const Activations& x, int64_t rows, int thread);
   int64_t clock(Phase phase, int64_t since);
 
@@ -117,10 +119,19 @@ class Model {
   Buffer<float> seen_;  // attention's result [block][heads * dim]
   std::array<Buffer<float>, SITES> updates_;  // [block][the site's outputs]
   Activations normed_, attended_, gated_;
-  // What a thread asks for beside its products.
+  // What a thread asks for beside its products: the adapters of the update that it comes to next, and then what the next
+  // layer reads.
   struct Ahead : Aside {
     const Model* model = nullptr;
     int thread = 0;
+
+    bool near = false;      // whether `lines` are the update's
+    int64_t phase = 0;      // of the update
+    int update = NO_UPDATE;
+    const Entry* entry = nullptr;  // the first of its mix that is not asked for
+    const Entry* end = nullptr;
+
+    Lines far;          // of the next layer's, what was being asked for before
     int64_t look = 0;   // the last look ahead that it has begun with
     int64_t asked = 0;  // of its share of that one, slots and then blocks
     int64_t left = 0;   // lines that it may still ask for
