@@ -287,13 +287,8 @@ class Registry:
 
     # What a watch needs
 
-    def taken(self) -> Mapping[str, Taken]:
-        """What each folder held when it was last taken in, but for what the store has lost since."""
-        lost = self._store.lost
-        return {folder: taken for folder, taken in self._store.journal.taken.items() if taken.digest not in lost}
-
     def taken_from(self, folder: str) -> Taken | None:
-        """The same of one folder."""
+        """What a folder held when it was last taken in, but for what the store has lost since."""
         taken = self._store.journal.taken.get(folder)
         return None if taken is None or taken.digest in self._store.lost else taken
 

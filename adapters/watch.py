@@ -194,9 +194,8 @@ class Watch:
 
     def _taken_before(self) -> set[str]:
         """The folders whose content is served, as far as the store remembers."""
-        kind = origin("watch", "")
-        taken = {key.removeprefix(kind): t for key, t in self._registry.taken().items() if key.startswith(kind)}
-        return {folder for folder, t in taken.items() if self._registry.has(folder, t.digest)}
+        served = {name: self._registry.taken_from(origin("watch", name)) for name in self._registry.names()}
+        return {name for name, taken in served.items() if taken and self._registry.has(name, taken.digest)}
 
     def _take_in(self, folder: str, signature: Signature, now: float) -> None:
         try:
