@@ -115,7 +115,7 @@ class Bench:
         """A step from a batch on the host to its greedy tokens on the host, and nothing beside it."""
         batch = self.batch(sequences, mixes)
         how, top_k = np.zeros((sequences, 4), np.float32), np.zeros(sequences, np.int32)
-        return self.seconds(lambda: self.runner.draw(self.runner.run(batch).rows, how, top_k).read())
+        return self.seconds(lambda: self.runner.draw(self.runner.run(batch), how, top_k).read())
 
     def running_seconds(self, sequences: int, mixes: tuple[SlotWeights, ...]) -> float:
         """A step among others, as the engine runs them: each goes on from the tokens of the one before, which are read
@@ -126,9 +126,9 @@ class Bench:
         count = 2 if self.check else 30
 
         def steps() -> None:
-            before = self.runner.draw(self.runner.run(batch).rows, how, top_k)
+            before = self.runner.draw(self.runner.run(batch), how, top_k)
             for _ in range(count - 1):
-                drawn = self.runner.draw(self.runner.run(batch).rows, how, top_k)
+                drawn = self.runner.draw(self.runner.run(batch), how, top_k)
                 before.read()
                 before = drawn
             before.read()

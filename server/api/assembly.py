@@ -24,7 +24,7 @@ from server.api.runtime import Model, Parts
 from server.api.watchdog import Watchdog
 from server.engine.engine import Engine
 from server.engine.grammar import Grammars
-from server.engine.overlap import OverlappedEngine
+from server.engine.overlap import engine_on
 from server.engine.runner import Runner, make_runner
 from server.engine.text import Text
 from server.jobs.evaluating import Evaluating
@@ -310,15 +310,13 @@ def _engine(
 ) -> tuple[Runner, Engine]:
     """The runner of the base's kernels, and the engine on it; `told` is the engine's."""
     of_device: dict[str, Any]
-    kind = Engine
     if base.backend.name == "cuda":
-        kind = OverlappedEngine
         runner, of_device = _on_gpu(settings, base, context)
     else:
         runner = make_runner(base, settings.max_slots, settings.threads or processors())
         blocks = kv_blocks(settings, runner.block_bytes(settings.block_size), context)
         of_device = {"blocks": blocks, "max_slots": settings.max_slots}
-    engine = kind(
+    engine = engine_on(
         runner,
         fetch=registry.fetch,
         text=text,

@@ -15,7 +15,7 @@ from typing import Any
 
 from adapters.peft_format import read_folder
 from adapters.weights import LoraWeights, Mix, Version, canonical_mix
-from server.engine.engine import Engine
+from server.engine.overlap import engine_on
 from server.engine.request import Delivery, Request, Sampling
 from server.engine.runner import make_runner
 from server.engine.text import Text
@@ -52,7 +52,7 @@ class InProcess:
         )
         self._by_digest = {w.digest: w for w in self._weights}
         self.runner = make_runner(base, max_slots, threads)
-        self.engine = Engine(
+        self.engine = engine_on(
             self.runner,
             fetch=self._fetch,
             text=Text(base.vocabulary),

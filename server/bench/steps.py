@@ -75,7 +75,7 @@ def measure(
         order = range(len(shapes)) if turn % 2 else reversed(range(len(shapes)))
         for i in order:
             start = time.perf_counter()
-            runner.run(batches[i])
+            runner.run(batches[i]).wait()
             if turn >= 3:  # the first ones warm caches and page in the cache's memory
                 times[i].append(time.perf_counter() - start)
     result = []

@@ -5,7 +5,7 @@ Adapters are data here: each sequence names its slots and weights, and a base-on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,16 +50,36 @@ class Batch:
         return self.context.shape[0]
 
 
+def _already() -> None:
+    """What is there need not be waited for."""
+
+
 class Logits:
     """What a step computes: `rows`, float32 [L, vocab] of a batch's `logit_rows`, where the runner has them.
 
     `largest` is the first largest of each row, int64 [L], -1 for a row that has a number that is not finite. A runner
-    that does not give it has it found when it is first asked for.
+    that does not give it has it found when it is first asked for. Either is waited for, by `wait`, when it is read;
+    `unread` are the rows as they may not be yet, for the runner's own thread or device.
     """
 
-    def __init__(self, rows: torch.Tensor, largest: npt.NDArray[np.int64] | None = None) -> None:
-        self.rows = rows
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        largest: npt.NDArray[np.int64] | None = None,
+        wait: Callable[[], None] = _already,
+    ) -> None:
+        self.unread = rows
         self._largest = largest
+        self._wait = wait
+
+    def wait(self) -> None:
+        """Returns once they are there. Raises what the step has failed at."""
+        self._wait()
+
+    @property
+    def rows(self) -> torch.Tensor:
+        self.wait()
+        return self.unread
 
     @property
     def knows_largest(self) -> bool:
@@ -72,8 +92,9 @@ class Logits:
 
     @property
     def largest(self) -> npt.NDArray[np.int64]:
+        self.wait()
         if self._largest is None:
-            values = self.rows.numpy(force=True)
+            values = self.unread.numpy(force=True)
             found = values.argmax(1)
             # argmax finds a NaN or +inf if there is one, and the minimum a -inf
             fine = np.isfinite(values[np.arange(len(values)), found]) & np.isfinite(values.min(1))

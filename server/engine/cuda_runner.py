@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from typing import Any
 
@@ -107,6 +108,8 @@ class CudaRunner:
     what there is for all in bytes; `kv_cache` and `adapters` are what is wanted of it, None for a share; no sequence is
     longer than `context`. Raises BadModel, and NoCapacity if the base leaves too little.
     """
+
+    ahead_rows = sys.maxsize  # a device that waits for a plan costs more than the others do by waiting for a step
 
     def __init__(
         self,
@@ -213,17 +216,17 @@ class CudaRunner:
         return Logits(self._results[: batch.rows])
 
     @torch.inference_mode()
-    def draw(self, logits: torch.Tensor, how: np.ndarray, top_k: np.ndarray) -> DeviceDrawn:
+    def draw(self, logits: Logits, how: np.ndarray, top_k: np.ndarray) -> DeviceDrawn:
         """A token of each row of a step's logits; see kernels/cuda/sampling.py. Does not wait for the device.
 
         how float32 [L, 4] is temperature, top_p, min_p and noise.
         """
-        rows = logits.shape[0]
+        rows = logits.rows.shape[0]
         tokens = self._drawn[:rows]
         if rows > len(tokens):  # of prompts that are scored, which no batch goes on from
             tokens = torch.empty(rows, dtype=torch.int32, device=self._device)
         if rows:
-            sampling.draw(logits, self._sent(torch.from_numpy(how)), self._sent(torch.from_numpy(top_k)), tokens)
+            sampling.draw(logits.rows, self._sent(torch.from_numpy(how)), self._sent(torch.from_numpy(top_k)), tokens)
         return DeviceDrawn(tokens)
 
     def wait(self) -> None:
@@ -297,7 +300,8 @@ class CudaRunner:
                 )
                 self._check(batch)
                 logits = self._logits(self._step_of(describe(batch, [1])))
-        self.draw(logits, np.array([[1.0, 0.9, 0.1, 0.5]], np.float32), np.array([3], np.int32)).read()
+        how = np.array([[1.0, 0.9, 0.1, 0.5]], np.float32)
+        self.draw(Logits(logits), how, np.array([3], np.int32)).read()
 
     # -- graphs
 

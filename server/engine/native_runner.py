@@ -1,23 +1,30 @@
 """`NativeRunner`: the second implementation behind `runner.run`. One C call a step; the Python decoder is its oracle.
 
-Owns the memory that the C++ model points into: the KV cache, the angles, the slots' adapters, a step's arrays. Does
-not know how anything is computed (kernels/cpu) nor requests, sampling or scheduling.
+Steps, draws and changes of slots are jobs for a thread of the kernels' own, which does them in the order in which they
+are given. Whoever reads what came of one computes with that thread until it is there.
+
+Owns the memory that the C++ model points into: the KV cache, the angles, the slots' adapters, a step's arrays, as long
+as a job may read it. Does not know how anything is computed (kernels/cpu) nor requests, sampling or scheduling.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
+from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from adapters.weights import LoraWeights
 from server.engine.batch import Batch, Logits, SlotWeights
-from server.engine.sampler import DrawnHere
+from server.engine.sampler import Drawn, DrawnLargest
 from server.errors import BadModel
 from server.kernels.cpu import bindings, packing
 from server.kernels.cpu.bindings import SITES
@@ -28,6 +35,10 @@ from server.model.rope import angles, frequencies
 
 VECTOR = 16
 """Tokens of a block that the kernels read together: block sizes are multiples of it."""
+
+AHEAD_PRODUCTS = 2**34
+"""Steps of more multiplications of weights than these, which take a processor some 50 ms, are read before the next is
+planned: planning takes less than one."""
 
 KINDS = 256
 """Sets of modules of which it is remembered where they are in a slot's table."""
@@ -112,6 +123,37 @@ def _flat(mixes: tuple[SlotWeights, ...]) -> _Mixes:
     )
 
 
+class _Job:
+    """What was given to the kernels' thread, and what it needs until it is done."""
+
+    __slots__ = ("_kept", "_wait", "number", "outcome")
+
+    def __init__(self, wait: Callable[[int], None], *kept: object) -> None:
+        self._wait = wait
+        self._kept = kept
+        self.number = 0
+        self.outcome = ctypes.c_int32(bindings.DONE)
+
+    def finish(self) -> None:
+        """Wait until it is done. Raises MemoryError if it lacked some."""
+        self._wait(self.number)
+        outcome = self.outcome.value
+        if outcome == bindings.NO_MEMORY:
+            raise MemoryError("no memory for a step's work buffers")
+        assert outcome == bindings.DONE, bindings.FAULTS[outcome]  # the engine's own invariants, checked there
+
+
+class _LaterDrawn:
+    """Tokens that are waited for when they are read; see `Drawn`."""
+
+    def __init__(self, job: _Job, tokens: npt.NDArray[np.int32]) -> None:
+        self._job, self._tokens = job, tokens
+
+    def read(self) -> npt.NDArray[np.int32]:
+        self._job.finish()
+        return self._tokens
+
+
 class NativeRunner:
     """One model on the C++ kernels. Not thread-safe: the engine's thread alone calls it."""
 
@@ -125,12 +167,15 @@ class NativeRunner:
         self._base = base
         self._config = base.config
         self._library = bindings.library()
-        self._pool = bindings.Pool(threads)
+        self._pool = bindings.Pool(threads, guest=True)
         self._results = _Results()
+        self._jobs: deque[_Job] = deque()
+        """Those that are not known to be done, in order."""
         self._slots: list[LoraWeights | None] = [None] * max_slots
         self._sites = _site_places(base.config)
         self._known: dict[Shapes, np.ndarray] = {}
         self._kept: list[torch.Tensor] = []  # float32 copies of norms and biases that the model points to
+        self.ahead_rows = AHEAD_PRODUCTS // sum(math.prod(shape) for shape in base.config.linear_shapes().values())
         self._shape = _config(base.config, max_slots)
         embed = packing.matrix(base.weights["model.embed_tokens"])
         head = embed if base.config.tie_word_embeddings else packing.matrix(base.weights["lm_head"])
@@ -140,7 +185,7 @@ class NativeRunner:
         norm = self._vector("model.norm.weight")
         self._model: int = self._library.loramux_model_new(self._shape, layers, embed, head, norm, self._pool.handle)
         if not self._model:
-            raise MemoryError("no memory for the kernels' model")
+            raise MemoryError("the system has no memory, or no thread, for the kernels' model")
         self._storage = torch.empty(0, dtype=torch.bfloat16)
         self._angles = (torch.empty(0), torch.empty(0))
         self._block_size = 0
@@ -154,6 +199,7 @@ class NativeRunner:
         """Raises ValueError for a block size that is no multiple of 16."""
         if block_size < 1 or block_size % VECTOR:
             raise ValueError(f"the native kernels need a block size that is a multiple of {VECTOR}, not {block_size}")
+        self.wait()
         inverse, factor = frequencies(self._config)
         positions = torch.arange(min(blocks * block_size, self._config.max_position_embeddings))
         cosine, sine = angles(inverse, factor, positions)
@@ -176,17 +222,30 @@ class NativeRunner:
             raise ValueError(f"the adapter {weights.name!r} was not prepared for the native kernels")
         table = np.zeros(self._config.num_hidden_layers * len(SITES), SITE)
         table[self._indexes(weights.places.shapes)] = weights.places.sites
-        sites = ctypes.cast(table.ctypes.data, ctypes.POINTER(bindings.LoraSite))
-        if not self._library.loramux_model_slot(self._model, slot, sites):
-            raise MemoryError("no memory for an adapter's place")
+        self._set_slot(slot, ctypes.cast(table.ctypes.data, ctypes.POINTER(bindings.LoraSite)))
         self._slots[slot] = weights
 
     def clear(self, slot: int) -> None:
         self._check_slot(slot)
-        self._library.loramux_model_slot(self._model, slot, None)
+        self._set_slot(slot, None)
         self._slots[slot] = None
 
+    def _set_slot(self, slot: int, sites: Any) -> None:
+        """The adapter that was there is kept until no step reads it any more."""
+        nothing_runs = not self._unfinished()
+        job = _Job(self._finish, self._slots[slot])
+        self._give(job, self._library.loramux_model_slot(self._model, slot, sites, job.outcome))
+        if nothing_runs:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for all that was given, whatever becomes of it."""
+        if self._jobs:
+            self._finish(self._jobs[-1].number)
+
     def run(self, batch: Batch) -> Logits:
+        """A token of the batch below 0 is that of row -1 - token of the step before: the largest of its logits, or what
+        was drawn there. What fails, fails when it is read: MemoryError."""
         logits = self._results.take(batch.logit_rows.shape[0], self._config.vocab_size)
         largest = torch.empty(logits.shape[0], dtype=torch.int64)
         if batch.rows == 0:
@@ -205,21 +264,41 @@ class NativeRunner:
             largest=largest.data_ptr(),
             **{name: tensor.data_ptr() for name, tensor in arrays.items()},
         )
-        outcome = self._library.loramux_model_step(self._model, step)
-        if outcome == bindings.NO_MEMORY:
-            raise MemoryError(f"no memory for a step of {batch.rows} rows")
-        assert outcome == bindings.DONE, bindings.FAULTS[outcome]  # the engine's own invariants, checked there
-        return Logits(logits, largest.numpy())
+        job = _Job(self._finish, logits, largest, arrays, mixes)
+        self._give(job, self._library.loramux_model_step(self._model, step, job.outcome))
+        return Logits(logits, largest.numpy(), job.finish)
 
-    def draw(self, logits: torch.Tensor, how: np.ndarray, top_k: np.ndarray) -> DrawnHere:
-        """A token of each row of a step's logits, by the kernels' threads; see `Draw`. Raises MemoryError."""
-        logits = logits.contiguous()
-        tokens = np.empty(len(logits), np.int32)
-        if not self._library.loramux_model_draw(
-            self._model, logits.data_ptr(), len(logits), how.ctypes.data, top_k.ctypes.data, tokens.ctypes.data
-        ):
-            raise MemoryError(f"no memory to draw from {len(logits)} rows of logits")
-        return DrawnHere(tokens)
+    def draw(self, logits: Logits, how: np.ndarray, top_k: np.ndarray) -> Drawn:
+        """A token of each row of the last step's logits, by the kernels' threads; see `Draw`. What fails, fails when it
+        is read: MemoryError."""
+        if logits.knows_largest and not how[:, 0].any():
+            return DrawnLargest(logits)
+        rows = logits.unread.contiguous()
+        tokens = np.empty(len(rows), np.int32)
+        job = _Job(self._finish, rows, how, top_k, tokens)
+        addresses = how.ctypes.data, top_k.ctypes.data, tokens.ctypes.data
+        number = self._library.loramux_model_draw(self._model, rows.data_ptr(), len(rows), *addresses, job.outcome)
+        self._give(job, number)
+        return _LaterDrawn(job, tokens)
+
+    def _give(self, job: _Job, number: int) -> None:
+        """Keep what the job needs. Raises MemoryError if it was not taken."""
+        if not number:
+            raise MemoryError("no memory to give the kernels another job")
+        job.number = number
+        self._jobs.append(job)
+
+    def _finish(self, number: int) -> None:
+        """Compute with the kernels' thread until a job is done."""
+        self._library.loramux_model_wait(self._model, number)
+        self._unfinished()
+
+    def _unfinished(self) -> bool:
+        """Whether a job is not done; those that are need nothing any more."""
+        done = self._library.loramux_model_done(self._model)
+        while self._jobs and self._jobs[0].number <= done:
+            self._jobs.popleft()
+        return bool(self._jobs)
 
     def block_bytes(self, block_size: int) -> int:
         return int(self._library.loramux_block_bytes(self._shape, block_size))

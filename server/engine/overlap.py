@@ -1,4 +1,4 @@
-"""`OverlappedEngine`: plans a step, and delivers the one before, while a device computes.
+"""`OverlappedEngine`: plans a step, and delivers the one before, while a device or a thread of its own computes.
 
 Owns the step whose tokens have not been read yet: its flight. The next step is planned and launched without them: a
 token that is still to come is -1 - r in its request's output, r being its row among those that the flight draws, and
@@ -10,6 +10,8 @@ What a plan made without them cannot know is made good when they land:
 - An answer whose last token is on its way by max_tokens gets no place for a further one, so nothing is planned for it.
 - A request whose next token depends on more than logits and temperature (penalties, a grammar, log-probabilities,
   scores) makes its step one that is read at once: nothing is planned ahead of it.
+- A step of many rows takes long, and what arrives meanwhile would wait for one step more: where the runner says that
+  planning costs less than that, such a flight lands first.
 - A request is never preempted while its token is on its way: when the next plan might, the flight lands first. So
   what is looked up in the prefix cache, and what is computed again, is made of known tokens alone.
 The order of the device is what makes this right: a step, its draw, and copies into slots run in the order of launch.
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from server.engine.batch import Work, build_batch
 from server.engine.engine import Engine
@@ -28,11 +30,17 @@ from server.engine.runner import Runner
 from server.engine.sampler import Drawn, Pick, drawn_picks
 
 
+@runtime_checkable
 class DeviceRunner(Runner, Protocol):
-    """A runner on a device of its own."""
+    """A runner that computes while others go on. `run` takes a token below 0 for the one that was last drawn in row
+    -1 - token."""
+
+    @property
+    def ahead_rows(self) -> int:
+        """Nothing is planned ahead of a step of more rows."""
 
     def wait(self) -> None:
-        """Wait for all that the device was given; raises what it has failed at."""
+        """Wait for all that the device was given. Raises a fault after which it answers nothing any more."""
 
 
 class _Flight(NamedTuple):
@@ -41,19 +49,18 @@ class _Flight(NamedTuple):
 
 
 class OverlappedEngine(Engine):
-    """An `Engine` whose runner, a `DeviceRunner`, draws tokens on its device: `draw` must be given, and `runner.run`
-    takes a token below 0 for the one that was last drawn in row -1 - token."""
+    """An `Engine` on a `DeviceRunner`, by which tokens are drawn: `draw` must be given."""
 
-    def __init__(self, runner: Runner, **options: Any) -> None:
+    def __init__(self, runner: DeviceRunner, **options: Any) -> None:
         super().__init__(runner, **options)
-        self._wait = cast(DeviceRunner, runner).wait
+        self._device = runner
         self._flight: _Flight | None = None
 
     def step(self) -> bool:
         """Launch a step and land the one before; False if there was neither."""
         now = self._record.begin()
         self._drain()
-        if not self._scheduler.keeps_all:
+        if not self._scheduler.keeps_all or self._flies_long():
             self._land()
         plan = self._scheduler.plan(now)
         self._announce(plan)
@@ -61,6 +68,7 @@ class OverlappedEngine(Engine):
             if self._flight is None:
                 return self._record.nothing()
             self._land()
+            self._device.wait()  # for what follows no step, such as adapters that have left
             return self._record.landed()
         batch = build_batch(plan.work, self._block_size)
         logits = self._record.run(plan, lambda: self._runner.run(batch))
@@ -78,6 +86,9 @@ class OverlappedEngine(Engine):
         if self._scheduler.lending:  # nobody waits for a token while processors rest
             self._land()
         return self._record.end()
+
+    def _flies_long(self) -> bool:
+        return self._flight is not None and sum(item.tokens for item in self._flight.work) > self._device.ahead_rows
 
     def _land(self) -> None:
         """Read and deliver the tokens of the step that is on its way, if there is one."""
@@ -98,18 +109,32 @@ class OverlappedEngine(Engine):
         _forget_promise(request)
         super()._last(request, delivery)
 
+    def _finish(self) -> None:
+        """And let what was launched come to its end, while what it reads and writes is there."""
+        super()._finish()
+        self._flight = None
+        if self._lost is None:
+            self._device.wait()
+
     def _recover(self, error: BaseException) -> None:
         """And see whether the device still answers: after a fault (an address that is not there, a launch that failed,
         memory that lost a bit) it never does again in this process, whose requests would all fail from now on."""
         self._flight = None
         fault = None
         try:
-            self._wait()
+            self._device.wait()
         except Exception as found:
             fault = f"the device answers nothing any more after a fault ({found})"
         super()._recover(error)
         if fault is not None:
             self._lost = fault
+
+
+def engine_on(runner: Runner, **options: Any) -> Engine:
+    """The engine that suits a runner: one that plans ahead wherever the runner computes meanwhile."""
+    if isinstance(runner, DeviceRunner):
+        return OverlappedEngine(runner, **options)
+    return Engine(runner, **options)
 
 
 def _running(work: Sequence[Work], picks: Sequence[Pick]) -> tuple[list[Work], list[Pick]]:

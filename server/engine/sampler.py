@@ -15,7 +15,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from server.engine.batch import Logits, Work
 from server.engine.request import Request, Sampling, TokenLogprob
@@ -31,18 +30,18 @@ class Drawn(Protocol):
         """int32 [L], -1 for a row that is not finite. Waits for a device."""
 
 
-class DrawnHere(NamedTuple):
-    """Tokens that have been drawn already, int32 [L]."""
+class DrawnLargest(NamedTuple):
+    """The largest of each row, of a runner that finds it with the step."""
 
-    tokens: npt.NDArray[np.int32]
+    logits: Logits
 
     def read(self) -> npt.NDArray[np.int32]:
-        return self.tokens
+        return self.logits.largest.astype(np.int32)
 
 
-Draw = Callable[[torch.Tensor, npt.NDArray[np.float32], npt.NDArray[np.int32]], Drawn]
-"""Of logits [L, vocab] where the runner has them, a float32 [L, 4] of temperature (0: the largest), top_p, min_p and
-noise, and an int32 [L] of top_k: the tokens, without waiting for a device."""
+Draw = Callable[[Logits, npt.NDArray[np.float32], npt.NDArray[np.int32]], Drawn]
+"""Of a step's logits where the runner has them, a float32 [L, 4] of temperature (0: the largest), top_p, min_p and
+noise, and an int32 [L] of top_k: the tokens, without waiting for them."""
 
 _STRIDE = 256
 """Ids whose probabilities are summed before the sums are: the draw then looks into one stretch alone."""
@@ -95,14 +94,14 @@ class Sampler:
         asked = [item for item in work if item.logits]
         if self._draw_there is None or not all(is_simple(item.request) for item in asked):
             return None
-        return self._ask(logits.rows, asked, self._draw_there)
+        return self._ask(logits, asked, self._draw_there)
 
     def _pick_there(self, logits: Logits, work: Sequence[Work], draw: Draw) -> list[Pick]:
         asked = [item for item in work if item.logits]
         if not any(_is_to_draw(item.request, logits) for item in asked):
             # both what is largest and the rows are looked at
             return self._pick_here(logits if logits.knows_largest else Logits(logits.rows.cpu()), work)
-        tokens = self._ask(logits.rows, asked, draw).read()
+        tokens = self._ask(logits, asked, draw).read()
         picks: list[Pick] = []
         for item in asked:
             row = len(picks)
@@ -113,7 +112,7 @@ class Sampler:
         return picks
 
     @staticmethod
-    def _ask(logits: torch.Tensor, asked: Sequence[Work], draw: Draw) -> Drawn:
+    def _ask(logits: Logits, asked: Sequence[Work], draw: Draw) -> Drawn:
         """Have the rows of simple requests drawn as they want it; the largest of the others, for nobody."""
         starts = np.cumsum([0, *(item.logits for item in asked)])
         how = np.zeros((int(starts[-1]), 4), np.float32)

@@ -6,9 +6,12 @@
 #include <mutex>
 #include <new>
 #include <exception>
+#include <system_error>
+#include <utility>
 #include <vector>
 
 #include "gemm.h"
+#include "launcher.h"
 #include "model.h"
 #include "pool.h"
 
@@ -47,7 +50,7 @@ void linear(Pool& pool, const Matrix& w, const float* x, int64_t rows, float* y)
   }
 }
 
-// Whether there was memory for it: no exception leaves this library. Only the calling thread allocates.
+// Whether there was memory for it: no exception leaves this library. In a phase no thread allocates.
 template <class F>
 bool within_memory(F&& f) {
   try {
@@ -58,14 +61,58 @@ bool within_memory(F&& f) {
   return true;
 }
 
+// A model and the thread that runs it. Everything that changes the model once it serves is given to that thread, in
+// order; what Python gave it points into has to stay until it is done.
+struct Served {
+  Model model;
+  std::vector<int64_t> drawn;   // the tokens of the last step's rows of logits
+  std::vector<int64_t> tokens;  // of a step that names some of those
+  Launcher launcher;            // ends first
+
+  Served(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,
+         Pool& pool)
+      : model(config, layers, embed, head, norm, pool), launcher(pool) {}
+
+  Outcome run(Step step) {
+    const auto promised = [](int64_t token) { return token < 0; };
+    if (std::any_of(step.tokens, step.tokens + step.rows, promised)) {
+      tokens.assign(step.tokens, step.tokens + step.rows);
+      for (int64_t& token : tokens) {
+        if (!promised(token)) continue;
+        const auto row = static_cast<size_t>(-1 - token);
+        if (row >= drawn.size()) return BAD_TOKEN;
+        token = std::max<int64_t>(drawn[row], 0);  // nobody goes on from a row that was not finite
+      }
+      step.tokens = tokens.data();
+    }
+    drawn.clear();
+    const Outcome outcome = model.run(step);
+    if (outcome == DONE) drawn.assign(step.largest, step.largest + step.logit_count);
+    return outcome;
+  }
+
+  // The job's number, 0 if there is no memory for it; what becomes of it goes to `outcome`.
+  template <class F>
+  int64_t give(int32_t* outcome, F&& f) {
+    int64_t number = 0;
+    within_memory([&] {
+      number = launcher.give([f = std::move(f), outcome]() mutable {
+        *outcome = NO_MEMORY;
+        within_memory([&] { *outcome = f(); });
+      });
+    });
+    return number;
+  }
+};
+
 }  // namespace
 
 extern "C" {
 
 // Null if the system does not start so many threads, or has no memory for them.
-void* loramux_pool_new(int threads) {
+void* loramux_pool_new(int threads, bool guest) {
   try {
-    return new Pool(threads);
+    return new Pool(threads, guest);
   } catch (const std::exception&) {
     return nullptr;
   }
@@ -85,39 +132,58 @@ void loramux_rows(const Matrix* w, const int64_t* ids, int64_t count, float* out
 // Null if there is no memory for it.
 void* loramux_model_new(const Config* config, const Layer* layers, const Matrix* embed, const Matrix* head,
                         const float* norm, void* pool) {
-  Model* model = nullptr;
-  within_memory([&] { model = new Model(*config, layers, *embed, *head, norm, *static_cast<Pool*>(pool)); });
-  return model;
+  Served* served = nullptr;
+  try {
+    within_memory([&] { served = new Served(*config, layers, *embed, *head, norm, *static_cast<Pool*>(pool)); });
+  } catch (const std::system_error&) {  // no more threads
+  }
+  return served;
 }
-void loramux_model_free(void* model) { delete static_cast<Model*>(model); }
+void loramux_model_free(void* model) { delete static_cast<Served*>(model); }
 
 void loramux_model_cache(void* model, uint16_t* cache, int64_t blocks, int64_t block_size, const float* cosine,
                          const float* sine, int64_t positions) {
-  static_cast<Model*>(model)->set_cache(cache, blocks, block_size, cosine, sine, positions);
+  static_cast<Served*>(model)->model.set_cache(cache, blocks, block_size, cosine, sine, positions);
 }
 
-int64_t loramux_model_touched(void* model) { return static_cast<Model*>(model)->blocks_touched(); }
+int64_t loramux_model_touched(void* model) { return static_cast<Served*>(model)->model.blocks_touched(); }
 
 int64_t loramux_block_bytes(const Config* config, int64_t block_size) {
   return config->layers * cache_halves(*config, block_size) * static_cast<int64_t>(sizeof(uint16_t));
 }
 
-// `sites` is [layers][SITES]; null empties the slot. False if there is no memory for it; the slot is empty then.
-bool loramux_model_slot(void* model, int64_t slot, const LoraSite* sites) {
-  return within_memory([&] { static_cast<Model*>(model)->set_slot(slot, sites); });
+// Jobs: each answers its number, 0 if there is no memory to take it, and `outcome` is written when it is done.
+// `sites` is [layers][SITES] and copied; null empties the slot.
+int64_t loramux_model_slot(void* model, int64_t slot, const LoraSite* sites, int32_t* outcome) {
+  Served* served = static_cast<Served*>(model);
+  std::vector<LoraSite> own;
+  if (sites != nullptr && !within_memory([&] { own.assign(sites, sites + served->model.sites()); })) return 0;
+  return served->give(outcome, [served, slot, own = std::move(own)]() mutable {
+    served->model.set_slot(slot, std::move(own));
+    return DONE;
+  });
 }
+// A token below 0 is the one of row -1 - token of the step before: the largest of its logits, or what was drawn there.
+int64_t loramux_model_step(void* model, const Step* step, int32_t* outcome) {
+  Served* served = static_cast<Served*>(model);
+  return served->give(outcome, [served, step = *step] { return served->run(step); });
+}
+// tokens [rows] of logits [rows, vocab], those of the step before; `how` is [rows] of Drawing.
+int64_t loramux_model_draw(void* model, const float* logits, int64_t rows, const Drawing* how, const int32_t* top_k,
+                           int32_t* tokens, int32_t* outcome) {
+  Served* served = static_cast<Served*>(model);
+  return served->give(outcome, [=] {
+    served->model.draw(logits, rows, how, top_k, tokens);
+    served->drawn.assign(tokens, tokens + rows);
+    return DONE;
+  });
+}
+// Returns when the job of that number is done; the calling thread, one at a time, computes with the others until then.
+void loramux_model_wait(void* model, int64_t number) { static_cast<Served*>(model)->launcher.wait(number); }
+// The last job that is done.
+int64_t loramux_model_done(void* model) { return static_cast<Served*>(model)->launcher.done(); }
 
-int32_t loramux_model_step(void* model, const Step* step) {
-  Outcome outcome = NO_MEMORY;
-  within_memory([&] { outcome = static_cast<Model*>(model)->run(*step); });
-  return outcome;
-}
-// tokens [rows] of logits [rows, vocab]; `how` is [rows] of Drawing. False if there is no memory for it.
-bool loramux_model_draw(void* model, const float* logits, int64_t rows, const Drawing* how, const int32_t* top_k,
-                        int32_t* tokens) {
-  return within_memory([&] { static_cast<Model*>(model)->draw(logits, rows, how, top_k, tokens); });
-}
-int64_t loramux_model_bytes(void* model) { return static_cast<Model*>(model)->work_bytes(); }
+int64_t loramux_model_bytes(void* model) { return static_cast<Served*>(model)->model.work_bytes(); }
 // Nanoseconds that each kind of phase has taken since the last call; see Model::Phase.
-void loramux_model_times(void* model, int64_t* out) { static_cast<Model*>(model)->take_times(out); }
+void loramux_model_times(void* model, int64_t* out) { static_cast<Served*>(model)->model.take_times(out); }
 }

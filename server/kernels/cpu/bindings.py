@@ -16,7 +16,7 @@ SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 PHASES = ("norm", "qkv", "attention", "out", "gate_up", "down", "head", "plan", "draw")
 """What `loramux_model_times` tells apart, in the order of `Model::Phase`."""
 DONE, NO_MEMORY = 0, 1
-"""What `loramux_model_step` answers for a step that was run, and for one that lacked memory for its work buffers."""
+"""The outcome of a job that was done, and of one that lacked memory for its work buffers."""
 FAULTS = {
     2: "there is no cache: allocate comes before run",
     3: "a token is not of the vocabulary",
@@ -25,7 +25,7 @@ FAULTS = {
     6: "a row is not of the step",
     7: "a slot is empty",
 }
-"""What it answers for a step that is wrong, in the order of `Outcome`."""
+"""The outcome of a step that is wrong, in the order of `Outcome`."""
 
 
 class Matrix(ctypes.Structure):
@@ -97,7 +97,7 @@ class Step(ctypes.Structure):
 
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_missing": (c_char_p, []),
-    "loramux_pool_new": (c_void_p, [c_int]),
+    "loramux_pool_new": (c_void_p, [c_int, c_bool]),
     "loramux_pool_free": (None, [c_void_p]),
     "loramux_linear": (c_bool, [c_void_p, POINTER(Matrix), c_void_p, c_int64, c_void_p]),
     "loramux_rows": (None, [POINTER(Matrix), c_void_p, c_int64, c_void_p]),
@@ -109,9 +109,14 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_model_cache": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]),
     "loramux_model_touched": (c_int64, [c_void_p]),
     "loramux_block_bytes": (c_int64, [POINTER(Config), c_int64]),
-    "loramux_model_slot": (c_bool, [c_void_p, c_int64, POINTER(LoraSite)]),
-    "loramux_model_step": (c_int32, [c_void_p, POINTER(Step)]),
-    "loramux_model_draw": (c_bool, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]),
+    "loramux_model_slot": (c_int64, [c_void_p, c_int64, POINTER(LoraSite), POINTER(c_int32)]),
+    "loramux_model_step": (c_int64, [c_void_p, POINTER(Step), POINTER(c_int32)]),
+    "loramux_model_draw": (
+        c_int64,
+        [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, POINTER(c_int32)],
+    ),
+    "loramux_model_wait": (None, [c_void_p, c_int64]),
+    "loramux_model_done": (c_int64, [c_void_p]),
     "loramux_model_bytes": (c_int64, [c_void_p]),
     "loramux_model_times": (None, [c_void_p, POINTER(c_int64)]),
     "loramux_last_words": (None, [c_void_p]),
@@ -137,13 +142,16 @@ def library() -> ctypes.CDLL:
 class Pool:
     """Threads of the kernels' own. Freed with the last reference; calls on one pool take turns."""
 
-    def __init__(self, threads: int) -> None:
-        """Raises ValueError if `threads` is not positive, and OSError if the system does not start so many."""
+    def __init__(self, threads: int, *, guest: bool = False) -> None:
+        """With a `guest`, whoever waits for a model's steps is one of the `threads`.
+
+        Raises ValueError if `threads` is not positive, and OSError if the system does not start so many.
+        """
         if threads < 1:
             raise ValueError(f"the kernels need at least one thread, not {threads}")
         self.threads = threads
         self._library = library()
-        self.handle: int | None = self._library.loramux_pool_new(threads)
+        self.handle: int | None = self._library.loramux_pool_new(threads, guest)
         if not self.handle:
             raise OSError(f"the system does not start {threads} threads for this process; --threads asks for fewer")
 

@@ -137,15 +137,14 @@ void Model::set_cache(uint16_t* cache, int64_t blocks, int64_t block_size, const
   touched_ = 0;
 }
 
-void Model::set_slot(int64_t slot, const LoraSite* sites) {
+void Model::set_slot(int64_t slot, std::vector<LoraSite> sites) {
   const auto at = static_cast<size_t>(slot);
-  slot_sites_[at].clear();
+  slot_sites_[at] = std::move(sites);
   slots_[at] = nullptr;
   slot_rank_[at] = 0;
   slot_uses_[at] = 0;
   slot_lines_[at] = 0;
-  if (sites == nullptr) return;
-  slot_sites_[at].assign(sites, sites + config_.layers * SITES);
+  if (slot_sites_[at].empty()) return;
   slots_[at] = slot_sites_[at].data();
   for (size_t i = 0; i < slot_sites_[at].size(); i++) {
     const int64_t rank = slot_sites_[at][i].rank;

@@ -28,10 +28,12 @@ class Model {
   // `blocks` of `block_size` tokens, and the angles of `positions` positions.
   void set_cache(uint16_t* cache, int64_t blocks, int64_t block_size, const float* cosine, const float* sine,
                  int64_t positions);
-  void set_slot(int64_t slot, const LoraSite* sites);
+  // `sites` is [layers][SITES]; none empty the slot. Allocates nothing.
+  void set_slot(int64_t slot, std::vector<LoraSite> sites);
   Outcome run(const Step& step);
   // tokens [rows] of logits [rows, vocab]. Throws bad_alloc.
   void draw(const float* logits, int64_t rows, const Drawing* how, const int32_t* top_k, int32_t* tokens);
+  int64_t sites() const { return config_.layers * SITES; }  // of a slot
   int64_t blocks_touched() const { return touched_; }  // up to the highest one that a step has used
   int64_t work_bytes() const;
   void take_times(int64_t* out);

@@ -5,22 +5,17 @@
 namespace loramux {
 namespace {
 
-// Long enough to bridge the gap between two phases and the short ones that a single thread runs, short enough that
-// an idle server burns nothing that shows.
-constexpr int SPINS_BEFORE_PARKING = 20000;
-constexpr int SPINS_BEFORE_SLEEPING = 20000;
-
 uint64_t pack(uint32_t epoch, int first, int last) {
   return static_cast<uint64_t>(epoch) << 32 | static_cast<uint64_t>(first) << 16 | static_cast<uint64_t>(last);
 }
 
-inline void pause() { __builtin_ia32_pause(); }
-
 }  // namespace
 
-Pool::Pool(int threads) : ranges_(static_cast<size_t>(std::max(threads, 1))) {
+Pool::Pool(int threads, bool guest)
+    : ranges_(static_cast<size_t>(std::max(threads, 1))), guest_(guest && threads > 1) {
+  const int own = guest_ ? threads - 1 : threads;
   try {
-    for (int t = 1; t < threads; t++) workers_.emplace_back([this, t] { work(t); });
+    for (int t = 1; t < own; t++) workers_.emplace_back([this, t] { work(t); });
   } catch (...) {
     end();
     throw;
@@ -67,10 +62,7 @@ void Pool::run_erased(int n, Function function, void* context) {
     ranges_[t].word.store(pack(epoch, first, last), std::memory_order_release);
   }
   epoch_.store(epoch, std::memory_order_seq_cst);
-  if (parked_.load(std::memory_order_seq_cst) > 0) {
-    std::lock_guard<std::mutex> lock(park_);
-    wake_.notify_all();
-  }
+  wake_parked();
   take_part(0, epoch);
   for (int spins = 0; pending_.load(std::memory_order_acquire) != 0; spins++) {
     if (spins < SPINS_BEFORE_SLEEPING) {
@@ -84,6 +76,31 @@ void Pool::run_erased(int n, Function function, void* context) {
     over_.wait(lock, [&] { return pending_.load(std::memory_order_seq_cst) == 0; });
     waiting_.store(false, std::memory_order_relaxed);
     return;
+  }
+}
+
+void Pool::wake_parked() {
+  if (parked_.load(std::memory_order_seq_cst) == 0) return;
+  std::lock_guard<std::mutex> lock(park_);
+  wake_.notify_all();
+}
+
+void Pool::help_until(const std::atomic<int64_t>& count, int64_t goal) {
+  const auto over = [&] { return count.load(std::memory_order_seq_cst) >= goal; };
+  uint32_t seen = epoch_.load(std::memory_order_acquire) - 1;  // there may be a phase under way
+  const auto called = [&] { return over() || (guest_ && epoch_.load(std::memory_order_seq_cst) != seen); };
+  while (!over()) {
+    if (guest_) spin(called);
+    if (!called()) {
+      std::unique_lock<std::mutex> lock(park_);
+      parked_.fetch_add(1, std::memory_order_seq_cst);
+      wake_.wait(lock, called);
+      parked_.fetch_sub(1, std::memory_order_seq_cst);
+    }
+    const uint32_t epoch = epoch_.load(std::memory_order_acquire);
+    if (!guest_ || epoch == seen) continue;
+    seen = epoch;
+    take_part(threads() - 1, epoch);
   }
 }
 
@@ -121,20 +138,16 @@ void Pool::take_part(int thread, uint32_t epoch) {
 void Pool::work(int thread) {
   uint32_t seen = 0;
   for (;;) {
-    int spins = 0;
-    uint32_t epoch;
-    while ((epoch = epoch_.load(std::memory_order_acquire)) == seen) {
-      if (stopping_.load(std::memory_order_relaxed)) return;
-      if (++spins < SPINS_BEFORE_PARKING) {
-        pause();
-        continue;
-      }
+    const auto called = [&] { return stopping_.load() || epoch_.load(std::memory_order_seq_cst) != seen; };
+    spin(called);
+    if (!called()) {
       std::unique_lock<std::mutex> lock(park_);
       parked_.fetch_add(1, std::memory_order_seq_cst);
-      wake_.wait(lock, [&] { return stopping_.load() || epoch_.load(std::memory_order_seq_cst) != seen; });
+      wake_.wait(lock, called);
       parked_.fetch_sub(1, std::memory_order_seq_cst);
-      spins = 0;
     }
+    if (stopping_.load()) return;
+    const uint32_t epoch = epoch_.load(std::memory_order_acquire);
     seen = epoch;
     take_part(thread, epoch);
   }

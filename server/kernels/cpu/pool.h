@@ -14,7 +14,10 @@ class Pool {
  public:
   using Function = void (*)(void* context, int piece, int thread);
 
-  explicit Pool(int threads);  // throws system_error if the system starts no more threads
+  // `threads` take part in a phase: the caller, the pool's own, and, if the pool has a `guest` and more than one thread,
+  // one that is a thread of the pool only while it waits in `help_until`. Throws system_error if the system starts no
+  // more threads.
+  explicit Pool(int threads, bool guest = false);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -31,20 +34,41 @@ class Pool {
     run_erased(n, [](void* context, int piece, int thread) { (*static_cast<F*>(context))(piece, thread); }, &f);
   }
 
+  // Returns when `count` has come to `goal`, of which `wake_parked` tells. The caller takes part in phases until then if the
+  // pool has a guest, one caller at a time, and only waits if not. What it leaves undone when it goes, others do.
+  void help_until(const std::atomic<int64_t>& count, int64_t goal);
+
+  // For those who count: look at the count again.
+  void wake_parked();
+
+  // Looks whether something is so for as long as a gap between two steps may take, where other processors go on.
+  template <class F>
+  void spin(F&& is_so) const {
+    if (threads() == 1) return;
+    for (int spins = 0; spins < SPINS_BEFORE_PARKING && !is_so(); spins++) pause();
+  }
+
   // Held by whoever runs phases; several callers take turns.
   std::mutex turn;
 
  private:
+  // Long enough to bridge the gap between two phases and the short ones that a single thread runs, short enough that
+  // an idle server burns nothing that shows.
+  static constexpr int SPINS_BEFORE_PARKING = 20000;
+  static constexpr int SPINS_BEFORE_SLEEPING = 20000;
+
   struct alignas(128) Range {
     std::atomic<uint64_t> word{0};  // epoch << 32 | first << 16 | last
   };
 
+  static void pause() { __builtin_ia32_pause(); }
   void end();
   void run_erased(int n, Function function, void* context);
   void work(int thread);
   void take_part(int thread, uint32_t epoch);
 
   std::vector<Range> ranges_;
+  const bool guest_;
   std::vector<std::thread> workers_;
   // What a worker reads as a phase begins lies on one line.
   alignas(128) std::atomic<uint32_t> epoch_{0};
@@ -55,7 +79,7 @@ class Pool {
   std::atomic<bool> stopping_{false};
   std::atomic<bool> waiting_{false};  // whether the caller sleeps until the phase is done
   std::mutex park_;
-  std::condition_variable wake_;  // of workers: there is a phase
+  std::condition_variable wake_;  // of workers and those who wait: there is a phase, or a count to look at
   std::condition_variable over_;  // of the caller: the phase is done
 };
 

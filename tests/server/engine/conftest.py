@@ -130,6 +130,7 @@ class LateRunner(FakeRunner):
         self.drawn = np.zeros(0, np.int32)
         self.draws = 0
         self.events: list[tuple[str, int]] = []
+        self.ahead_rows = 1 << 30
         self.fault: Exception | None = None
         """What it has failed at, for good."""
 
@@ -145,9 +146,9 @@ class LateRunner(FakeRunner):
         tokens[late & (tokens < 0)] = 0  # drawn from a row that was not finite
         return super().run(batch)
 
-    def draw(self, logits: torch.Tensor, how: np.ndarray, top_k: np.ndarray) -> LateTokens:
+    def draw(self, logits: Logits, how: np.ndarray, top_k: np.ndarray) -> LateTokens:
         """Temperature and noise alone."""
-        values = logits.numpy().astype(np.float64)
+        values = logits.rows.numpy().astype(np.float64)
         fine = np.isfinite(values).all(1)
         tokens = values.argmax(1) if len(values) else np.zeros(0, np.int64)
         for row in np.flatnonzero(fine & (how[:, 0] > 0)):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.engine import Engine
+from server.engine.overlap import engine_on
 from server.engine.runner import make_runner
 from server.engine.text import Text
 from server.kernels import choose, cpu
@@ -52,7 +52,8 @@ def company(tiny_base: Base, tiny_adapter: Callable[..., Any], tools: Any) -> Ca
             "blocks": 64,
             "block_size": 16,
         }
-        made.engine = Engine(make_runner(base, 8, 1), **(settings | {"max_slots": 8} | options))
+        runner = make_runner(base, 8, 1)
+        made.engine = engine_on(runner, draw=runner.draw, **(settings | {"max_slots": 8} | options))
         made.engine._inbox.open()
         return made
 
@@ -64,7 +65,7 @@ def requests(tools: Any) -> list[tuple[list[int], dict[str, Any]]]:
     made = []
     for i in range(12):
         tokens = [rng.randrange(3, 270) for _ in range(rng.choice([1, 5, 16, 17, 40]))]
-        options: dict[str, Any] = {"max_tokens": 24 + i, "logprobs": 2}
+        options: dict[str, Any] = {"max_tokens": 24 + i, "logprobs": 2 if i % 2 else None}
         options["mix"] = tools.mix_of(*[f"a{j}" for j in rng.sample(range(6), i % 4)])
         if i % 3 == 1:
             options |= {"temperature": 0.9, "seed": i, "top_p": 0.95}

@@ -119,6 +119,17 @@ def test_a_step_that_must_be_read_at_once_is(bench: Any, tools: Any) -> None:
     assert made.runner.events[6:] == [("run", 3), ("run", 4), ("read", 3), ("run", 5), ("read", 4), ("read", 5)]
 
 
+def test_nothing_is_planned_ahead_of_a_step_of_many_rows(bench: Any, tools: Any) -> None:
+    made = bench(overlapped=True)
+    made.runner.ahead_rows = 3
+    first = made.submit([5, 6, 7], max_tokens=3)
+    made.engine.step()
+    long = made.submit([5, 6, 7, 8], max_tokens=2)
+    made.settle()
+    assert first.tokens == tools.solo(first, made.runner.vocab) and long.tokens == tools.solo(long, made.runner.vocab)
+    assert made.runner.events == [("run", 0), ("run", 1), ("read", 0), ("read", 1), ("run", 2), ("read", 2)]
+
+
 @pytest.mark.parametrize("how", ["cancel", "deadline", "failure", "stop"])
 def test_what_ends_while_its_token_is_on_its_way_has_no_trace_of_it(bench: Any, tools: Any, how: str) -> None:
     made = bench(overlapped=True)

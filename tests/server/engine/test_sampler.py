@@ -224,8 +224,8 @@ def test_tokens_are_drawn_where_the_logits_are() -> None:
         def read(self) -> np.ndarray:
             return np.array([11, -1, 13], np.int32)
 
-    def draw(logits: torch.Tensor, how: np.ndarray, top_k: np.ndarray) -> Tokens:
-        asked.append((logits.shape[0], how.copy(), top_k.copy()))
+    def draw(logits: Logits, how: np.ndarray, top_k: np.ndarray) -> Tokens:
+        asked.append((logits.rows.shape[0], how.copy(), top_k.copy()))
         return Tokens()
 
     requests = [request(), request(temperature=0.5, top_k=3, top_p=0.9, seed=7), request(logprobs=2)]
@@ -250,7 +250,7 @@ def test_a_temperature_below_all_floats_is_none() -> None:
         def read(self) -> np.ndarray:
             return np.array([3], np.int32)
 
-    def draw(logits: torch.Tensor, how: np.ndarray, top_k: np.ndarray) -> Tokens:
+    def draw(logits: Logits, how: np.ndarray, top_k: np.ndarray) -> Tokens:
         asked.append(how.tolist())
         return Tokens()
 

@@ -18,7 +18,7 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
 
 from server.engine import cuda_batch
 from server.engine import cuda_runner as cuda_runner_module
-from server.engine.batch import Batch, SlotWeights
+from server.engine.batch import Batch, Logits, SlotWeights
 from server.engine.cuda_batch import Shape, batch_buckets, describe
 from server.engine.cuda_memory import share_out, work_bytes
 from server.engine.cuda_pool import AdapterPool
@@ -127,7 +127,7 @@ def test_greedy_answers_are_those_of_the_reference() -> None:
         for turn in range(2):
             if isinstance(runner, CudaRunner):
                 how = np.tile(np.array([0.0, 1.0, 0.0, 0.0], np.float32), (3, 1))
-                chosen = runner.draw(logits.to(DEVICE), how, np.zeros(3, np.int32)).read().tolist()
+                chosen = runner.draw(Logits(logits.to(DEVICE)), how, np.zeros(3, np.int32)).read().tolist()
                 assert chosen == logits.argmax(1).tolist()
             for sequence, row in zip(batch, logits, strict=True):
                 sequence.tokens.append(int(row.argmax()))
@@ -153,13 +153,13 @@ def test_a_step_goes_on_from_tokens_that_nobody_has_read(monkeypatch: pytest.Mon
         sequence.tokens[-1] = last
     reads = []
     for new in ([(0, 5), (1, 1)], [(1, 1), (0, 1)], [(2, 4), (1, 1), (0, 1)], [(0, 1), (1, 1), (2, 1)]):
-        logits = runner.run(batch_of([(batch[i], n) for i, n in new], False)).rows
+        logits = runner.run(batch_of([(batch[i], n) for i, n in new], False))
         drawn = runner.draw(logits, np.zeros((len(new), 4), np.float32), np.zeros(len(new), np.int32))
         reads.append(lambda drawn=drawn: drawn.read().tolist())
         for row, (i, _) in enumerate(new):
             batch[i].tokens.append(-1 - row)
     assert [read() for read in reads] == [[21, 31], [32, 22], [41, 33, 23], [24, 34, 42]]
-    nothing = runner.draw(logits[:0], np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
+    nothing = runner.draw(logits.part(0, 0), np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
     assert nothing.read().tolist() == []
 
 

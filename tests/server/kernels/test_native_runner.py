@@ -338,7 +338,7 @@ def test_a_step_that_points_beyond_what_is_there_is_not_run(fault: str) -> None:
     good = batch_of([(Sequence([5, 6], [0]), 2)])
     message, change = WRONG[fault]
     with pytest.raises(AssertionError, match=message):
-        runner.run(replace(good, **change))
+        runner.run(replace(good, **change)).wait()
     assert runner.nbytes()["kv_cache"] == 0
     assert torch.isfinite(runner.run(good).rows).all()
 
@@ -346,7 +346,7 @@ def test_a_step_that_points_beyond_what_is_there_is_not_run(fault: str) -> None:
 def test_a_step_before_there_is_a_cache_is_not_run() -> None:
     native, _ = bases("llama-int4")
     with pytest.raises(AssertionError, match="allocate comes before run"):
-        make_runner(native, SLOTS, 1).run(batch_of([(Sequence([5], [0]), 1)]))
+        make_runner(native, SLOTS, 1).run(batch_of([(Sequence([5], [0]), 1)])).wait()
 
 
 def test_bytes_are_accounted_for() -> None:

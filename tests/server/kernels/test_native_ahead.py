@@ -1,0 +1,165 @@
+"""The native runner as a device: what it was given before and has not been read yet, in any order of reading."""
+
+from __future__ import annotations
+
+import gc
+import random
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from server.engine.batch import Logits, SlotWeights
+from server.engine.native_runner import NativeRunner
+from server.engine.overlap import DeviceRunner, OverlappedEngine, engine_on
+from server.kernels import choose, cpu
+from server.model.config import ModelConfig
+from tests.server.kernels import tiny
+from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of, random_tokens
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native kernels: {cpu.unavailable()}")
+
+SLOTS = 4
+PROMPTS = 3
+
+
+def config() -> ModelConfig:
+    return tiny.llama(
+        vocab_size=97,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+    )
+
+
+@pytest.fixture(scope="module")
+def base() -> Tiny:
+    return tiny.bases(config(), "int4", 32, False, "int8", choose("native"), choose("reference"))[0]
+
+
+@pytest.fixture(params=[1, 2, 3])
+def runner(base: Tiny, request: pytest.FixtureRequest) -> Iterator[NativeRunner]:
+    made = NativeRunner(base, SLOTS, request.param)
+    made.allocate(64, BLOCK)
+    yield made
+
+
+def draw(runner: NativeRunner, logits: Logits, temperature: float, noise: list[float]) -> Any:
+    how = np.array([[temperature, 1.0, 0.0, each] for each in noise], np.float32)
+    return runner.draw(logits, how, np.zeros(len(noise), np.int32))
+
+
+def started(mixes: list[SlotWeights]) -> list[Sequence]:
+    return [Sequence(random_tokens(config(), i, 5 + i), list(range(8 * i, 8 * i + 8)), m) for i, m in enumerate(mixes)]
+
+
+def answers(runner: NativeRunner, base: Tiny, temperature: float, read_at_once: bool) -> list[list[int]]:
+    """Twelve tokens of each of three sequences, a slot being filled anew in the middle."""
+    runner.place(0, base.backend.prepare(adapter(base.config, 1, 8)))
+    runner.place(1, base.backend.prepare(adapter(base.config, 2, 5, ("q_proj", "down_proj"))))
+    sequences = started([((0, 1.0),), (), ((1, -0.5), (0, 2.0))])
+    drawn = []
+    for number in range(12):
+        if number == 6:
+            runner.clear(1)
+            runner.place(1, base.backend.prepare(adapter(base.config, 3, 3)))
+        order = list(range(PROMPTS)) if number % 2 else list(range(PROMPTS))[::-1]
+        new = [(sequences[i], 1 if number else len(sequences[i].tokens)) for i in order]
+        noise = [(number * PROMPTS + i) * 0.377 % 1.0 for i in order]
+        drawn.append((order, draw(runner, runner.run(batch_of(new, False)), temperature, noise)))
+        tokens = drawn[-1][1].read().tolist() if read_at_once else [-1 - row for row in range(PROMPTS)]
+        for i, token in zip(order, tokens, strict=True):
+            sequences[i].tokens.append(token)
+    read = [(order, tokens.read().tolist()) for order, tokens in drawn]
+    return [[tokens[order.index(i)] for order, tokens in read] for i in range(PROMPTS)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_steps_go_on_from_tokens_that_nobody_has_read(runner: NativeRunner, base: Tiny, temperature: float) -> None:
+    at_once = answers(runner, base, temperature, True)
+    assert answers(runner, base, temperature, False) == at_once
+    assert len({tuple(each) for each in at_once}) == PROMPTS
+
+
+def test_logits_may_be_read_in_any_order(runner: NativeRunner) -> None:
+    rng = random.Random(3)
+    ids = [random_tokens(config(), seed, rng.randrange(1, 60)) for seed in range(40)]
+
+    def run(number: int) -> Logits:
+        return runner.run(batch_of([(Sequence(ids[number], list(range(4))), len(ids[number]))]))
+
+    expected = [run(number).rows.clone() for number in range(len(ids))]
+    for _ in range(5):
+        given = {number: run(number) for number in rng.sample(range(len(ids)), len(ids))}
+        for number in rng.sample(range(len(ids)), len(ids)):
+            assert torch.equal(given[number].rows, expected[number])
+
+
+def test_an_adapter_stays_until_no_step_reads_it_and_no_longer(runner: NativeRunner, base: Tiny) -> None:
+    weights = base.backend.prepare(adapter(base.config, 1, 64))
+    gone = weakref.ref(weights)
+    runner.place(0, weights)
+    batch = batch_of([(Sequence(random_tokens(config(), 1, 300), list(range(20)), ((0, 1.0),)), 300)])
+    expected = runner.run(batch).rows.clone()
+    given = [runner.run(batch) for _ in range(12)]
+    runner.clear(0)
+    del weights
+    assert gone() is not None, "the steps are not done yet"
+    assert all(torch.equal(logits.rows, expected) for logits in given)
+    runner.wait()
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(AssertionError, match="slot is empty"):
+        runner.run(batch).wait()
+
+
+def test_an_adapter_that_nothing_reads_is_gone_at_once(runner: NativeRunner, base: Tiny) -> None:
+    weights = base.backend.prepare(adapter(base.config, 1, 4))
+    gone = weakref.ref(weights)
+    runner.place(0, weights)
+    runner.clear(0)
+    del weights
+    assert gone() is None
+
+
+def test_a_token_that_was_not_found_is_gone_on_from_without_harm(runner: NativeRunner, base: Tiny) -> None:
+    """Its request ends when it is read, which is after the next step was given."""
+    runner.place(0, base.backend.prepare(adapter(base.config, 1, 4, ("q_proj", "k_proj"), size=1e37)))
+    good, bad = started([(), ((0, 16.0),)])
+    first = draw(runner, runner.run(batch_of([(good, 5), (bad, 6)], False)), 0.0, [0.5, 0.5])
+    for row, sequence in enumerate((good, bad)):
+        sequence.tokens.append(-1 - row)
+    second = draw(runner, runner.run(batch_of([(good, 1), (bad, 1)], False)), 0.0, [0.5, 0.5])
+    assert first.read()[1] == -1 and first.read()[0] >= 0 and second.read()[0] >= 0
+
+
+def test_a_token_of_a_row_that_there_was_not_is_refused(runner: NativeRunner) -> None:
+    with pytest.raises(AssertionError, match="not of the vocabulary"):
+        runner.run(batch_of([(Sequence([-1], [0]), 1)])).wait()  # no step before
+    runner.run(batch_of([(Sequence([5], [0]), 1)]))
+    with pytest.raises(AssertionError, match="not of the vocabulary"):
+        runner.run(batch_of([(Sequence([-2], [0]), 1)])).wait()
+    assert runner.run(batch_of([(Sequence([5], [0]), 1)])).rows.isfinite().all()
+
+
+def test_an_engine_on_it_plans_ahead(runner: NativeRunner, base: Tiny) -> None:
+    assert isinstance(runner, DeviceRunner)
+    engine = engine_on(
+        runner,
+        fetch=lambda mix: None,
+        text=None,
+        eos_ids=frozenset(),
+        vocab_size=97,
+        context_length=64,
+        base_id="base",
+        blocks=8,
+        draw=runner.draw,
+    )
+    assert isinstance(engine, OverlappedEngine)
