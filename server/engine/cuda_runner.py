@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from typing import Any
 
@@ -108,8 +107,6 @@ class CudaRunner:
     what there is for all in bytes; `kv_cache` and `adapters` are what is wanted of it, None for a share; no sequence is
     longer than `context`. Raises BadModel, and NoCapacity if the base leaves too little.
     """
-
-    ahead_rows = sys.maxsize  # a device that waits for a plan costs more than the others do by waiting for a step
 
     def __init__(
         self,
@@ -228,6 +225,10 @@ class CudaRunner:
         if rows:
             sampling.draw(logits.rows, self._sent(torch.from_numpy(how)), self._sent(torch.from_numpy(top_k)), tokens)
         return DeviceDrawn(tokens)
+
+    def linger(self) -> None:
+        """Nothing is waited for: how far a step is cannot be told, and an idle device costs more than what arrives and
+        waits for one step more."""
 
     def wait(self) -> None:
         """Wait for all that the device was given. Raises what it has failed at: RuntimeError, each time from then on,

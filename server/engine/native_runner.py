@@ -10,7 +10,6 @@ as a job may read it. Does not know how anything is computed (kernels/cpu) nor r
 from __future__ import annotations
 
 import ctypes
-import math
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -36,9 +35,9 @@ from server.model.rope import angles, frequencies
 VECTOR = 16
 """Tokens of a block that the kernels read together: block sizes are multiples of it."""
 
-AHEAD_PRODUCTS = 2**34
-"""Steps of more multiplications of weights than these, which take a processor some 50 ms, are read before the next is
-planned: planning takes less than one."""
+PLANNED_AHEAD = 3_000_000
+"""Nanoseconds before the end of a step from which the next is planned. Planning takes a third of that, or half beside a
+busy event loop, and what arrives after it waits for one step more."""
 
 KINDS = 256
 """Sets of modules of which it is remembered where they are in a slot's table."""
@@ -171,11 +170,11 @@ class NativeRunner:
         self._results = _Results()
         self._jobs: deque[_Job] = deque()
         """Those that are not known to be done, in order."""
+        self._last_step = 0
         self._slots: list[LoraWeights | None] = [None] * max_slots
         self._sites = _site_places(base.config)
         self._known: dict[Shapes, np.ndarray] = {}
         self._kept: list[torch.Tensor] = []  # float32 copies of norms and biases that the model points to
-        self.ahead_rows = AHEAD_PRODUCTS // sum(math.prod(shape) for shape in base.config.linear_shapes().values())
         self._shape = _config(base.config, max_slots)
         embed = packing.matrix(base.weights["model.embed_tokens"])
         head = embed if base.config.tie_word_embeddings else packing.matrix(base.weights["lm_head"])
@@ -243,6 +242,10 @@ class NativeRunner:
         if self._jobs:
             self._finish(self._jobs[-1].number)
 
+    def linger(self) -> None:
+        """Compute with the kernels' thread until it is time to plan what comes after the last step."""
+        self._library.loramux_model_linger(self._model, self._last_step, PLANNED_AHEAD)
+
     def run(self, batch: Batch) -> Logits:
         """A token of the batch below 0 is that of row -1 - token of the step before: the largest of its logits, or what
         was drawn there. What fails, fails when it is read: MemoryError."""
@@ -266,6 +269,7 @@ class NativeRunner:
         )
         job = _Job(self._finish, logits, largest, arrays, mixes)
         self._give(job, self._library.loramux_model_step(self._model, step, job.outcome))
+        self._last_step = job.number
         return Logits(logits, largest.numpy(), job.finish)
 
     def draw(self, logits: Logits, how: np.ndarray, top_k: np.ndarray) -> Drawn:

@@ -10,8 +10,7 @@ What a plan made without them cannot know is made good when they land:
 - An answer whose last token is on its way by max_tokens gets no place for a further one, so nothing is planned for it.
 - A request whose next token depends on more than logits and temperature (penalties, a grammar, log-probabilities,
   scores) makes its step one that is read at once: nothing is planned ahead of it.
-- A step of many rows takes long, and what arrives meanwhile would wait for one step more: where the runner says that
-  planning costs less than that, such a flight lands first.
+- What arrives after a plan waits for one step more: so the runner has it made as late as it can.
 - A request is never preempted while its token is on its way: when the next plan might, the flight lands first. So
   what is looked up in the prefix cache, and what is computed again, is made of known tokens alone.
 The order of the device is what makes this right: a step, its draw, and copies into slots run in the order of launch.
@@ -35,9 +34,9 @@ class DeviceRunner(Runner, Protocol):
     """A runner that computes while others go on. `run` takes a token below 0 for the one that was last drawn in row
     -1 - token."""
 
-    @property
-    def ahead_rows(self) -> int:
-        """Nothing is planned ahead of a step of more rows."""
+    def linger(self) -> None:
+        """Wait until the next step has to be planned, so that the device need not wait for it: the later that is, the
+        more of what arrives meanwhile is in it."""
 
     def wait(self) -> None:
         """Wait for all that the device was given. Raises a fault after which it answers nothing any more."""
@@ -59,8 +58,11 @@ class OverlappedEngine(Engine):
     def step(self) -> bool:
         """Launch a step and land the one before; False if there was neither."""
         now = self._record.begin()
+        if self._flight is not None:
+            self._record.wait(self._device.linger)
+            now = time.monotonic()
         self._drain()
-        if not self._scheduler.keeps_all or self._flies_long():
+        if not self._scheduler.keeps_all:
             self._land()
         plan = self._scheduler.plan(now)
         self._announce(plan)
@@ -86,9 +88,6 @@ class OverlappedEngine(Engine):
         if self._scheduler.lending:  # nobody waits for a token while processors rest
             self._land()
         return self._record.end()
-
-    def _flies_long(self) -> bool:
-        return self._flight is not None and sum(item.tokens for item in self._flight.work) > self._device.ahead_rows
 
     def _land(self) -> None:
         """Read and deliver the tokens of the step that is on its way, if there is one."""

@@ -116,6 +116,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, POINTER(c_int32)],
     ),
     "loramux_model_wait": (None, [c_void_p, c_int64]),
+    "loramux_model_linger": (None, [c_void_p, c_int64, c_int64]),
     "loramux_model_done": (c_int64, [c_void_p]),
     "loramux_model_bytes": (c_int64, [c_void_p]),
     "loramux_model_times": (None, [c_void_p, POINTER(c_int64)]),

@@ -27,7 +27,9 @@ int64_t Launcher::give(std::function<void()> job) {
   return number;
 }
 
-void Launcher::wait(int64_t number) { pool_.help_until(done_, number); }
+void Launcher::wait(int64_t number, const std::function<bool()>& enough) {
+  pool_.help_until([&] { return done_.load(std::memory_order_seq_cst) >= number || enough(); });
+}
 
 void Launcher::work() {
   for (int64_t taken = 0;; taken++) {

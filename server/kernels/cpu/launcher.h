@@ -23,8 +23,8 @@ class Launcher {
   // The number of a job, counted from 1. A job throws nothing. Throws bad_alloc, and the job is not given then.
   int64_t give(std::function<void()> job);
 
-  // Returns when that job is done. Until then the calling thread, one at a time, is one of the pool's.
-  void wait(int64_t number);
+  // Returns when that job is done, or `enough`. Until then the calling thread, one at a time, is one of the pool's.
+  void wait(int64_t number, const std::function<bool()>& enough = [] { return false; });
 
   // The last job that is done, 0 before the first.
   int64_t done() const { return done_.load(std::memory_order_acquire); }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <limits>
 #include <map>
 
 #include "simd.h"
@@ -729,12 +730,22 @@ Outcome Model::run(const Step& step) {
       dequantize_row(embed_, step.tokens[r], stream_.get() + r * config_.hidden);
   });
   clock(PLAN, t);
-  for (int64_t layer = 0; layer < config_.layers; layer++)
+  layers_began_.store(now());
+  for (int64_t layer = 0; layer < config_.layers; layer++) {
     for (const RowBlock& block : row_blocks_) run_layer(step, layer, block);
+    layers_done_.store(layer + 1);
+  }
   t = now();
   head(step);
-  clock(HEAD, t);
+  if (step.logit_count > 0) head_took_.store(clock(HEAD, t) - t);
+  layers_done_.store(0);
   return DONE;
+}
+
+int64_t Model::left() const {
+  const int64_t done = layers_done_.load();
+  if (done == 0) return std::numeric_limits<int64_t>::max();
+  return (now() - layers_began_.load()) * (config_.layers - done) / done + head_took_.load();
 }
 
 void Model::draw(const float* logits, int64_t rows, const Drawing* how, const int32_t* top_k, int32_t* tokens) {

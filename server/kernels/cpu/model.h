@@ -4,6 +4,7 @@
 #include "target.h"
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -31,6 +32,9 @@ class Model {
   // `sites` is [layers][SITES]; none empty the slot. Allocates nothing.
   void set_slot(int64_t slot, std::vector<LoraSite> sites);
   Outcome run(const Step& step);
+  // Nanoseconds that the step under way has left by the pace of its layers, more than any if that is not known yet. From
+  // any thread.
+  int64_t left() const;
   // tokens [rows] of logits [rows, vocab]. Throws bad_alloc.
   void draw(const float* logits, int64_t rows, const Drawing* how, const int32_t* top_k, int32_t* tokens);
   int64_t sites() const { return config_.layers * SITES; }  // of a slot
@@ -151,6 +155,9 @@ class Model {
   std::vector<Local> local_;
   int64_t phase_ = 0;
   std::array<int64_t, PHASES> times_{};
+  std::atomic<int64_t> layers_began_{0};  // when those of the step under way did
+  std::atomic<int64_t> layers_done_{0};   // of it; 0 without a step
+  std::atomic<int64_t> head_took_{0};     // in the last step that had logits
 };
 
 }  // namespace loramux

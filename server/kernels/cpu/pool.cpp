@@ -85,8 +85,7 @@ void Pool::wake_parked() {
   wake_.notify_all();
 }
 
-void Pool::help_until(const std::atomic<int64_t>& count, int64_t goal) {
-  const auto over = [&] { return count.load(std::memory_order_seq_cst) >= goal; };
+void Pool::help_until(const std::function<bool()>& over) {
   uint32_t seen = epoch_.load(std::memory_order_acquire) - 1;  // there may be a phase under way
   const auto called = [&] { return over() || (guest_ && epoch_.load(std::memory_order_seq_cst) != seen); };
   while (!over()) {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -34,11 +35,12 @@ class Pool {
     run_erased(n, [](void* context, int piece, int thread) { (*static_cast<F*>(context))(piece, thread); }, &f);
   }
 
-  // Returns when `count` has come to `goal`, of which `wake_parked` tells. The caller takes part in phases until then if the
-  // pool has a guest, one caller at a time, and only waits if not. What it leaves undone when it goes, others do.
-  void help_until(const std::atomic<int64_t>& count, int64_t goal);
+  // Returns when `over`, which is looked at between phases and when `wake_parked` is called. The caller takes part in
+  // phases until then if the pool has a guest, one caller at a time, and only waits if not. What it leaves undone when it
+  // goes, others do.
+  void help_until(const std::function<bool()>& over);
 
-  // For those who count: look at the count again.
+  // Something that is waited for may be over.
   void wake_parked();
 
   // Looks whether something is so for as long as a gap between two steps may take, where other processors go on.
@@ -79,7 +81,7 @@ class Pool {
   std::atomic<bool> stopping_{false};
   std::atomic<bool> waiting_{false};  // whether the caller sleeps until the phase is done
   std::mutex park_;
-  std::condition_variable wake_;  // of workers and those who wait: there is a phase, or a count to look at
+  std::condition_variable wake_;  // of workers and those who wait: there is a phase, or something may be over
   std::condition_variable over_;  // of the caller: the phase is done
 };
 

@@ -130,9 +130,11 @@ class LateRunner(FakeRunner):
         self.drawn = np.zeros(0, np.int32)
         self.draws = 0
         self.events: list[tuple[str, int]] = []
-        self.ahead_rows = 1 << 30
         self.fault: Exception | None = None
         """What it has failed at, for good."""
+
+    def linger(self) -> None:
+        """Nothing comes while a test steps an engine."""
 
     def wait(self) -> None:
         if self.fault is not None:

@@ -119,15 +119,25 @@ def test_a_step_that_must_be_read_at_once_is(bench: Any, tools: Any) -> None:
     assert made.runner.events[6:] == [("run", 3), ("run", 4), ("read", 3), ("run", 5), ("read", 4), ("read", 5)]
 
 
-def test_nothing_is_planned_ahead_of_a_step_of_many_rows(bench: Any, tools: Any) -> None:
+def test_what_arrives_before_the_next_step_has_to_be_planned_is_in_it(
+    bench: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = bench(overlapped=True)
-    made.runner.ahead_rows = 3
     first = made.submit([5, 6, 7], max_tokens=3)
     made.engine.step()
-    long = made.submit([5, 6, 7, 8], max_tokens=2)
+    late: list[Any] = []
+
+    def linger() -> None:
+        if not late:
+            late.append(made.submit([5, 6, 8], max_tokens=2))
+
+    monkeypatch.setattr(made.runner, "linger", linger)
+    made.engine.step()
+    assert [batch.sequences for batch in made.runner.steps] == [1, 2]
     made.settle()
-    assert first.tokens == tools.solo(first, made.runner.vocab) and long.tokens == tools.solo(long, made.runner.vocab)
-    assert made.runner.events == [("run", 0), ("run", 1), ("read", 0), ("read", 1), ("run", 2), ("read", 2)]
+    for heard in (first, *late):
+        assert heard.tokens == tools.solo(heard, made.runner.vocab)
+    assert made.runner.events == [("run", 0), ("run", 1), ("read", 0), ("run", 2), ("read", 1), ("read", 2)]
 
 
 @pytest.mark.parametrize("how", ["cancel", "deadline", "failure", "stop"])

@@ -102,6 +102,18 @@ def test_logits_may_be_read_in_any_order(runner: NativeRunner) -> None:
             assert torch.equal(given[number].rows, expected[number])
 
 
+def test_lingering_ends_in_the_last_of_the_steps_that_were_given(runner: NativeRunner) -> None:
+    runner.linger()
+    batch = batch_of([(Sequence(random_tokens(config(), 1, 300), list(range(20))), 300)])
+    expected = runner.run(batch).rows.clone()
+    for count in (1, 2, 8):
+        given = [runner.run(batch) for _ in range(count)]
+        runner.linger()
+        runner._unfinished()
+        assert len(runner._jobs) <= 1, "but for the last, all are done"
+        assert all(torch.equal(logits.rows, expected) for logits in given)
+
+
 def test_an_adapter_stays_until_no_step_reads_it_and_no_longer(runner: NativeRunner, base: Tiny) -> None:
     weights = base.backend.prepare(adapter(base.config, 1, 64))
     gone = weakref.ref(weights)
