@@ -52,7 +52,7 @@ def company(tiny_base: Base, tiny_adapter: Callable[..., Any], tools: Any) -> Ca
             "blocks": 64,
             "block_size": 16,
         }
-        runner = make_runner(base, 8, 1)
+        runner = make_runner(base, 8, 2)
         made.engine = engine_on(runner, draw=runner.draw, **(settings | {"max_slots": 8} | options))
         made.engine._inbox.open()
         return made
@@ -60,12 +60,12 @@ def company(tiny_base: Base, tiny_adapter: Callable[..., Any], tools: Any) -> Ca
     return make
 
 
-def requests(tools: Any) -> list[tuple[list[int], dict[str, Any]]]:
+def requests(tools: Any, logprobs: int | None) -> list[tuple[list[int], dict[str, Any]]]:
     rng = random.Random(5)
     made = []
     for i in range(12):
         tokens = [rng.randrange(3, 270) for _ in range(rng.choice([1, 5, 16, 17, 40]))]
-        options: dict[str, Any] = {"max_tokens": 24 + i, "logprobs": 2 if i % 2 else None}
+        options: dict[str, Any] = {"max_tokens": 24 + i, "logprobs": logprobs}
         options["mix"] = tools.mix_of(*[f"a{j}" for j in rng.sample(range(6), i % 4)])
         if i % 3 == 1:
             options |= {"temperature": 0.9, "seed": i, "top_p": 0.95}
@@ -75,10 +75,11 @@ def requests(tools: Any) -> list[tuple[list[int], dict[str, Any]]]:
     return made
 
 
+@pytest.mark.parametrize("logprobs", [2, None], ids=["read-at-once", "read-later"])
 @pytest.mark.parametrize("kernels", ["reference", NATIVE])
-def test_alone_and_in_company(company: Callable[..., Any], tools: Any, kernels: str) -> None:
+def test_alone_and_in_company(company: Callable[..., Any], tools: Any, kernels: str, logprobs: int | None) -> None:
     alone = []
-    for tokens, options in requests(tools):
+    for tokens, options in requests(tools, logprobs):
         b = company(kernels, prefix_cache=False)
         alone.append(b.submit(tokens, **options))
         b.settle()
@@ -86,8 +87,8 @@ def test_alone_and_in_company(company: Callable[..., Any], tools: Any, kernels: 
     crowded = company(kernels, max_step_tokens=24, max_batch=5, max_slots=4)
     tight = company(kernels, blocks=6, max_batch=12, prefix_cache=False)
     for b in (crowded, tight):
-        heard = [b.submit(tokens, **options) for tokens, options in requests(tools)]
-        again = [b.submit(tokens, **options) for tokens, options in requests(tools)]
+        heard = [b.submit(tokens, **options) for tokens, options in requests(tools, logprobs)]
+        again = [b.submit(tokens, **options) for tokens, options in requests(tools, logprobs)]
         b.settle()
         for one, many in zip(alone * 2, heard + again, strict=True):
             assert many.reason == one.reason and many.tokens == one.tokens

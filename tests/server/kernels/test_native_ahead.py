@@ -15,10 +15,9 @@ import torch
 from server.engine.batch import Logits, SlotWeights
 from server.engine.native_runner import NativeRunner
 from server.engine.overlap import DeviceRunner, OverlappedEngine, engine_on
-from server.kernels import choose, cpu
-from server.model.config import ModelConfig
-from tests.server.kernels import tiny
-from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of, random_tokens
+from server.kernels import cpu
+from tests.server.kernels.test_native_runner import bases, tokens
+from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native kernels: {cpu.unavailable()}")
 
@@ -26,22 +25,9 @@ SLOTS = 4
 PROMPTS = 3
 
 
-def config() -> ModelConfig:
-    return tiny.llama(
-        vocab_size=97,
-        hidden_size=96,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-    )
-
-
 @pytest.fixture(scope="module")
 def base() -> Tiny:
-    return tiny.bases(config(), "int4", 32, False, "int8", choose("native"), choose("reference"))[0]
+    return bases("llama-int4")[0]
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -57,7 +43,7 @@ def draw(runner: NativeRunner, logits: Logits, temperature: float, noise: list[f
 
 
 def started(mixes: list[SlotWeights]) -> list[Sequence]:
-    return [Sequence(random_tokens(config(), i, 5 + i), list(range(8 * i, 8 * i + 8)), m) for i, m in enumerate(mixes)]
+    return [Sequence(tokens(i, 5 + i), list(range(8 * i, 8 * i + 8)), m) for i, m in enumerate(mixes)]
 
 
 def answers(runner: NativeRunner, base: Tiny, temperature: float, read_at_once: bool) -> list[list[int]]:
@@ -74,11 +60,11 @@ def answers(runner: NativeRunner, base: Tiny, temperature: float, read_at_once: 
         new = [(sequences[i], 1 if number else len(sequences[i].tokens)) for i in order]
         noise = [(number * PROMPTS + i) * 0.377 % 1.0 for i in order]
         drawn.append((order, draw(runner, runner.run(batch_of(new, False)), temperature, noise)))
-        tokens = drawn[-1][1].read().tolist() if read_at_once else [-1 - row for row in range(PROMPTS)]
-        for i, token in zip(order, tokens, strict=True):
+        following = drawn[-1][1].read().tolist() if read_at_once else [-1 - row for row in range(PROMPTS)]
+        for i, token in zip(order, following, strict=True):
             sequences[i].tokens.append(token)
-    read = [(order, tokens.read().tolist()) for order, tokens in drawn]
-    return [[tokens[order.index(i)] for order, tokens in read] for i in range(PROMPTS)]
+    read = [(order, each.read().tolist()) for order, each in drawn]
+    return [[each[order.index(i)] for order, each in read] for i in range(PROMPTS)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
@@ -90,7 +76,7 @@ def test_steps_go_on_from_tokens_that_nobody_has_read(runner: NativeRunner, base
 
 def test_logits_may_be_read_in_any_order(runner: NativeRunner) -> None:
     rng = random.Random(3)
-    ids = [random_tokens(config(), seed, rng.randrange(1, 60)) for seed in range(40)]
+    ids = [tokens(seed, rng.randrange(1, 60)) for seed in range(40)]
 
     def run(number: int) -> Logits:
         return runner.run(batch_of([(Sequence(ids[number], list(range(4))), len(ids[number]))]))
@@ -104,7 +90,7 @@ def test_logits_may_be_read_in_any_order(runner: NativeRunner) -> None:
 
 def test_lingering_ends_in_the_last_of_the_steps_that_were_given(runner: NativeRunner) -> None:
     runner.linger()
-    batch = batch_of([(Sequence(random_tokens(config(), 1, 300), list(range(20))), 300)])
+    batch = batch_of([(Sequence(tokens(1, 300), list(range(20))), 300)])
     expected = runner.run(batch).rows.clone()
     for count in (1, 2, 8):
         given = [runner.run(batch) for _ in range(count)]
@@ -118,7 +104,7 @@ def test_an_adapter_stays_until_no_step_reads_it_and_no_longer(runner: NativeRun
     weights = base.backend.prepare(adapter(base.config, 1, 64))
     gone = weakref.ref(weights)
     runner.place(0, weights)
-    batch = batch_of([(Sequence(random_tokens(config(), 1, 300), list(range(20)), ((0, 1.0),)), 300)])
+    batch = batch_of([(Sequence(tokens(1, 300), list(range(20)), ((0, 1.0),)), 300)])
     expected = runner.run(batch).rows.clone()
     given = [runner.run(batch) for _ in range(12)]
     runner.clear(0)
