@@ -6,19 +6,14 @@ each a few kilobytes a layer: what lies together is found by the processor's pre
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import mmap
 from functools import lru_cache
 
 import torch
 
 from adapters.weights import LoraWeights, LowRank, all_finite
+from server.kernels import pages
 from server.kernels.lora import SITES, TOGETHER
 from server.kernels.reference import check_finite
-
-HUGE = 2 << 20
-"""Bytes of a huge page, which begins at a multiple of them."""
 
 LINE = 32
 """Values that every matrix begins at a multiple of: a cache line of bf16."""
@@ -35,7 +30,7 @@ def in_one_piece(weights: LoraWeights, dtype: torch.dtype = torch.bfloat16, pinn
     for path, part in order:
         places.append(size)
         size += -(-getattr(weights.modules[path], part).numel() // LINE) * LINE
-    flat = torch.zeros(size, dtype=dtype, pin_memory=True) if pinned else _zeros(size, dtype)
+    flat = torch.zeros(size, dtype=dtype, pin_memory=True) if pinned else pages.zeros(size, dtype)
     parts: dict[tuple[str, str], torch.Tensor] = {}
     for (path, part), place in zip(order, places, strict=True):
         source = getattr(weights.modules[path], part)
@@ -50,22 +45,6 @@ def in_one_piece(weights: LoraWeights, dtype: torch.dtype = torch.bfloat16, pinn
     if not all_finite(flat):
         check_finite(kept, dtype)
     return kept
-
-
-def _zeros(size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros [size], on huge pages as far as whole ones fit. The memory goes back to the system with the tensor.
-
-    At the end of each small page a walk waits, since the processor's own prefetching ends there too.
-    """
-    nbytes = size * dtype.itemsize
-    if nbytes < HUGE:
-        return torch.zeros(size, dtype=dtype)
-    room = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(room)) % HUGE
-    # A kernel that was built without them says so, and has small pages.
-    with contextlib.suppress(OSError):
-        room.madvise(mmap.MADV_HUGEPAGE, start, nbytes)
-    return torch.frombuffer(room, dtype=dtype, count=size, offset=start)
 
 
 @lru_cache(maxsize=64)

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from server.kernels.pages import HUGE, mapped
 from server.kernels.weight import Weight
 from server.model.digest import Digests
 
@@ -71,7 +72,8 @@ class PackedWriter:
         handle, self._temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
         self._file: BinaryIO = os.fdopen(handle, "w+b")
         self._digest = hashlib.sha256()
-        self._file.write(b"\0" * ALIGNMENT)
+        self._pending = bytearray(ALIGNMENT)
+        """What is not written yet, less than a huge page: the system keeps the file in pages as large as the writes."""
         self._at = ALIGNMENT
         self._weights: dict[str, Any] = {}
         self._tensors: dict[str, Any] = {}
@@ -102,7 +104,8 @@ class PackedWriter:
                 "data": self._digest.hexdigest(),
             }
         )
-        self._file.write(index)
+        self._append(index)
+        self._file.write(self._pending)
         self._file.seek(0)
         self._file.write(_HEAD.pack(MAGIC, self._at, len(index), hashlib.sha256(index).digest()))
         self._file.flush()
@@ -139,10 +142,20 @@ class PackedWriter:
             data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
             padding = b"\0" * (-len(data) % ALIGNMENT)
             for block in (data, padding):
-                self._file.write(block)
+                self._append(block)
                 self._digest.update(block)
                 self._at += len(block)
         return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset]
+
+    def _append(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        while len(rest) > 0:
+            taken = HUGE - len(self._pending)
+            self._pending += rest[:taken]
+            rest = rest[taken:]
+            if len(self._pending) == HUGE:
+                self._file.write(self._pending)
+                self._pending.clear()
 
 
 def open_packed(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed | None:
@@ -164,6 +177,7 @@ def open_packed(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed 
 
 
 def _mapped(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed:
+    storage = mapped(path).untyped_storage()  # first: otherwise the bytes are read in small pages
     size = path.stat().st_size
     with path.open("rb") as file:
         magic, end, length, digest = _HEAD.unpack(file.read(_HEAD.size))
@@ -178,8 +192,6 @@ def _mapped(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed:
         raise ValueError("it was made of something else")
     if digests.of(path, ALIGNMENT, end) != index["data"]:
         raise ValueError("its tensors do not have the digest that its index says")
-    # Private and copy-on-write: were anything to write to the weights, the file and other processes would not see it.
-    storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
 
     def view(entry: list[Any]) -> torch.Tensor:
         dtype, shape = _DTYPES[entry[0]], torch.Size(entry[1])

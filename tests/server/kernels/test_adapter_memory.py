@@ -11,8 +11,8 @@ import torch
 
 from adapters.errors import InvalidAdapter
 from adapters.weights import LoraWeights, LowRank
-from server.kernels import adapter_memory
-from server.kernels.adapter_memory import HUGE, LINE, in_one_piece
+from server.kernels.adapter_memory import LINE, in_one_piece
+from server.kernels.pages import HUGE
 
 PATH = "model.layers.{}.self_attn.q_proj"
 
@@ -56,16 +56,6 @@ def test_the_memory_of_a_large_one_goes_with_it() -> None:
     assert mapped(address)
     del kept
     assert gone() is None and not mapped(address)
-
-
-def test_a_kernel_without_huge_pages_has_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Without(adapter_memory.mmap.mmap):
-        def madvise(self, *_: int) -> None:
-            raise OSError(22, "Invalid argument")
-
-    monkeypatch.setattr(adapter_memory.mmap, "mmap", Without)
-    given = weights(2, 16, 20_000)
-    assert torch.equal(in_one_piece(given).modules[PATH.format(1)].A, given.modules[PATH.format(1)].A)
 
 
 @pytest.mark.parametrize("part", ["A", "B"])

@@ -4,10 +4,12 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 
+from server.kernels.pages import HUGE
 from server.kernels.stored import dequantize_stored
 from server.model.digest import Digests, sha256
 from server.model.packed_file import ALIGNMENT, PackedWriter, open_packed, packed_path
@@ -64,6 +66,37 @@ def test_the_bytes_are_the_files_and_are_not_written_to(tmp_path: Path) -> None:
     assert str(path) in maps
     path.unlink()  # the cache may be deleted at any time, also under a running server
     assert torch.equal(packed.tensors["odd"], matrix().t())
+
+
+class Noted:
+    """A file that notes where it was written, and how much."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.writes: list[tuple[int, int]] = []
+
+    def write(self, data: bytes) -> int:
+        self.writes.append((self._file.tell(), len(data)))
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def test_a_file_is_written_a_huge_page_at_a_time(tmp_path: Path) -> None:
+    tensors = [torch.arange(n, dtype=torch.int32) for n in (3, HUGE // 4, 5, 3 * HUGE // 4 + 7, 1)]
+    path = packed_path(tmp_path, KEY)
+    with PackedWriter(path, KEY) as writer:
+        noted = writer._file = Noted(writer._file)
+        for i, tensor in enumerate(tensors):
+            writer.add_tensor(str(i), tensor)
+        writer.finish()
+    *whole, (last, rest), (head, _) = noted.writes
+    assert whole == [(i * HUGE, HUGE) for i in range(4)] and last == 4 * HUGE and head == 0
+    assert path.stat().st_size == last + rest < 5 * HUGE
+    packed = open_packed(path, KEY, Digests(None))
+    assert packed is not None
+    assert all(torch.equal(packed.tensors[str(i)], tensor) for i, tensor in enumerate(tensors))
 
 
 @pytest.mark.parametrize("where", ["head", "tensors", "index", "cut", "grown", "empty"])

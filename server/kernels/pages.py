@@ -1,0 +1,50 @@
+"""`pages`: memory that steps walk from end to end, on huge pages as far as the system has them.
+
+Owns how such memory is asked for. A step reads all weights and each adapter of its batch once: on small pages a
+processor looks up a page table every 4 KiB, and its own prefetching ends there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from pathlib import Path
+
+import torch
+
+HUGE = 2 << 20
+"""Bytes of a huge page, which begins at a multiple of them."""
+
+_POPULATE_READ = 22
+"""MADV_POPULATE_READ of Linux 5.14, which the mmap module does not name."""
+
+
+def zeros(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros [size], on huge pages as far as whole ones fit. The memory goes back to the system with the tensor."""
+    nbytes = size * dtype.itemsize
+    if nbytes < HUGE:
+        return torch.zeros(size, dtype=dtype)
+    room = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(room)) % HUGE
+    # A kernel that was built without them says so, and has small pages.
+    with contextlib.suppress(OSError):
+        room.madvise(mmap.MADV_HUGEPAGE, start, nbytes)
+    return torch.frombuffer(room, dtype=dtype, count=size, offset=start)
+
+
+def mapped(path: Path) -> torch.Tensor:
+    """The bytes of a file, uint8 [size], in its own pages, which all who map it share. Raises OSError, and ValueError
+    for an empty file.
+
+    What is written to them stays in this process. All of the file is read now if it is not in memory, in huge pages
+    where its file system has them: pages that are in memory stay as small as whoever read or wrote them has made them,
+    which `HUGE` bytes at a time does not.
+    """
+    with path.open("rb") as file:
+        room = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    for advice in (mmap.MADV_HUGEPAGE, _POPULATE_READ):
+        # A kernel that lacks either says so; a disk that fails does when the bytes are read.
+        with contextlib.suppress(OSError):
+            room.madvise(advice)
+    return torch.frombuffer(room, dtype=torch.uint8)

@@ -1,0 +1,66 @@
+"""Memory on huge pages: what is in it, whose it is, and that a kernel which has none serves all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.kernels import pages
+from server.kernels.pages import HUGE
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The advices that a kernel has refused."""
+    refused: list[int] = []
+
+    class Without(pages.mmap.mmap):
+        def madvise(self, advice: int, *_: int) -> None:
+            refused.append(advice)
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(pages.mmap, "mmap", Without)
+    return refused
+
+
+def content(size: int) -> bytes:
+    return bytes(torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size)))
+
+
+@pytest.mark.parametrize("size", [0, 7, HUGE // 4, HUGE // 4 + 1, 3 * HUGE])
+def test_zeros_are_zeros_and_large_ones_begin_with_a_huge_page(size: int) -> None:
+    made = pages.zeros(size, torch.float32)
+    assert made.shape == (size,) and made.dtype == torch.float32 and not made.any()
+    assert made.nbytes < HUGE or made.data_ptr() % HUGE == 0
+    made += 1
+    assert bool((made == 1).all())
+
+
+@pytest.mark.parametrize("size", [1, 4097, 2 * HUGE, 2 * HUGE + 5])
+def test_a_file_is_its_bytes_and_keeps_them(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content(size))
+    found = pages.mapped(path)
+    assert found.dtype == torch.uint8 and bytes(found) == content(size)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    found.zero_()
+    assert path.read_bytes() == content(size)
+    path.unlink()
+    assert not found.any()
+
+
+def test_a_file_that_is_not_there_or_empty_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        pages.mapped(tmp_path / "none")
+    (tmp_path / "empty").touch()
+    with pytest.raises(ValueError, match="empty"):
+        pages.mapped(tmp_path / "empty")
+
+
+def test_a_kernel_that_takes_no_advice_has_small_pages(tmp_path: Path, without: list[int]) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content(HUGE + 3))
+    assert bytes(pages.mapped(path)) == content(HUGE + 3) and len(without) == 2
+    assert not pages.zeros(HUGE, torch.uint8).any() and len(without) == 3
