@@ -209,6 +209,7 @@ def _ground(
         registry=registry,
         store=store,
         tasks=tasks,
+        linears=tuple(base.shapes()),
         lend=_lender(base, runner),
         context=context,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,8 +80,8 @@ class Asked:
 class Ground:
     """What requests are checked against, and specs are made of. `origin` is None for a base that no file holds.
 
-    `lend` says what a process may have of the GPU, None on a CPU. `context` is how many tokens of prompt and answer the
-    engine takes; None is as many as the base.
+    `linears` are the paths of the modules that an adapter may have. `lend` says what a process may have of the GPU,
+    None on a CPU. `context` is how many tokens of prompt and answer the engine takes; None is as many as the base.
     """
 
     origin: BaseSource | None
@@ -92,6 +92,7 @@ class Ground:
     registry: Registry
     store: Store
     tasks: TaskNames
+    linears: Collection[str]
     lend: Callable[[], Mapping[str, Any] | None] = lambda: None
     context: int | None = None
 
@@ -125,7 +126,9 @@ def checked(asked: Asked, ground: Ground) -> dict[str, Any]:
         "metadata": dict(asked.metadata or {}) or None,
     }
     try:
-        config_of(request)
+        spec = config_of(request).spec()
+        if asked.lora.init_from is None:
+            spec.ranks(ground.linears)
     except AdapterError as error:
         raise InvalidRequest(error.message, _PARAM.get(error.param or "", error.param)) from error
     return request

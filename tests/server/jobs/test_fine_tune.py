@@ -107,6 +107,13 @@ def test_a_full_disk_is_told_and_kills_no_process(spec, tiny_base, tmp_path, mon
     assert end["kind"] == "failed" and "No space left on device" in end["message"] and "secret" not in end["message"]
 
 
+def test_settings_that_do_not_fit_the_base_fail_the_job(spec, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(child, "_base", lambda spec: tiny_base)
+    replace(spec, config=replace(CONFIG, target_modules=("nothing",))).write(tmp_path)
+    end = run_child(tmp_path)[-1]
+    assert end["kind"] == "failed" and end["code"] == "invalid_settings" and "target_modules" in end["message"]
+
+
 @pytest.mark.parametrize("auto", [False, True])
 def test_a_stopped_run_goes_on_bit_for_bit(spec, tiny_base, tmp_path, auto):
     spec = replace(spec, auto_rank=auto, held_out=0.2)

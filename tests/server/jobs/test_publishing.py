@@ -424,6 +424,7 @@ def test_a_job_keeps_the_template_that_it_was_asked_with(tmp_path: Path) -> None
         registry=SimpleNamespace(names=lambda: [], resolve=lambda choice: None),  # type: ignore[arg-type]
         store=None,  # type: ignore[arg-type]
         tasks=SimpleNamespace(find=tasks.get),  # type: ignore[arg-type]
+        linears=("model.layers.0.self_attn.q_proj",),
     )
     request = checked(Asked(file.id, suffix="say"), ground)
     plain = checked(Asked(file.id, suffix="m", lora=Lora()), ground)
