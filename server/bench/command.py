@@ -36,6 +36,8 @@ Kernels = Annotated[str, typer.Option(help="auto, native, aten or reference.")]
 
 Url = Annotated[str, typer.Argument(help="Any OpenAI-compatible server, with or without /v1 at the end.")]
 Vocab = Annotated[int, typer.Option(min=101, help="Prompts are random token ids below this.")]
+Cv = Annotated[float, typer.Option(help="Coefficient of variation of the gaps between requests; 1 is Poisson.")]
+Slo = Annotated[float, typer.Option(help="Seconds within which a first token is in time.")]
 ApiKey = Annotated[
     str,
     typer.Option(
@@ -197,10 +199,10 @@ def slora(
     alpha: Annotated[list[float] | None, typer.Option(help="Popularity, 1 is uniform; again for more [1, 0.3]")] = None,
     share: Annotated[list[float] | None, typer.Option(help="Of the capacity; again for more [0.7, 1.2]")] = None,
     rate: Annotated[list[float] | None, typer.Option(help="Requests/s instead of shares; again for more.")] = None,
-    cv: Annotated[float, typer.Option(help="Coefficient of variation of the gaps; 1 is Poisson.")] = 1.0,
+    cv: Cv = 1.0,
     prompt: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens of a prompt, below HIGH.")] = "8:128",
     output: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens of an answer, below HIGH.")] = "8:128",
-    slo: Annotated[float, typer.Option(help="Seconds within which a first token is in time.")] = 6.0,
+    slo: Slo = 6.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 42,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each kind; few and many take turns.")] = 1,
     vocab: Vocab = 40_000,
@@ -253,7 +255,10 @@ def load(
     context: typer.Context,
     url: Url,
     models: Annotated[list[str], typer.Option("--model", help="Names to ask for in turn.")],
-    concurrency: Annotated[int, typer.Option(min=1)] = 16,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
+    rate: Annotated[float | None, typer.Option(help="Requests/s, whatever is in flight: an open loop.")] = None,
+    cv: Cv = 1.0,
+    slo: Slo = 6.0,
     requests: Annotated[int, typer.Option(min=1)] = 64,
     prompt_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = PROMPT,
     new_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = NEW,
@@ -264,22 +269,31 @@ def load(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """A closed loop: so many requests in flight until all are answered."""
+    """A closed loop, so many requests in flight until all are answered, or an open one, so many a second."""
     _extra()
     _make_room(out)
-    from server.bench.client import NoAnswer, closed_loop, run, timed
-    from server.bench.slora import body_of, llama_body
-    from server.bench.workloads import closed
+    from server.bench.client import NoAnswer, closed_loop, open_loop, run, timed
+    from server.bench.slora import body_of, check_positive, llama_body
+    from server.bench.workloads import closed, spread
+
+    check_positive({"cv": (cv,), "slo": (slo,), "rate": () if rate is None else (rate,)})
 
     body = llama_body(len(models), vocab) if llama else body_of(models, vocab)
     arrivals = closed(requests, list(range(len(models))), prompt_tokens, new_tokens)
     key = _key(context, api_key, own_key, url)
-    _, summary = run(timed(closed_loop(url, arrivals, body, concurrency, key=key)))
+    how: dict[str, Any]
+    if rate is None:
+        how, title = {"concurrency": concurrency}, f"{concurrency} at a time"
+        asking = closed_loop(url, arrivals, body, concurrency, key=key)
+    else:
+        how, title = {"rate": rate, "cv": cv}, f"{rate:g} a second"
+        asking = open_loop(url, spread(arrivals, rate, cv), body, key=key)
+    _, summary = run(timed(asking, slo))
     if not summary.finished:
         raise NoAnswer(f"none of {requests} requests was answered; the first: {summary.reasons[0]}")
-    asked = {"url": url, "models": models, "concurrency": concurrency, "requests": requests, "vocab": vocab}
+    asked = {"url": url, "models": models, **how, "slo": slo, "requests": requests, "vocab": vocab}
     told = _report({**asked, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}, summary.as_dict())
-    table = Table("", "", title=f"{requests} requests, {concurrency} at a time")
+    table = Table("", "", title=f"{requests} requests, {title}")
     for name, value in summary.as_dict().items():
         number = isinstance(value, float | int)
         table.add_row(name, f"{value:,.4g}" if number else Text("\n".join(value) or "none"))

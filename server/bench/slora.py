@@ -25,6 +25,13 @@ BURST_REQUESTS = 400
 """As many are enough to measure it; a shorter comparison measures it by as many as one of its runs has."""
 
 
+def check_positive(numbers: Mapping[str, Sequence[float]]) -> None:
+    """Raises BadSetting for an option that has a number which is not above 0, or is none."""
+    for name, values in numbers.items():
+        if not all(math.isfinite(value) and value > 0 for value in values):
+            raise BadSetting(f"--{name} must be above 0, not {', '.join(map(str, values))}", name)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is compared: `few` and `many` adapters under the same arrivals, for each of `alphas`, at each of `shares`
@@ -54,9 +61,7 @@ class Plan:
             raise BadSetting(f"--many ({self.many}) must be more adapters than --few ({self.few}), at least 1", "many")
         numbers = {"cv": (self.cv,), "slo": (self.slo,), "alpha": self.alphas, "share": self.shares, "rate": self.rates}
         numbers["duration"] = () if self.duration is None else (self.duration,)
-        for name, values in numbers.items():
-            if not all(math.isfinite(value) and value > 0 for value in values):
-                raise BadSetting(f"--{name} must be above 0, not {', '.join(map(str, values))}", name)
+        check_positive(numbers)
         if self.duration is not None and any(int(rate * self.duration) < 1 for rate in self.rates):
             raise BadSetting(f"no request is due within a --duration of {self.duration:g} s at that --rate", "duration")
 

@@ -1,4 +1,4 @@
-"""What is asked of a server, and when: the S-LoRA generator, and plain closed-loop lists.
+"""What is asked of a server, and when: the S-LoRA generator, and plain lists for closed and open loops.
 
 Owns the draw order that makes a seed reproducible. Knows adapters as numbers only, and never sends anything.
 """
@@ -6,7 +6,7 @@ Owns the draw order that makes a seed reproducible. Knows adapters as numbers on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -64,3 +64,10 @@ def generate(spec: Poisson) -> list[Arrival]:
 def closed(count: int, adapters: Sequence[int], prompt_tokens: int, output_tokens: int) -> list[Arrival]:
     """`count` requests at once, on `adapters` in turn, all of one length."""
     return [Arrival(0.0, adapters[i % len(adapters)], prompt_tokens, output_tokens) for i in range(count)]
+
+
+def spread(arrivals: Sequence[Arrival], rate: float, cv: float = 1.0, seed: int = 42) -> list[Arrival]:
+    """The same requests one after the other, `rate` a second on average, with gaps as in `Poisson`."""
+    shape = 1 / (cv * cv)
+    gaps = np.random.RandomState(seed).gamma(shape, cv * cv / rate, len(arrivals))
+    return [replace(a, time=float(t)) for a, t in zip(arrivals, np.cumsum(gaps), strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +180,38 @@ def test_a_load_tells_what_was_asked_and_what_failed(answering: Answering, tmp_p
     assert result.exit_code == 0, result.exception
     told = told_of(tmp_path, "load")
     assert told["asked"] == {
-        "url": f"{answering.url}/v1", "models": ["a", "b"], "concurrency": 2, "requests": 6, "vocab": 40_000,
-        "prompt_tokens": 5, "new_tokens": 3,
+        "url": f"{answering.url}/v1", "models": ["a", "b"], "concurrency": 2, "slo": 6.0, "requests": 6,
+        "vocab": 40_000, "prompt_tokens": 5, "new_tokens": 3,
     }  # fmt: skip
     assert (told["failed"], told["reasons"], told["ttft_p99"]) == (3, ["429: full"], None)
     assert "429: full" in result.stdout
     assert {key for _, key, _ in answering.asked} == {"Bearer first:one"}
+
+
+def test_a_load_at_a_rate_waits_for_no_answer(answering: Answering, tmp_path: Path) -> None:
+    waiting = threading.Barrier(4)  # none is answered before all have been asked
+
+    def reply(body: dict[str, Any]) -> tuple[int, list[str]]:
+        waiting.wait(timeout=30)
+        return 200, events(body["max_tokens"])
+
+    answering.reply = reply
+    result = bench(
+        "load", answering.url, "--model", "a", "--requests", "4", "--rate", "40", "--cv", "0.5", "--slo", "25",
+        "--new-tokens", "3", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.exception
+    told = told_of(tmp_path, "load")
+    assert {k: told["asked"][k] for k in ("rate", "cv", "slo")} == {"rate": 40, "cv": 0.5, "slo": 25}
+    assert "concurrency" not in told["asked"] and "40 a second" in result.stdout
+    assert (told["finished"], told["slo_attainment"]) == (4, 1.0)
+
+
+@pytest.mark.parametrize("option", ["rate", "cv", "slo"])
+def test_a_load_of_no_rate_is_refused_at_once(answering: Answering, option: str) -> None:
+    result = bench("load", answering.url, "--model", "a", f"--{option}", "0")
+    assert isinstance(result.exception, BadSetting) and f"--{option} must be above 0" in result.exception.message
+    assert answering.asked == []
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from server.bench.workloads import Arrival, Poisson, closed, generate
+from server.bench.workloads import Arrival, Poisson, closed, generate, spread
 
 
 def test_draws_follow_the_published_order() -> None:
@@ -41,3 +41,14 @@ def test_closed_lists_go_round_the_adapters() -> None:
         Arrival(0.0, -1, 128, 64),
         Arrival(0.0, 4, 128, 64),
     ]
+
+
+def test_lists_are_spread_over_time_as_the_generator_does_it() -> None:
+    plain = closed(2000, [0, 1], 8, 4)
+    for cv in (1.0, 0.5):
+        told = spread(plain, rate=20, cv=cv)
+        assert [(a.adapter, a.prompt_tokens, a.output_tokens) for a in told] == [(i % 2, 8, 4) for i in range(2000)]
+        gaps = np.diff([a.time for a in told])
+        assert gaps.min() > 0 and gaps.mean() == pytest.approx(1 / 20, rel=0.1)
+        assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.1)
+    assert spread(plain, 20) == spread(plain, 20) != spread(plain, 20, seed=1)
