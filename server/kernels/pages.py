@@ -1,7 +1,7 @@
 """`pages`: memory that steps walk from end to end, on huge pages as far as the system has them.
 
-Owns how such memory is asked for. A step reads all weights and each adapter of its batch once: on small pages a
-processor looks up a page table every 4 KiB, and its own prefetching ends there.
+Owns how such memory is asked for. A step reads all weights and each adapter of its batch once; small pages that lie
+apart are looked up one by one, and the processor's own prefetching ends with each.
 """
 
 from __future__ import annotations
