@@ -19,7 +19,7 @@ from adapters.training import TrainingConfig
 from adapters.weights import RESERVED
 from server.errors import InvalidRequest
 from server.jobs.files import Files
-from server.jobs.spec import BaseSource, Spec
+from server.jobs.spec import INIT, RIVAL, BaseSource, Spec
 from server.tasks.definitions import Task
 
 EPOCHS, BATCH = 3, 16
@@ -30,7 +30,6 @@ HELD_OUT = 0.1
 """Of the training file, to compare on, where a result is to be published only if it is better."""
 AUTO_WIDENS = 4
 """How many times `r` the rank of a module may get with auto_rank."""
-INIT, RIVAL = "init", "rival"
 
 _PARAM = {
     "lora_rank": "lora.r", "lora_alpha": "lora.alpha", "target_modules": "lora.target_modules",

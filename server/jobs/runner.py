@@ -29,7 +29,7 @@ from server.jobs.records import (
     Job,
     Records,
 )
-from server.jobs.spec import CHECKPOINTS
+from server.jobs.spec import NEEDED_TO_RUN
 
 log = logging.getLogger(__name__)
 
@@ -278,9 +278,10 @@ class Jobs:
                 self._turn(job, status, message)
 
     def _finish(self, job: Job, status: str, message: str) -> None:
-        """The end of a job. A checkpoint is kept only where the job can be resumed."""
+        """The end of a job. What a run needs is kept only where the job can be resumed."""
         if status != FAILED:
-            shutil.rmtree(self.records.folder(job.id) / CHECKPOINTS, ignore_errors=True)
+            for name in NEEDED_TO_RUN:
+                shutil.rmtree(self.records.folder(job.id) / name, ignore_errors=True)
         job.finished_at = time.time()
         self._turn(job, status, message)
 

@@ -17,7 +17,9 @@ from adapters.training import TrainingConfig
 SPEC = "spec.json"
 RESULT = "result"
 """The folder, within that of the job, which holds the PEFT folder once it is whole."""
-CHECKPOINTS = "checkpoints"
+INIT, RIVAL, CHECKPOINTS = "init", "rival", "checkpoints"
+"""Folders there: the adapter to start from, the one that the result would replace, and where a run can go on from."""
+NEEDED_TO_RUN = (INIT, RIVAL, CHECKPOINTS)
 JUDGED = "judged.jsonl"
 """What the result is compared on, if the engine can answer it."""
 

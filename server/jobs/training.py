@@ -5,7 +5,6 @@ Owns what the process tells and how it becomes progress and events.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,9 +13,9 @@ from server.jobs.errors import JobError
 from server.jobs.process import Process
 from server.jobs.publishing import Publishing
 from server.jobs.records import RUNNING
-from server.jobs.requests import INIT, RIVAL, Ground, spec_of
+from server.jobs.requests import Ground, spec_of
 from server.jobs.runner import CLOSING, Active, Stopped
-from server.jobs.spec import CHECKPOINT, CHECKPOINTS, EVALUATED, FAILED, NOTE, STEP, STOPPED, TRAINED, VALIDATED, Spec
+from server.jobs.spec import CHECKPOINT, EVALUATED, FAILED, NOTE, STEP, STOPPED, TRAINED, VALIDATED, Spec
 
 METRIC_EVENTS = 1000
 """Events of single steps that a job may have, about; of a longer one every second, or third, ... is told."""
@@ -41,8 +40,6 @@ class Training:
             spec = replace(Spec.read(active.folder), max_rank=self._ground.max_rank)
         active.become(RUNNING)
         self._publishing.publish(active, spec)
-        for folder in (INIT, RIVAL, CHECKPOINTS):
-            shutil.rmtree(active.folder / folder, ignore_errors=True)
 
     def _train(self, active: Active) -> None:
         process = Process(active.folder)

@@ -14,6 +14,7 @@ from server.jobs.errors import JobError
 from server.jobs.files import Files
 from server.jobs.records import EVALUATION, TRAINING, Job, Records
 from server.jobs.runner import Active, Jobs, Stopped
+from server.jobs.spec import NEEDED_TO_RUN
 from tests.waiting import until
 
 
@@ -134,6 +135,24 @@ def test_pause_resume_and_cancel(make, work):
             change(job.id)
         with pytest.raises(UnknownName):
             change("ftjob-none")
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "paused", "cancelled", "cancelled while it waits"])
+def test_what_a_run_needs_stays_for_as_long_as_it_can_go_on(make, work, end):
+    jobs = make()
+    first, second = add(jobs), add(jobs)
+    until(lambda: first.status == "running")
+    job = second if end.endswith("waits") else first
+    folder = jobs.records.folder(job.id)
+    for name in NEEDED_TO_RUN:
+        (folder / name).mkdir()
+        (folder / name / "file").touch()
+    work.error = JobError("bad", "the reason") if end == "failed" else None
+    change = {"paused": jobs.pause, "cancelled": jobs.cancel}.get(end.split()[0])
+    work.go.set() if change is None else change(job.id)
+    until(lambda: job.status == end.split()[0])
+    assert [(folder / name / "file").exists() for name in NEEDED_TO_RUN] == [end in ("failed", "paused")] * 3
+    assert folder.exists() and jobs.records.events(job.id)
 
 
 def test_what_ran_is_queued_again_after_the_server(make, work, tmp_path):
