@@ -37,9 +37,9 @@ def mapped(path: Path) -> torch.Tensor:
     """The bytes of a file, uint8 [size], in its own pages, which all who map it share. Raises OSError, and ValueError
     for an empty file.
 
-    What is written to them stays in this process. All of the file is read now if it is not in memory, in huge pages
-    where its file system has them: pages that are in memory stay as small as whoever read or wrote them has made them,
-    which `HUGE` bytes at a time does not.
+    What is written to them stays in this process. All of the file is read now, if it is not in memory, into huge pages
+    where its file system has them. What is in memory stays in pages of the size that they have: of a file that was
+    written `HUGE` bytes at a time, large ones.
     """
     with path.open("rb") as file:
         room = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
