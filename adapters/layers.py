@@ -49,10 +49,14 @@ class LoraSpec:
         """The rank of each of the base's linears that gets one. Raises BaseMismatch if none does."""
         targets = self.targets if isinstance(self.targets, str) else frozenset(self.targets)
         config = peft_config.LoraConfig(self.rank, self.alpha, self.rslora, (), (), targets, frozenset(), None, ())
-        chosen = {name: self.rank_of.get(name, self.rank) for name in peft_config.select(config, list(names))}
+        known = list(names)
+        chosen = {name: self.rank_of.get(name, self.rank) for name in peft_config.select(config, known)}
         result = {name: rank for name, rank in chosen.items() if rank > 0}
         if not result:
-            raise BaseMismatch(f"no linear of the base is meant by target_modules = {self.targets!r}", "target_modules")
+            asked = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
+            called = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
+            told = f"no linear of the base is meant by target_modules = {asked}; they are called {called}"
+            raise BaseMismatch(told, "target_modules")
         return result
 
 
