@@ -39,12 +39,12 @@ def mapped(path: Path) -> torch.Tensor:
 
     What is written to them stays in this process. All of the file is read now, if it is not in memory, into huge pages
     where its file system has them. What is in memory stays in pages of the size that they have: of a file that was
-    written `HUGE` bytes at a time, large ones.
+    written `HUGE` bytes at a time, large ones. They count as this process's once it touches them.
     """
     with path.open("rb") as file:
         room = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    for advice in (mmap.MADV_HUGEPAGE, _POPULATE_READ):
-        # A kernel that lacks either says so; a disk that fails does when the bytes are read.
+    for advice in (mmap.MADV_HUGEPAGE, _POPULATE_READ, mmap.MADV_DONTNEED):
+        # A kernel that lacks one of them says so; a disk that fails does when the bytes are read.
         with contextlib.suppress(OSError):
             room.madvise(advice)
     return torch.frombuffer(room, dtype=torch.uint8)

@@ -52,6 +52,26 @@ def test_a_file_is_its_bytes_and_keeps_them(tmp_path: Path, size: int) -> None:
     assert not found.any()
 
 
+def resident(path: Path) -> int:
+    """Bytes of a file's mappings that count as this process's."""
+    kilobytes, of_file = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            of_file = line.endswith(str(path))
+        elif of_file and name == "Rss:":
+            kilobytes += int(rest[0])
+    return kilobytes << 10
+
+
+def test_a_file_counts_as_this_process_s_once_it_is_touched(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content(8 * HUGE))
+    found = pages.mapped(path)
+    assert resident(path) <= HUGE
+    assert int(found.max()) == 255 and resident(path) == 8 * HUGE
+
+
 def test_a_file_that_is_not_there_or_empty_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         pages.mapped(tmp_path / "none")
@@ -63,5 +83,5 @@ def test_a_file_that_is_not_there_or_empty_is_told(tmp_path: Path) -> None:
 def test_a_kernel_that_takes_no_advice_has_small_pages(tmp_path: Path, without: list[int]) -> None:
     path = tmp_path / "file"
     path.write_bytes(content(HUGE + 3))
-    assert pages.mapped(path).numpy().tobytes() == content(HUGE + 3) and len(without) == 2
-    assert not pages.zeros(HUGE, torch.uint8).any() and len(without) == 3
+    assert pages.mapped(path).numpy().tobytes() == content(HUGE + 3) and len(without) == 3
+    assert not pages.zeros(HUGE, torch.uint8).any() and len(without) == 4
