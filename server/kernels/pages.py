@@ -43,6 +43,7 @@ def mapped(path: Path) -> torch.Tensor:
     """
     with path.open("rb") as file:
         room = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    # Asking for the pages fills this process's page tables too: the last advice empties those, and the pages stay.
     for advice in (mmap.MADV_HUGEPAGE, _POPULATE_READ, mmap.MADV_DONTNEED):
         # A kernel that lacks one of them says so; a disk that fails does when the bytes are read.
         with contextlib.suppress(OSError):
