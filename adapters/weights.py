@@ -30,11 +30,16 @@ Choice = list[tuple[str, float]]
 
 
 class LowRank(NamedTuple):
-    """One module's update, `scale * B @ A`: A is [rank, in], B is [out, rank], scale is alpha/r or alpha/sqrt(r)."""
+    """One module's update, `scale * B @ A`: A is [rank, in], B is [out, rank], scale is alpha/r or alpha/sqrt(r).
+
+    Where a backend keeps integer codes in A and B, what the product of a rank's two counts in is in `units`, float32
+    [rank], and the update is `scale * B * units @ A`.
+    """
 
     A: torch.Tensor
     B: torch.Tensor
     scale: float
+    units: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -42,7 +47,7 @@ class LowRank(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.A.nbytes + self.B.nbytes
+        return self.A.nbytes + self.B.nbytes + (0 if self.units is None else self.units.nbytes)
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,8 @@ class Version:
 class LoraWeights:
     """A named LoRA in memory. `modules` maps a module path ("model.layers.0.self_attn.q_proj") to its update.
 
-    The tensors may have any floating dtype and any strides: a backend's kernel layout is a choice of both, the
-    shapes are always those of `LowRank`. `metadata` holds what is told to people: `honoured`, `harmless`, `notes`,
+    The tensors may have any floating dtype and any strides, or be codes: a backend's kernel layout is a choice of them,
+    the shapes are always those of `LowRank`. `metadata` holds what is told to people: `honoured`, `harmless`, `notes`,
     `base`, `card`, `quantization`. `places` is what a backend that prepared the tensors knows of where they lie.
     """
 
@@ -92,9 +97,10 @@ class LoraWeights:
         return sorted({path.rsplit(".", 1)[-1] for path in self.modules})
 
     def delta(self, module: str) -> torch.Tensor:
-        """The dense update of one module, `scale * B @ A`, [out, in] float32. Raises KeyError."""
-        a, b, scale = self.modules[module]
-        return (b.float() @ a.float()) * scale
+        """The dense update of one module, [out, in] float32. Raises KeyError."""
+        update = self.modules[module]
+        b = update.B.float() if update.units is None else update.B.float() * update.units
+        return (b @ update.A.float()) * update.scale
 
     def renamed(self, name: str) -> LoraWeights:
         """The same content under another name; tensors are shared."""

@@ -71,7 +71,7 @@ def random_adapters(config: ModelConfig, backend: Cuda, count: int, kind: Kind) 
             modules[path] = LowRank(
                 values[: rank * width].view(rank, width), values[rank * width :].view(out, rank), 1.0
             )
-        made.append(backend.prepare(LoraWeights(f"a{number}", f"{number:064x}", modules)))
+        made.append(backend.prepare(LoraWeights(f"a{number}", f"{number:064x}", modules), "int4"))
     return made
 
 

@@ -121,7 +121,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         store,
         shapes=base.shapes(),
         ram_bytes=settings.adapter_ram,
-        prepare=base.backend.prepare,
+        prepare=base.prepare,
         max_rank=settings.max_rank,
         max_mix=settings.max_mix,
         reserved=(base.name,),

@@ -80,7 +80,7 @@ def steps(
     folder = state_dir / "bench"
     ranks = (*RANKS, 8, 8, 8, 8, 32)
     paths = [write_adapter(folder / f"step{i}", base.shapes(), rank=rank, seed=100 + i) for i, rank in enumerate(ranks)]
-    slots = [base.backend.prepare(read_folder(p, name=p.name, shapes=base.shapes())) for p in paths]
+    slots = [base.prepare(read_folder(p, name=p.name, shapes=base.shapes())) for p in paths]
     shapes = measured.standard_shapes(RANKS, (16, 17, 18, 19), 20)
     runner = make_runner(base, len(slots), threads)
     ceilings = roofline.measure(threads)

@@ -46,7 +46,7 @@ class InProcess:
         shapes = base.shapes()
         self._weights = apart(
             lambda: [
-                base.backend.prepare(read_folder(path, name=f"a{i}", max_rank=max_rank, shapes=shapes))
+                base.prepare(read_folder(path, name=f"a{i}", max_rank=max_rank, shapes=shapes))
                 for i, path in enumerate(adapters)
             ]
         )

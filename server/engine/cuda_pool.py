@@ -159,7 +159,7 @@ def _in_one_piece(weights: LoraWeights, dtype: torch.dtype) -> tuple[torch.Tenso
     flat = torch.empty(0, dtype=first.dtype).set_(first.untyped_storage())
     begin, size = flat.data_ptr(), flat.element_size()
     places = {}
-    for path, (a, b, _) in weights.modules.items():
+    for path, (a, b, *_) in weights.modules.items():
         at = int(a.storage_offset()), int(b.storage_offset())
         within = a.data_ptr() - size * at[0] == begin == b.data_ptr() - size * at[1]
         if not (within and a.dtype == b.dtype == dtype and a.is_contiguous() and b.t().is_contiguous()):

@@ -173,6 +173,7 @@ class NativeRunner:
         self._last_step = 0
         self._slots: list[LoraWeights | None] = [None] * max_slots
         self._sites = _site_places(base.config)
+        self._coded = frozenset(base.weights[path].scheme != "none" for path in self._sites)
         self._known: dict[Shapes, np.ndarray] = {}
         self._kept: list[torch.Tensor] = []  # float32 copies of norms and biases that the model points to
         self._shape = _config(base.config, max_slots)
@@ -217,7 +218,7 @@ class NativeRunner:
         """Point a slot at an adapter's own memory. Raises ValueError if it is not this base's or not prepared,
         IndexError if there is no such slot, and MemoryError."""
         self._check_slot(slot)
-        if not isinstance(weights.places, Places):
+        if not isinstance(weights.places, Places) or not weights.places.coded <= self._coded:
             raise ValueError(f"the adapter {weights.name!r} was not prepared for the native kernels")
         table = np.zeros(self._config.num_hidden_layers * len(SITES), SITE)
         table[self._indexes(weights.places.shapes)] = weights.places.sites

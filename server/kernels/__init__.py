@@ -41,8 +41,11 @@ class Backend(Protocol):
     def dequantize(self, weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` as float32, equal to those of the stored form."""
 
-    def prepare(self, weights: LoraWeights) -> LoraWeights:
-        """The adapter in this backend's kernel layout (dtype and strides): the one copy that is kept in RAM."""
+    def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
+        """The adapter in this backend's kernel layout, beside linears of that scheme: the one copy that is kept in RAM.
+
+        Raises InvalidAdapter if a value is not finite in it.
+        """
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] times the transposed matrix: [T, out] of x's dtype (bfloat16 or float32). Keeps no graph."""

@@ -25,7 +25,7 @@ def in_one_piece(weights: LoraWeights, dtype: torch.dtype = torch.bfloat16, pinn
     With `pinned` that is memory which a GPU copies from by itself. Raises InvalidAdapter if a value is not finite in
     that dtype.
     """
-    order = _order(tuple(weights.modules))
+    order = walk(tuple(weights.modules))
     places, size = [], 0
     for path, part in order:
         places.append(size)
@@ -48,7 +48,7 @@ def in_one_piece(weights: LoraWeights, dtype: torch.dtype = torch.bfloat16, pinn
 
 
 @lru_cache(maxsize=64)
-def _order(paths: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def walk(paths: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """(module path, "A" or "B") in the order of a step. Most adapters of a base have the same modules."""
     group = {name: i for i, names in enumerate(TOGETHER) for name in names}
 

@@ -79,7 +79,7 @@ class Aten:
         first = start // _tile_rows() * _tile_rows()
         return _columns(weight, first, stop, torch.float32, self._work)[:, start - first :].t().contiguous()
 
-    def prepare(self, weights: LoraWeights) -> LoraWeights:
+    def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
         return prepared(weights, self.dtype)
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,7 @@ def prepared(weights: LoraWeights, dtype: torch.dtype) -> LoraWeights:
     Raises InvalidAdapter if a value is not finite in that dtype.
     """
     modules = {}
-    for path, (a, b, scale) in weights.modules.items():
+    for path, (a, b, scale, _) in weights.modules.items():
         modules[path] = LowRank(a.to(dtype).contiguous(), b.to(dtype).t().contiguous().t(), scale)
     made = LoraWeights(weights.name, weights.digest, modules, weights.metadata)
     check_finite(made, dtype)
@@ -124,7 +124,7 @@ class Reference:
     def dequantize(self, weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
         return dequantize_stored(weight, start, stop)
 
-    def prepare(self, weights: LoraWeights) -> LoraWeights:
+    def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
         return prepared(weights, torch.float32)
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:

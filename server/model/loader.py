@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from adapters.weights import LoraWeights
 from server.errors import BadModel, BadSetting, Conflict, ServerError
 from server.kernels import Backend
 from server.kernels.threads import apart
@@ -63,6 +64,10 @@ class Base:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Module path -> (out, in) of every linear that a LoRA may target."""
         return self.config.linear_shapes()
+
+    def prepare(self, weights: LoraWeights) -> LoraWeights:
+        """The adapter as its backend keeps it in RAM beside this base. Raises InvalidAdapter, as the backend does."""
+        return self.backend.prepare(weights, self.quantization["scheme"])
 
     def to(self, device: torch.device) -> Base:
         """The same base with its weights and tensors on a device."""

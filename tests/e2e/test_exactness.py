@@ -51,7 +51,7 @@ def prefill(runner, prompt: Sequence[int], mixes: Sequence[tuple[tuple[int, floa
 @pytest.fixture
 def two(base: Base, write_random: Callable[..., Path], tmp_path: Path) -> list[tuple[Path, LoraWeights]]:
     folders = [write_random(tmp_path / f"s{i}", rank=8 + 5 * i, seed=40 + i, alpha=12) for i in range(2)]
-    return [(f, base.backend.prepare(read_folder(f, name=f.name, shapes=base.shapes()))) for f in folders]
+    return [(f, base.prepare(read_folder(f, name=f.name, shapes=base.shapes()))) for f in folders]
 
 
 def test_a_sweep_of_weights_in_one_batch(base: Base, oracle: Oracle, two: list[tuple[Path, LoraWeights]]) -> None:

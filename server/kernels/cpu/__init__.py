@@ -15,6 +15,7 @@ import torch
 from adapters.weights import LoraWeights
 from server.kernels.adapter_memory import in_one_piece
 from server.kernels.cpu import bindings, packing
+from server.kernels.cpu.adapter_codes import encoded
 from server.kernels.cpu.places import places
 from server.kernels.threads import processors
 from server.kernels.weight import Weight
@@ -42,7 +43,10 @@ def shared_pool() -> bindings.Pool:
 
 
 class Native:
-    """The backend of the C++ kernels. Adapters are bf16, the KV cache is bf16, the residual stream float32."""
+    """The backend of the C++ kernels. The KV cache is bf16, the residual stream float32.
+
+    Adapters are int8 codes beside a base in codes, and bf16 beside one that is.
+    """
 
     name = "native"
     layout = packing.LAYOUT
@@ -54,8 +58,8 @@ class Native:
     def dequantize(self, weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
         return packing.dequantize(weight, start, stop)
 
-    def prepare(self, weights: LoraWeights) -> LoraWeights:
-        kept = in_one_piece(weights, self.dtype)
+    def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
+        kept = in_one_piece(weights, self.dtype) if scheme == "none" else encoded(weights)
         return replace(kept, places=places(kept))
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@
 
 #include "gemm.h"
 #include "launcher.h"
+#include "lora_codes.h"
 #include "model.h"
 #include "pool.h"
 
@@ -24,7 +25,7 @@ void linear(Pool& pool, const Matrix& w, const float* x, int64_t rows, float* y)
   std::lock_guard<std::mutex> turn(pool.turn);
   constexpr int64_t BLOCK = 256, CHUNK = 4;
   Activations packed;
-  packed.reserve(std::min(rows, BLOCK), w.k, w.scheme != NONE, w.scheme == NONE);
+  packed.reserve(std::min(rows, BLOCK), w.k, w.scheme != NONE, false, w.scheme == NONE);
   const int64_t tiles = w.tiles();
   std::vector<Buffer<float>> scratch(static_cast<size_t>(pool.threads()));
   for (auto& s : scratch) s.reserve(std::min(rows, BLOCK) * CHUNK * 16);
@@ -127,6 +128,14 @@ bool loramux_linear(void* pool, const Matrix* w, const float* x, int64_t rows, f
 // Rows `ids` of the matrix as float32 [count, k].
 void loramux_rows(const Matrix* w, const int64_t* ids, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i++) dequantize_row(*w, ids[i], out + i * w->k);
+}
+
+// Codes of adapters' modules: how many of the modules could be made, all that come before the first at fault; -1 without
+// memory.
+int64_t loramux_encode(const LoraSource* modules, int64_t count) {
+  int64_t fault = -1;
+  if (!within_memory([&] { fault = encode(modules, count); })) return -1;
+  return fault < 0 ? count : fault;
 }
 
 // Null if there is no memory for it.

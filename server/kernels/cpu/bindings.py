@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 INT4, NF4, INT8, NONE = range(4)
+FLOAT32, BFLOAT16, FLOAT16 = range(3)
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of a layer, in the order of `SiteIndex`."""
 PHASES = ("norm", "qkv", "attention", "out", "gate_up", "down", "head", "plan", "draw")
@@ -72,7 +73,22 @@ class Config(ctypes.Structure):
 
 
 class LoraSite(ctypes.Structure):
-    _fields_ = [("a", c_void_p), ("b", c_void_p), ("rank", c_int64), ("scale", c_double)]
+    _fields_ = [("units", c_void_p), ("a", c_void_p), ("b", c_void_p), ("rank", c_int64), ("scale", c_double)]
+
+
+class Factor(ctypes.Structure):
+    _fields_ = [
+        ("values", c_void_p),
+        ("codes", c_void_p),
+        ("width", c_int64),
+        ("rank_stride", c_int64),
+        ("stride", c_int64),
+        ("type", c_int32),
+    ]
+
+
+class LoraSource(ctypes.Structure):
+    _fields_ = [("a", Factor), ("b", Factor), ("units", c_void_p), ("rank", c_int64)]
 
 
 class Step(ctypes.Structure):
@@ -101,6 +117,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_pool_free": (None, [c_void_p]),
     "loramux_linear": (c_bool, [c_void_p, POINTER(Matrix), c_void_p, c_int64, c_void_p]),
     "loramux_rows": (None, [POINTER(Matrix), c_void_p, c_int64, c_void_p]),
+    "loramux_encode": (c_int64, [c_void_p, c_int64]),
     "loramux_model_new": (
         c_void_p,
         [POINTER(Config), POINTER(Layer), POINTER(Matrix), POINTER(Matrix), c_void_p, c_void_p],
@@ -163,8 +180,11 @@ class Pool:
 
 
 __all__ = [
+    "BFLOAT16",
     "DONE",
     "FAULTS",
+    "FLOAT16",
+    "FLOAT32",
     "INT4",
     "INT8",
     "NF4",
@@ -175,6 +195,7 @@ __all__ = [
     "Config",
     "Layer",
     "LoraSite",
+    "LoraSource",
     "Matrix",
     "Pool",
     "Step",

@@ -267,6 +267,7 @@ struct Group {
   __mmask16 first, second;
   int8_t* codes;
   float* meta;
+  float* units;  // null if nobody asks for them
 };
 
 // 2^n, n in -126..127.
@@ -333,6 +334,10 @@ void quantize(const Group* groups) {
   _mm_store_ps(meta[OFFSET], (__m128)_mm_sub_epi32(zero, _mm_add_epi32(whole, _mm_slli_epi32(total_b, 7))));
   for (int n = 0; n < N; n++)
     for (int i = 0; i < METAS; i++) groups[n].meta[i * ROWS] = meta[i][n];
+  if (groups[0].units == nullptr) return;
+  alignas(16) float first[N];
+  _mm_store_ps(first, _mm_mul_ps(scale, units));
+  for (int n = 0; n < N; n++) groups[n].units[0] = first[n], groups[n].units[1] = meta[SCALE][n];
 }
 
 float scale_of(const Matrix& w, int64_t row, int64_t g, bool zero) {
@@ -350,15 +355,17 @@ float scale_of(const Matrix& w, int64_t row, int64_t g, bool zero) {
 
 }  // namespace
 
-void Activations::reserve(int64_t rows, int64_t k, bool with_codes, bool with_half) {
+void Activations::reserve(int64_t rows, int64_t k, bool with_codes, bool with_units, bool with_half) {
   padded = (k + GROUP - 1) / GROUP * GROUP;
   wants_codes = with_codes;
+  wants_units = with_units;
   wants_half = with_half;
   const int64_t whole = (rows + ROWS - 1) / ROWS * ROWS;
   if (with_codes) {
     codes.reserve(whole * padded);
     meta.reserve(whole / ROWS * (padded / GROUP) * META);
   }
+  if (with_units) units.reserve(rows * (padded / GROUP) * 2);
   if (with_half) half.reserve(rows * padded);
 }
 
@@ -376,7 +383,8 @@ void Activations::set(int64_t row, int64_t rows, int64_t from, int64_t to, const
       }
       if (!wants_codes) continue;
       const int64_t step = r / ROWS * steps + i / GROUP, lane = r % ROWS;
-      groups[n++] = {at, first, second, codes.get() + (step * ROWS + lane) * GROUP, meta.get() + step * META + lane};
+      float* unit = wants_units ? units.get() + (r * steps + i / GROUP) * 2 : nullptr;
+      groups[n++] = {at, first, second, codes.get() + (step * ROWS + lane) * GROUP, meta.get() + step * META + lane, unit};
       if (n == 4) quantize(groups), n = 0;
     }
   }

@@ -60,20 +60,21 @@ enum Meta : int {
 constexpr int META = METAS * ROWS;  // words per block and group
 
 // Activations [rows, k] in the forms that products read, inputs padded with zeros to a multiple of 32:
-//   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/32][METAS][4], and bf16 [rows][kp].
+//   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/32][METAS][4], units [rows][kp/32][2] (the scales of a group's
+//   halves), and bf16 [rows][kp].
 struct Activations {
   Buffer<int8_t> codes;
-  Buffer<float> meta;
+  Buffer<float> meta, units;
   Buffer<uint16_t> half;
   int64_t padded = 0;
-  bool wants_codes = true, wants_half = false;
+  bool wants_codes = true, wants_units = false, wants_half = false;
 
-  void reserve(int64_t rows, int64_t k, bool with_codes, bool with_half);
+  void reserve(int64_t rows, int64_t k, bool with_codes, bool with_units, bool with_half);
   // Inputs from..to of some rows (from a multiple of 32; to one too, or k); x points at input `from` of the first row.
   void set(int64_t row, int64_t rows, int64_t from, int64_t to, const float* x, int64_t stride);
   // Asks for the codes of some rows, which other cores may just have written.
   void fetch(int64_t rows) const;
-  int64_t bytes() const { return codes.bytes() + meta.bytes() + half.bytes(); }
+  int64_t bytes() const { return codes.bytes() + meta.bytes() + units.bytes() + half.bytes(); }
 };
 
 // Lines of 64 bytes that lie one after the other.

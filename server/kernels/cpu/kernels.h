@@ -47,12 +47,34 @@ struct Config {
   double eps;
 };
 
-// One module of an adapter: a [rank, in] row-major, b [rank, out] row-major (B transposed), both bf16. rank 0: none.
+// One module of an adapter, as its matrix of the base is: beside codes int8 codes a [rank, in] and b [rank, out] (B
+// transposed), the product of a rank's two in units [rank]; beside a matrix of bf16 both are that, and units is null. rank
+// 0: none.
 struct LoraSite {
-  const uint16_t* a;
-  const uint16_t* b;
+  const float* units;
+  const void* a;
+  const void* b;
   int64_t rank;
   double scale;
+
+  bool coded() const { return units != nullptr; }
+};
+
+enum Type : int32_t { FLOAT32 = 0, BFLOAT16, FLOAT16 };
+
+// A module's A [rank, in] or B [out, rank] as it was read, and where its codes go, [rank, in] or [rank, out]. Strides are
+// in values.
+struct Factor {
+  const void* values;
+  int8_t* codes;
+  int64_t width, rank_stride, stride;  // width: in or out
+  int32_t type;
+};
+
+struct LoraSource {
+  Factor a, b;
+  float* units;
+  int64_t rank;
 };
 
 // What becomes of a step. But for NO_MEMORY, what is wrong with one that is not run; mirrored in bindings.py.

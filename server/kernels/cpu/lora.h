@@ -54,9 +54,10 @@ void plan_updates(const LoraPlan& plan, const std::vector<const LoraSite*>& slot
                   std::vector<UpdateTask>& tasks);
 
 // z[row][c] = sum over a mix's entries and their ranks of weight * scale * (A[j] . x[row]) * B[j][c], at every site, for
-// the rows of a task. x is bf16 [rows][padded]. An adapter's matrices for these sites lie one after the other, and are
-// walked so. `ranks` has room for UPDATE_SITES * UPDATE_ROWS * (the highest rank) floats.
+// the rows of a task. x is read in the form that the adapters have: codes and units, or bf16. An adapter's matrices for
+// these sites lie one after the other, and are walked so. `ranks` has room for UPDATE_SITES * UPDATE_ROWS * (the highest
+// rank) floats.
 void update(const UpdateTask& task, const std::vector<const LoraSite*>& slots, const std::vector<Update>& sites,
-            const uint16_t* x, int64_t padded, int64_t in, float* ranks);
+            const Activations& x, int64_t in, float* ranks);
 
 }  // namespace loramux

@@ -83,14 +83,15 @@ constexpr uint32_t ATTENTION_SITES = 1u << Q | 1u << K | 1u << V | 1u << O;
 
 // An adapter's matrices of some sites of a layer, which lie one after the other. Bit s of `which`: site s is one.
 Lines lines_of(const LoraSite* sites, const Layer& layer, uint32_t which) {
-  const uint16_t *begin = nullptr, *end = nullptr;
+  const char *begin = nullptr, *end = nullptr;
   for (size_t s = 0; s < SITES; s++) {
     const LoraSite& site = sites[s];
     if (!(which >> s & 1) || site.rank == 0) continue;
-    if (begin == nullptr || site.a < begin) begin = site.a;
-    end = std::max(end, site.b + site.rank * layer.site[s].n);
+    const auto* first = static_cast<const char*>(site.coded() ? site.units : site.a);
+    if (begin == nullptr || first < begin) begin = first;
+    end = std::max(end, static_cast<const char*>(site.b) + site.rank * layer.site[s].n * (site.coded() ? 1 : 2));
   }
-  return {reinterpret_cast<const char*>(begin), begin == nullptr ? 0 : (end - begin + 31) / 32};
+  return {begin, (end - begin + 63) / 64};
 }
 
 void copy_row(float* to, const float* x, int64_t n) {
@@ -259,14 +260,16 @@ void Model::reserve(const Step& step) {
     sites |= block.plan.sites;
   }
   for (int64_t r = 0; r < step.rows; r++) context = std::max(context, step.positions[r] + 1);
-  const auto half = [&](uint32_t readers) { return any_half_ || (sites & readers) != 0; };
+  const auto reserve = [&](Activations& x, int64_t k, uint32_t readers) {
+    x.reserve(rows, k, any_codes_, any_codes_ && (sites & readers) != 0, any_half_);
+  };
   stream_.reserve(step.rows * config_.hidden);
   qkv_.reserve(rows * (whole_tiles(heads) + 2 * whole_tiles(kv)));
   query_.reserve(rows * heads);
   seen_.reserve(rows * heads);
-  normed_.reserve(rows, config_.hidden, any_codes_, half(1u << Q | 1u << K | 1u << V | 1u << GATE | 1u << UP));
-  attended_.reserve(rows, heads, any_codes_, half(1u << O));
-  gated_.reserve(rows, config_.intermediate, any_codes_, half(1u << DOWN));
+  reserve(normed_, config_.hidden, 1u << Q | 1u << K | 1u << V | 1u << GATE | 1u << UP);
+  reserve(attended_, heads, 1u << O);
+  reserve(gated_, config_.intermediate, 1u << DOWN);
   for (size_t site = 0; site < SITES; site++)
     if (sites >> site & 1) updates_[site].reserve(rows * whole_tiles(layers_[0].site[site].n));
   for (Local& local : local_) {
@@ -291,7 +294,7 @@ int Model::plan_updates(int64_t layer, const RowBlock& block, const std::vector<
 }
 
 void Model::update_piece(const Activations& x, int64_t in, int piece, int thread) {
-  loramux::update(update_tasks_[static_cast<size_t>(piece)], slots_, updated_, x.half.get(), x.padded, in,
+  loramux::update(update_tasks_[static_cast<size_t>(piece)], slots_, updated_, x, in,
                   local_[static_cast<size_t>(thread)].ranks.get());
 }
 
@@ -680,7 +683,7 @@ void Model::head(const Step& step) {
   const int64_t tiles = head_.tiles(), pieces = (tiles + EACH - 1) / EACH;
   for (int64_t first = 0; first < step.logit_count; first += BLOCK) {
     const int64_t count = std::min(BLOCK, step.logit_count - first);
-    normed_.reserve(count, config_.hidden, head_.scheme != NONE, head_.scheme == NONE);
+    normed_.reserve(count, config_.hidden, head_.scheme != NONE, false, head_.scheme == NONE);
     for (Local& local : local_) {
       local.tile.reserve(count * EACH * 16);
       local.peaks.assign(static_cast<size_t>(count), Peaks());

@@ -15,7 +15,7 @@ from adapters.weights import LoraWeights
 from server.kernels.cpu.bindings import LoraSite
 
 SITE = np.dtype(LoraSite)
-"""One matrix pair: fields `a` and `b`, the addresses, `rank` and `scale`."""
+"""One module: the addresses `units` (0 for bf16), `a` and `b`, then `rank` and `scale`."""
 
 Shapes = tuple[tuple[str, tuple[int, int]], ...]
 """(module path, (out, in)) of each module of an adapter."""
@@ -23,25 +23,31 @@ Shapes = tuple[tuple[str, tuple[int, int]], ...]
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """`sites` [modules] of `SITE`, in the order of `shapes`. Addresses are those of tensors that it does not own."""
+    """`sites` [modules] of `SITE`, in the order of `shapes`. Addresses are those of tensors that it does not own.
+
+    `coded`: whether modules are codes, of all that there are.
+    """
 
     shapes: Shapes
     sites: np.ndarray
+    coded: frozenset[bool]
 
 
 def places(weights: LoraWeights) -> Places:
-    """Those of an adapter that lies as the kernels read it: bf16, A [rank, in] row-major, B [out, rank] column-major.
+    """Those of an adapter that lies as the kernels read it: bf16, or int8 codes with units, A [rank, in]
+    row-major, B [out, rank] column-major.
 
     Raises ValueError if it does not.
     """
     sites = np.zeros(len(weights.modules), SITE)
     shapes = []
-    for i, (path, (a, b, scale)) in enumerate(weights.modules.items()):
-        if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16 or not (a.is_contiguous() and b.t().is_contiguous()):
+    for i, (path, (a, b, scale, units)) in enumerate(weights.modules.items()):
+        dtype = torch.bfloat16 if units is None else torch.int8
+        if a.dtype != dtype or b.dtype != dtype or not (a.is_contiguous() and b.t().is_contiguous()):
             raise ValueError(f"the update of {path} was not prepared for the native kernels")
         (rank, into), (out, inner) = a.shape, b.shape
         if inner != rank:
             raise ValueError(f"the update of {path} is {tuple(b.shape)} x {tuple(a.shape)}")
-        sites[i] = (a.data_ptr(), b.data_ptr(), rank, scale)
+        sites[i] = (0 if units is None else units.data_ptr(), a.data_ptr(), b.data_ptr(), rank, scale)
         shapes.append((path, (out, into)))
-    return Places(tuple(shapes), sites)
+    return Places(tuple(shapes), sites, frozenset((sites["units"] != 0).tolist()))

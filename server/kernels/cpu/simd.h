@@ -30,7 +30,7 @@ inline __mmask16 first_lanes(int64_t n) {
   return n >= 16 ? 0xffff : static_cast<__mmask16>(n <= 0 ? 0 : (1u << n) - 1);
 }
 
-inline __mmask32 first_halves(int64_t n) {
+inline __mmask32 first_of_32(int64_t n) {
   return n >= 32 ? 0xffffffffu : static_cast<__mmask32>(n <= 0 ? 0 : (1ull << n) - 1);
 }
 

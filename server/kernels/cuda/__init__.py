@@ -68,7 +68,7 @@ class Cuda:
         stop = weight.shape[0] if stop is None else min(stop, weight.shape[0])
         return dequantized(packing.part(weight, start, stop), torch.float32)
 
-    def prepare(self, weights: LoraWeights) -> LoraWeights:
+    def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
         return in_one_piece(weights, self.dtype, pinned=torch.cuda.is_available())
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ def company(tiny_base: Base, tiny_adapter: Callable[..., Any], tools: Any) -> Ca
         for i in range(6):
             weights_ = tiny_adapter(i, rank=(4, 3, 16, 7, 1, 8)[i])
             known[tools.digest_of(f"a{i}")] = replace(weights_, digest=tools.digest_of(f"a{i}"))
-        known = {digest: base.backend.prepare(w) for digest, w in known.items()}
+        known = {digest: base.prepare(w) for digest, w in known.items()}
         made = tools.Bench(Text(base.vocabulary), fetch=tools.Fetcher(known=known))
         settings: dict[str, Any] = {
             "fetch": made.fetch,

@@ -48,11 +48,11 @@ class House:
             weights = sealed(f"a{seed}", modules)
             save(weights, root / f"a{seed}")
             folders.append(root / f"a{seed}")
-        self.size = base.backend.prepare(weights).nbytes
+        self.size = base.prepare(weights).nbytes
         self.registry = Registry(
             Store(root / "store"),
             shapes=base.config.linear_shapes(),
-            prepare=base.backend.prepare,
+            prepare=base.prepare,
             ram_bytes=room * self.size,
         )
         self.engine = Engine(

@@ -122,7 +122,7 @@ def adapters(backend: Aten | Reference, count: int) -> list[LoraWeights]:
         }
         if i == count - 1:
             del modules["m"], modules["layer.q_proj"]
-        made.append(backend.prepare(LoraWeights(f"a{i}", f"{i:064x}", modules)))
+        made.append(backend.prepare(LoraWeights(f"a{i}", f"{i:064x}", modules), "int4"))
     return made
 
 
@@ -158,7 +158,7 @@ def test_what_overflows_in_one_adapter_stays_in_its_rows() -> None:
     for slot, adapter in enumerate(adapters(Aten(), 3)):
         table.place(slot, adapter)
     huge = {"m": LowRank(torch.full((2, 64), 3e38), torch.full((32, 2), 3e38), 16.0)}
-    table.place(2, Aten().prepare(LoraWeights("huge", "f" * 64, huge)))
+    table.place(2, Aten().prepare(LoraWeights("huge", "f" * 64, huge), "int4"))
     x, y = torch.randn(4, 64).abs().bfloat16(), torch.zeros(4, 32, dtype=torch.bfloat16)
     rows: list[SlotWeights] = [((0, 1.0),), ((2, 1.0),), (), ((0, 1.0), (1, 1.0))]
     Aten().add_lora(y, x, "m", Segments(table, [Segment(i, i + 1, mix) for i, mix in enumerate(rows)]))

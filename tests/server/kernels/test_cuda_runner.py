@@ -104,7 +104,7 @@ def test_logits_are_those_of_the_reference(family: str) -> None:
     results = []
     for runner, base in ((cuda_runner(ours), ours), (reference_runner(exact), exact)):
         for slot, weights in adapters.items():
-            runner.place(slot, base.backend.prepare(weights))
+            runner.place(slot, base.prepare(weights))
         first, second, third = sequences([18, 3, 4], mixes)
         logits = [step(runner, [(second, 1), (first, 9)], every_row=True)]
         logits.append(step(runner, [(second, 1), (first, 8), (third, 3)]))
@@ -121,7 +121,7 @@ def test_greedy_answers_are_those_of_the_reference() -> None:
     answers = []
     for runner, base in ((cuda_runner(ours), ours), (reference_runner(exact), exact)):
         for slot, seed in ((1, 1), (2, 2)):
-            runner.place(slot, base.backend.prepare(adapter(base.config, seed, 4 * slot)))
+            runner.place(slot, base.prepare(adapter(base.config, seed, 4 * slot)))
         batch = sequences([5, 1, 2], mixes)
         logits = step(runner, [(s, len(s.tokens)) for s in batch])
         for turn in range(2):
@@ -133,7 +133,7 @@ def test_greedy_answers_are_those_of_the_reference() -> None:
                 sequence.tokens.append(int(row.argmax()))
             if turn == 0:
                 runner.clear(2)
-                runner.place(2, base.backend.prepare(adapter(base.config, 3, 2)))
+                runner.place(2, base.prepare(adapter(base.config, 3, 2)))
             logits = step(runner, [(s, 1) for s in batch])
         answers.append([s.tokens for s in batch])
     assert answers[0] == answers[1]
@@ -381,7 +381,7 @@ def test_rows_that_share_large_adapters_are_multiplied_together() -> None:
 def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together() -> None:
     """Adapters of different sizes come and go until what is free lies in pieces; their bytes stay what they were."""
     config, backend = llama(**WIDTHS), Cuda(FLOAT)
-    made = {rank: backend.prepare(adapter(config, rank, rank, ("q_proj",))) for rank in (1, 2, 3, 4)}
+    made = {rank: backend.prepare(adapter(config, rank, rank, ("q_proj",)), "int4") for rank in (1, 2, 3, 4)}
     sizes = {
         rank: weights.modules["model.layers.0.self_attn.q_proj"].A.untyped_storage().nbytes()
         for rank, weights in made.items()

@@ -71,7 +71,7 @@ def runner_of(base: Tiny, threads: int = 2, blocks: int = 128) -> Runner:
 
 def place_all(runner: Runner, base: Tiny, adapters: dict[int, LoraWeights]) -> None:
     for slot, weights in adapters.items():
-        runner.place(slot, base.backend.prepare(weights))
+        runner.place(slot, base.prepare(weights))
 
 
 def step(runner: Runner, new: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
@@ -239,7 +239,7 @@ def test_scores_that_are_not_finite_are_not_hidden() -> None:
 def test_a_slot_that_there_is_not_is_refused() -> None:
     native, _ = bases("llama-int4")
     runner = runner_of(native)
-    prepared = native.backend.prepare(adapter(native.config, 1, 4))
+    prepared = native.prepare(adapter(native.config, 1, 4))
     for slot in (-1, SLOTS):
         with pytest.raises(IndexError, match=f"no slot {slot}"):
             runner.place(slot, prepared)
@@ -299,10 +299,10 @@ def test_wrong_adapters_and_blocks_are_refused() -> None:
     path = "model.layers.0.self_attn.q_proj"
     wrong = LoraWeights("w", "0" * 64, {path: LowRank(torch.zeros(2, 32), torch.zeros(192, 2), 1.0)})
     with pytest.raises(ValueError, match="the module is"):
-        runner.place(0, native.backend.prepare(wrong))
+        runner.place(0, native.prepare(wrong))
     foreign = LoraWeights("f", "0" * 64, {"lm_head": LowRank(torch.zeros(2, 96), torch.zeros(97, 2), 1.0)})
     with pytest.raises(ValueError, match="no linear lm_head"):
-        runner.place(0, native.backend.prepare(foreign))
+        runner.place(0, native.prepare(foreign))
     with pytest.raises(ValueError, match="at least one thread"):
         make_runner(native, SLOTS, 0)
 
@@ -373,24 +373,37 @@ def test_the_largest_logit_is_the_first_among_equals() -> None:
     assert alone(runner_of(native), [300, 12, 385]).argmax(1).max() > 256, "in one of the later pieces of the table"
 
 
-def test_a_prepared_adapter_lies_in_one_piece_in_the_order_of_a_step() -> None:
-    native, _ = bases("llama-int4")
+@pytest.mark.parametrize("family", ["llama-int4", "llama-bf16"])
+def test_a_prepared_adapter_lies_in_one_piece_in_the_order_of_a_step(family: str) -> None:
+    native, _ = bases(family)
     weights = adapter(native.config, 1, 5)
-    prepared = native.backend.prepare(weights)
+    prepared = native.prepare(weights)
     assert prepared.version == weights.version
-    assert prepared.nbytes == weights.nbytes // 2
     for path, update in weights.modules.items():
-        assert torch.equal(prepared.modules[path].A, update.A.bfloat16())
-        assert torch.equal(prepared.modules[path].B, update.B.bfloat16())
-        assert prepared.modules[path].scale == update.scale
+        kept = prepared.modules[path]
+        assert kept.scale == update.scale
+        if family == "llama-bf16":
+            assert kept.nbytes == update.nbytes // 2
+            assert torch.equal(kept.A, update.A.bfloat16()) and torch.equal(kept.B, update.B.bfloat16())
+        else:
+            assert kept.nbytes == update.nbytes // 4 + 4 * 5
+            assert error(prepared.delta(path), weights.delta(path)) < 0.02
     layer = "model.layers.1.self_attn"
-    walked = [prepared.modules[f"{layer}.{name}"].A for name in ("q_proj", "k_proj", "v_proj")]
-    walked += [prepared.modules[f"{layer}.{name}"].B for name in ("q_proj", "k_proj", "v_proj")]
+    first = [prepared.modules[f"{layer}.{name}"] for name in ("q_proj", "k_proj", "v_proj")]
+    walked = [matrix for m in first for matrix in (m.units, m.A) if matrix is not None] + [m.B for m in first]
     walked.append(prepared.modules[f"{layer}.o_proj"].A)
     addresses = [matrix.data_ptr() for matrix in walked]
     assert addresses == sorted(addresses)
     assert addresses[-1] - addresses[0] < sum(matrix.nbytes + 64 for matrix in walked)
     assert all((address - addresses[0]) % 64 == 0 for address in addresses)
+
+
+def test_an_adapter_that_was_prepared_for_another_kind_of_base_is_refused() -> None:
+    coded, halves = bases("llama-int4")[0], bases("llama-bf16")[0]
+    weights = adapter(coded.config, 1, 4)
+    for base, other in ((coded, halves), (halves, coded)):
+        with pytest.raises(ValueError, match="was not prepared"):
+            runner_of(base).place(0, other.prepare(weights))
 
 
 def test_memory_for_logits_is_used_again_once_nobody_holds_it() -> None:

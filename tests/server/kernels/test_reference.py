@@ -67,9 +67,9 @@ def test_products_and_rows_are_those_of_the_stored_matrix(scheme: str, double_qu
 
 def test_an_adapter_that_overflows_its_dtype_is_refused_by_name() -> None:
     big = LoraWeights("big", "b" * 64, {"m": LowRank(torch.full((1, 4), 3.4e38), torch.ones(4, 1), 1.0)})
-    assert choose("reference").prepare(big).modules["m"].A.dtype == torch.float32
+    assert choose("reference").prepare(big, "int4").modules["m"].A.dtype == torch.float32
     with pytest.raises(InvalidAdapter, match="'big' has values in m that are not finite"):
-        choose("aten").prepare(big)
+        choose("aten").prepare(big, "int4")
 
 
 def test_updates_reach_their_own_rows_only() -> None:

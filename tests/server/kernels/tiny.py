@@ -30,6 +30,10 @@ class Tiny:
     tensors: dict[str, torch.Tensor]
     backend: Backend
 
+    def prepare(self, weights: LoraWeights) -> LoraWeights:
+        scheme = next(iter(self.weights.values())).scheme  # a linear's
+        return self.backend.prepare(weights, scheme)
+
 
 def llama(**changes: Any) -> ModelConfig:
     """A config of Llama's shape; each test module says its widths and what its families change."""

@@ -194,7 +194,7 @@ def random_adapter(base: Tiny, seed: int, rank: int, targets: tuple[str, ...], o
             a = torch.randn(rank, width, generator=generator) * 0.1
             b = torch.randn(out, rank, generator=generator) * 0.1
             modules[path] = LowRank(a, b, 1.0 + 0.25 * seed)
-    return base.backend.prepare(LoraWeights(f"a{seed}", f"{seed:064x}", modules))
+    return base.prepare(LoraWeights(f"a{seed}", f"{seed:064x}", modules))
 
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -1,0 +1,80 @@
+"""Adapters in codes: what updates beside a 4-bit or 8-bit base are computed with.
+
+Owns the form and the layout. A step reads each of its batch's adapters from memory once, and memory is what many of
+them cost, so a value is a byte: a code from -127 to 127, in a unit of its rank's own. Activations are rounded as much,
+and the base's weights more. Does not know the arithmetic of an update.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from adapters.errors import InvalidAdapter
+from adapters.weights import LoraWeights, LowRank
+from server.kernels import pages
+from server.kernels.adapter_memory import walk
+from server.kernels.cpu import bindings
+
+LINE = 64
+"""Bytes of a cache line, where whatever is walked begins."""
+
+_SOURCE = np.dtype(bindings.LoraSource)
+_TYPES = {torch.float32: bindings.FLOAT32, torch.bfloat16: bindings.BFLOAT16, torch.float16: bindings.FLOAT16}
+
+
+def encoded(weights: LoraWeights) -> LoraWeights:
+    """The adapter in codes: A int8 [rank, in] row-major, B int8 [out, rank] column-major, views of one tensor.
+
+    A rank's row of A and column of B count in a 127th of their largest value each, and the product of both is among the
+    `units`. So each value is off by half of that at most, and ranks that are cut off, or put beside others, change no
+    code. Raises InvalidAdapter if a value is not finite, or such a product in float32, and MemoryError.
+    """
+    places, size = _places(weights)
+    flat = pages.zeros(size, torch.int8)
+    modules: dict[str, LowRank] = {}
+    sources = []
+    kept = []  # copies of what is in none of the types that are read
+    for path, (a, b, scale, _) in weights.modules.items():
+        (rank, width), out = a.shape, b.shape[0]
+        if a.dtype not in _TYPES or b.dtype not in _TYPES:
+            a, b = a.float(), b.float()
+            kept.append((a, b))
+        units, start_a, start_b = places[path]
+        module = LowRank(
+            flat[start_a : start_a + rank * width].view(rank, width),
+            flat[start_b : start_b + rank * out].view(rank, out).t(),
+            scale,
+            flat[units : units + 4 * rank].view(torch.float32),
+        )
+        modules[path] = module
+        sources.append(
+            (
+                (a.data_ptr(), module.A.data_ptr(), width, *a.stride(), _TYPES[a.dtype]),
+                (b.data_ptr(), module.B.data_ptr(), out, *b.t().stride(), _TYPES[b.dtype]),
+                flat.data_ptr() + units,
+                rank,
+            )
+        )
+    table = np.array(sources, _SOURCE)
+    done = bindings.library().loramux_encode(table.ctypes.data, len(table))
+    if done < 0:
+        raise MemoryError("no memory to encode an adapter")
+    if done < len(table):
+        path = list(modules)[done]
+        raise InvalidAdapter(f"the adapter {weights.name!r} has values in {path} that are not finite, or too large")
+    return LoraWeights(weights.name, weights.digest, modules, weights.metadata)
+
+
+def _places(weights: LoraWeights) -> tuple[dict[str, tuple[int, int, int]], int]:
+    """Where each module's units, A and B begin, in the order in which a step walks them, and where all of it ends."""
+    places: dict[tuple[str, str], int] = {}
+    end = 0
+    for path, part in walk(tuple(weights.modules)):
+        matrix = getattr(weights.modules[path], part)
+        if part == "A":
+            places[path, "units"] = end
+            end += -(-4 * len(matrix) // LINE) * LINE
+        places[path, part] = end
+        end += -(-matrix.numel() // LINE) * LINE
+    return {path: (places[path, "units"], places[path, "A"], places[path, "B"]) for path in weights.modules}, end

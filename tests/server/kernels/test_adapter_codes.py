@@ -1,0 +1,103 @@
+"""Adapters in codes: how close they are to what was given, what they do not depend on, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from adapters.errors import InvalidAdapter
+from adapters.weights import LoraWeights, LowRank
+from server.kernels.cpu import unavailable
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no native kernels: {unavailable()}")
+
+PATH = "model.layers.{}.self_attn.q_proj"
+
+
+def encoded(*modules: LowRank) -> list[LowRank]:
+    from server.kernels.cpu.adapter_codes import encoded
+
+    made = encoded(LoraWeights("a", "digest", {PATH.format(i): m for i, m in enumerate(modules)}))
+    return list(made.modules.values())
+
+
+def random(rank: int, width: int, out: int, seed: int = 0) -> LowRank:
+    draw = torch.Generator().manual_seed(seed)
+    return LowRank(torch.randn(rank, width, generator=draw), torch.randn(out, rank, generator=draw), 0.5)
+
+
+def peaks(update: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest value of each rank, [rank, 1] of A and [1, rank] of B, as float64."""
+    return update.A.double().abs().amax(1, keepdim=True), update.B.double().abs().amax(0, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("rank", "width", "out"), [(1, 37, 5), (3, 64, 576), (17, 100, 33), (64, 31, 1)])
+def test_a_value_is_off_by_half_a_unit_at_most(dtype: torch.dtype, rank: int, width: int, out: int) -> None:
+    values = random(rank, width, out)
+    given = LowRank(values.A.to(dtype), values.B.to(dtype), values.scale)
+    (kept,) = encoded(given)
+    assert kept.A.dtype == kept.B.dtype == torch.int8 and kept.scale == 0.5
+    assert kept.units is not None and kept.units.shape == (rank,)
+    of_a, of_b = peaks(given)
+    for codes, exact, peak in ((kept.A, given.A, of_a), (kept.B, given.B, of_b)):
+        assert ((codes.double() * peak / 127 - exact.double()).abs() <= peak / 254 * 1.0001).all()
+        assert int(codes.min()) >= -127
+    assert (kept.A.abs().amax(1) == 127).all() and (kept.B.abs().amax(0) == 127).all()
+    torch.testing.assert_close(
+        kept.units.double(), (of_a.flatten() / 127) * (of_b.flatten() / 127), rtol=1e-6, atol=0.0
+    )
+
+
+def test_other_strides_come_out_alike() -> None:
+    given = random(5, 40, 24)
+    turned = LowRank(given.A.t().contiguous().t(), given.B.t().contiguous().t(), given.scale)
+    plain, other = encoded(given, turned)
+    assert torch.equal(plain.A, other.A) and torch.equal(plain.B, other.B)
+    assert plain.units is not None and other.units is not None and torch.equal(plain.units, other.units)
+
+
+def test_what_is_encoded_again_stays_as_it_is() -> None:
+    given = random(8, 96, 48)
+    (once,) = encoded(given)
+    of_a, of_b = peaks(given)
+    (twice,) = encoded(LowRank((once.A * of_a / 127).float(), (once.B * of_b / 127).float(), 0.5))
+    assert torch.equal(once.A, twice.A) and torch.equal(once.B, twice.B)
+
+
+def test_a_rank_s_codes_depend_on_that_rank_alone() -> None:
+    """So a mix and the adapter that is composed of it, ranks beside ranks, have the same codes."""
+    small, large = random(3, 64, 40, seed=1), random(5, 64, 40, seed=2)
+    large = LowRank(large.A * 1000, large.B * 1000, 0.5)
+    beside = LowRank(torch.cat([small.A, large.A]), torch.cat([small.B, large.B], 1), 0.5)
+    first, second, both = encoded(small, large, beside)
+    assert torch.equal(both.A, torch.cat([first.A, second.A]))
+    assert torch.equal(both.B, torch.cat([first.B, second.B], 1))
+
+
+def test_ranks_of_nothing_or_next_to_nothing_are_zero() -> None:
+    given = random(4, 48, 32)
+    given.A[1] = 0.0
+    given.B[:, 2] = 0.0
+    given.A[3] *= 1e-37
+    (kept,) = encoded(given)
+    assert kept.units is not None
+    assert kept.units[0] > 0 and not kept.units[1:].any()
+    assert not kept.A[1].any() and not kept.B[:, 2].any() and not kept.A[3].any()
+
+
+@pytest.mark.parametrize("part", ["A", "B"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_value_that_is_not_finite_is_refused_by_its_module(part: str, value: float) -> None:
+    given = [random(3, 37, 20, seed=i) for i in range(3)]
+    getattr(given[1], part)[2, 1] = value
+    with pytest.raises(InvalidAdapter, match=r"layers\.1\.self_attn\.q_proj.*not finite"):
+        encoded(*given)
+
+
+def test_values_whose_products_are_too_large_are_refused() -> None:
+    given = random(2, 16, 16)
+    with pytest.raises(InvalidAdapter, match="too large"):
+        encoded(LowRank(given.A * 1e25, given.B * 1e25, 1.0))
