@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from adapters.weights import LowRank, not_finite
+from adapters.weights import LoraWeights, LowRank, not_finite
 
 
 def update(dtype: torch.dtype, rank: int = 3) -> LowRank:
@@ -30,3 +30,11 @@ def test_the_matrix_with_a_value_that_is_not_finite_is_found(dtype: torch.dtype)
                 assert not_finite(modules) == (path, part)
                 matrix[row, column] = before
     assert not_finite(modules) is None
+
+
+def test_the_update_of_codes_has_their_units_in_it() -> None:
+    a, b = torch.tensor([[2, -4, 0], [1, 0, 3]], dtype=torch.int8), torch.tensor([[5, 6]], dtype=torch.int8)
+    units = torch.tensor([0.25, 2.0])
+    weights = LoraWeights("a", "digest", {"p": LowRank(a, b, 0.5, units)})
+    assert weights.delta("p").tolist() == [[0.5 * (5 * 0.25 * 2 + 6 * 2), 0.5 * 5 * 0.25 * -4, 0.5 * 6 * 2 * 3]]
+    assert weights.nbytes == a.numel() + b.numel() + 4 * 2

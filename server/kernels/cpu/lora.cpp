@@ -27,7 +27,7 @@ inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
 struct Halves {
   using Row = const uint16_t*;
   using Value = uint16_t;
-  static constexpr int ALONE = 2, BESIDE = 2;  // rows of A at once: for one row of x the walk over A is what costs
+  static constexpr int TOGETHER = 2;  // rows of A
 
   static Row row(const Activations& x, int64_t r) { return x.half.get() + r * x.padded; }
   static float unit(const LoraSite&, int64_t) { return 1.0f; }
@@ -82,7 +82,7 @@ struct Codes {
     const float* units;
   };
   using Value = int8_t;
-  static constexpr int ALONE = 4, BESIDE = 2;
+  static constexpr int TOGETHER = 4;
 
   static Row row(const Activations& x, int64_t r) {
     const int64_t groups = x.padded / GROUP;
@@ -136,7 +136,7 @@ struct Codes {
 // v[r][j] times `factor`, of R rows.
 template <class Form, int R>
 void shrink_rows(const LoraSite& site, const typename Form::Row* x, int64_t in, float factor, float* const* v) {
-  constexpr int J = R == 1 ? Form::ALONE : Form::BESIDE;
+  constexpr int J = Form::TOGETHER;
   const auto* a = static_cast<const typename Form::Value*>(site.a);
   const auto some = [&](auto count, int64_t j) {
     float dots[count][R];
@@ -169,8 +169,7 @@ inline void expand_tile(const T* b, int64_t columns, const float* const* v, floa
   for (; c + 16 <= columns; c += 16) {
     __m512 sum[R];
     for (int r = 0; r < R; r++) sum[r] = _mm512_loadu_ps(y[r] + c);
-    for (int l = 0; l < J * 16; l += LINE)
-      if (J * 16 >= LINE) prefetch(b + c * J + l);
+    for (int l = 0; l + LINE <= J * 16; l += LINE) prefetch(b + c * J + l);
 #pragma GCC unroll 8
     for (int j = 0; j < J; j++) {
       const __m512 w = floats(b + j * columns + c, ALL);
@@ -207,12 +206,14 @@ void expand_rows(const T* b, int64_t rank, int64_t out, const float* const* v, f
 // The rows of a task, up to 4 at a time: f(the first, how many), which is known when it is compiled.
 template <class F>
 inline void by_fours(const UpdateTask& task, F&& f) {
-  for (int r = task.first; r < task.last; r += 4) switch (task.last - r) {
+  for (int r = task.first; r < task.last; r += 4) {
+    switch (task.last - r) {
       case 1: f(r, std::integral_constant<int, 1>()); break;
       case 2: f(r, std::integral_constant<int, 2>()); break;
       case 3: f(r, std::integral_constant<int, 3>()); break;
       default: f(r, std::integral_constant<int, 4>());
     }
+  }
 }
 
 // v of one entry of a mix at one site, behind each other; where they end.
@@ -269,11 +270,13 @@ void update(const UpdateTask& task, const std::vector<const LoraSite*>& slots, c
     float* end = ranks;
     for (const Update& update : sites) {
       const LoraSite& site = slot[update.at];
+      if (site.rank == 0) continue;
       end = site.coded() ? shrink<Codes>(task, entry, site, x, in, end) : shrink<Halves>(task, entry, site, x, in, end);
     }
     const float* v = ranks;
     for (const Update& update : sites) {
       const LoraSite& site = slot[update.at];
+      if (site.rank == 0) continue;
       v = site.coded() ? expand<Codes>(task, site, update, v) : expand<Halves>(task, site, update, v);
     }
   }

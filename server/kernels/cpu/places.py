@@ -50,4 +50,4 @@ def places(weights: LoraWeights) -> Places:
             raise ValueError(f"the update of {path} is {tuple(b.shape)} x {tuple(a.shape)}")
         sites[i] = (0 if units is None else units.data_ptr(), a.data_ptr(), b.data_ptr(), rank, scale)
         shapes.append((path, (out, into)))
-    return Places(tuple(shapes), sites, frozenset((sites["units"] != 0).tolist()))
+    return Places(tuple(shapes), sites, frozenset(update.units is not None for update in weights.modules.values()))

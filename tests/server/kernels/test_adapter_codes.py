@@ -88,6 +88,15 @@ def test_ranks_of_nothing_or_next_to_nothing_are_zero() -> None:
     assert not kept.A[1].any() and not kept.B[:, 2].any() and not kept.A[3].any()
 
 
+def test_a_module_without_ranks_is_one_of_codes_too() -> None:
+    from server.kernels.cpu.places import places
+
+    given = random(3, 16, 16), LowRank(torch.zeros(0, 16), torch.zeros(16, 0), 1.0)
+    made = dict(enumerate(encoded(*given)))
+    kept = places(LoraWeights("a", "digest", {PATH.format(i): m for i, m in made.items()}))
+    assert kept.sites["rank"].tolist() == [3, 0] and kept.coded == {True}
+
+
 @pytest.mark.parametrize("part", ["A", "B"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_a_value_that_is_not_finite_is_refused_by_its_module(part: str, value: float) -> None:
