@@ -33,10 +33,12 @@ from typing import Any
 import httpx
 import numpy as np
 
+from adapters.peft_format import read_folder
 from benchmarks.counted import TOLD
 from benchmarks.pauses import BEAT, Clock
 from benchmarks.serving import REPO, Server, serving
 from server.bench.synthetic import write_adapter
+from server.kernels import choose
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 CLIENTS, STEADY, CHURNED, CONTENTS = 32, 32, 8, 3
@@ -449,8 +451,7 @@ def soak(
     for path in (path for paths in contents.values() for path in paths):
         seed = int(hashlib.sha256(path.name.encode()).hexdigest()[:8], 16)
         write_adapter(path, SHAPES, rank=RANK, seed=seed)
-    # as the registry holds it: what the upload has, in the kernels' layout, a little more than the file
-    size = int((folder / "a0" / TENSORS).stat().st_size * 1.05)
+    size = choose().prepare(read_folder(folder / "a0", name="a0"), "int4").nbytes
     # a deadline that no pause of the machine uses up
     common = ["--max-mix", str(MAX_MIX), "--kv-cache", f"{kv_cache}MiB", "--deadline", "1h", *flags]
     most = ["--max-slots", str(SLOTS), "--adapter-ram", str(IN_RAM * size)]

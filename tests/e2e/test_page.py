@@ -51,7 +51,7 @@ def house(
     write_random(folder / "spare", rank=2, seed=2)
     shutil.copytree(folder / "spare", folder / "broken")
     (folder / "broken" / "adapter_model.safetensors").write_bytes(b"not tensors")
-    flags = ["--adapter-dir", str(folder), "--max-queue", "64", "--adapter-ram", "12MiB"]
+    flags = ["--adapter-dir", str(folder), "--max-queue", "64", "--adapter-ram", "6MiB"]
     with serving(tmp_path_factory.mktemp("page"), *flags) as live:
         end = time.monotonic() + SECONDS
         while time.monotonic() < end:
@@ -265,7 +265,7 @@ def test_the_adapters_table_acts(page: Page, house: Live) -> None:
     page.get_by_role("tab", name="Adapters").click()
     expect(row(page, "formal")).to_contain_text("KiB")
     expect(page.locator("#room")).to_have_text(
-        re.compile(r"[\d.]+ \wi?B of 12.0 MiB.*One more takes about [\d.]+ .iB, and \d+ more")
+        re.compile(r"[\d.]+ \wi?B of 6.0 MiB.*One more takes about [\d.]+ .iB, and \d+ more")
     )
     cold = next(a["name"] for a in house.get("/adapters")["adapters"] if a["tier"] == "disk")
     page.get_by_role("button", name=f"Load {cold}").click()

@@ -111,7 +111,7 @@ def world(
         write_random(folder / f"r{i}", rank=16, seed=i)
     (root / "metrics").write_text("prometheus:for-a-test-only\n")
     (root / "credentials").write_text("for-a-test-only")
-    flags = ["--adapter-dir", str(folder), "--adapter-ram", "14MiB", "--max-batch", "4", "--max-queue", "2"]
+    flags = ["--adapter-dir", str(folder), "--adapter-ram", "7MiB", "--max-batch", "4", "--max-queue", "2"]
     errors: list[Exception] = []
     with serving(root / "state", *flags, "--metrics-key-file", str(root / "metrics")) as server:
         assert server.client.get("/metrics").status_code == 401, "Prometheus's key is asked for"

@@ -93,13 +93,14 @@ struct Codes {
   // The sums of four neighbours of a group's products, times the units of the row's halves.
   template <int R, int J>
   static void add_group(const __m256i* w, const Row* x, int64_t i, __m256 (*sum)[R]) {
-    const __m256i halves = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), ones = _mm256_set1_epi8(-128);
+    const __m256i halves = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    const __m256i none = _mm256_setzero_si256(), added = _mm256_set1_epi8(-128);  // 128 without a sign
     for (int r = 0; r < R; r++) {
       const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[r].codes + i * ROWS));
-      const auto* two = reinterpret_cast<const double*>(x[r].units + i / GROUP * 2);
-      const __m256 unit = _mm256_permutevar8x32_ps(_mm256_castpd_ps(_mm256_broadcast_sd(two)), halves);
+      const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x[r].units + i / GROUP * 2));
+      const __m256 unit = _mm256_permutevar8x32_ps((__m256)_mm256_castsi128_si256(two), halves);
       // Products want one operand without a sign: 128 is added to the codes of A, and taken off again here.
-      const __m256i none = _mm256_setzero_si256(), begin = _mm256_sub_epi32(none, _mm256_dpbusd_epi32(none, ones, row));
+      const __m256i begin = _mm256_sub_epi32(none, _mm256_dpbusd_epi32(none, added, row));
       for (int j = 0; j < J; j++)
         sum[j][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_dpbusd_epi32(begin, w[j], row)), unit, sum[j][r]);
     }
