@@ -44,13 +44,13 @@ def test_each_kind_is_what_the_system_counts(tmp_path: Path, embedded: Path, wri
         assert live.resident() - resident == pytest.approx(grown, abs=0.1 * grown + SLACK)
 
         resident = live.resident()
-        for i in range(16):
+        for i in range(24):
             write_random(folder / f"r{i}", rank=32, seed=i)
         end = time.monotonic() + 60
-        while len(live.get("/adapters")["adapters"]) < 16 and time.monotonic() < end:
+        while len(live.get("/adapters")["adapters"]) < 24 and time.monotonic() < end:
             time.sleep(0.1)
         now = live.get("/stats")
         grown = now["memory"]["adapters"]
-        assert grown == 16 * now["adapters"]["one_more"] > 80 << 20
+        assert grown == 24 * now["adapters"]["one_more"] > 80 << 20
         assert live.resident() - resident == pytest.approx(grown, abs=0.1 * grown + SLACK)
         assert now["adapters"]["more_fit"] == (now["adapters"]["budget"] - grown) // now["adapters"]["one_more"]
