@@ -28,7 +28,8 @@ def encoded(weights: LoraWeights) -> LoraWeights:
 
     A rank's row of A and column of B count in a 127th of their largest value each, and the product of both is among the
     `units`. So each value is off by half of that at most, and ranks that are cut off, or put beside others, change no
-    code. Raises InvalidAdapter if a value is not finite, or such a product in float32, and MemoryError.
+    code. Raises InvalidAdapter if a value is not finite, or such a product in float32; ValueError if A and B are of
+    different ranks; and MemoryError.
     """
     places, size = _places(weights)
     flat = pages.zeros(size, torch.int8)
@@ -36,7 +37,9 @@ def encoded(weights: LoraWeights) -> LoraWeights:
     sources = []
     kept = []  # copies of what is in none of the types that are read
     for path, (a, b, scale, _) in weights.modules.items():
-        (rank, width), out = a.shape, b.shape[0]
+        (rank, width), (out, inner) = a.shape, b.shape
+        if inner != rank:
+            raise ValueError(f"the update of {path} is {tuple(b.shape)} x {tuple(a.shape)}")
         if a.dtype not in _TYPES or b.dtype not in _TYPES:
             a, b = a.float(), b.float()
             kept.append((a, b))

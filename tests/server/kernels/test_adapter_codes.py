@@ -106,6 +106,13 @@ def test_a_value_that_is_not_finite_is_refused_by_its_module(part: str, value: f
         encoded(*given)
 
 
+def test_factors_of_different_ranks_are_refused_before_they_are_read() -> None:
+    few, many = random(2, 16, 24), random(5, 16, 24)
+    for a, b in ((few.A, many.B), (many.A, few.B)):
+        with pytest.raises(ValueError, match=r"the update of model\.layers\.0\.self_attn\.q_proj is"):
+            encoded(LowRank(a, b, 1.0))
+
+
 def test_values_whose_products_are_too_large_are_refused() -> None:
     given = random(2, 16, 16)
     with pytest.raises(InvalidAdapter, match="too large"):
