@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -82,6 +84,50 @@ struct Ahead {
   int first, last;
 };
 
+// dot[t][r] = the products of a group's codes of T tiles with R rows' codes x, in the units of the rows' second halves, or
+// in sixteenths of these for INT4: its nibbles are read where they lie, those in the high half of a byte as 16 times as
+// much. `meta` points at the words of this group.
+template <int S, int R, int T>
+__attribute__((always_inline)) inline void dot_products(const uint8_t* codes, int64_t stride, const int8_t* x,
+                                                        const float* meta, __m512i (&dot)[T][R]) {
+  constexpr int HALF = GROUP / 2;
+  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(static_cast<char>(0xf0));
+  [[maybe_unused]] const __m512i levels = nf4_levels();
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++)
+      dot[t][r] = S == INT4 ? _mm512_setzero_si512() : broadcast_word(meta + OFFSET * ROWS + r);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; half++) {
+    if (half == 1) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) {
+          if constexpr (S == INT4) {
+            dot[t][r] = _mm512_sllv_epi32(dot[t][r], broadcast_word(meta + NIBBLE * ROWS + r));
+          } else {
+            const __m512i right = broadcast_word(meta + RIGHT * ROWS + r), left = broadcast_word(meta + LEFT * ROWS + r);
+            dot[t][r] = _mm512_sllv_epi32(_mm512_srav_epi32(dot[t][r], right), left);
+          }
+        }
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < 4; b++) {
+      __m512i w[T];
+      for (int t = 0; t < T; t++) {
+        w[t] = _mm512_loadu_si512(codes + t * stride + (S == INT8 ? half * 256 : 0) + b * 64);
+        if constexpr (S == INT4) w[t] = _mm512_and_si512(w[t], half == 0 ? low : high);
+        if constexpr (S == NF4)
+          w[t] = _mm512_shuffle_epi8(levels, _mm512_and_si512(half == 0 ? w[t] : _mm512_srli_epi16(w[t], 4), low));
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const __m512i a = broadcast_word(x + r * GROUP + half * HALF + b * 4);
+        for (int t = 0; t < T; t++) dot[t][r] = _mm512_dpbusd_epi32(dot[t][r], w[t], a);
+      }
+    }
+  }
+}
+
 // R rows by T tiles of 16 columns over all of k. Groups of weights are whole numbers of groups of activations. `side` is
 // how many lines from `aside` on are asked for with each of these.
 //
@@ -94,74 +140,56 @@ __attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile
   const int64_t steps = w.padded() / GROUP, groups = w.k / w.group, each = w.group / GROUP;
   const uint8_t* codes = w.codes + tile * steps * BYTES;
   const uint8_t* next = codes + T * steps * BYTES;
-  const __m512i low = _mm512_set1_epi8(15);
-  [[maybe_unused]] const __m512i levels = nf4_levels();
-  __m512 sum[T][R];
+  __m512 sum[T][R], span[T][R];
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) sum[t][r] = _mm512_setzero_ps();
-  for (int64_t g = 0; g < groups; g++) {
+  int64_t g = 0, left = each;  // of this group of weights
+  const auto group = [&](auto second) __attribute__((always_inline)) {
+    if (ahead.first == 0 && ahead.last > 0 && left == each)
+      for (int t = 0; t < T; t++) prefetch_scales<S, DOUBLE>(w, tile + T + t, groups, g);
+    // Into the second cache: a line under way to the first holds one of its few places, and the walk's own loads wait.
+    for (int l = ahead.first; l < ahead.last; l++) _mm_prefetch(reinterpret_cast<const char*>(next + l * 64), _MM_HINT_T1);
+    next += T * BYTES;
+    for (int64_t l = 0; l < side; l++) _mm_prefetch(aside + l * 64, _MM_HINT_T1);
+    aside += side * 64;
+    __m512i dot[T][R];
+    dot_products<S, R, T>(codes, steps * BYTES, x, meta + second * ROWS, dot);
     GroupScales s[T];
     for (int t = 0; t < T; t++) s[t] = scales<S, DOUBLE>(w, tile + t, groups, g);
-    if (ahead.first == 0 && ahead.last > 0)
-      for (int t = 0; t < T; t++) prefetch_scales<S, DOUBLE>(w, tile + T + t, groups, g);
-    for (int64_t e = 0; e < each; e++) {
-      // Into the second cache: a line under way to the first holds one of its few places, and the walk's own loads wait.
-      for (int l = ahead.first; l < ahead.last; l++)
-        _mm_prefetch(reinterpret_cast<const char*>(next + l * 64), _MM_HINT_T1);
-      next += T * BYTES;
-      for (int64_t l = 0; l < side; l++) _mm_prefetch(aside + l * 64, _MM_HINT_T1);
-      aside += side * 64;
-      __m512i dot[T][R];
-      for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) dot[t][r] = broadcast_word(meta + START * ROWS + r);
 #pragma GCC unroll 8
-      for (int b = 0; b < 4; b++) {
-        __m512i first[T], second[T];
-        for (int t = 0; t < T; t++) {
-          const uint8_t* at = codes + t * steps * BYTES;
-          if constexpr (S == INT8) {
-            first[t] = _mm512_loadu_si512(at + b * 128);
-            second[t] = _mm512_loadu_si512(at + b * 128 + 64);
-          } else {
-            const __m512i packed = _mm512_loadu_si512(at + b * 64);
-            first[t] = _mm512_and_si512(packed, low);
-            second[t] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low);
-            if constexpr (S == NF4) {
-              first[t] = _mm512_shuffle_epi8(levels, first[t]);
-              second[t] = _mm512_shuffle_epi8(levels, second[t]);
-            }
-          }
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < T; t++) {
+        if constexpr (second) {
+          span[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[t][r]), s[t].scale, span[t][r]);
+        } else {
+          const __m512i right = broadcast_word(meta + JOIN_RIGHT * ROWS + r), up = broadcast_word(meta + JOIN_LEFT * ROWS + r);
+          const __m512i joined = _mm512_sllv_epi32(_mm512_srav_epi32(dot[t][r], right), up);
+          span[t][r] = _mm512_mul_ps(_mm512_cvtepi32_ps(joined), s[t].scale);
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-          const __m512i a = broadcast_word(x + r * GROUP + b * 8);
-          if (b == 2) {  // the second half begins: into its units
-            const __m512i right = broadcast_word(meta + RIGHT * ROWS + r), left = broadcast_word(meta + LEFT * ROWS + r);
-            for (int t = 0; t < T; t++) {
-              dot[t][r] = _mm512_sllv_epi32(_mm512_srav_epi32(dot[t][r], right), left);
-              if constexpr (S != INT4) dot[t][r] = _mm512_add_epi32(dot[t][r], broadcast_word(meta + OFFSET * ROWS + r));
-            }
-          }
-          for (int t = 0; t < T; t++) dot[t][r] = _mm512_dpbusd_epi32(dot[t][r], first[t], a);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-          const __m512i a = broadcast_word(x + r * GROUP + b * 8 + 4);
-          for (int t = 0; t < T; t++) dot[t][r] = _mm512_dpbusd_epi32(dot[t][r], second[t], a);
-        }
+        if constexpr (S == INT4)
+          sum[t][r] = _mm512_fmadd_ps(s[t].zero, _mm512_set1_ps(meta[(SUM + second) * ROWS + r]), sum[t][r]);
       }
-#pragma GCC unroll 4
-      for (int t = 0; t < T; t++)
+    codes += BYTES;
+    x += ROWS * GROUP;
+    if (--left == 0) g++, left = each;
+  };
+  const auto end_span = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-          const __m512 d = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[t][r]), _mm512_set1_ps(meta[SCALE * ROWS + r]));
-          sum[t][r] = _mm512_fmadd_ps(d, s[t].scale, sum[t][r]);
-          if constexpr (S == INT4) sum[t][r] = _mm512_fmadd_ps(s[t].zero, _mm512_set1_ps(meta[SUM * ROWS + r]), sum[t][r]);
-        }
-      codes += BYTES;
-      x += ROWS * GROUP;
-      meta += META;
-    }
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < T; t++) {
+        const __m512 scale = _mm512_set1_ps(meta[(S == INT4 ? SIXTEENTH : SCALE) * ROWS + r]);
+        sum[t][r] = _mm512_fmadd_ps(span[t][r], scale, sum[t][r]);
+      }
+    meta += META;
+  };
+  for (int64_t i = 0; i < steps / 2; i++) {
+    group(std::integral_constant<int, 0>());
+    group(std::integral_constant<int, 1>());
+    end_span();
+  }
+  if (steps % 2) {
+    group(std::integral_constant<int, 0>());
+    end_span();
   }
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) _mm512_storeu_ps(out + r * stride + t * 16, sum[t][r]);
@@ -169,8 +197,8 @@ __attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile
 
 // The same for bf16 weights and activations: pairs of inputs in ascending order.
 template <int R, int T>
-void product_half(const Matrix& w, int64_t tile, const uint16_t* x, float* out, int64_t stride) {
-  const int64_t pairs = w.padded() / 2, ldx = w.padded();
+void product_half(const Matrix& w, int64_t tile, const uint16_t* x, int64_t ldx, float* out, int64_t stride) {
+  const int64_t pairs = w.padded() / 2;
   const uint16_t* codes = reinterpret_cast<const uint16_t*>(w.codes) + tile * pairs * 32;
   __m512 sum[T][R];
   for (int t = 0; t < T; t++)
@@ -199,8 +227,8 @@ void columns(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, 
     Ahead ahead{0, 0};
     if (prefetch && walk < walks)
       ahead = {static_cast<int>(LINES * walk / walks), static_cast<int>(LINES * (walk + 1) / walks)};
-    const int8_t* codes = x.codes.get() + first * w.padded();
-    const float* meta = x.meta.get() + first / ROWS * steps * META;
+    const int8_t* codes = x.codes.get() + first * x.padded;
+    const float* meta = x.meta.get() + first / ROWS * (x.padded / SPAN) * META;
     float* at = out + first * stride;
     if (aside.lines.count == 0) aside.refill();
     const int64_t side = std::min(aside.pace, (aside.lines.count + steps - 1) / steps);
@@ -220,17 +248,17 @@ void columns(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, 
 template <int T>
 void columns_half(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride) {
   for (int64_t first = 0; first < rows; first += 8) {
-    const uint16_t* half = x.half.get() + first * w.padded();
+    const uint16_t* half = x.half.get() + first * x.padded;
     float* at = out + first * stride;
     switch (rows - first) {
-      case 1: product_half<1, T>(w, tile, half, at, stride); break;
-      case 2: product_half<2, T>(w, tile, half, at, stride); break;
-      case 3: product_half<3, T>(w, tile, half, at, stride); break;
-      case 4: product_half<4, T>(w, tile, half, at, stride); break;
-      case 5: product_half<5, T>(w, tile, half, at, stride); break;
-      case 6: product_half<6, T>(w, tile, half, at, stride); break;
-      case 7: product_half<7, T>(w, tile, half, at, stride); break;
-      default: product_half<8, T>(w, tile, half, at, stride);
+      case 1: product_half<1, T>(w, tile, half, x.padded, at, stride); break;
+      case 2: product_half<2, T>(w, tile, half, x.padded, at, stride); break;
+      case 3: product_half<3, T>(w, tile, half, x.padded, at, stride); break;
+      case 4: product_half<4, T>(w, tile, half, x.padded, at, stride); break;
+      case 5: product_half<5, T>(w, tile, half, x.padded, at, stride); break;
+      case 6: product_half<6, T>(w, tile, half, x.padded, at, stride); break;
+      case 7: product_half<7, T>(w, tile, half, x.padded, at, stride); break;
+      default: product_half<8, T>(w, tile, half, x.padded, at, stride);
     }
   }
 }
@@ -258,86 +286,184 @@ void columns_any(const Matrix& w, int64_t tile, const Activations& x, int64_t ro
   }
 }
 
-// Bits that the scales of a group's halves differ by, at most. Sums of 16 products have 19 of 32 bits before.
-constexpr int MOST_SHIFT = 7;
+// How often a quarter's unit is halved, at most: what is left of 32 bits where sums of 16 products with 16 times a nibble have
+// 20, and there are two of them.
+constexpr int MOST_FINER = 11;
 
-// A group of inputs of one row on its way into codes; which of its halves' inputs are there.
-struct Group {
+// And how much finer than the half behind it a first half can be, so that sums for INT4 are shifted up only: if it is finer
+// by more, it adds nothing to the error of the two.
+constexpr int MOST_AHEAD = 4;
+
+// Below this a reciprocal would overflow; a span without more is as good as zero.
+constexpr float LEAST_PEAK = 1e-30f;
+
+constexpr int QUARTERS = 4;
+
+// A span of one row's inputs on its way into codes.
+struct Span {
   const float* from;
-  __mmask16 first, second;
-  int8_t* codes;
+  int8_t* codes;  // of its first group; the second one's lie ROWS * GROUP behind
   float* meta;
   float* units;  // null if nobody asks for them
+
+  __m512 quarter(int q) const { return _mm512_loadu_ps(from + q * 16); }
 };
 
-// 2^n, n in -126..127.
-inline __m128 power_of_two(__m128i n) { return (__m128)_mm_slli_epi32(_mm_add_epi32(n, _mm_set1_epi32(127)), 23); }
+// What is one number for a quarter of a span is worked out for four spans at once, as it would otherwise cost as much as the
+// span: element n of lane q (of 128 bits) is quarter q's of span n.
+constexpr int TOGETHER = 4;
+constexpr int AT_ONCE = 16;  // spans that are known before the first is written
 
-// Four at a time, as what is one number for a group would otherwise cost as much as the group.
-void quantize(const Group* groups) {
-  constexpr int N = 4;
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  __m512 a[N], b[N], most_a[N], most_b[N], sum_a[N], sum_b[N];
-  for (int n = 0; n < N; n++) {
-    a[n] = _mm512_maskz_loadu_ps(groups[n].first, groups[n].from);
-    b[n] = _mm512_maskz_loadu_ps(groups[n].second, groups[n].from + 16);
-    most_a[n] = (__m512)((__m512i)a[n] & magnitude);
-    most_b[n] = (__m512)((__m512i)b[n] & magnitude);
+// Four by four of 32 bits, lanes for elements.
+inline __m512i turned(__m512i x) {
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
+}
+
+// Each quarter's neighbour in its group, and the one that has its place in the other group.
+inline __m512i neighbours(__m512i x) { return _mm512_shuffle_i32x4(x, x, 0xb1); }
+inline __m512i others(__m512i x) { return _mm512_shuffle_i32x4(x, x, 0x4e); }
+
+inline __m512i larger(__m512i x, __m512i y) { return _mm512_max_epi32(x, y); }
+inline __m512i largest_quarter(__m512i x) {
+  const __m512i groups = larger(x, neighbours(x));
+  return larger(groups, others(groups));
+}
+
+// 2^n, n in -126..127.
+inline __m512 power_of_two(__m512i n) { return (__m512)_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23); }
+
+// The largest magnitudes, as integers: these have the order that they have as numbers, and NaN is the largest.
+__m512i peaks(const Span* spans) {
+  __m512i some[TOGETHER];  // element q of a lane is of quarter q
+  for (int n = 0; n < TOGETHER; n++) {
+    __m512i x[QUARTERS];
+    for (int q = 0; q < QUARTERS; q++) x[q] = (__m512i)_mm512_abs_ps(spans[n].quarter(q));
+    const __m512i first = larger(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+    const __m512i second = larger(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+    some[n] = larger(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
   }
-  // As integers magnitudes have the order that they have as numbers, and NaN is the largest: the row must show it.
-  const auto larger = [](__m512 x, __m512 y) { return (__m512)_mm512_max_epi32((__m512i)x, (__m512i)y); };
-  const auto peak_a = (__m128i)across(most_a[0], most_a[1], most_a[2], most_a[3], larger);
-  const auto peak_b = (__m128i)across(most_b[0], most_b[1], most_b[2], most_b[3], larger);
-  const auto peak = (__m128)_mm_max_epi32(peak_a, peak_b);
-  // How many times the smaller half can be doubled and not exceed the larger one: bits of floats have one place for
-  // each doubling at 2^23.
-  const __m128i zero = _mm_setzero_si128(), most_shift = _mm_set1_epi32(MOST_SHIFT);
-  const __m128i ahead = _mm_sub_epi32(peak_a, peak_b);
-  const __m128i left = _mm_min_epi32(_mm_srli_epi32(_mm_max_epi32(ahead, zero), 23), most_shift);
-  const __m128i right =
-      _mm_min_epi32(_mm_srli_epi32(_mm_max_epi32(_mm_sub_epi32(zero, ahead), zero), 23), most_shift);
-  const __m128 most_code = _mm_set1_ps(127.0f);
-  // Below this the reciprocal would overflow; such a group is as good as zero.
-  const __mmask8 some = _mm_cmp_ps_mask(peak, _mm_set1_ps(1e-30f), _CMP_NLT_UQ);
-  const __m128 inverse = _mm_maskz_div_ps(some, most_code, peak);
-  const __m128 scale = _mm_mul_ps(_mm_maskz_div_ps(some, peak, most_code), power_of_two(_mm_sub_epi32(zero, left)));
-  alignas(16) float inverse_a[N], inverse_b[N];
-  _mm_store_ps(inverse_a, _mm_mul_ps(inverse, power_of_two(right)));
-  _mm_store_ps(inverse_b, _mm_mul_ps(inverse, power_of_two(left)));
-  __m512i words[N];
-  for (int n = 0; n < N; n++) {
-    const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a[n], _mm512_set1_ps(inverse_a[n])));
-    const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b[n], _mm512_set1_ps(inverse_b[n])));
-    words[n] = _mm512_packs_epi32(qa, qb);
-    sum_a[n] = (__m512)qa;
-    sum_b[n] = (__m512)qb;
+  const auto lanes = [](__m512i x, __m512i y) {
+    return larger(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
+  };
+  return turned(lanes(lanes(some[0], some[1]), lanes(some[2], some[3])));
+}
+
+// How often `from` has to be doubled (or halved, if negative) to be no less than `to`, both the bits of floats above zero:
+// these have one place for each doubling at 2^23.
+inline __m512i doublings(__m512i from, __m512i to) {
+  return _mm512_srai_epi32(_mm512_add_epi32(_mm512_sub_epi32(to, from), _mm512_set1_epi32((1 << 23) - 1)), 23);
+}
+
+inline __m512i doubled(__m512i x, __m512i times) { return _mm512_add_epi32(x, _mm512_slli_epi32(times, 23)); }
+
+// What leaves the least error if each quarter has it doubled as often as it needs: one of their own peaks, whose multiples'
+// squares are compared. The largest where they cannot be, as it is not finite or next to nothing.
+__m512i best_unit(__m512i peak, __m512i top) {
+  const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), (__m512)top);
+  __m512 least = _mm512_set1_ps(std::numeric_limits<float>::infinity());
+  __m512i best = top;
+  const auto compare = [&](__m512i unit) {
+    const __m512 multiple = _mm512_mul_ps((__m512)doubled(unit, doublings(unit, peak)), inverse);
+    const __m512 square = _mm512_mul_ps(multiple, multiple);
+    const __m512 group = _mm512_add_ps(square, (__m512)neighbours((__m512i)square));
+    const __m512 error = _mm512_add_ps(group, (__m512)others((__m512i)group));
+    const __mmask16 better = _mm512_cmp_ps_mask(error, least, _CMP_LT_OQ) &
+                             _mm512_cmp_ps_mask((__m512)unit, _mm512_set1_ps(LEAST_PEAK), _CMP_GT_OQ);
+    least = _mm512_mask_mov_ps(least, better, error);
+    best = _mm512_mask_mov_epi32(best, better, unit);
+  };
+  compare(_mm512_shuffle_i32x4(peak, peak, 0x00));
+  compare(_mm512_shuffle_i32x4(peak, peak, 0x55));
+  compare(_mm512_shuffle_i32x4(peak, peak, 0xaa));
+  compare(_mm512_shuffle_i32x4(peak, peak, 0xff));
+  return best;
+}
+
+struct Units {
+  __m512i halved;  // how often a quarter's unit is halved, from the coarsest one
+  __m512 unit, inverse;
+};
+
+Units choose_units(const Span* spans) {
+  constexpr __mmask16 FIRST_HALVES = 0x0f0f;
+  const __m512i peak = peaks(spans), top = largest_quarter(peak), unit_peak = best_unit(peak, top);
+  const __m512i need = doublings(unit_peak, peak), most = largest_quarter(need);
+  const __m512i finer = _mm512_min_epi32(_mm512_sub_epi32(most, need), _mm512_set1_epi32(MOST_FINER));
+  const __m512i bound = _mm512_add_epi32(neighbours(finer), _mm512_set1_epi32(MOST_AHEAD));
+  const __m512i halved = _mm512_mask_min_epi32(finer, FIRST_HALVES, finer, bound);
+  const __mmask16 some = _mm512_cmp_ps_mask((__m512)top, _mm512_set1_ps(LEAST_PEAK), _CMP_NLT_UQ);
+  const __m512 coarsest = (__m512)doubled(unit_peak, most), most_code = _mm512_set1_ps(127.0f);
+  const __m512 inverse = _mm512_mul_ps(_mm512_maskz_div_ps(some, most_code, coarsest), power_of_two(halved));
+  const __m512 unit = _mm512_mul_ps(_mm512_maskz_div_ps(some, coarsest, most_code),
+                                    power_of_two(_mm512_sub_epi32(_mm512_setzero_si512(), halved)));
+  return {halved, unit, inverse};
+}
+
+void encode(const Span* spans, const Units& units) {
+  const __m512i zero = _mm512_setzero_si512(), halved = units.halved;
+  alignas(64) float factor[QUARTERS][TOGETHER];
+  _mm512_store_ps(factor, units.inverse);
+  __m512i sum[TOGETHER];
+  for (int n = 0; n < TOGETHER; n++) {
+    __m512i code[QUARTERS];
+    for (int q = 0; q < QUARTERS; q++)
+      code[q] = _mm512_cvtps_epi32(_mm512_mul_ps(spans[n].quarter(q), _mm512_set1_ps(factor[q][n])));
+    const __m512i first = _mm512_packs_epi32(code[0], code[1]), second = _mm512_packs_epi32(code[2], code[3]);
+    const __m512i bytes = turned(_mm512_packs_epi16(first, second));  // packing goes by lanes
+    auto* groups = reinterpret_cast<__m256i*>(spans[n].codes);
+    _mm256_storeu_si256(groups, _mm512_castsi512_si256(bytes));
+    _mm256_storeu_si256(groups + ROWS, _mm512_extracti64x4_epi64(bytes, 1));
+    sum[n] = _mm512_dpbusd_epi32(zero, _mm512_set1_epi8(1), bytes);
   }
-  // Packing goes by quarters of a vector; back into order.
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  for (int n = 0; n < N; n += 2) {
-    const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(words[n], words[n + 1]));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(groups[n].codes), _mm512_castsi512_si256(bytes));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(groups[n + 1].codes), _mm512_extracti64x4_epi64(bytes, 1));
-  }
-  const auto plus = [](__m512 x, __m512 y) { return (__m512)_mm512_add_epi32((__m512i)x, (__m512i)y); };
-  const auto total_a = (__m128i)across(sum_a[0], sum_a[1], sum_a[2], sum_a[3], plus);
-  const auto total_b = (__m128i)across(sum_b[0], sum_b[1], sum_b[2], sum_b[3], plus);
-  const __m128 units = power_of_two(_mm_sub_epi32(left, right));  // of the first half in those of the second one
-  const __m128 total = _mm_add_ps(_mm_mul_ps(_mm_cvtepi32_ps(total_a), units), _mm_cvtepi32_ps(total_b));
-  alignas(16) float meta[METAS][N];
-  _mm_store_ps(meta[SCALE], scale);
-  _mm_store_ps(meta[SUM], _mm_mul_ps(scale, total));
-  _mm_store_ps(meta[START], (__m128)_mm_srli_epi32(_mm_sllv_epi32(_mm_set1_epi32(1), right), 1));
-  _mm_store_ps(meta[LEFT], (__m128)left);
-  _mm_store_ps(meta[RIGHT], (__m128)right);
-  const __m128i whole = _mm_srav_epi32(_mm_sllv_epi32(_mm_slli_epi32(total_a, 7), left), right);  // exactly
-  _mm_store_ps(meta[OFFSET], (__m128)_mm_sub_epi32(zero, _mm_add_epi32(whole, _mm_slli_epi32(total_b, 7))));
-  for (int n = 0; n < N; n++)
-    for (int i = 0; i < METAS; i++) groups[n].meta[i * ROWS] = meta[i][n];
-  if (groups[0].units == nullptr) return;
-  alignas(16) float first[N];
-  _mm_store_ps(first, _mm_mul_ps(scale, units));
-  for (int n = 0; n < N; n++) groups[n].units[0] = first[n], groups[n].units[1] = meta[SCALE][n];
+  const auto pair = [](__m512i x, __m512i y) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
+  };
+  const __m512i low = pair(sum[0], sum[1]), high = pair(sum[2], sum[3]);
+  const __m512i total = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+
+  bool side_by_side = TOGETHER == ROWS;  // rows of one block
+  for (int n = 1; n < TOGETHER; n++) side_by_side = side_by_side && spans[n].meta == spans[0].meta + n;
+  float elsewhere[META];
+  float* to = side_by_side ? spans[0].meta : elsewhere;
+  const auto put = [&](int i, __m128i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * ROWS), x); };
+  const auto put_both = [&](int i, __m512i x) {  // of first halves
+    put(i, _mm512_castsi512_si128(x));
+    put(i + 1, _mm512_extracti32x4_epi32(x, 2));
+  };
+  const auto positive = [&](__m512i x) { return larger(x, zero); };
+  const auto negative = [&](__m512i x) { return larger(_mm512_sub_epi32(zero, x), zero); };
+  put(SCALE, _mm512_extracti32x4_epi32((__m512i)units.unit, 3));
+  put(SIXTEENTH, _mm512_extracti32x4_epi32((__m512i)_mm512_mul_ps(units.unit, _mm512_set1_ps(1.0f / 16.0f)), 3));
+  const auto inputs = (__m512i)_mm512_mul_ps(_mm512_cvtepi32_ps(total), units.unit);
+  put_both(SUM, (__m512i)_mm512_add_ps((__m512)inputs, (__m512)neighbours(inputs)));
+  const __m512i shift = _mm512_sub_epi32(neighbours(halved), halved), left = positive(shift), right = negative(shift);
+  put_both(NIBBLE, _mm512_add_epi32(shift, _mm512_set1_epi32(4)));
+  put_both(LEFT, left);
+  put_both(RIGHT, right);
+  // 128 times the sum of the codes, to less than one unit.
+  const __m512i times = _mm512_slli_epi32(total, 7);
+  const __m512i behind = _mm512_srav_epi32(_mm512_sllv_epi32(neighbours(times), right), left);
+  put_both(OFFSET, _mm512_sub_epi32(zero, _mm512_add_epi32(times, behind)));
+  const __m512i join = _mm512_sub_epi32(others(halved), halved);  // of second halves
+  put(JOIN_LEFT, _mm512_extracti32x4_epi32(positive(join), 1));
+  put(JOIN_RIGHT, _mm512_extracti32x4_epi32(negative(join), 1));
+
+  if (!side_by_side)
+    for (int n = 0; n < TOGETHER; n++)
+      for (int i = 0; i < METAS; i++) spans[n].meta[i * ROWS] = elsewhere[i * ROWS + n];
+  if (spans[0].units == nullptr) return;
+  alignas(64) float each[TOGETHER][QUARTERS];
+  _mm512_store_si512(each, turned((__m512i)units.unit));
+  for (int n = 0; n < TOGETHER; n++) std::memcpy(spans[n].units, each[n], sizeof each[n]);
+}
+
+// In two passes, as what follows from one number to the next takes longer than the work, and only one pass is so short that
+// the processor sees the next four spans'.
+void quantize(Span* spans, int count) {
+  Units units[AT_ONCE / TOGETHER];
+  for (; count % TOGETHER != 0; count++) spans[count] = spans[count - 1];  // once more what is written anyhow
+  for (int n = 0; n < count; n += TOGETHER) units[n / TOGETHER] = choose_units(spans + n);
+  for (int n = 0; n < count; n += TOGETHER) encode(spans + n, units[n / TOGETHER]);
 }
 
 float scale_of(const Matrix& w, int64_t row, int64_t g, bool zero) {
@@ -356,41 +482,42 @@ float scale_of(const Matrix& w, int64_t row, int64_t g, bool zero) {
 }  // namespace
 
 void Activations::reserve(int64_t rows, int64_t k, bool with_codes, bool with_units, bool with_half) {
-  padded = (k + GROUP - 1) / GROUP * GROUP;
+  padded = (k + SPAN - 1) / SPAN * SPAN;
   wants_codes = with_codes;
   wants_units = with_units;
   wants_half = with_half;
   const int64_t whole = (rows + ROWS - 1) / ROWS * ROWS;
   if (with_codes) {
     codes.reserve(whole * padded);
-    meta.reserve(whole / ROWS * (padded / GROUP) * META);
+    meta.reserve(whole / ROWS * (padded / SPAN) * META);
   }
-  if (with_units) units.reserve(rows * (padded / GROUP) * 2);
+  if (with_units) units.reserve(rows * (padded / SPAN) * QUARTERS);
   if (with_half) half.reserve(rows * padded);
 }
 
 void Activations::set(int64_t row, int64_t rows, int64_t from, int64_t to, const float* x, int64_t stride) {
-  const int64_t steps = padded / GROUP;
-  Group groups[4];
+  Span spans[AT_ONCE];
+  float parts[AT_ONCE][SPAN];  // those that end before they are full
   int n = 0;
-  for (int64_t i = from; i < to; i += GROUP) {
-    const __mmask16 first = first_lanes(to - i), second = first_lanes(to - i - 16);
+  for (int64_t i = from; i < to; i += SPAN) {
     for (int64_t r = row; r < row + rows; r++) {
       const float* at = x + (r - row) * stride + (i - from);
-      if (wants_half) {
-        const __m512 a = _mm512_maskz_loadu_ps(first, at), b = _mm512_maskz_loadu_ps(second, at + 16);
-        _mm512_storeu_si512(half.get() + r * padded + i, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+      if (to - i < SPAN) {
+        std::fill(std::copy(at, at + (to - i), parts[n]), parts[n] + SPAN, 0.0f);
+        at = parts[n];
       }
+      if (wants_half)
+        for (int q = 0; q < SPAN; q += 32)
+          _mm512_storeu_si512(half.get() + r * padded + i + q,
+                              (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(at + q + 16), _mm512_loadu_ps(at + q)));
       if (!wants_codes) continue;
-      const int64_t step = r / ROWS * steps + i / GROUP, lane = r % ROWS;
-      float* unit = wants_units ? units.get() + (r * steps + i / GROUP) * 2 : nullptr;
-      groups[n++] = {at, first, second, codes.get() + (step * ROWS + lane) * GROUP, meta.get() + step * META + lane, unit};
-      if (n == 4) quantize(groups), n = 0;
+      const int64_t step = r / ROWS * (padded / GROUP) + i / GROUP, lane = r % ROWS;
+      spans[n++] = {at, codes.get() + (step * ROWS + lane) * GROUP, meta.get() + step / 2 * META + lane,
+                    wants_units ? units.get() + (r * padded + i) / SPAN * QUARTERS : nullptr};
+      if (n == AT_ONCE) quantize(spans, n), n = 0;
     }
   }
-  if (n == 0) return;
-  for (; n < 4; n++) groups[n] = groups[n - 1];  // once more what is written anyhow
-  quantize(groups);
+  quantize(spans, n);
 }
 
 void Activations::fetch(int64_t rows) const {
@@ -398,7 +525,7 @@ void Activations::fetch(int64_t rows) const {
   const int64_t whole = (rows + ROWS - 1) / ROWS * ROWS;
   const char* c = reinterpret_cast<const char*>(codes.get());
   const char* m = reinterpret_cast<const char*>(meta.get());
-  const int64_t meta_bytes = whole / ROWS * (padded / GROUP) * META * static_cast<int64_t>(sizeof(float));
+  const int64_t meta_bytes = whole / ROWS * (padded / SPAN) * META * static_cast<int64_t>(sizeof(float));
   for (int64_t i = 0; i < whole * padded; i += 64) _mm_prefetch(c + i, _MM_HINT_T0);
   for (int64_t i = 0; i < meta_bytes; i += 64) _mm_prefetch(m + i, _MM_HINT_T0);
 }
@@ -427,8 +554,8 @@ void dequantize_row(const Matrix& w, int64_t row, float* out) {
         out[i] = static_cast<float>(codes[i / 4 * 64 + i % 4] - 128) * scale;
         continue;
       }
-      const uint8_t byte = codes[i / 8 * 64 + i % 4];
-      const int code = i % 8 < 4 ? byte & 15 : byte >> 4;
+      const uint8_t byte = codes[i / GROUP * 256 + i % 16 / 4 * 64 + i % 4];
+      const int code = i % GROUP < 16 ? byte & 15 : byte >> 4;
       out[i] = w.scheme == NF4 ? NF4_TABLE[code] * scale : static_cast<float>(code) * scale + zero;
     }
   }

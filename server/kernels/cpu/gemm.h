@@ -42,26 +42,30 @@ class Buffer {
 
 constexpr int ROWS = 4;    // rows of a tile, and of a block of quantized activations
 constexpr int GROUP = 32;  // inputs whose products are added up before they are scaled
+constexpr int SPAN = 64;   // inputs whose codes have units that differ by powers of two only
 // Bytes of a tile's codes for a group of inputs, of the schemes with codes.
 constexpr int64_t bytes_of_group(int scheme) { return scheme == INT8 ? 512 : 256; }
 
-// What a row says of a group of its inputs beside their codes. The two halves' scales differ by a power of two, so that
-// a large input costs only the 15 beside it their last bits; sums of the first half are shifted into the second one's
-// units, and `scale` is of these.
+// What a row says of a span of its inputs beside their codes. Each quarter's unit is the coarsest one halved as often as its
+// inputs allow, so that a large input costs only the 15 beside it their last bits. Sums are shifted from one quarter's units
+// into the next one's, which takes no time of the multipliers, unlike products with floats: of a group's first half into
+// those of the second, of the first group into those of the second one. A word with [2] has one for each group.
 enum Meta : int {
-  SCALE,  // float
-  SUM,    // float: of the inputs as their codes have them
-  START,  // int32: what a sum of the first half begins with, so that it is rounded to nearest when it is shifted down
-  LEFT,   // int32: bits that sums of the first half are shifted by, up
-  RIGHT,  // and down; one of the two is zero
-  OFFSET,  // int32: -128 times the sum of the codes, for weights with 128 added
+  SCALE,         // float: the unit of the last quarter's codes
+  SIXTEENTH,     // float: the same for sums of codes with 16 times a weight's
+  SUM,           // [2] float: of the inputs as their codes have them
+  NIBBLE = 4,    // [2] int32: bits that sums are shifted up by before a second half with 16 times the weights' codes
+  LEFT = 6,      // [2] int32: the same before one with the codes themselves,
+  RIGHT = 8,     // [2] and down; one of the two is zero
+  OFFSET = 10,   // [2] int32: what a sum begins with for weights with 128 added, in the first half's units
+  JOIN_LEFT = 12,  // int32: bits that sums of the first group are shifted by, up
+  JOIN_RIGHT,      // and down
   METAS
 };
-constexpr int META = METAS * ROWS;  // words per block and group
+constexpr int META = METAS * ROWS;  // words per block and span
 
-// Activations [rows, k] in the forms that products read, inputs padded with zeros to a multiple of 32:
-//   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/32][METAS][4], units [rows][kp/32][2] (the scales of a group's
-//   halves), and bf16 [rows][kp].
+// Activations [rows, k] in the forms that products read, inputs padded with zeros to a multiple of 64:
+//   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/64][METAS][4], units [rows][kp/16] of the quarters, and bf16 [rows][kp].
 struct Activations {
   Buffer<int8_t> codes;
   Buffer<float> meta, units;
@@ -70,7 +74,7 @@ struct Activations {
   bool wants_codes = true, wants_units = false, wants_half = false;
 
   void reserve(int64_t rows, int64_t k, bool with_codes, bool with_units, bool with_half);
-  // Inputs from..to of some rows (from a multiple of 32; to one too, or k); x points at input `from` of the first row.
+  // Inputs from..to of some rows (from a multiple of 64; to one too, or k); x points at input `from` of the first row.
   void set(int64_t row, int64_t rows, int64_t from, int64_t to, const float* x, int64_t stride);
   // Asks for the codes of some rows, which other cores may just have written.
   void fetch(int64_t rows) const;

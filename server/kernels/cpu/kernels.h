@@ -9,7 +9,7 @@ enum Scheme : int32_t { INT4 = 0, NF4 = 1, INT8 = 2, NONE = 3 };
 
 // A matrix [n, k], w = the module's weight, in tiles of 16 of its rows ("columns" of a product's output).
 // With kp = k rounded up to 32, tiles = ceil(n / 16), g = k / group:
-//   codes  INT4, NF4  [tiles][kp/32][4][16][4]: byte (s, c, b) has input 8s+b in its low nibble, 8s+4+b in the high
+//   codes  INT4, NF4  [tiles][kp/32][4][16][4]: byte (s, c, b) has input 4s+b in its low nibble, 16+4s+b in the high
 //          INT8       [tiles][kp/32][8][16][4]: byte (s, c, b) is the code of input 4s+b plus 128
 //          NONE       [tiles][kp/2][16][2] bf16
 //   scale  float16 [tiles][g][16], or [tiles][g][2][16] for INT4: scales, then zeros

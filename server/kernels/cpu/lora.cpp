@@ -90,7 +90,7 @@ struct Codes {
   }
   static float unit(const LoraSite& site, int64_t j) { return site.units[j]; }
 
-  // The sums of four neighbours of a group's products, times the units of the row's halves.
+  // The sums of four neighbours of a group's products, times the units of the row's quarters.
   template <int R, int J>
   static void add_group(const __m256i* w, const Row* x, int64_t i, __m256 (*sum)[R]) {
     const __m256i halves = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);

@@ -274,7 +274,7 @@ void Model::reserve(const Step& step) {
     if (sites >> site & 1) updates_[site].reserve(rows * whole_tiles(layers_[0].site[site].n));
   for (Local& local : local_) {
     local.attention.reserve(context);
-    local.tile.reserve(rows * 2 * TILES * 16);
+    local.tile.reserve(rows * 2 * SPAN);
     local.rows.reserve(ROWS * config_.hidden);
     local.ranks.reserve(UPDATE_SITES * UPDATE_ROWS * rank);
   }
@@ -478,17 +478,17 @@ void Model::products(int64_t layer, const RowBlock& block, const Activations& x,
   });
 }
 
-// silu(gate) * up, 32 columns of each at a time, given on as quantized activations.
+// silu(gate) * up, a span of columns of each at a time, given on as quantized activations.
 void Model::gate_up(int64_t layer, const RowBlock& block) {
   const Matrix& gate = layers_[static_cast<size_t>(layer)].site[GATE];
   const Matrix& up = layers_[static_cast<size_t>(layer)].site[UP];
   const int updates = plan_updates(layer, block, {GATE, UP});
   if (updates > 0)
     pool_.run(updates, [&](int piece, int thread) { update_piece(normed_, config_.hidden, piece, thread); });
-  constexpr int64_t WIDE = TILES * 16;
+  constexpr int64_t WIDE = SPAN, EACH = WIDE / 16;
   phase_++;
-  pool_.run(static_cast<int>((gate.tiles() + TILES - 1) / TILES), [&](int piece, int thread) {
-    const int64_t first = piece * TILES, last = std::min(first + TILES, gate.tiles());
+  pool_.run(static_cast<int>((gate.tiles() + EACH - 1) / EACH), [&](int piece, int thread) {
+    const int64_t first = piece * EACH, last = std::min(first + EACH, gate.tiles());
     const int64_t column = first * 16, columns = std::min(last * 16, gate.n) - column;
     float* y = local_[static_cast<size_t>(thread)].tile.get();
     fetch_once(normed_, block.count, thread);
@@ -577,8 +577,8 @@ void Model::rotate_and_write(const Step& step, int64_t layer, const RowBlock& bl
   write_token(cache_of(layer), table[position / block_size_], head, position % block_size_, k, v, last);
 }
 
-// Rows first..last of a sequence, the queries of one KV head; what they see is left in `attended_` too where a head
-// is a whole number of its groups.
+// Rows first..last of a sequence, the queries of one KV head; what they see is left in `attended_` too where
+// that is a whole number of its spans.
 void Model::attend_rows(const Step& step, int64_t layer, const RowBlock& block, int64_t sequence, int64_t head,
                         int64_t first, int64_t last, int thread, const uint16_t* const* following) {
   const int64_t dim = config_.head_dim, group = config_.heads / config_.kv_heads, heads = config_.heads * dim;
@@ -599,7 +599,7 @@ void Model::attend_rows(const Step& step, int64_t layer, const RowBlock& block, 
     attend(cache_of(layer), table, head, some, q, position, scale, local_[static_cast<size_t>(thread)].attention, out,
            following);
   }
-  if (dim % GROUP) return;
+  if (group * dim % SPAN) return;
   const int64_t from = head * group * dim;
   attended_.set(first, last - first, from, from + group * dim, seen_.get() + first * heads + from, heads);
 }
@@ -640,7 +640,7 @@ void Model::attention(const Step& step, int64_t layer, const RowBlock& block) {
       following[i] = cache.keys(table[i < step.table_width && table[i] >= 0 ? i : 0], (head + 1) % kv_heads);
     attend_rows(step, layer, block, task.sequence, head, task.first, task.last, thread, following);
   });
-  if (config_.head_dim % GROUP == 0) return;
+  if (config_.heads / config_.kv_heads * config_.head_dim % SPAN == 0) return;
   const int64_t heads = config_.heads * config_.head_dim;
   pool_.run(static_cast<int>((block.count + ROWS - 1) / ROWS), [&](int piece, int) {
     const int64_t first = piece * ROWS, some = std::min<int64_t>(ROWS, block.count - first);

@@ -1,4 +1,4 @@
-"""The layout `vnni-1`: a matrix in tiles of 16 rows, as kernels.h describes it, and back.
+"""The layout `vnni-2`: a matrix in tiles of 16 rows, as kernels.h describes it, and back.
 
 Owns the permutations, both ways, and the pointers to a packed matrix. What codes mean is kernels/stored.py's.
 """
@@ -11,10 +11,10 @@ from server.kernels.cpu import bindings
 from server.kernels.stored import NF4, unpack_nibbles
 from server.kernels.weight import Weight
 
-LAYOUT = "vnni-1"
+LAYOUT = "vnni-2"
 TILE = 16
 GROUP = 32
-"""Inputs that share the scale of a quantized activation, so groups of weights are whole multiples of it."""
+"""Inputs whose products are added up before they are scaled, so groups of weights are whole multiples of it."""
 _SCHEMES = {"int4": bindings.INT4, "nf4": bindings.NF4, "int8": bindings.INT8, "none": bindings.NONE}
 
 
@@ -56,7 +56,7 @@ def dequantize(weight: Weight, start: int = 0, stop: int | None = None) -> torch
     if weight.scheme == "int8":
         values = codes.permute(0, 3, 1, 2, 4).reshape(-1, width)[rows].float().sub_(128)
     else:
-        halves = torch.stack((codes & 15, codes >> 4), 3)  # [tiles, groups, 4, 2, 16, 4]
+        halves = torch.stack((codes & 15, codes >> 4), 2)  # [tiles, groups, 2, 4, 16, 4]
         levels = halves.permute(0, 4, 1, 2, 3, 5).reshape(-1, width)[rows]
         values = NF4[levels.int()] if weight.scheme == "nf4" else levels.float()
     grouped = values.view(stop - start, width // weight.group, weight.group)
@@ -99,7 +99,7 @@ def _tiled(values: torch.Tensor) -> torch.Tensor:
 def _pack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     """uint8 [out, in/2] -> uint8 [tiles, in/32, 4, 16, 4]."""
     codes = unpack_nibbles(_padded_rows(packed))
-    split = codes.view(-1, TILE, codes.shape[1] // GROUP, 4, 2, 4).permute(4, 0, 2, 3, 1, 5)
+    split = codes.view(-1, TILE, codes.shape[1] // GROUP, 2, 4, 4).permute(3, 0, 2, 4, 1, 5)
     return (split[0] | (split[1] << 4)).contiguous()
 
 
