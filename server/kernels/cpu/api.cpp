@@ -51,7 +51,7 @@ void linear(Pool& pool, const Matrix& w, const float* x, int64_t rows, float* y)
   }
 }
 
-// Whether there was memory for it: no exception leaves this library. In a phase no thread allocates.
+// Whether there was memory for it: no exception leaves this library, nor a phase.
 template <class F>
 bool within_memory(F&& f) {
   try {

@@ -1,174 +1,71 @@
 #include "model.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <chrono>
-#include <cmath>
 #include <limits>
 #include <map>
+#include <new>
 
 #include "simd.h"
 
 namespace loramux {
 namespace {
 
-// What is asked for with a group of inputs, weights among it, at most: memory has no more to give.
-constexpr int64_t MOST_LINES = 9;
+constexpr int64_t BLOCK = 256;  // rows: few enough that what passes between phases stays in cache
 
-// The same of an update's adapters: most of them have come as far as the third cache before.
-constexpr int64_t MOST_NEAR = 16;
+// Rows of a part that one thread takes alone: with fewer it waits for weights, which all threads read then.
+constexpr int64_t LEAST_ALONE = 2 * ROWS;
 
-// What a thread asks for ahead of a layer, at most: it has to stay in its second cache, or in a third of the third one
-// that it shares with the others, until it is read.
-int64_t ahead_lines(int threads) {
-  constexpr int64_t SECOND = 1 << 20;
-  const int64_t third = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  return std::max(SECOND, third / 3 / threads) / 64;
-}
+// Layers that threads do without waiting for each other. Whoever has something else to do goes between these.
+constexpr int64_t LAYERS_APART = 3;
 
-constexpr int64_t TILES = 2;  // of 16 columns: what one piece of a product computes
-
-int64_t whole_tiles(int64_t n) { return (n + 15) / 16 * 16; }
-
-int64_t now() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
-// Every fourth vector to a sum of its own: one alone would wait for itself.
-float sum_of_squares(const float* x, int64_t n) {
-  __m512 sum[4];
-  for (__m512& s : sum) s = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 64)
-    for (int64_t j = 0; j < 4; j++) {
-      const __m512 v = _mm512_maskz_loadu_ps(first_lanes(n - i - j * 16), x + i + j * 16);
-      sum[j] = _mm512_fmadd_ps(v, v, sum[j]);
-    }
-  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
-}
-
-// out = x / rms(x) * weight
-void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
-  const float scale = 1.0f / std::sqrt(sum_of_squares(x, n) / static_cast<float>(n) + eps);
-  const __m512 s = _mm512_set1_ps(scale);
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = first_lanes(n - i);
-    const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), s);
-    _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, weight + i)));
-  }
-}
-
-// Element i turns with element i + d/2.
-void rotate(float* x, const float* cosine, const float* sine, int64_t dim) {
-  const int64_t half = dim / 2;
-  for (int64_t i = 0; i < half; i += 16) {
-    const __mmask16 mask = first_lanes(half - i);
-    const __m512 a = _mm512_maskz_loadu_ps(mask, x + i), b = _mm512_maskz_loadu_ps(mask, x + half + i);
-    const __m512 c = _mm512_maskz_loadu_ps(mask, cosine + i), s = _mm512_maskz_loadu_ps(mask, sine + i);
-    _mm512_mask_storeu_ps(x + i, mask, _mm512_fnmadd_ps(b, s, _mm512_mul_ps(a, c)));
-    _mm512_mask_storeu_ps(x + half + i, mask, _mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c)));
-  }
-}
-
-void add_row(float* to, const float* x, int64_t n) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = first_lanes(n - i);
-    _mm512_mask_storeu_ps(to + i, mask,
-                          _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to + i), _mm512_maskz_loadu_ps(mask, x + i)));
-  }
-}
-
-constexpr uint32_t ATTENTION_SITES = 1u << Q | 1u << K | 1u << V | 1u << O;
-
-// An adapter's matrices of some sites of a layer, which lie one after the other. Bit s of `which`: site s is one.
-Lines lines_of(const LoraSite* sites, const Layer& layer, uint32_t which) {
-  const char *begin = nullptr, *end = nullptr;
-  for (size_t s = 0; s < SITES; s++) {
-    const LoraSite& site = sites[s];
-    if (!(which >> s & 1) || site.rank == 0) continue;
-    const auto* first = static_cast<const char*>(site.coded() ? site.units : site.a);
-    if (begin == nullptr || first < begin) begin = first;
-    end = std::max(end, static_cast<const char*>(site.b) + site.rank * layer.site[s].n * (site.coded() ? 1 : 2));
-  }
-  return {begin, (end - begin + 63) / 64};
-}
-
-void copy_row(float* to, const float* x, int64_t n) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = first_lanes(n - i);
-    _mm512_mask_storeu_ps(to + i, mask, _mm512_maskz_loadu_ps(mask, x + i));
-  }
-}
+// What a multiplication of attention takes, in those of products: it has 16 bits, and its memory is further away.
+constexpr int64_t DEARER = 4;
 
 }  // namespace
 
-int64_t cache_halves(const Config& config, int64_t block_size) {
-  return config.kv_heads * Cache{nullptr, 0, block_size, config.head_dim}.head_halves();
-}
-
 Model::Model(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,
              Pool& pool)
-    : config_(config),
-      layers_(layers, layers + config.layers),
+    : base_(config, layers, pool.threads()),
       embed_(embed),
       head_(head),
       norm_(norm),
       pool_(pool),
-      slot_sites_(static_cast<size_t>(config.max_slots)),
-      slots_(static_cast<size_t>(config.max_slots), nullptr),
-      slot_rank_(static_cast<size_t>(config.max_slots), 0),
-      slot_uses_(static_cast<size_t>(config.max_slots), 0),
-      slot_lines_(static_cast<size_t>(config.max_slots), 0),
-      ahead_lines_(ahead_lines(pool.threads())),
+      together_(base_, &pool),
       local_(static_cast<size_t>(pool.threads())) {
-  for (size_t t = 0; t < local_.size(); t++) local_[t].ahead.model = this, local_[t].ahead.thread = static_cast<int>(t);
-  for (const Layer& layer : layers_)
-    for (const Matrix& w : layer.site) (w.scheme == NONE ? any_half_ : any_codes_) = true;
-  (head_.scheme == NONE ? any_half_ : any_codes_) = true;
+  (head_.scheme == NONE ? base_.any_half : base_.any_codes) = true;
+  if (pool.threads() == 1) return;
+  for (size_t t = 0; t < local_.size(); t++) alone_.emplace_back(base_, nullptr);
 }
 
 void Model::set_cache(uint16_t* cache, int64_t blocks, int64_t block_size, const float* cosine, const float* sine,
                       int64_t positions) {
-  cache_ = cache;
-  blocks_ = blocks;
-  block_size_ = block_size;
-  cosine_ = cosine;
-  sine_ = sine;
-  positions_ = positions;
+  base_.cache = cache;
+  base_.blocks = blocks;
+  base_.block_size = block_size;
+  base_.cosine = cosine;
+  base_.sine = sine;
+  base_.positions = positions;
   touched_ = 0;
 }
 
-void Model::set_slot(int64_t slot, std::vector<LoraSite> sites) {
-  const auto at = static_cast<size_t>(slot);
-  slot_sites_[at] = std::move(sites);
-  slots_[at] = nullptr;
-  slot_rank_[at] = 0;
-  slot_uses_[at] = 0;
-  slot_lines_[at] = 0;
-  if (slot_sites_[at].empty()) return;
-  slots_[at] = slot_sites_[at].data();
-  for (size_t i = 0; i < slot_sites_[at].size(); i++) {
-    const int64_t rank = slot_sites_[at][i].rank;
-    slot_rank_[at] = std::max(slot_rank_[at], rank);
-    if (rank > 0) slot_uses_[at] |= 1u << i % SITES;
-  }
-  for (size_t layer = 0; layer < layers_.size(); layer++)
-    slot_lines_[at] += lines_of(slots_[at] + layer * SITES, layers_[layer], ATTENTION_SITES).count;
-}
-
 int64_t Model::work_bytes() const {
-  int64_t bytes = stream_.bytes() + qkv_.bytes() + query_.bytes() + seen_.bytes() + normed_.bytes() +
-                  attended_.bytes() + gated_.bytes();
-  for (const auto& buffer : updates_) bytes += buffer.bytes();
-  for (const Local& local : local_)
-    bytes += local.attention.bytes() + local.tile.bytes() + local.rows.bytes() + local.ranks.bytes() + local.draw.bytes();
+  int64_t bytes = stream_.bytes() + normed_.bytes() + together_.bytes();
+  for (const Team& team : alone_) bytes += team.bytes();
+  for (const Local& local : local_) bytes += local.tile.bytes() + local.rows.bytes() + local.draw.bytes();
   return bytes;
 }
 
+// Threads that work alone do so at the same time: their mean.
 void Model::take_times(int64_t* out) {
-  for (size_t i = 0; i < PHASES; i++) out[i] = times_[i];
+  for (size_t i = 0; i < PHASES; i++) {
+    int64_t alone = 0;
+    for (const Team& team : alone_) alone += team.times()[i];
+    const auto threads = static_cast<int64_t>(local_.size());
+    out[i] = times_[i] + together_.times()[i] + alone / threads;
+  }
   times_.fill(0);
+  together_.forget_times();
+  for (Team& team : alone_) team.forget_times();
 }
 
 int64_t Model::clock(Phase phase, int64_t since) {
@@ -177,27 +74,22 @@ int64_t Model::clock(Phase phase, int64_t since) {
   return t;
 }
 
-Cache Model::cache_of(int64_t layer) const {
-  const int64_t halves = cache_halves(config_, block_size_);
-  return {cache_ + layer * halves, config_.layers * halves, block_size_, config_.head_dim};
-}
-
 // Everything that a step points into is there: what it names wrongly would be read or written beyond it.
 Outcome Model::check(const Step& step) const {
-  if (cache_ == nullptr) return NO_CACHE;
+  if (base_.cache == nullptr) return NO_CACHE;
   const auto within = [](int64_t i, int64_t end) { return i >= 0 && i < end; };
   if (step.row_start[0] != 0 || step.row_start[step.sequences] != step.rows) return BAD_ROW;
   for (int64_t r = 0; r < step.rows; r++)
-    if (!within(step.tokens[r], config_.vocab)) return BAD_TOKEN;
+    if (!within(step.tokens[r], base_.config.vocab)) return BAD_TOKEN;
   for (int64_t s = 0; s < step.sequences; s++) {
     if (step.row_start[s] > step.row_start[s + 1] || step.row_start[s + 1] > step.rows) return BAD_ROW;
     for (int64_t r = step.row_start[s]; r < step.row_start[s + 1]; r++)
-      if (!within(step.positions[r], std::min<int64_t>(positions_, step.context[s]))) return BAD_POSITION;
-    if (step.context[s] > step.table_width * block_size_) return BAD_POSITION;
-    for (int64_t b = 0; b * block_size_ < step.context[s]; b++)
-      if (!within(step.blocks[s * step.table_width + b], blocks_)) return BAD_BLOCK;
+      if (!within(step.positions[r], std::min<int64_t>(base_.positions, step.context[s]))) return BAD_POSITION;
+    if (step.context[s] > step.table_width * base_.block_size) return BAD_POSITION;
+    for (int64_t b = 0; b * base_.block_size < step.context[s]; b++)
+      if (!within(step.blocks[s * step.table_width + b], base_.blocks)) return BAD_BLOCK;
     for (int32_t i = step.mix_start[s]; i < step.mix_start[s + 1]; i++)
-      if (!within(step.mix_slot[i], config_.max_slots) || slots_[static_cast<size_t>(step.mix_slot[i])] == nullptr)
+      if (!within(step.mix_slot[i], base_.config.max_slots) || base_.slots[static_cast<size_t>(step.mix_slot[i])] == nullptr)
         return EMPTY_SLOT;
   }
   for (int64_t i = 0; i < step.logit_count; i++)
@@ -224,8 +116,8 @@ LoraPlan Model::plan_block(const Step& step, int64_t first, int64_t count) const
         MixRows& group = plan.mixes.emplace_back();
         for (const auto& [slot, weight] : mix) {
           group.entries.push_back({slot, weight});
-          plan.sites |= slot_uses_[static_cast<size_t>(slot)];
-          plan.rank = std::max(plan.rank, slot_rank_[static_cast<size_t>(slot)]);
+          plan.sites |= base_.slot_uses[static_cast<size_t>(slot)];
+          plan.rank = std::max(plan.rank, base_.slot_rank[static_cast<size_t>(slot)]);
         }
       }
       for (int64_t r = row; r < end; r++) {
@@ -238,444 +130,57 @@ LoraPlan Model::plan_block(const Step& step, int64_t first, int64_t count) const
   return plan;
 }
 
-void Model::plan(const Step& step) {
+std::vector<RowBlock> Model::blocks_of(const Step& step, int64_t first, int64_t last) const {
+  std::vector<RowBlock> blocks;
+  for (int64_t r = first; r < last; r += BLOCK) {
+    const int64_t count = std::min(BLOCK, last - r);
+    blocks.push_back({r, count, plan_block(step, r, count)});
+  }
+  return blocks;
+}
+
+// The rows that each thread takes alone: where the last of each ends. None where sequences do not fall into parts that are
+// large enough and take about as long as each other.
+std::vector<int64_t> Model::alone_until(const Step& step) const {
+  const auto parts = static_cast<int64_t>(alone_.size());
+  if (parts == 0 || step.rows < parts * LEAST_ALONE || step.rows > BLOCK) return {};
+  int64_t products = 0;
+  for (const Matrix& w : base_.layers[0].site) products += w.n * w.k;
+  const int64_t token = DEARER * 2 * base_.config.heads * base_.config.head_dim;
+  std::vector<int64_t> cost{0};  // of all sequences before
+  for (int64_t s = 0; s < step.sequences; s++)
+    cost.push_back(cost.back() +
+                   (step.row_start[s + 1] - step.row_start[s]) * (products + token * step.context[s]));
+  std::vector<int64_t> ends;
+  int64_t begin = 0, most = 0;
+  for (int64_t part = 1, s = 0; part <= parts; part++) {
+    const int64_t aim = cost.back() / parts * part, from = cost[static_cast<size_t>(s)];
+    const auto cost_until = [&](int64_t end) { return cost[static_cast<size_t>(end)]; };
+    while (s < step.sequences && (part == parts || cost_until(s + 1) - aim <= aim - cost_until(s))) s++;
+    if (step.row_start[s] - begin < LEAST_ALONE) return {};
+    most = std::max(most, cost_until(s) - from);
+    ends.push_back(begin = step.row_start[s]);
+  }
+  return most * parts <= cost.back() / 8 * 9 ? ends : std::vector<int64_t>();
+}
+
+// Who takes which rows; the teams of the step.
+std::vector<Team*> Model::deal(const Step& step) {
   row_sequence_.resize(static_cast<size_t>(step.rows));
   for (int64_t s = 0; s < step.sequences; s++)
     for (int64_t r = step.row_start[s]; r < step.row_start[s + 1]; r++)
       row_sequence_[static_cast<size_t>(r)] = static_cast<int32_t>(s);
-  row_blocks_.clear();
-  for (int64_t first = 0; first < step.rows; first += BLOCK) {
-    const int64_t count = std::min(BLOCK, step.rows - first);
-    row_blocks_.push_back({first, count, plan_block(step, first, count)});
+  float* stream = stream_.reserve(step.rows * base_.config.hidden);
+  std::vector<Team*> teams;
+  int64_t first = 0;
+  for (const int64_t last : alone_until(step)) {
+    teams.push_back(&alone_[teams.size()]);
+    teams.back()->begin(step, row_sequence_, blocks_of(step, first, last), stream);
+    first = last;
   }
-}
-
-void Model::reserve(const Step& step) {
-  const int64_t rows = std::min(BLOCK, std::max<int64_t>(step.rows, 1));
-  const int64_t heads = config_.heads * config_.head_dim, kv = config_.kv_heads * config_.head_dim;
-  int64_t rank = 0, context = 0;
-  uint32_t sites = 0;
-  for (const RowBlock& block : row_blocks_) {
-    rank = std::max(rank, block.plan.rank);
-    sites |= block.plan.sites;
-  }
-  for (int64_t r = 0; r < step.rows; r++) context = std::max(context, step.positions[r] + 1);
-  const auto reserve = [&](Activations& x, int64_t k, uint32_t readers) {
-    x.reserve(rows, k, any_codes_, any_codes_ && (sites & readers) != 0, any_half_);
-  };
-  stream_.reserve(step.rows * config_.hidden);
-  qkv_.reserve(rows * (whole_tiles(heads) + 2 * whole_tiles(kv)));
-  query_.reserve(rows * heads);
-  seen_.reserve(rows * heads);
-  reserve(normed_, config_.hidden, 1u << Q | 1u << K | 1u << V | 1u << GATE | 1u << UP);
-  reserve(attended_, heads, 1u << O);
-  reserve(gated_, config_.intermediate, 1u << DOWN);
-  for (size_t site = 0; site < SITES; site++)
-    if (sites >> site & 1) updates_[site].reserve(rows * whole_tiles(layers_[0].site[site].n));
-  for (Local& local : local_) {
-    local.attention.reserve(context);
-    local.tile.reserve(rows * 2 * SPAN);
-    local.rows.reserve(ROWS * config_.hidden);
-    local.ranks.reserve(UPDATE_SITES * UPDATE_ROWS * rank);
-  }
-}
-
-// The tasks that compute the updates of `sites`; how many.
-int Model::plan_updates(int64_t layer, const RowBlock& block, const std::vector<int>& sites) {
-  updated_.clear();
-  for (const int site : sites) {
-    if (!(block.plan.sites >> site & 1)) continue;
-    const int64_t n = layers_[static_cast<size_t>(layer)].site[site].n;
-    updated_.push_back({layer * SITES + site, updates_[static_cast<size_t>(site)].get(), whole_tiles(n), n});
-  }
-  loramux::plan_updates(block.plan, slots_, updated_, update_tasks_);
-  if (update_tasks_.empty()) updated_.clear();
-  return static_cast<int>(update_tasks_.size());
-}
-
-void Model::update_piece(const Activations& x, int64_t in, int piece, int thread) {
-  loramux::update(update_tasks_[static_cast<size_t>(piece)], slots_, updated_, x, in,
-                  local_[static_cast<size_t>(thread)].ranks.get());
-}
-
-// What the last updates add to a row's output at a site, or null.
-const float* Model::update_of(const RowBlock& block, int site, int64_t row) const {
-  if (!block.plan.mixed[static_cast<size_t>(row)]) return nullptr;
-  for (const Update& update : updated_)
-    if (update.at % SITES == site) return update.z + row * update.stride;
-  return nullptr;
-}
-
-// ---- what the next layer reads --------------------------------------------------------------------------------
-
-// What the layers of a step read beside weights: adapters, and blocks of keys and values.
-void Model::plan_ahead(const Step& step) {
-  ahead_slots_.clear();
-  ahead_blocks_.clear();
-  look_ahead(-1);
-  // Of many rows the products take so long that what they read does not show.
-  if (row_blocks_.size() != 1) return;
-  for (const MixRows& mix : row_blocks_[0].plan.mixes)
-    for (const Entry& entry : mix.entries) ahead_slots_.push_back(entry.slot);
-  for (int64_t s = 0; s < step.sequences; s++)
-    for (int64_t b = 0; b < step.table_width && b * block_size_ < step.context[s]; b++)
-      ahead_blocks_.push_back(step.blocks[s * step.table_width + b]);
-  ahead_pace_ = pace_ahead(step.rows);
-}
-
-// Lines a group of inputs, so that what there is to ask for is spread over gate, up and down, which do most of it.
-// Their walks over the rows share the asking for weights, and of few rows that is all that memory can give.
-int64_t Model::pace_ahead(int64_t rows) const {
-  int64_t lines = static_cast<int64_t>(ahead_blocks_.size()) * cache_halves(config_, block_size_) / 32;
-  for (const int32_t slot : ahead_slots_) lines += slot_lines_[static_cast<size_t>(slot)] / config_.layers;
-  lines = std::min(lines, ahead_lines_ * static_cast<int64_t>(local_.size()));
-  const int64_t walks = (rows + ROWS - 1) / ROWS;
-  int64_t groups = 0, weights = 0;
-  for (const int site : {GATE, UP, DOWN}) {
-    const Matrix& w = layers_[0].site[site];
-    const int64_t pieces = (w.tiles() + TILES - 1) / TILES * (w.padded() / GROUP);
-    groups += pieces * walks;
-    weights += pieces * TILES * bytes_of_group(w.scheme) / 64;
-  }
-  const int64_t spare = MOST_LINES - (weights + groups - 1) / groups;
-  return std::max<int64_t>(0, std::min(spare, (lines + groups - 1) / groups));
-}
-
-// From now on products ask for what `layer` will read; for nothing if it is none.
-void Model::look_ahead(int64_t layer) {
-  look_++;
-  ahead_layer_ = layer < config_.layers ? layer : -1;
-}
-
-// What a thread asks for beside a product; `update` is the task of this phase that it comes to next, if there is one.
-Aside& Model::aside_of(int thread, int update) {
-  Ahead& ahead = local_[static_cast<size_t>(thread)].ahead;
-  if (ahead.look != look_) {
-    ahead.look = look_;
-    ahead.near = false;
-    ahead.lines = ahead.far = {};
-    ahead.pace = ahead_pace_;
-    ahead.asked = 0;
-    ahead.left = ahead_lines_;
-  }
-  if (ahead.phase == phase_ && ahead.update == update) return ahead;
-  if (!ahead.near) ahead.far = ahead.lines;
-  ahead.near = true;
-  ahead.lines = {};
-  ahead.phase = phase_;
-  ahead.update = update;
-  ahead.entry = ahead.end = nullptr;
-  if (update == NO_UPDATE) return ahead;
-  const MixRows* mix = update_tasks_[static_cast<size_t>(update)].mix;
-  if (update > 0 && update_tasks_[static_cast<size_t>(update) - 1].mix == mix) return ahead;  // it has just been read
-  ahead.entry = mix->entries.data();
-  ahead.end = ahead.entry + mix->entries.size();
-  return ahead;
-}
-
-// What the updates of this phase read of an adapter.
-Lines Model::lines_of_update(int32_t slot) const {
-  uint32_t which = 0;
-  for (const Update& update : updated_) which |= 1u << update.at % SITES;
-  const auto layer = static_cast<size_t>(updated_[0].at / SITES);
-  return lines_of(slots_[static_cast<size_t>(slot)] + layer * SITES, layers_[layer], which);
-}
-
-// Of what the next layer reads each thread has the share that it will probably read itself: the pieces of updates and
-// of attention are dealt out in the same order.
-void Model::refill(Ahead& ahead) const {
-  if (ahead.near) {
-    ahead.pace = MOST_NEAR;
-    while (ahead.lines.count == 0 && ahead.entry != ahead.end) ahead.lines = lines_of_update((ahead.entry++)->slot);
-    if (ahead.lines.count > 0) return;
-    ahead.near = false;
-    ahead.pace = ahead_pace_;
-    ahead.lines = ahead.far;
-  }
-  if (ahead_layer_ < 0) return;
-  const auto threads = static_cast<int64_t>(local_.size());
-  const auto begin = [&](const std::vector<int32_t>& all) {
-    return static_cast<int64_t>(all.size()) * ahead.thread / threads;
-  };
-  const auto count = [&](const std::vector<int32_t>& all) {
-    return static_cast<int64_t>(all.size()) * (ahead.thread + 1) / threads - begin(all);
-  };
-  while (ahead.lines.count == 0 && ahead.left > 0) {
-    const int64_t slot = ahead.asked, block = slot - count(ahead_slots_);
-    if (block >= count(ahead_blocks_)) break;
-    ahead.asked++;
-    if (block < 0) {
-      const auto at = static_cast<size_t>(ahead_slots_[static_cast<size_t>(begin(ahead_slots_) + slot)]);
-      const Layer& layer = layers_[static_cast<size_t>(ahead_layer_)];
-      ahead.lines = lines_of(slots_[at] + ahead_layer_ * SITES, layer, ATTENTION_SITES);
-    } else {
-      const int32_t at = ahead_blocks_[static_cast<size_t>(begin(ahead_blocks_) + block)];
-      const int64_t halves = cache_halves(config_, block_size_);
-      ahead.lines = {reinterpret_cast<const char*>(cache_of(ahead_layer_).keys(at, 0)), halves / 32};
-    }
-    ahead.lines.count = std::min(ahead.lines.count, ahead.left);
-    ahead.left -= ahead.lines.count;
-  }
-}
-
-// ---- linears --------------------------------------------------------------------------------------------------
-
-// A line that another core has written takes as long as one from memory: few rows are asked for all at once, by each
-// thread when it begins with them.
-void Model::fetch_once(const Activations& x, int64_t rows, int thread) {
-  constexpr int64_t FEW = 32;
-  Local& local = local_[static_cast<size_t>(thread)];
-  if (local.phase == phase_) return;
-  local.phase = phase_;
-  if (rows <= FEW) x.fetch(rows);
-}
-
-void Model::product_piece(const RowBlock& block, const Activations& x, const Target& target, int64_t first,
-                          int64_t last, Aside& aside, int thread) {
-  const Matrix& w = *target.w;
-  const int64_t column = first * 16, columns = std::min(last * 16, w.n) - column;
-  // Whole tiles may be written in place; sums with what is there already go through the thread's own tile.
-  const bool direct = !target.add && last * 16 <= target.stride;
-  float* y = direct ? target.out + column : local_[static_cast<size_t>(thread)].tile.get();
-  const int64_t stride = direct ? target.stride : TILES * 16;
-  multiply(w, first, last, x, block.count, y, stride, aside);
-  if (w.bias)
-    for (int64_t r = 0; r < block.count; r++) add_row(y + r * stride, w.bias + column, columns);
-  if (direct) return;
-  for (int64_t r = 0; r < block.count; r++) {
-    float* to = target.out + r * target.stride + column;
-    target.add ? add_row(to, y + r * stride, columns) : copy_row(to, y + r * stride, columns);
-  }
-}
-
-// The base's products and the adapters' updates in turn: products live on arithmetic, and ask for what the update behind
-// them reads. Whoever reads the result adds the updates. Of two threads each mostly computes those of rows that it will
-// read.
-void Model::products(int64_t layer, const RowBlock& block, const Activations& x, int64_t in,
-                     const std::vector<Target>& targets) {
-  std::vector<int> sites;
-  std::array<int64_t, 4> start{};
-  for (size_t i = 0; i < targets.size(); i++) {
-    sites.push_back(targets[i].site);
-    start[i + 1] = start[i] + (targets[i].w->tiles() + TILES - 1) / TILES;
-  }
-  const int updates = plan_updates(layer, block, sites);
-  const int products = static_cast<int>(start[targets.size()]);
-  const auto updates_before = [&](int piece) {
-    return static_cast<int>(static_cast<int64_t>(piece) * updates / (updates + products));
-  };
-  phase_++;
-  pool_.run(updates + products, [&](int piece, int thread) {
-    const int update = updates_before(piece);  // how many have come before
-    if (updates_before(piece + 1) > update) return update_piece(x, in, update, thread);
-    const int product = piece - update;
-    fetch_once(x, block.count, thread);
-    size_t i = 0;
-    while (product >= start[i + 1]) i++;
-    const int64_t first = (product - start[i]) * TILES;
-    product_piece(block, x, targets[i], first, std::min(first + TILES, targets[i].w->tiles()),
-                  aside_of(thread, update < updates ? update : NO_UPDATE), thread);
-  });
-}
-
-// silu(gate) * up, a span of columns of each at a time, given on as quantized activations.
-void Model::gate_up(int64_t layer, const RowBlock& block) {
-  const Matrix& gate = layers_[static_cast<size_t>(layer)].site[GATE];
-  const Matrix& up = layers_[static_cast<size_t>(layer)].site[UP];
-  const int updates = plan_updates(layer, block, {GATE, UP});
-  if (updates > 0)
-    pool_.run(updates, [&](int piece, int thread) { update_piece(normed_, config_.hidden, piece, thread); });
-  constexpr int64_t WIDE = SPAN, EACH = WIDE / 16;
-  phase_++;
-  pool_.run(static_cast<int>((gate.tiles() + EACH - 1) / EACH), [&](int piece, int thread) {
-    const int64_t first = piece * EACH, last = std::min(first + EACH, gate.tiles());
-    const int64_t column = first * 16, columns = std::min(last * 16, gate.n) - column;
-    float* y = local_[static_cast<size_t>(thread)].tile.get();
-    fetch_once(normed_, block.count, thread);
-    for (int side = 0; side < 2; side++) {
-      const Matrix& w = side == 0 ? gate : up;
-      float* to = y + side * WIDE;
-      multiply(w, first, last, normed_, block.count, to, 2 * WIDE, aside_of(thread));
-      for (int64_t r = 0; r < block.count; r++) {
-        if (w.bias) add_row(to + r * 2 * WIDE, w.bias + column, columns);
-        const float* z = updates > 0 ? update_of(block, side == 0 ? GATE : UP, r) : nullptr;
-        if (z) add_row(to + r * 2 * WIDE, z + column, columns);
-      }
-    }
-    for (int64_t r = 0; r < block.count; r++) {
-      float* g = y + r * 2 * WIDE;
-      for (int64_t c = 0; c < WIDE; c += 16)
-        _mm512_storeu_ps(g + c, _mm512_mul_ps(silu(_mm512_loadu_ps(g + c)), _mm512_loadu_ps(g + WIDE + c)));
-    }
-    gated_.set(0, block.count, column, column + columns, y, 2 * WIDE);
-  });
-}
-
-// Adds what the adapters give to the stream, where no phase that follows does.
-void Model::down(int64_t layer, const RowBlock& block) {
-  const Matrix& w = layers_[static_cast<size_t>(layer)].site[DOWN];
-  float* stream = stream_.get() + block.first * config_.hidden;
-  products(layer, block, gated_, config_.intermediate, {{&w, DOWN, stream, config_.hidden, true}});
-  if (updated_.empty()) return;
-  pool_.run(static_cast<int>((block.count + ROWS - 1) / ROWS), [&](int piece, int) {
-    for (int64_t r = piece * ROWS; r < std::min<int64_t>(block.count, (piece + 1) * ROWS); r++)
-      if (const float* z = update_of(block, DOWN, r)) add_row(stream + r * config_.hidden, z, config_.hidden);
-  });
-}
-
-// The stream's rows, after the updates of `added` if that is a site, as activations.
-void Model::norm_rows(const RowBlock& block, const float* weight, int added) {
-  const int pieces = static_cast<int>((block.count + ROWS - 1) / ROWS);
-  const int64_t hidden = config_.hidden;
-  pool_.run(pieces, [&](int piece, int thread) {
-    const int64_t first = piece * ROWS, last = std::min<int64_t>(block.count, first + ROWS);
-    float* scratch = local_[static_cast<size_t>(thread)].rows.get();
-    for (int64_t r = first; r < last; r++) {
-      float* x = stream_.get() + (block.first + r) * hidden;
-      const float* z = added == SITES ? nullptr : update_of(block, added, r);
-      if (z) add_row(x, z, hidden);
-      rms_norm(x, weight, hidden, static_cast<float>(config_.eps), scratch + (r - first) * hidden);
-    }
-    normed_.set(first, last - first, 0, hidden, scratch, hidden);
-  });
-}
-
-// ---- attention ------------------------------------------------------------------------------------------------
-
-// A KV head of a row, with the query heads that share it: norms, positions, and the cache.
-void Model::rotate_and_write(const Step& step, int64_t layer, const RowBlock& block, int64_t row, int64_t head) {
-  const int64_t dim = config_.head_dim, group = config_.heads / config_.kv_heads;
-  const int64_t heads = config_.heads * dim, kv = config_.kv_heads * dim;
-  const int64_t stride = whole_tiles(heads) + 2 * whole_tiles(kv);
-  const Layer& l = layers_[static_cast<size_t>(layer)];
-  float* q = qkv_.get() + row * stride;
-  float* k = q + whole_tiles(heads) + head * dim;
-  float* v = q + whole_tiles(heads) + whole_tiles(kv) + head * dim;
-  const int64_t position = step.positions[block.first + row];
-  const float* cosine = cosine_ + position * (dim / 2);
-  const float* sine = sine_ + position * (dim / 2);
-  const auto eps = static_cast<float>(config_.eps);
-  if (const float* z = update_of(block, Q, row)) add_row(q + head * group * dim, z + head * group * dim, group * dim);
-  if (const float* z = update_of(block, K, row)) add_row(k, z + head * dim, dim);
-  if (const float* z = update_of(block, V, row)) add_row(v, z + head * dim, dim);
-  for (int64_t h = head * group; h < (head + 1) * group; h++) {
-    float* x = q + h * dim;
-    if (l.q_norm) rms_norm(x, l.q_norm, dim, eps, x);
-    if (l.rope) rotate(x, cosine, sine, dim);
-    uint16_t* to = query_.get() + row * heads + h * dim;
-    for (int64_t i = 0; i < dim; i += 16) {
-      const __mmask16 mask = first_lanes(dim - i);
-      _mm256_mask_storeu_epi16(to + i, mask, float_to_bf16(_mm512_maskz_loadu_ps(mask, x + i)));
-    }
-  }
-  if (l.k_norm) rms_norm(k, l.k_norm, dim, eps, k);
-  if (l.rope) rotate(k, cosine, sine, dim);
-  const int32_t s = row_sequence_[static_cast<size_t>(block.first + row)];
-  const int32_t* table = step.blocks + s * step.table_width;
-  // Attention follows block by block: the row behind may not have been written by then.
-  const bool last = row + 1 == block.count || block.first + row + 1 == step.row_start[s + 1];
-  write_token(cache_of(layer), table[position / block_size_], head, position % block_size_, k, v, last);
-}
-
-// Rows first..last of a sequence, the queries of one KV head; what they see is left in `attended_` too where
-// that is a whole number of its spans.
-void Model::attend_rows(const Step& step, int64_t layer, const RowBlock& block, int64_t sequence, int64_t head,
-                        int64_t first, int64_t last, int thread, const uint16_t* const* following) {
-  const int64_t dim = config_.head_dim, group = config_.heads / config_.kv_heads, heads = config_.heads * dim;
-  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)));
-  const int32_t* table = step.blocks + sequence * step.table_width;
-  const int64_t count = (last - first) * group;
-  for (int64_t i = 0; i < count; i += QUERIES) {
-    const int some = static_cast<int>(std::min<int64_t>(QUERIES, count - i));
-    const uint16_t* q[QUERIES];
-    int64_t position[QUERIES];
-    float* out[QUERIES];
-    for (int n = 0; n < some; n++) {
-      const int64_t row = first + (i + n) / group, h = head * group + (i + n) % group;
-      q[n] = query_.get() + row * heads + h * dim;
-      position[n] = step.positions[block.first + row];
-      out[n] = seen_.get() + row * heads + h * dim;
-    }
-    attend(cache_of(layer), table, head, some, q, position, scale, local_[static_cast<size_t>(thread)].attention, out,
-           following);
-  }
-  if (group * dim % SPAN) return;
-  const int64_t from = head * group * dim;
-  attended_.set(first, last - first, from, from + group * dim, seen_.get() + first * heads + from, heads);
-}
-
-void Model::attention(const Step& step, int64_t layer, const RowBlock& block) {
-  struct Task {
-    int32_t sequence, first, last;
-  };
-  constexpr int32_t EACH = 8;
-  thread_local std::vector<Task> tasks;
-  tasks.clear();
-  bool single = true;  // no row reads what another of this block writes
-  const int64_t kv_heads = config_.kv_heads;
-  for (int64_t row = 0; row < block.count;) {
-    const int32_t s = row_sequence_[static_cast<size_t>(block.first + row)];
-    const int64_t end = std::min<int64_t>(block.count, step.row_start[s + 1] - block.first);
-    single = single && end == row + 1;
-    for (; row < end; row += EACH)
-      tasks.push_back({s, static_cast<int32_t>(row), static_cast<int32_t>(std::min<int64_t>(end, row + EACH))});
-    row = end;
-  }
-  if (!single)
-    pool_.run(static_cast<int>((block.count + ROWS - 1) / ROWS), [&](int piece, int) {
-      for (int64_t r = piece * ROWS; r < std::min<int64_t>(block.count, (piece + 1) * ROWS); r++)
-        for (int64_t head = 0; head < kv_heads; head++) rotate_and_write(step, layer, block, r, head);
-    });
-  const Cache cache = cache_of(layer);
-  const auto* all = tasks.data();
-  const auto pieces = static_cast<int64_t>(tasks.size()) * kv_heads;
-  pool_.run(static_cast<int>(pieces), [&](int piece, int thread) {
-    const Task& task = all[piece / kv_heads];
-    const int64_t head = piece % kv_heads;
-    if (single) rotate_and_write(step, layer, block, task.first, head);
-    const Task& later = all[std::min<int64_t>(piece + 1, pieces - 1) / kv_heads];
-    const int32_t* table = step.blocks + later.sequence * step.table_width;
-    const uint16_t* following[AHEAD];
-    for (int64_t i = 0; i < AHEAD; i++)
-      following[i] = cache.keys(table[i < step.table_width && table[i] >= 0 ? i : 0], (head + 1) % kv_heads);
-    attend_rows(step, layer, block, task.sequence, head, task.first, task.last, thread, following);
-  });
-  if (config_.heads / config_.kv_heads * config_.head_dim % SPAN == 0) return;
-  const int64_t heads = config_.heads * config_.head_dim;
-  pool_.run(static_cast<int>((block.count + ROWS - 1) / ROWS), [&](int piece, int) {
-    const int64_t first = piece * ROWS, some = std::min<int64_t>(ROWS, block.count - first);
-    attended_.set(first, some, 0, heads, seen_.get() + first * heads, heads);
-  });
-}
-
-// ---- the step -------------------------------------------------------------------------------------------------
-
-void Model::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
-  const Layer& l = layers_[static_cast<size_t>(layer)];
-  const int64_t heads = config_.heads * config_.head_dim, kv = config_.kv_heads * config_.head_dim;
-  const int64_t stride = whole_tiles(heads) + 2 * whole_tiles(kv);
-  float* stream = stream_.get() + block.first * config_.hidden;
-  int64_t t = now();
-
-  norm_rows(block, l.input_norm, SITES);
-  t = clock(NORM, t);
-  products(layer, block, normed_, config_.hidden,
-           {{&l.site[Q], Q, qkv_.get(), stride, false},
-            {&l.site[K], K, qkv_.get() + whole_tiles(heads), stride, false},
-            {&l.site[V], V, qkv_.get() + whole_tiles(heads) + whole_tiles(kv), stride, false}});
-  t = clock(QKV, t);
-  attention(step, layer, block);
-  look_ahead(layer + 1);
-  t = clock(ATTENTION, t);
-  products(layer, block, attended_, heads, {{&l.site[O], O, stream, config_.hidden, true}});
-  t = clock(OUT, t);
-
-  norm_rows(block, l.post_norm, O);
-  t = clock(NORM, t);
-  gate_up(layer, block);
-  t = clock(GATE_UP, t);
-  down(layer, block);
-  clock(DOWN_PROJ, t);
+  if (!teams.empty()) return teams;
+  together_.begin(step, row_sequence_, blocks_of(step, 0, step.rows), stream);
+  return {&together_};
 }
 
 void Model::head(const Step& step) {
@@ -683,32 +188,34 @@ void Model::head(const Step& step) {
   const int64_t tiles = head_.tiles(), pieces = (tiles + EACH - 1) / EACH;
   for (int64_t first = 0; first < step.logit_count; first += BLOCK) {
     const int64_t count = std::min(BLOCK, step.logit_count - first);
-    normed_.reserve(count, config_.hidden, head_.scheme != NONE, false, head_.scheme == NONE);
+    normed_.reserve(count, base_.config.hidden, head_.scheme != NONE, false, head_.scheme == NONE);
     for (Local& local : local_) {
       local.tile.reserve(count * EACH * 16);
+      local.rows.reserve(ROWS * base_.config.hidden);
       local.peaks.assign(static_cast<size_t>(count), Peaks());
     }
     pool_.run(static_cast<int>((count + ROWS - 1) / ROWS), [&](int piece, int thread) {
       const int64_t begin = piece * ROWS, end = std::min<int64_t>(count, begin + ROWS);
       float* scratch = local_[static_cast<size_t>(thread)].rows.get();
       for (int64_t r = begin; r < end; r++)
-        rms_norm(stream_.get() + step.logit_rows[first + r] * config_.hidden, norm_, config_.hidden,
-                 static_cast<float>(config_.eps), scratch + (r - begin) * config_.hidden);
-      normed_.set(begin, end - begin, 0, config_.hidden, scratch, config_.hidden);
+        rms_norm(stream_.get() + step.logit_rows[first + r] * base_.config.hidden, norm_, base_.config.hidden,
+                 static_cast<float>(base_.config.eps), scratch + (r - begin) * base_.config.hidden);
+      normed_.set(begin, end - begin, 0, base_.config.hidden, scratch, base_.config.hidden);
     });
     pool_.run(static_cast<int>(pieces), [&](int piece, int thread) {
+      Aside nothing;
       const int64_t tile = piece * EACH, last = std::min(tile + EACH, tiles);
-      const int64_t columns = std::min(last * 16, config_.vocab) - tile * 16;
-      float* to = step.logits + first * config_.vocab + tile * 16;
-      if (last * 16 <= config_.vocab) {
-        multiply(head_, tile, last, normed_, count, to, config_.vocab, aside_of(thread));
+      const int64_t columns = std::min(last * 16, base_.config.vocab) - tile * 16;
+      float* to = step.logits + first * base_.config.vocab + tile * 16;
+      if (last * 16 <= base_.config.vocab) {
+        multiply(head_, tile, last, normed_, count, to, base_.config.vocab, nothing);
       } else {
         float* y = local_[static_cast<size_t>(thread)].tile.get();
-        multiply(head_, tile, last, normed_, count, y, EACH * 16, aside_of(thread));
-        for (int64_t r = 0; r < count; r++) copy_row(to + r * config_.vocab, y + r * EACH * 16, columns);
+        multiply(head_, tile, last, normed_, count, y, EACH * 16, nothing);
+        for (int64_t r = 0; r < count; r++) copy_row(to + r * base_.config.vocab, y + r * EACH * 16, columns);
       }
       for (int64_t r = 0; r < count; r++)  // while they are still in the first cache
-        local_[static_cast<size_t>(thread)].peaks[static_cast<size_t>(r)].take(to + r * config_.vocab, columns, tile * 16);
+        local_[static_cast<size_t>(thread)].peaks[static_cast<size_t>(r)].take(to + r * base_.config.vocab, columns, tile * 16);
     });
     for (int64_t r = 0; r < count; r++) {
       Peaks all;
@@ -723,20 +230,30 @@ Outcome Model::run(const Step& step) {
   int64_t t = now();
   if (const Outcome wrong = check(step); wrong != DONE) return wrong;
   for (int64_t s = 0; s < step.sequences; s++)
-    for (int64_t b = 0; b * block_size_ < step.context[s]; b++)
+    for (int64_t b = 0; b * base_.block_size < step.context[s]; b++)
       touched_ = std::max<int64_t>(touched_, step.blocks[s * step.table_width + b] + 1);
-  plan(step);
-  plan_ahead(step);
-  reserve(step);
+  const std::vector<Team*> teams = deal(step);
   pool_.run(static_cast<int>((step.rows + ROWS - 1) / ROWS), [&](int piece, int) {
     for (int64_t r = piece * ROWS; r < std::min<int64_t>(step.rows, (piece + 1) * ROWS); r++)
-      dequantize_row(embed_, step.tokens[r], stream_.get() + r * config_.hidden);
+      dequantize_row(embed_, step.tokens[r], stream_.get() + r * base_.config.hidden);
   });
   clock(PLAN, t);
   layers_began_.store(now());
-  for (int64_t layer = 0; layer < config_.layers; layer++) {
-    for (const RowBlock& block : row_blocks_) run_layer(step, layer, block);
-    layers_done_.store(layer + 1);
+  const bool apart = teams.size() > 1;
+  std::atomic<bool> no_memory{false};  // no exception leaves a phase
+  for (int64_t layer = 0; layer < base_.config.layers;) {
+    const int64_t end = std::min(base_.config.layers, layer + (apart ? LAYERS_APART : 1));
+    auto take = [&](int team, int) {
+      try {
+        for (int64_t l = layer; l < end; l++) teams[static_cast<size_t>(team)]->layer(step, l);
+      } catch (const std::bad_alloc&) {
+        no_memory.store(true);
+      }
+    };
+    apart ? pool_.run(static_cast<int>(teams.size()), take) : take(0, 0);
+    if (no_memory.load()) throw std::bad_alloc();
+    layer = end;
+    layers_done_.store(layer);
   }
   t = now();
   head(step);
@@ -748,15 +265,15 @@ Outcome Model::run(const Step& step) {
 int64_t Model::left() const {
   const int64_t done = layers_done_.load();
   if (done == 0) return std::numeric_limits<int64_t>::max();
-  return (now() - layers_began_.load()) * (config_.layers - done) / done + head_took_.load();
+  return (now() - layers_began_.load()) * (base_.config.layers - done) / done + head_took_.load();
 }
 
 void Model::draw(const float* logits, int64_t rows, const Drawing* how, const int32_t* top_k, int32_t* tokens) {
   std::lock_guard<std::mutex> turn(pool_.turn);
   const int64_t t = now();
-  for (Local& local : local_) local.draw.reserve(config_.vocab);
+  for (Local& local : local_) local.draw.reserve(base_.config.vocab);
   pool_.run(static_cast<int>(rows), [&](int row, int thread) {
-    tokens[row] = loramux::draw(logits + row * config_.vocab, config_.vocab, how[row], top_k[row],
+    tokens[row] = loramux::draw(logits + row * base_.config.vocab, base_.config.vocab, how[row], top_k[row],
                                 local_[static_cast<size_t>(thread)].draw);
   });
   clock(DRAW, t);

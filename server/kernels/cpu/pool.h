@@ -7,6 +7,7 @@
 #include <functional>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace loramux {
@@ -32,7 +33,8 @@ class Pool {
       for (int i = 0; i < n; i++) f(i, 0);
       return;
     }
-    run_erased(n, [](void* context, int piece, int thread) { (*static_cast<F*>(context))(piece, thread); }, &f);
+    using Callable = std::remove_reference_t<F>;
+    run_erased(n, [](void* context, int piece, int thread) { (*static_cast<Callable*>(context))(piece, thread); }, &f);
   }
 
   // Returns when `over`, which is looked at between phases and when `wake_parked` is called. The caller takes part in

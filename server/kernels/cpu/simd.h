@@ -2,6 +2,7 @@
 #pragma once
 #include "target.h"
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -71,6 +72,44 @@ inline __m128 across(__m512 a, __m512 b, __m512 c, __m512 d, F f) {
   const __m512 all = f(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
   const __m512 half = f(all, _mm512_shuffle_f32x4(all, all, 0x4e));
   return _mm512_castps512_ps128(f(half, _mm512_shuffle_f32x4(half, half, 0xb1)));
+}
+
+// Every fourth vector to a sum of its own: one alone would wait for itself.
+inline float sum_of_squares(const float* x, int64_t n) {
+  __m512 sum[4];
+  for (__m512& s : sum) s = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 64)
+    for (int64_t j = 0; j < 4; j++) {
+      const __m512 v = _mm512_maskz_loadu_ps(first_lanes(n - i - j * 16), x + i + j * 16);
+      sum[j] = _mm512_fmadd_ps(v, v, sum[j]);
+    }
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+}
+
+// out = x / rms(x) * weight
+inline void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+  const float scale = 1.0f / std::sqrt(sum_of_squares(x, n) / static_cast<float>(n) + eps);
+  const __m512 s = _mm512_set1_ps(scale);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = first_lanes(n - i);
+    const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), s);
+    _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, weight + i)));
+  }
+}
+
+inline void add_row(float* to, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = first_lanes(n - i);
+    _mm512_mask_storeu_ps(to + i, mask,
+                          _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to + i), _mm512_maskz_loadu_ps(mask, x + i)));
+  }
+}
+
+inline void copy_row(float* to, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = first_lanes(n - i);
+    _mm512_mask_storeu_ps(to + i, mask, _mm512_maskz_loadu_ps(mask, x + i));
+  }
 }
 
 }  // namespace loramux

@@ -198,6 +198,36 @@ def test_a_row_does_not_depend_on_its_batch(family: str) -> None:
     assert torch.equal(step(runner, [(behind, 13)])[0], expected[64:])
 
 
+@pytest.mark.parametrize("family", ["llama-int4", "llama-bf16", "odd-widths"])
+def test_rows_that_threads_take_alone_give_the_same(family: str) -> None:
+    """Bit for bit those of one thread: of sequences with one row or some, and where one is too long to be dealt out."""
+    native, _ = bases(family)
+    adapters = {i: adapter(native.config, i, rank) for i, rank in enumerate([8, 17, 1, 64])}
+    mixes: list[SlotWeights] = [(), ((0, 1.0),), ((1, -1.0), (3, 0.5)), ((2, 2.0),), ((3, 1.0), (0, 0.0))]
+    lengths = [5 + 7 * i % 31 for i in range(24)]
+    seen: dict[int, list[list[torch.Tensor]]] = {}
+    for threads in (1, 2, 3):
+        runner = runner_of(native, threads, blocks=160)
+        place_all(runner, native, adapters)
+        sequences = [
+            Sequence(tokens(i, length + 8), list(range(i * 3, i * 3 + 3)), mixes[i % 5])
+            for i, length in enumerate(lengths)
+        ]
+        long = Sequence(tokens(99, 460), list(range(100, 130)))
+        prompts = step(runner, list(zip(sequences, lengths, strict=True)))
+        step(runner, [(long, 450)])
+        before = runner.nbytes()["activations"]
+        steps = [prompts, step(runner, [(s, 1) for s in sequences])]
+        # A thread alone has room of its own, and the one that there is needs none for rows that were more before.
+        assert (runner.nbytes()["activations"] > before) == (threads > 1)
+        steps.append(step(runner, [(s, 1 + i % 3) for i, s in enumerate(sequences)]))
+        steps.append(step(runner, [*((s, 1) for s in sequences), (long, 9)]))
+        seen[threads] = steps
+    for threads in (2, 3):
+        for ours, one in zip(seen[threads], seen[1], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, one, strict=True))
+
+
 def fresh_and_used(count: int) -> tuple[Runner, Runner]:
     """Two runners; in the first blocks of the second `count` tokens have left keys and values that are not finite."""
     native, _ = bases("llama-int4")

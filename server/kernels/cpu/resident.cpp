@@ -1,0 +1,73 @@
+#include "resident.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace loramux {
+namespace {
+
+// What a thread asks for ahead of a layer, at most: it has to stay in its second cache, or in a third of the third one
+// that it shares with the others, until it is read.
+int64_t ahead_lines(int threads) {
+  constexpr int64_t SECOND = 1 << 20;
+  const int64_t third = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return std::max(SECOND, third / 3 / threads) / 64;
+}
+
+}  // namespace
+
+Lines lines_of(const LoraSite* sites, const Layer& layer, uint32_t which) {
+  const char *begin = nullptr, *end = nullptr;
+  for (size_t s = 0; s < SITES; s++) {
+    const LoraSite& site = sites[s];
+    if (!(which >> s & 1) || site.rank == 0) continue;
+    const auto* first = static_cast<const char*>(site.coded() ? site.units : site.a);
+    if (begin == nullptr || first < begin) begin = first;
+    end = std::max(end, static_cast<const char*>(site.b) + site.rank * layer.site[s].n * (site.coded() ? 1 : 2));
+  }
+  return {begin, (end - begin + 63) / 64};
+}
+
+int64_t cache_halves(const Config& config, int64_t block_size) {
+  return config.kv_heads * Cache{nullptr, 0, block_size, config.head_dim}.head_halves();
+}
+
+Resident::Resident(const Config& config, const Layer* layers, int threads)
+    : config(config),
+      layers(layers, layers + config.layers),
+      ahead_lines(loramux::ahead_lines(threads)),
+      slot_sites(static_cast<size_t>(config.max_slots)),
+      slots(static_cast<size_t>(config.max_slots), nullptr),
+      slot_rank(static_cast<size_t>(config.max_slots), 0),
+      slot_uses(static_cast<size_t>(config.max_slots), 0),
+      slot_lines(static_cast<size_t>(config.max_slots), 0) {
+  for (const Layer& layer : this->layers)
+    for (const Matrix& w : layer.site) (w.scheme == NONE ? any_half : any_codes) = true;
+}
+
+void Resident::set_slot(int64_t slot, std::vector<LoraSite> sites) {
+  const auto at = static_cast<size_t>(slot);
+  slot_sites[at] = std::move(sites);
+  slots[at] = nullptr;
+  slot_rank[at] = 0;
+  slot_uses[at] = 0;
+  slot_lines[at] = 0;
+  if (slot_sites[at].empty()) return;
+  slots[at] = slot_sites[at].data();
+  for (size_t i = 0; i < slot_sites[at].size(); i++) {
+    const int64_t rank = slot_sites[at][i].rank;
+    slot_rank[at] = std::max(slot_rank[at], rank);
+    if (rank > 0) slot_uses[at] |= 1u << i % SITES;
+  }
+  for (size_t layer = 0; layer < layers.size(); layer++)
+    slot_lines[at] += lines_of(slots[at] + layer * SITES, layers[layer], ATTENTION_SITES).count;
+}
+
+Cache Resident::cache_of(int64_t layer) const {
+  const int64_t halves = cache_halves();
+  return {cache + layer * halves, config.layers * halves, block_size, config.head_dim};
+}
+
+}  // namespace loramux
