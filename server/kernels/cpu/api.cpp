@@ -199,6 +199,6 @@ void loramux_model_linger(void* model, int64_t number, int64_t left) {
 int64_t loramux_model_done(void* model) { return static_cast<Served*>(model)->launcher.done(); }
 
 int64_t loramux_model_bytes(void* model) { return static_cast<Served*>(model)->model.work_bytes(); }
-// Nanoseconds that each kind of phase has taken since the last call; see Model::Phase.
+// Nanoseconds that each kind of phase has taken since the last call; see Phase in team.h.
 void loramux_model_times(void* model, int64_t* out) { static_cast<Served*>(model)->model.take_times(out); }
 }

@@ -15,7 +15,7 @@ FLOAT32, BFLOAT16, FLOAT16 = range(3)
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of a layer, in the order of `SiteIndex`."""
 PHASES = ("norm", "qkv", "attention", "out", "gate_up", "down", "head", "plan", "draw")
-"""What `loramux_model_times` tells apart, in the order of `Model::Phase`."""
+"""What `loramux_model_times` tells apart, in the order of `Phase` in team.h."""
 DONE, NO_MEMORY = 0, 1
 """The outcome of a job that was done, and of one that lacked memory for its work buffers."""
 FAULTS = {

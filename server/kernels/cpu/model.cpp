@@ -89,7 +89,8 @@ Outcome Model::check(const Step& step) const {
     for (int64_t b = 0; b * base_.block_size < step.context[s]; b++)
       if (!within(step.blocks[s * step.table_width + b], base_.blocks)) return BAD_BLOCK;
     for (int32_t i = step.mix_start[s]; i < step.mix_start[s + 1]; i++)
-      if (!within(step.mix_slot[i], base_.config.max_slots) || base_.slots[static_cast<size_t>(step.mix_slot[i])] == nullptr)
+      if (!within(step.mix_slot[i], base_.config.max_slots) ||
+          base_.slots[static_cast<size_t>(step.mix_slot[i])] == nullptr)
         return EMPTY_SLOT;
   }
   for (int64_t i = 0; i < step.logit_count; i++)
@@ -139,8 +140,8 @@ std::vector<RowBlock> Model::blocks_of(const Step& step, int64_t first, int64_t 
   return blocks;
 }
 
-// The rows that each thread takes alone: where the last of each ends. None where sequences do not fall into parts that are
-// large enough and take about as long as each other.
+// The rows that each thread takes alone: where the last of each ends. None where sequences do not fall into parts that
+// are large enough and take about as long as each other.
 std::vector<int64_t> Model::alone_until(const Step& step) const {
   const auto parts = static_cast<int64_t>(alone_.size());
   if (parts == 0 || step.rows < parts * LEAST_ALONE || step.rows > BLOCK) return {};
@@ -214,8 +215,9 @@ void Model::head(const Step& step) {
         multiply(head_, tile, last, normed_, count, y, EACH * 16, nothing);
         for (int64_t r = 0; r < count; r++) copy_row(to + r * base_.config.vocab, y + r * EACH * 16, columns);
       }
+      auto& peaks = local_[static_cast<size_t>(thread)].peaks;
       for (int64_t r = 0; r < count; r++)  // while they are still in the first cache
-        local_[static_cast<size_t>(thread)].peaks[static_cast<size_t>(r)].take(to + r * base_.config.vocab, columns, tile * 16);
+        peaks[static_cast<size_t>(r)].take(to + r * base_.config.vocab, columns, tile * 16);
     });
     for (int64_t r = 0; r < count; r++) {
       Peaks all;
@@ -239,19 +241,21 @@ Outcome Model::run(const Step& step) {
   });
   clock(PLAN, t);
   layers_began_.store(now());
-  const bool apart = teams.size() > 1;
+  const int64_t some = teams.size() > 1 ? LAYERS_APART : 1;
   std::atomic<bool> no_memory{false};  // no exception leaves a phase
   for (int64_t layer = 0; layer < base_.config.layers;) {
-    const int64_t end = std::min(base_.config.layers, layer + (apart ? LAYERS_APART : 1));
-    auto take = [&](int team, int) {
+    const int64_t end = std::min(base_.config.layers, layer + some);
+    pool_.run(static_cast<int>(teams.size()), [&](int team, int) {  // no phase if there is one team only
       try {
         for (int64_t l = layer; l < end; l++) teams[static_cast<size_t>(team)]->layer(step, l);
       } catch (const std::bad_alloc&) {
         no_memory.store(true);
       }
-    };
-    apart ? pool_.run(static_cast<int>(teams.size()), take) : take(0, 0);
-    if (no_memory.load()) throw std::bad_alloc();
+    });
+    if (no_memory.load()) {
+      layers_done_.store(0);
+      throw std::bad_alloc();
+    }
     layer = end;
     layers_done_.store(layer);
   }

@@ -244,11 +244,11 @@ void Team::fetch_once(const Activations& x, int64_t rows, int thread) {
   Local& local = local_[static_cast<size_t>(thread)];
   if (local.phase == phase_) return;
   local.phase = phase_;
-  if (rows <= FEW) x.fetch(rows);
+  if (pool_ != nullptr && rows <= FEW) x.fetch(rows);
 }
 
 void Team::product_piece(const RowBlock& block, const Activations& x, const Target& target, int64_t first,
-                          int64_t last, Aside& aside, int thread) {
+                         int64_t last, Aside& aside, int thread) {
   const Matrix& w = *target.w;
   const int64_t column = first * 16, columns = std::min(last * 16, w.n) - column;
   // Whole tiles may be written in place; sums with what is there already go through the thread's own tile.
@@ -269,7 +269,7 @@ void Team::product_piece(const RowBlock& block, const Activations& x, const Targ
 // them reads. Whoever reads the result adds the updates. Of two threads each mostly computes those of rows that it will
 // read.
 void Team::products(int64_t layer, const RowBlock& block, const Activations& x, int64_t in,
-                     const std::vector<Target>& targets) {
+                    const std::vector<Target>& targets) {
   std::vector<int> sites;
   std::array<int64_t, 4> start{};
   for (size_t i = 0; i < targets.size(); i++) {
@@ -397,7 +397,7 @@ void Team::rotate_and_write(const Step& step, int64_t layer, const RowBlock& blo
 // Rows first..last of a sequence, the queries of one KV head; what they see is left in `attended_` too where
 // that is a whole number of its spans.
 void Team::attend_rows(const Step& step, int64_t layer, const RowBlock& block, int64_t sequence, int64_t head,
-                        int64_t first, int64_t last, int thread, const uint16_t* const* following) {
+                       int64_t first, int64_t last, int thread, const uint16_t* const* following) {
   const int64_t dim = base_.config.head_dim, group = base_.config.heads / base_.config.kv_heads, heads = base_.config.heads * dim;
   const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)));
   const int32_t* table = step.blocks + sequence * step.table_width;
