@@ -157,7 +157,7 @@ def _check(pairs: Pairs) -> None:
     for _, weight in pairs:
         check_weight(weight)
     for path in _paths(pairs):
-        shapes = {(m.B.shape[0], m.A.shape[1]) for m in (w.modules.get(path) for w, _ in pairs) if m is not None}
+        shapes = {m.shape for m in (w.modules.get(path) for w, _ in pairs) if m is not None}
         if len(shapes) > 1:
             raise InvalidChoice(
                 f"the adapters are of different bases: {path} has the shapes {sorted(shapes)}", "adapters"

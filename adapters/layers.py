@@ -181,7 +181,7 @@ def load(layers: Mapping[str, LoRALinear], weights: LoraWeights) -> None:
         odd = sorted(set(layers) ^ set(weights.modules))
         raise BaseMismatch(f"the adapter to start from and the targets differ in {len(odd)} modules, {odd[0]!r} first")
     for path, layer in layers.items():
-        a, b, scale, _ = weights.modules[path]
+        a, b, scale = weights.modules[path][:3]
         if a.shape != layer.lora_A.shape or b.shape != layer.lora_B.shape:
             raise BaseMismatch(
                 f"{path}: the adapter to start from has {list(b.shape)} x {list(a.shape)}, "

@@ -61,7 +61,7 @@ class Record:
     @staticmethod
     def of(weights: LoraWeights, created_at: float) -> Record:
         """The record of `weights`, at the size that they have now."""
-        modules = {path: (m.rank, m.B.shape[0], m.A.shape[1]) for path, m in weights.modules.items()}
+        modules = {path: (m.rank, *m.shape) for path, m in weights.modules.items()}
         metadata = dict(weights.metadata)
         return Record(weights.digest, weights.nbytes, modules, metadata, created_at, {weights.name: metadata})
 

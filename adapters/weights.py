@@ -32,18 +32,24 @@ Choice = list[tuple[str, float]]
 class LowRank(NamedTuple):
     """One module's update, `scale * B @ A`: A is [rank, in], B is [out, rank], scale is alpha/r or alpha/sqrt(r).
 
-    Where a backend keeps integer codes in A and B, what the product of a rank's two counts in is in `units`, float32
-    [rank], and the update is `scale * B * units @ A`.
+    A backend may keep codes instead, A [rank, in] and B as it lays them out, with `coded_out` outputs. What the product
+    of a rank's two counts in is in `units` then, float32 [rank].
     """
 
     A: torch.Tensor
     B: torch.Tensor
     scale: float
     units: torch.Tensor | None = None
+    coded_out: int = 0
 
     @property
     def rank(self) -> int:
         return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the module."""
+        return self.B.shape[0] if self.units is None else self.coded_out, self.A.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -66,9 +72,9 @@ class Version:
 class LoraWeights:
     """A named LoRA in memory. `modules` maps a module path ("model.layers.0.self_attn.q_proj") to its update.
 
-    The tensors may have any floating dtype and any strides, or be codes: a backend's kernel layout is a choice of them,
-    the shapes are always those of `LowRank`. `metadata` holds what is told to people: `honoured`, `harmless`, `notes`,
-    `base`, `card`, `quantization`. `places` is what a backend that prepared the tensors knows of where they lie.
+    The tensors may have any floating dtype and any strides, which a backend that prepares them chooses; or they are its
+    codes. `metadata` holds what is told to people: `honoured`, `harmless`, `notes`, `base`, `card`, `quantization`.
+    `places` is what a backend that prepared the tensors knows of where they lie.
     """
 
     name: str
@@ -97,10 +103,11 @@ class LoraWeights:
         return sorted({path.rsplit(".", 1)[-1] for path in self.modules})
 
     def delta(self, module: str) -> torch.Tensor:
-        """The dense update of one module, [out, in] float32. Raises KeyError."""
+        """The dense update of one module, [out, in] float32. Raises KeyError, and ValueError for a backend's codes."""
         update = self.modules[module]
-        b = update.B.float() if update.units is None else update.B.float() * update.units
-        return (b @ update.A.float()) * update.scale
+        if update.units is not None:
+            raise ValueError(f"the update of {module} is in codes that only its backend reads")
+        return (update.B.float() @ update.A.float()) * update.scale
 
     def renamed(self, name: str) -> LoraWeights:
         """The same content under another name; tensors are shared."""

@@ -73,7 +73,7 @@ class AdapterPool:
         flat, places = _in_one_piece(weights, self.pool.values.dtype)
         found = [self._site.get(path, -1) for path in places]
         for path, site, update in zip(places, found, weights.modules.values(), strict=True):
-            if site < 0 or (update.B.shape[0], update.A.shape[1]) != self._shapes[path]:
+            if site < 0 or update.shape != self._shapes[path]:
                 raise ValueError(f"the base has no linear {path} that this adapter could change")
         start = self._room(flat.numel())
         # Numpy: a call of torch for each of hundreds of numbers takes longer than the copy.

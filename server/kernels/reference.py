@@ -82,8 +82,9 @@ def prepared(weights: LoraWeights, dtype: torch.dtype) -> LoraWeights:
     Raises InvalidAdapter if a value is not finite in that dtype.
     """
     modules = {}
-    for path, (a, b, scale, _) in weights.modules.items():
-        modules[path] = LowRank(a.to(dtype).contiguous(), b.to(dtype).t().contiguous().t(), scale)
+    for path, update in weights.modules.items():
+        b = update.B.to(dtype).t().contiguous().t()
+        modules[path] = LowRank(update.A.to(dtype).contiguous(), b, update.scale)
     made = LoraWeights(weights.name, weights.digest, modules, weights.metadata)
     check_finite(made, dtype)
     return made

@@ -1,8 +1,8 @@
 """The native backend: C++ kernels for AVX512-VNNI, built with the package and loaded with ctypes.
 
 Owns whether they can run here, and the products that the Python decoder (training) asks of them; a whole step is
-engine/native_runner.py's. 4-bit and 8-bit weights meet activations quantized to int8 per row and half of a group of
-32.
+engine/native_runner.py's. 4-bit and 8-bit weights meet activations quantized to int8 per row and quarter of a span
+of 64.
 """
 
 from __future__ import annotations

@@ -2,10 +2,13 @@
 
 Owns the form and the layout. A step reads each of its batch's adapters from memory once, and memory is what many of
 them cost, so a value is a byte: a code from -127 to 127, in a unit of its rank's own. Activations are rounded as much,
-and the base's weights more. Does not know the arithmetic of an update.
+and the base's weights more. B lies as products read it, sixteen columns by four ranks at a time. Does not know the
+arithmetic of an update.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -24,7 +27,7 @@ _TYPES = {torch.float32: bindings.FLOAT32, torch.bfloat16: bindings.BFLOAT16, to
 
 
 def encoded(weights: LoraWeights) -> LoraWeights:
-    """The adapter in codes: A int8 [rank, in] row-major, B int8 [out, rank] column-major, views of one tensor.
+    """The adapter in codes, as kernels.h has them: A uint8 [rank, in], B uint8 [tiles, fours, 16, 4], of one tensor.
 
     A rank's row of A and column of B count in a 127th of their largest value each, and the product of both is among the
     `units`. So each value is off by half of that at most, and ranks that are cut off, or put beside others, change no
@@ -32,11 +35,12 @@ def encoded(weights: LoraWeights) -> LoraWeights:
     different ranks; and MemoryError.
     """
     places, size = _places(weights)
-    flat = pages.zeros(size, torch.int8)
+    flat = pages.zeros(size, torch.uint8)
     modules: dict[str, LowRank] = {}
     sources = []
     kept = []  # copies of what is in none of the types that are read
-    for path, (a, b, scale, _) in weights.modules.items():
+    for path, update in weights.modules.items():
+        a, b = update.A, update.B
         (rank, width), (out, inner) = a.shape, b.shape
         if inner != rank:
             raise ValueError(f"the update of {path} is {tuple(b.shape)} x {tuple(a.shape)}")
@@ -46,9 +50,10 @@ def encoded(weights: LoraWeights) -> LoraWeights:
         units, start_a, start_b = places[path]
         module = LowRank(
             flat[start_a : start_a + rank * width].view(rank, width),
-            flat[start_b : start_b + rank * out].view(rank, out).t(),
-            scale,
+            flat[start_b : start_b + math.prod(tiles(rank, out))].view(tiles(rank, out)),
+            update.scale,
             flat[units : units + 4 * rank].view(torch.float32),
+            out,
         )
         modules[path] = module
         sources.append(
@@ -60,7 +65,7 @@ def encoded(weights: LoraWeights) -> LoraWeights:
             )
         )
     table = np.array(sources, _SOURCE)
-    done = bindings.library().loramux_encode(table.ctypes.data, len(table))
+    done = bindings.library().loramux_codes(table.ctypes.data, len(table))
     if done < 0:
         raise MemoryError("no memory to encode an adapter")
     if done < len(table):
@@ -69,15 +74,21 @@ def encoded(weights: LoraWeights) -> LoraWeights:
     return LoraWeights(weights.name, weights.digest, modules, weights.metadata)
 
 
+def tiles(rank: int, out: int) -> tuple[int, int, int, int]:
+    """The shape of B in codes: columns by sixteens, their ranks by fours."""
+    return -(-out // 16), -(-rank // 4), 16, 4
+
+
 def _places(weights: LoraWeights) -> tuple[dict[str, tuple[int, int, int]], int]:
     """Where each module's units, A and B begin, in the order in which a step walks them, and where all of it ends."""
     places: dict[tuple[str, str], int] = {}
     end = 0
     for path, part in walk(tuple(weights.modules)):
-        matrix = getattr(weights.modules[path], part)
+        a, b = weights.modules[path][:2]
         if part == "A":
             places[path, "units"] = end
-            end += -(-4 * len(matrix) // LINE) * LINE
+            end += -(-4 * len(a) // LINE) * LINE
         places[path, part] = end
-        end += -(-matrix.numel() // LINE) * LINE
+        size = a.numel() if part == "A" else math.prod(tiles(len(a), len(b)))
+        end += -(-size // LINE) * LINE
     return {path: (places[path, "units"], places[path, "A"], places[path, "B"]) for path in weights.modules}, end

@@ -132,7 +132,7 @@ void loramux_rows(const Matrix* w, const int64_t* ids, int64_t count, float* out
 
 // Codes of adapters' modules: how many of the modules could be made, all that come before the first at fault; -1 without
 // memory.
-int64_t loramux_encode(const LoraSource* modules, int64_t count) {
+int64_t loramux_codes(const LoraSource* modules, int64_t count) {
   int64_t fault = -1;
   if (!within_memory([&] { fault = encode(modules, count); })) return -1;
   return fault < 0 ? count : fault;

@@ -47,9 +47,10 @@ struct Config {
   double eps;
 };
 
-// One module of an adapter, as its matrix of the base is: beside codes int8 codes a [rank, in] and b [rank, out] (B
-// transposed), the product of a rank's two in units [rank]; beside a matrix of bf16 both are that, and units is null. rank
-// 0: none.
+// One module of an adapter, as its matrix of the base is. Beside codes both are codes, 128 added to each: a [rank, in], and
+// b [tiles of 16 columns][fours of ranks][16][4], where what there is not is zero; what the product of a rank's two
+// counts in is in units [rank]. Beside a matrix of bf16 both are that, a [rank, in] and b [rank, out] (B transposed), and
+// units is null. rank 0: none.
 struct LoraSite {
   const float* units;
   const void* a;
@@ -60,13 +61,16 @@ struct LoraSite {
   bool coded() const { return units != nullptr; }
 };
 
+inline int64_t bytes_of_b(const LoraSite& site, int64_t out) {
+  return site.coded() ? (out + 15) / 16 * ((site.rank + 3) / 4) * 64 : site.rank * out * 2;
+}
+
 enum Type : int32_t { FLOAT32 = 0, BFLOAT16, FLOAT16 };
 
-// A module's A [rank, in] or B [out, rank] as it was read, and where its codes go, [rank, in] or [rank, out]. Strides are
-// in values.
+// A module's A [rank, in] or B [out, rank] as it was read, and where its codes go. Strides are in values.
 struct Factor {
   const void* values;
-  int8_t* codes;
+  uint8_t* codes;
   int64_t width, rank_stride, stride;  // width: in or out
   int32_t type;
 };

@@ -23,14 +23,11 @@ inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
   return across(a, b, c, d, [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); });
 }
 
-// Of bf16: a row of activations, and the products with it.
+// Adapters in bf16: beside a matrix of that.
 struct Halves {
   using Row = const uint16_t*;
-  using Value = uint16_t;
-  static constexpr int TOGETHER = 2;  // rows of A
 
   static Row row(const Activations& x, int64_t r) { return x.half.get() + r * x.padded; }
-  static float unit(const LoraSite&, int64_t) { return 1.0f; }
 
   // R rows of x by J rows of A. Each product has two sums, of the even and of the odd vectors of inputs.
   template <int R, int J>
@@ -73,22 +70,74 @@ struct Halves {
       for (int r = 0; r < R; r++) out[j][r] = result[r];
     }
   }
+
+  // v of R rows, behind each other; where they end.
+  template <int R>
+  static float* shrink(const LoraSite& site, const Row* x, int64_t in, float factor, float*, float* at) {
+    const auto* a = static_cast<const uint16_t*>(site.a);
+    const auto some = [&](auto count, int64_t j) {
+      float dots[count][R];
+      products<R, count>(a + j * in, x, in, dots);
+      for (int i = 0; i < count; i++)
+        for (int r = 0; r < R; r++) at[r * site.rank + j + i] = dots[i][r] * factor;
+    };
+    int64_t j = 0;
+    for (; j + 2 <= site.rank; j += 2) some(std::integral_constant<int, 2>(), j);
+    for (; j < site.rank; j++) some(std::integral_constant<int, 1>(), j);
+    return at + R * site.rank;
+  }
+
+  // R rows, J ranks: columns are walked along the rows of B.
+  template <int R, int J>
+  static void add_ranks(const uint16_t* b, int64_t columns, const float* const* v, float* const* z) {
+    __m512 f[R][J];
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < J; j++) f[r][j] = _mm512_set1_ps(v[r][j]);
+    for (int64_t c = 0; c < columns; c += 16) {
+      const __mmask16 mask = first_lanes(columns - c);
+      __m512 sum[R];
+      for (int r = 0; r < R; r++) sum[r] = _mm512_maskz_loadu_ps(mask, z[r] + c);
+      for (int l = 0; l < J * 16; l += 32) prefetch(b + c * J + l);
+#pragma GCC unroll 4
+      for (int j = 0; j < J; j++) {
+        const __m512 w = bf16_to_float(_mm256_maskz_loadu_epi16(mask, b + j * columns + c));
+        for (int r = 0; r < R; r++) sum[r] = _mm512_fmadd_ps(w, f[r][j], sum[r]);
+      }
+      for (int r = 0; r < R; r++) _mm512_mask_storeu_ps(z[r] + c, mask, sum[r]);
+    }
+  }
+
+  // z of R rows += B v; where their v ends.
+  template <int R>
+  static const float* expand(const LoraSite& site, int64_t out, const float* at, float* const* z) {
+    constexpr int J = 4;
+    const auto* b = static_cast<const uint16_t*>(site.b);
+    const float* v[R];
+    int64_t j = 0;
+    for (; j + J <= site.rank; j += J) {
+      for (int r = 0; r < R; r++) v[r] = at + r * site.rank + j;
+      add_ranks<R, J>(b + j * out, out, v, z);
+    }
+    for (; j < site.rank; j++) {
+      for (int r = 0; r < R; r++) v[r] = at + r * site.rank + j;
+      add_ranks<R, 1>(b + j * out, out, v, z);
+    }
+    return at + R * site.rank;
+  }
 };
 
-// The same of codes.
+// Adapters in codes. Products want one operand without a sign, which is the adapter's: 128 is added to its codes, and
+// taken off again by what a sum begins with.
 struct Codes {
   struct Row {
     const int8_t* codes;  // a group's lie ROWS * GROUP after those of the one before
     const float* units;
   };
-  using Value = int8_t;
-  static constexpr int TOGETHER = 4;
 
   static Row row(const Activations& x, int64_t r) {
     const int64_t groups = x.padded / GROUP;
     return {x.codes.get() + (r / ROWS * groups * ROWS + r % ROWS) * GROUP, x.units.get() + r * groups * 2};
   }
-  static float unit(const LoraSite& site, int64_t j) { return site.units[j]; }
 
   // The sums of four neighbours of a group's products, times the units of the row's quarters.
   template <int R, int J>
@@ -99,7 +148,6 @@ struct Codes {
       const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[r].codes + i * ROWS));
       const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x[r].units + i / GROUP * 2));
       const __m256 unit = _mm256_permutevar8x32_ps((__m256)_mm256_castsi128_si256(two), halves);
-      // Products want one operand without a sign: 128 is added to the codes of A, and taken off again here.
       const __m256i begin = _mm256_sub_epi32(none, _mm256_dpbusd_epi32(none, added, row));
       for (int j = 0; j < J; j++)
         sum[j][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_dpbusd_epi32(begin, w[j], row)), unit, sum[j][r]);
@@ -107,22 +155,19 @@ struct Codes {
   }
 
   template <int R, int J>
-  static void products(const int8_t* a, const Row* x, int64_t in, float (*out)[R]) {
-    const __m256i sign = _mm256_set1_epi8(-128);
+  static void products(const uint8_t* a, const Row* x, int64_t in, float (*out)[R]) {
     __m256 sum[J][R];
     for (int j = 0; j < J; j++)
       for (int r = 0; r < R; r++) sum[j][r] = _mm256_setzero_ps();
     __m256i w[J];
     int64_t i = 0;
     for (; i + GROUP <= in; i += GROUP) {
-      for (int j = 0; j < J; j++)
-        w[j] = _mm256_xor_si256(sign, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + j * in + i)));
+      for (int j = 0; j < J; j++) w[j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + j * in + i));
       for (int j = 0; j < J; j += 2) prefetch(a + i * J + j * 32);
       add_group<R, J>(w, x, i, sum);
     }
-    if (i < in) {
-      for (int j = 0; j < J; j++)
-        w[j] = _mm256_xor_si256(sign, _mm256_maskz_loadu_epi8(first_of_32(in - i), a + j * in + i));
+    if (i < in) {  // the row's codes are zero from here on
+      for (int j = 0; j < J; j++) w[j] = _mm256_maskz_loadu_epi8(first_of_32(in - i), a + j * in + i);
       add_group<R, J>(w, x, i, sum);
     }
     for (int j = 0; j < J; j++)
@@ -132,82 +177,97 @@ struct Codes {
         out[j][r] = _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
       }
   }
-};
 
-// v[r][j] times `factor`, of R rows.
-template <class Form, int R>
-void shrink_rows(const LoraSite& site, const typename Form::Row* x, int64_t in, float factor, float* const* v) {
-  constexpr int J = Form::TOGETHER;
-  const auto* a = static_cast<const typename Form::Value*>(site.a);
-  const auto some = [&](auto count, int64_t j) {
-    float dots[count][R];
-    Form::template products<R, count>(a + j * in, x, in, dots);
-    for (int i = 0; i < count; i++)
-      for (int r = 0; r < R; r++) v[r][j + i] = dots[i][r] * (factor * Form::unit(site, j + i));
-  };
-  int64_t j = 0;
-  for (; j + J <= site.rank; j += J) some(std::integral_constant<int, J>(), j);
-  for (; j < site.rank; j++) some(std::integral_constant<int, 1>(), j);
-}
+  // A row's v as whole numbers of 16 bits in a unit of their own, which is coarser than none of B's values: high * 256 +
+  // low, both codes. `words` has the unit, what sums of high and of low products begin with, and from HEAD on the high
+  // codes, then the low ones, four ranks a word.
+  static constexpr int64_t HEAD = 4;
 
-// ---- z += B v ---------------------------------------------------------------------------------------------------
+  static int64_t groups(int64_t rank) { return (rank + 3) / 4; }
+  static int64_t lows(int64_t rank) { return (rank + 15) / 16 * 4; }  // words from the high codes to the low ones
+  static int64_t words(int64_t rank) { return HEAD + 2 * lows(rank); }
 
-inline __m512 floats(const uint16_t* b, __mmask16 mask) { return bf16_to_float(_mm256_maskz_loadu_epi16(mask, b)); }
-
-inline __m512 floats(const int8_t* b, __mmask16 mask) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, b)));
-}
-
-// R rows, J ranks: columns are walked along the rows of B.
-template <int R, int J, class T>
-inline void expand_tile(const T* b, int64_t columns, const float* const* v, float* const* y) {
-  constexpr int LINE = 64 / sizeof(T);
-  constexpr __mmask16 ALL = 0xffff;
-  __m512 f[R][J];
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < J; j++) f[r][j] = _mm512_set1_ps(v[r][j]);
-  int64_t c = 0;
-  for (; c + 16 <= columns; c += 16) {
-    __m512 sum[R];
-    for (int r = 0; r < R; r++) sum[r] = _mm512_loadu_ps(y[r] + c);
-    for (int l = 0; l + LINE <= J * 16; l += LINE) prefetch(b + c * J + l);
-#pragma GCC unroll 8
-    for (int j = 0; j < J; j++) {
-      const __m512 w = floats(b + j * columns + c, ALL);
-      for (int r = 0; r < R; r++) sum[r] = _mm512_fmadd_ps(w, f[r][j], sum[r]);
+  static void split(const float* v, int64_t rank, float* words) {
+    // As integers magnitudes have the order that they have as numbers, and NaN is the largest.
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t j = 0; j < rank; j += 16)
+      most = _mm512_max_epi32(most, (__m512i)_mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(rank - j), v + j)));
+    const float peak = _mm_cvtss_f32((__m128)_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most)));
+    constexpr float LARGEST = 127 * 256 + 127;
+    const bool none = peak < 1e-30f;  // the reciprocal would overflow
+    const __m512 inverse = _mm512_set1_ps(none ? 0.0f : LARGEST / peak);
+    __m512i sum_high = _mm512_setzero_si512(), sum_low = sum_high;
+    for (int64_t j = 0; j < rank; j += 16) {
+      const __m512 x = _mm512_maskz_loadu_ps(first_lanes(rank - j), v + j);
+      const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));
+      const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(code, 24), 24);
+      const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(code, low), 8);
+      sum_high = _mm512_add_epi32(sum_high, high);
+      sum_low = _mm512_add_epi32(sum_low, low);
+      float* to = words + HEAD + j / 4;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(high));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + lows(rank)), _mm512_cvtepi32_epi8(low));
     }
-    for (int r = 0; r < R; r++) _mm512_storeu_ps(y[r] + c, sum[r]);
+    const auto begin = [](__m512i sum) { return -128u * static_cast<uint32_t>(_mm512_reduce_add_epi32(sum)); };
+    const uint32_t begins[2] = {begin(sum_high), begin(sum_low)};
+    words[0] = none ? 0.0f : peak / LARGEST;  // infinite or NaN if a value is
+    std::memcpy(words + 1, begins, sizeof begins);
   }
-  if (c == columns) return;
-  const __mmask16 mask = first_lanes(columns - c);
-  for (int r = 0; r < R; r++) {
-    __m512 sum = _mm512_maskz_loadu_ps(mask, y[r] + c);
-    for (int j = 0; j < J; j++) sum = _mm512_fmadd_ps(floats(b + j * columns + c, mask), f[r][j], sum);
-    _mm512_mask_storeu_ps(y[r] + c, mask, sum);
-  }
-}
 
-template <int R, class T>
-void expand_rows(const T* b, int64_t rank, int64_t out, const float* const* v, float* const* z) {
-  constexpr int J = 4;
-  const float* from[R];
-  int64_t j = 0;
-  for (; j + J <= rank; j += J) {
-    for (int r = 0; r < R; r++) from[r] = v[r] + j;
-    expand_tile<R, J>(b + j * out, out, from, z);
+  // The numbers of R rows, behind each other; where they end. `v` has room for those of a row, as float32.
+  template <int R>
+  static float* shrink(const LoraSite& site, const Row* x, int64_t in, float factor, float* v, float* at) {
+    const auto* a = static_cast<const uint8_t*>(site.a);
+    const auto some = [&](auto count, int64_t j) {
+      float dots[count][R];
+      products<R, count>(a + j * in, x, in, dots);
+      for (int i = 0; i < count; i++)
+        for (int r = 0; r < R; r++) v[r * site.rank + j + i] = dots[i][r] * (factor * site.units[j + i]);
+    };
+    int64_t j = 0;
+    if constexpr (R <= 2)
+      for (; j + 8 <= site.rank; j += 8) some(std::integral_constant<int, 8>(), j);
+    for (; j + 4 <= site.rank; j += 4) some(std::integral_constant<int, 4>(), j);
+    for (; j < site.rank; j++) some(std::integral_constant<int, 1>(), j);
+    for (int r = 0; r < R; r++, at += words(site.rank)) split(v + r * site.rank, site.rank, at);
+    return at;
   }
-  for (; j < rank; j++) {
-    for (int r = 0; r < R; r++) from[r] = v[r] + j;
-    expand_tile<R, 1>(b + j * out, out, from, z);
+
+  // z of R rows += B v, whole tiles of 16 columns; where their numbers end. B is walked from end to end.
+  template <int R>
+  static const float* expand(const LoraSite& site, int64_t out, const float* at, float* const* z) {
+    const auto* b = static_cast<const uint8_t*>(site.b);
+    const int64_t fours = groups(site.rank), to_low = lows(site.rank);
+    const float* v[R];
+    for (int r = 0; r < R; r++) v[r] = at + r * words(site.rank);
+    for (int64_t c = 0; c < out; c += 16) {
+      __m512i high[R], low[R];
+      for (int r = 0; r < R; r++) high[r] = broadcast_word(v[r] + 1), low[r] = broadcast_word(v[r] + 2);
+      for (int64_t g = HEAD; g < HEAD + fours; g++, b += 64) {
+        const __m512i w = _mm512_loadu_si512(b);
+        prefetch(b);
+        for (int r = 0; r < R; r++) {
+          high[r] = _mm512_dpbusd_epi32(high[r], w, broadcast_word(v[r] + g));
+          low[r] = _mm512_dpbusd_epi32(low[r], w, broadcast_word(v[r] + to_low + g));
+        }
+      }
+      for (int r = 0; r < R; r++) {
+        const __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[r]), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low[r]));
+        _mm512_storeu_ps(z[r] + c, _mm512_fmadd_ps(sum, _mm512_set1_ps(v[r][0]), _mm512_loadu_ps(z[r] + c)));
+      }
+    }
+    return at + R * words(site.rank);
   }
-}
+};
 
 // ---- a task -----------------------------------------------------------------------------------------------------
 
-// The rows of a task, up to 4 at a time: f(the first, how many), which is known when it is compiled.
+constexpr int TOGETHER = 4;  // rows of a task that an adapter is walked for at once
+
+// The rows of a task, up to that many at a time: f(the first, how many), which is known when it is compiled.
 template <class F>
 inline void by_fours(const UpdateTask& task, F&& f) {
-  for (int r = task.first; r < task.last; r += 4) {
+  for (int r = task.first; r < task.last; r += TOGETHER) {
     switch (task.last - r) {
       case 1: f(r, std::integral_constant<int, 1>()); break;
       case 2: f(r, std::integral_constant<int, 2>()); break;
@@ -217,17 +277,15 @@ inline void by_fours(const UpdateTask& task, F&& f) {
   }
 }
 
-// v of one entry of a mix at one site, behind each other; where they end.
+// What B is multiplied by, of one entry of a mix at one site; where it ends.
 template <class Form>
 float* shrink(const UpdateTask& task, const Entry& entry, const LoraSite& site, const Activations& x, int64_t in,
-              float* at) {
+              float* scratch, float* at) {
   const auto factor = static_cast<float>(entry.weight * site.scale);
   by_fours(task, [&](int first, auto count) {
     typename Form::Row rows[count];
-    float* v[count];
-    for (int r = 0; r < count; r++, at += site.rank)
-      rows[r] = Form::row(x, task.mix->rows[static_cast<size_t>(first + r)]), v[r] = at;
-    shrink_rows<Form, count>(site, rows, in, factor, v);
+    for (int r = 0; r < count; r++) rows[r] = Form::row(x, task.mix->rows[static_cast<size_t>(first + r)]);
+    at = Form::template shrink<count>(site, rows, in, factor, scratch, at);
   });
   return at;
 }
@@ -235,11 +293,9 @@ float* shrink(const UpdateTask& task, const Entry& entry, const LoraSite& site, 
 template <class Form>
 const float* expand(const UpdateTask& task, const LoraSite& site, const Update& update, const float* at) {
   by_fours(task, [&](int first, auto count) {
-    const float* v[count];
     float* z[count];
-    for (int r = 0; r < count; r++, at += site.rank)
-      z[r] = update.z + task.mix->rows[static_cast<size_t>(first + r)] * update.stride, v[r] = at;
-    expand_rows<count>(static_cast<const typename Form::Value*>(site.b), site.rank, update.out, v, z);
+    for (int r = 0; r < count; r++) z[r] = update.z + task.mix->rows[static_cast<size_t>(first + r)] * update.stride;
+    at = Form::template expand<count>(site, update.out, at, z);
   });
   return at;
 }
@@ -261,18 +317,26 @@ void plan_updates(const LoraPlan& plan, const std::vector<const LoraSite*>& slot
   }
 }
 
+int64_t update_floats(int64_t rank) {
+  return TOGETHER * rank + UPDATE_SITES * UPDATE_ROWS * std::max(rank, Codes::words(rank));
+}
+
 void update(const UpdateTask& task, const std::vector<const LoraSite*>& slots, const std::vector<Update>& sites,
-            const Activations& x, int64_t in, float* ranks) {
+            const Activations& x, int64_t in, float* scratch) {
   for (const Update& update : sites)
     for (int r = task.first; r < task.last; r++)
-      std::memset(update.z + task.mix->rows[static_cast<size_t>(r)] * update.stride, 0, update.out * sizeof(float));
+      std::memset(update.z + task.mix->rows[static_cast<size_t>(r)] * update.stride, 0, update.stride * sizeof(float));
   for (const Entry& entry : task.mix->entries) {
     const LoraSite* slot = slots[static_cast<size_t>(entry.slot)];
+    int64_t rank = 0;
+    for (const Update& update : sites) rank = std::max(rank, slot[update.at].rank);
+    float* const ranks = scratch + TOGETHER * rank;
     float* end = ranks;
     for (const Update& update : sites) {
       const LoraSite& site = slot[update.at];
       if (site.rank == 0) continue;
-      end = site.coded() ? shrink<Codes>(task, entry, site, x, in, end) : shrink<Halves>(task, entry, site, x, in, end);
+      end = site.coded() ? shrink<Codes>(task, entry, site, x, in, scratch, end)
+                         : shrink<Halves>(task, entry, site, x, in, scratch, end);
     }
     const float* v = ranks;
     for (const Update& update : sites) {

@@ -33,7 +33,8 @@ struct LoraPlan {
   bool any() const { return !mixes.empty(); }
 };
 
-// Where the update of one site goes: `at` is the site's place in a slot's table, z [rows, stride] has `out` columns.
+// Where the update of one site goes: `at` is the site's place in a slot's table, z [rows, stride] has `out` columns, and
+// whole tiles of 16.
 struct Update {
   int64_t at;
   float* z;
@@ -53,11 +54,14 @@ constexpr int UPDATE_SITES = 3;  // that share one input
 void plan_updates(const LoraPlan& plan, const std::vector<const LoraSite*>& slots, const std::vector<Update>& sites,
                   std::vector<UpdateTask>& tasks);
 
+// The floats of scratch memory that an update of such a rank takes.
+int64_t update_floats(int64_t rank);
+
 // z[row][c] = sum over a mix's entries and their ranks of weight * scale * (A[j] . x[row]) * B[j][c], at every site, for
-// the rows of a task. x is read in the form that the adapters have: codes and units, or bf16. An adapter's matrices for
-// these sites lie one after the other, and are walked so. `ranks` has room for UPDATE_SITES * UPDATE_ROWS * (the highest
-// rank) floats.
+// the rows of a task; columns from `out` on become anything. x is read in the form that the adapters have: codes and
+// units, or bf16. An adapter's matrices for these sites lie one after the other, and are walked so. `scratch` is of
+// `update_floats` of the highest rank.
 void update(const UpdateTask& task, const std::vector<const LoraSite*>& slots, const std::vector<Update>& sites,
-            const Activations& x, int64_t in, float* ranks);
+            const Activations& x, int64_t in, float* scratch);
 
 }  // namespace loramux

@@ -27,8 +27,8 @@ void read(const Factor& factor, int64_t rank, float* to) {
   }
 }
 
-// Codes [n], and their unit: infinite or NaN if a value is.
-float encode_row(const float* x, int64_t n, int8_t* codes) {
+// Codes [n], 128 added to each, and their unit: infinite or NaN if a value is.
+float encode_row(const float* x, int64_t n, uint8_t* codes) {
   // As integers magnitudes have the order that they have as numbers, and NaN is the largest.
   __m512i most = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += 16) {
@@ -43,26 +43,52 @@ float encode_row(const float* x, int64_t n, int8_t* codes) {
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = first_lanes(n - i);
     const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
-    _mm_mask_storeu_epi8(codes + i, mask, _mm512_cvtsepi32_epi8(code));
+    _mm_mask_storeu_epi8(codes + i, mask, _mm512_cvtepi32_epi8(_mm512_add_epi32(code, _mm512_set1_epi32(128))));
   }
   return some ? peak / 127.0f : 0.0f;
+}
+
+// Four ranks' codes of 16 columns: a column's four side by side.
+void interleave(const uint8_t* const* ranks, int64_t column, uint8_t* to) {
+  const auto load = [&](int j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(ranks[j] + column)); };
+  const __m128i a = load(0), b = load(1), c = load(2), d = load(3);
+  const __m128i ab[2] = {_mm_unpacklo_epi8(a, b), _mm_unpackhi_epi8(a, b)};
+  const __m128i cd[2] = {_mm_unpacklo_epi8(c, d), _mm_unpackhi_epi8(c, d)};
+  for (int h = 0; h < 2; h++) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + h * 32), _mm_unpacklo_epi16(ab[h], cd[h]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + h * 32 + 16), _mm_unpackhi_epi16(ab[h], cd[h]));
+  }
 }
 
 }  // namespace
 
 int64_t encode(const LoraSource* modules, int64_t count) {
-  std::vector<float> row;
-  const auto encode_rank = [&](const Factor& factor, int64_t rank) -> double {
+  std::vector<float> row, units;
+  std::vector<uint8_t> four;
+  const auto encode_rank = [&](const Factor& factor, int64_t rank, uint8_t* codes) {
     row.resize(static_cast<size_t>(factor.width));
     read(factor, rank, row.data());
-    return encode_row(row.data(), factor.width, factor.codes + rank * factor.width);
+    return encode_row(row.data(), factor.width, codes);
   };
   for (int64_t m = 0; m < count; m++) {
     const LoraSource& module = modules[m];
-    for (int64_t j = 0; j < module.rank; j++) {
-      const double unit_a = encode_rank(module.a, j), unit_b = encode_rank(module.b, j);
-      module.units[j] = static_cast<float>(unit_a * unit_b);
-      if (!std::isfinite(unit_a) || !std::isfinite(unit_b) || !std::isfinite(module.units[j])) return m;
+    units.resize(static_cast<size_t>(module.rank));
+    for (int64_t j = 0; j < module.rank; j++)
+      units[static_cast<size_t>(j)] = encode_rank(module.a, j, module.a.codes + j * module.a.width);
+    const int64_t tiles = (module.b.width + 15) / 16, fours = (module.rank + 3) / 4;
+    for (int64_t g = 0; g < fours; g++) {
+      four.assign(static_cast<size_t>(4 * tiles * 16), 128);  // ranks and columns that there are not are zero
+      const uint8_t* ranks[4];
+      for (int64_t i = 0; i < 4; i++) {
+        uint8_t* codes = four.data() + i * tiles * 16;
+        ranks[i] = codes;
+        const int64_t j = g * 4 + i;
+        if (j >= module.rank) continue;
+        const double unit_a = units[static_cast<size_t>(j)], unit_b = encode_rank(module.b, j, codes);
+        module.units[j] = static_cast<float>(unit_a * unit_b);
+        if (!std::isfinite(unit_a) || !std::isfinite(unit_b) || !std::isfinite(module.units[j])) return m;
+      }
+      for (int64_t t = 0; t < tiles; t++) interleave(ranks, t * 16, module.b.codes + (t * fours + g) * 64);
     }
   }
   return -1;

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from adapters.weights import LoraWeights
+from server.kernels.cpu.adapter_codes import tiles
 from server.kernels.cpu.bindings import LoraSite
 
 SITE = np.dtype(LoraSite)
@@ -34,20 +35,19 @@ class Places:
 
 
 def places(weights: LoraWeights) -> Places:
-    """Those of an adapter that lies as the kernels read it: bf16, or int8 codes with units, A [rank, in]
-    row-major, B [out, rank] column-major.
+    """Those of an adapter that lies as the kernels read it: bf16, A [rank, in] row-major, B [out, rank] column-major,
+    or codes as `encoded` makes them.
 
     Raises ValueError if it does not.
     """
     sites = np.zeros(len(weights.modules), SITE)
-    shapes = []
-    for i, (path, (a, b, scale, units)) in enumerate(weights.modules.items()):
-        dtype = torch.bfloat16 if units is None else torch.int8
-        if a.dtype != dtype or b.dtype != dtype or not (a.is_contiguous() and b.t().is_contiguous()):
+    for i, (path, update) in enumerate(weights.modules.items()):
+        a, b, units, rank = update.A, update.B, update.units, update.rank
+        out, into = update.shape
+        wanted = (torch.bfloat16, (out, rank)) if units is None else (torch.uint8, tiles(rank, out))
+        fits = a.dtype == b.dtype == wanted[0] and a.shape == (rank, into) and b.shape == wanted[1]
+        if not (fits and a.is_contiguous() and (b.t() if units is None else b).is_contiguous()):
             raise ValueError(f"the update of {path} was not prepared for the native kernels")
-        (rank, into), (out, inner) = a.shape, b.shape
-        if inner != rank:
-            raise ValueError(f"the update of {path} is {tuple(b.shape)} x {tuple(a.shape)}")
-        sites[i] = (0 if units is None else units.data_ptr(), a.data_ptr(), b.data_ptr(), rank, scale)
-        shapes.append((path, (out, into)))
-    return Places(tuple(shapes), sites, frozenset(update.units is not None for update in weights.modules.values()))
+        sites[i] = (0 if units is None else units.data_ptr(), a.data_ptr(), b.data_ptr(), rank, update.scale)
+    shapes = tuple((path, update.shape) for path, update in weights.modules.items())
+    return Places(shapes, sites, frozenset(update.units is not None for update in weights.modules.values()))

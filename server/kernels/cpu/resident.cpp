@@ -25,7 +25,7 @@ Lines lines_of(const LoraSite* sites, const Layer& layer, uint32_t which) {
     if (!(which >> s & 1) || site.rank == 0) continue;
     const auto* first = static_cast<const char*>(site.coded() ? site.units : site.a);
     if (begin == nullptr || first < begin) begin = first;
-    end = std::max(end, static_cast<const char*>(site.b) + site.rank * layer.site[s].n * (site.coded() ? 1 : 2));
+    end = std::max(end, static_cast<const char*>(site.b) + bytes_of_b(site, layer.site[s].n));
   }
   return {begin, (end - begin + 63) / 64};
 }

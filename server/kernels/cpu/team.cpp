@@ -77,7 +77,7 @@ void Team::reserve(const Step& step) {
     local.attention.reserve(context);
     local.tile.reserve(rows * 2 * SPAN);
     local.rows.reserve(ROWS * config.hidden);
-    local.ranks.reserve(UPDATE_SITES * UPDATE_ROWS * rank);
+    local.update.reserve(update_floats(rank));
   }
 }
 
@@ -85,7 +85,7 @@ int64_t Team::bytes() const {
   int64_t bytes = qkv_.bytes() + query_.bytes() + seen_.bytes() + normed_.bytes() + attended_.bytes() + gated_.bytes();
   for (const auto& buffer : updates_) bytes += buffer.bytes();
   for (const Local& local : local_)
-    bytes += local.attention.bytes() + local.tile.bytes() + local.rows.bytes() + local.ranks.bytes();
+    bytes += local.attention.bytes() + local.tile.bytes() + local.rows.bytes() + local.update.bytes();
   return bytes;
 }
 
@@ -110,7 +110,7 @@ int Team::plan_updates(int64_t layer, const RowBlock& block, const std::vector<i
 
 void Team::update_piece(const Activations& x, int64_t in, int piece, int thread) {
   loramux::update(update_tasks_[static_cast<size_t>(piece)], base_.slots, updated_, x, in,
-                  local_[static_cast<size_t>(thread)].ranks.get());
+                  local_[static_cast<size_t>(thread)].update.get());
 }
 
 // What the last updates add to a row's output at a site, or null.

@@ -128,7 +128,7 @@ class Team {
   };
   struct Local {
     AttentionScratch attention;
-    Buffer<float> tile, rows, ranks;
+    Buffer<float> tile, rows, update;
     Ahead ahead;
     int64_t phase = 0;  // the last one in which this thread asked for its activations
   };

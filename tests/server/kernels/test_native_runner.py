@@ -17,7 +17,7 @@ from server.engine.runner import Runner, make_runner
 from server.kernels import choose, cpu
 from server.model.config import RopeScaling
 from tests.server.kernels import tiny
-from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of, error, llama, random_tokens
+from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of, codes_of, error, llama, random_tokens
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native kernels: {cpu.unavailable()}")
 
@@ -46,6 +46,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, int, bool]] = {
     "odd-heads": ({"head_dim": 24, "num_attention_heads": 4, "num_key_value_heads": 4}, "none", 0, False),
     "odd-widths": ({"hidden_size": 72, "intermediate_size": 100, "head_dim": 18}, "none", 0, False),
     "one-kv-head": ({"num_key_value_heads": 1, "num_attention_heads": 9, "head_dim": 64}, "int4", 32, False),
+    "odd-kv": ({"head_dim": 24, "num_attention_heads": 4, "num_key_value_heads": 1}, "int4", 32, False),
     "yarn": (
         {"rope_scaling": RopeScaling("yarn", 4.0, original_max_position_embeddings=128)},
         "int4",
@@ -416,8 +417,10 @@ def test_a_prepared_adapter_lies_in_one_piece_in_the_order_of_a_step(family: str
             assert kept.nbytes == update.nbytes // 2
             assert torch.equal(kept.A, update.A.bfloat16()) and torch.equal(kept.B, update.B.bfloat16())
         else:
-            assert kept.nbytes == update.nbytes // 4 + 4 * 5
-            assert error(prepared.delta(path), weights.delta(path)) < 0.02
+            a, b = codes_of(kept)
+            assert kept.units is not None
+            assert kept.nbytes == a.numel() + -(-len(b) // 16) * 16 * 8 + 4 * 5
+            assert error((b * kept.units) @ a.float() * kept.scale, weights.delta(path)) < 0.02
     layer = "model.layers.1.self_attn"
     first = [prepared.modules[f"{layer}.{name}"] for name in ("q_proj", "k_proj", "v_proj")]
     walked = [matrix for m in first for matrix in (m.units, m.A) if matrix is not None] + [m.B for m in first]

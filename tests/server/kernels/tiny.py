@@ -82,6 +82,13 @@ def adapter(config: ModelConfig, seed: int, rank: int, targets: tuple[str, ...] 
     return LoraWeights(f"a{seed}", f"{seed:064x}", modules)
 
 
+def codes_of(kept: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes of an adapter's module as the native kernels have them: A [rank, in] and B [out, rank], int64."""
+    columns, ranks = kept.B.shape[0] * kept.B.shape[2], kept.B.shape[1] * kept.B.shape[3]
+    b = kept.B.permute(0, 2, 1, 3).reshape(columns, ranks)
+    return kept.A.long() - 128, b[: kept.coded_out, : kept.rank].long() - 128
+
+
 @dataclass
 class Sequence:
     """What an engine keeps of a sequence: its tokens, how many are in the cache, its blocks and its mix."""
