@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -42,6 +43,8 @@ from server.kernels.lora import SITES
 from server.model.config import ModelConfig, from_hf
 
 BLOCK = 16
+SECONDS = 480.0
+"""No section begins later than this, so that the table is there within ten minutes."""
 TINY: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"], "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64,
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256,
@@ -54,6 +57,8 @@ class Bench:
 
     def __init__(self, check: bool) -> None:
         self.check = check
+        self.began = time.monotonic()
+        self.section = ""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backend = Cuda(torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.config: ModelConfig = from_hf(TINY if check else QWEN_7B)
@@ -74,9 +79,15 @@ class Bench:
 
     def tell(self, name: str, value: Any, target: Any = None, met: bool | None = None, **more: Any) -> None:
         met = None if self.check else met  # a tiny model proves nothing
-        self.results.append({"name": name, "value": value, "target": target, "met": met, **more})
+        row = {"name": name, "section": self.section, "value": value, "target": target, "met": met, **more}
+        self.results.append(row)
         limits = ("" if target is None else f"   (at least: {target})") + _by_bytes(more, "   (by its bytes: {})")
         print(f"  {name}: {value}{limits}", flush=True)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether nothing long should begin any more; what is only checked has no such end."""
+        return not self.check and time.monotonic() - self.began > SECONDS
 
     def seconds(self, call: Callable[[], object], rounds: int = 30) -> float:
         """Median of the time of `call`, which may be asynchronous, after three to warm up."""
@@ -291,7 +302,10 @@ def measure(bench: Bench, wanted: list[str], target: Path | None) -> bool:
     fine = True
     for name in wanted:
         print(f"{name} ({time.strftime('%X')})", flush=True)
+        bench.section = name
         try:
+            if bench.is_late:
+                raise TimeoutError(f"{SECONDS:.0f} s have passed")
             if name not in WITHOUT_MODEL and not bench.made:
                 raise RuntimeError("there is no model to measure")
             SECTIONS[name](bench)
@@ -317,14 +331,23 @@ def main(arguments: list[str] | None = None) -> int:
     bench.folders = options.answers
     wanted = [name for name in SECTIONS if name in options.only or name in ALWAYS]
     wanted = [name for name in wanted if name != "answers" or options.answers]
-    failed = not measure(bench, wanted, options.json)
-    width = max(len(row["name"]) for row in bench.results)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        fine = measure(bench, wanted, options.json)
+    finally:  # whoever ends it early sees what is known
+        _print(bench.results)
+    return 0 if fine else 1
+
+
+def _print(results: list[dict[str, Any]]) -> None:
+    """The table. What is claimed comes last, as that is what is seen where only an end is kept."""
+    width = max((len(row["name"]) for row in results), default=0)
     print(f"\n{'what':{width}}  measured        at least    by its bytes  met")
-    for row in bench.results:
+    for row in sorted(results, key=lambda row: row["section"] != "kernels"):
         met = {True: "yes", False: "no", None: ""}[row["met"]]
         limit, bound = row["target"] or "", _by_bytes(row, "{}")
-        print(f"{row['name']:{width}}  {row['value']!s:14}  {limit!s:10}  {bound:12}  {met}")
-    return 1 if failed else 0
+        print(f"{row['name']:{width}}  {row['value']!s:14}  {limit!s:10}  {bound:12}  {met}", flush=True)
 
 
 def _by_bytes(row: dict[str, Any], form: str) -> str:
@@ -339,4 +362,5 @@ def _write(bench: Bench, target: Path | None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the table is printed on the way out
     sys.exit(main())

@@ -39,10 +39,9 @@ def load(bench: Any) -> None:
         rates, read = {}, {}
         for count in (few, many):
             asked = [int(draw * count) for draw in draws]
-            rates[count] = _run(bench, kept, room, [asked[i] for i in warm], asked).rate
-            read[count] = bench.step_bytes(bench.rows, _distinct(asked, bench.rows), kind)
-        for count, rate in rates.items():
+            rate = rates[count] = _run(bench, kept, room, [asked[i] for i in warm], asked).rate
             bench.tell(f"{count} adapters of {kind} in RAM, power law 0.6: tokens/s", round(rate))
+            read[count] = bench.step_bytes(bench.rows, _distinct(asked, bench.rows), kind)
         ratio = rates[many] / rates[few]
         bench.tell(f"{many} adapters against {few}, {kind}", round(ratio, 3), 0.95, ratio >= 0.95,
                    by_bytes=read[few] / read[many])  # fmt: skip
@@ -65,16 +64,19 @@ def cliff(bench: Any) -> None:
     kept = _Kept(bench, max(counts), bench.kinds[0])
     points = []
     for count in counts:
+        if bench.is_late:
+            print(f"  from {count} adapters on: left out, the time is over", flush=True)
+            break
         requests = ROUNDS * count if bench.check else max(150, ROUNDS * count)
         draws = np.random.default_rng(42).integers(0, count, requests).tolist()
         everyone = [i % count for i in range(max(count, bench.rows))]
-        points.append((count, requests, _run(bench, kept, room, everyone, draws)))
-    for count, requests, run in points:
+        run = _run(bench, kept, room, everyone, draws)
+        points.append((count, requests, run))
         bench.tell(
             f"cliff: {count} adapters, room for {resident}, tokens/s", round(run.rate), requests=requests,
             evictions=run.evictions,
         )  # fmt: skip
-    most = max(run.rate for *_, run in points)
+    most = max((run.rate for *_, run in points), default=0.0)
     for count, requests, run in points:
         bar = "#" * max(1, round(50 * run.rate / most))
         print(f"  {count:5d} {bar} {run.rate:.0f}, {run.evictions} evictions in {requests} requests", flush=True)

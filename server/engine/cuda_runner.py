@@ -320,6 +320,7 @@ class CudaRunner:
             made = self._captured(shape)
         except RuntimeError as error:
             if not _lacks_memory(error):
+                self._graph_memory = None  # a capture that the driver ended may hold it
                 raise
             torch.cuda.empty_cache()
             log.warning(

@@ -36,6 +36,27 @@ def test_a_model_that_cannot_be_made_leaves_the_ceilings(monkeypatch: pytest.Mon
     assert told["decode"]["value"] == told["load"]["value"] == "failed: RuntimeError"
 
 
+def test_what_begins_too_late_is_left_out_and_the_rest_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder that is made for it; claims stand below what is told of single kernels."""
+    late = iter([False, False, False, True])
+    monkeypatch.setattr(gpu.Bench, "is_late", property(lambda bench: next(late)))
+    sections = {
+        "model": lambda bench: setattr(bench, "made", True),
+        "memory": lambda bench: bench.tell("base", 1),
+        "kernels": lambda bench: bench.tell("qkv", 2),
+    }
+    monkeypatch.setattr(gpu, "SECTIONS", gpu.SECTIONS | sections)
+    target = tmp_path / "new" / "told.json"
+    assert gpu.main(["--check", "--json", str(target), "--only", "memory", "kernels"]) == 1
+    told = {row["name"]: row for row in json.loads(target.read_text())["results"]}
+    assert told["base"]["value"] == 1 and told["kernels"]["value"] == "failed: TimeoutError"
+    assert not told["kernels"]["met"]
+    table = capsys.readouterr().out.partition("what ")[2]
+    assert table.index("kernels") < table.index("bandwidth") < table.index("base")
+
+
 def test_answers_come_before_what_takes_long() -> None:
     order = list(gpu.SECTIONS)
     assert order[0] == "ceilings" and order.index("answers") < min(map(order.index, ("load", "cliff", "peers")))

@@ -36,8 +36,9 @@ def test_the_cliff_asks_for_more_than_is_resident(monkeypatch: pytest.MonkeyPatc
     told: list[tuple[str, dict[str, Any]]] = []
     runner = SimpleNamespace(room=Room(20 << 30, lambda weights: COST))
     bench = SimpleNamespace(
-        check=False, rows=32, kinds=[None], runner=runner, tell=lambda name, value, **more: told.append((name, more))
-    )
+        check=False, is_late=False, rows=32, kinds=[None], runner=runner,
+        tell=lambda name, value, **more: told.append((name, more)),
+    )  # fmt: skip
     gpu_load.cliff(bench)
 
     resident = {room.nbytes // COST for _, room, _, _ in runs}
@@ -49,6 +50,10 @@ def test_the_cliff_asks_for_more_than_is_resident(monkeypatch: pytest.MonkeyPatc
         assert len(asked) >= 3 * count and len(set(asked)) > 0.9 * count
     assert sum(len(warming) + len(asked) for *_, warming, asked in runs) < 2500, "so that it takes a minute or two"
     assert [more["evictions"] for _, more in told] == [7] * len(runs)
+
+    bench.is_late = True
+    gpu_load.cliff(bench)
+    assert len(told) == len(runs) == len(counts), "what would come too late is left out"
 
 
 class Kept:

@@ -178,10 +178,11 @@ struct Codes {
       }
   }
 
-  // A row's v as whole numbers of 16 bits in a unit of their own, which is coarser than none of B's values: high * 256 +
-  // low, both codes. `words` has the unit, what sums of high and of low products begin with, and from HEAD on the high
-  // codes, then the low ones, four ranks a word.
+  // A row's v as whole numbers of 16 bits, high * 256 + low, in a unit that makes the largest of them LARGEST. `words` has
+  // the unit, what sums of high and of low products begin with, and from HEAD on the high codes, then the low ones, four
+  // ranks a word.
   static constexpr int64_t HEAD = 4;
+  static constexpr float LARGEST = 127 * 256 + 127;
 
   static int64_t groups(int64_t rank) { return (rank + 3) / 4; }
   static int64_t lows(int64_t rank) { return (rank + 15) / 16 * 4; }  // words from the high codes to the low ones
@@ -193,7 +194,6 @@ struct Codes {
     for (int64_t j = 0; j < rank; j += 16)
       most = _mm512_max_epi32(most, (__m512i)_mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(rank - j), v + j)));
     const float peak = _mm_cvtss_f32((__m128)_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most)));
-    constexpr float LARGEST = 127 * 256 + 127;
     const bool none = peak < 1e-30f;  // the reciprocal would overflow
     const __m512 inverse = _mm512_set1_ps(none ? 0.0f : LARGEST / peak);
     __m512i sum_high = _mm512_setzero_si512(), sum_low = sum_high;
