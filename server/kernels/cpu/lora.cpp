@@ -16,7 +16,7 @@ constexpr int64_t AHEAD = 6144;
 // Into the second cache, which has more misses under way at once than the first.
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + AHEAD, _MM_HINT_T1); }
 
-// ---- v = A x ----------------------------------------------------------------------------------------------------
+// ---- v = A x, and z += B v, in each form that adapters have --------------------------------------------------------
 
 // The sums of four vectors' lanes.
 inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
