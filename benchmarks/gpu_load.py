@@ -65,7 +65,7 @@ def cliff(bench: Any) -> None:
     points = []
     for count in counts:
         if bench.is_late:
-            print(f"  from {count} adapters on: left out, the time is over", flush=True)
+            bench.tell(f"cliff: from {count} adapters on", "left out, the time is over", met=False)
             break
         requests = ROUNDS * count if bench.check else max(150, ROUNDS * count)
         draws = np.random.default_rng(42).integers(0, count, requests).tolist()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,22 +104,19 @@ class InProcess:
         began: dict[int, float] = {}
         """When the first token of each came."""
 
-        def listener(number: int) -> Callable[[Delivery], None]:
-            def heard(delivery: Delivery) -> None:
-                if delivery.tokens:
-                    began.setdefault(number, time.perf_counter())
-                if delivery.finish_reason is not None:
-                    if delivery.error is not None:
-                        failures.append(delivery.error)
-                    done.release()
-
-            return heard
+        def heard(number: int, delivery: Delivery) -> None:
+            if delivery.tokens:
+                began.setdefault(number, time.perf_counter())
+            if delivery.finish_reason is not None:
+                if delivery.error is not None:
+                    failures.append(delivery.error)
+                done.release()
 
         sampling = replace(how, max_tokens=new_tokens, ignore_eos=True)
         start = time.perf_counter()
         for i, (prompt, mix) in enumerate(zip(prompts, mixes, strict=True)):
-            request = Request(f"b{start}-{i}", tuple(prompt), sampling, listener(i), mix=mix, fair_key="bench")
-            self.engine.submit(request)
+            tell = partial(heard, i)
+            self.engine.submit(Request(f"b{start}-{i}", tuple(prompt), sampling, tell, mix=mix, fair_key="bench"))
         for _ in prompts:
             done.acquire()
         if failures:

@@ -214,7 +214,7 @@ struct Codes {
     std::memcpy(words + 1, begins, sizeof begins);
   }
 
-  // The numbers of R rows, behind each other; where they end. `v` has room for those of a row, as float32.
+  // The numbers of R rows, behind each other; where they end. `v` has room for their [R, rank] as float32.
   template <int R>
   static float* shrink(const LoraSite& site, const Row* x, int64_t in, float factor, float* v, float* at) {
     const auto* a = static_cast<const uint8_t*>(site.a);
