@@ -110,13 +110,13 @@ class Bench:
     def batch(self, sequences: int, mixes: tuple[SlotWeights, ...]) -> Batch:
         """One new token for each sequence, of `context` before it."""
         each = self.context // BLOCK + 1
-        rows = torch.arange(sequences)
+        rows = np.arange(sequences)
         return Batch(
             tokens=rows % self.config.vocab_size,
-            positions=torch.full((sequences,), self.context),
-            row_start=torch.arange(sequences + 1, dtype=torch.int32),
-            context=torch.full((sequences,), self.context + 1, dtype=torch.int32),
-            blocks=(torch.arange(sequences * each) % self.blocks).int().view(sequences, each),
+            positions=np.full(sequences, self.context),
+            row_start=np.arange(sequences + 1, dtype=np.int32),
+            context=np.full(sequences, self.context + 1, np.int32),
+            blocks=(np.arange(sequences * each, dtype=np.int32) % self.blocks).reshape(sequences, each),
             logit_rows=rows,
             mixes=mixes,
             block_size=BLOCK,
@@ -132,7 +132,7 @@ class Bench:
         """A step among others, as the engine runs them: each goes on from the tokens of the one before, which are read
         while it computes. The mean of 30 in a row, the median of five such runs."""
         batch = self.batch(sequences, mixes)
-        batch.tokens.copy_(-1 - torch.arange(sequences))
+        batch.tokens[:] = -1 - np.arange(sequences)
         how, top_k = np.zeros((sequences, 4), np.float32), np.zeros(sequences, np.int32)
         count = 2 if self.check else 30
 
@@ -260,9 +260,9 @@ def placing(bench: Bench) -> None:
 def prefill(bench: Bench) -> None:
     """A chunk of one prompt: tokens a second."""
     n = 24 if bench.check else 512
-    starts, context = torch.tensor([0, n], dtype=torch.int32), torch.tensor([n], dtype=torch.int32)
-    ids, blocks = torch.arange(n) % bench.config.vocab_size, torch.arange(-(-n // BLOCK), dtype=torch.int32)[None]
-    one = Batch(ids, torch.arange(n), starts, context, blocks, torch.tensor([n - 1]), ((),), BLOCK)
+    starts, context = np.array([0, n], np.int32), np.array([n], np.int32)
+    ids, blocks = np.arange(n) % bench.config.vocab_size, np.arange(-(-n // BLOCK), dtype=np.int32)[None]
+    one = Batch(ids, np.arange(n), starts, context, blocks, np.array([n - 1]), ((),), BLOCK)
     seconds = bench.seconds(lambda: bench.runner.run(one), 10)
     bench.tell(f"prefill of {n} tokens, tokens/s", round(n / seconds), milliseconds=seconds * 1e3)
 

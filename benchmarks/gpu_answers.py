@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from server.engine.batch import Batch
@@ -76,21 +77,21 @@ def _generate(runner: Runner, prompts: list[list[int]], count: int) -> list[tupl
     longest = max(map(len, prompts)) + count
     each = -(-longest // BLOCK)
     runner.allocate(each * len(prompts), BLOCK)
-    blocks = torch.arange(each * len(prompts), dtype=torch.int32).view(len(prompts), each)
+    blocks = np.arange(each * len(prompts), dtype=np.int32).reshape(len(prompts), each)
     outputs: list[list[int]] = [[] for _ in prompts]
     chosen: list[list[torch.Tensor]] = [[] for _ in prompts]
     new = prompts
     done = [0] * len(prompts)
     for _ in range(count):
         counts = [len(ids) for ids in new]
-        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        starts = np.cumsum([0, *counts])
         batch = Batch(
-            tokens=torch.tensor([token for ids in new for token in ids]),
-            positions=torch.tensor([d + i for d, ids in zip(done, new, strict=True) for i in range(len(ids))]),
-            row_start=starts,
-            context=torch.tensor([d + n for d, n in zip(done, counts, strict=True)], dtype=torch.int32),
+            tokens=np.array([token for ids in new for token in ids]),
+            positions=np.array([d + i for d, ids in zip(done, new, strict=True) for i in range(len(ids))]),
+            row_start=starts.astype(np.int32),
+            context=np.array([d + n for d, n in zip(done, counts, strict=True)], np.int32),
             blocks=blocks,
-            logit_rows=starts[1:].long() - 1,
+            logit_rows=starts[1:] - 1,
             mixes=((),) * len(prompts),
             block_size=BLOCK,
         )

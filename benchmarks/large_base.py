@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -132,12 +133,12 @@ def generate(runner: Any, vocabulary: int, count: int) -> tuple[list[int], float
         context += len(new)
         logits = runner.run(
             Batch(
-                tokens=new,
-                positions=torch.arange(context - len(new), context),
-                row_start=torch.tensor([0, len(new)], dtype=torch.int32),
-                context=torch.tensor([context], dtype=torch.int32),
-                blocks=torch.arange(blocks, dtype=torch.int32)[None],
-                logit_rows=torch.tensor([len(new) - 1]),
+                tokens=new.numpy(),
+                positions=np.arange(context - len(new), context),
+                row_start=np.array([0, len(new)], np.int32),
+                context=np.array([context], np.int32),
+                blocks=np.arange(blocks, dtype=np.int32)[None],
+                logit_rows=np.array([len(new) - 1]),
                 mixes=((),),
                 block_size=block,
             )

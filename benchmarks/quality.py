@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from server.engine.batch import Batch
@@ -38,12 +39,12 @@ def loss(runner: Runner, ids: list[int]) -> float:
     """The sum of -log p of all of one window's tokens but its first."""
     count = len(ids)
     batch = Batch(
-        tokens=torch.tensor(ids),
-        positions=torch.arange(count),
-        row_start=torch.tensor([0, count], dtype=torch.int32),
-        context=torch.tensor([count], dtype=torch.int32),
-        blocks=torch.arange(-(-count // BLOCK), dtype=torch.int32)[None],
-        logit_rows=torch.arange(count - 1),
+        tokens=np.array(ids),
+        positions=np.arange(count),
+        row_start=np.array([0, count], np.int32),
+        context=np.array([count], np.int32),
+        blocks=np.arange(-(-count // BLOCK), dtype=np.int32)[None],
+        logit_rows=np.arange(count - 1),
         mixes=((),),
         block_size=BLOCK,
     )

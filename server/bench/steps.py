@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from adapters.weights import LoraWeights
@@ -45,12 +46,12 @@ def decode_batch(shape: Shape, vocab: int, seed: int = 0) -> Batch:
     count, per = len(shape.mixes), -(-shape.context // BLOCK)
     generator = torch.Generator().manual_seed(seed)
     return Batch(
-        tokens=torch.randint(0, vocab, (count,), generator=generator),
-        positions=torch.full((count,), shape.context - 1),
-        row_start=torch.arange(count + 1, dtype=torch.int32),
-        context=torch.full((count,), shape.context, dtype=torch.int32),
-        blocks=torch.arange(count * per, dtype=torch.int32).reshape(count, per),
-        logit_rows=torch.arange(count),
+        tokens=torch.randint(0, vocab, (count,), generator=generator).numpy(),
+        positions=np.full(count, shape.context - 1),
+        row_start=np.arange(count + 1, dtype=np.int32),
+        context=np.full(count, shape.context, np.int32),
+        blocks=np.arange(count * per, dtype=np.int32).reshape(count, per),
+        logit_rows=np.arange(count),
         mixes=shape.mixes,
         block_size=BLOCK,
     )

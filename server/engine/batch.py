@@ -1,4 +1,4 @@
-"""`Batch`: everything that one step needs, as flat tensors. An argument of `runner.run`, never a global.
+"""`Batch`: everything that one step needs, as flat arrays. An argument of `runner.run`, never a global.
 
 Adapters are data here: each sequence names its slots and weights, and a base-only sequence names none.
 """
@@ -14,6 +14,9 @@ import numpy.typing as npt
 import torch
 
 from server.engine.request import Request
+
+Ids = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.int32]
 
 SlotWeights = tuple[tuple[int, float], ...]
 """The (slot, weight) pairs of one sequence's mix, in the order of its mix."""
@@ -32,22 +35,22 @@ class Batch:
     mixes       S tuples of (slot, weight)
     """
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    row_start: torch.Tensor
-    context: torch.Tensor
-    blocks: torch.Tensor
-    logit_rows: torch.Tensor
+    tokens: Ids
+    positions: Ids
+    row_start: Counts
+    context: Counts
+    blocks: Counts
+    logit_rows: Ids
     mixes: tuple[SlotWeights, ...]
     block_size: int
 
     @property
     def rows(self) -> int:
-        return self.tokens.shape[0]
+        return len(self.tokens)
 
     @property
     def sequences(self) -> int:
-        return self.context.shape[0]
+        return len(self.context)
 
 
 def _already() -> None:
@@ -64,17 +67,21 @@ class Logits:
 
     def __init__(
         self,
-        rows: torch.Tensor,
-        largest: npt.NDArray[np.int64] | None = None,
+        rows: torch.Tensor | npt.NDArray[np.float32],
+        largest: Ids | None = None,
         wait: Callable[[], None] = _already,
     ) -> None:
-        self.unread = rows
+        self._rows = rows
         self._largest = largest
         self._wait = wait
 
     def wait(self) -> None:
         """Returns once they are there. Raises what the step has failed at."""
         self._wait()
+
+    @property
+    def unread(self) -> torch.Tensor:
+        return torch.as_tensor(self._rows)
 
     @property
     def rows(self) -> torch.Tensor:
@@ -91,7 +98,7 @@ class Logits:
         return Logits(self.rows[start:stop].cpu(), None if self._largest is None else self._largest[start:stop])
 
     @property
-    def largest(self) -> npt.NDArray[np.int64]:
+    def largest(self) -> Ids:
         self.wait()
         if self._largest is None:
             values = self.unread.numpy(force=True)
@@ -115,7 +122,7 @@ class Work(NamedTuple):
 
 
 def build_batch(work: Sequence[Work], block_size: int) -> Batch:
-    """The flat tensors of a step. The work must not be empty."""
+    """The flat arrays of a step. The work must not be empty."""
     tokens: list[int] = []
     positions: list[int] = []
     starts, ends = [0], []
@@ -136,12 +143,12 @@ def build_batch(work: Sequence[Work], block_size: int) -> Batch:
     width = max(map(len, tables))
     blocks = bytearray().join([table.ljust(width, _NO_BLOCK) for table in tables])
     return Batch(
-        tokens=torch.from_numpy(np.array(tokens, np.int64)),
-        positions=torch.from_numpy(np.array(positions, np.int64)),
-        row_start=torch.from_numpy(np.array(starts, np.int32)),
-        context=torch.from_numpy(np.array(ends, np.int32)),
-        blocks=torch.from_numpy(np.frombuffer(blocks, np.int32).reshape(len(work), -1)),
-        logit_rows=torch.from_numpy(np.array(rows, np.int64)),
+        tokens=np.array(tokens, np.int64),
+        positions=np.array(positions, np.int64),
+        row_start=np.array(starts, np.int32),
+        context=np.array(ends, np.int32),
+        blocks=np.frombuffer(blocks, np.int32).reshape(len(work), -1),
+        logit_rows=np.array(rows, np.int64),
         mixes=tuple([item.request.slots for item in work]),
         block_size=block_size,
     )

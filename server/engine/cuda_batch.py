@@ -132,7 +132,7 @@ def tile_rows(rows: int) -> int:
 
 def describe(batch: Batch, ranks: Sequence[int]) -> Numbers:
     """The numbers of a step. `ranks` is the largest rank of each slot's adapter."""
-    starts, contexts = batch.row_start.numpy(), batch.context.numpy()
+    starts, contexts = batch.row_start, batch.context
     counts = np.diff(starts)
     used = tuple((slot, ranks[slot]) for slot in sorted({slot for mix in batch.mixes for slot, _ in mix}))
     size, rows, table, weights = _lanes(batch.mixes, tuple(counts.tolist()), used)
@@ -144,15 +144,15 @@ def describe(batch: Batch, ranks: Sequence[int]) -> Numbers:
         for i in range(0, counts[s], QUERIES)
     ]
     arrays: dict[str, Ints | npt.NDArray[np.float32]] = {
-        "tokens": batch.tokens.numpy().astype(np.int32),
-        "positions": batch.positions.numpy().astype(np.int32),
+        "tokens": batch.tokens.astype(np.int32),
+        "positions": batch.positions.astype(np.int32),
         "sequence": np.repeat(np.arange(batch.sequences, dtype=np.int32), counts),
-        "blocks": np.maximum(batch.blocks.numpy(), 0),
+        "blocks": np.maximum(batch.blocks, 0),
         "context": contexts,
         "single_rows": starts[singles],
         "single_sequences": singles,
         "prefills": np.array(prefills, np.int32).reshape(-1, 4),
-        "logit_rows": batch.logit_rows.numpy().astype(np.int32),
+        "logit_rows": batch.logit_rows.astype(np.int32),
         "tiles": rows,
         "slot": table[0].reshape(-1),
         "index": table[1].reshape(-1),
@@ -160,7 +160,7 @@ def describe(batch: Batch, ranks: Sequence[int]) -> Numbers:
         "weights": weights,
     }
     shape = Shape(
-        batch.rows, batch.sequences, batch.blocks.shape[1], batch.logit_rows.shape[0], len(singles), len(prefills),
+        batch.rows, batch.sequences, batch.blocks.shape[1], len(batch.logit_rows), len(singles), len(prefills),
         len(rows), size, width, weights.shape[1],
     )  # fmt: skip
     return Numbers(shape, arrays)

@@ -290,12 +290,12 @@ class CudaRunner:
             for mix in ((), ((0, 1.0),)):
                 wanted = 1 if mix else min(rows, self._max_logits)
                 batch = Batch(
-                    tokens=torch.zeros(rows, dtype=torch.int64),
-                    positions=torch.arange(rows),
-                    row_start=torch.tensor([0, rows], dtype=torch.int32),
-                    context=torch.tensor([rows], dtype=torch.int32),
-                    blocks=torch.arange(-(-rows // self._block_size), dtype=torch.int32)[None],
-                    logit_rows=torch.arange(rows - wanted, rows),
+                    tokens=np.zeros(rows, np.int64),
+                    positions=np.arange(rows),
+                    row_start=np.array([0, rows], np.int32),
+                    context=np.array([rows], np.int32),
+                    blocks=np.arange(-(-rows // self._block_size), dtype=np.int32)[None],
+                    logit_rows=np.arange(rows - wanted, rows),
                     mixes=(mix,),
                     block_size=self._block_size,
                 )
@@ -392,7 +392,7 @@ class CudaRunner:
     def _check(self, batch: Batch) -> None:
         """The kernels trust what they are given; these are the engine's own invariants."""
         assert self._storage.numel(), "allocate comes before run"
-        tokens, last = batch.tokens.numpy(), int(batch.positions.max())
+        tokens, last = batch.tokens, int(batch.positions.max())
         assert -len(self._drawn) <= tokens.min() and tokens.max() < self._config.vocab_size
         assert last < self._width * self._block_size, "a position is beyond the cache or the model's context"
         assert last < batch.blocks.shape[1] * self._block_size

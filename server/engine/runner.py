@@ -86,12 +86,14 @@ class TorchRunner:
         if self._owner != threading.get_ident():
             take(self._threads)
             self._owner = threading.get_ident()
-        attention = PagedAttention(self._storage, batch.positions, batch.row_start, batch.context, batch.blocks)
+        tokens, positions, rows = map(torch.from_numpy, (batch.tokens, batch.positions, batch.logit_rows))
+        places = map(torch.from_numpy, (batch.row_start, batch.context, batch.blocks))
+        attention = PagedAttention(self._storage, positions, *places)
         starts = batch.row_start.tolist()
         segments = Segments(self._table, (Segment(starts[s], starts[s + 1], mix) for s, mix in enumerate(batch.mixes)))
-        context = Context(batch.positions, attention, segments)
-        hidden = self._decoder(self._decoder.embed(batch.tokens), context)
-        logits = self._decoder.logits(hidden[batch.logit_rows])
+        context = Context(positions, attention, segments)
+        hidden = self._decoder(self._decoder.embed(tokens), context)
+        logits = self._decoder.logits(hidden[rows])
         self._work = max(self._work, self._step_bytes(batch))
         self._touched = max(self._touched, int(batch.blocks.max()) + 1)
         return Logits(logits)
@@ -111,7 +113,7 @@ class TorchRunner:
         """The tensors of a step that live at once, roughly: the stream, an MLP's insides, the logits."""
         config = self._base.config
         row = 8 * config.hidden_size + 3 * self._base.backend.dtype.itemsize * config.intermediate_size
-        return batch.rows * row + 4 * config.vocab_size * batch.logit_rows.shape[0]
+        return batch.rows * row + 4 * config.vocab_size * len(batch.logit_rows)
 
 
 def make_runner(base: Source, max_slots: int, threads: int) -> Runner:

@@ -114,15 +114,19 @@ class Sampler:
     @staticmethod
     def _ask(logits: Logits, asked: Sequence[Work], draw: Draw) -> Drawn:
         """Have the rows of simple requests drawn as they want it; the largest of the others, for nobody."""
-        starts = np.cumsum([0, *(item.logits for item in asked)])
-        how = np.zeros((int(starts[-1]), 4), np.float32)
-        top_k = np.zeros(len(how), np.int32)
-        for item, row in zip(asked, starts.tolist(), strict=False):
-            sampling = item.request.sampling
-            if sampling.temperature >= _TINY and is_simple(item.request):
-                noise = uniform(item.request.seed, len(item.request.output))
-                how[row] = sampling.temperature, sampling.top_p, sampling.min_p, noise
-                top_k[row] = sampling.top_k
+        rows = 0
+        drawn: list[tuple[int, Request]] = []
+        for request, _, count in asked:
+            if request.sampling.temperature >= _TINY and is_simple(request):
+                drawn.append((rows, request))
+            rows += count
+        if logits.knows_largest and not drawn:
+            return DrawnLargest(logits)
+        how, top_k = np.zeros((rows, 4), np.float32), np.zeros(rows, np.int32)
+        for row, request in drawn:
+            sampling, noise = request.sampling, uniform(request.seed, len(request.output))
+            how[row] = sampling.temperature, sampling.top_p, sampling.min_p, noise
+            top_k[row] = sampling.top_k
         return draw(logits, how, top_k)
 
     def _pick_row(self, raw: Row, request: Request, i: int) -> Pick:

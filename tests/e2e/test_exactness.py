@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,12 +37,12 @@ def prefill(runner, prompt: Sequence[int], mixes: Sequence[tuple[tuple[int, floa
     per = -(-n // 16)
     return runner.run(
         Batch(
-            tokens=torch.tensor(list(prompt) * count),
-            positions=torch.arange(n).repeat(count),
-            row_start=torch.arange(count + 1, dtype=torch.int32) * n,
-            context=torch.full((count,), n, dtype=torch.int32),
-            blocks=torch.arange(count * per, dtype=torch.int32).reshape(count, per),
-            logit_rows=torch.arange(n * count),
+            tokens=np.array(list(prompt) * count),
+            positions=np.tile(np.arange(n), count),
+            row_start=np.arange(count + 1, dtype=np.int32) * n,
+            context=np.full(count, n, np.int32),
+            blocks=np.arange(count * per, dtype=np.int32).reshape(count, per),
+            logit_rows=np.arange(n * count),
             mixes=tuple(mixes),
             block_size=16,
         )

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -133,12 +134,12 @@ def whole_pass(runner: TorchRunner, ids: list[int]) -> torch.Tensor:
     count = len(ids)
     return runner.run(
         Batch(
-            tokens=torch.tensor(ids),
-            positions=torch.arange(count),
-            row_start=torch.tensor([0, count], dtype=torch.int32),
-            context=torch.tensor([count], dtype=torch.int32),
-            blocks=torch.arange(4, dtype=torch.int32)[None],
-            logit_rows=torch.arange(count),
+            tokens=np.array(ids),
+            positions=np.arange(count),
+            row_start=np.array([0, count], np.int32),
+            context=np.array([count], np.int32),
+            blocks=np.arange(4, dtype=np.int32)[None],
+            logit_rows=np.arange(count),
             mixes=((),),
             block_size=16,
         )

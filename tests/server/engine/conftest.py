@@ -88,7 +88,7 @@ class FakeRunner:
         self.steps.append(batch)
         added = self.before(batch)
         size = batch.block_size
-        starts, blocks, context = batch.row_start.tolist(), batch.blocks.numpy(), batch.context.tolist()
+        starts, blocks, context = batch.row_start.tolist(), batch.blocks, batch.context.tolist()
         rows: dict[int, np.ndarray] = {}
         wanted = set(batch.logit_rows.tolist())
         written: Counter[tuple[int, int]] = Counter()
@@ -142,7 +142,7 @@ class LateRunner(FakeRunner):
 
     def run(self, batch: Batch) -> Logits:
         self.events.append(("run", self.draws))
-        tokens = batch.tokens.numpy()
+        tokens = batch.tokens
         late = tokens < 0
         tokens[late] = self.drawn[-1 - tokens[late]]
         tokens[late & (tokens < 0)] = 0  # drawn from a row that was not finite

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,12 +23,12 @@ def step(*mixes: tuple[tuple[int, float], ...]) -> Batch:
     """One first token for each of the sequences, each in a block of its own."""
     count = len(mixes)
     return Batch(
-        tokens=torch.arange(count) + 5,
-        positions=torch.zeros(count, dtype=torch.int64),
-        row_start=torch.arange(count + 1, dtype=torch.int32),
-        context=torch.ones(count, dtype=torch.int32),
-        blocks=torch.arange(count, dtype=torch.int32)[:, None],
-        logit_rows=torch.arange(count),
+        tokens=np.arange(count) + 5,
+        positions=np.zeros(count, np.int64),
+        row_start=np.arange(count + 1, dtype=np.int32),
+        context=np.ones(count, np.int32),
+        blocks=np.arange(count, dtype=np.int32)[:, None],
+        logit_rows=np.arange(count),
         mixes=mixes,
         block_size=16,
     )

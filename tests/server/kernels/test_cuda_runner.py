@@ -331,9 +331,9 @@ def test_every_kind_of_prompt_is_run_before_the_first_request(monkeypatch: pytes
 def test_steps_of_single_rows_are_padded_to_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """With tiles of one row, and of several where too many share their adapters."""
     assert batch_buckets(4) == [1, 2, 4] and batch_buckets(40) == [1, 2, 4, 8, 16, 24, 32, 40]
-    one = torch.ones(3, dtype=torch.int64)
-    starts, context = torch.arange(4, dtype=torch.int32), torch.tensor([1, 2, 3], dtype=torch.int32)
-    blocks, rows = torch.zeros(3, 2, dtype=torch.int32), torch.arange(3)
+    one = np.ones(3, np.int64)
+    starts, context = np.arange(4, dtype=np.int32), np.array([1, 2, 3], np.int32)
+    blocks, rows = np.zeros((3, 2), np.int32), np.arange(3)
     mixes: tuple[SlotWeights, ...] = (((7, 1.0),), (), ((3, 0.5), (7, -1.0)))
     batch = Batch(one, one, starts, context, blocks, rows, mixes, BLOCK)
     ranks: Any = {3: 12, 7: 5}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from adapters.weights import LoraWeights, LowRank
@@ -111,16 +112,16 @@ def batch_of(new: list[tuple[Sequence, int]], every_row: bool = True) -> Batch:
         starts.append(len(tokens))
         context.append(end)
         sequence.done = end
-    blocks = torch.full((len(new), max(len(s.blocks) for s, _ in new)), -1, dtype=torch.int32)
+    blocks = np.full((len(new), max(len(s.blocks) for s, _ in new)), -1, np.int32)
     for i, (sequence, _) in enumerate(new):
-        blocks[i, : len(sequence.blocks)] = torch.tensor(sequence.blocks)
+        blocks[i, : len(sequence.blocks)] = sequence.blocks
     return Batch(
-        torch.tensor(tokens),
-        torch.tensor(positions),
-        torch.tensor(starts, dtype=torch.int32),
-        torch.tensor(context, dtype=torch.int32),
+        np.array(tokens, np.int64),
+        np.array(positions, np.int64),
+        np.array(starts, np.int32),
+        np.array(context, np.int32),
         blocks,
-        torch.arange(len(tokens)) if every_row else torch.tensor(starts[1:]) - 1,
+        np.arange(len(tokens)) if every_row else np.array(starts[1:]) - 1,
         tuple(s.mix for s, _ in new),
         BLOCK,
     )

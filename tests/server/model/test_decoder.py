@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -125,7 +126,7 @@ class Cached:
     def step(self, new: dict[int, list[int]]) -> torch.Tensor:
         """Logits of every new token, sequence after sequence in the order of `new`."""
         rows, positions, starts, context = [], [], [0], []
-        blocks = torch.full((len(new), 16), -1, dtype=torch.int32)
+        blocks = np.full((len(new), 16), -1, np.int32)
         for i, (s, tokens) in enumerate(new.items()):
             rows += tokens
             positions += range(self.done[s], self.done[s] + len(tokens))
@@ -134,15 +135,15 @@ class Cached:
             context.append(self.done[s])
             used = -(-self.done[s] // BLOCK)
             # Blocks of neighbouring sequences are interleaved and descending: nothing may rely on their order.
-            blocks[i, :used] = torch.tensor([(15 - b) * len(self.mixes) + s for b in range(used)], dtype=torch.int32)
+            blocks[i, :used] = [(15 - b) * len(self.mixes) + s for b in range(used)]
         return self.runner.run(
             Batch(
-                tokens=torch.tensor(rows),
-                positions=torch.tensor(positions),
-                row_start=torch.tensor(starts, dtype=torch.int32),
-                context=torch.tensor(context, dtype=torch.int32),
+                tokens=np.array(rows),
+                positions=np.array(positions),
+                row_start=np.array(starts, np.int32),
+                context=np.array(context, np.int32),
                 blocks=blocks,
-                logit_rows=torch.arange(len(rows)),
+                logit_rows=np.arange(len(rows)),
                 mixes=tuple(self.mixes[s] for s in new),
                 block_size=BLOCK,
             )

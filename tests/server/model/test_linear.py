@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,12 +72,12 @@ def test_a_second_tree_trains_over_the_same_weights(tiny_base: Base, tiny_runner
     tiny_runner.place(3, tiny_base.prepare(extract(tree, "trained")))
     served = tiny_runner.run(
         Batch(
-            tokens=ids,
-            positions=attention.positions,
-            row_start=torch.tensor([0, 7, 10], dtype=torch.int32),
-            context=torch.tensor([7, 3], dtype=torch.int32),
-            blocks=torch.tensor([[5], [2]], dtype=torch.int32),
-            logit_rows=torch.arange(10),
+            tokens=ids.numpy(),
+            positions=attention.positions.numpy(),
+            row_start=np.array([0, 7, 10], np.int32),
+            context=np.array([7, 3], np.int32),
+            blocks=np.array([[5], [2]], np.int32),
+            logit_rows=np.arange(10),
             mixes=(((3, 1.0),), ((3, 1.0),)),
             block_size=16,
         )
