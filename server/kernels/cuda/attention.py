@@ -172,9 +172,9 @@ def prefill(
     """Causal attention of the rows of `tiles` (int32 [n, 4]: sequence, first row, rows up to QUERIES, position of the
     first) over the cache, which holds their own keys and values too, into out [T, heads * d]."""
     kv_heads, size, d = cache.shape[2], cache.shape[4], cache.shape[5]
-    heads = out.shape[1] // d
+    heads, width = out.shape[1] // d, triton.next_power_of_2(max(16, d))
+    tile = TILE if width < 256 else TILE // 2  # of such heads the shared memory of a small GPU holds no more
     prefill_kernel[(tiles.shape[0], heads)](
         qkv, cache, blocks, tiles, out, layer, cache.shape[1], blocks.shape[1], qkv.shape[1], d**-0.5,
-        HEADS=heads, KV_HEADS=kv_heads, D=d, BD=triton.next_power_of_2(max(16, d)), SIZE=size,
-        BM=QUERIES, BT=TILE, **OPTIONS,
+        HEADS=heads, KV_HEADS=kv_heads, D=d, BD=width, SIZE=size, BM=QUERIES, BT=tile, **OPTIONS,
     )  # fmt: skip

@@ -47,10 +47,10 @@ class Tiling:
     stages: int = 3
 
 
-PLACES = 2 * PROCESSORS
-"""Programs of a split product that run at once."""
-BLOCK_BYTES = 128 * 64 * 4
-"""What such a program reads of a block of inputs: 64 words of each of its outputs."""
+WARPS = 8
+"""Warps of a processor at work on a split product: registers let no more of them share it."""
+WORD_BYTES = 64 * 4
+"""What such a product reads of a block of inputs for an output: 64 words."""
 SUM_BYTES = 8
 """What each range of K costs for an output: its sum is written and read."""
 
@@ -58,19 +58,23 @@ SUM_BYTES = 8
 def tiling(rows: int, outputs: int, blocks: int) -> Tiling:
     """The tiling of a product with `rows` rows, K cut into at most 16 ranges.
 
-    Programs come in waves, of which the last is seldom full, and each range has sums of its own: the least bytes that
-    pass while all places read, and then the sums. Of tiles of 32 rows two stages let two programs share a processor.
+    A tile has half as many outputs as its program has threads: scales then lie as the sums do. Of more they would go
+    through shared memory one group after the other, each waited for by all warps. Of 32 rows it has more outputs, since
+    its inputs are read again by each program.
+
+    Programs come in waves, of which the last is seldom full, each waits for its first block, and each range has sums of
+    its own: the least bytes that could pass while all places read, and then the sums.
     """
     if rows > FEW_ROWS:
         return Tiling(128 if rows > 128 else 64, 128, 1, warps=8 if rows > 128 else 4)
-    tile = 16 if rows <= 16 else 32
-    programs = -(-outputs // 128) * -(-rows // tile)
+    tile, each, warps, stages = (16, 64, 4, 3) if rows <= 16 else (32, 128, 8, 2)
+    programs, places = -(-outputs // each) * -(-rows // tile), PROCESSORS * WARPS // warps
 
     def cost(splits: int) -> int:
-        waves = -(-programs * splits // PLACES) * -(-blocks // splits)
-        return waves * PLACES * BLOCK_BYTES + splits * rows * outputs * SUM_BYTES
+        waves = -(-programs * splits // places) * (-(-blocks // splits) + 1)
+        return waves * places * each * WORD_BYTES + splits * rows * outputs * SUM_BYTES
 
-    return Tiling(tile, 128, min(range(1, min(16, blocks) + 1), key=cost), stages=3 if tile == 16 else 2)
+    return Tiling(tile, each, min(range(1, min(16, blocks) + 1), key=cost), warps, stages)
 
 
 @triton.jit
@@ -82,8 +86,9 @@ def spread(step, base, g, n, N):
 
 @triton.jit
 def decoded(quads, g, step, base):
-    """The scale or zero of group g whose code is in `quads`: rounded as it is stored."""
-    code = ((quads >> (8 * (g % 4))) & 255).to(tl.float32)
+    """The scale or zero of group g whose code is in `quads`: rounded as it is stored. A code becomes a float32 as the last
+    bits of one whose last bit is worth 1: there are fewer units for conversions."""
+    code = ((quads >> (8 * (g % 4))) & 255 | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     return (code * step + base).to(tl.float16).to(tl.float32)
 
 
@@ -106,6 +111,36 @@ def part_values(words, levels, part, SCHEME: tl.constexpr, dtype: tl.constexpr):
             return (codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
         else:
             return codes.to(dtype)
+
+
+@triton.constexpr_function
+def nth(j, parts, group, run):
+    """The j-th part that is multiplied: where each has a group of its own, those that lie 16 bits apart follow each other."""
+    return j % 2 * (parts // 2) + j // 2 if group == run else j
+
+
+@triton.jit
+def known_values(words, levels, part: tl.constexpr, SCHEME: tl.constexpr, dtype: tl.constexpr):
+    """`part_values` of a part that is known. Of int4 in 16 bits the two that lie so far apart are made at once."""
+    if SCHEME == INT4 and dtype == tl.bfloat16:
+        both = (words >> (4 * (part % 4))) & 0x000F000F | 0x43004300
+        return (both >> (16 * (part // 4))).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif SCHEME == INT4 and dtype == tl.float16:
+        both = (words >> (4 * (part % 4))) & 0x000F000F | 0x64006400
+        return (both >> (16 * (part // 4))).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        return part_values(words, levels, part, SCHEME, dtype)
+
+
+@triton.jit
+def scale_in_block(first, second, b, groups: tl.constexpr, e: tl.constexpr, step, base):
+    """The scale or zero of the e-th of a block's groups, whose codes are in two quads at most; b is the first one."""
+    if groups < 4:
+        return decoded(first, b + e, step, base)
+    elif e < 4:
+        return decoded(first, e, step, base)
+    else:
+        return decoded(second, e, step, base)
 
 
 def offset_of(dtype: torch.dtype) -> int:
@@ -140,30 +175,37 @@ def product_kernel(
             eviction_policy="evict_first",
         )
         if DOUBLE:
+            quad = block * groups // 4
+            more = tl.minimum(quad + 1, (K // GROUP - 1) // 4) if groups > 4 else quad
             s_step, s_base = spread(scale_step, scale_base, block * groups, n, N)
+            s_first = tl.load(scale_codes + quad * N + n, mask=there, other=0)
+            s_second = tl.load(scale_codes + more * N + n, mask=there, other=0)
             if SCHEME == INT4:
                 z_step, z_base = spread(zero_step, zero_base, block * groups, n, N)
+                z_first = tl.load(zero_codes + quad * N + n, mask=there, other=0)
+                z_second = tl.load(zero_codes + more * N + n, mask=there, other=0)
         sums = tl.zeros((BM, BN), tl.float32)
-        for part in tl.static_range(PARTS):
-            k = (block * PARTS + part) * RUN
+        for j in tl.static_range(PARTS):
+            k = (block * PARTS + nth(j, PARTS, GROUP, RUN)) * RUN
             inside = here[:, None] & ((k + i) < K)[None, :]
             rows = tl.load(x + m[:, None] * K + (k + i)[None, :], mask=inside, other=0.0)
-            sums = tl.dot(rows, part_values(tile, levels, part, SCHEME, dtype), sums)
-            if ((part + 1) * RUN) % GROUP == 0:
+            sums = tl.dot(rows, known_values(tile, levels, nth(j, PARTS, GROUP, RUN), SCHEME, dtype), sums)
+            if ((j + 1) * RUN) % GROUP == 0:
                 # Groups that only pad the inputs have products of zeros, whatever scale they read.
-                g = tl.minimum(block * groups + part * RUN // GROUP, K // GROUP - 1)
+                g = tl.minimum(block * groups + nth(j, PARTS, GROUP, RUN) * RUN // GROUP, K // GROUP - 1)
                 if DOUBLE:
-                    if (part * RUN // GROUP) % 4 == 0:
-                        s_quads = tl.load(scale_codes + g // 4 * N + n, mask=there, other=0)
-                        if SCHEME == INT4:
-                            z_quads = tl.load(zero_codes + g // 4 * N + n, mask=there, other=0)
-                    s = decoded(s_quads, g, s_step, s_base)
+                    s = scale_in_block(
+                        s_first, s_second, block * groups, groups, nth(j, PARTS, GROUP, RUN) * RUN // GROUP, s_step, s_base
+                    )
                 else:
                     s = tl.load(scale + g * N + n, mask=there, other=0.0).to(tl.float32)
                 total = tl.fma(sums, tl.broadcast_to(s[None, :], (BM, BN)), total)
                 if SCHEME == INT4:
                     if DOUBLE:
-                        z = decoded(z_quads, g, z_step, z_base)
+                        z = scale_in_block(
+                            z_first, z_second, block * groups, groups, nth(j, PARTS, GROUP, RUN) * RUN // GROUP,
+                            z_step, z_base,
+                        )  # fmt: skip
                     else:
                         z = tl.load(zero + g * N + n, mask=there, other=0.0).to(tl.float32)
                     mine = here & (k + 0 * m < K)
@@ -297,7 +339,7 @@ class Matrix:
         """
         m = x.shape[0]
         if self.dense or m >= DENSE_ROWS:
-            out[0].copy_(x @ (self.dense_values if self.dense else self.values(x.dtype)).t())
+            out[0].copy_(_dense_product(x, self.dense_values if self.dense else self.values(x.dtype)))
             return
         grid = (-(-m // how.rows), -(-self.rows // how.outputs), how.splits)
         sizes = (m, self.rows, self.width, self.blocks)
@@ -313,6 +355,13 @@ class Matrix:
     def values(self, dtype: torch.dtype) -> torch.Tensor:
         """The quantized matrix [rows, in] in a floating dtype, on its device."""
         return dequantized(self._weight, dtype)
+
+
+def _dense_product(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """x times the transposed values, in float32 where the library can leave its sums so: of 16 bits on a GPU."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, values.t(), out_dtype=torch.float32)
+    return x @ values.t()
 
 
 def arguments(weight: Weight, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -125,6 +125,21 @@ def test_products_of_few_rows(
     assert error(result.sum(0), exact) < levels
 
 
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+def test_codes_of_scales_are_found_in_blocks_of_any_group(group: int) -> None:
+    """Three blocks of 16, 8, 4 or 2 groups, four of whose codes share a word; the last has no word behind it."""
+    stored = stored_matrix(64, 1536, "int4", group, True)
+    matrix = on_device(stored)
+    assert matrix.blocks == 3 * 64 // matrix.constants["RUN"]
+    x = torch.randn(2, 1536, generator=torch.Generator().manual_seed(3)).to(DEVICE, FLOAT)
+    sums = poisoned(2, 1536 // group)
+    products.group_sums(x, group, sums)
+    how = matrix.tiling(2)
+    result = poisoned(how.splits, 2, 64)
+    matrix.multiply(x, sums, result, how)
+    assert error(result.sum(0), x.float().cpu() @ reference.Reference().dequantize(stored).t()) < LOOSE
+
+
 @pytest.mark.parametrize(("scheme", "group", "double"), [("int4", 64, True), ("nf4", 64, False), ("int8", 32, False)])
 def test_products_of_many_rows(scheme: str, group: int, double: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = stored_matrix(144, 320, scheme, group, double)
@@ -305,7 +320,7 @@ def test_norms_and_tables() -> None:
             assert (found[3] == 0).all()
 
 
-@pytest.mark.parametrize("head_dim", [32, 24])
+@pytest.mark.parametrize("head_dim", [32, 24, 256])
 def test_attention_over_blocks(head_dim: int) -> None:
     """Queries turned, keys and values written, prefill chunks and single rows, of contexts of many lengths."""
     heads, kv_heads, size = 6, 2, 16
