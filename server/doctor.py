@@ -106,10 +106,15 @@ def _torch(settings: Settings, report: Report) -> None:
 
     report.facts["torch"] = str(torch.__version__)
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        major, minor = torch.cuda.get_device_capability()
-        name = torch.cuda.get_device_name()
-        report.facts["GPU"] = f"{name}, capability {major}.{minor}, {_gib(free)} free of {_gib(total)}"
+        try:
+            free, total = torch.cuda.mem_get_info()
+            major, minor = torch.cuda.get_device_capability()
+            name = torch.cuda.get_device_name()
+            report.facts["GPU"] = f"{name}, capability {major}.{minor}, {_gib(free)} free of {_gib(total)}"
+        except RuntimeError as e:  # it is full, busy, or has a fault
+            report.facts["GPU"] = "one that does not answer"
+            report.problems.append(f"the GPU does not answer: {str(e).splitlines()[0]}")
+            return
     else:
         report.facts["GPU"] = "none that torch can use"
     driver = _driver()

@@ -21,6 +21,8 @@ from server.kernels.cuda.lora import Pool
 from server.kernels.lora import SITES
 from server.model.config import ModelConfig
 
+PIECE = 8 << 20
+"""Elements that are moved at once."""
 ALIGNMENT = 64
 """Elements that every adapter's place is a multiple of."""
 
@@ -85,9 +87,13 @@ class AdapterPool:
             scales[found] = [update.scale for update in weights.modules.values()]
         self._placed[slot] = (start, _aligned(flat.numel()))
         self.ranks[slot] = int(ranks.max())
-        with self._copying(slot):
-            self._tell(slot)
-            self.pool.values[start : start + flat.numel()].copy_(flat, non_blocking=True)
+        try:
+            with self._copying(slot):
+                self._tell(slot)
+                self.pool.values[start : start + flat.numel()].copy_(flat, non_blocking=True)
+        except BaseException:
+            self.clear(slot)
+            raise
 
     def clear(self, slot: int) -> None:
         """Empty a slot. No step that is still to run may use it."""
@@ -104,8 +110,11 @@ class AdapterPool:
     def _tell(self, slot: int) -> None:
         """Bring a slot's rows of the tables to the device, from memory that nobody changes until they are there."""
         for table, held in zip(self._tables, (self.pool.offsets, self.pool.ranks, self.pool.scales), strict=True):
-            row = table[slot]
-            held[slot].copy_(row if self._stream is None else row.pin_memory(), non_blocking=True)
+            held[slot].copy_(self._sent(table[slot]), non_blocking=True)
+
+    def _sent(self, row: torch.Tensor) -> torch.Tensor:
+        """A row of a table in memory of its own that the device reads. Raises RuntimeError if there is none."""
+        return row.clone() if self._stream is None else row.pin_memory()
 
     @contextmanager
     def _copying(self, *slots: int) -> Iterator[None]:
@@ -115,10 +124,12 @@ class AdapterPool:
             return
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            yield
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record()
-        self._copies.update(dict.fromkeys(slots, done))
+            try:
+                yield
+            finally:  # what was launched goes on, whatever fails behind it
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                done.record()
+                self._copies.update(dict.fromkeys(slots, done))
 
     def _room(self, size: int) -> int:
         """The start of a free piece of so many elements; adapters are moved together if there is none but room."""
@@ -139,15 +150,23 @@ class AdapterPool:
         return self._move_together()
 
     def _move_together(self) -> int:
-        """Close all gaps; answers where the free room begins."""
+        """Close all gaps; answers where the free room begins.
+
+        Whatever memory an adapter's move takes is there before it begins: half of one would be no adapter any more.
+        """
         end = 0
+        values = self.pool.values
         with self._copying(*self._placed):
+            between = values.new_empty(min(PIECE, max(length for _, length in self._placed.values())))
             for slot, (start, length) in sorted(self._placed.items(), key=lambda item: item[1]):
                 if start != end:
-                    values = self.pool.values
-                    values[end : end + length] = values[start : start + length].clone()  # the two may overlap
-                    self._tables[0][slot] += end - start
-                    self._tell(slot)
+                    offsets = self._sent(self._tables[0][slot] + (end - start))
+                    for at in range(0, length, len(between)):  # the two may overlap
+                        piece = between[: min(len(between), length - at)]
+                        piece.copy_(values[start + at : start + at + len(piece)])
+                        values[end + at : end + at + len(piece)].copy_(piece)
+                    self.pool.offsets[slot].copy_(offsets, non_blocking=True)
+                    self._tables[0][slot] = offsets
                     self._placed[slot] = (end, length)
                 end += length
         return end

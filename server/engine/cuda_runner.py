@@ -204,8 +204,8 @@ class CudaRunner:
         shape = numbers.shape.bucket(self._buckets, self._width)
         if shape is None:
             return Logits(self._logits(self._step_of(numbers)))
-        self._step_memory.send(numbers, shape, self._numbers[: shape.elements])
         graph = self._graph(shape) if self._device.type == "cuda" else None
+        self._step_memory.send(numbers, shape, self._numbers[: shape.elements])
         if graph is None:
             self._compute(shape)
         else:
@@ -307,7 +307,8 @@ class CudaRunner:
     # -- graphs
 
     def _graph(self, shape: Shape) -> torch.cuda.CUDAGraph | None:
-        """The graph of a bucket's steps, captured when it is first asked for; None if memory lacks for it."""
+        """The graph of a bucket's steps, captured when it is first asked for, which leaves no numbers in their place;
+        None if there can be none, mostly as memory lacks for it. Raises RuntimeError if the device answers no more."""
         if shape in self._graphs:
             self._graphs[shape] = found = self._graphs.pop(shape)  # to the end
             return found
@@ -321,13 +322,9 @@ class CudaRunner:
         except RuntimeError as error:
             if not _lacks_memory(error):
                 self._graph_memory = None  # a capture that the driver ended may hold it
-                raise
+                self.wait()
             torch.cuda.empty_cache()
-            log.warning(
-                "GPU memory lacks for the graph of %d sequences, whose steps run without for a while: %s",
-                shape.rows,
-                error,
-            )
+            log.warning("no graph of %d sequences, whose steps run without for a while: %s", shape.rows, error)
             self._without[shape] = time.monotonic() + RETRY_SECONDS
             return None
         self._without.pop(shape, None)
@@ -348,7 +345,7 @@ class CudaRunner:
         return total - free - torch.cuda.memory_reserved(self._device)
 
     def _captured(self, shape: Shape) -> torch.cuda.CUDAGraph:
-        waiting, stream = self._numbers.clone(), self._capturing
+        stream = self._capturing
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         try:
@@ -360,8 +357,6 @@ class CudaRunner:
                 with torch.cuda.graph(graph, self._graph_memory, stream, capture_error_mode="thread_local"):
                     self._compute(shape)
         finally:
-            with torch.inference_mode(), torch.cuda.stream(stream):
-                self._numbers.copy_(waiting)
             torch.cuda.current_stream().wait_stream(stream)
         return graph
 

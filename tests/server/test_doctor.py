@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from adapters.store import Store
 from server.doctor import check_state_dir, examine
@@ -56,6 +57,18 @@ def test_looking_at_a_state_directory_changes_nothing(tmp_path: Path) -> None:
     Store(tmp_path / "store").close()
     before = sorted(tmp_path.rglob("*"))
     assert check_state_dir(tmp_path) == tmp_path and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_gpu_that_does_not_answer_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy() -> tuple[int, int]:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nAsk the administrator.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", busy)
+    report = examine(Settings(state_dir=tmp_path, port=0))
+    assert report.facts["GPU"] == "one that does not answer"
+    found = [line for line in report.problems if "GPU" in line]
+    assert len(found) == 1 and found[0].endswith("are busy or unavailable")
 
 
 def test_two_may_look_at_once(tmp_path: Path) -> None:

@@ -86,8 +86,10 @@ def spread(step, base, g, n, N):
 
 @triton.jit
 def decoded(quads, g, step, base):
-    """The scale or zero of group g whose code is in `quads`: rounded as it is stored. A code becomes a float32 as the last
-    bits of one whose last bit is worth 1: there are fewer units for conversions."""
+    """The scale or zero of group g whose code is in `quads`: rounded as it is stored.
+
+    A code becomes a float32 as the last bits of one whose last bit is worth 1: there are fewer units for conversions.
+    """
     code = ((quads >> (8 * (g % 4))) & 255 | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     return (code * step + base).to(tl.float16).to(tl.float32)
 
@@ -115,7 +117,7 @@ def part_values(words, levels, part, SCHEME: tl.constexpr, dtype: tl.constexpr):
 
 @triton.constexpr_function
 def nth(j, parts, group, run):
-    """The j-th part that is multiplied: where each has a group of its own, those that lie 16 bits apart follow each other."""
+    """The j-th part that is multiplied: if each has a group of its own, those that lie 16 bits apart come in turn."""
     return j % 2 * (parts // 2) + j // 2 if group == run else j
 
 
@@ -195,8 +197,9 @@ def product_kernel(
                 g = tl.minimum(block * groups + nth(j, PARTS, GROUP, RUN) * RUN // GROUP, K // GROUP - 1)
                 if DOUBLE:
                     s = scale_in_block(
-                        s_first, s_second, block * groups, groups, nth(j, PARTS, GROUP, RUN) * RUN // GROUP, s_step, s_base
-                    )
+                        s_first, s_second, block * groups, groups, nth(j, PARTS, GROUP, RUN) * RUN // GROUP,
+                        s_step, s_base,
+                    )  # fmt: skip
                 else:
                     s = tl.load(scale + g * N + n, mask=there, other=0.0).to(tl.float32)
                 total = tl.fma(sums, tl.broadcast_to(s[None, :], (BM, BN)), total)

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") != "1":
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from server.engine import cuda_batch
+from server.engine import cuda_batch, cuda_pool
 from server.engine import cuda_runner as cuda_runner_module
 from server.engine.batch import Batch, Logits, SlotWeights
 from server.engine.cuda_batch import Shape, batch_buckets, describe
@@ -86,6 +87,10 @@ def step(runner: Runner, new: list[tuple[Sequence, int]], every_row: bool = Fals
 
 def tokens(seed: int, count: int) -> list[int]:
     return random_tokens(llama(**WIDTHS), seed, count)
+
+
+def fails(*_: object) -> torch.Tensor:
+    raise RuntimeError("no memory")
 
 
 def sequences(lengths: list[int], mixes: list[SlotWeights]) -> list[Sequence]:
@@ -242,7 +247,7 @@ def bucket(runner: CudaRunner, size: int, width: int = 0) -> Shape:
     return Shape.single_rows(size, runner._width, width, width > 0)
 
 
-def test_graphs_share_their_memory_and_leave_the_step_that_waits(captures: Captures) -> None:
+def test_graphs_share_their_memory(captures: Captures) -> None:
     """Captured once each, on one stream into one pool, without rows or lanes; with stand-ins for CUDA's calls."""
     runner = capturing_runner()
     for size, width in ((2, 0), (4, 64), (2, 0)):
@@ -250,7 +255,6 @@ def test_graphs_share_their_memory_and_leave_the_step_that_waits(captures: Captu
     stream = runner._capturing
     assert captures.made == [(None, stream, "thread_local", 1), ("pool", stream, "thread_local", 3)]
     assert len(captures.computed) == 4, "each has run once before it was captured"
-    assert torch.equal(runner._numbers, torch.arange(len(runner._numbers), dtype=torch.int32))
     assert runner.nbytes()["graphs"] == 200
 
 
@@ -266,19 +270,47 @@ def test_graphs_that_were_not_used_for_long_make_room(captures: Captures, monkey
     assert Graph.alive - before == 2 and runner.nbytes()["graphs"] == 200
 
 
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_capture_does_not_touch_the_step_that_it_is_for(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers come to their place after the capture, which uses it."""
+    runner = cuda_runner(bases("llama-int4")[0])
+    one = sequences([5, 3], [(), ()])
+    step(runner, [(s, len(s.tokens)) for s in one])
+    seen: list[list[int]] = []
+
+    def note(shape: Shape) -> None:
+        seen.append(runner._step(shape).positions.tolist())
+
+    def capture(shape: Shape) -> object:
+        runner._numbers.zero_()
+        return SimpleNamespace(replay=lambda: note(shape)) if graph else None
+
+    monkeypatch.setattr(runner, "_graph", capture)
+    monkeypatch.setattr(runner, "_compute", note)
+    monkeypatch.setattr(runner, "_device", SimpleNamespace(type="cuda"))
+    for s in one:
+        s.tokens.append(7)
+    runner.run(batch_of([(s, 1) for s in one], False))
+    assert seen == [[5, 3]]
+
+
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("no block of 2 MiB"), RuntimeError("CUDA error: out of memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("no block of 2 MiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: operation not permitted when stream is capturing"),
+    ],
 )
-def test_a_step_runs_without_a_graph_where_memory_lacks_for_one(
+def test_a_step_runs_without_a_graph_where_there_can_be_none(
     captures: Captures, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tried once in a while, not at every step; and the numbers that wait are what they were."""
+    """Tried once in a while, not at every step."""
     runner, captures.error = capturing_runner(), error
     shape = bucket(runner, 2)
     for _ in range(3):
         assert runner._graph(shape) is None
     assert len(captures.made) == 1 and runner.nbytes()["graphs"] == 0
-    assert torch.equal(runner._numbers, torch.arange(len(runner._numbers), dtype=torch.int32))
     captures.error = None
     assert isinstance(runner._graph(bucket(runner, 4)), Graph) and runner._graph(shape) is None
     later = time.monotonic() + RETRY_SECONDS
@@ -286,9 +318,16 @@ def test_a_step_runs_without_a_graph_where_memory_lacks_for_one(
     assert isinstance(runner._graph(shape), Graph)
 
 
-def test_a_capture_that_fails_otherwise_fails_its_step(captures: Captures) -> None:
+def test_a_capture_after_which_the_device_answers_no_more_fails_its_step(
+    captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner, captures.error = capturing_runner(), RuntimeError("CUDA error: an illegal memory access was encountered")
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+
+    def fault() -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(runner, "wait", fault)
+    with pytest.raises(RuntimeError, match="the device is gone"):
         runner._graph(bucket(runner, 2))
 
 
@@ -378,8 +417,12 @@ def test_rows_that_share_large_adapters_are_multiplied_together() -> None:
     assert not cuda_batch._each_by_itself(((), ()), (1, 1), ()), "nothing to add"
 
 
-def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together() -> None:
+@pytest.mark.parametrize("piece", [8 << 20, 100], ids=["whole", "in pieces"])
+def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Adapters of different sizes come and go until what is free lies in pieces; their bytes stay what they were."""
+    monkeypatch.setattr(cuda_pool, "PIECE", piece)
     config, backend = llama(**WIDTHS), Cuda(FLOAT)
     made = {rank: backend.prepare(adapter(config, rank, rank, ("q_proj",)), "int4") for rank in (1, 2, 3, 4)}
     sizes = {
@@ -394,6 +437,10 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together() -> None:
     pool.clear(0)
     pool.clear(2)
     assert sizes[4] <= sizes[1] + sizes[3]
+    with monkeypatch.context() as lacking:
+        lacking.setattr(pool, "_sent", fails)
+        with pytest.raises(RuntimeError, match="no memory"):
+            pool.place(4, made[4])
     pool.place(4, made[4])  # in no single gap, but in both together
     pool.ready(range(6))
     for slot, rank in ((1, 2), (4, 4)):
