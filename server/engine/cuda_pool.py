@@ -2,7 +2,8 @@
 
 Owns where each adapter lies and the tables that tell the kernels. Copies go over a stream of their own, all of them
 from pinned memory, so that nobody waits on the host; whoever computes waits, on the device, for those it uses
-(`ready`). Does not know who may hold a slot (engine/slots.py): it is asked for room that there is, and moves adapters
+(`ready`), and a copy for the steps that have read what it overwrites (`used`), which others need not end for.
+Does not know who may hold a slot (engine/slots.py): it is asked for room that there is, and moves adapters
 together where it is in too many pieces.
 """
 
@@ -49,6 +50,10 @@ class AdapterPool:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._copies: dict[int, torch.cuda.Event] = {}
         """Slot -> what tells that its copy is done, until somebody has waited for it."""
+        self._uses: dict[int, torch.cuda.Event] = {}
+        """Slot -> what tells that the last step that has read it is over; kept when the slot is emptied."""
+        self._left: list[tuple[int, int, torch.cuda.Event]] = []
+        """(start, end, that event) of adapters that are no longer placed, in elements."""
 
     @property
     def room(self) -> Room:
@@ -89,6 +94,7 @@ class AdapterPool:
         self.ranks[slot] = int(ranks.max())
         try:
             with self._copying(slot):
+                self._wait_for_readers(slot)
                 self._tell(slot)
                 self.pool.values[start : start + flat.numel()].copy_(flat, non_blocking=True)
         except BaseException:
@@ -96,8 +102,10 @@ class AdapterPool:
             raise
 
     def clear(self, slot: int) -> None:
-        """Empty a slot. No step that is still to run may use it."""
-        self._placed.pop(slot, None)
+        """Empty a slot. No step that is still to be launched may use it."""
+        start, length = self._placed.pop(slot, (0, 0))
+        if length and slot in self._uses:
+            self._left.append((start, start + length, self._uses[slot]))
         self._copies.pop(slot, None)
         self.ranks[slot] = 0
 
@@ -106,6 +114,25 @@ class AdapterPool:
         if self._copies:
             for event in {self._copies.pop(slot) for slot in slots if slot in self._copies}:
                 torch.cuda.current_stream().wait_event(event)
+
+    def used(self, slots: Iterable[int]) -> None:
+        """A step that reads the adapters in `slots` has been launched."""
+        if self._stream is not None and (read := dict.fromkeys(slots)):
+            over = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            over.record()
+            self._uses.update(dict.fromkeys(read, over))
+
+    def _wait_for_readers(self, slot: int) -> None:
+        """Let the copy to a slot's place wait for whoever reads the slot's numbers or what lay there before."""
+        if self._stream is None:
+            return
+        start, length = self._placed[slot]
+        self._left = [each for each in self._left if not each[2].query()]  # type: ignore[no-untyped-call]
+        events = {event for begin, end, event in self._left if begin < start + length and start < end}
+        if slot in self._uses:
+            events.add(self._uses[slot])
+        for event in events:
+            self._stream.wait_event(event)
 
     def _tell(self, slot: int) -> None:
         """Bring a slot's rows of the tables to the device, from memory that nobody changes until they are there."""
@@ -118,11 +145,10 @@ class AdapterPool:
 
     @contextmanager
     def _copying(self, *slots: int) -> Iterator[None]:
-        """The stream of copies to `slots`: behind what was launched, which may still read what is written over."""
+        """The stream of copies to `slots`."""
         if self._stream is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             try:
                 yield
@@ -156,6 +182,8 @@ class AdapterPool:
         """
         end = 0
         values = self.pool.values
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())  # any step may read any of them
         with self._copying(*self._placed):
             between = values.new_empty(min(PIECE, max(length for _, length in self._placed.values())))
             for slot, (start, length) in sorted(self._placed.items(), key=lambda item: item[1]):

@@ -200,7 +200,13 @@ class CudaRunner:
         """
         numbers = describe(batch, self._pool.ranks)
         self._check(batch)
-        self._pool.ready({slot for mix in batch.mixes for slot, _ in mix})
+        slots = {slot for mix in batch.mixes for slot, _ in mix}
+        self._pool.ready(slots)
+        logits = self._launched(numbers)
+        self._pool.used(slots)
+        return logits
+
+    def _launched(self, numbers: Numbers) -> Logits:
         shape = numbers.shape.bucket(self._buckets, self._width)
         if shape is None:
             return Logits(self._logits(self._step_of(numbers)))
@@ -210,7 +216,7 @@ class CudaRunner:
             self._compute(shape)
         else:
             graph.replay()
-        return Logits(self._results[: batch.rows])
+        return Logits(self._results[: numbers.shape.rows])
 
     @torch.inference_mode()
     def draw(self, logits: Logits, how: np.ndarray, top_k: np.ndarray) -> DeviceDrawn:

@@ -456,6 +456,49 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together(
         pool.place(5, adapter(config, 9, 1))
 
 
+def test_a_copy_waits_for_the_steps_that_read_what_it_overwrites_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for CUDA's calls: of a slot's numbers, and of the adapters whose memory it takes."""
+    waited: list[object] = []
+
+    class Event:
+        over = False
+
+        def record(self) -> None:
+            recorded.append(self)
+
+        def query(self) -> bool:
+            return self.over
+
+    recorded: list[Event] = []
+    config, backend = llama(**WIDTHS), Cuda(FLOAT)
+    one, *others = [backend.prepare(adapter(config, seed, 2, ("q_proj",)), "int4") for seed in range(5)]
+    size = one.modules["model.layers.0.self_attn.q_proj"].A.untyped_storage().nbytes()
+    pool = AdapterPool(config, 3 * size, 6, DEVICE, FLOAT)
+    monkeypatch.setattr(pool, "_stream", SimpleNamespace(wait_event=waited.append, wait_stream=waited.append))
+    monkeypatch.setattr(pool, "_sent", torch.clone)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    for slot, weights in enumerate([one, *others[:2]]):
+        pool.place(slot, weights)
+    assert waited == [], "nobody has read anything"
+    recorded.clear()
+    for slots in ([0], [1, 2], []):
+        pool.used(slots)
+    first, second = recorded
+    pool.clear(0)
+    pool.place(3, others[2])  # where the first one was
+    assert waited == [first]
+    waited.clear()
+    pool.clear(3)
+    pool.place(0, others[3])  # there again, and the numbers of the slot are those that were read
+    assert waited == [first]
+    waited.clear()
+    pool.clear(2)
+    second.over = True
+    pool.place(4, others[2])
+    assert waited == [], "that step is over"
+
+
 def test_memory_is_shared_out_and_what_does_not_fit_is_refused() -> None:
     config = llama(**WIDTHS)
     shares = share_out(config, 1 << 30, 512, 32, 8 << 30)
