@@ -209,7 +209,11 @@ class CudaRunner:
     def _launched(self, numbers: Numbers) -> Logits:
         shape = numbers.shape.bucket(self._buckets, self._width)
         if shape is None:
-            return Logits(self._logits(self._step_of(numbers)))
+            try:
+                return Logits(self._logits(self._step_of(numbers)))
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()  # enough may be free in pieces that are each too small
+                return Logits(self._logits(self._step_of(numbers)))
         graph = self._graph(shape) if self._device.type == "cuda" else None
         self._step_memory.send(numbers, shape, self._numbers[: shape.elements])
         if graph is None:

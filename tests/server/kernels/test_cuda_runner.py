@@ -270,6 +270,26 @@ def test_graphs_that_were_not_used_for_long_make_room(captures: Captures, monkey
     assert Graph.alive - before == 2 and runner.nbytes()["graphs"] == 200
 
 
+def test_a_prompt_that_finds_memory_in_pieces_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = bases("llama-int4")
+    (one,) = sequences([9], [()])
+    expected = step(cuda_runner(ours), [(one, 9)])
+    one.done = 0
+    runner, whole, tries = cuda_runner(ours), DeviceModel.logits, []
+
+    def lacking(self: DeviceModel, *given: Any) -> torch.Tensor:
+        tries.append(None)
+        if len(tries) in (1, 3, 4):
+            raise torch.OutOfMemoryError("no block of 2 MiB")
+        return whole(self, *given)
+
+    monkeypatch.setattr(DeviceModel, "logits", lacking)
+    assert torch.equal(step(runner, [(one, 9)]), expected) and len(tries) == 2
+    one.done = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        step(runner, [(one, 9)])
+
+
 @pytest.mark.parametrize("graph", [True, False])
 def test_a_capture_does_not_touch_the_step_that_it_is_for(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its numbers come to their place after the capture, which uses it."""
