@@ -17,7 +17,7 @@ from server.kernels.cuda.products import OPTIONS
 PIECE = 4096
 """Logits that a program reads at a time."""
 DRAW_WARPS = 16
-"""A row is one program's, which for top_k or top_p goes over all logits up to 32 times: the more warps, the more of
+"""A row is one program's, which for top_k or top_p goes over all logits up to 16 times: the more warps, the more of
 them are on their way at once."""
 LOWEST = tl.constexpr(-2147483647)
 NONE = tl.constexpr(2147483647)
@@ -45,31 +45,55 @@ def ordered(values):
 
 
 @triton.jit
-def mass_above(logits, V, key, top, temperature, COUNT: tl.constexpr, BV: tl.constexpr):
-    """How many logits of a row have at least the order `key`, or without COUNT the sum of their weights."""
+def weights(values, top, temperature, COUNT: tl.constexpr):
+    """What logits count for: each for one with COUNT, and for its probability without, the largest one's being 1."""
+    if COUNT:
+        return tl.full(values.shape, 1.0, tl.float32)
+    else:
+        return tl.exp((values - top) / temperature)
+
+
+@triton.jit
+def mass_above(logits, V, key, top, temperature, BV: tl.constexpr):
+    """The sum of the weights of a row's logits that have at least the order `key`."""
     sums = tl.zeros((BV,), tl.float32)
     for start in range(0, V, BV):
         v = start + tl.arange(0, BV)
         values = tl.load(logits + v, mask=v < V, other=float("-inf"))
         kept = (v < V) & (ordered(values) >= key)
-        if COUNT:
-            sums += kept.to(tl.float32)
-        else:
-            sums += tl.where(kept, tl.exp((values - top) / temperature), 0.0)
+        sums += tl.where(kept, weights(values, top, temperature, False), 0.0)
     return tl.sum(sums, 0)
 
 
 @triton.jit
 def highest_key(logits, V, goal, floor, top, temperature, COUNT: tl.constexpr, BV: tl.constexpr):
-    """The highest order at or above which the mass is at least `goal`; `floor` if none above it is."""
+    """The highest order at or above which the mass is at least `goal`; `floor` if none above it is.
+
+    Three orders are tried at a time: what a pass costs is reading.
+    """
     low = floor.to(tl.int64)
     high = ordered(top).to(tl.int64)
     while low < high:
-        middle = (low + high + 1) >> 1
-        if mass_above(logits, V, middle.to(tl.int32), top, temperature, COUNT, BV) >= goal:
-            low = middle
+        span = high - low
+        first, second, third = low + (span + 3) // 4, low + (2 * span + 3) // 4, low + (3 * span + 3) // 4
+        above_first = tl.zeros((BV,), tl.float32)
+        above_second = tl.zeros((BV,), tl.float32)
+        above_third = tl.zeros((BV,), tl.float32)
+        for start in range(0, V, BV):
+            v = start + tl.arange(0, BV)
+            values = tl.load(logits + v, mask=v < V, other=float("-inf"))
+            key, weight = ordered(values), tl.where(v < V, weights(values, top, temperature, COUNT), 0.0)
+            above_first += tl.where(key >= first.to(tl.int32), weight, 0.0)
+            above_second += tl.where(key >= second.to(tl.int32), weight, 0.0)
+            above_third += tl.where(key >= third.to(tl.int32), weight, 0.0)
+        if tl.sum(above_third, 0) >= goal:
+            low = third
+        elif tl.sum(above_second, 0) >= goal:
+            low, high = second, third - 1
+        elif tl.sum(above_first, 0) >= goal:
+            low, high = first, second - 1
         else:
-            high = middle - 1
+            high = first - 1
     return low.to(tl.int32)
 
 
@@ -92,11 +116,11 @@ def draw_kernel(logits, best, piece_token, how, top_k, out, V, pieces, BP: tl.co
         if k > 0 and k < V:
             key = highest_key(mine, V, k.to(tl.float32), key, top, temperature, True, BV)
         if top_p < 1.0:
-            goal = top_p * mass_above(mine, V, key, top, temperature, False, BV)
+            goal = top_p * mass_above(mine, V, key, top, temperature, BV)
             key = highest_key(mine, V, goal, key, top, temperature, False, BV)
         if min_p > 0.0:
             key = tl.maximum(key, ordered(top + temperature * tl.log(min_p)))
-        goal = tl.load(how + row * 4 + 3) * mass_above(mine, V, key, top, temperature, False, BV)
+        goal = tl.load(how + row * 4 + 3) * mass_above(mine, V, key, top, temperature, BV)
         before = 0.0
         found = tl.full((), NONE, tl.int32)
         last = token
@@ -104,7 +128,7 @@ def draw_kernel(logits, best, piece_token, how, top_k, out, V, pieces, BP: tl.co
             v = start + tl.arange(0, BV)
             values = tl.load(mine + v, mask=v < V, other=float("-inf"))
             kept = (v < V) & (ordered(values) >= key)
-            weight = tl.where(kept, tl.exp((values - top) / temperature), 0.0)
+            weight = tl.where(kept, weights(values, top, temperature, False), 0.0)
             passed = kept & (weight > 0.0) & (before + tl.cumsum(weight, 0) > goal)
             found = tl.minimum(found, tl.min(tl.where(passed, v, NONE), 0))
             last = tl.maximum(last, tl.max(tl.where(kept & (weight > 0.0), v, 0), 0))
