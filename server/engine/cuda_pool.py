@@ -72,7 +72,7 @@ class AdapterPool:
         return _aligned(-(-held // size)) * size
 
     def place(self, slot: int, weights: LoraWeights) -> None:
-        """Copy a prepared adapter into a slot, behind whatever the device computes.
+        """Copy a prepared adapter into a slot, behind the steps that read what is overwritten.
 
         Raises ValueError if it is not this base's or was not prepared, NoCapacity if the pool lacks room.
         """
