@@ -115,12 +115,6 @@ def part_values(words, levels, part, SCHEME: tl.constexpr, dtype: tl.constexpr):
             return codes.to(dtype)
 
 
-@triton.constexpr_function
-def nth(j, parts, group, run):
-    """The j-th part that is multiplied: if each has a group of its own, those that lie 16 bits apart come in turn."""
-    return j % 2 * (parts // 2) + j // 2 if group == run else j
-
-
 @triton.jit
 def known_values(words, levels, part: tl.constexpr, SCHEME: tl.constexpr, dtype: tl.constexpr):
     """`part_values` of a part that is known. Of int4 in 16 bits the two that lie so far apart are made at once."""
@@ -163,6 +157,10 @@ def product_kernel(
     """
     dtype: tl.constexpr = x.dtype.element_ty
     groups: tl.constexpr = PARTS * RUN // GROUP
+    # The j-th part that is multiplied is j % 2 * hop + j // 2 * step: if each has a group of its own, those that lie 16
+    # bits apart come in turn.
+    hop: tl.constexpr = PARTS // 2 if GROUP == RUN else 1
+    step: tl.constexpr = 1 if GROUP == RUN else 2
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     split = tl.program_id(2)
@@ -188,16 +186,16 @@ def product_kernel(
                 z_second = tl.load(zero_codes + more * N + n, mask=there, other=0)
         sums = tl.zeros((BM, BN), tl.float32)
         for j in tl.static_range(PARTS):
-            k = (block * PARTS + nth(j, PARTS, GROUP, RUN)) * RUN
+            k = (block * PARTS + j % 2 * hop + j // 2 * step) * RUN
             inside = here[:, None] & ((k + i) < K)[None, :]
             rows = tl.load(x + m[:, None] * K + (k + i)[None, :], mask=inside, other=0.0)
-            sums = tl.dot(rows, known_values(tile, levels, nth(j, PARTS, GROUP, RUN), SCHEME, dtype), sums)
+            sums = tl.dot(rows, known_values(tile, levels, j % 2 * hop + j // 2 * step, SCHEME, dtype), sums)
             if ((j + 1) * RUN) % GROUP == 0:
                 # Groups that only pad the inputs have products of zeros, whatever scale they read.
-                g = tl.minimum(block * groups + nth(j, PARTS, GROUP, RUN) * RUN // GROUP, K // GROUP - 1)
+                g = tl.minimum(block * groups + (j % 2 * hop + j // 2 * step) * RUN // GROUP, K // GROUP - 1)
                 if DOUBLE:
                     s = scale_in_block(
-                        s_first, s_second, block * groups, groups, nth(j, PARTS, GROUP, RUN) * RUN // GROUP,
+                        s_first, s_second, block * groups, groups, (j % 2 * hop + j // 2 * step) * RUN // GROUP,
                         s_step, s_base,
                     )  # fmt: skip
                 else:
@@ -206,7 +204,7 @@ def product_kernel(
                 if SCHEME == INT4:
                     if DOUBLE:
                         z = scale_in_block(
-                            z_first, z_second, block * groups, groups, nth(j, PARTS, GROUP, RUN) * RUN // GROUP,
+                            z_first, z_second, block * groups, groups, (j % 2 * hop + j // 2 * step) * RUN // GROUP,
                             z_step, z_base,
                         )  # fmt: skip
                     else:
