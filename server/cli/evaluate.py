@@ -156,7 +156,7 @@ def _show(told: dict[str, Any]) -> None:
             elif len(told["candidates"]) > 1:
                 cells.append("")
         table.add_row(*cells, f"{row['seconds']:.1f}")
-    several = "; differences are means over the examples, with 95 % intervals" if len(told["candidates"]) > 1 else ""
+    several = "; differences are those of the scores, with 95 % intervals" if len(told["candidates"]) > 1 else ""
     out().print(f"{told['task']}, {told['examples']} examples{several}")
     out().print(table)
 

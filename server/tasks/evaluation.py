@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Any
 
 from adapters.data import Pair, Record
@@ -45,12 +45,14 @@ Tell = Callable[[int, int], None]
 class Score:
     """`value` is the metric as the field defines it: a share from 0 to 1 (accuracy, exact_match, rougeL), a corpus
     score from 0 to 100 (bleu, chrf), or nats a token (loss). `values` has one number for each example, in order: from
-    0 to 1 (for bleu and chrf the sentence's own score over 100), or the example's mean nats a token.
+    0 to 1 (for bleu and chrf the sentence's own score over 100), or the example's mean nats a token. Where `value` is
+    not their mean, `parts` are what each example does for it, in its unit, but for a constant.
     """
 
     metric: str
     value: float
     values: tuple[float, ...]
+    parts: tuple[float, ...] = ()
 
     @property
     def lower_is_better(self) -> bool:
@@ -71,7 +73,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one candidate to another on the same examples: the mean of the differences, with its 95 % interval."""
+    """Of one candidate's score to another's on the same examples, in the metric's unit, with its 95 % interval."""
 
     mean: float
     low: float
@@ -148,10 +150,11 @@ async def evaluate(
 
 
 def difference(ours: Score, theirs: Score) -> Difference:
-    """Paired: how much more `ours` has on the same examples (less is better for a loss). Normal approximation."""
-    each = [a - b for a, b in zip(ours.values, theirs.values, strict=True)]
-    mean = fmean(each)
-    half = 1.96 * stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.inf
+    """How much more `ours` has (less is better for a loss). Paired, by what each example does for the two scores."""
+    mean, half = ours.value - theirs.value, math.inf
+    if len(ours.values) > 1:
+        each = [a - b for a, b in zip(ours.parts or ours.values, theirs.parts or theirs.values, strict=True)]
+        half = 1.96 * stdev(each) / math.sqrt(len(each))
     return Difference(mean, mean - half, mean + half)
 
 
@@ -250,8 +253,18 @@ class _Run:
 
     def score(self, metric: str, examples: Sequence[Pair]) -> Score:
         if metric == LOSS:
-            nats, tokens = (sum(part) for part in zip(*self._losses, strict=True))
-            return Score(metric, nats / tokens, tuple(loss / count for loss, count in self._losses))
+            each = tuple(map(_a_token, self._losses))
+            return Score(metric, _a_token(scores.sums(self._losses)), each, scores.parts(_a_token, self._losses))
         references = [example.output for example in examples]
+        corpus = scores.CORPUS.get(metric)
+        if corpus is not None:
+            counts = [corpus.count(a, r) for a, r in zip(self.answers, references, strict=True)]
+            value, parts = corpus.score(scores.sums(counts)), scores.parts(corpus.score, counts)
+            return Score(metric, value, tuple(map(corpus.single, counts)), parts)
         values = tuple(scores.single(metric, a, r) for a, r in zip(self.answers, references, strict=True))
         return Score(metric, scores.METRICS[metric](self.answers, references), values)
+
+
+def _a_token(loss: scores.Counts) -> float:
+    nats, tokens = loss
+    return nats / tokens

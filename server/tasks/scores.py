@@ -9,15 +9,35 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 CHRF_ORDER = 6
 CHRF_BETA = 2.0
 BLEU_ORDER = 4
 
+Counts = Sequence[float]
+"""What one answer adds to a corpus score, or what all add together."""
+
 _WORDS = re.compile(r"[^a-z0-9]+")
 _WRITTEN = {"<skipped>": "", "-\n": "", "\n": " ", "&quot;": '"', "&amp;": "&", "&lt;": "<", "&gt;": ">"}
 """What mteval-v13a takes for something else, in its order."""
+
+
+def sums(counts: Iterable[Counts]) -> Counts:
+    """What all answers add together, of what each adds."""
+    return [sum(column) for column in zip(*counts, strict=True)]
+
+
+def parts(score: Callable[[Counts], float], counts: Sequence[Counts]) -> tuple[float, ...]:
+    """What each answer does for a score of sums, but for a constant: how much of it is lost without that answer, times
+    the number of the others (the jackknife; Tukey 1958). Of a mean it is how far each is from it.
+    """
+    whole = sums(counts)
+    value = score(whole)
+    without = ([total - own for total, own in zip(whole, one, strict=True)] for one in counts)
+    return tuple((len(counts) - 1) * (value - score(rest)) for rest in without) if len(counts) > 1 else (0.0,)
 
 
 def accuracy(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -52,16 +72,23 @@ def _rouge_l(answer: str, reference: str) -> float:
 
 def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
     """Corpus chrF2 over character n-grams up to 6, white space left out, 0 to 100 (Popović 2015)."""
-    totals = [[0, 0, 0] for _ in range(CHRF_ORDER)]
-    for answer, reference in zip(answers, references, strict=True):
-        a, r = "".join(answer.split()), "".join(reference.split())
-        for n, total in enumerate(totals, 1):
-            counts = [Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (a, r)]
-            if counts[1]:  # a reference that is too short for an order has no say in it, and so has its answer none
-                total[0] += sum((counts[0] & counts[1]).values())
-                total[1] += sum(counts[0].values())
-                total[2] += sum(counts[1].values())
-    scored = [(hit / given, hit / wanted) for hit, given, wanted in totals if given and wanted]
+    return _chrf(sums(_chrf_counts(a, r) for a, r in zip(answers, references, strict=True)))
+
+
+def _chrf_counts(answer: str, reference: str) -> Counts:
+    """Of each order: the n-grams that both have, the answer's, the reference's."""
+    a, r = "".join(answer.split()), "".join(reference.split())
+    counts: list[int] = []
+    for n in range(1, CHRF_ORDER + 1):
+        mine, theirs = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (a, r))
+        # A reference that is too short for an order has no say in it, and so has its answer none.
+        counts += ((mine & theirs).total(), mine.total(), theirs.total()) if theirs else (0, 0, 0)
+    return counts
+
+
+def _chrf(counts: Counts) -> float:
+    orders = zip(counts[::3], counts[1::3], counts[2::3], strict=True)
+    scored = [(hit / given, hit / wanted) for hit, given, wanted in orders if given and wanted]
     if not scored:
         return 0.0
     precision, recall = (sum(values) / len(scored) for values in zip(*scored, strict=True))
@@ -70,20 +97,25 @@ def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
     return 100.0 * (1 + factor) * precision * recall / both if both else 0.0
 
 
-def bleu(answers: Sequence[str], references: Sequence[str], effective_order: bool = False) -> float:
-    """Corpus BLEU over n-grams of tokens up to 4, 0 to 100 (Papineni et al. 2002).
+def bleu(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Corpus BLEU over n-grams of tokens up to 4, 0 to 100 (Papineni et al. 2002)."""
+    return _bleu(sums(_bleu_counts(a, r) for a, r in zip(answers, references, strict=True)))
 
-    With `effective_order` only orders that the answers are long enough for count, which is for single sentences.
-    """
-    hits, totals = [0] * BLEU_ORDER, [0] * BLEU_ORDER
-    given = wanted = 0
-    for answer, reference in zip(answers, references, strict=True):
-        a, r = _tokens(answer), _tokens(reference)
-        given, wanted = given + len(a), wanted + len(r)
-        for n in range(1, BLEU_ORDER + 1):
-            mine, theirs = (Counter(tuple(t[i : i + n]) for i in range(len(t) - n + 1)) for t in (a, r))
-            hits[n - 1] += sum((mine & theirs).values())
-            totals[n - 1] += sum(mine.values())
+
+def _bleu_counts(answer: str, reference: str) -> Counts:
+    """The tokens of both; then, of each order, the n-grams that both have, and the answer's."""
+    a, r = _tokens(answer), _tokens(reference)
+    counts = [len(a), len(r)]
+    for n in range(1, BLEU_ORDER + 1):
+        mine, theirs = (Counter(tuple(t[i : i + n]) for i in range(len(t) - n + 1)) for t in (a, r))
+        counts += ((mine & theirs).total(), mine.total())
+    return counts
+
+
+def _bleu(counts: Counts, effective_order: bool = False) -> float:
+    """With `effective_order` only orders that the answers are long enough for count, which is for single sentences."""
+    given, wanted, *rest = counts
+    hits, totals = rest[::2], rest[1::2]
     if not hits[0]:
         return 0.0
     orders = sum(total > 0 for total in totals) if effective_order else BLEU_ORDER
@@ -121,9 +153,30 @@ METRICS: Mapping[str, Callable[[Sequence[str], Sequence[str]], float]] = {
 """Names of metrics -> function of answers and references."""
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """A score, 0 to 100, that is no mean of the answers' own but made of sums: `count` is what one answer adds to them
+    by its reference, `score` that of the sums, `alone` that of one answer's counts."""
+
+    count: Callable[[str, str], Counts]
+    score: Callable[[Counts], float]
+    alone: Callable[[Counts], float]
+
+    def single(self, counts: Counts) -> float:
+        """What one answer has alone, from 0 to 1."""
+        return self.alone(counts) / 100.0
+
+
+CORPUS: Mapping[str, Corpus] = {
+    "chrf": Corpus(_chrf_counts, _chrf, _chrf),
+    "bleu": Corpus(_bleu_counts, _bleu, partial(_bleu, effective_order=True)),
+}
+"""The metrics that are made so."""
+
+
 def single(metric: str, answer: str, reference: str) -> float:
     """What a metric says of one answer, from 0 to 1: for BLEU (of effective order) and chrF the score of its own."""
-    if metric == "bleu":
-        return bleu([answer], [reference], effective_order=True) / 100.0
-    value = METRICS[metric]([answer], [reference])
-    return value / 100.0 if metric == "chrf" else value
+    corpus = CORPUS.get(metric)
+    if corpus is not None:
+        return corpus.single(corpus.count(answer, reference))
+    return METRICS[metric]([answer], [reference])

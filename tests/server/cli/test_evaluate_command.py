@@ -59,6 +59,22 @@ def test_candidates_are_compared_on_the_same_examples(given: Path) -> None:
     assert "to the first" in shown.stdout and "mine/mood" in shown.stdout and "±" in shown.stdout
 
 
+def test_a_corpus_score_and_its_difference_are_of_one_scale(given: Path) -> None:
+    command = ["evaluate", "data.jsonl", "--task", "mood", "--metric", "bleu", "--metric", "chrf", "--json", *SETTINGS]
+    command += ["--library", "library", "--candidate", "mood", "--candidate", "base"]
+    runner.invoke(app, [*command, "--answers", "said.jsonl"])
+    said = [json.loads(line) for line in (given / "said.jsonl").read_text().splitlines()]
+    lines = [json.dumps({"input": one["input"], "output": one["answers"]["base"] + " ."}) for one in said]
+    (given / "data.jsonl").write_text("\n".join(lines))
+    done = runner.invoke(app, command)
+    first, second = (row["scores"] for row in json.loads(done.stdout)["candidates"])
+    for metric, score in second.items():
+        found = score["difference"]
+        assert found["mean"] == score["value"] - first[metric]["value"]
+        assert found["low"] <= found["mean"] <= found["high"]
+    assert second["chrf"]["difference"]["mean"] > 1.0, "not of the sentences' own scores, which are from 0 to 1"
+
+
 def test_one_example_has_no_interval_and_the_answer_is_still_json(given: Path) -> None:
     command = ["evaluate", "data.jsonl", "--task", "mood", "--limit", "1", "--candidate", "mood", "--candidate", "base"]
     done = runner.invoke(app, [*command, "--library", "library", "--json", *SETTINGS])

@@ -84,10 +84,26 @@ async def test_a_mix_of_its_own_and_a_pair_on_the_same_examples(parts: Parts) ->
     assert one.values != two.values
     found = difference(one, two)
     assert found.low < found.mean < found.high
-    assert found.mean == pytest.approx(sum(one.values) / len(EXAMPLES) - sum(two.values) / len(EXAMPLES))
+    assert found.mean == one.value - two.value
     same = difference(one, one)
     assert (same.low, same.mean, same.high) == (0.0, 0.0, 0.0)
     assert math.isinf(difference(Score("loss", 1, (1.0,)), Score("loss", 1, (2.0,))).high)
+
+
+async def test_a_difference_has_the_unit_of_its_metric_and_the_sign_of_the_scores(parts: Parts) -> None:
+    said = (await measured(parts, "accuracy", override=[])).answers
+    examples = [Pair(one.line, one.input, f"{answer} .") for one, answer in zip(EXAMPLES, said, strict=True)]
+    metrics = ("bleu", "chrf", "loss", "rougeL")
+    ours, theirs = [
+        await evaluate(parts.inference, parts.prompts, parts.resolver.task("say", mix), examples, metrics)
+        for mix in ([], None)
+    ]
+    assert ours.scores["bleu"].value > theirs.scores["bleu"].value + 1
+    for metric, one in ours.scores.items():
+        found = difference(one, theirs.scores[metric])
+        assert found.mean == one.value - theirs.scores[metric].value, metric
+        assert found.low <= found.mean <= found.high, metric
+        assert len(one.parts) == (0 if metric == "rougeL" else len(EXAMPLES))
 
 
 async def test_cancelling_stops_everything_and_gives_the_leases_back(parts: Parts) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from statistics import stdev
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,6 +59,39 @@ def test_chrf_by_hand():
     # sacrebleu's value: where a reference is too short for an order, its answer's n-grams are not counted either.
     assert scores.chrf(["? Cat,", "? A", "?"], ["-", "? A", "?"]) == pytest.approx(82.97413793, rel=1e-8)
     assert scores.chrf([""], [""]) == 0.0 and scores.chrf(["x"], ["y"]) == 0.0
+
+
+def test_what_answers_do_for_a_mean_is_how_far_they_are_from_it():
+    counts = [(0.25, 1), (0.5, 1), (0.0, 1)]
+    assert scores.parts(lambda sums: sums[0] / sums[1], counts) == pytest.approx((0.0, 0.25, -0.25))
+    assert scores.parts(lambda sums: sums[0] / sums[1], counts[:1]) == (0.0,)
+
+
+def test_one_long_answer_does_more_for_a_corpus_than_many_short_ones():
+    """By the mean of the sentences' own scores the first answers would be the better ones."""
+    long = "the cat sat on the mat and looked at the moon with joy"
+    references = ["no"] * 3 + [long]
+    first, second = ["no"] * 3 + ["yes " * 12], ["yes"] * 3 + [long]
+    for metric, corpus in scores.CORPUS.items():
+        ours, theirs = ([corpus.count(a, r) for a, r in zip(said, references, strict=True)] for said in (first, second))
+        assert sum(map(corpus.single, ours)) > sum(map(corpus.single, theirs))
+        assert corpus.score(scores.sums(ours)) == scores.METRICS[metric](first, references)
+        assert corpus.score(scores.sums(ours)) < corpus.score(scores.sums(theirs))
+        assert scores.parts(corpus.score, theirs)[3] == max(scores.parts(corpus.score, theirs)) > 50
+
+
+@pytest.mark.parametrize("metric", list(scores.CORPUS))
+def test_a_corpus_score_varies_as_its_bootstrap_does(metric):
+    draw, words = random.Random(5), [f"w{i}" for i in range(40)]
+    references = [[draw.choice(words) for _ in range(draw.randint(4, 30))] for _ in range(150)]
+    counts = []
+    for reference in references:
+        kept = draw.random()
+        answer = [word if draw.random() < kept else draw.choice(words) for word in reference]
+        counts.append(scores.CORPUS[metric].count(" ".join(answer), " ".join(reference)))
+    score = scores.CORPUS[metric].score
+    resampled = np.random.default_rng(5).multinomial(150, [1 / 150] * 150, 500) @ np.array(counts)
+    assert stdev(scores.parts(score, counts)) / 150**0.5 == pytest.approx(stdev(map(score, resampled)), rel=0.1)
 
 
 @given(st.lists(st.lists(st.sampled_from(["a", "bc", "cab."]), min_size=4, max_size=8).map(" ".join), min_size=1))
