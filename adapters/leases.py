@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from adapters.errors import UnknownAdapter
 from adapters.weights import Mix, Version
 
 K = TypeVar("K")
@@ -25,15 +26,35 @@ class Lease:
     def __init__(self, mix: Mix, versions: list[tuple[Version, float]], release: Callable[[Lease], None]) -> None:
         self.mix = mix
         self.versions = versions
-        self._release: Callable[[Lease], None] | None = release
-        self._once = threading.Lock()
+        self._release = release
+        self._lock = threading.Lock()
+        self._released = False
+        self._holds = 1
+
+    def again(self) -> Lease:
+        """Another lease of the same versions, though they may have no name any more; they go back with the last one.
+
+        Raises UnknownAdapter if they have.
+        """
+        with self._lock:
+            if not self._holds:
+                raise UnknownAdapter("the versions of this lease have been given back", "adapters")
+            self._holds += 1
+        return Lease(self.mix, self.versions, lambda again: self._give_back())
 
     def release(self) -> None:
         """Give the versions back. Idempotent, from any thread."""
-        with self._once:
-            release, self._release = self._release, None
-        if release is not None:
-            release(self)
+        with self._lock:
+            released, self._released = self._released, True
+        if not released:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        with self._lock:
+            self._holds -= 1
+            last = not self._holds
+        if last:
+            self._release(self)
 
     def __enter__(self) -> Lease:
         return self

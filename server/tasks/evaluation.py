@@ -2,7 +2,8 @@
 
 Owns which metrics there are, what each says of single examples, and how two candidates are compared on the same ones.
 Examples are the callers'; nothing is stored here. Answers are greedy, at the lowest priority, and stay out of the
-latency records. The versions are leased for the whole evaluation: what is published meanwhile changes nothing.
+latency records. The versions are leased for the whole evaluation: what is published or deleted meanwhile changes
+nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import stdev
 from typing import Any
 
@@ -134,10 +135,10 @@ async def evaluate(
     if not examples:
         raise InvalidRequest("there are no examples", "data")
     started = time.monotonic()
-    with inference.leases.lease(target.choice) as lease:
+    with inference.lease(target) as lease:
         versions = tuple(lease.versions)
-        fixed = Target(target.name, target.task, [(f"{v.name}@{v.digest}", w) for v, w in versions])
-        run = _Run(inference, prompts, fixed, Caller(tenant, priority=PRIORITY, client=False), metrics)
+        caller = Caller(tenant, priority=PRIORITY, client=False)
+        run = _Run(inference, prompts, replace(target, held=lease), caller, metrics)
         await run.all(examples, in_flight, tell or (lambda done, total: None))
     return Evaluation(
         {metric: run.score(metric, examples) for metric in metrics},

@@ -167,6 +167,10 @@ class Inference:
         """Raises QueueFull for a call over a limit of its key or task, before anything is worked out for it."""
         self.admission.check(caller.tenant, target.task.name if target.task else None)
 
+    def lease(self, target: Target) -> Lease:
+        """A lease of what is to answer. Raises UnknownAdapter, InvalidChoice, NoRoom."""
+        return self.leases.lease(target.choice) if target.held is None else target.held.again()
+
     def start(
         self,
         target: Target,
@@ -195,7 +199,7 @@ class Inference:
             raise
         try:
             self.engine.check_call(prompts)
-            lease = self.leases.lease(target.choice)
+            lease = self.lease(target)
         except Exception as error:
             self._left(target, caller)
             self.refused(target, error, caller)

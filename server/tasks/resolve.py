@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adapters.errors import UnknownAdapter
+from adapters.leases import Lease
 from adapters.weights import NAME, Choice, Version
 from server.errors import UnknownName
 from server.tasks.definitions import DEFAULT, Best, Task
@@ -34,11 +35,14 @@ class Router(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """What answers a request: a task's template or none, and a choice. `name` is what the client called it."""
+    """What answers a request: a task's template or none, and a choice. `name` is what the client called it, `held` a
+    lease of the choice that the caller has: its versions answer, whatever becomes of their names.
+    """
 
     name: str
     task: Task | None
     choice: Choice
+    held: Lease | None = None
 
 
 class Resolver:

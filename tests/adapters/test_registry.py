@@ -313,6 +313,27 @@ def test_lease_keeps_the_order_asked_and_the_mix_its_canonical_form(registry: Re
     assert registry.lease([]).mix.entries == ()
 
 
+def test_a_lease_can_be_had_again_when_the_name_is_gone(registry: Registry, folders: list[Path]) -> None:
+    version = registry.publish_now("a", folders[0]).version
+    lease = registry.lease([("a", 1.0)])
+    registry.retire_now("a")
+    again = lease.again()
+    assert again.versions == lease.versions == [(version, 1.0)] and again.mix == lease.mix
+    lease.release()
+    lease.release()
+    assert [w.digest for w in fetched(registry, again.mix)] == [version.digest] and stored(registry)
+    third = again.again()
+    again.release()
+    assert len(registry._leases) == 1
+    third.release()
+    assert len(registry._leases) == 0
+    for one in (lease, again, third):
+        with pytest.raises(UnknownAdapter, match="given back"):
+            one.again()
+    registry.publish_now("b", folders[1])
+    assert stored(registry) == {digest_of(folders[1])}
+
+
 def test_choices_that_mean_nothing(registry: Registry, folders: list[Path]) -> None:
     a = registry.publish_now("a", folders[0]).version
     for choice, error in [

@@ -106,6 +106,19 @@ async def test_a_difference_has_the_unit_of_its_metric_and_the_sign_of_the_score
         assert len(one.parts) == (0 if metric == "rougeL" else len(EXAMPLES))
 
 
+async def test_what_is_deleted_meanwhile_is_evaluated_to_its_end(parts: Parts) -> None:
+    expected = await measured(parts, "accuracy", override=[("a", 1.0)])
+    parts.tasks.put("say", {**TASK, "route": {"choice": []}})
+
+    def delete(done: int, total: int) -> None:
+        if done == 3:
+            parts.registry.retire_now("a")
+
+    found = await measured(parts, "accuracy", override=[("a", 1.0)], in_flight=2, tell=delete)
+    assert found.answers == expected.answers and found.versions == expected.versions
+    assert parts.registry.names() == ["b"] and not parts.registry.memory()["leases"]
+
+
 async def test_cancelling_stops_everything_and_gives_the_leases_back(parts: Parts) -> None:
     begun = asyncio.Event()
     job = asyncio.create_task(measured(parts, "accuracy", in_flight=3, tell=lambda done, total: done and begun.set()))
