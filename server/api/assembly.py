@@ -264,7 +264,7 @@ def _jobs(
     )
     works: dict[str, Work] = {
         TRAINING: Training(training, publishing, lend),
-        EVALUATION: Evaluating(tasks, quality, files, evaluations, _reviewer(router), base.id),
+        EVALUATION: Evaluating(tasks, quality, files, training.registry.lease, evaluations, _reviewer(router), base.id),
     }
     jobs = Jobs(Records(settings.state_dir / "jobs"), works)
     files.used_by = jobs.using

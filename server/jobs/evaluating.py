@@ -6,11 +6,13 @@ Owns what is told of the comparison. How answers are scored is `tasks.evaluation
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from adapters import data
 from adapters.data import Pair
 from adapters.errors import InvalidData
+from adapters.leases import Lease
 from adapters.weights import Choice
 from server.errors import InvalidRequest
 from server.jobs.errors import JobError
@@ -31,19 +33,22 @@ DATA = "data.jsonl"
 
 
 class Evaluating:
-    """`Work` for evaluation jobs. `reviewed` is told of a task whose records have grown."""
+    """`Work` for evaluation jobs. `lease` fixes a candidate's versions, `evaluate` runs it on the engine; `reviewed` is
+    told of a task whose records have grown.
+    """
 
     def __init__(
         self,
         tasks: Tasks,
         quality: Quality,
         files: Files,
+        lease: Callable[[Choice], Lease],
         evaluate: Evaluate,
         reviewed: Callable[[Task], object],
         base_id: str,
     ) -> None:
         self._tasks, self._quality, self._files = tasks, quality, files
-        self._evaluate, self._reviewed, self._base_id = evaluate, reviewed, base_id
+        self._lease, self._evaluate, self._reviewed, self._base_id = lease, evaluate, reviewed, base_id
 
     def __call__(self, active: Active) -> None:
         job, request = active.job, active.job.request
@@ -51,25 +56,32 @@ class Evaluating:
         task = self._tasks.get(job.name)
         candidates: list[Choice] = [[(name, weight) for name, weight in choice] for choice in request["candidates"]]
         metric: str = request["metric"]
-        job.progress = Progress(steps=len(examples) * len(candidates))  # of a job that begins again, too
+        job.progress, job.result = Progress(steps=len(examples) * len(candidates)), {}  # of one that begins again, too
         active.become(RUNNING)
         found: list[Evaluation] = []
-        for number, choice in enumerate(candidates):
+        with ExitStack() as held:
+            leases = [held.enter_context(self._lease(choice)) for choice in candidates]
+            held.callback(self._record, task, examples, metric, found)  # whatever ends the rest
+            for choice, lease in zip(candidates, leases, strict=True):
 
-            def tell(done: int, total: int, before: int = number * len(examples)) -> None:
-                job.progress.step = before + done
+                def tell(done: int, total: int, before: int = len(found) * len(examples)) -> None:
+                    job.progress.step = before + done
 
-            target = Target(task.name, task, choice)
-            found.append(awaited(active, self._evaluate(target, examples, (metric,), tell)))
-            job.progress.tokens += found[-1].prompt_tokens + found[-1].completion_tokens
-            job.progress.seconds += found[-1].seconds
-            active.note(f"{_label(found[-1])}: {metric} {found[-1].scores[metric].value:.4f}.")
+                target = Target(task.name, task, choice, lease)
+                found.append(awaited(active, self._evaluate(target, examples, (metric,), tell)))
+                lease.release()
+                job.progress.tokens += found[-1].prompt_tokens + found[-1].completion_tokens
+                job.progress.seconds += found[-1].seconds
+                job.result = told(found, metric)
+                active.note(f"{_label(found[-1])}: {metric} {found[-1].scores[metric].value:.4f}.")
+
+    def _record(self, task: Task, examples: Sequence[Pair], metric: str, found: Sequence[Evaluation]) -> None:
+        """All at once: a route that looked in between would compare what had other examples."""
         for one in found:
             subject = Subject.of(task.name, one.versions, self._base_id)
             values = zip(identities(examples), shares(one.scores[metric]), strict=True)
             self._quality.evaluated(subject, metric, dict(values))
         self._reviewed(task)
-        job.result = told(found, metric)
 
     def _examples(self, active: Active) -> list[Pair]:
         file = active.job.request["training_file"]

@@ -28,6 +28,7 @@ from server.jobs import child, process, training
 from server.jobs.publishing import Publishing
 from server.jobs.spec import Spec
 from server.model.loader import Base
+from tests import waiting
 from tests.server.api.test_openapi_document import check
 
 LINES = [{"input": f"the {i}", "output": "good" if i % 2 else "bad"} for i in range(12)]
@@ -492,6 +493,25 @@ def test_evaluating_candidates_of_a_task(live: Any, client: openai.OpenAI, write
         assert live.http.post("/tasks/mood/evaluate", json=wrong).status_code == status, wrong
     assert live.http.post("/tasks/nobody/evaluate", json={"data": LINES}).status_code == 404
     assert live.idle()
+
+
+def test_a_candidate_that_is_deleted_before_its_turn_is_evaluated_all_the_same(live: Any, write_adapter: Any) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        write_adapter(name, seed)
+        live.http.post("/adapters", json={"name": name, "source": name}).raise_for_status()
+    live.http.put("/tasks/mood", json={"prompt": "{input}", "labels": ["good", "bad"]}).raise_for_status()
+    live.slow_down(0.2)
+    body = {"data": LINES, "candidates": [[{"name": "a"}], [{"name": "b"}]]}
+    id = live.http.post("/tasks/mood/evaluate", json=body).json()["id"]
+    waiting.until(lambda: live.stats()["running"])
+    for name in ("a", "b"):
+        live.http.delete(f"/adapters/{name}").raise_for_status()
+    live.slow_down(0.0)
+    job = finished(live, id)
+    assert job["status"] == "succeeded", job["error"]
+    assert [row["adapters"][0]["name"] for row in job["result"]["candidates"]] == ["a", "b"]
+    assert live.idle() and live.http.get("/adapters").json()["adapters"] == []
+    assert live.http.post("/tasks/mood/evaluate", json=body).status_code == 404
 
 
 def test_an_evaluation_is_cancelled_as_the_refusal_says(live: Any, client: openai.OpenAI) -> None:

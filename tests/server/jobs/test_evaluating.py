@@ -1,10 +1,27 @@
-"""What an evaluation job tells of its candidates."""
+"""What an evaluation job tells of its candidates, and what it keeps of them where it does not come to its end."""
 
 from __future__ import annotations
 
-from server.jobs.evaluating import told
+import json
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from adapters.errors import UnknownAdapter
+from adapters.leases import Lease
+from adapters.weights import Choice, Version, canonical_mix
+from server.errors import InvalidRequest
+from server.jobs.evaluating import DATA, Evaluating, told
+from server.jobs.records import EVALUATION, Job, Records
+from server.jobs.runner import Jobs
 from server.tasks import scores
+from server.tasks.definitions import Fixed, parse
 from server.tasks.evaluation import Evaluation, Score
+from server.tasks.resolve import Target
+from tests.waiting import until
 
 LONG = "the cat sat on the mat and looked at the moon with joy"
 
@@ -30,3 +47,80 @@ def test_the_best_by_score_is_the_best_by_difference() -> None:
         apart = first["difference_to_best"]
         assert apart["mean"] == first["score"] - second["score"] < -1
         assert apart["low"] < apart["mean"] < apart["high"]
+
+
+class House:
+    """The candidates of an evaluation job on an engine that answers by `scores`, or fails with what is there."""
+
+    def __init__(self, root: Path, scores: dict[str, float | Exception]) -> None:
+        self.scores, self.out, self.reviewed = scores, set[str](), 0
+        self.taken: list[tuple[str, dict[str, float]]] = []
+        self.out_at: list[set[str]] = []
+        """Which leases are out when each evaluation begins."""
+        task = parse("mood", {"prompt": "{input}"}, default_route=Fixed(), source="api")
+        tasks: Any = SimpleNamespace(get=lambda name: task)
+        quality: Any = SimpleNamespace(evaluated=self._record)
+        self.records = Records(root)
+        work = Evaluating(tasks, quality, None, self._lease, self._evaluate, self._review, "b")  # type: ignore[arg-type]
+        self.jobs = Jobs(self.records, {EVALUATION: work})
+        self.jobs.start()
+
+    def run(self, names: list[str]) -> Job:
+        """A job over two examples, at its end, as the disk has it."""
+        request = {"training_file": None, "candidates": [[[name, 1.0]] for name in names], "metric": "accuracy"}
+        lines = json.dumps([{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]).encode()
+        job = self.jobs.enter(self.jobs.prepare(EVALUATION, "mood", request, "eval", {DATA: lines}))
+        until(lambda: job.over)
+        self.jobs.close(1.0)
+        assert not self.out
+        return Records(self.records._folder).jobs[job.id]
+
+    def _lease(self, choice: Choice) -> Lease:
+        name = choice[0][0]
+        if name not in self.scores:
+            raise UnknownAdapter(f"no adapter named {name!r} is served", "adapters")
+        self.out.add(name)
+        versions = [(Version(name, name * 64), 1.0)]
+        return Lease(canonical_mix(versions, 8), versions, lambda lease: self.out.discard(name))
+
+    def _evaluate(self, target: Target, examples: Any, metrics: Any, tell: Any) -> Future[Evaluation]:
+        assert target.held is not None
+        self.out_at.append(set(self.out))
+        future: Future[Evaluation] = Future()
+        value = self.scores[target.choice[0][0]]
+        if isinstance(value, Exception):
+            future.set_exception(value)
+        else:
+            score = Score("accuracy", value, (value,) * len(examples))
+            future.set_result(Evaluation({"accuracy": score}, (), tuple(target.held.versions), 3, 4, 0.5))
+        return future
+
+    def _record(self, subject: Any, metric: str, values: dict[str, float]) -> None:
+        self.taken.append((subject.adapter, values))
+
+    def _review(self, task: Any) -> None:
+        self.reviewed += 1
+
+
+def test_candidates_that_were_done_outlive_one_that_fails(tmp_path: Path) -> None:
+    house = House(tmp_path, {"a": 0.25, "c": 0.5, "e": InvalidRequest("the logits are not finite"), "f": 1.0})
+    job = house.run(["a", "c", "e", "f"])
+    assert job.status == "failed" and job.error is not None and "not finite" in job.error["message"]
+    assert [row["adapters"][0]["name"] for row in job.result["candidates"]] == ["a", "c"]
+    assert job.result["best"] == 1 and job.result["candidates"][0]["difference_to_best"]["mean"] == -0.25
+    assert [(name, list(values.values())) for name, values in house.taken] == [("a", [0.25] * 2), ("c", [0.5] * 2)]
+    assert house.reviewed == 1
+
+
+def test_all_candidates_are_held_from_the_start_to_their_turn(tmp_path: Path) -> None:
+    house = House(tmp_path, {"a": 0.25, "c": 0.5})
+    assert house.run(["a", "c"]).status == "succeeded"
+    assert house.out_at == [{"a", "c"}, {"c"}]
+
+
+@pytest.mark.parametrize("gone", [["a", "gone"], ["gone", "a"]])
+def test_one_that_is_gone_already_is_told_before_any_runs(tmp_path: Path, gone: list[str]) -> None:
+    house = House(tmp_path, {"a": 0.25})
+    job = house.run(gone)
+    assert job.status == "failed" and job.error is not None and "'gone'" in job.error["message"]
+    assert not house.out_at and job.result == {}

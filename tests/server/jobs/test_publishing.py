@@ -402,7 +402,8 @@ def test_an_evaluation_that_begins_again_counts_anew(measured: Callable[..., Mea
     scene.records.enter(job)
     tasks: Any = SimpleNamespace(get=lambda name: task)
     quality: Any = SimpleNamespace(evaluated=lambda *what: None)
-    work = Evaluating(tasks, quality, Files(scene.root / "files"), scene.engine, lambda task: None, "b")
+    files = Files(scene.root / "files")
+    work = Evaluating(tasks, quality, files, scene.registry.lease, scene.engine, lambda task: None, "b")
     for _ in range(2):
         work(Active(job, scene.records))
         assert (job.progress.tokens, job.progress.seconds, job.progress.steps) == (14, 1.0, 2)
