@@ -85,6 +85,7 @@ def _linear(shape: tuple[int, int], device: torch.device) -> Weight:
     group = 64
     stored = stored_parts("int4", shape, group, True)
     spread = shape[1] ** -0.5 / 4
+    raised = 127.5 / 512  # what codes of 0 to 255 add in the mean, of `spread`
     tensors = {}
     for name, (dtype, size) in stored.items():
         if dtype == torch.uint8:
@@ -94,7 +95,9 @@ def _linear(shape: tuple[int, int], device: torch.device) -> Weight:
                 "scale_step": spread / 512,
                 "scale_base": spread,
                 "zero_step": spread / 512,
-                "zero_base": -7.75 * spread,
+                # The mean weight is 0, as codes are 7.5 in the mean. Or each product would be little more than the sum
+                # of its inputs, the same for all outputs and soon for all rows.
+                "zero_base": -(7.5 * (1 + raised) + raised) * spread,
             }
             tensors[name] = torch.full(size, value[name], dtype=dtype, device=device)
     return packing.pack(Weight("int4", STORED, shape, group, tensors))

@@ -15,8 +15,8 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from benchmarks import gpu, gpu_kernels, gpu_load
-from benchmarks.gpu_base import Kind, random_adapters
-from server.kernels.cuda import Cuda, products
+from benchmarks.gpu_base import Kind, _linear, random_adapters
+from server.kernels.cuda import Cuda, packing, products
 from server.kernels.lora import SITES
 from server.model.config import from_hf
 
@@ -69,6 +69,13 @@ def test_a_kind_of_adapters_is_what_is_made_and_counted() -> None:
         assert {path.rpartition(".")[2] for path in weights.modules} == set(kind.linears)
         assert sum(update.A.numel() + update.B.numel() for update in weights.modules.values()) == kind.values(config)
     assert str(kind) == "rank 2 on q_proj, k_proj, v_proj, o_proj"
+
+
+def test_a_random_base_has_weights_around_nothing() -> None:
+    """Else every product is the sum of its inputs, and all rows are soon the same."""
+    torch.manual_seed(0)
+    weights = packing.dequantize(_linear((512, 512), torch.device("cpu"))) * 512**0.5
+    assert abs(weights.mean()) < 0.02 and 1.3 < weights.std() < 1.6
 
 
 def test_distinct_adapters_are_those_of_neighbours() -> None:
