@@ -5,6 +5,7 @@ And what counts as served is what was answered whole.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ def test_the_cliff_asks_for_more_than_is_resident(monkeypatch: pytest.MonkeyPatc
 
     def run(bench: Any, kept: Kept, room: Room, warming: list[int], asked: list[int]) -> gpu_load.Run:
         runs.append((kept.count, room, warming, asked))
-        return gpu_load.Run(100.0, 7)
+        return gpu_load.Run(100.0, 9, 7)
 
     monkeypatch.setattr(gpu_load, "_Kept", Kept)
     monkeypatch.setattr(gpu_load, "_run", run)
@@ -71,17 +72,53 @@ class Kept:
         return future
 
 
-def served(runner: LateRunner) -> gpu_load.Run:
+def served(runner: LateRunner, warming: Sequence[int] = (0, 1), room: int = 2) -> gpu_load.Run:
     bench: Any = SimpleNamespace(
         check=True, rows=2, runner=runner, blocks=64, config=SimpleNamespace(vocab_size=runner.vocab)
     )
     kept: Any = Kept()
-    return gpu_load._run(bench, kept, Room(2, lambda weights: 1), [0, 1], [0, 1, 1, 0, 1])
+    return gpu_load._run(bench, kept, Room(room, lambda weights: 1), list(warming), [0, 1, 1, 0, 1])
 
 
 def test_a_run_counts_the_tokens_that_came() -> None:
     run = served(LateRunner(20))
-    assert run.rate > 0 and run.evictions == 0
+    assert run.rate > 0 and run.evictions == run.copies == 0
+
+
+def test_a_run_counts_what_came_to_the_device() -> None:
+    """Of the adapters that it asks for and that were not there."""
+    run = served(LateRunner(20), warming=[0])
+    assert run.copies == 1 and run.evictions == 0
+    run = served(LateRunner(20), warming=[0], room=1)
+    assert run.copies == run.evictions >= 1
+
+
+def test_load_goes_there_and_back_and_says_what_stands_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that is faster in the second half of the time makes no ratio."""
+    counts: list[int] = []
+
+    def run(bench: Any, kept: Any, room: Room, warming: list[int], asked: list[int]) -> gpu_load.Run:
+        counts.append(5 if max(asked) < 5 else 1000)
+        return gpu_load.Run(100.0 * len(counts), 3, 2)
+
+    monkeypatch.setattr(gpu_load, "_Kept", lambda bench, count, kind: SimpleNamespace(buffers=[None] * 16))
+    monkeypatch.setattr(gpu_load, "_run", run)
+    told: dict[str, Any] = {}
+    bench = SimpleNamespace(
+        check=False, is_late=False, rows=32, kinds=["a kind"], runner=SimpleNamespace(room=None),
+        step_bytes=lambda rows, distinct, kind: 1 + distinct,
+        tell=lambda name, value, *claim, **more: told.update({name: (value, *claim, more)}),
+    )  # fmt: skip
+    gpu_load.load(bench)
+    assert counts == [5, 1000, 1000, 5]
+    assert told["1000 adapters in RAM (copies of 16 buffers) against 5, a kind"][:3] == (1.0, 0.95, True)
+    value, more = told["1000 adapters in RAM (copies of 16 buffers) of a kind, power law 0.6: tokens/s"]
+    assert value == 250 and more["copies"] == 3 and more["evictions"] == 2 and 200 < more["distinct"] < 400
+    assert told["5 adapters in RAM of a kind, power law 0.6: tokens/s"][1]["distinct"] == 5
+
+    bench.is_late = True
+    gpu_load.load(bench)
+    assert counts[4:] == [5, 1000], "once each is enough where time is short"
 
 
 def test_a_run_whose_steps_fail_has_no_rate() -> None:
