@@ -61,7 +61,8 @@ class Bench:
         self.section = ""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backend = Cuda(torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        self.config: ModelConfig = from_hf(TINY if check else QWEN_7B)
+        self.shape = TINY if check else QWEN_7B
+        self.config: ModelConfig = from_hf(self.shape)
         self.backend = backend
         self.kinds = (Kind(4), Kind(2, SITES[:4])) if check else (Kind(16), Kind(8, SITES[:4]))
         """The adapters that are claimed about, and S-LoRA's."""
