@@ -331,7 +331,6 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(options.check)
     bench.folders = options.answers
     wanted = [name for name in SECTIONS if name in options.only or name in ALWAYS]
-    wanted = [name for name in wanted if name != "answers" or options.answers]
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
     try:
