@@ -31,9 +31,10 @@ if __name__ == "__main__" and "--check" in sys.argv and not Path("/dev/nvidiactl
 
 import numpy as np
 import torch
+import triton
 
 from adapters.weights import LoraWeights
-from benchmarks import gpu_answers, gpu_kernels, gpu_load, gpu_peers
+from benchmarks import gpu_answers, gpu_ceilings, gpu_kernels, gpu_load, gpu_peers, gpu_products
 from benchmarks.gpu_base import Kind, RandomBase, random_adapters, random_base
 from benchmarks.shapes import QWEN_7B
 from server.engine.batch import Batch, SlotWeights
@@ -45,6 +46,8 @@ from server.model.config import ModelConfig, from_hf
 BLOCK = 16
 SECONDS = 480.0
 """No section begins later than this, so that the table is there within ten minutes."""
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Torch does not know it."""
 TINY: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"], "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64,
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256,
@@ -76,6 +79,8 @@ class Bench:
         self.runner: CudaRunner
         self.made = False
         """Whether there is a runner: see `model`."""
+        self.base_allocated = 0
+        """Bytes of the device that loading the base took, as torch counts them there."""
         self._adapters: dict[Kind, list[LoraWeights]] = {}
 
     def tell(self, name: str, value: Any, target: Any = None, met: bool | None = None, **more: Any) -> None:
@@ -108,6 +113,10 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def allocated(self) -> int:
+        """Bytes that torch has allocated on the device now."""
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+
     def batch(self, sequences: int, mixes: tuple[SlotWeights, ...]) -> Batch:
         """One new token for each sequence, of `context` before it."""
         each = self.context // BLOCK + 1
@@ -123,23 +132,34 @@ class Bench:
             block_size=BLOCK,
         )
 
+    def prompt(self, tokens: int, mix: SlotWeights = ()) -> Batch:
+        """The first tokens of one sequence, and the logits of the last."""
+        ids, blocks = np.arange(tokens) % self.config.vocab_size, np.arange(-(-tokens // BLOCK), dtype=np.int32)[None]
+        starts, context = np.array([0, tokens], np.int32), np.array([tokens], np.int32)
+        return Batch(ids, np.arange(tokens), starts, context, blocks, np.array([tokens - 1]), (mix,), BLOCK)
+
     def step_seconds(self, sequences: int, mixes: tuple[SlotWeights, ...]) -> float:
         """A step from a batch on the host to its greedy tokens on the host, and nothing beside it."""
         batch = self.batch(sequences, mixes)
         how, top_k = np.zeros((sequences, 4), np.float32), np.zeros(sequences, np.int32)
         return self.seconds(lambda: self.runner.draw(self.runner.run(batch), how, top_k).read())
 
-    def running_seconds(self, sequences: int, mixes: tuple[SlotWeights, ...]) -> float:
+    def running_seconds(
+        self, sequences: int, mixes: tuple[SlotWeights, ...], before_each: Callable[[], object] = lambda: None
+    ) -> float:
         """A step among others, as the engine runs them: each goes on from the tokens of the one before, which are read
-        while it computes. The mean of 30 in a row, the median of five such runs."""
+        while it computes, and `before_each` comes before it is launched. The mean of 30 in a row, the median of five
+        such runs."""
         batch = self.batch(sequences, mixes)
         batch.tokens[:] = -1 - np.arange(sequences)
         how, top_k = np.zeros((sequences, 4), np.float32), np.zeros(sequences, np.int32)
         count = 2 if self.check else 30
 
         def steps() -> None:
+            before_each()
             before = self.runner.draw(self.runner.run(batch), how, top_k)
             for _ in range(count - 1):
+                before_each()
                 drawn = self.runner.draw(self.runner.run(batch), how, top_k)
                 before.read()
                 before = drawn
@@ -170,28 +190,11 @@ class Bench:
         return int(self.runner.nbytes()["base"] - table + 2 * kind.values(config) * adapters + cache)
 
 
-def ceilings(bench: Bench) -> None:
-    """Bandwidth, of a copy (read and written) or a sum (read alone), whichever is higher, and the bf16 rate of a large
-    product, on random data. Steps read, and memory that only reads is faster than one that turns.
-    """
-    size = 1 << (16 if bench.check else 31)
-    source = torch.rand(size // 4, device=bench.device)
-    target = torch.empty_like(source)
-    copied = 2 * size / bench.seconds(lambda: target.copy_(source), 10)
-    read = size / bench.seconds(lambda: source.sum(), 10)
-    bench.bandwidth = max(copied, read)
-    n = 64 if bench.check else 8192
-    a, b = (torch.randn(n, n, device=bench.device, dtype=bench.backend.dtype) for _ in range(2))
-    bench.peak = 2 * n**3 / bench.seconds(lambda: a @ b, 10)
-    bench.tell("bandwidth, GB/s", round(bench.bandwidth / 1e9, 1), copied=copied / 1e9, read=read / 1e9)
-    bench.tell("bf16 products, TFLOP/s", round(bench.peak / 1e12, 1))
-
-
 def model(bench: Bench) -> None:
     """The base on the device and its runner: the kernels compiled, the graphs of steps with few adapters made."""
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()  # what the ceilings were measured on
-    began = time.perf_counter()
+    began, before = time.perf_counter(), bench.allocated()
     base: RandomBase = random_base(bench.config, bench.backend, bench.device)
     bench.runner = CudaRunner(
         base, bench.rows, memory=gpu_memory(None) if bench.device.type == "cuda" else 1 << 31, device=bench.device,
@@ -202,6 +205,8 @@ def model(bench: Bench) -> None:
     base.weights.clear()  # the runner has its own, side by side
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()  # or what packing them took would be told as activations
+    others = bench.runner._pool.nbytes + bench.runner._results.nbytes
+    bench.base_allocated = bench.allocated() - before - others
     bench.runner.allocate(bench.blocks, BLOCK)
     bench.made = True
     bench.tell("seconds to compile the kernels and make the first graphs", round(time.perf_counter() - began, 1))
@@ -211,6 +216,8 @@ def memory(bench: Bench) -> None:
     held = bench.runner.nbytes()
     for kind, size in held.items():
         bench.tell(f"memory: {kind}, GB", round(size / 1e9, 3))
+    on_device = bench.base_allocated if bench.device.type == "cuda" else "not measured: no GPU"
+    bench.tell("base resident, bytes by the device's own account", on_device)
     bench.tell("base resident, bytes", held["base"], "<= 4.7e9", held["base"] <= 4.7e9)
 
 
@@ -242,28 +249,30 @@ def decode(bench: Bench) -> None:
 
 
 def placing(bench: Bench) -> None:
-    """An adapter from RAM to the device, and a step beside it."""
-    weights = bench.adapters(bench.kinds[0])[0]
+    """An adapter from RAM to the device; and what is seen of that where one is copied before each step of a row, as the
+    engine has them: behind the step that computes, beside the next."""
+    weights, n = bench.adapters(bench.kinds[0])[0], bench.rows
 
     def place() -> None:
-        bench.runner.clear(bench.rows)
-        bench.runner.place(bench.rows, weights)
+        bench.runner.clear(n)
+        bench.runner.place(n, weights)
 
     seconds = bench.seconds(place, 20)
+    rate = weights.nbytes / seconds / 1e9
     bench.tell("adapter host to device, ms", round(seconds * 1e3, 3), "< 4", seconds < 4e-3, bytes=weights.nbytes)
-    batch = bench.batch(bench.rows, ((),) * bench.rows)
-    alone = bench.seconds(lambda: bench.runner.run(batch), 20)
-    beside = bench.seconds(lambda: (place(), bench.runner.run(batch)), 20)
-    bench.runner.clear(bench.rows)
-    bench.tell("a step and a copy together: of the two one after the other", round(beside / (alone + seconds), 3))
+    bench.tell("the same, GB/s", round(rate, 1))
+    alone = bench.running_seconds(n, ((),) * n)
+    beside = bench.running_seconds(n, ((),) * n, place)
+    bench.runner.clear(n)
+    seen = (beside - alone) / seconds
+    bench.tell("a copy before each step: of its time, seen in the steps'", round(seen, 3), "<= 0.2", seen <= 0.2,
+               milliseconds_alone=alone * 1e3, milliseconds_beside=beside * 1e3)  # fmt: skip
 
 
 def prefill(bench: Bench) -> None:
     """A chunk of one prompt: tokens a second."""
     n = 24 if bench.check else 512
-    starts, context = np.array([0, n], np.int32), np.array([n], np.int32)
-    ids, blocks = np.arange(n) % bench.config.vocab_size, np.arange(-(-n // BLOCK), dtype=np.int32)[None]
-    one = Batch(ids, np.arange(n), starts, context, blocks, np.array([n - 1]), ((),), BLOCK)
+    one = bench.prompt(n)
     seconds = bench.seconds(lambda: bench.runner.run(one), 10)
     bench.tell(f"prefill of {n} tokens, tokens/s", round(n / seconds), milliseconds=seconds * 1e3)
 
@@ -279,22 +288,25 @@ def buckets(bench: Bench) -> None:
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
-    "ceilings": ceilings,
+    "ceilings": gpu_ceilings.ceilings,
     "model": model,
     "memory": memory,
+    "products": gpu_products.errors,
     "decode": decode,
-    "kernels": gpu_kernels.kernels,
-    "prefill": prefill,
-    "buckets": buckets,
     "placing": placing,
-    "answers": gpu_answers.answers,
     "load": gpu_load.load,
     "peers": gpu_peers.peers,
+    "answers": gpu_answers.answers,
+    "prefill": prefill,
+    "buckets": buckets,
+    "kernels": gpu_kernels.kernels,
     "cliff": gpu_load.cliff,
+    "ceilings-again": gpu_ceilings.again,
 }
-"""In this order: what takes longest is last, as whoever lends a card may take it back."""
+"""In this order: first what is claimed, with the kernels that serve; then what only explains it. After a fault in a
+kernel nothing more can be measured, and whoever lends a card may take it back."""
 ALWAYS = ("ceilings", "model")
-WITHOUT_MODEL = ("ceilings", "model", "answers")
+WITHOUT_MODEL = ("ceilings", "model", "answers", "ceilings-again")
 """What needs no runner on the random base."""
 
 
@@ -336,14 +348,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         fine = measure(bench, wanted, options.json)
     finally:  # whoever ends it early sees what is known
-        _print(bench.results)
+        _write(bench, options.json)
+        _print(bench)
     return 0 if fine else 1
 
 
-def _print(results: list[dict[str, Any]]) -> None:
+def _print(bench: Bench) -> None:
     """The table. What is claimed comes last, as that is what is seen where only an end is kept."""
+    results = bench.results
     width = max((len(row["name"]) for row in results), default=0)
-    print(f"\n{'what':{width}}  measured        at least    by its bytes  met")
+    print("\n" + ", ".join(f"{name} {value}" for name, value in _machine(bench).items()))
+    print(f"{'what':{width}}  measured        at least    by its bytes  met")
     for row in sorted(results, key=lambda row: row["section"] != "kernels"):
         met = {True: "yes", False: "no", None: ""}[row["met"]]
         limit, bound = row["target"] or "", _by_bytes(row, "{}")
@@ -355,10 +370,18 @@ def _by_bytes(row: dict[str, Any], form: str) -> str:
     return form.format(round(row["by_bytes"], 3)) if "by_bytes" in row else ""
 
 
+def _machine(bench: Bench) -> dict[str, str]:
+    """What the numbers are of."""
+    found = {"card": "none (interpreted, no measurement)"}
+    if bench.device.type == "cuda":
+        driver = DRIVER.read_text().partition("\n")[0] if DRIVER.exists() else "unknown"
+        found = {"card": torch.cuda.get_device_name(), "driver": driver, "CUDA": str(torch.version.cuda)}
+    return {**found, "torch": torch.__version__, "triton": triton.__version__}
+
+
 def _write(bench: Bench, target: Path | None) -> None:
     if target is not None:
-        card = torch.cuda.get_device_name() if bench.device.type == "cuda" else "none: interpreted, no measurement"
-        target.write_text(json.dumps({"card": card, "torch": torch.__version__, "results": bench.results}, indent=1))
+        target.write_text(json.dumps({**_machine(bench), "results": bench.results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from server.engine.cuda_batch import describe, on_device
+from benchmarks import gpu_products
+from server.engine.cuda_batch import describe
 from server.kernels.cuda import attention, finish, lora, products, sampling
 from server.kernels.cuda.products import FEW_ROWS
 from server.model.on_device import GATE_UP, QKV
@@ -19,11 +20,9 @@ def kernels(bench: Any) -> None:
     """What is around the products of a step; then each matrix of a layer at several numbers of rows, both ways where
     there are two."""
     cold = torch.zeros(1 << (8 if bench.check else 27), device=bench.device)
-    model, layer = bench.runner._model, bench.runner._model._layers[0]
     _tell_others(bench, cold)
-    matrices = {"qkv": layer.qkv, "out": layer.out, "gate_up": layer.gate_up, "down": layer.down, "head": model._head}
     few, many = ((1, 17), (65,)) if bench.check else ((1, 8, 16, 32, 64), (128, 256, 512, 1024, 2048))
-    for name, matrix in matrices.items():
+    for name, matrix in gpu_products.matrices(bench).items():
         for m in few:
             _tell_product(bench, name, matrix, m, cold)
         for m in many:
@@ -47,11 +46,7 @@ def _dense_from(rows: int) -> Iterator[None]:
 
 def _tell_product(bench: Any, name: str, matrix: Any, m: int, cold: torch.Tensor) -> float:
     """Seconds of the product with `m` rows."""
-    x = torch.randn(m, matrix.width, device=bench.device).to(bench.backend.dtype)
-    sums = torch.empty(m, matrix.width // matrix.group, device=bench.device)
-    products.group_sums(x, matrix.group, sums)
-    how = matrix.tiling(m)
-    out = torch.empty(how.splits, m, matrix.rows, device=bench.device)
+    x, sums, out, how = gpu_products.operands(bench, matrix, m)
     seconds = _device_seconds(bench, lambda: matrix.multiply(x, sums, out, how), cold)
     floor = max(matrix.nbytes / bench.bandwidth, 2 * m * matrix.rows * matrix.width / bench.peak)
     bench.tell(f"{name} {matrix.rows}x{matrix.width}, {m} rows: of the roofline", round(floor / seconds, 3),
@@ -67,10 +62,8 @@ def _tell_others(bench: Any, cold: torch.Tensor) -> None:
         runner.place(slot, weights)
     runner._pool.ready(range(n))
     try:
-        numbers = describe(bench.batch(n, tuple(((slot, 1.0),) for slot in range(n))), runner._pool.ranks)
-        memory = torch.empty(numbers.shape.elements, dtype=torch.int32)
-        numbers.write(numbers.shape, memory.numpy())
-        step = on_device(numbers.shape, memory.to(bench.device))
+        batch = bench.batch(n, tuple(((slot, 1.0),) for slot in range(n)))
+        step = runner._step_of(describe(batch, runner._pool.ranks))
         calls = [*_adapter_calls(model, step, runner._pool.pool, n, kind.rank), *_other_calls(bench, step, n)]
         for name, call, size in calls:
             seconds = _device_seconds(bench, call, cold)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,9 @@ import torch
 if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") != "1":
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from benchmarks import gpu, gpu_kernels, gpu_load
+import triton
+
+from benchmarks import gpu, gpu_answers, gpu_ceilings, gpu_kernels, gpu_load, gpu_products
 from benchmarks.gpu_base import Kind, _linear, random_adapters
 from server.kernels.cuda import Cuda, packing, products
 from server.kernels.lora import SITES
@@ -57,9 +61,94 @@ def test_what_begins_too_late_is_left_out_and_the_rest_is_told(
     assert table.index("kernels") < table.index("bandwidth") < table.index("base")
 
 
-def test_answers_come_before_what_takes_long() -> None:
+def test_what_is_cut_off_leaves_the_rows_that_it_had_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """SIGTERM raises SystemExit wherever the run is."""
+
+    def cut_off(bench: gpu.Bench) -> None:
+        bench.tell("first", 1)
+        sys.exit(1)
+
+    monkeypatch.setattr(gpu, "SECTIONS", gpu.SECTIONS | {"model": cut_off})
+    target = tmp_path / "told.json"
+    with pytest.raises(SystemExit):
+        gpu.main(["--check", "--json", str(target), "--only", "memory"])
+    assert [row["name"] for row in json.loads(target.read_text())["results"]][-1] == "first"
+
+
+def test_what_is_claimed_comes_before_what_explains_it() -> None:
+    """An illegal access in a kernel that nothing claims would leave no device for what comes after it."""
     order = list(gpu.SECTIONS)
-    assert order[0] == "ceilings" and order.index("answers") < min(map(order.index, ("load", "cliff", "peers")))
+    assert order[:2] == list(gpu.ALWAYS) and order[-1] == "ceilings-again"
+    claims, others = ("memory", "products", "decode", "placing", "load", "peers", "answers"), ("kernels", "cliff")
+    assert max(map(order.index, claims)) < min(map(order.index, others))
+
+
+def test_the_table_says_what_it_is_of_and_what_is_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "told.json"
+    assert gpu.main(["--check", "--json", str(target), "--only", "answers", "products"]) == 0
+    table = capsys.readouterr().out.rpartition("card none")[2]
+    assert f"torch {torch.__version__}, triton {triton.__version__}" in table
+    told = json.loads(target.read_text())
+    assert told["torch"] == torch.__version__ and told["triton"] == triton.__version__
+    rows = {row["name"]: row for row in told["results"]}
+    assert rows[gpu_answers.CLAIM]["value"].startswith("not measured") and "not measured" in table
+    worst = [row for name, row in rows.items() if name.endswith("worst relative error")]
+    assert len(worst) == 2 and all(row["value"] < 1e-5 for row in worst)
+    assert {"qkv, 1 rows", "head, 72 rows"} < set(worst[0]["errors"])
+
+
+def test_an_error_that_is_no_number_is_over_every_bound() -> None:
+    one = torch.ones(2)
+    assert gpu_products._error(one, one) == 0
+    assert gpu_products._error(torch.tensor([1.0, torch.nan]), one) == torch.inf
+
+
+class Card:
+    """A bench whose card is faster at the end."""
+
+    check, device, backend, bandwidth, peak = True, torch.device("cpu"), Cuda(torch.float32), 1.0, 1.0
+
+    def __init__(self) -> None:
+        self.told: dict[str, tuple[float, str]] = {}
+        self.took = 2.0
+
+    def seconds(self, call: Any) -> float:
+        return self.took
+
+    def tell(self, name: str, value: float, note: str = "", **more: Any) -> None:
+        self.told[name] = (value, note)
+
+
+def test_a_ceiling_that_is_higher_at_the_end_is_told() -> None:
+    card: Any = Card()
+    gpu_ceilings.ceilings(card)
+    card.took = 1.0
+    gpu_ceilings.again(card)
+    value, note = card.told["bandwidth at the end, of that at first"]
+    assert value == 2.0 and note.startswith("higher")
+    card.took = 2.0
+    gpu_ceilings.again(card)
+    assert card.told["bf16 products at the end, of that at first"] == (1.0, "not higher")
+
+
+@pytest.mark.parametrize(("beside", "met"), [(1.01e-3, True), (1.9e-3, False)])
+def test_a_copy_that_is_seen_in_the_steps_is_not_hidden(beside: float, met: bool) -> None:
+    told: dict[str, tuple[Any, ...]] = {}
+    copied: list[int] = []
+    bench: Any = SimpleNamespace(
+        rows=2, kinds=[None], adapters=lambda kind: [SimpleNamespace(nbytes=80_000_000)],
+        runner=SimpleNamespace(clear=lambda slot: None, place=lambda slot, weights: copied.append(slot)),
+        seconds=lambda call, rounds: 2e-3,
+        running_seconds=lambda rows, mixes, before=None: 1e-3 if before is None else (before(), beside)[1],
+        tell=lambda name, *values, **more: told.update({name: values}),
+    )  # fmt: skip
+    gpu.placing(bench)
+    assert copied == [2], "in a slot that no row uses"
+    assert told["the same, GB/s"] == (40.0,)
+    value, limit, fine = told["a copy before each step: of its time, seen in the steps'"]
+    assert value == pytest.approx((beside - 1e-3) / 2e-3) and limit == "<= 0.2" and fine == met
 
 
 def test_a_kind_of_adapters_is_what_is_made_and_counted() -> None:

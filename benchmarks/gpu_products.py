@@ -1,0 +1,103 @@
+"""Whether what is timed is right: a layer's products and an adapter's update beside plain torch on the same values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from server.engine.batch import Batch
+from server.engine.cuda_batch import describe
+from server.kernels.cuda import finish, lora, packing, products
+from server.kernels.cuda.products import Matrix, Tiling
+from server.kernels.lora import SITES
+from server.model.on_device import QKV
+
+BOUND = 0.005
+"""The most that a relative error may be. Rounding one side of a product to bf16 makes 0.0017 of it, and weights of
+many rows, or what an adapter's A makes of a row, are rounded beside the inputs, which both have."""
+WEIGHT = 0.5
+"""Of an adapter in its mix."""
+
+
+def errors(bench: Any) -> None:
+    """The worst of each matrix of a layer and the head, and of an adapter's update of q, k and v, at several rows."""
+    counts = (1, bench.rows, 72 if bench.check else 512)
+    found = {}
+    for name, matrix in matrices(bench).items():
+        exact = packing.dequantize(matrix._weight)
+        for m in counts:
+            x, sums, out, how = operands(bench, matrix, m)
+            matrix.multiply(x, sums, out, how)
+            found[f"{name}, {m} rows"] = _error(out.sum(0), x.float() @ exact.t())
+    rows = ", ".join(map(str, counts))
+    _tell(bench, f"products at {rows} rows against plain ones: worst relative error", found)
+    alone = tuple(((slot, WEIGHT),) for slot in range(bench.rows))
+    weights = bench.adapters(bench.kinds[0])
+    for slot, each in enumerate(weights):
+        bench.runner.place(slot, each)
+    bench.runner._pool.ready(range(bench.rows))
+    try:
+        found = {
+            f"{m} rows": _update_error(bench, batch, slots)
+            for m, batch, slots in (
+                (1, bench.batch(1, alone[:1]), [0]),
+                (bench.rows, bench.batch(bench.rows, alone), [*range(bench.rows)]),
+                (counts[-1], bench.prompt(counts[-1], alone[0]), [0] * counts[-1]),
+            )
+        }
+    finally:
+        for slot in range(bench.rows):
+            bench.runner.clear(slot)
+    _tell(bench, f"adapters' updates at {rows} rows against plain ones: worst relative error", found)
+
+
+def matrices(bench: Any) -> dict[str, Matrix]:
+    """Those of a layer and the head, by their names here."""
+    model, layer = bench.runner._model, bench.runner._model._layers[0]
+    return {"qkv": layer.qkv, "out": layer.out, "gate_up": layer.gate_up, "down": layer.down, "head": model._head}
+
+
+def operands(bench: Any, matrix: Matrix, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Tiling]:
+    """What `matrix.multiply` takes for `m` random rows."""
+    x = torch.randn(m, matrix.width, device=bench.device).to(bench.backend.dtype)
+    sums = torch.empty(m, matrix.width // matrix.group, device=bench.device)
+    products.group_sums(x, matrix.group, sums)
+    how = matrix.tiling(m)
+    return x, sums, torch.empty(how.splits, m, matrix.rows, device=bench.device), how
+
+
+def _update_error(bench: Any, batch: Batch, slots: list[int]) -> float:
+    """Of what the adapters in `slots`, one a row, add to q, k and v of the first layer."""
+    runner, model, pool = bench.runner, bench.runner._model, bench.runner._pool.pool
+    step = runner._step_of(describe(batch, runner._pool.ranks))
+    slices, matrix = model._qkv_slices(), model._layers[0].qkv
+    x = torch.randn(len(slots), matrix.width, device=bench.device).to(bench.backend.dtype)
+    splits = lora.shrink_splits(step.lanes.tile_rows, step.lanes.width, matrix.width)
+    shrunk = model._new(splits, len(slices), len(slots), step.lanes.width)
+    lora.shrink(x, pool, step.lanes, QKV, len(slices), shrunk)
+    sums, out = model._new(1, len(slots), matrix.rows).zero_(), model._new(len(slots), matrix.rows)
+    finish.finish(sums, None, out, slices, step.lanes, pool, QKV, shrunk)
+    exact = torch.zeros_like(out)
+    for slot in set(slots):
+        rows = [i for i, each in enumerate(slots) if each == slot]
+        updates = [bench.adapters(bench.kinds[0])[slot].modules[f"model.layers.0.self_attn.{q}"] for q in SITES[:3]]
+        parts = [
+            WEIGHT * update.scale * (x[rows].float() @ update.A.to(x.device).float().t())
+            @ update.B.to(x.device).float().t()
+            for update in updates
+        ]  # fmt: skip
+        exact[rows] = torch.cat(parts, 1)
+    return _error(out, exact)
+
+
+def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The relative error, infinite where a number is not finite."""
+    error = float((found - exact).norm() / exact.norm())
+    return error if math.isfinite(error) else math.inf
+
+
+def _tell(bench: Any, name: str, found: dict[str, float]) -> None:
+    worst = max(found, key=lambda at: found[at])
+    bench.tell(name, round(found[worst], 6), f"<= {BOUND}", found[worst] <= BOUND, at=worst, errors=found)
