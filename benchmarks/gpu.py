@@ -249,8 +249,8 @@ def decode(bench: Bench) -> None:
 
 
 def placing(bench: Bench) -> None:
-    """An adapter from RAM to the device; and what is seen of that where one is copied before each step of a row, as the
-    engine has them: behind the step that computes, beside the next."""
+    """An adapter from RAM to the device; and what is seen of that where one is copied before each step is launched, as
+    the engine has them: beside the step that computes."""
     weights, n = bench.adapters(bench.kinds[0])[0], bench.rows
 
     def place() -> None:
