@@ -43,6 +43,10 @@ class Taken:
     digest: str
     signature: Signature
 
+    def without(self, signature: Signature) -> set[str]:
+        """The files that the folder had then and, by its `signature`, has no more."""
+        return {file for file, *_ in self.signature} - {file for file, *_ in signature}
+
 
 @dataclass(frozen=True)
 class Journal:

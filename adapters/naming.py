@@ -97,6 +97,10 @@ class Names:
             raise self.unknown(name)
         return Version(name, history[0])
 
+    def of_content(self, digest: str) -> str:
+        """A name that has this content or had it, for people and metrics."""
+        return next((name for name, history in self.histories.items() if digest in history), "other")
+
     def find(self, text: str) -> Version:
         """The version that "name" or "name@digest" means. Raises UnknownAdapter, InvalidChoice."""
         name, at, prefix = text.partition("@")

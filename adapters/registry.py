@@ -29,7 +29,7 @@ from adapters.naming import Names, Rejections, check_name
 from adapters.peft_format import read_folder
 from adapters.ports import Description, NoSlots, Observer, Published, Reader, Retired, Slots
 from adapters.ram import Fetched, Ram, loaded
-from adapters.store import Record, Store
+from adapters.store import Record, Store, carry_over
 from adapters.weights import RESERVED, SHORT_DIGEST, Choice, LoraWeights, Mix, Version, canonical_mix
 
 log = logging.getLogger(__name__)
@@ -103,8 +103,8 @@ class Registry:
             load=self._load,
             size=self._recorded_size,
             evict_last=lambda digest: digest in self._leases,
-            on_load=lambda digest, outcome, s: self._observer.on_load(self._name_of(digest), outcome, s),
-            on_evict=lambda digest: self._observer.on_evict(self._name_of(digest), "ram"),
+            on_load=lambda digest, outcome, s: self._observer.on_load(self._names.of_content(digest), outcome, s),
+            on_evict=lambda digest: self._observer.on_evict(self._names.of_content(digest), "ram"),
             pressure=lambda nbytes: self.slots.release_idle(nbytes),
             workers=workers,
         )
@@ -320,13 +320,16 @@ class Registry:
         same = history[:1] == (digest,)
         if create_only and history and not same:
             raise AdapterConflict(f"{name!r} is in use by other content; put the new content to replace it", "name")
-        journal = self._store.journal
+        journal, dropped = self._store.journal, set[str]()
         if taken is not None:
-            before = self.taken_from(taken[0])
             journal = journal.take(taken[0], Taken(digest, taken[1]))
-            if before is not None and before.digest == digest and not same:
-                self._store.write(journal)
-                return Published(version, False, weights.metadata)
+            if (before := self.taken_from(taken[0])) is not None:
+                if before.digest == digest and not same:
+                    self._store.write(journal)
+                    return Published(version, False, weights.metadata)
+                dropped = before.without(taken[1])
+        if history:
+            weights = carry_over(weights, self._store.records[history[0]], dropped)
         fresh = digest not in self._store.records and digest not in self._store.journal.referenced()
         renewed = self._store.adopt(staged, Record.of(weights, time.time()))
         if not same:
@@ -479,7 +482,7 @@ class Registry:
     def _load(self, digest: str) -> LoraWeights:
         """Read one version from the store, and remember why if it failed. On a thread that may block."""
         try:
-            weights = self._intake.load(self._name_of(digest), digest)
+            weights = self._intake.load(self._names.of_content(digest), digest)
         except StoreFailed as error:
             with self._lock:
                 self._failures[digest] = error.message
@@ -491,13 +494,6 @@ class Registry:
     def _recorded_size(self, digest: str) -> int:
         record = self._store.records.get(digest)
         return record.nbytes if record else 0
-
-    def _name_of(self, digest: str) -> str:
-        """A name that has this content, for people and metrics."""
-        for name, history in self._names.histories.items():
-            if digest in history:
-                return name
-        return "other"
 
     def _check_room(self, mix: Mix) -> None:
         """Raises NoRoom if the mix cannot be in memory beside what is pinned. With the lock."""

@@ -23,7 +23,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 REQUIRED = (CONFIG, TENSORS)
-SIDE = ("task.json", "README.md")
-"""What may change while the content, and so the digest, stays: the task's definition and the card."""
+SIDE = {"task.json": "task", "README.md": "card"}
+"""What may change while the content, and so the digest, stays: the task's definition and the card, as they are told."""
 RECORD = "record.json"
 CHUNK = 1 << 20
 
@@ -89,6 +89,26 @@ class Record:
             if rank > max_rank:
                 return f"its rank {rank} is over the limit of {max_rank} (--max-rank)"
         return None
+
+
+def carry_over(weights: LoraWeights, before: Record, dropped: Collection[str]) -> LoraWeights:
+    """`weights` with the task and the card that they do not bring as `before`, the version that their name has, told
+    them; files that were `dropped` take theirs along.
+
+    A task that another version brought has its digest as `task_of`: it does not come anew.
+    """
+    told, metadata = before.metadata_of(weights.name), dict(weights.metadata)
+    for file, key in SIDE.items():
+        if metadata.get(key) is not None or told.get(key) is None:
+            continue
+        if file in dropped:
+            log.info("the folder of %s has no %s any more, so what it said is dropped", weights.name, file)
+            continue
+        metadata[key] = told[key]
+        origin = told.get("task_of", before.digest)
+        if key == "task" and origin != weights.digest:
+            metadata["task_of"] = origin
+    return replace(weights, metadata=metadata)
 
 
 class Disk:

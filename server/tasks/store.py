@@ -1,7 +1,7 @@
 """`Tasks`: all tasks by name, those put by the API over those that adapter folders bring.
 
 Owns `tasks.json` in the state directory. A task of a folder lives and goes with its adapter; one that was deleted
-through the API stays away until its adapter has other content or another task.json, or is put again after it went.
+through the API stays away until its adapter brings one with other content, or another, or is put again after it went.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Tasks:
         self._owners: dict[str, str] = {}
         """Of each task in a folder, the adapter whose definition it has. It keeps it when another brings one too."""
         self._contents: dict[str, str] = {}
-        """Of each adapter, its digest when it was last looked at."""
+        """Of each adapter, the digest of what brought its task when it was last looked at."""
         self._faults: dict[str, str] = {}
         """Of each adapter with a task.json that is no task, why."""
         self._read()
@@ -199,9 +199,12 @@ class Tasks:
                 log.warning("whose the tasks %s are is not remembered: %s", ", ".join(contested), error.message)
 
     def _look(self, adapter: str) -> tuple[str, Any] | None:
-        """The digest and the task.json of an adapter; None if it went in between: its own notice follows."""
+        """The digest of the version of an adapter that brought its task, which need not be the one that it has, and the
+        task.json; None if the adapter went in between: its own notice follows.
+        """
         try:
-            return self._adapters.current(adapter).digest, self._adapters.metadata(adapter).get("task")
+            told = self._adapters.metadata(adapter)
+            return told.get("task_of") or self._adapters.current(adapter).digest, told.get("task")
         except UnknownAdapter:
             return None
 

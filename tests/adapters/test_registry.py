@@ -138,6 +138,31 @@ def test_publish_again_and_other_content(registry: Registry, folders: list[Path]
     assert registry._observer.changes == [("a", first.version.label), ("a", second.version.label)]
 
 
+def test_what_a_publish_does_not_bring_the_name_keeps(registry: Registry, folders: list[Path]) -> None:
+    def told() -> tuple[Any, Any]:
+        metadata = registry.metadata("a")
+        return (metadata["task"] or {}).get("prompt"), metadata["card"]
+
+    for number in (0, 3):
+        (folders[number] / "task.json").write_text(json.dumps({"prompt": f"{number} {{input}}"}))
+    for number in (1, 2):
+        (folders[number] / "README.md").unlink()
+    first = registry.publish_now("a", folders[0]).version
+    for number in (1, 2):
+        assert registry.publish_now("a", folders[number]).created and told() == ("0 {input}", "card 0")
+    heard = list(registry._observer.changes)
+    assert not registry.publish_now("a", folders[2]).created and told() == ("0 {input}", "card 0")
+    assert registry._observer.changes == heard, "nothing has changed"
+    registry.publish_now("a", folders[3])
+    assert told() == ("3 {input}", "card 3")
+    registry.publish_now("a", folders[4])
+    assert told() == ("3 {input}", "card 4"), "each by itself"
+    asyncio.run(registry.roll_back("a", digest_of(folders[2])))
+    assert told() == ("0 {input}", "card 0"), "what that version had"
+    registry.retire_now("a")
+    assert registry.publish_now("a", folders[2]).version != first and told() == (None, None)
+
+
 def test_compare_and_set(registry: Registry, folders: list[Path]) -> None:
     for expected in ("*", "a@" + "0" * 12):
         with pytest.raises(VersionMismatch):

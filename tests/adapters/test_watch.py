@@ -368,6 +368,35 @@ def test_a_new_card_or_task_is_told_without_a_new_version(scene: Scene) -> None:
     assert heard == ["a", "a"]
 
 
+def test_a_folder_without_a_task_keeps_the_one_of_its_name_and_one_that_lost_its_own_has_dropped_it(
+    scene: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def task() -> Any:
+        return scene.registry.metadata("a")["task"]
+
+    caplog.set_level(logging.INFO)
+    scene.write(tmp_path / "sent", 1, task={"prompt": "sent {input}"})
+    scene.registry.publish_now("a", tmp_path / "sent")
+    scene.put("a", 2)
+    scene.look(2)
+    assert task() == {"prompt": "sent {input}"}
+    scene.put("a", 3)
+    scene.look(2)
+    assert task() == {"prompt": "sent {input}"}
+    scene.put("a", 4, task={"prompt": "own {input}"})
+    scene.look(2)
+    assert task() == {"prompt": "own {input}"}
+    assert "any more" not in caplog.text
+    (scene.directory / "a" / "task.json").unlink()
+    a = scene.put("a", 5)
+    assert scene.look(2) == {"a": a} and task() is None
+    assert "the folder of a has no task.json any more" in caplog.text
+    scene.put("a", 5, task={"prompt": "own {input}"})
+    scene.look(2)
+    (scene.directory / "a" / "task.json").unlink()
+    assert scene.look(2) == {"a": a} and task() is None, "without other weights too"
+
+
 def test_unchanged_folders_are_not_read_again_after_a_restart(scene: Scene) -> None:
     a = scene.put("a", 1)
     scene.look(2)

@@ -205,6 +205,32 @@ def test_a_deleted_task_comes_back_with_another_definition_or_with_its_adapter_p
     assert live.http.put("/adapters/re", json={"source": "re"}).json()["tasks"] == ["re"]
 
 
+def test_a_task_goes_on_with_weights_that_are_sent_alone(live: Any, write_adapter: Any) -> None:
+    before = live.http.get("/tasks/mood").json()
+    write_adapter("retrained", 31)
+    sent = live.http.put("/adapters/mood", json={"source": "retrained"})
+    assert sent.status_code == 200 and sent.json()["tasks"] == ["mood"]
+    assert live.http.get("/tasks/mood").json() == before
+    answer = live.generate("x", task="mood").json()
+    assert answer["adapters"][0]["version"] == sent.json()["version"]
+    again = live.http.post("/adapters", json={"name": "mood", "source": "retrained"})
+    assert again.status_code == 200 and again.json() == {**sent.json(), **_moving(again.json())}
+
+
+def _moving(told: dict[str, Any]) -> dict[str, Any]:
+    """What of an adapter is no content."""
+    return {key: told[key] for key in ("tier", "loaded_at", "leases")}
+
+
+def test_a_task_that_was_deleted_does_not_come_back_with_weights_alone(live: Any, write_adapter: Any) -> None:
+    assert live.http.delete("/tasks/mood").status_code == 200
+    for seed in (31, 32):
+        write_adapter("retrained", seed)
+        assert live.http.put("/adapters/mood", json={"source": "retrained"}).json()["tasks"] == []
+    write_adapter("bringing", 33, task={**BODY, "task": "mood"})
+    assert live.http.put("/adapters/mood", json={"source": "bringing"}).json()["tasks"] == ["mood"]
+
+
 def test_what_was_deleted_before_marks_had_definitions_stays_away(tmp_path: Path) -> None:
     class Adapters:
         def names(self) -> list[str]:
