@@ -6,14 +6,14 @@ Owns what is checked and in which order. Does not know names' versions, leases o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import AdapterError, InvalidAdapter, StoreFailed
 from adapters.ports import Reader
-from adapters.store import REQUIRED, Record, Store, open_inside
+from adapters.store import REQUIRED, Store, open_inside
 from adapters.weights import LoraWeights, Version
 
 
@@ -62,9 +62,14 @@ class Intake:
             raise StoreFailed(f"{label} cannot be read from the store: {reason}{advice}") from error
         return self.prepare(weights)
 
-    def misfit(self, record: Record) -> str | None:
-        """Why a version cannot be served here; None if it can."""
-        return record.misfit(self.shapes, self.max_rank)
+    def misfits(self, digests: Iterable[str], known: Mapping[str, str | None]) -> dict[str, str | None]:
+        """Why versions of the store cannot be served here, None for those that can; `known` was found out before."""
+        records = self.store.records
+        return {
+            digest: known[digest] if digest in known else records[digest].misfit(self.shapes, self.max_rank)
+            for digest in digests
+            if digest in records
+        }
 
     def _read(self, folder: Path, name: str) -> LoraWeights:
         return self.read(folder, name=name, max_rank=self.max_rank, shapes=self.shapes)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 FORMAT = 1
+LIBRARY = "library"
+"""The origin of the adapters that ship."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 KEPT = 3
 """How many versions of a name are kept at least, the one it has among them."""
@@ -61,16 +63,30 @@ class Journal:
 
     def point(self, name: str, digest: str, source: str, now: float, wanted: Collection[str] = ()) -> Journal:
         """Give `name` the version `digest`, new or old. Versions beyond the last three lose the name, but for those
-        whose first digits are among the `wanted`.
+        whose first digits are among the `wanted`, and the library's.
         """
         old = self.names.get(name)
         history = (digest, *(d for d in old.history if d != digest)) if old else (digest,)
-        left = tuple(d for d in history[KEPT:] if d.startswith(tuple(wanted)))
+        shipped = self.taken.get(f"{LIBRARY}/{name}")
+        wanted = (*wanted, shipped.digest) if shipped else tuple(wanted)
+        left = tuple(d for d in history[KEPT:] if d.startswith(wanted))
         fresh = Name((*history[:KEPT], *left), source, now, old.pinned if old else False)
         return replace(self, names={**self.names, name: fresh})
 
     def retire(self, name: str) -> Journal:
         return replace(self, names={n: entry for n, entry in self.names.items() if n != name})
+
+    def withdraw(self, name: str, now: float) -> Journal:
+        """Take from `name` what was put over the library's: it has that alone again, or goes if it never had that.
+
+        The library's folder is then to be looked at anew, as its task and card may be others' by now.
+        """
+        entry, folder = self.names[name], f"{LIBRARY}/{name}"
+        shipped = self.taken.get(folder)
+        if shipped is None or shipped.digest not in entry.history:
+            return self.retire(name)
+        names = {**self.names, name: Name((shipped.digest,), LIBRARY, now, entry.pinned)}
+        return replace(self, names=names).take(folder, Taken(shipped.digest, ()))
 
     def pin(self, name: str, pinned: bool) -> Journal:
         return replace(self, names={**self.names, name: replace(self.names[name], pinned=pinned)})

@@ -101,7 +101,7 @@ class Registry:
         self._ram = Ram(
             ram_bytes,
             load=self._load,
-            size=self._recorded_size,
+            size=store.nbytes,
             evict_last=lambda digest: digest in self._leases,
             on_load=lambda digest, outcome, s: self._observer.on_load(self._names.of_content(digest), outcome, s),
             on_evict=lambda digest: self._observer.on_evict(self._names.of_content(digest), "ram"),
@@ -259,16 +259,14 @@ class Registry:
 
     async def retire(self, name: str, if_match: str | None = None) -> Retired:
         """`retire_now` off the event loop."""
-        return await self._off(self._writer, lambda: self._retire(name, if_match, ()))
+        return await self._off(self._writer, lambda: self._retire(name, if_match))
 
-    def retire_now(self, name: str, *, forget: Iterable[str] = ()) -> Retired:
+    def retire_now(self, name: str) -> Retired:
         """Take the name away at once; memory and disk are freed when the last lease is gone.
 
-        `forget` are folders (as in `publish_now`'s `taken`) that may bring the same content back. Raises
-        UnknownAdapter, StoreFailed.
+        Raises UnknownAdapter, StoreFailed.
         """
-        folders = tuple(forget)
-        return self._submit(self._writer, lambda: self._retire(name, None, folders)).result()
+        return self._submit(self._writer, lambda: self._retire(name)).result()
 
     async def pin(self, name: str) -> None:
         """Load the adapter and keep whichever version it has in RAM. Raises as `prefetch`, and NoRoom beside others."""
@@ -292,9 +290,13 @@ class Registry:
         taken = self._store.journal.taken.get(folder)
         return None if taken is None or taken.digest in self._store.lost else taken
 
-    def take(self, folder: str, taken: Taken | None) -> None:
-        """Remember what a folder held without publishing it, or forget it. Raises StoreFailed."""
-        self._submit(self._writer, lambda: self._store.write(self._store.journal.take(folder, taken))).result()
+    def withdraw(self, name: str, folder: str) -> bool:
+        """Forget a watched folder that is gone, and take from `name` what it brought, if that is its content still.
+
+        A version of the library's that it was put over is served again. Answers whether anything was taken. Raises
+        StoreFailed.
+        """
+        return self._submit(self._writer, lambda: self._withdraw(name, folder)).result()
 
     # On a thread that publishes
 
@@ -362,20 +364,27 @@ class Registry:
             self._serve(journal)
         return Published(version, not same, self._store.records[digest].metadata_of(name))
 
-    def _retire(self, name: str, if_match: str | None, forget: tuple[str, ...]) -> Retired:
+    def _retire(self, name: str, if_match: str | None = None, journal: Journal | None = None) -> Retired:
+        """`journal` is what is written, if it is not to be without the name."""
         self._names.expect(name, if_match)
         if name not in self._names.histories and name not in self._names.aside:
             raise self._names.unknown(name)
         description = self.describe(name) if name in self._names.histories else {"name": name}
-        journal = self._store.journal.retire(name)
-        for folder in forget:
-            journal = journal.take(folder, None)
-        history = self._store.journal.names[name].history
-        self._store.write(journal)
-        drain = _Drain(frozenset(history) - journal.referenced(), Future())
+        before, after = self._store.journal, journal or self._store.journal.retire(name)
+        self._store.write(after)
+        drain = _Drain(before.referenced() - after.referenced(), Future())
         self._drains.append(drain)
-        self._serve(journal)
+        self._serve(after)
         return Retired(description, drain.done)
+
+    def _withdraw(self, name: str, folder: str) -> bool:
+        taken, journal = self.taken_from(folder), self._store.journal.take(folder, None)
+        brought = taken is not None and self.has(name, taken.digest)
+        if brought:
+            self._retire(name, journal=journal.withdraw(name, time.time()))
+        else:
+            self._store.write(journal)
+        return brought
 
     def _pin(self, name: str, view: LoraWeights) -> None:
         digest = self._names.named(name).digest
@@ -394,13 +403,7 @@ class Registry:
 
     def _serve(self, journal: Journal) -> None:
         """Make what was written true for everybody: one switch of all names, then whatever follows from it."""
-        known = self._misfits
-        records = self._store.records
-        self._misfits = {
-            digest: known[digest] if digest in known else self._intake.misfit(records[digest])
-            for digest in journal.referenced()
-            if digest in records
-        }
+        self._misfits = self._intake.misfits(journal.referenced(), self._misfits)
         names = Names.of(journal, self._store.lost, self._misfits.get)
         with self._lock:
             before, after = self._names.current(), names.current()
@@ -490,10 +493,6 @@ class Registry:
         with self._lock:
             self._failures.pop(digest, None)
         return weights
-
-    def _recorded_size(self, digest: str) -> int:
-        record = self._store.records.get(digest)
-        return record.nbytes if record else 0
 
     def _check_room(self, mix: Mix) -> None:
         """Raises NoRoom if the mix cannot be in memory beside what is pinned. With the lock."""

@@ -200,6 +200,11 @@ class Store:
         """The folder of one version, for reading."""
         return self._versions / digest
 
+    def nbytes(self, digest: str) -> int:
+        """What one version takes in memory; 0 if it is not known."""
+        record = self.records.get(digest)
+        return record.nbytes if record else 0
+
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """An empty folder of the store's own, for an upload or a file that is made; removed at the end."""

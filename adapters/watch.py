@@ -5,7 +5,8 @@ there. Does not read adapters itself: the registry does, from its own copy.
 
 A folder is taken in when both files are there and nothing about it has changed for a second, and again only when its
 content changes; so an adapter that was deleted or replaced through the API stays so. A folder that is removed while it
-is watched takes its adapter with it, unless the name has got other content since.
+is watched takes its adapter with it, unless the name has got other content since; one of the library's that it was put
+over is served again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 
 from adapters.errors import AdapterError, InvalidAdapter, NoRoom, StoreFailed
-from adapters.journal import Signature
+from adapters.journal import LIBRARY, Signature
 from adapters.registry import Registry
 from adapters.store import CONFIG, REQUIRED, SIDE
 
@@ -56,7 +57,7 @@ HERE = "."
 class Watch:
     """Looks at `directory` every `interval` seconds, or less often if there is that much to look at. `still` and `gone`
     are the seconds that a folder must not have changed before it is read, and must have been away before its adapter is
-    retired. `clock` is monotonic.
+    retired. `library` is where those are looked at again that a folder was put over. `clock` is monotonic.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Watch:
         registry: Registry,
         directory: Path,
         *,
+        library: Path | None = None,
         interval: float = 1.0,
         still: float = 1.0,
         gone: float = 3.0,
@@ -71,6 +73,7 @@ class Watch:
     ) -> None:
         self._registry = registry
         self._directory = directory
+        self._library = library
         self._interval = interval
         self._still = still
         self._gone = gone
@@ -239,18 +242,18 @@ class Watch:
         self._away.pop(folder, None)
         if folder not in self._known:
             return
-        key = origin("watch", folder)
-        taken = self._registry.taken_from(key)
         try:
-            if taken is not None and self._registry.has(folder, taken.digest):
-                self._registry.retire_now(folder, forget=[key])
-                log.info("%s is retired: its folder was removed", folder)
-            elif taken is not None:
-                self._registry.take(key, None)
+            lost = self._registry.withdraw(folder, origin("watch", folder))
         except AdapterError as error:  # it is tried again at the next look
             log.warning("%s was removed, but is not retired: %s", folder, error.message)
             return
         self._known.discard(folder)
+        if lost and folder in self._registry.names():
+            log.info("%s is the library's again: the folder that was put over it was removed", folder)
+            if self._library is not None:
+                _scan(self._registry, self._library / folder)
+        elif lost:
+            log.info("%s is retired: its folder was removed", folder)
 
 
 def scan_library(registry: Registry, library: Path) -> list[str]:
@@ -259,34 +262,36 @@ def scan_library(registry: Registry, library: Path) -> list[str]:
     A newer content replaces what the library put there before, never what somebody else gave that name, and what was
     deleted stays deleted until its content changes. Answers the names that are served from it.
     """
-    served: list[str] = []
     try:
         folders = sorted(path for path in library.iterdir() if path.is_dir() and path.name[0] not in "._")
     except OSError as error:
         log.warning("the library of adapters cannot be read: %s", error.strerror)
-        return served
-    for folder in folders:
-        name, key = folder.name, origin("library", folder.name)
-        try:
-            signature = signature_of(folder, None)
-            if not signature:
-                continue
-            taken = registry.taken_from(key)
-            ours = taken is not None and registry.has(name, taken.digest)
-            if name in registry.names() and not ours:
-                log.info("the library's %s is skipped: the name has another adapter", name)
-                continue
-            if taken is None or taken.signature != signature:
-                registry.publish_now(name, folder, source="library", taken=(key, signature))
-            if name in registry.names():
-                served.append(name)
-            else:
-                log.info("the library's %s is skipped: it was deleted, or was made for another base", name)
-        except AdapterError as error:
-            log.info("the library's %s is skipped: %s", name, error.message)
-        except Exception:  # a fault of ours, which must not keep the server from starting
-            log.exception("the library's %s is skipped", name)
-    return served
+        return []
+    return [folder.name for folder in folders if _scan(registry, folder)]
+
+
+def _scan(registry: Registry, folder: Path) -> bool:
+    """Register one adapter of the library. Answers whether it is served from there."""
+    name, key = folder.name, origin(LIBRARY, folder.name)
+    try:
+        signature = signature_of(folder, None)
+        if not signature:
+            return False
+        taken = registry.taken_from(key)
+        ours = taken is not None and registry.has(name, taken.digest)
+        if name in registry.names() and not ours:
+            log.info("the library's %s is skipped: the name has another adapter", name)
+            return False
+        if taken is None or taken.signature != signature:
+            registry.publish_now(name, folder, source=LIBRARY, taken=(key, signature))
+        if name in registry.names():
+            return True
+        log.info("the library's %s is skipped: it was deleted, or was made for another base", name)
+    except AdapterError as error:
+        log.info("the library's %s is skipped: %s", name, error.message)
+    except Exception:  # a fault of ours, which must not keep the server from starting
+        log.exception("the library's %s is skipped", name)
+    return False
 
 
 def inside(directory: Path, source: str) -> Path:

@@ -137,7 +137,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         (task is None or tasks.find(task) is not None) and set(adapters) <= set(registry.names())
     )
     registry.start()
-    watch = Watch(registry, settings.watched_dir)
+    watch = Watch(registry, settings.watched_dir, library=settings.library)
     if settings.library is not None:
         scan_library(registry, settings.library)
     watch.poll()

@@ -517,6 +517,43 @@ def test_the_library_never_takes_a_name_back(scene: Scene, write_adapter: Write)
     assert scan_library(scene.registry, library) == [] and scene.served()["b"] == mine
 
 
+def test_a_folder_that_was_put_over_the_librarys_gives_it_back(
+    scene: Scene, write_adapter: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    library = scene.root / "library"
+    shipped = write_adapter(library / "a", 1, task={"prompt": "shipped {input}"}).digest
+
+    def restart() -> None:
+        scene.restart()
+        scene.watch = Watch(scene.registry, scene.directory, library=library, clock=lambda: scene.now)
+
+    def task() -> str:
+        return scene.registry.metadata("a")["task"]["prompt"]
+
+    restart()
+    assert scan_library(scene.registry, library) == ["a"]
+    for seed in range(2, 7):
+        own = scene.put("a", seed, task={"prompt": "own {input}"})
+        assert scene.look(2) == {"a": own} and task() == "own {input}"
+    assert scan_library(scene.registry, library) == []
+    shutil.rmtree(scene.directory / "a")
+    assert scene.look(5) == {"a": shipped} and task() == "shipped {input}"
+    assert "a is the library's again" in caplog.text and "retired" not in caplog.text
+    assert [v["digest"] for v in scene.registry.describe("a")["versions"]] == [shipped]
+    restart()
+    assert scan_library(scene.registry, library) == ["a"] and scene.look(2) == {"a": shipped}
+    scene.put("a", 1, task={"prompt": "own {input}"})
+    assert scene.look(2) == {"a": shipped} and task() == "own {input}"
+    shutil.rmtree(scene.directory / "a")
+    assert scene.look(5) == {"a": shipped} and task() == "shipped {input}", "where only the task was another"
+    scene.registry.retire_now("a")
+    scene.put("a", 2)
+    scene.look(2)
+    shutil.rmtree(scene.directory / "a")
+    assert scene.look(5) == {} and scan_library(scene.registry, library) == [], "what was deleted stays so"
+
+
 # Sources that a client names
 
 

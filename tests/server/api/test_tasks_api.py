@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from adapters.weights import Version
 from server.tasks.store import Tasks
+from tests.waiting import until
 
 BODY = {"prompt": "Say: {input}"}
 
@@ -229,6 +231,25 @@ def test_a_task_that_was_deleted_does_not_come_back_with_weights_alone(live: Any
         assert live.http.put("/adapters/mood", json={"source": "retrained"}).json()["tasks"] == []
     write_adapter("bringing", 33, task={**BODY, "task": "mood"})
     assert live.http.put("/adapters/mood", json={"source": "bringing"}).json()["tasks"] == ["mood"]
+
+
+@pytest.mark.usefixtures("quick_watch")
+def test_a_task_of_the_api_outlives_a_folder_that_was_put_over_the_library(
+    start: Any, write_adapter: Any, adapter_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "library").mkdir()
+    write_adapter("mood", 31).rename(tmp_path / "library" / "mood")
+    live = start(library=tmp_path / "library")
+
+    def version() -> str:
+        return live.generate("x", task="own").json()["adapters"][0]["version"]
+
+    assert live.http.put("/tasks/own", json={**BODY, "route": {"choice": [{"name": "mood"}]}}).status_code == 201
+    shipped = version()
+    write_adapter("mood", 32)
+    until(lambda: version() != shipped, every=0.02)
+    shutil.rmtree(adapter_dir / "mood")
+    until(lambda: version() == shipped, every=0.02)
 
 
 def test_what_was_deleted_before_marks_had_definitions_stays_away(tmp_path: Path) -> None:
