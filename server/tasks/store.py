@@ -66,7 +66,7 @@ class Tasks:
         self._contents: dict[str, str] = {}
         """Of each adapter, the digest of what brought its task when it was last looked at."""
         self._faults: dict[str, str] = {}
-        """Of each adapter with a task.json that is no task, why."""
+        """Of each adapter with a task.json that is of no use, what is wrong with it."""
         self._read()
         self.refresh()
 
@@ -97,7 +97,7 @@ class Tasks:
     def faults(self, adapter: str) -> list[str]:
         """What is wrong with the task.json that an adapter brought, for its description."""
         fault = self._faults.get(adapter)
-        return [] if fault is None else [f"its task.json is not used: {fault}"]
+        return [] if fault is None else [f"its task.json {fault}"]
 
     def put(self, name: str, body: Mapping[str, Any]) -> tuple[Task, bool]:
         """Define a task; answers it and whether the name is new.
@@ -160,7 +160,7 @@ class Tasks:
                 try:
                     task = self._from_folder(adapter, body)
                 except (ServerError, AdapterError, ValueError) as error:
-                    faults[adapter] = str(error)
+                    faults[adapter] = f"is not used: {error}"
                     continue
                 mark = _mark(digest, body)
                 if not {mark, digest}.isdisjoint(self._deleted.get(task.name, ())):
@@ -170,16 +170,30 @@ class Tasks:
             owners = {name: self._owner(name, those) for name, those in offers.items()}
             for name, those in offers.items():
                 for adapter in those.keys() - {owners[name]}:
-                    faults[adapter] = f"the task {name!r} is that of adapter {owners[name]!r}; give it another name"
+                    faults[adapter] = (
+                        f"is not used: the task {name!r} is that of adapter {owners[name]!r}; give it another name"
+                    )
+                if (unknown := self._unknown(owners[name], those[owners[name]])) is not None:
+                    faults[owners[name]] = f"routes to what there is not, so its requests are refused: {unknown}"
             for adapter, fault in faults.items():
                 if fault != self._faults.get(adapter):
-                    log.warning("the task.json of adapter %r is not used: %s", adapter, fault)
+                    log.warning("the task.json of adapter %r %s", adapter, fault)
             self._keep_owners({name: owners[name] for name, those in offers.items() if len(those) > 1})
             self._owners = owners
             files = {name: those[owners[name]] for name, those in offers.items()}
             gone = self._files.keys() - files.keys() - self._put.keys()
             self._files, self._brought, self._contents, self._faults = files, brought, contents, faults
         return gone
+
+    def _unknown(self, adapter: str, task: Task) -> str | None:
+        """What is said of an adapter or a version that the task of an adapter routes to and that there is not."""
+        elsewhere = [(candidate, 1.0) for candidate in task.route.candidates if candidate != adapter]
+        try:
+            if elsewhere:
+                self._adapters.resolve(elsewhere)
+        except AdapterError as error:
+            return error.message
+        return None
 
     def _owner(self, name: str, offers: Collection[str]) -> str:
         """Of the adapters that bring a task: the one that has it, else the one that is called so, else the first."""

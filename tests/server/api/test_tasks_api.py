@@ -142,6 +142,23 @@ def test_a_bad_task_file_leaves_its_adapter_served(live: Any, write_adapter: Any
         assert live.http.get(f"/tasks/far{seed}").status_code == 404
 
 
+def test_a_task_file_that_routes_to_nobody_is_told_until_there_is_one(
+    live: Any, write_adapter: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_adapter("lost", 31, task={**BODY, "route": {"choice": [{"name": "lost"}, {"name": "nobody", "weight": 0.5}]}})
+    made = live.http.post("/adapters", json={"name": "lost", "source": "lost"})
+    assert made.status_code in (200, 201) and "'nobody'" in made.json()["notes"][-1]
+    assert "the task.json of adapter 'lost' routes to what there is not" in caplog.text and "'nobody'" in caplog.text
+    assert live.generate("x", task="lost").json()["error"]["param"] == "adapters"
+    assert live.http.post("/adapters", json={"name": "nobody", "source": "a"}).status_code == 201
+    assert live.http.get("/adapters/lost").json()["notes"] == []
+    assert live.generate("x", task="lost").status_code == 200
+    route = {"best": ["a", "b@000000000000"]}
+    write_adapter("best", 32, task={**BODY, "route": route})
+    made = live.http.post("/adapters", json={"name": "best", "source": "best"})
+    assert "'b' has no version" in made.json()["notes"][-1]
+
+
 def test_half_of_a_character_in_an_adapters_files_is_in_nobodys_answer(live: Any, write_adapter: Any) -> None:
     for seed, file in enumerate(("task.json", "adapter_config.json"), 50):
         path = write_adapter(f"half{seed}", seed, task=BODY) / file
