@@ -328,7 +328,7 @@ class Registry:
             if (before := self.taken_from(taken[0])) is not None:
                 if before.digest == digest and not same:
                     self._store.write(journal)
-                    return Published(version, False, weights.metadata)
+                    return Published(version, False, weights.metadata, self._sketch(name))
                 dropped = before.without(taken[1])
         if history:
             weights = carry_over(weights, self._store.records[history[0]], dropped)
@@ -349,7 +349,7 @@ class Registry:
         self._serve(journal)
         if renewed and same:
             self._observer.on_change(name, version)
-        return Published(version, not same, weights.metadata)
+        return Published(version, not same, weights.metadata, self._sketch(name))
 
     def _move(self, version: Version, if_match: str | None) -> Published:
         name, digest = version.name, version.digest
@@ -362,14 +362,14 @@ class Registry:
             journal = journal.point(name, digest, journal.names[name].source, time.time(), self.asked_for(name))
             self._store.write(journal)
             self._serve(journal)
-        return Published(version, not same, self._store.records[digest].metadata_of(name))
+        return Published(version, not same, self.metadata(name), self._sketch(name))
 
     def _retire(self, name: str, if_match: str | None = None, journal: Journal | None = None) -> Retired:
         """`journal` is what is written, if it is not to be without the name."""
         self._names.expect(name, if_match)
         if name not in self._names.histories and name not in self._names.aside:
             raise self._names.unknown(name)
-        description = self.describe(name) if name in self._names.histories else {"name": name}
+        description = self._sketch(name)
         before, after = self._store.journal, journal or self._store.journal.retire(name)
         self._store.write(after)
         drain = _Drain(before.referenced() - after.referenced(), Future())
@@ -385,6 +385,10 @@ class Registry:
         else:
             self._store.write(journal)
         return brought
+
+    def _sketch(self, name: str) -> Description:
+        """What is told of a name that need not be served. No other write comes between."""
+        return self.describe(name) if name in self._names.histories else {"name": name}
 
     def _pin(self, name: str, view: LoraWeights) -> None:
         digest = self._names.named(name).digest

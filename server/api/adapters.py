@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -58,7 +57,7 @@ async def list_adapters(parts: Ready) -> dict[str, Any]:
 @router.get("/{name}", response_model=schemas.AdapterAnswer, responses=errors(404, 422, 503))
 async def get_adapter(name: Name, parts: Ready) -> Response:
     """One adapter with its versions, the keys that were honoured, and its card."""
-    return describe(parts, name)
+    return described(parts.registry.describe(name))
 
 
 @router.post(
@@ -77,7 +76,7 @@ async def register(request: Request, runtime: Running, parts: Ready) -> Response
         body = await _json_body(request, schemas.RegisterBody)
         name = body.name
         published = await publish_source(parts, name, body.source, create_only=True)
-    return describe(parts, name, 201 if published.created else 200)
+    return described(published.description, 201 if published.created else 200)
 
 
 @router.put(
@@ -95,25 +94,24 @@ async def publish(name: Name, request: Request, runtime: Running, parts: Ready, 
         async with uploaded(request, runtime.settings, named=False) as (field, folder):
             if field not in ("", name):
                 raise InvalidRequest(f"the upload's name is {field[:64]!r}, and the path's {name!r}", "name")
-            await parts.registry.publish(name, folder, if_match=expected)
-        return describe(parts, name, 200 if known else 201)
+            published = await parts.registry.publish(name, folder, if_match=expected)
+        return described(published.description, 200 if known else 201)
     body = await _json_body(request, schemas.PublishBody)
     if (body.source is None) == (body.version is None):
         raise InvalidRequest("give either source or version", "source")
     if body.version is not None:
         if body.version.partition("@")[0] != name:
             raise InvalidRequest(f"{body.version} is no version of {name!r}", "version")
-        await parts.registry.roll_back(name, body.version, if_match=expected)
+        published = await parts.registry.roll_back(name, body.version, if_match=expected)
     else:
-        await publish_source(parts, name, body.source or "", if_match=expected)
-    return describe(parts, name, 200 if known else 201)
+        published = await publish_source(parts, name, body.source or "", if_match=expected)
+    return described(published.description, 200 if known else 201)
 
 
 @router.delete("/{name}", status_code=202, response_model=schemas.AdapterAnswer, responses=WRITE)
 async def retire(name: Name, parts: Ready, if_match: IfMatch = None) -> Response:
     """Take a name away. What runs on it finishes; then its memory and disk are freed."""
-    told = await retire_unused(parts, name, _version(parts, name, if_match))
-    return json_response(told, 202, {"etag": f'"{told["version"]}"'} if "version" in told else None)
+    return described(await retire_unused(parts, name, _version(parts, name, if_match)), 202)
 
 
 async def retire_unused(parts: Parts, name: str, if_match: str | None = None) -> dict[str, Any]:
@@ -128,21 +126,21 @@ async def retire_unused(parts: Parts, name: str, if_match: str | None = None) ->
 async def pin(name: Name, parts: Ready) -> Response:
     """Load an adapter and keep it in RAM."""
     await parts.registry.pin(name)
-    return describe(parts, name)
+    return described(parts.registry.describe(name))
 
 
 @router.post("/{name}/unpin", response_model=schemas.AdapterAnswer, responses=WRITE)
 async def unpin(name: Name, parts: Ready) -> Response:
     """Let an adapter be evicted again."""
     await parts.registry.unpin(name)
-    return describe(parts, name)
+    return described(parts.registry.describe(name))
 
 
 @router.post("/{name}/prefetch", response_model=schemas.AdapterAnswer, responses=WRITE)
 async def prefetch(name: Name, parts: Ready) -> Response:
     """Load an adapter into RAM ahead of its first request."""
     await parts.registry.prefetch(name)
-    return describe(parts, name)
+    return described(parts.registry.describe(name))
 
 
 @router.post(
@@ -168,7 +166,7 @@ async def compose(body: schemas.ComposeBody, runtime: Running, parts: Ready) -> 
         async with temporary(runtime.settings) as folder:
             error = await asyncio.to_thread(make, folder)
             published = await parts.registry.publish(body.name, folder, create_only=True, source="compose")
-    return describe(parts, body.name, 201 if published.created else 200, {"error": error})
+    return described({**published.description, "error": error}, 201 if published.created else 200)
 
 
 async def publish_source(parts: Parts, name: str, place: str, **options: Any) -> Published:
@@ -185,10 +183,9 @@ async def publish_source(parts: Parts, name: str, place: str, **options: Any) ->
         raise InvalidRequest(f"source cannot be read: {error.strerror}", "source") from None
 
 
-def describe(parts: Parts, name: str, status: int = 200, more: Mapping[str, Any] | None = None) -> Response:
-    """The answer about one adapter, with its version as ETag."""
-    described = parts.registry.describe(name)
-    return json_response({**described, **(more or {})}, status, {"etag": f'"{described["version"]}"'})
+def described(told: dict[str, Any], status: int = 200) -> Response:
+    """The answer about one adapter, with its version as ETag; one that is not served has none."""
+    return json_response(told, status, {"etag": f'"{told["version"]}"'} if "version" in told else None)
 
 
 # Bodies

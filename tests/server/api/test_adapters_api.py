@@ -104,6 +104,38 @@ def test_uploads(live: Any, write_adapter: Callable[..., Path]) -> None:
     assert not list((live.runtime.settings.state_dir / "uploads").iterdir()), "nothing is left behind"
 
 
+@pytest.mark.usefixtures("idle_watch")
+def test_what_was_published_is_told_though_it_is_deleted_at_once(
+    live: Any, write_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = live.house.parts.registry
+
+    def deleting(change: Any) -> Any:
+        async def changed(name: str, *rest: Any, **options: Any) -> Any:
+            published = await change(name, *rest, **options)
+            registry.retire_now(name)
+            return published
+
+        return changed
+
+    folder, old = write_adapter("late", 5), live.http.get("/adapters/a").json()["version"]
+    write_adapter("later", 6)
+    assert live.http.put("/adapters/a", json={"source": "later"}).status_code == 200
+    monkeypatch.setattr(registry, "publish", deleting(registry.publish))
+    monkeypatch.setattr(registry, "roll_back", deleting(registry.roll_back))
+    parts = [{"name": "b", "weight": 1.0}]
+    for answer, status in (
+        (live.http.put("/adapters/a", json={"version": old}), 200),
+        (live.http.post("/adapters", json={"name": "new", "source": "late"}), 201),
+        (live.http.put("/adapters/new", json={"source": "late"}), 201),
+        (live.http.put("/adapters/new", **upload(folder)), 201),
+        (live.http.post("/adapters/compose", json={"name": "sum", "from": parts}), 201),
+    ):
+        assert answer.status_code == status, answer.text
+        assert DETAILS <= set(answer.json()) and answer.headers["etag"] == f'"{answer.json()["version"]}"'
+        assert live.http.get(f"/adapters/{answer.json()['name']}").status_code == 404
+
+
 def test_retiring_waits_for_tasks_and_frees(live: Any) -> None:
     used = live.http.delete("/adapters/mood")
     assert used.status_code == 409 and "mood" in used.json()["error"]["message"]
