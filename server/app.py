@@ -74,7 +74,7 @@ def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lam
         ],
     )
     app.state.runtime = runtime
-    errors.install(app)
+    errors.install(app, runtime.unread)
     openapi.install(app)
     for part in (generate, openai, vllm, adapters, tasks, files, fine_tuning, jobs, monitoring, openapi, page):
         app.include_router(part.router)

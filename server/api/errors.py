@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,14 +175,19 @@ def is_openai(path: str) -> bool:
     return path.startswith("/v1/")
 
 
-def install(app: FastAPI) -> None:
-    """Answer every exception that reaches the framework's own layer by the table."""
+def install(app: FastAPI, unread: Callable[[Request, int], None]) -> None:
+    """Answer every exception that reaches the framework's own layer by the table.
+
+    `unread` hears of each request that the framework refuses before a route sees it, and of the status.
+    """
 
     async def handler(request: Request, error: Exception) -> Response:
         request_id = request.scope.get("state", {}).get("request_id", "")
         told = answer(error, request_id, openai=is_openai(request.url.path))
         if told.status == 405:
             told.headers["allow"] = ", ".join(_methods(app, request.url.path, told.headers.get("allow", "")))
+        if isinstance(error, RequestValidationError | HTTPException):
+            unread(request, told.status)
         return told.response()
 
     for kind in (RequestValidationError, HTTPException, adapter_errors.AdapterError, server_errors.ServerError):

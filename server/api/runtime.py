@@ -22,7 +22,7 @@ from server.errors import NotReady
 from server.jobs.files import Files
 from server.jobs.requests import Ground
 from server.jobs.runner import Jobs
-from server.metrics import Metrics
+from server.metrics import Ended, Metrics
 from server.settings import Settings
 from server.tasks.inference import Caller, Engine, Inference
 from server.tasks.prompts import Prompts
@@ -30,6 +30,9 @@ from server.tasks.quality import Quality
 from server.tasks.resolve import Resolver
 from server.tasks.routing import BestRouter
 from server.tasks.store import Tasks
+
+GENERATING = frozenset({"/generate", "/classify", "/v1/completions", "/v1/chat/completions"})
+"""The routes whose requests are counted."""
 
 
 class Sources(Protocol):
@@ -121,6 +124,11 @@ class Runtime:
             }
             raise NotReady(why.get(self.state, self.state), retry_after=2.0)
         return self.loaded
+
+    def unread(self, request: Request, status: int) -> None:
+        """Count a request whose body or query the schema refuses: nothing of it was resolved."""
+        if request.method == "POST" and request.url.path in GENERATING:
+            self.metrics.record(Ended(None, (), str(status), known=False))
 
     def caller(self, request: Request, deadline_ms: int | None) -> Caller:
         """Who asks, and until when: the request's deadline within the server's."""

@@ -103,6 +103,26 @@ def test_a_request_is_recorded_from_its_own_timestamps() -> None:
     assert value(text, "loramux_requests_total", **pair, status="200") == 2
 
 
+def test_what_the_schema_refuses_is_counted(live: Any) -> None:
+    chat = {"model": "tiny", "messages": []}
+    for path, body, status in (
+        ("/generate?task=mood", {"prompt": 5}, 422),
+        ("/generate?tusk=mood", {"prompt": "x"}, 422),
+        ("/classify", {}, 422),
+        ("/v1/completions", {"model": "tiny"}, 400),
+        ("/v1/chat/completions", chat, 400),
+    ):
+        assert live.http.post(path, json=body).status_code == status
+    assert live.http.post("/v1/completions", content=b"{").status_code == 400
+    assert live.http.post("/generate", content=b"\xff").status_code in (400, 422)
+    assert live.http.post("/tasks/mood/feedback", json={}).status_code == 422
+    assert live.http.get("/generate").status_code == 405
+    text = live.http.get("/metrics").text
+    counts = [value(text, "loramux_requests_total", task="other", adapter="other", status=s) for s in ("422", "400")]
+    assert sum(counts) == 7 and counts[0] >= 3 and counts[1] >= 3, counts
+    assert value(text, "loramux_requests_total", status="405") is None
+
+
 def test_means_are_over_what_was_measured() -> None:
     """A classification has no first token, and does not make it look earlier."""
     metrics = Metrics()
