@@ -31,7 +31,7 @@ router = APIRouter(prefix="/adapters", tags=["adapters"])
 WRITE = errors(400, 404, 409, 412, 422, 429, 500, 503, 507)
 
 Name = Annotated[str, PathParameter(max_length=64)]
-IfMatch = Annotated[str | None, Header(alias="if-match", max_length=160, description="the version it must have now")]
+IfMatch = Annotated[list[str] | None, Header(alias="if-match", description="the version it must have now, or several")]
 B = TypeVar("B", bound=BaseModel)
 
 
@@ -202,13 +202,13 @@ async def _json_body(request: Request, model: type[B]) -> B:
         raise RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": "", "input": None}]) from None
 
 
-def _version(parts: Parts, name: str, if_match: str | None) -> str | None:
-    """The version within an If-Match header: an ETag as we send them, a bare label, or `*`.
+def _version(parts: Parts, name: str, if_match: list[str] | None) -> str | None:
+    """The version within If-Match headers: an ETag as we send them, a bare label, or `*`.
 
     Of several it is the one that the adapter has now, so that the registry can hold it to that.
     """
     if if_match is None:
         return None
-    listed = [tag.strip().removeprefix("W/").strip('"') for tag in if_match.split(",")]
+    listed = [tag.strip().removeprefix("W/").strip('"') for tag in ",".join(if_match).split(",")]
     now = parts.registry.current(name).label if name in parts.registry.names() else None
     return now if now in listed else listed[0]

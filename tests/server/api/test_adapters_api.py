@@ -73,6 +73,12 @@ def test_put_publishes_compares_and_rolls_back(live: Any, write_adapter: Callabl
     several = f'"a@000000000000", {first}'
     assert live.http.put("/adapters/a", json={"source": "a"}, headers={"if-match": several}).status_code == 200
     assert live.http.put("/adapters/a", json={"source": "a"}, headers={"if-match": '"b@1", "c@2"'}).status_code == 412
+    now = live.http.get("/adapters/a").headers["etag"]
+    for given in (
+        [("if-match", '"a@000000000000"'), ("if-match", now)],
+        {"if-match": f'"{"x" * 64}@000000000000", ' * 3 + now},
+    ):
+        assert live.http.put("/adapters/a", json={"source": "a"}, headers=given).status_code == 200
 
 
 def test_a_name_or_a_version_that_will_not_do_is_told_before_a_source_is_asked(live: Any, monkeypatch: Any) -> None:
