@@ -190,7 +190,7 @@ def _check_init(value: object) -> None:
 
 def _rank(value: object, key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise InvalidAdapter(f"{key}: a rank must be a positive integer, not {str(value)[:80]}", key)
+        raise InvalidAdapter(f"{key}: a rank must be a positive integer, not {repr(value)[:80]}", key)
     if value > MAX_RANK:
         raise InvalidAdapter(f"{key}: a rank of {str(value)[:80]} is out of range", key)
     return value
@@ -198,13 +198,13 @@ def _rank(value: object, key: str) -> int:
 
 def _number(value: object, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30 or not math.isfinite(value):
-        raise InvalidAdapter(f"{key} must be a finite number, not {str(value)[:80]}", key)
+        raise InvalidAdapter(f"{key} must be a finite number, not {repr(value)[:80]}", key)
     return float(value)
 
 
 def _flag(value: object, key: str) -> bool:
     if value is not None and not isinstance(value, bool):
-        raise InvalidAdapter(f"{key} must be true or false, not {str(value)[:80]}", key)
+        raise InvalidAdapter(f"{key} must be true or false, not {repr(value)[:80]}", key)
     return bool(value)
 
 

@@ -132,6 +132,7 @@ def _framework(error: HTTPException) -> Answer:
 
 def _invalid(problems: Sequence[Any], openai: bool) -> Answer:
     """A body or query that the schema refuses: the first few problems by the name of their field."""
+    problems = _applying(problems)
     named = [("" if p["type"] == "json_invalid" else _where(p["loc"]), _what(p)) for p in problems]
     shown = "; ".join(f"{where}: {what}" if where else what for where, what in named[:5])
     more = f" (and {len(named) - 5} more)" if len(named) > 5 else ""
@@ -140,6 +141,22 @@ def _invalid(problems: Sequence[Any], openai: bool) -> Answer:
         400 if openai else 422, shown + more, INVALID, named[0][0] or None if named else None,
         "invalid_json" if broken else "invalid_request",
     )  # fmt: skip
+
+
+def _applying(problems: Sequence[Any]) -> list[Any]:
+    """The problems but for kinds that a field takes too and that its value is none of: a long list is no bad text."""
+    kinds = [_kind(p) for p in problems]
+    met = {field for field, missed in kinds if not missed}
+    return [p for p, (field, missed) in zip(problems, kinds, strict=True) if not (missed and field in met)]
+
+
+def _kind(problem: Mapping[str, Any]) -> tuple[Sequence[Any] | None, bool]:
+    """The field of several kinds that a problem lies in, if it does, and whether the value is none of that kind."""
+    location = tuple(problem["loc"])
+    for i, part in enumerate(location):
+        if isinstance(part, str) and part.startswith(UNION_PARTS):
+            return location[:i], i + 1 == len(location) and problem["type"].endswith("_type")
+    return None, False
 
 
 def _where(location: Sequence[Any]) -> str:

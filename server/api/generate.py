@@ -39,7 +39,7 @@ async def generate(
 ) -> Response:
     """Continue a prompt through a task, a mix of adapters, or the base."""
     caller = runtime.caller(request, body.deadline_ms)
-    target = resolve_task(parts, query.task, body.adapters, caller)
+    target = resolve_task(parts, request, query.task, body.adapters, caller)
     asked = asked_fields(body)
     with counted(parts.inference, target, caller):
         defaults = target.task.defaults if target.task else {}
@@ -61,7 +61,7 @@ async def classify(
 ) -> Response:
     """Probabilities of given labels: softmax over the log-probabilities of each label and the end, as one batch."""
     caller = runtime.caller(request, body.deadline_ms)
-    target = resolve_task(parts, query.task, body.adapters, caller)
+    target = resolve_task(parts, request, query.task, body.adapters, caller)
     with counted(parts.inference, target, caller):
         labels = check_labels(body.labels, "labels") if body.labels else target.task.labels if target.task else ()
         if not labels:
@@ -163,9 +163,13 @@ def override(adapters: list[schemas.Weighted] | None) -> Choice | None:
     return None if adapters is None else [(a.name, a.weight) for a in adapters]
 
 
-def resolve_task(parts: Parts, task: str | None, adapters: list[schemas.Weighted] | None, caller: Caller) -> Target:
-    """The target of `?task=`. Raises UnknownName and QueueFull, which are counted."""
+def resolve_task(
+    parts: Parts, request: Request, task: str | None, adapters: list[schemas.Weighted] | None, caller: Caller
+) -> Target:
+    """The target of `?task=`. Raises InvalidRequest, UnknownName and QueueFull, which are counted."""
     with counted(parts.inference, None, caller):
+        if len(request.query_params.multi_items()) > 1:  # no other field gets this far
+            raise InvalidRequest("the query names more than one task; give one", "task")
         target = parts.resolver.task(task, override(adapters))
     return within_limits(parts, target, caller)
 

@@ -301,6 +301,14 @@ def test_wrong_configs_are_refused(changes, make_peft, shapes):
         peft_format.read_folder(folder, name="a", shapes=shapes)
 
 
+@pytest.mark.parametrize("changes", [{"r": "8"}, {"lora_alpha": "8"}, {"use_rslora": "8"}])
+def test_a_text_where_a_number_belongs_is_shown_as_one(changes, make_peft):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    edit(folder, **changes)
+    with pytest.raises(InvalidAdapter, match="not '8'"):
+        peft_format.read_folder(folder, name="a")
+
+
 def test_a_converted_pissa_adapter_is_plain(llama, shapes, make_peft, tmp_path):
     model, folder = make_peft(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=True)
     edit(folder, init_lora_weights=True, corda_config={"cache_file": None}, loftq_config={"loftq_bits": 4})

@@ -180,6 +180,23 @@ def test_what_is_wrong_is_refused_with_its_name(live: Any, subtests: pytest.Subt
             assert live.generate("still here").status_code == 200
 
 
+def test_of_a_field_that_takes_several_kinds_only_what_applies_is_told(live: Any) -> None:
+    def told(stop: Any) -> str:
+        return str(live.generate("x", stop=stop).json()["error"]["message"])
+
+    assert told(["s"] * 9) == "stop: List should have at most 8 items after validation, not 9"
+    assert told("") == "stop: String should have at least 1 character"
+    assert told(["s", ""]) == "stop.1: String should have at least 1 character"
+    assert "valid string" in told(5) and "valid list" in told(5)
+
+
+def test_two_tasks_in_one_query_are_refused(live: Any) -> None:
+    for path in ("/generate", "/classify"):
+        answer = live.http.post(f"{path}?task=mood&task=a", json={"prompt": "x"})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "task", answer.text
+        assert "more than one task" in answer.json()["error"]["message"]
+
+
 def test_an_absent_length_is_clipped_and_an_explicit_one_is_refused_with_both_numbers(live: Any) -> None:
     prompt = "y" * 250
     clipped = live.generate(prompt, ignore_eos=True).json()
