@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adapters.errors import AdapterError
 from server.cli.options import AsJson
 from server.cli.terminal import out, print_json, size
 from server.errors import BadSetting
@@ -39,7 +40,7 @@ def compose(
             factor = float(weight) if weight else 1.0
         except ValueError as error:
             raise BadSetting(f"{part!r}: the weight is no number") from error
-        pairs.append((peft_format.read_folder(Path(folder), name=Path(folder).name, max_rank=4096), factor))
+        pairs.append((_read(Path(folder), Path(folder).name), factor))
     result = composition.compose(pairs, output.name, method, rank=rank, density=density, seed=seed)
     peft_format.save(result, output)
     _clear(output, replaced, result)
@@ -72,7 +73,7 @@ def prune(
     if sum(option is not None for option in (rank, budget, energy, drop)) != 1:
         raise BadSetting("give exactly one of --rank, --budget, --energy and --drop")
     replaced = _check_free(output, force)
-    weights = peft_format.read_folder(adapter, name=output.name, max_rank=4096)
+    weights = _read(adapter, output.name)
     if rank is not None:
         result, cut = pruning.truncate(weights, rank)
     elif drop is not None:
@@ -91,6 +92,16 @@ def prune(
             f"{output}: {cut.parameters:,} of {cut.parameters_before:,} parameters, relative error {cut.error:.3g} "
             f"(worst {cut.worst_error:.3g} at {cut.worst_module}), {len(cut.dropped)} modules dropped"
         )
+
+
+def _read(folder: Path, name: str) -> LoraWeights:
+    """The adapter in a folder, of any rank. Its errors say which folder that is: there may be several."""
+    from adapters import peft_format
+
+    try:
+        return peft_format.read_folder(folder, name=name, max_rank=4096)
+    except AdapterError as error:
+        raise type(error)(f"{folder}: {error.message}", error.param) from error
 
 
 def _check_free(output: Path, force: bool) -> bool:

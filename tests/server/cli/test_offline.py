@@ -85,3 +85,11 @@ def test_an_adapter_is_replaced_only_if_that_is_said(folders: list[Path], tmp_pa
     told = run(*asked, "--force")
     assert told["version"] == peft_format.read_folder(folders[1], name=folders[1].name).version.label
     assert not (folders[1] / "task.json").exists(), "it is another adapter's"
+
+
+def test_an_error_says_which_folder_it_is_about(folders: list[Path], tmp_path: Path) -> None:
+    (folders[1] / peft_format.TENSOR_FILE).unlink()
+    for command in (["compose", folders[0]], ["prune", "--rank", 2]):
+        for folder, message in ((tmp_path / "nothing", "is no folder"), (folders[1], "is missing")):
+            done = CliRunner().invoke(app, [*map(str, command), str(folder), "--output", str(tmp_path / "x")])
+            assert str(done.exception).startswith(f"{folder}: ") and message in str(done.exception)
