@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli import logs
-from server.cli.inprocess import choice_of, open_base, opened
+from server.cli.inprocess import choice_of, open_base, opened, target_of
 from server.cli.options import BASE, AsJson, with_settings
 from server.cli.terminal import Progress, out, print_json, progress
 from server.errors import BadSetting
@@ -84,7 +84,7 @@ async def _evaluate(settings: Settings, base: Base, asked: Asked, bar: Progress)
         name = _task(parts, asked.task)
         found = {}
         for label, choice in (choices or {f"{name}, as it is": None}).items():
-            target = parts.resolver.task(name, choice)
+            target = target_of(house, name, choice)
             metrics = asked.metrics or (default_metric(target.task),)
 
             def tell(done: int, total: int, label: str = label) -> None:

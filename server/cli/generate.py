@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 
 from server.cli import logs
-from server.cli.inprocess import open_base, opened, weighted
+from server.cli.inprocess import open_base, opened, target_of, weighted
 from server.cli.options import BASE, AsJson, with_settings
 from server.cli.terminal import print_json
 from server.errors import InvalidRequest
@@ -19,8 +19,6 @@ from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.model.loader import Base
-
-Number = float | None
 
 
 @with_settings(*BASE, "state_dir", "library", "max_rank", "max_mix", "max_context", "log_level")
@@ -31,17 +29,19 @@ def generate(
     adapter: Annotated[
         list[str] | None, typer.Option(help="NAME or FOLDER, with =WEIGHT if it is not 1; again for a mix.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, max=2)] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    max_tokens: Annotated[int | None, typer.Option()] = None,
+    temperature: Annotated[float | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt and end. Adapters that were published to a server are that server's: give their folders."""
     from server.kernels import choose
+    from server.tasks.sampling import NUMBERS
 
     logs.configure(settings.log_format, "warning" if settings.log_level == "info" else settings.log_level)
-    asked = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    asked = {name: NUMBERS[name].check(name, value) for name, value in given.items() if value is not None}
     text = _read(sys.stdin.buffer) if prompt == "-" else prompt
     if not _is_text(text):
         raise InvalidRequest("the prompt is no UTF-8 text", "prompt")
@@ -70,13 +70,14 @@ async def _answer(
     asked: dict[str, Any],
     stream: bool,
 ) -> dict[str, Any]:
+    from server.api.runtime import served
     from server.tasks.inference import Caller
     from server.tasks.sampling import OWN_DEFAULTS, build
 
     async with opened(settings, base) as house:
         parts = house.parts
         choice = None if adapters is None else [weighted(house, text) for text in adapters]
-        target = parts.resolver.task(task, choice)
+        target = target_of(house, task, choice)
         ids = await parts.prompts.of_input(target.task, prompt)
         defaults = target.task.defaults if target.task else {}
         sampling = build(asked, defaults, OWN_DEFAULTS, parts.prompts.room, len(ids))
@@ -95,7 +96,7 @@ async def _answer(
             "text": "".join(pieces),
             "task": task,
             "finish_reason": generation.replies[0].finish_reason,
-            "adapters": [{"version": v.label, "weight": w} for v, w in generation.versions],
+            "adapters": served(generation.versions),
             "usage": generation.usage(),
             "seconds": round(time.monotonic() - start, 4),
         }

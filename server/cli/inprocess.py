@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.cli.terminal import progress
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, UnknownName
 from server.settings import Settings
 
 if TYPE_CHECKING:
+    from adapters.weights import Choice
     from server.api.assembly import House
     from server.kernels import Backend
     from server.model.loader import Base
+    from server.tasks.resolve import Target
 
 BASE_ALONE = "base"
 """As a candidate: no adapter at all."""
@@ -64,6 +66,17 @@ async def opened(settings: Settings, base: Base) -> AsyncIterator[House]:
             await asyncio.to_thread(house.close, 0.0)
 
 
+def target_of(house: House, task: str | None, choice: Choice | None) -> Target:
+    """What a task means here, or the choice instead of its mix. Raises UnknownName with the tasks that there are."""
+    try:
+        return house.parts.resolver.task(task, choice)
+    except UnknownName as error:
+        known = ", ".join(known.name for known in house.parts.tasks.all()) or "none is"
+        raise UnknownName(
+            f"there is no task {str(task)[:64]!r} ({known} here); give the folder of the adapter that brings it", "task"
+        ) from error
+
+
 def choice_of(house: House, mix: str) -> list[tuple[str, float]]:
     """`NAME=0.7+FOLDER=0.3` as a choice; `base` is the base alone. Raises InvalidRequest."""
     if mix == BASE_ALONE:
@@ -87,10 +100,16 @@ def weighted(house: House, text: str) -> tuple[str, float]:
     except ValueError:
         raise InvalidRequest(f"the weight of {name!r} must be a number, not {weight_text!r}", "adapter") from None
     registry = house.parts.registry
-    folder = Path(name).expanduser()
-    if name not in registry.names() and folder.is_dir():
+    known, folder = registry.names(), Path(name).expanduser()
+    if name not in known and folder.is_dir():
         own = folder.resolve().name
         others = (f"{own}-{number}" for number in itertools.count(2))
-        name = next(free for free in itertools.chain([own], others) if free not in registry.names())
+        name = next(free for free in itertools.chain([own], others) if free not in known)
         registry.publish_now(name, folder, source="file")
+    elif name.partition("@")[0] not in known:
+        here = ", ".join(known) or "none is"
+        raise InvalidRequest(
+            f"{name!r} is neither an adapter ({here} here) nor a folder; give the folder of one, as PEFT writes it",
+            "adapter",
+        )
     return name, weight

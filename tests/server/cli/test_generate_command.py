@@ -1,0 +1,66 @@
+"""`loramux generate` over the tiny base: its JSON, the bounds of its flags, and names that nothing here has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from adapters.peft_format import save
+from adapters.weights import LoraWeights
+from server.cli import app, generate
+from server.errors import InvalidRequest
+from server.model.loader import Base
+from server.tasks.sampling import NUMBERS
+
+runner = CliRunner()
+SETTINGS = ["--state-dir", "state", "--library", "library"]
+
+
+@pytest.fixture
+def given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base: Base, tiny_adapter: Callable[..., LoraWeights]
+) -> Path:
+    """A folder with an adapter that ships, which brings the task `mood`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "open_base", lambda settings, backend, quiet: tiny_base)
+    task = {"task": "mood", "prompt": "Mood: {input}", "labels": ["good", "bad"], "defaults": {"max_tokens": 3}}
+    save(tiny_adapter(1), tmp_path / "library" / "mood", base="tiny", task=task)
+    return tmp_path
+
+
+def test_an_answer_names_its_adapters_as_the_server_does(given: Path) -> None:
+    done = runner.invoke(app, ["generate", "the", "--task", "mood", "--adapter", "mood=0.5", "--json", *SETTINGS])
+    assert done.exit_code == 0, done.output
+    [adapter] = json.loads(done.stdout)["adapters"]
+    assert (adapter["name"], adapter["weight"]) == ("mood", 0.5) and adapter["version"].startswith("mood@")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("top_p", "0"), ("top_p", "1.5"), ("temperature", "2.5"), ("temperature", "nan"), ("max_tokens", "0"),
+     ("seed", str(2**64))],
+)  # fmt: skip
+def test_the_bounds_are_those_of_the_api(monkeypatch: pytest.MonkeyPatch, flag: str, value: str) -> None:
+    monkeypatch.setattr(generate, "open_base", lambda *_, **__: pytest.fail("the base is loaded before that"))
+    done = runner.invoke(app, ["generate", "the", f"--{flag.replace('_', '-')}", value])
+    assert isinstance(done.exception, InvalidRequest) and done.exception.param == flag
+    assert f"{NUMBERS[flag].high:g}" in done.exception.message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "nope"], "there is no task 'nope' (mood here); give the folder of the adapter that brings it"),
+        (["--adapter", "nope"], "'nope' is neither an adapter (mood here) nor a folder; give the folder of one"),
+        (["--adapter", "nope@1f0c9a2be4d7=2"], "'nope@1f0c9a2be4d7' is neither an adapter (mood here)"),
+        (["--adapter", "nope", "--library", "none"], "'nope' is neither an adapter (none is here)"),
+        (["--adapter", "mood@1f0c9a2be4d7"], "the adapter 'mood' has no version '1f0c9a2be4d7'"),
+    ],
+)
+def test_a_name_that_nothing_here_has(given: Path, arguments: list[str], message: str) -> None:
+    done = runner.invoke(app, ["generate", "the", *SETTINGS, *arguments])
+    assert message in str(done.exception)
