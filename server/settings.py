@@ -329,18 +329,20 @@ def load_settings(flags: Mapping[str, Any] | None = None, *, config: Path | None
     environment = {name: value for name, value in environment.items() if not _is_service_link(name, value)}
     from_variable = environment.pop("config", None)
     named = config or from_variable
-    from_file = _read_file(Path(named or DEFAULT_FILE), must_exist=named is not None)
+    file = Path(named or DEFAULT_FILE)
+    from_file = _read_file(file, must_exist=named is not None)
     for name in environment:
         if name not in Settings.model_fields:
             raise BadSetting(_unknown(PREFIX + name.upper(), [PREFIX + f.upper() for f in Settings.model_fields]), name)
     for name in from_file:
         if name not in Settings.model_fields:
-            raise BadSetting(_unknown(name, list(Settings.model_fields), f" in {named or DEFAULT_FILE}"), name)
+            raise BadSetting(_unknown(name, list(Settings.model_fields), f" in {file}"), name)
     given = {k: v for k, v in (flags or {}).items() if v is not None}
     try:
         return Settings(**{**from_file, **environment, **given})
     except ValidationError as e:
-        raise BadSetting(*_explain(e)) from None
+        in_file = from_file.keys() - environment.keys() - given.keys()
+        raise BadSetting(*_explain(e, dict.fromkeys(in_file, f"in {file}"))) from None
 
 
 _SERVICE_LINKS = (
@@ -379,7 +381,8 @@ def _unknown(name: str, known: list[str], where: str = "") -> str:
     return f"unknown setting {name}{where}{hint}"
 
 
-def _explain(error: ValidationError) -> tuple[str, str | None]:
+def _explain(error: ValidationError, places: Mapping[str, str] | None = None) -> tuple[str, str | None]:
+    """What is wrong, and with which setting; `places` says of those that no flag or variable has where they are."""
     lines, param = [], None
     for e in error.errors(include_url=False, include_input=False):
         name = str(e["loc"][0]) if e["loc"] else ""
@@ -388,5 +391,6 @@ def _explain(error: ValidationError) -> tuple[str, str | None]:
         if e["type"] == "extra_forbidden":
             lines.append(_unknown(name, list(Settings.model_fields)))
         else:
-            lines.append(f"{name} ({flag(name)}, {PREFIX}{name.upper()}): {message}" if name else message)
+            place = (places or {}).get(name) or f"{flag(name)}, {PREFIX}{name.upper()}"
+            lines.append(f"{name} ({place}): {message}" if name else message)
     return "; ".join(dict.fromkeys(lines)), param

@@ -108,6 +108,17 @@ def test_broken_file() -> None:
         load_settings()
 
 
+def test_a_value_of_the_file_is_blamed_on_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("my.toml").write_text('max_batch = "many"\n')
+    with pytest.raises(BadSetting, match=r"^max_batch \(in my\.toml\): ") as e:
+        load_settings(config=Path("my.toml"))
+    assert e.value.param == "max_batch"
+    for flags, variable in (({"max_batch": "0"}, ""), ({}, "0")):  # these are what counts
+        monkeypatch.setenv("LORAMUX_MAX_BATCH", variable)
+        with pytest.raises(BadSetting, match=r"^max_batch \(--max-batch, LORAMUX_MAX_BATCH\): "):
+            load_settings(flags, config=Path("my.toml"))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
