@@ -13,9 +13,15 @@ ServerError
 ├── DeadlineExceeded         the request's time was over before it could finish (504)
 ├── NoCapacity               it could never fit into the budget (507)
 ├── EngineFailed             a step failed; the request was lost and can be sent again (500)
+├── RemoteError              the server that a command has called answers with this error of its own
 ├── BadModel                 a model folder or file cannot be served; says why
 └── BadSetting               a setting is unknown or out of range; says which
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class ServerError(Exception):
@@ -74,6 +80,14 @@ class NoCapacity(ServerError):
 
 class EngineFailed(ServerError):
     """A step failed; its running requests are lost, the registry and the queue are not."""
+
+
+class RemoteError(ServerError):
+    """A server has answered a command with an error, which is `told` as it came."""
+
+    def __init__(self, told: Mapping[str, Any]) -> None:
+        super().__init__(str(told["message"]), told.get("param"))
+        self.told = told
 
 
 class BadModel(ServerError):

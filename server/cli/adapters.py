@@ -15,11 +15,18 @@ import typer
 
 from server.cli.options import AsJson, with_settings
 from server.cli.terminal import out, print_json, size
-from server.errors import BadSetting, ServerError
+from server.errors import BadSetting, RemoteError, ServerError
 from server.settings import Settings, parse_keys
 
 app = typer.Typer(help="Adapters of a running server (--host, --port), or a folder of one (check).")
-_of_a_server = with_settings("host", "port", "admin_keys_file", "api_keys_file", insecure=True)
+_of_a_server = with_settings(
+    "host",
+    "port",
+    "admin_keys_file",
+    "api_keys_file",
+    texts={"host": "address of the server to talk to", "port": "port of the server to talk to"},
+    insecure=True,
+)
 """Whether the server has keys is its own matter: a client serves nobody."""
 Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
 
@@ -158,7 +165,7 @@ def _quoted(name: str) -> str:
 
 
 def _call(settings: Settings, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """The object that the server answers. Raises ServerError with the server's own message, and BadSetting."""
+    """The object that the server answers. Raises RemoteError with the server's own error, ServerError, BadSetting."""
     url = _address(settings)
     request = urllib.request.Request(url + path, method=method)
     if body is not None:
@@ -176,7 +183,7 @@ def _call(settings: Settings, method: str, path: str, body: dict[str, Any] | Non
         if isinstance(told, dict):
             return told
     except urllib.error.HTTPError as e:
-        raise ServerError(_message(e)) from None
+        raise _told(e) from None
     except OSError as e:
         reason = getattr(e, "reason", e)
         raise ServerError(f"no server answers at {url}: {reason}; start one with `loramux serve`") from None
@@ -221,8 +228,9 @@ def _keys(settings: Settings) -> dict[str, str]:
     return {}
 
 
-def _message(error: urllib.error.HTTPError) -> str:
+def _told(error: urllib.error.HTTPError) -> ServerError:
+    """The error within an answer; of one that has none, its status."""
     try:
-        return str(json.loads(error.read())["error"]["message"])
+        return RemoteError(json.loads(error.read())["error"])
     except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
-        return f"the server answered {error.code} {error.reason}"
+        return ServerError(f"the server answered {error.code} {error.reason}")

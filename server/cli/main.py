@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from adapters.errors import AdapterError
 from server.bench import command as bench
 from server.cli import adapters, evaluate, generate, models, offline, search, serve, train
-from server.errors import ServerError
+from server.errors import RemoteError, ServerError
 
 app = typer.Typer(
     name="loramux",
@@ -84,9 +84,11 @@ def _fail(error: Exception, message: str, param: str | None = None) -> NoReturn:
 
 
 def _tell(error: Exception, message: str, param: str | None = None) -> None:
-    """An error for machines, where the command was asked for JSON."""
+    """An error for machines, where the command was asked for JSON; a server's own as it came."""
     if "--json" in sys.argv:
         body = {"message": message, "type": type(error).__name__, "param": param}
+        if isinstance(error, RemoteError):
+            body = dict(error.told)
         sys.stdout.write(json.dumps({"error": body}) + "\n")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,15 +21,20 @@ EVERYTHING = tuple(name for name in Settings.model_fields if name not in SECRET)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
-def with_settings(*names: str, **fixed: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_settings(
+    *names: str, texts: Mapping[str, str] | None = None, **fixed: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator for commands that take `settings: Settings`; `names` are the settings that become flags, `fixed` are
-    those that are the command's own.
+    those that are the command's own. `texts` are of those that mean something else to a command than to the server.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
         added = [
-            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(n)) for n in names
+            inspect.Parameter(
+                n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(n, (texts or {}).get(n))
+            )
+            for n in names
         ]
         file = typer.Option("--config", help="Settings file; loramux.toml if that is there.")
         added.append(
@@ -52,10 +57,10 @@ def with_settings(*names: str, **fixed: Any) -> Callable[[Callable[..., None]], 
     return decorate
 
 
-def _option(name: str) -> Any:
+def _option(name: str, text: str | None) -> Any:
     field = Settings.model_fields[name]
     switch = field.annotation is bool
-    text = f"{field.description} [{_shown(field.default)}]"
+    text = f"{text or field.description} [{_shown(field.default)}]"
     names = f"{flag(name)}/--no-{flag(name)[2:]}" if switch else flag(name)
     return Annotated[bool | None if switch else str | None, typer.Option(names, help=text, show_default=False)]
 

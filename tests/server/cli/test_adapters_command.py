@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from typer.testing import CliRunner
 
+from server.cli import app, main
 from server.cli.adapters import _call, list_
 from server.errors import BadSetting, ServerError
 from server.settings import Settings
@@ -54,6 +58,37 @@ def test_json_of_another_server(port: int, monkeypatch: pytest.MonkeyPatch, tmp_
     given: dict[str, Any] = {**dict.fromkeys(list_.__annotations__), "as_json": True, "port": port}
     with pytest.raises(ServerError, match="is no loramux server"):
         list_(**given)
+
+
+ERROR = {"message": "no adapter 'x'", "type": "invalid_request_error", "param": "name", "code": "adapter_not_found"}
+UNKNOWN = b"HTTP/1.0 404 Not Found\r\n\r\n" + json.dumps({"error": ERROR}).encode()
+
+
+@pytest.mark.parametrize("port", [UNKNOWN], indirect=True)
+def test_what_a_server_refuses_is_told_in_its_own_words(
+    port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["loramux", "adapters", "show", "x", "--port", str(port), "--json"])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"error": ERROR} and printed.err == "error: no adapter 'x'\n"
+
+
+WORDLESS = (b"busy", b"[]", b'{"error": "busy"}', b'{"error": {}}')
+
+
+@pytest.mark.parametrize("port", [b"HTTP/1.0 502 Bad Gateway\r\n\r\n" + body for body in WORDLESS], indirect=True)
+def test_an_error_without_words(port: int) -> None:
+    with pytest.raises(ServerError, match="the server answered 502 Bad Gateway"):
+        _call(Settings(port=port), "GET", "/adapters")
+
+
+def test_host_and_port_are_those_of_the_server_to_talk_to() -> None:
+    shown = CliRunner().invoke(app, ["adapters", "list", "--help"], env={"COLUMNS": "200"}).output
+    assert "address of the server to talk to [127.0.0.1]" in shown and "listen" not in shown
+    assert "port of the server to talk to [8000]" in shown
 
 
 @pytest.mark.parametrize("host", ["127..0.0.1", "a b", "ö" * 70, "a\u2100b", "a/b", "me@a", "a\0b", "[bad"])
