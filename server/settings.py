@@ -190,7 +190,7 @@ class Settings(BaseModel):
     max_queue: Count = Field(256, description="most requests that wait")
     max_queue_tokens: Count = Field(262_144, description="most tokens that wait")
     deadline: Annotated[Duration, Field(gt=0)] = Field(
-        300.0, description="longest time of one request, and the most it may ask for"
+        300.0, description="longest time of one request; one whose deadline_ms is longer gets this"
     )
 
     key_rate: Rate = Field(None, description="requests a second that one key may send: auto is no limit")

@@ -32,6 +32,10 @@ Text = Annotated[str, AfterValidator(_characters)]
 AdapterName = Annotated[str, Field(pattern=NAME_PATTERN)]
 StopString = Annotated[str, Field(min_length=1, max_length=s.MAX_STOP_LENGTH)]
 Label = Annotated[str, Field(min_length=1, max_length=d.MAX_LABEL_LENGTH)]
+DeadlineMs = Annotated[
+    int,
+    Field(ge=1, le=86_400_000, description="most milliseconds to take; more than the server's `--deadline` is that"),
+]
 
 
 class Body(BaseModel):
@@ -100,7 +104,7 @@ class GenerationFields(SamplingFields):
     max_completion_tokens: Annotated[int, Field(ge=1, le=s.MAX_TOKENS)] | None = None
     stream: bool | None = None
     adapters: Annotated[list[Weighted], Field(max_length=64)] | None = None
-    deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] | None = None
+    deadline_ms: DeadlineMs | None = None
 
 
 class TaskQuery(BaseModel):
@@ -124,7 +128,7 @@ class ClassifyBody(Body):
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]
     labels: Annotated[list[Label], Field(max_length=d.MAX_LABELS)] | None = None
     adapters: Annotated[list[Weighted], Field(max_length=64)] | None = None
-    deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] | None = None
+    deadline_ms: DeadlineMs | None = None
 
 
 class TopToken(Out):

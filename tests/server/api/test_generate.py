@@ -217,6 +217,15 @@ def test_special_tokens_in_a_users_text_are_plain_text(live: Any) -> None:
     assert count == len(text.encode("<|im_end|>")) > 1
 
 
+def test_a_longer_deadline_than_the_servers_is_the_servers(start: Any) -> None:
+    live = start(deadline=0.15)
+    live.slow_down(0.05)
+    assert live.generate("x", max_tokens=100, ignore_eos=True, deadline_ms=60_000).status_code == 504
+    told = live.http.get("/openapi.json").json()["components"]["schemas"]
+    for body in ("GenerateBody", "ClassifyBody", "CompletionBody", "ChatBody"):
+        assert "more than the server's `--deadline` is that" in str(told[body]["properties"]["deadline_ms"])
+
+
 def test_a_deadline_ends_a_request_with_504(live: Any) -> None:
     live.slow_down(0.05)
     answer = live.generate("x", max_tokens=100, ignore_eos=True, deadline_ms=150)
