@@ -63,8 +63,9 @@ class Boundary:
         finally:
             if self.access_log:
                 took = (time.monotonic() - start) * 1000
-                told = (scope["method"], scope["path"], status or "gone", took, request_id)
-                log.info("%s %r %s %.1f ms %s", *told, extra={**named_so, "status": status, "ms": took})
+                asked = {"method": scope["method"], "path": scope["path"]}
+                told = (*asked.values(), status or "gone", took, request_id)
+                log.info("%s %r %s %.1f ms %s", *told, extra={**named_so, **asked, "status": status, "ms": took})
 
 
 class BodyLimit:

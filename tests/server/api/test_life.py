@@ -139,7 +139,10 @@ def test_prompts_are_logged_only_if_asked(start: Any, tmp_path: Any, caplog: pyt
     while len(told()) < 2 and time.monotonic() < end:  # a line is written once its answer has left
         time.sleep(0.005)
     lines = [json.loads(logs.JsonLines().format(record)) for record in told()]
-    assert [line["status"] for line in lines] == [200, 400]
+    assert [(line["method"], line["path"], line["status"]) for line in lines] == [
+        ("POST", "/generate", 200),
+        ("POST", "/generate", 400),
+    ]
     assert all(line["request_id"].startswith("req-") for line in lines)
     loud = start(log_prompts=True, state_dir=tmp_path / "other")
     loud.generate("a private matter", max_tokens=1)
