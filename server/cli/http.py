@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol, with the one error that it answers by itself in the shape of all others."""
+"""uvicorn's HTTP protocol, with the one error that it answers by itself in the shape of all others, and no upgrades."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ class Protocol(H11Protocol):
 
     Within a body whose request is being answered, or has been, it is too late for that.
     """
+
+    def _should_upgrade(self) -> bool:
+        """Never: the request is answered as if it asked for none. uvicorn's own logs advice to install WebSockets."""
+        return False
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):

@@ -1,11 +1,19 @@
-"""What is no HTTP, on a connection where the answer may have begun: one answer or none, and no exception."""
+"""What is no HTTP, on a connection where the answer may have begun: one answer or none, and no exception.
+
+And what asks for another protocol, which is answered in this one.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from typing import Any
 from unittest.mock import Mock
 
 import h11
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from server.cli.http import Protocol
 
@@ -31,3 +39,31 @@ def test_what_breaks_within_a_body(answered: int) -> None:
     protocol.send_400_response("")
     written = b"".join(call.args[0] for call in protocol.transport.write.call_args_list)
     assert (b"invalid_http" in written) == (answered == 0) and protocol.transport.close.called
+
+
+@pytest.mark.parametrize("protocol", ["websocket", "h2c"])
+def test_an_upgrade_is_answered_as_if_none_was_asked_for(protocol: str, caplog: pytest.LogCaptureFixture) -> None:
+    """And costs no line of the log, which any client could fill so."""
+    caplog.set_level(logging.INFO)
+    written: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await send({"type": "http.response.start", "status": 204})
+        await send({"type": "http.response.body"})
+
+    async def ask() -> None:
+        config = uvicorn.Config(app, http=Protocol, ws="none", log_config=None, access_log=False)
+        config.load()
+        connection = Protocol(config, ServerState(), {})
+        transport = Mock()
+        transport.get_extra_info.return_value = None
+        transport.write = written.append
+        connection.connection_made(transport)
+        asked = f"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: {protocol}\r\n\r\n"
+        connection.data_received(asked.encode())
+        await asyncio.gather(*connection.tasks)
+        connection.connection_lost(None)
+
+    asyncio.run(ask())
+    assert b"".join(written).startswith(b"HTTP/1.1 204") and not caplog.records
