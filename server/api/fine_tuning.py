@@ -129,7 +129,11 @@ def _job(parts: Parts, id: str) -> Job:
 
 def _refuse_unserved(body: schemas.FineTuningBody) -> None:
     refuse_fields(body, "")
-    parts: list[tuple[str, BaseModel | None]] = [("hyperparameters.", body.hyperparameters), ("method.", body.method)]
+    parts: list[tuple[str, BaseModel | None]] = [
+        ("hyperparameters.", body.hyperparameters),
+        ("method.", body.method),
+        ("lora.", body.lora),
+    ]
     if body.method is not None:
         if body.method.type != "supervised":
             raise UnsupportedParameter(f"method {body.method.type[:64]!r} is not served; supervised is", "method.type")
@@ -146,7 +150,8 @@ def _asked(body: schemas.FineTuningBody) -> Asked:
     if body.method is not None and body.method.supervised is not None:
         hyper = body.method.supervised.hyperparameters or hyper
     numbers = {} if hyper is None else {k: getattr(hyper, k) for k in schemas.Hyperparameters.model_fields}
-    lora = body.lora.model_dump(exclude_none=True) if body.lora is not None else {}
+    ours = set(schemas.LoraBody.model_fields)
+    lora = body.lora.model_dump(include=ours, exclude_none=True) if body.lora is not None else {}
     if isinstance(lora.get("target_modules"), list):
         lora["target_modules"] = tuple(lora["target_modules"])
     return Asked(

@@ -63,7 +63,7 @@ class Method(V1):
     supervised: Supervised | None = None
 
 
-class LoraBody(Body):
+class LoraBody(V1):
     """What is ours. `task` gives the template that inputs go through; absent, a task of the suffix's name.
 
     `prune_to` cuts the trained adapter to that rank; `auto_rank` spends the parameters of `r` where they count;

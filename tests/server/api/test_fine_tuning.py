@@ -203,6 +203,15 @@ def test_what_can_be_refused_at_once_is(client: openai.OpenAI, subtests: pytest.
             assert client.fine_tuning.jobs.list().data == []
 
 
+def test_a_field_of_lora_that_is_not_served_is_an_unsupported_parameter(live: Any, client: openai.OpenAI) -> None:
+    body = {"model": "tiny", "training_file": upload(client), "lora": {"foo": 1}}
+    error = live.http.post("/v1/fine_tuning/jobs", json=body).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "lora.foo")
+    asks_nothing = {"r": 1000, "foo": None, "bar": []}
+    error = live.http.post("/v1/fine_tuning/jobs", json={**body, "lora": asks_nothing}).json()["error"]
+    assert error["param"] == "lora.r"
+
+
 class Gate:
     """The step at which training processes wait until a later one is named, or they are asked to stop."""
 
