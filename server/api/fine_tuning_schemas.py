@@ -66,9 +66,10 @@ class Method(V1):
 class LoraBody(V1):
     """What is ours. `task` gives the template that inputs go through; absent, a task of the suffix's name.
 
-    `prune_to` cuts the trained adapter to that rank; `auto_rank` spends the parameters of `r` where they count;
-    `init_from` is an adapter to go on from, with its ranks and modules. `publish: if_better` compares with the adapter
-    that has the name, on the validation file or on a tenth of the training file that is held out for it.
+    `prune_to` cuts the trained adapter to that rank, which is below its own; `auto_rank` spends the parameters of `r`
+    where they count; `init_from` is an adapter to go on from, with its ranks and modules. `publish: if_better` compares
+    with the adapter that has the name, on the validation file or on a tenth of the training file that is held out for
+    it.
     """
 
     r: Annotated[int, Field(ge=1, le=4096)] | None = None

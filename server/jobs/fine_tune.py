@@ -237,8 +237,12 @@ def _config(spec: Spec, base: Base, examples: Examples) -> TrainingConfig:
     if spec.init is None:
         return config
     start = _adapter(spec, base, spec.init)
+    rank = max(start.ranks)
+    if spec.prune_to is not None and spec.prune_to >= rank:
+        why = f"prune_to must be below the rank of the adapter that is started from, {rank}: nothing would be cut"
+        raise JobError("invalid_settings", why, "lora.prune_to")
     ranks = dict.fromkeys(base.shapes(), 0) | {path: m.rank for path, m in start.modules.items()}
-    return replace(config, lora_rank=max(start.ranks), lora_rank_of=ranks, target_modules="all-linear")
+    return replace(config, lora_rank=rank, lora_rank_of=ranks, target_modules="all-linear")
 
 
 def _train(

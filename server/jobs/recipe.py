@@ -6,7 +6,7 @@ Owns the file's form and what can be wrong with it. A recipe names its data, whi
     data = "sentiment.train.jsonl"        # .json or .jsonl, relative to --data or to the recipe
     validation = "sentiment.dev.jsonl"    # optional: evaluated while training, the best is kept
     auto_rank = true                      # optional: ranks by module, at the parameters that lora_rank would have
-    prune_to = 2                          # optional: cut to this rank at the end
+    prune_to = 2                          # optional: cut to this rank, below the one that is trained, at the end
 
     [task]                                # as in task.json: prompt, format, system, labels, defaults
     [training]                            # any field of adapters.training.TrainingConfig; quantization and
@@ -33,6 +33,8 @@ _CARD = {"about", "data", "limits"}
 _PACKING = {"quantization": "quantization", "use_double_quant": "double_quant"}
 """Fields of the config that say how the base is packed, and the settings that say the same."""
 _TRAINING = {f.name for f in dataclasses.fields(TrainingConfig)} - {"model", "data", "output"}
+AUTO_WIDENS = 4
+"""How many times its rank a module may get with auto_rank."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,22 @@ class Recipe:
     auto_rank: bool = False
     prune_to: int | None = None
     packing: Mapping[str, Any] = field(default_factory=dict)
+
+
+def highest_rank(rank: int, auto_rank: bool) -> int:
+    """The highest that a module may get where this `rank` is asked for."""
+    return rank * AUTO_WIDENS if auto_rank else rank
+
+
+def check_prune_to(recipe: Recipe) -> None:
+    """Raises BadSetting for a `prune_to` that no module's rank is above: nothing would be cut."""
+    config = recipe.config
+    most = max([highest_rank(config.lora_rank, recipe.auto_rank), *config.lora_rank_of.values()])
+    if recipe.prune_to is not None and recipe.prune_to >= most:
+        raise BadSetting(
+            f"{recipe.name}: prune_to must be below the highest rank that is trained, {most}: nothing would be cut",
+            "prune_to",
+        )
 
 
 def packing(recipes: Sequence[Recipe]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from adapters.training import TrainingConfig
 from adapters.weights import RESERVED
 from server.errors import InvalidRequest
 from server.jobs.files import Files
+from server.jobs.recipe import AUTO_WIDENS, highest_rank
 from server.jobs.spec import INIT, RIVAL, BaseSource, Spec
 from server.tasks.definitions import Task
 
@@ -28,8 +29,6 @@ LEARNING_RATE = 5e-4
 SAVE_STEPS = 20
 HELD_OUT = 0.1
 """Of the training file, to compare on, where a result is to be published only if it is better."""
-AUTO_WIDENS = 4
-"""How many times `r` the rank of a module may get with auto_rank."""
 
 _PARAM = {
     "lora_rank": "lora.r", "lora_alpha": "lora.alpha", "target_modules": "lora.target_modules",
@@ -145,7 +144,7 @@ def _task(asked: Asked, ground: Ground) -> str | None:
 
 def _check_ranks(asked: Asked, ground: Ground) -> None:
     lora = asked.lora
-    most = lora.r * (AUTO_WIDENS if lora.auto_rank else 1)
+    most = highest_rank(lora.r, lora.auto_rank)
     if most > ground.max_rank:
         why = f", and auto_rank may give a module {AUTO_WIDENS} times r" if lora.auto_rank else ""
         raise InvalidRequest(f"this server takes ranks of up to {ground.max_rank} (--max-rank){why}", "lora.r")
@@ -156,6 +155,9 @@ def _check_ranks(asked: Asked, ground: Ground) -> None:
         if fixed:
             one = sorted(fixed)[0]
             raise InvalidRequest(f"an adapter that is started from has its own ranks; leave {one} out", f"lora.{one}")
+    elif lora.prune_to is not None and lora.prune_to >= most:
+        what = f"{AUTO_WIDENS} times r" if lora.auto_rank else "r"
+        raise InvalidRequest(f"prune_to must be below {what}, which is {most}: nothing would be cut", "lora.prune_to")
 
 
 def config_of(request: Mapping[str, Any]) -> TrainingConfig:

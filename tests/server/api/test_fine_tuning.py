@@ -182,6 +182,9 @@ REFUSED_AT_ONCE: list[tuple[dict[str, Any], str]] = [
     ({"lora": {"r": 1000}}, "lora.r"),
     ({"lora": {"r": 0}}, "lora.r"),
     ({"lora": {"rank": 4}}, "lora.rank"),
+    ({"lora": {"r": 4, "prune_to": 4}}, "prune_to must be below r, which is 4"),
+    ({"lora": {"prune_to": 16}}, "lora.prune_to"),
+    ({"lora": {"prune_to": 8, "auto_rank": True}}, "prune_to must be below 4 times r, which is 8"),
     ({"lora": {"task": "nobody"}}, "lora.task"),
     ({"lora": {"init_from": "nobody"}}, "nobody"),
     ({"lora": {"auto_rank": True, "r": 32}}, "auto_rank"),
@@ -427,6 +430,9 @@ def test_going_on_from_an_adapter_pruning_and_auto_rank(live: Any, client: opena
     assert any("pruned to rank 1" in m for m in said)
     with pytest.raises(openai.BadRequestError, match="leave r out"):
         create(client, lora={"init_from": "first"})
+    no_cut = {"lora": {"init_from": "first", "prune_to": 2}}
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client), extra_body=no_cut)
+    assert until(client, job.id).error.param == "lora.prune_to"
 
     auto = until(client, create(client, suffix="auto", lora={"auto_rank": True, "target_modules": "all-linear"}).id)
     assert auto.status == "succeeded", auto

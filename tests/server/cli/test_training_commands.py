@@ -229,6 +229,23 @@ def test_a_recipe_says_how_the_base_is_packed_unless_a_setting_does(
     assert "quantization" in str(done.exception) and "int4" in str(done.exception)
 
 
+@pytest.mark.parametrize(
+    ("asked", "most"), [("--rank 4 --prune-to 4", 4), ("--rank 2", 2), ("--rank 1 --auto-rank --prune-to 4", 4)]
+)
+def test_what_would_cut_nothing_is_refused(given: Path, asked: str, most: int) -> None:
+    (given / "echo.toml").write_text(f"prune_to = 3\n{RECIPE}")
+    done = runner.invoke(app, ["train", "echo.toml", *asked.split(), "--state-dir", "state"])
+    assert f"echo: prune_to must be below the highest rank that is trained, {most}:" in str(done.exception)
+    assert not (given / "trained").exists()
+
+
+def test_a_rank_of_its_own_can_be_cut(given: Path, tiny_base: Base) -> None:
+    path = next(iter(tiny_base.shapes()))
+    (given / "echo.toml").write_text(f'prune_to = 3\n{RECIPE}lora_rank = 2\nlora_rank_of = {{ "{path}" = 4 }}\n')
+    made = told("train", "echo.toml", "--steps", "1")
+    assert peft_format.read_folder(given / made["path"], name="echo").ranks == [2, 3]
+
+
 @pytest.mark.parametrize("line", ["auto_rank = 1", "prune_to = 0", "prune_to = true"])
 def test_a_recipe_says_both_and_what_is_wrong_with_them(given: Path, line: str) -> None:
     (given / "echo.toml").write_text(f"auto_rank = true\nprune_to = 3\n{RECIPE}")
