@@ -95,14 +95,16 @@ async def cancel(job_id: Id, parts: Ready) -> Response:
 
 @router.post("/{job_id}/pause", response_model=schemas.FineTuningJob, responses=CHANGED)
 async def pause(job_id: Id, parts: Ready) -> Response:
-    """Stop a job at a checkpoint, after the step that runs; the answer may still say that it runs."""
+    """Stop a job at a checkpoint, after the step that runs; the answer may still say that it runs, and an event says
+    that the pause is asked for.
+    """
     _job(parts, job_id)
     return json_response(_shown(parts, await asyncio.to_thread(parts.jobs.pause, job_id)))
 
 
 @router.post("/{job_id}/resume", response_model=schemas.FineTuningJob, responses=CHANGED)
 async def resume(job_id: Id, parts: Ready) -> Response:
-    """Go on with a job that is paused or has failed, from its checkpoint."""
+    """Go on with a job that is paused or has failed, from its checkpoint; or take back a pause that has yet to come."""
     _job(parts, job_id)
     return json_response(_shown(parts, await asyncio.to_thread(parts.jobs.resume, job_id)))
 

@@ -59,7 +59,7 @@ class Active:
     def ask(self, wanted: str, now: bool = False) -> None:
         """Want the work to end, at its next checkpoint or `now`. The last word counts; nothing undoes a cancel.
 
-        A pause is in the job's record besides, and holds whatever is asked after it.
+        A pause is in the job's record besides, and holds whatever is asked after it, until it is taken back.
         """
         with self._lock:
             if self.wanted != CANCELLED:
@@ -179,6 +179,8 @@ class Jobs:
                 raise Conflict(f"{id} has nothing left that could be paused; cancel it, or let it end", "id")
             active = self._active.get(id)
             if active is not None:
+                if not job.pausing:
+                    self.records.note(job, "A pause is asked for; the job stops after the step that runs.")
                 job.pausing = True
                 self._keep(job)
             elif job.status != PAUSED:
@@ -190,9 +192,17 @@ class Jobs:
         return job
 
     def resume(self, id: str) -> Job:
-        """Queue a job again that is paused, or that has failed: it goes on from its checkpoint. Raises Conflict."""
+        """Queue a job again that is paused, or that has failed: it goes on from its checkpoint. Raises Conflict.
+
+        A pause that the work has not come to is taken back: the work still stops there, and goes on at once.
+        """
         with self._condition:
             job = self.get(id)
+            if job.pausing:
+                job.pausing = False
+                self._keep(job)
+                self.records.note(job, "Resumed before it was paused.")
+                return job
             if job.status not in (PAUSED, FAILED) or job.kind != TRAINING:
                 raise Conflict(f"{id} is {job.status}; only a job that is paused or has failed can be resumed", "id")
             job.status, job.error, job.finished_at = QUEUED, None, None
@@ -219,7 +229,7 @@ class Jobs:
     def _open(self, id: str, what: str) -> Job:
         job = self.get(id)
         if job.over:
-            raise Conflict(f"{id} has {job.status} already, and can not be {what}", "id")
+            raise Conflict(f"{id} is over ({job.status}) and can not be {what}", "id")
         return job
 
     # ---- the threads
@@ -252,6 +262,8 @@ class Jobs:
             status, message = QUEUED, "The server stops; the job goes on when it starts again."
             if active.wanted == CANCELLED:
                 status, message = CANCELLED, "Cancelled."
+            elif active.wanted == PAUSED:  # and taken back since; one that holds is seen below
+                message = f"The job goes on from step {job.progress.step}."
         except JobError as failure:
             error = {"code": failure.code, "message": failure.message, "param": failure.param}
         except (AdapterError, ServerError) as failure:

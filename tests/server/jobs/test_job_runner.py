@@ -131,7 +131,7 @@ def test_pause_resume_and_cancel(make, work):
     until(lambda: job.status == "cancelled")
     assert work.killed, "a cancelled job needs no checkpoint"
     for change in (jobs.cancel, jobs.pause, jobs.resume):
-        with pytest.raises(Conflict):
+        with pytest.raises(Conflict, match=r"is over \(cancelled\) and can not be|is cancelled; only a job"):
             change(job.id)
         with pytest.raises(UnknownName):
             change("ftjob-none")
@@ -210,6 +210,26 @@ def test_a_pause_that_was_asked_before_the_server_ended_holds(make, work, tmp_pa
     until(lambda: found.status == "running")
     again.close(1.0)
     assert found.status == "queued", "a pause is over once the job has been resumed"
+
+
+def test_a_pause_that_has_not_come_yet_is_taken_back(make, work, tmp_path):
+    jobs, work.deaf = make(), True
+    job = add(jobs)
+    until(lambda: job.status == "running")
+    for _ in range(2):
+        assert jobs.pause(job.id).status == "running"
+    said = [event["message"] for event in jobs.records.events(job.id)]
+    assert [message.startswith("A pause is asked for") for message in said] == [False, True]
+    assert jobs.resume(job.id).status == "running"
+    assert not json.loads((tmp_path / "jobs" / job.id / "job.json").read_text())["pausing"]
+    with pytest.raises(Conflict, match="is running; only a job"):
+        jobs.resume(job.id)
+    work.go.set()  # the work comes to where it stops, and is begun again
+    until(lambda: len(work.begun) == 2 and job.status == "running")
+    assert jobs.records.events(job.id)[-1]["message"].startswith("The job goes on")
+    jobs.pause(job.id)
+    work.go.set()
+    until(lambda: job.status == "paused")
 
 
 def test_a_pause_is_kept_where_the_disk_refuses_its_record(make, work, monkeypatch):
