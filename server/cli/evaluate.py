@@ -111,6 +111,7 @@ def _task(parts: Parts, task: str) -> str:
 
 
 def _told(task: str, examples: int, found: dict[str, Evaluation]) -> dict[str, Any]:
+    from server.api.runtime import served
     from server.tasks.evaluation import difference
 
     first = next(iter(found.values()))
@@ -125,7 +126,7 @@ def _told(task: str, examples: int, found: dict[str, Evaluation]) -> dict[str, A
         rows.append(
             {
                 "candidate": candidate,
-                "adapters": [{"version": version.label, "weight": w} for version, w in evaluation.versions],
+                "adapters": served(list(evaluation.versions)),
                 "scores": measured,
                 "prompt_tokens": evaluation.prompt_tokens,
                 "completion_tokens": evaluation.completion_tokens,

@@ -48,6 +48,7 @@ def test_candidates_are_compared_on_the_same_examples(given: Path) -> None:
     told = json.loads(done.stdout)
     mood, mine, base, mix = told["candidates"]
     assert told["examples"] == 7 and [len(row["adapters"]) for row in told["candidates"]] == [1, 1, 0, 2]
+    assert [(a["name"], a["weight"]) for a in mix["adapters"]] == [("mood", 0.5), ("mood-3", -1.0)]
     assert mood["adapters"] != mine["adapters"], "a folder does not take the place of what ships"
     assert "difference" not in mood["scores"]["loss"]
     found = mine["scores"]["loss"]
