@@ -187,7 +187,7 @@ class Bench:
         config = self.config
         table = config.vocab_size * config.hidden_size * (1 + 2 / 32)
         cache = sequences * self.context * self.runner.block_bytes(1)
-        return int(self.runner.nbytes()["base"] - table + 2 * kind.values(config) * adapters + cache)
+        return int(self.runner.nbytes()["base"] - table + self.adapters(kind)[0].nbytes * adapters + cache)
 
 
 def model(bench: Bench) -> None:

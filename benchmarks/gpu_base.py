@@ -52,10 +52,6 @@ class Kind:
         found = config.linear_shapes()
         return {path: shape for path, shape in found.items() if path.rpartition(".")[2] in self.linears}
 
-    def values(self, config: ModelConfig) -> int:
-        """Numbers in an adapter."""
-        return sum(self.rank * (out + width) for out, width in self.shapes(config).values())
-
 
 def random_adapters(config: ModelConfig, backend: Cuda, count: int, kind: Kind) -> list[LoraWeights]:
     """Prepared adapters, in memory that the device copies from."""

@@ -88,11 +88,11 @@ def _adapter_calls(model: Any, step: Any, pool: lora.Pool, n: int, rank: int) ->
         x = model._new(n, matrix.width, dtype=model.dtype).normal_()
         splits = lora.shrink_splits(step.lanes.tile_rows, step.lanes.width, matrix.width)
         shrunk = model._new(splits, len(slices), n, step.lanes.width)
-        inputs = n * len(slices) * rank * matrix.width * model.dtype.itemsize
+        inputs = n * len(slices) * rank * matrix.width * pool.values.itemsize
         shrinking = (x, pool, step.lanes, site, len(slices), shrunk)
         yield f"shrink of {name}", lambda a=shrinking: lora.shrink(*a), inputs
         sums = model._new(matrix.tiling(n).splits, n, matrix.rows).zero_()
-        outputs = n * rank * matrix.rows * model.dtype.itemsize + sums.nbytes
+        outputs = n * rank * matrix.rows * pool.values.itemsize + sums.nbytes
         if site == QKV:
             out = model._new(n, matrix.rows, dtype=model.dtype)
             whole = (sums, layer.biases[0], out, slices, step.lanes, pool, site, shrunk)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from adapters.weights import LowRank
 from server.engine.batch import Batch
 from server.engine.cuda_batch import describe
 from server.kernels.cuda import finish, lora, packing, products
@@ -84,12 +85,17 @@ def _update_error(bench: Any, batch: Batch, slots: list[int]) -> float:
         rows = [i for i, each in enumerate(slots) if each == slot]
         updates = [bench.adapters(bench.kinds[0])[slot].modules[f"model.layers.0.self_attn.{q}"] for q in SITES[:3]]
         parts = [
-            WEIGHT * update.scale * (x[rows].float() @ update.A.to(x.device).float().t())
+            WEIGHT * update.scale * (x[rows].float() @ _plain(update).to(x.device).t())
             @ update.B.to(x.device).float().t()
             for update in updates
         ]  # fmt: skip
         exact[rows] = torch.cat(parts, 1)
     return _error(out, exact)
+
+
+def _plain(update: LowRank) -> torch.Tensor:
+    """A [rank, in], float32, in the units of B where both are codes."""
+    return update.A.float() if update.units is None else update.A.float() * update.units[:, None]
 
 
 def _error(found: torch.Tensor, exact: torch.Tensor) -> float:

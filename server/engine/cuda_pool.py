@@ -29,22 +29,28 @@ ALIGNMENT = 64
 
 
 class AdapterPool:
-    """Room for adapters of `nbytes` bytes in all, in up to `slots` slots."""
+    """Room for adapters of `nbytes` bytes in all, in up to `slots` slots: in codes if `coded`, else of `dtype`, which
+    the rows of a step are of."""
 
-    def __init__(self, config: ModelConfig, nbytes: int, slots: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, nbytes: int, slots: int, device: torch.device, dtype: torch.dtype, coded: bool
+    ) -> None:
+        kept = torch.int8 if coded else dtype
         sites = config.num_hidden_layers * len(SITES)
         self._shapes = config.linear_shapes()
         self._site = {path: i for i, path in enumerate(self._shapes)}
-        self._size = nbytes // dtype.itemsize // ALIGNMENT * ALIGNMENT
+        self._size = nbytes // kept.itemsize // ALIGNMENT * ALIGNMENT
+        self._in_units = kept.itemsize / torch.float32.itemsize
+        """What an element is of one of the units of codes."""
         self._placed: dict[int, tuple[int, int]] = {}
         """Slot -> (start, size) in elements."""
         self._tables = (
-            torch.zeros(slots, sites, 2, dtype=torch.int64),
+            torch.zeros(slots, sites, 3, dtype=torch.int64),
             torch.zeros(slots, sites, dtype=torch.int32),
             torch.zeros(slots, sites),
         )
         offsets, ranks, scales = (table.to(device) for table in self._tables)
-        self.pool = Pool(torch.empty(self._size, dtype=dtype, device=device), offsets, ranks, scales)
+        self.pool = Pool(torch.empty(self._size, dtype=kept, device=device), offsets, ranks, scales, dtype)
         self.ranks = [0] * slots
         """The largest rank of each slot's adapter: its lanes."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -87,7 +93,7 @@ class AdapterPool:
         offsets, ranks, scales = (table[slot].numpy() for table in self._tables)
         ranks[:] = 0
         if found:
-            offsets[found] = np.array(list(places.values()), np.int64) + start
+            offsets[found] = np.array(list(places.values()), np.int64) + self._moved(start).numpy()
             ranks[found] = [update.rank for update in weights.modules.values()]
             scales[found] = [update.scale for update in weights.modules.values()]
         self._placed[slot] = (start, _aligned(flat.numel()))
@@ -175,6 +181,10 @@ class AdapterPool:
             return end
         return self._move_together()
 
+    def _moved(self, by: int) -> torch.Tensor:
+        """What is added to a site's offsets where an adapter lies so many elements further on."""
+        return torch.tensor([by, by, int(by * self._in_units)])
+
     def _move_together(self) -> int:
         """Close all gaps; answers where the free room begins.
 
@@ -188,7 +198,7 @@ class AdapterPool:
             between = values.new_empty(min(PIECE, max(length for _, length in self._placed.values())))
             for slot, (start, length) in sorted(self._placed.items(), key=lambda item: item[1]):
                 if start != end:
-                    offsets = self._sent(self._tables[0][slot] + (end - start))
+                    offsets = self._sent(self._tables[0][slot] + self._moved(end - start))
                     for at in range(0, length, len(between)):  # the two may overlap
                         piece = between[: min(len(between), length - at)]
                         piece.copy_(values[start + at : start + at + len(piece)])
@@ -200,14 +210,14 @@ class AdapterPool:
         return end
 
 
-def _in_one_piece(weights: LoraWeights, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, tuple[int, int]]]:
-    """The memory of a prepared adapter, and where in it each module's A and B begin."""
+def _in_one_piece(weights: LoraWeights, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, tuple[int, int, int]]]:
+    """The memory of a prepared adapter, and where in it each module's A, B and units begin."""
     first = next((update.A for update in weights.modules.values()), torch.empty(0, dtype=dtype))
     flat = torch.empty(0, dtype=first.dtype).set_(first.untyped_storage())
     begin, size = flat.data_ptr(), flat.element_size()
     places = {}
-    for path, (a, b, *_) in weights.modules.items():
-        at = int(a.storage_offset()), int(b.storage_offset())
+    for path, (a, b, _, units, _) in weights.modules.items():
+        at = int(a.storage_offset()), int(b.storage_offset()), 0 if units is None else int(units.storage_offset())
         within = a.data_ptr() - size * at[0] == begin == b.data_ptr() - size * at[1]
         if not (within and a.dtype == b.dtype == dtype and a.is_contiguous() and b.t().is_contiguous()):
             raise ValueError(f"the update of {path} was not prepared for the CUDA kernels")

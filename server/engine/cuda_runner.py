@@ -126,8 +126,9 @@ class CudaRunner:
         needed = sum(weight.nbytes for weight in base.weights.values())
         self.shares: Shares = share_out(base.config, needed, max_step_tokens, max_batch, memory, kv_cache, adapters)
         """What each kind of memory may take."""
+        coded = any(base.weights[path].scheme != "none" for path in base.config.linear_shapes())
         self._model = DeviceModel(base, device, self._dtype)
-        self._pool = AdapterPool(base.config, self.shares.adapters, SLOTS, device, self._dtype)
+        self._pool = AdapterPool(base.config, self.shares.adapters, SLOTS, device, self._dtype, coded)
         self._buckets = batch_buckets(max_batch)
         self._storage = torch.empty(0)
         self._results = torch.empty(max_batch, base.config.vocab_size, device=device)

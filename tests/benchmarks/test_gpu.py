@@ -156,7 +156,9 @@ def test_a_kind_of_adapters_is_what_is_made_and_counted() -> None:
     for kind in (Kind(4), Kind(2, SITES[:4])):
         [weights] = random_adapters(config, Cuda(torch.float32), 1, kind)
         assert {path.rpartition(".")[2] for path in weights.modules} == set(kind.linears)
-        assert sum(update.A.numel() + update.B.numel() for update in weights.modules.values()) == kind.values(config)
+        assert sum(update.A.numel() + update.B.numel() for update in weights.modules.values()) == sum(
+            kind.rank * (out + width) for out, width in kind.shapes(config).values()
+        )
     assert str(kind) == "rank 2 on q_proj, k_proj, v_proj, o_proj"
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from adapters.weights import LoraWeights
 from server.kernels.adapter_memory import in_one_piece
-from server.kernels.cuda import packing
+from server.kernels.cuda import adapter_codes, packing
 from server.kernels.stored import TILE
 from server.kernels.weight import Weight
 
@@ -46,7 +46,8 @@ def unavailable() -> str | None:
 
 
 class Cuda:
-    """The backend of the Triton kernels. Adapters and the KV cache are bf16, the residual stream float32.
+    """The backend of the Triton kernels. The KV cache is bf16, the residual stream float32; adapters are codes beside a
+    base in codes, and bf16 beside one in bf16.
 
     Weights are packed on the CPU, where they can be kept in a file and mapped; the runner puts them on the GPU.
     """
@@ -69,7 +70,10 @@ class Cuda:
         return dequantized(packing.part(weight, start, stop), torch.float32)
 
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
-        return in_one_piece(weights, self.dtype, pinned=torch.cuda.is_available())
+        pinned = torch.cuda.is_available()
+        if scheme == "none":
+            return in_one_piece(weights, self.dtype, pinned)
+        return adapter_codes.encoded(weights, pinned)
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] times the transposed matrix, in x's dtype. On a GPU so many outputs at a time that no more than

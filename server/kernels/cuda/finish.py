@@ -17,6 +17,7 @@ from server.kernels.cuda.products import OPTIONS, PROCESSORS
 
 OUTPUTS = (128, 64, 32)
 """Outputs of a tile: as many as leave each processor one."""
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MANY = 64
 """Rows of a tile from which on the number of tiles counts for that."""
 
@@ -40,7 +41,7 @@ def finish_kernel(
     sums, bias, out, pool, offsets, ranks, tiles, lane_slot, lane_index, v, site, sites, N, T, width, splits, v_splits,
     N0, N1, N2,
     BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, SLICES: tl.constexpr,
-    ADD: tl.constexpr,
+    ADD: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """out [T, N] = the finished product, or with ADD, out += it. Up to three slices of N0, N1 and N2 outputs."""
     row0, rows = tl.load(tiles + tl.program_id(1) * 4), tl.load(tiles + tl.program_id(1) * 4 + 1)
@@ -58,7 +59,7 @@ def finish_kernel(
             lane0, lanes = tl.load(tiles + tl.program_id(1) * 4 + 2), tl.load(tiles + tl.program_id(1) * 4 + 3)
             acc = expanded(
                 acc, pool, offsets, ranks, lane_slot, lane_index, lane0, lanes, v, site, sites, piece, row0, rows,
-                column, outputs, T, width, v_splits, BM, SLICES,
+                column, outputs, T, width, v_splits, BM, SLICES, DTYPE,
             )  # fmt: skip
         target = out + (row0 + i)[:, None] * N + (base + column)[None, :]
         inside = (i[:, None] < rows) & (column[None, :] < outputs)
@@ -72,6 +73,7 @@ def swiglu_kernel(
     sums, bias, out, out_sums, pool, offsets, ranks, tiles, lane_slot, lane_index, v, site, sites, N, T, width,
     splits, v_splits,
     BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """out [T, N] = silu(gate) * up, of a finished product [T, 2 N] with the gates first; its groups' sums if GROUP."""
     row0, rows = tl.load(tiles + tl.program_id(1) * 4), tl.load(tiles + tl.program_id(1) * 4 + 1)
@@ -85,11 +87,11 @@ def swiglu_kernel(
             lane0, lanes = tl.load(tiles + tl.program_id(1) * 4 + 2), tl.load(tiles + tl.program_id(1) * 4 + 3)
             gate = expanded(
                 gate, pool, offsets, ranks, lane_slot, lane_index, lane0, lanes, v, site, sites, 0, row0, rows,
-                column, N, T, width, v_splits, BM, 2,
+                column, N, T, width, v_splits, BM, 2, DTYPE,
             )  # fmt: skip
             up = expanded(
                 up, pool, offsets, ranks, lane_slot, lane_index, lane0, lanes, v, site, sites, 1, row0, rows,
-                column, N, T, width, v_splits, BM, 2,
+                column, N, T, width, v_splits, BM, 2, DTYPE,
             )  # fmt: skip
         small = tl.exp(-tl.abs(gate))  # never over 1
         hidden = (gate * tl.where(gate >= 0.0, 1.0, small) / (1.0 + small) * up).to(out.dtype.element_ty)
@@ -128,7 +130,7 @@ def finish(
         sums, sums if bias is None else bias, out, *_adapters(pool, lanes, shrunk, sums), site,
         0 if pool is None else pool.sites, n, rows, lanes.width, sums.shape[0], v_splits, *widths,
         BM=lanes.tile_rows, BN=tile, BIAS=bias is not None, LORA=shrunk is not None, SLICES=len(slices), ADD=add,
-        **OPTIONS,
+        DTYPE=_dtype(pool, shrunk), **OPTIONS,
     )  # fmt: skip
 
 
@@ -154,7 +156,8 @@ def finish_swiglu(
     swiglu_kernel[grid](
         sums, sums if bias is None else bias, out, out_sums, *_adapters(pool, lanes, shrunk, sums), site,
         0 if pool is None else pool.sites, n, rows, lanes.width, sums.shape[0], v_splits,
-        BM=lanes.tile_rows, BN=tile, BIAS=bias is not None, LORA=shrunk is not None, GROUP=group, **OPTIONS,
+        BM=lanes.tile_rows, BN=tile, BIAS=bias is not None, LORA=shrunk is not None, GROUP=group,
+        DTYPE=_dtype(pool, shrunk), **OPTIONS,
     )  # fmt: skip
 
 
@@ -166,6 +169,11 @@ def _tile(outputs: int, lanes: Lanes) -> int:
         return OUTPUTS[0]
     tiles = 2 if lanes.tile_rows >= MANY else 1
     return next((t for t in OUTPUTS if -(-outputs // t) * tiles >= PROCESSORS), OUTPUTS[-1])
+
+
+def _dtype(pool: Pool | None, shrunk: torch.Tensor | None) -> tl.dtype:
+    """What rows meet the adapters' B's in; without adapters always the same."""
+    return tl.float32 if pool is None or shrunk is None else TYPES[pool.dtype]
 
 
 def _adapters(

@@ -1,11 +1,14 @@
 """The adapters of a step: low-rank products over true ranks, added to the base's sums as these are put together.
 
 All adapters lie in one pool; a matrix of one is an integer offset into it, A [rank, in] and B^T [rank, out], ranks
-being rows of both. A step's lanes are (slot, rank row) pairs. A tile is neighbouring rows of the step and the lanes
-that they are multiplied with, in one of two forms. Tiles of several rows go through the matrix units: with the lanes
-of all adapters that any of them uses (weights are zero where a row does not), or of its own mix for a prefill. A tile
-of one row has its own lanes alone and is summed up by the ordinary units: of an adapter that no other row uses,
-nothing is read or multiplied in vain. Nothing is padded to the largest rank, nothing is merged.
+being rows of both. In a pool of int8 they are codes, each rank's in units of its own: what A gives a row is put into
+these, and B's codes are multiplied as they are.
+
+A step's lanes are (slot, rank row) pairs. A tile is neighbouring rows of the step and the lanes that they are
+multiplied with, in one of two forms. Tiles of several rows go through the matrix units: with the lanes of all adapters
+that any of them uses (weights are zero where a row does not), or of its own mix for a prefill. A tile of one row has
+its own lanes alone and is summed up by the ordinary units: of an adapter that no other row uses, nothing is read or
+multiplied in vain. Nothing is padded to the largest rank, nothing is merged.
 """
 
 from __future__ import annotations
@@ -53,13 +56,20 @@ class Lanes:
 
 @dataclass(frozen=True)
 class Pool:
-    """Where the adapters lie. `offsets` int64 [slots, sites, 2] are those of A and B^T, in elements of `values`;
-    `ranks` int32 and `scales` float32 are [slots, sites], 0 where an adapter lacks the site."""
+    """Where the adapters lie. `offsets` int64 [slots, sites, 3] are those of A and B^T, in elements of `values`, and of
+    the units of codes, in elements of `units`; `ranks` int32 and `scales` float32 are [slots, sites], 0 where an
+    adapter lacks the site. Rows that meet codes are of `dtype`."""
 
     values: torch.Tensor
     offsets: torch.Tensor
     ranks: torch.Tensor
     scales: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def units(self) -> torch.Tensor:
+        """The same memory as `values`, as float32."""
+        return self.values.view(torch.float32)
 
     @property
     def sites(self) -> int:
@@ -82,7 +92,7 @@ def shrink_splits(tile_rows: int, width: int, inputs: int) -> int:
 
 @triton.jit(do_not_specialize=["site", "sites", "T", "places", "splits"])
 def shrink_kernel(
-    x, pool, offsets, ranks, scales, tiles, lane_slot, lane_index, lane_place, sequence, weights, out,
+    x, pool, units, offsets, ranks, scales, tiles, lane_slot, lane_index, lane_place, sequence, weights, out,
     site, sites, K, T, places, width, splits,
     BM: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
@@ -100,8 +110,8 @@ def shrink_kernel(
         place = tl.load(lane_place + lane0 + j, mask=used, other=0)
         at = slot * sites + site + piece
         used &= index < tl.load(ranks + at)
-        # Adapters begin at multiples of 32: known to be so, a load is of 16 bytes where K is a multiple of 8 too.
-        a = tl.multiple_of(tl.load(offsets + 2 * at), 8) + index.to(tl.int64) * K
+        # Matrices begin at multiples of 32: known to be so, a load is of 16 bytes where K is a multiple of 16 too.
+        a = tl.multiple_of(tl.load(offsets + 3 * at), 16) + index.to(tl.int64) * K
         i = tl.arange(0, BM)
         m = row0 + i
         acc = tl.zeros((BM, LANE_BLOCK), tl.float32)
@@ -111,15 +121,17 @@ def shrink_kernel(
             inside = k < K
             if BM == 1:
                 row_x = tl.load(x + row0 * K + k, mask=inside, other=0.0).to(tl.float32)
-                rows_a = tl.load(pool + a[:, None] + k[None, :], mask=used[:, None] & inside[None, :], other=0.0)
+                rows_a = tl.load(pool + a[:, None] + k[None, :], mask=used[:, None] & inside[None, :], other=0)
                 acc += tl.sum(rows_a.to(tl.float32) * row_x[None, :], 1)[None, :]
             else:
                 rows_x = tl.load(x + m[:, None] * K + k[None, :], mask=(i[:, None] < rows) & inside[None, :], other=0.0)
-                rows_a = tl.load(pool + a[None, :] + k[:, None], mask=used[None, :] & inside[:, None], other=0.0)
-                acc = tl.dot(rows_x, rows_a, acc)
+                rows_a = tl.load(pool + a[None, :] + k[:, None], mask=used[None, :] & inside[:, None], other=0)
+                acc = tl.dot(rows_x, rows_a.to(x.dtype.element_ty), acc)
         owner = tl.load(sequence + m, mask=i < rows, other=0)
         weight = tl.load(weights + owner[:, None] * places + place[None, :], mask=used[None, :], other=0.0)
         weight = weight * tl.load(scales + at)[None, :]
+        if pool.dtype.element_ty == tl.int8:
+            weight = weight * tl.load(units + tl.load(offsets + 3 * at + 2) + index, mask=used, other=0.0)[None, :]
         acc = tl.where(weight == 0.0, 0.0, acc * weight)  # what a row does not use may be anything, even infinite
         target = out + ((split * SLICES + piece) * T + m)[:, None] * width + j[None, :]
         tl.store(target, acc, mask=i[:, None] < rows)
@@ -129,10 +141,9 @@ def shrink_kernel(
 def expanded(
     acc, pool, offsets, ranks, lane_slot, lane_index, lane0, lanes, v, site, sites, piece, row0, rows,
     column, N, T, width, splits,
-    BM: tl.constexpr, SLICES: tl.constexpr,
+    BM: tl.constexpr, SLICES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """`acc` [BM, outputs] with the lanes' v B^T added, for the outputs `column` (below N) of a slice's module."""
-    dtype: tl.constexpr = pool.dtype.element_ty
     together: tl.constexpr = LANE_BLOCK if BM == 1 else ROUND
     i = tl.arange(0, BM)
     for first in range(0, lanes, together):
@@ -142,8 +153,8 @@ def expanded(
         index = tl.load(lane_index + lane0 + j, mask=used, other=0)
         at = slot * sites + site + piece
         used &= index < tl.load(ranks + at)
-        b = tl.multiple_of(tl.load(offsets + 2 * at + 1), 8) + index.to(tl.int64) * N
-        rows_b = tl.load(pool + b[:, None] + column[None, :], mask=used[:, None] & (column[None, :] < N), other=0.0)
+        b = tl.multiple_of(tl.load(offsets + 3 * at + 1), 16) + index.to(tl.int64) * N
+        rows_b = tl.load(pool + b[:, None] + column[None, :], mask=used[:, None] & (column[None, :] < N), other=0)
         if BM == 1:
             split = tl.arange(0, SPLITS_MOST)
             source = v + ((split * SLICES + piece) * T + row0)[:, None] * width + j[None, :]
@@ -154,7 +165,7 @@ def expanded(
             for split in range(0, splits):
                 source = v + ((split * SLICES + piece) * T + row0 + i)[:, None] * width + j[None, :]
                 shrunk += tl.load(source, mask=(i[:, None] < rows) & used[None, :], other=0.0)
-            acc = tl.dot(shrunk.to(dtype), rows_b, acc)
+            acc = tl.dot(shrunk.to(DTYPE), rows_b.to(DTYPE), acc)
     return acc
 
 
@@ -166,7 +177,7 @@ def shrink(x: torch.Tensor, pool: Pool, lanes: Lanes, site: int, slices: int, ou
     splits = out.shape[0]
     grid = (lanes.tiles.shape[0], lanes.width // LANES, slices * splits)
     shrink_kernel[grid](
-        x, pool.values, pool.offsets, pool.ranks, pool.scales,
+        x, pool.values, pool.units, pool.offsets, pool.ranks, pool.scales,
         lanes.tiles, lanes.slot, lanes.index, lanes.place, lanes.sequence, lanes.weights, out,
         site, pool.sites, x.shape[1], x.shape[0], lanes.weights.shape[1], lanes.width, splits,
         BM=lanes.tile_rows, BK=ROW_INPUTS if lanes.tile_rows == 1 else 128, SLICES=slices, **OPTIONS,

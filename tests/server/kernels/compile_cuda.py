@@ -128,10 +128,11 @@ def main(which: str, capability: int) -> int:
         model.turn_up_to(256)
         sites = config.num_hidden_layers * len(SITES)
         pool = Pool(
-            torch.empty(1 << 20, dtype=torch.bfloat16, device=META),
-            torch.empty(64, sites, 2, dtype=torch.int64, device=META),
+            torch.empty(1 << 20, dtype=torch.int8, device=META),
+            torch.empty(64, sites, 3, dtype=torch.int64, device=META),
             torch.empty(64, sites, dtype=torch.int32, device=META),
             torch.empty(64, sites, device=META),
+            torch.bfloat16,
         )
         size = (config.num_hidden_layers, 64, config.num_key_value_heads, 2, 16, config.head_dim)
         cache = torch.empty(size, dtype=torch.bfloat16, device=META)

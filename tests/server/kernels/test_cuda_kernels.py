@@ -170,28 +170,44 @@ def test_offsets_of_codes_are_exact() -> None:
 
 
 class Adapters:
-    """A pool with adapters of several ranks at one site of three slices, where some lack a slice."""
+    """A pool with adapters of several ranks at one site of three slices, where some lack a slice, as they are or in
+    codes. `a` and `b` are what they stand for."""
 
-    def __init__(self, width: int, outputs: tuple[int, ...], ranks: list[list[int]]) -> None:
+    def __init__(self, width: int, outputs: tuple[int, ...], ranks: list[list[int]], coded: bool = False) -> None:
         generator = torch.Generator().manual_seed(7)
         self.a, self.b = {}, {}
-        pieces, at = [torch.full((8,), math.nan)], 8
-        offsets = torch.zeros(len(ranks), 4, 2, dtype=torch.int64)
+        kept = torch.int8 if coded else FLOAT
+        pieces = [torch.full((64,), 99 if coded else math.nan).to(kept)]
+        offsets = torch.zeros(len(ranks), 4, 3, dtype=torch.int64)
         table = torch.zeros(len(ranks), 4, dtype=torch.int32)
         scales = torch.zeros(len(ranks), 4)
+
+        def put(values: torch.Tensor) -> int:
+            """Behind what is there, at a multiple of 64; where."""
+            at = sum(map(len, pieces))
+            values = values.flatten().to(kept) if values.dtype != kept else values.flatten()
+            pieces.append(torch.cat((values, pieces[0][:1].expand(-len(values) % 64))))
+            return at
+
         for slot, each in enumerate(ranks):
             for piece, rank in enumerate(each):
-                self.a[slot, piece] = torch.randn(rank, width, generator=generator)
-                self.b[slot, piece] = torch.randn(rank, outputs[piece], generator=generator)
-                for i, part in enumerate((self.a[slot, piece], self.b[slot, piece])):
-                    offsets[slot, 1 + piece, i] = at
-                    pieces.append(part.flatten())
-                    at += part.numel()
+                a = torch.randn(rank, width, generator=generator)
+                b = torch.randn(rank, outputs[piece], generator=generator)
+                if coded:
+                    a, b = (a * 40).round().clamp(-127, 127), (b * 40).round().clamp(-127, 127)
+                    units = torch.rand(rank, generator=generator) * 1e-3
+                    offsets[slot, 1 + piece, 2] = put(units.view(torch.int8)) // 4
+                    self.a[slot, piece] = a * units[:, None]
+                else:
+                    self.a[slot, piece] = a
+                self.b[slot, piece] = b
+                offsets[slot, 1 + piece, 0], offsets[slot, 1 + piece, 1] = put(a), put(b)
                 table[slot, 1 + piece] = rank
                 scales[slot, 1 + piece] = 0.5 * (slot + 1)
         self.scales = scales
-        values = torch.cat([*pieces, torch.full((8,), math.nan)]).to(DEVICE, FLOAT)
-        self.pool = lora.Pool(values, offsets.to(DEVICE), table.to(DEVICE), scales.to(DEVICE))
+        put(pieces[0])
+        values = torch.cat(pieces).to(DEVICE)
+        self.pool = lora.Pool(values, offsets.to(DEVICE), table.to(DEVICE), scales.to(DEVICE), FLOAT)
 
     def update(self, x: torch.Tensor, piece: int, mix: dict[int, float]) -> torch.Tensor:
         total = torch.zeros(1)
@@ -231,14 +247,15 @@ TOGETHER = [(0, 3, [0, 1, 2]), (3, 5, [1, 2])]
 EACH = [(0, 1, [0]), (1, 1, []), (2, 1, [1, 2]), *((row, 1, [2]) for row in range(3, 8))]
 
 
+@pytest.mark.parametrize("coded", [True, False], ids=["codes", "values"])
 @pytest.mark.parametrize(("tiles", "width"), [(TOGETHER, 80), (EACH, 64)], ids=["together", "each"])
-def test_low_rank_updates_over_true_ranks(tiles: list[tuple[int, int, list[int]]], width: int) -> None:
+def test_low_rank_updates_over_true_ranks(tiles: list[tuple[int, int, list[int]]], width: int, coded: bool) -> None:
     """Rows without an adapter, of one and of a mix, a tile that is not used; more lanes than go in one round.
 
     In tiles of several rows, decoding ones on all lanes and a prefill on its own, and in tiles of one row.
     """
     inputs, outputs = 600, (80, 48, 16)
-    adapters = Adapters(inputs, outputs, [[3, 3, 0], [8, 8, 8], [56, 0, 56]])
+    adapters = Adapters(inputs, outputs, [[3, 3, 0], [8, 8, 8], [56, 0, 56]], coded)
     mixes: list[dict[int, float]] = [{0: 1.0}, {}, {1: -2.0, 2: 0.5}, {2: 1.0}]
     owner = [0, 1, 2, 3, 3, 3, 3, 3]
     lanes = lanes_of([3, 8, 56], mixes, owner, tiles, width)
@@ -262,7 +279,7 @@ def test_low_rank_updates_over_true_ranks(tiles: list[tuple[int, int, list[int]]
         finish.finish(sums, bias, added, outputs, lanes, adapters.pool, 1, shrunk, add=True)
         assert error(added, 2 * exact) < LOOSE
     # gate and up: two slices of equal width
-    pair = Adapters(inputs, (96, 96), [[3, 3], [8, 8], [56, 5]])
+    pair = Adapters(inputs, (96, 96), [[3, 3], [8, 8], [56, 5]], coded)
     shrunk = poisoned(1, 2, 8, width)
     lora.shrink(x.to(DEVICE, FLOAT), pair.pool, lanes, 1, 2, shrunk)
     sums = torch.randn(1, 8, 192, device=DEVICE)

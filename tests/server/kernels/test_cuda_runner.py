@@ -7,6 +7,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") != "1":
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from adapters.weights import LoraWeights, LowRank
 from server.engine import cuda_batch, cuda_pool
 from server.engine import cuda_runner as cuda_runner_module
 from server.engine.batch import Batch, Logits, SlotWeights
@@ -89,6 +91,15 @@ def tokens(seed: int, count: int) -> list[int]:
     return random_tokens(llama(**WIDTHS), seed, count)
 
 
+def decoded(kept: LoraWeights) -> LoraWeights:
+    """What a prepared adapter stands for, for the reference."""
+    modules = {
+        path: m if m.units is None else LowRank(m.A.float() * m.units[:, None], m.B.float(), m.scale)
+        for path, m in kept.modules.items()
+    }
+    return replace(kept, modules=modules)
+
+
 def fails(*_: object) -> torch.Tensor:
     raise RuntimeError("no memory")
 
@@ -107,9 +118,12 @@ def test_logits_are_those_of_the_reference(family: str) -> None:
     adapters = {0: adapter(ours.config, 1, 3, ("q_proj", "v_proj", "down_proj")), 5: adapter(ours.config, 2, 20)}
     mixes: list[SlotWeights] = [((0, 1.0),), (), ((5, -0.5), (0, 2.0))]
     results = []
-    for runner, base in ((cuda_runner(ours), ours), (reference_runner(exact), exact)):
+    for runner, prepared in (
+        (cuda_runner(ours), ours.prepare),
+        (reference_runner(exact), lambda w: exact.prepare(decoded(ours.prepare(w)))),
+    ):
         for slot, weights in adapters.items():
-            runner.place(slot, base.prepare(weights))
+            runner.place(slot, prepared(weights))
         first, second, third = sequences([18, 3, 4], mixes)
         logits = [step(runner, [(second, 1), (first, 9)], every_row=True)]
         logits.append(step(runner, [(second, 1), (first, 8), (third, 3)]))
@@ -124,9 +138,12 @@ def test_greedy_answers_are_those_of_the_reference() -> None:
     ours, exact = bases("llama-int4")
     mixes: list[SlotWeights] = [((1, 1.0),), (), ((2, 1.5),)]
     answers = []
-    for runner, base in ((cuda_runner(ours), ours), (reference_runner(exact), exact)):
+    for runner, prepared in (
+        (cuda_runner(ours), ours.prepare),
+        (reference_runner(exact), lambda w: exact.prepare(decoded(ours.prepare(w)))),
+    ):
         for slot, seed in ((1, 1), (2, 2)):
-            runner.place(slot, base.prepare(adapter(base.config, seed, 4 * slot)))
+            runner.place(slot, prepared(adapter(ours.config, seed, 4 * slot)))
         batch = sequences([5, 1, 2], mixes)
         logits = step(runner, [(s, len(s.tokens)) for s in batch])
         for turn in range(2):
@@ -138,7 +155,7 @@ def test_greedy_answers_are_those_of_the_reference() -> None:
                 sequence.tokens.append(int(row.argmax()))
             if turn == 0:
                 runner.clear(2)
-                runner.place(2, base.prepare(adapter(base.config, 3, 2)))
+                runner.place(2, prepared(adapter(ours.config, 3, 2)))
             logits = step(runner, [(s, 1) for s in batch])
         answers.append([s.tokens for s in batch])
     assert answers[0] == answers[1]
@@ -437,19 +454,19 @@ def test_rows_that_share_large_adapters_are_multiplied_together() -> None:
     assert not cuda_batch._each_by_itself(((), ()), (1, 1), ()), "nothing to add"
 
 
-@pytest.mark.parametrize("piece", [8 << 20, 100], ids=["whole", "in pieces"])
+@pytest.mark.parametrize(("scheme", "piece"), [("int4", 8 << 20), ("int4", 100), ("none", 8 << 20)])
 def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together(
-    piece: int, monkeypatch: pytest.MonkeyPatch
+    scheme: str, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Adapters of different sizes come and go until what is free lies in pieces; their bytes stay what they were."""
     monkeypatch.setattr(cuda_pool, "PIECE", piece)
     config, backend = llama(**WIDTHS), Cuda(FLOAT)
-    made = {rank: backend.prepare(adapter(config, rank, rank, ("q_proj",)), "int4") for rank in (1, 2, 3, 4)}
+    made = {rank: backend.prepare(adapter(config, rank, rank, ("q_proj",)), scheme) for rank in (1, 2, 3, 4)}
     sizes = {
         rank: weights.modules["model.layers.0.self_attn.q_proj"].A.untyped_storage().nbytes()
         for rank, weights in made.items()
     }
-    pool = AdapterPool(config, sizes[1] + sizes[2] + sizes[3], 6, DEVICE, FLOAT)
+    pool = AdapterPool(config, sizes[1] + sizes[2] + sizes[3], 6, DEVICE, FLOAT, scheme != "none")
     for slot, rank in ((0, 1), (1, 2), (2, 3)):
         pool.place(slot, made[rank])
     with pytest.raises(NoCapacity, match="adapter-device-memory"):
@@ -467,11 +484,13 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together(
         for layer in range(2):
             path = f"model.layers.{layer}.self_attn.q_proj"
             site = layer * 7
-            a, b = pool.pool.offsets[slot, site].tolist()
+            a, b, units = pool.pool.offsets[slot, site].tolist()
             update = made[rank].modules[path]
             assert pool.pool.ranks[slot, site] == rank
             assert torch.equal(pool.pool.values[a : a + update.A.numel()].cpu(), update.A.flatten())
             assert torch.equal(pool.pool.values[b : b + update.B.numel()].cpu(), update.B.t().flatten())
+            if update.units is not None:
+                assert torch.equal(pool.pool.units[units : units + update.rank].cpu(), update.units)
     with pytest.raises(ValueError, match="was not prepared"):
         pool.place(5, adapter(config, 9, 1))
 
@@ -493,7 +512,7 @@ def test_a_copy_waits_for_the_steps_that_read_what_it_overwrites_alone(monkeypat
     config, backend = llama(**WIDTHS), Cuda(FLOAT)
     one, *others = [backend.prepare(adapter(config, seed, 2, ("q_proj",)), "int4") for seed in range(5)]
     size = one.modules["model.layers.0.self_attn.q_proj"].A.untyped_storage().nbytes()
-    pool = AdapterPool(config, 3 * size, 6, DEVICE, FLOAT)
+    pool = AdapterPool(config, 3 * size, 6, DEVICE, FLOAT, True)
     monkeypatch.setattr(pool, "_stream", SimpleNamespace(wait_event=waited.append, wait_stream=waited.append))
     monkeypatch.setattr(pool, "_sent", torch.clone)
     monkeypatch.setattr(torch.cuda, "Event", Event)
