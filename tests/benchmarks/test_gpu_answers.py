@@ -123,7 +123,11 @@ def test_the_clock_is_looked_at_after_each_answer(
     monkeypatch.setattr(gpu_answers, "load_base", lambda folder, name, backend: packed_for(four_bits, backend))
     monkeypatch.setattr(gpu_answers, "FORMS", ("of {}",))
     monkeypatch.setattr(gpu_answers, "SUBJECTS", ("rain", "ants"))
-    monkeypatch.setattr(gpu_answers, "TOKENS", 1)
+    one = torch.eye(4)[:1]
+    runner = SimpleNamespace(allocate=lambda blocks, size: None, release=lambda: None)
+    monkeypatch.setattr(gpu_answers, "CudaRunner", lambda *_, **options: runner)
+    monkeypatch.setattr(gpu_answers, "_generated", lambda runner, prompts, *_: ((ids, [0], one) for ids in prompts))
+    monkeypatch.setattr(gpu_answers, "_reference_logits", lambda *_: one)
     for limit, compared_in_time in ((0.0, 1), (1e3, 2)):
         monkeypatch.setattr(gpu_answers, "LIMIT_SECONDS", limit)
         told: Told = {}
