@@ -105,6 +105,9 @@ def _torch(settings: Settings, report: Report) -> None:
     from server.kernels import cuda
 
     report.facts["torch"] = str(torch.__version__)
+    driver = _driver()
+    if driver:
+        report.facts["GPU driver"] = driver
     if torch.cuda.is_available():
         try:
             free, total = torch.cuda.mem_get_info()
@@ -117,9 +120,6 @@ def _torch(settings: Settings, report: Report) -> None:
             return
     else:
         report.facts["GPU"] = "none that torch can use"
-    driver = _driver()
-    if driver:
-        report.facts["GPU driver"] = driver
     reason = cuda.unavailable()
     if driver or torch.cuda.is_available():
         report.facts["CUDA kernels"] = "can run" if reason is None else f"not here: {reason}"

@@ -25,15 +25,16 @@ SETTINGS = ["--state-dir", "state"]
 
 @pytest.fixture
 def given(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base: Base, tiny_adapter: Callable[..., LoraWeights]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tiny_base: Base,
+    tiny_adapter: Callable[..., LoraWeights],
+    mood: dict[str, Any],
 ) -> Path:
     """A folder with data, a task.json and two adapters, the first of which ships and brings the task `mood`."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "open_base", lambda settings, backend, quiet: tiny_base)
-    task = {"task": "mood", "prompt": "Mood: {input}", "labels": ["good", "bad"], "defaults": {"max_tokens": 3}}
-    save(tiny_adapter(1), tmp_path / "library" / "mood", base="tiny", task=task)
     save(tiny_adapter(2), tmp_path / "mine" / "mood", base="tiny")
-    (tmp_path / "task.json").write_text(json.dumps({**task, "task": "another", "labels": []}))
+    (tmp_path / "task.json").write_text(json.dumps({**mood, "task": "another", "labels": []}))
     lines = [json.dumps({"input": f"text {i}", "output": "good" if i % 2 else "bad"}) for i in range(9)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     return tmp_path

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from adapters.peft_format import save
-from adapters.weights import LoraWeights
 from server.cli import app, generate
 from server.errors import InvalidRequest
 from server.model.loader import Base
@@ -21,14 +19,9 @@ SETTINGS = ["--state-dir", "state", "--library", "library"]
 
 
 @pytest.fixture
-def given(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base: Base, tiny_adapter: Callable[..., LoraWeights]
-) -> Path:
+def given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base: Base, mood: dict[str, Any]) -> Path:
     """A folder with an adapter that ships, which brings the task `mood`."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(generate, "open_base", lambda settings, backend, quiet: tiny_base)
-    task = {"task": "mood", "prompt": "Mood: {input}", "labels": ["good", "bad"], "defaults": {"max_tokens": 3}}
-    save(tiny_adapter(1), tmp_path / "library" / "mood", base="tiny", task=task)
     return tmp_path
 
 
