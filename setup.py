@@ -1,18 +1,21 @@
 """The native CPU kernels, built with the package. Everything else about the package is said in pyproject.toml.
 
-The library is a plain shared object with a C interface, loaded with ctypes. Where it cannot be built the package
-installs without it, and torch's own kernels serve.
+They are plain shared objects with a C interface, loaded with ctypes: the same sources for processors with and without
+instructions for bf16. Where they cannot be built the package installs without them, and torch's own kernels serve.
 """
 
 from __future__ import annotations
 
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 KERNELS = "server/kernels/cpu"
-ISA = ["f", "bw", "dq", "vl", "vnni", "bf16", "vbmi"]
-"""Parts of AVX-512 that the kernels use. Whether a machine has them is asked when the library is loaded."""
+ISA = ["f", "bw", "dq", "vl", "vnni"]
+"""Parts of AVX-512 that the kernels need. Whether a machine has them is asked when a library is loaded."""
+LIBRARIES = {"_native_bf16": [*ISA, "bf16"], "_native": ISA}
 FLAGS = [
     "-std=c++17",
     "-g0",
@@ -25,19 +28,33 @@ FLAGS = [
     "-mfma",
     "-mf16c",
     "-mbmi2",
-    *(f"-mavx512{part}" for part in ISA),
 ]
 
+
+class BuildEach(build_ext):
+    """Libraries of the same sources keep their objects apart."""
+
+    def build_extension(self, ext: Extension) -> None:
+        together = self.build_temp
+        self.build_temp = str(Path(together, ext.name))
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp = together
+
+
 setup(
+    cmdclass={"build_ext": BuildEach},
     ext_modules=[
         Extension(
-            "server.kernels.cpu._native",
+            f"server.kernels.cpu.{name}",
             sources=sorted(glob(f"{KERNELS}/*.cpp")),
             depends=sorted(glob(f"{KERNELS}/*.h")),
             language="c++",
-            extra_compile_args=FLAGS,
+            extra_compile_args=[*FLAGS, *(f"-mavx512{part}" for part in parts)],
             extra_link_args=["-pthread"],
             optional=True,
         )
-    ]
+        for name, parts in LIBRARIES.items()
+    ],
 )

@@ -138,7 +138,7 @@ def _kernels(settings: Settings, report: Report) -> None:
 
     reason = cpu.unavailable()
     chosen = choose(settings.kernels, settings.device).name
-    report.facts["kernels"] = chosen
+    report.facts["kernels"] = f"native, for {cpu.instructions()}" if chosen == "native" else chosen
     if reason is not None and chosen != "cuda":
         report.facts["native kernels"] = f"not here: {reason}"
         hint = "" if shutil.which("g++") else "; with a C++ compiler (g++), pip install builds them"

@@ -30,6 +30,11 @@ def unavailable() -> str | None:
     return None if reason is None else str(reason.decode())
 
 
+def instructions() -> str:
+    """What the kernels that run here are compiled for. Raises OSError where there are none."""
+    return str(bindings.library().loramux_instructions().decode())
+
+
 _pools: list[bindings.Pool] = []
 _making = threading.Lock()
 

@@ -20,15 +20,15 @@ inline void score(const uint16_t* const* keys, const uint16_t* const* next, int6
   for (int n = 0; n < N; n++)
     for (int v = 0; v < V; v++) sum[n][v] = _mm512_setzero_ps();
   for (int64_t p = 0; p < dim / 2; p++) {
-    __m512bh k[V];
+    __m512i k[V];
     for (int v = 0; v < V; v++) {
-      k[v] = (__m512bh)_mm512_loadu_si512(keys[v] + p * 32);
+      k[v] = _mm512_loadu_si512(keys[v] + p * 32);
       prefetch(next[v] + p * 32);
     }
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-      const __m512bh a = (__m512bh)broadcast_word(q[n] + 2 * p);
-      for (int v = 0; v < V; v++) sum[n][v] = _mm512_dpbf16_ps(sum[n][v], k[v], a);
+      const __m512i a = broadcast_word(q[n] + 2 * p);
+      for (int v = 0; v < V; v++) sum[n][v] = add_pairs(sum[n][v], k[v], a);
     }
   }
   for (int n = 0; n < N; n++)
@@ -74,15 +74,15 @@ void weigh(const Cache& cache, const int32_t* blocks, int64_t head, int64_t cont
     next += from * 2;
     const int64_t pairs = (std::min(cache.size, context - start) + 1) / 2;
     for (int64_t p = 0; p < pairs; p++) {
-      __m512bh v[W];
+      __m512i v[W];
       for (int w = 0; w < W; w++) {
-        v[w] = (__m512bh)_mm512_loadu_si512(values + p * padded * 2 + w * 32);
+        v[w] = _mm512_loadu_si512(values + p * padded * 2 + w * 32);
         prefetch(next + p * padded * 2 + w * 32);
       }
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) {
-        const __m512bh a = (__m512bh)broadcast_word(powers + n * stride + start + 2 * p);
-        for (int w = 0; w < W; w++) sum[n][w] = _mm512_dpbf16_ps(sum[n][w], v[w], a);
+        const __m512i a = broadcast_word(powers + n * stride + start + 2 * p);
+        for (int w = 0; w < W; w++) sum[n][w] = add_pairs(sum[n][w], v[w], a);
       }
     }
   }
@@ -150,7 +150,7 @@ void write_token(const Cache& cache, int64_t block, int64_t head, int64_t offset
   for (int64_t d = 0; d < cache.dim; d += 32) {
     const __m512 a = _mm512_maskz_loadu_ps(first_lanes(cache.dim - d), key + d);
     const __m512 b = _mm512_maskz_loadu_ps(first_lanes(cache.dim - d - 16), key + d + 16);
-    _mm512_storeu_si512(pairs, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    _mm512_storeu_si512(pairs, float_to_bf16(a, b));
     for (int64_t p = 0; p < std::min<int64_t>(16, (cache.dim - d) / 2); p++) k[(d / 2 + p) * 16] = pairs[p];
   }
   // Of each pair of tokens only this one's half is written, unless nothing else will write the other.

@@ -6,9 +6,12 @@ Owns loading and the signatures. Does not know what a tensor or an adapter is; p
 from __future__ import annotations
 
 import ctypes
+import logging
 from ctypes import POINTER, c_bool, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 INT4, NF4, INT8, NONE = range(4)
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
@@ -113,6 +116,7 @@ class Step(ctypes.Structure):
 
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_missing": (c_char_p, []),
+    "loramux_instructions": (c_char_p, []),
     "loramux_pool_new": (c_void_p, [c_int, c_bool]),
     "loramux_pool_free": (None, [c_void_p]),
     "loramux_linear": (c_bool, [c_void_p, POINTER(Matrix), c_void_p, c_int64, c_void_p]),
@@ -141,10 +145,30 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 
+LIBRARIES = ("_native_bf16", "_native")
+"""The same kernels for processors with instructions for bf16 and for those without, the faster ones first."""
+
+
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The loaded library. Raises OSError where it was not built, cannot be loaded or is not of this source."""
-    found = sorted(Path(__file__).parent.glob("_native*.so"))
+    """The fastest library that runs here, the last one if none does.
+
+    Raises OSError where that was not built, cannot be loaded or is not of this source.
+    """
+    for name in LIBRARIES[:-1]:
+        try:
+            loaded = load(name)
+        except OSError as e:  # the next one serves as well, more slowly
+            log.info("the kernels of %s are left out: %s", name, e)
+            continue
+        if loaded.loramux_missing() is None:
+            return loaded
+    return load(LIBRARIES[-1])
+
+
+def load(name: str) -> ctypes.CDLL:
+    """One of `LIBRARIES`, whether it runs here or not. Raises OSError as `library` does."""
+    found = sorted(Path(__file__).parent.glob(f"{name}.*so"))
     if not found:
         raise OSError("the library was not built with this package")
     loaded = ctypes.CDLL(str(found[0]))

@@ -204,12 +204,12 @@ void product_half(const Matrix& w, int64_t tile, const uint16_t* x, int64_t ldx,
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) sum[t][r] = _mm512_setzero_ps();
   for (int64_t p = 0; p < pairs; p++) {
-    __m512bh b[T];
-    for (int t = 0; t < T; t++) b[t] = (__m512bh)_mm512_loadu_si512(codes + t * pairs * 32 + p * 32);
+    __m512i b[T];
+    for (int t = 0; t < T; t++) b[t] = _mm512_loadu_si512(codes + t * pairs * 32 + p * 32);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const __m512bh a = (__m512bh)broadcast_word(x + r * ldx + 2 * p);
-      for (int t = 0; t < T; t++) sum[t][r] = _mm512_dpbf16_ps(sum[t][r], b[t], a);
+      const __m512i a = broadcast_word(x + r * ldx + 2 * p);
+      for (int t = 0; t < T; t++) sum[t][r] = add_pairs(sum[t][r], b[t], a);
     }
   }
   for (int t = 0; t < T; t++)
@@ -509,7 +509,7 @@ void Activations::set(int64_t row, int64_t rows, int64_t from, int64_t to, const
       if (wants_half)
         for (int q = 0; q < SPAN; q += 32)
           _mm512_storeu_si512(half.get() + r * padded + i + q,
-                              (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(at + q + 16), _mm512_loadu_ps(at + q)));
+                              float_to_bf16(_mm512_loadu_ps(at + q), _mm512_loadu_ps(at + q + 16)));
       if (!wants_codes) continue;
       const int64_t step = r / ROWS * (padded / GROUP) + i / GROUP, lane = r % ROWS;
       spans[n++] = {at, codes.get() + (step * ROWS + lane) * GROUP, meta.get() + step / 2 * META + lane,

@@ -39,25 +39,25 @@ struct Halves {
     for (; i + 64 <= in; i += 64) {
 #pragma GCC unroll 2
       for (int h = 0; h < 2; h++) {
-        __m512bh w[J];
+        __m512i w[J];
         for (int j = 0; j < J; j++) {
-          w[j] = (__m512bh)_mm512_loadu_si512(a + j * in + i + h * 32);
+          w[j] = _mm512_loadu_si512(a + j * in + i + h * 32);
           prefetch(a + (i + h * 32) * J + j * 32);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-          const __m512bh row = (__m512bh)_mm512_loadu_si512(x[r] + i + h * 32);
-          for (int j = 0; j < J; j++) sum[j][r][h] = _mm512_dpbf16_ps(sum[j][r][h], row, w[j]);
+          const __m512i row = _mm512_loadu_si512(x[r] + i + h * 32);
+          for (int j = 0; j < J; j++) sum[j][r][h] = add_pairs(sum[j][r][h], row, w[j]);
         }
       }
     }
     for (int h = 0; i < in; i += 32, h++) {
       const __mmask32 mask = first_of_32(in - i);
       for (int j = 0; j < J; j++) {
-        const __m512bh w = (__m512bh)_mm512_maskz_loadu_epi16(mask, a + j * in + i);
+        const __m512i w = _mm512_maskz_loadu_epi16(mask, a + j * in + i);
         for (int r = 0; r < R; r++) {
-          const __m512bh row = (__m512bh)_mm512_maskz_loadu_epi16(mask, x[r] + i);
-          sum[j][r][h] = _mm512_dpbf16_ps(sum[j][r][h], row, w);
+          const __m512i row = _mm512_maskz_loadu_epi16(mask, x[r] + i);
+          sum[j][r][h] = add_pairs(sum[j][r][h], row, w);
         }
       }
     }

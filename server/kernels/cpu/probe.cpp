@@ -7,10 +7,20 @@ extern "C" const char* loramux_missing() {
       !__builtin_cpu_supports("avx512vl"))
     return "the processor has no AVX-512 (F, BW, DQ, VL)";
   if (!__builtin_cpu_supports("avx512vnni")) return "the processor has no AVX512-VNNI";
+#if defined(__AVX512BF16__)
   if (!__builtin_cpu_supports("avx512bf16")) return "the processor has no AVX512-BF16";
-  if (!__builtin_cpu_supports("avx512vbmi")) return "the processor has no AVX512-VBMI";
+#endif
   return nullptr;
 #else
   return "the processor is not an x86-64";
+#endif
+}
+
+// What they are compiled for, in the words that people know.
+extern "C" const char* loramux_instructions() {
+#if defined(__AVX512BF16__)
+  return "AVX512-VNNI, AVX512-BF16";
+#else
+  return "AVX512-VNNI";
 #endif
 }

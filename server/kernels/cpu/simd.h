@@ -12,11 +12,34 @@ inline __m512 bf16_to_float(__m256i h) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 
+#ifdef __AVX512BF16__
 inline __m256i float_to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
-inline uint16_t float_to_bf16(float x) {
-  return static_cast<uint16_t>(_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(x)), 0));
+// Those of `low`, then those of `high`.
+inline __m512i float_to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+// sum[i] + x[2 i] y[2 i] + x[2 i + 1] y[2 i + 1], of bf16.
+inline __m512 add_pairs(__m512 sum, __m512i x, __m512i y) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
+#else
+inline __m256i float_to_bf16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(even, nan, _mm512_set1_epi32(0x7fc00000)), 16));
 }
+
+inline __m512i float_to_bf16(__m512 low, __m512 high) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(float_to_bf16(low)), float_to_bf16(high), 1);
+}
+
+inline __m512 add_pairs(__m512 sum, __m512i x, __m512i y) {
+  const auto first = [](__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); };
+  const auto second = [](__m512i v) {
+    return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  };
+  return _mm512_fmadd_ps(second(x), second(y), _mm512_fmadd_ps(first(x), first(y), sum));
+}
+#endif
 
 inline float bf16_to_float(uint16_t h) {
   const uint32_t bits = static_cast<uint32_t>(h) << 16;

@@ -8,6 +8,7 @@ import pytest
 
 from server.errors import BadSetting
 from server.kernels import choose, cpu, cuda
+from server.kernels.cpu import bindings
 
 
 def test_auto_takes_the_native_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,3 +46,31 @@ def test_a_gpu_is_taken_where_one_can_be_used(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(BadSetting, match="cannot run here: triton is not installed"):
             choose(kernels, device)
     assert choose("auto").name != "cuda"
+
+
+def test_the_fastest_library_that_runs_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that the processor lacks instructions for is passed over, and one that was not built with a line."""
+
+    class Library:
+        def __init__(self, missing: bytes | None) -> None:
+            self.loramux_missing = lambda: missing
+
+    there = {"_native_bf16": Library(None), "_native": Library(None)}
+    monkeypatch.setattr(bindings, "load", lambda name: there[name])
+    assert bindings.library.__wrapped__() is there["_native_bf16"]
+    there["_native_bf16"] = Library(b"the processor has no AVX512-BF16")
+    assert bindings.library.__wrapped__() is there["_native"]
+    there["_native"] = Library(b"the processor has no AVX512-VNNI")
+    assert bindings.library.__wrapped__() is there["_native"]  # whose reason is told
+
+    def unbuilt(name: str) -> Library:
+        if name == "_native_bf16":
+            raise OSError("the library was not built with this package")
+        return there[name]
+
+    monkeypatch.setattr(bindings, "load", unbuilt)
+    with caplog.at_level(logging.INFO, "server.kernels.cpu"):
+        assert bindings.library.__wrapped__() is there["_native"]
+    assert caplog.messages == ["the kernels of _native_bf16 are left out: the library was not built with this package"]

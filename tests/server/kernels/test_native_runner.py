@@ -16,6 +16,7 @@ from server.engine.batch import Batch, Logits, SlotWeights
 from server.engine.native_runner import _Results
 from server.engine.runner import Runner, make_runner
 from server.kernels import choose, cpu
+from server.kernels.cpu import bindings
 from server.model.config import RopeScaling
 from tests.server.kernels import tiny
 from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of, codes_of, error, llama, random_tokens
@@ -124,6 +125,28 @@ def test_adapters_of_all_ranks_share_a_batch(family: str) -> None:
         results.append([torch.cat(pair) for pair in zip(first, second, strict=True)])
     for i, (ours, exact) in enumerate(zip(*results, strict=True)):
         assert error(ours, exact) < 0.05, (i, mixes[i])
+
+
+@pytest.mark.parametrize("family", ["llama-int4", "llama-bf16", "odd-heads"])
+def test_processors_without_bf16_have_the_same_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the order of sums, whose pairs other processors add up together. Rows that overflow say so in both."""
+    weights = {"": 0.0, "adapter": 1.0, "overflow": 3e38}
+    ids, found = tokens(5, 65), []
+    for name in bindings.LIBRARIES:
+        library = bindings.load(name)
+        if library.loramux_missing() is not None:
+            pytest.skip("this processor has no bf16 to compare with")
+        monkeypatch.setattr(bindings, "library", lambda library=library: library)
+        monkeypatch.setattr(cpu, "_pools", [])
+        base, _ = bases(family)
+        runner = runner_of(base)
+        place_all(runner, base, {0: adapter(base.config, 1, 17)})
+        found.append([alone(runner, ids, ((0, weight),)) for weight in weights.values()])
+    for which, ours, other in zip(weights, *found, strict=True):
+        if which == "overflow":
+            assert torch.equal(ours.isfinite(), other.isfinite()) and not ours.isfinite().all()
+        else:
+            assert error(ours, other) < 0.004, which
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17, 300])
