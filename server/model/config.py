@@ -356,10 +356,21 @@ def _no_rope_layers(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
 
 
 def _rope(config: Mapping[str, Any], kind: str, max_positions: int) -> tuple[float, RopeScaling]:
-    """Base period and scaling, from either spelling."""
-    parameters: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        parameters |= told(config, key, Mapping, "an object with a rope_type") or {}
+    """Base period and scaling, from either spelling. Where both are there, they must say the same."""
+    spelled = [dict(told(config, key, Mapping, "an object with a rope_type") or {}) for key in _SPELLINGS]
+    found = [_spelled_rope(given, config, kind, max_positions) for given in spelled if given]
+    if len(found) == 2 and found[0] != found[1]:
+        # Transformers takes rope_scaling alone then, without the rope_theta in the other.
+        raise BadModel(f"{' and '.join(_SPELLINGS)} say different things; leave the one in config.json that is meant")
+    return found[0] if found else _spelled_rope({}, config, kind, max_positions)
+
+
+_SPELLINGS = ("rope_scaling", "rope_parameters")
+
+
+def _spelled_rope(
+    parameters: dict[str, Any], config: Mapping[str, Any], kind: str, max_positions: int
+) -> tuple[float, RopeScaling]:
     nested = [key for key, value in parameters.items() if isinstance(value, Mapping)]
     if nested:
         raise BadModel(f"RoPE that differs between layers is not served ({', '.join(sorted(nested))})")

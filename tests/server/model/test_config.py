@@ -111,6 +111,8 @@ def test_both_spellings_of_rope(old: dict[str, Any] | None, new: RopeScaling) ->
     assert (config.rope_theta, config.rope_scaling) == (5000.0, new)
     renamed = {("rope_type" if k == "type" else k): v for k, v in (old or {}).items()}
     assert from_hf(LLAMA | {"rope_parameters": renamed | {"rope_theta": 5000.0}}) == config
+    both = {"rope_theta": 5000.0, "rope_scaling": old, "rope_parameters": renamed | {"rope_theta": 5000.0}}
+    assert from_hf(LLAMA | both) == config
     assert from_hf(to_hf(config)) == config
     theirs = transformers.LlamaConfig(**to_hf(config))
     assert theirs.rope_parameters["rope_type"] == new.type and theirs.rope_parameters["rope_theta"] == 5000.0
@@ -157,6 +159,9 @@ def test_both_spellings_of_rope(old: dict[str, Any] | None, new: RopeScaling) ->
         (QWEN3 | {"layer_types": [{}]}, "not served"),
         ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
         ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": 3}, "no_rope_layers is 3, not a list"),
+        # As a README has it added to what Transformers 5 saved, which reads it without that rope_theta:
+        (YARN | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_scaling and rope_parameters"),
+        (YARN | {"rope_parameters": YARN["rope_scaling"] | {"rope_theta": 5e5}}, "say different things"),
         # Numbers of which no rotation can be made:
         (YARN | {"rope_theta": 1}, "rope_theta above 1"),
         ({"rope_scaling": YARN["rope_scaling"] | {"attention_factor": "1"}}, "attention_factor must be a number"),
