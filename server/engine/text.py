@@ -73,7 +73,7 @@ class Text:
     def _chat_template(self, vocabulary: Vocabulary) -> ChatTemplate:
         names = {"bos_token": vocabulary.bos_id, "eos_token": self.eos_id}
         tokens = {k: self._added.get(v, "") for k, v in names.items() if v is not None}
-        return ChatTemplate(vocabulary.chat_template or "", tokens)
+        return ChatTemplate(vocabulary.chat_template or "", {**vocabulary.names, **tokens})
 
     # -- to ids
 

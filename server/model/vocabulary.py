@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ class Vocabulary:
 
     `special` maps each special token to its id. `eos_ids`, never empty, end an answer; `eos_id` is the one among them
     that ends a text, and that chat templates know. `add_bos` says whether a text begins with `bos_id`; the tokenizer
-    itself is to be called with `add_special_tokens=False`.
+    itself is to be called with `add_special_tokens=False`. `names` are the tokens that a chat template may name beside
+    `bos_token` and `eos_token`: `pad_token` and whatever else a folder's settings do.
     """
 
     tokenizer: Tokenizer
@@ -39,6 +40,7 @@ class Vocabulary:
     special: dict[str, int]
     add_bos: bool
     eos_id: int
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def size(self) -> int:
@@ -92,6 +94,9 @@ generation_config.json of a folder names all, and an answer would run on past th
 _ENDS_IF_CONTROL = _ENDS | {"</s>", "<eos>", "<EOT>", "<｜end▁of▁sentence｜>"}
 """Those, and some that are text in other vocabularies, such as HTML's tags, and end an answer where they are control
 tokens."""
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""What a tokenizer.json says of an added token beside its text and id."""
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
@@ -147,17 +152,21 @@ def from_folder(folder: Path) -> Vocabulary:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception
         raise BadModel(f"tokenizer.json cannot be read: {error}") from error
+    settings = read_json(folder / "tokenizer_config.json")
+    tokenizer = _completed(tokenizer, settings)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    settings = read_json(folder / "tokenizer_config.json")
     generation, config = read_json(folder / "generation_config.json"), read_json(folder / "config.json")
     named = {name: _token_id(tokenizer, settings.get(f"{name}_token")) for name in ("bos", "eos")}
     eos_ids = {i for source in (generation, config) for i in _ids(source.get("eos_token_id"))}
     bos_id = named["bos"] if settings else _first(_ids(config.get("bos_token_id")))
+    plain, begun = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    begins = begun[:1] if begun[1 : 1 + len(plain)] == plain else []
+    if bos_id is None:
+        bos_id = _first(begins)
     add_bos = settings.get("add_bos_token")
     if add_bos is None:
-        begun = tokenizer.encode("a", add_special_tokens=True).ids
-        add_bos = bos_id is not None and begun[:1] == [bos_id]
+        add_bos = begins == [bos_id]
     return _checked(
         tokenizer,
         chat_template=_chat_template(folder, settings),
@@ -165,6 +174,7 @@ def from_folder(folder: Path) -> Vocabulary:
         eos_id=named["eos"],
         bos_id=bos_id,
         add_bos=bool(add_bos),
+        names={name: token for name, token in _named(settings).items() if tokenizer.token_to_id(token) is not None},
     )
 
 
@@ -173,6 +183,7 @@ def write_folder(vocabulary: Vocabulary, folder: Path) -> None:
     vocabulary.tokenizer.save(str(folder / "tokenizer.json"))
     bos = None if vocabulary.bos_id is None else vocabulary.tokenizer.id_to_token(vocabulary.bos_id)
     settings = {
+        **vocabulary.names,
         "add_bos_token": vocabulary.add_bos,
         "bos_token": bos,
         "eos_token": vocabulary.tokenizer.id_to_token(vocabulary.eos_id),
@@ -208,6 +219,7 @@ def _checked(
     eos_id: int | None,
     bos_id: int | None,
     add_bos: bool,
+    names: Mapping[str, str] | None = None,
 ) -> Vocabulary:
     size = _size(tokenizer)
     eos_ids = {i for i in eos_ids if 0 <= i < size}
@@ -217,7 +229,7 @@ def _checked(
         raise BadModel("the tokenizer wants a text to begin with a token that it does not name (bos_token)")
     special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
     end = eos_id if eos_id in eos_ids else min(eos_ids)
-    return Vocabulary(tokenizer, chat_template, frozenset(eos_ids), bos_id, special, add_bos, end)
+    return Vocabulary(tokenizer, chat_template, frozenset(eos_ids), bos_id, special, add_bos, end, names or {})
 
 
 def _size(tokenizer: Tokenizer) -> int:
@@ -342,9 +354,69 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     return template or None
 
 
-def _token_id(tokenizer: Tokenizer, token: Any) -> int | None:
+def _completed(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer with the added and the special tokens of tokenizer_config.json too, as Transformers has it.
+
+    Some tokenizer.json have them as ordinary tokens or not at all: what the chat template writes would be cut in
+    pieces, and people's texts could hold them. Raises BadModel for one that cannot have the id that it is given.
+    """
+    told: dict[str, dict[str, Any]] = {}
+    listed = settings.get("added_tokens_decoder") or {}
+    try:
+        for number, entry in listed.items():
+            flags = {name: bool(entry.get(name, False)) for name in _FLAGS}
+            told[entry["content"]] = {"id": int(number), "content": entry["content"], **flags}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadModel(f"tokenizer_config.json's added_tokens_decoder is not whole: {error!r}") from error
+    for content in _special_contents(settings):
+        fresh = {"id": tokenizer.token_to_id(content), "content": content, **dict.fromkeys(_FLAGS, False)}
+        if fresh["id"] is not None:
+            told.setdefault(content, fresh)["special"] = True
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    lacking = [t for t in told.values() if t["content"] not in added]
+    ordinary = {t["content"] for t in told.values() if t["special"] and t not in lacking} - {
+        content for content, token in added.items() if token.special
+    }
+    if not lacking and not ordinary:
+        return tokenizer
+    state = json.loads(tokenizer.to_str())
+    for entry in state["added_tokens"]:
+        entry["special"] |= entry["content"] in ordinary
+    state["added_tokens"] += sorted(lacking, key=lambda entry: entry["id"])
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    for entry in lacking:
+        if tokenizer.token_to_id(entry["content"]) != entry["id"]:
+            raise BadModel(
+                f"tokenizer_config.json gives {entry['content']!r} the id {entry['id']}, which it cannot have in "
+                "tokenizer.json; save the tokenizer again with Transformers"
+            )
+    return tokenizer
+
+
+def _special_contents(settings: Mapping[str, Any]) -> list[str]:
+    """What the settings say is special. Not the padding, which may be any token and comes in no text."""
+    several = [settings.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
+    tokens = [settings.get(f"{name}_token") for name in ("bos", "eos", "unk")]
+    tokens += [token for listed in several if isinstance(listed, list) for token in listed]
+    return [content for content in map(_content, tokens) if content]
+
+
+def _named(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The tokens that a chat template may write by name: one under a key that ends so, or under one's own."""
+    own = settings.get("extra_special_tokens")
+    told = {name: token for name, token in settings.items() if name.endswith("_token")}
+    named = {name: _content(token) for name, token in (told | (own if isinstance(own, dict) else {})).items()}
+    return {name: content for name, content in named.items() if content}
+
+
+def _content(token: Any) -> str | None:
     content = token.get("content") if isinstance(token, Mapping) else token
-    return tokenizer.token_to_id(content) if isinstance(content, str) else None
+    return content if isinstance(content, str) else None
+
+
+def _token_id(tokenizer: Tokenizer, token: Any) -> int | None:
+    content = _content(token)
+    return None if content is None else tokenizer.token_to_id(content)
 
 
 def _ids(value: Any) -> list[int]:

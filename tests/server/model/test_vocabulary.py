@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from server.engine.text import Text
@@ -210,6 +211,76 @@ def test_folder_bos_from_the_post_processor_or_the_settings(tmp_path: Path, trai
     )
     assert from_folder(folder(tmp_path, vocabulary)).add_bos
     assert not from_folder(folder(tmp_path, vocabulary, add_bos_token=False)).add_bos
+
+
+def test_folder_bos_that_the_post_processor_alone_names(tmp_path: Path, trained: dict[str, Any]) -> None:
+    vocabulary = from_gguf(trained)
+    vocabulary.tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    again = from_folder(folder(tmp_path, vocabulary, bos_token=None))
+    assert (again.bos_id, again.add_bos) == (1, True)
+    (tmp_path / "tokenizer_config.json").unlink()
+    again = from_folder(tmp_path)
+    assert (again.bos_id, again.add_bos) == (1, True)
+
+
+def ordinary(path: Path, *tokens: str) -> None:
+    """Make these special tokens of a folder's tokenizer.json ordinary entries of its vocabulary."""
+    saved = json.loads((path / "tokenizer.json").read_text())
+    saved["added_tokens"] = [added for added in saved["added_tokens"] if added["content"] not in tokens]
+    (path / "tokenizer.json").write_text(json.dumps(saved))
+
+
+def test_tokens_that_only_the_settings_call_special_are_special(tmp_path: Path, trained: dict[str, Any]) -> None:
+    """As Transformers has it: else they are cut in pieces where a template writes them, and shown where generated."""
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}{{ pad_token }}{{ end }}"
+    settings: dict[str, Any] = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": template}
+    plain = [{"role": "user", "content": "a<|im_end|>b"}]
+    folder(tmp_path, from_gguf(trained), **settings)
+    ordinary(tmp_path, "<|im_start|>", "<|im_end|>")
+    vocabulary = from_folder(tmp_path)
+    assert vocabulary.special.keys() >= {"<|im_start|>", "<|im_end|>"}
+    text = Text(vocabulary)
+    ids = text.encode_chat(plain)
+    assert [i for i in ids if i < 3] == [1, 2, 0] and text.decode(ids) == "a<|im_end|>b"
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        [{"role": "user", "content": "abc"}], return_dict=False
+    )
+    assert text.encode_chat([{"role": "user", "content": "abc"}]) == theirs
+    write_folder(vocabulary, tmp_path)
+    assert Text(from_folder(tmp_path)).encode_chat(plain) == ids
+
+
+@pytest.mark.parametrize("listed", ["additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"])
+def test_each_list_of_special_tokens_is_read(listed: str, tmp_path: Path, trained: dict[str, Any]) -> None:
+    told: Any = ["<|im_end|>", {"content": "<nowhere>"}]
+    if listed == "added_tokens_decoder":
+        told = {"2": {"content": "<|im_end|>", "special": True}}
+    folder(tmp_path, from_gguf(trained), **{listed: told})
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    for added in saved["added_tokens"]:
+        added["special"] = added["content"] != "<|im_end|>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    vocabulary = from_folder(tmp_path)
+    assert vocabulary.special["<|im_end|>"] == 2 and "<nowhere>" not in vocabulary.special
+
+
+def test_added_tokens_that_only_the_settings_have(tmp_path: Path, trained: dict[str, Any]) -> None:
+    size = from_gguf(trained).size
+    more = {str(size): {"content": "<end>", "special": True}, str(size + 1): {"content": "<tool>"}}
+    folder(tmp_path, from_gguf(trained), eos_token="<end>", added_tokens_decoder=more)
+    vocabulary = from_folder(tmp_path)
+    assert (vocabulary.eos_id, vocabulary.size) == (size, size + 2)
+    assert "<end>" in vocabulary.special and "<tool>" not in vocabulary.special
+    assert vocabulary.tokenizer.encode("<tool>").ids == [size + 1]
+    folder(tmp_path, from_gguf(trained), added_tokens_decoder={str(size + 7): {"content": "<end>"}})
+    with pytest.raises(BadModel, match=f"'<end>' the id {size + 7}"):
+        from_folder(tmp_path)
+    for broken in ({"x": {"content": "<end>"}}, {"5": {}}, {"5": "<end>"}, ["<end>"]):
+        folder(tmp_path, from_gguf(trained), added_tokens_decoder=broken)
+        with pytest.raises(BadModel, match="added_tokens_decoder is not whole"):
+            from_folder(tmp_path)
 
 
 def test_folder_refusals(tmp_path: Path, trained: dict[str, Any]) -> None:
