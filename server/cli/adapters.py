@@ -125,23 +125,33 @@ def prefetch(settings: Settings, name: Name, as_json: AsJson = False) -> None:
 
 
 @app.command()
-@with_settings("max_rank")
+@with_settings("model", "state_dir", "max_rank")
 def check(
     settings: Settings,
     folder: Annotated[Path, typer.Argument(help="A folder as PEFT writes it.", exists=True, file_okay=False)],
     as_json: AsJson = False,
 ) -> None:
-    """Read a PEFT folder as the server would, and say what was honoured or why it is refused. Needs no server."""
-    from adapters.peft_format import read_folder
+    """Read a PEFT folder as the server would, and say what was honoured or why it is refused. Needs no server.
 
-    weights = read_folder(folder, name=folder.resolve().name, max_rank=settings.max_rank)
+    Whether it fits the base is looked at if that is on this machine.
+    """
+    from adapters.peft_format import read_folder
+    from server.model.checkpoint import open_checkpoint
+    from server.sources.models import locate
+
+    base = locate(settings.model, settings.state_dir)
+    shapes = None if base is None else open_checkpoint(base.path).config.linear_shapes()
+    weights = read_folder(folder, name=folder.resolve().name, max_rank=settings.max_rank, shapes=shapes)
     told = {k: v for k, v in weights.metadata.items() if k in ("honoured", "harmless", "notes", "base")}
+    if base is None:
+        told["notes"] = [*told["notes"], f"whether it fits {settings.model} is not known: that is not on this machine"]
     found = {
         "version": weights.version.label,
         "ranks": weights.ranks,
         "targets": weights.targets,
         "modules": len(weights.modules),
         "bytes": weights.nbytes,
+        "fits": None if base is None else base.name,
         **told,
     }
     _tell(found, as_json)

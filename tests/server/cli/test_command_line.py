@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from pydantic import SecretStr
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from server.api.runtime import Runtime
@@ -26,6 +28,7 @@ from server.cli.options import EVERYTHING, SECRET
 from server.cli.serve import _server, listen
 from server.doctor import examine
 from server.errors import BadSetting
+from server.model.config import from_hf
 from server.settings import Settings, flag
 from tests.conftest import part_missing
 
@@ -122,6 +125,31 @@ def test_check_reads_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert "r" in found["honoured"] and len(found["targets"]) == 7
     refused = runner.invoke(app, ["adapters", "check", str(library / "sentiment"), "--max-rank", "4"])
     assert refused.exit_code == 1 and "rank" in str(refused.exception)
+
+
+def test_check_says_what_the_server_would_of_another_base(tmp_path: Path) -> None:
+    library = Settings().library
+    assert library is not None
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+        "tie_word_embeddings": True,
+    }
+    shapes = from_hf(config)
+    matrices = {f"{path}.weight": shape for path, shape in (shapes.linear_shapes() | shapes.table_shapes()).items()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {name: torch.zeros(shape) for name, shape in (matrices | shapes.tensor_shapes()).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    check = ["adapters", "check", str(library / "sentiment"), "--json"]
+    refused = runner.invoke(app, [*check, "--model", str(tmp_path)])
+    assert refused.exit_code == 1 and "made for another base" in str(refused.exception)
+    unknown = json.loads(runner.invoke(app, [*check, "--state-dir", str(tmp_path)]).output)
+    assert unknown["fits"] is None and "smollm2-135m is not known" in unknown["notes"][0]
 
 
 def test_pull_says_where(tmp_path: Path) -> None:
