@@ -202,7 +202,7 @@ class Text:
         return token in self._added
 
     def spaced_after(self, token: int) -> bool:
-        """Whether the tokenizer puts its space before a text that comes after `token` in a conversation."""
+        """Whether the tokenizer puts its space before a text that comes after `token` in one that has begun."""
         return token in self._added and not self._prefixes_once
 
     @functools.cached_property
@@ -293,7 +293,7 @@ class Detokenizer:
 
     def _decode(self, token: int) -> str:
         """What the id shows after those before it, whatever it is."""
-        begins, self._begins = self._begins, self._text.begins_after(token)
+        begins, self._begins = self._begins, self._text.spaced_after(token)
         new = ""
         if not self._text.is_special(token):
             spelled = self._text.token_bytes(token)

@@ -299,6 +299,8 @@ def test_a_space_before_the_whole_alone_is_none_amid_a_conversation(spm_metadata
     assert scored == len(whole) - len(prompt)
     assert text.begins_after(prompt[-1]) and not text.spaced_after(prompt[-1])
     assert [text.token_text(i) for i in text.encode("the other", bos=False)] == [" the", " other"]
+    amid = plain.encode("the<s> other", add_special_tokens=False).ids
+    assert text.decode(amid) == plain.decode(amid) == "the other", "and none is taken away there"
 
 
 @given(parts=st.lists(st.text("ther é日😀\n<s>", max_size=12) | st.sampled_from([1, 2]), max_size=6))
