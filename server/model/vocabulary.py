@@ -181,12 +181,16 @@ def from_folder(folder: Path) -> Vocabulary:
 def write_folder(vocabulary: Vocabulary, folder: Path) -> None:
     """Write the files from which `from_folder` reads the same vocabulary. Raises OSError."""
     vocabulary.tokenizer.save(str(folder / "tokenizer.json"))
-    bos = None if vocabulary.bos_id is None else vocabulary.tokenizer.id_to_token(vocabulary.bos_id)
+    contents = {token: text for text, token in vocabulary.special.items()}  # id_to_token tells of them normalized
+
+    def name(token: int | None) -> str | None:
+        return None if token is None else contents.get(token, vocabulary.tokenizer.id_to_token(token))
+
     settings = {
         **vocabulary.names,
         "add_bos_token": vocabulary.add_bos,
-        "bos_token": bos,
-        "eos_token": vocabulary.tokenizer.id_to_token(vocabulary.eos_id),
+        "bos_token": name(vocabulary.bos_id),
+        "eos_token": name(vocabulary.eos_id),
         "chat_template": vocabulary.chat_template,
     }
     write_json(folder / "tokenizer_config.json", settings)

@@ -312,6 +312,20 @@ def test_what_is_written_reads_back_the_same(kind: str, request: pytest.FixtureR
         assert again.tokenizer.encode(text).ids == ours.tokenizer.encode(text).ids
 
 
+def test_special_tokens_that_are_normalized_keep_their_names(tmp_path: Path, spm_metadata: dict[str, Any]) -> None:
+    """As the first Llama's tokenizer.json has them, whose normalizer puts a space before each."""
+    folder(tmp_path, from_gguf(spm_metadata), bos_token="<s>", eos_token="</s>", add_bos_token=True)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    saved["normalizer"] = {"type": "Prepend", "prepend": "\u2581"}
+    saved["added_tokens"] = [added | {"normalized": True} for added in saved["added_tokens"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    vocabulary = from_folder(tmp_path)
+    assert vocabulary.tokenizer.id_to_token(vocabulary.bos_id) == "\u2581<s>"
+    write_folder(vocabulary, tmp_path)
+    again = from_folder(tmp_path)
+    assert (again.bos_id, again.eos_id, again.special) == (1, 2, vocabulary.special)
+
+
 def test_a_large_vocabulary_takes_well_under_two_seconds() -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [(a, b) for a in alphabet for b in alphabet]
