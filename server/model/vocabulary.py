@@ -203,6 +203,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, OSError) as error:
         raise BadModel(f"{path.name} cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -350,11 +351,16 @@ def _instead(folder: Path) -> str:
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (ValueError, OSError) as error:
+            raise BadModel(f"{path.name} cannot be read: {error}") from error
     template = settings.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, list):  # several by name; the default one is for conversations without tools
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        # Several by name; the default one is for conversations without tools.
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise BadModel(f"the chat_template is neither a text nor a list of named ones: {repr(template)[:80]}")
     return template or None
 
 
@@ -387,7 +393,10 @@ def _completed(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> Tokenizer:
     for entry in state["added_tokens"]:
         entry["special"] |= entry["content"] in ordinary
     state["added_tokens"] += sorted(lacking, key=lambda entry: entry["id"])
-    tokenizer = Tokenizer.from_str(json.dumps(state))
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+    except Exception as error:  # the library raises plain Exception
+        raise BadModel(f"tokenizer_config.json's added_tokens_decoder is not whole: {error}") from error
     for entry in lacking:
         if tokenizer.token_to_id(entry["content"]) != entry["id"]:
             raise BadModel(

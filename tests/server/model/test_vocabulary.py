@@ -204,6 +204,22 @@ def test_folder_chat_templates_by_name(tmp_path: Path, trained: dict[str, Any]) 
     assert from_folder(folder(tmp_path, from_gguf(trained), chat_template=several)).chat_template == "D"
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("chat_template.jinja", b"\xff", r"chat_template\.jinja cannot be read"),
+        ("chat_template.json", b'{"chat_template": 5}', "neither a text nor a list of named ones: 5"),
+        ("chat_template.json", b'{"chat_template": ["T"]}', "neither a text nor a list"),
+        ("chat_template.json", b'{"chat_template": [{"name": "default", "template": 5}]}', "neither a text nor a list"),
+        ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', r"tokenizer_config\.json cannot be read"),
+    ],
+)
+def test_texts_that_are_none(file: str, content: bytes, said: str, tmp_path: Path, trained: dict[str, Any]) -> None:
+    (folder(tmp_path, from_gguf(trained)) / file).write_bytes(content)
+    with pytest.raises(BadModel, match=said):
+        from_folder(tmp_path)
+
+
 def test_folder_bos_from_the_post_processor_or_the_settings(tmp_path: Path, trained: dict[str, Any]) -> None:
     vocabulary = from_gguf(trained)
     vocabulary.tokenizer.post_processor = processors.TemplateProcessing(
@@ -277,7 +293,7 @@ def test_added_tokens_that_only_the_settings_have(tmp_path: Path, trained: dict[
     folder(tmp_path, from_gguf(trained), added_tokens_decoder={str(size + 7): {"content": "<end>"}})
     with pytest.raises(BadModel, match=f"'<end>' the id {size + 7}"):
         from_folder(tmp_path)
-    for broken in ({"x": {"content": "<end>"}}, {"5": {}}, {"5": "<end>"}, ["<end>"]):
+    for broken in ({"x": {"content": "<end>"}}, {"5": {}}, {"5": "<end>"}, ["<end>"], {"-5": {"content": "<end>"}}):
         folder(tmp_path, from_gguf(trained), added_tokens_decoder=broken)
         with pytest.raises(BadModel, match="added_tokens_decoder is not whole"):
             from_folder(tmp_path)
