@@ -309,5 +309,8 @@ class _Counter:
 def _check_vocabulary(vocabulary: Vocabulary, config: ModelConfig) -> None:
     if vocabulary.size > config.vocab_size:
         raise BadModel(
-            f"the tokenizer has tokens up to {vocabulary.size - 1}, the model's table ends before {config.vocab_size}"
+            f"the tokenizer has tokens up to {vocabulary.size - 1} "
+            f"({vocabulary.tokenizer.id_to_token(vocabulary.size - 1)!r}), the model's table ends before "
+            f"{config.vocab_size}; take those that it lacks out of the tokenizer's files, or give the model whose "
+            "table was resized for them"
         )

@@ -256,7 +256,8 @@ def test_folders_that_are_none(tmp_path: Path, tiny_vocabulary: Vocabulary) -> N
 
 def test_a_tokenizer_with_more_tokens_than_the_table_is_refused(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
     saved(tmp_path, "Llama", tiny_vocabulary, vocab_size=100)
-    with pytest.raises(BadModel, match="table ends before 100"):
+    last = tiny_vocabulary.tokenizer.id_to_token(tiny_vocabulary.size - 1)
+    with pytest.raises(BadModel, match=rf"\('{last}'\), the model's table ends before 100; take those"):
         load(tmp_path)
 
 
