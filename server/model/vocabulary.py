@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,11 +153,12 @@ def from_folder(folder: Path) -> Vocabulary:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception
         raise BadModel(f"tokenizer.json cannot be read: {error}") from error
-    settings = read_json(folder / "tokenizer_config.json")
-    tokenizer = _completed(tokenizer, settings)
+    settings, generation, config = (
+        read_json(folder / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+    )
+    tokenizer = _completed(tokenizer, settings, config.get("vocab_size"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    generation, config = read_json(folder / "generation_config.json"), read_json(folder / "config.json")
     named = {name: _token_id(tokenizer, settings.get(f"{name}_token")) for name in ("bos", "eos")}
     eos_ids = {i for source in (generation, config) for i in _ids(source.get("eos_token_id"))}
     bos_id = named["bos"] if settings else _first(_ids(config.get("bos_token_id")))
@@ -364,11 +366,12 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     return template or None
 
 
-def _completed(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> Tokenizer:
+def _completed(tokenizer: Tokenizer, settings: Mapping[str, Any], table: Any) -> Tokenizer:
     """The tokenizer with the added and the special tokens of tokenizer_config.json too, as Transformers has it.
 
     Some tokenizer.json have them as ordinary tokens or not at all: what the chat template writes would be cut in
-    pieces, and people's texts could hold them. Raises BadModel for one that cannot have the id that it is given.
+    pieces, and people's texts could hold them. Those beyond the model's table, whose rows config.json may tell, stay
+    out: somebody's padding, mostly. Raises BadModel for one that cannot have the id that it is given.
     """
     told: dict[str, dict[str, Any]] = {}
     listed = settings.get("added_tokens_decoder") or {}
@@ -383,7 +386,8 @@ def _completed(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> Tokenizer:
         if fresh["id"] is not None:
             told.setdefault(content, fresh)["special"] = True
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    lacking = [t for t in told.values() if t["content"] not in added]
+    rows = table if isinstance(table, int) else math.inf
+    lacking = [token for content, token in told.items() if content not in added and token["id"] < rows]
     ordinary = {t["content"] for t in told.values() if t["special"] and t not in lacking} - {
         content for content, token in added.items() if token.special
     }

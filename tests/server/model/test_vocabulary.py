@@ -290,6 +290,9 @@ def test_added_tokens_that_only_the_settings_have(tmp_path: Path, trained: dict[
     assert (vocabulary.eos_id, vocabulary.size) == (size, size + 2)
     assert "<end>" in vocabulary.special and "<tool>" not in vocabulary.special
     assert vocabulary.tokenizer.encode("<tool>").ids == [size + 1]
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size + 1}))  # no row for the last
+    assert from_folder(tmp_path).size == size + 1
+    (tmp_path / "config.json").unlink()
     folder(tmp_path, from_gguf(trained), added_tokens_decoder={str(size + 7): {"content": "<end>"}})
     with pytest.raises(BadModel, match=f"'<end>' the id {size + 7}"):
         from_folder(tmp_path)
