@@ -87,8 +87,6 @@ class BodyLimit:
             await refuse(answer(_too_large(limit, upload)), receive, send)
         elif upload:
             await self.app(scope, _counted(receive, limit), send)
-        elif declared == 0:
-            await self.app(scope, receive, send)
         else:
             await self._whole(scope, receive, send, limit)
 

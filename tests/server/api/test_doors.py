@@ -210,6 +210,19 @@ def test_a_large_body_is_read_away_and_answered(start: Any) -> None:
     assert live.generate("small").status_code == 200
 
 
+def test_a_length_of_zero_hides_no_chunks(start: Any) -> None:
+    live = start(max_body=10_000)
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(
+            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"4000\r\n" + b" " * 0x4000 + b"\r\n0\r\n\r\n"
+        )
+        assert connection.recv(64).startswith(b"HTTP/1.1 413 ")
+    assert live.generate("small").status_code == 200
+
+
 def test_a_lying_length_and_a_broken_upload_do_no_harm(live: Any) -> None:
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
