@@ -44,7 +44,7 @@ class Files:
         self._files: dict[str, File] = {}
         for part in folder.glob(".new-*"):  # of an upload that the server's end cut short
             shutil.rmtree(part, ignore_errors=True)
-        for about in sorted(folder.glob(f"file-*/{ABOUT}")):
+        for about in sorted(folder.glob(f"file-*/{ABOUT}"), key=lambda path: path.stat().st_mtime_ns):
             try:
                 file = File(**json.loads(about.read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError):
@@ -93,9 +93,9 @@ class Files:
         return self._folder / id / CONTENT
 
     def all(self) -> list[File]:
-        """Newest first."""
+        """Newest first, those of one second too: sorting leaves equals as they came."""
         with self._lock:
-            return sorted(self._files.values(), key=lambda file: (file.created_at, file.id), reverse=True)
+            return sorted(self._files.values(), key=lambda file: file.created_at)[::-1]
 
     def delete(self, id: str) -> None:
         """Raises UnknownName, and Conflict while a job needs it."""

@@ -262,6 +262,15 @@ def test_files_come_back_and_those_in_use_stay(tmp_path):
     assert list((tmp_path / "files").iterdir()) == []
 
 
+def test_files_of_one_second_are_listed_newest_first_after_a_restart_too(tmp_path):
+    files = Files(tmp_path / "files")
+    names = [f"{i}.jsonl" for i in range(8)]
+    for name in names:
+        files.add(lambda path: path.write_bytes(b"x"), name, "fine-tune")
+    assert [file.filename for file in files.all()] == names[::-1]
+    assert Files(tmp_path / "files").all() == files.all()
+
+
 def test_a_disk_that_refuses_a_file_leaves_nothing(tmp_path):
     files = Files(tmp_path / "files")
 
