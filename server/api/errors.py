@@ -133,7 +133,7 @@ def _framework(error: HTTPException) -> Answer:
 def _invalid(problems: Sequence[Any], openai: bool) -> Answer:
     """A body or query that the schema refuses: the first few problems by the name of their field."""
     problems = _applying(problems)
-    named = [("" if p["type"] == "json_invalid" else _where(p["loc"]), _what(p)) for p in problems]
+    named = list(dict.fromkeys(("" if p["type"] == "json_invalid" else _where(p["loc"]), _what(p)) for p in problems))
     shown = "; ".join(f"{where}: {what}" if where else what for where, what in named[:5])
     more = f" (and {len(named) - 5} more)" if len(named) > 5 else ""
     broken = bool(problems) and problems[0]["type"] == "json_invalid"
@@ -144,19 +144,31 @@ def _invalid(problems: Sequence[Any], openai: bool) -> Answer:
 
 
 def _applying(problems: Sequence[Any]) -> list[Any]:
-    """The problems but for kinds that a field takes too and that its value is none of: a long list is no bad text."""
+    """The problems, of a field that takes several kinds those of what its value is nearest to: a long list is no bad
+    text, and a list of numbers no bad list of texts.
+    """
     kinds = [_kind(p) for p in problems]
-    met = {field for field, missed in kinds if not missed}
-    return [p for p, (field, missed) in zip(problems, kinds, strict=True) if not (missed and field in met)]
+    misses: dict[Any, dict[Any, int]] = {}
+    for place, kind, miss in kinds:
+        there = misses.setdefault(place, {})
+        there[kind] = max(miss, there.get(kind, 0))
+    return [
+        p
+        for p, (place, kind, _) in zip(problems, kinds, strict=True)
+        if misses[place][kind] == min(misses[place].values())
+    ]
 
 
-def _kind(problem: Mapping[str, Any]) -> tuple[Sequence[Any] | None, bool]:
-    """The field of several kinds that a problem lies in, if it does, and whether the value is none of that kind."""
+def _kind(problem: Mapping[str, Any]) -> tuple[Sequence[Any] | None, str, int]:
+    """The place of a field of several kinds that a problem lies in, if it does, the kind, and how far the value is from
+    being one: 2 where it is none at all, 1 where something inside of it is not.
+    """
     location = tuple(problem["loc"])
     for i, part in enumerate(location):
         if isinstance(part, str) and part.startswith(UNION_PARTS):
-            return location[:i], i + 1 == len(location) and problem["type"].endswith("_type")
-    return None, False
+            missed = problem["type"].endswith(("_type", "literal_error"))
+            return location[:i], part, (2 if i + 1 == len(location) else 1) if missed else 0
+    return None, "", 0
 
 
 def _where(location: Sequence[Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from server.api.generate import finite
 from server.engine.request import Delivery, TokenLogprob
-from server.engine.text import Text
+from server.engine.text import Detokenizer, Text
 from server.errors import NotReady
 from server.tasks.inference import Generation, Reply
 
@@ -48,7 +48,8 @@ class CompletionShape:
         self.id = id
         self._own = {"id": id, "object": "text_completion", "created": created, "model": model}
         self._text = text
-        self._offsets: dict[int, int] = {}
+        self._read: dict[int, tuple[Detokenizer, int]] = {}
+        """Of each answer, what reads its tokens again, and how many characters they have made."""
 
     def whole(self, generation: Generation) -> dict[str, Any]:
         choices = [
@@ -76,14 +77,15 @@ class CompletionShape:
         )
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-        names = [self._text.token_text(t.id) for t in tokens]
-        offsets, at = [], self._offsets.get(index, 0)
-        for name in names:
+        """Each with its place in the text: a character of several tokens begins where all of them do."""
+        reader, at = self._read.get(index) or (Detokenizer(self._text, begins=self._begins[index // self._n]), 0)
+        offsets = []
+        for t in tokens:
             offsets.append(at)
-            at += len(name)
-        self._offsets[index] = at
+            at += len(reader.add(t.id))
+        self._read[index] = reader, at
         return {
-            "tokens": names,
+            "tokens": [self._text.token_text(t.id) for t in tokens],
             "token_logprobs": [finite(t.logprob) for t in tokens],
             "top_logprobs": [self._top(t) for t in tokens] if any(t.top for t in tokens) else None,
             "text_offset": offsets,

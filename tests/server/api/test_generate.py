@@ -187,7 +187,25 @@ def test_of_a_field_that_takes_several_kinds_only_what_applies_is_told(live: Any
     assert told(["s"] * 9) == "stop: List should have at most 8 items after validation, not 9"
     assert told("") == "stop: String should have at least 1 character"
     assert told(["s", ""]) == "stop.1: String should have at least 1 character"
+    assert told(["s", None]) == "stop.1: Input should be a valid string"
     assert "valid string" in told(5) and "valid list" in told(5)
+
+
+def test_of_kinds_of_lists_the_nearest_is_told_and_nothing_twice(live: Any) -> None:
+    def told(**fields: Any) -> dict[str, Any]:
+        answer = live.http.post("/v1/completions", json={"model": "tiny", "prompt": "x", **fields})
+        assert answer.status_code == 400
+        error: dict[str, Any] = answer.json()["error"]
+        return error
+
+    negative = told(prompt=[1, -2])
+    assert negative["message"] == "prompt.1: Input should be greater than or equal to 0"
+    assert negative["param"] == "prompt.1"
+    none = told(prompt=None)["message"]
+    assert none == "prompt: Input should be a valid string; prompt: Input should be a valid list"
+    assert told(prompt=[])["message"] == "prompt: List should have at least 1 item after validation, not 0"
+    assert told(logprobs=21)["message"] == "logprobs: Input should be less than or equal to 20"
+    assert "valid integer" in told(logprobs=True)["message"]
 
 
 def test_two_tasks_in_one_query_are_refused(live: Any) -> None:
