@@ -68,7 +68,9 @@ async def completions(body: schemas.CompletionBody, request: Request, runtime: R
     with counted(parts.inference, target, caller):
         schemas.refuse_unserved(body)
         prompts = await _prompts(parts, target, body)
-    shape = CompletionShape(new_id("cmpl"), _now(), body.model, parts.prompts.text)
+    text = parts.prompts.text
+    begins = [text.begins_after(prompt[-1]) for prompt in prompts for _ in range(body.n or 1)]
+    shape = CompletionShape(new_id("cmpl"), _now(), body.model, text, begins)
     return await _answer(parts, request, body, caller, target, prompts, sampling.COMPLETION_DEFAULTS, shape)
 
 

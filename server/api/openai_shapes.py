@@ -42,12 +42,15 @@ def usage(generation: Generation) -> dict[str, Any]:
 
 
 class CompletionShape:
-    """`text_completion`, whole and in chunks of the same form."""
+    """`text_completion`, whole and in chunks of the same form. `begins` says of each answer whether its text is one of
+    its own: `Text.begins_after` of its prompt's last token.
+    """
 
-    def __init__(self, id: str, created: int, model: str, text: Text) -> None:
+    def __init__(self, id: str, created: int, model: str, text: Text, begins: Sequence[bool]) -> None:
         self.id = id
         self._own = {"id": id, "object": "text_completion", "created": created, "model": model}
         self._text = text
+        self._begins = begins
         self._read: dict[int, tuple[Detokenizer, int]] = {}
         """Of each answer, what reads its tokens again, and how many characters they have made."""
 
@@ -78,7 +81,7 @@ class CompletionShape:
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
         """Each with its place in the text: a character of several tokens begins where all of them do."""
-        reader, at = self._read.get(index) or (Detokenizer(self._text, begins=self._begins[index // self._n]), 0)
+        reader, at = self._read.get(index) or (Detokenizer(self._text, begins=self._begins[index]), 0)
         offsets = []
         for t in tokens:
             offsets.append(at)

@@ -11,6 +11,10 @@ import httpx
 import openai
 import pytest
 
+from server.api.openai_shapes import CompletionShape
+from server.engine.request import Delivery, TokenLogprob
+from server.engine.text import Text
+
 
 @pytest.fixture
 def client(live: Any) -> Iterator[openai.OpenAI]:
@@ -63,7 +67,7 @@ def test_completions_of_texts_ids_and_n(client: openai.OpenAI) -> None:
     assert [c.index for c in made.choices] == [0, 1, 2, 3]
     assert made.choices[0].text == made.choices[1].text, "greedy answers to one prompt are equal"
     assert made.usage is not None and made.usage.prompt_tokens == 5
-    ids = client.completions.create(model="tiny", prompt=[40, 41, 42], max_tokens=2, logprobs=1)
+    ids = client.completions.create(model="tiny", prompt=[40, 41, 42], max_tokens=2, logprobs=1, temperature=0)
     told = ids.choices[0].logprobs
     assert told is not None and told.tokens is not None and told.text_offset is not None and told.top_logprobs
     assert len(told.tokens) == 2 and told.text_offset[0] == 0 and told.text_offset[1] == len(told.tokens[0])
@@ -93,6 +97,16 @@ def test_streamed_completions_carry_logprobs(client: openai.OpenAI) -> None:
             offsets[choice.index] += choice.logprobs.text_offset or []
     assert len(tokens[0]) == 5 and tokens[0] == tokens[1]
     assert offsets[0] == [sum(map(len, tokens[0][:i])) for i in range(5)]
+
+
+def test_offsets_of_tokens_are_places_in_the_text(tiny_vocabulary: Any) -> None:
+    text = Text(tiny_vocabulary)
+    shape = CompletionShape("cmpl-1", 0, "tiny", text, [False])
+    offsets = []
+    for id in (*text.encode("é日x"), text.eos_id, *text.encode("!")):
+        choice = json.loads(shape.choice(0, Delivery(logprobs=(TokenLogprob(id, -1.0, ()),)), True))
+        offsets += choice["logprobs"]["text_offset"]
+    assert offsets == [0, 0, 1, 1, 1, 2, 3, 3], "two bytes, three, one; the end token is not in the text"
 
 
 def test_model_means_version_then_task_then_adapter_then_base(live: Any, client: openai.OpenAI) -> None:
