@@ -182,6 +182,8 @@ def _what(problem: Mapping[str, Any]) -> str:
         return f"the body is not valid JSON{f', at character {at[0]}' if at else ''}"
     if problem["type"] in ("model_type", "model_attributes_type") and tuple(problem["loc"]) == ("body",):
         return "the body must be a JSON object, sent as application/json"
+    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "Input should be a JSON object"
     if problem["type"] == "extra_forbidden":
         return "there is no such field"
     if problem["type"] == "missing" and tuple(problem["loc"]) == ("body",):
