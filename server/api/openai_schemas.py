@@ -19,16 +19,21 @@ BOOKKEEPING = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"},
 )
 NOTHING: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
     "best_of": (1,),
+    "continue_final_message": (False,),
     "echo": (False,),
     "function_call": ("none",),
+    "include_stop_str_in_output": (False,),
     "is_3d_lora_weight": (False,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "reasoning_effort": ("none",),
+    "skip_special_tokens": (True,),
     "suffix": ("",),
     "tool_choice": ("none",),
     "top_logprobs": (0,),
+    "use_beam_search": (False,),
 }
 """Values of fields that are not served, which ask for nothing."""
 MAX_MESSAGES = 4096

@@ -152,6 +152,8 @@ ASKING_FOR_NOTHING: list[dict[str, Any]] = [
         "stop": None,
         "modalities": ["text"],
     },
+    {"skip_special_tokens": True, "include_stop_str_in_output": False, "use_beam_search": False},
+    {"add_generation_prompt": True, "continue_final_message": False},
 ]
 
 
@@ -180,6 +182,7 @@ CHANGING: list[tuple[dict[str, Any], str]] = [
     ({"suffix": "end"}, "suffix"),
     ({"skip_special_tokens": False}, "skip_special_tokens"),
     ({"chat_template": "x"}, "chat_template"),
+    ({"continue_final_message": True}, "continue_final_message"),
 ]
 
 
