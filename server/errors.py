@@ -20,8 +20,11 @@ ServerError
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+from adapters.errors import AdapterError
 
 
 class ServerError(Exception):
@@ -96,3 +99,13 @@ class BadModel(ServerError):
 
 class BadSetting(ServerError):
     """A setting is unknown, malformed or out of range."""
+
+
+@contextmanager
+def called(**fields: str) -> Iterator[None]:
+    """Errors inside name the input as the request does: with `adapters="from"`, a mix that comes in as `from`."""
+    try:
+        yield
+    except (AdapterError, ServerError) as error:
+        error.param = fields.get(error.param or "", error.param)
+        raise

@@ -24,7 +24,7 @@ from server.api.generate import json_response
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running
 from server.api.uploads import CONFIG, OPTIONAL, TENSORS, disk_errors, is_multipart, temporary, uploaded
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, called
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 
@@ -102,7 +102,8 @@ async def publish(name: Name, request: Request, runtime: Running, parts: Ready, 
     if body.version is not None:
         if body.version.partition("@")[0] != name:
             raise InvalidRequest(f"{body.version} is no version of {name!r}", "version")
-        published = await parts.registry.roll_back(name, body.version, if_match=expected)
+        with called(adapters="version"):
+            published = await parts.registry.roll_back(name, body.version, if_match=expected)
     else:
         published = await publish_source(parts, name, body.source or "", if_match=expected)
     return described(published.description, 200 if known else 201)
@@ -151,7 +152,9 @@ async def prefetch(name: Name, parts: Ready) -> Response:
 )
 async def compose(body: schemas.ComposeBody, runtime: Running, parts: Ready) -> Response:
     """Store a mix as one adapter: the exact sum, cut to `rank` if that is given. `error` is what the cut costs."""
-    with parts.registry.lease([(part.name, part.weight) for part in body.from_]) as lease:
+    with called(adapters="from"):
+        lease = parts.registry.lease([(part.name, part.weight) for part in body.from_])
+    with lease:
 
         def make(folder: Path) -> float:
             pairs = [

@@ -12,6 +12,7 @@ from server.api import fine_tuning_schemas as schemas
 from server.api.generate import json_response
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready
+from server.errors import called
 from server.jobs.evaluating import DATA
 from server.jobs.records import EVALUATION, Job
 from server.tasks.definitions import Best, Task
@@ -64,10 +65,11 @@ async def evaluate(task: Annotated[str, Path(max_length=64)], body: schemas.Eval
     """Run candidates of a task over examples with known answers, behind all other requests. Answers a job."""
     found = parts.tasks.get(task)
     candidates = _candidates(found, body)
-    for choice in candidates:
-        parts.registry.lease(choice).release()  # a mix that no request could have is told now, not by the job
-    if body.file is not None:
-        parts.files.get(body.file)
+    with called(adapters="candidates", file_id="file"):
+        for choice in candidates:
+            parts.registry.lease(choice).release()  # a mix that no request could have is told now, not by the job
+        if body.file is not None:
+            parts.files.get(body.file)
     request = {
         "training_file": body.file,
         "candidates": candidates,

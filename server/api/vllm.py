@@ -8,6 +8,7 @@ from server.api.adapters import publish_source, retire_unused
 from server.api.openai_schemas import LoadAdapterBody, UnloadAdapterBody, refuse_fields
 from server.api.responses import errors
 from server.api.runtime import Ready
+from server.errors import called
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
 
@@ -18,7 +19,8 @@ WRITE = errors(400, 404, 409, 429, 500, 503, 507)
 async def load(body: LoadAdapterBody, parts: Ready) -> str:
     """Register an adapter from a source; with `load_inplace`, over what the name had."""
     refuse_fields(body, "")
-    await publish_source(parts, body.lora_name, body.lora_path, create_only=not body.load_inplace, source="vllm")
+    with called(source="lora_path", name="lora_name"):
+        await publish_source(parts, body.lora_name, body.lora_path, create_only=not body.load_inplace, source="vllm")
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
@@ -26,5 +28,6 @@ async def load(body: LoadAdapterBody, parts: Ready) -> str:
 async def unload(body: UnloadAdapterBody, parts: Ready) -> str:
     """Retire an adapter."""
     refuse_fields(body, "")
-    await retire_unused(parts, body.lora_name)
+    with called(adapters="lora_name", name="lora_name"):
+        await retire_unused(parts, body.lora_name)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."

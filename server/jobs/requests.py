@@ -17,7 +17,7 @@ from adapters.registry import Registry
 from adapters.store import Store
 from adapters.training import TrainingConfig
 from adapters.weights import RESERVED
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, called
 from server.jobs.files import Files
 from server.jobs.recipe import AUTO_WIDENS, highest_rank
 from server.jobs.spec import INIT, RIVAL, BaseSource, Spec
@@ -101,8 +101,9 @@ def checked(asked: Asked, ground: Ground) -> dict[str, Any]:
         raise InvalidRequest("this server's base is in memory alone, and a training process could not map it", "model")
     for param in ("training_file", "validation_file"):
         id = getattr(asked, param)
-        if id is not None and ground.files.get(id).purpose != "fine-tune":
-            raise InvalidRequest(f"{param} must have been uploaded with the purpose fine-tune", param)
+        with called(file_id=param):
+            if id is not None and ground.files.get(id).purpose != "fine-tune":
+                raise InvalidRequest(f"{param} must have been uploaded with the purpose fine-tune", param)
     if asked.suffix is not None and asked.suffix in RESERVED | {ground.base_name}:
         raise InvalidRequest(f"the name {asked.suffix!r} is reserved", "suffix")
     task = _task(asked, ground)
@@ -149,7 +150,8 @@ def _check_ranks(asked: Asked, ground: Ground) -> None:
         why = f", and auto_rank may give a module {AUTO_WIDENS} times r" if lora.auto_rank else ""
         raise InvalidRequest(f"this server takes ranks of up to {ground.max_rank} (--max-rank){why}", "lora.r")
     if lora.init_from is not None:
-        ground.registry.resolve([(lora.init_from, 1.0)])
+        with called(adapters="lora.init_from"):
+            ground.registry.resolve([(lora.init_from, 1.0)])
         fixed = set(asked.given & {"r", "alpha", "target_modules"})
         fixed |= {name for name in ("rslora", "auto_rank") if getattr(lora, name)}
         if fixed:

@@ -9,10 +9,9 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapters.errors import UnknownAdapter
 from adapters.leases import Lease
 from adapters.weights import NAME, Choice, Version
-from server.errors import UnknownName
+from server.errors import UnknownName, called
 from server.tasks.definitions import DEFAULT, Best, Task
 from server.tasks.store import Tasks
 
@@ -66,10 +65,8 @@ class Resolver:
         if bare != name or _VERSION.fullmatch(name):
             if not NAME.fullmatch(bare.partition("@")[0]):
                 raise _no_model(name)
-            try:
+            with called(adapters="model"):
                 self._adapters.resolve([(bare, 1.0)])
-            except UnknownAdapter as error:
-                raise UnknownAdapter(error.message, "model") from error
             return Target(name, None, [(bare, 1.0)] if override is None else override)
         task = self._tasks.find(name)
         if task is not None:

@@ -43,6 +43,24 @@ def test_registering_is_201_then_200_then_409(live: Any, write_adapter: Callable
     assert live.generate("x", adapters=[{"name": "new"}]).status_code == 200
 
 
+def test_what_is_not_known_is_named_by_the_field_that_it_came_in(live: Any) -> None:
+    def param(method: str, path: str, body: Any) -> str:
+        answer = live.http.request(method, path, json=body)
+        assert answer.status_code in (400, 404), answer.text
+        return str(answer.json()["error"]["param"])
+
+    nobody = [{"name": "nobody"}]
+    assert param("POST", "/adapters/compose", {"name": "sum", "from": nobody}) == "from"
+    assert param("PUT", "/adapters/a", {"version": "a@000000000000"}) == "version"
+    assert param("POST", "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "nowhere"}) == "lora_path"
+    assert param("POST", "/v1/load_lora_adapter", {"lora_name": "base", "lora_path": "a"}) == "lora_name"
+    assert param("POST", "/v1/unload_lora_adapter", {"lora_name": "nobody"}) == "lora_name"
+    assert param("POST", "/v1/completions", {"model": "adapter:nobody", "prompt": "x"}) == "model"
+    assert param("POST", "/tasks/mood/evaluate", {"file": "file-none"}) == "file"
+    asked = {"data": [{"input": "x", "output": "good"}], "candidates": [nobody]}
+    assert param("POST", "/tasks/mood/evaluate", asked) == "candidates"
+
+
 def test_a_base_by_another_name_is_a_note(live: Any, write_adapter: Callable[..., Path]) -> None:
     config = write_adapter("far", 9) / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "org/Giant-7B"}))

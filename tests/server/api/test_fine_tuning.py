@@ -174,7 +174,7 @@ def test_what_is_wrong_with_a_file_fails_the_job_by_its_line(
 
 REFUSED_AT_ONCE: list[tuple[dict[str, Any], str]] = [
     ({"model": "gpt-4"}, "model"),
-    ({"training_file": "file-none"}, "file"),
+    ({"training_file": "file-none"}, "training_file"),
     ({"suffix": "base"}, "suffix"),
     ({"suffix": "no good"}, "suffix"),
     ({"method": {"type": "dpo"}}, "dpo"),
@@ -186,7 +186,7 @@ REFUSED_AT_ONCE: list[tuple[dict[str, Any], str]] = [
     ({"lora": {"prune_to": 16}}, "lora.prune_to"),
     ({"lora": {"prune_to": 8, "auto_rank": True}}, "prune_to must be below 4 times r, which is 8"),
     ({"lora": {"task": "nobody"}}, "lora.task"),
-    ({"lora": {"init_from": "nobody"}}, "nobody"),
+    ({"lora": {"init_from": "nobody"}}, "lora.init_from"),
     ({"lora": {"auto_rank": True, "r": 32}}, "auto_rank"),
     ({"lora": {"target_modules": ["nothing", "none"]}}, "target_modules = nothing, none; they are called down_proj, "),
     ({"lora": {"target_modules": ".*nothing"}}, "lora.target_modules"),
