@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 import uuid
 
@@ -22,7 +23,8 @@ log = logging.getLogger(__name__)
 DRAINED = 64 << 20
 """Bytes of a refused body that are read and thrown away, so that the client gets to see the answer."""
 DRAIN_SECONDS = 20.0
-UPLOADS = ("/adapters", "/v1/files")
+UPLOADS = {"POST": re.compile("/adapters|/v1/files"), "PUT": re.compile("/adapters/[^/]+")}
+"""The routes that take files. A body that says so elsewhere is read whole, and held to what that may be."""
 
 
 class Boundary:
@@ -150,7 +152,7 @@ def _counted(receive: Receive, limit: int) -> Receive:
 def _is_upload(scope: Scope) -> bool:
     kinds = [value for name, value in scope["headers"] if name == b"content-type"]
     multipart = bool(kinds) and kinds[0].lower().startswith(b"multipart/form-data")
-    return multipart and scope["path"].startswith(UPLOADS)
+    return multipart and scope["method"] in UPLOADS and bool(UPLOADS[scope["method"]].fullmatch(scope["path"]))
 
 
 def _content_length(scope: Scope) -> int | None:

@@ -207,6 +207,9 @@ def test_a_large_body_is_read_away_and_answered(start: Any) -> None:
         assert answer.status_code == 413 and error_of(answer)["code"] == "body_too_large"
         streamed = live.http.post("/generate", content=iter([b"x" * 65536] * (size // 65536 + 1)))
         assert streamed.status_code == 413 and error_of(streamed)
+    disguised = {"content-type": "multipart/form-data; boundary=x"}
+    answer = live.http.post("/adapters/compose", content=b"x" * 10_001, headers=disguised)
+    assert answer.status_code == 413 and "--max-body" in error_of(answer)["message"]
     assert live.generate("small").status_code == 200
 
 
