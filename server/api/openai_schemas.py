@@ -134,8 +134,8 @@ def refuse_unserved(body: V1Fields) -> None:
         for i, message in enumerate(body.messages):
             refuse_fields(message, f"messages.{i}.")
             if not isinstance(message.content, str):
-                for part in message.content:
-                    refuse_fields(part, f"messages.{i}.content.")
+                for j, part in enumerate(message.content):
+                    refuse_fields(part, f"messages.{i}.content.{j}.")
 
 
 def refuse_fields(body: BaseModel, prefix: str) -> None:

@@ -193,6 +193,10 @@ def test_what_would_change_the_answer_is_refused_by_name(live: Any, subtests: py
             assert answer.status_code == 400, answer.text
             error = answer.json()["error"]
             assert error["code"] == "unsupported_parameter" and error["param"] == param and param in error["message"]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": parts}]}
+    error = live.http.post("/v1/chat/completions", json=body).json()["error"]
+    assert error["param"] == "messages.0.content.1.cache_control"
 
 
 def test_malformed_bodies_are_400_on_v1(client: openai.OpenAI, live: Any) -> None:
