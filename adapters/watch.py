@@ -29,7 +29,7 @@ from adapters.store import CONFIG, REQUIRED, SIDE
 log = logging.getLogger(__name__)
 
 SHARE = 0.02
-"""Of one processor, what looking takes at most: of thousands of folders it looks less often."""
+"""Of one processor, what looking takes at most, reading not counted: of thousands of folders it looks less often."""
 RETRY_SECONDS = 30.0
 """After how long a folder is tried again that failed for want of room, which its content says nothing about."""
 MAX_ENTRIES = 1000
@@ -86,6 +86,8 @@ class Watch:
         """Folders that this process has seen and that adapters came from."""
         self._unreadable = False
         self._first = True
+        self._read = 0.0
+        """Processor seconds of the last look that went into reading what had changed."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -102,6 +104,7 @@ class Watch:
 
     def poll(self) -> None:
         """Look once. Raises nothing that a folder is at fault for."""
+        self._read = 0.0
         try:
             with os.scandir(self._directory) as entries:
                 states = {entry.name: _state(entry) for entry in entries if entry.name[0] != "."}
@@ -145,7 +148,7 @@ class Watch:
                 self.poll()
             except Exception:  # one look that fails must not be the last
                 log.exception("looking at the adapter directory failed")
-            took = time.thread_time() - before
+            took = time.thread_time() - before - self._read
 
     def _look(self, folder: str) -> None:
         try:
@@ -171,7 +174,9 @@ class Watch:
         if refused is not None and refused.signature == signature and not _due(refused.retry_at, now):
             return
         if self._is_still(folder, signature, now):
+            before = time.thread_time()
             self._take_in(folder, signature, now)
+            self._read += time.thread_time() - before
 
     def _refuse_nested(self, folder: str, below: str, signature: Signature, now: float) -> None:
         """`folder` holds an adapter and is none, unless it is being copied and its own files come last."""

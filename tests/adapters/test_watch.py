@@ -465,6 +465,23 @@ def test_looks_that_take_long_are_rarer(scene: Scene, monkeypatch: pytest.Monkey
     assert waits == [1.0, 1.0, pytest.approx(25.0), pytest.approx(5.0)]
 
 
+def test_what_is_read_makes_no_look_rarer(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three hundred new adapters would have kept the next change waiting for a minute."""
+    scene.put("a", 1)
+    watch, waits, used = Watch(scene.registry, scene.directory, still=0.0), [], [0.0]
+    publish = scene.registry.publish_now
+
+    def read(*given: Any, **options: Any) -> Any:
+        used[0] += 9.0
+        return publish(*given, **options)
+
+    monkeypatch.setattr(scene.registry, "publish_now", read)
+    monkeypatch.setattr(time, "thread_time", lambda: used[0])
+    monkeypatch.setattr(watch._stop, "wait", lambda seconds: waits.append(seconds) or len(waits) == 2)
+    watch._run()
+    assert list(scene.served()) == ["a"] and waits == [1.0, 1.0]
+
+
 def test_looking_follows_no_links_where_there_are_none(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would take most of the time of a look, and a thousand folders are looked at every second."""
     digests = {name: scene.put(name, seed) for seed, name in enumerate("abc")}
