@@ -13,6 +13,7 @@ ServerError
 ├── DeadlineExceeded         the request's time was over before it could finish (504)
 ├── NoCapacity               it could never fit into the budget (507)
 ├── EngineFailed             a step failed; the request was lost and can be sent again (500)
+│   └── NotFinite               the numbers of this request alone were of no use
 ├── RemoteError              the server that a command has called answers with this error of its own
 ├── BadModel                 a model folder or file cannot be served; says why
 └── BadSetting               a setting is unknown or out of range; says which
@@ -83,6 +84,10 @@ class NoCapacity(ServerError):
 
 class EngineFailed(ServerError):
     """A step failed; its running requests are lost, the registry and the queue are not."""
+
+
+class NotFinite(EngineFailed):
+    """The logits of a request are not finite, which no other request of the step had a part in."""
 
 
 class RemoteError(ServerError):

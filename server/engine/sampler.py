@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from server.engine.batch import Logits, Work
 from server.engine.request import Request, Sampling, TokenLogprob
-from server.errors import EngineFailed, InvalidRequest
+from server.errors import InvalidRequest, NotFinite
 
 Row = npt.NDArray[np.float32]
 
@@ -244,7 +244,7 @@ def token_logprob(row: Row, token: int, k: int) -> TokenLogprob:
 
 
 def _not_finite() -> Pick:
-    return Pick(-1, error=EngineFailed("the logits of this request are not finite"))
+    return Pick(-1, error=NotFinite("the logits of this request are not finite"))
 
 
 def _candidates(weights: Row, sampling: Sampling) -> npt.NDArray[np.int64]:

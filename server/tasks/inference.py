@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from adapters.leases import Lease
 from adapters.weights import Choice, Mix, Version
 from server.engine.request import Constraint, Delivery, Request, Sampling, TokenLogprob
-from server.errors import QueueFull
+from server.errors import InvalidRequest, NotFinite, QueueFull
 from server.metrics import Ended, Metrics
 from server.tasks.admission import Admission
 from server.tasks.mailbox import Inbox, Mailbox
@@ -275,6 +275,8 @@ class Inference:
 
     def _arrived(self, generation: Generation, index: int, delivery: Delivery) -> None:
         reply = generation.replies[index]
+        if isinstance(delivery.error, NotFinite):
+            delivery = delivery._replace(error=_overflow(generation, delivery.error))
         if delivery.text:
             reply.text.append(delivery.text)
         if delivery.logprobs:
@@ -356,6 +358,19 @@ def choices(sampling: Sampling, n: int) -> list[Sampling]:
 def new_id(prefix: str) -> str:
     """An id of our own making, never a client's."""
     return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def _overflow(generation: Generation, error: NotFinite) -> Exception:
+    """Whose numbers are at fault: the adapters', which a request chooses, if it has any; the base's are finite."""
+    labels = " + ".join(version.label for version, weight in generation.versions if weight)
+    log.warning("%s: the logits of %s are not finite", generation.id, labels or "the base alone")
+    if not labels:
+        return error
+    return InvalidRequest(
+        f"the numbers overflow with {labels} on this prompt; ask for smaller weights of it, or publish it with smaller "
+        "values",
+        "adapters",
+    )
 
 
 def _least(times: Any) -> float:

@@ -71,6 +71,17 @@ def test_files_of_the_store_that_are_harmed_while_served(live: Any, harm: str, w
     assert text_of(live, "a") == before, "publishing it again heals it"
 
 
+def test_an_adapter_whose_numbers_overflow_is_named(live: Any, write_adapter: Any, caplog: Any) -> None:
+    write_adapter("huge", 7, targets=("gate_proj", "up_proj"), size=1e10)
+    version = live.http.post("/adapters", json={"name": "huge", "source": "huge"}).json()["version"]
+    answer = live.generate(adapters=[{"name": "a"}, {"name": "huge"}], max_tokens=4)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "adapters", answer.text
+    assert version in error["message"] and "smaller" in error["message"] and version in caplog.text
+    assert live.http.get("/metrics").text.count('adapter="a+huge",status="400"} 1') == 1
+    assert live.generate(adapters=[{"name": "a"}], max_tokens=4).status_code == 200
+
+
 @pytest.mark.usefixtures("quick_watch")
 def test_files_of_the_users_folder_that_are_harmed_while_served(live: Any, write_adapter: Any) -> None:
     folder = write_adapter("a", 1)
