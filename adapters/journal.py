@@ -15,6 +15,8 @@ FORMAT = 1
 LIBRARY = "library"
 """The origin of the adapters that ship."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
+WATCH, API = "watch", "api"
+"""The other origins: a folder of the user's directory, and whoever publishes."""
 KEPT = 3
 """How many versions of a name are kept at least, the one it has among them."""
 
@@ -26,13 +28,15 @@ Signature = tuple[tuple[str, int, int, int, int], ...]
 class Name:
     """`history` are the digests that the name had, the last first; a name that is rolled back has its old one again.
 
-    `since` is when it got the first of them, in seconds since the epoch; `source` is who put it there.
+    `since` is when it got the first of them, in seconds since the epoch; `source` is who put it there, and `below`,
+    where that is a watched folder, what it was put over.
     """
 
     history: tuple[str, ...]
     source: str
     since: float
     pinned: bool = False
+    below: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,28 +67,34 @@ class Journal:
 
     def point(self, name: str, digest: str, source: str, now: float, wanted: Collection[str] = ()) -> Journal:
         """Give `name` the version `digest`, new or old. Versions beyond the last three lose the name, but for those
-        whose first digits are among the `wanted`, and the library's.
+        whose first digits are among the `wanted`, the library's, and what a folder was put over.
         """
-        old = self.names.get(name)
+        old, below = self.names.get(name), None
         history = (digest, *(d for d in old.history if d != digest)) if old else (digest,)
+        if old and source == WATCH:
+            below = old.below if old.source == WATCH else old.history[0]
         shipped = self.taken.get(f"{LIBRARY}/{name}")
-        wanted = (*wanted, shipped.digest) if shipped else tuple(wanted)
+        wanted = (*wanted, *((shipped.digest,) if shipped else ()), *((below,) if below else ()))
         left = tuple(d for d in history[KEPT:] if d.startswith(wanted))
-        fresh = Name((*history[:KEPT], *left), source, now, old.pinned if old else False)
+        fresh = Name((*history[:KEPT], *left), source, now, old.pinned if old else False, below)
         return replace(self, names={**self.names, name: fresh})
 
     def retire(self, name: str) -> Journal:
         return replace(self, names={n: entry for n, entry in self.names.items() if n != name})
 
     def withdraw(self, name: str, now: float) -> Journal:
-        """Take from `name` what was put over the library's: it has that alone again, or goes if it never had that.
+        """Take from `name` what a folder brought: it has what that was put over again, or goes if that was nothing.
 
-        The library's folder is then to be looked at anew, as its task and card may be others' by now.
+        If it is the library's, its folder is then to be looked at anew, as its task and card may be others' by now.
         """
         entry, folder = self.names[name], f"{LIBRARY}/{name}"
         shipped = self.taken.get(folder)
-        if shipped is None or shipped.digest not in entry.history:
+        below = entry.below or (shipped.digest if shipped else None)
+        if below not in entry.history:
             return self.retire(name)
+        if shipped is None or below != shipped.digest:
+            history = entry.history[entry.history.index(below) :]
+            return replace(self, names={**self.names, name: Name(history, API, now, entry.pinned)})
         names = {**self.names, name: Name((shipped.digest,), LIBRARY, now, entry.pinned)}
         return replace(self, names=names).take(folder, Taken(shipped.digest, ()))
 
@@ -100,7 +110,13 @@ class Journal:
         return {
             "format": FORMAT,
             "names": {
-                name: {"history": n.history, "source": n.source, "since": n.since, "pinned": n.pinned}
+                name: {
+                    "history": n.history,
+                    "source": n.source,
+                    "since": n.since,
+                    "pinned": n.pinned,
+                    "below": n.below,
+                }
                 for name, n in sorted(self.names.items())
             },
             "taken": {
@@ -114,7 +130,7 @@ class Journal:
         if fields["format"] != FORMAT:
             raise ValueError(f"format {fields['format']!r} is not known to this version")
         names = {
-            name: Name(_digests(n["history"]), str(n["source"]), float(n["since"]), bool(n["pinned"]))
+            name: Name(_digests(n["history"]), str(n["source"]), float(n["since"]), bool(n["pinned"]), _below(n))
             for name, n in fields["names"].items()
         }
         taken = {
@@ -124,6 +140,11 @@ class Journal:
             for folder, t in fields["taken"].items()
         }
         return Journal(names, taken)
+
+
+def _below(fields: Mapping[str, Any]) -> str | None:
+    """Which journals of before have not."""
+    return None if fields.get("below") is None else _digests([fields["below"]])[0]
 
 
 def _digests(values: Any) -> tuple[str, ...]:

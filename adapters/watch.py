@@ -5,8 +5,8 @@ there. Does not read adapters itself: the registry does, from its own copy.
 
 A folder is taken in when both files are there and nothing about it has changed for a second, and again only when its
 content changes; so an adapter that was deleted or replaced through the API stays so. A folder that is removed while it
-is watched takes its adapter with it, unless the name has got other content since; one of the library's that it was put
-over is served again.
+is watched takes its adapter with it, unless the name has got other content since; what it was put over, the library's
+or what was published, is served again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 
 from adapters.errors import AdapterError, InvalidAdapter, NoRoom, StoreFailed
-from adapters.journal import LIBRARY, Signature
+from adapters.journal import LIBRARY, WATCH, Signature
 from adapters.registry import Registry
 from adapters.store import CONFIG, REQUIRED, SIDE
 
@@ -210,7 +210,7 @@ class Watch:
             published = self._registry.publish_now(
                 folder,
                 self._directory / folder,
-                source="watch",
+                source=WATCH,
                 within=self._directory,
                 taken=(origin("watch", folder), signature),
             )
@@ -253,10 +253,12 @@ class Watch:
             log.warning("%s was removed, but is not retired: %s", folder, error.message)
             return
         self._known.discard(folder)
-        if lost and folder in self._registry.names():
+        if lost and folder in self._registry.names(LIBRARY):
             log.info("%s is the library's again: the folder that was put over it was removed", folder)
             if self._library is not None:
                 _scan(self._registry, self._library / folder)
+        elif lost and folder in self._registry.names():
+            log.info("%s is again what was published before: the folder that was put over it was removed", folder)
         elif lost:
             log.info("%s is retired: its folder was removed", folder)
 

@@ -350,6 +350,25 @@ def test_what_the_api_put_over_a_folder_stays(scene: Scene, tmp_path: Path) -> N
     assert scene.look(3) == {"a": a}
 
 
+def test_what_a_folder_was_put_over_is_served_again(
+    scene: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    own = scene.write(tmp_path / "own", 1).digest
+    scene.registry.publish_now("a", tmp_path / "own")
+    for seed in range(2, 6):  # it is kept for that, beyond the last three
+        assert scene.put("a", seed) == scene.look(2)["a"]
+    scene.restart()
+    scene.look(2)
+    shutil.rmtree(scene.directory / "a")
+    assert scene.look(5) == {"a": own} and "again what was published before" in caplog.text
+    asyncio.run(scene.registry.retire("a"))
+    scene.put("a", 3)
+    assert "a" in scene.look(3)
+    shutil.rmtree(scene.directory / "a")
+    assert scene.look(5) == {}, "what was deleted stays so"
+
+
 def test_a_new_card_or_task_is_told_without_a_new_version(scene: Scene) -> None:
     heard: list[str] = []
     observer = Observer()
