@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,12 +40,6 @@ Folder = tuple[str, Signature] | None
 
 FOLDER_FACTOR = 4
 """A folder on disk may be this much larger than the budget in RAM: fp32 there, 8 bits here."""
-
-
-@dataclass(eq=False)
-class _Drain:
-    digests: frozenset[str]
-    done: Future[None]
 
 
 class Registry:
@@ -91,7 +84,8 @@ class Registry:
         self._leases = Leases()
         self._draining: set[str] = set()
         """No name has them any more, and they leave memory with their last lease."""
-        self._drains: list[_Drain] = []
+        self._drains: list[tuple[frozenset[str], Future[None]]] = []
+        """Of each retirement that waits, what it frees, and who hears of it."""
         self._pins: dict[str, LoraWeights | None] = {}
         """Of each pinned name, the view that keeps its version in RAM; None while it loads."""
         self._failures: dict[str, str] = {}
@@ -103,7 +97,7 @@ class Registry:
             load=self._load,
             size=store.nbytes,
             evict_last=lambda digest: digest in self._leases,
-            on_load=lambda digest, outcome, s: self._observer.on_load(self._names.of_content(digest), outcome, s),
+            on_load=self._loaded,
             on_evict=lambda digest: self._observer.on_evict(self._names.of_content(digest), "ram"),
             pressure=lambda nbytes: self.slots.release_idle(nbytes),
             workers=workers,
@@ -293,7 +287,7 @@ class Registry:
     def withdraw(self, name: str, folder: str) -> bool:
         """Forget a watched folder that is gone, and take from `name` what it brought, if that is its content still.
 
-        A version of the library's that it was put over is served again. Answers whether anything was taken. Raises
+        The version that it was put over, if there is one, is served again. Answers whether anything was taken. Raises
         StoreFailed.
         """
         return self._submit(self._writer, lambda: self._withdraw(name, folder)).result()
@@ -349,6 +343,7 @@ class Registry:
         self._serve(journal)
         if renewed and same:
             self._observer.on_change(name, version)
+        self._hold_late_pins()
         return Published(version, not same, weights.metadata, self._sketch(name))
 
     def _move(self, version: Version, if_match: str | None) -> Published:
@@ -372,10 +367,10 @@ class Registry:
         description = self._sketch(name)
         before, after = self._store.journal, journal or self._store.journal.retire(name)
         self._store.write(after)
-        drain = _Drain(before.referenced() - after.referenced(), Future())
-        self._drains.append(drain)
+        done: Future[None] = Future()
+        self._drains.append((before.referenced() - after.referenced(), done))
         self._serve(after)
-        return Retired(description, drain.done)
+        return Retired(description, done)
 
     def _withdraw(self, name: str, folder: str) -> bool:
         taken, journal = self.taken_from(folder), self._store.journal.take(folder, None)
@@ -441,9 +436,9 @@ class Registry:
             except StoreFailed as error:  # it is swept when the store is opened next
                 log.warning("version %s stays on disk for now: %s", digest[:SHORT_DIGEST], error.message)
         remaining = set(self._store.records) - self._names.referenced
-        for drain in [drain for drain in self._drains if not drain.digests & remaining]:
-            self._drains.remove(drain)
-            drain.done.set_result(None)
+        for digests, done in [(digests, done) for digests, done in self._drains if not digests & remaining]:
+            self._drains.remove((digests, done))
+            done.set_result(None)
 
     # On any thread
 
@@ -485,6 +480,18 @@ class Registry:
             lease.release()
 
         self.fetch(lease.mix).add_done_callback(keep)
+
+    def _loaded(self, digest: str, outcome: str, seconds: float) -> None:
+        self._observer.on_load(self._names.of_content(digest), outcome, seconds)
+        self._hold_late_pins()
+
+    def _hold_late_pins(self) -> None:
+        """Keep the pinned versions that could not be loaded when they were to be, and are in memory now."""
+        with self._lock:
+            current = self._names.current()
+            waiting = {name: current[name] for name in current.keys() & self._pins if self._pins[name] is None}
+        for name in [name for name, digest in waiting.items() if self._ram.loaded_at(digest) is not None]:
+            self._hold_pin(name)
 
     def _load(self, digest: str) -> LoraWeights:
         """Read one version from the store, and remember why if it failed. On a thread that may block."""

@@ -539,6 +539,31 @@ async def test_pins_hold_across_publish_and_restart(open_registry: Open, folders
     await again.pin("a")
 
 
+@pytest.mark.parametrize("heal", ["request", "publish"])
+async def test_a_pin_whose_load_failed_holds_once_it_is_in_memory(
+    open_registry: Open, folders: list[Path], heal: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = read_folder(folders[0], name="a").nbytes
+    registry = open_registry(ram_bytes=2 * size)
+    for name, folder in zip("abc", folders, strict=False):
+        await registry.publish(name, folder)
+    await registry.pin("a")
+    tensors = registry._store.path(registry.current("a").digest) / "adapter_model.safetensors"
+    whole = tensors.read_bytes()
+    again = open_registry(ram_bytes=2 * size)
+    tensors.write_bytes(whole[:-7])
+    again.start()
+    until(lambda: "the pinned adapter 'a' is not in memory" in caplog.text)
+    if heal == "request":
+        tensors.write_bytes(whole)
+        await again.prefetch("a")
+    else:
+        assert not (await again.publish("a", folders[0])).created
+    for name in "bc":
+        await again.prefetch(name)
+    assert again.describe("a")["tier"] == "ram" and again.describe("b")["tier"] == "disk"
+
+
 def write_wide(folder: Path) -> Path:
     """The adapter in `folder`, at twice its size."""
     from adapters.peft_format import save
