@@ -224,6 +224,9 @@ class Metrics(Observer):
         """An adapter's name has another version now, or None: it is gone, and its series go too."""
         if version is None:
             self.forget_adapter(name)
+            return
+        with self._lock:  # of a counter that begins with the first failure no rate tells, and so no alert
+            self._loads.setdefault((name, "failed"), 0)
 
     def forget_adapter(self, name: str) -> None:
         """Remove every series of an adapter that is gone, those of mixes with it included."""

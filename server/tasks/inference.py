@@ -314,7 +314,6 @@ class Inference:
 def ended(generation: Generation) -> Ended:
     """The record of a generation, from its requests' own timestamps."""
     requests = [s.request for s in generation.replies]
-    usage = generation.usage()
     task = generation.target.task
     return Ended(
         task=task.name if task else None,
@@ -324,8 +323,8 @@ def ended(generation: Generation) -> Ended:
         admitted=_least(r.admitted for r in requests),
         first_token=_least(r.first_token for r in requests),
         finished=max(r.finished for r in requests),
-        prompt_tokens=usage["prompt_tokens"],
-        generated_tokens=usage["completion_tokens"],
+        prompt_tokens=sum(len(r.prompt) for r in requests[:: generation.answers] if not math.isnan(r.admitted)),
+        generated_tokens=sum(len(r.output) for r in requests),
         longest=max(len(r.output) for r in requests),
         latency=generation.caller.client,
     )

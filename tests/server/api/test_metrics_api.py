@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from adapters.errors import UnknownAdapter
+from adapters.weights import Version
 from server.metrics import (
     DURATION_BUCKETS,
     MAX_PAIRS,
@@ -313,6 +315,32 @@ def test_an_adapter_that_gives_its_slot_up_is_counted(start: Any, write_adapter:
         assert live.http.post("/adapters", json={"name": name, "source": name}).status_code in (200, 201)
         assert live.generate("x", adapters=[{"name": name}], max_tokens=1).status_code == 200
     assert value(live.http.get("/metrics").text, "loramux_adapter_evictions_total", tier="device") == 2
+
+
+def test_a_load_that_fails_is_seen_to_rise() -> None:
+    metrics = Metrics()
+    metrics.on_change("a", Version("a", "0" * 64))
+    sample = 'loramux_adapter_loads_total{adapter="a",outcome="failed"}'
+    assert f"{sample} 0.0" in metrics.render().decode(), "a series that began at 1 would have no rate, and no alert"
+    metrics.on_load("a", "failed", 0.1)
+    metrics.on_change("a", Version("a", "1" * 64))
+    assert f"{sample} 1.0" in metrics.render().decode()
+    metrics.on_change("a", None)
+    assert sample not in metrics.render().decode()
+
+
+def test_a_prompt_that_was_never_read_is_no_work(live: Any) -> None:
+    """Requests whose time is over while they wait would look like tokens read, the more the longer the queue."""
+    live.slow_down(0.2)
+    first = threading.Thread(target=live.generate, kwargs={"max_tokens": 3, "ignore_eos": True})
+    first.start()
+    until(lambda: live.stats()["running"] == 1)
+    late = live.generate("many words that nobody reads", adapters=[{"name": "a"}], deadline_ms=20)
+    assert late.status_code == 504
+    first.join()
+    text = live.http.get("/metrics").text
+    assert 'loramux_requests_total{task="none",adapter="a",status="504"} 1' in text
+    assert 'loramux_prompt_tokens_total{task="none",adapter="a"} 0' in text
 
 
 def test_loads_and_evictions_are_heard_of() -> None:
