@@ -377,8 +377,10 @@ def test_tasks_live_and_jobs_show_what_there_is(page: Page, house: Live) -> None
     expect(page.locator("#job-list > *").first).to_be_visible()
 
 
-def test_a_narrow_window(page: Page) -> None:
+def test_a_narrow_window(page: Page, house: Live) -> None:
     """390 pixels, as a phone has: nothing is wider, tables are lists, and every cell says what it is."""
+    long = "long-" + "x" * 59
+    house.post("/adapters/compose", {"name": long, "from": [{"name": "formal", "weight": 1.0}]}, 201)
     page.set_viewport_size({"width": 390, "height": 844})
     page.get_by_role("checkbox").check()
     page.get_by_role("button", name="Add adapter").first.click()
@@ -391,6 +393,9 @@ def test_a_narrow_window(page: Page) -> None:
             assert time.monotonic() < end, f"{tab} is wider than the window"
             page.wait_for_timeout(50)
     page.get_by_role("tab", name="Adapters").click()
+    expect(row(page, long)).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the longest name is wider"
+    assert house.client.delete(f"/adapters/{long}").is_success
     expect(row(page, "sentiment").get_by_role("cell").first).to_be_visible()
     labels = page.evaluate("[...document.querySelector('#adapter-rows tr').cells].map(c => c.dataset.label)")
     assert labels == [th.inner_text() for th in page.locator("#adapters thead th").all()][:9]
