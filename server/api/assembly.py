@@ -27,6 +27,7 @@ from server.engine.grammar import Grammars
 from server.engine.overlap import engine_on
 from server.engine.runner import Runner, make_runner
 from server.engine.text import Text
+from server.errors import BadSetting
 from server.jobs.evaluating import Evaluating
 from server.jobs.files import Files
 from server.jobs.publishing import Evaluate, Publishing
@@ -365,6 +366,8 @@ def kv_blocks(settings: Settings, block_bytes: int, context: int) -> int:
     """
     one = -(-context // settings.block_size)
     if settings.kv_cache is not None:
+        if settings.kv_cache > (there := physical_memory()):
+            raise BadSetting(f"kv_cache (--kv-cache) is over the {there:,} bytes that this machine has", "kv_cache")
         return max(1, settings.kv_cache // block_bytes)
     share = int(free_memory() * KV_SHARE) // block_bytes
     enough = -(-min(context, KV_TOKENS) // settings.block_size) * settings.max_batch
@@ -378,7 +381,12 @@ def free_memory() -> int:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return physical_memory() // 2
+
+
+def physical_memory() -> int:
+    """Bytes that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def longest_token(text: Text) -> int:

@@ -241,11 +241,14 @@ class Quality:
             self._flush()
 
     def close(self) -> None:
-        """Write the rest and let go of the file."""
+        """Write the rest and let go of the file. What the disk refuses now is lost, and the log says how much it is."""
         self._stop.set()
         self._thread.join()
         with self._lock:
-            self._flush()
+            try:
+                self._flush()
+            except sqlite3.Error as error:
+                log.error("the quality records of the last %d answers are lost: %s", len(self._pending), error)
             self._db.close()
 
     # ---- reading

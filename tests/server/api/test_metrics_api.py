@@ -372,3 +372,10 @@ def test_a_cache_that_is_smaller_than_the_context_is_told(start: Any, caplog: py
     live = start(kv_cache=1)
     assert live.http.get("/stats").json()["base"]["context"] == live.house.parts.engine.context_length == 16
     assert "--kv-cache holds 16 tokens" in caplog.text
+
+
+def test_a_cache_that_no_machine_holds_keeps_the_server_from_starting(start: Any, caplog: Any) -> None:
+    live = start(ready=False, kv_cache=1 << 60)
+    until(lambda: live.runtime.state == "failed")
+    (told,) = [r for r in caplog.records if "the server cannot start: kv_cache (--kv-cache) is over" in r.message]
+    assert not told.exc_info, "no trace for what a setting says"

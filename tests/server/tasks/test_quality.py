@@ -181,7 +181,10 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.Lo
     assert again.totals(third, "accuracy", "evaluation").count == 0
     again.evaluated(third, "accuracy", {"x": 1.0})
     assert again.totals(third, "accuracy", "evaluation").count == 1
-    again.close()
+    again._db.execute("PRAGMA query_only = 1")
+    again.answered(answered("late", second))
+    again.close()  # the server has others to close after this
+    assert "the quality records of the last 1 answers are lost" in caplog.text
 
 
 def test_expected_is_compared_as_accuracy_does(tmp_path: Path) -> None:
