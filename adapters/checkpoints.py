@@ -39,7 +39,7 @@ def write_checkpoint(folder: Path, state: Checkpoint) -> None:
             os.fsync(stream.fileno())
         os.replace(part, folder / FILE)
     except OSError as error:
-        raise StoreFailed(f"the checkpoint could not be written: {error}") from error
+        raise StoreFailed(f"the checkpoint could not be written: {error.strerror}") from error
 
 
 def read_checkpoint(folder: Path, key: str) -> Checkpoint | None:

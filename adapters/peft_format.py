@@ -482,4 +482,4 @@ def save(
                 os.fsync(stream.fileno())
             os.replace(part, path / file)
     except OSError as error:
-        raise StoreFailed(f"the adapter could not be written: {error}") from error
+        raise StoreFailed(f"the adapter could not be written: {error.strerror}") from error

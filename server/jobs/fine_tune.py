@@ -18,7 +18,7 @@ import torch
 
 from adapters import data, layers, peft_format, pruning, search
 from adapters.data import Encode, Pair, Record, Tokens
-from adapters.errors import AdapterError, InvalidData, TrainingStopped
+from adapters.errors import AdapterError, InvalidData, StoreFailed, TrainingStopped
 from adapters.layers import LoraSpec
 from adapters.training import Event, TrainingConfig, evaluate_loss, train
 from adapters.weights import LoraWeights
@@ -111,7 +111,7 @@ def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[
             )
             tell({"kind": NOTE, "message": f"{said}; relative error {cut.error:.4f}", "data": {"error": cut.error}})
         losses = _losses(spec, model, base, weights, examples)
-    except (JobError, TrainingStopped):
+    except (JobError, StoreFailed, TrainingStopped):
         raise
     except AdapterError as error:
         raise JobError("invalid_settings", error.message, error.param) from error
