@@ -32,6 +32,8 @@ SHARE = 0.02
 """Of one processor, what looking takes at most, reading not counted: of thousands of folders it looks less often."""
 RETRY_SECONDS = 30.0
 """After how long a folder is tried again that failed for want of room, which its content says nothing about."""
+MAX_LINES = 10
+"""How many adapters are named in the log whose folders are gone."""
 MAX_ENTRIES = 1000
 """Of a folder that is no adapter, how many entries are looked at for one."""
 
@@ -86,6 +88,8 @@ class Watch:
         """Folders that this process has seen and that adapters came from."""
         self._unreadable = False
         self._first = True
+        self._device: int | None = None
+        """The file system that the directory was last seen on."""
         self._read = 0.0
         """Processor seconds of the last look that went into reading what had changed."""
         self._stop = threading.Event()
@@ -106,6 +110,7 @@ class Watch:
         """Look once. Raises nothing that a folder is at fault for."""
         self._read = 0.0
         try:
+            device = _device(self._directory)
             with os.scandir(self._directory) as entries:
                 states = {entry.name: _state(entry) for entry in entries if entry.name[0] != "."}
         except FileNotFoundError:  # nobody has to have one, and a mount that is away is no deletion
@@ -119,11 +124,19 @@ class Watch:
             self._unreadable = True
             return
         self._unreadable = False
+        if self._device not in (None, device):
+            log.info("the adapter directory is on another file system now; what is not there is served on")
+            self._known.clear()
+            self._first = True
+        self._device = device
         there = sorted(name for name, state in states.items() if state is not False)
         if self._first:
             self._first = False
-            for folder in self._taken_before() - set(there):
+            gone = sorted(self._taken_before() - set(there))
+            for folder in gone[:MAX_LINES]:
                 log.info("%s is served from the store; its folder is gone", folder)
+            if gone[MAX_LINES:]:
+                log.info("%d more are served from the store; their folders are gone", len(gone) - MAX_LINES)
         for folder in there:
             if isinstance(reason := states[folder], str):  # what cannot be read is not gone
                 self._refuse(folder, (), f"cannot be read: {reason}")
@@ -374,6 +387,11 @@ def origin(kind: str, folder: str) -> str:
 def shown(folder: str) -> str:
     """A folder's name as text, whatever bytes it has."""
     return os.fsencode(folder).decode("utf-8", "replace")
+
+
+def _device(directory: Path) -> int:
+    """Another one where something was mounted or unmounted there, which is no deletion."""
+    return directory.stat().st_dev
 
 
 def _state(entry: os.DirEntry[str]) -> bool | str:

@@ -444,6 +444,27 @@ def test_a_directory_that_is_away_is_no_deletion(scene: Scene, caplog: pytest.Lo
     assert scene.look(10) == {"a": a}
 
 
+def test_a_mount_that_goes_is_no_deletion(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It leaves the empty directory that it was mounted on."""
+    caplog.set_level(logging.INFO)
+    names = [f"a{i:02d}" for i in range(12)]
+    for name in names:
+        scene.put(name, 1)
+    assert sorted(scene.look(2)) == names
+    monkeypatch.setattr("adapters.watch._device", lambda directory: 7)
+    for name in names:
+        (scene.directory / name).rename(scene.root / name)
+    assert sorted(scene.look(6)) == names
+    told = [r.message for r in caplog.records if "gone" in r.message]
+    assert len(told) == 11 and told[0].startswith("a00 is") and told[-1].startswith("2 more are")
+    (scene.root / "a00").rename(scene.directory / "a00")
+    scene.look(2)
+    shutil.rmtree(scene.directory / "a00")
+    assert sorted(scene.look(5)) == names[1:], "what was seen there and is removed goes"
+
+
 def test_a_directory_that_does_not_exist_yet_is_no_matter(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     scene.directory.rmdir()
     caplog.set_level(logging.INFO)
