@@ -44,7 +44,7 @@ def write_checkpoint(folder: Path, state: Checkpoint) -> None:
 
 def read_checkpoint(folder: Path, key: str) -> Checkpoint | None:
     """The folder's checkpoint, None if there is none. Raises AdapterError if it is damaged, or of another run."""
-    path = folder / FILE
+    path, shown = folder / FILE, Path(*folder.parts[-3:])  # where it is, without the whole of the machine's path
     if not path.exists():
         return None
     try:
@@ -53,10 +53,10 @@ def read_checkpoint(folder: Path, key: str) -> Checkpoint | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         progress = json.loads(header["progress"])
     except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise AdapterError(f"the checkpoint {path.name} is damaged ({error}); remove it to begin anew") from error
+        raise AdapterError(f"the checkpoint in {shown} is damaged ({error}); remove it to begin anew") from error
     if header.get("key") != key:
         raise AdapterError(
-            f"the checkpoint in {folder.name!r} is of another run: other data, settings or start; "
-            "remove it, or give another folder"
+            f"the checkpoint in {shown} is of another run: other data, settings or start; remove that folder to begin "
+            "anew, or give another"
         )
     return Checkpoint(key, progress, tensors)

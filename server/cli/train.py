@@ -91,6 +91,12 @@ def _tell(weights: LoraWeights, output: Path, as_json: bool, *, skipped: bool) -
             f"{path}: {made['steps']} steps, {made['tokens_per_second'] or 0:,.0f} tokens/s"
             + (f", peak {size(peak)}" if peak else "")
         )
+        if left_out := made["left_out_as_too_long"]:
+            of = left_out + made["samples"]
+            out().print(
+                f"{left_out:,} of its {of:,} examples are longer than max_length, or than the base's context, and were "
+                "left out"
+            )
 
 
 def training_backend(device: str) -> Backend:

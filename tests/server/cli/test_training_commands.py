@@ -105,7 +105,7 @@ def test_a_budget_is_parameters(given: Path, tiny_base: Base) -> None:
 
 
 def test_what_is_wrong_with_any_recipe_is_said_before_the_first_is_trained(given: Path) -> None:
-    (given / "other.toml").write_text(RECIPE.replace('"echo"', '"other"').replace("data.jsonl", "bad.jsonl"))
+    (given / "other.toml").write_text(RECIPE.replace('"echo"', '"second"').replace("data.jsonl", "bad.jsonl"))
     (given / "bad.jsonl").write_text('{"input": "a"}')
     done = runner.invoke(app, ["train", "echo.toml", "other.toml", "--state-dir", "state"])
     assert "bad.jsonl, line 1: 'output' is missing" in str(done.exception) and not (given / "trained").exists()
@@ -153,7 +153,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, fails_at: int = 0) -> list[int]:
 
 
 def test_started_again_it_trains_what_is_left(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (given / "other.toml").write_text(RECIPE.replace('"echo"', '"other"') + "save_steps = 1\n")
+    (given / "other.toml").write_text(RECIPE.replace('"echo"', '"second"') + "save_steps = 1\n")
     command = ["train", "echo.toml", "other.toml", "--steps", "4", "--state-dir", "state"]
     with monkeypatch.context() as patch:
         counted(patch, fails_at=7)
@@ -161,7 +161,7 @@ def test_started_again_it_trains_what_is_left(given: Path, monkeypatch: pytest.M
     steps = counted(monkeypatch)
     done = runner.invoke(app, command)
     assert done.exit_code == 0 and steps == [2, 3], "the first is finished, and the second goes on"
-    assert "trained/echo is finished" in done.stdout and "trained/other: 4 steps" in done.stdout
+    assert "trained/echo is finished" in done.stdout and "trained/second: 4 steps" in done.stdout
     again = told("train", "echo.toml", "--steps", "4")
     read = peft_format.read_folder(given / "trained" / "echo", name="echo")
     assert again["skipped"] and again["version"] == read.version.label and again["steps"] == 4 and len(steps) == 2
@@ -175,6 +175,20 @@ def test_started_again_it_trains_what_is_left(given: Path, monkeypatch: pytest.M
     shutil.rmtree(given / "trained" / "echo")
     told("train", "echo.toml", "--steps", "1")
     assert len(steps) == 8, "there is nothing left of it"
+
+
+def test_what_is_left_out_and_where_a_checkpoint_lies_is_told(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (given / "data.jsonl").open("a") as lines:
+        lines.write("\n" + json.dumps({"input": "long", "output": "yes " * 200}))
+    (given / "echo.toml").write_text(RECIPE + "save_steps = 1\n")
+    command = ["train", "echo.toml", "--state-dir", "state", "--steps"]
+    with monkeypatch.context() as patch:
+        counted(patch, fails_at=2)
+        assert "as by a signal" in str(runner.invoke(app, [*command, "2"]).exception)
+    refused = str(runner.invoke(app, [*command, "1"]).exception)
+    assert "the checkpoint in trained/.checkpoints/echo is of another run" in refused
+    done = runner.invoke(app, [*command, "2"])
+    assert "1 of its 25 examples are longer than max_length" in " ".join(done.stdout.split())
 
 
 def test_a_run_over_a_template_with_the_date_goes_on_on_another_day(
@@ -221,7 +235,7 @@ def test_a_recipe_says_how_the_base_is_packed_unless_a_setting_does(
     assert [(a["quantization"], a["double_quant"]) for a in asked] == [("nf4", True), ("none", True)]
     assert made["config"]["quantization"] == tiny_base.quantization["scheme"], "what it was really trained on"
 
-    (given / "other.toml").write_text(f'{RECIPE}quantization = "int4"\n'.replace("echo", "other"))
+    (given / "other.toml").write_text(f'{RECIPE}quantization = "int4"\n'.replace("echo", "second"))
     done = runner.invoke(app, ["train", "echo.toml", "other.toml", "--state-dir", "state"])
     assert "ask for quantization nf4 and int4" in str(done.exception)
     (given / "other.toml").write_text(f'{RECIPE}quantization = "int3"\n')
