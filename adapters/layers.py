@@ -42,11 +42,13 @@ class LoraSpec:
             raise AdapterError(f"a rank must be at least 1, not {self.rank}", "lora_rank")
         if not 0.0 <= self.dropout < 1.0:
             raise AdapterError(f"dropout is from 0 to under 1, not {self.dropout!r}", "lora_dropout")
-        if not math.isfinite(self.alpha):
-            raise AdapterError(f"alpha must be finite, not {self.alpha!r}", "lora_alpha")
+        if not (math.isfinite(self.alpha) and self.alpha > 0.0):
+            raise AdapterError(f"alpha must be finite and over 0, not {self.alpha!r}", "lora_alpha")
 
     def ranks(self, names: Iterable[str]) -> dict[str, int]:
-        """The rank of each of the base's linears that gets one. Raises BaseMismatch if none does."""
+        """The rank of each of the base's linears that gets one. Raises BaseMismatch if none does, and for a rank of
+        its own for a path that is no target.
+        """
         targets = self.targets if isinstance(self.targets, str) else frozenset(self.targets)
         config = peft_config.LoraConfig(self.rank, self.alpha, self.rslora, (), (), targets, frozenset(), None, ())
         known = list(names)
@@ -57,6 +59,10 @@ class LoraSpec:
             called = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
             told = f"no linear of the base is meant by target_modules = {asked}; they are called {called}"
             raise BaseMismatch(told, "target_modules")
+        for path, rank in self.rank_of.items():
+            if path not in chosen:
+                why = "is not among target_modules" if path in known else "is no linear of the base"
+                raise BaseMismatch(f"lora_rank_of gives {path!r} a rank of {rank}, but that {why}", "lora_rank_of")
         return result
 
 

@@ -24,8 +24,8 @@ class Template:
 
     @staticmethod
     def of(task: Mapping[str, object]) -> Template:
-        """The template in a task.json."""
-        format: Format = "raw" if task.get("format") == "raw" else "chat"
+        """The template in a task.json, raw as it is served if no format is said; without a task inputs are a user's."""
+        format: Format = "chat" if not task or task.get("format") == "chat" else "raw"
         system = task.get("system")
         return Template(str(task.get("prompt", "{input}")), format, system if isinstance(system, str) else None)
 

@@ -303,7 +303,7 @@ def _write(spec: Spec, base: Base, folder: Path, weights: LoraWeights) -> None:
     """The result in bf16 under a name of its own, then by a rename under the one that is looked for."""
     part = folder / f".{RESULT}"
     shutil.rmtree(part, ignore_errors=True)
-    about = Recipe(spec.name, spec.data_name, spec.task or {}, spec.config)
+    about = Recipe(spec.name, spec.data_name, spec.task or {}, spec.config, prune_to=spec.prune_to)
     peft_format.save(
         weights, part, dtype=torch.bfloat16, shapes=base.shapes(), task=spec.task, card=card(about, weights)
     )

@@ -25,7 +25,8 @@ from typing import Any
 
 from adapters.errors import AdapterError
 from adapters.training import TrainingConfig
-from server.errors import BadSetting
+from adapters.weights import RESERVED
+from server.errors import BadSetting, InvalidRequest
 from server.tasks.definitions import Fixed, parse
 
 _KEYS = {"name", "data", "validation", "auto_rank", "prune_to", "task", "training", "card"}
@@ -98,14 +99,16 @@ def read_recipes(paths: Sequence[Path]) -> list[Recipe]:
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file. Raises BadSetting, which names the file, the key and what it must be."""
     try:
-        raw = tomllib.loads(path.read_text("utf-8"))
+        raw = tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise BadSetting(f"{path}: {error}") from error
     where = path.name
     _known(raw, _KEYS, where)
     name, data = raw.get("name"), raw.get("data")
-    if not isinstance(name, str) or not isinstance(data, str):
+    if not isinstance(name, str) or not isinstance(data, str) or not data:
         raise BadSetting(f"{where}: name and data must be there, each a text", "name")
+    if name in RESERVED:
+        raise BadSetting(f"{where}: the name {name!r} is reserved; nothing could be served under it", "name")
     tables = {key: raw.get(key, {}) for key in ("task", "training", "card")}
     for key, table in tables.items():
         if not isinstance(table, dict):
@@ -116,10 +119,10 @@ def read_recipe(path: Path) -> Recipe:
     try:
         parse(name, tables["task"], default_route=Fixed(), source="file")
         config = TrainingConfig(**settings, data=data)
-    except (AdapterError, TypeError) as error:
+    except (AdapterError, InvalidRequest, TypeError) as error:
         raise BadSetting(f"{where}: {error}", getattr(error, "param", None)) from error
     auto_rank, prune_to, validation = raw.get("auto_rank", False), raw.get("prune_to"), raw.get("validation")
-    if validation is not None and not isinstance(validation, str):
+    if validation is not None and not (isinstance(validation, str) and validation):
         raise BadSetting(f"{where}: validation must be a text, the name of a file", "validation")
     for key, text in tables["card"].items():
         if not isinstance(text, str):

@@ -127,7 +127,10 @@ def _write(file: Path, text: str) -> None:
 
 
 def prepare(recipe: Recipe, base: Base, data_dir: Path) -> tuple[Tokens, Tokens | None]:
-    """What a recipe learns, and what it is validated on, as tokens. Raises InvalidData."""
+    """What a recipe learns, and what it is validated on, as tokens. Raises InvalidData, and BaseMismatch for modules
+    that the base has not.
+    """
+    recipe.config.spec().ranks(base.shapes())
     encode = encoder(Text(base.vocabulary), Template.of(recipe.task))
     longest = min(recipe.config.max_length, base.config.context_length)
 
@@ -157,6 +160,10 @@ def card(recipe: Recipe, weights: LoraWeights) -> str:
     config, base = recipe.config, weights.metadata.get("base")
     count = pruning.parameters(weights)
     quantization = weights.metadata.get("quantization") or {}
+    auto = weights.metadata.get("auto_lora")
+    kind = f"rank {config.lora_rank}, alpha {config.lora_alpha:g}, {config.target_modules}"
+    if made["from"] is not None and auto is None:
+        kind = f"going on from {made['from']} with its ranks and modules"
     lines = [
         "---",
         "library_name: peft",
@@ -170,13 +177,12 @@ def card(recipe: Recipe, weights: LoraWeights) -> str:
         "",
         *([f"- **Task**: `POST /generate?task={recipe.name}`; the template is in `task.json`."] if recipe.task else []),
         f"- **Data**: {recipe.card.get('data', recipe.data).strip()} {made['samples']:,} examples.",
-        f"- **Training**: `loramux train` on the {quantization.get('scheme', '')} codes that are served; rank "
-        f"{config.lora_rank}, alpha {config.lora_alpha:g}, {config.target_modules}, AdamW at {config.learning_rate:g} "
-        f"with warm-up and cosine decay, {made['steps']} steps of {config.batch_size}, loss on the answer and the end "
-        f"token only, {config.compute_dtype}, seed {config.seed}.",
+        f"- **Training**: `loramux train` on the {quantization.get('scheme', '')} codes that are served; {kind}, "
+        f"AdamW at {config.learning_rate:g} with warm-up and cosine decay, {made['steps']} steps of "
+        f"{config.batch_size}, loss on the answer and the end token only, {config.compute_dtype}, seed {config.seed}.",
     ]
-    if "auto_lora" in weights.metadata:
-        ranks, none = weights.ranks, len(weights.metadata["auto_lora"]["dropped"])
+    if auto is not None:
+        ranks, none = weights.ranks, len(auto["dropped"])
         lines.append(
             f"- **Ranks**: {ranks[0]} to {ranks[-1]} by module, for the parameters that rank {config.lora_rank} takes "
             f"everywhere; {none} modules have none."
@@ -186,9 +192,10 @@ def card(recipe: Recipe, weights: LoraWeights) -> str:
         lines.append(f"- **Pruned** to rank {recipe.prune_to} after training; relative error {error:.3g}.")
     if made["evaluations"]:
         best = min(made["evaluations"], key=lambda e: e["loss"])
+        pruned = ", before it was pruned" if recipe.prune_to is not None else ""
         lines.append(
-            f"- **Held out**: loss {best['loss']:.4f} a token, {100 * best['accuracy']:.1f} % of the answers' tokens "
-            f"right when the ones before are given, at step {best['step']}."
+            f"- **Held out**{pruned}: loss {best['loss']:.4f} a token, {100 * best['accuracy']:.1f} % of the answers' "
+            f"tokens right when the ones before are given, at step {best['step']}."
         )
     lines.append(f"- **Size**: {count:,} parameters, {2 * count / 1e6:.1f} MB in bf16.")
     if "limits" in recipe.card:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from adapters import data, peft_format
-from adapters.errors import InvalidData
+from adapters.errors import BaseMismatch, InvalidData
+from adapters.weights import LowRank, sealed
+from server.engine.text import Text
 from server.errors import ServerError
 from server.jobs.recipe import read_recipe
-from server.jobs.run import run
+from server.jobs.run import card, prepare, run
+from server.tasks.definitions import Fixed, parse
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 RECIPE = """
@@ -58,6 +63,53 @@ def test_two_recipes_over_one_base(tiny_base, tmp_path):
     assert not (tmp_path / "out" / ".checkpoints" / "one").exists()
 
 
+def test_a_recipe_without_a_format_trains_on_what_is_served(tiny_base, tmp_path):
+    """A task's format is raw where none is said, and so is its template for training."""
+    whole = RECIPE.format(name="one", data="d.jsonl").replace('format = "chat"\n', "")
+    (tmp_path / "r.toml").write_text("\ufeff" + whole, encoding="utf-8")
+    (tmp_path / "d.jsonl").write_text('{"input": "a", "output": "b"}')
+    recipe, text = read_recipe(tmp_path / "r.toml"), Text(tiny_base.vocabulary)
+    task = parse("one", recipe.task, default_route=Fixed(), source="file")
+    asked = text.encode_task(task.prompt, task.format, task.system, "a")
+    [learned] = prepare(recipe, tiny_base, tmp_path)[0].examples
+    assert list(learned.ids[: len(asked)]) == asked and not any(learned.learned[: len(asked)])
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ('target_modules = ["nothing"]', "target_modules = nothing"),
+        (
+            'lora_rank_of = { "model.layers.7.mlp.up_proj" = 3 }',
+            "'model.layers.7.mlp.up_proj' a rank of 3, but that is no",
+        ),
+        (
+            'target_modules = ["q_proj"]\nlora_rank_of = { "model.layers.0.mlp.up_proj" = 3 }',
+            "a rank of 3, but that is not among target_modules",
+        ),
+    ],
+)
+def test_modules_that_are_not_there_are_named_before_training(line, named, tiny_base, tmp_path):
+    (tmp_path / "r.toml").write_text(RECIPE.format(name="one", data="d.jsonl") + line)
+    (tmp_path / "d.jsonl").write_text('{"input": "a", "output": "b"}')
+    with pytest.raises(BaseMismatch, match=named):
+        prepare(read_recipe(tmp_path / "r.toml"), tiny_base, tmp_path)
+
+
+def test_a_card_says_of_what_its_figures_are(tiny_base, tmp_path):
+    """The loss is measured before a cut, and ranks and alpha may be those of the adapter that was started from."""
+    (tmp_path / "r.toml").write_text(RECIPE.format(name="one", data="d.jsonl"))
+    recipe = read_recipe(tmp_path / "r.toml")
+    made = {"samples": 3, "steps": 2, "evaluations": [{"step": 2, "loss": 0.5, "accuracy": 1.0}], "from": None}
+    path, (out, into) = next(iter(tiny_base.shapes().items()))
+    weights = sealed("one", {path: LowRank(torch.ones(1, into), torch.ones(out, 1), 1.0)}, {"training": made})
+    assert "**Held out**: loss 0.5000" in card(recipe, weights) and "rank 2, alpha 16" in card(recipe, weights)
+    weights.metadata["pruning"] = {"error": 0.3}
+    assert "**Held out**, before it was pruned: loss 0.5000" in card(replace(recipe, prune_to=1), weights)
+    made["from"] = "first@0123456789ab"
+    assert "rank 2" not in card(recipe, weights) and "going on from first@0123456789ab" in card(recipe, weights)
+
+
 def test_a_bad_line_is_named(tiny_base, tmp_path):
     (tmp_path / "r.toml").write_text(RECIPE.format(name="one", data="d.jsonl"))
     (tmp_path / "d.jsonl").write_text('{"input": "a", "output": "b"}\n{"input": "a"}\n')
@@ -78,6 +130,11 @@ def test_a_bad_line_is_named(tiny_base, tmp_path):
         (("[task]", "validation = 3\n[task]"), "validation"),
         (("batch_size = 2", "batch_size = 2.5"), "batch_size must be a whole number, not 2.5"),
         (("[training]", "[card]\nabout = 3\n[training]"), "about must be a text"),
+        (('prompt = "Say: {input}"', "prompt = 3"), "r.toml: prompt must be"),
+        (("batch_size = 2", "lora_alpha = 0"), "alpha must be finite and over 0"),
+        (('name = "one"', 'name = "base"'), "'base' is reserved"),
+        (("[task]", 'validation = ""\n[task]'), "validation must be a text"),
+        (('data = "d.jsonl"', 'data = ""'), "name and data"),
     ],
 )
 def test_what_is_wrong_with_a_recipe_is_named(change, named, tmp_path):
