@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 from adapters.errors import InvalidData
 
 MAX_LINE = 4 << 20
+INSTRUCTIONS = ("instruction", "instructions", "system", "history")
+"""What others' forms have beside an input, and ours has not: without it the answer would be to another question."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -116,7 +119,7 @@ def parse(data: bytes, name: str = "data") -> list[Record]:
 
 def _from_list(text: str, name: str) -> Iterator[Record]:
     try:
-        entries = json.loads(text)
+        entries = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise InvalidData(f"{name} is no valid JSON: {error}") from error
     for number, entry in enumerate(entries, 1):
@@ -131,10 +134,18 @@ def _from_lines(text: str, name: str) -> Iterator[Record]:
         if len(line) > MAX_LINE:
             raise InvalidData(f"{where}: {len(line):,} characters are over the limit of {MAX_LINE:,}")
         try:
-            entry = json.loads(line)
+            entry = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise InvalidData(f"{where}: no valid JSON ({error})") from error
         yield record(entry, number, name)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def record(entry: object, number: int, name: str, unit: str = "line") -> Record:
@@ -146,10 +157,13 @@ def record(entry: object, number: int, name: str, unit: str = "line") -> Record:
         raise InvalidData(f"{where}: an example is an object, not {type(entry).__name__}")
     keys = set(entry)
     if "messages" in keys:
-        _refuse_tools(entry, ("tools", "functions"), where)
+        _refuse(entry, ("tools", "functions"), where)
         return Chat(number, tuple(_messages(entry["messages"], where)), unit=unit)
     for first, second in (("input", "output"), ("prompt", "completion")):
         if first in keys or second in keys:
+            _refuse(
+                entry, INSTRUCTIONS, where, f"make it part of {first!r} or of the task's template, or of 'messages'"
+            )
             given, learned = _string(entry, first, where), _string(entry, second, where)
             if not learned.strip():
                 raise InvalidData(f"{where}: {second!r} is empty; there is nothing to learn")
@@ -179,12 +193,13 @@ def _written(text: str, what: str, where: str) -> str:
     return text
 
 
-def _refuse_tools(value: dict[str, Any], keys: Sequence[str], where: str) -> None:
-    """What an example has beside text would be dropped without a word, and an answer learned that nobody gave."""
+def _refuse(
+    value: dict[str, Any], keys: Sequence[str], where: str, instead: str = "give what is said as text in 'content'"
+) -> None:
+    """What an example has beside its form would be dropped without a word, and an answer learned that nobody gave."""
     for key in keys:
         if value.get(key):
-            raise InvalidData(f"{where}: {key!r} cannot be learned; give what is said as text in 'content', or leave "
-                              "the example out")  # fmt: skip
+            raise InvalidData(f"{where}: {key!r} cannot be learned; {instead}, or leave the example out")
 
 
 def _messages(value: object, where: str) -> Iterator[dict[str, Any]]:
@@ -197,12 +212,14 @@ def _messages(value: object, where: str) -> Iterator[dict[str, Any]]:
         role, content, weight = message.get("role"), message.get("content"), message.get("weight", 1)
         if role not in ROLES:
             raise InvalidData(f"{where}: message {i} has the role {role!r}; roles are {', '.join(ROLES)}")
-        _refuse_tools(message, ("tool_calls", "function_call"), f"{where}: message {i}")
+        _refuse(message, ("tool_calls", "function_call"), f"{where}: message {i}")
         if not isinstance(content, str):
             raise InvalidData(f"{where}: message {i} has no text in 'content'")
         _written(content, f"message {i}", where)
         if weight not in (0, 1):
             raise InvalidData(f"{where}: message {i} has the weight {weight!r}; it is 0 or 1")
+        if role == "assistant" and weight == 1 and not content.strip():
+            raise InvalidData(f"{where}: message {i} is empty; there is nothing to learn, so give it the weight 0")
         learned += role == "assistant" and weight == 1
         yield {**message, "role": "system"} if role == "developer" else message
     if not learned:

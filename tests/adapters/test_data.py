@@ -64,6 +64,13 @@ GOOD = '{"input": "a", "output": "b"}\n'
             '{"messages": [{"role": "assistant", "content": "x"}], "tools": [{"type": "function"}]}',
             "'tools' cannot be learned",
         ),
+        ('{"instruction": "Translate.", "input": "x", "output": "y"}', "'instruction' cannot be learned; make it part"),
+        ('{"system": "Be brief.", "prompt": "x", "completion": "y"}', "part of 'prompt' or of"),
+        ('{"input": "x", "output": "y", "output": "z"}', "'output' is there twice"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}',
+            "message 2 is empty",
+        ),
     ],
 )
 def test_a_bad_line_is_named(line, wrong):
@@ -81,6 +88,9 @@ def test_a_developer_speaks_as_the_system():
 def test_tools_that_ask_for_nothing_are_no_fault():
     line = b'{"messages": [{"role": "assistant", "content": "x", "tool_calls": null}], "tools": []}'
     assert len(data.parse(line)) == 1
+    assert len(data.parse(b'{"instruction": "", "input": "x", "output": "y", "history": []}')) == 1
+    quiet = b'{"messages": [{"role": "assistant", "content": "", "weight": 0}, {"role": "assistant", "content": "x"}]}'
+    assert len(data.parse(quiet)) == 1
 
 
 def test_an_entry_of_a_list_is_called_one_later_too():
