@@ -258,12 +258,13 @@ def auto_lora(
     told_to: dict[str, Any] = {"name": name, "validation": validation, "on_event": on_event, "stop": stop}
     folders = (checkpoints / "wide", checkpoints / "narrow") if checkpoints is not None else (None, None)
     trained = training.train(model, data, wide, sealed(name, start), checkpoints=folders[0], **told_to)
-    cut, what = pruning.truncate_globally(trained, budget=budget)
+    cut, _ = pruning.truncate_globally(trained, budget=budget)
     left = dict.fromkeys(uniform, 0) | {path: module.rank for path, module in cut.modules.items()}
     steps = max(1, round(recovery * config.steps(len(data.examples))))
     after = replace(wide, lora_rank_of=left, max_steps=steps, learning_rate=config.learning_rate / 4)
     result = training.train(model, data, after, cut, checkpoints=folders[1], **told_to)
-    told = {"ranks": {p: m.rank for p, m in result.modules.items()}, "dropped": list(what.dropped), "budget": budget}
+    none = sorted(path for path, rank in left.items() if not rank)
+    told = {"ranks": {p: m.rank for p, m in result.modules.items()}, "dropped": none, "budget": budget}
     made = _both(trained.metadata["training"], result.metadata["training"])
     return replace(
         result, metadata={**result.metadata, "training": made, "auto_lora": told, "pruning": cut.metadata["pruning"]}
