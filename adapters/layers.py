@@ -46,16 +46,18 @@ class LoraSpec:
             raise AdapterError(f"alpha must be finite and over 0, not {self.alpha!r}", "lora_alpha")
 
     def ranks(self, names: Iterable[str]) -> dict[str, int]:
-        """The rank of each of the base's linears that gets one. Raises BaseMismatch if none does, and for a rank of
-        its own for a path that is no target.
+        """The rank of each of the base's linears that gets one. Raises BaseMismatch if none does, for a listed name
+        that is none's, and for a rank of its own for a path that is no target.
         """
         targets = self.targets if isinstance(self.targets, str) else frozenset(self.targets)
         config = peft_config.LoraConfig(self.rank, self.alpha, self.rslora, (), (), targets, frozenset(), None, ())
         known = list(names)
         chosen = {name: self.rank_of.get(name, self.rank) for name in peft_config.select(config, known)}
         result = {name: rank for name, rank in chosen.items() if rank > 0}
-        if not result:
-            asked = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
+        listed = () if isinstance(self.targets, str) else self.targets
+        odd = [name for name in listed if not any(f".{path}".endswith(f".{name}") for path in known)]
+        if odd or not result:
+            asked = ", ".join(odd or listed) or self.targets
             called = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
             told = f"no linear of the base is meant by target_modules = {asked}; they are called {called}"
             raise BaseMismatch(told, "target_modules")

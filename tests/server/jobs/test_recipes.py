@@ -79,6 +79,7 @@ def test_a_recipe_without_a_format_trains_on_what_is_served(tiny_base, tmp_path)
     ("line", "named"),
     [
         ('target_modules = ["nothing"]', "target_modules = nothing"),
+        ('target_modules = ["q_proj", "mlp.up_porj"]', "target_modules = mlp.up_porj; they are called"),
         (
             'lora_rank_of = { "model.layers.7.mlp.up_proj" = 3 }',
             "'model.layers.7.mlp.up_proj' a rank of 3, but that is no",
