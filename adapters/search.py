@@ -272,12 +272,15 @@ def auto_lora(
 
 
 def _both(wide: Mapping[str, Any], narrow: Mapping[str, Any]) -> dict[str, Any]:
-    """What is told of two runs, one after the other: the work of both, and all else of the last."""
+    """What is told of two runs, one after the other: the work of both, and all else of the last. What each began from
+    is nobody's version.
+    """
     sums = {key: wide[key] + narrow[key] for key in ("steps", "tokens", "target_tokens", "seconds")}
     before = wide["steps"]
     return {
         **narrow,
         **sums,
+        "from": None,
         "tokens_per_second": round(sums["tokens"] / sums["seconds"], 1) if sums["seconds"] else None,
         "evaluations": [{**e, "step": before + e["step"]} for e in narrow["evaluations"]],
         "best_step": before + narrow["best_step"],

@@ -162,7 +162,7 @@ def card(recipe: Recipe, weights: LoraWeights) -> str:
     quantization = weights.metadata.get("quantization") or {}
     auto = weights.metadata.get("auto_lora")
     kind = f"rank {config.lora_rank}, alpha {config.lora_alpha:g}, {config.target_modules}"
-    if made["from"] is not None and auto is None:
+    if made["from"] is not None:
         kind = f"going on from {made['from']} with its ranks and modules"
     lines = [
         "---",

@@ -122,7 +122,7 @@ def test_auto_lora_keeps_to_the_budget(model, data, monkeypatch):
     events = []
     weights = search.auto_lora(model, data, CONFIG, validation=data, on_event=events.append)
     made, steps = weights.metadata["training"], [e for e in events if e.kind == "step"]
-    assert made["steps"] == len(steps) == 13, "12 before the cut and a tenth of them after it"
+    assert made["from"] is None and made["steps"] == len(steps) == 13, "12 before the cut and a tenth of them after it"
     assert made["tokens"] == 9 * 4 * 13 and [e["step"] for e in made["evaluations"]] == [13]
     uniform = layers.LoraSpec(rank=2).ranks(layers.linears(model.tree))
     budget = weights.metadata["auto_lora"]["budget"]
