@@ -61,6 +61,8 @@ def evaluate(
     examples = pairs(read(data))[:limit]
     metrics = check_metrics(metric) if metric else ()
     asked = Asked(task, examples, candidate or (), metrics)
+    if answers is not None:
+        _writable(answers)
     base = open_base(settings, choose(settings.kernels, settings.device), quiet=as_json)
     with progress("examples", quiet=as_json) as bar:
         found = asyncio.run(_evaluate(settings, base, asked, bar))
@@ -160,6 +162,14 @@ def _show(told: dict[str, Any]) -> None:
     several = "; differences are those of the scores, with 95 % intervals" if len(told["candidates"]) > 1 else ""
     out().print(f"{told['task']}, {told['examples']} examples{several}")
     out().print(table)
+
+
+def _writable(path: Path) -> None:
+    """Raises BadSetting now for a file that would be refused when hours of answers are there."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise BadSetting(f"{path} cannot be written: {error.strerror}", "answers") from error
 
 
 def _write_answers(path: Path, examples: Sequence[Pair], found: dict[str, Evaluation]) -> None:

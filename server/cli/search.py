@@ -85,6 +85,7 @@ def search(
     from server.tasks.definitions import Fixed, parse
     from server.tasks.evaluation import check_metrics, default_metric
 
+    _make(output)
     keep_few_kernels()
     torch.set_num_threads(threads_of(settings))
     logs.configure(settings.log_format, "warning" if settings.log_level == "info" else settings.log_level)
@@ -232,13 +233,20 @@ def _told(plan: Plan, result: RankSearch) -> dict[str, Any]:
     }
 
 
+def _make(output: Path) -> None:
+    """Raises BadSetting for a folder that cannot be, before the trials whose outcome it would get."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadSetting(f"{output} cannot be written: {error.strerror}", "output") from error
+
+
 def _write(output: Path, plan: Plan, result: RankSearch, told: dict[str, Any]) -> Path:
     """search.json and the plot: a PNG where matplotlib is installed, else an SVG. Returns the plot's path."""
     from adapters.search import plot
 
     title = f"{plan.recipe.name}: {plan.metric} against parameters"
     try:
-        output.mkdir(parents=True, exist_ok=True)
         (output / "search.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         if importlib.util.find_spec("matplotlib") is not None:
             from server.bench.plots import quality

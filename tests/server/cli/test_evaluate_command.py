@@ -122,9 +122,13 @@ def test_a_task_file_and_the_metric_that_fits(given: Path) -> None:
         (["data.jsonl", "--task", "mood", "--candidate", "mood=x"], "must be a number"),
         (["bad.jsonl", "--task", "mood"], "line 2: an evaluation needs"),
         (["none.jsonl", "--task", "mood"], "cannot be read"),
+        (["data.jsonl", "--task", "mood", "--answers", "none/said.jsonl"], "none/said.jsonl cannot be written"),
     ],
 )
-def test_what_is_wrong_is_said(given: Path, arguments: list[str], message: str) -> None:
+def test_what_is_wrong_is_said_before_any_example(
+    given: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.tasks.evaluation.evaluate", lambda *_, **__: pytest.fail("it has begun"))
     (given / "bad.jsonl").write_text('{"input": "a", "output": "b"}\n{"prompt": "a", "completion": "b"}')
     done = runner.invoke(app, ["evaluate", *arguments, "--library", "library", *SETTINGS])
     assert done.exit_code != 0 and message in str(done.exception)

@@ -119,6 +119,11 @@ def test_a_search_needs_something_to_judge_by(given: Path) -> None:
     assert "data.jsonl has 9 examples, of which a tenth is none; name a validation file" in str(done.exception)
 
 
+def test_where_a_search_cannot_write_is_said_before_any_trial(given: Path) -> None:
+    done = runner.invoke(app, ["search", "none.toml", "--output", "data.jsonl/x", "--state-dir", "state"])
+    assert "data.jsonl/x cannot be written" in str(done.exception)
+
+
 def test_seeds_that_are_no_numbers_are_named(given: Path) -> None:
     done = runner.invoke(app, ["search", "echo.toml", "--seeds", "a", "--state-dir", "state"])
     assert "seeds are whole numbers" in str(done.exception)
