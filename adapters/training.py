@@ -117,6 +117,10 @@ class TrainingConfig:
         for name in ("warmup_ratio", "weight_decay", "max_grad_norm"):
             if not 0.0 <= getattr(self, name) < (1.0 if name == "warmup_ratio" else math.inf):
                 raise AdapterError(f"{name} is out of range: {getattr(self, name)!r}", name)
+        if self.patience and not self.eval_steps:
+            raise AdapterError(
+                "patience counts evaluations; set eval_steps, after how many updates one comes", "patience"
+            )
         if not SEEDS[0] <= self.seed <= SEEDS[1]:
             raise AdapterError(f"seed must be a whole number of 64 bits, up to 2**64 - 1, not {self.seed}", "seed")
         if self.compute_dtype not in ("bfloat16", "float32"):

@@ -40,7 +40,7 @@ def train(
     import torch
 
     from adapters.training import Event
-    from server.jobs.recipe import check_prune_to, packing, read_recipes
+    from server.jobs.recipe import check_prune_to, check_validation, packing, read_recipes
     from server.jobs.run import finished, prepare, run
 
     keep_few_kernels()
@@ -56,6 +56,7 @@ def train(
             prune_to=prune_to or recipe.prune_to,
         )
         check_prune_to(recipe)
+        check_validation(recipe)
         wanted.append((recipe, data or path.parent))
     settings = settings.where_not_given(packing([recipe for recipe, _ in wanted]))
     base = open_base(settings, training_backend(settings.device), quiet=as_json)

@@ -69,6 +69,14 @@ def check_prune_to(recipe: Recipe) -> None:
         )
 
 
+def check_validation(recipe: Recipe) -> None:
+    """Raises BadSetting for evaluations that are asked for without a file to evaluate on."""
+    if recipe.config.eval_steps and recipe.validation is None:
+        raise BadSetting(
+            f"{recipe.name}: eval_steps needs something to evaluate on; name a validation file", "validation"
+        )
+
+
 def packing(recipes: Sequence[Recipe]) -> dict[str, Any]:
     """The settings that recipes ask of the base which they are trained on together. Raises BadSetting."""
     wanted: dict[str, Any] = {}

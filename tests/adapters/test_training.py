@@ -284,6 +284,7 @@ def test_a_diverging_run_is_told(llama):
         {"compute_dtype": "float8"},
         {"warmup_ratio": 1.5},
         {"lora_alpha": float("inf")},
+        {"patience": 2},
         {"batch_size": 2.5},
         {"learning_rate": "5e-4"},
         {"use_rslora": 1},

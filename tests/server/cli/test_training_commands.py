@@ -258,6 +258,12 @@ def test_what_would_cut_nothing_is_refused(given: Path, asked: str, most: int) -
     assert not (given / "trained").exists()
 
 
+def test_evaluations_need_something_to_evaluate_on(given: Path) -> None:
+    (given / "echo.toml").write_text(RECIPE + "eval_steps = 1\npatience = 1\n")
+    done = runner.invoke(app, ["train", "echo.toml", "--state-dir", "state"])
+    assert "echo: eval_steps needs" in str(done.exception) and not (given / "trained").exists()
+
+
 def test_a_rank_of_its_own_can_be_cut(given: Path, tiny_base: Base) -> None:
     path = next(iter(tiny_base.shapes()))
     (given / "echo.toml").write_text(f'prune_to = 3\n{RECIPE}lora_rank = 2\nlora_rank_of = {{ "{path}" = 4 }}\n')
