@@ -39,6 +39,7 @@ def train(
     """
     import torch
 
+    from adapters.errors import AdapterError
     from adapters.training import Event
     from server.jobs.recipe import check_prune_to, check_validation, packing, read_recipes
     from server.jobs.run import finished, prepare, run
@@ -74,7 +75,10 @@ def train(
                 if event.kind == "step":
                     bar(name, event.step, event.steps)
 
-            weights = run(recipe, base, output, data_dir=folder, on_event=tell)
+            try:
+                weights = run(recipe, base, output, data_dir=folder, on_event=tell)
+            except AdapterError as error:
+                raise type(error)(f"{recipe.name}: {error.message}", error.param) from error
         _tell(weights, output, as_json, skipped=False)
 
 

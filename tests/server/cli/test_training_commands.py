@@ -191,7 +191,7 @@ def test_what_is_left_out_and_where_a_checkpoint_lies_is_told(given: Path, monke
         counted(patch, fails_at=2)
         assert "as by a signal" in str(runner.invoke(app, [*command, "2"]).exception)
     refused = str(runner.invoke(app, [*command, "1"]).exception)
-    assert "the checkpoint in trained/.checkpoints/echo is of another run" in refused
+    assert "echo: the checkpoint in trained/.checkpoints/echo is of another run" in refused
     done = runner.invoke(app, [*command, "2"])
     assert "1 of its 25 examples are longer than max_length" in " ".join(done.stdout.split())
 
