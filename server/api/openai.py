@@ -48,7 +48,7 @@ async def get_model(model: Annotated[str, Path(max_length=256)], parts: Ready) -
 def models(parts: Parts) -> list[dict[str, Any]]:
     """Every id that `model` may be, exact versions aside."""
     base = parts.model.name
-    tasks = [task.name for task in parts.tasks.all()]
+    tasks = dict.fromkeys(task.name for task in parts.tasks.all())
     found: list[tuple[str, str, str | None]] = [(base, "base", None)] if base not in tasks else []
     found += [(name, "task", base) for name in tasks]
     found += [(f"adapter:{a}" if a in tasks else a, "adapter", base) for a in parts.registry.names()]

@@ -67,6 +67,8 @@ class Tasks:
         """Of each adapter, the digest of what brought its task when it was last looked at."""
         self._faults: dict[str, str] = {}
         """Of each adapter with a task.json that is of no use, what is wrong with it."""
+        self._routed: dict[str, list[Task]] = {}
+        """Of each adapter, the tasks that route to it, by name: lists of adapters ask for each of a thousand."""
         self._read()
         self.refresh()
 
@@ -88,11 +90,11 @@ class Tasks:
 
     def using(self, adapter: str) -> list[str]:
         """Names of the tasks that route to an adapter."""
-        return [task.name for task in self.all() if adapter in task.adapters]
+        return [task.name for task in self._routed.get(adapter, ())]
 
     def versions(self, adapter: str) -> set[str]:
         """The first digits of the versions of an adapter that tasks name."""
-        return {version for task in self.all() for version in task.versions(adapter)}
+        return {version for task in self._routed.get(adapter, ()) for version in task.versions(adapter)}
 
     def faults(self, adapter: str) -> list[str]:
         """What is wrong with the task.json that an adapter brought, for its description."""
@@ -183,7 +185,16 @@ class Tasks:
             files = {name: those[owners[name]] for name, those in offers.items()}
             gone = self._files.keys() - files.keys() - self._put.keys()
             self._files, self._brought, self._contents, self._faults = files, brought, contents, faults
+            self._note_routes()
         return gone
+
+    def _note_routes(self) -> None:
+        """Whenever a table of tasks has been replaced. With the lock."""
+        routed: dict[str, list[Task]] = {}
+        for task in self.all():
+            for adapter in task.adapters:
+                routed.setdefault(adapter, []).append(task)
+        self._routed = routed
 
     def _unknown(self, adapter: str, task: Task) -> str | None:
         """What is said of an adapter or a version that the task of an adapter routes to and that there is not."""
@@ -290,6 +301,7 @@ class Tasks:
         except OSError as error:
             raise StoreFailed(f"the task cannot be written: {error.strerror}; nothing has changed") from None
         self._put, self._deleted = put, deleted
+        self._note_routes()
 
 
 def _mark(digest: str, body: Any) -> str:

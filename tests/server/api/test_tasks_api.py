@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,23 @@ def test_a_version_that_a_task_names_is_kept(live: Any, write_adapter: Any) -> N
     assert live.http.delete("/tasks/pinned").status_code == 200
     write_adapter("pv", 46)
     assert len(live.http.put("/adapters/pv", json={"source": "pv"}).json()["versions"]) == 3
+
+
+def test_a_thousand_adapters_with_tasks_are_listed_at_once(tmp_path: Path) -> None:
+    class Adapters:
+        def names(self) -> list[str]:
+            return [f"a{i}" for i in range(1000)]
+
+        def current(self, name: str) -> Version:
+            return Version(name, name.encode().hex().ljust(64, "0"))
+
+        def metadata(self, name: str) -> dict[str, Any]:
+            return {"task": {"prompt": "{input}"}}
+
+    tasks = Tasks(tmp_path / "tasks.json", Adapters())  # type: ignore[arg-type]
+    began = time.thread_time()
+    assert [tasks.using(name) for name in Adapters().names()] == [[name] for name in Adapters().names()]
+    assert time.thread_time() - began < 0.5, "every list of adapters, /stats and each scrape ask for all of them"
 
 
 def test_a_task_that_is_deleted_while_folders_are_read_stays_away(tmp_path: Path) -> None:
