@@ -1,15 +1,18 @@
-"""How much memory this process takes, and took at most, as Linux counts it (elsewhere it says None); and less of it."""
+"""How much memory this process takes, took at most and may still have, as Linux counts it; and less of it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
+_MACHINE = Path("/proc/meminfo")
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,35 @@ def trim() -> None:
 
 
 def resident(field: str = "VmRSS") -> int | None:
-    """Bytes of this process in memory: now ("VmRSS") or at most ("VmHWM")."""
+    """Bytes of this process in memory: now ("VmRSS") or at most ("VmHWM"). None where the system does not say."""
+    return _field(_STATUS, field)
+
+
+def total() -> int:
+    """Bytes of memory that the machine has."""
+    found = _field(_MACHINE, "MemTotal")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if found is None else found
+
+
+def limit() -> int | None:
+    """Bytes that this container may have. None without a container, or without a limit below what the machine has."""
+    for path in _LIMITS:
+        if path.exists() and (text := path.read_text().strip()).isdigit():
+            return int(text) if int(text) < total() else None
+    return None
+
+
+def free() -> int:
+    """Bytes that this process can have without swapping, within the container's limit. Half of the machine's memory
+    where the system does not say."""
+    available, most = _field(_MACHINE, "MemAvailable"), limit()
+    found = total() // 2 if available is None else available
+    return found if most is None else max(0, min(found, most - (resident() or 0)))
+
+
+def _field(path: Path, name: str) -> int | None:
     try:
-        found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+        found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None

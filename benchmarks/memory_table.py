@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters import memory
 from adapters.layers import LoraSpec, trainable_parameters
 from benchmarks.shapes import LLAMA_7B, QWEN_7B
 from server.kernels.stored import stored_parts
@@ -104,14 +105,6 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def free_memory() -> int:
-    """Bytes that can be had without swapping (Linux)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not say how much memory is free")
-
-
 def measure(folder: Path, method: str, rank: int) -> dict[str, Any]:
     """Load and train a step; run in a process of its own."""
     import torch
@@ -173,8 +166,8 @@ def load(methods: Iterable[str], layers: int, directory: Path | None) -> None:
             # Full fine-tuning here keeps float32 values beside the bf16 ones, and trains the linears alone.
             need = counted.total + (FLOAT * parameters(config) if method == "full" else 0)
             said = {"layers": layers, "method": method, "counted": counted.total}
-            if need * SPARE > free_memory():
-                print(json.dumps(said | {"left_out": f"needs {need / 1e9:.1f} GB, {free_memory() / 1e9:.1f} are free"}))
+            if need * SPARE > memory.free():
+                print(json.dumps(said | {"left_out": f"needs {need / 1e9:.1f} GB, {memory.free() / 1e9:.1f} are free"}))
                 continue
             again = [sys.executable, "-m", "benchmarks.memory_table", "--measure", str(folder), method, str(rank)]
             done = subprocess.run(again, check=True, stdout=subprocess.PIPE, text=True)

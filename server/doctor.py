@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapters import memory
 from server.errors import BadSetting, ServerError
 from server.settings import Settings
 
@@ -81,13 +82,10 @@ def _processor(settings: Settings, report: Report) -> None:
 
 
 def _memory(settings: Settings, report: Report) -> None:
-    info = meminfo()
-    free, total = info.get("MemAvailable", 0), info.get("MemTotal", 0)
-    limit = _cgroup_limit()
-    if limit is not None and limit < total:
+    free, limit = memory.free(), memory.limit()
+    if limit is not None:
         report.facts["memory limit"] = f"{_gib(limit)} for this container"
-        free = min(free, limit)
-    report.facts["memory"] = f"{_gib(free)} free of {_gib(total)}"
+    report.facts["memory"] = f"{_gib(free)} free of {_gib(memory.total())}"
     wanted = settings.adapter_ram + (settings.kv_cache or 0)
     if wanted > free:
         report.remarks.append(
@@ -180,7 +178,7 @@ def _base(settings: Settings, report: Report) -> None:
             check_group(path, columns, served.linear_group)
     least = sum(rows * columns for rows, columns in linears.values()) * (4 if quantized else 16) // 8
     least += sum(rows * columns for rows, columns in tables.values()) * (served.table_bits if quantized else 16) // 8
-    free = meminfo().get("MemAvailable", least)
+    free = memory.free()
     if settings.device != "cuda" and least > free:
         report.remarks.append(f"the base takes {_gib(least)} of memory or more, but only {_gib(free)} is free")
 
@@ -236,22 +234,6 @@ def _listening(settings: Settings, report: Report) -> None:
     except ServerError:
         report.facts["address"] = f"{settings.host}:{settings.port}, not to be had"
         raise
-
-
-def meminfo() -> dict[str, int]:
-    """The kernel's account of memory in bytes; empty where there is none."""
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    parts = (line.split() for line in lines)
-    return {p[0].rstrip(":"): int(p[1]) * (1024 if len(p) > 2 else 1) for p in parts if len(p) >= 2}
-
-
-def _cgroup_limit() -> int | None:
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        path = Path("/sys/fs/cgroup") / name
-        if path.exists() and (text := path.read_text().strip()).isdigit():
-            return int(text)
-    return None
 
 
 def _cpuinfo(*names: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from adapters import memory
 from adapters.ports import Observer
 from adapters.registry import Registry
 from adapters.store import Store
@@ -366,27 +366,12 @@ def kv_blocks(settings: Settings, block_bytes: int, context: int) -> int:
     """
     one = -(-context // settings.block_size)
     if settings.kv_cache is not None:
-        if settings.kv_cache > (there := physical_memory()):
+        if settings.kv_cache > (there := memory.total()):
             raise BadSetting(f"kv_cache (--kv-cache) is over the {there:,} bytes that this machine has", "kv_cache")
         return max(1, settings.kv_cache // block_bytes)
-    share = int(free_memory() * KV_SHARE) // block_bytes
+    share = int(memory.free() * KV_SHARE) // block_bytes
     enough = -(-min(context, KV_TOKENS) // settings.block_size) * settings.max_batch
     return max(one, min(share, enough))
-
-
-def free_memory() -> int:
-    """Bytes that can be had without swapping."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return physical_memory() // 2
-
-
-def physical_memory() -> int:
-    """Bytes that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def longest_token(text: Text) -> int:
