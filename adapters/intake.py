@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import AdapterError, InvalidAdapter, StoreFailed
+from adapters.peft_format import REQUIRED
 from adapters.ports import Reader
-from adapters.store import REQUIRED, Store, open_inside
+from adapters.store import Store, open_inside
 from adapters.weights import LoraWeights, Version
 
 

@@ -30,6 +30,8 @@ TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 TASK_FILE = "task.json"
+REQUIRED, OPTIONAL = (CONFIG_FILE, TENSOR_FILE), (TASK_FILE, CARD_FILE)
+"""The files of an adapter's folder."""
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_TENSOR_BYTES = 8 << 30
@@ -367,7 +369,7 @@ def _check_shapes(
 
 
 def _check_pair(module: str, a: torch.Tensor, b: torch.Tensor, rank: int, max_rank: int) -> None:
-    """Raises for tensors of a wrong dtype or rank, that are empty, and for values that are not finite."""
+    """Raises for tensors of a wrong dtype, shape or rank, for a rank over the limit, and for empty ones."""
     for kind, tensor in (("lora_A", a), ("lora_B", b)):
         if tensor.dtype not in DTYPES:
             raise UnsupportedAdapter(

@@ -31,14 +31,12 @@ from typing import Any
 
 from adapters.errors import InvalidAdapter, NoRoom, StoreFailed
 from adapters.journal import Journal
+from adapters.peft_format import CARD_FILE, REQUIRED, TASK_FILE
 from adapters.weights import SHORT_DIGEST, LoraWeights
 
 log = logging.getLogger(__name__)
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-REQUIRED = (CONFIG, TENSORS)
-SIDE = {"task.json": "task", "README.md": "card"}
+SIDE = {TASK_FILE: "task", CARD_FILE: "card"}
 """What may change while the content, and so the digest, stays: the task's definition and the card, as they are told."""
 RECORD = "record.json"
 CHUNK = 1 << 20

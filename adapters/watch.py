@@ -23,8 +23,8 @@ from pathlib import Path
 
 from adapters.errors import AdapterError, InvalidAdapter, NoRoom, StoreFailed
 from adapters.journal import LIBRARY, WATCH, Signature
+from adapters.peft_format import CONFIG_FILE, OPTIONAL, REQUIRED
 from adapters.registry import Registry
-from adapters.store import CONFIG, REQUIRED, SIDE
 
 log = logging.getLogger(__name__)
 
@@ -142,12 +142,12 @@ class Watch:
                 self._refuse(folder, (), f"cannot be read: {reason}")
             else:
                 self._look(folder)
-        if CONFIG in states:
+        if CONFIG_FILE in states:
             self._refuse(
                 HERE,
                 (),
-                f"{CONFIG} lies in the adapter directory itself: move the adapter's files into a folder of their own, "
-                "whose name is the adapter's",
+                f"{CONFIG_FILE} lies in the adapter directory itself: move the adapter's files into a folder of their "
+                "own, whose name is the adapter's",
             )
             there.append(HERE)
         for folder in (self._known | set(self._refused) | set(self._seen)) - set(there):
@@ -201,9 +201,9 @@ class Watch:
             self._refuse(
                 folder,
                 signature,
-                f"{CONFIG} is missing, but {first!r} in it has one, as PEFT saves named adapters and trainers save "
-                f"checkpoints: move the files of {first!r} up into the folder, or register {shown(folder)}/{first} "
-                "under a name",
+                f"{CONFIG_FILE} is missing, but {first!r} in it has one, as PEFT saves named adapters and trainers "
+                f"save checkpoints: move the files of {first!r} up into the folder, or register "
+                f"{shown(folder)}/{first} under a name",
             )
 
     def _is_still(self, folder: str, signature: Signature, now: float) -> bool:
@@ -335,7 +335,7 @@ def signature_of(folder: Path, within: Path | None) -> Signature:
     entries = []
     root = os.fspath(folder)
     linked = os.path.islink(root)
-    for name in (*REQUIRED, *SIDE):
+    for name in (*REQUIRED, *OPTIONAL):
         path = f"{root}/{name}"
         try:
             state = os.lstat(path)
@@ -359,7 +359,7 @@ def _adapters_below(folder: Path) -> tuple[list[str], Signature]:
         with os.scandir(folder) as entries:
             folders = (entry.name for entry in islice(entries, MAX_ENTRIES) if entry.is_dir(follow_symlinks=False))
             below = [name for name in folders if name[0] != "."]
-        found = [name for name in sorted(below) if (folder / name / CONFIG).is_file()]
+        found = [name for name in sorted(below) if (folder / name / CONFIG_FILE).is_file()]
         if not found:
             return [], ()
         return found, sum((_files(folder, name) for name in ("", *found)), ())

@@ -17,13 +17,13 @@ from pydantic import BaseModel, ValidationError
 
 from adapters import composition
 from adapters.errors import AdapterConflict
-from adapters.peft_format import read_folder, save
+from adapters.peft_format import OPTIONAL, REQUIRED, read_folder, save
 from adapters.ports import Published
 from server.api import schemas
 from server.api.generate import json_response
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running
-from server.api.uploads import CONFIG, OPTIONAL, TENSORS, disk_errors, is_multipart, temporary, uploaded
+from server.api.uploads import disk_errors, is_multipart, temporary, uploaded
 from server.errors import InvalidRequest, called
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
@@ -38,8 +38,8 @@ B = TypeVar("B", bound=BaseModel)
 def _two_bodies(model: type[BaseModel], named: bool) -> dict[str, Any]:
     """The request body of a registration for the OpenAPI document: JSON, or a multipart upload."""
     file = {"type": "string", "format": "binary"}
-    properties: dict[str, Any] = {CONFIG: file, TENSORS: file} | dict.fromkeys(OPTIONAL, file)
-    required = [CONFIG, TENSORS]
+    properties: dict[str, Any] = dict.fromkeys((*REQUIRED, *OPTIONAL), file)
+    required = [*REQUIRED]
     if named:
         properties["name"] = {"type": "string", "pattern": schemas.NAME_PATTERN}
         required.append("name")

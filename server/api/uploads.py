@@ -15,10 +15,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import UploadFile
 
 from adapters.errors import StoreFailed
+from adapters.peft_format import OPTIONAL, REQUIRED
 from server.settings import Settings
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-OPTIONAL = ("README.md", "task.json")
 MAX_FIELDS = 16
 """More than there are, so that one which is not known can be named."""
 DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO})
@@ -67,10 +66,10 @@ async def uploaded(request: Request, settings: Settings, *, named: bool) -> Asyn
                 max_files=MAX_FIELDS, max_fields=MAX_FIELDS, max_part_size=settings.max_body
             ) as form:
                 given = dict(form.multi_items())
-                allowed = {CONFIG, TENSORS, *OPTIONAL, "name"}
+                allowed = {*REQUIRED, *OPTIONAL, "name"}
                 for field in given.keys() - allowed:
                     raise _malformed("extra_forbidden", str(field), "")
-                for field in (CONFIG, TENSORS):
+                for field in REQUIRED:
                     if field not in given:
                         raise _malformed("missing", field, "an upload needs this file")
                 name = given.pop("name", "")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeGuard, TypeVar
 
+from adapters.peft_format import OPTIONAL, REQUIRED
 from server.errors import BadModel, InvalidRequest, ServerError
 from server.sources.budget import Spend
 
@@ -22,7 +23,7 @@ _TRIES, _PAUSE = 3, 0.5
 _MAY_PASS = frozenset({408, 425, 429})  # of the statuses below 500
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "task.json", "README.md"]
+_ADAPTER_FILES = [*REQUIRED, *OPTIONAL]
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _INDEXES = {"loramux.json": "files", _WEIGHTS_INDEX: "weight_map"}
 """Files that name the files of weights, the one that rules first, and the key that they have them under."""

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from adapters.peft_format import OPTIONAL, REQUIRED
 from server.errors import InvalidRequest
 from server.sources.budget import Spend
 
 T = TypeVar("T")
 
-_REQUIRED = ("adapter_config.json", "adapter_model.safetensors")
-_OPTIONAL = ("task.json", "README.md")
 _SUMS = "SHA256SUMS"
 _SMALL = 1 << 20  # bytes of any file but the tensors
 _CHUNK = 1 << 20
@@ -75,12 +74,12 @@ def fetch(url: str, folder: Path, *, max_bytes: int, seconds: float, spend: Spen
     fetcher = _Fetcher(_filesystem(urlsplit(url).scheme, seconds), time.monotonic() + seconds, spend)
     sums = _read_sums(fetcher.text(f"{url}/{_SUMS}"))
     left = max_bytes
-    for name in (*_REQUIRED, *_OPTIONAL):
+    for name in (*REQUIRED, *OPTIONAL):
         limit = left if name.endswith(".safetensors") else min(left, _SMALL)
         try:
             size, digest = fetcher.copy(f"{url}/{name}", folder / name, limit)
         except _Refused as e:  # where nobody may list a bucket, what is not there is forbidden
-            if name in _REQUIRED:
+            if name in REQUIRED:
                 raise InvalidRequest(f"the URL gives no {name}: {e}", "source") from None
             continue
         left -= size
