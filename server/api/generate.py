@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -11,10 +12,10 @@ from adapters.weights import Choice
 from server.api import schemas
 from server.api.responses import Responses, errors
 from server.api.runtime import Parts, Ready, Running, served
-from server.api.stream import EventStream, finished
+from server.api.stream import EventStream, check_complete, finished
 from server.engine.request import Delivery, Sampling, TokenLogprob
 from server.engine.text import Text
-from server.errors import InvalidRequest, NotReady
+from server.errors import InvalidRequest
 from server.tasks import sampling
 from server.tasks.definitions import check_labels
 from server.tasks.inference import Caller, Generation, Inference, timings
@@ -45,8 +46,8 @@ async def generate(
         defaults = target.task.defaults if target.task else {}
         ids = await parts.prompts.of_input(target.task, body.prompt)
         chosen = sampling.build(asked, defaults, sampling.OWN_DEFAULTS, parts.prompts.room, len(ids))
-    if not chosen.logprobs:
-        chosen = _without_logprobs(chosen)
+    if chosen.logprobs == 0:
+        chosen = replace(chosen, logprobs=None)
     generation = parts.inference.start(target, [ids], [chosen], caller)
     if body.stream:
         return EventStream(generation, _Events(generation, parts.prompts.text))
@@ -76,8 +77,7 @@ async def classify(
         labels=labels,
     )
     await finished(request.receive, generation)
-    if generation.cancelled:
-        raise NotReady("the server stopped before the answer was complete; send the request again", retry_after=2.0)
+    check_complete(generation)
     return json_response({**_common(generation), "label": generation.said(), "scores": generation.scores()})
 
 
@@ -152,10 +152,6 @@ _ASKED = [
     for name in schemas.GenerationFields.model_fields
     if name not in ("max_completion_tokens", "stream", "adapters", "deadline_ms")
 ]
-
-
-def _without_logprobs(chosen: Sampling) -> Sampling:
-    return Sampling(**{**vars(chosen), "logprobs": None}) if chosen.logprobs == 0 else chosen
 
 
 def override(adapters: list[schemas.Weighted] | None) -> Choice | None:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from server.api.generate import finite
+from server.api.stream import cut_short
 from server.engine.request import Delivery, TokenLogprob
 from server.engine.text import Detokenizer, Text
-from server.errors import NotReady
 from server.tasks.inference import Generation, Reply
 
 
@@ -171,7 +171,7 @@ class V1Events:
 
     def step(self, index: int, delivery: Delivery) -> bytes:
         if delivery.finish_reason == "cancelled":
-            raise NotReady("the server stopped before the answer was complete; send the request again", retry_after=2.0)
+            raise cut_short()
         if not delivery.text and delivery.finish_reason is None and not (self._logprobs and delivery.logprobs):
             return b""
         return f"{self._head}{self._shape.choice(index, delivery, self._logprobs)}]}}\n\n".encode()

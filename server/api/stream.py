@@ -99,4 +99,9 @@ class EventStream(Response):
 def check_complete(generation: Generation) -> None:
     """Raises NotReady if the server cut the answer short, which OpenAI's finish reasons have no word for."""
     if generation.cancelled:
-        raise NotReady("the server stopped before the answer was complete; send the request again", retry_after=2.0)
+        raise cut_short()
+
+
+def cut_short() -> NotReady:
+    """The error for an answer that the server's end has cut short."""
+    return NotReady("the server stopped before the answer was complete; send the request again", retry_after=2.0)
