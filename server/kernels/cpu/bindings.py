@@ -11,12 +11,12 @@ from ctypes import POINTER, c_bool, c_char_p, c_double, c_int, c_int32, c_int64,
 from functools import lru_cache
 from pathlib import Path
 
+from server.kernels.lora import SITES
+
 log = logging.getLogger(__name__)
 
 INT4, NF4, INT8, NONE = range(4)
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
-SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linears of a layer, in the order of `SiteIndex`."""
 PHASES = ("norm", "qkv", "attention", "out", "gate_up", "down", "head", "plan", "draw")
 """What `loramux_model_times` tells apart, in the order of `Phase` in team.h."""
 DONE, NO_MEMORY = 0, 1
@@ -51,6 +51,8 @@ class Matrix(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
+    """`site` is in the order of `SITES`, as `SiteIndex` has it."""
+
     _fields_ = [
         ("site", Matrix * len(SITES)),
         ("input_norm", c_void_p),
@@ -201,27 +203,3 @@ class Pool:
         if getattr(self, "handle", None):
             self._library.loramux_pool_free(self.handle)
             self.handle = None
-
-
-__all__ = [
-    "BFLOAT16",
-    "DONE",
-    "FAULTS",
-    "FLOAT16",
-    "FLOAT32",
-    "INT4",
-    "INT8",
-    "NF4",
-    "NONE",
-    "NO_MEMORY",
-    "PHASES",
-    "SITES",
-    "Config",
-    "Layer",
-    "LoraSite",
-    "LoraSource",
-    "Matrix",
-    "Pool",
-    "Step",
-    "library",
-]
