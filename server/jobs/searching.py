@@ -47,8 +47,8 @@ def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
             raise InvalidData(
                 f"{recipe.data} has {len(records)} examples, of which a tenth is none; name a validation file"
             )
-        judges = [records[i] for i in kept]
-        records = [record for i, record in enumerate(records) if i not in set(kept)]
+        judges, out = [records[i] for i in kept], set(kept)
+        records = [record for i, record in enumerate(records) if i not in out]
     length = min(recipe.config.max_length, base.config.context_length)
     learned = data.tokenize(records, encode, length, recipe.data)
     judged = data.tokenize(judges, encode, length, recipe.validation or recipe.data)
