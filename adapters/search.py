@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -49,7 +49,7 @@ class RankSearch:
     steps_spent: int
     steps_of_full_grid: int
     tolerance: float
-    advice: str = field(default="")
+    advice: str
 
 
 def search_rank(

@@ -177,7 +177,6 @@ class Event:
     loss: float = math.nan
     accuracy: float = math.nan
     learning_rate: float = math.nan
-    grad_norm: float = math.nan
     tokens: int = 0
     seconds: float = 0.0
 
@@ -329,7 +328,7 @@ class _Run:
         progress.tokens += sum(len(example.ids) for example in batch)
         progress.targets += targets
         progress.seconds += time.perf_counter() - started
-        return self._event("step", loss / targets, hits / targets, rate, norm)
+        return self._event("step", loss / targets, hits / targets, rate)
 
     def _batch(self, step: int) -> list[Example]:
         """The examples of a step: each epoch is all of them once, in an order drawn from the seed and its number."""
@@ -351,10 +350,9 @@ class _Run:
             progress.worse += 1
         return self._event("eval", loss, accuracy)
 
-    def _event(self, kind: str, loss: float = math.nan, accuracy: float = math.nan, *rate_norm: float) -> Event:
+    def _event(self, kind: str, loss: float = math.nan, accuracy: float = math.nan, rate: float = math.nan) -> Event:
         p = self.progress
-        rate, norm = rate_norm or (math.nan, math.nan)
-        return Event(kind, p.step, self.steps, loss, accuracy, rate, norm, p.tokens, p.seconds)
+        return Event(kind, p.step, self.steps, loss, accuracy, rate, p.tokens, p.seconds)
 
     def _save(self) -> None:
         if self.folder is not None:

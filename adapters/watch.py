@@ -314,19 +314,6 @@ def _scan(registry: Registry, folder: Path) -> bool:
     return False
 
 
-def inside(directory: Path, source: str) -> Path:
-    """The folder `source` of `directory`, as a client names it. Raises InvalidAdapter if it leads out or is none."""
-    try:
-        real = (directory / source).resolve(strict=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InvalidAdapter(f"there is no {source[:80]!r} in the adapter directory", "source") from error
-    if not real.is_relative_to(directory.resolve()):
-        raise InvalidAdapter(f"{source[:80]!r} leads out of the adapter directory", "source")
-    if not real.is_dir():
-        raise InvalidAdapter(f"{source[:80]!r} is no folder", "source")
-    return real
-
-
 def signature_of(folder: Path, within: Path | None) -> Signature:
     """The state of the folder's files; empty if neither of the two that make an adapter is there.
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -108,10 +108,6 @@ class LoraWeights:
         if update.units is not None:
             raise ValueError(f"the update of {module} is in codes that only its backend reads")
         return (update.B.float() @ update.A.float()) * update.scale
-
-    def renamed(self, name: str) -> LoraWeights:
-        """The same content under another name; tensors are shared."""
-        return replace(self, name=name)
 
 
 def not_finite(modules: Mapping[str, LowRank]) -> tuple[str, str] | None:

@@ -127,8 +127,3 @@ class InProcess:
         future: Future[tuple[LoraWeights, ...]] = Future()
         future.set_result(tuple(self._by_digest[digest] for digest in mix.digests))
         return future
-
-
-def decode_rate(requests: int, new_tokens: int, first: float, last: float) -> float:
-    """Tokens a second of decoding alone: those after the first ones, over the time that they took."""
-    return requests * (new_tokens - 1) / (last - first)

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 STRENGTH = 0.15
 """Standard deviation of an update's output over that of its input's norm, before alpha/r."""
 

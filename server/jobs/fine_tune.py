@@ -81,7 +81,7 @@ def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[
 def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[], bool]) -> LoraWeights:
     examples = prepare(spec, base)
     keep_pairs(examples.records, folder)
-    config = _config(spec, base, examples)
+    config = _config(spec, base)
     steps = config.steps(len(examples.learned.examples))
     if examples.judged is not None:
         config = replace(config, eval_steps=max(1, math.ceil(steps / EVALUATIONS)))
@@ -231,7 +231,7 @@ def _read(path: Path, name: str, param: str) -> list[Record]:
         raise JobError(f"invalid_{param}", error.message, param) from error
 
 
-def _config(spec: Spec, base: Base, examples: Examples) -> TrainingConfig:
+def _config(spec: Spec, base: Base) -> TrainingConfig:
     """The spec's config; an adapter to start from gives ranks and modules."""
     config = on_base(spec.config, base)
     if spec.init is None:

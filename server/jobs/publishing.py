@@ -129,7 +129,7 @@ class Publishing:
                 active.note(f"It is served already, as {rival.label}.", data={"version": rival.label})
                 break
             try:
-                verdict, failure = self._judge(active, spec, rival), None
+                verdict, failure = self._judge(active, rival), None
             except UnknownAdapter:
                 if self._current(job.name) == rival:
                     raise
@@ -174,7 +174,7 @@ class Publishing:
 
     # ---- measuring
 
-    def _judge(self, active: Active, spec: Spec, rival: Version | None) -> Verdict | None:
+    def _judge(self, active: Active, rival: Version | None) -> Verdict | None:
         """How the result does, on the engine if the data allow it, else by the loss that the training has told."""
         if not (active.folder / JUDGED).exists():
             losses = (active.job.trained or {}).get("losses")

@@ -17,7 +17,7 @@ from adapters.errors import InvalidAdapter
 from adapters.ports import Observer
 from adapters.registry import Registry
 from adapters.store import Disk, Store
-from adapters.watch import Watch, inside, scan_library
+from adapters.watch import Watch, scan_library
 from adapters.weights import LoraWeights
 from tests.waiting import until
 
@@ -609,19 +609,3 @@ def test_a_folder_that_was_put_over_the_librarys_gives_it_back(
     scene.look(2)
     shutil.rmtree(scene.directory / "a")
     assert scene.look(5) == {} and scan_library(scene.registry, library) == [], "what was deleted stays so"
-
-
-# Sources that a client names
-
-
-def test_inside(scene: Scene, tmp_path: Path) -> None:
-    scene.put("a", 1)
-    (scene.directory / "group").mkdir()
-    shutil.copytree(scene.directory / "a", scene.directory / "group" / "b")
-    (scene.directory / "out").symlink_to(tmp_path)
-    assert inside(scene.directory, "a") == (scene.directory / "a").resolve()
-    assert inside(scene.directory, "group/b").name == "b"
-    file = "a/adapter_config.json"
-    for source in ("..", "../store", "/etc", "out", "out/store", "nothing", file, "a\0b", "x" * 5000):
-        with pytest.raises(InvalidAdapter):
-            inside(scene.directory, source)

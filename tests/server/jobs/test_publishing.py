@@ -56,7 +56,7 @@ class Judged(Publishing):
     def meanwhile(self) -> None:
         pass
 
-    def _judge(self, active: Active, spec: Any, rival: Version | None) -> Verdict | None:
+    def _judge(self, active: Active, rival: Version | None) -> Verdict | None:
         self.meanwhile()
         return self.verdict
 
