@@ -1,6 +1,6 @@
 """One batch of requests, each on its own adapter: this engine against Transformers + PEFT (`adapter_names`).
 
-    python benchmarks/mixed_batch.py BASE.gguf [--kernels aten] [--requests 16] [--rounds 5] [--tokens 32]
+    python -m benchmarks.mixed_batch BASE.gguf [--kernels aten] [--requests 16] [--rounds 5] [--tokens 32]
 
 Each runs in a process of its own, so that neither has the other's threads beside its own, on the same weights (PEFT's
 are the dequantized ones, in bf16), with random adapters of ranks 8 to 32 on q, k, v and o, prompts of 128 random tokens

@@ -8,7 +8,7 @@ any batch, and others part only where two tokens are nearly as likely.
 
 A machine that stops for a while (SIGSTOP, a hypervisor) is no hang: the soak's own clock stands still with it.
 
-Run it as `python benchmarks/soak.py --minutes 30`. Exit status 1 means that something that had to hold did not.
+Run it as `python -m benchmarks.soak --minutes 30`. Exit status 1 means that something that had to hold did not.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a step costs in Python, beside the runner: scheduling, batching, sampling, text, delivery.
 
 The runner answers prepared logits after a given time in which it holds no GIL, as the native one does. Run it as
-`python benchmarks/step_overhead.py`; `--busy` adds a thread that does nothing but Python, as a loaded event loop
+`python -m benchmarks.step_overhead`; `--busy` adds a thread that does nothing but Python, as a loaded event loop
 would, and `--switch` sets the interpreter's switch interval in seconds.
 """
 

@@ -1,6 +1,6 @@
 """Training speed and memory: this trainer against Transformers + PEFT, on one base, one data file and one spec.
 
-    python benchmarks/training.py BASE.gguf DATA.jsonl TASK.json [--batches 8,16] [--steps 8]
+    python -m benchmarks.training BASE.gguf DATA.jsonl TASK.json [--batches 8,16] [--steps 8]
 
 Each contestant runs in a process of its own, one after the other, with the same threads. Tokens are those of the
 examples, padding not counted; memory is the peak of resident memory above that after the imports, the base included.

@@ -2,7 +2,7 @@
 
 Owns the container format (versions 2 and 3, little-endian) and the block layouts of Q4_0, Q4_1 and Q8_0; all other
 quantized types are read through the `gguf` package, imported only then. Does not know which tensor is which layer:
-that, and llama.cpp's order of the rows of q and k, is in loader.py.
+that, and llama.cpp's order of the rows of q and k, is in checkpoint.py.
 """
 
 from __future__ import annotations
