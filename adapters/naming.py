@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 
 from adapters.errors import InvalidAdapter, InvalidChoice, UnknownAdapter, VersionMismatch
 from adapters.journal import Journal
-from adapters.weights import NAME, Version
+from adapters.weights import MIN_DIGEST, NAME, Version
 
 log = logging.getLogger(__name__)
 
-MIN_PREFIX = 6
 """The fewest hex digits of a digest that name a version."""
 
 
@@ -108,8 +107,8 @@ class Names:
         if not at:
             return current
         history, prefix = self.histories[name], prefix.lower()
-        if len(prefix) < MIN_PREFIX:
-            raise InvalidChoice(f"{text[:80]!r} needs at least {MIN_PREFIX} digits of the digest", "adapters")
+        if len(prefix) < MIN_DIGEST:
+            raise InvalidChoice(f"{text[:80]!r} needs at least {MIN_DIGEST} digits of the digest", "adapters")
         found = [digest for digest in history if digest.startswith(prefix)]
         if not found:
             raise UnknownAdapter(f"the adapter {name!r} has no version {prefix[:64]!r}", "adapters")
@@ -129,7 +128,7 @@ class Names:
             raise VersionMismatch(f"there is no adapter named {name!r} now", "if-match")
         owner, at, prefix = if_match.rpartition("@")
         named = not at or owner == name
-        if if_match != "*" and not (named and len(prefix) >= MIN_PREFIX and history[0].startswith(prefix.lower())):
+        if if_match != "*" and not (named and len(prefix) >= MIN_DIGEST and history[0].startswith(prefix.lower())):
             has = Version(name, history[0]).label
             raise VersionMismatch(f"the adapter is at {has}, not at {if_match[:96]!r}", "if-match")
 

@@ -21,7 +21,8 @@ from adapters.errors import InvalidChoice
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RESERVED = frozenset({"base", "other", "none"})
 MAX_ABS_WEIGHT = 16.0
-SHORT_DIGEST = 12
+SHORT_DIGEST, MIN_DIGEST = 12, 6
+"""Digits of a digest that people see, and the fewest that they may give."""
 PORTION = 1 << 17
 """Values that are looked at together."""
 

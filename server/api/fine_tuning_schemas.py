@@ -237,7 +237,7 @@ class EvaluateBody(Body):
         ]
         | None
     ) = None
-    metric: Literal["accuracy", "exact_match", "rougeL", "bleu", "chrf", "loss"] | None = None
+    metric: d.Metric | None = None
 
     @model_validator(mode="after")
     def _one(self) -> EvaluateBody:

@@ -9,13 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from adapters.weights import MIN_DIGEST, NAME
 from server.tasks import definitions as d
 from server.tasks import sampling as s
 
 MAX_PROMPT_LENGTH = 8 << 20
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-REFERENCE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[0-9a-f]{6,64})?$"
-VERSION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}@[0-9a-f]{6,64}$"
+_AT_DIGEST = f"@[0-9a-f]{{{MIN_DIGEST},64}}"
+NAME_PATTERN = f"^{NAME.pattern}$"
+REFERENCE_PATTERN = f"^{NAME.pattern}({_AT_DIGEST})?$"
+VERSION_PATTERN = f"^{NAME.pattern}{_AT_DIGEST}$"
 
 
 def _characters(text: str) -> str:
@@ -250,8 +252,8 @@ class Route(Body):
 
     choice: Annotated[list[Weighted], Field(max_length=64)] | None = None
     best: Annotated[list[str], Field(min_length=2, max_length=d.MAX_CANDIDATES)] | None = None
-    metric: Literal["accuracy", "exact_match", "rougeL", "bleu", "chrf", "loss"] | None = None
-    source: Literal["feedback", "evaluation"] | None = None
+    metric: d.Metric | None = None
+    source: d.ScoreSource | None = None
     min_samples: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
 
@@ -277,7 +279,7 @@ class TaskBody(Body):
 
 class TaskAnswer(Out):
     name: str
-    source: Literal["file", "api"]
+    source: d.Source
     prompt: str
     format: Literal["raw", "chat"]
     system: str | None
@@ -310,7 +312,7 @@ class QualityEntry(Out):
     """Scores by one metric from one source; the interval holds at every moment at once."""
 
     metric: str
-    source: Literal["feedback", "evaluation"]
+    source: d.ScoreSource
     samples: int
     mean: float
     low: float

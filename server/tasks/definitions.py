@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
-from adapters.weights import NAME, Choice, check_weight
+from adapters.weights import MIN_DIGEST, NAME, Choice, check_weight
 from server.engine.text import INPUT, Format
 from server.errors import InvalidRequest
 from server.tasks.sampling import check_defaults
@@ -19,8 +19,10 @@ MAX_LABELS = 64
 MAX_LABEL_LENGTH = 256
 MAX_CANDIDATES = 16
 MIN_SAMPLES = 200
-METRICS = ("accuracy", "exact_match", "rougeL", "bleu", "chrf", "loss")
-SOURCES = ("feedback", "evaluation")
+Metric = Literal["accuracy", "exact_match", "rougeL", "bleu", "chrf", "loss"]
+METRICS: tuple[str, ...] = get_args(Metric)
+ScoreSource = Literal["feedback", "evaluation"]
+SOURCES: tuple[str, ...] = get_args(ScoreSource)
 FEEDBACK_METRIC = "accuracy"
 """What feedback is counted as."""
 DEFAULT = "default"
@@ -222,6 +224,6 @@ def parse_choice(entries: Any, param: str) -> Choice:
 
 def _adapter_name(name: Any, param: str) -> str:
     base, at, digest = name.partition("@") if isinstance(name, str) else ("", "", "")
-    if not NAME.fullmatch(base) or (at and not 6 <= len(digest) <= 64):
+    if not NAME.fullmatch(base) or (at and not MIN_DIGEST <= len(digest) <= 64):
         raise InvalidRequest(f"{param} must name adapters, as `name` or `name@digest`", param)
     return cast(str, name)

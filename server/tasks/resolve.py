@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adapters.leases import Lease
-from adapters.weights import NAME, Choice, Version
-from server.errors import UnknownName, called
+from adapters.weights import MIN_DIGEST, NAME, Choice, Version
 from server.tasks.definitions import DEFAULT, Best, Task
 from server.tasks.store import Tasks
 
-_VERSION = re.compile(rf"({NAME.pattern})@[0-9a-f]{{6,64}}")
+_VERSION = re.compile(rf"({NAME.pattern})@[0-9a-f]{{{MIN_DIGEST},64}}")
 
 
 class Versions(Protocol):
