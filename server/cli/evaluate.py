@@ -57,7 +57,7 @@ def evaluate(
     from server.kernels import choose
     from server.tasks.evaluation import check_metrics, pairs
 
-    logs.configure(settings.log_format, "warning" if settings.log_level == "info" else settings.log_level)
+    logs.configure_quietly(settings.log_format, settings.log_level)
     examples = pairs(read(data))[:limit]
     metrics = check_metrics(metric) if metric else ()
     asked = Asked(task, examples, candidate or (), metrics)

@@ -39,7 +39,7 @@ def generate(
     from server.kernels import choose
     from server.tasks.sampling import NUMBERS
 
-    logs.configure(settings.log_format, "warning" if settings.log_level == "info" else settings.log_level)
+    logs.configure_quietly(settings.log_format, settings.log_level)
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     asked = {name: NUMBERS[name].check(name, value) for name, value in given.items() if value is not None}
     text = _read(sys.stdin.buffer) if prompt == "-" else prompt

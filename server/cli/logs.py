@@ -36,3 +36,8 @@ def configure(form: str, level: str) -> None:
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     for library in ("uvicorn", "uvicorn.error", "asyncio", "httpx", "fsspec", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def configure_quietly(form: str, level: str) -> None:
+    """For a command that ends with an answer: "info", which a server says by itself, is warnings alone here."""
+    configure(form, "warning" if level == "info" else level)

@@ -88,7 +88,7 @@ def search(
     _make(output)
     keep_few_kernels()
     torch.set_num_threads(threads_of(settings))
-    logs.configure(settings.log_format, "warning" if settings.log_level == "info" else settings.log_level)
+    logs.configure_quietly(settings.log_format, settings.log_level)
     wanted = read_recipe(recipe)
     wanted = replace(wanted, validation=validation or wanted.validation)
     task = parse(
