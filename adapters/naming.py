@@ -17,8 +17,6 @@ from adapters.weights import MIN_DIGEST, NAME, Version
 
 log = logging.getLogger(__name__)
 
-"""The fewest hex digits of a digest that name a version."""
-
 
 @dataclass(frozen=True)
 class Rejection:

@@ -15,8 +15,9 @@ import torch
 
 from adapters.weights import LoraWeights
 from server.bench.roofline import Ceilings, Cost, decode_cost
-from server.engine.batch import Batch, SlotWeights
+from server.engine.batch import Batch
 from server.engine.runner import Runner
+from server.kernels.lora import SlotWeights
 from server.model.loader import Base
 
 BLOCK = 16

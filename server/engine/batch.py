@@ -14,12 +14,10 @@ import numpy.typing as npt
 import torch
 
 from server.engine.request import Request
+from server.kernels.lora import SlotWeights
 
 Ids = npt.NDArray[np.int64]
 Counts = npt.NDArray[np.int32]
-
-SlotWeights = tuple[tuple[int, float], ...]
-"""The (slot, weight) pairs of one sequence's mix, in the order of its mix."""
 
 
 @dataclass(frozen=True)

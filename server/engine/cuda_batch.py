@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from server.engine.batch import Batch, SlotWeights
+from server.engine.batch import Batch
 from server.kernels.cuda.attention import QUERIES
 from server.kernels.cuda.lora import LANES, Lanes
+from server.kernels.lora import SlotWeights
 from server.model.on_device import DeviceStep
 
 Ints = npt.NDArray[np.int32]

@@ -22,12 +22,12 @@ import numpy.typing as npt
 import torch
 
 from adapters.weights import LoraWeights
-from server.engine.batch import Batch, Logits, SlotWeights
+from server.engine.batch import Batch, Logits
 from server.engine.sampler import Drawn
 from server.errors import BadModel
 from server.kernels.cpu import bindings, packing
 from server.kernels.cpu.places import SITE, Places, Shapes
-from server.kernels.lora import SITES
+from server.kernels.lora import SITES, SlotWeights
 from server.model.config import ModelConfig
 from server.model.decoder import Source
 from server.model.rope import angles, frequencies

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from adapters.weights import LoraWeights
 
 SlotWeights = tuple[tuple[int, float], ...]
+"""The (slot, weight) pairs of one sequence's mix, in the order of its mix."""
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linears of a layer that read the same input."""
 SITES = tuple(name for names in TOGETHER for name in names)
 """All of them, in the order of a step."""
 
-DENSE_ROWS = 16
+SHARED_ROWS = 16
 """Rows of one mix up to which they share the ALL_SLOTS product; longer ones (prefills) go adapter by adapter."""
 
 
@@ -63,7 +64,7 @@ def packed(matrix: torch.Tensor) -> torch.Tensor:
         return matrix
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return matrix
-    ordered: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), DENSE_ROWS)
+    ordered: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), SHARED_ROWS)
     return ordered
 
 
@@ -254,9 +255,9 @@ class Segments:
         long: list[Segment] = []
         groups: list[list[Segment]] = []
         for segment in self.all:
-            if segment.stop - segment.start > DENSE_ROWS:
+            if segment.stop - segment.start > SHARED_ROWS:
                 long.append(segment)
-            elif groups and segment.start - groups[-1][-1].stop <= DENSE_ROWS:
+            elif groups and segment.start - groups[-1][-1].stop <= SHARED_ROWS:
                 groups[-1].append(segment)
             else:
                 groups.append([segment])

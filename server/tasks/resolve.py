@@ -11,6 +11,7 @@ from typing import Protocol
 
 from adapters.leases import Lease
 from adapters.weights import MIN_DIGEST, NAME, Choice, Version
+from server.errors import UnknownName, called
 from server.tasks.definitions import DEFAULT, Best, Task
 from server.tasks.store import Tasks
 

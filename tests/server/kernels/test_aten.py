@@ -10,7 +10,7 @@ import torch
 from adapters.weights import LoraWeights, LowRank
 from server.kernels import aten
 from server.kernels.aten import INT4PACK, PACKED_ROWS, Aten
-from server.kernels.lora import DENSE_ROWS, Segment, Segments, SideBySide, SlotTable, SlotWeights
+from server.kernels.lora import SHARED_ROWS, Segment, Segments, SideBySide, SlotTable, SlotWeights
 from server.kernels.reference import Reference
 from server.kernels.stored import dequantize_stored
 from server.kernels.weight import STORED, Weight
@@ -136,7 +136,7 @@ def test_updates_of_any_grouping_equal_the_plain_loop(seed: int) -> None:
     weights = [-1.0, 0.25, 1.0, 2.0] if seed % 2 else [-1.0, 0.3, 0.7]  # those that bf16 holds, and others
     segments, start = [], 0
     for _ in range(12):
-        rows = draw.choice([1, 1, 1, 2, DENSE_ROWS, DENSE_ROWS + 1, 40])
+        rows = draw.choice([1, 1, 1, 2, SHARED_ROWS, SHARED_ROWS + 1, 40])
         mix: SlotWeights = tuple(
             (slot, draw.choice(weights)) for slot in draw.sample(range(7), draw.choice([0, 1, 1, 2, 4]))
         )

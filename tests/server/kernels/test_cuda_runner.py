@@ -21,7 +21,7 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
 from adapters.weights import LoraWeights, LowRank
 from server.engine import cuda_batch, cuda_pool
 from server.engine import cuda_runner as cuda_runner_module
-from server.engine.batch import Batch, Logits, SlotWeights
+from server.engine.batch import Batch, Logits
 from server.engine.cuda_batch import Shape, batch_buckets, describe
 from server.engine.cuda_memory import share_out, work_bytes
 from server.engine.cuda_pool import AdapterPool
@@ -29,6 +29,7 @@ from server.engine.cuda_runner import RETRY_SECONDS, CudaRunner, StepMemory
 from server.engine.runner import Runner, TorchRunner
 from server.errors import BadModel, NoCapacity
 from server.kernels.cuda import Cuda, finish, lora, packing
+from server.kernels.lora import SlotWeights
 from server.kernels.reference import Reference
 from server.model.on_device import DeviceModel, DeviceStep
 from tests.server.kernels import tiny

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.batch import Logits, SlotWeights
+from server.engine.batch import Logits
 from server.engine.native_runner import NativeRunner
 from server.engine.overlap import DeviceRunner, OverlappedEngine, engine_on
 from server.kernels import cpu
+from server.kernels.lora import SlotWeights
 from tests.server.kernels.test_native_runner import bases, tokens
 from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from adapters.weights import LoraWeights, LowRank
-from server.engine.batch import Batch, Logits, SlotWeights
+from server.engine.batch import Batch, Logits
 from server.engine.native_runner import _Results
 from server.engine.runner import Runner, make_runner
 from server.kernels import choose, cpu
 from server.kernels.cpu import bindings
+from server.kernels.lora import SlotWeights
 from server.model.config import RopeScaling
 from tests.server.kernels import tiny
 from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of, codes_of, error, llama, random_tokens

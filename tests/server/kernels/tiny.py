@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from adapters.weights import LoraWeights, LowRank
-from server.engine.batch import Batch, SlotWeights
+from server.engine.batch import Batch
 from server.kernels import Backend
+from server.kernels.lora import SlotWeights
 from server.kernels.weight import Weight
 from server.model.config import ModelConfig, RopeScaling
 from server.model.quantization import quantize
