@@ -95,10 +95,6 @@ class LRU(Generic[K]):
         self.used += cost
         return True
 
-    def touch(self, key: K) -> None:
-        """Make `key` the most recently used."""
-        self._held.move_to_end(key)
-
     def resize(self, key: K, cost: int, evict_last: Callable[[K], bool] | None = None) -> bool:
         """Correct the cost of a held key, evicting others for it if it grew; False and unchanged if that cannot be."""
         need = self.used + cost - self._held[key].cost - self.capacity

@@ -53,11 +53,6 @@ class Loads:
     def __len__(self) -> int:
         return len(self._loads)
 
-    @property
-    def pending(self) -> int:
-        """How many have not come yet."""
-        return sum(not load.settled for load in self._loads.values())
-
     def ask(self, request: Request, now: float) -> Sequence[LoraWeights] | None:
         """The weights of the request's mix, in its order; None while they are on their way or no load may start."""
         load = self._loads.get(request.mix)
