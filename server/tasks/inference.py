@@ -6,6 +6,7 @@ lease is released and the metrics are written when the engine has delivered the 
 
 from __future__ import annotations
 
+import logging
 import math
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -20,6 +21,8 @@ from server.metrics import Ended, Metrics
 from server.tasks.admission import Admission
 from server.tasks.mailbox import Inbox, Mailbox
 from server.tasks.resolve import Target
+
+log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
