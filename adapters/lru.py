@@ -37,9 +37,6 @@ class LRU(Generic[K]):
     def __contains__(self, key: object) -> bool:
         return key in self._held
 
-    def __len__(self) -> int:
-        return len(self._held)
-
     def __iter__(self) -> Iterator[K]:
         """Least recently used first."""
         return iter(self._held)
@@ -105,18 +102,6 @@ class LRU(Generic[K]):
         self.used += cost - self._held[key].cost
         self._held[key].cost = cost
         return True
-
-    def shrink(self, amount: int) -> int:
-        """Evict unpinned keys, least recently used first, until `amount` is given back or none is left.
-
-        Answers what was given back.
-        """
-        before = self.used
-        for key in [k for k, held in self._held.items() if not held.pins]:
-            if before - self.used >= amount:
-                break
-            self._evict([key])
-        return before - self.used
 
     def remove(self, key: K) -> None:
         """Let go of an unpinned key without calling `on_evict`."""
