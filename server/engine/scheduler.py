@@ -43,9 +43,6 @@ REST = 1.0
 LENT_ROWS = 12
 """Rows of prompts that a step may have while processors are lent, so that neither it nor the rest after it is long."""
 
-SWEEP_SECONDS = 0.02
-"""How often deadlines are looked at, at most."""
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -97,7 +94,6 @@ class Scheduler:
         """The full blocks that running requests are about to compute: who shares them waits instead of repeating it."""
         self._changed = False
         """Whether anything has come or been given back since the queue was last gone through in vain."""
-        self._next_sweep = -math.inf
         self._first_deadline = math.inf
         """No request that waits or runs has an earlier one."""
         self._pressed = -math.inf
@@ -109,7 +105,6 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """A new request waits from now on."""
-        request.state = State.QUEUED
         self.waiting.add(request)
         self._first_deadline = min(self._first_deadline, request.deadline)
         self._changed = True
@@ -204,9 +199,8 @@ class Scheduler:
     # -- deadlines and loads
 
     def _sweep(self, now: float, plan: Plan) -> None:
-        if now < self._first_deadline or now < self._next_sweep:
+        if now < self._first_deadline:
             return
-        self._next_sweep = now + SWEEP_SECONDS
         live = [*self.running, *self.waiting]
         self._first_deadline = min((r.deadline for r in live if r.deadline > now), default=math.inf)
         for request in [r for r in live if r.deadline <= now]:

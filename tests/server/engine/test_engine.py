@@ -32,11 +32,14 @@ def prompt(seed: int, length: int = 10) -> list[int]:
 def test_one_request(bench: Any, tools: Any) -> None:
     b = bench()
     heard = b.submit(prompt(1))
+    request = heard.request
+    b.engine.step()
+    first = request.first_token
     b.settle()
     assert heard.tokens == tools.solo(heard, b.runner.vocab)
-    assert heard.reason == "length" and heard.request.state is State.DONE
+    assert heard.reason == "length" and request.state is State.DONE
     assert heard.text == b.text.decode(heard.tokens)
-    request = heard.request
+    assert request.first_token == first, "it comes once"
     assert request.submitted <= request.admitted <= request.first_token <= request.finished
     b.check_empty()
 
@@ -197,6 +200,40 @@ def test_the_last_prompt_token_is_always_computed(bench: Any, tools: Any, length
     assert heard.request.cached == (length - 1) // 4 * 4
 
 
+def test_who_finds_the_step_full_stays_in_the_queue(bench: Any) -> None:
+    b = bench(max_batch=4, max_step_tokens=8)
+    for seed in range(2):
+        b.submit(prompt(seed, 8))
+    b.engine.step()
+    assert b.engine.stats()["running"] == 1 and b.engine.stats()["waiting"] == 1
+
+
+def test_a_step_has_so_many_logits_at_most(bench: Any) -> None:
+    b = bench(max_step_tokens=512)
+    heard = [b.submit(prompt(seed, 32), scored=30) for seed in range(4)]
+    b.settle()
+    assert [len(h.logprobs) for h in heard] == [30] * 4
+    assert max(len(batch.logit_rows) for batch in b.runner.steps) == 64
+
+
+def test_long_prompts_count_for_their_task(bench: Any) -> None:
+    b = bench(max_batch=1, max_step_tokens=64)
+    ended: list[str] = []
+    for seed in range(12):
+        key = "long" if seed % 2 else "short"
+        heard = b.submit(prompt(seed, 30 if seed % 2 else 3), max_tokens=1, fair_key=key)
+        heard.request.deliver = lambda delivery, key=key: ended.append(key)
+    b.settle()
+    assert len(ended) == 12 and ended[:6].count("short") >= 4
+
+
+def test_one_request_may_take_every_block(bench: Any) -> None:
+    b = bench(blocks=3)
+    heard = b.submit(prompt(1, 12), max_tokens=1)
+    b.settle()
+    assert heard.reason == "length" and b.engine.stats()["kv_blocks"]["cached"] == 3 // 2
+
+
 def test_tenant_and_mix_do_not_share_a_prefix(bench: Any, tools: Any) -> None:
     b = bench()
     for options in ({"tenant": "x"}, {"tenant": "y"}, {"mix": tools.mix_of("a1")}, {"tenant": "x"}):
@@ -304,6 +341,7 @@ def test_deadlines(bench: Any, tools: Any) -> None:
     b.runner.before = lambda batch: time.sleep(0.005)
     b.run_until(lambda: all(h.reason for h in (running, queued, loading)))
     assert all(isinstance(h.error, DeadlineExceeded) for h in (running, queued, loading))
+    assert [str(h.error).split()[-1] for h in (running, queued, loading)] == ["running", "waiting", "waiting"]
     assert 0 < len(running.tokens) < 240
     b.check_empty()
 
@@ -315,6 +353,8 @@ class Panic(BaseException):
 @pytest.mark.parametrize("kind", [RuntimeError, Panic])
 def test_a_failed_step_spares_those_that_wait(bench: Any, tools: Any, kind: type[BaseException]) -> None:
     b = bench(max_batch=2)
+    before = b.submit(prompt(9, 12))
+    b.settle()
     all_heard = [b.submit(prompt(i), mix=tools.mix_of("a1")) for i in range(4)]
 
     def explode(batch: Any) -> None:
@@ -328,6 +368,9 @@ def test_a_failed_step_spares_those_that_wait(bench: Any, tools: Any, kind: type
     assert all(isinstance(h.error, EngineFailed) for h in all_heard[:2])
     assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in all_heard[2:])
     assert b.engine.stats()["failures"] == 1 and b.engine.state == "running"
+    again = b.submit(before.request.prompt)
+    until(lambda: again.reason)
+    assert again.request.cached == 0 and again.tokens == before.tokens, "what was cached is trusted no more"
     assert b.engine.stop(1.0)
     b.check_empty()
 

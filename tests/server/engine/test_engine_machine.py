@@ -243,6 +243,7 @@ def engine_machine(bench: Any, tools: Any, overlapped: bool) -> type[RuleBasedSt
             assert scheduler.kv.counts["used"] == len({b for r in scheduler.running for b in r.blocks})
             assert self.bench.engine._slots.in_use == len({d for r in scheduler.running for d in r.mix.digests})
             assert all(r.state is State.RUNNING for r in scheduler.running)
+            assert all(r.kept == r.computed // scheduler.kv.block_size for r in scheduler.running)
             assert all(r.state in (State.QUEUED, State.LOADING) for r in scheduler.waiting)
             assert set(self.bench.engine._live.values()) == {*scheduler.running, *scheduler.waiting}
 
