@@ -345,10 +345,7 @@ class Ram:
     def _let_go(self, digests: Sequence[str]) -> None:
         self._lru.free(digests)
         for digest in digests:
-            if self._lru.pins(digest):
-                continue
-            failed = digest not in self._weights and digest not in self._loading
-            if digest in self._unwanted or failed:
+            if digest in self._unwanted and not self._lru.pins(digest):
                 self._remove(digest)
 
     def _remove(self, digest: str) -> None:

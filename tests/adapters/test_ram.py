@@ -235,6 +235,20 @@ def test_a_cancelled_fetch_holds_nothing(make_ram: MakeRam, source: Source, when
     assert [w.digest for w in got(ram.fetch(["b", "c"]))] == ["b", "c"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_is_told_may_cancel_who_is_told_next(make_ram: MakeRam, source: Source, fails: bool) -> None:
+    ram, gate = make_ram(2), source.hold("a")
+    if fails:
+        source.errors["a"] = InvalidAdapter("bad")
+    first, second = ram.fetch(["a"]), ram.fetch(["a"])
+    first.add_done_callback(lambda _: second.cancel())
+    gate.set()
+    until(lambda: source.told == [("a", "failed" if fails else "ok")])
+    assert second.cancelled() and first.done()
+    del first
+    until(lambda: ram.held == 0)
+
+
 def test_discard_frees_now_or_with_the_last_view(make_ram: MakeRam, source: Source) -> None:
     ram = make_ram(4)
     got(ram.fetch(["a"]))
