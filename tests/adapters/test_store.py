@@ -285,6 +285,7 @@ def test_a_full_disk_at_any_write_changes_nothing_that_is_seen(tmp_path: Path, f
 
 def test_what_is_no_regular_file_is_refused(store: Store, folders: list[Path], tmp_path: Path) -> None:
     target = folders[0] / "adapter_model.safetensors"
+    open_files = len(os.listdir("/proc/self/fd"))
     for make, reason in [
         (lambda: os.mkfifo(target), "not a regular file"),
         (lambda: target.mkdir(), "not a regular file"),
@@ -297,6 +298,24 @@ def test_what_is_no_regular_file_is_refused(store: Store, folders: list[Path], t
         with pytest.raises(InvalidAdapter, match=reason), store.stage(folders[0]):
             pass
     assert not list((store.root / "incoming").iterdir())
+    assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_nothing_gets_its_name_before_it_is_synced(
+    store: Store, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[Path] = set()
+    rename = os.rename
+
+    def named(source: Path, target: Path) -> None:
+        assert {source, *source.rglob("*")} <= synced
+        synced.discard(target.parent)
+        rename(source, target)
+
+    monkeypatch.setattr("os.fsync", lambda fd: synced.add(Path(os.readlink(f"/proc/self/fd/{fd}"))))
+    monkeypatch.setattr("os.rename", named)
+    publish(store, "a", folders[0])
+    assert {store.root, store.root / "versions"} <= synced, "and the names are, after that"
 
 
 def test_links_may_not_lead_out(store: Store, folders: list[Path], tmp_path: Path) -> None:
