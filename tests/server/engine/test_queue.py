@@ -9,7 +9,7 @@ import pytest
 from server.engine import queue
 from server.engine.queue import FairQueue, Inbox
 from server.engine.request import Request, Sampling
-from server.errors import NotReady, QueueFull
+from server.errors import NoCapacity, NotReady, QueueFull
 
 
 def request(key: str = "k", priority: int = 0, length: int = 4) -> Request:
@@ -95,6 +95,39 @@ def test_a_key_that_waits_or_runs_has_its_share_of_the_clock() -> None:
     assert q._service[0, "new"] == 100 / 1 + 100 / 2 + 100 / 1
 
 
+def test_a_key_is_there_while_any_of_its_requests_waits_or_runs() -> None:
+    q = FairQueue()
+    pair = [request("a"), request("a")]
+    for one in (*pair, request("b")):
+        q.add(one)
+    q.charge(pair[0], 100)
+    assert q._clock[0] == 100 / 2
+    for one in pair:
+        q.enter(one)
+    q.leave(pair[0])
+    q.charge(pair[1], 100)
+    assert q._clock[0] == 100 / 2 + 100 / 2
+    q.leave(pair[1])
+    assert q._present[0] == {(0, "b")}
+
+
+def test_who_comes_starts_at_the_least_of_those_that_wait_if_that_is_ahead_of_the_clock() -> None:
+    q = FairQueue()
+    for i in range(9):  # they run and want little, so that the clock is slow
+        q.add(one := request(f"modest{i}"))
+        q.enter(one)
+    for key, cost in (("a", 1000), ("b", 1100), ("a", 2000)):
+        one = next((one for one in q if one.fair_key == key), None) or request(key)
+        if one not in q:
+            q.add(one)
+        q.enter(one)
+        q.charge(one, cost)
+        q.leave(one)
+        q.add(request(key))
+    q.add(request("new"))
+    assert {key: q._service[0, key] for key in ("a", "b", "new")} == {"a": 3000, "b": 2100, "new": 2100}
+
+
 def test_who_takes_what_others_leave_owes_nothing_for_it() -> None:
     """A key has most of the service, as another that runs wants little. Then a third brings more than there is."""
     q = FairQueue()
@@ -124,6 +157,11 @@ def test_one_key_is_first_come_first_served_and_resumed_go_before() -> None:
     q.put_back(third)
     assert list(q.in_order()) == [third, first, second]
     assert third in q and q.newest((0, "k")) is second
+    q.enter(third)
+    q.enter(first)
+    q.put_back(first)
+    q.put_back(third)
+    assert list(q.in_order()) == [third, first, second], "who was preempted last entered first"
     q.remove(third)
     assert third not in q and "x" not in q
     with pytest.raises(KeyError):
@@ -162,6 +200,13 @@ def test_what_is_remembered_of_keys_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     assert len(q._service) <= 21
     assert not any(q._present.values()) and not q._running
     assert q._service[0, "key199"] > 0
+    for key in ("one waits", "another waits"):
+        q.add(request(key))
+    q.charge(one, 1e6)
+    for i in range(200, 400):
+        q.add(other := request(f"key{i}"))
+        q.remove(other)
+    assert q._service[0, "key199"] > 1e6, "who has had most is remembered longest"
 
 
 def opened(**bounds: int) -> Inbox:
@@ -194,6 +239,51 @@ def test_what_has_left_makes_room_once() -> None:
     with pytest.raises(QueueFull):
         inbox.put(request())
     assert inbox.waiting == 4
+
+
+def test_whatever_comes_wakes_the_engine() -> None:
+    woken: list[bool] = []
+    inbox = Inbox(4, 100, lambda: woken.append(True))
+    inbox.open()
+    for come in (
+        lambda: inbox.put(request()),
+        lambda: inbox.cancel("r"),
+        lambda: inbox.forget("d"),
+        lambda: inbox.release_idle(1),
+    ):
+        come()
+        assert woken.pop() and not woken
+    arrivals = inbox.take()
+    assert arrivals is not None and arrivals.wanted_bytes == 1 and inbox.take() is None
+
+
+def test_one_request_may_have_more_tokens_than_the_queue() -> None:
+    inbox = opened(requests=4, tokens=100)
+    inbox.put(request(length=101))
+    assert inbox.overfull() is None
+    with pytest.raises(QueueFull):
+        inbox.put(request())
+    inbox.check(1, 101)
+    inbox.check(4, 100)
+    for requests, tokens in ((2, 101), (5, 5)):
+        with pytest.raises(NoCapacity, match=f"{requests} requests with {tokens} prompt tokens"):
+            inbox.check(requests, tokens)
+
+
+def test_who_finds_no_place_is_told_when_a_quarter_will_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(queue.time, "monotonic", lambda: now)
+    inbox = opened(requests=12)
+    inside = [request(length=1) for _ in range(12)]
+    for one in inside:
+        inbox.put(one)
+    assert inbox.full().retry_after == 1.0
+    for one in inside[:4]:
+        inbox.left(one)
+        now += 3.0
+    assert inbox.full().retry_after == 3.0 * 8 / 4
+    now += 1000.0
+    assert inbox.full().retry_after == 30.0
 
 
 def test_the_less_urgent_take_no_place_of_the_more_urgent() -> None:
