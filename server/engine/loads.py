@@ -64,7 +64,7 @@ class Loads:
             load = self._loads[request.mix] = _Load(self._start(request.mix), warm)
         if request not in load.waiters:
             load.waiters[request] = now
-        if load.settled or load.future.done():
+        if load.future.done():
             return self._result(load)
         request.state = State.LOADING
         return None

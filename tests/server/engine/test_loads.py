@@ -1,0 +1,76 @@
+"""The loads that waiting requests ask for: one a mix, within places, and who is told what of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from server.engine.loads import Loads
+from server.engine.request import Request, Sampling, State
+
+
+class Asked:
+    """`Loads` on a fetch whose loads end when the test says so."""
+
+    def __init__(self, tools: Any, limit: int) -> None:
+        self.tools = tools
+        self.woken = 0
+        self.fetch = tools.Fetcher(ready=set())
+        self.loads = Loads(self.fetch, limit, self.wake)
+
+    def wake(self) -> None:
+        self.woken += 1
+
+    def request(self, name: str, priority: int = 0) -> Request:
+        mix = self.tools.mix_of(name)
+        return Request("r", (1,), Sampling(), lambda delivery: None, mix=mix, priority=priority)
+
+
+@pytest.fixture
+def asked(tools: Any) -> Asked:
+    return Asked(tools, limit=2)
+
+
+def test_one_load_serves_all_who_wait_for_it_and_stays_while_one_does(asked: Asked) -> None:
+    first, second = asked.request("a1"), asked.request("a1")
+    assert asked.loads.ask(first, 1.0) is None and asked.loads.ask(second, 3.0) is None
+    assert len(asked.fetch.asked) == 1 and first.state is second.state is State.LOADING
+    asked.fetch.finish()
+    assert asked.woken == 1 and asked.loads.settle(4.0) == (True, [])
+    assert (first.load_seconds, second.load_seconds) == (3.0, 1.0)
+    assert first.state is second.state is State.QUEUED
+    asked.loads.leave(first)
+    assert asked.loads.came_for(second) and not asked.loads.came_for(first)
+    asked.loads.leave(second)
+    assert len(asked.loads) == 0
+
+
+def test_the_end_of_a_load_that_was_given_up_says_nothing_of_the_one_that_followed(asked: Asked) -> None:
+    first, second = asked.request("a1"), asked.request("a1")
+    asked.loads.ask(first, 1.0)
+    asked.loads.leave(first)
+    asked.loads.ask(second, 2.0)
+    assert asked.woken == 1 and len(asked.fetch.asked) == 2
+    assert asked.loads.settle(3.0) == (False, []) and second.state is State.LOADING
+
+
+def test_who_has_waited_longest_counts_among_those_of_one_priority(asked: Asked) -> None:
+    assert asked.loads.waited(0, 10.0) == 0.0
+    for since, name, priority in ((1.0, "a1", 1), (2.0, "a2", 0), (5.0, "a2", 0)):
+        asked.loads.ask(asked.request(name, priority), since)
+    assert asked.loads.waited(0, 10.0) == 8.0 and asked.loads.waited(1, 10.0) == 9.0
+
+
+def test_a_place_is_taken_from_the_less_urgent_and_from_nobody_else(asked: Asked) -> None:
+    low, other, urgent, late = (asked.request(f"a{i}", priority) for i, priority in enumerate((1, 0, 0, 0)))
+    for one in (low, other, urgent, late):
+        assert asked.loads.ask(one, 1.0) is None
+    assert [mix.digests for mix in asked.fetch.asked] == [one.mix.digests for one in (low, other, urgent)]
+    assert len(asked.loads) == 2 and asked.fetch.pending[0][1].cancelled()
+    assert [one.state for one in (low, other, urgent, late)] == [
+        State.QUEUED,
+        State.LOADING,
+        State.LOADING,
+        State.QUEUED,
+    ]
