@@ -90,8 +90,6 @@ class Slots:
 
         Raises as `reserve` does; then the adapter that is at fault has no slot.
         """
-        if self.room is None:
-            return
         for digest, cost in self._costs(mix, weights).items():
             if digest in self._slot_of or not self._open or not self._held.add(digest, cost):
                 continue
@@ -113,12 +111,9 @@ class Slots:
 
     def forget(self, digest: str) -> None:
         """Empty the slot of an adapter as soon as no request holds it. One that is not resident is no error."""
-        if digest not in self._held:
-            self._leaving.discard(digest)
-        elif self._held.pins(digest):
+        if self._held.pins(digest):
             self._leaving.add(digest)
-        else:
-            self._leaving.discard(digest)
+        elif digest in self._held:
             self._held.remove(digest)
             self._vacate(digest)
 

@@ -42,6 +42,20 @@ def test_a_mix_that_could_never_fit_is_refused(slots: Slots, tools: Any) -> None
     with pytest.raises(NoCapacity, match="130 bytes of GPU memory, and there is room for 100"):
         slots.reserve(mix, weights_of(tools, "a6", "a7"))
     assert slots.in_use == 0 and slots.resident == []
+    assert slots.reserve(tools.mix_of("a4", "a6"), weights_of(tools, "a4", "a6")) is not None, "all of it may be taken"
+
+
+def test_so_many_idle_slots_are_emptied_as_bytes_are_needed(tools: Any) -> None:
+    slots = Slots(4, lambda slot, weights: None, lambda slot: None)
+    for name in ("a1", "a2", "a3", "a4"):
+        slots.reserve(tools.mix_of(name), [tools.adapter(name)])
+    for name in ("a2", "a3", "a4"):
+        slots.free(tools.mix_of(name))
+    each = tools.adapter("a1").nbytes
+    slots.release_idle(each)
+    assert slots.resident == [tools.digest_of(name) for name in ("a1", "a3", "a4")] and slots.evictions == 1
+    slots.release_idle(each + 1)
+    assert slots.resident == [tools.digest_of("a1")] and slots.evictions == 3
 
 
 def test_small_adapters_never_outnumber_the_slots(slots: Slots, tools: Any) -> None:
