@@ -44,5 +44,5 @@ class Latencies:
         total = int(running[-1])
         if not total:
             return [None] * len(shares)
-        ranks = [max(1, math.ceil(share * total)) for share in shares]
+        ranks = [math.ceil(share * total) for share in shares]
         return [LOWEST * FACTOR ** (float(np.searchsorted(running, rank)) - 0.5) for rank in ranks]

@@ -488,9 +488,9 @@ def _told_of_the_disk() -> Iterator[None]:
         raise StoreFailed(f"the quality records cannot be written: {error}") from None
 
 
-def _told(text: str | None) -> bytes:
+def _told(text: str) -> bytes:
     """An answer's words as accuracy compares them, but for case and space: what people write is not kept."""
-    return digest((text or "").strip().lower())
+    return digest(text.strip().lower())
 
 
 def _written(weight: float) -> float:

@@ -87,6 +87,52 @@ def test_feedback_is_for_a_day(tmp_path: Path) -> None:
     quality.close()
 
 
+def test_feedback_is_for_the_task_and_the_tenant_of_the_answer(tmp_path: Path) -> None:
+    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality.answered(answered("one", subject, tenant="team"))
+    quality.answered(answered("of another task", Subject.of("u", [], "base"), tenant="team"))
+    for task, id, tenant in (("u", "one", "team"), ("t", "one", "other"), ("t", "of another task", "team")):
+        with pytest.raises(UnknownName):
+            quality.feedback(task, id, tenant, score=1.0, expected=None)
+    quality.feedback("t", "one", "team", score=1.0, expected=None)
+    assert quality.totals(subject, "accuracy", "feedback").count == 1
+    quality.close()
+
+
+def test_an_answer_that_failed_is_an_error_and_no_latency(tmp_path: Path) -> None:
+    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality.answered(answered("one", subject, failed=True))
+    (told,) = quality.performance("t")
+    assert (told["requests"], told["errors"], told["e2e"]["p50"]) == (1, 1, None)
+    with pytest.raises(UnknownName):
+        quality.feedback("t", "one", "", score=1.0, expected=None)
+    quality.close()
+
+
+def test_answers_are_written_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FLUSH_SECONDS", 0.01)
+    quality = Quality(tmp_path / "quality.db")
+    quality.answered(answered("one", Subject.of("t", [], "base")))
+    until(lambda: not quality._pending)
+    quality.close()
+
+
+@pytest.mark.parametrize(("retention", "kept"), [(90 * module.DAY, 89 * module.DAY), (module.HOUR, 0.9 * module.DAY)])
+def test_rows_stay_until_they_are_old_and_a_day_at_least(tmp_path: Path, retention: float, kept: float) -> None:
+    quality, subject = Quality(tmp_path / "quality.db", retention=retention), Subject.of("t", [], "base")
+    quality.evaluated(subject, "accuracy", {"x": 1.0})
+
+    def rows() -> int:
+        (count,) = quality._db.execute("SELECT count(*) FROM scores").fetchone()
+        return int(count)
+
+    quality._sweep(time.time() + kept)
+    assert quality.totals(subject, "accuracy", "evaluation").count == rows() == 1
+    quality._sweep(time.time() + 2 * max(retention, module.DAY))
+    assert quality.totals(subject, "accuracy", "evaluation").count == rows() == 0
+    quality.close()
+
+
 @pytest.mark.parametrize("scored", [True, False])
 def test_old_rows_go(tmp_path: Path, scored: bool) -> None:
     quality, subject = Quality(tmp_path / "quality.db", retention=module.DAY), Subject.of("t", [], "base")
@@ -279,3 +325,6 @@ def test_percentiles_are_within_five_percent() -> None:
     latencies.add(0.0)
     assert int(latencies.counts.sum()) == 20_002
     assert Latencies().percentiles() == [None, None, None]
+    single = Latencies()
+    single.add(0.3)
+    assert single.percentiles() == pytest.approx([0.3] * 3, rel=0.06)

@@ -138,6 +138,13 @@ def test_an_interval_narrows_and_holds_the_mean() -> None:
     assert interval(Totals()) == (0, 1) and lead({0: many}, {}) < 0
 
 
+def test_turned_scores_are_those_of_one_minus_each() -> None:
+    turned = Totals().plus(0.2).plus(0.7).turned()
+    other = Totals().plus(0.8).plus(0.3)
+    assert turned.count == other.count
+    assert (turned.total, turned.squares) == pytest.approx((other.total, other.squares))
+
+
 def test_loss_is_better_when_lower() -> None:
     scores = {"a": {0: Totals(1000, 100, 100)}, "b": {0: Totals(1000, 900, 900)}}
     assert decide(scores, 200, None).leader == "b"
@@ -199,6 +206,8 @@ def test_decisions_outlive_the_process_and_end_with_the_version(tmp_path: Path) 
     assert sorted({router.pick(task, route) for _ in range(9)}) == ["a", "b", "c"], "a new version starts anew"
     del names.contents["c"]
     assert {router.pick(task, route) for _ in range(9)} == {"a", "b"}, "one that is gone gets no turn"
+    names.contents.clear()
+    assert router.pick(task, route) in route.candidates, "who resolves it says what is missing"
     quality.close()
 
 
@@ -223,6 +232,22 @@ def test_a_new_version_of_a_rival_is_tried_first_while_the_leader_serves(tmp_pat
     assert picks.count("c") == 4 and picks.count("b") == len(picks) - 4
     score(quality, names, "c", [1.0] * 300)
     assert router.review(task, route).leader == "c", "and takes over once it is proven"
+    quality.close()
+
+
+def test_a_decision_keeps_its_reason_until_it_is_forgotten_with_the_turns(tmp_path: Path) -> None:
+    names, route = Names("a", "b"), Best(("a", "b"), source="evaluation", min_samples=50)
+    task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        score(quality, names, name, [value] * 100)
+    router = BestRouter(quality, names, "base")
+    decided = router.review(task, route).reason
+    score(quality, names, "b", [1.0] * 200)
+    told = router.describe(task, route)
+    assert (told["leader"], told["decided"]) == ("b", decided) and "b 1.000 of 200" in told["reason"]
+    assert [router.pick(task, route) for _ in range(3)] == ["a", "b", "b"]
+    router.forget("t")
+    assert [router.pick(task, route) for _ in range(3)] == ["a", "b", "a"]
     quality.close()
 
 
