@@ -654,13 +654,19 @@ def test_stop_drains_and_then_ends_the_rest(bench: Any) -> None:
     with pytest.raises(NotReady):
         b.submit(prompt(2))
     b = bench()
-    b.runner.before = lambda batch: time.sleep(0.01)
+    states: set[str] = set()
+
+    def run_slowly(batch: Any) -> None:
+        states.add(b.engine.state)
+        time.sleep(0.01)
+
+    b.runner.before = run_slowly
     slow = b.submit(prompt(1), max_tokens=240)
     b.engine.start()
     began = time.monotonic()
     assert b.engine.stop(0.1)
     assert time.monotonic() - began < 2.0
-    assert isinstance(slow.error, NotReady)
+    assert isinstance(slow.error, NotReady) and "draining" in states
     b.check_empty()
 
 

@@ -106,6 +106,29 @@ def test_a_step_is_launched_before_the_one_before_is_read(bench: Any, tools: Any
     assert made.engine.stats()["steps"] == 6
 
 
+def test_the_first_token_comes_once_and_a_token_of_id_0_is_one(bench: Any) -> None:
+    made = bench(overlapped=True)
+    made.runner.before = lambda batch: 100 * torch.eye(made.runner.vocab)[0]
+    heard = made.submit([5, 6, 7], max_tokens=4)
+    made.engine.step()
+    made.engine.step()
+    first = heard.request.first_token
+    made.settle()
+    assert heard.tokens == heard.request.output == [0] * 4 and heard.request.first_token == first
+
+
+def test_a_device_is_waited_for_when_nothing_follows_and_at_the_end(bench: Any) -> None:
+    made = bench(overlapped=True)
+    waited: list[bool] = []
+    made.runner.wait = lambda: waited.append(True)
+    made.submit([5, 6, 7], max_tokens=2)
+    made.settle()
+    assert len(waited) == 1
+    made.submit([5, 6, 7], max_tokens=9)
+    made.engine.step()
+    assert made.engine.stop() and len(waited) == 2
+
+
 def test_a_step_that_must_be_read_at_once_is(bench: Any, tools: Any) -> None:
     """And the ones after it are planned ahead again."""
     made = bench(overlapped=True)

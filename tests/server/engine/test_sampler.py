@@ -150,7 +150,8 @@ def test_min_tokens_masks_the_ends() -> None:
     row[[EOS, 9, 4]] = [5.0, 4.0, 3.0]
     options: dict[str, Any] = {"min_tokens": 2, "stop_token_ids": (9,)}
     assert pick(row, request(output=(1,), **options))[0].token == 4
-    assert pick(row, request(output=(1, 1), **options))[0].token == EOS
+    for more in ({}, {"logprobs": 0}):  # whether a token alone is wanted or not
+        assert pick(row, request(output=(1, 1), **options, **more))[0].token == EOS
 
 
 class Allow:
