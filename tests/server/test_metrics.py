@@ -1,0 +1,25 @@
+"""What is counted of requests that have ended, apart from any server."""
+
+from __future__ import annotations
+
+from server.metrics import Ended, Metrics
+
+
+def test_the_totals_of_a_task_are_those_of_all_its_pairs_until_it_is_gone() -> None:
+    metrics = Metrics()
+    times = {"submitted": 1.0, "admitted": 1.5, "first_token": 2.0, "finished": 5.0}
+    for adapters, status in ((("a",), "200"), (("b",), "200"), (("a",), "cancelled"), (("a",), "500")):
+        metrics.record(Ended("t", adapters, status, **times, prompt_tokens=3, generated_tokens=4, longest=4))
+    metrics.record(Ended("u", ("a",), "200", **times, latency=False))
+    assert metrics.totals()["t"] == {
+        "requests": 4,
+        "errors": 1,
+        "cancelled": 1,
+        "prompt_tokens": 12,
+        "generated_tokens": 16,
+        "ttft_seconds": 1.0,
+        "duration_seconds": 4.0,
+    }
+    assert metrics.totals()["u"]["requests"] == 1 and metrics.totals()["u"]["ttft_seconds"] == 0.0
+    metrics.forget_task("t")
+    assert set(metrics.totals()) == {"u"}
