@@ -133,7 +133,9 @@ def test_publish_again_and_other_content(registry: Registry, folders: list[Path]
     with pytest.raises(AdapterConflict):
         registry.publish_now("a", folders[1], create_only=True)
     assert registry.current("a") == first.version
+    open_files = len(os.listdir("/proc/self/fd"))
     second = registry.publish_now("a", folders[1])
+    assert len(os.listdir("/proc/self/fd")) == open_files
     assert second.created and registry.current("a") == second.version
     assert registry._observer.changes == [("a", first.version.label), ("a", second.version.label)]
 

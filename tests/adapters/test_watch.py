@@ -17,7 +17,7 @@ from adapters.errors import InvalidAdapter
 from adapters.ports import Observer
 from adapters.registry import Registry
 from adapters.store import Disk, Store
-from adapters.watch import Watch, scan_library
+from adapters.watch import Watch, scan_library, signature_of
 from adapters.weights import LoraWeights
 from tests.waiting import until
 
@@ -319,7 +319,8 @@ def test_a_folder_that_is_replaced_is_never_away(scene: Scene) -> None:
     assert scene.look(2) == {"a": a}
     for path in (scene.directory / "a").iterdir():
         path.unlink()
-    assert scene.look(4) == {}, "an empty folder is a removed one"
+    assert scene.look(3) == {"a": a}, "for as long as one that was never away before"
+    assert scene.look(1) == {}, "an empty folder is a removed one"
 
 
 def test_deleted_through_the_api_it_stays_deleted_until_its_content_changes(scene: Scene) -> None:
@@ -329,6 +330,8 @@ def test_deleted_through_the_api_it_stays_deleted_until_its_content_changes(scen
     assert scene.look(5) == {}
     age(scene.directory / "a")
     assert scene.look(5) == {}, "touched is not changed"
+    taken = scene.registry.taken_from("watch/a")
+    assert taken is not None and taken.signature == signature_of(scene.directory / "a", None), "and not read again"
     scene.restart()
     assert scene.look(5) == {}
     (scene.directory / "a" / "README.md").write_text("a new card")
