@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,6 +157,24 @@ def test_what_cannot_be_composed_is_said():
         composition.ties([(one, 1.0)], "t", density=0.5, majority="loudest")
     with pytest.raises(AdapterError, match="exact, linear"):
         composition.compose([(one, 1.0)], "x", "slerp")
+
+
+@pytest.mark.parametrize("method", composition.METHODS)
+def test_every_method_asks_the_same_of_its_adapters(method):
+    one, other = random_weights(1, {"x": 2}), random_weights(2, {"x": 2}, out=8)
+    for pairs, reason in (([], "nothing"), ([(one, 1.0), (other, 1.0)], "different bases"), ([(one, 99.0)], "finite")):
+        with pytest.raises(InvalidChoice, match=reason):
+            composition.compose(pairs, "c", method)
+    with pytest.raises(AdapterError, match="density"):
+        composition.ties([(one, 1.0)], "c", density=1.5)
+
+
+def test_a_composed_adapter_names_a_base_only_if_all_have_it():
+    one, other = (replace(random_weights(seed, {"x": 2}), metadata={"base": "m"}) for seed in (1, 2))
+    assert composition.compose([(one, 1.0), (other, 1.0)], "c").metadata["base"] == "m"
+    for base in ("n", None):
+        pairs = [(one, 1.0), (replace(other, metadata={"base": base}), 1.0)]
+        assert "base" not in composition.compose(pairs, "c").metadata
 
 
 def test_dare_is_drawn_by_its_seed():
