@@ -139,8 +139,7 @@ def _kernels(settings: Settings, report: Report) -> None:
     report.facts["kernels"] = f"native, for {cpu.instructions()}" if chosen == "native" else chosen
     if reason is not None and chosen != "cuda":
         report.facts["native kernels"] = f"not here: {reason}"
-        hint = "" if shutil.which("g++") else "; with a C++ compiler (g++), pip install builds them"
-        report.remarks.append(f"without the native kernels torch's own ops serve, which is slower{hint}")
+        report.remarks.append("without the native kernels torch's own ops serve, which is slower")
 
 
 def _base(settings: Settings, report: Report) -> None:

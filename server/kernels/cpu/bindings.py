@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sysconfig
 from ctypes import POINTER, c_bool, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -170,10 +171,14 @@ def library() -> ctypes.CDLL:
 
 def load(name: str) -> ctypes.CDLL:
     """One of `LIBRARIES`, whether it runs here or not. Raises OSError as `library` does."""
-    found = sorted(Path(__file__).parent.glob(f"{name}.*so"))
-    if not found:
-        raise OSError("the library was not built with this package")
-    loaded = ctypes.CDLL(str(found[0]))
+    # By its whole name: a checkout keeps what it built for another Python, and that may be of older sources.
+    built = Path(__file__).with_name(name + sysconfig.get_config_var("EXT_SUFFIX"))
+    if not built.exists():
+        raise OSError(
+            "the library was not built with this package: install that again where there is a C++ compiler (g++ 10 or "
+            "later)"
+        )
+    loaded = ctypes.CDLL(str(built))
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name, None)
         if function is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +75,11 @@ def test_the_fastest_library_that_runs_is_loaded(
     with caplog.at_level(logging.INFO, "server.kernels.cpu"):
         assert bindings.library.__wrapped__() is there["_native"]
     assert caplog.messages == ["the kernels of _native_bf16 are left out: the library was not built with this package"]
+
+
+def test_a_library_of_another_python_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies in a checkout where another Python was used, and nothing has built it again since."""
+    monkeypatch.setattr(bindings, "__file__", str(tmp_path / "bindings.py"))
+    (tmp_path / "_native.cpython-310-x86_64-linux-gnu.so").touch()
+    with pytest.raises(OSError, match=r"was not built with this package: install that again .* compiler \(g\+\+"):
+        bindings.load("_native")
