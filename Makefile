@@ -78,11 +78,12 @@ dashboard:
 	@echo "Grafana     http://127.0.0.1:3000   admin, password: deploy/secrets/grafana_password"
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info server/kernels/cpu/*.so
 
 # The stamps are newer than all that decides what is installed, so a second run installs nothing.
 $(VENV)/.made:
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; name one with PYTHON=" >&2; exit 1; }
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed; name one with PYTHON=" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv (Debian: apt install python3-venv)" >&2; exit 1; }
 	touch $@
 

@@ -128,3 +128,15 @@ def test_make_passes_settings_on() -> None:
     assert command("PORT=9000", "ARGS=--max-mix 2") == ["serve", "--port", "9000", "--max-mix", "2"]
     assert command(PORT="9001", HOST="this-machine", MODEL="x") == ["serve", "--port", "9001"]
     assert command("MODEL=a b", "STATE_DIR=/s") == ["serve", "--model", "a b", "--state-dir", "/s"]
+
+
+def test_make_refuses_a_python_that_is_too_old(tmp_path: Path) -> None:
+    """Before it makes an environment of it, which a later make would take for whole."""
+    old = tmp_path / "python"
+    old.write_text('#!/bin/sh\n[ "$1" = -m ] && mkdir -p "$3"\n')
+    old.chmod(0o755)
+    venv = tmp_path / "venv"
+    run = subprocess.run(
+        ["make", f"VENV={venv}", f"PYTHON={old}", f"{venv}/.made"], cwd=REPO, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode != 0 and "Python 3.11 or later is needed" in run.stderr and not venv.exists()
