@@ -324,8 +324,8 @@ def _refuse_tensor(key: str, name: str) -> None:
     module, _, last = name.rpartition(".")
     if peft_config.HEADS.fullmatch(module) or "modules_to_save" in name:
         raise UnsupportedAdapter(
-            f"{TENSOR_FILE}: {key} is not served: it replaces a whole module of the base; "
-            "save with save_embedding_layers=False",
+            f"{TENSOR_FILE}: {key} is not served: it replaces a whole module of the base; if it is the base's own, "
+            "save with save_embedding_layers=False, and if it was trained or resized, retrain without it",
             key,
         )
     if last == "bias":

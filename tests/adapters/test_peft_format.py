@@ -478,7 +478,7 @@ TABLE = torch.zeros(48, 16)
             UnsupportedAdapter,
             "LoRA on 'lm_head' .* retrain without that target",
         ),
-        ({}, {"lm_head.weight": TABLE}, UnsupportedAdapter, "save_embedding_layers=False"),
+        ({}, {"lm_head.weight": TABLE}, UnsupportedAdapter, "layers=False, and if it was .* resized, retrain"),
         ({}, {"model.layers.9.mlp.up_proj.lora_A.weight": TABLE}, InvalidAdapter, "lora_B.weight is missing"),
         (
             {},
