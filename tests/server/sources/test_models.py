@@ -100,6 +100,12 @@ def test_not_to_be_had(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> 
         catalogue.fetch(without, tmp_path / "models")
 
 
+def test_a_place_that_cannot_be_written_is_another_settings_matter(entry: catalogue.Entry, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BadModel, match=r"tiny\.gguf can not be written to \S+: Not a directory; --state-dir names"):
+        catalogue.fetch(entry, tmp_path / "file" / "models")
+
+
 def test_an_installed_package_is_used(entry: catalogue.Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site" / "tiny_base"
     package.mkdir(parents=True)
