@@ -173,7 +173,7 @@ class Watch:
         if not signature:  # no adapter, or none any more
             below, state = _adapters_below(self._directory / folder)
             if below and folder not in self._known:
-                self._refuse_nested(folder, below[0], state, now)
+                self._refuse_nested(folder, below[-1], state, now)
             else:
                 self._miss(folder)
             return
@@ -197,13 +197,13 @@ class Watch:
         refused = self._refused.get(folder)
         if (refused is None or refused.signature != signature) and self._is_still(folder, signature, now):
             self._seen.pop(folder, None)
-            first = shown(below)
+            name = shown(below)
             self._refuse(
                 folder,
                 signature,
-                f"{CONFIG_FILE} is missing, but {first!r} in it has one, as PEFT saves named adapters and trainers "
-                f"save checkpoints: move the files of {first!r} up into the folder, or register "
-                f"{shown(folder)}/{first} under a name",
+                f"{CONFIG_FILE} is missing, but {name!r} in it has one, as PEFT saves named adapters and trainers "
+                f"save checkpoints: move the files of {name!r} up into the folder, or register "
+                f"{shown(folder)}/{name} under a name",
             )
 
     def _is_still(self, folder: str, signature: Signature, now: float) -> bool:
@@ -337,16 +337,17 @@ def signature_of(folder: Path, within: Path | None) -> Signature:
 
 
 def _adapters_below(folder: Path) -> tuple[list[str], Signature]:
-    """The names of those folders in `folder` that have an adapter's config, sorted, and the state of all files there.
+    """The names of those folders in `folder` that have an adapter's config, and the state of all files there.
 
-    It is all files, since a folder that is being copied may get its own config last.
+    Long names come last, and so does a training's last checkpoint. It is all files, since a folder that is being copied
+    may get its own config last.
     """
     try:
         # Anything may lie there, and it is looked at every second: names first.
         with os.scandir(folder) as entries:
             folders = (entry.name for entry in islice(entries, MAX_ENTRIES) if entry.is_dir(follow_symlinks=False))
             below = [name for name in folders if name[0] != "."]
-        found = [name for name in sorted(below) if (folder / name / CONFIG_FILE).is_file()]
+        found = [name for name in sorted(sorted(below), key=len) if (folder / name / CONFIG_FILE).is_file()]
         if not found:
             return [], ()
         return found, sum((_files(folder, name) for name in ("", *found)), ())

@@ -257,6 +257,15 @@ def test_an_adapter_one_level_down_is_told_of(scene: Scene, below: str) -> None:
     assert scene.look(3) == {"a": a, "named": a} and scene.rejected() == {}
 
 
+def test_of_several_checkpoints_the_last_is_named(scene: Scene) -> None:
+    a = scene.put("a", 1)
+    for steps in (500, 1000, 1500):
+        shutil.copytree(scene.directory / "a", scene.directory / "trainer" / f"checkpoint-{steps}")
+    scene.look()
+    assert scene.look(3) == {"a": a}
+    assert "but 'checkpoint-1500' in it has one" in scene.rejected()["trainer"]
+
+
 def test_a_folder_whose_own_files_are_copied_last_is_waited_for(scene: Scene) -> None:
     a = scene.put("a", 1)
     scene.look(2)
