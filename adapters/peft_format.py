@@ -70,7 +70,9 @@ def read_folder(
         raise InvalidAdapter(f"{path.name!r} is no folder")
     config = _read_file(path, CONFIG_FILE, MAX_CONFIG_BYTES)
     if config is None:
-        raise InvalidAdapter(f"{CONFIG_FILE} is missing", CONFIG_FILE)
+        merged = os.path.lexists(path / "config.json")
+        what = ": this is a whole model, as merge_and_unload leaves one, and --model serves it" if merged else ""
+        raise InvalidAdapter(f"{CONFIG_FILE} is missing{what}", CONFIG_FILE)
     parsed = peft_config.parse(_json_object(config, CONFIG_FILE))
     hint = f", which no adapter of rank {max_rank} (--max-rank) reaches" if shapes is not None else ""
     limit = _tensor_limit(shapes, max_rank)

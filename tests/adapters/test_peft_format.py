@@ -415,6 +415,14 @@ class Trap:
         return (os.mkdir, (str(self.mark),))
 
 
+def test_a_merged_model_is_told_apart_from_a_folder_of_nothing(tmp_path):
+    with pytest.raises(InvalidAdapter, match=r"adapter_config\.json is missing$"):
+        peft_format.read_folder(tmp_path, name="a")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InvalidAdapter, match=r"is missing: this is a whole model, .* --model serves it"):
+        peft_format.read_folder(tmp_path, name="a")
+
+
 def test_a_pickle_is_refused_without_being_opened(make_peft, shapes, tmp_path):
     _, folder = make_peft(r=2, target_modules=["q_proj"])
     (folder / "adapter_model.safetensors").unlink()
