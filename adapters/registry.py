@@ -239,10 +239,8 @@ class Registry:
         self.check(name, if_match)
         with self._intake.stage(name, folder, within) as (staged, weights):
             self._check_fit(name, weights.nbytes)
-            commit = self._submit(
-                self._writer, lambda: self._commit(staged, weights, create_only, if_match, source, taken)
-            )
-            return commit.result()
+            told = (staged, weights, create_only, if_match, source, taken)
+            return self._submit(self._writer, lambda: self._commit(*told)).result()
 
     async def roll_back(self, name: str, version: str, if_match: str | None = None) -> Published:
         """Give `name` one of its kept versions again: "name@digest" or the digest, six digits of it or more.
@@ -467,6 +465,9 @@ class Registry:
             lease = self.lease([(name, 1.0)])
         except AdapterError as error:  # retired meanwhile, or the budget is smaller than at the last start
             log.warning("the pinned adapter %r is not in memory: %s", name, error.message)
+            with self._lock:
+                if self._pins.get(name) is None:  # it takes no room from the others
+                    self._pins.pop(name, None)
             return
 
         def keep(fetched: Fetched) -> None:
@@ -520,8 +521,7 @@ class Registry:
     def _check_fit(self, name: str, nbytes: int, pinned: bool = False) -> None:
         """Raises NoRoom if `name` at `nbytes` could never be in RAM, or is (to be) pinned and other pins leave less."""
         with self._lock:
-            pinned = pinned or name in self._pins
-            others = self._pinned_digests(besides=name) if pinned else set()
+            others = self._pinned_digests(besides=name) if pinned or name in self._pins else set()
         room = self._ram.capacity - sum(self._ram.size(digest) for digest in others)
         if nbytes > room:
             beside = " beside what is pinned" if others else ""

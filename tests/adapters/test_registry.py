@@ -541,6 +541,23 @@ async def test_pins_hold_across_publish_and_restart(open_registry: Open, folders
     await again.pin("a")
 
 
+async def test_a_pin_that_a_smaller_budget_has_no_room_for_takes_none_from_others(
+    open_registry: Open, folders: list[Path]
+) -> None:
+    size = read_folder(folders[0], name="a").nbytes
+    registry = open_registry(ram_bytes=3 * size)
+    for name, folder in zip("abcd", folders, strict=False):
+        await registry.publish(name, folder)
+    for name in "abc":
+        await registry.pin(name)
+    again = open_registry(ram_bytes=2 * size)
+    again.start()
+    for name in "ab":
+        again.lease([(name, 1.0)]).release()
+    await again.unpin("b")
+    again.lease([("d", 1.0)]).release()
+
+
 @pytest.mark.parametrize("heal", ["request", "publish"])
 async def test_a_pin_whose_load_failed_holds_once_it_is_in_memory(
     open_registry: Open, folders: list[Path], heal: str, caplog: pytest.LogCaptureFixture
