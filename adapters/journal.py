@@ -73,11 +73,18 @@ class Journal:
         history = (digest, *(d for d in old.history if d != digest)) if old else (digest,)
         if old and source == WATCH:
             below = old.below if old.source == WATCH else old.history[0]
+            if below and digest in old.history[old.history.index(below) :] and not self.is_of_folder(name, digest):
+                below = digest  # rolled back from what the folder brought to what lies under it
         shipped = self.taken.get(f"{LIBRARY}/{name}")
         wanted = (*wanted, *((shipped.digest,) if shipped else ()), *((below,) if below else ()))
         left = tuple(d for d in history[KEPT:] if d.startswith(wanted))
         fresh = Name((*history[:KEPT], *left), source, now, old.pinned if old else False, below)
         return replace(self, names={**self.names, name: fresh})
+
+    def is_of_folder(self, name: str, digest: str) -> bool:
+        """Whether the watched folder of that name held this content when it was last taken in."""
+        taken = self.taken.get(f"{WATCH}/{name}")
+        return taken is not None and taken.digest == digest
 
     def retire(self, name: str) -> Journal:
         return replace(self, names={n: entry for n, entry in self.names.items() if n != name})

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from adapters.describing import Sight
 from adapters.errors import AdapterConflict, AdapterError, NoRoom, StoreFailed
 from adapters.intake import Intake
-from adapters.journal import Journal, Signature, Taken
+from adapters.journal import LIBRARY, WATCH, Journal, Signature, Taken
 from adapters.leases import Lease, Leases
 from adapters.naming import Names, Rejections, check_name
 from adapters.peft_format import read_folder
@@ -372,7 +372,7 @@ class Registry:
 
     def _withdraw(self, name: str, folder: str) -> bool:
         taken, journal = self.taken_from(folder), self._store.journal.take(folder, None)
-        brought = taken is not None and self.has(name, taken.digest)
+        brought = taken is not None and self.has(name, taken.digest) and journal.names[name].source in (WATCH, LIBRARY)
         if brought:
             self._retire(name, journal=journal.withdraw(name, time.time()))
         else:

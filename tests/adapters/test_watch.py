@@ -381,6 +381,30 @@ def test_what_a_folder_was_put_over_is_served_again(
     assert scene.look(5) == {}, "what was deleted stays so"
 
 
+def test_what_was_published_does_not_go_with_a_folder_of_the_same_content(scene: Scene, tmp_path: Path) -> None:
+    own = scene.write(tmp_path / "own", 1).digest
+    scene.registry.publish_now("a", tmp_path / "own")
+    scene.put("a", 1)
+    assert scene.look(3) == {"a": own}
+    shutil.rmtree(scene.directory / "a")
+    assert scene.look(6) == {"a": own}
+
+
+def test_what_was_rolled_back_to_is_what_a_folder_is_over(scene: Scene, tmp_path: Path) -> None:
+    first, second = (scene.write(tmp_path / f"own{seed}", seed).digest for seed in (1, 2))
+    for seed in (1, 2):
+        scene.registry.publish_now("a", tmp_path / f"own{seed}")
+    folder = scene.put("a", 3)
+    scene.look(2)
+    for version in (first, folder):  # and back to the folder's own
+        asyncio.run(scene.registry.roll_back("a", version))
+    scene.restart()
+    scene.look(2)
+    shutil.rmtree(scene.directory / "a")
+    assert scene.look(6) == {"a": first}
+    assert [v["digest"] for v in scene.registry.describe("a")["versions"]] == [first, second], "and nothing is lost"
+
+
 def test_a_new_card_or_task_is_told_without_a_new_version(scene: Scene) -> None:
     heard: list[str] = []
     observer = Observer()
