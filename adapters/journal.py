@@ -68,8 +68,12 @@ class Journal:
     def point(self, name: str, digest: str, source: str, now: float, wanted: Collection[str] = ()) -> Journal:
         """Give `name` the version `digest`, new or old. Versions beyond the last three lose the name, but for those
         whose first digits are among the `wanted`, the library's, and what a folder was put over.
+
+        What it has already changes hands at most: from a folder to who publishes it too.
         """
         old, below = self.names.get(name), None
+        if old and old.history[0] == digest and (old.source != WATCH or source in (WATCH, LIBRARY)):
+            return self
         history = (digest, *(d for d in old.history if d != digest)) if old else (digest,)
         if old and source == WATCH:
             below = old.below if old.source == WATCH else old.history[0]

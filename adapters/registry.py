@@ -326,8 +326,7 @@ class Registry:
             weights = carry_over(weights, self._store.records[history[0]], dropped)
         fresh = digest not in self._store.records and digest not in self._store.journal.referenced()
         renewed = self._store.adopt(staged, Record.of(weights, time.time()))
-        if not same:
-            journal = journal.point(name, digest, source, time.time(), self.asked_for(name))
+        journal = journal.point(name, digest, source, time.time(), self.asked_for(name))
         try:
             if journal is not self._store.journal:
                 self._store.write(journal)

@@ -5,8 +5,8 @@ there. Does not read adapters itself: the registry does, from its own copy.
 
 A folder is taken in when both files are there and nothing about it has changed for a second, and again only when its
 content changes; so an adapter that was deleted or replaced through the API stays so. A folder that is removed while it
-is watched takes its adapter with it, unless the name has got other content since; what it was put over, the library's
-or what was published, is served again.
+is watched takes its adapter with it, unless the name has got other content since, or was published with the same; what
+it was put over, the library's or what was published, is served again.
 """
 
 from __future__ import annotations

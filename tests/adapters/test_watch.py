@@ -381,11 +381,17 @@ def test_what_a_folder_was_put_over_is_served_again(
     assert scene.look(5) == {}, "what was deleted stays so"
 
 
-def test_what_was_published_does_not_go_with_a_folder_of_the_same_content(scene: Scene, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder_first", [False, True])
+def test_what_was_published_does_not_go_with_a_folder_of_the_same_content(
+    scene: Scene, tmp_path: Path, folder_first: bool
+) -> None:
     own = scene.write(tmp_path / "own", 1).digest
-    scene.registry.publish_now("a", tmp_path / "own")
+    if not folder_first:
+        scene.registry.publish_now("a", tmp_path / "own")
     scene.put("a", 1)
     assert scene.look(3) == {"a": own}
+    if folder_first:
+        assert not scene.registry.publish_now("a", tmp_path / "own").created
     shutil.rmtree(scene.directory / "a")
     assert scene.look(6) == {"a": own}
 
