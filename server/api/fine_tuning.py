@@ -28,6 +28,8 @@ Id = Annotated[str, PathParameter(max_length=schemas.MAX_FILE_ID)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 ONE = errors(400, 404, 503)
 CHANGED = errors(400, 404, 409, 503, 507)
+ITS_OWN = ("r", "alpha", "target_modules", "rslora")
+"""What a job has of the adapter that it goes on from, and none of its own."""
 
 
 @router.post("", response_model=schemas.FineTuningJob, responses=errors(400, 404, 409, 500, 503, 507))
@@ -192,7 +194,7 @@ def _shown(parts: Parts, job: Job) -> dict[str, Any]:
         "metadata": asked["metadata"],
         "user_provided_suffix": asked["suffix"],
         "integrations": [],
-        "lora": asked["lora"],
+        "lora": asked["lora"] | (dict.fromkeys(ITS_OWN) if asked["lora"]["init_from"] is not None else {}),
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,12 +104,12 @@ def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[
 
     try:
         weights = _train(spec, model, base, examples, config, folder / CHECKPOINTS, on_event, stop)
+        _tell_best(weights.metadata["training"], tell)
         if spec.prune_to is not None:
             weights, cut = pruning.truncate(weights, spec.prune_to, spec.name)
-            said = (
-                f"pruned to rank {spec.prune_to}: {cut.parameters:,} of {cut.parameters_before:,} parameters are left"
-            )
-            tell({"kind": NOTE, "message": f"{said}; relative error {cut.error:.4f}", "data": {"error": cut.error}})
+            left = f"{cut.parameters:,} of {cut.parameters_before:,} parameters are left"
+            said = f"The result is pruned to rank {spec.prune_to}: {left}; relative error {cut.error:.4f}."
+            tell({"kind": NOTE, "message": said, "data": {"error": cut.error}})
         losses = _losses(spec, model, base, weights, examples)
     except (JobError, StoreFailed, TrainingStopped):
         raise
@@ -236,7 +236,7 @@ def _config(spec: Spec, base: Base) -> TrainingConfig:
     config = on_base(spec.config, base)
     if spec.init is None:
         return config
-    start = _adapter(spec, base, spec.init)
+    start = _adapter(spec, base, spec.init, spec.init_name)
     rank = max(start.ranks)
     if spec.prune_to is not None and spec.prune_to >= rank:
         why = f"prune_to must be below the rank of the adapter that is started from, {rank}: nothing would be cut"
@@ -264,12 +264,22 @@ def _train(
     }
     if spec.auto_rank:
         return search.auto_lora(model, examples.learned, config, recovery=RECOVERY, **run)
-    init = _adapter(spec, base, spec.init) if spec.init is not None else None
+    init = _adapter(spec, base, spec.init, spec.init_name) if spec.init is not None else None
     return train(model, examples.learned, config, init, **run)
 
 
-def _adapter(spec: Spec, base: Base, folder: Path) -> LoraWeights:
-    return peft_format.read_folder(folder, name=spec.name, max_rank=spec.max_rank, shapes=base.shapes())
+def _tell_best(made: Mapping[str, Any], tell: Tell) -> None:
+    """Say which step the result is of, if that is not the last one, whose losses are what a reader sees last."""
+    step = made["best_step"]
+    if step == made["steps"]:
+        return
+    for loss in (e["loss"] for e in made["evaluations"] if e["step"] == step):
+        said = f"The result is that of step {step:,}, whose validation loss is the lowest: {loss:.4f}."
+        tell({"kind": NOTE, "message": said, "data": {"best_step": step, "valid_loss": loss}})
+
+
+def _adapter(spec: Spec, base: Base, folder: Path, name: str) -> LoraWeights:
+    return peft_format.read_folder(folder, name=name, max_rank=spec.max_rank, shapes=base.shapes())
 
 
 def _losses(spec: Spec, model: Trainable, base: Base, weights: LoraWeights, examples: Examples) -> dict[str, Any]:
@@ -283,7 +293,7 @@ def _losses(spec: Spec, model: Trainable, base: Base, weights: LoraWeights, exam
         EVALUATED: loss_of(model, weights, examples.judged),
     }
     if spec.rival is not None:
-        rival = _adapter(spec, base, spec.rival)
+        rival = _adapter(spec, base, spec.rival, spec.name)
         told |= {"rival": loss_of(model, rival, examples.judged), "rival_digest": rival.digest}
     return {"losses": told}
 

@@ -226,6 +226,7 @@ def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path)
         threads=ground.threads,
         max_rank=ground.max_rank,
         init=(folder / INIT).resolve() if (folder / INIT).exists() else None,
+        init_name=(lora["init_from"] or "").partition("@")[0],
         rival=rival.resolve() if rival.exists() else None,
         auto_rank=lora["auto_rank"],
         prune_to=lora["prune_to"],

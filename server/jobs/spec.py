@@ -48,11 +48,11 @@ class Spec:
     """One training run. `template` and `task` are as in task.json; `task` is None if the adapter brings no task.
 
     `data_name` and `validation_name` are what people called the files. `held_out` is the share of the examples that
-    is kept for validation if there is no file for that. `init` is the adapter to start from, `rival` the one that
-    the result would replace: its loss is told beside the result's. `loan` is what the server lends of its GPU (see
-    loan.py), if it has one. `created_at` is when the job was created, in seconds since the epoch: the time that a chat
-    template is told, whenever the process starts; None is the present. `context` is how many tokens of prompt and
-    answer the server takes, if that is less than what the base does.
+    is kept for validation if there is no file for that. `init` is the adapter to start from, `init_name` what it is
+    called, `rival` the one that the result would replace: its loss is told beside the result's. `loan` is what the
+    server lends of its GPU (see loan.py), if it has one. `created_at` is when the job was created, in seconds since
+    the epoch: the time that a chat template is told, whenever the process starts; None is the present. `context` is
+    how many tokens of prompt and answer the server takes, if that is less than what the base does.
     """
 
     base: BaseSource
@@ -68,6 +68,7 @@ class Spec:
     held_out: float = 0.0
     task: Mapping[str, Any] | None = None
     init: Path | None = None
+    init_name: str = ""
     rival: Path | None = None
     auto_rank: bool = False
     prune_to: int | None = None

@@ -426,6 +426,12 @@ def test_going_on_from_an_adapter_pruning_and_auto_rank(live: Any, client: opena
     job = until(client, job.id)
     assert job.status == "succeeded", job
     assert live.http.get("/adapters/second").json()["ranks"] == [1]
+    assert (
+        f"going on from {live.http.get('/adapters/first').json()['version']} with"
+        in (live.http.get("/adapters/second").json()["card"])
+    )
+    asked = job.model_extra["lora"]
+    assert [asked[k] for k in ("r", "alpha", "target_modules", "rslora")] == [None] * 4, "they are those of first"
     said = [e.message for e in client.fine_tuning.jobs.list_events(job.id, limit=50)]
     assert any("pruned to rank 1" in m for m in said)
     with pytest.raises(openai.BadRequestError, match="leave r out"):

@@ -153,7 +153,8 @@ def test_losses_of_result_and_rival(spec, tiny_base, tmp_path):
     fine_tune(replace(spec, validation=spec.data, validation_name="v"), tiny_base, tmp_path, told.append, lambda: False)
     (tmp_path / "result").rename(tmp_path / "rival")
     first = told[-1]["losses"]
-    again = replace(spec, validation=spec.data, validation_name="v", rival=tmp_path / "rival", init=tmp_path / "rival")
+    again = replace(spec, validation=spec.data, validation_name="v", rival=tmp_path / "rival")
+    again = replace(again, init=tmp_path / "rival", init_name="first")
     (tmp_path / "again").mkdir()
     fine_tune(again, tiny_base, tmp_path / "again", told.append, lambda: False)
     losses = told[-1]["losses"]
@@ -161,6 +162,22 @@ def test_losses_of_result_and_rival(spec, tiny_base, tmp_path):
     assert losses["eval"] < losses["rival"]
     rival = read_folder(tmp_path / "rival", name="x", shapes=tiny_base.shapes())
     assert losses["rival_digest"] == rival.digest and "rival_digest" not in first
+    assert told[-1]["made"]["from"] == f"first@{rival.digest[:12]}", "its own name had no such version"
+
+
+def test_which_step_the_result_is_of_is_told(spec, tiny_base, tmp_path):
+    rising = replace(spec, config=replace(CONFIG, learning_rate=1.0), held_out=0.2)
+    told: list[dict[str, Any]] = []
+    fine_tune(rising, tiny_base, tmp_path, told.append, lambda: False)
+    best = min((line for line in told if line["kind"] == "eval"), key=lambda line: line["loss"])
+    assert best["step"] < best["steps"], "training at such a rate makes it worse"
+    [note] = [line for line in told if line["kind"] == "note"]
+    said = f"The result is that of step {best['step']}, whose validation loss is the lowest: {best['loss']:.4f}."
+    assert note["message"] == said and note["data"] == {"best_step": best["step"], "valid_loss": best["loss"]}
+    told.clear()
+    (tmp_path / "last").mkdir()
+    fine_tune(replace(spec, held_out=0.2), tiny_base, tmp_path / "last", told.append, lambda: False)
+    assert not [line for line in told if line["kind"] == "note"], "the last is what one takes it for"
 
 
 def test_what_is_wrong_names_file_and_line(spec, tiny_base, tmp_path):
