@@ -130,7 +130,9 @@ def _advice(table: Sequence[Row], chosen: int, finalists: Sequence[int], toleran
         lines.append(f"Rank {largest.rank} has {largest.parameters / row.parameters:.1f} times its parameters.")
     if row.spread > tolerance:
         lines.append(f"Its seeds are {row.spread:.4f} apart, more than the tolerance of {tolerance:g}: try more seeds.")
-    lines.append(f"Ranks {', '.join(map(str, finalists))} were compared at the longest trial; the others dropped out.")
+    if len(finalists) < len(table):
+        told = ", ".join(map(str, finalists))
+        lines.append(f"Ranks {told} were compared at the longest trial; the others dropped out.")
     return " ".join(lines)
 
 

@@ -55,7 +55,8 @@ def test_a_small_rank_may_learn_more_slowly_at_first():
 
 def test_one_candidate_and_none():
     trial, _ = known({8: 0.5})
-    assert search.search_rank(trial, [8], max_steps=30).chosen == 8
+    alone = search.search_rank(trial, [8], max_steps=30)
+    assert alone.chosen == 8 and "dropped out" not in alone.advice, "there are no others"
     for wrong in ({"ranks": []}, {"ranks": [0]}, {"ranks": [4], "seeds": ()}, {"ranks": [4], "share": 0.0}):
         with pytest.raises(AdapterError):
             search.search_rank(trial, **{"max_steps": 10, **wrong})
@@ -63,7 +64,8 @@ def test_one_candidate_and_none():
 
 def test_so_few_steps_that_the_share_does_not_reach_are_refused():
     trial, calls = known({1: 0.1, 2: 0.2, 4: 0.3, 8: 0.4, 16: 0.5})
-    assert search.search_rank(trial, [1, 2, 4, 8, 16], max_steps=5).steps_spent == 8
+    few = search.search_rank(trial, [1, 2, 4, 8, 16], max_steps=5)
+    assert few.steps_spent == 8 and "the others dropped out" in few.advice
     with pytest.raises(AdapterError, match="4 steps are too few for 5 ranks"):
         search.search_rank(trial, [1, 2, 4, 8, 16], max_steps=4)
     assert sum(steps for _, steps, _ in calls) == 8, "nothing is spent before it is refused"
