@@ -80,8 +80,12 @@ def prune(
         result, cut = pruning.drop_modules(weights, pruning.weakest_modules(weights, drop))
     else:
         result, cut = pruning.truncate_globally(weights, budget=budget, energy=energy)
+    card = weights.metadata["card"]
+    if card is not None:
+        said = f"{cut.parameters:,} of {cut.parameters_before:,} parameters are left, relative error {cut.error:.3g}"
+        card = f"{card.rstrip()}\n- **Pruned** afterwards: {said}. All figures above are of the adapter before that.\n"
     # The files keep the precision that they had.
-    peft_format.save(result, output, dtype=next(iter(weights.modules.values())).A.dtype)
+    peft_format.save(result, output, dtype=next(iter(weights.modules.values())).A.dtype, card=card)
     _clear(output, replaced, result)
     if as_json:
         told = result.metadata["pruning"]

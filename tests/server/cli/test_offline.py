@@ -51,6 +51,13 @@ def test_prune_tells_its_error(how: tuple[str, object], folders: list[Path], tmp
     assert peft_format.read_folder(tmp_path / "cut", name="x").modules
 
 
+def test_the_card_of_what_is_cut_says_so(folders: list[Path], tmp_path: Path) -> None:
+    (folders[1] / "README.md").write_text("# b\n\n- **Accuracy**: 0.9\n")
+    run("prune", folders[1], "--rank", 1, "--output", tmp_path / "cut")
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert card.startswith("# b\n\n- **Accuracy**: 0.9\n- **Pruned** afterwards: ") and " of 240 parameters" in card
+
+
 def test_the_version_told_is_the_one_that_lies_in_the_folder(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(3)
     a, b = torch.randn(4, 8, generator=draw).bfloat16(), torch.randn(12, 4, generator=draw).bfloat16()
