@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import logging
 import os
 import shutil
@@ -36,6 +37,16 @@ hypothesis.settings.register_profile("fuzz", max_examples=int(os.environ.get("FU
 """What `make fuzz` runs under."""
 
 REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
+
+ASYNCIO = ("asyncio_mode", "asyncio_default_fixture_loop_scope")
+"""Settings of pytest-asyncio, unknown to pytest and so refused where it is not installed: on a machine with a GPU that
+has what the engine needs, the kernels' tests run without it."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    if importlib.util.find_spec("pytest_asyncio") is None:
+        for name in ASYNCIO:
+            parser.addini(name, "of pytest-asyncio, which is not installed")
 
 
 def part_missing(reason: str) -> None:
