@@ -114,6 +114,12 @@ def shrink_kernel(
         a = tl.multiple_of(tl.load(offsets + 3 * at), 16) + index.to(tl.int64) * K
         i = tl.arange(0, BM)
         m = row0 + i
+        # Before the products, whose values come meanwhile: each of these waits for the address of the next.
+        owner = tl.load(sequence + m, mask=i < rows, other=0)
+        weight = tl.load(weights + owner[:, None] * places + place[None, :], mask=used[None, :], other=0.0)
+        weight = weight * tl.load(scales + at)[None, :]
+        if pool.dtype.element_ty == tl.int8:
+            weight = weight * tl.load(units + tl.load(offsets + 3 * at + 2) + index, mask=used, other=0.0)[None, :]
         acc = tl.zeros((BM, LANE_BLOCK), tl.float32)
         chunk = tl.cdiv(tl.cdiv(K, BK), splits) * BK
         for start in range(split * chunk, tl.minimum((split + 1) * chunk, K), BK):
@@ -127,11 +133,6 @@ def shrink_kernel(
                 rows_x = tl.load(x + m[:, None] * K + k[None, :], mask=(i[:, None] < rows) & inside[None, :], other=0.0)
                 rows_a = tl.load(pool + a[None, :] + k[:, None], mask=used[None, :] & inside[:, None], other=0)
                 acc = tl.dot(rows_x, rows_a.to(x.dtype.element_ty), acc)
-        owner = tl.load(sequence + m, mask=i < rows, other=0)
-        weight = tl.load(weights + owner[:, None] * places + place[None, :], mask=used[None, :], other=0.0)
-        weight = weight * tl.load(scales + at)[None, :]
-        if pool.dtype.element_ty == tl.int8:
-            weight = weight * tl.load(units + tl.load(offsets + 3 * at + 2) + index, mask=used, other=0.0)[None, :]
         acc = tl.where(weight == 0.0, 0.0, acc * weight)  # what a row does not use may be anything, even infinite
         target = out + ((split * SLICES + piece) * T + m)[:, None] * width + j[None, :]
         tl.store(target, acc, mask=i[:, None] < rows)
