@@ -18,6 +18,10 @@ from server.kernels.cuda.products import OPTIONS, PROCESSORS
 OUTPUTS = (128, 64, 32)
 """Outputs of a tile: as many as leave each processor one."""
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TOGETHER = tl.constexpr(3)
+"""Sums of splits, behind the first, that are on their way at once: most products have four at most."""
+SMALL = tl.constexpr(1024)
+"""Sums of a tile up to which registers hold so many of them."""
 MANY = 64
 """Rows of a tile from which on the number of tiles counts for that."""
 
@@ -29,8 +33,12 @@ def summed(sums, bias, row0, rows, column, stop, N, T, splits, BM: tl.constexpr,
     inside = (i[:, None] < rows) & (column[None, :] < stop)
     row = (row0 + i).to(tl.int64)  # rows times outputs pass 2^31 in a long step
     acc = tl.load(sums + row[:, None] * N + column[None, :], mask=inside, other=0.0)
-    for split in range(1, splits):
-        acc += tl.load(sums + (split * T + row)[:, None] * N + column[None, :], mask=inside, other=0.0)
+    together: tl.constexpr = TOGETHER if BM * column.shape[0] <= SMALL else 1
+    for first in range(1, splits, together):
+        for j in tl.static_range(together):
+            split = first + j
+            source = sums + (split * T + row)[:, None] * N + column[None, :]
+            acc += tl.load(source, mask=inside & (split + 0 * i[:, None] < splits), other=0.0)
     if BIAS:
         acc += tl.load(bias + column, mask=column < stop, other=0.0)[None, :]
     return acc

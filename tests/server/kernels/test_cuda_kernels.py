@@ -295,6 +295,18 @@ def test_low_rank_updates_over_true_ranks(
     assert error(hidden_sums, hidden.float().cpu().view(8, 3, 32).sum(2)) < 1e-5
 
 
+@pytest.mark.parametrize("tile_rows", [16, 64])
+def test_an_ending_adds_up_every_split(tile_rows: int) -> None:
+    """Of small tiles some are read at once, however many remain; of large ones each by itself."""
+    nothing = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    tiles = torch.tensor([[0, 5, 0, 0]], dtype=torch.int32, device=DEVICE)
+    lanes = lora.Lanes(tiles, nothing, nothing, nothing, nothing, nothing, 0, tile_rows)
+    for splits in range(1, 9):
+        sums, out = torch.randn(splits, 5, 48, device=DEVICE), poisoned(5, 48)
+        finish.finish(sums, None, out, (48,), lanes)
+        assert error(out, sums.sum(0).cpu()) < 1e-6
+
+
 def test_inputs_are_cut_into_ranges_that_are_read_at_once() -> None:
     assert [lora.shrink_splits(1, 16, inputs) for inputs in (64, 512, 576, 3584, 18944)] == [1, 1, 2, 7, 16]
     assert [lora.shrink_splits(16, width, 3584) for width in (16, 64, 1024)] == [8, 8, 1]
