@@ -6,6 +6,7 @@ to a bucket of sequences and of lanes, so that one CUDA graph runs all steps of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -74,12 +75,12 @@ class Shape:
         start = 0
         for name, shape in sizes.items():
             yield name, start, shape
-            start += -(-int(np.prod(shape)) // 32) * 32  # every array begins at a whole line of 128 bytes
+            start += -(-math.prod(shape) // 32) * 32  # every array begins at a whole line of 128 bytes
 
     @property
     def elements(self) -> int:
         *_, (_, start, shape) = self.parts()
-        return max(start + int(np.prod(shape)), 1)
+        return max(start + math.prod(shape), 1)
 
     def bucket(self, batches: Sequence[int], blocks: int) -> Shape | None:
         """The shape of the bucket that this step fits in; None if it is no step of single rows or fits in none."""
@@ -110,7 +111,7 @@ class Numbers:
     def write(self, shape: Shape, memory: Ints) -> None:
         """Put the arrays into `memory` as `shape` lays them out, padded with rows and sequences that are not there."""
         for name, start, size in shape.parts():
-            target = memory[start : start + int(np.prod(size))].reshape(size)
+            target = memory[start : start + math.prod(size)].reshape(size)
             target.fill(-1 if name in ("tokens", "positions") else 0)
             if name in ("sequence", "single_rows", "single_sequences") and size != self.arrays[name].shape:
                 target[:] = np.arange(size[0])
@@ -212,7 +213,7 @@ def _each_by_itself(
 def on_device(shape: Shape, memory: torch.Tensor) -> DeviceStep:
     """The views of a step's numbers in the int32 memory that `Numbers.write` filled, wherever it has been copied."""
     parts = {
-        name: memory[start : start + int(np.prod(size))].view(size) if np.prod(size) else memory[:0].view(size)
+        name: memory[start : start + math.prod(size)].view(size) if math.prod(size) else memory[:0].view(size)
         for name, start, size in shape.parts()
     }
     lanes = Lanes(
