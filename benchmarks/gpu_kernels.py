@@ -111,7 +111,7 @@ def _other_calls(bench: Any, step: Any, n: int) -> Iterator[Call]:
     qkv = model._new(n, model._layers[0].qkv.rows, dtype=model.dtype).normal_()
     seen = model._new(n, heads * d, dtype=model.dtype)
     scratch = model._new(n, heads, attention.SPLITS, d), model._new(n, heads, attention.SPLITS)
-    whole = (qkv, bench.runner._storage, 0, step.blocks, step.context, *step.singles, scratch, seen)
+    whole = (qkv, bench.runner._storage, 0, step.blocks, step.context, *step.singles, scratch, seen, seen, 0)
     context = n * (bench.context + 1) * bench.runner.block_bytes(1) // config.num_hidden_layers
     yield f"attention over {bench.context} tokens", lambda: attention.decode(*whole), context
     logits = 3 * torch.randn(n, config.vocab_size, device=device)

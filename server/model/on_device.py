@@ -98,8 +98,8 @@ class DeviceModel:
         for index, layer in enumerate(self._layers):
             site = index * len(SITES)
             x, sums = self._normed(stream, layer.input_norm, layer.qkv)
-            seen = self._attend(index, layer, x, sums, step, cache, pool)
-            self._finish(layer.out, OUT, layer.biases[1], seen, None, step, pool, site, stream, add=True)
+            seen, seen_sums = self._attend(index, layer, x, sums, step, cache, pool)
+            self._finish(layer.out, OUT, layer.biases[1], seen, seen_sums, step, pool, site, stream, add=True)
             x, sums = self._normed(stream, layer.post_norm, layer.gate_up)
             hidden, sums = self._gated(layer, x, sums, step, pool, site)
             self._finish(layer.down, DOWN, layer.biases[3], hidden, sums, step, pool, site, stream, add=True)
@@ -121,7 +121,8 @@ class DeviceModel:
         step: DeviceStep,
         cache: torch.Tensor,
         pool: Pool,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What each row sees, and the sums of its groups where they are made beside it: of single rows alone."""
         heads, d = self.config.num_attention_heads, self.config.head_dim
         qkv = self._new(x.shape[0], layer.qkv.rows, dtype=self.dtype)
         self._finish(layer.qkv, QKV, layer.biases[0], x, sums, step, pool, index * len(SITES), qkv)
@@ -131,13 +132,19 @@ class DeviceModel:
             self.config.rms_norm_eps,
         )  # fmt: skip
         seen = self._new(x.shape[0], heads * d, dtype=self.dtype)
+        seen_sums, group = seen, 0
         if step.singles is not None:
             n = step.singles[0].shape[0]
             scratch = self._new(n, heads, attention.SPLITS, d), self._new(n, heads, attention.SPLITS)
-            attention.decode(qkv, cache, index, step.blocks, step.context, *step.singles, scratch, seen)
+            if layer.out.wants_sums and d % layer.out.group == 0:
+                group = layer.out.group
+                seen_sums = self._new(x.shape[0], heads * d // group)
+            attention.decode(
+                qkv, cache, index, step.blocks, step.context, *step.singles, scratch, seen, seen_sums, group
+            )  # fmt: skip
         if step.prefills is not None:
             attention.prefill(qkv, cache, index, step.blocks, step.prefills, seen)
-        return seen
+        return seen, seen_sums if group and step.prefills is None else None
 
     def _gated(
         self, layer: _Layer, x: torch.Tensor, sums: torch.Tensor, step: DeviceStep, pool: Pool, site: int

@@ -1,7 +1,7 @@
 """Attention over paged keys and values: single rows with the context split among programs, and packed prefills.
 
-A sequence's split depends on its own context alone, and splits are joined in order, so a row's result is the same in
-every batch. Keys and values are read where they lie, through the block table.
+A sequence's split depends on its own context alone, and splits are joined in one order, so a row's result is the same
+in every batch. Keys and values are read where they lie, through the block table.
 """
 
 from __future__ import annotations
@@ -69,28 +69,30 @@ def decode_kernel(
 
 @triton.jit
 def combine_kernel(
-    parts, weight, context, row_of, sequence_of, out,
+    parts, weight, context, row_of, sequence_of, out, sums,
     HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out [T, HEADS * D] of a row and head = its splits joined, in order; zeros for a row without a context."""
+    """out [T, HEADS * D] of a row and head = its splits joined, all of them read at once; zeros for a row without a
+    context. And the sums of its groups unless GROUP is 0."""
     item, head = tl.program_id(0), tl.program_id(1)
-    length = tl.load(context + tl.load(sequence_of + item))
+    row, length = tl.load(row_of + item), tl.load(context + tl.load(sequence_of + item))
     tiles = tl.cdiv(length, BT)
     used = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, SPLITS), 1))
-    d = tl.arange(0, BD)
-    best = float("-inf")
-    for split in range(0, used):
-        best = tl.maximum(best, tl.load(weight + (item * HEADS + head) * SPLITS + split))
-    acc = tl.zeros((BD,), tl.float32)
-    total = 0.0
-    for split in range(0, used):
-        source = (item * HEADS + head) * SPLITS + split
-        share = tl.exp2(tl.load(weight + source) - best)
-        acc += share * tl.load(parts + source * D + d, mask=d < D, other=0.0)
-        total += share
-    row = tl.load(row_of + item)
-    joined = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(out + (row * HEADS + head) * D + d, joined.to(out.dtype.element_ty), mask=d < D)
+    split, d = tl.arange(0, SPLITS), tl.arange(0, BD)
+    source = (item * HEADS + head) * SPLITS + split
+    powers = tl.load(weight + source, mask=split < used, other=float("-inf"))
+    inside = (split[:, None] < used) & (d[None, :] < D)
+    values = tl.load(parts + source[:, None] * D + d[None, :], mask=inside, other=0.0)
+    share = tl.exp2(powers - tl.maximum(tl.max(powers, 0), -1e30))  # without a context all are -inf
+    total = tl.sum(share, 0)
+    joined = tl.sum(share[:, None] * values, 0) / tl.where(total == 0.0, 1.0, total)
+    joined = joined.to(out.dtype.element_ty)
+    tl.store(out + (row * HEADS + head) * D + d, joined, mask=d < D)
+    if GROUP > 0:
+        g = tl.arange(0, BD // GROUP)
+        totals = tl.sum(tl.reshape(joined.to(tl.float32), (BD // GROUP, GROUP)), 1)
+        tl.store(sums + (row * HEADS + head) * (D // GROUP) + g, totals, mask=g < D // GROUP)
 
 
 @triton.jit(do_not_specialize=["layer", "block_count", "table_width"])
@@ -142,27 +144,30 @@ def decode(
     sequence_of: torch.Tensor,
     scratch: tuple[torch.Tensor, torch.Tensor],
     out: torch.Tensor,
+    sums: torch.Tensor,
+    group: int,
 ) -> None:
     """Attention of n single rows into their rows of out [T, heads * d].
 
     qkv [T, (heads + 2 kv_heads) * d] with the queries turned, blocks int32 [S, B], context int32 [S], row_of and
-    sequence_of int32 [n]. `scratch` is float32 [n, heads, SPLITS, d] and [n, heads, SPLITS].
+    sequence_of int32 [n]. `scratch` is float32 [n, heads, SPLITS, d] and [n, heads, SPLITS]. The sums of out's groups,
+    of which a head has whole ones, go into float32 sums [T, heads * d / group], unless `group` is 0.
     """
     kv_heads, size, d = cache.shape[2], cache.shape[4], cache.shape[5]
     heads = out.shape[1] // d
     n = row_of.shape[0]
     parts, weight = scratch
     width = triton.next_power_of_2(max(16, d))
-    group = triton.next_power_of_2(max(16, heads // kv_heads))
+    queries = triton.next_power_of_2(max(16, heads // kv_heads))
     decode_kernel[(n, kv_heads, SPLITS)](
         qkv, cache, blocks, context, row_of, sequence_of, parts, weight,
         layer, cache.shape[1], blocks.shape[1], qkv.shape[1], d**-0.5,
-        HEADS=heads, KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=group,
+        HEADS=heads, KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=queries,
         D=d, BD=width, SIZE=size, SPLITS=SPLITS, BT=TILE, **OPTIONS,
     )  # fmt: skip
     combine_kernel[(n, heads)](
-        parts, weight, context, row_of, sequence_of, out, HEADS=heads, D=d, BD=width, SPLITS=SPLITS, BT=TILE,
-        num_warps=1, **OPTIONS,
+        parts, weight, context, row_of, sequence_of, out, sums, HEADS=heads, D=d, BD=width, SPLITS=SPLITS, BT=TILE,
+        GROUP=group, num_warps=1, **OPTIONS,
     )  # fmt: skip
 
 

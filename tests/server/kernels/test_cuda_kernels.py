@@ -395,7 +395,9 @@ def test_attention_over_blocks(head_dim: int) -> None:
     singles = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
     context = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
     scratch = poisoned(3, heads, attention.SPLITS, head_dim), poisoned(3, heads, attention.SPLITS)
-    attention.decode(work, held, 1, table, context, singles, singles, scratch, out)
+    sums = poisoned(3, heads * head_dim // 8)
+    attention.decode(work, held, 1, table, context, singles, singles, scratch, out, sums, 8)
+    assert error(sums, out[:3].float().cpu().view(3, -1, 8).sum(2)) < 1e-5
     tiles = torch.tensor([[3, 3, 7, 18], [3, 10, 5, 25]], dtype=torch.int32, device=DEVICE)
     attention.prefill(work, held, 1, table, tiles, out)
     start = 0
@@ -414,10 +416,10 @@ def test_a_single_row_does_not_depend_on_its_batch() -> None:
     together = poisoned(3, heads * d, dtype=FLOAT)
     everyone = torch.arange(3, dtype=torch.int32, device=DEVICE)
     scratch = poisoned(3, heads, attention.SPLITS, d), poisoned(3, heads, attention.SPLITS)
-    attention.decode(qkv, cache, 0, table, context, everyone, everyone, scratch, together)
+    attention.decode(qkv, cache, 0, table, context, everyone, everyone, scratch, together, together, 0)
     for i in range(3):
-        alone = poisoned(3, heads * d, dtype=FLOAT)
-        attention.decode(qkv, cache, 0, table, context, everyone[i : i + 1], everyone[i : i + 1], scratch, alone)
+        alone, mine = poisoned(3, heads * d, dtype=FLOAT), everyone[i : i + 1]
+        attention.decode(qkv, cache, 0, table, context, mine, mine, scratch, alone, alone, 0)
         assert torch.equal(alone[i], together[i])
 
 

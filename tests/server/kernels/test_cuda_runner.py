@@ -28,7 +28,7 @@ from server.engine.cuda_pool import AdapterPool
 from server.engine.cuda_runner import RETRY_SECONDS, CudaRunner, StepMemory
 from server.engine.runner import Runner, TorchRunner
 from server.errors import BadModel, NoCapacity
-from server.kernels.cuda import Cuda, finish, lora, packing
+from server.kernels.cuda import Cuda, finish, lora, packing, products
 from server.kernels.lora import SlotWeights
 from server.kernels.reference import Reference
 from server.model.on_device import DeviceModel, DeviceStep
@@ -160,6 +160,23 @@ def test_greedy_answers_are_those_of_the_reference() -> None:
             logits = step(runner, [(s, 1) for s in batch])
         answers.append([s.tokens for s in batch])
     assert answers[0] == answers[1]
+
+
+def test_single_rows_need_no_launch_for_the_sums_of_what_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a prompt they do: its rows have no sums yet."""
+    made = []
+
+    def noted(x: torch.Tensor, group: int, out: torch.Tensor) -> None:
+        made.append(x.shape[0])
+        group_sums(x, group, out)
+
+    group_sums = products.group_sums
+    runner = cuda_runner(bases("qwen3-int4")[0])
+    monkeypatch.setattr(products, "group_sums", noted)
+    first, second = sequences([4, 4], [(), ()])
+    for new in ([(first, 2), (second, 1)], [(first, 1), (second, 1)]):
+        runner._logits(runner._step_of(describe(batch_of(new, False), runner._pool.ranks)))
+    assert made == [3]
 
 
 def test_a_step_goes_on_from_tokens_that_nobody_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
