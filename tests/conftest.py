@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hypothesis
 import pytest
@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             parser.addini(name, "of pytest-asyncio, which is not installed")
 
 
-def part_missing(reason: str) -> None:
+def part_missing(reason: str) -> NoReturn:
     """Skips the test that calls it; fails it under REQUIRE_ALL=1, where every part has been installed."""
     if REQUIRE_ALL:
         pytest.fail(f"REQUIRE_ALL=1, but {reason}", pytrace=False)

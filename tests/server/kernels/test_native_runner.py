@@ -19,6 +19,7 @@ from server.kernels import choose, cpu
 from server.kernels.cpu import bindings
 from server.kernels.lora import SlotWeights
 from server.model.config import RopeScaling
+from tests.conftest import part_missing
 from tests.server.kernels import tiny
 from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of, codes_of, error, llama, random_tokens
 
@@ -134,7 +135,10 @@ def test_processors_without_bf16_have_the_same_logits(family: str, monkeypatch: 
     weights = {"": 0.0, "adapter": 1.0, "overflow": 3e38}
     ids, found = tokens(5, 65), []
     for name in bindings.LIBRARIES:
-        library = bindings.load(name)
+        try:
+            library = bindings.load(name)
+        except OSError as e:  # an older compiler builds one of the two
+            part_missing(f"{name}: {e}")
         if library.loramux_missing() is not None:
             pytest.skip("this processor has no bf16 to compare with")
         monkeypatch.setattr(bindings, "library", lambda library=library: library)
