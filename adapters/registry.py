@@ -488,9 +488,9 @@ class Registry:
     def _hold_late_pins(self) -> None:
         """Keep the pinned versions that could not be loaded when they were to be, and are in memory now."""
         with self._lock:
-            current = self._names.current()
-            waiting = {name: current[name] for name in current.keys() & self._pins if self._pins[name] is None}
-        for name in [name for name, digest in waiting.items() if self._ram.loaded_at(digest) is not None]:
+            late = [name for name, view in self._pins.items() if view is None]
+            current = self._names.current() if late else {}
+        for name in [name for name in late if name in current and self._ram.loaded_at(current[name]) is not None]:
             self._hold_pin(name)
 
     def _load(self, digest: str) -> LoraWeights:

@@ -553,9 +553,11 @@ async def test_a_pin_that_a_smaller_budget_has_no_room_for_takes_none_from_other
     again = open_registry(ram_bytes=2 * size)
     again.start()
     for name in "ab":
-        again.lease([(name, 1.0)]).release()
+        with again.lease([(name, 1.0)]) as lease:
+            assert len(lease.mix) == 1
     await again.unpin("b")
-    again.lease([("d", 1.0)]).release()
+    with again.lease([("d", 1.0)]) as lease:
+        assert len(lease.mix) == 1
 
 
 @pytest.mark.parametrize("heal", ["request", "publish"])
