@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from server.kernels.cuda.products import OPTIONS
+from server.kernels.cuda.launch import begin, options
 
 SPLITS = 16
 """Programs that share a row's context at most, each with whole tiles of it."""
@@ -30,6 +30,7 @@ def decode_kernel(
 ):  # fmt: skip
     """Part of one row's attention with the query heads of one KV head: out [n, HEADS, SPLITS, D], weight the log2 of
     the sum of exponentials."""
+    begin()
     item, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tl.load(sequence_of + item)
     length = tl.load(context + sequence)
@@ -75,6 +76,7 @@ def combine_kernel(
 ):  # fmt: skip
     """out [T, HEADS * D] of a row and head = its splits joined, all of them read at once; zeros for a row without a
     context. And the sums of its groups unless GROUP is 0."""
+    begin()
     item, head = tl.program_id(0), tl.program_id(1)
     row, length = tl.load(row_of + item), tl.load(context + tl.load(sequence_of + item))
     tiles = tl.cdiv(length, BT)
@@ -103,6 +105,7 @@ def prefill_kernel(
 ):  # fmt: skip
     """Causal attention of up to BM neighbouring rows of one sequence, for one head. tiles [n, 4]: sequence, first row,
     rows, position of the first."""
+    begin()
     item, head = tl.program_id(0), tl.program_id(1)
     sequence, row0 = tl.load(tiles + item * 4), tl.load(tiles + item * 4 + 1)
     rows, position0 = tl.load(tiles + item * 4 + 2), tl.load(tiles + item * 4 + 3)
@@ -163,11 +166,11 @@ def decode(
         qkv, cache, blocks, context, row_of, sequence_of, parts, weight,
         layer, cache.shape[1], blocks.shape[1], qkv.shape[1], d**-0.5,
         HEADS=heads, KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=queries,
-        D=d, BD=width, SIZE=size, SPLITS=SPLITS, BT=TILE, **OPTIONS,
+        D=d, BD=width, SIZE=size, SPLITS=SPLITS, BT=TILE, **options(),
     )  # fmt: skip
     combine_kernel[(n, heads)](
         parts, weight, context, row_of, sequence_of, out, sums, HEADS=heads, D=d, BD=width, SPLITS=SPLITS, BT=TILE,
-        GROUP=group, num_warps=1, **OPTIONS,
+        GROUP=group, num_warps=1, **options(),
     )  # fmt: skip
 
 
@@ -181,5 +184,5 @@ def prefill(
     tile = TILE if width < 256 else TILE // 2  # of such heads the shared memory of a small GPU holds no more
     prefill_kernel[(tiles.shape[0], heads)](
         qkv, cache, blocks, tiles, out, layer, cache.shape[1], blocks.shape[1], qkv.shape[1], d**-0.5,
-        HEADS=heads, KV_HEADS=kv_heads, D=d, BD=width, SIZE=size, BM=QUERIES, BT=tile, **OPTIONS,
+        HEADS=heads, KV_HEADS=kv_heads, D=d, BD=width, SIZE=size, BM=QUERIES, BT=tile, **options(),
     )  # fmt: skip

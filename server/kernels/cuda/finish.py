@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from server.kernels.cuda.launch import begin, options
 from server.kernels.cuda.lora import Lanes, Pool, expanded
-from server.kernels.cuda.products import OPTIONS, PROCESSORS
+from server.kernels.cuda.products import PROCESSORS
 
 OUTPUTS = (128, 64, 32)
 """Outputs of a tile: as many as leave each processor one."""
@@ -52,6 +53,7 @@ def finish_kernel(
     ADD: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """out [T, N] = the finished product, or with ADD, out += it. Up to three slices of N0, N1 and N2 outputs."""
+    begin()
     row0, rows = tl.load(tiles + tl.program_id(1) * 4), tl.load(tiles + tl.program_id(1) * 4 + 1)
     if rows > 0:
         block = tl.program_id(0)
@@ -84,6 +86,7 @@ def swiglu_kernel(
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """out [T, N] = silu(gate) * up, of a finished product [T, 2 N] with the gates first; its groups' sums if GROUP."""
+    begin()
     row0, rows = tl.load(tiles + tl.program_id(1) * 4), tl.load(tiles + tl.program_id(1) * 4 + 1)
     if rows > 0:
         column = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -138,7 +141,7 @@ def finish(
         sums, sums if bias is None else bias, out, *_adapters(pool, lanes, shrunk, sums), site,
         0 if pool is None else pool.sites, n, rows, lanes.width, sums.shape[0], v_splits, *widths,
         BM=lanes.tile_rows, BN=tile, BIAS=bias is not None, LORA=shrunk is not None, SLICES=len(slices), ADD=add,
-        DTYPE=_dtype(pool, shrunk), **OPTIONS,
+        DTYPE=_dtype(pool, shrunk), **options(),
     )  # fmt: skip
 
 
@@ -165,7 +168,7 @@ def finish_swiglu(
         sums, sums if bias is None else bias, out, out_sums, *_adapters(pool, lanes, shrunk, sums), site,
         0 if pool is None else pool.sites, n, rows, lanes.width, sums.shape[0], v_splits,
         BM=lanes.tile_rows, BN=tile, BIAS=bias is not None, LORA=shrunk is not None, GROUP=group,
-        DTYPE=_dtype(pool, shrunk), **OPTIONS,
+        DTYPE=_dtype(pool, shrunk), **options(),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from server.kernels.cuda.products import OPTIONS
+from server.kernels.cuda.launch import begin, options
 
 LANES = 16
 """Lanes whose A's are read together; a tile's lanes are rounded up to that."""
@@ -97,6 +97,7 @@ def shrink_kernel(
     BM: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """out float32 [splits, SLICES, T, width] = weight * scale * x A^T of a tile's rows and lanes, a range of K each."""
+    begin()
     tile, first = tl.program_id(0), tl.program_id(1) * LANE_BLOCK
     piece = tl.program_id(2) // splits
     split = tl.program_id(2) % splits
@@ -181,5 +182,5 @@ def shrink(x: torch.Tensor, pool: Pool, lanes: Lanes, site: int, slices: int, ou
         x, pool.values, pool.units, pool.offsets, pool.ranks, pool.scales,
         lanes.tiles, lanes.slot, lanes.index, lanes.place, lanes.sequence, lanes.weights, out,
         site, pool.sites, x.shape[1], x.shape[0], lanes.weights.shape[1], lanes.width, splits,
-        BM=lanes.tile_rows, BK=ROW_INPUTS if lanes.tile_rows == 1 else 128, SLICES=slices, **OPTIONS,
+        BM=lanes.tile_rows, BK=ROW_INPUTS if lanes.tile_rows == 1 else 128, SLICES=slices, **options(),
     )  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from server.kernels.cuda.launch import begin, options
 from server.kernels.cuda.packing import parts_of
 from server.kernels.stored import NF4, TILE
 from server.kernels.weight import Weight
@@ -32,8 +33,6 @@ DENSE_ROWS = 1024
 
 FEW_ROWS = 64
 """Most rows of the split product; its tiles have 32 at most, since accumulators are scaled where they lie."""
-OPTIONS = {"enable_fp_fusion": False}
-"""Sums and products are rounded one by one, as the stored form says; where a fused one is meant, tl.fma says so."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +154,7 @@ def product_kernel(
 
     group_sums float32 [M, K / GROUP] are x's own sums, which meet the zeros of int4.
     """
+    begin()
     dtype: tl.constexpr = x.dtype.element_ty
     groups: tl.constexpr = PARTS * RUN // GROUP
     # The j-th part that is multiplied is j % 2 * hop + j // 2 * step: if each has a group of its own, those that lie 16
@@ -248,6 +248,7 @@ def tiled_kernel(
     SCHEME: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """out float32 [M, N] = x [M, K] times the transposed matrix, for many rows: weights are rounded to x's dtype."""
+    begin()
     dtype: tl.constexpr = x.dtype.element_ty
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -281,6 +282,7 @@ def dequantize_kernel(
 ):  # fmt: skip
     """out [rows, K] = outputs of a matrix of N in out's dtype, a block of the inputs a program; the tensors begin at
     the first of them. For products with very many rows, and for training."""
+    begin()
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     n = tl.minimum(row, rows - 1)
     block = tl.program_id(1)
@@ -302,6 +304,7 @@ def dequantize_kernel(
 @triton.jit
 def group_sums_kernel(x, out, K, GROUP: tl.constexpr, BG: tl.constexpr):
     """out float32 [M, K / GROUP] = the sums of x's groups."""
+    begin()
     row = tl.program_id(0)
     g = tl.program_id(1) * BG + tl.arange(0, BG)
     place = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -344,7 +347,7 @@ class Matrix:
             return
         grid = (-(-m // how.rows), -(-self.rows // how.outputs), how.splits)
         sizes = (m, self.rows, self.width, self.blocks)
-        launch = {"num_warps": how.warps, "num_stages": how.stages, **OPTIONS}
+        launch = {"num_warps": how.warps, "num_stages": how.stages, **options()}
         if m > FEW_ROWS:
             tiled_kernel[grid](x, *self.arguments, out, *sizes, BM=how.rows, BN=how.outputs, **self.constants, **launch)
             return
@@ -397,7 +400,7 @@ def dequantized(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(rows, width, dtype=dtype, device=words.device)
     dequantize_kernel[(-(-rows // 32), blocks)](
         *arguments(weight, torch.float32), out, rows, words.stride(0) // run, width, BN=32, **constants(weight),
-        **OPTIONS,
+        **options(),
     )  # fmt: skip
     return out
 
@@ -405,4 +408,4 @@ def dequantized(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
 def group_sums(x: torch.Tensor, group: int, out: torch.Tensor) -> None:
     """The sums of each group of the rows of x [M, K], into float32 out [M, K / group]."""
     rows, width = x.shape
-    group_sums_kernel[(rows, -(-width // (16 * group)))](x, out, width, GROUP=group, BG=16, **OPTIONS)
+    group_sums_kernel[(rows, -(-width // (16 * group)))](x, out, width, GROUP=group, BG=16, **options())

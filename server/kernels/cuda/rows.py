@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from server.kernels.cuda.products import OPTIONS, Matrix, part_values
+from server.kernels.cuda.launch import begin, options
+from server.kernels.cuda.products import Matrix, part_values
 
 
 @triton.jit
@@ -15,6 +16,7 @@ def embed_kernel(
     RUN: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, SCHEME: tl.constexpr,
 ):  # fmt: skip
     """out float32 [T, K] = rows `ids` of an 8-bit table, a block of the inputs a program. An id below 0 gives zeros."""
+    begin()
     row, block = tl.program_id(0), tl.program_id(1)
     token = tl.load(ids + row)
     n = tl.maximum(token, 0)
@@ -31,6 +33,7 @@ def embed_kernel(
 @triton.jit
 def rms_norm_kernel(x, weight, out, sums, N, eps, BN: tl.constexpr, GROUP: tl.constexpr):
     """out [T, N] = x / sqrt(mean(x^2) + eps) * weight, and the sums of its groups unless GROUP is 0."""
+    begin()
     row = tl.program_id(0)
     n = tl.arange(0, BN)
     values = tl.load(x + row * N + n, mask=n < N, other=0.0)
@@ -54,6 +57,7 @@ def rotate_kernel(
 
     The cache is [layers, blocks, kv_heads, 2, SIZE, D]. A row whose position is below 0 is not there.
     """
+    begin()
     row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + row)
     if position >= 0:
@@ -110,7 +114,7 @@ def embed(table: Matrix, ids: torch.Tensor, out: torch.Tensor) -> None:
         table.rows,
         table.width,
         **{name: table.constants[name] for name in names},
-        **OPTIONS,
+        **options(),
     )
 
 
@@ -124,7 +128,7 @@ def rms_norm(
     n = x.shape[1]
     size = triton.next_power_of_2(n)
     warps = min(8, max(1, size // 512))
-    rms_norm_kernel[(x.shape[0],)](x, weight, out, sums, n, eps, BN=size, GROUP=group, num_warps=warps, **OPTIONS)
+    rms_norm_kernel[(x.shape[0],)](x, weight, out, sums, n, eps, BN=size, GROUP=group, num_warps=warps, **options())
 
 
 def rotate(
@@ -152,5 +156,5 @@ def rotate(
         qkv, q_norm, k_norm, cosine, sine, positions, sequence, blocks, cache,
         layer, blocks.shape[1], cache.shape[1], eps,
         HEADS=heads, KV_HEADS=kv_heads, D=d, HALF=triton.next_power_of_2(d // 2), SIZE=size,
-        NORM=norms is not None, ROPE=angles is not None, num_warps=1, **OPTIONS,
+        NORM=norms is not None, ROPE=angles is not None, num_warps=1, **options(),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from server.kernels.cuda.products import OPTIONS
+from server.kernels.cuda.launch import begin, options
 
 PIECE = 4096
 """Logits that a program reads at a time."""
@@ -26,6 +26,7 @@ NONE = tl.constexpr(2147483647)
 @triton.jit
 def best_kernel(logits, best, token, V, BV: tl.constexpr):
     """best and token [L, pieces]: the largest logit of a row's pieces and its first id, -1 if one is not finite."""
+    begin()
     row, piece = tl.program_id(0), tl.program_id(1)
     v = piece * BV + tl.arange(0, BV)
     values = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
@@ -100,6 +101,7 @@ def highest_key(logits, V, goal, floor, top, temperature, COUNT: tl.constexpr, B
 @triton.jit
 def draw_kernel(logits, best, piece_token, how, top_k, out, V, pieces, BP: tl.constexpr, BV: tl.constexpr):
     """out int32 [L]: the token of a row, -1 if a logit is not finite. how [L, 4]: temperature, top_p, min_p, noise."""
+    begin()
     row = tl.program_id(0)
     p = tl.arange(0, BP)
     tops = tl.load(best + row * pieces + p, mask=p < pieces, other=float("-inf"))
@@ -140,6 +142,7 @@ def draw_kernel(logits, best, piece_token, how, top_k, out, V, pieces, BP: tl.co
 @triton.jit(do_not_specialize=["T"])
 def recall_kernel(tokens, drawn, T, BT: tl.constexpr):
     """Each of tokens [T] that is below 0 becomes the one drawn in row -1 - token."""
+    begin()
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     token = tl.load(tokens + t, mask=t < T, other=0)
     tl.store(tokens + t, tl.load(drawn - 1 - token, mask=token < 0, other=0), mask=token < 0)
@@ -155,13 +158,13 @@ def draw(logits: torch.Tensor, how: torch.Tensor, top_k: torch.Tensor, out: torc
     pieces = -(-vocab // PIECE)
     best = torch.empty(rows, pieces, dtype=torch.float32, device=logits.device)
     token = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)
-    best_kernel[(rows, pieces)](logits, best, token, vocab, BV=PIECE, **OPTIONS)
+    best_kernel[(rows, pieces)](logits, best, token, vocab, BV=PIECE, **options())
     draw_kernel[(rows,)](
         logits, best, token, how, top_k, out, vocab, pieces, BP=triton.next_power_of_2(pieces), BV=PIECE,
-        num_warps=DRAW_WARPS, **OPTIONS,
+        num_warps=DRAW_WARPS, **options(),
     )  # fmt: skip
 
 
 def recall(tokens: torch.Tensor, drawn: torch.Tensor) -> None:
     """In tokens int32 [T], in place: -1 - r becomes what was drawn in row r, of drawn int32 [L]."""
-    recall_kernel[(-(-tokens.shape[0] // 256),)](tokens, drawn, tokens.shape[0], BT=256, num_warps=1, **OPTIONS)
+    recall_kernel[(-(-tokens.shape[0] // 256),)](tokens, drawn, tokens.shape[0], BT=256, num_warps=1, **options())

@@ -2,12 +2,14 @@
 
 `python tests/server/kernels/compile_cuda.py [small|7b] [capability]` builds a model whose tensors have shapes and no
 contents, runs a prefill and steps of several buckets through it, and compiles each distinct launch instead of running
-it. Prints a line a kernel; the exit status is 1 if one does not compile or wants more shared memory than there is.
+it. Prints a line a kernel; the exit status is 1 if one does not compile, wants more shared memory than there is, or
+touches memory before it has waited for the kernel ahead.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from server.engine.cuda_batch import Shape, on_device
@@ -72,11 +75,22 @@ class Shapes:
         return packing.pack(Weight(scheme, STORED, shape, group, tensors))
 
 
+class Driver:
+    """Of the GPU that need not be here: kernels ask what it can do."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
 class Compiler:
     """Stands in for `JITFunction.run`: compiles what it has not seen yet."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
+        driver.set_active(Driver(self.target))
         self.most = SHARED[capability]
         self.seen: set[Any] = set()
         self.failed: list[str] = []
@@ -112,9 +126,15 @@ class Compiler:
             self.failed.append(said)
             print(f"{said}: {type(error).__name__}: {str(error)[-800:]}", flush=True)
             return
-        if made.metadata.shared > self.most:
+        if made.metadata.shared > self.most or not self._waits(made.asm["ptx"]):
             self.failed.append(said)
         print(f"{said}: {made.metadata.shared} bytes shared, {time.monotonic() - began:.1f} s", flush=True)
+
+    def _waits(self, code: str) -> bool:
+        """Whether a kernel waits for the one ahead before it touches memory, where kernels overlap."""
+        if self.target.arch < 90:
+            return "griddepcontrol" not in code
+        return "griddepcontrol.wait" in re.split(r"(?:ld|st|atom|red)\.(?:\w+\.)*global|cp\.async", code)[0]
 
 
 def main(which: str, capability: int) -> int:

@@ -1,0 +1,48 @@
+"""How the Triton kernels are launched, as far as that can be seen without a GPU."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") != "1":
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from server.kernels.cuda import launch
+
+FOLDER = Path(launch.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    launch.options.cache_clear()
+    yield
+    launch.options.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "overlaps"), [((9, 0), True), ((10, 3), True), ((8, 9), False), (None, False)])
+def test_kernels_overlap_where_the_gpu_can(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, overlaps: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert launch.options().get("launch_pdl", False) is overlaps
+
+
+def test_every_kernel_waits_for_the_one_ahead_first() -> None:
+    """One that does not is over before what it should have waited for, and whoever waits for it reads too early."""
+    kernels = [
+        function
+        for file in FOLDER.glob("*.py")
+        for function in ast.walk(ast.parse(file.read_text()))
+        if isinstance(function, ast.FunctionDef) and function.name.endswith("_kernel")
+    ]
+    assert len(kernels) > 10
+    for kernel in kernels:
+        assert ast.unparse(kernel.body[1]) == "begin()", kernel.name
