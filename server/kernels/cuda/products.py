@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from server.kernels.cuda.launch import begin, options
+from server.kernels.cuda.launch import ask_for, begin, options
 from server.kernels.cuda.packing import parts_of
 from server.kernels.stored import NF4, TILE
 from server.kernels.weight import Weight
@@ -24,6 +24,8 @@ from server.kernels.weight import Weight
 INT4, FOUR_BIT_FLOAT, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SCHEMES = {"int4": 0, "nf4": 1, "int8": 2}
 TILE_ROWS = tl.constexpr(TILE)
+LINE = tl.constexpr(32)
+"""Words of a cache line."""
 
 PROCESSORS = 132
 """Multiprocessors of an H100, which splits are chosen for."""
@@ -154,6 +156,11 @@ def product_kernel(
 
     group_sums float32 [M, K / GROUP] are x's own sums, which meet the zeros of int4.
     """
+    split = tl.program_id(2)
+    n0 = tl.program_id(1) * BN
+    # What the first block reads of the matrix is on its way while the kernel before makes x.
+    line = tl.minimum(tl.arange(0, BN * RUN // LINE) * LINE, (N - n0) * RUN - 1)
+    ask_for(words + (split * blocks // splits * N + n0) * RUN + line)
     begin()
     dtype: tl.constexpr = x.dtype.element_ty
     groups: tl.constexpr = PARTS * RUN // GROUP
@@ -162,8 +169,7 @@ def product_kernel(
     hop: tl.constexpr = PARTS // 2 if GROUP == RUN else 1
     step: tl.constexpr = 1 if GROUP == RUN else 2
     m = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    split = tl.program_id(2)
+    n = n0 + tl.arange(0, BN)
     i = tl.arange(0, RUN)
     here, there = m < M, n < N
     total = tl.zeros((BM, BN), tl.float32)

@@ -45,4 +45,6 @@ def test_every_kernel_waits_for_the_one_ahead_first() -> None:
     ]
     assert len(kernels) > 10
     for kernel in kernels:
-        assert ast.unparse(kernel.body[1]) == "begin()", kernel.name
+        statements = [ast.unparse(statement) for statement in kernel.body[1:]]
+        before = "".join(statements[: statements.index("begin()")])
+        assert "tl.load" not in before and "tl.store" not in before, kernel.name
