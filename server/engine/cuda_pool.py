@@ -51,6 +51,8 @@ class AdapterPool:
         )
         offsets, ranks, scales = (table.to(device) for table in self._tables)
         self.pool = Pool(torch.empty(self._size, dtype=kept, device=device), offsets, ranks, scales, dtype)
+        self._between = torch.empty(min(PIECE, self._size), dtype=kept, device=device)
+        """What is moved lies here meanwhile: the two places may overlap."""
         self.ranks = [0] * slots
         """The largest rank of each slot's adapter: its lanes."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -68,8 +70,9 @@ class AdapterPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pool and its tables."""
-        return sum(t.nbytes for t in (self.pool.values, self.pool.offsets, self.pool.ranks, self.pool.scales))
+        """Bytes of the pool, its tables, and what moves go through."""
+        pool = self.pool
+        return sum(t.nbytes for t in (pool.values, pool.offsets, pool.ranks, pool.scales, self._between))
 
     def cost(self, weights: LoraWeights) -> int:
         """Bytes that a prepared adapter takes of the pool. Asked for each of those that wait, so it is quick."""
@@ -195,12 +198,11 @@ class AdapterPool:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())  # any step may read any of them
         with self._copying(*self._placed):
-            between = values.new_empty(min(PIECE, max(length for _, length in self._placed.values())))
             for slot, (start, length) in sorted(self._placed.items(), key=lambda item: item[1]):
                 if start != end:
                     offsets = self._sent(self._tables[0][slot] + self._moved(end - start))
-                    for at in range(0, length, len(between)):  # the two may overlap
-                        piece = between[: min(len(between), length - at)]
+                    for at in range(0, length, len(self._between)):
+                        piece = self._between[: length - at]
                         piece.copy_(values[start + at : start + at + len(piece)])
                         values[end + at : end + at + len(piece)].copy_(piece)
                     self.pool.offsets[slot].copy_(offsets, non_blocking=True)

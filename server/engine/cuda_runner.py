@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +23,15 @@ from server.engine.cuda_batch import OWN_LANES, ROW_WIDTHS, WIDTHS, Numbers, Sha
 from server.engine.cuda_memory import Shares, left_for_training, share_out
 from server.engine.cuda_pool import AdapterPool
 from server.engine.slots import Room
+from server.errors import NoCapacity
 from server.kernels.cuda import sampling
 from server.kernels.cuda.products import DENSE_ROWS, FEW_ROWS
 from server.model.decoder import Source
 from server.model.on_device import DeviceModel, DeviceStep
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SLOTS = 4096
 """Adapters that can be resident at most: rows of the pool's tables."""
@@ -197,24 +201,21 @@ class CudaRunner:
     def run(self, batch: Batch) -> Logits:
         """See `Runner`. The logits are the device's, and good until the next step.
 
-        A token of the batch below 0 is the one that was drawn last in row -1 - token.
+        A token of the batch below 0 is the one that was drawn last in row -1 - token. Raises NoCapacity if the device
+        has no memory for the step.
         """
         numbers = describe(batch, self._pool.ranks)
         self._check(batch)
         slots = {slot for mix in batch.mixes for slot, _ in mix}
         self._pool.ready(slots)
-        logits = self._launched(numbers)
+        logits = _in_room(lambda: self._launched(numbers))
         self._pool.used(slots)
         return logits
 
     def _launched(self, numbers: Numbers) -> Logits:
         shape = numbers.shape.bucket(self._buckets, self._width)
         if shape is None:
-            try:
-                return Logits(self._logits(self._step_of(numbers)))
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()  # enough may be free in pieces that are each too small
-                return Logits(self._logits(self._step_of(numbers)))
+            return Logits(self._logits(self._step_of(numbers)))
         graph = self._graph(shape) if self._device.type == "cuda" else None
         self._step_memory.send(numbers, shape, self._numbers[: shape.elements])
         if graph is None:
@@ -227,8 +228,11 @@ class CudaRunner:
     def draw(self, logits: Logits, how: np.ndarray, top_k: np.ndarray) -> DeviceDrawn:
         """A token of each row of a step's logits; see kernels/cuda/sampling.py. Does not wait for the device.
 
-        how float32 [L, 4] is temperature, top_p, min_p and noise.
+        how float32 [L, 4] is temperature, top_p, min_p and noise. Raises NoCapacity like `run`.
         """
+        return _in_room(lambda: self._drawn_from(logits, how, top_k))
+
+    def _drawn_from(self, logits: Logits, how: np.ndarray, top_k: np.ndarray) -> DeviceDrawn:
         rows = logits.rows.shape[0]
         tokens = self._drawn[:rows]
         if rows > len(tokens):  # of prompts that are scored, which no batch goes on from
@@ -328,14 +332,16 @@ class CudaRunner:
         if len(self._graphs) >= GRAPHS:
             self._drop_graph()
         before = self._outside_torch()
+        made: torch.cuda.CUDAGraph | None = None
         try:
             made = self._captured(shape)
         except RuntimeError as error:
             if not _lacks_memory(error):
                 self._graph_memory = None  # a capture that the driver ended may hold it
                 self.wait()
-            torch.cuda.empty_cache()
-            log.warning("no graph of %d sequences, whose steps run without for a while: %s", shape.rows, error)
+            log.warning("no graph of %d sequences, whose steps run without for a while: %s", shape.rows, str(error))
+        if made is None:
+            torch.cuda.empty_cache()  # not while the error holds what was allocated until it came
             self._without[shape] = time.monotonic() + RETRY_SECONDS
             return None
         self._without.pop(shape, None)
@@ -404,6 +410,23 @@ class CudaRunner:
         assert last < batch.blocks.shape[1] * self._block_size
         assert int(batch.blocks.max()) < self._storage.shape[1]
         assert all(math.isfinite(weight) for mix in batch.mixes for _, weight in mix)
+
+
+def _in_room(launch: Callable[[], T]) -> T:
+    """What `launch` answers; if memory lacks for it once more, as enough may be free in pieces that are each too small.
+
+    Raises NoCapacity, which holds nothing of what was allocated until then.
+    """
+    for _ in range(2):
+        try:
+            return launch()
+        except torch.OutOfMemoryError as error:
+            log.warning("memory of the GPU lacks for a step: %s", str(error))
+        torch.cuda.empty_cache()  # not while the error holds what was allocated until it came
+    raise NoCapacity(
+        "the GPU lacks the memory for a step: others take of what the server counts on; lower --gpu-memory, so that it "
+        "counts on less, or --max-step-tokens, so that steps need less"
+    )
 
 
 def _lacks_memory(error: BaseException) -> bool:

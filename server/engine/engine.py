@@ -255,7 +255,8 @@ class Engine:
         self._slots.reset()
 
     def _recover(self, error: BaseException) -> None:
-        """A step has failed: its requests end with EngineFailed; those that wait, and the adapters, are unharmed.
+        """A step has failed: its requests end with EngineFailed, or with the NoCapacity that it was; those that wait,
+        and the adapters, are unharmed.
 
         If nothing ran, something that waits is at fault, and no one can tell which: then all of them end.
         """
@@ -263,7 +264,8 @@ class Engine:
         self._record.failed()
         scheduler = self._scheduler
         lost = [request for request in self._live.values() if request not in scheduler.waiting]
-        failure = EngineFailed("a step of the engine failed, and this request with it; it can be sent again")
+        failed = "a step of the engine failed, and this request with it; it can be sent again"
+        failure = error if isinstance(error, NoCapacity) else EngineFailed(failed)
         for request in lost or list(self._live.values()):
             if request.state is not State.DONE:
                 scheduler.end(request, time.monotonic(), trusted=False)

@@ -350,8 +350,12 @@ class Panic(BaseException):
     """What a library in Rust raises where its code panics."""
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, Panic])
-def test_a_failed_step_spares_those_that_wait(bench: Any, tools: Any, kind: type[BaseException]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "told"), [(RuntimeError, EngineFailed), (Panic, EngineFailed), (NoCapacity, NoCapacity)]
+)
+def test_a_failed_step_spares_those_that_wait(
+    bench: Any, tools: Any, kind: type[BaseException], told: type[Exception]
+) -> None:
     b = bench(max_batch=2)
     before = b.submit(prompt(9, 12))
     b.settle()
@@ -365,7 +369,7 @@ def test_a_failed_step_spares_those_that_wait(bench: Any, tools: Any, kind: type
     b.engine.start()
     until(lambda: all(h.reason for h in all_heard))
     assert [h.reason for h in all_heard] == ["error", "error", "length", "length"]
-    assert all(isinstance(h.error, EngineFailed) for h in all_heard[:2])
+    assert all(type(h.error) is told for h in all_heard[:2])
     assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in all_heard[2:])
     assert b.engine.stats()["failures"] == 1 and b.engine.state == "running"
     again = b.submit(before.request.prompt)

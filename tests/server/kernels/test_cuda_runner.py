@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from server.engine.cuda_pool import AdapterPool
 from server.engine.cuda_runner import RETRY_SECONDS, CudaRunner, StepMemory
 from server.engine.runner import Runner, TorchRunner
 from server.errors import BadModel, NoCapacity
-from server.kernels.cuda import Cuda, finish, lora, packing, products
+from server.kernels.cuda import Cuda, finish, lora, packing, products, sampling
 from server.kernels.lora import SlotWeights
 from server.kernels.reference import Reference
 from server.model.on_device import DeviceModel, DeviceStep
@@ -246,7 +247,7 @@ class Captures:
         self.made.append((pool, stream, capture_error_mode, len(self.computed)))
         yield
         if self.error is not None:
-            raise self.error
+            raise type(self.error)(*self.error.args)  # a new one, as it holds the frames that it comes through
 
     def note(self, model: DeviceModel, step: DeviceStep, *_: object) -> torch.Tensor:
         self.computed.append(step)
@@ -305,22 +306,43 @@ def test_graphs_that_were_not_used_for_long_make_room(captures: Captures, monkey
     assert Graph.alive - before == 2 and runner.nbytes()["graphs"] == 200
 
 
-def test_a_prompt_that_finds_memory_in_pieces_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    (one,) = sequences([9], [()])
-    runner, tokens = cuda_runner(bases("llama-int4")[0]), []
+@pytest.mark.parametrize("count", [9, 1], ids=["prompt", "single row without a graph"])
+def test_a_step_that_finds_memory_in_pieces_is_run_again(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once nothing of it is held any more; what still finds none is refused, and holds nothing either."""
+    (one,) = sequences([count], [()])
+    runner, tokens, held = cuda_runner(bases("llama-int4")[0]), [], []
 
     def lacking(self: DeviceModel, given: DeviceStep, *_: object) -> torch.Tensor:
-        tokens.append(given.tokens.tolist())
+        tokens.append(given.tokens[:count].tolist())
+        part = torch.zeros(1)
         if len(tokens) in (1, 3, 4):
+            held.append(weakref.ref(part))
             raise torch.OutOfMemoryError("no block of 2 MiB")
-        return torch.full((1, 61), 7.0, device=DEVICE)
+        return torch.full((given.logit_rows.shape[0], 61), 7.0, device=DEVICE)
 
+    emptied: list[list[object]] = []
     monkeypatch.setattr(DeviceModel, "logits", lacking)
-    assert step(runner, [(one, 9)]).tolist() == [[7.0] * 61]
-    assert tokens == [one.tokens, one.tokens]
+    monkeypatch.setattr(CudaRunner, "_graph", lambda self, shape: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append([part() for part in held]))
+    assert step(runner, [(one, count)]).tolist() == [[7.0] * 61]
+    assert tokens == [one.tokens, one.tokens] and emptied == [[None]]
     one.done = 0
-    with pytest.raises(torch.OutOfMemoryError):
-        step(runner, [(one, 9)])
+    with pytest.raises(NoCapacity, match="lower --gpu-memory"):
+        step(runner, [(one, count)])
+    assert emptied[1:] == [[None] * 2, [None] * 3]
+
+
+def test_tokens_that_find_no_memory_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, tries = cuda_runner(bases("llama-int4")[0]), []
+
+    def lacking(*_: object) -> None:
+        tries.append(0)
+        raise torch.OutOfMemoryError("no block of 2 MiB")
+
+    monkeypatch.setattr(sampling, "draw", lacking)
+    with pytest.raises(NoCapacity, match="lower --gpu-memory"):
+        runner.draw(Logits(torch.zeros(1, 61, device=DEVICE)), np.zeros((1, 4), np.float32), np.zeros(1, np.int32))
+    assert len(tries) == 2
 
 
 @pytest.mark.parametrize("graph", [True, False])
@@ -361,10 +383,12 @@ def test_a_step_runs_without_a_graph_where_there_can_be_none(
 ) -> None:
     """Tried once in a while, not at every step."""
     runner, captures.error = capturing_runner(), error
-    shape = bucket(runner, 2)
+    shape, before, alive = bucket(runner, 2), Graph.alive, list[int]()
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(Graph.alive - before))
     for _ in range(3):
         assert runner._graph(shape) is None
     assert len(captures.made) == 1 and runner.nbytes()["graphs"] == 0
+    assert alive == [0], "memory is given back when nothing of the capture is left"
     captures.error = None
     assert isinstance(runner._graph(bucket(runner, 4)), Graph) and runner._graph(shape) is None
     later = time.monotonic() + RETRY_SECONDS
