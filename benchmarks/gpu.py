@@ -63,6 +63,8 @@ class Bench:
         self.began = time.monotonic()
         self.section = ""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.machine = _machine(self.device)
+        """Asked for once: after a fault the device tells nothing, and what was measured before it is to be told."""
         backend = Cuda(torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.shape = TINY if check else QWEN_7B
         self.config: ModelConfig = from_hf(self.shape)
@@ -357,7 +359,7 @@ def _print(bench: Bench) -> None:
     """The table. What is claimed comes last, as that is what is seen where only an end is kept."""
     results = bench.results
     width = max((len(row["name"]) for row in results), default=0)
-    print("\n" + ", ".join(f"{name} {value}" for name, value in _machine(bench).items()))
+    print("\n" + ", ".join(f"{name} {value}" for name, value in bench.machine.items()))
     print(f"{'what':{width}}  measured        at least    by its bytes  met")
     for row in sorted(results, key=lambda row: row["section"] != "kernels"):
         met = {True: "yes", False: "no", None: ""}[row["met"]]
@@ -370,10 +372,10 @@ def _by_bytes(row: dict[str, Any], form: str) -> str:
     return form.format(round(row["by_bytes"], 3)) if "by_bytes" in row else ""
 
 
-def _machine(bench: Bench) -> dict[str, str]:
+def _machine(device: torch.device) -> dict[str, str]:
     """What the numbers are of."""
     found = {"card": "none (interpreted, no measurement)"}
-    if bench.device.type == "cuda":
+    if device.type == "cuda":
         driver = DRIVER.read_text().partition("\n")[0] if DRIVER.exists() else "unknown"
         found = {"card": torch.cuda.get_device_name(), "driver": driver, "CUDA": str(torch.version.cuda)}
     return {**found, "torch": torch.__version__, "triton": triton.__version__}
@@ -381,7 +383,7 @@ def _machine(bench: Bench) -> dict[str, str]:
 
 def _write(bench: Bench, target: Path | None) -> None:
     if target is not None:
-        target.write_text(json.dumps({**_machine(bench), "results": bench.results}, indent=1))
+        target.write_text(json.dumps({**bench.machine, "results": bench.results}, indent=1))
 
 
 if __name__ == "__main__":

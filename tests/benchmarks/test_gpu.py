@@ -75,6 +75,26 @@ def test_what_is_cut_off_leaves_the_rows_that_it_had_told(monkeypatch: pytest.Mo
     assert [row["name"] for row in json.loads(target.read_text())["results"]][-1] == "first"
 
 
+def test_a_device_that_has_gone_does_not_take_the_table_along(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a fault nothing can be asked of it, not even its name."""
+
+    def gone(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def faults(bench: gpu.Bench) -> None:
+        monkeypatch.setattr(gpu, "_machine", gone)
+        gone()
+
+    monkeypatch.setattr(gpu, "SECTIONS", gpu.SECTIONS | {"model": faults})
+    target = tmp_path / "told.json"
+    assert gpu.main(["--check", "--json", str(target), "--only", "memory"]) == 1
+    told = json.loads(target.read_text())
+    assert told["card"].startswith("none") and told["results"][0]["name"] == "bandwidth, GB/s"
+    assert "card none" in capsys.readouterr().out
+
+
 def test_what_is_claimed_comes_before_what_explains_it() -> None:
     """An illegal access in a kernel that nothing claims would leave no device for what comes after it."""
     order = list(gpu.SECTIONS)

@@ -23,7 +23,7 @@ from server.model.config import from_hf
 def bench_of(told: dict[str, Any]) -> Any:
     return SimpleNamespace(
         rows=2, context=5, shape=gpu.TINY, config=from_hf(gpu.TINY), kinds=(Kind(4),), device=torch.device("cpu"),
-        running_seconds=None, mixed_step_seconds=lambda seconds, kind: 1e-6, wait=lambda: None,
+        is_late=False, running_seconds=None, mixed_step_seconds=lambda seconds, kind: 1e-6, wait=lambda: None,
         tell=lambda name, value, target=None, met=None, **more: told.update({name: (value, target, met)}),
     )  # fmt: skip
 
@@ -39,6 +39,12 @@ def test_a_peer_decodes_its_mixed_batch(monkeypatch: pytest.MonkeyPatch) -> None
         "not measured: no_such_module cannot be imported (ModuleNotFoundError)", None, None
     )  # fmt: skip
     assert torch.get_default_dtype() == torch.float32
+    late = bench_of(told)
+    late.is_late = True
+    gpu_peers.peers(late)
+    assert told["decode of 2 mixed requests over Transformers + PEFT bf16"] == (
+        "not measured: the time is over", 10, None
+    )  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")
