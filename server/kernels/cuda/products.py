@@ -349,7 +349,7 @@ class Matrix:
         """
         m = x.shape[0]
         if self.dense or m >= DENSE_ROWS:
-            out[0].copy_(_dense_product(x, self.dense_values if self.dense else self.values(x.dtype)))
+            _multiply_dense(x, self.dense_values if self.dense else self.values(x.dtype), out[0])
             return
         grid = (-(-m // how.rows), -(-self.rows // how.outputs), how.splits)
         sizes = (m, self.rows, self.width, self.blocks)
@@ -367,11 +367,13 @@ class Matrix:
         return dequantized(self._weight, dtype)
 
 
-def _dense_product(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """x times the transposed values, in float32 where the library can leave its sums so: of 16 bits on a GPU."""
+def _multiply_dense(x: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
+    """x times the transposed values into float32 out. Where the library can leave its sums so, of 16 bits on a GPU, it
+    puts them there itself: a result of its own would be a gigabyte in a long step, which nothing accounts for."""
     if x.is_cuda and x.dtype != torch.float32:
-        return torch.mm(x, values.t(), out_dtype=torch.float32)
-    return x @ values.t()
+        torch.mm(x, values.t(), out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(x @ values.t())
 
 
 def arguments(weight: Weight, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,6 +153,15 @@ def test_products_of_many_rows(scheme: str, group: int, double: bool, monkeypatc
         result = poisoned(1, 70, 144)
         matrix.multiply(x, x, result, matrix.tiling(70))
         assert error(result[0], exact) < LOOSE
+
+
+def test_a_librarys_product_is_put_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for a GPU's tensor: a second result would be as large as all else that a step has."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "mm", lambda *given, **how: asked.append(how))
+    out, x = torch.empty(3, 8), SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    products._multiply_dense(x, torch.ones(8, 4), out)  # type: ignore[arg-type]
+    assert len(asked) == 1 and asked[0]["out_dtype"] == torch.float32 and asked[0]["out"] is out
 
 
 def test_a_matrix_that_is_not_quantized() -> None:
