@@ -70,7 +70,7 @@ class Shapes:
 
     @staticmethod
     def _weight(shape: tuple[int, int], scheme: str, group: int, double: bool) -> Weight:
-        parts = stored_parts(scheme, shape, group, double)
+        parts = {"codes": (torch.bfloat16, shape)} if scheme == "none" else stored_parts(scheme, shape, group, double)
         tensors = {name: torch.empty(size, dtype=dtype, device=META) for name, (dtype, size) in parts.items()}
         return packing.pack(Weight(scheme, STORED, shape, group, tensors))
 
@@ -141,14 +141,15 @@ def main(which: str, capability: int) -> int:
     compiler = Compiler(capability)
     JITFunction.run = lambda self, *args, **kwargs: compiler.launch(self, *args, **kwargs)  # type: ignore[method-assign]
     config = small() if which == "small" else seven_billion()
-    schemes = [("int4", True)] if which == "small" else [("int4", True), ("int4", False), ("nf4", True)]
+    every = [("none", False), ("int4", True), ("int4", False), ("nf4", True)]
+    schemes = [("int4", True)] if which == "small" else every
     sizes = [1] if which == "small" else [1, 8, 32, 64]
     for scheme, double in schemes:
         model = DeviceModel(Shapes(config, scheme, double), META, torch.bfloat16)  # type: ignore[arg-type]
         model.turn_up_to(256)
         sites = config.num_hidden_layers * len(SITES)
         pool = Pool(
-            torch.empty(1 << 20, dtype=torch.int8, device=META),
+            torch.empty(1 << 20, dtype=torch.bfloat16 if scheme == "none" else torch.int8, device=META),
             torch.empty(64, sites, 3, dtype=torch.int64, device=META),
             torch.empty(64, sites, dtype=torch.int32, device=META),
             torch.empty(64, sites, device=META),
