@@ -1,10 +1,11 @@
-"""The layout `words-1`: a quantized matrix as 32-bit words that a tile of a product reads with 16-byte loads.
+"""The layout `words-2`: a quantized matrix as 32-bit words that a tile of a product reads with 16-byte loads.
 
-A block of the inputs is `parts * run` long, parts being 8 for 4-bit codes and 4 for 8-bit ones. Its word i of row n
-holds the codes of the inputs p * run + i in its parts p = 0, 1, ..., lowest bits first. So shifting a tile of words
-gives `run` neighbouring inputs of every row at once, whose codes share a scale, with no shuffling of lanes:
+A block of the inputs is `parts * run` long, parts being 4 for 4-bit codes and 2 for 8-bit ones. Its word i of row n
+holds the codes of two neighbours in its halves, the inputs p * run + 2 i and the one after it, in its parts p = 0, 1,
+..., lowest bits first. So shifting a tile of words gives `run` neighbouring inputs of every row at once, whose codes
+share a scale, in pairs as the matrix units take 16-bit floats, with no shuffling of bytes or lanes:
 
-    words   int32 [blocks, out, run]      blocks = ceil(in / (parts * run)), codes beyond the inputs are 0
+    words   int32 [blocks, out, run / 2]  blocks = ceil(in / (parts * run)), codes beyond the inputs are 0
     scale, zero     float16 [in / group, out]    (zero for int4 alone), or double-quantized, for each of the two:
     s_codes         int32 [ceil(in / group / 4), out], the codes of four neighbouring groups, lowest bits first
     s_step, s_base  float32 [ceil(in / group / 16), ceil(out / 16)]
@@ -16,6 +17,7 @@ concatenation. What the codes mean is kernels/stored.py's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 
@@ -23,25 +25,24 @@ from server.errors import BadModel
 from server.kernels.stored import NF4, TILE, decode_tiles, unpack_nibbles
 from server.kernels.weight import Weight
 
-LAYOUT = "words-1"
-RUNS = (64, 32, 16)
+LAYOUT = "words-2"
+RUNS = (128, 64, 32, 16)
 """Neighbouring inputs of a part: the depth of one product of matrix units."""
-
-
+LONGEST = {"int4": 64, "int8": 64, "nf4": 32}
+"""The longest run of a scheme that leaves registers for more, looking levels up taking most."""
 GROUPS = (32, 64, 128, 256)
 
 
 def parts_of(scheme: str) -> int:
-    """Codes in a word."""
-    return 4 if scheme == "int8" else 8
+    """Codes in a word's half."""
+    return 2 if scheme == "int8" else 4
 
 
 def run_of(scheme: str, width: int, group: int) -> int:
     """The run that pads the inputs least, the longest among equals. Parts are within groups, those within blocks."""
     parts = parts_of(scheme)
-    longest = 32 if scheme == "nf4" else RUNS[0]  # looking levels up takes the registers of a longer one
-    fitting = [run for run in RUNS if run <= longest and group % run == 0 and parts * run % group == 0]
-    return min(fitting, key=lambda run: (-width % (parts * run), -run))
+    fitting = [run for run in RUNS if group % run == 0 and parts * run % group == 0]
+    return min(fitting, key=lambda run: (run > LONGEST[scheme], -width % (parts * run), -run))
 
 
 def pack(stored: Weight) -> Weight:
@@ -127,25 +128,32 @@ def side_by_side(weights: Sequence[Weight], device: torch.device) -> Weight:
 
 
 def _words(codes: torch.Tensor, scheme: str, run: int) -> torch.Tensor:
-    """uint8 [out, in] -> int32 [blocks, out, run]."""
+    """uint8 [out, in] -> int32 [blocks, out, run / 2]."""
     rows, width = codes.shape
     parts = parts_of(scheme)
-    bits = 32 // parts
     blocks = -(-width // (parts * run))
     padded = torch.nn.functional.pad(codes, (0, blocks * parts * run - width))
-    split = padded.view(rows, blocks, parts, run)
-    words = torch.zeros(blocks, rows, run, dtype=torch.int32, device=codes.device)
-    for p in range(parts):
-        words |= split[:, :, p].transpose(0, 1).int() << (bits * p)
+    split = padded.view(rows, blocks, parts, run // 2, 2)
+    words = torch.zeros(blocks, rows, run // 2, dtype=torch.int32, device=codes.device)
+    for half, part in product(range(2), range(parts)):
+        words |= split[:, :, part, :, half].transpose(0, 1).int() << _shift(parts, half, part)
     return words
 
 
 def _codes(words: torch.Tensor, scheme: str, width: int) -> torch.Tensor:
     """The inverse of `_words`: uint8 [rows, in]."""
+    blocks, rows, pairs = words.shape
     parts = parts_of(scheme)
-    bits = 32 // parts
-    split = [(words >> (bits * p)) & ((1 << bits) - 1) for p in range(parts)]
-    return torch.stack(split, 2).to(torch.uint8).transpose(0, 1).flatten(1)[:, :width].contiguous()
+    codes = torch.empty(rows, blocks, parts, pairs, 2, dtype=torch.uint8, device=words.device)
+    for half, part in product(range(2), range(parts)):
+        found = (words >> _shift(parts, half, part)) & ((1 << 16 // parts) - 1)
+        codes[:, :, part, :, half] = found.transpose(0, 1)
+    return codes.flatten(1)[:, :width].contiguous()
+
+
+def _shift(parts: int, half: int, part: int) -> int:
+    """Where in a word a code lies."""
+    return 16 * half + 16 // parts * part
 
 
 def _quads(codes: torch.Tensor) -> torch.Tensor:

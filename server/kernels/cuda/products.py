@@ -1,7 +1,7 @@
-"""Products with a quantized matrix in the layout `words-1`: one kernel from a single row to a prefill.
+"""Products with a quantized matrix in the layout `words-2`: one kernel from a single row to a prefill.
 
 Codes go into the matrix units as they are, whole numbers that both 16-bit floats hold exactly; a group's scale and zero
-meet the float32 sums. So nothing is rounded but the activations, and a code costs a shift and one logical operation.
+meet the float32 sums. So nothing is rounded but the activations, and two codes cost a shift and one logical operation.
 The levels of nf4 are no whole numbers: they are looked up, rounded to the activations' dtype, as the matrix units want.
 K is cut into `splits` ranges, whose sums are written side by side and added in order by whoever reads them.
 """
@@ -49,9 +49,10 @@ class Tiling:
 
 
 WARPS = 8
-"""Warps of a processor at work on a split product: registers let no more of them share it."""
-WORD_BYTES = 64 * 4
-"""What such a product reads of a block of inputs for an output: 64 words."""
+"""Warps of a processor at work on a split product: of two programs with a few rows each, whose blocks on their way are
+all that memory can give, or the one with 32 that registers let in."""
+WORD_BYTES = 32 * 4
+"""What such a product reads of a block of inputs for an output: 32 words."""
 SUM_BYTES = 8
 """What each range of K costs for an output: its sum is written and read."""
 
@@ -59,23 +60,23 @@ SUM_BYTES = 8
 def tiling(rows: int, outputs: int, blocks: int) -> Tiling:
     """The tiling of a product with `rows` rows, K cut into at most 16 ranges.
 
-    A tile has half as many outputs as its program has threads: scales then lie as the sums do. Of more they would go
-    through shared memory one group after the other, each waited for by all warps. Of 32 rows it has more outputs, since
-    its inputs are read again by each program.
+    Each warp has 16 outputs, so that the scales lie as the sums do. With more they would go through shared memory one
+    group after the other, each waited for by all warps. Of 32 rows a tile has more of them, since its inputs are read
+    again by each program.
 
     Programs come in waves, of which the last is seldom full, each waits for its first block, and each range has sums of
     its own: the least bytes that could pass while all places read, and then the sums.
     """
     if rows > FEW_ROWS:
         return Tiling(128 if rows > 128 else 64, 128, 1, warps=8 if rows > 128 else 4)
-    tile, each, warps, stages = (16, 64, 4, 3) if rows <= 16 else (32, 128, 8, 2)
+    tile, each, warps = (8 if rows <= 8 else 16, 64, 4) if rows <= 16 else (32, 128, 8)
     programs, places = -(-outputs // each) * -(-rows // tile), PROCESSORS * WARPS // warps
 
     def cost(splits: int) -> int:
         waves = -(-programs * splits // places) * (-(-blocks // splits) + 1)
         return waves * places * each * WORD_BYTES + splits * rows * outputs * SUM_BYTES
 
-    return Tiling(tile, each, min(range(1, min(16, blocks) + 1), key=cost), warps, stages)
+    return Tiling(tile, each, min(range(1, min(16, blocks) + 1), key=cost), warps)
 
 
 @triton.jit
@@ -97,47 +98,30 @@ def decoded(quads, g, step, base):
 
 @triton.jit
 def part_values(words, levels, part, SCHEME: tl.constexpr, dtype: tl.constexpr):
-    """What a part of each word stands for, in `dtype`; int4 codes come with the offset of `offset_of` added, and levels
-    of nf4 as `levels` has them.
+    """What a part of words [..., n] stands for, in `dtype` [..., 2 n]; int4 codes come with the offset of `offset_of`
+    added, and levels of nf4 as `levels` has them.
 
-    A 16-bit float whose exponent makes the last bit of its mantissa worth 1 takes a code by a bitwise or.
+    A 16-bit float whose exponent makes the last bit of its mantissa worth 1 takes a code by a bitwise or, and two are
+    made at once, where they lie.
     """
     if SCHEME == INT8:
-        return ((words << (24 - 8 * part)) >> 24).to(tl.float32).to(dtype)
+        low = ((words << (24 - 8 * part)) >> 24).to(tl.float32).to(dtype)
+        high = ((words << (8 - 8 * part)) >> 24).to(tl.float32).to(dtype)
+    elif SCHEME == FOUR_BIT_FLOAT:
+        low = tl.load(levels + ((words >> (4 * part)) & 15))
+        high = tl.load(levels + ((words >> (16 + 4 * part)) & 15))
+    elif dtype == tl.bfloat16:
+        both = (words >> (4 * part)) & 0x000F000F | 0x43004300
+        low = both.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        high = (both >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif dtype == tl.float16:
+        both = (words >> (4 * part)) & 0x000F000F | 0x64006400
+        low = both.to(tl.int16).to(tl.float16, bitcast=True)
+        high = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     else:
-        codes = (words >> (4 * part)) & 15
-        if SCHEME == FOUR_BIT_FLOAT:
-            return tl.load(levels + codes)
-        elif dtype == tl.bfloat16:
-            return (codes | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        elif dtype == tl.float16:
-            return (codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
-        else:
-            return codes.to(dtype)
-
-
-@triton.jit
-def known_values(words, levels, part: tl.constexpr, SCHEME: tl.constexpr, dtype: tl.constexpr):
-    """`part_values` of a part that is known. Of int4 in 16 bits the two that lie so far apart are made at once."""
-    if SCHEME == INT4 and dtype == tl.bfloat16:
-        both = (words >> (4 * (part % 4))) & 0x000F000F | 0x43004300
-        return (both >> (16 * (part // 4))).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    elif SCHEME == INT4 and dtype == tl.float16:
-        both = (words >> (4 * (part % 4))) & 0x000F000F | 0x64006400
-        return (both >> (16 * (part // 4))).to(tl.int16).to(tl.float16, bitcast=True)
-    else:
-        return part_values(words, levels, part, SCHEME, dtype)
-
-
-@triton.jit
-def scale_in_block(first, second, b, groups: tl.constexpr, e: tl.constexpr, step, base):
-    """The scale or zero of the e-th of a block's groups, whose codes are in two quads at most; b is the first one."""
-    if groups < 4:
-        return decoded(first, b + e, step, base)
-    elif e < 4:
-        return decoded(first, e, step, base)
-    else:
-        return decoded(second, e, step, base)
+        low = ((words >> (4 * part)) & 15).to(dtype)
+        high = ((words >> (16 + 4 * part)) & 15).to(dtype)
+    return tl.reshape(tl.join(low, high), words.shape[:-1] + [2 * words.shape[-1]])
 
 
 def offset_of(dtype: torch.dtype) -> int:
@@ -150,78 +134,68 @@ def product_kernel(
     x, group_sums, words, levels, scale, scale_codes, scale_step, scale_base, zero, zero_codes, zero_step, zero_base,
     out, M, N, K, blocks, splits,
     BM: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
-    SCHEME: tl.constexpr, DOUBLE: tl.constexpr, OFFSET: tl.constexpr,
+    SCHEME: tl.constexpr, DOUBLE: tl.constexpr, OFFSET: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """out float32 [splits, M, N] = x [M, K] times the transposed matrix, over one range of K each.
 
-    group_sums float32 [M, K / GROUP] are x's own sums, which meet the zeros of int4.
+    group_sums float32 [M, K / GROUP] are x's own sums, which meet the zeros of int4. The matrix units have the outputs
+    as rows: they take these many at a time, and x's as few as there are.
     """
     split = tl.program_id(2)
     n0 = tl.program_id(1) * BN
     # What the first block reads of the matrix is on its way while the kernel before makes x.
-    line = tl.minimum(tl.arange(0, BN * RUN // LINE) * LINE, (N - n0) * RUN - 1)
-    ask_for(words + (split * blocks // splits * N + n0) * RUN + line)
+    line = tl.minimum(tl.arange(0, BN * RUN // 2 // LINE) * LINE, (N - n0) * RUN // 2 - 1)
+    ask_for(words + (split * blocks // splits * N + n0) * (RUN // 2) + line)
     begin()
     dtype: tl.constexpr = x.dtype.element_ty
-    groups: tl.constexpr = PARTS * RUN // GROUP
-    # The j-th part that is multiplied is j % 2 * hop + j // 2 * step: if each has a group of its own, those that lie 16
-    # bits apart come in turn.
-    hop: tl.constexpr = PARTS // 2 if GROUP == RUN else 1
-    step: tl.constexpr = 1 if GROUP == RUN else 2
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    groups: tl.constexpr = PARTS * RUN // GROUP  # of a block; their codes are in one quad
     n = n0 + tl.arange(0, BN)
-    i = tl.arange(0, RUN)
-    here, there = m < M, n < N
-    total = tl.zeros((BM, BN), tl.float32)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    i, pair = tl.arange(0, RUN), tl.arange(0, RUN // 2)
+    there, here = n < N, m < M
+    total = tl.zeros((BN, BM), tl.float32)
     for block in range(split * blocks // splits, (split + 1) * blocks // splits):
         tile = tl.load(
-            words + (block * N + n)[None, :] * RUN + i[:, None],
-            mask=there[None, :],
+            words + (block * N + n)[:, None] * (RUN // 2) + pair[None, :],
+            mask=there[:, None],
             other=0,
             eviction_policy="evict_first",
         )
         if DOUBLE:
-            quad = block * groups // 4
-            more = tl.minimum(quad + 1, (K // GROUP - 1) // 4) if groups > 4 else quad
+            quad = block * groups // 4 * N + n
             s_step, s_base = spread(scale_step, scale_base, block * groups, n, N)
-            s_first = tl.load(scale_codes + quad * N + n, mask=there, other=0)
-            s_second = tl.load(scale_codes + more * N + n, mask=there, other=0)
+            s_quad = tl.load(scale_codes + quad, mask=there, other=0)
             if SCHEME == INT4:
                 z_step, z_base = spread(zero_step, zero_base, block * groups, n, N)
-                z_first = tl.load(zero_codes + quad * N + n, mask=there, other=0)
-                z_second = tl.load(zero_codes + more * N + n, mask=there, other=0)
-        sums = tl.zeros((BM, BN), tl.float32)
-        for j in tl.static_range(PARTS):
-            k = (block * PARTS + j % 2 * hop + j // 2 * step) * RUN
-            inside = here[:, None] & ((k + i) < K)[None, :]
-            rows = tl.load(x + m[:, None] * K + (k + i)[None, :], mask=inside, other=0.0)
-            sums = tl.dot(rows, known_values(tile, levels, j % 2 * hop + j // 2 * step, SCHEME, dtype), sums)
-            if ((j + 1) * RUN) % GROUP == 0:
+                z_quad = tl.load(zero_codes + quad, mask=there, other=0)
+        sums = tl.zeros((BN, BM), tl.float32)
+        for part in tl.static_range(PARTS):
+            k = (block * PARTS + part) * RUN
+            inside = here[None, :] & ((i < RUN) if WHOLE else (k + i < K))[:, None]
+            rows = tl.load(x + m[None, :] * K + (k + i)[:, None], mask=inside, other=0.0)
+            sums = tl.dot(part_values(tile, levels, part, SCHEME, dtype), rows, sums)
+            if (part + 1) * RUN % GROUP == 0:
                 # Groups that only pad the inputs have products of zeros, whatever scale they read.
-                g = tl.minimum(block * groups + (j % 2 * hop + j // 2 * step) * RUN // GROUP, K // GROUP - 1)
+                g = block * groups + part * RUN // GROUP
+                of_quad = g if groups < 4 else part * RUN // GROUP
+                if not WHOLE:
+                    g = tl.minimum(g, K // GROUP - 1)
                 if DOUBLE:
-                    s = scale_in_block(
-                        s_first, s_second, block * groups, groups, (j % 2 * hop + j // 2 * step) * RUN // GROUP,
-                        s_step, s_base,
-                    )  # fmt: skip
+                    s = decoded(s_quad, of_quad, s_step, s_base)
                 else:
                     s = tl.load(scale + g * N + n, mask=there, other=0.0).to(tl.float32)
-                total = tl.fma(sums, tl.broadcast_to(s[None, :], (BM, BN)), total)
+                total = tl.fma(sums, tl.broadcast_to(s[:, None], (BN, BM)), total)
                 if SCHEME == INT4:
                     if DOUBLE:
-                        z = scale_in_block(
-                            z_first, z_second, block * groups, groups, (j % 2 * hop + j // 2 * step) * RUN // GROUP,
-                            z_step, z_base,
-                        )  # fmt: skip
+                        z = decoded(z_quad, of_quad, z_step, z_base)
                     else:
                         z = tl.load(zero + g * N + n, mask=there, other=0.0).to(tl.float32)
-                    mine = here & (k + 0 * m < K)
+                    mine = here if WHOLE else here & (k + 0 * m < K)
                     inputs = tl.load(group_sums + m * (K // GROUP) + g, mask=mine, other=0.0)
-                    z = tl.fma(s, -1.0 * OFFSET, z)
-                    inputs = tl.broadcast_to(inputs[:, None], (BM, BN))
-                    total = tl.fma(inputs, tl.broadcast_to(z[None, :], (BM, BN)), total)
-                sums = tl.zeros((BM, BN), tl.float32)
-    tl.store(out + (split * M + m)[:, None] * N + n[None, :], total, mask=here[:, None] & there[None, :])
+                    z = tl.broadcast_to(tl.fma(s, -1.0 * OFFSET, z)[:, None], (BN, BM))
+                    total = tl.fma(tl.broadcast_to(inputs[None, :], (BN, BM)), z, total)
+                sums = tl.zeros((BN, BM), tl.float32)
+    tl.store(out + (split * M + m)[None, :] * N + n[:, None], total, mask=here[None, :] & there[:, None])
 
 
 @triton.jit
@@ -258,11 +232,12 @@ def tiled_kernel(
     dtype: tl.constexpr = x.dtype.element_ty
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    i = tl.arange(0, RUN)
+    i, pair = tl.arange(0, RUN), tl.arange(0, RUN // 2)
     here, there = m < M, n < N
     total = tl.zeros((BM, BN), tl.float32)
     for block in range(0, blocks):
-        tile = tl.load(words + (block * N + n)[None, :] * RUN + i[:, None], mask=there[None, :], other=0)
+        place = (block * N + n)[:, None] * (RUN // 2) + pair[None, :]
+        tile = tl.load(words + place, mask=there[:, None], other=0)
         for part in range(PARTS):  # not unrolled: each would have its own stages
             k = (block * PARTS + part) * RUN
             g = tl.minimum(k // GROUP, K // GROUP - 1)
@@ -270,12 +245,12 @@ def tiled_kernel(
                 g, n, N, scale, scale_codes, scale_step, scale_base, zero, zero_codes, zero_step, zero_base,
                 SCHEME, DOUBLE,
             )  # fmt: skip
-            values = part_values(tile, levels, part, SCHEME, tl.float32) * s[None, :]
+            values = part_values(tile, levels, part, SCHEME, tl.float32) * s[:, None]
             if SCHEME == INT4:
-                values += z[None, :]
+                values += z[:, None]
             inside = here[:, None] & ((k + i) < K)[None, :]
             rows = tl.load(x + m[:, None] * K + (k + i)[None, :], mask=inside, other=0.0)
-            total = tl.dot(rows, values.to(dtype), total)
+            total = tl.dot(rows, tl.trans(values.to(dtype)), total)
     tl.store(out + m[:, None] * N + n[None, :], total, mask=here[:, None] & there[None, :])
 
 
@@ -292,8 +267,8 @@ def dequantize_kernel(
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     n = tl.minimum(row, rows - 1)
     block = tl.program_id(1)
-    i = tl.arange(0, RUN)
-    tile = tl.load(words + (block * N + n)[:, None] * RUN + i[None, :])
+    i, pair = tl.arange(0, RUN), tl.arange(0, RUN // 2)
+    tile = tl.load(words + (block * N + n)[:, None] * (RUN // 2) + pair[None, :])
     for part in tl.static_range(PARTS):
         k = (block * PARTS + part) * RUN
         g = tl.minimum(k // GROUP, K // GROUP - 1)
@@ -337,6 +312,7 @@ class Matrix:
         self.blocks = weight.tensors["words"].shape[0]
         self.arguments = arguments(weight, dtype)
         self.constants = constants(weight)
+        self._whole = self.width == self.blocks * self.constants["PARTS"] * self.constants["RUN"]
 
     def tiling(self, rows: int) -> Tiling:
         """How a product with that many rows is cut."""
@@ -359,7 +335,7 @@ class Matrix:
             return
         product_kernel[grid](
             x, sums, *self.arguments, out, *sizes, how.splits,
-            BM=how.rows, BN=how.outputs, OFFSET=offset_of(x.dtype), **self.constants, **launch,
+            BM=how.rows, BN=how.outputs, OFFSET=offset_of(x.dtype), WHOLE=self._whole, **self.constants, **launch,
         )  # fmt: skip
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
@@ -386,7 +362,7 @@ def arguments(weight: Weight, dtype: torch.dtype) -> list[torch.Tensor]:
 def constants(weight: Weight) -> dict[str, Any]:
     """What the kernels are compiled for."""
     return {
-        "RUN": weight.tensors["words"].shape[2],
+        "RUN": 2 * weight.tensors["words"].shape[2],
         "PARTS": parts_of(weight.scheme),
         "GROUP": weight.group,
         "SCHEME": SCHEMES[weight.scheme],
@@ -404,10 +380,10 @@ def dequantized(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     """A quantized matrix [rows, in] in a floating dtype, on its device: a whole one, or a `packing.part`."""
     rows, width = weight.shape
     words = weight.tensors["words"]
-    blocks, _, run = words.shape
+    blocks, _, pairs = words.shape
     out = torch.empty(rows, width, dtype=dtype, device=words.device)
     dequantize_kernel[(-(-rows // 32), blocks)](
-        *arguments(weight, torch.float32), out, rows, words.stride(0) // run, width, BN=32, **constants(weight),
+        *arguments(weight, torch.float32), out, rows, words.stride(0) // pairs, width, BN=32, **constants(weight),
         **options(),
     )  # fmt: skip
     return out

@@ -21,7 +21,7 @@ def embed_kernel(
     token = tl.load(ids + row)
     n = tl.maximum(token, 0)
     i = tl.arange(0, RUN)
-    word = tl.load(words + (block * N + n).to(tl.int64) * RUN + i)
+    word = tl.load(words + (block * N + n).to(tl.int64) * (RUN // 2) + tl.arange(0, RUN // 2))
     last_group = K // GROUP - 1
     for part in tl.static_range(PARTS):
         k = block * PARTS * RUN + part * RUN

@@ -143,7 +143,7 @@ def main(which: str, capability: int) -> int:
     config = small() if which == "small" else seven_billion()
     every = [("none", False), ("int4", True), ("int4", False), ("nf4", True)]
     schemes = [("int4", True)] if which == "small" else every
-    sizes = [1] if which == "small" else [1, 8, 32, 64]
+    sizes = [1] if which == "small" else [1, 16, 32, 64]
     for scheme, double in schemes:
         model = DeviceModel(Shapes(config, scheme, double), META, torch.bfloat16)  # type: ignore[arg-type]
         model.turn_up_to(256)

@@ -75,7 +75,7 @@ def test_packing_loses_nothing(width: int, scheme: str, group: int, double: bool
 def test_production_shapes_are_packed_without_padding() -> None:
     for width in (2048, 2560, 3584, 4096, 8192, 14336, 18944):
         run = packing.run_of("int4", width, 64)
-        assert run == 64 and width % (8 * run) == 0
+        assert run == 64 and width % (4 * run) == 0
     stored = stored_matrix(64, 1024, "int4", 64, True)
     assert packing.pack(stored).nbytes == stored.nbytes
 
@@ -129,10 +129,10 @@ def test_products_of_few_rows(
 
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 def test_codes_of_scales_are_found_in_blocks_of_any_group(group: int) -> None:
-    """Three blocks of 16, 8, 4 or 2 groups, four of whose codes share a word; the last has no word behind it."""
+    """Blocks of four, two or one groups, four of whose codes share a word."""
     stored = stored_matrix(64, 1536, "int4", group, True)
     matrix = on_device(stored)
-    assert matrix.blocks == 3 * 64 // matrix.constants["RUN"]
+    assert matrix.blocks == 1536 // min(4 * group, 256)
     x = torch.randn(2, 1536, generator=torch.Generator().manual_seed(3)).to(DEVICE, FLOAT)
     sums = poisoned(2, 1536 // group)
     products.group_sums(x, group, sums)
