@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from adapters.errors import InvalidAdapter, InvalidChoice, UnknownAdapter, VersionMismatch
+from adapters.errors import AdapterConflict, InvalidAdapter, InvalidChoice, UnknownAdapter, VersionMismatch
 from adapters.journal import Journal
 from adapters.weights import MIN_DIGEST, NAME, Version
 
@@ -129,6 +129,12 @@ class Names:
         if if_match != "*" and not (named and len(prefix) >= MIN_DIGEST and history[0].startswith(prefix.lower())):
             has = Version(name, history[0]).label
             raise VersionMismatch(f"the adapter is at {has}, not at {if_match[:96]!r}", "if-match")
+
+    def expect_unused(self, name: str, tasks: Sequence[str]) -> None:
+        """Raises AdapterConflict for a name that is served, if there are `tasks` that route to it."""
+        if tasks and name in self.histories:
+            told = f"{name!r} is what these tasks route to: {', '.join(tasks)}; change them first"
+            raise AdapterConflict(told, "name")
 
     def unknown(self, name: str) -> UnknownAdapter:
         """The error for a name that is not served, with the reason if there is one."""

@@ -74,8 +74,7 @@ class Registry:
         self.bases: Sequence[str] = ()
         self.rejections = Rejections()
         self._store = store
-        limit = max(FOLDER_FACTOR * ram_bytes, 1 << 20)
-        self._intake = Intake(store, read, prepare, shapes, max_rank, limit)
+        self._intake = Intake(store, read, prepare, shapes, max_rank, limit=max(FOLDER_FACTOR * ram_bytes, 1 << 20))
         self._max_mix = max_mix
         self._reserved = RESERVED | set(reserved)
         self._observer = observer or Observer()
@@ -239,8 +238,7 @@ class Registry:
         self.check(name, if_match)
         with self._intake.stage(name, folder, within) as (staged, weights):
             self._check_fit(name, weights.nbytes)
-            told = (staged, weights, create_only, if_match, source, taken)
-            return self._submit(self._writer, lambda: self._commit(*told)).result()
+            return self.undisturbed(lambda: self._commit(staged, weights, create_only, if_match, source, taken))
 
     async def roll_back(self, name: str, version: str, if_match: str | None = None) -> Published:
         """Give `name` one of its kept versions again: "name@digest" or the digest, six digits of it or more.
@@ -250,15 +248,19 @@ class Registry:
         return await self._off(self._publishers, lambda: self._roll_back(name, version, if_match))
 
     async def retire(self, name: str, if_match: str | None = None) -> Retired:
-        """`retire_now` off the event loop."""
-        return await self._off(self._writer, lambda: self._retire(name, if_match))
+        """`retire_now` off the event loop, if no task routes to it. Raises AdapterConflict, VersionMismatch."""
+        return await self._off(self._writer, lambda: self._retire_unused(name, if_match))
 
     def retire_now(self, name: str) -> Retired:
         """Take the name away at once; memory and disk are freed when the last lease is gone.
 
         Raises UnknownAdapter, StoreFailed.
         """
-        return self._submit(self._writer, lambda: self._retire(name)).result()
+        return self.undisturbed(lambda: self._retire(name))
+
+    def undisturbed(self, call: Callable[[], T]) -> T:
+        """What `call` answers, on the writer's thread: no name changes until it has returned. Raises StoreFailed."""
+        return self._submit(self._writer, call).result()
 
     async def pin(self, name: str) -> None:
         """Load the adapter and keep whichever version it has in RAM. Raises as `prefetch`, and NoRoom beside others."""
@@ -288,7 +290,7 @@ class Registry:
         The version that it was put over, if there is one, is served again. Answers whether anything was taken. Raises
         StoreFailed.
         """
-        return self._submit(self._writer, lambda: self._withdraw(name, folder)).result()
+        return self.undisturbed(lambda: self._withdraw(name, folder))
 
     # On a thread that publishes
 
@@ -299,7 +301,7 @@ class Registry:
             if found.name != name:
                 raise AdapterConflict(f"{text[:96]!r} is a version of another adapter", "version")
             self._ram.offer(self._load(found.digest))
-            return self._submit(self._writer, lambda: self._move(found, if_match)).result()
+            return self.undisturbed(lambda: self._move(found, if_match))
 
     # On the writer's thread
 
@@ -356,9 +358,13 @@ class Registry:
             self._serve(journal)
         return Published(version, not same, self.metadata(name), self._sketch(name))
 
-    def _retire(self, name: str, if_match: str | None = None, journal: Journal | None = None) -> Retired:
-        """`journal` is what is written, if it is not to be without the name."""
+    def _retire_unused(self, name: str, if_match: str | None) -> Retired:
+        self._names.expect_unused(name, self.tasks(name))
         self._names.expect(name, if_match)
+        return self._retire(name)
+
+    def _retire(self, name: str, journal: Journal | None = None) -> Retired:
+        """`journal` is what is written, if it is not to be without the name."""
         if name not in self._names.histories and name not in self._names.aside:
             raise self._names.unknown(name)
         description = self._sketch(name)
@@ -422,8 +428,7 @@ class Registry:
     def _collect(self) -> None:
         """Delete the versions that have neither a name nor a lease, and tell those who wait for that."""
         with self._lock:
-            unnamed = set(self._store.records) - self._names.referenced
-            free = {digest for digest in unnamed if digest not in self._leases}
+            free = {d for d in set(self._store.records) - self._names.referenced if d not in self._leases}
             for digest in free:
                 self._failures.pop(digest, None)
         self._let_go(free)
@@ -508,8 +513,7 @@ class Registry:
     def _check_room(self, mix: Mix) -> None:
         """Raises NoRoom if the mix cannot be in memory beside what is pinned. With the lock."""
         need = sum(self._ram.size(digest) for digest in mix.digests)
-        others = self._pinned_digests() - set(mix.digests)
-        pinned = sum(self._ram.size(digest) for digest in others)
+        pinned = sum(self._ram.size(digest) for digest in self._pinned_digests() - set(mix.digests))
         if need + pinned > self._ram.capacity:
             beside = f", {pinned:,} of which are pinned" if pinned else ""
             raise NoRoom(

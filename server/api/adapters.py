@@ -16,7 +16,6 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
 from adapters import composition
-from adapters.errors import AdapterConflict
 from adapters.peft_format import OPTIONAL, REQUIRED, read_folder, save
 from adapters.ports import Published
 from server.api import schemas
@@ -112,15 +111,7 @@ async def publish(name: Name, request: Request, runtime: Running, parts: Ready, 
 @router.delete("/{name}", status_code=202, response_model=schemas.AdapterAnswer, responses=WRITE)
 async def retire(name: Name, parts: Ready, if_match: IfMatch = None) -> Response:
     """Take a name away. What runs on it finishes; then its memory and disk are freed."""
-    return described(await retire_unused(parts, name, _version(parts, name, if_match)), 202)
-
-
-async def retire_unused(parts: Parts, name: str, if_match: str | None = None) -> dict[str, Any]:
-    """Retire an adapter that no task routes to. Raises AdapterConflict, UnknownAdapter, VersionMismatch."""
-    using = parts.tasks.using(name)
-    if using and name in parts.registry.names():
-        raise AdapterConflict(f"{name!r} is what these tasks route to: {', '.join(using)}; change them first", "name")
-    return (await parts.registry.retire(name, if_match)).description
+    return described((await parts.registry.retire(name, _version(parts, name, if_match))).description, 202)
 
 
 @router.post("/{name}/pin", response_model=schemas.AdapterAnswer, responses=WRITE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from server.api.adapters import publish_source, retire_unused
+from server.api.adapters import publish_source
 from server.api.openai_schemas import LoadAdapterBody, UnloadAdapterBody, refuse_fields
 from server.api.responses import errors
 from server.api.runtime import Ready
@@ -29,5 +29,5 @@ async def unload(body: UnloadAdapterBody, parts: Ready) -> str:
     """Retire an adapter."""
     refuse_fields(body, "")
     with called(adapters="lora_name", name="lora_name"):
-        await retire_unused(parts, body.lora_name)
+        await parts.registry.retire(body.lora_name)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."

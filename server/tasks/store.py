@@ -12,9 +12,9 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from adapters.errors import AdapterError, StoreFailed, UnknownAdapter
 from adapters.leases import Lease
@@ -23,6 +23,8 @@ from server.errors import InvalidRequest, ServerError, UnknownName
 from server.tasks.definitions import Fixed, Route, Task, check_task_name, parse
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Adapters(Protocol):
@@ -37,6 +39,8 @@ class Adapters(Protocol):
     def resolve(self, choice: Choice) -> list[tuple[Version, float]]: ...
 
     def lease(self, choice: Choice) -> Lease: ...
+
+    def undisturbed(self, call: Callable[[], T]) -> T: ...
 
 
 class Tasks:
@@ -109,6 +113,10 @@ class Tasks:
         if name in self._reserved:
             raise InvalidRequest(f"the name {name!r} is reserved", "task")
         check_task_name(name)
+        return self._adapters.undisturbed(lambda: self._define(name, body))
+
+    def _define(self, name: str, body: Mapping[str, Any]) -> tuple[Task, bool]:
+        """While no adapter comes or goes: what the task routes to is there when it is written."""
         own = Fixed(((name, 1.0),)) if name in self._adapters.names() else Fixed()
         task = parse(name, body, default_route=own, source="api")
         self._check_tokens(task)

@@ -335,6 +335,31 @@ def test_a_version_that_a_task_names_is_kept(live: Any, write_adapter: Any) -> N
     assert len(live.http.put("/adapters/pv", json={"source": "pv"}).json()["versions"]) == 3
 
 
+@pytest.mark.parametrize("deleted_first", [True, False])
+def test_a_task_and_the_deletion_of_its_adapter_come_together(live: Any, deleted_first: bool) -> None:
+    registry, go_on = live.house.parts.registry, threading.Event()
+    statuses: dict[str, int] = {}
+    route = {"choice": [{"name": "a"}]}
+    calls = {
+        "delete": lambda: live.http.delete("/adapters/a"),
+        "put": lambda: live.http.put("/tasks/own", json={**BODY, "route": route}),
+    }
+
+    def ask(which: str) -> None:
+        statuses[which] = calls[which]().status_code
+
+    registry._writer.submit(go_on.wait, 10)
+    asking = [threading.Thread(target=ask, args=(which,)) for which in sorted(calls, reverse=not deleted_first)]
+    for number, thread in enumerate(asking, start=1):
+        thread.start()
+        until(lambda number=number: registry._writer._work_queue.qsize() >= number)
+    go_on.set()
+    for thread in asking:
+        thread.join(10)
+    assert statuses == ({"delete": 202, "put": 404} if deleted_first else {"delete": 409, "put": 201})
+    assert ("own" in live.house.parts.tasks.using("a")) == ("a" in registry.names())
+
+
 def test_a_thousand_adapters_with_tasks_are_listed_at_once(tmp_path: Path) -> None:
     class Adapters:
         def names(self) -> list[str]:
