@@ -140,10 +140,7 @@ class Journal:
         """The inverse of `to_json`. Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
         if fields["format"] != FORMAT:
             raise ValueError(f"format {fields['format']!r} is not known to this version")
-        names = {
-            name: Name(_digests(n["history"]), str(n["source"]), float(n["since"]), bool(n["pinned"]), _below(n))
-            for name, n in fields["names"].items()
-        }
+        names = {name: _name(_digests(n["history"]), n, below=n.get("below")) for name, n in fields["names"].items()}
         taken = {
             folder: Taken(
                 str(t["digest"]), tuple((str(f), int(s), int(m), int(c), int(i)) for f, s, m, c, i in t["signature"])
@@ -153,9 +150,11 @@ class Journal:
         return Journal(names, taken)
 
 
-def _below(fields: Mapping[str, Any]) -> str | None:
-    """Which journals of before have not."""
-    return None if fields.get("below") is None else _digests([fields["below"]])[0]
+def _name(history: tuple[str, ...], fields: Mapping[str, Any], below: Any) -> Name:
+    """`below` is None in journals of before, too."""
+    if below is not None and below not in history:
+        raise ValueError("what a name was put over is none of its versions")
+    return Name(history, str(fields["source"]), float(fields["since"]), bool(fields["pinned"]), below)
 
 
 def _digests(values: Any) -> tuple[str, ...]:

@@ -362,6 +362,18 @@ def test_journal_round_trip_and_rules() -> None:
     assert not journal.take("watch/x", None).taken
 
 
+@pytest.mark.parametrize("below", ["f" * 64, "f", 1, ["b"]])
+def test_a_name_that_was_put_over_none_of_its_versions_is_damage(store: Store, below: Any) -> None:
+    journal = Journal().point("x", "a" * 64, "api", 1.0).point("x", "b" * 64, "watch", 2.0)
+    store.close()
+    fields = journal.to_json()
+    assert fields["names"]["x"]["below"] == "a" * 64
+    fields["names"]["x"]["below"] = below
+    (store.root / "names.json").write_text(json.dumps(fields))
+    with pytest.raises(StoreFailed, match=r"names.json .* none of its versions.*; put a good copy back"):
+        Store(store.root)
+
+
 PUBLISHER = """
 import sys
 from pathlib import Path
