@@ -79,7 +79,7 @@ async def feedback(task: Name, body: schemas.FeedbackBody, request: Request, par
     return Response(status_code=204)
 
 
-@router.get("/{task}/performance", response_model=schemas.Performance, responses=errors(404, 422, 503, 507))
+@router.get("/{task}/performance", response_model=schemas.Performance, responses=errors(404, 422, 503))
 async def performance(task: Name, parts: Ready) -> dict[str, Any]:
     """Per version: quality by source with its interval, latencies, tokens and errors; and the best, with the reason."""
     found = parts.tasks.get(task)

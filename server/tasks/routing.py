@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, StoreFailed
 from adapters.weights import Choice, Version
 from server.tasks.definitions import Best, Task
 from server.tasks.intervals import ALPHA, Hours, Totals, lead
@@ -101,7 +101,10 @@ class BestRouter:
 
     def describe(self, task: Task, route: Best) -> dict[str, Any]:
         """The `best` of a task's performance."""
-        decision = self.review(task, route)
+        try:
+            decision = self.review(task, route)
+        except StoreFailed as error:  # a new leader has to wait for the disk, who asks need not
+            decision = Decision(self._leading(task, route), error.message)
         known = self._quality.leader(task.name, _rule(route))
         subjects = self._subjects(task, route)
         leader = decision.leader

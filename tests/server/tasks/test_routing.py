@@ -251,6 +251,20 @@ def test_a_decision_keeps_its_reason_until_it_is_forgotten_with_the_turns(tmp_pa
     quality.close()
 
 
+def test_who_leads_is_told_while_the_disk_refuses_a_new_leader(tmp_path: Path) -> None:
+    names, route = Names("a", "b"), Best(("a", "b"), source="evaluation", min_samples=50)
+    task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        score(quality, names, name, [value] * 100)
+    router = BestRouter(quality, names, "base")
+    quality._db.execute("PRAGMA query_only = 1")
+    told = router.describe(task, route)
+    assert told["leader"] is None and "cannot be written" in told["reason"]
+    quality._db.execute("PRAGMA query_only = 0")
+    assert router.describe(task, route)["leader"] == "b"
+    quality.close()
+
+
 def test_a_decision_is_for_the_metric_and_source_that_made_it(tmp_path: Path) -> None:
     names, quality = Names("a", "b"), Quality(tmp_path / "quality.db")
     by_evaluation = Best(("a", "b"), source="evaluation", min_samples=50)
