@@ -9,6 +9,7 @@ ServerError
 ├── Forbidden                the key does not open this (403)
 ├── BodyTooLarge             over --max-body or --max-upload (413)
 ├── QueueFull                too much is waiting; come back after `retry_after` seconds (429)
+│   └── RateLimited             one key or one task has what it may have, whatever else waits
 ├── NotReady                 loading, draining or restarting; come back after `retry_after` seconds (503)
 ├── DeadlineExceeded         the request's time was over before it could finish (504)
 ├── NoCapacity               it could never fit into the budget (507)
@@ -67,7 +68,11 @@ class BodyTooLarge(ServerError):
 
 
 class QueueFull(ServerError):
-    """Too many requests or tokens are waiting, or the key's rate is used up."""
+    """Too many requests or tokens are waiting."""
+
+
+class RateLimited(QueueFull):
+    """A key or a task has used up its rate, or has as many requests in flight as it may have."""
 
 
 class NotReady(ServerError):

@@ -46,6 +46,7 @@ TABLE: Mapping[type[Exception], tuple[int, str, str]] = {
     server_errors.Forbidden: (403, "permission_error", "forbidden"),
     server_errors.BodyTooLarge: (413, INVALID, "body_too_large"),
     server_errors.QueueFull: (429, "rate_limit_error", "queue_full"),
+    server_errors.RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
     server_errors.NotReady: (503, SERVER, "not_ready"),
     server_errors.DeadlineExceeded: (504, SERVER, "deadline_exceeded"),
     server_errors.NoCapacity: (507, SERVER, "no_capacity"),

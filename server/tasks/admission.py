@@ -9,7 +9,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 
-from server.errors import QueueFull
+from server.errors import RateLimited
 
 REMEMBERED = 4096
 
@@ -30,11 +30,11 @@ class _Rate:
         return min(self._burst, tokens + (now - since) * self.rate)
 
     def check(self, name: str, whose: str) -> None:
-        """Raises QueueFull, with the time of its next request, if it may send none now."""
+        """Raises RateLimited, with the time of its next request, if it may send none now."""
         left = self.left(name)
         if left < 1.0:
             wait = (1.0 - left) / self.rate
-            raise QueueFull(f"the rate of {self.rate:g} requests a second of {whose} is used up", retry_after=wait)
+            raise RateLimited(f"the rate of {self.rate:g} requests a second of {whose} is used up", retry_after=wait)
 
     def spend(self, name: str) -> None:
         """It sends one."""
@@ -65,18 +65,18 @@ class Admission:
         self._tasks: Counter[str] = Counter()
 
     def check(self, tenant: str, task: str | None) -> None:
-        """Raises QueueFull, which says which limit it was, for a request that would not be let in now."""
+        """Raises RateLimited, which says which limit it was, for a request that would not be let in now."""
         if self._per_key is not None and self._keys[tenant] >= self._per_key:
-            raise QueueFull(f"this key has {self._per_key} requests in flight, which is its limit", retry_after=1.0)
+            raise RateLimited(f"this key has {self._per_key} requests in flight, which is its limit", retry_after=1.0)
         if task is not None and self._per_task is not None and self._tasks[task] >= self._per_task:
-            raise QueueFull(f"the task {task!r} has {self._per_task} requests in flight, its limit", retry_after=1.0)
+            raise RateLimited(f"the task {task!r} has {self._per_task} requests in flight, its limit", retry_after=1.0)
         if self._key_rate is not None:
             self._key_rate.check(tenant, "this key")
         if task is not None and self._task_rate is not None:
             self._task_rate.check(task, f"the task {task!r}")
 
     def enter(self, tenant: str, task: str | None) -> None:
-        """Let a request in. Raises QueueFull, as `check` does; nothing is spent then."""
+        """Let a request in. Raises RateLimited, as `check` does; nothing is spent then."""
         self.check(tenant, task)
         self._keys[tenant] += 1
         if self._key_rate is not None:

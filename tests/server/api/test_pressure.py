@@ -177,6 +177,7 @@ def test_limits_of_a_key_and_of_a_task(start: Any, monkeypatch: Any) -> None:
         for answer in answers:
             assert answer.status_code == 429 and f"of {whose} is used up" in answer.json()["error"]["message"]
             assert 1 <= int(answer.headers["retry-after"]) <= 100
+            assert answer.json()["error"]["code"] == "rate_limit_exceeded"
     monkeypatch.undo()
     assert ask(boss).status_code == 200, "what the task refused has spent none of the key's"
     told = live.http.get("/metrics", headers=boss).text

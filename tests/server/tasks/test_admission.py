@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import QueueFull
+from server.errors import RateLimited
 from server.tasks.admission import Admission
 
 
@@ -14,11 +14,11 @@ def test_numbers_in_flight() -> None:
     admission = Admission(per_key=2, per_task=3)
     admission.enter("one", "t")
     admission.enter("one", None)
-    with pytest.raises(QueueFull, match="this key has 2"):
+    with pytest.raises(RateLimited, match="this key has 2"):
         admission.enter("one", "t")
     admission.enter("two", "t")
     admission.enter("three", "t")
-    with pytest.raises(QueueFull, match="the task 't' has 3"):
+    with pytest.raises(RateLimited, match="the task 't' has 3"):
         admission.enter("two", "t")
     admission.leave("one", "t")
     admission.enter("two", "t")
@@ -29,13 +29,13 @@ def test_a_rate_with_its_burst_and_when_to_come_back() -> None:
     admission = Admission(key_rate=2.0, clock=lambda: now[0])
     for _ in range(4):
         admission.enter("one", None)
-    with pytest.raises(QueueFull) as caught:
+    with pytest.raises(RateLimited) as caught:
         admission.enter("one", None)
     assert caught.value.retry_after == pytest.approx(0.5)
     admission.enter("two", None)
     now[0] = 0.5
     admission.enter("one", None)
-    with pytest.raises(QueueFull):
+    with pytest.raises(RateLimited):
         admission.enter("one", None)
 
 
@@ -45,12 +45,12 @@ def test_a_task_has_a_rate_that_all_keys_share() -> None:
     admission.enter("one", "t")
     admission.enter("two", "t")
     for tenant in ("one", "three"):
-        with pytest.raises(QueueFull, match="of the task 't' is used up") as caught:
+        with pytest.raises(RateLimited, match="of the task 't' is used up") as caught:
             admission.enter(tenant, "t")
         assert caught.value.retry_after == pytest.approx(1.0)
     for i in range(5):
         admission.enter("one", "u" if i < 2 else None)  # what was refused has spent none of the key's
-    with pytest.raises(QueueFull, match="of this key"):
+    with pytest.raises(RateLimited, match="of this key"):
         admission.check("one", None)
     now[0] = 1.0
     admission.enter("three", "t")
@@ -65,7 +65,7 @@ def test_what_leaves_makes_room_again(events: list[tuple[str, str | None, bool]]
             continue
         full = sum(t == tenant for t, _ in inside) >= 3 or (task and sum(k == task for _, k in inside) >= 4)
         if full:
-            with pytest.raises(QueueFull):
+            with pytest.raises(RateLimited):
                 admission.enter(tenant, task)
         else:
             admission.enter(tenant, task)
