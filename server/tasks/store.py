@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -43,6 +44,21 @@ class Adapters(Protocol):
     def undisturbed(self, call: Callable[[], T]) -> T: ...
 
 
+@dataclass(frozen=True)
+class _Brought:
+    """What an adapter's folder brings as a task: `mark` is what the two are known by, `fault` what is wrong with it.
+
+    `digest` is that of the version that brought it, which need not be the one that the adapter has; `body` its
+    task.json, None if it has none.
+    """
+
+    digest: str
+    body: Any
+    mark: str = ""
+    task: Task | None = None
+    fault: str | None = None
+
+
 class Tasks:
     """Every task that can be named. Reading is lock-free: the tables are replaced, never changed.
 
@@ -67,8 +83,8 @@ class Tasks:
         """The owners of tasks that several adapters bring, which the file has too."""
         self._owners: dict[str, str] = {}
         """Of each task in a folder, the adapter whose definition it has. It keeps it when another brings one too."""
-        self._contents: dict[str, str] = {}
-        """Of each adapter, the digest of what brought its task when it was last looked at."""
+        self._seen: dict[str, _Brought] = {}
+        """What each adapter brought when it was last looked at: one that changes has not all others read again."""
         self._faults: dict[str, str] = {}
         """Of each adapter with a task.json that is of no use, what is wrong with it."""
         self._routed: dict[str, list[Task]] = {}
@@ -161,21 +177,15 @@ class Tasks:
             offers: dict[str, dict[str, Task]] = {}  # of each task, by adapter
             brought: dict[str, list[str]] = {}
             faults: dict[str, str] = {}
-            read = [(adapter, *found) for adapter in self._adapters.names() if (found := self._look(adapter))]
-            contents = {adapter: digest for adapter, digest, _ in read}
-            self._forget(set(self._contents.values()) - set(contents.values()))
-            for adapter, digest, body in read:
-                if body is None:
+            read = {adapter: found for adapter in self._adapters.names() if (found := self._look(adapter))}
+            self._forget({b.digest for b in self._seen.values()} - {b.digest for b in read.values()})
+            for adapter, found in read.items():
+                if found.fault is not None:
+                    faults[adapter] = found.fault
+                task = found.task
+                if task is None or not {found.mark, found.digest}.isdisjoint(self._deleted.get(task.name, ())):
                     continue
-                try:
-                    task = self._from_folder(adapter, body)
-                except (ServerError, AdapterError, ValueError) as error:
-                    faults[adapter] = f"is not used: {error}"
-                    continue
-                mark = _mark(digest, body)
-                if not {mark, digest}.isdisjoint(self._deleted.get(task.name, ())):
-                    continue
-                brought.setdefault(task.name, []).append(mark)
+                brought.setdefault(task.name, []).append(found.mark)
                 offers.setdefault(task.name, {})[adapter] = task
             owners = {name: self._owner(name, those) for name, those in offers.items()}
             for name, those in offers.items():
@@ -192,7 +202,7 @@ class Tasks:
             self._owners = owners
             files = {name: those[owners[name]] for name, those in offers.items()}
             gone = self._files.keys() - files.keys() - self._put.keys()
-            self._files, self._brought, self._contents, self._faults = files, brought, contents, faults
+            self._files, self._brought, self._seen, self._faults = files, brought, read, faults
             self._note_routes()
         return gone
 
@@ -231,15 +241,22 @@ class Tasks:
                 self._contested = before
                 log.warning("whose the tasks %s are is not remembered: %s", ", ".join(contested), error.message)
 
-    def _look(self, adapter: str) -> tuple[str, Any] | None:
-        """The digest of the version of an adapter that brought its task, which need not be the one that it has, and the
-        task.json; None if the adapter went in between: its own notice follows.
-        """
+    def _look(self, adapter: str) -> _Brought | None:
+        """What an adapter brings; None if it went in between: its own notice follows."""
         try:
             told = self._adapters.metadata(adapter)
-            return told.get("task_of") or self._adapters.current(adapter).digest, told.get("task")
+            digest, body = told.get("task_of") or self._adapters.current(adapter).digest, told.get("task")
         except UnknownAdapter:
             return None
+        before = self._seen.get(adapter)
+        if before is not None and before.digest == digest and before.body is body:
+            return before
+        if body is None:
+            return _Brought(digest, body)
+        try:
+            return _Brought(digest, body, _mark(digest, body), self._from_folder(adapter, body))
+        except (ServerError, AdapterError, ValueError) as error:
+            return _Brought(digest, body, fault=f"is not used: {error}")
 
     def _forget(self, digests: Collection[str]) -> None:
         """Let adapters that went bring their tasks again, should they come back. With the lock."""

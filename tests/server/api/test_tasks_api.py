@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from adapters.weights import Version
+from server.tasks.definitions import parse
 from server.tasks.store import Tasks
 from tests.waiting import until
 
@@ -375,6 +376,37 @@ def test_a_thousand_adapters_with_tasks_are_listed_at_once(tmp_path: Path) -> No
     began = time.thread_time()
     assert [tasks.using(name) for name in Adapters().names()] == [[name] for name in Adapters().names()]
     assert time.thread_time() - began < 0.5, "every list of adapters, /stats and each scrape ask for all of them"
+
+
+def test_an_adapter_that_changes_has_no_other_task_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, dict[str, Any]] = {name: {"task": {"prompt": f"{name}: {{input}}"}} for name in ("x", "y", "z")}
+    read: list[str] = []
+
+    class Adapters:
+        def names(self) -> list[str]:
+            return sorted(told)
+
+        def current(self, name: str) -> Version:
+            return Version(name, name * 64)
+
+        def metadata(self, name: str) -> dict[str, Any]:
+            return told[name]
+
+    def counted(name: str, *args: Any, **options: Any) -> Any:
+        read.append(name)
+        return parse(name, *args, **options)
+
+    tasks = Tasks(tmp_path / "tasks.json", Adapters())  # type: ignore[arg-type]
+    monkeypatch.setattr("server.tasks.store.parse", counted)
+    told["y"] = {"task": {"prompt": "other: {input}"}}
+    told["z"] = {"task": {"prompt": "nothing"}}
+    tasks.refresh()
+    assert read == ["y", "z"] and tasks.get("y").prompt == "other: {input}"
+    fault = tasks.faults("z")
+    tasks.refresh()
+    assert read == ["y", "z"] and fault and tasks.faults("z") == fault, "what is wrong is still told"
+    del told["x"]
+    assert tasks.refresh() == {"x"}
 
 
 def test_a_task_that_is_deleted_while_folders_are_read_stays_away(tmp_path: Path) -> None:
