@@ -32,6 +32,9 @@ CARD_FILE = "README.md"
 TASK_FILE = "task.json"
 REQUIRED, OPTIONAL = (CONFIG_FILE, TENSOR_FILE), (TASK_FILE, CARD_FILE)
 """The files of an adapter's folder."""
+MODEL_FILE = "config.json"
+"""In a folder that has no adapter's config, the config of a model."""
+WHOLE_MODEL = "this is a whole model, as merge_and_unload leaves one, and --model serves it"
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_TENSOR_BYTES = 8 << 30
@@ -70,8 +73,7 @@ def read_folder(
         raise InvalidAdapter(f"{path.name!r} is no folder")
     config = _read_file(path, CONFIG_FILE, MAX_CONFIG_BYTES)
     if config is None:
-        merged = os.path.lexists(path / "config.json")
-        what = ": this is a whole model, as merge_and_unload leaves one, and --model serves it" if merged else ""
+        what = f": {WHOLE_MODEL}" if os.path.lexists(path / MODEL_FILE) else ""
         raise InvalidAdapter(f"{CONFIG_FILE} is missing{what}", CONFIG_FILE)
     parsed = peft_config.parse(_json_object(config, CONFIG_FILE))
     hint = f", which no adapter of rank {max_rank} (--max-rank) reaches" if shapes is not None else ""

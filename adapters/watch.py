@@ -23,7 +23,7 @@ from pathlib import Path
 
 from adapters.errors import AdapterError, InvalidAdapter, NoRoom, StoreFailed
 from adapters.journal import LIBRARY, WATCH, Signature
-from adapters.peft_format import CONFIG_FILE, OPTIONAL, REQUIRED
+from adapters.peft_format import CONFIG_FILE, MODEL_FILE, OPTIONAL, REQUIRED, WHOLE_MODEL
 from adapters.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ MAX_LINES = 10
 """How many adapters are named in the log whose folders are gone."""
 MAX_ENTRIES = 1000
 """Of a folder that is no adapter, how many entries are looked at for one."""
+MODEL_WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,9 @@ class Watch:
             return
         now = self._clock()
         if not signature:  # no adapter, or none any more
-            below, state = _adapters_below(self._directory / folder)
-            if below and folder not in self._known:
-                self._refuse_nested(folder, below[-1], state, now)
+            instead, state = _instead_of_an_adapter(self._directory / folder)
+            if instead and folder not in self._known:
+                self._refuse_other(folder, f"{CONFIG_FILE} is missing{instead}", state, now)
             else:
                 self._miss(folder)
             return
@@ -191,20 +192,13 @@ class Watch:
             self._take_in(folder, signature, now)
             self._read += time.thread_time() - before
 
-    def _refuse_nested(self, folder: str, below: str, signature: Signature, now: float) -> None:
-        """`folder` holds an adapter and is none, unless it is being copied and its own files come last."""
+    def _refuse_other(self, folder: str, reason: str, signature: Signature, now: float) -> None:
+        """`folder` is no adapter, unless it is being copied and its own files come last."""
         self._away.pop(folder, None)
         refused = self._refused.get(folder)
         if (refused is None or refused.signature != signature) and self._is_still(folder, signature, now):
             self._seen.pop(folder, None)
-            name = shown(below)
-            self._refuse(
-                folder,
-                signature,
-                f"{CONFIG_FILE} is missing, but {name!r} in it has one, as PEFT saves named adapters and trainers "
-                f"save checkpoints: move the files of {name!r} up into the folder, or register "
-                f"{shown(folder)}/{name} under a name",
-            )
+            self._refuse(folder, signature, reason)
 
     def _is_still(self, folder: str, signature: Signature, now: float) -> bool:
         """Whether nothing about the folder's files has changed for long enough."""
@@ -336,23 +330,37 @@ def signature_of(folder: Path, within: Path | None) -> Signature:
     return tuple(entries) if any(entry[0] in REQUIRED for entry in entries) else ()
 
 
-def _adapters_below(folder: Path) -> tuple[list[str], Signature]:
-    """The names of those folders in `folder` that have an adapter's config, and the state of all files there.
-
-    Long names come last, and so does a training's last checkpoint. It is all files, since a folder that is being copied
-    may get its own config last.
+def _instead_of_an_adapter(folder: Path) -> tuple[str, Signature]:
+    """What a folder without an adapter's config holds that its owner may take for one, and the state of all files
+    there: of all, since a folder that is being copied may get its own config last. Empty if it holds nothing such.
     """
     try:
-        # Anything may lie there, and it is looked at every second: names first.
-        with os.scandir(folder) as entries:
-            folders = (entry.name for entry in islice(entries, MAX_ENTRIES) if entry.is_dir(follow_symlinks=False))
-            below = [name for name in folders if name[0] != "."]
-        found = [name for name in sorted(sorted(below), key=len) if (folder / name / CONFIG_FILE).is_file()]
-        if not found:
-            return [], ()
-        return found, sum((_files(folder, name) for name in ("", *found)), ())
+        if below := _adapters_below(folder):
+            name = shown(below[-1])
+            told = (
+                f", but {name!r} in it has one, as PEFT saves named adapters and trainers save checkpoints: move the "
+                f"files of {name!r} up into the folder, or register {shown(folder.name)}/{name} under a name"
+            )
+            return told, sum((_files(folder, name) for name in ("", *below)), ())
+        if (folder / MODEL_FILE).is_file():
+            files = _files(folder, "")
+            if any(name.endswith(MODEL_WEIGHTS) for name, *_ in files):
+                return f": {WHOLE_MODEL}", files
     except OSError:  # it goes as we look, or is not to be read
-        return [], ()
+        return "", ()
+    return "", ()
+
+
+def _adapters_below(folder: Path) -> list[str]:
+    """The names of those folders in `folder` that have an adapter's config.
+
+    Long names come last, and so does a training's last checkpoint.
+    """
+    # Anything may lie there, and it is looked at every second: names first.
+    with os.scandir(folder) as entries:
+        folders = (entry.name for entry in islice(entries, MAX_ENTRIES) if entry.is_dir(follow_symlinks=False))
+        below = [name for name in folders if name[0] != "."]
+    return [name for name in sorted(sorted(below), key=len) if (folder / name / CONFIG_FILE).is_file()]
 
 
 def _files(folder: Path, below: str) -> Signature:

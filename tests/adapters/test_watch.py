@@ -257,6 +257,29 @@ def test_an_adapter_one_level_down_is_told_of(scene: Scene, below: str) -> None:
     assert scene.look(3) == {"a": a, "named": a} and scene.rejected() == {}
 
 
+def test_a_merged_model_is_told_of_once(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    a = scene.put("a", 1)
+    merged, notes = scene.directory / "merged", scene.directory / "notes"
+    for folder in (merged, notes):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    (merged / "model-00001-of-00002.safetensors").write_bytes(b"part")
+    assert scene.look() == {} and scene.rejected() == {}, "it may be copied still"
+    assert scene.look(3) == {"a": a}
+    assert set(scene.rejected()) == {"merged"}
+    reason = scene.rejected()["merged"]
+    assert "adapter_config.json is missing: this is a whole model" in reason and "--model serves it" in reason
+    assert caplog.text.count("'merged' is not served") == 1
+    for path in (scene.directory / "a").iterdir():
+        (merged / path.name).write_bytes(path.read_bytes())
+    assert scene.look(3) == {"a": a, "merged": a} and scene.rejected() == {}
+    for path in merged.glob("adapter_*"):
+        path.unlink()
+    assert scene.look(8) == {"a": a} and set(scene.rejected()) == {"merged"}
+    shutil.rmtree(merged)
+    assert scene.look(2) == {"a": a} and scene.rejected() == {}
+
+
 def test_of_several_checkpoints_the_last_is_named(scene: Scene) -> None:
     a = scene.put("a", 1)
     for steps in (500, 1000, 1500):
