@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,7 +22,7 @@ from adapters.ports import Published
 from server.api import schemas
 from server.api.generate import json_response
 from server.api.responses import errors
-from server.api.runtime import Parts, Ready, Running
+from server.api.runtime import Parts, Ready, Running, Runtime
 from server.api.uploads import disk_errors, is_multipart, temporary, uploaded
 from server.errors import InvalidRequest, called
 
@@ -43,7 +44,9 @@ def _two_bodies(model: type[BaseModel], named: bool) -> dict[str, Any]:
         properties["name"] = {"type": "string", "pattern": schemas.NAME_PATTERN}
         required.append("name")
     form = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-    content = {"application/json": {"schema": model.model_json_schema()}, "multipart/form-data": {"schema": form}}
+    body = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    body.pop("$defs", None)
+    content = {"application/json": {"schema": body}, "multipart/form-data": {"schema": form}}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -80,12 +83,15 @@ async def register(request: Request, runtime: Running, parts: Ready) -> Response
 
 @router.put(
     "/{name}",
-    response_model=schemas.AdapterAnswer,
-    responses={**WRITE, 201: {"model": schemas.AdapterAnswer, "description": "the name is new"}},
+    response_model=schemas.AdapterAnswer | schemas.ComposedAnswer,
+    responses={
+        **WRITE,
+        201: {"model": schemas.AdapterAnswer | schemas.ComposedAnswer, "description": "the name is new"},
+    },
     openapi_extra=_two_bodies(schemas.PublishBody, named=False),
 )
 async def publish(name: Name, request: Request, runtime: Running, parts: Ready, if_match: IfMatch = None) -> Response:
-    """Give a name new content, or one of the versions that it had before."""
+    """Give a name new content, be it the sum of others, or one of the versions that it had before."""
     known = name in parts.registry.names()
     expected = _version(parts, name, if_match)
     parts.registry.check(name, expected)  # before anything is fetched or taken in
@@ -96,8 +102,13 @@ async def publish(name: Name, request: Request, runtime: Running, parts: Ready, 
             published = await parts.registry.publish(name, folder, if_match=expected)
         return described(published.description, 200 if known else 201)
     body = await _json_body(request, schemas.PublishBody)
-    if (body.source is None) == (body.version is None):
-        raise InvalidRequest("give either source or version", "source")
+    if [body.source, body.version, body.from_].count(None) != 2:
+        raise InvalidRequest("give one of source, version and from", "source")
+    if body.rank is not None and body.from_ is None:
+        raise InvalidRequest("rank is what the sum of from is cut to; leave it out", "rank")
+    if body.from_ is not None:
+        told, _ = await _publish_sum(runtime, parts, name, body.from_, body.rank, if_match=expected)
+        return described(told, 200 if known else 201)
     if body.version is not None:
         if body.version.partition("@")[0] != name:
             raise InvalidRequest(f"{body.version} is no version of {name!r}", "version")
@@ -143,8 +154,16 @@ async def prefetch(name: Name, parts: Ready) -> Response:
 )
 async def compose(body: schemas.ComposeBody, runtime: Running, parts: Ready) -> Response:
     """Store a mix as one adapter: the exact sum, cut to `rank` if that is given. `error` is what the cut costs."""
+    told, created = await _publish_sum(runtime, parts, body.name, body.from_, body.rank, create_only=True)
+    return described(told, 201 if created else 200)
+
+
+async def _publish_sum(
+    runtime: Runtime, parts: Parts, name: str, terms: Sequence[schemas.Weighted], rank: int | None, **options: Any
+) -> tuple[dict[str, Any], bool]:
+    """Publish the sum of adapters; answers what is told of it, and whether it is new. Raises what the registry does."""
     with called(adapters="from"):
-        lease = parts.registry.lease([(part.name, part.weight) for part in body.from_])
+        lease = parts.registry.lease([(term.name, term.weight) for term in terms])
     with lease:
 
         def make(folder: Path) -> float:
@@ -152,15 +171,15 @@ async def compose(body: schemas.ComposeBody, runtime: Running, parts: Ready) -> 
                 (read_folder(parts.store.path(v.digest), name=v.name, max_rank=runtime.settings.max_rank), weight)
                 for v, weight in lease.versions
             ]
-            made = composition.compose(pairs, body.name, rank=body.rank)
+            made = composition.compose(pairs, name, rank=rank)
             save(made, folder)
             cut = made.metadata.get("pruning")
             return float(cut["error"]) if cut else 0.0
 
         async with temporary(runtime.settings) as folder:
             error = await asyncio.to_thread(make, folder)
-            published = await parts.registry.publish(body.name, folder, create_only=True, source="compose")
-    return described({**published.description, "error": error}, 201 if published.created else 200)
+            published = await parts.registry.publish(name, folder, source="compose", **options)
+    return {**published.description, "error": error}, published.created
 
 
 async def publish_source(parts: Parts, name: str, place: str, **options: Any) -> Published:

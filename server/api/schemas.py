@@ -193,19 +193,25 @@ class RegisterBody(Body):
     source: Annotated[str, Field(min_length=1, max_length=1024)]
 
 
+Terms = Annotated[list[Weighted], Field(min_length=1, max_length=64)]
+Rank = Annotated[int, Field(ge=1, le=4096)]
+
+
 class PublishBody(Body):
-    """`PUT /adapters/{name}`: new content, or a version that the name had before."""
+    """`PUT /adapters/{name}`: new content, from a source or as a sum, or a version that the name had before."""
 
     source: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     version: Annotated[str, Field(pattern=VERSION_PATTERN)] | None = None
+    from_: Annotated[Terms | None, Field(alias="from")] = None
+    rank: Rank | None = None
 
 
 class ComposeBody(Body):
     """`POST /adapters/compose`: the exact weighted sum as an adapter of its own, cut to `rank` if that is given."""
 
     name: AdapterName
-    from_: Annotated[list[Weighted], Field(alias="from", min_length=1, max_length=64)]
-    rank: Annotated[int, Field(ge=1, le=4096)] | None = None
+    from_: Annotated[Terms, Field(alias="from")]
+    rank: Rank | None = None
 
 
 class AdapterSummary(Out):

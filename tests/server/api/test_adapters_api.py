@@ -199,6 +199,31 @@ def test_compose_stores_the_exact_sum(live: Any) -> None:
     assert live.http.post("/adapters/compose", json={"name": "x", "from": [{"name": "no"}]}).status_code == 404
 
 
+def test_a_sum_that_a_task_routes_to_is_replaced_by_a_put(live: Any) -> None:
+    def parts(weight: float) -> list[dict[str, Any]]:
+        return [{"name": "a", "weight": weight}, {"name": "b"}]
+
+    first = live.http.post("/adapters/compose", json={"name": "sum", "from": parts(0.5)}).json()["version"]
+    body = {"prompt": "{input}", "route": {"choice": [{"name": "sum"}]}}
+    assert live.http.put("/tasks/own", json=body).status_code == 201
+    again = live.http.post("/adapters/compose", json={"name": "sum", "from": parts(0.7)})
+    assert again.status_code == 409 and "put the new content" in again.json()["error"]["message"]
+    stale = live.http.put("/adapters/sum", json={"from": parts(0.7)}, headers={"if-match": '"sum@000000000000"'})
+    assert stale.status_code == 412
+    put = live.http.put("/adapters/sum", json={"from": parts(0.7), "rank": 3}, headers={"if-match": first})
+    assert put.status_code == 200, put.text
+    assert put.json()["ranks"] == [3] and 0 < put.json()["error"] < 1 and put.json()["version"] != first
+    assert live.generate("x", task="own").json()["adapters"][0]["version"] == put.json()["version"]
+    assert live.http.put("/adapters/new", json={"from": parts(1.0)}).status_code == 201
+    for wrong, param in (
+        ({"from": parts(1.0), "source": "a"}, "source"),
+        ({"source": "a", "rank": 3}, "rank"),
+        ({"from": [{"name": "no"}]}, "from"),
+    ):
+        refused = live.http.put("/adapters/sum", json=wrong)
+        assert refused.status_code in (400, 404) and refused.json()["error"]["param"] == param, refused.text
+
+
 def test_compose_takes_the_ranks_that_the_server_takes(start: Any, write_adapter: Any) -> None:
     write_adapter("big", 1, rank=80)
     live = start(max_rank=200)

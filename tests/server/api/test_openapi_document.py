@@ -77,6 +77,7 @@ def test_real_answers_are_as_the_document_says(live: Any, document: dict[str, An
         http.post("/adapters/new/pin"),
         http.post("/adapters/new/unpin"),
         http.post("/adapters/compose", json={"name": "sum", "from": [{"name": "a"}, {"name": "b"}], "rank": 2}),
+        http.put("/adapters/new", json={"from": [{"name": "a"}]}),
         http.delete("/adapters/new"),
         http.delete("/adapters/mood"),
         http.get("/tasks"),
