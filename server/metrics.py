@@ -124,6 +124,11 @@ class _Counts:
         self.counts[bisect.bisect_left(self.buckets, value)] += times
         self.total += value * times
 
+    def add(self, other: _Counts) -> None:
+        """Count what another of the same buckets has."""
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
+
     def cumulative(self) -> Iterator[int]:
         running = 0
         for count in self.counts:
@@ -148,6 +153,14 @@ class _Pair:
             for name, _, buckets in _HISTOGRAMS
         ]
 
+    def add(self, other: _Pair) -> None:
+        """Count what another has counted."""
+        for status, count in other.statuses.items():
+            self.statuses[status] = self.statuses.get(status, 0) + count
+        self.tokens = [a + b for a, b in zip(self.tokens, other.tokens, strict=True)]
+        for ours, theirs in zip(self.histograms, other.histograms, strict=True):
+            ours.add(theirs)
+
     def histogram_lines(self, index: int, out: list[str]) -> None:
         counts, prefixes = self.histograms[index], self.prefixes[index]
         running = 0
@@ -168,6 +181,8 @@ class Metrics(Observer):
         self._max_pairs = max_pairs
         self._lock = threading.Lock()
         self._pairs: dict[tuple[str, str], _Pair] = {}
+        self._gone: dict[str, _Pair] = {}
+        """Of each task, what was counted of adapters that are gone: it has no series any more, but was the task's."""
         self._loads: dict[tuple[str, str], int] = {}
         self._load_seconds = _Counts(TTFT_BUCKETS)
         self._evictions = {"ram": 0, "device": 0}
@@ -231,13 +246,15 @@ class Metrics(Observer):
     def forget_adapter(self, name: str) -> None:
         """Remove every series of an adapter that is gone, those of mixes with it included."""
         with self._lock:
-            self._pairs = {key: pair for key, pair in self._pairs.items() if name not in key[1].split("+")}
+            for task, adapters in [key for key in self._pairs if name in key[1].split("+")]:
+                self._gone.setdefault(task, _Pair(task, OTHER)).add(self._pairs.pop((task, adapters)))
             self._loads = {key: count for key, count in self._loads.items() if key[0] != name}
 
     def forget_task(self, name: str) -> None:
         """Remove every series of a task that is gone."""
         with self._lock:
             self._pairs = {key: pair for key, pair in self._pairs.items() if key[0] != name}
+            self._gone.pop(name, None)
 
     # ---- reading
 
@@ -245,7 +262,7 @@ class Metrics(Observer):
         """Per task, for `/stats`: requests, errors, tokens, and mean seconds to the first token and in all."""
         table: dict[str, dict[str, float]] = {}
         with self._lock:
-            for (task, _), pair in self._pairs.items():
+            for task, pair in [*((task, pair) for (task, _), pair in self._pairs.items()), *self._gone.items()]:
                 row = table.setdefault(task, dict.fromkeys(_TOTALS, 0.0))
                 row["requests"] += sum(pair.statuses.values())
                 row["errors"] += sum(n for s, n in pair.statuses.items() if s not in ("200", "cancelled"))

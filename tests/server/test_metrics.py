@@ -21,5 +21,12 @@ def test_the_totals_of_a_task_are_those_of_all_its_pairs_until_it_is_gone() -> N
         "duration_seconds": 4.0,
     }
     assert metrics.totals()["u"]["requests"] == 1 and metrics.totals()["u"]["ttft_seconds"] == 0.0
+    before = metrics.totals()
+    metrics.forget_adapter("a")
+    assert metrics.totals() == before, "an evaluated result has a name for as long as it is measured"
+    metrics.record(Ended("t", ("a",), "200", **times, prompt_tokens=3, generated_tokens=4, longest=4))
+    metrics.forget_adapter("a")
+    assert metrics.totals()["t"]["requests"] == 5 and metrics.totals()["t"]["duration_seconds"] == 4.0
+    assert 'adapter="a"' not in metrics.render().decode()
     metrics.forget_task("t")
     assert set(metrics.totals()) == {"u"}
