@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from adapters.durable import replace_file
 from adapters.errors import AdapterError, StoreFailed
 
 FILE = "checkpoint.safetensors"
@@ -30,14 +30,9 @@ class Checkpoint:
 def write_checkpoint(folder: Path, state: Checkpoint) -> None:
     """Replaces the folder's checkpoint. Raises StoreFailed, and then the old one is still there."""
     header = {"key": state.key, "progress": json.dumps(dict(state.progress))}
-    part = folder / f".{FILE}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as stream:
-            stream.write(safetensors.torch.save(dict(state.tensors), metadata=header))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, folder / FILE)
+        replace_file(folder / FILE, safetensors.torch.save(dict(state.tensors), metadata=header))
     except OSError as error:
         raise StoreFailed(f"the checkpoint could not be written: {error.strerror}") from error
 

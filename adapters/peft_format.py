@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 
 from adapters import peft_config
+from adapters.durable import replace_file
 from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter
 from adapters.peft_config import LoraConfig
 from adapters.weights import LoraWeights, LowRank, not_finite, sealed
@@ -481,11 +482,6 @@ def save(
     try:
         path.mkdir(parents=True, exist_ok=True)
         for file, data in files.items():
-            part = path / f".{file}.part"
-            with open(part, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(part, path / file)
+            replace_file(path / file, data)
     except OSError as error:
         raise StoreFailed(f"the adapter could not be written: {error.strerror}") from error

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from adapters.durable import sync_folder, write_file
 from adapters.errors import InvalidAdapter, NoRoom, StoreFailed
 from adapters.journal import Journal
 from adapters.peft_format import CARD_FILE, REQUIRED, TASK_FILE
@@ -130,21 +131,14 @@ class Disk:
 
     def write(self, path: Path, content: bytes) -> None:
         """Write a file and sync it."""
-        with open(path, "wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
+        write_file(path, content)
 
     def rename(self, source: Path, target: Path) -> None:
         os.rename(source, target)
 
     def sync(self, folder: Path) -> None:
         """Make the names in `folder` durable."""
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_folder(folder)
 
     def make(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

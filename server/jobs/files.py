@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from adapters.durable import write_file
 from adapters.errors import StoreFailed
 from server.errors import Conflict, UnknownName
 
@@ -66,10 +67,7 @@ class Files:
             size = (part / CONTENT).stat().st_size
             name = Path(filename.replace("\\", "/")).name[:MAX_NAME] or "file"
             file = File(id, name, purpose, size, int(time.time()))
-            with (part / ABOUT).open("w", encoding="utf-8") as out:
-                json.dump(asdict(file), out)
-                out.flush()
-                os.fsync(out.fileno())
+            write_file(part / ABOUT, json.dumps(asdict(file)).encode())
             part.rename(self._folder / id)
         except OSError as error:
             raise StoreFailed(f"the disk refuses the file: {error.strerror}") from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 import uuid
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapters.durable import replace_file
 from adapters.errors import StoreFailed
 
 log = logging.getLogger(__name__)
@@ -116,14 +116,9 @@ class Records:
 
     def save(self, job: Job) -> None:
         """Replace a job's state on disk. Raises StoreFailed."""
-        part = self.folder(job.id) / f".{STATE}"
         with self._lock:
             try:
-                with part.open("w", encoding="utf-8") as out:
-                    json.dump(asdict(job), out)
-                    out.flush()
-                    os.fsync(out.fileno())
-                part.replace(self.folder(job.id) / STATE)
+                replace_file(self.folder(job.id) / STATE, json.dumps(asdict(job)).encode())
             except OSError as error:
                 raise StoreFailed(f"the job's record cannot be written: {error.strerror}") from None
 

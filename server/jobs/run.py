@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 
 from adapters import checkpoints, data, peft_format, pruning, search
 from adapters.data import Tokens
+from adapters.durable import replace_file
 from adapters.errors import AdapterError
 from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
@@ -121,9 +121,7 @@ def _key(recipe: Recipe, base: Base, data_dir: Path) -> str:
 def _write(file: Path, text: str) -> None:
     """The whole of a file or nothing of it, whenever the process is killed."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
+    replace_file(file, text.encode())
 
 
 def prepare(recipe: Recipe, base: Base, data_dir: Path) -> tuple[Tokens, Tokens | None]:

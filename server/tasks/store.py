@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from adapters.durable import replace_file
 from adapters.errors import AdapterError, StoreFailed, UnknownAdapter
 from adapters.leases import Lease
 from adapters.weights import RESERVED, Choice, Version
@@ -315,14 +315,9 @@ class Tasks:
         """Disk first, then memory. Raises StoreFailed if the disk refuses."""
         tasks = {name: task.body() for name, task in put.items()}
         content = {"tasks": tasks, "deleted": deleted, "owners": self._contested}
-        temporary = self._file.with_suffix(".new")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as out:
-                json.dump(content, out, ensure_ascii=True, indent=1)
-                out.flush()
-                os.fsync(out.fileno())
-            temporary.replace(self._file)
+            replace_file(self._file, json.dumps(content, indent=1).encode())
         except OSError as error:
             raise StoreFailed(f"the task cannot be written: {error.strerror}; nothing has changed") from None
         self._put, self._deleted = put, deleted

@@ -1,0 +1,41 @@
+"""Files that are whole on the disk whenever the process or the machine stops. Each function raises OSError."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file and sync it."""
+    with open(path, "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a file its content in one step: until then it is what it was, and stays so if the disk refuses."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write_file(part, content)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)  # a disk that is full has use for the room
+        raise
+    try:
+        sync_folder(path.parent)
+    except OSError as error:  # it stands, and only a power cut now could undo it
+        log.warning("%s is written but its name is not synced: %s", path.name, error.strerror)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,51 @@
+"""Files that are replaced whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.durable import replace_file
+
+
+def test_a_file_is_replaced_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    rename = os.replace
+
+    def renamed(source: Path, target: Path) -> None:
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr("os.fsync", lambda fd: events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+    monkeypatch.setattr("os.replace", renamed)
+    replace_file(tmp_path / "names", b"new")
+    assert events == [".names.part", "rename", tmp_path.name]
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("names", b"new")]
+
+
+def test_a_disk_that_refuses_leaves_what_there_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    replace_file(tmp_path / "names", b"old")
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"os.{step}", full)
+            with pytest.raises(OSError, match="No space"):
+                replace_file(tmp_path / "names", b"new")
+        assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("names", b"old")]
+
+
+def test_what_stands_is_told_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(folder: Path) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("adapters.durable.sync_folder", refused)
+    replace_file(tmp_path / "names", b"new")
+    assert (tmp_path / "names").read_bytes() == b"new" and "names is written but its name is not synced" in caplog.text
