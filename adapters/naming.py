@@ -57,12 +57,14 @@ class Rejections:
 class Names:
     """`histories`: of each name that is served, the digests that it can have, the one it has first.
 
-    `aside` are names whose content is of no use here; `referenced` are all digests that the journal names.
+    `aside` are names whose content is of no use here; `referenced` are all digests that the journal names, `sources`
+    who has put its names there.
     """
 
     histories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aside: Mapping[str, Rejection] = field(default_factory=dict)
     referenced: frozenset[str] = frozenset()
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(journal: Journal, lost: Mapping[str, str], misfit: Callable[[str], str | None]) -> Names:
@@ -81,7 +83,12 @@ class Names:
                 histories[name] = fitting
             else:
                 aside[name] = Rejection(name, lost.get(last) or misfit(last) or "no version of it is left", entry.since)
-        return Names(histories, aside, journal.referenced())
+        sources = {name: entry.source for name, entry in journal.names.items()}
+        return Names(histories, aside, journal.referenced(), sources)
+
+    def served(self, by: str | None) -> list[str]:
+        """The names that are served, sorted; with `by` those alone that this source has put there."""
+        return sorted(name for name in self.histories if by in (None, self.sources[name]))
 
     def current(self) -> dict[str, str]:
         """The digest that each name has."""

@@ -159,7 +159,7 @@ class Registry:
 
     def names(self, by: str | None = None) -> list[str]:
         """The adapters that are served, sorted; with `by` those alone that this source has put there."""
-        return sorted(n for n in self._names.histories if by is None or self._store.journal.names[n].source == by)
+        return self._names.served(by)
 
     def current(self, name: str) -> Version:
         """The version that `name` has. Raises UnknownAdapter."""

@@ -122,6 +122,24 @@ def stored(registry: Registry) -> set[str]:
     return {path.name for path in (registry._store.root / "versions").iterdir()}
 
 
+class Between(Disk):
+    """Calls `then` when a journal is written, before its names are everybody's."""
+
+    then: Callable[[], object] = staticmethod(lambda: None)
+
+    def sync(self, folder: Path) -> None:
+        super().sync(folder)
+        self.then()
+
+
+def test_names_by_source_are_told_while_one_goes(open_registry: Open, folders: list[Path]) -> None:
+    registry, told = open_registry(disk := Between()), list[list[str]]()
+    registry.publish_now("a", folders[0])
+    disk.then = lambda: told.append(registry.names("api"))
+    registry.retire_now("a")
+    assert told == [["a"]] and registry.names("api") == []
+
+
 # Publishing
 
 
