@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 import time
 import uuid
@@ -89,7 +90,10 @@ class Records:
             self.jobs[job.id] = job
 
     def prepare(self, kind: str, name: str, request: Mapping[str, Any], prefix: str, files: Mapping[str, bytes]) -> Job:
-        """A job with a folder and these files in it. An empty name is made of the id. Raises StoreFailed."""
+        """A job with a folder and these files in it. An empty name is made of the id.
+
+        Raises StoreFailed, and leaves nothing then.
+        """
         id = f"{prefix}-{uuid.uuid4().hex[:24]}"
         job = Job(id, kind, name or f"ft-{id}", dict(request))
         try:
@@ -97,14 +101,22 @@ class Records:
             for file, content in files.items():
                 (self.folder(id) / file).write_bytes(content)
         except OSError as error:
+            self._drop(job)
             raise StoreFailed(f"the disk refuses the job: {error.strerror}") from None
         return job
 
     def enter(self, job: Job) -> None:
-        """Make a prepared job known, on disk first. Raises StoreFailed."""
-        self.save(job)
+        """Make a prepared job known, on disk first. Raises StoreFailed, and leaves nothing then."""
+        try:
+            self.save(job)
+        except StoreFailed:
+            self._drop(job)
+            raise
         with self._lock:
             self.jobs = {**self.jobs, job.id: job}
+
+    def _drop(self, job: Job) -> None:
+        shutil.rmtree(self.folder(job.id), ignore_errors=True)
 
     def folder(self, id: str) -> Path:
         """Where all that belongs to a job lies."""

@@ -184,9 +184,7 @@ class Jobs:
                 job.pausing = True
                 self._keep(job)
             elif job.status != PAUSED:
-                job.status = PAUSED
-                self.records.save(job)
-                self.records.note(job, "Paused.")
+                self._turn(job, PAUSED, "Paused.")
         if active is not None:
             active.ask(PAUSED)
         return job
@@ -205,9 +203,8 @@ class Jobs:
                 return job
             if job.status not in (PAUSED, FAILED) or job.kind != TRAINING:
                 raise Conflict(f"{id} is {job.status}; only a job that is paused or has failed can be resumed", "id")
-            job.status, job.error, job.finished_at = QUEUED, None, None
-            self.records.save(job)
-            self.records.note(job, "Resumed; the job goes on from its last checkpoint.")
+            job.error, job.finished_at = None, None
+            self._turn(job, QUEUED, "Resumed; the job goes on from its last checkpoint.")
             self._condition.notify_all()
         return job
 

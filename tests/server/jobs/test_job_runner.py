@@ -246,6 +246,39 @@ def test_a_pause_is_kept_where_the_disk_refuses_its_record(make, work, monkeypat
         until(lambda: job.status == "paused")
 
 
+def test_a_job_that_waits_is_paused_and_resumed_where_the_disk_refuses_its_record(make, work, monkeypatch):
+    jobs = make()
+    first, second = add(jobs), add(jobs)
+    until(lambda: first.status == "running")
+
+    def full(job: Job) -> None:
+        raise StoreFailed("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.records, "save", full)
+        assert jobs.pause(second.id).status == "paused"
+        assert jobs.resume(second.id).status == "queued"
+        assert jobs.pause(second.id).status == "paused"
+    assert jobs.resume(second.id).status == "queued"
+    assert json.loads((jobs.records.folder(second.id) / "job.json").read_text())["status"] == "queued"
+
+
+def test_nothing_is_left_of_a_job_that_the_disk_refuses(tmp_path, monkeypatch):
+    records = Records(tmp_path)
+    with pytest.raises(StoreFailed, match="No such file"):
+        records.prepare(EVALUATION, "x", {}, "eval", {"data": b"x", "no/folder": b"x"})
+    assert list(tmp_path.iterdir()) == []
+    job = records.prepare(EVALUATION, "x", {}, "eval", {"data": b"x"})
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("server.jobs.records.replace_file", full)
+    with pytest.raises(StoreFailed, match="No space"):
+        records.enter(job)
+    assert list(tmp_path.iterdir()) == [] and records.all() == []
+
+
 def test_files_come_back_and_those_in_use_stay(tmp_path):
     files = Files(tmp_path / "files")
     file = files.add(lambda path: path.write_bytes(b"abc"), "C:\\data\\x.jsonl", "fine-tune")
