@@ -335,8 +335,8 @@ class Store:
                 self.records[digest] = self._read_record(digest)
             except FileNotFoundError:
                 self.lost[digest] = f"version {digest[:SHORT_DIGEST]} is missing from the store"
-            except (ValueError, KeyError, TypeError) as error:
-                self.lost[digest] = f"the record of version {digest[:SHORT_DIGEST]} cannot be read ({error})"
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                self.lost[digest] = f"the record of version {digest[:SHORT_DIGEST]} cannot be read ({_reason(error)})"
 
     def _read_record(self, digest: str) -> Record:
         folder = self.path(digest)
@@ -347,6 +347,9 @@ class Store:
         record = Record(modules=modules, **fields)
         if record.digest != digest:
             raise ValueError("it is another version's")
+        told = (record.metadata, *record.told.values())
+        if not isinstance(record.nbytes, int) or not all(isinstance(each, dict) for each in told):
+            raise ValueError("it is none that was written here")
         return record
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +373,34 @@ def test_a_name_that_was_put_over_none_of_its_versions_is_damage(store: Store, b
     (store.root / "names.json").write_text(json.dumps(fields))
     with pytest.raises(StoreFailed, match=r"names.json .* none of its versions.*; put a good copy back"):
         Store(store.root)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"modules": None},
+        {"modules": []},
+        {"nbytes": "1"},
+        {"told": []},
+        {"told": {"a": 1}},
+        {"metadata": None},
+        [],
+        None,
+    ],
+)
+def test_a_damaged_record_costs_its_adapter_alone(store: Store, folders: list[Path], damage: Any) -> None:
+    digest, other = publish(store, "a", folders[0]), publish(store, "b", folders[1])
+    store.close()
+    file = store.path(digest) / "record.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({**fields, **damage} if isinstance(damage, dict) else damage))
+    with closing(Store(store.root)) as again:
+        assert "cannot be read" in again.lost[digest] and set(again.records) == {other}
+    file.unlink()
+    file.mkdir()
+    with closing(Store(store.root)) as again:
+        assert "Is a directory" in again.lost[digest] and publish(again, "a", folders[0]) == digest
+        assert set(again.records) == {digest, other} and not again.lost
 
 
 PUBLISHER = """
