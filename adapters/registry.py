@@ -327,7 +327,8 @@ class Registry:
         if history:
             weights = carry_over(weights, self._store.records[history[0]], dropped)
         fresh = digest not in self._store.records and digest not in self._store.journal.referenced()
-        renewed = self._store.adopt(staged, Record.of(weights, time.time()))
+        if self._store.adopt(staged, Record.of(weights, time.time())) and same:
+            self._observer.on_change(name, version)  # whatever becomes of the rest
         journal = journal.point(name, digest, source, time.time(), self.asked_for(name))
         try:
             if journal is not self._store.journal:
@@ -340,8 +341,6 @@ class Registry:
         with self._lock:
             self._failures.pop(digest, None)
         self._serve(journal)
-        if renewed and same:
-            self._observer.on_change(name, version)
         self._hold_late_pins()
         return Published(version, not same, weights.metadata, self._sketch(name))
 

@@ -283,6 +283,21 @@ class FullDisk(Disk):
         super().write(path, content)
 
 
+def test_another_card_is_told_of_though_the_disk_is_full_by_then(open_registry: Open, folders: list[Path]) -> None:
+    disk = FullDisk()
+    registry = open_registry(disk=disk)
+    version = registry.publish_now("a", folders[0], source="watch", taken=("watch/a", ())).version
+    (folders[0] / "README.md").write_text("another")
+    disk.full = {"names"}
+    taken = ("watch/a", (("README.md", 1, 2, 3, 4),))
+    with pytest.raises(StoreFailed):
+        registry.publish_now("a", folders[0], source="watch", taken=taken)
+    disk.full = set()
+    registry.publish_now("a", folders[0], source="watch", taken=taken)
+    assert registry.metadata("a")["card"] == "another"
+    assert registry._observer.changes == [("a", version.label)] * 2, "who reads its task hears of it once"
+
+
 @pytest.mark.parametrize("where", ["copy", "record", "names"])
 def test_a_full_disk_fails_the_one_who_publishes(open_registry: Open, folders: list[Path], where: str) -> None:
     disk = FullDisk()
