@@ -88,7 +88,7 @@ class Names:
 
     def served(self, by: str | None) -> list[str]:
         """The names that are served, sorted; with `by` those alone that this source has put there."""
-        return sorted(name for name in self.histories if by in (None, self.sources[name]))
+        return sorted(name for name in self.histories if by is None or self.sources[name] == by)
 
     def current(self) -> dict[str, str]:
         """The digest that each name has."""

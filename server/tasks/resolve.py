@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
+from adapters.errors import UnknownAdapter
 from adapters.leases import Lease
 from adapters.weights import MIN_DIGEST, NAME, Choice, Version
 from server.errors import UnknownName, called
@@ -21,7 +22,7 @@ _VERSION = re.compile(rf"({NAME.pattern})@[0-9a-f]{{{MIN_DIGEST},64}}")
 class Versions(Protocol):
     """What resolving asks of the registry."""
 
-    def names(self) -> list[str]: ...
+    def current(self, name: str) -> Version: ...
 
     def resolve(self, choice: Choice) -> list[tuple[Version, float]]: ...
 
@@ -71,11 +72,13 @@ class Resolver:
         task = self._tasks.find(name)
         if task is not None:
             return Target(name, task, override if override is not None else self._route(task))
-        if name in self._adapters.names():
-            return Target(name, None, [(name, 1.0)] if override is None else override)
-        if name == self.base:
+        try:
+            self._adapters.current(name)
+        except UnknownAdapter:
+            if name != self.base:
+                raise _no_model(name) from None
             return Target(name, None, override or [])
-        raise _no_model(name)
+        return Target(name, None, [(name, 1.0)] if override is None else override)
 
     def _route(self, task: Task | None) -> Choice:
         if task is None:

@@ -361,6 +361,19 @@ def test_a_task_and_the_deletion_of_its_adapter_come_together(live: Any, deleted
     assert ("own" in live.house.parts.tasks.using("a")) == ("a" in registry.names())
 
 
+def test_a_model_is_found_without_a_list_of_all(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes longer the more adapters there are, on the thread that answers everybody."""
+    registry = live.house.parts.registry
+    for model in ("a", "tiny"):  # the second time: what is counted for the first time has its names looked up
+        for patch in ({}, {"names": None}):
+            with monkeypatch.context() as patched:
+                for name, value in patch.items():
+                    patched.setattr(registry, name, value)
+                answer = live.http.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 1})
+            assert answer.status_code == 200, answer.text
+    assert live.http.post("/v1/completions", json={"model": "third", "prompt": "x"}).status_code == 404
+
+
 def test_a_thousand_adapters_with_tasks_are_listed_at_once(tmp_path: Path) -> None:
     class Adapters:
         def names(self) -> list[str]:
