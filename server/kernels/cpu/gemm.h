@@ -3,15 +3,15 @@
 #pragma once
 #include "target.h"
 
+#include <atomic>
 #include <cstdint>
 #include <new>
-#include <vector>
 
 #include "kernels.h"
 
 namespace loramux {
 
-// Memory that is aligned to a cache line and not initialised twice.
+// Memory that is aligned to a cache line and not initialised twice. `bytes` may be asked for by any thread.
 template <class T>
 class Buffer {
  public:
@@ -19,25 +19,24 @@ class Buffer {
   ~Buffer() { _mm_free(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr, other.size_ = 0; }
   // At least n elements; the content is lost if it grows, and is zero then. Throws bad_alloc.
   T* reserve(int64_t n) {
-    if (n > size_) {
+    if (n > size_.load(std::memory_order_relaxed)) {
       _mm_free(data_);
-      size_ = 0;
+      size_.store(0, std::memory_order_relaxed);
       data_ = static_cast<T*>(_mm_malloc(static_cast<size_t>(n) * sizeof(T), 64));
       if (data_ == nullptr) throw std::bad_alloc();
       __builtin_memset(data_, 0, static_cast<size_t>(n) * sizeof(T));
-      size_ = n;
+      size_.store(n, std::memory_order_relaxed);
     }
     return data_;
   }
   T* get() const { return data_; }
-  int64_t bytes() const { return size_ * static_cast<int64_t>(sizeof(T)); }
+  int64_t bytes() const { return size_.load(std::memory_order_relaxed) * static_cast<int64_t>(sizeof(T)); }
 
  private:
   T* data_ = nullptr;
-  int64_t size_ = 0;
+  std::atomic<int64_t> size_{0};
 };
 
 constexpr int ROWS = 4;    // rows of a tile, and of a block of quantized activations

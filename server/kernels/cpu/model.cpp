@@ -231,9 +231,11 @@ Outcome Model::run(const Step& step) {
   std::lock_guard<std::mutex> turn(pool_.turn);
   int64_t t = now();
   if (const Outcome wrong = check(step); wrong != DONE) return wrong;
+  int64_t touched = touched_.load();
   for (int64_t s = 0; s < step.sequences; s++)
     for (int64_t b = 0; b * base_.block_size < step.context[s]; b++)
-      touched_ = std::max<int64_t>(touched_, step.blocks[s * step.table_width + b] + 1);
+      touched = std::max<int64_t>(touched, step.blocks[s * step.table_width + b] + 1);
+  touched_.store(touched);
   const std::vector<Team*> teams = deal(step);
   pool_.run(static_cast<int>((step.rows + ROWS - 1) / ROWS), [&](int piece, int) {
     for (int64_t r = piece * ROWS; r < std::min<int64_t>(step.rows, (piece + 1) * ROWS); r++)
@@ -241,6 +243,10 @@ Outcome Model::run(const Step& step) {
   });
   clock(PLAN, t);
   layers_began_.store(now());
+  struct Over {  // however it ends
+    std::atomic<int64_t>& layers_done;
+    ~Over() { layers_done.store(0); }
+  } over{layers_done_};
   const int64_t some = teams.size() > 1 ? LAYERS_APART : 1;
   std::atomic<bool> no_memory{false};  // no exception leaves a phase
   for (int64_t layer = 0; layer < base_.config.layers;) {
@@ -252,17 +258,13 @@ Outcome Model::run(const Step& step) {
         no_memory.store(true);
       }
     });
-    if (no_memory.load()) {
-      layers_done_.store(0);
-      throw std::bad_alloc();
-    }
+    if (no_memory.load()) throw std::bad_alloc();
     layer = end;
     layers_done_.store(layer);
   }
   t = now();
   head(step);
   if (step.logit_count > 0) head_took_.store(clock(HEAD, t) - t);
-  layers_done_.store(0);
   return DONE;
 }
 

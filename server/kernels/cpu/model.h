@@ -35,9 +35,10 @@ class Model {
   // tokens [rows] of logits [rows, vocab]. Throws bad_alloc.
   void draw(const float* logits, int64_t rows, const Drawing* how, const int32_t* top_k, int32_t* tokens);
   int64_t sites() const { return base_.config.layers * SITES; }  // of a slot
-  int64_t blocks_touched() const { return touched_; }  // up to the highest one that a step has used
+  // From any thread: the blocks up to the highest one that a step has used, and the bytes of the work buffers.
+  int64_t blocks_touched() const { return touched_; }
   int64_t work_bytes() const;
-  void take_times(int64_t* out);
+  void take_times(int64_t* out);  // without a step under way
 
  private:
   Outcome check(const Step& step) const;
@@ -54,7 +55,7 @@ class Model {
   Pool& pool_;
   Team together_;
   std::deque<Team> alone_;  // one for each thread, none if there is one only
-  int64_t touched_ = 0;
+  std::atomic<int64_t> touched_{0};
 
   std::vector<int32_t> row_sequence_;
   Buffer<float> stream_;  // [rows][hidden]
