@@ -3,9 +3,10 @@
 #include "target.h"
 
 #include <algorithm>
+#include <exception>
+#include <functional>
 #include <mutex>
 #include <new>
-#include <exception>
 #include <system_error>
 #include <utility>
 #include <vector>
@@ -192,8 +193,8 @@ void loramux_model_wait(void* model, int64_t number) { static_cast<Served*>(mode
 // Returns when the step of that number is done, or has no more than `left` nanoseconds to go. The caller computes too.
 void loramux_model_linger(void* model, int64_t number, int64_t left) {
   Served* served = static_cast<Served*>(model);
-  const Launcher& launcher = served->launcher;
-  served->launcher.wait(number, [&] { return launcher.done() == number - 1 && served->model.left() <= left; });
+  const auto planned = [&] { return served->launcher.done() == number - 1 && served->model.left() <= left; };
+  served->launcher.wait(number, std::cref(planned));
 }
 // The last job that is done.
 int64_t loramux_model_done(void* model) { return static_cast<Served*>(model)->launcher.done(); }

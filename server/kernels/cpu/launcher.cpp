@@ -28,7 +28,8 @@ int64_t Launcher::give(std::function<void()> job) {
 }
 
 void Launcher::wait(int64_t number, const std::function<bool()>& enough) {
-  pool_.help_until([&] { return done_.load(std::memory_order_seq_cst) >= number || enough(); });
+  const auto over = [&] { return done_.load(std::memory_order_seq_cst) >= number || enough(); };
+  pool_.help_until(std::cref(over));  // a copy of it would take memory, which there may be none of
 }
 
 void Launcher::work() {
