@@ -312,10 +312,7 @@ class NativeRunner:
         work = self._library.loramux_model_bytes(self._model) + self._results.nbytes
         work += sum(tensor.nbytes for tensor in self._angles)
         touched = self._library.loramux_model_touched(self._model)
-        return {"base": base, "kv_cache": touched * self._block_nbytes(), "activations": int(work)}
-
-    def _block_nbytes(self) -> int:
-        return self.block_bytes(self._block_size) if self._block_size else 0
+        return {"base": base, "kv_cache": touched * self.block_bytes(self._block_size), "activations": int(work)}
 
     def take_times(self) -> dict[str, float]:
         """Seconds that each kind of phase has taken since the last call, for benchmarks."""

@@ -179,10 +179,10 @@ def load(name: str) -> ctypes.CDLL:
             "later)"
         )
     loaded = ctypes.CDLL(str(built))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name, None)
+    for symbol, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, symbol, None)
         if function is None:
-            raise OSError(f"the library was built from other sources, it has no {name}: install the package again")
+            raise OSError(f"the library was built from other sources, it has no {symbol}: install the package again")
         function.restype = result
         function.argtypes = arguments
     return loaded

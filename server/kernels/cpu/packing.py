@@ -66,8 +66,8 @@ def dequantize(weight: Weight, start: int = 0, stop: int | None = None) -> torch
     return values
 
 
-def matrix(weight: Weight, bias: torch.Tensor | None = None) -> bindings.Matrix:
-    """Pointers to a packed matrix and its float32 bias [out]; both must outlive whatever uses it."""
+def matrix(weight: Weight) -> bindings.Matrix:
+    """Pointers to a packed matrix, which must outlive whatever uses them. Raises ValueError for another layout."""
     if weight.layout != LAYOUT:
         raise ValueError(f"a matrix in the layout {weight.layout!r} was not packed for the native kernels")
     described = bindings.Matrix(n=weight.shape[0], k=weight.shape[1], scheme=_SCHEMES[weight.scheme])
@@ -76,8 +76,6 @@ def matrix(weight: Weight, bias: torch.Tensor | None = None) -> bindings.Matrix:
         if not tensor.is_contiguous():
             raise ValueError(f"the packed tensor {name} is not contiguous")
         setattr(described, name, tensor.data_ptr())
-    if bias is not None:
-        described.bias = bias.data_ptr()
     return described
 
 

@@ -171,7 +171,6 @@ def engine_machine(bench: Any, tools: Any, overlapped: bool) -> type[RuleBasedSt
                 overlapped=overlapped,
             )  # fmt: skip
             self.all: list[Any] = []
-            self.disturbed: set[str] = set()
 
         @rule(
             seed=st.integers(0, 3),

@@ -174,7 +174,7 @@ def test_what_ends_while_its_token_is_on_its_way_has_no_trace_of_it(bench: Any, 
         made.engine.cancel(ended.request.id)
     elif how == "deadline":
         ended.request.deadline = time.monotonic()
-        made.engine._scheduler._next_sweep = made.engine._scheduler._first_deadline = 0.0
+        made.engine._scheduler._first_deadline = 0.0
     elif how == "failure":
         made.engine._recover(RuntimeError("kernel"))
     else:
