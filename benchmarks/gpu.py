@@ -131,14 +131,13 @@ class Bench:
             blocks=(np.arange(sequences * each, dtype=np.int32) % self.blocks).reshape(sequences, each),
             logit_rows=rows,
             mixes=mixes,
-            block_size=BLOCK,
         )
 
     def prompt(self, tokens: int, mix: SlotWeights = ()) -> Batch:
         """The first tokens of one sequence, and the logits of the last."""
         ids, blocks = np.arange(tokens) % self.config.vocab_size, np.arange(-(-tokens // BLOCK), dtype=np.int32)[None]
         starts, context = np.array([0, tokens], np.int32), np.array([tokens], np.int32)
-        return Batch(ids, np.arange(tokens), starts, context, blocks, np.array([tokens - 1]), (mix,), BLOCK)
+        return Batch(ids, np.arange(tokens), starts, context, blocks, np.array([tokens - 1]), (mix,))
 
     def step_seconds(self, sequences: int, mixes: tuple[SlotWeights, ...]) -> float:
         """A step from a batch on the host to its greedy tokens on the host, and nothing beside it."""

@@ -166,7 +166,6 @@ def _batch(new: list[list[int]], done: list[int], wanted: list[int], each: int) 
         blocks=np.arange(each * len(new), dtype=np.int32).reshape(len(new), each),
         logit_rows=np.concatenate([np.arange(end - n, end) for end, n in zip(ends, wanted, strict=True)]),
         mixes=((),) * len(new),
-        block_size=BLOCK,
     )
 
 

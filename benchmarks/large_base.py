@@ -140,7 +140,6 @@ def generate(runner: Any, vocabulary: int, count: int) -> tuple[list[int], float
                 blocks=np.arange(blocks, dtype=np.int32)[None],
                 logit_rows=np.array([len(new) - 1]),
                 mixes=((),),
-                block_size=block,
             )
         ).rows
         if not bool(torch.isfinite(logits).all()):

@@ -46,7 +46,6 @@ def loss(runner: Runner, ids: list[int]) -> float:
         blocks=np.arange(-(-count // BLOCK), dtype=np.int32)[None],
         logit_rows=np.arange(count - 1),
         mixes=((),),
-        block_size=BLOCK,
     )
     told = torch.log_softmax(runner.run(batch).rows.double(), 1)
     return -float(told[torch.arange(count - 1), torch.tensor(ids[1:])].sum())

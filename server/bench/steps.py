@@ -54,7 +54,6 @@ def decode_batch(shape: Shape, vocab: int, seed: int = 0) -> Batch:
         blocks=np.arange(count * per, dtype=np.int32).reshape(count, per),
         logit_rows=np.arange(count),
         mixes=shape.mixes,
-        block_size=BLOCK,
     )
 
 

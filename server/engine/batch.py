@@ -40,7 +40,6 @@ class Batch:
     blocks: Counts
     logit_rows: Ids
     mixes: tuple[SlotWeights, ...]
-    block_size: int
 
     @property
     def rows(self) -> int:
@@ -119,7 +118,7 @@ class Work(NamedTuple):
     logits: int
 
 
-def build_batch(work: Sequence[Work], block_size: int) -> Batch:
+def build_batch(work: Sequence[Work]) -> Batch:
     """The flat arrays of a step. The work must not be empty."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -148,5 +147,4 @@ def build_batch(work: Sequence[Work], block_size: int) -> Batch:
         blocks=np.frombuffer(blocks, np.int32).reshape(len(work), -1),
         logit_rows=np.array(rows, np.int64),
         mixes=tuple([item.request.slots for item in work]),
-        block_size=block_size,
     )

@@ -312,7 +312,6 @@ class CudaRunner:
                     blocks=np.arange(-(-rows // self._block_size), dtype=np.int32)[None],
                     logit_rows=np.arange(rows - wanted, rows),
                     mixes=(mix,),
-                    block_size=self._block_size,
                 )
                 self._check(batch)
                 logits = self._logits(self._step_of(describe(batch, [1])))

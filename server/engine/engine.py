@@ -303,7 +303,7 @@ class Engine:
         self._announce(plan)
         if not plan.work:
             return self._record.nothing()
-        batch = build_batch(plan.work, self._block_size)
+        batch = build_batch(plan.work)
         logits = self._record.run(plan, lambda: self._runner.run(batch))
         picks = self._sampler.pick(logits, plan.work)
         self._scheduler.commit(plan.work, time.monotonic())

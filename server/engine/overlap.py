@@ -72,7 +72,7 @@ class OverlappedEngine(Engine):
             self._land()
             self._device.wait()  # for what follows no step, such as adapters that have left
             return self._record.landed()
-        batch = build_batch(plan.work, self._block_size)
+        batch = build_batch(plan.work)
         logits = self._record.run(plan, lambda: self._runner.run(batch))
         drawn = self._sampler.ahead(logits, plan.work)
         self._land()

@@ -44,7 +44,6 @@ def prefill(runner, prompt: Sequence[int], mixes: Sequence[tuple[tuple[int, floa
             blocks=np.arange(count * per, dtype=np.int32).reshape(count, per),
             logit_rows=np.arange(n * count),
             mixes=tuple(mixes),
-            block_size=16,
         )
     ).rows.reshape(count, n, -1)
 

@@ -141,7 +141,6 @@ def whole_pass(runner: TorchRunner, ids: list[int]) -> torch.Tensor:
             blocks=np.arange(4, dtype=np.int32)[None],
             logit_rows=np.arange(count),
             mixes=((),),
-            block_size=16,
         )
     ).rows
 

@@ -87,7 +87,7 @@ class FakeRunner:
     def run(self, batch: Batch) -> Logits:
         self.steps.append(batch)
         added = self.before(batch)
-        size = batch.block_size
+        size = self.store.shape[1]
         starts, blocks, context = batch.row_start.tolist(), batch.blocks, batch.context.tolist()
         rows: dict[int, np.ndarray] = {}
         wanted = set(batch.logit_rows.tolist())

@@ -30,7 +30,6 @@ def step(*mixes: tuple[tuple[int, float], ...]) -> Batch:
         blocks=np.arange(count, dtype=np.int32)[:, None],
         logit_rows=np.arange(count),
         mixes=mixes,
-        block_size=16,
     )
 
 

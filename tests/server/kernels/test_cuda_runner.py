@@ -452,7 +452,7 @@ def test_steps_of_single_rows_are_padded_to_buckets(monkeypatch: pytest.MonkeyPa
     starts, context = np.arange(4, dtype=np.int32), np.array([1, 2, 3], np.int32)
     blocks, rows = np.zeros((3, 2), np.int32), np.arange(3)
     mixes: tuple[SlotWeights, ...] = (((7, 1.0),), (), ((3, 0.5), (7, -1.0)))
-    batch = Batch(one, one, starts, context, blocks, rows, mixes, BLOCK)
+    batch = Batch(one, one, starts, context, blocks, rows, mixes)
     ranks: Any = {3: 12, 7: 5}
 
     def padded(width: int, lanes: int) -> dict[str, np.ndarray]:

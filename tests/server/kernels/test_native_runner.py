@@ -344,7 +344,6 @@ def test_only_wanted_logits_are_computed() -> None:
             np.array([[7, 8, 9]], np.int32),
             np.array(wanted, np.int64),
             ((),),
-            BLOCK,
         )
         assert torch.equal(runner.run(batch).rows, everything[wanted])
 

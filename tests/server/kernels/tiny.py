@@ -124,7 +124,6 @@ def batch_of(new: list[tuple[Sequence, int]], every_row: bool = True) -> Batch:
         blocks,
         np.arange(len(tokens)) if every_row else np.array(starts[1:]) - 1,
         tuple(s.mix for s, _ in new),
-        BLOCK,
     )
 
 

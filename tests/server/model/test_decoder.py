@@ -145,7 +145,6 @@ class Cached:
                 blocks=blocks,
                 logit_rows=np.arange(len(rows)),
                 mixes=tuple(self.mixes[s] for s in new),
-                block_size=BLOCK,
             )
         ).rows
 

@@ -79,7 +79,6 @@ def test_a_second_tree_trains_over_the_same_weights(tiny_base: Base, tiny_runner
             blocks=np.array([[5], [2]], np.int32),
             logit_rows=np.arange(10),
             mixes=(((3, 1.0),), ((3, 1.0),)),
-            block_size=16,
         )
     ).rows
     torch.testing.assert_close(served, trained, atol=1e-4, rtol=0)
