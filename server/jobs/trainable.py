@@ -17,7 +17,7 @@ from server.kernels import Backend
 from server.kernels.aten import Aten
 from server.kernels.weight import STORED, Weight
 from server.model.attention import Context, PackedAttention, grouped_attention
-from server.model.decoder import training_decoder
+from server.model.decoder import Decoder
 from server.model.loader import Base
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -41,7 +41,7 @@ class Trainable:
         self, base: Base, compute_dtype: str = "bfloat16", kept_bytes: int = KEPT_BYTES, share_prefix: bool = True
     ) -> None:
         dtype = DTYPES[compute_dtype]
-        decoder = training_decoder(base, dtype)
+        decoder = Decoder(base, dtype)
         self.tree: nn.Module = decoder
         self.blocks: Sequence[nn.Module] = list(decoder.model.layers)
         self.metadata: Mapping[str, Any] = {

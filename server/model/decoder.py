@@ -164,7 +164,8 @@ class Decoder(nn.Module):
     """A causal language model over a base's packed weights, which it shares and never changes.
 
     `dtype` is that of the activations between kernels, the backend's own unless given; the residual stream, the
-    norms and the logits are float32.
+    norms and the logits are float32. Training has a tree of its own over them, on any backend, and replaces any of its
+    `Linear`s by a LoRALinear over it; the serving tree, if there is one, stays as it is.
     """
 
     def __init__(self, base: Source, dtype: torch.dtype | None = None) -> None:
@@ -184,14 +185,6 @@ class Decoder(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states of any rows, float32 [L, hidden] -> float32 [L, vocab]."""
         return self.lm_head(hidden)  # type: ignore[no-any-return]
-
-
-def training_decoder(base: Source, dtype: torch.dtype | None = None) -> Decoder:
-    """A second tree over the same weights, for training: replace any of its `Linear`s by a LoRALinear over it.
-
-    `base` may run on any backend; the serving tree, if there is one, is another object and stays as it is.
-    """
-    return Decoder(base, dtype)
 
 
 def _linear(base: Source, path: str) -> Linear:

@@ -12,7 +12,7 @@ from adapters.layers import LoraSpec, extract, inject
 from server.kernels import choose
 from server.model import linear
 from server.model.attention import Context, PackedAttention
-from server.model.decoder import Decoder, training_decoder
+from server.model.decoder import Decoder
 from server.model.linear import Linear
 from server.model.quantization import quantize
 
@@ -42,7 +42,7 @@ def test_the_gradient_is_that_of_the_dequantized_matrix(
 
 
 def test_a_second_tree_trains_over_the_same_weights(tiny_base: Base, tiny_runner: TorchRunner) -> None:
-    serving, tree = Decoder(tiny_base), training_decoder(tiny_base)
+    serving, tree = Decoder(tiny_base), Decoder(tiny_base)
     layers = inject(tree, LoraSpec(rank=4, alpha=8.0), seed=1)
     assert set(layers) == set(tiny_base.shapes())
     attention = PackedAttention([7, 3])
