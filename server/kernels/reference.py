@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from adapters.errors import InvalidAdapter
 from adapters.weights import LoraWeights, LowRank, not_finite
 from server.kernels.lora import Segments
-from server.kernels.stored import TILE, dequantize_stored
+from server.kernels.stored import decode_tiles, dequantize_stored
 from server.kernels.weight import STORED, Weight
 
 
@@ -103,12 +103,8 @@ def stored_rows(weight: Weight, ids: torch.Tensor) -> torch.Tensor:
         if name in weight.tensors:
             tensors[name] = weight.tensors[name][ids]
         elif f"{name}_codes" in weight.tensors:
-            codes = weight.tensors[f"{name}_codes"][ids]
-            columns = torch.arange(codes.shape[1]) // TILE
-            values = codes.float()
-            values *= weight.tensors[f"{name}_step"][ids // TILE][:, columns]
-            values += weight.tensors[f"{name}_base"][ids // TILE][:, columns]
-            tensors[name] = values.half()
+            codes, step, base = (weight.tensors[f"{name}_{part}"] for part in ("codes", "step", "base"))
+            tensors[name] = decode_tiles(codes[ids], step, base, ids)
     return dequantize_stored(Weight(weight.scheme, STORED, (len(ids), weight.shape[1]), weight.group, tensors))
 
 

@@ -74,20 +74,21 @@ def group_values(tensors: Mapping[str, torch.Tensor], name: str, start: int, sto
     if name in tensors:
         return tensors[name][start:stop]
     codes = tensors[f"{name}_codes"][start:stop]
-    return decode_tiles(codes, tensors[f"{name}_step"], tensors[f"{name}_base"], start)
+    rows = torch.arange(start, start + len(codes), device=codes.device)
+    return decode_tiles(codes, tensors[f"{name}_step"], tensors[f"{name}_base"], rows)
 
 
-def decode_tiles(codes: torch.Tensor, step: torch.Tensor, base: torch.Tensor, start: int = 0) -> torch.Tensor:
-    """float16(codes * step + base) of uint8 codes [rows, groups] whose first row is row `start` of the matrix.
+def decode_tiles(codes: torch.Tensor, step: torch.Tensor, base: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """float16(codes * step + base) of uint8 codes [n, groups] of the rows `rows`, int64 [n], of a matrix.
 
     `step` and `base` are float32, one for each tile of 16 rows by 16 groups of the whole matrix. Product and sum
     are rounded to float32 one after the other, so that every backend gets the same bits.
     """
-    rows = torch.arange(start, start + codes.shape[0], device=codes.device) // TILE
+    tiles = rows // TILE
     columns = torch.arange(codes.shape[1], device=codes.device) // TILE
     values = codes.float()
-    values *= step[rows][:, columns]
-    values += base[rows][:, columns]
+    values *= step[tiles][:, columns]
+    values += base[tiles][:, columns]
     return values.half()
 
 

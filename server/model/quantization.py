@@ -161,7 +161,7 @@ def _store(
     first = start // TILE
     tensors[f"{key}_step"][first : first + down] = step
     tensors[f"{key}_base"][first : first + down] = low
-    return decode_tiles(codes, step, low).float()
+    return decode_tiles(codes, step, low, torch.arange(len(codes), device=codes.device)).float()
 
 
 def _codes(block: torch.Tensor, scheme: str, stored: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -169,4 +169,5 @@ def _group_values(weight: Weight, name: str, start: int, stop: int) -> torch.Ten
     turned = weight.tensors[f"{name}_codes"][:, start:stop].t()
     codes = turned.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     codes = codes[:, : weight.shape[1] // weight.group]
-    return decode_tiles(codes, weight.tensors[f"{name}_step"].t(), weight.tensors[f"{name}_base"].t(), start)
+    rows = torch.arange(start, start + len(codes), device=codes.device)
+    return decode_tiles(codes, weight.tensors[f"{name}_step"].t(), weight.tensors[f"{name}_base"].t(), rows)
