@@ -276,7 +276,7 @@ class NativeRunner:
     def draw(self, logits: Logits, how: np.ndarray, top_k: np.ndarray) -> Drawn:
         """A token of each row of the last step's logits, by the kernels' threads; see `Draw`. What fails, fails when it
         is read: MemoryError."""
-        rows = logits.unread.contiguous()
+        rows = logits.unread
         tokens = np.empty(len(rows), np.int32)
         job = _Job(self._finish, rows, how, top_k, tokens)
         addresses = how.ctypes.data, top_k.ctypes.data, tokens.ctypes.data
