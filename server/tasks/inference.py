@@ -281,13 +281,14 @@ class Inference:
             reply.text.append(delivery.text)
         if delivery.logprobs:
             reply.logprobs.extend(delivery.logprobs)
-        if delivery.finish_reason is not None:
+        over = delivery.finish_reason is not None
+        if over:
             reply.finish_reason, reply.error = delivery.finish_reason, delivery.error
             generation._open -= 1
-            if not generation._open:
-                self._ended(generation)
-        if delivery.finish_reason is not None or not generation.whole:
-            generation.inbox.put((index, delivery))
+        if over or not generation.whole:
+            generation.inbox.put((index, delivery))  # first: whatever becomes of the record, the reader hears
+        if over and not generation._open:
+            self._ended(generation)
 
     def _ended(self, generation: Generation) -> None:
         """All sequences are over: give back, write down."""

@@ -6,9 +6,12 @@ Owns the crossing of threads. Knows nothing of what is delivered.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 class Mailbox:
@@ -37,7 +40,10 @@ class Mailbox:
         self._awake = False
         while self._posts:
             receiver, item = self._posts.popleft()
-            receiver(item)
+            try:
+                receiver(item)
+            except Exception:  # the others' posts would lie here until the next wake, which may never come
+                log.exception("what was posted could not be handed over")
 
 
 class Inbox:

@@ -43,6 +43,17 @@ def text_of(live: Any, name: str) -> str:
     return str(answer.json()["text"])
 
 
+def test_an_answer_whose_record_fails_is_given_all_the_same(
+    live: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(generation: Any) -> None:
+        raise RuntimeError("no record today")
+
+    monkeypatch.setattr(live.house.parts.inference, "on_ended", failing)
+    assert live.generate(max_tokens=2).status_code == 200
+    assert live.idle() and "no record today" in caplog.text
+
+
 @pytest.mark.usefixtures("idle_watch")
 @pytest.mark.parametrize("harm", ["deleted", "cut", "swapped", "folder"])
 def test_files_of_the_store_that_are_harmed_while_served(live: Any, harm: str, write_adapter: Any) -> None:

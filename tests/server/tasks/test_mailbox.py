@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 
+import pytest
+
 from server.tasks.mailbox import Mailbox
 
 
@@ -34,6 +36,20 @@ async def test_what_is_posted_is_handed_over_together_once_the_loop_is_woken() -
     mailbox.wake()
     await asyncio.sleep(0)
     assert arrived == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+async def test_a_receiver_that_fails_keeps_nothing_from_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    mailbox = Mailbox(asyncio.get_running_loop())
+    arrived: list[int] = []
+
+    def failing(item: int) -> None:
+        raise RuntimeError("a fault of its own")
+
+    for receiver in (failing, arrived.append):
+        mailbox.post(receiver, 1)
+    mailbox.wake()
+    await asyncio.sleep(0)
+    assert arrived == [1] and "a fault of its own" in caplog.text
 
 
 async def test_a_loop_that_is_closed_is_left_alone() -> None:
