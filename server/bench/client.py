@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Any, TypeVar
 
 import aiohttp
+import uvloop
 
 from server.bench.workloads import Arrival
 from server.errors import ServerError
@@ -202,16 +203,8 @@ def _session(timeout: float, key: str) -> aiohttp.ClientSession:
 
 def run(client: Coroutine[Any, Any, T]) -> T:
     """What a client finds, on the loop that costs least: what it measures runs on the same processors."""
-    with asyncio.Runner(loop_factory=_loop) as runner:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(client)
-
-
-def _loop() -> asyncio.AbstractEventLoop:
-    try:
-        from uvloop import new_event_loop
-    except ImportError:  # there is none for this system
-        return asyncio.new_event_loop()
-    return new_event_loop()
 
 
 async def timed(asking: Coroutine[Any, Any, list[Outcome]], slo_seconds: float = 6.0) -> tuple[list[Outcome], Summary]:
