@@ -18,7 +18,6 @@ ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 FAILING_SECONDS = 10.0
 """How long a failed step counts if none is tried after it: who is told of it sends no request that could show more."""
 
-
 _NO_PLAN = Plan()
 
 T = TypeVar("T")

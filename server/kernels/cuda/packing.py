@@ -31,6 +31,7 @@ RUNS = (128, 64, 32, 16)
 LONGEST = {"int4": 64, "int8": 64, "nf4": 32}
 """The longest run of a scheme that leaves registers for more, looking levels up taking most."""
 GROUPS = (32, 64, 128, 256)
+"""Groups of weights that the kernels take."""
 
 
 def parts_of(scheme: str) -> int:

@@ -31,8 +31,6 @@ PROCESSORS = 132
 """Multiprocessors of an H100, which splits are chosen for."""
 DENSE_ROWS = 1024
 """Rows from which the matrix is dequantized for cuBLAS instead. Not measured yet."""
-
-
 FEW_ROWS = 64
 """Most rows of the split product; its tiles have 32 at most, since accumulators are scaled where they lie."""
 
