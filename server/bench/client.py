@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ import aiohttp
 import uvloop
 
 from server.bench.workloads import Arrival
-from server.errors import ServerError
+from server.errors import BadSetting, ServerError
 
 T = TypeVar("T")
 
@@ -89,6 +90,8 @@ async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any],
         async with session.post(url, json=body) as response:
             if response.status != 200:
                 why = _refusal(response.status, await response.text(errors="replace"))
+                if response.history:
+                    why += f" ({url} leads to {response.url}: give that address)"
                 return Outcome(adapter, False, 0, math.nan, time.perf_counter() - due, due, error=why)
             async for chunk in response.content.iter_any():
                 received += chunk
@@ -96,7 +99,8 @@ async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any],
         tokens, times, error = read_events(bytes(received), marks)
     except (TimeoutError, aiohttp.ClientError, ConnectionError) as e:
         tokens, times, error = read_events(bytes(received), marks)
-        error = f"{type(e).__name__}: {e}"
+        if not error or error == CUT_OFF:
+            error = f"{type(e).__name__}: {e}" if str(e) else "it did not end in time"
     first, last = (times[0] - due, times[-1] - due) if times else (math.nan, math.nan)
     if not times and not error:
         begins = received[:200].decode(errors="replace").strip()
@@ -106,9 +110,16 @@ async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any],
 
 def _refusal(status: int, text: str) -> str:
     """Why a request was refused, in one line."""
+    text = " ".join(text.split())
     if status == HTTPStatus.UNAUTHORIZED:
-        return f"{status}: give a key that the server knows with --api-key ({text.strip()[:200]})"
-    return f"{status}: {text.strip()[:300]}"
+        return f"{status}: give a key that the server knows with --api-key ({text[:200]})"
+    return f"{status}: {text[:300]}"
+
+
+CUT_OFF = "the answer was cut off: it has neither a finish_reason nor [DONE]"
+
+UNFINISHED = ("abort", "cancelled", "canceled", "error")
+"""Reasons that servers give for an answer's end where it is none."""
 
 
 def read_events(received: bytes, marks: Sequence[tuple[int, float]]) -> tuple[int, list[float], str]:
@@ -130,14 +141,14 @@ def read_events(received: bytes, marks: Sequence[tuple[int, float]]) -> tuple[in
         if not line.startswith(b"data:") or not line.endswith((b"\n", b"\r")):
             continue
         whole = whole or data == b"[DONE]"
-        if not data.startswith(b"{"):
+        if data in (b"", b"[DONE]"):
             continue
         while marks[mark][0] < end:
             mark += 1
         try:
             event = json.loads(data)
-            if event.get("error"):
-                error = str(event["error"])[:300]
+            if event.get("error") or event.get("object") == "error":
+                error = str(event.get("error") or event)[:300]
                 break
             if event.get("usage"):
                 tokens = int(event["usage"]["completion_tokens"] or 0)
@@ -145,18 +156,26 @@ def read_events(received: bytes, marks: Sequence[tuple[int, float]]) -> tuple[in
                 every.append(marks[mark][1])
                 if event["choices"][0].get("text"):
                     shown.append(every[-1])
-                whole = whole or event["choices"][0].get("finish_reason") is not None
+                finish = event["choices"][0].get("finish_reason")
+                if finish in UNFINISHED:
+                    error = f"the answer ended early: its finish_reason is {finish!r}"
+                whole = whole or finish is not None
         except (ValueError, KeyError, TypeError, AttributeError):
             error = f"an event cannot be read: {line[:200].decode(errors='replace').strip()}"
             break
     times = every if tokens else shown
     if times and not whole and not error:
-        error = "the answer was cut off: it has neither a finish_reason nor [DONE]"
+        error = CUT_OFF
     return tokens, times, error
 
 
 def address(url: str) -> str:
-    """Where completions are asked for: `url` may end in a slash, or in the /v1 that other clients want."""
+    """Where completions are asked for: `url` may end in a slash, or in the /v1 that other clients want.
+
+    Raises BadSetting for what is no address.
+    """
+    if not re.match(r"(?i)https?://[^/]", url):
+        raise BadSetting(f"{url!r} is no address of a server: give it as http://localhost:8000", "url")
     return f"{url.rstrip('/').removesuffix('/v1').rstrip('/')}/v1/completions"
 
 

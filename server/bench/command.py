@@ -427,8 +427,8 @@ def _key(context: typer.Context, given: str, own: str, url: str) -> str:
 
 def _is_here(url: str) -> bool:
     """Whether a URL is of this machine."""
-    host = urlsplit(url if "//" in url else f"//{url}").hostname or ""
     try:
+        host = urlsplit(url if "//" in url else f"//{url}").hostname or ""
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

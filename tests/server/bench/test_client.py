@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +27,7 @@ from server.bench.client import (
 )
 from server.bench.slora import body_of
 from server.bench.workloads import closed
+from server.errors import BadSetting
 from tests.server.bench.conftest import Answering, events
 
 DONE = b"data: [DONE]\n\n"
@@ -151,6 +155,70 @@ def test_an_answer_that_is_cut_off_is_a_failure() -> None:
     assert "cut off" in read_events(received, [(len(received), 1.0)])[2]
 
 
+@pytest.mark.parametrize(
+    ("event", "told"),
+    [
+        (b"the model fell over", "cannot be read: data: the model fell over"),
+        (b'{"object": "error", "message": "no room", "code": 500}', "no room"),
+        (b'{"choices": [{"text": "", "finish_reason": "abort"}]}', "'abort'"),
+        (b'{"choices": [{"text": "b", "finish_reason": "error"}]}', "'error'"),
+    ],
+)
+def test_an_answer_that_ends_in_an_error_is_a_failure_in_whatever_words(event: bytes, told: str) -> None:
+    received = b'data: {"choices": [{"text": "a"}]}\n\ndata: ' + event + b"\n\n" + DONE
+    assert told in read_events(received, [(len(received), 1.0)])[2]
+
+
+def ask_once(reply: Callable[[bytes], bytes]) -> Outcome:
+    """One request to a server that answers what begins so with these bytes, and hangs up."""
+
+    async def asking() -> Outcome:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            await reader.readexactly(int(length[1]) if length else 0)
+            writer.write(reply(head))
+            await writer.drain()
+            writer.close()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            [outcome] = await closed_loop(url, closed(1, [0], 4, 2), body_of(["a"], 200), 1)
+            return outcome
+
+    return asyncio.run(asking())
+
+
+def test_a_server_that_says_why_and_hangs_up_is_heard() -> None:
+    said = b'data: {"choices": [{"text": "a"}]}\n\n', b'data: {"error": {"message": "full"}}\n\n'
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"
+    assert "full" in ask_once(lambda _: head + b"".join(said)).error
+    assert "not completed" in ask_once(lambda _: head + said[0]).error
+
+
+def test_a_page_that_refuses_is_told_in_one_line() -> None:
+    page = b"HTTP/1.1 503 No\r\nContent-Length: 28\r\n\r\n<html>\n<h1>busy</h1>\n</html>"
+    assert ask_once(lambda _: page).error == "503: <html> <h1>busy</h1> </html>"
+
+
+def test_an_address_that_leads_elsewhere_is_told() -> None:
+    """A POST becomes a GET on the way, which other servers refuse."""
+    moved = b"HTTP/1.1 301 Moved\r\nLocation: /right\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+    none = b"HTTP/1.1 405 Method\r\nContent-Length: 2\r\n\r\nno"
+    error = ask_once(lambda head: moved if head.startswith(b"POST") else none).error
+    assert error.startswith("405: no (http://127.0.0.1:") and "/right: give that address" in error
+
+
+def test_an_answer_that_takes_too_long_is_told(answering: Answering) -> None:
+    waiting = threading.Event()
+    answering.reply = lambda body: (200, events(2)) if waiting.wait(30) else (500, "")
+    try:
+        asking = closed_loop(answering.url, closed(1, [0], 4, 2), body_of(["a"], 200), 1, timeout=0.05)
+        assert asyncio.run(asking)[0].error == "it did not end in time"
+    finally:
+        waiting.set()
+
+
 def test_what_is_no_stream_is_told(answering: Answering) -> None:
     answering.reply = lambda body: (200, '{"error": "streams are off"}')
     [one] = asyncio.run(closed_loop(answering.url, closed(1, [0], 4, 2), body_of(["a"], 200), 1))
@@ -201,6 +269,12 @@ def test_percentiles_are_those_of_numpy(values: list[float], q: int) -> None:
 def test_the_address_may_be_that_of_other_clients(end: str) -> None:
     assert address(f"http://localhost:8000{end}") == "http://localhost:8000/v1/completions"
     assert address(f"http://host/a/v10{end}") == "http://host/a/v10/v1/completions"
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000", "http://", "ftp://host"])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(BadSetting, match="give it as http://localhost:8000"):
+        address(url)
 
 
 @pytest.mark.parametrize("loop", ["open", "closed"])

@@ -242,13 +242,20 @@ def test_the_keys_of_this_machine_are_shown_to_no_other() -> None:
         asked.append(command._key(context, api_key, own_key, url))
 
     try:
-        for url in ("http://localhost:1", "127.0.0.1:80/v1", "http://[::1]:8", "https://example.org/v1", "example.org"):
+        for url in (
+            "http://localhost:1",
+            "127.0.0.1:80/v1",
+            "http://[::1]:8",
+            "https://example.org/v1",
+            "example.org",
+            "http://[::1",
+        ):
             for more in ([], ["--api-key", "mine"]):
                 variables = {"LORAMUX_ADMIN_KEYS": "own", "OPENAI_API_KEY": "sk"}
                 CliRunner(env=variables).invoke(command.app, ["shown", url, *more], catch_exceptions=False)
     finally:
         command.app.registered_commands.pop()
-    assert asked == ["own", "mine"] * 3 + ["sk", "mine"] * 2
+    assert asked == ["own", "mine"] * 3 + ["sk", "mine"] * 3
 
 
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(
