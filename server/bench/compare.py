@@ -7,9 +7,12 @@ tokens a second of decoding, and of prefill. Nothing here decides what is good e
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,16 +173,25 @@ def ratios(table: Mapping[str, Row], ours: str = "loramux") -> dict[str, dict[st
 
 
 def _output(command: list[str], stdin: str) -> str:
+    """What a program prints. It leads a group of its own, so that nothing of it goes on once it is not waited for: it
+    would compute while others are measured."""
+    pipe = subprocess.PIPE
     try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        peer = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, process_group=0)
     except OSError as error:
         raise PeerFailed(f"{command[0]!r} cannot be run: {error}; see docs/benchmarks.md", "peers") from error
-    except subprocess.TimeoutExpired as error:
-        raise PeerFailed(f"{Path(command[0]).name!r} did not end within {TIMEOUT:.0f} s", "peers") from error
-    if done.returncode:
-        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise PeerFailed(f"{Path(command[0]).name!r} ended with status {done.returncode}:\n{tail}", "peers")
-    return done.stdout
+    with peer:
+        try:
+            told, complaints = peer.communicate(stdin, timeout=TIMEOUT)
+        except subprocess.TimeoutExpired as error:
+            raise PeerFailed(f"{Path(command[0]).name!r} did not end within {TIMEOUT:.0f} s", "peers") from error
+        finally:
+            with suppress(ProcessLookupError):  # all of it has ended
+                os.killpg(peer.pid, signal.SIGKILL)
+    if peer.returncode:
+        tail = "\n".join(complaints.strip().splitlines()[-5:])
+        raise PeerFailed(f"{Path(command[0]).name!r} ended with status {peer.returncode}:\n{tail}", "peers")
+    return told
 
 
 def _unreadable(told: str) -> PeerFailed:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 
 from server.bench import compare
 from server.bench.compare import Contestant, Job, PeerFailed, Rates, llama_peer, ratios, rounds, script_peer
+from tests.waiting import until
 
 JOB = Job([[1, 2, 3]] * 2, ["a"] * 2, [], [-1, -1], 5)
 
@@ -49,15 +48,24 @@ def test_without_our_own_there_are_no_ratios() -> None:
     assert ratios(measured.table) == {} and list(measured.table) == ["one"]
 
 
-def test_a_peer_that_does_not_end_has_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(compare, "TIMEOUT", 0.01)
-    monkeypatch.setattr(subprocess, "run", _endless)
+def test_a_peer_that_does_not_end_has_failed_with_all_that_it_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A peer that is a script, and one with processes of its own: what they start goes on when they alone are ended."""
+    pids, peer = tmp_path / "pids", tmp_path / "peer"
+    peer.write_text(f"#!/bin/sh\nsleep 100 &\necho $! > {pids}\nwait\n")
+    peer.chmod(0o755)
+    monkeypatch.setattr(compare, "TIMEOUT", 0.5)
     with pytest.raises(PeerFailed, match="did not end within 0 s"):
-        script_peer("peft", sys.executable, tmp_path, 1)(JOB)
+        script_peer("peft", str(peer), tmp_path, 1)(JOB)
+    until(lambda: not _runs(int(pids.read_text())))
 
 
-def _endless(*_: Any, timeout: float, **__: Any) -> None:
-    raise subprocess.TimeoutExpired("it", timeout)
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_peer_that_is_not_there_has_failed(tmp_path: Path) -> None:
