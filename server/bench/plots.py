@@ -68,6 +68,7 @@ def loads(path: Path, title: str, runs: Sequence[Load]) -> Path:
             at = [i + n * width for i in range(len(cases))]
             drawn = axes.bar(at, heights, width, label=f"{count} adapters")
             axes.bar_label(drawn, [f"{v:.2f}" if math.isfinite(v) else "failed" for v in values], fontsize=8)
+        axes.set_ylim(bottom=0)
     halves[0].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     halves[1].set_xticks([i + 0.4 - width / 2 for i in range(len(cases))], names)
     figure.savefig(path, dpi=120)

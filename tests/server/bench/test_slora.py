@@ -96,6 +96,13 @@ def test_rates_that_are_given_need_no_capacity(monkeypatch: pytest.MonkeyPatch, 
     assert plots.loads(tmp_path / "x.png", "x", loads).stat().st_size > 1000
 
 
+def test_a_picture_of_failures_alone_stands_on_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyplot = plots._pyplot()
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    plots.loads(tmp_path / "x.png", "x", [Load(n, 1.0, 0.7, 9, summary(failed=100)) for n in (5, 9)])
+    assert [axes.get_ylim()[0] for axes in pyplot.gcf().axes] == [0, 0]
+
+
 def test_a_capacity_with_failures_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded(monkeypatch, summary(failed=2))
     with pytest.raises(NoAnswer, match=r"2 of 100 requests failed.*429: full.*--max-queue.*--rate"):
