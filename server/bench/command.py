@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 app = typer.Typer(no_args_is_help=True, help="Measure this server, its steps, and its peers.")
@@ -36,6 +36,7 @@ Kernels = Annotated[str, typer.Option(help="auto, native, aten or reference.")]
 
 Url = Annotated[str, typer.Argument(help="Any OpenAI-compatible server, with or without /v1 at the end.")]
 Vocab = Annotated[int, typer.Option(min=101, help="Prompts are random token ids below this.")]
+AsText = Annotated[bool, typer.Option("--text", help="Prompts of so many common words: some servers take no ids.")]
 Cv = Annotated[float, typer.Option(help="Coefficient of variation of the gaps between requests; 1 is Poisson.")]
 Slo = Annotated[float, typer.Option(help="Seconds within which a first token is in time.")]
 ApiKey = Annotated[
@@ -206,6 +207,7 @@ def slora(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 42,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each kind; few and many take turns.")] = 1,
     vocab: Vocab = 40_000,
+    text: AsText = False,
     api_key: ApiKey = "",
     own_key: OwnKey = "",
     out: Out = None,
@@ -227,12 +229,12 @@ def slora(
         prompt=_lengths(prompt, "prompt"), output=_lengths(output, "output"), seed=seed, slo=slo, repeats=repeats,
     )  # fmt: skip
     plan.check()
-    body = workload.body_of([f"{prefix}{i}" for i in range(many)], vocab)
+    body = workload.body_of([f"{prefix}{i}" for i in range(many)], vocab, text)
     client = workload.Client(url, body, _key(context, api_key, own_key, url))
     most, loads = workload.compare(client, plan, lambda line: console.print(line, markup=False))
     rows = workload.ratios(loads)
     result = _report(
-        {"url": url, "models": f"{prefix}0 to {prefix}{many - 1}", "vocab": vocab, **asdict(plan)},
+        {"url": url, "models": f"{prefix}0 to {prefix}{many - 1}", "vocab": vocab, "text": text, **asdict(plan)},
         {"capacity": most, "runs": [run.as_dict() for run in loads], "ratios": rows},
     )
     table = Table(
@@ -263,6 +265,7 @@ def load(
     prompt_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = PROMPT,
     new_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = NEW,
     vocab: Vocab = 40_000,
+    text: AsText = False,
     api_key: ApiKey = "",
     own_key: OwnKey = "",
     llama: Annotated[bool, typer.Option(help="Name adapters as llama-server does: --lora numbers, 0 first.")] = False,
@@ -278,7 +281,7 @@ def load(
 
     check_positive({"cv": (cv,), "slo": (slo,), "rate": () if rate is None else (rate,)})
 
-    body = llama_body(len(models), vocab) if llama else body_of(models, vocab)
+    body = llama_body(len(models), vocab, text) if llama else body_of(models, vocab, text)
     arrivals = closed(requests, list(range(len(models))), prompt_tokens, new_tokens)
     key = _key(context, api_key, own_key, url)
     how: dict[str, Any]
@@ -292,11 +295,12 @@ def load(
     if not summary.finished:
         raise NoAnswer(f"none of {requests} requests was answered; the first: {summary.reasons[0]}")
     asked = {"url": url, "models": models, **how, "slo": slo, "requests": requests, "vocab": vocab}
-    told = _report({**asked, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}, summary.as_dict())
-    table = Table("", "", title=f"{requests} requests, {title}")
+    told = _report({**asked, "text": text, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}, summary.as_dict())
+    table = Table(Column("", overflow="fold"), "", title=f"{requests} requests, {title}")
     for name, value in summary.as_dict().items():
+        seconds = " s" if name.startswith(("seconds", "ttft", "tpot", "e2e")) else ""
         number = isinstance(value, float | int)
-        table.add_row(name, f"{value:,.4g}" if number else Text("\n".join(value) or "none"))
+        table.add_row(name, f"{value:,.4g}{seconds}" if number else Text("\n".join(value) or "none"))
     _show(told, table, as_json, out, "load")
 
 

@@ -24,6 +24,12 @@ BURST = 400.0
 BURST_REQUESTS = 400
 """As many are enough to measure it; a shorter comparison measures it by as many as one of its runs has."""
 
+WORDS = (
+    "the of and to in is you that it he was for on are as with his they at be this have from or one had by but not "
+    "what all were we when your can said there use an each which she do how their if will up other about out many then"
+).split()
+"""Each is one token to nearly every vocabulary, with a space before it and without."""
+
 
 def check_positive(numbers: Mapping[str, Sequence[float]]) -> None:
     """Raises BadSetting for an option that has a number which is not above 0, or is none."""
@@ -94,16 +100,17 @@ class Load:
         return asdict(self)
 
 
-def body_of(names: Sequence[str], vocab: int, seed: int = 1) -> Body:
-    """Greedy completions of random token ids, each exactly as long as its arrival says."""
+def body_of(names: Sequence[str], vocab: int, text: bool = False, seed: int = 1) -> Body:
+    """Greedy completions of random token ids, or of random words as `text`, each as long as its arrival says."""
     random = np.random.RandomState(seed)
-    ids = random.randint(100, vocab, 1 << 16).tolist()
+    drawn = (random.choice(WORDS, 1 << 16) if text else random.randint(100, vocab, 1 << 16)).tolist()
 
     def body(arrival: Arrival, i: int) -> Mapping[str, Any]:
-        at = (i * 131) % (len(ids) - arrival.prompt_tokens)
+        at = (i * 131) % (len(drawn) - arrival.prompt_tokens)
+        prompt = drawn[at : at + arrival.prompt_tokens]
         return {
             "model": names[arrival.adapter],
-            "prompt": ids[at : at + arrival.prompt_tokens],
+            "prompt": " ".join(prompt) if text else prompt,
             "max_tokens": arrival.output_tokens,
             "temperature": 0,
             "ignore_eos": True,
@@ -114,10 +121,10 @@ def body_of(names: Sequence[str], vocab: int, seed: int = 1) -> Body:
     return body
 
 
-def llama_body(count: int, vocab: int) -> Body:
+def llama_body(count: int, vocab: int, text: bool = False) -> Body:
     """The same requests in llama-server's own words: adapter i at scale 1, the others at 0; none with a `count` of 0.
     A prompt that it has read before is read again."""
-    plain = body_of([""] * max(count, 1), vocab)
+    plain = body_of([""] * max(count, 1), vocab, text)
 
     def body(arrival: Arrival, i: int) -> Mapping[str, Any]:
         lora = [{"id": n, "scale": float(n == arrival.adapter)} for n in range(count)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 import threading
 from pathlib import Path
@@ -181,11 +182,36 @@ def test_a_load_tells_what_was_asked_and_what_failed(answering: Answering, tmp_p
     told = told_of(tmp_path, "load")
     assert told["asked"] == {
         "url": f"{answering.url}/v1", "models": ["a", "b"], "concurrency": 2, "slo": 6.0, "requests": 6,
-        "vocab": 40_000, "prompt_tokens": 5, "new_tokens": 3,
+        "vocab": 40_000, "text": False, "prompt_tokens": 5, "new_tokens": 3,
     }  # fmt: skip
     assert (told["failed"], told["reasons"], told["ttft_p99"]) == (3, ["429: full"], None)
     assert "429: full" in result.stdout
     assert {key for _, key, _ in answering.asked} == {"Bearer first:one"}
+
+
+def test_a_server_that_takes_no_ids_is_given_words(answering: Answering) -> None:
+    """And the table has units, and whole names, however narrow it is."""
+    answering.reply = lambda body: (200, events(2)) if isinstance(body["prompt"], str) else (422, ["no text"])
+    for command_line in (("load", answering.url, "--model", "a"), ("load", answering.url, "--model", "0", "--llama")):
+        result = CliRunner(env={"COLUMNS": "40"}).invoke(command.app, [*command_line, "--requests", "2", "--text"])
+        assert result.exit_code == 0, result.exception
+        assert "…" not in result.stdout and re.search(r"ttft_p99 +│ [0-9.]+ s", result.stdout)
+    shown = bench(
+        "slora",
+        answering.url,
+        "--few",
+        "1",
+        "--many",
+        "2",
+        "--requests",
+        "3",
+        "--rate",
+        "300",
+        "--alpha",
+        "1",
+        "--text",
+    )
+    assert shown.exit_code == 0, shown.exception
 
 
 def test_a_load_at_a_rate_waits_for_no_answer(answering: Answering, tmp_path: Path) -> None:

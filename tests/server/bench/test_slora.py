@@ -142,6 +142,16 @@ def test_llama_server_reads_every_prompt_again() -> None:
     assert [one["scale"] for one in llama_body(2, 200)(arrival, 0)["lora"]] == [1.0, 0.0]
 
 
+def test_prompts_of_words_are_as_long_as_those_of_ids() -> None:
+    body, plain = body_of(["a"], 200, text=True), body_of(["a"], 200)
+    for i, length in enumerate((1, 7, 128)):
+        arrival = Arrival(0.0, 0, length, 2)
+        assert len(body(arrival, i)["prompt"].split()) == length == len(plain(arrival, i)["prompt"])
+        assert body(arrival, i) | {"prompt": 0} == plain(arrival, i) | {"prompt": 0}
+        assert llama_body(1, 200, text=True)(arrival, i)["prompt"] == body(arrival, i)["prompt"]
+    assert len({body(Arrival(0.0, 0, 16, 2), i)["prompt"] for i in range(400)}) == 400
+
+
 def test_a_server_is_asked_with_its_key(answering: Answering) -> None:
     answering.reply = lambda body: (200, events(body["max_tokens"]))
     plan = Plan(few=1, many=3, requests=5, alphas=(1.0,), shares=(), rates=(200.0,), prompt=(3, 5), output=(2, 4))
