@@ -80,7 +80,7 @@ def serving(state: Path, models: Path, *flags: str, module: str = "server.cli") 
     """A server on a free port, ready to answer; stopped at the end. `module` is what is run as `loramux`."""
     state.mkdir(parents=True)
     if models.is_dir():
-        (state / "models").symlink_to(models)
+        (state / "models").symlink_to(models.resolve())
     port = free_port()
     command = [sys.executable, "-m", module, "serve", "--port", str(port), "--state-dir", str(state)]
     with running([*command, "--library", "none", *flags], port, "/health/ready", state / "server.log") as server:

@@ -3,7 +3,7 @@
 Run it as `python -m benchmarks.step_profile BASE.gguf`, native kernels. Sixteen requests with prompts of 128 decode
 together, without adapters and then on sixteen of rank 8 to 32, greedily and drawn (temperature and top_p); the time
 between their first tokens and their last ones is told apart into the phases that the runner counts, and the rest:
-scheduling, batches, picking, text and delivery. Medians over rounds of all, in turn.
+scheduling, batches, picking, text and delivery. Milliseconds a step, medians over rounds of all, in turn.
 """
 
 from __future__ import annotations
