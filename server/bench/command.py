@@ -109,7 +109,9 @@ def steps(
             "kernels": base.backend.name,
         },
     )
-    table = Table("step", "ms", "of the roofline", title=f"{base.name}, {base.backend.name} kernels, {threads} threads")
+    table = _table(
+        "step", "ms", "of the roofline", title=f"{base.name}, {base.backend.name} kernels, {threads} threads"
+    )
     for t in times:
         table.add_row(t.name, f"{t.seconds * 1e3:.2f}", f"{t.roofline:.2f}")
     for name, ratio in ratios.items():
@@ -170,7 +172,7 @@ def peers(
             "failed": measured.failed,
         },
     )
-    shown = Table("", "prefill tok/s", "decode tok/s", "we are faster by (prefill, decode)")
+    shown = _table("", "prefill tok/s", "decode tok/s", "we are faster by (prefill, decode)")
     for name, row in table.items():
         ratio = result["ratios"].get(name)
         ahead = f"{ratio['prefill']:.1f}, {ratio['decode']:.1f}" if ratio else ""
@@ -237,7 +239,7 @@ def slora(
         {"url": url, "models": f"{prefix}0 to {prefix}{many - 1}", "vocab": vocab, "text": text, **asdict(plan)},
         {"capacity": most, "runs": [run.as_dict() for run in loads], "ratios": rows},
     )
-    table = Table(
+    table = _table(
         "alpha", "requests/s", "of capacity", f"throughput, {many} over {few}", "p99 of first token", "failed"
     )
     for row in rows:
@@ -296,7 +298,7 @@ def load(
         raise NoAnswer(f"none of {requests} requests was answered; the first: {summary.reasons[0]}")
     asked = {"url": url, "models": models, **how, "slo": slo, "requests": requests, "vocab": vocab}
     told = _report({**asked, "text": text, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}, summary.as_dict())
-    table = Table(Column("", overflow="fold"), "", title=f"{requests} requests, {title}")
+    table = _table("", "", title=f"{requests} requests, {title}")
     for name, value in summary.as_dict().items():
         seconds = " s" if name.startswith(("seconds", "ttft", "tpot", "e2e")) else ""
         number = isinstance(value, float | int)
@@ -455,6 +457,11 @@ def _make_room(out: Path | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
+
+
+def _table(*headings: str, title: str | None = None) -> Table:
+    """A table that folds what its terminal is too narrow for, and cuts no figure off."""
+    return Table(*(Column(heading, overflow="fold") for heading in headings), title=title)
 
 
 def _show(result: Mapping[str, Any], table: Table, as_json: bool, out: Path | None, name: str) -> None:
