@@ -195,7 +195,9 @@ class Gate:
         if scope["method"] != "GET":
             for origin in headers.get(b"origin", []):
                 if _authority(origin) != hosts[0].lower():
-                    raise Forbidden("requests of pages from another origin are refused")
+                    raise Forbidden(
+                        "pages of another origin may not call this server; let a server of yours call it for them"
+                    )
         authorization = headers.get(b"authorization", [])
         given = authorization[0] if len(authorization) == 1 else None
         needed = access(scope["method"], scope["path"])

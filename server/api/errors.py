@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 import adapters.errors as adapter_errors
 import server.errors as server_errors
+from server.api.schemas import PATTERNS
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +55,16 @@ TABLE: Mapping[type[Exception], tuple[int, str, str]] = {
 }
 """Exception class -> (status, type, code). The nearest class of an exception's ancestry counts."""
 
+ADVICE: Mapping[type[Exception], str] = {adapter_errors.UnknownAdapter: "; GET /adapters lists what is"}
+"""What a client may do next, of errors that are raised where no route is known."""
 STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 400: "invalid_request", 413: "body_too_large"}
 UNREADABLE = "There was an error parsing the body"
 """What the framework says of JSON that it cannot read; its other words for a 400 are of multipart bodies."""
 UNION_PARTS = ("function-", "list[", "literal[", "constrained-")
 """How the validator names the kinds of a field that takes several, which are no part of the field's name."""
+MIXES = frozenset({"adapters", "choice", "from"})
+"""The fields that hold a mix, and `MEMBER`, what one adapter of it looks like."""
+MEMBER = '{"name": "sentiment", "weight": 0.7}'
 PERMANENT = frozenset({409, 507})
 """Statuses that a client's own retry rules would retry, though it can not help."""
 
@@ -107,17 +113,16 @@ def _known(error: Any, status: int, kind: str, code: str) -> Answer:
         headers["www-authenticate"] = "Bearer"
     if status in PERMANENT:
         headers["x-should-retry"] = "false"
-    return Answer(status, error.message, kind, error.param, code, headers)
+    return Answer(status, error.message + ADVICE.get(type(error), ""), kind, error.param, code, headers)
 
 
 def _framework(error: HTTPException) -> Answer:
     status = error.status_code
     if str(error.detail).startswith(UNREADABLE):
-        message = "the body cannot be read; send valid JSON, in UTF-8, as application/json"
+        message = "the body cannot be read; send valid JSON, in UTF-8 and not compressed, as application/json"
         return Answer(status, message, INVALID, None, "invalid_json")
     message = {
-        404: "there is no such route; /docs lists them all",
-        405: "this route does not know that method; the Allow header lists what it knows",
+        404: "there is no such route; /docs lists them all, none with a slash at its end",
         400: f"the upload cannot be read: {error.detail}",
     }.get(status, str(error.detail))
     code = STATUS_CODES.get(status, "invalid_request" if status < 500 else "internal")
@@ -183,13 +188,17 @@ def _what(problem: Mapping[str, Any]) -> str:
         return f"the body is not valid JSON{f', at character {at[0]}' if at else ''}"
     if problem["type"] in ("model_type", "model_attributes_type") and tuple(problem["loc"]) == ("body",):
         return "the body must be a JSON object, sent as application/json"
+    if problem["type"] == "list_type" and problem["loc"][-1] in MIXES:
+        return f"Input should be a list, such as [{MEMBER}]"
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return "Input should be a JSON object"
+        return "Input should be a JSON object" + (f", such as {MEMBER}" if problem["loc"][-2:][0] in MIXES else "")
+    if problem["type"] == "string_pattern_mismatch":
+        return f"String should be {PATTERNS[problem['ctx']['pattern']]}"
     if problem["type"] == "extra_forbidden":
-        return "there is no such field"
+        return "there is no such field; /docs lists those that there are"
     if problem["type"] == "missing" and tuple(problem["loc"]) == ("body",):
         return "a JSON body is needed, sent as application/json"
-    return str(problem["msg"]).removeprefix("Value error, ")
+    return str(problem["msg"]).removeprefix("Value error, ").replace("Field required", "it is missing")
 
 
 def _methods(app: FastAPI, path: str, first: str) -> list[str]:
@@ -217,7 +226,9 @@ def install(app: FastAPI, unread: Callable[[Request, int], None]) -> None:
         request_id = request.scope.get("state", {}).get("request_id", "")
         told = answer(error, request_id, openai=is_openai(request.url.path))
         if told.status == 405:
-            told.headers["allow"] = ", ".join(_methods(app, request.url.path, told.headers.get("allow", "")))
+            known = ", ".join(_methods(app, request.url.path, told.headers.get("allow", "")))
+            message = f"this route does not know {request.method[:16]}; what it knows: {known}"
+            told = replace(told, message=message, headers={**told.headers, "allow": known})
         if isinstance(error, RequestValidationError | HTTPException):
             unread(request, told.status)
         return told.response()

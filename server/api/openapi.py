@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -67,10 +68,16 @@ def _route(path: str, method: str, operation: dict[str, Any]) -> str:
         f"<tr><td><code>{status}</code><td>{html.escape(answer.get('description', ''))}<td>{_bodies(answer)}"
         for status, answer in sorted(operation["responses"].items())
     )
+    query = "".join(
+        f"<tr><td><code>?{html.escape(asked['name'])}=</code>{_told(asked['schema'])}"
+        for asked in operation.get("parameters", [])
+        if asked["in"] == "query"
+    )
     asks = _bodies(operation.get("requestBody", {}))
     return (
         f"<h2><code>{method.upper()} {html.escape(path)}</code></h2>"
         f"<p>{html.escape(operation.get('description', operation.get('summary', '')))}</p>"
+        + (f"<table>{query}</table>" if query else "")
         + (f"<p>Body: {asks}</p>" if asks else "")
         + f"<details><summary>Answers</summary><table>{rows}</table></details>"
     )
@@ -85,12 +92,21 @@ def _bodies(part: dict[str, Any]) -> str:
 
 
 def _schema(name: str, schema: dict[str, Any]) -> str:
+    required = schema.get("required", ())
     rows = "".join(
-        f"<tr><td><code>{html.escape(field)}</code><td>{html.escape(_kind(kind))}"
+        f"<tr><td><code>{html.escape(field)}</code>{_told(kind, ', required' if field in required else '')}"
         for field, kind in schema.get("properties", {}).items()
     )
     text = html.escape(schema.get("description", ""))
-    return f'<h3 id="{html.escape(name)}">{html.escape(name)}</h3><p>{text}</p><table>{rows}</table>'
+    examples = "".join(f"<pre>{html.escape(json.dumps(example))}</pre>" for example in schema.get("examples", []))
+    return f'<h3 id="{html.escape(name)}">{html.escape(name)}</h3><p>{text}</p>{examples}<table>{rows}</table>'
+
+
+def _told(schema: dict[str, Any], more: str = "") -> str:
+    """The cells about one field or parameter: its type, and what is said of it."""
+    options = [schema, *schema.get("anyOf", [])]
+    about = next((option["description"] for option in options if "description" in option), "")
+    return f"<td>{html.escape(_kind(schema) + more)}<td>{html.escape(about)}"
 
 
 def _kind(schema: dict[str, Any]) -> str:

@@ -18,6 +18,15 @@ _AT_DIGEST = f"@[0-9a-f]{{{MIN_DIGEST},64}}"
 NAME_PATTERN = f"^{NAME.pattern}$"
 REFERENCE_PATTERN = f"^{NAME.pattern}({_AT_DIGEST})?$"
 VERSION_PATTERN = f"^{NAME.pattern}{_AT_DIGEST}$"
+INPUT_PATTERN = r"\{input\}"
+_NAMED = "1 to 64 letters, digits, '.', '_' and '-', the first a letter or a digit"
+PATTERNS = {
+    NAME_PATTERN: f"a name: {_NAMED}",
+    REFERENCE_PATTERN: f"a name ({_NAMED}), or name@digest with {MIN_DIGEST} or more digits of the digest",
+    VERSION_PATTERN: f"name@digest, with {MIN_DIGEST} or more digits of the digest",
+    INPUT_PATTERN: "a text with {input} where the request's prompt goes",
+}
+"""Every pattern of these bodies, in words."""
 
 
 def _characters(text: str) -> str:
@@ -72,6 +81,11 @@ class Weighted(Body):
     weight: Annotated[float, Field(ge=-16, le=16)] = 1.0
 
 
+Mix = Annotated[
+    list[Weighted], Field(max_length=64, description="what answers; absent is the task's own mix, `[]` the base alone")
+]
+
+
 class SamplingFields(BaseModel):
     """How an answer is drawn, and when it ends: what a request may say, and a task for it."""
 
@@ -104,8 +118,8 @@ class GenerationFields(SamplingFields):
     """The fields that every generator takes. Absent ones are the task's, then the server's."""
 
     max_completion_tokens: Annotated[int, Field(ge=1, le=s.MAX_TOKENS)] | None = None
-    stream: bool | None = None
-    adapters: Annotated[list[Weighted], Field(max_length=64)] | None = None
+    stream: Annotated[bool, Field(description="answer as server-sent events, the last `data: [DONE]`")] | None = None
+    adapters: Mix | None = None
     deadline_ms: DeadlineMs | None = None
 
 
@@ -120,6 +134,15 @@ class TaskQuery(BaseModel):
 class GenerateBody(GenerationFields, Body):
     """`POST /generate`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompt": "A stirring, funny film.", "max_tokens": 4},
+                {"prompt": "Once upon a time", "adapters": [{"name": "sentiment", "weight": 0.7}], "stream": True},
+            ]
+        }
+    )
+
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]
     logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | None = None
 
@@ -129,7 +152,7 @@ class ClassifyBody(Body):
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]
     labels: Annotated[list[Label], Field(max_length=d.MAX_LABELS)] | None = None
-    adapters: Annotated[list[Weighted], Field(max_length=64)] | None = None
+    adapters: Mix | None = None
     deadline_ms: DeadlineMs | None = None
 
 
@@ -272,7 +295,7 @@ class TaskDefaults(SamplingFields, Body):
 class TaskBody(Body):
     """`PUT /tasks/{task}`. `name`, `task` and `source` are those of an answer, and ignored."""
 
-    prompt: Annotated[str, Field(max_length=d.MAX_PROMPT, pattern=r"\{input\}")]
+    prompt: Annotated[str, Field(max_length=d.MAX_PROMPT, pattern=INPUT_PATTERN)]
     format: Literal["raw", "chat"] | None = None
     system: Annotated[str, Field(max_length=d.MAX_PROMPT)] | None = None
     labels: Annotated[list[Label], Field(max_length=d.MAX_LABELS)] | None = None

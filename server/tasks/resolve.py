@@ -56,7 +56,9 @@ class Resolver:
 
     def task(self, name: str | None, override: Choice | None) -> Target:
         """`?task=`: tasks only. None is `default`, which is the base where nobody defined it. Raises UnknownName."""
-        task = self._tasks.find(DEFAULT) if name in (None, DEFAULT) else self._tasks.get(name)
+        task = self._tasks.find(DEFAULT if name is None else name)
+        if task is None and name not in (None, DEFAULT):
+            raise self._no_task(name)
         choice = override if override is not None else self._route(task)
         return Target(name or (task.name if task else self.base), task, choice)
 
@@ -79,6 +81,12 @@ class Resolver:
                 raise _no_model(name) from None
             return Target(name, None, override or [])
         return Target(name, None, [(name, 1.0)] if override is None else override)
+
+    def _no_task(self, name: str) -> UnknownName:
+        told = "GET /tasks lists them"
+        if name in self._adapters.names():
+            told = f"{name} is an adapter: name it in `adapters`, or PUT /tasks/{name} makes a task of it"
+        return UnknownName(f"there is no task {name[:64]!r}; {told}", "task")
 
     def _route(self, task: Task | None) -> Choice:
         if task is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from typing import Any
@@ -177,6 +178,33 @@ def test_what_is_wrong_is_refused_with_its_name(live: Any, subtests: pytest.Subt
             if param is not None:
                 assert error["param"].startswith(param), error
             assert live.generate("still here").status_code == 200
+
+
+ADVICE: list[tuple[Any, str]] = [
+    ({"input": "x"}, "prompt: it is missing; input: there is no such field; /docs lists those that there are"),
+    (
+        {"prompt": "x", "adapters": {"a": 0.5}},
+        'adapters: Input should be a list, such as [{"name": "sentiment", "weight"',
+    ),
+    ({"prompt": "x", "adapters": ["a"]}, 'adapters.0: Input should be a JSON object, such as {"name": "sentiment", '),
+    ({"prompt": "x", "adapters": [{"name": "a b"}]}, "adapters.0.name: String should be a name (1 to 64 letters, "),
+    ({"prompt": "x", "adapters": [{"name": "gone"}]}, "no adapter named 'gone' is served; GET /adapters lists what is"),
+]
+
+
+def test_a_mistake_is_told_with_what_to_write_instead(live: Any, subtests: pytest.Subtests) -> None:
+    for body, told in ADVICE:
+        with subtests.test(told):
+            assert told in live.http.post("/generate", json=body).json()["error"]["message"]
+    http = live.http
+    template = http.put("/tasks/new", json={"prompt": "no place"}).json()["error"]["message"]
+    assert template == "prompt: String should be a text with {input} where the request's prompt goes"
+    assert "a slash at its end" in http.post("/generate/", json={"prompt": "x"}).json()["error"]["message"]
+    got = http.get("/generate").json()["error"]["message"]
+    assert got == "this route does not know GET; what it knows: POST"
+    packed = http.post("/generate", content=gzip.compress(b"{}"), headers={"content-type": "application/json"})
+    assert "not compressed" in packed.json()["error"]["message"]
+    assert "PUT /tasks/a makes a task of it" in live.generate("x", task="a").json()["error"]["message"]
 
 
 def test_of_a_field_that_takes_several_kinds_only_what_applies_is_told(live: Any) -> None:

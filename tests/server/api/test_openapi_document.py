@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import httpx
 import jsonschema
 import pytest
+
+from server.api.schemas import PATTERNS
 
 
 @pytest.fixture
@@ -104,3 +107,11 @@ def test_the_page_of_the_document_needs_no_other_host(live: Any, document: dict[
     page = live.http.get("/docs")
     assert page.status_code == 200 and "<script" not in page.text and "https://" not in page.text
     assert all(path in page.text for path in document["paths"])
+    assert "<code>?task=</code><td>string length ≤ 64 or null<td>the task; none is the base" in page.text
+    assert "<code>prompt</code><td>string length ≤ 8388608, required" in page.text
+    assert "{&quot;name&quot;: &quot;sentiment&quot;, &quot;weight&quot;: 0.7}" in page.text, "what a mix looks like"
+
+
+def test_every_pattern_of_a_body_has_words_for_it(document: dict[str, Any]) -> None:
+    patterns = set(re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', json.dumps(document)))
+    assert {json.loads(pattern) for pattern in patterns} == set(PATTERNS)
