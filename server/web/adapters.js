@@ -37,6 +37,11 @@ function targets(names) {
   return [...ORDER.filter((t) => short.includes(t)), ...short.filter((t) => !ORDER.includes(t))].join(" ");
 }
 
+// The first names of a list that may have hundreds.
+function few(names) {
+  return names.slice(0, 3).join(", ") + (names.length > 3 ? ` and ${names.length - 3} more` : "");
+}
+
 function described(adapter) {
   const { name } = adapter;
   const path = `/adapters/${encodeURIComponent(name)}`;
@@ -52,7 +57,7 @@ function described(adapter) {
   const tier = make("span", { className: `tag ${adapter.tier}`, textContent: adapter.tier + (adapter.pinned ? ", pinned" : "") });
   return row(headings($("adapter-rows").parentNode), [
     [name], [make("code", { textContent: adapter.version.split("@")[1] })], [adapter.ranks.join(", ")], [targets(adapter.targets)],
-    [bytes(adapter.bytes), "num"], [tier], [String(adapter.leases), "num"], [(adapter.tasks ?? []).join(", ")], [make("span", {}, pin, load, retire), "acts"],
+    [bytes(adapter.bytes), "num"], [tier], [String(adapter.leases), "num"], [few(adapter.tasks)], [make("span", {}, pin, load, retire), "acts"],
   ]);
 }
 

@@ -381,6 +381,10 @@ def test_a_narrow_window(page: Page, house: Live) -> None:
     """390 pixels, as a phone has: nothing is wider, tables are lists, and every cell says what it is."""
     long = "long-" + "x" * 59
     house.post("/adapters/compose", {"name": long, "from": [{"name": "formal", "weight": 1.0}]}, 201)
+    routes = {"prompt": "{input}", "route": {"choice": [{"name": "formal"}]}}
+    tasks = ["A" + "W" * 63, "B" + "W" * 63, "c", "d", "e"]
+    for task in tasks:
+        assert house.client.put(f"/tasks/{task}", json=routes).is_success
     page.set_viewport_size({"width": 390, "height": 844})
     page.get_by_role("checkbox").check()
     page.get_by_role("button", name="Add adapter").first.click()
@@ -396,6 +400,14 @@ def test_a_narrow_window(page: Page, house: Live) -> None:
     expect(row(page, long)).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the longest name is wider"
     assert house.client.delete(f"/adapters/{long}").is_success
+    expect(row(page, "formal")).to_contain_text(re.compile(r"WWW, c and \d more"))
+    page.set_viewport_size({"width": 910, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "a table of long names is wider"
+    name = row(page, "sentiment").get_by_role("cell").first
+    assert (name.bounding_box() or {"width": 0})["width"] > 120, "a short name is broken for the sake of a long one"
+    page.set_viewport_size({"width": 390, "height": 844})
+    for task in tasks:
+        assert house.client.delete(f"/tasks/{task}").is_success
     expect(row(page, "sentiment").get_by_role("cell").first).to_be_visible()
     labels = page.evaluate("[...document.querySelector('#adapter-rows tr').cells].map(c => c.dataset.label)")
     assert labels == [th.inner_text() for th in page.locator("#adapters thead th").all()][:9]
