@@ -209,7 +209,7 @@ async def _json_body(request: Request, model: type[B]) -> B:
     try:
         return model.model_validate(json.loads(await request.body()))
     except ValidationError as error:
-        problems = [{**e, "loc": ("body", *e["loc"])} for e in error.errors(include_url=False, include_context=False)]
+        problems = [{**e, "loc": ("body", *e["loc"])} for e in error.errors(include_url=False)]
         raise RequestValidationError(problems) from None
     except (ValueError, RecursionError):
         raise RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": "", "input": None}]) from None

@@ -199,6 +199,8 @@ def test_a_mistake_is_told_with_what_to_write_instead(live: Any, subtests: pytes
     http = live.http
     template = http.put("/tasks/new", json={"prompt": "no place"}).json()["error"]["message"]
     assert template == "prompt: String should be a text with {input} where the request's prompt goes"
+    version = http.put("/adapters/a", json={"version": "a05c95241361"}).json()["error"]["message"]
+    assert version == "version: String should be name@digest, with 6 or more digits of the digest"
     assert "a slash at its end" in http.post("/generate/", json={"prompt": "x"}).json()["error"]["message"]
     got = http.get("/generate").json()["error"]["message"]
     assert got == "this route does not know GET; what it knows: POST"
