@@ -18,7 +18,9 @@ function complain(error, fromPoll = false) {
   if (!error && fromPoll && !polled) return;
   if ([401, 403].includes(error?.status)) document.getElementById("key-form").hidden = false;
   polled = Boolean(error) && fromPoll;
-  alert.firstElementChild.textContent = error ? error.message : "";
+  const told = error?.status === 401 && !key.get() ? "A key is needed: give it under Key." : error?.message ?? "";
+  // The same words stay as they are: screen readers say what is put in, and a poll fails every two seconds.
+  if (alert.firstElementChild.textContent !== told) alert.firstElementChild.textContent = told;
   alert.hidden = !error;
 }
 
@@ -116,7 +118,7 @@ async function beat() {
     if (woke || ["adapters", "tasks", "jobs"].includes(current())) await refresh();
   } catch (error) {
     delete status.dataset.ready;
-    status.textContent = error.status ? "not ready" : "not connected";
+    status.textContent = { 0: "not connected", 401: "no key", 503: "not ready" }[error.status] ?? error.message;
     complain(error, true);
   }
 }

@@ -465,16 +465,19 @@ def test_every_control_has_a_name(page: Page) -> None:
         assert not nameless
 
 
-CONTRAST = """() => {
+CONTRAST = """([which, colour]) => {
   const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => c.startsWith('color') ? +v : v / 255)
     .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
   const under = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
     if (!c.startsWith('rgba(0, 0, 0, 0')) return c; } return 'rgb(255,255,255)'; };
-  return [...document.querySelectorAll('h1, h2, label, p, button, td, th, dt, dd, a, small, code, .tag')]
-    .filter(e => e.offsetParent && e.textContent.trim() && !e.disabled && !e.closest('.skip'))
-    .map(e => { const [a, b] = [light(getComputedStyle(e).color), light(under(e))];
+  const text = colour === 'color';
+  return [...document.querySelectorAll(which)]
+    .filter(e => e.offsetParent && (e.textContent.trim() || !text) && !e.disabled && !e.closest('.skip'))
+    .map(e => { const [a, b] = [light(getComputedStyle(e)[colour]), light(under(text ? e : e.parentElement))];
       return [e.textContent.trim().slice(0, 40), (Math.max(a, b) + .05) / (Math.min(a, b) + .05)]; });
 }"""
+TEXTS = ["h1, h2, label, p, button, td, th, dt, dd, a, small, code, .tag", "color"]
+FIELDS = ["input:not([type=checkbox], [type=range]), select, textarea", "borderTopColor"]
 
 
 @pytest.mark.parametrize("page", ["light", "dark"], indirect=True)
@@ -486,8 +489,9 @@ def test_both_themes_are_readable(page: Page) -> None:
         for tab in ("Playground", "Adapters", "Tasks", "Live", "Jobs"):
             page.get_by_role("tab", name=tab).click()
             page.wait_for_timeout(100)
-            faint = [(text, ratio) for text, ratio in page.evaluate(CONTRAST) if ratio < 4.5]
+            faint = [(text, ratio) for text, ratio in page.evaluate(CONTRAST, TEXTS) if ratio < 4.5]
             assert not faint, tab
+            assert all(ratio >= 3 for _, ratio in page.evaluate(CONTRAST, FIELDS)), "where a field ends"
         before = background()
         page.get_by_role("button", name="Change between light and dark").click()
         assert background() != before
@@ -504,7 +508,14 @@ def test_a_server_with_keys_asks_for_one(
     with serving(tmp_path / "state", "--admin-keys-file", str(tmp_path / "keys")) as live:
         opened = browser.new_page()
         opened.goto(live.url)
-        expect(opened.get_by_role("alert")).to_contain_text("key")
+        expect(opened.get_by_role("alert")).to_contain_text("A key is needed: give it under Key.")
+        expect(opened.locator("#status")).to_have_text("no key")
+        opened.evaluate(
+            """() => { window.said = 0; new MutationObserver(() => { window.said += 1; }).observe(
+            document.getElementById('alert'), {childList: true, subtree: true, characterData: true}); }"""
+        )
+        opened.wait_for_timeout(4500)
+        assert opened.evaluate("window.said") == 0, "a screen reader would say it again and again"
         expect(opened.get_by_label("Key")).to_be_visible()
         opened.get_by_label("Key").fill("secret-two")
         opened.get_by_label("Key").press("Enter")
