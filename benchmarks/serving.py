@@ -79,8 +79,10 @@ def running(command: list[str], port: int, ready: str, log: Path) -> Iterator[Se
 def serving(state: Path, models: Path, *flags: str, module: str = "server.cli") -> Iterator[Server]:
     """A server on a free port, ready to answer; stopped at the end. `module` is what is run as `loramux`."""
     state.mkdir(parents=True)
-    if models.is_dir():
-        (state / "models").symlink_to(models.resolve())
+    models = models.resolve()
+    for kept in (models, models.with_name("cache")):  # the base's file, and its packed form
+        if kept.is_dir():
+            (state / kept.name).symlink_to(kept)
     port = free_port()
     command = [sys.executable, "-m", module, "serve", "--port", str(port), "--state-dir", str(state)]
     with running([*command, "--library", "none", *flags], port, "/health/ready", state / "server.log") as server:
