@@ -107,13 +107,17 @@ def create(client: openai.OpenAI, **fields: Any) -> Any:
     )
 
 
+LOOK = 0.05
+"""Seconds between two looks at a job. Its process gets only what the looks leave of the processors."""
+
+
 def until(client: openai.OpenAI, id: str, *statuses: str, seconds: float = 60) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         job = client.fine_tuning.jobs.retrieve(id)
         if job.status in (statuses or ("succeeded", "failed", "cancelled")):
             return job
-        time.sleep(0.02)
+        time.sleep(LOOK)
     raise AssertionError((job, client.fine_tuning.jobs.list_events(id, limit=100).data))
 
 
@@ -249,9 +253,9 @@ def long_job(client: openai.OpenAI, epochs: int = 200, **fields: Any) -> Any:
     return create(client, hyperparameters={"n_epochs": epochs, "batch_size": 4}, **fields)
 
 
-def steps_of(client: openai.OpenAI, id: str) -> list[tuple[int, float]]:
-    """Step and loss of every step that has been told, in the order of time."""
-    events = [e for e in client.fine_tuning.jobs.list_events(id, limit=1000).data if e.type == "metrics"]
+def steps_of(client: openai.OpenAI, id: str, limit: int = 1000) -> list[tuple[int, float]]:
+    """Step and loss of every step that has been told, or that the last `limit` events tell, in the order of time."""
+    events = [e for e in client.fine_tuning.jobs.list_events(id, limit=limit).data if e.type == "metrics"]
     return [(e.data["step"], e.data["train_loss"]) for e in reversed(events)]
 
 
@@ -264,9 +268,9 @@ def record_of(live: Any, id: str) -> dict[str, Any]:
 def past(client: openai.OpenAI, id: str, step: int, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if any(s >= step for s, _ in steps_of(client, id)):
+        if any(s >= step for s, _ in steps_of(client, id, limit=10)):
             return
-        time.sleep(0.02)
+        time.sleep(LOOK)
     raise AssertionError(f"step {step} is not reached: {client.fine_tuning.jobs.retrieve(id)}")
 
 
