@@ -74,19 +74,24 @@ class Resolver:
         task = self._tasks.find(name)
         if task is not None:
             return Target(name, task, override if override is not None else self._route(task))
-        try:
-            self._adapters.current(name)
-        except UnknownAdapter:
-            if name != self.base:
-                raise _no_model(name) from None
-            return Target(name, None, override or [])
-        return Target(name, None, [(name, 1.0)] if override is None else override)
+        if self._is_adapter(name):
+            return Target(name, None, [(name, 1.0)] if override is None else override)
+        if name != self.base:
+            raise _no_model(name)
+        return Target(name, None, override or [])
 
     def _no_task(self, name: str) -> UnknownName:
         told = "GET /tasks lists them"
-        if name in self._adapters.names():
+        if self._is_adapter(name):
             told = f"{name} is an adapter: name it in `adapters`, or PUT /tasks/{name} makes a task of it"
         return UnknownName(f"there is no task {name[:64]!r}; {told}", "task")
+
+    def _is_adapter(self, name: str) -> bool:
+        try:
+            self._adapters.current(name)
+        except UnknownAdapter:
+            return False
+        return True
 
     def _route(self, task: Task | None) -> Choice:
         if task is None:
