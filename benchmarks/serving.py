@@ -21,6 +21,8 @@ import httpx
 REPO = Path(__file__).resolve().parents[1]
 MODELS = REPO / "data" / "models"
 """Where the base lies once `make serve` has fetched it; a server without it fetches its own."""
+CACHE = REPO / "data" / "cache"
+"""Where it lies packed then."""
 START_SECONDS = 180
 
 
@@ -79,10 +81,9 @@ def running(command: list[str], port: int, ready: str, log: Path) -> Iterator[Se
 def serving(state: Path, models: Path, *flags: str, module: str = "server.cli") -> Iterator[Server]:
     """A server on a free port, ready to answer; stopped at the end. `module` is what is run as `loramux`."""
     state.mkdir(parents=True)
-    models = models.resolve()
-    for kept in (models, models.with_name("cache")):  # the base's file, and its packed form
+    for name, kept in (("models", models.resolve()), ("cache", CACHE)):
         if kept.is_dir():
-            (state / kept.name).symlink_to(kept)
+            (state / name).symlink_to(kept)
     port = free_port()
     command = [sys.executable, "-m", module, "serve", "--port", str(port), "--state-dir", str(state)]
     with running([*command, "--library", "none", *flags], port, "/health/ready", state / "server.log") as server:

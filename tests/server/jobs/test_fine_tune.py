@@ -107,7 +107,7 @@ def test_a_full_disk_is_told_and_kills_no_process(spec, tiny_base, tmp_path, mon
     assert end["kind"] == "failed" and "No space left on device" in end["message"] and "secret" not in end["message"]
     monkeypatch.undo()
     monkeypatch.setattr(child, "_base", lambda spec: tiny_base)
-    monkeypatch.setattr("adapters.checkpoints.open", full, raising=False)
+    monkeypatch.setattr("adapters.durable.open", full, raising=False)
     end = run_child(tmp_path)[-1]
     assert end["code"] == "failed" and "checkpoint could not be written: No space left" in end["message"]
     assert "secret" not in end["message"]
