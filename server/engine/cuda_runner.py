@@ -301,7 +301,8 @@ class CudaRunner:
         without an adapter want as many logits as a step may, since the output table's kernels differ by their number.
         """
         most = min(self._max_step_tokens, self._width * self._block_size)
-        for rows in sorted({min(rows, most) for rows in (2, 17, FEW_ROWS + 1, 2 * FEW_ROWS + 1, DENSE_ROWS, most)}):
+        kinds = (2, 9, 17, FEW_ROWS + 1, 2 * FEW_ROWS + 1, DENSE_ROWS, most)
+        for rows in sorted({min(rows, most) for rows in kinds}):
             for mix in ((), ((0, 1.0),)):
                 wanted = 1 if mix else min(rows, self._max_logits)
                 batch = Batch(

@@ -442,7 +442,9 @@ def test_every_kind_of_prompt_is_run_before_the_first_request(monkeypatch: pytes
     runner = cuda_runner(bases("llama-int4")[0])  # on a GPU with graphs, whose steps have no prompt
     monkeypatch.setattr(DeviceModel, "logits", note)
     runner._warm_up()
-    assert seen == [(rows, adapters, 1 if adapters else rows) for rows in (2, 17, 64) for adapters in (False, True)]
+    assert seen == [(rows, adapters, 1 if adapters else rows) for rows in (2, 9, 17, 64) for adapters in (False, True)]
+    cuts = {rows: replace(products.tiling(rows, 64, 4), splits=1) for rows in range(1, products.FEW_ROWS + 1)}
+    assert {cuts[rows] for rows, _, _ in seen} == {cuts[logits] for _, _, logits in seen} == set(cuts.values())
 
 
 def test_steps_of_single_rows_are_padded_to_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
