@@ -40,10 +40,11 @@ def parts_of(scheme: str) -> int:
 
 
 def run_of(scheme: str, width: int, group: int) -> int:
-    """The run that pads the inputs least, the longest among equals. Parts are within groups, those within blocks."""
+    """The run that pads the inputs least, the longest among equals; where all are too long, the shortest. Parts are
+    within groups, those within blocks."""
     parts = parts_of(scheme)
     fitting = [run for run in RUNS if group % run == 0 and parts * run % group == 0]
-    return min(fitting, key=lambda run: (run > LONGEST[scheme], -width % (parts * run), -run))
+    return min(fitting, key=lambda run: (max(run, LONGEST[scheme]), -width % (parts * run), -run))
 
 
 def pack(stored: Weight) -> Weight:

@@ -80,6 +80,12 @@ def test_production_shapes_are_packed_without_padding() -> None:
     assert packing.pack(stored).nbytes == stored.nbytes
 
 
+def test_runs_that_are_all_too_long_are_as_short_as_can_be() -> None:
+    """Tiles of longer ones have no room in the shared memory of a small GPU."""
+    assert packing.run_of("nf4", 3584, 256) == 64
+    assert packing.run_of("int8", 3584, 256) == 128
+
+
 def test_a_base_of_seven_billion_takes_less_than_4_7_gigabytes() -> None:
     """int4 with double quantization and tables in 8 bits, from the sizes of what is resident alone."""
     config = from_hf(QWEN_7B)
