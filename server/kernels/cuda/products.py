@@ -100,26 +100,33 @@ def part_values(words, levels, part, SCHEME: tl.constexpr, dtype: tl.constexpr):
     added, and levels of nf4 as `levels` has them.
 
     A 16-bit float whose exponent makes the last bit of its mantissa worth 1 takes a code by a bitwise or, and two are
-    made at once, where they lie.
+    made at once, where they lie. They are put side by side as integers: floats that were looked up are laid out wrongly
+    for the matrix units of capability 10.0 by Triton 3.6.
     """
     if SCHEME == INT8:
         low = ((words << (24 - 8 * part)) >> 24).to(tl.float32).to(dtype)
         high = ((words << (8 - 8 * part)) >> 24).to(tl.float32).to(dtype)
+        return paired(low, high)
     elif SCHEME == FOUR_BIT_FLOAT:
         low = tl.load(levels + ((words >> (4 * part)) & 15))
         high = tl.load(levels + ((words >> (16 + 4 * part)) & 15))
-    elif dtype == tl.bfloat16:
-        both = (words >> (4 * part)) & 0x000F000F | 0x43004300
-        low = both.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        high = (both >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    elif dtype == tl.float16:
-        both = (words >> (4 * part)) & 0x000F000F | 0x64006400
-        low = both.to(tl.int16).to(tl.float16, bitcast=True)
-        high = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    else:
+        if dtype == tl.float32:
+            return paired(low, high)
+        else:
+            return paired(low.to(tl.int16, bitcast=True), high.to(tl.int16, bitcast=True)).to(dtype, bitcast=True)
+    elif dtype == tl.float32:
         low = ((words >> (4 * part)) & 15).to(dtype)
         high = ((words >> (16 + 4 * part)) & 15).to(dtype)
-    return tl.reshape(tl.join(low, high), words.shape[:-1] + [2 * words.shape[-1]])
+        return paired(low, high)
+    else:
+        both = (words >> (4 * part)) & 0x000F000F | (0x43004300 if dtype == tl.bfloat16 else 0x64006400)
+        return paired(both.to(tl.int16), (both >> 16).to(tl.int16)).to(dtype, bitcast=True)
+
+
+@triton.jit
+def paired(low, high):
+    """Two of [..., n] in turn, [..., 2 n]."""
+    return tl.reshape(tl.join(low, high), low.shape[:-1] + [2 * low.shape[-1]])
 
 
 def offset_of(dtype: torch.dtype) -> int:

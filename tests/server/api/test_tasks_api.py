@@ -338,7 +338,7 @@ def test_a_version_that_a_task_names_is_kept(live: Any, write_adapter: Any) -> N
 
 @pytest.mark.parametrize("deleted_first", [True, False])
 def test_a_task_and_the_deletion_of_its_adapter_come_together(live: Any, deleted_first: bool) -> None:
-    registry, go_on = live.house.parts.registry, threading.Event()
+    registry, waits, go_on = live.house.parts.registry, threading.Event(), threading.Event()
     statuses: dict[str, int] = {}
     route = {"choice": [{"name": "a"}]}
     calls = {
@@ -349,7 +349,8 @@ def test_a_task_and_the_deletion_of_its_adapter_come_together(live: Any, deleted
     def ask(which: str) -> None:
         statuses[which] = calls[which]().status_code
 
-    registry._writer.submit(go_on.wait, 10)
+    registry._writer.submit(lambda: (waits.set(), go_on.wait(10)))
+    assert waits.wait(10)  # what is in its queue from now on is what is asked
     asking = [threading.Thread(target=ask, args=(which,)) for which in sorted(calls, reverse=not deleted_first)]
     for number, thread in enumerate(asking, start=1):
         thread.start()
