@@ -37,18 +37,19 @@ FEW_ROWS = 64
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is cut: rows and outputs of a tile, ranges of K, warps and pipeline stages."""
+    """How a product is cut: rows and outputs of a tile, ranges of K, and warps of its program."""
 
     rows: int
     outputs: int
     splits: int
     warps: int = 4
-    stages: int = 3
 
 
 WARPS = 8
 """Warps of a processor at work on a split product: of two programs with a few rows each, whose blocks on their way are
 all that memory can give, or the one with 32 that registers let in."""
+STAGES = 3
+"""Blocks of a program that are on their way or in use at once."""
 WORD_BYTES = 32 * 4
 """What such a product reads of a block of inputs for an output: 32 words."""
 SUM_BYTES = 8
@@ -334,7 +335,7 @@ class Matrix:
             return
         grid = (-(-m // how.rows), -(-self.rows // how.outputs), how.splits)
         sizes = (m, self.rows, self.width, self.blocks)
-        launch = {"num_warps": how.warps, "num_stages": how.stages, **options()}
+        launch = {"num_warps": how.warps, "num_stages": STAGES, **options()}
         if m > FEW_ROWS:
             tiled_kernel[grid](x, *self.arguments, out, *sizes, BM=how.rows, BN=how.outputs, **self.constants, **launch)
             return

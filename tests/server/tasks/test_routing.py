@@ -235,12 +235,18 @@ def test_a_new_version_of_a_rival_is_tried_first_while_the_leader_serves(tmp_pat
     quality.close()
 
 
-def test_a_decision_keeps_its_reason_until_it_is_forgotten_with_the_turns(tmp_path: Path) -> None:
+def evaluated(tmp_path: Path) -> tuple[Names, Best, Task, Quality, BestRouter]:
+    """A task with two candidates, of whose 100 evaluations each b was right in all and a in none."""
     names, route = Names("a", "b"), Best(("a", "b"), source="evaluation", min_samples=50)
     task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
     for name, value in (("a", 0.0), ("b", 1.0)):
         score(quality, names, name, [value] * 100)
     router = BestRouter(quality, names, "base")
+    return names, route, task, quality, router
+
+
+def test_a_decision_keeps_its_reason_until_it_is_forgotten_with_the_turns(tmp_path: Path) -> None:
+    names, route, task, quality, router = evaluated(tmp_path)
     decided = router.review(task, route).reason
     score(quality, names, "b", [1.0] * 200)
     told = router.describe(task, route)
@@ -252,11 +258,7 @@ def test_a_decision_keeps_its_reason_until_it_is_forgotten_with_the_turns(tmp_pa
 
 
 def test_who_leads_is_told_while_the_disk_refuses_a_new_leader(tmp_path: Path) -> None:
-    names, route = Names("a", "b"), Best(("a", "b"), source="evaluation", min_samples=50)
-    task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
-    for name, value in (("a", 0.0), ("b", 1.0)):
-        score(quality, names, name, [value] * 100)
-    router = BestRouter(quality, names, "base")
+    names, route, task, quality, router = evaluated(tmp_path)
     quality._db.execute("PRAGMA query_only = 1")
     told = router.describe(task, route)
     assert told["leader"] is None and "cannot be written" in told["reason"]
