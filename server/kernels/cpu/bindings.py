@@ -37,6 +37,10 @@ class Matrix(ctypes.Structure):
     _fields_ = [
         ("codes", c_void_p),
         ("scale", c_void_p),
+        ("span_scales", c_void_p),
+        ("exponents", c_void_p),
+        ("odd_at", c_void_p),
+        ("odd", c_void_p),
         ("scale_codes", c_void_p),
         ("zero_codes", c_void_p),
         ("scale_step", c_void_p),
@@ -46,6 +50,7 @@ class Matrix(ctypes.Structure):
         ("bias", c_void_p),
         ("n", c_int64),
         ("k", c_int64),
+        ("odd_count", c_int64),
         ("scheme", c_int32),
         ("group", c_int32),
     ]

@@ -3,82 +3,15 @@
 #pragma once
 #include "target.h"
 
-#include <atomic>
 #include <cstdint>
-#include <new>
 
+#include "activations.h"
 #include "kernels.h"
 
 namespace loramux {
 
-// Memory that is aligned to a cache line and not initialised twice. `bytes` may be asked for by any thread.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  ~Buffer() { _mm_free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  // At least n elements; the content is lost if it grows, and is zero then. Throws bad_alloc.
-  T* reserve(int64_t n) {
-    if (n > size_.load(std::memory_order_relaxed)) {
-      _mm_free(data_);
-      size_.store(0, std::memory_order_relaxed);
-      data_ = static_cast<T*>(_mm_malloc(static_cast<size_t>(n) * sizeof(T), 64));
-      if (data_ == nullptr) throw std::bad_alloc();
-      __builtin_memset(data_, 0, static_cast<size_t>(n) * sizeof(T));
-      size_.store(n, std::memory_order_relaxed);
-    }
-    return data_;
-  }
-  T* get() const { return data_; }
-  int64_t bytes() const { return size_.load(std::memory_order_relaxed) * static_cast<int64_t>(sizeof(T)); }
-
- private:
-  T* data_ = nullptr;
-  std::atomic<int64_t> size_{0};
-};
-
-constexpr int ROWS = 4;    // rows of a tile, and of a block of quantized activations
-constexpr int GROUP = 32;  // inputs whose products are added up before they are scaled
-constexpr int SPAN = 64;   // inputs whose codes have units that differ by powers of two only
 // Bytes of a tile's codes for a group of inputs, of the schemes with codes.
 constexpr int64_t bytes_of_group(int scheme) { return scheme == INT8 ? 512 : 256; }
-
-// What a row says of a span of its inputs beside their codes. Each quarter's unit is the coarsest one halved as often as its
-// inputs allow, so that a large input costs only the 15 beside it their last bits. Sums are shifted from one quarter's units
-// into the next one's, which takes no time of the multipliers, unlike products with floats: of a group's first half into
-// those of the second, of the first group into those of the second one. A word with [2] has one for each group.
-enum Meta : int {
-  SCALE,         // float: the unit of the last quarter's codes
-  SIXTEENTH,     // float: the same for sums of codes with 16 times a weight's
-  SUM,           // [2] float: of the inputs as their codes have them
-  NIBBLE = 4,    // [2] int32: bits that sums are shifted up by before a second half with 16 times the weights' codes
-  LEFT = 6,      // [2] int32: the same before one with the codes themselves,
-  RIGHT = 8,     // [2] and down; one of the two is zero
-  OFFSET = 10,   // [2] int32: what a sum begins with for weights with 128 added, in the first half's units
-  JOIN_LEFT = 12,  // int32: bits that sums of the first group are shifted by, up
-  JOIN_RIGHT,      // and down
-  METAS
-};
-constexpr int META = METAS * ROWS;  // words per block and span
-
-// Activations [rows, k] in the forms that products read, inputs padded with zeros to a multiple of 64:
-//   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/64][METAS][4], units [rows][kp/16] of the quarters, and bf16 [rows][kp].
-struct Activations {
-  Buffer<int8_t> codes;
-  Buffer<float> meta, units;
-  Buffer<uint16_t> half;
-  int64_t padded = 0;
-  bool wants_codes = true, wants_units = false, wants_half = false;
-
-  void reserve(int64_t rows, int64_t k, bool with_codes, bool with_units, bool with_half);
-  // Inputs from..to of some rows (from a multiple of 64; to one too, or k); x points at input `from` of the first row.
-  void set(int64_t row, int64_t rows, int64_t from, int64_t to, const float* x, int64_t stride);
-  // Asks for the codes of some rows, which other cores may just have written.
-  void fetch(int64_t rows) const;
-  int64_t bytes() const { return codes.bytes() + meta.bytes() + units.bytes() + half.bytes(); }
-};
 
 // Lines of 64 bytes that lie one after the other.
 struct Lines {

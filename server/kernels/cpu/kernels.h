@@ -12,11 +12,20 @@ enum Scheme : int32_t { INT4 = 0, NF4 = 1, INT8 = 2, NONE = 3 };
 //   codes  INT4, NF4  [tiles][kp/32][4][16][4]: byte (s, c, b) has input 4s+b in its low nibble, 16+4s+b in the high
 //          INT8       [tiles][kp/32][8][16][4]: byte (s, c, b) is the code of input 4s+b plus 128
 //          NONE       [tiles][kp/2][16][2] bf16
-//   scale  float16 [tiles][g][16], or [tiles][g][2][16] for INT4: scales, then zeros
+//   scale  float16 [tiles][g][16] (NF4, INT8)
+//   or, for INT4, span_scales int16 with exponents int8 [tiles][16]: in units of 2^exponent scales s, and z = zero / 8 + s, so
+//          that w = (code - 8) scale + 8 z. [tiles][g][2][16], all s and then all z, where spans of 64 inputs are of one
+//          group each, else [tiles][ceil(kp/64)][2][16][2], of both halves of each span, zero beyond k.
+//          s and 8 (z - s) are the scale and the zero once they are rounded to float16, but for the groups odd_at
+//          (int64 [odd_count], ascending, row * g + group), whose scale and zero are `odd` (float16 [odd_count][2])
 //   or scale_codes (zero_codes) uint8 [tiles][g][16] with step and base float32 [tiles][ceil(g/16)].
 struct Matrix {
   const uint8_t* codes;
   const uint16_t* scale;
+  const int16_t* span_scales;
+  const int8_t* exponents;
+  const int64_t* odd_at;
+  const uint16_t* odd;
   const uint8_t* scale_codes;
   const uint8_t* zero_codes;
   const float* scale_step;
@@ -24,9 +33,11 @@ struct Matrix {
   const float* zero_step;
   const float* zero_base;
   const float* bias;  // [n] or null
-  int64_t n, k;
+  int64_t n, k, odd_count;
   int32_t scheme, group;
 
+  bool whole_spans() const { return group % 64 == 0; }
+  int64_t span_scale_count() const { return whole_spans() ? k / group : (padded() + 63) / 64; }  // of a tile
   int64_t tiles() const { return (n + 15) / 16; }
   int64_t padded() const { return (k + 31) / 32 * 32; }
 };

@@ -1,4 +1,4 @@
-"""The layout `vnni-2`: a matrix in tiles of 16 rows, as kernels.h describes it, and back.
+"""The layout `vnni-3`: a matrix in tiles of 16 rows, as kernels.h describes it, and back.
 
 Owns the permutations, both ways, and the pointers to a packed matrix. What codes mean is kernels/stored.py's.
 """
@@ -11,10 +11,14 @@ from server.kernels.cpu import bindings
 from server.kernels.stored import NF4, unpack_nibbles
 from server.kernels.weight import Weight
 
-LAYOUT = "vnni-2"
+LAYOUT = "vnni-3"
 TILE = 16
 GROUP = 32
 """Inputs whose products are added up before they are scaled, so groups of weights are whole multiples of it."""
+SPAN = 64
+"""Inputs whose products are scaled together."""
+LARGEST = 16383
+"""Of a scale as a whole number: two of 16 bits times that, twice, leave 32 bits room."""
 _SCHEMES = {"int4": bindings.INT4, "nf4": bindings.NF4, "int8": bindings.INT8, "none": bindings.NONE}
 
 
@@ -29,14 +33,13 @@ def pack(stored: Weight) -> Weight:
         )
     codes = stored.tensors["codes"]
     tensors = {"codes": _pack_bytes(codes) if stored.scheme == "int8" else _pack_nibbles(codes)}
-    names = ("scale", "zero") if stored.scheme == "int4" else ("scale",)
     if stored.double_quantized:
-        for name in names:
+        for name in ("scale", "zero") if stored.scheme == "int4" else ("scale",):
             tensors[f"{name}_codes"] = _tiled(stored.tensors[f"{name}_codes"])
             tensors[f"{name}_step"] = stored.tensors[f"{name}_step"].contiguous()
             tensors[f"{name}_base"] = stored.tensors[f"{name}_base"].contiguous()
     elif stored.scheme == "int4":
-        tensors["scale"] = torch.stack([_tiled(stored.tensors[name]) for name in names], 2)
+        tensors |= _span_scales(stored)
     else:
         tensors["scale"] = _tiled(stored.tensors["scale"])
     return _packed(stored, tensors)
@@ -72,6 +75,7 @@ def matrix(weight: Weight) -> bindings.Matrix:
         raise ValueError(f"a matrix in the layout {weight.layout!r} was not packed for the native kernels")
     described = bindings.Matrix(n=weight.shape[0], k=weight.shape[1], scheme=_SCHEMES[weight.scheme])
     described.group = weight.group
+    described.odd_count = len(weight.tensors.get("odd_at", ()))
     for name, tensor in weight.tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(f"the packed tensor {name} is not contiguous")
@@ -116,13 +120,57 @@ def _pack_values(values: torch.Tensor) -> torch.Tensor:
     return rows.view(-1, TILE, rows.shape[1] // 2, 2).transpose(1, 2).contiguous()
 
 
+def _span_scales(stored: Weight) -> dict[str, torch.Tensor]:
+    """int4's scales and zeros as whole numbers in units of a power of two for each row; see kernels.h. Those that do not
+    come back from that as the float16 that they are, far smaller than the row's largest, are told apart."""
+    scale, zero = (_padded_rows(stored.tensors[name]) for name in ("scale", "zero"))
+    whole = torch.stack((scale.double(), zero.double() / 8 + scale.double()), -1)  # [out, groups, 2]
+    exponent = torch.frexp(whole.abs().amax((1, 2)) / LARGEST).exponent
+    whole = torch.ldexp(whole, -exponent[:, None, None]).round_().to(torch.int16)
+    odd = torch.stack((scale, zero), -1)
+    odd_at = (_float16(whole, exponent[:, None, None]) != odd).any(-1).flatten().nonzero().flatten()
+    tensors = {"exponents": exponent.to(torch.int8)}
+    if len(odd_at):
+        tensors |= {"odd_at": odd_at, "odd": odd.flatten(0, 1)[odd_at]}
+    if stored.group % SPAN:
+        whole = whole.repeat_interleave(stored.group // GROUP, 1)
+        whole = torch.cat((whole, whole.new_zeros(len(whole), whole.shape[1] % 2, 2)), 1)
+        whole = whole.view(-1, TILE, whole.shape[1] // 2, 2, 2).permute(0, 2, 4, 1, 3)
+    else:
+        whole = whole.view(-1, TILE, whole.shape[1], 2).permute(0, 2, 3, 1)
+    return tensors | {"span_scales": whole.contiguous()}
+
+
+def _float16(whole: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """float16 [..., 2]: the scales and zeros that two whole numbers each stand for."""
+    scale, rest = whole.int().unbind(-1)
+    return torch.ldexp(torch.stack((scale, 8 * (rest - scale)), -1).float(), exponent).half()
+
+
+def _of_spans(weight: Weight, tiles: slice) -> torch.Tensor:
+    """float16 [rows of the tiles, groups, 2]: scales and zeros."""
+    spans = weight.tensors["span_scales"][tiles]
+    groups = weight.shape[1] // weight.group
+    if weight.group % SPAN:
+        whole = spans.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:, : weight.shape[1] // GROUP]
+        whole = whole[:, :: weight.group // GROUP]
+    else:
+        whole = spans.permute(0, 3, 1, 2).flatten(0, 1)
+    values = _float16(whole, weight.tensors["exponents"].view(-1, TILE)[tiles].flatten()[:, None, None])
+    if "odd_at" in weight.tensors:
+        first = tiles.start * TILE * groups
+        begin, end = torch.searchsorted(weight.tensors["odd_at"], torch.tensor([first, first + len(values) * groups]))
+        at = weight.tensors["odd_at"][begin:end] - first
+        values.view(-1, 2)[at] = weight.tensors["odd"][begin:end]
+    return values
+
+
 def _group_values(weight: Weight, name: str, tiles: slice) -> torch.Tensor:
     """float16 [rows of the tiles, groups]."""
+    if "span_scales" in weight.tensors:
+        return _of_spans(weight, tiles)[..., 0 if name == "scale" else 1]
     if not weight.double_quantized:
-        tiled = weight.tensors["scale"][tiles]
-        if weight.scheme == "int4":
-            tiled = tiled[:, :, 0 if name == "scale" else 1]
-        return tiled.transpose(1, 2).flatten(0, 1)
+        return weight.tensors["scale"][tiles].transpose(1, 2).flatten(0, 1)
     codes = weight.tensors[f"{name}_codes"][tiles]  # [tiles, groups, 16]
     columns = torch.arange(codes.shape[1]) // TILE
     values = codes.float()

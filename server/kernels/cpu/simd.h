@@ -65,6 +65,9 @@ inline __m512i broadcast_word(const void* p) {
   return _mm512_set1_epi32(word);
 }
 
+// 2^n, n in -126..127.
+inline __m512 power_of_two(__m512i n) { return (__m512)_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23); }
+
 // exp to about one unit in the last place: 2^n * p(r) with r in [-ln2/2, ln2/2] (Cephes' polynomial). NaN stays NaN.
 inline __m512 exp_ps(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-104.0f), _mm512_min_ps(_mm512_set1_ps(88.7f), x));  // the second one if one is NaN

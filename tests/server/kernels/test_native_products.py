@@ -100,6 +100,33 @@ def test_a_row_does_not_depend_on_its_batch(scheme: str, group: int, double: boo
         assert torch.equal(cpu.Native().linear(packed, x[rows]), together[rows])
 
 
+def of_many_sizes(group: int) -> Weight:
+    """Rows whose groups differ by up to 10,000 times; some are zero throughout, some one number throughout."""
+    torch.manual_seed(group)
+    values = torch.randn(49, 384 // group, group) * 10 ** (torch.rand(49, 384 // group, 1) * 4 - 3)
+    values[3], values[4, 0], values[5, 1] = 0, 0, 7.0
+    values[6] *= 1e-6
+    return quantize(values.flatten(1), "int4", group, False)
+
+
+@pytest.mark.parametrize("group", [32, 64, 96, 128])
+def test_scales_far_below_a_rows_largest_are_kept(group: int) -> None:
+    kept, native = of_many_sizes(group), cpu.Native()
+    packed, exact = native.pack(kept), dequantize_stored(kept)
+    assert len(packed.tensors["odd_at"]) > 40
+    assert torch.equal(native.dequantize(packed), exact)
+    assert torch.equal(native.dequantize(packed, 17, 40), exact[17:40])
+    assert torch.equal(native.embed(packed, torch.arange(49)), exact)
+    x = torch.randn(64, 384)
+    error = (native.linear(packed, x) - x @ exact.t()).norm(dim=0) / (x @ exact.t()).norm(dim=0).clamp_min(1e-30)
+    assert error.max() < 1e-2
+
+
+@pytest.mark.parametrize(("group", "bits"), [(32, 5.02), (64, 4.52), (128, 4.27)])
+def test_what_packing_adds_is_a_byte_a_row(group: int, bits: float) -> None:
+    assert cpu.Native().pack(stored("int4", group, False, 32, 512)).bits <= bits
+
+
 def test_products_are_exact_where_activations_are() -> None:
     """Activations that int8 holds exactly leave nothing but the rounding of float32 sums."""
     kept = stored("int4", 32, False, 49, 192)

@@ -1,0 +1,282 @@
+#include "activations.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "simd.h"
+
+namespace loramux {
+namespace {
+
+// How often a quarter's unit is halved, at most: what is left of 32 bits where sums of 16 products with 16 times a nibble have
+// 20, and there are two of them.
+constexpr int MOST_FINER = 11;
+
+// And how much finer than the half behind it a first half can be, so that sums for INT4 are shifted up only, and how much
+// finer than that the second, so that eight times its codes are a whole number in the first one's units: if one is finer by
+// more, it adds nothing to the error of the two.
+constexpr int MOST_AHEAD = 4, MOST_BEHIND = 3;
+
+// Below this a reciprocal would overflow; a span without more is as good as zero.
+constexpr float LEAST_PEAK = 1e-30f;
+
+constexpr int QUARTERS = 4;
+constexpr __mmask16 FIRST_HALVES = 0x0f0f, SECOND_GROUPS = 0xff00;  // of a span's quarters, a lane each
+
+// A span of one row's inputs on its way into codes.
+struct Span {
+  const float* from;
+  int8_t* codes;  // of its first group; the second one's lie ROWS * GROUP behind
+  float* meta;
+  float* units;  // null if nobody asks for them
+
+  __m512 quarter(int q) const { return _mm512_loadu_ps(from + q * 16); }
+};
+
+// What is one number for a quarter of a span is worked out for four spans at once, as it would otherwise cost as much as the
+// span: element n of lane q (of 128 bits) is quarter q's of span n.
+constexpr int TOGETHER = 4;
+constexpr int AT_ONCE = 16;  // spans that are known before the first is written
+
+// Four by four of 32 bits, lanes for elements.
+inline __m512i turned(__m512i x) {
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
+}
+
+// Each quarter's neighbour in its group, and the one that has its place in the other group.
+inline __m512i neighbours(__m512i x) { return _mm512_shuffle_i32x4(x, x, 0xb1); }
+inline __m512i others(__m512i x) { return _mm512_shuffle_i32x4(x, x, 0x4e); }
+
+inline __m512i larger(__m512i x, __m512i y) { return _mm512_max_epi32(x, y); }
+inline __m512i largest_quarter(__m512i x) {
+  const __m512i groups = larger(x, neighbours(x));
+  return larger(groups, others(groups));
+}
+
+// The largest magnitudes, as integers: these have the order that they have as numbers, and NaN is the largest.
+__m512i peaks(const Span* spans) {
+  __m512i some[TOGETHER];  // element q of a lane is of quarter q
+  for (int n = 0; n < TOGETHER; n++) {
+    __m512i x[QUARTERS];
+    for (int q = 0; q < QUARTERS; q++) x[q] = (__m512i)_mm512_abs_ps(spans[n].quarter(q));
+    const __m512i first = larger(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+    const __m512i second = larger(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+    some[n] = larger(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+  }
+  const auto lanes = [](__m512i x, __m512i y) {
+    return larger(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
+  };
+  return turned(lanes(lanes(some[0], some[1]), lanes(some[2], some[3])));
+}
+
+// How often `from` has to be doubled (or halved, if negative) to be no less than `to`, both the bits of floats above zero:
+// these have one place for each doubling at 2^23.
+inline __m512i doublings(__m512i from, __m512i to) {
+  return _mm512_srai_epi32(_mm512_add_epi32(_mm512_sub_epi32(to, from), _mm512_set1_epi32((1 << 23) - 1)), 23);
+}
+
+inline __m512i doubled(__m512i x, __m512i times) { return _mm512_add_epi32(x, _mm512_slli_epi32(times, 23)); }
+
+// What leaves the least error if each quarter has it doubled as often as it needs: one of their own peaks, whose multiples'
+// squares are compared. The largest where they cannot be, as it is not finite or next to nothing.
+__m512i best_unit(__m512i peak, __m512i top) {
+  const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), (__m512)top);
+  __m512 least = _mm512_set1_ps(std::numeric_limits<float>::infinity());
+  __m512i best = top;
+  const auto compare = [&](__m512i unit) {
+    const __m512 multiple = _mm512_mul_ps((__m512)doubled(unit, doublings(unit, peak)), inverse);
+    const __m512 square = _mm512_mul_ps(multiple, multiple);
+    const __m512 group = _mm512_add_ps(square, (__m512)neighbours((__m512i)square));
+    const __m512 error = _mm512_add_ps(group, (__m512)others((__m512i)group));
+    const __mmask16 better = _mm512_cmp_ps_mask(error, least, _CMP_LT_OQ) &
+                             _mm512_cmp_ps_mask((__m512)unit, _mm512_set1_ps(LEAST_PEAK), _CMP_GT_OQ);
+    least = _mm512_mask_mov_ps(least, better, error);
+    best = _mm512_mask_mov_epi32(best, better, unit);
+  };
+  compare(_mm512_shuffle_i32x4(peak, peak, 0x00));
+  compare(_mm512_shuffle_i32x4(peak, peak, 0x55));
+  compare(_mm512_shuffle_i32x4(peak, peak, 0xaa));
+  compare(_mm512_shuffle_i32x4(peak, peak, 0xff));
+  return best;
+}
+
+struct Units {
+  __m512i halved;  // how often a quarter's unit is halved, from the coarsest one
+  __m512 unit, inverse;
+};
+
+Units choose_units(const Span* spans) {
+  const __m512i most_beside = _mm512_mask_set1_epi32(_mm512_set1_epi32(MOST_BEHIND), FIRST_HALVES, MOST_AHEAD);
+  const __m512i peak = peaks(spans), top = largest_quarter(peak), unit_peak = best_unit(peak, top);
+  const __m512i need = doublings(unit_peak, peak), most = largest_quarter(need);
+  const __m512i finer = _mm512_min_epi32(_mm512_sub_epi32(most, need), _mm512_set1_epi32(MOST_FINER));
+  const __m512i halved = _mm512_min_epi32(finer, _mm512_add_epi32(neighbours(finer), most_beside));
+  const __mmask16 some = _mm512_cmp_ps_mask((__m512)top, _mm512_set1_ps(LEAST_PEAK), _CMP_NLT_UQ);
+  const __m512 coarsest = (__m512)doubled(unit_peak, most), most_code = _mm512_set1_ps(127.0f);
+  const __m512 inverse = _mm512_mul_ps(_mm512_maskz_div_ps(some, most_code, coarsest), power_of_two(halved));
+  const __m512 unit = _mm512_mul_ps(_mm512_maskz_div_ps(some, coarsest, most_code),
+                                    power_of_two(_mm512_sub_epi32(_mm512_setzero_si512(), halved)));
+  return {halved, unit, inverse};
+}
+
+// Four spans' sums of four elements of each lane, element n of a lane being span n's.
+inline __m512i added_up(const __m512i* of) {
+  const auto pair = [](__m512i x, __m512i y) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
+  };
+  const __m512i low = pair(of[0], of[1]), high = pair(of[2], of[3]);
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+}
+
+// What products want that have both groups' sums in 16 bits each. `total` are the sums of the quarters' codes, `size` those
+// of their magnitudes, `shift` the bits from first halves' units to second ones'.
+template <class Put, class PutBoth>
+inline void put_common(__m512i total, __m512i size, const Units& units, __m512i shift, Put put, PutBoth put_both) {
+  const __m512i zero = _mm512_setzero_si512(), halved = units.halved;
+  const auto of_groups = [&](__m512i x, __m512i times) {  // a group's sum in the coarsest units, doubled so often
+    const __m512 each = _mm512_mul_ps(_mm512_cvtepi32_ps(x), power_of_two(_mm512_sub_epi32(times, halved)));
+    return _mm512_add_ps(each, (__m512)neighbours((__m512i)each));
+  };
+  // Eight times the magnitudes is what a sum can be, and one more as it is rounded.
+  const __m512 each = of_groups(size, _mm512_set1_epi32(3));
+  const __m512 most = _mm512_add_ps(_mm512_max_ps(each, (__m512)others((__m512i)each)), _mm512_set1_ps(2.0f));
+  const __m512 times = _mm512_min_ps(_mm512_div_ps(_mm512_set1_ps(32767.0f), most), _mm512_set1_ps(16.0f));
+  const __m512i finer = _mm512_cvtps_epi32(_mm512_getexp_ps(times));  // how often the coarsest unit is halved
+  const __m512i down = _mm512_sub_epi32(_mm512_add_epi32(halved, _mm512_set1_epi32(4)), finer);
+  put(COMMON, _mm512_castsi512_si128((__m512i)_mm512_mul_ps(units.unit, power_of_two(_mm512_sub_epi32(halved, finer)))));
+  const __m512i inputs = _mm512_cvtps_epi32(of_groups(total, _mm512_add_epi32(finer, _mm512_set1_epi32(3))));
+  put(INPUTS, _mm512_castsi512_si128(_mm512_mask_blend_epi16(0xaaaaaaaa, inputs, _mm512_slli_epi32(others(inputs), 16))));
+  put(FIRST_DOWN, _mm512_extracti32x4_epi32(down, 1));
+  put(SECOND_UP, _mm512_extracti32x4_epi32(_mm512_sub_epi32(_mm512_set1_epi32(16), down), 3));
+  // 128 times the codes' sum and half of the common unit, in sixteenths of the second half's units.
+  const __m512i codes = _mm512_slli_epi32(total, 7);
+  const __m512i left = larger(shift, zero), right = larger(_mm512_sub_epi32(zero, shift), zero);
+  const __m512i ahead = _mm512_srav_epi32(_mm512_sllv_epi32(codes, left), right);
+  const __m512i half = _mm512_srli_epi32(_mm512_sllv_epi32(_mm512_set1_epi32(1), neighbours(down)), 1);
+  const __m512i middle = _mm512_sub_epi32(half, _mm512_add_epi32(ahead, neighbours(codes)));
+  const __m512i nibble = _mm512_add_epi32(shift, _mm512_set1_epi32(4));
+  // A half unit that is less than the first half's is lost, and with it half a unit on average where the second half is
+  // finer than the common one. Where that is the first half's, second groups have one more.
+  const __mmask16 lost = _mm512_cmpeq_epi32_mask(halved, finer) & _mm512_cmpgt_epi32_mask(neighbours(halved), finer);
+  const __m512i begin = _mm512_srav_epi32(middle, nibble);
+  put_both(MIDDLE, _mm512_mask_add_epi32(begin, lost & SECOND_GROUPS, begin, _mm512_set1_epi32(1)));
+}
+
+void encode(const Span* spans, const Units& units) {
+  const __m512i zero = _mm512_setzero_si512(), halved = units.halved;
+  alignas(64) float factor[QUARTERS][TOGETHER];
+  _mm512_store_ps(factor, units.inverse);
+  __m512i sum[TOGETHER], size[TOGETHER];
+  for (int n = 0; n < TOGETHER; n++) {
+    __m512i code[QUARTERS];
+    for (int q = 0; q < QUARTERS; q++)
+      code[q] = _mm512_cvtps_epi32(_mm512_mul_ps(spans[n].quarter(q), _mm512_set1_ps(factor[q][n])));
+    const __m512i first = _mm512_packs_epi32(code[0], code[1]), second = _mm512_packs_epi32(code[2], code[3]);
+    const __m512i bytes = turned(_mm512_packs_epi16(first, second));  // packing goes by lanes
+    auto* groups = reinterpret_cast<__m256i*>(spans[n].codes);
+    _mm256_storeu_si256(groups, _mm512_castsi512_si256(bytes));
+    _mm256_storeu_si256(groups + ROWS, _mm512_extracti64x4_epi64(bytes, 1));
+    sum[n] = _mm512_dpbusd_epi32(zero, _mm512_set1_epi8(1), bytes);
+    size[n] = _mm512_dpbusd_epi32(zero, _mm512_abs_epi8(bytes), _mm512_set1_epi8(1));
+  }
+  const __m512i total = added_up(sum);
+
+  bool side_by_side = TOGETHER == ROWS;  // rows of one block
+  for (int n = 1; n < TOGETHER; n++) side_by_side = side_by_side && spans[n].meta == spans[0].meta + n;
+  float elsewhere[META];
+  float* to = side_by_side ? spans[0].meta : elsewhere;
+  const auto put = [&](int i, __m128i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * ROWS), x); };
+  const auto put_both = [&](int i, __m512i x) {  // of first halves
+    put(i, _mm512_castsi512_si128(x));
+    put(i + 1, _mm512_extracti32x4_epi32(x, 2));
+  };
+  const auto positive = [&](__m512i x) { return larger(x, zero); };
+  const auto negative = [&](__m512i x) { return larger(_mm512_sub_epi32(zero, x), zero); };
+  put(SCALE, _mm512_extracti32x4_epi32((__m512i)units.unit, 3));
+  put(SIXTEENTH, _mm512_extracti32x4_epi32((__m512i)_mm512_mul_ps(units.unit, _mm512_set1_ps(1.0f / 16.0f)), 3));
+  const auto inputs = (__m512i)_mm512_mul_ps(_mm512_cvtepi32_ps(total), units.unit);
+  put_both(SUM, (__m512i)_mm512_add_ps((__m512)inputs, (__m512)neighbours(inputs)));
+  const __m512i shift = _mm512_sub_epi32(neighbours(halved), halved), left = positive(shift), right = negative(shift);
+  put_both(NIBBLE, _mm512_add_epi32(shift, _mm512_set1_epi32(4)));
+  put_both(LEFT, left);
+  put_both(RIGHT, right);
+  // 128 times the sum of the codes, to less than one unit.
+  const __m512i times = _mm512_slli_epi32(total, 7);
+  const __m512i behind = _mm512_srav_epi32(_mm512_sllv_epi32(neighbours(times), right), left);
+  put_both(OFFSET, _mm512_sub_epi32(zero, _mm512_add_epi32(times, behind)));
+  const __m512i join = _mm512_sub_epi32(others(halved), halved);  // of second halves
+  put(JOIN_LEFT, _mm512_extracti32x4_epi32(positive(join), 1));
+  put(JOIN_RIGHT, _mm512_extracti32x4_epi32(negative(join), 1));
+  put_common(total, added_up(size), units, shift, put, put_both);
+
+  if (!side_by_side)
+    for (int n = 0; n < TOGETHER; n++)
+      for (int i = 0; i < METAS; i++) spans[n].meta[i * ROWS] = elsewhere[i * ROWS + n];
+  if (spans[0].units == nullptr) return;
+  alignas(64) float each[TOGETHER][QUARTERS];
+  _mm512_store_si512(each, turned((__m512i)units.unit));
+  for (int n = 0; n < TOGETHER; n++) std::memcpy(spans[n].units, each[n], sizeof each[n]);
+}
+
+// In two passes, as what follows from one number to the next takes longer than the work, and only one pass is so short that
+// the processor sees the next four spans'.
+void quantize(Span* spans, int count) {
+  Units units[AT_ONCE / TOGETHER];
+  for (; count % TOGETHER != 0; count++) spans[count] = spans[count - 1];  // once more what is written anyhow
+  for (int n = 0; n < count; n += TOGETHER) units[n / TOGETHER] = choose_units(spans + n);
+  for (int n = 0; n < count; n += TOGETHER) encode(spans + n, units[n / TOGETHER]);
+}
+
+}  // namespace
+
+void Activations::reserve(int64_t rows, int64_t k, bool with_codes, bool with_units, bool with_half) {
+  padded = (k + SPAN - 1) / SPAN * SPAN;
+  wants_codes = with_codes;
+  wants_units = with_units;
+  wants_half = with_half;
+  const int64_t whole = (rows + ROWS - 1) / ROWS * ROWS;
+  if (with_codes) {
+    codes.reserve(whole * padded);
+    meta.reserve(whole / ROWS * (padded / SPAN) * META);
+  }
+  if (with_units) units.reserve(rows * (padded / SPAN) * QUARTERS);
+  if (with_half) half.reserve(rows * padded);
+}
+
+void Activations::set(int64_t row, int64_t rows, int64_t from, int64_t to, const float* x, int64_t stride) {
+  Span spans[AT_ONCE];
+  float parts[AT_ONCE][SPAN];  // those that end before they are full
+  int n = 0;
+  for (int64_t i = from; i < to; i += SPAN) {
+    for (int64_t r = row; r < row + rows; r++) {
+      const float* at = x + (r - row) * stride + (i - from);
+      if (to - i < SPAN) {
+        std::fill(std::copy(at, at + (to - i), parts[n]), parts[n] + SPAN, 0.0f);
+        at = parts[n];
+      }
+      if (wants_half)
+        for (int q = 0; q < SPAN; q += 32)
+          _mm512_storeu_si512(half.get() + r * padded + i + q,
+                              float_to_bf16(_mm512_loadu_ps(at + q), _mm512_loadu_ps(at + q + 16)));
+      if (!wants_codes) continue;
+      const int64_t step = r / ROWS * (padded / GROUP) + i / GROUP, lane = r % ROWS;
+      spans[n++] = {at, codes.get() + (step * ROWS + lane) * GROUP, meta.get() + step / 2 * META + lane,
+                    wants_units ? units.get() + (r * padded + i) / SPAN * QUARTERS : nullptr};
+      if (n == AT_ONCE) quantize(spans, n), n = 0;
+    }
+  }
+  quantize(spans, n);
+}
+
+void Activations::fetch(int64_t rows) const {
+  if (!wants_codes) return;
+  const int64_t whole = (rows + ROWS - 1) / ROWS * ROWS;
+  const char* c = reinterpret_cast<const char*>(codes.get());
+  const char* m = reinterpret_cast<const char*>(meta.get());
+  const int64_t meta_bytes = whole / ROWS * (padded / SPAN) * META * static_cast<int64_t>(sizeof(float));
+  for (int64_t i = 0; i < whole * padded; i += 64) _mm_prefetch(c + i, _MM_HINT_T0);
+  for (int64_t i = 0; i < meta_bytes; i += 64) _mm_prefetch(m + i, _MM_HINT_T0);
+}
+
+}  // namespace loramux
