@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -35,6 +36,10 @@ SEEDS = (-(1 << 63), (1 << 64) - 1)
 """What torch's generators begin with: 64 bits, with a sign or without."""
 LOSS_ROWS = 256
 """Rows whose logits are in memory at a time."""
+MOST_EPOCHS = 1e9
+"""More are no number of steps that could be counted."""
+TRAINED_BYTES = 16
+"""Of each parameter: its value, its gradient and two moments, in float32."""
 
 
 class Model(Protocol):
@@ -99,10 +104,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        for name, low in (("epochs", 0.0), ("learning_rate", 0.0)):
+        for name, most in (("epochs", MOST_EPOCHS), ("learning_rate", math.inf)):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > low):
-                raise AdapterError(f"{name} must be over {low:g}, not {value!r}", name)
+            if not 0.0 < value < most:
+                raise AdapterError(f"{name} must be over 0 and under {most:g}, not {value!r}", name)
         for name, least in (
             ("batch_size", 1),
             ("micro_tokens", 1),
@@ -133,13 +138,14 @@ class TrainingConfig:
         for name, kind in _KINDS.items():
             value = getattr(self, name)
             taken: Any = (int, float) if kind is float else kind
-            if not isinstance(value, taken) or (isinstance(value, bool) and kind is not bool):
+            beyond = kind is float and isinstance(value, int) and abs(value) > sys.float_info.max
+            if not isinstance(value, taken) or (isinstance(value, bool) and kind is not bool) or beyond:
                 raise AdapterError(f"{name} must be {whats[kind]}, not {value!r}", name)
         targets = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
         if not isinstance(targets, list | tuple) or not targets or not all(isinstance(t, str) and t for t in targets):
             raise AdapterError(f"target_modules is a pattern or a list of names, not {targets!r}", "target_modules")
         if not isinstance(self.lora_rank_of, Mapping) or not all(
-            isinstance(rank, int) and rank >= 0 for rank in self.lora_rank_of.values()
+            isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0 for rank in self.lora_rank_of.values()
         ):
             raise AdapterError("lora_rank_of gives whole numbers to module paths", "lora_rank_of")
 
@@ -211,8 +217,10 @@ def train(
 
     With a folder for `checkpoints` the run goes on from the one that is there, bit for bit as if it had never stopped
     (on the same number of threads), and leaves one behind every `save_steps` updates and when `stop` says so, which
-    raises TrainingStopped. A checkpoint of another run is refused. The metadata say what was done (`training`).
+    raises TrainingStopped. A checkpoint of another run is refused, and so are ranks that memory has no room for. The
+    metadata say what was done (`training`).
     """
+    _check_room(model, config)
     found = layers.inject(model.tree, config.spec(), config.seed)
     try:
         if init is not None:
@@ -477,6 +485,20 @@ def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for block in blocks:
             del block.forward
+
+
+def _check_room(model: Model, config: TrainingConfig) -> None:
+    """Raises AdapterError for ranks whose parameters alone take more memory than is left. A GPU tells so by itself."""
+    if torch.get_default_device().type != "cpu":
+        return
+    shapes: Any = {path: (m.out_features, m.in_features) for path, m in layers.linears(model.tree).items()}
+    count, free = layers.trainable_parameters(shapes, config.spec()), memory.free()
+    if count * TRAINED_BYTES > free:
+        raise AdapterError(
+            f"{count:,} parameters take {count * TRAINED_BYTES >> 20:,} MiB to train, and {free >> 20:,} MiB are left; "
+            "lower lora_rank, or name fewer target_modules",
+            "lora_rank",
+        )
 
 
 def _parameters(found: Mapping[str, layers.LoRALinear]) -> list[torch.Tensor]:

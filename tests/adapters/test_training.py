@@ -277,7 +277,12 @@ def test_a_diverging_run_is_told(llama):
     "wrong",
     [
         {"epochs": 0},
+        {"epochs": 1e308},
+        {"epochs": 10**400},
         {"learning_rate": float("nan")},
+        {"learning_rate": -1e-3},
+        {"lora_alpha": 10**400},
+        {"weight_decay": 10**400},
         {"lora_rank": 0},
         {"batch_size": 0},
         {"lora_dropout": 1.0},
@@ -294,6 +299,7 @@ def test_a_diverging_run_is_told(llama):
         {"target_modules": ()},
         {"target_modules": ("q_proj", 3)},
         {"lora_rank_of": {"model.layers.0.mlp.up_proj": "4"}},
+        {"lora_rank_of": {"model.layers.0.mlp.up_proj": True}},
     ],
 )
 def test_wrong_settings_are_named(wrong):
@@ -306,6 +312,14 @@ def test_wrong_settings_are_named(wrong):
 def test_the_first_and_the_last_seed_train(llama, seed):
     config = dataclasses.replace(CONFIG, seed=seed, max_steps=1)
     assert training.train(Wrapped(llama), examples(4), config).metadata["training"]["config"]["seed"] == seed
+
+
+@pytest.mark.parametrize("rank", [10**9, 10**30])
+def test_ranks_that_memory_has_no_room_for_are_refused(llama, rank):
+    model = Wrapped(llama)
+    with pytest.raises(AdapterError, match="MiB are left") as error:
+        training.train(model, examples(4), dataclasses.replace(CONFIG, lora_rank=rank))
+    assert error.value.param == "lora_rank" and not layers.injected(model.tree)
 
 
 def test_pieces_hold_every_example_once():
