@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,11 +39,12 @@ def train(
 ) -> None:
     """Train one adapter for each recipe, on the 4-bit base that serves. Started again, it goes on where it was.
 
-    What is finished, by the very same recipe, data and base, is skipped.
+    What is finished, by the very same recipe, data and base, is skipped. Ctrl-C stops it after the update that runs,
+    and nothing is lost; a second one ends it at once.
     """
     import torch
 
-    from adapters.errors import AdapterError
+    from adapters.errors import AdapterError, TrainingStopped
     from adapters.training import Event
     from server.jobs.recipe import check_prune_to, check_validation, packing, read_recipes
     from server.jobs.run import finished, prepare, run
@@ -64,22 +69,43 @@ def train(
     done = {recipe.name: finished(recipe, base, output, data_dir=folder) for recipe, folder in wanted}
     for recipe, folder in [(recipe, folder) for recipe, folder in wanted if done[recipe.name] is None][1:]:
         prepare(recipe, base, folder)  # what is wrong with the last one's data is said before the first one's hours
-    for recipe, folder in wanted:
-        found = done[recipe.name]
-        if found is not None:
-            _tell(found, output, as_json, skipped=True)
-            continue
-        with progress("parameters", quiet=as_json) as bar:
+    with _asked_to_stop() as stop:
+        for recipe, folder in wanted:
+            found = done[recipe.name]
+            if found is not None:
+                _tell(found, output, as_json, skipped=True)
+                continue
+            with progress("parameters", quiet=as_json) as bar:
 
-            def tell(event: Event, bar: Progress = bar, name: str = recipe.name) -> None:
-                if event.kind == "step":
-                    bar(name, event.step, event.steps)
+                def tell(event: Event, bar: Progress = bar, name: str = recipe.name) -> None:
+                    if event.kind == "step":
+                        bar(name, event.step, event.steps)
 
-            try:
-                weights = run(recipe, base, output, data_dir=folder, on_event=tell)
-            except AdapterError as error:
-                raise type(error)(f"{recipe.name}: {error.message}", error.param) from error
-        _tell(weights, output, as_json, skipped=False)
+                try:
+                    weights = run(recipe, base, output, data_dir=folder, on_event=tell, stop=stop)
+                except TrainingStopped as error:
+                    said = f"{recipe.name}: {error.message}; the same command goes on from there"
+                    raise TrainingStopped(said) from error
+                except AdapterError as error:
+                    raise type(error)(f"{recipe.name}: {error.message}", error.param) from error
+            _tell(weights, output, as_json, skipped=False)
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether the process was asked to end, by Ctrl-C or as the system does. Asked the same again, it does at once."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        signal.signal(number, before[number])
+        asked.set()
+
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _tell(weights: LoraWeights, output: Path, as_json: bool, *, skipped: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +181,30 @@ def test_started_again_it_trains_what_is_left(given: Path, monkeypatch: pytest.M
     shutil.rmtree(given / "trained" / "echo")
     told("train", "echo.toml", "--steps", "1")
     assert len(steps) == 8, "there is nothing left of it"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_end_it_leaves_a_checkpoint_of_the_last_update(
+    given: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(number)
+    whole = told("train", "echo.toml", "--steps", "4", "--output", "whole")["version"]
+    steps = counted(monkeypatch)
+    update = training._Run._update
+
+    def asked(self: training._Run) -> training.Event:
+        event = update(self)
+        if event.step == 2:
+            signal.raise_signal(number)
+        return event
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_update", asked)
+        done = runner.invoke(app, ["train", "echo.toml", "--steps", "4", "--state-dir", "state"])
+    assert isinstance(done.exception, TrainingStopped), done.output
+    assert done.exception.message == "echo: stopped at step 2 of 4; the same command goes on from there"
+    assert told("train", "echo.toml", "--steps", "4")["version"] == whole and steps == [0, 1, 2, 3]
+    assert signal.getsignal(number) is before
 
 
 def test_what_is_left_out_and_where_a_checkpoint_lies_is_told(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
