@@ -24,6 +24,7 @@ from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
 from server.engine.chat_template import as_of
 from server.engine.text import Text
+from server.errors import BadSetting
 from server.jobs.encoding import Template, encoder
 from server.jobs.loan import at, device_of
 from server.jobs.recipe import Recipe
@@ -125,9 +126,11 @@ def _write(file: Path, text: str) -> None:
 
 
 def prepare(recipe: Recipe, base: Base, data_dir: Path) -> tuple[Tokens, Tokens | None]:
-    """What a recipe learns, and what it is validated on, as tokens. Raises InvalidData, and BaseMismatch for modules
-    that the base has not.
+    """What a recipe learns, and what it is validated on, as tokens. Raises InvalidData, BaseMismatch for modules that
+    the base has not, and BadSetting for the base's own name.
     """
+    if recipe.name == base.name:
+        raise BadSetting(f"the name {recipe.name!r} is the base's own; nothing could be served under it", "name")
     recipe.config.spec().ranks(base.shapes())
     encode = encoder(Text(base.vocabulary), Template.of(recipe.task))
     longest = min(recipe.config.max_length, base.config.context_length)
@@ -157,9 +160,11 @@ def card(recipe: Recipe, weights: LoraWeights) -> str:
     made: dict[str, Any] = weights.metadata["training"]
     config, base = recipe.config, weights.metadata.get("base")
     count = pruning.parameters(weights)
-    quantization = weights.metadata.get("quantization") or {}
+    scheme = (weights.metadata.get("quantization") or {}).get("scheme")
+    on = "unquantized weights" if scheme in (None, "none") else f"{scheme} codes"
     auto = weights.metadata.get("auto_lora")
-    kind = f"rank {config.lora_rank}, alpha {config.lora_alpha:g}, {config.target_modules}"
+    targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
+    kind = f"rank {config.lora_rank}, alpha {config.lora_alpha:g}{' (rsLoRA)' * config.use_rslora}, {targets}"
     if made["from"] is not None:
         kind = f"going on from {made['from']} with its ranks and modules"
     lines = [
@@ -174,13 +179,13 @@ def card(recipe: Recipe, weights: LoraWeights) -> str:
         recipe.card.get("about", f"A LoRA for {base}.").strip(),
         "",
         *([f"- **Task**: `POST /generate?task={recipe.name}`; the template is in `task.json`."] if recipe.task else []),
-        f"- **Data**: {recipe.card.get('data', recipe.data).strip()} {made['samples']:,} examples.",
-        f"- **Training**: `loramux train` on the {quantization.get('scheme', '')} codes that are served; {kind}, "
+        f"- **Data**: {recipe.card.get('data', f'{recipe.data},').strip()} {made['samples']:,} examples.",
+        f"- **Training**: `loramux train` on the {on} that are served; {kind}, "
         f"AdamW at {config.learning_rate:g} with warm-up and cosine decay, {made['steps']} steps of "
         f"{config.batch_size}, loss on the answer and the end token only, {config.compute_dtype}, seed {config.seed}.",
     ]
     if auto is not None:
-        ranks, none = weights.ranks, len(auto["dropped"])
+        ranks, none = sorted(auto["ranks"].values()), len(auto["dropped"])  # as trained: pruning comes after
         lines.append(
             f"- **Ranks**: {ranks[0]} to {ranks[-1]} by module, for the parameters that rank {config.lora_rank} takes "
             f"everywhere; {none} modules have none."
@@ -195,7 +200,8 @@ def card(recipe: Recipe, weights: LoraWeights) -> str:
             f"- **Held out**{pruned}: loss {best['loss']:.4f} a token, {100 * best['accuracy']:.1f} % of the answers' "
             f"tokens right when the ones before are given, at step {best['step']}."
         )
-    lines.append(f"- **Size**: {count:,} parameters, {2 * count / 1e6:.1f} MB in bf16.")
+    size = f"{2 * count / 1e6:.1f} MB" if 2 * count >= 1e5 else f"{2 * count / 1e3:.1f} kB"
+    lines.append(f"- **Size**: {count:,} parameters, {size} in bf16.")
     if "limits" in recipe.card:
         lines.append(f"- **Limits**: {recipe.card['limits'].strip()}")
     return "\n".join(lines) + "\n"

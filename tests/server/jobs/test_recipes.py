@@ -13,7 +13,7 @@ from adapters import data, peft_format
 from adapters.errors import BaseMismatch, InvalidData
 from adapters.weights import LowRank, sealed
 from server.engine.text import Text
-from server.errors import ServerError
+from server.errors import BadSetting, ServerError
 from server.jobs.recipe import read_recipe
 from server.jobs.run import card, prepare, run
 from server.tasks.definitions import Fixed, parse
@@ -109,6 +109,27 @@ def test_a_card_says_of_what_its_figures_are(tiny_base, tmp_path):
     assert "**Held out**, before it was pruned: loss 0.5000" in card(replace(recipe, prune_to=1), weights)
     made["from"] = "first@0123456789ab"
     assert "rank 2" not in card(recipe, weights) and "going on from first@0123456789ab" in card(recipe, weights)
+
+
+def test_a_card_tells_what_was_trained_in_words(tiny_base, tmp_path):
+    (tmp_path / "r.toml").write_text(RECIPE.format(name="one", data="d.jsonl"))
+    recipe = read_recipe(tmp_path / "r.toml")
+    config = replace(recipe.config, target_modules=("q_proj", "v_proj"), use_rslora=True)
+    recipe = replace(recipe, config=config, prune_to=1, auto_rank=True)
+    made = {"samples": 3, "steps": 2, "evaluations": [], "from": None}
+    [(path, (out, into)), (other, _)] = list(tiny_base.shapes().items())[:2]
+    told = {"training": made, "quantization": {"scheme": "none"}, "pruning": {"error": 0.3}}
+    told["auto_lora"] = {"ranks": {path: 4, other: 1}, "dropped": []}
+    said = card(recipe, sealed("one", {path: LowRank(torch.ones(1, into), torch.ones(out, 1), 1.0)}, told))
+    assert "on the unquantized weights that are served; rank 2, alpha 16 (rsLoRA), q_proj, v_proj, AdamW" in said
+    assert "**Ranks**: 1 to 4 by module" in said, "those that were trained, before the cut"
+    assert f"**Size**: {into + out} parameters, 0.3 kB" in said
+
+
+def test_a_recipe_with_the_bases_name_is_refused_before_training(tiny_base, tmp_path):
+    (tmp_path / "r.toml").write_text(RECIPE.format(name="tiny", data="d.jsonl"))
+    with pytest.raises(BadSetting, match="'tiny' is the base's own"):
+        prepare(read_recipe(tmp_path / "r.toml"), tiny_base, tmp_path)
 
 
 def test_a_bad_line_is_named(tiny_base, tmp_path):
