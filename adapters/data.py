@@ -243,5 +243,7 @@ def tokenize(records: Iterable[Record], encode: Encode, max_length: int, name: s
         # The first token has none before it to be predicted from.
         examples.append(Example(tuple(ids), (False, *map(bool, learned[1:]))))
     if not examples:
-        raise InvalidData(f"{name}: all {too_long} examples are longer than {max_length} tokens (max_length)")
+        raise InvalidData(
+            f"{name}: all {too_long} examples are longer than {max_length} tokens (max_length, or the base's context)"
+        )
     return Tokens(tuple(examples), too_long)

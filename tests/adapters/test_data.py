@@ -125,7 +125,7 @@ def test_tokens_are_bounded_and_counted():
     tokens = data.tokenize(records, encode, 5)
     assert tokens.too_long == 1 and tokens.examples[0].targets == 1
     assert tokens.digest != data.tokenize(records, encode, 50).digest
-    with pytest.raises(InvalidData, match="longer than 2"):
+    with pytest.raises(InvalidData, match="longer than 2 tokens .max_length, or the base.s context"):
         data.tokenize(records, encode, 2)
     with pytest.raises(InvalidData, match="line 1: no token"):
         data.tokenize(records, lambda r: ([1, 2], [True, False]), 5)
