@@ -31,7 +31,8 @@ class Totals:
 
     @property
     def mean(self) -> float:
-        return self.total / self.count if self.count else math.nan
+        """Within 0 to 1: a sum that scores were taken out of has rounding of its own in its last digits."""
+        return min(1.0, max(0.0, self.total / self.count)) if self.count else math.nan
 
     @property
     def variance(self) -> float:
@@ -41,8 +42,9 @@ class Totals:
         return max((self.squares + 1) / n - mean * mean, 0.0)
 
     def plus(self, value: float, times: int = 1) -> Totals:
-        """With a score added (or, `times` -1, taken out again)."""
-        return Totals(self.count + times, self.total + times * value, self.squares + times * value * value)
+        """With a score added (or, `times` -1, taken out again). Of no score at all, no rounding is left either."""
+        count = self.count + times
+        return Totals(count, self.total + times * value, self.squares + times * value * value) if count else Totals()
 
     def turned(self) -> Totals:
         """Of 1 - score, for scores of which less is better."""
@@ -50,10 +52,10 @@ class Totals:
 
     @staticmethod
     def joined(parts: Iterable[Totals]) -> Totals:
-        count, total, squares = 0, 0.0, 0.0
-        for part in parts:
-            count, total, squares = count + part.count, total + part.total, squares + part.squares
-        return Totals(count, total, squares)
+        """The sum, to the last digit the same in whatever order."""
+        several = list(parts)
+        total, squares = math.fsum(p.total for p in several), math.fsum(p.squares for p in several)
+        return Totals(sum(p.count for p in several), total, squares)
 
 
 Hours = Mapping[int, Totals]

@@ -283,7 +283,7 @@ class Quality:
                 self._flush()
             subjects = {subject: number for subject, number in self._ids.items() if subject.task == task}
             scores: dict[Subject, list[dict[str, Any]]] = {subject: [] for subject in subjects}
-            for (subject, metric, source), totals in self._totals.items():
+            for (subject, metric, source), totals in sorted(self._totals.items(), key=lambda known: known[0][1:]):
                 if subject in scores and totals.count:
                     low, high = interval(totals)
                     scores[subject].append({"metric": metric, "source": source, "samples": totals.count,
@@ -350,7 +350,7 @@ class Quality:
         hours = self._hours.setdefault(key, {})
         for value, hour, times in changes:
             hours[hour] = hours.get(hour, Totals()).plus(value, times)
-            self._totals[key] = self._totals.get(key, Totals()).plus(value, times)
+        self._totals[key] = Totals.joined(hours.values())  # as `_load` has it
 
     def _score(self, key: bytes, number: int, metric: str, source: str, value: float, at: float) -> list[_Change]:
         """Write a score over the one that its key may have had, within a transaction."""
@@ -368,6 +368,11 @@ class Quality:
             " total = total + excluded.total, squares = squares + excluded.squares",
             (number, metric, source, hour, times, times * value, times * value * value),
         )
+        if times < 0:
+            self._db.execute(
+                "DELETE FROM hours WHERE subject = ? AND metric = ? AND source = ? AND hour = ? AND count = 0",
+                (number, metric, source, hour),
+            )
 
     def _number(self, subject: Subject) -> int:
         if subject not in self._ids:
@@ -461,7 +466,7 @@ class Quality:
         kept = " UNION ".join(f"SELECT subject FROM {sums}" for sums in _SUMS)
         with self._all_or_nothing():
             self._db.execute("DELETE FROM answers WHERE at < ?", (now - DAY,))
-            self._db.execute("DELETE FROM scores WHERE at < ?", (old,))
+            self._db.execute("DELETE FROM scores WHERE at < ?", (before * HOUR,))  # as long as the sums have them
             gone = [self._db.execute(f"DELETE FROM {sums} WHERE hour < ?", (before,)).rowcount for sums in _SUMS]
             gone.append(self._db.execute(f"DELETE FROM subjects WHERE id NOT IN ({kept})").rowcount)
         if any(gone):

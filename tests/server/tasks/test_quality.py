@@ -62,6 +62,32 @@ def test_records_outlive_the_process_and_hold_no_text(tmp_path: Path) -> None:
     reopened.close()
 
 
+def test_means_are_shares_in_one_order_whatever_was_scored_before_and_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, subject, now = tmp_path / "quality.db", Subject.of("t", [(A, 1.0)], "base"), time.time()
+    quality, ids = Quality(file), [f"gen-{i}" for i in range(11)]
+    quality.evaluated(subject, "loss", {"x": 0.5})
+    for id in ids:
+        quality.answered(answered(id, subject))
+    for hours, scores in ((0, (0.1,)), (1, (1.0,)), (2, (0.1, 0.7, 0.3)), (1, (0.9,)), (3, (0.0,)), (3, (0.1, 1.0))):
+        monkeypatch.setattr(module.time, "time", lambda hours=hours: now + hours * module.HOUR)
+        for score in scores:
+            for id in ids:
+                quality.feedback("t", id, "", score=score, expected=None)
+        (told,) = quality.performance("t")
+        assert 0 <= told["quality"][0]["low"] <= told["quality"][0]["mean"] <= told["quality"][0]["high"] <= 1
+    assert sum(totals.count > 0 for totals in quality.hours(subject, "accuracy", "feedback").values()) == 1
+    quality.evaluated(subject, "accuracy", {"x": 0.5})
+    (told,), means = quality.performance("t"), sorted(map(str, quality.means()))
+    assert [(q["metric"], q["source"]) for q in told["quality"]] == [
+        ("accuracy", "evaluation"), ("accuracy", "feedback"), ("loss", "evaluation")]  # fmt: skip
+    quality.close()
+    again = Quality(file)
+    assert again.performance("t") == [told] and sorted(map(str, again.means())) == means
+    again.close()
+
+
 @pytest.mark.parametrize("at", [0, 4096], ids=["no database", "a damaged page"])
 def test_a_damaged_file_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, at: int) -> None:
     file, subject = tmp_path / "quality.db", Subject.of("t", [(A, 1.0)], "base")
@@ -130,6 +156,18 @@ def test_rows_stay_until_they_are_old_and_a_day_at_least(tmp_path: Path, retenti
     assert quality.totals(subject, "accuracy", "evaluation").count == rows() == 1
     quality._sweep(time.time() + 2 * max(retention, module.DAY))
     assert quality.totals(subject, "accuracy", "evaluation").count == rows() == 0
+    quality.close()
+
+
+def test_an_example_that_is_scored_again_as_it_grows_old_counts_once(tmp_path: Path) -> None:
+    """Sums go by whole hours, and what says that they have it with them."""
+    quality, subject = Quality(tmp_path / "quality.db", retention=2 * module.DAY), Subject.of("t", [], "base")
+    quality.evaluated(subject, "accuracy", {"x": 1.0})
+    hour = time.time() // module.HOUR * module.HOUR
+    quality._sweep(hour + module.HOUR - 1 + 2 * module.DAY)
+    quality.evaluated(subject, "accuracy", {"x": 0.0})
+    totals = quality.totals(subject, "accuracy", "evaluation")
+    assert (totals.count, totals.mean) == (1, 0.0)
     quality.close()
 
 
