@@ -138,13 +138,17 @@ class BestRouter:
         return None
 
     def _subjects(self, task: Task, route: Best) -> dict[str, Subject]:
-        """Candidate -> what it is now. One whose adapter is gone is left out."""
+        """Candidate -> what it is now. One whose adapter is gone is left out, and one that is the version of another,
+        as `name` may be of `name@digest`: nothing is better than itself.
+        """
         subjects: dict[str, Subject] = {}
         for name in route.candidates:
             try:
-                subjects[name] = Subject.of(task.name, self._versions.resolve([(name, 1.0)]), self._base)
+                subject = Subject.of(task.name, self._versions.resolve([(name, 1.0)]), self._base)
             except AdapterError:
                 continue
+            if subject not in subjects.values():
+                subjects[name] = subject
         return subjects
 
 

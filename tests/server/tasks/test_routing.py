@@ -235,6 +235,20 @@ def test_a_new_version_of_a_rival_is_tried_first_while_the_leader_serves(tmp_pat
     quality.close()
 
 
+def test_a_version_under_two_names_is_one_candidate(tmp_path: Path) -> None:
+    """None is better than itself, so that nobody could lead."""
+    names, quality = Names("a", "b"), Quality(tmp_path / "quality.db")
+    names.contents["a@1"] = "1"
+    names.resolve = lambda choice, known=names.resolve: known([(name.partition("@")[0], w) for name, w in choice])  # type: ignore[method-assign]
+    route = Best(("a", "a@1", "b"), source="evaluation", min_samples=50)
+    task, router = Task("t", "{input}", route), BestRouter(quality, names, "base")
+    assert [router.pick(task, route) for _ in range(4)] == ["a", "b"] * 2
+    for name, value in (("a", 1.0), ("b", 0.0)):
+        score(quality, names, name, [value] * 100)
+    assert router.review(task, route).leader == "a"
+    quality.close()
+
+
 def evaluated(tmp_path: Path) -> tuple[Names, Best, Task, Quality, BestRouter]:
     """A task with two candidates, of whose 100 evaluations each b was right in all and a in none."""
     names, route = Names("a", "b"), Best(("a", "b"), source="evaluation", min_samples=50)
