@@ -6,7 +6,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from adapters import memory
+from adapters.errors import StoreFailed
 from adapters.ports import Observer
 from adapters.registry import Registry
 from adapters.store import Store
@@ -45,7 +46,6 @@ from server.settings import Settings
 from server.sources import Sources, resolve_model
 from server.sources.catalogue import names_of
 from server.tasks.admission import Admission
-from server.tasks.definitions import Best, Task
 from server.tasks.evaluation import evaluate
 from server.tasks.inference import Generation, Inference
 from server.tasks.mailbox import Mailbox
@@ -85,12 +85,16 @@ class House:
 
 
 class _Notices(Observer):
-    """Passes the registry's news on: to the metrics, and to the tasks that adapters' folders bring."""
+    """Passes the registry's news on: to the metrics, to the tasks that adapters' folders bring, and to those that route
+    to an adapter.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self.on_adapters: Callable[[], set[str]] = set
         """Answers the tasks that went with an adapter."""
+        self.on_version: Callable[[str], None] = lambda name: None
+        """Hears, after that, the name of an adapter that has another version or is gone."""
 
     def on_load(self, name: str, outcome: str, seconds: float) -> None:
         self._metrics.on_load(name, outcome, seconds)
@@ -102,6 +106,7 @@ class _Notices(Observer):
         self._metrics.on_change(name, version)
         for task in self.on_adapters():
             self._metrics.forget_task(task)
+        self.on_version(name)
 
 
 def assemble(settings: Settings, metrics: Metrics, mailbox: Mailbox) -> House:
@@ -149,6 +154,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     inference = Inference(engine, registry, metrics, mailbox, lambda error: answer(error).status)
     quality = Quality(settings.state_dir / "quality.db", settings.quality_retention)
     router = BestRouter(quality, registry, base.id)
+    notices.on_version = _looked_at(tasks, router)
     inference.admission = Admission(
         settings.key_rate, settings.key_concurrency, settings.task_rate, settings.task_concurrency
     )
@@ -265,21 +271,35 @@ def _jobs(
     )
     works: dict[str, Work] = {
         TRAINING: Training(training, publishing, lend),
-        EVALUATION: Evaluating(tasks, quality, files, training.registry.lease, evaluations, _reviewer(router), base.id),
+        EVALUATION: Evaluating(
+            tasks,
+            quality,
+            files,
+            training.registry.lease,
+            evaluations,
+            lambda name: router.look(tasks.find(name)),
+            base.id,
+        ),
     }
     jobs = Jobs(Records(settings.state_dir / "jobs"), works)
     files.used_by = jobs.using
     return jobs
 
 
-def _reviewer(router: BestRouter) -> Callable[[Task], None]:
-    """Looks again at who leads a task, where its route asks that."""
+def _looked_at(tasks: Tasks, router: BestRouter) -> Callable[[str], None]:
+    """Looks at who leads all tasks, and answers what looks again at those that route to an adapter: a version that it
+    has again, or that was measured before it was published, has its scores already.
+    """
 
-    def review(task: Task) -> None:
-        if isinstance(task.route, Best):
-            router.review(task, task.route)
+    def look(several: Sequence[str]) -> None:
+        for name in several:
+            try:
+                router.look(tasks.find(name))
+            except StoreFailed as error:
+                log.warning("who leads the task %r is looked at again when a score comes: %s", name, error.message)
 
-    return review
+    look([task.name for task in tasks.all()])
+    return lambda adapter: look(tasks.using(adapter))
 
 
 def _sources(settings: Settings) -> Sources:

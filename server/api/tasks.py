@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Request, Response
 from server.api import schemas
 from server.api.generate import json_response
 from server.api.responses import errors
-from server.api.runtime import Ready, Running
+from server.api.runtime import Parts, Ready, Running
 from server.errors import InvalidRequest
 from server.tasks.definitions import Best
 
@@ -43,8 +43,7 @@ async def put_task(task: Name, body: schemas.TaskBody, parts: Ready) -> Response
     """Define a task. It wins over the one that an adapter's folder brings."""
     given = body.model_dump(exclude_none=True, exclude={"name", "task", "source"})
     defined, created = await asyncio.to_thread(parts.tasks.put, task, given)
-    if not isinstance(defined.route, Best):
-        await asyncio.to_thread(parts.router.forget, task)
+    await _rerouted(parts, task)
     return json_response(defined.describe(), 201 if created else 200)
 
 
@@ -54,8 +53,17 @@ async def delete_task(task: Name, runtime: Running, parts: Ready) -> dict[str, A
     deleted = await asyncio.to_thread(parts.tasks.delete, task)
     if parts.tasks.find(task) is None:
         runtime.metrics.forget_task(task)
-        await asyncio.to_thread(parts.router.forget, task)
+    await _rerouted(parts, task)
     return deleted.describe()
+
+
+async def _rerouted(parts: Parts, name: str) -> None:
+    """Who leads a task is looked at by the route that it has now, and forgotten where that asks for nobody."""
+    task = parts.tasks.find(name)
+    if task is not None and isinstance(task.route, Best):
+        await asyncio.to_thread(parts.router.look, task)
+    else:
+        await asyncio.to_thread(parts.router.forget, name)
 
 
 @router.post(
@@ -68,12 +76,11 @@ async def feedback(task: Name, body: schemas.FeedbackBody, request: Request, par
     """Score an answer of the last 24 hours that the same key has asked for. Once an id: the last score counts."""
     if (body.score is None) == (body.expected is None):
         raise InvalidRequest("give either score or expected", "score")
-    found = parts.tasks.get(task)
+    parts.tasks.get(task)
 
     def take() -> None:
         parts.quality.feedback(task, body.id, request.state.tenant, score=body.score, expected=body.expected)
-        if isinstance(found.route, Best):
-            parts.router.review(found, found.route)
+        parts.router.look(parts.tasks.find(task))
 
     await asyncio.to_thread(take)
     return Response(status_code=204)

@@ -34,7 +34,7 @@ DATA = "data.jsonl"
 
 class Evaluating:
     """`Work` for evaluation jobs. `lease` fixes a candidate's versions, `evaluate` runs it on the engine; `reviewed` is
-    told of a task whose records have grown.
+    told the name of a task whose records have grown.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Evaluating:
         files: Files,
         lease: Callable[[Choice], Lease],
         evaluate: Evaluate,
-        reviewed: Callable[[Task], object],
+        reviewed: Callable[[str], object],
         base_id: str,
     ) -> None:
         self._tasks, self._quality, self._files = tasks, quality, files
@@ -81,7 +81,7 @@ class Evaluating:
             subject = Subject.of(task.name, one.versions, self._base_id)
             values = zip(identities(examples), shares(one.scores[metric]), strict=True)
             self._quality.evaluated(subject, metric, dict(values))
-        self._reviewed(task)
+        self._reviewed(task.name)  # as it is now: it may have another route, or be gone
 
     def _examples(self, active: Active) -> list[Pair]:
         file = active.job.request["training_file"]

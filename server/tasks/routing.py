@@ -86,7 +86,7 @@ class BestRouter:
         return turns[turn // EXPLORED % len(turns)]
 
     def review(self, task: Task, route: Best) -> Decision:
-        """Look at the scores again, and change the leader if that is proven. Called when a score has come.
+        """Look at the scores again, and change the leader if that is proven.
 
         Raises StoreFailed if a new leader cannot be written down.
         """
@@ -98,6 +98,14 @@ class BestRouter:
             self._quality.lead(task.name, _rule(route), subjects[decision.leader], decision.reason)
             self._leaders[task.name] = (route, subjects[decision.leader])
         return decision
+
+    def look(self, task: Task | None) -> None:
+        """Review a task that has such a route: its scores, its route or a version of a candidate is another now.
+
+        Raises StoreFailed as `review` does.
+        """
+        if task is not None and isinstance(task.route, Best):
+            self.review(task, task.route)
 
     def describe(self, task: Task, route: Best) -> dict[str, Any]:
         """The `best` of a task's performance."""

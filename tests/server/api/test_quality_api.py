@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from server.tasks.quality import Subject
 
 BEST = {"prompt": "{input}", "labels": ["x", "y"], "route": {"best": ["a", "b"], "min_samples": 40}}
 
@@ -77,3 +81,30 @@ def test_a_best_route_takes_turns_and_then_serves_the_better_one(live: Any) -> N
     assert {v["version"][0] for v in told["versions"]} == {"a", "b"}
     live.http.put("/tasks/contest", json={"prompt": "{input}"})
     assert live.http.get("/tasks/contest/performance").json()["best"] is None
+
+
+def test_a_best_route_is_looked_at_when_the_task_or_a_version_has_changed(
+    live: Any, write_adapter: Callable[..., Path]
+) -> None:
+    """By scores that are there already nobody has to ask who leads: it took turns until a score came, or a look."""
+    parts = live.house.parts
+    first = {name: parts.registry.current(name) for name in "ab"}
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        subject = Subject.of("contest", [(first[name], 1.0)], parts.model.id)
+        parts.quality.evaluated(subject, "accuracy", {f"{i}": value for i in range(100)})
+
+    def served() -> list[str]:
+        route = parts.tasks.get("contest").route
+        return [parts.router.pick(parts.tasks.get("contest"), route) for _ in range(8)]
+
+    route = {"best": ["a", "b"], "source": "evaluation", "min_samples": 40}
+    assert live.http.put("/tasks/contest", json={"prompt": "{input}", "route": route}).status_code == 201
+    assert served()[1:] == ["b"] * 7
+    write_adapter("b2", seed=77)
+    assert live.http.put("/adapters/b", json={"source": "b2"}).status_code == 200
+    assert served().count("a") == 4, "another version, of which nothing is known"
+    parts.router.forget("contest")
+    assert live.http.put("/adapters/b", json={"version": first["b"].label}).status_code == 200
+    assert served()[1:] == ["b"] * 7
+    assert live.http.delete("/tasks/contest").status_code == 200
+    assert parts.quality.leader("contest", "accuracy by evaluation") is None

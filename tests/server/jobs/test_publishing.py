@@ -403,7 +403,7 @@ def test_an_evaluation_that_begins_again_counts_anew(measured: Callable[..., Mea
     tasks: Any = SimpleNamespace(get=lambda name: task)
     quality: Any = SimpleNamespace(evaluated=lambda *what: None)
     files = Files(scene.root / "files")
-    work = Evaluating(tasks, quality, files, scene.registry.lease, scene.engine, lambda task: None, "b")
+    work = Evaluating(tasks, quality, files, scene.registry.lease, scene.engine, lambda name: None, "b")
     for _ in range(2):
         work(Active(job, scene.records))
         assert (job.progress.tokens, job.progress.seconds, job.progress.steps) == (14, 1.0, 2)
