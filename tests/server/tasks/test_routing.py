@@ -138,6 +138,31 @@ def test_an_interval_narrows_and_holds_the_mean() -> None:
     assert interval(Totals()) == (0, 1) and lead({0: many}, {}) < 0
 
 
+@pytest.mark.parametrize("share", [0.9, 0.98, 0.995])
+def test_an_interval_holds_at_all_times_where_misses_are_rare(share: float) -> None:
+    """The chance, exactly, that one of 3,000 looks finds the true share outside."""
+    ever, fewest, most = 0.0, 0, 0
+    chances = np.zeros(3001)  # of each number of misses, if it was inside at every look so far
+    chances[0] = 1.0
+    for n in range(1, 3001):
+        missed = chances[:-1] * (1 - share)
+        chances *= share
+        chances[1:] += missed
+
+        def holds(misses: int, n: int = n) -> bool:
+            low, high = interval(Totals(n, n - misses, n - misses))
+            return low <= share <= high
+
+        while not holds(fewest):
+            fewest += 1
+        most = max(most, fewest)
+        while most < n and holds(most + 1):
+            most += 1
+        ever += chances[:fewest].sum() + chances[most + 1 :].sum()
+        chances[:fewest] = chances[most + 1 :] = 0.0
+    assert ever <= ALPHA
+
+
 def test_turned_scores_are_those_of_one_minus_each() -> None:
     turned = Totals().plus(0.2).plus(0.7).turned()
     other = Totals().plus(0.8).plus(0.3)
