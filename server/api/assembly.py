@@ -266,20 +266,16 @@ def _jobs(
     lend: Callable[[bool], None],
 ) -> Jobs:
     files = training.files
+
+    def reviewed(name: str) -> None:
+        router.look(tasks.find(name))
+
     publishing = Publishing(
-        training.registry, tasks, quality, files, evaluations, shapes=base.shapes(), base_id=base.id
+        training.registry, tasks, quality, files, evaluations, reviewed, shapes=base.shapes(), base_id=base.id
     )
     works: dict[str, Work] = {
         TRAINING: Training(training, publishing, lend),
-        EVALUATION: Evaluating(
-            tasks,
-            quality,
-            files,
-            training.registry.lease,
-            evaluations,
-            lambda name: router.look(tasks.find(name)),
-            base.id,
-        ),
+        EVALUATION: Evaluating(tasks, quality, files, training.registry.lease, evaluations, reviewed, base.id),
     }
     jobs = Jobs(Records(settings.state_dir / "jobs"), works)
     files.used_by = jobs.using

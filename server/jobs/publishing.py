@@ -89,7 +89,8 @@ class Verdict:
 
 
 class Publishing:
-    """Publishes results. `evaluate` runs an evaluation on the engine.
+    """Publishes results. `evaluate` runs an evaluation on the engine; `reviewed` is told the name of a task whose
+    records have grown.
 
     Takes away at once what a server that was killed was measuring: its job may be cancelled and never run again.
     """
@@ -101,12 +102,13 @@ class Publishing:
         quality: Quality,
         files: Files,
         evaluate: Evaluate,
+        reviewed: Callable[[str], object],
         *,
         shapes: dict[str, tuple[int, int]],
         base_id: str,
     ) -> None:
         self._registry, self._tasks, self._quality, self._files = registry, tasks, quality, files
-        self._evaluate, self._shapes, self._base_id = evaluate, shapes, base_id
+        self._evaluate, self._reviewed, self._shapes, self._base_id = evaluate, reviewed, shapes, base_id
         for name in filter(MEASURED.fullmatch, registry.names(by=SOURCE)):
             try:
                 registry.retire_now(name)
@@ -220,6 +222,7 @@ class Publishing:
                 subject = Subject.of(task, [(whose, 1.0)], self._base_id)
                 values = zip(verdict.examples, shares(score), strict=True)
                 self._quality.evaluated(subject, score.metric, dict(values))
+        self._reviewed(task)
 
     def _current(self, name: str) -> Version | None:
         try:

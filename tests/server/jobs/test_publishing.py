@@ -70,7 +70,7 @@ class Scene:
         self.records = Records(root / "jobs")
         nothing: Any = SimpleNamespace(find=lambda name: None)
         self.publishing = Judged(
-            self.registry, nothing, nothing, Files(root / "files"), nothing, shapes=SHAPES, base_id="b"
+            self.registry, nothing, nothing, Files(root / "files"), nothing, nothing, shapes=SHAPES, base_id="b"
         )
         job = self.records.prepare(TRAINING, "m", {"lora": {"publish": rule, "task": None}}, "ftjob", {})
         self.records.enter(job)
@@ -206,11 +206,12 @@ class Measured(Scene):
         super().__init__(root, rule)
         self.engine = Engine(self.registry, [0.9, 0.1])
         self.taken: list[Any] = []
+        self.reviewed: list[str] = []
         tasks: Any = SimpleNamespace(find=lambda name: None)
         quality: Any = SimpleNamespace(evaluated=lambda *what: self.taken.append(what))
         files = Files(root / "files")
         self.open: Callable[[], Publishing] = lambda: Publishing(
-            self.registry, tasks, quality, files, self.engine, shapes=SHAPES, base_id="b"
+            self.registry, tasks, quality, files, self.engine, self.reviewed.append, shapes=SHAPES, base_id="b"
         )
         self.publishing = self.open()  # type: ignore[assignment]
         self.job.request |= {"template": {}}
@@ -361,7 +362,7 @@ def test_a_result_is_measured_by_its_task_though_that_is_gone(measured: Callable
     [target] = scene.engine.targets
     assert target.name == "mood" and target.task is not None
     assert {k: v for k, v in target.task.body().items() if k != "route"} == body
-    assert [what[1] for what in scene.taken] == ["accuracy"]
+    assert [what[1] for what in scene.taken] == ["accuracy"] and scene.reviewed == ["mood"]
 
 
 def test_a_disk_that_refuses_a_copy_is_told_as_such(
