@@ -25,6 +25,7 @@ from server.api import assembly
 from server.api.assembly import House, build
 from server.api.runtime import Runtime
 from server.app import create_app
+from server.cli.http import Protocol
 from server.model.loader import Base
 from server.settings import Settings
 
@@ -112,7 +113,7 @@ def serving(app: Any) -> Iterator[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
-    server = Uvicorn(uvicorn.Config(app, port=port, log_level="warning", lifespan="on", ws="none"))
+    server = Uvicorn(uvicorn.Config(app, http=Protocol, port=port, log_level="warning", lifespan="on", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

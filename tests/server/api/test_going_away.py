@@ -37,20 +37,23 @@ def steps(live: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    ("path", "body"),
+    ("path", "body", "then"),
     [
-        ("/generate", LONG),
-        ("/generate", {**LONG, "stream": True}),
-        ("/v1/completions", {**LONG, "model": "a"}),
-        ("/v1/completions", {**LONG, "model": "a", "stream": True, "n": 3}),
+        ("/generate", LONG, b""),
+        ("/generate", LONG, b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        ("/generate", {**LONG, "stream": True}, b""),
+        ("/v1/completions", {**LONG, "model": "a"}, b""),
+        ("/v1/completions", {**LONG, "model": "a", "stream": True, "n": 3}, b""),
     ],
+    ids=["generate", "generate and pipeline", "generate stream", "completions", "completions stream"],
 )
-def test_running_work_stops_within_a_step(live: Any, path: str, body: dict[str, Any]) -> None:
+def test_running_work_stops_within_a_step(live: Any, path: str, body: dict[str, Any], then: bytes) -> None:
     live.slow_down(STEP)
     body = {k: v for k, v in body.items() if not (k == "adapters" and path != "/generate")}
     connection = send(live, path, body)
     until(lambda: live.stats()["running"])
     until(lambda: any(r.request.output for g in live.house.parts.inference.live for r in g.replies))
+    connection.sendall(then)
     connection.close()
     before = steps(live)
     assert live.idle(2.0)
