@@ -158,10 +158,15 @@ class CompletionChoice(Out):
     finish_reason: Literal["stop", "length"] | None
 
 
+class PromptTokensDetails(Out):
+    cached_tokens: int
+
+
 class V1Usage(Out):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Completion(Out):

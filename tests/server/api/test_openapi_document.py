@@ -19,6 +19,14 @@ def document(live: Any) -> dict[str, Any]:
     return found
 
 
+def closed(schemas: dict[str, Any]) -> dict[str, Any]:
+    """The schemas, such that no object has a field that they do not name."""
+    return {
+        name: {**schema, **({"additionalProperties": False} if "properties" in schema else {})}
+        for name, schema in schemas.items()
+    }
+
+
 def check(document: dict[str, Any], answer: httpx.Response) -> None:
     """The answer's status and body are in the document."""
     method, path = answer.request.method.lower(), answer.request.url.path
@@ -30,8 +38,11 @@ def check(document: dict[str, Any], answer: httpx.Response) -> None:
             kind = answer.headers.get("content-type", "").partition(";")[0]
             assert (kind in content) or not answer.content, (method, path, answer.status_code, kind)
             if kind == "application/json":
-                schema = {**content[kind]["schema"], "components": document["components"]}
-                jsonschema.validate(answer.json(), schema)
+                told_of = {
+                    **content[kind]["schema"],
+                    "components": {"schemas": closed(document["components"]["schemas"])},
+                }
+                jsonschema.validate(answer.json(), told_of)
             return
     raise AssertionError(f"{method} {path} is not in the document")
 
