@@ -172,6 +172,9 @@ def _asked(body: schemas.FineTuningBody) -> Asked:
 
 def _shown(parts: Parts, job: Job) -> dict[str, Any]:
     asked, progress = job.request, job.progress
+    hyper = asked["hyperparameters"]
+    if float(hyper["n_epochs"]).is_integer():
+        hyper = {**hyper, "n_epochs": int(hyper["n_epochs"])}  # a count in OpenAI's shape: not every client reads 1.0
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -184,8 +187,8 @@ def _shown(parts: Parts, job: Job) -> dict[str, Any]:
         "model": parts.model.name,
         "fine_tuned_model": job.result.get("model"),
         "organization_id": "loramux",
-        "hyperparameters": asked["hyperparameters"],
-        "method": {"type": "supervised", "supervised": {"hyperparameters": asked["hyperparameters"]}},
+        "hyperparameters": hyper,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyper}},
         "training_file": asked["training_file"],
         "validation_file": asked["validation_file"],
         "result_files": list(job.result.get("files", [])),

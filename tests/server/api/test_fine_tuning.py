@@ -130,6 +130,10 @@ def test_a_job_from_upload_to_served_model(live: Any, client: openai.OpenAI) -> 
     )
     assert job.status in ("queued", "validating_files", "running") and job.fine_tuned_model is None
     assert job.hyperparameters.n_epochs == 1 and job.seed == 7 and job.metadata == {"for": "a test"}
+    told = live.http.get(f"/v1/fine_tuning/jobs/{job.id}").json()
+    assert {
+        type(h["n_epochs"]) for h in (told["hyperparameters"], told["method"]["supervised"]["hyperparameters"])
+    } == {int}
     job = until(client, job.id)
     assert job.status == "succeeded", job
     assert job.fine_tuned_model == "mood" and job.trained_tokens > 0 and job.finished_at >= job.created_at
