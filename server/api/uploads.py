@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 
 from adapters.errors import StoreFailed
 from adapters.peft_format import OPTIONAL, REQUIRED
@@ -58,14 +58,15 @@ async def temporary(settings: Settings) -> AsyncIterator[Path]:
 async def uploaded(request: Request, settings: Settings, *, named: bool) -> AsyncIterator[tuple[str, Path]]:
     """The name and a folder with the files of a multipart body.
 
-    Raises RequestValidationError for other fields than an upload has, BodyTooLarge, StoreFailed.
+    Raises RequestValidationError for other fields than an upload has or one that is there twice, BodyTooLarge,
+    StoreFailed.
     """
     async with temporary(settings) as folder:
         with disk_errors("the upload"):
             async with request.form(
                 max_files=MAX_FIELDS, max_fields=MAX_FIELDS, max_part_size=settings.max_body
             ) as form:
-                given = dict(form.multi_items())
+                given = parts_of(form)
                 allowed = {*REQUIRED, *OPTIONAL, "name"}
                 for field in given.keys() - allowed:
                     raise _malformed("extra_forbidden", str(field), "")
@@ -78,6 +79,16 @@ async def uploaded(request: Request, settings: Settings, *, named: bool) -> Asyn
                 for field, value in given.items():
                     await asyncio.to_thread(_write, folder / field, value)
                 yield str(name), folder
+
+
+def parts_of(form: FormData) -> dict[str, UploadFile | str]:
+    """The parts of a form by name. Raises RequestValidationError for a name that is there twice."""
+    given: dict[str, UploadFile | str] = {}
+    for field, value in form.multi_items():
+        if field in given:
+            raise _malformed("value_error", field, "it is there twice")
+        given[field] = value
+    return given
 
 
 def _malformed(kind: str, field: str, message: str) -> RequestValidationError:

@@ -323,7 +323,7 @@ def test_a_folder_in_the_watched_directory_is_served_by_itself(live: Any, write_
     assert live.generate("x", task="dropped-task").json()["adapters"][0]["name"] == "dropped"
 
 
-def test_fields_that_an_upload_does_not_have_are_named(live: Any, adapter_dir: Path) -> None:
+def test_fields_that_an_upload_does_not_have_or_has_twice_are_named(live: Any, adapter_dir: Path) -> None:
     sent = upload(adapter_dir / "a", name="up")
     for more, field in (({"nonsense": "1"}, "nonsense"), ({"expires_after[anchor]": "created_at"}, "expires_after")):
         ours = live.http.post("/adapters", files=sent["files"], data={**sent["data"], **more})
@@ -333,3 +333,9 @@ def test_fields_that_an_upload_does_not_have_are_named(live: Any, adapter_dir: P
         assert field in theirs.json()["error"]["param"]
     nameless = live.http.post("/adapters", files=sent["files"])
     assert nameless.status_code == 422 and nameless.json()["error"]["param"] == "name"
+    for field, part in (("name", (None, "other")), ("adapter_config.json", ("x", b"{}"))):
+        twice = live.http.post("/adapters", files=[*sent["files"].items(), ("name", (None, "up")), (field, part)])
+        assert twice.status_code == 422 and twice.json()["error"]["message"] == f"{field}: it is there twice"
+    file = {"file": ("a.jsonl", b"{}")}
+    theirs = live.http.post("/v1/files", files=file, data={"purpose": ["fine-tune", "fine-tune"]})
+    assert theirs.status_code == 400 and theirs.json()["error"]["message"] == "purpose: it is there twice"
