@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from server.api.openai_schemas import V1
-from server.api.schemas import NAME_PATTERN, REFERENCE_PATTERN, Body, Out, Weighted
+from server.api.schemas import NAME_PATTERN, REFERENCE_PATTERN, Body, Out, Weighted, few_fields
 from server.tasks import definitions as d
 from server.tasks import sampling as s
 
@@ -97,7 +97,7 @@ class FineTuningBody(V1):
     method: Method | None = None
     suffix: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     seed: Annotated[int, Field(ge=0, le=s.SEED[1])] | None = None
-    metadata: Annotated[Metadata, Field(max_length=MAX_METADATA)] | None = None
+    metadata: Annotated[Metadata, BeforeValidator(few_fields), Field(max_length=MAX_METADATA)] | None = None
     lora: LoraBody | None = None
 
 
@@ -229,7 +229,7 @@ class EvaluateBody(Body):
     A candidate is a mix, as in `adapters`; an empty one is the base alone.
     """
 
-    data: Annotated[list[Example], Field(min_length=1, max_length=100_000)] | None = None
+    data: Annotated[list[Example], Field(fail_fast=True, min_length=1, max_length=100_000)] | None = None
     file: FileId | None = None
     candidates: (
         Annotated[

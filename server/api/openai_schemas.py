@@ -87,7 +87,8 @@ class V1Fields(GenerationFields, V1):
     response_format: ResponseFormat | None = None
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=s.MAX_TOKENS)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1, max_length=s.MAX_TOKENS)]
+"""Long lists are refused for their first bad entry: to gather and tell a million takes a minute, in which all wait."""
 
 
 class CompletionBody(V1Fields):
@@ -110,13 +111,13 @@ class TextPart(V1):
 
 class ChatMessage(V1):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatBody(V1Fields):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | None = None
 

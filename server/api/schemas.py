@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from adapters.weights import MIN_DIGEST, NAME
 from server.tasks import definitions as d
 from server.tasks import sampling as s
 
 MAX_PROMPT_LENGTH = 8 << 20
+MAX_FIELDS = 100
+"""More than any body of ours has, so that those which are not known can be named."""
 _AT_DIGEST = f"@[0-9a-f]{{{MIN_DIGEST},64}}"
 NAME_PATTERN = f"^{NAME.pattern}$"
 REFERENCE_PATTERN = f"^{NAME.pattern}({_AT_DIGEST})?$"
@@ -38,6 +40,15 @@ def _characters(text: str) -> str:
     return text
 
 
+def few_fields(data: Any) -> Any:
+    """Raises ValueError for an object of too many fields: each may be a problem, and all requests wait while those of
+    one are gathered.
+    """
+    if isinstance(data, dict) and len(data) > MAX_FIELDS:
+        raise ValueError(f"{len(data)} fields are too many; /docs lists those that there are")
+    return data
+
+
 Text = Annotated[str, AfterValidator(_characters)]
 """For texts without another bound: where there is one, pydantic looks at the characters itself."""
 AdapterName = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -53,6 +64,11 @@ class Body(BaseModel):
     """A body of ours: types as JSON has them, no unknown fields, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, data: Any) -> Any:
+        return few_fields(data)
 
 
 class Out(BaseModel):

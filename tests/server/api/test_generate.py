@@ -238,6 +238,30 @@ def test_of_kinds_of_lists_the_nearest_is_told_and_nothing_twice(live: Any) -> N
     assert told(response_format="json")["message"] == "response_format: Input should be a JSON object"
 
 
+def test_a_body_full_of_mistakes_is_refused_for_few_of_them(live: Any) -> None:
+    """To gather and tell a million takes a minute, in which nobody else is answered."""
+
+    def told(path: str, body: Any) -> str:
+        return str(live.http.post(path, json=body).json()["error"]["message"])
+
+    many = dict.fromkeys(map(str, range(1000)), 1)
+    too_many = "1000 fields are too many; /docs lists those that there are"
+    first = "0.input: Input should be a valid string; data.0.output: it is missing"
+    assert told("/generate", many) == too_many
+    assert told("/generate", {"prompt": "x", "adapters": [many]}) == f"adapters.0: {too_many}"
+    assert told("/tasks/mood/evaluate", {"data": [{"input": 1}] * 9}) == f"data.{first}"
+    job = {"model": "tiny", "training_file": "file-1", "metadata": many}
+    assert told("/v1/fine_tuning/jobs", job) == f"metadata: {too_many}"
+    negative = "Input should be greater than or equal to 0"
+    assert told("/v1/completions", {"model": "tiny", "prompt": [-1] * 9}) == f"prompt.0: {negative}"
+    prompts = [[1], *[[-1] * 9] * 2]
+    both = f"prompt.1.0: {negative}; prompt.2.0: {negative}"
+    assert told("/v1/completions", {"model": "tiny", "prompt": prompts}) == both
+    part = "content.0.type: Input should be 'text'; messages.0.content.0.text: it is missing"
+    message = {"role": "user", "content": [{"type": "image_url"}] * 9}
+    assert told("/v1/chat/completions", {"model": "tiny", "messages": [message] * 9}) == f"messages.0.{part}"
+
+
 def test_two_tasks_in_one_query_are_refused(live: Any) -> None:
     for path in ("/generate", "/classify"):
         answer = live.http.post(f"{path}?task=mood&task=a", json={"prompt": "x"})
