@@ -9,10 +9,15 @@ AdapterError
 ├── AdapterConflict       the name is in use: by other content, by a task, or pinned
 ├── VersionMismatch       compare-and-set: the name is not at the version that the caller expected
 ├── NoRoom                it does not fit the budget, and never could
-├── StoreFailed           the disk refused (full, read-only, gone); nothing was changed
+├── StoreFailed           the disk or the machine refused (full, read-only, out of files); nothing was changed
 ├── InvalidData           a training or evaluation line is not usable; names the line
 └── TrainingStopped       somebody asked for it; the checkpoint is written
 """
+
+import errno
+
+MACHINE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors that tell of this machine at this moment, and nothing of the file that was asked for."""
 
 
 class AdapterError(Exception):
@@ -66,3 +71,14 @@ class InvalidData(AdapterError):
 
 class TrainingStopped(AdapterError):
     """A training run was asked to stop, and did after writing its checkpoint; it can be resumed from there."""
+
+
+def unreadable(file: str, error: Exception) -> AdapterError:
+    """What to raise for a file of an adapter that cannot be read, without a path of this machine.
+
+    InvalidAdapter, or StoreFailed where it is the machine that has no more of something: the file may be good.
+    """
+    if not isinstance(error, OSError):
+        return InvalidAdapter(f"{file} cannot be read: {error}", file)
+    reason = f"{file} cannot be read: {error.strerror or type(error).__name__}"
+    return StoreFailed(reason, file) if error.errno in MACHINE else InvalidAdapter(reason, file)

@@ -22,7 +22,7 @@ import torch
 
 from adapters import peft_config
 from adapters.durable import replace_file
-from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter
+from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter, unreadable
 from adapters.peft_config import LoraConfig
 from adapters.weights import LoraWeights, LowRank, not_finite, sealed
 
@@ -157,7 +157,8 @@ def _tensor_limit(shapes: Mapping[str, tuple[int, int]] | None, max_rank: int) -
 def _read_file(
     folder: Path, file: str, limit: int, hint: str = "", too_large: Callable[[BinaryIO], None] = lambda stream: None
 ) -> bytes | None:
-    """The bytes of a file of the folder, or None if there is none. Raises InvalidAdapter for anything odd about it.
+    """The bytes of a file of the folder, or None if there is none. Raises InvalidAdapter for anything odd about it,
+    StoreFailed where it is the machine that cannot open it now.
 
     `hint` says where the limit comes from; `too_large` may look at a file over it and raise for a better reason.
     """
@@ -179,7 +180,7 @@ def _read_file(
                 raise InvalidAdapter(f"{file} has {state.st_size:,} bytes, over the limit of {limit:,}{hint}", file)
             data = stream.read(state.st_size + 1)  # no more room than is needed, and notice what grows
     except (OSError, RuntimeError) as error:
-        raise InvalidAdapter(f"{file} cannot be read: {error}", file) from error
+        raise unreadable(file, error) from error
     if len(data) > state.st_size:
         raise InvalidAdapter(f"{file} grew while it was read", file)
     return data

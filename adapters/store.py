@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.durable import sync_folder, write_file
-from adapters.errors import InvalidAdapter, NoRoom, StoreFailed
+from adapters.errors import InvalidAdapter, NoRoom, StoreFailed, unreadable
 from adapters.journal import Journal
 from adapters.peft_format import CARD_FILE, REQUIRED, TASK_FILE
 from adapters.weights import SHORT_DIGEST, LoraWeights
@@ -356,7 +356,7 @@ class Store:
 def open_inside(path: Path, within: Path | None) -> int | None:
     """A descriptor on the regular file `path`, for reading; None if there is no such file.
 
-    With `within`, links are followed only as far as they stay in that folder. Raises InvalidAdapter.
+    With `within`, links are followed only as far as they stay in that folder. Raises InvalidAdapter, StoreFailed.
     """
     try:
         real = path.resolve(strict=True)
@@ -365,14 +365,14 @@ def open_inside(path: Path, within: Path | None) -> int | None:
             raise InvalidAdapter(f"{path.name} is a link to nothing") from None
         return None
     except (OSError, RuntimeError) as error:
-        raise InvalidAdapter(f"{path.name} cannot be read: {_reason(error)}") from error
+        raise unreadable(path.name, error) from error
     if within is not None and not real.is_relative_to(within.resolve()):
         raise InvalidAdapter(f"{path.name} leads out of the adapter directory")
     try:
         # Nothing is waited for: a pipe opens at once and is then refused.
         fd = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        raise InvalidAdapter(f"{path.name} cannot be read: {_reason(error)}") from error
+        raise unreadable(path.name, error) from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise InvalidAdapter(f"{path.name} is not a regular file")

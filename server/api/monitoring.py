@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Response
 
 from adapters.errors import AdapterError, UnknownAdapter
+from adapters.memory import resident
 from adapters.weights import SHORT_DIGEST
 from server.api import schemas
 from server.api.responses import errors
@@ -163,9 +162,9 @@ def _named(names: dict[str, list[str]], digests: Iterable[str]) -> list[str]:
 
 
 def process_bytes() -> int:
-    """Resident bytes of this process."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Resident bytes of this process; where the system does not tell, or opens no file now, the most so far."""
+    now = resident()
+    if now is not None:
+        return now
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

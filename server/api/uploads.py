@@ -14,14 +14,14 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from adapters.errors import StoreFailed
+from adapters.errors import MACHINE, StoreFailed
 from adapters.peft_format import OPTIONAL, REQUIRED
 from server.settings import Settings
 
 MAX_FIELDS = 16
 """More than there are, so that one which is not known can be named."""
-DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO})
-"""Errors that are the disk's, and no client's."""
+DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}) | MACHINE
+"""Errors that are the disk's or the machine's, and no client's."""
 
 
 @contextmanager

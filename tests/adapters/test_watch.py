@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import shutil
@@ -162,6 +163,22 @@ def test_want_of_room_is_tried_again_unasked(scene: Scene) -> None:
     assert scene.look(3) == {} and "the disk is full" in scene.rejected()["a"]
     disk.full = False
     assert scene.look(5) == {}
+    assert scene.look(40) == {"a": a} and scene.rejected() == {}
+
+
+def test_want_of_open_files_is_no_fault_of_the_folder(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be refused until it changes; and whoever may look would read where the store is."""
+    opened, a = os.open, scene.put("a", 1)
+
+    def short(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if str(path).endswith("adapter_config.json") and flags & os.O_NOFOLLOW:
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return opened(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", short)
+    assert scene.look(3) == {}
+    assert scene.rejected() == {"a": "adapter_config.json cannot be read: Too many open files"}
+    monkeypatch.undo()
     assert scene.look(40) == {"a": a} and scene.rejected() == {}
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
+import io
+import os
 import shutil
 import socket
 import threading
@@ -52,6 +55,31 @@ def test_an_answer_whose_record_fails_is_given_all_the_same(
     monkeypatch.setattr(live.house.parts.inference, "on_ended", failing)
     assert live.generate(max_tokens=2).status_code == 200
     assert live.idle() and "no record today" in caplog.text
+
+
+def test_a_process_without_a_file_to_open_still_tells_of_itself(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that hold all connections are what /metrics is looked at for; and what is wanted is told as that."""
+    opened, read = os.open, io.open
+
+    def short(path: Any, *rest: Any, **options: Any) -> Any:
+        if str(path).startswith("/proc/") or TENSORS in str(path):
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return (opened if rest and isinstance(rest[0], int) else read)(path, *rest, **options)
+
+    evict(live, "a")
+    monkeypatch.setattr(os, "open", short)
+    monkeypatch.setattr(io, "open", short)
+    assert live.http.get("/stats").json()["memory"]["process"] > 0
+    assert 'loramux_memory_bytes{kind="process"}' in live.http.get("/metrics").text
+    for answer in (
+        live.generate("x", adapters=[{"name": "a"}]),
+        live.http.post("/adapters/compose", json={"name": "c", "from": [{"name": "a", "weight": 1}], "rank": 1}),
+    ):
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (507, "store_failed"), answer.text
+        assert "Too many open files" in error["message"] and "/" not in error["message"]
+    monkeypatch.undo()
+    assert text_of(live, "a")
 
 
 @pytest.mark.usefixtures("idle_watch")
