@@ -91,10 +91,10 @@ def _memory(settings: Settings, report: Report) -> None:
         report.remarks.append(
             f"--adapter-ram and --kv-cache may take {_gib(wanted)}, but only {_gib(free)} is free; lower them"
         )
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    report.facts["open files"] = str(files)
-    if files <= FEW_FILES:
-        report.remarks.append(f"{files} open files may be too few for many clients; raise it with ulimit -n")
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a server takes what it may
+    report.facts["open files"] = "no limit" if files == resource.RLIM_INFINITY else str(files)
+    if 0 <= files <= FEW_FILES:
+        report.remarks.append(f"{files} open files may be too few for many clients; raise the hard limit, ulimit -Hn")
 
 
 def _torch(settings: Settings, report: Report) -> None:

@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -35,6 +36,9 @@ KEEP_ALIVE = 75
 LAST_WORDS = 5
 """Seconds for answers that were cut short, or connections that are slow, to be sent to their end."""
 
+MANY_FILES = 1 << 16
+"""Open files that are enough; a shell's own limit of 1024 is not."""
+
 log = logging.getLogger(__name__)
 
 
@@ -42,6 +46,7 @@ log = logging.getLogger(__name__)
 def serve(settings: Settings) -> None:
     """Serve the base and its adapters over HTTP."""
     logs.configure(settings.log_format, settings.log_level)
+    many_files()
     faulthandler.enable()  # a crash in native code leaves the stacks of all threads
     malloc.settle()
     check_state_dir(settings.state_dir)
@@ -74,6 +79,14 @@ def serve(settings: Settings) -> None:
     if failures:
         sys.stderr.write(f"error: {getattr(failures[0], 'message', failures[0])}\n")
         raise typer.Exit(1)
+
+
+def many_files() -> None:
+    """Raise the limit of open files as far as this process may: a connection over it is closed without a word."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MANY_FILES if most == resource.RLIM_INFINITY else min(most, MANY_FILES)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -130,12 +143,18 @@ def _server(settings: Settings, app: Any, runtime: Runtime) -> uvicorn.Server:
 
 @contextlib.contextmanager
 def _sigterm_and_sigint(runtime: Runtime, drain: float) -> Iterator[None]:
-    """The first signal refuses new requests and lets running ones finish, within `drain` seconds; a second ends."""
+    """The first signal refuses new requests and lets running ones finish, within `drain` seconds; a second ends.
+
+    While the base is read or packed nothing runs, and the thread that does it cannot be stopped: the first one ends.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         if runtime.draining_for:
             sys.stderr.write("stopped at once by a second signal\n")
             os._exit(128 + number)
+        if runtime.state == "loading":
+            log.info("%s: ended before it was ready", signal.Signals(number).name)
+            os._exit(0)
         log.info("%s: draining, at most %g s", signal.Signals(number).name, drain)
         runtime.drain()
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from adapters.store import Store
+from server.api.runtime import Runtime
 from server.cli import logs, malloc
-from server.cli.serve import listen, serve
+from server.cli.serve import _sigterm_and_sigint, listen, many_files, serve
 from server.errors import BadSetting
+from server.settings import Settings
 
 
 @pytest.fixture
@@ -23,6 +28,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("server.sources.resolve_model", never)
     monkeypatch.setattr(malloc, "settle", lambda: True)
+    monkeypatch.setattr("server.cli.serve.many_files", lambda: None)
     monkeypatch.setattr(logs, "configure", lambda form, level: None)
     listeners = []
 
@@ -63,3 +69,40 @@ def test_what_cannot_be_listened_on_for_its_host(host: str) -> None:
     with pytest.raises(BadSetting, match=f"can not listen on {host}:0: .*--host") as e:
         listen(host, 0)
     assert e.value.param == "host"
+
+
+def test_a_signal_ends_what_only_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base of 7B takes minutes to pack, more than --drain and than whoever stops a container waits."""
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    runtime = Runtime(Settings())
+    with _sigterm_and_sigint(runtime, 30.0), pytest.raises(SystemExit) as ended:
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 0 and not runtime.draining_for
+    runtime.state = "ready"
+    with _sigterm_and_sigint(runtime, 30.0):
+        signal.raise_signal(signal.SIGTERM)
+    assert runtime.draining_for
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1024, 4096), (4096, 4096)),
+        ((1024, 1 << 20), (1 << 16, 1 << 20)),
+        ((1024, resource.RLIM_INFINITY), (1 << 16, resource.RLIM_INFINITY)),
+        ((1 << 17, 1 << 20), None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None),
+    ],
+)
+def test_files_that_a_server_may_open(
+    monkeypatch: pytest.MonkeyPatch, before: tuple[int, int], after: tuple[int, int] | None
+) -> None:
+    told = []
+    monkeypatch.setattr(resource, "getrlimit", lambda what: before)
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limits: told.append(limits))
+    many_files()
+    assert told == ([] if after is None else [after])
