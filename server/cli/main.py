@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
+import os
 import sys
 from importlib import metadata
 from typing import NoReturn, cast
@@ -59,8 +62,10 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
 def main() -> None:
     """Run `loramux` with the process's arguments."""
+    _settle_streams()
     try:
         status = app(standalone_mode=False)
+        sys.stdout.flush()
     except _UsageError as error:
         _tell(error, error.format_message(), getattr(getattr(error, "param", None), "name", None))
         error.show()
@@ -74,7 +79,21 @@ def main() -> None:
         _fail(error, _in_words(error))
     except SafetensorError as error:
         _fail(error, f"a file of tensors cannot be read or written: {error}")
+    except MemoryError as error:
+        _fail(error, f"there is too little memory: {error or 'none is left'}")
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _settle_streams() -> None:
+    """Whatever the process was started with, it has three streams, and no character ends it.
+
+    One that is closed becomes /dev/null, before a file of ours gets its number; what a locale cannot write is escaped.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # the lowest free number: its own
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _fail(error: Exception, message: str, param: str | None = None) -> NoReturn:
@@ -89,7 +108,9 @@ def _tell(error: Exception, message: str, param: str | None = None) -> None:
         body = {"message": message, "type": type(error).__name__, "param": param}
         if isinstance(error, RemoteError):
             body = dict(error.told)
-        sys.stdout.write(json.dumps({"error": body}) + "\n")
+        with contextlib.suppress(OSError):  # it may be what has failed
+            sys.stdout.write(json.dumps({"error": body}) + "\n")
+            sys.stdout.flush()
 
 
 def _in_words(error: OSError) -> str:

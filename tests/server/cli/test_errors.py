@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,10 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
+import adapters
 from server.cli import generate, main
+
+LIBRARY = Path(adapters.__path__[0]) / "library"
 
 Run = Callable[..., tuple[int | str | None, str, str]]
 
@@ -40,6 +44,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
         (OSError(errno.ENOSPC, "No space", "/a/b"), "/a/b cannot be written: no space left on the disk"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "x cannot be read or written: Permission denied"),
         (TimeoutError(), "TimeoutError"),
+        (MemoryError("Unable to allocate 1 GiB"), "there is too little memory: Unable to allocate 1 GiB"),
         (SafetensorError("header is odd"), "a file of tensors cannot be read or written: header is odd"),
     ],
 )
@@ -104,3 +109,35 @@ def test_a_prompt_from_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(generate, "_answer", answer)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é\r\nß\n".encode()), encoding="ascii"))
     assert run("generate", "-")[0] == 0 and said == ["é\nß\n"]
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_is_closed(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, closed: str) -> None:
+    """What a parent leaves out is nothing to fall over."""
+    check = ("adapters", "check", str(LIBRARY / "sentiment"), "--state-dir", str(tmp_path), "--json")
+    monkeypatch.setattr(sys, closed, None)
+    status, out, err = run(*check)
+    assert (status, err) == (0, "") and (closed == "stdout" or json.loads(out)["ranks"] == [8])
+    with getattr(sys, closed) as stands_in:
+        assert stands_in.name == os.devnull
+
+
+def test_an_answer_that_a_full_disk_or_a_locale_does_not_take(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check = ("adapters", "check", str(LIBRARY / "sentiment"), "--state-dir", str(tmp_path), "--json")
+
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert run(*check) == (1, "", "error: a file cannot be written: no space left on the disk\n")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(generate, "open_base", lambda *_, **__: sys.stdout.write("é"))
+
+    async def answer(*_: object, **__: object) -> dict[str, Any]:
+        return {}
+
+    monkeypatch.setattr(generate, "_answer", answer)
+    assert run("generate", "x")[0] == 0
