@@ -115,6 +115,12 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
 
+def _named(value: object) -> object:
+    if value == "":
+        raise ValueError("an empty name is none; leave it out for the default")
+    return value
+
+
 def _at_home(path: Path) -> Path:
     try:
         return path.expanduser()
@@ -133,8 +139,8 @@ AutoMemory = Annotated[int | float | None, _auto(parse_memory)]
 AutoInt = Annotated[int | None, _auto(lambda v: v)]
 AutoCount = Annotated[Annotated[int, Field(ge=1)] | None, _auto(lambda v: v)]
 AutoLength = Annotated[Annotated[int, Field(ge=2)] | None, _auto(lambda v: v)]
-Place = Annotated[Path, AfterValidator(_at_home)]
-AutoPlace = Annotated[Place | None, _auto(Path)]
+Place = Annotated[Path, BeforeValidator(_named), AfterValidator(_at_home)]
+AutoPlace = Annotated[Place | None, _auto(lambda v: v)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[Annotated[float, Field(gt=0)] | None, _auto(lambda v: v)]
@@ -146,7 +152,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     # The base and how it runs
-    model: str = Field("smollm2-135m", description="catalogue name, local folder, .gguf file or hub id (org/name@rev)")
+    model: Annotated[str, BeforeValidator(_named)] = Field(
+        "smollm2-135m", description="catalogue name, local folder, .gguf file or hub id (org/name@rev)"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the base lives")
     quantization: Literal["int4", "nf4", "none"] = Field("int4", description="form of the base's linears; none is bf16")
     group_size: AutoInt = Field(None, description="weights per scale: auto is 64, 32 from GGUF, and 64 for nf4")
@@ -167,7 +175,7 @@ class Settings(BaseModel):
     adapter_dir: AutoPlace = Field(
         None, description="watched directory of PEFT folders, never written: auto is adapters/ in the state directory"
     )
-    library: Annotated[Place | None, _auto(lambda v: None if v == "none" else Path(v))] = Field(
+    library: Annotated[Place | None, _auto(lambda v: None if v == "none" else v)] = Field(
         Path(adapters.__path__[0]) / "library", description="adapters registered at start; none for no such adapters"
     )
     max_rank: Count = Field(64, description="highest rank of an adapter")

@@ -133,7 +133,10 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         reserved=(base.name,),
         observer=notices,
     )
-    context = min(base.config.max_position_embeddings, settings.max_context or base.config.max_position_embeddings)
+    longest = base.config.max_position_embeddings
+    context = min(longest, settings.max_context or longest)
+    if settings.max_context is not None and settings.max_context > longest:
+        log.warning("--max-context is %d, and the base's own limit %d: that holds", settings.max_context, longest)
     runner, engine = _engine(settings, base, registry, text, context, mailbox.wake)
     registry.slots, registry.bases = engine, names_of(base.name)
     tasks = Tasks(settings.state_dir / "tasks.json", registry, reserved=(base.name,), vocabulary=text.size)

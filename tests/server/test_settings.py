@@ -89,6 +89,14 @@ def test_auto_is_none() -> None:
     assert load_settings({"library": "none"}).library is None
 
 
+@pytest.mark.parametrize("name", ["model", "state_dir", "adapter_dir", "library", "api_keys_file"])
+def test_an_empty_name_is_no_place(name: str) -> None:
+    """A shell's variable that is not set would have the working directory watched, or written to."""
+    with pytest.raises(BadSetting, match="leave it out") as e:
+        load_settings({name: ""})
+    assert e.value.param == name
+
+
 def test_unknown_variable_names_close_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAMUX_MAX_BACH", "3")
     with pytest.raises(BadSetting, match=r"LORAMUX_MAX_BACH; did you mean LORAMUX_MAX_BATCH") as e:
