@@ -43,16 +43,9 @@ def list_(settings: Settings, as_json: AsJson = False) -> None:
     if as_json:
         print_json(answer)
         return
+    columns = ("tier", "size", "ranks", "targets", "leases", "pinned", "tasks")
     table = Table(
-        Column("version", overflow="fold", min_width=24),
-        "tier",
-        "size",
-        "ranks",
-        "targets",
-        "leases",
-        "pinned",
-        "tasks",
-        box=None,
+        Column("version", overflow="fold", min_width=24), *(Column(name, overflow="fold") for name in columns), box=None
     )
     for a in answer["adapters"]:
         ranks, targets = ", ".join(map(str, a["ranks"])), ", ".join(t.removesuffix("_proj") for t in a["targets"])

@@ -11,6 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+WIDE = 1000
+"""Columns of a file or a pipe."""
+
 Progress = Callable[[str, int, int], None]
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -18,8 +21,9 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 def out() -> Console:
-    """For results. Square brackets in them, of a path or a pattern, are text."""
-    return Console(highlight=False, soft_wrap=True, markup=False)
+    """For results. Square brackets in them, of a path or a pattern, are text; tables are whole where nobody looks."""
+    width = None if sys.stdout.isatty() else WIDE
+    return Console(highlight=False, soft_wrap=True, markup=False, width=width)
 
 
 def print_json(value: Any) -> None:

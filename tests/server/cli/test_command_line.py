@@ -236,6 +236,16 @@ def test_an_adapter_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_a_list_is_whole_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is folded or cut off, as for a terminal, no `grep` finds."""
+    told = {"tier": "ram", "bytes": 2048, "ranks": [8], "targets": ["q_proj"] * 9, "leases": 0, "pinned": True}
+    adapter = {"version": f"{'a' * 64}@0123456789ab", **told, "tasks": ["t" * 64]}
+    monkeypatch.setattr(cli_adapters, "_call", lambda *_: {"adapters": [adapter], "rejected": []})
+    shown = runner.invoke(app, ["adapters", "list"], env={"COLUMNS": "40"}).stdout
+    assert shown.splitlines()[1].split() == [adapter["version"], "ram", "2.0", "KiB", "8", *["q,"] * 8, "q", "0", "yes",
+                                             "t" * 64]  # fmt: skip
+
+
 def test_the_doctor_ends_with_a_status(tmp_path: Path) -> None:
     well = runner.invoke(app, ["doctor", "--port", "0", "--json", "--state-dir", str(tmp_path)])
     ill = runner.invoke(app, ["doctor", "--port", "0", "--json", "--model", "nothing"])
