@@ -128,6 +128,13 @@ def _at_home(path: Path) -> Path:
         raise ValueError(f"{path} begins with ~, and whose home that is cannot be told") from None
 
 
+def _hosts(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if not re.fullmatch(r"\*|[^\s/:\[\]]+|\[[0-9A-Fa-f:.]+\]", name):
+            raise ValueError(f"{name!r} is no host: no scheme, port or path, and an IPv6 address in brackets")
+    return names
+
+
 def _without_brackets(host: str) -> str:
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
@@ -216,7 +223,9 @@ class Settings(BaseModel):
     metrics_key: SecretStr = Field(SecretStr(""), description="a key that opens /metrics only, as id:secret")
     metrics_key_file: Place | None = Field(None, description="file of the key for /metrics, read again when it changes")
     metrics_public: bool = Field(False, description="serve /metrics without a key")
-    allowed_hosts: Names = Field((), description="more values of the Host header to accept, comma-separated")
+    allowed_hosts: Annotated[Names, AfterValidator(_hosts)] = Field(
+        (), description="more values of the Host header to accept, with any port, comma-separated"
+    )
     insecure: bool = Field(False, description="serve without keys on an address that others can reach")
     max_body: Size = Field(8 << 20, description="largest JSON body")
     max_upload: Size = Field(1 << 30, description="largest upload")

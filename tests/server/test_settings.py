@@ -89,6 +89,13 @@ def test_auto_is_none() -> None:
     assert load_settings({"library": "none"}).library is None
 
 
+@pytest.mark.parametrize("host", ["a.example:443", "https://a.example", "a.example/", "::1", "[a", "a b"])
+def test_a_host_header_that_could_never_match(host: str) -> None:
+    assert load_settings({"allowed_hosts": "a.example, [::1],*"}).allowed_hosts == ("a.example", "[::1]", "*")
+    with pytest.raises(BadSetting, match="is no host: no scheme, port or path"):
+        load_settings({"allowed_hosts": f"b.example,{host}"})
+
+
 @pytest.mark.parametrize("name", ["model", "state_dir", "adapter_dir", "library", "api_keys_file"])
 def test_an_empty_name_is_no_place(name: str) -> None:
     """A shell's variable that is not set would have the working directory watched, or written to."""
