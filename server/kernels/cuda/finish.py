@@ -71,7 +71,7 @@ def finish_kernel(
                 acc, pool, offsets, ranks, lane_slot, lane_index, lane0, lanes, v, site, sites, piece, row0, rows,
                 column, outputs, T, width, v_splits, BM, SLICES, DTYPE,
             )  # fmt: skip
-        target = out + (row0 + i)[:, None] * N + (base + column)[None, :]
+        target = out + (row0 + i).to(tl.int64)[:, None] * N + (base + column)[None, :]
         inside = (i[:, None] < rows) & (column[None, :] < outputs)
         if ADD:
             acc += tl.load(target, mask=inside, other=0.0)
@@ -107,7 +107,7 @@ def swiglu_kernel(
         small = tl.exp(-tl.abs(gate))  # never over 1
         hidden = (gate * tl.where(gate >= 0.0, 1.0, small) / (1.0 + small) * up).to(out.dtype.element_ty)
         inside = (i[:, None] < rows) & (column[None, :] < N)
-        tl.store(out + (row0 + i)[:, None] * N + column[None, :], hidden, mask=inside)
+        tl.store(out + (row0 + i).to(tl.int64)[:, None] * N + column[None, :], hidden, mask=inside)
         if GROUP > 0:
             kept = tl.where(inside, hidden.to(tl.float32), 0.0)
             totals = tl.sum(tl.reshape(kept, (BM, BN // GROUP, GROUP)), 2)

@@ -131,11 +131,12 @@ def shrink_kernel(
                 rows_a = tl.load(pool + a[:, None] + k[None, :], mask=used[:, None] & inside[None, :], other=0)
                 acc += tl.sum(rows_a.to(tl.float32) * row_x[None, :], 1)[None, :]
             else:
-                rows_x = tl.load(x + m[:, None] * K + k[None, :], mask=(i[:, None] < rows) & inside[None, :], other=0.0)
+                place_x = x + m.to(tl.int64)[:, None] * K + k[None, :]
+                rows_x = tl.load(place_x, mask=(i[:, None] < rows) & inside[None, :], other=0.0)
                 rows_a = tl.load(pool + a[None, :] + k[:, None], mask=used[None, :] & inside[:, None], other=0)
                 acc = tl.dot(rows_x, rows_a.to(x.dtype.element_ty), acc)
         acc = tl.where(weight == 0.0, 0.0, acc * weight)  # what a row does not use may be anything, even infinite
-        target = out + ((split * SLICES + piece) * T + m)[:, None] * width + j[None, :]
+        target = out + ((split * SLICES + piece) * T + m).to(tl.int64)[:, None] * width + j[None, :]
         tl.store(target, acc, mask=i[:, None] < rows)
 
 
@@ -165,7 +166,8 @@ def expanded(
         else:
             shrunk = tl.zeros((BM, together), tl.float32)
             for split in range(0, splits):
-                source = v + ((split * SLICES + piece) * T + row0 + i)[:, None] * width + j[None, :]
+                row = ((split * SLICES + piece) * T + row0 + i).to(tl.int64)  # times lanes past 2^31, as in `summed`
+                source = v + row[:, None] * width + j[None, :]
                 shrunk += tl.load(source, mask=(i[:, None] < rows) & used[None, :], other=0.0)
             acc = tl.dot(shrunk.to(DTYPE), rows_b.to(DTYPE), acc)
     return acc

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import mmap
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -322,6 +323,53 @@ def test_an_ending_adds_up_every_split(tile_rows: int) -> None:
         sums, out = torch.randn(splits, 5, 48, device=DEVICE), poisoned(5, 48)
         finish.finish(sums, None, out, (48,), lanes)
         assert error(out, sums.sum(0).cpu()) < 1e-6
+
+
+NORESERVE = 0x4000
+"""Of Linux' mmap: memory that need not be there. Python 3.11 has no name for it."""
+
+
+def untouched(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Zeros of which only those that are touched take memory."""
+    if DEVICE.type == "cuda":
+        return torch.zeros(shape, dtype=dtype, device=DEVICE)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags), dtype=dtype).view(shape)
+
+
+def test_rows_lie_beyond_the_elements_that_32_bits_count() -> None:
+    """In a step that is long enough: of the inputs, outputs and lanes of rows alike."""
+    if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 48 << 30:
+        pytest.skip("of which 43 GB are touched on a GPU")
+    count, inputs, outputs, width, rank = (1 << 27) + 2, 16, 16, 16, 3
+    adapters = Adapters(inputs, (outputs,), [[rank]])
+    generator = torch.Generator().manual_seed(1)
+    x, sums = torch.randn(2, inputs, generator=generator), torch.randn(1, 2, 2 * outputs, generator=generator)
+    found = []
+    for among in (2, count):  # two rows, by themselves and as the last of very many
+        lanes = lora.Lanes(
+            tiles=torch.tensor([[among - 2, 2, 0, rank]], dtype=torch.int32, device=DEVICE),
+            slot=torch.zeros(rank, dtype=torch.int32, device=DEVICE),
+            index=torch.arange(rank, dtype=torch.int32, device=DEVICE),
+            place=torch.zeros(rank, dtype=torch.int32, device=DEVICE),
+            sequence=untouched(among, dtype=torch.int32),
+            weights=torch.ones(1, 1, device=DEVICE),
+            width=width,
+            tile_rows=16,
+        )
+        given, shrunk = untouched(among, inputs, dtype=FLOAT), untouched(1, 1, among, width)
+        given[-2:] = x
+        lora.shrink(given, adapters.pool, lanes, 1, 1, shrunk)
+        product, out = untouched(1, among, outputs), untouched(among, outputs, dtype=torch.float16)
+        product[:, -2:] = sums[:, :, :outputs]
+        finish.finish(product, None, out, (outputs,), lanes, adapters.pool, 1, shrunk)
+        product, hidden = untouched(1, among, 2 * outputs), untouched(among, outputs, dtype=torch.float16)
+        product[:, -2:] = sums
+        finish.finish_swiglu(product, None, hidden, product, 0, lanes)
+        found.append((shrunk[0, 0, -2:, :rank].cpu(), out[-2:].cpu(), hidden[-2:].cpu()))
+        del given, shrunk, product, out, hidden
+    for alone, last in zip(*found, strict=True):
+        assert alone.count_nonzero() and torch.equal(alone, last)
 
 
 def test_inputs_are_cut_into_ranges_that_are_read_at_once() -> None:
