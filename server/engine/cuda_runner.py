@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -109,7 +110,7 @@ class CudaRunner:
 
     Steps of up to `max_batch` single rows run as graphs, and a prompt has up to `max_step_tokens` in one. `memory` is
     what there is for all in bytes; `kv_cache` and `adapters` are what is wanted of it, None for a share; no sequence is
-    longer than `context`. Raises BadModel, and NoCapacity if the base leaves too little.
+    longer than `context`. Raises BadModel, and NoCapacity if the base leaves too little, or others do.
     """
 
     def __init__(
@@ -131,8 +132,9 @@ class CudaRunner:
         self.shares: Shares = share_out(base.config, needed, max_step_tokens, max_batch, memory, kv_cache, adapters)
         """What each kind of memory may take."""
         coded = any(base.weights[path].scheme != "none" for path in base.config.linear_shapes())
-        self._model = DeviceModel(base, device, self._dtype)
-        self._pool = AdapterPool(base.config, self.shares.adapters, SLOTS, device, self._dtype, coded)
+        with _counted_on(self.shares.total):
+            self._model = DeviceModel(base, device, self._dtype)
+            self._pool = AdapterPool(base.config, self.shares.adapters, SLOTS, device, self._dtype, coded)
         self._buckets = batch_buckets(max_batch)
         self._storage = torch.empty(0)
         self._results = torch.empty(max_batch, base.config.vocab_size, device=device)
@@ -162,11 +164,12 @@ class CudaRunner:
 
     def allocate(self, blocks: int, block_size: int) -> None:
         """Also compiles the kernels, and makes the graphs of steps with no adapters and few: other graphs are made when
-        they are first needed."""
+        they are first needed. Raises NoCapacity if others have taken the memory."""
         config = self._config
         shape = (config.num_hidden_layers, blocks, config.num_key_value_heads, 2, block_size, config.head_dim)
         self._storage = torch.empty(0)
-        self._storage = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        with _counted_on(self.shares.total):
+            self._storage = torch.zeros(shape, dtype=self._dtype, device=self._device)
         self._block_size = block_size
         self._width = -(-min(blocks * block_size, self._context) // block_size)
         self._model.turn_up_to(self._width * block_size)
@@ -427,6 +430,18 @@ def _in_room(launch: Callable[[], T]) -> T:
         "the GPU lacks the memory for a step: others take of what the server counts on; lower --gpu-memory, so that it "
         "counts on less, or --max-step-tokens, so that steps need less"
     )
+
+
+@contextmanager
+def _counted_on(total: int) -> Iterator[None]:
+    """What of a budget of so many bytes is taken at the start. Raises NoCapacity if it is not there."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise NoCapacity(
+            f"the GPU lacks what the server counts on, {total / 1e9:.2f} GB in all: others have taken of it since "
+            f"it looked; lower --gpu-memory, or start it when they have ended ({error})"
+        ) from None
 
 
 def _lacks_memory(error: BaseException) -> bool:

@@ -332,6 +332,23 @@ def test_a_step_that_finds_memory_in_pieces_is_run_again(count: int, monkeypatch
     assert emptied[1:] == [[None] * 2, [None] * 3]
 
 
+@pytest.mark.parametrize(
+    "what", [(cuda_runner_module, "DeviceModel"), (cuda_runner_module, "AdapterPool"), (torch, "zeros")]
+)
+def test_a_start_that_finds_less_than_it_counted_on_says_so(what: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may take of the memory after the server has asked how much there is."""
+    (base, _), zeros = bases("llama-int4"), torch.zeros
+
+    def lacking(*size: Any, **options: Any) -> torch.Tensor:
+        if what[0] is torch and len(size[0] if isinstance(size[0], tuple) else size) < 6:  # the cache's have six axes
+            return zeros(*size, **options)
+        raise torch.OutOfMemoryError("no block of 20 GiB")
+
+    monkeypatch.setattr(*what, lacking)
+    with pytest.raises(NoCapacity, match="others have taken .* lower --gpu-memory"):
+        cuda_runner(base)
+
+
 def test_tokens_that_find_no_memory_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, tries = cuda_runner(bases("llama-int4")[0]), []
 
