@@ -78,7 +78,14 @@ def unreadable(file: str, error: Exception) -> AdapterError:
 
     InvalidAdapter, or StoreFailed where it is the machine that has no more of something: the file may be good.
     """
-    if not isinstance(error, OSError):
-        return InvalidAdapter(f"{file} cannot be read: {error}", file)
-    reason = f"{file} cannot be read: {error.strerror or type(error).__name__}"
-    return StoreFailed(reason, file) if error.errno in MACHINE else InvalidAdapter(reason, file)
+    told = f"{file} cannot be read: {reason(error)}"
+    lacking = isinstance(error, OSError) and error.errno in MACHINE
+    return StoreFailed(told, file) if lacking else InvalidAdapter(told, file)
+
+
+def reason(error: Exception) -> str:
+    """What an error says, without the path that one about a file carries."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    # What pathlib says of a link to itself, with its path.
+    return "it is a link to itself" if isinstance(error, RuntimeError) else str(error)

@@ -223,7 +223,7 @@ def _targets(value: object, key: str) -> str | frozenset[str]:
     if isinstance(value, str):
         return ALL_LINEAR if value.lower() == ALL_LINEAR and key == "target_modules" else value
     if not isinstance(value, list) or len(value) > MAX_LIST or not all(isinstance(v, str) and v for v in value):
-        raise InvalidAdapter(f"{key} must be a pattern or a list of names", key)
+        raise InvalidAdapter(f"{key} must be a pattern or a list of at most {MAX_LIST} names", key)
     return frozenset(value)
 
 
@@ -234,7 +234,7 @@ def _layers(value: object) -> frozenset[int] | None:
         return None
     numbers = value if isinstance(value, list) else [value]
     if len(numbers) > MAX_LIST or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
-        raise InvalidAdapter(f"{key} must be an integer or a list of integers", key)
+        raise InvalidAdapter(f"{key} must be an integer or a list of at most {MAX_LIST} integers", key)
     return frozenset(numbers) or None
 
 

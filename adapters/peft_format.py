@@ -23,6 +23,7 @@ import torch
 from adapters import peft_config
 from adapters.durable import replace_file
 from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter, unreadable
+from adapters.mistaken import COPY_FILES, no_config, not_safetensors
 from adapters.peft_config import LoraConfig
 from adapters.weights import LoraWeights, LowRank, not_finite, sealed
 
@@ -33,9 +34,6 @@ CARD_FILE = "README.md"
 TASK_FILE = "task.json"
 REQUIRED, OPTIONAL = (CONFIG_FILE, TENSOR_FILE), (TASK_FILE, CARD_FILE)
 """The files of an adapter's folder."""
-MODEL_FILE = "config.json"
-"""In a folder that has no adapter's config, the config of a model."""
-WHOLE_MODEL = "this is a whole model, as merge_and_unload leaves one, and --model serves it"
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_TENSOR_BYTES = 8 << 30
@@ -74,8 +72,7 @@ def read_folder(
         raise InvalidAdapter(f"{path.name!r} is no folder")
     config = _read_file(path, CONFIG_FILE, MAX_CONFIG_BYTES)
     if config is None:
-        what = f": {WHOLE_MODEL}" if os.path.lexists(path / MODEL_FILE) else ""
-        raise InvalidAdapter(f"{CONFIG_FILE} is missing{what}", CONFIG_FILE)
+        raise InvalidAdapter(f"{CONFIG_FILE} is missing{no_config(path, CONFIG_FILE)}", CONFIG_FILE)
     parsed = peft_config.parse(_json_object(config, CONFIG_FILE))
     hint = f", which no adapter of rank {max_rank} (--max-rank) reaches" if shapes is not None else ""
     limit = _tensor_limit(shapes, max_rank)
@@ -168,7 +165,9 @@ def _read_file(
     try:
         real = target.resolve(strict=True)
         if not real.is_relative_to(folder.resolve(strict=True)):
-            raise InvalidAdapter(f"{file} is a link that leads out of the adapter's folder, and is not followed", file)
+            raise InvalidAdapter(
+                f"{file} is a link that leads out of the adapter's folder, and is not followed{COPY_FILES}", file
+            )
         # Not blocking, so that a pipe by that name cannot hold a thread; not following, should the path have changed.
         descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as stream:
@@ -179,6 +178,8 @@ def _read_file(
                 too_large(stream)
                 raise InvalidAdapter(f"{file} has {state.st_size:,} bytes, over the limit of {limit:,}{hint}", file)
             data = stream.read(state.st_size + 1)  # no more room than is needed, and notice what grows
+    except FileNotFoundError:
+        raise InvalidAdapter(f"{file} is a link to nothing{COPY_FILES}", file) from None
     except (OSError, RuntimeError) as error:
         raise unreadable(file, error) from error
     if len(data) > state.st_size:
@@ -227,7 +228,8 @@ def _load(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
-        raise InvalidAdapter(f"{TENSOR_FILE} is damaged or no safetensors file: {error}", TENSOR_FILE) from error
+        why = not_safetensors(data) or str(error)
+        raise InvalidAdapter(f"{TENSOR_FILE} is damaged or no safetensors file: {why}", TENSOR_FILE) from error
     return tensors, header
 
 
@@ -324,9 +326,9 @@ def _refuse_tensor(key: str, name: str) -> None:
         "lora_embedding_": "LoRA on embeddings is not served; retrain without that target",
         "lora_B.bias": "lora_bias is not served",
     }
-    for part, reason in reasons.items():
+    for part, why in reasons.items():
         if part in name:
-            raise UnsupportedAdapter(f"{TENSOR_FILE}: {key} is not served: {reason}", key)
+            raise UnsupportedAdapter(f"{TENSOR_FILE}: {key} is not served: {why}", key)
     module, _, last = name.rpartition(".")
     if peft_config.HEADS.fullmatch(module) or "modules_to_save" in name:
         raise UnsupportedAdapter(

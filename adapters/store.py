@@ -32,6 +32,7 @@ from typing import Any
 from adapters.durable import sync_folder, write_file
 from adapters.errors import InvalidAdapter, NoRoom, StoreFailed, unreadable
 from adapters.journal import Journal
+from adapters.mistaken import COPY_FILES
 from adapters.peft_format import CARD_FILE, REQUIRED, TASK_FILE
 from adapters.weights import SHORT_DIGEST, LoraWeights
 
@@ -272,7 +273,7 @@ class Store:
         try:
             self._disk.sync(self.root)
         except OSError as error:  # it stands, and only a power cut now could undo it
-            log.warning("the names in the store are written but not synced: %s", _reason(error))
+            log.warning("the names in the store are written but not synced: %s", reason(error))
 
     def remove(self, digest: str) -> None:
         """Delete one version, which the journal must not name."""
@@ -336,7 +337,7 @@ class Store:
             except FileNotFoundError:
                 self.lost[digest] = f"version {digest[:SHORT_DIGEST]} is missing from the store"
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                self.lost[digest] = f"the record of version {digest[:SHORT_DIGEST]} cannot be read ({_reason(error)})"
+                self.lost[digest] = f"the record of version {digest[:SHORT_DIGEST]} cannot be read ({reason(error)})"
 
     def _read_record(self, digest: str) -> Record:
         folder = self.path(digest)
@@ -362,12 +363,12 @@ def open_inside(path: Path, within: Path | None) -> int | None:
         real = path.resolve(strict=True)
     except FileNotFoundError:
         if path.is_symlink():
-            raise InvalidAdapter(f"{path.name} is a link to nothing") from None
+            raise InvalidAdapter(f"{path.name} is a link to nothing{COPY_FILES}") from None
         return None
     except (OSError, RuntimeError) as error:
         raise unreadable(path.name, error) from error
     if within is not None and not real.is_relative_to(within.resolve()):
-        raise InvalidAdapter(f"{path.name} leads out of the adapter directory")
+        raise InvalidAdapter(f"{path.name} leads out of the adapter directory{COPY_FILES}")
     try:
         # Nothing is waited for: a pipe opens at once and is then refused.
         fd = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -386,10 +387,5 @@ def _told(action: str) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else _reason(error)
-        raise StoreFailed(f"could not {action}: {reason}; nothing was changed") from error
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, without the path that an OSError carries."""
-    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
+        why = "the disk is full" if full else reason(error)
+        raise StoreFailed(f"could not {action}: {why}; nothing was changed") from error

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from adapters.errors import AdapterError, InvalidAdapter, NoRoom, StoreFailed
 from adapters.journal import LIBRARY, WATCH, Signature
-from adapters.peft_format import CONFIG_FILE, MODEL_FILE, OPTIONAL, REQUIRED, WHOLE_MODEL
+from adapters.mistaken import COPY_FILES, MAX_ENTRIES, MODEL_FILE, WHOLE_MODEL, folders_with, shown, told_below
+from adapters.peft_format import CONFIG_FILE, OPTIONAL, REQUIRED
 from adapters.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,6 @@ RETRY_SECONDS = 30.0
 """After how long a folder is tried again that failed for want of room, which its content says nothing about."""
 MAX_LINES = 10
 """How many adapters are named in the log whose folders are gone."""
-MAX_ENTRIES = 1000
-"""Of a folder that is no adapter, how many entries are looked at for one."""
 MODEL_WEIGHTS = (".safetensors", ".bin")
 
 
@@ -322,7 +321,7 @@ def signature_of(folder: Path, within: Path | None) -> Signature:
             state = os.lstat(path)
             if linked or stat.S_ISLNK(state.st_mode):  # else there is nothing to follow: a thousand are looked at
                 if within is not None and not Path(path).resolve().is_relative_to(within.resolve()):
-                    raise InvalidAdapter(f"{name} leads out of the adapter directory")
+                    raise InvalidAdapter(f"{name} leads out of the adapter directory{COPY_FILES}")
                 state = os.stat(path)
         except (OSError, RuntimeError):  # not there, or not to be read: the reader will say so
             continue
@@ -335,12 +334,8 @@ def _instead_of_an_adapter(folder: Path) -> tuple[str, Signature]:
     there: of all, since a folder that is being copied may get its own config last. Empty if it holds nothing such.
     """
     try:
-        if below := _adapters_below(folder):
-            name = shown(below[-1])
-            told = (
-                f", but {name!r} in it has one, as PEFT saves named adapters and trainers save checkpoints: move the "
-                f"files of {name!r} up into the folder, or register {shown(folder.name)}/{name} under a name"
-            )
+        if below := folders_with(folder, CONFIG_FILE):
+            told = told_below(below[-1], f"register {shown(folder.name)}/{shown(below[-1])} under a name")
             return told, sum((_files(folder, name) for name in ("", *below)), ())
         if (folder / MODEL_FILE).is_file():
             files = _files(folder, "")
@@ -349,18 +344,6 @@ def _instead_of_an_adapter(folder: Path) -> tuple[str, Signature]:
     except OSError:  # it goes as we look, or is not to be read
         return "", ()
     return "", ()
-
-
-def _adapters_below(folder: Path) -> list[str]:
-    """The names of those folders in `folder` that have an adapter's config.
-
-    Long names come last, and so does a training's last checkpoint.
-    """
-    # Anything may lie there, and it is looked at every second: names first.
-    with os.scandir(folder) as entries:
-        folders = (entry.name for entry in islice(entries, MAX_ENTRIES) if entry.is_dir(follow_symlinks=False))
-        below = [name for name in folders if name[0] != "."]
-    return [name for name in sorted(sorted(below), key=len) if (folder / name / CONFIG_FILE).is_file()]
 
 
 def _files(folder: Path, below: str) -> Signature:
@@ -378,11 +361,6 @@ def _files(folder: Path, below: str) -> Signature:
 def origin(kind: str, folder: str) -> str:
     """The key under which it is remembered what a folder held."""
     return f"{kind}/{shown(folder)}"
-
-
-def shown(folder: str) -> str:
-    """A folder's name as text, whatever bytes it has."""
-    return os.fsencode(folder).decode("utf-8", "replace")
 
 
 def _device(directory: Path) -> int:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 
-from adapters import peft_format
+from adapters import peft_config, peft_format
 from adapters.errors import AdapterError, BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter
 from adapters.weights import LoraWeights, LowRank, sealed
 
@@ -301,6 +301,13 @@ def test_wrong_configs_are_refused(changes, make_peft, shapes):
         peft_format.read_folder(folder, name="a", shapes=shapes)
 
 
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "layers_to_transform"])
+def test_a_list_over_the_limit_is_refused_for_its_length(key):
+    entries = [0 if key == "layers_to_transform" else "q_proj"] * (peft_config.MAX_LIST + 1)
+    with pytest.raises(InvalidAdapter, match=rf"^{key} must be .* list of at most 16384 "):
+        peft_config.parse({"peft_type": "LORA", "target_modules": ["q_proj"], key: entries})
+
+
 @pytest.mark.parametrize("changes", [{"r": "8"}, {"lora_alpha": "8"}, {"use_rslora": "8"}])
 def test_a_text_where_a_number_belongs_is_shown_as_one(changes, make_peft):
     _, folder = make_peft(r=2, target_modules=["q_proj"])
@@ -423,6 +430,28 @@ def test_a_merged_model_is_told_apart_from_a_folder_of_nothing(tmp_path):
         peft_format.read_folder(tmp_path, name="a")
 
 
+def test_a_folder_of_named_adapters_is_told_apart_for_every_reader(make_peft, shapes, tmp_path):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    folder.rename(tmp_path / "named")
+    advice = r"is missing, but 'named' in it has one.* move the files of 'named' up .* give \S+/named in its place"
+    with pytest.raises(InvalidAdapter, match=advice):
+        peft_format.read_folder(tmp_path, name="a", shapes=shapes)
+
+
+@pytest.mark.parametrize(
+    ("start", "advice"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "`git lfs pull`"),
+        (b"PK\x03\x04", "a pickle"),
+        (b"<!doctype html>", "a web page"),
+    ],
+)
+def test_what_people_take_for_the_tensors_is_told_by_name(start, advice, make_peft, shapes):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    with pytest.raises(InvalidAdapter, match=advice):
+        peft_format.read_bytes((folder / "adapter_config.json").read_bytes(), start, name="a", shapes=shapes)
+
+
 def test_a_pickle_is_refused_without_being_opened(make_peft, shapes, tmp_path):
     _, folder = make_peft(r=2, target_modules=["q_proj"])
     (folder / "adapter_model.safetensors").unlink()
@@ -444,8 +473,12 @@ def test_links_out_of_the_folder_and_odd_files_are_refused(file, make_peft, shap
     assert peft_format.read_folder(folder, name="a", shapes=shapes).modules
     (folder / file).unlink()
     inside.rename(tmp_path / "outside")
+    (folder / file).symlink_to(tmp_path / "nothing")
+    with pytest.raises(InvalidAdapter, match="link to nothing: copy the files themselves"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+    (folder / file).unlink()
     (folder / file).symlink_to(tmp_path / "outside")
-    with pytest.raises(InvalidAdapter, match="link that leads out"):
+    with pytest.raises(InvalidAdapter, match="link that leads out .*: copy the files themselves"):
         peft_format.read_folder(folder, name="a", shapes=shapes)
     (folder / file).unlink()
     os.mkfifo(folder / file)
@@ -453,8 +486,9 @@ def test_links_out_of_the_folder_and_odd_files_are_refused(file, make_peft, shap
         peft_format.read_folder(folder, name="a", shapes=shapes)
     (folder / file).unlink()
     (folder / file).symlink_to(file)
-    with pytest.raises(InvalidAdapter, match="cannot be read"):
+    with pytest.raises(InvalidAdapter, match="cannot be read") as looped:
         peft_format.read_folder(folder, name="a", shapes=shapes)
+    assert str(tmp_path) not in looped.value.message and str(folder) not in looped.value.message
     (folder / file).unlink()
     with pytest.raises(InvalidAdapter, match="is missing"):
         peft_format.read_folder(folder, name="a", shapes=shapes)
