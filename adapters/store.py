@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.durable import sync_folder, write_file
-from adapters.errors import InvalidAdapter, NoRoom, StoreFailed, unreadable
+from adapters.errors import InvalidAdapter, NoRoom, StoreFailed, reason, unreadable
 from adapters.journal import Journal
 from adapters.mistaken import COPY_FILES
 from adapters.peft_format import CARD_FILE, REQUIRED, TASK_FILE

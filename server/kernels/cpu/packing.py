@@ -121,8 +121,8 @@ def _pack_values(values: torch.Tensor) -> torch.Tensor:
 
 
 def _span_scales(stored: Weight) -> dict[str, torch.Tensor]:
-    """int4's scales and zeros as whole numbers in units of a power of two for each row; see kernels.h. Those that do not
-    come back from that as the float16 that they are, far smaller than the row's largest, are told apart."""
+    """int4's scales and zeros as whole numbers in units of a power of two for each row; see kernels.h. Those that do
+    not come back from that as the float16 that they are, far smaller than the row's largest, are told apart."""
     scale, zero = (_padded_rows(stored.tensors[name]) for name in ("scale", "zero"))
     whole = torch.stack((scale.double(), zero.double() / 8 + scale.double()), -1)  # [out, groups, 2]
     exponent = torch.frexp(whole.abs().amax((1, 2)) / LARGEST).exponent
