@@ -128,6 +128,20 @@ __attribute__((always_inline)) inline void dot_products(const uint8_t* codes, in
   }
 }
 
+// Over all groups, two of them a span; the last one is alone if their number is odd.
+template <class Group, class EndSpan>
+__attribute__((always_inline)) inline void walk(int64_t steps, Group& group, EndSpan& end_span) {
+  for (int64_t i = 0; i < steps / 2; i++) {
+    group(std::integral_constant<int, 0>());
+    group(std::integral_constant<int, 1>());
+    end_span();
+  }
+  if (steps % 2) {
+    group(std::integral_constant<int, 0>());
+    end_span();
+  }
+}
+
 // R rows by T tiles of 16 columns over all of k. Groups of weights are whole numbers of groups of activations. `side` is
 // how many lines from `aside` on are asked for with each of these.
 //
@@ -182,15 +196,7 @@ __attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile
       }
     meta += META;
   };
-  for (int64_t i = 0; i < steps / 2; i++) {
-    group(std::integral_constant<int, 0>());
-    group(std::integral_constant<int, 1>());
-    end_span();
-  }
-  if (steps % 2) {
-    group(std::integral_constant<int, 0>());
-    end_span();
-  }
+  walk(steps, group, end_span);
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) _mm512_storeu_ps(out + r * stride + t * 16, sum[t][r]);
 }
@@ -270,17 +276,7 @@ __attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int
     meta += META;
     if (--left == 0) scales += SCALES, left = each;
   };
-  for (int64_t i = 0; i < steps / 2; i++) {
-    group(std::integral_constant<int, 0>());
-    group(std::integral_constant<int, 1>());
-    end_span();
-  }
-  if (steps % 2) {
-    group(std::integral_constant<int, 0>());
-    for (int r = 0; r < R; r++)
-      for (int t = 0; t < T; t++) both[t][r] = _mm512_and_si512(both[t][r], _mm512_set1_epi32(0xffff));
-    end_span();
-  }
+  walk(steps, group, end_span);  // a last group that is alone has a scale of zero beside its own
   for (int t = 0; t < T; t++) {
     const __m512 unit = column_units(w, tile + t);
     for (int r = 0; r < R; r++) _mm512_storeu_ps(out + r * stride + t * 16, _mm512_mul_ps(sum[t][r], unit));
