@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adapters import peft_config
+from adapters import memory, peft_config
 from adapters.errors import AdapterError, BaseMismatch
 from adapters.weights import LoraWeights, LowRank, sealed
+
+TRAINED_BYTES = 16
+"""Of each parameter: its value, its gradient and two moments, in float32."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,20 @@ def eject(tree: nn.Module) -> None:
 def trainable_parameters(shapes: Mapping[str, tuple[int, int]], spec: LoraSpec) -> int:
     """How many values a spec trains on a base with these linears (path -> (out, in))."""
     return sum(rank * sum(shapes[path]) for path, rank in spec.ranks(shapes).items())
+
+
+def check_room(tree: nn.Module, spec: LoraSpec) -> None:
+    """Raises AdapterError for ranks whose parameters alone take more memory than is left. A GPU tells so by itself."""
+    if torch.get_default_device().type != "cpu":
+        return
+    shapes: Any = {path: (m.out_features, m.in_features) for path, m in linears(tree).items()}
+    count, free = trainable_parameters(shapes, spec), memory.free()
+    if count * TRAINED_BYTES > free:
+        raise AdapterError(
+            f"{count:,} parameters take {count * TRAINED_BYTES >> 20:,} MiB to train, and {free >> 20:,} MiB are left; "
+            "lower lora_rank, or name fewer target_modules",
+            "lora_rank",
+        )
 
 
 def _set(tree: nn.Module, path: str, module: nn.Module) -> None:

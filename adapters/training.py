@@ -38,8 +38,6 @@ LOSS_ROWS = 256
 """Rows whose logits are in memory at a time."""
 MOST_EPOCHS = 1e9
 """More are no number of steps that could be counted."""
-TRAINED_BYTES = 16
-"""Of each parameter: its value, its gradient and two moments, in float32."""
 
 
 class Model(Protocol):
@@ -220,7 +218,7 @@ def train(
     raises TrainingStopped. A checkpoint of another run is refused, and so are ranks that memory has no room for. The
     metadata say what was done (`training`).
     """
-    _check_room(model, config)
+    layers.check_room(model.tree, config.spec())
     found = layers.inject(model.tree, config.spec(), config.seed)
     try:
         if init is not None:
@@ -485,20 +483,6 @@ def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for block in blocks:
             del block.forward
-
-
-def _check_room(model: Model, config: TrainingConfig) -> None:
-    """Raises AdapterError for ranks whose parameters alone take more memory than is left. A GPU tells so by itself."""
-    if torch.get_default_device().type != "cpu":
-        return
-    shapes: Any = {path: (m.out_features, m.in_features) for path, m in layers.linears(model.tree).items()}
-    count, free = layers.trainable_parameters(shapes, config.spec()), memory.free()
-    if count * TRAINED_BYTES > free:
-        raise AdapterError(
-            f"{count:,} parameters take {count * TRAINED_BYTES >> 20:,} MiB to train, and {free >> 20:,} MiB are left; "
-            "lower lora_rank, or name fewer target_modules",
-            "lora_rank",
-        )
 
 
 def _parameters(found: Mapping[str, layers.LoRALinear]) -> list[torch.Tensor]:
