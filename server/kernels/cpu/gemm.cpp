@@ -79,6 +79,16 @@ struct Ahead {
   int first, last;
 };
 
+// Asks for the lines of `next`, of which a group passes so many bytes, and for `side` lines from `aside` on; both go on.
+// Into the second cache: a line under way to the first holds one of its few places, and the walk's own loads wait.
+__attribute__((always_inline)) inline void ask(Ahead ahead, int64_t bytes, const uint8_t*& next, int64_t side,
+                                               const char*& aside) {
+  for (int l = ahead.first; l < ahead.last; l++) _mm_prefetch(reinterpret_cast<const char*>(next + l * 64), _MM_HINT_T1);
+  next += bytes;
+  for (int64_t l = 0; l < side; l++) _mm_prefetch(aside + l * 64, _MM_HINT_T1);
+  aside += side * 64;
+}
+
 // dot[t][r] = the products of a group's codes of T tiles with R rows' codes x, in the units of the rows' second halves, or
 // in sixteenths of these for INT4: its nibbles are read where they lie, those in the high half of a byte as 16 times as
 // much. `meta` points at the words of this group. CENTRED: the codes of INT4 are taken as 8 less than they are.
@@ -161,11 +171,7 @@ __attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile
   const auto group = [&](auto second) __attribute__((always_inline)) {
     if (ahead.first == 0 && ahead.last > 0 && left == each)
       for (int t = 0; t < T; t++) prefetch_scales<S, DOUBLE>(w, tile + T + t, groups, g);
-    // Into the second cache: a line under way to the first holds one of its few places, and the walk's own loads wait.
-    for (int l = ahead.first; l < ahead.last; l++) _mm_prefetch(reinterpret_cast<const char*>(next + l * 64), _MM_HINT_T1);
-    next += T * BYTES;
-    for (int64_t l = 0; l < side; l++) _mm_prefetch(aside + l * 64, _MM_HINT_T1);
-    aside += side * 64;
+    ask(ahead, T * BYTES, next, side, aside);
     __m512i dot[T][R];
     dot_products<S, false, R, T>(codes, steps * BYTES, x, meta + second * ROWS, dot);
     GroupScales s[T];
@@ -244,10 +250,7 @@ __attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int
     if (ahead.first == 0 && ahead.last > 0 && left == each && second < SCALES / 32)
       for (int t = T; t < 2 * T; t++)
         _mm_prefetch(reinterpret_cast<const char*>(scales + t * count * SCALES + second * 32), _MM_HINT_T1);
-    for (int l = ahead.first; l < ahead.last; l++) _mm_prefetch(reinterpret_cast<const char*>(next + l * 64), _MM_HINT_T1);
-    next += T * BYTES;
-    for (int64_t l = 0; l < side; l++) _mm_prefetch(aside + l * 64, _MM_HINT_T1);
-    aside += side * 64;
+    ask(ahead, T * BYTES, next, side, aside);
     __m512i dot[T][R];
     dot_products<INT4, true, R, T>(codes, steps * BYTES, x, meta + second * ROWS, dot);
 #pragma GCC unroll 8
