@@ -33,7 +33,7 @@ Choice = list[tuple[str, float]]
 class LowRank(NamedTuple):
     """One module's update, `scale * B @ A`: A is [rank, in], B is [out, rank], scale is alpha/r or alpha/sqrt(r).
 
-    A backend may keep codes instead, A [rank, in] and B as it lays them out, with `coded_out` outputs. What the product
+    A backend may keep codes instead, both as it lays them out, of a module that is `coded` (out, in). What the product
     of a rank's two counts in is in `units` then, float32 [rank].
     """
 
@@ -41,16 +41,16 @@ class LowRank(NamedTuple):
     B: torch.Tensor
     scale: float
     units: torch.Tensor | None = None
-    coded_out: int = 0
+    coded: tuple[int, int] = (0, 0)
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return len(self.A if self.units is None else self.units)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the module."""
-        return self.B.shape[0] if self.units is None else self.coded_out, self.A.shape[1]
+        return (self.B.shape[0], self.A.shape[1]) if self.units is None else self.coded
 
     @property
     def nbytes(self) -> int:

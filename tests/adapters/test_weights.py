@@ -33,8 +33,8 @@ def test_the_matrix_with_a_value_that_is_not_finite_is_found(dtype: torch.dtype)
 
 
 def test_codes_are_counted_and_have_no_update_that_others_could_read() -> None:
-    a, b = torch.tensor([[2, 4, 0], [1, 0, 3]], dtype=torch.uint8), torch.zeros(1, 1, 16, 4, dtype=torch.uint8)
-    weights = LoraWeights("a", "digest", {"p": LowRank(a, b, 0.5, torch.tensor([0.25, 2.0]), 7)})
-    assert weights.ranks == [2] and weights.nbytes == 6 + 64 + 4 * 2 and weights.modules["p"].shape == (7, 3)
+    a, b = torch.zeros(8 * 32, dtype=torch.uint8), torch.zeros(1, 1, 16, 4, dtype=torch.uint8)
+    weights = LoraWeights("a", "digest", {"p": LowRank(a, b, 0.5, torch.tensor([0.25, 2.0]), (7, 3))})
+    assert weights.ranks == [2] and weights.nbytes == 8 * 32 + 64 + 4 * 2 and weights.modules["p"].shape == (7, 3)
     with pytest.raises(ValueError, match="p is in codes"):
         weights.delta("p")

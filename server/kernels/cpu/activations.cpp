@@ -29,7 +29,7 @@ struct Span {
   const float* from;
   int8_t* codes;  // of its first group; the second one's lie ROWS * GROUP behind
   float* meta;
-  float* units;  // null if nobody asks for them
+  Quarter* quarters;  // null if nobody asks for them
 
   __m512 quarter(int q) const { return _mm512_loadu_ps(from + q * 16); }
 };
@@ -213,10 +213,13 @@ void encode(const Span* spans, const Units& units) {
   if (!side_by_side)
     for (int n = 0; n < TOGETHER; n++)
       for (int i = 0; i < METAS; i++) spans[n].meta[i * ROWS] = elsewhere[i * ROWS + n];
-  if (spans[0].units == nullptr) return;
-  alignas(64) float each[TOGETHER][QUARTERS];
-  _mm512_store_si512(each, turned((__m512i)units.unit));
-  for (int n = 0; n < TOGETHER; n++) std::memcpy(spans[n].units, each[n], sizeof each[n]);
+  if (spans[0].quarters == nullptr) return;
+  const __m512i unit = turned((__m512i)units.unit), begin = turned(_mm512_sub_epi32(zero, times));  // a lane for each span
+  const __m512i two[] = {_mm512_unpacklo_epi32(unit, begin), _mm512_unpackhi_epi32(unit, begin)};
+  alignas(64) Quarter each[2][TOGETHER][QUARTERS / 2];
+  std::memcpy(each, two, sizeof each);
+  for (int n = 0; n < TOGETHER; n++)
+    for (int h = 0; h < 2; h++) std::memcpy(spans[n].quarters + h * QUARTERS / 2, each[h][n], sizeof each[h][n]);
 }
 
 // In two passes, as what follows from one number to the next takes longer than the work, and only one pass is so short that
@@ -230,17 +233,17 @@ void quantize(Span* spans, int count) {
 
 }  // namespace
 
-void Activations::reserve(int64_t rows, int64_t k, bool with_codes, bool with_units, bool with_half) {
+void Activations::reserve(int64_t rows, int64_t k, bool with_codes, bool with_quarters, bool with_half) {
   padded = (k + SPAN - 1) / SPAN * SPAN;
   wants_codes = with_codes;
-  wants_units = with_units;
+  wants_quarters = with_quarters;
   wants_half = with_half;
   const int64_t whole = (rows + ROWS - 1) / ROWS * ROWS;
   if (with_codes) {
     codes.reserve(whole * padded);
     meta.reserve(whole / ROWS * (padded / SPAN) * META);
   }
-  if (with_units) units.reserve(rows * (padded / SPAN) * QUARTERS);
+  if (with_quarters) quarters.reserve(rows * (padded / SPAN) * QUARTERS);
   if (with_half) half.reserve(rows * padded);
 }
 
@@ -262,7 +265,7 @@ void Activations::set(int64_t row, int64_t rows, int64_t from, int64_t to, const
       if (!wants_codes) continue;
       const int64_t step = r / ROWS * (padded / GROUP) + i / GROUP, lane = r % ROWS;
       spans[n++] = {at, codes.get() + (step * ROWS + lane) * GROUP, meta.get() + step / 2 * META + lane,
-                    wants_units ? units.get() + (r * padded + i) / SPAN * QUARTERS : nullptr};
+                    wants_quarters ? quarters.get() + (r * padded + i) / SPAN * QUARTERS : nullptr};
       if (n == AT_ONCE) quantize(spans, n), n = 0;
     }
   }

@@ -65,21 +65,29 @@ enum Meta : int {
 };
 constexpr int META = METAS * ROWS;  // words per block and span
 
+// The unit of 16 inputs' codes, and what sums of their products begin with for an operand with 128 added.
+struct Quarter {
+  float unit;
+  int32_t begin;
+};
+
 // Activations [rows, k] in the forms that products read, inputs padded with zeros to a multiple of 64:
-//   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/64][METAS][4], units [rows][kp/16] of the quarters, and bf16 [rows][kp].
+//   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/64][METAS][4], quarters
+//   [rows][kp/16], and bf16 [rows][kp].
 struct Activations {
   Buffer<int8_t> codes;
-  Buffer<float> meta, units;
+  Buffer<float> meta;
+  Buffer<Quarter> quarters;
   Buffer<uint16_t> half;
   int64_t padded = 0;
-  bool wants_codes = true, wants_units = false, wants_half = false;
+  bool wants_codes = true, wants_quarters = false, wants_half = false;
 
-  void reserve(int64_t rows, int64_t k, bool with_codes, bool with_units, bool with_half);
+  void reserve(int64_t rows, int64_t k, bool with_codes, bool with_quarters, bool with_half);
   // Inputs from..to of some rows (from a multiple of 64; to one too, or k); x points at input `from` of the first row.
   void set(int64_t row, int64_t rows, int64_t from, int64_t to, const float* x, int64_t stride);
   // Asks for the codes of some rows, which other cores may just have written.
   void fetch(int64_t rows) const;
-  int64_t bytes() const { return codes.bytes() + meta.bytes() + units.bytes() + half.bytes(); }
+  int64_t bytes() const { return codes.bytes() + meta.bytes() + quarters.bytes() + half.bytes(); }
 };
 
 }  // namespace loramux

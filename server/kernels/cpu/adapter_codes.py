@@ -2,8 +2,8 @@
 
 Owns the form and the layout. A step reads each of its batch's adapters from memory once, and memory is what many of
 them cost, so a value is a byte: a code from -127 to 127, in a unit of its rank's own. Activations are rounded as much,
-and the base's weights more. B lies as products read it, sixteen columns by four ranks at a time. Does not know the
-arithmetic of an update.
+and the base's weights more. Both lie as products read them, A sixteen ranks by four inputs at a time, B sixteen columns
+by four ranks. Does not know the arithmetic of an update.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from adapters.weights import LoraWeights, LowRank
 from server.kernels import pages
 from server.kernels.adapter_memory import walk
 from server.kernels.cpu import bindings
+from server.kernels.cpu.packing import GROUP
 
 LINE = 64
 """Bytes of a cache line, where whatever is walked begins."""
@@ -27,7 +28,8 @@ _TYPES = {torch.float32: bindings.FLOAT32, torch.bfloat16: bindings.BFLOAT16, to
 
 
 def encoded(weights: LoraWeights) -> LoraWeights:
-    """The adapter in codes, as kernels.h has them: A uint8 [rank, in], B uint8 [tiles, fours, 16, 4], of one tensor.
+    """The adapter in codes, as kernels.h has them: A uint8 [`bytes_of_a`], B uint8 [tiles, fours, 16, 4], of one
+    tensor.
 
     A rank's row of A and column of B count in a 127th of their largest value each, and the product of both is among the
     `units`. So each value is off by half of that at most, and ranks that are cut off, or put beside others, change no
@@ -49,11 +51,11 @@ def encoded(weights: LoraWeights) -> LoraWeights:
             kept.append((a, b))
         units, start_a, start_b = places[path]
         module = LowRank(
-            flat[start_a : start_a + rank * width].view(rank, width),
+            flat[start_a : start_a + bytes_of_a(rank, width)],
             flat[start_b : start_b + math.prod(tiles(rank, out))].view(tiles(rank, out)),
             update.scale,
             flat[units : units + 4 * rank].view(torch.float32),
-            out,
+            (out, width),
         )
         modules[path] = module
         sources.append(
@@ -74,6 +76,11 @@ def encoded(weights: LoraWeights) -> LoraWeights:
     return LoraWeights(weights.name, weights.digest, modules, weights.metadata)
 
 
+def bytes_of_a(rank: int, width: int) -> int:
+    """Of A in codes: tiles of sixteen ranks, and of eight where no more are left, by whole groups of inputs."""
+    return -(-rank // 8) * 8 * -(-width // GROUP) * GROUP
+
+
 def tiles(rank: int, out: int) -> tuple[int, int, int, int]:
     """The shape of B in codes: columns by sixteens, their ranks by fours."""
     return -(-out // 16), -(-rank // 4), 16, 4
@@ -84,11 +91,11 @@ def _places(weights: LoraWeights) -> tuple[dict[str, tuple[int, int, int]], int]
     places: dict[tuple[str, str], int] = {}
     end = 0
     for path, part in walk(tuple(weights.modules)):
-        a, b = weights.modules[path][:2]
+        (rank, width), out = weights.modules[path].A.shape, len(weights.modules[path].B)
         if part == "A":
             places[path, "units"] = end
-            end += -(-4 * len(a) // LINE) * LINE
+            end += -(-4 * rank // LINE) * LINE
         places[path, part] = end
-        size = a.numel() if part == "A" else math.prod(tiles(len(a), len(b)))
+        size = bytes_of_a(rank, width) if part == "A" else math.prod(tiles(rank, out))
         end += -(-size // LINE) * LINE
     return {path: (places[path, "units"], places[path, "A"], places[path, "B"]) for path in weights.modules}, end

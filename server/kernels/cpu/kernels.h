@@ -58,9 +58,9 @@ struct Config {
   double eps;
 };
 
-// One module of an adapter, as its matrix of the base is. Beside codes both are codes, 128 added to each: a [rank, in], and
-// b [tiles of 16 columns][fours of ranks][16][4], where what there is not is zero; what the product of a rank's two
-// counts in is in units [rank]. Beside a matrix of bf16 both are that, a [rank, in] and b [rank, out] (B transposed), and
+// One module of an adapter, as its matrix of the base is. Beside codes both are codes, 128 added to each, and zero where
+// there is nothing: a in tiles of 16 ranks and a last one of 8 if no more are left, [kp/4][16 or 8][4], and b [tiles of 16
+// columns][fours of ranks][16][4]; what the product of a rank's two counts in is in units [rank]. Beside a matrix of bf16 both are that, a [rank, in] and b [rank, out] (B transposed), and
 // units is null. rank 0: none.
 struct LoraSite {
   const float* units;
@@ -71,6 +71,9 @@ struct LoraSite {
 
   bool coded() const { return units != nullptr; }
 };
+
+inline int64_t padded_inputs(int64_t in) { return (in + 31) / 32 * 32; }
+inline int64_t ranks_of_tile(int64_t left) { return left > 8 ? 16 : 8; }
 
 inline int64_t bytes_of_b(const LoraSite& site, int64_t out) {
   return site.coded() ? (out + 15) / 16 * ((site.rank + 3) / 4) * 64 : site.rank * out * 2;

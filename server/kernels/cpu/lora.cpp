@@ -9,8 +9,8 @@
 namespace loramux {
 namespace {
 
-// Bytes ahead of a walk that are asked for: more than a block of B's rows, which is not walked from end to end. The
-// processor's own prefetching ends with each small page.
+// Bytes ahead of a walk that are asked for where adapters are in bf16: more than a block of B's rows, which is not walked
+// from end to end. The processor's own prefetching ends with each small page.
 constexpr int64_t AHEAD = 6144;
 
 // Into the second cache, which has more misses under way at once than the first.
@@ -131,51 +131,76 @@ struct Halves {
 struct Codes {
   struct Row {
     const int8_t* codes;  // a group's lie ROWS * GROUP after those of the one before
-    const float* units;
+    const Quarter* quarters;
   };
 
   static Row row(const Activations& x, int64_t r) {
     const int64_t groups = x.padded / GROUP;
-    return {x.codes.get() + (r / ROWS * groups * ROWS + r % ROWS) * GROUP, x.units.get() + r * groups * 2};
+    return {x.codes.get() + (r / ROWS * groups * ROWS + r % ROWS) * GROUP, x.quarters.get() + r * groups * 2};
   }
 
-  // The sums of four neighbours of a group's products, times the units of the row's quarters.
-  template <int R, int J>
-  static void add_group(const __m256i* w, const Row* x, int64_t i, __m256 (*sum)[R]) {
-    const __m256i halves = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-    const __m256i none = _mm256_setzero_si256(), added = _mm256_set1_epi8(-128);  // 128 without a sign
+  // What ranks are computed by: as many at once as a vector has words.
+  struct Sixteen {
+    using Words = __m512i;
+    using Floats = __m512;
+    static Words load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    static Words every(const void* p) { return broadcast_word(p); }
+    static Words add(Words sum, Words w, Words x) { return _mm512_dpbusd_epi32(sum, w, x); }
+    static Floats add_scaled(Words x, float unit, Floats sum) {
+      return _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(unit), sum);
+    }
+    static Floats factors(const float* units, int64_t ranks, float factor) {
+      return _mm512_mul_ps(_mm512_maskz_loadu_ps(first_lanes(ranks), units), _mm512_set1_ps(factor));
+    }
+    static void store(float* to, int64_t ranks, Floats sum, Floats factor) {
+      _mm512_mask_storeu_ps(to, first_lanes(ranks), _mm512_mul_ps(sum, factor));
+    }
+  };
+  struct Eight {
+    using Words = __m256i;
+    using Floats = __m256;
+    static Words load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static Words every(const void* p) { return _mm256_castps_si256(_mm256_broadcast_ss(static_cast<const float*>(p))); }
+    static Words add(Words sum, Words w, Words x) { return _mm256_dpbusd_epi32(sum, w, x); }
+    static Floats add_scaled(Words x, float unit, Floats sum) {
+      return _mm256_fmadd_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(unit), sum);
+    }
+    static Floats factors(const float* units, int64_t ranks, float factor) {
+      return _mm256_mul_ps(_mm256_maskz_loadu_ps(static_cast<__mmask8>(first_lanes(ranks)), units), _mm256_set1_ps(factor));
+    }
+    static void store(float* to, int64_t ranks, Floats sum, Floats factor) {
+      _mm256_mask_storeu_ps(to, static_cast<__mmask8>(first_lanes(ranks)), _mm256_mul_ps(sum, factor));
+    }
+  };
+
+  // R rows by a tile of A; where that ends. First and second quarters of groups have a sum each: one alone would wait for
+  // itself. Nothing is asked for ahead: a tile is walked from end to end, which the processor sees.
+  template <int R, class V>
+  static const uint8_t* products(const uint8_t* a, const Row* x, int64_t in, typename V::Floats (&out)[R]) {
+    const int8_t* codes[R];
+    const Quarter* quarters[R];
+    typename V::Floats sum[2][R];
     for (int r = 0; r < R; r++) {
-      const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[r].codes + i * ROWS));
-      const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x[r].units + i / GROUP * 2));
-      const __m256 unit = _mm256_permutevar8x32_ps((__m256)_mm256_castsi128_si256(two), halves);
-      const __m256i begin = _mm256_sub_epi32(none, _mm256_dpbusd_epi32(none, added, row));
-      for (int j = 0; j < J; j++)
-        sum[j][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_dpbusd_epi32(begin, w[j], row)), unit, sum[j][r]);
+      codes[r] = x[r].codes;
+      quarters[r] = x[r].quarters;
+      sum[0][r] = sum[1][r] = typename V::Floats{};
     }
-  }
-
-  template <int R, int J>
-  static void products(const uint8_t* a, const Row* x, int64_t in, float (*out)[R]) {
-    __m256 sum[J][R];
-    for (int j = 0; j < J; j++)
-      for (int r = 0; r < R; r++) sum[j][r] = _mm256_setzero_ps();
-    __m256i w[J];
-    int64_t i = 0;
-    for (; i + GROUP <= in; i += GROUP) {
-      for (int j = 0; j < J; j++) w[j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + j * in + i));
-      for (int j = 0; j < J; j += 2) prefetch(a + i * J + j * 32);
-      add_group<R, J>(w, x, i, sum);
-    }
-    if (i < in) {  // the row's codes are zero from here on
-      for (int j = 0; j < J; j++) w[j] = _mm256_maskz_loadu_epi8(first_of_32(in - i), a + j * in + i);
-      add_group<R, J>(w, x, i, sum);
-    }
-    for (int j = 0; j < J; j++)
-      for (int r = 0; r < R; r++) {
-        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum[j][r]), _mm256_extractf128_ps(sum[j][r], 1));
-        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        out[j][r] = _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    for (int64_t i = 0; i < in; i += GROUP) {
+#pragma GCC unroll 2
+      for (int q = 0; q < 2; q++) {
+        typename V::Words dot[R];
+        for (int r = 0; r < R; r++) dot[r] = V::every(&quarters[r][q].begin);
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; b++, a += sizeof(typename V::Words)) {
+          const typename V::Words w = V::load(a);
+          for (int r = 0; r < R; r++) dot[r] = V::add(dot[r], w, V::every(codes[r] + q * 16 + b * 4));
+        }
+        for (int r = 0; r < R; r++) sum[q][r] = V::add_scaled(dot[r], quarters[r][q].unit, sum[q][r]);
       }
+      for (int r = 0; r < R; r++) codes[r] += ROWS * GROUP, quarters[r] += 2;
+    }
+    for (int r = 0; r < R; r++) out[r] = sum[0][r] + sum[1][r];
+    return a;
   }
 
   // A row's v as whole numbers of 16 bits, high * 256 + low, in a unit that makes the largest of them LARGEST. `words` has
@@ -218,17 +243,15 @@ struct Codes {
   template <int R>
   static float* shrink(const LoraSite& site, const Row* x, int64_t in, float factor, float* v, float* at) {
     const auto* a = static_cast<const uint8_t*>(site.a);
-    const auto some = [&](auto count, int64_t j) {
-      float dots[count][R];
-      products<R, count>(a + j * in, x, in, dots);
-      for (int i = 0; i < count; i++)
-        for (int r = 0; r < R; r++) v[r * site.rank + j + i] = dots[i][r] * (factor * site.units[j + i]);
+    const auto tile = [&](auto form, int64_t j) {
+      using V = decltype(form);
+      typename V::Floats sum[R];
+      a = products<R, V>(a, x, in, sum);
+      const typename V::Floats factors = V::factors(site.units + j, site.rank - j, factor);
+      for (int r = 0; r < R; r++) V::store(v + r * site.rank + j, site.rank - j, sum[r], factors);
     };
-    int64_t j = 0;
-    if constexpr (R <= 2)
-      for (; j + 8 <= site.rank; j += 8) some(std::integral_constant<int, 8>(), j);
-    for (; j + 4 <= site.rank; j += 4) some(std::integral_constant<int, 4>(), j);
-    for (; j < site.rank; j++) some(std::integral_constant<int, 1>(), j);
+    for (int64_t j = 0; j < site.rank; j += 16)
+      ranks_of_tile(site.rank - j) == 16 ? tile(Sixteen(), j) : tile(Eight(), j);
     for (int r = 0; r < R; r++, at += words(site.rank)) split(v + r * site.rank, site.rank, at);
     return at;
   }
@@ -245,7 +268,6 @@ struct Codes {
       for (int r = 0; r < R; r++) high[r] = broadcast_word(v[r] + 1), low[r] = broadcast_word(v[r] + 2);
       for (int64_t g = HEAD; g < HEAD + fours; g++, b += 64) {
         const __m512i w = _mm512_loadu_si512(b);
-        prefetch(b);
         for (int r = 0; r < R; r++) {
           high[r] = _mm512_dpbusd_epi32(high[r], w, broadcast_word(v[r] + g));
           low[r] = _mm512_dpbusd_epi32(low[r], w, broadcast_word(v[r] + to_low + g));

@@ -1,6 +1,8 @@
 #include "lora_codes.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "simd.h"
@@ -60,11 +62,17 @@ void interleave(const uint8_t* const* ranks, int64_t column, uint8_t* to) {
   }
 }
 
+// A tile of A, of so many ranks: four inputs' codes of each, side by side.
+void lay_tile(const uint8_t* ranks, int64_t padded, int64_t count, uint8_t* to) {
+  for (int64_t j = 0; j < count; j++)
+    for (int64_t i = 0; i < padded / 4; i++) std::memcpy(to + (i * count + j) * 4, ranks + j * padded + i * 4, 4);
+}
+
 }  // namespace
 
 int64_t encode(const LoraSource* modules, int64_t count) {
   std::vector<float> row, units;
-  std::vector<uint8_t> four;
+  std::vector<uint8_t> tile, four;
   const auto encode_rank = [&](const Factor& factor, int64_t rank, uint8_t* codes) {
     row.resize(static_cast<size_t>(factor.width));
     read(factor, rank, row.data());
@@ -73,8 +81,17 @@ int64_t encode(const LoraSource* modules, int64_t count) {
   for (int64_t m = 0; m < count; m++) {
     const LoraSource& module = modules[m];
     units.resize(static_cast<size_t>(module.rank));
-    for (int64_t j = 0; j < module.rank; j++)
-      units[static_cast<size_t>(j)] = encode_rank(module.a, j, module.a.codes + j * module.a.width);
+    const int64_t padded = padded_inputs(module.a.width);
+    uint8_t* a = module.a.codes;
+    for (int64_t first = 0; first < module.rank;) {
+      const int64_t some = ranks_of_tile(module.rank - first);
+      tile.assign(static_cast<size_t>(some * padded), 128);  // ranks and inputs that there are not are zero
+      for (int64_t j = first; j < std::min(module.rank, first + some); j++)
+        units[static_cast<size_t>(j)] = encode_rank(module.a, j, tile.data() + (j - first) * padded);
+      lay_tile(tile.data(), padded, some, a);
+      a += some * padded;
+      first += some;
+    }
     const int64_t tiles = (module.b.width + 15) / 16, fours = (module.rank + 3) / 4;
     for (int64_t g = 0; g < fours; g++) {
       four.assign(static_cast<size_t>(4 * tiles * 16), 128);  // ranks and columns that there are not are zero

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from adapters.weights import LoraWeights
-from server.kernels.cpu.adapter_codes import tiles
+from server.kernels.cpu.adapter_codes import bytes_of_a, tiles
 from server.kernels.cpu.bindings import LoraSite
 
 SITE = np.dtype(LoraSite)
@@ -44,8 +44,10 @@ def places(weights: LoraWeights) -> Places:
     for i, (path, update) in enumerate(weights.modules.items()):
         a, b, units, rank = update.A, update.B, update.units, update.rank
         out, into = update.shape
-        wanted = (torch.bfloat16, (out, rank)) if units is None else (torch.uint8, tiles(rank, out))
-        fits = a.dtype == b.dtype == wanted[0] and a.shape == (rank, into) and b.shape == wanted[1]
+        dtype = torch.bfloat16 if units is None else torch.uint8
+        of_a = (rank, into) if units is None else (bytes_of_a(rank, into),)
+        of_b = (out, rank) if units is None else tiles(rank, out)
+        fits = a.dtype == b.dtype == dtype and a.shape == of_a and b.shape == of_b
         if not (fits and a.is_contiguous() and (b.t() if units is None else b).is_contiguous()):
             raise ValueError(f"the update of {path} was not prepared for the native kernels")
         sites[i] = (0 if units is None else units.data_ptr(), a.data_ptr(), b.data_ptr(), rank, update.scale)

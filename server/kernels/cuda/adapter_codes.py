@@ -51,7 +51,7 @@ def encoded(weights: LoraWeights, pinned: bool) -> LoraWeights:
         start = places[path, "units"]
         held = flat[start : start + units.nbytes].view(torch.float32)
         held.copy_(units)
-        modules[path] = LowRank(kept[0], kept[1].t(), update.scale, held, len(update.B))
+        modules[path] = LowRank(kept[0], kept[1].t(), update.scale, held, update.shape)
     return LoraWeights(weights.name, weights.digest, modules, weights.metadata)
 
 

@@ -88,7 +88,14 @@ def codes_of(kept: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes of an adapter's module as the native kernels have them: A [rank, in] and B [out, rank], int64."""
     columns, ranks = kept.B.shape[0] * kept.B.shape[2], kept.B.shape[1] * kept.B.shape[3]
     b = kept.B.permute(0, 2, 1, 3).reshape(columns, ranks)
-    return kept.A.long() - 128, b[: kept.coded_out, : kept.rank].long() - 128
+    out, into = kept.coded
+    wide, eight = kept.rank // 16 + (kept.rank % 16 > 8), 0 < kept.rank % 16 <= 8
+    padded = len(kept.A) // (wide * 16 + eight * 8) if kept.rank else 0
+    parts = [kept.A[: wide * 16 * padded].view(-1, padded // 4, 16, 4)] if wide else []
+    if eight:
+        parts.append(kept.A[wide * 16 * padded :].view(1, padded // 4, 8, 4))
+    a = torch.cat([part.transpose(1, 2).reshape(-1, padded) for part in parts]) if parts else kept.A.view(0, into)
+    return a[: kept.rank, :into].long() - 128, b[:out, : kept.rank].long() - 128
 
 
 @dataclass
