@@ -7,6 +7,9 @@ namespace loramux {
 
 enum Scheme : int32_t { INT4 = 0, NF4 = 1, INT8 = 2, NONE = 3 };
 
+// Inputs in codes are filled up to whole groups of 32.
+inline int64_t padded_inputs(int64_t in) { return (in + 31) / 32 * 32; }
+
 // A matrix [n, k], w = the module's weight, in tiles of 16 of its rows ("columns" of a product's output).
 // With kp = k rounded up to 32, tiles = ceil(n / 16), g = k / group:
 //   codes  INT4, NF4  [tiles][kp/32][4][16][4]: byte (s, c, b) has input 4s+b in its low nibble, 16+4s+b in the high
@@ -39,7 +42,7 @@ struct Matrix {
   bool whole_spans() const { return group % 64 == 0; }
   int64_t span_scale_count() const { return whole_spans() ? k / group : (padded() + 63) / 64; }  // of a tile
   int64_t tiles() const { return (n + 15) / 16; }
-  int64_t padded() const { return (k + 31) / 32 * 32; }
+  int64_t padded() const { return padded_inputs(k); }
 };
 
 enum SiteIndex : int { Q = 0, K = 1, V = 2, O = 3, GATE = 4, UP = 5, DOWN = 6, SITES = 7 };
@@ -59,9 +62,9 @@ struct Config {
 };
 
 // One module of an adapter, as its matrix of the base is. Beside codes both are codes, 128 added to each, and zero where
-// there is nothing: a in tiles of 16 ranks and a last one of 8 if no more are left, [kp/4][16 or 8][4], and b [tiles of 16
-// columns][fours of ranks][16][4]; what the product of a rank's two counts in is in units [rank]. Beside a matrix of bf16 both are that, a [rank, in] and b [rank, out] (B transposed), and
-// units is null. rank 0: none.
+// there is nothing: a in tiles of 16 ranks, and a last one of 8 where no more are left, [kp/4][16 or 8][4], and b [tiles of
+// 16 columns][fours of ranks][16][4]; what the product of a rank's two counts in is in units [rank]. Beside a matrix of bf16
+// both are that, a [rank, in] and b [rank, out] (B transposed), and units is null. rank 0: none.
 struct LoraSite {
   const float* units;
   const void* a;
@@ -72,7 +75,7 @@ struct LoraSite {
   bool coded() const { return units != nullptr; }
 };
 
-inline int64_t padded_inputs(int64_t in) { return (in + 31) / 32 * 32; }
+// Of a tile of A, with so many ranks left; server/kernels/cpu/adapter_codes.py's bytes_of_a counts by the same rule.
 inline int64_t ranks_of_tile(int64_t left) { return left > 8 ? 16 : 8; }
 
 inline int64_t bytes_of_b(const LoraSite& site, int64_t out) {
