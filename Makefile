@@ -30,8 +30,14 @@ help:
 serve: $(VENV)/.installed
 	exec $(BIN)/loramux serve $(flags) $(ARGS)
 
+# Two at a time, but for those on the embedded base, which take all processors themselves.
 test: $(VENV)/.installed-dev
+ifeq ($(ARGS),)
+	$(BIN)/python -m pytest -n 2 -m "not e2e"
+	$(BIN)/python -m pytest -m e2e
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 # Made-up requests over the whole OpenAPI document (FUZZ examples of each kind), and made-up files for every reader,
 # for FUZZ_MINUTES each.
