@@ -5,11 +5,13 @@ Owns the model card, where checkpoints lie while a run goes on, and what is know
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -49,9 +51,21 @@ def run(
     """Trains and writes `output/<name>`: the PEFT folder in bf16, task.json and a model card.
 
     On the GPU if the base's kernels are for one. A run that was killed goes on from its last checkpoint when it is
-    started again. Answers what has been written, as it is read back. Raises InvalidData for the data and
-    TrainingStopped if `stop` said so.
+    started again. Answers what has been written, as it is read back. Raises InvalidData for the data, TrainingStopped
+    if `stop` said so, and BadSetting while another process makes an adapter of that name there.
     """
+    with _alone(output, recipe.name):
+        return _run(recipe, base, output, data_dir, on_event, stop)
+
+
+def _run(
+    recipe: Recipe,
+    base: Base,
+    output: Path,
+    data_dir: Path,
+    on_event: Callable[[Event], None] | None,
+    stop: Callable[[], bool] | None,
+) -> LoraWeights:
     folder, resumed = output / recipe.name, output / CHECKPOINTS / recipe.name
     moment = _begun(resumed)
     with as_of(moment):
@@ -97,6 +111,22 @@ def finished(recipe: Recipe, base: Base, output: Path, *, data_dir: Path) -> Lor
     except (OSError, ValueError, KeyError, TypeError, AdapterError):
         return None  # whatever is wrong with it, training makes it anew
     return weights if weights.digest == told["digest"] else None
+
+
+@contextlib.contextmanager
+def _alone(output: Path, name: str) -> Iterator[None]:
+    """Two processes would write one checkpoint, and each go on from what the other has done."""
+    file = output / CHECKPOINTS / f"{name}.lock"  # stays: who removed it would let two have one each
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadSetting(
+                f"another process is training {name} into {output}; wait until it has ended, or give another --output",
+                "output",
+            ) from None
+        yield
 
 
 def _begun(resumed: Path) -> float:

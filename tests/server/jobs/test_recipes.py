@@ -63,6 +63,21 @@ def test_two_recipes_over_one_base(tiny_base, tmp_path):
     assert not (tmp_path / "out" / ".checkpoints" / "one").exists()
 
 
+def test_one_adapter_is_made_by_one_process_at_a_time(tiny_base, tmp_path):
+    (tmp_path / "once.toml").write_text(RECIPE.format(name="once", data="once.jsonl"))
+    (tmp_path / "once.jsonl").write_text(json.dumps({"input": "this", "output": "yes"}))
+    recipe, said = read_recipe(tmp_path / "once.toml"), []
+
+    def begin_again(event):
+        with pytest.raises(BadSetting, match="another process is training once") as refused:
+            run(recipe, tiny_base, tmp_path / "out", data_dir=tmp_path)
+        said.append(refused.value.param)
+
+    run(recipe, tiny_base, tmp_path / "out", data_dir=tmp_path, on_event=begin_again)
+    assert said and set(said) == {"output"}
+    run(recipe, tiny_base, tmp_path / "out", data_dir=tmp_path)  # it is free again
+
+
 def test_a_recipe_without_a_format_trains_on_what_is_served(tiny_base, tmp_path):
     """A task's format is raw where none is said, and so is its template for training."""
     whole = RECIPE.format(name="one", data="d.jsonl").replace('format = "chat"\n', "")
