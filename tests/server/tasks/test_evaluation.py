@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import statistics
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,18 @@ async def test_a_mix_of_its_own_and_a_pair_on_the_same_examples(parts: Parts) ->
     same = difference(one, one)
     assert (same.low, same.mean, same.high) == (0.0, 0.0, 0.0)
     assert math.isinf(difference(Score("loss", 1, (1.0,)), Score("loss", 1, (2.0,))).high)
+
+
+@pytest.mark.parametrize(
+    ("count", "t"), [(2, 12.706), (3, 4.303), (4, 3.182), (6, 2.571), (11, 2.228), (31, 2.042), (1001, 1.962)]
+)
+def test_few_examples_make_a_difference_less_certain(count: int, t: float) -> None:
+    """By a table of Student's t for 95 %."""
+    ours = [float(i % 2) for i in range(count)]
+    found = difference(Score("loss", statistics.mean(ours), tuple(ours)), Score("loss", 0.0, (0.0,) * count))
+    error = statistics.stdev(ours) / math.sqrt(count)
+    assert (found.high - found.mean) / error == pytest.approx(t, rel=0.01)
+    assert (found.mean - found.low) / error == pytest.approx(t, rel=0.01)
 
 
 async def test_a_difference_has_the_unit_of_its_metric_and_the_sign_of_the_scores(parts: Parts) -> None:
