@@ -176,7 +176,7 @@ def _students_t(degrees: int) -> float:
         (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
         (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
     )
-    return sum(term / degrees**i for i, term in enumerate(terms))
+    return math.fsum(term / float(degrees) ** i for i, term in enumerate(terms))
 
 
 class _Run:
