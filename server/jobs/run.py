@@ -33,8 +33,9 @@ from server.jobs.recipe import Recipe
 from server.jobs.trainable import Trainable
 from server.model.loader import Base
 
-CHECKPOINTS, FINISHED = ".checkpoints", ".finished"
-"""Folders within the output: of runs that go on, and of what is known of those that are over."""
+CHECKPOINTS, FINISHED, LOCKS = ".checkpoints", ".finished", ".locks"
+"""Folders within the output: of runs that go on, of what is known of those that are over, and of a file for each name that
+is held while a process makes it."""
 BEGUN = "begun"
 """Beside a run's checkpoint, when it began, in seconds since the epoch."""
 
@@ -116,7 +117,7 @@ def finished(recipe: Recipe, base: Base, output: Path, *, data_dir: Path) -> Lor
 @contextlib.contextmanager
 def _alone(output: Path, name: str) -> Iterator[None]:
     """Two processes would write one checkpoint, and each go on from what the other has done."""
-    file = output / CHECKPOINTS / f"{name}.lock"  # stays: who removed it would let two have one each
+    file = output / LOCKS / name  # stays: who removed it would let two have one each
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as lock:
         try:
