@@ -34,8 +34,8 @@ from server.jobs.trainable import Trainable
 from server.model.loader import Base
 
 CHECKPOINTS, FINISHED, LOCKS = ".checkpoints", ".finished", ".locks"
-"""Folders within the output: of runs that go on, of what is known of those that are over, and of a file for each name that
-is held while a process makes it."""
+"""Folders within the output: of runs that go on, of what is known of those that are over, and of a file for each name
+that is held while a process makes it."""
 BEGUN = "begun"
 """Beside a run's checkpoint, when it began, in seconds since the epoch."""
 
