@@ -56,49 +56,39 @@ def run(
     if `stop` said so, and BadSetting while another process makes an adapter of that name there.
     """
     with _alone(output, recipe.name):
-        return _run(recipe, base, output, data_dir, on_event, stop)
-
-
-def _run(
-    recipe: Recipe,
-    base: Base,
-    output: Path,
-    data_dir: Path,
-    on_event: Callable[[Event], None] | None,
-    stop: Callable[[], bool] | None,
-) -> LoraWeights:
-    folder, resumed = output / recipe.name, output / CHECKPOINTS / recipe.name
-    moment = _begun(resumed)
-    with as_of(moment):
-        examples, held = prepare(recipe, base, data_dir)
-    key = _key(recipe, base, data_dir)  # now: the files may be others when hours of training are over
-    _write(resumed / BEGUN, repr(moment))
-    config = on_base(recipe.config, base)
-    make = search.auto_lora if recipe.auto_rank else train
-    device = device_of(base)
-    with at(device):
-        weights = make(
-            Trainable(base.to(device), recipe.config.compute_dtype),
-            examples,
-            config,
-            name=recipe.name,
-            validation=held,
-            checkpoints=resumed,
-            on_event=on_event,
-            stop=stop,
+        folder, resumed = output / recipe.name, output / CHECKPOINTS / recipe.name
+        moment = _begun(resumed)
+        with as_of(moment):
+            examples, held = prepare(recipe, base, data_dir)
+        key = _key(recipe, base, data_dir)  # now: the files may be others when hours of training are over
+        _write(resumed / BEGUN, repr(moment))
+        config = on_base(recipe.config, base)
+        make = search.auto_lora if recipe.auto_rank else train
+        device = device_of(base)
+        with at(device):
+            weights = make(
+                Trainable(base.to(device), recipe.config.compute_dtype),
+                examples,
+                config,
+                name=recipe.name,
+                validation=held,
+                checkpoints=resumed,
+                on_event=on_event,
+                stop=stop,
+            )
+        if recipe.prune_to is not None:
+            weights, _ = pruning.truncate(weights, recipe.prune_to, recipe.name)
+        peft_format.save(
+            weights, folder, dtype=torch.bfloat16, shapes=base.shapes(), task=recipe.task, card=card(recipe, weights)
         )
-    if recipe.prune_to is not None:
-        weights, _ = pruning.truncate(weights, recipe.prune_to, recipe.name)
-    peft_format.save(
-        weights, folder, dtype=torch.bfloat16, shapes=base.shapes(), task=recipe.task, card=card(recipe, weights)
-    )
-    most = max(weights.ranks)
-    saved = peft_format.read_folder(folder, name=recipe.name, max_rank=most, shapes=base.shapes())
-    _write(
-        output / FINISHED / f"{recipe.name}.json", json.dumps({"key": key, "digest": saved.digest, "max_rank": most})
-    )
-    shutil.rmtree(resumed, ignore_errors=True)
-    return saved
+        most = max(weights.ranks)
+        saved = peft_format.read_folder(folder, name=recipe.name, max_rank=most, shapes=base.shapes())
+        _write(
+            output / FINISHED / f"{recipe.name}.json",
+            json.dumps({"key": key, "digest": saved.digest, "max_rank": most}),
+        )
+        shutil.rmtree(resumed, ignore_errors=True)
+        return saved
 
 
 def finished(recipe: Recipe, base: Base, output: Path, *, data_dir: Path) -> LoraWeights | None:

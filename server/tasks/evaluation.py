@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import stdev
+from statistics import NormalDist, stdev
 from typing import Any
 
 from adapters.data import Pair, Record
@@ -151,8 +151,8 @@ async def evaluate(
 
 
 def difference(ours: Score, theirs: Score) -> Difference:
-    """How much more `ours` has (less is better for a loss), and between what with a chance of 95 %. Paired, by what
-    each example does for the two scores."""
+    """How much more `ours` has (less is better for a loss), and its interval of 95 %. Paired, by what each example does
+    for the two scores; without bounds where there is one example only."""
     mean, half = ours.value - theirs.value, math.inf
     if len(ours.values) > 1:
         each = [a - b for a, b in zip(ours.parts or ours.values, theirs.parts or theirs.values, strict=True)]
@@ -161,14 +161,13 @@ def difference(ours: Score, theirs: Score) -> Difference:
 
 
 def _students_t(degrees: int) -> float:
-    """What a mean is within with a chance of 95 %, in standard errors, where it has so many degrees of freedom, at
-    least one.
+    """Half the width of a mean's interval of 95 %, in standard errors, by its degrees of freedom, at least one.
 
     By the expansion of Abramowitz and Stegun, 26.7.5, within 1 % from two degrees on; of one it is known exactly.
     """
     if degrees == 1:
         return 1 / math.tan(math.pi / 40)
-    x = 1.959964
+    x = NormalDist().inv_cdf(0.975)
     terms = (
         x,
         (x**3 + x) / 4,
