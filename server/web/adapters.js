@@ -1,11 +1,12 @@
 // The adapters that are registered, what they cost, and what can be done with each.
 import { get, send } from "./api.js";
-import { bytes, headings, make, row } from "./dom.js";
+import { bytes, headings, make, row, search } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 const ORDER = ["q", "k", "v", "o", "gate", "up", "down"];
 let frame;
 let drawn = "";
+const sift = search($("adapter-search"), () => $("adapter-rows").rows);
 const rows = new Map(); // name -> its row and what that shows, so that those stay that have not changed
 
 function button(label, name, said, does, className = "") {
@@ -55,10 +56,12 @@ function described(adapter) {
     return send("DELETE", path);
   }, "danger");
   const tier = make("span", { className: `tag ${adapter.tier}`, textContent: adapter.tier + (adapter.pinned ? ", pinned" : "") });
-  return row(headings($("adapter-rows").parentNode), [
+  const node = row(headings($("adapter-rows").parentNode), [
     [name], [make("code", { textContent: adapter.version.split("@")[1] })], [adapter.ranks.join(", ")], [targets(adapter.targets)],
     [bytes(adapter.bytes), "num"], [tier], [String(adapter.leases), "num"], [few(adapter.tasks)], [make("span", {}, pin, load, retire), "acts"],
   ]);
+  node.dataset.foundBy = [name, adapter.tier, ...adapter.tasks].join(" ");
+  return node;
 }
 
 // One row for each, in place.
@@ -114,6 +117,7 @@ export async function refresh() {
   $("room").textContent = `${bytes(room.bytes)} of ${bytes(room.budget)} in memory. ` +
     `One more takes about ${bytes(room.one_more)}, and ${room.more_fit.toLocaleString("en")} more fit.`;
   lay(adapters);
+  sift();
   $("adapter-rows").parentNode.hidden = !adapters.length;
   $("no-adapters").hidden = adapters.length > 0;
   if (focused && document.activeElement?.ariaLabel !== focused) {

@@ -23,6 +23,28 @@ export function headings(table) {
   return [...table.tHead.rows[0].cells].map((th) => th.textContent.trim());
 }
 
+const MANY = 8; // what one finds without searching
+
+// A field to search a list that may have hundreds, by what each node's `data-found-by` says: what has not all of its words
+// is hidden. Answers what is to be called when the list has changed.
+export function search(field, nodes) {
+  const label = field.closest("label");
+  const none = make("p", { className: "empty", textContent: "Nothing here has that in it.", hidden: true });
+  label.after(none);
+  const sift = () => {
+    const words = field.value.toLowerCase().split(/\s+/);
+    const all = [...nodes()];
+    for (const node of all) {
+      const has = node.dataset.foundBy.toLowerCase();
+      node.hidden = !words.every((word) => has.includes(word));
+    }
+    label.hidden = all.length < MANY && !field.value;
+    none.hidden = !all.length || all.some((node) => !node.hidden);
+  };
+  field.addEventListener("input", sift);
+  return sift;
+}
+
 export function tile(list, pairs) {
   list.replaceChildren(...pairs.map(([name, value]) => make("div", {},
     make("dt", { textContent: name }), make("dd", { textContent: String(value) }))));

@@ -1,6 +1,6 @@
 // Tasks: where each goes, and how its versions do.
 import { get } from "./api.js";
-import { make, mixture, row } from "./dom.js";
+import { make, mixture, row, search } from "./dom.js";
 
 const list = document.getElementById("task-list");
 const COLUMNS = ["Version", "Requests", "Errors", "First token, ms", "Per token, ms", "Whole, ms", "Quality"];
@@ -8,6 +8,7 @@ const LATENCIES = COLUMNS.slice(3, 6);
 const NUMBERS = COLUMNS.slice(1, 6);
 let drawn = "";
 let due = 0;
+const sift = search(document.getElementById("task-search"), () => list.querySelectorAll(".task"));
 
 export function start() {}
 
@@ -61,6 +62,7 @@ function card(task, { versions, best }) {
   const title = make("div", { className: "titled" }, make("h2", { textContent: task.name }), make("small", { textContent: route(task.route) }));
   const node = make("article", { className: "card task" }, title);
   node.dataset.task = task.name;
+  node.dataset.foundBy = [task.name, ...task.labels, route(task.route)].join(" ");
   if (task.labels.length) node.append(make("p", { className: "hint", textContent: `Labels: ${task.labels.join(", ")}` }));
   if (best) node.append(make("p", { className: "hint", textContent: `So far: ${best.reason}` }));
   const empty = "Nobody has asked yet. Requests and scores are listed here, by the version that answered.";
@@ -78,4 +80,5 @@ export async function refresh() {
   drawn = now;
   const none = make("p", { className: "card empty", textContent: "No task yet. PUT /tasks/{name} defines one, or the task.json of an adapter's folder." });
   list.replaceChildren(...(tasks.length ? tasks.map((task, i) => card(task, known[i])) : [none]));
+  sift();
 }

@@ -377,6 +377,35 @@ def test_tasks_live_and_jobs_show_what_there_is(page: Page, house: Live) -> None
     expect(page.locator("#job-list > *").first).to_be_visible()
 
 
+def test_many_are_searched_and_few_are_not(page: Page, house: Live) -> None:
+    names = [f"{kind}-{n}" for kind in ("tone", "mail") for n in range(4)]
+    try:
+        for name in names:
+            route = {"choice": [{"name": name, "weight": 1.0}]}
+            house.client.post("/adapters", json={"name": name, "source": "formal"}).raise_for_status()
+            house.client.put(f"/tasks/{name}", json={"prompt": "{input}", "route": route}).raise_for_status()
+        for part, nodes in (("adapters", "#adapter-rows tr"), ("tasks", "#task-list .task")):
+            page.get_by_role("tab", name=part.capitalize()).click()
+            field = page.get_by_role("searchbox", name=f"Search {part}")
+            shown = page.locator(nodes).locator("visible=true")
+            expect(shown.filter(has_text="mail-3")).to_have_count(1)
+            expect(shown.filter(has_text="sentiment")).not_to_have_count(0)
+            field.fill("TONE 2")
+            expect(shown).to_have_count(1)
+            expect(shown).to_contain_text("tone-2")
+            page.wait_for_timeout(2500)  # a poll later it still is
+            expect(shown).to_have_count(1)
+            field.fill("retire")  # what can be done with each is no word of it
+            expect(page.get_by_text("Nothing here has that in it.").locator("visible=true")).to_have_count(1)
+            field.fill("")
+            expect(shown.filter(has_text="mail-3")).to_have_count(1)
+    finally:
+        for name in names:
+            house.client.delete(f"/tasks/{name}")
+            house.client.delete(f"/adapters/{name}")
+    expect(page.get_by_role("searchbox")).to_have_count(0)
+
+
 def test_a_narrow_window(page: Page, house: Live) -> None:
     """390 pixels, as a phone has: nothing is wider, tables are lists, and every cell says what it is."""
     long = "long-" + "x" * 59
