@@ -125,6 +125,9 @@ class CudaRunner:
         adapters: int | None = None,
         context: int | None = None,
     ) -> None:
+        # Here and in the threads to come: an adapter's matrices are small, and a pool for each thread that loads one
+        # would wait on the processors that the engine launches steps from.
+        torch.set_num_threads(1)
         self._config, self._device = base.config, device
         self._context = min(context or base.config.max_position_embeddings, base.config.max_position_embeddings)
         self._dtype = base.backend.dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -608,6 +609,21 @@ def test_memory_is_shared_out_and_what_does_not_fit_is_refused() -> None:
     for options in ({"total": 1 << 30}, {"total": 8 << 30, "adapters": 8 << 30}, {"total": 8 << 30, "kv_cache": 10}):
         with pytest.raises(NoCapacity, match="raise --gpu-memory"):
             share_out(config, 1 << 30, 512, 32, **options)
+
+
+def test_who_loads_adapters_beside_the_engine_computes_alone() -> None:
+    """A pool of threads for each would take the processors that the engine launches steps from."""
+    ours, _ = bases("llama-int4")
+    before, counts = torch.get_num_threads(), list[int]()
+    torch.set_num_threads(before + 2)
+    try:
+        cuda_runner(ours)
+        loader = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+        loader.start()
+        loader.join()
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [1]
 
 
 def test_nothing_is_left_out_of_the_account() -> None:
