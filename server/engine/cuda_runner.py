@@ -306,19 +306,21 @@ class CudaRunner:
         A kernel takes seconds to compile, all of them take longer than a step may that is not taken for stuck. Those
         without an adapter want as many logits as a step may, since the output table's kernels differ by their number.
         """
-        most = min(self._max_step_tokens, self._width * self._block_size)
+        most, longest = self._max_step_tokens, self._width * self._block_size
         kinds = (2, 9, 17, FEW_ROWS + 1, 2 * FEW_ROWS + 1, DENSE_ROWS, most)
         for rows in sorted({min(rows, most) for rows in kinds}):
+            starts = np.array([*range(0, rows, longest), rows], np.int32)  # of several prompts where one is not enough
+            table = np.arange(-(-min(rows, longest) // self._block_size), dtype=np.int32)
             for mix in ((), ((0, 1.0),)):
                 wanted = 1 if mix else min(rows, self._max_logits)
                 batch = Batch(
                     tokens=np.zeros(rows, np.int64),
-                    positions=np.arange(rows),
-                    row_start=np.array([0, rows], np.int32),
-                    context=np.array([rows], np.int32),
-                    blocks=np.arange(-(-rows // self._block_size), dtype=np.int32)[None],
+                    positions=np.arange(rows) % longest,
+                    row_start=starts,
+                    context=np.diff(starts),
+                    blocks=np.tile(table, (len(starts) - 1, 1)),  # all have the same, whose values nobody reads
                     logit_rows=np.arange(rows - wanted, rows),
-                    mixes=(mix,),
+                    mixes=(mix,) * (len(starts) - 1),
                 )
                 self._check(batch)
                 logits = self._logits(self._step_of(describe(batch, [1])))
