@@ -156,7 +156,7 @@ class CudaRunner:
             self._capturing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._numbers = torch.zeros(1, dtype=torch.int32, device=device)
         self._step_memory = StepMemory(1, device)
-        self._max_step_tokens = max_step_tokens
+        self._max_step_tokens = max(max_step_tokens, max_batch + 1)  # as the engine has it
         self._max_logits = max(64, 2 * max_batch)  # that the engine asks for in a step
         self._block_size = self._width = 0
 

@@ -458,7 +458,7 @@ def test_every_kind_of_prompt_is_run_before_the_first_request(monkeypatch: pytes
         assert step.prefills is not None
         return torch.zeros(step.logit_rows.shape[0], 61, device=DEVICE)
 
-    runner = cuda_runner(bases("llama-int4")[0])  # on a GPU with graphs, whose steps have no prompt
+    runner, full = (cuda_runner(bases("llama-int4")[0], most) for most in (4, 70))  # graphs' steps have no prompt
     monkeypatch.setattr(DeviceModel, "logits", note)
     kinds = [(rows, adapters, 1 if adapters else rows) for rows in (2, 9, 17, 64) for adapters in (False, True)]
     for width in (runner._width, 2):
@@ -468,6 +468,8 @@ def test_every_kind_of_prompt_is_run_before_the_first_request(monkeypatch: pytes
         assert seen == kinds
     cuts = {rows: replace(products.tiling(rows, 64, 4), splits=1) for rows in range(1, products.FEW_ROWS + 1)}
     assert {cuts[rows] for rows, _, _ in seen} == {cuts[logits] for _, _, logits in seen} == set(cuts.values())
+    full._warm_up()
+    assert seen[-1][0] == 71, "all that answer, and a prompt's next token"
 
 
 def test_steps_of_single_rows_are_padded_to_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
