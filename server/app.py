@@ -70,7 +70,12 @@ def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lam
         middleware=[
             Middleware(limits.Boundary, access_log=settings.access_log),
             Middleware(auth.Gate, keys=runtime.keys, hosts=auth.known_hosts(settings)),
-            Middleware(limits.BodyLimit, max_body=settings.max_body, max_upload=settings.max_upload),
+            Middleware(
+                limits.BodyLimit,
+                max_body=settings.max_body,
+                max_upload=settings.max_upload,
+                body_time=settings.body_time,
+            ),
         ],
     )
     app.state.runtime = runtime

@@ -8,6 +8,7 @@ ServerError
 ├── Unauthorized             no key, or a wrong one (401)
 ├── Forbidden                the key does not open this (403)
 ├── BodyTooLarge             over --max-body or --max-upload (413)
+├── BodyTooSlow              it took longer to arrive than --body-time lets it (408)
 ├── QueueFull                too much is waiting; come back after `retry_after` seconds (429)
 │   └── RateLimited             one key or one task has what it may have, whatever else waits
 ├── NotReady                 loading, draining or restarting; come back after `retry_after` seconds (503)
@@ -65,6 +66,10 @@ class Forbidden(ServerError):
 
 class BodyTooLarge(ServerError):
     """The body is over the limit."""
+
+
+class BodyTooSlow(ServerError):
+    """The body takes longer to arrive than it may."""
 
 
 class QueueFull(ServerError):

@@ -229,6 +229,9 @@ class Settings(BaseModel):
     insecure: bool = Field(False, description="serve without keys on an address that others can reach")
     max_body: Size = Field(8 << 20, description="largest JSON body")
     max_upload: Size = Field(1 << 30, description="largest upload")
+    body_time: Annotated[Duration, Field(gt=0)] = Field(
+        30.0, description="longest that a client may be waited for within its body, and a second more for every 16 KiB"
+    )
     step_limit: Annotated[Duration, Field(gt=0)] = Field(
         30.0, description="a step that takes longer hangs: the process ends, so that something restarts it"
     )

@@ -46,6 +46,7 @@ TABLE: Mapping[type[Exception], tuple[int, str, str]] = {
     server_errors.Unauthorized: (401, "authentication_error", "invalid_api_key"),
     server_errors.Forbidden: (403, "permission_error", "forbidden"),
     server_errors.BodyTooLarge: (413, INVALID, "body_too_large"),
+    server_errors.BodyTooSlow: (408, INVALID, "body_too_slow"),
     server_errors.QueueFull: (429, "rate_limit_error", "queue_full"),
     server_errors.RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
     server_errors.NotReady: (503, SERVER, "not_ready"),
@@ -111,6 +112,8 @@ def _known(error: Any, status: int, kind: str, code: str) -> Answer:
         headers["retry-after"] = str(max(1, math.ceil(getattr(error, "retry_after", None) or 1.0)))
     if status == 401:
         headers["www-authenticate"] = "Bearer"
+    if status == 408:
+        headers["connection"] = "close"  # what is still to come of the body would be read as a request
     if status in PERMANENT:
         headers["x-should-retry"] = "false"
     return Answer(status, error.message + ADVICE.get(type(error), ""), kind, error.param, code, headers)

@@ -1,4 +1,4 @@
-"""Middleware around every request: its id, its errors, and how large its body may be. Plain ASGI throughout.
+"""Middleware around every request: its id, its errors, how large its body may be and how slow. Plain ASGI throughout.
 
 `BaseHTTPMiddleware` would hide a client's disconnect from the routes, and with it the moment to stop working.
 """
@@ -16,13 +16,15 @@ from starlette.requests import ClientDisconnect
 
 from server.api.errors import Answer, answer, is_openai
 from server.api.types import ASGIApp, Message, Receive, Scope, Send
-from server.errors import BodyTooLarge
+from server.errors import BodyTooLarge, BodyTooSlow
 
 log = logging.getLogger(__name__)
 
 DRAINED = 64 << 20
 """Bytes of a refused body that are read and thrown away, so that the client gets to see the answer."""
 DRAIN_SECONDS = 20.0
+PACE = 16 << 10
+"""Bytes of a body that buy its client a second more: slower than any line, and faster than who means to be slow."""
 UPLOADS = {"POST": re.compile("/adapters|/v1/files"), "PUT": re.compile("/adapters/[^/]+")}
 """The routes that take files. A body that says so elsewhere is read whole, and held to what that may be."""
 
@@ -71,12 +73,15 @@ class Boundary:
 
 
 class BodyLimit:
-    """Reads a JSON body whole before the routes see it, and counts an upload while it streams."""
+    """Reads a JSON body whole before the routes see it, and counts an upload while it streams. Waits for neither longer
+    than `body_time` seconds lets it.
+    """
 
-    def __init__(self, app: ASGIApp, max_body: int, max_upload: int) -> None:
+    def __init__(self, app: ASGIApp, max_body: int, max_upload: int, body_time: float) -> None:
         self.app = app
         self.max_body = max_body
         self.max_upload = max_upload
+        self.body_time = body_time
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,16 +93,21 @@ class BodyLimit:
         if declared is not None and declared > limit:
             await refuse(answer(_too_large(limit, upload)), receive, send)
         elif upload:
-            await self.app(scope, _counted(receive, limit), send)
+            await self.app(scope, _counted(patient(receive, self.body_time), limit), send)
         else:
             await self._whole(scope, receive, send, limit)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
-        first = await receive()
-        messages, size = [first], len(first.get("body", b""))
-        while messages[-1]["type"] == "http.request" and messages[-1].get("more_body") and size <= limit:
-            messages.append(await receive())
-            size += len(messages[-1].get("body", b""))
+        kept = patient(receive, self.body_time)
+        try:
+            first = await kept()
+            messages, size = [first], len(first.get("body", b""))
+            while messages[-1]["type"] == "http.request" and messages[-1].get("more_body") and size <= limit:
+                messages.append(await kept())
+                size += len(messages[-1].get("body", b""))
+        except BodyTooSlow as error:
+            await refuse(answer(error), receive, send, more=False)
+            return
         if messages[-1]["type"] == "http.disconnect":
             return
         if size > limit:
@@ -114,9 +124,7 @@ class BodyLimit:
 async def refuse(reply: Answer, receive: Receive, send: Send, more: bool = True) -> None:
     """Answer, after the rest of the body was read and thrown away: a client that still writes never reads."""
     if more:
-        with contextlib.suppress(TimeoutError):  # a client this slow gets its answer all the same
-            async with asyncio.timeout(DRAIN_SECONDS):
-                await _drain(receive)
+        await _drain(receive)
     body = reply.encode()
     headers = [(name.encode(), value.encode("latin-1")) for name, value in reply.headers.items()]
     headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -126,11 +134,13 @@ async def refuse(reply: Answer, receive: Receive, send: Send, more: bool = True)
 
 async def _drain(receive: Receive) -> None:
     size = 0
-    while size <= DRAINED:
-        message = await receive()
-        if message["type"] != "http.request" or not message.get("more_body"):
-            return
-        size += len(message.get("body", b""))
+    with contextlib.suppress(TimeoutError):  # a client this slow gets its answer all the same
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while size <= DRAINED:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return
+                size += len(message.get("body", b""))
 
 
 def _counted(receive: Receive, limit: int) -> Receive:
@@ -147,6 +157,29 @@ def _counted(receive: Receive, limit: int) -> Receive:
         return message
 
     return counting
+
+
+def patient(receive: Receive, seconds: float) -> Receive:
+    """`receive` of a client that is waited for `seconds` in all within its body, and one more for each PACE bytes that
+    have come. Time between two calls is not the client's. Raises BodyTooSlow.
+    """
+    left, more = seconds, True
+
+    async def waiting() -> Message:
+        nonlocal left, more
+        if not more:
+            return await receive()
+        begun = time.monotonic()
+        try:
+            async with asyncio.timeout(left):
+                message = await receive()
+        except TimeoutError:
+            raise BodyTooSlow("the body takes too long to arrive (--body-time); send it in one go") from None
+        left += len(message.get("body", b"")) / PACE - (time.monotonic() - begun)
+        more = bool(message.get("more_body"))
+        return message
+
+    return waiting
 
 
 def _is_upload(scope: Scope) -> bool:

@@ -11,6 +11,7 @@ _TEXTS = {
     401: "no key, or a wrong one",
     403: "the key, the host or the origin is not allowed",
     404: "unknown name",
+    408: "the body takes too long to arrive",
     409: "in use, or in another state; retrying does not help",
     412: "compare-and-set failed",
     413: "the body is too large",
@@ -21,7 +22,7 @@ _TEXTS = {
     504: "the deadline passed",
     507: "no room within a budget or on the disk",
 }
-ALWAYS = (401, 403, 413)
+ALWAYS = (401, 403, 408, 413)
 """Statuses that the middleware may answer on every route."""
 
 Responses = dict[int | str, dict[str, Any]]

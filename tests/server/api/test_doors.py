@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import http.client
 import json
 import os
 import re
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +19,8 @@ import pytest
 from fastapi.routing import APIRoute
 
 from server.api.auth import Access, KeyRing, access
-from server.errors import BadSetting
+from server.api.limits import patient
+from server.errors import BadSetting, BodyTooSlow
 
 OPEN = {
     *(("GET", path) for path in ("/health/live", "/health/ready", "/", "/web/{file}", "/web/{folder}/{file}")),
@@ -239,6 +244,53 @@ def test_a_lying_length_and_a_broken_upload_do_no_harm(live: Any) -> None:
     missing = live.http.post("/adapters", content=b"", headers={"content-type": "multipart/form-data"})
     assert missing.status_code == 400 and error_of(missing)
     assert live.generate("x", max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "begin"),
+    [
+        ("/generate", "application/json", b"{"),
+        ("/adapters", "multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="name"\r\n\r\n'),
+    ],
+)
+def test_a_body_that_trickles_in_is_not_waited_for(start: Any, path: str, kind: str, begin: bytes) -> None:
+    live = start(body_time=0.1)
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 5000\r\n\r\n"
+        connection.sendall(head.encode() + begin)
+        for _ in range(2000):
+            if select.select([connection], [], [], 0.01)[0]:
+                break
+            connection.sendall(b" ")
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        told = json.loads(answer.read())["error"]
+        assert (answer.status, told["code"], answer.headers["connection"]) == (408, "body_too_slow", "close")
+        with contextlib.suppress(ConnectionResetError):  # it was closed with a byte of ours on its way
+            assert connection.recv(1) == b""
+    assert not list((live.runtime.settings.state_dir / "uploads").glob("*"))
+    assert live.generate("x", max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize(("sent", "pauses", "in_time"), [(1 << 20, [0, 0.1, 0.1], True), (1, [0, 0.06, 60], False)])
+def test_what_has_come_of_a_body_buys_time_for_the_rest(sent: int, pauses: list[float], in_time: bool) -> None:
+    async def read() -> int:
+        left = list(pauses)
+
+        async def receive() -> dict[str, Any]:
+            if pause := left.pop(0):
+                await asyncio.sleep(pause)
+            return {"type": "http.request", "body": b"x" * sent, "more_body": bool(left)}
+
+        kept = patient(receive, 0.05)
+        return sum([len((await kept())["body"]) for _ in pauses])
+
+    if in_time:
+        assert asyncio.run(read()) == 3 * sent
+    else:
+        with pytest.raises(BodyTooSlow, match="--body-time"):
+            asyncio.run(read())
 
 
 def test_a_server_that_loads_says_so_and_one_that_failed_tells_no_path(
