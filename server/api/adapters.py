@@ -171,7 +171,8 @@ async def _publish_sum(
                 (read_folder(parts.store.path(v.digest), name=v.name, max_rank=runtime.settings.max_rank), weight)
                 for v, weight in lease.versions
             ]
-            made = composition.compose(pairs, name, rank=rank)
+            with called(adapters="from"):
+                made = composition.compose(pairs, name, rank=rank)
             save(made, folder)
             cut = made.metadata.get("pruning")
             return float(cut["error"]) if cut else 0.0
