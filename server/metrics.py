@@ -69,7 +69,7 @@ class Ended:
     `task` is None when none was asked; `adapters` are the names of the mix, empty for the base; `status` is the HTTP
     status or "cancelled". With `known` false, neither was resolved, and the request is counted under `other`.
     `longest` is the most tokens of one answer, where a request has several. `latency` false keeps it out of the
-    histograms (evaluation traffic).
+    histograms (evaluation traffic). With `made_up` the mix is the request's own, and no task's.
     """
 
     task: str | None
@@ -84,6 +84,7 @@ class Ended:
     longest: int = 0
     known: bool = True
     latency: bool = True
+    made_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,8 +221,11 @@ class Metrics(Observer):
         return pair
 
     def _may_begin(self, ended: Ended) -> bool:
+        """Mixes that requests make up are without number: half of the pairs is left to tasks' own and to adapters."""
         live = len(self._pairs) - ((OTHER, OTHER) in self._pairs)
-        return live < self._max_pairs and self.served(ended.task, ended.adapters)
+        made_up = ended.made_up and (ended.task is not None or len(ended.adapters) > 1)
+        room = self._max_pairs // 2 if made_up else self._max_pairs
+        return live < room and self.served(ended.task, ended.adapters)
 
     def on_load(self, name: str, outcome: str, seconds: float) -> None:
         """An adapter was read into RAM ("ok"), or could not be ("failed"). `name` is one that the registry knows."""

@@ -242,6 +242,7 @@ class Inference:
                 status=str(status),
                 known=target is not None and status != 404,
                 latency=caller.client,
+                made_up=target is not None and target.made_up,
             )
         )
 
@@ -328,6 +329,7 @@ def ended(generation: Generation) -> Ended:
         generated_tokens=sum(len(r.output) for r in requests),
         longest=max(len(r.output) for r in requests),
         latency=generation.caller.client,
+        made_up=generation.target.made_up,
     )
 
 

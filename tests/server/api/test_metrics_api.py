@@ -136,6 +136,24 @@ def test_means_are_over_what_was_measured() -> None:
     assert all(not name.startswith("_") for name in told)
 
 
+def test_mixes_that_requests_make_up_leave_series_to_tasks_and_adapters(
+    live: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live.runtime.metrics, "_max_pairs", 4)
+    for mix in (("a", "b"), ("a", "mood"), ("b", "mood"), ("a", "b")):
+        assert live.generate("x", max_tokens=1, adapters=[{"name": name} for name in mix]).status_code == 200
+    assert live.generate("x", task="mood", adapters=[{"name": "a"}]).status_code == 200
+    assert live.generate("x", task="mood").status_code == 200
+    assert live.generate("x", max_tokens=1, adapters=[{"name": "a"}]).status_code == 200
+    text = live.http.get("/metrics").text
+    counted = {
+        (task, adapter): value(text, "loramux_requests_total", task=task, adapter=adapter, status="200")
+        for task, adapter in (("none", "a+b"), ("none", "a+mood"), ("mood", "mood"), ("none", "a"), ("other", "other"))
+    }
+    assert list(counted.values()) == [2, 1, 1, 1, 2], counted
+    assert live.http.get("/stats").json()["tasks"]["mood"]["requests"] == 1
+
+
 def test_pairs_are_bounded_and_go_with_their_adapter() -> None:
     metrics = Metrics()
     for i in range(MAX_PAIRS + 50):
