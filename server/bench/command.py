@@ -281,8 +281,8 @@ def load(
     from server.bench.slora import body_of, check_positive, llama_body
     from server.bench.workloads import closed, spread
 
-    check_positive({"cv": (cv,), "slo": (slo,), "rate": () if rate is None else (rate,)})
-
+    rates = () if rate is None else (rate,)
+    check_positive({"cv": (cv,), "slo": (slo,), "rate": rates, "requests": (requests,), "concurrency": (concurrency,)})
     body = llama_body(len(models), vocab, text) if llama else body_of(models, vocab, text)
     arrivals = closed(requests, list(range(len(models))), prompt_tokens, new_tokens)
     key = _key(context, api_key, own_key, url)

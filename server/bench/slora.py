@@ -31,11 +31,16 @@ WORDS = (
 """Each is one token to nearly every vocabulary, with a space before it and without."""
 
 
+LEAST, MOST = 1e-4, 1e6
+"""Of any number of an option: beyond these, draws are no numbers any more, or more than memory holds."""
+
+
 def check_positive(numbers: Mapping[str, Sequence[float]]) -> None:
-    """Raises BadSetting for an option that has a number which is not above 0, or is none."""
+    """Raises BadSetting for an option that has a number which is not above 0, too near to it, too large, or none."""
     for name, values in numbers.items():
-        if not all(math.isfinite(value) and value > 0 for value in values):
-            raise BadSetting(f"--{name} must be above 0, not {', '.join(map(str, values))}", name)
+        if not all(LEAST <= value <= MOST for value in values):
+            given = ", ".join(map(str, values))
+            raise BadSetting(f"--{name} must be above 0, from {LEAST:g} to {MOST:.0f}, not {given}", name)
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,18 @@ class Plan:
         if not 1 <= self.few < self.many:
             raise BadSetting(f"--many ({self.many}) must be more adapters than --few ({self.few}), at least 1", "many")
         numbers = {"cv": (self.cv,), "slo": (self.slo,), "alpha": self.alphas, "share": self.shares, "rate": self.rates}
+        numbers |= {"requests": (self.requests,), "many": (self.many,)}
         numbers["duration"] = () if self.duration is None else (self.duration,)
         check_positive(numbers)
-        if self.duration is not None and any(int(rate * self.duration) < 1 for rate in self.rates):
-            raise BadSetting(f"no request is due within a --duration of {self.duration:g} s at that --rate", "duration")
+        for rate in self.rates:
+            self.arrivals(rate, self.few, 1.0)
 
     def arrivals(self, rate: float, adapters: int, alpha: float) -> Poisson:
-        """One run. Raises BadSetting where no request is due within its duration."""
+        """One run. Raises BadSetting where no request is due within its duration, or more than can be held."""
         duration = (self.requests + 0.5) / rate if self.duration is None else self.duration
-        if int(rate * duration) < 1:
-            raise BadSetting(f"no request is due within a --duration of {duration:g} s at {rate:.3g} a second")
+        if not 1 <= int(rate * duration) <= MOST:
+            count = "no request is" if rate * duration < 1 else f"more than {MOST:.0f} requests are"
+            raise BadSetting(f"{count} due within a --duration of {duration:g} s at {rate:.3g} a second", "duration")
         return Poisson(rate, duration, adapters, alpha, self.cv, self.prompt, self.output, self.seed)
 
 

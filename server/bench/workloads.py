@@ -52,7 +52,8 @@ def generate(spec: Poisson) -> list[Arrival]:
     if count < 1 or spec.adapters < 1 or spec.alpha <= 0 or spec.cv <= 0:
         raise ValueError("a workload needs rate * duration >= 1, at least one adapter, and alpha and cv above 0")
     random = np.random.RandomState(spec.seed)
-    adapter = (random.power(spec.alpha, count) * spec.adapters).astype(int)
+    # A draw may be rounded to 1, which is beyond the last adapter.
+    adapter = np.minimum(random.power(spec.alpha, count) * spec.adapters, spec.adapters - 1).astype(int)
     prompt = random.randint(*spec.prompt, count)
     output = random.randint(*spec.output, count)
     shape = 1 / (spec.cv * spec.cv)

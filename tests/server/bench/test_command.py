@@ -221,9 +221,12 @@ def test_a_load_at_a_rate_waits_for_no_answer(answering: Answering, tmp_path: Pa
     assert (told["finished"], told["slo_attainment"]) == (4, 1.0)
 
 
-@pytest.mark.parametrize("option", ["rate", "cv", "slo"])
-def test_a_load_of_no_rate_is_refused_at_once(answering: Answering, option: str) -> None:
-    result = bench("load", answering.url, "--model", "a", f"--{option}", "0")
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("rate", "0"), ("cv", "0"), ("slo", "0"), ("rate", "1e-300"), ("cv", "1e200"), ("requests", "100000000000")],
+)
+def test_a_load_of_no_rate_is_refused_at_once(answering: Answering, option: str, value: str) -> None:
+    result = bench("load", answering.url, "--model", "a", f"--{option}", value)
     assert isinstance(result.exception, BadSetting) and f"--{option} must be above 0" in result.exception.message
     assert answering.asked == []
 

@@ -122,6 +122,11 @@ def test_a_capacity_with_failures_is_none(monkeypatch: pytest.MonkeyPatch) -> No
         ({"rates": (math.inf,)}, "--rate"),
         ({"duration": 0.0}, "--duration"),
         ({"duration": 0.5, "rates": (1.0,)}, "no request is due"),
+        ({"duration": 1e5, "rates": (1.0, 1e5)}, "more than 1000000 requests are due"),
+        ({"cv": 1e-200}, "--cv must be above 0, from 0.0001 to 1000000, not 1e-200"),
+        ({"alphas": (1e18,)}, "--alpha"),
+        ({"requests": 10**11}, "--requests"),
+        ({"many": 10**11}, "--many"),
     ],
 )
 def test_a_plan_that_cannot_be_run_is_refused_before_anything_is_asked(

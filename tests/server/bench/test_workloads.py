@@ -30,6 +30,10 @@ def test_small_alpha_is_skewed_and_one_is_uniform() -> None:
     assert 0.17 < top_share(0.3) < 0.24
 
 
+def test_a_draw_that_is_rounded_to_one_is_of_the_last_adapter() -> None:
+    assert {a.adapter for a in generate(Poisson(rate=10, duration=1, adapters=5, alpha=1e18))} == {4}
+
+
 def test_an_empty_workload_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one adapter"):
         generate(Poisson(rate=0.1, duration=1, adapters=5))
