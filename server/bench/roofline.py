@@ -68,7 +68,8 @@ def decode_cost(base: Base, contexts: Sequence[int], mixes: Sequence[Sequence[Lo
     nbytes = sum(w.nbytes for w in linears) + table.nbytes
     nbytes += sum(contexts) * kv_row * KV_BYTES + sum(w.nbytes for w in distinct.values())
     per_row = sum(w.shape[0] * w.shape[1] for w in linears) + table.shape[0] * table.shape[1]
-    lora = sum(m.A.numel() + m.B.numel() for mix in mixes for w in mix for m in w.modules.values())
+    # Of true ranks and widths: what a backend fills its layout up with need not be computed.
+    lora = sum(m.rank * sum(m.shape) for mix in mixes for w in mix for m in w.modules.values())
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * sum(contexts)
     return Cost(nbytes, 2.0 * (len(contexts) * per_row + lora + attention))
 
