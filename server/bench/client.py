@@ -298,6 +298,13 @@ def percentile(values: Sequence[float], q: float) -> float:
     return high if low == high or math.isinf(high) else low + (high - low) * (at - math.floor(at))
 
 
+def figure(value: float, form: str = ",.4g", unit: str = "") -> str:
+    """A number of a summary, for people. The rate of nothing is none, and who waits for ever waits without end."""
+    if math.isnan(value):
+        return "none"
+    return "without end" if math.isinf(value) else f"{value:{form}}{unit}"
+
+
 def summarize(outcomes: Sequence[Outcome], seconds: float, slo_seconds: float = 6.0) -> Summary:
     """Throughput, percentiles, and S-LoRA's two service levels: the share of first tokens within `slo_seconds`
     (a failed request counts as missed) and the mean of max(0, 1 - (ttft / slo)^2)."""

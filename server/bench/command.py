@@ -222,6 +222,7 @@ def slora(
     _make_room(out)
     from server.bench import plots
     from server.bench import slora as workload
+    from server.bench.client import figure
 
     if share and rate:
         raise BadSetting("give --share or --rate, not both: a share is of the measured capacity", "rate")
@@ -243,7 +244,7 @@ def slora(
         "alpha", "requests/s", "of capacity", f"throughput, {many} over {few}", "p99 of first token", "failed"
     )
     for row in rows:
-        told = [f"{row[k]:.2f}" if math.isfinite(row[k]) else "none" for k in ("throughput", "ttft_p99")]
+        told = [figure(row[k], ".2f") for k in ("throughput", "ttft_p99")]
         of = "" if row["share"] is None else f"{row['share']:.2f}"
         failed = ", ".join(f"{n} with {name}" for name, n in row["failed"].items() if n) or "0"
         table.add_row(f"{row['alpha']:.2f}", f"{row['rate']:.2f}", of, *told, failed)
@@ -277,7 +278,7 @@ def load(
     """A closed loop, so many requests in flight until all are answered, or an open one, so many a second."""
     _extra()
     _make_room(out)
-    from server.bench.client import NoAnswer, closed_loop, open_loop, run, timed
+    from server.bench.client import NoAnswer, closed_loop, figure, open_loop, run, timed
     from server.bench.slora import body_of, check_positive, llama_body
     from server.bench.workloads import closed, spread
 
@@ -300,9 +301,9 @@ def load(
     told = _report({**asked, "text": text, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}, summary.as_dict())
     table = _table("", "", title=f"{requests} requests, {title}")
     for name, value in summary.as_dict().items():
-        seconds = " s" if name.startswith(("seconds", "ttft", "tpot", "e2e")) else ""
+        unit = " s" if name.startswith(("seconds", "ttft", "tpot", "e2e")) else ""
         number = isinstance(value, float | int)
-        table.add_row(name, f"{value:,.4g}{seconds}" if number else Text("\n".join(value) or "none"))
+        table.add_row(name, figure(value, unit=unit) if number else Text("\n".join(value) or "none"))
     _show(told, table, as_json, out, "load")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from server.bench.client import Body, NoAnswer, Summary, closed_loop, open_loop, run, timed
+from server.bench.client import Body, NoAnswer, Summary, closed_loop, figure, open_loop, run, timed
 from server.bench.workloads import Arrival, Poisson, closed, generate
 from server.errors import BadSetting
 
@@ -198,11 +198,12 @@ def compare(
 
 def _line(load: Load) -> str:
     s = load.summary
-    at = f"{load.rate:.2f} requests/s" if load.share is None else f"{load.share:.1f} of capacity"
+    at = f"{load.rate:.2f} requests/s" if load.share is None else f"{load.share:g} of capacity"
+    first = [figure(seconds, ".3f", " s") for seconds in (s.ttft_p50, s.ttft_p99)]
     failed = f", {s.failed} failed: {s.reasons[0]}" if s.failed else ""
     return (
         f"alpha {load.alpha}, {at}, {load.adapters} adapters: {s.finished} of {s.requests}, "
-        f"{s.requests_per_second:.2f} requests/s, first token {s.ttft_p50:.3f} s, p99 {s.ttft_p99:.3f} s{failed}"
+        f"{s.requests_per_second:.2f} requests/s, first token {first[0]}, p99 {first[1]}{failed}"
     )
 
 

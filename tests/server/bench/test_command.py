@@ -16,10 +16,12 @@ from click.testing import Result
 from rich.table import Table
 from typer.testing import CliRunner
 
+from adapters.peft_format import read_folder
 from server.bench import command, compare, roofline
 from server.bench.client import NoAnswer
 from server.bench.compare import PeerFailed, Rates
 from server.bench.slora import Client
+from server.bench.synthetic import write_adapter
 from server.errors import BadSetting
 from server.kernels import cuda
 from tests.server.bench.conftest import Answering, events
@@ -172,6 +174,17 @@ def test_steps_tell_what_is_behind_the_roofline(
         assert step["roofline"] == pytest.approx(limit / (step["ms"] / 1e3))
 
 
+def test_what_fills_a_layout_up_is_no_work(tiny_folder: Path, tmp_path: Path) -> None:
+    """Three ranks lie in a tile of eight on the native kernels."""
+    counted = set()
+    for kernels in ("reference", "aten", "auto"):
+        base = command._base(str(tiny_folder), tmp_path, kernels)
+        folder = write_adapter(tmp_path / "adapter", base.shapes(), rank=3, seed=1)
+        adapter = base.prepare(read_folder(folder, name="a", shapes=base.shapes()))
+        counted.add(roofline.decode_cost(base, [20, 20], [[adapter], []]).ops)
+    assert len(counted) == 1
+
+
 def test_a_load_tells_what_was_asked_and_what_failed(answering: Answering, tmp_path: Path) -> None:
     answering.reply = lambda body: (429, ["full"]) if body["model"] == "b" else (200, events(body["max_tokens"]))
     result = bench(
@@ -186,6 +199,7 @@ def test_a_load_tells_what_was_asked_and_what_failed(answering: Answering, tmp_p
     }  # fmt: skip
     assert (told["failed"], told["reasons"], told["ttft_p99"]) == (3, ["429: full"], None)
     assert "429: full" in result.stdout
+    assert "without end" in result.stdout and " inf" not in result.stdout and " nan" not in result.stdout
     assert {key for _, key, _ in answering.asked} == {"Bearer first:one"}
 
 
@@ -311,7 +325,7 @@ def test_failures_of_the_comparison_are_named_and_no_ratio_is_told(answering: An
     assert (asked["cv"], asked["seed"], asked["slo"], asked["repeats"]) == (0.5, 9, 2.0, 2)
     assert (asked["prompt"], asked["output"], asked["rates"], asked["shares"]) == ([3, 6], [2, 4], [400.0], [])
     assert "none" in result.stdout and f"{row['failed']['many']} with" in result.stdout
-    assert "failed: 503: restarting" in result.stderr
+    assert "failed: 503: restarting" in result.stderr and " inf" not in result.stderr
 
 
 def test_defaults_of_the_comparison_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
