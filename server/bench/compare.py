@@ -7,6 +7,7 @@ tokens a second of decoding, and of prefill. Nothing here decides what is good e
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import statistics
@@ -47,10 +48,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Rates:
-    """Tokens a second: of all prompts until their first tokens, and of all tokens after the first ones."""
+    """Tokens a second: of all prompts until their first tokens, and of all tokens after the first ones.
+
+    Raises ValueError for what is no rate: times of two runs may say that the last tokens came before the first.
+    """
 
     prefill: float
     decode: float
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(rate) and rate > 0 for rate in (self.prefill, self.decode)):
+            raise ValueError(f"{self.prefill} and {self.decode} tokens a second are no rates")
 
 
 Contestant = Callable[[Job], Rates]

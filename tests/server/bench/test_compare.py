@@ -73,7 +73,23 @@ def test_a_peer_that_is_not_there_has_failed(tmp_path: Path) -> None:
         llama_peer(tmp_path / "none", tmp_path / "x.gguf", 1)(JOB)
 
 
-@pytest.mark.parametrize("told", ["", "no JSON", "{}", '{"first": [1.0], "all": [1.0]}', '{"first": [], "all": []}'])
+NONE_AT_ALL = '{"speed_pp": 0, "speed_tg": 3, '
+"""What llama.cpp's bench may say, which has no rate either."""
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "",
+        "no JSON",
+        "{}",
+        '{"first": [1.0], "all": [1.0]}',
+        '{"first": [], "all": []}',
+        NONE_AT_ALL + '"first": [2.0], "all": [1.0]}',
+        NONE_AT_ALL + '"first": [NaN], "all": [NaN]}',
+        NONE_AT_ALL + '"first": [1.0], "all": [2.0], "new_tokens": [2]}',
+    ],
+)
 def test_an_answer_that_cannot_be_read_is_a_failure(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
     monkeypatch.setattr(compare, "_output", lambda command, stdin: told)
     with pytest.raises(PeerFailed, match="cannot be read"):
