@@ -24,14 +24,16 @@ from server.model.loader import Base
 from server.model.quantization import quantize
 
 Told = dict[str, tuple[Any, ...]]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FLOAT = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+LOOSE = gpu_answers.NOISE_RMS if DEVICE.type == "cuda" else 1e-4
 
 
 def bench_of(told: Told, folders: list[Path]) -> Any:
     def tell(name: str, *values: Any, **more: Any) -> None:
         told[name] = values
 
-    backend = Cuda(torch.float32)
-    return SimpleNamespace(check=True, device=torch.device("cpu"), backend=backend, folders=folders, tell=tell)
+    return SimpleNamespace(check=True, device=DEVICE, backend=Cuda(FLOAT), folders=folders, tell=tell)
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_answers_of_the_kernels_are_those_of_the_reference(
     told: Told = {}
     gpu_answers.answers(bench_of(told, [tmp_path]))
     assert told[gpu_answers.CLAIM] == (1, 1, True)
-    assert told["differences of the logits, rms, of their deviation"][0] < 1e-4
+    assert told["differences of the logits, rms, of their deviation"][0] < LOOSE
 
 
 def test_without_a_base_the_claim_is_not_measured() -> None:

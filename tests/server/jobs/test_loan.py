@@ -21,6 +21,12 @@ from server.model.loader import Base, load_base
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _trained_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside a GPU: what is lent here lies in a CPU's memory, and sums are made in one order there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture
 def cuda_base(tiny_folder: Path) -> Base:
     """The tiny base in 4 bits, as the CUDA kernels have it."""
