@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +19,21 @@ from server.kernels.weight import Weight
 from server.model.quantization import quantize
 
 CPU = torch.device("cpu")
+REPO = Path(__file__).resolve().parents[3]
+MAPS = """
+import hashlib, json, sys
+import torch
+from server.kernels.cuda import packing, shared
+device = torch.device("cuda", torch.cuda.current_device())
+torch.zeros(1, device=device)
+try:
+    found = shared.opened(json.load(sys.stdin), device)
+except OSError as error:
+    sys.exit(f"not shared: {error}")
+exact = {path: packing.dequantize(weight).cpu().numpy().tobytes() for path, weight in found.items()}
+print(json.dumps({path: hashlib.sha256(values).hexdigest() for path, values in exact.items()}))
+"""
+"""A process that is told where matrices lie, and tells what they are."""
 
 
 class Driver:
@@ -73,3 +93,30 @@ def test_a_driver_that_does_not_share_says_so(monkeypatch: pytest.MonkeyPatch) -
         shared.told({}, memory)
     with pytest.raises(OSError, match="cuIpcOpenMemHandle answers 801"):
         shared.opened(told, CPU)
+
+
+@pytest.mark.gpu
+def test_another_process_maps_a_gpus_memory() -> None:
+    """With the real driver: all but the first begin within the piece."""
+    exact = weights()
+    piece = shared.Piece(shared.room(exact), torch.device("cuda"))
+    kept = {path: piece.keep(weight) for path, weight in exact.items()}
+    try:
+        told = shared.told(kept, piece.memory)
+    except OSError as error:
+        pytest.skip(f"the driver shares no memory here: {error}")
+    torch.cuda.synchronize()
+    done = subprocess.run(
+        [sys.executable, "-c", MAPS],
+        input=json.dumps(told),
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if done.stderr.startswith("not shared"):
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr[-2000:]
+    values = {path: packing.dequantize(weight).numpy().tobytes() for path, weight in exact.items()}
+    assert json.loads(done.stdout) == {path: hashlib.sha256(each).hexdigest() for path, each in values.items()}
