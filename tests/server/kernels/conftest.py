@@ -11,7 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
 
 REPO = Path(__file__).resolve().parents[3]
 Compiled = Callable[[], tuple[int, str, str]]
@@ -72,3 +75,67 @@ def _interpreter() -> Iterator[None]:
         patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
         patch.setattr(interpreter.InterpretedFunction, "__call__", call_again)
         yield
+
+
+class Launch:
+    """What the programs of a launch touch."""
+
+    def __init__(self, given: list[torch.Tensor]) -> None:
+        spans = [(t.data_ptr(), sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) for t in given]
+        self._starts = np.array([start for start, _ in spans])
+        self._ends = np.array([start + (n + 1) * t.itemsize for (start, n), t in zip(spans, given, strict=True)])
+        self._touched: list[tuple[npt.NDArray[np.int64], ...]] = []
+        self.program = 0
+
+    def touch(self, addresses: Any, mask: Any, size: int, writes: bool) -> None:
+        """Raises AssertionError for an address that is in none of the tensors."""
+        mine = np.unique(addresses[np.broadcast_to(mask, addresses.shape).astype(bool)].astype(np.int64))
+        within = (mine[:, None] >= self._starts) & (mine[:, None] + size <= self._ends)
+        assert within.any(1).all(), "a program touches what its launch was not given"
+        self._touched.append((mine, np.full(len(mine), self.program), np.full(len(mine), writes)))
+
+    def end(self) -> None:
+        """Raises AssertionError if a program has touched what another one writes."""
+        if self._touched:
+            addresses, programs, written = map(np.concatenate, zip(*self._touched, strict=True))
+            several, count = np.unique(np.unique(np.stack((addresses, programs)), axis=1)[0], return_counts=True)
+            shared = np.intersect1d(several[count > 1], addresses[written.astype(bool)])
+            assert not len(shared), "a program touches what another one writes"
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The launches that are interpreted from now on, each of which is watched: what is beyond a tensor is memory of the
+    process there, and programs run one after the other, so that neither shows in a result. Nothing on a GPU."""
+    launches: list[Launch] = []
+    if os.environ.get("TRITON_INTERPRET") != "1" or torch.cuda.is_available():
+        return launches
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    load, store, place = builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx
+    call = interpreter.GridExecutor.__call__
+
+    def loaded(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        value = load(self, ptrs, mask, *rest)
+        launches[-1].touch(ptrs.data, mask.data, value.data.itemsize, False)
+        return value
+
+    def stored(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        launches[-1].touch(ptrs.data, mask.data, value.data.itemsize, True)
+        return store(self, ptrs, value, mask, *rest)
+
+    def placed(self: Any, *place_of: int) -> None:
+        launches[-1].program += 1
+        place(self, *place_of)
+
+    def called(self: Any, *args: Any, **options: Any) -> None:
+        launches.append(Launch([a for a in (*args, *options.values()) if isinstance(a, torch.Tensor) and a.numel()]))
+        call(self, *args, **options)
+        launches[-1].end()
+
+    monkeypatch.setattr(builder, "create_masked_load", loaded)
+    monkeypatch.setattr(builder, "create_masked_store", stored)
+    monkeypatch.setattr(builder, "set_grid_idx", placed)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", called)
+    return launches

@@ -518,6 +518,7 @@ def choices(logits: torch.Tensor, how: list[list[float]], top_k: list[int]) -> l
     return out.tolist()
 
 
+@pytest.mark.usefixtures("watched")
 def test_tokens_are_drawn_from_what_the_limits_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy, and draws whose noise runs through the distribution, against the sums over the ids that remain."""
     monkeypatch.setattr(sampling, "PIECE", 64)

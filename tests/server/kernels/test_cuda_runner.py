@@ -115,6 +115,7 @@ def sequences(lengths: list[int], mixes: list[SlotWeights]) -> list[Sequence]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("watched")
 def test_logits_are_those_of_the_reference(family: str) -> None:
     """Prefills in chunks beside single rows, then answers, with adapters of several ranks, mixes and none."""
     ours, exact = bases(family)
