@@ -115,8 +115,8 @@ def test_another_process_maps_a_gpus_memory() -> None:
         timeout=120,
         check=False,
     )
-    if done.stderr.startswith("not shared"):
-        pytest.skip(done.stderr)
+    if "not shared: " in done.stderr:
+        pytest.skip(done.stderr[-500:])
     assert done.returncode == 0, done.stderr[-2000:]
     values = {path: packing.dequantize(weight).numpy().tobytes() for path, weight in exact.items()}
     assert json.loads(done.stdout) == {path: hashlib.sha256(each).hexdigest() for path, each in values.items()}
