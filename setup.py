@@ -6,6 +6,7 @@ instructions for bf16. Where they cannot be built the package installs without t
 
 from __future__ import annotations
 
+import runpy
 from glob import glob
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = "server/kernels/cpu"
+SOURCES = runpy.run_path(f"{KERNELS}/sources.py")["digest"](Path(KERNELS))
 ISA = ["f", "bw", "dq", "vl", "vnni"]
 """Parts of AVX-512 that the kernels need. Whether a machine has them is asked when a library is loaded."""
 LIBRARIES = {"_native_bf16": [*ISA, "bf16"], "_native": ISA}
@@ -51,6 +53,7 @@ setup(
             sources=sorted(glob(f"{KERNELS}/*.cpp")),
             depends=sorted(glob(f"{KERNELS}/*.h")),
             language="c++",
+            define_macros=[("LORAMUX_SOURCES", f'"{SOURCES}"')],
             extra_compile_args=[*FLAGS, *(f"-mavx512{part}" for part in parts)],
             extra_link_args=["-pthread"],
             optional=True,

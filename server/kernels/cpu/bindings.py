@@ -12,6 +12,7 @@ from ctypes import POINTER, c_bool, c_char_p, c_double, c_int, c_int32, c_int64,
 from functools import lru_cache
 from pathlib import Path
 
+from server.kernels.cpu.sources import digest
 from server.kernels.lora import SITES
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ class Step(ctypes.Structure):
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_missing": (c_char_p, []),
     "loramux_instructions": (c_char_p, []),
+    "loramux_sources": (c_char_p, []),
     "loramux_pool_new": (c_void_p, [c_int, c_bool]),
     "loramux_pool_free": (None, [c_void_p]),
     "loramux_linear": (c_bool, [c_void_p, POINTER(Matrix), c_void_p, c_int64, c_void_p]),
@@ -156,6 +158,9 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 LIBRARIES = ("_native_bf16", "_native")
 """The same kernels for processors with instructions for bf16 and for those without, the faster ones first."""
 
+OUTDATED = "the library was built from other sources: install the package again, in a checkout with `make serve`"
+"""What is said of one that an older checkout has left."""
+
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
@@ -181,15 +186,18 @@ def load(name: str) -> ctypes.CDLL:
     if not built.exists():
         raise OSError(
             "the library was not built with this package: install that again where there is a C++ compiler (g++ 10 or "
-            "later)"
+            "later), in a checkout with `make serve`"
         )
     loaded = ctypes.CDLL(str(built))
     for symbol, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, symbol, None)
         if function is None:
-            raise OSError(f"the library was built from other sources, it has no {symbol}: install the package again")
+            raise OSError(f"{OUTDATED} (it has no {symbol})")
         function.restype = result
         function.argtypes = arguments
+    # The same names may take other layouts: such a step fails, or computes something else.
+    if digest(built.parent) not in (None, loaded.loramux_sources().decode()):
+        raise OSError(OUTDATED)
     return loaded
 
 

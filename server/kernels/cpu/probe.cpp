@@ -24,3 +24,6 @@ extern "C" const char* loramux_instructions() {
   return "AVX512-VNNI";
 #endif
 }
+
+// The sources that it was built from, as sources.py tells them: a checkout may have moved on since.
+extern "C" const char* loramux_sources() { return LORAMUX_SOURCES; }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from server.errors import BadSetting
 from server.kernels import choose, cpu, cuda
 from server.kernels.cpu import bindings
+from server.kernels.cpu.sources import digest
 
 
 def test_auto_takes_the_native_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,3 +87,22 @@ def test_a_library_of_another_python_is_not_taken(tmp_path: Path, monkeypatch: p
     (tmp_path / "_native.cpython-310-x86_64-linux-gnu.so").touch()
     with pytest.raises(OSError, match=r"was not built with this package: install that again .* compiler \(g\+\+"):
         bindings.load("_native")
+
+
+def test_a_library_of_other_sources_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout that has moved on: every name is there, and what they take may be laid out in another way."""
+
+    (tmp_path / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
+    built = SimpleNamespace(**{name: lambda: None for name in bindings._SIGNATURES})
+    monkeypatch.setattr(bindings, "__file__", str(tmp_path / "bindings.py"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: built)
+    built.loramux_sources = lambda: b"of another"
+    assert bindings.load("_native") is built  # installed, with no sources beside it
+    (tmp_path / "model.cpp").write_text("int rows;")
+    with pytest.raises(OSError, match="was built from other sources: install the package again"):
+        bindings.load("_native")
+    word = digest(tmp_path)
+    built.loramux_sources = lambda: str(word).encode()
+    assert bindings.load("_native") is built
+    (tmp_path / "model.h").write_text("int columns;")
+    assert digest(tmp_path) not in (None, word)
