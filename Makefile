@@ -94,6 +94,11 @@ $(VENV)/.made:
 	touch $@
 
 NATIVE := $(wildcard setup.py server/kernels/cpu/*.cpp server/kernels/cpu/*.h server/kernels/cpu/*.py)
+# A compiler that came after the package has it installed once more, with the kernels.
+NATIVE += $(if $(shell command -v "$${CXX:-g++}"),$(VENV)/.compiler)
+
+$(VENV)/.compiler: $(VENV)/.made
+	touch $@
 
 $(VENV)/.torch: $(VENV)/.made
 	$(if $(TORCH_INDEX),$(PIP) install --index-url "$(TORCH_INDEX)" torch)

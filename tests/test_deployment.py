@@ -5,10 +5,12 @@ Docker is not run here; what can be read is checked.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import stat
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,34 @@ def test_the_readme_names_what_there_is() -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= options | foreign
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert (REPO / target).exists()
+
+
+def test_a_compiler_that_comes_later_has_the_package_installed_again(tmp_path: Path) -> None:
+    def installs() -> bool:
+        run = subprocess.run(
+            ["make", "--dry-run", "serve", f"VENV={tmp_path}"],
+            cwd=REPO,
+            env={"PATH": "/usr/bin:/bin", "CXX": compiler},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        return "pip" in run.stdout
+
+    def stamp(*names: str) -> None:
+        for name in names:
+            (tmp_path / name).touch()
+            os.utime(tmp_path / name, (later, later))
+
+    later = time.time() + 60  # than all that the stamps depend on
+    stamp(".made", ".torch", ".installed")
+    compiler = "no-such-compiler"
+    assert not installs()
+    compiler = "sh"
+    assert installs()
+    stamp(".compiler")
+    assert not installs()
 
 
 def test_make_passes_settings_on() -> None:
