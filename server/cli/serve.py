@@ -57,10 +57,13 @@ def serve(settings: Settings) -> None:
     # What is imported stays: to look through it for garbage takes half a second, at the start and at the end.
     gc.disable()
     from server.app import create_app
+    from server.kernels import choose
     from server.sources import resolve_model
 
     gc.freeze()
     gc.enable()
+    if settings.device == "cuda" or settings.kernels != "auto":  # what is named runs here or is refused, before a fetch
+        choose(settings.kernels, settings.device)
 
     failures: list[Exception] = []
 
@@ -79,6 +82,7 @@ def serve(settings: Settings) -> None:
     if failures:
         sys.stderr.write(f"error: {getattr(failures[0], 'message', failures[0])}\n")
         raise typer.Exit(1)
+    log.info("stopped")
 
 
 def many_files() -> None:
@@ -95,8 +99,10 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except (OSError, OverflowError, UnicodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-        named = isinstance(e, socket.gaierror | UnicodeError) or getattr(e, "errno", None) == errno.EADDRNOTAVAIL
+        number = getattr(e, "errno", None) or 0  # of a name that nobody knows it is negative
+        # The system's words for it: create_server's own tell the address once more.
+        reason = os.strerror(number) if number > 0 else getattr(e, "strerror", None) or str(e)
+        named = isinstance(e, socket.gaierror | UnicodeError) or number == errno.EADDRNOTAVAIL
         advice = "--host takes an address of this machine" if named else "--port chooses another, 0 a free one"
         raise BadSetting(f"can not listen on {host}:{port}: {reason}; {advice}", "host" if named else "port") from None
 

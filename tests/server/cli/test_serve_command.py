@@ -52,6 +52,15 @@ def test_keys_are_read_first(started: Callable[..., None], tmp_path: Path) -> No
         started(admin_keys_file=tmp_path / "absent")
 
 
+@pytest.mark.parametrize("named", [{"device": "cuda"}, {"kernels": "cuda"}])
+def test_kernels_that_are_named_are_looked_for_first(
+    started: Callable[..., None], monkeypatch: pytest.MonkeyPatch, named: dict[str, str]
+) -> None:
+    monkeypatch.setattr("server.kernels.cuda.unavailable", lambda: "there is no GPU")
+    with pytest.raises(BadSetting, match="cannot run here: there is no GPU"):
+        started(**named)
+
+
 def test_the_state_directory_is_looked_at_first(started: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BadSetting, match="can not be written"):
