@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -156,11 +157,23 @@ def _tell(adapter: dict[str, Any], as_json: bool) -> None:
         print_json(adapter)
         return
     for name, value in adapter.items():
-        if name == "versions":
-            value = [v["version"] for v in value]
-        shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-        if shown not in (None, ""):
-            out().print(f"{name:<10} {size(value) if name == 'bytes' else shown}")
+        if shown := _shown(name, value):
+            out().print(f"{name:<10} {shown}")
+
+
+def _shown(name: str, value: Any) -> str:
+    """A field of an adapter in words; empty where there is nothing to say."""
+    if name == "versions":
+        value = [v["version"] for v in value]
+    if value is None:
+        return ""
+    if name == "bytes":
+        return size(value)
+    if name == "loaded_at":
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _quoted(name: str) -> str:

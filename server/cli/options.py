@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -16,6 +16,7 @@ SECRET = frozenset({"api_keys", "admin_keys", "metrics_key"})
 """Not flags: a command line can be read by every user of a machine."""
 
 BASE = ("model", "device", "quantization", "group_size", "double_quant", "table_bits", "kernels", "threads")
+DAY = 86_400.0
 EVERYTHING = tuple(name for name in Settings.model_fields if name not in SECRET)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
@@ -60,7 +61,8 @@ def with_settings(
 def _option(name: str, text: str | None) -> Any:
     field = Settings.model_fields[name]
     switch = field.annotation is bool
-    text = f"{text or field.description} [{_shown(field.default)}]"
+    choices = f" ({', '.join(map(str, get_args(field.annotation)))})" if get_origin(field.annotation) is Literal else ""
+    text = f"{text or field.description}{choices} [{_shown(field.default)}]"
     names = f"{flag(name)}/--no-{flag(name)[2:]}" if switch else flag(name)
     return Annotated[bool | None if switch else str | None, typer.Option(names, help=text, show_default=False)]
 
@@ -71,7 +73,7 @@ def _shown(default: object) -> str:
     if isinstance(default, int) and default >= 1 << 20:
         return f"{default >> 30}GiB" if default % (1 << 30) == 0 else f"{default >> 20}MiB"
     if isinstance(default, float):
-        return f"{default:g}s"
+        return f"{default / DAY:g}d" if default % DAY == 0 else f"{default:g}s"
     if isinstance(default, Path) and default.is_absolute():
         return "those that ship"
     if default is None:

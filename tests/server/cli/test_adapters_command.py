@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sys
 import threading
@@ -15,7 +16,7 @@ from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from server.cli import app, main
-from server.cli.adapters import _call, list_
+from server.cli.adapters import _call, _tell, list_
 from server.errors import BadSetting, ServerError
 from server.settings import Settings
 
@@ -74,6 +75,14 @@ def test_what_a_server_refuses_is_told_in_its_own_words(
         main()
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"error": ERROR} and printed.err == "error: no adapter 'x'\n"
+
+
+def test_an_adapter_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    known = {"bytes": 3 << 20, "loaded_at": 1.5e9, "pinned": False, "leases": 0, "ranks": [8, 4], "card": None}
+    _tell({**known, "versions": [{"version": "x@0"}, {"version": "x@1"}]}, as_json=False)
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert re.fullmatch(r"2017-07-1\d \d\d:\d\d:\d\d", lines.pop("loaded_at"))
+    assert lines == {"bytes": "3.0 MiB", "pinned": "no", "leases": "0", "ranks": "8, 4", "versions": "x@0, x@1"}
 
 
 WORDLESS = (b"busy", b"[]", b'{"error": "busy"}', b'{"error": {}}')

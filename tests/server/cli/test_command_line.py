@@ -77,6 +77,8 @@ def test_serve_has_every_setting_but_secrets() -> None:
     for name in SECRET:
         assert f"{flag(name)} " not in shown
     assert set(EVERYTHING) | SECRET == set(Settings.model_fields)
+    words = " ".join(shown.split())
+    assert "where the base lives (auto, cpu, cuda) [auto]" in words and "tasks are kept [90d]" in words
 
 
 def test_every_setting_says_what_it_is() -> None:
@@ -257,7 +259,7 @@ def test_listening() -> None:
     with listen("127.0.0.1", 0) as s:
         port = s.getsockname()[1]
         assert port > 0
-        with pytest.raises(BadSetting, match=f"can not listen on 127.0.0.1:{port}"):
+        with pytest.raises(BadSetting, match=f"can not listen on 127.0.0.1:{port}: Address already in use; --port"):
             listen("127.0.0.1", port)
     with pytest.raises(BadSetting, match="can not listen"):
         listen("no such host", 0)
