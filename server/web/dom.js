@@ -66,18 +66,24 @@ export function newest(plot) {
   if (plot.cursor.left < 0) plot.setLegend({ idx: plot.data[0].length - 1 });
 }
 
-// What every chart has in common: colours of the theme, times of day, whole numbers, no drawing under the pointer's y.
+// What every chart has in common: colours of the theme, times of day over a minute or more, whole numbers, no drawing
+// under the pointer's y.
 export function chart(node, series, { time = true, top = null, round = false, digits = 0 } = {}) {
   const style = getComputedStyle(document.documentElement);
   const colour = (name) => style.getPropertyValue(name).trim();
   const font = "12px system-ui, sans-serif";
   const axis = { stroke: colour("--soft"), font, grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false } };
+  const whole = [0, 1, 2, 3, 4, 5].flatMap((power) => [1, 2, 5].map((n) => n * 10 ** power));
   const clock = (u, at) => at.map((t) => new Date(t * 1000).toTimeString().slice(0, 8));
   return {
     hooks: { ready: [newest] },
     width: Math.max(260, node.clientWidth || 480), height: 190, cursor: { y: false }, legend: { live: true },
-    axes: [{ ...axis, size: 26, ...(time ? { values: clock, space: 90 } : {}) }, { ...axis, size: 52, incrs: round ? [1, 2, 5, 10, 20, 50, 100, 200, 500] : undefined }],
-    scales: { x: { time }, y: { range: (_, low, high) => [0, top ?? Math.max(high * 1.1, 1)] } },
+    axes: [{ ...axis, size: 26, ...(time ? { values: clock, space: 90 } : { incrs: whole }) },
+      { ...axis, size: 52, incrs: round ? whole : undefined }],
+    scales: {
+      x: { time, ...(time ? { range: (_, low, high) => [Math.min(low, high - 60), high] } : {}) },
+      y: { range: (_, low, high) => [0, top ?? Math.max(high * 1.1, 1)] },
+    },
     series: [
       time ? { label: "at", value: (_, t) => (t == null ? "" : new Date(t * 1000).toTimeString().slice(0, 8)) } : { label: "step" },
       ...series.map(([label, token, extra]) => ({

@@ -54,7 +54,8 @@ export function start() {
 export async function refresh() {
   const n = history.at(-1);
   if (!n) return;
-  for (const [name, series] of Object.entries(SHOWN)) {
+  // Over a single moment uPlot draws the days to come.
+  for (const [name, series] of history.length > 1 ? Object.entries(SHOWN) : []) {
     const node = document.getElementById(`chart-${name}`);
     if (charts[name]) charts[name].setData(data(series));
     else charts[name] = new uPlot(chart(node, series.map(([label, token]) => [label, token]), LOOKS[name]), data(series), node);

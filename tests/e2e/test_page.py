@@ -444,6 +444,8 @@ def test_a_narrow_window(page: Page, house: Live) -> None:
     page.get_by_role("tab", name="Live").click()
     expect(chart).to_be_visible()
     assert (chart.bounding_box() or {"width": 0})["width"] < 390
+    page.goto("/docs")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page of routes is wider"
 
 
 def test_the_keyboard_alone(page: Page) -> None:
