@@ -40,7 +40,9 @@ def main(url: str, key: str = "none") -> None:
             print(chunk.choices[0].delta.content or "", end="", flush=True)
     print()
 
-    schema = {"type": "object", "properties": {"stars": {"type": "integer"}}, "required": ["stars"]}
+    # What a schema does not rule out a small base may write, until its tokens are used up: so nothing beside the stars.
+    stars = {"type": "integer", "minimum": 1, "maximum": 5}
+    schema = {"type": "object", "properties": {"stars": stars}, "required": ["stars"], "additionalProperties": False}
     form: Any = {"type": "json_schema", "json_schema": {"name": "rating", "schema": schema}}
     rated = client.chat.completions.create(model=base, messages=question, response_format=form, max_tokens=40)
     print("schema:", rated.choices[0].message.content)
