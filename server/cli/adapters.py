@@ -245,8 +245,11 @@ def _keys(settings: Settings) -> dict[str, str]:
 
 
 def _told(error: urllib.error.HTTPError) -> ServerError:
-    """The error within an answer; of one that has none, its status."""
+    """The error within an answer, and where a command has its key from; of one that has none, its status."""
     try:
-        return RemoteError(json.loads(error.read())["error"])
+        told = RemoteError(json.loads(error.read())["error"])
     except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
         return ServerError(f"the server answered {error.code} {error.reason}")
+    if error.code in (401, 403):
+        told.message += "; this command takes its key from LORAMUX_ADMIN_KEYS or --admin-keys-file"
+    return told

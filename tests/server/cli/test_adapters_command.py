@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from server.cli import app, main
 from server.cli.adapters import _call, _tell, list_
-from server.errors import BadSetting, ServerError
+from server.errors import BadSetting, RemoteError, ServerError
 from server.settings import Settings
 
 BROKEN = {
@@ -62,6 +62,8 @@ def test_json_of_another_server(port: int, monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 ERROR = {"message": "no adapter 'x'", "type": "invalid_request_error", "param": "name", "code": "adapter_not_found"}
+LOCKED = {**ERROR, "message": "a key is needed"}
+KEYLESS = b"HTTP/1.0 401 Unauthorized\r\n\r\n" + json.dumps({"error": LOCKED}).encode()
 UNKNOWN = b"HTTP/1.0 404 Not Found\r\n\r\n" + json.dumps({"error": ERROR}).encode()
 
 
@@ -75,6 +77,14 @@ def test_what_a_server_refuses_is_told_in_its_own_words(
         main()
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"error": ERROR} and printed.err == "error: no adapter 'x'\n"
+
+
+@pytest.mark.parametrize("port", [KEYLESS], indirect=True)
+def test_where_a_key_comes_from_is_told(port: int) -> None:
+    with pytest.raises(RemoteError) as e:
+        _call(Settings(port=port), "GET", "/adapters")
+    assert e.value.told == LOCKED
+    assert e.value.message.startswith("a key is needed; this command takes its key from LORAMUX_ADMIN_KEYS")
 
 
 def test_an_adapter_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
