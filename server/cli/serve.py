@@ -12,7 +12,9 @@ import resource
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +77,7 @@ def serve(settings: Settings) -> None:
     with progress("bytes") as bar:
         resolve_model(settings.model, settings.state_dir, progress=bar)  # so that a download shows its progress
 
+    spool_in(settings.state_dir)
     runtime = app.state.runtime
     server = _server(settings, app, runtime)
     with _sigterm_and_sigint(runtime, settings.drain):
@@ -83,6 +86,15 @@ def serve(settings: Settings) -> None:
         sys.stderr.write(f"error: {getattr(failures[0], 'message', failures[0])}\n")
         raise typer.Exit(1)
     log.info("stopped")
+
+
+def spool_in(folder: Path) -> None:
+    """Have bodies that are too large for memory wait in `folder`: /tmp may be read-only, small, or memory itself.
+
+    The files have no names, so nothing stays of them. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.tempdir = str(folder)
 
 
 def many_files() -> None:

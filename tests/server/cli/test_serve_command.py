@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from adapters.store import Store
 from server.api.runtime import Runtime
 from server.cli import logs, malloc
-from server.cli.serve import _sigterm_and_sigint, listen, many_files, serve
+from server.cli.serve import _sigterm_and_sigint, listen, many_files, serve, spool_in
 from server.errors import BadSetting
 from server.settings import Settings
 
@@ -78,6 +79,15 @@ def test_what_cannot_be_listened_on_for_its_host(host: str) -> None:
     with pytest.raises(BadSetting, match=f"can not listen on {host}:0: .*--host") as e:
         listen(host, 0)
     assert e.value.param == "host"
+
+
+def test_a_large_body_waits_in_the_state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the parser of multipart bodies keeps it: in a temporary file that begins in memory."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    spool_in(tmp_path / "state")
+    with tempfile.SpooledTemporaryFile(max_size=1) as body:
+        body.write(b"two")
+        assert os.readlink(f"/proc/self/fd/{body.fileno()}").startswith(str(tmp_path / "state"))
 
 
 def test_a_signal_ends_what_only_loads(monkeypatch: pytest.MonkeyPatch) -> None:
