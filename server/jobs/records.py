@@ -6,8 +6,10 @@ lines are added. What a job does, and when, is not known here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import re
 import shutil
 import threading
 import time
@@ -29,6 +31,8 @@ OVER = frozenset({SUCCEEDED, FAILED, CANCELLED})
 ACTIVE = frozenset({VALIDATING, RUNNING})
 
 STATE, EVENTS = "job.json", "events.jsonl"
+OURS = re.compile(r"[a-z]+-[0-9a-f]{24}")
+"""The names of folders that are made here: the ids of jobs."""
 
 
 @dataclass
@@ -80,6 +84,10 @@ class Records:
         self._folder = folder
         self._lock = threading.Lock()
         self.jobs: dict[str, Job] = {}
+        for part in folder.glob("*-*"):  # of a job that the server's end kept from being entered
+            with contextlib.suppress(OSError):  # what cannot be looked into stays
+                if OURS.fullmatch(part.name) and not (part / STATE).exists():
+                    shutil.rmtree(part, ignore_errors=True)
         for file in sorted(folder.glob(f"*/{STATE}")):
             try:
                 raw = json.loads(file.read_text(encoding="utf-8"))

@@ -279,6 +279,18 @@ def test_nothing_is_left_of_a_job_that_the_disk_refuses(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [] and records.all() == []
 
 
+def test_what_is_left_of_a_job_that_was_never_entered_goes_with_the_next_start(tmp_path):
+    records = Records(tmp_path)
+    kept = records.prepare(EVALUATION, "x", {}, "eval", {})
+    records.enter(kept)
+    for kind, prefix in ((EVALUATION, "eval"), (TRAINING, "ftjob")):  # the server is killed before either is entered
+        records.prepare(kind, "x", {}, prefix, {"data": b"x"})
+    damaged = records.prepare(TRAINING, "x", {}, "ftjob", {"job.json": b"{"})
+    (tmp_path / "mine").mkdir()
+    assert list(Records(tmp_path).jobs) == [kept.id]
+    assert {path.name for path in tmp_path.iterdir()} == {kept.id, damaged.id, "mine"}
+
+
 def test_files_come_back_and_those_in_use_stay(tmp_path):
     files = Files(tmp_path / "files")
     file = files.add(lambda path: path.write_bytes(b"abc"), "C:\\data\\x.jsonl", "fine-tune")
