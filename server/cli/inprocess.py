@@ -88,12 +88,13 @@ def choice_of(house: House, mix: str) -> list[tuple[str, float]]:
 def weighted(house: House, text: str) -> tuple[str, float]:
     """NAME=WEIGHT as an entry of a choice; a folder is published first, under its own name if that is free.
 
-    Raises InvalidRequest.
+    Raises InvalidRequest, and what is wrong with the folder.
     """
+    from adapters.errors import AdapterError
     from adapters.weights import check_weight
 
     name, equals, weight_text = text.rpartition("=")
-    if not equals:
+    if not equals or Path(text).expanduser().is_dir():
         name, weight_text = text, "1"
     try:
         weight = check_weight(float(weight_text))
@@ -105,7 +106,10 @@ def weighted(house: House, text: str) -> tuple[str, float]:
         own = folder.resolve().name
         others = (f"{own}-{number}" for number in itertools.count(2))
         name = next(free for free in itertools.chain([own], others) if free not in known)
-        registry.publish_now(name, folder, source="file")
+        try:
+            registry.publish_now(name, folder, source="file")
+        except AdapterError as error:  # there may be several
+            raise type(error)(f"{folder}: {error.message}", error.param) from error
     elif name.partition("@")[0] not in known:
         here = ", ".join(known) or "none is"
         raise InvalidRequest(

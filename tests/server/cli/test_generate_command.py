@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from adapters.errors import AdapterError
 from server.cli import app, generate
 from server.errors import InvalidRequest
 from server.model.loader import Base
@@ -57,3 +58,11 @@ def test_the_bounds_are_those_of_the_api(monkeypatch: pytest.MonkeyPatch, flag: 
 def test_a_name_that_nothing_here_has(given: Path, arguments: list[str], message: str) -> None:
     done = runner.invoke(app, ["generate", "the", *SETTINGS, *arguments])
     assert message in str(done.exception)
+
+
+@pytest.mark.parametrize("folder", ["half", "lr=1e-4"])
+def test_a_folder_that_is_refused_is_named(given: Path, folder: str) -> None:
+    (given / folder).mkdir()
+    (given / folder / "adapter_config.json").write_text("{")
+    done = runner.invoke(app, ["generate", "the", "--adapter", folder, *SETTINGS])
+    assert isinstance(done.exception, AdapterError) and done.exception.message.startswith(f"{folder}: ")
