@@ -25,7 +25,7 @@ from adapters.durable import replace_file
 from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter, unreadable
 from adapters.mistaken import COPY_FILES, no_config, not_safetensors
 from adapters.peft_config import LoraConfig
-from adapters.weights import LoraWeights, LowRank, not_finite, sealed
+from adapters.weights import LoraWeights, LowRank, all_finite, not_finite, sealed
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -421,7 +421,8 @@ def to_bytes(
     given and another than the tensors').
 
     The commonest rank and alpha are `r` and `lora_alpha`, others go into the patterns under whole module paths.
-    With `shapes`, target_modules are the short names if those mean the same modules on that base.
+    With `shapes`, target_modules are the short names if those mean the same modules on that base. Raises InvalidAdapter
+    for values that are not finite, or not any more in `dtype`: nobody could read them back.
     """
     modules = weights.modules
     alphas = {path: _alpha(m.scale, m.rank) for path, m in modules.items()}
@@ -448,6 +449,8 @@ def to_bytes(
         for kind, tensor in (("lora_A", m.A), ("lora_B", m.B)):
             key = f"base_model.model.{path}.{kind}.weight"
             tensors[key] = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+            if not all_finite(tensors[key]):
+                raise InvalidAdapter(f"{path}.{kind} would have values that are not finite (NaN or infinity)", path)
     made = {k: weights.metadata[k] for k in ("quantization", "training") if weights.metadata.get(k) is not None}
     header = {"format": "pt"} | ({METADATA_KEY: json.dumps(made, sort_keys=True)} if made else {})
     return json.dumps(config, indent=1).encode() + b"\n", safetensors.torch.save(tensors, metadata=header)
@@ -471,7 +474,8 @@ def save(
 ) -> None:
     """Writes a PEFT folder (see `to_bytes`), with README.md and task.json if they are given or in the metadata.
 
-    Files are replaced one by one, the config last, each by a rename. Raises StoreFailed.
+    Files are replaced one by one, the config last, each by a rename. Raises InvalidAdapter as `to_bytes`
+    does, before anything is written, and StoreFailed.
     """
     config, tensors = to_bytes(weights, dtype=dtype, base=base, shapes=shapes)
     card = card if card is not None else weights.metadata.get("card")

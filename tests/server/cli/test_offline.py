@@ -100,3 +100,13 @@ def test_an_error_says_which_folder_it_is_about(folders: list[Path], tmp_path: P
         for folder, message in ((tmp_path / "nothing", "is no folder"), (folders[1], "is missing")):
             done = CliRunner().invoke(app, [*map(str, command), str(folder), "--output", str(tmp_path / "x")])
             assert str(done.exception).startswith(f"{folder}: ") and message in str(done.exception)
+
+
+def test_what_overflows_is_refused_and_the_adapter_that_was_there_stays(folders: list[Path], tmp_path: Path) -> None:
+    large = LowRank(torch.full((2, 4), 1e20), torch.full((4, 2), 1e20), 1.0)
+    peft_format.save(sealed("large", {"m": large}, {}), tmp_path / "large")
+    before = {file.name: file.read_bytes() for file in folders[0].iterdir()}
+    command = ["prune", str(tmp_path / "large"), "--rank", "1", "--force", "--output", str(folders[0])]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code != 0 and "m.lora_A would have values that are not finite" in str(done.exception)
+    assert {file.name: file.read_bytes() for file in folders[0].iterdir()} == before
