@@ -3,12 +3,16 @@
 The only one that changes a request's state. Owns the running set and, through the KV cache, the slots, the queue and
 the loads, everything that a request holds. Does not know models, logits or text.
 
-A step's tokens go to running answers first (one each), then to prompts that have begun, then to requests that enter:
-when their blocks and their slots can be reserved together, in the queue's order. A request whose adapters are not in
-memory is passed over until they are; one that finds no room is passed over too, until it has waited `age_limit`
-seconds for it: then nothing else enters before it does. So it is for room in RAM, where slots hold it. What less urgent
-requests hold, running or waiting, is given up for a more urgent one. Where adapters are copied to a device, a request
-whose own are copied now has its first tokens computed a step later, so that the copy goes on beside this one.
+A step's tokens go to running answers first (one each), then to prompts that have begun, then to requests that enter.
+Prompts that need more than a whole step come last, so that a short one does not wait for a long one; the oldest of them
+has half of each step's rows for prompts, so that it does not wait for ever.
+
+Requests enter when their blocks and their slots can be reserved together, in the queue's order. A request whose
+adapters are not in memory is passed over until they are; one that finds no room is passed over too, until it has
+waited `age_limit` seconds for it: then nothing else enters before it does. So it is for room in RAM, where slots hold
+it. What less urgent requests hold, running or waiting, is given up for a more urgent one. Where adapters are copied to
+a device, a request whose own are copied now has its first tokens computed a step later, so that the copy goes on
+beside this one.
 """
 
 from __future__ import annotations
@@ -62,9 +66,12 @@ class Plan:
     entered: list[Request] = field(default_factory=list)
     ended: Ended = field(default_factory=list)
     most: int = 0
-    """Tokens up to which prompts may add to it."""
+    """Tokens up to which prompts may add to it, and logits."""
+    most_logits: int = 0
     tokens: int = 0
     logits: int = 0
+    held: int = 0
+    """Tokens that a long prompt is sure to add."""
     copied: set[str] = field(default_factory=set)
     """The adapters that are on their way to the device: what uses them now waits for them, with all of the step."""
 
@@ -159,12 +166,12 @@ class Scheduler:
 
     def plan(self, now: float) -> Plan:
         """What runs next. Requests that end here (deadline, failed load) are done and only have to be told."""
-        plan = Plan(most=self._most_tokens())
+        plan = Plan(most=self._most_tokens(), most_logits=self.limits.max_logits)
         self._sweep(now, plan)
         self._settle_loads(now, plan)
         self._make_way(now)
-        self._continue(plan)
-        self._enter(now, plan)
+        self._answer(plan)
+        self._prompt(now, plan)
         return plan
 
     def commit(self, work: list[Work], now: float) -> None:
@@ -225,19 +232,32 @@ class Scheduler:
 
     # -- running requests
 
-    def _continue(self, plan: Plan) -> None:
-        """Work for those that run: answers, then prompts, oldest first. Makes room for the answers by preemption."""
+    def _answer(self, plan: Plan) -> None:
+        """A token for each of those whose prompt is done. Makes room for it by preemption."""
         size = self.kv.block_size
         for request in [r for r in self.running if r.computed >= len(r.blocks) * size]:
             if request.state is State.RUNNING:
                 self._grow(request)
-        prompts: list[Request] = []
         for request in self.running:
             if request.goal - request.computed == 1:
                 plan.add(request, 1, 1)
-            else:
-                prompts.append(request)
+
+    def _prompt(self, now: float, plan: Plan) -> None:
+        """The rest of the step for prompts, of which some enter."""
+        prompts = [r for r in self.running if r.goal - r.computed > 1]
+        long = [r for r in prompts if r.goal - r.computed > self.limits.max_step_tokens]
+        logits = 0
+        if long:
+            plan.held, logits = self._chunk(long[0], plan, -(-(plan.most - plan.tokens) // 2))
+        plan.most -= plan.held
+        plan.most_logits -= logits
         for request in prompts:
+            if request not in long:
+                self._add_chunk(request, plan)
+        self._enter(now, plan)
+        plan.most += plan.held
+        plan.most_logits += logits
+        for request in long:
             self._add_chunk(request, plan)
 
     def _make_way(self, now: float) -> None:
@@ -293,13 +313,16 @@ class Scheduler:
 
     def _add_chunk(self, request: Request, plan: Plan) -> None:
         """As much of a prompt as the step has room for."""
-        start = request.computed
-        count = min(request.goal - start, plan.most - plan.tokens)
-        before = max(0, request.first_logit - start)
-        """Rows that come before the first whose logits are wanted."""
-        count = min(count, before + max(0, self.limits.max_logits - plan.logits))
+        count, logits = self._chunk(request, plan, plan.most - plan.tokens)
         if count > 0:
-            plan.add(request, count, max(0, count - before))
+            plan.add(request, count, logits)
+
+    def _chunk(self, request: Request, plan: Plan, most: int) -> tuple[int, int]:
+        """How many of a prompt's tokens, at most so many, and how many of their logits the step has room for."""
+        before = max(0, request.first_logit - request.computed)
+        """Rows that come before the first whose logits are wanted."""
+        count = min(request.goal - request.computed, most, before + max(0, plan.most_logits - plan.logits))
+        return max(0, count), max(0, count - before)
 
     def _keep_full_blocks(self, request: Request) -> None:
         full = request.computed // self.kv.block_size
@@ -449,7 +472,7 @@ class Scheduler:
             plan.entered.append(request)
         if self.slots.room is not None:
             plan.copied.update(fresh)
-        if not plan.work or plan.copied.isdisjoint(request.mix.digests):
+        if not (plan.work or plan.held) or plan.copied.isdisjoint(request.mix.digests):
             self._add_chunk(request, plan)
 
     def _stop_waiting(self, request: Request) -> None:

@@ -93,6 +93,43 @@ def test_decode_goes_on_beside_a_long_prefill(bench: Any) -> None:
     b.settle()
 
 
+def test_short_prompts_do_not_wait_for_a_long_one_nor_that_for_ever(bench: Any, tools: Any) -> None:
+    b = bench(max_step_tokens=16, blocks=200)
+    long = b.submit(prompt(1, 180), max_tokens=2)
+    b.engine.step()
+    assert long.request.computed == 16, "alone it has the whole step"
+    longer = b.submit(prompt(2, 200), max_tokens=2)
+    b.engine.step()
+    assert [long.request.computed, longer.request.computed] == [24, 8]
+    shorts = []
+    for seed in range(16):  # eight rows each, as many as a step has left for them
+        shorts.append(b.submit(prompt(100 + seed, 8), max_tokens=1))
+        before = long.request.computed
+        b.engine.step()
+        assert shorts[-1].tokens == tools.solo(shorts[-1], b.runner.vocab)
+        assert long.request.computed == before + 8 and longer.request.computed == 8
+        assert b.runner.steps[-1].rows == 16
+    before = long.request.computed
+    b.engine.step()
+    assert long.request.computed == before + 16, "what nobody else needs"
+    b.settle()
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in (long, longer))
+    b.check_empty()
+
+
+def test_a_long_prompt_leaves_logits_to_others_and_has_its_own(bench: Any) -> None:
+    b = bench(max_step_tokens=64, blocks=200)
+    long = b.submit(prompt(1, 300), scored=299)
+    b.engine.step()
+    assert long.request.computed == 64
+    short = b.submit(prompt(2, 33), scored=32)
+    b.engine.step()
+    assert long.request.computed == 96 and len(short.logprobs) == 32
+    assert len(b.runner.steps[-1].logit_rows) == 64
+    b.settle()
+    assert len(long.logprobs) == 299
+
+
 def test_what_is_lent_falls_with_the_load_and_changes_no_answer(bench: Any, tools: Any) -> None:
     b = bench(max_batch=8, max_step_tokens=64, blocks=256)
     scheduler = b.engine._scheduler
