@@ -65,6 +65,18 @@ def test_products_and_rows_are_those_of_the_stored_matrix(scheme: str, double_qu
     torch.testing.assert_close(backend.linear(packed, x), x @ dense.t())
 
 
+def test_a_row_of_a_product_is_the_same_in_any_batch_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is the exact one, rounded: float32 sums of so many inputs differ in their last four bits by how they go."""
+    backend = choose("reference")
+    stored = quantize(torch.randn(72, 1536), "int4", 32)
+    x = torch.randn(81, 1536) * torch.logspace(-2, 2, 1536)
+    whole = backend.linear(stored, x)
+    assert torch.equal(whole, (x.double() @ dequantize_stored(stored).double().t()).float())
+    assert torch.equal(whole, torch.cat([backend.linear(stored, rows) for rows in x.split([1, 9, 71])]))
+    monkeypatch.setattr(reference, "PIECE", 1536 * 17)
+    assert torch.equal(whole, backend.linear(stored, x))
+
+
 def test_an_adapter_that_overflows_its_dtype_is_refused_by_name() -> None:
     big = LoraWeights("big", "b" * 64, {"m": LowRank(torch.full((1, 4), 3.4e38), torch.ones(4, 1), 1.0)})
     assert choose("reference").prepare(big, "int4").modules["m"].A.dtype == torch.float32
