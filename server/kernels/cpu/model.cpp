@@ -140,9 +140,8 @@ std::vector<RowBlock> Model::blocks_of(const Step& step, int64_t first, int64_t 
   return blocks;
 }
 
-// The rows that each thread takes alone: where the last of each ends. None where sequences do not fall into parts that
-// are large enough and take about as long as each other.
-std::vector<int64_t> Model::alone_until(const Step& step) const {
+// None where sequences do not fall into parts that are large enough and take about as long as each other.
+Model::Parts Model::parts_of(const Step& step) const {
   const auto parts = static_cast<int64_t>(alone_.size());
   if (parts == 0 || step.rows < parts * LEAST_ALONE || step.rows > BLOCK) return {};
   int64_t products = 0;
@@ -152,7 +151,8 @@ std::vector<int64_t> Model::alone_until(const Step& step) const {
   for (int64_t s = 0; s < step.sequences; s++)
     cost.push_back(cost.back() +
                    (step.row_start[s + 1] - step.row_start[s]) * (products + token * step.context[s]));
-  std::vector<int64_t> ends;
+  Parts found;
+  found.cost = static_cast<double>(cost.back());
   int64_t begin = 0, most = 0;
   for (int64_t part = 1, s = 0; part <= parts; part++) {
     const int64_t aim = cost.back() / parts * part, from = cost[static_cast<size_t>(s)];
@@ -160,13 +160,13 @@ std::vector<int64_t> Model::alone_until(const Step& step) const {
     while (s < step.sequences && (part == parts || cost_until(s + 1) - aim <= aim - cost_until(s))) s++;
     if (step.row_start[s] - begin < LEAST_ALONE) return {};
     most = std::max(most, cost_until(s) - from);
-    ends.push_back(begin = step.row_start[s]);
+    found.ends.push_back(begin = step.row_start[s]);
   }
-  return most * parts <= cost.back() / 8 * 9 ? ends : std::vector<int64_t>();
+  return most * parts <= cost.back() / 8 * 9 ? found : Parts();
 }
 
-// Who takes which rows; the teams of the step.
-std::vector<Team*> Model::deal(const Step& step) {
+// The teams of the step, of one thread each for the rows up to each of `ends`, or one of all threads.
+std::vector<Team*> Model::deal(const Step& step, const std::vector<int64_t>& ends) {
   row_sequence_.resize(static_cast<size_t>(step.rows));
   for (int64_t s = 0; s < step.sequences; s++)
     for (int64_t r = step.row_start[s]; r < step.row_start[s + 1]; r++)
@@ -174,7 +174,7 @@ std::vector<Team*> Model::deal(const Step& step) {
   float* stream = stream_.reserve(step.rows * base_.config.hidden);
   std::vector<Team*> teams;
   int64_t first = 0;
-  for (const int64_t last : alone_until(step)) {
+  for (const int64_t last : ends) {
     teams.push_back(&alone_[teams.size()]);
     teams.back()->begin(step, row_sequence_, blocks_of(step, first, last), stream);
     first = last;
@@ -236,7 +236,13 @@ Outcome Model::run(const Step& step) {
     for (int64_t b = 0; b * base_.block_size < step.context[s]; b++)
       touched = std::max<int64_t>(touched, step.blocks[s * step.table_width + b] + 1);
   touched_.store(touched);
-  const std::vector<Team*> teams = deal(step);
+  Parts parts = parts_of(step);
+  Quicker* apart = nullptr;
+  if (!parts.ends.empty()) {
+    apart = &apart_[static_cast<size_t>(63 - __builtin_clzll(static_cast<uint64_t>(step.rows)))];
+    apart->way() == 0 ? (void)steps_apart_++ : parts.ends.clear();
+  }
+  const std::vector<Team*> teams = deal(step, parts.ends);
   pool_.run(static_cast<int>((step.rows + ROWS - 1) / ROWS), [&](int piece, int) {
     for (int64_t r = piece * ROWS; r < std::min<int64_t>(step.rows, (piece + 1) * ROWS); r++)
       dequantize_row(embed_, step.tokens[r], stream_.get() + r * base_.config.hidden);
@@ -263,6 +269,7 @@ Outcome Model::run(const Step& step) {
     layers_done_.store(layer);
   }
   t = now();
+  if (apart != nullptr) apart->took(static_cast<double>(t - layers_began_.load()) / parts.cost);
   head(step);
   if (step.logit_count > 0) head_took_.store(clock(HEAD, t) - t);
   return DONE;

@@ -12,6 +12,7 @@
 #include "gemm.h"
 #include "kernels.h"
 #include "pool.h"
+#include "quicker.h"
 #include "resident.h"
 #include "sampling.h"
 #include "team.h"
@@ -38,14 +39,20 @@ class Model {
   // From any thread: the blocks up to the highest one that a step has used, and the bytes of the work buffers.
   int64_t blocks_touched() const { return touched_; }
   int64_t work_bytes() const;
+  int64_t steps_apart() const { return steps_apart_; }  // in which each thread took rows alone
   void take_times(int64_t* out);  // without a step under way
 
  private:
   Outcome check(const Step& step) const;
   LoraPlan plan_block(const Step& step, int64_t first, int64_t count) const;
   std::vector<RowBlock> blocks_of(const Step& step, int64_t first, int64_t last) const;
-  std::vector<int64_t> alone_until(const Step& step) const;
-  std::vector<Team*> deal(const Step& step);
+  // Where the last of the rows is that each thread takes alone, and what the step takes in multiplications of products.
+  struct Parts {
+    std::vector<int64_t> ends;
+    double cost = 0;
+  };
+  Parts parts_of(const Step& step) const;
+  std::vector<Team*> deal(const Step& step, const std::vector<int64_t>& ends);
   void head(const Step& step);
   int64_t clock(Phase phase, int64_t since);
 
@@ -55,7 +62,8 @@ class Model {
   Pool& pool_;
   Team together_;
   std::deque<Team> alone_;  // one for each thread, none if there is one only
-  std::atomic<int64_t> touched_{0};
+  std::array<Quicker, 64> apart_;  // whether threads take rows alone (0) or together (1), of steps of 2^i rows and more
+  std::atomic<int64_t> touched_{0}, steps_apart_{0};
 
   std::vector<int32_t> row_sequence_;
   Buffer<float> stream_;  // [rows][hidden]
