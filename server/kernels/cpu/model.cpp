@@ -240,7 +240,10 @@ Outcome Model::run(const Step& step) {
   Quicker* apart = nullptr;
   if (!parts.ends.empty()) {
     apart = &apart_[static_cast<size_t>(63 - __builtin_clzll(static_cast<uint64_t>(step.rows)))];
-    apart->way() == 0 ? (void)steps_apart_++ : parts.ends.clear();
+    if (apart->way() == 0)
+      steps_apart_++;
+    else
+      parts.ends.clear();
   }
   const std::vector<Team*> teams = deal(step, parts.ends);
   pool_.run(static_cast<int>((step.rows + ROWS - 1) / ROWS), [&](int piece, int) {

@@ -6,8 +6,8 @@
 
 namespace loramux {
 
-// Both ways take turns for a while, and the one with the smaller median is kept for many times, until they take turns again:
-// a machine that others share changes its pace.
+// Both ways take turns for a while, and the one with the smaller median is kept for many times, until they take turns
+// again: a machine that others share changes its pace.
 class Quicker {
  public:
   // The way to go now, 0 or 1.
