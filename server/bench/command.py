@@ -10,9 +10,7 @@ import ipaddress
 import json
 import math
 import re
-import shutil
 import tempfile
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -139,7 +137,7 @@ def peers(
     from server.bench.inprocess import InProcess
     from server.bench.synthetic import write_adapter
 
-    named = _peers(config)
+    named = compare.installed(config)
     base = _base(model, state_dir, "auto")
     folder = state_dir / "bench"
     exported = export_base(base, folder / "exported")
@@ -151,7 +149,7 @@ def peers(
         contestants: dict[str, compare.Contestant] = {
             "loramux": lambda job: compare.rates(job, *ours.rates(job.prompts, mixes, job.new_tokens))
         }
-        contestants |= _contestants(named, exported, threads, bool(paths))
+        contestants |= compare.contestants(named, exported, threads, bool(paths))
         contestants["loramux"](job)
         measured = compare.rounds(job, contestants, rounds, lambda line: console.print(line, markup=False))
     table = measured.table
@@ -365,47 +363,6 @@ def _job(base: Any, paths: list[Path], requests: int):  # type: ignore[no-untype
     texts = [tokenizer.decode(p) for p in prompts]
     which = list(range(requests)) if paths else [-1] * requests
     return Job(prompts, texts, paths, which, NEW)
-
-
-def _peers(config: Path) -> dict[str, Any]:
-    """The peers of the file: `vllm`, `peft`, `mistralrs` name a Python; `[llama]` has `bench` and `gguf`."""
-    from server.bench.compare import SCRIPTS
-    from server.errors import BadSetting
-
-    try:
-        named = tomllib.loads(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadSetting(f"{config.name} cannot be read: {error}", "config") from error
-    for name, value in named.items():
-        if name == "llama":
-            given = {key for key, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else set()
-            if given != {"bench", "gguf"} or len(value) != len(given):
-                raise BadSetting(f"{config.name}: [llama] is a table of `bench` and `gguf`, each a path", "config")
-            programs = [value["bench"]]
-        elif name in SCRIPTS and isinstance(value, str):
-            programs = [value]
-        elif name in SCRIPTS:
-            raise BadSetting(f"{config.name}: {name} is the path of a Python, in quotes", "config")
-        else:
-            known = ", ".join(SCRIPTS)
-            raise BadSetting(f"{config.name}: {name!r} is no peer; known are {known}, llama", "config")
-        for program in programs:
-            if shutil.which(program) is None:
-                raise BadSetting(f"{config.name}: {program!r} of {name} is no program that can be run", "config")
-    return named
-
-
-def _contestants(named: Mapping[str, Any], exported: Path, threads: int, with_adapters: bool):  # type: ignore[no-untyped-def]
-    """What `_peers` found, as contestants; llama.cpp has none for a job with adapters."""
-    from server.bench import compare
-
-    found: dict[str, compare.Contestant] = {}
-    for name, value in named.items():
-        if name != "llama":
-            found[name] = compare.script_peer(name, value, exported, threads)
-        elif not with_adapters:
-            found["llama.cpp"] = compare.llama_peer(Path(value["bench"]), Path(value["gguf"]), threads)
-    return found
 
 
 def _lengths(text: str, param: str) -> tuple[int, int]:

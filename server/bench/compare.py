@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import subprocess
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from server.errors import ServerError
+from server.errors import BadSetting, ServerError
 
 SCRIPTS = {"vllm": "vllm_cpu.py", "peft": "transformers_peft.py", "mistralrs": "mistral_rs.py"}
 TIMEOUT = 1800.0
@@ -99,6 +101,45 @@ def rates(
     read = sum(len(p) for p in job.prompts) if prompt_tokens is None else prompt_tokens
     made = job.requests * job.new_tokens if new_tokens is None else new_tokens
     return Rates(read / first, (made - job.requests) / (last - first))
+
+
+def installed(config: Path) -> dict[str, Any]:
+    """The peers that a TOML file names: `vllm`, `peft` and `mistralrs` a Python, `[llama]` its `bench` and `gguf`.
+
+    Raises BadSetting.
+    """
+    try:
+        named = tomllib.loads(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadSetting(f"{config.name} cannot be read: {error}", "config") from error
+    for name, value in named.items():
+        if name == "llama":
+            given = {key for key, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else set()
+            if given != {"bench", "gguf"} or len(value) != len(given):
+                raise BadSetting(f"{config.name}: [llama] is a table of `bench` and `gguf`, each a path", "config")
+            programs = [value["bench"]]
+        elif name in SCRIPTS and isinstance(value, str):
+            programs = [value]
+        elif name in SCRIPTS:
+            raise BadSetting(f"{config.name}: {name} is the path of a Python, in quotes", "config")
+        else:
+            known = ", ".join(SCRIPTS)
+            raise BadSetting(f"{config.name}: {name!r} is no peer; known are {known}, llama", "config")
+        for program in programs:
+            if shutil.which(program) is None:
+                raise BadSetting(f"{config.name}: {program!r} of {name} is no program that can be run", "config")
+    return named
+
+
+def contestants(named: Mapping[str, Any], exported: Path, threads: int, with_adapters: bool) -> dict[str, Contestant]:
+    """What `installed` found, as contestants; llama.cpp has none for a job with adapters."""
+    found: dict[str, Contestant] = {}
+    for name, value in named.items():
+        if name != "llama":
+            found[name] = script_peer(name, value, exported, threads)
+        elif not with_adapters:
+            found["llama.cpp"] = llama_peer(Path(value["bench"]), Path(value["gguf"]), threads)
+    return found
 
 
 def script_peer(kind: str, python: str, base: Path, threads: int) -> Contestant:

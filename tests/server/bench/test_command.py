@@ -114,7 +114,7 @@ def test_a_comparison_that_cannot_be_made_is_refused_at_once(
 def test_a_file_of_peers_that_names_none_is_refused(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "peers.toml").write_text(text)
     with pytest.raises(BadSetting, match=told):
-        command._peers(tmp_path / "peers.toml")
+        compare.installed(tmp_path / "peers.toml")
 
 
 def test_peers_keep_what_was_measured_before_one_failed(
