@@ -232,8 +232,8 @@ class Registry:
         `create_only`: other content under a name in use raises AdapterConflict. `if_match`: the version that the name
         must have (a label, a digest, or "*" for any), or VersionMismatch. `within`: links may not lead out of it.
         `taken`: the watched folder that it is and the state of its files, to be remembered in the same write; if its
-        content is what it was, the name is left as it has become since. Raises InvalidAdapter, BaseMismatch, NoRoom,
-        StoreFailed; nothing has changed then.
+        content is what it was and nobody asks for it, the name is left as it has become since. Raises InvalidAdapter,
+        BaseMismatch, NoRoom, StoreFailed; nothing has changed then.
         """
         self.check(name, if_match)
         with self._intake.stage(name, folder, within) as (staged, weights):
@@ -319,7 +319,7 @@ class Registry:
         journal, dropped = self._store.journal, set[str]()
         if taken is not None:
             journal = journal.take(taken[0], Taken(digest, taken[1]))
-            if (before := self.taken_from(taken[0])) is not None:
+            if source in (WATCH, LIBRARY) and (before := self.taken_from(taken[0])) is not None:
                 if before.digest == digest and not same:
                     self._store.write(journal)
                     return Published(version, False, weights.metadata, self._sketch(name))

@@ -178,7 +178,7 @@ class Watch:
                 self._miss(folder)
             return
         self._away.pop(folder, None)
-        taken = self._registry.taken_from(origin("watch", folder))
+        taken = self._registry.taken_from(origin(WATCH, folder))
         if taken is not None and taken.signature == signature:
             self._known.add(folder)
             self._settle(folder)
@@ -208,7 +208,7 @@ class Watch:
 
     def _taken_before(self) -> set[str]:
         """The folders whose content is served, as far as the store remembers."""
-        served = {name: self._registry.taken_from(origin("watch", name)) for name in self._registry.names()}
+        served = {name: self._registry.taken_from(origin(WATCH, name)) for name in self._registry.names()}
         return {name for name, taken in served.items() if taken and self._registry.has(name, taken.digest)}
 
     def _take_in(self, folder: str, signature: Signature, now: float) -> None:
@@ -218,7 +218,7 @@ class Watch:
                 self._directory / folder,
                 source=WATCH,
                 within=self._directory,
-                taken=(origin("watch", folder), signature),
+                taken=(origin(WATCH, folder), signature),
             )
         except AdapterError as error:
             retry_at = now + RETRY_SECONDS if isinstance(error, (StoreFailed, NoRoom)) else None
@@ -254,7 +254,7 @@ class Watch:
         if folder not in self._known:
             return
         try:
-            lost = self._registry.withdraw(folder, origin("watch", folder))
+            lost = self._registry.withdraw(folder, origin(WATCH, folder))
         except AdapterError as error:  # it is tried again at the next look
             log.warning("%s was removed, but is not retired: %s", folder, error.message)
             return
@@ -327,6 +327,17 @@ def signature_of(folder: Path, within: Path | None) -> Signature:
             continue
         entries.append((name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
     return tuple(entries) if any(entry[0] in REQUIRED for entry in entries) else ()
+
+
+def as_watched(name: str, folder: Path, directory: Path) -> tuple[str, Signature] | None:
+    """What the registry is to remember of a `folder` that somebody publishes as `name`, if `directory` is watched and
+    would give it that name too: a watch that has not seen it yet does not bring back what is deleted before it does.
+
+    `folder` has no links in it. Raises InvalidAdapter as `signature_of`.
+    """
+    if folder != directory.resolve() / name:
+        return None
+    return origin(WATCH, name), signature_of(folder, directory)
 
 
 def _instead_of_an_adapter(folder: Path) -> tuple[str, Signature]:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from adapters import composition
 from adapters.peft_format import OPTIONAL, REQUIRED, read_folder, save
 from adapters.ports import Published
+from adapters.watch import as_watched
 from server.api import schemas
 from server.api.generate import json_response
 from server.api.responses import errors
@@ -192,7 +193,8 @@ async def publish_source(parts: Parts, name: str, place: str, **options: Any) ->
     try:
         with disk_errors("the adapter"):
             async with parts.sources.open(place) as (folder, within):
-                return await parts.registry.publish(name, folder, within=within, **options)
+                taken = await asyncio.to_thread(as_watched, name, folder, within)
+                return await parts.registry.publish(name, folder, within=within, taken=taken, **options)
     except OSError as error:
         raise InvalidRequest(f"source cannot be read: {error.strerror}", "source") from None
 

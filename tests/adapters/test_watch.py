@@ -18,7 +18,7 @@ from adapters.errors import InvalidAdapter
 from adapters.ports import Observer
 from adapters.registry import Registry
 from adapters.store import Disk, Store
-from adapters.watch import Watch, scan_library, signature_of
+from adapters.watch import Watch, as_watched, scan_library, signature_of
 from adapters.weights import LoraWeights
 from tests.waiting import until
 
@@ -387,6 +387,36 @@ def test_deleted_through_the_api_it_stays_deleted_until_its_content_changes(scen
     assert scene.look(5) == {}
     a = scene.put("a", 2)
     assert scene.look(5) == {"a": a}
+
+
+def test_published_from_its_folder_and_deleted_before_a_look_it_stays_deleted(scene: Scene) -> None:
+    a, folder = scene.put("a", 1), scene.directory / "a"
+
+    def publish() -> str:
+        taken = as_watched("a", folder.resolve(), scene.directory)
+        return scene.registry.publish_now("a", folder, within=scene.directory, taken=taken).version.digest
+
+    assert publish() == a
+    asyncio.run(scene.registry.retire("a"))
+    scene.restart()
+    assert scene.look(5) == {}
+    assert publish() == a and scene.look(5) == {"a": a}, "asked for, it is served again"
+    shutil.rmtree(folder)
+    assert scene.look(5) == {"a": a}, "nor does it go with the folder"
+    asyncio.run(scene.registry.retire("a"))
+    a = scene.put("a", 2)
+    assert scene.look(5) == {"a": a}
+
+
+def test_only_a_folder_that_the_watch_gives_the_name_to_is_remembered(scene: Scene, tmp_path: Path) -> None:
+    scene.put("a", 1)
+    root = scene.directory.resolve()
+    assert as_watched("a", root / "a", scene.directory) == ("watch/a", signature_of(root / "a", None))
+    assert as_watched("b", root / "a", scene.directory) is None
+    assert as_watched("a", root / "below" / "a", scene.directory) is None
+    assert as_watched("a", tmp_path / "a", tmp_path / "fetched") is None
+    (tmp_path / "link").symlink_to(scene.directory)
+    assert as_watched("a", root / "a", tmp_path / "link") is not None
 
 
 def test_what_the_api_put_over_a_folder_stays(scene: Scene, tmp_path: Path) -> None:

@@ -43,6 +43,23 @@ def test_registering_is_201_then_200_then_409(live: Any, write_adapter: Callable
     assert live.generate("x", adapters=[{"name": "new"}]).status_code == 200
 
 
+@pytest.mark.usefixtures("quick_watch")
+def test_what_is_deleted_before_the_watch_has_seen_its_folder_stays_deleted(
+    live: Any, write_adapter: Callable[..., Path]
+) -> None:
+    def names() -> set[str]:
+        return {adapter["name"] for adapter in live.http.get("/adapters").json()["adapters"]}
+
+    write_adapter("late", 5)
+    assert live.http.post("/adapters", json={"name": "late", "source": "late"}).status_code in (200, 201)
+    assert live.http.delete("/adapters/late").status_code == 202
+    write_adapter("witness", 6)
+    until(lambda: "witness" in names())
+    assert "late" not in names()
+    assert live.http.put("/adapters/late", json={"source": "late"}).status_code == 201
+    assert "late" in names()
+
+
 def test_what_is_not_known_is_named_by_the_field_that_it_came_in(live: Any) -> None:
     def param(method: str, path: str, body: Any) -> str:
         answer = live.http.request(method, path, json=body)

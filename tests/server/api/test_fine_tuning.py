@@ -524,7 +524,6 @@ def test_evaluating_candidates_of_a_task(live: Any, client: openai.OpenAI, write
     assert live.idle()
 
 
-@pytest.mark.usefixtures("idle_watch")
 def test_a_candidate_that_is_deleted_before_its_turn_is_evaluated_all_the_same(live: Any, write_adapter: Any) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         write_adapter(name, seed)
