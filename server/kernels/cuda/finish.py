@@ -14,13 +14,12 @@ import triton.language as tl
 
 from server.kernels.cuda.launch import begin, options
 from server.kernels.cuda.lora import Lanes, Pool, expanded
-from server.kernels.cuda.products import PROCESSORS
+from server.kernels.cuda.products import PROCESSORS, SUMS_TOGETHER
 
 OUTPUTS = (128, 64, 32)
 """Outputs of a tile: as many as leave each processor one."""
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-TOGETHER = tl.constexpr(3)
-"""Sums of splits, behind the first, that are on their way at once: most products have four at most."""
+TOGETHER = tl.constexpr(SUMS_TOGETHER)
 SMALL = tl.constexpr(1024)
 """Sums of a tile up to which registers hold so many of them."""
 MANY = 64
@@ -64,6 +63,10 @@ def finish_kernel(
         outputs = tl.where(piece == 0, N0, tl.where(piece == 1, N1, N2))
         column = (block - first) * BN + tl.arange(0, BN)
         i = tl.arange(0, BM)
+        target = out + (row0 + i).to(tl.int64)[:, None] * N + (base + column)[None, :]
+        inside = (i[:, None] < rows) & (column[None, :] < outputs)
+        if ADD:
+            before = tl.load(target, mask=inside, other=0.0)  # on its way while the sums are
         acc = summed(sums, bias, row0, rows, base + column, base + outputs, N, T, splits, BM, BIAS)
         if LORA:
             lane0, lanes = tl.load(tiles + tl.program_id(1) * 4 + 2), tl.load(tiles + tl.program_id(1) * 4 + 3)
@@ -71,10 +74,8 @@ def finish_kernel(
                 acc, pool, offsets, ranks, lane_slot, lane_index, lane0, lanes, v, site, sites, piece, row0, rows,
                 column, outputs, T, width, v_splits, BM, SLICES, DTYPE,
             )  # fmt: skip
-        target = out + (row0 + i).to(tl.int64)[:, None] * N + (base + column)[None, :]
-        inside = (i[:, None] < rows) & (column[None, :] < outputs)
         if ADD:
-            acc += tl.load(target, mask=inside, other=0.0)
+            acc += before
         tl.store(target, acc.to(out.dtype.element_ty), mask=inside)
 
 
@@ -90,10 +91,10 @@ def swiglu_kernel(
     row0, rows = tl.load(tiles + tl.program_id(1) * 4), tl.load(tiles + tl.program_id(1) * 4 + 1)
     if rows > 0:
         column = tl.program_id(0) * BN + tl.arange(0, BN)
-        up_column = tl.where(column < N, N + column, 2 * N)
         i = tl.arange(0, BM)
         gate = summed(sums, bias, row0, rows, column, N, 2 * N, T, splits, BM, BIAS)
-        up = summed(sums, bias, row0, rows, up_column, 2 * N, 2 * N, T, splits, BM, BIAS)
+        # The second half by its own pointers: columns that were told apart one by one would be read one by one.
+        up = summed(sums + N, bias + N, row0, rows, column, N, 2 * N, T, splits, BM, BIAS)
         if LORA:
             lane0, lanes = tl.load(tiles + tl.program_id(1) * 4 + 2), tl.load(tiles + tl.program_id(1) * 4 + 3)
             gate = expanded(

@@ -37,23 +37,28 @@ FEW_ROWS = 64
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is cut: rows and outputs of a tile, ranges of K, and warps of its program."""
+    """How a product is cut: rows and outputs of a tile, ranges of K; warps of its program, and how many blocks of it
+    are on their way or in use at once."""
 
     rows: int
     outputs: int
     splits: int
     warps: int = 4
+    stages: int = 3
 
 
-WARPS = 8
-"""Warps of a processor at work on a split product: of two programs with a few rows each, whose blocks on their way are
-all that memory can give, or the one with 32 that registers let in."""
-STAGES = 3
-"""Blocks of a program that are on their way or in use at once."""
+TILES = {8: (64, 4, 3, 4), 16: (64, 4, 3, 3), 32: (128, 8, 4, 1)}
+"""Of the split product, by rows of a tile: outputs, warps, stages, and how many programs a processor takes at once, as
+their registers let it. While a program works on a block it has one or, with four stages, two more on their way, and
+memory wants 20 KB on their way to each processor."""
 WORD_BYTES = 32 * 4
 """What such a product reads of a block of inputs for an output: 32 words."""
 SUM_BYTES = 8
 """What each range of K costs for an output: its sum is written and read."""
+ROUND_BYTES = 1_500_000
+"""What memory gives while whoever reads the sums waits for those of `SUMS_TOGETHER` ranges."""
+SUMS_TOGETHER = 3
+"""Sums of splits, behind the first, that are on their way at once."""
 
 
 def tiling(rows: int, outputs: int, blocks: int) -> Tiling:
@@ -63,19 +68,25 @@ def tiling(rows: int, outputs: int, blocks: int) -> Tiling:
     group after the other, each waited for by all warps. Of 32 rows a tile has more of them, since its inputs are read
     again by each program.
 
-    Programs come in waves, of which the last is seldom full, each waits for its first block, and each range has sums of
-    its own: the least bytes that could pass while all places read, and then the sums.
+    Programs come in waves, each waits for its first block, and each range has sums of its own: the least bytes that
+    could pass while all places read, and then the sums. The last wave has memory for fewer, and is through as much
+    sooner, down to two programs a processor: a block takes those as long as one alone.
     """
     if rows > FEW_ROWS:
         return Tiling(128 if rows > 128 else 64, 128, 1, warps=8 if rows > 128 else 4)
-    tile, each, warps = (8 if rows <= 8 else 16, 64, 4) if rows <= 16 else (32, 128, 8)
-    programs, places = -(-outputs // each) * -(-rows // tile), PROCESSORS * WARPS // warps
+    tile = next(most for most in TILES if rows <= most or most == max(TILES))
+    each, warps, stages, taken = TILES[tile]
+    programs, places = -(-outputs // each) * -(-rows // tile), PROCESSORS * taken
+    shortest = min(1.0, 2 / taken)
 
-    def cost(splits: int) -> int:
-        waves = -(-programs * splits // places) * (-(-blocks // splits) + 1)
-        return waves * places * each * WORD_BYTES + splits * rows * outputs * SUM_BYTES
+    def cost(splits: int) -> float:
+        full, rest = divmod(programs * splits, places)
+        last = max(rest / places, shortest) if rest else 0.0
+        waves = max(1.0, full + last) * (-(-blocks // splits) + 1)
+        sums = splits * rows * outputs * SUM_BYTES + -(-(splits - 1) // SUMS_TOGETHER) * ROUND_BYTES
+        return waves * places * each * WORD_BYTES + sums
 
-    return Tiling(tile, each, min(range(1, min(16, blocks) + 1), key=cost), warps)
+    return Tiling(tile, each, min(range(1, min(16, blocks) + 1), key=cost), warps, stages)
 
 
 @triton.jit
@@ -93,6 +104,14 @@ def decoded(quads, g, step, base):
     """
     code = ((quads >> (8 * (g % 4))) & 255 | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     return (code * step + base).to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def quads_of(block, stop, codes, step, base, n, N, groups: tl.constexpr):
+    """The codes of a block's groups, four of a quad, with their step and base; of the block before `stop` at most."""
+    block = tl.minimum(block, stop - 1)
+    its_step, its_base = spread(step, base, block * groups, n, N)
+    return tl.load(codes + block * groups // 4 * N + n, mask=n < N, other=0), its_step, its_base
 
 
 @triton.jit
@@ -160,20 +179,22 @@ def product_kernel(
     i, pair = tl.arange(0, RUN), tl.arange(0, RUN // 2)
     there, here = n < N, m < M
     total = tl.zeros((BN, BM), tl.float32)
-    for block in range(split * blocks // splits, (split + 1) * blocks // splits):
+    start, stop = split * blocks // splits, (split + 1) * blocks // splits
+    if DOUBLE:  # a block ahead, as nothing else keeps these loads from being waited for where they are
+        s_quad, s_step, s_base = quads_of(start, stop, scale_codes, scale_step, scale_base, n, N, groups)
+        if SCHEME == INT4:
+            z_quad, z_step, z_base = quads_of(start, stop, zero_codes, zero_step, zero_base, n, N, groups)
+    for block in range(start, stop):
+        if DOUBLE:
+            s_next = quads_of(block + 1, stop, scale_codes, scale_step, scale_base, n, N, groups)
+            if SCHEME == INT4:
+                z_next = quads_of(block + 1, stop, zero_codes, zero_step, zero_base, n, N, groups)
         tile = tl.load(
             words + (block * N + n)[:, None] * (RUN // 2) + pair[None, :],
             mask=there[:, None],
             other=0,
             eviction_policy="evict_first",
         )
-        if DOUBLE:
-            quad = block * groups // 4 * N + n
-            s_step, s_base = spread(scale_step, scale_base, block * groups, n, N)
-            s_quad = tl.load(scale_codes + quad, mask=there, other=0)
-            if SCHEME == INT4:
-                z_step, z_base = spread(zero_step, zero_base, block * groups, n, N)
-                z_quad = tl.load(zero_codes + quad, mask=there, other=0)
         sums = tl.zeros((BN, BM), tl.float32)
         for part in tl.static_range(PARTS):
             k = (block * PARTS + part) * RUN
@@ -201,6 +222,10 @@ def product_kernel(
                     z = tl.broadcast_to(tl.fma(s, -1.0 * OFFSET, z)[:, None], (BN, BM))
                     total = tl.fma(tl.broadcast_to(inputs[None, :], (BN, BM)), z, total)
                 sums = tl.zeros((BN, BM), tl.float32)
+        if DOUBLE:
+            s_quad, s_step, s_base = s_next
+            if SCHEME == INT4:
+                z_quad, z_step, z_base = z_next
     tl.store(out + (split * M + m)[None, :] * N + n[:, None], total, mask=here[None, :] & there[:, None])
 
 
@@ -335,7 +360,7 @@ class Matrix:
             return
         grid = (-(-m // how.rows), -(-self.rows // how.outputs), how.splits)
         sizes = (m, self.rows, self.width, self.blocks)
-        launch = {"num_warps": how.warps, "num_stages": STAGES, **options()}
+        launch = {"num_warps": how.warps, "num_stages": how.stages, **options()}
         if m > FEW_ROWS:
             tiled_kernel[grid](x, *self.arguments, out, *sizes, BM=how.rows, BN=how.outputs, **self.constants, **launch)
             return

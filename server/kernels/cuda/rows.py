@@ -37,8 +37,9 @@ def rms_norm_kernel(x, weight, out, sums, N, eps, BN: tl.constexpr, GROUP: tl.co
     row = tl.program_id(0)
     n = tl.arange(0, BN)
     values = tl.load(x + row * N + n, mask=n < N, other=0.0)
+    by = tl.load(weight + n, mask=n < N, other=0.0)  # on its way while the squares are summed up
     scaled = values * (1.0 / tl.sqrt(tl.sum(values * values, 0) / N + eps))
-    scaled = (scaled * tl.load(weight + n, mask=n < N, other=0.0)).to(out.dtype.element_ty)
+    scaled = (scaled * by).to(out.dtype.element_ty)
     tl.store(out + row * N + n, scaled, mask=n < N)
     if GROUP > 0:
         g = tl.arange(0, BN // GROUP)
