@@ -30,11 +30,11 @@ help:
 serve: $(VENV)/.installed
 	exec $(BIN)/loramux serve $(flags) $(ARGS)
 
-# Two at a time, but for those on the embedded base, which take all processors themselves.
+# Two at a time; those on the embedded base by files, whose tests share servers.
 test: $(VENV)/.installed-dev
 ifeq ($(ARGS),)
 	$(BIN)/python -m pytest -n 2 -m "not e2e"
-	$(BIN)/python -m pytest -m e2e
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m e2e
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
