@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +26,7 @@ from server.engine.cuda_pool import AdapterPool
 from server.engine.slots import Room
 from server.errors import NoCapacity
 from server.kernels.cuda import sampling
+from server.kernels.cuda.launch import keep_apart
 from server.kernels.cuda.products import DENSE_ROWS, FEW_ROWS
 from server.model.decoder import Source
 from server.model.on_device import DeviceModel, DeviceStep
@@ -147,6 +148,8 @@ class CudaRunner:
         """The one that was used last is at the end."""
         self._without: dict[Shape, float] = {}
         """Until when the steps of a bucket run without a graph, as memory lacked for it."""
+        self._broken: list[torch.cuda.CUDAGraph] = []
+        """Those whose capture was ended by something else: torch may go on asking them whose an allocation is."""
         self._graph_memory: Any = None
         self._graph_bytes = 0
         """What the driver has taken for graphs, beside the memory that torch has of it."""
@@ -339,24 +342,42 @@ class CudaRunner:
             return None
         if len(self._graphs) >= GRAPHS:
             self._drop_graph()
-        before = self._outside_torch()
-        made: torch.cuda.CUDAGraph | None = None
-        try:
-            made = self._captured(shape)
-        except RuntimeError as error:
-            if not _lacks_memory(error):
-                self._graph_memory = None  # a capture that the driver ended may hold it
-                self.wait()
-            log.warning("no graph of %d sequences, whose steps run without for a while: %s", shape.rows, str(error))
+        before, later = self._outside_torch(), time.monotonic() + RETRY_SECONDS
+        made = None if self._hopeless else self._tried(shape)
         if made is None:
-            torch.cuda.empty_cache()  # not while the error holds what was allocated until it came
-            self._without[shape] = time.monotonic() + RETRY_SECONDS
+            self._without[shape] = later
+            with suppress(RuntimeError):  # a broken capture may keep torch from it
+                torch.cuda.empty_cache()  # not while the error holds what was allocated until it came
             return None
         self._without.pop(shape, None)
         self._graph_memory = made.pool()
         self._graph_bytes += max(0, self._outside_torch() - before)
         self._graphs[shape] = made
         return made
+
+    @property
+    def _hopeless(self) -> bool:
+        """Whether a capture was broken that no kernel ahead can have been at fault for: the next would be too."""
+        return len(self._broken) > 1
+
+    def _tried(self, shape: Shape) -> torch.cuda.CUDAGraph | None:
+        """A graph, or None if there can be none. The first capture that breaks for another reason than memory is tried
+        again with kernels that are launched one after the other, as not every driver captures them otherwise."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            self._capture(shape, graph)
+            return graph
+        except RuntimeError as error:
+            log.warning("no graph of %d sequences, whose steps run without for a while: %s", shape.rows, str(error))
+            if _lacks_memory(error):
+                return None
+        self._broken.append(graph)
+        self._graph_memory = None  # the capture may hold it
+        self.wait()
+        if self._hopeless or not keep_apart():
+            return None
+        log.warning("trying again with kernels that do not overlap")
+        return self._tried(shape)
 
     def _drop_graph(self) -> None:
         """Let go of the graph that was used the longest ago."""
@@ -369,10 +390,9 @@ class CudaRunner:
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free - torch.cuda.memory_reserved(self._device)
 
-    def _captured(self, shape: Shape) -> torch.cuda.CUDAGraph:
+    def _capture(self, shape: Shape, graph: torch.cuda.CUDAGraph) -> None:
         stream = self._capturing
         stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
         try:
             with torch.inference_mode(), torch.cuda.stream(stream):
                 self._numbers.zero_()  # no tile has rows then, and no row a position below the cache's end
@@ -381,9 +401,9 @@ class CudaRunner:
                 # Other threads may pin memory meanwhile, which is none of this graph's business.
                 with torch.cuda.graph(graph, self._graph_memory, stream, capture_error_mode="thread_local"):
                     self._compute(shape)
+                graph.replay()  # the driver takes a graph's memory when it is first launched
         finally:
             torch.cuda.current_stream().wait_stream(stream)
-        return graph
 
     def _compute(self, shape: Shape) -> None:
         """A bucket's step, from the numbers in their place to the results in theirs."""
@@ -428,7 +448,9 @@ def _in_room(launch: Callable[[], T]) -> T:
     for _ in range(2):
         try:
             return launch()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _lacks_memory(error):
+                raise
             log.warning("memory of the GPU lacks for a step: %s", str(error))
         torch.cuda.empty_cache()  # not while the error holds what was allocated until it came
     raise NoCapacity(

@@ -42,9 +42,14 @@ def ask_for(places):
 
 @lru_cache(maxsize=1)
 def options() -> dict[str, Any]:
-    """What every launch is given, beside a kernel's own.
+    """What every launch is given, beside a kernel's own. The same object each time.
 
     Sums and products are rounded one by one, as the stored form says; where a fused one is meant, tl.fma says so.
     """
     overlaps = torch.cuda.is_available() and torch.cuda.get_device_capability() >= OVERLAPPING
     return {"enable_fp_fusion": False, **({"launch_pdl": True} if overlaps else {})}
+
+
+def keep_apart() -> bool:
+    """From here on a kernel is launched once the one ahead has ended, on any GPU. Answers whether it was otherwise."""
+    return bool(options().pop("launch_pdl", False))

@@ -35,6 +35,13 @@ def test_kernels_overlap_where_the_gpu_can(
     assert launch.options().get("launch_pdl", False) is overlaps
 
 
+def test_kernels_that_overlap_can_be_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert launch.options()["launch_pdl"] and launch.keep_apart()
+    assert "launch_pdl" not in launch.options() and not launch.keep_apart()
+
+
 def test_every_kernel_waits_for_the_one_ahead_first() -> None:
     """One that does not is over before what it should have waited for, and whoever waits for it reads too early."""
     kernels = [
