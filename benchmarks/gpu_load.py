@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,7 +111,7 @@ class _Kept:
         self.buffers = random_adapters(bench.config, bench.backend, min(count, 3 if bench.check else BUFFERS), kind)
         self.digests = [f"{i:064x}" for i in range(count)]
         self.weights = {
-            digest: LoraWeights(digest[-8:], digest, self.buffers[i % len(self.buffers)].modules)
+            digest: replace(self.buffers[i % len(self.buffers)], name=digest[-8:], digest=digest)
             for i, digest in enumerate(self.digests)
         }
 

@@ -19,11 +19,14 @@ from adapters.weights import LoraWeights
 from server.engine.slots import Room
 from server.errors import NoCapacity
 from server.kernels.cuda.lora import Pool
+from server.kernels.cuda.places import Places, Shapes
 from server.kernels.lora import SITES
 from server.model.config import ModelConfig
 
 PIECE = 8 << 20
 """Elements that are moved at once."""
+KINDS = 64
+"""Of adapters by their modules, of which it is remembered where those are in the tables."""
 ALIGNMENT = 64
 """Elements that every adapter's place is a multiple of."""
 
@@ -39,6 +42,8 @@ class AdapterPool:
         sites = config.num_hidden_layers * len(SITES)
         self._shapes = config.linear_shapes()
         self._site = {path: i for i, path in enumerate(self._shapes)}
+        self._found: dict[Shapes, np.ndarray] = {}
+        """Most adapters have the same modules as others."""
         self._size = nbytes // kept.itemsize // ALIGNMENT * ALIGNMENT
         self._in_units = kept.itemsize / torch.float32.itemsize
         """What an element is of one of the units of codes."""
@@ -86,19 +91,16 @@ class AdapterPool:
         Raises ValueError if it is not this base's or was not prepared, NoCapacity if the pool lacks room.
         """
         self.clear(slot)
-        flat, places = _in_one_piece(weights, self.pool.values.dtype)
-        found = [self._site.get(path, -1) for path in places]
-        for path, site, update in zip(places, found, weights.modules.values(), strict=True):
-            if site < 0 or update.shape != self._shapes[path]:
-                raise ValueError(f"the base has no linear {path} that this adapter could change")
+        places = weights.places
+        if not isinstance(places, Places) or places.flat.dtype != self.pool.values.dtype:
+            raise ValueError(f"the adapter {weights.name!r} was not prepared for the CUDA kernels of this base")
+        found, flat = self._sites(places.shapes), places.flat
         start = self._room(flat.numel())
         # Numpy: a call of torch for each of hundreds of numbers takes longer than the copy.
         offsets, ranks, scales = (table[slot].numpy() for table in self._tables)
         ranks[:] = 0
-        if found:
-            offsets[found] = np.array(list(places.values()), np.int64) + self._moved(start).numpy()
-            ranks[found] = [update.rank for update in weights.modules.values()]
-            scales[found] = [update.scale for update in weights.modules.values()]
+        offsets[found] = places.offsets + self._moved(start).numpy()
+        ranks[found], scales[found] = places.ranks, places.scales
         self._placed[slot] = (start, _aligned(flat.numel()))
         self.ranks[slot] = int(ranks.max())
         try:
@@ -130,6 +132,18 @@ class AdapterPool:
             over = torch.cuda.Event()  # type: ignore[no-untyped-call]
             over.record()
             self._uses.update(dict.fromkeys(read, over))
+
+    def _sites(self, shapes: Shapes) -> np.ndarray:
+        """The rows of the tables of modules with these shapes. Raises ValueError for one that the base lacks."""
+        found = self._found.get(shapes)
+        if found is None:
+            for path, shape in shapes:
+                if shape != self._shapes.get(path):
+                    raise ValueError(f"the base has no linear {path} that this adapter could change")
+            if len(self._found) >= KINDS:
+                self._found.clear()
+            found = self._found[shapes] = np.array([self._site[path] for path, _ in shapes], np.int64)
+        return found
 
     def _wait_for_readers(self, slot: int) -> None:
         """Let the copy to a slot's place wait for whoever reads the slot's numbers or what lay there before."""
@@ -210,21 +224,6 @@ class AdapterPool:
                     self._placed[slot] = (end, length)
                 end += length
         return end
-
-
-def _in_one_piece(weights: LoraWeights, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, tuple[int, int, int]]]:
-    """The memory of a prepared adapter, and where in it each module's A, B and units begin."""
-    first = next((update.A for update in weights.modules.values()), torch.empty(0, dtype=dtype))
-    flat = torch.empty(0, dtype=first.dtype).set_(first.untyped_storage())
-    begin, size = flat.data_ptr(), flat.element_size()
-    places = {}
-    for path, (a, b, _, units, _) in weights.modules.items():
-        at = int(a.storage_offset()), int(b.storage_offset()), 0 if units is None else int(units.storage_offset())
-        within = a.data_ptr() - size * at[0] == begin == b.data_ptr() - size * at[1]
-        if not (within and a.dtype == b.dtype == dtype and a.is_contiguous() and b.t().is_contiguous()):
-            raise ValueError(f"the update of {path} was not prepared for the CUDA kernels")
-        places[path] = at
-    return flat, places
 
 
 def _aligned(size: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from adapters.weights import LoraWeights
 from server.kernels.adapter_memory import in_one_piece
 from server.kernels.cuda import adapter_codes, packing
+from server.kernels.cuda.places import places
 from server.kernels.stored import TILE
 from server.kernels.weight import Weight
 
@@ -72,8 +74,10 @@ class Cuda:
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
         pinned = torch.cuda.is_available()
         if scheme == "none":
-            return in_one_piece(weights, self.dtype, pinned)
-        return adapter_codes.encoded(weights, pinned)
+            kept = in_one_piece(weights, self.dtype, pinned)
+        else:
+            kept = adapter_codes.encoded(weights, pinned)
+        return replace(kept, places=places(kept, self.dtype if scheme == "none" else torch.int8))
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] times the transposed matrix, in x's dtype. On a GPU so many outputs at a time that no more than

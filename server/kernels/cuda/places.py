@@ -1,0 +1,56 @@
+"""`Places`: where the matrices of one adapter lie in its memory, as the device is told when it gets a slot.
+
+Found out once, when the adapter is made ready: requests of many adapters give slots away every few steps, and the
+engine's thread is what launches steps. Does not know the device, its slots or the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from adapters.weights import LoraWeights
+
+Shapes = tuple[tuple[str, tuple[int, int]], ...]
+"""(module path, (out, in)) of each module of an adapter."""
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """`flat` is all of the adapter's memory in one piece. In the order of `shapes`: where in it each module's A, B and
+    units begin, int64 [modules, 3], the first two in elements and the third in float32; int32 `ranks`; float32
+    `scales`.
+    """
+
+    flat: torch.Tensor
+    shapes: Shapes
+    offsets: np.ndarray
+    ranks: np.ndarray
+    scales: np.ndarray
+
+
+def places(weights: LoraWeights, dtype: torch.dtype) -> Places:
+    """Those of an adapter in one piece of memory of `dtype`, A [rank, in] row-major and B [out, rank] column-major.
+
+    Raises ValueError if it does not lie so.
+    """
+    first = next((update.A for update in weights.modules.values()), torch.empty(0, dtype=dtype))
+    flat = torch.empty(0, dtype=first.dtype).set_(first.untyped_storage())
+    begin, size = flat.data_ptr(), flat.element_size()
+    offsets = np.zeros((len(weights.modules), 3), np.int64)
+    for i, (path, (a, b, _, units, _)) in enumerate(weights.modules.items()):
+        at = int(a.storage_offset()), int(b.storage_offset()), 0 if units is None else int(units.storage_offset())
+        within = a.data_ptr() - size * at[0] == begin == b.data_ptr() - size * at[1]
+        if not (within and a.dtype == b.dtype == dtype and a.is_contiguous() and b.t().is_contiguous()):
+            raise ValueError(f"the update of {path} was not prepared for the CUDA kernels")
+        offsets[i] = at
+    updates = weights.modules.values()
+    return Places(
+        flat,
+        tuple((path, update.shape) for path, update in weights.modules.items()),
+        offsets,
+        np.array([update.rank for update in updates], np.int32),
+        np.array([update.scale for update in updates], np.float32),
+    )
