@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -40,6 +41,7 @@ from benchmarks.shapes import QWEN_7B
 from server.engine.batch import Batch, SlotWeights
 from server.engine.cuda_runner import CudaRunner, gpu_memory
 from server.kernels.cuda import Cuda
+from server.kernels.cuda.launch import options
 from server.kernels.lora import SITES
 from server.model.config import ModelConfig, from_hf
 
@@ -62,6 +64,8 @@ class Bench:
         self.check = check
         self.began = time.monotonic()
         self.section = ""
+        self.is_last = False
+        """Whether no other section comes after this one."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.machine = _machine(self.device)
         """Asked for once: after a fault the device tells nothing, and what was measured before it is to be told."""
@@ -69,8 +73,8 @@ class Bench:
         self.shape = TINY if check else QWEN_7B
         self.config: ModelConfig = from_hf(self.shape)
         self.backend = backend
-        self.kinds = (Kind(4), Kind(2, SITES[:4])) if check else (Kind(16), Kind(8, SITES[:4]))
-        """The adapters that are claimed about, and S-LoRA's."""
+        self.kinds = (Kind(4), Kind(2, SITES[:4])) if check else (Kind(16), Kind(16, SITES[:4]))
+        """The adapters that are claimed about: on all linears, and on those alone that S-LoRA's change."""
         self.rows = 2 if check else 32
         self.context = 20 if check else 256
         self.results: list[dict[str, Any]] = []
@@ -93,9 +97,13 @@ class Bench:
         print(f"  {name}: {value}{limits}", flush=True)
 
     @property
+    def end(self) -> float:
+        """When nothing long should begin any more, on the monotonic clock; what is only checked has no such end."""
+        return math.inf if self.check else self.began + SECONDS
+
+    @property
     def is_late(self) -> bool:
-        """Whether nothing long should begin any more; what is only checked has no such end."""
-        return not self.check and time.monotonic() - self.began > SECONDS
+        return time.monotonic() > self.end
 
     def seconds(self, call: Callable[[], object], rounds: int = 30) -> float:
         """Median of the time of `call`, which may be asynchronous, after three to warm up."""
@@ -211,6 +219,9 @@ def model(bench: Bench) -> None:
     bench.runner.allocate(bench.blocks, BLOCK)
     bench.made = True
     bench.tell("seconds to compile the kernels and make the first graphs", round(time.perf_counter() - began, 1))
+    if bench.device.type == "cuda":  # without them steps are launched one kernel at a time, and no figure is worth much
+        graphs, overlap = len(bench.runner._graphs), "launch_pdl" in options()
+        bench.tell("graphs made at the start", graphs, "> 0", graphs > 0, kernels_overlap=overlap)
 
 
 def memory(bench: Bench) -> None:
@@ -316,7 +327,7 @@ def measure(bench: Bench, wanted: list[str], target: Path | None) -> bool:
     fine = True
     for name in wanted:
         print(f"{name} ({time.strftime('%X')})", flush=True)
-        bench.section = name
+        bench.section, bench.is_last = name, name == wanted[-1]
         try:
             if bench.is_late:
                 raise TimeoutError(f"{SECONDS:.0f} s have passed")
@@ -337,19 +348,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS], default=[*SECTIONS])
     parser.add_argument("--answers", nargs="+", type=Path, default=[], help="a quantized folder, or its parts")
     parser.add_argument("--check", action="store_true", help="a tiny model, and no claim")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available() and not options.check:
+    given = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not given.check:
         print("there is no GPU here: nothing is measured (--check runs it all on a tiny model)", file=sys.stderr)
         return 1
-    bench = Bench(options.check)
-    bench.folders = options.answers
-    wanted = [name for name in SECTIONS if name in options.only or name in ALWAYS]
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
+    bench = Bench(given.check)
+    bench.folders = given.answers
+    wanted = [name for name in SECTIONS if name in given.only or name in ALWAYS]
+    if given.json is not None:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
     try:
-        fine = measure(bench, wanted, options.json)
+        fine = measure(bench, wanted, given.json)
     finally:  # whoever ends it early sees what is known
-        _write(bench, options.json)
+        _write(bench, given.json)
         _print(bench)
     return 0 if fine else 1
 

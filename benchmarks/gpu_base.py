@@ -11,6 +11,7 @@ from adapters.weights import LoraWeights, LowRank
 from server.kernels.cuda import Cuda, packing
 from server.kernels.lora import SITES
 from server.kernels.stored import stored_parts
+from server.kernels.threads import processors
 from server.kernels.weight import STORED, Weight
 from server.model.config import ModelConfig
 from server.model.vocabulary import Vocabulary
@@ -54,21 +55,25 @@ class Kind:
 
 
 def random_adapters(config: ModelConfig, backend: Cuda, count: int, kind: Kind) -> list[LoraWeights]:
-    """Prepared adapters, in memory that the device copies from."""
-    rank = kind.rank
-    made = []
-    pool = torch.randn(1 << 22)
-    for number in range(count):
-        modules, at = {}, number * 7919
-        for path, (out, width) in kind.shapes(config).items():
-            size = rank * (out + width)
-            at = (at + size) % (len(pool) - size)
-            values = pool[at : at + size] * 0.01
-            modules[path] = LowRank(
-                values[: rank * width].view(rank, width), values[rank * width :].view(out, rank), 1.0
-            )
-        made.append(backend.prepare(LoraWeights(f"a{number}", f"{number:064x}", modules), "int4"))
-    return made
+    """Prepared adapters, in memory that the device copies from. All processors take part: a runner leaves torch one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(processors())
+    try:
+        pool = torch.randn(1 << 22)
+        return [_adapter(pool, config, backend, number, kind) for number in range(count)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _adapter(pool: torch.Tensor, config: ModelConfig, backend: Cuda, number: int, kind: Kind) -> LoraWeights:
+    """Adapter `number`, of values from `pool`."""
+    rank, modules, at = kind.rank, {}, number * 7919
+    for path, (out, width) in kind.shapes(config).items():
+        size = rank * (out + width)
+        at = (at + size) % (len(pool) - size)
+        values = pool[at : at + size] * 0.01
+        modules[path] = LowRank(values[: rank * width].view(rank, width), values[rank * width :].view(out, rank), 1.0)
+    return backend.prepare(LoraWeights(f"a{number}", f"{number:064x}", modules), "int4")
 
 
 def vocabulary_of(size: int) -> Vocabulary:

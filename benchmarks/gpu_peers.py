@@ -6,6 +6,7 @@ import gc
 import importlib
 import statistics
 import time
+import traceback
 from typing import Any
 
 import torch
@@ -17,8 +18,12 @@ TOKENS = 16
 
 
 def peers(bench: Any) -> None:
-    """32 requests on 32 adapters: our tokens a second over theirs, in bf16 and bitsandbytes' NF4."""
+    """32 requests on 32 adapters: our tokens a second over theirs, in bf16 and bitsandbytes' NF4.
+
+    Raises the first that a peer fails with, once the others are measured.
+    """
     n, ours = bench.rows, None
+    failed: list[Exception] = []
     for kind, needed in KINDS.items():
         name = f"decode of {n} mixed requests over Transformers + PEFT {kind}"
         target = 10 if kind == "bf16" else None
@@ -27,9 +32,21 @@ def peers(bench: Any) -> None:
             bench.tell(name, f"not measured: {missing}", target)
             continue
         ours = ours or n / bench.mixed_step_seconds(bench.running_seconds, bench.kinds[0])
-        theirs = _tokens_a_second(bench, kind)
+        try:
+            theirs = _tokens_a_second(bench, kind)
+        except Exception as error:
+            traceback.print_exc()
+            bench.tell(name, f"failed: {type(error).__name__}", target, False)
+            failed.append(error.with_traceback(None))  # whose frames hold the model
+            continue
+        finally:
+            gc.collect()  # a model's modules refer to one another
+            if bench.device.type == "cuda":
+                torch.cuda.empty_cache()
         ratio = ours / theirs
         bench.tell(name, round(ratio, 2), target, None if target is None else ratio >= target, ours=ours, theirs=theirs)
+    if failed:
+        raise failed[0]
 
 
 def _missing(names: tuple[str, ...]) -> str | None:
@@ -48,10 +65,6 @@ def _tokens_a_second(bench: Any, weights: str) -> float:
     prompt = torch.randint(1, bench.config.vocab_size, (bench.rows, bench.context), device=bench.device)
     _seconds(bench, model, prompt, 2)  # warms up
     more = [_seconds(bench, model, prompt, 2 + TOKENS) - _seconds(bench, model, prompt, 2) for _ in range(3)]
-    del model
-    gc.collect()  # its modules refer to one another
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
     return TOKENS * bench.rows / statistics.median(more)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,9 @@ def bench_of(told: Told, folders: list[Path]) -> Any:
     def tell(name: str, *values: Any, **more: Any) -> None:
         told[name] = values
 
-    return SimpleNamespace(check=True, device=DEVICE, backend=Cuda(FLOAT), folders=folders, tell=tell)
+    return SimpleNamespace(
+        check=True, device=DEVICE, backend=Cuda(FLOAT), folders=folders, tell=tell, is_last=False, end=math.inf
+    )
 
 
 @pytest.fixture
@@ -121,7 +124,7 @@ def test_too_few_answers_meet_nothing() -> None:
 def test_the_clock_is_looked_at_after_each_answer(
     four_bits: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is there by then is told, and is not the claim."""
+    """What is there by then is told, and is not the claim. Where nothing else is to come, it has all the time."""
     monkeypatch.setattr(gpu_answers, "load_base", lambda folder, name, backend: packed_for(four_bits, backend))
     monkeypatch.setattr(gpu_answers, "FORMS", ("of {}",))
     monkeypatch.setattr(gpu_answers, "SUBJECTS", ("rain", "ants"))
@@ -130,11 +133,13 @@ def test_the_clock_is_looked_at_after_each_answer(
     monkeypatch.setattr(gpu_answers, "CudaRunner", lambda *_, **options: runner)
     monkeypatch.setattr(gpu_answers, "_generated", lambda runner, prompts, *_: ((ids, [0], one) for ids in prompts))
     monkeypatch.setattr(gpu_answers, "_reference_logits", lambda *_: one)
-    for limit, compared_in_time in ((0.0, 1), (1e3, 2)):
+    for limit, is_last, end, compared_in_time in (
+        (0.0, False, math.inf, 1), (1e3, False, 0.0, 2), (0.0, True, math.inf, 2), (1e3, True, 0.0, 1)
+    ):  # fmt: skip
         monkeypatch.setattr(gpu_answers, "LIMIT_SECONDS", limit)
         told: Told = {}
         bench = bench_of(told, [tmp_path])
-        bench.check = False
+        bench.check, bench.is_last, bench.end = False, is_last, end
         gpu_answers.answers(bench)
         assert told["greedy answers compared"] == (compared_in_time,)
         assert told[gpu_answers.CLAIM] == (compared_in_time, 2, compared_in_time == 2)

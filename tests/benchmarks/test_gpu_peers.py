@@ -47,6 +47,22 @@ def test_a_peer_decodes_its_mixed_batch(monkeypatch: pytest.MonkeyPatch) -> None
     )  # fmt: skip
 
 
+def test_a_peer_that_fails_does_not_keep_the_next_from_being_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokens_a_second(bench: Any, kind: str) -> float:
+        if kind == "bf16":
+            raise RuntimeError("no kernel image")
+        return 10.0
+
+    monkeypatch.setattr(gpu_peers, "_missing", lambda names: None)
+    monkeypatch.setattr(gpu_peers, "_tokens_a_second", tokens_a_second)
+    told: dict[str, Any] = {}
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        gpu_peers.peers(bench_of(told))
+    name = "decode of 2 mixed requests over Transformers + PEFT"
+    assert told[f"{name} bf16"] == ("failed: RuntimeError", 10, False)
+    assert told[f"{name} bitsandbytes"] == (200_000.0, None, None)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_all_that_a_peer_computes_with_is_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT makes its matrices float32 beside weights that are codes."""
