@@ -198,6 +198,8 @@ class CudaRunner:
                     first.append(Shape.single_rows(size, self._width, width, each))
             for bucket in first[-GRAPHS:]:  # the largest first, whose memory the others use again
                 self._graph(bucket)
+            if self._broken:
+                self._warm_up()  # kernels are launched otherwise since: see `_tried`
             log.info("the kernels are compiled, the graphs of %d batch sizes are made", len(self._buckets))
 
     def place(self, slot: int, weights: LoraWeights) -> None:
