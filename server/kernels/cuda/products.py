@@ -186,9 +186,13 @@ def product_kernel(
             z_quad, z_step, z_base = quads_of(start, stop, zero_codes, zero_step, zero_base, n, N, groups)
     for block in range(start, stop):
         if DOUBLE:
-            s_next = quads_of(block + 1, stop, scale_codes, scale_step, scale_base, n, N, groups)
+            next_s, next_s_step, next_s_base = quads_of(
+                block + 1, stop, scale_codes, scale_step, scale_base, n, N, groups
+            )
             if SCHEME == INT4:
-                z_next = quads_of(block + 1, stop, zero_codes, zero_step, zero_base, n, N, groups)
+                next_z, next_z_step, next_z_base = quads_of(
+                    block + 1, stop, zero_codes, zero_step, zero_base, n, N, groups
+                )
         tile = tl.load(
             words + (block * N + n)[:, None] * (RUN // 2) + pair[None, :],
             mask=there[:, None],
@@ -223,9 +227,9 @@ def product_kernel(
                     total = tl.fma(tl.broadcast_to(inputs[None, :], (BN, BM)), z, total)
                 sums = tl.zeros((BN, BM), tl.float32)
         if DOUBLE:
-            s_quad, s_step, s_base = s_next
+            s_quad, s_step, s_base = next_s, next_s_step, next_s_base
             if SCHEME == INT4:
-                z_quad, z_step, z_base = z_next
+                z_quad, z_step, z_base = next_z, next_z_step, next_z_base
     tl.store(out + (split * M + m)[None, :] * N + n[:, None], total, mask=here[None, :] & there[:, None])
 
 
