@@ -54,17 +54,26 @@ def compose(
 
 
 def exact(pairs: Pairs, name: str) -> LoraWeights:
-    """The weighted sum of the updates, without error: ranks are concatenated, so they add up."""
+    """The weighted sum of the updates, without error: ranks are concatenated, so they add up. One content under two
+    names adds its weights, as where it is served.
+    """
     _check(pairs)
+    contents: dict[str, LoraWeights] = {}
+    weight_of: dict[str, float] = {}
+    for weights, weight in pairs:
+        contents.setdefault(weights.digest, weights)
+        weight_of[weights.digest] = weight_of.get(weights.digest, 0.0) + weight
+    summed = [(weights, weight_of[digest]) for digest, weights in contents.items()]
     modules = {}
     for path in _paths(pairs):
-        present = [(w.modules[path], weight) for w, weight in pairs if path in w.modules and weight != 0.0]
+        present = [(w.modules[path], weight) for w, weight in summed if path in w.modules and weight != 0.0]
         if present:
             a = torch.cat([m.A.float() for m, _ in present])
             b = torch.cat([m.B.float() * (m.scale * weight) for m, weight in present], dim=1)
             modules[path] = LowRank(a, b, 1.0)
     if not modules:
-        raise InvalidChoice("every weight is zero; nothing is left", "adapters")
+        why = "the weights of each content add up to zero" if any(w for _, w in pairs) else "every weight is zero"
+        raise InvalidChoice(f"{why}; nothing is left", "adapters")
     return _result(pairs, name, modules, {"method": "exact"})
 
 

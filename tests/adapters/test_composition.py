@@ -149,6 +149,8 @@ def test_what_cannot_be_composed_is_said():
         composition.exact([], "e")
     with pytest.raises(InvalidChoice, match="every weight is zero"):
         composition.exact([(one, 0.0)], "e")
+    with pytest.raises(InvalidChoice, match="add up to zero; nothing is left"):
+        composition.exact([(one, 1.5), (one, -0.5), (one, -1.0)], "e")
     with pytest.raises(InvalidChoice, match="finite"):
         composition.exact([(one, float("nan"))], "e")
     with pytest.raises(AdapterError, match="density"):
