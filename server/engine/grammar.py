@@ -49,12 +49,12 @@ class Grammar:
     def mask(self) -> npt.NDArray[np.uint8]:
         """A bit for each id. Raises InvalidRequest if the grammar has become too large to go on with."""
         if self._matcher.is_error():
-            raise InvalidRequest(f"the schema is too complex: {_first_line(self._matcher.get_error())}", PARAM)
+            raise InvalidRequest(f"the schema is too complex: {_reason(self._matcher.get_error())}", PARAM)
         if self._matcher.is_stopped():
             return self._ends
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise InvalidRequest(f"the schema is too complex: {_first_line(self._matcher.get_error())}", PARAM)
+            raise InvalidRequest(f"the schema is too complex: {_reason(self._matcher.get_error())}", PARAM)
         return mask
 
     def accept(self, token: int) -> None:
@@ -64,6 +64,8 @@ class Grammar:
 
 
 PARAM = "response_format"
+NOWHERE = "NoExtensionBias"
+"""How the library says that no token can come next."""
 
 
 class Grammars:
@@ -139,10 +141,10 @@ class Grammars:
         try:
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITESPACE})
         except ValueError as error:
-            raise InvalidRequest(f"the schema cannot be used: {_first_line(str(error))}", PARAM) from None
+            raise InvalidRequest(f"the schema cannot be used: {_reason(str(error))}", PARAM) from None
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
-            raise InvalidRequest(f"the schema cannot be used: {_first_line(matcher.get_error())}", PARAM)
+            raise InvalidRequest(f"the schema cannot be used: {_reason(matcher.get_error())}", PARAM)
         return matcher
 
     def _told(self) -> LLTokenizer | None:
@@ -201,5 +203,9 @@ def _digits(number: float) -> int:
     return int(exact) if exact == exact.to_integral_value() else int("".join(map(str, exact.as_tuple().digits)))
 
 
-def _first_line(message: str) -> str:
-    return message.partition("\n")[0][:200]
+def _reason(message: str) -> str:
+    """The first line of what the library says, and the last where that is what the first one announces."""
+    lines = [line.strip() for line in message.strip().splitlines()] or [""]
+    if lines[0] == NOWHERE:
+        return "no text can go on as it asks; does it refer to itself without an end?"
+    return (f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0])[:200]

@@ -92,6 +92,19 @@ def test_a_model_s_table_may_be_longer_than_the_vocabulary(tiny_text: Text) -> N
 
 
 @pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ({"type": "string", "pattern": "^(?=a)b$"}, "look-around"),
+        ({"$ref": "#"}, "refer to itself"),
+    ],
+)
+def test_why_a_schema_is_refused_is_told_in_words(tiny_text: Text, schema: dict[str, Any], why: str) -> None:
+    with pytest.raises(InvalidRequest, match=why):
+        [grammar] = Grammars(tiny_text, tiny_text.size).compile(schema, 1)
+        grammar.mask()
+
+
+@pytest.mark.parametrize(
     "schema",
     [
         {"type": "nonsense"},
