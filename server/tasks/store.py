@@ -135,14 +135,18 @@ class Tasks:
         """While no adapter comes or goes: what the task routes to is there when it is written."""
         own = Fixed(((name, 1.0),)) if name in self._adapters.names() else Fixed()
         task = parse(name, body, default_route=own, source="api")
-        self._check_tokens(task)
+        self._check_defaults(task)
         self._check(task.route)
         with self._lock:
             created = self.find(name) is None
             self._write({**self._put, name: task}, {k: v for k, v in self._deleted.items() if k != name})
         return task, created
 
-    def _check_tokens(self, task: Task) -> None:
+    def _check_defaults(self, task: Task) -> None:
+        """What the vocabulary, or one default beside another, does not let hold. Raises InvalidRequest."""
+        least, most = task.defaults.get("min_tokens", 0), task.defaults.get("max_tokens")
+        if most is not None and least > most:
+            raise InvalidRequest(f"min_tokens is {least}, over max_tokens, which is {most}", "defaults.min_tokens")
         for token in task.defaults.get("stop_token_ids", ()):
             if self._vocabulary is not None and token >= self._vocabulary:
                 raise InvalidRequest(
@@ -277,7 +281,7 @@ class Tasks:
         if not isinstance(name, str) or name in self._reserved:
             raise InvalidRequest(f"{str(name)[:64]!r} can not be a task's name", "task")
         task = parse(name, body, default_route=Fixed(((adapter, 1.0),)), source="file")
-        self._check_tokens(task)
+        self._check_defaults(task)
         return task
 
     def _read(self) -> None:

@@ -122,6 +122,9 @@ def test_bad_names_are_refused(live: Any, subtests: pytest.Subtests) -> None:
 
 
 def test_stop_tokens_of_a_task_are_in_the_vocabulary(live: Any, write_adapter: Any) -> None:
+    body = {**BODY, "defaults": {"min_tokens": 5, "max_tokens": 2}}
+    never = live.http.put("/tasks/mine", json=body)
+    assert never.status_code == 400 and never.json()["error"]["param"] == "defaults.min_tokens"
     body = {**BODY, "defaults": {"stop_token_ids": [99_999_999]}}
     refused = live.http.put("/tasks/far", json=body)
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "defaults.stop_token_ids"
