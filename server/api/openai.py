@@ -64,7 +64,7 @@ def _entry(parts: Parts, id: str, kind: str, parent: str | None) -> dict[str, An
 async def completions(body: schemas.CompletionBody, request: Request, runtime: Running, parts: Ready) -> Response:
     """Continue prompts: text, texts, token ids, or lists of them."""
     caller = runtime.caller(request, body.deadline_ms)
-    target = resolve_model(parts, body, caller)
+    target = resolve_model(parts, body, caller, request)
     with counted(parts.inference, target, caller):
         schemas.refuse_unserved(body)
         prompts = await _prompts(parts, target, body)
@@ -78,7 +78,7 @@ async def completions(body: schemas.CompletionBody, request: Request, runtime: R
 async def chat(body: schemas.ChatBody, request: Request, runtime: Running, parts: Ready) -> Response:
     """Answer a conversation. A task's template wraps its last user message."""
     caller = runtime.caller(request, body.deadline_ms)
-    target = resolve_model(parts, body, caller)
+    target = resolve_model(parts, body, caller, request)
     with counted(parts.inference, target, caller):
         schemas.refuse_unserved(body)
         if body.top_logprobs and not body.logprobs:
@@ -88,9 +88,11 @@ async def chat(body: schemas.ChatBody, request: Request, runtime: Running, parts
     return await _answer(parts, request, body, caller, target, [ids], sampling.CHAT_DEFAULTS, shape)
 
 
-def resolve_model(parts: Parts, body: schemas.V1Fields, caller: Caller) -> Target:
-    """The target of `model`. Raises UnknownName, UnknownAdapter, QueueFull, which are counted."""
+def resolve_model(parts: Parts, body: schemas.V1Fields, caller: Caller, request: Request) -> Target:
+    """The target of `model`. Raises InvalidRequest, UnknownName, UnknownAdapter, QueueFull, which are counted."""
     with counted(parts.inference, None, caller):
+        if "task" in request.query_params:  # other words of a query may be a client's own, this one is ours
+            raise InvalidRequest("a task is named as the model here, not in the query", "task")
         target = parts.resolver.model(body.model, override(body.adapters))
     return within_limits(parts, target, caller)
 

@@ -128,6 +128,17 @@ def test_model_means_version_then_task_then_adapter_then_base(live: Any, client:
         assert caught.value.param == "model"
 
 
+def test_a_task_in_the_query_is_not_answered_by_the_base(live: Any) -> None:
+    for path, body in (
+        ("completions", {"prompt": "x"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ):
+        refused = live.http.post(f"/v1/{path}?task=mood", json={"model": "tiny", "max_tokens": 1, **body})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "task"
+        known = live.http.post(f"/v1/{path}?api-version=1", json={"model": "tiny", "max_tokens": 1, **body})
+        assert known.status_code == 200, "other clients' own words are let by"
+
+
 def test_a_tasks_defaults_stand_between_the_request_and_openais(client: openai.OpenAI) -> None:
     own = client.chat.completions.create(model="mood", messages=HELLO, extra_body={"ignore_eos": True})
     assert own.usage is not None and own.usage.completion_tokens == 6
