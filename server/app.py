@@ -68,7 +68,7 @@ def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lam
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(limits.Boundary, access_log=settings.access_log),
+            Middleware(limits.Boundary, unread=runtime.unread, access_log=settings.access_log),
             Middleware(auth.Gate, keys=runtime.keys, hosts=auth.known_hosts(settings)),
             Middleware(
                 limits.BodyLimit,

@@ -219,10 +219,10 @@ def is_openai(path: str) -> bool:
     return path.startswith("/v1/")
 
 
-def install(app: FastAPI, unread: Callable[[Request, int], None]) -> None:
+def install(app: FastAPI, unread: Callable[[str, str, int], None]) -> None:
     """Answer every exception that reaches the framework's own layer by the table.
 
-    `unread` hears of each request that the framework refuses before a route sees it, and of the status.
+    `unread` hears of each request that the framework refuses before a route sees it: method, path and status.
     """
 
     async def handler(request: Request, error: Exception) -> Response:
@@ -233,7 +233,7 @@ def install(app: FastAPI, unread: Callable[[Request, int], None]) -> None:
             message = f"this route does not know {request.method[:16]}; what it knows: {known}"
             told = replace(told, message=message, headers={**told.headers, "allow": known})
         if isinstance(error, RequestValidationError | HTTPException):
-            unread(request, told.status)
+            unread(request.method, request.url.path, told.status)
         return told.response()
 
     for kind in (RequestValidationError, HTTPException, adapter_errors.AdapterError, server_errors.ServerError):

@@ -11,10 +11,12 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.requests import ClientDisconnect
 
 from server.api.errors import Answer, answer, is_openai
+from server.api.responses import ALWAYS
 from server.api.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import BodyTooLarge, BodyTooSlow
 
@@ -30,10 +32,14 @@ UPLOADS = {"POST": re.compile("/adapters|/v1/files"), "PUT": re.compile("/adapte
 
 
 class Boundary:
-    """Outermost: gives the request its id and turns whatever escaped into an answer. HEAD is GET without the body."""
+    """Outermost: gives the request its id and turns whatever escaped into an answer. HEAD is GET without the body.
 
-    def __init__(self, app: ASGIApp, access_log: bool = False) -> None:
+    `unread` hears of each request that the middleware refuses: method, path and status.
+    """
+
+    def __init__(self, app: ASGIApp, unread: Callable[[str, str, int], None], access_log: bool = False) -> None:
         self.app = app
+        self.unread = unread
         self.access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,6 +71,8 @@ class Boundary:
                 raise
             await refuse(answer(error, request_id, openai=is_openai(scope["path"])), receive, named, more=False)
         finally:
+            if status in ALWAYS:
+                self.unread(scope["method"], scope["path"], status)
             if self.access_log:
                 took = (time.monotonic() - start) * 1000
                 asked = {"method": scope["method"], "path": scope["path"]}

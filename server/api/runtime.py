@@ -125,9 +125,9 @@ class Runtime:
             raise NotReady(why.get(self.state, self.state), retry_after=2.0)
         return self.loaded
 
-    def unread(self, request: Request, status: int) -> None:
-        """Count a request whose body or query the schema refuses: nothing of it was resolved."""
-        if request.method == "POST" and request.url.path in GENERATING:
+    def unread(self, method: str, path: str, status: int) -> None:
+        """Count a request that is refused before a route sees it: nothing of it was resolved."""
+        if method == "POST" and path in GENERATING:
             self.metrics.record(Ended(None, (), str(status), known=False))
 
     def caller(self, request: Request, deadline_ms: int | None) -> Caller:

@@ -125,6 +125,21 @@ def test_what_the_schema_refuses_is_counted(live: Any) -> None:
     assert value(text, "loramux_requests_total", status="405") is None
 
 
+def test_what_is_refused_at_the_door_is_counted(start: Any) -> None:
+    live = start(api_keys="team:secret-one", metrics_public=True, max_body=2000)
+    key = {"authorization": "Bearer secret-one"}
+    assert live.http.post("/generate", json={"prompt": "x"}).status_code == 401
+    assert (
+        live.http.post("/classify", json={"input": "x"}, headers={**key, "origin": "http://e.example"}).status_code
+        == 403
+    )
+    assert live.http.post("/v1/completions", json={"prompt": "x" * 3000}, headers=key).status_code == 413
+    assert live.http.get("/adapters").status_code == 401, "which is no request for an answer"
+    text = live.http.get("/metrics").text
+    for status in ("401", "403", "413"):
+        assert value(text, "loramux_requests_total", task="other", adapter="other", status=status) == 1, status
+
+
 def test_means_are_over_what_was_measured() -> None:
     """A classification has no first token, and does not make it look earlier."""
     metrics = Metrics()
