@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, HTTPException, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
@@ -21,6 +21,7 @@ from adapters.peft_format import OPTIONAL, REQUIRED, read_folder, save
 from adapters.ports import Published
 from adapters.watch import as_watched
 from server.api import schemas
+from server.api.errors import UNREADABLE
 from server.api.generate import json_response
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running, Runtime
@@ -208,14 +209,22 @@ def described(told: dict[str, Any], status: int = 200) -> Response:
 
 
 async def _json_body(request: Request, model: type[B]) -> B:
-    """The body by its schema, as FastAPI would read it. Raises RequestValidationError."""
+    """The body by its schema, as FastAPI would read it. Raises RequestValidationError, and HTTPException for what is
+    not even text.
+    """
+    body = await request.body()
+    if not body:
+        raise RequestValidationError([{"type": "missing", "loc": ("body",), "msg": "", "input": None}])
     try:
-        return model.model_validate(json.loads(await request.body()))
+        return model.model_validate(json.loads(body))
     except ValidationError as error:
         problems = [{**e, "loc": ("body", *e["loc"])} for e in error.errors(include_url=False)]
         raise RequestValidationError(problems) from None
+    except json.JSONDecodeError as error:
+        problem = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "", "input": None}
+        raise RequestValidationError([problem]) from None
     except (ValueError, RecursionError):
-        raise RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": "", "input": None}]) from None
+        raise HTTPException(400, UNREADABLE) from None
 
 
 def _version(parts: Parts, name: str, if_match: list[str] | None) -> str | None:

@@ -72,7 +72,7 @@ async def uploaded(request: Request, settings: Settings, *, named: bool) -> Asyn
                     raise _malformed("extra_forbidden", str(field), "")
                 for field in REQUIRED:
                     if field not in given:
-                        raise _malformed("missing", field, "an upload needs this file")
+                        raise _malformed("missing", field, "an upload needs this file, and all of it")
                 name = given.pop("name", "")
                 if named and (not isinstance(name, str) or not name):
                     raise _malformed("missing", "name", "an upload needs this field")

@@ -37,9 +37,9 @@ class Number:
         right = isinstance(value, int) and not isinstance(value, bool)
         right = right or (self.kind is float and isinstance(value, float) and math.isfinite(value))
         if not right or not self.low <= value <= self.high or (self.above and value == self.low):
-            lower = f"over {self.low:g}" if self.above else f"from {self.low:g}"
+            lower = f"over {self.low:,}" if self.above else f"from {self.low:,}"
             kind = "whole number" if self.kind is int else "number"
-            raise InvalidRequest(f"{name} must be a {kind} {lower} to {self.high:g}", name)
+            raise InvalidRequest(f"{name} must be a {kind} {lower} to {self.high:,}", name)
         return self.kind(value)
 
 

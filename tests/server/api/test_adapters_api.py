@@ -60,6 +60,20 @@ def test_what_is_deleted_before_the_watch_has_seen_its_folder_stays_deleted(
     assert "late" in names()
 
 
+def test_a_body_that_is_no_json_is_told_as_elsewhere(live: Any) -> None:
+    def told(content: bytes) -> tuple[int, str]:
+        answer = live.http.put("/adapters/a", content=content, headers={"content-type": "application/json"})
+        elsewhere = live.http.post("/generate", content=content, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.json()["error"]["message"]) == (
+            elsewhere.status_code, elsewhere.json()["error"]["message"]
+        )  # fmt: skip
+        return answer.status_code, answer.json()["error"]["message"]
+
+    assert told(b"") == (422, "a JSON body is needed, sent as application/json")
+    assert told(b'{"source": "a"') == (422, "the body is not valid JSON, at character 14")
+    assert told(b'{"source": "\xff"}')[0] == 400
+
+
 def test_what_is_not_known_is_named_by_the_field_that_it_came_in(live: Any) -> None:
     def param(method: str, path: str, body: Any) -> str:
         answer = live.http.request(method, path, json=body)

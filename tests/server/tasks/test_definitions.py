@@ -69,6 +69,10 @@ def test_lengths_against_the_context() -> None:
     with pytest.raises(InvalidRequest, match="min_tokens"):
         build({"max_tokens": 5, "min_tokens": 6})
     assert build({"max_tokens": 5}, {"min_tokens": 6}).min_tokens == 5
+    with pytest.raises(InvalidRequest, match="to 1,000,000"):
+        sampling.NUMBERS["max_tokens"].check("max_tokens", 0)
+    with pytest.raises(InvalidRequest, match=r"from 0\.01 to 10$"):
+        sampling.NUMBERS["repetition_penalty"].check("repetition_penalty", 0)
     with pytest.raises(InvalidRequest, match=r"100 tokens.*100"):
         ROOM.check_prompt(100)
 
