@@ -42,7 +42,7 @@ def test_the_bounds_are_those_of_the_api(monkeypatch: pytest.MonkeyPatch, flag: 
     monkeypatch.setattr(generate, "open_base", lambda *_, **__: pytest.fail("the base is loaded before that"))
     done = runner.invoke(app, ["generate", "the", f"--{flag.replace('_', '-')}", value])
     assert isinstance(done.exception, InvalidRequest) and done.exception.param == flag
-    assert f"{NUMBERS[flag].high:g}" in done.exception.message
+    assert f"{NUMBERS[flag].high:,}" in done.exception.message
 
 
 @pytest.mark.parametrize(
