@@ -58,15 +58,12 @@ def exact(pairs: Pairs, name: str) -> LoraWeights:
     names adds its weights, as where it is served.
     """
     _check(pairs)
-    contents: dict[str, LoraWeights] = {}
-    weight_of: dict[str, float] = {}
+    summed: dict[str, tuple[LoraWeights, float]] = {}
     for weights, weight in pairs:
-        contents.setdefault(weights.digest, weights)
-        weight_of[weights.digest] = weight_of.get(weights.digest, 0.0) + weight
-    summed = [(weights, weight_of[digest]) for digest, weights in contents.items()]
+        summed[weights.digest] = weights, summed.get(weights.digest, (weights, 0.0))[1] + weight
     modules = {}
     for path in _paths(pairs):
-        present = [(w.modules[path], weight) for w, weight in summed if path in w.modules and weight != 0.0]
+        present = [(w.modules[path], weight) for w, weight in summed.values() if path in w.modules and weight != 0.0]
         if present:
             a = torch.cat([m.A.float() for m, _ in present])
             b = torch.cat([m.B.float() * (m.scale * weight) for m, weight in present], dim=1)

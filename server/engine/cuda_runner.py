@@ -340,12 +340,12 @@ class CudaRunner:
         if shape in self._graphs:
             self._graphs[shape] = found = self._graphs.pop(shape)  # to the end
             return found
-        if self._without.get(shape, -math.inf) > time.monotonic():
+        if self._hopeless or self._without.get(shape, -math.inf) > time.monotonic():
             return None
         if len(self._graphs) >= GRAPHS:
             self._drop_graph()
         before, later = self._outside_torch(), time.monotonic() + RETRY_SECONDS
-        made = None if self._hopeless else self._tried(shape)
+        made = self._tried(shape)
         if made is None:
             self._without[shape] = later
             with suppress(RuntimeError):  # a broken capture may keep torch from it
@@ -359,7 +359,8 @@ class CudaRunner:
 
     @property
     def _hopeless(self) -> bool:
-        """Whether a capture was broken that no kernel ahead can have been at fault for: the next would be too."""
+        """Whether captures have broken twice, the second time with kernels that do not overlap: each leaves torch's
+        account of its memory in worse order, so there is no third."""
         return len(self._broken) > 1
 
     def _tried(self, shape: Shape) -> torch.cuda.CUDAGraph | None:

@@ -74,7 +74,7 @@ def tiling(rows: int, outputs: int, blocks: int) -> Tiling:
     """
     if rows > FEW_ROWS:
         return Tiling(128 if rows > 128 else 64, 128, 1, warps=8 if rows > 128 else 4)
-    tile = next(most for most in TILES if rows <= most or most == max(TILES))
+    tile = next((most for most in TILES if rows <= most), max(TILES))
     each, warps, stages, taken = TILES[tile]
     programs, places = -(-outputs // each) * -(-rows // tile), PROCESSORS * taken
     shortest = min(1.0, 2 / taken)
