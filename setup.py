@@ -6,7 +6,9 @@ instructions for bf16. Where they cannot be built the package installs without t
 
 from __future__ import annotations
 
+import os
 import runpy
+from copy import copy
 from glob import glob
 from pathlib import Path
 
@@ -15,9 +17,13 @@ from setuptools.command.build_ext import build_ext
 
 KERNELS = "server/kernels/cpu"
 SOURCES = runpy.run_path(f"{KERNELS}/sources.py")["digest"](Path(KERNELS))
-ISA = ["f", "bw", "dq", "vl", "vnni"]
-"""Parts of AVX-512 that the kernels need. Whether a machine has them is asked when a library is loaded."""
-LIBRARIES = {"_native_bf16": [*ISA, "bf16"], "_native": ISA}
+ISA = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"]
+"""What all kernels need. Whether a machine has it is asked when a library is loaded."""
+LIBRARIES = {
+    "_native_amx": [*ISA, "avx512bf16", "amx-tile", "amx-int8"],
+    "_native_bf16": [*ISA, "avx512bf16"],
+    "_native": ISA,
+}
 FLAGS = [
     "-std=c++17",
     "-g0",
@@ -34,15 +40,16 @@ FLAGS = [
 
 
 class BuildEach(build_ext):
-    """Libraries of the same sources keep their objects apart."""
+    """Libraries of the same sources keep their objects apart, and are built at the same time."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
 
     def build_extension(self, ext: Extension) -> None:
-        together = self.build_temp
-        self.build_temp = str(Path(together, ext.name))
-        try:
-            super().build_extension(ext)
-        finally:
-            self.build_temp = together
+        own = copy(self)
+        own.build_temp = str(Path(self.build_temp, ext.name))
+        build_ext.build_extension(own, ext)
 
 
 setup(
@@ -54,7 +61,7 @@ setup(
             depends=sorted(glob(f"{KERNELS}/*.h")),
             language="c++",
             define_macros=[("LORAMUX_SOURCES", f'"{SOURCES}"')],
-            extra_compile_args=[*FLAGS, *(f"-mavx512{part}" for part in parts)],
+            extra_compile_args=[*FLAGS, *(f"-m{part}" for part in parts)],
             extra_link_args=["-pthread"],
             optional=True,
         )

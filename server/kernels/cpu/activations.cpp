@@ -233,21 +233,25 @@ void quantize(Span* spans, int count) {
 
 }  // namespace
 
-void Activations::reserve(int64_t rows, int64_t k, bool with_codes, bool with_quarters, bool with_half) {
+void Activations::reserve(int64_t rows, int64_t k, Forms wanted) {
   padded = (k + SPAN - 1) / SPAN * SPAN;
-  wants_codes = with_codes;
-  wants_quarters = with_quarters;
-  wants_half = with_half;
+  forms = wanted;
   const int64_t whole = (rows + ROWS - 1) / ROWS * ROWS;
-  if (with_codes) {
+  if (forms.codes) {
     codes.reserve(whole * padded);
     meta.reserve(whole / ROWS * (padded / SPAN) * META);
   }
-  if (with_quarters) quarters.reserve(rows * (padded / SPAN) * QUARTERS);
-  if (with_half) half.reserve(rows * padded);
+  if (forms.quarters) quarters.reserve(rows * (padded / SPAN) * QUARTERS);
+  if (forms.half) half.reserve(rows * padded);
+  if (forms.wide) {
+    // The matrix unit takes two blocks of rows at a time.
+    wide.reserve((rows + 2 * ROWS_OF_UNIT - 1) / (2 * ROWS_OF_UNIT) * 2 * ROWS_OF_UNIT * padded * 2);
+    units.reserve(rows);
+  }
 }
 
 void Activations::set(int64_t row, int64_t rows, int64_t from, int64_t to, const float* x, int64_t stride) {
+  if (!forms.codes && !forms.half) return;
   Span spans[AT_ONCE];
   float parts[AT_ONCE][SPAN];  // those that end before they are full
   int n = 0;
@@ -258,22 +262,53 @@ void Activations::set(int64_t row, int64_t rows, int64_t from, int64_t to, const
         std::fill(std::copy(at, at + (to - i), parts[n]), parts[n] + SPAN, 0.0f);
         at = parts[n];
       }
-      if (wants_half)
+      if (forms.half)
         for (int q = 0; q < SPAN; q += 32)
           _mm512_storeu_si512(half.get() + r * padded + i + q,
                               float_to_bf16(_mm512_loadu_ps(at + q), _mm512_loadu_ps(at + q + 16)));
-      if (!wants_codes) continue;
+      if (!forms.codes) continue;
       const int64_t step = r / ROWS * (padded / GROUP) + i / GROUP, lane = r % ROWS;
       spans[n++] = {at, codes.get() + (step * ROWS + lane) * GROUP, meta.get() + step / 2 * META + lane,
-                    wants_quarters ? quarters.get() + (r * padded + i) / SPAN * QUARTERS : nullptr};
+                    forms.quarters ? quarters.get() + (r * padded + i) / SPAN * QUARTERS : nullptr};
       if (n == AT_ONCE) quantize(spans, n), n = 0;
     }
   }
   quantize(spans, n);
 }
 
+void Activations::set_wide(int64_t row, int64_t rows, int64_t k, const float* x, int64_t stride) {
+  constexpr float LARGEST = 127 * 256 + 127;
+  for (int64_t r = row; r < row + rows; r++, x += stride) {
+    __m512i most = _mm512_setzero_si512();  // magnitudes, as in `peaks`
+    for (int64_t i = 0; i < k; i += 16)
+      most = larger(most, (__m512i)_mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(k - i), x + i)));
+    const float peak = _mm_cvtss_f32((__m128)_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most)));
+    const bool none = peak < LEAST_PEAK;
+    const __m512 inverse = _mm512_set1_ps(none ? 0.0f : LARGEST / peak);
+    units.get()[r] = none ? 0.0f : peak / LARGEST;  // infinite or NaN if an input is
+    int8_t* to = wide.get() + r / ROWS_OF_UNIT * padded * 2 * ROWS_OF_UNIT + r % ROWS_OF_UNIT * SPAN;
+    for (int64_t i = 0; i < padded; i += SPAN, to += 2 * ROWS_OF_UNIT * SPAN) {
+      __m512i code[4];
+      for (int q = 0; q < 4; q++)
+        code[q] = _mm512_cvtps_epi32(
+            _mm512_mul_ps(_mm512_maskz_loadu_ps(first_lanes(k - i - q * 16), x + i + q * 16), inverse));
+      const __m512i first = _mm512_packs_epi32(code[0], code[1]), second = _mm512_packs_epi32(code[2], code[3]);
+      const auto low = [](__m512i c) { return _mm512_srai_epi16(_mm512_slli_epi16(c, 8), 8); };
+      const auto high = [&](__m512i c) { return _mm512_srai_epi16(_mm512_sub_epi16(c, low(c)), 8); };
+      _mm512_storeu_si512(to, turned(_mm512_packs_epi16(high(first), high(second))));
+      _mm512_storeu_si512(to + ROWS_OF_UNIT * SPAN, turned(_mm512_packs_epi16(low(first), low(second))));
+    }
+  }
+}
+
 void Activations::fetch(int64_t rows) const {
-  if (!wants_codes) return;
+  if (forms.wide) {
+    const int64_t blocks = (rows + ROWS_OF_UNIT - 1) / ROWS_OF_UNIT, some = std::min<int64_t>(rows, ROWS_OF_UNIT);
+    const char* w = reinterpret_cast<const char*>(wide.get());
+    for (int64_t i = 0; i < blocks * padded / SPAN * 2; i++)
+      for (int64_t r = 0; r < some; r++) _mm_prefetch(w + (i * ROWS_OF_UNIT + r) * SPAN, _MM_HINT_T0);
+  }
+  if (!forms.codes) return;
   const int64_t whole = (rows + ROWS - 1) / ROWS * ROWS;
   const char* c = reinterpret_cast<const char*>(codes.get());
   const char* m = reinterpret_cast<const char*>(meta.get());

@@ -38,6 +38,7 @@ class Buffer {
 
 constexpr int ROWS = 4;    // rows of a tile, and of a block of quantized activations
 constexpr int GROUP = 32;  // inputs whose products are added up before they are scaled
+constexpr int ROWS_OF_UNIT = 8;  // rows of a tile of the matrix unit, each of them twice
 constexpr int SPAN = 64;   // inputs whose codes have units that differ by powers of two only
 
 // What a row says of a span of its inputs beside their codes. Each quarter's unit is the coarsest one halved as often as its
@@ -71,23 +72,42 @@ struct Quarter {
   int32_t begin;
 };
 
+// Which forms somebody reads: codes for products with matrices in codes, but wide ones where the matrix unit does them, codes
+// and quarters for updates of adapters in codes, and halves for both in bf16.
+struct Forms {
+  bool codes = false, quarters = false, half = false, wide = false;
+
+  Forms operator|(const Forms& o) const { return {codes || o.codes, quarters || o.quarters, half || o.half, wide || o.wide}; }
+};
+
 // Activations [rows, k] in the forms that products read, inputs padded with zeros to a multiple of 64:
 //   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/64][METAS][4], quarters
-//   [rows][kp/16], and bf16 [rows][kp].
+//   [rows][kp/16], and bf16 [rows][kp];
+//   wide int8 [rows/8][kp/64][2][8][64], for the matrix unit: high codes and low ones, x = (256 high + low) unit, and
+//   units [rows].
 struct Activations {
   Buffer<int8_t> codes;
   Buffer<float> meta;
   Buffer<Quarter> quarters;
   Buffer<uint16_t> half;
+  Buffer<int8_t> wide;
+  Buffer<float> units;
   int64_t padded = 0;
-  bool wants_codes = true, wants_quarters = false, wants_half = false;
+  Forms forms;
 
-  void reserve(int64_t rows, int64_t k, bool with_codes, bool with_quarters, bool with_half);
+  void reserve(int64_t rows, int64_t k, Forms forms);
   // Inputs from..to of some rows (from a multiple of 64; to one too, or k); x points at input `from` of the first row.
   void set(int64_t row, int64_t rows, int64_t from, int64_t to, const float* x, int64_t stride);
+  // The wide form of some rows, all inputs of them at once.
+  void set_wide(int64_t row, int64_t rows, int64_t k, const float* x, int64_t stride);
+  // Both, of whole rows.
+  void set_rows(int64_t row, int64_t rows, int64_t k, const float* x, int64_t stride) {
+    set(row, rows, 0, k, x, stride);
+    if (forms.wide) set_wide(row, rows, k, x, stride);
+  }
   // Asks for the codes of some rows, which other cores may just have written.
   void fetch(int64_t rows) const;
-  int64_t bytes() const { return codes.bytes() + meta.bytes() + quarters.bytes() + half.bytes(); }
+  int64_t bytes() const { return codes.bytes() + meta.bytes() + quarters.bytes() + half.bytes() + wide.bytes() + units.bytes(); }
 };
 
 }  // namespace loramux

@@ -26,7 +26,7 @@ void linear(Pool& pool, const Matrix& w, const float* x, int64_t rows, float* y)
   std::lock_guard<std::mutex> turn(pool.turn);
   constexpr int64_t BLOCK = 256, CHUNK = 4;
   Activations packed;
-  packed.reserve(std::min(rows, BLOCK), w.k, w.scheme != NONE, false, w.scheme == NONE);
+  packed.reserve(std::min(rows, BLOCK), w.k, forms_of(w));
   const int64_t tiles = w.tiles();
   std::vector<Buffer<float>> scratch(static_cast<size_t>(pool.threads()));
   for (auto& s : scratch) s.reserve(std::min(rows, BLOCK) * CHUNK * 16);
@@ -34,7 +34,7 @@ void linear(Pool& pool, const Matrix& w, const float* x, int64_t rows, float* y)
     const int64_t count = std::min(BLOCK, rows - start);
     pool.run(static_cast<int>((count + ROWS - 1) / ROWS), [&](int piece, int) {
       const int64_t first = piece * ROWS, some = std::min<int64_t>(ROWS, count - first);
-      packed.set(first, some, 0, w.k, x + (start + first) * w.k, w.k);
+      packed.set_rows(first, some, w.k, x + (start + first) * w.k, w.k);
     });
     pool.run(static_cast<int>((tiles + CHUNK - 1) / CHUNK), [&](int piece, int thread) {
       const int64_t first = piece * CHUNK, last = std::min(tiles, first + CHUNK);

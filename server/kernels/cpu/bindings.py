@@ -48,6 +48,7 @@ class Matrix(ctypes.Structure):
         ("scale_base", c_void_p),
         ("zero_step", c_void_p),
         ("zero_base", c_void_p),
+        ("unit", c_void_p),
         ("bias", c_void_p),
         ("n", c_int64),
         ("k", c_int64),
@@ -156,8 +157,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 
-LIBRARIES = ("_native_bf16", "_native")
-"""The same kernels for processors with instructions for bf16 and for those without, the faster ones first."""
+LIBRARIES = ("_native_amx", "_native_bf16", "_native")
+"""The same kernels for processors with a matrix unit, with instructions for bf16 and without, the faster ones first."""
 
 OUTDATED = "the library was built from other sources: install the package again, in a checkout with `make serve`"
 """What is said of one that an older checkout has left."""

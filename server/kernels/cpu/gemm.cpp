@@ -4,6 +4,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "matrix_unit.h"
 #include "simd.h"
 
 namespace loramux {
@@ -28,26 +29,9 @@ const float NF4_TABLE[16] = {-1.0f,
 
 namespace {
 
-// NF4_TABLE in units of 1/127, plus 128: vpdpbusd wants one operand without a sign.
-inline __m512i nf4_levels() {
-  return _mm512_broadcast_i32x4(
-      _mm_setr_epi8(1, 40, 61, 78, 92, 105, 116, (char)128, (char)138, (char)148, (char)159, (char)171, (char)184,
-                    (char)199, (char)220, (char)255));
-}
-
 struct GroupScales {
   __m512 scale, zero;
 };
-
-inline __m512 decode(const uint8_t* codes, float step, float base) {
-  const __m512 c = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
-  const __m512 value = _mm512_add_ps(_mm512_mul_ps(c, _mm512_set1_ps(step)), _mm512_set1_ps(base));
-  return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-
-inline __m512 load_half(const uint16_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
 
 template <int S, bool DOUBLE>
 inline GroupScales scales(const Matrix& w, int64_t tile, int64_t groups, int64_t g) {
@@ -409,6 +393,9 @@ float scale_of(const Matrix& w, int64_t row, int64_t g, bool zero) {
 
 void multiply(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows, float* out,
               int64_t stride, Aside& aside) {
+  if constexpr (MATRIX_UNIT) {
+    if (w.by_unit()) return multiply_by_unit(w, first_tile, last_tile, x, rows, out, stride, aside);
+  }
   int64_t tile = first_tile;
   for (; tile + 2 <= last_tile; tile += 2)
     columns_any<2>(w, tile, x, rows, out + (tile - first_tile) * 16, stride, aside);

@@ -1,5 +1,6 @@
 // Products of activations with packed matrices. A row's result depends on that row alone, bit for bit: its groups are
-// added in ascending order, one accumulator, whatever the tile that it falls into.
+// added in ascending order, one accumulator, whatever the tile that it falls into, and whole numbers where the matrix unit
+// adds them.
 #pragma once
 #include "target.h"
 
@@ -13,6 +14,12 @@ namespace loramux {
 // Bytes of a tile's codes for a group of inputs, of the schemes with codes.
 constexpr int64_t bytes_of_group(int scheme) { return scheme == INT8 ? 512 : 256; }
 
+inline Forms forms_of(const Matrix& w) {
+  Forms forms;
+  (w.scheme == NONE ? forms.half : w.by_unit() ? forms.wide : forms.codes) = true;
+  return forms;
+}
+
 // Lines of 64 bytes that lie one after the other.
 struct Lines {
   const char* at = nullptr;
@@ -20,7 +27,8 @@ struct Lines {
 };
 
 // Memory that something else will read soon. Products live on arithmetic and leave memory idle, so they ask for it on
-// the side: for `pace` lines of it with every group of inputs that a walk over weights passes.
+// the side: for `pace` lines of it with every group of inputs that a walk over weights passes, and every span of the matrix
+// unit's.
 struct Aside {
   Lines lines;
   int64_t pace = 0;

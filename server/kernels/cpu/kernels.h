@@ -1,6 +1,8 @@
 // What Python and the kernels share: plain structs over raw pointers, mirrored field by field in bindings.py.
 // Nothing here owns memory; whoever fills a struct keeps its arrays alive while the model holds them.
 #pragma once
+#include "target.h"
+
 #include <cstdint>
 
 namespace loramux {
@@ -22,6 +24,8 @@ inline int64_t padded_inputs(int64_t in) { return (in + 31) / 32 * 32; }
 //          s and 8 (z - s) are the scale and the zero once they are rounded to float16, but for the groups odd_at
 //          (int64 [odd_count], ascending, row * g + group), whose scale and zero are `odd` (float16 [odd_count][2])
 //   or scale_codes (zero_codes) uint8 [tiles][g][16] with step and base float32 [tiles][ceil(g/16)].
+//   unit   float32 [tiles][16], or null: a weight of a column is at most 127 of these, and few are much less than one, so that
+//          whole numbers of them are as good
 struct Matrix {
   const uint8_t* codes;
   const uint16_t* scale;
@@ -35,6 +39,7 @@ struct Matrix {
   const float* scale_base;
   const float* zero_step;
   const float* zero_base;
+  const float* unit;
   const float* bias;  // [n] or null
   int64_t n, k, odd_count;
   int32_t scheme, group;
@@ -42,6 +47,7 @@ struct Matrix {
   bool whole_spans() const { return group % 64 == 0; }
   int64_t span_scale_count() const { return whole_spans() ? k / group : (padded() + 63) / 64; }  // of a tile
   int64_t tiles() const { return (n + 15) / 16; }
+  bool by_unit() const { return MATRIX_UNIT && unit != nullptr; }  // whether products are the matrix unit's
   int64_t padded() const { return padded_inputs(k); }
 };
 

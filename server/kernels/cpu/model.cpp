@@ -32,7 +32,6 @@ Model::Model(const Config& config, const Layer* layers, const Matrix& embed, con
       pool_(pool),
       together_(base_, &pool),
       local_(static_cast<size_t>(pool.threads())) {
-  (head_.scheme == NONE ? base_.any_half : base_.any_codes) = true;
   if (pool.threads() == 1) return;
   for (size_t t = 0; t < local_.size(); t++) alone_.emplace_back(base_, nullptr);
 }
@@ -189,7 +188,7 @@ void Model::head(const Step& step) {
   const int64_t tiles = head_.tiles(), pieces = (tiles + EACH - 1) / EACH;
   for (int64_t first = 0; first < step.logit_count; first += BLOCK) {
     const int64_t count = std::min(BLOCK, step.logit_count - first);
-    normed_.reserve(count, base_.config.hidden, head_.scheme != NONE, false, head_.scheme == NONE);
+    normed_.reserve(count, base_.config.hidden, forms_of(head_));
     for (Local& local : local_) {
       local.tile.reserve(count * EACH * 16);
       local.rows.reserve(ROWS * base_.config.hidden);
@@ -201,7 +200,7 @@ void Model::head(const Step& step) {
       for (int64_t r = begin; r < end; r++)
         rms_norm(stream_.get() + step.logit_rows[first + r] * base_.config.hidden, norm_, base_.config.hidden,
                  static_cast<float>(base_.config.eps), scratch + (r - begin) * base_.config.hidden);
-      normed_.set(begin, end - begin, 0, base_.config.hidden, scratch, base_.config.hidden);
+      normed_.set_rows(begin, end - begin, base_.config.hidden, scratch, base_.config.hidden);
     });
     pool_.run(static_cast<int>(pieces), [&](int piece, int thread) {
       Aside nothing;

@@ -1,5 +1,12 @@
 // Says whether the kernels can run here. Asks nothing of the machine but integers, whatever the rest is compiled for.
 
+#if defined(__AMX_INT8__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+// AMX's tiles are asked for here: a process has to, once, before any of its threads uses them.
 extern "C" const char* loramux_missing() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -10,6 +17,13 @@ extern "C" const char* loramux_missing() {
 #if defined(__AVX512BF16__)
   if (!__builtin_cpu_supports("avx512bf16")) return "the processor has no AVX512-BF16";
 #endif
+#if defined(__AMX_INT8__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & bit_AMX_TILE) || !(d & bit_AMX_INT8))
+    return "the processor has no AMX-INT8";
+  constexpr int PERMISSION = 0x1023, TILES = 18;  // Linux: ARCH_REQ_XCOMP_PERM, and the state of AMX's tiles
+  if (syscall(SYS_arch_prctl, PERMISSION, TILES) != 0) return "the system does not let this process use AMX";
+#endif
   return nullptr;
 #else
   return "the processor is not an x86-64";
@@ -18,7 +32,9 @@ extern "C" const char* loramux_missing() {
 
 // What they are compiled for, in the words that people know.
 extern "C" const char* loramux_instructions() {
-#if defined(__AVX512BF16__)
+#if defined(__AMX_INT8__)
+  return "AMX-INT8, AVX512-VNNI, AVX512-BF16";
+#elif defined(__AVX512BF16__)
   return "AVX512-VNNI, AVX512-BF16";
 #else
   return "AVX512-VNNI";

@@ -44,7 +44,7 @@ Resident::Resident(const Config& config, const Layer* layers, int threads)
       slot_uses(static_cast<size_t>(config.max_slots), 0),
       slot_lines(static_cast<size_t>(config.max_slots), 0) {
   for (const Layer& layer : this->layers)
-    for (const Matrix& w : layer.site) (w.scheme == NONE ? any_half : any_codes) = true;
+    for (const Matrix& w : layer.site) forms = forms | forms_of(w);
 }
 
 void Resident::set_slot(int64_t slot, std::vector<LoraSite> sites) {

@@ -22,8 +22,7 @@ struct Resident {
   const Config config;
   const std::vector<Layer> layers;
   const int64_t ahead_lines;  // that a thread asks for ahead of a layer, at most
-  bool any_half = false;      // some linear wants bf16 activations
-  bool any_codes = false;
+  Forms forms;                // that products want of their activations, and updates if there are any
 
   std::vector<std::vector<LoraSite>> slot_sites;
   std::vector<const LoraSite*> slots;  // [slot] -> [layer][site]

@@ -50,6 +50,24 @@ inline float bf16_to_float(uint16_t h) {
 
 inline float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
 
+// Sixteen float16 numbers, and such as codes times `step` plus `base` are rounded to.
+inline __m512 load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+inline __m512 decode(const uint8_t* codes, float step, float base) {
+  const __m512 c = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+  const __m512 value = _mm512_add_ps(_mm512_mul_ps(c, _mm512_set1_ps(step)), _mm512_set1_ps(base));
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// The levels of NF4 in units of 1/127, plus 128: vpdpbusd wants one operand without a sign.
+inline __m512i nf4_levels() {
+  return _mm512_broadcast_i32x4(
+      _mm_setr_epi8(1, 40, 61, 78, 92, 105, 116, (char)128, (char)138, (char)148, (char)159, (char)171, (char)184,
+                    (char)199, (char)220, (char)255));
+}
+
 inline __mmask16 first_lanes(int64_t n) {
   return n >= 16 ? 0xffff : static_cast<__mmask16>(n <= 0 ? 0 : (1u << n) - 1);
 }

@@ -4,3 +4,14 @@
 #error "the kernels are written for AVX512 with VNNI; see setup.py for the flags"
 #endif
 #include <immintrin.h>
+
+namespace loramux {
+
+// Whether there is a matrix unit, for products of codes; see matrix_unit.h.
+#ifdef __AMX_INT8__
+constexpr bool MATRIX_UNIT = true;
+#else
+constexpr bool MATRIX_UNIT = false;
+#endif
+
+}  // namespace loramux

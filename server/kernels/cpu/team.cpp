@@ -8,8 +8,9 @@
 namespace loramux {
 namespace {
 
-// What is asked for with a group of inputs, weights among it, at most: memory has no more to give.
-constexpr int64_t MOST_LINES = 9;
+// What is asked for with a group of inputs, weights among it, at most: memory has no more to give. With a span of them where
+// the matrix unit computes.
+constexpr int64_t MOST_LINES = 9, MOST_OF_SPAN = 20;
 
 // The same of an update's adapters: most of them have come as far as the third cache before.
 constexpr int64_t MOST_NEAR = 16;
@@ -63,7 +64,8 @@ void Team::reserve(const Step& step) {
       context = std::max(context, step.positions[r] + 1);
   }
   const auto reserve = [&](Activations& x, int64_t k, uint32_t readers) {
-    x.reserve(rows, k, base_.any_codes, base_.any_codes && (sites & readers) != 0, base_.any_half);
+    const bool updates = (sites & readers) != 0 && (base_.forms.codes || base_.forms.wide);
+    x.reserve(rows, k, base_.forms | Forms{updates, updates});
   };
   qkv_.reserve(rows * (whole_tiles(heads) + 2 * whole_tiles(kv)));
   query_.reserve(rows * heads);
@@ -71,6 +73,7 @@ void Team::reserve(const Step& step) {
   reserve(normed_, config.hidden, 1u << Q | 1u << K | 1u << V | 1u << GATE | 1u << UP);
   reserve(attended_, heads, 1u << O);
   reserve(gated_, config.intermediate, 1u << DOWN);
+  if (gated_.forms.wide) product_.reserve(rows * whole_tiles(config.intermediate));
   for (size_t site = 0; site < SITES; site++)
     if (sites >> site & 1) updates_[site].reserve(rows * whole_tiles(base_.layers[0].site[site].n));
   for (Local& local : local_) {
@@ -82,7 +85,7 @@ void Team::reserve(const Step& step) {
 }
 
 int64_t Team::bytes() const {
-  int64_t bytes = qkv_.bytes() + query_.bytes() + seen_.bytes() + normed_.bytes() + attended_.bytes() + gated_.bytes();
+  int64_t bytes = qkv_.bytes() + query_.bytes() + seen_.bytes() + product_.bytes() + normed_.bytes() + attended_.bytes() + gated_.bytes();
   for (const auto& buffer : updates_) bytes += buffer.bytes();
   for (const Local& local : local_)
     bytes += local.attention.bytes() + local.tile.bytes() + local.rows.bytes() + local.update.bytes();
@@ -140,22 +143,24 @@ void Team::plan_ahead(const Step& step) {
   ahead_pace_ = pace_ahead(block.count);
 }
 
-// Lines a group of inputs, so that what there is to ask for is spread over gate, up and down, which do most of it.
-// Their walks over the rows share the asking for weights, and of few rows that is all that memory can give.
+// Lines each time, so that what there is to ask for is spread over gate, up and down, which do most of it. Their walks over
+// the rows share the asking for weights, and of few rows that is all that memory can give.
 int64_t Team::pace_ahead(int64_t rows) const {
   int64_t lines = static_cast<int64_t>(ahead_blocks_.size()) * base_.cache_halves() / 32;
   for (const int32_t slot : ahead_slots_) lines += base_.slot_lines[static_cast<size_t>(slot)] / base_.config.layers;
   lines = std::min(lines, base_.ahead_lines * static_cast<int64_t>(local_.size()));
   const int64_t walks = (rows + ROWS - 1) / ROWS;
-  int64_t groups = 0, weights = 0;
+  int64_t times = 0, weights = 0, most = 0;
   for (const int site : {GATE, UP, DOWN}) {
     const Matrix& w = base_.layers[0].site[site];
-    const int64_t pieces = (w.tiles() + TILES - 1) / TILES * (w.padded() / GROUP);
-    groups += pieces * walks;
-    weights += pieces * TILES * bytes_of_group(w.scheme) / 64;
+    const int64_t pieces = (w.tiles() + TILES - 1) / TILES, groups = w.padded() / GROUP;
+    const int64_t each = w.by_unit() ? (groups + 1) / 2 : groups * walks;
+    times += pieces * each;
+    most += pieces * each * (w.by_unit() ? MOST_OF_SPAN : MOST_LINES);
+    weights += pieces * groups * TILES * bytes_of_group(w.scheme) / 64;
   }
-  const int64_t spare = MOST_LINES - (weights + groups - 1) / groups;
-  return std::max<int64_t>(0, std::min(spare, (lines + groups - 1) / groups));
+  const int64_t spare = (most - weights) / times;
+  return std::max<int64_t>(0, std::min(spare, (lines + times - 1) / times));
 }
 
 // From now on products ask for what `layer` will read; for nothing if it is none.
@@ -295,6 +300,15 @@ void Team::products(int64_t layer, const RowBlock& block, const Activations& x, 
   });
 }
 
+// Whole rows [rows, k] as the matrix unit reads them, if it does: their largest inputs have to be known.
+void Team::widen(Activations& x, int64_t rows, int64_t k, const float* from) {
+  if (!x.forms.wide) return;
+  run(static_cast<int>((rows + ROWS - 1) / ROWS), [&](int piece, int) {
+    const int64_t first = piece * ROWS;
+    x.set_wide(first, std::min<int64_t>(ROWS, rows - first), k, from + first * k, k);
+  });
+}
+
 // silu(gate) * up, a span of columns of each at a time, given on as quantized activations.
 void Team::gate_up(int64_t layer, const RowBlock& block) {
   const Matrix& gate = base_.layers[static_cast<size_t>(layer)].site[GATE];
@@ -323,9 +337,11 @@ void Team::gate_up(int64_t layer, const RowBlock& block) {
       float* g = y + r * 2 * WIDE;
       for (int64_t c = 0; c < WIDE; c += 16)
         _mm512_storeu_ps(g + c, _mm512_mul_ps(silu(_mm512_loadu_ps(g + c)), _mm512_loadu_ps(g + WIDE + c)));
+      if (gated_.forms.wide) copy_row(product_.get() + r * base_.config.intermediate + column, g, columns);
     }
     gated_.set(0, block.count, column, column + columns, y, 2 * WIDE);
   });
+  widen(gated_, block.count, base_.config.intermediate, product_.get());
 }
 
 // Adds what the adapters give to the stream, where no phase that follows does.
@@ -353,7 +369,7 @@ void Team::norm_rows(const RowBlock& block, const float* weight, int added) {
       if (z) add_row(x, z, hidden);
       rms_norm(x, weight, hidden, static_cast<float>(base_.config.eps), scratch + (r - first) * hidden);
     }
-    normed_.set(first, last - first, 0, hidden, scratch, hidden);
+    normed_.set_rows(first, last - first, hidden, scratch, hidden);
   });
 }
 
@@ -457,8 +473,9 @@ void Team::attention(const Step& step, int64_t layer, const RowBlock& block) {
       following[i] = cache.keys(table[i < step.table_width && table[i] >= 0 ? i : 0], (head + 1) % kv_heads);
     attend_rows(step, layer, block, task.sequence, head, task.first, task.last, thread, following);
   });
-  if (base_.config.heads / base_.config.kv_heads * base_.config.head_dim % SPAN == 0) return;
   const int64_t heads = base_.config.heads * base_.config.head_dim;
+  widen(attended_, block.count, heads, seen_.get());
+  if (base_.config.heads / base_.config.kv_heads * base_.config.head_dim % SPAN == 0) return;
   run(static_cast<int>((block.count + ROWS - 1) / ROWS), [&](int piece, int) {
     const int64_t first = piece * ROWS, some = std::min<int64_t>(ROWS, block.count - first);
     attended_.set(first, some, 0, heads, seen_.get() + first * heads, heads);

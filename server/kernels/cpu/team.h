@@ -74,6 +74,7 @@ class Team {
   int plan_updates(int64_t layer, const RowBlock& block, const std::vector<int>& sites);
   void update_piece(const Activations& x, int64_t in, int piece, int thread);
   const float* update_of(const RowBlock& block, int site, int64_t row) const;
+  void widen(Activations& x, int64_t rows, int64_t k, const float* from);
   void gate_up(int64_t layer, const RowBlock& block);
   void down(int64_t layer, const RowBlock& block);
   void rotate_and_write(const Step& step, int64_t layer, const RowBlock& block, int64_t row, int64_t head);
@@ -105,6 +106,7 @@ class Team {
   Buffer<float> qkv_;  // [block][q | k | v], each padded to whole tiles
   Buffer<uint16_t> query_;
   Buffer<float> seen_;                        // attention's result [block][heads * dim]
+  Buffer<float> product_;                     // silu(gate) * up [block][intermediate], where it is wanted in its wide form
   std::array<Buffer<float>, SITES> updates_;  // [block][the site's outputs]
   Activations normed_, attended_, gated_;
   // What a thread asks for beside its products: the adapters of the update that it comes to next, and then what the next

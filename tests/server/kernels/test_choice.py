@@ -62,8 +62,10 @@ def test_the_fastest_library_that_runs_is_loaded(
         def __init__(self, missing: bytes | None) -> None:
             self.loramux_missing = lambda: missing
 
-    there = {"_native_bf16": Library(None), "_native": Library(None)}
+    there = {"_native_amx": Library(None), "_native_bf16": Library(None), "_native": Library(None)}
     monkeypatch.setattr(bindings, "load", lambda name: there[name])
+    assert bindings.library.__wrapped__() is there["_native_amx"]
+    there["_native_amx"] = Library(b"the system does not let this process use AMX")
     assert bindings.library.__wrapped__() is there["_native_bf16"]
     there["_native_bf16"] = Library(b"the processor has no AVX512-BF16")
     assert bindings.library.__wrapped__() is there["_native"]

@@ -1,0 +1,19 @@
+// Products by a processor's matrix unit (AMX): 16 rows by 16 columns by 64 inputs an instruction, sums in whole numbers
+// that never leave the unit before the last input. That wants one unit for all of a row's activations and one for all of a
+// column's weights, so both are brought to these on the way: weights to 8 bits, activations to two codes of 8 bits.
+#pragma once
+#include "target.h"
+
+#include <cstdint>
+
+#include "activations.h"
+#include "gemm.h"
+#include "kernels.h"
+
+namespace loramux {
+
+// `multiply` of a matrix in codes, with activations in their wide form; rows: 256 at most.
+void multiply_by_unit(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows,
+                      float* out, int64_t stride, Aside& aside);
+
+}  // namespace loramux
