@@ -2,7 +2,7 @@
 
 Owns whether they can run here, and the products that the Python decoder (training) asks of them; a whole step is
 engine/native_runner.py's. 4-bit and 8-bit weights meet activations quantized to int8 per row and quarter of a span
-of 64.
+of 64, or, in a processor's matrix unit, to 15 bits per row.
 """
 
 from __future__ import annotations

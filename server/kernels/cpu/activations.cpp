@@ -245,7 +245,8 @@ void Activations::reserve(int64_t rows, int64_t k, Forms wanted) {
   if (forms.half) half.reserve(rows * padded);
   if (forms.wide) {
     // The matrix unit takes two blocks of rows at a time.
-    wide.reserve((rows + 2 * ROWS_OF_UNIT - 1) / (2 * ROWS_OF_UNIT) * 2 * ROWS_OF_UNIT * padded * 2);
+    rows_of_tile = std::clamp<int64_t>(rows, 1, ROWS_OF_UNIT);
+    wide.reserve((rows + 2 * rows_of_tile - 1) / (2 * rows_of_tile) * 2 * rows_of_tile * padded * 2);
     units.reserve(rows);
   }
 }
@@ -286,8 +287,8 @@ void Activations::set_wide(int64_t row, int64_t rows, int64_t k, const float* x,
     const bool none = peak < LEAST_PEAK;
     const __m512 inverse = _mm512_set1_ps(none ? 0.0f : LARGEST / peak);
     units.get()[r] = none ? 0.0f : peak / LARGEST;  // infinite or NaN if an input is
-    int8_t* to = wide.get() + r / ROWS_OF_UNIT * padded * 2 * ROWS_OF_UNIT + r % ROWS_OF_UNIT * SPAN;
-    for (int64_t i = 0; i < padded; i += SPAN, to += 2 * ROWS_OF_UNIT * SPAN) {
+    int8_t* to = wide.get() + r / rows_of_tile * padded * 2 * rows_of_tile + r % rows_of_tile * SPAN;
+    for (int64_t i = 0; i < padded; i += SPAN, to += 2 * rows_of_tile * SPAN) {
       __m512i code[4];
       for (int q = 0; q < 4; q++)
         code[q] = _mm512_cvtps_epi32(
@@ -296,17 +297,16 @@ void Activations::set_wide(int64_t row, int64_t rows, int64_t k, const float* x,
       const auto low = [](__m512i c) { return _mm512_srai_epi16(_mm512_slli_epi16(c, 8), 8); };
       const auto high = [&](__m512i c) { return _mm512_srai_epi16(_mm512_sub_epi16(c, low(c)), 8); };
       _mm512_storeu_si512(to, turned(_mm512_packs_epi16(high(first), high(second))));
-      _mm512_storeu_si512(to + ROWS_OF_UNIT * SPAN, turned(_mm512_packs_epi16(low(first), low(second))));
+      _mm512_storeu_si512(to + rows_of_tile * SPAN, turned(_mm512_packs_epi16(low(first), low(second))));
     }
   }
 }
 
 void Activations::fetch(int64_t rows) const {
   if (forms.wide) {
-    const int64_t blocks = (rows + ROWS_OF_UNIT - 1) / ROWS_OF_UNIT, some = std::min<int64_t>(rows, ROWS_OF_UNIT);
+    const int64_t whole = (rows + rows_of_tile - 1) / rows_of_tile * rows_of_tile;
     const char* w = reinterpret_cast<const char*>(wide.get());
-    for (int64_t i = 0; i < blocks * padded / SPAN * 2; i++)
-      for (int64_t r = 0; r < some; r++) _mm_prefetch(w + (i * ROWS_OF_UNIT + r) * SPAN, _MM_HINT_T0);
+    for (int64_t i = 0; i < whole * padded * 2; i += 64) _mm_prefetch(w + i, _MM_HINT_T0);
   }
   if (!forms.codes) return;
   const int64_t whole = (rows + ROWS - 1) / ROWS * ROWS;

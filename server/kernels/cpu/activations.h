@@ -38,7 +38,7 @@ class Buffer {
 
 constexpr int ROWS = 4;    // rows of a tile, and of a block of quantized activations
 constexpr int GROUP = 32;  // inputs whose products are added up before they are scaled
-constexpr int ROWS_OF_UNIT = 8;  // rows of a tile of the matrix unit, each of them twice
+constexpr int ROWS_OF_UNIT = 8;  // rows of a tile of the matrix unit at most, each of them twice
 constexpr int SPAN = 64;   // inputs whose codes have units that differ by powers of two only
 
 // What a row says of a span of its inputs beside their codes. Each quarter's unit is the coarsest one halved as often as its
@@ -83,8 +83,8 @@ struct Forms {
 // Activations [rows, k] in the forms that products read, inputs padded with zeros to a multiple of 64:
 //   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/64][METAS][4], quarters
 //   [rows][kp/16], and bf16 [rows][kp];
-//   wide int8 [rows/8][kp/64][2][8][64], for the matrix unit: high codes and low ones, x = (256 high + low) unit, and
-//   units [rows].
+//   wide int8 [rows/R][kp/64][2][R][64], for the matrix unit: high codes and low ones, x = (256 high + low) unit, and
+//   units [rows]. R is 8, or how many rows there is room for if these are fewer.
 struct Activations {
   Buffer<int8_t> codes;
   Buffer<float> meta;
@@ -92,7 +92,7 @@ struct Activations {
   Buffer<uint16_t> half;
   Buffer<int8_t> wide;
   Buffer<float> units;
-  int64_t padded = 0;
+  int64_t padded = 0, rows_of_tile = 0;
   Forms forms;
 
   void reserve(int64_t rows, int64_t k, Forms forms);

@@ -17,18 +17,20 @@ constexpr int64_t AT_MOST = 16;       // and where many rows want them
 constexpr int64_t MOST_ROWS = 256;    // of a call
 constexpr int64_t SUMS = 256;         // of a tile
 
-// Eight tiles of 16 rows of 64 bytes. 0 to 3 are sums, of the first and the second tile of columns with the first block of
-// rows, and of both with the second; 4 and 5 are weights, 6 and 7 rows.
+// Eight tiles of 64 bytes a row. 0 to 3 are sums, of the first and the second tile of columns with the first block of rows,
+// and of both with the second; 4 and 5 are weights, 6 and 7 rows.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  uint8_t rows[16] = {};
 };
 
 // Whoever has used the unit in this thread before may have left it otherwise. To ask takes a tenth of the time of saying so.
-inline void configure() {
-  static constexpr TileConfig wanted;
+inline void configure(int64_t rows_of_tile) {
+  const auto twofold = static_cast<uint8_t>(2 * rows_of_tile);
   TileConfig now;
+  TileConfig wanted;
+  for (int tile = 0; tile < 8; tile++) wanted.rows[tile] = tile == 4 || tile == 5 ? 16 : twofold;
   _tile_storeconfig(&now);
   if (_mm512_cmpneq_epi32_mask(_mm512_load_si512(&now), _mm512_load_si512(&wanted)) != 0) _tile_loadconfig(&wanted);
 }
@@ -264,20 +266,32 @@ __attribute__((always_inline)) inline void unpack_span(Scales* scales, const uin
   part(std::integral_constant<int, 6>()), part(std::integral_constant<int, 7>());
 }
 
-// Asks for what the tiles behind these will read where they are at `codes`, and for some of what lies aside.
+// What is asked for beside a span, some of it with each of its parts: more at once would hold up what the span itself reads.
 template <int T, class Scales>
-inline void ask(const Scales* scales, const uint8_t* codes, int64_t stride, int64_t span, bool ahead, Aside& aside) {
-  constexpr int64_t BYTES = T * 2 * bytes_of_group(Scales::SCHEME);
-  if (ahead) {
-    for (int t = 0; t < T; t++) scales[t].ask(T);
-    for (int l = 0; l < BYTES / 64; l++)
-      _mm_prefetch(reinterpret_cast<const char*>(codes + T * stride + span * BYTES + l * 64), _MM_HINT_T1);
+struct Asking {
+  static constexpr int LINES = T * 2 * bytes_of_group(Scales::SCHEME) / 64, PARTS = 8;
+  const Scales* scales;
+  const char* behind;  // what the tiles behind these read where they are, null if there are none
+  Aside& aside;
+  int64_t side;
+
+  Asking(const Scales* scales, const uint8_t* codes, int64_t stride, int64_t span, bool ahead, Aside& aside)
+      : scales(scales),
+        behind(ahead ? reinterpret_cast<const char*>(codes + T * stride) + span * LINES * 64 : nullptr),
+        aside(aside),
+        side((std::min(aside.pace, aside.lines.count) + PARTS - 1) / PARTS) {}
+
+  __attribute__((always_inline)) inline void part(int number) {
+    if (behind != nullptr) {
+      if (number % 4 == 0 && number / 4 < T) scales[number / 4].ask(T);
+      for (int l = number * LINES / PARTS; l < (number + 1) * LINES / PARTS; l++) _mm_prefetch(behind + l * 64, _MM_HINT_T1);
+    }
+    const int64_t some = std::min(side, aside.lines.count);
+    for (int64_t l = 0; l < some; l++) _mm_prefetch(aside.lines.at + l * 64, _MM_HINT_T1);
+    aside.lines.at += some * 64;
+    aside.lines.count -= some;
   }
-  const int64_t side = std::min(aside.pace, aside.lines.count);
-  for (int64_t l = 0; l < side; l++) _mm_prefetch(aside.lines.at + l * 64, _MM_HINT_T1);
-  aside.lines.at += side * 64;
-  aside.lines.count -= side;
-}
+};
 
 // What products of some tiles have in common.
 struct Walk {
@@ -291,7 +305,9 @@ struct Walk {
   int64_t steps() const { return w.padded() / GROUP; }
   int64_t spans() const { return x.padded / SPAN; }
   int64_t bytes_of_tile() const { return steps() * bytes_of_group(w.scheme); }
-  const int8_t* rows_at(int64_t block, int64_t span) const { return x.wide.get() + (block * spans() + span) * TILE_BYTES; }
+  const int8_t* rows_at(int64_t block, int64_t span) const {
+    return x.wide.get() + (block * spans() + span) * 2 * x.rows_of_tile * SPAN;
+  }
 
   // The sums [blocks][T] of all rows as floats.
   template <int T>
@@ -299,8 +315,8 @@ struct Walk {
     for (int t = 0; t < T; t++) {
       const __m512 column = _mm512_loadu_ps(w.unit + (tile + t) * 16);
       for (int64_t r = 0; r < rows; r++) {
-        const int32_t* at = sums + (r / ROWS_OF_UNIT * T + t) * SUMS + r % ROWS_OF_UNIT * 16;
-        const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(at)), low = _mm512_cvtepi32_ps(_mm512_load_si512(at + SUMS / 2));
+        const int32_t* at = sums + (r / x.rows_of_tile * T + t) * SUMS + r % x.rows_of_tile * 16;
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(at)), low = _mm512_cvtepi32_ps(_mm512_load_si512(at + x.rows_of_tile * 16));
         const __m512 both = _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), low);
         _mm512_storeu_ps(out + r * stride + (tile + t) * 16,
                          _mm512_mul_ps(_mm512_mul_ps(both, column), _mm512_set1_ps(x.units.get()[r])));
@@ -333,11 +349,12 @@ void few_rows(const Walk& walk, int64_t first_tile, int64_t last_tile) {
     for (int64_t s = 0; s < spans; s++, step++) {
       int8_t* to = weights + step % KEPT * 2 * TILE_BYTES;
       const uint8_t* at = codes + s * 2 * BYTES;
-      ask<2>(scales, codes, stride, s, ahead, walk.aside);
+      Asking<2, Scales> asking(scales, codes, stride, s, ahead, walk.aside);
       if (step == 0)
-        unpack_span<2>(scales, at, stride, 2 * s + 1 < steps, to, [](auto) {});
+        unpack_span<2>(scales, at, stride, 2 * s + 1 < steps, to, [&](auto part) { asking.part(part); });
       else
         unpack_span<2>(scales, at, stride, 2 * s + 1 < steps, to, [&](auto part) __attribute__((always_inline)) {
+          asking.part(part);
           add_part<2, B, part>(before, x0, x1);
         });
       if (s == 0 && step > 0) done(tile - 2);
@@ -353,7 +370,7 @@ template <class Scales, int T>
 void columns(const Walk& walk, int64_t tile) {
   constexpr int64_t BYTES = bytes_of_group(Scales::SCHEME), BLOCKS = 2;
   const int64_t stride = walk.bytes_of_tile(), spans = walk.spans(), steps = walk.steps();
-  const int64_t passes = (walk.rows + BLOCKS * ROWS_OF_UNIT - 1) / (BLOCKS * ROWS_OF_UNIT);
+  const int64_t rows = BLOCKS * walk.x.rows_of_tile, passes = (walk.rows + rows - 1) / rows;
   const int64_t parts = (spans + AT_MOST - 1) / AT_MOST, part = (spans + parts - 1) / parts;
   alignas(64) int8_t weights[AT_MOST * T * TILE_BYTES];
   alignas(64) int32_t sums[MOST_ROWS / ROWS_OF_UNIT * T * SUMS];
@@ -365,8 +382,8 @@ void columns(const Walk& walk, int64_t tile) {
     const int64_t last = std::min(spans, first + part);
     const auto kept = [&](int64_t s) { return weights + (s - first) * T * TILE_BYTES; };
     for (int64_t s = first; s < last; s++) {
-      ask<T>(scales, codes, stride, s, ahead, walk.aside);
-      unpack_span<T>(scales, codes + s * 2 * BYTES, stride, 2 * s + 1 < steps, kept(s), [](auto) {});
+      Asking<T, Scales> asking(scales, codes, stride, s, ahead, walk.aside);
+      unpack_span<T>(scales, codes + s * 2 * BYTES, stride, 2 * s + 1 < steps, kept(s), [&](auto part) { asking.part(part); });
     }
     for (int64_t pass = 0; pass < passes; pass++) {
       int32_t* of_pass = sums + pass * BLOCKS * T * SUMS;
@@ -397,7 +414,7 @@ void tiles(const Walk& walk, int64_t tile, int64_t last) {
 
 void multiply_by_unit(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows,
                       float* out, int64_t stride, Aside& aside) {
-  configure();
+  configure(x.rows_of_tile);
   const Walk walk{w, x, rows, out - first_tile * 16, stride, aside};
   const bool twice = w.scale_codes != nullptr;
   const auto by = [&](auto* scales) { tiles<std::remove_pointer_t<decltype(scales)>>(walk, first_tile, last_tile); };

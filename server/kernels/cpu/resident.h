@@ -22,7 +22,7 @@ struct Resident {
   const Config config;
   const std::vector<Layer> layers;
   const int64_t ahead_lines;  // that a thread asks for ahead of a layer, at most
-  Forms forms;                // that products want of their activations, and updates if there are any
+  Forms forms;                // that products want of their activations: those of any layer
 
   std::vector<std::vector<LoraSite>> slot_sites;
   std::vector<const LoraSite*> slots;  // [slot] -> [layer][site]

@@ -15,7 +15,8 @@ constexpr int64_t MOST_LINES = 9, MOST_OF_SPAN = 20;
 // The same of an update's adapters: most of them have come as far as the third cache before.
 constexpr int64_t MOST_NEAR = 16;
 
-constexpr int64_t TILES = 2;  // of 16 columns: what one piece of a product computes
+constexpr int64_t TILES = 2;       // of 16 columns: what one piece of a product computes at least,
+constexpr int64_t MOST_TILES = 6;  // and at most, as the matrix unit begins with the next ones while it ends the last
 
 int64_t whole_tiles(int64_t n) { return (n + 15) / 16 * 16; }
 
@@ -259,7 +260,7 @@ void Team::product_piece(const RowBlock& block, const Activations& x, const Targ
   // Whole tiles may be written in place; sums with what is there already go through the thread's own tile.
   const bool direct = !target.add && last * 16 <= target.stride;
   float* y = direct ? target.out + column : local_[static_cast<size_t>(thread)].tile.get();
-  const int64_t stride = direct ? target.stride : TILES * 16;
+  const int64_t stride = direct ? target.stride : MOST_TILES * 16;
   multiply(w, first, last, x, block.count, y, stride, aside);
   if (w.bias)
     for (int64_t r = 0; r < block.count; r++) add_row(y + r * stride, w.bias + column, columns);
@@ -277,9 +278,13 @@ void Team::products(int64_t layer, const RowBlock& block, const Activations& x, 
                     const std::vector<Target>& targets) {
   std::vector<int> sites;
   std::array<int64_t, 4> start{};
+  int64_t tiles = 0;
+  for (const Target& target : targets) tiles += target.w->tiles();
+  const auto threads = static_cast<int64_t>(local_.size());
+  const int64_t each = targets[0].w->by_unit() ? std::clamp(tiles / (3 * threads) / 2 * 2, TILES, MOST_TILES) : TILES;
   for (size_t i = 0; i < targets.size(); i++) {
     sites.push_back(targets[i].site);
-    start[i + 1] = start[i] + (targets[i].w->tiles() + TILES - 1) / TILES;
+    start[i + 1] = start[i] + (targets[i].w->tiles() + each - 1) / each;
   }
   const int updates = plan_updates(layer, block, sites);
   const int products = static_cast<int>(start[targets.size()]);
@@ -294,8 +299,8 @@ void Team::products(int64_t layer, const RowBlock& block, const Activations& x, 
     fetch_once(x, block.count, thread);
     size_t i = 0;
     while (product >= start[i + 1]) i++;
-    const int64_t first = (product - start[i]) * TILES;
-    product_piece(block, x, targets[i], first, std::min(first + TILES, targets[i].w->tiles()),
+    const int64_t first = (product - start[i]) * each;
+    product_piece(block, x, targets[i], first, std::min(first + each, targets[i].w->tiles()),
                   aside_of(thread, update < updates ? update : NO_UPDATE), thread);
   });
 }

@@ -154,6 +154,29 @@ def test_processors_without_bf16_have_the_same_logits(family: str, monkeypatch: 
             assert error(ours, other) < 0.004, which
 
 
+@pytest.mark.parametrize("uneven", ["self_attn.o_proj", "layers.1.mlp", "embed_tokens", "proj"])
+def test_matrices_that_are_too_uneven_for_the_matrix_unit_share_a_model_with_others(uneven: str) -> None:
+    """Activations are wanted in two forms then. Where there is no such unit, all are multiplied in one way."""
+    native, reference = bases("llama-int4")
+    for path, weight in native.weights.items():
+        if uneven in path:
+            rest = {name: tensor for name, tensor in weight.tensors.items() if name != "unit"}
+            native.weights[path] = replace(weight, tensors=rest)
+    adapters = {i: adapter(native.config, i, 8 + i) for i in range(3)}
+    mixes: list[SlotWeights] = [(), ((0, 1.0),), ((1, -0.5), (2, 1.0)), ()]
+    lengths, results = [5, 1, 20, 2], []
+    for base in (native, reference):
+        runner = runner_of(base)
+        place_all(runner, base, adapters)
+        sequences = [Sequence(tokens(i, n), [i * 2, i * 2 + 1], mixes[i]) for i, n in enumerate(lengths)]
+        results.append(step(runner, list(zip(sequences, lengths, strict=True))))
+        if base is native:
+            for i, ours in enumerate(results[0]):
+                assert torch.equal(alone(runner, tokens(i, lengths[i]), mixes[i]), ours)
+    for ours, exact in zip(*results, strict=True):
+        assert error(ours, exact) < 0.05
+
+
 @pytest.mark.parametrize("rows", [1, 3, 17, 300])
 @pytest.mark.parametrize("family", ["llama-int4", "odd-widths"])
 def test_steps_of_one_to_many_rows(family: str, rows: int) -> None:
