@@ -248,6 +248,7 @@ void Activations::reserve(int64_t rows, int64_t k, Forms wanted) {
     rows_of_tile = std::clamp<int64_t>(rows, 1, ROWS_OF_UNIT);
     wide.reserve((rows + 2 * rows_of_tile - 1) / (2 * rows_of_tile) * 2 * rows_of_tile * padded * 2);
     units.reserve(rows);
+    begins.reserve(rows * 2);
   }
 }
 
@@ -287,6 +288,8 @@ void Activations::set_wide(int64_t row, int64_t rows, int64_t k, const float* x,
     const bool none = peak < LEAST_PEAK;
     const __m512 inverse = _mm512_set1_ps(none ? 0.0f : LARGEST / peak);
     units.get()[r] = none ? 0.0f : peak / LARGEST;  // infinite or NaN if an input is
+    const __m512i one = _mm512_set1_epi8(1);
+    __m512i sum_high = _mm512_setzero_si512(), sum_low = sum_high;
     int8_t* to = wide.get() + r / rows_of_tile * padded * 2 * rows_of_tile + r % rows_of_tile * SPAN;
     for (int64_t i = 0; i < padded; i += SPAN, to += 2 * rows_of_tile * SPAN) {
       __m512i code[4];
@@ -296,9 +299,15 @@ void Activations::set_wide(int64_t row, int64_t rows, int64_t k, const float* x,
       const __m512i first = _mm512_packs_epi32(code[0], code[1]), second = _mm512_packs_epi32(code[2], code[3]);
       const auto low = [](__m512i c) { return _mm512_srai_epi16(_mm512_slli_epi16(c, 8), 8); };
       const auto high = [&](__m512i c) { return _mm512_srai_epi16(_mm512_sub_epi16(c, low(c)), 8); };
-      _mm512_storeu_si512(to, turned(_mm512_packs_epi16(high(first), high(second))));
-      _mm512_storeu_si512(to + rows_of_tile * SPAN, turned(_mm512_packs_epi16(low(first), low(second))));
+      const __m512i highs = turned(_mm512_packs_epi16(high(first), high(second)));
+      const __m512i lows = turned(_mm512_packs_epi16(low(first), low(second)));
+      _mm512_storeu_si512(to, highs);
+      _mm512_storeu_si512(to + rows_of_tile * SPAN, lows);
+      sum_high = _mm512_dpbusd_epi32(sum_high, one, highs);
+      sum_low = _mm512_dpbusd_epi32(sum_low, one, lows);
     }
+    begins.get()[2 * r] = -128 * _mm512_reduce_add_epi32(sum_high);
+    begins.get()[2 * r + 1] = -128 * _mm512_reduce_add_epi32(sum_low);
   }
 }
 

@@ -72,8 +72,8 @@ struct Quarter {
   int32_t begin;
 };
 
-// Which forms somebody reads: codes for products with matrices in codes, but wide ones where the matrix unit does them, codes
-// and quarters for updates of adapters in codes, and halves for both in bf16.
+// Which forms somebody reads: codes for products with matrices in codes, but wide ones where the matrix unit does them; wide
+// ones, or else codes and quarters, for updates of adapters in codes; halves for both in bf16.
 struct Forms {
   bool codes = false, quarters = false, half = false, wide = false;
 
@@ -84,7 +84,8 @@ struct Forms {
 //   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/64][METAS][4], quarters
 //   [rows][kp/16], and bf16 [rows][kp];
 //   wide int8 [rows/R][kp/64][2][R][64], for the matrix unit: high codes and low ones, x = (256 high + low) unit, and
-//   units [rows]. R is 8, or how many rows there is room for if these are fewer.
+//   units [rows], and begins [rows][2], what sums of products of either begin with for an operand with 128 added. R is 8, or
+//   how many rows there is room for if these are fewer.
 struct Activations {
   Buffer<int8_t> codes;
   Buffer<float> meta;
@@ -92,6 +93,7 @@ struct Activations {
   Buffer<uint16_t> half;
   Buffer<int8_t> wide;
   Buffer<float> units;
+  Buffer<int32_t> begins;
   int64_t padded = 0, rows_of_tile = 0;
   Forms forms;
 
@@ -107,7 +109,7 @@ struct Activations {
   }
   // Asks for the codes of some rows, which other cores may just have written.
   void fetch(int64_t rows) const;
-  int64_t bytes() const { return codes.bytes() + meta.bytes() + quarters.bytes() + half.bytes() + wide.bytes() + units.bytes(); }
+  int64_t bytes() const { return codes.bytes() + meta.bytes() + quarters.bytes() + half.bytes() + wide.bytes() + units.bytes() + begins.bytes(); }
 };
 
 }  // namespace loramux

@@ -27,7 +27,7 @@ inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
 struct Halves {
   using Row = const uint16_t*;
 
-  static Row row(const Activations& x, int64_t r) { return x.half.get() + r * x.padded; }
+  static void set(const Activations& x, int64_t r, Row& row) { row = x.half.get() + r * x.padded; }
 
   // R rows of x by J rows of A. Each product has two sums, of the even and of the odd vectors of inputs.
   template <int R, int J>
@@ -134,9 +134,22 @@ struct Codes {
     const Quarter* quarters;
   };
 
-  static Row row(const Activations& x, int64_t r) {
+  // A row in its wide form.
+  struct Wide {
+    const int8_t* codes;    // high ones of its first span
+    int64_t low, span;      // bytes from these to the low ones, and from a span to the next one
+    const int32_t* begins;
+    float unit;
+  };
+
+  static void set(const Activations& x, int64_t r, Row& row) {
     const int64_t groups = x.padded / GROUP;
-    return {x.codes.get() + (r / ROWS * groups * ROWS + r % ROWS) * GROUP, x.quarters.get() + r * groups * 2};
+    row = {x.codes.get() + (r / ROWS * groups * ROWS + r % ROWS) * GROUP, x.quarters.get() + r * groups * 2};
+  }
+  static void set(const Activations& x, int64_t r, Wide& row) {
+    const int64_t of = x.rows_of_tile, half = of * SPAN;
+    row = {x.wide.get() + r / of * x.padded * 2 * of + r % of * SPAN, half, 2 * half, x.begins.get() + 2 * r,
+           x.units.get()[r]};
   }
 
   // What ranks are computed by: as many at once as a vector has words.
@@ -148,6 +161,11 @@ struct Codes {
     static Words add(Words sum, Words w, Words x) { return _mm512_dpbusd_epi32(sum, w, x); }
     static Floats add_scaled(Words x, float unit, Floats sum) {
       return _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(unit), sum);
+    }
+    static Words both(Words x, Words y) { return _mm512_add_epi32(x, y); }
+    static Floats joined(Words high, Words low, float unit) {
+      const Floats sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low));
+      return _mm512_mul_ps(sum, _mm512_set1_ps(unit));
     }
     static Floats factors(const float* units, int64_t ranks, float factor) {
       return _mm512_mul_ps(_mm512_maskz_loadu_ps(first_lanes(ranks), units), _mm512_set1_ps(factor));
@@ -164,6 +182,11 @@ struct Codes {
     static Words add(Words sum, Words w, Words x) { return _mm256_dpbusd_epi32(sum, w, x); }
     static Floats add_scaled(Words x, float unit, Floats sum) {
       return _mm256_fmadd_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(unit), sum);
+    }
+    static Words both(Words x, Words y) { return _mm256_add_epi32(x, y); }
+    static Floats joined(Words high, Words low, float unit) {
+      const Floats sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), _mm256_set1_ps(256.0f), _mm256_cvtepi32_ps(low));
+      return _mm256_mul_ps(sum, _mm256_set1_ps(unit));
     }
     static Floats factors(const float* units, int64_t ranks, float factor) {
       return _mm256_mul_ps(_mm256_maskz_loadu_ps(static_cast<__mmask8>(first_lanes(ranks)), units), _mm256_set1_ps(factor));
@@ -200,6 +223,33 @@ struct Codes {
       for (int r = 0; r < R; r++) codes[r] += ROWS * GROUP, quarters[r] += 2;
     }
     for (int r = 0; r < R; r++) out[r] = sum[0][r] + sum[1][r];
+    return a;
+  }
+
+  // The same of rows in their wide form: whole numbers until the last input. One sum would wait for itself, so few rows have
+  // several each.
+  template <int R, class V>
+  static const uint8_t* products(const uint8_t* a, const Wide* x, int64_t in, typename V::Floats (&out)[R]) {
+    constexpr int SUMS = R == 1 ? 4 : R == 2 ? 2 : 1;
+    typename V::Words high[R][SUMS] = {}, low[R][SUMS] = {};
+    for (int r = 0; r < R; r++) high[r][0] = V::every(x[r].begins), low[r][0] = V::every(x[r].begins + 1);
+    const int8_t* codes[R];
+    for (int r = 0; r < R; r++) codes[r] = x[r].codes;
+    for (int64_t i = 0; i < in; i += GROUP) {
+#pragma GCC unroll 8
+      for (int b = 0; b < GROUP / 4; b++, a += sizeof(typename V::Words)) {
+        const typename V::Words w = V::load(a);
+        for (int r = 0; r < R; r++) {
+          high[r][b % SUMS] = V::add(high[r][b % SUMS], w, V::every(codes[r] + b * 4));
+          low[r][b % SUMS] = V::add(low[r][b % SUMS], w, V::every(codes[r] + x[r].low + b * 4));
+        }
+      }
+      for (int r = 0; r < R; r++) codes[r] += i / GROUP % 2 == 0 ? GROUP : x[r].span - GROUP;
+    }
+    for (int r = 0; r < R; r++) {
+      for (int s = 1; s < SUMS; s++) high[r][0] = V::both(high[r][0], high[r][s]), low[r][0] = V::both(low[r][0], low[r][s]);
+      out[r] = V::joined(high[r][0], low[r][0], x[r].unit);
+    }
     return a;
   }
 
@@ -240,7 +290,7 @@ struct Codes {
   }
 
   // The numbers of R rows, behind each other; where they end. `v` has room for their [R, rank] as float32.
-  template <int R>
+  template <int R, class Row>
   static float* shrink(const LoraSite& site, const Row* x, int64_t in, float factor, float* v, float* at) {
     const auto* a = static_cast<const uint8_t*>(site.a);
     const auto tile = [&](auto form, int64_t j) {
@@ -300,13 +350,13 @@ inline void by_fours(const UpdateTask& task, F&& f) {
 }
 
 // What B is multiplied by, of one entry of a mix at one site; where it ends.
-template <class Form>
+template <class Form, class Row = typename Form::Row>
 float* shrink(const UpdateTask& task, const Entry& entry, const LoraSite& site, const Activations& x, int64_t in,
               float* scratch, float* at) {
   const auto factor = static_cast<float>(entry.weight * site.scale);
   by_fours(task, [&](int first, auto count) {
-    typename Form::Row rows[count];
-    for (int r = 0; r < count; r++) rows[r] = Form::row(x, task.mix->rows[static_cast<size_t>(first + r)]);
+    Row rows[count];
+    for (int r = 0; r < count; r++) Form::set(x, task.mix->rows[static_cast<size_t>(first + r)], rows[r]);
     at = Form::template shrink<count>(site, rows, in, factor, scratch, at);
   });
   return at;
@@ -357,8 +407,9 @@ void update(const UpdateTask& task, const std::vector<const LoraSite*>& slots, c
     for (const Update& update : sites) {
       const LoraSite& site = slot[update.at];
       if (site.rank == 0) continue;
-      end = site.coded() ? shrink<Codes>(task, entry, site, x, in, scratch, end)
-                         : shrink<Halves>(task, entry, site, x, in, scratch, end);
+      end = !site.coded()  ? shrink<Halves>(task, entry, site, x, in, scratch, end)
+            : x.forms.wide ? shrink<Codes, Codes::Wide>(task, entry, site, x, in, scratch, end)
+                           : shrink<Codes>(task, entry, site, x, in, scratch, end);
     }
     const float* v = ranks;
     for (const Update& update : sites) {

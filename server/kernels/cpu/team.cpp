@@ -65,8 +65,8 @@ void Team::reserve(const Step& step) {
       context = std::max(context, step.positions[r] + 1);
   }
   const auto reserve = [&](Activations& x, int64_t k, uint32_t readers) {
-    const bool updates = (sites & readers) != 0 && (base_.forms.codes || base_.forms.wide);
-    x.reserve(rows, k, base_.forms | Forms{updates, updates});
+    const bool quarters = (sites & readers) != 0 && base_.forms.codes && !base_.forms.wide;
+    x.reserve(rows, k, base_.forms | Forms{quarters, quarters});
   };
   qkv_.reserve(rows * (whole_tiles(heads) + 2 * whole_tiles(kv)));
   query_.reserve(rows * heads);
