@@ -24,8 +24,8 @@ inline int64_t padded_inputs(int64_t in) { return (in + 31) / 32 * 32; }
 //          s and 8 (z - s) are the scale and the zero once they are rounded to float16, but for the groups odd_at
 //          (int64 [odd_count], ascending, row * g + group), whose scale and zero are `odd` (float16 [odd_count][2])
 //   or scale_codes (zero_codes) uint8 [tiles][g][16] with step and base float32 [tiles][ceil(g/16)].
-//   unit   float32 [tiles][16], or null: a weight of a column is at most 127 of these, and few are much less than one, so that
-//          whole numbers of them are as good
+//   unit   float32 [tiles][16], or null, as it is for INT8 and NONE: a weight of a column is at most 127 of these, and few
+//          are much less than one, so that whole numbers of them are as good
 struct Matrix {
   const uint8_t* codes;
   const uint16_t* scale;

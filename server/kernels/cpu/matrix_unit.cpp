@@ -128,11 +128,6 @@ inline __m512i scaled_bytes(__m512i w, __m512i scale) {
 // A half of a group of a tile's codes as the matrix unit reads them.
 template <int S>
 __attribute__((always_inline)) inline void unpack(const uint8_t* codes, int half, const Words& by, int8_t* to) {
-  if constexpr (S == INT8) {
-    for (int b = half * 4; b < half * 4 + 4; b++)
-      _mm512_store_si512(to + b * 64, scaled_bytes(_mm512_loadu_si512(codes + b * 64), by.scale));
-    return;
-  }
   for (int b = half * 2; b < half * 2 + 2; b++) {
     if constexpr (S == INT4) nibbles(codes + b * 64, by, to + b * 64);
     if constexpr (S == NF4) {
@@ -212,9 +207,8 @@ struct OfFloats {
   Words now = {_mm512_setzero_si512(), _mm512_setzero_si512()};  // of the group before `group`
 
   OfFloats(const Matrix& w, int64_t tile) : w(w), tile(tile), groups(w.k / w.group), each(w.group / GROUP) {
-    // Codes of INT8 and levels of NF4 are multiplied by what keeps 15 bits of a fraction, nibbles of INT4 by one of 8.
-    const float times = S == INT4 ? 256.0f : S == INT8 ? 32767.0f : 32767.0f / 127.0f;
-    factor = _mm512_div_ps(_mm512_set1_ps(times), _mm512_loadu_ps(w.unit + tile * 16));
+    // Levels of NF4 are multiplied by what keeps 15 bits of a fraction, nibbles of INT4 by one of 8.
+    factor = _mm512_div_ps(_mm512_set1_ps(S == INT4 ? 256.0f : 32767.0f / 127.0f), _mm512_loadu_ps(w.unit + tile * 16));
   }
 
   void ask(int64_t tiles) const {
@@ -243,7 +237,6 @@ struct OfFloats {
       one = now;
     }
   }
-
 };
 
 // A span of T tiles, unpacked in eight parts; `before` is called with the number of each before it.
@@ -316,7 +309,8 @@ struct Walk {
       const __m512 column = _mm512_loadu_ps(w.unit + (tile + t) * 16);
       for (int64_t r = 0; r < rows; r++) {
         const int32_t* at = sums + (r / x.rows_of_tile * T + t) * SUMS + r % x.rows_of_tile * 16;
-        const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(at)), low = _mm512_cvtepi32_ps(_mm512_load_si512(at + x.rows_of_tile * 16));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(at));
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(at + x.rows_of_tile * 16));
         const __m512 both = _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), low);
         _mm512_storeu_ps(out + r * stride + (tile + t) * 16,
                          _mm512_mul_ps(_mm512_mul_ps(both, column), _mm512_set1_ps(x.units.get()[r])));
@@ -418,14 +412,10 @@ void multiply_by_unit(const Matrix& w, int64_t first_tile, int64_t last_tile, co
   const Walk walk{w, x, rows, out - first_tile * 16, stride, aside};
   const bool twice = w.scale_codes != nullptr;
   const auto by = [&](auto* scales) { tiles<std::remove_pointer_t<decltype(scales)>>(walk, first_tile, last_tile); };
-  const auto either = [&](auto* once, auto* twofold) { twice ? by(twofold) : by(once); };
-  switch (w.scheme) {
-    case INT4:
-      if (twice) return by(static_cast<OfFloats<INT4, true>*>(nullptr));
-      return w.whole_spans() ? by(static_cast<OfSpans<true>*>(nullptr)) : by(static_cast<OfSpans<false>*>(nullptr));
-    case NF4: return either(static_cast<OfFloats<NF4, false>*>(nullptr), static_cast<OfFloats<NF4, true>*>(nullptr));
-    default: either(static_cast<OfFloats<INT8, false>*>(nullptr), static_cast<OfFloats<INT8, true>*>(nullptr));
-  }
+  if (w.scheme == NF4)
+    return twice ? by(static_cast<OfFloats<NF4, true>*>(nullptr)) : by(static_cast<OfFloats<NF4, false>*>(nullptr));
+  if (twice) return by(static_cast<OfFloats<INT4, true>*>(nullptr));
+  w.whole_spans() ? by(static_cast<OfSpans<true>*>(nullptr)) : by(static_cast<OfSpans<false>*>(nullptr));
 }
 
 }  // namespace loramux

@@ -12,7 +12,7 @@
 
 namespace loramux {
 
-// `multiply` of a matrix in codes, with activations in their wide form; rows: 256 at most.
+// `multiply` of a matrix in codes of 4 bits, with activations in their wide form; rows: 256 at most.
 void multiply_by_unit(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows,
                       float* out, int64_t stride, Aside& aside);
 

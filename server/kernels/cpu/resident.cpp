@@ -16,6 +16,15 @@ int64_t ahead_lines(int threads) {
   return std::max(SECOND, third / 3 / threads) / 64;
 }
 
+// The layers as steps compute them. What attention reads and gives stays with vector instructions: next to nothing is lost by
+// it, as its products are a quarter of all, and answers are nearer to those of exact products.
+std::vector<Layer> of_steps(const Layer* layers, int64_t count) {
+  std::vector<Layer> made(layers, layers + count);
+  for (Layer& layer : made)
+    for (const int site : {Q, K, V, O}) layer.site[site].unit = nullptr;
+  return made;
+}
+
 }  // namespace
 
 Lines lines_of(const LoraSite* sites, const Layer& layer, uint32_t which) {
@@ -36,7 +45,7 @@ int64_t cache_halves(const Config& config, int64_t block_size) {
 
 Resident::Resident(const Config& config, const Layer* layers, int threads)
     : config(config),
-      layers(layers, layers + config.layers),
+      layers(of_steps(layers, config.layers)),
       ahead_lines(loramux::ahead_lines(threads)),
       slot_sites(static_cast<size_t>(config.max_slots)),
       slots(static_cast<size_t>(config.max_slots), nullptr),
@@ -44,7 +53,7 @@ Resident::Resident(const Config& config, const Layer* layers, int threads)
       slot_uses(static_cast<size_t>(config.max_slots), 0),
       slot_lines(static_cast<size_t>(config.max_slots), 0) {
   for (const Layer& layer : this->layers)
-    for (const Matrix& w : layer.site) forms = forms | forms_of(w);
+    for (size_t s = 0; s < SITES; s++) forms[s] = forms[s] | forms_of(layer.site[s]), any = any | forms[s];
 }
 
 void Resident::set_slot(int64_t slot, std::vector<LoraSite> sites) {

@@ -2,6 +2,7 @@
 #pragma once
 #include "target.h"
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -22,7 +23,8 @@ struct Resident {
   const Config config;
   const std::vector<Layer> layers;
   const int64_t ahead_lines;  // that a thread asks for ahead of a layer, at most
-  Forms forms;                // that products want of their activations: those of any layer
+  std::array<Forms, SITES> forms;  // that products want of their activations, in any layer
+  Forms any;                       // of them
 
   std::vector<std::vector<LoraSite>> slot_sites;
   std::vector<const LoraSite*> slots;  // [slot] -> [layer][site]

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 
 #include "simd.h"
 
@@ -64,16 +65,27 @@ void Team::reserve(const Step& step) {
     for (int64_t r = block.first; r < block.first + block.count; r++)
       context = std::max(context, step.positions[r] + 1);
   }
-  const auto reserve = [&](Activations& x, int64_t k, uint32_t readers) {
-    const bool quarters = (sites & readers) != 0 && base_.forms.codes && !base_.forms.wide;
-    x.reserve(rows, k, base_.forms | Forms{quarters, quarters});
+  const auto reserve = [&](Activations& x, int64_t k, std::initializer_list<int> readers) {
+    Forms forms;
+    bool updated = false;
+    for (const int site : readers) {
+      forms = forms | base_.forms[static_cast<size_t>(site)];
+      updated = updated || (sites >> site & 1) != 0;
+    }
+    if (updated) {  // adapters have one form, whatever the matrix beside them has
+      forms.half = forms.half || base_.any.half;
+      const bool quarters = (base_.any.codes || base_.any.wide) && !forms.wide;
+      forms = forms | Forms{quarters, quarters};
+    }
+    x.reserve(rows, k, forms);
   };
   qkv_.reserve(rows * (whole_tiles(heads) + 2 * whole_tiles(kv)));
   query_.reserve(rows * heads);
   seen_.reserve(rows * heads);
-  reserve(normed_, config.hidden, 1u << Q | 1u << K | 1u << V | 1u << GATE | 1u << UP);
-  reserve(attended_, heads, 1u << O);
-  reserve(gated_, config.intermediate, 1u << DOWN);
+  reserve(entering_, config.hidden, {Q, K, V});
+  reserve(attended_, heads, {O});
+  reserve(normed_, config.hidden, {GATE, UP});
+  reserve(gated_, config.intermediate, {DOWN});
   if (gated_.forms.wide) product_.reserve(rows * whole_tiles(config.intermediate));
   for (size_t site = 0; site < SITES; site++)
     if (sites >> site & 1) updates_[site].reserve(rows * whole_tiles(base_.layers[0].site[site].n));
@@ -86,7 +98,8 @@ void Team::reserve(const Step& step) {
 }
 
 int64_t Team::bytes() const {
-  int64_t bytes = qkv_.bytes() + query_.bytes() + seen_.bytes() + product_.bytes() + normed_.bytes() + attended_.bytes() + gated_.bytes();
+  int64_t bytes = qkv_.bytes() + query_.bytes() + seen_.bytes() + product_.bytes();
+  for (const Activations* x : {&entering_, &attended_, &normed_, &gated_}) bytes += x->bytes();
   for (const auto& buffer : updates_) bytes += buffer.bytes();
   for (const Local& local : local_)
     bytes += local.attention.bytes() + local.tile.bytes() + local.rows.bytes() + local.update.bytes();
@@ -361,8 +374,8 @@ void Team::down(int64_t layer, const RowBlock& block) {
   });
 }
 
-// The stream's rows, after the updates of `added` if that is a site, as activations.
-void Team::norm_rows(const RowBlock& block, const float* weight, int added) {
+// The stream's rows, after the updates of `added` if that is a site, as activations `to`.
+void Team::norm_rows(const RowBlock& block, const float* weight, int added, Activations& to) {
   const int pieces = static_cast<int>((block.count + ROWS - 1) / ROWS);
   const int64_t hidden = base_.config.hidden;
   run(pieces, [&](int piece, int thread) {
@@ -374,7 +387,7 @@ void Team::norm_rows(const RowBlock& block, const float* weight, int added) {
       if (z) add_row(x, z, hidden);
       rms_norm(x, weight, hidden, static_cast<float>(base_.config.eps), scratch + (r - first) * hidden);
     }
-    normed_.set_rows(first, last - first, hidden, scratch, hidden);
+    to.set_rows(first, last - first, hidden, scratch, hidden);
   });
 }
 
@@ -496,9 +509,9 @@ void Team::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
   float* stream = stream_ + block.first * base_.config.hidden;
   int64_t t = now();
 
-  norm_rows(block, l.input_norm, SITES);
+  norm_rows(block, l.input_norm, SITES, entering_);
   t = clock(NORM, t);
-  products(layer, block, normed_, base_.config.hidden,
+  products(layer, block, entering_, base_.config.hidden,
            {{&l.site[Q], Q, qkv_.get(), stride, false},
             {&l.site[K], K, qkv_.get() + whole_tiles(heads), stride, false},
             {&l.site[V], V, qkv_.get() + whole_tiles(heads) + whole_tiles(kv), stride, false}});
@@ -509,7 +522,7 @@ void Team::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
   products(layer, block, attended_, heads, {{&l.site[O], O, stream, base_.config.hidden, true}});
   t = clock(OUT, t);
 
-  norm_rows(block, l.post_norm, O);
+  norm_rows(block, l.post_norm, O, normed_);
   t = clock(NORM, t);
   gate_up(layer, block);
   t = clock(GATE_UP, t);

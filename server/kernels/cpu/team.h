@@ -66,7 +66,7 @@ class Team {
 
   void reserve(const Step& step);
   void run_layer(const Step& step, int64_t layer, const RowBlock& block);
-  void norm_rows(const RowBlock& block, const float* weight, int added);
+  void norm_rows(const RowBlock& block, const float* weight, int added, Activations& to);
   void products(int64_t layer, const RowBlock& block, const Activations& x, int64_t in,
                 const std::vector<Target>& targets);
   void product_piece(const RowBlock& block, const Activations& x, const Target& target, int64_t first, int64_t last,
@@ -108,7 +108,7 @@ class Team {
   Buffer<float> seen_;                        // attention's result [block][heads * dim]
   Buffer<float> product_;                     // silu(gate) * up [block][intermediate], where it is wanted in its wide form
   std::array<Buffer<float>, SITES> updates_;  // [block][the site's outputs]
-  Activations normed_, attended_, gated_;
+  Activations entering_, attended_, normed_, gated_;  // what q, k and v, o, gate and up, and down read
   // What a thread asks for beside its products: the adapters of the update that it comes to next, and then what the next
   // layer reads.
   struct Ahead : Aside {
