@@ -16,8 +16,8 @@ int64_t ahead_lines(int threads) {
   return std::max(SECOND, third / 3 / threads) / 64;
 }
 
-// The layers as steps compute them. What attention reads and gives stays with vector instructions: next to nothing is lost by
-// it, as its products are a quarter of all, and answers are nearer to those of exact products.
+// The layers as steps compute them. Attention's products stay with vector instructions: they are a quarter of all, and answers
+// are nearer to those of exact products then.
 std::vector<Layer> of_steps(const Layer* layers, int64_t count) {
   std::vector<Layer> made(layers, layers + count);
   for (Layer& layer : made)

@@ -154,6 +154,23 @@ def test_processors_without_bf16_have_the_same_logits(family: str, monkeypatch: 
             assert error(ours, other) < 0.004, which
 
 
+def close_in_one_step(
+    native: Tiny, reference: Tiny, adapters: dict[int, LoraWeights], mixes: list[SlotWeights], lengths: list[int]
+) -> None:
+    """A sequence of each length, 32 at most, with its mix: close to the reference, and bit for bit as it is alone."""
+    results = []
+    for base in (native, reference):
+        runner = runner_of(base)
+        place_all(runner, base, adapters)
+        sequences = [Sequence(tokens(i, n), [i * 2, i * 2 + 1], mixes[i]) for i, n in enumerate(lengths)]
+        results.append(step(runner, list(zip(sequences, lengths, strict=True))))
+        if base is native:
+            for sequence, ours in zip(sequences, results[0], strict=True):
+                assert torch.equal(alone(runner, sequence.tokens, sequence.mix), ours)
+    for i, (ours, exact) in enumerate(zip(*results, strict=True)):
+        assert error(ours, exact) < 0.05, (i, mixes[i])
+
+
 @pytest.mark.parametrize("uneven", ["gate_proj", "down_proj", "layers.1.mlp", "proj"])
 def test_matrices_that_are_too_uneven_for_the_matrix_unit_share_a_model_with_others(uneven: str) -> None:
     """Activations are wanted in two forms then. Where there is no such unit, all are multiplied in one way."""
@@ -164,17 +181,7 @@ def test_matrices_that_are_too_uneven_for_the_matrix_unit_share_a_model_with_oth
             native.weights[path] = replace(weight, tensors=rest)
     adapters = {i: adapter(native.config, i, 8 + i) for i in range(3)}
     mixes: list[SlotWeights] = [(), ((0, 1.0),), ((1, -0.5), (2, 1.0)), ()]
-    lengths, results = [5, 1, 20, 2], []
-    for base in (native, reference):
-        runner = runner_of(base)
-        place_all(runner, base, adapters)
-        sequences = [Sequence(tokens(i, n), [i * 2, i * 2 + 1], mixes[i]) for i, n in enumerate(lengths)]
-        results.append(step(runner, list(zip(sequences, lengths, strict=True))))
-        if base is native:
-            for i, ours in enumerate(results[0]):
-                assert torch.equal(alone(runner, tokens(i, lengths[i]), mixes[i]), ours)
-    for ours, exact in zip(*results, strict=True):
-        assert error(ours, exact) < 0.05
+    close_in_one_step(native, reference, adapters, mixes, [5, 1, 20, 2])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17, 300])
@@ -188,17 +195,7 @@ def test_steps_of_one_to_many_rows(family: str, rows: int) -> None:
     mixes += [(), ((6, 2.0), (3, -1.0)), ((9, 1.0),)]
     count = min(rows, len(mixes))
     lengths = [rows * (i + 1) // count - rows * i // count for i in range(count)]
-    results = []
-    for base in (native, reference):
-        runner = runner_of(base)
-        place_all(runner, base, adapters)
-        sequences = [Sequence(tokens(i, n), [i * 2, i * 2 + 1], mixes[i]) for i, n in enumerate(lengths)]
-        results.append(step(runner, list(zip(sequences, lengths, strict=True))))
-        if base is native:
-            for sequence, ours in zip(sequences, results[0], strict=True):
-                assert torch.equal(alone(runner, sequence.tokens, sequence.mix), ours)
-    for i, (ours, exact) in enumerate(zip(*results, strict=True)):
-        assert error(ours, exact) < 0.05, (i, mixes[i])
+    close_in_one_step(native, reference, adapters, mixes, lengths)
 
 
 def test_an_adapter_changes_what_it_should_and_no_more() -> None:
