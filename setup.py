@@ -1,8 +1,8 @@
 """The native CPU kernels, built with the package. Everything else about the package is said in pyproject.toml.
 
 They are plain shared objects with a C interface, loaded with ctypes: the same sources for processors with a matrix
-unit, with instructions for bf16, and without. Where they cannot be built the package installs without them, and torch's own
-kernels serve.
+unit, with instructions for bf16, and without. Where they cannot be built the package installs without them, and
+torch's own kernels serve.
 """
 
 from __future__ import annotations
