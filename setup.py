@@ -21,7 +21,7 @@ SOURCES = runpy.run_path(f"{KERNELS}/sources.py")["digest"](Path(KERNELS))
 ISA = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"]
 """What all kernels need. Whether a machine has it is asked when a library is loaded."""
 LIBRARIES = {
-    "_native_amx": [*ISA, "avx512bf16", "amx-tile", "amx-int8"],
+    "_native_amx": [*ISA, "avx512bf16", "avx512vbmi2", "amx-tile", "amx-int8"],
     "_native_bf16": [*ISA, "avx512bf16"],
     "_native": ISA,
 }

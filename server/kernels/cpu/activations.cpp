@@ -244,11 +244,12 @@ void Activations::reserve(int64_t rows, int64_t k, Forms wanted) {
   if (forms.quarters) quarters.reserve(rows * (padded / SPAN) * QUARTERS);
   if (forms.half) half.reserve(rows * padded);
   if (forms.wide) {
-    // The matrix unit takes two blocks of rows at a time.
     rows_of_tile = std::clamp<int64_t>(rows, 1, ROWS_OF_UNIT);
-    wide.reserve((rows + 2 * rows_of_tile - 1) / (2 * rows_of_tile) * 2 * rows_of_tile * padded * 2);
+    wide.reserve((rows + rows_of_tile - 1) / rows_of_tile * rows_of_tile * padded * 2);
     units.reserve(rows);
     begins.reserve(rows * 2);
+    few = rows <= FEW_ROWS;
+    if (few) sums.reserve(rows * (padded / SPAN));
   }
 }
 
@@ -300,11 +301,21 @@ void Activations::set_wide(int64_t row, int64_t rows, int64_t k, const float* x,
       const auto low = [](__m512i c) { return _mm512_srai_epi16(_mm512_slli_epi16(c, 8), 8); };
       const auto high = [&](__m512i c) { return _mm512_srai_epi16(_mm512_sub_epi16(c, low(c)), 8); };
       const __m512i highs = turned(_mm512_packs_epi16(high(first), high(second)));
-      const __m512i lows = turned(_mm512_packs_epi16(low(first), low(second)));
+      // None is -128: 32 products with such a code could be more than 16 bits hold.
+      const __m512i lows = _mm512_max_epi8(turned(_mm512_packs_epi16(low(first), low(second))), _mm512_set1_epi8(-127));
       _mm512_storeu_si512(to, highs);
       _mm512_storeu_si512(to + rows_of_tile * SPAN, lows);
-      sum_high = _mm512_dpbusd_epi32(sum_high, one, highs);
-      sum_low = _mm512_dpbusd_epi32(sum_low, one, lows);
+      const __m512i of_high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), one, highs);
+      const __m512i of_low = _mm512_dpbusd_epi32(_mm512_setzero_si512(), one, lows);
+      sum_high = _mm512_add_epi32(sum_high, of_high);
+      sum_low = _mm512_add_epi32(sum_low, of_low);
+      if (!few) continue;
+      SpanSums& span = sums.get()[(r * padded + i) / SPAN];
+      for (int g = 0; g < 2; g++) {
+        const __mmask16 group = g == 0 ? 0x00ff : 0xff00;
+        const int32_t each[2] = {_mm512_mask_reduce_add_epi32(group, of_high), _mm512_mask_reduce_add_epi32(group, of_low)};
+        for (int c = 0; c < 2; c++) span.begin[c][g] = -128 * each[c], span.inputs[c][g] = static_cast<int16_t>(each[c]);
+      }
     }
     begins.get()[2 * r] = -128 * _mm512_reduce_add_epi32(sum_high);
     begins.get()[2 * r + 1] = -128 * _mm512_reduce_add_epi32(sum_low);

@@ -38,7 +38,8 @@ class Buffer {
 
 constexpr int ROWS = 4;    // rows of a tile, and of a block of quantized activations
 constexpr int GROUP = 32;  // inputs whose products are added up before they are scaled
-constexpr int ROWS_OF_UNIT = 8;  // rows of a tile of the matrix unit at most, each of them twice
+constexpr int ROWS_OF_UNIT = 16;  // rows of a tile of the matrix unit at most
+constexpr int FEW_ROWS = 3;        // with which 4-bit products are vector instructions' all the same
 constexpr int SPAN = 64;   // inputs whose codes have units that differ by powers of two only
 
 // What a row says of a span of its inputs beside their codes. Each quarter's unit is the coarsest one halved as often as its
@@ -72,6 +73,13 @@ struct Quarter {
   int32_t begin;
 };
 
+// What a row's wide form says of a span for products of few rows: of high codes and of low ones, of its first group and of
+// the second one, the sum, and what sums of products with 16 times a weight's code less 8 begin with.
+struct SpanSums {
+  int32_t begin[2][2];
+  int16_t inputs[2][2];
+};
+
 // Which forms somebody reads: codes for products with matrices in codes, but wide ones where the matrix unit does them; wide
 // ones, or else codes and quarters, for updates of adapters in codes; halves for both in bf16.
 struct Forms {
@@ -84,8 +92,8 @@ struct Forms {
 //   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/64][METAS][4], quarters
 //   [rows][kp/16], and bf16 [rows][kp];
 //   wide int8 [rows/R][kp/64][2][R][64], for the matrix unit: high codes and low ones, x = (256 high + low) unit, and
-//   units [rows], and begins [rows][2], what sums of products of either begin with for an operand with 128 added. R is 8, or
-//   how many rows there is room for if these are fewer.
+//   units [rows], and begins [rows][2], what sums of products of either begin with for an operand with 128 added. R is 16, or
+//   how many rows there is room for if these are fewer. Beside it sums [rows][kp/64] where that is FEW_ROWS at most.
 struct Activations {
   Buffer<int8_t> codes;
   Buffer<float> meta;
@@ -94,7 +102,9 @@ struct Activations {
   Buffer<int8_t> wide;
   Buffer<float> units;
   Buffer<int32_t> begins;
+  Buffer<SpanSums> sums;
   int64_t padded = 0, rows_of_tile = 0;
+  bool few = false;  // whether there are sums
   Forms forms;
 
   void reserve(int64_t rows, int64_t k, Forms forms);
@@ -109,7 +119,10 @@ struct Activations {
   }
   // Asks for the codes of some rows, which other cores may just have written.
   void fetch(int64_t rows) const;
-  int64_t bytes() const { return codes.bytes() + meta.bytes() + quarters.bytes() + half.bytes() + wide.bytes() + units.bytes() + begins.bytes(); }
+  int64_t bytes() const {
+    return codes.bytes() + meta.bytes() + quarters.bytes() + half.bytes() + wide.bytes() + units.bytes() + begins.bytes() +
+           sums.bytes();
+  }
 };
 
 }  // namespace loramux

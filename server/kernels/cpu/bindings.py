@@ -55,6 +55,7 @@ class Matrix(ctypes.Structure):
         ("odd_count", c_int64),
         ("scheme", c_int32),
         ("group", c_int32),
+        ("coarse", c_bool),
     ]
 
 

@@ -24,8 +24,8 @@ inline int64_t padded_inputs(int64_t in) { return (in + 31) / 32 * 32; }
 //          s and 8 (z - s) are the scale and the zero once they are rounded to float16, but for the groups odd_at
 //          (int64 [odd_count], ascending, row * g + group), whose scale and zero are `odd` (float16 [odd_count][2])
 //   or scale_codes (zero_codes) uint8 [tiles][g][16] with step and base float32 [tiles][ceil(g/16)].
-//   unit   float32 [tiles][16], or null, as it is for INT8 and NONE: a weight of a column is at most 127 of these, and few
-//          are much less than one, so that whole numbers of them are as good
+//   unit   float32 [tiles][16], or null, as it is for NONE: a weight of a column is at most 127 of these, and few are so much
+//          less that whole numbers of them, or of 256ths for INT8, are not as good
 struct Matrix {
   const uint8_t* codes;
   const uint16_t* scale;
@@ -43,6 +43,7 @@ struct Matrix {
   const float* bias;  // [n] or null
   int64_t n, k, odd_count;
   int32_t scheme, group;
+  bool coarse = false;  // whether steps leave low bytes of weights away where there is a unit
 
   bool whole_spans() const { return group % 64 == 0; }
   int64_t span_scale_count() const { return whole_spans() ? k / group : (padded() + 63) / 64; }  // of a tile

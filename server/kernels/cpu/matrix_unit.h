@@ -1,6 +1,11 @@
 // Products by a processor's matrix unit (AMX): 16 rows by 16 columns by 64 inputs an instruction, sums in whole numbers
 // that never leave the unit before the last input. That wants one unit for all of a row's activations and one for all of a
-// column's weights, so both are brought to these on the way: weights to 8 bits, activations to two codes of 8 bits.
+// column's weights. Both are whole numbers of 16 bits in these, two codes of 8 bits each, so a product is
+//
+//   y = round(sum of W[i] A[i] / 2^16) times 256 units of the column times the row's unit,
+//
+// which has one value however it is computed: rows are bit-equal in any batch, be they few enough to be multiplied by vector
+// instructions, which takes them half of the time.
 #pragma once
 #include "target.h"
 
@@ -12,7 +17,7 @@
 
 namespace loramux {
 
-// `multiply` of a matrix in codes of 4 bits, with activations in their wide form; rows: 256 at most.
+// `multiply` of a matrix in codes, with activations in their wide form; rows: 256 at most.
 void multiply_by_unit(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows,
                       float* out, int64_t stride, Aside& aside);
 

@@ -1,4 +1,4 @@
-"""The layout `vnni-5`: a matrix in tiles of 16 rows, as kernels.h describes it, and back.
+"""The layout `vnni-6`: a matrix in tiles of 16 rows, as kernels.h describes it, and back.
 
 Owns the permutations, both ways, and the pointers to a packed matrix. What codes mean is kernels/stored.py's.
 """
@@ -13,7 +13,7 @@ from server.kernels.cpu import bindings
 from server.kernels.stored import NF4, dequantize_stored, group_values, unpack_nibbles
 from server.kernels.weight import Weight
 
-LAYOUT = "vnni-5"
+LAYOUT = "vnni-6"
 TILE = 16
 GROUP = 32
 """Inputs whose products are added up before they are scaled, so groups of weights are whole multiples of it."""
@@ -22,8 +22,10 @@ SPAN = 64
 LARGEST = 16383
 """Of a scale as a whole number: two of 16 bits times that, twice, leave 32 bits room."""
 MOST_LOST = 0.015
-"""Of the length of a matrix's rows, by rounding for the matrix unit: 0.007 where weights are normally distributed, and
-lost 0.09 when they became codes of four bits. Levels of nf4, which are 127ths, lose 0.005 more."""
+"""Of the length of a matrix's rows, where steps round them to whole numbers of a unit: 0.007 where weights are normally
+distributed, and lost 0.09 when they became codes of four bits. Those that are never rounded so lose a 256th of it."""
+MOST_INPUTS = 40_000
+"""Of a row, so that 32 bits hold sums of products of 8 bits, without a sign, and 7."""
 PIECE = 2**22
 """Weights of a matrix that are looked at at a time."""
 _SCHEMES = {"int4": bindings.INT4, "nf4": bindings.NF4, "int8": bindings.INT8, "none": bindings.NONE}
@@ -49,8 +51,7 @@ def pack(stored: Weight) -> Weight:
         tensors |= _span_scales(stored)
     else:
         tensors["scale"] = _tiled(stored.tensors["scale"])
-    # Codes of eight bits have lost so little that rounding them once more would show.
-    if stored.scheme != "int8" and _even(stored, unit := _units(stored)):
+    if stored.shape[1] <= MOST_INPUTS and _even(stored, unit := _units(stored)):
         unit = torch.cat((unit, unit.new_ones(-len(unit) % TILE)))
         tensors["unit"] = _whole_factors(unit, tensors["exponents"]) if "exponents" in tensors else unit
     return _packed(stored, tensors)
@@ -138,18 +139,21 @@ def _units(stored: Weight) -> torch.Tensor:
         zero = group_values(stored.tensors, "zero", 0, stored.shape[0]).float()
         most = torch.maximum(zero.abs(), (15 * scale + zero).abs())
     else:
-        most = scale.abs()
+        most = scale.abs() * (128 if stored.scheme == "int8" else 1)
     unit = most.amax(1) / 127
     return torch.where(unit > 0, unit, 1.0)
 
 
 def _even(stored: Weight, unit: torch.Tensor) -> bool:
-    """Whether whole numbers of their row's unit are as good as the weights."""
+    """Whether whole numbers of their row's unit, or of its 256ths, are as good as the weights."""
     lengths = []
     for start in range(0, stored.shape[0], step := max(1, PIECE // stored.shape[1])):
         lengths.append(torch.linalg.vector_norm(dequantize_stored(stored, start, start + step), dim=1))
     length = torch.cat(lengths)
-    lost = torch.where(length > 0, unit * math.sqrt(stored.shape[1] / 12) / length, 0.0)  # rounding errors are even
+    rounded = unit * math.sqrt(stored.shape[1] / 12)  # errors are even
+    if stored.scheme != "int4":
+        rounded /= 256
+    lost = torch.where(length > 0, rounded / length, 0.0)
     return float(lost.square().mean()) <= MOST_LOST**2
 
 

@@ -491,8 +491,9 @@ void Team::attention(const Step& step, int64_t layer, const RowBlock& block) {
       following[i] = cache.keys(table[i < step.table_width && table[i] >= 0 ? i : 0], (head + 1) % kv_heads);
     attend_rows(step, layer, block, task.sequence, head, task.first, task.last, thread, following);
   });
-  if (base_.config.heads / base_.config.kv_heads * base_.config.head_dim % SPAN == 0) return;
   const int64_t heads = base_.config.heads * base_.config.head_dim;
+  widen(attended_, block.count, heads, seen_.get());
+  if (base_.config.heads / base_.config.kv_heads * base_.config.head_dim % SPAN == 0) return;
   run(static_cast<int>((block.count + ROWS - 1) / ROWS), [&](int piece, int) {
     const int64_t first = piece * ROWS, some = std::min<int64_t>(ROWS, block.count - first);
     attended_.set(first, some, 0, heads, seen_.get() + first * heads, heads);
