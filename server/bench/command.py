@@ -82,8 +82,9 @@ def steps(
     slots = [base.prepare(read_folder(p, name=p.name, shapes=base.shapes())) for p in paths]
     shapes = measured.standard_shapes(RANKS, (16, 17, 18, 19), 20)
     runner = make_runner(base, len(slots), threads)
-    ceilings = roofline.measure(threads)
-    times = measured.measure(base, runner, slots, shapes, ceilings, repeats)
+    meter = roofline.Meter(threads)
+    times = measured.measure(base, runner, slots, shapes, meter, repeats)
+    ceilings = meter.median()
     ratios = measured.overheads(times)
     asked = {"base": _named(base), "ranks": ranks, "context": shapes[0].context, "threads": threads, "repeats": repeats}
     result = _report(

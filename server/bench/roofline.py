@@ -6,6 +6,7 @@ that it must read over the memory's speed, nor than its operations over the arit
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from server.model.loader import Base
 
 KV_BYTES = 2
 """Bytes of one cached number, bfloat16."""
+ASLEEP = 0.01
+"""Seconds that threads of a pool look for work before they sleep, and more."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +42,36 @@ class Cost:
         return max(self.nbytes / ceilings.bytes_per_second, self.ops / ceilings.ops_per_second)
 
 
-def measure(threads: int, repeats: int = 5) -> Ceilings:
-    """Read a gigabyte and multiply int8 matrices with `threads` threads; the best of `repeats`."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        data = torch.ones(1 << 28)
+class Meter:
+    """Measures the ceilings with `threads` threads, by a quarter of a gigabyte and two int8 matrices."""
+
+    def __init__(self, threads: int) -> None:
         n = 2048
-        a = torch.randint(-127, 127, (n, n), dtype=torch.int8)
-        b = torch.randint(-127, 127, (n, n), dtype=torch.int8).t()
-        read = min(_timed(data.sum) for _ in range(repeats))
-        multiply = min(_timed(lambda: torch._int_mm(a, b)) for _ in range(repeats))
-        return Ceilings(data.nbytes / read, 2 * n**3 / multiply)
-    finally:
-        torch.set_num_threads(before)
+        self._threads = threads
+        self._data = torch.ones(1 << 26)
+        self._a = torch.randint(-127, 127, (n, n), dtype=torch.int8)
+        self._b = torch.randint(-127, 127, (n, n), dtype=torch.int8).t()
+        self._taken: list[Ceilings] = []
+
+    def take(self) -> None:
+        """The best of three, while the threads of whatever ran before or runs next are asleep."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            time.sleep(ASLEEP)
+            read = min(_timed(self._data.sum) for _ in range(3))
+            multiply = min(_timed(lambda: torch._int_mm(self._a, self._b)) for _ in range(3))
+            time.sleep(ASLEEP)
+        finally:
+            torch.set_num_threads(before)
+        self._taken.append(Ceilings(self._data.nbytes / read, 2 * self._a.shape[0] ** 3 / multiply))
+
+    def median(self) -> Ceilings:
+        """Of what has been taken: steps that are measured in turn with it are medians too."""
+        return Ceilings(
+            statistics.median(c.bytes_per_second for c in self._taken),
+            statistics.median(c.ops_per_second for c in self._taken),
+        )
 
 
 def decode_cost(base: Base, contexts: Sequence[int], mixes: Sequence[Sequence[LoraWeights]]) -> Cost:

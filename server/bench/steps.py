@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from adapters.weights import LoraWeights
-from server.bench.roofline import Ceilings, Cost, decode_cost
+from server.bench.roofline import Cost, Meter, decode_cost
 from server.engine.batch import Batch
 from server.engine.runner import Runner
 from server.kernels.lora import SlotWeights
@@ -62,10 +62,13 @@ def measure(
     runner: Runner,
     slots: Sequence[LoraWeights],
     shapes: Sequence[Shape],
-    ceilings: Ceilings,
+    meter: Meter,
     repeats: int = 60,
 ) -> list[StepTime]:
-    """Time every shape `repeats` times, all of them in turn, every second turn backwards. Slot i holds `slots[i]`."""
+    """Time every shape `repeats` times, all of them in turn, every second turn backwards, and the ceilings each turn.
+
+    Slot i holds `slots[i]`.
+    """
     widest = max(len(s.mixes) * -(-s.context // BLOCK) for s in shapes)
     runner.allocate(widest, BLOCK)
     for slot, weights in enumerate(slots):
@@ -73,13 +76,16 @@ def measure(
     batches = [decode_batch(shape, base.config.vocab_size) for shape in shapes]
     times: list[list[float]] = [[] for _ in shapes]
     for turn in range(repeats + 3):
+        if turn >= 3:
+            meter.take()
+            runner.run(batches[0]).wait()  # wakes threads up
         order = range(len(shapes)) if turn % 2 else reversed(range(len(shapes)))
         for i in order:
             start = time.perf_counter()
             runner.run(batches[i]).wait()
             if turn >= 3:  # the first ones warm caches and page in the cache's memory
                 times[i].append(time.perf_counter() - start)
-    result = []
+    result, ceilings = [], meter.median()
     for shape, taken in zip(shapes, times, strict=True):
         mixes = [[slots[slot] for slot, _ in mix] for mix in shape.mixes]
         cost = decode_cost(base, [shape.context] * len(shape.mixes), mixes)

@@ -161,7 +161,7 @@ def test_a_peer_that_is_given_text_finds_the_ids_in_it(tiny_folder: Path, tmp_pa
 def test_steps_tell_what_is_behind_the_roofline(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roofline, "measure", lambda threads: roofline.Ceilings(2e9, 1e9))
+    monkeypatch.setattr(roofline.Meter, "median", lambda meter: roofline.Ceilings(2e9, 1e9))
     result = bench(
         "steps", "--model", str(tiny_folder), "--state-dir", str(tmp_path / "state"), "--threads", "1",
         "--repeats", "1", "--out", str(tmp_path / "out"),
@@ -172,6 +172,16 @@ def test_steps_tell_what_is_behind_the_roofline(
     for step in told["steps"]:
         limit = max(step["bytes"] / 2e9, step["operations"] / 1e9)
         assert step["roofline"] == pytest.approx(limit / (step["ms"] / 1e3))
+
+
+def test_ceilings_are_medians_of_what_was_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = roofline.Meter(1)
+    read, multiplied = 2**28, 2 * 2048**3
+    seconds = iter([0.1, 0.2, 0.3, 2.0, 3.0, 4.0] + [0.5, 0.4, 0.6, 1.0, 1.0, 1.0] + [0.2, 0.2, 0.2, 6.0, 5.0, 4.0])
+    monkeypatch.setattr(roofline, "_timed", lambda run: next(seconds))
+    for _ in range(3):
+        meter.take()
+    assert meter.median() == roofline.Ceilings(read / 0.2, multiplied / 2.0)
 
 
 def test_what_fills_a_layout_up_is_no_work(tiny_folder: Path, tmp_path: Path) -> None:
