@@ -43,7 +43,7 @@ struct Matrix {
   const float* bias;  // [n] or null
   int64_t n, k, odd_count;
   int32_t scheme, group;
-  bool coarse = false;  // whether steps leave low bytes of weights away where there is a unit
+  bool coarse = false;  // INT4 with a unit: whether low bytes of weights are left away, as steps do in some layers
 
   bool whole_spans() const { return group % 64 == 0; }
   int64_t span_scale_count() const { return whole_spans() ? k / group : (padded() + 63) / 64; }  // of a tile

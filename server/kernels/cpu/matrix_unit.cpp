@@ -4,10 +4,8 @@
 
 #include <algorithm>
 #include <type_traits>
-#include <utility>
 
 #include "few_rows.h"
-#include "simd.h"
 #include "words.h"
 
 namespace loramux {
@@ -216,10 +214,9 @@ void many_blocks(const Walk& walk, int64_t tile) {
   for (int64_t first = 0; first < spans; first += part) {
     const int64_t last = std::min(spans, first + part);
     const auto kept = [&](int64_t s) { return weights + (s - first) * T * Use::UNPACKED; };
-    for (int64_t s = first; s < last; s++) {
+    for (int64_t s = first; s < last; s++)
       unpack_span<Use>(scales, codes + s * 2 * bytes_of_group(Scales::SCHEME), stride, 2 * s + 1 < steps, kept(s),
                        [&](auto part) { asking.part(part); });
-    }
     for (int64_t block = 0; block < blocks; block++) {
       int32_t* of_block = sums + block * Use::COUNT * SUMS;
       if (first == 0)

@@ -1,5 +1,6 @@
 // Weights as whole numbers of 16 bits in 256ths of their column's unit, code by code: what the matrix unit multiplies, high
-// bytes and low ones apart, and what products of few rows make of the codes as they are.
+// bytes and low ones apart, and what products of few rows make of the codes as they are. And what walks over such weights
+// share, be they the unit's or not: what they ask for beside, and how their sums become floats.
 #pragma once
 #include "target.h"
 

@@ -201,26 +201,28 @@ def whole_inputs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return code - low + low.clamp_min(-127), peak / 32639
 
 
-@pytest.mark.skipif(not runs("_native_amx"), reason="the processor has no matrix unit")
-@pytest.mark.parametrize(
-    ("out", "width", "group"), [(49, 576, 32), (130, 192, 64), (32, 96, 32), (17, 1536, 128), (96, 352, 32)]
-)
-@pytest.mark.parametrize("coarse", [False, True])
-def test_the_matrix_unit_adds_whole_numbers(
-    monkeypatch: pytest.MonkeyPatch, out: int, width: int, group: int, coarse: bool
-) -> None:
-    """Bit for bit what integers give, of any number of rows: with weights of 16 bits, or the nearest of 8 as steps have
-    feed-forward ones."""
+@pytest.fixture(params=[False, True])
+def coarse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """The matrix unit's products with weights of 16 bits, and with the nearest of 8 as steps have feed-forward ones."""
     described = packing.matrix
 
     def as_steps_have_it(weight: Weight) -> bindings.Matrix:
         matrix = described(weight)
-        matrix.coarse = coarse
+        matrix.coarse = request.param
         return matrix
 
     monkeypatch.setattr(packing, "matrix", as_steps_have_it)
     monkeypatch.setattr(bindings, "library", lambda: bindings.load("_native_amx"))
     monkeypatch.setattr(cpu, "_pools", [])
+    return bool(request.param)
+
+
+@pytest.mark.skipif(not runs("_native_amx"), reason="the processor has no matrix unit")
+@pytest.mark.parametrize(
+    ("out", "width", "group"), [(49, 576, 32), (130, 192, 64), (32, 96, 32), (17, 1536, 128), (96, 352, 32)]
+)
+def test_the_matrix_unit_adds_whole_numbers(coarse: bool, out: int, width: int, group: int) -> None:
+    """Bit for bit what integers give, of any number of rows."""
     kept = stored("int4", group, False, out, width)
     packed = cpu.Native().pack(kept)
     weights, column = whole_weights(packed, kept), packed.tensors["unit"][:out] * 256
@@ -232,6 +234,19 @@ def test_the_matrix_unit_adds_whole_numbers(
         inputs, unit = whole_inputs(x)
         sums = (inputs.double() @ weights.double().t()).long()  # less than 2^53, so exact
         assert torch.equal(cpu.Native().linear(packed, x), (sums + 2**15 >> 16).float() * column * unit), rows
+
+
+@pytest.mark.skipif(not runs("_native_amx"), reason="the processor has no matrix unit")
+@pytest.mark.parametrize("group", [32, 64])
+def test_so_it_does_where_scales_are_codes(coarse: bool, group: int) -> None:
+    """Close to exact, and each row as it is alone."""
+    kept = stored("int4", group, True, 49, 576)
+    packed, x = cpu.Native().pack(kept), torch.randn(300, 576)
+    exact = x.double() @ dequantize_stored(kept).double().t()
+    together = cpu.Native().linear(packed, x)
+    assert (together.double() - exact).norm() < (8.5e-3 if coarse else 4e-4) * exact.norm()
+    for rows in (slice(0, 1), slice(5, 8), slice(11, 15), slice(20, 36), slice(40, 57)):
+        assert torch.equal(cpu.Native().linear(packed, x[rows]), together[rows])
 
 
 def test_products_are_exact_where_activations_are(library: str) -> None:

@@ -171,7 +171,9 @@ def close_in_one_step(
         assert error(ours, exact) < 0.05, (i, mixes[i])
 
 
-@pytest.mark.parametrize("uneven", ["gate_proj", "down_proj", "layers.1.mlp", "proj"])
+@pytest.mark.parametrize(
+    "uneven", ["q_proj", "self_attn.o_proj", "gate_proj", "down_proj", "layers.1.mlp", "embed_tokens", "proj"]
+)
 def test_matrices_that_are_too_uneven_for_the_matrix_unit_share_a_model_with_others(uneven: str) -> None:
     """Activations are wanted in two forms then. Where there is no such unit, all are multiplied in one way."""
     native, reference = bases("llama-int4")
