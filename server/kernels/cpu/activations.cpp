@@ -129,6 +129,21 @@ inline __m512i added_up(const __m512i* of) {
   return _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
 }
 
+// Four spans' groups' sums, of sums of four codes, in 256ths: in two codes each, low ones behind high ones.
+inline void put_sums(const __m512i* of, int8_t* to, int64_t to_low) {
+  const __m512i quarters = added_up(of), groups = _mm512_add_epi32(quarters, neighbours(quarters));
+  const auto put = [](__m512i codes, int8_t* at) {  // of two spans each a first group's, then the second ones'
+    const __m512i order = _mm512_setr_epi32(0, 1, 8, 9, 2, 3, 10, 11, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_permutexvar_epi32(order, codes));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(at), bytes);
+  };
+  const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(groups, _mm512_set1_epi32(1 << 15)), 16);
+  const __m512i left = _mm512_sub_epi32(groups, _mm512_slli_epi32(high, 16));
+  const __m512i low = _mm512_srai_epi32(_mm512_add_epi32(left, _mm512_set1_epi32(1 << 7)), 8);
+  put(high, to);
+  put(_mm512_min_epi32(low, _mm512_set1_epi32(127)), to + to_low);
+}
+
 // What products want that have both groups' sums in 16 bits each. `total` are the sums of the quarters' codes, `size` those
 // of their magnitudes, `shift` the bits from first halves' units to second ones'.
 template <class Put, class PutBoth>
@@ -245,7 +260,7 @@ void Activations::reserve(int64_t rows, int64_t k, Forms wanted) {
   if (forms.half) half.reserve(rows * padded);
   if (forms.wide) {
     rows_of_tile = std::clamp<int64_t>(rows, 1, ROWS_OF_UNIT);
-    wide.reserve((rows + rows_of_tile - 1) / rows_of_tile * rows_of_tile * padded * 2);
+    wide.reserve((rows + rows_of_tile - 1) / rows_of_tile * rows_of_tile * wide_codes());
     units.reserve(rows);
     begins.reserve(rows * 2);
     few = rows <= FEW_ROWS;
@@ -291,7 +306,11 @@ void Activations::set_wide(int64_t row, int64_t rows, int64_t k, const float* x,
     units.get()[r] = none ? 0.0f : peak / LARGEST;  // infinite or NaN if an input is
     const __m512i one = _mm512_set1_epi8(1);
     __m512i sum_high = _mm512_setzero_si512(), sum_low = sum_high;
-    int8_t* to = wide.get() + r / rows_of_tile * padded * 2 * rows_of_tile + r % rows_of_tile * SPAN;
+    int8_t* to = wide.get() + r / rows_of_tile * wide_codes() * rows_of_tile + r % rows_of_tile * SPAN;
+    int8_t* of_sums = to + padded * 2 * rows_of_tile;
+    for (int64_t n = 0; n < 2 * spans_of_sums(); n++)
+      _mm512_storeu_si512(of_sums + n * rows_of_tile * SPAN, _mm512_setzero_si512());
+    __m512i together[TOGETHER];
     for (int64_t i = 0; i < padded; i += SPAN, to += 2 * rows_of_tile * SPAN) {
       __m512i code[4];
       for (int q = 0; q < 4; q++)
@@ -309,12 +328,19 @@ void Activations::set_wide(int64_t row, int64_t rows, int64_t k, const float* x,
       const __m512i of_low = _mm512_dpbusd_epi32(_mm512_setzero_si512(), one, lows);
       sum_high = _mm512_add_epi32(sum_high, of_high);
       sum_low = _mm512_add_epi32(sum_low, of_low);
+      const int64_t span = i / SPAN, n = span % TOGETHER;
+      together[n] = _mm512_add_epi32(_mm512_slli_epi32(of_high, 8), of_low);
+      if (n == TOGETHER - 1 || i + SPAN == padded) {
+        std::fill(together + n + 1, together + TOGETHER, _mm512_setzero_si512());
+        int8_t* block = of_sums + span / SPANS_OF_SUMS * 2 * rows_of_tile * SPAN;
+        put_sums(together, block + (span - n) % SPANS_OF_SUMS * 2, rows_of_tile * SPAN);
+      }
       if (!few) continue;
-      SpanSums& span = sums.get()[(r * padded + i) / SPAN];
+      SpanSums& said = sums.get()[(r * padded + i) / SPAN];
       for (int g = 0; g < 2; g++) {
         const __mmask16 group = g == 0 ? 0x00ff : 0xff00;
         const int32_t each[2] = {_mm512_mask_reduce_add_epi32(group, of_high), _mm512_mask_reduce_add_epi32(group, of_low)};
-        for (int c = 0; c < 2; c++) span.begin[c][g] = -128 * each[c], span.inputs[c][g] = static_cast<int16_t>(each[c]);
+        for (int c = 0; c < 2; c++) said.begin[c][g] = -128 * each[c], said.inputs[c][g] = static_cast<int16_t>(each[c]);
       }
     }
     begins.get()[2 * r] = -128 * _mm512_reduce_add_epi32(sum_high);
@@ -326,7 +352,7 @@ void Activations::fetch(int64_t rows) const {
   if (forms.wide) {
     const int64_t whole = (rows + rows_of_tile - 1) / rows_of_tile * rows_of_tile;
     const char* w = reinterpret_cast<const char*>(wide.get());
-    for (int64_t i = 0; i < whole * padded * 2; i += 64) _mm_prefetch(w + i, _MM_HINT_T0);
+    for (int64_t i = 0; i < whole * wide_codes(); i += 64) _mm_prefetch(w + i, _MM_HINT_T0);
   }
   if (!forms.codes) return;
   const int64_t whole = (rows + ROWS - 1) / ROWS * ROWS;

@@ -41,6 +41,7 @@ constexpr int GROUP = 32;  // inputs whose products are added up before they are
 constexpr int ROWS_OF_UNIT = 16;  // rows of a tile of the matrix unit at most
 constexpr int FEW_ROWS = 3;        // with which 4-bit products are vector instructions' all the same
 constexpr int SPAN = 64;   // inputs whose codes have units that differ by powers of two only
+constexpr int SPANS_OF_SUMS = SPAN / (SPAN / GROUP);  // spans whose groups' sums fill one
 
 // What a row says of a span of its inputs beside their codes. Each quarter's unit is the coarsest one halved as often as its
 // inputs allow, so that a large input costs only the 15 beside it their last bits. Sums are shifted from one quarter's units
@@ -91,7 +92,8 @@ struct Forms {
 // Activations [rows, k] in the forms that products read, inputs padded with zeros to a multiple of 64:
 //   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/64][METAS][4], quarters
 //   [rows][kp/16], and bf16 [rows][kp];
-//   wide int8 [rows/R][kp/64][2][R][64], for the matrix unit: high codes and low ones, x = (256 high + low) unit, and
+//   wide int8 [rows/R][kp/64 + n][2][R][64], for the matrix unit: high codes and low ones, x = (256 high + low) unit, then
+//   the sums of groups of 32 in 256ths, rounded, as such codes: two spans' by turns, and n as many spans as they take. And
 //   units [rows], and begins [rows][2], what sums of products of either begin with for an operand with 128 added. R is 16, or
 //   how many rows there is room for if these are fewer. Beside it sums [rows][kp/64] where that is FEW_ROWS at most.
 struct Activations {
@@ -106,6 +108,11 @@ struct Activations {
   int64_t padded = 0, rows_of_tile = 0;
   bool few = false;  // whether there are sums
   Forms forms;
+
+  // Spans of a row's wide form that have its groups' sums.
+  int64_t spans_of_sums() const { return (padded / SPAN + SPANS_OF_SUMS - 1) / SPANS_OF_SUMS; }
+  // Codes of a row there, high and low.
+  int64_t wide_codes() const { return 2 * (padded + spans_of_sums() * SPAN); }
 
   void reserve(int64_t rows, int64_t k, Forms forms);
   // Inputs from..to of some rows (from a multiple of 64; to one too, or k); x points at input `from` of the first row.

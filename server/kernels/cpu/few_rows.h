@@ -31,7 +31,7 @@ void few_rows(const Walk& walk, int64_t tile) {
       total[t][r][0] = total[t][r][1] = of_high[t][r] = of_low[t][r] = _mm512_setzero_si512();
   for (int64_t s = 0; s < spans; s++) {
     __m512i pairs[T][R][2] = {};  // a column's sums of high and of low codes, of the first group and of the second one
-    for (int t = 0; t < T; t++) scales[t].next();
+    for (int t = 0; t < T; t++) scales[t].template next<true>();
 #pragma GCC unroll 2
     for (int g = 0; g < 2; g++) {
       for (int part = g * 4; part < g * 4 + 4; part++) asking.part(part);

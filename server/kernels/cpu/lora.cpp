@@ -148,7 +148,7 @@ struct Codes {
   }
   static void set(const Activations& x, int64_t r, Wide& row) {
     const int64_t of = x.rows_of_tile, half = of * SPAN;
-    row = {x.wide.get() + r / of * x.padded * 2 * of + r % of * SPAN, half, 2 * half, x.begins.get() + 2 * r,
+    row = {x.wide.get() + r / of * x.wide_codes() * of + r % of * SPAN, half, 2 * half, x.begins.get() + 2 * r,
            x.units.get()[r]};
   }
 

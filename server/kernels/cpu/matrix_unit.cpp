@@ -15,6 +15,7 @@ constexpr int64_t KEPT = 4;         // unpacked spans where each is wanted once:
 constexpr int64_t AT_MOST = 12;     // and where many rows want them
 constexpr int64_t MOST_ROWS = 256;  // of a call
 constexpr int64_t SUMS = 256;       // of a tile
+constexpr int64_t MOST_RESTS = 20;  // tiles of what bytes leave: of packing.py's MOST_INPUTS
 
 // Tiles of 64 bytes a row: 0 to 3 are sums, 4 is weights, 5 rows. Fewer in use are faster: where a core has another thread,
 // little is left to rename them to, and a product with what it reads takes 15 ns with four or five in use, 30 with eight.
@@ -46,13 +47,14 @@ struct Rows {
 };
 
 inline Rows rows_at(const Walk& walk, int64_t block, int64_t span) {
-  const int64_t bytes = walk.x.rows_of_tile * SPAN;
-  const int8_t* high = walk.x.wide.get() + (block * walk.spans() + span) * 2 * bytes;
-  return {high, high + bytes};
+  const int64_t rows = walk.x.rows_of_tile;
+  const int8_t* high = walk.x.wide.get() + block * rows * walk.x.wide_codes() + span * 2 * rows * SPAN;
+  return {high, high + rows * SPAN};
 }
 
 // How the tiles are used. STACKED: high and low codes of up to eight rows are one tile. FINE: for one tile of columns, with
-// weights' low bytes, which have no sign; else for TILES of columns, with high bytes alone.
+// weights' low bytes, which have no sign; else for TILES of columns, with the nearest bytes, and behind their spans some of
+// what these leave of groups, by sums of groups.
 template <bool FINE_, bool STACKED_, int TILES_>
 struct Use {
   static constexpr bool FINE = FINE_, STACKED = STACKED_, TWO = FINE_ || TILES_ == 2;  // tiles of weights
@@ -138,21 +140,28 @@ void finish(const Walk& walk, const int32_t* sums, int64_t tile) {
         walk.finish(r, tile + t, Use::total(sums + first / rows * Use::COUNT * SUMS, t, r - first, rows));
 }
 
+// What bytes of weights leave of a tile's groups, as the unit reads weights: of two spans each four numbers a column.
+inline void put_rest(__m512i rest, int64_t span, int8_t* to) {
+  int8_t* at = to + span % SPANS_OF_SUMS / 2 * 64;
+  _mm512_store_si512(at, span % 2 == 0 ? rest : _mm512_or_si512(_mm512_load_si512(at), _mm512_slli_epi16(rest, 8)));
+}
+
 // A span of tiles, unpacked in eight parts; `before` is called with the number of each before it.
 template <class Use, class Scales, class Before>
-__attribute__((always_inline)) inline void unpack_span(Scales* scales, const uint8_t* codes, int64_t stride, bool whole,
-                                                       int8_t* to, Before before) {
+__attribute__((always_inline)) inline void unpack_span(Scales* scales, const uint8_t* codes, int64_t stride, int64_t span,
+                                                       bool whole, int8_t* to, int8_t* rest, Before before) {
   constexpr int T = Use::TILES, S = Scales::SCHEME;
   const auto part = [&](auto number) __attribute__((always_inline)) {
     constexpr int first = number * T, t = first / 8, group = first / 4 % 2;  // quarters of groups
     before(number);
-    if constexpr (first % 8 == 0) scales[t].next();
+    if constexpr (first % 8 == 0) {
+      scales[t].template next<Use::FINE>();
+      if constexpr (!Use::FINE) put_rest(scales[t].rest, span, rest + t * TILE_BYTES);
+    }
     if (group == 1 && !whole) return;
-    Words by = scales[t].by[group];
-    if constexpr (!Use::FINE) by.zero = _mm512_add_epi16(by.zero, _mm512_set1_epi16(128));  // rounded
-    const uint8_t* from = codes + t * stride + group * bytes_of_group(S);
+    const uint8_t* from = codes + t * stride + span * 2 * bytes_of_group(S) + group * bytes_of_group(S);
     for (int quarter = first % 4; quarter < first % 4 + T; quarter++)
-      unpack_quarter<S, Use::FINE>(from, quarter, by, to + t * Use::UNPACKED + group * TILE_BYTES / 2);
+      unpack_quarter<S, Use::FINE>(from, quarter, scales[t].by[group], to + t * Use::UNPACKED + group * TILE_BYTES / 2);
   };
   part(std::integral_constant<int, 0>()), part(std::integral_constant<int, 1>());
   part(std::integral_constant<int, 2>()), part(std::integral_constant<int, 3>());
@@ -167,6 +176,7 @@ void one_block(const Walk& walk, int64_t first_tile, int64_t last_tile) {
   constexpr int T = Use::TILES;
   const int64_t stride = walk.bytes_of_tile(), spans = walk.spans(), steps = walk.steps();
   alignas(64) int8_t weights[KEPT * T * Use::UNPACKED];
+  alignas(64) int8_t rest[T * TILE_BYTES];
   alignas(64) int32_t sums[Use::COUNT * SUMS];
   const int8_t* before = nullptr;
   Rows rows = {};
@@ -183,16 +193,18 @@ void one_block(const Walk& walk, int64_t first_tile, int64_t last_tile) {
     Asking<T, Scales> asking(walk, scales, tile);
     for (int64_t s = 0; s < spans; s++, step++) {
       int8_t* to = weights + step % KEPT * T * Use::UNPACKED;
-      const uint8_t* at = codes + s * 2 * bytes_of_group(Scales::SCHEME);
+      const bool whole = 2 * s + 1 < steps;
       if (step == 0)
-        unpack_span<Use>(scales, at, stride, 2 * s + 1 < steps, to, [&](auto part) { asking.part(part); });
+        unpack_span<Use>(scales, codes, stride, s, whole, to, rest, [&](auto part) { asking.part(part); });
       else
-        unpack_span<Use>(scales, at, stride, 2 * s + 1 < steps, to, [&](auto part) __attribute__((always_inline)) {
+        unpack_span<Use>(scales, codes, stride, s, whole, to, rest, [&](auto part) __attribute__((always_inline)) {
           asking.part(part);
           Use::template add<part>(before, rows);
         });
       if (s == 0 && step > 0) done(tile - T);
       before = to, rows = rows_at(walk, 0, s);
+      if (!Use::FINE && (s + 1 == spans || (s + 1) % SPANS_OF_SUMS == 0))
+        Use::add_all(rest, rows_at(walk, 0, spans + s / SPANS_OF_SUMS));
     }
   }
   Use::add_all(before, rows);
@@ -206,16 +218,19 @@ void many_blocks(const Walk& walk, int64_t tile) {
   const int64_t stride = walk.bytes_of_tile(), spans = walk.spans(), steps = walk.steps();
   const int64_t blocks = (walk.rows + walk.x.rows_of_tile - 1) / walk.x.rows_of_tile;
   const int64_t parts = (spans + AT_MOST - 1) / AT_MOST, part = (spans + parts - 1) / parts;
+  const int64_t rests = Use::FINE ? 0 : walk.x.spans_of_sums();
   alignas(64) int8_t weights[AT_MOST * T * Use::UNPACKED];
+  alignas(64) int8_t rest[Use::FINE ? 1 : MOST_RESTS * T * TILE_BYTES];
   alignas(64) int32_t sums[MOST_ROWS / ROWS_OF_UNIT * Use::COUNT * SUMS];
   const uint8_t* codes = walk.w.codes + tile * stride;
+  const auto rest_at = [&](int64_t n) { return rest + n * T * TILE_BYTES; };
   Scales scales[] = {Scales(walk.w, tile), Scales(walk.w, tile + T - 1)};
   Asking<T, Scales> asking(walk, scales, tile);
   for (int64_t first = 0; first < spans; first += part) {
     const int64_t last = std::min(spans, first + part);
     const auto kept = [&](int64_t s) { return weights + (s - first) * T * Use::UNPACKED; };
     for (int64_t s = first; s < last; s++)
-      unpack_span<Use>(scales, codes + s * 2 * bytes_of_group(Scales::SCHEME), stride, 2 * s + 1 < steps, kept(s),
+      unpack_span<Use>(scales, codes, stride, s, 2 * s + 1 < steps, kept(s), rest_at(s / SPANS_OF_SUMS),
                        [&](auto part) { asking.part(part); });
     for (int64_t block = 0; block < blocks; block++) {
       int32_t* of_block = sums + block * Use::COUNT * SUMS;
@@ -224,6 +239,7 @@ void many_blocks(const Walk& walk, int64_t tile) {
       else
         Use::load(of_block);
       for (int64_t s = first; s < last; s++) Use::add_all(kept(s), rows_at(walk, block, s));
+      for (int64_t n = 0; n < rests && last == spans; n++) Use::add_all(rest_at(n), rows_at(walk, block, spans + n));
       Use::store(of_block);
     }
   }

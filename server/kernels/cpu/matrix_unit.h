@@ -6,6 +6,14 @@
 //
 // which has one value however it is computed: rows are bit-equal in any batch, be they few enough to be multiplied by vector
 // instructions, which takes them half of the time.
+//
+// Of a coarse matrix, codes times scales and zeros, the weights are whole numbers of 8 bits, w[i] = floor(code[i] scale) +
+// floor(zero) + 1, both in units of the column. What that leaves of the zeros, and half a unit for rounding down, is a number r
+// of a group and column in 256ths, so that
+//
+//   W[i] = 256 w[i] + r, but for the error of rounding,
+//
+// and all of the r are a few inputs more, the sums of groups' activations.
 #pragma once
 #include "target.h"
 

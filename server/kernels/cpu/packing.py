@@ -1,4 +1,4 @@
-"""The layout `vnni-6`: a matrix in tiles of 16 rows, as kernels.h describes it, and back.
+"""The layout `vnni-7`: a matrix in tiles of 16 rows, as kernels.h describes it, and back.
 
 Owns the permutations, both ways, and the pointers to a packed matrix. What codes mean is kernels/stored.py's.
 """
@@ -13,7 +13,7 @@ from server.kernels.cpu import bindings
 from server.kernels.stored import NF4, dequantize_stored, group_values, unpack_nibbles
 from server.kernels.weight import Weight
 
-LAYOUT = "vnni-6"
+LAYOUT = "vnni-7"
 TILE = 16
 GROUP = 32
 """Inputs whose products are added up before they are scaled, so groups of weights are whole multiples of it."""
@@ -54,6 +54,8 @@ def pack(stored: Weight) -> Weight:
     if stored.shape[1] <= MOST_INPUTS and _even(stored, unit := _units(stored)):
         unit = torch.cat((unit, unit.new_ones(-len(unit) % TILE)))
         tensors["unit"] = _whole_factors(unit, tensors["exponents"]) if "exponents" in tensors else unit
+        if stored.scheme == "int4" and _scales(stored).amin() >= 0:
+            tensors["rising"] = torch.ones(1, dtype=torch.uint8)
     return _packed(stored, tensors)
 
 
@@ -133,15 +135,21 @@ def _pack_values(values: torch.Tensor) -> torch.Tensor:
 
 
 def _units(stored: Weight) -> torch.Tensor:
-    """float32 [out]: a 127th of what each row's weights are at most, 1 for a row of zeros."""
-    scale = group_values(stored.tensors, "scale", 0, stored.shape[0]).float()
+    """float32 [out]: about a 127th of what each row's weights are at most, 1 for a row of zeros."""
+    scale = _scales(stored)
     if stored.scheme == "int4":
         zero = group_values(stored.tensors, "zero", 0, stored.shape[0]).float()
         most = torch.maximum(zero.abs(), (15 * scale + zero).abs())
+        # What is added up of parts that are rounded fits 8 bits, and 16 times a scale's 256ths 16.
+        unit = torch.maximum(most.amax(1) / 126.9, scale.abs().amax(1) / 15.98)
     else:
-        most = scale.abs() * (128 if stored.scheme == "int8" else 1)
-    unit = most.amax(1) / 127
+        unit = (scale.abs() * (128 if stored.scheme == "int8" else 1)).amax(1) / 127
     return torch.where(unit > 0, unit, 1.0)
+
+
+def _scales(stored: Weight) -> torch.Tensor:
+    """float32 [out, groups]."""
+    return group_values(stored.tensors, "scale", 0, stored.shape[0]).float()
 
 
 def _even(stored: Weight, unit: torch.Tensor) -> bool:

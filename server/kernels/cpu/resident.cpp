@@ -16,12 +16,12 @@ int64_t ahead_lines(int threads) {
   return std::max(SECOND, third / 3 / threads) / 64;
 }
 
-// The layers as steps compute them. Feed-forward products are three quarters of all, and take three quarters of the time
-// that they would take with weights' low bytes.
+// The layers as steps compute them: gate and up, half of all products, by the nearest bytes of weights, in two thirds of the
+// time. What down loses so goes straight into the stream, and makes three times the error of these two for half of the gain.
 std::vector<Layer> of_steps(const Layer* layers, int64_t count) {
   std::vector<Layer> made(layers, layers + count);
   for (Layer& layer : made)
-    for (const int site : {GATE, UP, DOWN}) layer.site[site].coarse = true;
+    for (const int site : {GATE, UP}) layer.site[site].coarse = layer.site[site].rising != nullptr;
   return made;
 }
 

@@ -22,31 +22,56 @@ struct Words {
   __m512i scale, zero;
 };
 
-// The bytes of weights in two vectors of words, those for even inputs and those for odd ones; the high ones alone if not FINE.
-template <bool FINE>
+// The bytes of weights in two vectors of words, those for even inputs and those for odd ones.
 inline void split_words(__m512i even, __m512i odd, int8_t* to) {
-  if constexpr (FINE) {
-    const __m512i crossed = _mm512_shldi_epi16(odd, even, 8);  // the low bytes of odd inputs, and the high ones of even ones
-    _mm512_store_si512(to, _mm512_mask_blend_epi8(ODD_BYTES, crossed, odd));
-    _mm512_store_si512(to + TILE_BYTES, _mm512_mask_blend_epi8(ODD_BYTES, even, crossed));
-  } else {
-    _mm512_store_si512(to, _mm512_mask_blend_epi8(ODD_BYTES, _mm512_srli_epi16(even, 8), odd));
-  }
+  const __m512i crossed = _mm512_shldi_epi16(odd, even, 8);  // the low bytes of odd inputs, and the high ones of even ones
+  _mm512_store_si512(to, _mm512_mask_blend_epi8(ODD_BYTES, crossed, odd));
+  _mm512_store_si512(to + TILE_BYTES, _mm512_mask_blend_epi8(ODD_BYTES, even, crossed));
 }
 
 // A quarter of a group of 16 columns of INT4: w = code scale + zero. 16 bits hold the sum, whatever the two are.
-template <bool FINE>
 inline void split_nibbles(const uint8_t* codes, const Words& by, int8_t* to) {
   const __m512i low = _mm512_set1_epi16(15), w = _mm512_loadu_si512(codes);
   const auto word = [&](__m512i code) { return _mm512_add_epi16(_mm512_mullo_epi16(code, by.scale), by.zero); };
-  split_words<FINE>(word(_mm512_and_si512(w, low)), word(_mm512_and_si512(_mm512_srli_epi16(w, 8), low)), to);
-  split_words<FINE>(word(_mm512_and_si512(_mm512_srli_epi16(w, 4), low)), word(_mm512_srli_epi16(w, 12)), to + 256);
+  split_words(word(_mm512_and_si512(w, low)), word(_mm512_and_si512(_mm512_srli_epi16(w, 8), low)), to);
+  split_words(word(_mm512_and_si512(_mm512_srli_epi16(w, 4), low)), word(_mm512_srli_epi16(w, 12)), to + 256);
+}
+
+// Words for bytes: w = floor(code scale / 2^12) + zero, the zero in high bytes. What it leaves of the zero that was, and half
+// of what rounding down takes, are a group's rest.
+inline Words for_bytes(const Words& by) {
+  return {_mm512_slli_epi16(by.scale, 4), _mm512_add_epi16(by.zero, _mm512_set1_epi16(256))};
+}
+
+// In 256ths, in low bytes with a sign.
+inline __m512i rests(__m512i zero) {
+  return _mm512_xor_si512(_mm512_and_si512(zero, _mm512_set1_epi16(255)), _mm512_set1_epi16(128));
+}
+
+// The high byte of a lane's low word in all four, or of its high one.
+inline __m512i high_bytes(__m512i words, bool second) {
+  const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 1, 1, 1, 5, 5, 5, 5, 9, 9, 9, 9, 13, 13, 13, 13));
+  return _mm512_shuffle_epi8(words, second ? _mm512_add_epi8(first, _mm512_set1_epi8(2)) : first);
+}
+
+// The same quarter in bytes. In the high half of a byte a code is multiplied without being moved: the low byte of a word by a
+// 256th of what the high one is.
+inline void nearest_nibbles(const uint8_t* codes, const Words& by, int8_t* to) {
+  const __m512i low = _mm512_set1_epi16(0x00f0), high = _mm512_set1_epi16(static_cast<int16_t>(0xf000));
+  const auto bytes = [&](__m512i w) {
+    const __m512i even = _mm512_mulhi_epu16(_mm512_and_si512(w, low), by.scale);
+    const __m512i odd = _mm512_mulhi_epu16(_mm512_and_si512(w, high), by.scale);
+    return _mm512_add_epi8(_mm512_mask_blend_epi8(ODD_BYTES, even, odd), by.zero);
+  };
+  const __m512i w = _mm512_loadu_si512(codes);
+  _mm512_store_si512(to, bytes(_mm512_slli_epi16(w, 4)));
+  _mm512_store_si512(to + 256, bytes(w));
 }
 
 // w = code scale / 2^7, rounded, of codes of eight bits.
 inline void split_bytes(__m512i codes, const Words& by, int8_t* to) {
   const __m512i odd = _mm512_and_si512(codes, _mm512_set1_epi16(static_cast<int16_t>(0xff00)));
-  split_words<true>(_mm512_mulhrs_epi16(_mm512_slli_epi16(codes, 8), by.scale), _mm512_mulhrs_epi16(odd, by.scale), to);
+  split_words(_mm512_mulhrs_epi16(_mm512_slli_epi16(codes, 8), by.scale), _mm512_mulhrs_epi16(odd, by.scale), to);
 }
 
 // A quarter of a group of 16 columns, as the matrix unit reads it: four inputs a column in each 64 bytes.
@@ -59,7 +84,7 @@ __attribute__((always_inline)) inline void unpack_quarter(const uint8_t* codes, 
     return;
   }
   codes += quarter * 64, to += quarter * 64;
-  if constexpr (S == INT4) split_nibbles<FINE>(codes, by, to);
+  if constexpr (S == INT4) FINE ? split_nibbles(codes, by, to) : nearest_nibbles(codes, by, to);
   if constexpr (S == NF4) {
     const __m512i low = _mm512_set1_epi8(15), levels = _mm512_xor_si512(nf4_levels(), sign), c = _mm512_loadu_si512(codes);
     split_bytes(_mm512_shuffle_epi8(levels, _mm512_and_si512(c, low)), by, to);
@@ -72,12 +97,13 @@ inline __m512i twice(__m512i words) {
   return _mm512_or_si512(_mm512_and_si512(words, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(words, 16));
 }
 
-// The words of a tile's spans, one after the other, of INT4 whose scales are whole numbers. `by` has a group each, `both` the
-// two side by side.
+// The words of a tile's spans, one after the other, of INT4 whose scales are whole numbers. `by` has a group each, for bytes if
+// not FINE, `both` the two side by side, `rest` too.
 template <bool WHOLE>
 struct OfSpans {
   static constexpr int SCHEME = INT4;
   Words by[2], both;
+  __m512i rest;
   const int64_t stride, each;
   const int16_t* scales;
   int64_t left;
@@ -101,6 +127,7 @@ struct OfSpans {
     if constexpr (!WHOLE) _mm_prefetch(p + 64, _MM_HINT_T1);
   }
 
+  template <bool FINE>
   void next() {
     __m512i s, z;
     if constexpr (WHOLE) {
@@ -118,13 +145,13 @@ struct OfSpans {
     s = _mm512_mulhrs_epi16(s, factor);
     z = _mm512_slli_epi16(_mm512_sub_epi16(_mm512_mulhrs_epi16(z, factor), s), 3);
     both = {s, z};
-    if constexpr (WHOLE) {
-      by[0] = by[1] = both;
-    } else {
-      const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
-      const __m512i second = _mm512_add_epi8(first, _mm512_set1_epi8(2));
-      by[0] = {_mm512_shuffle_epi8(s, first), _mm512_shuffle_epi8(z, first)};
-      by[1] = {_mm512_shuffle_epi8(s, second), _mm512_shuffle_epi8(z, second)};
+    const Words words = FINE ? both : for_bytes(both);
+    if constexpr (!FINE) rest = rests(z);
+    const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
+    for (int g = 0; g < 2; g++) {
+      const __m512i one = g == 0 ? first : _mm512_add_epi8(first, _mm512_set1_epi8(2));
+      by[g].scale = WHOLE ? words.scale : _mm512_shuffle_epi8(words.scale, one);
+      by[g].zero = !FINE ? high_bytes(words.zero, g == 1) : WHOLE ? words.zero : _mm512_shuffle_epi8(words.zero, one);
     }
   }
 };
@@ -134,6 +161,7 @@ template <int S, bool DOUBLE>
 struct OfFloats {
   static constexpr int SCHEME = S;
   Words by[2], both;
+  __m512i rest;
   const Matrix& w;
   const int64_t tile, groups, each;
   int64_t group = 0, left = 0;
@@ -158,6 +186,7 @@ struct OfFloats {
     return twice(_mm512_cvtps_epi32(_mm512_mul_ps(value, factor)));
   }
 
+  template <bool FINE>
   void next() {
     for (Words& one : by) {
       if (left == 0 && group < groups) {
@@ -171,6 +200,10 @@ struct OfFloats {
     }
     constexpr __mmask32 SECOND = 0xaaaaaaaa;
     both = {_mm512_mask_blend_epi16(SECOND, by[0].scale, by[1].scale), _mm512_mask_blend_epi16(SECOND, by[0].zero, by[1].zero)};
+    if constexpr (!FINE) {
+      rest = rests(both.zero);
+      for (Words& one : by) one = for_bytes(one), one.zero = high_bytes(one.zero, false);
+    }
   }
 };
 

@@ -176,8 +176,9 @@ def test_rows_too_long_for_its_sums_are_not_for_the_matrix_unit() -> None:
     assert "unit" not in cpu.Native().pack(stored("int4", 32, False, 1, packing.MOST_INPUTS + 32)).tensors
 
 
-def whole_weights(packed: Weight, kept: Weight) -> torch.Tensor:
-    """int64 [out, in]: an int4 matrix in 256ths of its rows' units, by the whole scales that `packed` has."""
+def whole_scales(packed: Weight, kept: Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """int64 [out, in / 32, 32] and twice [out, in / 32, 1]: an int4 matrix's codes, its scales and zeros as `packed`
+    has them, in 256ths of its rows' units."""
     out, width = kept.shape
     fine = torch.ldexp(torch.ones(out), packed.tensors["exponents"][:out].int() + 23)
     factor = (fine / packed.tensors["unit"][:out]).round().long()[:, None, None]
@@ -188,8 +189,10 @@ def whole_weights(packed: Weight, kept: Weight) -> torch.Tensor:
     else:
         groups = spans.permute(0, 3, 1, 2).flatten(0, 1)[:out]
     scale, rest = (groups * factor + 2**14 >> 15).unbind(-1)  # [out, groups]
-    codes = unpack_nibbles(kept.tensors["codes"]).long().view(out, -1, kept.group)
-    return (codes * scale[..., None] + 8 * (rest - scale)[..., None]).flatten(1)
+    codes = unpack_nibbles(kept.tensors["codes"]).long().view(out, -1, packing.GROUP)
+    times = kept.group // packing.GROUP
+    scale, zero = (t.repeat_interleave(times, 1)[..., None] for t in (scale, 8 * (rest - scale)))
+    return codes, scale, zero
 
 
 def whole_inputs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,6 +202,37 @@ def whole_inputs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     code = (x * inverse).round().long()
     low = (code + 128) % 256 - 128
     return code - low + low.clamp_min(-127), peak / 32639
+
+
+def products(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """int64 [rows, out] of whole numbers, less than 2^53, so exact."""
+    return (x.double() @ weight.double().t()).long()
+
+
+def sums_of_words(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """In multiples of 2^16."""
+    return products(x, (codes * scale + zero).flatten(1)) + 2**15 >> 16
+
+
+def sums_of_bytes(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The same by weights of 8 bits, and what these leave of a group by two bytes of the sum of its inputs."""
+    least = zero + 256 >> 8
+    weight, left = ((codes * scale >> 8) + least).flatten(1), (zero + 128 - 256 * least).flatten(1)
+    assert weight.abs().max() <= 127
+    low = (x + 128) % 256 - 128
+    total = x.view(len(x), -1, packing.GROUP).sum(-1)
+    first = total + 2**15 >> 16
+    second = (total - (first << 16) + 128 >> 8).clamp_max(127)
+    high_bytes, low_bytes = products((x - low) // 256, weight), products(low, weight)
+    return high_bytes + products(first, left) + (low_bytes + products(second, left) + 128 >> 8)
+
+
+def test_bytes_are_not_for_scales_below_zero() -> None:
+    kept = stored("int4", 32, False, 49, 192)
+    assert "rising" in cpu.Native().pack(kept).tensors
+    kept.tensors["scale"][17, 2] *= -1
+    packed = cpu.Native().pack(kept)
+    assert "unit" in packed.tensors and "rising" not in packed.tensors
 
 
 @pytest.fixture(params=[False, True])
@@ -219,21 +253,37 @@ def coarse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 
 @pytest.mark.skipif(not runs("_native_amx"), reason="the processor has no matrix unit")
 @pytest.mark.parametrize(
-    ("out", "width", "group"), [(49, 576, 32), (130, 192, 64), (32, 96, 32), (17, 1536, 128), (96, 352, 32)]
+    ("out", "width", "group"),
+    [(49, 576, 32), (130, 192, 64), (32, 96, 32), (17, 1536, 128), (96, 352, 32), (35, 4128, 32)],
 )
 def test_the_matrix_unit_adds_whole_numbers(coarse: bool, out: int, width: int, group: int) -> None:
     """Bit for bit what integers give, of any number of rows."""
-    kept = stored("int4", group, False, out, width)
+    adds_whole_numbers(stored("int4", group, False, out, width), coarse)
+
+
+@pytest.mark.skipif(not runs("_native_amx"), reason="the processor has no matrix unit")
+def test_so_it_does_of_groups_at_the_limits(coarse: bool) -> None:
+    """From the least to the largest of a row, next to nothing at either, nothing but one number, and none."""
+    torch.manual_seed(0)
+    values = torch.rand(49, 18, 32) * 2 - 1
+    values[:, ::3, 0], values[:, ::3, 1] = -1, 1
+    values[:, 1::6] = 1 - values[:, 1::6].abs() * 1e-3
+    values[:, 4::6] = -1 + values[:, 4::6].abs() * 1e-3
+    values[:, 5::6] = torch.rand(49, 3, 1)
+    values[:, 8], values[7] = 0, 0
+    adds_whole_numbers(quantize(values.flatten(1), "int4", 32, False), coarse)
+
+
+def adds_whole_numbers(kept: Weight, coarse: bool) -> None:
+    out, width = kept.shape
     packed = cpu.Native().pack(kept)
-    weights, column = whole_weights(packed, kept), packed.tensors["unit"][:out] * 256
-    if coarse:
-        weights = weights + 128 >> 8 << 8
+    whole, column = whole_scales(packed, kept), packed.tensors["unit"][:out] * 256
+    sums = sums_of_bytes if coarse else sums_of_words
     for rows in (1, 2, 3, 4, 8, 9, 16, 17, 40, 256, 300):
         x = torch.randn(rows, width)
         x[:, 5] *= 30
         inputs, unit = whole_inputs(x)
-        sums = (inputs.double() @ weights.double().t()).long()  # less than 2^53, so exact
-        assert torch.equal(cpu.Native().linear(packed, x), (sums + 2**15 >> 16).float() * column * unit), rows
+        assert torch.equal(cpu.Native().linear(packed, x), sums(*whole, inputs).float() * column * unit), rows
 
 
 @pytest.mark.skipif(not runs("_native_amx"), reason="the processor has no matrix unit")
