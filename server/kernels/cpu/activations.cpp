@@ -129,7 +129,7 @@ inline __m512i added_up(const __m512i* of) {
   return _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
 }
 
-// Four spans' groups' sums, of sums of four codes, in 256ths: in two codes each, low ones behind high ones.
+// 256ths of four spans' groups' sums, of sums of four codes: in two codes each, low ones behind high ones.
 inline void put_sums(const __m512i* of, int8_t* to, int64_t to_low) {
   const __m512i quarters = added_up(of), groups = _mm512_add_epi32(quarters, neighbours(quarters));
   const auto put = [](__m512i codes, int8_t* at) {  // of two spans each a first group's, then the second ones'
@@ -336,11 +336,11 @@ void Activations::set_wide(int64_t row, int64_t rows, int64_t k, const float* x,
         put_sums(together, block + (span - n) % SPANS_OF_SUMS * 2, rows_of_tile * SPAN);
       }
       if (!few) continue;
-      SpanSums& said = sums.get()[(r * padded + i) / SPAN];
+      SpanSums& beside = sums.get()[(r * padded + i) / SPAN];
       for (int g = 0; g < 2; g++) {
         const __mmask16 group = g == 0 ? 0x00ff : 0xff00;
         const int32_t each[2] = {_mm512_mask_reduce_add_epi32(group, of_high), _mm512_mask_reduce_add_epi32(group, of_low)};
-        for (int c = 0; c < 2; c++) said.begin[c][g] = -128 * each[c], said.inputs[c][g] = static_cast<int16_t>(each[c]);
+        for (int c = 0; c < 2; c++) beside.begin[c][g] = -128 * each[c], beside.inputs[c][g] = static_cast<int16_t>(each[c]);
       }
     }
     begins.get()[2 * r] = -128 * _mm512_reduce_add_epi32(sum_high);

@@ -93,7 +93,7 @@ struct Forms {
 //   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/64][METAS][4], quarters
 //   [rows][kp/16], and bf16 [rows][kp];
 //   wide int8 [rows/R][kp/64 + n][2][R][64], for the matrix unit: high codes and low ones, x = (256 high + low) unit, then
-//   the sums of groups of 32 in 256ths, rounded, as such codes: two spans' by turns, and n as many spans as they take. And
+//   256ths of groups' sums, rounded, as such codes: two spans' by turns, and n as many spans as they take. And
 //   units [rows], and begins [rows][2], what sums of products of either begin with for an operand with 128 added. R is 16, or
 //   how many rows there is room for if these are fewer. Beside it sums [rows][kp/64] where that is FEW_ROWS at most.
 struct Activations {

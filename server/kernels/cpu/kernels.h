@@ -24,7 +24,7 @@ inline int64_t padded_inputs(int64_t in) { return (in + 31) / 32 * 32; }
 //          s and 8 (z - s) are the scale and the zero once they are rounded to float16, but for the groups odd_at
 //          (int64 [odd_count], ascending, row * g + group), whose scale and zero are `odd` (float16 [odd_count][2])
 //   or scale_codes (zero_codes) uint8 [tiles][g][16] with step and base float32 [tiles][ceil(g/16)].
-//   unit   float32 [tiles][16], or null, as it is for NONE: a weight of a column is less than 127 of these, a scale of INT4
+//   unit   float32 [tiles][16], or null, as it is for NONE: a weight of a column is at most 127 of these, a scale of INT4
 //          less than 16, and few are so much less that whole numbers of them, or of 256ths for INT8, are not as good
 //   rising uint8 [1], where INT4 has a unit and no scale is negative
 struct Matrix {
@@ -45,7 +45,7 @@ struct Matrix {
   const float* bias;  // [n] or null
   int64_t n, k, odd_count;
   int32_t scheme, group;
-  bool coarse = false;  // INT4 that is rising: whether weights are rounded to bytes, as some are in steps
+  bool coarse = false;  // INT4 that is rising: whether weights are bytes, as some are in steps
 
   bool whole_spans() const { return group % 64 == 0; }
   int64_t span_scale_count() const { return whole_spans() ? k / group : (padded() + 63) / 64; }  // of a tile

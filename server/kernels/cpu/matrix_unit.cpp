@@ -53,8 +53,8 @@ inline Rows rows_at(const Walk& walk, int64_t block, int64_t span) {
 }
 
 // How the tiles are used. STACKED: high and low codes of up to eight rows are one tile. FINE: for one tile of columns, with
-// weights' low bytes, which have no sign; else for TILES of columns, with the nearest bytes, and behind their spans some of
-// what these leave of groups, by sums of groups.
+// weights' low bytes, which have no sign; else for TILES of columns, with bytes of weights, and behind their spans some of what
+// these leave of groups, by sums of groups.
 template <bool FINE_, bool STACKED_, int TILES_>
 struct Use {
   static constexpr bool FINE = FINE_, STACKED = STACKED_, TWO = FINE_ || TILES_ == 2;  // tiles of weights
@@ -220,10 +220,10 @@ void many_blocks(const Walk& walk, int64_t tile) {
   const int64_t parts = (spans + AT_MOST - 1) / AT_MOST, part = (spans + parts - 1) / parts;
   const int64_t rests = Use::FINE ? 0 : walk.x.spans_of_sums();
   alignas(64) int8_t weights[AT_MOST * T * Use::UNPACKED];
-  alignas(64) int8_t rest[Use::FINE ? 1 : MOST_RESTS * T * TILE_BYTES];
+  alignas(64) int8_t rest[(Use::FINE ? 1 : MOST_RESTS) * T * TILE_BYTES];
   alignas(64) int32_t sums[MOST_ROWS / ROWS_OF_UNIT * Use::COUNT * SUMS];
   const uint8_t* codes = walk.w.codes + tile * stride;
-  const auto rest_at = [&](int64_t n) { return rest + n * T * TILE_BYTES; };
+  const auto rest_at = [&](int64_t n) { return rest + (Use::FINE ? 0 : n * T * TILE_BYTES); };
   Scales scales[] = {Scales(walk.w, tile), Scales(walk.w, tile + T - 1)};
   Asking<T, Scales> asking(walk, scales, tile);
   for (int64_t first = 0; first < spans; first += part) {

@@ -7,13 +7,12 @@
 // which has one value however it is computed: rows are bit-equal in any batch, be they few enough to be multiplied by vector
 // instructions, which takes them half of the time.
 //
-// Of a coarse matrix, codes times scales and zeros, the weights are whole numbers of 8 bits, w[i] = floor(code[i] scale) +
-// floor(zero) + 1, both in units of the column. What that leaves of the zeros, and half a unit for rounding down, is a number r
-// of a group and column in 256ths, so that
+// Of a coarse matrix the weights are whole numbers of 8 bits, w[i] = floor(code[i] scale) + z, and one of 8 bits more for a
+// group and column, r, so that
 //
 //   W[i] = 256 w[i] + r, but for the error of rounding,
 //
-// and all of the r are a few inputs more, the sums of groups' activations.
+// where the r of all groups are a few inputs more, with the sums of groups' activations. These have one way of being computed.
 #pragma once
 #include "target.h"
 

@@ -22,7 +22,7 @@ SPAN = 64
 LARGEST = 16383
 """Of a scale as a whole number: two of 16 bits times that, twice, leave 32 bits room."""
 MOST_LOST = 0.015
-"""Of the length of a matrix's rows, where steps round them to whole numbers of a unit: 0.007 where weights are normally
+"""Of the length of a matrix's rows, were they rounded to whole numbers of a unit: 0.008 where weights are normally
 distributed, and lost 0.09 when they became codes of four bits. Those that are never rounded so lose a 256th of it."""
 MOST_INPUTS = 40_000
 """Of a row, so that 32 bits hold sums of products of 8 bits, without a sign, and 7."""
@@ -135,12 +135,12 @@ def _pack_values(values: torch.Tensor) -> torch.Tensor:
 
 
 def _units(stored: Weight) -> torch.Tensor:
-    """float32 [out]: about a 127th of what each row's weights are at most, 1 for a row of zeros."""
+    """float32 [out]: about a 127th of what each row's weights are at most, some number for a row of zeros."""
     scale = _scales(stored)
     if stored.scheme == "int4":
         zero = group_values(stored.tensors, "zero", 0, stored.shape[0]).float()
         most = torch.maximum(zero.abs(), (15 * scale + zero).abs())
-        # What is added up of parts that are rounded fits 8 bits, and 16 times a scale's 256ths 16.
+        # So that a byte, the sum of two that are rounded, fits, and 16 times a scale's 256ths fit 16 bits.
         unit = torch.maximum(most.amax(1) / 126.9, scale.abs().amax(1) / 15.98)
     else:
         unit = (scale.abs() * (128 if stored.scheme == "int8" else 1)).amax(1) / 127

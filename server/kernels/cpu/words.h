@@ -1,6 +1,7 @@
 // Weights as whole numbers of 16 bits in 256ths of their column's unit, code by code: what the matrix unit multiplies, high
-// bytes and low ones apart, and what products of few rows make of the codes as they are. And what walks over such weights
-// share, be they the unit's or not: what they ask for beside, and how their sums become floats.
+// bytes and low ones apart, and what products of few rows make of the codes as they are. Or as bytes, and what these leave of
+// a group. And what walks over such weights share, be they the unit's or not: what they ask for beside, and how their sums
+// become floats.
 #pragma once
 #include "target.h"
 
@@ -37,15 +38,18 @@ inline void split_nibbles(const uint8_t* codes, const Words& by, int8_t* to) {
   split_words(word(_mm512_and_si512(_mm512_srli_epi16(w, 4), low)), word(_mm512_srli_epi16(w, 12)), to + 256);
 }
 
-// Words for bytes: w = floor(code scale / 2^12) + zero, the zero in high bytes. What it leaves of the zero that was, and half
-// of what rounding down takes, are a group's rest.
-inline Words for_bytes(const Words& by) {
-  return {_mm512_slli_epi16(by.scale, 4), _mm512_add_epi16(by.zero, _mm512_set1_epi16(256))};
-}
-
-// In 256ths, in low bytes with a sign.
-inline __m512i rests(__m512i zero) {
-  return _mm512_xor_si512(_mm512_and_si512(zero, _mm512_set1_epi16(255)), _mm512_set1_epi16(128));
+// What bytes are made by: w = floor(code scale / 2^12) + zero, the zero in high bytes. What that leaves of a group, in 256ths
+// of the unit, in low bytes with a sign, is the rest of its zero and what rounding down takes of its codes: of one in 25, the
+// least, nothing, of the others half a unit, and of scales of less than a 16th 7.5 of them.
+struct ForBytes {
+  Words by;
+  __m512i rest;
+};
+inline ForBytes for_bytes(const Words& of) {
+  const __m512i scale = _mm512_slli_epi16(of.scale, 4);
+  const __m512i taken = _mm512_min_epu16(_mm512_srli_epi16(_mm512_sub_epi16(scale, of.scale), 1), _mm512_set1_epi16(120));
+  const __m512i zero = _mm512_add_epi16(of.zero, taken);
+  return {{scale, _mm512_add_epi16(zero, _mm512_set1_epi16(128))}, _mm512_and_si512(zero, _mm512_set1_epi16(255))};
 }
 
 // The high byte of a lane's low word in all four, or of its high one.
@@ -54,9 +58,9 @@ inline __m512i high_bytes(__m512i words, bool second) {
   return _mm512_shuffle_epi8(words, second ? _mm512_add_epi8(first, _mm512_set1_epi8(2)) : first);
 }
 
-// The same quarter in bytes. In the high half of a byte a code is multiplied without being moved: the low byte of a word by a
-// 256th of what the high one is.
-inline void nearest_nibbles(const uint8_t* codes, const Words& by, int8_t* to) {
+// The same quarter in bytes. Codes in the high halves of bytes are multiplied where they lie: in the low byte of a word by a
+// 256th of what they are in the high one.
+inline void byte_nibbles(const uint8_t* codes, const Words& by, int8_t* to) {
   const __m512i low = _mm512_set1_epi16(0x00f0), high = _mm512_set1_epi16(static_cast<int16_t>(0xf000));
   const auto bytes = [&](__m512i w) {
     const __m512i even = _mm512_mulhi_epu16(_mm512_and_si512(w, low), by.scale);
@@ -84,7 +88,7 @@ __attribute__((always_inline)) inline void unpack_quarter(const uint8_t* codes, 
     return;
   }
   codes += quarter * 64, to += quarter * 64;
-  if constexpr (S == INT4) FINE ? split_nibbles(codes, by, to) : nearest_nibbles(codes, by, to);
+  if constexpr (S == INT4) FINE ? split_nibbles(codes, by, to) : byte_nibbles(codes, by, to);
   if constexpr (S == NF4) {
     const __m512i low = _mm512_set1_epi8(15), levels = _mm512_xor_si512(nf4_levels(), sign), c = _mm512_loadu_si512(codes);
     split_bytes(_mm512_shuffle_epi8(levels, _mm512_and_si512(c, low)), by, to);
@@ -145,8 +149,11 @@ struct OfSpans {
     s = _mm512_mulhrs_epi16(s, factor);
     z = _mm512_slli_epi16(_mm512_sub_epi16(_mm512_mulhrs_epi16(z, factor), s), 3);
     both = {s, z};
-    const Words words = FINE ? both : for_bytes(both);
-    if constexpr (!FINE) rest = rests(z);
+    Words words = both;
+    if constexpr (!FINE) {
+      const ForBytes bytes = for_bytes(both);
+      words = bytes.by, rest = bytes.rest;
+    }
     const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
     for (int g = 0; g < 2; g++) {
       const __m512i one = g == 0 ? first : _mm512_add_epi8(first, _mm512_set1_epi8(2));
@@ -201,8 +208,8 @@ struct OfFloats {
     constexpr __mmask32 SECOND = 0xaaaaaaaa;
     both = {_mm512_mask_blend_epi16(SECOND, by[0].scale, by[1].scale), _mm512_mask_blend_epi16(SECOND, by[0].zero, by[1].zero)};
     if constexpr (!FINE) {
-      rest = rests(both.zero);
-      for (Words& one : by) one = for_bytes(one), one.zero = high_bytes(one.zero, false);
+      rest = for_bytes(both).rest;
+      for (Words& one : by) one = for_bytes(one).by, one.zero = high_bytes(one.zero, false);
     }
   }
 };

@@ -216,8 +216,9 @@ def sums_of_words(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, 
 
 def sums_of_bytes(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The same by weights of 8 bits, and what these leave of a group by two bytes of the sum of its inputs."""
-    least = zero + 256 >> 8
-    weight, left = ((codes * scale >> 8) + least).flatten(1), (zero + 128 - 256 * least).flatten(1)
+    taken = (15 * scale // 2).clamp_max(120)  # by rounding down
+    whole = zero + taken + 128 >> 8
+    weight, left = ((codes * scale >> 8) + whole).flatten(1), (zero + taken - 256 * whole).flatten(1)
     assert weight.abs().max() <= 127
     low = (x + 128) % 256 - 128
     total = x.view(len(x), -1, packing.GROUP).sum(-1)
@@ -237,7 +238,7 @@ def test_bytes_are_not_for_scales_below_zero() -> None:
 
 @pytest.fixture(params=[False, True])
 def coarse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """The matrix unit's products with weights of 16 bits, and with the nearest of 8 as steps have feed-forward ones."""
+    """The matrix unit's products with weights of 16 bits, and of 8 as steps have some."""
     described = packing.matrix
 
     def as_steps_have_it(weight: Weight) -> bindings.Matrix:
@@ -254,7 +255,16 @@ def coarse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 @pytest.mark.skipif(not runs("_native_amx"), reason="the processor has no matrix unit")
 @pytest.mark.parametrize(
     ("out", "width", "group"),
-    [(49, 576, 32), (130, 192, 64), (32, 96, 32), (17, 1536, 128), (96, 352, 32), (35, 4128, 32)],
+    [
+        (49, 576, 32),
+        (130, 192, 64),
+        (32, 96, 32),
+        (17, 1536, 128),
+        (96, 352, 32),
+        (35, 4128, 32),
+        (33, 2304, 64),
+        (16, 288, 96),
+    ],
 )
 def test_the_matrix_unit_adds_whole_numbers(coarse: bool, out: int, width: int, group: int) -> None:
     """Bit for bit what integers give, of any number of rows."""
@@ -265,13 +275,33 @@ def test_the_matrix_unit_adds_whole_numbers(coarse: bool, out: int, width: int, 
 def test_so_it_does_of_groups_at_the_limits(coarse: bool) -> None:
     """From the least to the largest of a row, next to nothing at either, nothing but one number, and none."""
     torch.manual_seed(0)
-    values = torch.rand(49, 18, 32) * 2 - 1
-    values[:, ::3, 0], values[:, ::3, 1] = -1, 1
+    values = torch.rand(49, 18, 32) * 1.6 - 0.8
+    values[:20, ::3, 0], values[:20, ::3, 1] = -1, 1
     values[:, 1::6] = 1 - values[:, 1::6].abs() * 1e-3
     values[:, 4::6] = -1 + values[:, 4::6].abs() * 1e-3
     values[:, 5::6] = torch.rand(49, 3, 1)
-    values[:, 8], values[7] = 0, 0
-    adds_whole_numbers(quantize(values.flatten(1), "int4", 32, False), coarse)
+    values[:, 8], values[7], values[30] = 0, 0, 0
+    kept = quantize(values.flatten(1), "int4", 32, False)
+    adds_whole_numbers(kept, coarse)
+    x = torch.randn(40, 576) + 0.3
+    exact, y = (
+        x.double() @ dequantize_stored(kept).double().t(),
+        cpu.Native().linear(cpu.Native().pack(kept), x).double(),
+    )
+    assert not y[:, [7, 30]].any()
+    assert (y - exact).norm() < (8.5e-3 if coarse else 4e-4) * exact.norm()
+
+
+@pytest.mark.skipif(not runs("_native_amx"), reason="the processor has no matrix unit")
+def test_what_bytes_leave_does_not_add_up(coarse: bool) -> None:
+    """Groups of zeros, and activations with a mean."""
+    torch.manual_seed(0)
+    values = torch.randn(96, 18, 32)
+    values[torch.rand(96, 18) < 0.5] = 0
+    kept, x = quantize(values.flatten(1), "int4", 32, False), torch.randn(64, 576) + 0.3
+    exact = x.double() @ dequantize_stored(kept).double().t()
+    y = cpu.Native().linear(cpu.Native().pack(kept), x).double()
+    assert (y - exact).norm() < (1e-2 if coarse else 5e-4) * exact.norm()
 
 
 def adds_whole_numbers(kept: Weight, coarse: bool) -> None:
