@@ -10,6 +10,7 @@ from server.kernels.cpu import bindings, packing
 from server.kernels.stored import dequantize_stored, unpack_nibbles
 from server.kernels.weight import Weight
 from server.model.quantization import quantize
+from tests.server.kernels.conftest import runs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native kernels: {cpu.unavailable()}")
 
@@ -26,13 +27,6 @@ SCHEMES = [
     ("none", 0, False),
 ]
 SHAPES = [(16, 192), (48, 576), (49, 384), (7, 192), (130, 1536)]
-
-
-def runs(name: str) -> bool:
-    try:
-        return bindings.load(name).loramux_missing() is None
-    except OSError:  # an older compiler builds two of the three
-        return False
 
 
 @pytest.fixture(params=[name for name in bindings.LIBRARIES if runs(name)])

@@ -21,6 +21,7 @@ from server.kernels.lora import SlotWeights
 from server.model.config import RopeScaling
 from tests.conftest import part_missing
 from tests.server.kernels import tiny
+from tests.server.kernels.conftest import runs
 from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of, codes_of, error, llama, random_tokens
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native kernels: {cpu.unavailable()}")
@@ -184,6 +185,17 @@ def test_matrices_that_are_too_uneven_for_the_matrix_unit_share_a_model_with_oth
     adapters = {i: adapter(native.config, i, 8 + i) for i in range(3)}
     mixes: list[SlotWeights] = [(), ((0, 1.0),), ((1, -0.5), (2, 1.0)), ()]
     close_in_one_step(native, reference, adapters, mixes, [5, 1, 20, 2])
+
+
+@pytest.mark.skipif(not runs("_native_amx"), reason="the processor has no matrix unit")
+def test_steps_have_bytes_of_weights_where_no_scale_is_negative() -> None:
+    native, reference = bases("llama-int4")
+    ids = tokens(5, 40)
+    exact, by_bytes = alone(runner_of(reference), ids), alone(runner_of(native), ids)
+    for path, weight in native.weights.items():
+        kept = {name: tensor for name, tensor in weight.tensors.items() if name != "rising"}
+        native.weights[path] = replace(weight, tensors=kept)
+    assert error(alone(runner_of(native), ids), exact) < error(by_bytes, exact) / 2
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17, 300])
