@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from adapters import patterns
@@ -288,10 +289,11 @@ def _hits(wanted: str | frozenset[str], names: Sequence[str], key: str) -> list[
     return [any(tail in wanted for tail in _tails(name)) for name in names]
 
 
-def _tails(name: str) -> list[str]:
-    """The name and all that follows one of its dots: a.b.c, b.c, c."""
+@lru_cache(maxsize=8192)
+def _tails(name: str) -> tuple[str, ...]:
+    """The name and all that follows one of its dots: a.b.c, b.c, c. All adapters of a base have the same names."""
     parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
+    return tuple(".".join(parts[i:]) for i in range(len(parts)))
 
 
 def _layer_numbers(layers_pattern: tuple[str, ...], names: Sequence[str]) -> dict[str, int | None]:

@@ -5,6 +5,7 @@ Owns identity (content digests) and the canonical form of a mix. Does not know f
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import re
@@ -25,6 +26,8 @@ SHORT_DIGEST, MIN_DIGEST = 12, 6
 """Digits of a digest that people see, and the fewest that they may give."""
 PORTION = 1 << 17
 """Values that are looked at together."""
+_BITS = {torch.float32: ("<u4", 0x7F800000), torch.bfloat16: ("<u2", 0x7F80), torch.float16: ("<u2", 0x7C00)}
+"""Of each type: the integers of its size, and infinity as one of them. NaN is above that, but for the sign."""
 
 Choice = list[tuple[str, float]]
 """What a request or a task asks for: `[(name or name@digest, weight), ...]`, in the order that was asked."""
@@ -45,7 +48,7 @@ class LowRank(NamedTuple):
 
     @property
     def rank(self) -> int:
-        return len(self.A if self.units is None else self.units)
+        return (self.A if self.units is None else self.units).shape[0]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -145,14 +148,31 @@ def all_finite(values: torch.Tensor) -> bool:
     return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
+def all_finite_in(memory: bytes | memoryview, dtype: torch.dtype) -> bool:
+    """Whether memory that is full of values of such a type, one of three, holds none that is NaN or infinite."""
+    kind, infinity = _BITS[dtype]
+    bits = np.frombuffer(memory, kind)
+    magnitude = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
+    portions = (bits[at : at + PORTION] for at in range(0, len(bits), PORTION))
+    return all((some & magnitude).max() < infinity for some in portions)
+
+
 def content_digest(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over the canonical JSON of `config`, then name, dtype, shape and bytes of each tensor by name."""
     h = hashlib.sha256()
     h.update(json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode())
+    some = bytearray()  # many small tensors at a time: each update gives other threads a turn, and waits for its own
     for name in sorted(tensors):
-        t = tensors[name].detach().contiguous().cpu()
-        h.update(f"\n{name}\n{t.dtype}\n{tuple(t.shape)}\n".encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else b"")
+        t = tensors[name]
+        if t.device.type != "cpu" or not t.is_contiguous():
+            t = t.cpu().contiguous()
+        some += f"\n{name}\n{t.dtype}\n{tuple(t.shape)}\n".encode()
+        if t.numel():
+            some += (ctypes.c_char * t.nbytes).from_address(t.data_ptr())
+        if len(some) >= 2 * PORTION:
+            h.update(some)
+            some.clear()
+    h.update(some)
     return h.hexdigest()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 
 import pytest
 import torch
 
-from adapters.weights import LoraWeights, LowRank, not_finite
+from adapters.weights import PORTION, LoraWeights, LowRank, all_finite_in, content_digest, not_finite
 
 
 def update(dtype: torch.dtype, rank: int = 3) -> LowRank:
@@ -30,6 +32,42 @@ def test_the_matrix_with_a_value_that_is_not_finite_is_found(dtype: torch.dtype)
                 assert not_finite(modules) == (path, part)
                 matrix[row, column] = before
     assert not_finite(modules) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("at", [0, 5, PORTION - 1, PORTION, 2 * PORTION + 6])
+def test_memory_with_a_value_that_is_not_finite_is_found(dtype: torch.dtype, at: int) -> None:
+    limits = torch.finfo(dtype)
+    values = torch.tensor([limits.max, limits.min, limits.tiny, -0.0, 0.0, 1.0, -1.0], dtype=dtype)
+    values = values.repeat(2 * PORTION // 7 + 2)[: 2 * PORTION + 7]
+    assert all_finite_in(memory(values), dtype) and all_finite_in(b"", dtype)
+    for value in (math.nan, -math.nan, math.inf, -math.inf):
+        wrong = values.clone()
+        wrong[at] = value
+        assert not all_finite_in(memory(wrong), dtype)
+
+
+def memory(values: torch.Tensor) -> bytes:
+    return values.view(torch.uint8).numpy().tobytes()
+
+
+def test_the_digest_is_that_of_names_types_shapes_and_bytes() -> None:
+    """As it is stored in registries and journals: however the tensors lie, and of whatever size they are."""
+    draw = torch.Generator().manual_seed(3)
+    large = torch.randn(300, PORTION // 256, generator=draw)
+    tensors = {
+        "z": large.half().t(),
+        "b": torch.randn(3, 5, generator=draw).bfloat16().requires_grad_(),
+        "a": large[:, ::2],
+        "none": torch.zeros(0, 4),
+        "c": torch.zeros(7, 1),
+    }
+    config = {"scale": {"ü": 0.5, "a": 2}}
+    said = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
+    for name in sorted(tensors):
+        kept = tensors[name].detach().clone(memory_format=torch.contiguous_format)
+        said += f"\n{name}\n{kept.dtype}\n{tuple(kept.shape)}\n".encode() + memory(kept.reshape(-1))
+    assert content_digest(config, tensors) == hashlib.sha256(said).hexdigest()
 
 
 def test_codes_are_counted_and_have_no_update_that_others_could_read() -> None:

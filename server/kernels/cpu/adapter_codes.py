@@ -9,6 +9,8 @@ by four ranks. Does not know the arithmetic of an update.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -36,37 +38,30 @@ def encoded(weights: LoraWeights) -> LoraWeights:
     code. Raises InvalidAdapter if a value is not finite, or such a product in float32; ValueError if A and B are of
     different ranks; and MemoryError.
     """
-    places, size = _places(weights)
-    flat = pages.zeros(size, torch.uint8)
+    layout = _layout(tuple((path, update.rank, *update.shape) for path, update in weights.modules.items()))
+    flat = pages.zeros(sum(layout.pieces), torch.uint8)
+    lying = dict(zip(layout.order, torch.split_with_sizes(flat, layout.pieces), strict=True))
+    table = layout.table.copy()
+    for codes in (table["a"]["codes"], table["b"]["codes"], table["units"]):
+        codes += flat.data_ptr()
     modules: dict[str, LowRank] = {}
-    sources = []
-    kept = []  # copies of what is in none of the types that are read
-    for path, update in weights.modules.items():
-        a, b = update.A, update.B
-        (rank, width), (out, inner) = a.shape, b.shape
-        if inner != rank:
+    read: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
+    for path, rank, out, width in layout.sizes:
+        a, b, scale, *_ = weights.modules[path]
+        if b.shape[1] != rank:
             raise ValueError(f"the update of {path} is {tuple(b.shape)} x {tuple(a.shape)}")
         if a.dtype not in _TYPES or b.dtype not in _TYPES:
             a, b = a.float(), b.float()
-            kept.append((a, b))
-        units, start_a, start_b = places[path]
-        module = LowRank(
-            flat[start_a : start_a + bytes_of_a(rank, width)],
-            flat[start_b : start_b + math.prod(tiles(rank, out))].view(tiles(rank, out)),
-            update.scale,
-            flat[units : units + 4 * rank].view(torch.float32),
-            (out, width),
-        )
-        modules[path] = module
-        sources.append(
-            (
-                (a.data_ptr(), module.A.data_ptr(), width, *a.stride(), _TYPES[a.dtype]),
-                (b.data_ptr(), module.B.data_ptr(), out, *b.t().stride(), _TYPES[b.dtype]),
-                flat.data_ptr() + units,
-                rank,
-            )
-        )
-    table = np.array(sources, _SOURCE)
+        read["a"].append(a)
+        read["b"].append(b)
+        units = lying[path, "units"].view(torch.float32)
+        modules[path] = LowRank(lying[path, "A"], lying[path, "B"].view(tiles(rank, out)), scale, units, (out, width))
+    for part, matrices in read.items():
+        factors = table[part]
+        factors["values"] = [matrix.data_ptr() for matrix in matrices]
+        factors["type"] = [_TYPES[matrix.dtype] for matrix in matrices]
+        strides = np.array([matrix.stride() for matrix in matrices]).reshape(-1, 2)
+        factors["rank_stride"], factors["stride"] = strides.T if part == "a" else strides.T[::-1]
     done = bindings.library().loramux_codes(table.ctypes.data, len(table))
     if done < 0:
         raise MemoryError("no memory to encode an adapter")
@@ -86,16 +81,42 @@ def tiles(rank: int, out: int) -> tuple[int, int, int, int]:
     return -(-out // 16), -(-rank // 4), 16, 4
 
 
-def _places(weights: LoraWeights) -> tuple[dict[str, tuple[int, int, int]], int]:
-    """Where each module's units, A and B begin, in the order in which a step walks them, and where all of it ends."""
-    places: dict[tuple[str, str], int] = {}
+@dataclass(frozen=True)
+class _Layout:
+    """Of modules `sizes` (path, rank, out, in): what lies one after the other, `order` of (path, "units", "A", "B", or
+    "rest" for what fills a line of units), and the bytes of each, `pieces`.
+
+    `table` is what the kernels are told of the modules, with `codes` and `units` counted from the beginning.
+    """
+
+    sizes: tuple[tuple[str, int, int, int], ...]
+    order: list[tuple[str, str]]
+    pieces: list[int]
+    table: np.ndarray
+
+
+@lru_cache(maxsize=64)
+def _layout(sizes: tuple[tuple[str, int, int, int], ...]) -> _Layout:
+    """As a step walks them. Many adapters of a base have the same."""
+    by_path = {path: (rank, out, width) for path, rank, out, width in sizes}
+    order: list[tuple[str, str]] = []
+    pieces: list[int] = []
+    at: dict[tuple[str, str], int] = {}
     end = 0
-    for path, part in walk(tuple(weights.modules)):
-        (rank, width), out = weights.modules[path].A.shape, len(weights.modules[path].B)
-        if part == "A":
-            places[path, "units"] = end
-            end += -(-4 * rank // LINE) * LINE
-        places[path, part] = end
-        size = bytes_of_a(rank, width) if part == "A" else math.prod(tiles(rank, out))
-        end += -(-size // LINE) * LINE
-    return {path: (places[path, "units"], places[path, "A"], places[path, "B"]) for path in weights.modules}, end
+    for path, part in walk(tuple(by_path)):
+        rank, out, width = by_path[path]
+        if part == "B":
+            parts = {"B": math.prod(tiles(rank, out))}
+        else:
+            parts = {"units": 4 * rank, "rest": -4 * rank % LINE, "A": bytes_of_a(rank, width)}
+        for what, size in parts.items():
+            at[path, what] = end
+            order.append((path, what))
+            pieces.append(size)
+            end += size
+    table = np.zeros(len(sizes), _SOURCE)
+    for row, (path, rank, out, width) in zip(table, sizes, strict=True):
+        row["rank"], row["units"] = rank, at[path, "units"]
+        row["a"]["width"], row["a"]["codes"] = width, at[path, "A"]
+        row["b"]["width"], row["b"]["codes"] = out, at[path, "B"]
+    return _Layout(sizes, order, pieces, table)

@@ -40,8 +40,8 @@ def places(weights: LoraWeights) -> Places:
 
     Raises ValueError if it does not.
     """
-    sites = np.zeros(len(weights.modules), SITE)
-    for i, (path, update) in enumerate(weights.modules.items()):
+    sites = []
+    for path, update in weights.modules.items():
         a, b, units, rank = update.A, update.B, update.units, update.rank
         out, into = update.shape
         dtype = torch.bfloat16 if units is None else torch.uint8
@@ -50,6 +50,8 @@ def places(weights: LoraWeights) -> Places:
         fits = a.dtype == b.dtype == dtype and a.shape == of_a and b.shape == of_b
         if not (fits and a.is_contiguous() and (b.t() if units is None else b).is_contiguous()):
             raise ValueError(f"the update of {path} was not prepared for the native kernels")
-        sites[i] = (0 if units is None else units.data_ptr(), a.data_ptr(), b.data_ptr(), rank, update.scale)
+        sites.append((0 if units is None else units.data_ptr(), a.data_ptr(), b.data_ptr(), rank, update.scale))
     shapes = tuple((path, update.shape) for path, update in weights.modules.items())
-    return Places(shapes, sites, frozenset(update.units is not None for update in weights.modules.values()))
+    return Places(
+        shapes, np.array(sites, SITE), frozenset(update.units is not None for update in weights.modules.values())
+    )
