@@ -7,7 +7,7 @@ no values: `on_evict` tells the owner to let go. Not thread-safe; the owner has 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -82,12 +82,18 @@ class LRU(Generic[K]):
             held.pins -= 1
             self._held.move_to_end(key)
 
-    def add(self, key: K, cost: int) -> bool:
-        """Hold `key` without a pin if there is room without evicting anything; False if there is none."""
+    def add(self, key: K, cost: int, spared: Collection[K] | None = None) -> bool:
+        """Hold `key` without a pin; False and no change if there is no room.
+
+        None is made for it, or by evicting unpinned keys that are not `spared`, least recently used first.
+        """
         if key in self._held:
             return True
-        if self.used + cost > self.capacity:
+        need = self.used + cost - self.capacity
+        victims = self._victims(need, spared, None) if spared is not None or need <= 0 else None
+        if victims is None:
             return False
+        self._evict(victims)
         self._held[key] = _Held(cost, 0)
         self.used += cost
         return True
@@ -108,7 +114,7 @@ class LRU(Generic[K]):
         assert not self._held[key].pins, f"{key!r} is removed while it is pinned"
         self.used -= self._held.pop(key).cost
 
-    def _victims(self, need: int, spared: Mapping[K, int], evict_last: Callable[[K], bool] | None) -> list[K] | None:
+    def _victims(self, need: int, spared: Collection[K], evict_last: Callable[[K], bool] | None) -> list[K] | None:
         """The keys to evict so that `need` is given back, in order; None if that cannot be."""
         if need <= 0:
             return []

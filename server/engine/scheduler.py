@@ -141,7 +141,8 @@ class Scheduler:
         self._changed = True
 
     def press(self, nbytes: int, now: float) -> None:
-        """A load lacks `nbytes` of RAM: slots that no request holds are emptied for it, less urgent loads given up."""
+        """A load lacks `nbytes` of RAM: slots that no request holds are emptied for it, if that frees any, and less
+        urgent loads given up."""
         self.slots.release_idle(nbytes)
         if self.waiting:
             self.loads.give_way(self.waiting.priority)
@@ -269,7 +270,7 @@ class Scheduler:
         if not victims:
             return
         if len(self.running) < self.limits.max_batch and not any(r.priority == urgent for r in self._blocked):
-            if not self._owes_room(now):
+            if not (self.slots.hold_ram and self._owes_room(now)):
                 return
             used = {digest for r in self.running if r.priority <= urgent for digest in r.mix.digests}
             victims = [r for r in victims if not used.issuperset(r.mix.digests)]  # whose slots fall idle
@@ -360,7 +361,7 @@ class Scheduler:
             request = next(candidates, None)
             if request is None:
                 return
-            if owing and request.mix and not self.loads.came_for(request):
+            if owing and not (self._needs_no_ram(request) or self.loads.came_for(request)):
                 continue
             try:
                 self._try(request, now, plan)
@@ -370,17 +371,23 @@ class Scheduler:
             self._prefetch(now, plan)
         self._changed = True  # the rest is still to be tried
 
+    def _needs_no_ram(self, request: Request) -> bool:
+        """Whether what it runs on is not in RAM for it: the base alone, or copies that are there."""
+        return not request.mix or (not self.slots.hold_ram and self.slots.has(request.mix))
+
     def _is_full(self, plan: Plan) -> bool:
         return plan.tokens >= plan.most or len(self.running) >= self.limits.max_batch
 
     def _prefetch(self, now: float, plan: Plan) -> None:
         """Ask for the adapters of the next to enter, and let those that have come be copied beside the steps."""
-        for request in list(itertools.islice(self.waiting.in_order(), PREFETCHED)):
+        following = list(itertools.islice(self.waiting.in_order(), PREFETCHED))
+        wanted = {digest for request in following for digest in request.mix.digests}
+        for request in following:
             if not self.slots.has(request.mix):
                 weights = self.loads.ask(request, now)
                 if weights is not None:
                     try:
-                        self.slots.offer(request.mix, weights)
+                        self.slots.offer(request.mix, weights, wanted)
                     except Exception as e:
                         self._refuse(plan, request, e, now)
 
@@ -394,8 +401,8 @@ class Scheduler:
     def _owes_room(self, now: float) -> bool:
         """Whether a load of the most urgent has lacked room in RAM for too long, so that slots must fall idle.
 
-        Only those may enter then that need no adapter, or whose own load has come: these hold room themselves, and give
-        it back by running.
+        Only those may enter then that need no RAM, or whose own load has come: these hold room themselves, and give it
+        back by running.
         """
         pressed = now - self._pressed < PRESSED_SECONDS
         return pressed and self.loads.waited(self.waiting.priority, now) > self.limits.age_limit

@@ -6,7 +6,7 @@ engine's thread has it alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from adapters.lru import LRU
@@ -48,6 +48,11 @@ class Slots:
         self._bytes: dict[str, int] = {}
 
     @property
+    def hold_ram(self) -> bool:
+        """Whether an adapter with a slot is in RAM for it. What takes memory of its own there is a copy."""
+        return self.room is None
+
+    @property
     def resident(self) -> list[str]:
         """The digests that have a slot, least recently used first."""
         return list(self._held)
@@ -85,13 +90,13 @@ class Slots:
             raise
         return tuple((self._slot_of[digest], weight) for digest, weight in mix)
 
-    def offer(self, mix: Mix, weights: Sequence[LoraWeights]) -> None:
-        """Let a mix that will be needed be copied meanwhile, into room that nobody has; what finds none is left.
+    def offer(self, mix: Mix, weights: Sequence[LoraWeights], spared: Collection[str] = ()) -> None:
+        """Let a mix that will be needed be copied meanwhile, into room that no request holds; what finds none is left.
 
-        Raises as `reserve` does; then the adapter that is at fault has no slot.
+        Those in `spared` do not go for it. Raises as `reserve` does; then the adapter that is at fault has no slot.
         """
         for digest, cost in self._costs(mix, weights).items():
-            if digest in self._slot_of or not self._open or not self._held.add(digest, cost):
+            if digest in self._slot_of or not self._held.add(digest, cost, spared):
                 continue
             slot = self._slot_of[digest] = self._open.pop()
             one = next(each for each in weights if each.digest == digest)
@@ -118,8 +123,8 @@ class Slots:
             self._vacate(digest)
 
     def release_idle(self, nbytes: int) -> None:
-        """Empty slots that no request holds until adapters of `nbytes` are let go, least recently used first."""
-        for digest in self.resident:
+        """Empty slots that no request holds until adapters of `nbytes` in RAM are let go, least recently used first."""
+        for digest in self.resident if self.hold_ram else ():
             if nbytes <= 0:
                 return
             if not self._held.pins(digest):

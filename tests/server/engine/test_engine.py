@@ -18,6 +18,7 @@ from adapters.errors import NoRoom
 from adapters.weights import BASE_ALONE
 from server.engine.request import State
 from server.engine.scheduler import LENT_ROWS, REST
+from server.engine.slots import Room
 from server.engine.text import Text
 from server.errors import DeadlineExceeded, EngineFailed, InvalidRequest, NoCapacity, NotReady, QueueFull
 from server.model.vocabulary import from_gguf
@@ -834,6 +835,31 @@ def test_the_less_urgent_stop_for_an_urgent_load_that_lacks_room_for_too_long(be
     fetch.finish()
     b.settle()
     assert high.reason == low.reason == "length" and low.tokens == tools.solo(low, b.runner.vocab)
+    b.check_empty()
+
+
+def test_copies_on_a_device_stay_and_are_run_on_when_ram_is_short(bench: Any, tools: Any) -> None:
+    """They take none of it: neither do their slots fall idle for it, nor does anyone wait who runs on them."""
+    fetch = tools.Fetcher(ready={"a1", "a2"})
+    b = bench(fetch=fetch, room=Room(100, lambda w: 10), age_limit=0.02, context_length=256, blocks=128)
+    b.submit(prompt(1), mix=tools.mix_of("a1"))
+    b.settle()
+    low = b.submit(prompt(2), mix=tools.mix_of("a2"), priority=1, max_tokens=200)
+    b.engine.step()
+    read = b.submit(prompt(3), mix=tools.mix_of("a3"))
+    b.engine.step()
+    time.sleep(0.03)
+    b.engine.release_idle(1)
+    there, other = (b.submit(prompt(i), mix=tools.mix_of(name)) for i, name in ((4, "a1"), (5, "a4")))
+    b.engine.step()
+    assert low.request.state is there.request.state is State.RUNNING and b.engine.holds(tools.digest_of("a1"))
+    assert not read.request.slots and not other.request.slots and tools.mix_of("a4") not in fetch.asked
+    fetch.ready = None
+    while fetch.pending:
+        fetch.finish()
+    b.settle()
+    for heard in (low, read, there, other):
+        assert heard.tokens == tools.solo(heard, b.runner.vocab)
     b.check_empty()
 
 

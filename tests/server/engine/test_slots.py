@@ -66,12 +66,16 @@ def test_small_adapters_never_outnumber_the_slots(slots: Slots, tools: Any) -> N
     assert len(slots.resident) <= 4
 
 
-def test_what_is_offered_takes_free_room_only(slots: Slots, tools: Any) -> None:
+def test_what_is_offered_takes_room_that_nobody_holds_or_waits_for(slots: Slots, tools: Any) -> None:
     four, five, six = (tools.mix_of(name) for name in ("a4", "a5", "a6"))
     assert slots.reserve(five, weights_of(tools, "a5")) is not None
-    slots.free(five)
     slots.offer(six, weights_of(tools, "a6"))
-    assert slots.resident == [tools.digest_of("a5")], "60 bytes are not free, and an idle adapter does not go for it"
+    slots.free(five)
+    slots.offer(six, weights_of(tools, "a6"), {tools.digest_of(name) for name in ("a5", "a6")})
+    assert slots.resident == [tools.digest_of("a5")], "60 bytes are not free, and who is needed as soon does not go"
+    slots.offer(six, weights_of(tools, "a6"), {tools.digest_of("a6")})
+    assert slots.has(six) and not slots.has(five) and slots.in_use == 0 and slots.evictions == 1
+    slots.forget(tools.digest_of("a6"))
     slots.offer(four, weights_of(tools, "a4"))
     assert slots.has(four) and slots.in_use == 0
     assert slots.reserve(four, None) is not None and slots.in_use == 1
