@@ -90,7 +90,9 @@ class LRU(Generic[K]):
         if key in self._held:
             return True
         need = self.used + cost - self.capacity
-        victims = self._victims(need, spared, None) if spared is not None or need <= 0 else None
+        if need > 0 and spared is None:
+            return False
+        victims = self._victims(need, spared or (), None)
         if victims is None:
             return False
         self._evict(victims)

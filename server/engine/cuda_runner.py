@@ -139,6 +139,8 @@ class CudaRunner:
         with _counted_on(self.shares.total):
             self._model = DeviceModel(base, device, self._dtype)
             self._pool = AdapterPool(base.config, self.shares.adapters, SLOTS, device, self._dtype, coded)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what laying matrices side by side took is no work of steps
         self._buckets = batch_buckets(max_batch)
         self._storage = torch.empty(0)
         self._results = torch.empty(max_batch, base.config.vocab_size, device=device)
@@ -161,6 +163,8 @@ class CudaRunner:
         self._step_memory = StepMemory(1, device)
         self._max_step_tokens = max(max_step_tokens, max_batch + 1)  # as the engine has it
         self._max_logits = max(64, 2 * max_batch)  # that the engine asks for in a step
+        self._zeros = torch.zeros(4 * self._max_logits, dtype=torch.int32, device=device)
+        """What greedy rows are told."""
         self._block_size = self._width = 0
 
     @property
@@ -169,8 +173,8 @@ class CudaRunner:
         return self._pool.room
 
     def allocate(self, blocks: int, block_size: int) -> None:
-        """Also compiles the kernels, and makes the graphs of steps with no adapters and few: other graphs are made when
-        they are first needed. Raises NoCapacity if others have taken the memory."""
+        """Also compiles the kernels, and makes the graphs of steps without adapters and with up to 64 ranks a sequence:
+        others are made when they are first needed. Raises NoCapacity if others have taken the memory."""
         config = self._config
         shape = (config.num_hidden_layers, blocks, config.num_key_value_heads, 2, block_size, config.head_dim)
         self._storage = torch.empty(0)
@@ -194,7 +198,7 @@ class CudaRunner:
             first = []
             for size in reversed(self._buckets):
                 together = [(WIDTHS[0], False)] if size * WIDTHS[0] > OWN_LANES else []  # where many share few lanes
-                for width, each in ((0, False), (ROW_WIDTHS[0], True), *together):
+                for width, each in ((0, False), *((width, True) for width in ROW_WIDTHS[:2]), *together):
                     first.append(Shape.single_rows(size, self._width, width, each))
             for bucket in first[-GRAPHS:]:  # the largest first, whose memory the others use again
                 self._graph(bucket)
@@ -249,8 +253,18 @@ class CudaRunner:
         if rows > len(tokens):  # of prompts that are scored, which no batch goes on from
             tokens = torch.empty(rows, dtype=torch.int32, device=self._device)
         if rows:
-            sampling.draw(logits.rows, self._sent(torch.from_numpy(how)), self._sent(torch.from_numpy(top_k)), tokens)
+            sampling.draw(logits.rows, *self._told(how, top_k), tokens)
         return DeviceDrawn(tokens)
+
+    def _told(self, how: np.ndarray, top_k: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both on the device. What is sent behind a step waits for adapters that are copied beside it: so greedy rows,
+        of which there is nothing to tell, have zeros that are there, and others come in one piece."""
+        rows, end = len(how), how.size
+        if not how[:, 0].any() and end <= len(self._zeros):
+            return self._zeros[:end].view(torch.float32).view(rows, -1), self._zeros[:rows]
+        both = np.concatenate([how.astype(np.float32).view(np.int32).reshape(-1), top_k.astype(np.int32)])
+        told = self._sent(torch.from_numpy(both))
+        return told[:end].view(torch.float32).view(rows, -1), told[end:]
 
     def linger(self) -> None:
         """Nothing is waited for: how far a step is cannot be told, and an idle device costs more than what arrives and
@@ -300,7 +314,16 @@ class CudaRunner:
     def release(self) -> None:
         """Give the device's memory back. Nothing else may be called after it."""
         self._graphs.clear()
-        del self._model, self._pool, self._storage, self._results, self._numbers, self._drawn, self._step_memory
+        del (
+            self._model,
+            self._pool,
+            self._storage,
+            self._results,
+            self._numbers,
+            self._drawn,
+            self._step_memory,
+            self._zeros,
+        )
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -477,6 +500,9 @@ def _counted_on(total: int) -> Iterator[None]:
 def _lacks_memory(error: BaseException) -> bool:
     """Whether torch, or the driver behind it, had too little of the device's memory, also if something else failed at
     the end of a capture that was left for that."""
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+    # cuBLAS makes a handle and its room at the first product of a stream, and has words of its own for it.
+    if isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    ):
         return True
     return error.__context__ is not None and _lacks_memory(error.__context__)

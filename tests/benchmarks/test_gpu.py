@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
 
 import triton
 
-from benchmarks import gpu, gpu_answers, gpu_ceilings, gpu_kernels, gpu_load, gpu_products
+from benchmarks import gpu, gpu_answers, gpu_ceilings, gpu_kernels, gpu_load, gpu_peers, gpu_products
 from benchmarks.gpu_base import Kind, _linear, random_adapters
 from server.kernels.cuda import Cuda, packing, products
 from server.kernels.lora import SITES
@@ -122,6 +123,29 @@ def test_the_table_says_what_it_is_of_and_what_is_not_measured(
     worst = [row for name, row in rows.items() if name.endswith("worst relative error")]
     assert len(worst) == 2 and all(row["value"] < ERROR for row in worst)
     assert {"qkv, 1 rows", "head, 72 rows"} < set(worst[0]["errors"])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU is measured")
+def test_without_a_gpu_every_claim_is_told_to_be_not_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that the sections tell of: only sizes differ where a tiny model is checked."""
+    target = tmp_path / "told.json"
+    assert gpu.main(["--json", str(target)]) == 1
+    said = capsys.readouterr()
+    told = json.loads(target.read_text())["results"]
+    assert {row["value"] for row in told} == {"not measured"} and {row["met"] for row in told} == {None}
+    assert said.out.count("not measured") == 2 * len(told) and "--check" in said.err
+
+    monkeypatch.setattr(gpu.Bench, "seconds", lambda bench, call, rounds=0: 1.0)
+    monkeypatch.setattr(gpu_load, "_run", lambda *_: gpu_load.Run(1.0, 0, 0))
+    monkeypatch.setattr(gpu_peers, "_missing", lambda names: "a test")
+    assert gpu.main(["--check", "--json", str(target), "--only", *gpu.CLAIMS]) == 0
+
+    def form(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(re.sub(r"[0-9]+", "1", str(row[key])) for key in ("section", "name", "target"))
+
+    assert set(map(form, told)) <= set(map(form, json.loads(target.read_text())["results"]))
 
 
 def test_an_error_that_is_no_number_is_over_every_bound() -> None:

@@ -351,6 +351,28 @@ def test_a_start_that_finds_less_than_it_counted_on_says_so(what: Any, monkeypat
         cuda_runner(base)
 
 
+def test_greedy_rows_are_told_nothing_and_others_all_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, sent, told = cuda_runner(bases("llama-int4")[0]), [], []
+    send = CudaRunner._sent
+    monkeypatch.setattr(CudaRunner, "_sent", lambda self, host: sent.append(host.numel()) or send(self, host))
+    monkeypatch.setattr(sampling, "draw", lambda logits, how, top_k, out: told.append((how, top_k)))
+    greedy, numbers = np.zeros((3, 4), np.float32), np.array([7, 0, 50], np.int32)
+    greedy[:, 1] = 0.9
+    drawing = np.random.default_rng(5).random((3, 4), np.float32)
+    for how in (greedy, drawing):
+        runner.draw(Logits(torch.zeros(3, 61, device=DEVICE)), how, numbers)
+    assert sent == [15]
+    (none, no_limit), (how, top_k) = told
+    assert none.dtype == how.dtype == torch.float32 and no_limit.dtype == top_k.dtype == torch.int32
+    assert none.is_contiguous() and how.is_contiguous() and top_k.is_contiguous()
+    assert none.tolist() == [[0.0] * 4] * 3 and no_limit.tolist() == [0] * 3
+    assert how.tolist() == drawing.tolist() and top_k.tolist() == [7, 0, 50]
+    many = runner._max_logits + 1
+    runner.draw(Logits(torch.zeros(many, 61, device=DEVICE)), np.zeros((many, 4), np.float32), np.zeros(many, np.int32))
+    assert sent == [15, 5 * many], "more than there are zeros for"
+    assert told[2][0].shape == (many, 4) and not told[2][0].any() and told[2][1].shape == (many,)
+
+
 def test_tokens_that_find_no_memory_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, tries = cuda_runner(bases("llama-int4")[0]), []
 
@@ -394,6 +416,7 @@ def test_a_capture_does_not_touch_the_step_that_it_is_for(graph: bool, monkeypat
     [
         torch.OutOfMemoryError("no block of 2 MiB"),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("CUDA error: operation not permitted when stream is capturing"),
     ],
 )
