@@ -1,8 +1,10 @@
-"""Whether what is timed is right: a layer's products and an adapter's update beside plain torch on the same values."""
+"""Whether what is timed is right: a layer's products and an adapter's update beside plain torch on the same values, and
+again and again, as kernels whose parts come in a fixed order have the same bits each time."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,26 +14,34 @@ from server.engine.batch import Batch
 from server.engine.cuda_batch import describe
 from server.kernels.cuda import finish, lora, packing, products
 from server.kernels.cuda.products import Matrix, Tiling
-from server.kernels.lora import SITES
+from server.kernels.lora import SITES, SlotWeights
 from server.model.on_device import QKV
 
 BOUND = 0.005
 """The most that a relative error may be. Rounding one side of a product to bf16 makes 0.0017 of it, and weights of
 many rows, or what an adapter's A makes of a row, are rounded beside the inputs, which both have."""
+REPEATS = 50
+"""How often each is computed again: what reads before something is written mostly finds it written."""
 WEIGHT = 0.5
 """Of an adapter in its mix."""
 
 
 def errors(bench: Any) -> None:
-    """The worst of each matrix of a layer and the head, and of an adapter's update of q, k and v, at several rows."""
+    """The worst of each matrix of a layer and the head, and of an adapter's update of q, k and v, at several rows; and
+    what of them, or of a step, comes out otherwise when it is computed again."""
     counts = (1, bench.rows, 72 if bench.check else 512)
-    found = {}
+    repeats = range(1 if bench.check else REPEATS)
+    found, other = {}, []
     for name, matrix in matrices(bench).items():
         exact = packing.dequantize(matrix._weight)
         for m in counts:
             x, sums, out, how = operands(bench, matrix, m)
             matrix.multiply(x, sums, out, how)
             found[f"{name}, {m} rows"] = _error(out.sum(0), x.float() @ exact.t())
+            for _ in repeats:
+                again = torch.full_like(out, math.nan)
+                matrix.multiply(x, sums, again, how)
+                other += [] if torch.equal(again, out) else [f"{name}, {m} rows"]
     rows = ", ".join(map(str, counts))
     _tell(bench, f"products at {rows} rows against plain ones: worst relative error", found)
     alone = tuple(((slot, WEIGHT),) for slot in range(bench.rows))
@@ -40,18 +50,23 @@ def errors(bench: Any) -> None:
         bench.runner.place(slot, each)
     bench.runner._pool.ready(range(bench.rows))
     try:
-        found = {
-            f"{m} rows": _update_error(bench, batch, slots)
-            for m, batch, slots in (
-                (1, bench.batch(1, alone[:1]), [0]),
-                (bench.rows, bench.batch(bench.rows, alone), [*range(bench.rows)]),
-                (counts[-1], bench.prompt(counts[-1], alone[0]), [0] * counts[-1]),
-            )
-        }
+        found = {}
+        for m, batch, slots in (
+            (1, bench.batch(1, alone[:1]), [0]),
+            (bench.rows, bench.batch(bench.rows, alone), [*range(bench.rows)]),
+            (counts[-1], bench.prompt(counts[-1], alone[0]), [0] * counts[-1]),
+        ):
+            update, exact = _update(bench, batch, slots)
+            first = update()
+            found[f"{m} rows"] = _error(first, exact)
+            other += [f"update, {m} rows" for _ in repeats if not torch.equal(update(), first)]
+        other += [f"step of {n} rows" for n in counts[:2] for same in _steps(bench, n, alone, len(repeats)) if not same]
     finally:
         for slot in range(bench.rows):
             bench.runner.clear(slot)
     _tell(bench, f"adapters' updates at {rows} rows against plain ones: worst relative error", found)
+    bench.tell(f"of all these and steps, {len(repeats)} times each: other bits", len(other), "<= 0", not other,
+               at=sorted(set(other)))  # fmt: skip
 
 
 def matrices(bench: Any) -> dict[str, Matrix]:
@@ -66,21 +81,41 @@ def operands(bench: Any, matrix: Matrix, m: int) -> tuple[torch.Tensor, torch.Te
     sums = torch.empty(m, matrix.width // matrix.group, device=bench.device)
     products.group_sums(x, matrix.group, sums)
     how = matrix.tiling(m)
-    return x, sums, torch.empty(how.splits, m, matrix.rows, device=bench.device), how
+    return x, sums, torch.full((how.splits, m, matrix.rows), math.nan, device=bench.device), how
 
 
-def _update_error(bench: Any, batch: Batch, slots: list[int]) -> float:
-    """Of what the adapters in `slots`, one a row, add to q, k and v of the first layer."""
+def _steps(bench: Any, n: int, mixes: tuple[SlotWeights, ...], repeats: int) -> Iterator[bool]:
+    """Whether a step of `n` rows, each on an adapter of its own, has the same logits again: as its graph, if there is
+    one, and launched kernel by kernel."""
+    runner, batch = bench.runner, bench.batch(n, mixes[:n])
+    first = runner.run(batch).rows.clone()
+    for _ in range(repeats):
+        yield torch.equal(runner.run(batch).rows, first)
+    shape = describe(batch, runner._pool.ranks).shape.bucket(runner._buckets, runner._width)
+    with torch.inference_mode():
+        runner._results.fill_(math.nan)
+        runner._compute(shape)
+    yield torch.equal(runner._results[:n], first)
+
+
+def _update(bench: Any, batch: Batch, slots: list[int]) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
+    """What computes that which the adapters in `slots`, one a row, add to q, k and v of the first layer; and what that
+    is."""
     runner, model, pool = bench.runner, bench.runner._model, bench.runner._pool.pool
     step = runner._step_of(describe(batch, runner._pool.ranks))
     slices, matrix = model._qkv_slices(), model._layers[0].qkv
     x = torch.randn(len(slots), matrix.width, device=bench.device).to(bench.backend.dtype)
     splits = lora.shrink_splits(step.lanes.tile_rows, step.lanes.width, matrix.width)
-    shrunk = model._new(splits, len(slices), len(slots), step.lanes.width)
-    lora.shrink(x, pool, step.lanes, QKV, len(slices), shrunk)
-    sums, out = model._new(1, len(slots), matrix.rows).zero_(), model._new(len(slots), matrix.rows)
-    finish.finish(sums, None, out, slices, step.lanes, pool, QKV, shrunk)
-    exact = torch.zeros_like(out)
+    sums = model._new(1, len(slots), matrix.rows).zero_()
+
+    def update() -> torch.Tensor:
+        shrunk = model._new(splits, len(slices), len(slots), step.lanes.width)
+        lora.shrink(x, pool, step.lanes, QKV, len(slices), shrunk)
+        out: torch.Tensor = model._new(len(slots), matrix.rows).fill_(math.nan)
+        finish.finish(sums, None, out, slices, step.lanes, pool, QKV, shrunk)
+        return out
+
+    exact = torch.zeros(len(slots), matrix.rows, device=bench.device)
     for slot in set(slots):
         rows = [i for i, each in enumerate(slots) if each == slot]
         updates = [bench.adapters(bench.kinds[0])[slot].modules[f"model.layers.0.self_attn.{q}"] for q in SITES[:3]]
@@ -90,7 +125,7 @@ def _update_error(bench: Any, batch: Batch, slots: list[int]) -> float:
             for update in updates
         ]  # fmt: skip
         exact[rows] = torch.cat(parts, 1)
-    return _error(out, exact)
+    return update, exact
 
 
 def _plain(update: LowRank) -> torch.Tensor:

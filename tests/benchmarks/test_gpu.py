@@ -123,6 +123,8 @@ def test_the_table_says_what_it_is_of_and_what_is_not_measured(
     worst = [row for name, row in rows.items() if name.endswith("worst relative error")]
     assert len(worst) == 2 and all(row["value"] < ERROR for row in worst)
     assert {"qkv, 1 rows", "head, 72 rows"} < set(worst[0]["errors"])
+    (other,) = (row for name, row in rows.items() if name.endswith("other bits"))
+    assert other["value"] == 0 and other["at"] == []
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU is measured")
@@ -146,6 +148,26 @@ def test_without_a_gpu_every_claim_is_told_to_be_not_measured(
         return tuple(re.sub(r"[0-9]+", "1", str(row[key])) for key in ("section", "name", "target"))
 
     assert set(map(form, told)) <= set(map(form, json.loads(target.read_text())["results"]))
+
+
+@pytest.mark.parametrize("wrong", [None, 1, 2, "kernel by kernel"])
+def test_a_step_that_comes_out_otherwise_is_told(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time or the third as its graph, or where kernels that are launched one by one leave a row out."""
+    rows, count = torch.ones(2, 3), iter(range(9))
+
+    def run(batch: Any) -> Any:
+        return SimpleNamespace(rows=rows + (next(count) == wrong))
+
+    def compute(shape: Any) -> None:
+        runner._results[: 1 if wrong == "kernel by kernel" else 2] = rows[0]
+
+    pool = SimpleNamespace(ranks=[])
+    runner = SimpleNamespace(_results=torch.ones(4, 3), _pool=pool, _buckets=[], _width=1, run=run, _compute=compute)
+    shape = SimpleNamespace(bucket=lambda buckets, width: None)
+    monkeypatch.setattr(gpu_products, "describe", lambda batch, ranks: SimpleNamespace(shape=shape))
+    bench: Any = SimpleNamespace(runner=runner, batch=lambda n, mixes: None)
+    same = list(gpu_products._steps(bench, 2, ((), ()), 2))
+    assert same == [wrong != 1, wrong != 2, wrong != "kernel by kernel"]
 
 
 def test_an_error_that_is_no_number_is_over_every_bound() -> None:

@@ -1,0 +1,1 @@
+"""What is claimed, measured: each module is a command, and none is installed."""
