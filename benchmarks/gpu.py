@@ -6,7 +6,8 @@ Needs one GPU, torch, triton, safetensors, tokenizers and prometheus-client, and
 random weights of Qwen2.5-7B's shape. `--answers` takes a folder that `loramux quantize` wrote, or several that hold its
 files in parts (NAME.part0, NAME.part1, ... are joined), and compares greedy answers with the reference on the CPU.
 `--check` runs everything on a tiny model, without a GPU in Triton's interpreter: that it runs, not how fast. Without
-either, the table says of each claim that it is not measured, and the exit status is 1.
+either, the table says of each claim that it is not measured, and the exit status is 1. With `--json` the end of the
+resident set is drawn beside the file, as cliff.svg.
 
 A fraction of the roofline is the time that the bytes of a step take at the bandwidth that is measured here first (base
 without its embedding table, distinct adapters, keys and values), over the time of the step: tokens drawn and brought to
@@ -98,6 +99,8 @@ class Bench:
         self.blocks = 12 if check else 32 * 64
         self.folders: list[Path] = []
         """A real base, whose answers are compared."""
+        self.pictures: Path | None = None
+        """Where pictures go, if anywhere."""
         self.runner: CudaRunner
         self.made = False
         """Whether there is a runner: see `model`."""
@@ -370,6 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = [name for name in SECTIONS if name in given.only or name in ALWAYS]
     if given.json is not None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
+        bench.pictures = given.json.parent
     if bench.device.type != "cuda" and not given.check:
         for bench.section, claims in CLAIMS.items():
             for name, target in claims.items():

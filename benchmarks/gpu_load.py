@@ -102,6 +102,35 @@ def cliff(bench: Any) -> None:
     for count, requests, run in points:
         bar = "#" * max(1, round(50 * run.rate / most))
         print(f"  {count:5d} {bar} {run.rate:.0f}, {run.evictions} evictions in {requests} requests", flush=True)
+    if bench.pictures is not None and points:
+        (bench.pictures / "cliff.svg").write_text(picture([(count, run.rate) for count, _, run in points], resident))
+
+
+def picture(points: list[tuple[int, float]], resident: int) -> str:
+    """The cliff as SVG: tokens/s over the number of adapters, and where those end that have room."""
+    wide, high, left, top = 640, 360, 70, 30
+    most = max(rate for _, rate in points) or 1.0
+    last = max(resident, *(count for count, _ in points))
+
+    def at(count: float, rate: float) -> tuple[float, float]:
+        return left + (wide - left - 20) * count / last, top + (high - top - 50) * (1 - rate / most)
+
+    places = [at(*point) for point in points]
+    end, floor = at(resident, 0)
+    told = [
+        f'<line x1="{end:.0f}" y1="{top}" x2="{end:.0f}" y2="{floor:.0f}" stroke="gray" stroke-dasharray="4"/>',
+        f'<line x1="{left}" y1="{floor:.0f}" x2="{wide - 20}" y2="{floor:.0f}" stroke="gray"/>',
+        f'<polyline fill="none" stroke="steelblue" points="{" ".join(f"{x:.0f},{y:.0f}" for x, y in places)}"/>',
+        f'<text x="{left}" y="20">tokens/s, {most:.0f} at most; room for {resident} adapters</text>',
+        f'<text x="{wide - 20}" y="{high - 10}" text-anchor="end">adapters asked for</text>',
+    ]
+    for (count, rate), (x, y) in zip(points, places, strict=True):
+        told.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3" fill="steelblue"><title>{rate:.0f}</title></circle>')
+        told.append(f'<text x="{x:.0f}" y="{floor + 18:.0f}" text-anchor="middle">{count}</text>')
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12">'
+    )
+    return "\n".join([head, f'<rect width="{wide}" height="{high}" fill="white"/>', *told, "</svg>\n"])
 
 
 class _Kept:

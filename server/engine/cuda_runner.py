@@ -41,7 +41,7 @@ SLOTS = 4096
 RETRY_SECONDS = 60.0
 """After which memory that lacked for a graph may be there."""
 GRAPHS = 128
-"""Graphs that are kept at most, those that were used last. What one takes of the driver is not measured yet."""
+"""Graphs that are kept at most, those that were used last, and no more than have room in their share of the memory."""
 
 SHARE = 0.9
 """Of the memory that is free, if nothing is said."""
@@ -201,6 +201,8 @@ class CudaRunner:
                 for width, each in ((0, False), *((width, True) for width in ROW_WIDTHS[:2]), *together):
                     first.append(Shape.single_rows(size, self._width, width, each))
             for bucket in first[-GRAPHS:]:  # the largest first, whose memory the others use again
+                if self._have_no_room:
+                    break
                 self._graph(bucket)
             if self._broken:
                 self._warm_up()  # kernels are launched otherwise since: see `_tried`
@@ -365,7 +367,7 @@ class CudaRunner:
             return found
         if self._hopeless or self._without.get(shape, -math.inf) > time.monotonic():
             return None
-        if len(self._graphs) >= GRAPHS:
+        while self._have_no_room:
             self._drop_graph()
         before, later = self._outside_torch(), time.monotonic() + RETRY_SECONDS
         made = self._tried(shape)
@@ -379,6 +381,12 @@ class CudaRunner:
         self._graph_bytes += max(0, self._outside_torch() - before)
         self._graphs[shape] = made
         return made
+
+    @property
+    def _have_no_room(self) -> bool:
+        """Whether one more graph, as large as the others are in the mean, would take more than graphs may."""
+        count = len(self._graphs)
+        return count >= GRAPHS or (count > 0 and self._graph_bytes * (count + 1) > self.shares.graphs * count)
 
     @property
     def _hopeless(self) -> bool:

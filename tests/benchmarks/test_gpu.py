@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -148,6 +149,18 @@ def test_without_a_gpu_every_claim_is_told_to_be_not_measured(
         return tuple(re.sub(r"[0-9]+", "1", str(row[key])) for key in ("section", "name", "target"))
 
     assert set(map(form, told)) <= set(map(form, json.loads(target.read_text())["results"]))
+
+
+def test_the_cliff_is_drawn_where_it_is() -> None:
+    points = [(16, 900.0), (64, 1000.0), (128, 250.0)]
+    root = ElementTree.fromstring(gpu_load.picture(points, 64))
+    found = {tag: root.findall("{http://www.w3.org/2000/svg}" + tag) for tag in ("circle", "line", "text", "polyline")}
+    centres = [(float(circle.attrib["cx"]), float(circle.attrib["cy"])) for circle in found["circle"]]
+    assert [x for x, _ in centres] == sorted(x for x, _ in centres)
+    (_, low), (full, high), (_, lowest) = centres
+    assert high < low < lowest and float(found["line"][0].attrib["x1"]) == full
+    assert {text.text for text in found["text"]} > {"16", "64", "128"}
+    assert len(found["polyline"][0].attrib["points"].split()) == 3
 
 
 @pytest.mark.parametrize("wrong", [None, 1, 2, "kernel by kernel"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.server.engine.conftest import LateRunner
 COST = 80 << 20
 
 
-def test_the_cliff_asks_for_more_than_is_resident(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cliff_asks_for_more_than_is_resident(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     runs: list[tuple[int, Room, list[int], list[int]]] = []
 
     class Kept:
@@ -37,7 +38,7 @@ def test_the_cliff_asks_for_more_than_is_resident(monkeypatch: pytest.MonkeyPatc
     told: list[tuple[str, dict[str, Any]]] = []
     runner = SimpleNamespace(room=Room(20 << 30, lambda weights: COST))
     bench = SimpleNamespace(
-        check=False, is_late=False, rows=32, kinds=[None], runner=runner,
+        check=False, is_late=False, rows=32, kinds=[None], runner=runner, pictures=tmp_path,
         tell=lambda name, value, **more: told.append((name, more)),
     )  # fmt: skip
     gpu_load.cliff(bench)
@@ -51,10 +52,14 @@ def test_the_cliff_asks_for_more_than_is_resident(monkeypatch: pytest.MonkeyPatc
         assert len(asked) >= 3 * count and len(set(asked)) > 0.9 * count
     assert sum(len(warming) + len(asked) for *_, warming, asked in runs) < 2500, "so that it takes a minute or two"
     assert [more["evictions"] for _, more in told] == [7] * len(runs)
+    drawn = tmp_path / "cliff.svg"
+    assert drawn.read_text() == gpu_load.picture([(count, 100.0) for count in counts], gpu_load.RESIDENT)
+    drawn.unlink()
 
     bench.is_late = True
     gpu_load.cliff(bench)
     assert len(runs) == len(counts), "what would come too late is left out"
+    assert not drawn.exists()
     assert [more for _, more in told[len(runs) :]] == [{"met": False}], "and that is told"
 
 

@@ -25,7 +25,7 @@ from server.engine import cuda_batch, cuda_pool
 from server.engine import cuda_runner as cuda_runner_module
 from server.engine.batch import Batch, Logits
 from server.engine.cuda_batch import Shape, batch_buckets, describe
-from server.engine.cuda_memory import share_out, work_bytes
+from server.engine.cuda_memory import GRAPHS, share_out, work_bytes
 from server.engine.cuda_pool import AdapterPool
 from server.engine.cuda_runner import RETRY_SECONDS, CudaRunner, StepMemory
 from server.engine.runner import Runner, TorchRunner
@@ -71,7 +71,7 @@ def bases(family: str) -> tuple[Tiny, Tiny]:
 
 
 def cuda_runner(base: Tiny, max_batch: int = 4, adapters: int = 1 << 20) -> CudaRunner:
-    memory = work_bytes(base.config, 64, max_batch) + (4 << 20) + adapters
+    memory = work_bytes(base.config, 64, max_batch) + GRAPHS + (4 << 20) + adapters
     runner = CudaRunner(
         base, max_batch, memory=memory, device=DEVICE, max_step_tokens=64, kv_cache=1 << 20, adapters=adapters
     )
@@ -306,6 +306,21 @@ def test_graphs_that_were_not_used_for_long_make_room(captures: Captures, monkey
         runner._graph(shape)
     assert list(runner._graphs) == [one, four] and runner._graphs[one] is first
     assert Graph.alive - before == 2 and runner.nbytes()["graphs"] == 200
+
+
+def test_graphs_take_no_more_than_their_share(captures: Captures) -> None:
+    """Each takes 100 bytes of the driver here."""
+    runner = capturing_runner()
+    runner.shares = replace(runner.shares, graphs=250)
+    one, two, four = (bucket(runner, size) for size in (1, 2, 4))
+    for shape in (one, two, four):
+        runner._graph(shape)
+    assert list(runner._graphs) == [two, four] and runner.nbytes()["graphs"] == 200
+    runner.shares = replace(runner.shares, graphs=50)
+    runner._graph(one)
+    assert list(runner._graphs) == [one], (
+        "one there is, whatever it takes: without it steps are launched kernel by kernel"
+    )
 
 
 @pytest.mark.parametrize("count", [9, 1], ids=["prompt", "single row without a graph"])
@@ -687,7 +702,7 @@ def test_a_copy_waits_for_the_steps_that_read_what_it_overwrites_alone(monkeypat
 def test_memory_is_shared_out_and_what_does_not_fit_is_refused() -> None:
     config = llama(**WIDTHS)
     shares = share_out(config, 1 << 30, 512, 32, 8 << 30)
-    assert shares.base + shares.work + shares.adapters + shares.kv_cache <= shares.total
+    assert shares.base + shares.work + shares.graphs + shares.adapters + shares.kv_cache <= shares.total
     assert shares.kv_cache > shares.adapters > 0
     wanted = share_out(config, 1 << 30, 512, 32, 8 << 30, kv_cache=1 << 30, adapters=2 << 30)
     assert (wanted.kv_cache, wanted.adapters) == (1 << 30, 2 << 30)
