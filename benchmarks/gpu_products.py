@@ -1,5 +1,5 @@
-"""Whether what is timed is right: a layer's products and an adapter's update beside plain torch on the same values, and
-again and again, as kernels whose parts come in a fixed order have the same bits each time."""
+"""Whether what is timed is right: a layer's products, an adapter's update and attention beside plain torch on the same
+values; and products and updates again and again, as kernels whose parts come in a fixed order have the same bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from adapters.weights import LowRank
 from server.engine.batch import Batch
 from server.engine.cuda_batch import describe
-from server.kernels.cuda import finish, lora, packing, products
+from server.kernels.cuda import attention, finish, lora, packing, products
 from server.kernels.cuda.products import Matrix, Tiling
 from server.kernels.lora import SITES, SlotWeights
 from server.model.on_device import QKV
@@ -65,6 +65,14 @@ def errors(bench: Any) -> None:
         for slot in range(bench.rows):
             bench.runner.clear(slot)
     _tell(bench, f"adapters' updates at {rows} rows against plain ones: worst relative error", found)
+    found = {
+        f"{name} of {batch.context[0]} tokens": _attention_error(bench, batch)
+        for name, batch in (
+            (f"{bench.rows} rows", bench.batch(bench.rows, ((),) * bench.rows)),
+            ("prompt", bench.prompt(counts[-1])),
+        )
+    }
+    _tell(bench, "attention against a plain one: worst relative error", found)
     bench.tell(f"of all these and steps, {len(repeats)} times each: other bits", len(other), "<= 0", not other,
                at=sorted(set(other)))  # fmt: skip
 
@@ -126,6 +134,39 @@ def _update(bench: Any, batch: Batch, slots: list[int]) -> tuple[Callable[[], to
         ]  # fmt: skip
         exact[rows] = torch.cat(parts, 1)
     return update, exact
+
+
+def _attention_error(bench: Any, batch: Batch) -> float:
+    """Of the last rows of sequences, or of all rows of one prompt, over random keys and values in the first layer."""
+    runner, model, config = bench.runner, bench.runner._model, bench.config
+    heads, shared, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    step, cache = runner._step_of(describe(batch, runner._pool.ranks)), runner._storage
+    cache[0].normal_()
+    n = len(batch.tokens)
+    qkv = model._new(n, model._layers[0].qkv.rows, dtype=model.dtype).normal_()
+    out = model._new(n, heads * d, dtype=model.dtype).fill_(math.nan)
+    if step.singles is None:
+        attention.prefill(qkv, cache, 0, step.blocks, step.prefills, out)
+    else:
+        scratch = model._new(n, heads, attention.SPLITS, d), model._new(n, heads, attention.SPLITS)
+        attention.decode(qkv, cache, 0, step.blocks, step.context, *step.singles, scratch, out, out, 0)
+    size = cache.shape[4]
+    exact = torch.empty(n, heads * d, device=bench.device)
+    for s, (first, last) in enumerate(zip(batch.row_start, batch.row_start[1:], strict=False)):
+        tokens = torch.arange(batch.context[s], device=bench.device)
+        blocks = torch.from_numpy(batch.blocks[s]).to(bench.device).long()
+        keys, values = (
+            cache[0, blocks[tokens // size], :, :, tokens % size]
+            .float()
+            .repeat_interleave(heads // shared, 1)
+            .unbind(2)
+        )
+        queries = qkv[first:last, : heads * d].float().view(-1, heads, d)
+        scores = torch.einsum("rhd,thd->hrt", queries, keys) * d**-0.5
+        unseen = tokens > torch.from_numpy(batch.positions[first:last]).to(bench.device)[:, None]
+        weights = scores.masked_fill(unseen, -math.inf).softmax(-1)
+        exact[first:last] = torch.einsum("hrt,thd->rhd", weights, values).reshape(-1, heads * d)
+    return _error(out.float(), exact)
 
 
 def _plain(update: LowRank) -> torch.Tensor:
