@@ -34,7 +34,11 @@ if __name__ == "__main__" and "--check" in sys.argv and not Path("/dev/nvidiactl
 
 import numpy as np
 import torch
-import triton
+
+try:
+    import triton
+except ModuleNotFoundError:
+    sys.exit("Triton is not installed, which the kernels are written in: pip install 'loramux[cuda]'")
 
 from adapters.weights import LoraWeights
 from benchmarks import gpu_answers, gpu_ceilings, gpu_kernels, gpu_load, gpu_peers, gpu_products
