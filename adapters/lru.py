@@ -82,20 +82,23 @@ class LRU(Generic[K]):
             held.pins -= 1
             self._held.move_to_end(key)
 
-    def add(self, key: K, cost: int, spared: Collection[K] | None = None) -> bool:
-        """Hold `key` without a pin; False and no change if there is no room.
+    def make_room(self, cost: int, spared: Collection[K]) -> bool:
+        """Evict unpinned keys that are not `spared`, least recently used first, until `cost` more has room.
 
-        None is made for it, or by evicting unpinned keys that are not `spared`, least recently used first.
+        False and no change if that cannot be.
         """
-        if key in self._held:
-            return True
-        need = self.used + cost - self.capacity
-        if need > 0 and spared is None:
-            return False
-        victims = self._victims(need, spared or (), None)
+        victims = self._victims(self.used + cost - self.capacity, spared)
         if victims is None:
             return False
         self._evict(victims)
+        return True
+
+    def add(self, key: K, cost: int) -> bool:
+        """Hold `key` without a pin if there is room without evicting anything; False if there is none."""
+        if key in self._held:
+            return True
+        if self.used + cost > self.capacity:
+            return False
         self._held[key] = _Held(cost, 0)
         self.used += cost
         return True
@@ -116,7 +119,9 @@ class LRU(Generic[K]):
         assert not self._held[key].pins, f"{key!r} is removed while it is pinned"
         self.used -= self._held.pop(key).cost
 
-    def _victims(self, need: int, spared: Collection[K], evict_last: Callable[[K], bool] | None) -> list[K] | None:
+    def _victims(
+        self, need: int, spared: Collection[K], evict_last: Callable[[K], bool] | None = None
+    ) -> list[K] | None:
         """The keys to evict so that `need` is given back, in order; None if that cannot be."""
         if need <= 0:
             return []

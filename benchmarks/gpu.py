@@ -379,7 +379,8 @@ def main(arguments: list[str] | None = None) -> int:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         bench.pictures = given.json.parent
     if bench.device.type != "cuda" and not given.check:
-        for bench.section, claims in CLAIMS.items():
+        for section, claims in CLAIMS.items():
+            bench.section = section
             for name, target in claims.items():
                 bench.tell(name, "not measured", target)
         _write(bench, given.json)

@@ -107,7 +107,8 @@ def cliff(bench: Any) -> None:
 
 
 def picture(points: list[tuple[int, float]], resident: int) -> str:
-    """The cliff as SVG: tokens/s over the number of adapters, and where those end that have room."""
+    """The cliff as SVG: tokens/s over the number of adapters, and where those end that have room. Whoever lends a card
+    need not have a library that draws."""
     wide, high, left, top = 640, 360, 70, 30
     most = max(rate for _, rate in points) or 1.0
     last = max(resident, *(count for count, _ in points))

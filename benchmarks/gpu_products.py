@@ -27,10 +27,20 @@ WEIGHT = 0.5
 
 
 def errors(bench: Any) -> None:
-    """The worst of each matrix of a layer and the head, and of an adapter's update of q, k and v, at several rows; and
-    what of them, or of a step, comes out otherwise when it is computed again."""
+    """The worst of each matrix of a layer and the head, of an adapter's update of q, k and v, and of attention.
+
+    And what of these, or of a step, comes out otherwise when it is computed again.
+    """
     counts = (1, bench.rows, 72 if bench.check else 512)
-    repeats = range(1 if bench.check else REPEATS)
+    repeats = 1 if bench.check else REPEATS
+    other = [*_products(bench, counts, repeats), *_updates(bench, counts, repeats)]
+    _attention(bench, counts[-1])
+    bench.tell(f"products, updates and steps, {repeats} times each: other bits", len(other), "<= 0", not other,
+               at=sorted(set(other)))  # fmt: skip
+
+
+def _products(bench: Any, counts: tuple[int, ...], repeats: int) -> list[str]:
+    """Tells the worst error of products with so many rows; answers those that have other bits when repeated."""
     found, other = {}, []
     for name, matrix in matrices(bench).items():
         exact = packing.dequantize(matrix._weight)
@@ -38,19 +48,23 @@ def errors(bench: Any) -> None:
             x, sums, out, how = operands(bench, matrix, m)
             matrix.multiply(x, sums, out, how)
             found[f"{name}, {m} rows"] = _error(out.sum(0), x.float() @ exact.t())
-            for _ in repeats:
+            for _ in range(repeats):
                 again = torch.full_like(out, math.nan)
                 matrix.multiply(x, sums, again, how)
-                other += [] if torch.equal(again, out) else [f"{name}, {m} rows"]
-    rows = ", ".join(map(str, counts))
-    _tell(bench, f"products at {rows} rows against plain ones: worst relative error", found)
+                if not torch.equal(again, out):
+                    other.append(f"{name}, {m} rows")
+    _tell(bench, f"products at {_listed(counts)} rows against plain ones: worst relative error", found)
+    return other
+
+
+def _updates(bench: Any, counts: tuple[int, ...], repeats: int) -> list[str]:
+    """The same of updates, and of steps on the same adapters what has other bits."""
     alone = tuple(((slot, WEIGHT),) for slot in range(bench.rows))
-    weights = bench.adapters(bench.kinds[0])
-    for slot, each in enumerate(weights):
+    for slot, each in enumerate(bench.adapters(bench.kinds[0])):
         bench.runner.place(slot, each)
     bench.runner._pool.ready(range(bench.rows))
+    found, other = {}, []
     try:
-        found = {}
         for m, batch, slots in (
             (1, bench.batch(1, alone[:1]), [0]),
             (bench.rows, bench.batch(bench.rows, alone), [*range(bench.rows)]),
@@ -59,22 +73,25 @@ def errors(bench: Any) -> None:
             update, exact = _update(bench, batch, slots)
             first = update()
             found[f"{m} rows"] = _error(first, exact)
-            other += [f"update, {m} rows" for _ in repeats if not torch.equal(update(), first)]
-        other += [f"step of {n} rows" for n in counts[:2] for same in _steps(bench, n, alone, len(repeats)) if not same]
+            other += [f"update, {m} rows" for _ in range(repeats) if not torch.equal(update(), first)]
+        for n in counts[:2]:
+            other += [f"step of {n} rows" for same in _steps(bench, n, alone, repeats) if not same]
     finally:
         for slot in range(bench.rows):
             bench.runner.clear(slot)
-    _tell(bench, f"adapters' updates at {rows} rows against plain ones: worst relative error", found)
-    found = {
-        f"{name} of {batch.context[0]} tokens": _attention_error(bench, batch)
-        for name, batch in (
-            (f"{bench.rows} rows", bench.batch(bench.rows, ((),) * bench.rows)),
-            ("prompt", bench.prompt(counts[-1])),
-        )
-    }
+    _tell(bench, f"adapters' updates at {_listed(counts)} rows against plain ones: worst relative error", found)
+    return other
+
+
+def _attention(bench: Any, longest: int) -> None:
+    """Tells the worst error of attention of single rows, and of a prompt of so many tokens."""
+    batches = {"single rows": bench.batch(bench.rows, ((),) * bench.rows), "a prompt": bench.prompt(longest)}
+    found = {f"{name}, {batch.context[0]} tokens": _attention_error(bench, batch) for name, batch in batches.items()}
     _tell(bench, "attention against a plain one: worst relative error", found)
-    bench.tell(f"of all these and steps, {len(repeats)} times each: other bits", len(other), "<= 0", not other,
-               at=sorted(set(other)))  # fmt: skip
+
+
+def _listed(counts: tuple[int, ...]) -> str:
+    return ", ".join(map(str, counts))
 
 
 def matrices(bench: Any) -> dict[str, Matrix]:

@@ -13,9 +13,8 @@ from server.model.config import ModelConfig
 
 RESERVE = 256 << 20
 """Bytes for what the driver keeps of a context's kernels, and for a library's workspaces."""
-GRAPHS = 512 << 20
-"""Bytes for what the driver keeps of graphs. A kernel in one is said to take some 30 KB, a step has hundreds; what one
-takes of this driver is counted as they are made."""
+FOR_GRAPHS = 512 << 20
+"""Bytes for what the driver keeps of graphs. What one takes is not measured yet; it is counted as they are made."""
 KEYS_SPLIT = 16
 """Parts that a sequence's keys are cut into at most: see kernels/cuda/attention.py."""
 CONTEXT = 640 << 20
@@ -50,17 +49,18 @@ def share_out(
     Raises NoCapacity, which says what is short, if it is more than there is or leaves no keys and values for 16 tokens.
     """
     work = work_bytes(config, max_step_tokens, max_batch)
-    left = total - base - work - GRAPHS
+    left = total - base - work - FOR_GRAPHS
     for_adapters = int(left * ADAPTER_SHARE) if adapters is None else adapters
     for_cache = left - for_adapters if kv_cache is None else kv_cache
     token = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
     if left <= 0 or for_adapters < 0 or for_cache < 16 * token or for_adapters + for_cache > left:
         raise NoCapacity(
             f"{_gb(total)} of GPU memory are too little: the base takes {_gb(base)}, work buffers {_gb(work)}, "
-            f"graphs {_gb(GRAPHS)}, adapters {_gb(max(for_adapters, 0))} and keys and values {_gb(max(for_cache, 0))}; "
+            f"graphs {_gb(FOR_GRAPHS)}, adapters {_gb(max(for_adapters, 0))} "
+            f"and keys and values {_gb(max(for_cache, 0))}; "
             "raise --gpu-memory, or lower --kv-cache, --adapter-device-memory or --max-step-tokens"
         )
-    return Shares(total, base, work, GRAPHS, for_adapters, for_cache)
+    return Shares(total, base, work, FOR_GRAPHS, for_adapters, for_cache)
 
 
 def left_for_training(free: int, total: int, reserved: int) -> int:

@@ -201,7 +201,7 @@ class CudaRunner:
                 for width, each in ((0, False), *((width, True) for width in ROW_WIDTHS[:2]), *together):
                     first.append(Shape.single_rows(size, self._width, width, each))
             for bucket in first[-GRAPHS:]:  # the largest first, whose memory the others use again
-                if self._have_no_room:
+                if self._graphs_are_full:
                     break
                 self._graph(bucket)
             if self._broken:
@@ -264,7 +264,7 @@ class CudaRunner:
         rows, end = len(how), how.size
         if not how[:, 0].any() and end <= len(self._zeros):
             return self._zeros[:end].view(torch.float32).view(rows, -1), self._zeros[:rows]
-        both = np.concatenate([how.astype(np.float32).view(np.int32).reshape(-1), top_k.astype(np.int32)])
+        both = np.concatenate([how.reshape(-1).view(np.int32), top_k])
         told = self._sent(torch.from_numpy(both))
         return told[:end].view(torch.float32).view(rows, -1), told[end:]
 
@@ -316,16 +316,8 @@ class CudaRunner:
     def release(self) -> None:
         """Give the device's memory back. Nothing else may be called after it."""
         self._graphs.clear()
-        del (
-            self._model,
-            self._pool,
-            self._storage,
-            self._results,
-            self._numbers,
-            self._drawn,
-            self._step_memory,
-            self._zeros,
-        )
+        del self._model, self._pool, self._storage, self._results, self._numbers, self._drawn, self._step_memory
+        del self._zeros
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -367,7 +359,7 @@ class CudaRunner:
             return found
         if self._hopeless or self._without.get(shape, -math.inf) > time.monotonic():
             return None
-        while self._have_no_room:
+        while self._graphs_are_full:
             self._drop_graph()
         before, later = self._outside_torch(), time.monotonic() + RETRY_SECONDS
         made = self._tried(shape)
@@ -383,7 +375,7 @@ class CudaRunner:
         return made
 
     @property
-    def _have_no_room(self) -> bool:
+    def _graphs_are_full(self) -> bool:
         """Whether one more graph, as large as the others are in the mean, would take more than graphs may."""
         count = len(self._graphs)
         return count >= GRAPHS or (count > 0 and self._graph_bytes * (count + 1) > self.shares.graphs * count)

@@ -90,14 +90,15 @@ class Slots:
             raise
         return tuple((self._slot_of[digest], weight) for digest, weight in mix)
 
-    def offer(self, mix: Mix, weights: Sequence[LoraWeights], spared: Collection[str] = ()) -> None:
+    def offer(self, mix: Mix, weights: Sequence[LoraWeights], spared: Collection[str]) -> None:
         """Let a mix that will be needed be copied meanwhile, into room that no request holds; what finds none is left.
 
         Those in `spared` do not go for it. Raises as `reserve` does; then the adapter that is at fault has no slot.
         """
         for digest, cost in self._costs(mix, weights).items():
-            if digest in self._slot_of or not self._held.add(digest, cost, spared):
+            if digest in self._slot_of or not self._held.make_room(cost, spared):
                 continue
+            self._held.add(digest, cost)
             slot = self._slot_of[digest] = self._open.pop()
             one = next(each for each in weights if each.digest == digest)
             try:

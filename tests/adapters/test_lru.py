@@ -50,6 +50,18 @@ def test_evict_last() -> None:
     assert evicted == ["b", "c"]
 
 
+def test_room_is_made_of_what_is_neither_pinned_nor_spared() -> None:
+    evicted: list[str] = []
+    lru: LRU[str] = LRU(6, evicted.append)
+    assert lru.reserve({"a": 2})
+    assert lru.add("b", 1) and lru.add("c", 1) and lru.add("d", 1)
+    assert lru.make_room(1, ()) and not evicted, "there is some"
+    assert not lru.make_room(4, {"c"}) and not evicted
+    assert lru.make_room(2, {"b"}) and evicted == ["c"] and list(lru) == ["a", "b", "d"]
+    assert lru.make_room(4, ()) and evicted == ["c", "b", "d"] and lru.used == 2
+    assert not lru.make_room(5, ())
+
+
 def test_add_never_evicts_and_resize_may() -> None:
     lru: LRU[str] = LRU(4)
     assert lru.add("a", 2) and lru.add("b", 2) and not lru.add("c", 1)

@@ -45,7 +45,7 @@ def encoded(weights: LoraWeights) -> LoraWeights:
     for codes in (table["a"]["codes"], table["b"]["codes"], table["units"]):
         codes += flat.data_ptr()
     modules: dict[str, LowRank] = {}
-    read: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
+    read: dict[str, list[torch.Tensor]] = {"a": [], "b": []}  # which have to live until they are
     for path, rank, out, width in layout.sizes:
         a, b, scale, *_ = weights.modules[path]
         if b.shape[1] != rank:

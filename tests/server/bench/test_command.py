@@ -177,7 +177,10 @@ def test_steps_tell_what_is_behind_the_roofline(
 def test_ceilings_are_medians_of_what_was_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     meter = roofline.Meter(1)
     read, multiplied = 2**28, 2 * 2048**3
-    seconds = iter([0.1, 0.2, 0.3, 2.0, 3.0, 4.0] + [0.5, 0.4, 0.6, 1.0, 1.0, 1.0] + [0.2, 0.2, 0.2, 6.0, 5.0, 4.0])
+    linear, beside = ([0.1, 0.2, 0.3], [0.5, 0.4, 0.6], [0.7, 0.7, 0.7]), ([0.4] * 3, [0.7] * 3, [0.3, 0.2, 0.2])
+    products = [2.0, 3.0, 4.0], [1.0, 1.0, 1.0], [6.0, 5.0, 4.0]
+    seconds = iter([s for turn in zip(linear, beside, products, strict=True) for each in turn for s in each])
+    assert meter._side_by_side().sum() == read / 4, "all of it"
     monkeypatch.setattr(roofline, "_timed", lambda run: next(seconds))
     for _ in range(3):
         meter.take()

@@ -15,7 +15,7 @@ import torch
 
 import server.engine.engine
 from adapters.errors import NoRoom
-from adapters.weights import BASE_ALONE
+from adapters.weights import BASE_ALONE, Mix
 from server.engine.request import State
 from server.engine.scheduler import LENT_ROWS, REST
 from server.engine.slots import Room
@@ -821,15 +821,21 @@ def test_what_has_come_for_the_less_urgent_is_given_up_when_the_urgent_lack_room
     b.check_empty()
 
 
+def lacks_ram_for_too_long(b: Any, mix: Mix) -> Any:
+    """An urgent request whose load has lacked room for longer than the bench's age limit of 0.02 s."""
+    heard = b.submit(prompt(9), mix=mix)
+    b.engine.step()
+    time.sleep(0.03)
+    b.engine.release_idle(1)
+    return heard
+
+
 def test_the_less_urgent_stop_for_an_urgent_load_that_lacks_room_for_too_long(bench: Any, tools: Any) -> None:
     fetch = tools.Fetcher(ready={"a1"})
     b = bench(fetch=fetch, age_limit=0.02, context_length=256, blocks=128)
     low = b.submit(prompt(1), mix=tools.mix_of("a1"), priority=1, max_tokens=200)
     b.engine.step()
-    high = b.submit(prompt(2), mix=tools.mix_of("a2"))
-    b.engine.step()
-    time.sleep(0.03)
-    b.engine.release_idle(1)
+    high = lacks_ram_for_too_long(b, tools.mix_of("a2"))
     b.engine.step()
     assert low.request.state is State.QUEUED and not b.engine._slots.in_use
     fetch.finish()
@@ -846,10 +852,7 @@ def test_copies_on_a_device_stay_and_are_run_on_when_ram_is_short(bench: Any, to
     b.settle()
     low = b.submit(prompt(2), mix=tools.mix_of("a2"), priority=1, max_tokens=200)
     b.engine.step()
-    read = b.submit(prompt(3), mix=tools.mix_of("a3"))
-    b.engine.step()
-    time.sleep(0.03)
-    b.engine.release_idle(1)
+    read = lacks_ram_for_too_long(b, tools.mix_of("a3"))
     there, other = (b.submit(prompt(i), mix=tools.mix_of(name)) for i, name in ((4, "a1"), (5, "a4")))
     b.engine.step()
     assert low.request.state is there.request.state is State.RUNNING and b.engine.holds(tools.digest_of("a1"))
@@ -871,10 +874,7 @@ def test_the_less_urgent_run_on_where_their_end_would_give_no_room(bench: Any, t
     low = [b.submit(prompt(i), mix=mix, priority=1, max_tokens=200) for i, mix in enumerate(mixes)]
     first = b.submit(prompt(3), mix=tools.mix_of("a1"), max_tokens=200)
     b.engine.step()
-    b.submit(prompt(4), mix=tools.mix_of("a2"))
-    b.engine.step()
-    time.sleep(0.03)
-    b.engine.release_idle(1)
+    lacks_ram_for_too_long(b, tools.mix_of("a2"))
     b.engine.step()
     assert all(h.request.state is State.RUNNING for h in (*low, first))
     fetch.finish()

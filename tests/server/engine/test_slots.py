@@ -69,14 +69,14 @@ def test_small_adapters_never_outnumber_the_slots(slots: Slots, tools: Any) -> N
 def test_what_is_offered_takes_room_that_nobody_holds_or_waits_for(slots: Slots, tools: Any) -> None:
     four, five, six = (tools.mix_of(name) for name in ("a4", "a5", "a6"))
     assert slots.reserve(five, weights_of(tools, "a5")) is not None
-    slots.offer(six, weights_of(tools, "a6"))
+    slots.offer(six, weights_of(tools, "a6"), ())
     slots.free(five)
     slots.offer(six, weights_of(tools, "a6"), {tools.digest_of(name) for name in ("a5", "a6")})
     assert slots.resident == [tools.digest_of("a5")], "60 bytes are not free, and who is needed as soon does not go"
     slots.offer(six, weights_of(tools, "a6"), {tools.digest_of("a6")})
     assert slots.has(six) and not slots.has(five) and slots.in_use == 0 and slots.evictions == 1
     slots.forget(tools.digest_of("a6"))
-    slots.offer(four, weights_of(tools, "a4"))
+    slots.offer(four, weights_of(tools, "a4"), ())
     assert slots.has(four) and slots.in_use == 0
     assert slots.reserve(four, None) is not None and slots.in_use == 1
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_copied_ahead_has_no_slot(tools: Any) -> None:
 
     slots = Slots(4, place, lambda slot: None, Room(100, lambda w: 10))
     with pytest.raises(ValueError, match="no such linear"):
-        slots.offer(tools.mix_of("a4"), weights_of(tools, "a4"))
+        slots.offer(tools.mix_of("a4"), weights_of(tools, "a4"), ())
     assert not slots.has(tools.mix_of("a4")) and slots.resident == []
 
 

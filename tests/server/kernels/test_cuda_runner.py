@@ -25,7 +25,7 @@ from server.engine import cuda_batch, cuda_pool
 from server.engine import cuda_runner as cuda_runner_module
 from server.engine.batch import Batch, Logits
 from server.engine.cuda_batch import Shape, batch_buckets, describe
-from server.engine.cuda_memory import GRAPHS, share_out, work_bytes
+from server.engine.cuda_memory import FOR_GRAPHS, share_out, work_bytes
 from server.engine.cuda_pool import AdapterPool
 from server.engine.cuda_runner import RETRY_SECONDS, CudaRunner, StepMemory
 from server.engine.runner import Runner, TorchRunner
@@ -71,7 +71,7 @@ def bases(family: str) -> tuple[Tiny, Tiny]:
 
 
 def cuda_runner(base: Tiny, max_batch: int = 4, adapters: int = 1 << 20) -> CudaRunner:
-    memory = work_bytes(base.config, 64, max_batch) + GRAPHS + (4 << 20) + adapters
+    memory = work_bytes(base.config, 64, max_batch) + FOR_GRAPHS + (4 << 20) + adapters
     runner = CudaRunner(
         base, max_batch, memory=memory, device=DEVICE, max_step_tokens=64, kv_cache=1 << 20, adapters=adapters
     )
