@@ -85,7 +85,7 @@ async def ask_all(http: aiohttp.ClientSession, names: list[str], times: list[flo
     gaps: list[float] = []
     for name in names:
         for taken in (there, warm):
-            before = len(times)
+            before = max(0, len(times) - 1)  # the last token before, as a wait may begin with the request
             taken.append(1000 * await first_token(http, name))
             await asyncio.sleep(0.05)  # so that the stream has tokens of its own between two
             if taken is there:

@@ -75,7 +75,8 @@ def main() -> None:
             for i in range(given.requests)
         ]
         prompts = np.random.RandomState(3).randint(100, 40_000, (given.requests, PROMPT)).tolist()
-        with InProcess(base, adapters, max_step_tokens=given.requests * PROMPT) as engine:
+        every_prompt = given.requests * PROMPT
+        with InProcess(base, adapters, max_batch=given.requests, max_step_tokens=every_prompt) as engine:
             runner = engine.runner
             assert isinstance(runner, NativeRunner), "native kernels were asked for"
             ways = {

@@ -145,7 +145,7 @@ def peers(
     ranks = [RANKS[i % len(RANKS)] for i in range(requests if adapters else 0)]
     paths = [write_adapter(folder / f"peer{i}", base.shapes(), rank=rank, seed=200 + i) for i, rank in enumerate(ranks)]
     job = _job(base, paths, requests)
-    with InProcess(base, paths, threads=threads, max_step_tokens=requests * PROMPT) as ours:
+    with InProcess(base, paths, threads=threads, max_batch=requests, max_step_tokens=requests * PROMPT) as ours:
         mixes = [ours.mix([(n, 1.0)] if n >= 0 else []) for n in job.adapter_of]
         contestants: dict[str, compare.Contestant] = {
             "loramux": lambda job: compare.rates(job, *ours.rates(job.prompts, mixes, job.new_tokens))

@@ -175,7 +175,8 @@ def llama_peer(binary: Path, gguf: Path, threads: int) -> Contestant:
     """llama.cpp's batched bench, which has no adapters per sequence: only for jobs without any."""
 
     def run(job: Job) -> Rates:
-        command = [str(binary), "-m", str(gguf), "-c", "16384", "-b", "2048", "-ub", "512", "-fa", "on"]
+        context = max(16384, job.requests * (len(job.prompts[0]) + job.new_tokens))
+        command = [str(binary), "-m", str(gguf), "-c", str(context), "-b", "2048", "-ub", "512", "-fa", "on"]
         command += ["-npp", str(len(job.prompts[0])), "-ntg", str(job.new_tokens), "-npl", str(job.requests)]
         command += ["-t", str(threads), "-tb", str(threads), "--output-format", "jsonl"]
         told = _output(command, "")

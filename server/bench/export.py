@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from server.errors import BadSetting
+from server.model.config import to_hf
 from server.model.loader import Base
 
 
@@ -18,7 +19,8 @@ def export_base(base: Base, parent: Path) -> Path:
     """The folder below `parent` with this base's config.json, tokenizer and model.safetensors (bfloat16).
 
     It is named by the base's id, so that another base, or another quantization, has one of its own; it is written once,
-    and appears when it is whole. Raises BadSetting for what is no Llama: the peers' table is about the embedded base.
+    and appears when it is whole. Raises BadSetting for what is no Llama: the peers' table is about the embedded base;
+    and BadModel for a Llama that no config.json can describe.
     """
     if base.config.architecture != "LlamaForCausalLM":
         raise BadSetting(
@@ -41,22 +43,12 @@ def export_base(base: Base, parent: Path) -> Path:
 
 
 def _write(base: Base, folder: Path) -> None:
-    c = base.config
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_hidden_layers,
-        "num_attention_heads": c.num_attention_heads,
-        "num_key_value_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": c.max_position_embeddings,
-        "rms_norm_eps": c.rms_norm_eps,
-        "rope_theta": c.rope_theta,
-        "vocab_size": c.vocab_size,
-        "tie_word_embeddings": c.tie_word_embeddings,
+    config = to_hf(base.config)
+    rope = dict(config["rope_parameters"])
+    config["rope_theta"] = rope.pop("rope_theta")  # as peers read it that know Transformers' older words alone
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = rope
+    config |= {
         "bos_token_id": base.vocabulary.bos_id,
         "eos_token_id": sorted(base.vocabulary.eos_ids),
         "dtype": "bfloat16",

@@ -25,6 +25,7 @@ from server.model.loader import Base
 
 CONTEXT = 2048
 BLOCK = 16
+SLOTS = 64
 GREEDY = Sampling()
 
 
@@ -38,12 +39,13 @@ class InProcess:
         *,
         threads: int = 2,
         max_batch: int = 32,
-        max_slots: int = 64,
         max_rank: int = 64,
         max_step_tokens: int = 512,
         prefix_cache: bool = False,
     ) -> None:
-        """`max_step_tokens`, the server's setting of that name, may hold all prompts: then all decode together."""
+        """`max_batch` and `max_step_tokens`, the server's settings of these names, may hold all requests and their
+        prompts: then all decode together. There is a slot for each adapter, and at least as many as a server has."""
+        max_slots = max(SLOTS, len(adapters))
         shapes = base.shapes()
         self._weights = apart(
             lambda: [

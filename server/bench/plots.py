@@ -59,15 +59,17 @@ def loads(path: Path, title: str, runs: Sequence[Load]) -> Path:
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
         for n, count in enumerate(counts):
-            values = [
-                statistics.median(getattr(r.summary, of) for r in runs if (r.case, r.adapters) == (case, count))
-                for case in cases
-            ]
-            # A run of which requests failed has no tail that could be drawn.
+            repeats = [[r.summary for r in runs if (r.case, r.adapters) == (case, count)] for case in cases]
+            values = [statistics.median(getattr(summary, of) for summary in each) for each in repeats]
+            # A run of which many requests failed has no tail that could be drawn.
             heights = [value if math.isfinite(value) else 0.0 for value in values]
             at = [i + n * width for i in range(len(cases))]
             drawn = axes.bar(at, heights, width, label=f"{count} adapters")
-            axes.bar_label(drawn, [f"{v:.2f}" if math.isfinite(v) else "failed" for v in values], fontsize=8)
+            labels = [f"{value:.2f}" if math.isfinite(value) else "" for value in values]
+            for i, each in enumerate(repeats):  # a server that refuses looks faster than it is
+                if failed := sum(summary.failed for summary in each):
+                    labels[i] += f"\n{failed} failed"
+            axes.bar_label(drawn, labels, fontsize=8)
         axes.set_ylim(bottom=0)
     halves[0].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     halves[1].set_xticks([i + 0.4 - width / 2 for i in range(len(cases))], names)

@@ -203,7 +203,8 @@ def _line(load: Load) -> str:
     failed = f", {s.failed} failed: {s.reasons[0]}" if s.failed else ""
     return (
         f"alpha {load.alpha}, {at}, {load.adapters} adapters: {s.finished} of {s.requests}, "
-        f"{s.requests_per_second:.2f} requests/s, first token {first[0]}, p99 {first[1]}{failed}"
+        f"{s.requests_per_second:.2f} requests/s, first token {first[0]}, p99 {first[1]}, "
+        f"{s.slo_attainment:.0%} in time{failed}"
     )
 
 

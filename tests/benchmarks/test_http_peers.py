@@ -17,6 +17,32 @@ if TYPE_CHECKING:
     from server.model.loader import Base
 
 
+def test_waves_take_turns_and_medians_are_compared() -> None:
+    asked: list[str] = []
+    rates = {
+        "in process": iter([9.0, 40.0, 50.0, 45.0]),
+        "loramux": iter([9.0, 30.0, 36.0, 90.0]),
+        "llama-server": iter([9.0, 4.0, 3.0, 2.0]),
+    }
+
+    def wave(name: str) -> http_peers.Wave:
+        def run() -> dict[str, float]:
+            asked.append(name)
+            rate = next(rates[name])
+            return {"whole": rate, "decode": 2 * rate, "steady decode": 3 * rate}
+
+        return run
+
+    found = http_peers.measure({name: wave(name) for name in rates}, 3)
+    names = list(rates)
+    assert asked == [*names, *names, *names[::-1], *names], "the first of each warms up"
+    told = http_peers.report(found)
+    assert told["ratios"] == {"HTTP over in process, whole": 36 / 45} | {
+        f"over llama-server, {key}": 36 / 3 for key in ("steady decode", "decode", "whole")
+    }
+    assert len(told["rounds"]["loramux"]) == 3
+
+
 def test_converted_adapters_are_kept_for_their_base_alone(
     tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,22 @@ async def test_each_adapter_is_compared_with_itself_when_warm(monkeypatch: pytes
     assert (found["ms_p50"], found["warm_ms_p50"], found["over_warm_ms"]) == pytest.approx((40, 15, 25))
 
 
+async def test_the_longest_gap_of_a_stream_is_seen_even_if_it_begins_with_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = [0.0, 0.01]
+
+    async def first_token(http: Any, model: str) -> float:
+        for gap in (0.3 if len(times) == 2 else 0.01, 0.01, 0.02):
+            times.append(times[-1] + gap)
+        return 0.04
+
+    monkeypatch.setattr(benchmarks.residency, "first_token", first_token)
+    http: Any = None
+    found = await ask_all(http, ["a0", "a1"], times)
+    assert (found["gap_ms_p50"], found["gap_ms_p100"]) == pytest.approx((15, 300))
+
+
 def test_one_that_is_in_ram_already_is_not_measured_as_from_disk(answering: Places) -> None:
     answering.tiers["a1"] = "ram"
     with pytest.raises(RuntimeError, match=r"not all are on disk.*'a1': 'ram'"):

@@ -172,15 +172,20 @@ def library() -> ctypes.CDLL:
 
     Raises OSError where that was not built, cannot be loaded or is not of this source.
     """
+    left_out: dict[str, OSError] = {}
     for name in LIBRARIES[:-1]:
         try:
             loaded = load(name)
         except OSError as e:  # the next one serves as well, more slowly
-            log.info("the kernels of %s are left out: %s", name, e)
+            left_out[name] = e
             continue
         if loaded.loramux_missing() is None:
-            return loaded
-    return load(LIBRARIES[-1])
+            break
+    else:
+        loaded = load(LIBRARIES[-1])
+    for name, error in left_out.items():  # where none can be loaded, whoever chooses other kernels says so
+        log.info("the kernels of %s are left out: %s", name, error)
+    return loaded
 
 
 def load(name: str) -> ctypes.CDLL:

@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer
@@ -17,14 +17,19 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from adapters.peft_format import read_folder
-from server.bench import command, compare, roofline
+from server.bench import command, compare, roofline, steps
 from server.bench.client import NoAnswer
 from server.bench.compare import PeerFailed, Rates
+from server.bench.inprocess import InProcess
 from server.bench.slora import Client
 from server.bench.synthetic import write_adapter
+from server.engine.batch import Batch, Logits
 from server.errors import BadSetting
 from server.kernels import cuda
 from tests.server.bench.conftest import Answering, events
+
+if TYPE_CHECKING:
+    from server.model.loader import Base
 
 
 def bench(*arguments: str) -> Result:
@@ -196,6 +201,54 @@ def test_what_fills_a_layout_up_is_no_work(tiny_folder: Path, tmp_path: Path) ->
         adapter = base.prepare(read_folder(folder, name="a", shapes=base.shapes()))
         counted.add(roofline.decode_cost(base, [20, 20], [[adapter], []]).ops)
     assert len(counted) == 1
+
+
+def test_a_step_reads_weights_and_adapters_once_and_computes_them_for_each_row(tiny_base: Base, tmp_path: Path) -> None:
+    """By hand, of `tiny_base`: two layers of hidden 64, in between 128, 4 heads of 16 on 2, 272 tokens."""
+    shapes = tiny_base.shapes()
+    paths = [write_adapter(tmp_path / f"r{rank}", shapes, rank=rank, seed=rank) for rank in (3, 5)]
+    a, b = (tiny_base.prepare(read_folder(path, name=path.name, shapes=shapes)) for path in paths)
+    cost = roofline.decode_cost(tiny_base, [20, 30, 7], [[a], [a, b], []])
+    linears = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
+    table = 272 * 64
+    each = 2 * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64)  # numbers of a rank, on q, k, v and o
+    keys_and_values = 2 * 2 * 2 * 16  # of a token
+    weights = sum(w.nbytes for w in tiny_base.weights.values())
+    assert weights >= 2 * (linears + table), "no weight is left out"
+    assert cost.nbytes == weights + 4 * each * (3 + 5) + 2 * keys_and_values * (20 + 30 + 7)
+    attention = 2 * 2 * 4 * 16 * (20 + 30 + 7)
+    assert cost.ops == 2 * (3 * (linears + table) + each * (3 + 3 + 5) + attention)
+
+
+def test_each_step_is_compared_with_its_own_base() -> None:
+    shapes = steps.standard_shapes((8, 16) * 8, (16, 17, 18, 19), 20)
+    used = [{(len(shape.mixes), mix) for mix in shape.mixes} for shape in shapes]
+    four = tuple((slot, 0.25) for slot in (16, 17, 18, 19))
+    assert used == [
+        {(1, ())}, {(1, ((1, 1.0),))}, {(16, ())}, {(16, ((1, 1.0),))}, {(16, ((i, 1.0),)) for i in range(16)},
+        {(16, ((20, 1.0),))}, {(16, four)},
+    ]  # fmt: skip
+    seconds = dict(zip((shape.name for shape in shapes), (2.0, 2.5, 10.0, 11.0, 13.0, 20.0, 21.0), strict=True))
+    cost = roofline.Cost(1.0, 1.0)
+    ratios = steps.overheads([steps.StepTime(name, taken, 0.5, cost) for name, taken in seconds.items()])
+    assert list(ratios.values()) == pytest.approx([1.25, 1.1, 1.3, 1.05])
+
+
+def test_as_many_requests_as_are_asked_for_decode_together(tiny_base: Base, tmp_path: Path) -> None:
+    """More than a server's default, each on an adapter of its own."""
+    count, shapes = 70, tiny_base.shapes()
+    paths = [write_adapter(tmp_path / f"a{i}", shapes, rank=1, seed=i) for i in range(count)]
+    rows: list[int] = []
+    with InProcess(tiny_base, paths, threads=1, max_batch=count, max_step_tokens=4 * count) as ours:
+        run = ours.runner.run
+
+        def counted(batch: Batch) -> Logits:
+            rows.append(len(batch.logit_rows))
+            return run(batch)
+
+        ours.runner.run = counted  # type: ignore[method-assign]
+        ours.rates([[5, 6, 7, i % 100] for i in range(count)], [ours.mix([(i, 1.0)]) for i in range(count)], 3)
+    assert max(rows) == count
 
 
 def test_a_load_tells_what_was_asked_and_what_failed(answering: Answering, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from server.bench import export
 from server.bench.export import export_base
 from server.errors import BadSetting
+from server.model.config import RopeScaling, from_hf
 
 if TYPE_CHECKING:
     from server.model.loader import Base
@@ -27,6 +28,18 @@ def test_another_base_has_another_folder(tiny_base: Base, tmp_path: Path) -> Non
     weights = load_file(folders[0] / "model.safetensors")
     name, tensor = next(iter(tiny_base.tensors.items()))
     assert torch.equal(weights[name], tensor.bfloat16())
+
+
+def test_peers_are_told_all_of_the_model(tiny_base: Base, tmp_path: Path) -> None:
+    """By Transformers' words and by its older ones."""
+    scaling = RopeScaling("llama3", 8.0, original_max_position_embeddings=64, low_freq_factor=1.0, high_freq_factor=4.0)
+    model = replace(tiny_base.config, rope_scaling=scaling, rope_theta=5e5)
+    folder = export_base(replace(tiny_base, config=model), tmp_path)
+    told = json.loads((folder / "config.json").read_text())
+    assert from_hf(told) == model
+    older = {name: value for name, value in told.items() if name != "rope_parameters"}
+    assert from_hf(older) == model and (told["rope_theta"], told["rope_scaling"]["factor"]) == (5e5, 8.0)
+    assert told["eos_token_id"] == sorted(tiny_base.vocabulary.eos_ids)
 
 
 def test_the_same_base_is_written_once(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

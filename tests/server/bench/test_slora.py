@@ -101,6 +101,9 @@ def test_a_picture_of_failures_alone_stands_on_nothing(tmp_path: Path, monkeypat
     monkeypatch.setattr(pyplot, "close", lambda figure: None)
     plots.loads(tmp_path / "x.png", "x", [Load(n, 1.0, 0.7, 9, summary(failed=100)) for n in (5, 9)])
     assert [axes.get_ylim()[0] for axes in pyplot.gcf().axes] == [0, 0]
+    plots.loads(tmp_path / "x.png", "x", [Load(n, 1.0, 0.7, 9, summary(failed=n - 5)) for n in (5, 8)])
+    told = [[text.get_text() for text in axes.texts] for axes in pyplot.gcf().axes]
+    assert all("failed" not in few and many.endswith("\n3 failed") for few, many in told), "even where a bar is drawn"
 
 
 def test_a_capacity_with_failures_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

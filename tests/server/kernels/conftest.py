@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from server.kernels import cpu
 from server.kernels.cpu import bindings
 
 REPO = Path(__file__).resolve().parents[3]
@@ -29,6 +30,17 @@ def runs(library: str) -> bool:
         return bindings.load(library).loramux_missing() is None
     except OSError:  # an older compiler builds two of the three
         return False
+
+
+@pytest.fixture(params=[name for name in bindings.LIBRARIES if runs(name)] or [None])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels of each native library that there is for this processor, in turn."""
+    if request.param is None:
+        pytest.skip("no native library runs here")
+    loaded = bindings.load(request.param)
+    monkeypatch.setattr(bindings, "library", lambda: loaded)
+    monkeypatch.setattr(cpu, "_pools", [])
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import sysconfig
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,31 @@ def test_auto_falls_back_to_torchs_with_one_line(
     ]
     with pytest.raises(BadSetting, match="cannot run here: this processor has no AVX512-VNNI"):
         choose("native")
+
+
+def test_nothing_is_told_of_each_library_that_was_not_built(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line is enough of kernels that cannot be had; where one library serves for another, that is told."""
+    found = bindings.load
+
+    def load(name: str, built: tuple[str, ...]) -> ctypes.CDLL:
+        if name not in built:
+            raise OSError("it was not built")
+        return found(name)
+
+    monkeypatch.setattr(bindings, "library", lru_cache(bindings.library.__wrapped__))
+    with caplog.at_level(logging.INFO, "server"):
+        monkeypatch.setattr(bindings, "load", partial(load, built=()))
+        assert choose("auto").name == "aten" and choose("auto").name == "aten"
+        lines = [record.getMessage() for record in caplog.records]
+        assert lines == ["the native kernels cannot run here (it was not built); torch's own ops serve"] * 2
+        caplog.clear()
+        monkeypatch.setattr(bindings, "load", partial(load, built=("_native",)))
+        assert choose("auto").name in ("native", "aten") and bindings.library() is bindings.library()
+    assert [r.getMessage() for r in caplog.records if "left out" in r.getMessage()] == [
+        f"the kernels of {name} are left out: it was not built" for name in ("_native_amx", "_native_bf16")
+    ]
 
 
 def test_unknown_kernels_are_refused() -> None:

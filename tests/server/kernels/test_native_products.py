@@ -29,15 +29,6 @@ SCHEMES = [
 SHAPES = [(16, 192), (48, 576), (49, 384), (7, 192), (130, 1536)]
 
 
-@pytest.fixture(params=[name for name in bindings.LIBRARIES if runs(name)])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The kernels of each library that there is for this processor, in turn."""
-    name = str(request.param)
-    monkeypatch.setattr(bindings, "library", lambda: bindings.load(name))
-    monkeypatch.setattr(cpu, "_pools", [])
-    return name
-
-
 def stored(scheme: str, group: int, double: bool, out: int, width: int) -> Weight:
     torch.manual_seed(out * width + group)
     values = torch.randn(out, width) * 0.05 + 0.01

@@ -97,6 +97,7 @@ def alone(runner: Runner, ids: list[int], mix: SlotWeights = (), first_block: in
     return step(runner, [(Sequence(ids, list(range(first_block, first_block + needed)), mix), len(ids))])[0]
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_close_to_the_reference(family: str) -> None:
     native, reference = bases(family)
@@ -106,6 +107,7 @@ def test_logits_are_close_to_the_reference(family: str) -> None:
         assert error(alone(ours, ids), alone(exact, ids)) < 0.04, count
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("family", ["llama-int4", "llama-bf16", "qwen2", "odd-widths"])
 def test_adapters_of_all_ranks_share_a_batch(family: str) -> None:
     """Ranks from 1 to 64, rows without an adapter, mixes, weights of -1, 0 and 2, prefills beside decodes."""
@@ -198,6 +200,7 @@ def test_steps_have_bytes_of_weights_where_no_scale_is_negative() -> None:
     assert error(alone(runner_of(native), ids), exact) < error(by_bytes, exact) / 2
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("rows", [1, 3, 17, 300])
 @pytest.mark.parametrize("family", ["llama-int4", "odd-widths"])
 def test_steps_of_one_to_many_rows(family: str, rows: int) -> None:
@@ -225,6 +228,7 @@ def test_an_adapter_changes_what_it_should_and_no_more() -> None:
     assert torch.equal(alone(ours, ids), plain)
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("family", ["llama-int4", "llama-nf4", "llama-bf16", "qwen3", "odd-heads", "one-kv-head"])
 def test_a_row_does_not_depend_on_its_batch(family: str) -> None:
     """Bit for bit: alone or among others, at any place, in any chunks, blocks, slots and number of threads."""
@@ -262,6 +266,7 @@ def test_a_row_does_not_depend_on_its_batch(family: str) -> None:
     assert torch.equal(step(runner, [(behind, 13)])[0], expected[64:])
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("family", ["llama-int4", "llama-bf16", "odd-widths"])
 def test_rows_that_threads_take_alone_give_the_same(family: str) -> None:
     """Bit for bit those of one thread: of sequences with one row or some, and where one is too long to be dealt out."""
