@@ -258,15 +258,16 @@ class Engine:
         """A step has failed: its requests end with EngineFailed, or with the NoCapacity that it was; those that wait,
         and the adapters, are unharmed.
 
-        If nothing ran, something that waits is at fault, and no one can tell which: then all of them end.
+        If no step was planned, something that waits is at fault, and no one can tell which: then all of them end.
         """
         log.error("a step failed: %s", self._record.what_runs(), exc_info=error)
+        ran = self._record.runs
         self._record.failed()
         scheduler = self._scheduler
         lost = [request for request in self._live.values() if request not in scheduler.waiting]
         failed = "a step of the engine failed, and this request with it; it can be sent again"
         failure = error if isinstance(error, NoCapacity) else EngineFailed(failed)
-        for request in lost or list(self._live.values()):
+        for request in lost if lost or ran else list(self._live.values()):
             if request.state is not State.DONE:
                 scheduler.end(request, time.monotonic(), trusted=False)
             self._last(request, Delivery(finish_reason="error", error=failure))

@@ -18,6 +18,7 @@ The order of the device is what makes this right: a step, its draw, and copies i
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -27,6 +28,9 @@ from server.engine.engine import Engine
 from server.engine.request import Delivery, Request, State
 from server.engine.runner import Runner
 from server.engine.sampler import Drawn, Pick, drawn_picks
+from server.engine.scheduler import Plan
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -43,7 +47,7 @@ class DeviceRunner(Runner, Protocol):
 
 
 class _Flight(NamedTuple):
-    work: list[Work]
+    plan: Plan
     drawn: Drawn
 
 
@@ -84,7 +88,7 @@ class OverlappedEngine(Engine):
             return self._record.end()
         self._scheduler.commit(_running(plan.work, ())[0], time.monotonic())
         _promise(plan.work)
-        self._flight = _Flight(plan.work, drawn)
+        self._flight = _Flight(plan, drawn)
         if self._scheduler.lending:  # nobody waits for a token while processors rest
             self._land()
         return self._record.end()
@@ -94,8 +98,8 @@ class OverlappedEngine(Engine):
         flight, self._flight = self._flight, None
         if flight is None:
             return
-        tokens = self._record.wait(flight.drawn.read)
-        work, picks = _running(flight.work, drawn_picks(tokens))
+        tokens = self._record.land(flight.plan, flight.drawn.read)
+        work, picks = _running(flight.plan.work, drawn_picks(tokens))
         now = time.monotonic()
         for request, _, logits in work:
             if logits:
@@ -104,26 +108,35 @@ class OverlappedEngine(Engine):
                     request.first_token = now
         self._deliver(work, picks)
 
+    def _land_before_the_end(self) -> None:
+        """What was drawn before a step failed, or the engine stops, is right: some answers are whole with it."""
+        try:
+            self._land()
+        except Exception:
+            log.exception("the tokens of a step were lost: %s", self._record.what_runs())
+
     def _last(self, request: Request, delivery: Delivery) -> None:
         _forget_promise(request)
         super()._last(request, delivery)
 
     def _finish(self) -> None:
         """And let what was launched come to its end, while what it reads and writes is there."""
+        if self._lost is None:
+            self._land_before_the_end()
         super()._finish()
-        self._flight = None
         if self._lost is None:
             self._device.wait()
 
     def _recover(self, error: BaseException) -> None:
         """And see whether the device still answers: after a fault (an address that is not there, a launch that failed,
         memory that lost a bit) it never does again in this process, whose requests would all fail from now on."""
-        self._flight = None
         fault = None
         try:
             self._device.wait()
         except Exception as found:
+            self._flight = None
             fault = f"the device answers nothing any more after a fault ({found})"
+        self._land_before_the_end()
         super()._recover(error)
         if fault is not None:
             self._lost = fault

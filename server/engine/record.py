@@ -72,6 +72,13 @@ class StepRecord:
         self.runner_seconds += time.monotonic() - began
         return answer
 
+    def land(self, plan: Plan, read: Callable[[], T]) -> T:
+        """What an earlier step still owes. If that fails, or does not end, it is this step that is told of."""
+        current, self._plan = self._plan, plan
+        answer = self.wait(read)
+        self._plan = current
+        return answer
+
     def landed(self) -> Literal[True]:
         """Nothing new was run; what the runner owed has come."""
         assert self._began is not None, "it has begun"
@@ -104,6 +111,11 @@ class StepRecord:
         """Whether the last step that was tried has failed, not long ago."""
         failed = self._failed
         return failed is not None and time.monotonic() - failed < FAILING_SECONDS
+
+    @property
+    def runs(self) -> bool:
+        """Whether a step has been planned, and runs or is read."""
+        return bool(self._plan.work)
 
     def stuck_for(self) -> float:
         """Seconds since the current step began; 0 between steps."""

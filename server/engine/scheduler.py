@@ -72,6 +72,8 @@ class Plan:
     logits: int = 0
     held: int = 0
     """Tokens that a long prompt is sure to add."""
+    whole: int = 0
+    """Running requests that compute nothing more: the last token of each is on its way."""
     copied: set[str] = field(default_factory=set)
     """The adapters that are on their way to the device: what uses them now waits for them, with all of the step."""
 
@@ -170,7 +172,8 @@ class Scheduler:
         plan = Plan(most=self._most_tokens(), most_logits=self.limits.max_logits)
         self._sweep(now, plan)
         self._settle_loads(now, plan)
-        self._make_way(now)
+        plan.whole = sum(request.computed >= request.goal for request in self.running)
+        self._make_way(now, plan)
         self._answer(plan)
         self._prompt(now, plan)
         return plan
@@ -236,7 +239,7 @@ class Scheduler:
     def _answer(self, plan: Plan) -> None:
         """A token for each of those whose prompt is done. Makes room for it by preemption."""
         size = self.kv.block_size
-        for request in [r for r in self.running if r.computed >= len(r.blocks) * size]:
+        for request in [r for r in self.running if r.goal > r.computed >= len(r.blocks) * size]:
             if request.state is State.RUNNING:
                 self._grow(request)
         for request in self.running:
@@ -261,7 +264,7 @@ class Scheduler:
         for request in long:
             self._add_chunk(request, plan)
 
-    def _make_way(self, now: float) -> None:
+    def _make_way(self, now: float, plan: Plan) -> None:
         """A less urgent request gives up its place, one a step, while a more urgent one finds none."""
         if not self.waiting or not self.running:
             return
@@ -269,7 +272,7 @@ class Scheduler:
         victims = [r for r in self.running if r.priority > urgent]
         if not victims:
             return
-        if len(self.running) < self.limits.max_batch and not any(r.priority == urgent for r in self._blocked):
+        if self._has_place(plan) and not any(r.priority == urgent for r in self._blocked):
             if not (self.slots.hold_ram and self._owes_room(now)):
                 return
             used = {digest for r in self.running if r.priority <= urgent for digest in r.mix.digests}
@@ -376,7 +379,11 @@ class Scheduler:
         return not request.mix or (not self.slots.hold_ram and self.slots.has(request.mix))
 
     def _is_full(self, plan: Plan) -> bool:
-        return plan.tokens >= plan.most or len(self.running) >= self.limits.max_batch
+        return plan.tokens >= plan.most or not self._has_place(plan)
+
+    def _has_place(self, plan: Plan) -> bool:
+        """Whether another request may have a row."""
+        return len(self.running) - plan.whole < self.limits.max_batch
 
     def _prefetch(self, now: float, plan: Plan) -> None:
         """Ask for the adapters of the next to enter, and let those that have come be copied beside the steps."""

@@ -351,7 +351,7 @@ class Tools:
     """What tests of this folder need by name."""
 
     Bench, Fetcher, Heard, State = Bench, Fetcher, Heard, State
-    FakeRunner, LateRunner = FakeRunner, LateRunner
+    FakeRunner, LateRunner, LateTokens = FakeRunner, LateRunner, LateTokens
     solo = staticmethod(solo)
     mix_of = staticmethod(mix_of)
     digest_of = staticmethod(digest_of)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from server.engine.request import State
-from server.errors import DeadlineExceeded, EngineFailed
+from server.errors import DeadlineExceeded, EngineFailed, NoCapacity
 from tests.waiting import SECONDS
 
 
@@ -181,7 +181,9 @@ def test_what_ends_while_its_token_is_on_its_way_has_no_trace_of_it(bench: Any, 
         made.engine._finish()
     if how != "stop":
         made.settle()
-    assert ended.request.output == ended.tokens == tools.solo(ended, made.runner.vocab, 2)
+    # What was drawn before a step failed, or the engine stopped, is told still.
+    told = 3 if how in ("failure", "stop") else 2
+    assert ended.request.output == ended.tokens == tools.solo(ended, made.runner.vocab, told)
     assert ended.reason == ("cancelled" if how == "cancel" else "error")
     assert how != "deadline" or isinstance(ended.error, DeadlineExceeded)
     if how in ("cancel", "deadline"):
@@ -189,6 +191,92 @@ def test_what_ends_while_its_token_is_on_its_way_has_no_trace_of_it(bench: Any, 
     again = made.submit([5, 6, 7])
     made.settle()
     assert again.tokens == tools.solo(again, made.runner.vocab)
+    made.check_empty()
+
+
+def failing(made: Any, error: Exception) -> None:
+    """The next step fails by `error`, as in the engine's thread."""
+
+    def fails(batch: Any) -> None:
+        made.runner.before = lambda batch: None
+        raise error
+
+    made.runner.before = fails
+    with pytest.raises(type(error)) as raised:
+        made.engine.step()
+    made.engine._recover(raised.value)
+
+
+def test_an_answer_whose_last_token_is_on_its_way_is_whole_though_the_next_step_fails(bench: Any, tools: Any) -> None:
+    made = bench(overlapped=True)
+    whole, other = made.submit([5, 6, 7], max_tokens=2), made.submit([5, 6, 8])
+    for _ in range(2):
+        made.engine.step()
+    failing(made, NoCapacity("no memory for a step"))
+    assert (whole.reason, whole.tokens) == ("length", tools.solo(whole, made.runner.vocab))
+    assert (other.reason, other.tokens) == ("error", tools.solo(other, made.runner.vocab, 2))
+    assert isinstance(other.error, NoCapacity)
+    made.check_empty()
+
+
+def test_a_request_whose_last_token_is_on_its_way_holds_no_place(bench: Any, tools: Any) -> None:
+    """Short answers take as many steps as they do where each is read at once."""
+    for overlapped in (True, False):
+        made = bench(overlapped=overlapped, max_batch=2)
+        heard = [made.submit([5, 6, 7 + i], max_tokens=12 if i == 0 else 2) for i in range(6)]
+        made.settle()
+        assert all(h.tokens == tools.solo(h, made.runner.vocab) for h in heard)
+        assert [batch.sequences for batch in made.runner.steps] == [2] * 10 + [1] * 2
+        made.check_empty()
+
+
+def test_it_needs_no_block_either(bench: Any) -> None:
+    made = bench(overlapped=True, prefix_cache=False, block_size=4, blocks=8)
+    made.submit([5, 6, 7], max_tokens=2)
+    for _ in range(2):
+        made.engine.step()
+    made.submit([5, 6], max_tokens=2)
+    used: list[int] = []
+    made.runner.before = lambda batch: used.append(made.engine.stats()["kv_blocks"]["used"])
+    made.engine.step()
+    assert used == [2], "the one of the first is full"
+
+
+def test_a_step_that_is_read_late_is_the_one_that_is_told_of(
+    bench: Any, tools: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While it is waited for, and when it fails: nobody ends who had no part in it."""
+    made = bench(overlapped=True, fetch=(fetch := tools.Fetcher(ready=set())))
+    first = made.submit([5, 6, 7], max_tokens=2)
+    seen: list[str] = []
+    read = tools.LateTokens.read
+
+    def reading(drawn: Any) -> Any:
+        seen.append(made.engine.what_runs())
+        return read(drawn)
+
+    monkeypatch.setattr(tools.LateTokens, "read", reading)
+    made.settle()
+    assert all(first.request.id in told for told in seen) and len(seen) == 2
+    assert made.engine.what_runs() == "no step"
+
+    gone, waiting = made.submit([5, 6, 7]), made.submit([5, 6, 8], mix=tools.mix_of("a1"))
+    made.engine.step()
+    made.engine.cancel(gone.request.id)
+
+    def broken(drawn: Any) -> Any:
+        raise MemoryError("no memory to read")
+
+    monkeypatch.setattr(tools.LateTokens, "read", broken)
+    with pytest.raises(MemoryError) as raised:
+        made.engine.step()
+    made.engine._recover(raised.value)
+    assert f"a step failed: a step of 3 rows: {gone.request.id}" in caplog.text
+    assert gone.reason == "cancelled" and waiting.reason is None
+    monkeypatch.setattr(tools.LateTokens, "read", read)
+    fetch.finish()
+    made.settle()
+    assert waiting.reason == "length"
     made.check_empty()
 
 
