@@ -129,7 +129,14 @@ class Engine:
         request.seed = secrets.randbits(63) if seed is None else seed
         begins = self._text.begins_after(request.prompt[-1])
         request.reader = Detokenizer(self._text, request.sampling.stop, begins=begins)
-        self._inbox.put(request)
+        loads = self._scheduler.loads
+        if not self._slots.has(request.mix):
+            loads.begin(request)
+        try:
+            self._inbox.put(request)
+        except BaseException:
+            loads.drop(request)
+            raise
 
     def cancel(self, request_id: str) -> None:
         """End a request within a step, wherever it is; it hears "cancelled". One that has ended is no error."""
@@ -319,6 +326,7 @@ class Engine:
         for request in arrivals.requests:
             if request.id in self._live:
                 self._inbox.left(request)
+                self._scheduler.loads.drop(request)
                 self._tell(request, Delivery(finish_reason="error", error=Conflict(f"{request.id} runs already")))
                 continue
             self._live[request.id] = request

@@ -18,6 +18,9 @@ from adapters.weights import LoraWeights, Mix
 from server.engine.request import Request, State
 from server.errors import EngineFailed
 
+BEGUN = 2
+"""Loads that may be on their way before the engine's thread has heard of the requests for them."""
+
 Fetch = Callable[[Mix], "Future[tuple[LoraWeights, ...]]"]
 
 
@@ -36,6 +39,8 @@ class Loads:
 
     So one that is in RAM never waits for a place behind those that are read. `wake` is called, on any thread, when a
     load is done. The weights of a load that is done are held until the last of its waiters has left.
+
+    The engine's thread alone calls it, but for `begin` and `drop`.
     """
 
     def __init__(self, fetch: Fetch, limit: int, wake: Callable[[], None]) -> None:
@@ -45,6 +50,8 @@ class Loads:
         self._loads: dict[Mix, _Load] = {}
         self._places: Counter[bool] = Counter()
         """Those taken, by whether the load is warm."""
+        self._begun: set[Mix] = set()
+        """What has been begun for requests that the engine's thread has not heard of yet."""
         self._came: deque[Mix] = deque()
         """Whose load is done, as it is told on any thread."""
         self._in_ram: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
@@ -53,15 +60,44 @@ class Loads:
     def __len__(self) -> int:
         return len(self._loads)
 
+    def begin(self, request: Request) -> None:
+        """From any thread: what a new request has to wait for is on its way before the step that runs now is over.
+
+        Only where nothing else is: what comes first, and for whom there is RAM, is otherwise for the engine's thread to
+        say. Either `add` or `drop` has to follow, once.
+        """
+        mix = request.mix
+        if mix and not self._places[False] and len(self._begun) < BEGUN and mix not in self._begun:
+            if not self._is_warm(mix):
+                self._begun.add(mix)
+                request.load = self._fetched(mix)
+
+    def drop(self, request: Request) -> None:
+        """From any thread: the request has not come to be, or waits for nothing."""
+        future, request.load = request.load, None
+        if future is not None:
+            self._begun.discard(request.mix)
+            future.cancel()
+
+    def add(self, request: Request, now: float) -> None:
+        """What was begun for a new request is the load of its mix, unless there is one or no place for it."""
+        future = request.load
+        if future is None or request.mix in self._loads or self._places[False] >= self._limit:
+            return self.drop(request)
+        self._begun.discard(request.mix)
+        request.load = None
+        self._take(request.mix, future, warm=False).waiters[request] = now
+        if not future.done():
+            request.state = State.LOADING
+
     def ask(self, request: Request, now: float) -> Sequence[LoraWeights] | None:
         """The weights of the request's mix, in its order; None while they are on their way or no load may start."""
         load = self._loads.get(request.mix)
         if load is None:
-            warm = all(digest in self._in_ram for digest in request.mix.digests)
+            warm = self._is_warm(request.mix)
             if self._places[warm] >= self._limit and not self._drop_less_urgent(request.priority, warm):
                 return None
-            self._places[warm] += 1
-            load = self._loads[request.mix] = _Load(self._start(request.mix), warm)
+            load = self._take(request.mix, self._fetched(request.mix), warm)
         if request not in load.waiters:
             load.waiters[request] = now
         if load.future.done():
@@ -81,8 +117,9 @@ class Loads:
             came = load.settled = True
             error = _error(load.future)
             for request, since in list(load.waiters.items()):
-                request.load_seconds += now - since
-                request.state = State.QUEUED
+                if request.state is State.LOADING:
+                    request.load_seconds += now - since
+                    request.state = State.QUEUED
                 if error is not None:
                     failed.append((request, error))
             if error is not None:
@@ -157,14 +194,23 @@ class Loads:
         self._places[load.warm] -= 1
         load.future.cancel()
 
-    def _start(self, mix: Mix) -> Future[tuple[LoraWeights, ...]]:
+    def _is_warm(self, mix: Mix) -> bool:
+        return all(digest in self._in_ram for digest in mix.digests)
+
+    def _fetched(self, mix: Mix) -> Future[tuple[LoraWeights, ...]]:
         try:
-            future = self._fetch(mix)
+            return self._fetch(mix)
         except Exception as e:  # whatever is wrong with one mix ends the requests for it, not the step
-            future = Future()
+            future: Future[tuple[LoraWeights, ...]] = Future()
             future.set_exception(e)
+            return future
+
+    def _take(self, mix: Mix, future: Future[tuple[LoraWeights, ...]], warm: bool) -> _Load:
+        """A load of its own for a mix that has none."""
+        self._places[warm] += 1
+        load = self._loads[mix] = _Load(future, warm)
         future.add_done_callback(lambda _: self._done(mix))
-        return future
+        return load
 
     def _done(self, mix: Mix) -> None:
         self._came.append(mix)

@@ -10,6 +10,7 @@ import math
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from adapters.weights import BASE_ALONE, Mix
+from adapters.weights import BASE_ALONE, LoraWeights, Mix
 
 if TYPE_CHECKING:
     from server.engine.text import Detokenizer
@@ -125,6 +126,8 @@ class Request:
 
     # written by the engine
     state: State = State.QUEUED
+    load: Future[tuple[LoraWeights, ...]] | None = None
+    """What was begun before the engine's thread has heard of it."""
     output: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens of prompt + output whose keys and values are in the cache."""

@@ -115,6 +115,10 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """A new request waits from now on."""
         self.waiting.add(request)
+        if self.slots.has(request.mix):
+            self.loads.drop(request)
+        else:
+            self.loads.add(request, request.submitted)
         self._first_deadline = min(self._first_deadline, request.deadline)
         self._changed = True
 

@@ -282,6 +282,31 @@ def test_tenant_and_mix_do_not_share_a_prefix(bench: Any, tools: Any) -> None:
     assert cached == 16 and b.engine.stats()["prefix_cache"]["found_tokens"] == 16
 
 
+def test_a_cold_load_begins_with_its_request_and_ends_with_it(bench: Any, tools: Any) -> None:
+    """Before the next step is planned; whatever keeps the request from waiting for it keeps nothing in RAM."""
+    fetch = tools.Fetcher(ready=set())
+    b = bench(fetch=fetch, max_queue=1)
+    cold = b.submit(prompt(1), mix=tools.mix_of("a1"))
+    assert len(fetch.pending) == 1
+    with pytest.raises(QueueFull):
+        b.submit(prompt(2), mix=tools.mix_of("a2"))
+    assert fetch.pending[1][1].cancelled() and not fetch.pending[0][1].cancelled()
+    b.engine.cancel(cold.request.id)
+    b.engine.step()
+    assert cold.reason == "cancelled" and fetch.pending[0][1].cancelled()
+    again = b.submit(prompt(1), mix=tools.mix_of("a1"))
+    b.engine.step()
+    assert again.request.state is State.LOADING and len(fetch.pending) == 3, "one, by which the other steps wait too"
+    fetch.finish(2)
+    b.settle()
+    assert again.tokens == tools.solo(again, b.runner.vocab)
+    here = b.submit(prompt(2), mix=tools.mix_of("a1"))  # in a slot
+    assert len(fetch.asked) == 3
+    b.settle()
+    assert here.reason == "length"
+    b.check_empty()
+
+
 def test_a_cold_adapter_delays_nobody(bench: Any, tools: Any) -> None:
     fetch = tools.Fetcher(ready={"a1"})
     b = bench(fetch=fetch)
@@ -948,11 +973,12 @@ def test_an_evaluation_takes_no_place_of_a_client_of_its_own_task(bench: Any) ->
     b.check_empty()
 
 
-def test_one_id_is_one_request(bench: Any) -> None:
-    b = bench()
+def test_one_id_is_one_request(bench: Any, tools: Any) -> None:
+    b = bench(fetch=(fetch := tools.Fetcher(ready=set())))
     first = b.submit(prompt(1))
     b._ids = iter([0])
-    second = b.submit(prompt(2))
+    second = b.submit(prompt(2), mix=tools.mix_of("a1"))
     b.settle()
+    assert fetch.pending[0][1].cancelled()
     assert first.reason == "length" and second.reason == "error" and "runs already" in str(second.error)
     b.check_empty()
