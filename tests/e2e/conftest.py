@@ -117,7 +117,9 @@ def serving(state: Path, *flags: str, log: Path | None = None) -> Iterator[Live]
 @pytest.fixture(scope="session")
 def reference_server(tmp_path_factory: pytest.TempPathFactory, embedded: Path) -> Iterator[Live]:
     """A server on the reference kernels in float32, which take their time for a step where others compute as well."""
-    with serving(tmp_path_factory.mktemp("reference"), "--kernels", "reference", "--step-limit", "600") as live:
+    with serving(
+        tmp_path_factory.mktemp("reference"), "--kernels", "reference", "--step-limit", "600", "--max-batch", "64"
+    ) as live:
         yield live
 
 
