@@ -34,7 +34,7 @@ serve: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 ifeq ($(ARGS),)
 	$(BIN)/python -m pytest -n 2 -m "not e2e"
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m e2e
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m e2e
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

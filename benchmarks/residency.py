@@ -10,8 +10,8 @@ asked for one at a time, one short prompt and one token, without a prefix cache:
 - warm: each of both asked for once more, right after.
 
 What a place costs is the median of each adapter's own difference to warm, as a machine's pace changes within seconds.
-Beside them runs a stream on the base, whose longest gaps between tokens are told apart by what was asked for at that
-time: a running request waits for no load. Then the memory: what is resident above a process that has imported the same
+Beside them runs a stream on the base, whose gaps between tokens are told apart by what was asked for at that time, and
+beside them those while it was warm (`warm_gap`): a running request waits for no load. Then the memory: what is resident above a process that has imported the same
 modules and done nothing, over what `/stats` accounts for: after loading, with the adapters that were taken in; once
 started again, which maps the base and has read little of it yet; and after these requests.
 """
@@ -78,23 +78,24 @@ async def stream(http: aiohttp.ClientSession, times: list[float]) -> None:
 
 
 async def ask_all(http: aiohttp.ClientSession, names: list[str], times: list[float]) -> dict[str, Any]:
-    """Ask for each in turn, twice: milliseconds to its token where it is and warm, and the longest gaps of a stream
-    whose `times` are given while the first ones were asked for."""
+    """Ask for each in turn, twice: milliseconds to its token where it is and warm, and the gaps of a stream, whose
+    `times` are given, while each was asked for."""
     there: list[float] = []
     warm: list[float] = []
     gaps: list[float] = []
+    warm_gaps: list[float] = []
     for name in names:
-        for taken in (there, warm):
+        for taken, beside in ((there, gaps), (warm, warm_gaps)):
             before = max(0, len(times) - 1)  # the last token before, as a wait may begin with the request
             taken.append(1000 * await first_token(http, name))
             await asyncio.sleep(0.05)  # so that the stream has tokens of its own between two
-            if taken is there:
-                gaps += (1000 * np.diff(times[before:])).tolist()
+            beside += (1000 * np.diff(times[before:])).tolist()
     found = {"ms_p50": statistics.median(there), "ms_p90": float(np.percentile(there, 90)), "ms_max": max(there)}
     found["warm_ms_p50"] = statistics.median(warm)
     found["over_warm_ms"] = statistics.median(a - b for a, b in zip(there, warm, strict=True))
-    if gaps:
-        found |= {f"gap_ms_p{q}": float(np.percentile(gaps, q)) for q in (50, 99, 100)}
+    for kind, each in (("gap", gaps), ("warm_gap", warm_gaps)):
+        if each:
+            found |= {f"{kind}_ms_p{q}": float(np.percentile(each, q)) for q in (50, 99, 100)}
     return found
 
 

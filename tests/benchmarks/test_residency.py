@@ -108,6 +108,7 @@ async def test_the_longest_gap_of_a_stream_is_seen_even_if_it_begins_with_a_requ
     http: Any = None
     found = await ask_all(http, ["a0", "a1"], times)
     assert (found["gap_ms_p50"], found["gap_ms_p100"]) == pytest.approx((15, 300))
+    assert (found["warm_gap_ms_p50"], found["warm_gap_ms_p100"]) == pytest.approx((10, 20))
 
 
 def test_one_that_is_in_ram_already_is_not_measured_as_from_disk(answering: Places) -> None:

@@ -24,6 +24,18 @@ from server.sources import resolve_model
 REPO = Path(__file__).resolve().parents[2]
 STATE = REPO / "data"
 """Where `make serve` puts the embedded base, so that it is fetched once for both."""
+LONGEST = (
+    "test_page.py",
+    "test_mixed_traffic.py",
+    "test_soak.py",
+    "test_command_line_e2e.py",
+    "test_training_job.py",
+)
+"""Files that take longest: they come first, so that of several workers none has one left when the others are done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
