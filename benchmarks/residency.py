@@ -11,9 +11,10 @@ asked for one at a time, one short prompt and one token, without a prefix cache:
 
 What a place costs is the median of each adapter's own difference to warm, as a machine's pace changes within seconds.
 Beside them runs a stream on the base, whose gaps between tokens are told apart by what was asked for at that time, and
-beside them those while it was warm (`warm_gap`): a running request waits for no load. Then the memory: what is resident above a process that has imported the same
-modules and done nothing, over what `/stats` accounts for: after loading, with the adapters that were taken in; once
-started again, which maps the base and has read little of it yet; and after these requests.
+beside them those while it was warm (`warm_gap`): a running request waits for no load. Then the memory: what is resident
+above a process that has imported the same modules and done nothing, over what `/stats` accounts for: after loading,
+with the adapters that were taken in; once started again, which maps the base and has read little of it yet; and after
+these requests.
 """
 
 from __future__ import annotations
