@@ -262,23 +262,31 @@ class Engine:
         self._slots.reset()
 
     def _recover(self, error: BaseException) -> None:
-        """A step has failed: its requests end with EngineFailed, or with the NoCapacity that it was; those that wait,
-        and the adapters, are unharmed.
+        """A step has failed: its requests end with EngineFailed; those that wait, and the adapters, are unharmed.
 
-        If no step was planned, something that waits is at fault, and no one can tell which: then all of them end.
+        If memory lacked for it (NoCapacity), those end whose prompts it had: without them it is a small step, which
+        computes again what this one may have computed of the others. If no step was planned, something that waits is at
+        fault, and no one can tell which: then all of them end.
         """
         log.error("a step failed: %s", self._record.what_runs(), exc_info=error)
-        ran = self._record.runs
+        work = self._record.plan.work
         self._record.failed()
-        scheduler = self._scheduler
-        lost = [request for request in self._live.values() if request not in scheduler.waiting]
+        if isinstance(error, NoCapacity):
+            prompts = [item.request for item in work if item.tokens > 1 and item.request.state is State.RUNNING]
+            if prompts:
+                return self._lose(prompts, error)
+        lost = [request for request in self._live.values() if request not in self._scheduler.waiting]
         failed = "a step of the engine failed, and this request with it; it can be sent again"
         failure = error if isinstance(error, NoCapacity) else EngineFailed(failed)
-        for request in lost if lost or ran else list(self._live.values()):
+        self._lose(lost if lost or work else list(self._live.values()), failure)
+        self._scheduler.reset()
+
+    def _lose(self, requests: list[Request], error: Exception) -> None:
+        """End requests by an error, and trust nothing that they have computed."""
+        for request in requests:
             if request.state is not State.DONE:
-                scheduler.end(request, time.monotonic(), trusted=False)
-            self._last(request, Delivery(finish_reason="error", error=failure))
-        scheduler.reset()
+                self._scheduler.end(request, time.monotonic(), trusted=False)
+            self._last(request, Delivery(finish_reason="error", error=error))
 
     def _check(self, request: Request) -> None:
         most, scored = request.most_tokens, request.scored

@@ -113,9 +113,9 @@ class StepRecord:
         return failed is not None and time.monotonic() - failed < FAILING_SECONDS
 
     @property
-    def runs(self) -> bool:
-        """Whether a step has been planned, and runs or is read."""
-        return bool(self._plan.work)
+    def plan(self) -> Plan:
+        """The step that runs or is read; one without work if there is none."""
+        return self._plan
 
     def stuck_for(self) -> float:
         """Seconds since the current step began; 0 between steps."""

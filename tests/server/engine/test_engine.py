@@ -437,7 +437,8 @@ def test_a_failed_step_spares_those_that_wait(
     assert b.engine.stats()["failures"] == 1 and b.engine.state == "running"
     again = b.submit(before.request.prompt)
     until(lambda: again.reason)
-    assert again.request.cached == 0 and again.tokens == before.tokens, "what was cached is trusted no more"
+    assert again.tokens == before.tokens
+    assert (again.request.cached > 0) == (kind is NoCapacity), "otherwise what was cached is trusted no more"
     assert b.engine.stop(1.0)
     b.check_empty()
 

@@ -219,6 +219,23 @@ def test_an_answer_whose_last_token_is_on_its_way_is_whole_though_the_next_step_
     made.check_empty()
 
 
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_prompt_that_memory_lacks_for_ends_alone(bench: Any, tools: Any, overlapped: bool) -> None:
+    """Those that answer go on, on their keys, values and adapters, and what waits is served."""
+    made = bench(overlapped=overlapped, max_batch=2)
+    answering = made.submit([5, 6, 7], mix=tools.mix_of("a1"), max_tokens=9)
+    for _ in range(3):
+        made.engine.step()
+    prompt, waiting = made.submit([5, 6, 8, 9]), made.submit([5, 6, 9])
+    failing(made, NoCapacity("no memory for a step"))
+    assert isinstance(prompt.error, NoCapacity) and not prompt.tokens and answering.reason is None
+    assert made.engine.holds(tools.digest_of("a1"))
+    made.settle()
+    for heard in (answering, waiting):
+        assert (heard.reason, heard.tokens) == ("length", tools.solo(heard, made.runner.vocab))
+    made.check_empty()
+
+
 def test_a_request_whose_last_token_is_on_its_way_holds_no_place(bench: Any, tools: Any) -> None:
     """Short answers take as many steps as they do where each is read at once."""
     for overlapped in (True, False):

@@ -155,12 +155,14 @@ def test_answers_are_those_of_the_plain_engine(base: Tiny, tools: Any, blocks: i
 def test_a_step_without_memory_takes_nothing_from_the_one_before(
     base: Tiny, tools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The answer whose last token has been drawn is whole; who runs hears of it; adapters and waiting requests stay."""
+    """The answer whose last token has been drawn is whole, another one goes on; the prompt that there is no room for
+    ends, and its adapter can be used again."""
     made = bench_on(base, tools, OverlappedEngine)
     whole = made.submit([5, 6, 7], max_tokens=2, mix=tools.mix_of("a0"))
     other = made.submit([5, 6, 8], max_tokens=9)
     for _ in range(2):
         made.engine.step()
+    prompt = made.submit([7, 8, 9, 10], mix=tools.mix_of("a0"))
 
     def lacks(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no memory")
@@ -171,8 +173,8 @@ def test_a_step_without_memory_takes_nothing_from_the_one_before(
         made.engine.step()
     made.engine._recover(raised.value)
     assert (whole.reason, len(whole.tokens)) == ("length", 2)
-    assert other.reason == "error" and isinstance(other.error, NoCapacity) and len(other.tokens) == 2
-    again = made.submit([5, 6, 7], max_tokens=2, mix=tools.mix_of("a0"))
+    assert isinstance(prompt.error, NoCapacity) and not prompt.tokens and other.reason is None
+    again = [made.submit(h.request.prompt, max_tokens=4, mix=h.request.mix) for h in (other, prompt)]
     made.settle()
-    assert again.tokens == whole.tokens
+    assert (other.reason, other.tokens[:4]) == ("length", again[0].tokens) and again[1].reason == "length"
     made.check_empty()
