@@ -129,13 +129,12 @@ class Engine:
         request.seed = secrets.randbits(63) if seed is None else seed
         begins = self._text.begins_after(request.prompt[-1])
         request.reader = Detokenizer(self._text, request.sampling.stop, begins=begins)
-        loads = self._scheduler.loads
-        if not self._slots.has(request.mix):
-            loads.begin(request)
+        if not self._inbox.waiting:
+            self._scheduler.begin(request)
         try:
             self._inbox.put(request)
         except BaseException:
-            loads.drop(request)
+            self._scheduler.loads.drop(request)
             raise
 
     def cancel(self, request_id: str) -> None:
@@ -264,17 +263,17 @@ class Engine:
     def _recover(self, error: BaseException) -> None:
         """A step has failed: its requests end with EngineFailed; those that wait, and the adapters, are unharmed.
 
-        If memory lacked for it (NoCapacity), those end whose prompts it had: without them it is a small step, which
-        computes again what this one may have computed of the others. If no step was planned, something that waits is at
-        fault, and no one can tell which: then all of them end.
+        If memory lacked for it (NoCapacity), those end that had more than one row in it: without them it is a small
+        step, which computes again what this one may have computed of the others. If no step was planned, something
+        that waits is at fault, and no one can tell which: then all of them end.
         """
         log.error("a step failed: %s", self._record.what_runs(), exc_info=error)
         work = self._record.plan.work
         self._record.failed()
         if isinstance(error, NoCapacity):
-            prompts = [item.request for item in work if item.tokens > 1 and item.request.state is State.RUNNING]
-            if prompts:
-                return self._lose(prompts, error)
+            large = [item.request for item in work if item.tokens > 1 and item.request.state is State.RUNNING]
+            if large:
+                return self._lose(large, error)
         lost = [request for request in self._live.values() if request not in self._scheduler.waiting]
         failed = "a step of the engine failed, and this request with it; it can be sent again"
         failure = error if isinstance(error, NoCapacity) else EngineFailed(failed)

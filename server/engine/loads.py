@@ -18,9 +18,6 @@ from adapters.weights import LoraWeights, Mix
 from server.engine.request import Request, State
 from server.errors import EngineFailed
 
-BEGUN = 2
-"""Loads that may be on their way before the engine's thread has heard of the requests for them."""
-
 Fetch = Callable[[Mix], "Future[tuple[LoraWeights, ...]]"]
 
 
@@ -35,7 +32,8 @@ class _Load:
 
 
 class Loads:
-    """At most `limit` mixes that have to be read are asked for at a time, and as many that are in RAM.
+    """At most `limit` mixes that have to be read are asked for at a time, and as many that are in RAM; beside what is
+    begun for a request that the engine's thread has not heard of yet.
 
     So one that is in RAM never waits for a place behind those that are read. `wake` is called, on any thread, when a
     load is done. The weights of a load that is done are held until the last of its waiters has left.
@@ -50,8 +48,6 @@ class Loads:
         self._loads: dict[Mix, _Load] = {}
         self._places: Counter[bool] = Counter()
         """Those taken, by whether the load is warm."""
-        self._begun: set[Mix] = set()
-        """What has been begun for requests that the engine's thread has not heard of yet."""
         self._came: deque[Mix] = deque()
         """Whose load is done, as it is told on any thread."""
         self._in_ram: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
@@ -63,29 +59,24 @@ class Loads:
     def begin(self, request: Request) -> None:
         """From any thread: what a new request has to wait for is on its way before the step that runs now is over.
 
-        Only where nothing else is: what comes first, and for whom there is RAM, is otherwise for the engine's thread to
-        say. Either `add` or `drop` has to follow, once.
+        Only where nothing else is read: what comes first, and for whom there is RAM, is otherwise for the engine's
+        thread to say. Either `add` or `drop` has to follow, once.
         """
-        mix = request.mix
-        if mix and not self._places[False] and len(self._begun) < BEGUN and mix not in self._begun:
-            if not self._is_warm(mix):
-                self._begun.add(mix)
-                request.load = self._fetched(mix)
+        if request.mix and not self._places[False] and not self._is_warm(request.mix):
+            request.begun = self._fetched(request.mix)
 
     def drop(self, request: Request) -> None:
         """From any thread: the request has not come to be, or waits for nothing."""
-        future, request.load = request.load, None
+        future, request.begun = request.begun, None
         if future is not None:
-            self._begun.discard(request.mix)
             future.cancel()
 
     def add(self, request: Request, now: float) -> None:
         """What was begun for a new request is the load of its mix, unless there is one or no place for it."""
-        future = request.load
+        future = request.begun
         if future is None or request.mix in self._loads or self._places[False] >= self._limit:
             return self.drop(request)
-        self._begun.discard(request.mix)
-        request.load = None
+        request.begun = None
         self._take(request.mix, future, warm=False).waiters[request] = now
         if not future.done():
             request.state = State.LOADING

@@ -145,10 +145,11 @@ class _Job:
 class _LaterDrawn:
     """Tokens that are waited for when they are read; see `Drawn`."""
 
-    def __init__(self, job: _Job, tokens: npt.NDArray[np.int32]) -> None:
-        self._job, self._tokens = job, tokens
+    def __init__(self, logits: Logits, job: _Job, tokens: npt.NDArray[np.int32]) -> None:
+        self._logits, self._job, self._tokens = logits, job, tokens
 
     def read(self) -> npt.NDArray[np.int32]:
+        self._logits.wait()  # where the step has failed, what was drawn is of whatever lay there
         self._job.finish()
         return self._tokens
 
@@ -282,7 +283,7 @@ class NativeRunner:
         addresses = how.ctypes.data, top_k.ctypes.data, tokens.ctypes.data
         number = self._library.loramux_model_draw(self._model, rows.data_ptr(), len(rows), *addresses, job.outcome)
         self._give(job, number)
-        return _LaterDrawn(job, tokens)
+        return _LaterDrawn(logits, job, tokens)
 
     def _give(self, job: _Job, number: int) -> None:
         """Keep what the job needs. Raises MemoryError if it was not taken."""

@@ -108,12 +108,15 @@ class OverlappedEngine(Engine):
                     request.first_token = now
         self._deliver(work, picks)
 
-    def _land_before_the_end(self) -> None:
-        """What was drawn before a step failed, or the engine stops, is right: some answers are whole with it."""
+    def _land_before_the_end(self) -> BaseException | None:
+        """What was drawn before a step failed, or the engine stops, is right: some answers are whole with it. Answers
+        what kept it from being told, if anything has."""
         try:
             self._land()
-        except Exception:
+        except BaseException as error:  # whatever it is, all that is left has to hear of its end
             log.exception("the tokens of a step were lost: %s", self._record.what_runs())
+            return error
+        return None
 
     def _last(self, request: Request, delivery: Delivery) -> None:
         _forget_promise(request)
@@ -136,8 +139,8 @@ class OverlappedEngine(Engine):
         except Exception as found:
             self._flight = None
             fault = f"the device answers nothing any more after a fault ({found})"
-        self._land_before_the_end()
-        super()._recover(error)
+            error = found
+        super()._recover(self._land_before_the_end() or error)
         if fault is not None:
             self._lost = fault
 

@@ -126,8 +126,8 @@ class Request:
 
     # written by the engine
     state: State = State.QUEUED
-    load: Future[tuple[LoraWeights, ...]] | None = None
-    """What was begun before the engine's thread has heard of it."""
+    begun: Future[tuple[LoraWeights, ...]] | None = None
+    """The load of its adapters, until the engine's thread has heard of the request."""
     output: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens of prompt + output whose keys and values are in the cache."""

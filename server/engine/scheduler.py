@@ -112,6 +112,12 @@ class Scheduler:
 
     # -- between steps
 
+    def begin(self, request: Request) -> None:
+        """From any thread: a new request that nobody waits before, and that there is a place for, has its adapters read
+        at once. `add` has to follow, or the load be dropped."""
+        if len(self.running) < self.limits.max_batch and not self.slots.has(request.mix):
+            self.loads.begin(request)
+
     def add(self, request: Request) -> None:
         """A new request waits from now on."""
         self.waiting.add(request)

@@ -302,7 +302,7 @@ class Bench:
         assert stats["kv_blocks"]["used"] == 0
         assert stats["slots"]["in_use"] == 0
         assert not self.engine._live
-        assert len(self.engine._scheduler.loads) == 0 and not self.engine._scheduler.loads._begun
+        assert len(self.engine._scheduler.loads) == 0
         assert not any(self.engine._scheduler.waiting._present.values())
         assert not self.engine._scheduler._blocked and not self.engine._scheduler._coming
         assert self.engine._inbox.waiting == 0 and self.engine._inbox._tokens == 0 and not self.engine._inbox._waiting

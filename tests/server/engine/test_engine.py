@@ -283,28 +283,43 @@ def test_tenant_and_mix_do_not_share_a_prefix(bench: Any, tools: Any) -> None:
 
 
 def test_a_cold_load_begins_with_its_request_and_ends_with_it(bench: Any, tools: Any) -> None:
-    """Before the next step is planned; whatever keeps the request from waiting for it keeps nothing in RAM."""
+    """Before the next step is planned, if it is the next to enter."""
     fetch = tools.Fetcher(ready=set())
-    b = bench(fetch=fetch, max_queue=1)
+    b = bench(fetch=fetch, max_queue=1, max_batch=1)
     cold = b.submit(prompt(1), mix=tools.mix_of("a1"))
     assert len(fetch.pending) == 1
     with pytest.raises(QueueFull):
         b.submit(prompt(2), mix=tools.mix_of("a2"))
-    assert fetch.pending[1][1].cancelled() and not fetch.pending[0][1].cancelled()
+    assert len(fetch.pending) == 1, "nothing is read for who is refused"
     b.engine.cancel(cold.request.id)
     b.engine.step()
     assert cold.reason == "cancelled" and fetch.pending[0][1].cancelled()
     again = b.submit(prompt(1), mix=tools.mix_of("a1"))
     b.engine.step()
-    assert again.request.state is State.LOADING and len(fetch.pending) == 3, "one, by which the other steps wait too"
-    fetch.finish(2)
+    assert again.request.state is State.LOADING and len(fetch.asked) == 2, "the step has asked for no other"
+    fetch.finish(1)
+    b.engine.step()
+    assert again.request.state is State.RUNNING
+    later = b.submit(prompt(2), mix=tools.mix_of("a2"))
+    b.engine.step()
+    assert len(fetch.asked) == 2, "there is no place for it"
     b.settle()
-    assert again.tokens == tools.solo(again, b.runner.vocab)
-    here = b.submit(prompt(2), mix=tools.mix_of("a1"))  # in a slot
-    assert len(fetch.asked) == 3
+    assert again.tokens == tools.solo(again, b.runner.vocab) and len(fetch.asked) == 3
+    fetch.finish(1)
     b.settle()
-    assert here.reason == "length"
+    here = b.submit(prompt(2), mix=tools.mix_of("a2"))
+    assert len(fetch.asked) == 3, "it is in a slot"
+    b.settle()
+    assert later.reason == here.reason == "length"
     b.check_empty()
+
+
+def test_what_was_begun_for_an_engine_that_is_stopping_is_given_up(bench: Any, tools: Any) -> None:
+    b = bench(fetch=(fetch := tools.Fetcher(ready=set())))
+    b.engine._inbox.close("the server is stopping")
+    with pytest.raises(NotReady):
+        b.submit(prompt(1), mix=tools.mix_of("a1"))
+    assert fetch.pending[0][1].cancelled()
 
 
 def test_a_cold_adapter_delays_nobody(bench: Any, tools: Any) -> None:
@@ -977,6 +992,7 @@ def test_an_evaluation_takes_no_place_of_a_client_of_its_own_task(bench: Any) ->
 def test_one_id_is_one_request(bench: Any, tools: Any) -> None:
     b = bench(fetch=(fetch := tools.Fetcher(ready=set())))
     first = b.submit(prompt(1))
+    b.engine.step()
     b._ids = iter([0])
     second = b.submit(prompt(2), mix=tools.mix_of("a1"))
     b.settle()

@@ -48,13 +48,14 @@ def test_one_load_serves_all_who_wait_for_it_and_stays_while_one_does(asked: Ask
 
 def test_a_load_that_was_begun_for_a_new_request_is_that_of_all_who_wait_for_it(asked: Asked) -> None:
     first, second = asked.request("a1"), asked.request("a1")
-    for request in (first, second):
+    for request in (first, second):  # before the engine's thread has heard of either
         asked.loads.begin(request)
-    assert len(asked.fetch.asked) == 1 and len(asked.loads) == 0
+    assert len(asked.loads) == 0
     for request in (first, second):
         asked.loads.add(request, 1.0)
-        assert asked.loads.ask(request, 3.0) is None and request.load is None
-    assert len(asked.fetch.asked) == len(asked.loads) == 1 and first.state is second.state is State.LOADING
+        assert asked.loads.ask(request, 3.0) is None and request.begun is None
+    assert len(asked.loads) == 1 and [future.cancelled() for _, future in asked.fetch.pending] == [False, True]
+    assert first.state is second.state is State.LOADING
     asked.fetch.finish()
     assert asked.woken == 1 and asked.loads.settle(4.0) == (True, [])
     assert (first.load_seconds, second.load_seconds) == (3.0, 1.0)
@@ -81,7 +82,7 @@ def test_what_was_begun_for_nobody_is_given_up(asked: Asked) -> None:
     request = asked.request("a1")
     asked.loads.begin(request)
     asked.loads.drop(request)
-    assert asked.fetch.pending[0][1].cancelled() and request.load is None
+    assert asked.fetch.pending[0][1].cancelled() and request.begun is None
     asked.loads.drop(request)  # nothing was begun, which is no error
     asked.loads.begin(request)
     assert len(asked.fetch.asked) == 2, "it can be begun again"
@@ -89,25 +90,26 @@ def test_what_was_begun_for_nobody_is_given_up(asked: Asked) -> None:
 
 def test_nothing_is_begun_beside_what_is_read_or_of_what_is_in_ram(asked: Asked) -> None:
     """Who comes first is for the engine's thread to say, and for whom there is RAM."""
-    first, other, third = (asked.request(f"a{i}") for i in (1, 2, 3))
+    first, other = asked.request("a1"), asked.request("a2")
     asked.loads.ask(first, 1.0)
     asked.loads.begin(other)
-    assert len(asked.fetch.asked) == 1 and other.load is None
+    assert len(asked.fetch.asked) == 1 and other.begun is None
     asked.fetch.finish()
     asked.loads.settle(2.0)
     held = asked.loads.ask(first, 2.0)
     asked.loads.leave(first)
     again = asked.request("a1")
     asked.loads.begin(again)
-    assert held is not None and again.load is None and len(asked.fetch.asked) == 1
-    for request in (other, third, asked.request("a4")):
-        asked.loads.begin(request)
-    assert [mix.digests for mix in asked.fetch.asked[1:]] == [other.mix.digests, third.mix.digests], "two at most"
-    taken = asked.request("a5")
-    asked.loads.ask(taken, 3.0)
-    asked.loads.add(other, 3.0)
-    asked.loads.add(third, 3.0)
-    assert len(asked.loads) == 2 and asked.fetch.pending[1][1].cancelled(), "there is no place for it any more"
+    assert held is not None and again.begun is None and len(asked.fetch.asked) == 1
+
+
+def test_what_was_begun_has_no_place_of_its_own(asked: Asked) -> None:
+    begun, *others = (asked.request(f"a{i}") for i in range(3))
+    asked.loads.begin(begun)
+    for request in others:
+        asked.loads.ask(request, 1.0)
+    asked.loads.add(begun, 2.0)
+    assert len(asked.loads) == 2 and asked.fetch.pending[0][1].cancelled() and begun.state is State.QUEUED
 
 
 def test_the_end_of_a_load_that_was_given_up_says_nothing_of_the_one_that_followed(asked: Asked) -> None:

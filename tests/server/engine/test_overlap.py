@@ -194,15 +194,17 @@ def test_what_ends_while_its_token_is_on_its_way_has_no_trace_of_it(bench: Any, 
     made.check_empty()
 
 
-def failing(made: Any, error: Exception) -> None:
-    """The next step fails by `error`, as in the engine's thread."""
+def failing(made: Any, error: Exception, part: str = "run") -> None:
+    """The next step fails by `error`, as in the engine's thread: before anything is computed, or when all is."""
 
-    def fails(batch: Any) -> None:
-        made.runner.before = lambda batch: None
+    def fails(*_: Any) -> None:
         raise error
 
-    made.runner.before = fails
-    with pytest.raises(type(error)) as raised:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(type(error)) as raised:
+        if part == "run":
+            patch.setattr(made.runner, "before", fails)
+        else:
+            patch.setattr(made.engine._sampler, "ahead" if hasattr(made.engine, "_flight") else "pick", fails)
         made.engine.step()
     made.engine._recover(raised.value)
 
@@ -219,21 +221,54 @@ def test_an_answer_whose_last_token_is_on_its_way_is_whole_though_the_next_step_
     made.check_empty()
 
 
+@pytest.mark.parametrize("part", ["run", "draw"])
 @pytest.mark.parametrize("overlapped", [False, True])
-def test_a_prompt_that_memory_lacks_for_ends_alone(bench: Any, tools: Any, overlapped: bool) -> None:
+def test_a_prompt_that_memory_lacks_for_ends_alone(bench: Any, tools: Any, overlapped: bool, part: str) -> None:
     """Those that answer go on, on their keys, values and adapters, and what waits is served."""
     made = bench(overlapped=overlapped, max_batch=2)
     answering = made.submit([5, 6, 7], mix=tools.mix_of("a1"), max_tokens=9)
     for _ in range(3):
         made.engine.step()
     prompt, waiting = made.submit([5, 6, 8, 9]), made.submit([5, 6, 9])
-    failing(made, NoCapacity("no memory for a step"))
+    failing(made, NoCapacity("no memory for a step"), part)
     assert isinstance(prompt.error, NoCapacity) and not prompt.tokens and answering.reason is None
     assert made.engine.holds(tools.digest_of("a1"))
     made.settle()
     for heard in (answering, waiting):
         assert (heard.reason, heard.tokens) == ("length", tools.solo(heard, made.runner.vocab))
     made.check_empty()
+
+
+class Panic(BaseException):
+    """What a library in Rust raises where its code panics."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic])
+def test_where_the_tokens_of_the_step_before_are_lost_too_nobody_goes_on_without_them(
+    bench: Any, tools: Any, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    made = bench(overlapped=True)
+    answering = made.submit([5, 6, 7], max_tokens=9)
+    for _ in range(2):
+        made.engine.step()
+    prompt = made.submit([5, 6, 8, 9])
+
+    def lost(drawn: Any) -> Any:
+        raise kind("they cannot be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tools.LateTokens, "read", lost)
+        failing(made, NoCapacity("no memory for a step"))
+    for heard in (answering, prompt):
+        assert isinstance(heard.error, EngineFailed) and heard.request.output == heard.tokens
+    made.check_empty()
+
+    again = made.submit([5, 6, 7])
+    made.engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(tools.LateTokens, "read", lost)
+        made.engine._finish()
+    assert again.reason == "error" and again.request.output == again.tokens
 
 
 def test_a_request_whose_last_token_is_on_its_way_holds_no_place(bench: Any, tools: Any) -> None:

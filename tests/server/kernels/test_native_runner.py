@@ -528,6 +528,16 @@ def test_an_adapter_that_was_prepared_for_another_kind_of_base_is_refused() -> N
             runner_of(base).place(0, other.prepare(weights))
 
 
+def test_what_is_drawn_of_a_step_that_lacked_memory_is_told_by_nobody() -> None:
+    runner = runner_of(bases("llama-int4")[0])
+    logits = runner.run(batch_of([(Sequence(tokens(1, 8), [0]), 8)]))
+    logits.wait()
+    logits._wait.__self__.outcome.value = bindings.NO_MEMORY  # type: ignore[attr-defined]
+    drawn = runner.draw(logits, np.array([[1.0, 1.0, 0.0, 0.5]] * 8, np.float32), np.zeros(8, np.int32))
+    with pytest.raises(MemoryError, match="work buffers"):
+        drawn.read()
+
+
 def test_memory_for_logits_is_used_again_once_nobody_holds_it() -> None:
     native, _ = bases("llama-int4")
     runner = runner_of(native)
