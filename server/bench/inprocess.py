@@ -26,6 +26,7 @@ from server.model.loader import Base
 CONTEXT = 2048
 BLOCK = 16
 SLOTS = 64
+"""As a server has by default."""
 GREEDY = Sampling()
 
 

@@ -7,7 +7,7 @@ the runner puts in what the device has drawn there. Then the flight lands: its t
 What a plan made without them cannot know is made good when they land:
 - An answer that has ended by an end token or a stop string, or was cancelled, has one row too many in the next step.
   Nobody reads what is drawn there; its keys and values are in a block that later steps write after it.
-- An answer whose last token is on its way by max_tokens gets no place for a further one, so nothing is planned for it.
+- An answer whose last token is on its way by max_tokens has no row in the next step, and another may have its place.
 - A request whose next token depends on more than logits and temperature (penalties, a grammar, log-probabilities,
   scores) makes its step one that is read at once: nothing is planned ahead of it.
 - What arrives after a plan waits for one step more: so the runner has it made as late as it can.

@@ -347,6 +347,10 @@ def bench(text: Text) -> Callable[..., Bench]:
     return lambda **options: Bench(text, **options)
 
 
+class Panic(BaseException):
+    """What a library in Rust raises where its code panics."""
+
+
 class Tools:
     """What tests of this folder need by name."""
 

@@ -22,6 +22,7 @@ from server.engine.slots import Room
 from server.engine.text import Text
 from server.errors import DeadlineExceeded, EngineFailed, InvalidRequest, NoCapacity, NotReady, QueueFull
 from server.model.vocabulary import from_gguf
+from tests.server.engine.conftest import Panic
 from tests.waiting import SECONDS, until
 
 
@@ -422,10 +423,6 @@ def test_deadlines(bench: Any, tools: Any) -> None:
     assert [str(h.error).split()[-1] for h in (running, queued, loading)] == ["running", "waiting", "waiting"]
     assert 0 < len(running.tokens) < 240
     b.check_empty()
-
-
-class Panic(BaseException):
-    """What a library in Rust raises where its code panics."""
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 
 from server.engine.request import State
 from server.errors import DeadlineExceeded, EngineFailed, NoCapacity
+from tests.server.engine.conftest import Panic
 from tests.waiting import SECONDS
 
 
@@ -237,10 +238,6 @@ def test_a_prompt_that_memory_lacks_for_ends_alone(bench: Any, tools: Any, overl
     for heard in (answering, waiting):
         assert (heard.reason, heard.tokens) == ("length", tools.solo(heard, made.runner.vocab))
     made.check_empty()
-
-
-class Panic(BaseException):
-    """What a library in Rust raises where its code panics."""
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, Panic])
