@@ -14,6 +14,7 @@ import torch
 
 from adapters import pruning
 from adapters.errors import AdapterError, InvalidChoice
+from adapters.seeds import check_seed
 from adapters.weights import LoraWeights, LowRank, check_weight, sealed
 
 Pairs = Sequence[tuple[LoraWeights, float]]
@@ -102,7 +103,7 @@ def dare(pairs: Pairs, name: str, *, density: float, seed: int, majority: str | 
     _check_density(density)
     if majority is not None:
         _check_majority(majority)
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(check_seed(seed))
 
     def merge(factors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
         kept = [f * torch.bernoulli(torch.full_like(f, density), generator=draw) / density for f in factors]

@@ -66,12 +66,14 @@ class NoSlots:
 
 @dataclass(frozen=True)
 class Published:
-    """`created` is false if the name had this very content already. `metadata` is the reader's account of it, and
-    `description` what the adapter was at that moment: it may be gone by the time that somebody is told.
+    """`created` is false if the name had this very content already, `first` true if it had none. `metadata` is the
+    reader's account of it, and `description` what the adapter was at that moment: it may be gone by the time that
+    somebody is told.
     """
 
     version: Version
     created: bool
+    first: bool
     metadata: Mapping[str, Any]
     description: Description
 

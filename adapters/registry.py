@@ -322,7 +322,7 @@ class Registry:
             if source in (WATCH, LIBRARY) and (before := self.taken_from(taken[0])) is not None:
                 if before.digest == digest and not same:
                     self._store.write(journal)
-                    return Published(version, False, weights.metadata, self._sketch(name))
+                    return Published(version, False, False, weights.metadata, self._sketch(name))
                 dropped = before.without(taken[1])
         if history:
             weights = carry_over(weights, self._store.records[history[0]], dropped)
@@ -342,7 +342,7 @@ class Registry:
             self._failures.pop(digest, None)
         self._serve(journal)
         self._hold_late_pins()
-        return Published(version, not same, weights.metadata, self._sketch(name))
+        return Published(version, not same, not history, weights.metadata, self._sketch(name))
 
     def _move(self, version: Version, if_match: str | None) -> Published:
         name, digest = version.name, version.digest
@@ -355,7 +355,7 @@ class Registry:
             journal = journal.point(name, digest, journal.names[name].source, time.time(), self.asked_for(name))
             self._store.write(journal)
             self._serve(journal)
-        return Published(version, not same, self.metadata(name), self._sketch(name))
+        return Published(version, not same, False, self.metadata(name), self._sketch(name))
 
     def _retire_unused(self, name: str, if_match: str | None) -> Retired:
         self._names.expect_unused(name, self.tasks(name))

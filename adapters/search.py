@@ -61,6 +61,7 @@ def search_rank(
     seeds: Sequence[int] = (0,),
     share: float = 1.0 / 3.0,
     tell: Callable[[Row], None] | None = None,
+    shown: Callable[[float], float] = lambda score: score,
 ) -> RankSearch:
     """The smallest rank that is good enough, by successive halving (Jamieson & Talwalkar 2016), factor 3.
 
@@ -68,8 +69,8 @@ def search_rank(
     within `share` of the steps of the full grid, which is every rank for `max_steps` with every seed. At least two get
     so far; shorter rungs make room if need be. The smaller of two equals goes on: small ranks learn more slowly at
     first, so what is within three times `tolerance` of the best after a ninth of the steps counts as equal to it.
-    Raises AdapterError for arguments that leave no choice, and for so few steps that the share is spent before each
-    rung has one.
+    `tell` hears of every rank that was tried; `shown` is how the advice tells a score. Raises AdapterError for
+    arguments that leave no choice, and for so few steps that the share is spent before each rung has one.
     """
     ranks = sorted(set(ranks))
     if not ranks or ranks[0] < 1:
@@ -105,7 +106,7 @@ def search_rank(
     top = max(rows[r].score for r in left)
     chosen = next(r for r in left if rows[r].score >= top - tolerance)
     table = tuple(rows[r] for r in ranks)
-    return RankSearch(chosen, table, spent, grid, tolerance, _advice(table, chosen, left, tolerance))
+    return RankSearch(chosen, table, spent, grid, tolerance, _advice(table, chosen, left, tolerance, shown))
 
 
 def _best(ranks: list[int], rows: Mapping[int, Row], keep: int, tolerance: float) -> list[int]:
@@ -118,10 +119,13 @@ def _best(ranks: list[int], rows: Mapping[int, Row], keep: int, tolerance: float
     return sorted([best, *as_good, *others][:keep])
 
 
-def _advice(table: Sequence[Row], chosen: int, finalists: Sequence[int], tolerance: float) -> str:
+def _advice(
+    table: Sequence[Row], chosen: int, finalists: Sequence[int], tolerance: float, shown: Callable[[float], float]
+) -> str:
     row = next(r for r in table if r.rank == chosen)
     largest = table[-1]
-    lines = [f"Take rank {chosen}: {row.parameters:,} parameters, score {row.score:.4f} after {row.steps} steps."]
+    score = f"score {shown(row.score):.4f}"
+    lines = [f"Take rank {chosen}: {row.parameters:,} parameters, {score} after {row.steps} steps."]
     if chosen == table[0].rank and len(table) > 1:
         lines.append("It is the smallest that was tried; a smaller one may do as well.")
     elif chosen == largest.rank and len(table) > 1:

@@ -28,12 +28,11 @@ from adapters.data import Example, Tokens
 from adapters.errors import AdapterError, TrainingStopped
 from adapters.layers import LoraSpec
 from adapters.optimizer import AdamW, learning_rate
+from adapters.seeds import check_seed
 from adapters.weights import LoraWeights
 
 TRIM_STEPS = 16
 """Updates after which freed memory is given back: batches differ in size, so the heap falls into ever more pieces."""
-SEEDS = (-(1 << 63), (1 << 64) - 1)
-"""What torch's generators begin with: 64 bits, with a sign or without."""
 LOSS_ROWS = 256
 """Rows whose logits are in memory at a time."""
 MOST_EPOCHS = 1e9
@@ -124,8 +123,7 @@ class TrainingConfig:
             raise AdapterError(
                 "patience counts evaluations; set eval_steps, after how many updates one comes", "patience"
             )
-        if not SEEDS[0] <= self.seed <= SEEDS[1]:
-            raise AdapterError(f"seed must be a whole number of 64 bits, up to 2**64 - 1, not {self.seed}", "seed")
+        check_seed(self.seed)
         if self.compute_dtype not in ("bfloat16", "float32"):
             raise AdapterError(f"compute_dtype is bfloat16 or float32, not {self.compute_dtype!r}", "compute_dtype")
         self.spec()

@@ -17,8 +17,9 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
 from adapters import composition
-from adapters.peft_format import OPTIONAL, REQUIRED, read_folder, save
+from adapters.peft_format import MAX_SIDE_BYTES, OPTIONAL, REQUIRED, TASK_FILE, read_folder, save
 from adapters.ports import Published
+from adapters.store import open_inside
 from adapters.watch import as_watched
 from server.api import schemas
 from server.api.errors import UNREADABLE
@@ -75,6 +76,8 @@ async def register(request: Request, runtime: Running, parts: Ready) -> Response
     """Give a new name its content. Other content under a name in use is 409: that is what PUT is for."""
     if is_multipart(request):
         async with uploaded(request, runtime.settings, named=True) as (name, folder):
+            parts.registry.check(name)
+            await asyncio.to_thread(_check_task, parts, name, folder, folder)
             published = await parts.registry.publish(name, folder, create_only=True)
     else:
         body = await _json_body(request, schemas.RegisterBody)
@@ -94,23 +97,23 @@ async def register(request: Request, runtime: Running, parts: Ready) -> Response
 )
 async def publish(name: Name, request: Request, runtime: Running, parts: Ready, if_match: IfMatch = None) -> Response:
     """Give a name new content, be it the sum of others, or one of the versions that it had before."""
-    known = name in parts.registry.names()
     expected = _version(parts, name, if_match)
     parts.registry.check(name, expected)  # before anything is fetched or taken in
     if is_multipart(request):
         async with uploaded(request, runtime.settings, named=False) as (field, folder):
             if field not in ("", name):
                 raise InvalidRequest(f"the upload's name is {field[:64]!r}, and the path's {name!r}", "name")
+            await asyncio.to_thread(_check_task, parts, name, folder, folder)
             published = await parts.registry.publish(name, folder, if_match=expected)
-        return described(published.description, 200 if known else 201)
+        return described(published.description, 201 if published.first else 200)
     body = await _json_body(request, schemas.PublishBody)
     if [body.source, body.version, body.from_].count(None) != 2:
         raise InvalidRequest("give one of source, version and from", "source")
     if body.rank is not None and body.from_ is None:
         raise InvalidRequest("rank is what the sum of from is cut to; leave it out", "rank")
     if body.from_ is not None:
-        told, _ = await _publish_sum(runtime, parts, name, body.from_, body.rank, if_match=expected)
-        return described(told, 200 if known else 201)
+        told, published = await _publish_sum(runtime, parts, name, body.from_, body.rank, if_match=expected)
+        return described(told, 201 if published.first else 200)
     if body.version is not None:
         if body.version.partition("@")[0] != name:
             raise InvalidRequest(f"{body.version} is no version of {name!r}", "version")
@@ -118,7 +121,7 @@ async def publish(name: Name, request: Request, runtime: Running, parts: Ready, 
             published = await parts.registry.roll_back(name, body.version, if_match=expected)
     else:
         published = await publish_source(parts, name, body.source or "", if_match=expected)
-    return described(published.description, 200 if known else 201)
+    return described(published.description, 201 if published.first else 200)
 
 
 @router.delete("/{name}", status_code=202, response_model=schemas.AdapterAnswer, responses=WRITE)
@@ -156,14 +159,14 @@ async def prefetch(name: Name, parts: Ready) -> Response:
 )
 async def compose(body: schemas.ComposeBody, runtime: Running, parts: Ready) -> Response:
     """Store a mix as one adapter: the exact sum, cut to `rank` if that is given. `error` is what the cut costs."""
-    told, created = await _publish_sum(runtime, parts, body.name, body.from_, body.rank, create_only=True)
-    return described(told, 201 if created else 200)
+    told, published = await _publish_sum(runtime, parts, body.name, body.from_, body.rank, create_only=True)
+    return described(told, 201 if published.created else 200)
 
 
 async def _publish_sum(
     runtime: Runtime, parts: Parts, name: str, terms: Sequence[schemas.Weighted], rank: int | None, **options: Any
-) -> tuple[dict[str, Any], bool]:
-    """Publish the sum of adapters; answers what is told of it, and whether it is new. Raises what the registry does."""
+) -> tuple[dict[str, Any], Published]:
+    """Publish the sum of adapters; answers what is told of it, and what came of it. Raises what the registry does."""
     with called(adapters="from"):
         lease = parts.registry.lease([(term.name, term.weight) for term in terms])
     with lease:
@@ -182,7 +185,7 @@ async def _publish_sum(
         async with temporary(runtime.settings) as folder:
             error = await asyncio.to_thread(make, folder)
             published = await parts.registry.publish(name, folder, source="compose", **options)
-    return {**published.description, "error": error}, published.created
+    return {**published.description, "error": error}, published
 
 
 async def publish_source(parts: Parts, name: str, place: str, **options: Any) -> Published:
@@ -194,10 +197,26 @@ async def publish_source(parts: Parts, name: str, place: str, **options: Any) ->
     try:
         with disk_errors("the adapter"):
             async with parts.sources.open(place) as (folder, within):
+                await asyncio.to_thread(_check_task, parts, name, folder, within)
                 taken = await asyncio.to_thread(as_watched, name, folder, within)
                 return await parts.registry.publish(name, folder, within=within, taken=taken, **options)
     except OSError as error:
         raise InvalidRequest(f"source cannot be read: {error.strerror}", "source") from None
+
+
+def _check_task(parts: Parts, name: str, folder: Path, within: Path | None) -> None:
+    """Raises InvalidRequest for a task.json that would take the adapter's task away and be none itself: who sends it is
+    there to be told. One that cannot even be read is the reader's to refuse."""
+    found = open_inside(folder / TASK_FILE, within)
+    if found is None:
+        return
+    with open(found, "rb") as file:
+        content = file.read(MAX_SIDE_BYTES)
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return
+    parts.tasks.check_file(name, body)
 
 
 def described(told: dict[str, Any], status: int = 200) -> Response:

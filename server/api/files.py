@@ -12,6 +12,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse
 from starlette.datastructures import UploadFile
+from starlette.types import Receive, Scope, Send
 
 from server.api import fine_tuning_schemas as schemas
 from server.api.generate import json_response
@@ -26,6 +27,15 @@ router = APIRouter(prefix="/v1/files", tags=["files"])
 Id = Annotated[str, PathParameter(max_length=schemas.MAX_FILE_ID)]
 After = Annotated[str | None, Query(max_length=schemas.MAX_FILE_ID, description="the id after which to begin")]
 PURPOSE = "fine-tune"
+
+
+class _WholeFile(FileResponse):
+    """A file, all of it whatever range is asked for, as HTTP allows: Starlette refuses some in a form of its own."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = [(name, value) for name, value in scope["headers"] if name not in (b"range", b"if-range")]
+        await super().__call__({**scope, "headers": asked}, receive, send)
+
 
 _FORM = {
     "requestBody": {
@@ -109,10 +119,10 @@ async def content(file_id: Id, parts: Ready) -> Response:
     path = parts.files.path(file_id)
     if not path.is_file():
         raise UnknownName(f"the content of {file_id} is gone from the server's disk; upload it again", "file_id")
-    return FileResponse(
+    return _WholeFile(
         path,
         media_type="application/octet-stream",
-        headers={"x-content-type-options": "nosniff"},
+        headers={"x-content-type-options": "nosniff", "accept-ranges": "none"},
     )
 
 

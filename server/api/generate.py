@@ -67,7 +67,7 @@ async def classify(
         labels = check_labels(body.labels, "labels") if body.labels else target.task.labels if target.task else ()
         if not labels:
             raise InvalidRequest("labels are needed: give them here, or the task some", "labels")
-        encoded = await parts.prompts.of_labels(target.task, body.prompt, labels)
+        encoded = await parts.prompts.of_labels(target.task, body.prompt, labels, caller.deadline)
     generation = parts.inference.start(
         target,
         [ids for ids, _ in encoded],

@@ -39,12 +39,13 @@ async def get_job(id: Id, parts: Ready) -> dict[str, Any]:
     """One job, with its curves and what was said of it."""
     job = parts.jobs.get(id)
     events = await asyncio.to_thread(parts.jobs.records.events, job.id)
-    curves: dict[str, list[list[float]]] = {name: [] for name in CURVES}
+    values: dict[str, dict[int, float]] = {name: {} for name in CURVES}
     for event in events:
         if event["type"] == "metrics":
             for name in CURVES:
-                if name in event["data"]:
-                    curves[name].append([event["data"]["step"], event["data"][name]])
+                if name in event["data"]:  # of a step that was taken twice, after a crash, what it was at last
+                    values[name][event["data"]["step"]] = event["data"][name]
+    curves = {name: sorted(those.items()) for name, those in values.items()}
     said = [{k: e[k] for k in ("at", "level", "message")} for e in events if e["type"] == "message"]
     return {**summary(job), "asked": job.request, "curves": curves, "messages": said[-MESSAGES:]}
 

@@ -112,10 +112,9 @@ async def _answer(
         if len(prompts) * n > schemas.MAX_SEQUENCES:
             raise InvalidRequest(f"{len(prompts)} prompts with n={n} are over {schemas.MAX_SEQUENCES} answers", "n")
         asked = _asked(body)
-        longest = max(map(len, prompts))
         own = target.task.defaults if target.task else {}
-        chosen = sampling.build(asked, {k: v for k, v in own.items() if k != "logprobs"}, defaults,
-                                parts.prompts.room, longest)  # fmt: skip
+        own = {k: v for k, v in own.items() if k != "logprobs"}
+        built = [sampling.build(asked, own, defaults, parts.prompts.room, len(p)) for p in prompts]
         schema = body.response_format.schema_of_answer() if body.response_format is not None else None
         grammars: Sequence[Constraint] = ()
         if schema is not None:
@@ -123,7 +122,7 @@ async def _answer(
     generation = parts.inference.start(
         target,
         [p for p in prompts for _ in range(n)],
-        choices(chosen, n) * len(prompts),
+        [each for chosen in built for each in choices(chosen, n)],
         caller,
         id=shape.id,
         answers=n,

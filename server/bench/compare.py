@@ -227,7 +227,10 @@ def _output(command: list[str], stdin: str) -> str:
     would compute while others are measured."""
     pipe = subprocess.PIPE
     try:
-        peer = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, process_group=0)
+        # What a peer tells of itself need not be text throughout: a name that it cuts off within a character.
+        peer = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace", process_group=0
+        )
     except OSError as error:
         raise PeerFailed(f"{command[0]!r} cannot be run: {error}; see docs/benchmarks.md", "peers") from error
     with peer:

@@ -45,8 +45,9 @@ class Cost:
 class Meter:
     """Measures the ceilings with `threads` threads, by a quarter of a gigabyte and two int8 matrices.
 
-    Memory is read in a linear walk, and as a matrix of which a product takes several rows side by side: a processor
-    that prefetches so many lines of each page gives more to those who read several pages at a time.
+    Both are the quicker of two ways. Memory is read in a linear walk, and as a matrix of which a product takes several
+    rows side by side: a processor that prefetches so many lines of each page gives more to those who read several pages
+    at a time. The second int8 matrix lies by rows or by columns.
     """
 
     def __init__(self, threads: int) -> None:
@@ -55,7 +56,7 @@ class Meter:
         self._data = torch.ones(1 << 26)
         self._ones = torch.ones(1 << 14)
         self._a = torch.randint(-127, 127, (n, n), dtype=torch.int8)
-        self._b = torch.randint(-127, 127, (n, n), dtype=torch.int8).t()
+        self._b = torch.randint(-127, 127, (n, n), dtype=torch.int8)
         self._taken: list[Ceilings] = []
 
     def take(self) -> None:
@@ -65,7 +66,7 @@ class Meter:
         try:
             time.sleep(ASLEEP)
             read = min(_timed(read) for read in (self._data.sum, self._side_by_side) for _ in range(3))
-            multiply = min(_timed(lambda: torch._int_mm(self._a, self._b)) for _ in range(3))
+            multiply = min(_timed(product) for product in (self._by_rows, self._by_columns) for _ in range(3))
             time.sleep(ASLEEP)
         finally:
             torch.set_num_threads(before)
@@ -73,6 +74,12 @@ class Meter:
 
     def _side_by_side(self) -> torch.Tensor:
         return self._data.view(-1, len(self._ones)) @ self._ones
+
+    def _by_rows(self) -> torch.Tensor:
+        return torch._int_mm(self._a, self._b)
+
+    def _by_columns(self) -> torch.Tensor:
+        return torch._int_mm(self._a, self._b.t())
 
     def median(self) -> Ceilings:
         """Of what has been taken: steps that are measured in turn with it are medians too."""

@@ -14,7 +14,7 @@ import typer
 from server.cli import logs
 from server.cli.inprocess import choice_of, open_base, opened, target_of
 from server.cli.options import BASE, AsJson, with_settings
-from server.cli.terminal import Progress, out, print_json, progress
+from server.cli.terminal import Progress, fail, out, print_json, progress
 from server.errors import BadSetting
 from server.settings import Settings
 
@@ -55,24 +55,27 @@ def evaluate(
     """Measure one or several candidates for a task on the same examples; differences are to the first, paired."""
     from adapters.data import read
     from server.kernels import choose
-    from server.tasks.evaluation import check_metrics, pairs
+    from server.tasks.evaluation import LOSS, check_metrics, pairs
 
     logs.configure_quietly(settings.log_format, settings.log_level)
     examples = pairs(read(data))[:limit]
     metrics = check_metrics(metric) if metric else ()
     asked = Asked(task, examples, candidate or (), metrics)
     if answers is not None:
+        if set(metrics) == {LOSS}:
+            raise BadSetting("the loss is taken without answers; leave --answers out, or add a metric", "answers")
         _writable(answers)
     base = open_base(settings, choose(settings.kernels, settings.device), quiet=as_json)
     with progress("examples", quiet=as_json) as bar:
         found = asyncio.run(_evaluate(settings, base, asked, bar))
-    if answers is not None:
-        _write_answers(answers, asked.examples, found)
     told = _told(task, len(examples), found)
+    lost = None if answers is None else _write_answers(answers, asked.examples, found)
     if as_json:
-        print_json(told)
+        print_json(told if lost is None else {**told, "error": {"message": lost, "param": "answers"}})
     else:
         _show(told)
+    if lost is not None:  # the scores are not
+        fail(lost)
 
 
 async def _evaluate(settings: Settings, base: Base, asked: Asked, bar: Progress) -> dict[str, Evaluation]:
@@ -172,12 +175,14 @@ def _writable(path: Path) -> None:
         raise BadSetting(f"{path} cannot be written: {error.strerror}", "answers") from error
 
 
-def _write_answers(path: Path, examples: Sequence[Pair], found: dict[str, Evaluation]) -> None:
+def _write_answers(path: Path, examples: Sequence[Pair], found: dict[str, Evaluation]) -> str | None:
+    """Why they cannot be written, if they cannot."""
     try:
         with path.open("w", encoding="utf-8") as stream:
             for i, example in enumerate(examples):
                 said = {candidate: evaluation.answers[i] for candidate, evaluation in found.items()}
                 row = {"input": example.input, "output": example.output, "answers": said}
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return None
     except OSError as error:
-        raise BadSetting(f"{path} cannot be written: {error.strerror}", "answers") from error
+        return f"{path} cannot be written: {error.strerror}"

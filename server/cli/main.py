@@ -8,6 +8,7 @@ import io
 import json
 import os
 import sys
+import threading
 from importlib import metadata
 from typing import NoReturn, cast
 
@@ -56,6 +57,10 @@ app.command()(models.doctor)
 app.add_typer(bench.app, name="bench")
 
 
+APART = "loramux-apart"
+"""The thread of `server.kernels.threads.apart`, which is slow to import. An interpreter that ends while it is within
+torch ends the process by a signal."""
+
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 """Click's, which typer does not name: what is wrong with the arguments themselves."""
 
@@ -81,7 +86,11 @@ def main() -> None:
         _fail(error, f"a file of tensors cannot be read or written: {error}")
     except MemoryError as error:
         _fail(error, f"there is too little memory: {error or 'none is left'}")
-    sys.exit(status if isinstance(status, int) else 0)
+    status = status if isinstance(status, int) else 0
+    if any(thread.name == APART for thread in threading.enumerate()):  # interrupted while it computes: see below
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _settle_streams() -> None:

@@ -73,13 +73,13 @@ def prune(
     if sum(option is not None for option in (rank, budget, energy, drop)) != 1:
         raise BadSetting("give exactly one of --rank, --budget, --energy and --drop")
     replaced = _check_free(output, force)
-    weights = _read(adapter, output.name)
+    weights, name = _read(adapter, adapter.resolve().name), output.name
     if rank is not None:
-        result, cut = pruning.truncate(weights, rank)
+        result, cut = pruning.truncate(weights, rank, name=name)
     elif drop is not None:
-        result, cut = pruning.drop_modules(weights, pruning.weakest_modules(weights, drop))
+        result, cut = pruning.drop_modules(weights, pruning.weakest_modules(weights, drop), name=name)
     else:
-        result, cut = pruning.truncate_globally(weights, budget=budget, energy=energy)
+        result, cut = pruning.truncate_globally(weights, budget=budget, energy=energy, name=name)
     card = weights.metadata["card"]
     if card is not None:
         said = f"{cut.parameters:,} of {cut.parameters_before:,} parameters are left, relative error {cut.error:.3g}"

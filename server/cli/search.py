@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import tempfile
@@ -17,7 +18,7 @@ import typer
 from server.cli import logs
 from server.cli.inprocess import open_base, opened, threads_of
 from server.cli.options import BASE, AsJson, with_settings
-from server.cli.terminal import Progress, out, print_json, progress
+from server.cli.terminal import Progress, fail, out, print_json, progress
 from server.errors import BadSetting
 from server.settings import Settings, keep_few_kernels
 
@@ -35,6 +36,7 @@ LOSS = "loss"
 TOLERANCE = {"bleu": 1.0, "chrf": 1.0}
 """One point; of the others, which are shares or nats, a hundredth."""
 RANKS = "1,2,4,8,16"
+TRIALS = "trials.jsonl"
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ def search(
     ] = None,
     share: Annotated[float, typer.Option(min=0, max=1, help="Of the full grid's steps, at most this.")] = 1 / 3,
     limit: Annotated[int, typer.Option(min=1, help="Examples that judge, at most.")] = 500,
-    output: Annotated[Path, typer.Option(help="Folder that gets search.json and the plot.")] = Path("search"),
+    output: Annotated[Path, typer.Option(help="Folder that gets trials.jsonl, search.json and the plot.")] = Path(
+        "search"
+    ),
     as_json: AsJson = False,
 ) -> None:
     """Find the smallest rank that is good enough, by successive halving: all ranks for a while, the best for longer."""
@@ -112,16 +116,19 @@ def search(
     model = Trainable(base, wanted.config.compute_dtype)
     with progress("steps", quiet=as_json) as bar:
         if judged_by == LOSS:
-            result = _searched(plan, model, found, None, bar, lambda: False)
+            result = _searched(plan, model, found, None, bar, lambda: False, output)
         else:
             serving = open_base(settings, choose(settings.kernels, settings.device), quiet=True)
-            result = asyncio.run(_with_engine(settings, serving, plan, model, found, bar))
+            result = asyncio.run(_with_engine(settings, serving, plan, model, found, bar, output))
     told = _told(plan, result)
-    picture = _write(output, plan, result, told)
+    picture, lost = _write(output, plan, result, told)
     if as_json:
-        print_json({**told, "plot": str(picture)})
+        told["plot"] = None if picture is None else str(picture)
+        print_json(told if lost is None else {**told, "error": {"message": lost, "param": "output"}})
     else:
         _show(told, picture)
+    if lost is not None:  # what was found is not
+        fail(lost)
 
 
 def _searched(
@@ -131,6 +138,7 @@ def _searched(
     score: Callable[[LoraWeights], float] | None,
     bar: Progress,
     stop: Callable[[], bool],
+    output: Path,
 ) -> RankSearch:
     from adapters.search import search_rank
     from server.jobs.searching import Trials
@@ -141,12 +149,13 @@ def _searched(
 
     trials = Trials(plan.recipe, model, found, score=score, on_event=heard, stop=stop)
     return search_rank(
-        trials, plan.ranks, max_steps=plan.steps, tolerance=plan.tolerance, seeds=plan.seeds, share=plan.share
-    )
+        trials, plan.ranks, max_steps=plan.steps, tolerance=plan.tolerance, seeds=plan.seeds, share=plan.share,
+        tell=lambda row: _keep(output, plan, row), shown=lambda score: _value(plan, score),
+    )  # fmt: skip
 
 
 async def _with_engine(
-    settings: Settings, base: Base, plan: Plan, model: Trainable, found: Examples, bar: Progress
+    settings: Settings, base: Base, plan: Plan, model: Trainable, found: Examples, bar: Progress, output: Path
 ) -> RankSearch:
     """The search with answers judged as they are served: trained on a thread, evaluated by an engine beside it."""
     stopped = threading.Event()
@@ -165,7 +174,7 @@ async def _with_engine(
                     return value
 
                 torch.set_num_threads(threads)  # the engine has left this process's threads of torch with one
-                return _searched(plan, model, found, scored, bar, stopped.is_set)
+                return _searched(plan, model, found, scored, bar, stopped.is_set, output)
 
             try:
                 return await asyncio.to_thread(work)
@@ -214,12 +223,13 @@ def _value(plan: Plan, score: float) -> float:
     return -score if plan.metric == LOSS else score
 
 
-def _told(plan: Plan, result: RankSearch) -> dict[str, Any]:
-    def row(row: Row) -> dict[str, Any]:
-        told = asdict(row) | {plan.metric: _value(plan, row.score)}
-        del told["score"]
-        return told
+def _row(plan: Plan, row: Row) -> dict[str, Any]:
+    told = asdict(row) | {plan.metric: _value(plan, row.score)}
+    del told["score"]
+    return told
 
+
+def _told(plan: Plan, result: RankSearch) -> dict[str, Any]:
     return {
         "recipe": plan.recipe.name,
         "metric": plan.metric,
@@ -228,21 +238,29 @@ def _told(plan: Plan, result: RankSearch) -> dict[str, Any]:
         "seeds": plan.seeds,
         "steps_spent": result.steps_spent,
         "steps_of_full_grid": result.steps_of_full_grid,
-        "table": [row(r) for r in result.table],
+        "table": [_row(plan, r) for r in result.table],
         "advice": result.advice,
     }
+
+
+def _keep(output: Path, plan: Plan, row: Row) -> None:
+    """What a trial has found, for whoever stops the search before its end. A disk that is full is told at the end."""
+    with contextlib.suppress(OSError), (output / TRIALS).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(_row(plan, row)) + "\n")
 
 
 def _make(output: Path) -> None:
     """Raises BadSetting for a folder that cannot be, before the trials whose outcome it would get."""
     try:
         output.mkdir(parents=True, exist_ok=True)
+        (output / TRIALS).unlink(missing_ok=True)
     except OSError as error:
         raise BadSetting(f"{output} cannot be written: {error.strerror}", "output") from error
 
 
-def _write(output: Path, plan: Plan, result: RankSearch, told: dict[str, Any]) -> Path:
-    """search.json and the plot: a PNG where matplotlib is installed, else an SVG. Returns the plot's path."""
+def _write(output: Path, plan: Plan, result: RankSearch, told: dict[str, Any]) -> tuple[Path | None, str | None]:
+    """search.json and the plot: a PNG where matplotlib is installed, else an SVG. The plot's path, or why there is
+    none."""
     from adapters.search import plot
 
     title = f"{plan.recipe.name}: {plan.metric} against parameters"
@@ -252,15 +270,15 @@ def _write(output: Path, plan: Plan, result: RankSearch, told: dict[str, Any]) -
             from server.bench.plots import quality
 
             points = [(r.rank, r.parameters, _value(plan, r.score), r.spread, r.steps) for r in result.table]
-            return quality(output / "search.png", title, plan.metric, points, result.chosen)
-        picture = output / "search.svg"
-        picture.write_text(plot(result.table, result.chosen, title), encoding="utf-8")
-        return picture
+            return quality(output / "search.png", title, plan.metric, points, result.chosen), None
+        picture, shown = output / "search.svg", [replace(r, score=_value(plan, r.score)) for r in result.table]
+        picture.write_text(plot(shown, result.chosen, title), encoding="utf-8")
+        return picture, None
     except OSError as error:
-        raise BadSetting(f"{output} cannot be written: {error.strerror}", "output") from error
+        return None, f"{output} cannot be written: {error.strerror}"
 
 
-def _show(told: dict[str, Any], picture: Path) -> None:
+def _show(told: dict[str, Any], picture: Path | None) -> None:
     from rich import box
     from rich.table import Table
 
@@ -273,4 +291,5 @@ def _show(told: dict[str, Any], picture: Path) -> None:
         table.add_row(*cells, f"{row[told['metric']]:.4f}", f"{row['spread']:.4f}")
     out().print(table)
     out().print(f"{told['steps_spent']:,} of the full grid's {told['steps_of_full_grid']:,} steps. {told['advice']}")
-    out().print(f"{picture}")
+    if picture is not None:
+        out().print(f"{picture}")

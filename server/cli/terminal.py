@@ -7,8 +7,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
 
 WIDE = 1000
@@ -29,6 +30,13 @@ def out() -> Console:
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     sys.stdout.write(json.dumps(value, indent=None if not sys.stdout.isatty() else 2, default=str) + "\n")
+
+
+def fail(message: str) -> NoReturn:
+    """End the command with an error beside results that have been told."""
+    sys.stdout.flush()
+    sys.stderr.write(f"error: {message}\n")
+    raise typer.Exit(1)
 
 
 @contextlib.contextmanager

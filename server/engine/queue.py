@@ -137,6 +137,8 @@ class Inbox:
             if not self._waiting[key]:
                 del self._waiting[key]
             self._left_at.append(time.monotonic())
+            if not self._inside:  # how long nobody waits says nothing of how long anybody will
+                self._left_at.clear()
 
     def overfull(self) -> Key | None:
         """The key that has to give up a place while there are more requests than fit; None while all fit."""

@@ -34,6 +34,8 @@ Piece = str | int
 Format = Literal["raw", "chat"]
 
 INPUT = "{input}"
+LONG = 4096
+"""Characters up to which a text takes no time worth speaking of to tokenize."""
 
 
 class _Amid(str):
@@ -83,7 +85,7 @@ class Text:
         Without `begins` (and `bos`) it goes on amid a text, and the tokenizer puts no space before it.
         """
         if not (bos or begins) and self._prefixes:
-            return self._unprefixed.encode(text, add_special_tokens=False).ids
+            return _ids(self._unprefixed, text)
         return self.encode_pieces(self._raw(text) if bos else [text])
 
     def encode_chat(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[int]:
@@ -102,7 +104,7 @@ class Text:
         return ids, scored
 
     def encode_continuations(
-        self, pieces: Sequence[Piece], answers: Sequence[str], format: Format = "chat"
+        self, pieces: Sequence[Piece], answers: Iterable[str], format: Format = "chat"
     ) -> list[tuple[list[int], int]]:
         """For each answer: the ids of prompt, answer and end token, and how many of the last are to be scored.
 
@@ -112,7 +114,7 @@ class Text:
         prompt = self.encode_pieces(pieces)
         end = [self.end_of_turn if format == "chat" else self.eos_id]
         if format == "chat" and self._prefixes_once:
-            answers = [_Amid(answer) for answer in answers]
+            answers = map(_Amid, answers)
         whole = [self.encode_pieces(_extended(pieces, answer)) for answer in answers]
         shared = min((_common_prefix(prompt, ids) for ids in whole), default=0)
         return [(ids + end, len(ids) + 1 - shared) for ids in whole]
@@ -125,7 +127,7 @@ class Text:
                 ids.append(piece)
             elif piece:
                 tokenizer = self._unprefixed if isinstance(piece, _Amid) else self._tokenizer
-                ids.extend(tokenizer.encode(piece, add_special_tokens=False).ids)
+                ids.extend(_ids(tokenizer, piece))
         return ids
 
     # -- rendering
@@ -358,6 +360,15 @@ def _extended(pieces: Sequence[Piece], answer: str) -> list[Piece]:
     if pieces and isinstance(pieces[-1], str):
         return [*pieces[:-1], pieces[-1] + answer]
     return [*pieces, answer]
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of plain text. `encode` would keep the interpreter to itself, for seconds if there is enough of it."""
+    if len(text) <= LONG:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    else:
+        ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return ids
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ Owns which examples are trained on and which are held out, and what is told of i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -168,7 +169,7 @@ def prepare(spec: Spec, base: Base) -> Examples:
         looked_at = tokens(judged[:MOST_EVALUATED], name, param)
         judges, left_out = judging(judged[:MOST_JUDGED], looked_at, name, param)
         return Examples(learned, looked_at, judges, left_out=left_out)
-    kept = set(held_out(len(records), spec.held_out, spec.config.seed))
+    kept = set(held_out(records, spec.held_out))
     learned = tokens([r for i, r in enumerate(records) if i not in kept], spec.data_name, "training_file")
     if not kept:
         return Examples(learned)
@@ -201,13 +202,21 @@ def answerable(records: Sequence[Record], encode: Encode, longest: int) -> list[
     return [record for record in records if fits(record)]
 
 
-def held_out(count: int, share: float, seed: int) -> tuple[int, ...]:
-    """Positions of the records that a share holds out, ascending; none if that is less than one record."""
-    wanted = min(MOST_HELD_OUT, int(share * count), count - 1)
-    if wanted < 1:
-        return ()
-    drawn: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
-    return tuple(sorted(drawn[:wanted]))
+def held_out(records: Sequence[Record], share: float) -> tuple[int, ...]:
+    """Positions of the records that a share holds out, ascending; none if that is less than one record.
+
+    By what they say alone, so that whoever learns from the same file, in any order and by any seed, has the same ones
+    held out. Those that say the same are held out together or not at all.
+    """
+    wanted = min(MOST_HELD_OUT, int(share * len(records)), len(records) - 1)
+    places: dict[bytes, list[int]] = {}
+    for place, record in enumerate(records):
+        places.setdefault(hashlib.sha256(repr(replace(record, line=0, unit="")).encode()).digest(), []).append(place)
+    kept: list[int] = []
+    for _, alike in sorted(places.items()):
+        if len(kept) + len(alike) <= wanted:
+            kept += alike
+    return tuple(sorted(kept))
 
 
 def keep_pairs(records: Sequence[Record], folder: Path) -> None:

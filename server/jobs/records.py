@@ -37,12 +37,16 @@ OURS = re.compile(r"[a-z]+-[0-9a-f]{24}")
 
 @dataclass
 class Progress:
-    """How far a job is. Of an evaluation, steps are examples; `loss` is the last one of training."""
+    """How far a job is. Of an evaluation, steps are examples; `loss` is the last one of training.
+
+    `most_tokens` is what `tokens` was at most: a run that goes on from a checkpoint has fewer again.
+    """
 
     step: int = 0
     steps: int = 0
     loss: float | None = None
     tokens: int = 0
+    most_tokens: int = 0
     seconds: float = 0.0
 
     @property

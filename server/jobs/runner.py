@@ -216,9 +216,9 @@ class Jobs:
         return None
 
     def training(self) -> list[tuple[str, float, int, float]]:
-        """Id, loss, tokens and progress of every training job that has begun, oldest first, for the metrics."""
+        """Id, loss, most tokens and progress of every training job that has begun, oldest first, for the metrics."""
         return [
-            (job.id, job.progress.loss, job.progress.tokens, job.progress.share)
+            (job.id, job.progress.loss, job.progress.most_tokens, job.progress.share)
             for job in self.records.all()
             if job.kind == TRAINING and job.progress.loss is not None
         ]

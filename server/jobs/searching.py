@@ -42,10 +42,10 @@ def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
     if recipe.validation:
         judges = data.read(data_dir / recipe.validation)[:most]
     else:
-        kept = held_out(len(records), HELD_OUT, recipe.config.seed)[:most]
+        kept = held_out(records, HELD_OUT)[:most]
         if not kept:
             raise InvalidData(
-                f"{recipe.data} has {len(records)} examples, of which a tenth is none; name a validation file"
+                f"{recipe.data} has {len(records)} examples, of which no tenth can be held out; name a validation file"
             )
         judges, out = [records[i] for i in kept], set(kept)
         records = [record for i, record in enumerate(records) if i not in out]

@@ -5,6 +5,7 @@ Owns what the process tells and how it becomes progress and events.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -83,9 +84,10 @@ class _Heard:
         elif kind == STEP:
             self._step(told)
         elif kind == EVALUATED:
-            data = {"valid_loss": told["loss"], "valid_mean_token_accuracy": told["accuracy"]}
+            loss = told.get("loss", math.nan)  # JSON has no NaN: a loss that is none is not there
+            data = {"valid_mean_token_accuracy": told["accuracy"]} | ({} if math.isnan(loss) else {"valid_loss": loss})
             self._last.update(data)
-            self._metrics(f"Step {told['step']}/{told['steps']}: validation loss={told['loss']:.4f}", told, data)
+            self._metrics(f"Step {told['step']}/{told['steps']}: validation loss={loss:.4f}", told, data)
         elif kind == CHECKPOINT:
             data = {"checkpoint": told["step"], **self._last}
             self._active.note(f"Checkpoint at step {told['step']}.", data=data)
@@ -111,6 +113,7 @@ class _Heard:
         progress = self._job.progress
         progress.step, progress.steps, progress.loss = told["step"], told["steps"], told["loss"]
         progress.tokens, progress.seconds = told["tokens"], told["seconds"]
+        progress.most_tokens = max(progress.most_tokens, progress.tokens)
         data = {"train_loss": told["loss"], "train_mean_token_accuracy": told["accuracy"]}
         data["learning_rate"], self._last["train_loss"] = told["learning_rate"], told["loss"]
         self._last["train_mean_token_accuracy"] = told["accuracy"]

@@ -2,7 +2,8 @@
 
 Owns the file format. It is disposable: keyed by the source's digest, the quantization and the backend's layout, it is
 written atomically, verified when it is opened, and made again when anything is wrong with it. When one is written,
-those that nobody has opened for thirty days are removed. Does not know models.
+those that nobody has opened for thirty days are removed; what a writer that was killed has left goes with the next
+start. Does not know models.
 
 Format, all little-endian: 64 bytes of head (magic, offset, length and SHA-256 of the index), then the tensors, each
 at a multiple of 64 bytes, then the index, a JSON object.
@@ -10,6 +11,7 @@ at a multiple of 64 bytes, then the index, a JSON object.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 
 MAGIC = b"loramux1"
 ALIGNMENT = 64
-_ABANDONED = 24 * 3600.0  # seconds
+_ABANDONED = 60.0  # seconds without a write, where nobody holds the file either
 _UNUSED = 30 * 24 * 3600.0  # seconds
 _HEAD = struct.Struct("<8sQQ32s")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (
@@ -66,11 +68,11 @@ class PackedWriter:
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
         self._path, self._key = path, dict(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for abandoned in path.parent.glob("base-*.tmp"):  # by a process that was killed while it wrote
-            if time.time() - abandoned.stat().st_mtime > _ABANDONED:
-                abandoned.unlink(missing_ok=True)
+        _remove_abandoned(path.parent)
         handle, self._temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
         self._file: BinaryIO = os.fdopen(handle, "w+b")
+        with suppress(OSError):  # where there are no locks, nothing is taken for abandoned
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._digest = hashlib.sha256()
         self._pending = bytearray(ALIGNMENT)
         """What is not written yet, less than a huge page: the system keeps the file in pages as large as the writes."""
@@ -165,6 +167,7 @@ def open_packed(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed 
     """
     if not path.is_file():
         return None
+    _remove_abandoned(path.parent)
     try:
         packed = _mapped(path, key, digests)
         with suppress(OSError):  # on a read-only disk nobody removes it either
@@ -174,6 +177,15 @@ def open_packed(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed 
         log.warning("the packed cache %s is damaged and is made again: %s", path.name, error)
         path.unlink(missing_ok=True)
         return None
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove what processes have left that were killed while they wrote; nothing where there are no locks to tell."""
+    for abandoned in directory.glob("base-*.tmp"):
+        with suppress(OSError), abandoned.open("rb") as file:
+            if time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                abandoned.unlink(missing_ok=True)
 
 
 def _mapped(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed:

@@ -15,6 +15,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import NormalDist, stdev
 from typing import Any
@@ -141,8 +142,8 @@ async def evaluate(
         run = _Run(inference, prompts, replace(target, held=lease), caller, metrics)
         await run.all(examples, in_flight, tell or (lambda done, total: None))
     return Evaluation(
-        {metric: run.score(metric, examples) for metric in metrics},
-        tuple(run.answers),
+        await asyncio.to_thread(lambda: {metric: run.score(metric, examples) for metric in metrics}),
+        tuple(run.answers) if run.with_text else (),
         versions,
         run.prompt_tokens,
         run.completion_tokens,
@@ -186,7 +187,7 @@ class _Run:
     ) -> None:
         self._inference, self._prompts, self._target, self._caller = inference, prompts, target, caller
         self._with_loss = LOSS in metrics
-        self._with_text = any(metric != LOSS for metric in metrics)
+        self.with_text = any(metric != LOSS for metric in metrics)
         self.answers: list[str] = []
         self._losses: list[tuple[float, int]] = []
         self.prompt_tokens = self.completion_tokens = 0
@@ -204,6 +205,7 @@ class _Run:
                 done += 1
                 tell(done, len(examples))
 
+        await self._check(examples)
         tell(0, len(examples))
         try:
             async with asyncio.TaskGroup() as group:
@@ -213,25 +215,39 @@ class _Run:
             # The first failure is the reason; the other workers were cancelled because of it, or failed alike.
             raise errors.exceptions[0] from None
 
+    async def _check(self, examples: Sequence[Pair]) -> None:
+        """Raises for an example that the engine would refuse, before the others have cost anything."""
+        for example in examples:
+            with _placed(example):
+                if self.with_text:
+                    await self._asked(example)
+                if self._with_loss:
+                    await self._scored(example)
+            await asyncio.sleep(0)
+
     async def _one(self, number: int, example: Pair) -> None:
-        try:
-            if self._with_text:
+        with _placed(example):
+            if self.with_text:
                 await self._answer(number, example)
             if self._with_loss:
                 await self._score(number, example)
-        except InvalidRequest as error:
-            raise InvalidRequest(f"{example.place}: {error.message}", error.param) from error
 
-    async def _answer(self, number: int, example: Pair) -> None:
+    async def _asked(self, example: Pair) -> tuple[list[int], Sampling]:
         task = self._target.task
         ids = await self._prompts.of_input(task, example.input)
         defaults = {**(task.defaults if task else {}), "temperature": 0.0, "logprobs": None}
-        sampling = build({}, defaults, OWN_DEFAULTS, self._prompts.room, len(ids))
+        return ids, build({}, defaults, OWN_DEFAULTS, self._prompts.room, len(ids))
+
+    async def _scored(self, example: Pair) -> list[tuple[list[int], int]]:
+        return await self._prompts.of_labels(self._target.task, example.input, [example.output])
+
+    async def _answer(self, number: int, example: Pair) -> None:
+        ids, sampling = await self._asked(example)
         generation = await self._ran([ids], [sampling], ())
         self.answers[number] = "".join(generation.replies[0].text)
 
     async def _score(self, number: int, example: Pair) -> None:
-        encoded = await self._prompts.of_labels(self._target.task, example.input, [example.output])
+        encoded = await self._scored(example)
         sampling = Sampling(max_tokens=1, logprobs=0)
         generation = await self._ran([ids for ids, _ in encoded], [sampling], [count for _, count in encoded])
         found = generation.replies[0].logprobs
@@ -283,6 +299,15 @@ class _Run:
             return Score(metric, value, tuple(map(corpus.single, counts)), parts)
         values = tuple(scores.single(metric, a, r) for a, r in zip(self.answers, references, strict=True))
         return Score(metric, scores.METRICS[metric](self.answers, references), values)
+
+
+@contextmanager
+def _placed(example: Pair) -> Iterator[None]:
+    """What is wrong with an example, with its place in its file."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{example.place}: {error.message}", error.param) from error
 
 
 def _a_token(loss: scores.Counts) -> float:

@@ -6,22 +6,28 @@ Owns the check by characters that comes before tokenizing, and the one by tokens
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from server.engine.text import Text
-from server.errors import InvalidRequest
+from server.engine.text import LONG, Text
+from server.errors import DeadlineExceeded, InvalidRequest
 from server.tasks.definitions import Task
 from server.tasks.sampling import Room
 
 T = TypeVar("T")
 Message = Mapping[str, Any]
 
-INLINE = 4096
-"""Prompts of up to so many characters are tokenized on the event loop; longer ones would hold it up."""
-
 MESSAGE = 64
 """Characters that a message of a conversation counts beside its own: the template runs for each."""
+
+USUAL = 8
+"""Characters that a token stands for at most, in nearly any text. One that has more for each token of the context is
+looked at by its beginning first."""
+
+SEAM = 64
+"""Tokens that a beginning may have more than it has amid the text."""
 
 
 class Prompts:
@@ -35,6 +41,7 @@ class Prompts:
     async def of_input(self, task: Task | None, prompt: str) -> list[int]:
         """The ids of `prompt` in a task's template, or as it is. Raises InvalidRequest."""
         self._check_characters(len(prompt), "prompt")
+        await self._check_beginning(prompt, USUAL * self.room.context)
         if task is None:
             ids = await _off(len(prompt), lambda: self.text.encode(prompt))
         else:
@@ -48,6 +55,8 @@ class Prompts:
         self._check_characters(size, "messages")
         if task is not None and task.format == "raw":
             return await self.of_input(task, _only_message(task, messages))
+        if size > USUAL * self.room.context:
+            await self._check_beginning("".join(m["content"] for m in messages), USUAL * self.room.context, "messages")
         wrapped = messages if task is None else _wrapped(task, messages)
         ids = await _off(size + MESSAGE * len(wrapped), lambda: self.text.encode_chat(wrapped))
         self.room.check_prompt(len(ids), "messages")
@@ -60,18 +69,28 @@ class Prompts:
             raise InvalidRequest(f"prompt has a token id that is not within 0 to {self.room.vocabulary - 1}", "prompt")
         return list(ids)
 
-    async def of_labels(self, task: Task | None, prompt: str, labels: Sequence[str]) -> list[tuple[list[int], int]]:
+    async def of_labels(
+        self, task: Task | None, prompt: str, labels: Sequence[str], deadline: float = math.inf
+    ) -> list[tuple[list[int], int]]:
         """For each label: the ids of prompt, label and end token, and how many of the last are scored.
 
-        Raises InvalidRequest.
+        The prompt is tokenized with each, so that one which is too long is found out before. `deadline` is of the
+        monotonic clock. Raises InvalidRequest, DeadlineExceeded.
         """
         size = (len(prompt) + sum(map(len, labels))) * len(labels)
         self._check_characters(len(prompt), "prompt")
+        await self._check_beginning(prompt, self.room.context)
+
+        def in_time() -> Iterator[str]:
+            for label in labels:
+                if time.monotonic() > deadline:
+                    raise DeadlineExceeded("the deadline passed before the prompt and all labels were tokenized")
+                yield label
 
         def encode() -> list[tuple[list[int], int]]:
             text, format = self.text, task.format if task else "raw"
             pieces = text.render_task(task.prompt if task else "{input}", format, task.system if task else None, prompt)
-            return text.encode_continuations(pieces, labels, format)
+            return text.encode_continuations(pieces, in_time(), format)
 
         scored = await _off(size, encode)
         longest = max(len(ids) for ids, _ in scored)
@@ -87,6 +106,18 @@ class Prompts:
                 "prompt",
             )
         return scored
+
+    async def _check_beginning(self, text: str, over: int, param: str = "prompt") -> None:
+        """Of a text of more than `over` characters: raises InvalidRequest if a beginning of it has too many tokens."""
+        if len(text) <= over:
+            return
+        some = text[: USUAL * self.room.context]
+        if len(await _off(len(some), lambda: self.text.encode(some, bos=False))) > self.room.context + SEAM:
+            raise InvalidRequest(
+                f"{param} has {len(text)} characters, of which the first {len(some)} alone are more tokens than the "
+                f"context holds, {self.room.context}; shorten it",
+                param,
+            )
 
     def _check_characters(self, size: int, param: str) -> None:
         if size > self._characters:
@@ -118,4 +149,5 @@ def _wrapped(task: Task, messages: Sequence[Message]) -> list[Message]:
 
 
 async def _off(size: int, call: Callable[[], T]) -> T:
-    return call() if size <= INLINE else await asyncio.to_thread(call)
+    """What `call` answers; on a thread where it would hold the event loop up."""
+    return call() if size <= LONG else await asyncio.to_thread(call)

@@ -299,7 +299,7 @@ class Quality:
             "version": subject.label,
             "adapters": [{"version": v, "weight": w} for v, w in json.loads(subject.mix)],
             "base": subject.base,
-            "samples": sum(q["samples"] for q in quality),
+            "samples": max((q["samples"] for q in quality), default=0),  # of the metric and source that have most
             "quality": quality,
             **{
                 kind: dict(zip(("p50", "p95", "p99"), latencies.percentiles(), strict=True))

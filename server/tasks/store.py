@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 from adapters.durable import replace_file
 from adapters.errors import AdapterError, StoreFailed, UnknownAdapter
 from adapters.leases import Lease
+from adapters.peft_format import TASK_FILE
 from adapters.weights import RESERVED, Choice, Version
 from server.errors import InvalidRequest, ServerError, UnknownName
 from server.tasks.definitions import Fixed, Route, Task, check_task_name, parse
@@ -273,6 +274,15 @@ class Tasks:
                 self._write(self._put, {name: marks for name, marks in kept.items() if marks})
             except StoreFailed as error:
                 log.warning("tasks that were deleted stay so: %s", error.message)
+
+    def check_file(self, adapter: str, body: Any) -> None:
+        """Raises InvalidRequest for a task.json of no use, which would take away the task that the adapter has."""
+        try:
+            self._from_folder(adapter, body)
+        except (ServerError, AdapterError, ValueError) as error:
+            raise InvalidRequest(
+                f"{TASK_FILE} would not be used: {error}; mend it, or leave it out", TASK_FILE
+            ) from error
 
     def _from_folder(self, adapter: str, body: Any) -> Task:
         if not isinstance(body, Mapping):

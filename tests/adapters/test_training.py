@@ -21,6 +21,7 @@ from adapters.data import Example, Tokens
 from adapters.errors import AdapterError, BaseMismatch, TrainingStopped
 from adapters.layers import LoraSpec
 from adapters.optimizer import AdamW, learning_rate
+from adapters.seeds import SEEDS
 from adapters.training import TrainingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -308,7 +309,7 @@ def test_wrong_settings_are_named(wrong):
     assert error.value.param == next(iter(wrong))
 
 
-@pytest.mark.parametrize("seed", training.SEEDS)
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_first_and_the_last_seed_train(llama, seed):
     config = dataclasses.replace(CONFIG, seed=seed, max_steps=1)
     assert training.train(Wrapped(llama), examples(4), config).metadata["training"]["config"]["seed"] == seed

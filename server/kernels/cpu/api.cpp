@@ -191,7 +191,8 @@ int64_t loramux_model_draw(void* model, const float* logits, int64_t rows, const
 }
 // Returns when the job of that number is done; the calling thread, one at a time, computes with the others until then.
 void loramux_model_wait(void* model, int64_t number) { static_cast<Served*>(model)->launcher.wait(number); }
-// Returns when the step of that number is done, or has no more than `left` nanoseconds to go. The caller computes too.
+// Returns when the step of that number is done, or has no more than `left` nanoseconds or the head to go. The caller
+// computes too.
 void loramux_model_linger(void* model, int64_t number, int64_t left) {
   Served* served = static_cast<Served*>(model);
   const auto planned = [&] { return served->launcher.done() == number - 1 && served->model.left() <= left; };

@@ -269,6 +269,7 @@ Outcome Model::run(const Step& step) {
     if (no_memory.load()) throw std::bad_alloc();
     layer = end;
     layers_done_.store(layer);
+    pool_.wake_parked();  // a pool of one thread has no phases that would
   }
   t = now();
   if (apart != nullptr) apart->took(static_cast<double>(t - layers_began_.load()) / parts.cost);
@@ -280,6 +281,7 @@ Outcome Model::run(const Step& step) {
 int64_t Model::left() const {
   const int64_t done = layers_done_.load();
   if (done == 0) return std::numeric_limits<int64_t>::max();
+  if (done == base_.config.layers) return 0;  // nobody looks within the head, however long that takes
   return (now() - layers_began_.load()) * (base_.config.layers - done) / done + head_took_.load();
 }
 

@@ -30,8 +30,8 @@ class Model {
   // `sites` is [layers][SITES]; none empty the slot. Allocates nothing.
   void set_slot(int64_t slot, std::vector<LoraSite> sites) { base_.set_slot(slot, std::move(sites)); }
   Outcome run(const Step& step);
-  // Nanoseconds that the step under way has left by the pace of its layers, more than any if that is not known yet. From
-  // any thread.
+  // Nanoseconds that the step under way has left by the pace of its layers, more than any if that is not known yet, none
+  // once all layers are done. From any thread.
   int64_t left() const;
   // tokens [rows] of logits [rows, vocab]. Throws bad_alloc.
   void draw(const float* logits, int64_t rows, const Drawing* how, const int32_t* top_k, int32_t* tokens);

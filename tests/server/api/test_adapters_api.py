@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,32 @@ def test_uploads(live: Any, write_adapter: Callable[..., Path]) -> None:
     extra["files"]["evil.py"] = ("evil.py", b"import os")
     assert live.http.post("/adapters", **extra).status_code == 422
     assert not list((live.runtime.settings.state_dir / "uploads").iterdir()), "nothing is left behind"
+
+
+def test_of_several_that_come_at_once_one_has_made_the_name(live: Any, write_adapter: Callable[..., Path]) -> None:
+    bodies = [upload(write_adapter(f"race{seed}", seed)) for seed in range(20, 24)]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = list(pool.map(lambda body: live.http.put("/adapters/raced", **body), bodies))
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 201]
+
+
+def test_a_task_that_is_none_does_not_take_the_one_that_is_there(live: Any, write_adapter: Callable[..., Path]) -> None:
+    def sent(task: str, **fields: str) -> dict[str, Any]:
+        body = upload(write_adapter("local", 8), **fields)
+        body["files"]["task.json"] = ("task.json", task.encode())
+        return body
+
+    assert live.http.put("/adapters/brings", **sent('{"prompt": "Say: {input}"}')).status_code == 201
+    of_no_use = '{"prompt": "nothing to put in"}'
+    for answer in (
+        live.http.put("/adapters/brings", **sent(of_no_use)),
+        live.http.post("/adapters", **sent(of_no_use, name="another")),
+    ):
+        assert answer.status_code == 400, answer.text
+        told = answer.json()["error"]
+        assert told["param"] == "task.json" and "{input}" in told["message"] and "leave it out" in told["message"]
+    assert live.http.get("/tasks/brings").json()["prompt"] == "Say: {input}"
+    assert live.http.put("/adapters/brings", **sent("no JSON")).status_code == 400
 
 
 @pytest.mark.usefixtures("idle_watch")

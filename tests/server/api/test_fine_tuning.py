@@ -269,6 +269,12 @@ def record_of(live: Any, id: str) -> dict[str, Any]:
     return record
 
 
+def trained_tokens(live: Any, id: str) -> float:
+    lines = live.http.get("/metrics").text.splitlines()
+    (line,) = [line for line in lines if line.startswith("loramux_training_tokens_total{") and id in line]
+    return float(line.rpartition(" ")[2])
+
+
 def past(client: openai.OpenAI, id: str, step: int, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -307,8 +313,11 @@ def test_pausing_killing_and_restarting_change_no_bit(
     os.kill(child_of(job.id), signal.SIGKILL)
     failed = until(client, job.id)
     assert failed.status == "failed" and failed.error.code == "process_died" and "SIGKILL" in failed.error.message
+    most = trained_tokens(live, job.id)
     gate.name(45)
     client.fine_tuning.jobs.resume(job.id)
+    past(client, job.id, 21)
+    assert trained_tokens(live, job.id) >= most > 0, "a counter does not fall where steps are taken again"
     past(client, job.id, 45)
     pid = child_of(job.id)
     assert record_of(live, job.id)["status"] == "running"
@@ -320,6 +329,9 @@ def test_pausing_killing_and_restarting_change_no_bit(
     live = house()
     client = client_of(live)
     assert until(client, job.id).status == "succeeded"
+    for curve in live.http.get(f"/jobs/{job.id}").json()["curves"].values():
+        steps = [step for step, _ in curve]
+        assert steps == sorted(set(steps)), "whatever was taken twice"
     told = dict(steps_of(client, job.id))
     assert told == dict(steps_of(client, whole.id)) and len(told) == 90
     digests = [live.http.get(f"/adapters/{name}").json()["version"].split("@")[1] for name in ("whole", "parts")]
@@ -484,6 +496,13 @@ def test_uploads_are_checked_and_bounded(house: Callable[..., Any]) -> None:
     assert named["filename"] == "x.jsonl"
     assert [p.name for p in (live.runtime.settings.state_dir / "files").iterdir()] == [named["id"]]
     assert http.get("/v1/files/..%2f..").status_code == 404 and http.delete("/v1/files/file-x").status_code == 404
+
+
+def test_a_files_content_is_whole_whatever_range_is_asked_for(live: Any, client: openai.OpenAI) -> None:
+    id = upload(client, b"0123456789")
+    for asked in ("bytes=2-4", "bytes=99999-", "bytes=foo", "items=0-1", "bytes=5-2", "bytes="):
+        answer = live.http.get(f"/v1/files/{id}/content", headers={"range": asked})
+        assert answer.status_code == 200 and answer.content == b"0123456789"
 
 
 def test_evaluating_candidates_of_a_task(live: Any, client: openai.OpenAI, write_adapter: Any) -> None:

@@ -75,6 +75,21 @@ def test_completions_of_texts_ids_and_n(client: openai.OpenAI) -> None:
     assert client.completions.create(model="tiny", prompt="x").choices[0].finish_reason in ("stop", "length")
 
 
+def test_a_prompts_length_is_no_matter_of_the_others(live: Any, client: openai.OpenAI) -> None:
+    context = live.house.parts.prompts.room.context
+    long = [40 + i % 8 for i in range(context - 5)]
+
+    def ends(*prompts: list[int], **more: Any) -> list[int]:
+        made = client.completions.create(
+            model="tiny", prompt=list(prompts), temperature=0, logprobs=0, extra_body={"ignore_eos": True, **more}
+        )
+        return [len(choice.logprobs.tokens) for choice in made.choices]  # type: ignore[union-attr, arg-type]
+
+    assert ends(long, [40, 41]) == [5, 16] and ends([40, 41]) == [16]
+    with pytest.raises(openai.BadRequestError, match="at most 5"):
+        ends([40, 41], long, max_tokens=6)
+
+
 def test_answers_to_one_prompt_differ_by_seed_and_repeat(client: openai.OpenAI) -> None:
     def ask() -> list[str]:
         made = client.completions.create(model="tiny", prompt="so", n=4, seed=3, max_tokens=12, temperature=1.5,

@@ -183,9 +183,10 @@ def test_ceilings_are_medians_of_what_was_measured_in_turn(monkeypatch: pytest.M
     meter = roofline.Meter(1)
     read, multiplied = 2**28, 2 * 2048**3
     linear, beside = ([0.1, 0.2, 0.3], [0.5, 0.4, 0.6], [0.7, 0.7, 0.7]), ([0.4] * 3, [0.7] * 3, [0.3, 0.2, 0.2])
-    products = [2.0, 3.0, 4.0], [1.0, 1.0, 1.0], [6.0, 5.0, 4.0]
-    seconds = iter([s for turn in zip(linear, beside, products, strict=True) for each in turn for s in each])
+    rows, columns = ([2.0, 3.0, 4.0], [1.0] * 3, [6.0, 5.0, 4.0]), ([3.0] * 3, [2.0] * 3, [7.0, 7.0, 5.0])
+    seconds = iter([s for turn in zip(linear, beside, rows, columns, strict=True) for each in turn for s in each])
     assert meter._side_by_side().sum() == read / 4, "all of it"
+    assert meter._by_rows().shape == meter._by_columns().shape == (2048, 2048)
     monkeypatch.setattr(roofline, "_timed", lambda run: next(seconds))
     for _ in range(3):
         meter.take()
@@ -218,6 +219,17 @@ def test_a_step_reads_weights_and_adapters_once_and_computes_them_for_each_row(t
     assert cost.nbytes == weights + 4 * each * (3 + 5) + 2 * keys_and_values * (20 + 30 + 7)
     attention = 2 * 2 * 4 * 16 * (20 + 30 + 7)
     assert cost.ops == 2 * (3 * (linears + table) + each * (3 + 3 + 5) + attention)
+
+
+def test_all_that_steps_read_of_keys_and_values_has_been_written() -> None:
+    shape = steps.Shape("x", ((),) * 3, context=40)
+    read = steps.decode_batch(shape, 100)
+    written = set()
+    for batch in steps.prompt_batches(shape, 100):
+        assert len(batch.tokens) == batch.row_start[-1] == batch.context[0] == 40
+        written |= {(batch.blocks[0][at // 16], at % 16) for at in batch.positions.tolist()}
+    wanted = {(read.blocks[s][at // 16], at % 16) for s in range(3) for at in range(read.context[s])}
+    assert written == wanted
 
 
 def test_each_step_is_compared_with_its_own_base() -> None:

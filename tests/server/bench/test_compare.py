@@ -104,3 +104,12 @@ def test_a_peer_that_tells_its_tokens_is_credited_with_them(monkeypatch: pytest.
     assert script_peer("mistralrs", "python", Path("base"), 1)(JOB) == Rates(6 / 2, 8 / 2)
     answer |= {"prompt_tokens": [10], "new_tokens": [6]}
     assert script_peer("mistralrs", "python", Path("base"), 1)(JOB) == Rates(10 / 2, 4 / 2)
+
+
+def test_what_a_peer_says_need_not_be_text(tmp_path: Path) -> None:
+    peer = tmp_path / "peer"
+    peer.write_bytes(
+        b"#!/bin/sh\nprintf '\\304 cut off\\n' >&2\nprintf '\\304\\n{\"speed_pp\": 2, \"speed_tg\": 1}\\n'\n"
+    )
+    peer.chmod(0o755)
+    assert llama_peer(peer, tmp_path / "x.gguf", 1)(JOB) == Rates(2.0, 1.0)

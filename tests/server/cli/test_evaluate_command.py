@@ -132,3 +132,14 @@ def test_what_is_wrong_is_said_before_any_example(
     (given / "bad.jsonl").write_text('{"input": "a", "output": "b"}\n{"prompt": "a", "completion": "b"}')
     done = runner.invoke(app, ["evaluate", *arguments, "--library", "library", *SETTINGS])
     assert done.exit_code != 0 and message in str(done.exception)
+
+
+def test_scores_are_told_though_answers_cannot_be_written(given: Path) -> None:
+    command = ["evaluate", "data.jsonl", "--task", "mood", "--library", "library", "--answers", "/dev/full", *SETTINGS]
+    for how in ([], ["--json"]):
+        done = runner.invoke(app, [*command, *how])
+        assert done.exit_code == 1 and "accuracy" in done.stdout and "/dev/full cannot be written" in done.stderr
+    told = json.loads(done.stdout)
+    assert told["candidates"][0]["scores"]["accuracy"] and "/dev/full" in told["error"]["message"]
+    done = runner.invoke(app, [*command, "--metric", "loss"])
+    assert "without answers" in str(done.exception)

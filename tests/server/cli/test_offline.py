@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from adapters import peft_format
+from adapters.errors import AdapterError
 from adapters.weights import LowRank, sealed
 from server.cli.main import app
 
@@ -110,3 +111,19 @@ def test_what_overflows_is_refused_and_the_adapter_that_was_there_stays(folders:
     done = CliRunner().invoke(app, command)
     assert done.exit_code != 0 and "m.lora_A would have values that are not finite" in str(done.exception)
     assert {file.name: file.read_bytes() for file in folders[0].iterdir()} == before
+
+
+def test_a_seed_that_no_generator_takes(folders: list[Path], tmp_path: Path) -> None:
+    asked = ["compose", folders[0], "--method", "dare_linear", "--seed", 10**30, "--output", tmp_path / "out"]
+    done = CliRunner().invoke(app, list(map(str, asked)))
+    assert isinstance(done.exception, AdapterError) and "64 bits" in done.exception.message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", [("--rank", 2), ("--budget", 100), ("--drop", 0.5)])
+def test_what_is_cut_names_the_version_that_it_was(
+    how: tuple[str, object], folders: list[Path], tmp_path: Path
+) -> None:
+    told = run("prune", folders[1], *how, "--output", tmp_path / "cut")
+    assert told["of"] == peft_format.read_folder(folders[1], name="a1").version.label
+    assert told["version"].startswith("cut@")

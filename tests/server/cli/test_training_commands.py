@@ -117,7 +117,7 @@ def test_what_is_wrong_with_any_recipe_is_said_before_the_first_is_trained(given
 def test_a_search_needs_something_to_judge_by(given: Path) -> None:
     (given / "data.jsonl").write_text('{"input": "a", "output": "yes"}\n' * 9)
     done = runner.invoke(app, ["search", "echo.toml", "--state-dir", "state"])
-    assert "data.jsonl has 9 examples, of which a tenth is none; name a validation file" in str(done.exception)
+    assert "data.jsonl has 9 examples, of which no tenth can be held out; name a validation file" in str(done.exception)
 
 
 def test_where_a_search_cannot_write_is_said_before_any_trial(given: Path) -> None:
@@ -323,3 +323,18 @@ def test_a_gpu_trains_where_there_is_one_to_be_used(monkeypatch: pytest.MonkeyPa
         training_backend("cuda")
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     assert [training_backend(device).name for device in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "reference"]
+
+
+def test_what_a_search_has_found_is_told_though_it_cannot_be_written(given: Path) -> None:
+    (given / "search" / "search.json").mkdir(parents=True)
+    command = ["search", "echo.toml", "--ranks", "1,2", "--metric", "loss", "--steps", "18", "--state-dir", "state"]
+    for how in ([], ["--json"]):
+        done = runner.invoke(app, [*command, *how])
+        assert done.exit_code == 1 and "Take rank" in done.stdout and "search cannot be written" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["chosen"] in (1, 2) and found["plot"] is None and "cannot be written" in found["error"]["message"]
+    tried = [json.loads(line) for line in (given / "search" / "trials.jsonl").read_text().splitlines()]
+    assert [row["rank"] for row in tried] == [1, 2, 1, 2], "as each is over, for whoever does not wait for the end"
+    assert tried[2:] == found["table"]
+    best = next(row for row in found["table"] if row["rank"] == found["chosen"])
+    assert f"score {best['loss']:.4f}" in found["advice"], "a loss as people know it"

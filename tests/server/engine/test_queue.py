@@ -284,6 +284,12 @@ def test_who_finds_no_place_is_told_when_a_quarter_will_have_left(monkeypatch: p
     assert inbox.full().retry_after == 3.0 * 8 / 4
     now += 1000.0
     assert inbox.full().retry_after == 30.0
+    for one in inside[4:]:
+        inbox.left(one)
+    now += 1000.0
+    for one in inside[:8]:
+        inbox.put(one)
+    assert inbox.full().retry_after == 1.0, "nobody has waited in that time"
 
 
 def test_the_less_urgent_take_no_place_of_the_more_urgent() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -344,3 +346,27 @@ def test_a_gguf_that_names_the_end_of_texts_alone_ends_turns_by_its_template() -
     assert vocabulary.eos_ids == {3, 4} and text.eos_id == 4
     assert text.end_of_turn == 3, "what the template puts after an answer ends one"
     assert text.encode_example("{input}", "chat", None, "hello", "po")[0][-1] == 3
+
+
+def test_a_long_text_has_the_ids_of_any_and_leaves_the_interpreter_to_others() -> None:
+    text = text_of(bpe(["<eot>"]), None, 0)
+    words = "hello world, posts " * 40_000
+    turns, done = 0, threading.Event()
+
+    def count() -> None:
+        nonlocal turns
+        while not done.is_set():
+            turns += 1
+            time.sleep(0.0005)
+
+    counting = threading.Thread(target=count)
+    counting.start()
+    try:
+        before = turns
+        ids = text.encode(words)
+        meanwhile = turns - before
+    finally:
+        done.set()
+        counting.join()
+    assert meanwhile > 10, "encoding takes a hundred times as long as a turn"
+    assert ids == text.encode("hello world, posts ") * 40_000

@@ -166,7 +166,7 @@ def test_losses_of_result_and_rival(spec, tiny_base, tmp_path):
 
 
 def test_which_step_the_result_is_of_is_told(spec, tiny_base, tmp_path):
-    rising = replace(spec, config=replace(CONFIG, learning_rate=1.0), held_out=0.2)
+    rising = replace(spec, config=replace(CONFIG, learning_rate=3.0), held_out=0.2)
     told: list[dict[str, Any]] = []
     fine_tune(rising, tiny_base, tmp_path, told.append, lambda: False)
     best = min((line for line in told if line["kind"] == "eval"), key=lambda line: line["loss"])
@@ -194,9 +194,27 @@ def test_what_is_wrong_names_file_and_line(spec, tiny_base, tmp_path):
 
 
 def test_what_is_held_out():
-    assert held_out(10, 0.0, 0) == () and held_out(9, 0.1, 0) == () and held_out(1, 0.9, 0) == ()
-    assert len(held_out(100, 0.1, 0)) == 10 and len(held_out(100_000, 0.1, 0)) == 200
-    assert held_out(100, 0.1, 3) == held_out(100, 0.1, 3) != held_out(100, 0.1, 4)
+    def some(count: int) -> list[data.Pair]:
+        return [data.Pair(i + 1, f"in {i}", f"out {i}") for i in range(count)]
+
+    assert held_out(some(10), 0.0) == () and held_out(some(9), 0.1) == () and held_out(some(1), 0.9) == ()
+    assert len(held_out(some(100), 0.1)) == 10 and len(held_out(some(100_000), 0.1)) == 200
+
+
+def test_what_is_held_out_is_by_what_is_said_wherever_it_stands():
+    pairs = [data.Pair(i + 1, f"in {i}", f"out {i}") for i in range(100)]
+
+    def said(records: list[data.Pair]) -> set[str]:
+        return {records[i].input for i in held_out(records, 0.1)}
+
+    moved = [replace(pair, line=i + 1, unit="entry") for i, pair in enumerate(reversed(pairs))]
+    assert said(moved) == said(pairs)
+    twice = [*pairs, *moved]
+    kept = set(held_out(twice, 0.1))
+    assert len(kept) == 20 and not {twice[i].input for i in kept} & {
+        p.input for i, p in enumerate(twice) if i not in kept
+    }
+    assert held_out([data.Pair(i, "the same", "of all") for i in range(100)], 0.1) == ()
 
 
 def test_only_pairs_are_judged_by_the_engine(spec, tiny_base, tmp_path):

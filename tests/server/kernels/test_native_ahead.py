@@ -6,6 +6,7 @@ import gc
 import random
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from server.engine.batch import Logits
 from server.engine.native_runner import NativeRunner
 from server.engine.overlap import DeviceRunner, OverlappedEngine, engine_on
-from server.kernels import cpu
+from server.kernels import choose, cpu
 from server.kernels.lora import SlotWeights
+from tests.server.kernels import tiny
 from tests.server.kernels.test_native_runner import bases, tokens
 from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of
 
@@ -162,3 +164,20 @@ def test_an_engine_on_it_plans_ahead(runner: NativeRunner, base: Tiny) -> None:
         draw=runner.draw,
     )
     assert isinstance(engine, OverlappedEngine)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_lingering_ends_before_the_head_however_long_that_takes(threads: int) -> None:
+    """Longer than the time before a step's end from which the next is planned."""
+    config = replace(bases("llama-int4")[0].config, vocab_size=200_000)
+    large, _ = tiny.bases(config, "int4", 32, False, "int8", choose("native"), choose("reference"))
+    runner = NativeRunner(large, SLOTS, threads)
+    runner.allocate(64, BLOCK)
+    batch = batch_of([(Sequence(tokens(i, 5), [i]), 5) for i in range(32)])
+    under_way = 0
+    for _ in range(8):
+        runner.run(batch)
+        runner.linger()
+        under_way += bool(runner._unfinished())
+        runner.wait()
+    assert under_way > 0

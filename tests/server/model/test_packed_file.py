@@ -138,13 +138,29 @@ def test_nothing_is_left_of_a_write_that_did_not_finish(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path) -> None:
-    old, young = tmp_path / "base-1.tmp", tmp_path / "base-2.tmp"
-    for path, age in ((old, 2 * 86400), (young, 60)):
-        path.write_bytes(b"x")
-        os.utime(path, (time.time() - age, time.time() - age))
-    write(tmp_path)
-    assert not old.exists() and young.exists()
+def test_what_a_killed_process_left_goes_with_the_next_start(tmp_path: Path) -> None:
+    packed = write(tmp_path)
+    left, young = tmp_path / "base-1.tmp", tmp_path / "base-2.tmp"
+
+    def leave() -> None:
+        for path, age in ((left, 90), (young, 30)):
+            path.write_bytes(b"x")
+            os.utime(path, (time.time() - age, time.time() - age))
+
+    for start in (lambda: open_packed(packed, KEY, Digests(None)), lambda: write(tmp_path)):
+        leave()
+        start()
+        assert not left.exists() and young.exists()
+
+
+def test_what_another_process_writes_stays_however_long_it_has_not(tmp_path: Path) -> None:
+    packed, other = write(tmp_path), KEY | {"layout": "stored-2"}
+    with PackedWriter(packed_path(tmp_path, other), other) as writer:
+        (mine,) = tmp_path.glob("base-*.tmp")
+        os.utime(mine, (time.time() - 86400, time.time() - 86400))
+        assert open_packed(packed, KEY, Digests(None)) is not None
+        writer.finish()
+    assert packed_path(tmp_path, other).exists()
 
 
 def test_what_nobody_has_opened_for_thirty_days_goes_with_the_next_write(tmp_path: Path) -> None:

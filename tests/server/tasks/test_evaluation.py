@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import statistics
+import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +148,15 @@ async def test_cancelling_stops_everything_and_gives_the_leases_back(parts: Part
     assert not parts.inference.live and not parts.registry.memory()["leases"]
 
 
-async def test_an_example_that_does_not_fit_is_named_by_its_line(parts: Parts) -> None:
+async def test_an_example_that_does_not_fit_is_named_by_its_line(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     long = [*EXAMPLES, Pair(99, "x " * 400, "yes")]
     target = parts.resolver.task("say", None)
-    with pytest.raises(InvalidRequest, match="line 99: .*context"):
-        await evaluate(parts.inference, parts.prompts, target, long, ["accuracy"])
+    asked: list[Any] = []
+    monkeypatch.setattr(parts.inference.engine, "submit", asked.append)
+    for metric in ("accuracy", "loss"):
+        with pytest.raises(InvalidRequest, match="line 99: .*context"):
+            await evaluate(parts.inference, parts.prompts, target, long, [metric])
+    assert not asked, "the others are not answered for nothing"
     with pytest.raises(InvalidRequest, match="no examples"):
         await evaluate(parts.inference, parts.prompts, target, [], ["accuracy"])
 
@@ -219,3 +225,21 @@ def test_what_single_answers_are_worth() -> None:
     assert scores.single("chrf", "abc", "abc") == pytest.approx(1.0)
     assert scores.single("rougeL", "a b", "a c") == pytest.approx(0.5)
     assert scores.single("accuracy", " YES", "yes") == 1.0
+
+
+async def test_scores_are_computed_off_the_loop(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that is held up for seconds answers nobody."""
+    where: list[threading.Thread] = []
+    count = scores.CORPUS["chrf"].count
+
+    def counted(answer: str, reference: str) -> Any:
+        where.append(threading.current_thread())
+        return count(answer, reference)
+
+    monkeypatch.setitem(scores.CORPUS, "chrf", replace(scores.CORPUS["chrf"], count=counted))
+    await measured(parts, "chrf")
+    assert len(where) >= len(EXAMPLES) and threading.current_thread() not in where
+
+
+async def test_the_loss_alone_has_no_answers(parts: Parts) -> None:
+    assert (await measured(parts, "loss")).answers == ()

@@ -365,3 +365,11 @@ def test_percentiles_are_within_five_percent() -> None:
     single = Latencies()
     single.add(0.3)
     assert single.percentiles() == pytest.approx([0.3] * 3, rel=0.06)
+
+
+def test_metrics_and_sources_are_no_more_samples(tmp_path: Path) -> None:
+    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    for metric, count in (("accuracy", 3), ("chrf", 5)):
+        quality.evaluated(subject, metric, {str(i): 1.0 for i in range(count)})
+    assert [told["samples"] for told in quality.performance("t")] == [5]
+    quality.close()
