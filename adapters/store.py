@@ -6,11 +6,13 @@ version: it moves files and is told digests. Not thread-safe for writes; the reg
     versions/<digest>/   a PEFT folder that is never changed, but for its card, its task and our record.json
     names.json           the journal, replaced by a rename
     incoming/            what is not finished or not yet deleted; emptied when the store is opened
+    unnamed/<digest>/    versions whose names were lost with names.json; never looked at again
     lock                 held for as long as the store is open
 
 A copy is written in `incoming`, synced, and renamed into place before the journal names it; a version is renamed out
 of its place before it is deleted, after the journal has stopped naming it. So a crash anywhere leaves every named
-version whole, and what it leaves behind is removed when the store is opened next.
+version whole, and what it leaves behind is removed when the store is opened next; but for versions that a journal may
+have named which somebody has taken away, or put an older one in its place.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,10 @@ SIDE = {TASK_FILE: "task", CARD_FILE: "card"}
 """What may change while the content, and so the digest, stays: the task's definition and the card, as they are told."""
 RECORD = "record.json"
 CHUNK = 1 << 20
+WRITTEN = "written"
+"""The entry of names.json that says when that was, in seconds since the epoch."""
+SAME_WRITE = 60.0
+"""Seconds between that and the file's own time, beyond which somebody else has put it there."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,7 @@ class Store:
         self._disk = disk or Disk()
         self._versions = root / "versions"
         self._incoming = root / "incoming"
+        self._unnamed = root / "unnamed"
         self._names = root / "names.json"
         self._lock: int | None = None
         self.records: dict[str, Record] = {}
@@ -176,8 +185,8 @@ class Store:
             self._lock = self._take_lock()
         try:
             with _told("open the store"):
-                self.journal = self._read_journal()
-                self._sweep()
+                self.journal, lost_since = self._read_journal()
+                self._sweep(lost_since)
                 self._read_records()
         except BaseException:
             self.close()
@@ -212,20 +221,23 @@ class Store:
     def stage(self, folder: Path, *, within: Path | None = None, limit: int = 1 << 40) -> Iterator[Path]:
         """A private copy of the adapter in `folder`, to be read, checked and adopted; removed at the end if not.
 
-        What is checked is then what is kept, whatever happens to `folder` meanwhile. Files that are missing there are
-        missing here. Raises InvalidAdapter for what is not a regular file or cannot be read or, with `within`, leads
-        out of that folder; NoRoom over `limit` bytes in all.
+        What is checked is then what is kept, whatever happens to `folder` later. Files that are missing there are
+        missing here. Raises InvalidAdapter for what is not a regular file or cannot be read, changes while it is copied
+        or, with `within`, leads out of that folder; NoRoom over `limit` bytes in all.
         """
-        with self.staging() as staged:
+        with self.staging() as staged, ExitStack() as opened:
+            before: dict[str, tuple[int, tuple[int, ...]]] = {}
             for name in (*REQUIRED, *SIDE):
                 source = open_inside(folder / name, within)
-                if source is None:
-                    continue
-                try:
-                    with _told(f"copy {name}"):
-                        limit -= self._disk.copy(source, staged / name, limit)
-                finally:
-                    os.close(source)
+                if source is not None:
+                    opened.callback(os.close, source)
+                    before[name] = source, _state(source)
+            for name, (source, _) in before.items():
+                with _told(f"copy {name}"):
+                    limit -= self._disk.copy(source, staged / name, limit)
+            for name, (source, state) in before.items():
+                if _state(source) != state:  # half of it may be of one content, and half of another
+                    raise InvalidAdapter(f"{name} has changed while it was copied; try again once it is written", name)
             yield staged
 
     def adopt(self, staged: Path, record: Record) -> bool:
@@ -264,7 +276,8 @@ class Store:
         fresh = self._names.with_suffix(".new")
         with _told("write the names"):
             try:
-                self._disk.write(fresh, json.dumps(journal.to_json(), indent=1).encode())
+                content = {**journal.to_json(), WRITTEN: time.time()}
+                self._disk.write(fresh, json.dumps(content, indent=1).encode())
                 self._disk.rename(fresh, self._names)
             except OSError:
                 fresh.unlink(missing_ok=True)
@@ -307,28 +320,51 @@ class Store:
             raise StoreFailed("the state directory is in use by another process; stop it or use another") from None
         return fd
 
-    def _read_journal(self) -> Journal:
+    def _read_journal(self) -> tuple[Journal, float]:
+        """The names, and since when others may have been given that are lost: never, if this is the file that was
+        written last."""
         try:
             text = self._names.read_text(encoding="utf-8")
+            changed = self._names.stat().st_ctime
         except FileNotFoundError:
-            return Journal()
+            if not any(self._versions.iterdir()):
+                with suppress(StoreFailed):  # a disk that refuses is told of with the first version
+                    self.write(Journal())  # from that on, a file that is not there has been taken away
+            return Journal(), -math.inf
         try:
-            return Journal.from_json(json.loads(text))
+            content = json.loads(text)
+            written = float(content.get(WRITTEN, math.inf))
+            return Journal.from_json(content), written if changed - written > SAME_WRITE else math.inf
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreFailed(
                 f"names.json in the store cannot be read ({error}); put a good copy back, or move it away to start "
-                "without names"
+                "without names: versions that have none then are kept in the store's folder 'unnamed'"
             ) from error
 
-    def _sweep(self) -> None:
-        """Remove what a crash left: unfinished copies, unfinished deletions, versions that never got a name."""
+    def _sweep(self, lost_since: float) -> None:
+        """Remove what a crash left: unfinished copies, unfinished deletions, versions that never got a name. Those that
+        may have had one since then are set aside."""
         for left in self._incoming.iterdir():
             self._disk.remove(left)
         self._disk.remove(self._names.with_suffix(".new"))
         named = self.journal.referenced()
         for folder in self._versions.iterdir():
-            if folder.name not in named:
+            if folder.name in named:
+                continue
+            aside = self._unnamed / folder.name
+            if aside.exists() or self._made(folder) <= lost_since:
                 self._discard(folder)
+                continue
+            self._disk.make(self._unnamed)
+            self._disk.rename(folder, aside)
+            log.warning("version %s has no name any more: it is kept in %s", folder.name[:SHORT_DIGEST], self._unnamed)
+
+    def _made(self, folder: Path) -> float:
+        """When a version was made, as far as its record tells."""
+        try:
+            return float(json.loads((folder / RECORD).read_text(encoding="utf-8"))["created_at"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return -math.inf
 
     def _read_records(self) -> None:
         for digest in self.journal.referenced():
@@ -352,6 +388,12 @@ class Store:
         if not isinstance(record.nbytes, int) or not all(isinstance(each, dict) for each in told):
             raise ValueError("it is none that was written here")
         return record
+
+
+def _state(descriptor: int) -> tuple[int, ...]:
+    """What tells whether a file was written to, or another put in its place, since it was opened."""
+    state = os.fstat(descriptor)
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def open_inside(path: Path, within: Path | None) -> int | None:

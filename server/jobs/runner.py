@@ -11,9 +11,10 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, StoreFailed
 from server.errors import Conflict, ServerError, UnknownName
 from server.jobs.errors import JobError, refused
 from server.jobs.records import (
@@ -108,8 +109,9 @@ class Jobs:
                 if job.pausing:
                     job.status, job.pausing = PAUSED, False
                     message = "Paused: that was asked before the server ended."
-                records.save(job)
-                records.note(job, message)
+                with suppress(StoreFailed):  # a disk that is full: it will be said again at the next start
+                    records.save(job)
+                    records.note(job, message)
         self._threads = [
             threading.Thread(target=self._run, args=(kind,), name=f"loramux-{kind}", daemon=True) for kind in works
         ]

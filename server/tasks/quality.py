@@ -13,11 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,10 @@ log = logging.getLogger(__name__)
 DAY = 86_400.0
 HOUR = 3_600
 FLUSH_SECONDS = 0.5
+FIRST_SWEEP = 300.0
+"""Seconds after the start."""
+LEAST_ROOM = 1 << 20
+"""Bytes that are free on a disk that is not full."""
 MOST_PENDING = 10_000
 """Answers that wait in memory at most while the disk refuses them; the oldest are let go."""
 MOST_SUBJECTS = 200
@@ -166,7 +172,7 @@ class Quality:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._retention = retention
         self._lock = threading.Lock()
-        self._pending: list[Answered] = []
+        self._pending: deque[Answered] = deque()
         self._ids: dict[Subject, int] = {}
         self._totals: dict[tuple[Subject, str, str], Totals] = {}
         self._hours: dict[tuple[Subject, str, str], dict[int, Totals]] = {}
@@ -174,6 +180,8 @@ class Quality:
         """All hours of each subject, by its number."""
         self._clocks = time.time(), time.monotonic()
         """Both clocks when they were last compared."""
+        self._patience = FIRST_SWEEP
+        """For how long they are not compared then."""
         with _told_of_the_disk():
             self._db = self._opened(file)
         self._refused = False
@@ -279,7 +287,7 @@ class Quality:
         Without the answers that wait for the disk to have room again.
         """
         with self._lock:
-            with suppress(sqlite3.OperationalError):  # the thread that tries again has it in the log
+            with suppress(sqlite3.DatabaseError):  # the thread that tries again has it in the log
                 self._flush()
             subjects = {subject: number for subject, number in self._ids.items() if subject.task == task}
             scores: dict[Subject, list[dict[str, Any]]] = {subject: [] for subject in subjects}
@@ -314,6 +322,8 @@ class Quality:
         """The file, read. A damaged one is set aside, as the server does without its records rather than not at all."""
         db = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
         try:
+            if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(found)
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=NORMAL")
             db.executescript(_SCHEMA)
@@ -321,7 +331,9 @@ class Quality:
             return db
         except sqlite3.OperationalError:  # the disk's, or another process's
             db.close()
-            raise
+            if shutil.disk_usage(file.parent).free > LEAST_ROOM:
+                raise
+            return self._in_memory(file)
         except sqlite3.DatabaseError as error:
             db.close()
             aside = file.with_suffix(".broken.db")
@@ -330,6 +342,19 @@ class Quality:
                 Path(f"{file}{rest}").unlink(missing_ok=True)
             file.replace(aside)
         return self._opened(file)
+
+    def _in_memory(self, file: Path) -> sqlite3.Connection:
+        """A copy of the file, as a full disk lets it be read alone: routes go by what it knows."""
+        log.error(
+            "the disk is full: quality records are kept in memory, and lost at the end; make room and start again"
+        )
+        db = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
+        if file.exists() and file.stat().st_size:
+            with closing(sqlite3.connect(f"{file.absolute().as_uri()}?immutable=1", uri=True)) as there:
+                there.backup(db)
+        db.executescript(_SCHEMA)
+        self._load(db)
+        return db
 
     # ---- with the lock
 
@@ -393,12 +418,12 @@ class Quality:
     def _flush(self) -> None:
         if not self._pending:
             return
-        pending, self._pending = self._pending, []
+        pending = [self._pending.popleft() for _ in range(len(self._pending))]  # others may append meanwhile
         try:
             with self._all_or_nothing():
                 traffic = self._write(pending)
         except sqlite3.Error:
-            self._pending[:0] = pending[-MOST_PENDING:]  # a disk that has room again gets them
+            self._pending.extendleft(reversed(pending[-MOST_PENDING:]))  # a disk that has room again gets them
             raise
         for (number, _), seen in traffic.items():
             self._traffic.setdefault(number, _Traffic()).merge(seen)
@@ -444,12 +469,12 @@ class Quality:
         return sum(known.task == subject.task for known in self._ids) >= MOST_SUBJECTS
 
     def _sweep_hourly(self, wall: float, steady: float) -> None:
-        """Sweep once in an hour of running, if the wall clock went on as the other did: one that jumped is not to be
-        trusted with what it would delete."""
+        """Sweep soon after the start and once in an hour of running, if the wall clock went on as the other did: one
+        that jumped is not to be trusted with what it would delete."""
         before, since = self._clocks
-        if steady - since < HOUR:
+        if steady - since < self._patience:
             return
-        self._clocks = wall, steady
+        self._clocks, self._patience = (wall, steady), HOUR
         drift = (wall - before) - (steady - since)
         if abs(drift) < JUMP:
             self._sweep(wall)
@@ -492,6 +517,8 @@ def _told_of_the_disk() -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         raise StoreFailed(f"the quality records cannot be written: {error}") from None
+    except sqlite3.DatabaseError as error:
+        raise StoreFailed(f"the quality records are damaged ({error}): the next start sets them aside") from None
 
 
 def _told(text: str) -> bytes:

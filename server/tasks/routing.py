@@ -4,13 +4,17 @@ Owns the rule. Turns go on until every candidate has `min_samples` and the leade
 interval that holds at all times. After that, one request in twenty still goes to the others in turn, to those first
 that have few samples (a version that has just been published), so that a change is noticed; a rival takes over only
 when it is proven better itself.
+
+In which order is drawn anew every few rounds, and so is which of twenty requests goes around: clients that send one
+easy and one hard prompt in turn would otherwise give each candidate prompts of one kind. Single rounds would not do:
+what one candidate has of the two the other has not, and differences vary more than the interval takes them to.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from adapters.errors import AdapterError, StoreFailed
@@ -21,6 +25,8 @@ from server.tasks.quality import Quality, Subject
 
 EXPLORED = 20
 """One request in so many goes around after a decision."""
+ROUNDS = 5
+"""Rounds whose order is drawn at once."""
 
 
 class Versions(Protocol):
@@ -60,6 +66,35 @@ def decide(
     return Decision(current, f"no candidate is proven better yet: {told}")
 
 
+@dataclass
+class _Turns:
+    """Whose turn it is."""
+
+    _left: list[str] = field(default_factory=list)
+    """Whose turns are left of these rounds, in the order drawn."""
+    _among: Sequence[str] = ()
+    _ahead: int = 0
+    """Requests until one goes around, itself among them, and those that are left of the twenty after it."""
+    _after: int = 0
+
+    def next(self, names: Sequence[str]) -> str:
+        """One of the names. In `ROUNDS` rounds each has as many turns."""
+        if not self._left or self._among != names:
+            self._left, self._among = random.sample([*names] * ROUNDS, len(names) * ROUNDS), names
+        return self._left.pop()
+
+    def goes_around(self) -> bool:
+        """Whether this request does, of those that a leader would have: one of each twenty."""
+        if self._ahead == 0 and self._after == 0:
+            self._ahead = random.randrange(EXPLORED) + 1
+            self._after = EXPLORED - self._ahead
+        if self._ahead > 0:
+            self._ahead -= 1
+            return self._ahead == 0
+        self._after -= 1
+        return False
+
+
 class BestRouter:
     """Picks candidates by what is known of them."""
 
@@ -67,23 +102,21 @@ class BestRouter:
         self._quality = quality
         self._versions = versions
         self._base = base
-        self._turns: dict[str, itertools.count[int]] = {}
+        self._turns: dict[str, _Turns] = {}
         self._leaders: dict[str, tuple[Best, Subject | None]] = {}
 
     def pick(self, task: Task, route: Best) -> str:
         """The candidate for the next request."""
-        turn = next(self._turns.setdefault(task.name, itertools.count()))
+        turns = self._turns.setdefault(task.name, _Turns())
         leader = self._leading(task, route)
-        if leader is not None and turn % EXPLORED:
+        if leader is not None and not turns.goes_around():
             return leader
         subjects = self._subjects(task, route)
         if leader is None:
-            names = list(subjects) or list(route.candidates)
-            return names[turn % len(names)]
+            return turns.next(list(subjects) or list(route.candidates))
         counts = {n: self._quality.totals(s, route.metric, route.source).count for n, s in subjects.items()}
         others = [name for name in subjects if name != leader]
-        turns = [name for name in others if counts[name] < route.min_samples] or others or [leader]
-        return turns[turn // EXPLORED % len(turns)]
+        return turns.next([name for name in others if counts[name] < route.min_samples] or others or [leader])
 
     def review(self, task: Task, route: Best) -> Decision:
         """Look at the scores again, and change the leader if that is proven.

@@ -90,7 +90,7 @@ def publish(store: Store, name: str, folder: Path, now: float = 1.0) -> str:
     return weights.digest
 
 
-def check_whole(store: Store) -> dict[str, str]:
+def check_whole(store: Store, unnamed: bool = False) -> dict[str, str]:
     """Every name's versions can be read and are what they say; nothing is left over. Answers name -> digest."""
     assert not store.lost
     for name, entry in store.journal.names.items():
@@ -99,7 +99,9 @@ def check_whole(store: Store) -> dict[str, str]:
             assert store.records[digest].digest == digest
     assert {p.name for p in (store.root / "versions").iterdir()} == set(store.journal.referenced())
     assert not list((store.root / "incoming").iterdir())
-    assert {p.name for p in store.root.iterdir()} <= {"versions", "incoming", "names.json", "lock"}
+    assert {p.name for p in store.root.iterdir()} <= {"versions", "incoming", "names.json", "lock"} | (
+        {"unnamed"} if unnamed else set()
+    )
     return {name: entry.history[0] for name, entry in store.journal.names.items()}
 
 
@@ -257,8 +259,10 @@ def test_a_crash_at_any_write_leaves_a_readable_store(tmp_path: Path, folders: l
 @pytest.mark.usefixtures("no_fsync")
 def test_a_full_disk_at_any_write_changes_nothing_that_is_seen(tmp_path: Path, folders: list[Path]) -> None:
     count, states = dry_run(folders, tmp_path / "dry")
+    opening = FaultyDisk()
+    Store(tmp_path / "opening", disk=opening).close()
     failures = 0
-    for at in range(2, count):
+    for at in range(opening.count, count):
         root = tmp_path / f"full-{at}"
         store = Store(root, disk=FaultyDisk(at, full, half=True))
         reached = 0
@@ -486,3 +490,54 @@ def test_a_version_whose_folder_went_while_it_was_served_can_be_put_again(store:
     shutil.rmtree(store.path(digest))
     assert publish(store, "a", folders[0]) == digest
     assert check_whole(store) == {"a": digest}
+
+
+def test_names_that_somebody_takes_away_cost_no_version(store: Store, folders: list[Path], caplog: Any) -> None:
+    """As the server says what to do about a damaged file."""
+    digests = {publish(store, "a", folders[0]), publish(store, "b", folders[1])}
+    store.close()
+    (store.root / "names.json").unlink()
+    again = Store(store.root)
+    assert not again.journal.names and {p.name for p in (store.root / "unnamed").iterdir()} == digests
+    assert "kept in" in caplog.text and all((store.root / "unnamed" / d / "record.json").exists() for d in digests)
+    third = publish(again, "c", folders[2])
+    again.close()
+    assert check_whole(Store(store.root), unnamed=True) == {"c": third}
+
+
+def test_an_older_copy_of_the_names_costs_no_version_that_came_after_it(store: Store, folders: list[Path]) -> None:
+    hour_ago = time.time() - 3600
+    kept, retired = publish(store, "a", folders[0], hour_ago - 60), publish(store, "r", folders[2], hour_ago - 30)
+    names = store.journal.retire("r").to_json()
+    newer = publish(store, "b", folders[1], hour_ago + 60)
+    store.close()
+    (store.root / "names.json").write_text(json.dumps({**names, "written": hour_ago}))
+    again = Store(store.root)
+    assert check_whole(again, unnamed=True) == {"a": kept}
+    assert [p.name for p in (store.root / "unnamed").iterdir()] == [newer] != [retired], "that was deleted before"
+    again.close()
+
+
+@pytest.mark.parametrize("how", ["written to", "replaced", "the other file"])
+def test_what_changes_while_it_is_copied_is_not_taken(store: Store, folders: list[Path], how: str) -> None:
+    tensors, config = (folders[0] / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    copy = store._disk.copy
+
+    def slowly(source: int, target: Path, limit: int) -> int:
+        size = copy(source, target, limit)
+        if target.name == tensors.name:
+            if how == "written to":
+                with tensors.open("r+b") as file:
+                    file.write(b"x")
+            elif how == "replaced":
+                shutil.copy(folders[1] / tensors.name, tensors.with_suffix(".new"))
+                tensors.with_suffix(".new").replace(tensors)
+            else:
+                config.write_text("{}")
+        return size
+
+    store._disk.copy = slowly  # type: ignore[method-assign]
+    with pytest.raises(InvalidAdapter, match="has changed while it was copied"), store.stage(folders[0]):
+        raise AssertionError("it is a mixture")
+    assert not list((store.root / "incoming").iterdir())
+    store._disk.copy = copy  # type: ignore[method-assign]

@@ -74,7 +74,7 @@ def test_a_best_route_takes_turns_and_then_serves_the_better_one(live: Any) -> N
         served.append(name)
         assert send(live, "contest", id=answer["id"], score=1.0 if name == "b" else 0.0) == 204
     assert sorted(served[:10]) == ["a"] * 5 + ["b"] * 5, "turns"
-    assert set(served[85:]) == {"b"} or served[85:].count("a") == 1, "the better one, but for one in twenty"
+    assert served[80:].count("a") <= 2, "the better one, but for one in twenty"
     told = live.http.get("/tasks/contest/performance").json()
     assert told["best"]["leader"] == "b" and told["best"]["version"].startswith("b@")
     assert "better by at least" in told["best"]["decided"]
@@ -95,16 +95,16 @@ def test_a_best_route_is_looked_at_when_the_task_or_a_version_has_changed(
 
     def served() -> list[str]:
         route = parts.tasks.get("contest").route
-        return [parts.router.pick(parts.tasks.get("contest"), route) for _ in range(8)]
+        return [parts.router.pick(parts.tasks.get("contest"), route) for _ in range(10)]
 
     route = {"best": ["a", "b"], "source": "evaluation", "min_samples": 40}
     assert live.http.put("/tasks/contest", json={"prompt": "{input}", "route": route}).status_code == 201
-    assert served()[1:] == ["b"] * 7
+    assert served().count("b") >= 8
     write_adapter("b2", seed=77)
     assert live.http.put("/adapters/b", json={"source": "b2"}).status_code == 200
-    assert served().count("a") == 4, "another version, of which nothing is known"
+    assert served().count("a") == 5, "another version, of which nothing is known"
     parts.router.forget("contest")
     assert live.http.put("/adapters/b", json={"version": first["b"].label}).status_code == 200
-    assert served()[1:] == ["b"] * 7
+    assert served().count("b") >= 8
     assert live.http.delete("/tasks/contest").status_code == 200
     assert parts.quality.leader("contest", "accuracy by evaluation") is None

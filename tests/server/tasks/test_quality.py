@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from adapters.weights import Version
 from server.errors import UnknownName
 from server.tasks import quality as module
 from server.tasks.latency import Latencies
-from server.tasks.quality import Answered, Quality, Subject
+from server.tasks.quality import DAY, Answered, Quality, Subject, digest
 from tests.waiting import until
 
 A, B = Version("a", "a" * 64), Version("b", "b" * 64)
@@ -281,7 +283,7 @@ def test_expected_is_compared_as_accuracy_does(tmp_path: Path) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from server.tasks.quality import Answered, Quality, Subject
+from server.tasks.quality import DAY, Answered, Quality, Subject, digest
 
 quality, subject = Quality(Path(sys.argv[1])), Subject.of("t", [], "base")
 for n in range(10**6):
@@ -372,4 +374,82 @@ def test_metrics_and_sources_are_no_more_samples(tmp_path: Path) -> None:
     for metric, count in (("accuracy", 3), ("chrf", 5)):
         quality.evaluated(subject, metric, {str(i): 1.0 for i in range(count)})
     assert [told["samples"] for told in quality.performance("t")] == [5]
+    quality.close()
+
+
+def test_damage_anywhere_is_set_aside_and_is_no_fault_of_ours_meanwhile(tmp_path: Path, caplog: Any) -> None:
+    file, subject = tmp_path / "quality.db", Subject.of("t", [], "base")
+    quality = Quality(file)
+    for i in range(3000):
+        quality.answered(answered(f"answer {i}", subject))
+    quality.close()
+    content = bytearray(file.read_bytes())
+    (where,) = [at for at in range(0, len(content), 4096) if content[at : at + 4096].find(digest("answer 1500")) >= 0]
+    content[where : where + 4096] = b"x" * 4096
+    file.write_bytes(content)
+    with caplog.at_level("ERROR"):
+        quality = Quality(file)
+    assert "set aside as quality.broken.db" in caplog.text and quality.performance("t") == []
+    quality.close()
+
+
+def test_damage_while_it_is_used_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality.answered(answered("one", subject))
+
+    class Damaged:
+        def execute(self, *_: Any) -> Any:
+            raise sqlite3.DatabaseError("database disk image is malformed")
+
+    monkeypatch.setattr(quality, "_flush", lambda: Damaged().execute())
+    with pytest.raises(StoreFailed, match="malformed.*next start"):
+        quality.feedback("t", "one", "", score=1.0, expected=None)
+    assert quality.performance("t") == []
+    monkeypatch.undo()
+    quality.close()
+
+
+def test_a_full_disk_at_the_start_is_read_and_served_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    file, subject = tmp_path / "quality.db", Subject.of("t", [], "base")
+    quality = Quality(file)
+    quality.evaluated(subject, "accuracy", {"a": 1.0, "b": 0.0})
+    quality.lead("t", "accuracy by evaluation", subject, "better")
+    quality.close()
+    before, connect = file.read_bytes(), sqlite3.connect
+
+    class Refusing:
+        def execute(self, *_: Any) -> Any:
+            raise sqlite3.OperationalError("disk I/O error")
+
+        def close(self) -> None: ...
+
+    def full(where: Any, **how: Any) -> Any:
+        return Refusing() if where == file else connect(where, **how)
+
+    monkeypatch.setattr(module.sqlite3, "connect", full)
+    with pytest.raises(StoreFailed, match="disk I/O error"):
+        Quality(file)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    quality = Quality(file)
+    assert "the disk is full" in caplog.text and quality.leader("t", "accuracy by evaluation") is not None
+    quality.evaluated(subject, "accuracy", {"c": 1.0})
+    assert quality.totals(subject, "accuracy", "evaluation").count == 3 and file.read_bytes() == before
+    quality.close()
+
+
+def test_the_first_sweep_is_soon_after_the_start(tmp_path: Path) -> None:
+    """A server that is never up for an hour forgets too."""
+    quality, subject = Quality(tmp_path / "quality.db", retention=DAY), Subject.of("t", [], "base")
+    quality._clocks = 0.0, 0.0
+    quality.answered(answered("one", subject))
+    quality.flush()
+    with quality._lock:
+        quality._sweep_hourly(module.FIRST_SWEEP - 1, module.FIRST_SWEEP - 1)
+        assert quality._clocks == (0.0, 0.0)
+        quality._sweep_hourly(module.FIRST_SWEEP, module.FIRST_SWEEP)
+        assert quality._clocks == (module.FIRST_SWEEP, module.FIRST_SWEEP)
+        quality._sweep_hourly(2 * module.FIRST_SWEEP, 2 * module.FIRST_SWEEP)
+        assert quality._clocks[0] == module.FIRST_SWEEP, "then once an hour"
     quality.close()
