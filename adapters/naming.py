@@ -20,11 +20,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rejection:
-    """A folder, or a name in the store, that is not served. `since` is in seconds since the epoch."""
+    """A folder, or a name in the store, that is not served. `since` is in seconds since the epoch. `fault` is false for
+    what is whole, and fits another base or other settings: one store can serve several."""
 
     path: str
     reason: str
     since: float
+    fault: bool = True
 
 
 class Rejections:
@@ -82,7 +84,8 @@ class Names:
             if last not in lost and fitting:
                 histories[name] = fitting
             else:
-                aside[name] = Rejection(name, lost.get(last) or misfit(last) or "no version of it is left", entry.since)
+                reason = lost.get(last) or misfit(last) or "no version of it is left"
+                aside[name] = Rejection(name, reason, entry.since, fault=last in lost)
         sources = {name: entry.source for name, entry in journal.names.items()}
         return Names(histories, aside, journal.referenced(), sources)
 

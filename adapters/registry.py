@@ -187,10 +187,10 @@ class Registry:
             sight = self._look(name)
         return {**self._summary(sight), **sight.details(self._ram.size, self.bases, self.faults(name))}
 
-    def rejected(self) -> Descriptions:
-        """The folders and stored adapters that are not served: `{path, reason, since}`, by path."""
+    def rejected(self, faults: bool = False) -> Descriptions:
+        """The folders and stored adapters that are not served, or the faulty ones alone: `{path, reason, since}`."""
         entries = sorted([*self.rejections.entries(), *self._names.aside.values()], key=lambda r: r.path)
-        return [{"path": r.path, "reason": r.reason, "since": r.since} for r in entries]
+        return [{"path": r.path, "reason": r.reason, "since": r.since} for r in entries if r.fault or not faults]
 
     def memory(self) -> dict[str, int]:
         """`bytes` in RAM and their `budget`; how many `versions` are there, how many `leases` are out."""

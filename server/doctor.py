@@ -7,6 +7,7 @@ asking them what they would choose.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import platform
 import resource
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import memory
+from adapters.journal import Journal
 from server.errors import BadSetting, ServerError
 from server.settings import Settings
 
@@ -87,7 +89,9 @@ def _memory(settings: Settings, report: Report) -> None:
         report.facts["memory limit"] = f"{_gib(limit)} for this container"
     report.facts["memory"] = f"{_gib(free)} free of {_gib(memory.total())}"
     wanted = settings.adapter_ram + (settings.kv_cache or 0)
-    if wanted > free:
+    if (settings.kv_cache or 0) > memory.total():
+        report.problems.append(f"--kv-cache is over the {_gib(memory.total())} that this machine has; lower it")
+    elif wanted > free:
         report.remarks.append(
             f"--adapter-ram and --kv-cache may take {_gib(wanted)}, but only {_gib(free)} is free; lower them"
         )
@@ -186,7 +190,15 @@ def _state_dir(settings: Settings, report: Report) -> None:
     report.facts["state"] = str(settings.state_dir)
     free = shutil.disk_usage(check_state_dir(settings.state_dir)).free
     report.facts["state"] += f", {_gib(free)} of disk free"
-    if free < 1 << 30:
+    names = settings.state_dir / "store" / "names.json"
+    try:
+        if names.exists():
+            Journal.from_json(json.loads(names.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        report.problems.append(f"{names} cannot be read ({error}); put a good copy back, or move it away")
+    if free < 1 << 20:
+        report.problems.append(f"the disk of {settings.state_dir} is full: nothing could be kept there; make room")
+    elif free < 1 << 30:
         report.remarks.append(f"only {_gib(free)} of disk is free for adapters and the cache")
 
 

@@ -244,8 +244,9 @@ class Metrics(Observer):
         if version is None:
             self.forget_adapter(name)
             return
-        with self._lock:  # of a counter that begins with the first failure no rate tells, and so no alert
-            self._loads.setdefault((name, "failed"), 0)
+        with self._lock:  # of a counter that begins with the first load no rate tells, and so no alert
+            for outcome in ("ok", "failed"):
+                self._loads.setdefault((name, outcome), 0)
 
     def forget_adapter(self, name: str) -> None:
         """Remove every series of an adapter that is gone, those of mixes with it included."""
@@ -323,7 +324,7 @@ class Metrics(Observer):
         )
         yield _gauge(
             "loramux_adapters_rejected",
-            "Adapters found but not served; GET /adapters tells why.",
+            "Adapters found but not served, for a fault of theirs; GET /adapters tells why.",
             (),
             [((), now.rejected)],
         )
@@ -352,7 +353,7 @@ class Metrics(Observer):
         steps = _Counts(tuple(map(float, now.step_buckets or BATCH_BUCKETS)))
         if now.step_counts:
             steps.counts, steps.total = list(now.step_counts), float(now.step_rows)
-        yield _histogram("loramux_batch_size", "Rows in a step of the engine.", steps)
+        yield _histogram("loramux_batch_size", "Tokens of a step, those of prompts among them.", steps)
         yield from _training(list(now.training)[-MAX_JOBS:])
         yield from _gateway(now)
 

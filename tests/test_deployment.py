@@ -82,6 +82,10 @@ def test_keys_are_made_once_and_fit(compose: dict[str, Any], secrets: Path) -> N
     assert all(len(text) >= 32 for text in made.values())
     subprocess.run(["bash", str(secrets.parent / "make-keys")], check=True, timeout=30)
     assert {p.name: p.read_text() for p in secrets.iterdir()} == made
+    for lost in ("prometheus_credentials", "metrics_key"):
+        (secrets / lost).unlink()
+        subprocess.run(["bash", str(secrets.parent / "make-keys")], check=True, timeout=30)
+        assert {p.name: p.read_text() for p in secrets.iterdir()} == made, "the two belong together"
 
 
 def test_prometheus_finds_the_server(compose: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def snapshot(runtime: Runtime) -> Snapshot:
         base=parts.model.name,
         versions={a["name"]: a["version"] for a in parts.registry.list()},
         adapter_bytes=parts.registry.sizes(),
-        rejected=len(parts.registry.rejected()),
+        rejected=len(parts.registry.rejected(faults=True)),
         memory=memory(parts),
         kv_blocks={state: blocks[state] for state in ("free", "used", "cached")},
         block_size=blocks["block_size"],

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 
+from adapters.errors import StoreFailed
 from server.api import schemas
 from server.api.generate import json_response
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running
 from server.errors import InvalidRequest
 from server.tasks.definitions import Best
+
+log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/tasks", tags=["tasks"])
 
@@ -58,12 +62,16 @@ async def delete_task(task: Name, runtime: Running, parts: Ready) -> dict[str, A
 
 
 async def _rerouted(parts: Parts, name: str) -> None:
-    """Who leads a task is looked at by the route that it has now, and forgotten where that asks for nobody."""
+    """Who leads a task is looked at by the route that it has now, and forgotten where that asks for nobody. The task is
+    what it has become, whatever the disk says to that."""
     task = parts.tasks.find(name)
-    if task is not None and isinstance(task.route, Best):
-        await asyncio.to_thread(parts.router.look, task)
-    else:
-        await asyncio.to_thread(parts.router.forget, name)
+    try:
+        if task is not None and isinstance(task.route, Best):
+            await asyncio.to_thread(parts.router.look, task)
+        else:
+            await asyncio.to_thread(parts.router.forget, name)
+    except StoreFailed as error:
+        log.warning("who leads the task %r is not written: %s", name, error.message)
 
 
 @router.post(

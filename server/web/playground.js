@@ -11,6 +11,11 @@ let frame;
 
 const option = (value, text = value) => make("option", { value, textContent: text });
 const DEFAULT = "default"; // answers where no task is named, if somebody has defined it
+const answering = ({ best, choice }) => {
+  if (best) return `Of ${best.join(", ")} the better one answers`;
+  if (!choice.length) return "The base answers";
+  return choice.length > 1 ? `A mix of ${choice.map((part) => part.name).join(", ")} answers` : `The adapter ${choice[0].name} answers`;
+};
 const named = (name) => tasks.find((t) => t.name === (name || DEFAULT));
 
 class Side {
@@ -42,7 +47,7 @@ class Side {
   // Who will answer, and what the task makes of the prompt.
   hint() {
     const task = named(this.part("task").value);
-    const alone = task ? "The task's own adapter answers" : "The base alone continues the prompt";
+    const alone = task ? answering(task.route) : "The base alone continues the prompt";
     const who = this.members().length ? "This mix answers, exactly" : alone;
     const frame = task?.prompt.replace("{input}", "").trim().replace(/\s+/g, " ");
     this.part("hint").textContent = frame ? `${who}: “${frame}”` : `${who}.`;

@@ -258,6 +258,7 @@ def test_stored_adapters_of_another_base_are_set_aside_until_it_is_back(
     registry.publish_now("a", folders[0])
     other = open_registry(shapes=dict.fromkeys(tiny_shapes, (8, 8)))
     assert other.list() == [] and "another base" in other.rejected()[0]["reason"]
+    assert other.rejected(faults=True) == [], "one store can serve several bases"
     with pytest.raises(UnknownAdapter, match="another base"):
         other.lease([("a", 1.0)])
     again = open_registry()

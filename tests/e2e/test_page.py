@@ -116,7 +116,7 @@ def body_of(page: Page, act: Callable[[], None]) -> dict:
 
 def test_a_task_answers_with_its_figures(page: Page) -> None:
     page.locator("select.task").select_option("sentiment")
-    expect(page.locator(".side .hint").first).to_contain_text("The task's own adapter answers: “Classify the sentiment")
+    expect(page.locator(".side .hint").first).to_contain_text("The adapter sentiment answers: “Classify the sentiment")
     ask(page)
     shown = figures(page)
     expect(page.locator(".answer")).to_have_text("positive")

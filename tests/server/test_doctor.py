@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,16 @@ def test_a_folder_that_is_not_there_may_be_a_hub_id(tmp_path: Path) -> None:
     assert any(
         r.startswith("there is no folder data/qwen here; as a hub id: `loramux pull data/qwen`") for r in remarks
     )
+
+
+def test_what_keeps_a_server_from_starting_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store")
+    store.close()
+    assert problems(state_dir=tmp_path) == ""
+    assert "--kv-cache is over" in problems(state_dir=tmp_path, kv_cache=1 << 60)
+    (tmp_path / "store" / "names.json").write_text("{")
+    assert "names.json cannot be read" in problems(state_dir=tmp_path)
+    (tmp_path / "store" / "names.json").unlink()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4096))
+    assert "is full" in problems(state_dir=tmp_path)

@@ -350,12 +350,13 @@ def test_an_adapter_that_gives_its_slot_up_is_counted(start: Any, write_adapter:
     assert value(live.http.get("/metrics").text, "loramux_adapter_evictions_total", tier="device") == 2
 
 
-def test_a_load_that_fails_is_seen_to_rise() -> None:
+@pytest.mark.parametrize("outcome", ["ok", "failed"])
+def test_the_first_load_is_seen_to_rise(outcome: str) -> None:
     metrics = Metrics()
     metrics.on_change("a", Version("a", "0" * 64))
-    sample = 'loramux_adapter_loads_total{adapter="a",outcome="failed"}'
+    sample = f'loramux_adapter_loads_total{{adapter="a",outcome="{outcome}"}}'
     assert f"{sample} 0.0" in metrics.render().decode(), "a series that began at 1 would have no rate, and no alert"
-    metrics.on_load("a", "failed", 0.1)
+    metrics.on_load("a", outcome, 0.1)
     metrics.on_change("a", Version("a", "1" * 64))
     assert f"{sample} 1.0" in metrics.render().decode()
     metrics.on_change("a", None)

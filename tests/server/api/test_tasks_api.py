@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from adapters.errors import StoreFailed
 from adapters.weights import Version
 from server.tasks.definitions import parse
 from server.tasks.store import Tasks
@@ -455,3 +456,17 @@ def test_a_task_that_is_deleted_while_folders_are_read_stays_away(tmp_path: Path
     writer.join(10)
     deleter.join(10)
     assert [task.name for task in tasks.all()] == ["y"]
+
+
+def test_a_task_that_is_gone_is_told_so_whatever_the_disk_says_to_its_records(
+    live: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: Any) -> None:
+        raise StoreFailed("the quality records cannot be written: database is locked")
+
+    assert live.http.put("/tasks/own", json=BODY).status_code == 201
+    monkeypatch.setattr(live.house.parts.router, "forget", refused)
+    assert live.http.delete("/tasks/own").status_code == 200
+    assert live.http.get("/tasks/own").status_code == 404
+    assert "is not written: the quality records" in caplog.text
+    assert live.http.put("/tasks/own", json=BODY).status_code == 201
