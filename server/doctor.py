@@ -88,17 +88,24 @@ def _memory(settings: Settings, report: Report) -> None:
     if limit is not None:
         report.facts["memory limit"] = f"{_gib(limit)} for this container"
     report.facts["memory"] = f"{_gib(free)} free of {_gib(memory.total())}"
-    wanted = settings.adapter_ram + (settings.kv_cache or 0)
-    if (settings.kv_cache or 0) > memory.total():
+    kv_cache = 0 if _on_gpu(settings) else settings.kv_cache or 0
+    wanted = settings.adapter_ram + kv_cache
+    if kv_cache > memory.total():
         report.problems.append(f"--kv-cache is over the {_gib(memory.total())} that this machine has; lower it")
     elif wanted > free:
-        report.remarks.append(
-            f"--adapter-ram and --kv-cache may take {_gib(wanted)}, but only {_gib(free)} is free; lower them"
-        )
+        flags = "--adapter-ram and --kv-cache" if kv_cache else "--adapter-ram"
+        report.remarks.append(f"{flags} may take {_gib(wanted)}, but only {_gib(free)} is free; lower what they say")
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a server takes what it may
     report.facts["open files"] = "no limit" if files == resource.RLIM_INFINITY else str(files)
     if 0 <= files <= FEW_FILES:
         report.remarks.append(f"{files} open files may be too few for many clients; raise the hard limit, ulimit -Hn")
+
+
+def _on_gpu(settings: Settings) -> bool:
+    """Whether the base and the KV cache would be on a GPU."""
+    from server.kernels import cuda
+
+    return settings.device != "cpu" and settings.kernels in ("auto", "cuda") and cuda.unavailable() is None
 
 
 def _torch(settings: Settings, report: Report) -> None:
@@ -182,7 +189,7 @@ def _base(settings: Settings, report: Report) -> None:
     least = sum(rows * columns for rows, columns in linears.values()) * (4 if quantized else 16) // 8
     least += sum(rows * columns for rows, columns in tables.values()) * (served.table_bits if quantized else 16) // 8
     free = memory.free()
-    if settings.device != "cuda" and least > free:
+    if not _on_gpu(settings) and least > free:
         report.remarks.append(f"the base takes {_gib(least)} of memory or more, but only {_gib(free)} is free")
 
 

@@ -1,12 +1,14 @@
 """A GPU's memory, shared out once: what the base leaves goes to work buffers and graphs first, then to adapters and the
 KV cache.
 
-Owns the arithmetic alone; nothing is allocated here.
+Owns the arithmetic, and what tells that there is too little; nothing is allocated here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import torch
 
 from server.errors import NoCapacity
 from server.model.config import ModelConfig
@@ -15,6 +17,8 @@ RESERVE = 256 << 20
 """Bytes for what the driver keeps of a context's kernels, and for a library's workspaces."""
 FOR_GRAPHS = 512 << 20
 """Bytes for what the driver keeps of graphs. What one takes is not measured yet; it is counted as they are made."""
+MOST_OF_A_GRAPH = 64 << 20
+"""Bytes that one is taken to have at most: what the device has less of after a capture may have gone to others."""
 KEYS_SPLIT = 16
 """Parts that a sequence's keys are cut into at most: see kernels/cuda/attention.py."""
 CONTEXT = 640 << 20
@@ -85,3 +89,14 @@ def work_bytes(config: ModelConfig, max_step_tokens: int, max_batch: int) -> int
 
 def _gb(n: int) -> str:
     return f"{n / 1e9:.2f} GB"
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether torch, or the driver behind it, had too little of the device's memory, also if something else failed at
+    the end of a capture that was left for that."""
+    # cuBLAS makes a handle and its room at the first product of a stream, and has words of its own for it.
+    if isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    ):
+        return True
+    return error.__context__ is not None and lacks_memory(error.__context__)

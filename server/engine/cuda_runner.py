@@ -21,7 +21,7 @@ import torch
 from adapters.weights import LoraWeights
 from server.engine.batch import Batch, Logits
 from server.engine.cuda_batch import OWN_LANES, ROW_WIDTHS, WIDTHS, Numbers, Shape, batch_buckets, describe, on_device
-from server.engine.cuda_memory import Shares, left_for_training, share_out
+from server.engine.cuda_memory import MOST_OF_A_GRAPH, Shares, lacks_memory, left_for_training, share_out
 from server.engine.cuda_pool import AdapterPool
 from server.engine.slots import Room
 from server.errors import NoCapacity
@@ -143,8 +143,9 @@ class CudaRunner:
             torch.cuda.empty_cache()  # what laying matrices side by side took is no work of steps
         self._buckets = batch_buckets(max_batch)
         self._storage = torch.empty(0)
-        self._results = torch.empty(max_batch, base.config.vocab_size, device=device)
-        self._drawn = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        with _counted_on(self.shares.total):
+            self._results = torch.empty(max_batch, base.config.vocab_size, device=device)
+            self._drawn = torch.zeros(max_batch, dtype=torch.int32, device=device)
         """What was drawn last: the tokens that the next batch means by those below 0."""
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         """The one that was used last is at the end."""
@@ -175,11 +176,14 @@ class CudaRunner:
     def allocate(self, blocks: int, block_size: int) -> None:
         """Also compiles the kernels, and makes the graphs of steps without adapters and with up to 64 ranks a sequence:
         others are made when they are first needed. Raises NoCapacity if others have taken the memory."""
+        with _counted_on(self.shares.total):
+            self._allocate(blocks, block_size)
+
+    def _allocate(self, blocks: int, block_size: int) -> None:
         config = self._config
         shape = (config.num_hidden_layers, blocks, config.num_key_value_heads, 2, block_size, config.head_dim)
         self._storage = torch.empty(0)
-        with _counted_on(self.shares.total):
-            self._storage = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        self._storage = torch.zeros(shape, dtype=self._dtype, device=self._device)
         self._block_size = block_size
         self._width = -(-min(blocks * block_size, self._context) // block_size)
         self._model.turn_up_to(self._width * block_size)
@@ -370,7 +374,7 @@ class CudaRunner:
             return None
         self._without.pop(shape, None)
         self._graph_memory = made.pool()
-        self._graph_bytes += max(0, self._outside_torch() - before)
+        self._graph_bytes += min(max(0, self._outside_torch() - before), MOST_OF_A_GRAPH)
         self._graphs[shape] = made
         return made
 
@@ -395,7 +399,7 @@ class CudaRunner:
             return graph
         except RuntimeError as error:
             log.warning("no graph of %d sequences, whose steps run without for a while: %s", shape.rows, str(error))
-            if _lacks_memory(error):
+            if lacks_memory(error):
                 return None
         self._broken.append(graph)
         self._graph_memory = None  # the capture may hold it
@@ -475,7 +479,7 @@ def _in_room(launch: Callable[[], T]) -> T:
         try:
             return launch()
         except RuntimeError as error:
-            if not _lacks_memory(error):
+            if not lacks_memory(error):
                 raise
             log.warning("memory of the GPU lacks for a step: %s", str(error))
         torch.cuda.empty_cache()  # not while the error holds what was allocated until it came
@@ -490,19 +494,10 @@ def _counted_on(total: int) -> Iterator[None]:
     """What of a budget of so many bytes is taken at the start. Raises NoCapacity if it is not there."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
         raise NoCapacity(
             f"the GPU lacks what the server counts on, {total / 1e9:.2f} GB in all: others have taken of it since "
             f"it looked; lower --gpu-memory, or start it when they have ended ({error})"
         ) from None
-
-
-def _lacks_memory(error: BaseException) -> bool:
-    """Whether torch, or the driver behind it, had too little of the device's memory, also if something else failed at
-    the end of a capture that was left for that."""
-    # cuBLAS makes a handle and its room at the first product of a stream, and has words of its own for it.
-    if isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    ):
-        return True
-    return error.__context__ is not None and _lacks_memory(error.__context__)

@@ -23,6 +23,7 @@ from adapters.errors import AdapterError, InvalidData, StoreFailed, TrainingStop
 from adapters.layers import LoraSpec
 from adapters.training import Event, TrainingConfig, evaluate_loss, train
 from adapters.weights import LoraWeights
+from server.engine.cuda_memory import lacks_memory
 from server.engine.text import Text
 from server.jobs.encoding import Template, encoder
 from server.jobs.errors import JobError
@@ -73,7 +74,9 @@ def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[
         placed = base.to(device) if spec.loan is None else take(base, spec.loan, device, tell)
         with at(device):
             return _fine_tune(spec, placed, folder, tell, stop)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
         raise JobError(
             "no_memory", f"the GPU has no room for this training beside the server; lower --gpu-memory: {error}"
         ) from error

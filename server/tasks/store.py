@@ -276,12 +276,17 @@ class Tasks:
                 log.warning("tasks that were deleted stay so: %s", error.message)
 
     def check_file(self, adapter: str, body: Any) -> None:
-        """Raises InvalidRequest for a task.json of no use, which would take away the task that the adapter has."""
+        """Raises InvalidRequest for a task.json of no use that would take the place of what the adapter brought. Where
+        there is nothing to lose, the adapter is served without a task, and told what is wrong."""
+        before = self._seen.get(adapter)
+        if before is None or before.task is None:
+            return
         try:
             self._from_folder(adapter, body)
         except (ServerError, AdapterError, ValueError) as error:
             raise InvalidRequest(
-                f"{TASK_FILE} would not be used: {error}; mend it, or leave it out", TASK_FILE
+                f"{TASK_FILE} can not be used: {error}; mend it, or leave it out to keep the task that {adapter!r} has",
+                TASK_FILE,
             ) from error
 
     def _from_folder(self, adapter: str, body: Any) -> Task:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from adapters import data
 from adapters.errors import TrainingStopped
@@ -25,6 +26,7 @@ from server.engine.chat_template import as_of
 from server.engine.text import Text
 from server.errors import InvalidRequest
 from server.jobs import child
+from server.jobs import fine_tune as fine_tune_module
 from server.jobs.child import Words
 from server.jobs.errors import JobError
 from server.jobs.fine_tune import fine_tune, held_out, keep_pairs, prepare
@@ -333,3 +335,17 @@ def test_a_job_waits_for_the_process_of_a_server_that_was_killed(tmp_path):
             assert stopped.result(10) is False, "it ends when it is asked to"
             assert not waiting.done()
         assert waiting.result(10) is True
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no block"), RuntimeError("CUDA error: out of memory")])
+def test_a_device_without_room_is_no_fault_of_ours(spec, tiny_base, tmp_path, monkeypatch, error):
+    def lacking(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(fine_tune_module, "prepare", lacking)
+    with pytest.raises(JobError, match="lower --gpu-memory") as told:
+        fine_tune(spec, tiny_base, tmp_path, lambda line: None, lambda: False)
+    assert told.value.code == "no_memory"
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        fine_tune(spec, tiny_base, tmp_path, lambda line: None, lambda: False)

@@ -25,7 +25,7 @@ from server.engine import cuda_batch, cuda_pool
 from server.engine import cuda_runner as cuda_runner_module
 from server.engine.batch import Batch, Logits
 from server.engine.cuda_batch import Shape, batch_buckets, describe
-from server.engine.cuda_memory import FOR_GRAPHS, share_out, work_bytes
+from server.engine.cuda_memory import FOR_GRAPHS, MOST_OF_A_GRAPH, share_out, work_bytes
 from server.engine.cuda_pool import AdapterPool
 from server.engine.cuda_runner import RETRY_SECONDS, CudaRunner, StepMemory
 from server.engine.runner import Runner, TorchRunner
@@ -296,6 +296,20 @@ def test_graphs_share_their_memory(captures: Captures) -> None:
     assert runner.nbytes()["graphs"] == 200
 
 
+def test_what_others_take_meanwhile_costs_no_graphs(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that trains grows by gigabytes while a graph is made."""
+    runner = capturing_runner()
+    one, two, four = (bucket(runner, size) for size in (1, 2, 4))
+    others = iter([0, 4 << 30, 4 << 30, 4 << 30, 4 << 30, 4 << 30])
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: ((8 << 30) - 100 * Graph.alive - next(others), 8 << 30)
+    )
+    for shape in (one, two, four):
+        runner._graph(shape)
+    assert list(runner._graphs) == [one, two, four]
+    assert runner.nbytes()["graphs"] == MOST_OF_A_GRAPH + 200 < runner.shares.graphs
+
+
 def test_graphs_that_were_not_used_for_long_make_room(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_runner_module, "GRAPHS", 2)
     runner = capturing_runner()
@@ -364,6 +378,21 @@ def test_a_start_that_finds_less_than_it_counted_on_says_so(what: Any, monkeypat
     monkeypatch.setattr(*what, lacking)
     with pytest.raises(NoCapacity, match="others have taken .* lower --gpu-memory"):
         cuda_runner(base)
+
+
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"])
+def test_a_start_whose_first_steps_find_no_room_says_so(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What warms up is the largest step, and what a library takes beside is not torch's to refuse."""
+
+    def lacking(*_: Any) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(DeviceModel, "turn_up_to", lacking)
+    with pytest.raises(NoCapacity, match="others have taken .* lower --gpu-memory"):
+        cuda_runner(bases("llama-int4")[0])
+    monkeypatch.setattr(DeviceModel, "turn_up_to", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cuda_runner(bases("llama-int4")[0])
 
 
 def test_greedy_rows_are_told_nothing_and_others_all_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
