@@ -236,9 +236,9 @@ def canonical_mix(pairs: Iterable[tuple[Version, float]], max_mix: int) -> Mix:
         if version.name in names:
             raise InvalidChoice(f"the adapter {version.name!r} is named twice; give it one weight", "adapters")
         names.add(version.name)
-        total = weights.get(version.digest, 0.0) + check_weight(weight)
-        weights[version.digest] = check_weight(total)
-    entries = tuple(sorted((digest, w) for digest, w in weights.items() if w != 0.0))
+        weights[version.digest] = weights.get(version.digest, 0.0) + check_weight(weight)
+    totals = ((digest, check_weight(total)) for digest, total in weights.items())
+    entries = tuple(sorted((digest, w) for digest, w in totals if w != 0.0))
     if len(entries) > max_mix:
         raise InvalidChoice(f"a mix of {len(entries)} adapters is over the limit of {max_mix} (--max-mix)", "adapters")
     return Mix(entries)

@@ -95,9 +95,9 @@ class CompletionShape:
         }
 
     def _top(self, token: TokenLogprob) -> dict[str, float]:
-        """Best first; where two ids read alike, the better one."""
+        """Best first; where two ids read alike, the better one. The token itself is among them, as OpenAI has it."""
         top: dict[str, float] = {}
-        for id, logprob in token.top:
+        for id, logprob in (*token.top, (token.id, token.logprob)):
             top.setdefault(self._text.token_text(id), finite(logprob))
         return top
 

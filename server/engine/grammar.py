@@ -170,7 +170,7 @@ class _Vocabulary:
         self.eos_token_id = text.eos_id
         self.bos_token_id = text.vocabulary.bos_id
         self.tokens = [text.token_bytes(token) for token in range(size)]
-        self.special_token_ids = sorted(text.vocabulary.special.values())
+        self.special_token_ids = sorted({*text.vocabulary.special.values(), *text.vocabulary.eos_ids})
 
     def __call__(self, text: str) -> list[int]:
         return self._text.encode(text, bos=False, begins=False)

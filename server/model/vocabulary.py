@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,11 +156,11 @@ def from_folder(folder: Path) -> Vocabulary:
     settings, generation, config = (
         read_json(folder / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
     )
-    tokenizer = _completed(tokenizer, settings, config.get("vocab_size"))
+    eos_ids = {i for source in (generation, config) for i in _ids(source.get("eos_token_id"))}
+    tokenizer = _completed(tokenizer, settings, config.get("vocab_size"), eos_ids)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     named = {name: _token_id(tokenizer, settings.get(f"{name}_token")) for name in ("bos", "eos")}
-    eos_ids = {i for source in (generation, config) for i in _ids(source.get("eos_token_id"))}
     bos_id = named["bos"] if settings else _first(_ids(config.get("bos_token_id")))
     plain, begun = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     begins = begun[:1] if begun[1 : 1 + len(plain)] == plain else []
@@ -189,7 +189,8 @@ def write_folder(vocabulary: Vocabulary, folder: Path) -> None:
         return None if token is None else contents.get(token, vocabulary.tokenizer.id_to_token(token))
 
     settings = {
-        **vocabulary.names,
+        **{name: token for name, token in vocabulary.names.items() if name.endswith("_token")},
+        "extra_special_tokens": {n: token for n, token in vocabulary.names.items() if not n.endswith("_token")},
         "add_bos_token": vocabulary.add_bos,
         "bos_token": name(vocabulary.bos_id),
         "eos_token": name(vocabulary.eos_id),
@@ -366,12 +367,13 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     return template or None
 
 
-def _completed(tokenizer: Tokenizer, settings: Mapping[str, Any], table: Any) -> Tokenizer:
+def _completed(tokenizer: Tokenizer, settings: Mapping[str, Any], table: Any, ends: Collection[int]) -> Tokenizer:
     """The tokenizer with the added and the special tokens of tokenizer_config.json too, as Transformers has it.
 
     Some tokenizer.json have them as ordinary tokens or not at all: what the chat template writes would be cut in
-    pieces, and people's texts could hold them. Those beyond the model's table, whose rows config.json may tell, stay
-    out: somebody's padding, mostly. Raises BadModel for one that cannot have the id that it is given.
+    pieces, and people's texts could hold them. Added tokens that are `ends` are special whoever says else. Those beyond
+    the model's table, whose rows config.json may tell, stay out: somebody's padding, mostly. Raises BadModel for one
+    that cannot have the id that it is given.
     """
     told: dict[str, dict[str, Any]] = {}
     listed = settings.get("added_tokens_decoder") or {}
@@ -381,11 +383,15 @@ def _completed(tokenizer: Tokenizer, settings: Mapping[str, Any], table: Any) ->
             told[entry["content"]] = {"id": int(number), "content": entry["content"], **flags}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadModel(f"tokenizer_config.json's added_tokens_decoder is not whole: {error!r}") from error
-    for content in _special_contents(settings):
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    ending = [content for content in (*told, *added) if tokenizer.token_to_id(content) in ends]
+    ending += [content for content, entry in told.items() if entry["id"] in ends]
+    for content in (*_special_contents(settings), *ending):
         fresh = {"id": tokenizer.token_to_id(content), "content": content, **dict.fromkeys(_FLAGS, False)}
         if fresh["id"] is not None:
             told.setdefault(content, fresh)["special"] = True
-    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+        elif content in told:
+            told[content]["special"] = True
     rows = table if isinstance(table, int) else math.inf
     lacking = [token for content, token in told.items() if content not in added and token["id"] < rows]
     ordinary = {t["content"] for t in told.values() if t["special"] and t not in lacking} - {

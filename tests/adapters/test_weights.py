@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 
 import pytest
 import torch
 
-from adapters.weights import PORTION, LoraWeights, LowRank, all_finite_in, content_digest, not_finite
+from adapters.errors import InvalidChoice
+from adapters.weights import (
+    PORTION,
+    LoraWeights,
+    LowRank,
+    Version,
+    all_finite_in,
+    canonical_mix,
+    content_digest,
+    not_finite,
+)
 
 
 def update(dtype: torch.dtype, rank: int = 3) -> LowRank:
@@ -76,3 +87,12 @@ def test_codes_are_counted_and_have_no_update_that_others_could_read() -> None:
     assert weights.ranks == [2] and weights.nbytes == 8 * 32 + 64 + 4 * 2 and weights.modules["p"].shape == (7, 3)
     with pytest.raises(ValueError, match="p is in codes"):
         weights.delta("p")
+
+
+def test_what_one_content_adds_up_to_is_no_matter_of_order() -> None:
+    digest = "a" * 64
+    for weights in itertools.permutations((16.0, 16.0, -16.0)):
+        named = [(Version(f"n{i}", digest), weight) for i, weight in enumerate(weights)]
+        assert canonical_mix(named, 8).entries == ((digest, 16.0),)
+    with pytest.raises(InvalidChoice, match="not 32"):
+        canonical_mix([(Version("n0", digest), 16.0), (Version("n1", digest), 16.0)], 8)

@@ -114,6 +114,16 @@ def test_streamed_completions_carry_logprobs(client: openai.OpenAI) -> None:
     assert offsets[0] == [sum(map(len, tokens[0][:i])) for i in range(5)]
 
 
+def test_the_token_that_was_drawn_is_among_the_best(client: openai.OpenAI) -> None:
+    made = client.completions.create(model="tiny", prompt="one", max_tokens=20, temperature=2, logprobs=2, seed=3,
+                                     extra_body={"ignore_eos": True})  # fmt: skip
+    told = made.choices[0].logprobs
+    assert told is not None and told.tokens and told.top_logprobs and told.token_logprobs
+    assert any(len(top) == 3 for top in told.top_logprobs), "one of them was not likely"
+    for token, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        assert top[token] >= logprob
+
+
 def test_offsets_of_tokens_are_places_in_the_text(tiny_vocabulary: Any) -> None:
     text = Text(tiny_vocabulary)
     shape = CompletionShape("cmpl-1", 0, "tiny", text, [False])

@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -272,3 +273,13 @@ def test_in_one_batch_with_others(bench: Any, text: Text) -> None:
             assert set(json.loads(heard.text)) == {"x", "kind"}
         else:
             assert heard.text.startswith("{")
+
+
+def test_an_end_that_is_an_ordinary_token_is_no_part_of_it_either(tiny_text: Text) -> None:
+    """It would end the answer in the middle of a text."""
+    letter = tiny_text.encode("a")[0]
+    text = Text(replace(tiny_text.vocabulary, eos_ids=tiny_text.vocabulary.eos_ids | {letter}))
+    for vocabulary, there in ((tiny_text, True), (text, False)):
+        (grammar,) = Grammars(vocabulary, vocabulary.size).compile({"type": "string"}, 1)
+        grammar.accept(vocabulary.encode('"')[0])
+        assert (letter in allowed(grammar, vocabulary.size)) is there

@@ -268,6 +268,34 @@ def test_tokens_that_only_the_settings_call_special_are_special(tmp_path: Path, 
     assert Text(from_folder(tmp_path)).encode_chat(plain) == ids
 
 
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+def test_an_added_token_that_ends_an_answer_is_special_whoever_says_so(
+    where: str, tmp_path: Path, trained: dict[str, Any]
+) -> None:
+    folder(tmp_path, from_gguf(trained), eos_token="<|endoftext|>")
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    for added in saved["added_tokens"]:
+        added["special"] = added["content"] != "<|im_end|>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    for name in ("generation_config.json", "config.json"):
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": [0, 2] if name == where else 0}))
+    vocabulary = from_folder(tmp_path)
+    assert vocabulary.eos_ids == {0, 2} and vocabulary.special["<|im_end|>"] == 2
+    assert 2 not in Text(vocabulary).encode("a<|im_end|>b"), "people's words end nothing"
+
+
+def test_names_of_a_templates_own_tokens_survive_being_written(tmp_path: Path, trained: dict[str, Any]) -> None:
+    template = "{{ boi }}{{ image_token }}"
+    own = {"boi": "<|im_start|>", "image_token": "<|im_end|>"}
+    folder(tmp_path, from_gguf(trained), extra_special_tokens=own, chat_template=template)
+    vocabulary = from_folder(tmp_path)
+    assert {name: vocabulary.names[name] for name in own} == own
+    write_folder(vocabulary, tmp_path)
+    again = from_folder(tmp_path)
+    assert again.names.items() >= vocabulary.names.items()
+    assert Text(again).encode_chat([]) == Text(vocabulary).encode_chat([]) == [1, 2]
+
+
 @pytest.mark.parametrize("listed", ["additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"])
 def test_each_list_of_special_tokens_is_read(listed: str, tmp_path: Path, trained: dict[str, Any]) -> None:
     told: Any = ["<|im_end|>", {"content": "<nowhere>"}]
