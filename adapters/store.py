@@ -360,11 +360,11 @@ class Store:
             log.warning("version %s has no name any more: it is kept in %s", folder.name[:SHORT_DIGEST], self._unnamed)
 
     def _made(self, folder: Path) -> float:
-        """When a version was made, as far as its record tells."""
+        """When a version was made; later than anything where its record does not tell."""
         try:
             return float(json.loads((folder / RECORD).read_text(encoding="utf-8"))["created_at"])
         except (OSError, ValueError, KeyError, TypeError):
-            return -math.inf
+            return math.inf
 
     def _read_records(self) -> None:
         for digest in self.journal.referenced():

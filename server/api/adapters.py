@@ -76,6 +76,7 @@ async def register(request: Request, runtime: Running, parts: Ready) -> Response
     """Give a new name its content. Other content under a name in use is 409: that is what PUT is for."""
     if is_multipart(request):
         async with uploaded(request, runtime.settings, named=True) as (name, folder):
+            await asyncio.to_thread(_check_task, parts, name, folder, folder)
             published = await parts.registry.publish(name, folder, create_only=True)
     else:
         body = await _json_body(request, schemas.RegisterBody)

@@ -87,7 +87,7 @@ def main() -> None:
     except MemoryError as error:
         _fail(error, f"there is too little memory: {error or 'none is left'}")
     status = status if isinstance(status, int) else 0
-    if any(thread.name == APART for thread in threading.enumerate()):  # interrupted while it computes: see below
+    if any(thread.name == APART for thread in threading.enumerate()):  # interrupted while it computes
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

@@ -114,6 +114,7 @@ def search(
     for seed in plan.seeds:
         replace(wanted.config, seed=seed)  # one that is none is told before the first trial
     model = Trainable(base, wanted.config.compute_dtype)
+    (output / TRIALS).unlink(missing_ok=True)  # of a search before
     with progress("steps", quiet=as_json) as bar:
         if judged_by == LOSS:
             result = _searched(plan, model, found, None, bar, lambda: False, output)
@@ -253,7 +254,6 @@ def _make(output: Path) -> None:
     """Raises BadSetting for a folder that cannot be, before the trials whose outcome it would get."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / TRIALS).unlink(missing_ok=True)
     except OSError as error:
         raise BadSetting(f"{output} cannot be written: {error.strerror}", "output") from error
 

@@ -49,6 +49,9 @@ class Progress:
     most_tokens: int = 0
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.most_tokens = max(self.most_tokens, self.tokens)  # records of before have none
+
     @property
     def share(self) -> float:
         return min(1.0, self.step / self.steps) if self.steps else 0.0

@@ -55,8 +55,8 @@ class Prompts:
         self._check_characters(size, "messages")
         if task is not None and task.format == "raw":
             return await self.of_input(task, _only_message(task, messages))
-        if size > USUAL * self.room.context:
-            await self._check_beginning("".join(m["content"] for m in messages), USUAL * self.room.context, "messages")
+        asked = "".join(m["content"] for m in messages if m["role"] != "assistant")  # templates drop of answers' parts
+        await self._check_beginning(asked, USUAL * self.room.context, "messages")
         wrapped = messages if task is None else _wrapped(task, messages)
         ids = await _off(size + MESSAGE * len(wrapped), lambda: self.text.encode_chat(wrapped))
         self.room.check_prompt(len(ids), "messages")

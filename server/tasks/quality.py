@@ -349,9 +349,12 @@ class Quality:
             "the disk is full: quality records are kept in memory, and lost at the end; make room and start again"
         )
         db = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
-        if file.exists() and file.stat().st_size:
-            with closing(sqlite3.connect(f"{file.absolute().as_uri()}?immutable=1", uri=True)) as there:
+        try:
+            with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True)) as there:
+                there.execute("PRAGMA locking_mode=EXCLUSIVE")  # what was written last is read without a file beside it
                 there.backup(db)
+        except sqlite3.Error as error:
+            log.error("%s cannot be read (%s): nothing is known of before", file.name, error)
         db.executescript(_SCHEMA)
         self._load(db)
         return db

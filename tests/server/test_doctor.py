@@ -109,7 +109,7 @@ def test_what_keeps_a_server_from_starting_is_a_problem(tmp_path: Path, monkeypa
     store = Store(tmp_path / "store")
     store.close()
     assert problems(state_dir=tmp_path) == ""
-    assert "--kv-cache is over" in problems(state_dir=tmp_path, kv_cache=1 << 60)
+    assert "--kv-cache is over" in problems(state_dir=tmp_path, kv_cache=1 << 60, device="cpu")
     (tmp_path / "store" / "names.json").write_text("{")
     assert "names.json cannot be read" in problems(state_dir=tmp_path)
     (tmp_path / "store" / "names.json").unlink()

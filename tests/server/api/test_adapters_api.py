@@ -175,10 +175,14 @@ def test_a_task_that_is_none_does_not_take_the_one_that_is_there(live: Any, writ
         return body
 
     assert live.http.put("/adapters/brings", **sent('{"prompt": "Say: {input}"}')).status_code == 201
-    answer = live.http.put("/adapters/brings", **sent('{"prompt": "nothing to put in"}'))
-    assert answer.status_code == 400, answer.text
-    told = answer.json()["error"]
-    assert told["param"] == "task.json" and "{input}" in told["message"] and "leave it out" in told["message"]
+    of_no_use = '{"prompt": "nothing to put in"}'
+    for answer in (
+        live.http.put("/adapters/brings", **sent(of_no_use)),
+        live.http.post("/adapters", **sent(of_no_use, name="brings")),
+    ):
+        assert answer.status_code == 400, answer.text
+        told = answer.json()["error"]
+        assert told["param"] == "task.json" and "{input}" in told["message"] and "leave it out" in told["message"]
     assert live.http.get("/tasks/brings").json()["prompt"] == "Say: {input}"
     assert live.http.put("/adapters/brings", **sent("no JSON")).status_code == 400
 

@@ -325,6 +325,13 @@ def test_a_gpu_trains_where_there_is_one_to_be_used(monkeypatch: pytest.MonkeyPa
     assert [training_backend(device).name for device in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "reference"]
 
 
+def test_a_search_that_does_not_begin_leaves_what_one_before_has_found(given: Path) -> None:
+    (given / "search").mkdir()
+    (given / "search" / "trials.jsonl").write_text("found")
+    done = runner.invoke(app, ["search", "echo.toml", "--ranks", "1,x", "--state-dir", "state"])
+    assert "whole numbers" in str(done.exception) and (given / "search" / "trials.jsonl").read_text() == "found"
+
+
 def test_what_a_search_has_found_is_told_though_it_cannot_be_written(given: Path) -> None:
     (given / "search" / "search.json").mkdir(parents=True)
     command = ["search", "echo.toml", "--ranks", "1,2", "--metric", "loss", "--steps", "18", "--state-dir", "state"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from adapters.errors import StoreFailed
 from adapters.weights import Version
 from server.errors import UnknownName
 from server.tasks import quality as module
+from server.tasks.intervals import Totals
 from server.tasks.latency import Latencies
 from server.tasks.quality import DAY, Answered, Quality, Subject, digest
 from tests.waiting import until
@@ -395,13 +397,12 @@ def test_damage_anywhere_is_set_aside_and_is_no_fault_of_ours_meanwhile(tmp_path
 
 def test_damage_while_it_is_used_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+
+    def damaged() -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    monkeypatch.setattr(quality, "_flush", damaged)
     quality.answered(answered("one", subject))
-
-    class Damaged:
-        def execute(self, *_: Any) -> Any:
-            raise sqlite3.DatabaseError("database disk image is malformed")
-
-    monkeypatch.setattr(quality, "_flush", lambda: Damaged().execute())
     with pytest.raises(StoreFailed, match="malformed.*next start"):
         quality.feedback("t", "one", "", score=1.0, expected=None)
     assert quality.performance("t") == []
@@ -439,13 +440,34 @@ def test_a_full_disk_at_the_start_is_read_and_served_on(
     quality.close()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_a_kill_left_unwritten_is_known_on_a_full_disk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, whole: bool
+) -> None:
+    """The last records are in a file beside the other; and where that is damaged, the server starts all the same."""
+    live, subject = Quality(tmp_path / "live.db"), Subject.of("t", [], "base")
+    live.evaluated(subject, "accuracy", {"a": 1.0, "b": 0.0})
+    for end in ("", "-wal"):
+        shutil.copy(tmp_path / f"live.db{end}", tmp_path / f"killed.db{end}")
+    live.close()
+    file = tmp_path / "killed.db"
+    if not whole:
+        file.write_bytes(b"x" * 8192)
+        (tmp_path / "killed.db-wal").unlink()
+    opened = object.__new__(Quality)
+    db = opened._in_memory(file)
+    assert opened._totals.get((subject, "accuracy", "evaluation"), Totals()).count == (2 if whole else 0)
+    assert ("nothing is known" in caplog.text) is not whole and not (tmp_path / "killed.db-shm").exists()
+    db.close()
+
+
 def test_the_first_sweep_is_soon_after_the_start(tmp_path: Path) -> None:
     """A server that is never up for an hour forgets too."""
     quality, subject = Quality(tmp_path / "quality.db", retention=DAY), Subject.of("t", [], "base")
-    quality._clocks = 0.0, 0.0
     quality.answered(answered("one", subject))
     quality.flush()
     with quality._lock:
+        quality._clocks, quality._patience = (0.0, 0.0), module.FIRST_SWEEP
         quality._sweep_hourly(module.FIRST_SWEEP - 1, module.FIRST_SWEEP - 1)
         assert quality._clocks == (0.0, 0.0)
         quality._sweep_hourly(module.FIRST_SWEEP, module.FIRST_SWEEP)
