@@ -345,9 +345,7 @@ class Quality:
 
     def _in_memory(self, file: Path) -> sqlite3.Connection:
         """A copy of the file, as a full disk lets it be read alone: routes go by what it knows."""
-        log.error(
-            "the disk is full: quality records are kept in memory, and lost at the end; make room and start again"
-        )
+        log.error("the disk is full: quality records are kept in memory until the server ends; make room, start again")
         db = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
         try:
             with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True)) as there:
