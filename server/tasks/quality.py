@@ -13,13 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import sqlite3
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from server.errors import UnknownName
 from server.tasks.definitions import FEEDBACK_METRIC
 from server.tasks.intervals import Totals, interval
 from server.tasks.latency import Latencies
+from server.tasks.quality_file import opened
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,6 @@ HOUR = 3_600
 FLUSH_SECONDS = 0.5
 FIRST_SWEEP = 300.0
 """Seconds after the start."""
-LEAST_ROOM = 1 << 20
-"""Bytes that are free on a disk that is not full."""
 MOST_PENDING = 10_000
 """Answers that wait in memory at most while the disk refuses them; the oldest are let go."""
 MOST_SUBJECTS = 200
@@ -57,27 +55,6 @@ _Change = tuple[float, int, int]
 
 _SUMS = ("hours", "traffic")
 _TOLD = "requests, errors, prompt_tokens, generated_tokens, ttft, tpot, e2e"
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS subjects (
-  id INTEGER PRIMARY KEY, task TEXT NOT NULL, mix TEXT NOT NULL, base TEXT NOT NULL, UNIQUE (task, mix, base));
-CREATE TABLE IF NOT EXISTS answers (
-  id BLOB PRIMARY KEY, subject INTEGER NOT NULL, tenant TEXT NOT NULL, at REAL NOT NULL, text BLOB NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS scores (
-  id BLOB PRIMARY KEY, subject INTEGER NOT NULL, metric TEXT NOT NULL, value REAL NOT NULL, at REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS hours (
-  subject INTEGER NOT NULL, metric TEXT NOT NULL, source TEXT NOT NULL, hour INTEGER NOT NULL,
-  count INTEGER NOT NULL, total REAL NOT NULL, squares REAL NOT NULL,
-  PRIMARY KEY (subject, metric, source, hour)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS traffic (
-  subject INTEGER NOT NULL, hour INTEGER NOT NULL, requests INTEGER NOT NULL, errors INTEGER NOT NULL,
-  prompt_tokens INTEGER NOT NULL, generated_tokens INTEGER NOT NULL, ttft BLOB NOT NULL, tpot BLOB NOT NULL,
-  e2e BLOB NOT NULL, PRIMARY KEY (subject, hour)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS decisions (
-  task TEXT PRIMARY KEY, rule TEXT NOT NULL, mix TEXT NOT NULL, base TEXT NOT NULL, since REAL NOT NULL,
-  reason TEXT NOT NULL) WITHOUT ROWID;
-"""
 
 
 @dataclass(frozen=True)
@@ -183,7 +160,7 @@ class Quality:
         self._patience = FIRST_SWEEP
         """For how long they are not compared then."""
         with _told_of_the_disk():
-            self._db = self._opened(file)
+            self._db = opened(file, self._load)
         self._refused = False
         """Whether the last attempt to write failed."""
         self._stop = threading.Event()
@@ -317,45 +294,6 @@ class Quality:
             "errors": errors,
             "tokens": {"prompt": prompt, "generated": generated},
         }
-
-    def _opened(self, file: Path) -> sqlite3.Connection:
-        """The file, read. A damaged one is set aside, as the server does without its records rather than not at all."""
-        db = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
-        try:
-            if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                raise sqlite3.DatabaseError(found)
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=NORMAL")
-            db.executescript(_SCHEMA)
-            self._load(db)
-            return db
-        except sqlite3.OperationalError:  # the disk's, or another process's
-            db.close()
-            if shutil.disk_usage(file.parent).free > LEAST_ROOM:
-                raise
-            return self._in_memory(file)
-        except sqlite3.DatabaseError as error:
-            db.close()
-            aside = file.with_suffix(".broken.db")
-            log.error("%s cannot be read (%s); it is set aside as %s", file.name, error, aside.name)
-            for rest in ("-wal", "-shm"):  # they belong to no other content
-                Path(f"{file}{rest}").unlink(missing_ok=True)
-            file.replace(aside)
-        return self._opened(file)
-
-    def _in_memory(self, file: Path) -> sqlite3.Connection:
-        """A copy of the file, as a full disk lets it be read alone: routes go by what it knows."""
-        log.error("the disk is full: quality records are kept in memory until the server ends; make room, start again")
-        db = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
-        try:
-            with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True)) as there:
-                there.execute("PRAGMA locking_mode=EXCLUSIVE")  # what was written last is read without a file beside it
-                there.backup(db)
-        except sqlite3.Error as error:
-            log.error("%s cannot be read (%s): nothing is known of before", file.name, error)
-        db.executescript(_SCHEMA)
-        self._load(db)
-        return db
 
     # ---- with the lock
 

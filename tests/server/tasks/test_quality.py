@@ -22,6 +22,7 @@ from server.tasks import quality as module
 from server.tasks.intervals import Totals
 from server.tasks.latency import Latencies
 from server.tasks.quality import DAY, Answered, Quality, Subject, digest
+from server.tasks.quality_file import in_memory
 from tests.waiting import until
 
 A, B = Version("a", "a" * 64), Version("b", "b" * 64)
@@ -286,6 +287,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from server.tasks.quality import DAY, Answered, Quality, Subject, digest
+from server.tasks.quality_file import in_memory
 
 quality, subject = Quality(Path(sys.argv[1])), Subject.of("t", [], "base")
 for n in range(10**6):
@@ -429,10 +431,10 @@ def test_a_full_disk_at_the_start_is_read_and_served_on(
     def full(where: Any, **how: Any) -> Any:
         return Refusing() if where == file else connect(where, **how)
 
-    monkeypatch.setattr(module.sqlite3, "connect", full)
+    monkeypatch.setattr(sqlite3, "connect", full)
     with pytest.raises(StoreFailed, match="disk I/O error"):
         Quality(file)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     quality = Quality(file)
     assert "the disk is full" in caplog.text and quality.leader("t", "accuracy by evaluation") is not None
     quality.evaluated(subject, "accuracy", {"c": 1.0})
@@ -455,7 +457,7 @@ def test_what_a_kill_left_unwritten_is_known_on_a_full_disk_too(
         file.write_bytes(b"x" * 8192)
         (tmp_path / "killed.db-wal").unlink()
     opened = object.__new__(Quality)
-    db = opened._in_memory(file)
+    db = in_memory(file, opened._load)
     assert opened._totals.get((subject, "accuracy", "evaluation"), Totals()).count == (2 if whole else 0)
     assert ("nothing is known" in caplog.text) is not whole and not (tmp_path / "killed.db-shm").exists()
     db.close()
