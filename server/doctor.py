@@ -22,6 +22,7 @@ from adapters import memory
 from adapters.journal import Journal
 from server.errors import BadSetting, ServerError
 from server.settings import Settings
+from server.tasks.quality_file import LEAST_ROOM
 
 ISA = {
     "x86_64": ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8"),
@@ -203,7 +204,7 @@ def _state_dir(settings: Settings, report: Report) -> None:
             Journal.from_json(json.loads(names.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         report.problems.append(f"{names} cannot be read ({error}); put a good copy back, or move it away")
-    if free < 1 << 20:
+    if free <= LEAST_ROOM:
         report.problems.append(f"the disk of {settings.state_dir} is full: nothing could be kept there; make room")
     elif free < 1 << 30:
         report.remarks.append(f"only {_gib(free)} of disk is free for adapters and the cache")

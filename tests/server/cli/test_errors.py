@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,10 @@ from safetensors import SafetensorError
 
 import adapters
 from server.cli import generate, main
+from server.kernels.threads import apart
+from tests.waiting import until
 
+APART = importlib.import_module("server.cli.main").APART
 LIBRARY = Path(adapters.__path__[0]) / "library"
 
 Run = Callable[..., tuple[int | str | None, str, str]]
@@ -141,3 +146,20 @@ def test_an_answer_that_a_full_disk_or_a_locale_does_not_take(
 
     monkeypatch.setattr(generate, "_answer", answer)
     assert run("generate", "x")[0] == 0
+
+
+def test_an_interpreter_does_not_end_while_a_thread_is_within_torch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python would end that thread, and by that the process, with a signal: Ctrl-C while a base is packed."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    over = threading.Event()
+    waiting = threading.Thread(target=apart, args=(over.wait,))
+    waiting.start()
+    try:
+        until(lambda: any(thread.name == APART for thread in threading.enumerate()))
+        assert run("--version")[0] == 0 and ended == [0]
+    finally:
+        over.set()
+        waiting.join()
+    until(lambda: not any(thread.name == APART for thread in threading.enumerate()))
+    assert run("--version")[0] == 0 and ended == [0], "without such a thread it ends as ever"
