@@ -197,7 +197,10 @@ class Settings(BaseModel):
     )
 
     # The engine
-    kv_cache: AutoSize = Field(None, description="memory for keys and values: auto is a share of free memory")
+    kv_cache: AutoSize = Field(
+        None,
+        description="memory for keys and values: auto is a quarter of what is free, at most 2,048 tokens a sequence",
+    )
     block_size: Annotated[int, Field(ge=4, le=256)] = Field(16, description="tokens in one block of the KV cache")
     prefix_cache: bool = Field(True, description="reuse keys and values of equal prompt starts")
     max_batch: Count = Field(32, description="most sequences in one step")

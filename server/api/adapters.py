@@ -46,7 +46,14 @@ def _two_bodies(model: type[BaseModel], named: bool) -> dict[str, Any]:
     if named:
         properties["name"] = {"type": "string", "pattern": schemas.NAME_PATTERN}
         required.append("name")
-    form = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    form = {
+        "title": model.__name__.replace("Body", "Form"),
+        "description": "The adapter's files, each a part of the form with its own name.",
+        "type": "object",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": False,
+    }
     body = model.model_json_schema(ref_template="#/components/schemas/{model}")
     body.pop("$defs", None)
     content = {"application/json": {"schema": body}, "multipart/form-data": {"schema": form}}

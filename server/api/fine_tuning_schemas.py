@@ -97,7 +97,7 @@ class FineTuningBody(V1):
     method: Method | None = None
     suffix: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     seed: Annotated[int, Field(ge=0, le=s.SEED[1])] | None = None
-    metadata: Annotated[Metadata, BeforeValidator(few_fields), Field(max_length=MAX_METADATA)] | None = None
+    metadata: Annotated[Metadata, Field(max_length=MAX_METADATA), BeforeValidator(few_fields)] | None = None
     lora: LoraBody | None = None
 
 

@@ -92,7 +92,7 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, mi
 
 
 class CompletionBody(V1Fields):
-    """`POST /v1/completions`."""
+    """`POST /v1/completions`. What neither the request nor its task says: `max_tokens` 16, `temperature` 1."""
 
     prompt: (
         Text
@@ -115,7 +115,9 @@ class ChatMessage(V1):
 
 
 class ChatBody(V1Fields):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`. What neither the request nor its task says: what is left of the context, and
+    `temperature` 1.
+    """
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None

@@ -36,13 +36,19 @@ def install(app: FastAPI) -> None:
 
 
 def _exact(document: dict[str, Any]) -> dict[str, Any]:
-    """Take out what FastAPI adds by itself: a 422 of another shape, where a malformed body is 400."""
+    """Take out what FastAPI adds by itself, a 422 of another shape, where a malformed body is 400; and give every body
+    with a name its place among the schemas."""
     for operations in document["paths"].values():
         for operation in operations.values():
             unprocessable = operation["responses"].get("422", {})
             if "HTTPValidationError" in str(unprocessable.get("content")):
                 del operation["responses"]["422"]
     schemas = document["components"]["schemas"]
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                if name := content["schema"].get("title"):  # said in place: a route that takes one of two bodies
+                    schemas[name], content["schema"] = content["schema"], {"$ref": f"#/components/schemas/{name}"}
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -69,26 +75,33 @@ def _route(path: str, method: str, operation: dict[str, Any]) -> str:
         f"<tr><td><code>{status}</code><td>{html.escape(answer.get('description', ''))}<td>{_bodies(answer)}"
         for status, answer in sorted(operation["responses"].items())
     )
-    query = "".join(
-        f"<tr><td><code>?{html.escape(asked['name'])}=</code>{_told(asked['schema'])}"
+    parameters = "".join(
+        f"<tr><td><code>{form.format(html.escape(asked['name']))}</code>{_told({**asked['schema'], **_about(asked)})}"
+        for place, form in (("query", "?{}="), ("header", "{}:"))
         for asked in operation.get("parameters", [])
-        if asked["in"] == "query"
+        if asked["in"] == place
     )
     asks = _bodies(operation.get("requestBody", {}))
     return (
         f"<h2><code>{method.upper()} {html.escape(path)}</code></h2>"
         f"<p>{html.escape(operation.get('description', operation.get('summary', '')))}</p>"
-        + (f"<table>{query}</table>" if query else "")
+        + (f"<table>{parameters}</table>" if parameters else "")
         + (f"<p>Body: {asks}</p>" if asks else "")
         + f"<details><summary>Answers</summary><table>{rows}</table></details>"
     )
 
 
+def _about(parameter: dict[str, Any]) -> dict[str, Any]:
+    """What is said of a parameter, wherever that stands."""
+    return {key: parameter[key] for key in ("description",) if key in parameter}
+
+
 def _bodies(part: dict[str, Any]) -> str:
     links = []
     for kind, content in part.get("content", {}).items():
-        name = content.get("schema", {}).get("$ref", "").rsplit("/", 1)[-1]
-        links.append(f'<a href="#{name}">{name}</a>' if name else f"<code>{html.escape(kind)}</code>")
+        schema = content.get("schema", {})
+        names = [option.get("$ref", "").rsplit("/", 1)[-1] for option in schema.get("anyOf", [schema])]
+        links += [f'<a href="#{name}">{name}</a>' if name else f"<code>{html.escape(kind)}</code>" for name in names]
     return ", ".join(links)
 
 

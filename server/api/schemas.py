@@ -144,11 +144,13 @@ class TaskQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    task: Annotated[str, Field(max_length=64, description="the task; none is the base")] | None = None
+    task: Annotated[str, Field(max_length=64, description="without it the task `default`, else the base")] | None = None
 
 
 class GenerateBody(GenerationFields, Body):
-    """`POST /generate`."""
+    """`POST /generate`. What neither the request nor its task says: `max_tokens` 64, `temperature` 0, the most likely
+    token each time.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={

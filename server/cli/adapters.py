@@ -251,5 +251,6 @@ def _told(error: urllib.error.HTTPError) -> ServerError:
     except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
         return ServerError(f"the server answered {error.code} {error.reason}")
     if error.code in (401, 403):
-        told.message += "; this command takes its key from LORAMUX_ADMIN_KEYS or --admin-keys-file"
+        told.message += "; this command takes its key from LORAMUX_ADMIN_KEYS or --admin-keys-file, without these from"
+        told.message += " LORAMUX_API_KEYS or --api-keys-file, which is enough to look"
     return told

@@ -118,7 +118,7 @@ def test_the_page_of_the_document_needs_no_other_host(live: Any, document: dict[
     page = live.http.get("/docs")
     assert page.status_code == 200 and "<script" not in page.text and "https://" not in page.text
     assert all(path in page.text for path in document["paths"])
-    assert "<code>?task=</code><td>string length ≤ 64 or null<td>the task; none is the base" in page.text
+    assert "<code>?task=</code><td>string length ≤ 64 or null<td>without it the task `default`" in page.text
     assert "<code>prompt</code><td>string length ≤ 8388608, required" in page.text
     assert "{&quot;name&quot;: &quot;sentiment&quot;, &quot;weight&quot;: 0.7}" in page.text, "what a mix looks like"
 
@@ -126,3 +126,21 @@ def test_the_page_of_the_document_needs_no_other_host(live: Any, document: dict[
 def test_every_pattern_of_a_body_has_words_for_it(document: dict[str, Any]) -> None:
     patterns = set(re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', json.dumps(document)))
     assert {json.loads(pattern) for pattern in patterns} == set(PATTERNS)
+
+
+def test_the_page_shows_both_bodies_of_a_route_that_takes_two_and_its_headers(
+    live: Any, document: dict[str, Any]
+) -> None:
+    page = live.http.get("/docs").text
+    put = page.split("<code>PUT /adapters/{name}</code>")[1].split("<h2>")[0]
+    for name in ("PublishBody", "PublishForm", "ComposedAnswer"):
+        assert f'href="#{name}"' in put and f'<h3 id="{name}">' in page
+    assert "<code>if-match:</code>" in put and "the version it must have now" in put
+    fields = page.split('<h3 id="PublishBody">')[1].split("<h3")[0]
+    assert all(f"<code>{field}</code>" in fields for field in ("source", "version", "from", "rank"))
+    form = page.split('<h3 id="RegisterForm">')[1].split("<h3")[0]
+    assert all(f"<code>{part}</code>" in form for part in ("name", "adapter_config.json", "adapter_model.safetensors"))
+    assert document["components"]["schemas"]["PublishForm"]["required"] == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
