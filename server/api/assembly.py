@@ -133,7 +133,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         reserved=(base.name,),
         observer=notices,
     )
-    longest = base.config.max_position_embeddings
+    longest = base.config.context_length
     context = min(longest, settings.max_context or longest)
     if settings.max_context is not None and settings.max_context > longest:
         log.warning("--max-context is %d, and the base's own limit %d: that holds", settings.max_context, longest)

@@ -62,7 +62,7 @@ class InProcess:
             text=Text(base.vocabulary),
             eos_ids=base.vocabulary.eos_ids,
             vocab_size=base.config.vocab_size,
-            context_length=min(CONTEXT, base.config.max_position_embeddings),
+            context_length=min(CONTEXT, base.config.context_length),
             base_id=base.id,
             blocks=max_batch * CONTEXT // BLOCK // 2,
             block_size=BLOCK,

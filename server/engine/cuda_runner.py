@@ -130,7 +130,7 @@ class CudaRunner:
         # would wait on the processors that the engine launches steps from.
         torch.set_num_threads(1)
         self._config, self._device = base.config, device
-        self._context = min(context or base.config.max_position_embeddings, base.config.max_position_embeddings)
+        self._context = min(context or base.config.context_length, base.config.context_length)
         self._dtype = base.backend.dtype
         needed = sum(weight.nbytes for weight in base.weights.values())
         self.shares: Shares = share_out(base.config, needed, max_step_tokens, max_batch, memory, kv_cache, adapters)

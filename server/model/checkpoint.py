@@ -19,6 +19,7 @@ from server.errors import BadModel
 from server.kernels.stored import stored_parts
 from server.kernels.weight import STORED, Weight
 from server.model import config as model_config
+from server.model import gguf_config
 from server.model import vocabulary as model_vocabulary
 from server.model.config import ModelConfig
 from server.model.digest import Digests
@@ -124,7 +125,7 @@ class Gguf:
         if isinstance(parts, int) and parts > 1:
             raise BadModel(f"{path.name} is one of {parts} parts; merge them into one file first")
         factors = self._file.floats(_ROPE_FACTORS).tolist() if _ROPE_FACTORS in tensors else None
-        self.config = model_config.from_gguf(metadata, {n: t.shape for n, t in tensors.items()}, factors)
+        self.config = gguf_config.from_gguf(metadata, {n: t.shape for n, t in tensors.items()}, factors)
         self.notes: list[str] = []
         self._names = {_from_gguf(name): name for name in tensors if name != _ROPE_FACTORS}
         self._permuted = metadata["general.architecture"] in ("llama", "smollm3")

@@ -1,4 +1,4 @@
-"""`ModelConfig`: what a decoder must know of its model, read from a `config.json` or from GGUF metadata.
+"""`ModelConfig`: what a decoder must know of its model, read from a `config.json` (from GGUF metadata: `gguf_config`).
 
 Owns the list of architectures that are served and the refusal, by name, of every other and of every setting that
 would change the answers without being implemented. Does not know tensors, files or quantization.
@@ -6,13 +6,12 @@ would change the answers without being implemented. Does not know tensors, files
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from server.errors import BadModel
-from server.model.values import above_zero, real, told, whole
+from server.model.values import above_zero, told, whole
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -22,14 +21,6 @@ ARCHITECTURES = {
     "SmolLM3ForCausalLM": "smollm3",
 }
 """Class name in `config.json` -> model type."""
-
-GGUF_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-}
-"""`general.architecture` in a GGUF file -> class name. Mistral models are written as `llama`."""
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -172,7 +163,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     max_positions = whole(config, "max_position_embeddings")
     theta, scaling = _rope(config, kind, max_positions)
     bias = bool(config.get("attention_bias", False)) and kind not in ("mistral", "qwen2")
-    return _checked(
+    return checked(
         ModelConfig(
             architecture=architecture,
             vocab_size=whole(config, "vocab_size"),
@@ -191,67 +182,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             output_bias=bias,
             mlp_bias=bool(config.get("mlp_bias", False)) and kind in ("llama", "smollm3"),
             qk_norm=kind == "qwen3",
-            no_rope_layers=_no_rope_layers(config, layers) if kind == "smollm3" else (),
-            sliding_window=window,
-        )
-    )
-
-
-def from_gguf(
-    metadata: Mapping[str, Any],
-    tensor_shapes: Mapping[str, Sequence[int]],
-    rope_factors: Sequence[float] | None = None,
-) -> ModelConfig:
-    """The config of a GGUF file.
-
-    `tensor_shapes` maps the file's tensor names to [out, in] shapes; whether there are biases and an output table
-    is read from them. `rope_factors` is the content of `rope_freqs.weight`, where Llama 3 keeps its RoPE scaling.
-    Raises BadModel for another architecture and for a setting that is not served.
-    """
-    arch = str(metadata.get("general.architecture"))
-    if arch not in GGUF_ARCHITECTURES:
-        known = ", ".join(sorted(GGUF_ARCHITECTURES))
-        raise BadModel(f"the GGUF architecture {arch!r} is not served; served are {known}")
-    values = {key[len(arch) + 1 :]: value for key, value in metadata.items() if key.startswith(f"{arch}.")}
-    if values.get("expert_count"):
-        raise BadModel("mixtures of experts are not served")
-    layers = whole(values, "block_count")
-    heads = whole(values, "attention.head_count")
-    hidden = whole(values, "embedding_length")
-    head_dim = whole(values, "attention.key_length", default=hidden // heads)
-    if whole(values, "attention.value_length", head_dim) != head_dim:
-        raise BadModel("values of another size than keys are not served (attention.value_length)")
-    if (rotary := whole(values, "rope.dimension_count", head_dim)) != head_dim:
-        raise BadModel(f"RoPE on {rotary} of {head_dim} dimensions of a head is not served")
-    max_positions = whole(values, "context_length")
-    if "token_embd.weight" not in tensor_shapes:
-        raise BadModel("the GGUF file has no tensor token_embd.weight")
-    architecture = GGUF_ARCHITECTURES[arch]
-    window = whole(values, "attention.sliding_window", 0, least=0) or None
-    if window is not None and arch == "llama":
-        architecture = "MistralForCausalLM"
-    interval = {"no_rope_layer_interval": 4}  # llama.cpp fixes it for this architecture, the file does not say
-    theta = above_zero(values, "rope.freq_base", 10000.0)
-    return _checked(
-        ModelConfig(
-            architecture=architecture,
-            vocab_size=int(tensor_shapes["token_embd.weight"][0]),
-            hidden_size=hidden,
-            intermediate_size=whole(values, "feed_forward_length"),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=whole(values, "attention.head_count_kv", default=heads),
-            head_dim=head_dim,
-            max_position_embeddings=max_positions,
-            rms_norm_eps=above_zero(values, "attention.layer_norm_rms_epsilon", 1e-6),
-            rope_theta=theta,
-            rope_scaling=_gguf_rope(values, theta, head_dim, max_positions, rope_factors),
-            tie_word_embeddings="output.weight" not in tensor_shapes,
-            attention_bias="blk.0.attn_q.bias" in tensor_shapes,
-            output_bias="blk.0.attn_output.bias" in tensor_shapes,
-            mlp_bias="blk.0.ffn_down.bias" in tensor_shapes,
-            qk_norm="blk.0.attn_q_norm.weight" in tensor_shapes,
-            no_rope_layers=_no_rope_layers(interval, layers) if arch == "smollm3" else (),
+            no_rope_layers=no_rope_layers(config, layers) if kind == "smollm3" else (),
             sliding_window=window,
         )
     )
@@ -308,6 +239,12 @@ def _architecture(config: Mapping[str, Any]) -> str:
         named = [by_type.get(str(config.get("model_type")), str(config.get("model_type")))]
     for name in named:
         if name in ARCHITECTURES:
+            kind = config.get("model_type")
+            if kind is not None and kind != ARCHITECTURES[name]:  # which Transformers goes by
+                raise BadModel(
+                    f"config.json says two things: architectures {name}, whose model_type is {ARCHITECTURES[name]!r}, "
+                    f"and model_type {str(kind)[:40]!r}; leave the one that is meant"
+                )
             return name
     raise BadModel(f"the architecture {', '.join(named)} is not served; served are {', '.join(ARCHITECTURES)}")
 
@@ -321,6 +258,8 @@ def _refuse_unserved(config: Mapping[str, Any]) -> None:
         raise BadModel(f"the activation {activation!r} is not served, only silu (hidden_act)")
     if config.get("is_encoder_decoder"):
         raise BadModel("encoder-decoder models are not served")
+    if told(config, "is_causal", bool, "true or false") is False:
+        raise BadModel("models whose tokens see those after them are not served (is_causal)")
 
 
 _WINDOW = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}
@@ -329,23 +268,27 @@ _WINDOW = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}
 
 def _sliding_window(config: Mapping[str, Any], kind: str, layers: int) -> int | None:
     """The window, if any layer has one."""
-    if kind == "llama" or (kind != "mistral" and not config.get("use_sliding_window", False)):
+    if kind == "llama":
+        return None
+    types = told(config, "layer_types", list, "a list of names") if kind != "mistral" else None
+    unknown = {str(name) for name in types or ()} - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise BadModel(f"layers of type {', '.join(sorted(unknown))[:200]} are not served (layer_types)")
+    asked = kind == "mistral" or config.get("use_sliding_window", False)
+    if not asked and not (kind == "smollm3" and types is not None):  # whose layers have it without being asked
         return None
     if config.get("sliding_window", _WINDOW.get(kind)) is None:
         return None
     window = whole(config, "sliding_window", _WINDOW.get(kind))
-    types = told(config, "layer_types", list, "a list of names")
-    if types is not None and kind != "mistral":
-        unknown = {str(name) for name in types} - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise BadModel(f"layers of type {', '.join(sorted(unknown))} are not served (layer_types)")
+    if types is not None:
         return window if "sliding_attention" in types else None
     if kind in ("qwen2", "qwen3") and whole(config, "max_window_layers", 28, least=0) >= layers:
         return None
     return window
 
 
-def _no_rope_layers(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+def no_rope_layers(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """1 for each layer with RoPE and 0 for the others, as listed or by their interval. Raises BadModel."""
     listed = told(config, "no_rope_layers", list, "a list of 0 and 1")
     if listed is None:
         interval = whole(config, "no_rope_layer_interval", 4)
@@ -383,7 +326,7 @@ def _spelled_rope(
     original = config.get("original_max_position_embeddings")
     if original is not None:
         parameters["original_max_position_embeddings"] = original
-    return theta, _scaling(str(name), parameters, max_positions)
+    return theta, scaling_of(str(name), parameters, max_positions)
 
 
 def _either(parameters: dict[str, Any], config: Mapping[str, Any], key: str, default: float) -> float:
@@ -395,7 +338,8 @@ def _either(parameters: dict[str, Any], config: Mapping[str, Any], key: str, def
 _ZERO_IS_NONE = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
-def _scaling(name: str, parameters: Mapping[str, Any], max_positions: int) -> RopeScaling:
+def scaling_of(name: str, parameters: Mapping[str, Any], max_positions: int) -> RopeScaling:
+    """The RoPE scaling of that name with these parameters, null ones left out. Raises BadModel."""
     if name not in ROPE_TYPES:
         raise BadModel(f"the RoPE scaling {name!r} is not served; served are {', '.join(ROPE_TYPES)}")
     if name == "default":
@@ -422,65 +366,8 @@ def _scaling(name: str, parameters: Mapping[str, Any], max_positions: int) -> Ro
     return RopeScaling(type=name, **given)
 
 
-def _gguf_rope(
-    values: Mapping[str, Any], theta: float, head_dim: int, max_positions: int, factors: Sequence[float] | None
-) -> RopeScaling:
-    name = str(values.get("rope.scaling.type", "none"))
-    if factors is not None:
-        return _llama3_from_factors(factors, theta, head_dim)
-    if name == "none" and "rope.scale_linear" in values:  # the spelling before 2023-11
-        return _scaling("linear", {"factor": real(values, "rope.scale_linear", 1.0)}, max_positions)
-    factor = real(values, "rope.scaling.factor", 0.0) or 1.0  # 0 is how GGUF's own writer says none
-    if name == "none" or (name == "linear" and factor == 1.0):
-        return RopeScaling()
-    magnitude = None
-    if "rope.scaling.attn_factor" in values:  # multiplies YaRN's own, where Transformers' stands instead of it
-        magnitude = real(values, "rope.scaling.attn_factor", 1.0) * (1.0 + 0.1 * math.log(max(factor, 1.0)))
-    parameters = {
-        "factor": factor,
-        "original_max_position_embeddings": values.get("rope.scaling.original_context_length"),
-        "attention_factor": magnitude,
-        "beta_fast": values.get("rope.scaling.yarn_beta_fast"),
-        "beta_slow": values.get("rope.scaling.yarn_beta_slow"),
-    }
-    return _scaling(name, parameters, max_positions)
-
-
-def _llama3_from_factors(factors: Sequence[float], theta: float, head_dim: int) -> RopeScaling:
-    """The parameters of a llama3 scaling that gives these divisors of the frequencies.
-
-    GGUF keeps only the divisors. All published models of this kind share three of the four parameters, so the one
-    that differs is the largest divisor; whatever does not reproduce the tensor is refused.
-    """
-    scaling = RopeScaling("llama3", float(max(factors, default=1.0)), 8192, 1.0, 4.0)
-    expected = llama3_divisors(scaling, theta, head_dim)
-    close = len(expected) == len(factors) and all(
-        math.isclose(a, b, rel_tol=1e-3) for a, b in zip(expected, factors, strict=True)
-    )
-    if not (close and math.isfinite(scaling.factor)):
-        raise BadModel("the GGUF file's rope_freqs.weight are not those of a Llama 3 scaling, no other is served")
-    return scaling
-
-
-def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> list[float]:
-    """What each rotary frequency is divided by, [head_dim / 2] (Llama 3.1's `apply_scaling`)."""
-    original = scaling.original_max_position_embeddings
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    assert original is not None and low is not None and high is not None
-    divisors = []
-    for i in range(head_dim // 2):
-        wavelength = 2 * math.pi * theta ** (2 * i / head_dim)
-        if wavelength < original / high:
-            divisors.append(1.0)
-        elif wavelength > original / low:
-            divisors.append(scaling.factor)
-        else:
-            smooth = (original / wavelength - low) / (high - low)
-            divisors.append(1.0 / ((1 - smooth) / scaling.factor + smooth))
-    return divisors
-
-
-def _checked(config: ModelConfig) -> ModelConfig:
+def checked(config: ModelConfig) -> ModelConfig:
+    """The same. Raises BadModel for numbers that no decoder can be made of."""
     if config.num_attention_heads % config.num_key_value_heads:
         raise BadModel(
             f"{config.num_attention_heads} attention heads cannot share {config.num_key_value_heads} key-value heads"

@@ -5,14 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import server.app
+from server.api.assembly import build
 from server.engine.batch import Batch
 from server.engine.runner import TorchRunner
+from server.model.loader import Base
 
 KEYS = {"id", "task", "text", "finish_reason", "adapters", "logprobs", "usage", "timings"}
 
@@ -303,3 +307,20 @@ def test_a_deadline_ends_a_request_with_504(live: Any) -> None:
     answer = live.generate("x", max_tokens=100, ignore_eos=True, deadline_ms=150)
     assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
     assert live.idle()
+
+
+def test_a_sliding_window_ends_the_context_of_the_server(
+    start: Any, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond it the model attends to fewer tokens than the kernels do."""
+    windowed = replace(tiny_base, config=replace(tiny_base.config, sliding_window=16))
+    monkeypatch.setattr(
+        server.app, "assemble", lambda settings, metrics, mailbox: build(settings, windowed, metrics, mailbox)
+    )
+    live = start()
+    answer = live.http.post("/v1/completions", json={"model": windowed.name, "prompt": [5] * 12, "max_tokens": 4})
+    assert answer.status_code == 200, answer.text
+    for prompt, new in ((12, 5), (40, 1)):
+        body = {"model": windowed.name, "prompt": [5] * prompt, "max_tokens": new}
+        refused = live.http.post("/v1/completions", json=body)
+        assert refused.status_code == 400 and "16" in refused.json()["error"]["message"], refused.text

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import dataclasses
-import math
 from typing import Any
 
-import numpy as np
 import pytest
 import transformers
 
 from server.errors import BadModel
-from server.model.config import RopeScaling, from_gguf, from_hf, llama3_divisors, to_hf
+from server.model.config import RopeScaling, from_hf, to_hf
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -29,16 +26,6 @@ LLAMA3: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-GGUF: dict[str, Any] = {
-    "general.architecture": "llama",
-    "llama.block_count": 2,
-    "llama.context_length": 512,
-    "llama.embedding_length": 64,
-    "llama.feed_forward_length": 96,
-    "llama.attention.head_count": 4,
-    "llama.attention.head_count_kv": 2,
-}
-TABLE = {"token_embd.weight": (100, 64)}
 
 
 def saved(kind: str, **values: Any) -> dict[str, Any]:
@@ -162,6 +149,8 @@ def test_both_spellings_of_rope(old: dict[str, Any] | None, new: RopeScaling) ->
         # As a README has it added to what Transformers 5 saved, which reads it without that rope_theta:
         (YARN | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_scaling and rope_parameters"),
         (YARN | {"rope_parameters": YARN["rope_scaling"] | {"rope_theta": 5e5}}, "say different things"),
+        ({"is_causal": False}, "is_causal"),
+        ({"model_type": "granite"}, "LlamaForCausalLM, whose model_type is 'llama', and model_type 'granite'"),
         # Numbers of which no rotation can be made:
         (YARN | {"rope_theta": 1}, "rope_theta above 1"),
         ({"rope_scaling": YARN["rope_scaling"] | {"attention_factor": "1"}}, "attention_factor must be a number"),
@@ -187,8 +176,20 @@ def test_a_sliding_window_ends_the_context_and_says_so() -> None:
     assert from_hf(saved("Qwen2", **qwen, max_window_layers=4)).context_length == 64
     assert from_hf(saved("Qwen2", **qwen, max_window_layers=8)).context_length == 512
     assert from_hf(saved("Qwen2", sliding_window=64)).context_length == 512
-    with pytest.raises(BadModel, match="chunked_attention"):
-        from_hf(LLAMA | qwen | {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["chunked_attention"] * 8})
+    for kind in ("Qwen2", "Qwen3", "SmolLM3"):
+        for asked in (qwen, {}):
+            unknown = {"architectures": [f"{kind}ForCausalLM"], "layer_types": ["chunked_attention"] * 8}
+            with pytest.raises(BadModel, match="chunked_attention"):
+                from_hf(LLAMA | asked | unknown)
+
+
+def test_a_window_that_smollm3_has_by_its_layers_alone() -> None:
+    layers = {"sliding_window": 64, "layer_types": ["full_attention"] * 7 + ["sliding_attention"]}
+    told = transformers.SmolLM3Config(num_hidden_layers=8, **layers)
+    assert told.sliding_window == 64 and not told.use_sliding_window and told.layer_types[-1] == "sliding_attention"
+    assert from_hf(saved("SmolLM3", **layers)).context_length == 64
+    assert from_hf(saved("SmolLM3", sliding_window=64, layer_types=["full_attention"] * 8)).context_length == 512
+    assert from_hf(saved("SmolLM3", sliding_window=64)).context_length == 512
 
 
 @pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "Qwen3"])
@@ -230,104 +231,3 @@ def test_layers_without_rope() -> None:
     assert from_hf(to_hf(config)) == config
     with pytest.raises(BadModel, match="no_rope_layers"):
         from_hf(LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0]})
-
-
-def test_gguf_metadata() -> None:
-    config = from_gguf(GGUF, TABLE)
-    assert config.architecture == "LlamaForCausalLM" and config.vocab_size == 100
-    assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (2, 16, 10000.0)
-    assert config.tie_word_embeddings and not config.attention_bias
-    assert from_gguf(GGUF | {"llama.attention.head_count_kv": np.array([2, 2], np.uint32)}, TABLE) == config
-    qwen = {key.replace("llama", "qwen2"): value for key, value in GGUF.items()} | {"general.architecture": "qwen2"}
-    more = from_gguf(qwen, TABLE | {"blk.0.attn_q.bias": (64,), "output.weight": (100, 64)})
-    assert more.architecture == "Qwen2ForCausalLM" and more.attention_bias and not more.output_bias
-    assert not more.tie_word_embeddings
-    smol = {key.replace("llama", "smollm3"): value for key, value in GGUF.items()}
-    smol |= {"general.architecture": "smollm3", "smollm3.block_count": 8}
-    assert from_gguf(smol, TABLE).no_rope_layers == (1, 1, 1, 0, 1, 1, 1, 0)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"general.architecture": "gemma3"}, "gemma3"),
-        ({"llama.expert_count": 8}, "mixtures of experts"),
-        ({"llama.rope.dimension_count": 8}, "RoPE on 8 of 16"),
-        ({"llama.attention.value_length": 8}, "value_length"),
-        ({"llama.attention.head_count_kv": np.array([2, 4], np.uint32)}, "differs between layers"),
-        ({"llama.rope.scaling.type": "longrope"}, "longrope"),
-        ({"llama.rope.freq_base": 0.0}, "no positive number"),
-        ({"llama.attention.layer_norm_rms_epsilon": "x"}, "layer_norm_rms_epsilon must be a number"),
-        ({"llama.attention.sliding_window": "x"}, "sliding_window is 'x'"),
-        ({"llama.attention.value_length": np.array([16, 8], np.uint32)}, "differs between layers"),
-    ],
-)
-def test_gguf_that_is_not_served(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(BadModel, match=said):
-        from_gguf(GGUF | change, TABLE)
-
-
-BIASES = {f"blk.0.attn_{part}.bias": (64,) for part in "qkv"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "tensors", "said"),
-    [
-        ({}, BIASES, "LlamaForCausalLM there are no words for its output_bias"),
-        ({}, {"blk.0.attn_q_norm.weight": (16,)}, "qk_norm"),
-        ({"llama.attention.sliding_window": 64}, {"blk.0.ffn_down.bias": (64,)}, "MistralForCausalLM.*mlp_bias"),
-    ],
-)
-def test_what_no_config_json_can_say_is_not_written(
-    changes: dict[str, Any], tensors: dict[str, tuple[int, ...]], said: str
-) -> None:
-    config = from_gguf(GGUF | changes, TABLE | tensors)
-    with pytest.raises(BadModel, match=said):
-        to_hf(config)
-    both = {"blk.0.attn_output.bias": (64,), "blk.0.ffn_down.bias": (64,)}
-    assert from_hf(to_hf(from_gguf(GGUF, TABLE | BIASES | both))) == from_gguf(GGUF, TABLE | BIASES | both)
-
-
-def test_gguf_rope_scaling() -> None:
-    yarn = {
-        "llama.rope.scaling.type": "yarn",
-        "llama.rope.scaling.factor": 4.0,
-        "llama.rope.scaling.original_context_length": 128,
-    }
-    assert from_gguf(GGUF | yarn, TABLE).rope_scaling == RopeScaling("yarn", 4.0, 128)
-    told = from_gguf(GGUF | yarn | {"llama.rope.scaling.attn_factor": 1.0}, TABLE).rope_scaling.attention_factor
-    assert told == pytest.approx(1 + 0.1 * math.log(4.0)), "it multiplies YaRN's own"
-    none = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.0}
-    assert from_gguf(GGUF | none, TABLE).rope_scaling == RopeScaling()
-    for key in ("factor", "attn_factor"):
-        with pytest.raises(BadModel, match=f"{key} must be a number"):
-            from_gguf(GGUF | yarn | {f"llama.rope.scaling.{key}": "x"}, TABLE)
-    for factor in (-1.0, math.inf, math.nan):
-        with pytest.raises(BadModel, match="no positive number"):
-            from_gguf(GGUF | none | {"llama.rope.scaling.factor": factor}, TABLE)
-    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
-    assert from_gguf(GGUF | linear, TABLE).rope_scaling == RopeScaling("linear", 2.0)
-
-
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_scaling_is_found_in_the_divisors_that_gguf_keeps(factor: float) -> None:
-    scaling = RopeScaling("llama3", factor, 8192, 1.0, 4.0)
-    divisors = llama3_divisors(scaling, 500000.0, 16)
-    metadata = GGUF | {"llama.rope.freq_base": 500000.0}
-    assert from_gguf(metadata, TABLE, divisors).rope_scaling == scaling
-    for wrong in ([d * 1.1 for d in divisors], [], [math.inf] * 8, [math.nan] * 8):
-        with pytest.raises(BadModel, match="rope_freqs"):
-            from_gguf(metadata, TABLE, wrong)
-
-
-def test_llama3_divisors_are_those_of_transformers() -> None:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaling = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
-    config = from_hf(LLAMA | {"head_dim": 128, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | {
-        k: v for k, v in dataclasses.asdict(scaling).items() if v is not None and k in
-        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}})  # fmt: skip
-    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](transformers.LlamaConfig(**to_hf(config)), device="cpu")
-    plain = [5e5 ** (-2 * i / 128) for i in range(64)]
-    ours = [f / d for f, d in zip(plain, llama3_divisors(config.rope_scaling, 5e5, 128), strict=True)]
-    assert theirs.tolist() == pytest.approx(ours, rel=1e-5)
