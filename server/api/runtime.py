@@ -110,9 +110,13 @@ class Runtime:
         return 0.0 if self._draining_since is None else max(1e-9, time.monotonic() - self._draining_since)
 
     def cut_short(self) -> None:
-        """End what still runs: each answer says so itself. On the event loop's thread."""
+        """End what clients still wait for: each answer says so itself. On the event loop's thread.
+
+        A job's generations end with the job, which goes on when the server starts again.
+        """
         for generation in list(self.loaded.inference.live) if self.loaded is not None else ():
-            generation.cancel()
+            if generation.caller.client:
+                generation.cancel()
 
     def parts(self) -> Parts:
         """The parts. Raises NotReady while loading or draining."""

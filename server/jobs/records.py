@@ -62,7 +62,8 @@ class Job:
     """`name` is what the result is called (training), or the task (evaluation). `request` is what was asked, checked.
 
     `trained` is what the training process told at its end; with it, only evaluation and publishing are left. `pausing`
-    is a wish for a pause that the work has not come to yet; it outlives the server, so that the job does not go on.
+    and `cancelling` are wishes that the work has not come to yet; they outlive the server, so that the job does not go
+    on.
     """
 
     id: str
@@ -78,6 +79,7 @@ class Job:
     trained: dict[str, Any] | None = None
     result: dict[str, Any] = field(default_factory=dict)
     pausing: bool = False
+    cancelling: bool = False
 
     @property
     def over(self) -> bool:

@@ -190,6 +190,7 @@ def _copy(ground: Ground, name: str, target: Path) -> None:
     """An adapter's folder, leased meanwhile. Raises UnknownAdapter, StoreFailed."""
     with ground.registry.lease([(name, 1.0)]) as lease:
         [(version, _)] = lease.versions
+        ground.registry.intake.stored(version.name, version.digest)  # nothing is learned from what is damaged
         try:
             target.mkdir(parents=True)
             for file in ground.store.path(version.digest).iterdir():  # not copytree, whose error has no reason

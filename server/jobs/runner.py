@@ -60,7 +60,8 @@ class Active:
     def ask(self, wanted: str, now: bool = False) -> None:
         """Want the work to end, at its next checkpoint or `now`. The last word counts; nothing undoes a cancel.
 
-        A pause is in the job's record besides, and holds whatever is asked after it, until it is taken back.
+        A pause or a cancel is in the job's record besides, and holds whatever is asked after it; a pause until it is
+        taken back.
         """
         with self._lock:
             if self.wanted != CANCELLED:
@@ -104,6 +105,9 @@ class Jobs:
         self._closing = False
         for job in records.all():
             if job.status in ACTIVE:
+                if job.cancelling:
+                    self._finish(job, CANCELLED, "Cancelled: that was asked before the server ended.")
+                    continue
                 message = "The server has started again; the job goes on from its last checkpoint."
                 job.status = QUEUED
                 if job.pausing:
@@ -169,6 +173,9 @@ class Jobs:
             active = self._active.get(id)
             if active is None:
                 self._finish(job, CANCELLED, "Cancelled.")
+            else:
+                job.cancelling = True
+                self._keep(job)
         if active is not None:
             active.ask(CANCELLED)
         return job
@@ -259,9 +266,7 @@ class Jobs:
             work(active)
         except Stopped:
             status, message = QUEUED, "The server stops; the job goes on when it starts again."
-            if active.wanted == CANCELLED:
-                status, message = CANCELLED, "Cancelled."
-            elif active.wanted == PAUSED:  # and taken back since; one that holds is seen below
+            if active.wanted == PAUSED:  # and taken back since; one that holds is seen below
                 message = f"The job goes on from step {job.progress.step}."
         except JobError as failure:
             error = {"code": failure.code, "message": failure.message, "param": failure.param}
@@ -281,7 +286,9 @@ class Jobs:
             status, message, job.error = FAILED, str(error["message"]), error
         with self._condition:
             del self._active[job.id]
-            if status == QUEUED and job.pausing:  # the wish holds, whatever else has stopped the work
+            if status == QUEUED and job.cancelling:  # the wish holds, whatever else has stopped the work
+                status, message = CANCELLED, "Cancelled."
+            elif status == QUEUED and job.pausing:
                 status, message = PAUSED, f"Paused at step {job.progress.step}."
             if status in (SUCCEEDED, FAILED, CANCELLED):
                 self._finish(job, status, message)
@@ -299,7 +306,7 @@ class Jobs:
     def _turn(self, job: Job, status: str, message: str) -> None:
         """The event first: whoever sees the status finds it."""
         self.records.note(job, message, level="error" if status == FAILED else "info")
-        job.status, job.pausing = status, False
+        job.status, job.pausing, job.cancelling = status, False, False
         self._keep(job)
 
     def _keep(self, job: Job) -> None:

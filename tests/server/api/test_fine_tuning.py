@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -560,6 +561,22 @@ def test_a_candidate_that_is_deleted_before_its_turn_is_evaluated_all_the_same(l
     assert [row["adapters"][0]["name"] for row in job["result"]["candidates"]] == ["a", "b"]
     assert live.idle() and live.http.get("/adapters").json()["adapters"] == []
     assert live.http.post("/tasks/mood/evaluate", json=body).status_code == 404
+
+
+def test_a_drain_that_runs_out_ends_clients_answers_and_no_job(live: Any) -> None:
+    live.http.put("/tasks/mood", json={"prompt": "{input}", "labels": ["good", "bad"]}).raise_for_status()
+    live.slow_down(0.1)
+    id = live.http.post("/tasks/mood/evaluate", json={"data": LINES, "candidates": [[]]}).json()["id"]
+    waiting.until(lambda: live.stats()["running"])
+    with ThreadPoolExecutor(1) as clients:
+        asked = clients.submit(live.generate, "x", max_tokens=100, ignore_eos=True)
+        inference = live.house.parts.inference
+        waiting.until(lambda: any(generation.caller.client for generation in inference.live))
+        inference._mailbox.loop.call_soon_threadsafe(live.runtime.cut_short)
+        assert asked.result(30).json()["finish_reason"] == "cancelled"
+    live.slow_down(0.0)
+    job = finished(live, id)
+    assert job["status"] == "succeeded", job
 
 
 def test_an_evaluation_is_cancelled_as_the_refusal_says(live: Any, client: openai.OpenAI) -> None:

@@ -212,6 +212,51 @@ def test_a_pause_that_was_asked_before_the_server_ended_holds(make, work, tmp_pa
     assert found.status == "queued", "a pause is over once the job has been resumed"
 
 
+@pytest.mark.parametrize("kind", [TRAINING, EVALUATION])
+def test_a_cancel_that_has_not_come_yet_outlives_the_server(make, work, tmp_path, kind):
+    jobs, work.deaf = make(), True
+    job = add(jobs, kind)
+    until(lambda: job.status == "running")
+    state = tmp_path / "jobs" / job.id / "job.json"
+    work._kill = lambda: None  # busy with what cannot be ended
+    jobs._active[job.id].stopped_by(lambda: None, lambda: None)
+    assert jobs.cancel(job.id).status == "running"
+    seen = state.read_bytes()
+    work.go.set()
+    until(lambda: job.over)
+    assert job.status == "cancelled" and not job.cancelling
+    state.write_bytes(seen)  # as a server leaves it that is killed as soon as it has answered
+    again = make().get(job.id)
+    assert again.status == "cancelled" and again.finished_at and len(work.begun) == 1
+
+
+@pytest.mark.parametrize("last", ["pause", "close"])
+def test_a_cancel_holds_that_comes_as_the_work_has_already_stopped(make, work, last, monkeypatch):
+    jobs = make()
+    job = add(jobs)
+    until(lambda: job.status == "running")
+    stopped, cancelled = threading.Event(), threading.Event()
+
+    def check(active: Active) -> None:
+        stopped.set()
+        assert cancelled.wait(10)
+        raise Stopped
+
+    active = jobs._active[job.id]
+    monkeypatch.setattr(Active, "check", check)
+    if last == "pause":
+        jobs.pause(job.id)
+    else:
+        active.ask("closing")
+    assert stopped.wait(10)
+    wanted, active.wanted = active.wanted, None
+    jobs.cancel(job.id)
+    active.wanted = wanted  # as the work has seen it
+    cancelled.set()
+    until(lambda: job.over)
+    assert job.status == "cancelled"
+
+
 def test_a_pause_that_has_not_come_yet_is_taken_back(make, work, tmp_path):
     jobs, work.deaf = make(), True
     job = add(jobs)
