@@ -49,7 +49,11 @@ class Intake:
             yield staged, self.prepare(self._read(staged, name))
 
     def load(self, name: str, digest: str) -> LoraWeights:
-        """One version from the store, found to be what it was. Raises StoreFailed."""
+        """One version from the store, found to be what it was, as the kernels read it. Raises StoreFailed."""
+        return self.prepare(self.stored(name, digest))
+
+    def stored(self, name: str, digest: str) -> LoraWeights:
+        """The same as it was published. Raises StoreFailed; what is damaged is replaced when it is published again."""
         try:
             weights = self._read(self.store.path(digest), name)
             if weights.digest != digest:
@@ -62,7 +66,7 @@ class Intake:
                 advice = "; publish it again"
             label = Version(name, digest).label
             raise StoreFailed(f"{label} cannot be read from the store: {reason}{advice}") from error
-        return self.prepare(weights)
+        return weights
 
     def misfits(self, digests: Iterable[str], known: Mapping[str, str | None]) -> dict[str, str | None]:
         """Why versions of the store cannot be served here, None for those that can; `known` was found out before."""

@@ -74,7 +74,7 @@ class Registry:
         self.bases: Sequence[str] = ()
         self.rejections = Rejections()
         self._store = store
-        self._intake = Intake(store, read, prepare, shapes, max_rank, limit=max(FOLDER_FACTOR * ram_bytes, 1 << 20))
+        self.intake = Intake(store, read, prepare, shapes, max_rank, limit=max(FOLDER_FACTOR * ram_bytes, 1 << 20))
         self._max_mix = max_mix
         self._reserved = RESERVED | set(reserved)
         self._observer = observer or Observer()
@@ -236,7 +236,7 @@ class Registry:
         BaseMismatch, NoRoom, StoreFailed; nothing has changed then.
         """
         self.check(name, if_match)
-        with self._intake.stage(name, folder, within) as (staged, weights):
+        with self.intake.stage(name, folder, within) as (staged, weights):
             self._check_fit(name, weights.nbytes)
             return self.undisturbed(lambda: self._commit(staged, weights, create_only, if_match, source, taken))
 
@@ -404,7 +404,7 @@ class Registry:
 
     def _serve(self, journal: Journal) -> None:
         """Make what was written true for everybody: one switch of all names, then whatever follows from it."""
-        self._misfits = self._intake.misfits(journal.referenced(), self._misfits)
+        self._misfits = self.intake.misfits(journal.referenced(), self._misfits)
         names = Names.of(journal, self._store.lost, self._misfits.get)
         with self._lock:
             before, after = self._names.current(), names.current()
@@ -500,7 +500,7 @@ class Registry:
     def _load(self, digest: str) -> LoraWeights:
         """Read one version from the store, and remember why if it failed. On a thread that may block."""
         try:
-            weights = self._intake.load(self._names.of_content(digest), digest)
+            weights = self.intake.load(self._names.of_content(digest), digest)
         except StoreFailed as error:
             with self._lock:
                 self._failures[digest] = error.message

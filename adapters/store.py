@@ -127,12 +127,15 @@ class Disk:
 
         Raises NoRoom over `limit` bytes.
         """
+        over = NoRoom(f"{target.name} is over {limit:,} bytes, more than could ever be served")
         size = 0
+        if os.fstat(source).st_size > limit:  # none of it is written, as whoever watches a folder tries again
+            raise over
         with open(target, "xb") as out:
             while chunk := os.read(source, CHUNK):
                 size += len(chunk)
                 if size > limit:
-                    raise NoRoom(f"{target.name} is over {limit:,} bytes, more than could ever be served")
+                    raise over
                 out.write(chunk)
             out.flush()
             os.fsync(out.fileno())

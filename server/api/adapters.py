@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
 from adapters import composition
-from adapters.peft_format import MAX_SIDE_BYTES, OPTIONAL, REQUIRED, TASK_FILE, read_folder, save
+from adapters.peft_format import MAX_SIDE_BYTES, OPTIONAL, REQUIRED, TASK_FILE, save
 from adapters.ports import Published
 from adapters.store import open_inside
 from adapters.watch import as_watched
@@ -178,10 +178,7 @@ async def _publish_sum(
     with lease:
 
         def make(folder: Path) -> float:
-            pairs = [
-                (read_folder(parts.store.path(v.digest), name=v.name, max_rank=runtime.settings.max_rank), weight)
-                for v, weight in lease.versions
-            ]
+            pairs = [(parts.registry.intake.stored(v.name, v.digest), weight) for v, weight in lease.versions]
             with called(adapters="from"):
                 made = composition.compose(pairs, name, rank=rank)
             save(made, folder)

@@ -341,10 +341,33 @@ def test_links_may_not_lead_out(store: Store, folders: list[Path], tmp_path: Pat
         read_folder(staged, name="good")
 
 
-def test_an_endless_file_ends(store: Store, folders: list[Path]) -> None:
-    with pytest.raises(NoRoom, match="over"), store.stage(folders[0], limit=100):
+def test_an_endless_file_ends(store: Store, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    file = folders[0] / "adapter_model.safetensors"
+    file.write_bytes(bytes(10_000))
+    told = os.fstat
+    small = os.stat_result([0o100644, 1, 1, 1, 0, 0, 10, 0, 0, 0])
+    monkeypatch.setattr("adapters.store.os.fstat", lambda fd: small if told(fd).st_size == 10_000 else told(fd))
+    with pytest.raises(NoRoom, match="over"), store.stage(folders[0], limit=8_000):
         pass
     assert not list((store.root / "incoming").iterdir())
+
+
+def test_nothing_is_written_of_a_file_that_is_too_large_as_it_lies(
+    store: Store, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A watch tries every half minute, and the limit is of gigabytes."""
+    with (folders[0] / "adapter_model.safetensors").open("wb") as file:
+        file.truncate(1 << 30)
+    opened: list[Path] = []
+
+    def noted(path: Path, mode: str) -> Any:
+        opened.append(path)
+        return open(path, mode)
+
+    monkeypatch.setattr("adapters.store.open", noted, raising=False)
+    with pytest.raises(NoRoom, match="is over 9,"), store.stage(folders[0], limit=10_000):
+        pass
+    assert [path.name for path in opened] == ["adapter_config.json"]
 
 
 def test_a_stored_version_of_another_base_says_so(folders: list[Path], tiny_shapes: dict[str, Any]) -> None:

@@ -283,6 +283,27 @@ def test_a_sum_that_a_task_routes_to_is_replaced_by_a_put(live: Any) -> None:
         assert refused.status_code in (400, 404) and refused.json()["error"]["param"] == param, refused.text
 
 
+def test_compose_of_a_damaged_version_is_no_sum_and_publishing_it_again_repairs_it(live: Any) -> None:
+    version = live.http.get("/adapters/a").json()["version"]
+    files = live.house.parts.store.path(live.house.parts.registry.current("a").digest)
+    whole = {name: (files / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+    tensors = whole["adapter_model.safetensors"]
+    for damaged in (tensors[:-1] + bytes([tensors[-1] ^ 1]), tensors[:200]):
+        (files / "adapter_model.safetensors").write_bytes(damaged)
+        for method, path, body in (
+            ("POST", "/adapters/compose", {"name": "sum", "from": [{"name": "a"}]}),
+            ("PUT", "/adapters/sum", {"from": [{"name": "b"}, {"name": "a"}]}),
+        ):
+            refused = live.http.request(method, path, json=body)
+            assert refused.status_code == 507, refused.text
+            assert refused.json()["error"]["message"].startswith(f"{version} cannot be read from the store")
+        assert live.http.get("/adapters/sum").status_code == 404
+        again = live.http.put("/adapters/a", files={n: (n, content) for n, content in whole.items()})
+        assert again.status_code == 200 and again.json()["version"] == version
+        assert (files / "adapter_model.safetensors").read_bytes() == tensors
+    assert live.http.post("/adapters/compose", json={"name": "sum", "from": [{"name": "a"}]}).status_code == 201
+
+
 def test_compose_takes_the_ranks_that_the_server_takes(start: Any, write_adapter: Any) -> None:
     write_adapter("big", 1, rank=80)
     live = start(max_rank=200)
