@@ -1,6 +1,10 @@
-"""uvicorn's HTTP protocol, with the one error that it answers by itself in the shape of all others, and no upgrades."""
+"""uvicorn's HTTP protocol, with the one error that it answers by itself in the shape of all others, no upgrades, and a
+time within which a connection has to ask for something.
+"""
 
 from __future__ import annotations
+
+import asyncio
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -14,14 +18,41 @@ PIPELINED = 65536
 class Protocol(H11Protocol):
     """What is no HTTP at all reaches no route, and is answered here; the connection is closed then.
 
-    Within a body whose request is being answered, or has been, it is too late for that.
+    Within a body whose request is being answered, or has been, it is too late for that. And a connection on which no
+    request's headers are complete for as long as one may be idle is closed: uvicorn closes those alone that have been
+    silent since an answer, and a client without a key could hold every file that the process may open.
     """
+
+    _unasked: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._expected()
+
+    def on_response_complete(self) -> None:
+        self._expect()
+        super().on_response_complete()  # which may find the next request at once
+
+    def _expect(self) -> None:
+        self._expected()
+        self._unasked = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _expected(self) -> None:
+        if self._unasked is not None:
+            self._unasked.cancel()
+            self._unasked = None
 
     def handle_events(self) -> None:
         """What a client sends on after a request waits in the connection until that is answered. uvicorn reads no more
         meanwhile, and would not hear that the client has gone away; up to a bound, reading goes on.
         """
         super().handle_events()
+        if self.conn.their_state is not h11.IDLE:
+            self._expected()
         waits = self.flow.read_paused and self.conn.their_state is h11.DONE
         if waits and len(self.conn.trailing_data[0]) <= PIPELINED:
             self.flow.resume_reading()

@@ -67,3 +67,37 @@ def test_an_upgrade_is_answered_as_if_none_was_asked_for(protocol: str, caplog: 
 
     asyncio.run(ask())
     assert b"".join(written).startswith(b"HTTP/1.1 204") and not caplog.records
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: loc", b"answered", b"answered, and half of another"])
+def test_a_connection_that_never_asks_for_anything_is_closed(sent: bytes) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.3)  # an answer may take longer than a connection may be idle
+        await send({"type": "http.response.start", "status": 204})
+        await send({"type": "http.response.body"})
+
+    async def ask() -> None:
+        config = uvicorn.Config(app, http=Protocol, ws="none", log_config=None, access_log=False)
+        config.timeout_keep_alive = 0.1  # type: ignore[assignment]
+        config.load()
+        connection = Protocol(config, ServerState(), {})
+        transport = Mock()
+        transport.get_extra_info.return_value = None
+        transport.is_closing.return_value = False
+        connection.connection_made(transport)
+        if sent.startswith(b"answered"):
+            connection.data_received(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await asyncio.gather(*connection.tasks)
+            assert not transport.close.called and transport.write.called
+            if sent != b"answered":
+                connection.data_received(b"GET / HT")
+        elif sent:
+            connection.data_received(sent)
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            if transport.close.called:
+                break
+        assert transport.close.called
+        connection.connection_lost(None)
+
+    asyncio.run(ask())
