@@ -20,13 +20,22 @@ MACHINE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """Errors that tell of this machine at this moment, and nothing of the file that was asked for."""
 
 
+MOST_TOLD = 1000
+"""Characters of a message or a name: files name things at any length, and what is said of one is listed and logged."""
+
+
+def shortened(text: str) -> str:
+    """A text as it is told: of one that is too long the beginning and the end."""
+    return text if len(text) <= MOST_TOLD else f"{text[: MOST_TOLD // 2]} ... {text[-MOST_TOLD // 2 :]}"
+
+
 class AdapterError(Exception):
     """Base of all errors about adapters. `param` names the input that is at fault, where there is one."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        self.message = shortened(message)
+        self.param = None if param is None else shortened(param)
+        super().__init__(self.message)
 
 
 class InvalidAdapter(AdapterError):

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from adapters import patterns
-from adapters.errors import BaseMismatch, InvalidAdapter, UnsupportedAdapter
+from adapters.errors import BaseMismatch, InvalidAdapter, UnsupportedAdapter, shortened
 
 MAX_LIST = 16_384
 """Entries of a list or a pattern table: over any real model's count of linear layers."""
@@ -138,9 +138,9 @@ def parse(raw: object) -> LoraConfig:
         exclude_modules=_targets(excluded, "exclude_modules") if excluded else frozenset(),
         layers=layers,
         layers_pattern=layers_pattern,
-        base=base if isinstance(base, str) and base else None,
+        base=shortened(base) if isinstance(base, str) and base else None,
         honoured=tuple(honoured),
-        harmless=tuple(harmless),
+        harmless=tuple(shortened(key) for key in harmless),
         notes=tuple(notes),
     )
 

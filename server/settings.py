@@ -97,6 +97,8 @@ def parse_keys(text: str, param: str = "api_keys") -> dict[str, str]:
         name, colon, secret = entry.partition(":")
         if not colon or not secret or not _KEY_ID.fullmatch(name):
             raise BadSetting(f"{param}: entry {number} is not `id:secret` (id: letters, digits, `.`, `_`, `-`)", param)
+        if not (secret.isascii() and secret.isprintable()):
+            raise BadSetting(f"{param}: the secret of {name!r} has characters that headers do not carry", param)
         if name in keys:
             raise BadSetting(f"{param}: the id {name!r} is given twice", param)
         keys[name] = secret

@@ -155,7 +155,7 @@ _ASKED = [
 
 
 def override(adapters: list[schemas.Weighted] | None) -> Choice | None:
-    """The mix that a request names itself, if it does."""
+    """The choice that a request names itself, if it does."""
     return None if adapters is None else [(a.name, a.weight) for a in adapters]
 
 

@@ -50,12 +50,6 @@ def softmax(scores: torch.Tensor) -> torch.Tensor:
     return powers / powers.sum(-1, keepdim=True)
 
 
-def log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Natural logarithm of the softmax over the last axis."""
-    shifted = logits - logits.amax(-1, keepdim=True)
-    return shifted - shifted.exp().sum(-1, keepdim=True).log()
-
-
 def attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, context: int
 ) -> torch.Tensor:

@@ -583,6 +583,30 @@ def test_broken_json(text, make_peft):
         peft_format.read_folder(folder, name="a")
 
 
+def test_names_of_any_length_are_told_in_short(make_peft, shapes):
+    """What is refused is listed, and logged, for as long as its folder lies there."""
+    long = "x" * 1_000_000
+    changes: list[Any] = [
+        lambda folder: edit(folder, peft_type=long),
+        lambda folder: edit(folder, **{long: "what?"}),
+        lambda folder: retensor(folder, lambda tensors: {**tensors, f"{long}.bias": torch.ones(2)}),
+        lambda folder: edit(folder, target_modules=[long]),
+    ]
+    for number, change in enumerate(changes):
+        _, folder = make_peft(folder=f"long-{number}", r=2, target_modules=["q_proj"])
+        change(folder)
+        with pytest.raises(AdapterError) as refused:
+            peft_format.read_folder(folder, name="a", shapes=shapes)
+        assert len(refused.value.message) < 1100 and len(str(refused.value)) < 1100
+        assert len(refused.value.param or "") < 1100
+    _, folder = make_peft(folder="named", r=2, target_modules=["q_proj"])
+    edit(folder, base_model_name_or_path=f"begin{long}end", **{f"begin{long}end": None})
+    metadata = peft_format.read_folder(folder, name="a", shapes=shapes).metadata
+    for told in (metadata["base"], *metadata["harmless"]):
+        assert len(told) < 1100
+    assert metadata["base"].startswith("begin") and metadata["base"].endswith("end")
+
+
 def test_truncation_at_every_length_is_refused(make_peft, shapes):
     _, folder = make_peft(r=1, target_modules=["q_proj"])
     config = (folder / "adapter_config.json").read_bytes()

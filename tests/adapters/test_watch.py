@@ -440,10 +440,13 @@ def test_what_a_folder_was_put_over_is_served_again(
     scene.registry.publish_now("a", tmp_path / "own")
     for seed in range(2, 6):  # it is kept for that, beyond the last three
         assert scene.put("a", seed) == scene.look(2)["a"]
+    asyncio.run(scene.registry.pin("a"))
     scene.restart()
     scene.look(2)
     shutil.rmtree(scene.directory / "a")
     assert scene.look(5) == {"a": own} and "again what was published before" in caplog.text
+    assert scene.registry.describe("a")["pinned"], "the name is, whatever it has"
+    asyncio.run(scene.registry.unpin("a"))
     asyncio.run(scene.registry.retire("a"))
     scene.put("a", 3)
     assert "a" in scene.look(3)

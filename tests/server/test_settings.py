@@ -176,6 +176,10 @@ def test_other_hosts_need_keys_or_a_word(tmp_path: Path) -> None:
 
 
 def test_keys() -> None:
+    for odd in ("a:\u043a\u043b\u044e\u0447", "a:x\x07y", "a:\u00e9"):
+        with pytest.raises(BadSetting, match="characters that headers do not carry") as refused:
+            parse_keys(odd)
+        assert odd.partition(":")[2] not in str(refused.value)
     assert parse_keys("a:x, b:y:z\n\nc-1:w,") == {"a": "x", "b": "y:z", "c-1": "w"}
     for bad in ("hunter2", "a:", ":hunter2", "a b:hunter2", "a:hunter2,a:hunter2"):
         with pytest.raises(BadSetting) as e:

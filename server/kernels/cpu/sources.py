@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def digest(folder: Path) -> str | None:
-    """Of the names and contents of all sources in `folder`; None where there are none, as in an installed package."""
+    """Of the names and contents of all sources in `folder`; None where there are none."""
     paths = sorted([*folder.glob("*.cpp"), *folder.glob("*.h")], key=lambda path: path.name)
     together = hashlib.sha256()
     for path in paths:

@@ -283,6 +283,22 @@ def test_a_sum_that_a_task_routes_to_is_replaced_by_a_put(live: Any) -> None:
         assert refused.status_code in (400, 404) and refused.json()["error"]["param"] == param, refused.text
 
 
+def test_an_upload_under_another_name_than_its_own_is_refused(live: Any, write_adapter: Callable[..., Path]) -> None:
+    folder = write_adapter("late", 5)
+    refused = live.http.put("/adapters/new", **upload(folder, name="other"))
+    assert refused.status_code in (400, 422) and refused.json()["error"]["param"] == "name"
+    assert live.http.get("/adapters/new").status_code == live.http.get("/adapters/other").status_code == 404
+    assert live.http.put("/adapters/new", **upload(folder, name="new")).status_code == 201
+
+
+def test_an_etag_that_a_proxy_made_weak_is_the_version_all_the_same(live: Any) -> None:
+    etag = live.http.get("/adapters/a").headers["etag"]
+    answer = live.http.put("/adapters/a", json={"source": "b"}, headers={"if-match": f"W/{etag}"})
+    assert answer.status_code == 200, answer.text
+    again = live.http.put("/adapters/a", json={"source": "a"}, headers={"if-match": f"W/{etag}"})
+    assert again.status_code == 412
+
+
 def test_compose_of_a_damaged_version_is_no_sum_and_publishing_it_again_repairs_it(live: Any) -> None:
     version = live.http.get("/adapters/a").json()["version"]
     files = live.house.parts.store.path(live.house.parts.registry.current("a").digest)

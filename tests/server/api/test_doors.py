@@ -152,8 +152,30 @@ def test_hosts_and_origins(start: Any) -> None:
         assert answer.status_code == 403, origin
         error_of(answer)
         assert "access-control-allow-origin" not in answer.headers
+    evil = {"origin": "http://evil.example"}
+    for method, path in (("PUT", "/tasks/x"), ("DELETE", "/tasks/x"), ("DELETE", "/adapters/a")):
+        answer = live.http.request(method, path, headers=evil)
+        assert answer.status_code == 403 and error_of(answer)["code"] == "forbidden", (method, path)
     assert live.http.get("/adapters", headers={"origin": "http://evil.example"}).status_code == 200
     assert live.http.options("/generate", headers={"origin": "http://evil.example"}).status_code == 403
+
+
+def test_headers_that_are_given_twice_are_none(start: Any) -> None:
+    """Of two that differ a proxy may have looked at the other."""
+    live = start(**KEYED)
+    right, wrong = b"Authorization: Bearer secret-one", b"Authorization: Bearer other"
+
+    def status(*headers: bytes) -> int:
+        host, port = live.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(b"\r\n".join((b"GET /adapters HTTP/1.1", *headers, b"Connection: close", b"", b"")))
+            return int(connection.recv(64).split()[1])
+
+    assert status(b"Host: localhost", right) == 200
+    for twice in ((right, wrong), (wrong, right), (right, right)):
+        assert status(b"Host: localhost", *twice) == 401
+    for hosts in ((b"Host: localhost", b"Host: evil.example"), (b"Host: localhost", b"Host: localhost")):
+        assert status(*hosts, right) in (400, 403)
 
 
 def test_one_shape_for_every_status(live: Any) -> None:

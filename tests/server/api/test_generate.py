@@ -14,6 +14,7 @@ import torch
 
 import server.app
 from server.api.assembly import build
+from server.api.generate import finite
 from server.engine.batch import Batch
 from server.engine.runner import TorchRunner
 from server.model.loader import Base
@@ -324,3 +325,22 @@ def test_a_sliding_window_ends_the_context_of_the_server(
         body = {"model": windowed.name, "prompt": [5] * prompt, "max_tokens": new}
         refused = live.http.post("/v1/completions", json=body)
         assert refused.status_code == 400 and "16" in refused.json()["error"]["message"], refused.text
+
+
+def test_a_stream_asks_proxies_not_to_hold_it_back(live: Any) -> None:
+    answer = live.generate("x", max_tokens=1, stream=True)
+    assert answer.headers["x-accel-buffering"] == "no" and "no-cache" in answer.headers["cache-control"]
+
+
+@pytest.mark.parametrize(("given", "told"), [(-math.inf, -9999.0), (-0.5, -0.5), (0.0, 0.0)])
+def test_the_log_probability_of_the_impossible_is_a_number_of_json(given: float, told: float) -> None:
+    assert finite(given) == told
+
+
+def test_a_prompt_counts_once_whatever_its_answers(live: Any) -> None:
+    prompt = "a long enough prompt for several blocks of the cache, twice over"
+    body = {"model": "mood", "prompt": prompt, "max_tokens": 2, "ignore_eos": True}
+    first = live.http.post("/v1/completions", json={**body, "n": 1}).json()["usage"]
+    several = live.http.post("/v1/completions", json={**body, "n": 3, "temperature": 1.0}).json()["usage"]
+    assert several["prompt_tokens"] == first["prompt_tokens"] and several["completion_tokens"] == 6
+    assert 0 < several["prompt_tokens_details"]["cached_tokens"] <= several["prompt_tokens"]

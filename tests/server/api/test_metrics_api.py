@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -413,3 +415,16 @@ def test_a_cache_that_no_machine_holds_keeps_the_server_from_starting(start: Any
     until(lambda: live.runtime.state == "failed")
     (told,) = [r for r in caplog.records if "the server cannot start: kv_cache (--kv-cache) is over" in r.message]
     assert not told.exc_info, "no trace for what a setting says"
+
+
+def test_what_other_settings_would_serve_is_listed_and_no_fault(
+    start: Any, write_adapter: Any, adapter_dir: Path
+) -> None:
+    write_adapter("large", 1, rank=4)
+    live = start()
+    live.http.post("/adapters", json={"name": "large", "source": "large"}).raise_for_status()
+    live.stop()
+    shutil.rmtree(adapter_dir / "large")
+    live = start(max_rank=2)
+    assert [entry["path"] for entry in live.http.get("/adapters").json()["rejected"]] == ["large"]
+    assert value(live.http.get("/metrics").text, "loramux_adapters_rejected") == 0

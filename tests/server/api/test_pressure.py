@@ -152,7 +152,10 @@ def test_an_adapter_that_is_slow_to_load_delays_nobody_else(
     assert len(waited) == 40 and max(waited) <= 1
     release.set()
     thread.join()
-    assert told[0].status_code == 200 and told[0].json()["timings"]["load_ms"] > 0
+    timings = told[0].json()["timings"]
+    assert told[0].status_code == 200 and 0 < timings["load_ms"] <= timings["ttft_ms"]
+    assert timings["queue_ms"] + timings["load_ms"] <= timings["ttft_ms"], "what it waits for its adapter is no queue"
+    assert timings["queue_ms"] < timings["load_ms"] / 2
     assert live.idle()
 
 

@@ -470,3 +470,11 @@ def test_a_task_that_is_gone_is_told_so_whatever_the_disk_says_to_its_records(
     assert live.http.get("/tasks/own").status_code == 404
     assert "is not written: the quality records" in caplog.text
     assert live.http.put("/tasks/own", json=BODY).status_code == 201
+
+
+def test_the_series_of_a_task_go_with_it(live: Any) -> None:
+    live.http.put("/tasks/own", json={"prompt": "{input}"}).raise_for_status()
+    assert live.generate("x", task="own", max_tokens=1).status_code == 200
+    assert live.idle() and 'task="own"' in live.http.get("/metrics").text
+    live.http.delete("/tasks/own").raise_for_status()
+    assert 'task="own"' not in live.http.get("/metrics").text

@@ -172,11 +172,20 @@ def test_the_thread_rests_after_steps_while_it_lends(bench: Any, monkeypatch: py
     assert sum(rests) == pytest.approx(REST * record["seconds"])
 
 
-def test_preemption_changes_no_answer(bench: Any, tools: Any) -> None:
+def test_preemption_changes_no_answer(bench: Any, tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     b = bench(blocks=14, prefix_cache=False)
+    preempted: list[Any] = []
+    take_back = b.engine._scheduler._preempt
+
+    def noted(request: Any) -> None:
+        assert request is b.engine._scheduler.running[-1], "the last that entered"
+        preempted.append(request)
+        take_back(request)
+
+    monkeypatch.setattr(b.engine._scheduler, "_preempt", noted)
     all_heard = [b.submit(prompt(i, 9), mix=tools.mix_of(f"a{i}"), max_tokens=24) for i in range(5)]
     b.settle()
-    assert b.engine.stats()["preemptions"] > 0
+    assert b.engine.stats()["preemptions"] == len(preempted) > 0
     assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in all_heard)
     b.check_empty()
 

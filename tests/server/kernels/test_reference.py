@@ -26,7 +26,6 @@ def test_each_function_is_torchs() -> None:
     torch.testing.assert_close(reference.rms_norm(x, weight, 1e-5), F.rms_norm(x, (32,), weight, 1e-5))
     torch.testing.assert_close(reference.swiglu(x, x.flip(0)), F.silu(x) * x.flip(0))
     torch.testing.assert_close(reference.softmax(x * 50), F.softmax(x * 50, -1))
-    torch.testing.assert_close(reference.log_softmax(x * 50), F.log_softmax(x * 50, -1))
 
 
 def test_rope_turns_pairs_and_keeps_their_length() -> None:

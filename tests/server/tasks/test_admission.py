@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import RateLimited
-from server.tasks.admission import Admission
+from server.tasks.admission import REMEMBERED, Admission
 
 
 def test_numbers_in_flight() -> None:
@@ -73,3 +73,16 @@ def test_what_leaves_makes_room_again(events: list[tuple[str, str | None, bool]]
     for one in inside:
         admission.leave(*one)
     assert not admission._keys and not admission._tasks
+
+
+def test_who_sends_all_the_time_is_never_forgotten_for_those_who_came_later() -> None:
+    admission = Admission(key_rate=1.0, clock=lambda: 0.0)
+    admission.enter("busy", None)
+    for other in range(REMEMBERED - 1):
+        admission.enter(f"other-{other}", None)
+    admission.enter("busy", None)
+    admission.enter("one more", None)
+    with pytest.raises(RateLimited):
+        admission.enter("busy", None)  # a fresh burst would let it in
+    admission.enter("other-0", None)
+    admission.enter("other-0", None)

@@ -238,6 +238,28 @@ def test_a_clock_that_jumps_ahead_and_back_takes_no_feedback_away(
     quality.close()
 
 
+def test_of_answers_that_wait_for_a_disk_the_oldest_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_PENDING", 3)
+    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality.evaluated(subject, "loss", {"x": 0.5})
+
+    def full(pending: Any) -> Any:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(quality, "_write", full)
+        for n in range(5):
+            quality.answered(answered(f"gen-{n}", subject))
+        until(lambda: len(quality._pending) == 3)
+    for n in range(5):
+        if n < 2:
+            with pytest.raises(UnknownName):
+                quality.feedback("t", f"gen-{n}", "", score=1.0, expected=None)
+        else:
+            quality.feedback("t", f"gen-{n}", "", score=1.0, expected=None)
+    quality.close()
+
+
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     quality = Quality(tmp_path / "quality.db")
     first, second = Subject.of("t", [], "base"), Subject.of("t", [(A, 1.0)], "base")

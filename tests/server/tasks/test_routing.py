@@ -368,3 +368,21 @@ def test_which_request_goes_around_is_in_no_step_with_clients(tmp_path: Path) ->
     places = {i % EXPLORED for i in range(EXPLORED * 40) if router.pick(task, route) == "a"}
     assert len(places) > EXPLORED // 3
     quality.close()
+
+
+def test_one_request_in_twenty_goes_around() -> None:
+    assert EXPLORED == 20
+
+
+def test_each_more_candidate_has_to_be_beaten_more_clearly() -> None:
+    """With three the leader is compared twice, and may be wrong either time."""
+    scores = {"a": {0: Totals(400, 340.0, 340.0)}, "b": {0: Totals(400, 0.0, 0.0)}}
+    near = two(scores, next(n for n in range(340, 0, -1) if decide(two(scores, n), 1, None).leader == "a"))
+    assert decide({**near, "c": near["b"]}, 1, None).leader is None
+    clear = two(scores, 200)
+    assert decide({**clear, "c": clear["b"]}, 1, None).leader == "a"
+
+
+def two(scores: dict[str, Any], right: int) -> dict[str, Any]:
+    """The same with so many right answers of `b`."""
+    return {**scores, "b": {0: Totals(400, float(right), float(right))}}
