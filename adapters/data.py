@@ -158,12 +158,14 @@ def record(entry: object, number: int, name: str, unit: str = "line") -> Record:
     keys = set(entry)
     if "messages" in keys:
         _refuse(entry, ("tools", "functions"), where)
+        _refuse(entry, INSTRUCTIONS, where, "make it the first of the 'messages'")
         return Chat(number, tuple(_messages(entry["messages"], where)), unit=unit)
     for first, second in (("input", "output"), ("prompt", "completion")):
         if first in keys or second in keys:
             _refuse(
                 entry, INSTRUCTIONS, where, f"make it part of {first!r} or of the task's template, or of 'messages'"
             )
+            _refuse(entry, ("tools", "functions"), where)
             given, learned = _string(entry, first, where), _string(entry, second, where)
             if not learned.strip():
                 raise InvalidData(f"{where}: {second!r} is empty; there is nothing to learn")

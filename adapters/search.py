@@ -254,7 +254,9 @@ def auto_lora(
     budget = sum(rank * _cost(found[path]) for path, rank in uniform.items())
     wide = replace(config, lora_rank=max(1, round(config.lora_rank * widen)))
     ranks, directions = allocate(model, data, wide)
-    wide = replace(wide, lora_rank_of=ranks, use_rslora=False, lora_alpha=config.lora_alpha * widen)
+    wide = replace(
+        wide, lora_rank_of={**config.lora_rank_of, **ranks}, use_rslora=False, lora_alpha=config.lora_alpha * widen
+    )
     scale = config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
     start = {
         # As long as a random row of A would be, so that learning rates keep their meaning.
@@ -267,7 +269,9 @@ def auto_lora(
     cut, _ = pruning.truncate_globally(trained, budget=budget)
     left = dict.fromkeys(uniform, 0) | {path: module.rank for path, module in cut.modules.items()}
     steps = max(1, round(recovery * config.steps(len(data.examples))))
-    after = replace(wide, lora_rank_of=left, max_steps=steps, learning_rate=config.learning_rate / 4)
+    after = replace(
+        wide, lora_rank_of={**config.lora_rank_of, **left}, max_steps=steps, learning_rate=config.learning_rate / 4
+    )
     result = training.train(model, data, after, cut, checkpoints=folders[1], **told_to)
     none = sorted(path for path, rank in left.items() if not rank)
     told = {"ranks": {p: m.rank for p, m in result.modules.items()}, "dropped": none, "budget": budget}

@@ -99,8 +99,18 @@ class Text:
     def encode_example(
         self, prompt: str, format: Format, system: str | None, input: str, output: str
     ) -> tuple[list[int], int]:
-        """Ids of a task's prompt with its answer and the end token, and how many of the last are the answer's."""
-        [(ids, scored)] = self.encode_continuations(self.render_task(prompt, format, system, input), [output], format)
+        """Ids of a task's prompt with its answer and the end token, and how many of the last are the answer's.
+
+        Of a chat the prompt's ids are those that a server sends, though an answer that begins with spaces would share a
+        token with the line before it: nobody can end a template otherwise, as they can a prompt of their own.
+        """
+        pieces = self.render_task(prompt, format, system, input)
+        [(ids, scored)] = self.encode_continuations(pieces, [output], format)
+        asked = self.encode_pieces(pieces)
+        if format == "chat" and ids[: len(asked)] != asked:
+            begins = not asked or self.spaced_after(asked[-1])
+            ids = [*asked, *self.encode(output, bos=False, begins=begins), self.end_of_turn]
+            scored = len(ids) - len(asked)
         return ids, scored
 
     def encode_continuations(

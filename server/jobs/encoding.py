@@ -53,16 +53,18 @@ def _pair(text: Text, template: Template, record: Pair) -> tuple[list[int], int]
 
 
 def _chat(text: Text, record: Chat) -> tuple[list[int], list[bool]]:
-    """Each answer of the assistant is learned from the tokens of all that comes before it, as a server would send it.
+    """Each answer of the assistant is learned from the tokens of all that comes before it, as a server would send it:
+    those of weight 0 are a part of that, however the template writes them.
 
-    A template may render a turn otherwise once another follows. Where the tokens so far are not the beginning of the
-    next ones, the record is refused rather than learned at the wrong places.
+    A template may render a turn otherwise once another follows, and write an answer in other tokens than it is learned
+    in. Where the tokens up to one that is learned are not the beginning of the next ones, the record is refused rather
+    than learned at the wrong places.
     """
     messages = list(record.messages)
     ids: list[int] = []
     learned: list[bool] = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or message.get("weight", 1) != 1:
             continue
         prompt = text.encode_chat(messages[:i])
         begins = not prompt or text.spaced_after(prompt[-1])
@@ -70,8 +72,8 @@ def _chat(text: Text, record: Chat) -> tuple[list[int], list[bool]]:
         if prompt[: len(ids)] != ids:
             raise InvalidData(
                 f"{record.place}: the chat template renders earlier turns otherwise once message {i + 1} is there; "
-                "give each answer in an example of its own"
+                "give each answer in an example of its own, with those before it at weight 0"
             )
-        learned += [False] * (len(prompt) - len(ids)) + [message.get("weight", 1) == 1] * (len(whole) - len(prompt))
+        learned += [False] * (len(prompt) - len(ids)) + [True] * (len(whole) - len(prompt))
         ids = whole
     return ids, learned

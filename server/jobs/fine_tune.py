@@ -177,7 +177,7 @@ def prepare(spec: Spec, base: Base) -> Examples:
     if not kept:
         return Examples(learned)
     judged = [records[i] for i in sorted(kept)]
-    looked_at = tokens(judged, spec.data_name, "training_file")
+    looked_at = tokens(judged, f"{spec.data_name}, held out to judge by", "training_file")
     judges, left_out = judging(judged, looked_at, spec.data_name, "training_file")
     return Examples(learned, looked_at, judges, len(judged), left_out)
 

@@ -42,12 +42,12 @@ def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
     if recipe.validation:
         judges = data.read(data_dir / recipe.validation)[:most]
     else:
-        kept = held_out(records, HELD_OUT)[:most]
+        kept = held_out(records, HELD_OUT)
         if not kept:
             raise InvalidData(
                 f"{recipe.data} has {len(records)} examples, of which no tenth can be held out; name a validation file"
             )
-        judges, out = [records[i] for i in kept], set(kept)
+        judges, out = [records[i] for i in kept[:most]], set(kept)
         records = [record for i, record in enumerate(records) if i not in out]
     length = min(recipe.config.max_length, base.config.context_length)
     learned = data.tokenize(records, encode, length, recipe.data)
@@ -57,10 +57,13 @@ def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
 
 def within(shapes: Mapping[str, tuple[int, int]], config: TrainingConfig, budget: int) -> list[int]:
     """The ranks 1, 2, 4, 8, ... whose trainable parameters a budget allows. Raises AdapterError if there is none."""
-    one = layers.trainable_parameters(shapes, replace(config, lora_rank=1).spec())
-    ranks = [rank for rank in (2**i for i in range(12)) if rank * one <= budget]
+    costs = {
+        rank: layers.trainable_parameters(shapes, replace(config, lora_rank=rank).spec())
+        for rank in (2**i for i in range(12))
+    }
+    ranks = [rank for rank, cost in costs.items() if cost <= budget]
     if not ranks:
-        raise AdapterError(f"rank 1 takes {one:,} parameters, more than the budget of {budget:,}", "budget")
+        raise AdapterError(f"rank 1 takes {costs[1]:,} parameters, more than the budget of {budget:,}", "budget")
     return ranks
 
 

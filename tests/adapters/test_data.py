@@ -64,6 +64,11 @@ GOOD = '{"input": "a", "output": "b"}\n'
             '{"messages": [{"role": "assistant", "content": "x"}], "tools": [{"type": "function"}]}',
             "'tools' cannot be learned",
         ),
+        (
+            '{"system": "Be brief.", "messages": [{"role": "assistant", "content": "x"}]}',
+            "'system' cannot be learned; make it the first of the 'messages'",
+        ),
+        ('{"input": "x", "output": "y", "tools": [{"type": "function"}]}', "'tools' cannot be learned"),
         ('{"instruction": "Translate.", "input": "x", "output": "y"}', "'instruction' cannot be learned; make it part"),
         ('{"system": "Be brief.", "prompt": "x", "completion": "y"}', "part of 'prompt' or of"),
         ('{"input": "x", "output": "y", "output": "z"}', "'output' is there twice"),

@@ -111,6 +111,15 @@ def test_auto_lora_begins_with_the_scale_that_is_asked_for(model, data, monkeypa
     assert [module.scale for module in starts[0].modules.values()] == [scale] * len(starts[0].modules)
 
 
+def test_auto_lora_leaves_out_what_the_config_does(model, data):
+    """A module that is told to have rank 0 has none, before the cut or after it."""
+    paths = list(layers.LoraSpec(rank=2).ranks(layers.linears(model.tree)))
+    config = dataclasses.replace(CONFIG, lora_rank_of={paths[0]: 0, paths[1]: 3})
+    weights = search.auto_lora(model, data, config)
+    assert paths[0] not in weights.modules and paths[0] not in weights.metadata["auto_lora"]["ranks"]
+    assert weights.modules
+
+
 def test_auto_lora_keeps_to_the_budget(model, data, monkeypatch):
     allocate = search.allocate
 

@@ -101,6 +101,10 @@ def test_a_budget_is_parameters(given: Path, tiny_base: Base) -> None:
     config = read_recipe(given / "echo.toml").config
     one = sum(sum(shape) for shape in tiny_base.shapes().values())
     assert within(tiny_base.shapes(), config, 5 * one) == [1, 2, 4]
+    path, shape = next(iter(tiny_base.shapes().items()))
+    fixed = replace(config, lora_rank_of={path: 16})
+    rest = one - sum(shape)
+    assert within(tiny_base.shapes(), fixed, 16 * sum(shape) + 8 * rest) == [1, 2, 4, 8]
     done = runner.invoke(app, ["search", "echo.toml", "--budget", "10", "--state-dir", "state"])
     assert f"rank 1 takes {one:,} parameters" in str(done.exception)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from adapters import layers, training
 from adapters.data import Chat, Completion, Example, Pair, Tokens
@@ -161,6 +164,59 @@ def test_a_template_that_rewrites_history_is_refused(tiny_vocabulary):
     turns = tuple({"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant"))
     with pytest.raises(InvalidData, match="line 7"):
         encoder(text, Template())(Chat(7, turns))
+
+
+def test_answers_of_weight_0_are_history_however_the_template_writes_them(tiny_vocabulary):
+    import dataclasses
+
+    odd = (
+        "{% for m in messages %}{{ m['role'] + ' ' + m['content'] | trim + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    )
+    text = Text(dataclasses.replace(tiny_vocabulary, chat_template=odd))
+
+    def turns(weight: int) -> tuple[dict[str, Any], ...]:
+        return (
+            {"role": "assistant", "content": "Hello there.\n", "weight": weight},
+            {"role": "user", "content": "one"},
+            {"role": "assistant", "content": "  two\n", "weight": weight},
+            {"role": "user", "content": "three"},
+            {"role": "assistant", "content": "four"},
+        )
+
+    encode = encoder(text, Template())
+    with pytest.raises(InvalidData, match="an example of its own, with those before it at weight 0"):
+        encode(Chat(7, turns(1)))
+    ids, learned = encode(Chat(7, turns(0)))
+    asked = text.encode_chat([{k: v for k, v in turn.items() if k != "weight"} for turn in turns(0)[:-1]])
+    assert ids[: len(asked)] == asked and learned == [False] * len(asked) + [True] * (len(ids) - len(asked))
+    assert text.decode(ids[len(asked) : -1]) == "four" and ids[-1] == text.end_of_turn
+
+
+def test_an_answer_of_a_chat_is_learned_after_the_prompt_that_a_server_sends(tiny_vocabulary):
+    """Though its first spaces would share a token with the end of that, which is not tokenized again."""
+    import dataclasses
+
+    letters = {"<end>": 0, "a": 1, "b": 2, " ": 3, "\n": 4, "\n ": 5}
+    merging = Tokenizer(models.BPE(letters, [("\n", " ")]))
+    template = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
+    text = Text(
+        dataclasses.replace(
+            tiny_vocabulary, tokenizer=merging, chat_template=template, eos_ids=frozenset({0}), eos_id=0,
+            special={"<end>": 0}, bos_id=None, add_bos=False, names={},
+        )
+    )  # fmt: skip
+    encode = encoder(text, Template())
+    assert encode(Pair(1, "a", " b")) == ([1, 4, 3, 2, 0], [False, False, True, True, True])
+    assert encode(Chat(1, ({"role": "user", "content": "a"}, {"role": "assistant", "content": " b"})))[0] == [
+        1,
+        4,
+        3,
+        2,
+        0,
+    ]
+    raw = encoder(text, Template(format="raw"))
+    assert raw(Pair(1, "a\n", " b"))[0] == [1, 5, 2, 0], "as PEFT users do, where the prompt is one's own"
 
 
 def test_the_mask_of_padded_tails():
