@@ -15,8 +15,12 @@ export const key = {
 
 function headers(json) {
   const all = json ? { "content-type": "application/json" } : {};
+  if (/[^\x20-\x7e]/.test(key.get())) throw new Failure(401, { message: "the key has characters that no key can have" });
   return key.get() ? { ...all, authorization: `Bearer ${key.get()}` } : all;
 }
+
+const silence = () => new Failure(0, { message: "the server does not answer" });
+const PATIENCE = 10_000; // milliseconds: a server that hangs keeps its connections
 
 async function ask(path, options) {
   let answer;
@@ -24,23 +28,38 @@ async function ask(path, options) {
     answer = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Failure(0, { message: "the server does not answer" });
+    throw silence();
   }
   if (answer.ok) return answer;
   const body = await answer.json().catch(() => null);
   throw new Failure(answer.status, body?.error);
 }
 
-export async function get(path) {
-  return (await ask(path, { headers: headers(false) })).json();
+async function read(path, how) {
+  const answer = await ask(path, { headers: headers(false), signal: AbortSignal.timeout(PATIENCE) });
+  try {
+    return await how(answer);
+  } catch (error) {
+    throw error.name === "TimeoutError" ? silence() : error;
+  }
 }
 
-export async function getText(path) {
-  return (await ask(path, { headers: headers(false) })).text();
+export const get = (path) => read(path, (answer) => answer.json());
+export const getText = (path) => read(path, (answer) => answer.text());
+
+// A browser does not send a file that is another one than was chosen, and says of that only that nothing was sent.
+async function unchanged(form) {
+  for (const part of form.values()) {
+    if (!(part instanceof File)) continue;
+    await part.slice(0, 1).arrayBuffer().catch(() => {
+      throw new Failure(0, { message: `${part.name} has changed since it was chosen; choose it again` });
+    });
+  }
 }
 
 export async function send(method, path, body) {
   const form = body instanceof FormData;
+  if (form) await unchanged(body);
   const answer = await ask(path, {
     method,
     headers: headers(!form && body !== undefined),

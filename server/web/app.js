@@ -17,6 +17,7 @@ let polled = false;
 function complain(error, fromPoll = false) {
   if (!error && fromPoll && !polled) return;
   if ([401, 403].includes(error?.status)) document.getElementById("key-form").hidden = false;
+  if (error && fromPoll && !polled && !alert.hidden) return;
   polled = Boolean(error) && fromPoll;
   const told = error?.status === 401 && !key.get() ? "A key is needed: give it under Key." : error?.message ?? "";
   // The same words stay as they are: screen readers say what is put in, and a poll fails every two seconds.
@@ -112,13 +113,15 @@ async function beat() {
   try {
     const stats = await get("/stats");
     const woke = status.dataset.ready === undefined;
-    status.textContent = `${stats.base.name} · ${stats.base.kernels} · ${stats.engine.running} running, ${stats.engine.waiting} waiting`;
-    status.dataset.ready = "";
+    const failing = stats.engine.state === "failing" ? " · steps fail, the log says why" : "";
+    status.textContent = `${stats.base.name} · ${stats.base.kernels} · ${stats.engine.running} running, ${stats.engine.waiting} waiting${failing}`;
+    if (failing) delete status.dataset.ready;
+    else status.dataset.ready = "";
     live.note(stats);
     if (woke || ["adapters", "tasks", "jobs"].includes(current())) await refresh();
   } catch (error) {
     delete status.dataset.ready;
-    status.textContent = { 0: "not connected", 401: "no key", 503: "not ready" }[error.status] ?? error.message;
+    status.textContent = { 0: "not connected", 401: key.get() ? "key not known" : "no key", 503: "not ready" }[error.status] ?? error.message;
     complain(error, true);
   }
 }

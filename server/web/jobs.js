@@ -138,13 +138,23 @@ async function upload(file) {
 async function begin() {
   const { base } = await get("/stats");
   const body = {
-    model: base.name, suffix: $("train-name").value, training_file: await upload($("train-file").files[0]),
+    model: base.name, suffix: $("train-name").value,
     hyperparameters: { n_epochs: Number($("train-epochs").value) },
     lora: { r: Number($("train-rank").value), publish: $("train-publish").value },
   };
-  if ($("train-validation").files.length) body.validation_file = await upload($("train-validation").files[0]);
   if ($("train-task").value) body.lora.task = $("train-task").value;
-  await send("POST", "/v1/fine_tuning/jobs", body);
+  const files = [];
+  try {
+    for (const [field, input] of [["training_file", "train-file"], ["validation_file", "train-validation"]]) {
+      if (!$(input).files.length) continue;
+      body[field] = await upload($(input).files[0]);
+      files.push(body[field]);
+    }
+    await send("POST", "/v1/fine_tuning/jobs", body);
+  } catch (error) { // a job that is refused needs no files, and nobody else knows of them
+    for (const id of files) await send("DELETE", `/v1/files/${encodeURIComponent(id)}`).catch(() => {});
+    throw error;
+  }
 }
 
 export function start(given) {
@@ -181,8 +191,11 @@ async function offerTasks() {
   const select = $("train-task");
   if (names.join() === [...select.options].slice(1).map((o) => o.value).join()) return;
   const chosen = select.value;
-  select.replaceChildren(select.options[0], ...names.map((name) => make("option", { value: name, textContent: name })));
-  select.value = names.includes(chosen) ? chosen : "";
+  const option = (name, textContent = name) => make("option", { value: name, textContent });
+  // One that is gone stays chosen, and the server says so: nothing else may be learned in its place.
+  const gone = chosen && !names.includes(chosen) ? [option(chosen, `${chosen} (gone)`)] : [];
+  select.replaceChildren(select.options[0], ...names.map((name) => option(name)), ...gone);
+  select.value = chosen;
 }
 
 export async function refresh() {

@@ -10,6 +10,9 @@ let running = null;
 let frame;
 
 const option = (value, text = value) => make("option", { value, textContent: text });
+// What is gone stays chosen, and the server says so: nothing else may answer in its place.
+const gone = (name) => option(name, `${name} (gone)`);
+const LONGEST = 200; // characters of a template that are shown
 const DEFAULT = "default"; // answers where no task is named, if somebody has defined it
 const answering = ({ best, choice }) => {
   if (best) return `Of ${best.join(", ")} the better one answers`;
@@ -37,7 +40,8 @@ class Side {
     const select = this.part("task");
     const chosen = this.filled ? select.value : tasks[0]?.name; // the first time, a task that there is says more than none
     select.replaceChildren(option("", named("") ? "none (default answers)" : "none (raw prompt)"), ...tasks.map((t) => option(t.name)));
-    if (tasks.some((t) => t.name === chosen)) select.value = chosen;
+    if (chosen && !named(chosen)) select.append(gone(chosen));
+    if (chosen) select.value = chosen;
     this.filled ||= tasks.length > 0;
     for (const member of this.members()) this.offer(member.querySelector("select"));
     this.part("add").disabled = !names.length;
@@ -46,18 +50,19 @@ class Side {
 
   // Who will answer, and what the task makes of the prompt.
   hint() {
-    const task = named(this.part("task").value);
-    const alone = task ? answering(task.route) : "The base alone continues the prompt";
-    const who = this.members().length ? "This mix answers, exactly" : alone;
-    const frame = task?.prompt.replace("{input}", "").trim().replace(/\s+/g, " ");
-    this.part("hint").textContent = frame ? `${who}: “${frame}”` : `${who}.`;
+    const chosen = this.part("task").value;
+    const task = named(chosen);
+    const alone = task ? answering(task.route) : chosen ? "Nobody answers: the task is gone" : "The base alone continues the prompt";
+    const who = this.members().length && (task || !chosen) ? "This mix answers, exactly" : alone;
+    const whole = task?.prompt.replace("{input}", "").trim().replace(/\s+/g, " ") ?? "";
+    const frame = whole.length > LONGEST ? `${whole.slice(0, LONGEST)}…` : whole;
+    this.part("hint").replaceChildren(...(frame ? [`${who}: “`, make("bdi", { textContent: frame }), "”"] : [`${who}.`]));
   }
 
   offer(select) {
     const chosen = select.value;
     select.replaceChildren(...names.map((n) => option(n)));
-    // One that is gone stays chosen, and the server says so: no other may answer in its place.
-    if (chosen && !names.includes(chosen)) select.append(option(chosen, `${chosen} (gone)`));
+    if (chosen && !names.includes(chosen)) select.append(gone(chosen));
     if (chosen) select.value = chosen;
   }
 

@@ -70,11 +70,23 @@ function card(task, { versions, best }) {
   return node;
 }
 
+// Null for a task that has gone since they were listed.
+async function performanceOf(name) {
+  try {
+    return await get(`/tasks/${encodeURIComponent(name)}/performance`);
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    return null;
+  }
+}
+
 export async function refresh() {
   if (performance.now() < due) return;
-  const { tasks } = await get("/tasks");
-  due = performance.now() + 100 * tasks.length; // each is asked for by itself: of hundreds, less often
-  const known = await Promise.all(tasks.map((t) => get(`/tasks/${encodeURIComponent(t.name)}/performance`)));
+  const defined = (await get("/tasks")).tasks;
+  const asked = await Promise.all(defined.map((t) => performanceOf(t.name)));
+  due = performance.now() + 100 * defined.length; // each is asked for by itself: of hundreds, less often
+  const tasks = defined.filter((_, i) => asked[i]);
+  const known = asked.filter(Boolean);
   const now = JSON.stringify([tasks, known]);
   if (now === drawn) return;
   drawn = now;

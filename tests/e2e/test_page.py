@@ -21,7 +21,7 @@ from tests.e2e.conftest import Live, serving
 from tests.waiting import SECONDS, until
 
 pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sync_playwright
 
 pytestmark = [pytest.mark.e2e, pytest.mark.part("chromium")]
 
@@ -255,6 +255,76 @@ def test_an_adapter_that_goes_is_replaced_by_no_other(page: Page, house: Live) -
     expect(member.locator("option:checked")).to_have_text("passing (gone)")
     ask(page, "Hello", tokens=4)
     expect(page.locator(".answer")).to_contain_text("'passing'")
+
+
+def test_a_task_that_goes_is_replaced_by_no_other(page: Page, house: Live) -> None:
+    house.client.put("/tasks/passing", json={"prompt": "Say it. " * 100 + "{input}"}).raise_for_status()
+    page.reload()
+    task, hint = page.locator("select.task"), page.locator(".side .hint").first
+    task.select_option("passing")
+    expect(hint).to_contain_text("Say it.")
+    assert len(hint.inner_text()) < 300, "a template may be of any length"
+    page.get_by_role("tab", name="Jobs").click()
+    page.locator("#train-task").select_option("passing")
+    assert house.client.delete("/tasks/passing").is_success
+    expect(page.locator("#train-task option:checked")).to_have_text("passing (gone)")
+    page.get_by_role("tab", name="Playground").click()
+    expect(task.locator("option:checked")).to_have_text("passing (gone)")
+    expect(hint).to_contain_text("the task is gone")
+    ask(page, "Hello", tokens=4)
+    expect(page.locator(".answer")).to_contain_text("'passing'")
+
+
+def test_a_weight_is_a_number_before_it_is_sent(page: Page) -> None:
+    page.locator("select.task").select_option("sentiment")
+    page.get_by_role("button", name="Add adapter").click()
+    weight = page.locator(".mix li").get_by_role("spinbutton")
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url) if "/generate" in request.url else None)
+    for wrong in ("", "99"):
+        weight.fill(wrong)
+        ask(page)
+        expect(weight).to_be_focused()
+    assert not sent, "no weight would be one of 0"
+    weight.fill("0.333")
+    assert body_of(page, lambda: ask(page))["adapters"][0]["weight"] == 0.333
+
+
+def test_a_server_that_hangs_is_not_ready(page: Page) -> None:
+    page.route("**/stats", lambda route: None)
+    expect(page.locator("#status")).to_have_text("not connected", timeout=30_000)
+    expect(page.get_by_role("alert")).to_contain_text("the server does not answer")
+    page.unroute_all()
+    expect(page.locator("#status[data-ready]")).to_be_visible(timeout=30_000)
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_a_file_that_has_changed_since_it_was_chosen(page: Page, tmp_path: Path) -> None:
+    page.get_by_role("tab", name="Jobs").click()
+    file = tmp_path / "words.jsonl"
+    file.write_text('{"input": "a", "output": "b"}\n')
+    page.get_by_label("Examples, JSON or JSONL").set_input_files(file)
+    file.write_text('{"input": "a", "output": "b"}\n' * 2)
+    page.get_by_label("Adapter's name").fill("changed")
+    page.get_by_role("button", name="Start").click()
+    expect(page.get_by_role("alert")).to_contain_text("words.jsonl has changed since it was chosen")
+
+
+def test_one_refused_question_does_not_empty_the_tasks(page: Page) -> None:
+    refused: list[str] = []
+
+    def once(route: Route) -> None:
+        if refused:
+            route.continue_()
+        else:
+            refused.append(route.request.url)
+            route.fulfill(status=429, json={"error": {"message": "too many at once"}})
+
+    page.route("**/performance", once)
+    page.get_by_role("tab", name="Tasks").click()
+    expect(page.get_by_role("alert")).to_contain_text("too many at once")
+    expect(page.locator("[data-task=sentiment]")).to_be_visible()
+    expect(page.get_by_role("alert")).to_be_hidden()
 
 
 def row(page: Page, name: str):
@@ -548,6 +618,11 @@ def test_a_server_with_keys_asks_for_one(
         opened.wait_for_timeout(4500)
         assert opened.evaluate("window.said") == 0, "a screen reader would say it again and again"
         expect(opened.get_by_label("Key")).to_be_visible()
+        for wrong in ("\u043a\u043b\u044e\u0447", "secret\u201d"):
+            opened.get_by_label("Key").fill(wrong)
+            opened.get_by_label("Key").press("Enter")
+            expect(opened.get_by_role("alert")).to_contain_text("characters that no key can have")
+            expect(opened.locator("#status")).to_have_text("key not known")
         opened.get_by_label("Key").fill("secret-two")
         opened.get_by_label("Key").press("Enter")
         expect(opened.locator("#status[data-ready]")).to_be_visible()
@@ -620,5 +695,7 @@ def test_a_job_is_started_paused_resumed_and_cancelled(page: Page, house: Live) 
     page.get_by_label("Examples, JSON or JSONL").set_input_files(
         {"name": "words.jsonl", "mimeType": "application/jsonl", "buffer": lines}
     )
+    before = house.get("/v1/files")["data"]
     page.get_by_role("button", name="Start").click()
     expect(page.get_by_role("alert")).to_contain_text("reserved")
+    assert house.get("/v1/files")["data"] == before, "what was sent for it goes"
