@@ -1,23 +1,23 @@
 """Answers that follow a JSON schema: compiled once, off the engine's thread, then a mask for each token of a request.
 
-Owns how a vocabulary is told to `llguidance`, the limits on a schema's size and time, and the cache of those that
-were compiled. Knows neither OpenAI's fields nor the sampler, which asks a `Constraint` for its mask.
+Owns how a vocabulary is told to `llguidance`, the limits on a grammar's size and time, and the cache of those that
+were compiled; what a schema may ask for is `schema`'s. Knows neither OpenAI's fields nor the sampler, which asks a
+`Constraint` for its mask.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from server.engine.schema import PARAM, prepared
 from server.engine.text import Text
 from server.errors import InvalidRequest, QueueFull
 
@@ -26,15 +26,10 @@ if TYPE_CHECKING:
 
 MAX_SCHEMA = 1 << 16
 """Characters of a schema, as compact JSON."""
-MAX_BOUNDS = 256
-"""Bounds of numbers in a schema: each range becomes a pattern of its own, which takes milliseconds."""
-MAX_STEP = 10_000
-"""The least common multiple of all `multipleOf` of a schema, without decimal points: a state for each number below."""
 MAX_CACHED = 64
 MAX_WAITING = 256
 """Schemas that wait to be compiled: requests are not in the engine's queue yet, which would bound them."""
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-_BOUNDS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
 _WHITESPACE = r"[ \n]{0,16}"
 """Between two tokens of JSON. Bounded, since a small model may otherwise write spaces until it is cut off."""
 
@@ -63,7 +58,6 @@ class Grammar:
             self._matcher.consume_token(token)
 
 
-PARAM = "response_format"
 NOWHERE = "NoExtensionBias"
 """How the library says that no token can come next."""
 
@@ -117,8 +111,7 @@ class Grammars:
         with self._lock:
             matcher = self._compiled.get(asked)
             if matcher is None:
-                _check_numbers(schema)
-                matcher = self._compile(asked)
+                matcher = self._compile(json.dumps(prepared(schema), separators=(",", ":")))
             self._compiled[asked] = matcher
             self._compiled.move_to_end(asked)
             if len(self._compiled) > MAX_CACHED:
@@ -174,33 +167,6 @@ class _Vocabulary:
 
     def __call__(self, text: str) -> list[int]:
         return self._text.encode(text, bos=False, begins=False)
-
-
-def _check_numbers(schema: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest for a schema whose limits on numbers take too long to compile: nothing else bounds that."""
-    bounds, steps, left = 0, list[int](), list[Any]([schema])
-    while left:
-        part = left.pop()
-        if isinstance(part, Mapping):
-            bounds += sum(key in _BOUNDS and isinstance(value, int | float) for key, value in part.items())
-            step = part.get("multipleOf")
-            if isinstance(step, int | float):
-                steps.append(_digits(step))
-            left += part.values()
-        elif isinstance(part, list):
-            left += part
-    if bounds > MAX_BOUNDS:
-        raise InvalidRequest(f"the schema has {bounds} bounds of numbers, over the limit of {MAX_BOUNDS}", PARAM)
-    if math.lcm(*steps) > MAX_STEP:
-        raise InvalidRequest(f"the schema's multipleOf have a least common multiple of over {MAX_STEP}", PARAM)
-
-
-def _digits(number: float) -> int:
-    """A number without its decimal point; 1 if there is nothing to count with."""
-    exact = Decimal(str(number + 0))
-    if not exact.is_finite() or not exact:
-        return 1
-    return int(exact) if exact == exact.to_integral_value() else int("".join(map(str, exact.as_tuple().digits)))
 
 
 def _reason(message: str) -> str:

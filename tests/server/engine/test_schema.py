@@ -1,0 +1,116 @@
+"""What a schema may ask for before it is compiled: what takes too long, and what would be let through all the same."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from server.engine.grammar import Grammars
+from server.engine.schema import prepared
+from server.engine.text import Text
+from server.errors import InvalidRequest
+from server.model.vocabulary import Vocabulary
+
+
+@pytest.fixture
+def tiny_text(tiny_vocabulary: Vocabulary) -> Text:
+    return Text(tiny_vocabulary)
+
+
+@pytest.fixture
+def grammars(tiny_text: Text) -> Grammars:
+    return Grammars(tiny_text, tiny_text.size)
+
+
+def takes(grammars: Grammars, text: Text, schema: dict[str, Any], answer: Any) -> bool:
+    """Whether the answer, as JSON, may be given, and end there."""
+    [grammar] = grammars.compile(schema, 1)
+    for token in [*text.encode(json.dumps(answer), bos=False, begins=False), min(text.vocabulary.eos_ids)]:
+        if not np.unpackbits(grammar.mask(), bitorder="little")[token]:
+            return False
+        grammar.accept(token)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"pattern": "^(a{1000}){500}$"}, "patterns repeat 500,000 characters"),
+        ({"pattern": "^((a{100}){100}){100}$"}, "1,000,000"),
+        ({"pattern": "^(ab{2}c{0,900}){0,500}$"}, "patterns repeat"),
+        ({"pattern": "^a{99999999999}$"}, "patterns repeat"),
+        ({"pattern": r"^(\.{200}){200}$"}, "40,000"),
+        ({"properties": {"x": {"items": {"pattern": "^[xy]+z(a{1000}){1000}$"}}}}, "patterns repeat"),
+        ({"patternProperties": {"^(a{1000}){500}$": {}}}, "patterns repeat"),
+        ({"allOf": [{"pattern": f"^{c}{{6000}}$"} for c in "ab"]}, "12,000"),
+        ({"enum": [1, 1234567890123456789]}, "over 2^53"),
+        ({"const": {"a": [{"b": -(10**19)}]}}, "over 2^53"),
+        ({"items": {"exclusiveMinimum": 0, "maximum": 0.5}}, "exclusiveMinimum 0 cannot be held to"),
+        ({"minimum": -1.5, "exclusiveMaximum": -1}, "exclusiveMaximum -1 cannot be held to"),
+        ({"exclusiveMinimum": 10.0, "exclusiveMaximum": 10.5}, "exclusiveMinimum 10.0"),
+        ({"x-guidance": {"lenient": True}}, "x-guidance is not served"),
+        ({"pattern": r"^[\x00-\x1f]$"}, "holds control characters"),
+        ({"pattern": r'^[^]"]$'}, "holds control characters"),
+    ],
+)
+def test_what_cannot_be_held_to_is_refused(schema: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said.replace("^", r"\^")) as refused:
+        prepared(schema)
+    assert refused.value.param == "response_format"
+
+
+def test_what_is_nested_too_deeply_is_refused() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(3000):
+        schema = {"items": schema}
+    with pytest.raises(InvalidRequest, match="nested too deeply"):
+        prepared(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"pattern": r"^\d{3}-\d{4}$"},
+        {"pattern": "^.{0,20000}$"},
+        {"pattern": "^[a-z]{1,64}(-[a-z]{1,64}){0,900}$"},
+        {"pattern": r"^(\w+\s){0,9000}\w+$"},
+        {"pattern": r"^[\w\s]+\\[x\]]$"},
+        {"pattern": "^a{2,}b*(c|d)?$", "enum": [2**53, -(2**53), 1.5, True, None, "x"]},
+        {"exclusiveMinimum": 0, "maximum": 1},
+        {"exclusiveMinimum": 0.5, "maximum": 1},
+        {"minimum": 0, "maximum": 0.5},
+        {"exclusiveMinimum": 3},
+        {"properties": {"pattern": {"type": "string"}, "enum": {"type": "array"}}},
+        {"pattern": r"^[\p{L}&&[^a]]$"},  # of another dialect: the compiler's to judge
+    ],
+)
+def test_what_can_be_held_to_stays_as_it_is(schema: dict[str, Any]) -> None:
+    assert prepared(schema) == schema
+
+
+@pytest.mark.parametrize(
+    ("pattern", "held"),
+    [
+        ('^[^"]*$', r'^[^\x00-\x1f"]*$'),
+        (r"^[A-Z][^\"\\]{2}$", r"^[A-Z][^\x00-\x1f\"\\]{2}$"),
+        (r"^[^\s\"]$", r"^[^\x00-\x1f\s\"]$"),
+        (r"\[[^!-/-]", r"\[[^\x00-\x1f!-/-]"),
+        (r"^[^\x00-\x1f\"]$", r"^[^\x00-\x1f\"]$"),
+    ],
+)
+def test_classes_without_quotation_marks_have_no_control_characters(pattern: str, held: str) -> None:
+    assert prepared({"pattern": pattern, "items": [{"patternProperties": {pattern: {}}}]}) == {
+        "pattern": held,
+        "items": [{"patternProperties": {held: {}}}],
+    }
+
+
+def test_an_answer_has_nothing_that_its_pattern_excludes(grammars: Grammars, tiny_text: Text) -> None:
+    schema = {"type": "string", "pattern": '^[^"]+$'}
+    assert takes(grammars, tiny_text, schema, "good") and takes(grammars, tiny_text, schema, "a\\b")
+    assert not takes(grammars, tiny_text, schema, 'He said "yes"')
+    schema = {"type": "string", "pattern": r"^[^\\]+$"}
+    assert takes(grammars, tiny_text, schema, 'a "b"') and not takes(grammars, tiny_text, schema, "a\\b")
