@@ -27,6 +27,12 @@ MAX_EXACT = 1 << 53
 _BOUNDS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
 _OPTIONS = "x-guidance"
 """A key by which the compiler is told to pass over what it cannot hold to."""
+_NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
+"""Keys under which there are schemas by names, which may be those of any key."""
+_DATA = frozenset(("const", "enum", "default", "examples"))
+"""Keys under which there is no schema."""
+_OTHER_DIALECT = re.compile(r"\[|&&|--|~~|\|\|")
+"""What a class in brackets may have within: classes, and what is done with them."""
 _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 _CONTROLS = r"\x00-\x1f"
 
@@ -61,15 +67,16 @@ def _refused(message: str) -> InvalidRequest:
 
 
 def _parts(schema: Any) -> Iterator[Mapping[str, Any]]:
-    """Every object within a schema, itself among them."""
-    left = [schema]
+    """Every schema within a schema, itself among them."""
+    left = [(schema, False)]  # and whether it is of schemas by names
     while left:
-        part = left.pop()
-        if isinstance(part, Mapping):
-            yield part
-            left += part.values()
-        elif isinstance(part, list):
-            left += part
+        part, named = left.pop()
+        if isinstance(part, list):
+            left += [(value, False) for value in part]
+        elif isinstance(part, Mapping):
+            if not named:
+                yield part
+            left += [(v, not named and k in _NAMED) for k, v in part.items() if named or k not in _DATA]
 
 
 def _number(part: Mapping[str, Any], key: str) -> float | None:
@@ -145,17 +152,19 @@ def _end_of_class(pattern: str, start: int) -> int:
     return min(at + 1, len(pattern))
 
 
-def _rewritten(part: Any) -> Any:
-    """A copy, in which every pattern is `_held`."""
+def _rewritten(part: Any, named: bool = False) -> Any:
+    """A copy, in which every pattern is `_held`; `named` if it is of schemas by names."""
     if isinstance(part, list):
         return [_rewritten(value) for value in part]
     if not isinstance(part, Mapping):
         return part
-    copy = {key: _rewritten(value) for key, value in part.items()}
+    if named:
+        return {name: _rewritten(schema) for name, schema in part.items()}
+    copy = {key: value if key in _DATA else _rewritten(value, key in _NAMED) for key, value in part.items()}
     if isinstance(part.get("pattern"), str):
         copy["pattern"] = _held(part["pattern"])
-    if isinstance(named := copy.get("patternProperties"), dict):
-        copy["patternProperties"] = {_held(pattern): value for pattern, value in named.items()}
+    if isinstance(patterns := copy.get("patternProperties"), dict):
+        copy["patternProperties"] = {_held(pattern): schema for pattern, schema in patterns.items()}
     return copy
 
 
@@ -181,6 +190,8 @@ def _held(pattern: str) -> str:
 
 
 def _lets_through(characters: str) -> bool:
+    if _OTHER_DIALECT.search(characters, 1):
+        return False
     try:
         has = re.compile(characters, re.ASCII).fullmatch
     except (re.error, OverflowError):  # of another dialect

@@ -126,7 +126,7 @@ def test_a_host_that_is_one(host: str) -> None:
 
 @pytest.mark.parametrize("secret", ["ключ", "a\x07b"])
 def test_a_key_that_no_header_carries(secret: str) -> None:
-    with pytest.raises(BadSetting, match="the key 'me' has characters that a header cannot carry") as e:
+    with pytest.raises(BadSetting, match="the secret of 'me' has characters that headers do not carry") as e:
         _call(Settings(api_keys=SecretStr(f"me:{secret}")), "GET", "/adapters")
     assert secret not in e.value.message
 
