@@ -51,7 +51,7 @@ class Protocol(H11Protocol):
         meanwhile, and would not hear that the client has gone away; up to a bound, reading goes on.
         """
         super().handle_events()
-        if self.conn.their_state is not h11.IDLE:
+        if self.cycle is not None and not self.cycle.response_complete:  # else what comes is the rest of a refused body
             self._expected()
         waits = self.flow.read_paused and self.conn.their_state is h11.DONE
         if waits and len(self.conn.trailing_data[0]) <= PIPELINED:

@@ -29,12 +29,23 @@ _OPTIONS = "x-guidance"
 """A key by which the compiler is told to pass over what it cannot hold to."""
 _NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
 """Keys under which there are schemas by names, which may be those of any key."""
-_DATA = frozenset(("const", "enum", "default", "examples"))
-"""Keys under which there is no schema."""
-_OTHER_DIALECT = re.compile(r"\[|&&|--|~~|\|\|")
-"""What a class in brackets may have within: classes, and what is done with them."""
-_COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
+_DATA = frozenset(("const", "enum", "default", "example", "examples"))
+"""Keys under which there is no schema, as there is none under those that begin with `x-`."""
 _CONTROLS = r"\x00-\x1f"
+_NEXT = 1e-9
+"""How far from a bound that is excluded the first number is that may be written."""
+_EXACT_TO = 1e6
+"""Bounds up to here have such a next number."""
+_TOKEN = re.compile(
+    r"\\[xu]\{(?P<braced>[0-9a-fA-F]{1,6})\}|\\x(?P<x>[0-9a-fA-F]{2})|\\u(?P<u>[0-9a-fA-F]{4})|\\U(?P<U>[0-9a-fA-F]{8})"
+    r"|\\[pP]\{[^}]*\}|\\.|.",
+    re.DOTALL,
+)
+"""One character of a pattern, or one escape."""
+_COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
+_GROUP = re.compile(r"\((\?(P?<[^>]*>|[a-zA-Z-]*(:|(?=\)))))?")
+_SEVERAL = re.compile(r"\\[a-zA-Z].*", re.DOTALL)
+"""Escapes of classes and of places; of single letters such as that of a new line too, which are as good as these."""
 
 
 def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +57,8 @@ def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
         bounds += sum(_number(part, key) is not None for key in _BOUNDS)
         if (step := _number(part, "multipleOf")) is not None:
             steps.append(_digits(step))
-        _check_range(part)
+        for key in _BOUNDS:
+            _check_size(part, key)
         _check_values([part.get("const"), part.get("enum")])
         literals += sum(_literals(pattern) for pattern in _patterns(part))
     if bounds > MAX_BOUNDS:
@@ -76,7 +88,7 @@ def _parts(schema: Any) -> Iterator[Mapping[str, Any]]:
         elif isinstance(part, Mapping):
             if not named:
                 yield part
-            left += [(v, not named and k in _NAMED) for k, v in part.items() if named or k not in _DATA]
+            left += [(v, not named and k in _NAMED) for k, v in part.items() if named or not _is_data(k)]
 
 
 def _number(part: Mapping[str, Any], key: str) -> float | None:
@@ -84,17 +96,12 @@ def _number(part: Mapping[str, Any], key: str) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _check_range(part: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest for a bound that is excluded and whole with the other one less than 1 away: it would be let
-    through."""
-    lows = [value for key in ("minimum", "exclusiveMinimum") if (value := _number(part, key)) is not None]
-    highs = [value for key in ("maximum", "exclusiveMaximum") if (value := _number(part, key)) is not None]
-    if not lows or not highs or min(highs) - max(lows) >= 1:
-        return
-    for key in ("exclusiveMinimum", "exclusiveMaximum"):
-        value = _number(part, key)
-        if value is not None and math.isfinite(value) and value == int(value):
-            raise _refused(f"{key} {value} cannot be held to with the other bound less than 1 away")
+def _check_size(part: Mapping[str, Any], key: str) -> None:
+    """Raises InvalidRequest for a bound that no number of 64 bits comes near."""
+    try:
+        float(_number(part, key) or 0)
+    except OverflowError:
+        raise _refused(f"{key} is out of range") from None
 
 
 def _check_values(values: list[Any]) -> None:
@@ -116,31 +123,49 @@ def _patterns(part: Mapping[str, Any]) -> list[str]:
 
 
 def _literals(pattern: str) -> int:
-    """Single characters that a pattern gives, repeated ones as often as they are at least, groups with all in them."""
+    """Single characters that a pattern gives, repeated ones as often as they may be, groups with all in them."""
     sizes, last, at = [0], 0, 0  # of the groups that are open; and of what a count that follows would repeat
     while at < len(pattern):
-        character = pattern[at]
-        if character == "[":
-            at, last = _end_of_class(pattern, at), 0
-        elif character == "(":
+        if pattern[at] == "[":
+            end = _end_of_class(pattern, at)
+            last = int(_is_single(pattern[at:end]))
+            sizes[-1] += last
+            at = end
+        elif (group := _GROUP.match(pattern, at)) is not None:
             sizes.append(0)
-            at, last = at + 1, 0
-        elif character == ")" and len(sizes) > 1:
+            at, last = group.end(), 0
+        elif pattern[at] == ")" and len(sizes) > 1:
             last = sizes.pop()
             sizes[-1] += last
             at += 1
         elif (count := _COUNT.match(pattern, at)) is not None:
-            most = max(int(number) if number and len(number) < 10 else 0 for number in (count[1], count[2] or ""))
-            long = any(len(number or "") >= 10 for number in count.groups())
-            sizes[-1] += last * (MAX_LITERALS if long else max(most - 1, 0))
+            most = max(min(int(number[:10]), MAX_LITERALS + 1) if number else 0 for number in count.groups())
+            sizes[-1] += last * max(most - 1, 0)
             at, last = count.end(), last * max(most, 1)
         else:
-            escaped = character == "\\"
-            several = pattern[at + 1 : at + 2].isalpha() if escaped else character in "|^$.*+?"
+            token = next(_TOKEN.finditer(pattern, at))  # any character is one
+            several = token[0] in "|^$.*+?" or (token.lastgroup is None and _SEVERAL.fullmatch(token[0]))
             last = 0 if several else 1
             sizes[-1] += last
-            at += 2 if escaped else 1
+            at = token.end()
     return sum(sizes)
+
+
+def _is_single(characters: str) -> bool:
+    """Whether a class in brackets may be of one character alone: the compiler makes that character of it."""
+    inside = characters[1:-1]
+    if inside.startswith("^"):
+        return False
+    found = list(_TOKEN.finditer(inside))
+    if any(token.lastgroup is None and _SEVERAL.fullmatch(token[0]) for token in found):
+        return False
+    return len({_character(token) for token in found} - {"-"}) <= 1
+
+
+def _character(token: re.Match[str]) -> str:
+    if token.lastgroup is not None:
+        return chr(min(int(token[token.lastgroup], 16), 0x10FFFF))
+    return token[0][-1]
 
 
 def _end_of_class(pattern: str, start: int) -> int:
@@ -153,19 +178,36 @@ def _end_of_class(pattern: str, start: int) -> int:
 
 
 def _rewritten(part: Any, named: bool = False) -> Any:
-    """A copy, in which every pattern is `_held`; `named` if it is of schemas by names."""
+    """A copy, in which every pattern is `_held`; `named` if it is of schemas by names.
+
+    And a whole number that is excluded as a bound, away from which all are allowed, is let through where the other
+    bound is near, in the same schema or in another one about the same value: the bound is the next number there.
+    """
     if isinstance(part, list):
         return [_rewritten(value) for value in part]
     if not isinstance(part, Mapping):
         return part
     if named:
         return {name: _rewritten(schema) for name, schema in part.items()}
-    copy = {key: value if key in _DATA else _rewritten(value, key in _NAMED) for key, value in part.items()}
+    copy = {key: value if _is_data(key) else _rewritten(value, key in _NAMED) for key, value in part.items()}
     if isinstance(part.get("pattern"), str):
         copy["pattern"] = _held(part["pattern"])
     if isinstance(patterns := copy.get("patternProperties"), dict):
-        copy["patternProperties"] = {_held(pattern): schema for pattern, schema in patterns.items()}
+        held = {_held(pattern): schema for pattern, schema in patterns.items()}
+        if len(held) < len(patterns):
+            raise _refused("two patterns of patternProperties are the same without control characters; leave one out")
+        copy["patternProperties"] = held
+    if part.get("type") != "integer":
+        low, high = _number(part, "exclusiveMinimum"), _number(part, "exclusiveMaximum")
+        if low is not None and 0 <= low < _EXACT_TO and low == int(low):
+            copy["exclusiveMinimum"] = low + _NEXT
+        if high is not None and -_EXACT_TO < high <= 0 and high == int(high):
+            copy["exclusiveMaximum"] = high - _NEXT
     return copy
+
+
+def _is_data(key: str) -> bool:
+    return key in _DATA or key.startswith("x-")
 
 
 def _held(pattern: str) -> str:
@@ -184,18 +226,24 @@ def _held(pattern: str) -> str:
         if _lets_through(characters):
             if not characters.startswith("[^") or characters.startswith("[^]"):
                 raise _refused(f"the class {characters[:40]} of a pattern holds control characters; leave them out")
+            if re.search(r"&&|--|~~", characters):
+                raise _refused(f"the class {characters[:40]} of a pattern cannot be held to; write it in another way")
             characters = f"[^{_CONTROLS}{characters[2:]}"
         out, at = out + characters, end
     return out
 
 
 def _lets_through(characters: str) -> bool:
-    if _OTHER_DIALECT.search(characters, 1):
-        return False
+    """Whether a class has what is written in escapes alone, and lacks a quotation mark or a backslash. Of one in
+    another dialect than Python's that is taken to be so if it begins with ^.
+    """
+    plain = re.sub(r"\\.", "", characters[1:-1], flags=re.DOTALL)
+    if re.search(r"\[|&&|--|~~|\|\|", plain):
+        return characters.startswith("[^")
     try:
         has = re.compile(characters, re.ASCII).fullmatch
-    except (re.error, OverflowError):  # of another dialect
-        return False
+    except (re.error, OverflowError):
+        return characters.startswith("[^")
     return has("\0") is not None and (has('"') is None or has("\\") is None)
 
 

@@ -86,11 +86,11 @@ def from_gguf(
 
 
 _UNSERVED_YARN = (
-    ("rope.scaling.yarn_ext_factor", 1.0),
-    ("rope.scaling.yarn_attn_factor", 1.0),
-    ("rope.scaling.yarn_log_multiplier", 0.0),
+    ("rope.scaling.yarn_ext_factor", (1.0, -1.0)),
+    ("rope.scaling.yarn_attn_factor", (1.0,)),
+    ("rope.scaling.yarn_log_multiplier", (0.0,)),
 )
-"""Keys of a GGUF file that would change the answers, and what they say where they do not."""
+"""Keys of a GGUF file that would change the answers, and what they say where they do not: the first, or nothing."""
 
 
 def _gguf_rope(
@@ -100,7 +100,7 @@ def _gguf_rope(
     if name != "yarn" and real(values, "rope.scaling.attn_factor", 1.0) != 1.0:
         raise BadModel(f"rope.scaling.attn_factor is served with yarn alone, not with {name}")
     for key, neutral in _UNSERVED_YARN if name == "yarn" else ():
-        if real(values, key, neutral) != neutral:
+        if real(values, key, neutral[0]) not in neutral:
             raise BadModel(f"the RoPE scaling yarn is not served with {key}")
     if factors is not None:
         return _llama3_from_factors(factors, theta, head_dim)

@@ -50,11 +50,16 @@ def takes(grammars: Grammars, text: Text, schema: dict[str, Any], answer: Any) -
         ({"enum": [1, 1234567890123456789]}, "over 2^53"),
         ({"const": {"a": [{"b": -(10**19)}]}}, "over 2^53"),
         ({"properties": {"enum": {"const": 10**19}}}, "over 2^53"),
-        ({"properties": {"properties": {"exclusiveMinimum": 0, "maximum": 0.1}}}, "exclusiveMinimum 0"),
         ({"$defs": {"const": {"properties": {"default": {"pattern": "^(a{1000}){500}$"}}}}}, "patterns repeat"),
-        ({"items": {"exclusiveMinimum": 0, "maximum": 0.5}}, "exclusiveMinimum 0 cannot be held to"),
-        ({"minimum": -1.5, "exclusiveMaximum": -1}, "exclusiveMaximum -1 cannot be held to"),
-        ({"exclusiveMinimum": 10.0, "exclusiveMaximum": 10.5}, "exclusiveMinimum 10.0"),
+        ({"minimum": 10**400, "maximum": 0.5}, "minimum is out of range"),
+        ({"items": {"exclusiveMaximum": -(10**400)}}, "exclusiveMaximum is out of range"),
+        ({"pattern": "^([a]{1000}){500}$"}, "patterns repeat 500,000"),
+        ({"pattern": r"^([a\x61]{1000}){500}$"}, "patterns repeat 500,000"),
+        ({"pattern": "^([a-a]{1000}){500}$"}, "patterns repeat"),
+        ({"pattern": r"^(\x{61}{1000}){1000}$"}, "patterns repeat 1,000,000"),
+        ({"pattern": r"^((?:\u0061{1000}){100}){10}$"}, "patterns repeat 1,000,000"),
+        ({"pattern": r'^[^"&&a]$'}, "cannot be held to; write it in another way"),
+        ({"patternProperties": {'^[^"]$': {}, r'^[^\x00-\x1f"]$': {}}}, "the same without control characters"),
         ({"x-guidance": {"lenient": True}}, "x-guidance is not served"),
         ({"pattern": r"^[\x00-\x1f]$"}, "holds control characters"),
         ({"pattern": r'^[^]"]$'}, "holds control characters"),
@@ -83,10 +88,15 @@ def test_what_is_nested_too_deeply_is_refused() -> None:
         {"pattern": r"^(\w+\s){0,9000}\w+$"},
         {"pattern": r"^[\w\s]+\\[x\]]$"},
         {"pattern": "^a{2,}b*(c|d)?$", "enum": [2**53, -(2**53), 1.5, True, None, "x"]},
-        {"exclusiveMinimum": 0, "maximum": 1},
+        {"pattern": "^(?:ab|c){3000}$"},
+        {"pattern": "^[01]{20000}$"},
         {"exclusiveMinimum": 0.5, "maximum": 1},
-        {"minimum": 0, "maximum": 0.5},
-        {"exclusiveMinimum": 3},
+        {"minimum": 0, "maximum": 0.5, "exclusiveMaximum": 1},
+        {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 0},
+        {"exclusiveMinimum": -1, "exclusiveMaximum": 1},
+        {"exclusiveMinimum": 10**9},
+        {"maximum": 2**63 - 1},
+        {"example": {"const": 10**19}, "x-note": {"pattern": '^[^"]$'}},
         {"properties": {"pattern": {"type": "string"}, "enum": {"type": "array"}}},
         {
             "const": {"pattern": '^[^"]$'},
@@ -94,7 +104,6 @@ def test_what_is_nested_too_deeply_is_refused() -> None:
             "default": {"pattern": '[^"]'},
         },
         {"properties": {"x": {"const": {"multipleOf": 99_991}}}},
-        {"pattern": '^[^"[a]$'},
         {"pattern": r"^[\p{L}&&[^a]]$"},  # of another dialect: the compiler's to judge
     ],
 )
@@ -108,6 +117,9 @@ def test_what_can_be_held_to_stays_as_it_is(schema: dict[str, Any]) -> None:
         ('^[^"]*$', r'^[^\x00-\x1f"]*$'),
         (r"^[A-Z][^\"\\]{2}$", r"^[A-Z][^\x00-\x1f\"\\]{2}$"),
         (r"^[^\s\"]$", r"^[^\x00-\x1f\s\"]$"),
+        (r"^[^\"\[\]]+$", r"^[^\x00-\x1f\"\[\]]+$"),
+        (r"^[^\p{L}\"]+$", r"^[^\x00-\x1f\p{L}\"]+$"),
+        ('^[^"[a]$', r'^[^\x00-\x1f"[a]$'),
         (r"\[[^!-/-]", r"\[[^\x00-\x1f!-/-]"),
         (r"^[^\x00-\x1f\"]$", r"^[^\x00-\x1f\"]$"),
     ],
@@ -125,3 +137,25 @@ def test_an_answer_has_nothing_that_its_pattern_excludes(grammars: Grammars, tin
     assert not takes(grammars, tiny_text, schema, 'He said "yes"')
     schema = {"type": "string", "pattern": r"^[^\\]+$"}
     assert takes(grammars, tiny_text, schema, 'a "b"') and not takes(grammars, tiny_text, schema, "a\\b")
+
+
+@pytest.mark.parametrize(
+    ("schema", "inside", "outside"),
+    [
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, [0.25, 0.5], [0, 0.0, 0.75]),
+        ({"exclusiveMinimum": 2, "exclusiveMaximum": 2.5}, [2.25], [2, 2.0, 2.5]),
+        ({"minimum": -0.5, "exclusiveMaximum": 0}, [-0.25, -0.5], [0, -0.0]),
+        ({"minimum": -1.5, "exclusiveMaximum": -1}, [-1.25], [-1]),
+        ({"allOf": [{"exclusiveMinimum": 0}, {"maximum": 0.5}]}, [0.25], [0]),
+        ({"$ref": "#/$defs/a", "maximum": 0.5, "$defs": {"a": {"exclusiveMinimum": 0}}}, [0.25], [0]),
+        ({"minimum": 0.5, "exclusiveMaximum": 1.0}, [0.5, 0.75], [1, 1.0]),
+    ],
+)
+def test_a_bound_that_is_excluded_is_no_answer(
+    grammars: Grammars, tiny_text: Text, schema: dict[str, Any], inside: list[float], outside: list[float]
+) -> None:
+    asked = {"type": "number", **schema}
+    assert all(takes(grammars, tiny_text, asked, value) for value in inside)
+    assert not any(takes(grammars, tiny_text, asked, value) for value in outside)
+    assert takes(grammars, tiny_text, {"type": "integer", "allOf": [{"exclusiveMinimum": 0}]}, 1)
+    assert not takes(grammars, tiny_text, {"type": "integer", "allOf": [{"exclusiveMinimum": 0}]}, 0)
