@@ -1,7 +1,7 @@
-"""Answers that follow a JSON schema: compiled once, off the engine's thread, then a mask for each token of a request.
+"""Answers that follow a JSON schema: compiled off the engine's thread, then a mask for each token of a request.
 
-Owns how a vocabulary is told to `llguidance`, the limits on a grammar's size and time, and the cache of those that
-were compiled; what a schema may ask for is `schema`'s. Knows neither OpenAI's fields nor the sampler, which asks a
+Owns how a vocabulary is told to `llguidance`, and the limits on a grammar's size and time; what a schema may ask for is
+`schema`'s. Knows neither OpenAI's fields nor the sampler, which asks a
 `Constraint` for its mask.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 MAX_SCHEMA = 1 << 16
 """Characters of a schema, as compact JSON."""
-MAX_CACHED = 64
 MAX_WAITING = 256
 """Schemas that wait to be compiled: requests are not in the engine's queue yet, which would bound them."""
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
@@ -78,7 +76,6 @@ class Grammars:
         self._ends = ends
         self._lock = threading.Lock()
         self._tokenizer = self._told()
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, "loramux-grammar")
         self._asked: set[Future[list[Grammar]]] = set()
 
@@ -105,18 +102,17 @@ class Grammars:
         One schema at a time is compiled, within limits on its size and time. Raises InvalidRequest for one that is no
         JSON schema, asks for what cannot be held to, or is too large.
         """
-        asked = json.dumps(schema, separators=(",", ":"))
+        try:
+            asked = json.dumps(schema, separators=(",", ":"))
+        except RecursionError:
+            raise InvalidRequest("the schema is nested too deeply", PARAM) from None
         if len(asked) > MAX_SCHEMA:
             raise InvalidRequest(f"the schema has {len(asked)} characters, over the limit of {MAX_SCHEMA}", PARAM)
+        held = json.dumps(prepared(schema), separators=(",", ":"))
         with self._lock:
-            matcher = self._compiled.get(asked)
-            if matcher is None:
-                matcher = self._compile(json.dumps(prepared(schema), separators=(",", ":")))
-            self._compiled[asked] = matcher
-            self._compiled.move_to_end(asked)
-            if len(self._compiled) > MAX_CACHED:
-                self._compiled.popitem(last=False)
-            return [Grammar(matcher.deep_copy(), self._ends) for _ in range(count)]
+            # Each from the beginning, though most schemas are asked for again: copies of one share the states of its
+            # text, and what one answer uses up of these another one lacks.
+            return [Grammar(self._compile(held), self._ends) for _ in range(count)]
 
     def _compile(self, schema: str) -> LLMatcher:
         if self._tokenizer is None:
@@ -128,7 +124,7 @@ class Grammars:
             initial_lexer_fuel=2_000_000,  # about 40 ms
             step_lexer_fuel=100_000,  # about 7 ms, the longest that one mask may hold up a step
             step_max_items=20_000,
-            max_lexer_states=20_000,
+            max_lexer_states=100_000,  # a text takes some eight for each character that it may have
             max_grammar_size=100_000,
         )
         try:

@@ -66,7 +66,7 @@ def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
     if math.lcm(*steps) > MAX_STEP:
         raise _refused(f"the schema's multipleOf have a least common multiple of over {MAX_STEP}")
     if literals > MAX_LITERALS:
-        raise _refused(f"the schema's patterns repeat {literals:,} characters, over the limit of {MAX_LITERALS:,}")
+        raise _refused(f"the schema's patterns give over {MAX_LITERALS:,} characters, repeated ones as often")
     try:
         written: dict[str, Any] = _rewritten(schema)
     except RecursionError:
@@ -97,11 +97,16 @@ def _number(part: Mapping[str, Any], key: str) -> float | None:
 
 
 def _check_size(part: Mapping[str, Any], key: str) -> None:
-    """Raises InvalidRequest for a bound that no number of 64 bits comes near."""
+    """Raises InvalidRequest for a bound that no number of 64 bits comes near, or that lets through what it excludes
+    when it is read as the nearest one.
+    """
+    value = _number(part, key) or 0
     try:
-        float(_number(part, key) or 0)
+        float(value)
     except OverflowError:
         raise _refused(f"{key} is out of range") from None
+    if isinstance(value, int) and (value if key.endswith("inimum") else -value) > MAX_EXACT:
+        raise _refused(f"{key} {value} is over 2^53 and cannot be held to")
 
 
 def _check_values(values: list[Any]) -> None:
@@ -148,7 +153,8 @@ def _literals(pattern: str) -> int:
             last = 0 if several else 1
             sizes[-1] += last
             at = token.end()
-    return sum(sizes)
+        sizes[-1], last = min(sizes[-1], MAX_LITERALS + 1), min(last, MAX_LITERALS + 1)
+    return min(sum(sizes), MAX_LITERALS + 1)
 
 
 def _is_single(characters: str) -> bool:
@@ -194,9 +200,13 @@ def _rewritten(part: Any, named: bool = False) -> Any:
         copy["pattern"] = _held(part["pattern"])
     if isinstance(patterns := copy.get("patternProperties"), dict):
         held = {_held(pattern): schema for pattern, schema in patterns.items()}
-        if len(held) < len(patterns):
-            raise _refused("two patterns of patternProperties are the same without control characters; leave one out")
+        if held.keys() != patterns.keys() and (
+            len(held) < len(patterns) or part.get("additionalProperties") is not False
+        ):
+            raise _refused("a pattern of patternProperties excludes a character; set additionalProperties to false")
         copy["patternProperties"] = held
+    if copy.get("uniqueItems") is False:
+        del copy["uniqueItems"]  # which asks for nothing, and would be refused
     if part.get("type") != "integer":
         low, high = _number(part, "exclusiveMinimum"), _number(part, "exclusiveMaximum")
         if low is not None and 0 <= low < _EXACT_TO and low == int(low):

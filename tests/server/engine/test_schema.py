@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from typing import Any
 
@@ -39,27 +40,37 @@ def takes(grammars: Grammars, text: Text, schema: dict[str, Any], answer: Any) -
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
-        ({"pattern": "^(a{1000}){500}$"}, "patterns repeat 500,000 characters"),
-        ({"pattern": "^((a{100}){100}){100}$"}, "1,000,000"),
-        ({"pattern": "^(ab{2}c{0,900}){0,500}$"}, "patterns repeat"),
-        ({"pattern": "^a{99999999999}$"}, "patterns repeat"),
-        ({"pattern": r"^(\.{200}){200}$"}, "40,000"),
-        ({"properties": {"x": {"items": {"pattern": "^[xy]+z(a{1000}){1000}$"}}}}, "patterns repeat"),
-        ({"patternProperties": {"^(a{1000}){500}$": {}}}, "patterns repeat"),
-        ({"allOf": [{"pattern": f"^{c}{{6000}}$"} for c in "ab"]}, "12,000"),
+        ({"pattern": "^(a{1000}){500}$"}, "patterns give over 10,000"),
+        ({"pattern": "^((a{100}){100}){100}$"}, "patterns give over"),
+        ({"pattern": "^(ab{2}c{0,900}){0,500}$"}, "patterns give over 10,000"),
+        ({"pattern": "^a{99999999999}$"}, "patterns give over 10,000"),
+        ({"pattern": r"^(\.{200}){200}$"}, "patterns give over"),
+        ({"properties": {"x": {"items": {"pattern": "^[xy]+z(a{1000}){1000}$"}}}}, "patterns give over 10,000"),
+        ({"patternProperties": {"^(a{1000}){500}$": {}}}, "patterns give over 10,000"),
+        ({"allOf": [{"pattern": f"^{c}{{6000}}$"} for c in "ab"]}, "patterns give over"),
         ({"enum": [1, 1234567890123456789]}, "over 2^53"),
         ({"const": {"a": [{"b": -(10**19)}]}}, "over 2^53"),
         ({"properties": {"enum": {"const": 10**19}}}, "over 2^53"),
-        ({"$defs": {"const": {"properties": {"default": {"pattern": "^(a{1000}){500}$"}}}}}, "patterns repeat"),
+        (
+            {"$defs": {"const": {"properties": {"default": {"pattern": "^(a{1000}){500}$"}}}}},
+            "patterns give over 10,000",
+        ),
         ({"minimum": 10**400, "maximum": 0.5}, "minimum is out of range"),
         ({"items": {"exclusiveMaximum": -(10**400)}}, "exclusiveMaximum is out of range"),
-        ({"pattern": "^([a]{1000}){500}$"}, "patterns repeat 500,000"),
-        ({"pattern": r"^([a\x61]{1000}){500}$"}, "patterns repeat 500,000"),
-        ({"pattern": "^([a-a]{1000}){500}$"}, "patterns repeat"),
-        ({"pattern": r"^(\x{61}{1000}){1000}$"}, "patterns repeat 1,000,000"),
-        ({"pattern": r"^((?:\u0061{1000}){100}){10}$"}, "patterns repeat 1,000,000"),
+        ({"pattern": "^([a]{1000}){500}$"}, "patterns give over 10,000"),
+        ({"pattern": r"^([a\x61]{1000}){500}$"}, "patterns give over 10,000"),
+        ({"pattern": "^([a-a]{1000}){500}$"}, "patterns give over 10,000"),
+        ({"pattern": r"^(\x{61}{1000}){1000}$"}, "patterns give over 10,000"),
+        ({"pattern": r"^((?:\u0061{1000}){100}){10}$"}, "patterns give over 10,000"),
         ({"pattern": r'^[^"&&a]$'}, "cannot be held to; write it in another way"),
-        ({"patternProperties": {'^[^"]$': {}, r'^[^\x00-\x1f"]$': {}}}, "the same without control characters"),
+        ({"patternProperties": {'^[^"]$': {}}}, "set additionalProperties to false"),
+        (
+            {"patternProperties": {'^[^"]$': {}, r'^[^\x00-\x1f"]$': {}}, "additionalProperties": False},
+            "excludes a character",
+        ),
+        ({"pattern": "a" + "{1000000}" * 3000}, "patterns give over"),
+        ({"minimum": 2**53 + 1}, "over 2^53"),
+        ({"items": {"exclusiveMaximum": -(2**60)}}, "over 2^53"),
         ({"x-guidance": {"lenient": True}}, "x-guidance is not served"),
         ({"pattern": r"^[\x00-\x1f]$"}, "holds control characters"),
         ({"pattern": r'^[^]"]$'}, "holds control characters"),
@@ -125,9 +136,10 @@ def test_what_can_be_held_to_stays_as_it_is(schema: dict[str, Any]) -> None:
     ],
 )
 def test_classes_without_quotation_marks_have_no_control_characters(pattern: str, held: str) -> None:
-    assert prepared({"pattern": pattern, "items": [{"patternProperties": {pattern: {}}}]}) == {
+    closed = {"additionalProperties": False}
+    assert prepared({"pattern": pattern, "items": [{"patternProperties": {pattern: {}}, **closed}]}) == {
         "pattern": held,
-        "items": [{"patternProperties": {held: {}}}],
+        "items": [{"patternProperties": {held: {}}, **closed}],
     }
 
 
@@ -159,3 +171,22 @@ def test_a_bound_that_is_excluded_is_no_answer(
     assert not any(takes(grammars, tiny_text, asked, value) for value in outside)
     assert takes(grammars, tiny_text, {"type": "integer", "allOf": [{"exclusiveMinimum": 0}]}, 1)
     assert not takes(grammars, tiny_text, {"type": "integer", "allOf": [{"exclusiveMinimum": 0}]}, 0)
+
+
+def test_what_one_answer_has_used_up_another_does_not_lack(grammars: Grammars, tiny_text: Text) -> None:
+    """A schema is asked for again and again, and texts of large schemas have many states."""
+    names = [f"s{i}" for i in range(1, 6)]
+    properties = {name: {"type": "string", "maxLength": 1000 * i} for i, name in enumerate(names, 1)}
+    schema = {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+    dice = random.Random(0)
+    for _ in range(8):
+        answer = {name: "".join(dice.choices("abcdefgh ", k=dice.randint(200, 600))) for name in names}
+        assert takes(grammars, tiny_text, schema, answer)
+
+
+def test_a_long_text_is_not_cut_off(grammars: Grammars, tiny_text: Text) -> None:
+    assert takes(grammars, tiny_text, {"type": "string", "maxLength": 8000}, "ab " * 2000)
+
+
+def test_what_asks_for_nothing_is_left_out() -> None:
+    assert prepared({"items": {"uniqueItems": False}, "uniqueItems": True}) == {"items": {}, "uniqueItems": True}
