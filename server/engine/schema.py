@@ -186,8 +186,8 @@ def _end_of_class(pattern: str, start: int) -> int:
 def _rewritten(part: Any, named: bool = False) -> Any:
     """A copy, in which every pattern is `_held`; `named` if it is of schemas by names.
 
-    And a whole number that is excluded as a bound, away from which all are allowed, is let through where the other
-    bound is near, in the same schema or in another one about the same value: the bound is the next number there.
+    A whole number that is excluded as a bound becomes the next number: the compiler lets it through where the other
+    bound is near, be that in the same schema or in another one about the same value.
     """
     if isinstance(part, list):
         return [_rewritten(value) for value in part]
