@@ -37,15 +37,14 @@ def install(app: FastAPI) -> None:
 
 def _exact(document: dict[str, Any]) -> dict[str, Any]:
     """Take out what FastAPI adds by itself, a 422 of another shape, where a malformed body is 400; and give every body
-    with a name its place among the schemas."""
+    with a name its place among the schemas.
+    """
+    schemas = document["components"]["schemas"]
     for operations in document["paths"].values():
         for operation in operations.values():
             unprocessable = operation["responses"].get("422", {})
             if "HTTPValidationError" in str(unprocessable.get("content")):
                 del operation["responses"]["422"]
-    schemas = document["components"]["schemas"]
-    for operations in document["paths"].values():
-        for operation in operations.values():
             for content in operation.get("requestBody", {}).get("content", {}).values():
                 if name := content["schema"].get("title"):  # said in place: a route that takes one of two bodies
                     schemas[name], content["schema"] = content["schema"], {"$ref": f"#/components/schemas/{name}"}
@@ -76,7 +75,8 @@ def _route(path: str, method: str, operation: dict[str, Any]) -> str:
         for status, answer in sorted(operation["responses"].items())
     )
     parameters = "".join(
-        f"<tr><td><code>{form.format(html.escape(asked['name']))}</code>{_told({**asked['schema'], **_about(asked)})}"
+        f"<tr><td><code>{form.format(html.escape(asked['name']))}</code>"
+        + _told(asked["schema"], about=asked.get("description"))
         for place, form in (("query", "?{}="), ("header", "{}:"))
         for asked in operation.get("parameters", [])
         if asked["in"] == place
@@ -89,11 +89,6 @@ def _route(path: str, method: str, operation: dict[str, Any]) -> str:
         + (f"<p>Body: {asks}</p>" if asks else "")
         + f"<details><summary>Answers</summary><table>{rows}</table></details>"
     )
-
-
-def _about(parameter: dict[str, Any]) -> dict[str, Any]:
-    """What is said of a parameter, wherever that stands."""
-    return {key: parameter[key] for key in ("description",) if key in parameter}
 
 
 def _bodies(part: dict[str, Any]) -> str:
@@ -116,10 +111,10 @@ def _schema(name: str, schema: dict[str, Any]) -> str:
     return f'<h3 id="{html.escape(name)}">{html.escape(name)}</h3><p>{text}</p>{examples}<table>{rows}</table>'
 
 
-def _told(schema: dict[str, Any], more: str = "") -> str:
-    """The cells about one field or parameter: its type, and what is said of it."""
+def _told(schema: dict[str, Any], more: str = "", about: str | None = None) -> str:
+    """The cells about one field or parameter: its type, and what is said of it, be it in the schema."""
     options = [schema, *schema.get("anyOf", [])]
-    about = next((option["description"] for option in options if "description" in option), "")
+    about = about or next((option["description"] for option in options if "description" in option), "")
     return f"<td>{html.escape(_kind(schema) + more)}<td>{html.escape(about)}"
 
 

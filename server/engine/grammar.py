@@ -1,8 +1,7 @@
 """Answers that follow a JSON schema: compiled off the engine's thread, then a mask for each token of a request.
 
 Owns how a vocabulary is told to `llguidance`, and the limits on a grammar's size and time; what a schema may ask for is
-`schema`'s. Knows neither OpenAI's fields nor the sampler, which asks a
-`Constraint` for its mask.
+`schema`'s. Knows neither OpenAI's fields nor the sampler, which asks a `Constraint` for its mask.
 """
 
 from __future__ import annotations

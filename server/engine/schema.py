@@ -24,7 +24,8 @@ MAX_LITERALS = 10_000
 them, 1.6 s for a million."""
 MAX_EXACT = 1 << 53
 """Whole numbers from here on are read as the nearest number of 64 bits, which may be another one."""
-_BOUNDS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
+_LOWER = ("minimum", "exclusiveMinimum")
+_BOUNDS = (*_LOWER, "maximum", "exclusiveMaximum")
 _OPTIONS = "x-guidance"
 """A key by which the compiler is told to pass over what it cannot hold to."""
 _NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
@@ -44,8 +45,10 @@ _TOKEN = re.compile(
 """One character of a pattern, or one escape."""
 _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 _GROUP = re.compile(r"\((\?(P?<[^>]*>|[a-zA-Z-]*(:|(?=\)))))?")
+_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]?", re.DOTALL)
+"""A class in brackets."""
 _SEVERAL = re.compile(r"\\[a-zA-Z].*", re.DOTALL)
-"""Escapes of classes and of places; of single letters such as that of a new line too, which are as good as these."""
+"""Escapes of several characters, or of places; that of a new line is taken for one, as it costs nothing."""
 
 
 def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def _check_size(part: Mapping[str, Any], key: str) -> None:
         float(value)
     except OverflowError:
         raise _refused(f"{key} is out of range") from None
-    if isinstance(value, int) and (value if key.endswith("inimum") else -value) > MAX_EXACT:
+    if isinstance(value, int) and (value if key in _LOWER else -value) > MAX_EXACT:
         raise _refused(f"{key} {value} is over 2^53 and cannot be held to")
 
 
@@ -131,11 +134,10 @@ def _literals(pattern: str) -> int:
     """Single characters that a pattern gives, repeated ones as often as they may be, groups with all in them."""
     sizes, last, at = [0], 0, 0  # of the groups that are open; and of what a count that follows would repeat
     while at < len(pattern):
-        if pattern[at] == "[":
-            end = _end_of_class(pattern, at)
-            last = int(_is_single(pattern[at:end]))
+        if (characters := _CLASS.match(pattern, at)) is not None:
+            last = int(_is_single(characters[0]))
             sizes[-1] += last
-            at = end
+            at = characters.end()
         elif (group := _GROUP.match(pattern, at)) is not None:
             sizes.append(0)
             at, last = group.end(), 0
@@ -172,15 +174,6 @@ def _character(token: re.Match[str]) -> str:
     if token.lastgroup is not None:
         return chr(min(int(token[token.lastgroup], 16), 0x10FFFF))
     return token[0][-1]
-
-
-def _end_of_class(pattern: str, start: int) -> int:
-    """Where a class in brackets that begins at `start` is over."""
-    at = start + (2 if pattern[start + 1 : start + 2] == "^" else 1)
-    first = at
-    while at < len(pattern) and (pattern[at] != "]" or at == first):
-        at += 2 if pattern[at] == "\\" else 1
-    return min(at + 1, len(pattern))
 
 
 def _rewritten(part: Any, named: bool = False) -> Any:
@@ -225,22 +218,18 @@ def _held(pattern: str) -> str:
     backslash would let these through all the same, as both are written in escapes; so one that names what it has not is
     made to have no control characters either. Raises InvalidRequest for one that names what it has.
     """
-    out, at = "", 0
-    while at < len(pattern):
-        if pattern[at] != "[":
-            step = 2 if pattern[at] == "\\" else 1
-            out, at = out + pattern[at : at + step], at + step
-            continue
-        end = _end_of_class(pattern, at)
-        characters = pattern[at:end]
-        if _lets_through(characters):
-            if not characters.startswith("[^") or characters.startswith("[^]"):
-                raise _refused(f"the class {characters[:40]} of a pattern holds control characters; leave them out")
-            if re.search(r"&&|--|~~", characters):
-                raise _refused(f"the class {characters[:40]} of a pattern cannot be held to; write it in another way")
-            characters = f"[^{_CONTROLS}{characters[2:]}"
-        out, at = out + characters, end
-    return out
+
+    def held(found: re.Match[str]) -> str:
+        characters = found[0]
+        if not characters.startswith("[") or not _lets_through(characters):
+            return characters
+        if not characters.startswith("[^") or characters.startswith("[^]"):
+            raise _refused(f"the class {characters[:40]} of a pattern holds control characters; leave them out")
+        if re.search(r"&&|--|~~", characters):
+            raise _refused(f"the class {characters[:40]} of a pattern cannot be held to; write it in another way")
+        return f"[^{_CONTROLS}{characters[2:]}"
+
+    return re.sub(rf"\\.|{_CLASS.pattern}", held, pattern, flags=re.DOTALL)
 
 
 def _lets_through(characters: str) -> bool:

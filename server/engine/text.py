@@ -105,8 +105,8 @@ class Text:
         token with the line before it: nobody can end a template otherwise, as they can a prompt of their own.
         """
         pieces = self.render_task(prompt, format, system, input)
-        [(ids, scored)] = self.encode_continuations(pieces, [output], format)
         asked = self.encode_pieces(pieces)
+        [(ids, scored)] = self._continued(pieces, asked, [output], format)
         if format == "chat" and ids[: len(asked)] != asked:
             begins = not asked or self.spaced_after(asked[-1])
             ids = [*asked, *self.encode(output, bos=False, begins=begins), self.end_of_turn]
@@ -121,7 +121,12 @@ class Text:
         Prompt and answer are tokenized together. All answers are scored from the same token on, the first at which
         one of them leaves the prompt's own ids, so that their sums of log-probabilities can be compared.
         """
-        prompt = self.encode_pieces(pieces)
+        return self._continued(pieces, self.encode_pieces(pieces), answers, format)
+
+    def _continued(
+        self, pieces: Sequence[Piece], prompt: list[int], answers: Iterable[str], format: Format
+    ) -> list[tuple[list[int], int]]:
+        """`encode_continuations` of a prompt whose ids are known."""
         end = [self.end_of_turn if format == "chat" else self.eos_id]
         if format == "chat" and self._prefixes_once:
             answers = map(_Amid, answers)

@@ -16,7 +16,7 @@ from adapters.errors import AdapterError, StoreFailed, UnknownAdapter
 from adapters.registry import Registry
 from adapters.store import Store
 from adapters.training import TrainingConfig
-from adapters.weights import RESERVED
+from adapters.weights import RESERVED, Version
 from server.errors import InvalidRequest, called
 from server.jobs.files import Files
 from server.jobs.recipe import AUTO_WIDENS, highest_rank
@@ -182,21 +182,22 @@ def config_of(request: Mapping[str, Any]) -> TrainingConfig:
 def keep_init(request: Mapping[str, Any], ground: Ground, folder: Path) -> None:
     """Put the adapter to start from, as it is now, into the job's folder. Raises UnknownAdapter, StoreFailed."""
     name = request["lora"]["init_from"]
-    if name is not None:
-        _copy(ground, name, folder / INIT)
-
-
-def _copy(ground: Ground, name: str, target: Path) -> None:
-    """An adapter's folder, leased meanwhile. Raises UnknownAdapter, StoreFailed."""
+    if name is None:
+        return
     with ground.registry.lease([(name, 1.0)]) as lease:
         [(version, _)] = lease.versions
-        ground.registry.intake.stored(version.name, version.digest)  # nothing is learned from what is damaged
-        try:
-            target.mkdir(parents=True)
-            for file in ground.store.path(version.digest).iterdir():  # not copytree, whose error has no reason
-                shutil.copyfile(file, target / file.name)
-        except OSError as error:
-            raise StoreFailed(f"the disk refuses a copy of {version.label}: {error.strerror}") from None
+        ground.registry.intake.stored(version.name, version.digest)  # nothing goes on from what is damaged
+        _copy(ground, version, folder / INIT)
+
+
+def _copy(ground: Ground, version: Version, target: Path) -> None:
+    """The folder of a version that is leased. Raises StoreFailed."""
+    try:
+        target.mkdir(parents=True)
+        for file in ground.store.path(version.digest).iterdir():  # not copytree, whose error has no reason
+            shutil.copyfile(file, target / file.name)
+    except OSError as error:
+        raise StoreFailed(f"the disk refuses a copy of {version.label}: {error.strerror}") from None
 
 
 def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path) -> Spec:
@@ -210,8 +211,10 @@ def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path)
     rival = folder / RIVAL
     shutil.rmtree(rival, ignore_errors=True)
     if name in ground.registry.names():
-        with contextlib.suppress(UnknownAdapter):  # it goes at this moment, and the name is free
-            _copy(ground, name, rival)
+        # It may go at this moment, and the name is free.
+        with contextlib.suppress(UnknownAdapter), ground.registry.lease([(name, 1.0)]) as lease:
+            [(version, _)] = lease.versions
+            _copy(ground, version, rival)
     return Spec(
         base=ground.origin,
         name=name,

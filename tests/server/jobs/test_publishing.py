@@ -382,6 +382,22 @@ def test_a_disk_that_refuses_a_copy_is_told_as_such(
         keep_init({"lora": {"init_from": "m"}}, ground, tmp_path / "job")
 
 
+def test_nothing_goes_on_from_a_damaged_version(measured: Callable[..., Measured], tmp_path: Path) -> None:
+    scene = measured("always")
+    digest = scene.registry.publish_now("m", write(scene.root / "old", 2)).version.digest
+    store = scene.registry._store
+    tensors = store.path(digest) / "adapter_model.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    ground: Any = SimpleNamespace(registry=scene.registry, store=store)
+    with pytest.raises(StoreFailed, match=r"cannot be read from the store: .*; publish it again"):
+        keep_init({"lora": {"init_from": "m"}}, ground, tmp_path / "job")
+    assert not (tmp_path / "job").exists()
+    scene.registry.publish_now("m", scene.root / "old")
+    keep_init({"lora": {"init_from": "m"}}, ground, tmp_path / "job")
+    assert tensors.read_bytes() == whole
+
+
 def test_what_was_measured_when_the_server_was_killed_is_taken_away(measured: Callable[..., Measured]) -> None:
     scene = measured("always")
     assert scene.job.id.startswith("ftjob-")
