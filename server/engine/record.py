@@ -36,6 +36,7 @@ class StepRecord:
         self.steps = 0
         self.failures = 0
         self.rows = 0
+        self.logits = 0
         self.seconds = 0.0
         self.last_seconds = 0.0
         self.runner_seconds = 0.0
@@ -92,6 +93,7 @@ class StepRecord:
         assert began is not None, "a step that ends has begun"
         self.steps += 1
         self.rows += plan.tokens
+        self.logits += plan.logits
         self.last_batch = len(plan.work)
         self.histogram[bisect_left(ROW_BUCKETS, plan.tokens)] += 1
         self.last_seconds = time.monotonic() - began
@@ -136,6 +138,7 @@ class StepRecord:
             "steps": self.steps,
             "failures": self.failures,
             "rows": self.rows,
+            "logits": self.logits,
             "last_batch": self.last_batch,
             "seconds": self.seconds,
             "runner_seconds": self.runner_seconds,

@@ -8,10 +8,24 @@ export class Failure extends Error {
   }
 }
 
-export const key = {
-  get: () => sessionStorage.getItem("key") ?? "",
-  set: (value) => sessionStorage.setItem("key", value),
-};
+// What is kept for the next visit, or for this page alone where the browser keeps nothing: merely asking for a storage
+// that is blocked throws.
+function kept(storage, name) {
+  let here = "";
+  try {
+    here = storage().getItem(name) ?? "";
+  } catch { /* it is kept here */ }
+  const set = (value) => {
+    here = value;
+    try {
+      storage().setItem(name, value);
+    } catch { /* the same */ }
+  };
+  return { get: () => here, set };
+}
+
+export const key = kept(() => sessionStorage, "key");
+export const theme = kept(() => localStorage, "theme");
 
 function headers(json) {
   const all = json ? { "content-type": "application/json" } : {};

@@ -1,5 +1,5 @@
 // The page's frame: tabs, key, theme, status, and which part is refreshed when.
-import { get, getText, key } from "./api.js";
+import { get, getText, key, theme } from "./api.js";
 import * as adapters from "./adapters.js";
 import * as jobs from "./jobs.js";
 import * as live from "./live.js";
@@ -75,7 +75,12 @@ tabs.forEach((tab, i) => {
 const field = document.getElementById("key");
 field.value = key.get();
 document.getElementById("key-form").hidden = !key.get();
-field.addEventListener("change", () => { key.set(field.value.trim()); refresh(); beat(); });
+field.addEventListener("change", () => {
+  key.set(field.value.trim());
+  if (!key.get()) return location.reload(); // nothing of what the key has shown stays
+  refresh();
+  beat();
+});
 document.getElementById("key-form").addEventListener("submit", (event) => event.preventDefault());
 
 // A link cannot carry the key, so with one the page of routes is fetched and shown here.
@@ -93,12 +98,12 @@ document.getElementById("docs").addEventListener("click", async (event) => {
 });
 
 const root = document.documentElement;
-root.dataset.theme = localStorage.getItem("theme") ?? "";
+root.dataset.theme = theme.get();
 document.getElementById("theme").addEventListener("click", () => {
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   const now = root.dataset.theme || (dark ? "dark" : "light");
   root.dataset.theme = now === "dark" ? "light" : "dark";
-  localStorage.setItem("theme", root.dataset.theme);
+  theme.set(root.dataset.theme);
   redraw();
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

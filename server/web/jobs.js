@@ -12,6 +12,7 @@ const TRAINING = (id) => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
 const JOB = (id) => `/jobs/${encodeURIComponent(id)}`;
 const RUNS = ["queued", "validating_files", "running"];
 const CURVES = [["train_loss", "training loss", "--one"], ["valid_loss", "validation loss", "--two"]];
+const MOST = 200; // the newest, that the server lists
 const WORDS = { validating_files: "reads its files" };
 
 class Card {
@@ -93,6 +94,7 @@ class Card {
     }
     this.clear();
     this.shown = shown.length;
+    this.width = this.chart.clientWidth;
     const series = shown.map(([name, label, token]) => [label, token, { spanGaps: true, points: { show: name === "valid_loss", size: 6 } }]);
     this.plot = new uPlot(chart(this.chart, series, { time: false, digits: 4 }), data, this.chart);
   }
@@ -101,6 +103,11 @@ class Card {
     this.plot?.destroy();
     this.plot = null;
     this.chart.replaceChildren();
+  }
+
+  // Where no width was known when it was drawn, or another one.
+  fit() {
+    if (this.plot && this.chart.clientWidth !== this.width) this.redraw();
   }
 
   // In other colours, or of another width.
@@ -212,6 +219,8 @@ export async function refresh() {
     if (list.children[place] !== node) list.insertBefore(node, list.children[place] ?? null);
   });
   list.querySelector(".empty")?.remove();
+  if (jobs.length === MOST) list.append(make("p", { className: "card empty", textContent: `The newest ${MOST} jobs are shown; GET /jobs/{id} tells of older ones.` }));
   if (!jobs.length) list.append(make("p", { className: "card empty", textContent: "No job has been started. Training and evaluation jobs show here with their progress." }));
+  for (const card of cards.values()) card.fit();
   await Promise.all(jobs.map((job) => cards.get(job.id).show(job)));
 }

@@ -16,10 +16,9 @@ const SHOWN = {
 };
 const LOOKS = { tokens: {}, requests: { round: true }, kv: { top: 100, digits: 1 }, memory: {} };
 
-function totals(stats) {
-  const all = Object.values(stats.tasks);
-  const sum = (name) => all.reduce((n, t) => n + (t[name] ?? 0), 0);
-  return { at: Date.now() / 1000, generated: sum("generated_tokens"), prompt: sum("prompt_tokens") };
+// Tokens as steps compute them: those of a task are counted as its answers end. A row that has logits gives one.
+function totals({ engine }) {
+  return { at: Date.now() / 1000, generated: engine.logits, prompt: engine.rows - engine.logits };
 }
 
 export function note(stats) {

@@ -635,7 +635,37 @@ def test_a_server_with_keys_asks_for_one(
         expect(routes).to_contain_text("POST /generate")
         routes.get_by_role("button", name="Close").click()
         expect(routes).to_be_hidden()
+        opened.get_by_label("Key").fill("")
+        opened.get_by_label("Key").press("Enter")
+        expect(opened.locator("#status")).to_have_text("no key")
+        expect(opened.locator("select.task option")).to_have_count(1)
+        assert not opened.locator(".answer").inner_text(), "what the key has shown has gone with it"
         opened.close()
+
+
+def test_a_browser_that_keeps_nothing(browser: Browser, house: Live) -> None:
+    opened = browser.new_page()
+    for storage in ("localStorage", "sessionStorage"):
+        blocked = "{ get() { throw new DOMException('blocked', 'SecurityError'); } }"
+        opened.add_init_script(f"Object.defineProperty(window, '{storage}', {blocked});")
+    opened.goto(house.url)
+    opened.locator("select.task").select_option("sentiment")
+    ask(opened)
+    figures(opened)
+    opened.get_by_role("button", name="Change between light and dark").click()
+    expect(opened.locator("html[data-theme=dark]")).to_have_count(1)
+    opened.close()
+
+
+def test_tokens_are_counted_as_they_are_computed(page: Page, house: Live) -> None:
+    page.get_by_role("tab", name="Live").click()
+    now = page.locator("#live-now")
+    expect(now).to_contain_text(re.compile(r"tokens a second\s*0"))
+    body = {"prompt": FILM, "max_tokens": 8000, "ignore_eos": True, "stream": True}
+    with house.client.stream("POST", "/generate", json=body) as answer:
+        expect(now).to_contain_text(re.compile(r"tokens a second\s*[1-9]"))
+        assert next(answer.iter_lines()), "it is still under way"
+        assert house.get("/stats")["engine"]["running"] == 1
 
 
 def test_an_evaluation_is_cancelled(page: Page, house: Live) -> None:
