@@ -113,7 +113,8 @@ async def _answer(
             raise InvalidRequest(f"{len(prompts)} prompts with n={n} are over {schemas.MAX_SEQUENCES} answers", "n")
         asked = _asked(body)
         own = target.task.defaults if target.task else {}
-        own = {k: v for k, v in own.items() if k != "logprobs"}
+        if body.logprobs is False or not own.get("logprobs"):  # here a number of 0 would be those of the tokens alone
+            own = {k: v for k, v in own.items() if k != "logprobs"}
         built = [sampling.build(asked, own, defaults, parts.prompts.room, len(p)) for p in prompts]
         schema = body.response_format.schema_of_answer() if body.response_format is not None else None
         grammars: Sequence[Constraint] = ()
@@ -169,9 +170,7 @@ async def _prompts(parts: Parts, target: Target, body: schemas.CompletionBody) -
 
 
 def _message(message: schemas.ChatMessage) -> dict[str, Any]:
-    content = message.content
-    text = content if isinstance(content, str) else "".join(part.text for part in content)
-    return {"role": "system" if message.role == "developer" else message.role, "content": text}
+    return {"role": "system" if message.role == "developer" else message.role, "content": message.text()}
 
 
 def _now() -> int:

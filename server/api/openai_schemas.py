@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from server.api.schemas import GenerationFields, Out, Text
 from server.engine.grammar import ANY_OBJECT
@@ -47,6 +47,16 @@ class V1(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+def asked(value: Any) -> Any:
+    """None for an empty list or map, which asks for nothing."""
+    return None if value in ([], {}) else value
+
+
+def word(served: tuple[str, ...]) -> Any:
+    """One of a few. Others are no bad type: OpenAI or vLLM has them, and `refuse_unserved` names the field."""
+    return Field(max_length=64, json_schema_extra={"enum": list(served)})
+
+
 class StreamOptions(V1):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -61,10 +71,13 @@ class JsonSchema(V1):
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
 
+ANSWERS = ("text", "json_object", "json_schema")
+
+
 class ResponseFormat(V1):
     """What an answer's text is: anything, a JSON object, or what a schema says."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Annotated[str, word(ANSWERS)]
     json_schema: JsonSchema | None = None
 
     def schema_of_answer(self) -> Mapping[str, Any] | None:
@@ -84,7 +97,7 @@ class V1Fields(GenerationFields, V1):
     model: Annotated[str, Field(min_length=1, max_length=256)]
     n: Annotated[int, Field(ge=1, le=s.MAX_N)] | None = None
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
+    response_format: Annotated[ResponseFormat | None, BeforeValidator(asked)] = None
 
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1, max_length=s.MAX_TOKENS)]
@@ -104,14 +117,27 @@ class CompletionBody(V1Fields):
     """False, as chat has it, is none."""
 
 
-class TextPart(V1):
-    type: Literal["text"]
-    text: Text
+PARTS = ("text",)
+
+
+class Part(V1):
+    """A piece of a message's content; only text is served."""
+
+    type: Annotated[str, word(PARTS)]
+    text: Text | None = None
+
+
+ROLES = ("system", "developer", "user", "assistant")
 
 
 class ChatMessage(V1):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    role: Annotated[str, word(ROLES)]
+    content: Text | Annotated[list[Part], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] | None = None
+
+    def text(self) -> str:
+        """All of its content."""
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content or ()]
+        return "".join(part or "" for part in parts)
 
 
 class ChatBody(V1Fields):
@@ -125,9 +151,11 @@ class ChatBody(V1Fields):
 
 
 def refuse_unserved(body: V1Fields) -> None:
-    """Raises UnsupportedParameter for the first field that asks for something we do not serve."""
+    """Raises UnsupportedParameter for the first field that asks for something we do not serve, and InvalidRequest for a
+    message without content."""
     refuse_fields(body, "")
     if body.response_format is not None:
+        _refuse_word(body.response_format.type, ANSWERS, "response_format.type")
         refuse_fields(body.response_format, "response_format.")
         if body.response_format.json_schema is not None:
             refuse_fields(body.response_format.json_schema, "response_format.json_schema.")
@@ -135,10 +163,26 @@ def refuse_unserved(body: V1Fields) -> None:
         refuse_fields(body.stream_options, "stream_options.")
     if isinstance(body, ChatBody):
         for i, message in enumerate(body.messages):
-            refuse_fields(message, f"messages.{i}.")
-            if not isinstance(message.content, str):
-                for j, part in enumerate(message.content):
-                    refuse_fields(part, f"messages.{i}.content.{j}.")
+            _refuse_message(message, f"messages.{i}.")
+
+
+def _refuse_message(message: ChatMessage, prefix: str) -> None:
+    _refuse_word(message.role, ROLES, f"{prefix}role")
+    refuse_fields(message, prefix)
+    if message.content is None:
+        raise InvalidRequest(f"{prefix}content is missing", f"{prefix}content")
+    if isinstance(message.content, str):
+        return
+    for j, part in enumerate(message.content):
+        _refuse_word(part.type, PARTS, f"{prefix}content.{j}.type")
+        refuse_fields(part, f"{prefix}content.{j}.")
+        if part.text is None:
+            raise InvalidRequest(f"{prefix}content.{j}.text is missing", f"{prefix}content.{j}.text")
+
+
+def _refuse_word(word: str, served: tuple[str, ...], name: str) -> None:
+    if word not in served:
+        raise UnsupportedParameter(f"{name} {word!r} is not served; {', '.join(served)} are", name)
 
 
 def refuse_fields(body: BaseModel, prefix: str) -> None:

@@ -262,8 +262,8 @@ def test_a_body_full_of_mistakes_is_refused_for_few_of_them(live: Any) -> None:
     prompts = [[1], *[[-1] * 9] * 2]
     both = f"prompt.1.0: {negative}; prompt.2.0: {negative}"
     assert told("/v1/completions", {"model": "tiny", "prompt": prompts}) == both
-    part = "content.0.type: Input should be 'text'; messages.0.content.0.text: it is missing"
-    message = {"role": "user", "content": [{"type": "image_url"}] * 9}
+    part = "content.0.type: it is missing"
+    message = {"role": "user", "content": [{"text": "a"}] * 9}
     assert told("/v1/chat/completions", {"model": "tiny", "messages": [message] * 9}) == f"messages.0.{part}"
 
 

@@ -171,6 +171,19 @@ def test_a_tasks_defaults_stand_between_the_request_and_openais(client: openai.O
     assert asked.usage is not None and asked.usage.completion_tokens == 3
 
 
+def test_a_tasks_logprobs_are_told_unless_the_request_says_otherwise(live: Any, client: openai.OpenAI) -> None:
+    for name, count in (("shown", 2), ("unshown", 0)):
+        task = {"prompt": "{input}", "defaults": {"logprobs": count, "max_tokens": 2, "ignore_eos": True}}
+        live.http.put(f"/tasks/{name}", json=task).raise_for_status()
+    told = client.chat.completions.create(model="shown", messages=HELLO).choices[0].logprobs
+    assert told is not None and [len(token.top_logprobs) for token in told.content or ()] == [2, 2]
+    assert client.chat.completions.create(model="shown", messages=HELLO, logprobs=False).choices[0].logprobs is None
+    assert client.chat.completions.create(model="unshown", messages=HELLO).choices[0].logprobs is None
+    plain = client.completions.create(model="shown", prompt="hello").choices[0].logprobs
+    assert plain is not None and plain.top_logprobs and len(plain.top_logprobs) == 2
+    assert client.completions.create(model="unshown", prompt="hello").choices[0].logprobs is None
+
+
 def test_a_mix_goes_in_extra_body(client: openai.OpenAI) -> None:
     fields: Any = {"model": "tiny", "prompt": "hello you", "max_tokens": 8, "temperature": 0, "logprobs": 1}
     base = client.completions.create(**fields)
@@ -190,6 +203,7 @@ ASKING_FOR_NOTHING: list[dict[str, Any]] = [
     },
     {"skip_special_tokens": True, "include_stop_str_in_output": False, "use_beam_search": False},
     {"add_generation_prompt": True, "continue_final_message": False},
+    {"response_format": {}},
 ]
 
 
@@ -219,6 +233,17 @@ CHANGING: list[tuple[dict[str, Any], str]] = [
     ({"skip_special_tokens": False}, "skip_special_tokens"),
     ({"chat_template": "x"}, "chat_template"),
     ({"continue_final_message": True}, "continue_final_message"),
+    ({"response_format": {"type": "grammar", "value": "x"}}, "response_format.type"),
+]
+SPEAKING: list[tuple[dict[str, Any], str]] = [
+    ({"role": "tool", "content": "4", "tool_call_id": "x"}, "messages.0.role"),
+    ({"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}, "messages.0.tool_calls"),
+    ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}, "messages.0.content.0.type"),
+    ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "messages.0.content.0.type"),
+    (
+        {"role": "user", "content": [{"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}]},
+        "messages.0.content.0.cache_control",
+    ),
 ]
 
 
@@ -229,10 +254,19 @@ def test_what_would_change_the_answer_is_refused_by_name(live: Any, subtests: py
             assert answer.status_code == 400, answer.text
             error = answer.json()["error"]
             assert error["code"] == "unsupported_parameter" and error["param"] == param and param in error["message"]
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}]
-    body = {"model": "tiny", "messages": [{"role": "user", "content": parts}]}
-    error = live.http.post("/v1/chat/completions", json=body).json()["error"]
-    assert error["param"] == "messages.0.content.1.cache_control"
+    for message, param in SPEAKING:
+        with subtests.test(param):
+            answer = live.http.post("/v1/chat/completions", json={"model": "tiny", "messages": [message, *HELLO]})
+            assert answer.status_code == 400, answer.text
+            error = answer.json()["error"]
+            assert error["code"] == "unsupported_parameter" and error["param"] == param and param in error["message"]
+    for message, param in (
+        ({"role": "user"}, "messages.0.content"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages.0.content.0.text"),
+    ):
+        answer = live.http.post("/v1/chat/completions", json={"model": "tiny", "messages": [message]})
+        error = answer.json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_request", param), "it asks for nothing else"
 
 
 def test_malformed_bodies_are_400_on_v1(client: openai.OpenAI, live: Any) -> None:
