@@ -253,6 +253,18 @@ def test_a_length_of_zero_hides_no_chunks(start: Any) -> None:
     assert live.generate("small").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [("http://localhost/health/live", 200), ("https://localhost:1/tasks?x=/", 401), ("http://localhost", 200)],
+)
+def test_a_target_may_be_absolute(start: Any, target: str, status: int) -> None:
+    live = start(**KEYED)
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert connection.recv(64).startswith(f"HTTP/1.1 {status} ".encode())
+
+
 def test_a_lying_length_and_a_broken_upload_do_no_harm(live: Any) -> None:
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
