@@ -277,6 +277,8 @@ class _Run:
         self.warmup = math.ceil(config.warmup_ratio * self.steps)
         self.folder, self.key = folder, key
         self.progress = _Progress()
+        self.kept = 0
+        """The step of the last checkpoint; 0 needs none."""
         self.best: torch.Tensor | None = None
 
     def go(self, tell: Callable[[Event], None], stop: Callable[[], bool]) -> tuple[_Progress, memory.Peak]:
@@ -287,7 +289,7 @@ class _Run:
         with torch.random.fork_rng(devices=[]), recompute:
             while progress.step < self.steps:
                 if stop():
-                    self._save()
+                    self._keep(tell)
                     raise TrainingStopped(f"stopped at step {progress.step} of {self.steps}")
                 event = self._update()
                 tell(event)
@@ -296,9 +298,8 @@ class _Run:
                     tell(self._evaluate())
                     if config.patience and progress.worse >= config.patience:
                         break
-                if self.folder is not None and (at_end or _due(progress.step, config.save_steps)):
-                    self._save()
-                    tell(self._event("checkpoint"))
+                if at_end or _due(progress.step, config.save_steps):
+                    self._keep(tell)
         if self.best is not None:
             with torch.no_grad():
                 self.optimizer.values.copy_(self.best)
@@ -358,10 +359,14 @@ class _Run:
         p = self.progress
         return Event(kind, p.step, self.steps, loss, accuracy, rate, p.tokens, p.seconds)
 
-    def _save(self) -> None:
-        if self.folder is not None:
-            tensors = self.optimizer.state() | ({"best": self.best} if self.best is not None else {})
-            write_checkpoint(self.folder, Checkpoint(self.key, asdict(self.progress), tensors))
+    def _keep(self, tell: Callable[[Event], None]) -> None:
+        """A checkpoint of where the run is, unless it was there when it began, or one has been written since."""
+        if self.folder is None or self.kept == self.progress.step:
+            return
+        tensors = self.optimizer.state() | ({"best": self.best} if self.best is not None else {})
+        write_checkpoint(self.folder, Checkpoint(self.key, asdict(self.progress), tensors))
+        self.kept = self.progress.step
+        tell(self._event("checkpoint"))
 
     def _resume(self) -> _Progress:
         found = read_checkpoint(self.folder, self.key) if self.folder is not None else None
@@ -369,6 +374,7 @@ class _Run:
             self.optimizer.restore(found.tensors)
             self.best = found.tensors.get("best")
             self.progress = _Progress(**found.progress)
+            self.kept = self.progress.step
         return self.progress
 
 

@@ -37,6 +37,7 @@ async def create(body: schemas.FineTuningBody, parts: Ready) -> Response:
     """Train an adapter on a file. What is wrong inside of the file fails the job, and its `error` names the line."""
     _refuse_unserved(body)
     if body.model != parts.model.name:
+        parts.resolver.model(body.model, None)  # raises, if nothing has that name
         raise InvalidRequest(
             f"model must be the base, {parts.model.name!r}; lora.init_from names an adapter to go on from", "model"
         )

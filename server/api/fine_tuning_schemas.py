@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from server.api.openai_schemas import V1
+from server.api.openai_schemas import V1, asked
 from server.api.schemas import NAME_PATTERN, REFERENCE_PATTERN, Body, Out, Weighted, few_fields
 from server.tasks import definitions as d
 from server.tasks import sampling as s
@@ -74,11 +74,12 @@ class LoraBody(V1):
 
     r: Annotated[int, Field(ge=1, le=4096)] | None = None
     alpha: Annotated[float, Field(gt=0, le=65_536)] | None = None
-    target_modules: (
+    target_modules: Annotated[
         Annotated[str, Field(min_length=1, max_length=1024)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(min_length=1, max_length=64)]
-        | None
-    ) = None
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=64)]
+        | None,
+        BeforeValidator(asked),
+    ] = None
     rslora: bool | None = None
     auto_rank: bool | None = None
     prune_to: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -94,7 +95,7 @@ class FineTuningBody(V1):
     training_file: FileId
     validation_file: FileId | None = None
     hyperparameters: Hyperparameters | None = None
-    method: Method | None = None
+    method: Annotated[Method | None, BeforeValidator(asked)] = None
     suffix: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     seed: Annotated[int, Field(ge=0, le=s.SEED[1])] | None = None
     metadata: Annotated[Metadata, Field(max_length=MAX_METADATA), BeforeValidator(few_fields)] | None = None

@@ -17,7 +17,7 @@ from adapters.registry import Registry
 from adapters.store import Store
 from adapters.training import TrainingConfig
 from adapters.weights import RESERVED, Version
-from server.errors import InvalidRequest, called
+from server.errors import InvalidRequest, UnknownName, called
 from server.jobs.files import Files
 from server.jobs.recipe import AUTO_WIDENS, highest_rank
 from server.jobs.spec import INIT, RIVAL, BaseSource, Spec
@@ -139,7 +139,7 @@ def _task(asked: Asked, ground: Ground) -> str | None:
     if name is None:
         return asked.suffix if asked.suffix and ground.tasks.find(asked.suffix) is not None else None
     if ground.tasks.find(name) is None:
-        raise InvalidRequest(f"there is no task {name[:64]!r}; GET /tasks lists them", "lora.task")
+        raise UnknownName(f"there is no task {name[:64]!r}; GET /tasks lists them", "lora.task")
     return name
 
 

@@ -164,9 +164,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(llama, tmp_path, stopped_at):
             config,
             validation=held,
             checkpoints=tmp_path,
-            on_event=lambda e: seen.append(e.step),
-            stop=lambda: bool(seen) and seen[-1] >= stopped_at,
+            on_event=lambda e: seen.append((e.kind, e.step)),
+            stop=lambda: bool(seen) and seen[-1][1] >= stopped_at,
         )
+    assert seen[-1] == ("checkpoint", stopped_at) and seen.count(seen[-1]) == 1
+    with pytest.raises(TrainingStopped):  # nothing has been done since
+        training.train(Wrapped(llama), data, config, validation=held, checkpoints=tmp_path,
+                       on_event=seen.append, stop=lambda: True)  # fmt: skip
+    assert seen[-1] == ("checkpoint", stopped_at)
     resumed = training.train(Wrapped(llama), data, config, validation=held, checkpoints=tmp_path)
     assert resumed.digest == whole.digest
     told = resumed.metadata["training"]["evaluations"]

@@ -191,6 +191,7 @@ REFUSED_AT_ONCE: list[tuple[dict[str, Any], str]] = [
     ({"lora": {"r": 1000}}, "lora.r"),
     ({"lora": {"r": 0}}, "lora.r"),
     ({"lora": {"rank": 4}}, "lora.rank"),
+    ({"method": {}, "lora": {"target_modules": [], "r": 0}}, "lora.r"),
     ({"lora": {"r": 4, "prune_to": 4}}, "prune_to must be below r, which is 4"),
     ({"lora": {"prune_to": 16}}, "lora.prune_to"),
     ({"lora": {"prune_to": 8, "auto_rank": True}}, "prune_to must be below 4 times r, which is 8"),
@@ -211,7 +212,8 @@ def test_what_can_be_refused_at_once_is(client: openai.OpenAI, subtests: pytest.
         with subtests.test(str(fields)[:80]):
             with pytest.raises(openai.APIStatusError) as refused:
                 create(client, **fields)
-            assert refused.value.status_code in (400, 404) and named in f"{refused.value} {refused.value.param}"
+            nobody = named in ("model", "training_file", "lora.task", "lora.init_from")
+            assert refused.value.status_code == (404 if nobody else 400) and named in f"{refused.value} {refused.value.param}"
             assert client.fine_tuning.jobs.list().data == []
 
 
@@ -304,6 +306,8 @@ def test_pausing_killing_and_restarting_change_no_bit(
     assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "1000"
     client.fine_tuning.jobs.pause(job.id)
     assert until(client, job.id, "paused").status == "paused"
+    kept = client.fine_tuning.jobs.checkpoints.list(job.id).data[0].step_number
+    assert kept == live.http.get(f"/jobs/{job.id}").json()["step"], "it can go on from there"
     assert not live.house.parts.engine._scheduler.lending
     time.sleep(0.3)
     assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
