@@ -126,8 +126,7 @@ class Registry:
 
     def resolve(self, choice: Choice) -> list[tuple[Version, float]]:
         """The versions that `choice` means now, in its order. Raises UnknownAdapter, InvalidChoice."""
-        names = self._names
-        return [(names.find(text), weight) for text, weight in choice]
+        return [(self._names.find(text), weight) for text, weight in choice]
 
     def lease(self, choice: Choice) -> Lease:
         """Fix the versions of `choice` and hold them, in one step. Takes no memory and reads nothing.
@@ -301,7 +300,9 @@ class Registry:
             if found.name != name:
                 raise AdapterConflict(f"{text[:96]!r} is a version of another adapter", "version")
             self._ram.offer(self._load(found.digest))
-            return self.undisturbed(lambda: self._move(found, if_match))
+            made = self.undisturbed(lambda: self._move(found, if_match))
+        made.description["leases"] -= 1  # its own
+        return made
 
     # On the writer's thread
 

@@ -483,6 +483,7 @@ async def test_roll_back(registry: Registry, folders: list[Path]) -> None:
     back = await registry.roll_back("a", versions[0].label, if_match=versions[2].label)
     assert back.created and back.version == versions[0] and back.metadata["card"] == "card 0"
     assert registry.current("a") == versions[0]
+    assert back.description == {**registry.describe("a"), **back.description} and back.description["leases"] == 0
     assert not (await registry.roll_back("a", versions[0].digest[:8])).created
     await registry.publish("a", folders[3])
     kept = [v["version"] for v in registry.describe("a")["versions"]]
