@@ -213,7 +213,10 @@ def test_what_can_be_refused_at_once_is(client: openai.OpenAI, subtests: pytest.
             with pytest.raises(openai.APIStatusError) as refused:
                 create(client, **fields)
             nobody = named in ("model", "training_file", "lora.task", "lora.init_from")
-            assert refused.value.status_code == (404 if nobody else 400) and named in f"{refused.value} {refused.value.param}"
+            assert (
+                refused.value.status_code == (404 if nobody else 400)
+                and named in f"{refused.value} {refused.value.param}"
+            )
             assert client.fine_tuning.jobs.list().data == []
 
 

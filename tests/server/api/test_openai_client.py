@@ -238,7 +238,10 @@ CHANGING: list[tuple[dict[str, Any], str]] = [
 SPEAKING: list[tuple[dict[str, Any], str]] = [
     ({"role": "tool", "content": "4", "tool_call_id": "x"}, "messages.0.role"),
     ({"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}, "messages.0.tool_calls"),
-    ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}, "messages.0.content.0.type"),
+    (
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]},
+        "messages.0.content.0.type",
+    ),
     ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "messages.0.content.0.type"),
     (
         {"role": "user", "content": [{"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}]},
