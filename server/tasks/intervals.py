@@ -6,7 +6,7 @@ sums of squares alone. Knows nothing of tasks.
 
 Two subjects are compared within stretches of time in which both had scores, each stretch weighted by its information
 (as a stratified trial is; Scharfstein, Tsiatis, Robins 1997 for why that may be looked at after each sample): one that
-serves more when questions are harder is not blamed for it.
+serves more when questions are harder is not blamed for it. Or by pairs, where both were asked the same.
 """
 
 from __future__ import annotations
@@ -82,6 +82,14 @@ def interval(totals: Totals, alpha: float = ALPHA) -> tuple[float, float]:
         return 0.0, 1.0
     width = radius(totals.plus(1.0, 2).plus(0.0, 2).variance, totals.count, alpha)
     return max(0.0, totals.mean - width), min(1.0, totals.mean + width)
+
+
+def ahead(paired: Totals, alpha: float = ALPHA) -> float:
+    """The least by which the first of two subjects is truly over the second, by what is between them on the same
+    examples, (1 + first's - second's) / 2; negative while that is not certain."""
+    if not paired.count:
+        return -1.0
+    return 2 * (paired.mean - 0.5 - radius(paired.variance, paired.count, alpha))
 
 
 def lead(better: Hours, worse: Hours, alpha: float = ALPHA) -> float:

@@ -54,6 +54,7 @@ _Change = tuple[float, int, int]
 """A score, its hour, and whether it came (1) or went (-1)."""
 
 _SUMS = ("hours", "traffic")
+_SCORES = ("scores", "examples")
 _TOLD = "requests, errors, prompt_tokens, generated_tokens, ttft, tpot, e2e"
 
 
@@ -191,12 +192,13 @@ class Quality:
             value = float(row[1] == _told(expected)) if expected is not None else float(score or 0.0)
             with self._db:
                 self._db.execute("BEGIN")
-                changes = self._score(key, row[0], FEEDBACK_METRIC, FEEDBACK, value, time.time())
+                changes = self._score(key, row[0], FEEDBACK_METRIC, FEEDBACK, value, time.time(), stays=True)
             self._add(self._subject(row[0]), FEEDBACK_METRIC, FEEDBACK, changes)
 
     def evaluated(self, subject: Subject, metric: str, values: Mapping[str, float]) -> None:
         """Take the scores of an evaluation: example -> 0 to 1. An example that was scored before is not counted twice:
-        the last one counts, as for feedback. Raises StoreFailed if the disk refuses them.
+        the last one counts, as for feedback. Other subjects' scores of it are `paired` with it. Raises StoreFailed if
+        the disk refuses them.
         """
         with self._lock, _told_of_the_disk():
             now, changes = time.time(), list[_Change]()
@@ -205,6 +207,8 @@ class Quality:
                 for example, value in values.items():
                     key = digest(f"{number} {metric} {example}")
                     changes += self._score(key, number, metric, EVALUATION, value, now)
+                    row = (number, metric, digest(example), value, now)
+                    self._db.execute("INSERT OR REPLACE INTO examples VALUES (?, ?, ?, ?, ?)", row)
             self._add(subject, metric, EVALUATION, changes)
 
     def lead(self, task: str, rule: str, leader: Subject, reason: str) -> None:
@@ -246,6 +250,17 @@ class Quality:
         """The same by hour."""
         with self._lock:
             return dict(self._hours.get((subject, metric, source), {}))
+
+    def paired(self, first: Subject, second: Subject, metric: str) -> Totals:
+        """What is between two subjects on the examples that both were evaluated on: (1 + first's - second's) / 2."""
+        numbers = self._ids.get(first), self._ids.get(second)
+        query = (
+            "SELECT count(*), total(half), total(half * half) FROM (SELECT (1 + a.value - b.value) / 2 AS half"
+            " FROM examples a JOIN examples b ON b.metric = a.metric AND b.example = a.example"
+            " WHERE a.subject = ? AND b.subject = ? AND a.metric = ?)"
+        )
+        with self._lock:
+            return Totals(*self._db.execute(query, (*numbers, metric)).fetchone())
 
     def leader(self, task: str, rule: str) -> tuple[Subject, str] | None:
         """Who leads a task by a rule, and why; None if nobody does yet."""
@@ -316,9 +331,15 @@ class Quality:
             hours[hour] = hours.get(hour, Totals()).plus(value, times)
         self._totals[key] = Totals.joined(hours.values())  # as `_load` has it
 
-    def _score(self, key: bytes, number: int, metric: str, source: str, value: float, at: float) -> list[_Change]:
-        """Write a score over the one that its key may have had, within a transaction."""
+    def _score(
+        self, key: bytes, number: int, metric: str, source: str, value: float, at: float, *, stays: bool = False
+    ) -> list[_Change]:
+        """Write a score over the one that its key may have had, within a transaction; in that one's hour, if it
+        `stays`: subjects are compared by hours, and one whose answers are scored again is not moved beside others.
+        """
         old = self._db.execute("SELECT value, at FROM scores WHERE id = ?", (key,)).fetchone()
+        if old is not None and stays:
+            at = old[1]
         changes = [(old[0], int(old[1]) // HOUR, -1)] if old is not None else []
         changes.append((value, int(at) // HOUR, 1))
         self._db.execute("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?)", (key, number, metric, value, at))
@@ -430,7 +451,8 @@ class Quality:
         kept = " UNION ".join(f"SELECT subject FROM {sums}" for sums in _SUMS)
         with self._all_or_nothing():
             self._db.execute("DELETE FROM answers WHERE at < ?", (now - DAY,))
-            self._db.execute("DELETE FROM scores WHERE at < ?", (before * HOUR,))  # as long as the sums have them
+            for scores in _SCORES:  # as long as the sums have them
+                self._db.execute(f"DELETE FROM {scores} WHERE at < ?", (before * HOUR,))
             gone = [self._db.execute(f"DELETE FROM {sums} WHERE hour < ?", (before,)).rowcount for sums in _SUMS]
             gone.append(self._db.execute(f"DELETE FROM subjects WHERE id NOT IN ({kept})").rowcount)
         if any(gone):

@@ -25,6 +25,9 @@ CREATE TABLE IF NOT EXISTS answers (
 CREATE TABLE IF NOT EXISTS scores (
   id BLOB PRIMARY KEY, subject INTEGER NOT NULL, metric TEXT NOT NULL, value REAL NOT NULL, at REAL NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS examples (
+  subject INTEGER NOT NULL, metric TEXT NOT NULL, example BLOB NOT NULL, value REAL NOT NULL, at REAL NOT NULL,
+  PRIMARY KEY (subject, metric, example)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS hours (
   subject INTEGER NOT NULL, metric TEXT NOT NULL, source TEXT NOT NULL, hour INTEGER NOT NULL,
   count INTEGER NOT NULL, total REAL NOT NULL, squares REAL NOT NULL,
@@ -57,13 +60,16 @@ def opened(file: Path, load: Load) -> sqlite3.Connection:
         db.executescript(_SCHEMA)
         load(db)
         return db
-    except sqlite3.OperationalError:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         db.close()
-        if shutil.disk_usage(file.parent).free > LEAST_ROOM:
-            raise
-        return in_memory(file, load)
-    except sqlite3.DatabaseError as error:
-        db.close()
+        # SQLITE_ERROR is about what is asked: the tables are not as they were made.
+        if (
+            isinstance(error, sqlite3.OperationalError)
+            and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_ERROR
+        ):
+            if shutil.disk_usage(file.parent).free > LEAST_ROOM:
+                raise
+            return in_memory(file, load)
         aside = file.with_suffix(".broken.db")
         log.error("%s cannot be read (%s); it is set aside as %s", file.name, error, aside.name)
         for rest in ("-wal", "-shm"):  # they belong to no other content

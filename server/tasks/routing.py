@@ -1,9 +1,10 @@
 """`best` routes: candidates take turns until one is proven better, and that one serves.
 
 Owns the rule. Turns go on until every candidate has `min_samples` and the leader's mean is over each other's by an
-interval that holds at all times. After that, one request in twenty still goes to the others in turn, to those first
-that have few samples (a version that has just been published), so that a change is noticed; a rival takes over only
-when it is proven better itself.
+interval that holds at all times; one that is proven worse than some other has few turns meanwhile. After that, one
+request in twenty still goes to the others in turn, to those first that have few samples (a version that has just been
+published), so that a change is noticed; a rival takes over only when it is proven better itself. Where evaluations
+decide, nobody goes around: requests would change nothing.
 
 In which order is drawn anew every few rounds, and so is which of twenty requests goes around: clients that send one
 easy and one hard prompt in turn would otherwise give each candidate prompts of one kind. Single rounds would not do:
@@ -13,15 +14,15 @@ what one candidate has of the two the other has not, and differences vary more t
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from adapters.errors import AdapterError, StoreFailed
 from adapters.weights import Choice, Version
 from server.tasks.definitions import Best, Task
-from server.tasks.intervals import ALPHA, Hours, Totals, lead
-from server.tasks.quality import Quality, Subject
+from server.tasks.intervals import ALPHA, Hours, Totals, ahead, lead
+from server.tasks.quality import FEEDBACK, Quality, Subject
 
 EXPLORED = 20
 """One request in so many goes around after a decision."""
@@ -37,51 +38,83 @@ class Versions(Protocol):
 
 @dataclass(frozen=True)
 class Decision:
-    """Who leads, if anybody does, and why, in words."""
+    """Who leads, if anybody does, and why, in words; and who is proven worse than some other."""
 
     leader: str | None
     reason: str
+    behind: frozenset[str] = frozenset()
 
 
-def decide(
-    scores: Mapping[str, Hours], min_samples: int, current: str | None, lower_is_better: bool = False
-) -> Decision:
-    """The rule itself. `scores` are the candidates', by hour; `current` is the one that leads now."""
-    if len(scores) < 2:
-        return Decision(current, f"nothing to compare: {', '.join(scores) or 'no candidate'} is left")
+@dataclass(frozen=True)
+class Known:
+    """What is known of candidates: all scores of each, how many of them count, called `samples`, and the least by which
+    one is over another, of a chance of error; negative while that is not certain."""
+
+    totals: Mapping[str, Totals]
+    counts: Mapping[str, int]
+    samples: str
+    lead: Callable[[str, str, float], float]
+
+
+def by_hours(scores: Mapping[str, Hours], lower_is_better: bool = False) -> Known:
+    """Of scores by hour: compared within hours."""
     totals = {name: Totals.joined(hours.values()) for name, hours in scores.items()}
-    told = ", ".join(f"{name} {t.mean:.3f} of {t.count}" if t.count else f"{name} none" for name, t in totals.items())
-    if any(t.count < min_samples for t in totals.values()):
-        return Decision(current, f"taking turns until each has {min_samples} samples: {told}")
     if lower_is_better:
         scores = {name: {hour: t.turned() for hour, t in hours.items()} for name, hours in scores.items()}
-    alpha = ALPHA / (len(scores) - 1)
-    for leader, hours in scores.items():
-        least = 1.0
-        for name, others in scores.items():
-            if name != leader and least > 0:
-                least = min(least, lead(hours, others, alpha))
+    return Known(
+        totals,
+        {name: t.count for name, t in totals.items()},
+        "samples",
+        lambda first, second, alpha: lead(scores[first], scores[second], alpha),
+    )
+
+
+def by_examples(totals: Mapping[str, Totals], pairs: Mapping[tuple[str, str], Totals]) -> Known:
+    """Of evaluations: compared on the examples that both were asked; `pairs` have what is between two, better first."""
+    counts = {name: min((p.count for pair, p in pairs.items() if name in pair), default=0) for name in totals}
+    return Known(
+        totals, counts, "samples of the same examples", lambda first, second, alpha: ahead(pairs[first, second], alpha)
+    )
+
+
+def decide(known: Known, min_samples: int, current: str | None) -> Decision:
+    """The rule itself. `current` is the one that leads now."""
+    names = list(known.totals)
+    if len(names) < 2:
+        return Decision(current, f"nothing to compare: {', '.join(names) or 'no candidate'} is left")
+    told = ", ".join(
+        f"{name} {t.mean:.3f} of {t.count}" if t.count else f"{name} none" for name, t in known.totals.items()
+    )
+    if any(known.counts[name] < min_samples for name in names):
+        return Decision(current, f"taking turns until each has {min_samples} {known.samples}: {told}")
+    alpha = ALPHA / (len(names) - 1)
+    leads = {one: {other: known.lead(one, other, alpha) for other in names if other != one} for one in names}
+    behind = frozenset(other for of_one in leads.values() for other, least in of_one.items() if least > 0)
+    for leader, of_leader in leads.items():
+        least = min(1.0, *of_leader.values())
         if least > 0:
-            return Decision(leader, f"{leader} is better by at least {least:.3f}, at {1 - ALPHA:.0%}: {told}")
-    return Decision(current, f"no candidate is proven better yet: {told}")
+            return Decision(leader, f"{leader} is better by at least {least:.3f}, at {1 - ALPHA:.0%}: {told}", behind)
+    worse = f", {', '.join(sorted(behind))} worse than another" if behind else ""
+    return Decision(current, f"no candidate is proven better yet{worse}: {told}", behind)
 
 
 @dataclass
 class _Turns:
     """Whose turn it is."""
 
-    _left: list[str] = field(default_factory=list)
-    """Whose turns are left of these rounds, in the order drawn."""
-    _among: Sequence[str] = ()
+    _left: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+    """Among whom -> whose turns are left of these rounds, in the order drawn."""
     _ahead: int = 0
     """Requests until one goes around, itself among them, and those that are left of the twenty after it."""
     _after: int = 0
 
     def next(self, names: Sequence[str]) -> str:
         """One of the names. In `ROUNDS` rounds each has as many turns."""
-        if not self._left or self._among != names:
-            self._left, self._among = random.sample([*names] * ROUNDS, len(names) * ROUNDS), names
-        return self._left.pop()
+        left = self._left.get(tuple(names))
+        if not left:
+            left = random.sample([*names] * ROUNDS, len(names) * ROUNDS)
+            self._left = {among: turns for among, turns in self._left.items() if turns} | {tuple(names): left}
+        return left.pop()
 
     def goes_around(self) -> bool:
         """Whether this request does, of those that a leader would have: one of each twenty."""
@@ -104,19 +137,21 @@ class BestRouter:
         self._base = base
         self._turns: dict[str, _Turns] = {}
         self._leaders: dict[str, tuple[Best, Subject | None]] = {}
+        self._behind: dict[str, tuple[Best, frozenset[Subject]]] = {}
+        """Who was proven worse than some other when a task was last looked at."""
 
     def pick(self, task: Task, route: Best) -> str:
         """The candidate for the next request."""
         turns = self._turns.setdefault(task.name, _Turns())
-        leader = self._leading(task, route)
-        if leader is not None and not turns.goes_around():
-            return leader
-        subjects = self._subjects(task, route)
-        if leader is None:
-            return turns.next(list(subjects) or list(route.candidates))
-        counts = {n: self._quality.totals(s, route.metric, route.source).count for n, s in subjects.items()}
-        others = [name for name in subjects if name != leader]
-        return turns.next([name for name in others if counts[name] < route.min_samples] or others or [leader])
+        leader, subjects = self._leading(task, route), self._subjects(task, route)
+        known, behind = self._behind.get(task.name, (route, frozenset[Subject]()))
+        first = [leader] if leader else [n for n, s in subjects.items() if known != route or s not in behind]
+        rest = [name for name in subjects if name not in first]
+        # Of what is evaluated nothing is learned by requests.
+        if not rest or route.source != FEEDBACK or not turns.goes_around():
+            return leader or turns.next(first or list(route.candidates))
+        counts = {n: self._quality.totals(subjects[n], route.metric, route.source).count for n in rest}
+        return turns.next([name for name in rest if counts[name] < route.min_samples] or rest)
 
     def review(self, task: Task, route: Best) -> Decision:
         """Look at the scores again, and change the leader if that is proven.
@@ -124,13 +159,27 @@ class BestRouter:
         Raises StoreFailed if a new leader cannot be written down.
         """
         subjects = self._subjects(task, route)
-        scores = {name: self._quality.hours(s, route.metric, route.source) for name, s in subjects.items()}
         current = self._leading(task, route)
-        decision = decide(scores, route.min_samples, current, route.metric == "loss")
+        decision = decide(self._known(subjects, route), route.min_samples, current)
+        self._behind[task.name] = (route, frozenset(subjects[name] for name in decision.behind))
         if decision.leader is not None and decision.leader != current:
             self._quality.lead(task.name, _rule(route), subjects[decision.leader], decision.reason)
             self._leaders[task.name] = (route, subjects[decision.leader])
         return decision
+
+    def _known(self, subjects: Mapping[str, Subject], route: Best) -> Known:
+        lower_is_better = route.metric == "loss"
+        if route.source == FEEDBACK:
+            scores = {name: self._quality.hours(s, route.metric, route.source) for name, s in subjects.items()}
+            return by_hours(scores, lower_is_better)
+        totals = {name: self._quality.totals(s, route.metric, route.source) for name, s in subjects.items()}
+        pairs = {
+            (one, other): self._quality.paired(*((b, a) if lower_is_better else (a, b)), route.metric)
+            for one, a in subjects.items()
+            for other, b in subjects.items()
+            if one != other
+        }
+        return by_examples(totals, pairs)
 
     def look(self, task: Task | None) -> None:
         """Review a task that has such a route: its scores, its route or a version of a candidate is another now.
@@ -163,6 +212,7 @@ class BestRouter:
         """
         self._quality.forget(task)
         self._leaders.pop(task, None)
+        self._behind.pop(task, None)
         self._turns.pop(task, None)
 
     def _leading(self, task: Task, route: Best) -> str | None:
@@ -179,17 +229,20 @@ class BestRouter:
         return None
 
     def _subjects(self, task: Task, route: Best) -> dict[str, Subject]:
-        """Candidate -> what it is now. One whose adapter is gone is left out, and one that is the version of another,
-        as `name` may be of `name@digest`: nothing is better than itself.
+        """Candidate -> what it is now. One whose adapter is gone is left out, and one whose content another has, as
+        `name` may be `name@digest`, or be published under a second name: nothing is better than itself.
         """
         subjects: dict[str, Subject] = {}
+        contents = set()
         for name in route.candidates:
             try:
-                subject = Subject.of(task.name, self._versions.resolve([(name, 1.0)]), self._base)
+                versions = self._versions.resolve([(name, 1.0)])
             except AdapterError:
                 continue
-            if subject not in subjects.values():
-                subjects[name] = subject
+            content = tuple(version.digest for version, _ in versions)
+            if content not in contents:
+                contents.add(content)
+                subjects[name] = Subject.of(task.name, versions, self._base)
         return subjects
 
 

@@ -499,3 +499,27 @@ def test_the_first_sweep_is_soon_after_the_start(tmp_path: Path) -> None:
         quality._sweep_hourly(2 * module.FIRST_SWEEP, 2 * module.FIRST_SWEEP)
         assert quality._clocks[0] == module.FIRST_SWEEP, "then once an hour"
     quality.close()
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"), [(b"generated_tokens INTEGER", b"gendrated_tokens INTEGER"), (b"quick", b"")]
+)
+def test_tables_that_are_not_as_they_were_made_are_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, was: bytes, becomes: bytes
+) -> None:
+    file = tmp_path / "quality.db"
+    Quality(file).close()
+    if was in (whole := file.read_bytes()):
+        file.write_bytes(whole.replace(was, becomes))
+    else:
+        connect = sqlite3.connect
+
+        class Odd(sqlite3.Connection):
+            def execute(self, *asked: Any) -> Any:
+                if "quick_check" in asked[0] and not (tmp_path / "quality.broken.db").exists():
+                    raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+                return super().execute(*asked)
+
+        monkeypatch.setattr(sqlite3, "connect", lambda where, **how: connect(where, factory=Odd, **how))
+    Quality(file).close()
+    assert "set aside as quality.broken.db" in caplog.text and (tmp_path / "quality.broken.db").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,18 @@ import pytest
 from adapters.errors import UnknownAdapter
 from adapters.weights import Version
 from server.tasks.definitions import Best, Task
-from server.tasks.intervals import ALPHA, Totals, interval, lead
-from server.tasks.quality import Quality, Subject
-from server.tasks.routing import EXPLORED, ROUNDS, BestRouter, decide
+from server.tasks.intervals import ALPHA, Totals, ahead, interval, lead
+from server.tasks.quality import DAY, Answered, Quality, Subject
+from server.tasks.routing import EXPLORED, ROUNDS, BestRouter, by_hours
+from server.tasks.routing import decide as decide_on
 
 MIN_SAMPLES = 200
+
+
+def decide(scores: Any, min_samples: int, current: str | None, lower_is_better: bool = False) -> Any:
+    return decide_on(by_hours(scores, lower_is_better), min_samples, current)
+
+
 TURNS = np.arange(10_000) % 2
 """Who gets each of 10,000 samples while two candidates take turns."""
 LED = (np.arange(10_000) % EXPLORED == 0).astype(int)
@@ -212,14 +220,21 @@ def score(quality: Quality, names: Names, name: str, values: list[float]) -> Non
     )
 
 
+def thumbs(quality: Quality, names: Names, name: str, values: list[float]) -> None:
+    subject = Subject.of("t", names.resolve([(name, 1.0)]), "base")
+    for i, value in enumerate(values):
+        quality.answered(Answered(f"{subject.label} {i}", subject, "", "yes"))
+        quality.feedback("t", f"{subject.label} {i}", "", score=value, expected=None)
+
+
 def test_decisions_outlive_the_process_and_end_with_the_version(tmp_path: Path) -> None:
-    names, route = Names("a", "b", "c"), Best(("a", "b", "c"), source="evaluation", min_samples=50)
+    names, route = Names("a", "b", "c"), ROUTE
     task = Task("t", "{input}", route)
     quality = Quality(tmp_path / "quality.db")
     router = BestRouter(quality, names, "base")
     assert Counter(router.pick(task, route) for _ in range(3 * ROUNDS)) == dict.fromkeys("abc", ROUNDS)
     for name, share in (("a", 0.5), ("b", 0.95), ("c", 0.6)):
-        score(quality, names, name, [1.0] * int(200 * share) + [0.0] * int(200 * (1 - share)))
+        thumbs(quality, names, name, [1.0] * int(200 * share) + [0.0] * int(200 * (1 - share)))
     assert router.review(task, route).leader == "b"
     picks = [router.pick(task, route) for _ in range(EXPLORED * 3)]
     assert picks.count("b") == len(picks) - 3
@@ -237,6 +252,99 @@ def test_decisions_outlive_the_process_and_end_with_the_version(tmp_path: Path) 
     quality.close()
 
 
+def test_nobody_goes_around_where_nothing_would_be_learned(tmp_path: Path) -> None:
+    names, route = Names("a", "b", "c"), Best(("a", "b", "c"), source="evaluation", min_samples=50)
+    task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
+    router = BestRouter(quality, names, "base")
+    for name, value in (("a", 1.0), ("b", 1.0), ("c", 0.0)):
+        score(quality, names, name, [value] * 200)
+    assert router.review(task, route).leader is None
+    assert Counter(router.pick(task, route) for _ in range(EXPLORED * 2 * ROUNDS)) == dict.fromkeys(
+        "ab", EXPLORED * ROUNDS
+    )
+    score(quality, names, "a", [0.5] * 200)
+    assert router.review(task, route).leader == "b"
+    assert {router.pick(task, route) for _ in range(EXPLORED * 3)} == {"b"}
+    quality.close()
+
+
+def test_one_that_is_worse_than_another_has_few_turns_while_these_are_equal(tmp_path: Path) -> None:
+    names, quality = Names("a", "b", "c"), Quality(tmp_path / "quality.db")
+    router = BestRouter(quality, names, "base")
+    for name, value in (("a", 1.0), ("b", 1.0), ("c", 0.0)):
+        thumbs(quality, names, name, [value] * 60)
+    decision = router.review(TASK, ROUTE)
+    assert decision.leader is None and decision.behind == {"c"} and "c worse than another" in decision.reason
+    picks = Counter(router.pick(TASK, ROUTE) for _ in range(EXPLORED * 2 * ROUNDS))
+    assert picks["c"] == 2 * ROUNDS and abs(picks["a"] - picks["b"]) <= ROUNDS
+    names.contents["c"] = "2"
+    picks = Counter(router.pick(TASK, ROUTE) for _ in range(3 * ROUNDS))
+    assert picks["c"] >= ROUNDS - 1, "a new version starts anew"
+    quality.close()
+
+
+def test_evaluations_are_compared_on_the_same_examples(tmp_path: Path) -> None:
+    """Easy ones of one candidate and hard ones of another say nothing, and scored again they say no more."""
+    names, route = Names("a", "b"), Best(("a", "b"), source="evaluation", min_samples=200)
+    task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
+    router, subject = BestRouter(quality, names, "base"), {
+        name: Subject.of("t", names.resolve([(name, 1.0)]), "base") for name in "ab"}  # fmt: skip
+
+    def asked(name: str, kind: str, right: int) -> None:
+        quality.evaluated(subject[name], "accuracy", {f"{kind} {i}": float(i < right) for i in range(300)})
+
+    asked("a", "easy", 270)
+    asked("b", "hard", 180)
+    decision = router.review(task, route)
+    assert decision.leader is None and "200 samples of the same examples" in decision.reason
+    asked("a", "hard", 180)
+    asked("b", "easy", 270)
+    for _ in range(3):
+        asked("a", "easy", 270)
+    assert router.review(task, route).leader is None, "they are equal"
+    asked("b", "hard", 240)
+    assert router.review(task, route).leader == "b"
+    quality.close()
+    quality = Quality(tmp_path / "quality.db")
+    assert quality.paired(subject["b"], subject["a"], "accuracy") == Totals(600, 330.0, 195.0)
+    quality._sweep(time.time() + 200 * DAY)
+    assert quality.paired(subject["b"], subject["a"], "accuracy") == Totals()
+    quality.close()
+
+
+def test_pairs_of_equals_are_rarely_told_apart_however_often_one_looks() -> None:
+    """Both are right as often, on the same examples or not: looked at after each of 3,000."""
+    rng, wrong = np.random.default_rng(6), 0
+    for _ in range(300):
+        easy = rng.random(3000) < 0.7
+        halves = (1 + np.where(easy, 0.0, rng.integers(0, 2, 3000) - rng.integers(0, 2, 3000))) / 2
+        sums, squares = np.cumsum(halves), np.cumsum(halves * halves)
+        for n in range(50, 3000, 25):
+            paired = Totals(n, float(sums[n - 1]), float(squares[n - 1]))
+            if ahead(paired) > 0 or ahead(Totals(n, n - paired.total, n - 2 * paired.total + paired.squares)) > 0:
+                wrong += 1
+                break
+    assert wrong <= 15
+
+
+def test_scores_again_do_not_move_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two equals, easy questions in one hour and hard ones in the next: one's are judged again later."""
+    names, quality = Names("a", "b"), Quality(tmp_path / "quality.db")
+    route, now = Best(("a", "b"), min_samples=50), time.time()
+    task, router = Task("t", "{input}", route), BestRouter(quality, names, "base")
+    for hour, value in ((0, 1.0), (1, 0.5), (2, 1.0)):
+        monkeypatch.setattr("server.tasks.quality.time.time", lambda hour=hour: now + hour * 3600)
+        for name in "ab" if hour < 2 else "b":
+            subject = Subject.of("t", names.resolve([(name, 1.0)]), "base")
+            for i in range(300):
+                id = f"{name} {value} {i}"
+                quality.answered(Answered(id, subject, "", "yes"))
+                quality.feedback("t", id, "", score=value - 0.5 * (i % 2), expected=None)
+    decision = router.review(task, route)
+    assert decision.leader is None and "a 0.500 of 600, b 0.500 of 600" in decision.reason
+    quality.close()
+
+
 def test_feedback_does_not_count_where_evaluation_is_asked_for(tmp_path: Path) -> None:
     names, quality = Names("a", "b", "c"), Quality(tmp_path / "quality.db")
     for name, value in (("a", 0.0), ("b", 1.0), ("c", 0.0)):
@@ -246,17 +354,17 @@ def test_feedback_does_not_count_where_evaluation_is_asked_for(tmp_path: Path) -
 
 
 def test_a_new_version_of_a_rival_is_tried_first_while_the_leader_serves(tmp_path: Path) -> None:
-    names, route = Names("a", "b", "c"), Best(("a", "b", "c"), source="evaluation", min_samples=50)
+    names, route = Names("a", "b", "c"), ROUTE
     task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
     for name, share in (("a", 0.5), ("b", 0.85), ("c", 0.5)):
-        score(quality, names, name, [1.0] * int(200 * share) + [0.0] * int(200 * (1 - share)))
+        thumbs(quality, names, name, [1.0] * int(200 * share) + [0.0] * int(200 * (1 - share)))
     router = BestRouter(quality, names, "base")
     assert router.review(task, route).leader == "b"
     assert {router.pick(task, route) for _ in range(EXPLORED * 2 * ROUNDS)} == {"a", "b", "c"}
     names.contents["c"] = "2"
     picks = [router.pick(task, route) for _ in range(EXPLORED * 4)]
     assert picks.count("c") == 4 and picks.count("b") == len(picks) - 4
-    score(quality, names, "c", [1.0] * 300)
+    thumbs(quality, names, "c", [1.0] * 300)
     assert router.review(task, route).leader == "c", "and takes over once it is proven"
     quality.close()
 
@@ -272,23 +380,25 @@ def test_a_version_under_two_names_is_one_candidate(tmp_path: Path) -> None:
     for name, value in (("a", 1.0), ("b", 0.0)):
         score(quality, names, name, [value] * 100)
     assert router.review(task, route).leader == "a"
+    names.resolve = lambda choice: [(Version(name, "f" * 64), w) for name, w in choice]  # type: ignore[method-assign]
+    assert {router.pick(task, route) for _ in range(3 * ROUNDS)} == {"a"}, "one content, published three times"
     quality.close()
 
 
-def evaluated(tmp_path: Path) -> tuple[Names, Best, Task, Quality, BestRouter]:
-    """A task with two candidates, of whose 100 evaluations each b was right in all and a in none."""
-    names, route = Names("a", "b"), Best(("a", "b"), source="evaluation", min_samples=50)
+def judged(tmp_path: Path) -> tuple[Names, Best, Task, Quality, BestRouter]:
+    """A task with two candidates, of whose 100 answers each b was right in all and a in none."""
+    names, route = Names("a", "b"), Best(("a", "b"), min_samples=50)
     task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
     for name, value in (("a", 0.0), ("b", 1.0)):
-        score(quality, names, name, [value] * 100)
+        thumbs(quality, names, name, [value] * 100)
     router = BestRouter(quality, names, "base")
     return names, route, task, quality, router
 
 
 def test_a_decision_keeps_its_reason_until_it_is_forgotten_with_the_turns(tmp_path: Path) -> None:
-    names, route, task, quality, router = evaluated(tmp_path)
+    names, route, task, quality, router = judged(tmp_path)
     decided = router.review(task, route).reason
-    score(quality, names, "b", [1.0] * 200)
+    thumbs(quality, names, "b", [1.0] * 200)
     told = router.describe(task, route)
     assert (told["leader"], told["decided"]) == ("b", decided) and "b 1.000 of 200" in told["reason"]
     assert Counter(router.pick(task, route) for _ in range(2 * EXPLORED)) == {"a": 2, "b": 2 * EXPLORED - 2}
@@ -298,7 +408,7 @@ def test_a_decision_keeps_its_reason_until_it_is_forgotten_with_the_turns(tmp_pa
 
 
 def test_who_leads_is_told_while_the_disk_refuses_a_new_leader(tmp_path: Path) -> None:
-    names, route, task, quality, router = evaluated(tmp_path)
+    names, route, task, quality, router = judged(tmp_path)
     quality._db.execute("PRAGMA query_only = 1")
     told = router.describe(task, route)
     assert told["leader"] is None and "cannot be written" in told["reason"]
@@ -363,7 +473,7 @@ def test_clients_that_keep_step_with_the_turns_make_nobody_better(tmp_path: Path
 
 
 def test_which_request_goes_around_is_in_no_step_with_clients(tmp_path: Path) -> None:
-    names, route, task, quality, router = evaluated(tmp_path)
+    names, route, task, quality, router = judged(tmp_path)
     router.review(task, route)
     places = {i % EXPLORED for i in range(EXPLORED * 40) if router.pick(task, route) == "a"}
     assert len(places) > EXPLORED // 3
