@@ -508,7 +508,9 @@ def test_tables_that_are_not_as_they_were_made_are_set_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, was: bytes, becomes: bytes
 ) -> None:
     file = tmp_path / "quality.db"
-    Quality(file).close()
+    first = Quality(file)
+    first.evaluated(Subject.of("t", [], "base"), "accuracy", {"x": 1.0})
+    first.close()
     if was in (whole := file.read_bytes()):
         file.write_bytes(whole.replace(was, becomes))
     else:
