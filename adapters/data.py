@@ -215,6 +215,9 @@ def _messages(value: object, where: str) -> Iterator[dict[str, Any]]:
         if role not in ROLES:
             raise InvalidData(f"{where}: message {i} has the role {role!r}; roles are {', '.join(ROLES)}")
         _refuse(message, ("tool_calls", "function_call"), f"{where}: message {i}")
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(str(part.get("text") or "") for part in content)
+            message = {**message, "content": content}
         if not isinstance(content, str):
             raise InvalidData(f"{where}: message {i} has no text in 'content'")
         _written(content, f"message {i}", where)

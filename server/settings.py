@@ -229,7 +229,7 @@ class Settings(BaseModel):
     metrics_key_file: Place | None = Field(None, description="file of the key for /metrics, read again when it changes")
     metrics_public: bool = Field(False, description="serve /metrics without a key")
     allowed_hosts: Annotated[Names, AfterValidator(_hosts)] = Field(
-        (), description="more values of the Host header to accept, with any port, comma-separated"
+        (), description="more values of the Host header to accept, with any port, comma-separated; * is any"
     )
     insecure: bool = Field(False, description="serve without keys on an address that others can reach")
     max_body: Size = Field(8 << 20, description="largest JSON body")

@@ -41,7 +41,7 @@ def _paths(*templates: str) -> re.Pattern[str]:
                                for t in templates))  # fmt: skip
 
 
-OPEN = {"GET": _paths("/health/live", "/health/ready", "/", "/web/{file}", "/web/{folder}/{file}")}
+OPEN = {"GET": _paths("/health", "/health/live", "/health/ready", "/", "/web/{file}", "/web/{folder}/{file}")}
 INFERENCE = {
     "GET": _paths(
         *("/adapters", "/adapters/{name}", "/tasks", "/tasks/{task}", "/tasks/{task}/performance", "/v1/models"),

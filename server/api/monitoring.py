@@ -31,6 +31,7 @@ async def live() -> dict[str, str]:
     return {"status": "live"}
 
 
+@router.get("/health", response_model=schemas.Health, responses=errors(503))  # as programs that know vLLM ask
 @router.get("/health/ready", response_model=schemas.Health, responses=errors(503))
 async def ready(parts: Ready) -> dict[str, str]:
     """The model is loaded and requests are taken; 503 while loading, draining, or when the last step has failed."""

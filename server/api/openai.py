@@ -130,8 +130,9 @@ async def _answer(
         constraints=grammars,
     )
     if body.stream:
-        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return EventStream(generation, V1Events(generation, shape, usage))
+        wanted = body.stream_options or schemas.StreamOptions()
+        events = V1Events(generation, shape, bool(wanted.include_usage), bool(wanted.continuous_usage_stats))
+        return EventStream(generation, events)
     await finished(request.receive, generation)
     check_complete(generation)
     return json_response(shape.whole(generation))
@@ -170,7 +171,9 @@ async def _prompts(parts: Parts, target: Target, body: schemas.CompletionBody) -
 
 
 def _message(message: schemas.ChatMessage) -> dict[str, Any]:
-    return {"role": "system" if message.role == "developer" else message.role, "content": message.text()}
+    role = "system" if message.role == "developer" else message.role
+    named = {} if message.name is None else {"name": message.name}  # a template may have a place for it
+    return {"role": role, "content": message.text(), **named}
 
 
 def _now() -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from server.api.schemas import GenerationFields, Out, Text
+from server.api.schemas import GenerationFields, Out, Stop, Text, TopK
 from server.engine.grammar import ANY_OBJECT
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.tasks import sampling as s
@@ -26,9 +26,12 @@ NOTHING: Mapping[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "include_stop_str_in_output": (False,),
     "is_3d_lora_weight": (False,),
+    "length_penalty": (1, 1.0),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
+    "priority": (0,),
     "reasoning_effort": ("none",),
+    "return_token_ids": (False,),
     "skip_special_tokens": (True,),
     "suffix": ("",),
     "tool_choice": ("none",),
@@ -48,8 +51,13 @@ class V1(BaseModel):
 
 
 def asked(value: Any) -> Any:
-    """None for an empty list or map, which asks for nothing."""
-    return None if value in ([], {}) else value
+    """None for an empty list, map or text, which asks for nothing."""
+    return None if value in ([], {}, "") else value
+
+
+def off(value: Any) -> Any:
+    """0 for -1, as vLLM has it of a limit that is off."""
+    return 0 if type(value) is int and value == -1 else value
 
 
 def word(served: tuple[str, ...]) -> Any:
@@ -60,6 +68,7 @@ def word(served: tuple[str, ...]) -> Any:
 class StreamOptions(V1):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class JsonSchema(V1):
@@ -96,6 +105,8 @@ class V1Fields(GenerationFields, V1):
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     n: Annotated[int, Field(ge=1, le=s.MAX_N)] | None = None
+    top_k: Annotated[TopK | None, BeforeValidator(off)] = None
+    stop: Annotated[Stop | None, BeforeValidator(asked)] = None
     stream_options: StreamOptions | None = None
     response_format: Annotated[ResponseFormat | None, BeforeValidator(asked)] = None
 
@@ -132,6 +143,7 @@ ROLES = ("system", "developer", "user", "assistant")
 
 class ChatMessage(V1):
     role: Annotated[str, word(ROLES)]
+    name: Annotated[str, Field(max_length=256)] | None = None
     content: Text | Annotated[list[Part], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] | None = None
 
     def text(self) -> str:
@@ -260,6 +272,8 @@ class LoadAdapterBody(V1):
 
     lora_name: Annotated[str, Field(min_length=1, max_length=64)]
     lora_path: Annotated[str, Field(min_length=1, max_length=1024)]
+    base_model_name: Annotated[str, Field(max_length=256)] | None = None
+    """Another base is no reason to refuse: whether the adapter fits is."""
     load_inplace: bool | None = None
 
 

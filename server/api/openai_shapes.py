@@ -156,25 +156,31 @@ class ChatShape:
 
 
 class V1Events:
-    """The stream of an OpenAI answer: a chunk per delivery, and one of usage at the end if it is wanted."""
+    """The stream of an OpenAI answer: a chunk per delivery, and one of usage at the end if it is wanted; or, as vLLM
+    has it, what was used so far in `each` chunk too."""
 
-    def __init__(self, generation: Generation, shape: Shape, usage: bool) -> None:
+    def __init__(self, generation: Generation, shape: Shape, usage: bool, each: bool = False) -> None:
         self._generation = generation
         self._shape = shape
         self._usage = usage
-        self._head = f"data: {shape.head(usage)}, " + '"choices": ['
+        self._each = usage and each
+        self._head = f"data: {shape.head(usage and not each)}"
         self._logprobs = _wants(generation.replies[0])
 
     def first(self) -> bytes:
         opening = self._shape.opening(len(self._generation.replies))
-        return "".join([f"{self._head}{choice}]}}\n\n" for choice in opening]).encode()
+        return "".join(map(self._chunk, opening)).encode()
 
     def step(self, index: int, delivery: Delivery) -> bytes:
         if delivery.finish_reason == "cancelled":
             raise cut_short()
         if not delivery.text and delivery.finish_reason is None and not (self._logprobs and delivery.logprobs):
             return b""
-        return f"{self._head}{self._shape.choice(index, delivery, self._logprobs)}]}}\n\n".encode()
+        return self._chunk(self._shape.choice(index, delivery, self._logprobs)).encode()
+
+    def _chunk(self, choice: str) -> str:
+        so_far = f', "usage": {json.dumps(usage(self._generation))}' if self._each else ""
+        return f'{self._head}{so_far}, "choices": [{choice}]}}\n\n'
 
     def last(self) -> bytes:
         if not self._usage:

@@ -102,6 +102,10 @@ Mix = Annotated[
 ]
 
 
+TopK = Annotated[int, Field(ge=0, le=s.MAX_TOKENS)]
+Stop = StopString | Annotated[list[StopString], Field(max_length=s.MAX_STOP)]
+
+
 class SamplingFields(BaseModel):
     """How an answer is drawn, and when it ends: what a request may say, and a task for it."""
 
@@ -119,10 +123,10 @@ class SamplingFields(BaseModel):
     ) = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=s.MAX_TOKENS)] | None = None
+    top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=s.SEED[0], le=s.SEED[1])] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=s.MAX_STOP)] | None = None
+    stop: Stop | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=s.MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None

@@ -90,6 +90,17 @@ def test_a_developer_speaks_as_the_system():
     assert [m["role"] for m in chat.messages] == ["system", "assistant"]
 
 
+def test_text_may_come_in_parts():
+    parts = [{"type": "text", "text": "hi "}, {"type": "text", "text": "you"}]
+    example = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "yo"}]}
+    whole = {"messages": [{"role": "user", "content": "hi you"}, {"role": "assistant", "content": "yo"}]}
+    assert data.parse(json.dumps(example).encode())[0] == data.parse(json.dumps(whole).encode())[0]
+    for odd in ([{"type": "image_url"}], [{"type": "text"}], ["hi"], [3], []):
+        example["messages"][1]["content"] = odd
+        with pytest.raises(InvalidData, match="message 2"):
+            data.parse(json.dumps(example).encode())
+
+
 def test_tools_that_ask_for_nothing_are_no_fault():
     line = b'{"messages": [{"role": "assistant", "content": "x", "tool_calls": null}], "tools": []}'
     assert len(data.parse(line)) == 1

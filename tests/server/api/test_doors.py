@@ -23,7 +23,8 @@ from server.api.limits import patient
 from server.errors import BadSetting, BodyTooSlow
 
 OPEN = {
-    *(("GET", path) for path in ("/health/live", "/health/ready", "/", "/web/{file}", "/web/{folder}/{file}")),
+    *(("GET", path) for path in ("/health", "/health/live", "/health/ready")),
+    *(("GET", path) for path in ("/", "/web/{file}", "/web/{folder}/{file}")),
 }
 METRICS = {("GET", "/metrics")}
 INFERENCE = {

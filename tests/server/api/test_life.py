@@ -30,10 +30,10 @@ def test_a_step_that_raises_fails_its_requests_alone(live: Any, monkeypatch: pyt
     failing.set()
     answer = live.generate("x", adapters=[{"name": "a"}])
     assert answer.status_code == 500 and answer.json()["error"]["code"] == "engine_failed"
-    assert live.http.get("/health/ready").status_code == 503
+    assert live.http.get("/health/ready").status_code == live.http.get("/health").status_code == 503
     failing.clear()
     assert live.generate("x", adapters=[{"name": "a"}]).status_code == 200
-    assert live.http.get("/health/ready").status_code == 200
+    assert live.http.get("/health/ready").status_code == live.http.get("/health").status_code == 200
     assert live.idle()
 
 

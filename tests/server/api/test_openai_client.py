@@ -203,7 +203,8 @@ ASKING_FOR_NOTHING: list[dict[str, Any]] = [
     },
     {"skip_special_tokens": True, "include_stop_str_in_output": False, "use_beam_search": False},
     {"add_generation_prompt": True, "continue_final_message": False},
-    {"response_format": {}},
+    {"response_format": {}, "stop": "", "top_k": -1, "length_penalty": 1.0, "priority": 0, "return_token_ids": False},
+    {"stream_options": {"include_usage": False, "continuous_usage_stats": False}},
 ]
 
 
@@ -213,6 +214,28 @@ def test_what_asks_for_nothing_is_accepted(live: Any, subtests: pytest.Subtests)
             body = {"model": "tiny", "messages": HELLO, "max_tokens": 1, **extra}
             answer = live.http.post("/v1/chat/completions", json=body)
             assert answer.status_code == 200, answer.text
+
+
+def test_a_name_is_for_the_template(live: Any) -> None:
+    """Whose has no place for it gives the same prompt."""
+    plain = {"model": "tiny", "messages": HELLO, "max_tokens": 4, "temperature": 0}
+    named = {**plain, "messages": [{**HELLO[0], "name": "ada"}, *HELLO[1:]]}
+    answers = [live.http.post("/v1/chat/completions", json=body).json() for body in (plain, named)]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    assert answers[0]["usage"]["prompt_tokens"] == answers[1]["usage"]["prompt_tokens"]
+
+
+def test_what_was_used_so_far_is_in_each_chunk(client: openai.OpenAI) -> None:
+    for ask, more in (
+        (client.chat.completions.create, {"messages": HELLO}),
+        (client.completions.create, {"prompt": "x"}),
+    ):
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        chunks = list(ask(model="tiny", max_tokens=5, stream=True, stream_options=options, temperature=0,
+                          extra_body={"ignore_eos": True}, **more))  # type: ignore[call-overload]  # fmt: skip
+        used = [chunk.usage.completion_tokens for chunk in chunks]
+        assert used == sorted(used) and used[-1] == 5 and not chunks[-1].choices
+        assert len({chunk.usage.prompt_tokens for chunk in chunks if chunk.usage.completion_tokens}) == 1
 
 
 def test_completions_take_what_asks_for_nothing(live: Any) -> None:
@@ -330,7 +353,8 @@ def test_vllms_adapter_routes(live: Any, write_adapter: Any) -> None:
         wanted = "is_3d_lora_weight" if route == "load" else "lora_path"
         assert refused["code"] == "unsupported_parameter" and refused["param"] == wanted
     nothing = {**again, "is_3d_lora_weight": False, "load_inplace": None}
-    assert live.http.post("/v1/load_lora_adapter", json=nothing).status_code == 200
+    for base in ("", "tiny", "elsewhere"):  # as the Kubernetes gateway's sidecar sends it
+        assert live.http.post("/v1/load_lora_adapter", json={**nothing, "base_model_name": base}).status_code == 200
 
 
 async def test_a_failure_in_the_async_clients_stream_is_its_error(live: Any) -> None:
