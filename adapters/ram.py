@@ -207,6 +207,10 @@ class Ram:
         was_short, self._short = self._short, False
         for want in tuple(self._waiting):
             costs = {digest: self.size(digest) for digest in want.digests}
+            if (total := sum(costs.values())) > self.capacity:  # one has turned out to be larger than was thought
+                self._waiting.remove(want)
+                self._refuse(want, _no_room(total, self.capacity))
+                continue
             if self._short and any(digest not in self._lru for digest in costs):
                 continue
             if not self._lru.reserve(costs, self._evict_last):
@@ -326,6 +330,10 @@ class Ram:
 
     def _fail(self, want: _Want, error: Exception) -> None:
         self._withdraw(want)
+        self._refuse(want, error)
+
+    def _refuse(self, want: _Want, error: Exception) -> None:
+        """Of one that holds nothing."""
 
         def tell() -> None:
             if want.future.set_running_or_notify_cancel():

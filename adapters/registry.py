@@ -300,9 +300,7 @@ class Registry:
             if found.name != name:
                 raise AdapterConflict(f"{text[:96]!r} is a version of another adapter", "version")
             self._ram.offer(self._load(found.digest))
-            made = self.undisturbed(lambda: self._move(found, if_match))
-        made.description["leases"] -= 1  # its own
-        return made
+        return self.undisturbed(lambda: self._move(found, if_match))
 
     # On the writer's thread
 
@@ -468,11 +466,7 @@ class Registry:
         try:
             lease = self.lease([(name, 1.0)])
         except AdapterError as error:  # retired meanwhile, or the budget is smaller than at the last start
-            log.warning("the pinned adapter %r is not in memory: %s", name, error.message)
-            with self._lock:
-                if self._pins.get(name) is None:  # it takes no room from the others
-                    self._pins.pop(name, None)
-            return
+            return self._pin_failed(name, error)
 
         def keep(fetched: Fetched) -> None:
             if not fetched.cancelled() and fetched.exception() is None:
@@ -481,10 +475,16 @@ class Registry:
                     if name in self._pins and self._names.current().get(name) == view.digest:
                         self._pins[name] = view
             elif not fetched.cancelled():
-                log.warning("the pinned adapter %r is not in memory: %s", name, fetched.exception())
+                self._pin_failed(name, fetched.exception())
             lease.release()
 
         self.fetch(lease.mix).add_done_callback(keep)
+
+    def _pin_failed(self, name: str, error: BaseException | None) -> None:
+        log.warning("the pinned adapter %r is not in memory: %s", name, error)
+        with self._lock:
+            if not isinstance(error, StoreFailed) and self._pins.get(name) is None:
+                self._pins.pop(name, None)  # it takes no room from the others
 
     def _loaded(self, digest: str, outcome: str, seconds: float) -> None:
         self._observer.on_load(self._names.of_content(digest), outcome, seconds)

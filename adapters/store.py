@@ -27,7 +27,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -52,16 +52,24 @@ SAME_WRITE = 60.0
 """Seconds between that and the file's own time, beyond which somebody else has put it there."""
 
 
+Modules = Mapping[str, tuple[int, int, int]]
+"""Path -> rank, outputs and inputs of its update."""
+
+
+def _unknown(modules: Modules) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Record:
-    """What is told about a version without reading its tensors. `modules` maps a path to (rank, out, in).
+    """What is told about a version without reading its tensors.
 
     `metadata` is what was told of it last; `told` is what was told under each name, its task and card among it.
     """
 
     digest: str
     nbytes: int
-    modules: Mapping[str, tuple[int, int, int]]
+    modules: Modules
     metadata: Mapping[str, Any] = field(default_factory=dict)
     created_at: float = 0.0
     told: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -167,12 +175,17 @@ class Store:
     """The versions and names under one folder, which this process alone may hold open.
 
     `lost` says of each version that the journal names and the disk does not give back why that is. Every method that
-    writes raises StoreFailed if the disk refuses, and then nothing that can be seen has changed.
+    writes raises StoreFailed if the disk refuses, and then nothing that can be seen has changed. `size` says what
+    modules take in memory here, or None: a version's record has what it took where it was published.
     """
 
-    def __init__(self, root: Path, *, disk: Disk | None = None) -> None:
+    def __init__(
+        self, root: Path, *, disk: Disk | None = None, size: Callable[[Modules], int | None] = _unknown
+    ) -> None:
         self.root = root
         self._disk = disk or Disk()
+        self._size = size
+        self._sizes: dict[str, int] = {}
         self._versions = root / "versions"
         self._incoming = root / "incoming"
         self._unnamed = root / "unnamed"
@@ -208,7 +221,11 @@ class Store:
     def nbytes(self, digest: str) -> int:
         """What one version takes in memory; 0 if it is not known."""
         record = self.records.get(digest)
-        return record.nbytes if record else 0
+        if record is None:
+            return 0
+        if digest not in self._sizes:
+            self._sizes[digest] = self._size(record.modules) or record.nbytes
+        return self._sizes[digest]
 
     @contextmanager
     def staging(self) -> Iterator[Path]:

@@ -121,7 +121,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     """Everything that stands on a base that has been loaded, from `source`: without it, nothing can be trained."""
     text = Text(base.vocabulary)
     notices = _Notices(metrics)
-    store = Store(settings.state_dir / "store")
+    store = Store(settings.state_dir / "store", size=base.sizes())
     shutil.rmtree(settings.state_dir / "uploads", ignore_errors=True)  # what a killed process left: the store is ours
     registry = Registry(
         store,

@@ -145,15 +145,15 @@ class Loads:
                 self._give_up(mix)
 
     def misfits(self) -> list[tuple[Request, Exception]]:
-        """Who waits for the first load that has not come, with the reason, if it never can any more."""
-        load = next((load for load in self._loads.values() if not load.settled), None)
-        if load is None:
-            return []
-        try:
-            next(iter(load.waiters)).still_fits()
-        except NoRoom as error:
-            return [(request, error) for request in load.waiters]
-        return []
+        """Who waits for loads that have not come, each with the reason, and never can any more."""
+        found: list[tuple[Request, Exception]] = []
+        for load in self._loads.values():
+            if not load.settled:
+                try:
+                    next(iter(load.waiters)).still_fits()
+                except NoRoom as error:
+                    found += [(request, error) for request in load.waiters]
+        return found
 
     def _lacking(self, priority: int) -> Iterator[float]:
         """Since when each request of a priority waits for a load that has not come."""

@@ -413,7 +413,8 @@ class Scheduler:
         if not isinstance(error, NoCapacity):
             log.error("%s: its adapters could not be placed", request.id, exc_info=error)
             error = EngineFailed("the request's adapters could not be placed; the server's log says why")
-        self._end_in(plan, request, error, now)
+        # Whoever keeps the error would keep the adapters' memory by the frames that raised it.
+        self._end_in(plan, request, error.with_traceback(None), now)
 
     def _owes_room(self, now: float) -> bool:
         """Whether a load of the most urgent has lacked room in RAM for too long, so that slots must fall idle.

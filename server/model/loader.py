@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from adapters.weights import LoraWeights
+from adapters.weights import LoraWeights, LowRank
 from server.errors import BadModel, BadSetting, Conflict, ServerError
 from server.kernels import Backend
 from server.kernels.threads import apart
@@ -68,6 +68,23 @@ class Base:
     def prepare(self, weights: LoraWeights) -> LoraWeights:
         """The adapter as its backend keeps it in RAM beside this base. Raises InvalidAdapter, as the backend does."""
         return self.backend.prepare(weights, self.quantization["scheme"])
+
+    def sizes(self) -> Callable[[Mapping[str, tuple[int, int, int]]], int | None]:
+        """What answers how many bytes an adapter takes as `prepare` makes it, by path -> (rank, out, in); None if it is
+        not this base's. Each update takes what one of zeros does."""
+        shapes, known = self.shapes(), dict[tuple[int, int, int], int]()
+
+        def size(modules: Mapping[str, tuple[int, int, int]]) -> int | None:
+            for path, update in modules.items():
+                rank, *shape = update
+                if shapes.get(path) != tuple(shape):
+                    return None
+                if update not in known:
+                    zeros = LowRank(torch.zeros(rank, shape[1]), torch.zeros(shape[0], rank), 1.0)
+                    known[update] = self.prepare(LoraWeights("", "", {path: zeros})).nbytes
+            return sum(known[update] for update in modules.values())
+
+        return size
 
     def to(self, device: torch.device) -> Base:
         """The same base with its weights and tensors on a device."""

@@ -214,6 +214,17 @@ def test_larger_than_was_thought(make_ram: MakeRam, source: Source) -> None:
     assert "y" not in ram.resident()
 
 
+def test_larger_together_than_was_thought(make_ram: MakeRam, source: Source) -> None:
+    """Each fits, and all of them seemed to."""
+    ram = make_ram(5)
+    source.sizes.update(dict.fromkeys("abc", 16))
+    together = ram.fetch(["a", "b", "c"])
+    with pytest.raises(NoRoom, match="never fit"):
+        got(together)
+    until(lambda: ram.held == 0)
+    assert got(ram.fetch(["d"])), "it stands in nobody's way"
+
+
 @pytest.mark.parametrize("when", ["waiting", "loading", "done"])
 def test_a_cancelled_fetch_holds_nothing(make_ram: MakeRam, source: Source, when: str) -> None:
     ram, gate = make_ram(2), source.hold("b")

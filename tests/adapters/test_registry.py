@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from adapters.peft_format import read_folder
 from adapters.ports import NoSlots, Observer
 from adapters.registry import Registry
 from adapters.store import Disk, Store
-from adapters.weights import LoraWeights, Mix, Version
+from adapters.weights import LoraWeights, LowRank, Mix, Version
 from tests.waiting import until
 
 Write = Callable[..., LoraWeights]
@@ -593,6 +594,31 @@ async def test_a_pin_that_a_smaller_budget_has_no_room_for_takes_none_from_other
     await again.unpin("b")
     with again.lease([("d", 1.0)]) as lease:
         assert len(lease.mix) == 1
+
+
+async def test_a_pin_that_turns_out_to_have_no_room_takes_none_from_others(
+    open_registry: Open, folders: list[Path]
+) -> None:
+    size = read_folder(folders[0], name="a").nbytes
+    registry = open_registry(ram_bytes=3 * size)
+    for name, folder in zip("abcd", folders, strict=False):
+        await registry.publish(name, folder)
+    for name in "abc":
+        await registry.pin(name)
+    again = open_registry(ram_bytes=3 * size)
+    again._ram._expected = lambda digest: size
+    read = again._ram._read
+    again._ram._read = lambda digest: _larger(read(digest))
+    again.start()
+    until(lambda: not again._pins and len(again._leases) == 0)
+    with again.lease([("d", 1.0)]) as lease:
+        assert len(lease.mix) == 1
+
+
+def _larger(weights: LoraWeights) -> LoraWeights:
+    """The same, of four times the bytes."""
+    modules = {path: LowRank(m.A.repeat(4, 1), m.B.repeat(1, 4), m.scale) for path, m in weights.modules.items()}
+    return replace(weights, modules=modules)
 
 
 @pytest.mark.parametrize("heal", ["request", "publish"])

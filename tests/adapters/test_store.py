@@ -129,6 +129,11 @@ def test_put_and_read_back(store: Store, folders: list[Path]) -> None:
     record = store.records[digest]
     assert record.ranks == [2] and record.targets == ["q_proj", "v_proj"] and record.nbytes == weights.nbytes
     store.close()
+    assert store.nbytes(weights.digest) == weights.nbytes and store.nbytes("f" * 64) == 0
+    store.close()
+    elsewhere = Store(store.root, size=lambda modules: 7 * len(modules))
+    assert elsewhere.nbytes(weights.digest) == 7 * len(record.modules), "what it takes here"
+    elsewhere.close()
     with_again = Store(store.root)
     assert check_whole(with_again) == {"a": digest}
     assert with_again.records[digest] == record

@@ -939,11 +939,14 @@ def test_a_mix_that_can_never_be_in_ram_any_more_is_told_so(bench: Any, tools: A
     other = b.submit(prompt(3), mix=tools.mix_of("a3"))
     for heard in lost:
         heard.request.still_fits = still_fits
+    later = b.submit(prompt(4), mix=tools.mix_of("a4"))
+    later.request.still_fits = still_fits
     b.engine.step()
     assert not any(h.reason for h in (*lost, other))
     b.engine.release_idle(1)
     b.engine.step()
-    assert [(h.reason, type(h.error)) for h in lost] == [("error", NoRoom)] * 2 and not other.reason
+    ended = [*lost, later]
+    assert [(h.reason, type(h.error)) for h in ended] == [("error", NoRoom)] * 3 and not other.reason
     assert fetch.pending[0][1].cancelled(), "it stands in nobody's way"
     b.engine.release_idle(1)
     b.engine.step()

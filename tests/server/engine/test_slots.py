@@ -126,6 +126,7 @@ def test_a_mix_over_the_devices_room_ends_with_what_is_missing(bench: Any, tools
     refused, served = made.submit([5, 6], mix=tools.mix_of("a1", "a2")), made.submit([5, 6], mix=tools.mix_of("a3"))
     made.settle()
     assert isinstance(refused.error, NoCapacity) and "--adapter-device-memory" in str(refused.error)
+    assert refused.error.__traceback__ is None, "its frames would keep the adapters in RAM for as long as it is kept"
     assert served.tokens == tools.solo(served, made.runner.vocab)
     made.check_empty()
 

@@ -4,6 +4,8 @@ import errno
 import json
 import logging
 import resource
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from adapters.weights import LoraWeights, LowRank
 from server.errors import BadModel, BadSetting, Conflict
+from server.kernels import choose
 from server.kernels.reference import Reference
 from server.kernels.stored import dequantize_stored
 from server.model.config import ModelConfig
@@ -595,3 +599,18 @@ def test_gguf_tensors_that_do_not_belong_are_named(tmp_path: Path, tiny_vocabula
     path.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.7.ffn_up.weight"))
     with pytest.raises(BadModel, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
         load(path)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "nf4", "none"])
+@pytest.mark.parametrize("kernels", ["reference", "aten", "auto"])
+def test_an_adapters_bytes_are_known_before_it_is_read(tiny_base: Base, kernels: str, scheme: str) -> None:
+    base = replace(tiny_base, backend=choose(kernels, "cpu"), quantization={"scheme": scheme})
+    size, generator = base.sizes(), torch.Generator().manual_seed(1)
+    for ranks in ([1, 2, 3], [7, 16, 17], [64]):
+        modules = {
+            path: LowRank(torch.randn(r, into, generator=generator), torch.randn(out, r, generator=generator), 2.0)
+            for (path, (out, into)), r in zip(base.shapes().items(), cycle(ranks), strict=False)
+        }
+        told = {path: (m.rank, *m.shape) for path, m in modules.items()}
+        assert size(told) == base.prepare(LoraWeights("a", "a" * 64, modules)).nbytes
+    assert size({**told, "model.elsewhere": (1, 2, 3)}) is None
