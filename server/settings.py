@@ -391,7 +391,7 @@ def _is_service_link(name: str, value: str) -> bool:
 def _read_file(path: Path, must_exist: bool) -> dict[str, Any]:
     try:
         path = _at_home(path)
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         if must_exist:
             raise BadSetting(f"the settings file {path} does not exist", "config") from None

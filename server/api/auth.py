@@ -106,7 +106,7 @@ class KeyRing:
             stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
             if stamp == self._stamp:
                 return
-            self._read = _digests(parse_keys(self._file.read_text(encoding="utf-8"), f"{self._param}_file"))
+            self._read = _digests(parse_keys(self._file.read_text(encoding="utf-8-sig"), f"{self._param}_file"))
             self._stamp = stamp
             if not first:
                 log.info("%s_file was read again: %d keys", self._param, len(self._read) // 2)

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
@@ -22,15 +22,21 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from server.model.loader import Base
+    from server.settings import Settings
+
 app = typer.Typer(no_args_is_help=True, help="Measure this server, its steps, and its peers.")
 console = Console(stderr=True)
 
 Out = Annotated[Path | None, typer.Option(help="Folder for the JSON, and a picture where there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Model = Annotated[str, typer.Option(help="Catalogue name, folder, .gguf file or hub id.")]
-State = Annotated[Path, typer.Option(help="Where models, the cache and synthetic adapters are kept.")]
+Model = Annotated[str | None, typer.Option(help="Catalogue name, folder, .gguf file or hub id. [as served]")]
+State = Annotated[
+    Path | None, typer.Option(help="Where models, the cache and synthetic adapters are kept. [as served]")
+]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of the kernels, and of each peer.")]
-Kernels = Annotated[str, typer.Option(help="auto, native, aten or reference.")]
+Kernels = Annotated[str | None, typer.Option(help="auto, native, aten or reference. [as served]")]
 
 Url = Annotated[str, typer.Argument(help="Any OpenAI-compatible server, with or without /v1 at the end.")]
 Vocab = Annotated[int, typer.Option(min=101, help="Prompts are random token ids below this.")]
@@ -59,10 +65,10 @@ PROMPT, NEW = 128, 64
 
 @app.command()
 def steps(
-    model: Model = "smollm2-135m",
-    state_dir: State = Path("data"),
+    model: Model = None,
+    state_dir: State = None,
     threads: Threads = 2,
-    kernels: Kernels = "auto",
+    kernels: Kernels = None,
     repeats: Annotated[int, typer.Option(min=1)] = 60,
     out: Out = None,
     as_json: AsJson = False,
@@ -75,8 +81,8 @@ def steps(
     from server.bench.synthetic import write_adapter
     from server.engine.runner import make_runner
 
-    base = _base(model, state_dir, kernels)
-    folder = state_dir / "bench"
+    settings = _settings(model, state_dir, kernels)
+    base, folder = _base(settings), settings.state_dir / "bench"
     ranks = (*RANKS, 8, 8, 8, 8, 32)
     paths = [write_adapter(folder / f"step{i}", base.shapes(), rank=rank, seed=100 + i) for i, rank in enumerate(ranks)]
     slots = [base.prepare(read_folder(p, name=p.name, shapes=base.shapes())) for p in paths]
@@ -121,8 +127,8 @@ def steps(
 @app.command()
 def peers(
     config: Annotated[Path, typer.Argument(help="TOML: which peers are installed, and where (docs/benchmarks.md).")],
-    model: Model = "smollm2-135m",
-    state_dir: State = Path("data"),
+    model: Model = None,
+    state_dir: State = None,
     threads: Threads = 2,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     requests: Annotated[int, typer.Option(min=1)] = 16,
@@ -139,8 +145,8 @@ def peers(
     from server.bench.synthetic import write_adapter
 
     named = compare.installed(config)
-    base = _base(model, state_dir, "auto")
-    folder = state_dir / "bench"
+    settings = _settings(model, state_dir)
+    base, folder = _base(settings), settings.state_dir / "bench"
     exported = export_base(base, folder / "exported")
     ranks = [RANKS[i % len(RANKS)] for i in range(requests if adapters else 0)]
     paths = [write_adapter(folder / f"peer{i}", base.shapes(), rank=rank, seed=200 + i) for i, rank in enumerate(ranks)]
@@ -311,8 +317,8 @@ def adapters(
     folder: Annotated[Path, typer.Argument(help="Where to write them, one PEFT folder each.")],
     count: Annotated[int, typer.Option(min=1)] = 1000,
     prefix: str = "s",
-    model: Model = "smollm2-135m",
-    state_dir: State = Path("data"),
+    model: Model = None,
+    state_dir: State = None,
 ) -> None:
     """Write synthetic adapters of ranks 64, 32, 16, 8 in turn, for the S-LoRA workload."""
     from rich.progress import track
@@ -320,7 +326,7 @@ def adapters(
     from server.bench.synthetic import write_adapter
     from server.bench.workloads import S2_RANKS
 
-    shapes = _base(model, state_dir, "reference").shapes()
+    shapes = _base(_settings(model, state_dir, "reference")).shapes()
     for i in track(range(count), "writing adapters", console=console):
         write_adapter(folder / f"{prefix}{i}", shapes, rank=S2_RANKS[i % 4], seed=i)
 
@@ -334,15 +340,22 @@ def _extra() -> None:
             raise BadSetting(f"{module} is missing, which this command needs: pip install 'loramux[bench]'", "bench")
 
 
-def _base(model: str, state_dir: Path, kernels: str):  # type: ignore[no-untyped-def]
+def _settings(model: str | None, state_dir: Path | None, kernels: str | None = None) -> Settings:
+    """What a server here would go by, but for what is given. Raises BadSetting."""
+    from server.settings import load_settings
+
+    given = {"model": model, "state_dir": state_dir, "kernels": kernels}
+    return load_settings({**given, "insecure": True})  # nothing listens
+
+
+def _base(settings: Settings) -> Base:
     from server.kernels import choose
     from server.model.loader import load_base
     from server.sources import resolve_model
 
-    found = resolve_model(model, state_dir)
+    found = resolve_model(settings.model, settings.state_dir)
     # What is measured here, and the peers, are of the processor; a GPU has a script of its own, benchmarks/gpu.py.
-    backend = choose(kernels, "cpu")
-    return load_base(found.path, name=found.name, backend=backend, cache_dir=state_dir / "cache")
+    return load_base(found.path, name=found.name, backend=choose(settings.kernels, "cpu"), **settings.packing)
 
 
 def _job(base: Any, paths: list[Path], requests: int):  # type: ignore[no-untyped-def]
@@ -425,12 +438,12 @@ def _table(*headings: str, title: str | None = None) -> Table:
 
 def _show(result: Mapping[str, Any], table: Table, as_json: bool, out: Path | None, name: str) -> None:
     text = json.dumps(_finite(result), indent=1, allow_nan=False)
+    if out is not None:
+        (out / f"{name}.json").write_text(text + "\n")
     if as_json:
         typer.echo(text)
     else:
         Console().print(table)
-    if out is not None:
-        (out / f"{name}.json").write_text(text + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -29,6 +29,8 @@ _of_a_server = with_settings(
     insecure=True,
 )
 """Whether the server has keys is its own matter: a client serves nobody."""
+PATIENCE = 120.0
+"""Seconds that a server may take to tell what it knows."""
 Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
 
 
@@ -177,7 +179,7 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _quoted(name: str) -> str:
-    return urllib.parse.quote(name, safe="")
+    return urllib.parse.quote(name, safe="", errors="surrogateescape")
 
 
 def _call(settings: Settings, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -191,7 +193,9 @@ def _call(settings: Settings, method: str, path: str, body: dict[str, Any] | Non
         request.add_header("Authorization", f"Bearer {name}:{secret}")
         break
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+        # A server may fetch an adapter for as long as its --fetch-time says.
+        patience = PATIENCE if method == "GET" else None
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=patience) as answer:
             text = answer.read()
         told = json.loads(text) if text else {}
         if isinstance(told, dict):
@@ -200,6 +204,8 @@ def _call(settings: Settings, method: str, path: str, body: dict[str, Any] | Non
         raise _told(e) from None
     except OSError as e:
         reason = getattr(e, "reason", e)
+        if isinstance(reason, TimeoutError):
+            raise ServerError(f"the server at {url} has not answered for {PATIENCE:.0f} s") from None
         raise ServerError(f"no server answers at {url}: {reason}; start one with `loramux serve`") from None
     except (http.client.HTTPException, ValueError):  # not HTTP, or not JSON
         pass
@@ -233,7 +239,7 @@ def _keys(settings: Settings) -> dict[str, str]:
         text = given.get_secret_value()
         if file is not None:
             try:
-                text += "\n" + file.read_text(encoding="utf-8")
+                text += "\n" + file.read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as e:
                 raise BadSetting(f"{param}_file cannot be read: {e}", f"{param}_file") from None
         found = parse_keys(text, param)

@@ -59,7 +59,12 @@ async def opened(settings: Settings, base: Base) -> AsyncIterator[House]:
         changed = {"state_dir": Path(scratch), "adapter_dir": None, "step_limit": math.inf}
         own = settings.model_copy(update=changed)
         mailbox = Mailbox(asyncio.get_running_loop())
-        house = await asyncio.to_thread(build, own, base, Metrics(), mailbox)
+        building = asyncio.ensure_future(asyncio.to_thread(build, own, base, Metrics(), mailbox))
+        try:
+            house = await asyncio.shield(building)
+        except asyncio.CancelledError:  # Ctrl-C: the thread goes on, and its folder may not go before it has ended
+            (await building).close(0.0)
+            raise
         try:
             yield house
         finally:

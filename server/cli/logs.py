@@ -34,7 +34,7 @@ def configure(form: str, level: str) -> None:
         JsonLines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    for library in ("uvicorn", "uvicorn.error", "asyncio", "httpx", "fsspec", "huggingface_hub"):
+    for library in ("uvicorn", "uvicorn.error", "asyncio", "httpx", "httpx2", "fsspec", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
 

@@ -41,7 +41,7 @@ def compose(
         except ValueError as error:
             raise BadSetting(f"{part!r}: the weight is no number") from error
         pairs.append((_read(Path(folder), Path(folder).name), factor))
-    result = composition.compose(pairs, output.name, method, rank=rank, density=density, seed=seed)
+    result = composition.compose(pairs, output.resolve().name, method, rank=rank, density=density, seed=seed)
     peft_format.save(result, output)
     _clear(output, replaced, result)
     told = {
@@ -73,7 +73,7 @@ def prune(
     if sum(option is not None for option in (rank, budget, energy, drop)) != 1:
         raise BadSetting("give exactly one of --rank, --budget, --energy and --drop")
     replaced = _check_free(output, force)
-    weights, name = _read(adapter, adapter.resolve().name), output.name
+    weights, name = _read(adapter, adapter.resolve().name), output.resolve().name
     if rank is not None:
         result, cut = pruning.truncate(weights, rank, name=name)
     elif drop is not None:
@@ -130,4 +130,4 @@ def _version(output: Path, max_rank: int) -> str:
     """The version that lies in the folder: files have a precision of their own, and with it another content."""
     from adapters import peft_format
 
-    return peft_format.read_folder(output, name=output.name, max_rank=max_rank).version.label
+    return peft_format.read_folder(output, name=output.resolve().name, max_rank=max_rank).version.label

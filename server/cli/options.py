@@ -44,10 +44,13 @@ def with_settings(
             )
         )
 
+        # What does not listen needs no keys, wherever the server that has the same settings would listen.
+        own_rule = {} if "host" in names else {"insecure": True}
+
         @functools.wraps(command)
         def run(**given: Any) -> None:
             config = given.pop("config")
-            settings = load_settings({**{n: given.pop(n) for n in names}, **fixed}, config=config)
+            settings = load_settings({**{n: given.pop(n) for n in names}, **own_rule, **fixed}, config=config)
             command(settings=settings, **given)
 
         signature = inspect.Signature([*own, *added])
@@ -62,12 +65,12 @@ def _option(name: str, text: str | None) -> Any:
     field = Settings.model_fields[name]
     switch = field.annotation is bool
     choices = f" ({', '.join(map(str, get_args(field.annotation)))})" if get_origin(field.annotation) is Literal else ""
-    text = f"{text or field.description}{choices} [{_shown(field.default)}]"
+    text = f"{text or field.description}{choices} [{_shown(name, field.default)}]"
     names = f"{flag(name)}/--no-{flag(name)[2:]}" if switch else flag(name)
     return Annotated[bool | None if switch else str | None, typer.Option(names, help=text, show_default=False)]
 
 
-def _shown(default: object) -> str:
+def _shown(name: str, default: object) -> str:
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, int) and default >= 1 << 20:
@@ -77,5 +80,5 @@ def _shown(default: object) -> str:
     if isinstance(default, Path) and default.is_absolute():
         return "those that ship"
     if default is None:
-        return "auto"
+        return "none" if name.endswith("_file") else "auto"
     return "none" if default == () else str(default)

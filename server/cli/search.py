@@ -70,7 +70,7 @@ def search(
     seeds: Annotated[str, typer.Option(help="Seeds; each is a run of its own.")] = "0",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of a full training. [the recipe's]")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(min=0, help="How far from the best is as good. [a point of the metric]")
+        float | None, typer.Option(min=0, max=1e9, help="How far from the best is as good. [a point of the metric]")
     ] = None,
     share: Annotated[float, typer.Option(min=0, max=1, help="Of the full grid's steps, at most this.")] = 1 / 3,
     limit: Annotated[int, typer.Option(min=1, help="Examples that judge, at most.")] = 500,

@@ -72,8 +72,12 @@ class Digests:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=REMEMBERED)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self._known, file)
-            os.replace(name, self._path)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    json.dump(self._known, file)
+                os.replace(name, self._path)
+            except OSError:
+                os.unlink(name)
+                raise
         except OSError as error:  # only a convenience is lost
             log.warning("digests cannot be remembered in %s: %s", self._path.parent, error)

@@ -52,7 +52,7 @@ def fetched(hub_id: str, directory: Path) -> Path | None:
 def fetch_model(hub_id: str, directory: Path) -> Path:
     """The folder of a base on the hub, recorded for `fetched` when it is whole. Raises BadModel."""
     try:
-        folder = _snapshot(hub_id, directory, _MODEL_FILES, ignore=["original/*"])
+        folder = _snapshot(hub_id, directory, _MODEL_FILES, ignore=["*/*", "consolidated*"])  # other forms of the same
         missing = _missing(folder)  # where the hub is not reached, what an interrupted fetch left may be given
         if missing:
             raise BadModel(
@@ -134,11 +134,13 @@ def _snapshot(
         raise _Unavailable(f"{hub_id!r} is no hub id (org/name or org/name@revision)")
     check_client(hub_id)
     import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     repo, revision = match[1], match[2]
     sums: dict[str, str] = {}
     try:
         if max_bytes is not None:
+            disable_progress_bars()  # a server fetches, and its log is no place for them
             api = huggingface_hub.HfApi()
             info = _again(lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=30))
             size = sum(f.size or 0 for f in info.siblings or () if f.rfilename in patterns)

@@ -50,7 +50,7 @@ def locate(model: str, state_dir: Path) -> Resolved | None:
     if model in catalogue.ENTRIES:
         placed = catalogue.present(catalogue.ENTRIES[model], state_dir / "models")
         return None if placed is None else Resolved(model, placed)
-    path = _on_this_machine(model)
+    path = _on_this_machine(model) if model else None
     if path is not None:
         return Resolved(_served_name(path.stem if path.is_file() else path.resolve().name), path.resolve())
     if hub.is_id(model) and not model.endswith(".gguf"):

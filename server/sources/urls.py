@@ -61,8 +61,8 @@ def _is_plain(url: str) -> bool:
         parts = urlsplit(url)
     except ValueError:  # brackets that hold no address, or letters that would become other ones in a host's name
         return False
-    bare = not (parts.query or parts.fragment or parts.username or parts.password)
-    escaped = any(sign in url for sign in ("::", "%", "\\"))
+    bare = not ("?" in url or "#" in url or "@" in parts.netloc)
+    escaped = "%" in url or "\\" in url or "::" in url.replace(parts.netloc, "", 1)  # `::` joins protocols
     return bare and "://" in url and not escaped and parts.scheme not in _LOCAL and ".." not in parts.path.split("/")
 
 
@@ -153,15 +153,17 @@ class _Fetcher:
             if time.monotonic() >= self._end:
                 raise TimeoutError
             with self._files.open(url, "rb", block_size=_BLOCK.get(urlsplit(url).scheme, _CHUNK)) as remote:
+                _check_status(getattr(getattr(remote, "r", None), "status", 200))
                 expected = getattr(remote, "size", None)
                 while chunk := remote.read(_CHUNK):
                     copied += len(chunk)
                     if copied > limit:
-                        raise InvalidRequest(f"{name} is over the limit of {limit} bytes (--max-upload)", "source")
+                        which = "that such a file has" if limit == _SMALL else "(--max-upload)"
+                        raise InvalidRequest(f"{name} is over the limit of {limit} bytes {which}", "source")
                     yield chunk
                     if time.monotonic() >= self._end:
                         raise TimeoutError
-        except InvalidRequest:
+        except (InvalidRequest, _Refused):
             raise
         except Exception as e:  # each protocol's library has errors of its own
             if time.monotonic() >= self._end:
@@ -170,6 +172,13 @@ class _Fetcher:
             raise (_Refused if _is_final(e) else _Broken)(reason) from None
         if isinstance(expected, int) and copied != expected:
             raise _Broken(f"{name} has {expected} bytes, of which {copied} came")
+
+
+def _check_status(status: int) -> None:
+    """Raises _Refused for an answer over HTTP that is no error and not the file either."""
+    if status != 200:
+        why = "; redirects are not followed" if 300 <= status < 400 else ""
+        raise _Refused(f"the host answers {status}{why}")
 
 
 def _again(attempt: Callable[[], T], end: float) -> T:

@@ -281,3 +281,8 @@ def test_numbers_of_many_digits() -> None:
         with pytest.raises(ValueError, match="finite"):
             parse_duration(text)
     assert parse_size(str(1 << 50)) == 1 << 50
+
+
+def test_a_file_may_begin_with_the_mark_that_editors_put_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "marked.toml").write_text("port = 2\n", encoding="utf-8-sig")
+    assert load_settings(config=tmp_path / "marked.toml").port == 2

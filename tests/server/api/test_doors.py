@@ -124,7 +124,7 @@ def test_key_files_are_read_again_when_they_change(start: Any, tmp_path: Path) -
     file.write_text("one:alpha\n")
     live = start(api_keys_file=file)
     assert live.http.get("/adapters", headers=bearer("alpha")).status_code == 200
-    file.write_text("two:beta\n")
+    file.write_text("two:beta\n", encoding="utf-8-sig")  # as some editors write it
     os.utime(file, ns=(1, 1))
     assert live.http.get("/adapters", headers=bearer("alpha")).status_code == 401
     assert live.http.get("/adapters", headers=bearer("beta")).status_code == 200

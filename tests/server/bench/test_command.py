@@ -49,7 +49,18 @@ def test_the_processor_is_measured_where_there_is_a_gpu_too(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    assert command._base(str(tiny_folder), tmp_path, "auto").backend.name in ("native", "aten")
+    assert command._base(command._settings(str(tiny_folder), tmp_path)).backend.name in ("native", "aten")
+
+
+def test_what_is_measured_is_what_would_be_served(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same variables, also those of a server that others can reach."""
+    for name, value in (("MODEL", tiny_folder), ("STATE_DIR", tmp_path), ("QUANTIZATION", "none"), ("HOST", "0.0.0.0")):
+        monkeypatch.setenv(f"LORAMUX_{name}", str(value))
+    base = command._base(command._settings(None, None, "reference"))
+    assert base.name == tiny_folder.name and base.quantization["scheme"] == "none"
+    assert list((tmp_path / "cache").iterdir())
 
 
 def test_what_is_printed_is_json_whatever_was_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -156,7 +167,7 @@ def test_peers_keep_what_was_measured_before_one_failed(
 
 
 def test_a_peer_that_is_given_text_finds_the_ids_in_it(tiny_folder: Path, tmp_path: Path) -> None:
-    base = command._base(str(tiny_folder), tmp_path, "reference")
+    base = command._base(command._settings(str(tiny_folder), tmp_path, "reference"))
     job = command._job(base, [], 3)
     assert [len(prompt) for prompt in job.prompts] == [command.PROMPT] * 3
     encode = base.vocabulary.tokenizer.encode
@@ -197,7 +208,7 @@ def test_what_fills_a_layout_up_is_no_work(tiny_folder: Path, tmp_path: Path) ->
     """Three ranks lie in a tile of eight on the native kernels."""
     counted = set()
     for kernels in ("reference", "aten", "auto"):
-        base = command._base(str(tiny_folder), tmp_path, kernels)
+        base = command._base(command._settings(str(tiny_folder), tmp_path, kernels))
         folder = write_adapter(tmp_path / "adapter", base.shapes(), rank=3, seed=1)
         adapter = base.prepare(read_folder(folder, name="a", shapes=base.shapes()))
         counted.add(roofline.decode_cost(base, [20, 20], [[adapter], []]).ops)

@@ -15,8 +15,9 @@ import pytest
 from pydantic import SecretStr
 from typer.testing import CliRunner
 
+from server.cli import adapters as commands
 from server.cli import app, main
-from server.cli.adapters import _call, _tell, list_
+from server.cli.adapters import _call, _quoted, _tell, list_
 from server.errors import BadSetting, RemoteError, ServerError
 from server.settings import Settings
 
@@ -77,6 +78,23 @@ def test_what_a_server_refuses_is_told_in_its_own_words(
         main()
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"error": ERROR} and printed.err == "error: no adapter 'x'\n"
+
+
+def test_a_name_that_is_no_text_is_asked_for_by_its_bytes() -> None:
+    assert _quoted("a/\udcff") == "a%2F%FF"
+
+
+def test_a_server_that_is_slow_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "PATIENCE", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with pytest.raises(ServerError, match=r"has not answered for 0 s"):
+            _call(Settings(port=server.getsockname()[1]), "GET", "/adapters")
+
+
+@pytest.mark.parametrize("port", [b"HTTP/1.0 200 OK\r\n\r\n{}"], indirect=True)
+def test_a_load_may_take_as_long_as_it_takes(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "PATIENCE", 0.0)
+    assert _call(Settings(port=port), "POST", "/adapters", {}) == {}
 
 
 @pytest.mark.parametrize("port", [KEYLESS], indirect=True)

@@ -160,6 +160,20 @@ def test_pull_says_where(tmp_path: Path) -> None:
     assert json.loads(done.output) == {"name": "tiny", "path": str(tmp_path / "tiny.gguf")}
 
 
+def test_what_does_not_listen_needs_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a server that others can reach, as in the image."""
+    monkeypatch.setenv("LORAMUX_HOST", "0.0.0.0")
+    (tmp_path / "tiny.gguf").touch()
+    assert runner.invoke(app, ["pull", str(tmp_path / "tiny.gguf"), "--json"]).exit_code == 0
+    refused = runner.invoke(app, ["doctor", "--json"])
+    assert "can be reached by others" in str(refused.exception), "it says what a server would"
+
+
+def test_no_name_is_no_folder() -> None:
+    refused = runner.invoke(app, ["pull", ""])
+    assert refused.exit_code == 1 and "the model '' is no name" in str(refused.exception)
+
+
 def test_the_doctor_finds_what_would_go_wrong(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -279,6 +293,14 @@ def test_a_server_ends_once_it_drains_and_not_before(drain: float) -> None:
         return [*ended, await server.on_tick(3)]
 
     assert asyncio.run(ticked()) == [False, drain == 0.0, True]
+
+
+def test_what_libraries_ask_for_is_no_line_of_the_log() -> None:
+    """URLs may carry signatures."""
+    logs.configure("text", "info")
+    assert not any(
+        logging.getLogger(name).isEnabledFor(logging.INFO) for name in ("httpx", "httpx2", "huggingface_hub")
+    )
 
 
 def test_json_log_lines() -> None:

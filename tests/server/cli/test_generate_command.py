@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ from typer.testing import CliRunner
 
 from adapters.errors import AdapterError
 from server.cli import app, generate
+from server.cli.inprocess import opened
 from server.errors import InvalidRequest
 from server.model.loader import Base
+from server.settings import Settings
 from server.tasks.sampling import NUMBERS
 
 runner = CliRunner()
@@ -66,3 +71,36 @@ def test_a_folder_that_is_refused_is_named(given: Path, folder: str) -> None:
     (given / folder / "adapter_config.json").write_text("{")
     done = runner.invoke(app, ["generate", "the", "--adapter", folder, *SETTINGS])
     assert isinstance(done.exception, AdapterError) and done.exception.message.startswith(f"{folder}: ")
+
+
+async def test_who_is_told_to_end_while_it_opens_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Base
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    begun, go_on, closed = threading.Event(), threading.Event(), []
+
+    class House:
+        def close(self, seconds: float) -> None:
+            assert list(tmp_path.glob("loramux-*/made")), "its folder is still there"
+            closed.append(seconds)
+
+    def build(settings: Settings, *_: Any) -> House:
+        begun.set()
+        assert go_on.wait(60)
+        (settings.state_dir / "made").touch()
+        return House()
+
+    monkeypatch.setattr("server.api.assembly.build", build)
+
+    async def use() -> None:
+        async with opened(Settings(), tiny_base):
+            pytest.fail("it was told to end")
+
+    task = asyncio.create_task(use())
+    await asyncio.to_thread(begun.wait, 60)
+    task.cancel()
+    await asyncio.sleep(0.05)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert closed == [0.0] and not list(tmp_path.iterdir())

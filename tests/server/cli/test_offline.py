@@ -45,6 +45,14 @@ def test_compose_is_the_weighted_sum(folders: list[Path], tmp_path: Path) -> Non
     assert smaller["ranks"] == [3] and 0 < smaller["error"] < 1
 
 
+def test_a_folder_is_called_as_it_is_called(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert str(run("compose", folders[0], "--output", ".")["version"]).startswith("here@")
+
+
 @pytest.mark.parametrize("how", [("--rank", 2), ("--budget", 100), ("--energy", 0.7), ("--drop", 0.5)])
 def test_prune_tells_its_error(how: tuple[str, object], folders: list[Path], tmp_path: Path) -> None:
     told = run("prune", folders[1], *how, "--output", tmp_path / "cut")

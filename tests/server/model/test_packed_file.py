@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
 import time
@@ -191,6 +193,19 @@ def test_digests_are_remembered_until_size_or_time_change(tmp_path: Path, monkey
     assert Digests(tmp_path).of(path) == sha256(path) and len(read) == 2  # too young to be remembered
     (tmp_path / "digests.json").write_text("{broken")
     assert Digests(tmp_path).of(path) == sha256(path)
+
+
+def test_digests_that_cannot_be_remembered_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"one")
+    settle(path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    assert Digests(tmp_path).of(path) == sha256(path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_digest_of_several_files_knows_their_names(tmp_path: Path) -> None:

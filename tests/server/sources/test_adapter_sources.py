@@ -94,11 +94,12 @@ class _Host(BaseHTTPRequestHandler):
             self.wfile.write(body if self.command == "GET" else b"")
         elif "hang" in self.path:
             RELEASE.wait(10)
-        elif "redirect" in self.path and name == "adapter_config.json":
+        elif name == {"redirect": "adapter_config.json", "login": "README.md"}.get(self.path.split("/")[1]):
             self.send_response(302)
-            self.send_header("Location", "/good/adapter_config.json")
-            self.send_header("Content-Length", "0")
+            self.send_header("Location", f"/good/{name}")
+            self.send_header("Content-Length", "5")
             self.end_headers()
+            self.wfile.write(b"<html" if self.command == "GET" else b"")
         elif name in FILES and "absent" not in self.path:
             self.send_response(200)
             self.send_header("Content-Length", str(len(FILES[name])))
@@ -126,7 +127,8 @@ def host() -> Iterator[str]:
 
 
 def test_urls_must_be_plain_and_allowed() -> None:
-    allow = ["https://models.example/lora/", "s3://bucket"]
+    allow = ["https://models.example/lora/", "s3://bucket", "http://[::1]:9/x"]
+    assert urls.check("http://[::1]:9/x/a", allow) == "http://[::1]:9/x/a"
     assert urls.check("https://models.example/lora/one/", allow) == "https://models.example/lora/one"
     assert urls.check("s3://bucket/a/b", allow) == "s3://bucket/a/b"
     for url in (
@@ -134,7 +136,10 @@ def test_urls_must_be_plain_and_allowed() -> None:
         "https://models.example/lora/../private",
         "https://models.example/lora/%2e%2e/private",
         "https://models.example/lora/one?x=1",
+        "https://models.example/lora/one?",
+        "https://models.example/lora/one#",
         "https://u:p@models.example/lora/one",
+        "https://@models.example/lora/one",
         "https://other.example/lora/one",
         "http://models.example/lora/one",
         "file:///etc",
@@ -176,10 +181,16 @@ async def test_urls_that_fail(tmp_path: Path, host: str, path: str, limits: dict
 
 
 async def test_redirects_are_not_followed(tmp_path: Path, host: str) -> None:
+    """Nor is what comes with them the file; where a file may be missing, it is."""
     pytest.importorskip("aiohttp")
-    sources = Sources(tmp_path, tmp_path / "scratch", url_allow=[f"{host}/redirect"])
-    async with sources.open(f"{host}/redirect") as (folder, _):
-        assert (folder / "adapter_config.json").read_bytes() != FILES["adapter_config.json"]
+    sources = Sources(tmp_path, tmp_path / "scratch", url_allow=[host])
+    with pytest.raises(
+        InvalidRequest, match=r"no adapter_config.json: the host answers 302; redirects are not followed"
+    ):
+        async with sources.open(f"{host}/redirect"):
+            pass
+    async with sources.open(f"{host}/login") as (folder, _):
+        assert {p.name for p in folder.iterdir()} == FILES.keys() - {"README.md"}
 
 
 async def test_a_host_that_is_not_there(tmp_path: Path) -> None:
