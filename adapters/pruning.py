@@ -142,10 +142,17 @@ def norm(module: LowRank) -> float:
 def keep(
     weights: LoraWeights, found: Mapping[str, Spectrum], ranks: Mapping[str, int], name: str | None = None
 ) -> tuple[LoraWeights, Cut]:
-    """The first `ranks[path]` singular values of each module; one without a rank is dropped."""
-    left = {path: found[path].low_rank(rank) for path, rank in ranks.items() if rank > 0}
+    """The first `ranks[path]` singular values of each module; one without a rank is dropped. One of which nothing is cut
+    stays as it is: other factors of the same update would round to another in the precision of a file.
+    """
+    whole = {path for path, m in weights.modules.items() if ranks.get(path, 0) >= m.rank}
+    left = {
+        path: weights.modules[path] if path in whole else found[path].low_rank(rank)
+        for path, rank in ranks.items()
+        if rank > 0
+    }
     norms = {path: float(s.S.double().norm()) for path, s in found.items()}
-    lost = {path: float(s.S[ranks.get(path, 0) :].double().norm()) for path, s in found.items()}
+    lost = {path: float(s.S[ranks.get(path, 0) :].double().norm()) for path, s in found.items() if path not in whole}
     cut = _account(weights, left, lost, norms)
     return _result(weights, left, cut, name), cut
 

@@ -199,12 +199,7 @@ class CudaRunner:
         self._step_memory = StepMemory(largest, self._device)
         if self._device.type == "cuda":
             self._warm_up()
-            first = []
-            for size in reversed(self._buckets):
-                together = [(WIDTHS[0], False)] if size * WIDTHS[0] > OWN_LANES else []  # where many share few lanes
-                for width, each in ((0, False), *((width, True) for width in ROW_WIDTHS[:2]), *together):
-                    first.append(Shape.single_rows(size, self._width, width, each))
-            for bucket in first[-GRAPHS:]:  # the largest first, whose memory the others use again
+            for bucket in self._first_graphs():
                 if self._graphs_are_full:
                     break
                 self._graph(bucket)
@@ -326,13 +321,28 @@ class CudaRunner:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
+    def _first_graphs(self) -> list[Shape]:
+        """The graphs to be made before any request comes, the largest first, whose memory the others use again.
+
+        Of more sizes than there may be graphs, each has the usual kinds before any has the rarer ones.
+        """
+        kinds = ((0, False), *((width, True) for width in ROW_WIDTHS[:2]), (WIDTHS[0], False))
+        wanted = [
+            (size, width, each)
+            for width, each in kinds
+            for size in reversed(self._buckets)
+            if each or width == 0 or size * width > OWN_LANES  # where many share few lanes
+        ]
+        first = sorted(wanted[:GRAPHS], reverse=True)
+        return [Shape.single_rows(size, self._width, width, each) for size, width, each in first]
+
     def _warm_up(self) -> None:
         """Run prompts of every kind that the kernels tell apart, with and without an adapter (an empty slot's).
 
         A kernel takes seconds to compile, all of them take longer than a step may that is not taken for stuck. Those
         without an adapter want as many logits as a step may, since the output table's kernels differ by their number.
         """
-        most, longest = self._max_step_tokens, self._width * self._block_size
+        most, longest = self._max_step_tokens, min(self._width * self._block_size, self._context)
         kinds = (2, 9, 17, FEW_ROWS + 1, 2 * FEW_ROWS + 1, DENSE_ROWS, most)
         for rows in sorted({min(rows, most) for rows in kinds}):
             starts = np.array([*range(0, rows, longest), rows], np.int32)  # of several prompts where one is not enough

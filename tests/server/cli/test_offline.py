@@ -60,6 +60,16 @@ def test_prune_tells_its_error(how: tuple[str, object], folders: list[Path], tmp
     assert peft_format.read_folder(tmp_path / "cut", name="x").modules
 
 
+def test_what_is_not_cut_is_as_it_was(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(4)
+    a, b = torch.randn(4, 8, generator=draw).bfloat16(), torch.randn(12, 4, generator=draw).bfloat16()
+    whole = sealed("half", {"model.layers.0.self_attn.q_proj": LowRank(a, b, 0.5)})
+    peft_format.save(whole, tmp_path / "half")
+    told = run("prune", tmp_path / "half", "--rank", 4, "--output", tmp_path / "cut")
+    (module,) = peft_format.read_folder(tmp_path / "cut", name="x").modules.values()
+    assert told["error"] == 0 and torch.equal(module.A, a) and torch.equal(module.B, b)
+
+
 def test_the_card_of_what_is_cut_says_so(folders: list[Path], tmp_path: Path) -> None:
     (folders[1] / "README.md").write_text("# b\n\n- **Accuracy**: 0.9\n")
     run("prune", folders[1], "--rank", 1, "--output", tmp_path / "cut")

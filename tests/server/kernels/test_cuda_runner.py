@@ -310,6 +310,19 @@ def test_what_others_take_meanwhile_costs_no_graphs(captures: Captures, monkeypa
     assert runner.nbytes()["graphs"] == MOST_OF_A_GRAPH + 200 < runner.shares.graphs
 
 
+def test_each_size_has_its_usual_graphs_before_any_has_rarer_ones() -> None:
+    runner = capturing_runner()
+    few = runner._first_graphs()
+    assert {shape.rows for shape in few} == set(runner._buckets)
+    runner._buckets = [1, 2, 4, *range(8, 513, 8)]
+    made = runner._first_graphs()
+    assert len(made) == cuda_runner_module.GRAPHS and [s.rows for s in made] == sorted(
+        (s.rows for s in made), reverse=True
+    )
+    assert {shape.rows for shape in made if shape.width == 0} == set(runner._buckets)
+    assert 512 in {shape.rows for shape in made if shape.width > 0}
+
+
 def test_graphs_that_were_not_used_for_long_make_room(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_runner_module, "GRAPHS", 2)
     runner = capturing_runner()
