@@ -142,8 +142,8 @@ def norm(module: LowRank) -> float:
 def keep(
     weights: LoraWeights, found: Mapping[str, Spectrum], ranks: Mapping[str, int], name: str | None = None
 ) -> tuple[LoraWeights, Cut]:
-    """The first `ranks[path]` singular values of each module; one without a rank is dropped. One of which nothing is cut
-    stays as it is: other factors of the same update would round to another in the precision of a file.
+    """The first `ranks[path]` singular values of each module; one without a rank is dropped. One of which nothing is
+    cut stays as it is: other factors of the same update would round to another in the precision of a file.
     """
     whole = {path for path, m in weights.modules.items() if ranks.get(path, 0) >= m.rank}
     left = {
