@@ -204,6 +204,15 @@ def _refuse(
             raise InvalidData(f"{where}: {key!r} cannot be learned; {instead}, or leave the example out")
 
 
+def _joined(content: object) -> str | None:
+    """The text of a content in parts, as a server is given it too; None if it is none, or has parts of another kind."""
+    if not isinstance(content, list):
+        return None
+    given = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [text for text in given if isinstance(text, str)]
+    return "".join(texts) if len(texts) == len(content) else None
+
+
 def _messages(value: object, where: str) -> Iterator[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise InvalidData(f"{where}: 'messages' must be a list of messages")
@@ -215,9 +224,8 @@ def _messages(value: object, where: str) -> Iterator[dict[str, Any]]:
         if role not in ROLES:
             raise InvalidData(f"{where}: message {i} has the role {role!r}; roles are {', '.join(ROLES)}")
         _refuse(message, ("tool_calls", "function_call"), f"{where}: message {i}")
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = "".join(str(part.get("text") or "") for part in content)
-            message = {**message, "content": content}
+        if (text := _joined(content)) is not None:
+            content, message = text, {**message, "content": text}
         if not isinstance(content, str):
             raise InvalidData(f"{where}: message {i} has no text in 'content'")
         _written(content, f"message {i}", where)

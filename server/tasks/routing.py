@@ -149,7 +149,7 @@ class BestRouter:
         rest = [name for name in subjects if name not in first]
         # Of what is evaluated nothing is learned by requests.
         if not rest or route.source != FEEDBACK or not turns.goes_around():
-            return leader or turns.next(first or list(route.candidates))
+            return leader or turns.next(first or rest or list(route.candidates))
         counts = {n: self._quality.totals(subjects[n], route.metric, route.source).count for n in rest}
         return turns.next([name for name in rest if counts[name] < route.min_samples] or rest)
 

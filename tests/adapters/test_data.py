@@ -95,7 +95,7 @@ def test_text_may_come_in_parts():
     example = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "yo"}]}
     whole = {"messages": [{"role": "user", "content": "hi you"}, {"role": "assistant", "content": "yo"}]}
     assert data.parse(json.dumps(example).encode())[0] == data.parse(json.dumps(whole).encode())[0]
-    for odd in ([{"type": "image_url"}], [{"type": "text"}], ["hi"], [3], []):
+    for odd in ([{"type": "image_url"}], [{"type": "text"}], [{"type": "text", "text": 3}], ["hi"], [3], []):
         example["messages"][1]["content"] = odd
         with pytest.raises(InvalidData, match="message 2"):
             data.parse(json.dumps(example).encode())
