@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from adapters.describing import Sight
-from adapters.errors import AdapterConflict, AdapterError, NoRoom, StoreFailed
+from adapters.errors import AdapterConflict, AdapterError, NoRoom, StoreFailed, UnknownAdapter
 from adapters.intake import Intake
 from adapters.journal import LIBRARY, WATCH, Journal, Signature, Taken
 from adapters.leases import Lease, Leases
@@ -483,7 +483,7 @@ class Registry:
     def _pin_failed(self, name: str, error: BaseException | None) -> None:
         log.warning("the pinned adapter %r is not in memory: %s", name, error)
         with self._lock:
-            if not isinstance(error, StoreFailed) and self._pins.get(name) is None:
+            if isinstance(error, NoRoom | UnknownAdapter) and self._pins.get(name) is None:
                 self._pins.pop(name, None)  # it takes no room from the others
 
     def _loaded(self, digest: str, outcome: str, seconds: float) -> None:

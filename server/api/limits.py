@@ -48,7 +48,7 @@ class Boundary:
             return
         if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}  # a copy: the server itself leaves the body of the answer out
-        if scope["path"].startswith(("http://", "https://")):  # RFC 9112, 3.2.2: as one asks through a proxy
+        if scope["path"].lower().startswith(("http://", "https://")):  # RFC 9112, 3.2.2: as one asks through a proxy
             scope = {**scope, "path": "/" + scope["path"].partition("://")[2].partition("/")[2]}
         request_id = f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id

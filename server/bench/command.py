@@ -355,7 +355,8 @@ def _base(settings: Settings) -> Base:
 
     found = resolve_model(settings.model, settings.state_dir)
     # What is measured here, and the peers, are of the processor; a GPU has a script of its own, benchmarks/gpu.py.
-    return load_base(found.path, name=found.name, backend=choose(settings.kernels, "cpu"), **settings.packing)
+    kernels = "auto" if settings.kernels == "cuda" else settings.kernels
+    return load_base(found.path, name=found.name, backend=choose(kernels, "cpu"), **settings.packing)
 
 
 def _job(base: Any, paths: list[Path], requests: int):  # type: ignore[no-untyped-def]

@@ -320,7 +320,6 @@ class CudaRunner:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @torch.inference_mode()
     def _first_graphs(self) -> list[Shape]:
         """The graphs to be made before any request comes, the largest first, whose memory the others use again.
 
@@ -336,6 +335,7 @@ class CudaRunner:
         first = sorted(wanted[:GRAPHS], reverse=True)
         return [Shape.single_rows(size, self._width, width, each) for size, width, each in first]
 
+    @torch.inference_mode()
     def _warm_up(self) -> None:
         """Run prompts of every kind that the kernels tell apart, with and without an adapter (an empty slot's).
 

@@ -84,31 +84,49 @@ def interval(totals: Totals, alpha: float = ALPHA) -> tuple[float, float]:
     return max(0.0, totals.mean - width), min(1.0, totals.mean + width)
 
 
-def ahead(paired: Totals, alpha: float = ALPHA) -> float:
-    """The least by which the first of two subjects is truly over the second, by what is between them on the same
-    examples, (1 + first's - second's) / 2; negative while that is not certain."""
-    if not paired.count:
-        return -1.0
-    return 2 * (paired.mean - 0.5 - radius(paired.variance, paired.count, alpha))
+@dataclass(frozen=True)
+class Apart:
+    """How far the first of two subjects is over the second, with what the interval around that goes by."""
+
+    mean: float
+    variance: float
+    count: float
+
+    def least(self, alpha: float = ALPHA) -> float:
+        """The least by which the first one's true mean is over the second's; negative while that is not certain."""
+        return self.mean - radius(self.variance, self.count, alpha)
+
+    def turned(self) -> Apart:
+        """The second over the first."""
+        return Apart(-self.mean, self.variance, self.count)
 
 
-def lead(better: Hours, worse: Hours, alpha: float = ALPHA) -> float:
-    """The least by which the first one's true mean is over the second's; negative while that is not certain.
+NOTHING = Apart(0.0, 1.0, 0.0)
+"""Of subjects that nothing can be compared of."""
 
-    A stretch is as many hours as it takes until both have a score, so that nothing is lost where scores are rare.
+
+def by_pairs(paired: Totals) -> Apart:
+    """By what is between two subjects on the same examples: (1 + first's - second's) / 2 of each."""
+    return Apart(2 * paired.mean - 1, 4 * paired.variance, paired.count) if paired.count else NOTHING
+
+
+def by_hours(one: Hours, other: Hours) -> Apart:
+    """Within stretches of time: as many hours as it takes until both have a score, so that nothing is lost where scores
+    are rare.
+
     A subject of few scores is taken to vary at least as much as both together: one that was lucky so far would look
     certain.
     """
-    mine, theirs = Totals.joined(better.values()), Totals.joined(worse.values())
+    mine, theirs = Totals.joined(one.values()), Totals.joined(other.values())
     together = mine.count * mine.variance + theirs.count * theirs.variance
     together /= max(1, mine.count + theirs.count)
     first, second = max(mine.variance, together), max(theirs.variance, together)
     information = weighted = total_a = total_b = 0.0
     count_a = count_b = 0
-    for hour in sorted(better.keys() | worse.keys()):
-        if (a := better.get(hour)) is not None:
+    for hour in sorted(one.keys() | other.keys()):
+        if (a := one.get(hour)) is not None:
             count_a, total_a = count_a + a.count, total_a + a.total
-        if (b := worse.get(hour)) is not None:
+        if (b := other.get(hour)) is not None:
             count_b, total_b = count_b + b.count, total_b + b.total
         if count_a and count_b:
             weight = 1.0 / (first / count_a + second / count_b)
@@ -117,6 +135,6 @@ def lead(better: Hours, worse: Hours, alpha: float = ALPHA) -> float:
             count_a = count_b = 0
             total_a = total_b = 0.0
     if not information:
-        return -1.0
+        return NOTHING
     variance = first + second
-    return weighted / information - radius(variance, information * variance, alpha)
+    return Apart(weighted / information, variance, information * variance)

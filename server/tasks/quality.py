@@ -81,6 +81,11 @@ class Subject:
         """Labels of the versions, with their weights."""
         return [(label, weight) for label, weight in json.loads(self.mix)]
 
+    def check(self) -> None:
+        """Raises ValueError if the mix is none."""
+        if not all(isinstance(label, str) and isinstance(weight, float) for label, weight in json.loads(self.mix)):
+            raise ValueError(f"{self.mix[:64]!r} is no mix")
+
     @property
     def label(self) -> str:
         """What people see: `name@digest`, `a@...*0.7+b@...*0.3`, or `base`. No two mixes have one label."""
@@ -154,6 +159,8 @@ class Quality:
         self._ids: dict[Subject, int] = {}
         self._totals: dict[tuple[Subject, str, str], Totals] = {}
         self._hours: dict[tuple[Subject, str, str], dict[int, Totals]] = {}
+        self._paired: dict[tuple[Subject, Subject, str], Totals] = {}
+        """What has been asked of `examples`, a join of thousands."""
         self._traffic: dict[int, _Traffic] = {}
         """All hours of each subject, by its number."""
         self._clocks = time.time(), time.monotonic()
@@ -210,6 +217,7 @@ class Quality:
                     row = (number, metric, digest(example), value, now)
                     self._db.execute("INSERT OR REPLACE INTO examples VALUES (?, ?, ?, ?, ?)", row)
             self._add(subject, metric, EVALUATION, changes)
+            self._paired = {key: known for key, known in self._paired.items() if subject not in key}
 
     def lead(self, task: str, rule: str, leader: Subject, reason: str) -> None:
         """Remember who leads a task, and by which rule that was found. Raises StoreFailed if the disk refuses it."""
@@ -253,14 +261,17 @@ class Quality:
 
     def paired(self, first: Subject, second: Subject, metric: str) -> Totals:
         """What is between two subjects on the examples that both were evaluated on: (1 + first's - second's) / 2."""
-        numbers = self._ids.get(first), self._ids.get(second)
+        key = (first, second, metric)
         query = (
             "SELECT count(*), total(half), total(half * half) FROM (SELECT (1 + a.value - b.value) / 2 AS half"
             " FROM examples a JOIN examples b ON b.metric = a.metric AND b.example = a.example"
             " WHERE a.subject = ? AND b.subject = ? AND a.metric = ?)"
         )
         with self._lock:
-            return Totals(*self._db.execute(query, (*numbers, metric)).fetchone())
+            if key not in self._paired:
+                numbers = self._ids.get(first), self._ids.get(second)
+                self._paired[key] = Totals(*self._db.execute(query, (*numbers, metric)).fetchone())
+            return self._paired[key]
 
     def leader(self, task: str, rule: str) -> tuple[Subject, str] | None:
         """Who leads a task by a rule, and why; None if nobody does yet."""
@@ -313,8 +324,10 @@ class Quality:
     # ---- with the lock
 
     def _load(self, db: sqlite3.Connection) -> None:
-        self._hours, self._traffic = {}, {}
+        self._hours, self._traffic, self._paired = {}, {}, {}
         self._ids = {Subject(*row[1:]): row[0] for row in db.execute("SELECT id, task, mix, base FROM subjects")}
+        for subject in self._ids:
+            subject.check()
         by_number = {number: subject for subject, number in self._ids.items()}
         for number, metric, source, hour, *sums in db.execute("SELECT * FROM hours"):
             self._hours.setdefault((by_number[number], metric, source), {})[hour] = Totals(*sums)

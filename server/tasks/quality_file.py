@@ -60,13 +60,11 @@ def opened(file: Path, load: Load) -> sqlite3.Connection:
         db.executescript(_SCHEMA)
         load(db)
         return db
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+    except (sqlite3.DatabaseError, ValueError, TypeError) as error:
         db.close()
-        # SQLITE_ERROR is about what is asked: the tables are not as they were made.
-        if (
-            isinstance(error, sqlite3.OperationalError)
-            and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_ERROR
-        ):
+        # SQLITE_ERROR is of tables that are not as they were made, and no code at all of a text that is none.
+        code = getattr(error, "sqlite_errorcode", None)
+        if isinstance(error, sqlite3.OperationalError) and code not in (None, sqlite3.SQLITE_ERROR):
             if shutil.disk_usage(file.parent).free > LEAST_ROOM:
                 raise
             return in_memory(file, load)

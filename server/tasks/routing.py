@@ -3,8 +3,9 @@
 Owns the rule. Turns go on until every candidate has `min_samples` and the leader's mean is over each other's by an
 interval that holds at all times; one that is proven worse than some other has few turns meanwhile. After that, one
 request in twenty still goes to the others in turn, to those first that have few samples (a version that has just been
-published), so that a change is noticed; a rival takes over only when it is proven better itself. Where evaluations
-decide, nobody goes around: requests would change nothing.
+published), so that a change is noticed; a rival takes over only when it is proven better itself, and turns begin anew
+where the leader is proven worse than some other. Where evaluations decide, nobody goes around: requests would change
+nothing.
 
 In which order is drawn anew every few rounds, and so is which of twenty requests goes around: clients that send one
 easy and one hard prompt in turn would otherwise give each candidate prompts of one kind. Single rounds would not do:
@@ -13,6 +14,7 @@ what one candidate has of the two the other has not, and differences vary more t
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from typing import Any, Protocol
 from adapters.errors import AdapterError, StoreFailed
 from adapters.weights import Choice, Version
 from server.tasks.definitions import Best, Task
-from server.tasks.intervals import ALPHA, Hours, Totals, ahead, lead
+from server.tasks.intervals import ALPHA, Apart, Hours, Totals, by_hours, by_pairs
 from server.tasks.quality import FEEDBACK, Quality, Subject
 
 EXPLORED = 20
@@ -47,38 +49,38 @@ class Decision:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of candidates: all scores of each, how many of them count, called `samples`, and the least by which
-    one is over another, of a chance of error; negative while that is not certain."""
+    """What is known of candidates: all scores of each, how many of them count, called `samples`, and how far one is
+    over another, asked for each two once."""
 
     totals: Mapping[str, Totals]
     counts: Mapping[str, int]
     samples: str
-    lead: Callable[[str, str, float], float]
+    apart: Callable[[str, str], Apart]
 
 
-def by_hours(scores: Mapping[str, Hours], lower_is_better: bool = False) -> Known:
+def by_feedback(scores: Mapping[str, Hours]) -> Known:
     """Of scores by hour: compared within hours."""
     totals = {name: Totals.joined(hours.values()) for name, hours in scores.items()}
-    if lower_is_better:
-        scores = {name: {hour: t.turned() for hour, t in hours.items()} for name, hours in scores.items()}
-    return Known(
-        totals,
-        {name: t.count for name, t in totals.items()},
-        "samples",
-        lambda first, second, alpha: lead(scores[first], scores[second], alpha),
-    )
+    counts = {name: t.count for name, t in totals.items()}
+    return Known(totals, counts, "samples", lambda one, other: by_hours(scores[one], scores[other]))
 
 
-def by_examples(totals: Mapping[str, Totals], pairs: Mapping[tuple[str, str], Totals]) -> Known:
-    """Of evaluations: compared on the examples that both were asked; `pairs` have what is between two, better first."""
+def by_evaluation(
+    totals: Mapping[str, Totals], paired: Callable[[str, str], Totals], lower_is_better: bool = False
+) -> Known:
+    """Of evaluations: compared on the examples that two were asked both, of which `paired` tells."""
+    pairs = {pair: paired(*pair) for pair in itertools.combinations(totals, 2)}
     counts = {name: min((p.count for pair, p in pairs.items() if name in pair), default=0) for name in totals}
-    return Known(
-        totals, counts, "samples of the same examples", lambda first, second, alpha: ahead(pairs[first, second], alpha)
-    )
+
+    def apart(one: str, other: str) -> Apart:
+        found = by_pairs(pairs[one, other])
+        return found.turned() if lower_is_better else found
+
+    return Known(totals, counts, "samples of the same examples", apart)
 
 
 def decide(known: Known, min_samples: int, current: str | None) -> Decision:
-    """The rule itself. `current` is the one that leads now."""
+    """The rule itself. `current` is the one that leads now; it does no more once it is proven worse than another."""
     names = list(known.totals)
     if len(names) < 2:
         return Decision(current, f"nothing to compare: {', '.join(names) or 'no candidate'} is left")
@@ -86,16 +88,20 @@ def decide(known: Known, min_samples: int, current: str | None) -> Decision:
         f"{name} {t.mean:.3f} of {t.count}" if t.count else f"{name} none" for name, t in known.totals.items()
     )
     if any(known.counts[name] < min_samples for name in names):
-        return Decision(current, f"taking turns until each has {min_samples} {known.samples}: {told}")
+        meanwhile = "taking turns" if current is None else f"{current} serves"
+        return Decision(current, f"{meanwhile} until each has {min_samples} {known.samples}: {told}")
     alpha = ALPHA / (len(names) - 1)
-    leads = {one: {other: known.lead(one, other, alpha) for other in names if other != one} for one in names}
+    leads: dict[str, dict[str, float]] = {name: {} for name in names}
+    for one, other in itertools.combinations(names, 2):
+        apart = known.apart(one, other)
+        leads[one][other], leads[other][one] = apart.least(alpha), apart.turned().least(alpha)
     behind = frozenset(other for of_one in leads.values() for other, least in of_one.items() if least > 0)
     for leader, of_leader in leads.items():
         least = min(1.0, *of_leader.values())
         if least > 0:
             return Decision(leader, f"{leader} is better by at least {least:.3f}, at {1 - ALPHA:.0%}: {told}", behind)
     worse = f", {', '.join(sorted(behind))} worse than another" if behind else ""
-    return Decision(current, f"no candidate is proven better yet{worse}: {told}", behind)
+    return Decision(None if current in behind else current, f"no candidate is proven better yet{worse}: {told}", behind)
 
 
 @dataclass
@@ -156,30 +162,29 @@ class BestRouter:
     def review(self, task: Task, route: Best) -> Decision:
         """Look at the scores again, and change the leader if that is proven.
 
-        Raises StoreFailed if a new leader cannot be written down.
+        Raises StoreFailed if a new leader, or that there is none any more, cannot be written down.
         """
         subjects = self._subjects(task, route)
         current = self._leading(task, route)
         decision = decide(self._known(subjects, route), route.min_samples, current)
         self._behind[task.name] = (route, frozenset(subjects[name] for name in decision.behind))
-        if decision.leader is not None and decision.leader != current:
-            self._quality.lead(task.name, _rule(route), subjects[decision.leader], decision.reason)
-            self._leaders[task.name] = (route, subjects[decision.leader])
+        if decision.leader != current:
+            found = None if decision.leader is None else subjects[decision.leader]
+            if found is None:
+                self._quality.forget(task.name)
+            else:
+                self._quality.lead(task.name, _rule(route), found, decision.reason)
+            self._leaders[task.name] = (route, found)
         return decision
 
     def _known(self, subjects: Mapping[str, Subject], route: Best) -> Known:
-        lower_is_better = route.metric == "loss"
-        if route.source == FEEDBACK:
-            scores = {name: self._quality.hours(s, route.metric, route.source) for name, s in subjects.items()}
-            return by_hours(scores, lower_is_better)
-        totals = {name: self._quality.totals(s, route.metric, route.source) for name, s in subjects.items()}
-        pairs = {
-            (one, other): self._quality.paired(*((b, a) if lower_is_better else (a, b)), route.metric)
-            for one, a in subjects.items()
-            for other, b in subjects.items()
-            if one != other
-        }
-        return by_examples(totals, pairs)
+        if route.source == FEEDBACK:  # of accuracy alone
+            return by_feedback({name: self._quality.hours(s, route.metric, FEEDBACK) for name, s in subjects.items()})
+        return by_evaluation(
+            {name: self._quality.totals(s, route.metric, route.source) for name, s in subjects.items()},
+            lambda one, other: self._quality.paired(subjects[one], subjects[other], route.metric),
+            route.metric == "loss",
+        )
 
     def look(self, task: Task | None) -> None:
         """Review a task that has such a route: its scores, its route or a version of a candidate is another now.
@@ -217,33 +222,41 @@ class BestRouter:
 
     def _leading(self, task: Task, route: Best) -> str | None:
         """The candidate whose very version has been proven better; None if there is none, or it has changed."""
+        known = self._leader(task, route)
+        if known is None:
+            return None
+        return next((name for name, subject in self._subjects(task, route).items() if subject == known), None)
+
+    def _leader(self, task: Task, route: Best) -> Subject | None:
+        """What has been proven better, be it a candidate still or not."""
         known = self._leaders.get(task.name)
         if known is None or known[0] != route:
             found = self._quality.leader(task.name, _rule(route))
             known = self._leaders[task.name] = (route, found[0] if found else None)
-        if known[1] is None:
-            return None
-        for name, subject in self._subjects(task, route).items():
-            if subject == known[1]:
-                return name
-        return None
+        return known[1]
 
     def _subjects(self, task: Task, route: Best) -> dict[str, Subject]:
-        """Candidate -> what it is now. One whose adapter is gone is left out, and one whose content another has, as
-        `name` may be `name@digest`, or be published under a second name: nothing is better than itself.
+        """Candidate -> what it is now. One whose adapter is gone is left out.
+
+        Of those of one content, as `name` may be `name@digest`, or be published under a second name, it is the one that
+        leads, or else of which most is known: nothing is better than itself.
         """
-        subjects: dict[str, Subject] = {}
-        contents = set()
+        same: dict[tuple[str, ...], dict[str, Subject]] = {}
         for name in route.candidates:
             try:
                 versions = self._versions.resolve([(name, 1.0)])
             except AdapterError:
                 continue
             content = tuple(version.digest for version, _ in versions)
-            if content not in contents:
-                contents.add(content)
-                subjects[name] = Subject.of(task.name, versions, self._base)
-        return subjects
+            same.setdefault(content, {})[name] = Subject.of(task.name, versions, self._base)
+
+        def standing(item: tuple[str, Subject]) -> tuple[bool, int]:
+            subject = item[1]
+            count = self._quality.totals(subject, route.metric, route.source).count
+            return subject == self._leader(task, route), count
+
+        return dict(max(several.items(), key=standing) if len(several) > 1 else next(iter(several.items()))
+                    for several in same.values())  # fmt: skip
 
 
 def _rule(route: Best) -> str:

@@ -621,6 +621,27 @@ def _larger(weights: LoraWeights) -> LoraWeights:
     return replace(weights, modules=modules)
 
 
+async def test_a_pin_whose_load_failed_for_once_holds_later(open_registry: Open, folders: list[Path]) -> None:
+    """What lacked memory for a moment may have it then."""
+    registry = open_registry()
+    await registry.publish("a", folders[0])
+    await registry.pin("a")
+    again = open_registry()
+    read, failed = again._ram._read, []
+
+    def fails_once(digest: str) -> LoraWeights:
+        if not failed:
+            failed.append(digest)
+            raise MemoryError
+        return read(digest)
+
+    again._ram._read = fails_once
+    again.start()
+    until(lambda: failed and len(again._leases) == 0)
+    await again.prefetch("a")
+    until(lambda: again._pins["a"] is not None)
+
+
 @pytest.mark.parametrize("heal", ["request", "publish"])
 async def test_a_pin_whose_load_failed_holds_once_it_is_in_memory(
     open_registry: Open, folders: list[Path], heal: str, caplog: pytest.LogCaptureFixture

@@ -256,7 +256,7 @@ def test_a_length_of_zero_hides_no_chunks(start: Any) -> None:
 
 @pytest.mark.parametrize(
     ("target", "status"),
-    [("http://localhost/health/live", 200), ("https://localhost:1/tasks?x=/", 401), ("http://localhost", 200)],
+    [("http://localhost/health/live", 200), ("https://localhost:1/tasks?x=/", 401), ("HTTP://localhost", 200)],
 )
 def test_a_target_may_be_absolute(start: Any, target: str, status: int) -> None:
     live = start(**KEYED)

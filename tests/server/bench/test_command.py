@@ -60,6 +60,8 @@ def test_what_is_measured_is_what_would_be_served(
         monkeypatch.setenv(f"LORAMUX_{name}", str(value))
     base = command._base(command._settings(None, None, "reference"))
     assert base.name == tiny_folder.name and base.quantization["scheme"] == "none"
+    monkeypatch.setenv("LORAMUX_KERNELS", "cuda")
+    assert command._base(command._settings(None, None)).backend.name in ("native", "aten"), "the processor is measured"
     assert list((tmp_path / "cache").iterdir())
 
 

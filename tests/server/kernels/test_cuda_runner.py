@@ -310,6 +310,20 @@ def test_what_others_take_meanwhile_costs_no_graphs(captures: Captures, monkeypa
     assert runner.nbytes()["graphs"] == MOST_OF_A_GRAPH + 200 < runner.shares.graphs
 
 
+def test_warming_up_records_nothing_and_stays_within_the_angles(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, seen = cuda_runner(bases("llama-int4")[0]), []
+    monkeypatch.setattr(runner, "_context", 20)
+
+    def check(batch: Batch) -> None:
+        seen.append((torch.is_inference_mode_enabled(), int(batch.positions.max())))
+        raise StopIteration
+
+    monkeypatch.setattr(runner, "_check", check)
+    with pytest.raises(StopIteration):
+        runner._warm_up()
+    assert seen[0][0] and seen[0][1] < 20
+
+
 def test_each_size_has_its_usual_graphs_before_any_has_rarer_ones() -> None:
     runner = capturing_runner()
     few = runner._first_graphs()

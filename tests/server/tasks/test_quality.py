@@ -446,7 +446,9 @@ def test_a_full_disk_at_the_start_is_read_and_served_on(
 
     class Refusing:
         def execute(self, *_: Any) -> Any:
-            raise sqlite3.OperationalError("disk I/O error")
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+            raise error
 
         def close(self) -> None: ...
 
@@ -502,14 +504,20 @@ def test_the_first_sweep_is_soon_after_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("was", "becomes"), [(b"generated_tokens INTEGER", b"gendrated_tokens INTEGER"), (b"quick", b"")]
+    ("was", "becomes"),
+    [
+        (b"generated_tokens INTEGER", b"gendrated_tokens INTEGER"),
+        (b'[["a@aa', b'[["\xff@aa'),
+        (b'[["a@aa', b'{["a@aa'),
+        (b"quick", b""),
+    ],
 )
 def test_tables_that_are_not_as_they_were_made_are_set_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, was: bytes, becomes: bytes
 ) -> None:
     file = tmp_path / "quality.db"
     first = Quality(file)
-    first.evaluated(Subject.of("t", [], "base"), "accuracy", {"x": 1.0})
+    first.evaluated(Subject.of("t", [(A, 1.0)], "base"), "accuracy", {"x": 1.0})
     first.close()
     if was in (whole := file.read_bytes()):
         file.write_bytes(whole.replace(was, becomes))

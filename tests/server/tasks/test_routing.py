@@ -15,16 +15,25 @@ import pytest
 from adapters.errors import UnknownAdapter
 from adapters.weights import Version
 from server.tasks.definitions import Best, Task
-from server.tasks.intervals import ALPHA, Totals, ahead, interval, lead
+from server.tasks.intervals import ALPHA, Totals, by_hours, by_pairs, interval
 from server.tasks.quality import DAY, Answered, Quality, Subject
-from server.tasks.routing import EXPLORED, ROUNDS, BestRouter, by_hours
+from server.tasks.routing import EXPLORED, ROUNDS, BestRouter, by_evaluation, by_feedback
 from server.tasks.routing import decide as decide_on
 
 MIN_SAMPLES = 200
 
 
 def decide(scores: Any, min_samples: int, current: str | None, lower_is_better: bool = False) -> Any:
-    return decide_on(by_hours(scores, lower_is_better), min_samples, current)
+    """By feedback; where lower is better, by evaluations on the same examples."""
+    if not lower_is_better:
+        return decide_on(by_feedback(scores), min_samples, current)
+    totals = {name: Totals.joined(hours.values()) for name, hours in scores.items()}
+
+    def paired(one: str, other: str) -> Totals:
+        count, half = totals[one].count, (1 + totals[one].mean - totals[other].mean) / 2
+        return Totals(count, count * half, count * half * half)
+
+    return decide_on(by_evaluation(totals, paired, lower_is_better), min_samples, current)
 
 
 TURNS = np.arange(10_000) % 2
@@ -124,7 +133,7 @@ def test_harder_questions_for_all_take_nothing_from_the_one_that_leads() -> None
             scores[name][hour] = Totals(count, count * share, count * share)
     totals = {name: Totals.joined(hours.values()) for name, hours in scores.items()}
     assert totals["b"].mean > totals["a"].mean + 0.05, "all together, the worse one looks better"
-    assert lead(scores["b"], scores["a"]) < 0
+    assert by_hours(scores["b"], scores["a"]).least() < 0
     assert decide(scores, MIN_SAMPLES, "a").leader == "a"
 
 
@@ -135,8 +144,8 @@ def test_scores_that_are_rare_are_compared_too() -> None:
         value = float(hour % 20 > 1) if hour % 2 else float(hour % 8 > 1)
         rare["ab"[hour % 2]][hour] = Totals(1, value, value)
     whole = {name: {0: Totals.joined(hours.values())} for name, hours in rare.items()}
-    assert lead(rare["b"], rare["a"]) == pytest.approx(lead(whole["b"], whole["a"]), abs=0.005)
-    assert lead(whole["b"], whole["a"]) > 0
+    assert by_hours(rare["b"], rare["a"]).least() == pytest.approx(by_hours(whole["b"], whole["a"]).least(), abs=0.005)
+    assert by_hours(whole["b"], whole["a"]).least() > 0
 
 
 def test_an_interval_narrows_and_holds_the_mean() -> None:
@@ -145,7 +154,7 @@ def test_an_interval_narrows_and_holds_the_mean() -> None:
         low, high = interval(totals)
         assert 0 <= low < 0.8 < high <= 1
     assert np.diff(interval(many))[0] < np.diff(interval(few))[0] / 5
-    assert interval(Totals()) == (0, 1) and lead({0: many}, {}) < 0
+    assert interval(Totals()) == (0, 1) and by_hours({0: many}, {}).least() < 0
 
 
 @pytest.mark.parametrize("share", [0.9, 0.98, 0.995])
@@ -283,6 +292,58 @@ def test_one_that_is_worse_than_another_has_few_turns_while_these_are_equal(tmp_
     quality.close()
 
 
+def test_a_leader_that_is_worse_than_another_leads_no_more(tmp_path: Path) -> None:
+    names, quality = Names("a", "b", "c"), Quality(tmp_path / "quality.db")
+    router = BestRouter(quality, names, "base")
+    for name, value in (("a", 0.5), ("b", 0.0), ("c", 0.0)):
+        thumbs(quality, names, name, [value] * 300)
+    assert router.review(TASK, ROUTE).leader == "a"
+    for name in "bc":
+        names.contents[name] = "2"
+    assert router.review(TASK, ROUTE).reason.startswith("a serves until each has 50 samples")
+    for name in "bc":
+        thumbs(quality, names, name, [1.0] * 300)
+    assert router.review(TASK, ROUTE).leader is None, "two are better, and as good as each other"
+    picks = Counter(router.pick(TASK, ROUTE) for _ in range(EXPLORED * 2 * ROUNDS))
+    assert picks["a"] == 2 * ROUNDS and abs(picks["b"] - picks["c"]) <= ROUNDS
+    quality.close()
+    quality = Quality(tmp_path / "quality.db")
+    assert BestRouter(quality, names, "base")._leading(TASK, ROUTE) is None, "and after a restart"
+    quality.close()
+
+
+@pytest.mark.parametrize("source", ["feedback", "evaluation"])
+def test_a_leader_that_is_published_under_a_second_name_leads_on(tmp_path: Path, source: Any) -> None:
+    names, route = Names("a", "b", "c"), Best(("a", "b", "c"), source=source, min_samples=50)
+    task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
+    router, judge = BestRouter(quality, names, "base"), thumbs if source == "feedback" else score
+    for name, value in (("a", 0.0), ("b", 1.0), ("c", 0.5)):
+        judge(quality, names, name, [value] * 200)
+    assert router.review(task, route).leader == "b"
+    resolve = names.resolve
+    contents = {"a": resolve([("b", 1.0)])[0][0].digest}
+    names.resolve = lambda choice: [(Version(v.name, contents.get(v.name, v.digest)), w) for v, w in resolve(choice)]  # type: ignore[method-assign]
+    assert router.review(task, route).leader == "b"
+    assert Counter(router.pick(task, route) for _ in range(EXPLORED))["b"] >= EXPLORED - 1
+    quality.close()
+
+
+def test_pairs_are_asked_of_the_file_once_until_they_change(tmp_path: Path) -> None:
+    names, route = Names("a", "b", "c"), Best(("a", "b", "c"), source="evaluation", min_samples=50)
+    task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
+    router, asked = BestRouter(quality, names, "base"), []
+    for name, value in (("a", 0.0), ("b", 1.0), ("c", 0.5)):
+        score(quality, names, name, [value] * 100)
+    quality._db.set_trace_callback(lambda text: asked.append(text) if "JOIN examples" in text else None)
+    for _ in range(3):
+        assert router.review(task, route).leader == "b"
+    assert len(asked) == 3
+    score(quality, names, "c", [1.0] * 150)
+    assert router.review(task, route).reason.startswith("no candidate is proven better yet, a worse than another")
+    assert len(asked) == 5, "of the two pairs that it is one of"
+    quality.close()
+
+
 def test_evaluations_are_compared_on_the_same_examples(tmp_path: Path) -> None:
     """Easy ones of one candidate and hard ones of another say nothing, and scored again they say no more."""
     names, route = Names("a", "b"), Best(("a", "b"), source="evaluation", min_samples=200)
@@ -321,7 +382,9 @@ def test_pairs_of_equals_are_rarely_told_apart_however_often_one_looks() -> None
         sums, squares = np.cumsum(halves), np.cumsum(halves * halves)
         for n in range(50, 3000, 25):
             paired = Totals(n, float(sums[n - 1]), float(squares[n - 1]))
-            if ahead(paired) > 0 or ahead(Totals(n, n - paired.total, n - 2 * paired.total + paired.squares)) > 0:
+            apart = by_pairs(paired)
+            assert apart.turned().least() == pytest.approx(by_pairs(paired.turned()).least())
+            if apart.least() > 0 or apart.turned().least() > 0:
                 wrong += 1
                 break
     assert wrong <= 15
