@@ -30,9 +30,10 @@ from server.api import (
     tasks,
     vllm,
 )
-from server.api.assembly import House, assemble
+from server.api.assembly import Find, House, assemble
 from server.api.runtime import Runtime
 from server.settings import Settings
+from server.sources import resolve_model
 from server.tasks.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
@@ -42,18 +43,22 @@ LEAVING = 5.0
 DESCRIPTION = "Many LoRA adapters, and weighted mixes of them, on one resident 4-bit base."
 
 
-def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lambda error: None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    on_failure: Callable[[Exception], None] = lambda error: None,
+    find: Find = resolve_model,
+) -> FastAPI:
     """The application. It answers /health/live at once, and everything else when its model has been loaded.
 
-    `on_failure` hears of a model or a setting that cannot be served; the application then stays unready. Raises
-    BadSetting for keys that cannot be read.
+    `on_failure` hears of a model or a setting that cannot be served; the application then stays unready. `find` brings
+    the base, from wherever it is, on the thread that loads it. Raises BadSetting for keys that cannot be read.
     """
     runtime = Runtime(settings)
     runtime.metrics.snapshot = lambda: monitoring.snapshot(runtime)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_load(runtime, on_failure))
+        loading = asyncio.create_task(_load(runtime, on_failure, find))
         try:
             yield
         finally:
@@ -86,11 +91,11 @@ def create_app(settings: Settings, on_failure: Callable[[Exception], None] = lam
     return app
 
 
-async def _load(runtime: Runtime, on_failure: Callable[[Exception], None]) -> None:
+async def _load(runtime: Runtime, on_failure: Callable[[Exception], None], find: Find) -> None:
     """Build all parts on a thread, then open the doors."""
     mailbox = Mailbox(asyncio.get_running_loop())
     try:
-        house: House = await asyncio.to_thread(assemble, runtime.settings, runtime.metrics, mailbox)
+        house: House = await asyncio.to_thread(assemble, runtime.settings, runtime.metrics, mailbox, find)
     except Exception as error:
         log.error("the server cannot start: %s", error, exc_info=not hasattr(error, "message"))
         runtime.state = "failed"

@@ -43,7 +43,7 @@ from server.kernels.threads import processors
 from server.metrics import Metrics
 from server.model.loader import Base, load_base
 from server.settings import Settings
-from server.sources import Sources, resolve_model
+from server.sources import Resolved, Sources, resolve_model
 from server.sources.catalogue import names_of
 from server.tasks.admission import Admission
 from server.tasks.evaluation import evaluate
@@ -109,9 +109,13 @@ class _Notices(Observer):
         self.on_version(name)
 
 
-def assemble(settings: Settings, metrics: Metrics, mailbox: Mailbox) -> House:
+Find = Callable[[str, Path], Resolved]
+"""`resolve_model`, or what tells of its progress too."""
+
+
+def assemble(settings: Settings, metrics: Metrics, mailbox: Mailbox, find: Find = resolve_model) -> House:
     """Load the base, then everything that stands on it. Raises BadModel, BadSetting, NoRoom, StoreFailed."""
-    name, source = resolve_model(settings.model, settings.state_dir)
+    name, source = find(settings.model, settings.state_dir)
     backend = choose(settings.kernels, settings.device)
     base = load_base(source, name=name, backend=backend, **settings.packing)
     return build(settings, base, metrics, mailbox, source)

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 KEEP_ALIVE = 75
 """Seconds that an idle connection stays open: longer than the minute that proxies keep theirs."""
 
+SAME_SIGNAL = 0.3
+"""Seconds within which a signal that comes twice is one."""
+
 LAST_WORDS = 5
 """Seconds for answers that were cut short, or connections that are slow, to be sent to their end."""
 
@@ -60,7 +63,7 @@ def serve(settings: Settings) -> None:
     gc.disable()
     from server.app import create_app
     from server.kernels import choose
-    from server.sources import resolve_model
+    from server.sources import Resolved, resolve_model
 
     gc.freeze()
     gc.enable()
@@ -73,10 +76,11 @@ def serve(settings: Settings) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(settings, on_failure=failed)  # it reads the keys: before what takes minutes
-    with progress("bytes") as bar:
-        resolve_model(settings.model, settings.state_dir, progress=bar)  # so that a download shows its progress
+    def find(model: str, state_dir: Path) -> Resolved:
+        with progress("bytes") as bar:
+            return resolve_model(model, state_dir, progress=bar)
 
+    app = create_app(settings, failed, find)
     spool_in(settings.state_dir)
     runtime = app.state.runtime
     server = _server(settings, app, runtime)
@@ -163,15 +167,19 @@ def _server(settings: Settings, app: Any, runtime: Runtime) -> uvicorn.Server:
 def _sigterm_and_sigint(runtime: Runtime, drain: float) -> Iterator[None]:
     """The first signal refuses new requests and lets running ones finish, within `drain` seconds; a second ends.
 
-    While the base is read or packed nothing runs, and the thread that does it cannot be stopped: the first one ends.
+    While the base is fetched, read or packed nothing runs, and the thread that does it cannot be stopped: the first one
+    ends. Of one that was sent to the group, `make` sends its own child another.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if 0 < runtime.draining_for < SAME_SIGNAL:
+            return
         if runtime.draining_for:
             sys.stderr.write("stopped at once by a second signal\n")
             os._exit(128 + number)
         if runtime.state == "loading":
             log.info("%s: ended before it was ready", signal.Signals(number).name)
+            _end_children()
             os._exit(0)
         log.info("%s: draining, at most %g s", signal.Signals(number).name, drain)
         runtime.drain()
@@ -182,3 +190,11 @@ def _sigterm_and_sigint(runtime: Runtime, drain: float) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_children() -> None:
+    """Such as pip, which fetches a base. Where the system does not tell of them, they end by themselves."""
+    for told in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for pid in told.read_text().split():
+                os.kill(int(pid), signal.SIGTERM)

@@ -47,7 +47,7 @@ def house(
     monkeypatch.setattr(
         server.app,
         "assemble",
-        lambda settings, metrics, mailbox: build(settings, folder_base, metrics, mailbox, tiny_folder),
+        lambda settings, metrics, mailbox, find: build(settings, folder_base, metrics, mailbox, tiny_folder),
     )
     return lambda **settings: start(quantization="none", **settings)
 

@@ -316,7 +316,7 @@ def test_a_sliding_window_ends_the_context_of_the_server(
     """Beyond it the model attends to fewer tokens than the kernels do."""
     windowed = replace(tiny_base, config=replace(tiny_base.config, sliding_window=16))
     monkeypatch.setattr(
-        server.app, "assemble", lambda settings, metrics, mailbox: build(settings, windowed, metrics, mailbox)
+        server.app, "assemble", lambda settings, metrics, mailbox, find: build(settings, windowed, metrics, mailbox)
     )
     live = start()
     answer = live.http.post("/v1/completions", json={"model": windowed.name, "prompt": [5] * 12, "max_tokens": 4})

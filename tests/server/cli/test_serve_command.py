@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from adapters.store import Store
 from server.api.runtime import Runtime
 from server.cli import logs, malloc
-from server.cli.serve import _sigterm_and_sigint, listen, many_files, serve, spool_in
+from server.cli.serve import SAME_SIGNAL, _sigterm_and_sigint, listen, many_files, serve, spool_in
 from server.errors import BadSetting
 from server.settings import Settings
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -104,7 +110,43 @@ def test_a_signal_ends_what_only_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime.state = "ready"
     with _sigterm_and_sigint(runtime, 30.0):
         signal.raise_signal(signal.SIGTERM)
-    assert runtime.draining_for
+        signal.raise_signal(signal.SIGTERM)  # make passes on what its whole group has been sent
+        assert runtime.draining_for
+        time.sleep(SAME_SIGNAL)
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
+def test_while_the_base_is_fetched_probes_are_answered_and_a_signal_ends_all(tmp_path: Path) -> None:
+    """The index is one that takes the connection and says nothing, as a proxy may."""
+    with socket.create_server(("127.0.0.1", 0)) as index, socket.create_server(("127.0.0.1", 0)) as free:
+        address, port = index.getsockname(), free.getsockname()[1]
+        free.close()
+        environment = {
+            **os.environ,
+            "PIP_INDEX_URL": f"http://{address[0]}:{address[1]}/",
+            "PIP_CONFIG_FILE": os.devnull,
+        }
+        command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--state-dir", str(tmp_path)]
+        with subprocess.Popen([*command, "--library", "none"], env=environment, stderr=subprocess.PIPE) as serving:
+            index.settimeout(120)
+            asked, _ = index.accept()
+            until(lambda: _status(f"http://127.0.0.1:{port}/health/live") == 200)
+            assert _status(f"http://127.0.0.1:{port}/health/ready") == 503
+            serving.terminate()
+            assert serving.wait(30) == 0
+            asked.settimeout(30)
+            while asked.recv(65536):  # until pip is gone too
+                pass
+            asked.close()
+
+
+def _status(url: str) -> int:
+    try:
+        return int(httpx.get(url, timeout=5).status_code)
+    except httpx.HTTPError:
+        return 0
 
 
 @pytest.mark.parametrize(
