@@ -65,7 +65,8 @@ class Files:
             with (part / CONTENT).open("rb") as stream:
                 os.fsync(stream.fileno())
             size = (part / CONTENT).stat().st_size
-            name = Path(filename.replace("\\", "/")).name[:MAX_NAME] or "file"
+            text = filename.encode("utf-8", "replace").decode()  # half of a pair is no text that can be told again
+            name = Path(text.replace("\\", "/")).name[:MAX_NAME] or "file"
             file = File(id, name, purpose, size, int(time.time()))
             write_file(part / ABOUT, json.dumps(asdict(file)).encode())
             part.rename(self._folder / id)

@@ -17,7 +17,8 @@ from typing import Any
 
 from server.settings import training_environment
 
-COMMAND = (sys.executable, "-m", "server.jobs.child")
+COMMAND = (sys.executable, "-P", "-m", "server.jobs.child")
+"""Without the folder that the server was started in among those that modules come from."""
 STDERR = "stderr.log"
 LAST_WORDS = 600
 """Characters."""

@@ -100,7 +100,8 @@ class Records:
         for file in sorted(folder.glob(f"*/{STATE}")):
             try:
                 raw = json.loads(file.read_text(encoding="utf-8"))
-                job = Job(**{**raw, "progress": Progress(**raw["progress"])})
+                told = {k: v for k, v in raw["progress"].items() if k in Progress.__dataclass_fields__}
+                job = Job(**{**raw, "progress": Progress(**told)})  # what a later version tells is let be
             except (OSError, ValueError, TypeError, KeyError) as error:
                 log.error("the record of job %s cannot be read and is left out: %s", file.parent.name, error)
                 continue

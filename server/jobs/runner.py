@@ -99,6 +99,8 @@ class Jobs:
 
     def __init__(self, records: Records, works: Mapping[str, Work]) -> None:
         self.records = records
+        self._unsaved: dict[str, Job] = {}
+        """Those whose last turn the disk has refused."""
         self._works = dict(works)
         self._condition = threading.Condition()
         self._active: dict[str, Active] = {}
@@ -142,6 +144,7 @@ class Jobs:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(10.0)
+        self._keep_all()
 
     # ---- asked by clients
 
@@ -310,7 +313,14 @@ class Jobs:
         self._keep(job)
 
     def _keep(self, job: Job) -> None:
-        try:
-            self.records.save(job)
-        except AdapterError as error:  # a full disk: what is in memory goes on to be told
-            log.error("%s: %s", job.id, error.message)
+        """Save a job, and those that could not be saved before: what is in memory goes on to be told."""
+        self._unsaved[job.id] = job
+        self._keep_all()
+
+    def _keep_all(self) -> None:
+        for job in list(self._unsaved.values()):
+            try:
+                self.records.save(job)
+                self._unsaved.pop(job.id, None)
+            except AdapterError as error:  # a full disk
+                log.error("%s: %s; it is tried again with the next job's turn, and at the end", job.id, error.message)

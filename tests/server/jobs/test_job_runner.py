@@ -393,3 +393,31 @@ def test_what_is_left_of_an_upload_that_was_cut_short_goes(tmp_path: Path) -> No
     (tmp_path / "files" / ".new-cut" / "content").write_text("half")
     assert Files(tmp_path / "files").get(kept.id) == kept
     assert [path.name for path in (tmp_path / "files").iterdir()] == [kept.id]
+
+
+@pytest.mark.parametrize("then", ["another job", "the end"])
+def test_an_end_that_the_disk_has_refused_is_written_later(make, work, monkeypatch, tmp_path, then):
+    jobs = make()
+    add(jobs)
+    job = add(jobs)
+    save = Records.save
+
+    def full(self, job):
+        raise StoreFailed("no space left")
+
+    monkeypatch.setattr(Records, "save", full)
+    jobs.cancel(job.id)
+    assert job.status == "cancelled"
+    monkeypatch.setattr(Records, "save", save)
+    if then == "the end":
+        work.go.set()
+        jobs.close(1.0)
+    else:
+        jobs.cancel(add(jobs).id)
+    assert Records(tmp_path / "jobs").jobs[job.id].status == "cancelled"
+
+
+def test_a_name_that_is_no_text_is_told_as_one(tmp_path):
+    files = Files(tmp_path / "files")
+    file = files.add(lambda path: path.write_bytes(b"{}"), "a\ud800b.jsonl", "fine-tune")
+    assert file.filename == "a?b.jsonl"
