@@ -39,6 +39,8 @@ NOTHING: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
 }
 """Values of fields that are not served, which ask for nothing."""
+MAX_NOTES = 1000
+"""Entries of a bookkeeping field, in all that it has."""
 MAX_MESSAGES = 4096
 MAX_SEQUENCES = 128
 """Prompts times `n` of one call."""
@@ -200,6 +202,8 @@ def _refuse_word(word: str, served: tuple[str, ...], name: str) -> None:
 def refuse_fields(body: BaseModel, prefix: str) -> None:
     """Raises UnsupportedParameter for a field that the body does not have and that asks for something."""
     for name, value in (body.model_extra or {}).items():
+        if not prefix and name in BOOKKEEPING and _is_large(value):
+            raise InvalidRequest(f"{name} has more than {MAX_NOTES} entries", name)
         if value is None or value in ([], {}) or (not prefix and name in BOOKKEEPING):
             continue
         if any(type(value) is type(nothing) and value == nothing for nothing in NOTHING.get(name, ())):
@@ -208,6 +212,18 @@ def refuse_fields(body: BaseModel, prefix: str) -> None:
             continue
         shown = f"{prefix}{name}"[:96]
         raise UnsupportedParameter(f"{shown} is not served; leave it out", shown)
+
+
+def _is_large(value: Any) -> bool:
+    """Whether what nobody reads has more entries than anybody needs: it would lie in memory while its request waits."""
+    left, todo = MAX_NOTES, [value]
+    while todo and left >= 0:
+        each = todo.pop()
+        parts = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+        left -= len(parts)
+        if left >= 0:
+            todo.extend(parts)
+    return left < 0
 
 
 class CompletionChoice(Out):

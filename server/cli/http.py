@@ -5,12 +5,18 @@ time within which a connection has to ask for something.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.api.errors import Answer
 
+Event = Any
+"""h11's; NEED_DATA and PAUSED are types of their own."""
+PIECES, PIECE = 1024, 64
+"""Chunks of a body that may be as small as they like, and the bytes that more of them have on average, at least."""
 PIPELINED = 65536
 """Bytes after a request that are read while it is answered."""
 
@@ -27,6 +33,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.conn.next_event = _in_fair_pieces(self.conn.next_event)  # type: ignore[method-assign]
         self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -74,3 +81,25 @@ class Protocol(H11Protocol):
         for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+
+def _in_fair_pieces(next_event: Callable[[], Event]) -> Callable[[], Event]:
+    """`next_event` of a connection whose body comes in pieces worth their while.
+
+    Each is an event of its own, which takes as long as some kilobytes do: a client without a key could keep all others
+    waiting by chunks of a byte.
+    """
+    pieces = size = 0
+
+    def counted() -> Event:
+        nonlocal pieces, size
+        event = next_event()
+        if isinstance(event, h11.Request):
+            pieces = size = 0
+        elif isinstance(event, h11.Data):
+            pieces, size = pieces + 1, size + len(event.data)
+            if pieces > PIECES and size < pieces * PIECE:
+                raise h11.RemoteProtocolError(f"chunks of less than {PIECE} bytes on average are too many")
+        return event
+
+    return counted

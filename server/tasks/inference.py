@@ -208,6 +208,8 @@ class Inference:
         generation.answers = answers
         generation.labels = tuple(labels)
         fair_key = target.task.name if target.task else "+".join(lease.mix.digests)
+        if target.made_up:  # of a client that mixes anew each time none would be like another, and each have a turn
+            fair_key = f"mixes of {caller.tenant}"
         for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
             request = Request(
                 id=f"{generation.id}.{index}",

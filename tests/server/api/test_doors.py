@@ -376,3 +376,22 @@ def test_answers_hold_no_path_of_the_server(live: Any, tmp_path: Path) -> None:
     shown.append(live.http.post("/adapters", json={"name": "n", "source": "absent"}).text)
     assert all(str(tmp_path) not in text for text in shown)
     assert json.loads(shown[-1])["error"]["message"]
+
+
+def test_a_body_in_pieces_of_a_byte_ends_its_connection(start: Any) -> None:
+    """Without a key, and with one; some small pieces are no fault."""
+    live = start(**KEYED)
+    host, port = live.url.removeprefix("http://").split(":")
+    head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for key, few in ((b"", b" 401 "), (b"Authorization: Bearer secret-one\r\n", b" 200 ")):
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(head + key + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 900)
+            connection.sendall(b'20\r\n{"prompt": "x", "max_tokens": 1}\r\n0\r\n\r\n')
+            assert few in connection.recv(64)
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(head + key + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 100_000)
+                assert b" 400 " in connection.recv(64)
+                while connection.recv(65536):
+                    pass
+    assert live.http.get("/health/live").status_code == 200

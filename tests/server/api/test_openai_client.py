@@ -430,3 +430,28 @@ def test_a_conflict_is_not_tried_again(live: Any, write_adapter: Any) -> None:
         with pytest.raises(openai.ConflictError):
             client.post("/adapters", body={"name": "a", "source": "b"}, cast_to=object)
     assert statuses == [409]
+
+
+def test_notes_that_nobody_reads_are_few(live: Any) -> None:
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    for notes in ({"a": {"b": ["c"]}}, {str(i): "x" for i in range(500)}, ["x"] * 999, "x" * 10_000):
+        assert live.http.post("/v1/completions", json={**body, "metadata": notes}).status_code == 200
+    deep: Any = {}
+    for _ in range(500):
+        deep = {"a": deep, "b": 0, "c": 0}
+    for notes in ([{}] * 1001, {"a": [[{}] * 600, [{}] * 600]}, deep):
+        refused = live.http.post("/v1/completions", json={**body, "metadata": notes})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "metadata", refused.text
+
+
+def test_a_client_that_mixes_anew_each_time_has_one_turn(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, keys = live.house.parts.engine, []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda *given: (keys.append(given[0].fair_key), submit(*given))[1])
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    for mix in ([{"name": "a"}], [{"name": "a"}, {"name": "b"}], [{"name": "b", "weight": 2}]):
+        assert live.http.post("/v1/completions", json={**body, "adapters": mix}).status_code == 200
+    assert len(set(keys)) == 1
+    for model in ("a", "b", "tiny"):
+        assert live.http.post("/v1/completions", json={**body, "model": model}).status_code == 200
+    assert len(set(keys)) == 4

@@ -337,3 +337,9 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeyp
 @pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 40, "3072.0 GiB")])
 def test_sizes_for_people(n: int, text: str) -> None:
     assert terminal.size(n) == text
+
+
+def test_a_line_of_the_log_is_one_whatever_strangers_write() -> None:
+    lines = logs.TextLines()
+    told = logging.LogRecord("x", logging.INFO, "", 0, "%s has %r", ("a\n12:00:00 INFO ready\x1b[2J\u2028", 1), None)
+    assert lines.format(told)[9:] == "INFO a\\n12:00:00 INFO ready\\x1b[2J\\u2028 has 1"
