@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 PRESSURE_SECONDS = 0.05
 """How often it is asked again for bytes that views hold: what is in use now is idle a little later."""
 
+FITS_SECONDS = 0.2
+"""How often it is asked meanwhile whether it can be loaded at all."""
+
 LOAD_SECONDS = 60.0
 """How long a person waits for an adapter to be loaded, pinned or not; requests have deadlines of their own."""
 
@@ -385,19 +388,26 @@ def _bare(error: Exception) -> Exception:
     return error.with_traceback(None)
 
 
-async def loaded(fetched: Fetched, seconds: float = LOAD_SECONDS) -> tuple[LoraWeights, ...]:
-    """Await a fetch for so long at most. Raises its error, and NoRoom if it has to wait longer.
+async def loaded(
+    fetched: Fetched, fits: Callable[[], None] = lambda: None, seconds: float = LOAD_SECONDS
+) -> tuple[LoraWeights, ...]:
+    """Await a fetch for so long at most. Raises its error, NoRoom if it has to wait longer, and what `fits` raises,
+    which is asked again and again: others may have been pinned meanwhile, and a fetch that never fits holds others up.
 
     `asyncio.wrap_future` would keep the views in a cycle until the collector comes by.
     """
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
     fetched.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
+    end = loop.time() + seconds
     try:
-        async with asyncio.timeout(seconds):
-            await done.wait()
-    except TimeoutError:
-        raise NoRoom(f"not loaded within {seconds:g} seconds: the adapters in use leave no room in RAM") from None
+        while not done.is_set():
+            fits()
+            if loop.time() >= end:
+                raise NoRoom(f"not loaded within {seconds:g} seconds: the adapters in use leave no room in RAM")
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(min(end, loop.time() + FITS_SECONDS)):
+                    await done.wait()
     finally:
         fetched.cancel()
     return fetched.result()

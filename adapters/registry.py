@@ -264,7 +264,7 @@ class Registry:
     async def pin(self, name: str) -> None:
         """Load the adapter and keep whichever version it has in RAM. Raises as `prefetch`, and NoRoom beside others."""
         with self.lease([(self.current(name).name, 1.0)]) as lease:
-            (view,) = await loaded(self.fetch(lease.mix))
+            (view,) = await loaded(self.fetch(lease.mix), lambda: self.check_room(lease.mix))
             await self._off(self._writer, lambda: self._pin(name, view))
 
     async def unpin(self, name: str) -> None:
@@ -274,7 +274,7 @@ class Registry:
     async def prefetch(self, name: str) -> None:
         """Load the adapter into RAM. Raises UnknownAdapter, NoRoom, and why it could not be read."""
         with self.lease([(self.current(name).name, 1.0)]) as lease:
-            await loaded(self.fetch(lease.mix))
+            await loaded(self.fetch(lease.mix), lambda: self.check_room(lease.mix))
 
     # What a watch needs
 

@@ -438,11 +438,15 @@ class Scheduler:
                 yield request
 
     def _starving(self, now: float) -> Request | None:
-        """The request of the best waiting priority that has waited for room too long, if its weights are there."""
-        for request, since in self._blocked.items():
-            if now - since <= self.limits.age_limit:
+        """The first of the best waiting priority that has waited for room too long, if its weights are there: by the
+        queue's order, as all that wait for room grow old, and one key's many would go before another's one."""
+        first = next(iter(self._blocked.values()), now)  # they stand in the order of their ages
+        if now - first <= self.limits.age_limit:
+            return None
+        for request in self.waiting.in_order():
+            if request.priority != self.waiting.priority:
                 return None
-            if request.priority == self.waiting.priority and (
+            if now - self._blocked.get(request, now) > self.limits.age_limit and (
                 self.slots.has(request.mix) or self.loads.ask(request, now) is not None
             ):
                 return request

@@ -893,3 +893,23 @@ def test_errors_keep_no_tensors(registry: Registry, folders: list[Path]) -> None
         errors = [registry.fetch(lease.mix).exception(10) for _ in range(5)]
     assert all(isinstance(error, AdapterError) and error.__traceback__ is None for error in errors)
     assert live_tensors() == before
+
+
+async def test_what_can_be_loaded_no_more_holds_nobody_up(open_registry: Open, folders: list[Path]) -> None:
+    """As others have been pinned while it waited for room."""
+    size = read_folder(folders[0], name="a").nbytes
+    registry = open_registry(ram_bytes=5 * size // 2)
+    for name, folder in zip("abc", folders, strict=False):
+        await registry.publish(name, folder)
+    await registry.publish("big", write_wide(folders[3]))
+    assert registry._ram.size(registry.current("big").digest) == 2 * size
+    with registry.lease([("a", 1.0), ("b", 1.0)]) as lease:
+        held = await asyncio.to_thread(lambda: registry.fetch(lease.mix).result(60))
+        waiting = asyncio.create_task(registry.prefetch("big"))
+        await asyncio.sleep(0)
+        until(lambda: registry._ram._waiting)
+        await registry.pin("a")
+        with pytest.raises(NoRoom, match="pinned"):
+            await asyncio.wait_for(waiting, 30)
+    del held
+    await asyncio.wait_for(registry.prefetch("c"), 30)

@@ -1008,3 +1008,17 @@ def test_one_id_is_one_request(bench: Any, tools: Any) -> None:
     assert fetch.pending[0][1].cancelled()
     assert first.reason == "length" and second.reason == "error" and "runs already" in str(second.error)
     b.check_empty()
+
+
+def test_those_that_wait_long_for_room_do_so_in_the_queues_order(bench: Any) -> None:
+    """Two fit at a time; of thirty that one key has put before, another's one waits for few."""
+    b = bench(blocks=8, max_batch=8, age_limit=0.02, context_length=64)
+    many = [b.submit(prompt(i, 24), max_tokens=8, fair_key="many") for i in range(30)]
+    b.engine.step()
+    one = b.submit(prompt(99, 24), max_tokens=8, fair_key="one")
+    while not one.reason:
+        time.sleep(0.03)  # all that wait are too old
+        b.engine.step()
+    assert sum(bool(heard.reason) for heard in many) < 15
+    b.settle()
+    b.check_empty()
