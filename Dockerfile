@@ -28,7 +28,7 @@ RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/loramux loram
 COPY --from=build /opt/loramux /opt/loramux
 ENV PATH=/opt/loramux/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     LORAMUX_STATE_DIR=/var/lib/loramux/data LORAMUX_HOST=0.0.0.0
-USER loramux
+USER 10001
 WORKDIR /var/lib/loramux
 RUN mkdir data
 VOLUME /var/lib/loramux/data

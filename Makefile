@@ -90,7 +90,8 @@ clean:
 $(VENV)/.made:
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or later is needed; name one with PYTHON=" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv (Debian: apt install python3-venv)" >&2; exit 1; }
+	@if [ -e $(VENV) ] && [ ! -x $(BIN)/python ]; then echo "$(VENV) is no environment; make clean removes it" >&2; exit 1; fi
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv (Debian: apt install python3-venv)" >&2; exit 1; }
 	touch $@
 
 NATIVE := $(wildcard setup.py server/kernels/cpu/*.cpp server/kernels/cpu/*.h server/kernels/cpu/*.py)

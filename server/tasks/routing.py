@@ -56,6 +56,7 @@ class Known:
     counts: Mapping[str, int]
     samples: str
     apart: Callable[[str, str], Apart]
+    advice: str = ""
 
 
 def by_feedback(scores: Mapping[str, Hours]) -> Known:
@@ -76,7 +77,9 @@ def by_evaluation(
         found = by_pairs(pairs[one, other])
         return found.turned() if lower_is_better else found
 
-    return Known(totals, counts, "samples of the same examples", apart)
+    # Their own scores may be of other examples, or from before there were pairs.
+    advice = "" if all(counts.values()) else "; have all of them evaluated on one file"
+    return Known(totals, counts, "samples of the same examples", apart, advice)
 
 
 def decide(known: Known, min_samples: int, current: str | None) -> Decision:
@@ -89,7 +92,7 @@ def decide(known: Known, min_samples: int, current: str | None) -> Decision:
     )
     if any(known.counts[name] < min_samples for name in names):
         meanwhile = "taking turns" if current is None else f"{current} serves"
-        return Decision(current, f"{meanwhile} until each has {min_samples} {known.samples}: {told}")
+        return Decision(current, f"{meanwhile} until each has {min_samples} {known.samples}: {told}{known.advice}")
     alpha = ALPHA / (len(names) - 1)
     leads: dict[str, dict[str, float]] = {name: {} for name in names}
     for one, other in itertools.combinations(names, 2):
