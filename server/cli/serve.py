@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 KEEP_ALIVE = 75
 """Seconds that an idle connection stays open: longer than the minute that proxies keep theirs."""
 
-SAME_SIGNAL = 0.3
+SAME_SIGNAL = 0.1
 """Seconds within which a signal that comes twice is one."""
 
 LAST_WORDS = 5
