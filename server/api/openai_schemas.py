@@ -62,7 +62,7 @@ def off(value: Any) -> Any:
     return 0 if type(value) is int and value == -1 else value
 
 
-def word(served: tuple[str, ...]) -> Any:
+def one_of(served: tuple[str, ...]) -> Any:
     """One of a few. Others are no bad type: OpenAI or vLLM has them, and `refuse_unserved` names the field."""
     return Field(max_length=64, json_schema_extra={"enum": list(served)})
 
@@ -88,7 +88,7 @@ ANSWERS = ("text", "json_object", "json_schema")
 class ResponseFormat(V1):
     """What an answer's text is: anything, a JSON object, or what a schema says."""
 
-    type: Annotated[str, word(ANSWERS)]
+    type: Annotated[str, one_of(ANSWERS)]
     json_schema: JsonSchema | None = None
 
     def schema_of_answer(self) -> Mapping[str, Any] | None:
@@ -136,7 +136,7 @@ PARTS = ("text",)
 class Part(V1):
     """A piece of a message's content; only text is served."""
 
-    type: Annotated[str, word(PARTS)]
+    type: Annotated[str, one_of(PARTS)]
     text: Text | None = None
 
 
@@ -144,7 +144,7 @@ ROLES = ("system", "developer", "user", "assistant")
 
 
 class ChatMessage(V1):
-    role: Annotated[str, word(ROLES)]
+    role: Annotated[str, one_of(ROLES)]
     name: Annotated[str, Field(max_length=256)] | None = None
     content: Text | Annotated[list[Part], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] | None = None
 

@@ -152,7 +152,8 @@ class BestRouter:
     def pick(self, task: Task, route: Best) -> str:
         """The candidate for the next request."""
         turns = self._turns.setdefault(task.name, _Turns())
-        leader, subjects = self._leading(task, route), self._subjects(task, route)
+        subjects = self._subjects(task, route)
+        leader = self._leading(task, route, subjects)
         known, behind = self._behind.get(task.name, (route, frozenset[Subject]()))
         first = [leader] if leader else [n for n, s in subjects.items() if known != route or s not in behind]
         rest = [name for name in subjects if name not in first]
@@ -168,7 +169,7 @@ class BestRouter:
         Raises StoreFailed if a new leader, or that there is none any more, cannot be written down.
         """
         subjects = self._subjects(task, route)
-        current = self._leading(task, route)
+        current = self._leading(task, route, subjects)
         decision = decide(self._known(subjects, route), route.min_samples, current)
         self._behind[task.name] = (route, frozenset(subjects[name] for name in decision.behind))
         if decision.leader != current:
@@ -202,7 +203,7 @@ class BestRouter:
         try:
             decision = self.review(task, route)
         except StoreFailed as error:  # a new leader has to wait for the disk, who asks need not
-            decision = Decision(self._leading(task, route), error.message)
+            decision = Decision(self._leading(task, route, self._subjects(task, route)), error.message)
         known = self._quality.leader(task.name, _rule(route))
         subjects = self._subjects(task, route)
         leader = decision.leader
@@ -223,12 +224,10 @@ class BestRouter:
         self._behind.pop(task, None)
         self._turns.pop(task, None)
 
-    def _leading(self, task: Task, route: Best) -> str | None:
+    def _leading(self, task: Task, route: Best, subjects: Mapping[str, Subject]) -> str | None:
         """The candidate whose very version has been proven better; None if there is none, or it has changed."""
         known = self._leader(task, route)
-        if known is None:
-            return None
-        return next((name for name, subject in self._subjects(task, route).items() if subject == known), None)
+        return next((name for name, subject in subjects.items() if subject == known), None)
 
     def _leader(self, task: Task, route: Best) -> Subject | None:
         """What has been proven better, be it a candidate still or not."""

@@ -308,7 +308,7 @@ def test_a_leader_that_is_worse_than_another_leads_no_more(tmp_path: Path) -> No
     assert picks["a"] == 2 * ROUNDS and abs(picks["b"] - picks["c"]) <= ROUNDS
     quality.close()
     quality = Quality(tmp_path / "quality.db")
-    assert BestRouter(quality, names, "base")._leading(TASK, ROUTE) is None, "and after a restart"
+    assert quality.leader("t", "accuracy by feedback") is None, "and after a restart"
     quality.close()
 
 
