@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 PRESSURE_SECONDS = 0.05
 """How often it is asked again for bytes that views hold: what is in use now is idle a little later."""
 
-FITS_SECONDS = 0.2
-"""How often it is asked meanwhile whether it can be loaded at all."""
-
 LOAD_SECONDS = 60.0
 """How long a person waits for an adapter to be loaded, pinned or not; requests have deadlines of their own."""
+
+FITS_SECONDS = 0.2
+"""How often it is asked meanwhile whether it can be loaded at all."""
 
 Fetched = Future[tuple[LoraWeights, ...]]
 

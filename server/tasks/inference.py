@@ -207,9 +207,7 @@ class Inference:
         generation = Generation(id or new_id("gen"), target, lease, caller, self.engine)
         generation.answers = answers
         generation.labels = tuple(labels)
-        fair_key = target.task.name if target.task else "+".join(lease.mix.digests)
-        if target.made_up:  # of a client that mixes anew each time none would be like another, and each have a turn
-            fair_key = f"mixes of {caller.tenant}"
+        fair_key = self._fair_key(target, lease, caller)
         for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
             request = Request(
                 id=f"{generation.id}.{index}",
@@ -228,6 +226,15 @@ class Inference:
             generation.replies.append(Reply(request))
         self._submit(generation, lease)
         return generation
+
+    @staticmethod
+    def _fair_key(target: Target, lease: Lease, caller: Caller) -> str:
+        """What the queue is fair between. Of a client that mixes anew each time no mix would be like another, and each
+        have a turn of its own.
+        """
+        if target.task is not None:
+            return target.task.name
+        return f"mixes of {caller.tenant}" if target.made_up else "+".join(lease.mix.digests)
 
     def refused(self, target: Target | None, error: Exception, caller: Caller) -> None:
         """Record a call that never ran. Names that were not found are the client's words, and no labels.

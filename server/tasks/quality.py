@@ -83,7 +83,9 @@ class Subject:
 
     def check(self) -> None:
         """Raises ValueError if the mix is none."""
-        if not all(isinstance(label, str) and isinstance(weight, float) for label, weight in json.loads(self.mix)):
+        mix = json.loads(self.mix)
+        pairs = isinstance(mix, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in mix)
+        if not pairs or not all(isinstance(label, str) and isinstance(weight, float) for label, weight in mix):
             raise ValueError(f"{self.mix[:64]!r} is no mix")
 
     @property

@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS decisions (
 
 
 Load = Callable[[sqlite3.Connection], None]
-"""Reads what is kept in memory. Raises sqlite3.DatabaseError where it cannot."""
+"""Reads what is kept in memory. Raises sqlite3.DatabaseError or ValueError where it cannot."""
 
 
 def opened(file: Path, load: Load) -> sqlite3.Connection:
@@ -60,7 +60,7 @@ def opened(file: Path, load: Load) -> sqlite3.Connection:
         db.executescript(_SCHEMA)
         load(db)
         return db
-    except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+    except (sqlite3.DatabaseError, ValueError) as error:
         db.close()
         # SQLITE_ERROR is of tables that are not as they were made, and no code at all of a text that is none.
         code = getattr(error, "sqlite_errorcode", None)

@@ -455,3 +455,5 @@ def test_a_client_that_mixes_anew_each_time_has_one_turn(live: Any, monkeypatch:
     for model in ("a", "b", "tiny"):
         assert live.http.post("/v1/completions", json={**body, "model": model}).status_code == 200
     assert len(set(keys)) == 4
+    mixed = {**body, "model": "mood", "adapters": [{"name": "b"}]}
+    assert live.http.post("/v1/completions", json=mixed).status_code == 200 and keys[-1] == "mood", "the task's turn"

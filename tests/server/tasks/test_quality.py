@@ -509,6 +509,7 @@ def test_the_first_sweep_is_soon_after_the_start(tmp_path: Path) -> None:
         (b"generated_tokens INTEGER", b"gendrated_tokens INTEGER"),
         (b'[["a@aa', b'[["\xff@aa'),
         (b'[["a@aa', b'{["a@aa'),
+        (b'", 1.0]]', b'", "1"]]'),
         (b"quick", b""),
     ],
 )
