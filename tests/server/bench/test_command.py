@@ -29,6 +29,7 @@ from server.kernels import cuda
 from tests.server.bench.conftest import Answering, events
 
 if TYPE_CHECKING:
+    from server.engine.request import Request
     from server.model.loader import Base
 
 
@@ -264,13 +265,24 @@ def test_as_many_requests_as_are_asked_for_decode_together(tiny_base: Base, tmp_
     count, shapes = 70, tiny_base.shapes()
     paths = [write_adapter(tmp_path / f"a{i}", shapes, rank=1, seed=i) for i in range(count)]
     rows: list[int] = []
+    asked: list[Request] = []
+    all_asked = threading.Event()
     with InProcess(tiny_base, paths, threads=1, max_batch=count, max_step_tokens=4 * count) as ours:
-        run = ours.runner.run
+        run, submit = ours.runner.run, ours.engine.submit
+
+        def submitted(request: Request) -> None:
+            submit(request)
+            asked.append(request)
+            if len(asked) == count:
+                all_asked.set()
 
         def counted(batch: Batch) -> Logits:
+            # The first has three steps, which are done before the last is asked where this thread is held up.
+            assert all_asked.wait(60)
             rows.append(len(batch.logit_rows))
             return run(batch)
 
+        ours.engine.submit = submitted  # type: ignore[method-assign]
         ours.runner.run = counted  # type: ignore[method-assign]
         ours.rates([[5, 6, 7, i % 100] for i in range(count)], [ours.mix([(i, 1.0)]) for i in range(count)], 3)
     assert max(rows) == count
