@@ -142,7 +142,7 @@ async def _compiled(parts: Parts, schema: Mapping[str, Any], count: int, caller:
     """`count` constraints that hold answers to a schema. Raises InvalidRequest, QueueFull, DeadlineExceeded."""
     try:
         async with asyncio.timeout(caller.deadline - time.monotonic()):
-            return await asyncio.wrap_future(parts.grammars.ask(schema, count))
+            return await asyncio.wrap_future(parts.grammars.ask(schema, count, caller.tenant))
     except TimeoutError:
         raise DeadlineExceeded("the deadline passed before the schema of response_format was compiled") from None
 

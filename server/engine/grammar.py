@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 MAX_SCHEMA = 1 << 16
 """Characters of a schema, as compact JSON."""
 MAX_WAITING = 256
-"""Schemas that wait to be compiled: requests are not in the engine's queue yet, which would bound them."""
+"""Schemas of a tenant that wait to be compiled: requests are not in the engine's queue yet, which would bound them."""
+MAX_WAITING_IN_ALL = 4 * MAX_WAITING
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _WHITESPACE = r"[ \n]{0,16}"
 """Between two tokens of JSON. Bounded, since a small model may otherwise write spaces until it is cut off."""
@@ -55,6 +58,28 @@ class Grammar:
             self._matcher.consume_token(token)
 
 
+@dataclass(eq=False)
+class _Asked:
+    """Grammars of one request, those that are made and those that are not."""
+
+    left: Iterator[Grammar]
+    made: list[Grammar] = field(default_factory=list)
+    whole: Future[list[Grammar]] = field(default_factory=Future)
+
+    def go_on(self) -> None:
+        """Make one more, or be done with those that are made."""
+        try:
+            grammar = next(self.left, None)
+        except Exception as error:
+            if self.whole.set_running_or_notify_cancel():
+                self.whole.set_exception(error)
+            return
+        if grammar is not None:
+            self.made.append(grammar)
+        elif self.whole.set_running_or_notify_cancel():
+            self.whole.set_result(self.made)
+
+
 NOWHERE = "NoExtensionBias"
 """How the library says that no token can come next."""
 
@@ -73,34 +98,66 @@ class Grammars:
         for token in text.vocabulary.eos_ids:
             ends[token // 8] |= 1 << token % 8
         self._ends = ends
-        self._lock = threading.Lock()
         self._tokenizer = self._told()
         self._thread = ThreadPoolExecutor(1, "loramux-grammar")
-        self._asked: set[Future[list[Grammar]]] = set()
+        self._lock = threading.Lock()
+        self._asked: dict[str, deque[_Asked]] = {}
+        """By tenant. The first one's turn is next."""
+        self._at_work = False
 
-    def ask(self, schema: Mapping[str, Any], count: int) -> Future[list[Grammar]]:
-        """`compile` on a thread of its own: schemas wait for each other there, and nothing else waits for them.
+    def ask(self, schema: Mapping[str, Any], count: int, tenant: str = "") -> Future[list[Grammar]]:
+        """`compile` on a thread of its own, on which tenants take turns: each has one grammar made at a time, those of
+        its requests in the order in which they came.
 
-        Cancel the future when nobody waits for it any more: what has not begun is dropped. Raises QueueFull if too many
-        wait.
+        Cancel the future when nobody waits for it any more: what is left is dropped. Raises QueueFull if too many wait.
         """
-        if len(self._asked) >= MAX_WAITING:
-            raise QueueFull(f"{len(self._asked)} schemas wait to be compiled; come back later", retry_after=1.0)
-        asked = self._thread.submit(self.compile, schema, count)
-        self._asked.add(asked)
-        asked.add_done_callback(self._asked.discard)
-        return asked
+        asked = _Asked(self._grammars(schema, count))
+        with self._lock:
+            own, in_all = len(self._asked.get(tenant, ())), sum(map(len, self._asked.values()))
+            if own >= MAX_WAITING or in_all >= MAX_WAITING_IN_ALL:
+                raise QueueFull(f"{in_all} schemas wait to be compiled; come back later", retry_after=1.0)
+            self._asked.setdefault(tenant, deque()).append(asked)
+            begin, self._at_work = not self._at_work, True
+        asked.whole.add_done_callback(lambda _: self._drop(tenant, asked))
+        if begin:
+            self._thread.submit(self._work)
+        return asked.whole
 
     def close(self) -> None:
-        """Let go of what has not begun to be compiled."""
+        """Let go of what is not compiled yet."""
+        with self._lock:
+            left = [asked for queue in self._asked.values() for asked in queue]
+        for asked in left:
+            asked.whole.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def compile(self, schema: Mapping[str, Any], count: int) -> list[Grammar]:
-        """`count` grammars for answers that follow `schema`. Takes up to a second; call it off the event loop.
+        """`count` grammars for answers that follow `schema`. Each takes up to a second; call it off the event loop.
 
-        One schema at a time is compiled, within limits on its size and time. Raises InvalidRequest for one that is no
-        JSON schema, asks for what cannot be held to, or is too large.
+        Raises InvalidRequest for a schema that is none, asks for what cannot be held to, or is too large.
         """
+        return list(self._grammars(schema, count))
+
+    def _work(self) -> None:
+        while (asked := self._next()) is not None:
+            asked.go_on()
+
+    def _next(self) -> _Asked | None:
+        """The first request of the tenant whose turn it is, which has its next one after all others."""
+        with self._lock:
+            for tenant, own in self._asked.items():
+                self._asked[tenant] = self._asked.pop(tenant)
+                return own[0]
+            self._at_work = False
+            return None
+
+    def _drop(self, tenant: str, asked: _Asked) -> None:
+        with self._lock:
+            self._asked[tenant].remove(asked)
+            if not self._asked[tenant]:
+                del self._asked[tenant]
+
+    def _grammars(self, schema: Mapping[str, Any], count: int) -> Iterator[Grammar]:
         try:
             asked = json.dumps(schema, separators=(",", ":"))
         except RecursionError:
@@ -108,10 +165,10 @@ class Grammars:
         if len(asked) > MAX_SCHEMA:
             raise InvalidRequest(f"the schema has {len(asked)} characters, over the limit of {MAX_SCHEMA}", PARAM)
         held = json.dumps(prepared(schema), separators=(",", ":"))
-        with self._lock:
+        for _ in range(count):
             # Each from the beginning, though most schemas are asked for again: copies of one share the states of its
             # text, and what one answer uses up of these another one lacks.
-            return [Grammar(self._compile(held), self._ends) for _ in range(count)]
+            yield Grammar(self._compile(held), self._ends)
 
     def _compile(self, schema: str) -> LLMatcher:
         if self._tokenizer is None:

@@ -245,6 +245,66 @@ def test_what_nobody_waits_for_any_more_is_not_compiled(tiny_text: Text, monkeyp
     grammars.close()
 
 
+def test_tenants_take_turns(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight requests of 50 answers each from one, then one from another, which waits for one grammar and no more."""
+    grammars, go_on, compiled = Grammars(tiny_text, tiny_text.size), threading.Event(), []
+    compile = grammars._compile
+
+    def slow(schema: str) -> Any:
+        assert go_on.wait(10)
+        compiled.append(json.loads(schema)["enum"][0])
+        return compile(schema)
+
+    monkeypatch.setattr(grammars, "_compile", slow)
+    many = [grammars.ask({"enum": [f"many {i}"]}, 50, "a") for i in range(8)]
+    one = grammars.ask({"enum": ["one"]}, 1, "b")
+    go_on.set()
+    assert len(one.result(10)) == 1
+    assert [len(asked.result(10)) for asked in many] == [50] * 8
+    assert compiled.index("one") <= 2
+    assert [told for told in compiled if told != "one"] == [f"many {i}" for i in range(8) for _ in range(50)]
+
+
+def test_what_is_left_of_a_request_that_nobody_waits_for_is_dropped(
+    tiny_text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars, begun, go_on, compiled = Grammars(tiny_text, tiny_text.size), threading.Event(), threading.Event(), []
+
+    def slow(schema: str) -> Any:
+        compiled.append(json.loads(schema)["enum"][0])
+        begun.set()
+        assert go_on.wait(10)
+        raise InvalidRequest("none", "response_format")
+
+    monkeypatch.setattr(grammars, "_compile", slow)
+    gone = grammars.ask({"enum": ["gone"]}, 100)
+    assert begun.wait(10) and gone.cancel()
+    bad = grammars.ask({"enum": ["bad"]}, 100)
+    go_on.set()
+    with pytest.raises(InvalidRequest, match="none"):
+        bad.result(10)
+    assert compiled == ["gone", "bad"]
+
+
+def test_one_tenants_schemas_leave_room_for_others(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.grammar.MAX_WAITING", 2)
+    monkeypatch.setattr("server.engine.grammar.MAX_WAITING_IN_ALL", 3)
+    grammars, go_on = Grammars(tiny_text, tiny_text.size), threading.Event()
+    compile = grammars._compile
+    monkeypatch.setattr(grammars, "_compile", lambda schema: go_on.wait(10) and compile(schema))
+    asked = [grammars.ask(POINT, 1, "a") for _ in range(2)]
+    with pytest.raises(QueueFull, match="2 schemas"):
+        grammars.ask(POINT, 1, "a")
+    asked.append(grammars.ask(POINT, 1, "b"))
+    with pytest.raises(QueueFull):
+        grammars.ask(POINT, 1, "c")
+    go_on.set()
+    assert all(len(one.result(10)) == 1 for one in asked)
+    assert grammars.ask(POINT, 1, "a").result(10)
+    grammars.ask(POINT, 1, "a")
+    grammars.close()
+
+
 def test_an_answer_that_is_whole_ends_before_min_tokens(bench: Any, text: Text) -> None:
     engine = bench()
     [grammar] = Grammars(text, text.size).compile({"enum": [{"a": 1}]}, 1)
