@@ -7,9 +7,11 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
 import threading
 from importlib import metadata
+from types import FrameType
 from typing import NoReturn, cast
 
 import typer
@@ -68,6 +70,7 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 def main() -> None:
     """Run `loramux` with the process's arguments."""
     _settle_streams()
+    before = signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
@@ -86,11 +89,22 @@ def main() -> None:
         _fail(error, f"a file of tensors cannot be read or written: {error}")
     except MemoryError as error:
         _fail(error, f"there is too little memory: {error or 'none is left'}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     status = status if isinstance(status, int) else 0
     if any(thread.name == APART for thread in threading.enumerate()):  # interrupted while it computes
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """What a command has in a folder of its own goes with it, however it is asked to end. `serve` and `train` have
+    better to do."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):  # a shell ignores it for what runs in the background
+        raise KeyboardInterrupt
+    handler(number, frame)
 
 
 def _settle_streams() -> None:

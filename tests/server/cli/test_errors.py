@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import importlib
 import io
 import json
 import os
+import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +149,28 @@ def test_an_answer_that_a_full_disk_or_a_locale_does_not_take(
 
     monkeypatch.setattr(generate, "_answer", answer)
     assert run("generate", "x")[0] == 0
+
+
+@pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN])
+def test_asked_to_end_a_command_takes_its_folder_with_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, interrupts: Any
+) -> None:
+    async def answer(*_: object, **__: object) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=tmp_path, prefix="own-"):
+            signal.raise_signal(signal.SIGTERM)
+            await asyncio.sleep(60)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(generate, "open_base", lambda *_, **__: None)
+    monkeypatch.setattr(generate, "_answer", answer)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, interrupts)
+    try:
+        assert run("generate", "x") == (130, "", "")
+        assert signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGINT, handlers[signal.SIGINT])
+    assert not list(tmp_path.glob("own-*"))
 
 
 def test_an_interpreter_does_not_end_while_a_thread_is_within_torch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
