@@ -73,7 +73,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(limits.Boundary, unread=runtime.unread, access_log=settings.access_log),
+            Middleware(limits.Boundary, unread=runtime.unread, closes=runtime.closes, access_log=settings.access_log),
             Middleware(auth.Gate, keys=runtime.keys, hosts=auth.known_hosts(settings)),
             Middleware(
                 limits.BodyLimit,

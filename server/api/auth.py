@@ -41,6 +41,8 @@ def _paths(*templates: str) -> re.Pattern[str]:
                                for t in templates))  # fmt: skip
 
 
+PROBES = _paths("/health", "/health/live", "/health/ready")
+"""Asked by whatever name: a probe knows an address, and what it hears is nothing to be kept from anybody."""
 OPEN = {"GET": _paths("/health", "/health/live", "/health/ready", "/", "/web/{file}", "/web/{folder}/{file}")}
 INFERENCE = {
     "GET": _paths(
@@ -187,16 +189,17 @@ class Gate:
         """The caller's tenant. Raises Unauthorized, Forbidden."""
         headers: dict[bytes, list[str]] = {}
         for name, value in scope["headers"]:
-            if name in (b"host", b"origin", b"authorization"):
+            if name in (b"host", b"origin", b"sec-fetch-site", b"authorization"):
                 headers.setdefault(name, []).append(value.decode("latin-1"))
         hosts = headers.get(b"host", [])
-        if len(hosts) != 1 or not self._known(hosts[0]):
+        if not self._known(hosts) and not PROBES.fullmatch(scope["path"]):
             raise Forbidden("this server does not go by that name; add it with --allowed-hosts")
-        if scope["method"] != "GET":
+        if scope["method"] != "GET" and headers.get(b"sec-fetch-site") != ["same-origin"]:
             for origin in headers.get(b"origin", []):
-                if _authority(origin) != hosts[0].lower():
+                if not _is_origin(origin, hosts):
                     raise Forbidden(
-                        "pages of another origin may not call this server; let a server of yours call it for them"
+                        "pages of another origin may not call this server; let a server of yours call it for them, and "
+                        "for its own page let the proxy in between pass on the Host header with its port"
                     )
         authorization = headers.get(b"authorization", [])
         given = authorization[0] if len(authorization) == 1 else None
@@ -205,8 +208,11 @@ class Gate:
             needed = Access.INFERENCE  # whoever may ask at all hears that there is no such route, or not that method
         return self.keys.check(needed, given)
 
-    def _known(self, host: str) -> bool:
-        name = host.lower()
+    def _known(self, hosts: list[str]) -> bool:
+        """Whether the server goes by the one name that it is asked by. A client of HTTP/1.0 may tell none."""
+        if len(hosts) != 1:
+            return not hosts and "*" in self.hosts
+        name = hosts[0].lower()
         name = name[: name.find("]") + 1] if name.startswith("[") else name.partition(":")[0]
         return name in self.hosts or "*" in self.hosts
 
@@ -216,12 +222,16 @@ def _routed(scope: Scope) -> bool:
     return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes)
 
 
-def _authority(origin: str) -> str | None:
-    """Host and port of an Origin header, in lower case; None for what is no URL."""
+def _is_origin(origin: str, hosts: list[str]) -> bool:
+    """Whether an Origin header names the host that was asked. The port that its scheme has anyway is told by some."""
     try:
-        return urlsplit(origin).netloc.lower()
+        url = urlsplit(origin)
     except ValueError:
-        return None
+        return False
+    default = {"http": ":80", "https": ":443"}.get(url.scheme)
+    if default is None:
+        return False
+    return [url.netloc.lower().removesuffix(default)] == [host.lower().removesuffix(default) for host in hosts]
 
 
 def known_hosts(settings: Settings) -> frozenset[str]:

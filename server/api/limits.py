@@ -34,12 +34,20 @@ UPLOADS = {"POST": re.compile("/adapters|/v1/files"), "PUT": re.compile("/adapte
 class Boundary:
     """Outermost: gives the request its id and turns whatever escaped into an answer. HEAD is GET without the body.
 
-    `unread` hears of each request that the middleware refuses: method, path and status.
+    `unread` hears of each request that the middleware refuses: method, path and status. Once it `closes` each answer
+    is its connection's last, so that the client's next request finds another server.
     """
 
-    def __init__(self, app: ASGIApp, unread: Callable[[str, str, int], None], access_log: bool = False) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        unread: Callable[[str, str, int], None],
+        closes: Callable[[], bool],
+        access_log: bool = False,
+    ) -> None:
         self.app = app
         self.unread = unread
+        self.closes = closes
         self.access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,18 +61,25 @@ class Boundary:
         request_id = f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
         header, named_so = (b"x-request-id", request_id.encode()), {"request_id": request_id}
-        status = 0
+        status, gone = 0, False
         start = time.monotonic()
+
+        async def heard() -> Message:
+            nonlocal gone
+            message = await receive()
+            gone = gone or (not status and message["type"] == "http.disconnect")
+            return message
 
         async def named(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), header]
+                last = [(b"connection", b"close")] if self.closes() else []
+                message["headers"] = [*message.get("headers", ()), header, *last]
             await send(message)
 
         try:
-            await self.app(scope, receive, named)
+            await self.app(scope, heard, named)
         except ClientDisconnect:
             log.info("request %s: its client left before it had sent all of it", request_id, extra=named_so)
         except Exception as error:
@@ -78,7 +93,7 @@ class Boundary:
             if self.access_log:
                 took = (time.monotonic() - start) * 1000
                 asked = {"method": scope["method"], "path": scope["path"]}
-                told = (*asked.values(), status or "gone", took, request_id)
+                told = (*asked.values(), "gone" if gone else status or "gone", took, request_id)
                 log.info("%s %r %s %.1f ms %s", *told, extra={**named_so, **asked, "status": status, "ms": took})
 
 

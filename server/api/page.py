@@ -79,6 +79,13 @@ def _answer(path: str, request: Request) -> Response:
         "referrer-policy": "no-referrer",
         "x-content-type-options": "nosniff",
     }
-    if request.headers.get("if-none-match") == found.etag:
+    if _has(request.headers.getlist("if-none-match"), found.etag):
         return Response(status_code=304, headers=headers)
     return Response(found.content, media_type=found.media_type, headers=headers)
+
+
+def _has(tags: list[str], etag: str) -> bool:
+    """Whether If-None-Match tells of this tag, be it as a weak one: a proxy that compresses makes it one (RFC 9110,
+    13.1.2)."""
+    told = [tag.strip().removeprefix("W/") for line in tags for tag in line.split(",")]
+    return etag in told or "*" in told

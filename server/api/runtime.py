@@ -109,6 +109,10 @@ class Runtime:
         """Seconds since `drain`; 0 before it."""
         return 0.0 if self._draining_since is None else max(1e-9, time.monotonic() - self._draining_since)
 
+    def closes(self) -> bool:
+        """Whether it drains."""
+        return self._draining_since is not None
+
     def cut_short(self) -> None:
         """End what clients still wait for: each answer says so itself. On the event loop's thread.
 

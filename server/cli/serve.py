@@ -134,6 +134,9 @@ def _server(settings: Settings, app: Any, runtime: Runtime) -> uvicorn.Server:
         While it drains it still listens, so that new requests and probes hear 503 and when to come back.
         """
 
+        _begun: set[Any] | None = None
+        """What ran when the drain began and has not ended."""
+
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
@@ -144,9 +147,16 @@ def _server(settings: Settings, app: Any, runtime: Runtime) -> uvicorn.Server:
             if draining and draining >= settings.drain:
                 runtime.cut_short()
                 self.should_exit = True
-            elif draining and not self.server_state.tasks:
-                self.should_exit = True
+            elif draining:
+                run = self.server_state.tasks
+                self._begun = set(run) if self._begun is None else self._begun & run
+                if not self._begun and not self._unread():
+                    self.should_exit = True
             return await super().on_tick(counter)
+
+        def _unread(self) -> bool:
+            """Whether a client has yet to take what is written to it."""
+            return any(one.transport.get_write_buffer_size() for one in self.server_state.connections)
 
     config = uvicorn.Config(
         app,

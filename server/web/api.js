@@ -1,5 +1,8 @@
 // Talks to the server that this page came from. Knows the contract's one error shape and nothing of the page.
 
+// What the contract's paths begin with: a proxy may have put all of them under a prefix.
+export const home = new URL(".", document.baseURI).href.slice(0, -1);
+
 export class Failure extends Error {
   constructor(status, error) {
     super(error?.message ?? `the server answered ${status}`);
@@ -39,7 +42,7 @@ const PATIENCE = 10_000; // milliseconds: a server that hangs keeps its connecti
 async function ask(path, options) {
   let answer;
   try {
-    answer = await fetch(path, options);
+    answer = await fetch(home + path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw silence();

@@ -161,6 +161,55 @@ def test_hosts_and_origins(start: Any) -> None:
     assert live.http.options("/generate", headers={"origin": "http://evil.example"}).status_code == 403
 
 
+@pytest.mark.parametrize(
+    ("host", "origin", "same"),
+    [
+        ("localhost:443", "https://localhost", True), ("localhost", "https://localhost:443", True),
+        ("localhost:80", "http://localhost", True), ("localhost:443", "http://localhost", False),
+        ("localhost", "https://localhost:80", False), ("localhost:8", "http://localhost:80", False),
+        ("localhost", "ftp://localhost", False),
+    ],
+)  # fmt: skip
+def test_a_port_that_the_scheme_has_anyway_makes_no_other_origin(
+    start: Any, host: str, origin: str, same: bool
+) -> None:
+    live = start()
+    headers = {"host": host, "origin": origin}
+    answer = live.http.post("/generate", json={"prompt": "x", "max_tokens": 1}, headers=headers)
+    assert answer.status_code == (200 if same else 403)
+
+
+def test_a_browser_that_says_that_it_is_the_servers_own_page(start: Any) -> None:
+    """A proxy may have changed the Host; no page can set this header itself."""
+    live = start()
+    headers = {"origin": "https://models.example"}
+    for site, status in (("same-origin", 200), ("same-site", 403), ("cross-site", 403), ("none", 403)):
+        told = live.http.post(
+            "/generate", json={"prompt": "x", "max_tokens": 1}, headers={**headers, "sec-fetch-site": site}
+        )
+        assert told.status_code == status, site
+    assert "pass on the Host header" in error_of(told)["message"]
+
+
+def test_probes_ask_by_any_name_or_by_none(start: Any) -> None:
+    def status(live: Any, path: str, *headers: bytes, version: bytes = b"1.1") -> int:
+        host, port = live.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            first = b"GET " + path.encode() + b" HTTP/" + version
+            connection.sendall(b"\r\n".join((first, *headers, b"Connection: close", b"", b"")))
+            return int(connection.recv(64).split()[1])
+
+    live = start()
+    for path in ("/health", "/health/live", "/health/ready"):
+        assert status(live, path, b"Host: 10.1.2.3:8000") == status(live, path, version=b"1.0") == 200
+    assert status(live, "/health/ready/x", b"Host: 10.1.2.3:8000") == 403
+    assert status(live, "/stats", b"Host: 10.1.2.3:8000") == status(live, "/stats", version=b"1.0") == 403
+    live.stop()
+    live = start(allowed_hosts="*")
+    assert status(live, "/stats", b"Host: 10.1.2.3:8000") == status(live, "/stats", version=b"1.0") == 200
+    assert status(live, "/stats", b"Host: a", b"Host: a") in (400, 403)
+
+
 def test_headers_that_are_given_twice_are_none(start: Any) -> None:
     """Of two that differ a proxy may have looked at the other."""
     live = start(**KEYED)

@@ -112,7 +112,7 @@ LOOK = 0.05
 """Seconds between two looks at a job. Its process gets only what the looks leave of the processors."""
 
 
-def until(client: openai.OpenAI, id: str, *statuses: str, seconds: float = 60) -> Any:
+def until(client: openai.OpenAI, id: str, *statuses: str, seconds: float = 180) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         job = client.fine_tuning.jobs.retrieve(id)
@@ -281,7 +281,7 @@ def trained_tokens(live: Any, id: str) -> float:
     return float(line.rpartition(" ")[2])
 
 
-def past(client: openai.OpenAI, id: str, step: int, seconds: float = 60) -> None:
+def past(client: openai.OpenAI, id: str, step: int, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if any(s >= step for s, _ in steps_of(client, id, limit=10)):

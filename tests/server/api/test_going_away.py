@@ -166,6 +166,7 @@ def test_shutting_down_lets_what_runs_finish(start: Any) -> None:
     live.runtime.drain()
     refused = live.generate("new")
     assert refused.status_code == 503 and "retry-after" in refused.headers
+    assert refused.headers["connection"] == "close", "another server may have the next one"
     assert live.http.get("/health/ready").status_code == 503
     connection.settimeout(10)
     assert b"200 OK" in connection.recv(65536)

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 
 from server.api.watchdog import EXIT_CODE, Watchdog
@@ -147,6 +148,17 @@ def test_prompts_are_logged_only_if_asked(start: Any, tmp_path: Any, caplog: pyt
     loud = start(log_prompts=True, state_dir=tmp_path / "other")
     loud.generate("a private matter", max_tokens=1)
     assert "private" in caplog.text
+
+
+def test_a_client_that_leaves_before_its_answer_is_logged_as_gone(start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    live = start(access_log=True)
+    live.slow_down(0.02)
+    with pytest.raises(httpx.ReadTimeout):
+        live.http.post("/generate", json={"prompt": "x", "max_tokens": 200, "ignore_eos": True}, timeout=0.3)
+    until(lambda: " gone " in caplog.text)
+    assert live.generate("x", max_tokens=1).status_code == 200
+    until(lambda: "'/generate' 200" in caplog.text)
 
 
 def test_publishing_while_serving_never_changes_what_was_leased(live: Any, write_adapter: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import signal
@@ -19,7 +20,7 @@ import pytest
 from adapters.store import Store
 from server.api.runtime import Runtime
 from server.cli import logs, malloc
-from server.cli.serve import SAME_SIGNAL, _sigterm_and_sigint, listen, many_files, serve, spool_in
+from server.cli.serve import SAME_SIGNAL, _server, _sigterm_and_sigint, listen, many_files, serve, spool_in
 from server.errors import BadSetting
 from server.settings import Settings
 from tests.waiting import until
@@ -116,6 +117,57 @@ def test_a_signal_ends_what_only_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(SystemExit) as ended:
             signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 128 + signal.SIGTERM
+
+
+class Written:
+    """A connection whose client has yet to take so many bytes."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+        self.transport = self
+
+    def get_write_buffer_size(self) -> int:
+        return self.left
+
+
+def test_a_drain_ends_with_what_ran_when_it_began_and_with_what_was_written() -> None:
+    """Requests that are refused meanwhile are none of those, however many come."""
+
+    async def drained() -> None:
+        runtime = Runtime(Settings())
+        server = _server(Settings(), lambda *_: None, runtime)
+        running, refused = asyncio.Event(), asyncio.Event()
+        tasks, connections = server.server_state.tasks, server.server_state.connections
+        first = asyncio.create_task(running.wait())
+        tasks.add(first)
+        assert not await server.on_tick(1), "it does not drain"
+        runtime.drain()
+        assert not await server.on_tick(2)
+        tasks.add(later := asyncio.create_task(refused.wait()))
+        assert not await server.on_tick(3), "one still runs"
+        running.set()
+        await first
+        tasks.discard(first)
+        connections.add(reader := Written(8_000_000))  # type: ignore[arg-type]
+        assert not await server.on_tick(4), "its client has not got all of it"
+        reader.left = 0
+        assert await server.on_tick(5)
+        refused.set()
+        await later
+
+    asyncio.run(drained())
+
+
+def test_a_drain_ends_when_its_time_is_over() -> None:
+    async def drained() -> None:
+        runtime = Runtime(Settings(drain="10ms"))
+        server = _server(runtime.settings, lambda *_: None, runtime)
+        server.server_state.connections.add(Written(1))  # type: ignore[arg-type]
+        runtime.drain()
+        until(lambda: runtime.draining_for > 0.01)
+        assert await server.on_tick(1)
+
+    asyncio.run(drained())
 
 
 def test_while_the_base_is_fetched_probes_are_answered_and_a_signal_ends_all(tmp_path: Path) -> None:
