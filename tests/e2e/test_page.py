@@ -657,6 +657,31 @@ def test_a_browser_that_keeps_nothing(browser: Browser, house: Live) -> None:
     opened.close()
 
 
+def test_under_a_prefix_that_a_proxy_takes_off(browser: Browser, house: Live) -> None:
+    """Everything that the page asks for is under it, and so is what it gives to be copied."""
+    opened = browser.new_page()
+    strays: list[str] = []
+
+    def proxied(route: Route) -> None:
+        path = route.request.url.removeprefix(house.url)
+        if not path.startswith("/llm/"):
+            strays.append(path)
+        route.fulfill(response=route.fetch(url=house.url + path.removeprefix("/llm")))
+
+    opened.route("**/*", proxied)
+    opened.goto(f"{house.url}/llm/")
+    opened.locator("select.task").select_option("sentiment")
+    ask(opened)
+    figures(opened)
+    opened.get_by_role("tab", name="Tasks").click()
+    expect(opened.get_by_role("tabpanel").get_by_text("sentiment").first).to_be_visible()
+    opened.get_by_role("link", name="API").click()
+    expect(opened.get_by_text("/v1/chat/completions").first).to_be_visible()
+    assert opened.url == f"{house.url}/llm/docs"
+    opened.close()
+    assert not strays
+
+
 def test_tokens_are_counted_as_they_are_computed(page: Page, house: Live) -> None:
     page.get_by_role("tab", name="Live").click()
     now = page.locator("#live-now")
