@@ -1,7 +1,10 @@
-# serve, test, lint and the rest, in one environment: .venv/ in this checkout. Nothing has to be done first.
+# One environment for all: .venv/ in this checkout. Nothing has to be done first.
 #
-#   make serve PORT=9000 MODEL=path ARGS="--max-batch 16"
-#   make test ARGS="tests/adapters -k rank"
+#   make serve PORT=9000 MODEL=path ARGS="--max-batch 16"     also HOST, DEVICE, THREADS, STATE_DIR, ADAPTER_DIR, CONFIG
+#   make test ARGS="tests/adapters -k rank"                   without ARGS all tests
+#   make bench ARGS=...      times of decode steps            make soak MINUTES=30     traffic while adapters come and go
+#   make fuzz FUZZ_MINUTES=10    made-up requests and files   make lint                style, types and known vulnerabilities
+#   make dashboard           with Prometheus and Grafana, in Docker       make clean   without the environment
 #   TORCH_INDEX   an index to install torch from, such as that of its CPU builds; empty is pip's own configuration
 #   PYTHON        an interpreter, 3.11 or later
 
@@ -25,7 +28,7 @@ flags = $(if $(PORT),--port "$(PORT)") $(call typed,HOST,host) $(call typed,MODE
 
 .PHONY: help serve test fuzz soak lint audit format dashboard clean bench
 help:
-	@sed -n '2,/^$$/s/^# \{0,1\}//p' $(MAKEFILE_LIST)
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' $(MAKEFILE_LIST)
 
 serve: $(VENV)/.installed
 	exec $(BIN)/loramux serve $(flags) $(ARGS)

@@ -15,7 +15,7 @@ import torch
 from adapters import pruning
 from adapters.errors import AdapterError, InvalidChoice
 from adapters.seeds import check_seed
-from adapters.weights import LoraWeights, LowRank, check_weight, sealed
+from adapters.weights import LoraWeights, LowRank, check_weight, counts, sealed
 
 Pairs = Sequence[tuple[LoraWeights, float]]
 """Adapters and their weights."""
@@ -64,7 +64,7 @@ def exact(pairs: Pairs, name: str) -> LoraWeights:
         summed[weights.digest] = weights, summed.get(weights.digest, (weights, 0.0))[1] + weight
     modules = {}
     for path in _paths(pairs):
-        present = [(w.modules[path], weight) for w, weight in summed.values() if path in w.modules and weight != 0.0]
+        present = [(w.modules[path], weight) for w, weight in summed.values() if path in w.modules and counts(weight)]
         if present:
             a = torch.cat([m.A.float() for m, _ in present])
             b = torch.cat([m.B.float() * (m.scale * weight) for m, weight in present], dim=1)

@@ -155,7 +155,8 @@ def record(entry: object, number: int, name: str, unit: str = "line") -> Record:
     where = f"{name}, {unit} {number}"
     if not isinstance(entry, dict):
         raise InvalidData(f"{where}: an example is an object, not {type(entry).__name__}")
-    keys = set(entry)
+    # What has no value asks for nothing: tools write rows of several forms with the columns of all.
+    keys = {key for key, value in entry.items() if value is not None}
     if "messages" in keys:
         _refuse(entry, ("tools", "functions"), where)
         _refuse(entry, INSTRUCTIONS, where, "make it the first of the 'messages'")
@@ -220,7 +221,9 @@ def _messages(value: object, where: str) -> Iterator[dict[str, Any]]:
     for i, message in enumerate(value, 1):
         if not isinstance(message, dict):
             raise InvalidData(f"{where}: message {i} is no object")
-        role, content, weight = message.get("role"), message.get("content"), message.get("weight", 1)
+        role, content, weight = message.get("role"), message.get("content"), message.get("weight")
+        if weight is None:
+            weight, message = 1, {key: value for key, value in message.items() if key != "weight"}
         if role not in ROLES:
             raise InvalidData(f"{where}: message {i} has the role {role!r}; roles are {', '.join(ROLES)}")
         _refuse(message, ("tool_calls", "function_call"), f"{where}: message {i}")

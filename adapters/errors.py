@@ -6,7 +6,7 @@ AdapterError
 ├── BaseMismatch          its modules or shapes are not those of the base that is served
 ├── InvalidChoice         a choice names one adapter twice, has a weight that is not finite, or is too long
 ├── UnknownAdapter        no adapter, or no version, of that name
-├── AdapterConflict       the name is in use: by other content, by a task, or pinned
+├── AdapterConflict       the name is in use: by other content, or by a task
 ├── VersionMismatch       compare-and-set: the name is not at the version that the caller expected
 ├── NoRoom                it does not fit the budget, and never could
 ├── StoreFailed           the disk or the machine refused (full, read-only, out of files); nothing was changed
@@ -59,7 +59,7 @@ class UnknownAdapter(AdapterError):
 
 
 class AdapterConflict(AdapterError):
-    """The name is taken, pinned, or routed to by a task."""
+    """The name is taken, or routed to by a task."""
 
 
 class VersionMismatch(AdapterError):

@@ -105,8 +105,10 @@ class Names:
         return Version(name, history[0])
 
     def of_content(self, digest: str) -> str:
-        """A name that has this content or had it, for people and metrics."""
-        return next((name for name, history in self.histories.items() if digest in history), "other")
+        """A name that has this content, or else one that had it, for people and metrics."""
+        has = (name for name, history in self.histories.items() if history[0] == digest)
+        had = (name for name, history in self.histories.items() if digest in history)
+        return next(has, None) or next(had, "other")
 
     def find(self, text: str) -> Version:
         """The version that "name" or "name@digest" means. Raises UnknownAdapter, InvalidChoice."""

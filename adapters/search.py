@@ -126,11 +126,13 @@ def _advice(
     largest = table[-1]
     score = f"score {shown(row.score):.4f}"
     lines = [f"Take rank {chosen}: {row.parameters:,} parameters, {score} after {row.steps} steps."]
-    if chosen == table[0].rank and len(table) > 1:
+    if chosen == 1 and len(table) > 1:
+        lines.append("There is none smaller.")
+    elif chosen == table[0].rank and len(table) > 1:
         lines.append("It is the smallest that was tried; a smaller one may do as well.")
     elif chosen == largest.rank and len(table) > 1:
         lines.append("It is the largest that was tried, and smaller ones were worse; a larger one may be better.")
-    elif largest.parameters:
+    elif len(table) > 1 and largest.parameters:
         lines.append(f"Rank {largest.rank} has {largest.parameters / row.parameters:.1f} times its parameters.")
     if row.spread > tolerance:
         lines.append(f"Its seeds are {row.spread:.4f} apart, more than the tolerance of {tolerance:g}: try more seeds.")

@@ -224,6 +224,11 @@ def check_weight(weight: float, param: str = "adapters") -> float:
     return float(np.float32(weight))
 
 
+def counts(weight: float) -> bool:
+    """Whether a weight is another one than zero once it is rounded to float32."""
+    return bool(np.float32(weight))
+
+
 def canonical_mix(pairs: Iterable[tuple[Version, float]], max_mix: int) -> Mix:
     """The canonical mix of `(version, weight)` pairs.
 

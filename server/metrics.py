@@ -318,7 +318,7 @@ class Metrics(Observer):
         )
         yield _gauge(
             "loramux_adapter_bytes",
-            "Bytes that an adapter holds in a tier.",
+            "Bytes that an adapter takes in memory, or would take, by the tier where it is now.",
             ("adapter", "tier"),
             now.adapter_bytes.items(),
         )

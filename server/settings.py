@@ -32,6 +32,8 @@ from server.errors import BadSetting
 
 PREFIX = "LORAMUX_"
 DEFAULT_FILE = "loramux.toml"
+GROUPS = (32, 64, 128, 256)
+"""What the quantizer can do, which is slow to import."""
 
 _SIZE_UNITS = {"": 1, "B": 1}
 _SIZE_UNITS |= {f"{p}iB": 1 << (10 * i) for i, p in enumerate("KMGT", 1)}
@@ -166,7 +168,7 @@ class Settings(BaseModel):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the base lives")
     quantization: Literal["int4", "nf4", "none"] = Field("int4", description="form of the base's linears; none is bf16")
-    group_size: AutoInt = Field(None, description="weights per scale: auto is 64, 32 from GGUF, and 64 for nf4")
+    group_size: AutoInt = Field(None, description="weights per scale, 32, 64, 128 or 256: auto is 64, from GGUF 32")
     double_quant: bool = Field(False, description="quantize the scales and zeros too")
     table_bits: Annotated[Literal[8, 16], BeforeValidator(_whole)] = Field(
         8, description="bits of embedding tables and lm_head"
@@ -201,7 +203,8 @@ class Settings(BaseModel):
     # The engine
     kv_cache: AutoSize = Field(
         None,
-        description="memory for keys and values: auto is a quarter of what is free, at most 2,048 tokens a sequence",
+        description="memory for keys and values: auto is a quarter of what is free, at most 2,048 tokens a sequence; "
+        "on a GPU what --gpu-memory leaves",
     )
     block_size: Annotated[int, Field(ge=4, le=256)] = Field(16, description="tokens in one block of the KV cache")
     prefix_cache: bool = Field(True, description="reuse keys and values of equal prompt starts")
@@ -272,8 +275,9 @@ class Settings(BaseModel):
             )
         if self.quantization == "nf4" and self.group_size not in (None, 64):
             raise BadSetting("nf4 has groups of 64; leave --group-size out", "group_size")
-        if self.group_size is not None and (self.group_size < 16 or self.group_size % 16):
-            raise BadSetting(f"group_size must be a multiple of 16, not {self.group_size}", "group_size")
+        if self.group_size not in (None, *GROUPS):
+            known = ", ".join(map(str, GROUPS))
+            raise BadSetting(f"group_size must be one of {known}, not {self.group_size}", "group_size")
         return self
 
     @model_validator(mode="after")

@@ -143,7 +143,13 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         log.warning("--max-context is %d, and the base's own limit %d: that holds", settings.max_context, longest)
     runner, engine = _engine(settings, base, registry, text, context, mailbox.wake)
     registry.slots, registry.bases = engine, names_of(base.name)
-    tasks = Tasks(settings.state_dir / "tasks.json", registry, reserved=(base.name,), vocabulary=text.size)
+    tasks = Tasks(
+        settings.state_dir / "tasks.json",
+        registry,
+        reserved=(base.name,),
+        vocabulary=text.size,
+        max_mix=settings.max_mix,
+    )
     registry.tasks, registry.faults, registry.asked_for = tasks.using, tasks.faults, tasks.versions
     notices.on_adapters = tasks.refresh
     metrics.served = lambda task, adapters: (

@@ -27,7 +27,7 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 Id = Annotated[str, PathParameter(max_length=schemas.MAX_FILE_ID)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 ONE = errors(400, 404, 503)
-CHANGED = errors(400, 404, 409, 503, 507)
+CHANGED = errors(400, 404, 409, 503)
 ITS_OWN = ("r", "alpha", "target_modules", "rslora")
 """What a job has of the adapter that it goes on from, and none of its own."""
 

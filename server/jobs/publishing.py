@@ -169,10 +169,22 @@ class Publishing:
             del job.result[INTENT]
             job.result |= {"model": job.name, "version": published.version.label}
             active.note(f"Published as {published.version.label}.", data={"version": published.version.label})
+            self._warn_of_route(active)
             break
         else:
             raise JobError("conflict", f"{job.name} got another version at each of {TRIES} tries to publish", "suffix")
         self._leave_files(active, published_=job.result["model"] is not None)
+
+    def _warn_of_route(self, active: Active) -> None:
+        """Whoever asks for a task by the adapter's name would not get the adapter."""
+        name = active.job.name
+        task = self._tasks.find(name)
+        if task is not None and not task.route.leads_to([(name, 1.0)]):
+            active.note(
+                f"The task {name} goes by a route that is not this adapter alone: PUT /tasks/{name} changes it, "
+                f"and the model adapter:{name} is the adapter itself.",
+                level="warn",
+            )
 
     # ---- measuring
 

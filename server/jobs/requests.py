@@ -122,6 +122,8 @@ def checked(asked: Asked, ground: Ground) -> dict[str, Any]:
         "lora": {**vars(asked.lora), "alpha": asked.lora.alpha or 2.0 * asked.lora.r, "task": task},
         # As it is now: the job may begin, or go on from a checkpoint, when the task is another or none.
         "template": {k: v for k, v in found.body().items() if k != "route"} if found is not None else {},
+        # Of a task that a folder brings, which the result's own then takes the place of.
+        "route": found.route.describe() if found is not None and found.source == "file" else None,
         "metadata": dict(asked.metadata or {}) or None,
     }
     try:
@@ -226,7 +228,7 @@ def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path)
         held_out=HELD_OUT if lora["publish"] == "if_better" and not validation else 0.0,
         template=request["template"],
         # An adapter that is called otherwise than the task would take the task from the one that has it.
-        task={"task": name, **request["template"]} if lora["task"] == name else None,
+        task={"task": name, **request["template"], "route": request.get("route")} if lora["task"] == name else None,
         threads=ground.threads,
         max_rank=ground.max_rank,
         init=(folder / INIT).resolve() if (folder / INIT).exists() else None,

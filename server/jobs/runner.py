@@ -30,7 +30,7 @@ from server.jobs.records import (
     Job,
     Records,
 )
-from server.jobs.spec import NEEDED_TO_RUN
+from server.jobs.spec import NEEDED_TO_RUN, RESULT
 
 log = logging.getLogger(__name__)
 
@@ -299,10 +299,11 @@ class Jobs:
                 self._turn(job, status, message)
 
     def _finish(self, job: Job, status: str, message: str) -> None:
-        """The end of a job. What a run needs is kept only where the job can be resumed."""
-        if status != FAILED:
-            for name in NEEDED_TO_RUN:
-                shutil.rmtree(self.records.folder(job.id) / name, ignore_errors=True)
+        """The end of a job. What a run needs is kept only where the job can be resumed, what it has made where it is
+        of use."""
+        of_no_use = () if status == FAILED else (*NEEDED_TO_RUN, RESULT) if status == CANCELLED else NEEDED_TO_RUN
+        for name in of_no_use:
+            shutil.rmtree(self.records.folder(job.id) / name, ignore_errors=True)
         job.finished_at = time.time()
         self._turn(job, status, message)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
-from adapters.weights import MIN_DIGEST, NAME, Choice, check_weight
+from adapters.weights import MIN_DIGEST, NAME, Choice, check_weight, counts
 from server.engine.text import INPUT, Format
 from server.errors import InvalidRequest
 from server.tasks.sampling import check_defaults
@@ -76,7 +76,7 @@ Route = Fixed | Best
 
 def _named(choice: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     """A choice by names without versions, in one order, with weights as a mix has them, without what has none."""
-    return sorted((name.partition("@")[0], check_weight(weight)) for name, weight in choice if weight)
+    return sorted((name.partition("@")[0], check_weight(weight)) for name, weight in choice if counts(weight))
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ class Task:
     labels: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     source: Source = "api"
+    by_name: bool = False
+    """No route was given for it: it is the adapter of its name, if there is one."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -110,11 +112,11 @@ class Task:
             "system": self.system,
             "labels": list(self.labels),
             "defaults": dict(self.defaults),
-            "route": self.route.describe(),
+            "route": None if self.by_name else self.route.describe(),
         }
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "source": self.source, **self.body()}
+        return {"name": self.name, "source": self.source, **self.body(), "route": self.route.describe()}
 
 
 _KEYS = frozenset({"task", "name", "source", "prompt", "format", "system", "labels", "defaults", "route"})
@@ -149,6 +151,7 @@ def parse(name: str, body: Mapping[str, Any], *, default_route: Route, source: S
         labels=check_labels(body.get("labels") or [], "labels"),
         defaults=check_defaults(defaults),
         source=source,
+        by_name=route is None,
     )
 
 
@@ -175,7 +178,11 @@ def _route(route: Any) -> Route:
     if "choice" in route:
         if set(route) != {"choice"}:
             raise InvalidRequest("a route with `choice` has no other field", "route")
-        return Fixed(tuple(parse_choice(route["choice"], "route.choice")))
+        choice = parse_choice(route["choice"], "route.choice")
+        names = [name.partition("@")[0] for name, _ in choice]
+        if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
+            raise InvalidRequest(f"the adapter {twice!r} is named twice; give it one weight", "route")
+        return Fixed(tuple(choice))
     return _best(route)
 
 

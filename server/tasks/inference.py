@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from adapters.leases import Lease
-from adapters.weights import Choice, Mix, Version
+from adapters.weights import Choice, Mix, Version, counts
 from server.engine.request import Constraint, Delivery, Request, Sampling, TokenLogprob
 from server.errors import InvalidRequest, NotFinite, QueueFull
 from server.metrics import Ended, Metrics
@@ -328,7 +328,7 @@ def ended(generation: Generation) -> Ended:
     task = generation.target.task
     return Ended(
         task=task.name if task else None,
-        adapters=tuple(version.name for version, weight in generation.versions if weight),
+        adapters=tuple(version.name for version, weight in generation.versions if counts(weight)),
         status=generation.status,
         submitted=min(r.submitted for r in requests),
         admitted=_least(r.admitted for r in requests),
@@ -373,7 +373,7 @@ def new_id(prefix: str) -> str:
 
 def _overflow(generation: Generation, error: NotFinite) -> Exception:
     """Whose numbers are at fault: the adapters', which a request chooses, if it has any; the base's are finite."""
-    labels = " + ".join(version.label for version, weight in generation.versions if weight)
+    labels = " + ".join(version.label for version, weight in generation.versions if counts(weight))
     log.warning("%s: the logits of %s are not finite", generation.id, labels or "the base alone")
     if not labels:
         return error
@@ -393,4 +393,4 @@ def _ms(seconds: float) -> float:
 
 
 def _names(choice: Choice) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.partition("@")[0] for name, weight in choice if weight))
+    return tuple(dict.fromkeys(name.partition("@")[0] for name, weight in choice if counts(weight)))

@@ -45,7 +45,8 @@ class Prompts:
         if task is None:
             ids = await _off(len(prompt), lambda: self.text.encode(prompt))
         else:
-            ids = await _off(len(prompt), lambda: self.text.encode_task(task.prompt, task.format, task.system, prompt))
+            size = len(prompt) + _around(task)
+            ids = await _off(size, lambda: self.text.encode_task(task.prompt, task.format, task.system, prompt))
         self.room.check_prompt(len(ids))
         return ids
 
@@ -58,7 +59,7 @@ class Prompts:
         asked = "".join(m["content"] for m in messages if m["role"] != "assistant")  # templates drop of answers' parts
         await self._check_beginning(asked, USUAL * self.room.context, "messages")
         wrapped = messages if task is None else _wrapped(task, messages)
-        ids = await _off(size + MESSAGE * len(wrapped), lambda: self.text.encode_chat(wrapped))
+        ids = await _off(size + _around(task) + MESSAGE * len(wrapped), lambda: self.text.encode_chat(wrapped))
         self.room.check_prompt(len(ids), "messages")
         return ids
 
@@ -77,9 +78,12 @@ class Prompts:
         The prompt is tokenized with each, so that one which is too long is found out before. `deadline` is of the
         monotonic clock. Raises InvalidRequest, DeadlineExceeded.
         """
-        size = (len(prompt) + sum(map(len, labels))) * len(labels)
         self._check_characters(len(prompt), "prompt")
-        await self._check_beginning(prompt, self.room.context)
+        text, format = self.text, task.format if task else "raw"
+        template, system = (task.prompt, task.system) if task else ("{input}", None)
+        pieces = await _off(len(prompt) + _around(task), lambda: text.render_task(template, format, system, prompt))
+        whole = "".join(piece for piece in pieces if isinstance(piece, str))
+        await self._check_beginning(whole, self.room.context)
 
         def in_time() -> Iterator[str]:
             for label in labels:
@@ -87,12 +91,8 @@ class Prompts:
                     raise DeadlineExceeded("the deadline passed before the prompt and all labels were tokenized")
                 yield label
 
-        def encode() -> list[tuple[list[int], int]]:
-            text, format = self.text, task.format if task else "raw"
-            pieces = text.render_task(task.prompt if task else "{input}", format, task.system if task else None, prompt)
-            return text.encode_continuations(pieces, in_time(), format)
-
-        scored = await _off(size, encode)
+        size = (len(whole) + sum(map(len, labels))) * len(labels)
+        scored = await _off(size, lambda: text.encode_continuations(pieces, in_time(), format))
         longest = max(len(ids) for ids, _ in scored)
         if longest > self.room.context:
             raise InvalidRequest(
@@ -126,6 +126,11 @@ class Prompts:
                 f"it holds {self._characters} at the very most",
                 param,
             )
+
+
+def _around(task: Task | None) -> int:
+    """Characters that a task may put around what it is asked."""
+    return 0 if task is None else len(task.prompt) + len(task.system or "")
 
 
 def _only_message(task: Task, messages: Sequence[Message]) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from adapters.errors import StoreFailed
-from adapters.weights import Choice, Version
+from adapters.weights import Choice, Version, counts
 from server.errors import UnknownName
 from server.tasks.definitions import FEEDBACK_METRIC
 from server.tasks.intervals import Totals, interval
@@ -68,7 +68,7 @@ class Subject:
 
     @staticmethod
     def of(task: str, versions: Iterable[tuple[Version, float]], base: str) -> Subject:
-        pairs = sorted([v.label, _written(w)] for v, w in versions if w)
+        pairs = sorted([v.label, _written(w)] for v, w in versions if counts(w))
         return Subject(task, json.dumps(pairs), base)
 
     @property

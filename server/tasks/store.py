@@ -12,7 +12,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -20,9 +20,9 @@ from adapters.durable import replace_file
 from adapters.errors import AdapterError, StoreFailed, UnknownAdapter
 from adapters.leases import Lease
 from adapters.peft_format import TASK_FILE
-from adapters.weights import RESERVED, Choice, Version
+from adapters.weights import RESERVED, Choice, Version, canonical_mix
 from server.errors import InvalidRequest, ServerError, UnknownName
-from server.tasks.definitions import Fixed, Route, Task, check_task_name, parse
+from server.tasks.definitions import Best, Fixed, Route, Task, check_task_name, parse
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +67,15 @@ class Tasks:
     """
 
     def __init__(
-        self, file: Path, adapters: Adapters, reserved: Collection[str] = (), vocabulary: int | None = None
+        self,
+        file: Path,
+        adapters: Adapters,
+        reserved: Collection[str] = (),
+        vocabulary: int | None = None,
+        max_mix: int = 8,
     ) -> None:
         self._file = file
+        self._max_mix = max_mix
         self._vocabulary = vocabulary
         self._adapters = adapters
         self._reserved = RESERVED | set(reserved)
@@ -134,8 +140,7 @@ class Tasks:
 
     def _define(self, name: str, body: Mapping[str, Any]) -> tuple[Task, bool]:
         """While no adapter comes or goes: what the task routes to is there when it is written."""
-        own = Fixed(((name, 1.0),)) if name in self._adapters.names() else Fixed()
-        task = parse(name, body, default_route=own, source="api")
+        task = parse(name, body, default_route=_own(name, self._adapters.names()), source="api")
         self._check_defaults(task)
         self._check(task.route)
         with self._lock:
@@ -198,16 +203,23 @@ class Tasks:
                     faults[adapter] = (
                         f"is not used: the task {name!r} is that of adapter {owners[name]!r}; give it another name"
                     )
-                if (unknown := self._unknown(owners[name], those[owners[name]])) is not None:
-                    faults[owners[name]] = f"routes to what there is not, so its requests are refused: {unknown}"
+                if (unknown := self._useless(owners[name], those[owners[name]])) is not None:
+                    faults[owners[name]] = f"has a route that no request can take: {unknown}"
             for adapter, fault in faults.items():
                 if fault != self._faults.get(adapter):
                     log.warning("the task.json of adapter %r %s", adapter, fault)
-            self._keep_owners({name: owners[name] for name, those in offers.items() if len(those) > 1})
+            # Of those that nobody brings now as well: an adapter that is set aside at one start comes back at another.
+            absent = {name: owner for name, owner in self._contested.items() if name not in offers}
+            self._keep_owners(absent | {name: owners[name] for name, those in offers.items() if len(those) > 1})
             self._owners = owners
             files = {name: those[owners[name]] for name, those in offers.items()}
             gone = self._files.keys() - files.keys() - self._put.keys()
             self._files, self._brought, self._seen, self._faults = files, brought, read, faults
+            served = set(self._adapters.names())
+            self._put = {
+                name: replace(task, route=_own(name, served)) if task.by_name else task
+                for name, task in self._put.items()
+            }
             self._note_routes()
         return gone
 
@@ -219,12 +231,14 @@ class Tasks:
                 routed.setdefault(adapter, []).append(task)
         self._routed = routed
 
-    def _unknown(self, adapter: str, task: Task) -> str | None:
-        """What is said of an adapter or a version that the task of an adapter routes to and that there is not."""
-        elsewhere = [(candidate, 1.0) for candidate in task.route.candidates if candidate != adapter]
+    def _useless(self, adapter: str, task: Task) -> str | None:
+        """What is wrong with the route of the task of an adapter: it leads to what there is not, or to no mix."""
+        route = task.route
         try:
-            if elsewhere:
-                self._adapters.resolve(elsewhere)
+            if isinstance(route, Best):
+                self._adapters.resolve([(candidate, 1.0) for candidate in route.candidates])
+            elif set(route.candidates) - {adapter}:
+                canonical_mix(self._adapters.resolve(list(route.choice)), self._max_mix)
         except AdapterError as error:
             return error.message
         return None
@@ -341,6 +355,11 @@ class Tasks:
             raise StoreFailed(f"the task cannot be written: {error.strerror}; nothing has changed") from None
         self._put, self._deleted = put, deleted
         self._note_routes()
+
+
+def _own(name: str, adapters: Collection[str]) -> Fixed:
+    """The route of a task that was put without one."""
+    return Fixed(((name, 1.0),)) if name in adapters else Fixed()
 
 
 def _mark(digest: str, body: Any) -> str:

@@ -109,6 +109,16 @@ def test_tools_that_ask_for_nothing_are_no_fault():
     assert len(data.parse(quiet)) == 1
 
 
+def test_what_has_no_value_asks_for_nothing():
+    """Tools that write rows of several forms give each the columns of all."""
+    pair = b'{"input": "a", "output": "b", "messages": null, "prompt": null, "completion": null}'
+    completion = b'{"input": null, "output": null, "prompt": "p:", "completion": " c"}'
+    chat = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": null}]}'
+    found = data.parse(b"\n".join((pair, completion, chat)))
+    assert [type(record) for record in found] == [data.Pair, data.Completion, data.Chat]
+    assert found[2].messages[1] == {"role": "assistant", "content": "b"}
+
+
 def test_an_entry_of_a_list_is_called_one_later_too():
     chat = '{"messages": [{"role": "assistant", "content": "x"}]}'
     listed = data.parse(f'[{GOOD}, {{"prompt": "a", "completion": "b"}}, {chat}]'.encode(), "d.json")

@@ -622,6 +622,21 @@ def _larger(weights: LoraWeights) -> LoraWeights:
     return replace(weights, modules=modules)
 
 
+async def test_what_happens_to_a_version_is_told_of_the_name_that_has_it(
+    open_registry: Open, folders: list[Path]
+) -> None:
+    """`a` had the content before `b`, and has gone on."""
+    registry = open_registry()
+    for name, folder in (("a", folders[0]), ("a", folders[1]), ("b", folders[0])):
+        await registry.publish(name, folder)
+    again = open_registry()
+    again.start()
+    await again.prefetch("b")
+    assert again._observer.loads == [("b", "ok")]
+    await again.retire("b")
+    assert again._names.of_content(digest_of(folders[0])) == "a"
+
+
 async def test_a_pin_whose_load_failed_for_once_holds_later(open_registry: Open, folders: list[Path]) -> None:
     """What lacked memory for a moment may have it then."""
     registry = open_registry()

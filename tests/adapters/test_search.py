@@ -57,6 +57,7 @@ def test_one_candidate_and_none():
     trial, _ = known({8: 0.5})
     alone = search.search_rank(trial, [8], max_steps=30)
     assert alone.chosen == 8 and "dropped out" not in alone.advice, "there are no others"
+    assert "times its parameters" not in alone.advice
     for wrong in ({"ranks": []}, {"ranks": [0]}, {"ranks": [4], "seeds": ()}, {"ranks": [4], "share": 0.0}):
         with pytest.raises(AdapterError):
             search.search_rank(trial, **{"max_steps": 10, **wrong})

@@ -149,7 +149,7 @@ def test_a_value_of_the_file_is_blamed_on_the_file(monkeypatch: pytest.MonkeyPat
         ({"deadline": "0"}, "deadline"),
         ({"block_size": "8"}, "multiple of 16 for the native kernels.*--kernels reference"),
         ({"block_size": "24", "kernels": "native"}, "multiple of 16"),
-        ({"group_size": "24"}, "multiple of 16"),
+        ({"group_size": "48"}, "one of 32, 64, 128, 256, not 48"),
         ({"quantization": "nf4", "group_size": "32"}, "groups of 64"),
         ({"host": "0.0.0.0"}, "no keys"),
         ({"host": "::"}, "no keys"),

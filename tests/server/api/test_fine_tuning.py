@@ -409,6 +409,38 @@ def test_publishing_by_rule(live: Any, client: openai.OpenAI) -> None:
 
 
 @pytest.mark.usefixtures("within")
+def test_a_task_keeps_its_route_when_its_adapter_is_trained_again(
+    live: Any, client: openai.OpenAI, write_adapter: Any
+) -> None:
+    route = {"choice": [{"name": "mine", "weight": 0.5}, {"name": "second", "weight": 0.25}]}
+    write_adapter("second", 5)
+    assert live.http.post("/adapters", json={"name": "second", "source": "second"}).status_code in (200, 201)
+    write_adapter("mine", 6, task={"prompt": "{input}", "route": route})
+    assert live.http.post("/adapters", json={"name": "mine", "source": "mine"}).status_code in (200, 201)
+    before = live.http.get("/adapters/mine").json()["version"]
+    job = until(client, create(client, suffix="mine").id)
+    assert job.status == "succeeded" and live.http.get("/adapters/mine").json()["version"] != before
+    task = live.http.get("/tasks/mine").json()
+    assert task["route"] == route and task["source"] == "file"
+
+
+@pytest.mark.usefixtures("within")
+def test_the_result_answers_to_its_name_unless_a_task_routes_elsewhere(live: Any, client: openai.OpenAI) -> None:
+    """A task that was put before there was an adapter of its name is that adapter once there is."""
+    live.http.put("/tasks/early", json={"prompt": "{input}"}).raise_for_status()
+    live.http.put("/tasks/second", json={"prompt": "{input}", "route": {"choice": []}}).raise_for_status()
+    for name in ("early", "second"):
+        job = until(client, create(client, suffix=name).id)
+        assert job.status == "succeeded" and job.fine_tuned_model == name
+        used = live.generate("the", task=name, max_tokens=1).json()["adapters"]
+        said = [e.message for e in client.fine_tuning.jobs.list_events(job.id, limit=50) if e.level == "warn"]
+        if name == "early":
+            assert [adapter["name"] for adapter in used] == ["early"] and not said
+        else:
+            assert used == [] and "goes by a route that is not this adapter alone" in said[0]
+
+
+@pytest.mark.usefixtures("within")
 def test_a_trained_job_goes_on_without_its_files(
     live: Any, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,17 +148,56 @@ def test_a_bad_task_file_leaves_its_adapter_served(live: Any, write_adapter: Any
         assert live.http.get(f"/tasks/far{seed}").status_code == 404
 
 
+def test_a_task_file_with_a_mix_over_the_limit_is_told(start: Any, write_adapter: Any) -> None:
+    live, names = start(max_mix=2), ("one", "two", "three")
+    route = {"choice": [{"name": name} for name in names]}
+    for seed, name in enumerate(names):
+        write_adapter(name, seed, task={**BODY, "route": route} if name == "three" else None)
+        live.http.post("/adapters", json={"name": name, "source": name})
+    assert live.http.get("/adapters/three").json()["notes"] == [
+        "its task.json has a route that no request can take: a mix of 3 adapters is over the limit of 2 (--max-mix)"
+    ]
+
+
+def test_a_task_that_names_no_route_is_the_adapter_of_its_name_whenever_it_comes(
+    start: Any, write_adapter: Any
+) -> None:
+    live, own = start(), {"choice": [{"name": "late", "weight": 1.0}]}
+    write_adapter("late", 1)
+    for name, route in (("late", None), ("fixed", {"choice": []})):
+        put = live.http.put(f"/tasks/{name}", json={"prompt": "{input}", "route": route})
+        assert put.status_code == 201 and put.json()["route"] == {"choice": []}, "the base alone"
+    for name in ("late", "fixed"):
+        live.http.post("/adapters", json={"name": name, "source": "late"})
+        assert live.http.get(f"/adapters/{name}").status_code == 200
+    assert live.http.get("/tasks/late").json()["route"] == own
+    assert live.http.get("/tasks/fixed").json()["route"] == {"choice": []}
+    assert live.generate("x", task="late").json()["adapters"][0]["name"] == "late"
+    assert live.http.delete("/adapters/late").status_code == 409
+    live.stop()
+    live = start()
+    assert live.http.get("/tasks/late").json()["route"] == own
+    assert live.http.get("/tasks/fixed").json()["route"] == {"choice": []}
+
+
 def test_a_task_file_that_routes_to_nobody_is_told_until_there_is_one(
     live: Any, write_adapter: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_adapter("lost", 31, task={**BODY, "route": {"choice": [{"name": "lost"}, {"name": "nobody", "weight": 0.5}]}})
     made = live.http.post("/adapters", json={"name": "lost", "source": "lost"})
     assert made.status_code in (200, 201) and "'nobody'" in made.json()["notes"][-1]
-    assert "the task.json of adapter 'lost' routes to what there is not" in caplog.text and "'nobody'" in caplog.text
+    assert (
+        "the task.json of adapter 'lost' has a route that no request can take" in caplog.text
+        and "'nobody'" in caplog.text
+    )
     assert live.generate("x", task="lost").json()["error"]["param"] == "adapters"
     assert live.http.post("/adapters", json={"name": "nobody", "source": "a"}).status_code == 201
     assert live.http.get("/adapters/lost").json()["notes"] == []
     assert live.generate("x", task="lost").status_code == 200
+    route = {"choice": [{"name": "twice"}, {"name": "twice@0123456789ab", "weight": 0.5}]}
+    write_adapter("twice", 34, task={**BODY, "route": route})
+    made = live.http.post("/adapters", json={"name": "twice", "source": "twice"})
+    assert "is not used: the adapter 'twice' is named twice" in made.json()["notes"][-1]
     route = {"best": ["a", "b@000000000000"]}
     write_adapter("best", 32, task={**BODY, "route": route})
     made = live.http.post("/adapters", json={"name": "best", "source": "best"})
@@ -319,6 +358,10 @@ def test_a_folder_does_not_take_a_task_from_the_adapter_that_has_it(
     assert "task.json of adapter 'mood' is not used" in caplog.text
     again = Tasks(tmp_path / "tasks.json", adapters)
     assert prompt(again) == "reviews", "after a restart too"
+    adapters.those, those = [], adapters.those
+    Tasks(tmp_path / "tasks.json", adapters)  # a start on another base, on which none of them can be served
+    adapters.those = those
+    assert prompt(again := Tasks(tmp_path / "tasks.json", adapters)) == "reviews"
     adapters.those.remove("reviews")
     again.refresh()
     assert prompt(again) == "mood" and again.faults("mood") == [] and again.faults("experiment") != []

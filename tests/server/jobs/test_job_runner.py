@@ -14,7 +14,7 @@ from server.jobs.errors import JobError
 from server.jobs.files import Files
 from server.jobs.records import EVALUATION, TRAINING, Job, Records
 from server.jobs.runner import Active, Jobs, Stopped
-from server.jobs.spec import NEEDED_TO_RUN
+from server.jobs.spec import NEEDED_TO_RUN, RESULT
 from tests.waiting import until
 
 
@@ -144,7 +144,7 @@ def test_what_a_run_needs_stays_for_as_long_as_it_can_go_on(make, work, end):
     until(lambda: first.status == "running")
     job = second if end.endswith("waits") else first
     folder = jobs.records.folder(job.id)
-    for name in NEEDED_TO_RUN:
+    for name in (*NEEDED_TO_RUN, RESULT):
         (folder / name).mkdir()
         (folder / name / "file").touch()
     work.error = JobError("bad", "the reason") if end == "failed" else None
@@ -152,6 +152,7 @@ def test_what_a_run_needs_stays_for_as_long_as_it_can_go_on(make, work, end):
     work.go.set() if change is None else change(job.id)
     until(lambda: job.status == end.split()[0])
     assert [(folder / name / "file").exists() for name in NEEDED_TO_RUN] == [end in ("failed", "paused")] * 3
+    assert (folder / RESULT).exists() == (not end.startswith("cancelled"))
     assert folder.exists() and jobs.records.events(job.id)
 
 

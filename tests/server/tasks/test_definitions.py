@@ -108,6 +108,6 @@ def test_a_weight_that_is_no_finite_number_up_to_16_is_refused(weight: float) ->
 
 
 def test_a_task_tells_which_versions_it_names() -> None:
-    choice = [{"name": "a@C2A7A51E"}, {"name": "a@123456"}, {"name": "b@123456"}, {"name": "a"}]
-    task = parse("t", {"prompt": "{input}", "route": {"choice": choice}}, default_route=Fixed(), source="file")
+    best = ["a@C2A7A51E", "a@123456", "b@123456", "a"]
+    task = parse("t", {"prompt": "{input}", "route": {"best": best}}, default_route=Fixed(), source="file")
     assert task.versions("a") == {"c2a7a51e", "123456"} and task.versions("c") == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from server.engine.text import Text
 from server.errors import DeadlineExceeded, InvalidRequest
 from server.model.loader import Base
+from server.tasks.definitions import Fixed, Task
 from server.tasks.prompts import SEAM, USUAL, Prompts
 from server.tasks.sampling import Room
 
@@ -59,6 +61,31 @@ async def test_a_beginning_says_nothing_of_what_may_fit(prompts: Prompts) -> Non
 async def test_labels_are_not_tokenized_with_a_prompt_that_is_too_long(prompts: Prompts) -> None:
     with pytest.raises(InvalidRequest, match="alone are more tokens"):
         await prompts.of_labels(None, "1 2 " * CONTEXT, [str(i) for i in range(50)])
+    assert len(prompts.text.sizes) == 1
+
+
+@pytest.mark.parametrize("format", ["raw", "chat"])
+async def test_a_long_template_is_tokenized_on_a_thread(prompts: Prompts, format: Any) -> None:
+    """The event loop would answer nobody meanwhile, however short the prompt is."""
+    shots = Task("shots", "y " * 2500 + "{input}", Fixed(), format, system=None if format == "raw" else "z " * 10)
+    whole: list[bool] = []
+
+    def encode(pieces: Any) -> list[int]:
+        if sum(len(piece) for piece in pieces if isinstance(piece, str)) > 5000:
+            whole.append(threading.current_thread() is threading.main_thread())
+        return [1] * 20
+
+    prompts.text.encode_pieces = encode  # type: ignore[method-assign]
+    await prompts.of_input(shots, "x")
+    await prompts.of_chat(shots, [{"role": "user", "content": "x"}])
+    await prompts.of_labels(shots, "x", ["a", "b"])
+    assert len(whole) == 5 and not any(whole)
+
+
+async def test_labels_are_not_tokenized_with_a_template_that_is_too_long(prompts: Prompts) -> None:
+    shots = Task("shots", "1 2 " * CONTEXT + "{input}", Fixed())
+    with pytest.raises(InvalidRequest, match="alone are more tokens"):
+        await prompts.of_labels(shots, "x", [str(i) for i in range(50)])
     assert len(prompts.text.sizes) == 1
 
 
