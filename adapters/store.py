@@ -312,6 +312,7 @@ class Store:
         """Delete one version, which the journal must not name."""
         assert digest not in self.journal.referenced(), "a version is deleted while it has a name"
         self.records.pop(digest, None)
+        self._sizes.pop(digest, None)
         with _told("delete a version"):
             self._discard(self.path(digest))
 

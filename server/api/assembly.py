@@ -93,6 +93,7 @@ class _Notices(Observer):
         self._metrics = metrics
         self.on_adapters: Callable[[], set[str]] = set
         """Answers the tasks that went with an adapter."""
+        self.on_task_gone: Callable[[str], None] = lambda task: None
         self.on_version: Callable[[str], None] = lambda name: None
         """Hears, after that, the name of an adapter that has another version or is gone."""
 
@@ -106,6 +107,7 @@ class _Notices(Observer):
         self._metrics.on_change(name, version)
         for task in self.on_adapters():
             self._metrics.forget_task(task)
+            self.on_task_gone(task)
         self.on_version(name)
 
 
@@ -143,15 +145,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         log.warning("--max-context is %d, and the base's own limit %d: that holds", settings.max_context, longest)
     runner, engine = _engine(settings, base, registry, text, context, mailbox.wake)
     registry.slots, registry.bases = engine, names_of(base.name)
-    tasks = Tasks(
-        settings.state_dir / "tasks.json",
-        registry,
-        reserved=(base.name,),
-        vocabulary=text.size,
-        max_mix=settings.max_mix,
-    )
-    registry.tasks, registry.faults, registry.asked_for = tasks.using, tasks.faults, tasks.versions
-    notices.on_adapters = tasks.refresh
+    tasks = _tasks(settings, base, text, registry, notices)
     metrics.served = lambda task, adapters: (
         (task is None or tasks.find(task) is not None) and set(adapters) <= set(registry.names())
     )
@@ -168,6 +162,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     quality = Quality(settings.state_dir / "quality.db", settings.quality_retention)
     router = BestRouter(quality, registry, base.id)
     notices.on_version = _looked_at(tasks, router)
+    notices.on_task_gone = _forgotten(router)
     inference.admission = Admission(
         settings.key_rate, settings.key_concurrency, settings.task_rate, settings.task_concurrency
     )
@@ -293,6 +288,27 @@ def _jobs(
     jobs = Jobs(Records(settings.state_dir / "jobs"), works)
     files.used_by = jobs.using
     return jobs
+
+
+def _tasks(settings: Settings, base: Base, text: Text, registry: Registry, notices: _Notices) -> Tasks:
+    """The tasks, which the registry asks and tells."""
+    file, size = settings.state_dir / "tasks.json", text.size
+    tasks = Tasks(file, registry, reserved=(base.name,), vocabulary=size, max_mix=settings.max_mix)
+    registry.tasks, registry.faults, registry.asked_for = tasks.using, tasks.faults, tasks.versions
+    notices.on_adapters = tasks.refresh
+    return tasks
+
+
+def _forgotten(router: BestRouter) -> Callable[[str], None]:
+    """Forgets who leads a task that went with its adapter."""
+
+    def forget(task: str) -> None:
+        try:
+            router.forget(task)
+        except StoreFailed as error:
+            log.warning("who leads the task %r, which is gone, is still written down: %s", task, error.message)
+
+    return forget
 
 
 def _looked_at(tasks: Tasks, router: BestRouter) -> Callable[[str], None]:

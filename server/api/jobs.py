@@ -13,8 +13,8 @@ from server.api.generate import json_response
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready
 from server.errors import called
-from server.jobs.evaluating import DATA
 from server.jobs.records import EVALUATION, Job
+from server.jobs.spec import DATA
 from server.tasks.definitions import Best, Task
 from server.tasks.evaluation import default_metric
 

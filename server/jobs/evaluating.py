@@ -20,6 +20,7 @@ from server.jobs.files import Files
 from server.jobs.publishing import Evaluate, awaited, shares
 from server.jobs.records import RUNNING, Progress
 from server.jobs.runner import Active
+from server.jobs.spec import DATA
 from server.tasks.definitions import Task
 from server.tasks.evaluation import Evaluation, difference, identities, pairs
 from server.tasks.quality import Quality, Subject
@@ -28,8 +29,6 @@ from server.tasks.store import Tasks
 
 MAX_BYTES = 32 << 20
 """Of a file: it is read in the server's own process, whose steps would wait while it is."""
-DATA = "data.jsonl"
-"""The file within the job's folder, where the examples came with the request."""
 
 
 class Evaluating:

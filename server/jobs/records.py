@@ -30,6 +30,8 @@ SUCCEEDED, FAILED, CANCELLED = "succeeded", "failed", "cancelled"
 OVER = frozenset({SUCCEEDED, FAILED, CANCELLED})
 ACTIVE = frozenset({VALIDATING, RUNNING})
 
+MOST_OVER = 2000
+"""Jobs that are over and still told of; the oldest go first."""
 STATE, EVENTS = "job.json", "events.jsonl"
 OURS = re.compile(r"[a-z]+-[0-9a-f]{24}")
 """The names of folders that are made here: the ids of jobs."""
@@ -130,8 +132,20 @@ class Records:
         except StoreFailed:
             self._drop(job)
             raise
+        over = [known for known in self.all() if known.over][: -MOST_OVER + 1]
         with self._lock:
-            self.jobs = {**self.jobs, job.id: job}
+            self.jobs = {id: known for id, known in self.jobs.items() if known not in over} | {job.id: job}
+        for known in over:
+            self._drop(known)
+
+    def remove(self, job: Job, name: str) -> None:
+        """Delete a file or a folder of a job, if it is there and the disk lets it go."""
+        path = self.folder(job.id) / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def _drop(self, job: Job) -> None:
         shutil.rmtree(self.folder(job.id), ignore_errors=True)

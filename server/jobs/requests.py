@@ -181,6 +181,11 @@ def config_of(request: Mapping[str, Any]) -> TrainingConfig:
     )
 
 
+def _routed(request: Mapping[str, Any]) -> dict[str, Any]:
+    route = request.get("route")  # requests of before have none
+    return {} if route is None else {"route": route}
+
+
 def keep_init(request: Mapping[str, Any], ground: Ground, folder: Path) -> None:
     """Put the adapter to start from, as it is now, into the job's folder. Raises UnknownAdapter, StoreFailed."""
     name = request["lora"]["init_from"]
@@ -228,7 +233,7 @@ def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path)
         held_out=HELD_OUT if lora["publish"] == "if_better" and not validation else 0.0,
         template=request["template"],
         # An adapter that is called otherwise than the task would take the task from the one that has it.
-        task={"task": name, **request["template"], "route": request.get("route")} if lora["task"] == name else None,
+        task={"task": name, **request["template"], **_routed(request)} if lora["task"] == name else None,
         threads=ground.threads,
         max_rank=ground.max_rank,
         init=(folder / INIT).resolve() if (folder / INIT).exists() else None,

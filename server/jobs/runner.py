@@ -7,7 +7,6 @@ after which all that was queued or running is queued again. What a job does is i
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -303,7 +302,7 @@ class Jobs:
         of use."""
         of_no_use = () if status == FAILED else (*NEEDED_TO_RUN, RESULT) if status == CANCELLED else NEEDED_TO_RUN
         for name in of_no_use:
-            shutil.rmtree(self.records.folder(job.id) / name, ignore_errors=True)
+            self.records.remove(job, name)
         job.finished_at = time.time()
         self._turn(job, status, message)
 

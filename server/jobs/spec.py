@@ -19,9 +19,12 @@ RESULT = "result"
 """The folder, within that of the job, which holds the PEFT folder once it is whole."""
 INIT, RIVAL, CHECKPOINTS = "init", "rival", "checkpoints"
 """Folders there: the adapter to start from, the one that the result would replace, and where a run can go on from."""
-NEEDED_TO_RUN = (INIT, RIVAL, CHECKPOINTS)
 JUDGED = "judged.jsonl"
 """What the result is compared on, if the engine can answer it."""
+DATA = "data.jsonl"
+"""What an evaluation asks, where the examples came with the request."""
+NEEDED_TO_RUN = (INIT, RIVAL, CHECKPOINTS, JUDGED, DATA)
+"""What lies there for a run alone."""
 
 VALIDATED, STEP, EVALUATED, CHECKPOINT = "validated", "step", "eval", "checkpoint"
 TRAINED, STOPPED, FAILED, NOTE = "trained", "stopped", "failed", "note"

@@ -16,7 +16,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -42,9 +42,12 @@ FIRST_SWEEP = 300.0
 """Seconds after the start."""
 MOST_PENDING = 10_000
 """Answers that wait in memory at most while the disk refuses them; the oldest are let go."""
-MOST_SUBJECTS = 200
+MOST_MADE_UP = 200
 """Of a task. Mixes that clients choose themselves have no end: of one that would be a further subject nothing is
 kept."""
+MOST_TRAFFIC = 1000
+"""Subjects whose traffic is kept in memory, in some kilobytes each; that of others is read when it is asked for."""
+MOST_PAIRED = 10_000
 JUMP = 60.0
 """Seconds that the wall clock may gain or lose in an hour and still be a clock."""
 FEEDBACK, EVALUATION = "feedback", "evaluation"
@@ -163,8 +166,10 @@ class Quality:
         self._hours: dict[tuple[Subject, str, str], dict[int, Totals]] = {}
         self._paired: dict[tuple[Subject, Subject, str], Totals] = {}
         """What has been asked of `examples`, a join of thousands."""
-        self._traffic: dict[int, _Traffic] = {}
-        """All hours of each subject, by its number."""
+        self._traffic: OrderedDict[int, _Traffic] = OrderedDict()
+        """All hours of the subjects that were asked for last, by their numbers."""
+        self._made_up: set[Subject] = set()
+        """Mixes that clients chose themselves."""
         self._clocks = time.time(), time.monotonic()
         """Both clocks when they were last compared."""
         self._patience = FIRST_SWEEP
@@ -270,10 +275,15 @@ class Quality:
             " WHERE a.subject = ? AND b.subject = ? AND a.metric = ?)"
         )
         with self._lock:
-            if key not in self._paired:
+            known = self._paired.get(key)
+            if known is None:
                 numbers = self._ids.get(first), self._ids.get(second)
-                self._paired[key] = Totals(*self._db.execute(query, (*numbers, metric)).fetchone())
-            return self._paired[key]
+                if None in numbers:
+                    return Totals()
+                known = self._paired[key] = Totals(*self._db.execute(query, (*numbers, metric)).fetchone())
+                if len(self._paired) > MOST_PAIRED:
+                    del self._paired[next(iter(self._paired))]
+            return known
 
     def leader(self, task: str, rule: str) -> tuple[Subject, str] | None:
         """Who leads a task by a rule, and why; None if nobody does yet."""
@@ -302,8 +312,7 @@ class Quality:
                     scores[subject].append({"metric": metric, "source": source, "samples": totals.count,
                                             "mean": totals.mean, "low": low, "high": high})  # fmt: skip
             return [
-                self._described(subject, scores[subject], self._traffic.get(number, _Traffic()))
-                for subject, number in subjects.items()
+                self._described(subject, scores[subject], self._seen(number)) for subject, number in subjects.items()
             ]
 
     def _described(self, subject: Subject, quality: list[dict[str, Any]], seen: _Traffic) -> dict[str, Any]:
@@ -325,8 +334,19 @@ class Quality:
 
     # ---- with the lock
 
+    def _seen(self, number: int) -> _Traffic:
+        """All traffic of a subject."""
+        seen = self._traffic.get(number)
+        if seen is None:
+            seen = self._traffic[number] = _Traffic()
+            seen.join(self._rows(self._db, number))
+            if len(self._traffic) > MOST_TRAFFIC:
+                self._traffic.popitem(last=False)
+        self._traffic.move_to_end(number)
+        return seen
+
     def _load(self, db: sqlite3.Connection) -> None:
-        self._hours, self._traffic, self._paired = {}, {}, {}
+        self._hours, self._traffic, self._paired = {}, OrderedDict(), {}
         self._ids = {Subject(*row[1:]): row[0] for row in db.execute("SELECT id, task, mix, base FROM subjects")}
         for subject in self._ids:
             subject.check()
@@ -334,9 +354,14 @@ class Quality:
         for number, metric, source, hour, *sums in db.execute("SELECT * FROM hours"):
             self._hours.setdefault((by_number[number], metric, source), {})[hour] = Totals(*sums)
         self._totals = {key: Totals.joined(hours.values()) for key, hours in self._hours.items()}
-        for number in by_number:
-            rows = db.execute(f"SELECT {_TOLD} FROM traffic WHERE subject = ?", (number,)).fetchall()
-            self._traffic.setdefault(number, _Traffic()).join(rows)
+        for number in by_number:  # what cannot be read is found now; it is kept when it is asked for
+            _Traffic().join(self._rows(db, number))
+        made_up = {number for (number,) in db.execute("SELECT subject FROM made_up")}
+        self._made_up = {subject for subject, number in self._ids.items() if number in made_up}
+
+    @staticmethod
+    def _rows(db: sqlite3.Connection, number: int) -> list[Sequence[Any]]:
+        return db.execute(f"SELECT {_TOLD} FROM traffic WHERE subject = ?", (number,)).fetchall()
 
     def _add(self, subject: Subject, metric: str, source: str, changes: Sequence[_Change]) -> None:
         """Do in memory what `_score` has done in the file."""
@@ -401,7 +426,8 @@ class Quality:
             self._pending.extendleft(reversed(pending[-MOST_PENDING:]))  # a disk that has room again gets them
             raise
         for (number, _), seen in traffic.items():
-            self._traffic.setdefault(number, _Traffic()).merge(seen)
+            if number in self._traffic:
+                self._traffic[number].merge(seen)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -413,6 +439,7 @@ class Quality:
         except sqlite3.Error:
             written = {number for (number,) in self._db.execute("SELECT id FROM subjects")}
             self._ids = {subject: number for subject, number in self._ids.items() if number in written}
+            self._made_up &= self._ids.keys()
             raise
 
     def _write(self, pending: Sequence[Answered]) -> dict[tuple[int, int], _Traffic]:
@@ -420,9 +447,13 @@ class Quality:
         traffic: dict[tuple[int, int], _Traffic] = {}
         rows = []
         for answered in pending:
-            if self._is_one_too_many(answered):
+            made_up = not answered.routed and answered.subject not in self._ids
+            if made_up and self._made_up_of(answered.subject.task) >= MOST_MADE_UP:
                 continue
             number = self._number(answered.subject)
+            if made_up:
+                self._db.execute("INSERT OR IGNORE INTO made_up VALUES (?)", (number,))
+                self._made_up.add(answered.subject)
             traffic.setdefault((number, int(answered.at) // HOUR), _Traffic()).add(answered)
             if not answered.failed:
                 rows.append((digest(answered.id), number, answered.tenant, answered.at, _told(answered.text)))
@@ -437,11 +468,8 @@ class Quality:
                              (number, hour, *whole.sums, *blobs))  # fmt: skip
         return traffic
 
-    def _is_one_too_many(self, answered: Answered) -> bool:
-        subject = answered.subject
-        if answered.routed or subject in self._ids:
-            return False
-        return sum(known.task == subject.task for known in self._ids) >= MOST_SUBJECTS
+    def _made_up_of(self, task: str) -> int:
+        return sum(subject.task == task for subject in self._made_up)
 
     def _sweep_hourly(self, wall: float, steady: float) -> None:
         """Sweep soon after the start and once in an hour of running, if the wall clock went on as the other did: one
@@ -470,6 +498,7 @@ class Quality:
                 self._db.execute(f"DELETE FROM {scores} WHERE at < ?", (before * HOUR,))
             gone = [self._db.execute(f"DELETE FROM {sums} WHERE hour < ?", (before,)).rowcount for sums in _SUMS]
             gone.append(self._db.execute(f"DELETE FROM subjects WHERE id NOT IN ({kept})").rowcount)
+            self._db.execute("DELETE FROM made_up WHERE subject NOT IN (SELECT id FROM subjects)")
         if any(gone):
             self._load(self._db)
 

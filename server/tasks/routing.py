@@ -144,14 +144,17 @@ class BestRouter:
         self._quality = quality
         self._versions = versions
         self._base = base
-        self._turns: dict[str, _Turns] = {}
+        self._turns: dict[str, tuple[Best, _Turns]] = {}
         self._leaders: dict[str, tuple[Best, Subject | None]] = {}
         self._behind: dict[str, tuple[Best, frozenset[Subject]]] = {}
         """Who was proven worse than some other when a task was last looked at."""
 
     def pick(self, task: Task, route: Best) -> str:
         """The candidate for the next request."""
-        turns = self._turns.setdefault(task.name, _Turns())
+        taken = self._turns.get(task.name)
+        if taken is None or taken[0] != route:
+            taken = self._turns[task.name] = (route, _Turns())
+        turns = taken[1]
         subjects = self._subjects(task, route)
         leader = self._leading(task, route, subjects)
         known, behind = self._behind.get(task.name, (route, frozenset[Subject]()))

@@ -86,7 +86,9 @@ def publish(store: Store, name: str, folder: Path, now: float = 1.0) -> str:
         store.adopt(staged, Record.of(weights, now))
     store.write(store.journal.point(name, weights.digest, "test", now))
     for digest in set(store.records) - store.journal.referenced():
+        store.nbytes(digest)
         store.remove(digest)
+        assert digest not in store._sizes
     return weights.digest
 
 

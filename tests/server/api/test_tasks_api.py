@@ -314,6 +314,21 @@ def test_a_task_of_the_api_outlives_a_folder_that_was_put_over_the_library(
     until(lambda: version() == shipped, every=0.02)
 
 
+@pytest.mark.usefixtures("quick_watch")
+def test_a_task_that_goes_with_its_folder_is_forgotten(start: Any, write_adapter: Any, adapter_dir: Path) -> None:
+    for seed, name in enumerate("ab"):
+        write_adapter(name, seed)
+    write_adapter("rival", 5, task={"task": "contest", "prompt": "{input}", "route": {"best": ["a", "b"]}})
+    live = start()
+    until(lambda: live.http.get("/tasks/contest").status_code == 200, every=0.02)
+    assert live.generate("x", task="contest").status_code == 200
+    router = live.house.parts.router
+    assert "contest" in router._turns
+    shutil.rmtree(adapter_dir / "rival")
+    until(lambda: live.http.get("/tasks/contest").status_code == 404, every=0.02)
+    until(lambda: not router._turns and not router._leaders and not router._behind)
+
+
 def test_what_was_deleted_before_marks_had_definitions_stays_away(tmp_path: Path) -> None:
     class Adapters:
         def names(self) -> list[str]:

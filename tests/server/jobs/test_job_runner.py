@@ -151,9 +151,25 @@ def test_what_a_run_needs_stays_for_as_long_as_it_can_go_on(make, work, end):
     change = {"paused": jobs.pause, "cancelled": jobs.cancel}.get(end.split()[0])
     work.go.set() if change is None else change(job.id)
     until(lambda: job.status == end.split()[0])
-    assert [(folder / name / "file").exists() for name in NEEDED_TO_RUN] == [end in ("failed", "paused")] * 3
+    assert [(folder / name / "file").exists() for name in NEEDED_TO_RUN] == [end in ("failed", "paused")] * len(
+        NEEDED_TO_RUN
+    )
     assert (folder / RESULT).exists() == (not end.startswith("cancelled"))
     assert folder.exists() and jobs.records.events(job.id)
+
+
+def test_of_jobs_that_are_over_the_oldest_go(make, work, tmp_path, monkeypatch):
+    monkeypatch.setattr("server.jobs.records.MOST_OVER", 3)
+    jobs = make()
+    over = [add(jobs) for _ in range(6)]
+    for job in over[1:]:
+        jobs.cancel(job.id)
+    until(lambda: over[0].status == "running")
+    last = add(jobs)
+    assert {job.id for job in jobs.records.all()} == {over[0].id, over[4].id, over[5].id, last.id}, "what runs stays"
+    assert not jobs.records.folder(over[1].id).exists() and jobs.records.folder(over[5].id).exists()
+    with pytest.raises(UnknownName):
+        jobs.get(over[1].id)
 
 
 def test_what_ran_is_queued_again_after_the_server(make, work, tmp_path):

@@ -192,8 +192,13 @@ def test_old_rows_go(tmp_path: Path, scored: bool) -> None:
 
 
 def test_mixes_that_clients_make_up_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_SUBJECTS", 3)
+    monkeypatch.setattr(module, "MOST_MADE_UP", 3)
     quality = Quality(tmp_path / "quality.db")
+    for version in range(5):  # what is published again and again is no mix of a client's
+        quality.answered(answered(f"v{version}", Subject.of("v", [(Version("a", f"{version}" * 64), 1.0)], "base")))
+    quality.answered(answered("mine", Subject.of("v", [(A, 0.5)], "base"), routed=False))
+    assert len(quality.performance("v")) == 6
+    quality.feedback("v", "mine", "", score=1.0, expected=None)
     made_up = [Subject.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
     for n, subject in enumerate([*made_up, made_up[0]]):
         quality.answered(answered(f"{n}", subject, routed=False))
@@ -204,6 +209,42 @@ def test_mixes_that_clients_make_up_are_bounded(tmp_path: Path, monkeypatch: pyt
     assert len(quality.performance("u")) == 1
     with pytest.raises(UnknownName):
         quality.feedback("t", "4", "", score=1.0, expected=None)
+    quality.close()
+    quality = Quality(tmp_path / "quality.db")
+    quality.answered(answered("again", Subject.of("t", [(A, 2.0)], "base"), routed=False))
+    assert len(quality.performance("t")) == 4, "after a restart too"
+    quality.close()
+
+
+def test_traffic_of_many_versions_is_read_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_TRAFFIC", 2)
+    subjects = [Subject.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
+    quality = Quality(tmp_path / "quality.db")
+    for round in range(2):
+        for n, subject in enumerate(subjects):
+            for i in range(n + 1):
+                quality.answered(answered(f"{round} {n} {i}", subject))
+        told = quality.performance("t")
+        assert [version["requests"] for version in told] == [(n + 1) * (round + 1) for n in range(5)]
+        assert len(quality._traffic) == 2
+    quality.close()
+    quality = Quality(tmp_path / "quality.db")
+    assert not quality._traffic and quality.performance("t") == told
+    quality.close()
+
+
+def test_what_is_between_two_that_were_never_evaluated_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_PAIRED", 4)
+    quality = Quality(tmp_path / "quality.db")
+    subjects = [Subject.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
+    assert quality.paired(subjects[0], subjects[1], "accuracy").count == 0 and not quality._paired
+    for subject in subjects:
+        quality.evaluated(subject, "accuracy", {"x": 1.0})
+    for one in subjects:
+        assert [quality.paired(one, other, "accuracy").count for other in subjects] == [1] * 5
+    assert len(quality._paired) == 4
     quality.close()
 
 

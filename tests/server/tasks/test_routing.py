@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import time
 from collections import Counter
@@ -234,6 +235,17 @@ def thumbs(quality: Quality, names: Names, name: str, values: list[float]) -> No
     for i, value in enumerate(values):
         quality.answered(Answered(f"{subject.label} {i}", subject, "", "yes"))
         quality.feedback("t", f"{subject.label} {i}", "", score=value, expected=None)
+
+
+def test_rounds_of_candidates_of_before_are_forgotten(tmp_path: Path) -> None:
+    names, quality = Names(*"abcdefgh"), Quality(tmp_path / "quality.db")
+    router = BestRouter(quality, names, "base")
+    for some in itertools.combinations("abcdefgh", 3):
+        route = Best(some, min_samples=50)
+        assert router.pick(Task("t", "{input}", route), route) in some
+    assert len(router._turns["t"][1]._left) == 1
+    assert Counter(router.pick(TASK, ROUTE) for _ in range(3 * ROUNDS)) == dict.fromkeys("abc", ROUNDS)
+    quality.close()
 
 
 def test_decisions_outlive_the_process_and_end_with_the_version(tmp_path: Path) -> None:
