@@ -6,13 +6,14 @@ import contextlib
 import ctypes
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 _MACHINE = Path("/proc/meminfo")
-_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,32 @@ def total() -> int:
 
 
 def limit() -> int | None:
-    """Bytes that this container may have. None without a container, or without a limit below what the machine has."""
-    for path in _LIMITS:
-        if path.exists() and (text := path.read_text().strip()).isdigit():
-            return int(text) if int(text) < total() else None
-    return None
+    """Bytes that this process's control groups may have, as containers and systemd's `MemoryMax` set them. None where
+    that is no less than what the machine has."""
+    found = [int(text) for path in _limits() if (text := _text(path).strip()).isdigit()]
+    least = min(found, default=total())
+    return least if least < total() else None
+
+
+def _limits() -> Iterator[Path]:
+    """The files of cgroup v2 and of v1 that may limit this process: those of its own groups and of all around them."""
+    own = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in _text(_GROUP).splitlines() if line.count(":") >= 2}
+    for controller, root, file in (("", _GROUPS, "memory.max"),
+                                   ("memory", _GROUPS / "memory", "memory.limit_in_bytes")):  # fmt: skip
+        group = PurePosixPath(own.get(controller, "/"))
+        for around in (group, *group.parents):
+            yield root / around.relative_to(around.anchor or ".") / file
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def free() -> int:
-    """Bytes that this process can have without swapping, within the container's limit. Half of the machine's memory
+    """Bytes that this process can have without swapping, within its control groups' limit. Half of the machine's memory
     where the system does not say."""
     available, most = _field(_MACHINE, "MemAvailable"), limit()
     found = total() // 2 if available is None else available

@@ -126,7 +126,8 @@ def _torch(settings: Settings, report: Report) -> None:
             report.facts["GPU"] = f"{name}, capability {major}.{minor}, {_gib(free)} free of {_gib(total)}"
         except RuntimeError as e:  # it is full, busy, or has a fault
             report.facts["GPU"] = "one that does not answer"
-            report.problems.append(f"the GPU does not answer: {str(e).splitlines()[0]}")
+            told = report.remarks if settings.device == "cpu" else report.problems
+            told.append(f"the GPU does not answer: {str(e).splitlines()[0]}")
             return
     else:
         report.facts["GPU"] = "none that torch can use"

@@ -88,7 +88,7 @@ def main() -> None:
     except SafetensorError as error:
         _fail(error, f"a file of tensors cannot be read or written: {error}")
     except MemoryError as error:
-        _fail(error, f"there is too little memory: {error or 'none is left'}")
+        _fail(error, f"there is too little memory: {str(error) or 'none is left'}")
     finally:
         signal.signal(signal.SIGTERM, before)
     status = status if isinstance(status, int) else 0

@@ -161,7 +161,8 @@ class PackedWriter:
 
 
 def open_packed(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed | None:
-    """The packed file, mapped; None if there is none. One that is damaged or of another key is removed, with a line.
+    """The packed file, mapped; None if there is none. One that is damaged, of another key or another user is removed,
+    where that is allowed, with a line.
 
     The bytes are verified once for each size and time of the file.
     """
@@ -173,10 +174,13 @@ def open_packed(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed 
         with suppress(OSError):  # on a read-only disk nobody removes it either
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # opened: many disks do not note that
         return packed
+    except PermissionError as error:  # another user's
+        log.warning("the packed cache %s cannot be read and is made again: %s", path.name, error)
     except (OSError, ValueError, KeyError, TypeError, struct.error, RuntimeError) as error:
         log.warning("the packed cache %s is damaged and is made again: %s", path.name, error)
+    with suppress(OSError):  # what cannot be removed is replaced, or nothing is written there at all
         path.unlink(missing_ok=True)
-        return None
+    return None
 
 
 def _remove_abandoned(directory: Path) -> None:

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from server.errors import BadModel
 from server.model import sentencepiece
-from server.model.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, is_spaces
+from server.model.sentencepiece import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, is_spaces
 
 
 @dataclass(frozen=True)
@@ -254,9 +254,14 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     try:
         pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
+        # What fills the table up is no text, and not in the tokenizer that the file was made of.
+        of = ("bos", "eos", "eot", "eom", "unknown")
+        named = {_told(metadata, f"tokenizer.ggml.{name}_token_id", int, None) for name in of}
+        merged = {part for pair in pairs for part in (*pair, "".join(pair))} if UNUSED in types else set()
         vocabulary = {
             _spelled(token) if kind == NORMAL and not alphabet.issuperset(token) else token: i
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind != UNUSED or i in named or token in merged
         }
         tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=split.whole))
     except Exception as error:  # the library raises plain Exception

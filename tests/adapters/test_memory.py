@@ -20,27 +20,51 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "status").write_text(f"Name:\tserver\nVmHWM:\t{200 * 1024} kB\nVmRSS:\t{100 * 1024} kB\n")
     monkeypatch.setattr(memory, "_MACHINE", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
-    monkeypatch.setattr(memory, "_LIMITS", (tmp_path / "v2", tmp_path / "v1"))
+    monkeypatch.setattr(memory, "_GROUP", tmp_path / "group")
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
     return tmp_path
 
 
 @pytest.mark.parametrize(
     ("group", "text", "limit", "free"),
     [
-        ("v2", "max\n", None, 600),
-        ("v2", f"{400 * MIB}\n", 400, 300),
-        ("v2", f"{900 * MIB}\n", 900, 600),
-        ("v2", f"{50 * MIB}\n", 50, 0),
-        ("v1", f"{400 * MIB}\n", 400, 300),
-        ("v1", "9223372036854771712\n", None, 600),
+        ("memory.max", "max\n", None, 600),
+        ("memory.max", f"{400 * MIB}\n", 400, 300),
+        ("memory.max", f"{900 * MIB}\n", 900, 600),
+        ("memory.max", f"{50 * MIB}\n", 50, 0),
+        ("memory/memory.limit_in_bytes", f"{400 * MIB}\n", 400, 300),
+        ("memory/memory.limit_in_bytes", "9223372036854771712\n", None, 600),
     ],
 )
 def test_a_containers_limit_less_what_the_process_has_bounds_what_is_free(
     machine: Path, group: str, text: str, limit: int | None, free: int
 ) -> None:
-    (machine / group).write_text(text)
+    write_limit(machine, group, text)
     assert memory.limit() == (None if limit is None else limit * MIB)
     assert memory.free() == free * MIB
+
+
+def write_limit(machine: Path, file: str, text: str) -> None:
+    (machine / "groups" / file).parent.mkdir(parents=True, exist_ok=True)
+    (machine / "groups" / file).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("own", "file"),
+    [
+        ("0::/system.slice/loramux.service", "system.slice/loramux.service/memory.max"),
+        ("0::/system.slice/loramux.service", "system.slice/memory.max"),
+        ("0::/a:b", "a:b/memory.max"),
+        ("5:cpu:/x\n4:memory:/user/me", "memory/user/me/memory.limit_in_bytes"),
+        ("0::/../outside", "memory.max"),
+    ],
+)
+def test_the_smallest_limit_of_the_processs_own_groups_holds(machine: Path, own: str, file: str) -> None:
+    (machine / "group").write_text(own + "\n")
+    write_limit(machine, "elsewhere/memory.max", f"{10 * MIB}")
+    write_limit(machine, "memory.max", f"{700 * MIB}")
+    write_limit(machine, file, f"{300 * MIB}")
+    assert (memory.limit(), memory.free()) == (300 * MIB, 200 * MIB)
 
 
 def test_without_a_container_what_the_machine_has_free_is_free(machine: Path) -> None:

@@ -66,10 +66,15 @@ def test_a_gpu_that_does_not_answer_is_a_problem(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", busy)
-    report = examine(Settings(state_dir=tmp_path, port=0))
-    assert report.facts["GPU"] == "one that does not answer"
-    found = [line for line in report.problems if "GPU" in line]
-    assert len(found) == 1 and found[0].endswith("are busy or unavailable")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", busy)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")  # of a torch that was built without, the GPU is not asked
+    for device in ("auto", "cpu"):
+        report = examine(Settings(state_dir=tmp_path, port=0, device=device))
+        assert report.facts["GPU"] == "one that does not answer"
+        told, others = (report.problems, report.remarks) if device == "auto" else (report.remarks, report.problems)
+        found = [line for line in told if "GPU" in line]
+        assert len(found) == 1 and found[0].endswith("are busy or unavailable")
+        assert not any("GPU" in line for line in others)
 
 
 def test_two_may_look_at_once(tmp_path: Path) -> None:

@@ -25,14 +25,20 @@ from server.kernels.weight import Weight
 CAPABILITY = (8, 0)
 """The oldest compute capability that has bf16 in its matrix units."""
 
+NEWEST_PART = "language/target_info.py"
+"""What the kernels use of Triton, and what only those of 3.5 on have."""
+
 BLOCK_BYTES = 160 << 20
 """Bytes of a matrix that a product dequantizes at a time: a linear of seven billion weights' model in bf16 is whole."""
 
 
 def unavailable() -> str | None:
     """Why the CUDA kernels cannot run on this machine, or None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    triton = importlib.util.find_spec("triton")
+    if triton is None:
         return "triton is not installed (pip install 'loramux[cuda]')"
+    if not any((Path(place) / NEWEST_PART).exists() for place in triton.submodule_search_locations or ()):
+        return "triton is older than 3.5, as torch before 2.9 brings it (pip install 'loramux[cuda]')"
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return "Triton builds its launchers with a C compiler, and there is none (cc, gcc or clang)"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
@@ -41,7 +47,10 @@ def unavailable() -> str | None:
         return f"torch {torch.__version__} was built without CUDA"
     if not torch.cuda.is_available():
         return "torch finds no GPU that it can use; see whether nvidia-smi finds one, and its driver's version"
-    found = torch.cuda.get_device_capability()
+    try:
+        found = torch.cuda.get_device_capability()
+    except RuntimeError as error:  # it is full, busy, or has a fault
+        return f"the GPU does not answer: {str(error).splitlines()[0]}"
     if found < CAPABILITY:
         return f"the GPU has compute capability {found[0]}.{found[1]}, and {CAPABILITY[0]}.{CAPABILITY[1]} is needed"
     return None

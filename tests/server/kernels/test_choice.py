@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
@@ -68,6 +69,16 @@ def test_a_gpu_is_taken_where_one_can_be_used(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(BadSetting, match="cannot run here: triton is not installed"):
             choose(kernels, device)
     assert choose("auto").name != "cuda"
+
+
+def test_a_triton_that_is_too_old_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    (tmp_path / "triton" / "language").mkdir(parents=True)
+    (tmp_path / "triton" / "__init__.py").touch()
+    assert "older than 3.5" in (cuda.unavailable() or "")
+    (tmp_path / "triton" / "language" / "target_info.py").touch()
+    assert "older than 3.5" not in (cuda.unavailable() or "")
 
 
 def test_the_fastest_library_that_runs_is_loaded(

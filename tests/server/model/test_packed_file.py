@@ -122,6 +122,25 @@ def test_a_damaged_file_is_removed_with_a_line(tmp_path: Path, where: str, caplo
     assert open_packed(path, KEY, Digests(tmp_path)) is None
 
 
+@pytest.mark.parametrize("damaged", [True, False])
+def test_what_cannot_be_read_or_removed_is_made_again(
+    tmp_path: Path, damaged: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of another user, or on a disk that is mounted to be read."""
+    path = write(tmp_path)
+    if damaged:
+        path.write_bytes(b"")
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    if not damaged:
+        monkeypatch.setattr("server.model.packed_file.mapped", refused)
+    assert open_packed(path, KEY, Digests(None)) is None
+    assert ("is damaged" if damaged else "cannot be read") in caplog.text
+
+
 def test_a_file_of_another_key_is_not_taken(tmp_path: Path) -> None:
     path = write(tmp_path)
     other = packed_path(tmp_path, KEY | {"layout": "stored-2"})

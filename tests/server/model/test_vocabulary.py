@@ -107,6 +107,24 @@ def test_special_and_added_tokens(trained: dict[str, Any]) -> None:
     assert from_gguf(trained | {"tokenizer.ggml.pre": "llama-bpe"}).add_bos
 
 
+def test_what_fills_up_a_table_is_no_text(trained: dict[str, Any]) -> None:
+    """Converters write a token for each row that the tokenizer has none for; a model may choose one all the same."""
+    more = {
+        "tokenizer.ggml.tokens": [*trained["tokenizer.ggml.tokens"], "[PAD1]", "<|stop|>"],
+        "tokenizer.ggml.token_type": [*trained["tokenizer.ggml.token_type"], 5, 5],
+        "tokenizer.ggml.eot_token_id": len(trained["tokenizer.ggml.tokens"]) + 1,
+    }
+    whole, before = from_gguf(trained | more), from_gguf(trained)
+    pad = len(trained["tokenizer.ggml.tokens"])
+    assert whole.tokenizer.id_to_token(pad) is None and whole.tokenizer.decode([pad]) == ""
+    assert whole.eos_ids == before.eos_ids | {pad + 1} and whole.special["<|stop|>"] == pad + 1, "one that ends is kept"
+    text = "a text [PAD1], and more"
+    assert whole.tokenizer.encode(text).ids == before.tokenizer.encode(text).ids
+    unused = [5 if kind == 1 else kind for kind in trained["tokenizer.ggml.token_type"]]
+    merged = from_gguf(trained | {"tokenizer.ggml.token_type": unused})
+    assert merged.tokenizer.encode("the model").ids, "what merges are made of is kept, whatever it is called"
+
+
 def test_tokens_known_as_ends_are_ends_though_the_file_names_one(trained: dict[str, Any]) -> None:
     assert from_gguf(trained).eos_ids == {2}, "the file has <|endoftext|> for what is unknown"
     told = {key: value for key, value in trained.items() if key != "tokenizer.ggml.unknown_token_id"}
