@@ -40,6 +40,9 @@ def port(request: pytest.FixtureRequest) -> Iterator[int]:
         with other:
             other.recv(65536)
             other.sendall(request.param)
+            other.shutdown(socket.SHUT_WR)
+            while other.recv(65536):  # closed with a body unread, the answer would be lost
+                continue
 
     thread = threading.Thread(target=answer, daemon=True)
     thread.start()
