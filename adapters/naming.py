@@ -17,6 +17,9 @@ from adapters.weights import MIN_DIGEST, NAME, Version
 
 log = logging.getLogger(__name__)
 
+ANOTHER_BASE = "it was made for another base"
+"""How the reason begins for what fits no linear of the base that is served."""
+
 
 @dataclass(frozen=True)
 class Rejection:
@@ -59,35 +62,43 @@ class Rejections:
 class Names:
     """`histories`: of each name that is served, the digests that it can have, the one it has first.
 
-    `aside` are names whose content is of no use here; `referenced` are all digests that the journal names, `sources`
-    who has put its names there.
+    `aside` are names whose content is of no use here, `behind` what is left of versions of those among them whose last
+    one is lost; `others` are each name's versions for other bases; `referenced` are all digests that the journal names,
+    `sources` who has put its names there.
     """
 
     histories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aside: Mapping[str, Rejection] = field(default_factory=dict)
     referenced: frozenset[str] = frozenset()
     sources: Mapping[str, str] = field(default_factory=dict)
+    behind: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @staticmethod
     def of(journal: Journal, lost: Mapping[str, str], misfit: Callable[[str], str | None]) -> Names:
         """What `journal` means on this base: `misfit(digest)` says why a version cannot be served.
 
         Versions of other bases are passed over, so that one store can serve several. A name whose last version is
-        lost is set aside: it must not fall back to an older one unasked.
+        lost, or over a limit of this server, is set aside: it must not fall back to an older one unasked.
         """
         histories: dict[str, tuple[str, ...]] = {}
         aside: dict[str, Rejection] = {}
+        behind: dict[str, tuple[str, ...]] = {}
+        others: dict[str, tuple[str, ...]] = {}
         for name, entry in journal.names.items():
             last = entry.history[0]
             usable = [digest for digest in entry.history if digest not in lost]
-            fitting = tuple(digest for digest in usable if misfit(digest) is None)
-            if last not in lost and fitting:
+            others[name] = tuple(d for d in usable if (misfit(d) or "").startswith(ANOTHER_BASE))
+            here = [digest for digest in usable if digest not in others[name]]
+            fitting = tuple(digest for digest in here if misfit(digest) is None)
+            if last not in lost and fitting[:1] == tuple(here[:1]) != ():
                 histories[name] = fitting
-            else:
-                reason = lost.get(last) or misfit(last) or "no version of it is left"
-                aside[name] = Rejection(name, reason, entry.since, fault=last in lost)
+                continue
+            reason = lost.get(last) or misfit((here or [last])[0]) or "no version of it is left"
+            aside[name] = Rejection(name, reason, entry.since, fault=last in lost)
+            behind[name] = fitting if last in lost else ()
         sources = {name: entry.source for name, entry in journal.names.items()}
-        return Names(histories, aside, journal.referenced(), sources)
+        return Names(histories, aside, journal.referenced(), sources, behind, others)
 
     def served(self, by: str | None) -> list[str]:
         """The names that are served, sorted; with `by` those alone that this source has put there."""
@@ -113,10 +124,10 @@ class Names:
     def find(self, text: str) -> Version:
         """The version that "name" or "name@digest" means. Raises UnknownAdapter, InvalidChoice."""
         name, at, prefix = text.partition("@")
-        current = self.named(name)
-        if not at:
-            return current
-        history, prefix = self.histories[name], prefix.lower()
+        history = self.histories.get(name) or (self.behind.get(name) if at else None)
+        if history is None or not at:
+            return self.named(name)
+        prefix = prefix.lower()
         if len(prefix) < MIN_DIGEST:
             raise InvalidChoice(f"{text[:80]!r} needs at least {MIN_DIGEST} digits of the digest", "adapters")
         found = [digest for digest in history if digest.startswith(prefix)]
@@ -125,6 +136,10 @@ class Names:
         if len(found) > 1:
             raise InvalidChoice(f"{text[:80]!r} names {len(found)} versions; give more digits", "adapters")
         return Version(name, found[0])
+
+    def kept(self, name: str, asked_for: Collection[str]) -> tuple[str, ...]:
+        """The versions of a name that stay beside its last ones: those `asked_for`, and those of other bases."""
+        return (*asked_for, *self.others.get(name, ()))
 
     def expect(self, name: str, if_match: str | None) -> None:
         """Compare, for compare-and-set: `if_match` is a label, a digest of 6 digits or more, "*" for any, or None.

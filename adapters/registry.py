@@ -328,7 +328,7 @@ class Registry:
         fresh = digest not in self._store.records and digest not in self._store.journal.referenced()
         if self._store.adopt(staged, Record.of(weights, time.time())) and same:
             self._observer.on_change(name, version)  # whatever becomes of the rest
-        journal = journal.point(name, digest, source, time.time(), self.asked_for(name))
+        journal = journal.point(name, digest, source, time.time(), self._names.kept(name, self.asked_for(name)))
         try:
             if journal is not self._store.journal:
                 self._store.write(journal)
@@ -348,10 +348,10 @@ class Registry:
         self._names.expect(name, if_match)
         self._names.find(f"{name}@{digest}")  # it may have been retired while it was read
         self._check_fit(name, self._ram.size(digest))
-        same = self._names.histories[name][0] == digest
+        same = self._names.current().get(name) == digest
         if not same:
-            journal = self._store.journal
-            journal = journal.point(name, digest, journal.names[name].source, time.time(), self.asked_for(name))
+            journal, stay = self._store.journal, self._names.kept(name, self.asked_for(name))
+            journal = journal.point(name, digest, journal.names[name].source, time.time(), stay)
             self._store.write(journal)
             self._serve(journal)
         return Published(version, not same, False, self.metadata(name), self._sketch(name))

@@ -37,6 +37,7 @@ from adapters.durable import sync_folder, write_file
 from adapters.errors import InvalidAdapter, NoRoom, StoreFailed, reason, unreadable
 from adapters.journal import Journal
 from adapters.mistaken import COPY_FILES
+from adapters.naming import ANOTHER_BASE
 from adapters.peft_format import CARD_FILE, REQUIRED, TASK_FILE
 from adapters.weights import SHORT_DIGEST, LoraWeights
 
@@ -99,9 +100,9 @@ class Record:
         """Why this version cannot be served on a base of these shapes; None if it can."""
         for path, (rank, out, into) in self.modules.items():
             if path not in shapes:
-                return f"it was made for another base: the one served has no {path}"
+                return f"{ANOTHER_BASE}: the one served has no {path}"
             if shapes[path] != (out, into):
-                return f"it was made for another base: {path} is {list(shapes[path])} here and {[out, into]} there"
+                return f"{ANOTHER_BASE}: {path} is {list(shapes[path])} here and {[out, into]} there"
             if rank > max_rank:
                 return f"its rank {rank} is over the limit of {max_rank} (--max-rank)"
         return None

@@ -12,6 +12,7 @@ ServerError
 ├── QueueFull                too much is waiting; come back after `retry_after` seconds (429)
 │   └── RateLimited             one key or one task has what it may have, whatever else waits
 ├── NotReady                 loading, draining or restarting; come back after `retry_after` seconds (503)
+│   └── NotServing              the same, before a route has looked at the request
 ├── DeadlineExceeded         the request's time was over before it could finish (504)
 ├── NoCapacity               it could never fit into the budget (507)
 ├── EngineFailed             a step failed; the request was lost and can be sent again (500)
@@ -82,6 +83,10 @@ class RateLimited(QueueFull):
 
 class NotReady(ServerError):
     """The server is loading, draining or restarting."""
+
+
+class NotServing(NotReady):
+    """The same, found before a route has looked at the request."""
 
 
 class DeadlineExceeded(ServerError):

@@ -68,7 +68,8 @@ class Ended:
 
     `task` is None when none was asked; `adapters` are the names of the mix, empty for the base; `status` is the HTTP
     status or "cancelled". With `known` false, neither was resolved, and the request is counted under `other`.
-    `longest` is the most tokens of one answer, where a request has several. `latency` false keeps it out of the
+    `longest` is the most tokens of one answer, where a request has several, `tpot` the seconds between two tokens of
+    one, the mean of all. `latency` false keeps it out of the
     histograms (evaluation traffic). With `made_up` the mix is the request's own, and no task's.
     """
 
@@ -82,6 +83,7 @@ class Ended:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     longest: int = 0
+    tpot: float = math.nan
     known: bool = True
     latency: bool = True
     made_up: bool = False
@@ -206,8 +208,8 @@ class Metrics(Observer):
                 duration.observe(ended.finished - ended.submitted)
             if ended.first_token >= ended.submitted:
                 ttft.observe(ended.first_token - ended.submitted)
-                if ended.longest > 1:
-                    tpot.observe((ended.finished - ended.first_token) / (ended.longest - 1))
+                if ended.tpot >= 0:
+                    tpot.observe(ended.tpot)
             if ended.admitted >= ended.submitted:
                 queue.observe(ended.admitted - ended.submitted)
 

@@ -41,8 +41,6 @@ def _paths(*templates: str) -> re.Pattern[str]:
                                for t in templates))  # fmt: skip
 
 
-PROBES = _paths("/health", "/health/live", "/health/ready")
-"""Asked by whatever name: a probe knows an address, and what it hears is nothing to be kept from anybody."""
 OPEN = {"GET": _paths("/health", "/health/live", "/health/ready", "/", "/web/{file}", "/web/{folder}/{file}")}
 INFERENCE = {
     "GET": _paths(
@@ -82,6 +80,8 @@ class KeyRing:
         self._file = file
         self._param = param
         self._stamp: tuple[int, int, int] | None = None
+        self._told: tuple[tuple[int, int, int] | None, str] | None = None
+        """Which state of the file is wrong, and how, as the log has been told."""
         self._read: list[Key] = []
         if file is not None:
             self._refresh(first=True)
@@ -103,21 +103,22 @@ class KeyRing:
     def _refresh(self, first: bool = False) -> None:
         """Read the file if it is another one than before. A file that cannot be read leaves the keys as they were."""
         assert self._file is not None
+        stamp = None
         try:
             stat = self._file.stat()
             stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
             if stamp == self._stamp:
                 return
             self._read = _digests(parse_keys(self._file.read_text(encoding="utf-8-sig"), f"{self._param}_file"))
-            self._stamp = stamp
+            self._stamp, self._told = stamp, None
             if not first:
                 log.info("%s_file was read again: %d keys", self._param, len(self._read) // 2)
         except (OSError, UnicodeDecodeError, BadSetting) as error:
             if first:
                 raise BadSetting(f"{self._param}_file cannot be read: {error}", f"{self._param}_file") from None
-            if self._stamp is not None:
+            if (stamp, str(error)) != self._told:
                 log.error("%s_file cannot be read, the keys stay as they were: %s", self._param, error)
-                self._stamp = None
+            self._stamp, self._told = None, (stamp, str(error))
 
 
 def _digests(keys: dict[str, str]) -> list[Key]:
@@ -192,7 +193,7 @@ class Gate:
             if name in (b"host", b"origin", b"sec-fetch-site", b"authorization"):
                 headers.setdefault(name, []).append(value.decode("latin-1"))
         hosts = headers.get(b"host", [])
-        if not self._known(hosts) and not PROBES.fullmatch(scope["path"]):
+        if not self._known(hosts):
             raise Forbidden("this server does not go by that name; add it with --allowed-hosts")
         if scope["method"] != "GET" and headers.get(b"sec-fetch-site") != ["same-origin"]:
             for origin in headers.get(b"origin", []):

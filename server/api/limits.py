@@ -93,8 +93,9 @@ class Boundary:
             if self.access_log:
                 took = (time.monotonic() - start) * 1000
                 asked = {"method": scope["method"], "path": scope["path"]}
-                told = (*asked.values(), "gone" if gone else status or "gone", took, request_id)
-                log.info("%s %r %s %.1f ms %s", *told, extra={**named_so, **asked, "status": status, "ms": took})
+                seen = "gone" if gone else status or "gone"
+                told = (*asked.values(), seen, took, request_id)
+                log.info("%s %r %s %.1f ms %s", *told, extra={**named_so, **asked, "status": seen, "ms": took})
 
 
 class BodyLimit:

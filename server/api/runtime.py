@@ -18,7 +18,7 @@ from adapters.store import Store
 from adapters.weights import Version
 from server.api.auth import Keys
 from server.engine.grammar import Grammars
-from server.errors import NotReady
+from server.errors import NotServing
 from server.jobs.files import Files
 from server.jobs.requests import Ground
 from server.jobs.runner import Jobs
@@ -123,14 +123,14 @@ class Runtime:
                 generation.cancel()
 
     def parts(self) -> Parts:
-        """The parts. Raises NotReady while loading or draining."""
+        """The parts. Raises NotServing while loading or draining."""
         if self.state != "ready" or self.loaded is None:
             why = {
                 "loading": "the server is loading its model; try again in a moment",
                 "draining": "the server is shutting down",
                 "failed": "the server could not start; its log says why",
             }
-            raise NotReady(why.get(self.state, self.state), retry_after=2.0)
+            raise NotServing(why.get(self.state, self.state), retry_after=2.0)
         return self.loaded
 
     def unread(self, method: str, path: str, status: int) -> None:
@@ -153,7 +153,7 @@ async def runtime(request: Request) -> Runtime:
 
 
 async def parts(request: Request) -> Parts:
-    """The server's parts, as a dependency. Raises NotReady."""
+    """The server's parts, as a dependency. Raises NotServing."""
     found: Runtime = request.app.state.runtime
     return found.parts()
 

@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 @with_settings(*EVERYTHING)
 def serve(settings: Settings) -> None:
     """Serve the base and its adapters over HTTP."""
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # there is nothing yet to be ended in order
     logs.configure(settings.log_format, settings.log_level)
     many_files()
     faulthandler.enable()  # a crash in native code leaves the stacks of all threads
@@ -194,7 +195,11 @@ def _sigterm_and_sigint(runtime: Runtime, drain: float) -> Iterator[None]:
         log.info("%s: draining, at most %g s", signal.Signals(number).name, drain)
         runtime.drain()
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    # A terminal that is closed asks it to end as well, unless `nohup` has said otherwise.
+    asked = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        asked.append(signal.SIGHUP)
+    before = {s: signal.signal(s, stop) for s in asked}
     try:
         yield
     finally:

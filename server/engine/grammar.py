@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from server.engine.schema import PARAM, prepared
 from server.engine.text import Text
-from server.errors import InvalidRequest, QueueFull
+from server.errors import EngineFailed, InvalidRequest, QueueFull
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -70,9 +70,10 @@ class _Asked:
         """Make one more, or be done with those that are made."""
         try:
             grammar = next(self.left, None)
-        except Exception as error:
+        except BaseException as error:  # a panic of the library is no Exception
             if self.whole.set_running_or_notify_cancel():
-                self.whole.set_exception(error)
+                known = isinstance(error, Exception)
+                self.whole.set_exception(error if known else EngineFailed(f"the schema could not be compiled: {error}"))
             return
         if grammar is not None:
             self.made.append(grammar)
@@ -112,13 +113,13 @@ class Grammars:
         Cancel the future when nobody waits for it any more: what is left is dropped. Raises QueueFull if too many wait.
         """
         asked = _Asked(self._grammars(schema, count))
+        asked.whole.add_done_callback(lambda _: self._drop(tenant, asked))  # before it can be done
         with self._lock:
             own, in_all = len(self._asked.get(tenant, ())), sum(map(len, self._asked.values()))
             if own >= MAX_WAITING or in_all >= MAX_WAITING_IN_ALL:
                 raise QueueFull(f"{in_all} schemas wait to be compiled; come back later", retry_after=1.0)
             self._asked.setdefault(tenant, deque()).append(asked)
             begin, self._at_work = not self._at_work, True
-        asked.whole.add_done_callback(lambda _: self._drop(tenant, asked))
         if begin:
             self._thread.submit(self._work)
         return asked.whole
@@ -153,8 +154,9 @@ class Grammars:
 
     def _drop(self, tenant: str, asked: _Asked) -> None:
         with self._lock:
-            self._asked[tenant].remove(asked)
-            if not self._asked[tenant]:
+            own = self._asked[tenant]
+            own.remove(asked)
+            if not own:
                 del self._asked[tenant]
 
     def _grammars(self, schema: Mapping[str, Any], count: int) -> Iterator[Grammar]:

@@ -37,6 +37,7 @@ class StepRecord:
         self.failures = 0
         self.rows = 0
         self.logits = 0
+        self.generated = 0
         self.seconds = 0.0
         self.last_seconds = 0.0
         self.runner_seconds = 0.0
@@ -94,6 +95,7 @@ class StepRecord:
         self.steps += 1
         self.rows += plan.tokens
         self.logits += plan.logits
+        self.generated += sum(item.logits for item in plan.work if not item.request.scored)
         self.last_batch = len(plan.work)
         self.histogram[bisect_left(ROW_BUCKETS, plan.tokens)] += 1
         self.last_seconds = time.monotonic() - began
@@ -139,6 +141,7 @@ class StepRecord:
             "failures": self.failures,
             "rows": self.rows,
             "logits": self.logits,
+            "generated": self.generated,
             "last_batch": self.last_batch,
             "seconds": self.seconds,
             "runner_seconds": self.runner_seconds,

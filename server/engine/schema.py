@@ -24,6 +24,8 @@ MAX_LITERALS = 10_000
 them, 1.6 s for a million."""
 MAX_EXACT = 1 << 53
 """Whole numbers from here on are read as the nearest number of 64 bits, which may be another one."""
+MAX_NUMBER = 1 << 63
+"""Bounds from here on, which the compiler has in 64 bits, would crash it."""
 _LOWER = ("minimum", "exclusiveMinimum")
 _BOUNDS = (*_LOWER, "maximum", "exclusiveMaximum")
 _OPTIONS = "x-guidance"
@@ -104,10 +106,8 @@ def _check_size(part: Mapping[str, Any], key: str) -> None:
     when it is read as the nearest one.
     """
     value = _number(part, key) or 0
-    try:
-        float(value)
-    except OverflowError:
-        raise _refused(f"{key} is out of range") from None
+    if abs(value) >= MAX_NUMBER:
+        raise _refused(f"{key} is out of range")
     if isinstance(value, int) and (value if key in _LOWER else -value) > MAX_EXACT:
         raise _refused(f"{key} {value} is over 2^53 and cannot be held to")
 

@@ -132,10 +132,11 @@ class Records:
         except StoreFailed:
             self._drop(job)
             raise
-        over = [known for known in self.all() if known.over][: -MOST_OVER + 1]
+        over = sorted((known for known in self.jobs.values() if known.over), key=lambda known: known.finished_at or 0.0)
+        gone = {known.id: known for known in over[: -MOST_OVER + 1]}
         with self._lock:
-            self.jobs = {id: known for id, known in self.jobs.items() if known not in over} | {job.id: job}
-        for known in over:
+            self.jobs = {id: known for id, known in self.jobs.items() if id not in gone} | {job.id: job}
+        for known in gone.values():
             self._drop(known)
 
     def remove(self, job: Job, name: str) -> None:

@@ -123,7 +123,7 @@ def checked(asked: Asked, ground: Ground) -> dict[str, Any]:
         # As it is now: the job may begin, or go on from a checkpoint, when the task is another or none.
         "template": {k: v for k, v in found.body().items() if k != "route"} if found is not None else {},
         # Of a task that a folder brings, which the result's own then takes the place of.
-        "route": found.route.describe() if found is not None and found.source == "file" else None,
+        "route": found.body()["route"] if found is not None and found.source == "file" else None,
         "metadata": dict(asked.metadata or {}) or None,
     }
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,8 @@ class Caller:
     tenant: str = ""
     deadline: float = math.inf
     priority: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+    """When, from which latencies count: before prompts are tokenized and schemas compiled."""
     client: bool = True
     """False for the server's own traffic, evaluations: in no latency record, and under no limit of a key or a task."""
 
@@ -314,7 +317,8 @@ class Inference:
             generation.status = str(self._status_of(errors[0]))
         else:
             generation.status = "cancelled" if generation.cancelled else "200"
-        self._metrics.record(ended(generation))
+        if generation.caller.client or generation.status == "200":  # an evaluation that ends early refuses nobody
+            self._metrics.record(ended(generation))
         self.on_ended(generation)
 
     def _left(self, target: Target, caller: Caller) -> None:
@@ -330,16 +334,24 @@ def ended(generation: Generation) -> Ended:
         task=task.name if task else None,
         adapters=tuple(version.name for version, weight in generation.versions if counts(weight)),
         status=generation.status,
-        submitted=min(r.submitted for r in requests),
+        submitted=generation.caller.arrived if generation.caller.client else min(r.submitted for r in requests),
         admitted=_least(r.admitted for r in requests),
         first_token=_least(r.first_token for r in requests),
         finished=max(r.finished for r in requests),
         prompt_tokens=sum(len(r.prompt) for r in requests[:: generation.answers] if not math.isnan(r.admitted)),
         generated_tokens=sum(len(r.output) for r in requests),
         longest=max(len(r.output) for r in requests),
+        tpot=_between_tokens(requests),
         latency=generation.caller.client,
         made_up=generation.target.made_up,
     )
+
+
+def _between_tokens(requests: Sequence[Request]) -> float:
+    """Seconds between tokens of one answer, the mean of all answers' of a call: several need not run at once."""
+    several = [r for r in requests if len(r.output) > 1]
+    tokens = sum(len(r.output) - 1 for r in several)
+    return sum(r.finished - r.first_token for r in several) / tokens if tokens else math.nan
 
 
 def timings(generation: Generation) -> dict[str, float]:

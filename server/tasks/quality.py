@@ -338,8 +338,9 @@ class Quality:
         """All traffic of a subject."""
         seen = self._traffic.get(number)
         if seen is None:
-            seen = self._traffic[number] = _Traffic()
+            seen = _Traffic()
             seen.join(self._rows(self._db, number))
+            self._traffic[number] = seen
             if len(self._traffic) > MOST_TRAFFIC:
                 self._traffic.popitem(last=False)
         self._traffic.move_to_end(number)

@@ -22,7 +22,7 @@ def remember(quality: Quality, generation: Generation, base: str) -> None:
             prompt_tokens=record.prompt_tokens,
             generated_tokens=record.generated_tokens,
             ttft=record.first_token - record.submitted,
-            tpot=(record.finished - record.first_token) / (record.longest - 1) if record.longest > 1 else float("nan"),
+            tpot=record.tpot,
             e2e=record.finished - record.submitted,
             routed=task.route.leads_to(generation.target.choice),
         )

@@ -141,6 +141,9 @@ class Tasks:
     def _define(self, name: str, body: Mapping[str, Any]) -> tuple[Task, bool]:
         """While no adapter comes or goes: what the task routes to is there when it is written."""
         task = parse(name, body, default_route=_own(name, self._adapters.names()), source="api")
+        before = self._put.get(name)
+        if before is not None and before.by_name and before.route == task.route:
+            task = replace(task, by_name=True)  # who changes what GET has told means the rest to stay
         self._check_defaults(task)
         self._check(task.route)
         with self._lock:
@@ -215,13 +218,25 @@ class Tasks:
             files = {name: those[owners[name]] for name, those in offers.items()}
             gone = self._files.keys() - files.keys() - self._put.keys()
             self._files, self._brought, self._seen, self._faults = files, brought, read, faults
-            served = set(self._adapters.names())
-            self._put = {
-                name: replace(task, route=_own(name, served)) if task.by_name else task
-                for name, task in self._put.items()
-            }
+            self._find_own()
             self._note_routes()
         return gone
+
+    def _find_own(self) -> None:
+        """Give tasks without a route the adapter of their name, once there is one. It stays when that goes: requests
+        are refused then. With the lock."""
+        served = set(self._adapters.names())
+        found = {
+            name: replace(task, route=_own(name, served))
+            for name, task in self._put.items()
+            if task.by_name and not task.route.candidates and name in served
+        }
+        if found:
+            try:
+                self._write({**self._put, **found}, self._deleted)
+            except StoreFailed as error:
+                self._put = {**self._put, **found}
+                log.warning("that the tasks %s have an adapter now is not written: %s", ", ".join(found), error.message)
 
     def _note_routes(self) -> None:
         """Whenever a table of tasks has been replaced. With the lock."""
@@ -319,6 +334,7 @@ class Tasks:
             stored = json.loads(self._file.read_text(encoding="utf-8"))
             deleted = {str(k): [v] if isinstance(v, str) else [*map(str, v)] for k, v in stored["deleted"].items()}
             owners = {str(k): str(v) for k, v in stored.get("owners", {}).items()}
+            own = {str(name) for name in stored.get("own", ())}
             bodies = dict(stored["tasks"])
         except FileNotFoundError:
             return
@@ -329,7 +345,7 @@ class Tasks:
         self._deleted, self._contested = deleted, owners
         for name, body in bodies.items():
             try:
-                self._put[name] = parse(name, body, default_route=Fixed(), source="api")
+                self._put[name] = parse(name, body, default_route=_own(name, own), source="api")
             except (ValueError, KeyError, AttributeError, TypeError, ServerError, AdapterError) as error:
                 log.error(
                     "the task %r of %s cannot be read (%s) and is left out; the file as it was is kept as %s",
@@ -347,7 +363,8 @@ class Tasks:
     def _write(self, put: dict[str, Task], deleted: dict[str, list[str]]) -> None:
         """Disk first, then memory. Raises StoreFailed if the disk refuses."""
         tasks = {name: task.body() for name, task in put.items()}
-        content = {"tasks": tasks, "deleted": deleted, "owners": self._contested}
+        own = [name for name, task in put.items() if task.by_name and task.route.candidates]
+        content = {"tasks": tasks, "deleted": deleted, "owners": self._contested, "own": own}
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self._file, json.dumps(content, indent=1).encode())

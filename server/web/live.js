@@ -16,9 +16,9 @@ const SHOWN = {
 };
 const LOOKS = { tokens: {}, requests: { round: true }, kv: { top: 100, digits: 1 }, memory: {} };
 
-// Tokens as steps compute them: those of a task are counted as its answers end. A row that has logits gives one.
+// Tokens as steps compute them: those of a task are counted as its answers end.
 function totals({ engine }) {
-  return { at: Date.now() / 1000, generated: engine.logits, prompt: engine.rows - engine.logits };
+  return { at: Date.now() / 1000, generated: engine.generated, prompt: engine.rows - engine.generated };
 }
 
 export function note(stats) {

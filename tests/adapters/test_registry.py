@@ -34,11 +34,11 @@ from adapters.errors import (
     UnsupportedAdapter,
     VersionMismatch,
 )
-from adapters.peft_format import read_folder
+from adapters.peft_format import read_folder, save
 from adapters.ports import NoSlots, Observer
 from adapters.registry import Registry
 from adapters.store import Disk, Store
-from adapters.weights import LoraWeights, LowRank, Mix, Version
+from adapters.weights import LoraWeights, LowRank, Mix, Version, sealed
 from tests.waiting import until
 
 Write = Callable[..., LoraWeights]
@@ -632,9 +632,60 @@ async def test_what_happens_to_a_version_is_told_of_the_name_that_has_it(
     again = open_registry()
     again.start()
     await again.prefetch("b")
-    assert again._observer.loads == [("b", "ok")]
+    assert until(lambda: again._observer.loads) == [("b", "ok")]
     await again.retire("b")
     assert again._names.of_content(digest_of(folders[0])) == "a"
+
+
+async def test_a_limit_does_not_bring_back_an_older_version(
+    open_registry: Open, folders: list[Path], write_adapter: Write
+) -> None:
+    registry = open_registry()
+    write_adapter(folders[1], 1, rank=8)
+    for folder in folders[:2]:
+        await registry.publish("a", folder)
+    lower = open_registry(max_rank=4)
+    assert lower.names() == [] and "rank 8 is over the limit of 4" in lower.rejected()[0]["reason"]
+    with pytest.raises(UnknownAdapter, match="over the limit of 4"):
+        lower.resolve([("a", 1.0)])
+    assert open_registry().current("a").digest == digest_of(folders[1])
+
+
+async def test_publishing_on_one_base_leaves_the_versions_of_another(
+    open_registry: Open, folders: list[Path], tiny_shapes: Any, tmp_path: Path
+) -> None:
+    registry = open_registry()
+    for folder in folders[:3]:
+        await registry.publish("a", folder)
+    other = open_registry(shapes=dict.fromkeys(tiny_shapes, (8, 8)))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        modules = {path: LowRank(torch.randn(2, 8), torch.randn(8, 2), 2.0) for path in tiny_shapes}
+        save(sealed("a", modules), tmp_path / f"other-{seed}")
+        await other.publish("a", tmp_path / f"other-{seed}")
+    assert len(other.describe("a")["versions"]) == 3
+    again = open_registry()
+    assert len(again.describe("a")["versions"]) == 3
+    # What was published last is the other base's, and this one's last is served: it is passed over, not fallen back to.
+    assert again.current("a").digest == digest_of(folders[2])
+
+
+async def test_a_name_whose_last_version_is_lost_is_rolled_back_to_what_is_left(
+    open_registry: Open, folders: list[Path]
+) -> None:
+    registry = open_registry()
+    for folder in folders[:2]:
+        await registry.publish("a", folder)
+    shutil.rmtree(registry._store.path(digest_of(folders[1])))
+    again, first = open_registry(), digest_of(folders[0])
+    assert again.names() == []
+    with pytest.raises(UnknownAdapter, match="is missing"):
+        again.resolve([("a", 1.0)])
+    assert again.resolve([(f"a@{first[:12]}", 1.0)])[0][0].digest == first
+    with pytest.raises(UnknownAdapter, match="no version"):
+        again.resolve([(f"a@{digest_of(folders[1])[:12]}", 1.0)])
+    assert (await again.roll_back("a", first[:12])).version.digest == first
+    assert again.current("a").digest == first and open_registry().current("a").digest == first
 
 
 async def test_a_pin_whose_load_failed_for_once_holds_later(open_registry: Open, folders: list[Path]) -> None:

@@ -69,7 +69,12 @@ def value(text: str, name: str, **labels: str) -> float | None:
 
 def ended(task: str | None, *adapters: str, status: str = "200", **more: Any) -> Ended:
     times: dict[str, Any] = {"submitted": 1.0, "admitted": 1.5, "first_token": 2.0, "finished": 4.0}
-    return Ended(task, adapters, status, **{**times, "prompt_tokens": 10, "generated_tokens": 5, "longest": 5, **more})
+    return Ended(
+        task,
+        adapters,
+        status,
+        **{**times, "prompt_tokens": 10, "generated_tokens": 5, "longest": 5, "tpot": 0.5, **more},
+    )
 
 
 def test_every_series_has_its_name_type_and_help() -> None:

@@ -175,8 +175,27 @@ def test_a_task_that_names_no_route_is_the_adapter_of_its_name_whenever_it_comes
     assert live.generate("x", task="late").json()["adapters"][0]["name"] == "late"
     assert live.http.delete("/adapters/late").status_code == 409
     live.stop()
+    live = start(max_rank=1)
+    assert live.http.get("/tasks/late").json()["route"] == own
+    refused = live.generate("x", task="late")
+    assert refused.status_code == 404 and "over the limit of 1" in refused.text, "never silently the base"
+    live.stop()
     live = start()
     assert live.http.get("/tasks/late").json()["route"] == own
+    assert live.http.get("/tasks/fixed").json()["route"] == {"choice": []}
+
+
+def test_a_task_without_a_route_stays_so_when_it_is_changed_by_what_it_tells(start: Any, write_adapter: Any) -> None:
+    live = start()
+    write_adapter("late", 1)
+    for name in ("late", "fixed"):
+        told = live.http.put(f"/tasks/{name}", json={"prompt": "{input}"}).json()
+        changed = {**told, "prompt": "Say {input}", "route": told["route"] if name == "late" else {"choice": []}}
+        if name == "fixed":
+            live.http.delete("/tasks/fixed")
+        assert live.http.put(f"/tasks/{name}", json=changed).json()["prompt"] == "Say {input}"
+        live.http.post("/adapters", json={"name": name, "source": "late"})
+    assert live.http.get("/tasks/late").json()["route"] == {"choice": [{"name": "late", "weight": 1.0}]}
     assert live.http.get("/tasks/fixed").json()["route"] == {"choice": []}
 
 

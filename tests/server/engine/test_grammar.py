@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from server.engine.grammar import Grammar, Grammars
 from server.engine.text import Text
-from server.errors import InvalidRequest, QueueFull
+from server.errors import EngineFailed, InvalidRequest, QueueFull
 from server.model.vocabulary import Vocabulary, from_gguf
 
 POINT = {
@@ -284,6 +284,41 @@ def test_what_is_left_of_a_request_that_nobody_waits_for_is_dropped(
     with pytest.raises(InvalidRequest, match="none"):
         bad.result(10)
     assert compiled == ["gone", "bad"]
+
+
+def test_a_request_that_is_done_before_its_asker_goes_on_is_done_once(
+    tiny_text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the asker's thread is held up: what is refused takes no time at all."""
+    grammars = Grammars(tiny_text, tiny_text.size)
+    submit = grammars._thread.submit
+
+    def held(work: Any) -> Any:
+        running = submit(work)
+        running.result(10)
+        return running
+
+    monkeypatch.setattr(grammars._thread, "submit", held)
+    for _ in range(3):
+        with pytest.raises(InvalidRequest):
+            grammars.ask({"x-guidance": {}}, 1).result(10)
+    assert not grammars._asked and not grammars._at_work
+    monkeypatch.undo()
+    assert grammars.ask(POINT, 1).result(10)
+
+
+def test_a_panic_of_the_library_is_one_requests_failure(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException): ...
+
+    def panics(schema: str) -> Any:
+        raise Panic("at line 1")
+
+    grammars = Grammars(tiny_text, tiny_text.size)
+    with monkeypatch.context() as patch:
+        patch.setattr(grammars, "_compile", panics)
+        with pytest.raises(EngineFailed, match="could not be compiled: at line 1"):
+            grammars.ask(POINT, 1).result(10)
+    assert grammars.ask(POINT, 1).result(10)
 
 
 def test_one_tenants_schemas_leave_room_for_others(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
