@@ -45,6 +45,8 @@ class Outcome:
     due: float
     times: tuple[float, ...] = ()
     error: str = ""
+    short: bool = False
+    """Whether its usage tells fewer tokens than were asked for, as of a server that takes no `ignore_eos`."""
 
     @property
     def tpot(self) -> float:
@@ -56,11 +58,14 @@ class Outcome:
 class Summary:
     """A run: rates over its whole time, of decoding as `decode_rate` and `steady_rate` have it; medians and tails in
     seconds. A request that did not finish waits for its first token, and for its end, for ever (`math.inf`); `tpot` is
-    of those that finished. `reasons` are the first different ones for which requests failed."""
+    of those that finished. `reasons` are the first different ones for which requests failed, and `short` those that
+    finished with fewer tokens than were asked for: a run with such is of another workload."""
 
     requests: int
     finished: int
     failed: int
+    short: int
+    tokens: int
     reasons: tuple[str, ...]
     seconds: float
     requests_per_second: float
@@ -97,7 +102,7 @@ async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any],
                 received += chunk
                 marks.append((len(received), time.perf_counter()))
         tokens, times, error = read_events(bytes(received), marks)
-    except (TimeoutError, aiohttp.ClientError, ConnectionError) as e:
+    except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as e:  # the last of a name or key that is none
         tokens, times, error = read_events(bytes(received), marks)
         if not error or error == CUT_OFF:
             error = f"{type(e).__name__}: {e}" if str(e) else "it did not end in time"
@@ -105,7 +110,8 @@ async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any],
     if not times and not error:
         begins = received[:200].decode(errors="replace").strip()
         error = "the answer ended without a token" + (f"; it begins: {begins}" if begins else "")
-    return Outcome(adapter, not error, tokens or len(times), first, last, due, tuple(times), error)
+    short = 0 < tokens < body.get("max_tokens", 0)
+    return Outcome(adapter, not error, tokens or len(times), first, last, due, tuple(times), error, short)
 
 
 def _refusal(status: int, text: str) -> str:
@@ -317,6 +323,8 @@ def summarize(outcomes: Sequence[Outcome], seconds: float, slo_seconds: float = 
         requests=len(outcomes),
         finished=len(done),
         failed=len(failed),
+        short=sum(o.short for o in done),
+        tokens=sum(o.tokens for o in done),
         reasons=tuple(dict.fromkeys(o.error for o in failed))[:REASONS],
         seconds=seconds,
         requests_per_second=len(done) / seconds,

@@ -10,6 +10,7 @@ import ipaddress
 import json
 import math
 import re
+import secrets
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from server.bench.client import Body
     from server.model.loader import Base
     from server.settings import Settings
 
@@ -237,8 +239,12 @@ def slora(
         prompt=_lengths(prompt, "prompt"), output=_lengths(output, "output"), seed=seed, slo=slo, repeats=repeats,
     )  # fmt: skip
     plan.check()
-    body = workload.body_of([f"{prefix}{i}" for i in range(many)], vocab, text)
-    client = workload.Client(url, body, _key(context, api_key, own_key, url))
+    names = [f"{prefix}{i}" for i in range(many)]
+
+    def bodies(number: int) -> Body:
+        return workload.body_of(names, vocab, text, (seed + number) % 2**32)
+
+    client = workload.Client(url, bodies, _key(context, api_key, own_key, url))
     most, loads = workload.compare(client, plan, lambda line: console.print(line, markup=False))
     rows = workload.ratios(loads)
     result = _report(
@@ -272,6 +278,10 @@ def load(
     requests: Annotated[int, typer.Option(min=1)] = 64,
     prompt_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = PROMPT,
     new_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = NEW,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**32 - 1, help="Of the prompts: a server may keep them. [another each time]"),
+    ] = None,
     vocab: Vocab = 40_000,
     text: AsText = False,
     api_key: ApiKey = "",
@@ -289,7 +299,8 @@ def load(
 
     rates = () if rate is None else (rate,)
     check_positive({"cv": (cv,), "slo": (slo,), "rate": rates, "requests": (requests,), "concurrency": (concurrency,)})
-    body = llama_body(len(models), vocab, text) if llama else body_of(models, vocab, text)
+    seed = secrets.randbits(32) if seed is None else seed
+    body = llama_body(len(models), vocab, text, seed) if llama else body_of(models, vocab, text, seed)
     arrivals = closed(requests, list(range(len(models))), prompt_tokens, new_tokens)
     key = _key(context, api_key, own_key, url)
     how: dict[str, Any]
@@ -303,12 +314,15 @@ def load(
     if not summary.finished:
         raise NoAnswer(f"none of {requests} requests was answered; the first: {summary.reasons[0]}")
     asked = {"url": url, "models": models, **how, "slo": slo, "requests": requests, "vocab": vocab}
-    told = _report({**asked, "text": text, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}, summary.as_dict())
+    asked |= {"text": text, "seed": seed, "llama": llama}
+    told = _report({**asked, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}, summary.as_dict())
     table = _table("", "", title=f"{requests} requests, {title}")
     for name, value in summary.as_dict().items():
         unit = " s" if name.startswith(("seconds", "ttft", "tpot", "e2e")) else ""
         number = isinstance(value, float | int)
         table.add_row(name, figure(value, unit=unit) if number else Text("\n".join(value) or "none"))
+    if summary.short:
+        console.print(f"{summary.short} answers are shorter than asked: it is another workload", markup=False)
     _show(told, table, as_json, out, "load")
 
 

@@ -128,10 +128,10 @@ def body_of(names: Sequence[str], vocab: int, text: bool = False, seed: int = 1)
     return body
 
 
-def llama_body(count: int, vocab: int, text: bool = False) -> Body:
+def llama_body(count: int, vocab: int, text: bool = False, seed: int = 1) -> Body:
     """The same requests in llama-server's own words: adapter i at scale 1, the others at 0; none with a `count` of 0.
     A prompt that it has read before is read again."""
-    plain = body_of([""] * max(count, 1), vocab, text)
+    plain = body_of([""] * max(count, 1), vocab, text, seed)
 
     def body(arrival: Arrival, i: int) -> Mapping[str, Any]:
         lora = [{"id": n, "scale": float(n == arrival.adapter)} for n in range(count)]
@@ -142,20 +142,22 @@ def llama_body(count: int, vocab: int, text: bool = False) -> Body:
 
 @dataclass(frozen=True)
 class Client:
-    """How a server is asked: where, with what body, and with which key if it has any."""
+    """How a server is asked: where, with what bodies, by a run's number, and with which key if it has any. No two runs
+    have the same prompts: a server that keeps what it has read would have read those of the second."""
 
     url: str
-    body: Body
+    bodies: Callable[[int], Body]
     key: str = field(default="", repr=False)
 
-    def run(self, spec: Poisson, slo_seconds: float) -> Summary:
+    def run(self, spec: Poisson, slo_seconds: float, number: int) -> Summary:
         """One open-loop run."""
-        return run(timed(open_loop(self.url, generate(spec), self.body, key=self.key), slo_seconds))[1]
+        asking = open_loop(self.url, generate(spec), self.bodies(number), key=self.key)
+        return run(timed(asking, slo_seconds))[1]
 
     def warm(self, adapters: int) -> None:
         """Ask for every adapter once, so that those that fit are in RAM. Raises NoAnswer if one does not answer."""
         asked = closed(adapters, range(adapters), 8, 1)
-        outcomes = run(closed_loop(self.url, asked, self.body, concurrency=16, key=self.key))
+        outcomes = run(closed_loop(self.url, asked, self.bodies(0), concurrency=16, key=self.key))
         failed = [o for o in outcomes if not o.ok]
         if failed:
             raise NoAnswer(f"{len(failed)} of {adapters} adapters did not answer, the first: {failed[0].error}")
@@ -164,12 +166,12 @@ class Client:
         """Requests a second that the server finishes when it is never idle. Raises NoAnswer if one fails: what is
         refused takes no time, so the others would look like more than the server can do."""
         asked = replace(plan, requests=min(plan.requests, BURST_REQUESTS), duration=None)
-        summary = self.run(asked.arrivals(BURST, plan.few, 1.0), plan.slo)
+        summary = self.run(asked.arrivals(BURST, plan.few, 1.0), plan.slo, 1)
         if summary.failed:
             raise NoAnswer(
                 f"{summary.failed} of {summary.requests} requests failed while the capacity was measured, the first: "
-                f"{summary.reasons[0]}. All of them must find room in the server's queue (loramux serve --max-queue); "
-                "or give --rate, then it is not measured"
+                f"{summary.reasons[0]}. They are sent at once, and must find room in the server's queue (loramux serve "
+                "--max-queue) and end within ten minutes (fewer --requests); or give --rate, then it is not measured"
             )
         return summary.requests_per_second
 
@@ -185,12 +187,14 @@ def compare(
     if most is not None:
         heard(f"capacity with {plan.few} adapters: {most:.1f} requests/s")
     levels = [(None, rate) for rate in plan.rates] if most is None else [(s, s * most) for s in plan.shares]
-    loads = []
+    for _, rate in levels:
+        plan.arrivals(rate, plan.few, 1.0)  # what cannot be run is told before the first run
+    loads: list[Load] = []
     for alpha in plan.alphas:
         for share, rate in levels:
             for repeat in range(plan.repeats):
                 for count in (plan.few, plan.many) if repeat % 2 == 0 else (plan.many, plan.few):
-                    summary = client.run(plan.arrivals(rate, count, alpha), plan.slo)
+                    summary = client.run(plan.arrivals(rate, count, alpha), plan.slo, len(loads) + 2)
                     loads.append(Load(count, alpha, share, rate, summary, repeat))
                     heard(_line(loads[-1]))
     return most, loads
@@ -201,6 +205,7 @@ def _line(load: Load) -> str:
     at = f"{load.rate:.2f} requests/s" if load.share is None else f"{load.share:g} of capacity"
     first = [figure(seconds, ".3f", " s") for seconds in (s.ttft_p50, s.ttft_p99)]
     failed = f", {s.failed} failed: {s.reasons[0]}" if s.failed else ""
+    failed += f", {s.short} shorter than asked" if s.short else ""
     return (
         f"alpha {load.alpha}, {at}, {load.adapters} adapters: {s.finished} of {s.requests}, "
         f"{s.requests_per_second:.2f} requests/s, first token {first[0]}, p99 {first[1]}, "
@@ -210,15 +215,15 @@ def _line(load: Load) -> str:
 
 def ratios(loads: Sequence[Load]) -> list[dict[str, Any]]:
     """Many adapters against few, for each alpha and rate, by the medians of the repeats: throughput, and the tail of
-    the time to first token. Both are nan where a request of either failed, as `failed` (few, many) counts: a server
-    that refuses requests has more time for the others."""
+    the time to first token. Both are nan where a request of either failed, as `failed` (few, many) counts, or was
+    shorter than asked: a server that refuses requests has more time for the others."""
     table = []
     few, many = min(load.adapters for load in loads), max(load.adapters for load in loads)
     for case in dict.fromkeys(load.case for load in loads):
         of = {n: [load for load in loads if load.case == case and load.adapters == n] for n in (few, many)}
         failed = {name: sum(load.summary.failed for load in of[n]) for name, n in (("few", few), ("many", many))}
         told = {"throughput": math.nan, "ttft_p99": math.nan}
-        if not any(failed.values()):
+        if not any(failed.values()) and not any(load.summary.short for n in of for load in of[n]):
             rate = {n: statistics.median(load.summary.requests_per_second for load in of[n]) for n in of}
             tail = {n: statistics.median(load.summary.ttft_p99 for load in of[n]) for n in of}
             told = {"throughput": rate[many] / rate[few], "ttft_p99": tail[many] / tail[few]}

@@ -297,3 +297,9 @@ def test_an_answer_without_a_token_has_a_reason(answering: Answering) -> None:
     answering.reply = lambda body: (200, ["[DONE]"])
     [outcome] = asyncio.run(closed_loop(answering.url, closed(1, [0], 4, 2), body_of(["a"], 200), 1))
     assert not outcome.ok and "without a token" in outcome.error
+
+
+@pytest.mark.parametrize(("url", "key"), [("http://my..host:8000", ""), ("http://localhost:1", "ab\x01c")])
+def test_a_name_or_a_key_that_is_none_is_a_failure(url: str, key: str) -> None:
+    [one] = asyncio.run(closed_loop(url, closed(1, [0], 4, 2), body_of(["a"], 200), 1, key=key))
+    assert not one.ok and one.error

@@ -298,12 +298,32 @@ def test_a_load_tells_what_was_asked_and_what_failed(answering: Answering, tmp_p
     told = told_of(tmp_path, "load")
     assert told["asked"] == {
         "url": f"{answering.url}/v1", "models": ["a", "b"], "concurrency": 2, "slo": 6.0, "requests": 6,
-        "vocab": 40_000, "text": False, "prompt_tokens": 5, "new_tokens": 3,
+        "vocab": 40_000, "text": False, "prompt_tokens": 5, "new_tokens": 3, "llama": False,
+        "seed": told["asked"]["seed"],
     }  # fmt: skip
+    assert {key for _, key, _ in answering.asked} == {"Bearer first:one"}
+    prompts = [body["prompt"] for *_, body in answering.asked]
+    del answering.asked[:]
+    again = (
+        "--new-tokens",
+        "3",
+        "--prompt-tokens",
+        "5",
+        "--requests",
+        "6",
+        "--concurrency",
+        "2",
+        "--out",
+        str(tmp_path),
+    )
+    bench("load", answering.url, "--model", "a", "--model", "b", *again)
+    assert not any(body["prompt"] in prompts for *_, body in answering.asked), "what it has read it may have kept"
+    del answering.asked[:]
+    bench("load", answering.url, "--model", "a", "--model", "b", *again, "--seed", str(told["asked"]["seed"]))
+    assert sorted(body["prompt"] for *_, body in answering.asked) == sorted(prompts)
     assert (told["failed"], told["reasons"], told["ttft_p99"]) == (3, ["429: full"], None)
     assert "429: full" in result.stdout
     assert "without end" in result.stdout and " inf" not in result.stdout and " nan" not in result.stdout
-    assert {key for _, key, _ in answering.asked} == {"Bearer first:one"}
 
 
 def test_a_server_that_takes_no_ids_is_given_words(answering: Answering) -> None:

@@ -25,14 +25,17 @@ def summary(rate: float = 2.0, first: float = 0.1, failed: int = 0) -> Summary:
 
 
 def client() -> Client:
-    return Client("http://nowhere", body_of(["a"] * 9, 200))
+    return Client("http://nowhere", lambda number: body_of(["a"] * 9, 200, seed=number))
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, answers: Summary | None = None) -> list[Poisson]:
     """Runs that are only noted."""
     asked: list[Poisson] = []
+    numbers: list[int] = []
 
-    def run(self: Client, spec: Poisson, slo_seconds: float) -> Summary:
+    def run(self: Client, spec: Poisson, slo_seconds: float, number: int) -> Summary:
+        numbers.append(number)
+        assert len(set(numbers)) == len(numbers), "each has prompts of its own"
         asked.append(spec)
         return answers or summary()
 
@@ -50,6 +53,25 @@ def test_failures_of_either_leave_no_ratio() -> None:
     for a, b in ((0, 3), (3, 0), (1, 1)):
         [row] = ratios([replace(few, summary=summary(failed=a)), replace(many, summary=summary(failed=b))])
         assert math.isnan(row["throughput"]) and math.isnan(row["ttft_p99"]) and row["failed"] == {"few": a, "many": b}
+
+
+def test_answers_that_are_shorter_than_asked_leave_no_ratio(answering: Answering) -> None:
+    """A server that takes no `ignore_eos` does less than was asked for."""
+    answering.reply = lambda body: (200, events(1))
+    plan = Plan(few=1, many=2, requests=5, alphas=(1.0,), shares=(), rates=(200.0,), prompt=(3, 5), output=(4, 6))
+    said: list[str] = []
+    asking = Client(answering.url, lambda number: body_of(["s0", "s1"], 200, seed=number))
+    _, loads = compare(asking, plan, said.append)
+    assert [(load.summary.finished, load.summary.short, load.summary.tokens) for load in loads] == [(5, 5, 5)] * 2
+    assert "5 shorter than asked" in said[0] and math.isnan(ratios(loads)[0]["throughput"])
+
+
+def test_a_share_that_cannot_be_run_is_told_before_the_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recorded(monkeypatch)
+    plan = Plan(few=1, many=2, requests=20, duration=2.0, alphas=(1.0,), shares=(0.7, 0.0005))
+    with pytest.raises(BadSetting, match="no request is due"):
+        compare(client(), plan)
+    assert len(asked) == 1, "the capacity's"
 
 
 def test_ratios_are_of_the_medians_of_repeats() -> None:
@@ -163,7 +185,7 @@ def test_prompts_of_words_are_as_long_as_those_of_ids() -> None:
 def test_a_server_is_asked_with_its_key(answering: Answering) -> None:
     answering.reply = lambda body: (200, events(body["max_tokens"]))
     plan = Plan(few=1, many=3, requests=5, alphas=(1.0,), shares=(), rates=(200.0,), prompt=(3, 5), output=(2, 4))
-    asking = Client(f"{answering.url}/v1/", body_of(["s0", "s1", "s2"], 200), "k:ey")
+    asking = Client(f"{answering.url}/v1/", lambda number: body_of(["s0", "s1", "s2"], 200, seed=number), "k:ey")
     _, loads = compare(asking, plan)
     assert [(load.summary.finished, load.summary.failed) for load in loads] == [(5, 0)] * 2
     assert {key for _, key, _ in answering.asked} == {"Bearer k:ey"} and "k:ey" not in repr(asking)
