@@ -36,7 +36,7 @@ function headers(json) {
   return key.get() ? { ...all, authorization: `Bearer ${key.get()}` } : all;
 }
 
-const silence = () => new Failure(0, { message: "the server does not answer" });
+const silence = () => new Failure(0, { message: "the server does not answer", code: "silent" });
 const PATIENCE = 10_000; // milliseconds: a server that hangs keeps its connections
 
 async function ask(path, options) {
@@ -93,7 +93,10 @@ export async function* stream(path, body, signal) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true };
+    });
     if (done) throw new Failure(0, { message: "the connection closed before the answer was whole" });
     rest += value;
     const lines = rest.split("\n");

@@ -18,7 +18,8 @@ function complain(error, fromPoll = false) {
   if (!error && fromPoll && !polled) return;
   if ([401, 403].includes(error?.status)) document.getElementById("key-form").hidden = false;
   if (error && fromPoll && !polled && !alert.hidden) return;
-  polled = Boolean(error) && fromPoll;
+  // Whether a key is known and a server is there, the next poll finds out too.
+  polled = Boolean(error) && (fromPoll || error.status === 401 || error.code === "silent");
   const told = error?.status === 401 && !key.get() ? "A key is needed: give it under Key." : error?.message ?? "";
   // The same words stay as they are: screen readers say what is put in, and a poll fails every two seconds.
   if (alert.firstElementChild.textContent !== told) alert.firstElementChild.textContent = told;
@@ -37,6 +38,8 @@ function say(text) {
 }
 
 alert.querySelector("button").addEventListener("click", () => complain(null));
+
+const named = () => tabs.map((t) => t.getAttribute("aria-controls")).find((name) => location.hash === `#/${name}`);
 
 const current = () => tabs.find((t) => t.ariaSelected === "true").getAttribute("aria-controls");
 
@@ -77,6 +80,7 @@ field.value = key.get();
 document.getElementById("key-form").hidden = !key.get();
 field.addEventListener("change", () => {
   key.set(field.value.trim());
+  complain(null);
   if (!key.get()) return location.reload(); // nothing of what the key has shown stays
   refresh();
   beat();
@@ -90,6 +94,7 @@ document.getElementById("docs").addEventListener("click", async (event) => {
   try {
     const page = new DOMParser().parseFromString(await getText("/docs"), "text/html");
     const dialog = document.getElementById("api-page");
+    for (const link of page.querySelectorAll("a")) link.replaceWith(...link.childNodes); // nor can those in it
     dialog.lastElementChild.replaceChildren(...page.body.childNodes);
     dialog.showModal();
   } catch (error) {
@@ -137,5 +142,6 @@ async function beatOn() {
 }
 
 for (const part of Object.values(parts)) part.start({ complain, say, refresh });
-show(tabs.some((t) => `#/${t.getAttribute("aria-controls")}` === location.hash) ? location.hash.slice(2) : "playground");
+addEventListener("hashchange", () => show(named() ?? current()));
+show(named() ?? "playground");
 beatOn();

@@ -63,7 +63,9 @@ export function mixture(adapters) {
 
 // While nothing is pointed at, the legend tells the newest values.
 export function newest(plot) {
-  if (plot.cursor.left < 0) plot.setLegend({ idx: plot.data[0].length - 1 });
+  if (plot.cursor.left >= 0) return;
+  const last = (values) => values.findLastIndex((v) => v != null);
+  plot.setLegend({ idxs: plot.data.map(last) });
 }
 
 // What every chart has in common: colours of the theme, times of day over a minute or more, whole numbers, no drawing
@@ -79,10 +81,10 @@ export function chart(node, series, { time = true, top = null, round = false, di
     hooks: { ready: [newest] },
     width: Math.max(260, node.clientWidth || 480), height: 190, cursor: { y: false }, legend: { live: true },
     axes: [{ ...axis, size: 26, ...(time ? { values: clock, space: 90 } : { incrs: whole }) },
-      { ...axis, size: 52, incrs: round ? whole : undefined }],
+      { ...axis, size: (_, shown) => Math.max(52, 14 + 7 * Math.max(0, ...(shown ?? []).map((v) => v.length))), incrs: round ? whole : undefined }],
     scales: {
       x: { time, ...(time ? { range: (_, low, high) => [Math.min(low, high - 60), high] } : {}) },
-      y: { range: (_, low, high) => [0, top ?? Math.max(high * 1.1, 1)] },
+      y: { range: (_, low, high) => [0, top ?? (high > 0 && !time ? high * 1.1 : Math.max(high * 1.1, 1))] },
     },
     series: [
       time ? { label: "at", value: (_, t) => (t == null ? "" : new Date(t * 1000).toTimeString().slice(0, 8)) } : { label: "step" },

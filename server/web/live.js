@@ -2,7 +2,8 @@
 /* global uPlot */
 import { chart, newest, tile } from "./dom.js";
 
-const KEEP = 300;
+const KEEP = 600; // seconds
+const GAP = 10;
 const history = [];
 const charts = {};
 let last = null;
@@ -10,7 +11,7 @@ let last = null;
 const SHOWN = {
   tokens: [["generated", "--one", (n) => n.generated], ["prompt", "--two", (n) => n.prompt]],
   requests: [["running", "--one", (n) => n.running], ["waiting", "--two", (n) => n.waiting]],
-  kv: [["in use", "--one", (n) => n.kv * 100]],
+  kv: [["in use", "--one", (n) => n.kv]],
   memory: [["process", "--four", (n) => n.process], ["base", "--one", (n) => n.base], ["KV cache", "--two", (n) => n.cache],
     ["adapters", "--three", (n) => n.adapters]],
 };
@@ -27,18 +28,20 @@ export function note(stats) {
   const rate = (name) => (seconds ? Math.max(0, (now[name] - last[name]) / seconds) : 0);
   const blocks = stats.engine.kv_blocks;
   const mib = (n) => (n ?? 0) / 2 ** 20;
+  // Of a time that nobody has seen, as of a hidden page or a server that was away, nothing is drawn.
+  if (seconds > GAP) history.push({ at: last.at + 1 });
   history.push({
     at: now.at, generated: rate("generated"), prompt: rate("prompt"), running: stats.engine.running,
-    waiting: stats.engine.waiting, kv: blocks.total ? blocks.used / blocks.total : 0, base: mib(stats.memory.base),
+    waiting: stats.engine.waiting, kv: blocks.total ? (blocks.used / blocks.total) * 100 : 0, base: mib(stats.memory.base),
     cache: mib(stats.memory.kv_cache), adapters: mib(stats.memory.adapters), process: mib(stats.memory.process),
   });
-  if (history.length > KEEP) history.shift();
+  while (history[0].at < now.at - KEEP) history.shift();
   last = now;
   if (!document.getElementById("live").hidden) refresh();
 }
 
 function data(series) {
-  return [history.map((n) => n.at), ...series.map(([, , of]) => history.map(of))];
+  return [history.map((n) => n.at), ...series.map(([, , of]) => history.map((n) => of(n) ?? null))];
 }
 
 export function redraw() {
@@ -62,5 +65,5 @@ export async function refresh() {
     node.ariaLabel = series.map(([label, , of]) => `${label} ${of(n).toFixed(LOOKS[name].digits ?? 0)}`).join(", ");
   }
   tile(document.getElementById("live-now"), [["tokens a second", n.generated.toFixed(0)], ["running", n.running], ["waiting", n.waiting],
-    ["of the KV cache", `${(n.kv * 100).toFixed(1)} %`], ["process memory", `${n.process.toFixed(0)} MiB`]]);
+    ["of the KV cache", `${n.kv.toFixed(1)} %`], ["process memory", `${n.process.toFixed(0)} MiB`]]);
 }

@@ -6,7 +6,7 @@ const $ = (id) => document.getElementById(id);
 let names = [];
 let tasks = [];
 let base = ""; // the name that the API has for it
-let running = null;
+let running = false;
 let frame;
 
 const option = (value, text = value) => make("option", { value, textContent: text });
@@ -111,7 +111,9 @@ class Side {
     return body;
   }
 
-  async run(signal) {
+  async run() {
+    this.asking = new AbortController();
+    const { signal } = this.asking;
     const answer = this.part("answer");
     this.sent = { path: this.path(), body: this.body(), task: named(this.part("task").value)?.name ?? "" };
     answer.textContent = "";
@@ -197,15 +199,17 @@ class Side {
 async function write(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
   const area = Object.assign(document.createElement("textarea"), { value: text });
+  const focused = document.activeElement;
   document.body.append(area);
   area.select();
   const done = document.execCommand("copy");
   area.remove();
+  focused.focus();
   if (!done) throw new Error("not copied");
 }
 
 function snippet(kind, { path, body, task }) {
-    const json = JSON.stringify(body);
+  const json = JSON.stringify(body);
   if (kind === "curl") {
     const auth = key.get() ? ' -H "authorization: Bearer $LORAMUX_KEY"' : "";
     return `curl -s '${home}${path}' -H 'content-type: application/json'${auth} -d '${json.replaceAll("'", "'\\''")}'`;
@@ -237,26 +241,30 @@ function turn(out, on) {
 
 const sides = [];
 
+// A side that is taken away asks no more.
+function shown() {
+  if ($("two").checked) return $("sides").append(sides[1].node);
+  sides[1].asking?.abort();
+  sides[1].node.remove();
+}
+
 export function start(given) {
   frame = given;
   sides.push(new Side("First answer"), new Side("Second answer"));
   $("sides").append(sides[0].node);
-  $("two").addEventListener("change", () => {
-    if ($("two").checked) $("sides").append(sides[1].node);
-    else sides[1].node.remove();
-  });
+  $("two").addEventListener("change", shown);
+  addEventListener("pageshow", shown); // a browser that goes back ticks what was ticked
   $("ask").addEventListener("submit", async (event) => {
     event.preventDefault();
     if (running) return;
-    running = new AbortController();
+    running = true;
     turn($("run"), $("stop"));
     frame.complain(null);
-    const shown = $("two").checked ? sides : sides.slice(0, 1);
-    await Promise.all(shown.map((side) => side.run(running.signal)));
-    running = null;
+    await Promise.all(sides.filter((side) => side.node.isConnected).map((side) => side.run()));
+    running = false;
     turn($("stop"), $("run"));
   });
-  $("stop").addEventListener("click", () => running?.abort());
+  $("stop").addEventListener("click", () => sides.forEach((side) => side.asking?.abort()));
   $("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
   });

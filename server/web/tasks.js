@@ -20,6 +20,9 @@ function route({ best, metric, source, min_samples: least, choice }) {
 const ms = (seconds) => (seconds * 1000).toFixed(seconds < 0.01 ? 1 : 0);
 const latency = ({ p50, p95, p99 }) => (p50 == null ? "none" : [p50, p95, p99].map(ms).join(" / "));
 
+// Scores go from 0 to 1, so that they can be drawn side by side; jobs tell these in units of their own.
+const ON_A_SCALE = { loss: "1 − exp(−loss), less is better:", bleu: "bleu of each answer, of 1:", chrf: "chrf of each answer, of 1:" };
+
 // The mean within its interval, drawn from 0 to 1 and said in words.
 function score(q) {
   const range = make("i");
@@ -29,7 +32,7 @@ function score(q) {
   mean.style.left = `${q.mean * 100}%`;
   const bar = make("span", { className: "span" }, range, mean);
   bar.ariaHidden = "true";
-  const words = `${q.metric} ${q.mean.toFixed(3)} (${q.low.toFixed(3)} to ${q.high.toFixed(3)}), ${q.samples.toLocaleString("en")} by ${q.source}`;
+  const words = `${ON_A_SCALE[q.metric] ?? q.metric} ${q.mean.toFixed(3)} (${q.low.toFixed(3)} to ${q.high.toFixed(3)}), ${q.samples.toLocaleString("en")} by ${q.source}`;
   return make("span", { className: "score" }, words, bar);
 }
 
@@ -48,7 +51,8 @@ function table(task, versions, leader) {
     head.append(th);
   }
   node.createTHead().append(head);
-  node.createTBody().append(...versions.map((v) => row(COLUMNS, [
+  const labels = COLUMNS.map((name) => (LATENCIES.includes(name) ? `${name}, p50 / p95 / p99` : name));
+  node.createTBody().append(...versions.map((v) => row(labels, [
     [make("span", {}, make("code", { textContent: mixture(v.adapters) }), ...(v.version === leader ? [" ", leads()] : []))],
     [v.requests.toLocaleString("en"), "num"], [v.errors.toLocaleString("en"), "num"],
     [latency(v.ttft), "num"], [latency(v.tpot), "num"], [latency(v.e2e), "num"],
