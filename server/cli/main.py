@@ -70,6 +70,7 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 def main() -> None:
     """Run `loramux` with the process's arguments."""
     _settle_streams()
+    _settle_threads()
     before = signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
         status = app(standalone_mode=False)
@@ -105,6 +106,14 @@ def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
     if not callable(handler):  # a shell ignores it for what runs in the background
         raise KeyboardInterrupt
     handler(number, frame)
+
+
+def _settle_threads() -> None:
+    """Before torch is loaded, which looks then. Where it is given fewer threads than it has been told it has, oneDNN
+    leaves their share of a product as it finds it."""
+    for name in ("OMP_DYNAMIC", "OMP_THREAD_LIMIT"):
+        if os.environ.pop(name, None) is not None:
+            sys.stderr.write(f"{name} is left out: --threads says how many threads compute\n")
 
 
 def _settle_streams() -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.weights import LoraWeights
-from server.kernels.lora import Segments, times
+from server.kernels.lora import Segments, slow_in, times
 from server.kernels.reference import prepared, stored_rows
 from server.kernels.stored import TILE, dequantize_stored, group_values, unpack_nibbles
 from server.kernels.weight import STORED, Weight
@@ -77,19 +77,23 @@ class Aten:
             return dequantize_stored(weight, start, stop)
         stop = weight.shape[0] if stop is None else min(stop, weight.shape[0])
         first = start // _tile_rows() * _tile_rows()
-        return _columns(weight, first, stop, torch.float32, self._work)[:, start - first :].t().contiguous()
+        return (
+            _columns(weight, first, stop, torch.float32, self._work)[:, start - first :]
+            .t()
+            .clone(memory_format=torch.contiguous_format)
+        )
 
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
         return prepared(weights, self.dtype)
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
         if weight.layout == INT4PACK:
-            if x.dtype == torch.bfloat16 and x.shape[0] <= PACKED_ROWS:
+            if x.dtype == torch.bfloat16 and (x.shape[0] <= PACKED_ROWS or slow_in(x.dtype)):
                 y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
                     x, weight.tensors["codes"], weight.group, _scales(weight)
                 )
                 return y
-        elif weight.scheme == "none" and weight.tensors["codes"].dtype == x.dtype:
+        elif weight.scheme == "none" and weight.tensors["codes"].dtype == x.dtype and not slow_in(x.dtype):
             return F.linear(x, weight.tensors["codes"])
         if weight.layout == INT4PACK:
             y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
@@ -97,6 +101,7 @@ class Aten:
                 torch.mm(x, _columns(weight, start, stop, x.dtype, self._work), out=y[:, start:stop])
             return y
         products = self._work("products", x.dtype, weight.shape[0], x.shape[0])
+        x = x.float() if slow_in(x.dtype) else x
         for start, stop in _blocks(weight):
             out = self._work("rows", torch.float32, stop - start, weight.shape[1])
             products[start:stop] = _rows_times(dequantize_stored(weight, start, stop, out=out).to(x.dtype), x)
@@ -118,9 +123,15 @@ class Aten:
         for segment in segments.long:
             for slot, weight in segment.mix:
                 update = segments.table[slot].modules.get(path)
-                if update is not None:
-                    v = x[segment.start : segment.stop] @ update.A.t()
-                    y[segment.start : segment.stop].addmm_(v, update.B.t(), alpha=weight * update.scale)
+                if update is None:
+                    continue
+                rows, into = y[segment.start : segment.stop], x[segment.start : segment.stop]
+                if slow_in(x.dtype):
+                    v = into.float() @ update.A.float().t()
+                    rows.copy_(rows.float().addmm_(v, update.B.float().t(), alpha=weight * update.scale))
+                else:
+                    v = into @ update.A.t()
+                    rows.addmm_(v, update.B.t(), alpha=weight * update.scale)
 
 
 def _rows_times(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -55,14 +56,24 @@ class Site:
     B: torch.Tensor
 
 
+@lru_cache(maxsize=1)
+def has_bf16_products() -> bool:
+    """Whether oneDNN multiplies bf16 here: with AVX512 it does, with AVX2 alone it does not."""
+    there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def slow_in(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies this dtype in a plain loop here, a tenth as fast as it does float32."""
+    return dtype == torch.bfloat16 and not has_bf16_products()
+
+
 def packed(matrix: torch.Tensor) -> torch.Tensor:
     """A matrix [n, k] as `times` reads it fastest: bf16 in oneDNN's own order where torch has it, else as it is.
 
     A plain one is put in that order by every product, which takes as long again as 16 rows of it do.
     """
-    if matrix.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return matrix
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if matrix.dtype != torch.bfloat16 or not has_bf16_products():
         return matrix
     ordered: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), SHARED_ROWS)
     return ordered
@@ -71,6 +82,9 @@ def packed(matrix: torch.Tensor) -> torch.Tensor:
 def times(x: torch.Tensor, matrix: torch.Tensor, to: torch.Tensor | None = None) -> torch.Tensor:
     """`to` + x matrix^T, [rows, n] of x's dtype, rounded once. x [rows, k], `matrix` [n, k] as `packed` gives it."""
     if not matrix.is_mkldnn:
+        if slow_in(x.dtype):
+            product = F.linear(x.float(), matrix.float())
+            return (product if to is None else product.add_(to)).to(x.dtype)
         return F.linear(x, matrix) if to is None else torch.addmm(to, x, matrix.t())
     y: torch.Tensor
     if to is None:

@@ -173,6 +173,14 @@ def test_asked_to_end_a_command_takes_its_folder_with_it(
     assert not list(tmp_path.glob("own-*"))
 
 
+def test_what_gives_fewer_threads_than_were_asked_for_is_left_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
+    status, _, err = run("--version")
+    assert status == 0 and err == "OMP_THREAD_LIMIT is left out: --threads says how many threads compute\n"
+    assert "OMP_THREAD_LIMIT" not in os.environ, "nor do jobs get it"
+    assert run("--version")[2] == ""
+
+
 def test_an_interpreter_does_not_end_while_a_thread_is_within_torch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python would end that thread, and by that the process, with a signal: Ctrl-C while a base is packed."""
     ended: list[int] = []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
 from adapters.weights import LoraWeights, LowRank
-from server.kernels import aten
+from server.kernels import aten, lora
 from server.kernels.aten import INT4PACK, PACKED_ROWS, Aten
 from server.kernels.lora import SHARED_ROWS, Segment, Segments, SideBySide, SlotTable, SlotWeights
 from server.kernels.reference import Reference
@@ -22,6 +23,26 @@ BF16 = 2.0**-8
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(12)
+
+
+@pytest.fixture(params=["as here", "AVX2"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if oneDNN multiplied no bf16, as on a processor with AVX2 alone: what is asked for there raises or takes a
+    plain loop."""
+    if request.param == "as here":
+        return
+    monkeypatch.setattr(lora, "has_bf16_products", lambda: False)
+
+    def checked(product: Any) -> Any:
+        def call(x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+            assert x.dtype != torch.bfloat16, "a product in bf16"
+            return product(x, *more, **named)
+
+        return call
+
+    monkeypatch.setattr(aten, "_rows_times", checked(aten._rows_times))
+    monkeypatch.setattr(torch, "mm", checked(torch.mm))
+    monkeypatch.setattr(torch.nn.functional, "linear", checked(torch.nn.functional.linear))
 
 
 def rounded(stored: Weight) -> torch.Tensor:
@@ -67,6 +88,7 @@ def test_shapes_that_torch_does_not_take_stay_stored(rows: int, columns: int, gr
     )
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("count", [1, 5, PACKED_ROWS, PACKED_ROWS + 1])
 @pytest.mark.parametrize(
@@ -126,6 +148,7 @@ def adapters(backend: Aten | Reference, count: int) -> list[LoraWeights]:
     return made
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("seed", range(6))
 def test_updates_of_any_grouping_equal_the_plain_loop(seed: int) -> None:
     draw = random.Random(seed)
