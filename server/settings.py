@@ -344,6 +344,12 @@ def training_environment() -> dict[str, str]:
     return {**FEW_KERNELS, **os.environ}
 
 
+def leave_threads_alone() -> list[str]:
+    """Take out, for this process and those that it starts, what gives torch fewer threads than it was told it has:
+    oneDNN leaves their share of a product as it finds it. Before torch is loaded, which looks then. Answers them."""
+    return [name for name in ("OMP_DYNAMIC", "OMP_THREAD_LIMIT") if os.environ.pop(name, None) is not None]
+
+
 def keep_few_kernels() -> None:
     """FEW_KERNELS for a command that trains in this process. oneDNN looks once, at its first product."""
     os.environ.update({name: value for name, value in FEW_KERNELS.items() if name not in os.environ})

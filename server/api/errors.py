@@ -232,6 +232,7 @@ def install(app: FastAPI, unread: Callable[[str, str, int], None]) -> None:
             known = ", ".join(_methods(app, request.url.path, told.headers.get("allow", "")))
             message = f"this route does not know {request.method[:16]}; what it knows: {known}"
             told = replace(told, message=message, headers={**told.headers, "allow": known})
+        request.scope.setdefault("state", {})["code"] = told.code
         if isinstance(error, RequestValidationError | HTTPException | server_errors.NotServing):
             unread(request.method, request.url.path, told.status)
         return told.response()

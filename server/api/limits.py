@@ -95,7 +95,8 @@ class Boundary:
                 asked = {"method": scope["method"], "path": scope["path"]}
                 seen = "gone" if gone else status or "gone"
                 told = (*asked.values(), seen, took, request_id)
-                log.info("%s %r %s %.1f ms %s", *told, extra={**named_so, **asked, "status": seen, "ms": took})
+                more = {key: scope["state"][key] for key in ("tenant", "code") if scope["state"].get(key)}
+                log.info("%s %r %s %.1f ms %s", *told, extra={**named_so, **asked, **more, "status": seen, "ms": took})
 
 
 class BodyLimit:

@@ -21,6 +21,7 @@ from adapters.errors import AdapterError
 from server.bench import command as bench
 from server.cli import adapters, evaluate, generate, models, offline, search, serve, train
 from server.errors import RemoteError, ServerError
+from server.settings import leave_threads_alone
 
 app = typer.Typer(
     name="loramux",
@@ -70,7 +71,8 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 def main() -> None:
     """Run `loramux` with the process's arguments."""
     _settle_streams()
-    _settle_threads()
+    for name in leave_threads_alone():
+        sys.stderr.write(f"{name} is left out: --threads says how many threads compute\n")
     before = signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
         status = app(standalone_mode=False)
@@ -106,14 +108,6 @@ def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
     if not callable(handler):  # a shell ignores it for what runs in the background
         raise KeyboardInterrupt
     handler(number, frame)
-
-
-def _settle_threads() -> None:
-    """Before torch is loaded, which looks then. Where it is given fewer threads than it has been told it has, oneDNN
-    leaves their share of a product as it finds it."""
-    for name in ("OMP_DYNAMIC", "OMP_THREAD_LIMIT"):
-        if os.environ.pop(name, None) is not None:
-            sys.stderr.write(f"{name} is left out: --threads says how many threads compute\n")
 
 
 def _settle_streams() -> None:
