@@ -160,9 +160,10 @@ class Sampler:
             ends = [*self._eos, *sampling.stop_token_ids]
             kept = row[ends]
             row[ends] = -np.inf
-            if request.constraint is not None and row.max() == -np.inf:  # it is whole: nothing can follow but the end
-                row[ends] = kept
-                request.sampling = replace(sampling, min_tokens=0)
+            if request.constraint is not None and row.max() == -np.inf:
+                row[ends] = kept  # a token that would stop the answer later on is none of its ends yet
+                if row[[*self._eos]].max(initial=-np.inf) > -np.inf:  # it is whole: nothing can follow but the end
+                    request.sampling = replace(sampling, min_tokens=0)
         best = int(row.argmax())
         if row[best] == -np.inf:
             raise InvalidRequest("no token is allowed here: the limits on this answer contradict each other")

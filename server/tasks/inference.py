@@ -68,6 +68,8 @@ class Reply:
 
     request: Request
     text: list[str] = field(default_factory=list)
+    tokens: int = 0
+    """Those that have arrived: its request may have more, and such as are not known yet."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     error: Exception | None = None
@@ -141,7 +143,7 @@ class Generation:
         """Tokens of the call so far. A prompt that has several answers counts once."""
         firsts = [reply.request for reply in self.replies[:: self.answers]]
         prompt = sum(len(request.prompt) for request in firsts)
-        completion = sum(len(s.request.output) for s in self.replies)
+        completion = sum(len(s.request.output) if s.finish_reason is not None else s.tokens for s in self.replies)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -288,6 +290,7 @@ class Inference:
 
     def _arrived(self, generation: Generation, index: int, delivery: Delivery) -> None:
         reply = generation.replies[index]
+        reply.tokens += len(delivery.tokens)
         if isinstance(delivery.error, NotFinite):
             delivery = delivery._replace(error=_overflow(generation, delivery.error))
         if delivery.text:

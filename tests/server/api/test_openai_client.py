@@ -238,6 +238,16 @@ def test_what_was_used_so_far_is_in_each_chunk(client: openai.OpenAI) -> None:
         assert len({chunk.usage.prompt_tokens for chunk in chunks if chunk.usage.completion_tokens}) == 1
 
 
+def test_a_stream_has_used_what_has_arrived() -> None:
+    """Where steps overlap, a request's output has a place for the token that is still computed."""
+    asked = Request("x", (1, 2), Sampling(), lambda delivery: None, output=[7, 8, -1])
+    generation = Generation.__new__(Generation)
+    generation.answers, generation.replies = 1, [Reply(asked, tokens=2)]
+    assert generation.usage()["completion_tokens"] == 2
+    asked.output[-1], generation.replies[0].finish_reason = 9, "length"
+    assert generation.usage() == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5, "cached_tokens": 0}
+
+
 def test_completions_take_what_asks_for_nothing(live: Any) -> None:
     body = {"model": "tiny", "prompt": "x", "max_tokens": 1, "logprobs": False, "echo": False, "best_of": 1}
     answer = live.http.post("/v1/completions", json={**body, "suffix": "", "top_logprobs": 0})

@@ -35,7 +35,8 @@ def company(tiny_base: Base, tiny_adapter: Callable[..., Any], tools: Any) -> Ca
 
             weights = {path: backend.pack(quantize(t, "int4", 32)) for path, t in stored.items() if "embed" not in path}
             weights |= {path: backend.pack(quantize(t, "int8", 32)) for path, t in stored.items() if "embed" in path}
-            base = replace(tiny_base, weights=weights, backend=backend)
+            scheme = {"scheme": "int4", "group_size": 32}
+            base = replace(tiny_base, weights=weights, backend=backend, quantization=scheme)
         known = {}
         for i in range(6):
             weights_ = tiny_adapter(i, rank=(4, 3, 16, 7, 1, 8)[i])
@@ -91,7 +92,7 @@ def test_alone_and_in_company(company: Callable[..., Any], tools: Any, kernels: 
         again = [b.submit(tokens, **options) for tokens, options in requests(tools, logprobs)]
         b.settle()
         for one, many in zip(alone * 2, heard + again, strict=True):
-            assert many.reason == one.reason and many.tokens == one.tokens
+            assert many.reason == one.reason != "error" and many.tokens == one.tokens
             if kernels == "native":
                 assert many.logprobs == one.logprobs
             assert [p.logprob for p in many.logprobs] == pytest.approx([p.logprob for p in one.logprobs], abs=1e-4)

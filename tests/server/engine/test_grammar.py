@@ -348,6 +348,17 @@ def test_an_answer_that_is_whole_ends_before_min_tokens(bench: Any, text: Text) 
     assert (heard.reason, heard.error) == ("stop", None) and json.loads(heard.text) == {"a": 1}
 
 
+def test_a_token_that_stops_answers_stops_none_before_min_tokens(bench: Any, text: Text) -> None:
+    """The grammar allows nothing else there, and goes on after it."""
+    engine = bench()
+    [grammar] = Grammars(text, text.size).compile(POINT, 1)
+    [brace] = text.encode("{")
+    how: dict[str, Any] = {"max_tokens": 60, "min_tokens": 8, "ignore_eos": False, "stop_token_ids": (brace,)}
+    heard = engine.submit(text.encode("hi"), constraint=grammar, **how)
+    engine.settle()
+    assert heard.error is None and heard.tokens[0] == brace and len(heard.tokens) >= 8 and heard.text.startswith("{")
+
+
 def test_in_one_batch_with_others(bench: Any, text: Text) -> None:
     """Each request has its own place in its grammar; those without one answer as they do alone."""
     engine = bench()
