@@ -12,8 +12,9 @@ import openai
 import pytest
 
 from server.api.openai_shapes import CompletionShape
-from server.engine.request import Delivery, TokenLogprob
+from server.engine.request import Delivery, Request, Sampling, TokenLogprob
 from server.engine.text import Text
+from server.tasks.inference import Generation, Reply
 
 
 @pytest.fixture
