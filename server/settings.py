@@ -335,8 +335,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
-"""Lets oneDNN keep a training step's kernels, and not those of the last 1,024 shapes that it has met."""
+FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+"""Lets oneDNN, and torch beside it, keep a step's kernels, and not those of the last 1,024 shapes that they have met: a
+gigabyte where rows and ranks change from step to step."""
 
 
 def training_environment() -> dict[str, str]:
@@ -351,7 +352,7 @@ def leave_threads_alone() -> list[str]:
 
 
 def keep_few_kernels() -> None:
-    """FEW_KERNELS for a command that trains in this process. oneDNN looks once, at its first product."""
+    """FEW_KERNELS for a command that computes in this process. oneDNN looks once, at its first product."""
     os.environ.update({name: value for name, value in FEW_KERNELS.items() if name not in os.environ})
 
 

@@ -25,7 +25,7 @@ from server.cli.options import EVERYTHING, with_settings
 from server.cli.terminal import progress
 from server.doctor import check_state_dir
 from server.errors import BadSetting
-from server.settings import Settings
+from server.settings import Settings, keep_few_kernels
 
 if TYPE_CHECKING:
     import uvicorn
@@ -52,6 +52,7 @@ def serve(settings: Settings) -> None:
     """Serve the base and its adapters over HTTP."""
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # there is nothing yet to be ended in order
     logs.configure(settings.log_format, settings.log_level)
+    keep_few_kernels()
     many_files()
     faulthandler.enable()  # a crash in native code leaves the stacks of all threads
     malloc.settle()
