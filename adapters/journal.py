@@ -67,7 +67,8 @@ class Journal:
 
     def point(self, name: str, digest: str, source: str, now: float, wanted: Collection[str] = ()) -> Journal:
         """Give `name` the version `digest`, new or old. Versions beyond the last three lose the name, but for those
-        whose first digits are among the `wanted`, the library's, and what a folder was put over.
+        whose first digits are among the `wanted` (those that are whole count for none of the three), the library's, and
+        what a folder was put over.
 
         What it has already changes hands at most: from a folder to who publishes it too.
         """
@@ -81,8 +82,9 @@ class Journal:
                 below = digest  # rolled back from what the folder brought to what lies under it
         shipped = self.taken.get(f"{LIBRARY}/{name}")
         wanted = (*wanted, *((shipped.digest,) if shipped else ()), *((below,) if below else ()))
-        left = tuple(d for d in history[KEPT:] if d.startswith(wanted))
-        fresh = Name((*history[:KEPT], *left), source, now, old.pinned if old else False, below)
+        last = [d for d in history if d not in wanted][:KEPT]
+        stay = tuple(d for d in history if d in (digest, *last) or d.startswith(wanted))
+        fresh = Name(stay, source, now, old.pinned if old else False, below)
         return replace(self, names={**self.names, name: fresh})
 
     def is_of_folder(self, name: str, digest: str) -> bool:

@@ -62,9 +62,9 @@ class Rejections:
 class Names:
     """`histories`: of each name that is served, the digests that it can have, the one it has first.
 
-    `aside` are names whose content is of no use here, `behind` what is left of versions of those among them whose last
-    one is lost; `others` are each name's versions for other bases; `referenced` are all digests that the journal names,
-    `sources` who has put its names there.
+    `aside` are names whose last version is of no use here, `behind` what is left of versions of theirs that are of use;
+    `others` are each name's versions for other bases, `newest` its last one for this base, served or not; `referenced`
+    are all digests that the journal names, `sources` who has put its names there.
     """
 
     histories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -73,6 +73,7 @@ class Names:
     sources: Mapping[str, str] = field(default_factory=dict)
     behind: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    newest: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(journal: Journal, lost: Mapping[str, str], misfit: Callable[[str], str | None]) -> Names:
@@ -85,20 +86,23 @@ class Names:
         aside: dict[str, Rejection] = {}
         behind: dict[str, tuple[str, ...]] = {}
         others: dict[str, tuple[str, ...]] = {}
+        newest: dict[str, str] = {}
         for name, entry in journal.names.items():
             last = entry.history[0]
             usable = [digest for digest in entry.history if digest not in lost]
             others[name] = tuple(d for d in usable if (misfit(d) or "").startswith(ANOTHER_BASE))
             here = [digest for digest in usable if digest not in others[name]]
+            if here:
+                newest[name] = here[0]
             fitting = tuple(digest for digest in here if misfit(digest) is None)
             if last not in lost and fitting[:1] == tuple(here[:1]) != ():
                 histories[name] = fitting
                 continue
             reason = lost.get(last) or misfit((here or [last])[0]) or "no version of it is left"
             aside[name] = Rejection(name, reason, entry.since, fault=last in lost)
-            behind[name] = fitting if last in lost else ()
+            behind[name] = fitting
         sources = {name: entry.source for name, entry in journal.names.items()}
-        return Names(histories, aside, journal.referenced(), sources, behind, others)
+        return Names(histories, aside, journal.referenced(), sources, behind, others, newest)
 
     def served(self, by: str | None) -> list[str]:
         """The names that are served, sorted; with `by` those alone that this source has put there."""
@@ -125,12 +129,14 @@ class Names:
         """The version that "name" or "name@digest" means. Raises UnknownAdapter, InvalidChoice."""
         name, at, prefix = text.partition("@")
         history = self.histories.get(name) or (self.behind.get(name) if at else None)
-        if history is None or not at:
+        if not history or not at:
             return self.named(name)
         prefix = prefix.lower()
         if len(prefix) < MIN_DIGEST:
             raise InvalidChoice(f"{text[:80]!r} needs at least {MIN_DIGEST} digits of the digest", "adapters")
         found = [digest for digest in history if digest.startswith(prefix)]
+        if not found and self.newest.get(name, "").startswith(prefix) and name in self.aside:
+            raise self.unknown(name)
         if not found:
             raise UnknownAdapter(f"the adapter {name!r} has no version {prefix[:64]!r}", "adapters")
         if len(found) > 1:
@@ -159,7 +165,7 @@ class Names:
 
     def expect_unused(self, name: str, tasks: Sequence[str]) -> None:
         """Raises AdapterConflict for a name that is served, if there are `tasks` that route to it."""
-        if tasks and name in self.histories:
+        if tasks and (name in self.histories or self.behind.get(name)):
             told = f"{name!r} is what these tasks route to: {', '.join(tasks)}; change them first"
             raise AdapterConflict(told, "name")
 

@@ -323,8 +323,8 @@ class Registry:
                     self._store.write(journal)
                     return Published(version, False, False, weights.metadata, self._sketch(name))
                 dropped = before.without(taken[1])
-        if history:
-            weights = carry_over(weights, self._store.records[history[0]], dropped)
+        if last := self._names.newest.get(name):
+            weights = carry_over(weights, self._store.records[last], dropped)
         fresh = digest not in self._store.records and digest not in self._store.journal.referenced()
         if self._store.adopt(staged, Record.of(weights, time.time())) and same:
             self._observer.on_change(name, version)  # whatever becomes of the rest

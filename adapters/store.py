@@ -98,14 +98,13 @@ class Record:
 
     def misfit(self, shapes: Mapping[str, tuple[int, int]], max_rank: int) -> str | None:
         """Why this version cannot be served on a base of these shapes; None if it can."""
-        for path, (rank, out, into) in self.modules.items():
+        for path, (_, out, into) in self.modules.items():
             if path not in shapes:
                 return f"{ANOTHER_BASE}: the one served has no {path}"
             if shapes[path] != (out, into):
                 return f"{ANOTHER_BASE}: {path} is {list(shapes[path])} here and {[out, into]} there"
-            if rank > max_rank:
-                return f"its rank {rank} is over the limit of {max_rank} (--max-rank)"
-        return None
+        most = max((rank for rank, _, _ in self.modules.values()), default=0)
+        return f"its rank {most} is over the limit of {max_rank} (--max-rank)" if most > max_rank else None
 
 
 def carry_over(weights: LoraWeights, before: Record, dropped: Collection[str]) -> LoraWeights:

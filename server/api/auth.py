@@ -182,7 +182,7 @@ class Gate:
         try:
             scope.setdefault("state", {})["tenant"] = self.check(scope)
         except ServerError as error:
-            await refuse(answer(error), receive, send)
+            await refuse(answer(error), scope, receive, send)
             return
         await self.app(scope, receive, send)
 

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 DRAINED = 64 << 20
 """Bytes of a refused body that are read and thrown away, so that the client gets to see the answer."""
 DRAIN_SECONDS = 20.0
+GONE = 499
+"""The status of a request whose client has left, in the log for machines: that of nginx, as HTTP has none."""
 PACE = 16 << 10
 """Bytes of a body that buy its client a second more: slower than any line, and faster than who means to be slow."""
 UPLOADS = {"POST": re.compile("/adapters|/v1/files"), "PUT": re.compile("/adapters/[^/]+")}
@@ -86,17 +88,18 @@ class Boundary:
             if status:
                 log.exception("request %s failed after its answer had begun", request_id, extra=named_so)
                 raise
-            await refuse(answer(error, request_id, openai=is_openai(scope["path"])), receive, named, more=False)
+            await refuse(answer(error, request_id, openai=is_openai(scope["path"])), scope, receive, named, more=False)
         finally:
             if status in ALWAYS:
                 self.unread(scope["method"], scope["path"], status)
             if self.access_log:
                 took = (time.monotonic() - start) * 1000
                 asked = {"method": scope["method"], "path": scope["path"]}
-                seen = "gone" if gone else status or "gone"
-                told = (*asked.values(), seen, took, request_id)
+                gone = gone or not status
+                told = (*asked.values(), "gone" if gone else status, took, request_id)
                 more = {key: scope["state"][key] for key in ("tenant", "code") if scope["state"].get(key)}
-                log.info("%s %r %s %.1f ms %s", *told, extra={**named_so, **asked, **more, "status": seen, "ms": took})
+                more |= {"status": GONE if gone else status, "ms": took}
+                log.info("%s %r %s %.1f ms %s", *told, extra={**named_so, **asked, **more})
 
 
 class BodyLimit:
@@ -118,7 +121,7 @@ class BodyLimit:
         limit = self.max_upload if upload else self.max_body
         declared = _content_length(scope)
         if declared is not None and declared > limit:
-            await refuse(answer(_too_large(limit, upload)), receive, send)
+            await refuse(answer(_too_large(limit, upload)), scope, receive, send)
         elif upload:
             await self.app(scope, _counted(patient(receive, self.body_time), limit), send)
         else:
@@ -133,12 +136,13 @@ class BodyLimit:
                 messages.append(await kept())
                 size += len(messages[-1].get("body", b""))
         except BodyTooSlow as error:
-            await refuse(answer(error), receive, send, more=False)
+            await refuse(answer(error), scope, receive, send, more=False)
             return
         if messages[-1]["type"] == "http.disconnect":
             return
         if size > limit:
-            await refuse(answer(_too_large(limit, False)), receive, send, more=bool(messages[-1].get("more_body")))
+            rest = bool(messages[-1].get("more_body"))
+            await refuse(answer(_too_large(limit, False)), scope, receive, send, more=rest)
             return
         messages.reverse()
 
@@ -148,8 +152,9 @@ class BodyLimit:
         await self.app(scope, replayed, send)
 
 
-async def refuse(reply: Answer, receive: Receive, send: Send, more: bool = True) -> None:
+async def refuse(reply: Answer, scope: Scope, receive: Receive, send: Send, more: bool = True) -> None:
     """Answer, after the rest of the body was read and thrown away: a client that still writes never reads."""
+    scope.setdefault("state", {})["code"] = reply.code
     if more:
         await _drain(receive)
     body = reply.encode()

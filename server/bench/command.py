@@ -43,6 +43,10 @@ Kernels = Annotated[str | None, typer.Option(help="auto, native, aten or referen
 Url = Annotated[str, typer.Argument(help="Any OpenAI-compatible server, with or without /v1 at the end.")]
 Vocab = Annotated[int, typer.Option(min=101, help="Prompts are random token ids below this.")]
 AsText = Annotated[bool, typer.Option("--text", help="Prompts of so many common words: some servers take no ids.")]
+PromptSeed = Annotated[
+    int | None,
+    typer.Option(min=0, max=2**32 - 1, help="Of the prompts, which a server may keep. [another each time]"),
+]
 Cv = Annotated[float, typer.Option(help="Coefficient of variation of the gaps between requests; 1 is Poisson.")]
 Slo = Annotated[float, typer.Option(help="Seconds within which a first token is in time.")]
 ApiKey = Annotated[
@@ -213,7 +217,8 @@ def slora(
     prompt: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens of a prompt, below HIGH.")] = "8:128",
     output: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens of an answer, below HIGH.")] = "8:128",
     slo: Slo = 6.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of arrivals, adapters and lengths.")] = 42,
+    prompt_seed: PromptSeed = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each kind; few and many take turns.")] = 1,
     vocab: Vocab = 40_000,
     text: AsText = False,
@@ -240,15 +245,23 @@ def slora(
     )  # fmt: skip
     plan.check()
     names = [f"{prefix}{i}" for i in range(many)]
+    drawn = secrets.randbits(32) if prompt_seed is None else prompt_seed
 
     def bodies(number: int) -> Body:
-        return workload.body_of(names, vocab, text, (seed + number) % 2**32)
+        return workload.body_of(names, vocab, text, (drawn + number * 2_654_435_761) % 2**32)
 
     client = workload.Client(url, bodies, _key(context, api_key, own_key, url))
     most, loads = workload.compare(client, plan, lambda line: console.print(line, markup=False))
     rows = workload.ratios(loads)
     result = _report(
-        {"url": url, "models": f"{prefix}0 to {prefix}{many - 1}", "vocab": vocab, "text": text, **asdict(plan)},
+        {
+            "url": url,
+            "models": f"{prefix}0 to {prefix}{many - 1}",
+            "vocab": vocab,
+            "text": text,
+            "prompt_seed": drawn,
+            **asdict(plan),
+        },
         {"capacity": most, "runs": [run.as_dict() for run in loads], "ratios": rows},
     )
     table = _table(
@@ -278,10 +291,7 @@ def load(
     requests: Annotated[int, typer.Option(min=1)] = 64,
     prompt_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = PROMPT,
     new_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = NEW,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, max=2**32 - 1, help="Of the prompts: a server may keep them. [another each time]"),
-    ] = None,
+    prompt_seed: PromptSeed = None,
     vocab: Vocab = 40_000,
     text: AsText = False,
     api_key: ApiKey = "",
@@ -299,8 +309,8 @@ def load(
 
     rates = () if rate is None else (rate,)
     check_positive({"cv": (cv,), "slo": (slo,), "rate": rates, "requests": (requests,), "concurrency": (concurrency,)})
-    seed = secrets.randbits(32) if seed is None else seed
-    body = llama_body(len(models), vocab, text, seed) if llama else body_of(models, vocab, text, seed)
+    drawn = secrets.randbits(32) if prompt_seed is None else prompt_seed
+    body = llama_body(len(models), vocab, text, drawn) if llama else body_of(models, vocab, text, drawn)
     arrivals = closed(requests, list(range(len(models))), prompt_tokens, new_tokens)
     key = _key(context, api_key, own_key, url)
     how: dict[str, Any]
@@ -314,7 +324,7 @@ def load(
     if not summary.finished:
         raise NoAnswer(f"none of {requests} requests was answered; the first: {summary.reasons[0]}")
     asked = {"url": url, "models": models, **how, "slo": slo, "requests": requests, "vocab": vocab}
-    asked |= {"text": text, "seed": seed, "llama": llama}
+    asked |= {"text": text, "prompt_seed": drawn, "llama": llama}
     told = _report({**asked, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}, summary.as_dict())
     table = _table("", "", title=f"{requests} requests, {title}")
     for name, value in summary.as_dict().items():

@@ -107,13 +107,18 @@ class Load:
         return asdict(self)
 
 
+APART = 65_537
+"""From where one prompt begins among the tokens that are drawn to where the next one does: a prime above their number,
+so that no two of a run are the same."""
+
+
 def body_of(names: Sequence[str], vocab: int, text: bool = False, seed: int = 1) -> Body:
     """Greedy completions of random token ids, or of random words as `text`, each as long as its arrival says."""
     random = np.random.RandomState(seed)
     drawn = (random.choice(WORDS, 1 << 16) if text else random.randint(100, vocab, 1 << 16)).tolist()
 
     def body(arrival: Arrival, i: int) -> Mapping[str, Any]:
-        at = (i * 131) % (len(drawn) - arrival.prompt_tokens)
+        at = (i * APART) % (len(drawn) - arrival.prompt_tokens)
         prompt = drawn[at : at + arrival.prompt_tokens]
         return {
             "model": names[arrival.adapter],

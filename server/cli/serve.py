@@ -187,7 +187,8 @@ def _sigterm_and_sigint(runtime: Runtime, drain: float) -> Iterator[None]:
         if 0 < runtime.draining_for < SAME_SIGNAL:
             return
         if runtime.draining_for:
-            sys.stderr.write("stopped at once by a second signal\n")
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                sys.stderr.write("stopped at once by a second signal\n")
             os._exit(128 + number)
         if runtime.state == "loading":
             log.info("%s: ended before it was ready", signal.Signals(number).name)

@@ -242,11 +242,8 @@ class Inference:
         return f"mixes of {caller.tenant}" if target.made_up else "+".join(lease.mix.digests)
 
     def refused(self, target: Target | None, error: Exception, caller: Caller) -> None:
-        """Record a call that never ran. Names that were not found are the client's words, and no labels.
-
-        An evaluation that finds the queue full has not failed: it waits and tries again.
-        """
-        if isinstance(error, QueueFull) and not caller.client:
+        """Record a call of a client's that never ran. Names that were not found are its words, and no labels."""
+        if not caller.client:
             return
         status = self._status_of(error)
         self._metrics.record(

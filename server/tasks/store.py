@@ -94,6 +94,8 @@ class Tasks:
         """What each adapter brought when it was last looked at: one that changes has not all others read again."""
         self._faults: dict[str, str] = {}
         """Of each adapter with a task.json that is of no use, what is wrong with it."""
+        self._owes = False
+        """Whether the file lacks what is known of tasks without a route, as the disk was full."""
         self._routed: dict[str, list[Task]] = {}
         """Of each adapter, the tasks that route to it, by name: lists of adapters ask for each of a thousand."""
         self._read()
@@ -140,8 +142,10 @@ class Tasks:
 
     def _define(self, name: str, body: Mapping[str, Any]) -> tuple[Task, bool]:
         """While no adapter comes or goes: what the task routes to is there when it is written."""
-        task = parse(name, body, default_route=_own(name, self._adapters.names()), source="api")
-        before = self._put.get(name)
+        before, own = self._put.get(name), _own(name, self._adapters.names())
+        if before is not None and before.by_name and before.route.candidates:
+            own = Fixed(((name, 1.0),))  # though it is not served now
+        task = parse(name, body, default_route=own, source="api")
         if before is not None and before.by_name and before.route == task.route:
             task = replace(task, by_name=True)  # who changes what GET has told means the rest to stay
         self._check_defaults(task)
@@ -231,11 +235,12 @@ class Tasks:
             for name, task in self._put.items()
             if task.by_name and not task.route.candidates and name in served
         }
-        if found:
+        if found or self._owes:
             try:
                 self._write({**self._put, **found}, self._deleted)
+                self._owes = False
             except StoreFailed as error:
-                self._put = {**self._put, **found}
+                self._put, self._owes = {**self._put, **found}, True
                 log.warning("that the tasks %s have an adapter now is not written: %s", ", ".join(found), error.message)
 
     def _note_routes(self) -> None:

@@ -18,8 +18,7 @@ function complain(error, fromPoll = false) {
   if (!error && fromPoll && !polled) return;
   if ([401, 403].includes(error?.status)) document.getElementById("key-form").hidden = false;
   if (error && fromPoll && !polled && !alert.hidden) return;
-  // Whether a key is known and a server is there, the next poll finds out too.
-  polled = Boolean(error) && (fromPoll || error.status === 401 || error.code === "silent");
+  polled = Boolean(error) && (fromPoll || error.status === 401); // whether a key is known, the next poll finds out too
   const told = error?.status === 401 && !key.get() ? "A key is needed: give it under Key." : error?.message ?? "";
   // The same words stay as they are: screen readers say what is put in, and a poll fails every two seconds.
   if (alert.firstElementChild.textContent !== told) alert.firstElementChild.textContent = told;

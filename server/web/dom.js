@@ -68,6 +68,8 @@ export function newest(plot) {
   plot.setLegend({ idxs: plot.data.map(last) });
 }
 
+const short = (v) => v.toLocaleString("en", { maximumSignificantDigits: 3 });
+
 // What every chart has in common: colours of the theme, times of day over a minute or more, whole numbers, no drawing
 // under the pointer's y.
 export function chart(node, series, { time = true, top = null, round = false, digits = 0 } = {}) {
@@ -81,7 +83,7 @@ export function chart(node, series, { time = true, top = null, round = false, di
     hooks: { ready: [newest] },
     width: Math.max(260, node.clientWidth || 480), height: 190, cursor: { y: false }, legend: { live: true },
     axes: [{ ...axis, size: 26, ...(time ? { values: clock, space: 90 } : { incrs: whole }) },
-      { ...axis, size: (_, shown) => Math.max(52, 14 + 7 * Math.max(0, ...(shown ?? []).map((v) => v.length))), incrs: round ? whole : undefined }],
+      { ...axis, size: (_, shown) => Math.max(52, 14 + 7 * Math.max(0, ...(shown ?? []).map((v) => v.length))), incrs: round ? whole : undefined, values: time ? undefined : (_, at) => at.map(short) }],
     scales: {
       x: { time, ...(time ? { range: (_, low, high) => [Math.min(low, high - 60), high] } : {}) },
       y: { range: (_, low, high) => [0, top ?? (high > 0 && !time ? high * 1.1 : Math.max(high * 1.1, 1))] },
@@ -90,7 +92,7 @@ export function chart(node, series, { time = true, top = null, round = false, di
       time ? { label: "at", value: (_, t) => (t == null ? "" : new Date(t * 1000).toTimeString().slice(0, 8)) } : { label: "step" },
       ...series.map(([label, token, extra]) => ({
         label, stroke: colour(token), width: 2, points: { show: false },
-        value: (_, v) => (v == null ? "" : v.toFixed(digits)), ...extra,
+        value: (_, v) => (v == null ? "" : v > 0 && v < 10 ** -digits && !time ? short(v) : v.toFixed(digits)), ...extra,
       })),
     ],
   };

@@ -143,7 +143,7 @@ class Side {
       } else {
         answer.classList.add("failed");
         answer.append(`${answer.textContent ? "\n" : ""}${error.message}`);
-        frame.complain(error);
+        frame.complain(error, error.code === "silent"); // the answer's place keeps the words
       }
     } finally {
       answer.ariaBusy = "false";

@@ -641,14 +641,41 @@ async def test_a_limit_does_not_bring_back_an_older_version(
     open_registry: Open, folders: list[Path], write_adapter: Write
 ) -> None:
     registry = open_registry()
-    write_adapter(folders[1], 1, rank=8)
+    write_adapter(folders[1], 1, rank=8, card="card 1")
     for folder in folders[:2]:
         await registry.publish("a", folder)
     lower = open_registry(max_rank=4)
     assert lower.names() == [] and "rank 8 is over the limit of 4" in lower.rejected()[0]["reason"]
-    with pytest.raises(UnknownAdapter, match="over the limit of 4"):
-        lower.resolve([("a", 1.0)])
+    first, large = (digest_of(folder)[:12] for folder in folders[:2])
+    for text in ("a", f"a@{large}"):
+        with pytest.raises(UnknownAdapter, match="over the limit of 4"):
+            lower.resolve([(text, 1.0)])
+    assert lower.resolve([(f"a@{first}", 1.0)])[0][0].digest == digest_of(folders[0]), "who names it has it"
+    with pytest.raises(UnknownAdapter, match="no version"):
+        lower.resolve([("a@123456123456", 1.0)])
     assert open_registry().current("a").digest == digest_of(folders[1])
+    lower = open_registry(max_rank=4)
+    lower.tasks = lambda name: ["t"]
+    with pytest.raises(AdapterConflict, match="these tasks route to"):
+        await lower.retire("a")
+    write_adapter(folders[2], 2, rank=3)
+    (folders[2] / "README.md").unlink(missing_ok=True)
+    await lower.publish("a", folders[2])
+    assert lower.metadata("a")["card"] == "card 1", "a name keeps what its last version told"
+
+
+async def test_an_adapter_of_a_larger_base_is_not_set_aside_for_its_rank(
+    open_registry: Open, folders: list[Path], tiny_shapes: Any, write_adapter: Write
+) -> None:
+    write_adapter(folders[1], 1, rank=8)
+    paths = sorted(tiny_shapes)
+    fewer = {path: tiny_shapes[path] for path in paths[:-1]}
+    small = read_folder(folders[0], name="a")
+    save(sealed("a", {path: small.modules[path] for path in fewer}), folders[2])
+    await open_registry(shapes=fewer, max_rank=4).publish("a", folders[2])
+    await open_registry(max_rank=8).publish("a", folders[1])
+    again = open_registry(shapes=fewer, max_rank=4)
+    assert again.names() == ["a"] and again.current("a").digest == digest_of(folders[2])
 
 
 async def test_publishing_on_one_base_leaves_the_versions_of_another(
@@ -668,6 +695,9 @@ async def test_publishing_on_one_base_leaves_the_versions_of_another(
     assert len(again.describe("a")["versions"]) == 3
     # What was published last is the other base's, and this one's last is served: it is passed over, not fallen back to.
     assert again.current("a").digest == digest_of(folders[2])
+    await again.publish("a", folders[3])
+    assert [v["digest"] for v in again.describe("a")["versions"]] == [digest_of(folders[i]) for i in (3, 2, 1)]
+    assert len(open_registry(shapes=dict.fromkeys(tiny_shapes, (8, 8))).describe("a")["versions"]) == 3
 
 
 async def test_a_name_whose_last_version_is_lost_is_rolled_back_to_what_is_left(

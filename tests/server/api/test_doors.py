@@ -138,6 +138,19 @@ def test_key_files_are_read_again_when_they_change(start: Any, tmp_path: Path) -
         KeyRing("", tmp_path / "absent", "api_keys")
 
 
+def test_what_a_door_refuses_is_logged_with_its_code(start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    live = start(**KEYED, access_log=True, max_body=1000)
+    live.http.get("/adapters")
+    live.http.get("/adapters", headers={"host": "evil.example"})
+    live.http.post("/generate", content=b"x" * 2000, headers={"authorization": "Bearer secret-one"})
+    told = [r for r in caplog.records if getattr(r, "code", "not_ready") != "not_ready"]
+    assert [(r.status, r.code) for r in told] == [  # type: ignore[attr-defined]
+        (401, "invalid_api_key"), (403, "forbidden"), (413, "body_too_large"),
+    ]  # fmt: skip
+    assert getattr(told[2], "tenant", "") == "team"
+
+
 def test_each_mistake_in_a_key_file_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Who mends one by another hears of that: the keys are those of before, one that is revoked among them."""
     file = tmp_path / "keys"

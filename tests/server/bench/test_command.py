@@ -299,7 +299,7 @@ def test_a_load_tells_what_was_asked_and_what_failed(answering: Answering, tmp_p
     assert told["asked"] == {
         "url": f"{answering.url}/v1", "models": ["a", "b"], "concurrency": 2, "slo": 6.0, "requests": 6,
         "vocab": 40_000, "text": False, "prompt_tokens": 5, "new_tokens": 3, "llama": False,
-        "seed": told["asked"]["seed"],
+        "prompt_seed": told["asked"]["prompt_seed"],
     }  # fmt: skip
     assert {key for _, key, _ in answering.asked} == {"Bearer first:one"}
     prompts = [body["prompt"] for *_, body in answering.asked]
@@ -319,7 +319,17 @@ def test_a_load_tells_what_was_asked_and_what_failed(answering: Answering, tmp_p
     bench("load", answering.url, "--model", "a", "--model", "b", *again)
     assert not any(body["prompt"] in prompts for *_, body in answering.asked), "what it has read it may have kept"
     del answering.asked[:]
-    bench("load", answering.url, "--model", "a", "--model", "b", *again, "--seed", str(told["asked"]["seed"]))
+    bench(
+        "load",
+        answering.url,
+        "--model",
+        "a",
+        "--model",
+        "b",
+        *again,
+        "--prompt-seed",
+        str(told["asked"]["prompt_seed"]),
+    )
     assert sorted(body["prompt"] for *_, body in answering.asked) == sorted(prompts)
     assert (told["failed"], told["reasons"], told["ttft_p99"]) == (3, ["429: full"], None)
     assert "429: full" in result.stdout
