@@ -50,7 +50,9 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         names = serve.__annotations__
         serve(**{**dict.fromkeys(names), "port": 0, **flags})
 
+    before = signal.getsignal(signal.SIGTERM)
     yield run
+    signal.signal(signal.SIGTERM, before)
     for listener in listeners:
         listener.close()
 
