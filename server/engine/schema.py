@@ -24,8 +24,8 @@ MAX_LITERALS = 10_000
 them, 1.6 s for a million."""
 MAX_EXACT = 1 << 53
 """Whole numbers from here on are read as the nearest number of 64 bits, which may be another one."""
-MAX_NUMBER = 1 << 63
-"""Bounds from here on, which the compiler has in 64 bits, would crash it."""
+LEAST_UPPER = -(1 << 63) + 2048
+"""An upper bound below it becomes the least whole number of 64 bits: the compiler crashes if the lower one does too."""
 _LOWER = ("minimum", "exclusiveMinimum")
 _BOUNDS = (*_LOWER, "maximum", "exclusiveMaximum")
 _OPTIONS = "x-guidance"
@@ -106,7 +106,11 @@ def _check_size(part: Mapping[str, Any], key: str) -> None:
     when it is read as the nearest one.
     """
     value = _number(part, key) or 0
-    if abs(value) >= MAX_NUMBER:
+    try:
+        out = math.isinf(float(value))
+    except OverflowError:
+        out = True
+    if out or (key not in _LOWER and value < LEAST_UPPER):
         raise _refused(f"{key} is out of range")
     if isinstance(value, int) and (value if key in _LOWER else -value) > MAX_EXACT:
         raise _refused(f"{key} {value} is over 2^53 and cannot be held to")
