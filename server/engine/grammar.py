@@ -146,11 +146,12 @@ class Grammars:
     def _next(self) -> _Asked | None:
         """The first request of the tenant whose turn it is, which has its next one after all others."""
         with self._lock:
-            for tenant, own in self._asked.items():
-                self._asked[tenant] = self._asked.pop(tenant)
-                return own[0]
-            self._at_work = False
-            return None
+            tenant = next(iter(self._asked), None)
+            if tenant is None:
+                self._at_work = False
+                return None
+            own = self._asked[tenant] = self._asked.pop(tenant)
+            return own[0]
 
     def _drop(self, tenant: str, asked: _Asked) -> None:
         with self._lock:

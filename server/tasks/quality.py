@@ -16,7 +16,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -166,7 +166,7 @@ class Quality:
         self._hours: dict[tuple[Subject, str, str], dict[int, Totals]] = {}
         self._paired: dict[tuple[Subject, Subject, str], Totals] = {}
         """What has been asked of `examples`, a join of thousands."""
-        self._traffic: OrderedDict[int, _Traffic] = OrderedDict()
+        self._traffic: dict[int, _Traffic] = {}
         """All hours of the subjects that were asked for last, by their numbers."""
         self._made_up: set[Subject] = set()
         """Mixes that clients chose themselves."""
@@ -336,18 +336,17 @@ class Quality:
 
     def _seen(self, number: int) -> _Traffic:
         """All traffic of a subject."""
-        seen = self._traffic.get(number)
+        seen = self._traffic.pop(number, None)
         if seen is None:
             seen = _Traffic()
             seen.join(self._rows(self._db, number))
-            self._traffic[number] = seen
-            if len(self._traffic) > MOST_TRAFFIC:
-                self._traffic.popitem(last=False)
-        self._traffic.move_to_end(number)
+        self._traffic[number] = seen  # behind the others
+        if len(self._traffic) > MOST_TRAFFIC:
+            del self._traffic[next(iter(self._traffic))]
         return seen
 
     def _load(self, db: sqlite3.Connection) -> None:
-        self._hours, self._traffic, self._paired = {}, OrderedDict(), {}
+        self._hours, self._traffic, self._paired = {}, {}, {}
         self._ids = {Subject(*row[1:]): row[0] for row in db.execute("SELECT id, task, mix, base FROM subjects")}
         for subject in self._ids:
             subject.check()
@@ -449,7 +448,7 @@ class Quality:
         rows = []
         for answered in pending:
             made_up = not answered.routed and answered.subject not in self._ids
-            if made_up and self._made_up_of(answered.subject.task) >= MOST_MADE_UP:
+            if made_up and sum(s.task == answered.subject.task for s in self._made_up) >= MOST_MADE_UP:
                 continue
             number = self._number(answered.subject)
             if made_up:
@@ -468,9 +467,6 @@ class Quality:
             self._db.execute("INSERT OR REPLACE INTO traffic VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                              (number, hour, *whole.sums, *blobs))  # fmt: skip
         return traffic
-
-    def _made_up_of(self, task: str) -> int:
-        return sum(subject.task == task for subject in self._made_up)
 
     def _sweep_hourly(self, wall: float, steady: float) -> None:
         """Sweep soon after the start and once in an hour of running, if the wall clock went on as the other did: one
