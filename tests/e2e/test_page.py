@@ -689,7 +689,8 @@ def test_tokens_are_counted_as_they_are_computed(page: Page, house: Live) -> Non
     body = {"prompt": FILM, "max_tokens": 8000, "ignore_eos": True, "stream": True}
     with house.client.stream("POST", "/generate", json=body) as answer:
         expect(now).to_contain_text(re.compile(r"tokens a second\s*[1-9]"))
-        assert next(answer.iter_lines()), "it is still under way"
+        lines = answer.iter_lines()  # which closes the answer when it is let go
+        assert next(lines), "it is still under way"
         assert house.get("/stats")["engine"]["running"] == 1
 
 
