@@ -241,7 +241,7 @@ class Tasks:
                 self._owes = False
             except StoreFailed as error:
                 self._put, self._owes = {**self._put, **found}, True
-                log.warning("that the tasks %s have an adapter now is not written: %s", ", ".join(found), error.message)
+                log.warning("which adapters the tasks without a route have is not written: %s", error.message)
 
     def _note_routes(self) -> None:
         """Whenever a table of tasks has been replaced. With the lock."""

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from server import settings
 from server.errors import BadModel, BadSetting
 from server.kernels.stored import NF4, TILE, dequantize_stored, pack_nibbles, unpack_nibbles
+from server.model import quantization
 from server.model.quantization import Quantization, bits, check_group, quantize, quantize_table
 
 
@@ -89,6 +91,11 @@ def test_values_on_a_grid_of_sixteen_survive_exactly() -> None:
     codes.view(32, 4, 32)[..., 0], codes.view(32, 4, 32)[..., 1] = 0, 15
     matrix = codes.float() * 0.25 - 1.75
     assert torch.equal(dequantize_stored(quantize(matrix, "int4", 32)), matrix)
+
+
+def test_settings_know_the_groups() -> None:
+    """They are checked there before torch is loaded, so there are two lists."""
+    assert settings.GROUPS == quantization.GROUPS
 
 
 @pytest.mark.parametrize("scheme", ["int4", "nf4", "int8"])
