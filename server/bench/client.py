@@ -6,6 +6,7 @@ Owns the clock of a measurement and its summary. Knows nothing of what is behind
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import uvloop
@@ -183,6 +185,15 @@ def address(url: str) -> str:
     if not re.match(r"(?i)https?://[^/]", url):
         raise BadSetting(f"{url!r} is no address of a server: give it as http://localhost:8000", "url")
     return f"{url.rstrip('/').removesuffix('/v1').rstrip('/')}/v1/completions"
+
+
+def is_here(url: str) -> bool:
+    """Whether a URL is of this machine."""
+    try:
+        host = urlsplit(url if "//" in url else f"//{url}").hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 async def open_loop(

@@ -6,22 +6,19 @@ Owns arguments and output. What is measured, and how, is in the other modules of
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
-import json
-import math
 import re
 import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
 from rich.text import Text
+
+from server.bench import results
 
 if TYPE_CHECKING:
     from server.bench.client import Body
@@ -38,6 +35,10 @@ State = Annotated[
     Path | None, typer.Option(help="Where models, the cache and synthetic adapters are kept. [as served]")
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of the kernels, and of each peer.")]
+Config = Annotated[Path, typer.Argument(help="TOML: which peers are installed, and where (docs/benchmarks.md).")]
+Rounds = Annotated[int, typer.Option(min=1)]
+AtOnce = Annotated[int, typer.Option("--requests", min=1, help="At once.")]
+Different = Annotated[bool, typer.Option("--adapters/--no-adapters", help="A different adapter for each request.")]
 Kernels = Annotated[str | None, typer.Option(help="auto, native, aten or reference. [as served]")]
 
 Url = Annotated[str, typer.Argument(help="Any OpenAI-compatible server, with or without /v1 at the end.")]
@@ -59,11 +60,8 @@ OwnKey = Annotated[str, typer.Option(hidden=True, envvar=["LORAMUX_API_KEYS", "L
 """The keys of a loramux on this machine, which are no other server's business."""
 
 RANKS = (8, 16, 24, 32) * 4
-SEED = 3
-"""Of the prompts that the peers and we are asked."""
-DRAWS = 20
-"""Draws of a prompt before one is taken whose text is not read as the same ids: a peer that is given text should find
-them in it."""
+ADAPTER_SEED = 200
+"""Of the first adapter that the peers and we are given."""
 LONGEST = 1 << 15
 """Tokens of a prompt or an answer that can be asked for."""
 PROMPT, NEW = 128, 64
@@ -80,7 +78,7 @@ def steps(
     as_json: AsJson = False,
 ) -> None:
     """Decode steps with and without adapters, as ratios and as shares of the roofline."""
-    _make_room(out)
+    results.make_room(out)
     from adapters.peft_format import read_folder
     from server.bench import roofline
     from server.bench import steps as measured
@@ -99,7 +97,7 @@ def steps(
     ceilings = meter.median()
     ratios = measured.overheads(times)
     asked = {"base": _named(base), "ranks": ranks, "context": shapes[0].context, "threads": threads, "repeats": repeats}
-    result = _report(
+    result = results.report(
         {**asked, "seeds": [100 + i for i in range(len(ranks))]},
         {
             "ceilings": {
@@ -120,43 +118,42 @@ def steps(
             "kernels": base.backend.name,
         },
     )
-    table = _table(
+    table = results.table(
         "step", "ms", "of the roofline", title=f"{base.name}, {base.backend.name} kernels, {threads} threads"
     )
     for t in times:
         table.add_row(t.name, f"{t.seconds * 1e3:.2f}", f"{t.roofline:.2f}")
     for name, ratio in ratios.items():
         table.add_row(name, f"x {ratio:.2f}", "")
-    _show(result, table, as_json, out, "steps")
+    results.show(result, table, as_json, out, "steps")
 
 
 @app.command()
 def peers(
-    config: Annotated[Path, typer.Argument(help="TOML: which peers are installed, and where (docs/benchmarks.md).")],
+    config: Config,
     model: Model = None,
     state_dir: State = None,
     threads: Threads = 2,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
-    requests: Annotated[int, typer.Option(min=1)] = 16,
-    adapters: Annotated[bool, typer.Option(help="A different adapter for each request.")] = True,
+    rounds: Rounds = 3,
+    requests: AtOnce = 16,
+    adapters: Different = True,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """In process: decode and prefill beside every peer that is installed, in both orders, medians, ratios."""
     _extra()
-    _make_room(out)
+    results.make_room(out)
     from server.bench import compare, plots
     from server.bench.export import export_base
     from server.bench.inprocess import InProcess
-    from server.bench.synthetic import write_adapter
 
     named = compare.installed(config)
     settings = _settings(model, state_dir)
     base, folder = _base(settings), settings.state_dir / "bench"
     exported = export_base(base, folder / "exported")
-    ranks = [RANKS[i % len(RANKS)] for i in range(requests if adapters else 0)]
-    paths = [write_adapter(folder / f"peer{i}", base.shapes(), rank=rank, seed=200 + i) for i, rank in enumerate(ranks)]
-    job = _job(base, paths, requests)
+    ranks = _ranks(requests, adapters)
+    paths = _write(base, folder / "peer", ranks)
+    job = compare.drawn(base, paths, requests, PROMPT, NEW)
     with InProcess(base, paths, threads=threads, max_batch=requests, max_step_tokens=requests * PROMPT) as ours:
         mixes = [ours.mix([(n, 1.0)] if n >= 0 else []) for n in job.adapter_of]
         contestants: dict[str, compare.Contestant] = {
@@ -166,15 +163,8 @@ def peers(
         contestants["loramux"](job)
         measured = compare.rounds(job, contestants, rounds, lambda line: console.print(line, markup=False))
     table = measured.table
-    asked = {"base": _named(base), "peers": named, "ranks": ranks, "prompt_tokens": PROMPT, "new_tokens": NEW}
-    result = _report(
-        {
-            **asked,
-            "threads": threads,
-            "rounds": rounds,
-            "seed": SEED,
-            "adapter_seeds": [200 + i for i in range(len(ranks))],
-        },
+    result = results.report(
+        {**_compared(base, named, ranks, threads), "rounds": rounds, "seed": compare.SEED},
         {
             "requests": requests,
             "adapters": len(paths),
@@ -183,7 +173,7 @@ def peers(
             "failed": measured.failed,
         },
     )
-    shown = _table("", "prefill tok/s", "decode tok/s", "we are faster by (prefill, decode)")
+    shown = results.table("", "prefill tok/s", "decode tok/s", "we are faster by (prefill, decode)")
     for name, row in table.items():
         ratio = result["ratios"].get(name)
         ahead = f"{ratio['prefill']:.1f}, {ratio['decode']:.1f}" if ratio else ""
@@ -191,14 +181,57 @@ def peers(
     for name in measured.failed:
         shown.add_row(f"{name} failed", "", "", f"in round {len(measured.rows[name].rounds) + 1} of {rounds}")
     title = f"decode, {requests} requests, {len(paths)} adapters"
-    _show(result, shown, as_json, out, f"peers-{requests}-{len(paths)}")
+    results.show(result, shown, as_json, out, f"peers-{requests}-{len(paths)}")
     if out is not None:
         rates = {name: row.median.decode for name, row in table.items()}
         plots.bars(out / f"peers-{requests}-{len(paths)}.png", title, "tokens/s", rates)
-    for name, reason in measured.failed.items():
-        console.print(f"error: the peer {name} failed: {reason}", markup=False)
-    if measured.failed:
-        raise typer.Exit(1)
+    _end(measured.failed)
+
+
+@app.command()
+def servers(
+    config: Config,
+    model: Model = None,
+    state_dir: State = None,
+    threads: Threads = 2,
+    rounds: Rounds = 3,
+    requests: AtOnce = 16,
+    adapters: Different = True,
+    own_key: OwnKey = "",
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Over HTTP: our server beside every other that is installed, and beside our engine in process."""
+    _extra()
+    results.make_room(out)
+    from server.bench import compare, plots
+    from server.bench import servers as over_http
+
+    named = compare.installed(config)
+    settings = _settings(model, state_dir)
+    base, ranks = _base(settings), _ranks(requests, adapters)
+    with tempfile.TemporaryDirectory(prefix="loramux-") as fresh:
+        served = over_http.Served(
+            base, _write(base, Path(fresh) / "adapters" / "s", ranks), requests, PROMPT, NEW, threads
+        )
+        place = over_http.Place(settings.model, settings.state_dir, Path(fresh), _first(own_key))
+        measured = over_http.compare(named, served, place, rounds, lambda line: console.print(line, markup=False))
+    result = results.report(
+        {**_compared(base, named, ranks, threads), "rounds": rounds},
+        {"requests": requests, "adapters": len(ranks), **asdict(measured)},
+    )
+    table = results.table("", "decode tok/s", "all tok/s", "first token", "we are faster by (decode, all)")
+    for name, row in measured.medians.items():
+        rates = [f"{row[key]:,.0f}" if key in row else "" for key in over_http.SHOWN]
+        ratio = measured.ratios.get(name, {})
+        ahead = ", ".join(f"{ratio[key]:.2f}" for key in over_http.SHOWN if key in ratio)
+        table.add_row(name, *rates, f"{row['ttft_p50']:.3f} s" if "ttft_p50" in row else "", ahead)
+    name = f"servers-{requests}-{len(ranks)}"
+    results.show(result, table, as_json, out, name)
+    if out is not None:
+        title = f"over HTTP, {requests} requests, {len(ranks)} adapters"
+        plots.bars(out / f"{name}.png", title, "tokens/s", {n: row["whole"] for n, row in measured.medians.items()})
+    _end(measured.failed)
 
 
 @app.command()
@@ -231,7 +264,7 @@ def slora(
     from server.errors import BadSetting
 
     _extra()
-    _make_room(out)
+    results.make_room(out)
     from server.bench import plots
     from server.bench import slora as workload
     from server.bench.client import figure
@@ -253,7 +286,7 @@ def slora(
     client = workload.Client(url, bodies, _key(context, api_key, own_key, url))
     most, loads = workload.compare(client, plan, lambda line: console.print(line, markup=False))
     rows = workload.ratios(loads)
-    result = _report(
+    result = results.report(
         {
             "url": url,
             "models": f"{prefix}0 to {prefix}{many - 1}",
@@ -264,7 +297,7 @@ def slora(
         },
         {"capacity": most, "runs": [run.as_dict() for run in loads], "ratios": rows},
     )
-    table = _table(
+    table = results.table(
         "alpha", "requests/s", "of capacity", f"throughput, {many} over {few}", "p99 of first token", "failed"
     )
     for row in rows:
@@ -274,7 +307,7 @@ def slora(
         table.add_row(f"{row['alpha']:.2f}", f"{row['rate']:.2f}", of, *told, failed)
     for reason in dict.fromkeys(reason for run in loads for reason in run.summary.reasons):
         console.print(f"failed: {reason}", markup=False)
-    _show(result, table, as_json, out, "slora")
+    results.show(result, table, as_json, out, "slora")
     if out is not None:
         plots.loads(out / "slora.png", f"S-LoRA workload, {few} and {many} adapters", loads)
 
@@ -302,7 +335,7 @@ def load(
 ) -> None:
     """A closed loop, so many requests in flight until all are answered, or an open one, so many a second."""
     _extra()
-    _make_room(out)
+    results.make_room(out)
     from server.bench.client import NoAnswer, closed_loop, figure, open_loop, run, timed
     from server.bench.slora import body_of, check_positive, llama_body
     from server.bench.workloads import closed, spread
@@ -325,15 +358,15 @@ def load(
         raise NoAnswer(f"none of {requests} requests was answered; the first: {summary.reasons[0]}")
     asked = {"url": url, "models": models, **how, "slo": slo, "requests": requests, "vocab": vocab}
     asked |= {"text": text, "prompt_seed": drawn, "llama": llama}
-    told = _report({**asked, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}, summary.as_dict())
-    table = _table("", "", title=f"{requests} requests, {title}")
+    told = results.report({**asked, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}, summary.as_dict())
+    table = results.table("", "", title=f"{requests} requests, {title}")
     for name, value in summary.as_dict().items():
         unit = " s" if name.startswith(("seconds", "ttft", "tpot", "e2e")) else ""
         number = isinstance(value, float | int)
         table.add_row(name, figure(value, unit=unit) if number else Text("\n".join(value) or "none"))
     if summary.short:
         console.print(f"{summary.short} answers are shorter than asked: it is another workload", markup=False)
-    _show(told, table, as_json, out, "load")
+    results.show(told, table, as_json, out, "load")
 
 
 @app.command()
@@ -383,25 +416,34 @@ def _base(settings: Settings) -> Base:
     return load_base(found.path, name=found.name, backend=choose(kernels, "cpu"), **settings.packing)
 
 
-def _job(base: Any, paths: list[Path], requests: int):  # type: ignore[no-untyped-def]
-    import numpy as np
+def _ranks(requests: int, adapters: bool) -> list[int]:
+    """Of the adapters of so many requests."""
+    return [RANKS[i % len(RANKS)] for i in range(requests if adapters else 0)]
 
-    from server.bench.compare import Job
 
-    random = np.random.RandomState(SEED)
-    tokenizer = base.vocabulary.tokenizer
-    prompts: list[list[int]] = []
-    for draw in range(DRAWS * requests):
-        drawn = tokenizer.decode(random.randint(100, base.config.vocab_size - 100, 2 * PROMPT).tolist())
-        prompt = tokenizer.encode(drawn, add_special_tokens=False).ids[:PROMPT]
-        found = tokenizer.encode(tokenizer.decode(prompt), add_special_tokens=False).ids == prompt
-        if len(prompt) == PROMPT and (found or draw >= (DRAWS - 1) * requests):
-            prompts.append(prompt)
-        if len(prompts) == requests:
-            break
-    texts = [tokenizer.decode(p) for p in prompts]
-    which = list(range(requests)) if paths else [-1] * requests
-    return Job(prompts, texts, paths, which, NEW)
+def _write(base: Base, prefix: Path, ranks: Sequence[int]) -> list[Path]:
+    """An adapter of each rank, the same ones each time, in folders that begin with `prefix`."""
+    from server.bench.synthetic import write_adapter
+
+    return [
+        write_adapter(prefix.with_name(f"{prefix.name}{i}"), base.shapes(), rank=rank, seed=ADAPTER_SEED + i)
+        for i, rank in enumerate(ranks)
+    ]
+
+
+def _compared(base: Base, named: Mapping[str, Any], ranks: Sequence[int], threads: int) -> dict[str, Any]:
+    """What is asked of all."""
+    seeds = [ADAPTER_SEED + i for i in range(len(ranks))]
+    asked = {"base": _named(base), "peers": named, "ranks": ranks, "adapter_seeds": seeds, "threads": threads}
+    return {**asked, "prompt_tokens": PROMPT, "new_tokens": NEW}
+
+
+def _end(failed: Mapping[str, str]) -> None:
+    """Tell why peers failed. Raises Exit if one did."""
+    for name, reason in failed.items():
+        console.print(f"error: the peer {name} failed: {reason}", markup=False)
+    if failed:
+        raise typer.Exit(1)
 
 
 def _lengths(text: str, param: str) -> tuple[int, int]:
@@ -421,60 +463,19 @@ def _lengths(text: str, param: str) -> tuple[int, int]:
 def _key(context: typer.Context, given: str, own: str, url: str) -> str:
     """What the server at `url` is shown, the first of several: what the command says, this machine's own keys if it is
     there, or what the environment has for any."""
+    from server.bench.client import is_here
+
     source = context.get_parameter_source("api_key")
     said = source is not None and source.name == "COMMANDLINE"
-    if own and not said and _is_here(url):
+    if own and not said and is_here(url):
         given = own
-    return next((entry.strip() for entry in re.split(r"[,\n]", given) if entry.strip()), "")
+    return _first(given)
 
 
-def _is_here(url: str) -> bool:
-    """Whether a URL is of this machine."""
-    try:
-        host = urlsplit(url if "//" in url else f"//{url}").hostname or ""
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _first(keys: str) -> str:
+    """The first of several keys, or ""."""
+    return next((entry.strip() for entry in re.split(r"[,\n]", keys) if entry.strip()), "")
 
 
 def _named(base: Any) -> dict[str, str]:
     return {"name": base.name, "digest": base.id}
-
-
-def _report(asked: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """What a JSON file has: what was asked, the machine, and what came of it."""
-    from server.bench.machine import describe
-
-    return {"asked": asked, "machine": describe(), **found}
-
-
-def _make_room(out: Path | None) -> None:
-    """Find out before anything is measured whether what comes of it can be written. Raises OSError."""
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-
-
-def _table(*headings: str, title: str | None = None) -> Table:
-    """A table that folds what its terminal is too narrow for, and cuts no figure off."""
-    return Table(*(Column(heading, overflow="fold") for heading in headings), title=title)
-
-
-def _show(result: Mapping[str, Any], table: Table, as_json: bool, out: Path | None, name: str) -> None:
-    text = json.dumps(_finite(result), indent=1, allow_nan=False)
-    if out is not None:
-        (out / f"{name}.json").write_text(text + "\n")
-    if as_json:
-        typer.echo(text)
-    else:
-        Console().print(table)
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON has not: the rate of nothing, a wait without end, a ratio of those."""
-    if isinstance(value, Mapping):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,9 +18,20 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from server.errors import BadSetting, ServerError
+
+if TYPE_CHECKING:
+    from server.model.loader import Base
+
+SEED = 3
+"""Of the prompts that everybody is asked."""
+DRAWS = 20
+"""Draws of a prompt before one is taken whose text is not read as the same ids: a peer that is given text should find
+them in it."""
 
 SCRIPTS = {"vllm": "vllm_cpu.py", "peft": "transformers_peft.py", "mistralrs": "mistral_rs.py"}
 TIMEOUT = 1800.0
@@ -46,6 +57,23 @@ class Job:
     @property
     def requests(self) -> int:
         return len(self.prompts)
+
+
+def drawn(base: Base, adapters: Sequence[Path], requests: int, prompt_tokens: int, new_tokens: int) -> Job:
+    """So many different prompts of random ids, each on an adapter of its own, or all on the base."""
+    random = np.random.RandomState(SEED)
+    tokenizer = base.vocabulary.tokenizer
+    prompts: list[list[int]] = []
+    for draw in range(DRAWS * requests):
+        ids = random.randint(100, base.config.vocab_size - 100, 2 * prompt_tokens).tolist()
+        prompt = tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False).ids[:prompt_tokens]
+        found = tokenizer.encode(tokenizer.decode(prompt), add_special_tokens=False).ids == prompt
+        if len(prompt) == prompt_tokens and (found or draw >= (DRAWS - 1) * requests):
+            prompts.append(prompt)
+        if len(prompts) == requests:
+            break
+    which = list(range(requests)) if adapters else [-1] * requests
+    return Job(prompts, [tokenizer.decode(prompt) for prompt in prompts], adapters, which, new_tokens)
 
 
 @dataclass(frozen=True)
@@ -104,7 +132,8 @@ def rates(
 
 
 def installed(config: Path) -> dict[str, Any]:
-    """The peers that a TOML file names: `vllm`, `peft` and `mistralrs` a Python, `[llama]` its `bench` and `gguf`.
+    """The peers that a TOML file names: `vllm`, `peft` and `mistralrs` a Python, `[llama]` its `gguf`, and of its
+    programs `bench` and `server` one or both; `convert`, its script for adapters, is for the latter.
 
     Raises BadSetting.
     """
@@ -115,9 +144,18 @@ def installed(config: Path) -> dict[str, Any]:
     for name, value in named.items():
         if name == "llama":
             given = {key for key, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else set()
-            if given != {"bench", "gguf"} or len(value) != len(given):
-                raise BadSetting(f"{config.name}: [llama] is a table of `bench` and `gguf`, each a path", "config")
-            programs = [value["bench"]]
+            programs = [value[key] for key in ("bench", "server") if key in given]
+            if not (
+                programs
+                and "gguf" in given
+                and given <= {"gguf", "bench", "server", "convert"}
+                and len(value) == len(given)
+            ):
+                raise BadSetting(
+                    f"{config.name}: [llama] is a table of `gguf` and of `bench`, `server` or both, and of `convert` "
+                    "beside a server, each a path",
+                    "config",
+                )
         elif name in SCRIPTS and isinstance(value, str):
             programs = [value]
         elif name in SCRIPTS:
@@ -137,7 +175,7 @@ def contestants(named: Mapping[str, Any], exported: Path, threads: int, with_ada
     for name, value in named.items():
         if name != "llama":
             found[name] = script_peer(name, value, exported, threads)
-        elif not with_adapters:
+        elif not with_adapters and "bench" in value:
             found["llama.cpp"] = llama_peer(Path(value["bench"]), Path(value["gguf"]), threads)
     return found
 
@@ -160,7 +198,7 @@ def script_peer(kind: str, python: str, base: Path, threads: int) -> Contestant:
             "threads": threads,
             "repeats": 1,
         }
-        told = _output([python, str(script)], json.dumps(body))
+        told = output([python, str(script)], json.dumps(body))
         try:
             answer = json.loads(told.strip().splitlines()[-1])
             tokens = [answer[name][0] if name in answer else None for name in ("prompt_tokens", "new_tokens")]
@@ -179,7 +217,7 @@ def llama_peer(binary: Path, gguf: Path, threads: int) -> Contestant:
         command = [str(binary), "-m", str(gguf), "-c", str(context), "-b", "2048", "-ub", "512", "-fa", "on"]
         command += ["-npp", str(len(job.prompts[0])), "-ntg", str(job.new_tokens), "-npl", str(job.requests)]
         command += ["-t", str(threads), "-tb", str(threads), "--output-format", "jsonl"]
-        told = _output(command, "")
+        told = output(command, "")
         try:
             answer = json.loads([line for line in told.splitlines() if line.startswith("{")][-1])
             return Rates(float(answer["speed_pp"]), float(answer["speed_tg"]))
@@ -222,9 +260,12 @@ def ratios(table: Mapping[str, Row], ours: str = "loramux") -> dict[str, dict[st
     }
 
 
-def _output(command: list[str], stdin: str) -> str:
-    """What a program prints. It leads a group of its own, so that nothing of it goes on once it is not waited for: it
-    would compute while others are measured."""
+def output(command: list[str], stdin: str) -> str:
+    """What a program prints. Raises PeerFailed.
+
+    It leads a group of its own, so that nothing of it goes on once it is not waited for: it would compute while others
+    are measured.
+    """
     pipe = subprocess.PIPE
     try:
         # What a peer tells of itself need not be text throughout: a name that it cuts off within a character.

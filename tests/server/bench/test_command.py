@@ -17,7 +17,7 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from adapters.peft_format import read_folder
-from server.bench import command, compare, roofline, steps
+from server.bench import command, compare, results, roofline, steps
 from server.bench.client import NoAnswer
 from server.bench.compare import PeerFailed, Rates
 from server.bench.inprocess import InProcess
@@ -68,7 +68,7 @@ def test_what_is_measured_is_what_would_be_served(
 
 def test_what_is_printed_is_json_whatever_was_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     result: dict[str, Any] = {"rate": float("nan"), "runs": [{"p99": float("inf"), "requests": 3}]}
-    command._show(result, Table(), True, tmp_path, "x")
+    results.show(result, Table(), True, tmp_path, "x")
     told = {"rate": None, "runs": [{"p99": None, "requests": 3}]}
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "x.json").read_text()) == told
 
@@ -122,7 +122,9 @@ def test_a_comparison_that_cannot_be_made_is_refused_at_once(
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("[llama]\ngguf = 'x'", r"\[llama\] is a table of `bench` and `gguf`"),
+        ("[llama]\ngguf = 'x'", r"\[llama\] is a table of `gguf` and of `bench`, `server` or both"),
+        ("[llama]\ngguf = 'x'\nserver = 'true'\nconvrt = 'y'", r"\[llama\] is a table"),
+        ("[llama]\ngguf = 'x'\nserver = 'no-such-program'", "is no program that can be run"),
         ("llama = 'x'", r"\[llama\] is a table"),
         ("[peft]\npython = 'x'", "peft is the path of a Python"),
         ("sglang = 'x'", "'sglang' is no peer"),
@@ -171,8 +173,8 @@ def test_peers_keep_what_was_measured_before_one_failed(
 
 def test_a_peer_that_is_given_text_finds_the_ids_in_it(tiny_folder: Path, tmp_path: Path) -> None:
     base = command._base(command._settings(str(tiny_folder), tmp_path, "reference"))
-    job = command._job(base, [], 3)
-    assert [len(prompt) for prompt in job.prompts] == [command.PROMPT] * 3
+    job = compare.drawn(base, [], 3, 128, 64)
+    assert [len(prompt) for prompt in job.prompts] == [128] * 3
     encode = base.vocabulary.tokenizer.encode
     assert [encode(text, add_special_tokens=False).ids for text in job.texts] == job.prompts
 

@@ -91,7 +91,7 @@ NONE_AT_ALL = '{"speed_pp": 0, "speed_tg": 3, '
     ],
 )
 def test_an_answer_that_cannot_be_read_is_a_failure(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
-    monkeypatch.setattr(compare, "_output", lambda command, stdin: told)
+    monkeypatch.setattr(compare, "output", lambda command, stdin: told)
     with pytest.raises(PeerFailed, match="cannot be read"):
         script_peer("peft", "python", Path("base"), 1)(JOB)
     with pytest.raises(PeerFailed, match="cannot be read"):
@@ -100,7 +100,7 @@ def test_an_answer_that_cannot_be_read_is_a_failure(monkeypatch: pytest.MonkeyPa
 
 def test_a_peer_that_tells_its_tokens_is_credited_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     answer: dict[str, Any] = {"first": [2.0], "all": [4.0]}
-    monkeypatch.setattr(compare, "_output", lambda command, stdin: "a line\n" + json.dumps(answer))
+    monkeypatch.setattr(compare, "output", lambda command, stdin: "a line\n" + json.dumps(answer))
     assert script_peer("mistralrs", "python", Path("base"), 1)(JOB) == Rates(6 / 2, 8 / 2)
     answer |= {"prompt_tokens": [10], "new_tokens": [6]}
     assert script_peer("mistralrs", "python", Path("base"), 1)(JOB) == Rates(10 / 2, 4 / 2)

@@ -120,3 +120,34 @@ def test_vllm_has_room_for_the_adapters_of_the_job(
     _, noted = run("vllm", tmp_path, {**job, "new_tokens": 2, "threads": 1, "repeats": 1})
     assert noted["max_num_seqs"] == 40
     assert {k: v for k, v in noted.items() if "lora" in k} == ({} if room is None else {"enable_lora": True, **room})
+
+
+API_SERVER = """
+import json, os, sys
+from pathlib import Path
+
+assert __name__ == "__main__"
+noted = {"argv": sys.argv[1:], "threads": os.environ["VLLM_CPU_OMP_THREADS_BIND"].split(",")}
+Path(os.environ["NOTED"]).write_text(json.dumps(noted))
+"""
+
+
+def test_the_server_of_vllm_has_the_settings_of_its_engine(tmp_path: Path) -> None:
+    entrypoints = tmp_path / "vllm" / "entrypoints" / "openai"
+    entrypoints.mkdir(parents=True)
+    for folder in (entrypoints, *list(entrypoints.parents)[:2]):
+        (folder / "__init__.py").touch()
+    (entrypoints / "api_server.py").write_text(API_SERVER)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text('{"r": 24}')
+    job = {"base": "b", "name": "n", "adapters": {"s0": str(tmp_path / "a")}, "requests": 40, "threads": 1, "port": 7}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NOTED": str(tmp_path / "noted.json")}
+    command = [sys.executable, str(PEERS / "vllm_server.py"), json.dumps(job)]
+    subprocess.run(command, env=environment, timeout=60, check=True)
+    noted = json.loads((tmp_path / "noted.json").read_text())
+    assert len(noted["threads"]) == 1
+    argv = noted["argv"]
+    wanted = {"model": "b", "served-model-name": "n", "port": "7", "max-num-seqs": "40", "max-lora-rank": "32"}
+    wanted |= {"max-loras": "1", "max-cpu-loras": "1", "lora-modules": f"s0={tmp_path / 'a'}"}
+    assert {name: argv[argv.index(f"--{name}") + 1] for name in wanted} == wanted
+    assert "--enable-lora" in argv and "--no-enable-prefix-caching" in argv

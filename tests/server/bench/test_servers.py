@@ -1,0 +1,189 @@
+"""Server against server: all are asked the same by one client, in turn, and who fails takes nothing from the others."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from server.bench import servers
+from server.bench.compare import PeerFailed
+from server.bench.servers import Place, Served, report, take_turns
+from server.bench.workloads import closed
+from server.errors import BadSetting
+from tests.server.bench.conftest import Answering, events
+from tests.server.bench.test_command import bench, told_of
+
+if TYPE_CHECKING:
+    from server.model.loader import Base
+
+OTHER = """#!{python}
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+noted = Path({noted!r})
+port = int(sys.argv[sys.argv.index("--port") + 1])
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with noted.open("a") as file:
+            file.write(json.dumps([sys.argv[1:], body]) + "\\n")
+        tokens = [json.dumps(dict(choices=[dict(text="x")]))] * body["max_tokens"]
+        usage = json.dumps(dict(choices=[], usage=dict(completion_tokens=body["max_tokens"])))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write("".join(f"data: {{d}}\\n\\n" for d in [*tokens, usage, "[DONE]"]).encode())
+
+    def log_message(self, *_):
+        pass
+
+ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
+"""
+
+CONVERT = """
+import sys
+from pathlib import Path
+
+base = Path(sys.argv[sys.argv.index("--base") + 1])
+assert (base / "model.safetensors").is_file() and Path(sys.argv[3]).joinpath("adapter_model.safetensors").is_file()
+Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text("converted")
+"""
+
+
+def program(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def test_all_are_asked_the_same(tiny_folder: Path, tmp_path: Path) -> None:
+    noted = tmp_path / "noted.jsonl"
+    other = program(tmp_path / "llama-server", OTHER.format(python=sys.executable, noted=str(noted)))
+    convert = program(tmp_path / "convert.py", CONVERT)
+    (tmp_path / "peers.toml").write_text(
+        f"vllm = '{sys.executable}'\n[llama]\ngguf = 'q4.gguf'\nserver = '{other}'\nconvert = '{convert}'\n"
+    )
+    result = bench(
+        "servers", str(tmp_path / "peers.toml"), "--model", str(tiny_folder), "--state-dir", str(tmp_path / "state"),
+        "--threads", "1", "--rounds", "2", "--requests", "2", "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert result.exit_code == 1, result.exception
+    assert "the peer vllm failed" in result.stderr and "No module named 'vllm'" in result.stderr
+    told = told_of(tmp_path / "out", "servers-2-2")
+    assert {name: len(rows) for name, rows in told["rounds"].items()} == {
+        "in process": 2,
+        "loramux": 2,
+        "llama-server": 2,
+    }
+    assert set(told["ratios"]) == {"in process", "llama-server"} and list(told["failed"]) == ["vllm"]
+    assert set(told["ratios"]["llama-server"]) == {"steady decode", "decode", "whole"}
+    assert told["ratios"]["in process"] == {
+        "whole": pytest.approx(told["medians"]["loramux"]["whole"] / told["medians"]["in process"]["whole"])
+    }
+    assert told["asked"]["ranks"] == [8, 16] and told["adapters"] == told["requests"] == 2
+    assert (tmp_path / "out" / "servers-2-2.png").stat().st_size > 1000
+    asked = [json.loads(line) for line in noted.read_text().splitlines()]
+    assert len(asked) == 3 * 2, "one wave to warm up, and two"
+    command = asked[0][0]
+    assert [command[command.index(flag) + 1] for flag in ("-m", "-t", "-tb", "--parallel", "-c")] == [
+        "q4.gguf", "1", "1", "2", "2048",
+    ]  # fmt: skip
+    files = [Path(command[i + 1]) for i, word in enumerate(command) if word == "--lora"]
+    assert [file.name for file in files] == ["s0.gguf", "s1.gguf"] and all(file.is_file() for file in files)
+    bodies = [body for _, body in asked]
+    assert all(len(body["prompt"]) == 128 and body["max_tokens"] == 64 and body["ignore_eos"] for body in bodies)
+    assert {tuple(lora["scale"] for lora in body["lora"]) for body in bodies} == {(1.0, 0.0), (0.0, 1.0)}
+
+
+def test_a_server_whose_adapters_nothing_converts_is_refused(tiny_base: Base, tmp_path: Path) -> None:
+    served = Served(tiny_base, [tmp_path / "s0"], 1, 8, 2, 1)
+    with pytest.raises(BadSetting, match="needs `convert` beside its `server`, or give --no-adapters"):
+        servers.compare({"llama": {"server": "x", "gguf": "y"}}, served, Place("m", tmp_path, tmp_path), 1, print)
+
+
+def test_converted_adapters_are_kept_for_their_base_alone(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted: list[str] = []
+
+    def output(command: list[str], _: str) -> str:
+        converted.append(command[command.index("--base") + 1])
+        Path(command[-1]).touch()
+        return ""
+
+    monkeypatch.setattr(servers, "output", output)
+    named = {"server": str(tmp_path / "none"), "gguf": "x", "convert": "y"}
+    other = replace(tiny_base, id="f" * 64)
+    for base in (tiny_base, other, other):
+        served = Served(base, [tmp_path / "s0"], 1, 8, 2, 1)
+        with (
+            pytest.raises(servers.ServerError, match="cannot be run"),
+            servers.llama_server(named, served, Place("m", tmp_path, tmp_path)),
+        ):
+            raise AssertionError("it is not there")
+    assert [Path(path).name for path in converted] == [tiny_base.id[:32], "f" * 32]
+
+
+def test_waves_take_turns_and_medians_are_compared() -> None:
+    asked: list[str] = []
+    rates = {
+        "in process": iter([9.0, 40.0, 50.0, 45.0]),
+        "loramux": iter([9.0, 30.0, 36.0, 90.0]),
+        "llama-server": iter([9.0, 4.0, 3.0, 2.0]),
+        "vllm": iter([9.0, 6.0]),
+    }
+
+    def wave(name: str) -> servers.Wave:
+        def run() -> dict[str, float]:
+            asked.append(name)
+            rate = next(rates[name], None)
+            if rate is None:
+                raise PeerFailed("it fell over")
+            over_http = {} if name == "in process" else {"decode": 2 * rate, "steady decode": 3 * rate, "ttft_p50": 1.0}
+            return {"whole": rate, **over_http}
+
+        return run
+
+    heard: list[str] = []
+    found, failed = take_turns({name: wave(name) for name in rates}, 3, heard.append)
+    names = list(rates)
+    assert asked == [*names, *names, *names[::-1], *names[:-1]], "the first of each warms up; who fails is left out"
+    told = report(found, failed)
+    assert told.failed == {"vllm": "it fell over"} and heard.count("vllm failed: it fell over") == 1
+    assert told.ratios == {
+        "in process": {"whole": 36 / 45},
+        "llama-server": dict.fromkeys(("steady decode", "decode", "whole"), 36 / 3),
+        "vllm": dict.fromkeys(("steady decode", "decode", "whole"), 36 / 6),
+    }
+    assert len(told.rounds["loramux"]) == 3 and told.medians["vllm"]["whole"] == 6.0
+
+
+def test_without_our_own_there_are_no_ratios() -> None:
+    told = report({"loramux": [], "vllm": [{"whole": 1.0}]}, {"loramux": "it fell over"})
+    assert told.ratios == {} and list(told.medians) == ["vllm"]
+
+
+@pytest.mark.parametrize(
+    ("status", "data", "why"), [(500, "out of memory", "500: out of memory"), (200, events(3), "shorter than asked")]
+)
+def test_a_wave_of_which_one_fails_is_none(
+    answering: Answering, tiny_base: Base, status: int, data: Any, why: str
+) -> None:
+    served = Served(tiny_base, [], 2, 8, 4, 1)
+    wave = servers.over_http(answering.url, served.body, served, key="k")
+    assert wave()["whole"] > 0
+    assert {key for _, key, _ in answering.asked} == {"Bearer k"}
+    assert served.arrivals == closed(2, [0], 8, 4) and answering.asked[0][2]["model"] == tiny_base.name
+    answering.reply = lambda body: (status, data)
+    with pytest.raises(PeerFailed, match=why):
+        wave()
