@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from starlette.requests import ClientDisconnect
 
 from adapters.weights import Choice
 from server.api import schemas
@@ -178,7 +179,7 @@ def within_limits(parts: Parts, target: Target, caller: Caller) -> Target:
 
 
 class counted:
-    """Records a call that fails before it reaches the engine; the exception goes on."""
+    """Records a call that fails before it reaches the engine, or whose client leaves; the exception goes on."""
 
     def __init__(self, inference: Inference, target: Target | None, caller: Caller) -> None:
         self._inference, self._target, self._caller = inference, target, caller
@@ -187,7 +188,9 @@ class counted:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, ClientDisconnect):
+            self._inference.abandoned(self._target, self._caller)
+        elif isinstance(error, Exception):
             self._inference.refused(self._target, error, self._caller)
 
 

@@ -83,7 +83,7 @@ class Boundary:
         try:
             await self.app(scope, heard, named)
         except ClientDisconnect:
-            log.info("request %s: its client left before it had sent all of it", request_id, extra=named_so)
+            log.info("request %s: its client left before it could be answered", request_id, extra=named_so)
         except Exception as error:
             if status:
                 log.exception("request %s failed after its answer had begun", request_id, extra=named_so)

@@ -17,7 +17,7 @@ from server.api.generate import STREAMED, asked_fields, counted, json_response, 
 from server.api.openai_shapes import ChatShape, CompletionShape, Shape, V1Events
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running
-from server.api.stream import EventStream, check_complete, finished
+from server.api.stream import EventStream, answered, check_complete, finished
 from server.engine.request import Constraint
 from server.errors import DeadlineExceeded, InvalidRequest
 from server.tasks import sampling
@@ -119,7 +119,7 @@ async def _answer(
         schema = body.response_format.schema_of_answer() if body.response_format is not None else None
         grammars: Sequence[Constraint] = ()
         if schema is not None:
-            grammars = await _compiled(parts, schema, len(prompts) * n, caller)
+            grammars = await _compiled(parts, request, schema, len(prompts) * n, caller)
     generation = parts.inference.start(
         target,
         [p for p in prompts for _ in range(n)],
@@ -138,11 +138,14 @@ async def _answer(
     return json_response(shape.whole(generation))
 
 
-async def _compiled(parts: Parts, schema: Mapping[str, Any], count: int, caller: Caller) -> Sequence[Constraint]:
-    """`count` constraints that hold answers to a schema. Raises InvalidRequest, QueueFull, DeadlineExceeded."""
+async def _compiled(
+    parts: Parts, request: Request, schema: Mapping[str, Any], count: int, caller: Caller
+) -> Sequence[Constraint]:
+    """`count` constraints that hold answers to a schema. Raises InvalidRequest, QueueFull, DeadlineExceeded, and
+    ClientDisconnect."""
     try:
         async with asyncio.timeout(caller.deadline - time.monotonic()):
-            return await asyncio.wrap_future(parts.grammars.ask(schema, count, caller.tenant))
+            return await answered(request.receive, parts.grammars.ask(schema, count, caller.tenant))
     except TimeoutError:
         raise DeadlineExceeded("the deadline passed before the schema of response_format was compiled") from None
 

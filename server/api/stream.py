@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Protocol
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from server.api.errors import answer
@@ -17,6 +19,8 @@ from server.api.types import Receive, Scope, Send
 from server.engine.request import Delivery
 from server.errors import NotReady
 from server.tasks.inference import Generation
+
+T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
@@ -57,6 +61,32 @@ async def finished(receive: Receive, generation: Generation) -> None:
     """Wait for a whole answer, as long as there is somebody to send it to. Raises the generation's error."""
     async with listening(receive, generation):
         await generation.finished()
+
+
+async def answered(receive: Receive, future: Future[T]) -> T:
+    """What `future` gives, as long as there is somebody to send it to. It is cancelled when it is not waited for any
+    more.
+
+    Raises its error, and ClientDisconnect when the client goes away.
+    """
+    gone = False
+
+    async def listen() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            continue
+        gone = True
+        future.cancel()
+
+    listener = asyncio.create_task(listen())
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        if gone:
+            raise ClientDisconnect from None
+        raise
+    finally:
+        listener.cancel()
 
 
 class EventStream(Response):

@@ -243,15 +243,21 @@ class Inference:
 
     def refused(self, target: Target | None, error: Exception, caller: Caller) -> None:
         """Record a call of a client's that never ran. Names that were not found are its words, and no labels."""
+        self._never_ran(target, str(self._status_of(error)), caller)
+
+    def abandoned(self, target: Target | None, caller: Caller) -> None:
+        """Record a call whose client left before it ran."""
+        self._never_ran(target, "cancelled", caller)
+
+    def _never_ran(self, target: Target | None, status: str, caller: Caller) -> None:
         if not caller.client:
             return
-        status = self._status_of(error)
         self._metrics.record(
             Ended(
                 task=target.task.name if target and target.task else None,
                 adapters=_names(target.choice) if target else (),
-                status=str(status),
-                known=target is not None and status != 404,
+                status=status,
+                known=target is not None and status != "404",
                 latency=caller.client,
                 made_up=target is not None and target.made_up,
             )

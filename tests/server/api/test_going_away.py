@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import threading
 from concurrent.futures import Future
 from typing import Any
 
@@ -106,6 +107,38 @@ def test_loading_work_stops_while_its_adapter_is_on_its_way(
     connection.close()
     assert live.idle(2.0) and never.cancelled()
     assert live.stats()["slots"]["in_use"] == 0
+
+
+def test_compiling_stops_that_nobody_waits_for(
+    live: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And nothing is run by it, or told as a failure of ours."""
+    caplog.set_level(logging.INFO)
+    grammars = live.house.parts.grammars
+    go_on, compile, compiled = threading.Semaphore(0), grammars._compile, []
+
+    def counted(schema: str) -> Any:
+        compiled.append(schema)
+        go_on.acquire()
+        return compile(schema)
+
+    monkeypatch.setattr(grammars, "_compile", counted)
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": "a"}}}
+    before = steps(live)
+    connection = send(live, "/v1/completions", {"model": "a", "prompt": "x", "n": 16, "response_format": form})
+    until(lambda: compiled)
+    connection.close()
+    until(lambda: not grammars._asked)
+    go_on.release(2)
+    until(lambda: "its client left" in caplog.text)
+    until(lambda: not grammars._at_work)
+    assert len(compiled) == 1 and steps(live) == before and live.idle(2.0)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    text = live.http.get("/metrics").text
+    assert 'loramux_requests_total{task="none",adapter="a",status="cancelled"} 1' in text
+    go_on.release(100)
+    answered = live.http.post("/v1/completions", json={"model": "a", "prompt": "x", "response_format": form})
+    assert json.loads(answered.json()["choices"][0]["text"]) == "a"
 
 
 def test_classification_stops_too(live: Any) -> None:
