@@ -2,7 +2,8 @@
 
 ServerError
 ├── InvalidRequest           a value is wrong in a way that only the server can tell (400)
-│   └── UnsupportedParameter    it would change the answer and is not served (400)
+│   ├── UnsupportedParameter    it would change the answer and is not served (400)
+│   └── ContextExceeded         prompt and answer are longer than the context (400)
 ├── UnknownName              no task, model, file or job of that name (404)
 ├── Conflict                 the thing is in use or in another state (409)
 ├── Unauthorized             no key, or a wrong one (401)
@@ -47,6 +48,10 @@ class InvalidRequest(ServerError):
 
 class UnsupportedParameter(InvalidRequest):
     """A parameter that would change the answer is not served."""
+
+
+class ContextExceeded(InvalidRequest):
+    """Prompt and answer are longer than the context."""
 
 
 class UnknownName(ServerError):

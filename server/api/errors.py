@@ -41,6 +41,7 @@ TABLE: Mapping[type[Exception], tuple[int, str, str]] = {
     adapter_errors.AdapterError: (400, INVALID, "invalid_adapter"),
     server_errors.InvalidRequest: (400, INVALID, "invalid_request"),
     server_errors.UnsupportedParameter: (400, INVALID, "unsupported_parameter"),
+    server_errors.ContextExceeded: (400, INVALID, "context_length_exceeded"),
     server_errors.UnknownName: (404, INVALID, "not_found"),
     server_errors.Conflict: (409, INVALID, "conflict"),
     server_errors.Unauthorized: (401, "authentication_error", "invalid_api_key"),
@@ -66,8 +67,9 @@ UNION_PARTS = ("function-", "list[", "literal[", "constrained-")
 MIXES = frozenset({"adapters", "choice", "from"})
 """The fields that hold a mix, and `MEMBER`, what one adapter of it looks like."""
 MEMBER = '{"name": "sentiment", "weight": 0.7}'
-PERMANENT = frozenset({409, 507})
-"""Statuses that a client's own retry rules would retry, though it can not help."""
+PERMANENT = frozenset({409, 504, 507})
+"""Statuses that a client's own retry rules would retry, though it can not help, or would take the time that a call may
+have as often again."""
 
 
 @dataclass(frozen=True)

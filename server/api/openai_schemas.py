@@ -5,7 +5,7 @@ Null, values that ask for nothing, and bookkeeping are accepted; what would chan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -30,6 +30,7 @@ NOTHING: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "priority": (0,),
+    "reasoning_content": ("",),
     "reasoning_effort": ("none",),
     "return_token_ids": (False,),
     "skip_special_tokens": (True,),
@@ -39,6 +40,9 @@ NOTHING: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
 }
 """Values of fields that are not served, which ask for nothing."""
+NOTES = frozenset(("parsed", "provider_specific_fields", "cache_control"))
+"""What clients write into messages and their parts for themselves, and send back with them: of an answer what they made
+of its text, and what other servers may keep. None of it changes an answer."""
 MAX_NOTES = 1000
 """Entries of a bookkeeping field, in all that it has."""
 MAX_MESSAGES = 4096
@@ -182,14 +186,14 @@ def refuse_unserved(body: V1Fields) -> None:
 
 def _refuse_message(message: ChatMessage, prefix: str) -> None:
     _refuse_word(message.role, ROLES, f"{prefix}role")
-    refuse_fields(message, prefix)
+    refuse_fields(message, prefix, NOTES)
     if message.content is None:
         raise InvalidRequest(f"{prefix}content is missing", f"{prefix}content")
     if isinstance(message.content, str):
         return
     for j, part in enumerate(message.content):
         _refuse_word(part.type, PARTS, f"{prefix}content.{j}.type")
-        refuse_fields(part, f"{prefix}content.{j}.")
+        refuse_fields(part, f"{prefix}content.{j}.", NOTES)
         if part.text is None:
             raise InvalidRequest(f"{prefix}content.{j}.text is missing", f"{prefix}content.{j}.text")
 
@@ -199,12 +203,13 @@ def _refuse_word(word: str, served: tuple[str, ...], name: str) -> None:
         raise UnsupportedParameter(f"{name} {word!r} is not served; {', '.join(served)} are", name)
 
 
-def refuse_fields(body: BaseModel, prefix: str) -> None:
-    """Raises UnsupportedParameter for a field that the body does not have and that asks for something."""
+def refuse_fields(body: BaseModel, prefix: str, notes: Collection[str] = ()) -> None:
+    """Raises UnsupportedParameter for a field that the body does not have and that asks for something, unless it is one
+    of `notes`."""
     for name, value in (body.model_extra or {}).items():
         if not prefix and name in BOOKKEEPING and _is_large(value):
             raise InvalidRequest(f"{name} has more than {MAX_NOTES} entries", name)
-        if value is None or value in ([], {}) or (not prefix and name in BOOKKEEPING):
+        if value is None or value in ([], {}) or (not prefix and name in BOOKKEEPING) or name in notes:
             continue
         if any(type(value) is type(nothing) and value == nothing for nothing in NOTHING.get(name, ())):
             continue

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from server.engine.schema import PARAM, prepared
 from server.engine.text import Text
-from server.errors import EngineFailed, InvalidRequest, QueueFull
+from server.errors import EngineFailed, InvalidRequest, QueueFull, UnsupportedParameter
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -81,6 +81,8 @@ class _Asked:
             self.whole.set_result(self.made)
 
 
+UNSERVED = ("Unimplemented keys", "Unknown format")
+"""How the library says that a schema may be one, but asks for what is not held to."""
 NOWHERE = "NoExtensionBias"
 """How the library says that no token can come next."""
 
@@ -192,7 +194,9 @@ class Grammars:
             raise InvalidRequest(f"the schema cannot be used: {_reason(str(error))}", PARAM) from None
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
-            raise InvalidRequest(f"the schema cannot be used: {_reason(matcher.get_error())}", PARAM)
+            reason = _reason(matcher.get_error())
+            kind = UnsupportedParameter if reason.startswith(UNSERVED) else InvalidRequest
+            raise kind(f"the schema cannot be used: {reason}", PARAM)
         return matcher
 
     def _told(self) -> LLTokenizer | None:

@@ -39,6 +39,15 @@ _NEXT = 1e-9
 """How far from a bound that is excluded the first number is that may be written."""
 _EXACT_TO = 1e6
 """Bounds up to here have such a next number."""
+_FORMATS = frozenset(
+    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
+)
+"""Those that the compiler holds to."""
+_HINTS = frozenset(("password", "binary", "path", "file-path", "directory-path"))
+"""Formats that no text lacks."""
+_UUID = re.compile("uuid([1-8])")
+_EVERY_NAME: tuple[Any, ...] = ({}, True, {"type": "string"})
+"""What every name of a property is."""
 _TOKEN = re.compile(
     r"\\[xu]\{(?P<braced>[0-9a-fA-F]{1,6})\}|\\x(?P<x>[0-9a-fA-F]{2})|\\u(?P<u>[0-9a-fA-F]{4})|\\U(?P<U>[0-9a-fA-F]{8})"
     r"|\\[pP]\{[^}]*\}|\\.|.",
@@ -181,7 +190,7 @@ def _character(token: re.Match[str]) -> str:
 
 
 def _rewritten(part: Any, named: bool = False) -> Any:
-    """A copy, in which every pattern is `_held`; `named` if it is of schemas by names.
+    """A copy, in which every pattern is `_held`, without what asks for nothing; `named` if it is of schemas by names.
 
     A whole number that is excluded as a bound becomes the next number: the compiler lets it through where the other
     bound is near, be that in the same schema or in another one about the same value.
@@ -204,6 +213,13 @@ def _rewritten(part: Any, named: bool = False) -> Any:
         copy["patternProperties"] = held
     if copy.get("uniqueItems") is False:
         del copy["uniqueItems"]  # which asks for nothing, and would be refused
+    if copy.get("propertyNames") in _EVERY_NAME:
+        del copy["propertyNames"]
+    if isinstance(format := copy.get("format"), str) and format not in _FORMATS:
+        if version := _UUID.fullmatch(format):
+            copy.setdefault("pattern", _uuid(version[1]))
+        if format in _HINTS or "pattern" in copy:  # a format that nobody knows is a note, and the pattern says it
+            del copy["format"]
     if part.get("type") != "integer":
         low, high = _number(part, "exclusiveMinimum"), _number(part, "exclusiveMaximum")
         if low is not None and 0 <= low < _EXACT_TO and low == int(low):
@@ -211,6 +227,12 @@ def _rewritten(part: Any, named: bool = False) -> Any:
         if high is not None and -_EXACT_TO < high <= 0 and high == int(high):
             copy["exclusiveMaximum"] = high - _NEXT
     return copy
+
+
+def _uuid(version: str) -> str:
+    """The pattern of RFC 9562, 5."""
+    h = "[0-9a-fA-F]"
+    return f"^{h}{{8}}-{h}{{4}}-{version}{h}{{3}}-[89abAB]{h}{{3}}-{h}{{12}}$"
 
 
 def _is_data(key: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from server.engine.text import LONG, Text
-from server.errors import DeadlineExceeded, InvalidRequest
+from server.errors import ContextExceeded, DeadlineExceeded, InvalidRequest
 from server.tasks.definitions import Task
 from server.tasks.sampling import Room
 
@@ -95,8 +95,10 @@ class Prompts:
         scored = await _off(size, lambda: text.encode_continuations(pieces, in_time(), format))
         longest = max(len(ids) for ids, _ in scored)
         if longest > self.room.context:
-            raise InvalidRequest(
-                f"prompt and label have {longest} tokens, and the context holds {self.room.context}", "prompt"
+            raise ContextExceeded(
+                f"this model's maximum context length is {self.room.context} tokens; prompt and label have {longest}: "
+                "shorten them",
+                "prompt",
             )
         if any(len(ids) <= count for ids, count in scored):
             raise InvalidRequest(
@@ -113,17 +115,17 @@ class Prompts:
             return
         some = text[: USUAL * self.room.context]
         if len(await _off(len(some), lambda: self.text.encode(some, bos=False))) > self.room.context + SEAM:
-            raise InvalidRequest(
-                f"{param} has {len(text)} characters, of which the first {len(some)} alone are more tokens than the "
-                f"context holds, {self.room.context}; shorten it",
+            raise ContextExceeded(
+                f"this model's maximum context length is {self.room.context} tokens; {param} has {len(text)} "
+                f"characters, of which the first {len(some)} alone are more tokens: shorten it",
                 param,
             )
 
     def _check_characters(self, size: int, param: str) -> None:
         if size > self._characters:
-            raise InvalidRequest(
-                f"{param} has {size} characters, which the context of {self.room.context} tokens can not hold; "
-                f"it holds {self._characters} at the very most",
+            raise ContextExceeded(
+                f"this model's maximum context length is {self.room.context} tokens; {param} has {size} characters, of "
+                f"which it holds {self._characters} at the very most: shorten it",
                 param,
             )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.engine.request import Sampling
-from server.errors import InvalidRequest
+from server.errors import ContextExceeded, InvalidRequest
 
 MAX_TOKENS = 1_000_000
 MAX_STOP = 8
@@ -109,9 +109,10 @@ class Room:
     def check_prompt(self, tokens: int, param: str = "prompt") -> None:
         """Raises InvalidRequest, with both numbers, if a prompt leaves no place for an answer."""
         if tokens >= self.context:
-            raise InvalidRequest(
-                f"the prompt has {tokens} tokens, and the context holds {self.context} for prompt and answer; "
-                "shorten the prompt",
+            # Clients find the first words to know what it is about, beside the code.
+            raise ContextExceeded(
+                f"this model's maximum context length is {self.context} tokens, for prompt and answer; the prompt has "
+                f"{tokens}: shorten it",
                 param,
             )
         if tokens == 0:
@@ -129,7 +130,7 @@ def build(
     values = {**server, **task, **given}
     left = room.context - longest_prompt
     if (wanted := given.get("max_tokens")) is not None and wanted > left:
-        raise InvalidRequest(
+        raise ContextExceeded(
             f"max_tokens is {wanted}, but the prompt's {longest_prompt} tokens leave {left} of a context of "
             f"{room.context}; ask for at most {left}, or leave max_tokens out",
             "max_tokens",

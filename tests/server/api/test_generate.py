@@ -280,6 +280,12 @@ def test_an_absent_length_is_clipped_and_an_explicit_one_is_refused_with_both_nu
     assert clipped["usage"]["completion_tokens"] == 6 and clipped["finish_reason"] == "length"
     message = live.generate(prompt, max_tokens=64).json()["error"]["message"]
     assert "64" in message and "250" in message and "256" in message
+    for too_long in ({"prompt": prompt, "max_tokens": 64}, {"prompt": "y" * 300}, {"prompt": "y" * 1_000_000}):
+        error = live.http.post("/v1/completions", json={"model": "a", **too_long}).json()["error"]
+        assert error["code"] == "context_length_exceeded", "by which clients turn to a model with a longer one"
+        assert error["param"] == "max_tokens" or error["message"].startswith(
+            "this model's maximum context length is 256 tokens"
+        )
 
 
 def test_unknown_tasks_are_404_and_adapters_are_no_tasks(live: Any) -> None:
@@ -307,6 +313,7 @@ def test_a_deadline_ends_a_request_with_504(live: Any) -> None:
     live.slow_down(0.05)
     answer = live.generate("x", max_tokens=100, ignore_eos=True, deadline_ms=150)
     assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
+    assert answer.headers["x-should-retry"] == "false", "clients would ask for as much time twice more by themselves"
     assert live.idle()
 
 

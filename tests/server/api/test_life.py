@@ -145,7 +145,7 @@ def test_prompts_are_logged_only_if_asked(start: Any, tmp_path: Any, caplog: pyt
         ("POST", "/generate", 400),
     ]
     assert all(line["request_id"].startswith("req-") for line in lines)
-    assert "code" not in lines[0] and lines[1]["code"] == "invalid_request"
+    assert "code" not in lines[0] and lines[1]["code"] == "context_length_exceeded"
     loud = start(log_prompts=True, state_dir=tmp_path / "other")
     loud.generate("a private matter", max_tokens=1)
     assert "private" in caplog.text

@@ -278,8 +278,8 @@ SPEAKING: list[tuple[dict[str, Any], str]] = [
     ),
     ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "messages.0.content.0.type"),
     (
-        {"role": "user", "content": [{"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}]},
-        "messages.0.content.0.cache_control",
+        {"role": "user", "content": [{"type": "text", "text": "b", "detail": "high"}]},
+        "messages.0.content.0.detail",
     ),
 ]
 

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import jsonschema
 import openai
+import pydantic
 import pytest
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -45,6 +46,30 @@ def test_answers_follow_the_schema(client: openai.OpenAI) -> None:
     )
     assert streamed == whole.choices[0].message.content
     jsonschema.validate(json.loads(streamed), SCHEMA)
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # of the client, as it writes what it has parsed
+def test_an_answer_that_a_client_has_parsed_can_be_sent_back(client: openai.OpenAI) -> None:
+    """It goes out with what the client has made of it, and other servers' notes."""
+
+    class Mood(pydantic.BaseModel):
+        sure: bool
+
+    said = client.chat.completions.parse(
+        model="a", messages=HELLO, max_tokens=60, temperature=0, response_format=Mood
+    ).choices[0]
+    assert isinstance(said.message.parsed, Mood)
+    noted: Any = [{"type": "text", "text": "and now?", "cache_control": {"type": "ephemeral"}}]
+    messages: Any = [*HELLO, said.message, {"role": "user", "content": noted, "provider_specific_fields": {"a": 1}}]
+    bare: Any = [
+        *HELLO,
+        {"role": "assistant", "content": said.message.content},
+        {"role": "user", "content": "and now?"},
+    ]
+    answers = [
+        client.chat.completions.create(model="a", messages=m, max_tokens=8, temperature=0) for m in (messages, bare)
+    ]
+    assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
 
 
 def test_json_object_and_completions(client: openai.OpenAI) -> None:

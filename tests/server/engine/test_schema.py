@@ -13,7 +13,7 @@ import pytest
 from server.engine.grammar import Grammars
 from server.engine.schema import prepared
 from server.engine.text import Text
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, UnsupportedParameter
 from server.model.vocabulary import Vocabulary
 
 
@@ -35,6 +35,38 @@ def takes(grammars: Grammars, text: Text, schema: dict[str, Any], answer: Any) -
             return False
         grammar.accept(token)
     return True
+
+
+A_UUID = "0b2e61a4-9c1d-4a6e-8f0a-0123456789ab"
+
+
+@pytest.mark.parametrize(
+    ("schema", "may", "may_not"),
+    [
+        ({"type": "string", "format": "uuid4"}, A_UUID, A_UUID.replace("-4a6e", "-5a6e")),
+        ({"type": "string", "format": "uuid7"}, A_UUID.replace("-4a6e", "-7a6e"), A_UUID),
+        ({"type": "string", "format": "ulid", "pattern": "^[0-9A-Z]{3}$"}, "0AZ", "0az"),
+        ({"type": "string", "format": "uuid4", "pattern": "^[a-z]{3}$"}, "abc", A_UUID),
+        ({"type": "string", "format": "password"}, "any one", 1),
+        ({"type": "string", "format": "path", "maxLength": 3}, "/a", "/a/b"),
+        ({"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "integer"}},
+         {"a": 1}, {"a": "b"}),
+        ({"properties": {"format": {"const": "a"}, "propertyNames": {"const": 1}}, "required": ["format"]},
+         {"format": "a", "propertyNames": 1}, {"format": "b"}),
+    ],
+)  # fmt: skip
+def test_what_clients_write_beside_what_they_ask_for_is_no_reason_to_refuse(
+    grammars: Grammars, tiny_text: Text, schema: dict[str, Any], may: Any, may_not: Any
+) -> None:
+    """Formats that a pattern says in full, or that ask for nothing, and names of properties that are texts."""
+    assert takes(grammars, tiny_text, schema, may) and not takes(grammars, tiny_text, schema, may_not)
+
+
+@pytest.mark.parametrize("schema", [{"propertyNames": {"enum": ["a"]}}, {"type": "string", "format": "iri"}])
+def test_what_is_not_held_to_is_an_unsupported_parameter(grammars: Grammars, schema: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedParameter, match="cannot be used: Un") as told:
+        grammars.compile({"type": "object", **schema} if "format" not in schema else schema, 1)
+    assert told.value.param == "response_format"
 
 
 @pytest.mark.parametrize(
