@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+
+MOST_ASIDE = 100
+"""Files of one name that are kept when they cannot be read; the first gives way to more."""
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -30,6 +34,17 @@ def replace_file(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:  # it stands, and only a power cut now could undo it
         log.warning("%s is written but its name is not synced: %s", path.name, error.strerror)
+
+
+def set_aside(path: Path, copy: bool = False) -> Path:
+    """Move a file that cannot be read, or copy it, to a name beside it that no other was set aside under."""
+    names = (path.with_suffix(f".broken{number}{path.suffix}") for number in ("", *map(str, range(2, MOST_ASIDE))))
+    aside = next((name for name in names if not name.exists()), path.with_suffix(f".broken{path.suffix}"))
+    if copy:
+        shutil.copyfile(path, aside)
+    else:
+        os.replace(path, aside)
+    return aside
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,7 +6,7 @@ version: it moves files and is told digests. Not thread-safe for writes; the reg
     versions/<digest>/   a PEFT folder that is never changed, but for its card, its task and our record.json
     names.json           the journal, replaced by a rename
     incoming/            what is not finished or not yet deleted; emptied when the store is opened
-    unnamed/<digest>/    versions whose names were lost with names.json; never looked at again
+    unnamed/<digest>/    versions whose names were lost with names.json, until that is put back
     lock                 held for as long as the store is open
 
 A copy is written in `incoming`, synced, and renamed into place before the journal names it; a version is renamed out
@@ -118,7 +118,7 @@ def carry_over(weights: LoraWeights, before: Record, dropped: Collection[str]) -
         if metadata.get(key) is not None or told.get(key) is None:
             continue
         if file in dropped:
-            log.info("the folder of %s has no %s any more, so what it said is dropped", weights.name, file)
+            log.warning("the folder of %s has no %s any more, so what it said is dropped", weights.name, file)
             continue
         metadata[key] = told[key]
         origin = told.get("task_of", before.digest)
@@ -364,11 +364,18 @@ class Store:
 
     def _sweep(self, lost_since: float) -> None:
         """Remove what a crash left: unfinished copies, unfinished deletions, versions that never got a name. Those that
-        may have had one since then are set aside."""
+        may have had one since then are set aside, until they have one again."""
         for left in self._incoming.iterdir():
             self._disk.remove(left)
         self._disk.remove(self._names.with_suffix(".new"))
         named = self.journal.referenced()
+        for digest in named:
+            aside = self._unnamed / digest
+            if aside.exists() and not self.path(digest).exists():  # the names were put back
+                self._disk.rename(aside, self.path(digest))
+                log.warning(
+                    "version %s has a name again, and is put back from %s", digest[:SHORT_DIGEST], self._unnamed
+                )
         for folder in self._versions.iterdir():
             if folder.name in named:
                 continue
@@ -392,9 +399,13 @@ class Store:
             try:
                 self.records[digest] = self._read_record(digest)
             except FileNotFoundError:
-                self.lost[digest] = f"version {digest[:SHORT_DIGEST]} is missing from the store"
+                what = "a file of version" if self.path(digest).exists() else "version"
+                self.lost[digest] = f"{what} {digest[:SHORT_DIGEST]} is missing from the store"
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 self.lost[digest] = f"the record of version {digest[:SHORT_DIGEST]} cannot be read ({reason(error)})"
+            if digest in self.lost:
+                self.lost[digest] += "; publish it again, or roll back to another"
+                log.error("%s", self.lost[digest])
 
     def _read_record(self, digest: str) -> Record:
         folder = self.path(digest)

@@ -5,6 +5,7 @@ Owns futures of weights and who waits for them. Does not know where weights come
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -109,7 +110,8 @@ class Loads:
             error = _error(load.future)
             for request, since in list(load.waiters.items()):
                 if request.state is State.LOADING:
-                    request.load_seconds += now - since
+                    if math.isnan(request.admitted):  # what it waits for after that is no part of its queue
+                        request.load_seconds += now - since
                     request.state = State.QUEUED
                 if error is not None:
                     failed.append((request, error))

@@ -6,6 +6,7 @@ Owns `files/` in the state directory: one folder a file, which appears under its
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,6 +20,8 @@ from pathlib import Path
 from adapters.durable import write_file
 from adapters.errors import StoreFailed
 from server.errors import Conflict, UnknownName
+
+log = logging.getLogger(__name__)
 
 CONTENT, ABOUT = "content", "file.json"
 MAX_NAME = 255
@@ -48,8 +51,9 @@ class Files:
         for about in sorted(folder.glob(f"file-*/{ABOUT}"), key=lambda path: path.stat().st_mtime_ns):
             try:
                 file = File(**json.loads(about.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError):
-                continue  # a folder that somebody else has put there
+            except (OSError, ValueError, TypeError) as error:
+                log.error("what %s is cannot be read, and it is left out: %s", about.parent.name, error)
+                continue
             self._files[file.id] = file
 
     def add(self, write: Callable[[Path], object], filename: str, purpose: str) -> File:

@@ -95,10 +95,13 @@ class Records:
         self._folder = folder
         self._lock = threading.Lock()
         self.jobs: dict[str, Job] = {}
-        for part in folder.glob("*-*"):  # of a job that the server's end kept from being entered
+        for part in folder.glob("*-*"):
             with contextlib.suppress(OSError):  # what cannot be looked into stays
                 if OURS.fullmatch(part.name) and not (part / STATE).exists():
-                    shutil.rmtree(part, ignore_errors=True)
+                    if (part / EVENTS).exists():
+                        log.error("the record of job %s is gone, and it is left out; its folder stays", part.name)
+                    else:  # the server's end kept it from being entered
+                        shutil.rmtree(part, ignore_errors=True)
         for file in sorted(folder.glob(f"*/{STATE}")):
             try:
                 raw = json.loads(file.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.training import TrainingConfig
+from server.jobs.errors import JobError
 
 SPEC = "spec.json"
 RESULT = "result"
@@ -85,7 +86,15 @@ class Spec:
 
     @staticmethod
     def read(folder: Path) -> Spec:
-        """The spec in a job's folder."""
+        """The spec in a job's folder. Raises JobError for one that cannot be read."""
+        try:
+            return Spec._read(folder)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f"what the job was trained by cannot be read ({error}): ask for it anew"
+            raise JobError("spec_damaged", why) from error
+
+    @staticmethod
+    def _read(folder: Path) -> Spec:
         raw: dict[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
         base, config = raw.pop("base"), raw.pop("config")
         for key in ("source", "cache_dir"):

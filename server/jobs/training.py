@@ -30,6 +30,8 @@ class Training:
 
     def __call__(self, active: Active) -> None:
         job = active.job
+        if "template" not in job.request:
+            raise JobError("older_version", "a version of the server asked for it that did not keep its task: ask anew")
         if job.trained is None:
             spec = spec_of(job.name, job.request, self._ground, active.folder)
             spec = replace(spec, created_at=job.created_at)

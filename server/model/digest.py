@@ -39,10 +39,12 @@ class Digests:
     def __init__(self, directory: Path | None) -> None:
         self._path = None if directory is None else directory / REMEMBERED
         self._known: dict[str, tuple[int, int, str]] = {}
-        if self._path is not None and self._path.is_file():
+        if self._path is not None:
             try:
                 content = json.loads(self._path.read_text(encoding="utf-8"))
                 self._known = {str(k): (int(s), int(t), str(d)) for k, (s, t, d) in content.items()}
+            except FileNotFoundError:
+                pass
             except (ValueError, TypeError, AttributeError, OSError) as error:
                 log.warning("%s is not readable and is made anew: %s", self._path.name, error)
 

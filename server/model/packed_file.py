@@ -166,10 +166,10 @@ def open_packed(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed 
 
     The bytes are verified once for each size and time of the file.
     """
-    if not path.is_file():
-        return None
     _remove_abandoned(path.parent)
     try:
+        if not path.is_file():
+            return None
         packed = _mapped(path, key, digests)
         with suppress(OSError):  # on a read-only disk nobody removes it either
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # opened: many disks do not note that

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+from adapters.durable import set_aside
+
 log = logging.getLogger(__name__)
 
 LEAST_ROOM = 1 << 20
@@ -69,11 +71,10 @@ def opened(file: Path, load: Load) -> sqlite3.Connection:
             if shutil.disk_usage(file.parent).free > LEAST_ROOM:
                 raise
             return in_memory(file, load)
-        aside = file.with_suffix(".broken.db")
+        aside = set_aside(file)
         log.error("%s cannot be read (%s); it is set aside as %s", file.name, error, aside.name)
         for rest in ("-wal", "-shm"):  # they belong to no other content
             Path(f"{file}{rest}").unlink(missing_ok=True)
-        file.replace(aside)
     return opened(file, load)
 
 

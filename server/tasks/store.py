@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from adapters.durable import replace_file
+from adapters.durable import replace_file, set_aside
 from adapters.errors import AdapterError, StoreFailed, UnknownAdapter
 from adapters.leases import Lease
 from adapters.peft_format import TASK_FILE
@@ -334,7 +333,8 @@ class Tasks:
         return task
 
     def _read(self) -> None:
-        """The file. What cannot be read of it is left out, and the whole is kept aside as it was."""
+        """The file. What is damaged of it is left out, and the whole is kept aside as it was. Raises StoreFailed where
+        the system does not let us read it."""
         try:
             stored = json.loads(self._file.read_text(encoding="utf-8"))
             deleted = {str(k): [v] if isinstance(v, str) else [*map(str, v)] for k, v in stored["deleted"].items()}
@@ -343,27 +343,28 @@ class Tasks:
             bodies = dict(stored["tasks"])
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            log.error("%s cannot be read (%s); it is set aside as %s", self._file.name, error, self._aside.name)
-            self._file.replace(self._aside)
+        except OSError as error:  # it may be whole
+            raise StoreFailed(
+                f"{self._file} cannot be read ({error.strerror}); see to it that the server may"
+            ) from error
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            to = set_aside(self._file).name
+            log.error("%s cannot be read (%s); it is set aside as %s", self._file.name, error, to)
             return
         self._deleted, self._contested = deleted, owners
+        aside = None
         for name, body in bodies.items():
             try:
                 self._put[name] = parse(name, body, default_route=_own(name, own), source="api")
             except (ValueError, KeyError, AttributeError, TypeError, ServerError, AdapterError) as error:
+                aside = aside or set_aside(self._file, copy=True)
                 log.error(
                     "the task %r of %s cannot be read (%s) and is left out; the file as it was is kept as %s",
                     name[:64],
                     self._file.name,
                     error,
-                    self._aside.name,
+                    aside.name,
                 )
-                shutil.copyfile(self._file, self._aside)
-
-    @property
-    def _aside(self) -> Path:
-        return self._file.with_suffix(".broken.json")
 
     def _write(self, put: dict[str, Task], deleted: dict[str, list[str]]) -> None:
         """Disk first, then memory. Raises StoreFailed if the disk refuses."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adapters.durable import replace_file
+from adapters.durable import replace_file, set_aside
 
 
 def test_a_file_is_replaced_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,3 +49,14 @@ def test_what_stands_is_told_to_be_written(
     monkeypatch.setattr("adapters.durable.sync_folder", refused)
     replace_file(tmp_path / "names", b"new")
     assert (tmp_path / "names").read_bytes() == b"new" and "names is written but its name is not synced" in caplog.text
+
+
+def test_what_is_set_aside_takes_no_earlier_ones_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapters.durable.MOST_ASIDE", 4)
+    file = tmp_path / "names.json"
+    for content, wanted in zip("abcd", ("names.broken.json", "names.broken2.json", "names.broken3.json"), strict=False):
+        file.write_text(content)
+        assert set_aside(file, copy=content == "b").name == wanted and file.exists() == (content == "b")
+    file.write_text("e")
+    assert set_aside(file).read_text() == "e", "the first gives way, where there are many"
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["b", "c", "e"]

@@ -183,18 +183,32 @@ def test_one_process_at_a_time(store: Store) -> None:
     Store(store.root).close()
 
 
-@pytest.mark.parametrize("kind", ["missing", "record", "record of another"])
-def test_a_lost_version_is_told_and_can_be_put_again(store: Store, folders: list[Path], kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("missing", "version {} is missing from the store"),
+        ("file", "a file of version {} is missing from the store"),
+        ("record", "the record of version {} cannot be read"),
+        ("record of another", "the record of version {} cannot be read"),
+    ],
+)
+def test_a_lost_version_is_told_and_can_be_put_again(
+    store: Store, folders: list[Path], kind: str, told: str, caplog: Any
+) -> None:
     digest, other = publish(store, "a", folders[0]), publish(store, "b", folders[1])
     store.close()
     if kind == "missing":
         shutil.rmtree(store.path(digest))
+    elif kind == "file":
+        (store.path(digest) / "adapter_config.json").unlink()
     elif kind == "record":
         (store.path(digest) / "record.json").write_text("{")
     else:
         shutil.copy(store.path(other) / "record.json", store.path(digest) / "record.json")
     again = Store(store.root)
     assert set(again.lost) == {digest} and set(again.records) == {other}
+    assert again.lost[digest].startswith(told.format(digest[:12])) and again.lost[digest] in caplog.text
+    assert again.lost[digest].endswith("; publish it again, or roll back to another")
     publish(again, "a", folders[0])
     assert check_whole(again) == {"a": digest, "b": other}
     again.close()
@@ -535,6 +549,19 @@ def test_names_that_somebody_takes_away_cost_no_version(store: Store, folders: l
     third = publish(again, "c", folders[2])
     again.close()
     assert check_whole(Store(store.root), unnamed=True) == {"c": third}
+
+
+def test_names_that_are_put_back_have_their_versions_again(store: Store, folders: list[Path], caplog: Any) -> None:
+    digests = {"a": publish(store, "a", folders[0]), "b": publish(store, "b", folders[1])}
+    store.close()
+    names = (store.root / "names.json").read_bytes()
+    (store.root / "names.json").unlink()
+    Store(store.root).close()
+    (store.root / "names.json").write_bytes(names)
+    again = Store(store.root)
+    assert check_whole(again, unnamed=True) == digests and caplog.text.count("has a name again") == 2
+    assert not list((store.root / "unnamed").iterdir())
+    again.close()
 
 
 def test_an_older_copy_of_the_names_costs_no_version_that_came_after_it(store: Store, folders: list[Path]) -> None:

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,7 +75,8 @@ def test_one_damaged_task_does_not_take_the_others_with_it(start: Any, tmp_path:
     aside = file.with_suffix(".broken.json")
     assert aside.read_text() == damaged, "nothing of it is lost"
     file.write_text("{")
-    assert Tasks(file, registry).find("good") is None and aside.read_text() == "{" and not file.exists()
+    assert Tasks(file, registry).find("good") is None and not file.exists()
+    assert (aside.read_text(), file.with_suffix(".broken2.json").read_text()) == (damaged, "{")
 
 
 def test_special_characters_of_a_template_are_literal(live: Any) -> None:
@@ -362,6 +364,21 @@ def test_what_was_deleted_before_marks_had_definitions_stays_away(tmp_path: Path
     (tmp_path / "tasks.json").write_text(json.dumps({"tasks": {}, "deleted": {"x": "x" * 64}}))
     tasks = Tasks(tmp_path / "tasks.json", Adapters())  # type: ignore[arg-type]
     assert [task.name for task in tasks.all()] == ["y"]
+
+
+def test_tasks_that_the_system_does_not_let_us_read_are_no_damage(tmp_path: Path, caplog: Any) -> None:
+    file = tmp_path / "tasks.json"
+    file.mkdir()
+    with pytest.raises(
+        StoreFailed, match=r"tasks\.json cannot be read \(Is a directory\); see to it that the server may"
+    ):
+        Tasks(file, None)  # type: ignore[arg-type]
+    file.rmdir()
+    for text in ("{", "[]"):
+        file.write_text(text)
+        assert Tasks(file, SimpleNamespace(names=lambda: [])).all() == []  # type: ignore[arg-type]
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["{", "[]"]
+    assert "set aside as tasks.broken.json" in caplog.text and "set aside as tasks.broken2.json" in caplog.text
 
 
 def test_a_folder_does_not_take_a_task_from_the_adapter_that_has_it(

@@ -46,6 +46,14 @@ def test_one_load_serves_all_who_wait_for_it_and_stays_while_one_does(asked: Ask
     assert len(asked.loads) == 0
 
 
+def test_what_is_read_again_after_a_request_has_run_is_no_part_of_its_queue(asked: Asked) -> None:
+    request = asked.request("a1")
+    request.admitted = 2.0
+    assert asked.loads.ask(request, 3.0) is None
+    asked.fetch.finish()
+    assert asked.loads.settle(9.0) == (True, []) and request.state is State.QUEUED and request.load_seconds == 0
+
+
 def test_a_load_that_was_begun_for_a_new_request_is_that_of_all_who_wait_for_it(asked: Asked) -> None:
     first, second = asked.request("a1"), asked.request("a1")
     for request in (first, second):  # before the engine's thread has heard of either

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from server.jobs.files import Files
 from server.jobs.records import EVALUATION, TRAINING, Job, Records
 from server.jobs.runner import Active, Jobs, Stopped
 from server.jobs.spec import NEEDED_TO_RUN, RESULT
+from server.jobs.training import Training
 from tests.waiting import until
 
 
@@ -351,6 +353,38 @@ def test_what_is_left_of_a_job_that_was_never_entered_goes_with_the_next_start(t
     (tmp_path / "mine").mkdir()
     assert list(Records(tmp_path).jobs) == [kept.id]
     assert {path.name for path in tmp_path.iterdir()} == {kept.id, damaged.id, "mine"}
+
+
+def test_a_job_whose_record_is_gone_keeps_what_it_has(tmp_path, caplog):
+    records = Records(tmp_path)
+    job = records.prepare(TRAINING, "x", {}, "ftjob", {"checkpoint": b"x"})
+    records.enter(job)
+    records.note(job, "Created.")
+    (tmp_path / job.id / "job.json").unlink()
+    assert not Records(tmp_path).jobs and f"the record of job {job.id} is gone" in caplog.text
+    assert (tmp_path / job.id / "checkpoint").read_bytes() == b"x"
+
+
+def test_a_file_that_nobody_knows_any_more_is_told(tmp_path, caplog):
+    file = Files(tmp_path).add(lambda path: path.write_bytes(b"x"), "a.jsonl", "fine-tune")
+    (tmp_path / file.id / "file.json").write_text("{")
+    assert not Files(tmp_path).all() and f"what {file.id} is cannot be read" in caplog.text
+    assert (tmp_path / file.id / "content").read_bytes() == b"x"
+
+
+def test_a_job_that_an_older_version_was_asked_for_says_so(tmp_path):
+    work = Training(None, None, lambda trains: None)
+    with pytest.raises(JobError, match="did not keep its task: ask anew"):
+        work(SimpleNamespace(job=Job("ftjob-1", TRAINING, "x", {"lora": {}})))
+
+
+def test_a_job_whose_spec_cannot_be_read_says_so(tmp_path):
+    ground = SimpleNamespace(max_rank=8)
+    job = Job("ftjob-1", TRAINING, "x", {"template": {}}, trained={"made": {}})
+    for content in ("{", "{}", "[]"):
+        (tmp_path / "spec.json").write_text(content)
+        with pytest.raises(JobError, match=r"what the job was trained by cannot be read .*ask for it anew"):
+            Training(ground, None, lambda trains: None)(SimpleNamespace(job=job, folder=tmp_path))
 
 
 def test_files_come_back_and_those_in_use_stay(tmp_path):

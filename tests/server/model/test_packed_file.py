@@ -214,6 +214,20 @@ def test_digests_are_remembered_until_size_or_time_change(tmp_path: Path, monkey
     assert Digests(tmp_path).of(path) == sha256(path)
 
 
+def test_a_cache_that_may_not_be_looked_into_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another user, say."""
+
+    def denied(*_: object, **__: object) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"one")
+    for name in ("is_file", "read_text"):
+        monkeypatch.setattr(Path, name, denied)
+    assert Digests(tmp_path / "cache").of(path) == sha256(path)
+    assert open_packed(tmp_path / "cache" / "base-x.packed", {}, Digests(None)) is None
+
+
 def test_digests_that_cannot_be_remembered_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(b"one")
