@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,3 +265,11 @@ def test_products_are_timed_both_ways_and_as_they_were_afterwards() -> None:
         assert products.DENSE_ROWS == 65
         raise ValueError
     assert products.DENSE_ROWS == before
+
+
+def test_the_ten_minutes_begin_with_the_process() -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", "import time; time.sleep(1); from benchmarks.gpu import age; print(age())"],
+        stdout=subprocess.PIPE, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    assert 1.0 < float(told.stdout) < 300.0 and gpu.age() > float(told.stdout)
