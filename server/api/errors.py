@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 import adapters.errors as adapter_errors
 import server.errors as server_errors
+from adapters.peft_format import PICKLE_FILE
 from server.api.schemas import PATTERNS
 
 log = logging.getLogger(__name__)
@@ -199,6 +200,8 @@ def _what(problem: Mapping[str, Any]) -> str:
         return "Input should be a JSON object" + (f", such as {MEMBER}" if problem["loc"][-2:][0] in MIXES else "")
     if problem["type"] == "string_pattern_mismatch":
         return f"String should be {PATTERNS[problem['ctx']['pattern']]}"
+    if problem["type"] == "extra_forbidden" and problem["loc"][-1] == PICKLE_FILE:
+        return "it is a pickle, which can run code when it is read, and is refused; save adapter_model.safetensors"
     if problem["type"] == "extra_forbidden":
         return "there is no such field; /docs lists those that there are"
     if problem["type"] == "missing" and tuple(problem["loc"]) == ("body",):

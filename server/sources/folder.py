@@ -19,7 +19,11 @@ def inside(source: str, directory: Path) -> Path | None:
     try:
         place = (root / source).resolve()
         if not place.is_relative_to(root):
-            raise InvalidRequest("the source is a path outside the adapter directory", "source")
+            raise InvalidRequest(
+                "the source is a path outside the adapter directory; copy the folder into that (--adapter-dir), or "
+                "upload its files",
+                "source",
+            )
         return place if place != root and place.is_dir() else None
     except (OSError, RuntimeError):  # too long, a link to itself, or not to be looked into
         raise InvalidRequest("the source is a path that cannot be followed", "source") from None

@@ -427,6 +427,10 @@ def test_fields_that_an_upload_does_not_have_or_has_twice_are_named(live: Any, a
         theirs = live.http.post("/v1/files", files={"file": ("a.jsonl", b"{}")}, data={"purpose": "fine-tune", **more})
         assert theirs.status_code == 400 and theirs.json()["error"]["code"] == "unsupported_parameter"
         assert field in theirs.json()["error"]["param"]
+    pickle = live.http.post(
+        "/adapters", files={**sent["files"], "adapter_model.bin": ("adapter_model.bin", b"x")}, data=sent["data"]
+    )
+    assert pickle.status_code == 422 and "save adapter_model.safetensors" in pickle.json()["error"]["message"]
     nameless = live.http.post("/adapters", files=sent["files"])
     assert nameless.status_code == 422 and nameless.json()["error"]["param"] == "name"
     for field, part in (("name", (None, "other")), ("adapter_config.json", ("x", b"{}"))):
