@@ -37,9 +37,15 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def set_aside(path: Path, copy: bool = False) -> Path:
-    """Move a file that cannot be read, or copy it, to a name beside it that no other was set aside under."""
-    names = (path.with_suffix(f".broken{number}{path.suffix}") for number in ("", *map(str, range(2, MOST_ASIDE))))
-    aside = next((name for name in names if not name.exists()), path.with_suffix(f".broken{path.suffix}"))
+    """Move a file that cannot be read, or copy it, to a name beside it that no other was set aside under. A copy that
+    there is already is no other."""
+    names = [path.with_suffix(f".broken{number}{path.suffix}") for number in ("", *range(2, MOST_ASIDE + 1))]
+    if copy:
+        whole = path.read_bytes()
+        same = (name for name in names if name.exists() and name.read_bytes() == whole)
+        if (there := next(same, None)) is not None:
+            return there
+    aside = next((name for name in names if not name.exists()), names[0])
     if copy:
         shutil.copyfile(path, aside)
     else:

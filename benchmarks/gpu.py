@@ -24,6 +24,10 @@ import signal
 import statistics
 import sys
 import time
+
+BEGAN = time.monotonic()
+"""What is imported next takes seconds of the ten minutes."""
+
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -79,18 +83,11 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def age() -> float:
-    """Seconds since this process began: the ten minutes have what was imported in them."""
-    began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # proc(5), in ticks since boot
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK")
-
-
 class Bench:
     """The model, the runner on it once it is made, and how things are timed here."""
 
     def __init__(self, check: bool) -> None:
         self.check = check
-        self.began = time.monotonic() - age()
         self.section = ""
         self.is_last = False
         """Whether no other section comes after this one."""
@@ -129,7 +126,7 @@ class Bench:
     @property
     def end(self) -> float:
         """When nothing long should begin any more, on the monotonic clock; what is only checked has no such end."""
-        return math.inf if self.check else self.began + SECONDS
+        return math.inf if self.check else BEGAN + SECONDS
 
     @property
     def is_late(self) -> bool:
@@ -437,5 +434,5 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, lambda *_: sys.exit(1))  # the table is printed on the way out
     if "--check" not in sys.argv:
-        signal.alarm(math.ceil(CUT_OFF_SECONDS - age()))
+        signal.alarm(max(1, math.ceil(BEGAN + CUT_OFF_SECONDS - time.monotonic())))
     sys.exit(main())

@@ -197,7 +197,6 @@ def servers(
     rounds: Rounds = 3,
     requests: AtOnce = 16,
     adapters: Different = True,
-    own_key: OwnKey = "",
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -214,7 +213,7 @@ def servers(
         served = over_http.Served(
             base, _write(base, Path(fresh) / "adapters" / "s", ranks), requests, PROMPT, NEW, threads
         )
-        place = over_http.Place(settings.model, settings.state_dir, Path(fresh), _first(own_key))
+        place = over_http.Place(settings.model, settings.state_dir, Path(fresh))
         measured = over_http.compare(named, served, place, rounds, lambda line: console.print(line, markup=False))
     result = results.report(
         {**_compared(base, named, ranks, threads), "rounds": rounds},
@@ -469,12 +468,7 @@ def _key(context: typer.Context, given: str, own: str, url: str) -> str:
     said = source is not None and source.name == "COMMANDLINE"
     if own and not said and is_here(url):
         given = own
-    return _first(given)
-
-
-def _first(keys: str) -> str:
-    """The first of several keys, or ""."""
-    return next((entry.strip() for entry in re.split(r"[,\n]", keys) if entry.strip()), "")
+    return next((entry.strip() for entry in re.split(r"[,\n]", given) if entry.strip()), "")
 
 
 def _named(base: Any) -> dict[str, str]:

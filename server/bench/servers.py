@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,11 @@ class Served:
 @dataclass(frozen=True)
 class Place:
     """Where servers find and leave things: `model` as ours is told it, `kept` with models, packed bases and what is
-    converted for others, `fresh` for states and logs. `key` is what ours is shown, if it asks for one."""
+    converted for others, `fresh` for states and logs."""
 
     model: str
     kept: Path
     fresh: Path
-    key: str = field(default="", repr=False)
 
     @property
     def bench(self) -> Path:
@@ -160,10 +160,13 @@ def our_server(served: Served, place: Place) -> Iterator[Wave]:
     command = [sys.executable, "-m", "server.cli", "serve", "--model", place.model, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--state-dir", str(state), "--library", "none", "--no-prefix-cache"]
     command += ["--threads", str(served.threads), "--max-batch", str(served.batch)]
+    key, keys = secrets.token_hex(16), place.fresh / "keys"  # it may ask for one, as any server here would
+    keys.write_text(f"bench:{key}")
+    command += ["--api-keys-file", str(keys)]
     if served.adapters:
         command += ["--adapter-dir", str(served.adapters[0].parent)]
     with running(command, port, "/health/ready", place.fresh / "loramux.log") as server:
-        yield over_http(server.url, served.body, served, place.key)
+        yield over_http(server.url, served.body, served, key)
 
 
 @contextlib.contextmanager

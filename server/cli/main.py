@@ -73,7 +73,9 @@ def main() -> None:
     _settle_streams()
     for name in leave_threads_alone():
         sys.stderr.write(f"{name} is left out: --threads says how many threads compute\n")
-    before = signal.signal(signal.SIGTERM, _as_ctrl_c)
+    # A terminal that is closed asks to end as well, unless `nohup` has said otherwise.
+    asked = [signal.SIGTERM, *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP])]
+    before = {number: signal.signal(number, _as_ctrl_c) for number in asked}
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
@@ -93,7 +95,8 @@ def main() -> None:
     except MemoryError as error:
         _fail(error, f"there is too little memory: {str(error) or 'none is left'}")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     status = status if isinstance(status, int) else 0
     if any(thread.name == APART for thread in threading.enumerate()):  # interrupted while it computes
         sys.stderr.flush()

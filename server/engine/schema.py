@@ -43,11 +43,16 @@ _FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
 )
 """Those that the compiler holds to."""
+_KEPT = frozenset(
+    ("idn-email", "idn-hostname", "uri-reference", "iri", "iri-reference", "uri-template", "json-pointer",
+     "relative-json-pointer", "regex")
+)  # fmt: skip
+"""Those that JSON Schema knows as well, which nobody writes as a note."""
 _HINTS = frozenset(("password", "binary", "path", "file-path", "directory-path"))
 """Formats that no text lacks."""
 _UUID = re.compile("uuid([1-8])")
-_EVERY_NAME: tuple[Any, ...] = ({}, True, {"type": "string"})
-"""What every name of a property is."""
+_EVERY_NAME: tuple[Any, ...] = ({}, {"type": "string"})
+"""What every name of a property is, as it is `true`."""
 _TOKEN = re.compile(
     r"\\[xu]\{(?P<braced>[0-9a-fA-F]{1,6})\}|\\x(?P<x>[0-9a-fA-F]{2})|\\u(?P<u>[0-9a-fA-F]{4})|\\U(?P<U>[0-9a-fA-F]{8})"
     r"|\\[pP]\{[^}]*\}|\\.|.",
@@ -213,9 +218,9 @@ def _rewritten(part: Any, named: bool = False) -> Any:
         copy["patternProperties"] = held
     if copy.get("uniqueItems") is False:
         del copy["uniqueItems"]  # which asks for nothing, and would be refused
-    if copy.get("propertyNames") in _EVERY_NAME:
+    if (names := copy.get("propertyNames")) is True or names in _EVERY_NAME:
         del copy["propertyNames"]
-    if isinstance(format := copy.get("format"), str) and format not in _FORMATS:
+    if isinstance(format := copy.get("format"), str) and format not in _FORMATS | _KEPT:
         if version := _UUID.fullmatch(format):
             copy.setdefault("pattern", _uuid(version[1]))
         if format in _HINTS or "pattern" in copy:  # a format that nobody knows is a note, and the pattern says it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,6 +37,25 @@ def test_it_is_there_once_it_answers_and_ends_with_all_that_it_started(tmp_path:
         assert (tmp_path / "log").read_text().count(" 503 ") == 2
     assert server.process.returncode is not None
     until(lambda: not _runs(int(helper.read_text())))
+
+
+def test_it_ends_where_the_wait_for_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a second Ctrl-C, which its own end takes long enough to invite."""
+    port = free_port()
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" + ANSWERING
+    command = [sys.executable, "-c", deaf, str(port), str(tmp_path / "pid")]
+    waits = iter([KeyboardInterrupt()])
+    wait = subprocess.Popen.wait
+
+    def interrupted(process: subprocess.Popen[bytes], seconds: float | None = None) -> int:
+        for error in waits:
+            raise error
+        return wait(process, seconds)
+
+    with pytest.raises(KeyboardInterrupt), running(command, port, "/ready", tmp_path / "log") as server:
+        monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    assert server.process.returncode is not None
+    until(lambda: not _runs(int((tmp_path / "pid").read_text())))
 
 
 def _runs(pid: int) -> bool:

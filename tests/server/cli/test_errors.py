@@ -152,24 +152,28 @@ def test_an_answer_that_a_full_disk_or_a_locale_does_not_take(
 
 
 @pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_end_a_command_takes_its_folder_with_it(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, interrupts: Any
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, interrupts: Any, number: signal.Signals
 ) -> None:
     async def answer(*_: object, **__: object) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=tmp_path, prefix="own-"):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
             await asyncio.sleep(60)
         raise AssertionError("it went on")
 
     monkeypatch.setattr(generate, "open_base", lambda *_, **__: None)
     monkeypatch.setattr(generate, "_answer", answer)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     signal.signal(signal.SIGINT, interrupts)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
         assert run("generate", "x") == (130, "", "")
         assert signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGINT, handlers[signal.SIGINT])
+        for each in (signal.SIGHUP, signal.SIGINT):
+            signal.signal(each, handlers[each])
     assert not list(tmp_path.glob("own-*"))
 
 

@@ -62,7 +62,15 @@ def test_what_clients_write_beside_what_they_ask_for_is_no_reason_to_refuse(
     assert takes(grammars, tiny_text, schema, may) and not takes(grammars, tiny_text, schema, may_not)
 
 
-@pytest.mark.parametrize("schema", [{"propertyNames": {"enum": ["a"]}}, {"type": "string", "format": "iri"}])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"propertyNames": {"enum": ["a"]}},
+        {"propertyNames": 1},
+        {"type": "string", "format": "iri"},
+        {"type": "string", "format": "uri-reference", "pattern": "^.*$"},
+    ],
+)
 def test_what_is_not_held_to_is_an_unsupported_parameter(grammars: Grammars, schema: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedParameter, match="cannot be used: Un") as told:
         grammars.compile({"type": "object", **schema} if "format" not in schema else schema, 1)
