@@ -285,8 +285,9 @@ def test_folders_in_the_watched_directory(live: Live, write_random: Any, adapter
     pickled.mkdir()
     (pickled / CONFIG).write_text((outside / CONFIG).read_text())
     (pickled / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(str(tmp_path / "ran"))))
-    cut = write_random(adapter_dir / "cut", rank=2, seed=4)
+    cut = write_random(tmp_path / "cut", rank=2, seed=4)
     truncated(cut)
+    cut.rename(adapter_dir / "cut")
     (adapter_dir / "linked").symlink_to(outside, target_is_directory=True)
     inside = adapter_dir / "linked-file"
     inside.mkdir()

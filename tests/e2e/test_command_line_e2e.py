@@ -16,7 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli import app
+from server.cli.serve import SAME_SIGNAL
 from tests.e2e.conftest import REPO, STATE, Live, serving
+from tests.waiting import until
 
 pytestmark = pytest.mark.e2e
 
@@ -57,7 +59,7 @@ def test_sigterm_lets_requests_finish(embedded: Path, tmp_path: Path) -> None:
     """What runs is finished; what is new is told that it comes too late, and when to come back."""
     with serving(tmp_path, "--drain", "5m") as live:
         begun, lines = threading.Event(), []
-        reader = threading.Thread(target=_stream, args=(live, 400, begun, lines))
+        reader = threading.Thread(target=_stream, args=(live, 1200, begun, lines))
         reader.start()
         assert begun.wait(30)
         live.process.send_signal(signal.SIGTERM)
@@ -91,10 +93,11 @@ def test_a_second_signal_ends_at_once(embedded: Path, tmp_path: Path) -> None:
         reader.start()
         assert begun.wait(30)
         live.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        until(lambda: httpx.get(f"{live.url}/health/ready", timeout=60).status_code == 503, every=0.01)
+        time.sleep(2 * SAME_SIGNAL)
         assert live.process.poll() is None
         live.process.send_signal(signal.SIGTERM)
-        assert live.process.wait(5) == 128 + signal.SIGTERM
+        assert live.process.wait(30) == 128 + signal.SIGTERM
         reader.join(10)
         assert lines[-1] != "data: [DONE]"
 

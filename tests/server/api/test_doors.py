@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import logging
 import os
 import re
 import select
@@ -21,6 +22,7 @@ from fastapi.routing import APIRoute
 from server.api.auth import Access, KeyRing, access
 from server.api.limits import patient
 from server.errors import BadSetting, BodyTooSlow
+from tests.waiting import until
 
 OPEN = {
     *(("GET", path) for path in ("/health", "/health/live", "/health/ready")),
@@ -144,7 +146,12 @@ def test_what_a_door_refuses_is_logged_with_its_code(start: Any, caplog: pytest.
     live.http.get("/adapters")
     live.http.get("/adapters", headers={"host": "evil.example"})
     live.http.post("/generate", content=b"x" * 2000, headers={"authorization": "Bearer secret-one"})
-    told = [r for r in caplog.records if getattr(r, "code", "not_ready") != "not_ready"]
+
+    def lines() -> list[logging.LogRecord]:
+        return [r for r in caplog.records if getattr(r, "code", "not_ready") != "not_ready"]
+
+    until(lambda: len(lines()) >= 3)  # a line is written once its answer has left
+    told = lines()
     assert [(r.status, r.code) for r in told] == [  # type: ignore[attr-defined]
         (401, "invalid_api_key"), (403, "forbidden"), (413, "body_too_large"),
     ]  # fmt: skip

@@ -370,10 +370,13 @@ def test_the_first_load_is_seen_to_rise(outcome: str) -> None:
     assert sample not in metrics.render().decode()
 
 
-def test_a_prompt_that_was_never_read_is_no_work(live: Any) -> None:
+def test_a_prompt_that_was_never_read_is_no_work(start: Any, write_adapter: Any) -> None:
     """Requests whose time is over while they wait would look like tokens read, the more the longer the queue."""
+    write_adapter("a", 1)
+    live = start(max_batch=1)  # where it can only wait
+    assert live.http.post("/adapters", json={"name": "a", "source": "a"}).status_code in (200, 201)
     live.slow_down(0.2)
-    first = threading.Thread(target=live.generate, kwargs={"max_tokens": 3, "ignore_eos": True})
+    first = threading.Thread(target=live.generate, kwargs={"max_tokens": 10, "ignore_eos": True})
     first.start()
     until(lambda: live.stats()["running"] == 1)
     late = live.generate("many words that nobody reads", adapters=[{"name": "a"}], deadline_ms=20)

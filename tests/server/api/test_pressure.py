@@ -205,7 +205,7 @@ def test_an_evaluation_takes_nobodys_place_under_the_limit_of_its_task(
     live = start(task_concurrency=1, key_concurrency=1)
     register(live, "a")
     live.slow_down(0.01)
-    job = evaluating(live, 60)
+    job = evaluating(live, 600)  # far from its end when it is looked at
     for _ in range(5):
         answer = live.generate("x", task="say", max_tokens=1)
         assert answer.status_code == 200, answer.text

@@ -244,6 +244,7 @@ def test_a_folders_task_that_routes_elsewhere_stays_deleted(live: Any, write_ada
     assert live.http.get("/tasks/elsewhere").status_code == 404
 
 
+@pytest.mark.usefixtures("idle_watch")
 def test_names_of_equal_content_have_a_task_and_a_card_each(live: Any, write_adapter: Any) -> None:
     """And none gets another's, or loses its own to it."""
     folder = write_adapter("one", 31)

@@ -55,8 +55,8 @@ def test_a_peer_that_does_not_end_has_failed_with_all_that_it_started(
     pids, peer = tmp_path / "pids", tmp_path / "peer"
     peer.write_text(f"#!/bin/sh\nsleep 100 &\necho $! > {pids}\nwait\n")
     peer.chmod(0o755)
-    monkeypatch.setattr(compare, "TIMEOUT", 0.5)
-    with pytest.raises(PeerFailed, match="did not end within 0 s"):
+    monkeypatch.setattr(compare, "TIMEOUT", 3.0)
+    with pytest.raises(PeerFailed, match="did not end within 3 s"):
         script_peer("peft", str(peer), tmp_path, 1)(JOB)
     until(lambda: not _runs(int(pids.read_text())))
 
