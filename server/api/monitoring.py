@@ -18,7 +18,8 @@ from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running, Runtime
 from server.errors import NotReady
 from server.metrics import CONTENT_TYPE, Snapshot
-from server.tasks.quality import EVALUATION, Subject
+from server.tasks.quality import EVALUATION
+from server.tasks.subjects import Subject
 
 router = APIRouter(tags=["monitoring"])
 
@@ -122,7 +123,7 @@ def _quality(parts: Parts) -> list[tuple[str, str, str, str, str, float]]:
     """What is known of the tasks that there are, by versions that are still kept, on the base that is served."""
     return [
         (subject.task, subject.adapter, subject.label, metric, source, mean)
-        for subject, metric, source, mean in parts.quality.means()
+        for subject, metric, source, mean in parts.quality.means([task.name for task in parts.tasks.all()])
         if subject.base == parts.model.id and _is_ours(parts, subject, source) and _kept(parts, subject)
     ]
 

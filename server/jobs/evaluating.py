@@ -23,9 +23,10 @@ from server.jobs.runner import Active
 from server.jobs.spec import DATA
 from server.tasks.definitions import Task
 from server.tasks.evaluation import Evaluation, difference, identities, pairs
-from server.tasks.quality import Quality, Subject
+from server.tasks.quality import Quality
 from server.tasks.resolve import Target
 from server.tasks.store import Tasks
+from server.tasks.subjects import Subject
 
 MAX_BYTES = 32 << 20
 """Of a file: it is read in the server's own process, whose steps would wait while it is."""

@@ -42,9 +42,10 @@ from server.metrics import OTHER
 from server.tasks.definitions import Fixed, Task, parse
 from server.tasks.evaluation import LOSS, Evaluation, Score, default_metric, identities
 from server.tasks.evaluation import pairs as of_pairs
-from server.tasks.quality import Quality, Subject
+from server.tasks.quality import Quality
 from server.tasks.resolve import Target
 from server.tasks.store import Tasks
+from server.tasks.subjects import Subject
 
 log = logging.getLogger(__name__)
 

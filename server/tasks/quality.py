@@ -1,8 +1,7 @@
 """What is known of a task's answers: scores by version, from feedback or evaluation, and latencies. Kept in SQLite.
 
-Owns `quality.db`: raw rows, and beside them hourly sums, from which everything is read. A *subject* is a task, a mix
-with its versions and weights, and the base: what is learned of one says nothing of another. Feedback and evaluation
-are never added up.
+Owns `quality.db`: raw rows, and beside them hourly sums, from which everything is read. Feedback and evaluation are
+never added up.
 
 Answers are buffered and written twice a second; a score is on disk before the caller hears that it was taken. Rows are
 keyed by digests of their ids, and no second index is kept: they are found by id, and swept once an hour.
@@ -19,19 +18,16 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from adapters.errors import StoreFailed
-from adapters.weights import Choice, Version, counts
 from server.errors import UnknownName
 from server.tasks.definitions import FEEDBACK_METRIC
 from server.tasks.intervals import Totals, interval
 from server.tasks.latency import Latencies
 from server.tasks.quality_file import opened
+from server.tasks.subjects import Answered, Subject
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +43,8 @@ MOST_MADE_UP = 200
 kept."""
 MOST_TRAFFIC = 1000
 """Subjects whose traffic is kept in memory, in some kilobytes each; that of others is read when it is asked for."""
+MOST_TOLD = 100
+"""Of a task's subjects, in its performance: a name that is published every hour has thousands in all that is kept."""
 MOST_PAIRED = 10_000
 JUMP = 60.0
 """Seconds that the wall clock may gain or lose in an hour and still be a clock."""
@@ -59,68 +57,6 @@ _Change = tuple[float, int, int]
 _SUMS = ("hours", "traffic")
 _SCORES = ("scores", "examples")
 _TOLD = "requests, errors, prompt_tokens, generated_tokens, ttft, tpot, e2e"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a score is about. `mix` is canonical JSON of `[[version label, float32 weight], ...]`, sorted."""
-
-    task: str
-    mix: str
-    base: str
-
-    @staticmethod
-    def of(task: str, versions: Iterable[tuple[Version, float]], base: str) -> Subject:
-        pairs = sorted([v.label, _written(w)] for v, w in versions if counts(w))
-        return Subject(task, json.dumps(pairs), base)
-
-    @property
-    def versions(self) -> list[str]:
-        """Labels of the versions, without weights."""
-        return [label for label, _ in json.loads(self.mix)]
-
-    @property
-    def choice(self) -> Choice:
-        """Labels of the versions, with their weights."""
-        return [(label, weight) for label, weight in json.loads(self.mix)]
-
-    def check(self) -> None:
-        """Raises ValueError if the mix is none."""
-        mix = json.loads(self.mix)
-        pairs = isinstance(mix, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in mix)
-        if not pairs or not all(isinstance(label, str) and isinstance(weight, float) for label, weight in mix):
-            raise ValueError(f"{self.mix[:64]!r} is no mix")
-
-    @property
-    def label(self) -> str:
-        """What people see: `name@digest`, `a@...*0.7+b@...*0.3`, or `base`. No two mixes have one label."""
-        return "+".join(v if w == 1.0 else f"{v}*{w:.9g}" for v, w in self.choice) or "base"
-
-    @property
-    def adapter(self) -> str:
-        """The names alone, as metrics have them."""
-        return "+".join(sorted(v.partition("@")[0] for v in self.versions)) or "base"
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One answer of a task, as far as quality needs it. Latencies in seconds, nan for none.
-
-    `routed` says whether the task's route leads to this mix, so that it is no client's own.
-    """
-
-    id: str
-    subject: Subject
-    tenant: str
-    text: str
-    failed: bool = False
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    ttft: float = float("nan")
-    tpot: float = float("nan")
-    e2e: float = float("nan")
-    routed: bool = True
-    at: float = field(default_factory=time.time)
 
 
 class _Traffic:
@@ -162,7 +98,11 @@ class Quality:
         self._lock = threading.Lock()
         self._pending: deque[Answered] = deque()
         self._ids: dict[Subject, int] = {}
-        self._totals: dict[tuple[Subject, str, str], Totals] = {}
+        self._of_task: dict[str, dict[int, Subject]] = {}
+        """The same from the other side: one task's questions do not go over all others' subjects."""
+        self._latest: dict[int, int] = {}
+        """The last hour of each that has a row."""
+        self._totals: dict[Subject, dict[tuple[str, str], Totals]] = {}
         self._hours: dict[tuple[Subject, str, str], dict[int, Totals]] = {}
         self._paired: dict[tuple[Subject, Subject, str], Totals] = {}
         """What has been asked of `examples`, a join of thousands."""
@@ -207,7 +147,7 @@ class Quality:
             with self._db:
                 self._db.execute("BEGIN")
                 changes = self._score(key, row[0], FEEDBACK_METRIC, FEEDBACK, value, time.time(), stays=True)
-            self._add(self._subject(row[0]), FEEDBACK_METRIC, FEEDBACK, changes)
+            self._add(self._of_task[task][row[0]], FEEDBACK_METRIC, FEEDBACK, changes)
 
     def evaluated(self, subject: Subject, metric: str, values: Mapping[str, float]) -> None:
         """Take the scores of an evaluation: example -> 0 to 1. An example that was scored before is not counted twice:
@@ -259,7 +199,7 @@ class Quality:
 
     def totals(self, subject: Subject, metric: str, source: str) -> Totals:
         """All scores of a subject by one metric from one source."""
-        return self._totals.get((subject, metric, source), Totals())
+        return self._totals.get(subject, {}).get((metric, source), Totals())
 
     def hours(self, subject: Subject, metric: str, source: str) -> dict[int, Totals]:
         """The same by hour."""
@@ -292,31 +232,37 @@ class Quality:
             row = self._db.execute(query, (task, rule)).fetchone()
         return None if row is None else (Subject(task, row[0], row[1]), row[2])
 
-    def means(self) -> list[tuple[Subject, str, str, float]]:
-        """Subject, metric, source and mean of everything that has a score."""
-        return [(*key, totals.mean) for key, totals in list(self._totals.items()) if totals.count]
+    def means(self, tasks: Iterable[str]) -> list[tuple[Subject, str, str, float]]:
+        """Subject, metric, source and mean of everything of these tasks that has a score."""
+        return [
+            (subject, *key, totals.mean)
+            for task in tasks
+            for subject in list(self._of_task.get(task, {}).values())
+            for key, totals in list(self._totals.get(subject, {}).items())
+            if totals.count
+        ]
 
     def performance(self, task: str) -> list[dict[str, Any]]:
-        """Per version: samples, quality by source with its interval, latencies, tokens, errors.
+        """Per version, of the last `MOST_TOLD` that answered or were scored: samples, quality by source with its
+        interval, latencies, tokens, errors.
 
         Without the answers that wait for the disk to have room again.
         """
         with self._lock:
             with suppress(sqlite3.DatabaseError):  # the thread that tries again has it in the log
                 self._flush()
-            subjects = {subject: number for subject, number in self._ids.items() if subject.task == task}
-            scores: dict[Subject, list[dict[str, Any]]] = {subject: [] for subject in subjects}
-            for (subject, metric, source), totals in sorted(self._totals.items(), key=lambda known: known[0][1:]):
-                if subject in scores and totals.count:
-                    low, high = interval(totals)
-                    scores[subject].append({"metric": metric, "source": source, "samples": totals.count,
-                                            "mean": totals.mean, "low": low, "high": high})  # fmt: skip
-            return [
-                self._described(subject, scores[subject], self._seen(number)) for subject, number in subjects.items()
-            ]
+            subjects = self._of_task.get(task, {})
+            told = sorted(sorted(subjects, key=lambda number: self._latest.get(number, 0))[-MOST_TOLD:])
+            return [self._described(subjects[number], self._seen(number)) for number in told]
 
-    def _described(self, subject: Subject, quality: list[dict[str, Any]], seen: _Traffic) -> dict[str, Any]:
+    def _described(self, subject: Subject, seen: _Traffic) -> dict[str, Any]:
         requests, errors, prompt, generated = seen.sums
+        quality: list[dict[str, Any]] = []
+        for (metric, source), totals in sorted(self._totals.get(subject, {}).items()):
+            if totals.count:
+                low, high = interval(totals)
+                quality.append({"metric": metric, "source": source, "samples": totals.count,
+                                "mean": totals.mean, "low": low, "high": high})  # fmt: skip
         return {
             "version": subject.label,
             "adapters": [{"version": v, "weight": w} for v, w in json.loads(subject.mix)],
@@ -347,17 +293,26 @@ class Quality:
 
     def _load(self, db: sqlite3.Connection) -> None:
         self._hours, self._traffic, self._paired = {}, {}, {}
-        self._ids = {Subject(*row[1:]): row[0] for row in db.execute("SELECT id, task, mix, base FROM subjects")}
+        self._know({Subject(*row[1:]): row[0] for row in db.execute("SELECT id, task, mix, base FROM subjects")})
         for subject in self._ids:
             subject.check()
         by_number = {number: subject for subject, number in self._ids.items()}
+        every = " UNION ALL ".join(f"SELECT subject, hour FROM {sums}" for sums in _SUMS)
+        self._latest = dict(db.execute(f"SELECT subject, max(hour) FROM ({every}) GROUP BY subject"))
         for number, metric, source, hour, *sums in db.execute("SELECT * FROM hours"):
             self._hours.setdefault((by_number[number], metric, source), {})[hour] = Totals(*sums)
-        self._totals = {key: Totals.joined(hours.values()) for key, hours in self._hours.items()}
+        self._totals = {}
+        for (subject, metric, source), hours in self._hours.items():
+            self._totals.setdefault(subject, {})[metric, source] = Totals.joined(hours.values())
         for number in by_number:  # what cannot be read is found now; it is kept when it is asked for
             _Traffic().join(self._rows(db, number))
         made_up = {number for (number,) in db.execute("SELECT subject FROM made_up")}
         self._made_up = {subject for subject, number in self._ids.items() if number in made_up}
+
+    def _know(self, ids: dict[Subject, int]) -> None:
+        self._ids, self._of_task = ids, {}
+        for subject, number in ids.items():
+            self._of_task.setdefault(subject.task, {})[number] = subject
 
     @staticmethod
     def _rows(db: sqlite3.Connection, number: int) -> list[Sequence[Any]]:
@@ -369,7 +324,11 @@ class Quality:
         hours = self._hours.setdefault(key, {})
         for value, hour, times in changes:
             hours[hour] = hours.get(hour, Totals()).plus(value, times)
-        self._totals[key] = Totals.joined(hours.values())  # as `_load` has it
+            self._saw(self._ids[subject], hour)
+        self._totals.setdefault(subject, {})[metric, source] = Totals.joined(hours.values())  # as `_load` has it
+
+    def _saw(self, number: int, hour: int) -> None:
+        self._latest[number] = max(hour, self._latest.get(number, 0))
 
     def _score(
         self, key: bytes, number: int, metric: str, source: str, value: float, at: float, *, stays: bool = False
@@ -410,10 +369,8 @@ class Quality:
                 (subject.task, subject.mix, subject.base),
             ).fetchone()
             self._ids[subject] = row[0]
+            self._of_task.setdefault(subject.task, {})[row[0]] = subject
         return self._ids[subject]
-
-    def _subject(self, number: int) -> Subject:
-        return next(subject for subject, known in self._ids.items() if known == number)
 
     def _flush(self) -> None:
         if not self._pending:
@@ -425,7 +382,8 @@ class Quality:
         except sqlite3.Error:
             self._pending.extendleft(reversed(pending[-MOST_PENDING:]))  # a disk that has room again gets them
             raise
-        for (number, _), seen in traffic.items():
+        for (number, hour), seen in traffic.items():
+            self._saw(number, hour)
             if number in self._traffic:
                 self._traffic[number].merge(seen)
 
@@ -438,7 +396,7 @@ class Quality:
                 yield
         except sqlite3.Error:
             written = {number for (number,) in self._db.execute("SELECT id FROM subjects")}
-            self._ids = {subject: number for subject, number in self._ids.items() if number in written}
+            self._know({subject: number for subject, number in self._ids.items() if number in written})
             self._made_up &= self._ids.keys()
             raise
 
@@ -526,11 +484,6 @@ def _told_of_the_disk() -> Iterator[None]:
 def _told(text: str) -> bytes:
     """An answer's words as accuracy compares them, but for case and space: what people write is not kept."""
     return digest(text.strip().lower())
-
-
-def _written(weight: float) -> float:
-    """A weight as a mix has it, in float32, by the fewest digits that tell it from all others."""
-    return float(str(np.float32(weight)))
 
 
 def digest(text: str) -> bytes:

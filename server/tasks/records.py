@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from server.tasks.inference import Generation, ended
-from server.tasks.quality import Answered, Quality, Subject
+from server.tasks.quality import Quality
+from server.tasks.subjects import Answered, Subject
 
 
 def remember(quality: Quality, generation: Generation, base: str) -> None:

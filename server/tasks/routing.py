@@ -24,7 +24,8 @@ from adapters.errors import AdapterError, StoreFailed
 from adapters.weights import Choice, Version
 from server.tasks.definitions import Best, Task
 from server.tasks.intervals import ALPHA, Apart, Hours, Totals, by_hours, by_pairs
-from server.tasks.quality import FEEDBACK, Quality, Subject
+from server.tasks.quality import FEEDBACK, Quality
+from server.tasks.subjects import Subject
 
 EXPLORED = 20
 """One request in so many goes around after a decision."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.tasks.quality import Subject
+from server.tasks.subjects import Subject
 
 BEST = {"prompt": "{input}", "labels": ["x", "y"], "route": {"best": ["a", "b"], "min_samples": 40}}
 

@@ -19,10 +19,10 @@ from adapters.errors import StoreFailed
 from adapters.weights import Version
 from server.errors import UnknownName
 from server.tasks import quality as module
-from server.tasks.intervals import Totals
 from server.tasks.latency import Latencies
-from server.tasks.quality import DAY, Answered, Quality, Subject, digest
+from server.tasks.quality import DAY, Quality, digest
 from server.tasks.quality_file import in_memory
+from server.tasks.subjects import Answered, Subject
 from tests.waiting import until
 
 A, B = Version("a", "a" * 64), Version("b", "b" * 64)
@@ -84,12 +84,12 @@ def test_means_are_shares_in_one_order_whatever_was_scored_before_and_after_a_re
         assert 0 <= told["quality"][0]["low"] <= told["quality"][0]["mean"] <= told["quality"][0]["high"] <= 1
     assert sum(totals.count > 0 for totals in quality.hours(subject, "accuracy", "feedback").values()) == 1
     quality.evaluated(subject, "accuracy", {"x": 0.5})
-    (told,), means = quality.performance("t"), sorted(map(str, quality.means()))
+    (told,), means = quality.performance("t"), sorted(map(str, quality.means(["t"])))
     assert [(q["metric"], q["source"]) for q in told["quality"]] == [
         ("accuracy", "evaluation"), ("accuracy", "feedback"), ("loss", "evaluation")]  # fmt: skip
     quality.close()
     again = Quality(file)
-    assert again.performance("t") == [told] and sorted(map(str, again.means())) == means
+    assert again.performance("t") == [told] and sorted(map(str, again.means(["t"]))) == means
     again.close()
 
 
@@ -108,6 +108,31 @@ def test_a_damaged_file_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert again.totals(subject, "accuracy", "feedback").count == 1
     again.close()
     assert (tmp_path / "quality.broken.db").stat().st_size == len(whole)
+
+
+def test_of_many_versions_the_last_that_answered_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_TOLD", 3)
+    file, now = tmp_path / "quality.db", time.time()
+    quality = Quality(file)
+    subjects = [Subject.of("t", [(Version("a", f"{i}" * 64), 1.0)], "base") for i in range(6)]
+    for i, subject in enumerate(subjects):
+        quality.answered(answered(f"gen-{i}", subject, at=now - (10 - i) * module.HOUR))
+        quality.answered(answered(f"other-{i}", Subject.of("u", [], "base"), at=now))
+    labels = [subject.label for subject in subjects]
+
+    def told(of: Quality) -> list[str]:
+        return [row["version"] for row in of.performance("t")]
+
+    assert told(quality) == labels[3:]
+    quality.answered(answered("again", subjects[1], at=now))
+    assert told(quality) == [labels[1], *labels[4:]]
+    quality.evaluated(subjects[0], "accuracy", {"x": 1.0})
+    assert told(quality) == [labels[0], labels[1], labels[5]]
+    assert [mean[0] for mean in quality.means(["t", "gone"])] == [subjects[0]] and not quality.means(["u"])
+    quality.close()
+    again = Quality(file)
+    assert told(again) == [labels[0], labels[1], labels[5]] and len(again.performance("u")) == 1
+    again.close()
 
 
 def test_feedback_is_for_a_day(tmp_path: Path) -> None:
@@ -349,7 +374,8 @@ def test_expected_is_compared_as_accuracy_does(tmp_path: Path) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from server.tasks.quality import DAY, Answered, Quality, Subject, digest
+from server.tasks.quality import DAY, Quality, digest
+from server.tasks.subjects import Answered, Subject
 from server.tasks.quality_file import in_memory
 
 quality, subject = Quality(Path(sys.argv[1])), Subject.of("t", [], "base")
@@ -523,7 +549,7 @@ def test_what_a_kill_left_unwritten_is_known_on_a_full_disk_too(
         (tmp_path / "killed.db-wal").unlink()
     opened = object.__new__(Quality)
     db = in_memory(file, opened._load)
-    assert opened._totals.get((subject, "accuracy", "evaluation"), Totals()).count == (2 if whole else 0)
+    assert opened.totals(subject, "accuracy", "evaluation").count == (2 if whole else 0)
     assert ("nothing is known" in caplog.text) is not whole and not (tmp_path / "killed.db-shm").exists()
     db.close()
 

@@ -17,9 +17,10 @@ from adapters.errors import UnknownAdapter
 from adapters.weights import Version
 from server.tasks.definitions import Best, Task
 from server.tasks.intervals import ALPHA, Totals, by_hours, by_pairs, interval
-from server.tasks.quality import DAY, Answered, Quality, Subject
+from server.tasks.quality import DAY, Quality
 from server.tasks.routing import EXPLORED, ROUNDS, BestRouter, by_evaluation, by_feedback
 from server.tasks.routing import decide as decide_on
+from server.tasks.subjects import Answered, Subject
 
 MIN_SAMPLES = 200
 
