@@ -38,7 +38,8 @@ def write_checkpoint(folder: Path, state: Checkpoint) -> None:
 
 
 def read_checkpoint(folder: Path, key: str) -> Checkpoint | None:
-    """The folder's checkpoint, None if there is none. Raises AdapterError if it is damaged, or of another run."""
+    """The folder's checkpoint, None if there is none. Raises StoreFailed if it is damaged,
+    AdapterError if it is of another run."""
     path, shown = folder / FILE, Path(*folder.parts[-3:])  # where it is, without the whole of the machine's path
     if not path.exists():
         return None
@@ -48,7 +49,7 @@ def read_checkpoint(folder: Path, key: str) -> Checkpoint | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         progress = json.loads(header["progress"])
     except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise AdapterError(f"the checkpoint in {shown} is damaged ({error}); remove it to begin anew") from error
+        raise StoreFailed(f"the checkpoint in {shown} is damaged ({error}); remove it to begin anew") from error
     if header.get("key") != key:
         raise AdapterError(
             f"the checkpoint in {shown} is of another run: other data, settings or start; remove that folder to begin "

@@ -75,7 +75,7 @@ class LoRALinear(nn.Module):
     """`base_layer(x) + scale * B (A dropout(x))`. A is [rank, in], B is [out, rank], float32; the base is frozen.
 
     A begins normal, with the variance of PEFT's uniform start (1 / (3 in)), B at zero: the first forward is the base's.
-    The products run in x's dtype.
+    The products run in x's dtype. Raises AdapterError as `LoraSpec` does.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class LoRALinear(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        LoraSpec(rank, alpha, dropout)  # which says what is wrong with them
         width: int = base_layer.in_features  # type: ignore[assignment]
         out: int = base_layer.out_features  # type: ignore[assignment]
         self.base_layer = base_layer
@@ -136,7 +137,7 @@ class _Fused(torch.autograd.Function):
         y = F.linear(rows, weight, bias).addmm_(inner, b.T, alpha=scale)
         ctx.save_for_backward(rows, inner, weight, a, b)
         ctx.scale = scale
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -76,11 +76,14 @@ class Names:
     newest: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(journal: Journal, lost: Mapping[str, str], misfit: Callable[[str], str | None]) -> Names:
+    def of(
+        journal: Journal, lost: Mapping[str, str], misfit: Callable[[str], str | None], reserved: Collection[str] = ()
+    ) -> Names:
         """What `journal` means on this base: `misfit(digest)` says why a version cannot be served.
 
         Versions of other bases are passed over, so that one store can serve several. A name whose last version is
-        lost, or over a limit of this server, is set aside: it must not fall back to an older one unasked.
+        lost, or over a limit of this server, is set aside: it must not fall back to an older one unasked. So is one
+        that is `reserved` here: another base may have had it free.
         """
         histories: dict[str, tuple[str, ...]] = {}
         aside: dict[str, Rejection] = {}
@@ -95,10 +98,11 @@ class Names:
             if here:
                 newest[name] = here[0]
             fitting = tuple(digest for digest in here if misfit(digest) is None)
-            if last not in lost and fitting[:1] == tuple(here[:1]) != ():
+            if name not in reserved and last not in lost and fitting[:1] == tuple(here[:1]) != ():
                 histories[name] = fitting
                 continue
-            reason = lost.get(last) or misfit((here or [last])[0]) or "no version of it is left"
+            taken = f"the name {name!r} is reserved: the base that is served has it" if name in reserved else None
+            reason = taken or lost.get(last) or misfit((here or [last])[0]) or "no version of it is left"
             aside[name] = Rejection(name, reason, entry.since, fault=last in lost)
             behind[name] = fitting
         sources = {name: entry.source for name, entry in journal.names.items()}

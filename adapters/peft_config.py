@@ -49,7 +49,7 @@ HARMLESS: Mapping[str, str] = {
 }
 
 REFUSED: Mapping[str, str] = {
-    "bias": "this is none of PEFT's settings of it",
+    "bias": 'a trained bias is no low-rank update; where none was trained, say "none"',
     "use_dora": "DoRA rescales the base's columns, which is no sum of B A x",
     "lora_bias": "a bias on B is no low-rank update",
     "modules_to_save": "it replaces whole modules of the base; retrain without it",
@@ -65,11 +65,10 @@ REFUSED: Mapping[str, str] = {
 }
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none", "all", "lora_only"),
+    "bias": ("none",),
     "runtime_config": ({"ephemeral_gpu_offload": False},),
 }
-"""Values that are neither null nor false nor empty and mean nothing, of keys that are not honoured and not harmless.
-Which biases were trained is told by the tensors that are there, not by `bias`."""
+"""Values that are neither null nor false nor empty and mean nothing, of keys that are not honoured and not harmless."""
 
 SAFE_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "true", "false"})
 BASE_CHANGING_INITS = re.compile(r"(pissa(_niter_\d+)?|olora|loftq|corda|lora_ga)")

@@ -404,7 +404,7 @@ class Registry:
     def _serve(self, journal: Journal) -> None:
         """Make what was written true for everybody: one switch of all names, then whatever follows from it."""
         self._misfits = self.intake.misfits(journal.referenced(), self._misfits)
-        names = Names.of(journal, self._store.lost, self._misfits.get)
+        names = Names.of(journal, self._store.lost, self._misfits.get, self._reserved)
         with self._lock:
             before, after = self._names.current(), names.current()
             self._names = names

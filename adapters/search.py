@@ -296,7 +296,17 @@ def _both(wide: Mapping[str, Any], narrow: Mapping[str, Any]) -> dict[str, Any]:
         "tokens_per_second": round(sums["tokens"] / sums["seconds"], 1) if sums["seconds"] else None,
         "evaluations": [{**e, "step": before + e["step"]} for e in narrow["evaluations"]],
         "best_step": before + narrow["best_step"],
+        "memory": _most(wide["memory"], narrow["memory"]),
     }
+
+
+def _most(wide: Mapping[str, int | None], narrow: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Memory by kind, of which two runs took the larger; above what there was before the first."""
+    most = {key: max(wide[key] or 0, size) if size is not None else None for key, size in narrow.items()}
+    peak, first, above = most["peak_process"], wide["peak_process"], wide["peak_above_start"]
+    if peak is None or first is None or above is None:
+        return {**most, "peak_above_start": None}
+    return {**most, "peak_above_start": peak - (first - above)}
 
 
 def _cost(module: nn.Module) -> int:

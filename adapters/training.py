@@ -126,6 +126,8 @@ class TrainingConfig:
         check_seed(self.seed)
         if self.compute_dtype not in ("bfloat16", "float32"):
             raise AdapterError(f"compute_dtype is bfloat16 or float32, not {self.compute_dtype!r}", "compute_dtype")
+        if self.quantization not in ("int4", "nf4", "none"):
+            raise AdapterError(f"quantization is int4, nf4 or none, not {self.quantization!r}", "quantization")
         self.spec()
 
     def _check_kinds(self) -> None:

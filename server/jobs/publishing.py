@@ -145,6 +145,8 @@ class Publishing:
             if verdict is not None:
                 job.result["evaluation"] = verdict.told()
                 active.note(_words(verdict), data=verdict.told())
+            elif failure is None and rival is not None:
+                active.note(f"Whether it is better than {rival.label} is not known: give a validation_file.")
             # Before it is published: a job that is ended in between knows its scores no more.
             self._record(job.request["lora"]["task"], Version(job.name, weights.digest), rival, verdict)
             reason = _kept_back(rule, rival, verdict, failure)

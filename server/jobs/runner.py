@@ -227,10 +227,11 @@ class Jobs:
         return None
 
     def training(self) -> list[tuple[str, float, int, float]]:
-        """Id, loss, most tokens and progress of every training job that has begun, oldest first, for the metrics."""
+        """Id, loss, most tokens and progress of every training job that has begun, for the metrics: oldest first, and
+        those that are not over last."""
         return [
             (job.id, job.progress.loss, job.progress.most_tokens, job.progress.share)
-            for job in self.records.all()
+            for job in sorted(self.records.all(), key=lambda job: not job.over)
             if job.kind == TRAINING and job.progress.loss is not None
         ]
 
@@ -268,6 +269,8 @@ class Jobs:
             work(active)
         except Stopped:
             status, message = QUEUED, "The server stops; the job goes on when it starts again."
+            if not self._closing:
+                message = f"The training process was stopped; the job goes on from step {job.progress.step}."
             if active.wanted == PAUSED:  # and taken back since; one that holds is seen below
                 message = f"The job goes on from step {job.progress.step}."
         except JobError as failure:

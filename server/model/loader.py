@@ -227,6 +227,7 @@ def _write_shards(
     def flush() -> None:
         files.append(f"weights-{len(files) + 1:05d}.safetensors")
         save_file(pending, folder / files[-1])
+        (folder / files[-1]).chmod(folder.stat().st_mode & 0o666)  # the library's are their writer's alone
         pending.clear()
 
     def add(tensors: Mapping[str, torch.Tensor]) -> None:

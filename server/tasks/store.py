@@ -80,6 +80,9 @@ class Tasks:
         self._reserved = RESERVED | set(reserved)
         self._lock = threading.Lock()
         self._put: dict[str, Task] = {}
+        self._waiting: dict[str, tuple[Any, bool]] = {}
+        """Tasks that have the name of the base that is served, as the file has them, and whether theirs is the adapter
+        of their name: another base may be served again."""
         self._deleted: dict[str, list[str]] = {}
         """Of each task that was deleted, the marks of those that brought it."""
         self._files: dict[str, Task] = {}
@@ -354,6 +357,14 @@ class Tasks:
         self._deleted, self._contested = deleted, owners
         aside = None
         for name, body in bodies.items():
+            if name in self._reserved:
+                log.error(
+                    "the task %r of %s waits for another base: the one that is served has its name",
+                    name[:64],
+                    self._file.name,
+                )
+                self._waiting[name] = body, name in own
+                continue
             try:
                 self._put[name] = parse(name, body, default_route=_own(name, own), source="api")
             except (ValueError, KeyError, AttributeError, TypeError, ServerError, AdapterError) as error:
@@ -368,8 +379,10 @@ class Tasks:
 
     def _write(self, put: dict[str, Task], deleted: dict[str, list[str]]) -> None:
         """Disk first, then memory. Raises StoreFailed if the disk refuses."""
-        tasks = {name: task.body() for name, task in put.items()}
-        own = [name for name, task in put.items() if task.by_name and task.route.candidates]
+        tasks = {name: body for name, (body, _) in self._waiting.items()}
+        tasks |= {name: task.body() for name, task in put.items()}
+        own = [name for name, (_, by_name) in self._waiting.items() if by_name]
+        own += [name for name, task in put.items() if task.by_name and task.route.candidates]
         content = {"tasks": tasks, "deleted": deleted, "owners": self._contested, "own": own}
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)

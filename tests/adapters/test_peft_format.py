@@ -174,6 +174,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora"),
     "lora_bias": ({"lora_bias": True}, "lora_bias"),
     "bias": ({"bias": "some"}, "bias"),
+    "biases of all": ({"bias": "all"}, 'where none was trained, say "none"'),
+    "biases beside": ({"bias": "lora_only"}, "a trained bias is no low-rank update"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
     "lm_head": ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
@@ -205,8 +207,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(
     "changes",
     [
-        {"bias": "lora_only"},
-        {"bias": "all"},
         {"qalora_group_size": 32},
         {"use_qalora": False, "qalora_group_size": 7},
         {"megatron_core": "megatron.other"},

@@ -220,6 +220,19 @@ def test_names_that_nobody_may_have(open_registry: Open, folders: list[Path], na
         open_registry(reserved=["mine"]).publish_now(name, folders[0])
 
 
+def test_a_name_that_another_base_has_taken_waits_until_that_goes(open_registry: Open, folders: list[Path]) -> None:
+    """As an adapter is merged, and the whole model served under its name."""
+    first = open_registry()
+    version = first.publish_now("mine", folders[0]).version
+    first.close()
+    second = open_registry(reserved=["mine"])
+    assert second.names() == [] and "reserved: the base that is served has it" in second.rejected()[0]["reason"]
+    with pytest.raises(UnknownAdapter):
+        second.current("mine")
+    second.close()
+    assert open_registry().current("mine") == version
+
+
 def test_bad_content_is_refused_and_changes_nothing(
     open_registry: Open, folders: list[Path], write_adapter: Write
 ) -> None:

@@ -140,9 +140,20 @@ def test_auto_lora_keeps_to_the_budget(model, data, monkeypatch):
     budget = weights.metadata["auto_lora"]["budget"]
     assert parameters(weights) <= budget and not layers.injected(model.tree)
     assert sorted([*weights.modules, *weights.metadata["auto_lora"]["dropped"]]) == sorted(uniform)
+    at_last = 4 * parameters(weights)
+    assert made["memory"]["adapters"] > at_last, "the most that either run took, which the first did"
     base, _ = training.evaluate_loss(model, data)
     spec = dataclasses.replace(
         CONFIG, lora_rank_of=dict.fromkeys(uniform, 0) | weights.metadata["auto_lora"]["ranks"]
     ).spec()
     layers.load(layers.inject(model.tree, spec), weights)
     assert training.evaluate_loss(model, data)[0] < base
+
+
+def test_memory_of_two_runs_is_the_most_of_either():
+    """Above what there was before the first: the second begins with what that has left."""
+    wide = {"adapters": 9, "peak_process": 120, "peak_above_start": 20}
+    narrow = {"adapters": 4, "peak_process": 125, "peak_above_start": -3}
+    assert search._most(wide, narrow) == {"adapters": 9, "peak_process": 125, "peak_above_start": 25}
+    unknown = {"adapters": 9, "peak_process": None, "peak_above_start": None}
+    assert search._most(unknown, unknown) == unknown

@@ -18,7 +18,7 @@ from torch import nn
 
 from adapters import layers, training
 from adapters.data import Example, Tokens
-from adapters.errors import AdapterError, BaseMismatch, TrainingStopped
+from adapters.errors import AdapterError, BaseMismatch, StoreFailed, TrainingStopped
 from adapters.layers import LoraSpec
 from adapters.optimizer import AdamW, learning_rate
 from adapters.seeds import SEEDS
@@ -223,7 +223,7 @@ def test_a_checkpoint_of_another_run_is_refused(llama, tmp_path):
     with pytest.raises(AdapterError, match="another run"):
         training.train(served, data, CONFIG, checkpoints=tmp_path)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"half a fi")
-    with pytest.raises(AdapterError, match="damaged"):
+    with pytest.raises(StoreFailed, match="damaged"):  # which is no setting's fault
         training.train(Wrapped(llama), data, CONFIG, checkpoints=tmp_path)
 
 
@@ -293,6 +293,8 @@ def test_a_diverging_run_is_told(llama):
         {"batch_size": 0},
         {"lora_dropout": 1.0},
         {"compute_dtype": "float8"},
+        {"quantization": "fp4"},
+        {"quantization": ""},
         {"warmup_ratio": 1.5},
         {"lora_alpha": float("inf")},
         {"patience": 2},
@@ -416,3 +418,13 @@ def test_a_frozen_linear_and_its_lora_in_one_are_the_two(bias):
         assert torch.allclose(ours, theirs)
     layer(x.detach()).backward(out)
     assert torch.allclose(layer.lora_A.grad, expected[1])
+    nothing = torch.zeros(3, 0, 6, dtype=torch.float64, requires_grad=True)
+    layer(nothing).sum().backward()
+    assert layer(nothing).shape == (3, 0, 5) and nothing.grad.shape == nothing.shape
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"rank": -1}, {"alpha": 0.0}, {"dropout": 1.0}])
+def test_a_lora_that_is_none_is_refused_by_name(wrong):
+    with pytest.raises(AdapterError) as error:
+        layers.LoRALinear(torch.nn.Linear(3, 2), **{"rank": 2, "alpha": 3.0, **wrong})
+    assert error.value.param == f"lora_{next(iter(wrong))}"

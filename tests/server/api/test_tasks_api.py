@@ -367,6 +367,18 @@ def test_what_was_deleted_before_marks_had_definitions_stays_away(tmp_path: Path
     assert [task.name for task in tasks.all()] == ["y"]
 
 
+def test_a_task_that_has_the_name_of_the_base_waits_for_another(live: Any, tmp_path: Path, caplog: Any) -> None:
+    def opened(base: str) -> Tasks:
+        return Tasks(tmp_path / "tasks.json", live.house.parts.registry, reserved=(base,))
+
+    opened("one").put("two", {"prompt": "Say: {input}"})
+    under_way = opened("two")
+    assert under_way.find("two") is None and "the task 'two' of tasks.json waits for another base" in caplog.text
+    under_way.put("three", {"prompt": "{input}"})
+    again = opened("one")
+    assert again.get("two").prompt == "Say: {input}" and again.get("three").prompt == "{input}"
+
+
 def test_tasks_that_the_system_does_not_let_us_read_are_no_damage(tmp_path: Path, caplog: Any) -> None:
     file = tmp_path / "tasks.json"
     file.mkdir()

@@ -70,6 +70,31 @@ def add(jobs: Jobs, kind: str = TRAINING, **request: object) -> Job:
     return jobs.enter(jobs.prepare(kind, "", request, "ftjob"))
 
 
+def test_of_the_last_jobs_those_that_are_not_over_are_the_last(make, work):
+    jobs = make()
+    first, second = add(jobs), add(jobs)
+    for job in (first, second):
+        job.progress.loss = 1.0
+    until(lambda: first.status == "running")
+    assert [job for job, *_ in jobs.training()] == [first.id, second.id]
+    second.status = "succeeded"
+    assert [job for job, *_ in jobs.training()] == [second.id, first.id]
+
+
+def test_a_process_that_others_have_stopped_is_no_end_of_the_server(make, work):
+    jobs = make()
+    job = add(jobs)
+    until(lambda: job.status == "running")
+    work.error = Stopped()
+    work.go.set()
+    until(lambda: "The training process was stopped; the job goes on from step 0." in said(jobs, job))
+    assert not [message for message in said(jobs, job) if "server" in message]
+
+
+def said(jobs: Jobs, job: Job) -> list[str]:
+    return [event["message"] for event in jobs.records.events(job.id)]
+
+
 def test_one_at_a_time_in_their_order(make, work):
     jobs = make()
     first, second = add(jobs), add(jobs)

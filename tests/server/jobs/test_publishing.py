@@ -299,6 +299,18 @@ def test_a_result_that_cannot_be_measured_is_not_lost(measured: Callable[..., Me
         assert scene.registry.names() == ["m"], "nothing is left of what was measured"
 
 
+def test_a_result_that_nothing_measures_says_so_where_it_replaces_another(measured: Callable[..., Measured]) -> None:
+    scene = measured("always")
+    scene.on_engine(False)
+    scene.publish()
+    assert "is not known" not in scene.said()
+    scene = measured("always")
+    scene.on_engine(False)
+    old = scene.registry.publish_now("m", write(scene.root / "old", 2)).version
+    scene.publish()
+    assert f"Whether it is better than {old.label} is not known: give a validation_file." in scene.said()
+
+
 @pytest.mark.parametrize("rule", ["always", "never", "if_better"])
 def test_a_job_whose_server_fails_to_measure_can_be_resumed(measured: Callable[..., Measured], rule: str) -> None:
     def stop(number: int) -> None:

@@ -335,6 +335,7 @@ def test_a_quantized_folder_loads_again_as_it_is(
     summary = quantize_folder(source, target, **settings)
     direct = load(source, **settings)
     assert len(list(target.glob("*.safetensors"))) > 1
+    assert {path.stat().st_mode & 0o777 for path in target.iterdir()} == {target.stat().st_mode & 0o666}, "as any file"
     assert summary["bytes"] == direct.nbytes
     assert summary["bits"] == bits(direct.weights[path] for path in direct.shapes())
     monkeypatch.setattr("server.model.checkpoint.quantize", None)
