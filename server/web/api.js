@@ -57,7 +57,7 @@ async function read(path, how) {
   try {
     return await how(answer);
   } catch (error) {
-    throw error.name === "TimeoutError" ? silence() : error;
+    throw ["TimeoutError", "TypeError"].includes(error.name) ? silence() : error; // too late, or cut off
   }
 }
 

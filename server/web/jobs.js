@@ -41,7 +41,7 @@ class Card {
       button.disabled = true;
       try {
         await send("POST", route);
-        frame.say(`${label} ${job.name}: done.`);
+        frame.say(`${label} ${job.name}: asked for.`);
         await frame.refresh();
       } catch (error) {
         frame.complain(error);
@@ -72,7 +72,9 @@ class Card {
         if (["paused", "failed"].includes(job.status)) buttons.push(this.button("Resume", job, `${TRAINING(job.id)}/resume`));
       }
       if (runs || job.status === "paused") buttons.push(this.button("Cancel", job, `${JOB(job.id)}/cancel`));
+      const focused = this.does.contains(document.activeElement) && document.activeElement.ariaLabel;
       this.does.replaceChildren(...buttons);
+      if (focused) (buttons.find((button) => button.ariaLabel === focused) ?? this.title).focus();
       this.does.hidden = !buttons.length;
     }
     if (job.kind === "training" && job.step) {

@@ -28,6 +28,7 @@ export function note(stats) {
   const rate = (name) => (seconds ? Math.max(0, (now[name] - last[name]) / seconds) : 0);
   const blocks = stats.engine.kv_blocks;
   const mib = (n) => (n ?? 0) / 2 ** 20;
+  if (seconds < 0) history.length = 0; // the clock was set back
   // Of a time that nobody has seen, as of a hidden page or a server that was away, nothing is drawn.
   if (seconds > GAP) history.push({ at: last.at + 1 });
   history.push({

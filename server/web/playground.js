@@ -256,7 +256,7 @@ export function start(given) {
   addEventListener("pageshow", shown); // a browser that goes back ticks what was ticked
   $("ask").addEventListener("submit", async (event) => {
     event.preventDefault();
-    if (running) return;
+    if ($("run").disabled) return; // a key may ask for it all the same
     running = true;
     turn($("run"), $("stop"));
     frame.complain(null);
@@ -276,4 +276,5 @@ export async function refresh() {
   names = known.adapters.map((a) => a.name);
   tasks = defined.tasks;
   for (const side of sides) side.fill();
+  if (!running) $("run").disabled = false; // before, nobody knows whom an answer would be of
 }

@@ -315,6 +315,60 @@ def test_a_file_that_has_changed_since_it_was_chosen(page: Page, tmp_path: Path)
     expect(page.get_by_role("alert")).to_contain_text("words.jsonl has changed since it was chosen")
 
 
+def test_nothing_runs_before_the_page_knows_whom_to_ask(page: Page) -> None:
+    """A form that is sent before its script is there would end the loading of that."""
+    held: list[Route] = []
+    known = False
+    page.route("**/tasks", lambda route: route.continue_() if known else held.append(route))
+    page.goto("/", wait_until="commit")
+    until(lambda: page.wait_for_timeout(10) or held)
+    page.locator("#prompt").fill("too early")
+    expect(page.locator("#run")).to_be_disabled()
+    page.locator("#prompt").press("Control+Enter")
+    known = True
+    while held:
+        held.pop().continue_()
+    expect(page.locator("#run")).to_be_enabled()
+    page.unroute_all()
+    expect(page.locator(".answer")).to_be_empty()
+    expect(page.locator("#prompt")).to_have_value("too early")
+
+
+def test_hundreds_of_tasks_are_asked_for_a_few_at_a_time(page: Page, house: Live) -> None:
+    """A browser has six connections, and each of the rest would wait for one until its time is over."""
+    [task] = [task for task in house.get("/tasks")["tasks"] if task["name"] == "sentiment"]
+    told = house.get("/tasks/sentiment/performance")
+    held: list[Route] = []
+    page.route("**/tasks", lambda r: r.fulfill(json={"tasks": [{**task, "name": f"t{n}"} for n in range(15)]}))
+    page.route("**/performance", lambda route: held.append(route))
+    page.get_by_role("tab", name="Tasks").click()
+    for wanted in (6, 6, 3):
+        until(lambda: page.wait_for_timeout(10) or len(held) >= wanted)  # noqa: B023
+        page.wait_for_timeout(100)
+        assert len(held) == wanted
+        while held:
+            held.pop().fulfill(json=told)
+    expect(page.locator("#task-list .task")).to_have_count(15)
+    page.unroute_all()
+
+
+def test_a_button_keeps_the_focus_while_its_job_goes_on(page: Page) -> None:
+    job = {
+        "id": "ftjob-x", "kind": "training", "name": "kept", "status": "validating_files", "progress": 0.0, "step": 0,
+        "steps": 4, "created_at": 1.0, "started_at": None, "finished_at": None, "error": None, "result": {},
+        "loss": None, "tokens_per_second": None, "eta_seconds": None,
+    }  # fmt: skip
+    page.route("**/jobs", lambda route: route.fulfill(json={"jobs": [job]}))
+    page.get_by_role("tab", name="Jobs").click()
+    page.get_by_role("button", name="Pause kept").focus()
+    job["status"] = "running"
+    expect(page.get_by_role("heading", name="kept running")).to_be_visible()
+    expect(page.get_by_role("button", name="Pause kept")).to_be_focused()
+    job["status"] = "succeeded"
+    expect(page.get_by_role("heading", name="kept succeeded")).to_be_focused()
+    page.unroute_all()
+
+
 def test_one_refused_question_does_not_empty_the_tasks(page: Page) -> None:
     refused: list[str] = []
 
