@@ -55,7 +55,7 @@ class Intake:
     def stored(self, name: str, digest: str) -> LoraWeights:
         """The same as it was published. Raises StoreFailed; what is damaged is replaced when it is published again."""
         try:
-            weights = self._read(self.store.path(digest), name)
+            weights = self._read(self.store.path(digest), name, stored=True)
             if weights.digest != digest:
                 raise InvalidAdapter("its content has changed on disk")
         except (AdapterError, OSError) as error:
@@ -77,8 +77,8 @@ class Intake:
             if digest in records
         }
 
-    def _read(self, folder: Path, name: str) -> LoraWeights:
-        return self.read(folder, name=name, max_rank=self.max_rank, shapes=self.shapes)
+    def _read(self, folder: Path, name: str, stored: bool = False) -> LoraWeights:
+        return self.read(folder, name=name, max_rank=self.max_rank, shapes=self.shapes, stored=stored)
 
 
 def _exists(path: Path, within: Path | None) -> bool:

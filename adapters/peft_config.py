@@ -70,6 +70,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Values that are neither null nor false nor empty and mean nothing, of keys that are not honoured and not harmless."""
 
+STORED: Mapping[str, tuple[Any, ...]] = {**NEUTRAL, "bias": ("none", "all", "lora_only")}
+"""The same, as they once were: tensors tell that nothing of it was trained in what was taken."""
+
 SAFE_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "true", "false"})
 BASE_CHANGING_INITS = re.compile(r"(pissa(_niter_\d+)?|olora|loftq|corda|lora_ga)")
 
@@ -101,8 +104,10 @@ class LoraConfig:
     notes: tuple[str, ...] = field(default=())
 
 
-def parse(raw: object) -> LoraConfig:
-    """Reads a config that `json.loads` has read. Raises UnsupportedAdapter or InvalidAdapter, naming the key."""
+def parse(raw: object, stored: bool = False) -> LoraConfig:
+    """Reads a config that `json.loads` has read. One that is `stored` was taken once, and is read by the rules of then.
+    Raises UnsupportedAdapter or InvalidAdapter, naming the key.
+    """
     if not isinstance(raw, dict):
         raise InvalidAdapter("adapter_config.json must hold an object, of PEFT's LoraConfig", "adapter_config.json")
     config: dict[str, Any] = raw
@@ -111,7 +116,7 @@ def parse(raw: object) -> LoraConfig:
         raise InvalidAdapter("peft_type is missing: this is no adapter_config.json of PEFT", "peft_type")
     if kind != "LORA":
         raise UnsupportedAdapter(f"peft_type {kind!r} is not served; only LORA is", "peft_type")
-    honoured, harmless = _sort_keys(config)
+    honoured, harmless = _sort_keys(config, STORED if stored else NEUTRAL)
     notes = []
     if config.get("fan_in_fan_out"):
         notes.append("fan_in_fan_out is ignored, as PEFT does on plain linear layers")
@@ -144,7 +149,7 @@ def parse(raw: object) -> LoraConfig:
     )
 
 
-def _sort_keys(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def _sort_keys(config: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> tuple[list[str], list[str]]:
     """The keys that are honoured and those that are harmless, sorted; refuses all others."""
     honoured: list[str] = []
     harmless: list[str] = []
@@ -155,7 +160,7 @@ def _sort_keys(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         elif key == "init_lora_weights":
             _check_init(value)
             harmless.append(key)
-        elif key in HARMLESS or _is_empty(value) or any(_same(value, v) for v in NEUTRAL.get(key, ())):
+        elif key in HARMLESS or _is_empty(value) or any(_same(value, v) for v in neutral.get(key, ())):
             harmless.append(key)
         else:
             shown = repr(value)

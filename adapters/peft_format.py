@@ -60,9 +60,15 @@ FIRST_WRAPPER = "module"
 
 
 def read_folder(
-    path: Path, *, name: str, max_rank: int = 64, shapes: Mapping[str, tuple[int, int]] | None = None
+    path: Path,
+    *,
+    name: str,
+    max_rank: int = 64,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
+    stored: bool = False,
 ) -> LoraWeights:
     """The adapter in a PEFT folder. `shapes` maps the base's linear layers to (out, in); without it none is checked.
+    One that is `stored` was taken once, and is read by the rules of then.
 
     Metadata: `honoured` and `harmless` config keys, `notes`, `base` (the name it gives), `card` (README.md), `task`
     (task.json), `quantization` and `training` (if this package wrote it). Raises InvalidAdapter (UnsupportedAdapter
@@ -73,7 +79,7 @@ def read_folder(
     config = _read_file(path, CONFIG_FILE, MAX_CONFIG_BYTES)
     if config is None:
         raise InvalidAdapter(f"{CONFIG_FILE} is missing{no_config(path, CONFIG_FILE)}", CONFIG_FILE)
-    parsed = peft_config.parse(_json_object(config, CONFIG_FILE))
+    parsed = peft_config.parse(_json_object(config, CONFIG_FILE), stored)
     hint = f", which no adapter of rank {max_rank} (--max-rank) reaches" if shapes is not None else ""
     limit = _tensor_limit(shapes, max_rank)
     tensors = _read_file(path, TENSOR_FILE, limit, hint, lambda stream: _check_declared(stream, parsed, shapes))

@@ -21,7 +21,13 @@ class Reader(Protocol):
     """`peft_format.read_folder`: a folder becomes weights, or an error says by name what is wrong with it."""
 
     def __call__(
-        self, path: Path, *, name: str, max_rank: int, shapes: Mapping[str, tuple[int, int]] | None
+        self,
+        path: Path,
+        *,
+        name: str,
+        max_rank: int,
+        shapes: Mapping[str, tuple[int, int]] | None,
+        stored: bool = False,
     ) -> LoraWeights: ...
 
 

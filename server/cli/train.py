@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import typer
 
 from server.cli.inprocess import open_base, threads_of
 from server.cli.options import BASE, AsJson, with_settings
+from server.cli.serve import SAME_SIGNAL
 from server.cli.terminal import Progress, out, print_json, progress, size
 from server.settings import Settings, keep_few_kernels
 
@@ -93,19 +95,33 @@ def train(
 
 @contextlib.contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether the process was asked to end, by Ctrl-C or as the system does. Asked the same again, it does at once."""
+    """Whether the process was asked to end, by Ctrl-C or as the system does. Asked again, it does at once."""
     asked = threading.Event()
+    since = 0.0
 
     def ask(number: int, frame: object) -> None:
-        signal.signal(number, before[number])
-        asked.set()
+        nonlocal since
+        if not asked.is_set():
+            since = time.monotonic()
+            asked.set()
+        elif time.monotonic() - since > SAME_SIGNAL:
+            give_back()
+            signal.raise_signal(number)
 
-    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    def give_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if (
+        signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    ):  # a terminal that is closed, unless `nohup` has said otherwise
+        numbers.append(signal.SIGHUP)
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked.is_set
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        give_back()
 
 
 def _tell(weights: LoraWeights, output: Path, as_json: bool, *, skipped: bool) -> None:

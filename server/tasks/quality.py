@@ -243,8 +243,8 @@ class Quality:
         ]
 
     def performance(self, task: str) -> list[dict[str, Any]]:
-        """Per version, of the last `MOST_TOLD` that answered or were scored: samples, quality by source with its
-        interval, latencies, tokens, errors.
+        """Per version: samples, quality by source with its interval, latencies, tokens, errors. Of the last `MOST_TOLD`
+        that answered or were scored, mixes that clients chose themselves behind all others.
 
         Without the answers that wait for the disk to have room again.
         """
@@ -252,7 +252,11 @@ class Quality:
             with suppress(sqlite3.DatabaseError):  # the thread that tries again has it in the log
                 self._flush()
             subjects = self._of_task.get(task, {})
-            told = sorted(sorted(subjects, key=lambda number: self._latest.get(number, 0))[-MOST_TOLD:])
+
+            def rank(number: int) -> tuple[bool, int]:
+                return subjects[number] not in self._made_up, self._latest.get(number, 0)
+
+            told = sorted(sorted(subjects, key=rank)[-MOST_TOLD:])
             return [self._described(subjects[number], self._seen(number)) for number in told]
 
     def _described(self, subject: Subject, seen: _Traffic) -> dict[str, Any]:
@@ -301,18 +305,20 @@ class Quality:
         self._latest = dict(db.execute(f"SELECT subject, max(hour) FROM ({every}) GROUP BY subject"))
         for number, metric, source, hour, *sums in db.execute("SELECT * FROM hours"):
             self._hours.setdefault((by_number[number], metric, source), {})[hour] = Totals(*sums)
-        self._totals = {}
+        totals: dict[Subject, dict[tuple[str, str], Totals]] = {}
         for (subject, metric, source), hours in self._hours.items():
-            self._totals.setdefault(subject, {})[metric, source] = Totals.joined(hours.values())
+            totals.setdefault(subject, {})[metric, source] = Totals.joined(hours.values())
+        self._totals = totals  # in one step: who reads it waits for no lock
         for number in by_number:  # what cannot be read is found now; it is kept when it is asked for
             _Traffic().join(self._rows(db, number))
         made_up = {number for (number,) in db.execute("SELECT subject FROM made_up")}
         self._made_up = {subject for subject, number in self._ids.items() if number in made_up}
 
     def _know(self, ids: dict[Subject, int]) -> None:
-        self._ids, self._of_task = ids, {}
+        of_task: dict[str, dict[int, Subject]] = {}
         for subject, number in ids.items():
-            self._of_task.setdefault(subject.task, {})[number] = subject
+            of_task.setdefault(subject.task, {})[number] = subject
+        self._ids, self._of_task = ids, of_task
 
     @staticmethod
     def _rows(db: sqlite3.Connection, number: int) -> list[Sequence[Any]]:

@@ -53,11 +53,15 @@ async function show(name) {
   await refresh();
 }
 
+let stale = false; // whether what is shown could not be asked for
+
 async function refresh() {
   try {
     await parts[current()].refresh();
+    stale = false;
     complain(null, true);
   } catch (error) {
+    stale = true;
     complain(error, true);
   }
 }
@@ -127,7 +131,7 @@ async function beat() {
     if (failing) delete status.dataset.ready;
     else status.dataset.ready = "";
     live.note(stats);
-    if (woke || ["adapters", "tasks", "jobs"].includes(current())) await refresh();
+    if (woke || stale || ["adapters", "tasks", "jobs"].includes(current())) await refresh();
   } catch (error) {
     delete status.dataset.ready;
     status.textContent = { 0: "not connected", 401: key.get() ? "key not known" : "no key", 503: "not ready" }[error.status] ?? error.message;

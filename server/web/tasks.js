@@ -85,7 +85,11 @@ async function performanceOf(name) {
   }
 }
 
-export async function refresh() {
+let round = null;
+
+export const refresh = () => (round ??= look().finally(() => { round = null; }));
+
+async function look() {
   if (performance.now() < due) return;
   const defined = (await get("/tasks")).tasks;
   const asked = [];

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapters import peft_config
 from adapters.errors import (
     AdapterConflict,
     AdapterError,
@@ -231,6 +232,26 @@ def test_a_name_that_another_base_has_taken_waits_until_that_goes(open_registry:
         second.current("mine")
     second.close()
     assert open_registry().current("mine") == version
+
+
+def test_what_was_taken_by_other_rules_is_read_by_those(
+    open_registry: Open, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`bias` said more than there is, once; what was published then is served on, and refused when it comes anew."""
+    config = json.loads((folders[0] / "adapter_config.json").read_text())
+    (folders[0] / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
+    with monkeypatch.context() as then:
+        then.setattr("adapters.peft_config.NEUTRAL", peft_config.STORED)
+        first = open_registry()
+        version = first.publish_now("a", folders[0]).version
+        first.close()
+    registry = open_registry()
+    with registry.lease([("a", 1.0)]) as lease:
+        [weights] = registry.fetch(lease.mix).result(30)
+        assert weights.digest == version.digest and registry.rejected() == []
+        del weights
+    with pytest.raises(UnsupportedAdapter, match="bias = 'all' is not served"):
+        registry.publish_now("b", folders[0])
 
 
 def test_bad_content_is_refused_and_changes_nothing(

@@ -334,6 +334,23 @@ def test_nothing_runs_before_the_page_knows_whom_to_ask(page: Page) -> None:
     expect(page.locator("#prompt")).to_have_value("too early")
 
 
+def test_what_could_not_be_asked_for_is_asked_for_again(page: Page) -> None:
+    refused: list[Route] = []
+
+    def refuse_twice(route: Route) -> None:
+        if len(refused) == 2:
+            return route.continue_()
+        refused.append(route)
+        return route.fulfill(status=503, json={"error": {"message": "not now"}})
+
+    page.route("**/tasks", refuse_twice)
+    page.goto("/")
+    expect(page.get_by_role("alert")).to_contain_text("not now")
+    expect(page.locator("#run")).to_be_enabled()
+    expect(page.get_by_role("alert")).to_be_hidden()
+    page.unroute_all()
+
+
 def test_hundreds_of_tasks_are_asked_for_a_few_at_a_time(page: Page, house: Live) -> None:
     """A browser has six connections, and each of the rest would wait for one until its time is over."""
     [task] = [task for task in house.get("/tasks")["tasks"] if task["name"] == "sentiment"]

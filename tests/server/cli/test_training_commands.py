@@ -16,6 +16,7 @@ from adapters import peft_format, training
 from adapters.errors import AdapterError, TrainingStopped
 from server.bench import plots
 from server.cli import app, search, train
+from server.cli.main import _as_ctrl_c
 from server.errors import ServerError
 from server.jobs.recipe import read_recipe
 from server.jobs.searching import within
@@ -187,7 +188,27 @@ def test_started_again_it_trains_what_is_left(given: Path, monkeypatch: pytest.M
     assert len(steps) == 8, "there is nothing left of it"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_asked_again_it_ends_at_once(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the command itself, whose own handler has the last word. A closed terminal may ask twice at a time."""
+    asked = (signal.SIGTERM, signal.SIGHUP)
+    before = {each: signal.signal(each, _as_ctrl_c) for each in asked}
+    try:
+        with train._asked_to_stop() as stop:
+            assert not stop()
+            for _ in range(2):
+                signal.raise_signal(number)
+                assert stop()
+            monkeypatch.setattr(train, "SAME_SIGNAL", 0.0)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        assert [signal.getsignal(each) for each in asked] == [_as_ctrl_c] * 2
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_end_it_leaves_a_checkpoint_of_the_last_update(
     given: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:

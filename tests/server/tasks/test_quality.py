@@ -128,6 +128,10 @@ def test_of_many_versions_the_last_that_answered_are_told(tmp_path: Path, monkey
     assert told(quality) == [labels[1], *labels[4:]]
     quality.evaluated(subjects[0], "accuracy", {"x": 1.0})
     assert told(quality) == [labels[0], labels[1], labels[5]]
+    own = [Subject.of("t", [(Version("a", "5" * 64), 0.5 + i / 8)], "base") for i in range(3)]
+    for i, subject in enumerate(own):
+        quality.answered(answered(f"own-{i}", subject, at=now + module.HOUR, routed=False))
+    assert told(quality) == [labels[0], labels[1], labels[5]], "what clients make up is behind all others"
     assert [mean[0] for mean in quality.means(["t", "gone"])] == [subjects[0]] and not quality.means(["u"])
     quality.close()
     again = Quality(file)
