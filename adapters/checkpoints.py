@@ -38,8 +38,9 @@ def write_checkpoint(folder: Path, state: Checkpoint) -> None:
 
 
 def read_checkpoint(folder: Path, key: str) -> Checkpoint | None:
-    """The folder's checkpoint, None if there is none. Raises StoreFailed if it is damaged,
-    AdapterError if it is of another run."""
+    """The folder's checkpoint, None if there is none. Raises StoreFailed if it is damaged, AdapterError if it is of
+    another run.
+    """
     path, shown = folder / FILE, Path(*folder.parts[-3:])  # where it is, without the whole of the machine's path
     if not path.exists():
         return None

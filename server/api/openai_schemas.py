@@ -207,9 +207,11 @@ def refuse_fields(body: BaseModel, prefix: str, notes: Collection[str] = ()) -> 
     """Raises UnsupportedParameter for a field that the body does not have and that asks for something, unless it is one
     of `notes`."""
     for name, value in (body.model_extra or {}).items():
-        if not prefix and name in BOOKKEEPING and _is_large(value):
-            raise InvalidRequest(f"{name} has more than {MAX_NOTES} entries", name)
-        if value is None or value in ([], {}) or (not prefix and name in BOOKKEEPING) or name in notes:
+        if name in notes or (not prefix and name in BOOKKEEPING):
+            if _is_large(value):
+                raise InvalidRequest(f"{prefix}{name} has more than {MAX_NOTES} entries", f"{prefix}{name}")
+            continue
+        if value is None or value in ([], {}):
             continue
         if any(type(value) is type(nothing) and value == nothing for nothing in NOTHING.get(name, ())):
             continue

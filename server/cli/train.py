@@ -113,9 +113,8 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if (
-        signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-    ):  # a terminal that is closed, unless `nohup` has said otherwise
+    # A terminal that is closed asks for it as well, unless `nohup` has said otherwise.
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     before: dict[int, Any] = {number: signal.signal(number, ask) for number in numbers}
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.training import TrainingConfig
-from server.jobs.errors import JobError
+from server.jobs.errors import JobError, refused
 
 SPEC = "spec.json"
 RESULT = "result"
@@ -90,8 +90,10 @@ class Spec:
         try:
             return Spec._read(folder)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            why = f"what the job was trained by cannot be read ({error}): ask for it anew"
-            raise JobError("spec_damaged", why) from error
+            reason = refused(error) if isinstance(error, OSError) else error
+            raise JobError(
+                "spec_damaged", f"what the job was trained by cannot be read ({reason}): ask anew"
+            ) from error
 
     @staticmethod
     def _read(folder: Path) -> Spec:

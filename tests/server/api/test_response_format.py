@@ -70,6 +70,9 @@ def test_an_answer_that_a_client_has_parsed_can_be_sent_back(client: openai.Open
         client.chat.completions.create(model="a", messages=m, max_tokens=8, temperature=0) for m in (messages, bare)
     ]
     assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+    large: Any = {"role": "assistant", "content": "x", "parsed": [0] * 2000}
+    with pytest.raises(openai.BadRequestError, match=r"messages\.0\.parsed has more than 1000 entries"):
+        client.chat.completions.create(model="a", messages=[large, *HELLO], max_tokens=1)
 
 
 def test_json_object_and_completions(client: openai.OpenAI) -> None:

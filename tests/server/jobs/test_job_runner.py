@@ -406,9 +406,10 @@ def test_a_job_that_an_older_version_was_asked_for_says_so(tmp_path):
 def test_a_job_whose_spec_cannot_be_read_says_so(tmp_path):
     ground = SimpleNamespace(max_rank=8)
     job = Job("ftjob-1", TRAINING, "x", {"template": {}}, trained={"made": {}})
-    for content in ("{", "{}", "[]"):
-        (tmp_path / "spec.json").write_text(content)
-        with pytest.raises(JobError, match=r"what the job was trained by cannot be read .*ask for it anew"):
+    for content in (None, "{", "{}", "[]"):
+        if content is not None:
+            (tmp_path / "spec.json").write_text(content)
+        with pytest.raises(JobError, match=r"what the job was trained by cannot be read .*: ask anew"):
             Training(ground, None, lambda trains: None)(SimpleNamespace(job=job, folder=tmp_path))
 
 
