@@ -190,6 +190,7 @@ import torch
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 import test_training as t
+torch.set_num_threads({torch.get_num_threads()})  # sums are those of as many
 model = LlamaForCausalLM(LlamaConfig(**{llama.config.to_dict()!r})).eval()
 model.load_state_dict(torch.load({str(tmp_path / "model.pt")!r}))
 def die(event):
