@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from server.api import fine_tuning_schemas as schemas
 from server.api.files import After, ends, paged
 from server.api.generate import json_response
-from server.api.openai_schemas import refuse_fields
+from server.api.openai_schemas import BOOKKEEPING, refuse_fields
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready
 from server.errors import InvalidRequest, UnknownName, UnsupportedParameter
@@ -135,7 +135,7 @@ def _job(parts: Parts, id: str) -> Job:
 
 
 def _refuse_unserved(body: schemas.FineTuningBody) -> None:
-    refuse_fields(body, "")
+    refuse_fields(body, "", BOOKKEEPING)
     parts: list[tuple[str, BaseModel | None]] = [
         ("hyperparameters.", body.hyperparameters),
         ("method.", body.method),

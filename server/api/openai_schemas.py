@@ -171,7 +171,7 @@ class ChatBody(V1Fields):
 def refuse_unserved(body: V1Fields) -> None:
     """Raises UnsupportedParameter for the first field that asks for something we do not serve, and InvalidRequest for a
     message without content."""
-    refuse_fields(body, "")
+    refuse_fields(body, "", BOOKKEEPING)
     if body.response_format is not None:
         _refuse_word(body.response_format.type, ANSWERS, "response_format.type")
         refuse_fields(body.response_format, "response_format.")
@@ -203,11 +203,11 @@ def _refuse_word(word: str, served: tuple[str, ...], name: str) -> None:
         raise UnsupportedParameter(f"{name} {word!r} is not served; {', '.join(served)} are", name)
 
 
-def refuse_fields(body: BaseModel, prefix: str, notes: Collection[str] = ()) -> None:
+def refuse_fields(body: BaseModel, prefix: str, unused: Collection[str] = ()) -> None:
     """Raises UnsupportedParameter for a field that the body does not have and that asks for something, unless it is one
-    of `notes`."""
+    of those that are accepted and `unused`, and InvalidRequest for one of these that is large."""
     for name, value in (body.model_extra or {}).items():
-        if name in notes or (not prefix and name in BOOKKEEPING):
+        if name in unused:
             if _is_large(value):
                 raise InvalidRequest(f"{prefix}{name} has more than {MAX_NOTES} entries", f"{prefix}{name}")
             continue

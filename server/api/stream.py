@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
@@ -41,25 +41,34 @@ class Encoder(Protocol):
 
 
 @contextlib.asynccontextmanager
-async def listening(receive: Receive, generation: Generation) -> AsyncIterator[None]:
-    """While inside, a client that goes away stops its work; after, so does leaving early for any reason."""
+async def _listening(receive: Receive, leave: Callable[[], object]) -> AsyncIterator[None]:
+    """While inside, `leave` is called once the client has gone away."""
 
     async def listen() -> None:
         while (await receive())["type"] != "http.disconnect":
             continue
-        generation.cancel()
+        leave()
 
     listener = asyncio.create_task(listen())
     try:
         yield
     finally:
         listener.cancel()
+
+
+@contextlib.asynccontextmanager
+async def working(receive: Receive, generation: Generation) -> AsyncIterator[None]:
+    """While inside, a client that goes away stops its work; after, so does leaving early for any reason."""
+    try:
+        async with _listening(receive, generation.cancel):
+            yield
+    finally:
         generation.cancel()
 
 
 async def finished(receive: Receive, generation: Generation) -> None:
     """Wait for a whole answer, as long as there is somebody to send it to. Raises the generation's error."""
-    async with listening(receive, generation):
+    async with working(receive, generation):
         await generation.finished()
 
 
@@ -71,22 +80,18 @@ async def answered(receive: Receive, future: Future[T]) -> T:
     """
     gone = False
 
-    async def listen() -> None:
+    def leave() -> None:
         nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
-            continue
         gone = True
         future.cancel()
 
-    listener = asyncio.create_task(listen())
-    try:
-        return await asyncio.wrap_future(future)
-    except asyncio.CancelledError:
-        if gone:
-            raise ClientDisconnect from None
-        raise
-    finally:
-        listener.cancel()
+    async with _listening(receive, leave):
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if gone:
+                raise ClientDisconnect from None
+            raise
 
 
 class EventStream(Response):
@@ -100,7 +105,7 @@ class EventStream(Response):
         self.encoder = encoder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with listening(receive, self.generation):
+        async with working(receive, self.generation):
             # As a task of its own: each event would otherwise resume every layer of the routes and middleware first.
             await asyncio.create_task(self._answer(scope["state"]["request_id"], send))
 

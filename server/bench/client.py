@@ -6,7 +6,6 @@ Owns the clock of a measurement and its summary. Knows nothing of what is behind
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import math
 import re
@@ -22,6 +21,7 @@ import uvloop
 
 from server.bench.workloads import Arrival
 from server.errors import BadSetting, ServerError
+from server.settings import is_loopback
 
 T = TypeVar("T")
 
@@ -190,8 +190,7 @@ def address(url: str) -> str:
 def is_here(url: str) -> bool:
     """Whether a URL is of this machine."""
     try:
-        host = urlsplit(url if "//" in url else f"//{url}").hostname or ""
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return is_loopback(urlsplit(url if "//" in url else f"//{url}").hostname or "")
     except ValueError:
         return False
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters.peft_format import TENSOR_FILE
 from server.bench.client import Body, closed_loop, run, timed
 from server.bench.compare import PeerFailed, output
 from server.bench.export import export_base
@@ -28,6 +29,7 @@ from server.bench.serving import free_port, running
 from server.bench.slora import body_of, llama_body
 from server.bench.workloads import Arrival, closed
 from server.errors import BadSetting, ServerError
+from server.model.digest import sha256
 from server.model.loader import Base
 
 Wave = Callable[[], Mapping[str, float]]
@@ -144,8 +146,9 @@ def over_http(url: str, body: Body, served: Served, key: str = "") -> Wave:
 
 def in_process(engine: InProcess, served: Served) -> Wave:
     """The same requests to an engine in this process."""
-    prompts = [served.body(arrival, i)["prompt"] for i, arrival in enumerate(served.arrivals)]
-    mixes = [engine.mix([(arrival.adapter, 1.0)] if served.adapters else []) for arrival in served.arrivals]
+    body, arrivals = served.body, served.arrivals
+    prompts = [body(arrival, i)["prompt"] for i, arrival in enumerate(arrivals)]
+    mixes = [engine.mix([(arrival.adapter, 1.0)] if served.adapters else []) for arrival in arrivals]
     return lambda: {"whole": len(prompts) * served.new_tokens / engine.run(prompts, mixes, served.new_tokens)}
 
 
@@ -171,7 +174,7 @@ def our_server(served: Served, place: Place) -> Iterator[Wave]:
 
 @contextlib.contextmanager
 def llama_server(named: Mapping[str, str], served: Served, place: Place) -> Iterator[Wave]:
-    """A llama-server with all adapters loaded and none applied, which are converted for each base once.
+    """A llama-server with all adapters loaded and none applied. Each content is converted once for each base.
 
     Raises PeerFailed where they cannot be, and as `running`.
     """
@@ -182,7 +185,7 @@ def llama_server(named: Mapping[str, str], served: Served, place: Place) -> Iter
     command = [named["server"], "-m", named["gguf"], "-t", threads, "-tb", threads, "-b", "2048", "-ub", "512"]
     command += ["--parallel", str(count), "-c", str(1024 * count), "-fa", "on", "--lora-init-without-apply"]
     for adapter in served.adapters:
-        file = converted / f"{adapter.name}.gguf"
+        file = converted / f"{sha256(adapter / TENSOR_FILE)}.gguf"
         if not file.exists():
             partial = file.with_suffix(".partial")
             convert = [sys.executable, named["convert"], "--base", str(exported), str(adapter)]

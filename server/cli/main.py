@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from adapters.errors import AdapterError
 from server.bench import command as bench
 from server.cli import adapters, evaluate, generate, models, offline, search, serve, train
+from server.cli.signals import heard
 from server.errors import RemoteError, ServerError
 from server.settings import leave_threads_alone
 
@@ -73,12 +74,21 @@ def main() -> None:
     _settle_streams()
     for name in leave_threads_alone():
         sys.stderr.write(f"{name} is left out: --threads says how many threads compute\n")
-    # A terminal that is closed asks to end as well, unless `nohup` has said otherwise.
-    asked = [signal.SIGTERM, *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP])]
-    before = {number: signal.signal(number, _as_ctrl_c) for number in asked}
+    with heard(_as_ctrl_c, signal.SIGTERM):
+        status = _run()
+    status = status if isinstance(status, int) else 0
+    if any(thread.name == APART for thread in threading.enumerate()):  # interrupted while it computes
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _run() -> object:
+    """What the command answers. Ends the process, with words, for what it raises."""
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
+        return status
     except _UsageError as error:
         _tell(error, error.format_message(), getattr(getattr(error, "param", None), "name", None))
         error.show()
@@ -94,14 +104,6 @@ def main() -> None:
         _fail(error, f"a file of tensors cannot be read or written: {error}")
     except MemoryError as error:
         _fail(error, f"there is too little memory: {str(error) or 'none is left'}")
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    status = status if isinstance(status, int) else 0
-    if any(thread.name == APART for thread in threading.enumerate()):  # interrupted while it computes
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 def _as_ctrl_c(number: int, frame: FrameType | None) -> None:

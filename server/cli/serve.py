@@ -22,6 +22,7 @@ import typer
 
 from server.cli import logs, malloc
 from server.cli.options import EVERYTHING, with_settings
+from server.cli.signals import SAME_SIGNAL, heard
 from server.cli.terminal import progress
 from server.doctor import check_state_dir
 from server.errors import BadSetting
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE = 75
 """Seconds that an idle connection stays open: longer than the minute that proxies keep theirs."""
-
-SAME_SIGNAL = 0.1
-"""Seconds within which a signal that comes twice is one."""
 
 LAST_WORDS = 5
 """Seconds for answers that were cut short, or connections that are slow, to be sent to their end."""
@@ -197,16 +195,8 @@ def _sigterm_and_sigint(runtime: Runtime, drain: float) -> Iterator[None]:
         log.info("%s: draining, at most %g s", signal.Signals(number).name, drain)
         runtime.drain()
 
-    # A terminal that is closed asks it to end as well, unless `nohup` has said otherwise.
-    asked = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        asked.append(signal.SIGHUP)
-    before = {s: signal.signal(s, stop) for s in asked}
-    try:
+    with heard(stop, signal.SIGTERM, signal.SIGINT):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _end_children() -> None:

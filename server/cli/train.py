@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from server.cli.inprocess import open_base, threads_of
 from server.cli.options import BASE, AsJson, with_settings
-from server.cli.serve import SAME_SIGNAL
+from server.cli.signals import SAME_SIGNAL, heard
 from server.cli.terminal import Progress, out, print_json, progress, size
 from server.settings import Settings, keep_few_kernels
 
@@ -99,7 +100,7 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
     asked = threading.Event()
     since = 0.0
 
-    def ask(number: int, frame: object) -> None:
+    def ask(number: int, frame: FrameType | None) -> None:
         nonlocal since
         if not asked.is_set():
             since = time.monotonic()
@@ -108,19 +109,8 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
             give_back()
             signal.raise_signal(number)
 
-    def give_back() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    # A terminal that is closed asks for it as well, unless `nohup` has said otherwise.
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before: dict[int, Any] = {number: signal.signal(number, ask) for number in numbers}
-    try:
+    with heard(ask, signal.SIGINT, signal.SIGTERM) as give_back:
         yield asked.is_set
-    finally:
-        give_back()
 
 
 def _tell(weights: LoraWeights, output: Path, as_json: bool, *, skipped: bool) -> None:

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli import app
-from server.cli.serve import SAME_SIGNAL
+from server.cli.signals import SAME_SIGNAL
 from tests.e2e.conftest import REPO, STATE, Live, serving
 from tests.waiting import until
 

@@ -56,7 +56,7 @@ from pathlib import Path
 
 base = Path(sys.argv[sys.argv.index("--base") + 1])
 assert (base / "model.safetensors").is_file() and Path(sys.argv[3]).joinpath("adapter_model.safetensors").is_file()
-Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text("converted")
+Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text(Path(sys.argv[3]).name)
 """
 
 
@@ -99,7 +99,7 @@ def test_all_are_asked_the_same(tiny_folder: Path, tmp_path: Path) -> None:
         "q4.gguf", "1", "1", "2", "2048",
     ]  # fmt: skip
     files = [Path(command[i + 1]) for i, word in enumerate(command) if word == "--lora"]
-    assert [file.name for file in files] == ["s0.gguf", "s1.gguf"] and all(file.is_file() for file in files)
+    assert [file.read_text() for file in files] == ["s0", "s1"], "the file of each number is that of its adapter"
     bodies = [body for _, body in asked]
     assert all(len(body["prompt"]) == 128 and body["max_tokens"] == 64 and body["ignore_eos"] for body in bodies)
     assert {tuple(lora["scale"] for lora in body["lora"]) for body in bodies} == {(1.0, 0.0), (0.0, 1.0)}
@@ -111,7 +111,7 @@ def test_a_server_whose_adapters_nothing_converts_is_refused(tiny_base: Base, tm
         servers.compare({"llama": {"server": "x", "gguf": "y"}}, served, Place("m", tmp_path, tmp_path), 1, print)
 
 
-def test_converted_adapters_are_kept_for_their_base_alone(
+def test_converted_adapters_are_kept_for_their_base_and_content_alone(
     tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     converted: list[str] = []
@@ -124,14 +124,17 @@ def test_converted_adapters_are_kept_for_their_base_alone(
     monkeypatch.setattr(servers, "output", output)
     named = {"server": str(tmp_path / "none"), "gguf": "x", "convert": "y"}
     other = replace(tiny_base, id="f" * 64)
-    for base in (tiny_base, other, other):
+    tensors = tmp_path / "s0" / "adapter_model.safetensors"
+    tensors.parent.mkdir()
+    for base, content in ((tiny_base, "a"), (other, "a"), (other, "a"), (other, "b")):
+        tensors.write_text(content)
         served = Served(base, [tmp_path / "s0"], 1, 8, 2, 1)
         with (
             pytest.raises(servers.ServerError, match="cannot be run"),
             servers.llama_server(named, served, Place("m", tmp_path, tmp_path)),
         ):
             raise AssertionError("it is not there")
-    assert [Path(path).name for path in converted] == [tiny_base.id[:32], "f" * 32]
+    assert [Path(path).name for path in converted] == [tiny_base.id[:32], "f" * 32, "f" * 32], "and for their content"
 
 
 def test_waves_take_turns_and_medians_are_compared() -> None:

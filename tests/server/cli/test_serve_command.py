@@ -20,7 +20,8 @@ import pytest
 from adapters.store import Store
 from server.api.runtime import Runtime
 from server.cli import logs, malloc
-from server.cli.serve import SAME_SIGNAL, _server, _sigterm_and_sigint, listen, many_files, serve, spool_in
+from server.cli.serve import _server, _sigterm_and_sigint, listen, many_files, serve, spool_in
+from server.cli.signals import SAME_SIGNAL
 from server.errors import BadSetting
 from server.settings import Settings
 from tests.waiting import until

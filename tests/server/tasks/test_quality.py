@@ -416,7 +416,8 @@ def test_kill_minus_nine_while_scores_are_written(tmp_path: Path) -> None:
 
 def test_performance_of_600_000_records_is_quick_and_small(tmp_path: Path) -> None:
     """600,000 answers of one day, each with its score, of six versions, beside ninety days of hourly sums; written by
-    the tables' own shape, then read through the class. Processor time: a neighbour's load is not ours."""
+    the tables' own shape, then read through the class. Processor time, the least of three: a neighbour's load is not
+    ours, nor is what a host takes away meanwhile."""
     file = tmp_path / "quality.db"
     quality = Quality(file)
     subjects = [Subject.of("t", [(Version("a", f"{i:x}" * 64), 1.0)], "base") for i in range(6)]
@@ -436,15 +437,17 @@ def test_performance_of_600_000_records_is_quick_and_small(tmp_path: Path) -> No
     db.executemany("INSERT INTO traffic VALUES (?, ?, 46, 1, 9, 9, ?, ?, ?)", ((*h, blob, blob, blob) for h in hours))
     db.commit()
     db.close()
-    quality = Quality(file)
-    start = time.thread_time()
-    told = quality.performance("t")
-    seconds = time.thread_time() - start
+    took = []
+    for _ in range(3):  # each from the file
+        quality = Quality(file)
+        start = time.thread_time()
+        told = quality.performance("t")
+        took.append(time.thread_time() - start)
+        quality.close()
     assert len(told) == 6 and sum(v["requests"] for v in told) == 6 * 2160 * 46
     assert told[0]["e2e"]["p99"] == pytest.approx(0.3, rel=0.06)
     assert {q["source"]: q["samples"] for q in told[0]["quality"]} == {"evaluation": 1, "feedback": 2160 * 46}
-    assert seconds < 0.1, f"{seconds * 1000:.0f} ms"
-    quality.close()
+    assert min(took) < 0.1, took
     assert file.stat().st_size < 150e6, file.stat().st_size
 
 

@@ -1,0 +1,36 @@
+"""How a process is asked to end, and who hears of it meanwhile.
+
+Owns which signals that are and whose handlers come back. What is done about them is the commands'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+SAME_SIGNAL = 0.1
+"""Seconds within which a signal that comes twice is one."""
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+@contextlib.contextmanager
+def heard(handler: Handler, *numbers: signal.Signals) -> Iterator[Callable[[], None]]:
+    """While inside, `handler` hears these signals, and that a terminal is closed, unless `nohup` has said otherwise.
+
+    Yields what gives the handlers of before back at once.
+    """
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers = (*numbers, signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
+
+    def give_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        yield give_back
+    finally:
+        give_back()
