@@ -56,7 +56,7 @@ def compose(
 
 def exact(pairs: Pairs, name: str) -> LoraWeights:
     """The weighted sum of the updates, without error: ranks are concatenated, so they add up. One content under two
-    names adds its weights, as where it is served.
+    names adds its weights, as where it is served. Raises InvalidChoice for the pairs, as all of the following do.
     """
     _check(pairs)
     summed: dict[str, tuple[LoraWeights, float]] = {}
@@ -75,9 +75,9 @@ def exact(pairs: Pairs, name: str) -> LoraWeights:
     return _result(pairs, name, modules, {"method": "exact"})
 
 
-def rerank(weights: LoraWeights, rank: int, name: str | None = None) -> tuple[LoraWeights, pruning.Cut]:
+def rerank(weights: LoraWeights, rank: int) -> tuple[LoraWeights, pruning.Cut]:
     """The nearest adapter of at most this rank, by QR and SVD of the factors; the error is in the second part."""
-    return pruning.truncate(weights, rank, name)
+    return pruning.truncate(weights, rank)
 
 
 def linear(pairs: Pairs, name: str) -> LoraWeights:
@@ -88,7 +88,8 @@ def linear(pairs: Pairs, name: str) -> LoraWeights:
 
 
 def ties(pairs: Pairs, name: str, *, density: float, majority: str = "total") -> LoraWeights:
-    """TIES on the factors: keep the largest values, elect a sign for each place, average what agrees with it."""
+    """TIES on the factors: keep the largest values, elect a sign for each place, average what agrees with it. Raises
+    AdapterError for a density or a majority that is none."""
     _check_density(density)
     _check_majority(majority)
 
@@ -99,7 +100,9 @@ def ties(pairs: Pairs, name: str, *, density: float, majority: str = "total") ->
 
 
 def dare(pairs: Pairs, name: str, *, density: float, seed: int, majority: str | None = None) -> LoraWeights:
-    """DARE on the factors: drop values at random and rescale the rest; then sum, or with `majority` merge as TIES."""
+    """DARE on the factors: drop values at random and rescale the rest; then sum, or with `majority` merge as TIES.
+
+    Raises AdapterError for a density, a majority or a seed that is none."""
     _check_density(density)
     if majority is not None:
         _check_majority(majority)

@@ -50,7 +50,8 @@ class LoraSpec:
 
     def ranks(self, names: Iterable[str]) -> dict[str, int]:
         """The rank of each of the base's linears that gets one. Raises BaseMismatch if none does, for a listed name
-        that is none's, and for a rank of its own for a path that is no target.
+        that is none's, and for a rank of its own for a path that is no target; InvalidAdapter for a pattern that is
+        none, and UnsupportedAdapter for what no LoRA may be put on.
         """
         targets = self.targets if isinstance(self.targets, str) else frozenset(self.targets)
         config = peft_config.LoraConfig(self.rank, self.alpha, self.rslora, (), (), targets, frozenset(), None, ())
@@ -205,9 +206,9 @@ def load(layers: Mapping[str, LoRALinear], weights: LoraWeights) -> None:
         layer.scale = scale
 
 
-def extract(tree: nn.Module, name: str, metadata: Mapping[str, Any] | None = None) -> LoraWeights:
+def extract(tree: nn.Module, name: str) -> LoraWeights:
     """The factors of a tree's LoRALinears as they are now, copied, float32."""
-    return sealed(name, {path: layer.low_rank() for path, layer in injected(tree).items()}, metadata)
+    return sealed(name, {path: layer.low_rank() for path, layer in injected(tree).items()})
 
 
 def eject(tree: nn.Module) -> None:

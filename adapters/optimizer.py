@@ -11,25 +11,20 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+
 
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019) in float32, over views of flat buffers."""
 
-    def __init__(
-        self,
-        parameters: Sequence[torch.Tensor],
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
+    def __init__(self, parameters: Sequence[torch.Tensor], *, weight_decay: float = 0.0) -> None:
         total = sum(p.numel() for p in parameters)
         self.values = torch.empty(total)
         self.gradients = torch.zeros(total)
         self.first = torch.zeros(total)
         self.second = torch.zeros(total)
         self.steps = 0
-        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.weight_decay = weight_decay
         start = 0
         for p in parameters:
             view = self.values[start : start + p.numel()].view_as(p)
@@ -58,10 +53,10 @@ class AdamW:
     def step(self, learning_rate: float) -> None:
         """One update, after which the gradients are zero."""
         self.steps += 1
-        b1, b2 = self.betas
+        b1, b2 = BETAS
         self.first.lerp_(self.gradients, 1.0 - b1)
         self.second.mul_(b2).addcmul_(self.gradients, self.gradients, value=1.0 - b2)
-        root = (self.second / (1.0 - b2**self.steps)).sqrt_().add_(self.eps)
+        root = (self.second / (1.0 - b2**self.steps)).sqrt_().add_(EPSILON)
         with torch.no_grad():
             if self.weight_decay:
                 self.values.mul_(1.0 - learning_rate * self.weight_decay)

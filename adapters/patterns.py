@@ -76,7 +76,8 @@ def first_suffix_match(patterns: Sequence[str], names: Sequence[str], key: str) 
 
 
 def layer_numbers(patterns: Sequence[str], names: Sequence[str], key: str) -> list[int | None]:
-    """For each name the first number that follows a part which one of PEFT's layers_pattern fits; else None."""
+    """For each name the first number that follows a part which one of PEFT's layers_pattern fits; else None. Raises
+    InvalidAdapter as the other functions do."""
     formed = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
     rows = _matches(formed, names, key, whole=False, inner=patterns)
     first = [next((row[n] for row in rows if row[n] is not None), None) for n in range(len(names))]

@@ -76,7 +76,6 @@ def truncate_globally(
     *,
     budget: int | None = None,
     energy: float | None = None,
-    max_rank: int | None = None,
     name: str | None = None,
 ) -> tuple[LoraWeights, Cut]:
     """One threshold over the singular values of all modules; a module that has none above it is dropped.
@@ -90,7 +89,7 @@ def truncate_globally(
         raise AdapterError(f"the energy to keep is a share over 0 and up to 1, not {energy!r}", "energy")
     found = spectra(weights)
     values = sorted(
-        ((float(s), path) for path, sp in found.items() for s in sp.S[:max_rank].tolist()), key=lambda v: (-v[0], v[1])
+        ((float(s), path) for path, sp in found.items() for s in sp.S.tolist()), key=lambda v: (-v[0], v[1])
     )
     cost = {path: sp.U.shape[0] + sp.Vh.shape[1] for path, sp in found.items()}
     total = sum(s * s for s, _ in values)
@@ -126,7 +125,8 @@ def drop_modules(weights: LoraWeights, modules: Collection[str], name: str | Non
 
 
 def weakest_modules(weights: LoraWeights, share: float) -> list[str]:
-    """The modules with the smallest updates (Frobenius norm), as many as this share of them all, weakest first."""
+    """The modules with the smallest updates (Frobenius norm), as many as this share of them all, weakest first. Raises
+    AdapterError for a share that is not from 0 to under 1."""
     if not 0.0 <= share < 1.0:
         raise AdapterError(f"the share of modules to drop is from 0 to under 1, not {share!r}", "share")
     ranked = sorted(weights.modules, key=lambda path: norm(weights.modules[path]))

@@ -242,7 +242,8 @@ class Registry:
     async def roll_back(self, name: str, version: str, if_match: str | None = None) -> Published:
         """Give `name` one of its kept versions again: "name@digest" or the digest, six digits of it or more.
 
-        It is read first. Raises UnknownAdapter, VersionMismatch, NoRoom, StoreFailed.
+        It is read first. Raises UnknownAdapter, InvalidChoice for a digest that is too short or fits several versions,
+        VersionMismatch, NoRoom, StoreFailed.
         """
         return await self._off(self._publishers, lambda: self._roll_back(name, version, if_match))
 

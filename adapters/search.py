@@ -25,6 +25,8 @@ from adapters.weights import LoraWeights, LowRank, sealed
 Trial = Callable[[int, int, int], tuple[float, int]]
 """(rank, steps, seed) -> the score of an adapter trained so, and how many parameters it has."""
 
+WIDEST = 2.0
+"""The most that `allocate` gives a module, in times of `lora_rank`."""
 CALIBRATION_ROWS = 512
 """Rows of each module's inputs that the activation-variance start looks at."""
 
@@ -168,19 +170,17 @@ def plot(table: Sequence[Row], chosen: int, title: str = "quality against parame
     )
 
 
-def allocate(
-    model: Model, data: Tokens, config: TrainingConfig, widest: float = 2.0
-) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+def allocate(model: Model, data: Tokens, config: TrainingConfig) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     """Ranks by the variance of each module's inputs, and the directions that explain it (EVA, Paischer et al. 2024).
 
-    The sum of ranks is that of the uniform `config`; no module gets over `widest` times `lora_rank`. A module that
+    The sum of ranks is that of the uniform `config`; no module gets over WIDEST times `lora_rank`. A module that
     explains too little gets 0. Answers path -> rank, and path -> orthonormal rows [rank, in] for A to begin with.
     """
     found = layers.linears(model.tree)
     uniform = config.spec().ranks(found)
     with torch.random.fork_rng(devices=[]):  # the decomposition draws, and a run that goes on must draw the same
         torch.manual_seed(config.seed)
-        return _allocated(model, data, config, found, uniform, widest)
+        return _allocated(model, data, config, found, uniform)
 
 
 def _allocated(
@@ -189,10 +189,9 @@ def _allocated(
     config: TrainingConfig,
     found: Mapping[str, nn.Module],
     uniform: Mapping[str, int],
-    widest: float,
 ) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     inputs = _inputs(model, data, {path: found[path] for path in uniform}, config.micro_tokens)
-    limit = max(1, int(config.lora_rank * widest))
+    limit = max(1, int(config.lora_rank * WIDEST))
     shares: list[tuple[float, str]] = []
     directions = {}
     for path, x in inputs.items():

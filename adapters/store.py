@@ -1,7 +1,8 @@
 """`Store`: our own copy of every version on disk, and the journal that says which names they have.
 
-Owns the folder layout, the order of its writes, and what is freed. Does not know what a LoRA is, nor who uses a
-version: it moves files and is told digests. Not thread-safe for writes; the registry makes them on one thread.
+Owns the folder layout, the order of its writes, and what is freed. Does not know how an adapter is read or computed,
+nor who uses a version: it moves files, and is told digests and what a record says. Not thread-safe for writes; the
+registry makes them on one thread.
 
     versions/<digest>/   a PEFT folder that is never changed, but for its card, its task and our record.json
     names.json           the journal, replaced by a rename

@@ -55,11 +55,14 @@ class _Refused:
 HERE = "."
 """The adapter directory itself, among what is refused."""
 
+GONE_SECONDS = 3.0
+"""How long a folder must have been away before its adapter is retired."""
+
 
 class Watch:
-    """Looks at `directory` every `interval` seconds, or less often if there is that much to look at. `still` and `gone`
-    are the seconds that a folder must not have changed before it is read, and must have been away before its adapter is
-    retired. `library` is where those are looked at again that a folder was put over. `clock` is monotonic.
+    """Looks at `directory` every `interval` seconds, or less often if there is that much to look at. `still` are the
+    seconds that a folder must not have changed before it is read. `library` is where those are looked at again that a
+    folder was put over. `clock` is monotonic.
     """
 
     def __init__(
@@ -70,7 +73,6 @@ class Watch:
         library: Path | None = None,
         interval: float = 1.0,
         still: float = 1.0,
-        gone: float = 3.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
@@ -78,7 +80,6 @@ class Watch:
         self._library = library
         self._interval = interval
         self._still = still
-        self._gone = gone
         self._clock = clock
         self._seen: dict[str, _Seen] = {}
         self._refused: dict[str, _Refused] = {}
@@ -247,7 +248,7 @@ class Watch:
     def _miss(self, folder: str) -> None:
         """`folder` is not there, or holds nothing: the adapter that came from it goes too, if it stays so."""
         since = self._away.setdefault(folder, self._clock())
-        if folder in self._known and self._clock() - since < self._gone:
+        if folder in self._known and self._clock() - since < GONE_SECONDS:
             return
         self._settle(folder)
         self._away.pop(folder, None)

@@ -123,9 +123,9 @@ class _Counts:
         self.counts = [0] * (len(buckets) + 1)
         self.total = 0.0
 
-    def observe(self, value: float, times: int = 1) -> None:
-        self.counts[bisect.bisect_left(self.buckets, value)] += times
-        self.total += value * times
+    def observe(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.buckets, value)] += 1
+        self.total += value
 
     def add(self, other: _Counts) -> None:
         """Count what another of the same buckets has."""
@@ -177,11 +177,10 @@ class _Pair:
 class Metrics(Observer):
     """The series, and the one place that changes them. Thread-safe."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot] = Snapshot, max_pairs: int = MAX_PAIRS) -> None:
+    def __init__(self, snapshot: Callable[[], Snapshot] = Snapshot) -> None:
         self.snapshot = snapshot
         self.served: Callable[[str | None, tuple[str, ...]], bool] = lambda task, adapters: True
         """Whether a task and adapters still have their names: what outlives them is counted as `other`."""
-        self._max_pairs = max_pairs
         self._lock = threading.Lock()
         self._pairs: dict[tuple[str, str], _Pair] = {}
         self._gone: dict[str, _Pair] = {}
@@ -226,7 +225,7 @@ class Metrics(Observer):
         """Mixes that requests make up are without number: half of the pairs is left to tasks' own and to adapters."""
         live = len(self._pairs) - ((OTHER, OTHER) in self._pairs)
         made_up = ended.made_up and (ended.task is not None or len(ended.adapters) > 1)
-        room = self._max_pairs // 2 if made_up else self._max_pairs
+        room = MAX_PAIRS // 2 if made_up else MAX_PAIRS
         return live < room and self.served(ended.task, ended.adapters)
 
     def on_load(self, name: str, outcome: str, seconds: float) -> None:

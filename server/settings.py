@@ -1,7 +1,8 @@
 """Every setting of the server: flags over `LORAMUX_*` variables over `loramux.toml`, unknown ones are errors.
 
-The only reader of environment variables. Owns names, defaults, units and the checks between settings; knows nothing
-of what they are used for. `None` where a default says "auto": the part that needs the value works it out.
+The only reader of environment variables, but for the keys that `loramux bench` sends to others' servers. Owns names,
+defaults, units and the checks between settings; knows nothing of what they are used for. `None` where a default says
+"auto": the part that needs the value works it out.
 """
 
 from __future__ import annotations

@@ -167,6 +167,8 @@ def test_the_environment_is_read_in_settings_alone() -> None:
         if name == "server.settings":
             continue
         for node in ast.walk(tree(path)):
+            if isinstance(node, ast.keyword) and node.arg == "envvar" and name != "server.bench.command":
+                wrong.append(f"{name}:{node.value.lineno}")
             reads = isinstance(node, ast.Attribute) and node.attr in {"environ", "environb", "getenv", "putenv"}
             if reads and ast.unparse(node.value) == "os":  # type: ignore[attr-defined]
                 wrong.append(f"{name}:{node.lineno}")

@@ -407,7 +407,8 @@ def _on_gpu(settings: Settings, base: Base, context: int) -> tuple[Runner, dict[
 
 def kv_blocks(settings: Settings, block_bytes: int, context: int) -> int:
     """How many blocks of KV cache to allocate: what `--kv-cache` says, or a share of free memory, and at most what a
-    full batch of 2,048 tokens each needs. At least one context fits unless `--kv-cache` says otherwise.
+    full batch of 2,048 tokens each needs. At least one context fits unless `--kv-cache` says otherwise. Raises
+    BadSetting for more than this machine has.
     """
     one = -(-context // settings.block_size)
     if settings.kv_cache is not None:

@@ -72,7 +72,8 @@ async def stats(runtime: Running, parts: Ready) -> dict[str, Any]:
 
 
 def memory(parts: Parts) -> dict[str, int]:
-    """Bytes by kind. On a CPU an adapter has one copy, whether it holds a slot or not, and nothing is on a device."""
+    """Bytes by kind. On a CPU nothing is on a device, and an adapter has one copy, whether it holds a slot or not: what
+    torch's own ops keep beside it of a batch's adapters is among `activations`."""
     on_device = {"device_allocated": 0, "device_reserved": 0}
     adapters = parts.registry.memory()["bytes"]
     return {**on_device, **parts.runner.nbytes(), "adapters": adapters, "process": process_bytes()}

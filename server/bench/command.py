@@ -157,10 +157,10 @@ def peers(
     with InProcess(base, paths, threads=threads, max_batch=requests, max_step_tokens=requests * PROMPT) as ours:
         mixes = [ours.mix([(n, 1.0)] if n >= 0 else []) for n in job.adapter_of]
         contestants: dict[str, compare.Contestant] = {
-            "loramux": lambda job: compare.rates(job, *ours.rates(job.prompts, mixes, job.new_tokens))
+            compare.OURS: lambda job: compare.rates(job, *ours.rates(job.prompts, mixes, job.new_tokens))
         }
         contestants |= compare.contestants(named, exported, threads, bool(paths))
-        contestants["loramux"](job)
+        contestants[compare.OURS](job)
         measured = compare.rounds(job, contestants, rounds, lambda line: console.print(line, markup=False))
     table = measured.table
     result = results.report(

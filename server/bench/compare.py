@@ -27,6 +27,8 @@ from server.errors import BadSetting, ServerError
 if TYPE_CHECKING:
     from server.model.loader import Base
 
+OURS = "loramux"
+"""What we are called among the contestants."""
 SEED = 3
 """Of the prompts that everybody is asked."""
 DRAWS = 20
@@ -248,15 +250,15 @@ def rounds(job: Job, contestants: Mapping[str, Contestant], count: int, heard: C
     return Measured(rows, failed)
 
 
-def ratios(table: Mapping[str, Row], ours: str = "loramux") -> dict[str, dict[str, float]]:
+def ratios(table: Mapping[str, Row]) -> dict[str, dict[str, float]]:
     """How many times faster we are than each of the others, by medians; of nobody where we have none."""
-    if ours not in table:
+    if OURS not in table:
         return {}
-    mine = table[ours].median
+    mine = table[OURS].median
     return {
         name: {"prefill": mine.prefill / row.median.prefill, "decode": mine.decode / row.median.decode}
         for name, row in table.items()
-        if name != ours
+        if name != OURS
     }
 
 

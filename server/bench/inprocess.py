@@ -31,7 +31,7 @@ GREEDY = Sampling()
 
 
 class InProcess:
-    """An engine with every adapter in RAM. Use as a context; the prefix cache is off unless asked for."""
+    """An engine with every adapter in RAM. Use as a context; the prefix cache is off."""
 
     def __init__(
         self,
@@ -40,19 +40,14 @@ class InProcess:
         *,
         threads: int = 2,
         max_batch: int = 32,
-        max_rank: int = 64,
         max_step_tokens: int = 512,
-        prefix_cache: bool = False,
     ) -> None:
         """`max_batch` and `max_step_tokens`, the server's settings of these names, may hold all requests and their
         prompts: then all decode together. There is a slot for each adapter, and at least as many as a server has."""
         max_slots = max(SLOTS, len(adapters))
         shapes = base.shapes()
         self._weights = apart(
-            lambda: [
-                base.prepare(read_folder(path, name=f"a{i}", max_rank=max_rank, shapes=shapes))
-                for i, path in enumerate(adapters)
-            ]
+            lambda: [base.prepare(read_folder(path, name=f"a{i}", shapes=shapes)) for i, path in enumerate(adapters)]
         )
         self._by_digest = {w.digest: w for w in self._weights}
         self.runner = make_runner(base, max_slots, threads)
@@ -69,7 +64,7 @@ class InProcess:
             max_batch=max_batch,
             max_slots=max_slots,
             max_step_tokens=max_step_tokens,
-            prefix_cache=prefix_cache,
+            prefix_cache=False,
             draw=self.runner.draw,
         )
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from adapters.peft_format import TENSOR_FILE
 from server.bench.client import Body, closed_loop, run, timed
-from server.bench.compare import PeerFailed, output
+from server.bench.compare import OURS, PeerFailed, output
 from server.bench.export import export_base
 from server.bench.inprocess import InProcess
 from server.bench.serving import free_port, running
@@ -37,7 +37,7 @@ Wave = Callable[[], Mapping[str, float]]
 
 RATES = ("steady decode", "decode", "whole")
 SHOWN = ("steady decode", "whole")
-OURS, INSIDE = "loramux", "in process"
+INSIDE = "in process"
 PATIENCE = 900.0
 """vLLM compiles for minutes before it answers."""
 VLLM_SERVER = Path(__file__).parent / "peers" / "vllm_server.py"

@@ -47,9 +47,9 @@ SHARE = 0.9
 """Of the memory that is free, if nothing is said."""
 
 
-def gpu_memory(wanted: int | float | None, device: int = 0) -> int:
+def gpu_memory(wanted: int | float | None) -> int:
     """Bytes of the GPU's memory to use in all: `wanted` bytes, or that share of what is free, never more."""
-    free, _ = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(0)
     if isinstance(wanted, int):
         return min(wanted, free)
     return int(free * (SHARE if wanted is None else wanted))

@@ -4,7 +4,7 @@ Steps, draws and changes of slots are jobs for a thread of the kernels' own, whi
 are given. Whoever reads what came of one computes with that thread until it is there.
 
 Owns the memory that the C++ model points into: the KV cache, the angles, the slots' adapters, a step's arrays, as long
-as a job may read it. Does not know how anything is computed (kernels/cpu) nor requests, sampling or scheduling.
+as a job may read it. Does not know how anything is computed (kernels/cpu), nor requests or scheduling.
 """
 
 from __future__ import annotations

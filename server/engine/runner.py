@@ -1,6 +1,6 @@
 """`Runner`: what the engine calls once a step. `TorchRunner` runs the Python decoder, on reference or torch's kernels.
 
-Owns the KV storage and the slot table. Does not know requests, sampling or scheduling.
+Owns the KV storage and the slot table. Does not know requests or scheduling.
 """
 
 from __future__ import annotations

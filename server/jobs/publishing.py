@@ -117,7 +117,7 @@ class Publishing:
                 log.error("%s, the result of a job that was being measured, stays: %s", name, error.message)
 
     def publish(self, active: Active, spec: Spec) -> None:
-        """The rest of a training job. Raises InvalidAdapter and all that publishing raises, Stopped."""
+        """The rest of a training job. Raises InvalidAdapter, all that publishing raises, JobError, and Stopped."""
         job, folder = active.job, active.folder / RESULT
         if "files" in job.result:  # all was done when the server was ended
             return

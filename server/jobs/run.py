@@ -52,8 +52,9 @@ def run(
     """Trains and writes `output/<name>`: the PEFT folder in bf16, task.json and a model card.
 
     On the GPU if the base's kernels are for one. A run that was killed goes on from its last checkpoint when it is
-    started again. Answers what has been written, as it is read back. Raises InvalidData for the data, TrainingStopped
-    if `stop` said so, and BadSetting while another process makes an adapter of that name there.
+    started again. Answers what has been written, as it is read back. Raises InvalidData for the data, BaseMismatch
+    and other AdapterErrors for what the recipe asks of the base, TrainingStopped if `stop` said so, and BadSetting
+    while another process makes an adapter of that name there.
     """
     with _alone(output, recipe.name):
         folder, resumed = output / recipe.name, output / CHECKPOINTS / recipe.name

@@ -201,7 +201,8 @@ class Jobs:
         return job
 
     def resume(self, id: str) -> Job:
-        """Queue a job again that is paused, or that has failed: it goes on from its checkpoint. Raises Conflict.
+        """Queue a job again that is paused, or that has failed: it goes on from its checkpoint. Raises Conflict,
+        and UnknownName.
 
         A pause that the work has not come to is taken back: the work still stops there, and goes on at once.
         """

@@ -16,12 +16,6 @@ from server.kernels.stored import decode_tiles, dequantize_stored
 from server.kernels.weight import STORED, Weight
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, in], weight [out, in], bias [out] -> [T, out]."""
-    y = x @ weight.t()
-    return y if bias is None else y + bias
-
-
 def low_rank(x: torch.Tensor, update: LowRank, weight: float) -> torch.Tensor:
     """weight * scale * B (A x) of each row of x [T, in]: [T, out] (LoRA, Hu et al. 2021)."""
     return ((x @ update.A.t()) @ update.B.t()) * (weight * update.scale)

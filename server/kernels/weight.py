@@ -43,10 +43,5 @@ class Weight:
         return sum(t.nbytes for t in self.tensors.values())
 
     @property
-    def bits(self) -> float:
-        """Bits a parameter, all scales counted."""
-        return 8.0 * self.nbytes / (self.shape[0] * self.shape[1])
-
-    @property
     def double_quantized(self) -> bool:
         return "scale_codes" in self.tensors

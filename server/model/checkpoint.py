@@ -31,6 +31,8 @@ MANIFEST = "loramux.json"
 MANIFEST_FORMAT = 1
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+NAMED = 5
+"""Names that an error lists at most."""
 
 _IDENTITY = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -446,6 +448,6 @@ def _check_names(expected: set[str], found: set[str]) -> None:
         raise BadModel(f"the model has tensors that its config does not: {_some(surplus)}")
 
 
-def _some(names: Collection[str], most: int = 5) -> str:
+def _some(names: Collection[str]) -> str:
     listed = sorted(names)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+    return ", ".join(listed[:NAMED]) + (f" and {len(listed) - NAMED} more" if len(listed) > NAMED else "")

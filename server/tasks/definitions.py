@@ -214,7 +214,8 @@ def _best(route: Mapping[str, Any]) -> Best:
 
 
 def parse_choice(entries: Any, param: str) -> Choice:
-    """`[{"name", "weight"}, ...]` as a choice; a weight that is not given is 1.0. Raises InvalidRequest."""
+    """`[{"name", "weight"}, ...]` as a choice; a weight that is not given is 1.0. Raises InvalidRequest,
+    and InvalidChoice for a weight that is no finite number or out of range."""
     if not isinstance(entries, Sequence) or isinstance(entries, str) or len(entries) > 64:
         raise InvalidRequest(f"{param} must be a list of up to 64 adapters with their weights", param)
     choice: Choice = []

@@ -72,7 +72,7 @@ def radius(variance: float, count: float, alpha: float = ALPHA) -> float:
     return math.sqrt(variance * x / (count * count * rho2) * math.log(x / (alpha * alpha)))
 
 
-def interval(totals: Totals, alpha: float = ALPHA) -> tuple[float, float]:
+def interval(totals: Totals) -> tuple[float, float]:
     """Where the true mean is, within 0 to 1.
 
     With two more successes and failures in its variance: with one, that of one subject alone is too small for too long
@@ -80,7 +80,7 @@ def interval(totals: Totals, alpha: float = ALPHA) -> tuple[float, float]:
     """
     if not totals.count:
         return 0.0, 1.0
-    width = radius(totals.plus(1.0, 2).plus(0.0, 2).variance, totals.count, alpha)
+    width = radius(totals.plus(1.0, 2).plus(0.0, 2).variance, totals.count, ALPHA)
     return max(0.0, totals.mean - width), min(1.0, totals.mean + width)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 LOWEST = 1e-4
 FACTOR = 1.1
 BUCKETS = 184
+SHARES = (0.5, 0.95, 0.99)
 
 
 class Latencies:
@@ -38,11 +39,11 @@ class Latencies:
     def dump(self) -> bytes:
         return self.counts.tobytes()
 
-    def percentiles(self, shares: Sequence[float] = (0.5, 0.95, 0.99)) -> list[float | None]:
-        """Seconds under which these shares lie; None of nothing."""
+    def percentiles(self) -> list[float | None]:
+        """Seconds under which SHARES lie; None of nothing."""
         running = np.cumsum(self.counts, dtype=np.int64)
         total = int(running[-1])
         if not total:
-            return [None] * len(shares)
-        ranks = [math.ceil(share * total) for share in shares]
+            return [None] * len(SHARES)
+        ranks = [math.ceil(share * total) for share in SHARES]
         return [LOWEST * FACTOR ** (float(np.searchsorted(running, rank)) - 0.5) for rank in ranks]

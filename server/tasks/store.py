@@ -178,7 +178,8 @@ class Tasks:
             raise type(error)(error.message, "route") from None
 
     def delete(self, name: str) -> Task:
-        """Take a task away; one of a folder that a task of the API had covered comes back. Raises UnknownName."""
+        """Take a task away; one of a folder that a task of the API had covered comes back. Raises UnknownName, and
+        StoreFailed if it cannot be written down."""
         with self._lock:
             task = self.get(name)
             if task.source == "api":

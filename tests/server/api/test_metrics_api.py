@@ -161,7 +161,7 @@ def test_means_are_over_what_was_measured() -> None:
 def test_mixes_that_requests_make_up_leave_series_to_tasks_and_adapters(
     live: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live.runtime.metrics, "_max_pairs", 4)
+    monkeypatch.setattr("server.metrics.MAX_PAIRS", 4)
     for mix in (("a", "b"), ("a", "mood"), ("b", "mood"), ("a", "b")):
         assert live.generate("x", max_tokens=1, adapters=[{"name": name} for name in mix]).status_code == 200
     assert live.generate("x", task="mood", adapters=[{"name": "a"}]).status_code == 200

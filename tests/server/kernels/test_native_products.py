@@ -131,7 +131,7 @@ def test_scales_far_below_a_rows_largest_are_kept(library: str, group: int) -> N
 @pytest.mark.parametrize(("group", "bits"), [(32, 5.02), (64, 4.52), (128, 4.27)])
 def test_what_packing_adds_is_a_byte_a_row(group: int, bits: float) -> None:
     """And a unit of 32 bits, for products of the matrix unit."""
-    assert cpu.Native().pack(stored("int4", group, False, 32, 512)).bits <= bits + 32 / 512
+    assert cpu.Native().pack(stored("int4", group, False, 32, 512)).nbytes <= (bits + 32 / 512) * 32 * 512 / 8
 
 
 def test_a_matrix_whose_rows_are_too_uneven_is_not_for_the_matrix_unit(library: str) -> None:

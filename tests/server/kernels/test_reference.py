@@ -20,9 +20,7 @@ def _seed() -> None:
 
 
 def test_each_function_is_torchs() -> None:
-    x, w, b = torch.randn(5, 32), torch.randn(7, 32), torch.randn(7)
-    torch.testing.assert_close(reference.linear(x, w, b), F.linear(x, w, b))
-    weight = torch.randn(32)
+    x, weight = torch.randn(5, 32), torch.randn(32)
     torch.testing.assert_close(reference.rms_norm(x, weight, 1e-5), F.rms_norm(x, (32,), weight, 1e-5))
     torch.testing.assert_close(reference.swiglu(x, x.flip(0)), F.silu(x) * x.flip(0))
     torch.testing.assert_close(reference.softmax(x * 50), F.softmax(x * 50, -1))

@@ -69,7 +69,7 @@ def test_error_and_cost_on_gaussian_weights(scheme, group, double, most, at_most
     matrix = gaussian(512, 1024)
     weight = quantize(matrix, scheme, group, double)
     assert relative(dequantize_stored(weight) - matrix, matrix) <= most
-    assert weight.bits <= at_most_bits
+    assert bits([weight]) <= at_most_bits
     assert weight.double_quantized is double
 
 
