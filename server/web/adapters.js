@@ -19,8 +19,8 @@ function button(label, name, said, does, className = "") {
       frame.say(said);
       drawn = "";
       await frame.refresh();
-      const next = document.querySelector(`[aria-label="${CSS.escape(b.ariaLabel)}"]:enabled`)
-        ?? document.querySelector(`[aria-label$=" ${CSS.escape(name)}"]:enabled`) ?? $("adapters-title");
+      const next = $("adapter-rows").querySelector(`[aria-label="${CSS.escape(b.ariaLabel)}"]:enabled`)
+        ?? $("adapter-rows").querySelector(`[aria-label$=" ${CSS.escape(name)}"]:enabled`) ?? $("adapters-title");
       next.focus();
     } catch (error) {
       frame.complain(error);
@@ -121,7 +121,7 @@ export async function refresh() {
   $("adapter-rows").parentNode.hidden = !adapters.length;
   $("no-adapters").hidden = adapters.length > 0;
   if (focused && document.activeElement?.ariaLabel !== focused) {
-    $("adapter-rows").querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
+    $("adapter-rows").querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
   }
   $("rejected").hidden = !rejected.length;
   const columns = headings($("rejected-rows").parentNode);

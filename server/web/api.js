@@ -53,11 +53,11 @@ async function ask(path, options) {
 }
 
 async function read(path, how) {
-  const answer = await ask(path, { headers: headers(false), signal: AbortSignal.timeout(PATIENCE) });
+  const signal = AbortSignal.timeout(PATIENCE);
   try {
-    return await how(answer);
+    return await how(await ask(path, { headers: headers(false), signal }));
   } catch (error) {
-    throw ["TimeoutError", "TypeError"].includes(error.name) ? silence() : error; // too late, or cut off
+    throw signal.aborted || ["TimeoutError", "TypeError"].includes(error.name) ? silence() : error; // too late, or cut off
   }
 }
 

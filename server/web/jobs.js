@@ -12,6 +12,7 @@ const TRAINING = (id) => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
 const JOB = (id) => `/jobs/${encodeURIComponent(id)}`;
 const RUNS = ["queued", "validating_files", "running"];
 const CURVES = [["train_loss", "training loss", "--one"], ["valid_loss", "validation loss", "--two"]];
+const AT_ONCE = 5; // one of a browser's six connections stays for what else is asked
 const MOST = 200; // the newest, that the server lists
 const WORDS = { validating_files: "reads its files" };
 
@@ -74,7 +75,7 @@ class Card {
       if (runs || job.status === "paused") buttons.push(this.button("Cancel", job, `${JOB(job.id)}/cancel`));
       const focused = this.does.contains(document.activeElement) && document.activeElement.ariaLabel;
       this.does.replaceChildren(...buttons);
-      if (focused) (buttons.find((button) => button.ariaLabel === focused) ?? this.title).focus();
+      if (focused) (buttons.find((button) => button.ariaLabel === focused) ?? this.title).focus({ preventScroll: true });
       this.does.hidden = !buttons.length;
     }
     if (job.kind === "training" && job.step) {
@@ -224,5 +225,7 @@ export async function refresh() {
   if (jobs.length === MOST) list.append(make("p", { className: "card empty", textContent: `The newest ${MOST} jobs are shown; GET /jobs/{id} tells of older ones.` }));
   if (!jobs.length) list.append(make("p", { className: "card empty", textContent: "No job has been started. Training and evaluation jobs show here with their progress." }));
   for (const card of cards.values()) card.fit();
-  await Promise.all(jobs.map((job) => cards.get(job.id).show(job)));
+  for (let i = 0; i < jobs.length; i += AT_ONCE) {
+    await Promise.all(jobs.slice(i, i + AT_ONCE).map((job) => cards.get(job.id)?.show(job)));
+  }
 }

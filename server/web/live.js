@@ -46,8 +46,11 @@ function data(series) {
 }
 
 export function redraw() {
+  const part = document.getElementById("live");
+  part.style.minHeight = `${part.offsetHeight}px`; // a page that is shorter for a moment would scroll to its top
   for (const name of Object.keys(charts)) { charts[name].destroy(); delete charts[name]; }
-  if (!document.getElementById("live").hidden) refresh();
+  if (!part.hidden) refresh();
+  part.style.minHeight = "";
 }
 
 export function start() {

@@ -26,7 +26,10 @@ class Side {
     this.node = $("side").content.firstElementChild.cloneNode(true);
     this.node.ariaLabel = label;
     this.part = (name) => this.node.querySelector(`.${name}`);
-    this.part("add").addEventListener("click", () => this.add());
+    this.part("add").addEventListener("click", () => {
+      this.add();
+      frame.refresh(); // others publish while the page is open
+    });
     this.part("task").addEventListener("change", () => this.hint());
     this.part("up").addEventListener("click", () => this.feedback(1));
     this.part("down").addEventListener("click", () => this.feedback(0));
@@ -236,7 +239,7 @@ function turn(out, on) {
   const focused = document.activeElement === out;
   on.disabled = false;
   out.disabled = true;
-  if (focused) on.focus();
+  if (focused) on.focus({ preventScroll: true });
 }
 
 const sides = [];
@@ -263,6 +266,7 @@ export function start(given) {
     await Promise.all(sides.filter((side) => side.node.isConnected).map((side) => side.run()));
     running = false;
     turn($("stop"), $("run"));
+    frame.refresh();
   });
   $("stop").addEventListener("click", () => sides.forEach((side) => side.asking?.abort()));
   $("prompt").addEventListener("keydown", (event) => {

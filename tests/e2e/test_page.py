@@ -300,6 +300,56 @@ def test_a_server_that_hangs_is_not_ready(page: Page) -> None:
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
+def test_a_server_that_hangs_in_an_engine_with_other_words(page: Page) -> None:
+    """WebKit gives what was stopped for being late the name of what somebody stopped."""
+    page.route("**/stats", lambda route: None)
+    page.evaluate(
+        """() => { const before = window.fetch; window.fetch = (...given) => before(...given).catch((error) => {
+            throw error.name === "TimeoutError" ? new DOMException("Fetch is aborted", "AbortError") : error; }); }"""
+    )
+    expect(page.locator("#status")).to_have_text("not connected", timeout=30_000)
+    expect(page.get_by_role("alert")).to_contain_text("the server does not answer")
+    page.unroute_all()
+    expect(page.locator("#status[data-ready]")).to_be_visible(timeout=30_000)
+
+
+def test_who_reads_an_answer_reads_on_when_it_ends(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 640})
+    events = [*({"id": "a", "text": "word " * 40} for _ in range(40)), {"id": "a", "finish_reason": "length"}]
+    sent = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    held: list[Route] = []
+    page.route("**/generate*", lambda route: held.append(route))
+    ask(page)
+    until(lambda: page.wait_for_timeout(10) or held)
+    page.evaluate("() => { document.querySelector('.answer').style.minHeight = '3000px'; window.scrollTo(0, 900); }")
+    until(lambda: page.evaluate("window.scrollY") == 900)
+    held[0].fulfill(body=sent, content_type="text/event-stream")
+    expect(page.get_by_role("button", name="Run")).to_be_focused()
+    assert page.evaluate("window.scrollY") >= 900, "what stands above it may grow"
+    page.unroute_all()
+
+
+def test_a_phone_that_hides_its_address_bar_scrolls_no_chart_away(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 640})
+    page.get_by_role("tab", name="Live").click()
+    expect(page.locator("#chart-batch canvas, #live canvas").first).to_be_visible(timeout=30_000)
+    page.evaluate("window.scrollTo(0, 500)")
+    until(lambda: page.evaluate("window.scrollY") == 500)
+    page.evaluate("() => { addEventListener('resize', () => { window.resized = true; }); }")
+    page.set_viewport_size({"width": 360, "height": 700})
+    page.wait_for_function("window.resized && document.querySelectorAll('#live canvas').length > 0")
+    assert page.evaluate("window.scrollY") == 500
+
+
+def test_what_others_publish_is_offered_while_the_page_is_open(page: Page) -> None:
+    more = page.evaluate("() => fetch('/adapters').then((answer) => answer.json())")
+    more["adapters"].append({**more["adapters"][0], "name": "published-meanwhile"})
+    page.route("**/adapters", lambda route: route.fulfill(json=more))
+    page.get_by_role("button", name="Add adapter").click()
+    expect(page.locator(".mix option", has_text="published-meanwhile")).to_have_count(1)
+    page.unroute_all()
+
+
 def test_a_file_that_has_changed_since_it_was_chosen(page: Page, tmp_path: Path) -> None:
     page.get_by_role("tab", name="Jobs").click()
     file = tmp_path / "words.jsonl"
