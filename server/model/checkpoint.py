@@ -159,8 +159,9 @@ class Gguf:
             elif (order := self._row_order(path)) is not None:
                 weight = replace(weight, tensors={key: t[order] for key, t in weight.tensors.items()})
             yield path, weight
+        done = "widened to bf16" if quantization.scheme == "none" else "re-quantized"
         for kind, count in sorted(changed.items()):
-            self.notes.append(f"{count} tensors of the GGUF type {kind} were re-quantized")
+            self.notes.append(f"{count} tensors of the GGUF type {kind} were {done}")
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name in self.config.tensor_shapes():

@@ -22,6 +22,8 @@ ARCHITECTURES = {
 }
 """Class name in `config.json` -> model type."""
 
+MAX_LAYERS = 4096
+"""No model has as many, and names are made of all of them before any file is looked at."""
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -156,7 +158,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     architecture = _architecture(config)
     kind = ARCHITECTURES[architecture]
     _refuse_unserved(config)
-    layers = whole(config, "num_hidden_layers")
+    layers = whole(config, "num_hidden_layers", most=MAX_LAYERS)
     heads = whole(config, "num_attention_heads")
     hidden = whole(config, "hidden_size")
     window = _sliding_window(config, kind, layers)

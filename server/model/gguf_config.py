@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from server.errors import BadModel
-from server.model.config import ModelConfig, RopeScaling, checked, no_rope_layers, scaling_of
+from server.model.config import MAX_LAYERS, ModelConfig, RopeScaling, checked, no_rope_layers, scaling_of
 from server.model.values import above_zero, real, told, whole
 
 GGUF_ARCHITECTURES = {
@@ -43,7 +43,7 @@ def from_gguf(
         raise BadModel("mixtures of experts are not served")
     if told(values, "attention.causal", bool, "true or false") is False:
         raise BadModel("models whose tokens see those after them are not served (attention.causal)")
-    layers = whole(values, "block_count")
+    layers = whole(values, "block_count", most=MAX_LAYERS)
     heads = whole(values, "attention.head_count")
     hidden = whole(values, "embedding_length")
     head_dim = whole(values, "attention.key_length", default=hidden // heads)

@@ -252,7 +252,15 @@ def _nbytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
 def _gguf_type(kind: int) -> Any:
     from gguf.constants import GGMLQuantizationType
 
-    return GGMLQuantizationType(kind)
+    try:
+        return GGMLQuantizationType(kind)
+    except ValueError:
+        if kind > 255:  # no type of a newer llama.cpp: the header is damaged
+            raise
+        raise BadModel(
+            f"tensors of the GGUF type number {kind} are not read here; quantize the model to another type, such as "
+            "Q4_0, Q4_1 or Q8_0"
+        ) from None
 
 
 def _halves(raw: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,10 @@ import numpy as np
 from server.errors import BadModel
 
 
-def whole(values: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
-    """A whole number of at least `least`; without one, or with null, `default`. Raises BadModel."""
+def whole(
+    values: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1, most: int | None = None
+) -> int:
+    """A whole number from `least` to `most`; without one, or with null, `default`. Raises BadModel."""
     value = values.get(key)
     if value is None:
         value = default
@@ -29,6 +31,8 @@ def whole(values: Mapping[str, Any], key: str, default: int | None = None, *, le
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         kind = "positive whole number" if least == 1 else f"whole number of at least {least}"
         raise BadModel(f"the model's {key} is {value!r}, not a {kind}")
+    if most is not None and value > most:
+        raise BadModel(f"the model's {key} is {value}, and the most that is read is {most}")
     return value
 
 

@@ -246,7 +246,11 @@ def _size(tokenizer: Tokenizer) -> int:
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
     """The tokenizer of GPT-2's kind, and whether a text begins with bos where the file does not say."""
-    pre = str(_told(metadata, "tokenizer.ggml.pre", str, "none"))
+    pre = _told(metadata, "tokenizer.ggml.pre", str, "")
+    if not pre:
+        raise BadModel(
+            "the GGUF file does not say how its tokenizer splits texts (tokenizer.ggml.pre); convert it anew"
+        )
     if pre not in PRE_TOKENIZERS:
         raise BadModel(f"the GGUF pre-tokenizer {pre!r} is not known; known are {', '.join(sorted(PRE_TOKENIZERS))}")
     split = PRE_TOKENIZERS[pre]
@@ -391,7 +395,9 @@ def _completed(tokenizer: Tokenizer, settings: Mapping[str, Any], table: Any, en
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     ending = [content for content in (*told, *added) if tokenizer.token_to_id(content) in ends]
     ending += [content for content, entry in told.items() if entry["id"] in ends]
-    for content in (*_special_contents(settings), *ending):
+    kept = {content for content, token in added.items() if not token.special} if _keeps_ordinary(settings) else set()
+    listed_special = [content for content in _listed(settings) if content not in kept]
+    for content in (*_ends_of_texts(settings), *listed_special, *ending):
         fresh = {"id": tokenizer.token_to_id(content), "content": content, **dict.fromkeys(_FLAGS, False)}
         if fresh["id"] is not None:
             told.setdefault(content, fresh)["special"] = True
@@ -421,12 +427,26 @@ def _completed(tokenizer: Tokenizer, settings: Mapping[str, Any], table: Any, en
     return tokenizer
 
 
-def _special_contents(settings: Mapping[str, Any]) -> list[str]:
-    """What the settings say is special. Not the padding, which may be any token and comes in no text."""
-    several = [settings.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
+def _ends_of_texts(settings: Mapping[str, Any]) -> list[str]:
+    """The tokens that are special by their part. Not the padding, which may be any token and comes in no text."""
     tokens = [settings.get(f"{name}_token") for name in ("bos", "eos", "unk")]
-    tokens += [token for listed in several if isinstance(listed, list) for token in listed]
     return [content for content in map(_content, tokens) if content]
+
+
+def _listed(settings: Mapping[str, Any]) -> list[str]:
+    """The tokens that the settings list as special."""
+    several = [settings.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
+    tokens = [token for listed in several if isinstance(listed, list) for token in listed]
+    return [content for content in map(_content, tokens) if content]
+
+
+def _keeps_ordinary(settings: Mapping[str, Any]) -> bool:
+    """Whether an added token that tokenizer.json has as text is text, though the settings list it as special.
+
+    So it is with Llama's class in Transformers 5, which lists every piece there that a user of SentencePiece has
+    defined, be it a line break, and goes on reading them as text.
+    """
+    return str(settings.get("tokenizer_class")).removesuffix("Fast") in ("LlamaTokenizer", "CodeLlamaTokenizer")
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, str]:

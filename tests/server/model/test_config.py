@@ -120,6 +120,7 @@ def test_both_spellings_of_rope(old: dict[str, Any] | None, new: RopeScaling) ->
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": "64"}, "hidden_size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_hidden_layers": 20_000_000}, "num_hidden_layers is 20000000, and the most that is read is 4096"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),
         ({"head_dim": 15}, "head_dim"),
         # Values of another type than they have anywhere:

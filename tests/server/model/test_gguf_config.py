@@ -46,6 +46,7 @@ def test_gguf_metadata() -> None:
     [
         ({"general.architecture": "gemma3"}, "gemma3"),
         ({"llama.expert_count": 8}, "mixtures of experts"),
+        ({"llama.block_count": 1 << 31}, "block_count is 2147483648, and the most that is read is 4096"),
         ({"llama.rope.dimension_count": 8}, "RoPE on 8 of 16"),
         ({"llama.attention.value_length": 8}, "value_length"),
         ({"llama.attention.head_count_kv": np.array([2, 4], np.uint32)}, "differs between layers"),

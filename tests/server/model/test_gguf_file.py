@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import gguf
@@ -107,6 +108,17 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     other.write_bytes(b"GGUF\x01\x00\x00\x00" + whole[8:])
     with pytest.raises(BadModel, match="version 1"):
         GgufFile(other)
+
+
+def test_a_type_that_nobody_here_knows_is_no_damage(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", {"w": (values(8, 64), KINDS.Q4_0)})
+    data = bytearray(path.read_bytes())
+    at = data.index(struct.pack("<Q", 1) + b"w") + 9 + 4 + 16  # behind the name and two dimensions
+    assert data[at] == KINDS.Q4_0
+    data[at] = 99
+    path.write_bytes(data)
+    with pytest.raises(BadModel, match="type number 99 are not read here; quantize the model to"):
+        GgufFile(path)
 
 
 def test_flipped_header_bytes_never_do_worse_than_badmodel(tmp_path: Path) -> None:

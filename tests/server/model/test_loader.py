@@ -560,6 +560,8 @@ def test_other_gguf_types_are_quantized_again_and_it_says_so(tmp_path: Path, tin
     assert load(path, cache_dir=cache).notes == load(path, cache_dir=cache).notes == base.notes
     assert load(path, double_quant=True).weights["model.layers.0.self_attn.q_proj"].double_quantized
     assert load(path, quantization="nf4").quantization["group"] == 64
+    widened = load(path, quantization="none").notes
+    assert widened and all(note.endswith("were widened to bf16") for note in widened)
 
 
 def test_gguf_groups_asked_for_are_given(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:

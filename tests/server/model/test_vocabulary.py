@@ -158,7 +158,7 @@ def test_an_end_token_listed_as_ordinary_is_special_all_the_same(trained: dict[s
     ("change", "said"),
     [
         ({"tokenizer.ggml.pre": "bloom"}, "'bloom' is not known"),
-        ({"tokenizer.ggml.pre": None}, "pre-tokenizer .none. is not known"),
+        ({"tokenizer.ggml.pre": None}, "does not say how its tokenizer splits texts"),
         ({"tokenizer.ggml.model": "t5"}, "'t5'"),
         ({"tokenizer.ggml.model": None}, "None is not served"),
         ({"tokenizer.ggml.eos_token_id": 10**6}, "eos_token_id is 1000000"),
@@ -326,6 +326,23 @@ def test_each_list_of_special_tokens_is_read(listed: str, tmp_path: Path, traine
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
     vocabulary = from_folder(tmp_path)
     assert vocabulary.special["<|im_end|>"] == 2 and "<nowhere>" not in vocabulary.special
+
+
+@pytest.mark.parametrize(("class_", "text"), [("LlamaTokenizer", "a<think>b<|im_end|>"), (None, "ab")])
+def test_what_a_user_of_sentencepiece_has_defined_stays_text(
+    class_: str | None, text: str, tmp_path: Path, trained: dict[str, Any]
+) -> None:
+    """Transformers lists all such pieces, and Llama's class reads them as text; ends stay what they are."""
+    more = {"extra_special_tokens": ["<think>", "<|im_end|>"], "bos_token": "<|im_start|>", "tokenizer_class": class_}
+    folder(tmp_path, from_gguf(trained), **more)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    for added in saved["added_tokens"]:
+        added["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    vocabulary = from_folder(tmp_path)
+    ids = vocabulary.tokenizer.encode("<|im_start|>a<think>b<|im_end|>").ids
+    assert ids[0] == 1 and Text(vocabulary).decode(ids) == text
 
 
 def test_added_tokens_that_only_the_settings_have(tmp_path: Path, trained: dict[str, Any]) -> None:
