@@ -220,3 +220,12 @@ def test_dropping_modules_states_its_error():
         pruning.weakest_modules(both, 1.0)
     with pytest.raises(AdapterError, match="at least 1"):
         pruning.truncate(both, 0)
+
+
+def test_nothing_under_the_threshold_is_kept_for_what_is_left_of_a_budget():
+    def one(value, into):
+        return LowRank(torch.eye(1, into) * value, torch.eye(2, 1), 1.0)
+
+    both = sealed("b", {"large": one(3.0, 4), "wide": one(2.0, 40), "small": one(1.0, 4)})
+    kept, cut = pruning.truncate_globally(both, budget=2 * 6)
+    assert set(kept.modules) == {"large"} and cut.dropped == ("small", "wide")

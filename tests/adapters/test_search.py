@@ -136,6 +136,9 @@ def test_auto_lora_keeps_to_the_budget(model, data, monkeypatch):
     made, steps = weights.metadata["training"], [e for e in events if e.kind == "step"]
     assert made["from"] is None and made["steps"] == len(steps) == 13, "12 before the cut and a tenth of them after it"
     assert made["tokens"] == 9 * 4 * 13 and [e["step"] for e in made["evaluations"]] == [13]
+    assert made["best_step"] == 13
+    rates = [e.learning_rate for e in steps]
+    assert rates[12] == pytest.approx(CONFIG.learning_rate / 4)
     uniform = layers.LoraSpec(rank=2).ranks(layers.linears(model.tree))
     budget = weights.metadata["auto_lora"]["budget"]
     assert parameters(weights) <= budget and not layers.injected(model.tree)

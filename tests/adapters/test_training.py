@@ -429,3 +429,32 @@ def test_a_lora_that_is_none_is_refused_by_name(wrong):
     with pytest.raises(AdapterError) as error:
         layers.LoRALinear(torch.nn.Linear(3, 2), **{"rank": 2, "alpha": 3.0, **wrong})
     assert error.value.param == f"lora_{next(iter(wrong))}"
+
+
+def test_patience_counts_evaluations_in_a_row(llama, monkeypatch):
+    losses = iter([5.0, 6.0, 4.0, 6.0, 3.0, 6.0, 6.0, 1.0])
+    monkeypatch.setattr(training, "evaluate_loss", lambda *args: (next(losses), 0.0))
+    config = dataclasses.replace(CONFIG, epochs=8, batch_size=4, eval_steps=1, patience=2)
+    made = training.train(Wrapped(llama), examples(4), config, validation=examples(2)).metadata["training"]
+    assert made["steps"] == 7 and made["best_step"] == 5
+
+
+def test_a_checkpoint_from_another_adapter_is_refused(llama, tmp_path):
+    first = training.train(Wrapped(llama), examples(8), CONFIG)
+    with pytest.raises(TrainingStopped):
+        training.train(
+            Wrapped(llama), examples(8), CONFIG, init=first, checkpoints=tmp_path, stop=iter([False, True]).__next__
+        )
+    with pytest.raises(AdapterError, match="another run"):
+        training.train(Wrapped(llama), examples(8), CONFIG, checkpoints=tmp_path)
+
+
+def test_an_evaluation_has_no_dropout_and_leaves_the_mode(llama):
+    model, data = Wrapped(llama), examples(6)
+    found = layers.inject(model.tree, dataclasses.replace(CONFIG, lora_dropout=0.5).spec(), seed=0)
+    for layer in found.values():
+        layer.lora_B.data.normal_(0, 0.3)
+    model.tree.train(False)
+    quiet = training.evaluate_loss(model, data)
+    model.tree.train(True)
+    assert training.evaluate_loss(model, data) == quiet and model.tree.training

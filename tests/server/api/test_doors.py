@@ -474,3 +474,13 @@ def test_a_body_in_pieces_of_a_byte_ends_its_connection(start: Any) -> None:
                 while connection.recv(65536):
                     pass
     assert live.http.get("/health/live").status_code == 200
+
+
+def test_an_empty_file_of_keys_locks_out(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("")
+    assert KeyRing("", file, "api_keys"), "keys are asked for, though none opens"
+    file.write_text("a:secret\n")
+    ring = KeyRing("", file, "api_keys")
+    file.write_text("")
+    assert ring.find(b"") is None and ring

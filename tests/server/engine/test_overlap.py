@@ -387,3 +387,12 @@ def test_nothing_is_on_its_way_while_processors_are_lent(bench: Any, tools: Any)
     assert heard.tokens == tools.solo(heard, made.runner.vocab)
     request = heard.request
     assert request.submitted <= request.admitted <= request.first_token <= request.finished
+
+
+def test_the_flight_lands_before_a_plan_that_lacks_one_block(bench: Any, tools: Any) -> None:
+    b = bench(overlapped=True, blocks=7)
+    heard = [b.submit([3 + i, 40 + i, 9, 100 + i], max_tokens=6) for i in range(4)]
+    b.settle()
+    assert b.engine.stats()["preemptions"] > 0
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in heard)
+    b.check_empty()

@@ -257,3 +257,12 @@ def test_a_temperature_below_all_floats_is_none() -> None:
 
     Sampler(20, frozenset(), draw).pick(Logits(torch.zeros(1, 20)), [Work(request(temperature=1e-39), 1, 1)])
     assert asked == [[[0.0, 0.0, 0.0, 0.0]]]
+
+
+def test_the_largest_noise_draws_an_id_that_may_come() -> None:
+    sampler = Sampler(512, frozenset())
+    for seed in range(50):
+        row = np.random.default_rng(seed).standard_normal(512).astype(np.float32)
+        row[256:] = -np.inf
+        at = sampler._draw(row, row.max(), Sampling(max_tokens=1, temperature=1.0), 1.0 - 2.0**-53)
+        assert at < 256, "what has no chance"

@@ -86,3 +86,14 @@ def test_who_sends_all_the_time_is_never_forgotten_for_those_who_came_later() ->
         admission.enter("busy", None)  # a fresh burst would let it in
     admission.enter("other-0", None)
     admission.enter("other-0", None)
+
+
+def test_a_burst_does_not_grow_while_nobody_sends() -> None:
+    now = [0.0]
+    admission = Admission(key_rate=2.0, clock=lambda: now[0])
+    admission.enter("one", None)
+    now[0] = 3600.0
+    for _ in range(4):
+        admission.enter("one", None)
+    with pytest.raises(RateLimited):
+        admission.enter("one", None)

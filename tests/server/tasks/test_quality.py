@@ -19,6 +19,7 @@ from adapters.errors import StoreFailed
 from adapters.weights import Version
 from server.errors import UnknownName
 from server.tasks import quality as module
+from server.tasks.intervals import Totals
 from server.tasks.latency import Latencies
 from server.tasks.quality import DAY, Quality, digest
 from server.tasks.quality_file import in_memory
@@ -608,3 +609,59 @@ def test_tables_that_are_not_as_they_were_made_are_set_aside(
         monkeypatch.setattr(sqlite3, "connect", lambda where, **how: connect(where, factory=Odd, **how))
     Quality(file).close()
     assert "set aside as quality.broken.db" in caplog.text and (tmp_path / "quality.broken.db").exists()
+
+
+def test_pairs_follow_either_side(tmp_path: Path) -> None:
+    quality = Quality(tmp_path / "quality.db")
+    a, b = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
+    for subject in (a, b):
+        quality.evaluated(subject, "accuracy", {"1": 1.0, "2": 1.0})
+    assert quality.paired(a, b, "accuracy") == Totals(2, 1.0, 0.5)
+    quality.evaluated(b, "accuracy", {"2": 0.0})
+    assert quality.paired(a, b, "accuracy") == Totals(2, 1.5, 1.25)
+    quality.close()
+
+
+def test_an_answer_that_is_scored_again_stays_in_its_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quality = Quality(tmp_path / "quality.db")
+    subject, now = Subject.of("t", [(A, 1.0)], "base"), time.time()
+    quality.answered(Answered("one", subject, "", "yes"))
+    quality.feedback("t", "one", "", score=1.0, expected=None)
+    (hour,) = quality.hours(subject, "accuracy", "feedback")
+    monkeypatch.setattr("server.tasks.quality.time.time", lambda: now + 2 * 3600)
+    quality.feedback("t", "one", "", score=0.0, expected=None)
+    found = {at: totals for at, totals in quality.hours(subject, "accuracy", "feedback").items() if totals.count}
+    assert found == {hour: Totals(1, 0.0, 0.0)}
+    quality.close()
+
+
+def test_pairs_are_of_one_metric(tmp_path: Path) -> None:
+    quality = Quality(tmp_path / "quality.db")
+    a, b = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
+    quality.evaluated(a, "accuracy", {"1": 1.0})
+    quality.evaluated(b, "exact_match", {"1": 0.0})
+    assert quality.paired(a, b, "accuracy").count == 0
+    quality.evaluated(b, "accuracy", {"1": 1.0})
+    assert quality.paired(a, b, "accuracy") == Totals(1, 0.5, 0.25)
+    quality.close()
+
+
+def test_an_example_that_is_evaluated_again_moves_to_that_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quality = Quality(tmp_path / "quality.db")
+    subject, now = Subject.of("t", [(A, 1.0)], "base"), time.time()
+    quality.evaluated(subject, "accuracy", {"1": 1.0})
+    monkeypatch.setattr("server.tasks.quality.time.time", lambda: now + 2 * 3600)
+    quality.evaluated(subject, "accuracy", {"1": 0.0})
+    found = {at: totals for at, totals in quality.hours(subject, "accuracy", "evaluation").items() if totals.count}
+    assert found == {int(now + 7200) // 3600: Totals(1, 0.0, 0.0)}
+    quality.close()
+
+
+def test_traffic_goes_on_to_count_after_it_was_asked_for(tmp_path: Path) -> None:
+    quality = Quality(tmp_path / "quality.db")
+    subject = Subject.of("t", [(A, 1.0)], "base")
+    for count in (1, 2, 3):
+        quality.answered(Answered(f"{count}", subject, "", "yes", prompt_tokens=5))
+        (told,) = quality.performance("t")
+        assert told["requests"] == count and told["tokens"]["prompt"] == 5 * count
+    quality.close()

@@ -572,3 +572,45 @@ def test_each_more_candidate_has_to_be_beaten_more_clearly() -> None:
 def two(scores: dict[str, Any], right: int) -> dict[str, Any]:
     """The same with so many right answers of `b`."""
     return {**scores, "b": {0: Totals(400, float(right), float(right))}}
+
+
+class Contents(Names):
+    """Names of which several may have one content."""
+
+    def resolve(self, choice: Any) -> Any:
+        return [(Version(n, hashlib.sha256(self.contents[n].encode()).hexdigest()), w) for n, w in choice]
+
+
+def test_of_one_content_the_leader_or_who_is_known_most_stands_for_it(tmp_path: Path) -> None:
+    names, quality = Contents("a", "b", "c"), Quality(tmp_path / "quality.db")
+    names.contents["a"] = "another"
+    router = BestRouter(quality, names, "base")
+    names.contents["c"] = names.contents["b"]
+    thumbs(quality, names, "c", [1.0] * 3)
+    assert set(router._subjects(TASK, ROUTE)) == {"a", "c"}, "of which more is known"
+    thumbs(quality, names, "a", [0.0] * 300)
+    thumbs(quality, names, "c", [1.0] * 300)
+    assert router.review(TASK, ROUTE).leader == "c"
+    thumbs(quality, names, "b", [1.0] * 400)
+    assert router.review(TASK, ROUTE).leader == "c", "it leads still"
+    assert router.describe(TASK, ROUTE)["leader"] == "c"
+    quality.close()
+
+
+def test_where_nobody_leads_nothing_is_told_as_decided(tmp_path: Path) -> None:
+    names, quality = Names("a", "b", "c"), Quality(tmp_path / "quality.db")
+    router = BestRouter(quality, names, "base")
+    for name, value in (("a", 1.0), ("b", 0.0), ("c", 0.0)):
+        thumbs(quality, names, name, [value] * 300)
+    assert router.describe(TASK, ROUTE)["decided"]
+    names.contents["a"] = "another version"
+    told = router.describe(TASK, ROUTE)
+    assert told["leader"] is told["version"] is told["decided"] is None
+    quality.close()
+
+
+def test_hours_are_gone_through_in_their_order() -> None:
+    one, other = {8: Totals(4, 4.0, 4.0), 1: Totals(9, 2.0, 2.0)}, {1: Totals(3, 1.0, 1.0), 9: Totals(5, 2.0, 2.0)}
+    later = ({at + 7: t for at, t in some.items()} for some in (one, other))
+    assert by_hours(*later) == by_hours(one, other)
+    assert by_hours(one, other).mean == pytest.approx(by_hours(dict(sorted(one.items())), other).mean)

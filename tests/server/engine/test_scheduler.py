@@ -1,0 +1,224 @@
+"""The scheduler's rules one by one, on the fake runner: who enters, who gives way, what counts for whom."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from typing import Any
+
+from server.engine.scheduler import OUTPUT_COST
+
+
+def prompt(seed: int, length: int = 10) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, 250) for _ in range(length)]
+
+
+def test_what_is_generated_counts_for_its_key_and_what_is_scored_does_not(bench: Any) -> None:
+    b = bench()
+    b.submit(prompt(1, 10), max_tokens=5, fair_key="writes")
+    b.submit(prompt(2, 10), scored=4, fair_key="scored")
+    b.settle()
+    service = b.engine._scheduler.waiting._service
+    assert service[0, "writes"] - service[0, "scored"] == 5 * OUTPUT_COST
+
+
+def test_scored_prompts_have_no_first_token(bench: Any) -> None:
+    b = bench()
+    heard = b.submit(prompt(2, 10), scored=4)
+    b.settle()
+    assert math.isnan(heard.request.first_token)
+
+
+def test_a_step_is_within_its_tokens_while_processors_are_lent(bench: Any) -> None:
+    b = bench(max_batch=8, max_step_tokens=9)
+    b.engine.lend(True)
+    for i in range(3):
+        b.submit(prompt(i, 20), max_tokens=2)
+    b.settle()
+    assert max(batch.rows for batch in b.runner.steps) == 9
+
+
+def test_after_a_failed_step_adapters_are_placed_anew(bench: Any, tools: Any) -> None:
+    b = bench()
+    b.submit(prompt(1), mix=tools.mix_of("a1"))
+    b.settle()
+
+    def explode(batch: Any) -> None:
+        b.runner.before = lambda batch: None
+        raise RuntimeError("kernel")
+
+    b.runner.before = explode
+    lost = b.submit(prompt(2), mix=tools.mix_of("a1"))
+    try:
+        b.engine.step()
+    except RuntimeError as error:
+        b.engine._recover(error)
+    assert lost.reason == "error" and not b.engine.stats()["slots"]["resident"] and not b.runner.adapters
+
+
+def test_the_first_deadline_of_all_is_kept_to_the_moment(bench: Any) -> None:
+    b = bench(max_batch=1)
+    running = b.submit(prompt(1), max_tokens=200)
+    b.engine.step()
+    late = b.submit(prompt(2), deadline=time.monotonic() + 60)
+    b.engine.step()
+    plan = b.engine._scheduler.plan(late.request.deadline + 0.001)
+    assert [request for request, _ in plan.ended] == [late.request]
+    assert running.reason is None
+
+
+def test_the_less_urgent_give_back_blocks_that_the_urgent_lack(bench: Any, tools: Any) -> None:
+    b = bench(blocks=8)
+    slow = b.submit(prompt(1, 20), max_tokens=12, priority=1)
+    b.engine.step()
+    urgent = b.submit(prompt(2, 20), max_tokens=2)
+    b.engine.step()
+    b.engine.step()
+    assert b.engine.stats()["preemptions"] == 1 and urgent.tokens
+    b.settle()
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in (slow, urgent))
+    b.check_empty()
+
+
+def test_the_less_urgent_run_on_while_the_urgent_lack_no_room(bench: Any, tools: Any) -> None:
+    b = bench(blocks=8, fetch=tools.Fetcher(ready=set()))
+    slow = b.submit(prompt(1, 20), max_tokens=12, priority=1)
+    b.submit(prompt(3, 20), max_tokens=2, priority=1)
+    b.engine.step()
+    urgent = b.submit(prompt(2, 4), mix=tools.mix_of("a1"), max_tokens=2)
+    for _ in range(4):
+        b.engine.step()
+    assert b.engine.stats()["preemptions"] == 0 and slow.request.state is tools.State.RUNNING
+    b.fetch.finish()
+    b.settle()
+    assert urgent.reason == "length"
+
+
+def test_a_step_has_its_logits_at_most_beside_a_long_prompt(bench: Any) -> None:
+    b = bench(max_step_tokens=96, blocks=200)
+    long = b.submit(prompt(1, 300), scored=299)
+    b.engine.step()
+    short = b.submit(prompt(2, 60), scored=59)
+    b.settle()
+    assert max(len(batch.logit_rows) for batch in b.runner.steps) == 64
+    assert len(long.logprobs) == 299 and len(short.logprobs) == 59
+
+
+def test_who_is_preempted_as_another_grows_takes_no_block(bench: Any, tools: Any) -> None:
+    b = bench(blocks=12)
+    heard = [b.submit(prompt(i, 8), max_tokens=12) for i in range(4)]
+    while not b.engine.stats()["preemptions"]:
+        b.engine.step()
+    waiting = list(b.engine._scheduler.waiting)
+    assert len(waiting) == 1 and not waiting[0].blocks
+    b.settle()
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in heard)
+    b.check_empty()
+
+
+def test_what_was_scored_before_a_preemption_is_told_once(bench: Any, tools: Any) -> None:
+    b = bench(max_batch=1, max_step_tokens=8)
+    tokens = prompt(1, 30)
+    scored = b.submit(tokens, scored=20, priority=1)
+    for _ in range(2):
+        b.engine.step()
+    assert 0 < len(scored.request.scores) < 20
+    b.submit(prompt(2, 4), max_tokens=2)
+    b.settle()
+    assert b.engine.stats()["preemptions"] == 1
+    assert [p.id for p in scored.logprobs] == tokens[-20:]
+
+
+def test_who_waits_for_a_prefix_enters_as_soon_as_it_is_there(bench: Any, tools: Any) -> None:
+    b = bench()
+    first = b.submit(prompt(1, 24), max_tokens=40)
+    second = b.submit(prompt(1, 24), max_tokens=2)
+    b.engine.step()
+    assert second.request.state is tools.State.QUEUED
+    b.engine.step()
+    assert second.request.state is tools.State.RUNNING and second.request.cached == 20
+    b.settle()
+    assert first.reason == "length"
+
+
+def test_who_holds_room_in_ram_enters_while_another_lacks_it(bench: Any, tools: Any) -> None:
+    fetch = tools.Fetcher(ready={"a1", "a2"})
+    b = bench(fetch=fetch, blocks=16, age_limit=0.02)
+    first = b.submit(prompt(1, 40), mix=tools.mix_of("a1"), max_tokens=20)
+    b.engine.step()
+    holds = b.submit(prompt(2, 40), mix=tools.mix_of("a2"), max_tokens=4)
+    b.engine.step()
+    b.engine.cancel(first.request.id)
+    hot = b.submit(prompt(3, 4), mix=tools.mix_of("a1"), max_tokens=4)
+    lacks = b.submit(prompt(9), mix=tools.mix_of("a3"))
+    b.engine._drain()
+    b.engine._scheduler.loads.ask(lacks.request, time.monotonic() - 1)
+    b.engine.release_idle(1)
+    b.engine.step()
+    assert holds.request.state is tools.State.RUNNING and hot.request.state is tools.State.QUEUED
+    while fetch.pending:
+        fetch.finish()
+    b.settle()
+    assert holds.reason == lacks.reason == hot.reason == "length"
+    b.check_empty()
+
+
+def test_a_load_that_takes_long_without_lacking_room_delays_nobody(bench: Any, tools: Any) -> None:
+    fetch = tools.Fetcher(ready={"a2"})
+    b = bench(fetch=fetch, age_limit=0.02)
+    b.submit(prompt(1), mix=tools.mix_of("a1"))
+    b.engine.step()
+    time.sleep(0.03)
+    other = b.submit(prompt(2), mix=tools.mix_of("a2"))
+    b.engine.step()
+    b.engine.step()
+    assert other.request.state is tools.State.RUNNING
+    fetch.finish()
+    b.settle()
+    b.check_empty()
+
+
+def test_who_enters_leaves_each_of_the_others_a_block(bench: Any) -> None:
+    b = bench(blocks=8)
+    b.submit(prompt(1, 16), max_tokens=4)
+    b.engine.step()
+    b.engine.step()
+    b.submit(prompt(2, 12), max_tokens=2)
+    b.settle()
+    assert b.engine.stats()["preemptions"] == 0
+
+
+def test_a_prompt_counts_once_and_without_what_was_found(bench: Any) -> None:
+    b = bench(max_batch=1)
+    b.submit(prompt(1, 21), max_tokens=1, fair_key="first")
+    b.settle()
+    again = b.submit(prompt(1, 21), max_tokens=9, fair_key="again", priority=1)
+    b.engine.step()
+    admitted, cached = again.request.admitted, again.request.cached
+    assert cached == 20
+    b.submit(prompt(2, 4), max_tokens=1)
+    b.settle()
+    assert b.engine.stats()["preemptions"] == 1
+    assert again.request.admitted == admitted and again.request.cached == cached
+    service = b.engine._scheduler.waiting._service
+    assert service[0, "first"] == 21 + OUTPUT_COST and service[1, "again"] == 1 + 9 * OUTPUT_COST
+
+
+def test_the_age_of_who_waits_for_room_goes_on_while_it_is_tried_again(bench: Any, tools: Any) -> None:
+    b = bench(blocks=8, age_limit=1.0)
+    scheduler = b.engine._scheduler
+    b.submit(prompt(1, 16), max_tokens=12)
+    b.engine.step()
+    large = b.submit(prompt(2, 16), max_tokens=2)
+    b.engine._drain()
+    for later in (0.0, 0.6):
+        scheduler._changed = True
+        scheduler.plan(large.request.submitted + later)
+    small = b.submit(prompt(3, 2), max_tokens=1)
+    b.engine._drain()
+    scheduler.plan(large.request.submitted + 1.2)
+    assert small.request.state is tools.State.QUEUED, "nobody passes by who has waited that long"
+    b.settle()
+    b.check_empty()
