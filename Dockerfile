@@ -24,7 +24,8 @@ ARG EXTRAS=
 # Triton builds its launchers with a C compiler when a kernel is first used.
 RUN case ",$EXTRAS," in *,cuda,*) \
       apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*;; esac
-RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/loramux loramux
+# Open to other users, as whom it may be run over a folder of theirs (`docker run --user`).
+RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/loramux loramux && chmod 755 /var/lib/loramux
 COPY --from=build /opt/loramux /opt/loramux
 ENV PATH=/opt/loramux/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     LORAMUX_STATE_DIR=/var/lib/loramux/data LORAMUX_HOST=0.0.0.0

@@ -243,7 +243,9 @@ class Ram:
         try:
             weights = self._read(digest)
         except Exception as failure:
-            if not isinstance(failure, AdapterError):
+            if isinstance(failure, AdapterError):
+                log.error("an adapter cannot be loaded: %s", failure)
+            else:
                 log.exception("loading %s failed", digest[:12])
             error = _bare(failure)
         seconds = time.monotonic() - began

@@ -55,6 +55,9 @@ class _Refused:
 HERE = "."
 """The adapter directory itself, among what is refused."""
 
+LOST = "lost+found"
+"""What a file system keeps where it is mounted, for nobody else to read."""
+
 GONE_SECONDS = 3.0
 """How long a folder must have been away before its adapter is retired."""
 
@@ -113,7 +116,7 @@ class Watch:
         try:
             device = _device(self._directory)
             with os.scandir(self._directory) as entries:
-                states = {entry.name: _state(entry) for entry in entries if entry.name[0] != "."}
+                states = {entry.name: _state(entry) for entry in entries if entry.name[0] != "." and entry.name != LOST}
         except FileNotFoundError:  # nobody has to have one, and a mount that is away is no deletion
             if not (self._unreadable or self._first):
                 log.info("the adapter directory is not there any more; its adapters are served on")
@@ -311,7 +314,8 @@ def _scan(registry: Registry, folder: Path) -> bool:
 def signature_of(folder: Path, within: Path | None) -> Signature:
     """The state of the folder's files; empty if neither of the two that make an adapter is there.
 
-    Raises InvalidAdapter for a link that leads out of `within`, which `folder` is an entry of.
+    Raises InvalidAdapter for a link that leads out of `within`, which `folder` is an entry of, and where it cannot be
+    told whether a file is there.
     """
     entries = []
     root = os.fspath(folder)
@@ -324,8 +328,10 @@ def signature_of(folder: Path, within: Path | None) -> Signature:
                 if within is not None and not Path(path).resolve().is_relative_to(within.resolve()):
                     raise InvalidAdapter(f"{name} leads out of the adapter directory{COPY_FILES}")
                 state = os.stat(path)
-        except (OSError, RuntimeError):  # not there, or not to be read: the reader will say so
+        except (FileNotFoundError, NotADirectoryError):
             continue
+        except (OSError, RuntimeError) as error:  # a folder that may not be entered is no folder that was emptied
+            raise InvalidAdapter(f"{name} cannot be read: {_reason(error)}") from None
         entries.append((name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
     return tuple(entries) if any(entry[0] in REQUIRED for entry in entries) else ()
 
@@ -385,7 +391,11 @@ def _state(entry: os.DirEntry[str]) -> bool | str:
     try:
         return entry.is_dir()
     except OSError as error:
-        return error.strerror or str(error)
+        return _reason(error)
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _old(signature: Signature, seconds: float) -> bool:

@@ -111,7 +111,7 @@ def test_the_readme_names_what_there_is() -> None:
     assert set(re.findall(r"\bmake ([a-z]+)\b", text)) <= targets
     options = {o for c in get_command(app).commands.values() for p in c.params for o in p.opts}  # type: ignore[attr-defined]
     options |= {flag(name) for name in Settings.model_fields}
-    foreign = {"--help", "--build-arg", "--stop-timeout"}
+    foreign = {"--help", "--build-arg", "--init", "--stop-timeout"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= options | foreign
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert (REPO / target).exists()

@@ -113,7 +113,9 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 is a free one. Raises BadSetting."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        # all addresses are also those of IPv4, at which a health check within a container asks
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address[:2], family=family, backlog=2048, dualstack_ipv6=both)
     except (OSError, OverflowError, UnicodeError) as e:
         number = getattr(e, "errno", None) or 0  # of a name that nobody knows it is negative
         # The system's words for it: create_server's own tell the address once more.

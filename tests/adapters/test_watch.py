@@ -231,6 +231,28 @@ def test_odd_folders_keep_no_other_from_being_served(scene: Scene) -> None:
     assert set(scene.rejected()) == {"deep"}
 
 
+def test_a_folder_that_may_not_be_entered_any_more_is_served_on(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = scene.put("a", 1), scene.put("b", 2)
+    assert scene.look(2) == {"a": a, "b": b}
+    (scene.directory / "lost+found").mkdir()
+    lstat = os.lstat
+
+    def forbidden(path: Any, **options: Any) -> os.stat_result:
+        if os.path.basename(os.path.dirname(path)) in ("a", "c", "lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return lstat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", forbidden)
+        scene.put("c", 3)
+        assert scene.look(6) == {"a": a, "b": b}
+        told = "adapter_config.json cannot be read: Permission denied"
+        assert scene.rejected() == {"a": told, "c": told}
+    assert set(scene.look(2)) == {"a", "b", "c"} and scene.rejected() == {}
+    shutil.rmtree(scene.directory / "a")
+    assert set(scene.look(6)) == {"b", "c"}
+
+
 def test_a_fault_of_our_own_costs_one_folder_and_is_tried_again(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

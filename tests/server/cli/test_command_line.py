@@ -279,6 +279,12 @@ def test_listening() -> None:
         listen("no such host", 0)
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="the machine has no IPv6")
+def test_all_addresses_are_also_those_of_ipv4() -> None:
+    with listen("::", 0) as s, socket.create_connection(("127.0.0.1", s.getsockname()[1]), timeout=5) as client:
+        assert client.getpeername()[0] == "127.0.0.1"
+
+
 @pytest.mark.parametrize("drain", [0.0, 0.5])
 def test_a_server_ends_once_it_drains_and_not_before(drain: float) -> None:
     async def ticked() -> list[bool]:
