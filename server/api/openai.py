@@ -56,8 +56,9 @@ def models(parts: Parts) -> list[dict[str, Any]]:
 
 
 def _entry(parts: Parts, id: str, kind: str, parent: str | None) -> dict[str, Any]:
-    created = parts.model.created
-    return {"id": id, "object": "model", "created": created, "owned_by": "loramux", "kind": kind, "parent": parent}
+    """`root` and `max_model_len` are vLLM's, which its benchmark and other clients read."""
+    told = {"id": id, "object": "model", "created": parts.model.created, "owned_by": "loramux"}
+    return {**told, "kind": kind, "parent": parent, "root": id, "max_model_len": parts.prompts.room.context}
 
 
 @router.post("/completions", response_model=schemas.Completion, responses={**CALLED, **STREAMED})

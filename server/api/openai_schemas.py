@@ -40,6 +40,11 @@ NOTHING: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
 }
 """Values of fields that are not served, which ask for nothing."""
+INSTEAD: Mapping[str, str] = {
+    "tools": " (response_format json_schema holds an answer to a schema)",
+    "echo": " (POST /classify tells how likely texts are after a prompt)",
+}
+"""What serves much of what some fields ask for."""
 NOTES = frozenset(("parsed", "provider_specific_fields", "cache_control"))
 """What clients write into messages and their parts for themselves, and send back with them: of an answer what they made
 of its text, and what other servers may keep. None of it changes an answer."""
@@ -206,7 +211,9 @@ def _refuse_word(word: str, served: tuple[str, ...], name: str) -> None:
 def refuse_fields(body: BaseModel, prefix: str, unused: Collection[str] = ()) -> None:
     """Raises UnsupportedParameter for a field that the body does not have and that asks for something, unless it is one
     of those that are accepted and `unused`, and InvalidRequest for one of these that is large."""
-    for name, value in (body.model_extra or {}).items():
+    asked = body.model_extra or {}
+    for name in sorted(asked, key=lambda name: name not in INSTEAD):  # what comes with it goes with it
+        value = asked[name]
         if name in unused:
             if _is_large(value):
                 raise InvalidRequest(f"{prefix}{name} has more than {MAX_NOTES} entries", f"{prefix}{name}")
@@ -218,7 +225,7 @@ def refuse_fields(body: BaseModel, prefix: str, unused: Collection[str] = ()) ->
         if name == "best_of" and value == getattr(body, "n", None):
             continue
         shown = f"{prefix}{name}"[:96]
-        raise UnsupportedParameter(f"{shown} is not served; leave it out", shown)
+        raise UnsupportedParameter(f"{shown} is not served; leave it out{INSTEAD.get(name, '')}", shown)
 
 
 def _is_large(value: Any) -> bool:
@@ -283,6 +290,8 @@ class ModelEntry(Out):
     owned_by: str
     kind: Literal["base", "adapter", "task"]
     parent: str | None
+    root: str
+    max_model_len: int
 
 
 class ModelList(Out):

@@ -156,8 +156,8 @@ class ChatShape:
 
 
 class V1Events:
-    """The stream of an OpenAI answer: a chunk per delivery, and one of usage at the end if it is wanted; or, as vLLM
-    has it, what was used so far in `each` chunk too."""
+    """The stream of an OpenAI answer: a chunk per token, be it one that shows no text, as clients count and time them;
+    and one of usage at the end if it is wanted, or, as vLLM has it, what was used so far in `each` chunk too."""
 
     def __init__(self, generation: Generation, shape: Shape, usage: bool, each: bool = False) -> None:
         self._generation = generation
@@ -174,8 +174,6 @@ class V1Events:
     def step(self, index: int, delivery: Delivery) -> bytes:
         if delivery.finish_reason == "cancelled":
             raise cut_short()
-        if not delivery.text and delivery.finish_reason is None and not (self._logprobs and delivery.logprobs):
-            return b""
         return self._chunk(self._shape.choice(index, delivery, self._logprobs)).encode()
 
     def _chunk(self, choice: str) -> str:

@@ -31,6 +31,9 @@ def test_models_lists_each_id_once(live: Any, client: openai.OpenAI) -> None:
     assert set(found) == {"tiny", "a", "b", "mood", "adapter:mood"}
     kinds = {id: (m.model_extra or {})["kind"] for id, m in found.items()}
     assert kinds == {"tiny": "base", "a": "adapter", "b": "adapter", "mood": "task", "adapter:mood": "adapter"}
+    context = live.http.get("/stats").json()["base"]["context"]
+    assert all(m.model_extra and (m.model_extra["root"], m.model_extra["max_model_len"]) == (id, context)
+               for id, m in found.items())  # fmt: skip
     assert client.models.retrieve("adapter:mood").id == "adapter:mood"
     version = live.http.get("/adapters/a").json()["version"]
     for exact in (version, "adapter:a", f"adapter:{version}"):
@@ -61,6 +64,17 @@ def test_chat_whole_and_streamed_agree(client: openai.OpenAI) -> None:
     assert chunks[-1].choices == [] and chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 12
     assert all(c.usage is None for c in chunks[:-1]) and len({c.id for c in chunks}) == 1
     assert {c.object for c in chunks} == {"chat.completion.chunk"}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_each_token_has_its_event_though_it_shows_no_text(client: openai.OpenAI, n: int) -> None:
+    """Load generators take the time between events for the time between tokens."""
+    asked: Any = {"model": "a", "max_tokens": 60, "n": n, "temperature": 1.5, "seed": 3, "stream": True}
+    asked |= {"stream_options": {"include_usage": True}, "extra_body": {"ignore_eos": True}}
+    texts = [c.choices[0].text for c in client.completions.create(prompt="x", **asked) if c.choices]
+    assert len(texts) == 60 * n and "" in texts
+    chunks = [c.choices[0] for c in client.chat.completions.create(messages=HELLO, **asked) if c.choices]
+    assert len(chunks) == 61 * n and sum(c.delta.role == "assistant" for c in chunks) == n
 
 
 def test_completions_of_texts_ids_and_n(client: openai.OpenAI) -> None:
@@ -291,6 +305,9 @@ def test_what_would_change_the_answer_is_refused_by_name(live: Any, subtests: py
             assert answer.status_code == 400, answer.text
             error = answer.json()["error"]
             assert error["code"] == "unsupported_parameter" and error["param"] == param and param in error["message"]
+    calling = {"tool_choice": "required", "tools": [{"type": "function"}]}
+    answer = live.http.post("/v1/chat/completions", json={"model": "tiny", "messages": HELLO, **calling})
+    assert answer.json()["error"]["param"] == "tools" and "response_format" in answer.json()["error"]["message"]
     for message, param in SPEAKING:
         with subtests.test(param):
             answer = live.http.post("/v1/chat/completions", json={"model": "tiny", "messages": [message, *HELLO]})
