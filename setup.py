@@ -8,6 +8,7 @@ torch's own kernels serve.
 from __future__ import annotations
 
 import os
+import platform
 import runpy
 from copy import copy
 from glob import glob
@@ -55,7 +56,7 @@ class BuildEach(build_ext):
 
 setup(
     cmdclass={"build_ext": BuildEach},
-    ext_modules=[
+    ext_modules=[  # no other processor has any of it: there would be nothing but errors that pip hides
         Extension(
             f"server.kernels.cpu.{name}",
             sources=sorted(glob(f"{KERNELS}/*.cpp")),
@@ -67,5 +68,6 @@ setup(
             optional=True,
         )
         for name, parts in LIBRARIES.items()
+        if platform.machine() in ("x86_64", "AMD64")
     ],
 )

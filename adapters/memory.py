@@ -68,6 +68,11 @@ def limit() -> int | None:
     return least if least < total() else None
 
 
+def most() -> int:
+    """Bytes that this process could ever have: what the machine has, or less by its control groups."""
+    return limit() or total()
+
+
 def _limits() -> Iterator[Path]:
     """The files of cgroup v2 and of v1 that may limit this process: those of its own groups and of all around them."""
     own = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in _text(_GROUP).splitlines() if line.count(":") >= 2}

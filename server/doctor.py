@@ -64,8 +64,14 @@ def examine(settings: Settings) -> Report:
     for check in checks:
         try:
             check(settings, report)
-        except ServerError as e:
-            report.problems.append(e.message)
+        except (
+            ServerError,
+            ImportError,
+            OSError,
+        ) as error:  # torch without its libraries, a path that nothing can have
+            told = error.message if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"
+            if told not in report.problems:
+                report.problems.append(told)
     return report
 
 
@@ -85,16 +91,18 @@ def _processor(settings: Settings, report: Report) -> None:
 
 
 def _memory(settings: Settings, report: Report) -> None:
-    free, limit = memory.free(), memory.limit()
+    free, limit, most = memory.free(), memory.limit(), memory.most()
     if limit is not None:
         report.facts["memory limit"] = f"{_gib(limit)} for this container"
     report.facts["memory"] = f"{_gib(free)} free of {_gib(memory.total())}"
     kv_cache = 0 if _on_gpu(settings) else settings.kv_cache or 0
-    wanted = settings.adapter_ram + kv_cache
-    if kv_cache > memory.total():
-        report.problems.append(f"--kv-cache is over the {_gib(memory.total())} that this machine has; lower it")
+    wanted = kv_cache + (settings.adapter_ram if "adapter_ram" in settings.model_fields_set else 0)
+    if kv_cache > most:
+        report.problems.append(f"--kv-cache is over the {_gib(most)} that this process may have; lower it")
     elif wanted > free:
-        flags = "--adapter-ram and --kv-cache" if kv_cache else "--adapter-ram"
+        flags = " and ".join(
+            flag for flag, nbytes in (("--adapter-ram", wanted - kv_cache), ("--kv-cache", kv_cache)) if nbytes
+        )
         report.remarks.append(f"{flags} may take {_gib(wanted)}, but only {_gib(free)} is free; lower what they say")
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a server takes what it may
     report.facts["open files"] = "no limit" if files == resource.RLIM_INFINITY else str(files)
@@ -218,11 +226,11 @@ def check_state_dir(state_dir: Path) -> Path:
     """
     store = state_dir / "store"
     try:
-        place = next(folder for folder in (state_dir, *state_dir.absolute().parents) if folder.exists())
+        place = next(folder for folder in (state_dir, *state_dir.absolute().parents) if _is_there(folder))
         for folder in (place, store, store / "versions", store / "incoming"):
-            if folder == place or folder.exists():
+            if folder == place or _is_there(folder):
                 tempfile.TemporaryFile(dir=folder).close()
-        if (store / "lock").exists():
+        if _is_there(store / "lock"):
             with (store / "lock").open("rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -237,6 +245,15 @@ def check_state_dir(state_dir: Path) -> Path:
             "state_dir",
         ) from None
     return place
+
+
+def _is_there(path: Path) -> bool:
+    """Raises OSError where that cannot be told, for which Python's own answer is no since 3.14."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _keys(settings: Settings, report: Report) -> None:

@@ -59,6 +59,8 @@ from server.tasks.store import Tasks
 
 log = logging.getLogger(__name__)
 
+LEAST_RAM = 64 << 20
+"""Bytes for adapters, however little memory is free."""
 KV_SHARE = 0.25
 """Of the memory that is free once the base is there, for keys and values, if the settings do not say."""
 
@@ -132,7 +134,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     registry = Registry(
         store,
         shapes=base.shapes(),
-        ram_bytes=settings.adapter_ram,
+        ram_bytes=adapter_ram(settings),
         prepare=base.prepare,
         max_rank=settings.max_rank,
         max_mix=settings.max_mix,
@@ -363,25 +365,31 @@ def _engine(
         runner = make_runner(base, settings.max_slots, settings.threads or processors())
         blocks = kv_blocks(settings, runner.block_bytes(settings.block_size), context)
         of_device = {"blocks": blocks, "max_slots": settings.max_slots}
-    engine = engine_on(
-        runner,
-        fetch=registry.fetch,
-        text=text,
-        eos_ids=base.vocabulary.eos_ids,
-        vocab_size=base.config.vocab_size,
-        context_length=context,
-        base_id=base.id,
-        block_size=settings.block_size,
-        max_batch=settings.max_batch,
-        max_queue=settings.max_queue,
-        max_queue_tokens=settings.max_queue_tokens,
-        max_step_tokens=settings.max_step_tokens,
-        prefix_cache=settings.prefix_cache,
-        tell=last_words(),
-        draw=runner.draw,
-        told=told,
-        **of_device,
-    )
+        _check_room(blocks * runner.block_bytes(settings.block_size), registry.memory()["budget"])
+    try:
+        engine = engine_on(
+            runner,
+            fetch=registry.fetch,
+            text=text,
+            eos_ids=base.vocabulary.eos_ids,
+            vocab_size=base.config.vocab_size,
+            context_length=context,
+            base_id=base.id,
+            block_size=settings.block_size,
+            max_batch=settings.max_batch,
+            max_queue=settings.max_queue,
+            max_queue_tokens=settings.max_queue_tokens,
+            max_step_tokens=settings.max_step_tokens,
+            prefix_cache=settings.prefix_cache,
+            tell=last_words(),
+            draw=runner.draw,
+            told=told,
+            **of_device,
+        )
+    except MemoryError:
+        raise BadSetting(
+            "the system gives no memory for the KV cache: lower --kv-cache or --max-context", "kv_cache"
+        ) from None
     return runner, engine
 
 
@@ -405,19 +413,42 @@ def _on_gpu(settings: Settings, base: Base, context: int) -> tuple[Runner, dict[
     return runner, {"blocks": blocks, "max_slots": slots, "room": runner.room}
 
 
+def adapter_ram(settings: Settings) -> int:
+    """Bytes of RAM for adapters: what `--adapter-ram` says, and by default no more than half of what is free."""
+    room = max(LEAST_RAM, memory.free() // 2)
+    if "adapter_ram" in settings.model_fields_set or settings.adapter_ram <= room:
+        return settings.adapter_ram
+    log.warning("adapters may have %d MiB, half of the memory that is free (--adapter-ram)", room >> 20)
+    return room
+
+
 def kv_blocks(settings: Settings, block_bytes: int, context: int) -> int:
     """How many blocks of KV cache to allocate: what `--kv-cache` says, or a share of free memory, and at most what a
     full batch of 2,048 tokens each needs. At least one context fits unless `--kv-cache` says otherwise. Raises
-    BadSetting for more than this machine has.
+    BadSetting for more than this process may have.
     """
     one = -(-context // settings.block_size)
     if settings.kv_cache is not None:
-        if settings.kv_cache > (there := memory.total()):
-            raise BadSetting(f"kv_cache (--kv-cache) is over the {there:,} bytes that this machine has", "kv_cache")
+        if settings.kv_cache > (there := memory.most()):
+            raise BadSetting(
+                f"kv_cache (--kv-cache) is over the {there:,} bytes that this process may have", "kv_cache"
+            )
         return max(1, settings.kv_cache // block_bytes)
     share = int(memory.free() * KV_SHARE) // block_bytes
     enough = -(-min(context, KV_TOKENS) // settings.block_size) * settings.max_batch
     return max(one, min(share, enough))
+
+
+def _check_room(kv_cache: int, adapters: int) -> None:
+    """Say so where memory that is promised is not there: it is taken as it is used, and then the system ends us."""
+    if kv_cache + adapters > (free := memory.free()):
+        log.warning(
+            "the KV cache may take %d MiB and adapters %d, and %d are free: lower --kv-cache, --adapter-ram or "
+            "--max-context before the system ends the process",
+            kv_cache >> 20,
+            adapters >> 20,
+            free >> 20,
+        )
 
 
 def longest_token(text: Text) -> int:

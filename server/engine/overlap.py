@@ -63,7 +63,7 @@ class OverlappedEngine(Engine):
         """Launch a step and land the one before; False if there was neither."""
         now = self._record.begin()
         if self._flight is not None:
-            self._record.wait(self._device.linger)
+            self._record.land(self._flight.plan, self._device.linger)
             now = time.monotonic()
         self._drain()
         if not self._scheduler.keeps_all:

@@ -16,6 +16,9 @@ import torch
 HUGE = 2 << 20
 """Bytes of a huge page, which begins at a multiple of them."""
 
+HUGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE")
+"""Whether the system knows huge pages: Linux does."""
+
 _POPULATE_READ = 22
 """MADV_POPULATE_READ of Linux 5.14, which the mmap module does not name."""
 
@@ -23,7 +26,7 @@ _POPULATE_READ = 22
 def zeros(size: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros [size], on huge pages as far as whole ones fit. The memory goes back to the system with the tensor."""
     nbytes = size * dtype.itemsize
-    if nbytes < HUGE:
+    if nbytes < HUGE or not HUGE_PAGES:
         return torch.zeros(size, dtype=dtype)
     room = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(room)) % HUGE
@@ -44,7 +47,7 @@ def mapped(path: Path) -> torch.Tensor:
     with path.open("rb") as file:
         room = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     # Asking for the pages fills this process's page tables too: the last advice empties those, and the pages stay.
-    for advice in (mmap.MADV_HUGEPAGE, _POPULATE_READ, mmap.MADV_DONTNEED):
+    for advice in (mmap.MADV_HUGEPAGE, _POPULATE_READ, mmap.MADV_DONTNEED) if HUGE_PAGES else ():
         # A kernel that lacks one of them says so; a disk that fails does when the bytes are read.
         with contextlib.suppress(OSError):
             room.madvise(advice)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -25,19 +25,32 @@ CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 def processors() -> int:
     """How many processors this process may keep busy: those of its affinity, and what its control groups leave of them
-    (`cpu.max` of cgroup v2, which `docker run --cpus` and systemd's `CPUQuota` set), rounded up."""
+    (as `docker run --cpus` and systemd's `CPUQuota` set them), rounded up."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([found, *map(math.ceil, _quotas())]))
+
+
+def _quotas() -> Iterator[float]:
+    """Processors that each group around this process may have: `cpu.max` of cgroup v2, the two files of v1."""
     try:
-        own = next(line[3:] for line in CGROUP.read_text("utf-8").splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return found
-    for group in (PurePosixPath(own), *PurePosixPath(own).parents):
-        try:
-            quota, period = (CGROUPS / group.relative_to("/") / "cpu.max").read_text("ascii").split()
-            found = min(found, math.ceil(int(quota) / int(period)))
-        except (OSError, ValueError):  # the root group has no such file, and without a quota it says "max"
+        lines = CGROUP.read_text("utf-8").splitlines()
+    except OSError:
+        return
+    for _, controllers, own in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if not controllers:
+            root, files = CGROUPS, ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            root, files = CGROUPS / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
             continue
-    return max(1, found)
+        for group in (PurePosixPath(own), *PurePosixPath(own).parents):
+            try:
+                told = " ".join((root / group.relative_to("/") / file).read_text("ascii") for file in files)
+                quota, period = map(int, told.split())
+            except (OSError, ValueError):  # the root group has no such file, and without a quota v2's says "max"
+                continue
+            if quota > 0:  # v1's says -1 then
+                yield quota / period
 
 
 def apart(call: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from adapters.store import Store
-from server.doctor import check_state_dir, examine
+from server.doctor import Report, check_state_dir, examine
 from server.errors import BadSetting
 from server.settings import Settings
 
@@ -108,6 +108,22 @@ def test_a_folder_that_is_not_there_may_be_a_hub_id(tmp_path: Path) -> None:
     assert any(
         r.startswith("there is no folder data/qwen here; as a hub id: `loramux pull data/qwen`") for r in remarks
     )
+
+
+@pytest.mark.parametrize("error", [ImportError("libcudart.so.13: no such file"), OSError(36, "File name too long")])
+def test_what_cannot_be_looked_at_is_a_problem_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """And what can be is looked at all the same."""
+
+    def broken(settings: Settings, report: Report) -> None:
+        raise error
+
+    for check in ("_processor", "_torch"):
+        monkeypatch.setattr(f"server.doctor.{check}", broken)
+    report = examine(Settings(state_dir=tmp_path, model="nothing", port=0))
+    assert report.problems.count(f"{type(error).__name__}: {error}") == 1 and len(report.problems) == 2
+    assert "memory" in report.facts
 
 
 def test_what_keeps_a_server_from_starting_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

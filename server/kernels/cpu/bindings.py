@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import platform
 import sysconfig
 from ctypes import POINTER, c_bool, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
@@ -159,6 +160,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 
+MACHINES = ("x86_64", "AMD64")
 LIBRARIES = ("_native_amx", "_native_bf16", "_native")
 """The same kernels for processors with a matrix unit, with instructions for bf16 and without, the faster ones first."""
 
@@ -190,6 +192,8 @@ def library() -> ctypes.CDLL:
 
 def load(name: str) -> ctypes.CDLL:
     """One of `LIBRARIES`, whether it runs here or not. Raises OSError as `library` does."""
+    if (machine := platform.machine()) not in MACHINES:
+        raise OSError(f"the processor is of the kind {machine}, and the native kernels are written for x86-64")
     # By its whole name: a checkout keeps what it built for another Python, and that may be of older sources.
     built = Path(__file__).with_name(name + sysconfig.get_config_var("EXT_SUFFIX"))
     if not built.exists():

@@ -1,11 +1,12 @@
-"""What the assembly decides by itself: how much memory keys and values get when the settings do not say."""
+"""What the assembly decides by itself: how much memory adapters, keys and values get when the settings do not say."""
 
 from __future__ import annotations
 
 import pytest
 
 from adapters import memory
-from server.api.assembly import kv_blocks
+from server.api.assembly import adapter_ram, kv_blocks
+from server.errors import BadSetting
 from server.settings import Settings
 
 BLOCK = 1 << 20
@@ -19,3 +20,21 @@ def test_keys_and_values_get_their_share_of_free_memory(
     monkeypatch.setattr(memory, "free", lambda: free * BLOCK)
     settings = Settings(model="base", block_size=16, max_batch=4)
     assert kv_blocks(settings, BLOCK, context=128) == expected
+
+
+@pytest.mark.parametrize(("free", "expected"), [(16 << 10, 2 << 10), (1 << 10, 512), (10, 64)])
+def test_adapters_get_half_of_free_memory_at_most(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, free: int, expected: int
+) -> None:
+    """Unless the settings say how much; and where little is free there is room for some."""
+    monkeypatch.setattr(memory, "free", lambda: free * BLOCK)
+    assert adapter_ram(Settings(model="base", adapter_ram=3 << 30)) == 3 << 30 and not caplog.messages
+    assert adapter_ram(Settings(model="base")) == expected * BLOCK
+    assert bool(caplog.messages) == (expected < 2 << 10)
+
+
+def test_keys_and_values_within_the_limit_of_a_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "limit", lambda: 600 * BLOCK)
+    with pytest.raises(BadSetting, match=f"over the {600 * BLOCK:,} bytes that this process may have"):
+        kv_blocks(Settings(model="base", kv_cache=601 * BLOCK), BLOCK, context=128)
+    assert kv_blocks(Settings(model="base", kv_cache=599 * BLOCK), BLOCK, context=128) == 599

@@ -111,6 +111,12 @@ def test_the_fastest_library_that_runs_is_loaded(
     assert caplog.messages == ["the kernels of _native_bf16 are left out: the library was not built with this package"]
 
 
+def test_on_another_kind_of_processor_no_compiler_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(OSError, match="of the kind aarch64, and the native kernels are written for x86-64"):
+        bindings.load("_native")
+
+
 def test_a_library_of_another_python_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It lies in a checkout where another Python was used, and nothing has built it again since."""
     monkeypatch.setattr(bindings, "__file__", str(tmp_path / "bindings.py"))

@@ -80,6 +80,16 @@ def test_a_file_that_is_not_there_or_empty_is_told(tmp_path: Path) -> None:
         pages.mapped(tmp_path / "empty")
 
 
+def test_a_system_without_huge_pages_is_asked_for_none(
+    tmp_path: Path, without: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "HUGE_PAGES", False)
+    path = tmp_path / "file"
+    path.write_bytes(content(HUGE + 3))
+    assert pages.mapped(path).numpy().tobytes() == content(HUGE + 3)
+    assert not pages.zeros(HUGE, torch.uint8).any() and not without
+
+
 def test_a_kernel_that_takes_no_advice_has_small_pages(tmp_path: Path, without: list[int]) -> None:
     path = tmp_path / "file"
     path.write_bytes(content(HUGE + 3))

@@ -41,6 +41,21 @@ def test_the_smallest_quota_on_the_way_up_counts(groups: Path, limits: dict[str,
     assert threads.processors() == expected
 
 
+@pytest.mark.parametrize(
+    ("quota", "period", "around", "expected"),
+    [("-1", "100000", "-1", 8), ("150000", "100000", "-1", 2), ("-1", "100000", "300000", 3), ("", "100000", "-1", 8)],
+)
+def test_quotas_of_the_first_version_count_too(
+    groups: Path, quota: str, period: str, around: str, expected: int
+) -> None:
+    (groups / "own").write_text("4:cpu,cpuacct:/old/till\n3:memory:/old\n0::/\n")
+    (groups / "cpu" / "old" / "till").mkdir(parents=True)
+    for group, told in (("old/till", quota), ("old", around)):
+        (groups / "cpu" / group / "cpu.cfs_quota_us").write_text(told)
+        (groups / "cpu" / group / "cpu.cfs_period_us").write_text(period)
+    assert threads.processors() == expected
+
+
 def test_without_control_groups_affinity_counts(groups: Path) -> None:
     (groups / "own").write_text("1:cpu:/old\n")
     assert threads.processors() == 8
