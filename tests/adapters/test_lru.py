@@ -115,3 +115,11 @@ def test_bounds_hold_whatever_is_asked(capacity: int, calls: list[tuple[str, set
         assert set(lru) == held
         assert lru.used == sum(k + 1 for k in held) <= max(capacity, 0)
         assert all(k in lru and lru.pins(k) == n for k, n in pins.items() if n)
+
+
+def test_what_grows_evicts_what_somebody_leases_last() -> None:
+    evicted: list[str] = []
+    lru: LRU[str] = LRU(3, evicted.append)
+    assert lru.add("a", 1) and lru.add("b", 1) and lru.add("c", 1)
+    assert lru.resize("c", 2, evict_last=lambda key: key == "a")
+    assert evicted == ["b"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -374,3 +375,94 @@ def test_many_threads_never_pass_the_budget(make_ram: MakeRam, source: Source) -
         thread.join(60)
     assert not failures
     until(lambda: ram.held == 0)
+
+
+def test_a_small_one_does_not_pass_a_large_one_that_waits_for_room(make_ram: MakeRam, source: Source) -> None:
+    """Small ones that come for ever would keep it waiting for ever."""
+    ram = make_ram(3)
+    first = ram.fetch(["a", "b"])
+    first.result(SECONDS)
+    blocked, behind = ram.fetch(["c", "d"]), ram.fetch(["e"])
+    assert ram.used == 2 * SIZE, "there is room for e, which is not begun"
+    del first
+    assert [weights.digest for weights in blocked.result(SECONDS)] == ["c", "d"]
+    assert behind.result(SECONDS)
+
+
+def test_close_tells_those_too_whose_load_has_not_begun(make_ram: MakeRam, source: Source) -> None:
+    """The loads that no thread has come to are dropped: whoever waits for one would wait for ever."""
+    ram = make_ram(4)
+    source.gates = {digest: threading.Event() for digest in "ab"}
+    futures = [ram.fetch([digest]) for digest in "abc"]
+    until(lambda: source.loads["a"] and source.loads["b"])
+    closing = threading.Thread(target=ram.close)
+    closing.start()
+    try:
+        until(lambda: all(future.cancelled() for future in futures))
+    finally:
+        for gate in source.gates.values():
+            gate.set()
+        closing.join(SECONDS)
+    assert source.loads["c"] == 0
+
+
+def test_what_failed_to_load_takes_no_room(make_ram: MakeRam, source: Source) -> None:
+    ram = make_ram(1)
+    source.errors["a"] = InvalidAdapter("broken")
+    with pytest.raises(InvalidAdapter):
+        ram.fetch(["a"]).result(SECONDS)
+    assert ram.used == 0 and ram.offer(weights_of("b"))
+
+
+def test_the_size_of_what_was_offered_is_its_own_until_it_is_discarded(make_ram: MakeRam) -> None:
+    ram = make_ram(2)
+    assert not ram.offer(weights_of("a", 64))
+    assert ram.size("a") == 8 * SIZE
+    ram.discard("a")
+    assert ram.size("a") == SIZE, "nothing is kept of it"
+
+
+def test_what_is_larger_than_was_thought_keeps_its_place(make_ram: MakeRam, source: Source) -> None:
+    ram = make_ram(2)
+    keep = ram.fetch(["a"])
+    keep.result(SECONDS)
+    source.gates["x"], source.sizes["x"] = threading.Event(), 16
+    large, behind = ram.fetch(["x"]), ram.fetch(["e"])
+    source.gates["x"].set()
+    until(lambda: ram.size("x") == 2 * SIZE)
+    assert ram.used == SIZE, "it waits before the other, which would fit"
+    del keep
+    assert large.result(SECONDS)[0].digest == "x"
+    del large
+    assert behind.result(SECONDS)
+
+
+def test_all_who_ask_for_what_is_larger_keep_their_order(make_ram: MakeRam, source: Source) -> None:
+    ram = make_ram(4)
+    keep = ram.fetch(["a"])
+    keep.result(SECONDS)
+    source.gates["x"], source.sizes["x"] = threading.Event(), 24
+    first, second = ram.fetch(["x"]), ram.fetch(["x", "c"])
+    source.gates["x"].set()
+    assert first.result(SECONDS)[0].digest == "x" and not second.done(), "there is room for the first alone"
+    del first, keep
+    assert second.result(SECONDS)
+
+
+def test_what_was_discarded_leaves_memory_though_nobody_comes_by(make_ram: MakeRam) -> None:
+    ram = make_ram(1)
+    future = ram.fetch(["a"])
+    kept = weakref.ref(future.result(SECONDS)[0].modules["m"].A)
+    ram.discard("a")
+    assert kept() is not None
+    del future
+    until(lambda: kept() is None)
+
+
+def test_what_was_discarded_is_not_told_to_be_in_memory(make_ram: MakeRam) -> None:
+    ram = make_ram(1)
+    ram.fetch(["a"]).result(SECONDS)
+    until(lambda: ram.held == 0)
+    assert ram.loaded_at("a") is not None
+    ram.discard("a")
+    assert ram.used == 0 and ram.loaded_at("a") is None

@@ -148,3 +148,43 @@ def test_a_place_is_taken_from_the_less_urgent_and_from_nobody_else(asked: Asked
         State.LOADING,
         State.QUEUED,
     ]
+
+
+def waiting(tools: Any, name: str, priority: int = 0) -> Request:
+    return Request("r", (1,), Sampling(), lambda delivery: None, mix=tools.mix_of(name), priority=priority)
+
+
+def test_a_load_that_one_as_urgent_waits_for_too_is_not_given_up(tools: Any) -> None:
+    """Two that are as urgent would take the one place from each other for ever."""
+    fetch = tools.Fetcher(ready=set())
+    loads = Loads(fetch, 1, lambda: None)
+    first, less, second = waiting(tools, "a1"), waiting(tools, "a1", 1), waiting(tools, "a2")
+    for request in (first, less, second):
+        assert loads.ask(request, 1.0) is None
+    assert (first.state, less.state, second.state) == (State.LOADING, State.LOADING, State.QUEUED)
+    assert fetch.asked == [tools.mix_of("a1")]
+
+
+def test_loads_give_way_where_a_more_urgent_request_lacks_its_own_alone(tools: Any) -> None:
+    fetch = tools.Fetcher(ready=set())
+    loads = Loads(fetch, 2, lambda: None)
+    less, urgent = waiting(tools, "a1", 1), waiting(tools, "a2")
+    assert loads.ask(less, 1.0) is None
+    loads.give_way(0)
+    assert less.state is State.LOADING and len(loads) == 1
+    assert loads.ask(urgent, 2.0) is None
+    loads.give_way(0)
+    assert (less.state, urgent.state, len(loads)) == (State.QUEUED, State.LOADING, 1)
+
+
+def test_the_place_of_what_is_in_ram_is_none_for_what_has_to_be_read(tools: Any) -> None:
+    fetch = tools.Fetcher(ready={"a1"})
+    loads = Loads(fetch, 1, lambda: None)
+    known = waiting(tools, "a1")
+    assert loads.ask(known, 1.0) is not None and loads.settle(1.0) == (True, [])
+    loads.leave(known)
+    fetch.ready = set()
+    warm, cold, more = waiting(tools, "a1", 1), waiting(tools, "a2"), waiting(tools, "a3")
+    for request in (warm, cold, more):
+        assert loads.ask(request, 2.0) is None
+    assert (warm.state, cold.state, more.state) == (State.LOADING, State.LOADING, State.QUEUED)

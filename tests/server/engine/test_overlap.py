@@ -397,3 +397,22 @@ def test_the_flight_lands_before_a_plan_that_lacks_one_block(bench: Any, tools: 
     assert b.engine.stats()["preemptions"] > 0
     assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in heard)
     b.check_empty()
+
+
+@pytest.mark.parametrize("others", [{}, {"logprobs": 1}], ids=["launched ahead", "read at once"])
+def test_an_answer_that_has_ended_has_no_part_in_the_step_after_it(
+    bench: Any, tools: Any, others: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = bench(overlapped=True)
+    first = made.submit([5, 6], max_tokens=3)
+    made.settle()
+    assert len(set(first.tokens)) == 3
+    early = made.submit([5, 6], stop_token_ids=(first.tokens[1],))
+    for _ in range(2):
+        made.engine.step()
+    late = made.submit([9, 8], max_tokens=3, **others)  # beside a row of the first, whose end is on its way
+    made.settle()
+    assert (early.reason, early.tokens, early.request.output) == ("stop", first.tokens[:2], first.tokens[:2])
+    assert (late.reason, late.tokens) == ("length", tools.solo(late, made.runner.vocab))
+    assert not caplog.messages
+    made.check_empty()

@@ -189,3 +189,47 @@ def test_more_adapters_than_room_are_copied_once_for_each_that_enters(bench: Any
     assert all(each.tokens == tools.solo(each, made.runner.vocab) for each in heard)
     assert len(placed) <= len(heard) and len(used) < 3 * len(heard)
     made.check_empty()
+
+
+def test_so_many_small_adapters_as_there_are_slots_and_no_more(tools: Any) -> None:
+    slots = Slots(2, lambda slot, weights: None, lambda slot: None, Room(100, lambda weights: 1))
+    for name in ("a1", "a2", "a3"):
+        assert slots.reserve(tools.mix_of(name), weights_of(tools, name)) is not None
+        slots.free(tools.mix_of(name))
+    assert slots.resident == [tools.digest_of("a2"), tools.digest_of("a3")]
+
+
+def test_the_slot_of_what_cannot_be_placed_is_another_s(tools: Any) -> None:
+    def place(slot: int, weights: LoraWeights) -> None:
+        if weights.name == "a1":
+            raise ValueError("the base has no such linear")
+
+    cleared: list[int] = []
+    slots = Slots(1, place, cleared.append)
+    with pytest.raises(ValueError, match="no such linear"):
+        slots.reserve(tools.mix_of("a1"), weights_of(tools, "a1"))
+    assert cleared == [0] and slots.reserve(tools.mix_of("a2"), weights_of(tools, "a2")) == ((0, 1.0),)
+
+
+def test_what_is_forgotten_goes_with_its_last_request_and_is_like_any_other_after(tools: Any) -> None:
+    slots, mix = Slots(2, lambda slot, weights: None, lambda slot: None), tools.mix_of("a1")
+    slots.reserve(mix, weights_of(tools, "a1"))
+    slots.forget(tools.digest_of("a1"))
+    assert slots.has(mix)
+    slots.free(mix)
+    assert not slots.has(mix)
+    slots.reserve(mix, weights_of(tools, "a1"))
+    slots.free(mix)
+    assert slots.has(mix), "it was wanted again"
+
+
+def test_idle_slots_are_emptied_for_ram_where_they_hold_it_alone(tools: Any) -> None:
+    mix, weights = tools.mix_of("a1"), weights_of(tools, "a1")
+    in_ram = Slots(2, lambda slot, weights: None, lambda slot: None)
+    in_ram.offer(mix, weights, ())
+    in_ram.release_idle(1)
+    assert not in_ram.has(mix)
+    copied = Slots(2, lambda slot, weights: None, lambda slot: None, Room(100, lambda weights: 10))
+    copied.offer(mix, weights, ())
+    copied.release_idle(1)
+    assert copied.has(mix)

@@ -370,3 +370,43 @@ def test_a_long_text_has_the_ids_of_any_and_leaves_the_interpreter_to_others() -
         counting.join()
     assert meanwhile > 10, "encoding takes a hundred times as long as a turn"
     assert ids == text.encode("hello world, posts ") * 40_000
+
+
+TURNS = "{% for m in messages %}{{ m['content'] + '<|sep|>' }}{% endfor %}"
+
+
+def test_what_a_message_begins_and_the_template_ends_is_no_special_token() -> None:
+    text = text_of(bpe(["<s>", "<|end|>"]), "{% for m in messages %}{{ m['content'] }}end|>{% endfor %}", 1)
+    assert text.chat_pieces([{"role": "user", "content": "<|"}]) == ["<|end|>"]
+
+
+def test_special_tokens_within_parts_of_a_message_are_plain() -> None:
+    parts = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+    text = text_of(bpe(["<s>", "<|end|>"]), parts, 1)
+    assert text.chat_pieces([{"role": "user", "content": [{"text": "a<|end|>"}]}]) == ["a<|end|>"]
+
+
+def test_of_two_special_tokens_the_longer_is_the_template_s() -> None:
+    text = text_of(bpe(["<s>", "<|end", "<|end|>"]), "{{ '<|end|>' }}", 0)
+    assert text.chat_pieces([{"role": "user", "content": "x"}]) == [2]
+
+
+def test_a_special_token_takes_the_spaces_after_it_where_its_tokenizer_says_so(tools: Any) -> None:
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    text = text_of(bpe(specials, rstrip=True), tools.TEMPLATE, 2, 0)
+    rendered = "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert text.encode_chat([{"role": "user", "content": "hello"}]) == bpe(specials, rstrip=True).encode(rendered).ids
+
+
+def test_a_turn_that_ends_by_what_ends_no_answer_is_ended_by_the_end_token() -> None:
+    assert text_of(bpe(["<s>", "<|sep|>", "</s>"]), TURNS, 2).end_of_turn == 2
+    assert text_of(bpe(["<s>", "<|sep|>", "</s>"]), TURNS, 1).end_of_turn == 1
+
+
+def test_an_added_token_that_is_not_special_is_shown() -> None:
+    tokenizer = bpe(["<s>"])
+    tokenizer.add_tokens(["<think>"])
+    text = text_of(tokenizer, None, 0)
+    assert text.decode(text.encode("a<think>b")) == "a<think>b"
+    token = tokenizer.token_to_id("<think>")
+    assert token is not None and not text.is_special(token)

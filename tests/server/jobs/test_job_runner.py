@@ -13,11 +13,11 @@ from adapters.errors import StoreFailed
 from server.errors import Conflict, UnknownName
 from server.jobs.errors import JobError
 from server.jobs.files import Files
-from server.jobs.records import EVALUATION, TRAINING, Job, Records
+from server.jobs.records import CANCELLED, EVALUATION, STATE, TRAINING, Job, Records
 from server.jobs.runner import Active, Jobs, Stopped
 from server.jobs.spec import NEEDED_TO_RUN, RESULT
 from server.jobs.training import Training
-from tests.waiting import until
+from tests.waiting import SECONDS, until
 
 
 class Work:
@@ -498,3 +498,142 @@ def test_a_name_that_is_no_text_is_told_as_one(tmp_path):
     files = Files(tmp_path / "files")
     file = files.add(lambda path: path.write_bytes(b"{}"), "a\ud800b.jsonl", "fine-tune")
     assert file.filename == "a?b.jsonl"
+
+
+def test_what_is_cancelled_before_its_process_begins_is_killed_at_once(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    active = Active(records.prepare(TRAINING, "", {}, "ftjob", {}), records)
+    active.ask(CANCELLED)
+    heard: list[str] = []
+    active.stopped_by(lambda: heard.append("stop"), lambda: heard.append("kill"))
+    assert heard == ["kill"]
+
+
+def test_work_that_does_not_stop_in_time_is_ended_with_the_server(tmp_path: Path) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def deaf(active: Active) -> None:
+        active.stopped_by(lambda: None, ended.set)
+        begun.set()
+        assert ended.wait(SECONDS)
+        active.check()
+
+    jobs = Jobs(Records(tmp_path), {TRAINING: deaf})
+    jobs.start()
+    job = jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    assert begun.wait(SECONDS)
+    try:
+        jobs.close(0.0)
+        assert ended.is_set() and job.status == "queued"
+    finally:
+        ended.set()
+
+
+def test_what_the_disk_refused_is_kept_at_the_server_s_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
+    job = jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+
+    def full(job: Job) -> None:
+        raise StoreFailed("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.records, "save", full)
+        jobs.cancel(job.id)
+    assert Records(tmp_path).jobs[job.id].status == "queued"
+    jobs.close(0.0)
+    assert Records(tmp_path).jobs[job.id].status == "cancelled"
+
+
+def test_work_is_asked_for_a_checkpoint_when_the_server_ends(tmp_path: Path) -> None:
+    begun, go, heard = threading.Event(), threading.Event(), list[str]()
+
+    def stop() -> None:
+        heard.append("stop")
+        go.set()
+
+    def work(active: Active) -> None:
+        active.stopped_by(stop, go.set)
+        begun.set()
+        assert go.wait(SECONDS)
+        active.check()
+
+    jobs = Jobs(Records(tmp_path), {TRAINING: work})
+    jobs.start()
+    jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    assert begun.wait(SECONDS)
+    jobs.close(SECONDS)
+    assert heard[:1] == ["stop"]
+
+
+def test_a_job_that_has_been_trained_is_not_paused(tmp_path: Path) -> None:
+    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
+    job = jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    job.trained = {}
+    with pytest.raises(Conflict, match="nothing left that could be paused"):
+        jobs.pause(job.id)
+
+
+@pytest.mark.parametrize("field", ["training_file", "validation_file"])
+def test_a_file_is_in_use_until_its_job_is_over(tmp_path: Path, field: str) -> None:
+    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
+    job = jobs.enter(jobs.prepare(TRAINING, "", {field: "file-1"}, "ftjob"))
+    assert jobs.using("file-1") == job.id and jobs.using("file-2") is None
+    jobs.cancel(job.id)
+    assert jobs.using("file-1") is None
+
+
+@pytest.mark.parametrize("wish", ["pausing", "cancelling"])
+@pytest.mark.parametrize("error", [None, StoreFailed("no space left")], ids=["succeeds", "fails"])
+def test_work_that_ended_before_it_heard_of_a_wish_has_ended_as_it_did(
+    tmp_path: Path, wish: str, error: Exception | None
+) -> None:
+    def work(active: Active) -> None:
+        setattr(active.job, wish, True)
+        if error is not None:
+            raise error
+
+    jobs = Jobs(Records(tmp_path), {TRAINING: work})
+    job = jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    jobs.start()
+    try:
+        until(lambda: job.finished_at is not None or job.status == "paused")
+    finally:
+        jobs.close(0.0)
+    assert job.status == ("succeeded" if error is None else "failed") and not getattr(job, wish)
+
+
+def test_a_trained_job_is_not_told_to_be_validating_and_began_when_it_did(tmp_path: Path) -> None:
+    seen: list[str] = []
+    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: seen.append(active.job.status)})
+    job = jobs.prepare(TRAINING, "", {}, "ftjob")
+    job.trained, job.started_at = {}, 5.0
+    jobs.enter(job)
+    jobs.start()
+    try:
+        until(lambda: job.over)
+    finally:
+        jobs.close(0.0)
+    assert (seen, job.started_at) == (["running"], 5.0)
+
+
+def test_a_job_is_read_though_a_later_version_told_more_of_its_progress(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    job = records.prepare(TRAINING, "", {}, "ftjob", {})
+    records.enter(job)
+    state = tmp_path / job.id / STATE
+    told = json.loads(state.read_text())
+    told["progress"] |= {"step": 3, "watts": 5.0}
+    state.write_text(json.dumps(told))
+    assert Records(tmp_path).jobs[job.id].progress.step == 3
+
+
+def test_what_the_disk_has_taken_is_not_saved_again_with_each_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
+    first, second = (jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob")) for _ in range(2))
+    jobs.cancel(first.id)
+    saved: list[Job] = []
+    monkeypatch.setattr(jobs.records, "save", saved.append)
+    jobs.cancel(second.id)
+    assert saved == [second]

@@ -24,10 +24,10 @@ from adapters.weights import LowRank, Version, sealed
 from server.errors import InvalidRequest, NotReady, ServerError
 from server.jobs.evaluating import DATA, Evaluating
 from server.jobs.files import Files
-from server.jobs.publishing import Publishing, Verdict
-from server.jobs.records import EVALUATION, TRAINING, Records
+from server.jobs.publishing import Publishing, Verdict, awaited
+from server.jobs.records import CANCELLED, EVALUATION, TRAINING, Records
 from server.jobs.requests import Asked, Ground, Lora, checked, keep_init, spec_of
-from server.jobs.runner import Active
+from server.jobs.runner import Active, Stopped
 from server.jobs.spec import JUDGED, RESULT, BaseSource
 from server.tasks.definitions import Fixed, Task, parse
 from server.tasks.evaluation import Evaluation, Score
@@ -477,3 +477,23 @@ def test_a_job_keeps_the_template_that_it_was_asked_with(tmp_path: Path) -> None
         lora = Lora(init_from="m", **{name: value})
         with pytest.raises(InvalidRequest, match=f"leave {name} out"):
             checked(Asked(file.id, lora=lora, given=frozenset({"init_from", name})), ground)
+
+
+def test_the_version_that_is_compared_with_is_measured_whatever_its_name_has_by_then(tmp_path: Path) -> None:
+    scene = Measured(tmp_path, "if_better")
+    try:
+        old = scene.registry.publish_now("m", write(tmp_path / "old", 2)).version
+        scene.publish()
+        assert [target.choice for target in scene.engine.targets] == [[(scene.job.id, 1.0)], [(f"m@{old.digest}", 1.0)]]
+    finally:
+        scene.registry.close()
+
+
+def test_an_evaluation_that_ends_with_its_job_is_no_failure(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    active = Active(records.prepare(TRAINING, "", {}, "ftjob", {}), records)
+    active.ask(CANCELLED)
+    evaluation: Future[Evaluation] = Future()
+    with pytest.raises(Stopped):
+        awaited(active, evaluation)
+    assert evaluation.cancelled()

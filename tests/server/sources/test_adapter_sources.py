@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import threading
 from collections import Counter
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from server.errors import InvalidRequest, NoCapacity, QueueFull
-from server.sources import Sources, urls
+from server.sources import Sources, folder, urls
 from server.sources.budget import Budget, Spend
+from tests.waiting import SECONDS, until
 
 RELEASE = threading.Event()
 """Set when the tests are over: what hangs need hang no longer."""
@@ -244,3 +246,61 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "scratch" / "fetch-old" / "adapter_model.safetensors").write_bytes(b"half")
     Sources(tmp_path, tmp_path / "scratch")
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+async def test_a_repository_that_is_allowed_is_so_at_any_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fetch(hub_id: str, directory: Path, max_bytes: int, spend: Spend) -> Path:
+        asked.append(hub_id)
+        return directory
+
+    monkeypatch.setattr("server.sources.hub.fetch_adapter", fetch)
+    sources = Sources(tmp_path / "adapters", tmp_path / "scratch", hub_allow=["solo/one"])
+    async with sources.open("solo/one@v1"):
+        assert asked == ["solo/one@v1"]
+
+
+async def test_a_source_that_hangs_is_given_up_and_what_it_writes_later_is_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, wrote = threading.Event(), threading.Event()
+
+    def fetch(hub_id: str, directory: Path, max_bytes: int, spend: Spend) -> Path:
+        assert release.wait(SECONDS)
+        directory.mkdir(exist_ok=True)
+        (directory / "late").write_text("x")
+        wrote.set()
+        return directory
+
+    monkeypatch.setattr("server.sources.hub.fetch_adapter", fetch)
+    sources = Sources(tmp_path / "adapters", tmp_path / "scratch", hub_allow=["solo/one"], seconds=0.01)
+    try:
+        async with asyncio.timeout(SECONDS):
+            with pytest.raises(InvalidRequest, match="did not answer within"):
+                async with sources.open("solo/one"):
+                    pass
+    finally:
+        release.set()
+    await asyncio.to_thread(until, wrote.is_set)
+    await asyncio.to_thread(until, lambda: not list((tmp_path / "scratch").iterdir()))
+
+
+def test_a_folder_beside_the_directory_whose_name_goes_on_is_outside(tmp_path: Path) -> None:
+    for name in ("adapters", "adapters-secret"):
+        (tmp_path / name).mkdir()
+    for source in ("../adapters-secret", str(tmp_path / "adapters-secret")):
+        with pytest.raises(InvalidRequest, match="outside the adapter directory"):
+            folder.inside(source, tmp_path / "adapters")
+
+
+@pytest.mark.parametrize("prefix", ["file:///srv", "https://me@host.example", "memory://a"])
+def test_no_prefix_opens_this_machine_s_files_or_a_user_s(prefix: str) -> None:
+    with pytest.raises(InvalidRequest, match="plain URL"):
+        urls.check(f"{prefix}/a", [prefix])
+
+
+def test_sums_in_capitals_are_sums(tmp_path: Path) -> None:
+    assert urls._read_sums(f"{'AB' * 32}  adapter_config.json\n") == {"adapter_config.json": "ab" * 32}

@@ -1,0 +1,30 @@
+"""What names mean after each change, without a disk."""
+
+from __future__ import annotations
+
+import pytest
+
+from adapters.journal import API, LIBRARY, WATCH, Journal, Taken
+
+A, B, C = ("a" * 64, "b" * 64, "c" * 64)
+
+
+def put(journal: Journal, digest: str, source: str = WATCH) -> Journal:
+    """The folder `m` of the user's directory, or of the library, is taken in with this content."""
+    return journal.take(f"{source}/m", Taken(digest, ())).point("m", digest, source, 2.0)
+
+
+@pytest.mark.parametrize("source", [API, LIBRARY])
+def test_a_folder_that_is_changed_and_removed_leaves_what_it_was_put_over_with_its_pin(source: str) -> None:
+    below = put(Journal(), A, LIBRARY) if source == LIBRARY else Journal().point("m", A, API, 1.0)
+    journal = put(put(below.pin("m", True), B), C)
+    assert journal.names["m"].below == A and journal.names["m"].pinned
+    left = journal.withdraw("m", 3.0).names["m"]
+    assert (left.history, left.source, left.pinned) == ((A,), source, True)
+
+
+def test_what_somebody_publishes_too_does_not_go_with_its_folder() -> None:
+    journal = put(Journal(), A)
+    assert journal.point("m", A, WATCH, 3.0) is journal
+    both = journal.point("m", A, API, 3.0)
+    assert both.names["m"].source == API and both.names["m"].history == (A,)
