@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from adapters.errors import AdapterError, InvalidAdapter, NoRoom, StoreFailed
+from adapters.errors import AdapterError, InvalidAdapter, NoRoom, StoreFailed, reason, unreadable
 from adapters.journal import LIBRARY, WATCH, Signature
 from adapters.mistaken import COPY_FILES, MAX_ENTRIES, MODEL_FILE, WHOLE_MODEL, folders_with, shown, told_below
 from adapters.peft_format import CONFIG_FILE, OPTIONAL, REQUIRED
@@ -142,8 +142,9 @@ class Watch:
             if gone[MAX_LINES:]:
                 log.info("%d more are served from the store; their folders are gone", len(gone) - MAX_LINES)
         for folder in there:
-            if isinstance(reason := states[folder], str):  # what cannot be read is not gone
-                self._refuse(folder, (), f"cannot be read: {reason}")
+            if isinstance(why := states[folder], str):  # what cannot be read is not gone
+                self._away.pop(folder, None)
+                self._refuse(folder, (), f"cannot be read: {why}")
             else:
                 self._look(folder)
         if CONFIG_FILE in states:
@@ -170,7 +171,8 @@ class Watch:
     def _look(self, folder: str) -> None:
         try:
             signature = signature_of(self._directory / folder, self._directory)
-        except InvalidAdapter as error:
+        except AdapterError as error:
+            self._away.pop(folder, None)
             self._refuse(folder, (), error.message)
             return
         now = self._clock()
@@ -314,8 +316,8 @@ def _scan(registry: Registry, folder: Path) -> bool:
 def signature_of(folder: Path, within: Path | None) -> Signature:
     """The state of the folder's files; empty if neither of the two that make an adapter is there.
 
-    Raises InvalidAdapter for a link that leads out of `within`, which `folder` is an entry of, and where it cannot be
-    told whether a file is there.
+    Raises InvalidAdapter for a link that leads out of `within`, which `folder` is an entry of, and that or StoreFailed
+    where it cannot be told whether a file is there.
     """
     entries = []
     root = os.fspath(folder)
@@ -331,7 +333,7 @@ def signature_of(folder: Path, within: Path | None) -> Signature:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, RuntimeError) as error:  # a folder that may not be entered is no folder that was emptied
-            raise InvalidAdapter(f"{name} cannot be read: {_reason(error)}") from None
+            raise unreadable(name, error) from None
         entries.append((name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
     return tuple(entries) if any(entry[0] in REQUIRED for entry in entries) else ()
 
@@ -340,7 +342,7 @@ def as_watched(name: str, folder: Path, directory: Path) -> tuple[str, Signature
     """What the registry is to remember of a `folder` that somebody publishes as `name`, if `directory` is watched and
     would give it that name too: a watch that has not seen it yet does not bring back what is deleted before it does.
 
-    `folder` has no links in it. Raises InvalidAdapter as `signature_of`.
+    `folder` has no links in it. Raises InvalidAdapter and StoreFailed as `signature_of`.
     """
     if folder != directory.resolve() / name:
         return None
@@ -391,11 +393,7 @@ def _state(entry: os.DirEntry[str]) -> bool | str:
     try:
         return entry.is_dir()
     except OSError as error:
-        return _reason(error)
-
-
-def _reason(error: OSError | RuntimeError) -> str:
-    return getattr(error, "strerror", None) or str(error)
+        return reason(error)
 
 
 def _old(signature: Signature, seconds: float) -> bool:

@@ -195,7 +195,9 @@ class Settings(BaseModel):
     max_slots: Count = Field(
         64, description="most distinct adapters in one batch; on a GPU what adapter_device_memory holds, unless given"
     )
-    adapter_ram: Size = Field(2 << 30, description="RAM for adapters that are loaded")
+    adapter_ram: Size = Field(
+        2 << 30, description="RAM for adapters that are loaded; half of what is free if that is less, unless given"
+    )
     adapter_device_memory: AutoSize = Field(None, description="GPU memory for adapters: auto is a share of gpu_memory")
     gpu_memory: AutoMemory = Field(
         None, description="GPU memory to use in all, or a share: auto is 0.9 of what is free"

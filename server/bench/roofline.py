@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.weights import LoraWeights
+from server.kernels.pages import zeros
 from server.model.loader import Base
 
 KV_BYTES = 2
@@ -47,13 +48,14 @@ class Meter:
 
     Both are the quicker of two ways. Memory is read in a linear walk, and as a matrix of which a product takes several
     rows side by side: a processor that prefetches so many lines of each page gives more to those who read several pages
-    at a time. The second int8 matrix lies by rows or by columns.
+    at a time. It lies on huge pages where the system has them, as what steps read does: of small ones a machine gives
+    less. The second int8 matrix lies by rows or by columns.
     """
 
     def __init__(self, threads: int) -> None:
         n = 2048
         self._threads = threads
-        self._data = torch.ones(1 << 26)
+        self._data = zeros(1 << 26, torch.float32).fill_(1.0)
         self._ones = torch.ones(1 << 14)
         self._a = torch.randint(-127, 127, (n, n), dtype=torch.int8)
         self._b = torch.randint(-127, 127, (n, n), dtype=torch.int8)

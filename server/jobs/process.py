@@ -67,11 +67,14 @@ class Process:
 
     def kill(self) -> None:
         """End it at once. Its last checkpoint stays."""
+        if self._process.poll() is not None:
+            return
         with contextlib.suppress(OSError):
             self._process.kill()
-            # at the least priority a thread ends only where nobody else computes
+            # At the least priority a thread ends only where nobody else computes; some may have ended by now.
             for thread in os.listdir(f"/proc/{self._process.pid}/task"):
-                os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
+                with contextlib.suppress(OSError):
+                    os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
     def how_it_ended(self) -> str:
         """For a person: the signal or the status, and the last words, without any path."""

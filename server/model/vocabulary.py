@@ -443,8 +443,8 @@ def _listed(settings: Mapping[str, Any]) -> list[str]:
 def _keeps_ordinary(settings: Mapping[str, Any]) -> bool:
     """Whether an added token that tokenizer.json has as text is text, though the settings list it as special.
 
-    So it is with Llama's class in Transformers 5, which lists every piece there that a user of SentencePiece has
-    defined, be it a line break, and goes on reading them as text.
+    So it is in what Transformers 5 saves of Llama's class: it lists every piece there that a user of SentencePiece has
+    defined, be it a line break, and goes on reading them as text. Elsewhere what is listed is what chats are made of.
     """
     return str(settings.get("tokenizer_class")).removesuffix("Fast") in ("LlamaTokenizer", "CodeLlamaTokenizer")
 

@@ -54,9 +54,7 @@ class Card {
     return button;
   }
 
-  async show(job) {
-    const now = JSON.stringify(job);
-    if (now === this.drawn) return;
+  show(job) {
     const first = this.status !== job.status;
     this.bar.value = job.progress;
     this.said.textContent = figures(job);
@@ -78,11 +76,14 @@ class Card {
       if (focused) (buttons.find((button) => button.ariaLabel === focused) ?? this.title).focus({ preventScroll: true });
       this.does.hidden = !buttons.length;
     }
-    if (job.kind === "training" && job.step) {
-      this.curves = (await get(JOB(job.id))).curves;
-      this.draw(this.curves);
-    }
-    this.drawn = now; // all of it: a chart that did not come is asked for again
+  }
+
+  async follow(job) {
+    const now = JSON.stringify(job);
+    if (now === this.drawn || job.kind !== "training" || !job.step) return;
+    this.curves = (await get(JOB(job.id))).curves;
+    this.draw(this.curves);
+    this.drawn = now; // only then: a chart that did not come is asked for again
   }
 
   draw(curves) {
@@ -225,7 +226,11 @@ export async function refresh() {
   if (jobs.length === MOST) list.append(make("p", { className: "card empty", textContent: `The newest ${MOST} jobs are shown; GET /jobs/{id} tells of older ones.` }));
   if (!jobs.length) list.append(make("p", { className: "card empty", textContent: "No job has been started. Training and evaluation jobs show here with their progress." }));
   for (const card of cards.values()) card.fit();
+  for (const job of jobs) cards.get(job.id).show(job);
+  const failed = [];
   for (let i = 0; i < jobs.length; i += AT_ONCE) {
-    await Promise.all(jobs.slice(i, i + AT_ONCE).map((job) => cards.get(job.id)?.show(job)));
+    const curves = jobs.slice(i, i + AT_ONCE).map((job) => cards.get(job.id)?.follow(job).catch((error) => failed.push(error)));
+    await Promise.all(curves);
   }
+  if (failed.length) throw failed[0];
 }

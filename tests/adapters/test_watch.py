@@ -220,12 +220,16 @@ def test_odd_folders_keep_no_other_from_being_served(scene: Scene) -> None:
     scene.put("deep", 2)
     (scene.directory / "deep" / "task.json").write_text('{"prompt": ' + "[" * 700 + "]" * 700 + "}")
     (scene.directory / "loop").symlink_to("loop")
+    (scene.directory / "looped").mkdir()
+    (scene.directory / "looped" / "adapter_config.json").symlink_to("adapter_config.json")
     z = scene.put("z", 3)
     assert scene.look(3) == {"a": a, "b": a, "z": z}
-    assert scene.rejected() == {
-        "deep": "task.json is nested more than 64 levels deep",
-        "loop": "cannot be read: Too many levels of symbolic links",
-    }
+    many = "Too many levels of symbolic links"
+    told = scene.rejected()
+    looped = told.pop("looped").removeprefix("adapter_config.json cannot be read: ")
+    assert looped in ("it is a link to itself", many), "without a path, as Python 3.11 has it and as later ones do"
+    assert told == {"deep": "task.json is nested more than 64 levels deep", "loop": f"cannot be read: {many}"}
+    shutil.rmtree(scene.directory / "looped")
     (scene.directory / "loop").unlink()
     scene.look()
     assert set(scene.rejected()) == {"deep"}
@@ -249,6 +253,14 @@ def test_a_folder_that_may_not_be_entered_any_more_is_served_on(scene: Scene, mo
         told = "adapter_config.json cannot be read: Permission denied"
         assert scene.rejected() == {"a": told, "c": told}
     assert set(scene.look(2)) == {"a", "b", "c"} and scene.rejected() == {}
+    away = scene.directory / ".away"
+    for _ in range(2):
+        (scene.directory / "a").rename(away)
+        assert set(scene.look()) == {"a", "b", "c"}, "for a moment, as a share that comes and goes is"
+        away.rename(scene.directory / "a")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "lstat", forbidden)
+            scene.look(6)
     shutil.rmtree(scene.directory / "a")
     assert set(scene.look(6)) == {"b", "c"}
 

@@ -315,7 +315,12 @@ def test_a_server_that_hangs_in_an_engine_with_other_words(page: Page) -> None:
 
 def test_who_reads_an_answer_reads_on_when_it_ends(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 640})
-    events = [*({"id": "a", "text": "word " * 40} for _ in range(40)), {"id": "a", "finish_reason": "length"}]
+    end = page.evaluate(
+        """() => fetch('/generate', { method: 'POST', headers: { 'content-type': 'application/json' },
+            body: JSON.stringify({ prompt: 'x', max_tokens: 1 }) }).then((answer) => answer.json())"""
+    )
+    del end["text"]
+    events = [*({"id": end["id"], "text": "word " * 40} for _ in range(40)), end]
     sent = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
     held: list[Route] = []
     page.route("**/generate*", lambda route: held.append(route))
@@ -325,6 +330,8 @@ def test_who_reads_an_answer_reads_on_when_it_ends(page: Page) -> None:
     until(lambda: page.evaluate("window.scrollY") == 900)
     held[0].fulfill(body=sent, content_type="text/event-stream")
     expect(page.get_by_role("button", name="Run")).to_be_focused()
+    expect(page.locator(".answer.done")).to_be_visible()
+    expect(page.get_by_role("alert")).to_be_hidden()
     assert page.evaluate("window.scrollY") >= 900, "what stands above it may grow"
     page.unroute_all()
 
@@ -433,6 +440,31 @@ def test_a_button_keeps_the_focus_while_its_job_goes_on(page: Page) -> None:
     expect(page.get_by_role("button", name="Pause kept")).to_be_focused()
     job["status"] = "succeeded"
     expect(page.get_by_role("heading", name="kept succeeded")).to_be_focused()
+    page.unroute_all()
+
+
+def test_a_curve_that_does_not_come_hides_no_other_job(page: Page) -> None:
+    job = {
+        "kind": "training", "status": "running", "progress": 0.5, "step": 2, "steps": 4, "created_at": 1.0,
+        "started_at": 1.0, "finished_at": None, "error": None, "result": {}, "loss": 1.0, "tokens_per_second": None,
+        "eta_seconds": None,
+    }  # fmt: skip
+    jobs = [{**job, "id": f"ftjob-{i}", "name": f"job{i}"} for i in range(8)]
+    curves = {"train_loss": [[1, 2.0], [2, 1.0]], "valid_loss": []}
+
+    def one(route: Route) -> None:
+        number = int(route.request.url.rsplit("-", 1)[1])
+        if number == 1:
+            route.fulfill(status=500, json={"error": {"message": "this one is not to be had"}})
+        else:
+            route.fulfill(json={**jobs[number], "curves": curves})
+
+    page.route("**/jobs/ftjob-*", one)
+    page.route("**/jobs", lambda route: route.fulfill(json={"jobs": jobs}))
+    page.get_by_role("tab", name="Jobs").click()
+    expect(page.get_by_role("alert")).to_contain_text("this one is not to be had")
+    expect(page.get_by_role("button", name="Cancel job")).to_have_count(8)
+    expect(page.locator("#job-list canvas, #jobs canvas")).to_have_count(7)
     page.unroute_all()
 
 
