@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -153,3 +154,20 @@ def test_any_config_is_read_or_refused(changes):
         assert error.message
     else:
         assert all(rank > 0 for rank, _ in sizes.values())
+
+
+def test_a_name_with_a_line_break_is_no_modules() -> None:
+    """`$` would match before it."""
+    with pytest.raises(InvalidAdapter, match="has a line break"):
+        patterns.full_matches(".*", ["x\n"], "target_modules")
+
+
+def test_one_match_that_may_take_long_is_not_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few names there are: it holds the lock through all of it."""
+    asked: list[Any] = []
+    monkeypatch.setattr(patterns, "_in_a_child", lambda *args: asked.append(args[0]) or [[None]])
+    name, slow = "model.layers.0.self_attn.q_proj", ".*" * 4 + "!"
+    assert patterns.CHEAP_MATCH < patterns.steps(slow, len(name)) < patterns.CHEAP_STEPS
+    assert patterns.full_matches(slow, [name], "target_modules") == [False] and asked == [[slow]]
+    patterns.full_matches(".*!", [name], "target_modules")
+    assert asked == [[slow]]

@@ -6,18 +6,24 @@ import copy
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig as PeftConfig
 from peft import PeftModel
 from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 
 from adapters import peft_config, peft_format
 from adapters.errors import AdapterError, BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter
 from adapters.weights import LoraWeights, LowRank, sealed
+
+Shapes = dict[str, tuple[int, int]]
+MakePeft = Callable[..., tuple[Any, Path]]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -637,3 +643,104 @@ def test_how_it_was_made_travels_with_the_tensors(tmp_path):
 
 def test_every_error_is_an_adapter_error():
     assert issubclass(UnsupportedAdapter, InvalidAdapter) and issubclass(InvalidAdapter, AdapterError)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "why"),
+    [
+        ("adapter_config.json", '{"peft_type": "LORA", "r": 1, "r": 2}', "the key 'r' is there twice"),
+        ("task.json", '{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
+        ("task.json", '{"prompt": "\\ud800"}', "half of a surrogate pair"),
+    ],
+)
+def test_json_that_no_answer_could_hold_is_refused_for_what_it_is(
+    file: str, text: str, why: str, make_peft: MakePeft, shapes: Shapes
+) -> None:
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    (folder / file).write_text(text)
+    with pytest.raises(InvalidAdapter, match=f"^{file} .*{why}"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+
+
+def test_values_of_several_dtypes_are_not_told_finite_from_the_whole(
+    make_peft: MakePeft, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[min(tensors)] = torch.full_like(tensors[min(tensors)], torch.nan, dtype=torch.bfloat16)
+    save_file(tensors, file)
+    monkeypatch.setattr(peft_format, "all_finite_in", lambda data, dtype: True)  # as the NaN of another dtype may look
+    with pytest.raises(InvalidAdapter, match="not finite"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+
+
+def test_the_largest_adapter_that_is_served_is_not_over_the_limit(
+    make_peft: MakePeft, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 on every layer; the slack for a header hides what small models take."""
+    monkeypatch.setattr(peft_format, "HEADER_SLACK", 16 << 10)
+    _, folder = make_peft(r=64, target_modules="all-linear")
+    assert len(peft_format.read_folder(folder, name="a", shapes=shapes, max_rank=64).modules) == len(shapes)
+
+
+def test_what_is_read_and_written_again_keeps_its_card_and_its_task(tmp_path: Path, write_adapter: Any) -> None:
+    """As `loramux prune` does."""
+    write_adapter(tmp_path / "a", card="# card", task={"prompt": "{input}"})
+    peft_format.save(peft_format.read_folder(tmp_path / "a", name="a"), tmp_path / "b")
+    metadata = peft_format.read_folder(tmp_path / "b", name="b").metadata
+    assert metadata["card"] == "# card" and metadata["task"] == {"prompt": "{input}"}
+
+
+@pytest.mark.parametrize(("value", "why"), [(None, "a positive integer"), (0, "a positive integer")])
+@pytest.mark.parametrize("key", ["r", "rank_pattern"])
+def test_what_is_no_rank_is_refused_before_it_is_computed_with(
+    key: str, value: int | None, why: str, make_peft: MakePeft, shapes: Shapes
+) -> None:
+    _, folder = make_peft(r=8, target_modules=["q_proj"])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config[key] = value if key == "r" else {"q_proj": value}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidAdapter, match=rf"^{key}.*: a rank .*{why}"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+
+
+@pytest.mark.parametrize("changes", [{"lora_alpha": True}, {"alpha_pattern": {"q_proj": True}}])
+def test_true_is_no_alpha(changes: dict[str, Any], make_peft: MakePeft, shapes: Shapes) -> None:
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(InvalidAdapter, match="must be a finite number, not True"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+
+
+def test_all_linear_may_be_written_in_any_case(make_peft: MakePeft, shapes: Shapes) -> None:
+    """As in PEFT."""
+    _, folder = make_peft(r=2, target_modules="all-linear")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": "All-Linear"}))
+    assert list(peft_format.read_folder(folder, name="a", shapes=shapes).modules) == sorted(shapes)
+
+
+@pytest.mark.parametrize("changes", [{"exclude_modules": "all-linear"}, {"layers_to_transform": []}])
+def test_what_means_nothing_to_peft_is_served(changes: dict[str, Any], make_peft: MakePeft, shapes: Shapes) -> None:
+    """`all-linear` among what is excluded is a pattern that no module fits, and no layers at all are all of them."""
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    before = peft_format.read_folder(folder, name="a", shapes=shapes)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    assert peft_format.read_folder(folder, name="a", shapes=shapes).digest == before.digest
+
+
+def test_a_number_is_a_layers_where_peft_takes_it_for_one() -> None:
+    names = ["layers.0.q_proj", "model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.0.1.q_proj", "a.b.c.0"]
+    asked: dict[str, Any] = {"target_modules": ["q_proj", "0"], "layers_to_transform": [0]}
+    wanted = [name for name in names if check_target_module_exists(PeftConfig(**asked), name)]
+    assert peft_config.select(peft_config.parse({"peft_type": "LORA", **asked}), names) == wanted
+
+
+def test_what_says_nothing_is_told_as_harmless() -> None:
+    parsed = peft_config.parse(
+        {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "rank_pattern": {}, "use_rslora": False}
+    )
+    assert parsed.honoured == ("peft_type", "r", "target_modules") and parsed.harmless == ("rank_pattern", "use_rslora")

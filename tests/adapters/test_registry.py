@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -1044,3 +1045,141 @@ async def test_what_can_be_loaded_no_more_holds_nobody_up(open_registry: Open, f
             await asyncio.wait_for(waiting, 30)
     del held
     await asyncio.wait_for(registry.prefetch("c"), 30)
+
+
+class NoNames(Disk):
+    """Refuses the journal, while it is `full`."""
+
+    full = False
+
+    def write(self, path: Path, content: bytes) -> None:
+        if self.full and path.name == "names.new":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().write(path, content)
+
+
+async def test_a_lost_version_that_comes_back_with_a_publish_that_fails_stays(
+    open_registry: Open, folders: list[Path]
+) -> None:
+    lost = (await open_registry().publish("a", folders[0])).version
+    shutil.rmtree(open_registry()._store.path(lost.digest))
+    again = open_registry(disk := NoNames())
+    disk.full = True
+    with pytest.raises(StoreFailed, match="the disk is full"):
+        await again.publish("b", folders[0])
+    assert open_registry().current("a") == lost
+
+
+async def test_what_was_said_of_a_damaged_version_ends_when_it_is_published_again(
+    registry: Registry, folders: list[Path]
+) -> None:
+    version = (await registry.publish("a", folders[0])).version
+    registry._ram.discard(version.digest)
+    flip(registry._store.path(version.digest) / "adapter_model.safetensors")
+    with pytest.raises(StoreFailed):
+        await registry.prefetch("a")
+    assert "changed on disk" in registry.describe("a")["notes"][-1]
+    await registry.publish("a", folders[0])
+    assert registry.describe("a")["notes"] == []
+
+
+async def test_a_pin_that_could_not_be_loaded_holds_once_its_content_is_published(
+    open_registry: Open, folders: list[Path]
+) -> None:
+    registry = open_registry()
+    version = (await registry.publish("a", folders[0])).version
+    await registry.pin("a")
+    registry = open_registry()
+    flip(registry._store.path(version.digest) / "adapter_model.safetensors")
+    with pytest.raises(StoreFailed):
+        await registry.prefetch("a")
+    registry._pins["a"] = None  # as after a start
+    await registry.publish("a", folders[0])
+    assert registry._pins["a"] is not None
+
+
+async def test_a_name_that_is_retired_while_its_old_version_is_read_is_not_rolled_back(
+    registry: Registry, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = (await registry.publish("a", folders[0])).version
+    await registry.publish("a", folders[1])
+
+    def retired(weights: LoraWeights) -> None:
+        registry.retire_now("a")
+
+    monkeypatch.setattr(registry._ram, "offer", retired)
+    with pytest.raises(UnknownAdapter):
+        await registry.roll_back("a", old.label)
+    assert registry.names() == []
+
+
+async def test_what_drains_waits_for_its_own_requests_alone(registry: Registry, folders: list[Path]) -> None:
+    await registry.publish("a", folders[0])
+    await registry.publish("b", folders[1])
+    mine, others = registry.lease([("a", 1.0)]), registry.lease([("b", 1.0)])
+    first = await registry.retire("a")
+    await registry.retire("b")
+    mine.release()
+    await registry.publish("c", folders[2])  # the writer has come by
+    assert first.drained.done()
+    others.release()
+
+
+async def test_what_is_published_while_a_pin_is_loaded_is_what_it_holds(
+    registry: Registry, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await registry.publish("a", folders[0])
+    fetch: Callable[..., Any] = registry.fetch
+
+    def overtaken(mix: Any) -> Any:
+        monkeypatch.undo()
+        found = fetch(mix)
+        registry.publish_now("a", folders[1])
+        return found
+
+    monkeypatch.setattr(registry, "fetch", overtaken)
+    await registry.pin("a")
+    held = registry._pins["a"]
+    assert held is not None and held.digest == digest_of(folders[1])
+
+
+@pytest.mark.parametrize("meanwhile", ["published", "unpinned"])
+async def test_a_pin_that_is_loaded_too_late_holds_nothing(
+    registry: Registry, folders: list[Path], monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    old = (await registry.publish("a", folders[0])).version
+    await registry.pin("a")
+    late: Future[tuple[LoraWeights, ...]] = Future()
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "fetch", lambda mix: late)
+        registry._hold_pin("a")
+    if meanwhile == "published":
+        new = (await registry.publish("a", folders[1])).version
+    else:
+        await registry.unpin("a")
+    late.set_result((registry._load(old.digest),))
+    held = {name: view.digest for name, view in registry._pins.items() if view is not None}
+    assert held == ({"a": new.digest} if meanwhile == "published" else {}) and len(registry._leases) == 0
+
+
+async def test_a_pin_that_holds_is_not_lost_to_an_attempt_that_fails_late(
+    registry: Registry, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = (await registry.publish("a", folders[0])).version
+    await registry.pin("a")
+    late: Future[tuple[LoraWeights, ...]] = Future()
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "fetch", lambda mix: late)
+        registry._hold_pin("a")
+    late.set_exception(NoRoom("no room"))
+    held = registry._pins["a"]
+    assert held is not None and held.digest == version.digest
+
+
+async def test_a_pinned_adapter_makes_room_for_its_own_next_version(open_registry: Open, folders: list[Path]) -> None:
+    registry = open_registry(ram_bytes=read_folder(folders[0], name="a").nbytes)
+    await registry.publish("a", folders[0])
+    await registry.pin("a")
+    new = (await registry.publish("a", folders[1])).version
+    await registry.pin("a")
+    assert registry.current("a") == new and registry.describe("a")["pinned"]

@@ -600,3 +600,24 @@ def test_what_changes_while_it_is_copied_is_not_taken(store: Store, folders: lis
         raise AssertionError("it is a mixture")
     assert not list((store.root / "incoming").iterdir())
     store._disk.copy = copy  # type: ignore[method-assign]
+
+
+def test_a_crash_while_versions_are_set_aside_costs_none(store: Store, folders: list[Path], tmp_path: Path) -> None:
+    digests = {publish(store, "a", folders[0]), publish(store, "b", folders[1])}
+    store.close()
+    (store.root / "names.json").unlink()
+    for at in range(3):
+        root = tmp_path / f"crash-{at}"
+        shutil.copytree(store.root, root)
+        with pytest.raises(Crash):
+            Store(root, disk=FaultyDisk(at))
+        Store(root).close()
+        assert {path.name for path in (root / "unnamed").iterdir()} == digests
+
+
+def test_names_that_could_not_be_written_leave_nothing_behind(store: Store, folders: list[Path]) -> None:
+    publish(store, "a", folders[0])
+    store._disk = FaultyDisk(0, full, half=True)
+    with pytest.raises(StoreFailed, match="the disk is full"):
+        store.write(store.journal.retire("a"))
+    assert {path.name for path in store.root.iterdir()} == {"versions", "incoming", "names.json", "lock"}

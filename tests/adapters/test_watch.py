@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import InvalidAdapter
+from adapters.errors import InvalidAdapter, StoreFailed
 from adapters.ports import Observer
 from adapters.registry import Registry
 from adapters.store import Disk, Store
@@ -758,3 +758,67 @@ def test_a_folder_that_was_put_over_the_librarys_gives_it_back(
     scene.look(2)
     shutil.rmtree(scene.directory / "a")
     assert scene.look(5) == {} and scan_library(scene.registry, library) == [], "what was deleted stays so"
+
+
+def test_a_pinned_folder_without_room_is_tried_again_when_there_is_some(scene: Scene) -> None:
+    small, other = scene.put("a", 1), scene.put("b", 2)
+    scene.restart(ram_bytes=2000)
+    assert scene.look(2) == {"a": small, "b": other}
+    for name in ("a", "b"):
+        asyncio.run(scene.registry.pin(name))
+    large = scene.put("a", 3, rank=12)
+    assert scene.look(40) == {"a": small, "b": other} and "beside what is pinned" in scene.rejected()["a"]
+    asyncio.run(scene.registry.unpin("b"))
+    assert scene.look(40) == {"a": large, "b": other} and scene.rejected() == {}
+
+
+def test_a_removed_folder_that_could_not_be_retired_is_at_the_next_look(
+    scene: Scene,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    a = scene.put("a", 1)
+    assert scene.look(2) == {"a": a}
+    shutil.rmtree(scene.directory / "a")
+
+    def full(*_: str) -> bool:
+        raise StoreFailed("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scene.registry, "withdraw", full)
+        assert scene.look(6) == {"a": a} and "a was removed, but is not retired: the disk is full" in caplog.text
+    assert scene.look(6) == {}
+
+
+def test_a_file_that_becomes_a_link_out_after_it_was_looked_at_is_not_read(
+    scene: Scene,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def swapped(folder: Path, within: Path | None) -> Any:
+        signature = signature_of(folder, within)
+        (folder / "adapter_model.safetensors").replace(tmp_path / "outside")
+        (folder / "adapter_model.safetensors").symlink_to(tmp_path / "outside")
+        return signature
+
+    scene.put("a", 1)
+    scene.watch = Watch(scene.registry, scene.directory, still=0.0)
+    monkeypatch.setattr("adapters.watch.signature_of", swapped)
+    assert scene.look() == {} and "leads out of the adapter directory" in scene.rejected()["a"]
+
+
+def test_a_copy_that_keeps_the_times_of_its_files_is_waited_for(scene: Scene) -> None:
+    """By their change time, which no copy can keep."""
+    a = scene.put("a", 1)
+    age(scene.directory / "a")
+    scene.watch = Watch(scene.registry, scene.directory, still=3600.0, clock=lambda: scene.now)
+    assert scene.look() == {}
+    scene.now += 3600.0
+    assert scene.look() == {"a": a}
+
+
+def test_the_state_of_a_linked_folder_is_told_within_the_directory_alone(scene: Scene, tmp_path: Path) -> None:
+    scene.write(tmp_path / "outside", 1)
+    (scene.directory / "a").symlink_to(tmp_path / "outside")
+    with pytest.raises(InvalidAdapter, match="leads out of the adapter directory"):
+        signature_of(scene.directory / "a", scene.directory)

@@ -7,13 +7,17 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+import server.app
+from server.api.runtime import Runtime
 from server.api.watchdog import EXIT_CODE, Watchdog
 from server.cli import logs
+from server.settings import Settings
 from tests.waiting import until
 
 
@@ -217,3 +221,33 @@ def test_a_restart_brings_adapters_and_tasks_back(start: Any, write_adapter: Any
     again = start()
     after = again.generate("x", task="kept").json()
     assert after["text"] == before["text"] and after["adapters"] == before["adapters"]
+
+
+def test_the_end_counts_from_when_it_was_first_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a signal first, and by the end of the application after that."""
+    now = [100.0]
+    monkeypatch.setattr("server.api.runtime.time.monotonic", lambda: now[0])
+    runtime = Runtime(Settings())
+    runtime.drain()
+    now[0] += 7.0
+    runtime.drain()
+    assert runtime.draining_for == 7.0
+
+
+def test_what_is_cut_short_is_what_clients_wait_for() -> None:
+    """A job's generations end with the job."""
+    cut: list[bool] = []
+    live = [SimpleNamespace(caller=SimpleNamespace(client=c), cancel=lambda c=c: cut.append(c)) for c in (True, False)]
+    runtime = Runtime(Settings())
+    runtime.loaded = SimpleNamespace(inference=SimpleNamespace(live=live))  # type: ignore[assignment]
+    runtime.cut_short()
+    assert cut == [True]
+
+
+async def test_who_is_told_to_leave_while_it_loads_is_never_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = SimpleNamespace(parts=SimpleNamespace(model=SimpleNamespace(name="m")))
+    monkeypatch.setattr(server.app, "assemble", lambda *_: house)
+    runtime = Runtime(Settings())
+    runtime.drain()
+    await server.app._load(runtime, lambda error: None, find=lambda *_: None)  # type: ignore[arg-type, return-value]
+    assert runtime.state == "draining" and runtime.house is house

@@ -1,0 +1,138 @@
+"""Bodies at their limits, and what is logged of who leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from server.api import limits
+from server.api.limits import BodyLimit, Boundary, patient
+from server.api.types import Message, Receive, Scope, Send
+
+MULTIPART = [(b"content-type", b"multipart/form-data; boundary=x")]
+
+
+class House:
+    """An application behind the limit of ten bytes, and a client that sends `pieces`, then leaves or `goes_on`."""
+
+    def __init__(self, pieces: list[bytes], goes_on: bool = False, whole: bool = True) -> None:
+        self.pieces, self.goes_on, self.whole = list(pieces), goes_on, whole
+        self.got: list[bytes] = []
+        self.asked = 0
+        self.sent: list[Message] = []
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        more = True
+        while more:
+            message = await receive()
+            assert message["type"] == "http.request", "no application hears of half a body"
+            self.got.append(message["body"])
+            more = message["more_body"]
+
+    async def receive(self) -> Message:
+        self.asked += 1
+        assert self.asked < 1000, "it is read on and on"
+        if self.goes_on and not self.pieces:
+            return {"type": "http.request", "body": b"x" * 10, "more_body": True}
+        if not self.pieces:
+            return {"type": "http.disconnect"}
+        piece = self.pieces.pop(0)
+        return {"type": "http.request", "body": piece, "more_body": bool(self.pieces) or self.goes_on or not self.whole}
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    def ask(self, path: str = "/generate", headers: Any = ()) -> int | None:
+        """The status of the answer, if there is one."""
+        scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
+        limit = BodyLimit(self.app, max_body=10, max_upload=10, body_time=60.0)
+        asyncio.run(asyncio.wait_for(limit(scope, self.receive, self.send), 5))
+        return self.sent[0]["status"] if self.sent else None
+
+
+@pytest.mark.parametrize(("path", "kind"), [("/generate", []), ("/adapters", MULTIPART)])
+@pytest.mark.parametrize("declared", [[(b"content-length", b"10")], []])
+def test_a_body_of_just_the_limit_is_let_in(path: str, kind: Any, declared: Any) -> None:
+    house = House([b"12345", b"67890"])
+    assert house.ask(path, [*kind, *declared]) is None and b"".join(house.got) == b"1234567890"
+
+
+@pytest.mark.parametrize("headers", [[], [(b"content-length", b"11")]])
+def test_of_a_body_without_an_end_no_more_is_read_than_is_thrown_away(
+    headers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "DRAINED", 100)
+    house = House([], goes_on=True)
+    assert house.ask(headers=headers) == 413 and not house.got and house.asked <= 14
+
+
+def test_a_body_over_the_limit_that_stalls_is_answered_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "DRAIN_SECONDS", 0.01)
+    house = House([b"x" * 11], whole=False)
+    receive = house.receive
+
+    async def stalls() -> Message:
+        if not house.pieces:
+            await asyncio.Event().wait()
+        return await receive()
+
+    house.receive = stalls  # type: ignore[method-assign]
+    assert house.ask() == 413
+
+
+def test_a_client_that_leaves_within_its_body_is_not_heard() -> None:
+    house = House([b"{", b'"prompt"'], whole=False)
+    assert house.ask() is None and not house.got
+
+
+def test_an_upload_over_the_limit_is_read_to_its_end() -> None:
+    house = House([b"12345", b"678901", b"2", b"3"])
+    with pytest.raises(limits.BodyTooLarge):
+        house.ask("/adapters", MULTIPART)
+    assert house.got == [b"12345"] and not house.pieces
+
+
+async def test_after_its_body_nobody_is_waited_for_too_long() -> None:
+    left: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+    async def receive() -> Message:
+        if left:
+            return left.pop()
+        await asyncio.sleep(0.1)
+        return {"type": "http.disconnect"}
+
+    kept = patient(receive, 0.01)
+    assert [(await kept())["type"] for _ in range(2)] == ["http.request", "http.disconnect"]
+
+
+def test_who_leaves_after_the_answer_has_begun_is_not_logged_as_gone(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps({}).encode()})
+        assert (await receive())["type"] == "http.disconnect"
+
+    house = House([])
+    boundary = Boundary(app, lambda *_: None, lambda: False, access_log=True)
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    asyncio.run(boundary(scope, house.receive, house.send))
+    assert "'/generate' 200 " in caplog.text and "gone" not in caplog.text
+
+
+def test_what_fails_after_its_answer_has_begun_is_not_answered_twice(caplog: pytest.LogCaptureFixture) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ValueError("broken")
+
+    house = House([])
+    boundary = Boundary(app, lambda *_: None, lambda: False)
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    with pytest.raises(ValueError, match="broken"):
+        asyncio.run(boundary(scope, house.receive, house.send))
+    assert [message["type"] for message in house.sent] == ["http.response.start"]
+    assert "failed after its answer had begun" in caplog.text
