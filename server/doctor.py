@@ -64,12 +64,10 @@ def examine(settings: Settings) -> Report:
     for check in checks:
         try:
             check(settings, report)
-        except (
-            ServerError,
-            ImportError,
-            OSError,
-        ) as error:  # torch without its libraries, a path that nothing can have
-            told = error.message if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"
+        except ServerError as error:
+            report.problems.append(error.message)
+        except (ImportError, OSError) as error:  # of torch's libraries, which several checks want, or of a path
+            told = f"{type(error).__name__}: {error}"
             if told not in report.problems:
                 report.problems.append(told)
     return report

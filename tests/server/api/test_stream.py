@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from server.api.stream import working
+from server.api.stream import EventStream, working
 from server.api.types import Message
+from server.engine.request import Delivery
 
 
 async def test_what_leaves_early_stops_its_work_and_listens_no_more() -> None:
@@ -43,3 +45,26 @@ def test_a_whole_answer_that_the_server_s_end_cut_short_is_none(
     answer = live.http.post(f"/v1/{path}", json={"model": "tiny", "max_tokens": 2, **asked})
     assert answer.status_code == 503 and answer.headers["retry-after"]
     assert "stopped before the answer was complete" in answer.json()["error"]["message"]
+
+
+async def test_what_shows_nothing_goes_with_the_step_after_it() -> None:
+    """But for an answer's first token, and never two steps late: clients count each token's event, and time them."""
+    sent: list[bytes] = []
+
+    async def steps() -> AsyncIterator[list[tuple[int, Delivery]]]:
+        for text in ("", "a", "", "b", "", "", "", "c", ""):
+            yield [(0, Delivery(text, (1,)))]
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            sent.append(message["body"])
+
+    async def receive() -> Message:
+        return await asyncio.Future()
+
+    generation: Any = SimpleNamespace(steps=steps, cancel=lambda: None)
+    encoder: Any = SimpleNamespace(
+        first=lambda: b"(", step=lambda index, delivery: delivery.text.encode() or b"-", last=lambda: b")"
+    )
+    await EventStream(generation, encoder)({"state": {"request_id": "r"}}, receive, send)
+    assert sent == [b"(-", b"a", b"-b", b"--", b"-c", b"-)data: [DONE]\n\n"]
