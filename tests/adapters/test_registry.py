@@ -1143,16 +1143,22 @@ async def test_what_is_published_while_a_pin_is_loaded_is_what_it_holds(
     assert held is not None and held.digest == digest_of(folders[1])
 
 
+def held_again(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> Future[tuple[LoraWeights, ...]]:
+    """What a further load for the pin of `a` waits for."""
+    late: Future[tuple[LoraWeights, ...]] = Future()
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "fetch", lambda mix: late)
+        registry._hold_pin("a")
+    return late
+
+
 @pytest.mark.parametrize("meanwhile", ["published", "unpinned"])
 async def test_a_pin_that_is_loaded_too_late_holds_nothing(
     registry: Registry, folders: list[Path], monkeypatch: pytest.MonkeyPatch, meanwhile: str
 ) -> None:
     old = (await registry.publish("a", folders[0])).version
     await registry.pin("a")
-    late: Future[tuple[LoraWeights, ...]] = Future()
-    with monkeypatch.context() as patch:
-        patch.setattr(registry, "fetch", lambda mix: late)
-        registry._hold_pin("a")
+    late = held_again(registry, monkeypatch)
     if meanwhile == "published":
         new = (await registry.publish("a", folders[1])).version
     else:
@@ -1167,10 +1173,7 @@ async def test_a_pin_that_holds_is_not_lost_to_an_attempt_that_fails_late(
 ) -> None:
     version = (await registry.publish("a", folders[0])).version
     await registry.pin("a")
-    late: Future[tuple[LoraWeights, ...]] = Future()
-    with monkeypatch.context() as patch:
-        patch.setattr(registry, "fetch", lambda mix: late)
-        registry._hold_pin("a")
+    late = held_again(registry, monkeypatch)
     late.set_exception(NoRoom("no room"))
     held = registry._pins["a"]
     assert held is not None and held.digest == version.digest
