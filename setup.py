@@ -18,7 +18,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = "server/kernels/cpu"
-SOURCES = runpy.run_path(f"{KERNELS}/sources.py")["digest"](Path(KERNELS))
+_HERE = runpy.run_path(f"{KERNELS}/sources.py")
+SOURCES, MACHINES = _HERE["digest"](Path(KERNELS)), _HERE["MACHINES"]
 ISA = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"]
 """What all kernels need. Whether a machine has it is asked when a library is loaded."""
 LIBRARIES = {
@@ -68,6 +69,6 @@ setup(
             optional=True,
         )
         for name, parts in LIBRARIES.items()
-        if platform.machine() in ("x86_64", "AMD64")
+        if platform.machine() in MACHINES
     ],
 )

@@ -1,7 +1,7 @@
 """What a step knows beside its tokens: `Context`, and attention over paged KV blocks or over packed sequences.
 
-Owns how keys and values are written, gathered and attended to. Does not know the decoder, what an
-adapter is, or who allocates the blocks.
+Owns how keys and values are written, gathered and attended to. Does not know the decoder, what
+an adapter is, or who allocates the blocks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 // Training and evaluation jobs: progress, curves, what can be done with each, and the form that starts one.
 /* global uPlot */
-import { get, send } from "./api.js";
+import { get, inRounds, send } from "./api.js";
 import { chart, make, mixture, newest } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
@@ -12,7 +12,6 @@ const TRAINING = (id) => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
 const JOB = (id) => `/jobs/${encodeURIComponent(id)}`;
 const RUNS = ["queued", "validating_files", "running"];
 const CURVES = [["train_loss", "training loss", "--one"], ["valid_loss", "validation loss", "--two"]];
-const AT_ONCE = 5; // one of a browser's six connections stays for what else is asked
 const MOST = 200; // the newest, that the server lists
 const WORDS = { validating_files: "reads its files" };
 
@@ -227,10 +226,5 @@ export async function refresh() {
   if (!jobs.length) list.append(make("p", { className: "card empty", textContent: "No job has been started. Training and evaluation jobs show here with their progress." }));
   for (const card of cards.values()) card.fit();
   for (const job of jobs) cards.get(job.id).show(job);
-  const failed = [];
-  for (let i = 0; i < jobs.length; i += AT_ONCE) {
-    const curves = jobs.slice(i, i + AT_ONCE).map((job) => cards.get(job.id)?.follow(job).catch((error) => failed.push(error)));
-    await Promise.all(curves);
-  }
-  if (failed.length) throw failed[0];
+  await inRounds(jobs, (job) => cards.get(job.id)?.follow(job));
 }

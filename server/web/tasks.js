@@ -1,12 +1,11 @@
 // Tasks: where each goes, and how its versions do.
-import { get } from "./api.js";
+import { get, inRounds } from "./api.js";
 import { make, mixture, row, search } from "./dom.js";
 
 const list = document.getElementById("task-list");
 const COLUMNS = ["Version", "Requests", "Errors", "First token, ms", "Per token, ms", "Whole, ms", "Quality"];
 const LATENCIES = COLUMNS.slice(3, 6);
 const NUMBERS = COLUMNS.slice(1, 6);
-const AT_ONCE = 6; // as many connections as a browser has to one server, where each has ten seconds to answer
 let drawn = "";
 let due = 0;
 const sift = search(document.getElementById("task-search"), () => list.querySelectorAll(".task"));
@@ -92,10 +91,7 @@ export const refresh = () => (round ??= look().finally(() => { round = null; }))
 async function look() {
   if (performance.now() < due) return;
   const defined = (await get("/tasks")).tasks;
-  const asked = [];
-  for (let i = 0; i < defined.length; i += AT_ONCE) {
-    asked.push(...await Promise.all(defined.slice(i, i + AT_ONCE).map((t) => performanceOf(t.name))));
-  }
+  const asked = await inRounds(defined, (t) => performanceOf(t.name));
   due = performance.now() + 100 * defined.length; // each is asked for by itself: of hundreds, less often
   const tasks = defined.filter((_, i) => asked[i]);
   const known = asked.filter(Boolean);

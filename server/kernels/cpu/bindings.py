@@ -13,7 +13,7 @@ from ctypes import POINTER, c_bool, c_char_p, c_double, c_int, c_int32, c_int64,
 from functools import lru_cache
 from pathlib import Path
 
-from server.kernels.cpu.sources import digest
+from server.kernels.cpu.sources import MACHINES, digest
 from server.kernels.lora import SITES
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,6 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 
-MACHINES = ("x86_64", "AMD64")
 LIBRARIES = ("_native_amx", "_native_bf16", "_native")
 """The same kernels for processors with a matrix unit, with instructions for bf16 and without, the faster ones first."""
 

@@ -1,4 +1,4 @@
-"""Which C++ sources lie here, as a digest that setup.py builds into the libraries.
+"""Which C++ sources lie here, as a digest that setup.py builds into the libraries, and for which processors they are.
 
 Imports nothing of ours: setup.py runs it by its path.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+
+MACHINES = ("x86_64", "AMD64")
+"""What systems call the processors that they are written for."""
 
 
 def digest(folder: Path) -> str | None:
