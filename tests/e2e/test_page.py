@@ -31,6 +31,8 @@ FLAGS += ["--disable-sync", "--no-first-run"]
 REFUSED = "Failed to load resource"
 """What Chromium writes for each answer of 4xx, whether the page expects it or not."""
 FILM = "A stirring, funny film that never lets go."
+ENDLESS = "Count: one, two, three,"
+"""What the base alone, at temperature 0, goes on with for longer than any test takes to stop it."""
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +185,7 @@ def test_two_side_by_side(page: Page) -> None:
 
 def test_stop_ends_the_work_on_the_server(page: Page, house: Live) -> None:
     page.locator("select.task").select_option("")
-    page.get_by_label("Temperature").fill("0")  # an answer that does not end by itself before the click
-    ask(page, "Count: one, two, three,", tokens=4000)
+    ask(page, ENDLESS, tokens=4000)
     expect(page.locator(".answer")).not_to_be_empty()
     expect(page.locator(".answer")).to_have_attribute("aria-busy", "true")
     page.get_by_role("button", name="Stop").click()
@@ -340,8 +341,7 @@ def test_a_phone_that_hides_its_address_bar_scrolls_no_chart_away(page: Page) ->
     page.set_viewport_size({"width": 360, "height": 640})
     page.get_by_role("tab", name="Live").click()
     expect(page.locator("#chart-batch canvas, #live canvas").first).to_be_visible(timeout=30_000)
-    page.evaluate("window.scrollTo(0, 500)")
-    until(lambda: page.evaluate("window.scrollY") == 500)
+    until(lambda: page.evaluate("window.scrollTo(0, 500), window.scrollY") == 500)
     page.evaluate("() => { addEventListener('resize', () => { window.resized = true; }); }")
     page.set_viewport_size({"width": 360, "height": 700})
     page.wait_for_function("window.resized && document.querySelectorAll('#live canvas').length > 0")
@@ -697,9 +697,10 @@ def test_the_keyboard_alone(page: Page) -> None:
         page.keyboard.press("Tab")
         role, _, name = name.partition(" ")
         expect(page.get_by_role(role, name=name, exact=True)).to_be_focused()
-    page.keyboard.type("hello")
+    page.keyboard.type(ENDLESS)
     page.keyboard.press("Tab")
-    page.keyboard.type("2000")
+    page.keyboard.type("4000")
+    page.locator("select.task").select_option("")
     page.get_by_role("button", name="Run").focus()
     page.keyboard.press("Enter")
     stop = page.get_by_role("button", name="Stop")

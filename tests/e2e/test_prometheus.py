@@ -89,7 +89,7 @@ def press(server: Live, number: int, stop: threading.Event, errors: list[Excepti
                 return
             path, body = bodies[i % len(bodies)]
             try:
-                answer = client.post(path, json={"prompt": f"Once {i}", "max_tokens": 6, "ignore_eos": True, **body})
+                answer = client.post(path, json={"prompt": f"Once {i}", "max_tokens": 3, "ignore_eos": True, **body})
                 if answer.status_code == 200 and "task" in path:
                     sent = {"id": answer.json()["id"], "score": 1.0}
                     client.post("/tasks/sentiment/feedback", json=sent).raise_for_status()
@@ -132,7 +132,7 @@ class prometheus:
     """Prometheus from deploy/, every path and pace of it made this machine's and a test's."""
 
     def __init__(self, root: Path, server: Live) -> None:
-        quick = re.sub(r"\[\dm\]", "[10s]", re.sub(r"for: \dm", "for: 1s", RULES.read_text()))
+        quick = recent(re.sub(r"for: \dm", "for: 1s", RULES.read_text()))
         (root / "rules").mkdir()
         (root / "rules" / "loramux.yml").write_text(quick)
         config = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
@@ -189,7 +189,12 @@ def data_of(expr: str) -> str:
     tree = promql_parser.parse(filled(expr))
     if "$job" not in expr and isinstance(tree, promql_parser.BinaryExpr) and str(tree.op) in (">", "=="):
         return str(tree.lhs.prettify())
-    return filled(expr)
+    return recent(filled(expr))
+
+
+def recent(text: str) -> str:
+    """What is asked of minutes, asked of seconds: a test is over before a rate of minutes is that of its load."""
+    return re.sub(r"\[\dm\]", "[10s]", text)
 
 
 def break_a_stored_version(world: World) -> None:
@@ -221,7 +226,8 @@ def test_faults_fire_their_alerts(world: World) -> None:
 
 def pause(process: subprocess.Popen[bytes], running: float, stop: threading.Event) -> None:
     """Let the server run for `running` seconds of each second or so, as on a machine that others have taken over. That
-    is a scrape's length at least: a server that none reaches is down."""
+    is a scrape's length at least: a server that none reaches is down. It may be many answers' length as well, so one
+    pause within an answer has to be a slow one: what `press` asks for has two steps after its first token."""
     while not stop.is_set():
         process.send_signal(signal.SIGSTOP)
         stop.wait(0.8)
