@@ -886,13 +886,13 @@ def test_a_job_is_started_paused_resumed_and_cancelled(page: Page, house: Live) 
     def card(name: str):
         return page.locator(".job").filter(has=page.locator("h2", has_text=name))
 
-    start("words", lines, 8, lines)
+    start("words", lines, 20, lines)  # steps enough to be paused between two of them on a quick machine
     expect(card("words").locator(".chart canvas")).to_be_visible(timeout=120_000)
     page.get_by_role("button", name="Pause words").click()
     expect(card("words").locator(".state")).to_have_text("paused", timeout=60_000)
     page.get_by_role("button", name="Resume words").click()
     expect(card("words").locator(".state")).to_have_text("succeeded", timeout=120_000)
-    expect(card("words")).to_contain_text("8 of 8 steps")
+    expect(card("words")).to_contain_text("20 of 20 steps")
     expect(card("words")).to_contain_text("published as words@")
     expect(card("words").locator(".u-legend")).to_contain_text("validation loss")
     assert house.get("/adapters/words")["ranks"] == [2]
