@@ -70,7 +70,15 @@ def train(server: Live) -> None:
     hyper = {"n_epochs": 1000, "batch_size": 1}
     body = {"model": "smollm2-135m", "training_file": file, "hyperparameters": hyper, "lora": {"r": 1}}
     job = server.post("/v1/fine_tuning/jobs", body)["id"]
-    assert wait(lambda: server.get(f"/jobs/{job}")["step"] > 0, 60), server.get(f"/jobs/{job}")
+    assert wait(lambda: server.get(f"/jobs/{job}")["step"] > 0, 240), server.get(f"/jobs/{job}")
+
+
+def break_a_stored_version(server: Live) -> None:
+    """Damage what the store holds of an adapter, so that its next load fails."""
+    digest = server.get("/adapters/r3")["versions"][0]["digest"]
+    file = server.state / "store" / "versions" / digest / "adapter_model.safetensors"
+    file.chmod(0o600)
+    file.write_bytes(file.read_bytes()[:-64])
 
 
 def press(server: Live, number: int, stop: threading.Event, errors: list[Exception]) -> None:
@@ -116,6 +124,7 @@ def world(
     with serving(root / "state", *flags, "--metrics-key-file", str(root / "metrics")) as server:
         assert server.client.get("/metrics").status_code == 401, "Prometheus's key is asked for"
         assert wait(lambda: served(server) >= {"r0", "r1", "r2", "r3", "sentiment"}, 30)
+        break_a_stored_version(server)
         train(server)
         stop = threading.Event()
         clients = [threading.Thread(target=press, args=(server, i, stop, errors)) for i in range(9)]
@@ -171,8 +180,7 @@ class prometheus:
 
 
 def test_every_query_returns_data(world: World) -> None:
-    """Of panels and recorded rules as they are; of alerts what they compare, once their faults have been induced."""
-    break_a_stored_version(world)
+    """Of panels and recorded rules as they are; of alerts what they compare, as their faults are induced."""
     left = {expr.id: data_of(expr.values[0]) for expr in expressions()}
 
     def ask_all() -> bool:
@@ -195,14 +203,6 @@ def data_of(expr: str) -> str:
 def recent(text: str) -> str:
     """What is asked of minutes, asked of seconds: a test is over before a rate of minutes is that of its load."""
     return re.sub(r"\[\dm\]", "[10s]", text)
-
-
-def break_a_stored_version(world: World) -> None:
-    """Damage what the store holds of an adapter, so that its next load fails."""
-    digest = world.server.get("/adapters/r3")["versions"][0]["digest"]
-    file = world.server.state / "store" / "versions" / digest / "adapter_model.safetensors"
-    file.chmod(0o600)
-    file.write_bytes(file.read_bytes()[:-64])
 
 
 def test_faults_fire_their_alerts(world: World) -> None:
