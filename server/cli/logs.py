@@ -1,12 +1,22 @@
-"""The log on standard error: lines for people, or one JSON object a line."""
+"""The log on standard error: lines for people, or one JSON object a line; a server's written by a thread of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import re
+import select
 import sys
+import threading
 import time
+from queue import SimpleQueue
+
+MOST_LINES = 10_000
+"""Lines that wait to be written; what comes on top of them is counted instead."""
+LAST_WORDS = 2.0
+"""Seconds for the lines that still wait when the process ends."""
 
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
 
@@ -41,13 +51,76 @@ class TextLines(logging.Formatter):
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def configure(form: str, level: str) -> None:
-    """Send all loggers to standard error. The libraries' own talk starts at warnings."""
-    handler = logging.StreamHandler(sys.stderr)
+class Behind(logging.Handler):
+    """Writes to the file `descriptor` on a thread of its own.
+
+    Whoever reads the log may stop reading, as a pager does, or a collector that hangs: no request waits for that then,
+    and no end. What such a reader leaves no room for is lost, and a line says how many lines that were.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._lines = SimpleQueue[str | threading.Event]()  # a signal's handler may put a line amid another's
+        self._lost = 0
+        threading.Thread(target=self._run, name="loramux-log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception:  # a message that does not fit what it was given, as the handlers of the library have it
+            self.handleError(record)
+            return
+        if self._lines.qsize() < MOST_LINES:
+            self._lines.put(line)
+        else:
+            self._lost += 1
+
+    def flush(self) -> None:
+        """Wait until what was logged before is written, but not for long."""
+        written = threading.Event()
+        self._lines.put(written)
+        written.wait(LAST_WORDS)
+
+    def _run(self) -> None:
+        while True:
+            line = self._lines.get()
+            if isinstance(line, threading.Event):
+                line.set()
+            else:
+                self._write(line)
+            if self._lost and self._lines.empty():
+                with self.lock or contextlib.nullcontext():
+                    lost, self._lost = self._lost, 0
+                told = f"{lost} lines of the log are lost: whoever reads it was too slow"
+                record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, told, None, None)
+                self._write(self.format(record))
+
+    def _write(self, line: str) -> None:
+        rest = f"{line}\n".encode("utf-8", "backslashreplace")
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except BlockingIOError:  # a terminal that another program has told not to wait
+                select.select([], [self._descriptor], [])
+            except OSError:  # nobody reads it any more, or the disk is full
+                return
+
+
+def configure(form: str, level: str, *, behind: bool = False) -> None:
+    """Send all loggers to standard error, written `behind` those who log or by them. The libraries' own talk starts at
+    warnings."""
+    handler = Behind(sys.stderr.fileno()) if behind else logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     for library in ("uvicorn", "uvicorn.error", "asyncio", "httpx", "httpx2", "fsspec", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def flush() -> None:
+    """Have what was logged written, before the process ends without a word to anybody."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
 
 
 def configure_quietly(form: str, level: str) -> None:

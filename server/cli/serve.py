@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 def serve(settings: Settings) -> None:
     """Serve the base and its adapters over HTTP."""
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # there is nothing yet to be ended in order
-    logs.configure(settings.log_format, settings.log_level)
+    logs.configure(settings.log_format, settings.log_level, behind=True)
     keep_few_kernels()
     many_files()
     faulthandler.enable()  # a crash in native code leaves the stacks of all threads
@@ -87,6 +87,7 @@ def serve(settings: Settings) -> None:
     with _sigterm_and_sigint(runtime, settings.drain):
         server.run(sockets=[listener])
     if failures:
+        logs.flush()
         sys.stderr.write(f"error: {getattr(failures[0], 'message', failures[0])}\n")
         raise typer.Exit(1)
     log.info("stopped")
@@ -187,12 +188,13 @@ def _sigterm_and_sigint(runtime: Runtime, drain: float) -> Iterator[None]:
         if 0 < runtime.draining_for < SAME_SIGNAL:
             return
         if runtime.draining_for:
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                sys.stderr.write("stopped at once by a second signal\n")
+            log.warning("stopped at once by a second signal")
+            logs.flush()
             os._exit(128 + number)
         if runtime.state == "loading":
             log.info("%s: ended before it was ready", signal.Signals(number).name)
             _end_children()
+            logs.flush()
             os._exit(0)
         log.info("%s: draining, at most %g s", signal.Signals(number).name, drain)
         runtime.drain()

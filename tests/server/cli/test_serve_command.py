@@ -38,7 +38,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
     monkeypatch.setattr("server.sources.resolve_model", never)
     monkeypatch.setattr(malloc, "settle", lambda: True)
     monkeypatch.setattr("server.cli.serve.many_files", lambda: None)
-    monkeypatch.setattr(logs, "configure", lambda form, level: None)
+    monkeypatch.setattr(logs, "configure", lambda form, level, behind: None)
     listeners = []
 
     def listening(host: str, port: int) -> object:
