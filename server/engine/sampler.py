@@ -47,6 +47,7 @@ _STRIDE = 256
 """Ids whose probabilities are summed before the sums are: the draw then looks into one stretch alone."""
 
 _TINY = float(np.finfo(np.float32).tiny)
+_BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))  # a noise of 53 bits may be rounded to 1
 """Temperatures below it are 0: no logit can be divided by them in float32."""
 
 
@@ -124,7 +125,7 @@ class Sampler:
             return DrawnLargest(logits)
         how, top_k = np.zeros((rows, 4), np.float32), np.zeros(rows, np.int32)
         for row, request in drawn:
-            sampling, noise = request.sampling, uniform(request.seed, len(request.output))
+            sampling, noise = request.sampling, min(uniform(request.seed, len(request.output)), _BELOW_ONE)
             how[row] = sampling.temperature, sampling.top_p, sampling.min_p, noise
             top_k[row] = sampling.top_k
         return draw(logits, how, top_k)

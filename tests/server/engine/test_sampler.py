@@ -243,6 +243,23 @@ def test_tokens_are_drawn_where_the_logits_are() -> None:
     assert Sampler(20, frozenset()).ahead(Logits(logits[:2]), work[:2]) is None, "nobody draws there"
 
 
+def test_noise_that_float32_would_round_to_one_is_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the last token that has a chance there may be others."""
+    monkeypatch.setattr("server.engine.sampler.uniform", lambda seed, index: 1 - 2.0**-53)
+    asked: list[np.ndarray] = []
+
+    class Tokens:
+        def read(self) -> np.ndarray:
+            return np.array([1], np.int32)
+
+    def draw(logits: Logits, how: np.ndarray, top_k: np.ndarray) -> Tokens:
+        asked.append(how)
+        return Tokens()
+
+    Sampler(20, frozenset(), draw).pick(Logits(torch.randn(1, 20)), [Work(request(temperature=1.0), 1, 1)])
+    assert asked[0][0, 3] == np.nextafter(np.float32(1), np.float32(0))
+
+
 def test_a_temperature_below_all_floats_is_none() -> None:
     """In float32 it divides to what is no number, there as here."""
     asked = []
