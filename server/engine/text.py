@@ -34,6 +34,7 @@ Piece = str | int
 Format = Literal["raw", "chat"]
 
 INPUT = "{input}"
+_SPACE = "\u2581"
 LONG = 4096
 """Characters up to which a text takes no time worth speaking of to tokenize."""
 
@@ -395,22 +396,28 @@ def _byte_reader(tokenizer: Tokenizer) -> Any:
 
     Raises BadModel for a decoder that is neither byte-level nor of SentencePiece's kind.
     """
-    kinds = _decoder_kinds(tokenizer)
+    parts = _decoder_parts(tokenizer)
+    kinds = {part["type"] for part in parts}
     if "ByteLevel" in kinds:
         table = _byte_level_table()
         return lambda name: b"".join(table[c] if c in table else c.encode() for c in name)
+    for part in parts:
+        sign = part.get("replacement") or part.get("pattern")
+        if sign not in (None, _SPACE, {"String": _SPACE}):
+            raise BadModel(f"a tokenizer whose decoder takes {sign!r} for a space is not served, only {_SPACE!r}")
     if kinds & {"Metaspace", "ByteFallback", "Replace"}:
         return _sentencepiece_bytes
     if not kinds:
-        return str.encode
+        raise BadModel("a tokenizer without a decoder is not served: it does not say what stands between its tokens")
     raise BadModel(f"a tokenizer whose decoder is {', '.join(sorted(kinds))} is not served")
 
 
-def _decoder_kinds(tokenizer: Tokenizer) -> set[str]:
+def _decoder_parts(tokenizer: Tokenizer) -> list[dict[str, Any]]:
     if tokenizer.decoder is None:
-        return set()
+        return []
     state = json.loads(tokenizer.decoder.__getstate__())
-    return {part["type"] for part in state.get("decoders", [state])}
+    parts: list[dict[str, Any]] = state.get("decoders", [state])
+    return parts
 
 
 def _without_prefix(state: Any) -> Any:
@@ -437,7 +444,7 @@ def _has_scheme_first(tokenizer: Tokenizer) -> bool:
 def _sentencepiece_bytes(name: str) -> bytes:
     if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name):
         return bytes([int(name[3:5], 16)])
-    return name.replace("\u2581", " ").encode()
+    return name.replace(_SPACE, " ").encode()
 
 
 @functools.cache

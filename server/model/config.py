@@ -255,6 +255,8 @@ def _refuse_unserved(config: Mapping[str, Any]) -> None:
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method", "another library") if isinstance(quantized, Mapping) else quantized
         raise BadModel(f"this checkpoint is already quantized ({method}); give the original weights or a GGUF file")
+    if config.get("per_layer_config"):
+        raise BadModel("models whose layers differ in their settings are not served (per_layer_config)")
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise BadModel(f"the activation {activation!r} is not served, only silu (hidden_act)")

@@ -219,8 +219,23 @@ def test_sentencepiece_pieces() -> None:
     tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
     text = text_of(tokenizer, None, 1)
     assert text.decode([2, 3, 4, 5, 1]) == " abö"
-    tokenizer.decoder = decoders.WordPiece()
-    with pytest.raises(BadModel, match="WordPiece"):
+
+
+@pytest.mark.parametrize(
+    ("decoder", "said"),
+    [
+        (decoders.WordPiece(), "WordPiece"),
+        (None, "without a decoder"),
+        (decoders.Metaspace(replacement="_"), "takes '_' for a space"),
+        (decoders.Sequence([decoders.Replace("_", " "), decoders.ByteFallback()]), "'_'"),
+    ],
+    ids=["WordPiece", "none", "Metaspace", "Replace"],
+)
+def test_a_decoder_that_would_be_read_otherwise_is_refused(decoder: Any, said: str) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "_a": 2}, unk_token="<unk>"))
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    with pytest.raises(BadModel, match=said):
         text_of(tokenizer, None, 1)
 
 

@@ -151,6 +151,7 @@ def test_both_spellings_of_rope(old: dict[str, Any] | None, new: RopeScaling) ->
         (YARN | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_scaling and rope_parameters"),
         (YARN | {"rope_parameters": YARN["rope_scaling"] | {"rope_theta": 5e5}}, "say different things"),
         ({"is_causal": False}, "is_causal"),
+        ({"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "per_layer_config"),
         ({"model_type": "granite"}, "LlamaForCausalLM, whose model_type is 'llama', and model_type 'granite'"),
         # Numbers of which no rotation can be made:
         (YARN | {"rope_theta": 1}, "rope_theta above 1"),
