@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 REMEMBERED = "digests.json"
 _STEP = 1 << 22
-_SETTLED = 2.0  # seconds: a file that is younger could still change within one tick of its clock
+_SETTLED = 2.0  # seconds: a file of just now could still change within one tick of its clock
 
 
 def sha256(path: Path, start: int = 0, stop: int | None = None) -> str:
@@ -55,7 +55,7 @@ class Digests:
         if digest and (size, modified) == (stat.st_size, stat.st_mtime_ns):
             return digest
         digest = sha256(path, start, stop)
-        if time.time() - stat.st_mtime > _SETTLED:
+        if abs(time.time() - stat.st_mtime) > _SETTLED:
             self._remember(key, (stat.st_size, stat.st_mtime_ns, digest))
         return digest
 
