@@ -1,11 +1,16 @@
-"""Files that are whole on the disk whenever the process or the machine stops. Each function raises OSError."""
+"""Files that are whole on the disk whenever the process or the machine stops, and what of a record is to be read.
+
+Each function that goes to the disk raises OSError.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +56,12 @@ def set_aside(path: Path, copy: bool = False) -> Path:
     else:
         os.replace(path, aside)
     return aside
+
+
+def known_fields(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a record that are fields of the dataclass `kind`: what a later version has told besides is let be,
+    so that going back to this one loses nothing."""
+    return {name: value for name, value in record.items() if name in kind.__dataclass_fields__}
 
 
 def sync_folder(folder: Path) -> None:

@@ -34,7 +34,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adapters.durable import sync_folder, write_file
+from adapters.durable import known_fields, sync_folder, write_file
 from adapters.errors import InvalidAdapter, NoRoom, StoreFailed, reason, unreadable
 from adapters.journal import Journal
 from adapters.mistaken import COPY_FILES
@@ -356,7 +356,11 @@ class Store:
         try:
             content = json.loads(text)
             written = float(content.get(WRITTEN, math.inf))
-            return Journal.from_json(content), written if changed - written > SAME_WRITE else math.inf
+            journal = Journal.from_json(content)
+            if abs(changed - written) <= SAME_WRITE:
+                return journal, math.inf
+            # A clock that has been set back since tells of nothing what was before and what after.
+            return journal, written if written < changed else -math.inf
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreFailed(
                 f"names.json in the store cannot be read ({error}); put a good copy back, or move it away to start "
@@ -414,7 +418,7 @@ class Store:
             (folder / name).stat()
         fields = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         modules = {path: (int(r), int(o), int(i)) for path, (r, o, i) in fields.pop("modules").items()}
-        record = Record(modules=modules, **fields)
+        record = Record(modules=modules, **known_fields(Record, fields))
         if record.digest != digest:
             raise ValueError("it is another version's")
         told = (record.metadata, *record.told.values())

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from adapters.durable import write_file
+from adapters.durable import known_fields, write_file
 from adapters.errors import StoreFailed
 from server.errors import Conflict, UnknownName
 
@@ -50,8 +50,8 @@ class Files:
             shutil.rmtree(part, ignore_errors=True)
         for about in sorted(folder.glob(f"file-*/{ABOUT}"), key=lambda path: path.stat().st_mtime_ns):
             try:
-                file = File(**json.loads(about.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError) as error:
+                file = File(**known_fields(File, json.loads(about.read_text(encoding="utf-8"))))
+            except (OSError, ValueError, TypeError, AttributeError) as error:
                 log.error("what %s is cannot be read, and it is left out: %s", about.parent.name, error)
                 continue
             self._files[file.id] = file

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapters.durable import replace_file
+from adapters.durable import known_fields, replace_file
 from adapters.errors import StoreFailed
 
 log = logging.getLogger(__name__)
@@ -105,9 +105,9 @@ class Records:
         for file in sorted(folder.glob(f"*/{STATE}")):
             try:
                 raw = json.loads(file.read_text(encoding="utf-8"))
-                told = {k: v for k, v in raw["progress"].items() if k in Progress.__dataclass_fields__}
-                job = Job(**{**raw, "progress": Progress(**told)})  # what a later version tells is let be
-            except (OSError, ValueError, TypeError, KeyError) as error:
+                progress = Progress(**known_fields(Progress, raw["progress"]))
+                job = Job(**{**known_fields(Job, raw), "progress": progress})
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
                 log.error("the record of job %s cannot be read and is left out: %s", file.parent.name, error)
                 continue
             self.jobs[job.id] = job

@@ -260,7 +260,8 @@ class Jobs:
 
     def _next(self, kind: str) -> Job | None:
         waiting = [job for job in self.records.all() if job.kind == kind and job.status == QUEUED]
-        return waiting[0] if waiting else None
+        now = time.time()  # whoever came later than now was there before the clock was set back
+        return min(waiting, key=lambda job: job.created_at <= now, default=None)
 
     def _do(self, active: Active, work: Work) -> None:
         job = active.job
@@ -304,7 +305,8 @@ class Jobs:
     def _finish(self, job: Job, status: str, message: str) -> None:
         """The end of a job. What a run needs is kept only where the job can be resumed, what it has made where it is
         of use."""
-        of_no_use = () if status == FAILED else (*NEEDED_TO_RUN, RESULT) if status == CANCELLED else NEEDED_TO_RUN
+        resumable = status == FAILED and job.kind == TRAINING
+        of_no_use = () if resumable else (*NEEDED_TO_RUN, RESULT) if status == CANCELLED else NEEDED_TO_RUN
         for name in of_no_use:
             self.records.remove(job, name)
         job.finished_at = time.time()

@@ -452,6 +452,16 @@ def test_a_damaged_record_costs_its_adapter_alone(store: Store, folders: list[Pa
         assert set(again.records) == {digest, other} and not again.lost
 
 
+def test_what_a_later_version_tells_of_one_is_let_be(store: Store, folders: list[Path]) -> None:
+    """Else going back to this one would lose all that it has served."""
+    digest = publish(store, "a", folders[0])
+    store.close()
+    file = store.path(digest) / "record.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "of_tomorrow": [1]}))
+    with closing(Store(store.root)) as again:
+        assert set(again.records) == {digest} and not again.lost
+
+
 PUBLISHER = """
 import sys
 from pathlib import Path
@@ -574,6 +584,19 @@ def test_an_older_copy_of_the_names_costs_no_version_that_came_after_it(store: S
     again = Store(store.root)
     assert check_whole(again, unnamed=True) == {"a": kept}
     assert [p.name for p in (store.root / "unnamed").iterdir()] == [newer] != [retired], "that was deleted before"
+    again.close()
+
+
+def test_so_it_does_if_the_clock_was_set_back_since(store: Store, folders: list[Path]) -> None:
+    """When the copy was made tells nothing of what came after it then, and what came before is kept as well."""
+    kept, retired = publish(store, "a", folders[0]), publish(store, "r", folders[2])
+    names = store.journal.retire("r").to_json()
+    newer = publish(store, "b", folders[1])
+    store.close()
+    (store.root / "names.json").write_text(json.dumps({**names, "written": time.time() + 3600}))
+    again = Store(store.root)
+    assert check_whole(again, unnamed=True) == {"a": kept}
+    assert {p.name for p in (store.root / "unnamed").iterdir()} == {newer, retired}
     again.close()
 
 
