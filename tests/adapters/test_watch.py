@@ -822,3 +822,63 @@ def test_the_state_of_a_linked_folder_is_told_within_the_directory_alone(scene: 
     (scene.directory / "a").symlink_to(tmp_path / "outside")
     with pytest.raises(InvalidAdapter, match="leads out of the adapter directory"):
         signature_of(scene.directory / "a", scene.directory)
+
+
+def test_a_directory_that_cannot_be_read_is_no_deletion(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a share whose server is away."""
+    caplog.set_level(logging.INFO)
+    a = scene.put("a", 1)
+    scene.look(2)
+
+    def stale(path: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", stale)
+        assert scene.look(6) == {"a": a}
+    told = [record.message for record in caplog.records if "cannot be read" in record.message]
+    assert told == ["the adapter directory cannot be read: Stale file handle"]
+    assert scene.look(6) == {"a": a}
+
+
+def test_a_look_that_fails_is_not_the_last(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch, waits, looks = Watch(scene.registry, scene.directory), list[float](), list[str]()
+
+    def poll() -> None:
+        looks.append("one")
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(watch, "poll", poll)
+    monkeypatch.setattr(watch._stop, "wait", lambda seconds: waits.append(seconds) or len(waits) == 4)
+    watch._run()
+    assert len(looks) == 3 and caplog.text.count("looking at the adapter directory failed") == 3
+
+
+def test_a_folder_is_as_old_as_the_file_that_changed_last(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config that lies there for long says nothing of tensors that are being written."""
+    a, now = scene.put("a", 1), time.time_ns() + int(3600e9)
+    config, tensors = ("adapter_config.json", 1, 1, 1, 1), ("adapter_model.safetensors", 1, now, now, 2)
+    monkeypatch.setattr("adapters.watch.signature_of", lambda folder, within: (config, tensors))
+    assert scene.look() == {}
+    assert scene.look() == {"a": a}
+
+
+def test_a_fault_of_our_own_costs_one_adapter_of_the_library(
+    scene: Scene, write_adapter: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seed, name in enumerate(("bad", "good")):
+        write_adapter(scene.root / "library" / name, seed)
+    publish = scene.registry.publish_now
+
+    def fails(name: str, *rest: Any, **options: Any) -> Any:
+        if name == "bad":
+            raise RuntimeError("a fault")
+        return publish(name, *rest, **options)
+
+    monkeypatch.setattr(scene.registry, "publish_now", fails)
+    assert scan_library(scene.registry, scene.root / "library") == ["good"] == list(scene.served())
+    assert "the library's bad is skipped" in caplog.text

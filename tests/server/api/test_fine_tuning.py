@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -27,6 +28,8 @@ from adapters.errors import StoreFailed
 from server.api.assembly import build
 from server.jobs import child, process, training
 from server.jobs.publishing import Publishing
+from server.jobs.records import Job, Progress
+from server.jobs.requests import config_of
 from server.jobs.spec import Spec
 from server.model.loader import Base
 from tests import waiting
@@ -185,6 +188,7 @@ REFUSED_AT_ONCE: list[tuple[dict[str, Any], str]] = [
     ({"model": "gpt-4"}, "model"),
     ({"training_file": "file-none"}, "training_file"),
     ({"suffix": "base"}, "suffix"),
+    ({"suffix": "tiny"}, "suffix"),
     ({"suffix": "no good"}, "suffix"),
     ({"method": {"type": "dpo"}}, "dpo"),
     ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
@@ -723,3 +727,130 @@ def test_a_full_disk_is_no_room(live: Any, client: openai.OpenAI, monkeypatch: p
     answer = live.http.post("/v1/fine_tuning/jobs", json=body)
     assert answer.status_code == 507 and "No space left" in answer.text and "secret" not in answer.text
     assert sorted(jobs.iterdir()) == before
+
+
+def known(live: Any, **fields: Any) -> Job:
+    """A job that is on record, and nobody works on."""
+    request = {
+        "training_file": "file-x", "validation_file": None, "suffix": None, "seed": 0, "metadata": None,
+        "hyperparameters": {"n_epochs": 1.0}, "lora": {"init_from": None},
+    }  # fmt: skip
+    records = live.house.parts.jobs.records
+    job: Job = records.prepare("training", "mine", request, "ftjob", {})
+    vars(job).update({"status": "cancelled", **fields})
+    records.enter(job)
+    return job
+
+
+@pytest.fixture
+def entered(live: Any, monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs that are asked for, which nobody begins."""
+    asked: list[Job] = []
+
+    def enter(job: Job) -> Job:
+        asked.append(job)
+        return job
+
+    monkeypatch.setattr(live.house.parts.jobs, "enter", enter)
+    return asked
+
+
+def test_files_are_listed_by_pages(live: Any, client: openai.OpenAI) -> None:
+    oldest, middle, newest = (upload(client, name=f"{i}.jsonl") for i in range(3))
+
+    def page(**query: Any) -> dict[str, Any]:
+        told: dict[str, Any] = live.http.get("/v1/files", params=query).json()
+        return {**told, "data": [file["id"] for file in told["data"]]}
+
+    first = page(limit=2)
+    assert first["data"] == [newest, middle] and first["has_more"] is True
+    assert (first["first_id"], first["last_id"]) == (newest, middle)
+    rest = page(limit=1, after=middle)
+    assert rest["data"] == [oldest] and rest["has_more"] is False
+    assert page(order="asc", limit=2, after=oldest)["data"] == [middle, newest]
+    assert page(purpose="fine-tune")["data"] == [newest, middle, oldest]
+    none = page(purpose="fine-tune-results")
+    assert (none["data"], none["first_id"], none["last_id"]) == ([], None, None)
+    refused = live.http.get("/v1/files", params={"after": "file-none"})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "after"
+
+
+def test_a_file_that_is_gone_from_the_disk_is_told_as_that(live: Any, client: openai.OpenAI) -> None:
+    id = upload(client)
+    live.house.parts.files.path(id).unlink()
+    answer = live.http.get(f"/v1/files/{id}/content")
+    assert answer.status_code == 404 and "upload it again" in answer.json()["error"]["message"]
+
+
+def test_the_last_jobs_and_messages_are_shown(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.api.jobs.SHOWN", 2)
+    monkeypatch.setattr("server.api.jobs.MESSAGES", 2)
+    _, second, third = (known(live, created_at=float(i)) for i in range(3))
+    assert [job["id"] for job in live.http.get("/jobs").json()["jobs"]] == [third.id, second.id]
+    for message in ("one", "two", "three"):
+        live.house.parts.jobs.records.note(third, message)
+    shown = live.http.get(f"/jobs/{third.id}").json()
+    assert [said["message"] for said in shown["messages"]] == ["two", "three"]
+    assert live.http.get(f"/jobs/{second.id}").json()["messages"] == [], "a disk may have refused them"
+
+
+@pytest.mark.parametrize(("status", "estimate"), [("running", 1032), ("paused", None), ("queued", None)])
+def test_the_end_of_a_run_is_estimated_by_its_speed_while_it_runs(
+    live: Any, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, status: str, estimate: int | None
+) -> None:
+    monkeypatch.setattr("server.api.fine_tuning.time", SimpleNamespace(time=lambda: 1000.0))
+    job = known(live, status=status, progress=Progress(step=2, steps=10, tokens=50, seconds=8.0))
+    told = client.fine_tuning.jobs.retrieve(job.id)
+    assert told.estimated_finish == estimate and told.trained_tokens is None
+
+
+def test_hyperparameters_are_those_of_the_method_if_it_has_any(
+    client: openai.OpenAI, entered: list[Job], subtests: pytest.Subtests
+) -> None:
+    """OpenAI has moved them there; "auto" is what is not given."""
+    old = {"n_epochs": 9, "batch_size": 9}
+    for method, epochs, batch, multiplier in (
+        ({"hyperparameters": {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": 2}}, 2, 16, 2.0),
+        ({"hyperparameters": {"n_epochs": "auto"}}, 3, 16, 1.0),
+        ({}, 9, 9, 1.0),
+    ):
+        with subtests.test(str(method)):
+            job = create(client, hyperparameters=old, method={"type": "supervised", "supervised": method})
+            assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (epochs, batch)
+            config = config_of(entered[-1].request)
+            assert (config.epochs, config.batch_size) == (epochs, batch)
+            assert config.learning_rate == pytest.approx(5e-4 * multiplier)
+
+
+@pytest.mark.parametrize("field", ["training_file", "validation_file"])
+def test_what_a_job_left_behind_is_no_data(live: Any, client: openai.OpenAI, entered: list[Job], field: str) -> None:
+    left = live.house.parts.files.add(lambda path: path.write_bytes(jsonl(LINES)), "x.csv", "fine-tune-results")
+    with pytest.raises(openai.BadRequestError, match="with the purpose fine-tune") as refused:
+        create(client, **{field: left.id})
+    assert refused.value.param == field and not entered
+
+
+def test_an_adapter_is_gone_on_from_by_its_own_field(
+    live: Any, client: openai.OpenAI, write_adapter: Any, entered: list[Job]
+) -> None:
+    write_adapter("a", 1)
+    live.http.post("/adapters", json={"name": "a", "source": "a"}).raise_for_status()
+    with pytest.raises(openai.BadRequestError, match="lora.init_from names an adapter") as refused:
+        create(client, model="a")
+    assert refused.value.param == "model" and not entered
+
+
+def test_an_evaluation_is_by_default_of_what_the_task_routes_to_and_by_its_metric(
+    live: Any, write_adapter: Any, entered: list[Job]
+) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        write_adapter(name, seed)
+        live.http.post("/adapters", json={"name": name, "source": name}).raise_for_status()
+    mix = {"choice": [{"name": "a", "weight": 0.5}, {"name": "b", "weight": 0.25}]}
+    best = {"best": ["a", "b"], "metric": "rougeL", "source": "evaluation"}
+    for task, route in (("mixed", mix), ("best", best)):
+        live.http.put(f"/tasks/{task}", json={"prompt": "{input}", "route": route}).raise_for_status()
+        assert live.http.post(f"/tasks/{task}/evaluate", json={"data": LINES}).status_code == 202
+    of_mix, of_best = (job.request for job in entered)
+    assert of_mix["candidates"] == [[("a", 0.5), ("b", 0.25)]] and of_mix["samples"] == len(LINES)
+    assert of_best["candidates"] == [[("a", 1.0)], [("b", 1.0)]] and of_best["metric"] == "rougeL"

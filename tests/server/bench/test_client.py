@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from server.bench.client import (
     summarize,
 )
 from server.bench.slora import body_of
-from server.bench.workloads import closed
+from server.bench.workloads import Arrival, closed
 from server.errors import BadSetting
 from tests.server.bench.conftest import Answering, events
 
@@ -303,3 +304,44 @@ def test_an_answer_without_a_token_has_a_reason(answering: Answering) -> None:
 def test_a_name_or_a_key_that_is_none_is_a_failure(url: str, key: str) -> None:
     [one] = asyncio.run(closed_loop(url, closed(1, [0], 4, 2), body_of(["a"], 200), 1, key=key))
     assert not one.ok and one.error
+
+
+def test_requests_go_out_when_they_are_due_each_with_its_body(answering: Answering) -> None:
+    """And their times count from then on, whatever has kept the client from sending them."""
+    arrivals = [Arrival(time, -1, 4, 2) for time in (0.0, 0.3)]
+    asking = open_loop(answering.url, arrivals, lambda arrival, i: {"max_tokens": arrival.output_tokens, "number": i})
+    first, second = asyncio.run(asking)
+    assert second.due - first.due == pytest.approx(0.3, abs=1e-6)
+    assert first.ttft > 0 and second.ttft > 0, "none was sent before"
+    assert [body["number"] for _, _, body in answering.asked] == [0, 1]
+
+
+def test_so_many_requests_are_in_flight_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most, numbers = [0], [0], list[int]()
+
+    async def ask(session: Any, url: str, body: Any, due: float, adapter: int) -> Outcome:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        numbers.append(body["number"])
+        for _ in range(5):
+            await asyncio.sleep(0)
+        running[0] -= 1
+        return outcome(due, due, due, 1)
+
+    monkeypatch.setattr("server.bench.client.ask", ask)
+    asking = closed_loop("http://host", closed(7, [0], 4, 2), lambda arrival, i: {"number": i}, 3)
+    assert len(asyncio.run(asking)) == 7 and most == [3] and numbers == list(range(7))
+
+
+def test_what_a_summary_counts_is_of_those_that_finished() -> None:
+    """And S-LoRA's satisfaction is that of all: 1 at once, 0 from the service level on and for who failed."""
+    done = [outcome(0.0, first, first + 1.0, 11) for first in (0.0, 3.0, 9.0)]
+    done[0] = replace(done[0], e2e=2.0, short=True)
+    cut = Outcome(0, False, 5, 0.1, 0.2, 0.0, (0.1, 0.2), error="cut", short=True)
+    lost = [replace(cut, error=f"{i}") for i in range(4)]
+    summary = summarize([*done, cut, *lost], 4.0)
+    assert (summary.tokens, summary.short, summary.requests_per_second) == (33, 1, 0.75)
+    assert (summary.failed, summary.reasons) == (5, ("cut", "0", "1")), "the first few different ones"
+    assert summary.satisfaction == pytest.approx((1 + 0.75 + 0) / 8)
+    assert summary.slo_attainment == pytest.approx(2 / 8)
+    assert (summary.tpot_p50, summary.tpot_p99) == (pytest.approx(0.1), pytest.approx(0.198))

@@ -6,6 +6,7 @@ import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,10 @@ from adapters.errors import StoreFailed
 from server.errors import Conflict, UnknownName
 from server.jobs.errors import JobError
 from server.jobs.files import Files
-from server.jobs.records import CANCELLED, EVALUATION, STATE, TRAINING, Job, Records
+from server.jobs.records import CANCELLED, EVALUATION, EVENTS, STATE, TRAINING, Job, Progress, Records
 from server.jobs.runner import Active, Jobs, Stopped
-from server.jobs.spec import NEEDED_TO_RUN, RESULT
-from server.jobs.training import Training
+from server.jobs.spec import DATA, NEEDED_TO_RUN, RESULT
+from server.jobs.training import Training, _Heard
 from tests.waiting import SECONDS, until
 
 
@@ -397,6 +398,65 @@ def test_a_file_that_nobody_knows_any_more_is_told(tmp_path, caplog):
     assert (tmp_path / file.id / "content").read_bytes() == b"x"
 
 
+def test_what_a_later_version_tells_of_jobs_and_files_is_let_be(tmp_path: Path) -> None:
+    """Else going back to this one would lose them."""
+    records, files = Records(tmp_path / "jobs"), Files(tmp_path / "files")
+    job = records.prepare(TRAINING, "x", {"a": 1}, "ftjob", {})
+    job.progress.step = 3
+    records.enter(job)
+    file = files.add(lambda path: path.write_bytes(b"x"), "a.jsonl", "fine-tune")
+    for told in (tmp_path / "jobs" / job.id / "job.json", tmp_path / "files" / file.id / "file.json"):
+        content = json.loads(told.read_text())
+        if "progress" in content:
+            content["progress"]["of_tomorrow"] = 1
+        told.write_text(json.dumps({**content, "of_tomorrow": {}}))
+    assert list(Records(tmp_path / "jobs").jobs.values()) == [job] and Files(tmp_path / "files").all() == [file]
+
+
+@pytest.mark.parametrize("damage", [[], None, 5])
+def test_a_record_that_is_no_object_costs_itself_alone(tmp_path: Path, damage: object, caplog: Any) -> None:
+    records, files = Records(tmp_path / "jobs"), Files(tmp_path / "files")
+    job = records.prepare(TRAINING, "x", {}, "ftjob", {})
+    records.enter(job)
+    file = files.add(lambda path: path.write_bytes(b"x"), "a.jsonl", "fine-tune")
+    (tmp_path / "jobs" / job.id / "job.json").write_text(json.dumps(damage))
+    (tmp_path / "files" / file.id / "file.json").write_text(json.dumps(damage))
+    assert not Records(tmp_path / "jobs").jobs and not Files(tmp_path / "files").all()
+    assert job.id in caplog.text and file.id in caplog.text
+
+
+def test_a_job_of_a_clock_that_was_set_back_since_waits_behind_no_later_one(tmp_path: Path) -> None:
+    records, begun = Records(tmp_path), list[str]()
+    for name, ahead in (("late", 0.0), ("first", 3600.0), ("second", 3601.0)):
+        job = records.prepare(TRAINING, name, {}, "ftjob", {})
+        job.created_at += ahead
+        records.enter(job)
+
+    def work(active: Active) -> None:
+        begun.append(active.job.name)
+
+    jobs = Jobs(records, {TRAINING: work})
+    jobs.start()
+    until(lambda: len(begun) == 3)
+    jobs.close(SECONDS)
+    assert begun == ["first", "second", "late"]
+
+
+def test_of_an_evaluation_that_has_failed_no_data_stay(tmp_path: Path) -> None:
+    """It is no job that can be resumed."""
+
+    def work(active: Active) -> None:
+        raise JobError("bad", "the reason")
+
+    jobs = Jobs(Records(tmp_path), {EVALUATION: work})
+    job = jobs.enter(jobs.prepare(EVALUATION, "task", {}, "evaljob", {DATA: b"x"}))
+    assert (tmp_path / job.id / DATA).exists()
+    jobs.start()
+    until(lambda: job.over)
+    jobs.close(SECONDS)
+    assert job.status == "failed" and not (tmp_path / job.id / DATA).exists()
+
+
 def test_a_job_that_an_older_version_was_asked_for_says_so(tmp_path):
     work = Training(None, None, lambda trains: None)
     with pytest.raises(JobError, match="did not keep its task: ask anew"):
@@ -637,3 +697,147 @@ def test_what_the_disk_has_taken_is_not_saved_again_with_each_job(
     monkeypatch.setattr(jobs.records, "save", saved.append)
     jobs.cancel(second.id)
     assert saved == [second]
+
+
+@pytest.mark.parametrize("drain", [0.0, SECONDS])
+def test_the_server_s_end_gives_a_checkpoint_the_time_that_it_drains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drain: float
+) -> None:
+    """And a second at least."""
+    begun, go, waits = threading.Event(), threading.Event(), list[float]()
+    join = threading.Thread.join
+
+    def work(active: Active) -> None:
+        active.stopped_by(lambda: None, go.set)
+        begun.set()
+        assert go.wait(SECONDS)
+        active.check()
+
+    def wait(thread: threading.Thread, seconds: float) -> None:
+        waits.append(seconds)
+        go.set()  # the checkpoint is written meanwhile
+        join(thread, SECONDS)
+
+    jobs = Jobs(Records(tmp_path), {TRAINING: work})
+    jobs.start()
+    jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    assert begun.wait(SECONDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", wait)
+        jobs.close(drain)
+    assert len(waits) == 1 and max(drain, 1.0) / 2 < waits[0] <= max(drain, 1.0)
+
+
+@pytest.mark.parametrize("pausing", [False, True])
+def test_a_full_disk_keeps_no_server_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pausing: bool
+) -> None:
+    records = Records(tmp_path)
+    job = records.prepare(TRAINING, "", {}, "ftjob", {})
+    job.status, job.pausing = "running", pausing  # as a server leaves it that is killed
+    records.enter(job)
+
+    def full(self: Records, job: Job) -> None:
+        raise StoreFailed("no space left")
+
+    monkeypatch.setattr(Records, "save", full)
+    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
+    assert jobs.get(job.id).status == ("paused" if pausing else "queued")
+
+
+def test_a_failed_job_that_is_resumed_has_not_finished(make, work):
+    jobs, work.error = make(), JobError("bad", "the reason")
+    job, _ = add(jobs), add(jobs)
+    work.go.set()
+    until(lambda: job.over and len(work.begun) == 2)
+    assert job.finished_at is not None
+    resumed = jobs.resume(job.id)
+    assert (resumed.status, resumed.finished_at, resumed.error) == ("queued", None, None)
+
+
+def test_whoever_sees_a_status_finds_its_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
+    job = jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    seen: list[str] = []
+    note = jobs.records.note
+
+    def noted(job: Job, message: str, **more: object) -> None:
+        seen.append(job.status)
+        note(job, message, **more)
+
+    monkeypatch.setattr(jobs.records, "note", noted)
+    jobs.cancel(job.id)
+    assert seen == ["queued"] and job.status == "cancelled"
+
+
+def test_of_jobs_that_are_over_those_go_that_ended_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long run that has just ended is not the oldest for having been asked for first."""
+    monkeypatch.setattr("server.jobs.records.MOST_OVER", 2)
+    records = Records(tmp_path)
+    for name, finished in (("long", 9.0), ("short", 5.0), ("last", None)):
+        job = records.prepare(TRAINING, name, {}, "ftjob", {})
+        job.status, job.finished_at = ("succeeded", finished) if finished else ("queued", None)
+        records.enter(job)
+    assert [job.name for job in records.all()] == ["long", "last"]
+
+
+def test_a_disk_that_refuses_an_event_costs_the_event_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
+    opened = Path.open
+
+    def full(path: Path, *given: object, **options: object) -> object:
+        if path.name == EVENTS:
+            raise OSError(28, "No space left on device")
+        return opened(path, *given, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    job = jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    assert jobs.cancel(job.id).status == "cancelled" and jobs.records.events(job.id) == []
+    assert f"an event of job {job.id} cannot be written" in caplog.text
+
+
+def test_a_record_of_before_has_counted_its_tokens() -> None:
+    """Else a counter would begin at nothing again."""
+    assert Progress(tokens=5).most_tokens == 5 and Progress(tokens=5, most_tokens=7).most_tokens == 7
+
+
+def heard(tmp_path: Path) -> tuple[_Heard, Active]:
+    records = Records(tmp_path)
+    active = Active(records.prepare(TRAINING, "", {}, "ftjob", {}), records)
+    return _Heard(active), active
+
+
+def test_of_a_long_run_some_steps_are_told_and_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.jobs.training.METRIC_EVENTS", 4)
+    process, active = heard(tmp_path)
+    for step in range(1, 12):
+        told = {"step": step, "steps": 11, "loss": 1.0, "accuracy": 0.5, "learning_rate": 1e-4, "seconds": 2.0 * step}
+        process.line({"kind": "step", "tokens": 10 * step, **told})
+    events = active.records.events(active.job.id)
+    assert [event["data"]["step"] for event in events] == [2, 4, 6, 8, 10, 11]
+    progress = active.job.progress
+    assert (progress.step, progress.tokens, progress.seconds) == (11, 110, 22.0)
+
+
+def test_a_validation_loss_that_is_no_number_is_not_told_as_one(tmp_path: Path) -> None:
+    process, active = heard(tmp_path)
+    process.line({"kind": "eval", "step": 3, "steps": 9, "accuracy": 0.5})
+    process.line({"kind": "checkpoint", "step": 3})
+    evaluated, kept = (event["data"] for event in active.records.events(active.job.id))
+    assert evaluated == {"step": 3, "total_steps": 9, "valid_mean_token_accuracy": 0.5}
+    assert kept == {"checkpoint": 3, "valid_mean_token_accuracy": 0.5}
+
+
+def test_examples_that_are_left_out_are_a_warning(tmp_path: Path) -> None:
+    process, active = heard(tmp_path)
+    told = {"examples": 7, "validation_examples": 2, "held_out": 2, "too_long": 3, "steps": 9}
+    process.line({"kind": "validated", **told})
+    first, second = active.records.events(active.job.id)
+    assert (
+        first["message"] == "Files are valid: 7 examples to learn, 2 to validate on (held out of the training "
+        "file); 9 steps."
+    )
+    assert second["level"] == "warn" and second["message"].startswith("3 examples are longer")
+    assert active.job.status == "running" and active.job.progress.steps == 9

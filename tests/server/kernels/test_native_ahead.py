@@ -148,6 +148,9 @@ def test_a_token_of_a_row_that_there_was_not_is_refused(runner: NativeRunner) ->
     runner.run(batch_of([(Sequence([5], [0]), 1)]))
     with pytest.raises(AssertionError, match="not of the vocabulary"):
         runner.run(batch_of([(Sequence([-2], [0]), 1)])).wait()
+    for token in (97, -1):  # nor does a step that was not run leave any
+        with pytest.raises(AssertionError, match="not of the vocabulary"):
+            runner.run(batch_of([(Sequence([token], [0]), 1)])).wait()
     assert runner.run(batch_of([(Sequence([5], [0]), 1)])).rows.isfinite().all()
 
 

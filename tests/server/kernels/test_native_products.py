@@ -327,6 +327,27 @@ def test_products_are_exact_where_activations_are(library: str) -> None:
         assert torch.allclose(y.double(), exact, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize(("scheme", "group", "double"), [s for s in SCHEMES if s[0] in ("int4", "int8")])
+def test_so_they_are_by_whatever_scales(library: str, scheme: str, group: int, double: bool) -> None:
+    """Those that are codes themselves are rounded to float16, as the stored ones are."""
+    kept = stored(scheme, group, double, 130, 1536)
+    x = torch.randint(-127, 128, (9, 1536)).float()
+    x[:, ::16] = 127.0
+    exact = x.double() @ dequantize_stored(kept).double().t()
+    y = cpu.Native().linear(cpu.Native().pack(kept), x)
+    assert (y.double() - exact).norm() < (4e-4 if library == "_native_amx" else 1e-6) * exact.norm()
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_levels_of_nf4_are_the_nearest_127ths(library: str, double: bool) -> None:
+    """The largest weight of a group is its scale."""
+    kept = stored("nf4", 64, double, 49, 192)
+    packed, weight = cpu.Native().pack(kept), dequantize_stored(kept)
+    taken = cpu.Native().linear(packed, 127 * torch.eye(192)).t() / 127
+    off = (taken - weight).view(49, 3, 64).abs().amax(2) / weight.view(49, 3, 64).abs().amax(2)
+    assert off.max() < 0.5 / 127 + (4e-4 if library == "_native_amx" else 1e-5)
+
+
 @pytest.mark.parametrize(("scheme", "group", "double"), SCHEMES)
 @pytest.mark.parametrize("large", [0, 16, 32, 48])
 @pytest.mark.parametrize("size", [-100.0, 100.0])
@@ -344,6 +365,26 @@ def test_a_large_input_costs_the_other_quarters_of_its_span_nothing(
     y = cpu.Native().linear(packed, x + alone).double() - cpu.Native().linear(packed, alone).double()
     # One scale for all would leave about 0.2. Sums of finer quarters are rounded to the units of the next one.
     assert (y - exact).norm() < 3e-2 * exact.norm()
+
+
+@pytest.mark.parametrize(("scheme", "group", "double"), [s for s in SCHEMES if s[0] != "none"])
+def test_sums_at_their_limits_hold(scheme: str, group: int, double: bool, library: str) -> None:
+    """Rows of the least codes and of the largest, and inputs as large as their quarter's largest, of one sign and of
+    both, where quarters are of one size and where they differ."""
+    kept = stored(scheme, group, double, 49, 192)
+    least, most = (-127, 127) if scheme == "int8" else (0, 255)
+    kept.tensors["codes"][::3], kept.tensors["codes"][1::3] = least, most
+    size = torch.exp2(-torch.randint(0, 20, (400, 12)).float())
+    size[:100], size[100:200] = 1, size[100:200].clamp_min(0.25)
+    size[::2] *= torch.randn(200, 12).sign()
+    x = (size * 127).repeat_interleave(16, 1)
+    x[200:] *= 1 - torch.rand(200, 192) / 2
+    x[5::20] *= 1 - torch.rand(20, 192) / 100
+    weight = dequantize_stored(kept).double()
+    off = (cpu.Native().linear(cpu.Native().pack(kept), x).double() - x.double() @ weight.t()).abs()
+    assert (off / (x.double().abs() @ weight.abs().t())).max() < (1.6e-2 if scheme == "nf4" else 4e-3) * (
+        2 if library == "_native_amx" else 1  # where a row has one unit for all of its quarters
+    )
 
 
 def test_a_row_that_is_not_finite_stays_alone(library: str) -> None:

@@ -52,6 +52,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, int, bool]] = {
     "odd-widths": ({"hidden_size": 72, "intermediate_size": 100, "head_dim": 18}, "none", 0, False),
     "one-kv-head": ({"num_key_value_heads": 1, "num_attention_heads": 9, "head_dim": 64}, "int4", 32, False),
     "odd-kv": ({"head_dim": 24, "num_attention_heads": 4, "num_key_value_heads": 1}, "int4", 32, False),
+    "large-eps": ({"rms_norm_eps": 0.5, "qk_norm": True, "head_dim": 64}, "int4", 32, False),
     "yarn": (
         {"rope_scaling": RopeScaling("yarn", 4.0, original_max_position_embeddings=128)},
         "int4",
@@ -215,6 +216,21 @@ def test_steps_of_one_to_many_rows(family: str, rows: int) -> None:
     close_in_one_step(native, reference, adapters, mixes, lengths)
 
 
+@pytest.mark.parametrize("family", ["llama-int4", "llama-bf16"])
+def test_mixes_that_begin_alike_or_differ_in_a_weight_alone_are_kept_apart(family: str) -> None:
+    native, reference = bases(family)
+    adapters = {i: adapter(native.config, i, 4 + i) for i in range(3)}
+    mixes: list[SlotWeights] = [
+        ((0, 1.0),),
+        ((0, 1.0), (1, 1.0)),
+        ((0, 1.0), (2, 1.0)),
+        ((0, 1.0), (2, 0.5)),
+        ((0, 0.5), (2, 1.0)),
+        ((0, 1.0), (1, 1.0), (2, 1.0)),
+    ]
+    close_in_one_step(native, reference, adapters, mixes, [5, 1, 2, 9, 3, 1])
+
+
 def test_an_adapter_changes_what_it_should_and_no_more() -> None:
     native, reference = bases("llama-bf16")
     ours, exact = runner_of(native), runner_of(reference)
@@ -264,6 +280,20 @@ def test_a_row_does_not_depend_on_its_batch(family: str) -> None:
     step(runner, [(first, 64)])
     behind = Sequence(ids, [30, 31, 32, 33, 50], mix, done=64)
     assert torch.equal(step(runner, [(behind, 13)])[0], expected[64:])
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("family", ["llama-int4", "odd-kv", "odd-widths"])
+@pytest.mark.parametrize("size", [32, 48, 256])
+def test_nor_on_the_size_of_blocks(family: str, size: int) -> None:
+    native, _ = bases(family)
+    ids = tokens(1, 300)
+    other = make_runner(native, SLOTS, 2)
+    other.allocate(20, size)
+    subject = Sequence(ids, [11, 3, 19, 0, 7, 8, 2, 16, 5, 12])
+    beside = Sequence(tokens(2, 90), [1, 13, 4])
+    seen = [step(other, [(beside, 20), (subject, count)])[1] for count in (37, 1, 10, 252)]
+    assert torch.equal(torch.cat(seen), alone(runner_of(native), ids))
 
 
 @pytest.mark.usefixtures("library")
@@ -431,12 +461,30 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "a token beyond the table": ("not of the vocabulary", {"tokens": torch.tensor([5, 97])}),
     "a token below 0": ("not of the vocabulary", {"tokens": torch.tensor([-1, 5])}),
     "a position beyond the sequence": ("a position", {"positions": torch.tensor([0, 2])}),
+    "a position beyond the model's context": (
+        "a position",
+        {
+            "positions": torch.tensor([0, 512]),
+            "context": torch.tensor([513], dtype=torch.int32),
+            "blocks": torch.arange(33, dtype=torch.int32)[None],
+        },
+    ),
     "a position below 0": ("a position", {"positions": torch.tensor([-1, 1])}),
     "a sequence beyond its blocks": ("a position", {"context": torch.tensor([17], dtype=torch.int32)}),
     "a block beyond the cache": ("a block", {"blocks": torch.tensor([[128]], dtype=torch.int32)}),
     "no block": ("a block", {"blocks": torch.tensor([[-1]], dtype=torch.int32)}),
     "logits of a row that is not there": ("a row", {"logit_rows": torch.tensor([2])}),
     "rows of no sequence": ("a row", {"row_start": torch.tensor([0, 1], dtype=torch.int32)}),
+    "a first row of no sequence": ("a row", {"row_start": torch.tensor([1, 2], dtype=torch.int32)}),
+    "a sequence that ends before it begins": (
+        "a row",
+        {
+            "row_start": torch.tensor([0, 2, 1, 2], dtype=torch.int32),
+            "context": torch.tensor([2, 2, 2], dtype=torch.int32),
+            "blocks": torch.tensor([[0], [1], [2]], dtype=torch.int32),
+            "mixes": ((), (), ()),
+        },
+    ),
     "rows beyond the step": (
         "a row",
         {

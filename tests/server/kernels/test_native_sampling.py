@@ -88,6 +88,56 @@ def test_tokens_are_those_of_the_engines_sampler(vocab: int, kind: str, limits: 
         assert pick(rows, requests, native=True) == pick(rows, requests, native=False)
 
 
+def draw(rows: np.ndarray, noise: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[int]:
+    """The tokens at temperature 1 by noise that a test has chosen."""
+    how = np.array([[1.0, top_p, min_p, n] for n in noise], np.float32)
+    runner, limits = runner_of(rows.shape[1]), np.full(len(how), top_k, np.int32)
+    drawn = runner.draw(Logits(torch.from_numpy(rows)), how, limits)  # type: ignore[attr-defined]
+    return [int(token) for token in drawn.read()]
+
+
+@pytest.mark.parametrize(
+    ("kept", "limits"),
+    [
+        (1024, {}),
+        (1024, {"min_p": 1.0}),
+        (512, {"top_k": 512}),
+        (512, {"top_p": 0.5}),
+        (64, {"top_k": 256, "top_p": 0.25}),
+    ],
+    ids=str,
+)
+def test_a_sum_that_the_noise_just_reaches_is_not_passed(kept: int, limits: dict[str, Any]) -> None:
+    """Of equal weights, whose sums are whole numbers."""
+    noise = np.arange(kept) / kept
+    assert draw(np.zeros((kept, 1024), np.float32), noise, **limits) == list(range(kept))
+
+
+@pytest.mark.parametrize("top_k", [0, 40])
+def test_no_token_is_a_candidate_beyond_the_sum_that_top_p_asks_for(top_k: int) -> None:
+    """Four weights of 1 are half of all, beside eight of 1/2."""
+    row = np.full((1, 1000), -300, np.float32)
+    row[0, 10:14], row[0, 100:108] = 0.0, -math.log(2)
+    most = np.array([1 - 2.0**-24])
+    assert draw(row, most, top_k=top_k, top_p=0.5) == [13]
+    assert draw(row, most, top_k=top_k, top_p=0.5 + 2.0**-20) == [100]
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 4}, {"top_k": 40}, {"top_p": 0.96875}, {"min_p": 2.0**-6}], ids=str)
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3], [300, 555, 556, 700], [5, 998, 999]], ids=str)
+def test_what_has_no_chance_is_not_drawn_by_the_least_or_the_most_noise(ids: list[int], limits: dict[str, Any]) -> None:
+    row = np.full(1000, -300, np.float32)
+    row[ids] = 0.0
+    assert draw(np.stack([row, row]), np.array([0.0, 1 - 2.0**-24]), **limits) == [ids[0], ids[-1]]
+
+
+@pytest.mark.parametrize("ids", [[300, 555, 556, 700], [5, 998, 999]], ids=str)
+def test_nor_by_a_noise_that_float32_rounds_to_one(ids: list[int]) -> None:
+    row = np.full((1, 1000), -300, np.float32)
+    row[0, ids] = 0.0
+    assert draw(row, np.array([1 - 2.0**-30])) == [ids[-1]]
+
+
 def test_a_row_is_drawn_alike_in_any_batch() -> None:
     rows = rows_of("noise", 24, 1000)
     requests = [
