@@ -118,6 +118,7 @@ class _Host(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[str]:
+    RELEASE.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Host)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -30,6 +30,7 @@ def s3() -> Iterator[str]:
     server.start()
     address = "http://{}:{}".format(*server.get_host_and_port())
     with httpx.Client(base_url=address) as http:
+        http.post("/moto-api/reset").raise_for_status()  # all such servers of a process are one
         http.put("/lora").raise_for_status()
         for name, content in FILES.items():
             http.put(f"/lora/team/one/{name}", content=content).raise_for_status()
