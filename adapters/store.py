@@ -359,7 +359,7 @@ class Store:
             journal = Journal.from_json(content)
             if abs(changed - written) <= SAME_WRITE:
                 return journal, math.inf
-            # A clock that has been set back since tells of nothing what was before and what after.
+            # Where the clock was set back since, times do not tell what came before the copy and what after.
             return journal, written if written < changed else -math.inf
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreFailed(

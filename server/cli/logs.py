@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -90,8 +89,9 @@ class Behind(logging.Handler):
             else:
                 self._write(line)
             if self._lost and self._lines.empty():
-                with self.lock or contextlib.nullcontext():
-                    lost, self._lost = self._lost, 0
+                self.acquire()
+                lost, self._lost = self._lost, 0
+                self.release()
                 told = f"{lost} lines of the log are lost: whoever reads it was too slow"
                 record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, told, None, None)
                 self._write(self.format(record))

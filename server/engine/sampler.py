@@ -47,8 +47,9 @@ _STRIDE = 256
 """Ids whose probabilities are summed before the sums are: the draw then looks into one stretch alone."""
 
 _TINY = float(np.finfo(np.float32).tiny)
-_BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))  # a noise of 53 bits may be rounded to 1
 """Temperatures below it are 0: no logit can be divided by them in float32."""
+_BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
+"""The most noise of float32, to which that of 53 bits above it is not rounded: 1 would be no share of anything."""
 
 
 class Pick(NamedTuple):
