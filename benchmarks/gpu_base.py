@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 
 from adapters.weights import LoraWeights, LowRank
 from server.kernels.cuda import Cuda, packing
@@ -79,6 +79,7 @@ def _adapter(pool: torch.Tensor, config: ModelConfig, backend: Cuda, number: int
 def vocabulary_of(size: int) -> Vocabulary:
     """A word for each id, the first of which ends an answer."""
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t1"))
+    tokenizer.decoder = decoders.ByteFallback()
     return Vocabulary(tokenizer, None, frozenset({0}), None, {}, False, 0)
 
 
