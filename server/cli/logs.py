@@ -1,7 +1,8 @@
-"""The log on standard error: lines for people, or one JSON object a line; a server's written by a thread of its own."""
+"""The log on standard error: lines for people, or one JSON object a line. A server waits for no reader of it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -10,12 +11,17 @@ import select
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from queue import SimpleQueue
+from typing import TextIO
+
+from server.cli.terminal import PATIENCE
 
 MOST_LINES = 10_000
 """Lines that wait to be written; what comes on top of them is counted instead."""
-LAST_WORDS = 2.0
-"""Seconds for the lines that still wait when the process ends."""
+BETWEEN = 10.0
+"""Seconds between two lines that tell a slow reader how many were lost."""
+AT_WARNING = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING"}
 
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
 
@@ -51,58 +57,86 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class Behind(logging.Handler):
-    """Writes to the file `descriptor` on a thread of its own.
+    """Writes to a file of the system's without waiting for who reads it.
 
     Whoever reads the log may stop reading, as a pager does, or a collector that hangs: no request waits for that then,
-    and no end. What such a reader leaves no room for is lost, and a line says how many lines that were.
+    and no end. A line that there is room for is written at once, so that a crash costs none; others wait for a thread,
+    and what has no room there either is lost, and a line says how many lines that were.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, stream: TextIO) -> None:
         super().__init__()
-        self._descriptor = descriptor
-        self._lines = SimpleQueue[str | threading.Event]()  # a signal's handler may put a line amid another's
+        self._descriptor = stream.fileno()
+        self._encoding = stream.encoding
+        self._waiting = SimpleQueue[bytes | threading.Event]()  # to which a signal's handler may put amid another's
+        self._behind = False
+        """Whether there are lines that the thread has yet to write. Under the handler's lock, as is `_lost`."""
         self._lost = 0
         threading.Thread(target=self._run, name="loramux-log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            line = self.format(record)
+            line = self._line(record)
         except Exception:  # a message that does not fit what it was given, as the handlers of the library have it
             self.handleError(record)
             return
-        if self._lines.qsize() < MOST_LINES:
-            self._lines.put(line)
+        if not self._behind and len(line) <= select.PIPE_BUF and self._has_room(0.0):
+            self._write(line)
+        elif self._waiting.qsize() < MOST_LINES:
+            self._behind = True
+            self._waiting.put(line)
         else:
             self._lost += 1
 
     def flush(self) -> None:
         """Wait until what was logged before is written, but not for long."""
         written = threading.Event()
-        self._lines.put(written)
-        written.wait(LAST_WORDS)
+        self._waiting.put(written)
+        written.wait(PATIENCE)
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode(self._encoding, "backslashreplace")
+
+    def _has_room(self, seconds: float | None) -> bool:
+        """Whether so much can be written as a pipe takes in one piece."""
+        try:
+            return bool(select.select([], [self._descriptor], [], seconds)[1])
+        except OSError:  # it is closed, as writing will tell
+            return True
 
     def _run(self) -> None:
+        told = time.monotonic()
         while True:
-            line = self._lines.get()
-            if isinstance(line, threading.Event):
-                line.set()
-            else:
-                self._write(line)
-            if self._lost and self._lines.empty():
-                self.acquire()
-                lost, self._lost = self._lost, 0
-                self.release()
-                told = f"{lost} lines of the log are lost: whoever reads it was too slow"
-                record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, told, None, None)
-                self._write(self.format(record))
+            item = self._waiting.get()
+            if not isinstance(item, threading.Event):
+                self._write(item)
+            with self._locked():
+                self._behind = not self._waiting.empty()
+                lost, now = self._lost, time.monotonic()
+                if lost and (not self._behind or now - told > BETWEEN):
+                    self._lost, told = 0, now
+                else:
+                    lost = 0
+            if lost:
+                message = f"{lost} lines of the log are lost: whoever reads it is too slow"
+                self._write(self._line(logging.makeLogRecord({"msg": message, **AT_WARNING})))
+            if isinstance(item, threading.Event):
+                item.set()
 
-    def _write(self, line: str) -> None:
-        rest = f"{line}\n".encode("utf-8", "backslashreplace")
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
+    def _write(self, rest: bytes) -> None:
         while rest:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
             except BlockingIOError:  # a terminal that another program has told not to wait
-                select.select([], [self._descriptor], [])
+                self._has_room(None)
             except OSError:  # nobody reads it any more, or the disk is full
                 return
 
@@ -110,7 +144,7 @@ class Behind(logging.Handler):
 def configure(form: str, level: str, *, behind: bool = False) -> None:
     """Send all loggers to standard error, written `behind` those who log or by them. The libraries' own talk starts at
     warnings."""
-    handler = Behind(sys.stderr.fileno()) if behind else logging.StreamHandler(sys.stderr)
+    handler = Behind(sys.stderr) if behind else logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     for library in ("uvicorn", "uvicorn.error", "asyncio", "httpx", "httpx2", "fsspec", "huggingface_hub"):

@@ -11,7 +11,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ import typer
 from server.cli import logs, malloc
 from server.cli.options import EVERYTHING, with_settings
 from server.cli.signals import SAME_SIGNAL, heard
-from server.cli.terminal import progress
+from server.cli.terminal import last_words, progress
 from server.doctor import check_state_dir
 from server.errors import BadSetting
 from server.settings import Settings, keep_few_kernels
@@ -49,11 +48,11 @@ log = logging.getLogger(__name__)
 def serve(settings: Settings) -> None:
     """Serve the base and its adapters over HTTP."""
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # there is nothing yet to be ended in order
+    malloc.settle()
     logs.configure(settings.log_format, settings.log_level, behind=True)
     keep_few_kernels()
     many_files()
     faulthandler.enable()  # a crash in native code leaves the stacks of all threads
-    malloc.settle()
     check_state_dir(settings.state_dir)
     listener = listen(settings.host, settings.port)
     host, port = settings.host, listener.getsockname()[1]
@@ -88,7 +87,7 @@ def serve(settings: Settings) -> None:
         server.run(sockets=[listener])
     if failures:
         logs.flush()
-        sys.stderr.write(f"error: {getattr(failures[0], 'message', failures[0])}\n")
+        last_words(f"error: {getattr(failures[0], 'message', failures[0])}")
         raise typer.Exit(1)
     log.info("stopped")
 
@@ -188,7 +187,7 @@ def _sigterm_and_sigint(runtime: Runtime, drain: float) -> Iterator[None]:
         if 0 < runtime.draining_for < SAME_SIGNAL:
             return
         if runtime.draining_for:
-            log.warning("stopped at once by a second signal")
+            log.critical("stopped at once by a second signal")
             logs.flush()
             os._exit(128 + number)
         if runtime.state == "loading":

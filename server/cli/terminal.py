@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ WIDE = 1000
 
 Progress = Callable[[str, int, int], None]
 
+PATIENCE = 2.0
+"""Seconds that whoever reads standard error has for the last lines of a process."""
 SECONDS_BETWEEN_LINES = 30.0
 """How often long work without a terminal says how far it is."""
 
@@ -37,6 +40,16 @@ def fail(message: str) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.write(f"error: {message}\n")
     raise typer.Exit(1)
+
+
+def last_words(line: str) -> None:
+    """The last line on standard error, unless whoever reads that has stopped: a process that ends waits for nobody."""
+    try:
+        taken = select.select([], [sys.stderr], [], PATIENCE)[1]
+    except (OSError, ValueError):  # it is no file of the system's
+        taken = [sys.stderr]
+    if taken:
+        sys.stderr.write(f"{line}\n")
 
 
 @contextlib.contextmanager

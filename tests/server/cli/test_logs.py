@@ -38,6 +38,10 @@ def log() -> Iterator[logging.Logger]:
     one.handlers.clear()
 
 
+def behind(descriptor: int) -> Behind:
+    return Behind(open(descriptor, "w", encoding="utf-8", closefd=False))
+
+
 def read(reader: int, end: bytes) -> list[str]:
     """The lines up to one with `end`, without what the pipe was full of."""
     text = b""
@@ -51,15 +55,15 @@ def test_a_log_that_nobody_reads_holds_nobody_up(
 ) -> None:
     """And who reads on finds what came meanwhile, and how much of it there was no room for."""
     monkeypatch.setattr(logs, "MOST_LINES", 3)
-    monkeypatch.setattr(logs, "LAST_WORDS", 0.02)
-    handler = Behind(pipe[1])
+    monkeypatch.setattr(logs, "PATIENCE", 0.02)
+    handler = behind(pipe[1])
     log.addHandler(handler)
     log.warning("stuck")
-    until(lambda: handler._lines.empty())
+    until(lambda: handler._waiting.empty())
     for number in range(7):
         log.warning("line %d", number)
     handler.flush()
-    told = "4 lines of the log are lost: whoever reads it was too slow"
+    told = "4 lines of the log are lost: whoever reads it is too slow"
     assert read(pipe[0], told.encode()) == ["stuck", "line 0", "line 1", "line 2", told]
     log.warning("after")
     assert read(pipe[0], b"after") == ["after"]
@@ -67,7 +71,7 @@ def test_a_log_that_nobody_reads_holds_nobody_up(
 
 def test_lines_keep_their_order_and_are_written_when_a_flush_is_over(log: logging.Logger) -> None:
     reader, writer = os.pipe()
-    handler = Behind(writer)
+    handler = behind(writer)
     handler.setFormatter(logs.TextLines())
     log.addHandler(handler)
     for number in range(100):
@@ -81,10 +85,49 @@ def test_lines_keep_their_order_and_are_written_when_a_flush_is_over(log: loggin
     os.close(writer)
 
 
+def test_what_there_is_room_for_is_written_at_once(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash that follows costs no line. One that is longer than a pipe takes in one piece is the thread's."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr("threading.Thread.start", lambda thread: None)
+    log.addHandler(handler := behind(writer))
+    log.warning("once")
+    log.warning("twice")
+    assert os.read(reader, PIPE) == b"once\ntwice\n"
+    for line in ("x" * 5000, "after"):
+        log.warning(line)
+    assert handler._waiting.qsize() == 2, "in their order"
+    for end in (reader, writer):
+        os.close(end)
+
+
+def test_a_slow_reader_is_told_now_and_then_what_it_has_lost(
+    pipe: tuple[int, int], log: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be no moment when no line waits."""
+    monkeypatch.setattr(logs, "MOST_LINES", 2)
+    monkeypatch.setattr(logs, "BETWEEN", -1.0)
+    log.addHandler(handler := behind(pipe[1]))
+    log.warning("stuck")
+    until(lambda: handler._waiting.empty())
+    for number in range(5):
+        log.warning("line %d", number)
+    told = "3 lines of the log are lost: whoever reads it is too slow"
+    assert read(pipe[0], b"line 1") == ["stuck", told, "line 0", "line 1"]
+
+
+def test_lines_have_the_encoding_of_their_stream(log: logging.Logger) -> None:
+    reader, writer = os.pipe()
+    with open(writer, "w", encoding="ascii") as stream:
+        log.addHandler(Behind(stream))
+        log.warning("na\u00efve")
+    assert os.read(reader, PIPE) == b"na\\xefve\n"
+    os.close(reader)
+
+
 def test_a_message_that_does_not_fit_costs_itself_alone(
     pipe: tuple[int, int], log: logging.Logger, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log.addHandler(Behind(pipe[1]))
+    log.addHandler(behind(pipe[1]))
     log.warning("%d", "no number")
     log.warning("the next")
     assert read(pipe[0], b"next") == ["the next"] and "no number" in capsys.readouterr().err
@@ -92,6 +135,6 @@ def test_a_message_that_does_not_fit_costs_itself_alone(
 
 def test_a_terminal_that_does_not_wait_is_waited_for(pipe: tuple[int, int], log: logging.Logger) -> None:
     os.set_blocking(pipe[1], False)
-    log.addHandler(Behind(pipe[1]))
+    log.addHandler(behind(pipe[1]))
     log.warning("whole")
     assert read(pipe[0], b"whole") == ["whole"]

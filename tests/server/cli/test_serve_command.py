@@ -107,10 +107,12 @@ def test_a_signal_ends_what_only_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         raise SystemExit(status)
 
     monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr("server.cli.serve._end_children", lambda: ended_children.append(1))  # those of all tests
+    ended_children: list[int] = []
     runtime = Runtime(Settings())
     with _sigterm_and_sigint(runtime, 30.0), pytest.raises(SystemExit) as ended:
         signal.raise_signal(signal.SIGTERM)
-    assert ended.value.code == 0 and not runtime.draining_for
+    assert ended.value.code == 0 and not runtime.draining_for and ended_children == [1]
     runtime.state = "ready"
     with _sigterm_and_sigint(runtime, 30.0):
         signal.raise_signal(signal.SIGTERM)
