@@ -355,7 +355,7 @@ class Store:
             return Journal(), -math.inf
         try:
             content = json.loads(text)
-            written = float(content.get(WRITTEN, math.inf))
+            written = float(content.get(WRITTEN, changed))
             journal = Journal.from_json(content)
             if abs(changed - written) <= SAME_WRITE:
                 return journal, math.inf

@@ -587,6 +587,17 @@ def test_an_older_copy_of_the_names_costs_no_version_that_came_after_it(store: S
     again.close()
 
 
+def test_names_that_do_not_tell_when_they_were_written_are_the_last(store: Store, folders: list[Path]) -> None:
+    """Those of versions before; what a crash has left beside them goes."""
+    kept, left = publish(store, "a", folders[0]), publish(store, "r", folders[2])
+    names = store.journal.retire("r").to_json()
+    store.close()
+    (store.root / "names.json").write_text(json.dumps(names))
+    again = Store(store.root)
+    assert check_whole(again) == {"a": kept} and not again.path(left).exists()
+    again.close()
+
+
 def test_so_it_does_if_the_clock_was_set_back_since(store: Store, folders: list[Path]) -> None:
     """When the copy was made tells nothing of what came after it then, and what came before is kept as well."""
     kept, retired = publish(store, "a", folders[0]), publish(store, "r", folders[2])
