@@ -403,10 +403,12 @@ def _byte_reader(tokenizer: Tokenizer) -> Any:
         return lambda name: b"".join(table[c] if c in table else c.encode() for c in name)
     for part in parts:
         sign = part.get("replacement") or part.get("pattern")
-        if sign not in (None, _SPACE, {"String": _SPACE}):
+        if sign not in (None, _SPACE, {"String": _SPACE}) or (part["type"] == "Replace" and part["content"] != " "):
             raise BadModel(f"a tokenizer whose decoder takes {sign!r} for a space is not served, only {_SPACE!r}")
-    if kinds & {"Metaspace", "ByteFallback", "Replace"}:
+    if kinds & {"Metaspace", "Replace"}:
         return _sentencepiece_bytes
+    if "ByteFallback" in kinds:
+        return _bytes_or_text
     if not kinds:
         raise BadModel("a tokenizer without a decoder is not served: it does not say what stands between its tokens")
     raise BadModel(f"a tokenizer whose decoder is {', '.join(sorted(kinds))} is not served")
@@ -442,9 +444,13 @@ def _has_scheme_first(tokenizer: Tokenizer) -> bool:
 
 
 def _sentencepiece_bytes(name: str) -> bytes:
+    return _bytes_or_text(name.replace(_SPACE, " "))
+
+
+def _bytes_or_text(name: str) -> bytes:
     if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name):
         return bytes([int(name[3:5], 16)])
-    return name.replace(_SPACE, " ").encode()
+    return name.encode()
 
 
 @functools.cache

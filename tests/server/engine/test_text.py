@@ -221,6 +221,12 @@ def test_sentencepiece_pieces() -> None:
     assert text.decode([2, 3, 4, 5, 1]) == " abö"
 
 
+def test_a_decoder_that_knows_bytes_alone_leaves_other_signs() -> None:
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "</s>": 1, "▁a": 2, "<0x62>": 3}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.ByteFallback()
+    assert text_of(tokenizer, None, 1).decode([2, 3]) == tokenizer.decode([2, 3]) == "▁ab"
+
+
 @pytest.mark.parametrize(
     ("decoder", "said"),
     [
@@ -228,8 +234,9 @@ def test_sentencepiece_pieces() -> None:
         (None, "without a decoder"),
         (decoders.Metaspace(replacement="_"), "takes '_' for a space"),
         (decoders.Sequence([decoders.Replace("_", " "), decoders.ByteFallback()]), "'_'"),
+        (decoders.Replace("▁", "_"), "for a space"),
     ],
-    ids=["WordPiece", "none", "Metaspace", "Replace"],
+    ids=["WordPiece", "none", "Metaspace", "Replace", "by another"],
 )
 def test_a_decoder_that_would_be_read_otherwise_is_refused(decoder: Any, said: str) -> None:
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "_a": 2}, unk_token="<unk>"))
