@@ -102,7 +102,8 @@ def weighted(house: House, text: str) -> tuple[str, float]:
     if not equals or Path(text).expanduser().is_dir():
         name, weight_text = text, "1"
     try:
-        weight = check_weight(float(weight_text))
+        weight = float(weight_text)  # which is told as it was asked for, like the API's
+        check_weight(weight)
     except ValueError:
         raise InvalidRequest(f"the weight of {name!r} must be a number, not {weight_text!r}", "adapter") from None
     registry = house.parts.registry

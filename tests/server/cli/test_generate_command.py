@@ -32,10 +32,10 @@ def given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base: Base, mood
 
 
 def test_an_answer_names_its_adapters_as_the_server_does(given: Path) -> None:
-    done = runner.invoke(app, ["generate", "the", "--task", "mood", "--adapter", "mood=0.5", "--json", *SETTINGS])
+    done = runner.invoke(app, ["generate", "the", "--task", "mood", "--adapter", "mood=0.7", "--json", *SETTINGS])
     assert done.exit_code == 0, done.output
     [adapter] = json.loads(done.stdout)["adapters"]
-    assert (adapter["name"], adapter["weight"]) == ("mood", 0.5) and adapter["version"].startswith("mood@")
+    assert (adapter["name"], adapter["weight"]) == ("mood", 0.7) and adapter["version"].startswith("mood@")
 
 
 @pytest.mark.parametrize(
