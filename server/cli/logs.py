@@ -21,7 +21,6 @@ MOST_LINES = 10_000
 """Lines that wait to be written; what comes on top of them is counted instead."""
 BETWEEN = 10.0
 """Seconds between two lines that tell a slow reader how many were lost."""
-AT_WARNING = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING"}
 
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
 
@@ -119,7 +118,7 @@ class Behind(logging.Handler):
                     lost = 0
             if lost:
                 message = f"{lost} lines of the log are lost: whoever reads it is too slow"
-                self._write(self._line(logging.makeLogRecord({"msg": message, **AT_WARNING})))
+                self._write(self._line(logging.LogRecord(__name__, logging.WARNING, __file__, 0, message, None, None)))
             if isinstance(item, threading.Event):
                 item.set()
 
