@@ -101,7 +101,7 @@ def answer(error: Exception, request_id: str = "", *, openai: bool = False) -> A
     if isinstance(error, RequestValidationError):
         return _invalid(error.errors(), openai)
     if isinstance(error, HTTPException):
-        return _framework(error, openai)
+        return _framework(error)
     for kind in type(error).__mro__:
         if kind in TABLE:
             return _known(error, *TABLE[kind])
@@ -122,11 +122,11 @@ def _known(error: Any, status: int, kind: str, code: str) -> Answer:
     return Answer(status, error.message + ADVICE.get(type(error), ""), kind, error.param, code, headers)
 
 
-def _framework(error: HTTPException, openai: bool) -> Answer:
+def _framework(error: HTTPException) -> Answer:
     status = error.status_code
     if str(error.detail).startswith(UNREADABLE):
         message = "the body cannot be read; send valid JSON, in UTF-8 and not compressed, as application/json"
-        return Answer(400 if openai else 422, message, INVALID, None, "invalid_json")
+        return Answer(status, message, INVALID, None, "invalid_json")
     message = {
         404: "there is no such route; /docs lists them all, none with a slash at its end",
         400: f"the upload cannot be read: {error.detail}",

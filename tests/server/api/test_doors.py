@@ -278,9 +278,9 @@ def test_one_shape_for_every_status(live: Any) -> None:
     assert text.status_code == 422 and error_of(text)
     number = b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}"
     for body in (b"[" * 100_000, b'{"prompt": "\xff"}', number):
-        for route, status in (("/generate", 422), ("/adapters", 422), ("/v1/completions", 400)):
+        for route in ("/generate", "/v1/completions"):
             unread = live.http.post(route, content=body, headers={"content-type": "application/json"})
-            assert unread.status_code == status and error_of(unread)["code"] == "invalid_json", unread.text
+            assert unread.status_code == 400 and error_of(unread)["code"] == "invalid_json", unread.text
     several = live.http.post("/v1/completions", json={"model": "x", "prompt": "x", "logprobs": True})
     assert error_of(several)["param"] == "logprobs"
 
