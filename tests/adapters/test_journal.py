@@ -28,3 +28,14 @@ def test_what_somebody_publishes_too_does_not_go_with_its_folder() -> None:
     assert journal.point("m", A, WATCH, 3.0) is journal
     both = journal.point("m", A, API, 3.0)
     assert both.names["m"].source == API and both.names["m"].history == (A,)
+
+
+def test_the_library_takes_no_name_from_a_folder_of_the_same_content() -> None:
+    journal = put(Journal(), A)
+    assert journal.point("m", A, LIBRARY, 3.0) is journal
+
+
+def test_a_folder_over_what_was_published_over_the_librarys_gives_back_what_was_published() -> None:
+    journal = put(put(Journal(), A, LIBRARY).point("m", B, API, 1.0), C)
+    left = journal.withdraw("m", 3.0).names["m"]
+    assert (left.history[0], left.source) == (B, API)

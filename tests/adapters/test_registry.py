@@ -533,6 +533,15 @@ async def test_roll_back(registry: Registry, folders: list[Path]) -> None:
         await registry.roll_back("zzz", versions[1].digest)
 
 
+async def test_rolling_back_keeps_the_version_that_a_task_names(registry: Registry, folders: list[Path]) -> None:
+    first = (await registry.publish("a", folders[0])).version
+    registry.asked_for = lambda name: [first.digest[:12]]
+    versions = [(await registry.publish("a", folder)).version for folder in folders[1:4]]
+    await registry.roll_back("a", versions[0].label)
+    assert registry.current("a") == versions[0]
+    assert registry.resolve([(first.label, 1.0)]) == [(first, 1.0)] and first.digest in stored(registry)
+
+
 async def test_nobody_rolls_back_to_what_cannot_be_read(registry: Registry, folders: list[Path]) -> None:
     old = (await registry.publish("a", folders[0])).version
     new = (await registry.publish("a", folders[1])).version
@@ -833,6 +842,18 @@ async def test_waiting_for_room_asks_the_slots_for_it(open_registry: Open, folde
     assert sorted(tier for _, tier in registry.sizes()) == ["device", "disk", "ram"]
     assert list(registry.sizes().values()) == [size, size, size]
     assert registry._observer.evictions in ([("a", "ram")], [("b", "ram")])
+
+
+async def test_what_is_leased_leaves_memory_after_what_is_not(open_registry: Open, folders: list[Path]) -> None:
+    """Though nobody has read it for longer: who holds it will."""
+    registry = open_registry(ram_bytes=2 * read_folder(folders[0], name="a").nbytes)
+    for name, folder in zip("abc", folders, strict=False):
+        await registry.publish(name, folder)
+    with registry.lease([("a", 1.0)]):
+        for name in "abc":
+            await registry.prefetch(name)
+        assert {d["name"]: d["tier"] for d in registry.list()} == {"a": "ram", "b": "disk", "c": "ram"}
+        assert registry._observer.evictions[-1] == ("b", "ram")
 
 
 def flip(path: Path) -> None:

@@ -345,6 +345,26 @@ def test_nothing_gets_its_name_before_it_is_synced(
     assert {store.root, store.root / "versions"} <= synced, "and the names are, after that"
 
 
+def test_another_card_is_durable_in_the_folder_of_its_version(
+    store: Store, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = publish(store, "a", folders[0])
+    (folders[0] / "README.md").write_text("another card")
+    done: list[tuple[str, Path]] = []
+    rename = os.rename
+    monkeypatch.setattr("os.fsync", lambda fd: done.append(("sync", Path(os.readlink(f"/proc/self/fd/{fd}")))))
+    monkeypatch.setattr("os.rename", lambda source, to: (done.append(("name", to.parent)), rename(source, to)))
+    publish(store, "a", folders[0])
+    of_version = [what for what, folder in done if folder == store.path(digest)]
+    assert of_version[:1] == ["name"] and of_version[-1] == "sync", "its names are, after the last of them"
+
+
+def test_a_directory_that_is_a_link_itself_is_no_way_out(store: Store, folders: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "adapters").symlink_to(folders[0].parent)
+    with store.stage(tmp_path / "adapters" / folders[0].name, within=tmp_path / "adapters") as staged:
+        assert read_folder(staged, name="a").digest == read_folder(folders[0], name="a").digest
+
+
 def test_links_may_not_lead_out(store: Store, folders: list[Path], tmp_path: Path) -> None:
     jail = tmp_path / "jail"
     (jail / "bad").mkdir(parents=True)
@@ -410,6 +430,19 @@ def test_journal_round_trip_and_rules() -> None:
     assert journal.point("x", d, "api", 4.0).names["x"].history == (d, c, b)
     assert "x" not in journal.retire("x").names and journal.retire("x").taken == journal.taken
     assert not journal.take("watch/x", None).taken
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"), [({"format": 2}, "format 2 is not known"), ({"names": {"x": {"history": []}}}, "64 hex digits")]
+)
+def test_names_of_a_later_form_or_without_a_version_are_refused(store: Store, damage: Any, told: str) -> None:
+    fields = Journal().point("x", "a" * 64, "api", 1.0).to_json()
+    if "names" in damage:
+        damage = {"names": {"x": {**fields["names"]["x"], **damage["names"]["x"]}}}
+    store.close()
+    (store.root / "names.json").write_text(json.dumps({**fields, **damage}))
+    with pytest.raises(StoreFailed, match=rf"names\.json .*{told}"):
+        Store(store.root)
 
 
 @pytest.mark.parametrize("below", ["f" * 64, "f", 1, ["b"]])
@@ -598,6 +631,17 @@ def test_names_that_do_not_tell_when_they_were_written_are_the_last(store: Store
     again.close()
 
 
+def test_an_older_copy_of_the_names_costs_no_version_whose_record_is_damaged(store: Store, folders: list[Path]) -> None:
+    """When it was made is not known, so it may have come after the copy."""
+    names = store.journal.to_json()
+    newer = publish(store, "a", folders[0])
+    store.close()
+    (store.path(newer) / "record.json").write_text("{")
+    (store.root / "names.json").write_text(json.dumps({**names, "written": time.time() - 3600}))
+    Store(store.root).close()
+    assert [path.name for path in (store.root / "unnamed").iterdir()] == [newer]
+
+
 def test_so_it_does_if_the_clock_was_set_back_since(store: Store, folders: list[Path]) -> None:
     """When the copy was made tells nothing of what came after it then, and what came before is kept as well."""
     kept, retired = publish(store, "a", folders[0]), publish(store, "r", folders[2])
@@ -609,6 +653,21 @@ def test_so_it_does_if_the_clock_was_set_back_since(store: Store, folders: list[
     assert check_whole(again, unnamed=True) == {"a": kept}
     assert {p.name for p in (store.root / "unnamed").iterdir()} == {newer, retired}
     again.close()
+
+
+def test_names_that_are_taken_away_once_more_cost_no_start(store: Store, folders: list[Path]) -> None:
+    """What was set aside the first time has been published again since, and is set aside again."""
+    digest = publish(store, "a", folders[0])
+    store.close()
+    (store.root / "names.json").unlink()
+    with closing(Store(store.root)) as again:
+        assert publish(again, "a", folders[0]) == digest
+    with closing(Store(store.root)) as again:
+        assert check_whole(again, unnamed=True) == {"a": digest}
+    (store.root / "names.json").unlink()
+    with closing(Store(store.root)) as again:
+        assert not again.journal.names and [p.name for p in (store.root / "unnamed").iterdir()] == [digest]
+        assert read_folder(store.root / "unnamed" / digest, name="a").digest == digest
 
 
 @pytest.mark.parametrize("how", ["written to", "replaced", "the other file"])

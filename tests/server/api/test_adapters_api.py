@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from adapters.peft_format import read_folder
 from tests.waiting import until
 
 FIELDS = {"name", "version", "ranks", "targets", "bytes", "tier", "leases", "loaded_at", "base", "pinned", "tasks"}
@@ -161,6 +163,14 @@ def test_uploads(live: Any, write_adapter: Callable[..., Path]) -> None:
     assert not list((live.runtime.settings.state_dir / "uploads").iterdir()), "nothing is left behind"
 
 
+def test_an_upload_under_a_name_in_use_replaces_nothing(live: Any, write_adapter: Callable[..., Path]) -> None:
+    before = live.http.get("/adapters/b").json()["version"]
+    refused = live.http.post("/adapters", **upload(write_adapter("local", 8), name="b"))
+    assert refused.status_code == 409 and live.http.get("/adapters/b").json()["version"] == before
+    same = live.http.post("/adapters", **upload(write_adapter("local", 2, rank=3), name="b"))
+    assert same.status_code == 200 and same.json()["version"] == before
+
+
 def test_of_several_that_come_at_once_one_has_made_the_name(live: Any, write_adapter: Callable[..., Path]) -> None:
     bodies = [upload(write_adapter(f"race{seed}", seed)) for seed in range(20, 24)]
     with ThreadPoolExecutor(len(bodies)) as pool:
@@ -185,6 +195,15 @@ def test_a_task_that_is_none_does_not_take_the_one_that_is_there(live: Any, writ
         assert told["param"] == "task.json" and "{input}" in told["message"] and "leave it out" in told["message"]
     assert live.http.get("/tasks/brings").json()["prompt"] == "Say: {input}"
     assert live.http.put("/adapters/brings", **sent("no JSON")).status_code == 400
+
+
+@pytest.mark.usefixtures("idle_watch")
+def test_so_it_does_not_from_a_source(live: Any, write_adapter: Callable[..., Path]) -> None:
+    before = live.http.get("/tasks/mood").json()
+    write_adapter("local", 8, task={"prompt": "nothing to put in"})
+    refused = live.http.put("/adapters/mood", json={"source": "local"})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "task.json", refused.text
+    assert live.http.get("/tasks/mood").json() == before
 
 
 @pytest.mark.usefixtures("idle_watch")
@@ -299,6 +318,49 @@ def test_an_etag_that_a_proxy_made_weak_is_the_version_all_the_same(live: Any) -
     assert again.status_code == 412
 
 
+@pytest.mark.usefixtures("idle_watch")
+@pytest.mark.parametrize("how", ["source", "upload", "from", "version"])
+def test_what_overtakes_a_put_that_expects_a_version_is_not_put_over(
+    live: Any, write_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """It had that version still when the request came."""
+    registry, folder = live.house.parts.registry, write_adapter("late", 5)
+    first = live.http.get("/adapters/a").json()["version"]
+    assert live.http.put("/adapters/a", json={"source": "b"}).status_code == 200
+    body: dict[str, Any] = {
+        "source": {"json": {"source": "late"}},
+        "upload": upload(folder),
+        "from": {"json": {"from": [{"name": "b", "weight": 0.5}]}},
+        "version": {"json": {"version": first}},
+    }[how]
+    check, overtaking = registry.check, write_adapter("quick", 6)
+
+    def overtaken(*given: Any) -> None:
+        check(*given)
+        monkeypatch.undo()
+        registry.publish_now("a", overtaking)
+
+    expected = live.http.get("/adapters/a").headers["etag"]
+    monkeypatch.setattr(registry, "check", overtaken)
+    refused = live.http.put("/adapters/a", headers={"if-match": expected}, **body)
+    assert refused.status_code == 412, refused.text
+    assert registry.has("a", read_folder(overtaking, name="a").digest)
+
+
+def test_a_deletion_that_expects_another_version_is_refused(live: Any) -> None:
+    etag = live.http.get("/adapters/a").headers["etag"]
+    stale = live.http.delete("/adapters/a", headers={"if-match": '"a@000000000000"'})
+    assert stale.status_code == 412 and live.http.get("/adapters/a").headers["etag"] == etag
+    assert live.http.delete("/adapters/a", headers={"if-match": etag}).status_code == 202
+
+
+def test_a_sum_holds_none_of_its_parts(live: Any) -> None:
+    parts = [{"name": "a"}, {"name": "b"}]
+    for body, status in (({"name": "sum"}, 201), ({"name": "b"}, 409), ({"name": "sum", "rank": 1}, 409)):
+        assert live.http.post("/adapters/compose", json={**body, "from": parts}).status_code == status
+        assert live.http.get("/stats").json()["adapters"]["leases"] == 0
+
+
 def test_compose_of_a_damaged_version_is_no_sum_and_publishing_it_again_repairs_it(live: Any) -> None:
     version = live.http.get("/adapters/a").json()["version"]
     files = live.house.parts.store.path(live.house.parts.registry.current("a").digest)
@@ -364,6 +426,33 @@ def test_sources_outside_are_refused(live: Any, adapter_dir: Path, tmp_path: Pat
             assert str(tmp_path) not in answer.text
 
 
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "task.json"])
+def test_a_source_whose_files_lead_out_is_refused(
+    live: Any, write_adapter: Callable[..., Path], tmp_path: Path, file: str
+) -> None:
+    path = write_adapter("leaky", 5, task={"prompt": "Say: {input}"}) / file
+    path.rename(tmp_path / file)
+    path.symlink_to(tmp_path / file)
+    for method, to, body in (("POST", "/adapters", {"name": "out"}), ("PUT", "/adapters/out", {})):
+        refused = live.http.request(method, to, json={**body, "source": "leaky"})
+        assert refused.status_code == 400, refused.text
+        assert refused.json()["error"]["message"].startswith(f"{file} leads out of the adapter directory")
+    assert live.http.get("/adapters/out").status_code == 404
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.EACCES, 400), (errno.ENOSPC, 507)])
+def test_a_source_that_cannot_be_read_is_the_clients_and_a_full_disk_is_not(
+    live: Any, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    def opened(source: str) -> Any:
+        raise OSError(number, os.strerror(number), "/secret/path")
+
+    monkeypatch.setattr(live.house.parts.sources, "open", opened)
+    refused = live.http.post("/adapters", json={"name": "n", "source": "a"})
+    assert refused.status_code == status and os.strerror(number) in refused.json()["error"]["message"]
+    assert "secret" not in refused.text
+
+
 class Boom:
     def __reduce__(self) -> Any:
         return os.mkdir, ("was-executed",)
@@ -398,8 +487,6 @@ def test_bad_content_is_refused_and_harms_nobody(live: Any, write_adapter: Calla
 def test_a_full_disk_is_507_and_nothing_changes(
     live: Any, write_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import errno
-
     from server.api import uploads
 
     def full(*_: Any) -> None:
@@ -410,6 +497,26 @@ def test_a_full_disk_is_507_and_nothing_changes(
     answer = live.http.post("/adapters", **upload(folder, name="sent"))
     assert answer.status_code == 507 and answer.headers["x-should-retry"] == "false"
     assert live.http.get("/adapters/sent").status_code == 404
+
+
+def test_an_upload_that_has_no_place_is_507(live: Any, adapter_dir: Path) -> None:
+    (live.runtime.settings.state_dir / "uploads").write_text("no folder")
+    for answer in (
+        live.http.post("/adapters", **upload(adapter_dir / "a", name="sent")),
+        live.http.post("/adapters/compose", json={"name": "sent", "from": [{"name": "a"}]}),
+    ):
+        assert answer.status_code == 507 and "the disk refuses an upload" in answer.json()["error"]["message"]
+        assert str(live.runtime.settings.state_dir) not in answer.text
+    assert live.http.get("/adapters/sent").status_code == 404
+
+
+def test_an_upload_names_the_file_that_it_lacks(live: Any, adapter_dir: Path) -> None:
+    for lacking in ("adapter_config.json", "adapter_model.safetensors"):
+        sent = upload(adapter_dir / "a", name="sent")
+        del sent["files"][lacking]
+        for method, path in (("POST", "/adapters"), ("PUT", "/adapters/sent")):
+            refused = live.http.request(method, path, **sent)
+            assert refused.status_code == 422 and refused.json()["error"]["param"] == lacking, refused.text
 
 
 @pytest.mark.usefixtures("quick_watch")

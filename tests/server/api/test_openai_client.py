@@ -149,6 +149,16 @@ def test_offsets_of_tokens_are_places_in_the_text(tiny_vocabulary: Any) -> None:
     assert offsets == [0, 0, 1, 1, 1, 2, 3, 3], "two bytes, three, one; the end token is not in the text"
 
 
+def test_of_tokens_that_read_alike_the_better_one_is_told(tiny_vocabulary: Any) -> None:
+    """Each is but a piece of a character."""
+    text = Text(tiny_vocabulary)
+    first, second, third = text.encode("日")
+    told = TokenLogprob(third, -3.0, ((first, -0.5), (second, -1.0)))
+    shape = CompletionShape("cmpl-1", 0, "tiny", text, [False])
+    choice = json.loads(shape.choice(0, Delivery(logprobs=(told,)), True))
+    assert choice["logprobs"]["top_logprobs"] == [{text.token_text(first): -0.5}]
+
+
 def test_model_means_version_then_task_then_adapter_then_base(live: Any, client: openai.OpenAI) -> None:
     text = live.house.parts.prompts.text
 
@@ -251,6 +261,13 @@ def test_what_was_used_so_far_is_in_each_chunk(client: openai.OpenAI) -> None:
         used = [chunk.usage.completion_tokens for chunk in chunks]
         assert used == sorted(used) and used[-1] == 5 and not chunks[-1].choices
         assert len({chunk.usage.prompt_tokens for chunk in chunks if chunk.usage.completion_tokens}) == 1
+
+
+def test_what_was_used_so_far_is_in_no_chunk_without_usage(live: Any) -> None:
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 2, "stream": True}
+    for options in ({"continuous_usage_stats": True}, {"include_usage": False, "continuous_usage_stats": True}):
+        answer = live.http.post("/v1/completions", json={**body, "stream_options": options})
+        assert answer.status_code == 200 and '"usage"' not in answer.text and '"choices": []' not in answer.text
 
 
 def test_a_stream_has_used_what_has_arrived() -> None:

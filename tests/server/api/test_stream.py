@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from server.api.stream import EventStream, working
 from server.api.types import Message
 from server.engine.request import Delivery
+from server.errors import DeadlineExceeded
 
 
 async def test_what_leaves_early_stops_its_work_and_listens_no_more() -> None:
@@ -47,6 +49,22 @@ def test_a_whole_answer_that_the_server_s_end_cut_short_is_none(
     assert "stopped before the answer was complete" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_streamed_answer_that_the_server_s_end_cut_short_ends_with_an_error(live: Any, chat: bool) -> None:
+    live.slow_down(0.1)
+    path, asked = ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}) if chat else (
+        "completions", {"prompt": "x"})  # fmt: skip
+    body = {"model": "tiny", "max_tokens": 200, "ignore_eos": True, "stream": True, **asked}
+    with live.http.stream("POST", f"/v1/{path}", json=body) as answer:
+        received = answer.iter_lines()
+        next(received)
+        live.house.parts.inference._mailbox.loop.call_soon_threadsafe(live.runtime.cut_short)
+        events = [json.loads(line.removeprefix("data: ")) for line in received if line]
+    assert "stopped before the answer was complete" in events[-1]["error"]["message"]
+    assert not any(choice["finish_reason"] for event in events[:-1] for choice in event["choices"])
+    assert live.idle()
+
+
 async def test_what_shows_nothing_goes_with_the_step_after_it() -> None:
     """But for an answer's first token, and never two steps late: clients count each token's event, and time them."""
     sent: list[bytes] = []
@@ -68,3 +86,29 @@ async def test_what_shows_nothing_goes_with_the_step_after_it() -> None:
     )
     await EventStream(generation, encoder)({"state": {"request_id": "r"}}, receive, send)
     assert sent == [b"(-", b"a", b"-b", b"--", b"-c", b"-)data: [DONE]\n\n"]
+
+
+async def test_a_stream_that_fails_says_what_it_had_and_ends_with_the_error() -> None:
+    """Without the mark of an answer that is whole."""
+    sent: list[bytes] = []
+
+    async def steps() -> AsyncIterator[list[tuple[int, Delivery]]]:
+        for text in ("a", ""):
+            yield [(0, Delivery(text, (1,)))]
+        raise DeadlineExceeded("too late")
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            sent.append(message["body"])
+
+    async def receive() -> Message:
+        return await asyncio.Future()
+
+    generation: Any = SimpleNamespace(steps=steps, cancel=lambda: None)
+    encoder: Any = SimpleNamespace(
+        first=lambda: b"", step=lambda index, delivery: delivery.text.encode() or b"-", last=lambda: b")"
+    )
+    await EventStream(generation, encoder)({"state": {"request_id": "r"}}, receive, send)
+    assert sent[:-1] == [b"a"]
+    assert sent[-1].startswith(b'-data: {"error"') and b"too late" in sent[-1]
+    assert sent[-1].endswith(b"}\n\n") and b"[DONE]" not in sent[-1]

@@ -585,3 +585,10 @@ def test_the_series_of_a_task_go_with_it(live: Any) -> None:
     assert live.idle() and 'task="own"' in live.http.get("/metrics").text
     live.http.delete("/tasks/own").raise_for_status()
     assert 'task="own"' not in live.http.get("/metrics").text
+
+
+def test_the_series_of_a_task_stay_while_its_folder_brings_it(live: Any) -> None:
+    live.http.put("/tasks/mood", json=BODY).raise_for_status()
+    assert live.generate("x", task="mood", max_tokens=1).status_code == 200 and live.idle()
+    assert live.http.delete("/tasks/mood").status_code == 200
+    assert 'task="mood"' in live.http.get("/metrics").text
