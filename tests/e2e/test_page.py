@@ -344,7 +344,7 @@ def test_a_phone_that_hides_its_address_bar_scrolls_no_chart_away(page: Page) ->
     until(lambda: page.evaluate("window.scrollTo(0, 500), window.scrollY") == 500)
     page.evaluate("() => { addEventListener('resize', () => { window.resized = true; }); }")
     page.set_viewport_size({"width": 360, "height": 700})
-    page.wait_for_function("window.resized && document.querySelectorAll('#live canvas').length > 0")
+    until(lambda: page.evaluate("window.resized && document.querySelectorAll('#live canvas').length > 0"))
     assert page.evaluate("window.scrollY") == 500
 
 
