@@ -265,18 +265,23 @@ def test_a_folder_that_may_not_be_entered_any_more_is_served_on(scene: Scene, mo
     assert set(scene.look(6)) == {"b", "c"}
 
 
-def test_a_fault_of_our_own_costs_one_folder_and_is_tried_again(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    digests = {name: scene.put(name, i) for i, name in enumerate("abc")}
+def fail_on(scene: Scene, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the publishing of one name end by a fault of our own."""
     publish = scene.registry.publish_now
 
     def fails(name: str, *rest: Any, **options: Any) -> Any:
-        if name == "b":
+        if name == bad:
             raise RuntimeError("a fault")
         return publish(name, *rest, **options)
 
     monkeypatch.setattr(scene.registry, "publish_now", fails)
+
+
+def test_a_fault_of_our_own_costs_one_folder_and_is_tried_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    digests = {name: scene.put(name, i) for i, name in enumerate("abc")}
+    fail_on(scene, "b", monkeypatch)
     assert scene.look(4) == {name: digests[name] for name in "ac"}
     assert scene.rejected() == {"b": "the server failed on it; its log says how"}
     assert len([r for r in caplog.records if "b cannot be taken in" in r.message]) == 1, "not at every look"
@@ -872,13 +877,6 @@ def test_a_fault_of_our_own_costs_one_adapter_of_the_library(
 ) -> None:
     for seed, name in enumerate(("bad", "good")):
         write_adapter(scene.root / "library" / name, seed)
-    publish = scene.registry.publish_now
-
-    def fails(name: str, *rest: Any, **options: Any) -> Any:
-        if name == "bad":
-            raise RuntimeError("a fault")
-        return publish(name, *rest, **options)
-
-    monkeypatch.setattr(scene.registry, "publish_now", fails)
+    fail_on(scene, "bad", monkeypatch)
     assert scan_library(scene.registry, scene.root / "library") == ["good"] == list(scene.served())
     assert "the library's bad is skipped" in caplog.text

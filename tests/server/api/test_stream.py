@@ -65,13 +65,15 @@ def test_a_streamed_answer_that_the_server_s_end_cut_short_ends_with_an_error(li
     assert live.idle()
 
 
-async def test_what_shows_nothing_goes_with_the_step_after_it() -> None:
-    """But for an answer's first token, and never two steps late: clients count each token's event, and time them."""
+async def streamed(texts: list[str], error: Exception | None = None) -> list[bytes]:
+    """What is sent of an answer whose steps have these texts, and which fails after them if there is an `error`."""
     sent: list[bytes] = []
 
     async def steps() -> AsyncIterator[list[tuple[int, Delivery]]]:
-        for text in ("", "a", "", "b", "", "", "", "c", ""):
+        for text in texts:
             yield [(0, Delivery(text, (1,)))]
+        if error is not None:
+            raise error
 
     async def send(message: Message) -> None:
         if message["type"] == "http.response.body":
@@ -85,30 +87,18 @@ async def test_what_shows_nothing_goes_with_the_step_after_it() -> None:
         first=lambda: b"(", step=lambda index, delivery: delivery.text.encode() or b"-", last=lambda: b")"
     )
     await EventStream(generation, encoder)({"state": {"request_id": "r"}}, receive, send)
+    return sent
+
+
+async def test_what_shows_nothing_goes_with_the_step_after_it() -> None:
+    """But for an answer's first token, and never two steps late: clients count each token's event, and time them."""
+    sent = await streamed(["", "a", "", "b", "", "", "", "c", ""])
     assert sent == [b"(-", b"a", b"-b", b"--", b"-c", b"-)data: [DONE]\n\n"]
 
 
 async def test_a_stream_that_fails_says_what_it_had_and_ends_with_the_error() -> None:
     """Without the mark of an answer that is whole."""
-    sent: list[bytes] = []
-
-    async def steps() -> AsyncIterator[list[tuple[int, Delivery]]]:
-        for text in ("a", ""):
-            yield [(0, Delivery(text, (1,)))]
-        raise DeadlineExceeded("too late")
-
-    async def send(message: Message) -> None:
-        if message["type"] == "http.response.body":
-            sent.append(message["body"])
-
-    async def receive() -> Message:
-        return await asyncio.Future()
-
-    generation: Any = SimpleNamespace(steps=steps, cancel=lambda: None)
-    encoder: Any = SimpleNamespace(
-        first=lambda: b"", step=lambda index, delivery: delivery.text.encode() or b"-", last=lambda: b")"
-    )
-    await EventStream(generation, encoder)({"state": {"request_id": "r"}}, receive, send)
-    assert sent[:-1] == [b"a"]
-    assert sent[-1].startswith(b'-data: {"error"') and b"too late" in sent[-1]
-    assert sent[-1].endswith(b"}\n\n") and b"[DONE]" not in sent[-1]
+    first, last = await streamed(["a", ""], DeadlineExceeded("too late"))
+    assert first == b"(a"
+    assert last.startswith(b'-data: {"error"') and b"too late" in last
+    assert last.endswith(b"}\n\n") and b"[DONE]" not in last
