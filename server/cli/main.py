@@ -21,7 +21,7 @@ from adapters.errors import AdapterError
 from server.bench import command as bench
 from server.cli import adapters, evaluate, generate, models, offline, search, serve, train
 from server.cli.signals import heard
-from server.cli.terminal import last_words
+from server.cli.terminal import say_error
 from server.errors import RemoteError, ServerError
 from server.settings import leave_threads_alone
 
@@ -130,7 +130,7 @@ def _settle_streams() -> None:
 
 def _fail(error: Exception, message: str, param: str | None = None) -> NoReturn:
     _tell(error, message, param)
-    last_words(f"error: {message}")
+    say_error(message)
     sys.exit(1)
 
 

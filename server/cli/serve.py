@@ -22,7 +22,7 @@ import typer
 from server.cli import logs, malloc
 from server.cli.options import EVERYTHING, with_settings
 from server.cli.signals import SAME_SIGNAL, heard
-from server.cli.terminal import last_words, progress
+from server.cli.terminal import progress, say_error
 from server.doctor import check_state_dir
 from server.errors import BadSetting
 from server.settings import Settings, keep_few_kernels
@@ -87,7 +87,7 @@ def serve(settings: Settings) -> None:
         server.run(sockets=[listener])
     if failures:
         logs.flush()
-        last_words(f"error: {getattr(failures[0], 'message', failures[0])}")
+        say_error(getattr(failures[0], "message", str(failures[0])))
         raise typer.Exit(1)
     log.info("stopped")
 

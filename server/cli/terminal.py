@@ -38,18 +38,19 @@ def print_json(value: Any) -> None:
 def fail(message: str) -> NoReturn:
     """End the command with an error beside results that have been told."""
     sys.stdout.flush()
-    sys.stderr.write(f"error: {message}\n")
+    say_error(message)
     raise typer.Exit(1)
 
 
-def last_words(line: str) -> None:
-    """The last line on standard error, unless whoever reads that has stopped: a process that ends waits for nobody."""
+def say_error(message: str) -> None:
+    """The last line of a process that ends by an error; whoever reads standard error and has stopped is not waited
+    for."""
     try:
         taken = select.select([], [sys.stderr], [], PATIENCE)[1]
     except (OSError, ValueError):  # it is no file of the system's
         taken = [sys.stderr]
     if taken:
-        sys.stderr.write(f"{line}\n")
+        sys.stderr.write(f"error: {message}\n")
 
 
 @contextlib.contextmanager
