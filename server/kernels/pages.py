@@ -41,8 +41,8 @@ def mapped(path: Path) -> torch.Tensor:
     for an empty file.
 
     What is written to them stays in this process. All of the file is read now, if it is not in memory, into huge pages
-    where its file system has them. What is in memory stays in pages of the size that they have: of a file that was
-    written `HUGE` bytes at a time, large ones. They count as this process's once it touches them.
+    where its file system has them. What is in memory stays in pages of the size that they have. They count as this
+    process's once it touches them.
     """
     with path.open("rb") as file:
         room = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from server.kernels.pages import HUGE, mapped
+from server.kernels.pages import mapped
 from server.kernels.weight import Weight
 from server.model.digest import Digests
 
@@ -74,8 +74,7 @@ class PackedWriter:
         with suppress(OSError):  # where there are no locks, nothing is taken for abandoned
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._digest = hashlib.sha256()
-        self._pending = bytearray(ALIGNMENT)
-        """What is not written yet, less than a huge page: the system keeps the file in pages as large as the writes."""
+        self._file.write(bytes(ALIGNMENT))
         self._at = ALIGNMENT
         self._weights: dict[str, Any] = {}
         self._tensors: dict[str, Any] = {}
@@ -106,12 +105,14 @@ class PackedWriter:
                 "data": self._digest.hexdigest(),
             }
         )
-        self._append(index)
-        self._file.write(self._pending)
+        self._file.write(index)
         self._file.seek(0)
         self._file.write(_HEAD.pack(MAGIC, self._at, len(index), hashlib.sha256(index).digest()))
         self._file.flush()
         os.fsync(self._file.fileno())
+        # What was written lies in memory in small pages and would stay there: whoever maps it reads huge ones.
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._file.close()
         os.replace(self._temporary, self._path)
         directory = os.open(self._path.parent, os.O_RDONLY)
@@ -144,20 +145,10 @@ class PackedWriter:
             data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
             padding = b"\0" * (-len(data) % ALIGNMENT)
             for block in (data, padding):
-                self._append(block)
+                self._file.write(block)
                 self._digest.update(block)
                 self._at += len(block)
         return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset]
-
-    def _append(self, data: bytes | memoryview) -> None:
-        rest = memoryview(data)
-        while len(rest) > 0:
-            taken = HUGE - len(self._pending)
-            self._pending += rest[:taken]
-            rest = rest[taken:]
-            if len(self._pending) == HUGE:
-                self._file.write(self._pending)
-                self._pending.clear()
 
 
 def open_packed(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed | None:

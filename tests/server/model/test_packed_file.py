@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import torch
@@ -70,35 +70,35 @@ def test_the_bytes_are_the_files_and_are_not_written_to(tmp_path: Path) -> None:
     assert torch.equal(packed.tensors["odd"], matrix().t())
 
 
-class Noted:
-    """A file that notes where it was written, and how much."""
+def test_what_was_written_leaves_memory_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, int]] = []
+    synced, advised = os.fsync, os.posix_fadvise
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.writes: list[tuple[int, int]] = []
+    def fsync(file: int) -> None:
+        synced(file)
+        told.append(("on the disk", os.fstat(file).st_ino))
 
-    def write(self, data: bytes) -> int:
-        self.writes.append((self._file.tell(), len(data)))
-        return self._file.write(data)
+    def advise(file: int, offset: int, length: int, advice: int) -> None:
+        advised(file, offset, length, advice)
+        assert (offset, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)  # all of it
+        told.append(("not needed", os.fstat(file).st_ino))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
-def test_a_file_is_written_a_huge_page_at_a_time(tmp_path: Path) -> None:
-    tensors = [torch.arange(n, dtype=torch.int32) for n in (3, HUGE // 4, 5, 3 * HUGE // 4 + 7, 1)]
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "posix_fadvise", advise)
     path = packed_path(tmp_path, KEY)
     with PackedWriter(path, KEY) as writer:
-        noted = writer._file = Noted(writer._file)
-        for i, tensor in enumerate(tensors):
-            writer.add_tensor(str(i), tensor)
+        writer.add_tensor("some", torch.arange(HUGE // 4, dtype=torch.int32))
         writer.finish()
-    *whole, (last, rest), (head, _) = noted.writes
-    assert whole == [(i * HUGE, HUGE) for i in range(4)] and last == 4 * HUGE and head == 0
-    assert path.stat().st_size == last + rest < 5 * HUGE
+    inode = path.stat().st_ino
+    assert [what for what, of in told if of == inode] == ["on the disk", "not needed"]
     packed = open_packed(path, KEY, Digests(None))
-    assert packed is not None
-    assert all(torch.equal(packed.tensors[str(i)], tensor) for i, tensor in enumerate(tensors))
+    assert packed is not None and torch.equal(packed.tensors["some"], torch.arange(HUGE // 4, dtype=torch.int32))
+
+
+def test_a_system_that_takes_no_advice_has_the_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fadvise")
+    write(tmp_path)
+    assert open_packed(packed_path(tmp_path, KEY), KEY, Digests(None)) is not None
 
 
 @pytest.mark.parametrize("where", ["head", "tensors", "index", "cut", "grown", "empty"])
