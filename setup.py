@@ -39,6 +39,7 @@ FLAGS = [
     "-mfma",
     "-mf16c",
     "-mbmi2",
+    "-mprfchw",
 ]
 
 

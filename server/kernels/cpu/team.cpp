@@ -16,6 +16,10 @@ constexpr int64_t MOST_LINES = 9, MOST_OF_SPAN = 20;
 // The same of an update's adapters: most of them have come as far as the third cache before.
 constexpr int64_t MOST_NEAR = 16;
 
+// Rows whose activations, and whose results of a piece, are asked for all at once. A line that another core has written takes
+// longer than one from memory where the cores do not share their third cache.
+constexpr int64_t FEW = 32;
+
 constexpr int64_t TILES = 2;       // of 16 columns: what one piece of a product computes at least,
 constexpr int64_t MOST_TILES = 6;  // and at most, as the matrix unit begins with the next ones while it ends the last
 
@@ -256,10 +260,8 @@ void Team::refill(Ahead& ahead) const {
 
 // ---- linears --------------------------------------------------------------------------------------------------
 
-// A line that another core has written takes as long as one from memory: few rows are asked for all at once, by each
-// thread when it begins with them.
+// Of few rows, by each thread when it begins with them.
 void Team::fetch_once(const Activations& x, int64_t rows, int thread) {
-  constexpr int64_t FEW = 32;
   Local& local = local_[static_cast<size_t>(thread)];
   if (local.phase == phase_) return;
   local.phase = phase_;
@@ -274,6 +276,9 @@ void Team::product_piece(const RowBlock& block, const Activations& x, const Targ
   const bool direct = !target.add && last * 16 <= target.stride;
   float* y = direct ? target.out + column : local_[static_cast<size_t>(thread)].tile.get();
   const int64_t stride = direct ? target.stride : MOST_TILES * 16;
+  if (block.count <= FEW)  // which comes while the products are computed
+    for (int64_t r = 0; r < block.count; r++)
+      for (int64_t c = 0; c < columns; c += 16) own_soon(target.out + r * target.stride + column + c);
   multiply(w, first, last, x, block.count, y, stride, aside);
   if (w.bias)
     for (int64_t r = 0; r < block.count; r++) add_row(y + r * stride, w.bias + column, columns);
@@ -381,7 +386,13 @@ void Team::norm_rows(const RowBlock& block, const float* weight, int added, Acti
   run(pieces, [&](int piece, int thread) {
     const int64_t first = piece * ROWS, last = std::min<int64_t>(block.count, first + ROWS);
     float* scratch = local_[static_cast<size_t>(thread)].rows.get();
+    const auto ask = [&](int64_t r) {  // other threads have added to half of it
+      for (int64_t i = 0; i < hidden; i += 16)
+        _mm_prefetch(reinterpret_cast<const char*>(stream_ + (block.first + r) * hidden + i), _MM_HINT_T0);
+    };
+    ask(first);
     for (int64_t r = first; r < last; r++) {
+      if (r + 1 < last) ask(r + 1);
       float* x = stream_ + (block.first + r) * hidden;
       const float* z = added == SITES ? nullptr : update_of(block, added, r);
       if (z) add_row(x, z, hidden);
@@ -426,6 +437,16 @@ void Team::rotate_and_write(const Step& step, int64_t layer, const RowBlock& blo
   // Attention follows block by block: the row behind may not have been written by then.
   const bool last = row + 1 == block.count || block.first + row + 1 == step.row_start[s + 1];
   write_token(base_.cache_of(layer), table[position / base_.block_size], head, position % base_.block_size, k, v, last);
+}
+
+// Asks for what `rotate_and_write` will read: other threads have computed half of it.
+void Team::fetch_heads(int64_t row, int64_t head) {
+  const int64_t dim = base_.config.head_dim, group = base_.config.heads / base_.config.kv_heads;
+  const int64_t heads = base_.config.heads * dim, kv = base_.config.kv_heads * dim;
+  const float* q = qkv_.get() + row * (whole_tiles(heads) + 2 * whole_tiles(kv));
+  const float* k = q + whole_tiles(heads) + head * dim;
+  for (int64_t i = 0; i < group * dim; i += 16) own_soon(q + head * group * dim + i);
+  for (int64_t i = 0; i < dim; i += 16) own_soon(k + i), own_soon(k + whole_tiles(kv) + i);
 }
 
 // Rows first..last of a sequence, the queries of one KV head; what they see is left in `attended_` too where
@@ -483,8 +504,11 @@ void Team::attention(const Step& step, int64_t layer, const RowBlock& block) {
   run(static_cast<int>(pieces), [&](int piece, int thread) {
     const Task& task = all[piece / kv_heads];
     const int64_t head = piece % kv_heads;
-    if (single) rotate_and_write(step, layer, block, task.first, head);
     const Task& later = all[std::min<int64_t>(piece + 1, pieces - 1) / kv_heads];
+    if (single) {
+      rotate_and_write(step, layer, block, task.first, head);
+      fetch_heads(later.first, (head + 1) % kv_heads);
+    }
     const int32_t* table = step.blocks + later.sequence * step.table_width;
     const uint16_t* following[AHEAD];
     for (int64_t i = 0; i < AHEAD; i++)

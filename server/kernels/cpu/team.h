@@ -77,6 +77,7 @@ class Team {
   void widen(Activations& x, int64_t rows, int64_t k, const float* from);
   void gate_up(int64_t layer, const RowBlock& block);
   void down(int64_t layer, const RowBlock& block);
+  void fetch_heads(int64_t row, int64_t head);
   void rotate_and_write(const Step& step, int64_t layer, const RowBlock& block, int64_t row, int64_t head);
   void attention(const Step& step, int64_t layer, const RowBlock& block);
   void attend_rows(const Step& step, int64_t layer, const RowBlock& block, int64_t sequence, int64_t head,
