@@ -28,8 +28,9 @@ constexpr __mmask16 FIRST_HALVES = 0x0f0f, SECOND_GROUPS = 0xff00;  // of a span
 struct Span {
   const float* from;
   int8_t* codes;  // of its first group; the second one's lie ROWS * GROUP behind
-  float* meta;
-  Quarter* quarters;  // null if nobody asks for them
+  float* floats;  // null if nobody asks for them, like these
+  float* pairs;
+  Quarter* quarters;
 
   __m512 quarter(int q) const { return _mm512_loadu_ps(from + q * 16); }
 };
@@ -144,10 +145,38 @@ inline void put_sums(const __m512i* of, int8_t* to, int64_t to_low) {
   put(_mm512_min_epi32(low, _mm512_set1_epi32(127)), to + to_low);
 }
 
+// Where four spans' words of one kind go: at once to those of a block, else one by one.
+class Words {
+ public:
+  Words(const Span* spans, float* Span::*kind, int each) : spans_(spans), kind_(kind), each_(each) {
+    for (int n = 1; n < TOGETHER; n++) block_ = block_ && spans[n].*kind == spans[0].*kind + n;
+    to_ = block_ ? spans[0].*kind : elsewhere_;
+  }
+  ~Words() {
+    for (int n = 0; n < TOGETHER && !block_; n++)
+      for (int i = 0; i < each_; i++) (spans_[n].*kind_)[i * ROWS] = elsewhere_[i * ROWS + n];
+  }
+  Words(const Words&) = delete;
+  Words& operator=(const Words&) = delete;
+
+  void put(int i, __m128i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to_ + i * ROWS), x); }
+  void put_both(int i, __m512i x) {  // of first halves
+    put(i, _mm512_castsi512_si128(x));
+    put(i + 1, _mm512_extracti32x4_epi32(x, 2));
+  }
+
+ private:
+  const Span* spans_;
+  float* Span::*kind_;
+  const int each_;
+  bool block_ = TOGETHER == ROWS;
+  float elsewhere_[std::max(FLOATS, PAIRS)];
+  float* to_;
+};
+
 // What products want that have both groups' sums in 16 bits each. `total` are the sums of the quarters' codes, `size` those
 // of their magnitudes, `shift` the bits from first halves' units to second ones'.
-template <class Put, class PutBoth>
-inline void put_common(__m512i total, __m512i size, const Units& units, __m512i shift, Put put, PutBoth put_both) {
+inline void put_pairs(__m512i total, __m512i size, const Units& units, __m512i shift, Words& to) {
   const __m512i zero = _mm512_setzero_si512(), halved = units.halved;
   const auto of_groups = [&](__m512i x, __m512i times) {  // a group's sum in the coarsest units, doubled so often
     const __m512 each = _mm512_mul_ps(_mm512_cvtepi32_ps(x), power_of_two(_mm512_sub_epi32(times, halved)));
@@ -159,11 +188,11 @@ inline void put_common(__m512i total, __m512i size, const Units& units, __m512i 
   const __m512 times = _mm512_min_ps(_mm512_div_ps(_mm512_set1_ps(32767.0f), most), _mm512_set1_ps(16.0f));
   const __m512i finer = _mm512_cvtps_epi32(_mm512_getexp_ps(times));  // how often the coarsest unit is halved
   const __m512i down = _mm512_sub_epi32(_mm512_add_epi32(halved, _mm512_set1_epi32(4)), finer);
-  put(COMMON, _mm512_castsi512_si128((__m512i)_mm512_mul_ps(units.unit, power_of_two(_mm512_sub_epi32(halved, finer)))));
+  to.put(COMMON, _mm512_castsi512_si128((__m512i)_mm512_mul_ps(units.unit, power_of_two(_mm512_sub_epi32(halved, finer)))));
   const __m512i inputs = _mm512_cvtps_epi32(of_groups(total, _mm512_add_epi32(finer, _mm512_set1_epi32(3))));
-  put(INPUTS, _mm512_castsi512_si128(_mm512_mask_blend_epi16(0xaaaaaaaa, inputs, _mm512_slli_epi32(others(inputs), 16))));
-  put(FIRST_DOWN, _mm512_extracti32x4_epi32(down, 1));
-  put(SECOND_UP, _mm512_extracti32x4_epi32(_mm512_sub_epi32(_mm512_set1_epi32(16), down), 3));
+  to.put(INPUTS, _mm512_castsi512_si128(_mm512_mask_blend_epi16(0xaaaaaaaa, inputs, _mm512_slli_epi32(others(inputs), 16))));
+  to.put(FIRST_DOWN, _mm512_extracti32x4_epi32(down, 1));
+  to.put(SECOND_UP, _mm512_extracti32x4_epi32(_mm512_sub_epi32(_mm512_set1_epi32(16), down), 3));
   // 128 times the codes' sum and half of the common unit, in sixteenths of the second half's units.
   const __m512i codes = _mm512_slli_epi32(total, 7);
   const __m512i left = larger(shift, zero), right = larger(_mm512_sub_epi32(zero, shift), zero);
@@ -171,11 +200,12 @@ inline void put_common(__m512i total, __m512i size, const Units& units, __m512i 
   const __m512i half = _mm512_srli_epi32(_mm512_sllv_epi32(_mm512_set1_epi32(1), neighbours(down)), 1);
   const __m512i middle = _mm512_sub_epi32(half, _mm512_add_epi32(ahead, neighbours(codes)));
   const __m512i nibble = _mm512_add_epi32(shift, _mm512_set1_epi32(4));
+  to.put_both(HALF_UP, nibble);
   // A half unit that is less than the first half's is lost, and with it half a unit on average where the second half is
   // finer than the common one. Where that is the first half's, second groups have one more.
   const __mmask16 lost = _mm512_cmpeq_epi32_mask(halved, finer) & _mm512_cmpgt_epi32_mask(neighbours(halved), finer);
   const __m512i begin = _mm512_srav_epi32(middle, nibble);
-  put_both(MIDDLE, _mm512_mask_add_epi32(begin, lost & SECOND_GROUPS, begin, _mm512_set1_epi32(1)));
+  to.put_both(MIDDLE, _mm512_mask_add_epi32(begin, lost & SECOND_GROUPS, begin, _mm512_set1_epi32(1)));
 }
 
 void encode(const Span* spans, const Units& units) {
@@ -197,37 +227,30 @@ void encode(const Span* spans, const Units& units) {
   }
   const __m512i total = added_up(sum);
 
-  bool side_by_side = TOGETHER == ROWS;  // rows of one block
-  for (int n = 1; n < TOGETHER; n++) side_by_side = side_by_side && spans[n].meta == spans[0].meta + n;
-  float elsewhere[META];
-  float* to = side_by_side ? spans[0].meta : elsewhere;
-  const auto put = [&](int i, __m128i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * ROWS), x); };
-  const auto put_both = [&](int i, __m512i x) {  // of first halves
-    put(i, _mm512_castsi512_si128(x));
-    put(i + 1, _mm512_extracti32x4_epi32(x, 2));
-  };
-  const auto positive = [&](__m512i x) { return larger(x, zero); };
-  const auto negative = [&](__m512i x) { return larger(_mm512_sub_epi32(zero, x), zero); };
-  put(SCALE, _mm512_extracti32x4_epi32((__m512i)units.unit, 3));
-  put(SIXTEENTH, _mm512_extracti32x4_epi32((__m512i)_mm512_mul_ps(units.unit, _mm512_set1_ps(1.0f / 16.0f)), 3));
-  const auto inputs = (__m512i)_mm512_mul_ps(_mm512_cvtepi32_ps(total), units.unit);
-  put_both(SUM, (__m512i)_mm512_add_ps((__m512)inputs, (__m512)neighbours(inputs)));
-  const __m512i shift = _mm512_sub_epi32(neighbours(halved), halved), left = positive(shift), right = negative(shift);
-  put_both(NIBBLE, _mm512_add_epi32(shift, _mm512_set1_epi32(4)));
-  put_both(LEFT, left);
-  put_both(RIGHT, right);
-  // 128 times the sum of the codes, to less than one unit.
-  const __m512i times = _mm512_slli_epi32(total, 7);
-  const __m512i behind = _mm512_srav_epi32(_mm512_sllv_epi32(neighbours(times), right), left);
-  put_both(OFFSET, _mm512_sub_epi32(zero, _mm512_add_epi32(times, behind)));
-  const __m512i join = _mm512_sub_epi32(others(halved), halved);  // of second halves
-  put(JOIN_LEFT, _mm512_extracti32x4_epi32(positive(join), 1));
-  put(JOIN_RIGHT, _mm512_extracti32x4_epi32(negative(join), 1));
-  put_common(total, added_up(size), units, shift, put, put_both);
-
-  if (!side_by_side)
-    for (int n = 0; n < TOGETHER; n++)
-      for (int i = 0; i < METAS; i++) spans[n].meta[i * ROWS] = elsewhere[i * ROWS + n];
+  const __m512i shift = _mm512_sub_epi32(neighbours(halved), halved), times = _mm512_slli_epi32(total, 7);
+  if (spans[0].floats != nullptr) {
+    Words to(spans, &Span::floats, FLOATS_EACH);
+    const auto positive = [&](__m512i x) { return larger(x, zero); };
+    const auto negative = [&](__m512i x) { return larger(_mm512_sub_epi32(zero, x), zero); };
+    to.put(SCALE, _mm512_extracti32x4_epi32((__m512i)units.unit, 3));
+    to.put(SIXTEENTH, _mm512_extracti32x4_epi32((__m512i)_mm512_mul_ps(units.unit, _mm512_set1_ps(1.0f / 16.0f)), 3));
+    const auto inputs = (__m512i)_mm512_mul_ps(_mm512_cvtepi32_ps(total), units.unit);
+    to.put_both(SUM, (__m512i)_mm512_add_ps((__m512)inputs, (__m512)neighbours(inputs)));
+    const __m512i left = positive(shift), right = negative(shift);
+    to.put_both(NIBBLE, _mm512_add_epi32(shift, _mm512_set1_epi32(4)));
+    to.put_both(LEFT, left);
+    to.put_both(RIGHT, right);
+    // 128 times the sum of the codes, to less than one unit.
+    const __m512i behind = _mm512_srav_epi32(_mm512_sllv_epi32(neighbours(times), right), left);
+    to.put_both(OFFSET, _mm512_sub_epi32(zero, _mm512_add_epi32(times, behind)));
+    const __m512i join = _mm512_sub_epi32(others(halved), halved);  // of second halves
+    to.put(JOIN_LEFT, _mm512_extracti32x4_epi32(positive(join), 1));
+    to.put(JOIN_RIGHT, _mm512_extracti32x4_epi32(negative(join), 1));
+  }
+  if (spans[0].pairs != nullptr) {
+    Words to(spans, &Span::pairs, PAIRS_EACH);
+    put_pairs(total, added_up(size), units, shift, to);
+  }
   if (spans[0].quarters == nullptr) return;
   const __m512i unit = turned((__m512i)units.unit), begin = turned(_mm512_sub_epi32(zero, times));  // a lane for each span
   const __m512i two[] = {_mm512_unpacklo_epi32(unit, begin), _mm512_unpackhi_epi32(unit, begin)};
@@ -254,7 +277,8 @@ void Activations::reserve(int64_t rows, int64_t k, Forms wanted) {
   const int64_t whole = (rows + ROWS - 1) / ROWS * ROWS;
   if (forms.codes) {
     codes.reserve(whole * padded);
-    meta.reserve(whole / ROWS * (padded / SPAN) * META);
+    if (forms.floats) floats.reserve(whole / ROWS * (padded / SPAN) * FLOATS);
+    if (forms.pairs) pairs.reserve(whole / ROWS * (padded / SPAN) * PAIRS);
   }
   if (forms.quarters) quarters.reserve(rows * (padded / SPAN) * QUARTERS);
   if (forms.half) half.reserve(rows * padded);
@@ -286,7 +310,9 @@ void Activations::set(int64_t row, int64_t rows, int64_t from, int64_t to, const
                               float_to_bf16(_mm512_loadu_ps(at + q), _mm512_loadu_ps(at + q + 16)));
       if (!forms.codes) continue;
       const int64_t step = r / ROWS * (padded / GROUP) + i / GROUP, lane = r % ROWS;
-      spans[n++] = {at, codes.get() + (step * ROWS + lane) * GROUP, meta.get() + step / 2 * META + lane,
+      spans[n++] = {at, codes.get() + (step * ROWS + lane) * GROUP,
+                    forms.floats ? floats.get() + step / 2 * FLOATS + lane : nullptr,
+                    forms.pairs ? pairs.get() + step / 2 * PAIRS + lane : nullptr,
                     forms.quarters ? quarters.get() + (r * padded + i) / SPAN * QUARTERS : nullptr};
       if (n == AT_ONCE) quantize(spans, n), n = 0;
     }
@@ -356,11 +382,13 @@ void Activations::fetch(int64_t rows) const {
   }
   if (!forms.codes) return;
   const int64_t whole = (rows + ROWS - 1) / ROWS * ROWS;
-  const char* c = reinterpret_cast<const char*>(codes.get());
-  const char* m = reinterpret_cast<const char*>(meta.get());
-  const int64_t meta_bytes = whole / ROWS * (padded / SPAN) * META * static_cast<int64_t>(sizeof(float));
-  for (int64_t i = 0; i < whole * padded; i += 64) _mm_prefetch(c + i, _MM_HINT_T0);
-  for (int64_t i = 0; i < meta_bytes; i += 64) _mm_prefetch(m + i, _MM_HINT_T0);
+  const auto all = [](const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(from) + i, _MM_HINT_T0);
+  };
+  const int64_t words = whole / ROWS * (padded / SPAN) * static_cast<int64_t>(sizeof(float));
+  all(codes.get(), whole * padded);
+  if (forms.floats) all(floats.get(), words * FLOATS);
+  if (forms.pairs) all(pairs.get(), words * PAIRS);
 }
 
 }  // namespace loramux

@@ -47,8 +47,8 @@ constexpr int SPANS_OF_SUMS = SPAN / (SPAN / GROUP);  // spans whose groups' sum
 // inputs allow, so that a large input costs only the 15 beside it their last bits. Sums are shifted from one quarter's units
 // into the next one's, which takes no time of the multipliers, unlike products with floats: of a group's first half into
 // those of the second; of the first group into those of the second one, or of both into common ones. A word with [2]
-// has one for each group.
-enum Meta : int {
+// has one for each group. They travel between cores with the codes: each way to compute products has words of its own.
+enum Floats : int {  // where groups' sums become floats
   SCALE,         // float: the unit of the last quarter's codes
   SIXTEENTH,     // float: the same for sums of codes with 16 times a weight's
   SUM,           // [2] float: of the inputs as their codes have them
@@ -58,15 +58,18 @@ enum Meta : int {
   OFFSET = 10,   // [2] int32: what a sum begins with for weights with 128 added, in the first half's units
   JOIN_LEFT = 12,  // int32: bits that sums of the first group are shifted by, up
   JOIN_RIGHT,      // and down
-  // For sums of both groups in 16 bits each, in one unit as fine as these let it be:
-  COMMON,           // float: that unit
-  INPUTS,           // int16 [2]: eight times the sum of a group's inputs
-  MIDDLE,           // [2] int32: what a sum begins with for weights with 8 added, half of the common unit among it
-  FIRST_DOWN = 18,  // int32: bits by which sums with 16 times the weights' codes are shifted down into the low 16 bits,
-  SECOND_UP,        // and up into the high ones
-  METAS
+  FLOATS_EACH
 };
-constexpr int META = METAS * ROWS;  // words per block and span
+enum Pairs : int {  // where both groups' sums have 16 bits each, in one unit as fine as these let it be
+  COMMON,          // float: that unit
+  INPUTS,          // int16 [2]: eight times the sum of a group's inputs
+  MIDDLE,          // [2] int32: what a sum begins with for weights with 8 added, half of the common unit among it
+  HALF_UP = 4,     // [2] int32: as NIBBLE
+  FIRST_DOWN = 6,  // int32: bits by which sums with 16 times the weights' codes are shifted down into the low 16 bits,
+  SECOND_UP,       // and up into the high ones
+  PAIRS_EACH
+};
+constexpr int FLOATS = FLOATS_EACH * ROWS, PAIRS = PAIRS_EACH * ROWS;  // words per block and span
 
 // The unit of 16 inputs' codes, and what sums of their products begin with for an operand with 128 added.
 struct Quarter {
@@ -81,24 +84,26 @@ struct SpanSums {
   int16_t inputs[2][2];
 };
 
-// Which forms somebody reads: codes for products with matrices in codes, but wide ones where the matrix unit does them; wide
-// ones, or else codes and quarters, for updates of adapters in codes; halves for both in bf16.
+// Which forms somebody reads: codes, with floats or pairs, for products with matrices in codes, but wide ones where the matrix
+// unit does them; wide ones, or else codes and quarters, for updates of adapters in codes; halves for both in bf16.
 struct Forms {
-  bool codes = false, quarters = false, half = false, wide = false;
+  bool codes = false, quarters = false, floats = false, pairs = false, half = false, wide = false;
 
-  Forms operator|(const Forms& o) const { return {codes || o.codes, quarters || o.quarters, half || o.half, wide || o.wide}; }
+  Forms operator|(const Forms& o) const {
+    return {codes || o.codes, quarters || o.quarters, floats || o.floats, pairs || o.pairs, half || o.half, wide || o.wide};
+  }
 };
 
 // Activations [rows, k] in the forms that products read, inputs padded with zeros to a multiple of 64:
-//   codes int8 [rows/4][kp/32][4][32], meta [rows/4][kp/64][METAS][4], quarters
-//   [rows][kp/16], and bf16 [rows][kp];
+//   codes int8 [rows/4][kp/32][4][32], floats [rows/4][kp/64][FLOATS_EACH][4], pairs [rows/4][kp/64][PAIRS_EACH][4],
+//   quarters [rows][kp/16], and bf16 [rows][kp];
 //   wide int8 [rows/R][kp/64 + n][2][R][64], for the matrix unit: high codes and low ones, x = (256 high + low) unit, then
 //   256ths of groups' sums, rounded, as such codes: two spans' by turns, and n as many spans as they take. And
 //   units [rows], and begins [rows][2], what sums of products of either begin with for an operand with 128 added. R is 16, or
 //   how many rows there is room for if these are fewer. Beside it sums [rows][kp/64] where that is FEW_ROWS at most.
 struct Activations {
   Buffer<int8_t> codes;
-  Buffer<float> meta;
+  Buffer<float> floats, pairs;
   Buffer<Quarter> quarters;
   Buffer<uint16_t> half;
   Buffer<int8_t> wide;
@@ -127,8 +132,8 @@ struct Activations {
   // Asks for the codes of some rows, which other cores may just have written.
   void fetch(int64_t rows) const;
   int64_t bytes() const {
-    return codes.bytes() + meta.bytes() + quarters.bytes() + half.bytes() + wide.bytes() + units.bytes() + begins.bytes() +
-           sums.bytes();
+    return codes.bytes() + floats.bytes() + pairs.bytes() + quarters.bytes() + half.bytes() + wide.bytes() + units.bytes() +
+           begins.bytes() + sums.bytes();
   }
 };
 

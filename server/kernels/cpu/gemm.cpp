@@ -75,10 +75,10 @@ __attribute__((always_inline)) inline void ask(Ahead ahead, int64_t bytes, const
 
 // dot[t][r] = the products of a group's codes of T tiles with R rows' codes x, in the units of the rows' second halves, or
 // in sixteenths of these for INT4: its nibbles are read where they lie, those in the high half of a byte as 16 times as
-// much. `meta` points at the words of this group. CENTRED: the codes of INT4 are taken as 8 less than they are.
+// much. `words` points at those of this group. CENTRED: the codes of INT4 are taken as 8 less than they are, and words are Pairs.
 template <int S, bool CENTRED, int R, int T>
 __attribute__((always_inline)) inline void dot_products(const uint8_t* codes, int64_t stride, const int8_t* x,
-                                                        const float* meta, __m512i (&dot)[T][R]) {
+                                                        const float* words, __m512i (&dot)[T][R]) {
   constexpr int HALF = GROUP / 2;
   const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(static_cast<char>(0xf0));
   [[maybe_unused]] const __m512i levels = nf4_levels();
@@ -88,7 +88,7 @@ __attribute__((always_inline)) inline void dot_products(const uint8_t* codes, in
       if constexpr (S == INT4 && !CENTRED)
         dot[t][r] = _mm512_setzero_si512();
       else
-        dot[t][r] = broadcast_word(meta + (CENTRED ? MIDDLE : OFFSET) * ROWS + r);
+        dot[t][r] = broadcast_word(words + (CENTRED ? int{MIDDLE} : int{OFFSET}) * ROWS + r);
     }
 #pragma GCC unroll 2
   for (int half = 0; half < 2; half++) {
@@ -97,9 +97,9 @@ __attribute__((always_inline)) inline void dot_products(const uint8_t* codes, in
       for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) {
           if constexpr (S == INT4) {
-            dot[t][r] = _mm512_sllv_epi32(dot[t][r], broadcast_word(meta + NIBBLE * ROWS + r));
+            dot[t][r] = _mm512_sllv_epi32(dot[t][r], broadcast_word(words + (CENTRED ? int{HALF_UP} : int{NIBBLE}) * ROWS + r));
           } else {
-            const __m512i right = broadcast_word(meta + RIGHT * ROWS + r), left = broadcast_word(meta + LEFT * ROWS + r);
+            const __m512i right = broadcast_word(words + RIGHT * ROWS + r), left = broadcast_word(words + LEFT * ROWS + r);
             dot[t][r] = _mm512_sllv_epi32(_mm512_srav_epi32(dot[t][r], right), left);
           }
         }
@@ -141,7 +141,7 @@ __attribute__((always_inline)) inline void walk(int64_t steps, Group& group, End
 //
 // Inlined, as a call costs half of a group's time, and there are four calls for every 18 groups of a small model.
 template <int S, bool DOUBLE, int R, int T>
-__attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile, const int8_t* x, const float* meta,
+__attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile, const int8_t* x, const float* words,
                                                    float* out, int64_t stride, Ahead ahead, const char* aside,
                                                    int64_t side) {
   constexpr int64_t BYTES = bytes_of_group(S);
@@ -157,7 +157,7 @@ __attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile
       for (int t = 0; t < T; t++) prefetch_scales<S, DOUBLE>(w, tile + T + t, groups, g);
     ask(ahead, T * BYTES, next, side, aside);
     __m512i dot[T][R];
-    dot_products<S, false, R, T>(codes, steps * BYTES, x, meta + second * ROWS, dot);
+    dot_products<S, false, R, T>(codes, steps * BYTES, x, words + second * ROWS, dot);
     GroupScales s[T];
     for (int t = 0; t < T; t++) s[t] = scales<S, DOUBLE>(w, tile + t, groups, g);
 #pragma GCC unroll 8
@@ -166,12 +166,12 @@ __attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile
         if constexpr (second) {
           span[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[t][r]), s[t].scale, span[t][r]);
         } else {
-          const __m512i right = broadcast_word(meta + JOIN_RIGHT * ROWS + r), up = broadcast_word(meta + JOIN_LEFT * ROWS + r);
+          const __m512i right = broadcast_word(words + JOIN_RIGHT * ROWS + r), up = broadcast_word(words + JOIN_LEFT * ROWS + r);
           const __m512i joined = _mm512_sllv_epi32(_mm512_srav_epi32(dot[t][r], right), up);
           span[t][r] = _mm512_mul_ps(_mm512_cvtepi32_ps(joined), s[t].scale);
         }
         if constexpr (S == INT4)
-          sum[t][r] = _mm512_fmadd_ps(s[t].zero, _mm512_set1_ps(meta[(SUM + second) * ROWS + r]), sum[t][r]);
+          sum[t][r] = _mm512_fmadd_ps(s[t].zero, _mm512_set1_ps(words[(SUM + second) * ROWS + r]), sum[t][r]);
       }
     codes += BYTES;
     x += ROWS * GROUP;
@@ -181,10 +181,10 @@ __attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) {
-        const __m512 scale = _mm512_set1_ps(meta[(S == INT4 ? SIXTEENTH : SCALE) * ROWS + r]);
+        const __m512 scale = _mm512_set1_ps(words[(S == INT4 ? SIXTEENTH : SCALE) * ROWS + r]);
         sum[t][r] = _mm512_fmadd_ps(span[t][r], scale, sum[t][r]);
       }
-    meta += META;
+    words += FLOATS;
   };
   walk(steps, group, end_span);
   for (int t = 0; t < T; t++)
@@ -217,7 +217,7 @@ inline SpanScales span_scales(const int16_t* at) {
 // in one instruction, and so do those of the inputs what is left of the zeros. Codes are taken as 8 less than they are, as
 // then the sums fit and little is left of the zeros.
 template <bool WHOLE, int R, int T>
-__attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int64_t tile, const int8_t* x, const float* meta,
+__attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int64_t tile, const int8_t* x, const float* words,
                                                             float* out, int64_t stride, Ahead ahead, const char* aside,
                                                             int64_t side) {
   constexpr int64_t BYTES = bytes_of_group(INT4), SCALES = WHOLE ? 32 : 64;
@@ -236,15 +236,15 @@ __attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int
         _mm_prefetch(reinterpret_cast<const char*>(scales + t * count * SCALES + second * 32), _MM_HINT_T1);
     ask(ahead, T * BYTES, next, side, aside);
     __m512i dot[T][R];
-    dot_products<INT4, true, R, T>(codes, steps * BYTES, x, meta + second * ROWS, dot);
+    dot_products<INT4, true, R, T>(codes, steps * BYTES, x, words + second * ROWS, dot);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) {
         if constexpr (second) {
-          const __m512i up = _mm512_sllv_epi32(dot[t][r], broadcast_word(meta + SECOND_UP * ROWS + r));
+          const __m512i up = _mm512_sllv_epi32(dot[t][r], broadcast_word(words + SECOND_UP * ROWS + r));
           both[t][r] = _mm512_mask_blend_epi16(0xaaaaaaaa, both[t][r], up);
         } else {
-          both[t][r] = _mm512_srav_epi32(dot[t][r], broadcast_word(meta + FIRST_DOWN * ROWS + r));
+          both[t][r] = _mm512_srav_epi32(dot[t][r], broadcast_word(words + FIRST_DOWN * ROWS + r));
         }
       }
     codes += BYTES;
@@ -257,10 +257,10 @@ __attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) {
         const __m512i scaled = _mm512_dpwssd_epi32(_mm512_setzero_si512(), both[t][r], s[t].scale);
-        const __m512i all = _mm512_dpwssd_epi32(scaled, broadcast_word(meta + INPUTS * ROWS + r), s[t].zero);
-        sum[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), _mm512_set1_ps(meta[COMMON * ROWS + r]), sum[t][r]);
+        const __m512i all = _mm512_dpwssd_epi32(scaled, broadcast_word(words + INPUTS * ROWS + r), s[t].zero);
+        sum[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), _mm512_set1_ps(words[COMMON * ROWS + r]), sum[t][r]);
       }
-    meta += META;
+    words += PAIRS;
     if (--left == 0) scales += SCALES, left = each;
   };
   walk(steps, group, end_span);  // a last group that is alone has a scale of zero beside its own
@@ -294,13 +294,15 @@ void product_half(const Matrix& w, int64_t tile, const uint16_t* x, int64_t ldx,
 // How a matrix's products are computed.
 template <int S, bool DOUBLE>
 struct InFloats {
-  static constexpr int SCHEME = S;
+  static constexpr int SCHEME = S, WORDS = FLOATS;
+  static const float* words(const Activations& x) { return x.floats.get(); }
   template <int R, int T, class... A>
   __attribute__((always_inline)) static void rows(A... a) { product<S, DOUBLE, R, T>(a...); }
 };
 template <bool WHOLE>
 struct InSpans {
-  static constexpr int SCHEME = INT4;
+  static constexpr int SCHEME = INT4, WORDS = PAIRS;
+  static const float* words(const Activations& x) { return x.pairs.get(); }
   template <int R, int T, class... A>
   __attribute__((always_inline)) static void rows(A... a) { product_of_spans<WHOLE, R, T>(a...); }
 };
@@ -317,16 +319,16 @@ void columns(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, 
     if (prefetch && walk < walks)
       ahead = {static_cast<int>(LINES * walk / walks), static_cast<int>(LINES * (walk + 1) / walks)};
     const int8_t* codes = x.codes.get() + first * x.padded;
-    const float* meta = x.meta.get() + first / ROWS * (x.padded / SPAN) * META;
+    const float* words = Product::words(x) + first / ROWS * (x.padded / SPAN) * Product::WORDS;
     float* at = out + first * stride;
     if (aside.lines.count == 0) aside.refill();
     const int64_t side = std::min(aside.pace, (aside.lines.count + steps - 1) / steps);
     const char* beside = aside.lines.at;
     switch (rows - first) {
-      case 1: Product::template rows<1, T>(w, tile, codes, meta, at, stride, ahead, beside, side); break;
-      case 2: Product::template rows<2, T>(w, tile, codes, meta, at, stride, ahead, beside, side); break;
-      case 3: Product::template rows<3, T>(w, tile, codes, meta, at, stride, ahead, beside, side); break;
-      default: Product::template rows<4, T>(w, tile, codes, meta, at, stride, ahead, beside, side);
+      case 1: Product::template rows<1, T>(w, tile, codes, words, at, stride, ahead, beside, side); break;
+      case 2: Product::template rows<2, T>(w, tile, codes, words, at, stride, ahead, beside, side); break;
+      case 3: Product::template rows<3, T>(w, tile, codes, words, at, stride, ahead, beside, side); break;
+      default: Product::template rows<4, T>(w, tile, codes, words, at, stride, ahead, beside, side);
     }
     const int64_t asked = std::min(aside.lines.count, side * steps);
     aside.lines.at += asked * 64;

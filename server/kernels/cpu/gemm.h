@@ -17,6 +17,7 @@ constexpr int64_t bytes_of_group(int scheme) { return scheme == INT8 ? 512 : 256
 inline Forms forms_of(const Matrix& w) {
   Forms forms;
   (w.scheme == NONE ? forms.half : w.by_unit() ? forms.wide : forms.codes) = true;
+  if (forms.codes) (w.in_pairs() ? forms.pairs : forms.floats) = true;
   return forms;
 }
 

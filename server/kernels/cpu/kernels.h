@@ -50,6 +50,7 @@ struct Matrix {
   bool whole_spans() const { return group % 64 == 0; }
   int64_t span_scale_count() const { return whole_spans() ? k / group : (padded() + 63) / 64; }  // of a tile
   int64_t tiles() const { return (n + 15) / 16; }
+  bool in_pairs() const { return scheme == INT4 && scale_codes == nullptr; }  // whether scales are whole numbers
   bool by_unit() const { return MATRIX_UNIT && unit != nullptr; }  // whether products are the matrix unit's
   int64_t padded() const { return padded_inputs(k); }
 };
