@@ -111,7 +111,7 @@ class PackedWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         # What was written lies in memory in small pages and would stay there: whoever maps it reads huge ones.
-        if hasattr(os, "posix_fadvise"):
+        with suppress(OSError, AttributeError):  # where nobody takes advice
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._file.close()
         os.replace(self._temporary, self._path)
