@@ -134,7 +134,8 @@ class PackedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._file.closed:
-            self._file.close()
+            with suppress(OSError):  # on a full disk what is not written yet does not fit either
+                self._file.close()
             Path(self._temporary).unlink(missing_ok=True)
 
     def _write(self, tensor: torch.Tensor) -> list[Any]:

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,19 @@ def test_nothing_is_left_of_a_write_that_did_not_finish(tmp_path: Path) -> None:
         raise RuntimeError
     with PackedWriter(path, KEY) as writer:
         writer.add_tensor("x", torch.ones(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_where_the_disk_ends_within_what_is_not_written_yet(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_100, hard))
+    try:
+        with pytest.raises(OSError, match="too large"), PackedWriter(packed_path(tmp_path, KEY), KEY) as writer:
+            writer.add_tensor("codes", torch.zeros(1_000_000, dtype=torch.uint8))
+            writer.add_tensor("norm", torch.zeros(576))
+            writer.add_tensor("more", torch.zeros(1_000_000, dtype=torch.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 
