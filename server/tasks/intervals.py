@@ -112,11 +112,16 @@ def by_pairs(paired: Totals) -> Apart:
 
 def by_hours(one: Hours, other: Hours) -> Apart:
     """Within stretches of time: as many hours as it takes until both have a score, so that nothing is lost where scores
-    are rare.
+    are rare. What one of them has from before the other's first hour says nothing: all questions may have been others
+    then, and it would all be held against that one hour.
 
     A subject of few scores is taken to vary at least as much as both together: one that was lucky so far would look
     certain.
     """
+    if not one or not other:
+        return NOTHING
+    begin = max(min(one), min(other))
+    one, other = ({hour: of for hour, of in hours.items() if hour >= begin} for hours in (one, other))
     mine, theirs = Totals.joined(one.values()), Totals.joined(other.values())
     together = mine.count * mine.variance + theirs.count * theirs.variance
     together /= max(1, mine.count + theirs.count)

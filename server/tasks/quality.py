@@ -137,16 +137,18 @@ class Quality:
         with self._lock, _told_of_the_disk():
             self._flush()
             row = self._db.execute(
-                "SELECT subject, text, task FROM answers JOIN subjects ON subjects.id = subject"
+                "SELECT subject, text, task, at FROM answers JOIN subjects ON subjects.id = subject"
                 " WHERE answers.id = ? AND tenant = ? AND at > ?",
                 (key, tenant, time.time() - DAY),
             ).fetchone()
             if row is None or row[2] != task:
-                raise UnknownName(f"there is no answer {id[:64]!r} of this task in the last 24 hours", "id")
+                why = "" if self._room(task) else f"; of mixes that clients choose, the first {MOST_MADE_UP} are kept"
+                raise UnknownName(f"there is no answer {id[:64]!r} of this task in the last 24 hours{why}", "id")
             value = float(row[1] == _told(expected)) if expected is not None else float(score or 0.0)
             with self._db:
                 self._db.execute("BEGIN")
-                changes = self._score(key, row[0], FEEDBACK_METRIC, FEEDBACK, value, time.time(), stays=True)
+                # In the answer's hour: where labels come at night, all of a day would be compared as if it were one.
+                changes = self._score(key, row[0], FEEDBACK_METRIC, FEEDBACK, value, row[3], stays=True)
             self._add(self._of_task[task][row[0]], FEEDBACK_METRIC, FEEDBACK, changes)
 
     def evaluated(self, subject: Subject, metric: str, values: Mapping[str, float]) -> None:
@@ -406,18 +408,25 @@ class Quality:
             self._made_up &= self._ids.keys()
             raise
 
+    def _room(self, task: str) -> bool:
+        """Whether there is room for one more mix that a client chooses."""
+        return sum(subject.task == task for subject in self._made_up) < MOST_MADE_UP
+
     def _write(self, pending: Sequence[Answered]) -> dict[tuple[int, int], _Traffic]:
         """Add answers to the file, within a transaction. Answers what they come to, by subject and hour."""
         traffic: dict[tuple[int, int], _Traffic] = {}
         rows = []
         for answered in pending:
             made_up = not answered.routed and answered.subject not in self._ids
-            if made_up and sum(s.task == answered.subject.task for s in self._made_up) >= MOST_MADE_UP:
+            if made_up and not self._room(answered.subject.task):
                 continue
             number = self._number(answered.subject)
             if made_up:
                 self._db.execute("INSERT OR IGNORE INTO made_up VALUES (?)", (number,))
                 self._made_up.add(answered.subject)
+            elif answered.routed and answered.subject in self._made_up:  # tried by a client before
+                self._db.execute("DELETE FROM made_up WHERE subject = ?", (number,))
+                self._made_up.remove(answered.subject)
             traffic.setdefault((number, int(answered.at) // HOUR), _Traffic()).add(answered)
             if not answered.failed:
                 rows.append((digest(answered.id), number, answered.tenant, answered.at, _told(answered.text)))

@@ -2,10 +2,11 @@
 
 Owns the rule. Turns go on until every candidate has `min_samples` and the leader's mean is over each other's by an
 interval that holds at all times; one that is proven worse than some other has few turns meanwhile. After that, one
-request in twenty still goes to the others in turn, to those first that have few samples (a version that has just been
-published), so that a change is noticed; a rival takes over only when it is proven better itself, and turns begin anew
-where the leader is proven worse than some other. Where evaluations decide, nobody goes around: requests would change
-nothing.
+request in twenty still goes to the others in turn, half of these to those that have few samples (a version that has
+just been published), so that a change is noticed; a rival takes over only when it is proven better itself, and turns
+begin anew where the leader is proven worse than some other. Candidates with few samples hold this up for themselves
+alone: one may be published so often that it never has more. Where evaluations decide, nobody goes around: requests
+would change nothing.
 
 In which order is drawn anew every few rounds, and so is which of twenty requests goes around: clients that send one
 easy and one hard prompt in turn would otherwise give each candidate prompts of one kind. Single rounds would not do:
@@ -91,15 +92,18 @@ def decide(known: Known, min_samples: int, current: str | None) -> Decision:
     told = ", ".join(
         f"{name} {t.mean:.3f} of {t.count}" if t.count else f"{name} none" for name, t in known.totals.items()
     )
-    if any(known.counts[name] < min_samples for name in names):
-        meanwhile = "taking turns" if current is None else f"{current} serves"
-        return Decision(current, f"{meanwhile} until each has {min_samples} {known.samples}: {told}{known.advice}")
     alpha = ALPHA / (len(names) - 1)
-    leads: dict[str, dict[str, float]] = {name: {} for name in names}
-    for one, other in itertools.combinations(names, 2):
+    leads: dict[str, dict[str, float]] = {name: {} for name in names if known.counts[name] >= min_samples}
+    for one, other in itertools.combinations(leads, 2):
         apart = known.apart(one, other)
         leads[one][other], leads[other][one] = apart.least(alpha), apart.turned().least(alpha)
     behind = frozenset(other for of_one in leads.values() for other, least in of_one.items() if least > 0)
+    if len(leads) < len(names):
+        if current in behind:
+            current = next((name for name, of_one in leads.items() if min(of_one.values()) > 0), None)
+        meanwhile = "taking turns" if current is None else f"{current} serves"
+        why = f"{meanwhile} until each has {min_samples} {known.samples}: {told}{known.advice}"
+        return Decision(current, why, behind)
     for leader, of_leader in leads.items():
         least = min(1.0, *of_leader.values())
         if least > 0:
@@ -165,7 +169,8 @@ class BestRouter:
         if not rest or route.source != FEEDBACK or not turns.goes_around():
             return leader or turns.next(first or rest or list(route.candidates))
         counts = {n: self._quality.totals(subjects[n], route.metric, route.source).count for n in rest}
-        return turns.next([name for name in rest if counts[name] < route.min_samples] or rest)
+        few = [name for name in rest if counts[name] < route.min_samples]
+        return turns.next(few if few and random.random() < 0.5 else rest)
 
     def review(self, task: Task, route: Best) -> Decision:
         """Look at the scores again, and change the leader if that is proven.

@@ -237,12 +237,29 @@ def test_mixes_that_clients_make_up_are_bounded(tmp_path: Path, monkeypatch: pyt
     told = {version["version"]: version["requests"] for version in quality.performance("t")}
     assert list(told.values()) == [2, 1, 1, 1] and f"b@{'b' * 12}" in told
     assert len(quality.performance("u")) == 1
-    with pytest.raises(UnknownName):
+    with pytest.raises(UnknownName, match="hours; of mixes that clients choose, the first 3 are kept"):
         quality.feedback("t", "4", "", score=1.0, expected=None)
+    with pytest.raises(UnknownName, match="24 hours$"):
+        quality.feedback("v", "none", "", score=1.0, expected=None)
     quality.close()
     quality = Quality(tmp_path / "quality.db")
     quality.answered(answered("again", Subject.of("t", [(A, 2.0)], "base"), routed=False))
     assert len(quality.performance("t")) == 4, "after a restart too"
+    quality.close()
+
+
+def test_what_a_client_tried_before_it_was_routed_is_made_up_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_MADE_UP", 1)
+    quality, tried = Quality(tmp_path / "quality.db"), Subject.of("t", [(B, 1.0)], "base")
+    quality.answered(answered("tried", tried, routed=False))
+    quality.answered(answered("routed", tried))
+    quality.answered(answered("mine", Subject.of("t", [(A, 0.5)], "base"), routed=False))
+    assert len(quality.performance("t")) == 2, "its place is free"
+    quality.close()
+    quality = Quality(tmp_path / "quality.db")
+    assert {s.label for s in quality._made_up} == {Subject.of("t", [(A, 0.5)], "base").label}
     quality.close()
 
 
