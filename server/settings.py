@@ -219,9 +219,13 @@ class Settings(BaseModel):
         300.0, description="longest time of one request; one whose deadline_ms is longer gets this"
     )
 
-    key_rate: Rate = Field(None, description="requests a second that one key may send: auto is no limit")
+    key_rate: Rate = Field(
+        None, description="requests a second that one key may send, two seconds' worth at once: auto is no limit"
+    )
     key_concurrency: AutoCount = Field(None, description="most requests of one key in flight: auto is no limit")
-    task_rate: Rate = Field(None, description="requests a second that one task may be sent: auto is no limit")
+    task_rate: Rate = Field(
+        None, description="requests a second that one task may be sent, two seconds' worth at once: auto is no limit"
+    )
     task_concurrency: AutoCount = Field(None, description="most requests of one task in flight: auto is no limit")
 
     # HTTP

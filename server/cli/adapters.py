@@ -146,7 +146,7 @@ def check(
         "ranks": weights.ranks,
         "targets": weights.targets,
         "modules": len(weights.modules),
-        "bytes": weights.nbytes,
+        "file_bytes": weights.nbytes,
         "fits": None if base is None else base.name,
         **told,
     }
@@ -169,7 +169,7 @@ def _shown(name: str, value: Any) -> str:
         value = [v["version"] for v in value]
     if value is None:
         return ""
-    if name == "bytes":
+    if name in ("bytes", "file_bytes"):
         return size(value)
     if name == "loaded_at":
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))

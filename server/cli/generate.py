@@ -29,10 +29,10 @@ def generate(
     adapter: Annotated[
         list[str] | None, typer.Option(help="NAME or FOLDER, with =WEIGHT if it is not 1; again for a mix.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option()] = None,
-    temperature: Annotated[float | None, typer.Option()] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of the answer; the task's, or 64.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token; the task's, or 0.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of the likeliest tokens, so much; the task's, or 1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what is drawn: the same seed draws the same.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt and end. Adapters that were published to a server are that server's: give their folders."""

@@ -125,6 +125,8 @@ def test_check_reads_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     found = json.loads(done.output)
     assert done.exit_code == 0 and found["ranks"] == [8] and found["version"].startswith("sentiment@")
     assert "r" in found["honoured"] and len(found["targets"]) == 7
+    file = (library / "sentiment" / "adapter_model.safetensors").stat().st_size
+    assert file - 100_000 < found["file_bytes"] < file, "its header is no part"
     refused = runner.invoke(app, ["adapters", "check", str(library / "sentiment"), "--max-rank", "4"])
     assert refused.exit_code == 1 and "rank" in str(refused.exception)
 
