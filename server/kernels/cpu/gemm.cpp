@@ -58,17 +58,18 @@ inline void prefetch_scales(const Matrix& w, int64_t tile, int64_t groups, int64
   }
 }
 
-// Which lines of the tiles behind these a walk asks for: of the T * bytes_of_group / 64 that it passes a step.
+// What a walk asks for of the tiles behind these: so many lines with each group, from `next` on, and their scales.
 struct Ahead {
-  int first, last;
+  const uint8_t* next;
+  int64_t lines;
+  bool scales;
 };
 
-// Asks for the lines of `next`, of which a group passes so many bytes, and for `side` lines from `aside` on; both go on.
+// Asks for these lines, and for `side` lines from `aside` on; both go on.
 // Into the second cache: a line under way to the first holds one of its few places, and the walk's own loads wait.
-__attribute__((always_inline)) inline void ask(Ahead ahead, int64_t bytes, const uint8_t*& next, int64_t side,
-                                               const char*& aside) {
-  for (int l = ahead.first; l < ahead.last; l++) _mm_prefetch(reinterpret_cast<const char*>(next + l * 64), _MM_HINT_T1);
-  next += bytes;
+__attribute__((always_inline)) inline void ask(Ahead& ahead, int64_t side, const char*& aside) {
+  for (int64_t l = 0; l < ahead.lines; l++) _mm_prefetch(reinterpret_cast<const char*>(ahead.next + l * 64), _MM_HINT_T1);
+  ahead.next += ahead.lines * 64;
   for (int64_t l = 0; l < side; l++) _mm_prefetch(aside + l * 64, _MM_HINT_T1);
   aside += side * 64;
 }
@@ -147,15 +148,14 @@ __attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile
   constexpr int64_t BYTES = bytes_of_group(S);
   const int64_t steps = w.padded() / GROUP, groups = w.k / w.group, each = w.group / GROUP;
   const uint8_t* codes = w.codes + tile * steps * BYTES;
-  const uint8_t* next = codes + T * steps * BYTES;
   __m512 sum[T][R], span[T][R];
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) sum[t][r] = _mm512_setzero_ps();
   int64_t g = 0, left = each;  // of this group of weights
   const auto group = [&](auto second) __attribute__((always_inline)) {
-    if (ahead.first == 0 && ahead.last > 0 && left == each)
+    if (ahead.scales && left == each)
       for (int t = 0; t < T; t++) prefetch_scales<S, DOUBLE>(w, tile + T + t, groups, g);
-    ask(ahead, T * BYTES, next, side, aside);
+    ask(ahead, side, aside);
     __m512i dot[T][R];
     dot_products<S, false, R, T>(codes, steps * BYTES, x, words + second * ROWS, dot);
     GroupScales s[T];
@@ -223,7 +223,6 @@ __attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int
   constexpr int64_t BYTES = bytes_of_group(INT4), SCALES = WHOLE ? 32 : 64;
   const int64_t steps = w.padded() / GROUP, count = w.span_scale_count(), each = WHOLE ? w.group / SPAN : 1;
   const uint8_t* codes = w.codes + tile * steps * BYTES;
-  const uint8_t* next = codes + T * steps * BYTES;
   const int16_t* scales = w.span_scales + tile * count * SCALES;
   __m512 sum[T][R];
   __m512i both[T][R];
@@ -231,10 +230,10 @@ __attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int
     for (int r = 0; r < R; r++) sum[t][r] = _mm512_setzero_ps();
   int64_t left = each;  // spans of this group of weights
   const auto group = [&](auto second) __attribute__((always_inline)) {
-    if (ahead.first == 0 && ahead.last > 0 && left == each && second < SCALES / 32)
+    if (ahead.scales && left == each && second < SCALES / 32)
       for (int t = T; t < 2 * T; t++)
         _mm_prefetch(reinterpret_cast<const char*>(scales + t * count * SCALES + second * 32), _MM_HINT_T1);
-    ask(ahead, T * BYTES, next, side, aside);
+    ask(ahead, side, aside);
     __m512i dot[T][R];
     dot_products<INT4, true, R, T>(codes, steps * BYTES, x, words + second * ROWS, dot);
 #pragma GCC unroll 8
@@ -311,13 +310,15 @@ template <class Product, int T>
 void columns(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride,
              bool prefetch, Aside& aside) {
   const int64_t steps = w.padded() / GROUP;
-  // The walks over the rows share the asking, so that it is spread over the time until the bytes are wanted.
-  constexpr int LINES = static_cast<int>(T * bytes_of_group(Product::SCHEME) / 64);
-  const int walks = static_cast<int>(std::min<int64_t>((rows + ROWS - 1) / ROWS, LINES));
+  // The walks over the rows share the asking, so that it is spread over the time until the bytes are wanted. Each asks for
+  // those behind the last one's: what is asked for last is not what the next tiles begin with.
+  constexpr int64_t BYTES = bytes_of_group(Product::SCHEME), LINES = T * BYTES / 64;
+  const int64_t walks = std::min<int64_t>((rows + ROWS - 1) / ROWS, LINES);
+  const uint8_t* next = w.codes + (tile + T) * steps * BYTES;
   for (int64_t first = 0, walk = 0; first < rows; first += ROWS, walk++) {
-    Ahead ahead{0, 0};
-    if (prefetch && walk < walks)
-      ahead = {static_cast<int>(LINES * walk / walks), static_cast<int>(LINES * (walk + 1) / walks)};
+    Ahead ahead{next, 0, false};
+    if (prefetch && walk < walks) ahead = {next, LINES * (walk + 1) / walks - LINES * walk / walks, walk == 0};
+    next += ahead.lines * steps * 64;
     const int8_t* codes = x.codes.get() + first * x.padded;
     const float* words = Product::words(x) + first / ROWS * (x.padded / SPAN) * Product::WORDS;
     float* at = out + first * stride;
