@@ -112,15 +112,15 @@ def by_pairs(paired: Totals) -> Apart:
 
 def by_hours(one: Hours, other: Hours) -> Apart:
     """Within stretches of time: as many hours as it takes until both have a score, so that nothing is lost where scores
-    are rare. What one of them has from before the other's first hour says nothing: all questions may have been others
-    then, and it would all be held against that one hour.
+    are rare. What one of them has from before the other's first hour says nothing, or from while that was away for more
+    than a day: all questions may have been others then, and it would all be held against that one hour.
 
     A subject of few scores is taken to vary at least as much as both together: one that was lucky so far would look
     certain.
     """
     if not one or not other:
         return NOTHING
-    begin = max(min(one), min(other))
+    begin = since = max(min(one), min(other))
     one, other = ({hour: of for hour, of in hours.items() if hour >= begin} for hours in (one, other))
     mine, theirs = Totals.joined(one.values()), Totals.joined(other.values())
     together = mine.count * mine.variance + theirs.count * theirs.variance
@@ -129,6 +129,9 @@ def by_hours(one: Hours, other: Hours) -> Apart:
     information = weighted = total_a = total_b = 0.0
     count_a = count_b = 0
     for hour in sorted(one.keys() | other.keys()):
+        if hour - since > 24 and hour in one and hour in other:
+            count_a = count_b = 0
+            total_a = total_b = 0.0
         if (a := one.get(hour)) is not None:
             count_a, total_a = count_a + a.count, total_a + a.total
         if (b := other.get(hour)) is not None:
@@ -137,6 +140,7 @@ def by_hours(one: Hours, other: Hours) -> Apart:
             weight = 1.0 / (first / count_a + second / count_b)
             information += weight
             weighted += weight * (total_a / count_a - total_b / count_b)
+            since = hour
             count_a = count_b = 0
             total_a = total_b = 0.0
     if not information:

@@ -313,8 +313,11 @@ class Quality:
         self._totals = totals  # in one step: who reads it waits for no lock
         for number in by_number:  # what cannot be read is found now; it is kept when it is asked for
             _Traffic().join(self._rows(db, number))
+        self._made_up = self._marked(db)
+
+    def _marked(self, db: sqlite3.Connection) -> set[Subject]:
         made_up = {number for (number,) in db.execute("SELECT subject FROM made_up")}
-        self._made_up = {subject for subject, number in self._ids.items() if number in made_up}
+        return {subject for subject, number in self._ids.items() if number in made_up}
 
     def _know(self, ids: dict[Subject, int]) -> None:
         of_task: dict[str, dict[int, Subject]] = {}
@@ -405,7 +408,7 @@ class Quality:
         except sqlite3.Error:
             written = {number for (number,) in self._db.execute("SELECT id FROM subjects")}
             self._know({subject: number for subject, number in self._ids.items() if number in written})
-            self._made_up &= self._ids.keys()
+            self._made_up = self._marked(self._db)
             raise
 
     def _room(self, task: str) -> bool:

@@ -4,9 +4,9 @@ Owns the rule. Turns go on until every candidate has `min_samples` and the leade
 interval that holds at all times; one that is proven worse than some other has few turns meanwhile. After that, one
 request in twenty still goes to the others in turn, half of these to those that have few samples (a version that has
 just been published), so that a change is noticed; a rival takes over only when it is proven better itself, and turns
-begin anew where the leader is proven worse than some other. Candidates with few samples hold this up for themselves
-alone: one may be published so often that it never has more. Where evaluations decide, nobody goes around: requests
-would change nothing.
+begin anew where the leader is proven worse than some other. A candidate may be published so often that it never has
+`min_samples`: nobody can begin to lead beside it, but who is worse than another has few turns all the same, and a
+leader that is gives way. Where evaluations decide, nobody goes around: requests would change nothing.
 
 In which order is drawn anew every few rounds, and so is which of twenty requests goes around: clients that send one
 easy and one hard prompt in turn would otherwise give each candidate prompts of one kind. Single rounds would not do:
@@ -51,11 +51,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of candidates: all scores of each, how many of them count, called `samples`, and how far one is
-    over another, asked for each two once."""
+    """What is known of candidates: all scores of each; of each two how many count, called `samples`, and how far one is
+    over the other, asked for once."""
 
     totals: Mapping[str, Totals]
-    counts: Mapping[str, int]
+    common: Callable[[str, str], int]
     samples: str
     apart: Callable[[str, str], Apart]
     advice: str = ""
@@ -64,8 +64,11 @@ class Known:
 def by_feedback(scores: Mapping[str, Hours]) -> Known:
     """Of scores by hour: compared within hours."""
     totals = {name: Totals.joined(hours.values()) for name, hours in scores.items()}
-    counts = {name: t.count for name, t in totals.items()}
-    return Known(totals, counts, "samples", lambda one, other: by_hours(scores[one], scores[other]))
+
+    def common(one: str, other: str) -> int:
+        return min(totals[one].count, totals[other].count)
+
+    return Known(totals, common, "samples", lambda one, other: by_hours(scores[one], scores[other]))
 
 
 def by_evaluation(
@@ -73,15 +76,14 @@ def by_evaluation(
 ) -> Known:
     """Of evaluations: compared on the examples that two were asked both, of which `paired` tells."""
     pairs = {pair: paired(*pair) for pair in itertools.combinations(totals, 2)}
-    counts = {name: min((p.count for pair, p in pairs.items() if name in pair), default=0) for name in totals}
 
     def apart(one: str, other: str) -> Apart:
         found = by_pairs(pairs[one, other])
         return found.turned() if lower_is_better else found
 
     # Their own scores may be of other examples, or from before there were pairs.
-    advice = "" if all(counts.values()) else "; have all of them evaluated on one file"
-    return Known(totals, counts, "samples of the same examples", apart, advice)
+    advice = "" if all(p.count for p in pairs.values()) else "; have all of them evaluated on one file"
+    return Known(totals, lambda one, other: pairs[one, other].count, "samples of the same examples", apart, advice)
 
 
 def decide(known: Known, min_samples: int, current: str | None) -> Decision:
@@ -93,23 +95,27 @@ def decide(known: Known, min_samples: int, current: str | None) -> Decision:
         f"{name} {t.mean:.3f} of {t.count}" if t.count else f"{name} none" for name, t in known.totals.items()
     )
     alpha = ALPHA / (len(names) - 1)
-    leads: dict[str, dict[str, float]] = {name: {} for name in names if known.counts[name] >= min_samples}
-    for one, other in itertools.combinations(leads, 2):
+    leads: dict[str, dict[str, float]] = {name: {} for name in names}
+    pairs = list(itertools.combinations(names, 2))
+    known_pairs = [pair for pair in pairs if known.common(*pair) >= min_samples]
+    for one, other in known_pairs:
         apart = known.apart(one, other)
         leads[one][other], leads[other][one] = apart.least(alpha), apart.turned().least(alpha)
     behind = frozenset(other for of_one in leads.values() for other, least in of_one.items() if least > 0)
-    if len(leads) < len(names):
-        if current in behind:
-            current = next((name for name, of_one in leads.items() if min(of_one.values()) > 0), None)
-        meanwhile = "taking turns" if current is None else f"{current} serves"
-        why = f"{meanwhile} until each has {min_samples} {known.samples}: {told}{known.advice}"
-        return Decision(current, why, behind)
-    for leader, of_leader in leads.items():
-        least = min(1.0, *of_leader.values())
-        if least > 0:
-            return Decision(leader, f"{leader} is better by at least {least:.3f}, at {1 - ALPHA:.0%}: {told}", behind)
     worse = f", {', '.join(sorted(behind))} worse than another" if behind else ""
-    return Decision(None if current in behind else current, f"no candidate is proven better yet{worse}: {told}", behind)
+    all_known = len(known_pairs) == len(pairs)
+    for name, of_one in leads.items():
+        # Over all others; or, if these are not all known, over all that are, with the one that leads now among them.
+        least = min(1.0, *of_one.values()) if all_known or current in of_one else 0.0
+        if least > 0:
+            than = "" if all_known else f", than all with {min_samples} {known.samples}"
+            return Decision(name, f"{name} is better by at least {least:.3f}, at {1 - ALPHA:.0%}{than}: {told}", behind)
+    current = None if current in behind else current
+    if all_known:
+        return Decision(current, f"no candidate is proven better yet{worse}: {told}", behind)
+    meanwhile = "taking turns" if current is None else f"{current} serves"
+    until = f"until each has {min_samples} {known.samples}"
+    return Decision(current, f"{meanwhile} {until}{worse}: {told}{known.advice}", behind)
 
 
 @dataclass

@@ -254,7 +254,17 @@ def test_what_a_client_tried_before_it_was_routed_is_made_up_no_more(
     monkeypatch.setattr(module, "MOST_MADE_UP", 1)
     quality, tried = Quality(tmp_path / "quality.db"), Subject.of("t", [(B, 1.0)], "base")
     quality.answered(answered("tried", tried, routed=False))
+    quality.flush()
+    with quality._lock:
+        (pages,) = quality._db.execute("PRAGMA page_count").fetchone()
+        quality._db.execute(f"PRAGMA max_page_count = {pages}")
     quality.answered(answered("routed", tried))
+    for n in range(500):
+        quality.answered(answered(f"more-{n}", Subject.of("u", [], "base")))
+    with pytest.raises(StoreFailed, match="full"):
+        quality.feedback("t", "tried", "", score=1.0, expected=None)
+    with quality._lock:
+        quality._db.execute("PRAGMA max_page_count = 1000000")
     quality.answered(answered("mine", Subject.of("t", [(A, 0.5)], "base"), routed=False))
     assert len(quality.performance("t")) == 2, "its place is free"
     quality.close()

@@ -147,6 +147,10 @@ def test_what_one_had_before_the_other_came_says_nothing() -> None:
     assert decide({"a": leads, "b": equal}, MIN_SAMPLES, "a").behind == frozenset()
     assert decide({"a": leads, "b": better}, MIN_SAMPLES, "a").leader == "b"
     assert decide({"b": better, "a": leads}, MIN_SAMPLES, "a").leader == "b"
+    tried = {0: Totals(1, 1, 1)}  # a month ago, before it was away
+    assert decide({"a": leads, "b": {**tried, **equal}}, MIN_SAMPLES, "a").behind == frozenset()
+    assert decide({"a": leads, "b": {**tried, **better}}, MIN_SAMPLES, "a").leader == "b"
+    assert decide({"b": {**tried, **better}, "a": leads}, MIN_SAMPLES, "a").leader == "b"
 
 
 def test_scores_that_are_rare_are_compared_too() -> None:
@@ -346,20 +350,38 @@ def test_one_that_never_has_samples_enough_holds_up_nobody_else() -> None:
     turns = decide({"a": good, "b": bad, "c": new}, MIN_SAMPLES, None)
     assert turns.leader is None and turns.behind == {"b"}
     assert turns.reason.startswith(
-        "taking turns until each has 200 samples: a 0.950 of 600, b 0.100 of 600, c 1.000 of 3"
+        "taking turns until each has 200 samples, b worse than another: a 0.950 of 600, b 0.100 of 600, c 1.000 of 3"
     )
     stays = decide({"a": good, "b": bad, "c": new}, MIN_SAMPLES, "a")
     assert stays.leader == "a" and stays.behind == {"b"}
     gives_way = decide({"a": good, "b": bad, "c": new}, MIN_SAMPLES, "b")
-    assert gives_way.leader == "a" and gives_way.reason.startswith("a serves until each has 200 samples")
+    assert gives_way.leader == "a" and gives_way.reason.startswith("a is better by at least 0.")
+    assert " at 95%, than all with 200 samples: a 0.950 of 600" in gives_way.reason
     two = decide({"a": good, "b": bad, "c": new, "d": good}, MIN_SAMPLES, "b")
     assert two.leader is None and two.behind == {"b"}, "as good as each other"
     assert decide({"a": new, "b": bad, "c": new}, MIN_SAMPLES, "b").leader == "b", "nobody to compare it with"
+    few = decide({"a": good, "b": bad, "c": new}, MIN_SAMPLES, "c")
+    assert few.leader == "c" and few.reason.startswith("c serves until each has 200 samples, b worse than another")
 
 
-def test_one_that_is_published_each_hour_leaves_the_others_their_turns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_was_never_evaluated_holds_up_nobody_else(tmp_path: Path) -> None:
+    names, route = Names("a", "b", "c"), Best(("a", "b", "c"), source="evaluation", min_samples=50)
+    task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
+    router = BestRouter(quality, names, "base")
+    for name, value in (("a", 0.5), ("b", 1.0), ("c", 0.5)):
+        score(quality, names, name, [value] * 200)
+    assert router.review(task, route).leader == "b"
+    names.contents["c"] = "2"
+    for name, value in (("a", 1.0), ("b", 0.0)):
+        score(quality, names, name, [value] * 200)
+    decision = router.review(task, route)
+    assert decision.leader == "a" and decision.behind == {"b"}
+    assert decision.reason.startswith("a is better by at least 0.") and ", c none" in decision.reason
+    assert {router.pick(task, route) for _ in range(EXPLORED * 3)} == {"a"}
+    quality.close()
+
+
+def test_one_that_is_published_each_hour_leaves_the_others_their_turns(tmp_path: Path) -> None:
     names, quality = Names("a", "b", "c"), Quality(tmp_path / "quality.db")
     router = BestRouter(quality, names, "base")
     for name, value in (("a", 1.0), ("b", 0.0)):
