@@ -1,8 +1,7 @@
 """Makes adapters smaller, and says what that costs: truncated ranks, dropped modules, one global threshold.
 
-Owns the singular values of `scale * B A`, which it gets from two QR decompositions and one small SVD, never from the
-dense update (the product of the factors' triangles has the same ones). By Eckart and Young a truncation is the best of
-its rank. Knows neither data nor models: what a cut does to a task is measured elsewhere.
+Owns what is kept of an update's singular values. By Eckart and Young a truncation is the best of its rank. Knows
+neither data nor models: what a cut does to a task is measured elsewhere.
 """
 
 from __future__ import annotations
@@ -46,11 +45,8 @@ class Spectrum:
 
 
 def spectrum(module: LowRank) -> Spectrum:
-    """The singular value decomposition of `scale * B @ A`, at the cost of its factors. Computed in float64."""
-    qb, rb = torch.linalg.qr(module.B.double() * module.scale)
-    qa, ra = torch.linalg.qr(module.A.double().T)
-    u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    return Spectrum((qb @ u).float(), s.float(), (vh @ qa.T).float())
+    """The singular value decomposition of `scale * B @ A`."""
+    return Spectrum(*module.singular())
 
 
 def spectra(weights: LoraWeights) -> dict[str, Spectrum]:

@@ -59,6 +59,17 @@ class LowRank(NamedTuple):
     def nbytes(self) -> int:
         return self.A.nbytes + self.B.nbytes + (0 if self.units is None else self.units.nbytes)
 
+    def singular(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`scale * B @ A` as U diag(S) Vh: U [out, k], S [k] descending, Vh [k, in], k the rank at most, float32.
+
+        Of no codes. At the cost of the factors, from two QR decompositions and one small SVD: the product of their
+        triangles has the same singular values. Computed in float64.
+        """
+        qb, rb = torch.linalg.qr(self.B.double() * self.scale)
+        qa, ra = torch.linalg.qr(self.A.double().T)
+        u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+        return (qb @ u).float(), s.float(), (vh @ qa.T).float()
+
 
 @dataclass(frozen=True)
 class Version:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.weights import LoraWeights
+from server.kernels.cancelling import written_anew
 from server.kernels.lora import Segments, slow_in, times
 from server.kernels.reference import prepared, stored_rows
 from server.kernels.stored import TILE, dequantize_stored, group_values, unpack_nibbles
@@ -84,7 +85,7 @@ class Aten:
         )
 
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
-        return prepared(weights, self.dtype)
+        return prepared(written_anew(weights), self.dtype)
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
         if weight.layout == INT4PACK:

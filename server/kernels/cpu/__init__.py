@@ -14,6 +14,7 @@ import torch
 
 from adapters.weights import LoraWeights
 from server.kernels.adapter_memory import in_one_piece
+from server.kernels.cancelling import written_anew
 from server.kernels.cpu import bindings, packing
 from server.kernels.cpu.adapter_codes import encoded
 from server.kernels.cpu.places import places
@@ -64,7 +65,8 @@ class Native:
         return packing.dequantize(weight, start, stop)
 
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
-        kept = in_one_piece(weights, self.dtype) if scheme == "none" else encoded(weights)
+        whole = written_anew(weights)
+        kept = in_one_piece(whole, self.dtype) if scheme == "none" else encoded(whole)
         return replace(kept, places=places(kept))
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from adapters.weights import LoraWeights
 from server.kernels.adapter_memory import in_one_piece
+from server.kernels.cancelling import written_anew
 from server.kernels.cuda import adapter_codes, packing
 from server.kernels.cuda.places import places
 from server.kernels.stored import TILE
@@ -81,11 +82,11 @@ class Cuda:
         return dequantized(packing.part(weight, start, stop), torch.float32)
 
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
-        pinned = torch.cuda.is_available()
+        pinned, whole = torch.cuda.is_available(), written_anew(weights)
         if scheme == "none":
-            kept = in_one_piece(weights, self.dtype, pinned)
+            kept = in_one_piece(whole, self.dtype, pinned)
         else:
-            kept = adapter_codes.encoded(weights, pinned)
+            kept = adapter_codes.encoded(whole, pinned)
         return replace(kept, places=places(kept, self.dtype if scheme == "none" else torch.int8))
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
