@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +71,17 @@ def test_of_a_body_without_an_end_no_more_is_read_than_is_thrown_away(
     assert house.ask(headers=headers) == 413 and not house.got and house.asked <= 14
 
 
+@pytest.mark.parametrize("pieces", [[b"12345", b"678901"], [b"x" * 11, b"2", b"3"]])
+def test_a_body_over_the_limit_is_read_to_its_end_and_no_further(pieces: list[bytes]) -> None:
+    """Who has sent all of it says nothing more: its answer would wait for as long as a body is thrown away."""
+    house = House(pieces)
+    assert house.ask() == 413 and not house.got and house.asked == len(pieces)
+    upload = House(pieces)
+    with pytest.raises(limits.BodyTooLarge, match="--max-upload"):
+        upload.ask("/adapters", MULTIPART)
+    assert upload.asked == len(pieces)
+
+
 def test_a_body_over_the_limit_that_stalls_is_answered_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "DRAIN_SECONDS", 0.01)
     house = House([b"x" * 11], whole=False)
@@ -82,6 +94,45 @@ def test_a_body_over_the_limit_that_stalls_is_answered_all_the_same(monkeypatch:
 
     house.receive = stalls  # type: ignore[method-assign]
     assert house.ask() == 413
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "kind", "most"),
+    [
+        ("POST", "/adapters", b"Multipart/Form-Data; boundary=x", 10),
+        ("PUT", "/adapters/mine", b"multipart/form-data; boundary=x", 10),
+        ("PUT", "/tasks/mine", b"multipart/form-data; boundary=x", 5),
+        ("POST", "/adapters/mine", b"multipart/form-data; boundary=x", 5),
+        ("POST", "/adapters", b"application/json", 5),
+    ],
+)
+@pytest.mark.parametrize("declared", [True, False])
+def test_an_upload_may_be_as_large_as_uploads_where_there_are_any(
+    method: str, path: str, kind: bytes, most: int, declared: bool
+) -> None:
+    for size in (most, most + 1):
+        house = House([b"x" * size])
+        length = [(b"content-length", str(size).encode())] if declared else []
+        scope = {"type": "http", "method": method, "path": path, "headers": [(b"content-type", kind), *length]}
+        boundary = Boundary(BodyLimit(house.app, 5, 10, 60.0), lambda *_: None, lambda: False)
+        asyncio.run(boundary(scope, house.receive, house.send))
+        assert [sent["status"] for sent in house.sent if "status" in sent] == ([] if size == most else [413])
+
+
+async def stalls() -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError("nobody sets it")
+
+
+async def test_who_sends_nothing_more_is_answered_at_once() -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ValueError("broken")
+
+    house = House([])
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    await asyncio.wait_for(BodyLimit(house.app, 10, 10, body_time=0.01)(dict(scope), stalls, house.send), 5)
+    await asyncio.wait_for(Boundary(broken, lambda *_: None, lambda: False)(dict(scope), stalls, house.send), 5)
+    assert [sent["status"] for sent in house.sent if "status" in sent] == [408, 500]
 
 
 def test_a_client_that_leaves_within_its_body_is_not_heard() -> None:
@@ -122,6 +173,44 @@ def test_who_leaves_after_the_answer_has_begun_is_not_logged_as_gone(caplog: pyt
     scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
     asyncio.run(boundary(scope, house.receive, house.send))
     assert "'/generate' 200 " in caplog.text and "gone" not in caplog.text
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_who_leaves_before_the_answer_has_begun_is_logged_as_gone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, answered: bool
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=iter([3.0, 3.25]).__next__))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["tenant"] = "team"
+        if answered:
+            assert (await receive())["type"] == "http.disconnect"
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    house = House([])
+    boundary = Boundary(app, lambda *_: None, lambda: False, access_log=True)
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    asyncio.run(boundary(scope, house.receive, house.send))
+    (record,) = (record for record in caplog.records if "'/generate' gone 250.0 ms" in record.getMessage())
+    told = record.__dict__
+    assert (told["status"], told["ms"], told["tenant"], told["path"]) == (499, 250.0, "team", "/generate")
+
+
+@pytest.mark.parametrize(("status", "heard"), [(200, False), (401, True), (404, False), (413, True)])
+def test_what_the_middleware_refuses_is_told_and_the_last_answer_of_a_connection_says_so(
+    status: int, heard: bool
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+
+    house, unread = House([]), list[tuple[str, str, int]]()
+    for closes in (False, True):
+        boundary = Boundary(app, lambda *told: unread.append(told), lambda closes=closes: closes)  # type: ignore[misc]
+        scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
+        asyncio.run(boundary(scope, house.receive, house.send))
+        assert ((b"connection", b"close") in house.sent[-1]["headers"]) is closes
+    assert unread == [("GET", "/x", status)] * 2 * heard
 
 
 def test_what_fails_after_its_answer_has_begun_is_not_answered_twice(caplog: pytest.LogCaptureFixture) -> None:

@@ -125,6 +125,7 @@ def test_a_comparison_that_cannot_be_made_is_refused_at_once(
         ("[llama]\ngguf = 'x'", r"\[llama\] is a table of `gguf` and of `bench`, `server` or both"),
         ("[llama]\ngguf = 'x'\nserver = 'true'\nconvrt = 'y'", r"\[llama\] is a table"),
         ("[llama]\ngguf = 'x'\nserver = 'no-such-program'", "is no program that can be run"),
+        ("[llama]\ngguf = 'x'\nserver = 'true'\nconvert = 3", r"\[llama\] is a table"),
         ("llama = 'x'", r"\[llama\] is a table"),
         ("[peft]\npython = 'x'", "peft is the path of a Python"),
         ("sglang = 'x'", "'sglang' is no peer"),
@@ -174,7 +175,7 @@ def test_peers_keep_what_was_measured_before_one_failed(
 def test_a_peer_that_is_given_text_finds_the_ids_in_it(tiny_folder: Path, tmp_path: Path) -> None:
     base = command._base(command._settings(str(tiny_folder), tmp_path, "reference"))
     job = compare.drawn(base, [], 3, 128, 64)
-    assert [len(prompt) for prompt in job.prompts] == [128] * 3
+    assert [len(prompt) for prompt in job.prompts] == [128] * 3 and job.adapter_of == [-1] * 3
     encode = base.vocabulary.tokenizer.encode
     assert [encode(text, add_special_tokens=False).ids for text in job.texts] == job.prompts
 

@@ -48,6 +48,90 @@ def test_without_our_own_there_are_no_ratios() -> None:
     assert ratios(measured.table) == {} and list(measured.table) == ["one"]
 
 
+def test_every_second_round_is_backwards_and_medians_are_told_of_both_rates() -> None:
+    asked: list[str] = []
+    given = iter(Rates(prefill, 100 * prefill) for prefill in (1.0, 2.0, 30.0, 4.0, 7.0, 8.0))
+
+    def contestant(name: str) -> Contestant:
+        def run(job: Job) -> Rates:
+            asked.append(name)
+            return next(given)
+
+        return run
+
+    measured = rounds(JOB, {name: contestant(name) for name in ("loramux", "one")}, 3, lambda line: None)
+    assert asked == ["loramux", "one", "one", "loramux", "loramux", "one"]
+    told = compare.as_json(measured.table)
+    assert told["loramux"] == {
+        "prefill": 4.0,
+        "decode": 400.0,
+        "rounds": [{"prefill": rate, "decode": 100 * rate} for rate in (1.0, 4.0, 7.0)],
+    }
+    assert (told["one"]["prefill"], told["one"]["decode"]) == (8.0, 800.0)
+
+
+@pytest.mark.parametrize(("requests", "context"), [(2, "16384"), (2100, "16800")])
+def test_the_bench_of_llama_cpp_is_asked_for_the_job(
+    monkeypatch: pytest.MonkeyPatch, requests: int, context: str
+) -> None:
+    asked: list[list[str]] = []
+
+    def output(command: list[str], stdin: str) -> str:
+        asked.append(command)
+        return 'a line\n{"speed_pp": 9, "speed_tg": 9}\n{"speed_pp": 2, "speed_tg": 1}\n'
+
+    monkeypatch.setattr(compare, "output", output)
+    job = Job([[1, 2, 3]] * requests, ["a"] * requests, [], [-1] * requests, 5)
+    assert llama_peer(Path("bench"), Path("x.gguf"), 7)(job) == Rates(2.0, 1.0), "the last line is the whole job's"
+    wanted = {"-m": "x.gguf", "-c": context, "-npp": "3", "-ntg": "5", "-npl": f"{requests}", "-t": "7", "-tb": "7"}
+    (command,) = asked
+    assert {flag: command[command.index(flag) + 1] for flag in wanted} == wanted
+
+
+def test_a_script_is_told_the_whole_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def output(command: list[str], stdin: str) -> str:
+        asked.append(json.loads(stdin))
+        return '{"first": [1.0], "all": [2.0]}'
+
+    monkeypatch.setattr(compare, "output", output)
+    job = Job([[1, 2], [3, 4], [5, 6]], ["a", "b", "c"], [Path("x"), Path("y")], [1, 0, -1], 5)
+    assert script_peer("vllm", "python", Path("base"), 7)(job) == Rates(6.0, 12.0)
+    assert asked == [
+        {
+            "base": "base",
+            "adapters": ["x", "y"],
+            "prompts": [[1, 2], [3, 4], [5, 6]],
+            "texts": ["a", "b", "c"],
+            "adapter_of": [1, 0, -1],
+            "new_tokens": 5,
+            "threads": 7,
+            "repeats": 1,
+        }
+    ]
+
+
+def test_the_bench_of_llama_cpp_is_no_contestant_with_adapters() -> None:
+    named = {"llama": {"bench": "b", "gguf": "g"}, "peft": "python"}
+    assert list(compare.contestants(named, Path("base"), 1, with_adapters=False)) == ["llama.cpp", "peft"]
+    assert list(compare.contestants(named, Path("base"), 1, with_adapters=True)) == ["peft"]
+    only_server = {"llama": {"server": "s", "gguf": "g"}}
+    assert not compare.contestants(only_server, Path("base"), 1, with_adapters=False)
+
+
+@pytest.mark.parametrize(
+    ("end", "status"), [("exit 3", "3"), ("kill -9 $$", "-9")], ids=["with a status", "by a signal"]
+)
+def test_a_peer_that_ends_badly_is_told_with_its_last_words(tmp_path: Path, end: str, status: str) -> None:
+    peer = tmp_path / "peer"
+    peer.write_text(f"#!/bin/sh\nfor i in 1 2 3 4 5 6 7; do echo line $i >&2; done\n{end}\n")
+    peer.chmod(0o755)
+    with pytest.raises(PeerFailed, match=f"'peer' ended with status {status}:") as caught:
+        compare.output([str(peer)], "")
+    assert caught.value.message.splitlines()[1:] == [f"line {i}" for i in range(3, 8)]
+
+
 def test_a_peer_that_does_not_end_has_failed_with_all_that_it_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -109,6 +112,102 @@ def test_a_server_whose_adapters_nothing_converts_is_refused(tiny_base: Base, tm
     served = Served(tiny_base, [tmp_path / "s0"], 1, 8, 2, 1)
     with pytest.raises(BadSetting, match="needs `convert` beside its `server`, or give --no-adapters"):
         servers.compare({"llama": {"server": "x", "gguf": "y"}}, served, Place("m", tmp_path, tmp_path), 1, print)
+
+
+def test_without_adapters_nothing_has_to_be_converted(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def serving(*_: Any) -> Iterator[servers.Wave]:
+        yield lambda: {"whole": 1.0}
+
+    monkeypatch.setattr(servers, "InProcess", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(servers, "in_process", lambda *_: lambda: {"whole": 2.0})
+    for name in ("our_server", "llama_server"):
+        monkeypatch.setattr(servers, name, serving)
+    served, place = Served(tiny_base, [], 1, 8, 2, 1), Place("m", tmp_path, tmp_path)
+    told = servers.compare({"llama": {"server": "x", "gguf": "y"}}, served, place, 2, lambda line: None)
+    assert list(told.rounds) == ["in process", "loramux", "llama-server"] and not told.failed
+    assert told.ratios == {"in process": {"whole": 0.5}, "llama-server": {"whole": 1.0}}
+
+
+@pytest.mark.parametrize(("requests", "batch"), [(2, 32), (40, 40)])
+def test_our_batch_is_that_of_the_server_or_holds_all_requests(tiny_base: Base, requests: int, batch: int) -> None:
+    assert Served(tiny_base, [], requests, 8, 2, 1).batch == batch
+
+
+def test_each_rate_of_a_wave_is_what_its_name_says(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = SimpleNamespace(
+        tokens_per_second=1.0, decode_tokens_per_second=2.0, steady_tokens_per_second=3.0, ttft_p50=4.0
+    )
+    for name, told in (("closed_loop", None), ("timed", None), ("run", ([], summary))):
+        monkeypatch.setattr(servers, name, lambda *_, told=told, **__: told)
+    served = Served(tiny_base, [], 2, 8, 4, 1)
+    wave = servers.over_http("http://x", served.body, served)
+    assert wave() == {"whole": 1.0, "decode": 2.0, "steady decode": 3.0, "ttft_p50": 4.0}
+
+
+@pytest.mark.parametrize("adapters", [["s0", "s1"], []])
+def test_in_process_the_same_is_asked_of_the_same_adapters(tiny_base: Base, adapters: list[str]) -> None:
+    asked: list[Any] = []
+
+    class Engine:
+        def mix(self, choice: Any) -> Any:
+            return choice
+
+        def run(self, *told: Any) -> float:
+            asked.append(told)
+            return 2.0
+
+    served = Served(tiny_base, [Path(name) for name in adapters], 3, 8, 5, 1)
+    wave = servers.in_process(Engine(), served)  # type: ignore[arg-type]
+    assert wave() == {"whole": 3 * 5 / 2.0}
+    ((prompts, mixes, new_tokens),) = asked
+    assert prompts == [served.body(arrival, i)["prompt"] for i, arrival in enumerate(served.arrivals)]
+    assert mixes == ([[(0, 1.0)], [(1, 1.0)], [(0, 1.0)]] if adapters else [[], [], []]) and new_tokens == 5
+
+
+def test_each_server_is_started_for_what_it_is_asked(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[Any, ...]] = []
+    keys: list[str] = []
+
+    @contextlib.contextmanager
+    def running(*told: Any) -> Iterator[Any]:
+        started.append(told)
+        yield SimpleNamespace(url="http://x")
+
+    def over_http(url: str, body: Any, served: Served, key: str = "") -> servers.Wave:
+        keys.append(key)
+        return lambda: {}
+
+    monkeypatch.setattr(servers, "running", running)
+    monkeypatch.setattr(servers, "over_http", over_http)
+    monkeypatch.setattr(servers, "output", lambda command, _: Path(command[-1]).touch())
+    for path in (tmp_path / "a" / "s0", tmp_path / "kept" / "models", tmp_path / "fresh"):
+        path.mkdir(parents=True)
+    (tmp_path / "a" / "s0" / "adapter_model.safetensors").touch()
+    served = Served(tiny_base, [tmp_path / "a" / "s0"], 40, 8, 2, 3)
+    place = Place("m", tmp_path / "kept", tmp_path / "fresh")
+    llama = {"server": "l", "gguf": "g", "convert": "c"}
+    with (
+        servers.our_server(served, place),
+        servers.llama_server(llama, served, place),
+        servers.vllm_server("v", served, place),
+    ):
+        (ours, *_), (theirs, *_), (vllm, *_) = started
+    wanted = {"--model": "m", "--library": "none", "--threads": "3", "--max-batch": "40"}
+    wanted |= {"--adapter-dir": str(tmp_path / "a"), "--api-keys-file": str(tmp_path / "fresh" / "keys")}
+    assert {flag: ours[ours.index(flag) + 1] for flag in wanted} == wanted and "--no-prefix-cache" in ours
+    assert (tmp_path / "fresh" / "keys").read_text() == f"bench:{keys[0]}" and keys[0] and keys[1:] == ["", ""]
+    state = tmp_path / "fresh" / "state"
+    assert [path.name for path in state.iterdir()] == ["models"]
+    assert (state / "models").resolve() == tmp_path / "kept" / "models"
+    assert "--lora-init-without-apply" in theirs and theirs[theirs.index("-c") + 1] == f"{40 * 1024}"
+    job = json.loads(vllm[-1])
+    assert (job["requests"], job["threads"]) == (40, 3) and job["adapters"] == {"s0": str(tmp_path / "a" / "s0")}
+    assert [told[-1] for told in started[1:]] == [servers.PATIENCE] * 2, "they compile, or load all adapters"
 
 
 def test_converted_adapters_are_kept_for_their_base_and_content_alone(

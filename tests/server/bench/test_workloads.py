@@ -34,9 +34,19 @@ def test_a_draw_that_is_rounded_to_one_is_of_the_last_adapter() -> None:
     assert {a.adapter for a in generate(Poisson(rate=10, duration=1, adapters=5, alpha=1e18))} == {4}
 
 
-def test_an_empty_workload_is_refused() -> None:
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Poisson(rate=0.1, duration=1, adapters=5),
+        Poisson(rate=10, duration=1, adapters=0),
+        Poisson(rate=10, duration=1, adapters=5, alpha=0.0),
+        Poisson(rate=10, duration=1, adapters=5, cv=0.0),
+    ],
+    ids=["no request", "no adapter", "no popularity", "no variation"],
+)
+def test_a_workload_that_gives_no_request_is_refused(spec: Poisson) -> None:
     with pytest.raises(ValueError, match="at least one adapter"):
-        generate(Poisson(rate=0.1, duration=1, adapters=5))
+        generate(spec)
 
 
 def test_closed_lists_go_round_the_adapters() -> None:

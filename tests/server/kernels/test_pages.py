@@ -90,6 +90,19 @@ def test_a_system_without_huge_pages_is_asked_for_none(
     assert not pages.zeros(HUGE, torch.uint8).any() and not without
 
 
+def test_huge_pages_are_asked_for_all_that_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Noting(pages.mmap.mmap):
+        def madvise(self, advice: int, start: int = 0, length: int = 0) -> None:
+            asked.append((start, length))
+
+    monkeypatch.setattr(pages.mmap, "mmap", Noting)
+    made = pages.zeros(3 * HUGE // 4 + 1, torch.float32)
+    ((start, length),) = asked
+    assert made.data_ptr() % HUGE == 0 and 0 <= start < HUGE and length == made.nbytes
+
+
 def test_a_kernel_that_takes_no_advice_has_small_pages(tmp_path: Path, without: list[int]) -> None:
     path = tmp_path / "file"
     path.write_bytes(content(HUGE + 3))

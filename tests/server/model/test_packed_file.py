@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -102,7 +103,7 @@ def test_a_system_that_takes_no_advice_has_the_file_too(tmp_path: Path, monkeypa
     assert open_packed(packed_path(tmp_path, KEY), KEY, Digests(None)) is not None
 
 
-@pytest.mark.parametrize("where", ["head", "tensors", "index", "cut", "grown", "empty"])
+@pytest.mark.parametrize("where", ["magic", "head", "tensors", "index", "note", "cut", "grown", "empty"])
 def test_a_damaged_file_is_removed_with_a_line(tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path)
     settle(path)
@@ -110,6 +111,10 @@ def test_a_damaged_file_is_removed_with_a_line(tmp_path: Path, where: str, caplo
     data = bytearray(path.read_bytes())
     if where in ("head", "tensors", "index"):
         data[{"head": 9, "tensors": 200, "index": len(data) - 30}[where]] ^= 1
+    elif where == "magic":
+        data[0] ^= 1
+    elif where == "note":  # what the index says is JSON still, and of the same key
+        data = data.replace(b"a note", b"a vote")
     elif where == "cut":
         del data[-100:]
     elif where == "grown":
@@ -210,6 +215,55 @@ def test_what_nobody_has_opened_for_thirty_days_goes_with_the_next_write(tmp_pat
     with PackedWriter(packed_path(tmp_path, other), other) as writer:
         writer.finish()
     assert used.exists() and not unused.exists()
+
+
+@pytest.mark.parametrize(("opened", "written"), [(29, 31), (31, 29)])
+def test_what_was_opened_or_written_within_thirty_days_stays(tmp_path: Path, opened: int, written: int) -> None:
+    other, now = tmp_path / "base-2.packed", time.time()
+    other.write_bytes(b"x")
+    os.utime(other, (now - opened * 86400, now - written * 86400))
+    write(tmp_path)
+    assert other.exists()
+
+
+def test_that_a_file_is_opened_is_noted_where_the_disk_would_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, noted, begun = write(tmp_path), list[tuple[Path, tuple[int, int]]](), time.time_ns()
+    monkeypatch.setattr(os, "utime", lambda path, ns: noted.append((path, ns)))
+    assert open_packed(path, KEY, Digests(None)) is not None
+    ((of, (opened, written)),) = noted
+    assert of == path and begun <= opened <= time.time_ns() and written == path.stat().st_mtime_ns
+
+
+def test_a_file_on_a_disk_that_is_read_only_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path)
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert open_packed(path, KEY, Digests(None)) is not None and path.exists()
+
+
+def test_where_there_are_no_locks_files_are_written_and_nothing_is_taken_for_abandoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / "base-1.tmp"
+    left.write_bytes(b"x")
+    os.utime(left, (time.time() - 86400, time.time() - 86400))
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    assert open_packed(write(tmp_path), KEY, Digests(None)) is not None and left.exists()
+
+
+def test_a_key_is_the_same_in_whatever_order_it_is_told(tmp_path: Path) -> None:
+    turned = dict(reversed(KEY.items()))
+    assert list(turned) != list(KEY) and packed_path(tmp_path, turned) == packed_path(tmp_path, KEY)
+    assert open_packed(write(tmp_path), turned, Digests(None)) is not None
 
 
 def test_digests_are_remembered_until_size_or_time_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,3 +97,26 @@ def test_a_burst_does_not_grow_while_nobody_sends() -> None:
         admission.enter("one", None)
     with pytest.raises(RateLimited):
         admission.enter("one", None)
+
+
+def test_a_rate_of_less_than_one_in_two_seconds_lets_one_in_and_tells_how_long_the_next_waits() -> None:
+    now = [0.0]
+    admission = Admission(key_rate=0.25, clock=lambda: now[0])
+    admission.enter("one", None)
+    for at, wait in ((0.0, 4.0), (1.0, 3.0), (3.5, 0.5)):
+        now[0] = at
+        with pytest.raises(RateLimited) as caught:
+            admission.enter("one", None)
+        assert caught.value.retry_after == pytest.approx(wait)
+    now[0] = 4.0
+    admission.enter("one", None)
+
+
+def test_who_has_too_many_in_flight_is_told_to_come_back_in_a_second() -> None:
+    admission = Admission(per_key=2, per_task=1)
+    admission.enter("one", "t")
+    admission.enter("one", None)
+    for tenant, task, whose in (("one", "u", "this key"), ("two", "t", "the task 't'")):
+        with pytest.raises(RateLimited, match=whose) as caught:
+            admission.enter(tenant, task)
+        assert caught.value.retry_after == 1.0

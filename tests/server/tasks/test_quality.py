@@ -140,6 +140,17 @@ def test_of_many_versions_the_last_that_answered_are_told(tmp_path: Path, monkey
     again.close()
 
 
+def test_an_answer_that_is_noted_late_makes_no_version_older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_TOLD", 1)
+    quality, now = Quality(tmp_path / "quality.db"), time.time()
+    last, before = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
+    for n, (subject, hours) in enumerate([(last, 0), (before, 1), (last, 2)]):
+        quality.answered(answered(f"{n}", subject, at=now - hours * module.HOUR))
+        quality.flush()
+    assert [told["version"] for told in quality.performance("t")] == [last.label]
+    quality.close()
+
+
 def test_feedback_is_for_a_day(tmp_path: Path) -> None:
     quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
     quality.answered(answered("old", subject, at=time.time() - module.DAY - 1))
@@ -206,6 +217,98 @@ def test_an_example_that_is_scored_again_as_it_grows_old_counts_once(tmp_path: P
     quality.close()
 
 
+def count(quality: Quality, table: str) -> int:
+    (rows,) = quality._db.execute(f"SELECT count(*) FROM {table}").fetchone()
+    return int(rows)
+
+
+def test_answers_stay_for_the_day_of_their_feedback_and_no_longer(tmp_path: Path) -> None:
+    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality.answered(answered("one", subject))
+    quality.flush()
+    quality._sweep(time.time() + 0.9 * DAY)
+    quality.feedback("t", "one", "", score=1.0, expected=None)
+    quality._sweep(time.time() + DAY + 60)
+    assert count(quality, "answers") == 0 and count(quality, "scores") == 1
+    quality.close()
+
+
+def test_examples_go_with_their_scores(tmp_path: Path) -> None:
+    quality = Quality(tmp_path / "quality.db")
+    a, b = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
+    quality.evaluated(a, "accuracy", {"x": 1.0})
+    quality._sweep(time.time() + 200 * DAY)
+    assert count(quality, "examples") == count(quality, "scores") == 0
+    for subject in (b, a):  # it may have the number of the one that is gone
+        quality.evaluated(subject, "accuracy", {"y": 1.0})
+    assert quality.paired(a, b, "accuracy").count == 1
+    quality.close()
+
+
+def test_a_version_with_the_number_of_a_mix_that_is_forgotten_is_not_made_up(tmp_path: Path) -> None:
+    quality, own = Quality(tmp_path / "quality.db"), Subject.of("t", [(A, 0.5)], "base")
+    quality.answered(answered("own", own, routed=False))
+    quality.flush()
+    assert quality._made_up == {own}
+    quality._sweep(time.time() + 200 * DAY)
+    quality.answered(answered("routed", Subject.of("t", [(B, 1.0)], "base")))
+    quality.close()
+    again = Quality(tmp_path / "quality.db")
+    assert len(again.performance("t")) == 1 and not again._made_up
+    again.close()
+
+
+def test_who_has_answers_alone_or_scores_alone_is_known_after_a_sweep(tmp_path: Path) -> None:
+    quality, old = Quality(tmp_path / "quality.db", retention=DAY), Subject.of("t", [], "base")
+    quality.answered(answered("old", old, at=time.time() - 3 * DAY))
+    quality.answered(answered("one", Subject.of("t", [(A, 1.0)], "base")))
+    quality.evaluated(Subject.of("t", [(B, 1.0)], "base"), "accuracy", {"x": 1.0})
+    quality.flush()
+    quality._sweep(time.time())
+    told = {version["version"][0]: (version["requests"], version["samples"]) for version in quality.performance("t")}
+    assert told == {"a": (1, 0), "b": (0, 1)}
+    quality.close()
+
+
+def test_traffic_that_was_asked_for_is_forgotten_as_it_grows_old(tmp_path: Path) -> None:
+    quality, subject = Quality(tmp_path / "quality.db", retention=DAY), Subject.of("t", [], "base")
+    for days in (3, 0, 0):
+        quality.answered(answered(f"{days}", subject, at=time.time() - days * DAY))
+    assert [told["requests"] for told in quality.performance("t")] == [3]
+    quality._sweep(time.time())
+    assert [told["requests"] for told in quality.performance("t")] == [2]
+    quality.close()
+
+
+@pytest.mark.parametrize("drift", [-61.0, -59.0, 59.0, 61.0])
+def test_a_clock_that_is_a_minute_off_in_an_hour_is_trusted_and_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, drift: float
+) -> None:
+    quality = Quality(tmp_path / "quality.db")
+    wall, steady = quality._clocks
+    with quality._lock:
+        quality._sweep_hourly(wall + module.HOUR + drift, steady + module.HOUR)
+    assert ("the clock was set by" in caplog.text) is (abs(drift) > 60)
+    quality.close()
+
+
+def test_answers_wait_for_a_disk_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_PENDING", 3)
+    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+
+    def full(pending: Any) -> Any:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as broken, quality._lock:
+        broken.setattr(quality, "_write", full)
+        for n in range(6):
+            quality.answered(answered(f"{n}", subject))
+            with pytest.raises(sqlite3.OperationalError):
+                quality._flush()
+        assert [waiting.id for waiting in quality._pending] == ["3", "4", "5"]
+    quality.close()
+
+
 @pytest.mark.parametrize("scored", [True, False])
 def test_old_rows_go(tmp_path: Path, scored: bool) -> None:
     quality, subject = Quality(tmp_path / "quality.db", retention=module.DAY), Subject.of("t", [], "base")
@@ -245,6 +348,25 @@ def test_mixes_that_clients_make_up_are_bounded(tmp_path: Path, monkeypatch: pyt
     quality = Quality(tmp_path / "quality.db")
     quality.answered(answered("again", Subject.of("t", [(A, 2.0)], "base"), routed=False))
     assert len(quality.performance("t")) == 4, "after a restart too"
+    quality.close()
+
+
+def test_a_mix_that_waits_for_a_disk_takes_no_place_from_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_MADE_UP", 1)
+    quality, write = Quality(tmp_path / "quality.db"), Quality._write
+
+    def full(pending: Any) -> Any:
+        write(quality, pending)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as broken, quality._lock:
+        broken.setattr(quality, "_write", full)
+        quality.answered(answered("mine", Subject.of("t", [(A, 0.5)], "base"), routed=False))
+        with pytest.raises(sqlite3.OperationalError):
+            quality._flush()
+    quality.feedback("t", "mine", "", score=1.0, expected=None)
     quality.close()
 
 
@@ -358,6 +480,26 @@ def test_of_answers_that_wait_for_a_disk_the_oldest_are_let_go(tmp_path: Path, m
     quality.close()
 
 
+def test_a_disk_that_stays_full_is_told_once_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "FLUSH_SECONDS", 0.001)
+    quality, flush, tried = Quality(tmp_path / "quality.db"), Quality.flush, []
+
+    def full() -> None:
+        tried.append(1)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    for times in (1, 2):
+        tried.clear()
+        monkeypatch.setattr(quality, "flush", full)
+        until(lambda: len(tried) > 3)
+        assert caplog.text.count("quality records cannot be written") == times
+        monkeypatch.setattr(quality, "flush", lambda: flush(quality))
+        until(lambda: not quality._refused)
+    quality.close()
+
+
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     quality = Quality(tmp_path / "quality.db")
     first, second = Subject.of("t", [], "base"), Subject.of("t", [(A, 1.0)], "base")
@@ -368,7 +510,7 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.Lo
         quality._db.execute(f"PRAGMA max_page_count = {pages}")
     for n in range(500):
         quality.answered(answered(f"more-{n}", second))
-    with pytest.raises(StoreFailed, match="full"):
+    with pytest.raises(StoreFailed, match="cannot be written: .* full"):
         quality.feedback("t", "one", "", score=1.0, expected=None)
     assert [(told["version"], told["requests"]) for told in quality.performance("t")] == [("base", 1)]
     with pytest.raises(StoreFailed, match="full"):
@@ -400,6 +542,15 @@ def test_expected_is_compared_as_accuracy_does(tmp_path: Path) -> None:
     quality.answered(answered("one", subject, " Positive"))
     quality.feedback("t", "one", "", score=None, expected="positive\n")
     assert quality.totals(subject, "accuracy", "feedback").mean == 1.0
+    quality.close()
+
+
+def test_an_answer_of_no_words_may_be_what_was_expected(tmp_path: Path) -> None:
+    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    for id, text in (("none", " "), ("some", "yes")):
+        quality.answered(answered(id, subject, text))
+        quality.feedback("t", id, "", score=None, expected="")
+    assert quality.totals(subject, "accuracy", "feedback") == Totals(2, 1.0, 1.0)
     quality.close()
 
 
@@ -605,6 +756,17 @@ def test_the_first_sweep_is_soon_after_the_start(tmp_path: Path) -> None:
     quality.close()
 
 
+def test_old_records_go_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Quality(tmp_path / "quality.db")
+    first.answered(answered("one", Subject.of("t", [], "base"), at=time.time() - 3 * DAY))
+    first.close()
+    monkeypatch.setattr(module, "FIRST_SWEEP", 0.0)
+    monkeypatch.setattr(module, "FLUSH_SECONDS", 0.001)
+    quality = Quality(tmp_path / "quality.db", retention=DAY)
+    until(lambda: not quality.performance("t"))
+    quality.close()
+
+
 @pytest.mark.parametrize(
     ("was", "becomes"),
     [
@@ -638,6 +800,36 @@ def test_tables_that_are_not_as_they_were_made_are_set_aside(
     assert "set aside as quality.broken.db" in caplog.text and (tmp_path / "quality.broken.db").exists()
 
 
+def test_latencies_are_in_the_columns_of_their_names(tmp_path: Path) -> None:
+    quality = Quality(tmp_path / "quality.db")
+    quality.answered(answered("one", Subject.of("t", [], "base")))
+    quality.flush()
+    found = []
+    for blob in quality._db.execute("SELECT ttft, tpot, e2e FROM traffic").fetchone():
+        latencies = Latencies()
+        latencies.join([blob])
+        found.append(latencies.percentiles()[0])
+    assert found == [pytest.approx(0.1, rel=0.06), None, pytest.approx(0.5, rel=0.06)]
+    quality.close()
+
+
+def test_of_scores_that_moved_to_another_hour_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quality, now = Quality(tmp_path / "quality.db"), time.time()
+    subject, values = Subject.of("t", [(A, 1.0)], "base"), {"1": 0.1, "2": 0.7, "3": 0.3}
+    for hours in range(3):
+        monkeypatch.setattr(module.time, "time", lambda hours=hours: now + hours * module.HOUR)
+        quality.evaluated(subject, "accuracy", values)
+        assert count(quality, "hours") == 1
+    quality.close()
+
+
+def test_an_evaluation_of_nothing_has_no_mean(tmp_path: Path) -> None:
+    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality.evaluated(subject, "accuracy", {})
+    assert quality.means(["t"]) == [] and [told["quality"] for told in quality.performance("t")] == [[]]
+    quality.close()
+
+
 def test_pairs_follow_either_side(tmp_path: Path) -> None:
     quality = Quality(tmp_path / "quality.db")
     a, b = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
@@ -646,6 +838,19 @@ def test_pairs_follow_either_side(tmp_path: Path) -> None:
     assert quality.paired(a, b, "accuracy") == Totals(2, 1.0, 0.5)
     quality.evaluated(b, "accuracy", {"2": 0.0})
     assert quality.paired(a, b, "accuracy") == Totals(2, 1.5, 1.25)
+    quality.close()
+
+
+def test_pairs_have_two_sides(tmp_path: Path) -> None:
+    quality = Quality(tmp_path / "quality.db")
+    a, b = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
+    quality.evaluated(a, "accuracy", {"1": 1.0, "2": 1.0})
+    quality.evaluated(b, "accuracy", {"1": 1.0, "2": 0.0})
+    for _ in range(2):
+        assert quality.paired(a, b, "accuracy") == Totals(2, 1.5, 1.25)
+        assert quality.paired(b, a, "accuracy") == Totals(2, 0.5, 0.25)
+    sums = [quality.totals(subject, "accuracy", "evaluation") for subject in (a, b)]
+    assert sums == [Totals(2, 2.0, 2.0), Totals(2, 1.0, 1.0)], "each has scores of its own"
     quality.close()
 
 

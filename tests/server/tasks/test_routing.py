@@ -18,7 +18,7 @@ from adapters.weights import Version
 from server.tasks.definitions import Best, Task
 from server.tasks.intervals import ALPHA, Totals, by_hours, by_pairs, interval
 from server.tasks.quality import DAY, Quality
-from server.tasks.routing import EXPLORED, ROUNDS, BestRouter, by_evaluation, by_feedback
+from server.tasks.routing import EXPLORED, ROUNDS, BestRouter, _Turns, by_evaluation, by_feedback
 from server.tasks.routing import decide as decide_on
 from server.tasks.subjects import Answered, Subject
 
@@ -702,3 +702,147 @@ def test_hours_are_gone_through_in_their_order() -> None:
     later = ({at + 7: t for at, t in some.items()} for some in (one, other))
     assert by_hours(*later) == by_hours(one, other)
     assert by_hours(one, other).mean == pytest.approx(by_hours(dict(sorted(one.items())), other).mean)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_leader_is_proven_at_the_share_of_alpha_of_its_rivals(more: int) -> None:
+    """All of it against one, and half of it against each of two."""
+    a = {0: Totals(400, 340.0, 340.0)}
+    found = []
+    for right in range(340):
+        b = {0: Totals(400, float(right), float(right))}
+        proven = by_hours(a, b).least(ALPHA / (1 + more)) > 0
+        found.append(proven)
+        assert (decide({"a": a, "b": b, **dict.fromkeys("c" * more, b)}, 1, None).leader == "a") is proven
+    assert {True, False} == set(found)
+
+
+def test_as_many_samples_as_are_asked_for_are_enough() -> None:
+    good, bad = of_an_hour(1.0, MIN_SAMPLES), of_an_hour(0.0, MIN_SAMPLES)
+    assert decide({"a": good, "b": bad}, MIN_SAMPLES, None).leader == "a"
+    assert decide({"a": good, "b": of_an_hour(0.0, MIN_SAMPLES - 1)}, MIN_SAMPLES, None).leader is None
+
+
+def test_who_leads_goes_on_to_where_all_others_are_gone() -> None:
+    assert decide({"a": of_an_hour(1.0, 300)}, MIN_SAMPLES, "a").leader == "a"
+
+
+def test_rounds_among_some_go_on_after_those_among_others() -> None:
+    turns = _Turns()
+    for _ in range(20):
+        names = [turns.next("ab") for _ in range(3)]
+        others = [turns.next("cd") for _ in range(2 * ROUNDS)]
+        names += [turns.next("ab") for _ in range(2 * ROUNDS - 3)]
+        assert Counter(names) == dict.fromkeys("ab", ROUNDS) and Counter(others) == dict.fromkeys("cd", ROUNDS)
+
+
+def test_rivals_with_as_many_samples_as_are_asked_for_have_as_many_turns(tmp_path: Path) -> None:
+    names, quality = Names("a", "b", "c"), Quality(tmp_path / "quality.db")
+    router = BestRouter(quality, names, "base")
+    for name, value, samples in (("a", 0.0, 50), ("b", 1.0, 60), ("c", 0.0, 60)):
+        thumbs(quality, names, name, [value] * samples)
+    assert router.review(TASK, ROUTE).leader == "b"
+    picks = Counter(router.pick(TASK, ROUTE) for _ in range(EXPLORED * 2 * ROUNDS))
+    assert picks["a"] == picks["c"] == ROUNDS
+    quality.close()
+
+
+def test_a_route_by_loss_leads_to_the_least(tmp_path: Path) -> None:
+    names, quality = Names("a", "b"), Quality(tmp_path / "quality.db")
+    route = Best(("a", "b"), metric="loss", source="evaluation", min_samples=50)
+    for name, value in (("a", 0.9), ("b", 0.1)):
+        subject = Subject.of("t", names.resolve([(name, 1.0)]), "base")
+        quality.evaluated(subject, "loss", {f"{i}": value for i in range(100)})
+    assert BestRouter(quality, names, "base").review(Task("t", "{input}", route), route).leader == "b"
+    quality.close()
+
+
+def test_of_a_task_that_is_gone_nothing_is_kept(tmp_path: Path) -> None:
+    _, route, task, quality, router = judged(tmp_path)
+    router.pick(task, route)
+    router.review(task, route)
+    router.forget("t")
+    assert not router._turns and not router._leaders and not router._behind
+    quality.close()
+
+
+def test_a_decision_by_one_metric_says_nothing_of_another(tmp_path: Path) -> None:
+    names, quality = Names("a", "b"), Quality(tmp_path / "quality.db")
+    by_accuracy = Best(("a", "b"), source="evaluation", min_samples=50)
+    by_loss = Best(("a", "b"), metric="loss", source="evaluation", min_samples=50)
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        score(quality, names, name, [value] * 100)
+    router = BestRouter(quality, names, "base")
+    assert router.review(Task("t", "{input}", by_accuracy), by_accuracy).leader == "b"
+    assert router.review(Task("t", "{input}", by_loss), by_loss).leader is None
+    quality.close()
+
+
+def test_who_shares_examples_with_one_of_two_has_to_share_them_with_both(tmp_path: Path) -> None:
+    names, quality = Names("a", "b", "c"), Quality(tmp_path / "quality.db")
+    route = Best(("a", "b", "c"), source="evaluation", min_samples=50)
+    task, router = Task("t", "{input}", route), BestRouter(quality, names, "base")
+
+    def asked(name: str, kind: str, value: float) -> None:
+        subject = Subject.of("t", names.resolve([(name, 1.0)]), "base")
+        quality.evaluated(subject, "accuracy", {f"{kind} {i}": value for i in range(100)})
+
+    for name, kind, value in (("a", "x", 1.0), ("a", "y", 1.0), ("b", "x", 0.0), ("c", "y", 0.0)):
+        asked(name, kind, value)
+    decision = router.review(task, route)
+    assert decision.leader is None and decision.reason.endswith("; have all of them evaluated on one file")
+    asked("c", "x", 0.0)
+    decision = router.review(task, route)
+    assert decision.leader == "a" and "one file" not in decision.reason
+    quality.close()
+
+
+def test_who_looks_at_a_task_has_its_leader_written_down(tmp_path: Path) -> None:
+    names, route, task, quality, router = judged(tmp_path)
+    router.look(None)
+    assert quality.leader("t", "accuracy by feedback") is None
+    router.look(task)
+    leader = Subject.of("t", names.resolve([("b", 1.0)]), "base")
+    known = quality.leader("t", "accuracy by feedback")
+    assert known is not None and known[0] == leader
+    assert router.describe(task, route)["version"] == leader.label
+    quality.close()
+
+
+def test_a_mean_is_a_share_whatever_was_rounded() -> None:
+    assert Totals(3, 3.0000000000000004, 3.0).mean == 1.0 and Totals(2, -1e-17, 0.0).mean == 0.0
+
+
+def test_an_interval_is_of_shares() -> None:
+    assert interval(Totals(5, 0.0, 0.0))[0] == 0.0 and interval(Totals(5, 5.0, 5.0))[1] == 1.0
+    assert interval(Totals(2000, 0.0, 0.0))[1] < 0.1
+
+
+def test_of_scores_that_were_all_taken_out_nothing_is_left() -> None:
+    totals = Totals()
+    for times in (1, -1):
+        for value in (0.1, 0.7, 0.3):
+            totals = totals.plus(value, times)
+    assert totals == Totals()
+
+
+def test_pairs_are_apart_by_the_difference_of_their_means() -> None:
+    paired = Totals()
+    for first, second in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, 0.0)):
+        paired = paired.plus((1 + first - second) / 2)
+    apart = by_pairs(paired)
+    assert (apart.mean, apart.count) == (0.25, 4)
+    assert by_pairs(Totals(1, 1.0, 1.0)).mean == 1.0 and by_pairs(Totals()).least() < -1
+
+
+def test_hours_weigh_as_much_as_they_tell() -> None:
+    one, other = {0: Totals(10, 8.0, 8.0), 1: Totals(40, 20.0, 20.0)}, {0: Totals(30, 9.0, 9.0), 1: Totals(5, 4.0, 4.0)}
+    mine, theirs = Totals(50, 28.0, 28.0), Totals(35, 13.0, 13.0)
+    together = (50 * mine.variance + 35 * theirs.variance) / 85
+    first, second = max(mine.variance, together), max(theirs.variance, together)
+    assert mine.variance != theirs.variance
+    weights = [1 / (first / 10 + second / 30), 1 / (first / 40 + second / 5)]
+    apart = by_hours(one, other)
+    assert apart.mean == pytest.approx((weights[0] * (0.8 - 0.3) + weights[1] * (0.5 - 0.8)) / sum(weights))
+    assert apart.variance == pytest.approx(first + second)
+    assert apart.count == pytest.approx(sum(weights) * (first + second))
