@@ -17,6 +17,8 @@ from adapters.weights import LoraWeights, LowRank
 LEAST = 1 / 16
 """Of what the squares of a module's ranks come to one by one, the square of their sum: below that they cancel. What is
 trained plainly has about 1, and is rounded as it is."""
+AT_ONCE = 16
+"""Modules of one shape that are looked at together: they are copied for that."""
 
 
 def written_anew(weights: LoraWeights) -> LoraWeights:
@@ -26,7 +28,8 @@ def written_anew(weights: LoraWeights) -> LoraWeights:
     for path, (a, b, *_) in weights.modules.items():
         if a.shape[0] == b.shape[1] > 1:  # others are refused, or have nothing to cancel
             alike[a.shape, a.dtype, b.shape, b.dtype].append(path)
-    found = [path for paths in alike.values() for path in _cancelling(weights, paths)]
+    some = [paths[i : i + AT_ONCE] for paths in alike.values() for i in range(0, len(paths), AT_ONCE)]
+    found = [path for paths in some for path in _cancelling(weights, paths)]
     if not found:
         return weights
     return replace(weights, modules={**weights.modules, **{path: _anew(weights.modules[path]) for path in found}})

@@ -112,8 +112,9 @@ def by_pairs(paired: Totals) -> Apart:
 
 def by_hours(one: Hours, other: Hours) -> Apart:
     """Within stretches of time: as many hours as it takes until both have a score, so that nothing is lost where scores
-    are rare. What one of them has from before the other's first hour says nothing, or from while that was away for more
-    than a day: all questions may have been others then, and it would all be held against that one hour.
+    are rare. What one of them has from before the other's first hour says nothing, and from while that was away for
+    more than a day its latest hour alone: all questions may have been others then, and it would all be held against one
+    hour.
 
     A subject of few scores is taken to vary at least as much as both together: one that was lucky so far would look
     certain.
@@ -128,14 +129,16 @@ def by_hours(one: Hours, other: Hours) -> Apart:
     first, second = max(mine.variance, together), max(theirs.variance, together)
     information = weighted = total_a = total_b = 0.0
     count_a = count_b = 0
+    last_a = last_b = Totals()
     for hour in sorted(one.keys() | other.keys()):
-        if hour - since > 24 and hour in one and hour in other:
-            count_a = count_b = 0
-            total_a = total_b = 0.0
-        if (a := one.get(hour)) is not None:
-            count_a, total_a = count_a + a.count, total_a + a.total
-        if (b := other.get(hour)) is not None:
-            count_b, total_b = count_b + b.count, total_b + b.total
+        a, b = one.get(hour), other.get(hour)
+        if hour - since > 24 and (count_a and b or count_b and a):  # who was away is back
+            count_a, total_a = (0, 0.0) if a else (last_a.count, last_a.total)
+            count_b, total_b = (0, 0.0) if b else (last_b.count, last_b.total)
+        if a is not None:
+            count_a, total_a, last_a = count_a + a.count, total_a + a.total, a
+        if b is not None:
+            count_b, total_b, last_b = count_b + b.count, total_b + b.total, b
         if count_a and count_b:
             weight = 1.0 / (first / count_a + second / count_b)
             information += weight
