@@ -151,8 +151,9 @@ def test_what_one_had_before_the_other_came_says_nothing() -> None:
     assert decide({"a": leads, "b": {**tried, **equal}}, MIN_SAMPLES, "a").behind == frozenset()
     assert decide({"a": leads, "b": {**tried, **better}}, MIN_SAMPLES, "a").leader == "b"
     assert decide({"b": {**tried, **better}, "a": leads}, MIN_SAMPLES, "a").leader == "b"
-    alone = {**{hour: Totals(100, 95, 95) for hour in range(48)}, 700: Totals(40, 12, 12)}  # back by itself
-    meanwhile = {**before, 699: Totals(20, 6, 6), 701: Totals(20, 6, 6)}
+    alone = {**{hour: Totals(100, 95, 95) for hour in range(48)}, 700: Totals(100, 30, 30)}  # back by itself
+    meanwhile = {**dict.fromkeys(range(48), Totals(1, 1, 1)), **{hour: before[hour] for hour in range(48, 699)}}
+    meanwhile |= {hour: Totals(20, 6, 6) for hour in (699, 701)}
     assert decide({"a": alone, "b": meanwhile}, MIN_SAMPLES, None).behind == frozenset()
     assert decide({"b": meanwhile, "a": alone}, MIN_SAMPLES, None).behind == frozenset()
     rare = [{hour: Totals(1, value, value) for hour in range(first, 9000, 40)} for first, value in ((0, 1), (13, 0))]
