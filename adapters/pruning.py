@@ -10,10 +10,8 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 
-import torch
-
 from adapters.errors import AdapterError
-from adapters.weights import LoraWeights, LowRank, sealed
+from adapters.weights import LoraWeights, LowRank, Spectrum, sealed
 
 
 @dataclass(frozen=True)
@@ -30,28 +28,9 @@ class Cut:
     dropped: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """A module's update as U diag(S) Vh: U is [out, k], S is [k] descending, Vh is [k, in], all float32."""
-
-    U: torch.Tensor
-    S: torch.Tensor
-    Vh: torch.Tensor
-
-    def low_rank(self, rank: int) -> LowRank:
-        """The best update of this rank (or of full rank, if that is less), balanced between its factors; scale 1."""
-        root = self.S[:rank].sqrt()
-        return LowRank((root[:, None] * self.Vh[:rank]).contiguous(), (self.U[:, :rank] * root).contiguous(), 1.0)
-
-
-def spectrum(module: LowRank) -> Spectrum:
-    """The singular value decomposition of `scale * B @ A`."""
-    return Spectrum(*module.singular())
-
-
 def spectra(weights: LoraWeights) -> dict[str, Spectrum]:
     """The spectrum of every module."""
-    return {path: spectrum(module) for path, module in weights.modules.items()}
+    return {path: module.spectrum() for path, module in weights.modules.items()}
 
 
 def parameters(weights: LoraWeights) -> int:

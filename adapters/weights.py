@@ -59,16 +59,30 @@ class LowRank(NamedTuple):
     def nbytes(self) -> int:
         return self.A.nbytes + self.B.nbytes + (0 if self.units is None else self.units.nbytes)
 
-    def singular(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`scale * B @ A` as U diag(S) Vh: U [out, k], S [k] descending, Vh [k, in], k the rank at most, float32.
+    def spectrum(self) -> Spectrum:
+        """The singular values of `scale * B @ A`, of a module that is not in codes.
 
-        Of no codes. At the cost of the factors, from two QR decompositions and one small SVD: the product of their
-        triangles has the same singular values. Computed in float64.
+        At the cost of the factors, never of the dense update, from two QR decompositions and one small SVD: the product
+        of their triangles has the same singular values. Computed in float64.
         """
         qb, rb = torch.linalg.qr(self.B.double() * self.scale)
         qa, ra = torch.linalg.qr(self.A.double().T)
         u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-        return (qb @ u).float(), s.float(), (vh @ qa.T).float()
+        return Spectrum((qb @ u).float(), s.float(), (vh @ qa.T).float())
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A module's update as U diag(S) Vh: U is [out, k], S is [k] descending, Vh is [k, in], all float32."""
+
+    U: torch.Tensor
+    S: torch.Tensor
+    Vh: torch.Tensor
+
+    def low_rank(self, rank: int) -> LowRank:
+        """The best update of this rank (or of full rank, if that is less), balanced between its factors; scale 1."""
+        root = self.S[:rank].sqrt()
+        return LowRank((root[:, None] * self.Vh[:rank]).contiguous(), (self.U[:, :rank] * root).contiguous(), 1.0)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from adapters.weights import LoraWeights, LowRank
+from adapters.weights import LoraWeights
 
 LEAST = 1 / 16
 """Of what the squares of a module's ranks come to one by one, the square of their sum: below that they cancel. What is
@@ -32,13 +32,8 @@ def written_anew(weights: LoraWeights) -> LoraWeights:
     found = [path for paths in some for path in _cancelling(weights, paths)]
     if not found:
         return weights
-    return replace(weights, modules={**weights.modules, **{path: _anew(weights.modules[path]) for path in found}})
-
-
-def _anew(module: LowRank) -> LowRank:
-    u, s, vh = module.singular()
-    root = s.sqrt()
-    return LowRank(root[:, None] * vh, u * root, 1.0)
+    anew = {path: weights.modules[path].spectrum().low_rank(weights.modules[path].rank) for path in found}
+    return replace(weights, modules={**weights.modules, **anew})
 
 
 def _cancelling(weights: LoraWeights, paths: list[str]) -> list[str]:

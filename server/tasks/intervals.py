@@ -19,6 +19,8 @@ ALPHA = 0.05
 """Chance that an interval is ever wrong, over all time."""
 TUNED_FOR = 1000
 """The number of samples at which the intervals are narrowest."""
+AWAY = 24
+"""Hours without an hour to compare, after which one of two subjects is taken to have been away."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def by_hours(one: Hours, other: Hours) -> Apart:
     last_a = last_b = Totals()
     for hour in sorted(one.keys() | other.keys()):
         a, b = one.get(hour), other.get(hour)
-        if hour - since > 24 and (count_a and b or count_b and a):  # who was away is back
+        if hour - since > AWAY and (count_a and b or count_b and a):  # who was away is back
             count_a, total_a = (0, 0.0) if a else (last_a.count, last_a.total)
             count_b, total_b = (0, 0.0) if b else (last_b.count, last_b.total)
         if a is not None:

@@ -65,8 +65,8 @@ class Native:
         return packing.dequantize(weight, start, stop)
 
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
-        whole = written_anew(weights)
-        kept = in_one_piece(whole, self.dtype) if scheme == "none" else encoded(whole)
+        weights = written_anew(weights)
+        kept = in_one_piece(weights, self.dtype) if scheme == "none" else encoded(weights)
         return replace(kept, places=places(kept))
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:

@@ -76,7 +76,8 @@ __attribute__((always_inline)) inline void ask(Ahead& ahead, int64_t side, const
 
 // dot[t][r] = the products of a group's codes of T tiles with R rows' codes x, in the units of the rows' second halves, or
 // in sixteenths of these for INT4: its nibbles are read where they lie, those in the high half of a byte as 16 times as
-// much. `words` points at those of this group. CENTRED: the codes of INT4 are taken as 8 less than they are, and words are Pairs.
+// much. `words` points at those of this group. CENTRED: the codes of INT4 are taken as 8 less than they are, and the words
+// are Pairs.
 template <int S, bool CENTRED, int R, int T>
 __attribute__((always_inline)) inline void dot_products(const uint8_t* codes, int64_t stride, const int8_t* x,
                                                         const float* words, __m512i (&dot)[T][R]) {
@@ -166,7 +167,8 @@ __attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile
         if constexpr (second) {
           span[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[t][r]), s[t].scale, span[t][r]);
         } else {
-          const __m512i right = broadcast_word(words + JOIN_RIGHT * ROWS + r), up = broadcast_word(words + JOIN_LEFT * ROWS + r);
+          const __m512i right = broadcast_word(words + JOIN_RIGHT * ROWS + r);
+          const __m512i up = broadcast_word(words + JOIN_LEFT * ROWS + r);
           const __m512i joined = _mm512_sllv_epi32(_mm512_srav_epi32(dot[t][r], right), up);
           span[t][r] = _mm512_mul_ps(_mm512_cvtepi32_ps(joined), s[t].scale);
         }

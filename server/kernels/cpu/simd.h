@@ -76,9 +76,6 @@ inline __mmask32 first_of_32(int64_t n) {
   return n >= 32 ? 0xffffffffu : static_cast<__mmask32>(n <= 0 ? 0 : (1ull << n) - 1);
 }
 
-// Asks for a line that will be written: another core may have it.
-inline void own_soon(const void* p) { __builtin_prefetch(p, 1, 3); }
-
 // The 32 bits at p in every lane.
 inline __m512i broadcast_word(const void* p) {
   int32_t word;

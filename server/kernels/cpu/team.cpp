@@ -23,6 +23,9 @@ constexpr int64_t FEW = 32;
 constexpr int64_t TILES = 2;       // of 16 columns: what one piece of a product computes at least,
 constexpr int64_t MOST_TILES = 6;  // and at most, as the matrix unit begins with the next ones while it ends the last
 
+// Asks for a line that will be written: another core may have it.
+inline void own_soon(const void* p) { __builtin_prefetch(p, 1, 3); }
+
 int64_t whole_tiles(int64_t n) { return (n + 15) / 16 * 16; }
 
 // Element i turns with element i + d/2.

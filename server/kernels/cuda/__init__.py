@@ -82,11 +82,11 @@ class Cuda:
         return dequantized(packing.part(weight, start, stop), torch.float32)
 
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
-        pinned, whole = torch.cuda.is_available(), written_anew(weights)
+        pinned, weights = torch.cuda.is_available(), written_anew(weights)
         if scheme == "none":
-            kept = in_one_piece(whole, self.dtype, pinned)
+            kept = in_one_piece(weights, self.dtype, pinned)
         else:
-            kept = adapter_codes.encoded(whole, pinned)
+            kept = adapter_codes.encoded(weights, pinned)
         return replace(kept, places=places(kept, self.dtype if scheme == "none" else torch.int8))
 
     def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:

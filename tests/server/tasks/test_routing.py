@@ -295,12 +295,17 @@ def test_decisions_outlive_the_process_and_end_with_the_version(tmp_path: Path) 
     quality.close()
 
 
-def test_nobody_goes_around_where_nothing_would_be_learned(tmp_path: Path) -> None:
+def evaluated(tmp_path: Path, *values: float) -> tuple[Names, Best, Task, Quality, BestRouter]:
+    """A task with three candidates, and what each scored in all of 200 examples."""
     names, route = Names("a", "b", "c"), Best(("a", "b", "c"), source="evaluation", min_samples=50)
     task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
-    router = BestRouter(quality, names, "base")
-    for name, value in (("a", 1.0), ("b", 1.0), ("c", 0.0)):
+    for name, value in zip("abc", values, strict=True):
         score(quality, names, name, [value] * 200)
+    return names, route, task, quality, BestRouter(quality, names, "base")
+
+
+def test_nobody_goes_around_where_nothing_would_be_learned(tmp_path: Path) -> None:
+    names, route, task, quality, router = evaluated(tmp_path, 1.0, 1.0, 0.0)
     assert router.review(task, route).leader is None
     assert Counter(router.pick(task, route) for _ in range(EXPLORED * 2 * ROUNDS)) == dict.fromkeys(
         "ab", EXPLORED * ROUNDS
@@ -372,11 +377,7 @@ def test_one_that_never_has_samples_enough_holds_up_nobody_else() -> None:
 
 
 def test_one_that_was_never_evaluated_holds_up_nobody_else(tmp_path: Path) -> None:
-    names, route = Names("a", "b", "c"), Best(("a", "b", "c"), source="evaluation", min_samples=50)
-    task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
-    router = BestRouter(quality, names, "base")
-    for name, value in (("a", 0.5), ("b", 1.0), ("c", 0.5)):
-        score(quality, names, name, [value] * 200)
+    names, route, task, quality, router = evaluated(tmp_path, 0.5, 1.0, 0.5)
     assert router.review(task, route).leader == "b"
     names.contents["c"] = "2"
     for name, value in (("a", 1.0), ("b", 0.0)):
