@@ -1,4 +1,7 @@
-"""A training run on disk, to go on from: one safetensors file, replaced by a rename, so a kill leaves a whole one."""
+"""A training run on disk, to go on from: one safetensors file, replaced by a rename, so a kill leaves a whole one.
+
+So is an adapter that is made on the way, of which the rest of a run is to be the continuation.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch
 
 from adapters.durable import replace_file
 from adapters.errors import AdapterError, StoreFailed
+from adapters.weights import LoraWeights, LowRank, sealed
 
 FILE = "checkpoint.safetensors"
 
@@ -37,11 +41,12 @@ def write_checkpoint(folder: Path, state: Checkpoint) -> None:
         raise StoreFailed(f"the checkpoint could not be written: {error.strerror}") from error
 
 
-def read_checkpoint(folder: Path, key: str) -> Checkpoint | None:
+def read_checkpoint(folder: Path, key: str, whole: Path | None = None) -> Checkpoint | None:
     """The folder's checkpoint, None if there is none. Raises StoreFailed if it is damaged, AdapterError if it is of
-    another run.
+    another run. `whole` is the folder that such a run is removed with, if that is another.
     """
-    path, shown = folder / FILE, Path(*folder.parts[-3:])  # where it is, without the whole of the machine's path
+    path = folder / FILE
+    shown = Path(*(whole or folder).parts[-3:])  # where it is, without the whole of the machine's path
     if not path.exists():
         return None
     try:
@@ -57,3 +62,24 @@ def read_checkpoint(folder: Path, key: str) -> Checkpoint | None:
             "anew, or give another"
         )
     return Checkpoint(key, progress, tensors)
+
+
+def write_adapter(folder: Path, key: str, weights: LoraWeights) -> None:
+    """Replaces the folder's checkpoint by an adapter, with metadata of JSON values. Raises StoreFailed."""
+    tensors = {f"A {path}": m.A for path, m in weights.modules.items()}
+    tensors |= {f"B {path}": m.B for path, m in weights.modules.items()}
+    scales = {path: m.scale for path, m in weights.modules.items()}
+    progress = {"name": weights.name, "scales": scales, "metadata": dict(weights.metadata)}
+    write_checkpoint(folder, Checkpoint(key, progress, tensors))
+
+
+def read_adapter(folder: Path, key: str, whole: Path | None = None) -> LoraWeights | None:
+    """What `write_adapter` has left in the folder, bit for bit. Raises as `read_checkpoint`."""
+    found = read_checkpoint(folder, key, whole)
+    if found is None:
+        return None
+    modules = {
+        path: LowRank(found.tensors[f"A {path}"], found.tensors[f"B {path}"], scale)
+        for path, scale in found.progress["scales"].items()
+    }
+    return sealed(found.progress["name"], modules, found.progress["metadata"])

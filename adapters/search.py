@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from adapters import layers, pruning, training
+from adapters.checkpoints import FILE, read_adapter, write_adapter
 from adapters.data import Tokens
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, StoreFailed
 from adapters.training import Model, TrainingConfig
 from adapters.weights import LoraWeights, LowRank, sealed
 
@@ -72,7 +73,8 @@ def search_rank(
     so far; shorter rungs make room if need be. The smaller of two equals goes on: small ranks learn more slowly at
     first, so what is within three times `tolerance` of the best after a ninth of the steps counts as equal to it.
     `tell` hears of every rank that was tried; `shown` is how the advice tells a score. Raises AdapterError for
-    arguments that leave no choice, and for so few steps that the share is spent before each rung has one.
+    arguments that leave no choice, for so few steps that the share is spent before each rung has one, and for a score
+    that is NaN.
     """
     ranks = sorted(set(ranks))
     if not ranks or ranks[0] < 1:
@@ -101,6 +103,8 @@ def search_rank(
         for rank in left:
             results = [trial(rank, steps, seed) for seed in seeds]
             scores = [score for score, _ in results]
+            if any(map(math.isnan, scores)):
+                raise AdapterError(f"the score of rank {rank} is no number; lower the learning rate", "learning_rate")
             rows[rank] = Row(rank, results[0][1], steps, fmean(scores), max(scores) - min(scores))
             spent += steps * len(seeds)
             if tell is not None:
@@ -248,26 +252,26 @@ def auto_lora(
     Ranks and first directions come from the variance of the inputs, at `widen` times the parameters; after training
     one global threshold over singular values cuts to the budget and drops modules; a share `recovery` of the steps
     then trains what is left. The metadata tell the cut (`pruning`) and the ranks. With a folder for `checkpoints` both
-    runs resume as `train` does; `stop` raises TrainingStopped in either.
+    runs resume as `train` does, and from the same start and cut; `stop` raises TrainingStopped in either.
     """
     found = layers.linears(model.tree)
     uniform = config.spec().ranks(found)
     budget = sum(rank * _cost(found[path]) for path, rank in uniform.items())
     wide = replace(config, lora_rank=max(1, round(config.lora_rank * widen)))
-    ranks, directions = allocate(model, data, wide)
-    wide = replace(
-        wide, lora_rank_of={**config.lora_rank_of, **ranks}, use_rslora=False, lora_alpha=config.lora_alpha * widen
-    )
-    scale = config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
-    start = {
-        # As long as a random row of A would be, so that learning rates keep their meaning.
-        path: LowRank(rows / math.sqrt(3.0), torch.zeros(_out(found[path]), len(rows)), scale)
-        for path, rows in directions.items()
-    }
     told_to: dict[str, Any] = {"name": name, "validation": validation, "on_event": on_event, "stop": stop}
     folders = (checkpoints / "wide", checkpoints / "narrow") if checkpoints is not None else (None, None)
-    trained = training.train(model, data, wide, sealed(name, start), checkpoints=folders[0], **told_to)
-    cut, _ = pruning.truncate_globally(trained, budget=budget)
+    kept = _Kept(checkpoints, training.run_key(model, data, wide, None, validation))
+    if (start := kept.read("start", before="wide")) is None:
+        start = _start(model, data, config, wide, name)
+        kept.write("start", start, before="wide")
+    ranks = {**config.lora_rank_of, **dict.fromkeys(uniform, 0), **{path: m.rank for path, m in start.modules.items()}}
+    wide = replace(wide, lora_rank_of=ranks, use_rslora=False, lora_alpha=config.lora_alpha * widen)
+    if (cut := kept.read("cut", before="narrow")) is None:
+        trained = training.train(model, data, wide, start, checkpoints=folders[0], **told_to)
+        cut, _ = pruning.truncate_globally(trained, budget=budget)
+        kept.write("cut", cut, before="narrow")
+    elif on_event is not None:
+        on_event(training.done(cut.metadata["training"]))
     left = dict.fromkeys(uniform, 0) | {path: module.rank for path, module in cut.modules.items()}
     steps = max(1, round(recovery * config.steps(len(data.examples))))
     after = replace(
@@ -276,10 +280,55 @@ def auto_lora(
     result = training.train(model, data, after, cut, checkpoints=folders[1], **told_to)
     none = sorted(path for path, rank in left.items() if not rank)
     told = {"ranks": {p: m.rank for p, m in result.modules.items()}, "dropped": none, "budget": budget}
-    made = _both(trained.metadata["training"], result.metadata["training"])
+    made = _both(cut.metadata["training"], result.metadata["training"])
     return replace(
         result, metadata={**result.metadata, "training": made, "auto_lora": told, "pruning": cut.metadata["pruning"]}
     )
+
+
+def _start(model: Model, data: Tokens, config: TrainingConfig, wide: TrainingConfig, name: str) -> LoraWeights:
+    """What the wide run begins from: the directions of `allocate`, and an update of zero."""
+    found = layers.linears(model.tree)
+    _, directions = allocate(model, data, wide)
+    scale = config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
+    modules = {
+        # As long as a random row of A would be, so that learning rates keep their meaning.
+        path: LowRank(rows / math.sqrt(3.0), torch.zeros(_out(found[path]), len(rows)), scale)
+        for path, rows in directions.items()
+    }
+    return sealed(name, modules)
+
+
+class _Kept:
+    """What a stopped `auto_lora` goes on from beside the checkpoints of its two runs. Both begin from what long sums
+    of floating-point numbers made, which come out otherwise on another number of threads or another processor.
+    """
+
+    def __init__(self, folder: Path | None, key: str) -> None:
+        self._folder, self._key = folder, key
+
+    def read(self, part: str, before: str) -> LoraWeights | None:
+        """The adapter that the run `before` which it was made began from. Raises as `read_adapter`, but for one that
+        nothing has been trained from: that is made anew."""
+        if self._folder is None:
+            return None
+        try:
+            return read_adapter(self._folder / part, self._key, self._folder)
+        except StoreFailed:
+            raise
+        except AdapterError:
+            if self._begun(before):
+                raise
+            return None
+
+    def write(self, part: str, weights: LoraWeights, before: str) -> None:
+        """Keep it, unless that run goes on from what it began from before. Raises StoreFailed."""
+        if self._folder is not None and not self._begun(before):
+            write_adapter(self._folder / part, self._key, weights)
+
+    def _begun(self, run: str) -> bool:
+        assert self._folder is not None
+        return (self._folder / run / FILE).exists()
 
 
 def _both(wide: Mapping[str, Any], narrow: Mapping[str, Any]) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def train(
     try:
         if init is not None:
             layers.load(found, init)
-        key = _key(model, data, config, init, validation)
+        key = run_key(model, data, config, init, validation)
         run = _Run(model, data, config, _parameters(found), validation, checkpoints, key)
         progress, peak = run.go(on_event or (lambda event: None), stop or (lambda: False))
         weights = layers.extract(model.tree, name)
@@ -247,6 +247,22 @@ def train_dense(
     run = _Run(model, data, config, parameters, None, None, "")
     progress, peak = run.go(on_event, lambda: False)
     return _report(progress, peak, config, data, run, None)
+
+
+def run_key(
+    model: Model, data: Tokens, config: TrainingConfig, init: LoraWeights | None, validation: Tokens | None
+) -> str:
+    """What a checkpoint must have been made of to go on from: all that has a say in the result."""
+    told = asdict(config) | {"output": "", "data": data.digest, "init": init.digest if init is not None else ""}
+    told["validation"] = validation.digest if validation is not None else ""
+    told["on"] = dict(model.metadata)
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def done(made: Mapping[str, Any]) -> Event:
+    """What is told at the end of a run, of one whose report (`metadata["training"]`) is at hand."""
+    steps = made["steps"]
+    return Event("done", steps, steps, tokens=made["tokens"], seconds=made["seconds"])
 
 
 def evaluate_loss(model: Model, data: Tokens, micro_tokens: int = 1024) -> tuple[float, float]:
@@ -497,16 +513,6 @@ def _parameters(found: Mapping[str, layers.LoRALinear]) -> list[torch.Tensor]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _key(
-    model: Model, data: Tokens, config: TrainingConfig, init: LoraWeights | None, validation: Tokens | None
-) -> str:
-    """What a checkpoint must have been made of to go on from: all that has a say in the result."""
-    told = asdict(config) | {"output": "", "data": data.digest, "init": init.digest if init is not None else ""}
-    told["validation"] = validation.digest if validation is not None else ""
-    told["on"] = dict(model.metadata)
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()
 
 
 def _report(

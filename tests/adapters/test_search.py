@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
 
-from adapters import layers, search, training
+from adapters import layers, pruning, search, training
 from adapters.data import Example, Tokens
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, TrainingStopped
 from adapters.pruning import parameters
 from adapters.training import TrainingConfig
 
@@ -151,6 +152,53 @@ def test_auto_lora_keeps_to_the_budget(model, data, monkeypatch):
     ).spec()
     layers.load(layers.inject(model.tree, spec), weights)
     assert training.evaluate_loss(model, data)[0] < base
+
+
+def stopping(at):
+    """`told, stop`: events as they are told, and a stop after the step `at`, of both runs together."""
+    told = []
+    return told, lambda: sum(event.kind == "step" for event in told) == at
+
+
+@pytest.mark.parametrize("at", [0, 3, 12])
+def test_auto_lora_goes_on_from_the_start_and_the_cut_that_it_had(model, data, tmp_path, monkeypatch, at):
+    """Another number of threads sums otherwise, and would begin from another: here as if by far."""
+    whole = search.auto_lora(model, data, CONFIG)
+    told, stop = stopping(at)
+    with pytest.raises(TrainingStopped):
+        search.auto_lora(model, data, CONFIG, checkpoints=tmp_path, on_event=told.append, stop=stop)
+    monkeypatch.setattr(search, "allocate", None)
+    if at == 12:
+        monkeypatch.setattr(pruning, "truncate_globally", None)
+    on = []
+    resumed = search.auto_lora(model, data, CONFIG, checkpoints=tmp_path, on_event=on.append)
+    assert resumed.digest == whole.digest
+    assert resumed.metadata["auto_lora"] == whole.metadata["auto_lora"]
+    assert resumed.metadata["training"]["steps"] == whole.metadata["training"]["steps"] == 13
+    assert json.loads(json.dumps(resumed.metadata["pruning"])) == json.loads(json.dumps(whole.metadata["pruning"]))
+    ends = [(event.step, event.tokens) for event in on if event.kind == "done"]
+    assert ends == [(12, 12 * 36), (1, 36)], "who counts hears of both runs"
+    assert sum(event.kind == "step" for event in on) == 13 - at
+
+
+def test_auto_lora_with_other_settings_goes_on_from_nothing(model, data, tmp_path):
+    other = dataclasses.replace(CONFIG, learning_rate=0.003)
+    told, stop = stopping(0)
+    with pytest.raises(TrainingStopped):
+        search.auto_lora(model, data, CONFIG, checkpoints=tmp_path, on_event=told.append, stop=stop)
+    told, stop = stopping(2)
+    with pytest.raises(TrainingStopped):  # nothing was trained from that start
+        search.auto_lora(model, data, other, checkpoints=tmp_path, on_event=told.append, stop=stop)
+    with pytest.raises(AdapterError, match=f"{tmp_path.name} is of another run: .* remove that folder"):
+        search.auto_lora(model, data, CONFIG, checkpoints=tmp_path)
+    assert (
+        search.auto_lora(model, data, other, checkpoints=tmp_path).digest == search.auto_lora(model, data, other).digest
+    )
+
+
+def test_a_score_that_is_no_number_is_told():
+    with pytest.raises(AdapterError, match="the score of rank 4 is no number"):
+        search.search_rank(lambda rank, *_: (float("nan") if rank == 4 else 0.5, rank), [2, 4, 8], max_steps=90)
 
 
 def test_memory_of_two_runs_is_the_most_of_either():
