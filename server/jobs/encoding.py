@@ -63,6 +63,7 @@ def _chat(text: Text, record: Chat) -> tuple[list[int], list[bool]]:
     messages = list(record.messages)
     ids: list[int] = []
     learned: list[bool] = []
+    answer = 0  # the last one that is learned, from 1
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or message.get("weight", 1) != 1:
             continue
@@ -71,9 +72,10 @@ def _chat(text: Text, record: Chat) -> tuple[list[int], list[bool]]:
         whole = [*prompt, *text.encode(message["content"], bos=False, begins=begins), text.end_of_turn]
         if prompt[: len(ids)] != ids:
             raise InvalidData(
-                f"{record.place}: the chat template renders earlier turns otherwise once message {i + 1} is there; "
-                "give each answer in an example of its own, with those before it at weight 0"
+                f"{record.place}: what is before message {i + 1} has other tokens in the chat template than message "
+                f"{answer} is learned in; take the spaces from that one's beginning if it has some, or give each "
+                "answer in an example of its own, with those before it at weight 0"
             )
         learned += [False] * (len(prompt) - len(ids)) + [True] * (len(whole) - len(prompt))
-        ids = whole
+        ids, answer = whole, i + 1
     return ids, learned

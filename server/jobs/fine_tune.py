@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from adapters import data, layers, peft_format, pruning, search
-from adapters.data import Encode, Pair, Record, Tokens
+from adapters.data import Chat, Encode, Pair, Record, Tokens
 from adapters.errors import AdapterError, InvalidData, StoreFailed, TrainingStopped
 from adapters.layers import LoraSpec
 from adapters.training import Event, TrainingConfig, evaluate_loss, train
@@ -214,12 +214,26 @@ def held_out(records: Sequence[Record], share: float) -> tuple[int, ...]:
     wanted = min(MOST_HELD_OUT, int(share * len(records)), len(records) - 1)
     places: dict[bytes, list[int]] = {}
     for place, record in enumerate(records):
-        places.setdefault(hashlib.sha256(repr(replace(record, line=0, unit="")).encode()).digest(), []).append(place)
+        places.setdefault(hashlib.sha256(_said(record).encode()).digest(), []).append(place)
     kept: list[int] = []
     for _, alike in sorted(places.items()):
         if len(kept) + len(alike) <= wanted:
             kept += alike
     return tuple(sorted(kept))
+
+
+def _said(record: Record) -> str:
+    """The same for records that say the same, wherever they stand and in whatever order their messages are written."""
+    if isinstance(record, Chat):
+        record = replace(record, messages=tuple(map(_as_commonly_written, record.messages)))
+    return repr(replace(record, line=0, unit=""))
+
+
+def _as_commonly_written(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with its role first and without what is there to no effect: a weight other than an answer's of 0."""
+    keys = ["role", "content", *sorted(message.keys() - {"role", "content", "weight"})]
+    left_out = {"weight": 0} if message["role"] == "assistant" and message.get("weight", 1) == 0 else {}
+    return {key: message[key] for key in keys if message[key] not in (None, [])} | left_out
 
 
 def keep_pairs(records: Sequence[Record], folder: Path) -> None:

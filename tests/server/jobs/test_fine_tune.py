@@ -8,6 +8,7 @@ import io
 import json
 import os
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
@@ -217,6 +218,27 @@ def test_what_is_held_out_is_by_what_is_said_wherever_it_stands():
         p.input for i, p in enumerate(twice) if i not in kept
     }
     assert held_out([data.Pair(i, "the same", "of all") for i in range(100)], 0.1) == ()
+
+
+def test_chats_that_say_the_same_are_held_out_together():
+    """However their messages are written: files are merged from what several tools have exported."""
+
+    def chats(i: int) -> list[dict[str, Any]]:
+        asked, answer = {"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}
+        earlier = {"role": "assistant", "content": "hello", "weight": 0}
+        return [
+            {"messages": [earlier, asked, answer]},
+            {"messages": [earlier, dict(reversed(asked.items())), answer]},
+            {"messages": [{**earlier, "weight": False}, {**asked, "weight": 0}, {**answer, "weight": 1}]},
+            {"messages": [earlier, {**asked, "name": None}, {**answer, "tool_calls": [], "weight": None}]},
+            {"messages": [{**earlier, "weight": 1}, asked, answer]},  # another: the first answer is learned too
+            {"messages": [earlier, {**asked, "name": "Ann"}, answer]},
+        ]
+
+    records = data.parse(json.dumps([chat for i in range(60) for chat in chats(i)]).encode())
+    kept = held_out(records, 0.1)
+    alike = Counter(i // 6 for i in kept if i % 6 < 4)
+    assert set(alike.values()) == {4} and len(kept) > sum(alike.values()), "the others are held out by themselves"
 
 
 def test_only_pairs_are_judged_by_the_engine(spec, tiny_base, tmp_path):
