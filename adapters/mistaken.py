@@ -6,6 +6,8 @@ Owns the advice. Does not know what an adapter's files are called, nor what is i
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +27,23 @@ BEGINNINGS = {
 """What files begin with that are taken for a safetensors file."""
 
 
+FOREIGN = {
+    r"\.lora_[AB]\.(?!weight$)([^.]+)\.weight": "the adapter's own name {} is in it: save_pretrained leaves that out",
+    r"\.lora_[AB]": "PEFT ends such names in .weight",
+    r"[._]lora_[ab]": "mlx-lm writes such names, and its factors transposed: convert it to PEFT's format",
+    r"[._](lora_down|lora_up)\.weight|.*\.alpha": "kohya's scripts write such names: convert it to PEFT's format",
+    r"\.trainable_tokens_delta": "it replaces rows of the embedding: retrain without trainable_token_indices",
+    r"\.lora_diag": "KaSA truncates the base's weights, which is no sum of B A x",
+}
+"""How the names end of tensors that are no half of a pair, where that says what they are."""
+
+
+def foreign(name: str) -> str | None:
+    """What a tensor of that name is, though it belongs to no pair, and what to do; None if that is not known."""
+    found = ((told, re.search(f"(?:{end})$", name)) for end, told in FOREIGN.items())
+    return next((told.format(*map(repr, match.groups()[:1])) for told, match in found if match), None)
+
+
 def not_safetensors(data: bytes) -> str | None:
     """What a file is that is no safetensors file, and what to do; None if that is not known."""
     return next((told for start, told in BEGINNINGS.items() if data.startswith(start)), None)
@@ -37,7 +56,7 @@ def no_config(folder: Path, config: str) -> str:
     except OSError:  # it is not to be looked into
         below = []
     if below:
-        return told_below(below[-1], f"give {shown(folder.name)}/{shown(below[-1])} in its place")
+        return told_below(below, "give", folder, "in its place")
     return f": {WHOLE_MODEL}" if os.path.lexists(folder / MODEL_FILE) else ""
 
 
@@ -53,12 +72,23 @@ def folders_with(folder: Path, file: str) -> list[str]:
     return [name for name in sorted(sorted(below), key=len) if (folder / name / file).is_file()]
 
 
-def told_below(name: str, otherwise: str) -> str:
-    """What to do about a folder that has no adapter's config and holds the adapter `name`, or `otherwise`."""
+def told_below(below: Sequence[str], do: str, folder: Path, how: str) -> str:
+    """What to do about a folder that has no adapter's config and holds those adapters `below`, sorted as
+    `folders_with` does: move the files of the one there is, or of the last checkpoint, up, or `do` with it what `how`
+    says.
+    """
+    several = len(below) > 1 and not all(_CHECKPOINT.fullmatch(name) for name in below)
+    one = shown(below[0] if several else below[-1])
+    otherwise = f"{do} {shown(folder.name)}/{one} {how}"
+    if several:
+        return f", but {len(below)} folders in it have one, {one!r} among them: {otherwise}, or whichever it is to be"
     return (
-        f", but {shown(name)!r} in it has one, as PEFT saves named adapters and trainers save checkpoints: move the "
-        f"files of {shown(name)!r} up into the folder, or {otherwise}"
+        f", but {one!r} in it has one, as PEFT saves named adapters and trainers save checkpoints: move the files of "
+        f"{one!r} up into the folder, or {otherwise}"
     )
+
+
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def shown(name: str) -> str:

@@ -70,7 +70,14 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Values that are neither null nor false nor empty and mean nothing, of keys that are not honoured and not harmless."""
 
-STORED: Mapping[str, tuple[Any, ...]] = {**NEUTRAL, "bias": ("none", "all", "lora_only")}
+ON_WHEN_EMPTY = frozenset({"arrow_config", "kasa_config", "use_bdlora"})
+"""Keys of which PEFT takes an empty object for one with the defaults."""
+
+STORED: Mapping[str, tuple[Any, ...]] = {
+    **NEUTRAL,
+    **dict.fromkeys(ON_WHEN_EMPTY, ({},)),
+    "bias": ("none", "all", "lora_only"),
+}
 """The same, as they once were: tensors tell that nothing of it was trained in what was taken."""
 
 SAFE_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "true", "false"})
@@ -113,7 +120,8 @@ def parse(raw: object, stored: bool = False) -> LoraConfig:
     config: dict[str, Any] = raw
     kind = config.get("peft_type")
     if kind is None:
-        raise InvalidAdapter("peft_type is missing: this is no adapter_config.json of PEFT", "peft_type")
+        mlx = ", but of mlx-lm: convert the adapter to PEFT's format" if "lora_parameters" in config else ""
+        raise InvalidAdapter(f"peft_type is missing: this is no adapter_config.json of PEFT{mlx}", "peft_type")
     if kind != "LORA":
         raise UnsupportedAdapter(f"peft_type {kind!r} is not served; only LORA is", "peft_type")
     honoured, harmless = _sort_keys(config, STORED if stored else NEUTRAL)
@@ -160,12 +168,14 @@ def _sort_keys(config: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]
         elif key == "init_lora_weights":
             _check_init(value)
             harmless.append(key)
-        elif key in HARMLESS or _is_empty(value) or any(_same(value, v) for v in neutral.get(key, ())):
+        elif key in HARMLESS or any(_same(value, v) for v in neutral.get(key, ())):
+            harmless.append(key)
+        elif _is_empty(value) and not (key in ON_WHEN_EMPTY and value == {}):
             harmless.append(key)
         else:
             shown = repr(value)
             shown = shown if len(shown) <= 80 else shown[:77] + "..."
-            reason = REFUSED.get(key, "this key is not known here and is not at a value that means nothing")
+            reason = REFUSED.get(key, "this key is not known here; take it out if the adapter is the same without it")
             raise UnsupportedAdapter(f"{key} = {shown} is not served: {reason}", key)
     return honoured, harmless
 

@@ -23,7 +23,7 @@ import torch
 from adapters import peft_config
 from adapters.durable import replace_file
 from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter, unreadable
-from adapters.mistaken import COPY_FILES, no_config, not_safetensors
+from adapters.mistaken import COPY_FILES, foreign, no_config, not_safetensors
 from adapters.peft_config import LoraConfig
 from adapters.weights import LoraWeights, LowRank, all_finite, all_finite_in, not_finite, sealed
 
@@ -356,7 +356,8 @@ def _refuse_tensor(key: str, name: str) -> None:
         raise UnsupportedAdapter(
             f"{TENSOR_FILE}: {key} is not served: a trained bias is no low-rank update; retrain with bias='none'", key
         )
-    raise InvalidAdapter(f"{TENSOR_FILE}: {key} belongs to no pair of lora_A and lora_B", key)
+    why = told if (told := foreign(name)) is not None else "keep to what save_pretrained writes"
+    raise InvalidAdapter(f"{TENSOR_FILE}: {key} belongs to no pair of lora_A and lora_B; {why}", key)
 
 
 def _check_complete(pairs: Mapping[str, object], expected: list[str]) -> None:

@@ -355,7 +355,7 @@ def _instead_of_an_adapter(folder: Path) -> tuple[str, Signature]:
     """
     try:
         if below := folders_with(folder, CONFIG_FILE):
-            told = told_below(below[-1], f"register {shown(folder.name)}/{shown(below[-1])} under a name")
+            told = told_below(below, "register", folder, "under a name")
             return told, sum((_files(folder, name) for name in ("", *below)), ())
         if (folder / MODEL_FILE).is_file():
             files = _files(folder, "")

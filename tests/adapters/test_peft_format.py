@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         "lm_head.*retrain without that target",
     ),
     "arrow": ({"arrow_config": {"top_k": 3}}, "arrow_config"),
+    "arrow by default": ({"arrow_config": {}}, "arrow_config"),
+    "kasa by default": ({"kasa_config": {}}, "kasa_config"),
+    "block-diagonal by default": ({"use_bdlora": {}}, "use_bdlora"),
     "an unknown key": ({"warp_factor": 9}, "warp_factor"),
     "a number that is false": ({"warp_factor": 0}, "warp_factor"),
 }
@@ -386,7 +390,18 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
             InvalidAdapter,
             "activation checkpointing.*unwrap",
         ),
-        (put("", torch.ones(16)), InvalidAdapter, "no pair"),
+        (put("", torch.ones(16)), InvalidAdapter, "no pair.*what save_pretrained writes"),
+        (rename_all("lora_A.weight", "lora_A.mine.weight"), InvalidAdapter, "name 'mine' is in it: save_pretrained"),
+        (rename_all("lora_B.weight", "lora_B"), InvalidAdapter, r"ends such names in \.weight"),
+        (rename_all("lora_A.weight", "lora_a"), InvalidAdapter, "mlx-lm.*convert"),
+        (rename_all("lora_A.weight", "lora_down.weight"), InvalidAdapter, "kohya.*convert"),
+        (put(f"{Q0}.alpha", torch.tensor(1.0)), InvalidAdapter, "kohya.*convert"),
+        (put(f"{Q0}.lora_diag", torch.ones(2)), InvalidAdapter, "KaSA"),
+        (
+            put("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", torch.ones(2, 16)),
+            InvalidAdapter,
+            "without trainable_token_indices",
+        ),
     ],
 )
 def test_wrong_tensors_are_refused(change, error, named, make_peft, shapes):
@@ -442,6 +457,20 @@ def test_a_folder_of_named_adapters_is_told_apart_for_every_reader(make_peft, sh
     advice = r"is missing, but 'named' in it has one.* move the files of 'named' up .* give \S+/named in its place"
     with pytest.raises(InvalidAdapter, match=advice):
         peft_format.read_folder(tmp_path, name="a", shapes=shapes)
+
+
+def test_of_several_adapters_in_a_folder_none_is_said_to_be_the_one(make_peft, shapes, tmp_path):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    for name in ("task_0", "task_1", "arrow_router"):
+        shutil.copytree(folder, tmp_path / "arrow" / name)
+    advice = "but 3 folders in it have one, 'task_0' among them: give arrow/task_0 .*, or whichever it is"
+    with pytest.raises(InvalidAdapter, match=advice):
+        peft_format.read_folder(tmp_path / "arrow", name="a", shapes=shapes)
+
+
+def test_an_adapter_of_mlx_is_told_apart():
+    with pytest.raises(InvalidAdapter, match="peft_type is missing: .* of mlx-lm: convert"):
+        peft_config.parse({"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8}})
 
 
 @pytest.mark.parametrize(

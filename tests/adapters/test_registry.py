@@ -235,12 +235,14 @@ def test_a_name_that_another_base_has_taken_waits_until_that_goes(open_registry:
     assert open_registry().current("mine") == version
 
 
+@pytest.mark.parametrize(("key", "value"), [("bias", "all"), ("kasa_config", {})])
 def test_what_was_taken_by_other_rules_is_read_by_those(
-    open_registry: Open, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+    open_registry: Open, folders: list[Path], monkeypatch: pytest.MonkeyPatch, key: str, value: object
 ) -> None:
-    """`bias` said more than there is, once; what was published then is served on, and refused when it comes anew."""
+    """`bias` said more than there is, once, and an empty table was none; what was published then is served on, and
+    refused when it comes anew."""
     config = json.loads((folders[0] / "adapter_config.json").read_text())
-    (folders[0] / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
+    (folders[0] / "adapter_config.json").write_text(json.dumps({**config, key: value}))
     with monkeypatch.context() as then:
         then.setattr("adapters.peft_config.NEUTRAL", peft_config.STORED)
         first = open_registry()
@@ -251,7 +253,7 @@ def test_what_was_taken_by_other_rules_is_read_by_those(
         [weights] = registry.fetch(lease.mix).result(30)
         assert weights.digest == version.digest and registry.rejected() == []
         del weights
-    with pytest.raises(UnsupportedAdapter, match="bias = 'all' is not served"):
+    with pytest.raises(UnsupportedAdapter, match=f"{key} = {value!r} is not served"):
         registry.publish_now("b", folders[0])
 
 
