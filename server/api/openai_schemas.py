@@ -16,7 +16,16 @@ from server.errors import InvalidRequest, UnsupportedParameter
 from server.tasks import sampling as s
 
 BOOKKEEPING = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"},
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+    },
 )
 NOTHING: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
@@ -40,12 +49,19 @@ NOTHING: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
 }
 """Values of fields that are not served, which ask for nothing."""
+HELD_TO_A_SCHEMA = " (response_format json_schema holds an answer to a schema)"
 INSTEAD: Mapping[str, str] = {
-    "tools": " (response_format json_schema holds an answer to a schema)",
+    "tools": HELD_TO_A_SCHEMA,
+    "tool_choice": HELD_TO_A_SCHEMA,
+    "functions": HELD_TO_A_SCHEMA,
+    "function_call": HELD_TO_A_SCHEMA,
+    "structured_outputs": HELD_TO_A_SCHEMA,
+    "guided_json": HELD_TO_A_SCHEMA,
+    "guided_choice": HELD_TO_A_SCHEMA,
     "echo": " (POST /classify tells how likely texts are after a prompt)",
 }
-"""What serves much of what some fields ask for."""
-NOTES = frozenset(("parsed", "provider_specific_fields", "cache_control"))
+"""What serves much of what some fields ask for; of several that a body has, the first here is told."""
+NOTES = frozenset(("parsed", "provider_specific_fields", "cache_control", "prompt_cache_breakpoint"))
 """What clients write into messages and their parts for themselves, and send back with them: of an answer what they made
 of its text, and what other servers may keep. None of it changes an answer."""
 MAX_NOTES = 1000
@@ -212,7 +228,8 @@ def refuse_fields(body: BaseModel, prefix: str, unused: Collection[str] = ()) ->
     """Raises UnsupportedParameter for a field that the body does not have and that asks for something, unless it is one
     of those that are accepted and `unused`, and InvalidRequest for one of these that is large."""
     asked = body.model_extra or {}
-    for name in sorted(asked, key=lambda name: name not in INSTEAD):  # what comes with it goes with it
+    first = [name for name in INSTEAD if name in asked]  # what comes with it goes with it
+    for name in (*first, *(name for name in asked if name not in INSTEAD)):
         value = asked[name]
         if name in unused:
             if _is_large(value):

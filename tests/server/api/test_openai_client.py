@@ -222,6 +222,8 @@ ASKING_FOR_NOTHING: list[dict[str, Any]] = [
     {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "safety_identifier": "s"},
     {
         "prompt_cache_key": "k",
+        "prompt_cache_retention": "24h",
+        "prompt_cache_options": {"mode": "implicit"},
         "stream_options": {"include_obfuscation": False},
         "stop": None,
         "modalities": ["text"],
@@ -322,9 +324,13 @@ def test_what_would_change_the_answer_is_refused_by_name(live: Any, subtests: py
             assert answer.status_code == 400, answer.text
             error = answer.json()["error"]
             assert error["code"] == "unsupported_parameter" and error["param"] == param and param in error["message"]
-    calling = {"tool_choice": "required", "tools": [{"type": "function"}]}
-    answer = live.http.post("/v1/chat/completions", json={"model": "tiny", "messages": HELLO, **calling})
-    assert answer.json()["error"]["param"] == "tools" and "response_format" in answer.json()["error"]["message"]
+    for calling, param in (
+        ({"tool_choice": "required", "tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"guided_json": {"type": "object"}}, "guided_json"),
+    ):
+        answer = live.http.post("/v1/chat/completions", json={"model": "tiny", "messages": HELLO, **calling})
+        assert answer.json()["error"]["param"] == param and "response_format" in answer.json()["error"]["message"]
     for message, param in SPEAKING:
         with subtests.test(param):
             answer = live.http.post("/v1/chat/completions", json={"model": "tiny", "messages": [message, *HELLO]})

@@ -59,7 +59,8 @@ def test_an_answer_that_a_client_has_parsed_can_be_sent_back(client: openai.Open
         model="a", messages=HELLO, max_tokens=60, temperature=0, response_format=Mood
     ).choices[0]
     assert isinstance(said.message.parsed, Mood)
-    noted: Any = [{"type": "text", "text": "and now?", "cache_control": {"type": "ephemeral"}}]
+    marks = {"cache_control": {"type": "ephemeral"}, "prompt_cache_breakpoint": {"mode": "explicit"}}
+    noted: Any = [{"type": "text", "text": "and now?", **marks}]
     messages: Any = [*HELLO, said.message, {"role": "user", "content": noted, "provider_specific_fields": {"a": 1}}]
     bare: Any = [
         *HELLO,
