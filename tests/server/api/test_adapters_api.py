@@ -522,7 +522,7 @@ def test_an_upload_names_the_file_that_it_lacks(live: Any, adapter_dir: Path) ->
 @pytest.mark.usefixtures("quick_watch")
 def test_a_folder_in_the_watched_directory_is_served_by_itself(live: Any, write_adapter: Callable[..., Path]) -> None:
     write_adapter("dropped", 21, task={"prompt": "{input}", "task": "dropped-task"})
-    until(lambda: live.http.get("/adapters/dropped").status_code == 200, every=0.02)
+    until(lambda: live.http.get("/tasks/dropped-task").status_code == 200, every=0.02)  # it comes after its adapter
     assert live.generate("x", task="dropped-task").json()["adapters"][0]["name"] == "dropped"
 
 
