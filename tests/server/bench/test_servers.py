@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -289,3 +290,106 @@ def test_a_wave_of_which_one_fails_is_none(
     answering.reply = lambda body: (status, data)
     with pytest.raises(PeerFailed, match=why):
         wave()
+
+
+def test_our_engine_in_process_is_as_large_as_our_server(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    @contextlib.contextmanager
+    def serving(*_: Any) -> Iterator[servers.Wave]:
+        yield lambda: {"whole": 1.0}
+
+    def inside(base: Any, adapters: Any, **how: Any) -> Any:
+        made.append((base, adapters, how))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(servers, "InProcess", inside)
+    monkeypatch.setattr(servers, "in_process", lambda *_: lambda: {"whole": 2.0})
+    monkeypatch.setattr(servers, "our_server", serving)
+    served = Served(tiny_base, [tmp_path / "s0"], 40, 8, 2, 3)
+    servers.compare({}, served, Place("m", tmp_path, tmp_path), 1, lambda line: None)
+    assert made == [(tiny_base, served.adapters, {"threads": 3, "max_batch": 40})]
+
+
+def test_who_fails_in_a_wave_is_told_by_name(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def serving(*_: Any) -> Iterator[servers.Wave]:
+        def fall_over() -> Any:
+            raise PeerFailed("it fell over")
+
+        yield fall_over
+
+    monkeypatch.setattr(servers, "InProcess", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(servers, "in_process", lambda *_: lambda: {"whole": 2.0})
+    monkeypatch.setattr(servers, "our_server", serving)
+    served = Served(tiny_base, [], 1, 8, 2, 1)
+    told = servers.compare({}, served, Place("m", tmp_path, tmp_path), 1, lambda line: None)
+    assert told.failed == {"loramux": "it fell over"}
+
+
+def test_all_requests_of_a_wave_are_there_at_once(answering: Answering, tiny_base: Base) -> None:
+    """Each is answered once all have come."""
+    together = threading.Barrier(3)
+
+    def reply(body: dict[str, Any]) -> Any:
+        together.wait(timeout=60)
+        return 200, events(body["max_tokens"])
+
+    answering.reply = reply
+    served = Served(tiny_base, [], 3, 8, 4, 1)
+    assert servers.over_http(answering.url, served.body, served)()["whole"] > 0
+
+
+def test_our_server_finds_the_packed_bases_of_before(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "running", lambda *_: contextlib.nullcontext(SimpleNamespace(url="http://x")))
+    for name in ("models", "cache", "other"):
+        (tmp_path / "kept" / name).mkdir(parents=True)
+    (tmp_path / "fresh").mkdir()
+    monkeypatch.chdir(tmp_path)
+    place = Place("m", Path("kept"), Path("fresh"))
+    with servers.our_server(Served(tiny_base, [], 1, 8, 2, 1), place):
+        found = {path.name: path.resolve(strict=True) for path in (tmp_path / "fresh" / "state").iterdir()}
+    assert found == {name: tmp_path / "kept" / name for name in ("models", "cache")}
+
+
+def test_what_is_converted_halfway_is_no_adapter(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def output(command: list[str], _: str) -> str:
+        Path(command[-1]).write_text("half")
+        raise PeerFailed("it was interrupted")
+
+    monkeypatch.setattr(servers, "output", output)
+    (tmp_path / "s0").mkdir()
+    (tmp_path / "s0" / "adapter_model.safetensors").touch()
+    served = Served(tiny_base, [tmp_path / "s0"], 1, 8, 2, 1)
+    named = {"server": "l", "gguf": "g", "convert": "c"}
+    with (
+        pytest.raises(PeerFailed, match="interrupted"),
+        servers.llama_server(named, served, Place("m", tmp_path, tmp_path)),
+    ):
+        raise AssertionError("it is not there")
+    assert not list((tmp_path / "bench").rglob("*.gguf")), "the next run converts it anew"
+
+
+def test_vllm_listens_where_it_is_asked_and_serves_the_base_by_its_name(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[Any, ...]] = []
+
+    @contextlib.contextmanager
+    def running(*told: Any) -> Iterator[Any]:
+        started.append(told)
+        yield SimpleNamespace(url="http://x")
+
+    monkeypatch.setattr(servers, "running", running)
+    served = Served(tiny_base, [], 1, 8, 2, 1)
+    with servers.vllm_server("v", served, Place("m", tmp_path, tmp_path)):
+        ((command, port, *_),) = started
+    job = json.loads(command[-1])
+    assert job["port"] == port and job["name"] == served.body(served.arrivals[0], 0)["model"]
+    assert (Path(job["base"]) / "model.safetensors").is_file()

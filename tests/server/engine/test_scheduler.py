@@ -222,3 +222,17 @@ def test_the_age_of_who_waits_for_room_goes_on_while_it_is_tried_again(bench: An
     assert small.request.state is tools.State.QUEUED, "nobody passes by who has waited that long"
     b.settle()
     b.check_empty()
+
+
+def test_nothing_is_sure_to_stay_where_a_block_may_lack(bench: Any) -> None:
+    b = bench()
+    b.submit(prompt(1), max_tokens=20)
+    b.engine.step()
+    scheduler, kv = b.engine._scheduler, b.engine._scheduler.kv
+    taken = kv.reserve(kv.available - 1)
+    assert scheduler.keeps_all
+    taken += kv.reserve(1)
+    assert not scheduler.keeps_all
+    kv.free(taken)
+    b.settle()
+    b.check_empty()

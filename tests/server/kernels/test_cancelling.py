@@ -7,7 +7,7 @@ import torch
 
 from adapters.weights import LoraWeights, LowRank
 from server.kernels import choose
-from server.kernels.cancelling import written_anew
+from server.kernels.cancelling import AT_ONCE, written_anew
 from server.kernels.cpu import unavailable
 from tests.server.kernels.tiny import codes_of
 
@@ -81,3 +81,35 @@ def test_what_is_refused_is_left_to_who_refuses_it(value: float) -> None:
     broken.A[0, 0] = value
     given = adapter(broken, LowRank(torch.ones(3, 64), torch.ones(48, 2), 1.0))
     assert written_anew(given) is given
+
+
+def test_of_many_modules_of_one_shape_all_are_looked_at() -> None:
+    """More than are looked at together, and the one that cancels is the last."""
+    given = adapter(*(plain(8, seed=2 * i) for i in range(AT_ONCE + 1)), converted(seed=99))
+    made = written_anew(given)
+    changed = [path for path, module in given.modules.items() if made.modules[path] is not module]
+    assert changed == [PATH.format(AT_ONCE + 1)]
+
+
+def test_two_ranks_may_cancel() -> None:
+    given = adapter(converted(1))
+    (module,) = written_anew(given).modules.values()
+    assert module is not given.modules[PATH.format(0)] and module.rank == 2
+
+
+def test_ranks_that_cancel_are_found_in_float16() -> None:
+    """Where their products are over what float16 holds."""
+    module = converted(6, step=0.02)
+    half = LowRank((module.A * 100).half(), (module.B * 100).half(), module.scale)
+    after, untouched = written_anew(adapter(half, plain())).modules.values()
+    assert after.A.dtype == torch.float32 and after.rank == half.rank and untouched.rank == 4
+    assert torch.dist(update(after), update(half)) < 1e-3 * update(half).norm()
+
+
+@pytest.mark.parametrize(("share", "anew"), [(1 / 20, True), (1 / 13, False)])
+def test_ranks_cancel_below_a_sixteenth(share: float, anew: bool) -> None:
+    """Two of one direction, of which one is taken from the other: what is left is (1 - t)^2 of 1 + t^2."""
+    t = next(t / 1000 for t in range(1000) if (1 - t / 1000) ** 2 / (1 + (t / 1000) ** 2) < share)
+    a, b = random(1, 64, seed=0), random(48, 1, seed=1)
+    given = adapter(LowRank(torch.cat([a, a]), torch.cat([b, -t * b], 1), 1.0))
+    assert (written_anew(given) is not given) == anew

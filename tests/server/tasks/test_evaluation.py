@@ -30,7 +30,17 @@ from server.metrics import Metrics
 from server.model.loader import Base
 from server.settings import Settings
 from server.tasks import scores
-from server.tasks.evaluation import Score, check_metrics, difference, evaluate, pairs
+from server.tasks.definitions import Best, Task
+from server.tasks.evaluation import (
+    PRIORITY,
+    Score,
+    check_metrics,
+    default_metric,
+    difference,
+    evaluate,
+    identities,
+    pairs,
+)
 from server.tasks.mailbox import Mailbox
 
 TASK = {"prompt": "Say: {input}", "format": "chat", "defaults": {"max_tokens": 5, "temperature": 1.5, "logprobs": 2}}
@@ -243,3 +253,85 @@ async def test_scores_are_computed_off_the_loop(parts: Parts, monkeypatch: pytes
 
 async def test_the_loss_alone_has_no_answers(parts: Parts) -> None:
     assert (await measured(parts, "loss")).answers == ()
+
+
+async def test_a_full_queue_is_tried_again_within_a_second(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, sleep, slept = parts.inference.engine.submit, asyncio.sleep, []
+    waits = iter([None, 0.25, 30.0])
+
+    def full(request: Any) -> None:
+        for wait in waits:
+            raise QueueFull("full", retry_after=wait)
+        submit(request)
+
+    async def slept_for(seconds: float) -> None:
+        slept.append(seconds)
+        await sleep(0)
+
+    parts.inference.engine.submit = full  # type: ignore[method-assign]
+    monkeypatch.setattr(asyncio, "sleep", slept_for)
+    await measured(parts, "exact_match", in_flight=1)
+    assert [seconds for seconds in slept if seconds] == [1.0, 0.25, 1.0]
+
+
+def test_an_example_is_the_same_in_any_file_and_a_line_that_is_there_twice_is_two() -> None:
+    found = identities([Pair(1, "a", "b"), Pair(2, "a", "b"), Pair(3, "a", "b"), Pair(4, "a", "c")])
+    assert len(set(found)) == 4
+    assert identities([Pair(9, "a", "c"), Pair(10, "a", "b")]) == [found[3], found[0]]
+
+
+def test_without_a_metric_it_is_accuracy_where_there_are_labels() -> None:
+    assert default_metric(Task("t", "{input}", Best(("a", "b")), labels=("a", "b"))) == "accuracy"
+    assert default_metric(Task("t", "{input}", Best(("a", "b")))) == default_metric(None) == "chrf"
+
+
+async def test_an_example_is_answered_as_its_task_says(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, asked = parts.inference.engine.submit, []
+
+    def look(request: Any) -> None:
+        asked.append(request)
+        submit(request)
+
+    monkeypatch.setattr(parts.inference.engine, "submit", look)
+    await measured(parts, "accuracy", tenant="key")
+    assert {request.sampling.max_tokens for request in asked} == {5}
+    assert {(request.sampling.temperature, request.sampling.logprobs) for request in asked} == {(0.0, None)}
+    assert {(request.tenant, request.priority) for request in asked} == {("key", PRIORITY)}
+
+
+async def test_what_an_example_fails_at_is_told_with_its_line(parts: Parts) -> None:
+    submit, failed = parts.inference.engine.submit, []
+
+    def overflow(request: Any) -> None:
+        if failed:
+            submit(request)
+        else:
+            failed.append(request)
+            request.deliver(Delivery(finish_reason="error", error=InvalidRequest("the numbers overflow", "adapters")))
+
+    parts.inference.engine.submit = overflow  # type: ignore[method-assign]
+    with pytest.raises(InvalidRequest, match="line 1: the numbers overflow") as caught:
+        await measured(parts, "exact_match")
+    assert caught.value.param == "adapters"
+
+
+async def test_cancelling_takes_what_runs_out_of_the_engine(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts.tasks.put("say", {**TASK, "defaults": {"max_tokens": 100}, "route": {"choice": []}})
+    submit, cancel, submitted, cancelled = parts.inference.engine.submit, parts.inference.engine.cancel, [], []
+
+    def look(request: Any) -> None:
+        submit(request)
+        submitted.append(request.id)
+        if len(submitted) == 3:
+            job.cancel()
+
+    def cancel_too(id: str) -> None:
+        cancelled.append(id)
+        cancel(id)
+
+    monkeypatch.setattr(parts.inference.engine, "submit", look)
+    monkeypatch.setattr(parts.inference.engine, "cancel", cancel_too)
+    job = asyncio.create_task(measured(parts, "accuracy", in_flight=3))
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    assert set(cancelled) & set(submitted)
