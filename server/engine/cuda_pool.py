@@ -1,16 +1,18 @@
 """`AdapterPool`: the adapters on a GPU, in one piece of memory of a fixed number of bytes, each at its true size.
 
-Owns where each adapter lies and the tables that tell the kernels. Copies go over a stream of their own, all of them
-from pinned memory, so that nobody waits on the host; whoever computes waits, on the device, for those it uses
-(`ready`), and a copy for the steps that have read what it overwrites (`used`), which others need not end for.
-Does not know who may hold a slot (engine/slots.py): it is asked for room that there is, and moves adapters
-together where it is in too many pieces.
+Owns where each adapter lies and the tables that tell the kernels, of each matrix by itself: an adapter that no free
+piece has room for is parted between matrices. Copies go over a stream of their own, all of them from pinned memory, so
+that nobody waits on the host; whoever computes waits, on the device, for those it uses (`ready`), and a copy for the
+steps that have read what it overwrites (`used`), which others need not end for. Does not know who may hold a slot
+(engine/slots.py): it is asked for room that there is, and moves adapters together where not even matrices fit.
 """
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,16 +21,25 @@ from adapters.weights import LoraWeights
 from server.engine.slots import Room
 from server.errors import NoCapacity
 from server.kernels.cuda.lora import Pool
-from server.kernels.cuda.places import Places, Shapes
+from server.kernels.cuda.places import LINE, Places, Shapes
 from server.kernels.lora import SITES
 from server.model.config import ModelConfig
 
 PIECE = 8 << 20
 """Elements that are moved at once."""
+SPARE = 50
+"""Of the pool, one part in so many stays free: else what is free is soon in pieces that no matrix fits into, and for
+every few adapters of different ranks that come nearly all others are moved."""
 KINDS = 64
 """Of adapters by their modules, of which it is remembered where those are in the tables."""
-ALIGNMENT = 64
-"""Elements that every adapter's place is a multiple of."""
+
+
+class Part(NamedTuple):
+    """`length` elements of an adapter's memory, from `begin` on, that lie at `start` of the pool."""
+
+    start: int
+    begin: int
+    length: int
 
 
 class AdapterPool:
@@ -44,11 +55,14 @@ class AdapterPool:
         self._site = {path: i for i, path in enumerate(self._shapes)}
         self._found: dict[Shapes, np.ndarray] = {}
         """Most adapters have the same modules as others."""
-        self._size = nbytes // kept.itemsize // ALIGNMENT * ALIGNMENT
-        self._in_units = kept.itemsize / torch.float32.itemsize
-        """What an element is of one of the units of codes."""
-        self._placed: dict[int, tuple[int, int]] = {}
-        """Slot -> (start, size) in elements."""
+        self._size = nbytes // LINE * LINE // kept.itemsize
+        self._per_place = np.array([1, 1, max(1, torch.float32.itemsize // kept.itemsize)])
+        """Elements that one more in a row of the tables means: units are counted in float32 beside codes."""
+        self._placed: dict[int, list[Part]] = {}
+        self._free = [(0, self._size)]
+        """(start, length) of each free piece, in order and none beside another."""
+        self.moved = 0
+        """Bytes that were moved together to have room, of all time."""
         self._tables = (
             torch.zeros(slots, sites, 3, dtype=torch.int64),
             torch.zeros(slots, sites, dtype=torch.int32),
@@ -71,7 +85,7 @@ class AdapterPool:
     @property
     def room(self) -> Room:
         """What adapters may take together, and what one takes."""
-        return Room(self.pool.values.nbytes, self.cost)
+        return Room(self.pool.values.nbytes - self.pool.values.nbytes // SPARE, self.cost)
 
     @property
     def nbytes(self) -> int:
@@ -81,9 +95,8 @@ class AdapterPool:
 
     def cost(self, weights: LoraWeights) -> int:
         """Bytes that a prepared adapter takes of the pool. Asked for each of those that wait, so it is quick."""
-        size = self.pool.values.element_size()
         held = next((update.A.untyped_storage().nbytes() for update in weights.modules.values()), 0)
-        return _aligned(-(-held // size)) * size
+        return -(-held // LINE) * LINE
 
     def place(self, slot: int, weights: LoraWeights) -> None:
         """Copy a prepared adapter into a slot, behind the steps that read what is overwritten.
@@ -94,29 +107,31 @@ class AdapterPool:
         places = weights.places
         if not isinstance(places, Places) or places.flat.dtype != self.pool.values.dtype:
             raise ValueError(f"the adapter {weights.name!r} was not prepared for the CUDA kernels of this base")
-        found, flat = self._sites(places.shapes), places.flat
-        start = self._room(flat.numel())
+        found = self._sites(places.shapes)
+        self._placed[slot] = parts = self._room(places)
         # Numpy: a call of torch for each of hundreds of numbers takes longer than the copy.
         offsets, ranks, scales = (table[slot].numpy() for table in self._tables)
         ranks[:] = 0
-        offsets[found] = places.offsets + self._moved(start).numpy()
+        offsets[found] = self._offsets(places, parts)
         ranks[found], scales[found] = places.ranks, places.scales
-        self._placed[slot] = (start, _aligned(flat.numel()))
         self.ranks[slot] = int(ranks.max())
         try:
             with self._copying(slot):
                 self._wait_for_readers(slot)
                 self._tell(slot)
-                self.pool.values[start : start + flat.numel()].copy_(flat, non_blocking=True)
+                for start, begin, length in parts:
+                    source = places.flat[begin : begin + length]
+                    self.pool.values[start : start + length].copy_(source, non_blocking=True)
         except BaseException:
             self.clear(slot)
             raise
 
     def clear(self, slot: int) -> None:
         """Empty a slot. No step that is still to be launched may use it."""
-        start, length = self._placed.pop(slot, (0, 0))
-        if length and slot in self._uses:
-            self._left.append((start, start + length, self._uses[slot]))
+        for start, _, length in self._placed.pop(slot, ()):
+            if slot in self._uses:
+                self._left.append((start, start + length, self._uses[slot]))
+            self._give_back(start, length)
         self._copies.pop(slot, None)
         self.ranks[slot] = 0
 
@@ -149,9 +164,12 @@ class AdapterPool:
         """Let the copy to a slot's place wait for whoever reads the slot's numbers or what lay there before."""
         if self._stream is None:
             return
-        start, length = self._placed[slot]
         self._left = [each for each in self._left if not each[2].query()]  # type: ignore[no-untyped-call]
-        events = {event for begin, end, event in self._left if begin < start + length and start < end}
+        events = {
+            event
+            for begin, end, event in self._left
+            if any(begin < start + length and start < end for start, _, length in self._placed[slot])
+        }
         if slot in self._uses:
             events.add(self._uses[slot])
         for event in events:
@@ -180,51 +198,92 @@ class AdapterPool:
                 done.record()
                 self._copies.update(dict.fromkeys(slots, done))
 
-    def _room(self, size: int) -> int:
-        """The start of a free piece of so many elements; adapters are moved together if there is none but room."""
-        size = _aligned(size)
-        held = sum(length for _, length in self._placed.values())
-        if held + size > self._size:
+    def _room(self, places: Places) -> list[Part]:
+        """Free room for an adapter, taken: the first piece that has it all, or else parts of those from the pool's
+        start on. Raises NoCapacity."""
+        size, cuts = places.flat.numel(), places.cuts
+        if not size:
+            return []
+        if sum(length for _, length in self._free) < size:
+            each = self.pool.values.element_size()
             raise NoCapacity(
-                f"an adapter of {size * self.pool.values.element_size()} bytes finds no room in the "
-                f"{self._size * self.pool.values.element_size()} of the GPU's pool (--adapter-device-memory)"
+                f"an adapter of {size * each} bytes finds no room in the {self._size * each} of the GPU's pool "
+                "(--adapter-device-memory)"
             )
-        end = 0
-        for start, length in sorted(self._placed.values()):
-            if start - end >= size:
-                return end
-            end = start + length
-        if self._size - end >= size:
-            return end
-        return self._move_together()
+        parts, begin = list[Part](), 0
+        whole = next((piece for piece in self._free if piece[1] >= size), None)
+        for start, length in self._free if whole is None else [whole]:
+            end = int(cuts[np.searchsorted(cuts, begin + length, side="right") - 1])
+            if end > begin:
+                parts.append(Part(start, begin, end - begin))
+                begin = end
+            if begin == size:
+                break
+        else:  # what is left of the pieces is too small for any matrix
+            parts = [Part(self._move_together(), 0, size)]
+        for start, _, length in parts:
+            self._take(start, length)
+        return parts
 
-    def _moved(self, by: int) -> torch.Tensor:
-        """What is added to a site's offsets where an adapter lies so many elements further on."""
-        return torch.tensor([by, by, int(by * self._in_units)])
+    def _take(self, start: int, length: int) -> None:
+        """A part at the beginning of a free piece is free no more."""
+        at = bisect(self._free, (start, self._size)) - 1
+        _, free = self._free[at]
+        self._free[at : at + 1] = [(start + length, free - length)] if free > length else []
+
+    def _give_back(self, start: int, length: int) -> None:
+        at = bisect(self._free, (start, 0))
+        end = start + length
+        if at < len(self._free) and self._free[at][0] == end:
+            end += self._free.pop(at)[1]
+        if at and sum(self._free[at - 1]) == start:
+            at -= 1
+            start = self._free.pop(at)[0]
+        self._free.insert(at, (start, end - start))
+
+    def _offsets(self, places: Places, parts: list[Part]) -> np.ndarray:
+        """What the tables tell of where an adapter's matrices are, int64 [modules, 3]."""
+        begins = np.array([part.begin for part in parts])
+        shifts = np.array([part.start - part.begin for part in parts])
+        lie = places.begins + shifts[np.searchsorted(begins, places.begins, side="right") - 1]
+        offsets: np.ndarray = lie // self._per_place
+        return offsets
 
     def _move_together(self) -> int:
         """Close all gaps; answers where the free room begins.
 
-        Whatever memory an adapter's move takes is there before it begins: half of one would be no adapter any more.
+        Whatever memory a part's move takes is there before it begins: half of one would be no adapter any more.
         """
-        end = 0
-        values = self.pool.values
+        end, values = 0, self.pool.values
+        moves: list[tuple[int, int, int]] = []  # slot, which of its parts, to where
+        for slot, at in sorted(
+            ((slot, at) for slot, parts in self._placed.items() for at in range(len(parts))),
+            key=lambda one: self._placed[one[0]][one[1]].start,
+        ):
+            part = self._placed[slot][at]
+            if part.start != end:
+                moves.append((slot, at, end))
+            end += part.length
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())  # any step may read any of them
-        with self._copying(*self._placed):
-            for slot, (start, length) in sorted(self._placed.items(), key=lambda item: item[1]):
-                if start != end:
-                    offsets = self._sent(self._tables[0][slot] + self._moved(end - start))
-                    for at in range(0, length, len(self._between)):
-                        piece = self._between[: length - at]
-                        piece.copy_(values[start + at : start + at + len(piece)])
-                        values[end + at : end + at + len(piece)].copy_(piece)
-                    self.pool.offsets[slot].copy_(offsets, non_blocking=True)
-                    self._tables[0][slot] = offsets
-                    self._placed[slot] = (end, length)
-                end += length
+        with self._copying(*{slot for slot, *_ in moves}):
+            for slot, at, to in moves:
+                part = self._placed[slot][at]
+                offsets = self._sent(self._tables[0][slot] + self._shift(slot, part, to))
+                for done in range(0, part.length, len(self._between)):
+                    piece = self._between[: part.length - done]
+                    piece.copy_(values[part.start + done : part.start + done + len(piece)])
+                    values[to + done : to + done + len(piece)].copy_(piece)
+                self.pool.offsets[slot].copy_(offsets, non_blocking=True)
+                self._tables[0][slot] = offsets
+                self._placed[slot][at] = part._replace(start=to)
+                self.moved += part.length * values.element_size()
+                self._give_back(part.start, part.length)
+                self._take(to, part.length)
         return end
 
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    def _shift(self, slot: int, part: Part, to: int) -> torch.Tensor:
+        """What is added to a slot's offsets when one of its parts moves: nothing for what lies in others."""
+        lie = self._tables[0][slot].numpy() * self._per_place
+        within = (part.start <= lie) & (lie < part.start + part.length)
+        return torch.from_numpy(within * (to - part.start) // self._per_place)

@@ -16,17 +16,21 @@ from adapters.weights import LoraWeights
 Shapes = tuple[tuple[str, tuple[int, int]], ...]
 """(module path, (out, in)) of each module of an adapter."""
 
+LINE = 64
+"""Bytes that all matrices begin at a multiple of, as do the adapters and the parts of them on the device."""
+
 
 @dataclass(frozen=True, eq=False)
 class Places:
     """`flat` is all of the adapter's memory in one piece. In the order of `shapes`: where in it each module's A, B and
-    units begin, int64 [modules, 3], the first two in elements and the third in float32; int32 `ranks`; float32
-    `scales`.
+    units begin, in elements, int64 [modules, 3]; int32 `ranks`; float32 `scales`. At `cuts` the memory can be parted:
+    where matrices begin, ascending, and its end.
     """
 
     flat: torch.Tensor
     shapes: Shapes
-    offsets: np.ndarray
+    begins: np.ndarray
+    cuts: np.ndarray
     ranks: np.ndarray
     scales: np.ndarray
 
@@ -38,19 +42,22 @@ def places(weights: LoraWeights, dtype: torch.dtype) -> Places:
     """
     first = next((update.A for update in weights.modules.values()), torch.empty(0, dtype=dtype))
     flat = torch.empty(0, dtype=first.dtype).set_(first.untyped_storage())
-    begin, size = flat.data_ptr(), flat.element_size()
-    offsets = np.zeros((len(weights.modules), 3), np.int64)
+    base, size = flat.data_ptr(), flat.element_size()
+    begins = np.zeros((len(weights.modules), 3), np.int64)
     for i, (path, (a, b, _, units, _)) in enumerate(weights.modules.items()):
-        at = int(a.storage_offset()), int(b.storage_offset()), 0 if units is None else int(units.storage_offset())
-        within = a.data_ptr() - size * at[0] == begin == b.data_ptr() - size * at[1]
+        within = a.data_ptr() - size * a.storage_offset() == base == b.data_ptr() - size * b.storage_offset()
         if not (within and a.dtype == b.dtype == dtype and a.is_contiguous() and b.t().is_contiguous()):
             raise ValueError(f"the update of {path} was not prepared for the CUDA kernels")
-        offsets[i] = at
+        begins[i] = a.storage_offset(), b.storage_offset(), 0 if units is None else (units.data_ptr() - base) // size
+    cuts = np.union1d(begins, [0, flat.numel()])
+    if (cuts * size % LINE).any():
+        raise ValueError(f"the matrices of {weights.name!r} were not prepared for the CUDA kernels")
     updates = weights.modules.values()
     return Places(
         flat,
         tuple((path, update.shape) for path, update in weights.modules.items()),
-        offsets,
+        begins,
+        cuts,
         np.array([update.rank for update in updates], np.int32),
         np.array([update.scale for update in updates], np.float32),
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import random
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -710,6 +712,87 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together(
                 assert torch.equal(pool.pool.units[units : units + update.rank].cpu(), update.units)
     with pytest.raises(ValueError, match="was not prepared"):
         pool.place(5, adapter(config, 9, 1))
+
+
+def lies_in(pool: AdapterPool, slot: int, weights: LoraWeights) -> bool:
+    """Whether the tables lead to an adapter's matrices, bit for bit."""
+    for path, update in weights.modules.items():
+        site = pool._site[path]
+        a, b, units = pool.pool.offsets[slot, site].tolist()
+        values = pool.pool.values.cpu()
+        same = torch.equal(values[a : a + update.A.numel()], update.A.flatten())
+        same &= torch.equal(values[b : b + update.B.numel()], update.B.t().flatten())
+        if update.units is not None:
+            same &= torch.equal(pool.pool.units[units : units + update.rank].cpu(), update.units)
+        if not same or pool.pool.ranks[slot, site] != update.rank:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("scheme", ["int4", "none"])
+def test_adapters_of_all_sizes_come_and_go_and_none_is_harmed(scheme: str, cut: bool) -> None:
+    """Parted where they may be cut, and moved together where they may not: the room is used up to the byte."""
+    config, backend, draw = llama(**WIDTHS), Cuda(FLOAT), random.Random(7)
+    made = [backend.prepare(adapter(config, rank, rank), scheme) for rank in (1, 2, 3, 5, 8, 13)]
+    if not cut:
+        made = [replace(w, places=replace(w.places, cuts=w.places.cuts[[0, -1]])) for w in made]
+    sizes = [w.places.flat.numel() for w in made]
+    pool = AdapterPool(config, 3 * sizes[-1] * made[0].places.flat.element_size(), 16, DEVICE, FLOAT, scheme != "none")
+    held: dict[int, int] = {}
+    parts, refused = 0, 0
+    for _ in range(300):
+        slot, kind = draw.randrange(16), draw.randrange(len(made))
+        held.pop(slot, None)
+        if sum(sizes[k] for k in held.values()) + sizes[kind] > 3 * sizes[-1]:
+            refused += 1
+            with pytest.raises(NoCapacity, match="adapter-device-memory"):
+                pool.place(slot, made[kind])
+        else:
+            pool.place(slot, made[kind])
+            held[slot] = kind
+            parts = max(parts, len(pool._placed[slot]))
+        pool.ready(range(16))
+        assert sorted(pool._placed) == sorted(held)
+        taken = sorted([*pool._free, *((p.start, p.length) for each in pool._placed.values() for p in each)])
+        assert [start for start, _ in taken] == [0, *accumulate(length for _, length in taken)][:-1], (
+            "no gap, no overlap"
+        )
+        assert sum(taken[-1]) == pool._size and all(length for _, length in taken)
+        assert all(lies_in(pool, slot, made[kind]) for slot, kind in held.items())
+    assert refused and (parts > 1) == cut and (pool.moved > 0 or cut)
+
+
+def test_only_who_is_moved_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, backend = llama(**WIDTHS), Cuda(FLOAT)
+    one, two = (backend.prepare(adapter(config, rank, rank), "int4") for rank in (2, 4))
+    whole = replace(two, places=replace(two.places, cuts=two.places.cuts[[0, -1]]))
+    size = one.places.flat.numel()
+    pool = AdapterPool(config, 3 * size + two.places.flat.numel(), 8, DEVICE, FLOAT, True)
+    for slot in range(4):
+        pool.place(slot, one)
+    pool.clear(1)
+    waiting: list[tuple[int, ...]] = []
+
+    @contextlib.contextmanager
+    def copying(*slots: int) -> Iterator[None]:
+        waiting.append(slots)
+        yield
+
+    monkeypatch.setattr(pool, "_copying", copying)
+    free = sum(length for _, length in pool._free)
+    assert free >= two.places.flat.numel() > max(length for _, length in pool._free)
+    pool.place(1, whole)
+    assert [sorted(slots) for slots in waiting] == [[2, 3], [1]] and pool.moved == 2 * size
+    assert all(lies_in(pool, slot, one) for slot in (0, 2, 3)) and lies_in(pool, 1, two)
+
+
+def test_a_part_of_the_pool_stays_free() -> None:
+    config, backend = llama(**WIDTHS), Cuda(FLOAT)
+    pool = AdapterPool(config, 1 << 20, 8, DEVICE, FLOAT, True)
+    assert pool.room.nbytes == (1 << 20) - (1 << 20) // cuda_pool.SPARE
+    one = backend.prepare(adapter(config, 1, 3), "int4")
+    assert pool.cost(one) == one.places.flat.numel()
 
 
 def test_a_copy_waits_for_the_steps_that_read_what_it_overwrites_alone(monkeypatch: pytest.MonkeyPatch) -> None:
