@@ -26,7 +26,7 @@ from server.errors import UnknownName
 from server.tasks.definitions import FEEDBACK_METRIC
 from server.tasks.intervals import Totals, interval
 from server.tasks.latency import Latencies
-from server.tasks.quality_file import opened
+from server.tasks.quality_file import identity, opened
 from server.tasks.subjects import Answered, Subject
 
 log = logging.getLogger(__name__)
@@ -116,6 +116,8 @@ class Quality:
         """For how long they are not compared then."""
         with _told_of_the_disk():
             self._db = opened(file, self._load)
+        on_disk = bool(self._db.execute("PRAGMA database_list").fetchone()[2])
+        self._written_to = (file, identity(file)) if on_disk else None
         self._refused = False
         """Whether the last attempt to write failed."""
         self._stop = threading.Event()
@@ -145,7 +147,7 @@ class Quality:
                 why = "" if self._room(task) else f"; of mixes that clients choose, the first {MOST_MADE_UP} are kept"
                 raise UnknownName(f"there is no answer {id[:64]!r} of this task in the last 24 hours{why}", "id")
             value = float(row[1] == _told(expected)) if expected is not None else float(score or 0.0)
-            with self._db:
+            with self._transaction():
                 self._db.execute("BEGIN")
                 # In the answer's hour: where labels come at night, all of a day would be compared as if it were one.
                 changes = self._score(key, row[0], FEEDBACK_METRIC, FEEDBACK, value, row[3], stays=True)
@@ -170,7 +172,7 @@ class Quality:
 
     def lead(self, task: str, rule: str, leader: Subject, reason: str) -> None:
         """Remember who leads a task, and by which rule that was found. Raises StoreFailed if the disk refuses it."""
-        with self._lock, _told_of_the_disk(), self._db:
+        with self._lock, _told_of_the_disk(), self._transaction():
             self._db.execute(
                 "INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?, ?)",
                 (task, rule, leader.mix, leader.base, time.time(), reason),
@@ -178,7 +180,7 @@ class Quality:
 
     def forget(self, task: str) -> None:
         """Forget who leads a task that is gone or has another route. Raises StoreFailed if the disk refuses it."""
-        with self._lock, _told_of_the_disk(), self._db:
+        with self._lock, _told_of_the_disk(), self._transaction():
             self._db.execute("DELETE FROM decisions WHERE task = ?", (task,))
 
     def flush(self) -> None:
@@ -402,7 +404,7 @@ class Quality:
     def _all_or_nothing(self) -> Iterator[None]:
         """A transaction; if it fails, subjects that it had added are forgotten too."""
         try:
-            with self._db:
+            with self._transaction():
                 self._db.execute("BEGIN")
                 yield
         except sqlite3.Error:
@@ -410,6 +412,16 @@ class Quality:
             self._know({subject: number for subject, number in self._ids.items() if number in written})
             self._made_up = self._marked(self._db)
             raise
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """What is written into a file that is no longer there would be gone with this process, and nobody told."""
+        if self._written_to is not None and identity(self._written_to[0]) != self._written_to[1]:
+            raise sqlite3.OperationalError(
+                f"{self._written_to[0].name} was taken away or replaced while the server runs; start it again"
+            )
+        with self._db:
+            yield
 
     def _room(self, task: str) -> bool:
         """Whether there is room for one more mix that a client chooses."""

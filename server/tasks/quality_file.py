@@ -78,6 +78,15 @@ def opened(file: Path, load: Load) -> sqlite3.Connection:
     return opened(file, load)
 
 
+def identity(file: Path) -> tuple[int, int] | None:
+    """Which file has that name now, whatever it is called by those who have it open; None if there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def in_memory(file: Path, load: Load) -> sqlite3.Connection:
     """A copy of the file, as a full disk lets it be read alone: routes go by what it knows."""
     log.error("the disk is full: quality records are kept in memory until the server ends; make room, start again")

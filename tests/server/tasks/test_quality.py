@@ -500,6 +500,35 @@ def test_a_disk_that_stays_full_is_told_once_each_time(
     quality.close()
 
 
+def test_records_are_not_written_into_a_file_that_was_taken_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They would be gone with the process, after the caller has heard that they were taken."""
+    file, away = tmp_path / "quality.db", tmp_path / "away.db"
+    quality, subject = Quality(file), Subject.of("t", [(A, 1.0)], "base")
+    quality.answered(answered("one", subject))
+    quality.flush()
+    file.rename(away)
+    for there in (False, True):  # gone, and another in its place, as a backup is put back too early
+        if there:
+            file.write_bytes(away.read_bytes())
+        told = "quality.db was taken away or replaced while the server runs; start it again"
+        with pytest.raises(StoreFailed, match=told):
+            quality.feedback("t", "one", "", score=1.0, expected=None)
+        with pytest.raises(StoreFailed, match=told):
+            quality.lead("t", "accuracy by feedback", subject, "")
+        with pytest.raises(StoreFailed, match=told):
+            quality.evaluated(subject, "accuracy", {"1": 1.0})
+    quality.answered(answered("two", subject))
+    until(lambda: caplog.text.count("quality records cannot be written: quality.db was taken away") == 1)
+    away.replace(file)  # it is the one that was opened
+    quality.feedback("t", "two", "", score=1.0, expected=None)
+    quality.close()
+    again = Quality(file)
+    assert again.totals(subject, "accuracy", "feedback").count == 1 and again.performance("t")[0]["requests"] == 2
+    again.close()
+
+
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     quality = Quality(tmp_path / "quality.db")
     first, second = Subject.of("t", [], "base"), Subject.of("t", [(A, 1.0)], "base")
