@@ -263,12 +263,13 @@ def test_what_outlives_its_name_is_no_series(live: Any) -> None:
     live.slow_down(0.03)
     with ThreadPoolExecutor(2) as pool:
         runs = [
-            pool.submit(live.generate, "x", adapters=[{"name": "brief"}], max_tokens=20, ignore_eos=True),
-            pool.submit(live.generate, "x", task="brief", max_tokens=20, ignore_eos=True),
+            pool.submit(live.generate, "x", adapters=[{"name": "brief"}], max_tokens=200, ignore_eos=True),
+            pool.submit(live.generate, "x", task="brief", max_tokens=200, ignore_eos=True),
         ]
         until(lambda: live.stats()["running"] == 2, "they never ran side by side")
         assert live.http.delete("/tasks/brief").status_code == 200
         assert live.http.delete("/adapters/brief").status_code == 202
+        live.slow_down(0.0)
         assert [run.result().json()["finish_reason"] for run in runs] == ["length", "length"]
     text = live.http.get("/metrics").text
     assert 'adapter="brief"' not in text and 'task="brief"' not in text
@@ -336,16 +337,15 @@ def test_the_gateways_gauges_follow_the_load(start: Any, write_adapter: Any) -> 
 
     with ThreadPoolExecutor(4) as pool:
         for _ in range(4):
-            pool.submit(live.generate, "x", max_tokens=20, ignore_eos=True)
-        seen = []
-        for _ in range(60):
+            pool.submit(live.generate, "x", max_tokens=100, ignore_eos=True)
+
+        def seen(*names: str) -> list[float | None]:
             text = live.http.get("/metrics").text
-            seen.append((value(text, "vllm:num_requests_running"), value(text, "vllm:num_requests_waiting")))
-            if seen[-1] == (1.0, 3.0):
-                assert (value(text, "vllm:kv_cache_usage_perc") or 0) > 0
-                break
+            return [value(text, f"vllm:{name}") for name in names]
+
+        until(lambda: seen("num_requests_running", "num_requests_waiting") == [1.0, 3.0], every=0.02)
+        assert (seen("kv_cache_usage_perc")[0] or 0) > 0
         live.slow_down(0.0)
-        assert (1.0, 3.0) in seen
 
 
 def test_an_adapter_that_gives_its_slot_up_is_counted(start: Any, write_adapter: Any) -> None:

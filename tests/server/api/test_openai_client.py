@@ -379,7 +379,7 @@ async def test_the_async_client_reads_many_streams_at_once(live: Any) -> None:
 def test_a_failure_after_the_first_byte_is_an_event(live: Any, client: openai.OpenAI) -> None:
     live.slow_down(0.05)
     stream = client.completions.create(model="tiny", prompt="x", max_tokens=100, stream=True,
-                                       extra_body={"ignore_eos": True, "deadline_ms": 300})  # fmt: skip
+                                       extra_body={"ignore_eos": True, "deadline_ms": 1500})  # fmt: skip
     with pytest.raises(openai.APIError) as caught:
         for _ in stream:
             pass
@@ -412,7 +412,7 @@ async def test_a_failure_in_the_async_clients_stream_is_its_error(live: Any) -> 
     live.slow_down(0.05)
     async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
         stream = await client.chat.completions.create(model="a", messages=HELLO, max_tokens=100, stream=True,
-                                                      extra_body={"ignore_eos": True, "deadline_ms": 300})  # fmt: skip
+                                                      extra_body={"ignore_eos": True, "deadline_ms": 1500})  # fmt: skip
         with pytest.raises(openai.APIError, match="deadline"):
             async for _ in stream:
                 pass
