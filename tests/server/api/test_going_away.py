@@ -69,7 +69,7 @@ def test_work_stops_before_the_first_token(start: Any, write_adapter: Any, strea
     write_adapter("a", 1)
     live = start(max_step_tokens=16, max_batch=4)
     assert live.http.post("/adapters", json={"name": "a", "source": "a"}).status_code in (200, 201)
-    live.slow_down(STEP)
+    live.slow_down(3 * STEP)
     connection = send(live, "/generate", {**LONG, "prompt": "z" * 180, "max_tokens": 20, "stream": stream})
     until(lambda: live.stats()["running"])
     requests = [r.request for g in live.house.parts.inference.live for r in g.replies]
@@ -194,13 +194,14 @@ def test_many_at_once_against_a_short_queue_are_answered_or_refused(start: Any) 
 def test_shutting_down_lets_what_runs_finish(start: Any) -> None:
     live = start()
     live.slow_down(0.02)
-    connection = send(live, "/generate", {"prompt": "x", "max_tokens": 20, "ignore_eos": True})
+    connection = send(live, "/generate", {"prompt": "x", "max_tokens": 200, "ignore_eos": True})
     until(lambda: live.stats()["running"])
     live.runtime.drain()
     refused = live.generate("new")
     assert refused.status_code == 503 and "retry-after" in refused.headers
     assert refused.headers["connection"] == "close", "another server may have the next one"
     assert live.http.get("/health/ready").status_code == 503
+    live.slow_down(0.0)
     connection.settimeout(10)
     assert b"200 OK" in connection.recv(65536)
     connection.close()
