@@ -14,6 +14,7 @@ _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 _MACHINE = Path("/proc/meminfo")
 _GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_USED = ("memory.current", "memory.usage_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ def total() -> int:
 def limit() -> int | None:
     """Bytes that this process's control groups may have, as containers and systemd's `MemoryMax` set them. None where
     that is no less than what the machine has."""
-    found = [int(text) for path in _limits() if (text := _text(path).strip()).isdigit()]
-    least = min(found, default=total())
+    least = min((most for _, most in _limits()), default=total())
     return least if least < total() else None
 
 
@@ -73,14 +73,16 @@ def most() -> int:
     return limit() or total()
 
 
-def _limits() -> Iterator[Path]:
-    """The files of cgroup v2 and of v1 that may limit this process: those of its own groups and of all around them."""
+def _limits() -> Iterator[tuple[Path, int]]:
+    """The control groups of v2 and of v1 that limit this process, and their bytes: its own and all around them."""
     own = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in _text(_GROUP).splitlines() if line.count(":") >= 2}
     for controller, root, file in (("", _GROUPS, "memory.max"),
                                    ("memory", _GROUPS / "memory", "memory.limit_in_bytes")):  # fmt: skip
         group = PurePosixPath(own.get(controller, "/"))
         for around in (group, *group.parents):
-            yield root / around.relative_to(around.anchor or ".") / file
+            folder = root / around.relative_to(around.anchor or ".")
+            if (text := _text(folder / file).strip()).isdigit():
+                yield folder, int(text)
 
 
 def _text(path: Path) -> str:
@@ -93,9 +95,20 @@ def _text(path: Path) -> str:
 def free() -> int:
     """Bytes that this process can have without swapping, within its control groups' limit. Half of the machine's memory
     where the system does not say."""
-    available, most = _field(_MACHINE, "MemAvailable"), limit()
+    available = _field(_MACHINE, "MemAvailable")
     found = total() // 2 if available is None else available
-    return found if most is None else max(0, min(found, most - (resident() or 0)))
+    return max(0, min([found, *(most - _held(group) for group, most in _limits())]))
+
+
+def _held(group: Path) -> int:
+    """Bytes that a control group has, less the files that it last read long ago, which make room: of this process and
+    of all others in it. Those of this process alone where the group does not say."""
+    used = next((text for file in _USED if (text := _text(group / file).strip()).isdigit()), None)
+    if used is None:
+        return resident() or 0
+    stat = _text(group / "memory.stat")
+    kept = [re.search(rf"^{name} (\d+)$", stat, re.MULTILINE) for name in ("total_inactive_file", "inactive_file")]
+    return int(used) - next((int(found[1]) for found in kept if found), 0)
 
 
 def _field(path: Path, name: str) -> int | None:

@@ -242,12 +242,12 @@ class Ram:
         error: Exception | None = None
         try:
             weights = self._read(digest)
-        except Exception as failure:
+        except BaseException as failure:  # a panic of a library is no Exception, and whoever waits has to hear of it
             if isinstance(failure, AdapterError):
                 log.error("an adapter cannot be loaded: %s", failure)
             else:
                 log.exception("loading %s failed", digest[:12])
-            error = _bare(failure)
+            error = _bare(failure if isinstance(failure, Exception) else RuntimeError(str(failure)))
         seconds = time.monotonic() - began
         with self._turn():
             wants = self._loading.pop(digest)

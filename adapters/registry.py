@@ -417,12 +417,12 @@ class Registry:
             for name in moved & set(self._pins):
                 del self._pins[name]
             self._pins.update(dict.fromkeys(repinned))
-        for name in sorted(moved):  # first: who sees the name is to find its task soon after
-            self._observer.on_change(name, Version(name, after[name]) if name in after else None)
         self._let_go(idle)
         self._collect()
         for name in repinned:
             self._hold_pin(name)
+        for name in sorted(moved):
+            self._observer.on_change(name, Version(name, after[name]) if name in after else None)
 
     def _collect(self) -> None:
         """Delete the versions that have neither a name nor a lease, and tell those who wait for that."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from adapters import layers, pruning, training
-from adapters.checkpoints import FILE, read_adapter, write_adapter
+from adapters.checkpoints import FILE, read_adapter, read_checkpoint, write_adapter
 from adapters.data import Tokens
 from adapters.errors import AdapterError, StoreFailed
 from adapters.training import Model, TrainingConfig
@@ -28,6 +28,8 @@ Trial = Callable[[int, int, int], tuple[float, int]]
 
 WIDEST = 2.0
 """The most that `allocate` gives a module, in times of `lora_rank`."""
+START = "start"
+"""The folder, among checkpoints, of what a run is to begin from, be anything trained yet or not."""
 CALIBRATION_ROWS = 512
 """Rows of each module's inputs that the activation-variance start looks at."""
 
@@ -260,23 +262,34 @@ def auto_lora(
     wide = replace(config, lora_rank=max(1, round(config.lora_rank * widen)))
     told_to: dict[str, Any] = {"name": name, "validation": validation, "on_event": on_event, "stop": stop}
     folders = (checkpoints / "wide", checkpoints / "narrow") if checkpoints is not None else (None, None)
-    kept = _Kept(checkpoints, training.run_key(model, data, wide, None, validation))
-    if (start := kept.read("start", before="wide")) is None:
-        start = _start(model, data, config, wide, name)
-        kept.write("start", start, before="wide")
-    ranks = {**config.lora_rank_of, **dict.fromkeys(uniform, 0), **{path: m.rank for path, m in start.modules.items()}}
-    wide = replace(wide, lora_rank_of=ranks, use_rslora=False, lora_alpha=config.lora_alpha * widen)
-    if (cut := kept.read("cut", before="narrow")) is None:
+    key = training.run_key(model, data, wide, None, validation)
+    kept = _Kept(checkpoints, f"{key} {config.lora_rank} {widen!r}")
+    made_now = (cut := kept.read("cut", before="narrow")) is None
+    if cut is None:
+        if (start := kept.read(START, before="wide")) is None:
+            start = _start(model, data, config, wide, name)
+            kept.write(START, start, before="wide")
+        given = dict.fromkeys(uniform, 0) | {path: module.rank for path, module in start.modules.items()}
+        wide = replace(
+            wide, lora_rank_of={**config.lora_rank_of, **given}, use_rslora=False, lora_alpha=config.lora_alpha * widen
+        )
         trained = training.train(model, data, wide, start, checkpoints=folders[0], **told_to)
         cut, _ = pruning.truncate_globally(trained, budget=budget)
-        kept.write("cut", cut, before="narrow")
     elif on_event is not None:
         on_event(training.done(cut.metadata["training"]))
     left = dict.fromkeys(uniform, 0) | {path: module.rank for path, module in cut.modules.items()}
     steps = max(1, round(recovery * config.steps(len(data.examples))))
     after = replace(
-        wide, lora_rank_of={**config.lora_rank_of, **left}, max_steps=steps, learning_rate=config.learning_rate / 4
+        wide,
+        lora_rank_of={**config.lora_rank_of, **left},
+        use_rslora=False,
+        lora_alpha=config.lora_alpha * widen,
+        max_steps=steps,
+        learning_rate=config.learning_rate / 4,
     )
+    if made_now:
+        kept.drop_other("narrow", training.run_key(model, data, after, cut, validation))
+        kept.write("cut", cut, before="narrow")
     result = training.train(model, data, after, cut, checkpoints=folders[1], **told_to)
     none = sorted(path for path, rank in left.items() if not rank)
     told = {"ranks": {p: m.rank for p, m in result.modules.items()}, "dropped": none, "budget": budget}
@@ -308,15 +321,13 @@ class _Kept:
         self._folder, self._key = folder, key
 
     def read(self, part: str, before: str) -> LoraWeights | None:
-        """The adapter that the run `before` which it was made began from. Raises as `read_adapter`, but for one that
-        nothing has been trained from: that is made anew."""
+        """The adapter that the run `before` which it was made began from. Raises as `read_adapter`, but where nothing
+        has been trained from it: there it is made anew."""
         if self._folder is None:
             return None
         try:
             return read_adapter(self._folder / part, self._key, self._folder)
-        except StoreFailed:
-            raise
-        except AdapterError:
+        except AdapterError:  # of another run, or damaged
             if self._begun(before):
                 raise
             return None
@@ -325,6 +336,18 @@ class _Kept:
         """Keep it, unless that run goes on from what it began from before. Raises StoreFailed."""
         if self._folder is not None and not self._begun(before):
             write_adapter(self._folder / part, self._key, weights)
+
+    def drop_other(self, run: str, key: str) -> None:
+        """Let the run begin anew if its checkpoint is of another cut than the one that was made now: versions that kept
+        none cut otherwise. Raises StoreFailed for a damaged one."""
+        if self._folder is None:
+            return
+        try:
+            read_checkpoint(self._folder / run, key)
+        except StoreFailed:
+            raise
+        except AdapterError:
+            (self._folder / run / FILE).unlink()
 
     def _begun(self, run: str) -> bool:
         assert self._folder is not None

@@ -164,7 +164,7 @@ class Watch:
             before = time.thread_time()
             try:
                 self.poll()
-            except Exception:  # one look that fails must not be the last
+            except BaseException:  # one look that fails must not be the last, and a library's panic is no Exception
                 log.exception("looking at the adapter directory failed")
             took = time.thread_time() - before - self._read
 
@@ -230,7 +230,7 @@ class Watch:
             retry_at = now + RETRY_SECONDS if isinstance(error, (StoreFailed, NoRoom)) else None
             self._refuse(folder, signature, error.message, retry_at)
             return
-        except Exception:  # a fault of ours, which must not keep the other folders from being served
+        except BaseException:  # a fault of ours, which must not keep the other folders from being served
             log.exception("%s cannot be taken in", shown(folder))
             self._refuse(folder, signature, "the server failed on it; its log says how", now + RETRY_SECONDS)
             return

@@ -232,11 +232,12 @@ class Engine:
             while not self._is_over():
                 self._wake.clear()
                 try:
+                    rested = self._scheduler.rest  # by which the step is planned: it is short, or no rest follows
                     ran = self.step()
                     self._pass_on()
                     if not ran:
                         self._wake.wait(IDLE_SECONDS if self._live or self._stop_at is not None else None)
-                    elif rest := self._scheduler.rest:
+                    elif rest := min(rested, self._scheduler.rest):
                         time.sleep(rest * self._record.last_seconds)
                 # A panic in a library of Rust is no Exception, and would end this thread.
                 except BaseException as error:
@@ -367,6 +368,7 @@ class Engine:
                 delivery = completion.score(request, picks[row : row + logits])
             else:
                 delivery = completion.accept(request, picks[row], self._eos_ids)
+                self._record.generated += 1
             row += logits
             if delivery is None:
                 continue

@@ -33,11 +33,14 @@ class StepRecord:
         self._tell = tell
         self._together: list[str] = []
         """Ids of the requests that ran together last."""
+        self._prompt = 0
+        """Rows of the current step that are of prompts."""
         self.steps = 0
         self.failures = 0
         self.rows = 0
         self.logits = 0
         self.generated = 0
+        self.prompt = 0
         self.seconds = 0.0
         self.last_seconds = 0.0
         self.runner_seconds = 0.0
@@ -61,6 +64,7 @@ class StepRecord:
     def run(self, plan: Plan, runner: Callable[[], T]) -> T:
         """What the runner's part of the step answers, timed."""
         self._plan = plan
+        self._prompt = sum(_of_prompt(item) for item in plan.work)
         together = [item.request.id for item in plan.work]
         if together != self._together:
             self._together = together
@@ -95,7 +99,7 @@ class StepRecord:
         self.steps += 1
         self.rows += plan.tokens
         self.logits += plan.logits
-        self.generated += sum(item.logits for item in plan.work if not item.request.scored)
+        self.prompt += self._prompt
         self.last_batch = len(plan.work)
         self.histogram[bisect_left(ROW_BUCKETS, plan.tokens)] += 1
         self.last_seconds = time.monotonic() - began
@@ -142,12 +146,19 @@ class StepRecord:
             "rows": self.rows,
             "logits": self.logits,
             "generated": self.generated,
+            "prompt": self.prompt,
             "last_batch": self.last_batch,
             "seconds": self.seconds,
             "runner_seconds": self.runner_seconds,
             "outside_seconds": self.seconds - self.runner_seconds,
             "batch_rows": {"buckets": list(ROW_BUCKETS), "counts": list(self.histogram), "sum": self.rows},
         }
+
+
+def _of_prompt(item: Work) -> int:
+    """Its rows that are of its prompt, before it has run."""
+    request = item.request
+    return max(0, min(item.tokens, len(request.prompt) - request.computed))
 
 
 def _digests(item: Work) -> str:

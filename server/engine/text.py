@@ -170,7 +170,7 @@ class Text:
             raise InvalidRequest("this base has no chat template; send a plain prompt instead", "messages")
         mark = _fresh_mark()
         rendered = self._template.render([_marked(m, self._breaker(mark)) for m in messages], generation_prompt)
-        pieces = [p if isinstance(p, int) else p.replace(mark, "") for p in self._split(rendered)]
+        pieces = [p if isinstance(p, int) else p.replace(mark, "") for p in self._split(rendered, mark)]
         if not self._prefixes_once:
             return pieces
         return [_Amid(p) if isinstance(p, str) and place else p for place, p in enumerate(pieces)]
@@ -195,14 +195,15 @@ class Text:
         bos = self.vocabulary.bos_id
         return [bos, text] if self.vocabulary.add_bos and bos is not None else [text]
 
-    def _split(self, text: str) -> list[Piece]:
-        """`text` cut at its special tokens, which take the spaces beside them where the tokenizer says so."""
+    def _split(self, text: str, mark: str) -> list[Piece]:
+        """`text` cut at its special tokens, which take the spaces beside them where the tokenizer says so. Those of one
+        character that `mark` follows are none."""
         if self._pattern is None:
             return [text]
         pieces: list[Piece] = []
         start = 0
         for found in self._pattern.finditer(text):
-            if found.start() < start:
+            if found.start() < start or text.startswith(mark, found.end()):
                 continue
             token, added = self._special[found[0]]
             before, end = text[start : found.start()], found.end()

@@ -88,6 +88,14 @@ class Job:
         return self.status in OVER
 
 
+def _told(job: Job) -> dict[str, Any]:
+    """A job's record, without what its reader finds out by itself: versions before 2026-11-29 know no `most_tokens`."""
+    told = asdict(job)
+    if job.progress.most_tokens == job.progress.tokens:
+        del told["progress"]["most_tokens"]
+    return told
+
+
 class Records:
     """Jobs and their events by id. Thread-safe."""
 
@@ -166,7 +174,7 @@ class Records:
         """Replace a job's state on disk. Raises StoreFailed."""
         with self._lock:
             try:
-                replace_file(self.folder(job.id) / STATE, json.dumps(asdict(job)).encode())
+                replace_file(self.folder(job.id) / STATE, json.dumps(_told(job)).encode())
             except OSError as error:
                 raise StoreFailed(f"the job's record cannot be written: {error.strerror}") from None
 

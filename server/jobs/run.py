@@ -123,7 +123,7 @@ def _alone(output: Path, name: str) -> Iterator[None]:
 
 def _begun(resumed: Path) -> float:
     """When the run whose checkpoint is there began, so that a template tells it the same date; else the present."""
-    if any(resumed.rglob(checkpoints.FILE)):
+    if any(file.parent.name != search.START for file in resumed.rglob(checkpoints.FILE)):
         try:
             return float((resumed / BEGUN).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -367,6 +367,7 @@ class Tasks:
                 self._waiting[name] = body, name in own
                 continue
             try:
+                body = {**body, "route": None} if name in own else body
                 self._put[name] = parse(name, body, default_route=_own(name, own), source="api")
             except (ValueError, KeyError, AttributeError, TypeError, ServerError, AdapterError) as error:
                 aside = aside or set_aside(self._file, copy=True)
@@ -383,7 +384,10 @@ class Tasks:
         tasks = {name: body for name, (body, _) in self._waiting.items()}
         tasks |= {name: task.body() for name, task in put.items()}
         own = [name for name, (_, by_name) in self._waiting.items() if by_name]
-        own += [name for name, task in put.items() if task.by_name and task.route.candidates]
+        found = {name: task for name, task in put.items() if task.by_name and task.route.candidates}
+        own += found
+        for name, task in found.items():  # versions before 2026-11-30 would take it for the base alone, and write that
+            tasks[name] = {**tasks[name], "route": task.route.describe()}
         content = {"tasks": tasks, "deleted": deleted, "owners": self._contested, "own": own}
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ const LOOKS = { tokens: {}, requests: { round: true }, kv: { top: 100, digits: 1
 
 // Tokens as steps compute them: those of a task are counted as its answers end.
 function totals({ engine }) {
-  return { at: Date.now() / 1000, generated: engine.generated, prompt: engine.rows - engine.generated };
+  return { at: Date.now() / 1000, generated: engine.generated, prompt: engine.prompt };
 }
 
 export function note(stats) {

@@ -67,6 +67,26 @@ def test_the_smallest_limit_of_the_processs_own_groups_holds(machine: Path, own:
     assert (memory.limit(), memory.free()) == (300 * MIB, 200 * MIB)
 
 
+@pytest.mark.parametrize(
+    ("group", "used", "stat", "free"),
+    [
+        ("memory.max", "memory.current", "anon 1\ninactive_file 0\nactive_file 5\n", 50),
+        ("memory.max", "memory.current", f"inactive_file {40 * MIB}\n", 90),
+        ("memory.max", "memory.current", "", 50),
+        (
+            "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
+            f"inactive_file 7\ntotal_inactive_file {40 * MIB}\n", 90,
+        ),
+    ],
+)  # fmt: skip
+def test_what_others_have_of_a_limit_is_not_free(machine: Path, group: str, used: str, stat: str, free: int) -> None:
+    """A server and the job that it trains are in one container; files that nobody reads make room."""
+    write_limit(machine, group, f"{400 * MIB}\n")
+    write_limit(machine, used, f"{350 * MIB}\n")
+    write_limit(machine, f"{Path(group).parent}/memory.stat", stat)
+    assert memory.free() == free * MIB
+
+
 def test_without_a_container_what_the_machine_has_free_is_free(machine: Path) -> None:
     assert (memory.total(), memory.limit(), memory.free()) == (1000 * MIB, None, 600 * MIB)
 

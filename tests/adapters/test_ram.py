@@ -32,7 +32,7 @@ class Source:
     def __init__(self) -> None:
         self.loads: Counter[str] = Counter()
         self.gates: dict[str, threading.Event] = {}
-        self.errors: dict[str, Exception] = {}
+        self.errors: dict[str, BaseException] = {}
         self.sizes: dict[str, int] = {}
         self.told: list[tuple[str, str]] = []
         self.evicted: list[str] = []
@@ -404,6 +404,17 @@ def test_close_tells_those_too_whose_load_has_not_begun(make_ram: MakeRam, sourc
             gate.set()
         closing.join(SECONDS)
     assert source.loads["c"] == 0
+
+
+def test_a_panic_is_a_load_that_failed(make_ram: MakeRam, source: Source) -> None:
+    """What a library of Rust raises then is no Exception."""
+    ram = make_ram(1)
+    source.errors["a"] = KeyboardInterrupt("called `Option::unwrap()` on a `None` value")
+    with pytest.raises(RuntimeError, match="unwrap"):
+        ram.fetch(["a"]).result(SECONDS)
+    assert ram.used == 0
+    del source.errors["a"]
+    assert ram.fetch(["a"]).result(SECONDS)[0].digest == "a" and source.told == [("a", "failed"), ("a", "ok")]
 
 
 def test_what_failed_to_load_takes_no_room(make_ram: MakeRam, source: Source) -> None:

@@ -235,6 +235,27 @@ def test_a_name_that_another_base_has_taken_waits_until_that_goes(open_registry:
     assert open_registry().current("mine") == version
 
 
+def test_whoever_hears_of_a_change_and_fails_keeps_nothing_from_being_freed(
+    open_registry: Open, folders: list[Path]
+) -> None:
+    class Failing(Heard):
+        fails = False
+
+        def on_change(self, name: str, version: Version | None) -> None:
+            if self.fails:
+                raise ValueError("a fault of its own")
+
+    observer = Failing()
+    registry = open_registry(observer=observer)
+    registry.slots = device = Device()
+    old = registry.publish_now("a", folders[0]).version
+    device.kept[old.digest] = None  # type: ignore[assignment]
+    observer.fails = True
+    with pytest.raises(ValueError, match="a fault of its own"):
+        registry.retire_now("a")
+    assert registry.names() == [] and not device.kept and old.digest not in stored(registry) and not registry._drains
+
+
 @pytest.mark.parametrize(("key", "value"), [("bias", "all"), ("kasa_config", {})])
 def test_what_was_taken_by_other_rules_is_read_by_those(
     open_registry: Open, folders: list[Path], monkeypatch: pytest.MonkeyPatch, key: str, value: object

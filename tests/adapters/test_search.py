@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -14,6 +15,7 @@ from adapters.data import Example, Tokens
 from adapters.errors import AdapterError, TrainingStopped
 from adapters.pruning import parameters
 from adapters.training import TrainingConfig
+from adapters.weights import LowRank, sealed
 
 
 def known(best: dict[int, float]):
@@ -193,6 +195,54 @@ def test_auto_lora_with_other_settings_goes_on_from_nothing(model, data, tmp_pat
         search.auto_lora(model, data, CONFIG, checkpoints=tmp_path)
     assert (
         search.auto_lora(model, data, other, checkpoints=tmp_path).digest == search.auto_lora(model, data, other).digest
+    )
+
+
+def test_a_start_is_that_of_its_rank_and_width_alone(model, data, tmp_path):
+    """Other ranks that are as wide begin from as many directions, and are scaled and cut otherwise."""
+    told, stop = stopping(12)
+    with pytest.raises(TrainingStopped):
+        search.auto_lora(model, data, CONFIG, checkpoints=tmp_path, on_event=told.append, stop=stop)
+    twice = dataclasses.replace(CONFIG, lora_rank=4)
+    (tmp_path / "cut").rename(tmp_path / "kept")
+    with pytest.raises(AdapterError, match="another run"):
+        search.auto_lora(model, data, twice, widen=1.0, checkpoints=tmp_path)
+    (tmp_path / "kept").rename(tmp_path / "cut")
+    (tmp_path / "narrow").mkdir(exist_ok=True)
+    (tmp_path / "narrow" / "checkpoint.safetensors").touch()
+    with pytest.raises(AdapterError, match="another run"):
+        search.auto_lora(model, data, twice, widen=1.0, checkpoints=tmp_path)
+
+
+def test_a_short_run_of_another_cut_begins_anew(model, data, tmp_path, monkeypatch):
+    """As versions that kept none have left one: the long run before it is not lost for that."""
+    told, stop = stopping(14)
+    with pytest.raises(TrainingStopped):
+        search.auto_lora(model, data, CONFIG, recovery=0.5, checkpoints=tmp_path, on_event=told.append, stop=stop)
+    shutil.rmtree(tmp_path / "cut")
+    truncate = pruning.truncate_globally
+
+    def otherwise(weights, **bound):
+        cut, told = truncate(weights, **bound)
+        modules = {path: LowRank(m.A * 2.0, m.B / 2.0, m.scale) for path, m in cut.modules.items()}
+        return sealed(cut.name, modules, cut.metadata), told
+
+    monkeypatch.setattr(pruning, "truncate_globally", otherwise)
+    on = []
+    resumed = search.auto_lora(model, data, CONFIG, recovery=0.5, checkpoints=tmp_path, on_event=on.append)
+    assert sum(event.kind == "step" for event in on) == 6
+    assert resumed.digest == search.auto_lora(model, data, CONFIG, recovery=0.5).digest
+
+
+@pytest.mark.parametrize("at", [0, 12])
+def test_a_damaged_start_that_nobody_needs_is_made_anew(model, data, tmp_path, at):
+    told, stop = stopping(at)
+    with pytest.raises(TrainingStopped):
+        search.auto_lora(model, data, CONFIG, checkpoints=tmp_path, on_event=told.append, stop=stop)
+    (tmp_path / "start" / "checkpoint.safetensors").write_bytes(b"half a fi")
+    assert (
+        search.auto_lora(model, data, CONFIG, checkpoints=tmp_path).digest
+        == search.auto_lora(model, data, CONFIG).digest
     )
 
 

@@ -172,6 +172,40 @@ def test_the_thread_rests_after_steps_while_it_lends(bench: Any, monkeypatch: py
     assert sum(rests) == pytest.approx(REST * record["seconds"])
 
 
+def test_no_rest_follows_a_step_that_was_planned_without_one(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a batch ends in a step that a long prompt came into: that took long, and so would the rest."""
+    rests: list[int] = []
+    b = bench(max_batch=8, blocks=256)
+    monkeypatch.setattr(server.engine.engine.time, "sleep", lambda seconds: rests.append(b.runner.steps[-1].rows))
+    b.engine.lend(True)
+    heard = [b.submit(prompt(seed), max_tokens=1 + 3 * (seed > 1)) for seed in range(1, 5)]
+    run, late = b.runner.run, []
+
+    def come_meanwhile(batch: Any) -> Any:
+        if not late and len(b.runner.steps) == 2:
+            late.append(b.submit(prompt(9, 400), max_tokens=2))
+        return run(batch)
+
+    monkeypatch.setattr(b.runner, "run", come_meanwhile)
+    b.engine.start()
+    until(lambda: late and all(h.reason for h in (*heard, *late)))
+    assert b.engine.stop(30.0) and [h.reason for h in (*heard, *late)] == ["length"] * 5
+    assert max(step.rows for step in b.runner.steps) > LENT_ROWS + 8 and max(rests) <= LENT_ROWS + 8
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_tokens_are_counted_as_they_are_told_and_computed(bench: Any, overlapped: bool) -> None:
+    """A step that was launched before an answer's last word was read draws one more, which nobody gets."""
+    b = bench(overlapped=overlapped)
+    first = b.submit(prompt(1, 20), max_tokens=8)
+    b.settle()
+    ends = b.submit(prompt(1, 20), max_tokens=8, stop_token_ids=(first.tokens[2],))
+    b.settle()
+    assert ends.reason == "stop"
+    told = b.engine.stats()
+    assert told["generated"] == 8 + 3 and told["prompt"] == 20 + 20 - b.engine._scheduler.kv.hits
+
+
 def test_preemption_changes_no_answer(bench: Any, tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     b = bench(blocks=14, prefix_cache=False)
     preempted: list[Any] = []

@@ -673,6 +673,11 @@ def test_rows_that_share_large_adapters_are_multiplied_together() -> None:
     assert not cuda_batch._each_by_itself(((), ()), (1, 1), ()), "nothing to add"
 
 
+def uncut(weights: LoraWeights) -> LoraWeights:
+    """A prepared adapter that has to lie in one piece."""
+    return replace(weights, places=replace(weights.places, cuts=weights.places.cuts[[0, -1]]))
+
+
 @pytest.mark.parametrize(("scheme", "piece"), [("int4", 8 << 20), ("int4", 100), ("none", 8 << 20)])
 def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together(
     scheme: str, piece: int, monkeypatch: pytest.MonkeyPatch
@@ -680,7 +685,7 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together(
     """Adapters of different sizes come and go until what is free lies in pieces; their bytes stay what they were."""
     monkeypatch.setattr(cuda_pool, "PIECE", piece)
     config, backend = llama(**WIDTHS), Cuda(FLOAT)
-    made = {rank: backend.prepare(adapter(config, rank, rank, ("q_proj",)), scheme) for rank in (1, 2, 3, 4)}
+    made = {rank: uncut(backend.prepare(adapter(config, rank, rank, ("q_proj",)), scheme)) for rank in (1, 2, 3, 4)}
     sizes = {
         rank: weights.modules["model.layers.0.self_attn.q_proj"].A.untyped_storage().nbytes()
         for rank, weights in made.items()
@@ -698,6 +703,7 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together(
         with pytest.raises(RuntimeError, match="no memory"):
             pool.place(4, made[4])
     pool.place(4, made[4])  # in no single gap, but in both together
+    assert pool.moved == sizes[2]
     pool.ready(range(6))
     for slot, rank in ((1, 2), (4, 4)):
         for layer in range(2):
@@ -736,7 +742,7 @@ def test_adapters_of_all_sizes_come_and_go_and_none_is_harmed(scheme: str, cut: 
     config, backend, draw = llama(**WIDTHS), Cuda(FLOAT), random.Random(7)
     made = [backend.prepare(adapter(config, rank, rank), scheme) for rank in (1, 2, 3, 5, 8, 13)]
     if not cut:
-        made = [replace(w, places=replace(w.places, cuts=w.places.cuts[[0, -1]])) for w in made]
+        made = [uncut(weights) for weights in made]
     sizes = [w.places.flat.numel() for w in made]
     pool = AdapterPool(config, 3 * sizes[-1] * made[0].places.flat.element_size(), 16, DEVICE, FLOAT, scheme != "none")
     held: dict[int, int] = {}
@@ -766,7 +772,6 @@ def test_adapters_of_all_sizes_come_and_go_and_none_is_harmed(scheme: str, cut: 
 def test_only_who_is_moved_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     config, backend = llama(**WIDTHS), Cuda(FLOAT)
     one, two = (backend.prepare(adapter(config, rank, rank), "int4") for rank in (2, 4))
-    whole = replace(two, places=replace(two.places, cuts=two.places.cuts[[0, -1]]))
     size = one.places.flat.numel()
     pool = AdapterPool(config, 3 * size + two.places.flat.numel(), 8, DEVICE, FLOAT, True)
     for slot in range(4):
@@ -782,7 +787,7 @@ def test_only_who_is_moved_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(pool, "_copying", copying)
     free = sum(length for _, length in pool._free)
     assert free >= two.places.flat.numel() > max(length for _, length in pool._free)
-    pool.place(1, whole)
+    pool.place(1, uncut(two))
     assert [sorted(slots) for slots in waiting] == [[2, 3], [1]] and pool.moved == 2 * size
     assert all(lies_in(pool, slot, one) for slot in (0, 2, 3)) and lies_in(pool, 1, two)
 
@@ -836,6 +841,54 @@ def test_a_copy_waits_for_the_steps_that_read_what_it_overwrites_alone(monkeypat
     second.over = True
     pool.place(4, others[2])
     assert waited == [], "that step is over"
+
+
+def test_parts_wait_for_all_who_read_what_lay_there_and_moves_for_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[object] = []
+    now = "the steps of now"
+
+    class Event:
+        def record(self) -> None:
+            recorded.append(self)
+
+        def query(self) -> bool:
+            return False
+
+    recorded: list[Event] = []
+    config, backend = llama(**WIDTHS), Cuda(FLOAT)
+    small, large = (backend.prepare(adapter(config, rank, rank), "int4") for rank in (2, 4))
+    pool = AdapterPool(config, 6 * small.places.flat.numel(), 8, DEVICE, FLOAT, True)
+    monkeypatch.setattr(pool, "_stream", SimpleNamespace(wait_event=waited.append, wait_stream=waited.append))
+    monkeypatch.setattr(pool, "_sent", torch.clone)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now)
+    for slot in range(6):
+        pool.place(slot, small)
+    recorded.clear()
+    for slot in range(6):
+        pool.used([slot])
+    events = list(recorded)
+    for slot in (0, 2, 4):
+        pool.clear(slot)
+    pool.place(7, large)
+    parts = [part.start // small.places.flat.numel() for part in pool._placed[7]]
+    assert parts == [0, 2, 4][: len(parts)] and len(parts) > 1 and lies_in(pool, 7, large)
+    assert set(waited) == {events[at] for at in parts}
+
+    waited.clear()
+    recorded.clear()
+    pool.used([7])
+    (read,) = recorded
+    pool.clear(7)
+    for slot in (0, 2):
+        waited.clear()
+        pool.place(slot, small)
+        assert set(waited) == {events[slot], read}, "of each part who has read it"
+    waited.clear()
+    pool.clear(0)
+    pool.place(0, uncut(large))
+    assert waited[0] == now and pool.moved and all(lies_in(pool, slot, small) for slot in (1, 2, 3, 5))
 
 
 def test_memory_is_shared_out_and_what_does_not_fit_is_refused() -> None:
