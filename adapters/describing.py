@@ -47,8 +47,7 @@ class Sight:
         metadata = self.records[0].metadata_of(self.name)
         notes = [*metadata.get("notes", ())]
         made_on = metadata.get("base")
-        if bases and made_on and _last(made_on) not in map(_last, bases):
-            notes.append(f"it names {made_on!r} as its base; served is {bases[0]!r}, whose layers it fits")
+        notes += of_another_base(made_on, bases)
         if self.failure:
             notes.append(f"the last load failed: {self.failure}")
         notes += faults
@@ -69,6 +68,19 @@ class Sight:
             "notes": notes,
             "card": metadata.get("card"),
         }
+
+
+def of_another_base(made_on: str | None, bases: Sequence[str]) -> list[str]:
+    """The note on an adapter that names another base than the one with these names, if it does.
+
+    Where the hub's name is among them, another hub's name is compared with that: models of other training may be called
+    like the short one.
+    """
+    ids = [base for base in bases if "/" in base]
+    names = ids if ids and made_on is not None and "/" in made_on else bases
+    if not names or not made_on or _last(made_on) in map(_last, names):
+        return []
+    return [f"it names {made_on!r} as its base; served is {bases[0]!r}, whose layers it fits"]
 
 
 def _last(base: str) -> str:

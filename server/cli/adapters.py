@@ -131,8 +131,10 @@ def check(
 
     Whether it fits the base is looked at if that is on this machine.
     """
+    from adapters.describing import of_another_base
     from adapters.peft_format import read_folder
     from server.model.checkpoint import open_checkpoint
+    from server.sources.catalogue import names_of
     from server.sources.models import locate
 
     base = locate(settings.model, settings.state_dir)
@@ -141,6 +143,8 @@ def check(
     told = {k: v for k, v in weights.metadata.items() if k in ("honoured", "harmless", "notes", "base")}
     if base is None:
         told["notes"] = [*told["notes"], f"whether it fits {settings.model} is not known: that is not on this machine"]
+    else:
+        told["notes"] = [*told["notes"], *of_another_base(told["base"], names_of(base.name))]
     found = {
         "version": weights.version.label,
         "ranks": weights.ranks,

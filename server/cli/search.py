@@ -58,7 +58,8 @@ def search(
     recipe: Annotated[Path, typer.Argument(help="Recipe (.toml); see examples/.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the data files. [the recipe's own]")] = None,
     validation: Annotated[
-        str | None, typer.Option(help="File that judges. [the recipe's, or a tenth of the data]")
+        str | None,
+        typer.Option(help="File that judges, in the folder of --data. [the recipe's, or a tenth of the data]"),
     ] = None,
     ranks: Annotated[str, typer.Option(help="Ranks to try.")] = RANKS,
     budget: Annotated[

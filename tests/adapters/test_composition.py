@@ -229,3 +229,68 @@ def test_nothing_under_the_threshold_is_kept_for_what_is_left_of_a_budget():
     both = sealed("b", {"large": one(3.0, 4), "wide": one(2.0, 40), "small": one(1.0, 4)})
     kept, cut = pruning.truncate_globally(both, budget=2 * 6)
     assert set(kept.modules) == {"large"} and cut.dropped == ("small", "wide")
+
+
+def test_a_composed_adapter_tells_what_it_is_of():
+    one, other = (replace(random_weights(i, {"x": 2}), metadata={"base": "m", "quantization": "q"}) for i in (1, 2))
+    pairs = [(one, 0.5), (other, -2.0)]
+    of = [{"version": one.version.label, "weight": 0.5}, {"version": other.version.label, "weight": -2.0}]
+    told = composition.compose(pairs, "c", "dare_ties", density=1.0, majority="frequency", seed=3).metadata
+    assert told == {
+        "base": "m",
+        "quantization": "q",
+        "composition": {"method": "dare_ties", "density": 1.0, "seed": 3, "majority": "frequency", "of": of},
+    }
+    assert composition.compose(pairs, "c").metadata["composition"] == {"method": "exact", "of": of}
+
+
+def test_the_settings_of_a_method_reach_it():
+    pairs = [(random_weights(i, {"x": 3}), 1.0) for i in range(3)]
+
+    def composed(method, **how):
+        return composition.compose(pairs, "c", method, **how).digest
+
+    assert composed("dare_linear", seed=1) == composition.dare(pairs, "c", density=0.5, seed=1).digest
+    assert composed("dare_linear", seed=1) != composed("dare_linear", seed=0)
+    assert composed("ties", majority="frequency") != composed("ties", majority="total")
+    assert composition.compose(pairs, "c", rank=2).modules["x"].rank == 2
+
+
+def test_a_seed_that_is_none_is_refused_by_name():
+    pair = (random_weights(1, {"x": 2}), 1.0)
+    for seed in (-(1 << 64), 1 << 64):
+        with pytest.raises(AdapterError) as wrong:
+            composition.compose([pair], "c", "dare_linear", seed=seed)
+        assert wrong.value.param == "seed"
+
+
+def test_the_weakest_modules_are_no_more_than_the_share():
+    three = sealed("b", {p: random_weights(i, {p: 2}, scale=0.1**i).modules[p] for i, p in enumerate("xyz")})
+    assert pruning.weakest_modules(three, 0.5) == ["z"] and pruning.weakest_modules(three, 0.0) == []
+    negative = sealed("b", {"x": LowRank(three.modules["x"].A, three.modules["x"].B, -1.0), "z": three.modules["z"]})
+    assert pruning.weakest_modules(negative, 0.5) == ["z"], "a negative scale makes a module no weaker"
+
+
+def test_a_cut_adapter_tells_what_it_is_of_under_its_name():
+    whole = replace(random_weights(1, {"x": 4}), metadata={"base": "m"})
+    cut, what = pruning.truncate(whole, 2, "new")
+    told = cut.metadata["pruning"]
+    assert cut.name == "new" and cut.metadata["base"] == "m" and told["of"] == whole.version.label
+    assert (told["parameters_before"], told["parameters"], told["error"]) == (4 * 22, 2 * 22, what.error)
+    assert pruning.truncate(whole, 2)[0].name == whole.name
+
+
+def test_what_is_not_cut_stays_bit_for_bit():
+    whole = random_weights(1, {"x": 4})
+    cut, what = pruning.truncate(whole, 4)
+    assert torch.equal(cut.modules["x"].A, whole.modules["x"].A) and cut.modules["x"].scale == 0.5
+    assert what.error == 0.0
+
+
+def test_a_budget_is_met_to_the_last_parameter():
+    both = sealed(
+        "b", {"x": LowRank(torch.ones(1, 4), torch.ones(6, 1), 1.0), "y": random_weights(2, {"y": 2}).modules["y"]}
+    )
+    assert pruning.truncate_globally(random_weights(1, {"x": 4}), budget=2 * 22)[1].parameters == 2 * 22
+    with pytest.raises(AdapterError, match="a budget of 9 parameters keeps nothing; the least is 10"):
+        pruning.truncate_globally(both, budget=9)

@@ -458,3 +458,115 @@ def test_an_evaluation_has_no_dropout_and_leaves_the_mode(llama):
     quiet = training.evaluate_loss(model, data)
     model.tree.train(True)
     assert training.evaluate_loss(model, data) == quiet and model.tree.training
+
+
+def test_a_step_tells_loss_and_accuracy_of_its_tokens(llama):
+    """Of the first one, those of the base: the LoRA does nothing yet."""
+    data, events = examples(6), []
+    # what the base says itself is right at some places, and never at others
+    config = dataclasses.replace(CONFIG, epochs=1, batch_size=6, lora_dropout=0.0)
+    with torch.no_grad():
+        model = Wrapped(llama)
+        likely = [model.model(torch.tensor([e.ids])).logits[0].argmax(-1).tolist() for e in data.examples]
+    data = Tokens(
+        tuple(
+            dataclasses.replace(e, ids=(*e.ids[:-1], said[-2])) for e, said in zip(data.examples, likely, strict=True)
+        ),
+        too_long=3,
+    )
+    targets = sum(e.targets for e in data.examples)
+    loss, accuracy = training.evaluate_loss(Wrapped(llama), data)
+    assert len(data.examples) / targets <= accuracy <= 1.0
+    made = training.train(Wrapped(llama), data, config, on_event=events.append).metadata["training"]
+    assert events[0].loss == pytest.approx(loss, rel=1e-4) and events[0].accuracy == pytest.approx(accuracy)
+    assert made["target_tokens"] == targets and made["left_out_as_too_long"] == 3
+    assert made["from"] is None and made["tokens"] == sum(len(e.ids) for e in data.examples)
+
+
+@pytest.mark.parametrize(("changed", "value"), [("weight_decay", 0.5), ("max_grad_norm", 1e-3)])
+def test_settings_of_the_optimizer_have_a_say(llama, changed, value):
+    config = dataclasses.replace(CONFIG, epochs=4, learning_rate=0.1)
+    one = training.train(Wrapped(llama), examples(8), config)
+    assert (
+        training.train(Wrapped(llama), examples(8), dataclasses.replace(config, **{changed: value})).digest
+        != one.digest
+    )
+
+
+def test_a_clipped_gradient_is_no_longer_than_asked(llama, monkeypatch):
+    seen = []
+    clip = training.AdamW.clip
+    monkeypatch.setattr(training.AdamW, "clip", lambda self, most: seen.append(most) or clip(self, most))
+    training.train(Wrapped(llama), examples(4), dataclasses.replace(CONFIG, epochs=1, max_grad_norm=0.25))
+    assert set(seen) == {0.25}
+
+
+def test_each_epoch_has_an_order_of_its_own(llama):
+    run = training._Run(Wrapped(llama), examples(12), CONFIG, [torch.zeros(1, requires_grad=True)], None, None, "")
+    per_epoch = -(-12 // CONFIG.batch_size)
+    epochs = [[e.ids for s in range(per_epoch) for e in run._batch(n * per_epoch + s)] for n in range(3)]
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert all(sorted(epoch) == sorted(e.ids for e in examples(12).examples) for epoch in epochs)
+
+
+def test_training_draws_nothing_from_the_generator_of_others(llama):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    training.train(Wrapped(llama), examples(4), dataclasses.replace(CONFIG, epochs=1, lora_dropout=0.5))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_checkpoint_is_of_a_base_and_of_no_place(llama, tmp_path):
+    config = dataclasses.replace(CONFIG, output="here")
+    with pytest.raises(TrainingStopped):
+        training.train(Wrapped(llama), examples(8), config, checkpoints=tmp_path, stop=iter([False, True]).__next__)
+    other = Wrapped(llama)
+    other.metadata = {**Wrapped.metadata, "base": "another"}
+    with pytest.raises(AdapterError, match="another run"):
+        training.train(other, examples(8), config, checkpoints=tmp_path)
+    with pytest.raises(AdapterError, match="another run"):
+        training.train(Wrapped(llama), examples(8), config, checkpoints=tmp_path, validation=examples(2))
+    steps = []
+    moved = dataclasses.replace(config, output="there")
+    training.train(
+        Wrapped(llama), examples(8), moved, checkpoints=tmp_path, on_event=lambda e: steps.append((e.kind, e.step))
+    )
+    assert steps[0] == ("step", 2), "the result may be put elsewhere"
+
+
+def test_how_many_updates_there_are():
+    def steps(examples, **settings):
+        return TrainingConfig(batch_size=4, **settings).steps(examples)
+
+    assert (steps(1, epochs=0.1), steps(9, epochs=1.0), steps(9, epochs=0.9), steps(9, epochs=1.2)) == (1, 3, 3, 4)
+    assert steps(9, epochs=5.0, max_steps=4) == 4 and steps(9, epochs=1.0, max_steps=4) == 3
+
+
+def test_the_rate_rises_within_the_share_that_is_asked_for_rounded_up(llama):
+    rates = []
+    config = dataclasses.replace(CONFIG, epochs=2, batch_size=4, warmup_ratio=0.4, learning_rate=1.0)
+    training.train(Wrapped(llama), examples(8), config, on_event=lambda e: rates.append(e.learning_rate))
+    assert rates[:2] == [training.learning_rate(step, 4, 1.0, 2) for step in range(2)]
+
+
+def test_of_equal_losses_the_first_is_the_best(llama, monkeypatch):
+    monkeypatch.setattr(training, "evaluate_loss", lambda *args: (1.0, 0.5))
+    config = dataclasses.replace(CONFIG, epochs=3, batch_size=4, eval_steps=1, patience=0)
+    made = training.train(Wrapped(llama), examples(4), config, validation=examples(2)).metadata["training"]
+    assert made["steps"] == 3 and made["best_step"] == 1
+
+
+def test_a_run_that_stops_itself_keeps_its_last_checkpoint(llama, tmp_path):
+    """And one that ends keeps the end: it is not trained again by who runs it again."""
+    config = dataclasses.replace(CONFIG, epochs=2, save_steps=0)
+    told = []
+    training.train(Wrapped(llama), examples(4), config, checkpoints=tmp_path)
+    training.train(Wrapped(llama), examples(4), config, checkpoints=tmp_path, on_event=lambda e: told.append(e.kind))
+    assert told == ["done"]
+
+
+def test_blocks_that_were_computed_again_are_as_before(llama):
+    model = Wrapped(llama)
+    config = dataclasses.replace(CONFIG, epochs=1, activation_checkpointing=True)
+    training.train(model, examples(4), config)
+    assert not [block for block in model.blocks if "forward" in vars(block)]

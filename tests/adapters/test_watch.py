@@ -880,3 +880,13 @@ def test_a_fault_of_our_own_costs_one_adapter_of_the_library(
     fail_on(scene, "bad", monkeypatch)
     assert scan_library(scene.registry, scene.root / "library") == ["good"] == list(scene.served())
     assert "the library's bad is skipped" in caplog.text
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_a_whole_model_is_told_of_whatever_its_weights_are_in(scene: Scene, weights: str) -> None:
+    folder = scene.directory / "merged"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / weights).write_bytes(b"part")
+    scene.look(3)
+    assert "this is a whole model" in scene.rejected()["merged"]

@@ -436,3 +436,115 @@ def test_what_other_settings_would_serve_is_listed_and_no_fault(
     live = start(max_rank=2)
     assert [entry["path"] for entry in live.http.get("/adapters").json()["rejected"]] == ["large"]
     assert value(live.http.get("/metrics").text, "loramux_adapters_rejected") == 0
+
+
+def test_series_of_an_adapter_outlive_one_whose_name_is_part_of_its() -> None:
+    metrics = Metrics()
+    for adapters in (("a",), ("ab",), ("ab", "c")):
+        metrics.record(ended("t", *adapters))
+    metrics.forget_adapter("a")
+    text = metrics.render().decode()
+    assert value(text, "loramux_requests_total", adapter="a") is None
+    assert value(text, "loramux_requests_total", adapter="ab") == value(text, "loramux_requests_total", adapter="ab+c")
+    assert value(text, "loramux_requests_total", adapter="ab") == 1
+
+
+def test_a_time_of_nothing_is_a_time() -> None:
+    """An answer that began as it was asked for, on a clock of some milliseconds."""
+    metrics = Metrics()
+    metrics.record(Ended("t", ("a",), "200", submitted=1.0, admitted=1.0, first_token=1.0, finished=1.0, tpot=0.0))
+    text = metrics.render().decode()
+    for name in ("request_duration", "time_to_first_token", "time_per_output_token", "queue"):
+        assert value(text, f"loramux_{name}_seconds_count", task="t") == 1, name
+    metrics.record(Ended("u", ("a",), "200"))
+    text = metrics.render().decode()
+    assert value(text, "loramux_queue_seconds_count", task="u") == 0
+
+
+def test_another_version_begins_no_counter_again() -> None:
+    """One that falls without a restart is a restart to Prometheus."""
+    metrics = Metrics()
+    version: Any = object()
+    metrics.on_change("a", version)
+    assert value(metrics.render().decode(), "loramux_adapter_loads_total", adapter="a", outcome="failed") == 0
+    metrics.on_load("a", "ok", 0.5)
+    metrics.on_load("a", "failed", 0.5)
+    metrics.on_change("a", version)
+    text = metrics.render().decode()
+    for outcome in ("ok", "failed"):
+        assert value(text, "loramux_adapter_loads_total", adapter="a", outcome=outcome) == 1
+
+
+def test_every_eviction_is_counted() -> None:
+    metrics = Metrics()
+    for _ in range(3):
+        metrics.on_evict("a", "ram")
+    assert value(metrics.render().decode(), "loramux_adapter_evictions_total", tier="ram") == 3
+
+
+def test_the_share_of_the_cache_is_of_one() -> None:
+    text = Metrics(lambda: Snapshot(kv_blocks={"free": 5, "used": 1, "cached": 2})).render().decode()
+    assert value(text, "vllm:kv_cache_usage_perc") == 0.125
+    assert value(Metrics().render().decode(), "vllm:kv_cache_usage_perc") == 0.0
+
+
+def test_an_adapter_is_named_once_to_the_gateway_in_order() -> None:
+    now = Snapshot(max_slots=3, resident=["b", "a", "b"], loading=["d", "c", "d"])
+    [sample] = families(Metrics(lambda: now).render().decode())["vllm:lora_requests_info"].samples
+    assert sample.labels == {"max_lora": "3", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c,d"}
+
+
+def test_rows_of_steps_are_summed() -> None:
+    now = Snapshot(step_buckets=(1.0, 4.0), step_counts=(2, 3, 1), step_rows=25)
+    text = Metrics(lambda: now).render().decode()
+    assert value(text, "loramux_batch_size_sum") == 25 and value(text, "loramux_batch_size_count") == 6
+    assert value(text, "loramux_batch_size_bucket", le="4.0") == 5
+
+
+def test_a_mix_that_is_the_same_is_one_series_in_whatever_order() -> None:
+    metrics = Metrics()
+    metrics.record(ended("t", "a", "b"))
+    metrics.record(ended("t", "b", "a"))
+    assert value(metrics.render().decode(), "loramux_requests_total", task="t", adapter="a+b") == 2
+
+
+def test_what_is_on_a_bound_is_under_it() -> None:
+    """`le` is less or equal."""
+    metrics = Metrics()
+    metrics.record(Ended("t", (), "200", submitted=0.0, admitted=0.5, finished=0.5))
+    text = metrics.render().decode()
+    assert value(text, "loramux_queue_seconds_bucket", le="0.5") == 1
+    assert value(text, "loramux_queue_seconds_bucket", le="0.3") == 0
+
+
+def test_series_of_others_do_not_take_the_room_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.metrics.MAX_PAIRS", 2)
+    metrics = Metrics()
+    metrics.record(ended(None, "x", known=False))
+    for name in ("a", "b", "c"):
+        metrics.record(ended(None, name))
+    text = metrics.render().decode()
+    assert value(text, "loramux_requests_total", adapter="b") == 1
+    assert value(text, "loramux_requests_total", adapter="c") is None
+    assert value(text, "loramux_requests_total", adapter="other") == 2
+
+
+def test_cancelled_answers_of_all_of_a_tasks_adapters_are_counted() -> None:
+    metrics = Metrics()
+    for name in ("a", "b", "c"):
+        metrics.record(ended("t", name, status="cancelled" if name != "c" else "200"))
+    assert metrics.totals()["t"]["cancelled"] == 2 and metrics.totals()["t"]["errors"] == 0
+
+
+def test_one_adapter_of_a_request_is_no_mix_that_it_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.metrics.MAX_PAIRS", 2)
+    metrics = Metrics()
+    for name in ("a", "b"):
+        metrics.record(ended(None, name, made_up=True))
+    assert value(metrics.render().decode(), "loramux_requests_total", adapter="b") == 1
+    metrics = Metrics()
+    for task in ("t", "u"):
+        metrics.record(ended(task, "a", made_up=True))
+    text = metrics.render().decode()
+    assert value(text, "loramux_requests_total", task="u") is None
+    assert value(text, "loramux_requests_total", adapter="other") == 1

@@ -21,6 +21,8 @@ from pydantic import SecretStr
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from adapters import peft_format
+from adapters.weights import LowRank, sealed
 from server.api.runtime import Runtime
 from server.cli import adapters as cli_adapters
 from server.cli import app, logs, main, terminal
@@ -152,6 +154,10 @@ def test_check_says_what_the_server_would_of_another_base(tmp_path: Path) -> Non
     check = ["adapters", "check", str(library / "sentiment"), "--json"]
     refused = runner.invoke(app, [*check, "--model", str(tmp_path)])
     assert refused.exit_code == 1 and "made for another base" in str(refused.exception)
+    one = {"model.layers.0.mlp.up_proj": LowRank(torch.ones(1, 8), torch.ones(8, 1), 1.0)}
+    peft_format.save(sealed("a", one), tmp_path / "own", base="org/another", shapes=shapes.linear_shapes())
+    own = runner.invoke(app, ["adapters", "check", str(tmp_path / "own"), "--json", "--model", str(tmp_path)])
+    assert "it names 'org/another' as its base" in json.loads(own.output)["notes"][0]
     unknown = json.loads(runner.invoke(app, [*check, "--state-dir", str(tmp_path)]).output)
     assert unknown["fits"] is None and "smollm2-135m is not known" in unknown["notes"][0]
 

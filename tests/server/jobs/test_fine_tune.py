@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from adapters import data
-from adapters.errors import TrainingStopped
+from adapters.errors import InvalidAdapter, TrainingStopped
 from adapters.peft_format import read_folder
-from adapters.training import TrainingConfig
+from adapters.training import Event, TrainingConfig
 from server.engine import chat_template
 from server.engine.chat_template import as_of
 from server.engine.text import Text
@@ -30,7 +31,7 @@ from server.jobs import child
 from server.jobs import fine_tune as fine_tune_module
 from server.jobs.child import Words
 from server.jobs.errors import JobError
-from server.jobs.fine_tune import fine_tune, held_out, keep_pairs, prepare
+from server.jobs.fine_tune import _Told, answerable, fine_tune, held_out, keep_pairs, prepare
 from server.jobs.process import last_words
 from server.jobs.publishing import Verdict, losses_table, shares
 from server.jobs.spec import BaseSource, Spec
@@ -371,3 +372,52 @@ def test_a_device_without_room_is_no_fault_of_ours(spec, tiny_base, tmp_path, mo
     error = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
         fine_tune(spec, tiny_base, tmp_path, lambda line: None, lambda: False)
+
+
+def test_of_a_long_validation_file_some_are_looked_at_and_more_judge(spec, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr("server.jobs.fine_tune.MOST_EVALUATED", 2)
+    monkeypatch.setattr("server.jobs.fine_tune.MOST_JUDGED", 3)
+    found = prepare(replace(spec, validation=spec.data, validation_name="v"), tiny_base)
+    assert len(found.judged.examples) == 2 and [r.line for r in found.records] == [1, 2, 3] and found.left_out == 0
+    assert len(found.learned.examples) == 10, "all of the training file"
+
+
+def test_an_example_that_fills_the_context_judges():
+    pair = data.Pair(1, "a", "b")
+    assert answerable([pair], lambda record: ([1, 2, 3], [False, False, True]), 3) == [pair]
+    assert answerable([pair], lambda record: ([1, 2, 3], [False, False, True]), 2) == []
+
+
+def test_what_is_held_out_is_as_many_as_the_share_asks():
+    pairs = [data.Pair(i + 1, f"in {i}", f"out {i}") for i in range(2)]
+    assert len(held_out(pairs, 0.5)) == 1 and len(held_out(pairs, 1.0)) == 1, "one is left to learn from"
+
+
+def test_what_judged_an_earlier_run_is_gone(tmp_path):
+    keep_pairs([data.Pair(1, "a", "b")], tmp_path)
+    keep_pairs([], tmp_path)
+    assert not (tmp_path / "judged.jsonl").exists()
+
+
+def test_the_result_is_in_half_the_bytes_and_an_adapter_of_too_high_a_rank_is_refused(spec, tiny_base, tmp_path):
+    once = replace(spec, config=replace(CONFIG, max_steps=1))
+    fine_tune(once, tiny_base, tmp_path, lambda line: None, lambda: False)
+    tensors = load_file(tmp_path / "result" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    (tmp_path / "result").rename(tmp_path / "first")
+    again = replace(once, init=tmp_path / "first", init_name="first")
+    with pytest.raises(JobError, match="prune_to must be below the rank of the adapter that is started from, 2") as no:
+        fine_tune(replace(again, prune_to=2), tiny_base, tmp_path, lambda line: None, lambda: False)
+    assert (no.value.code, no.value.param) == ("invalid_settings", "lora.prune_to")
+    with pytest.raises(InvalidAdapter, match="over the limit of 1"):
+        fine_tune(replace(again, max_rank=1), tiny_base, tmp_path, lambda line: None, lambda: False)
+
+
+def test_the_seconds_of_two_runs_are_those_of_both():
+    told: list[dict[str, Any]] = []
+    tell = _Told(told.append, 9)
+    for steps in (3, 2, 4):
+        tell(Event("done", steps, steps, tokens=10 * steps, seconds=float(steps)))
+    tell(Event("step", 1, 4, tokens=7, seconds=0.5))
+    [line] = told
+    assert (line["step"], line["steps"], line["tokens"], line["seconds"]) == (10, 9, 97, 9.5)

@@ -12,6 +12,7 @@ import pytest
 
 from adapters.errors import StoreFailed
 from server.errors import Conflict, UnknownName
+from server.jobs import training as training_module
 from server.jobs.errors import JobError
 from server.jobs.files import Files
 from server.jobs.records import CANCELLED, EVALUATION, EVENTS, STATE, TRAINING, Job, Progress, Records
@@ -841,3 +842,105 @@ def test_examples_that_are_left_out_are_a_warning(tmp_path: Path) -> None:
     )
     assert second["level"] == "warn" and second["message"].startswith("3 examples are longer")
     assert active.job.status == "running" and active.job.progress.steps == 9
+
+
+def test_a_failed_job_tells_which_field_is_to_blame(make, work):
+    jobs, work.error = make(), JobError("bad", "the reason", "lora.r")
+    job = add(jobs)
+    work.go.set()
+    until(lambda: job.over)
+    assert job.error == {"code": "bad", "message": "the reason", "param": "lora.r"}
+    assert said(jobs, job)[0] == "Created."
+
+
+def test_an_evaluation_that_has_failed_is_not_resumed(make, work):
+    """What it needs is gone with its end."""
+    jobs, work.error = make(), JobError("bad", "the reason")
+    job = add(jobs, EVALUATION)
+    work.go.set()
+    until(lambda: job.over)
+    with pytest.raises(Conflict, match="only a job that is paused or has failed"):
+        jobs.resume(job.id)
+
+
+def test_what_is_told_between_checkpoints_is_told_of_them(tmp_path: Path) -> None:
+    process, active = heard(tmp_path)
+    step = {"loss": 1.5, "accuracy": 0.5, "learning_rate": 1e-4, "seconds": 2.0, "tokens": 10}
+    process.line({"kind": "step", "step": 1, "steps": 2, **step})
+    process.line({"kind": "eval", "step": 1, "steps": 2, "loss": 2.0, "accuracy": 0.25})
+    process.line({"kind": "checkpoint", "step": 1})
+    process.line({"kind": "note", "message": "so", "data": {"error": 0.5}})
+    *_, kept, noted = active.records.events(active.job.id)
+    assert kept["data"] == {
+        "checkpoint": 1,
+        "train_loss": 1.5,
+        "train_mean_token_accuracy": 0.5,
+        "valid_loss": 2.0,
+        "valid_mean_token_accuracy": 0.25,
+    }
+    assert noted["data"] == {"error": 0.5}
+
+
+def test_progress_is_on_the_disk_with_each_checkpoint(tmp_path: Path) -> None:
+    process, active = heard(tmp_path)
+    active.records.enter(active.job)
+    step = {"loss": 1.5, "accuracy": 0.5, "learning_rate": 1e-4, "seconds": 2.0, "tokens": 10}
+    process.line({"kind": "step", "step": 3, "steps": 9, **step})
+    process.line({"kind": "checkpoint", "step": 3})
+    assert Records(tmp_path).jobs[active.job.id].progress.step == 3
+
+
+def test_tokens_that_were_counted_are_not_taken_back(tmp_path: Path) -> None:
+    """A run that goes on from a checkpoint counts from there; a counter never falls."""
+    process, active = heard(tmp_path)
+    step = {"loss": 1.5, "accuracy": 0.5, "learning_rate": 1e-4, "seconds": 2.0}
+    for number, tokens in ((5, 50), (3, 30)):
+        process.line({"kind": "step", "step": number, "steps": 9, "tokens": tokens, **step})
+    assert (active.job.progress.tokens, active.job.progress.most_tokens) == (30, 50)
+
+
+@pytest.mark.parametrize(
+    "end", [{"kind": "failed", "code": "bad", "message": "the reason", "param": "lora.r"}, {"kind": "stopped"}, None]
+)
+def test_processors_are_lent_while_a_process_trains_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: dict[str, Any] | None
+) -> None:
+    happened: list[Any] = []
+
+    class Process:
+        def __init__(self, folder: Path) -> None:
+            pass
+
+        def lines(self) -> list[dict[str, Any]]:
+            happened.append("trains")
+            return [] if end is None else [end]
+
+        def stop(self) -> None:
+            pass
+
+        def kill(self) -> None:
+            happened.append("killed")
+
+        def how_it_ended(self) -> str:
+            return "it died"
+
+    monkeypatch.setattr(training_module, "Process", Process)
+    _, active = heard(tmp_path)
+    nothing: Any = None
+    with pytest.raises((JobError, Stopped)) as ended:
+        Training(nothing, nothing, happened.append)._train(active)
+    assert happened == [True, "trains", "killed", False]
+    if end is None:
+        assert ended.value.code == "process_died"  # type: ignore[union-attr]
+    elif end["kind"] == "failed":
+        assert (ended.value.code, ended.value.param) == ("bad", "lora.r")  # type: ignore[union-attr]
+    else:
+        assert active.wanted == "closing"
+
+
+def test_a_job_of_a_version_that_kept_no_task_says_so(tmp_path: Path) -> None:
+    _, active = heard(tmp_path)
+    nothing: Any = None
+    with pytest.raises(JobError, match="ask anew") as failure:
+        Training(nothing, nothing, lambda lent: None)(active)
+    assert failure.value.code == "older_version"

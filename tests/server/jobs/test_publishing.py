@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.errors import InvalidChoice, InvalidData, StoreFailed
+from adapters.errors import InvalidAdapter, InvalidChoice, InvalidData, StoreFailed, UnknownAdapter
 from adapters.peft_format import save
 from adapters.registry import Registry
 from adapters.store import Store
 from adapters.weights import LowRank, Version, sealed
 from server.errors import InvalidRequest, NotReady, ServerError
+from server.jobs.errors import JobError
 from server.jobs.evaluating import DATA, Evaluating
 from server.jobs.files import Files
 from server.jobs.publishing import Publishing, Verdict, awaited
@@ -497,3 +498,109 @@ def test_an_evaluation_that_ends_with_its_job_is_no_failure(tmp_path: Path) -> N
     with pytest.raises(Stopped):
         awaited(active, evaluation)
     assert evaluation.cancelled()
+
+
+@pytest.mark.parametrize("scene", ["always"], indirect=True)
+def test_what_is_always_published_waits_for_no_comparison(scene: Scene) -> None:
+    """Another version that comes while the result is judged costs no second judging, and no try of three."""
+    came = []
+    scene.publishing.meanwhile = lambda: came.append(  # type: ignore[method-assign]
+        scene.registry.publish_now("m", write(scene.root / f"other{len(came)}", 2 + len(came)))
+    )
+    assert scene.publish()["model"] == "m" and len(came) == 1
+
+
+@pytest.mark.parametrize("scene", ["if_better"], indirect=True)
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_name_that_keeps_changing_is_tried_for_three_times(scene: Scene, times: int) -> None:
+    tries = []
+
+    def meanwhile() -> None:
+        if len(tries) < times:
+            scene.registry.publish_now("m", write(scene.root / f"other{len(tries)}", 2 + len(tries)))
+        tries.append(scene.registry.current("m"))
+        scene.publishing.verdict = Verdict("accuracy", 10, 0.9, 0.1)
+
+    scene.publishing.meanwhile = meanwhile  # type: ignore[method-assign]
+    if times == 2:
+        assert scene.publish()["model"] == "m" and len(tries) == 3
+        return
+    records = Records(scene.root / "jobs")
+    job = records.jobs[scene.job.id]
+    with pytest.raises(JobError, match="at each of 3 tries to publish") as failure:
+        scene.publishing.publish(Active(job, records), SPEC)
+    assert failure.value.code == "conflict" and len(tries) == 3
+    assert set(job.result) == {"evaluation"}, "nothing is about to be published"
+
+
+def test_a_score_of_an_earlier_try_is_not_told_of_one_that_could_not_be_measured(
+    measured: Callable[..., Measured],
+) -> None:
+    scene = measured("if_better")
+
+    def before(number: int) -> None:
+        if number == 1:
+            scene.registry.publish_now("m", write(scene.root / "other", 2))
+        else:
+            raise REFUSED
+
+    scene.engine.before = before
+    result = scene.publish()
+    assert result["model"] is None and len(scene.engine.targets) == 2 and "evaluation" not in result
+
+
+@pytest.mark.parametrize("scene", ["always"], indirect=True)
+def test_a_job_that_is_to_end_publishes_nothing(scene: Scene) -> None:
+    records = Records(scene.root / "jobs")
+    active = Active(records.jobs[scene.job.id], records)
+    active.ask(CANCELLED)
+    with pytest.raises(Stopped):
+        scene.publishing.publish(active, SPEC)
+    assert scene.registry.names() == []
+
+
+@pytest.mark.parametrize("scene", ["always"], indirect=True)
+def test_a_result_is_read_by_the_bound_of_its_server(scene: Scene) -> None:
+    records = Records(scene.root / "jobs")
+    low: Any = SimpleNamespace(max_rank=1)
+    with pytest.raises(InvalidAdapter, match="over the limit of 1"):
+        scene.publishing.publish(Active(records.jobs[scene.job.id], records), low)
+
+
+def test_an_adapter_that_is_missing_from_the_measure_fails_the_job_at_once(
+    measured: Callable[..., Measured],
+) -> None:
+    """One that nobody replaced will not be there at the next try either."""
+
+    def missing(number: int) -> None:
+        raise UnknownAdapter("there is no adapter", "adapters")
+
+    scene = measured("always")
+    scene.engine.before = missing
+    with pytest.raises(UnknownAdapter):
+        scene.publish()
+    assert len(scene.engine.targets) == 1 and "was deleted or replaced" not in scene.said()
+
+
+def test_what_is_left_of_a_measured_result_are_files_of_results(
+    measured: Callable[..., Measured],
+) -> None:
+    scene = measured("never")
+    ids = scene.publish()["files"]
+    files = Files(scene.root / "files")
+    assert [files.get(id).purpose for id in ids] == ["fine-tune-results"] * 3
+    assert not (scene.records.folder(scene.job.id) / "candidate").exists(), "a copy as large as the adapter"
+
+
+def test_events_have_the_scores_and_the_version_as_data(measured: Callable[..., Measured]) -> None:
+    scene = measured("always")
+    scene.registry.publish_now("m", write(scene.root / "old", 2))
+    result = scene.publish()
+    told = [event["data"] for event in scene.records.events(scene.job.id) if event["data"]]
+    assert told == [result["evaluation"], {"version": result["version"]}]
+
+    scene = measured("always")
+    scene.engine.before = lambda number: (_ for _ in ()).throw(REFUSED)
+    scene.publish()
+    [event] = [e for e in scene.records.events(scene.job.id) if "could not be measured" in e["message"]]
+    assert event["level"] == "warn"
