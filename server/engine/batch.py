@@ -110,6 +110,16 @@ _NO_BLOCK = b"\xff"
 """Four of it are -1, which stands in a block table beyond a sequence's last block."""
 
 
+def most_tokens(max_step_tokens: int, max_batch: int) -> int:
+    """Rows that a step may have: those of `max_batch` requests and one of a prompt at least."""
+    return max(max_step_tokens, max_batch + 1)
+
+
+def most_logits(max_batch: int) -> int:
+    """Rows of a step that may have logits: those of requests that generate, and of prompts that are scored."""
+    return max(64, 2 * max_batch)
+
+
 class Work(NamedTuple):
     """A request's part of a step: its next `tokens` tokens, of whose rows the last `logits` are wanted as logits."""
 

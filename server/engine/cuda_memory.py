@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from server.engine.batch import most_logits
 from server.errors import NoCapacity
 from server.model.config import ModelConfig
 
@@ -82,7 +83,7 @@ def work_bytes(config: ModelConfig, max_step_tokens: int, max_batch: int) -> int
     row = 4 * 3 * config.hidden_size + 6 * (heads + keys) + (4 * 2 + 2) * config.intermediate_size
     dense = 2 * 2 * config.intermediate_size * config.hidden_size  # a matrix dequantized for many rows
     # Logits: kept ones, those of the graphs, and of a step without a graph, whose scored rows may be twice as many.
-    logits = 4 * config.vocab_size * 2 * (max_batch + max(64, 2 * max_batch))
+    logits = 4 * config.vocab_size * 2 * (max_batch + most_logits(max_batch))
     parts = 4 * max_batch * config.num_attention_heads * KEYS_SPLIT * (config.head_dim + 1)  # of attention's split keys
     return RESERVE + max_step_tokens * row + logits + parts + dense
 

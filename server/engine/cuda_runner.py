@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from adapters.weights import LoraWeights
-from server.engine.batch import Batch, Logits
+from server.engine.batch import Batch, Logits, most_logits, most_tokens
 from server.engine.cuda_batch import OWN_LANES, ROW_WIDTHS, WIDTHS, Numbers, Shape, batch_buckets, describe, on_device
 from server.engine.cuda_memory import MOST_OF_A_GRAPH, Shares, lacks_memory, left_for_training, share_out
 from server.engine.cuda_pool import AdapterPool
@@ -162,8 +162,8 @@ class CudaRunner:
             self._capturing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._numbers = torch.zeros(1, dtype=torch.int32, device=device)
         self._step_memory = StepMemory(1, device)
-        self._max_step_tokens = max(max_step_tokens, max_batch + 1)  # as the engine has it
-        self._max_logits = max(64, 2 * max_batch)  # that the engine asks for in a step
+        self._max_step_tokens = most_tokens(max_step_tokens, max_batch)
+        self._max_logits = most_logits(max_batch)
         self._zeros = torch.zeros(4 * self._max_logits, dtype=torch.int32, device=device)
         """What greedy rows are told."""
         self._block_size = self._width = 0

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from server.engine import completion
-from server.engine.batch import Work, build_batch
+from server.engine.batch import Work, build_batch, most_logits, most_tokens
 from server.engine.kv_cache import KVCache, root_key
 from server.engine.loads import Fetch, Loads
 from server.engine.queue import Inbox
@@ -90,7 +90,7 @@ class Engine:
             KVCache(blocks, block_size, prefix_share if prefix_cache else 0.0),
             self._slots,
             Loads(fetch, 2 * max_batch, self._wake.set),
-            Limits(max_batch, max(max_step_tokens, max_batch + 1), max(64, 2 * max_batch), age_limit),
+            Limits(max_batch, most_tokens(max_step_tokens, max_batch), most_logits(max_batch), age_limit),
             lambda request: root_key(base_id, request.mix, request.tenant),
         )
         self._sampler = Sampler(vocab_size, eos_ids, draw)
