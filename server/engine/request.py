@@ -1,6 +1,6 @@
 """The vocabulary of a run: what a request asks for, what it becomes, and what is delivered while it runs.
 
-Owns no behaviour beyond simple derived values. The scheduler alone changes a request's state.
+Owns no behaviour beyond simple derived values. The scheduler and its loads alone change a request's state.
 """
 
 from __future__ import annotations

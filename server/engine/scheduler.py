@@ -1,6 +1,6 @@
 """`Scheduler`: which requests run in the next step, with how many tokens, and what becomes of them after it.
 
-The only one that changes a request's state. Owns the running set and, through the KV cache, the slots, the queue and
+The only one, with its loads, that changes a request's state. Owns the running set and, through the KV cache, the slots, the queue and
 the loads, everything that a request holds. Does not know models, logits or text.
 
 A step's tokens go to running answers first (one each), then to prompts that have begun, then to requests that enter.

@@ -1,7 +1,7 @@
 """The slots of the adapters that a step can use: who holds them, all or nothing for a mix.
 
-Owns slot numbers. Places weights through the runner's two calls and knows nothing else of it. Not thread-safe: the
-engine's thread has it alone.
+Owns slot numbers. Places weights through the runner's two calls and knows nothing else of it. Changed by the engine's
+thread alone; whoever else looks (`has`, `holds`, what is resident or in use) is told of a moment.
 """
 
 from __future__ import annotations
