@@ -1,7 +1,7 @@
 """`Scheduler`: which requests run in the next step, with how many tokens, and what becomes of them after it.
 
-The only one, with its loads, that changes a request's state. Owns the running set and, through the KV cache, the slots, the queue and
-the loads, everything that a request holds. Does not know models, logits or text.
+The only one, with its loads, that changes a request's state. Owns the running set and, through the KV cache, the slots,
+the queue and the loads, everything that a request holds. Does not know models, logits or text.
 
 A step's tokens go to running answers first (one each), then to prompts that have begun, then to requests that enter.
 Prompts that need more than a whole step come last, so that a short one does not wait for a long one; the oldest of them
