@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 LOCK, UNTOLD = "lock", "untold.jsonl"
 PROGRESS = ("step", "eval", "checkpoint")
+AGAIN = "again"
+"""In lines that the server before may have heard."""
+ON_THEIR_WAY = 64
+"""Lines of a busy server's pipe that are written once more, at most; each is a step."""
 NICE = 19
 OOM_SCORE = "1000"
 
@@ -47,10 +52,13 @@ def main(folder: Path) -> int:
 
 
 class Words:
-    """What is told to the server. What it does not hear, since it is gone, is kept for the next one."""
+    """What is told to the server. What it does not hear, since it is gone, is kept for the next one, and so is the last
+    that was told before: it may have been on its way still. The next one hears such lines as told again.
+    """
 
     def __init__(self, out: TextIO, untold: Path) -> None:
         self._out, self._untold = out, untold
+        self._last: deque[str] = deque(maxlen=ON_THEIR_WAY)
 
     def tell(self, line: dict[str, Any]) -> None:
         """One line."""
@@ -58,9 +66,11 @@ class Words:
         try:
             self._out.write(text)
             self._out.flush()
+            self._last.append(text)
         except BrokenPipeError:
             with self._untold.open("a", encoding="utf-8") as kept:
-                kept.write(text)
+                kept.writelines([*self._last, text])
+            self._last.clear()
 
     def tell_untold(self) -> None:
         """What a process before this one has done of the job after its server was gone; how it ended is nobody's."""
@@ -71,7 +81,7 @@ class Words:
                 except ValueError:  # the last one, if the disk was full or the power went
                     continue
                 if line.get("kind") in PROGRESS:
-                    self.tell(line)
+                    self.tell({**line, AGAIN: True})
             self._untold.unlink()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from server.jobs.child import AGAIN
 from server.jobs.errors import JobError
 from server.jobs.process import Process
 from server.jobs.publishing import Publishing
@@ -78,9 +79,13 @@ class _Heard:
         self._active, self._job = active, active.job
         self.end: dict[str, Any] | None = None
         self._last: dict[str, float] = {}
+        self._before: set[tuple[str, int]] | None = None
+        """What was told of the job when this process began, where that has been asked."""
 
     def line(self, told: dict[str, Any]) -> None:
         kind = told.get("kind")
+        if told.get(AGAIN) and (kind, told["step"]) in self._known():
+            return
         if kind == VALIDATED:
             self._validated(told)
         elif kind == STEP:
@@ -98,6 +103,22 @@ class _Heard:
             self._active.note(str(told["message"]), data=told.get("data"))
         elif kind in (TRAINED, STOPPED, FAILED):
             self.end = told
+
+    def _known(self) -> set[tuple[str, int]]:
+        """The lines, by kind and step, that became events before: a server that was killed had heard them."""
+        if self._before is None:
+            told = [event.get("data", {}) for event in self._active.records.events(self._job.id)]
+            self._before = {
+                (kind, data[place])
+                for data in told
+                for kind, place, sign in (
+                    (STEP, "step", "train_loss"),
+                    (EVALUATED, "step", "valid_mean_token_accuracy"),
+                    (CHECKPOINT, "checkpoint", "checkpoint"),
+                )
+                if place in data and sign in data
+            }
+        return self._before
 
     def _validated(self, told: dict[str, Any]) -> None:
         self._job.progress.steps = told["steps"]

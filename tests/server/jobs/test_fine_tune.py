@@ -341,7 +341,23 @@ def test_what_a_server_that_is_gone_does_not_hear_is_told_to_the_next(tmp_path):
         torn.write('{"kind": "st')
     Words(heard, tmp_path / "untold").tell_untold()
     Words(heard, tmp_path / "untold").tell_untold()
-    assert heard.getvalue() == '{"kind": "step", "step": 6}\n'
+    assert heard.getvalue() == '{"kind": "step", "step": 6, "again": true}\n'
+
+
+def test_what_was_on_its_way_to_a_server_that_went_is_told_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(child, "ON_THEIR_WAY", 3)
+    reader, writer = os.pipe()
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as gone:
+        words = Words(gone, tmp_path / "untold")
+        for step in range(1, 6):
+            words.tell({"kind": "step", "step": step})
+        os.close(reader)
+        for step in (6, 7):
+            words.tell({"kind": "step", "step": step})
+    heard = io.StringIO()
+    Words(heard, tmp_path / "untold").tell_untold()
+    told = [json.loads(line) for line in heard.getvalue().splitlines()]
+    assert [line["step"] for line in told] == [3, 4, 5, 6, 7] and all(line["again"] for line in told)
 
 
 def test_a_job_waits_for_the_process_of_a_server_that_was_killed(tmp_path):

@@ -822,6 +822,26 @@ def test_of_a_long_run_some_steps_are_told_and_the_last(tmp_path: Path, monkeypa
     assert (progress.step, progress.tokens, progress.seconds) == (11, 110, 22.0)
 
 
+def test_what_is_told_again_becomes_an_event_once(tmp_path: Path) -> None:
+    """The server before had heard of some of it."""
+    process, active = heard(tmp_path)
+    at = {"steps": 9, "tokens": 1, "seconds": 1.0, "loss": 1.0, "accuracy": 0.5, "learning_rate": 1e-4}
+    kinds = ("step", "eval", "checkpoint")
+    for kind in kinds:
+        process.line({"kind": kind, "step": 1, **at})
+    process.line({"kind": "step", "step": 2, **at})
+    next_one = _Heard(active)
+    for step in (1, 2, 3):
+        for kind in kinds:
+            next_one.line({"kind": kind, "step": step, "again": True, **at})
+    next_one.line({"kind": "step", "step": 3, **at})
+    events = [event["data"] for event in active.records.events(active.job.id)]
+    assert [data["step"] for data in events if "train_loss" in data and "step" in data] == [1, 2, 3, 3]
+    assert [data["step"] for data in events if "valid_loss" in data and "step" in data] == [1, 2, 3]
+    assert [data["checkpoint"] for data in events if "checkpoint" in data] == [1, 2, 3]
+    assert active.job.progress.step == 3, "what is trained again from a checkpoint is told as it was"
+
+
 def test_a_validation_loss_that_is_no_number_is_not_told_as_one(tmp_path: Path) -> None:
     process, active = heard(tmp_path)
     process.line({"kind": "eval", "step": 3, "steps": 9, "accuracy": 0.5})
