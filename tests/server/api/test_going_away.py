@@ -15,7 +15,7 @@ import pytest
 from tests.waiting import until
 
 LONG = {"prompt": "once", "max_tokens": 200, "ignore_eos": True, "adapters": [{"name": "a"}]}
-STEP = 0.1
+STEP = 0.3
 
 
 def send(live: Any, path: str, body: dict[str, Any]) -> socket.socket:
@@ -69,7 +69,7 @@ def test_work_stops_before_the_first_token(start: Any, write_adapter: Any, strea
     write_adapter("a", 1)
     live = start(max_step_tokens=16, max_batch=4)
     assert live.http.post("/adapters", json={"name": "a", "source": "a"}).status_code in (200, 201)
-    live.slow_down(3 * STEP)
+    live.slow_down(STEP)
     connection = send(live, "/generate", {**LONG, "prompt": "z" * 180, "max_tokens": 20, "stream": stream})
     until(lambda: live.stats()["running"])
     requests = [r.request for g in live.house.parts.inference.live for r in g.replies]
