@@ -26,7 +26,7 @@ from server.errors import UnknownName
 from server.tasks.definitions import FEEDBACK_METRIC
 from server.tasks.intervals import Totals, interval
 from server.tasks.latency import Latencies
-from server.tasks.quality_file import identity, opened
+from server.tasks.quality_file import opened, still_there
 from server.tasks.subjects import Answered, Subject
 
 log = logging.getLogger(__name__)
@@ -116,8 +116,7 @@ class Quality:
         """For how long they are not compared then."""
         with _told_of_the_disk():
             self._db = opened(file, self._load)
-        on_disk = bool(self._db.execute("PRAGMA database_list").fetchone()[2])
-        self._written_to = (file, identity(file)) if on_disk else None
+        self._check_place = still_there(file, self._db)
         self._refused = False
         """Whether the last attempt to write failed."""
         self._stop = threading.Event()
@@ -416,10 +415,7 @@ class Quality:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """What is written into a file that is no longer there would be gone with this process, and nobody told."""
-        if self._written_to is not None and identity(self._written_to[0]) != self._written_to[1]:
-            raise sqlite3.OperationalError(
-                f"{self._written_to[0].name} was taken away or replaced while the server runs; start it again"
-            )
+        self._check_place()
         with self._db:
             yield
 

@@ -6,6 +6,7 @@ Owns the tables and the file. What is in them is `quality`'s.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -78,13 +79,23 @@ def opened(file: Path, load: Load) -> sqlite3.Connection:
     return opened(file, load)
 
 
-def identity(file: Path) -> tuple[int, int] | None:
-    """Which file has that name now, whatever it is called by those who have it open; None if there is none."""
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+def still_there(file: Path, db: sqlite3.Connection) -> Callable[[], None]:
+    """What raises sqlite3.OperationalError once the file that `db` writes into is not found under its name any more."""
+    if not db.execute("PRAGMA database_list").fetchone()[2]:  # it is in memory
+        return lambda: None
+    begun = file.stat()
+
+    def check() -> None:
+        try:
+            now = file.stat()
+        except OSError:
+            now = None
+        if now is None or not os.path.samestat(now, begun):
+            raise sqlite3.OperationalError(
+                f"{file.name} was taken away or replaced while the server runs; start it again"
+            )
+
+    return check
 
 
 def in_memory(file: Path, load: Load) -> sqlite3.Connection:

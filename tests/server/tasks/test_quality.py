@@ -716,6 +716,36 @@ def test_damage_while_it_is_used_is_told_as_such(tmp_path: Path, monkeypatch: py
     quality.close()
 
 
+class Refusing:
+    """A connection that a disk without room gives to nothing."""
+
+    def execute(self, *_: Any) -> Any:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+        raise error
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(("left", "full"), [(4096, True), (1 << 30, False)])
+def test_a_disk_with_a_few_bytes_left_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int, full: bool
+) -> None:
+    """That of the file, whatever another one has."""
+    file, connect = tmp_path / "quality.db", sqlite3.connect
+    Quality(file).close()
+
+    monkeypatch.setattr(sqlite3, "connect", lambda at, **how: Refusing() if at == file else connect(at, **how))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda at: SimpleNamespace(free=left if Path(at) == tmp_path else (1 << 30) + 4096 - left)
+    )
+    if full:
+        Quality(file).close()
+    else:
+        with pytest.raises(StoreFailed, match="disk I/O error"):
+            Quality(file)
+
+
 def test_a_full_disk_at_the_start_is_read_and_served_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
@@ -725,14 +755,6 @@ def test_a_full_disk_at_the_start_is_read_and_served_on(
     quality.lead("t", "accuracy by evaluation", subject, "better")
     quality.close()
     before, connect = file.read_bytes(), sqlite3.connect
-
-    class Refusing:
-        def execute(self, *_: Any) -> Any:
-            error = sqlite3.OperationalError("disk I/O error")
-            error.sqlite_errorcode = sqlite3.SQLITE_IOERR
-            raise error
-
-        def close(self) -> None: ...
 
     def full(where: Any, **how: Any) -> Any:
         return Refusing() if where == file else connect(where, **how)
