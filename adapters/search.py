@@ -259,33 +259,30 @@ def auto_lora(
     found = layers.linears(model.tree)
     uniform = config.spec().ranks(found)
     budget = sum(rank * _cost(found[path]) for path, rank in uniform.items())
-    wide = replace(config, lora_rank=max(1, round(config.lora_rank * widen)))
+    wide = replace(
+        config,
+        lora_rank=max(1, round(config.lora_rank * widen)),
+        use_rslora=False,
+        lora_alpha=config.lora_alpha * widen,
+    )
     told_to: dict[str, Any] = {"name": name, "validation": validation, "on_event": on_event, "stop": stop}
     folders = (checkpoints / "wide", checkpoints / "narrow") if checkpoints is not None else (None, None)
-    key = training.run_key(model, data, wide, None, validation)
-    kept = _Kept(checkpoints, f"{key} {config.lora_rank} {widen!r}")
+    kept = _Kept(checkpoints, f"{training.run_key(model, data, config, None, validation)} {widen!r}")
     made_now = (cut := kept.read("cut", before="narrow")) is None
     if cut is None:
         if (start := kept.read(START, before="wide")) is None:
             start = _start(model, data, config, wide, name)
             kept.write(START, start, before="wide")
         given = dict.fromkeys(uniform, 0) | {path: module.rank for path, module in start.modules.items()}
-        wide = replace(
-            wide, lora_rank_of={**config.lora_rank_of, **given}, use_rslora=False, lora_alpha=config.lora_alpha * widen
-        )
-        trained = training.train(model, data, wide, start, checkpoints=folders[0], **told_to)
+        first = replace(wide, lora_rank_of={**config.lora_rank_of, **given})
+        trained = training.train(model, data, first, start, checkpoints=folders[0], **told_to)
         cut, _ = pruning.truncate_globally(trained, budget=budget)
     elif on_event is not None:
         on_event(training.done(cut.metadata["training"]))
     left = dict.fromkeys(uniform, 0) | {path: module.rank for path, module in cut.modules.items()}
     steps = max(1, round(recovery * config.steps(len(data.examples))))
     after = replace(
-        wide,
-        lora_rank_of={**config.lora_rank_of, **left},
-        use_rslora=False,
-        lora_alpha=config.lora_alpha * widen,
-        max_steps=steps,
-        learning_rate=config.learning_rate / 4,
+        wide, lora_rank_of={**config.lora_rank_of, **left}, max_steps=steps, learning_rate=config.learning_rate / 4
     )
     if made_now:
         kept.drop_other("narrow", training.run_key(model, data, after, cut, validation))

@@ -61,8 +61,6 @@ class AdapterPool:
         self._placed: dict[int, list[Part]] = {}
         self._free = [(0, self._size)]
         """(start, length) of each free piece, in order and none beside another."""
-        self.moved = 0
-        """Bytes that were moved together to have room, of all time."""
         self._tables = (
             torch.zeros(slots, sites, 3, dtype=torch.int64),
             torch.zeros(slots, sites, dtype=torch.int32),
@@ -277,7 +275,6 @@ class AdapterPool:
                 self.pool.offsets[slot].copy_(offsets, non_blocking=True)
                 self._tables[0][slot] = offsets
                 self._placed[slot][at] = part._replace(start=to)
-                self.moved += part.length * values.element_size()
                 self._give_back(part.start, part.length)
                 self._take(to, part.length)
         return end

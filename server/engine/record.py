@@ -40,7 +40,9 @@ class StepRecord:
         self.rows = 0
         self.logits = 0
         self.generated = 0
+        """Tokens that answers were given: the engine counts them as it delivers."""
         self.prompt = 0
+        """Tokens of prompts that were computed."""
         self.seconds = 0.0
         self.last_seconds = 0.0
         self.runner_seconds = 0.0

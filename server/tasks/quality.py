@@ -414,7 +414,8 @@ class Quality:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """What is written into a file that is no longer there would be gone with this process, and nobody told."""
+        """Raises sqlite3.OperationalError where the file is no longer there: what is written into it then would be gone
+        with this process, and nobody told."""
         self._check_place()
         with self._db:
             yield

@@ -556,8 +556,7 @@ def test_of_equal_losses_the_first_is_the_best(llama, monkeypatch):
     assert made["steps"] == 3 and made["best_step"] == 1
 
 
-def test_a_run_that_stops_itself_keeps_its_last_checkpoint(llama, tmp_path):
-    """And one that ends keeps the end: it is not trained again by who runs it again."""
+def test_a_run_that_has_ended_is_not_trained_again(llama, tmp_path):
     config = dataclasses.replace(CONFIG, epochs=2, save_steps=0)
     told = []
     training.train(Wrapped(llama), examples(4), config, checkpoints=tmp_path)

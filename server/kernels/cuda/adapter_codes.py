@@ -13,9 +13,7 @@ from adapters.errors import InvalidAdapter
 from adapters.weights import LoraWeights, LowRank
 from server.kernels import pages
 from server.kernels.adapter_memory import walk
-
-LINE = 64
-"""Bytes that each matrix, and each module's units, begin at a multiple of."""
+from server.kernels.cuda.places import LINE
 
 _LEAST = 1e-30
 """Below this a reciprocal would overflow; a rank whose values are all smaller is as good as zero."""

@@ -17,7 +17,8 @@ Shapes = tuple[tuple[str, tuple[int, int]], ...]
 """(module path, (out, in)) of each module of an adapter."""
 
 LINE = 64
-"""Bytes that all matrices begin at a multiple of, as do the adapters and the parts of them on the device."""
+"""Bytes that all matrices, and each module's units, begin at a multiple of, as do the adapters and the parts of them on
+the device."""
 
 
 @dataclass(frozen=True, eq=False)
