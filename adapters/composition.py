@@ -32,23 +32,22 @@ def compose(
     *,
     rank: int | None = None,
     density: float = 0.5,
-    majority: str = "total",
     seed: int = 0,
 ) -> LoraWeights:
     """One adapter of several, by one of `METHODS`, float32 and of scale 1; cut to `rank` afterwards if that is given.
 
-    `density` is the share of values that TIES and DARE keep, `majority` how TIES elects signs ("total" or
-    "frequency"), `seed` DARE's draw. The metadata say what was done (`composition`), a cut's error included
-    (`pruning`). Raises InvalidChoice for the pairs and AdapterError for the rest.
+    `density` is the share of values that TIES and DARE keep, `seed` DARE's draw. The metadata say what was done
+    (`composition`), a cut's error included (`pruning`). Raises InvalidChoice for the pairs and AdapterError for the
+    rest.
     """
     if method == "exact":
         result = exact(pairs, name)
     elif method == "linear":
         result = linear(pairs, name)
     elif method == "ties":
-        result = ties(pairs, name, density=density, majority=majority)
+        result = ties(pairs, name, density=density)
     elif method in ("dare_linear", "dare_ties"):
-        result = dare(pairs, name, density=density, seed=seed, majority=majority if method == "dare_ties" else None)
+        result = dare(pairs, name, density=density, seed=seed, elect=method == "dare_ties")
     else:
         raise AdapterError(f"{method!r} is no way to compose; there are {', '.join(METHODS)}", "method")
     return result if rank is None else rerank(result, rank)[0]
@@ -87,33 +86,30 @@ def linear(pairs: Pairs, name: str) -> LoraWeights:
     return _merged(pairs, name, lambda factors, weights: _weighted(factors, weights).sum(0), {"method": "linear"})
 
 
-def ties(pairs: Pairs, name: str, *, density: float, majority: str = "total") -> LoraWeights:
-    """TIES on the factors: keep the largest values, elect a sign for each place, average what agrees with it. Raises
-    AdapterError for a density or a majority that is none."""
+def ties(pairs: Pairs, name: str, *, density: float) -> LoraWeights:
+    """TIES on the factors: keep the largest values, elect a sign for each place (that of the sum), average what agrees
+    with it. Raises AdapterError for a density that is none."""
     _check_density(density)
-    _check_majority(majority)
 
     def merge(factors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
-        return _agreeing([_largest(f, density) for f in factors], weights, majority)
+        return _agreeing([_largest(f, density) for f in factors], weights)
 
-    return _merged(pairs, name, merge, {"method": "ties", "density": density, "majority": majority})
+    return _merged(pairs, name, merge, {"method": "ties", "density": density})
 
 
-def dare(pairs: Pairs, name: str, *, density: float, seed: int, majority: str | None = None) -> LoraWeights:
-    """DARE on the factors: drop values at random and rescale the rest; then sum, or with `majority` merge as TIES.
+def dare(pairs: Pairs, name: str, *, density: float, seed: int, elect: bool = False) -> LoraWeights:
+    """DARE on the factors: drop values at random and rescale the rest; then sum, or `elect` signs as TIES.
 
-    Raises AdapterError for a density, a majority or a seed that is none."""
+    Raises AdapterError for a density or a seed that is none."""
     _check_density(density)
-    if majority is not None:
-        _check_majority(majority)
     draw = torch.Generator().manual_seed(check_seed(seed))
 
     def merge(factors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
         kept = [f * torch.bernoulli(torch.full_like(f, density), generator=draw) / density for f in factors]
-        return _weighted(kept, weights).sum(0) if majority is None else _agreeing(kept, weights, majority)
+        return _agreeing(kept, weights) if elect else _weighted(kept, weights).sum(0)
 
-    method = "dare_linear" if majority is None else "dare_ties"
-    return _merged(pairs, name, merge, {"method": method, "density": density, "seed": seed, "majority": majority})
+    method = "dare_ties" if elect else "dare_linear"
+    return _merged(pairs, name, merge, {"method": method, "density": density, "seed": seed})
 
 
 def _merged(pairs: Pairs, name: str, merge: Merge, how: dict[str, object]) -> LoraWeights:
@@ -148,11 +144,10 @@ def _largest(factor: torch.Tensor, density: float) -> torch.Tensor:
     return factor * mask.view_as(factor)
 
 
-def _agreeing(factors: list[torch.Tensor], weights: list[float], majority: str) -> torch.Tensor:
-    """At each place the weighted mean of the values that have the elected sign."""
+def _agreeing(factors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    """At each place the weighted mean of the values that have the sum's sign."""
     stacked = torch.stack(factors)
-    votes = (stacked if majority == "total" else stacked.sign()).sum(0)
-    elected = torch.where(votes >= 0, 1.0, -1.0)
+    elected = torch.where(stacked.sum(0) >= 0, 1.0, -1.0)
     agree = (stacked.sign() == elected).float()
     return (_weighted(factors, weights) * agree).sum(0) / agree.sum(0).clamp(min=1.0)
 
@@ -177,11 +172,6 @@ def _check(pairs: Pairs) -> None:
 def _check_density(density: float) -> None:
     if not 0.0 < density <= 1.0:
         raise AdapterError(f"the density is a share over 0 and up to 1, not {density!r}", "density")
-
-
-def _check_majority(majority: str) -> None:
-    if majority not in ("total", "frequency"):
-        raise AdapterError(f"signs are elected by 'total' or by 'frequency', not {majority!r}", "majority")
 
 
 def _result(pairs: Pairs, name: str, modules: dict[str, LowRank], how: dict[str, object]) -> LoraWeights:

@@ -30,7 +30,7 @@ class LoraSpec:
 
     `targets` is a list of names (last parts, or more, of module paths), or a pattern for the whole path, or
     "all-linear". `rank_of` overrides `rank` for whole module paths; 0 there leaves the module out. The scale is
-    alpha / rank, or alpha / sqrt(rank) with `rslora`.
+    `peft_config.scale_of`, with `rslora` or without.
     """
 
     rank: int = 8
@@ -94,7 +94,7 @@ class LoRALinear(nn.Module):
         out: int = base_layer.out_features  # type: ignore[assignment]
         self.base_layer = base_layer
         self.rank = rank
-        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.scale = peft_config.scale_of(alpha, rank, rslora)
         self.dropout = dropout
         drawn = torch.empty(rank, width, device="cpu").normal_(0.0, (3.0 * width) ** -0.5, generator=generator)
         self.lora_A = nn.Parameter(drawn.to(torch.get_default_device()))

@@ -318,15 +318,20 @@ def _layer_numbers(layers_pattern: tuple[str, ...], names: Sequence[str]) -> dic
     return {n: next((int(p) for p in n.split(".")[2:-1] if p.isdecimal()), None) for n in names}
 
 
+def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+    """What an update is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
 def ranks_and_scales(config: LoraConfig, names: Sequence[str]) -> dict[str, tuple[int, float]]:
-    """Each module's rank and scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    """Each module's rank and scale."""
     rank_at = patterns.first_suffix_match([p for p, _ in config.rank_pattern], names, "rank_pattern")
     alpha_at = patterns.first_suffix_match([p for p, _ in config.alpha_pattern], names, "alpha_pattern")
     result = {}
     for name, i, j in zip(names, rank_at, alpha_at, strict=True):
         rank = config.r if i is None else config.rank_pattern[i][1]
         alpha = config.alpha if j is None else config.alpha_pattern[j][1]
-        result[name] = (rank, alpha / (math.sqrt(rank) if config.rslora else rank))
+        result[name] = (rank, scale_of(alpha, rank, config.rslora))
     return result
 
 

@@ -6,7 +6,6 @@ before its size is known, and no link is followed out of the folder. What the co
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import stat
@@ -99,23 +98,6 @@ def read_folder(
         "task": _json_object(task, TASK_FILE) if task is not None else None,
     }
     return replace(weights, metadata={**weights.metadata, **side})
-
-
-def read_bytes(
-    config: bytes,
-    tensors: bytes,
-    *,
-    name: str,
-    max_rank: int = 64,
-    shapes: Mapping[str, tuple[int, int]] | None = None,
-) -> LoraWeights:
-    """The adapter in the contents of the two files; see `read_folder`."""
-    parsed = peft_config.parse(_json_object(config, CONFIG_FILE))
-    limit = _tensor_limit(shapes, max_rank)
-    if len(tensors) > limit:
-        _check_declared(io.BytesIO(tensors), parsed, shapes)
-        raise InvalidAdapter(f"{TENSOR_FILE} has {len(tensors):,} bytes, over the limit of {limit:,}", TENSOR_FILE)
-    return _weights(parsed, tensors, name, max_rank, shapes)
 
 
 def _weights(
@@ -431,10 +413,9 @@ def to_bytes(
     weights: LoraWeights,
     *,
     dtype: torch.dtype | None = None,
-    base: str | None = None,
     shapes: Mapping[str, tuple[int, int]] | None = None,
 ) -> tuple[bytes, bytes]:
-    """The contents of the two files, which `peft` and `read_bytes` read back to the same version (unless `dtype` is
+    """The contents of the two files, which `peft` and `read_folder` read back to the same version (unless `dtype` is
     given and another than the tensors').
 
     The commonest rank and alpha are `r` and `lora_alpha`, others go into the patterns under whole module paths.
@@ -450,7 +431,7 @@ def to_bytes(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base or weights.metadata.get("base"),
+        "base_model_name_or_path": weights.metadata.get("base"),
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
@@ -484,7 +465,6 @@ def save(
     path: Path,
     *,
     dtype: torch.dtype | None = None,
-    base: str | None = None,
     shapes: Mapping[str, tuple[int, int]] | None = None,
     card: str | None = None,
     task: Mapping[str, Any] | None = None,
@@ -494,7 +474,7 @@ def save(
     Files are replaced one by one, the config last, each by a rename. Raises InvalidAdapter as `to_bytes`
     does, before anything is written, and StoreFailed.
     """
-    config, tensors = to_bytes(weights, dtype=dtype, base=base, shapes=shapes)
+    config, tensors = to_bytes(weights, dtype=dtype, shapes=shapes)
     card = card if card is not None else weights.metadata.get("card")
     task = task if task is not None else weights.metadata.get("task")
     files = {TENSOR_FILE: tensors}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapters import layers, pruning, training
+from adapters import layers, peft_config, pruning, training
 from adapters.checkpoints import FILE, read_adapter, read_checkpoint, write_adapter
 from adapters.data import Tokens
 from adapters.errors import AdapterError, StoreFailed
@@ -300,7 +300,7 @@ def _start(model: Model, data: Tokens, config: TrainingConfig, wide: TrainingCon
     """What the wide run begins from: the directions of `allocate`, and an update of zero."""
     found = layers.linears(model.tree)
     _, directions = allocate(model, data, wide)
-    scale = config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
+    scale = peft_config.scale_of(config.lora_alpha, config.lora_rank, config.use_rslora)
     modules = {
         # As long as a random row of A would be, so that learning rates keep their meaning.
         path: LowRank(rows / math.sqrt(3.0), torch.zeros(_out(found[path]), len(rows)), scale)

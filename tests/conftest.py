@@ -252,6 +252,6 @@ def tiny_adapter(tiny_base: Base) -> Callable[..., LoraWeights]:
             if path.rsplit(".", 1)[-1] in targets
         }
         digest = hashlib.sha256(f"{seed} {rank} {targets} {size}".encode()).hexdigest()
-        return tiny_base.prepare(LoraWeights(f"tiny-{seed}", digest, modules))
+        return tiny_base.prepare(LoraWeights(f"tiny-{seed}", digest, modules, {"base": "tiny"}))
 
     return make

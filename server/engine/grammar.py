@@ -109,10 +109,12 @@ class Grammars:
         self._at_work = False
 
     def ask(self, schema: Mapping[str, Any], count: int, tenant: str = "") -> Future[list[Grammar]]:
-        """`compile` on a thread of its own, on which tenants take turns: each has one grammar made at a time, those of
-        its requests in the order in which they came.
+        """`count` grammars for answers that follow `schema`, each of which takes up to a second. They are made on a
+        thread of their own, on which tenants take turns: each has one made at a time, those of its requests in the
+        order in which they came.
 
-        Cancel the future when nobody waits for it any more: what is left is dropped. Raises QueueFull if too many wait.
+        Cancel the future when nobody waits for it any more: what is left is dropped. Raises QueueFull if too many wait;
+        the future InvalidRequest for a schema that is none, asks for what cannot be held to, or is too large.
         """
         asked = _Asked(self._grammars(schema, count))
         asked.whole.add_done_callback(lambda _: self._drop(tenant, asked))  # before it can be done
@@ -133,13 +135,6 @@ class Grammars:
         for asked in left:
             asked.whole.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def compile(self, schema: Mapping[str, Any], count: int) -> list[Grammar]:
-        """`count` grammars for answers that follow `schema`. Each takes up to a second; call it off the event loop.
-
-        Raises InvalidRequest for a schema that is none, asks for what cannot be held to, or is too large.
-        """
-        return list(self._grammars(schema, count))
 
     def _work(self) -> None:
         while (asked := self._next()) is not None:

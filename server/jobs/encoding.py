@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from adapters.data import Chat, Completion, Encode, Pair, Record
 from adapters.errors import InvalidData
-from server.engine.text import Format, Text
+from server.engine.text import INPUT, Format, Text
 from server.errors import InvalidRequest
 
 
@@ -18,7 +18,7 @@ from server.errors import InvalidRequest
 class Template:
     """A task's prompt (with one `{input}`), its format and system text, as in task.json."""
 
-    prompt: str = "{input}"
+    prompt: str = INPUT
     format: Format = "chat"
     system: str | None = None
 
@@ -27,7 +27,7 @@ class Template:
         """The template in a task.json, raw as it is served if no format is said; without a task inputs are a user's."""
         format: Format = "chat" if not task or task.get("format") == "chat" else "raw"
         system = task.get("system")
-        return Template(str(task.get("prompt", "{input}")), format, system if isinstance(system, str) else None)
+        return Template(str(task.get("prompt", INPUT)), format, system if isinstance(system, str) else None)
 
 
 def encoder(text: Text, template: Template) -> Encode:
@@ -38,7 +38,7 @@ def encoder(text: Text, template: Template) -> Encode:
             if isinstance(record, Chat):
                 return _chat(text, record)
             if isinstance(record, Completion):
-                ids, learned = text.encode_example("{input}", "raw", None, record.prompt, record.completion)
+                ids, learned = text.encode_example(INPUT, "raw", None, record.prompt, record.completion)
             else:
                 ids, learned = _pair(text, template, record)
         except InvalidRequest as error:

@@ -33,6 +33,7 @@ from adapters.errors import (
 from adapters.peft_format import CONFIG_FILE, TENSOR_FILE, read_folder
 from adapters.registry import Registry
 from adapters.weights import Version
+from server.engine.text import INPUT
 from server.errors import InvalidRequest, NotReady
 from server.jobs.errors import JobError
 from server.jobs.files import Files
@@ -224,7 +225,7 @@ class Publishing:
         return _Named(self._registry, active.job.id, active.folder)
 
     def _score(self, active: Active, task: Task | None, name: str, pairs: Sequence[Pair], metric: str) -> Score:
-        template = task or Task(OTHER, "{input}", Fixed(), format="chat")
+        template = task or Task(OTHER, INPUT, Fixed(), format="chat")
         target = Target(template.name, template, [(name, 1.0)])
         return awaited(active, self._evaluate(target, pairs, (metric,), lambda done, total: None)).scores[metric]
 

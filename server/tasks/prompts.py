@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from server.engine.text import LONG, Text
+from server.engine.text import INPUT, LONG, Text
 from server.errors import ContextExceeded, DeadlineExceeded, InvalidRequest
 from server.tasks.definitions import Task
 from server.tasks.sampling import Room
@@ -80,7 +80,7 @@ class Prompts:
         """
         self._check_characters(len(prompt), "prompt")
         text, format = self.text, task.format if task else "raw"
-        template, system = (task.prompt, task.system) if task else ("{input}", None)
+        template, system = (task.prompt, task.system) if task else (INPUT, None)
         pieces = await _off(len(prompt) + _around(task), lambda: text.render_task(template, format, system, prompt))
         whole = "".join(piece for piece in pieces if isinstance(piece, str))
         await self._check_beginning(whole, self.room.context)
@@ -149,7 +149,7 @@ def _wrapped(task: Task, messages: Sequence[Message]) -> list[Message]:
     if last is None:
         raise InvalidRequest(f"the task {task.name!r} needs a user message", "messages")
     wrapped = list(messages)
-    wrapped[last] = {**messages[last], "content": task.prompt.replace("{input}", messages[last]["content"], 1)}
+    wrapped[last] = {**messages[last], "content": task.prompt.replace(INPUT, messages[last]["content"], 1)}
     if task.system is not None and messages[0]["role"] != "system":
         wrapped.insert(0, {"role": "system", "content": task.system})
     return wrapped

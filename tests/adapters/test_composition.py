@@ -87,20 +87,16 @@ def test_exact_is_pefts_cat_and_the_true_sum(llama, three):
     ("method", "kwargs"),
     [
         ("linear", {}),
-        ("ties", {"density": 0.4, "majority": "total"}),
-        ("ties", {"density": 0.6, "majority": "frequency"}),
+        ("ties", {"density": 0.4}),
         ("dare_linear", {"density": 0.5, "seed": 7}),
-        ("dare_ties", {"density": 0.5, "seed": 3, "majority": "total"}),
+        ("dare_ties", {"density": 0.5, "seed": 3}),
     ],
 )
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [1.0, -0.8]])
 def test_merges_are_pefts_own(method, kwargs, weights, llama, three):
     folders, adapters = three
     result = composition.compose(list(zip(adapters[:2], weights, strict=True)), "m", method, **kwargs)
-    theirs = dict(kwargs)
-    if "majority" in theirs:
-        theirs["majority_sign_method"] = theirs.pop("majority")
-    oracle = peft_result(llama, folders[:2], weights, combination_type=method, **theirs)
+    oracle = peft_result(llama, folders[:2], weights, combination_type=method, **kwargs)
     assert set(result.modules) == set(oracle)
     for path, (_, a, b) in oracle.items():
         assert torch.allclose(result.modules[path].A, a, atol=1e-6)
@@ -155,8 +151,6 @@ def test_what_cannot_be_composed_is_said():
         composition.exact([(one, float("nan"))], "e")
     with pytest.raises(AdapterError, match="density"):
         composition.ties([(one, 1.0)], "t", density=0.0)
-    with pytest.raises(AdapterError, match="frequency"):
-        composition.ties([(one, 1.0)], "t", density=0.5, majority="loudest")
     with pytest.raises(AdapterError, match="exact, linear"):
         composition.compose([(one, 1.0)], "x", "slerp")
 
@@ -235,11 +229,11 @@ def test_a_composed_adapter_tells_what_it_is_of():
     one, other = (replace(random_weights(i, {"x": 2}), metadata={"base": "m", "quantization": "q"}) for i in (1, 2))
     pairs = [(one, 0.5), (other, -2.0)]
     of = [{"version": one.version.label, "weight": 0.5}, {"version": other.version.label, "weight": -2.0}]
-    told = composition.compose(pairs, "c", "dare_ties", density=1.0, majority="frequency", seed=3).metadata
+    told = composition.compose(pairs, "c", "dare_ties", density=1.0, seed=3).metadata
     assert told == {
         "base": "m",
         "quantization": "q",
-        "composition": {"method": "dare_ties", "density": 1.0, "seed": 3, "majority": "frequency", "of": of},
+        "composition": {"method": "dare_ties", "density": 1.0, "seed": 3, "of": of},
     }
     assert composition.compose(pairs, "c").metadata["composition"] == {"method": "exact", "of": of}
 
@@ -252,7 +246,7 @@ def test_the_settings_of_a_method_reach_it():
 
     assert composed("dare_linear", seed=1) == composition.dare(pairs, "c", density=0.5, seed=1).digest
     assert composed("dare_linear", seed=1) != composed("dare_linear", seed=0)
-    assert composed("ties", majority="frequency") != composed("ties", majority="total")
+    assert composed("ties", density=0.4) != composed("ties")
     assert composition.compose(pairs, "c", rank=2).modules["x"].rank == 2
 
 

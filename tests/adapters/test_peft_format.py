@@ -483,8 +483,9 @@ def test_an_adapter_of_mlx_is_told_apart():
 )
 def test_what_people_take_for_the_tensors_is_told_by_name(start, advice, make_peft, shapes):
     _, folder = make_peft(r=2, target_modules=["q_proj"])
+    (folder / "adapter_model.safetensors").write_bytes(start)
     with pytest.raises(InvalidAdapter, match=advice):
-        peft_format.read_bytes((folder / "adapter_config.json").read_bytes(), start, name="a", shapes=shapes)
+        peft_format.read_folder(folder, name="a", shapes=shapes)
 
 
 def test_a_pickle_is_refused_without_being_opened(make_peft, shapes, tmp_path):
@@ -578,11 +579,8 @@ def test_a_file_over_the_limit_is_refused_for_what_is_wrong_with_it(
     retensor(folder, lambda ts: {**ts, **{f"base_model.model.{k}": v.clone() for k, v in tensors.items()}})
     edit(folder, **changes)
     monkeypatch.setattr(peft_format, "_tensor_limit", lambda shapes, max_rank: 100)
-    files = [(folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]
     with pytest.raises(error, match=named):
         peft_format.read_folder(folder, name="a", shapes=shapes)
-    with pytest.raises(error, match=named):
-        peft_format.read_bytes(*files, name="a", shapes=shapes)
 
 
 @pytest.mark.parametrize(
@@ -644,11 +642,12 @@ def test_names_of_any_length_are_told_in_short(make_peft, shapes):
 
 def test_truncation_at_every_length_is_refused(make_peft, shapes):
     _, folder = make_peft(r=1, target_modules=["q_proj"])
-    config = (folder / "adapter_config.json").read_bytes()
-    tensors = (folder / "adapter_model.safetensors").read_bytes()
+    file = folder / "adapter_model.safetensors"
+    tensors = file.read_bytes()
     for size in [*range(0, len(tensors), 37), len(tensors) - 1]:
+        file.write_bytes(tensors[:size])
         with pytest.raises(InvalidAdapter):
-            peft_format.read_bytes(config, tensors[:size], name="a", shapes=shapes)
+            peft_format.read_folder(folder, name="a", shapes=shapes)
 
 
 def test_a_full_disk_is_told(make_peft, shapes, tmp_path):

@@ -162,7 +162,7 @@ def write_adapter(tiny_adapter: Callable[..., LoraWeights], adapter_dir: Path) -
     def write(name: str, seed: int, task: dict[str, Any] | None = None, **shape: Any) -> Path:
         folder = adapter_dir / name
         folder.mkdir(exist_ok=True)
-        save(tiny_adapter(seed, **shape), folder, base="tiny", task=task)
+        save(tiny_adapter(seed, **shape), folder, task=task)
         return folder
 
     return write

@@ -17,5 +17,5 @@ def mood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_adapter: Callable
     """The task `mood` as its task.json has it, which `library/mood` in the working folder, `tmp_path`, brings."""
     monkeypatch.chdir(tmp_path)
     task = {"task": "mood", "prompt": "Mood: {input}", "labels": ["good", "bad"], "defaults": {"max_tokens": 3}}
-    save(tiny_adapter(1), tmp_path / "library" / "mood", base="tiny", task=task)
+    save(tiny_adapter(1), tmp_path / "library" / "mood", task=task)
     return task

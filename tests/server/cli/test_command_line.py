@@ -155,7 +155,8 @@ def test_check_says_what_the_server_would_of_another_base(tmp_path: Path) -> Non
     refused = runner.invoke(app, [*check, "--model", str(tmp_path)])
     assert refused.exit_code == 1 and "made for another base" in str(refused.exception)
     one = {"model.layers.0.mlp.up_proj": LowRank(torch.ones(1, 8), torch.ones(8, 1), 1.0)}
-    peft_format.save(sealed("a", one), tmp_path / "own", base="org/another", shapes=shapes.linear_shapes())
+    another = sealed("a", one, {"base": "org/another"})
+    peft_format.save(another, tmp_path / "own", shapes=shapes.linear_shapes())
     own = runner.invoke(app, ["adapters", "check", str(tmp_path / "own"), "--json", "--model", str(tmp_path)])
     assert "it names 'org/another' as its base" in json.loads(own.output)["notes"][0]
     unknown = json.loads(runner.invoke(app, [*check, "--state-dir", str(tmp_path)]).output)

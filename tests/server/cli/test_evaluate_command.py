@@ -33,7 +33,7 @@ def given(
 ) -> Path:
     """A folder with data, a task.json and two adapters, the first of which ships and brings the task `mood`."""
     monkeypatch.setattr(evaluate, "open_base", lambda settings, backend, quiet: tiny_base)
-    save(tiny_adapter(2), tmp_path / "mine" / "mood", base="tiny")
+    save(tiny_adapter(2), tmp_path / "mine" / "mood")
     (tmp_path / "task.json").write_text(json.dumps({**mood, "task": "another", "labels": []}))
     lines = [json.dumps({"input": f"text {i}", "output": "good" if i % 2 else "bad"}) for i in range(9)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))

@@ -52,7 +52,7 @@ def walk(text: Text, grammar: Grammar, seed: int, most: int = 400) -> str | None
 def test_random_walks_follow_the_schema(tiny_text: Text) -> None:
     import jsonschema
 
-    grammars = Grammars(tiny_text, tiny_text.size).compile(POINT, 20)
+    grammars = Grammars(tiny_text, tiny_text.size).ask(POINT, 20).result()
     answers = [walk(tiny_text, grammar, i) for i, grammar in enumerate(grammars)]
     whole = [json.loads(a) for a in answers if a is not None]
     assert len(whole) >= 15
@@ -66,14 +66,14 @@ def test_a_space_before_a_text_is_not_put_into_an_answer(
 ) -> None:
     text = Text(from_gguf(spm_metadata))
     schema = {"type": "object", "properties": {"the other": {"enum": ["and again"]}}, "additionalProperties": False}
-    answers = [walk(text, grammar, i) for i, grammar in enumerate(Grammars(text, text.size).compile(schema, 10))]
+    answers = [walk(text, grammar, i) for i, grammar in enumerate(Grammars(text, text.size).ask(schema, 10).result())]
     whole = [json.loads(a) for a in answers if a is not None]
     assert {"the other": "and again"} in whole and all(a in ({}, {"the other": "and again"}) for a in whole)
 
 
 def test_special_tokens_are_never_part_of_it_and_the_end_only_when_it_is_whole(tiny_text: Text) -> None:
     special = set(tiny_text.vocabulary.special.values())
-    [grammar] = Grammars(tiny_text, tiny_text.size).compile({"enum": [{"a": "<|im_end|>"}]}, 1)
+    [grammar] = Grammars(tiny_text, tiny_text.size).ask({"enum": [{"a": "<|im_end|>"}]}, 1).result()
     said = b""
     while not said.endswith(b"}"):
         ids = allowed(grammar, tiny_text.size)
@@ -87,7 +87,7 @@ def test_special_tokens_are_never_part_of_it_and_the_end_only_when_it_is_whole(t
 
 
 def test_a_model_s_table_may_be_longer_than_the_vocabulary(tiny_text: Text) -> None:
-    [grammar] = Grammars(tiny_text, tiny_text.size + 50).compile(POINT, 1)
+    [grammar] = Grammars(tiny_text, tiny_text.size + 50).ask(POINT, 1).result()
     ids = allowed(grammar, tiny_text.size + 50)
     assert ids and max(ids) < tiny_text.size
 
@@ -101,7 +101,7 @@ def test_a_model_s_table_may_be_longer_than_the_vocabulary(tiny_text: Text) -> N
 )
 def test_why_a_schema_is_refused_is_told_in_words(tiny_text: Text, schema: dict[str, Any], why: str) -> None:
     with pytest.raises(InvalidRequest, match=why):
-        [grammar] = Grammars(tiny_text, tiny_text.size).compile(schema, 1)
+        [grammar] = Grammars(tiny_text, tiny_text.size).ask(schema, 1).result()
         grammar.mask()
 
 
@@ -120,17 +120,17 @@ def test_what_cannot_be_held_to_is_refused_and_soon(tiny_text: Text, schema: dic
     grammars = Grammars(tiny_text, tiny_text.size)
     start = time.process_time()
     with pytest.raises(InvalidRequest, match="schema") as told:
-        grammars.compile(schema, 1)
+        grammars.ask(schema, 1).result()
     assert time.process_time() - start < 5
     assert told.value.param == "response_format" and len(told.value.message) < 400
-    assert grammars.compile(POINT, 1)
+    assert grammars.ask(POINT, 1).result()
 
 
 @pytest.mark.parametrize("pattern", ["(?:a?){5000}a{5000}" * 3, "(.*a.*){200}", "^(([a-z])+.)+[A-Z]([a-z])+$"])
 def test_a_mask_takes_bounded_time(tiny_text: Text, pattern: str) -> None:
     """A pattern made to explode: each step is quick, or the request ends with an error of its own."""
     try:
-        [grammar] = Grammars(tiny_text, tiny_text.size).compile({"type": "string", "pattern": pattern}, 1)
+        [grammar] = Grammars(tiny_text, tiny_text.size).ask({"type": "string", "pattern": pattern}, 1).result()
         for _ in range(40):
             start = time.thread_time()
             ids = allowed(grammar, tiny_text.size)
@@ -170,7 +170,7 @@ def test_any_schema_is_compiled_or_refused(schema: dict[str, Any]) -> None:
         text = make_text()
         made["one"] = Grammars(text, text.size)
     try:
-        [grammar] = made["one"].compile(schema, 1)
+        [grammar] = made["one"].ask(schema, 1).result()
         grammar.mask()
     except InvalidRequest:
         return
@@ -195,16 +195,16 @@ def test_numbers_that_take_long_are_refused_at_once(
     grammars = Grammars(tiny_text, tiny_text.size)
     monkeypatch.setattr(grammars, "_compile", lambda schema: pytest.fail("it was compiled"))
     with pytest.raises(InvalidRequest, match=told) as refused:
-        grammars.compile(schema, 1)
+        grammars.ask(schema, 1).result()
     assert refused.value.param == "response_format"
 
 
 def test_usual_numbers_are_compiled(tiny_text: Text) -> None:
     grammars = Grammars(tiny_text, tiny_text.size)
-    assert grammars.compile(numbers(20, minimum=0, maximum=1e6, multipleOf=0.01), 1)
-    assert grammars.compile({"type": "integer", "allOf": [{"multipleOf": 3600}, {"multipleOf": 0.5}]}, 1)
+    assert grammars.ask(numbers(20, minimum=0, maximum=1e6, multipleOf=0.01), 1).result()
+    assert grammars.ask({"type": "integer", "allOf": [{"multipleOf": 3600}, {"multipleOf": 0.5}]}, 1).result()
     named = {"type": "object", "properties": {"minimum": {"type": "boolean"}, "multipleOf": {"type": "string"}}}
-    assert grammars.compile(named, 1)
+    assert grammars.ask(named, 1).result()
 
 
 def test_the_vocabulary_is_told_before_the_first_request(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_without_the_library_the_rest_works(tiny_text: Text, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "llguidance", None)
     grammars = Grammars(tiny_text, tiny_text.size)
     with pytest.raises(InvalidRequest, match="llguidance is not installed"):
-        grammars.compile(POINT, 1)
+        grammars.ask(POINT, 1).result()
 
 
 def test_what_nobody_waits_for_any_more_is_not_compiled(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +342,7 @@ def test_one_tenants_schemas_leave_room_for_others(tiny_text: Text, monkeypatch:
 
 def test_an_answer_that_is_whole_ends_before_min_tokens(bench: Any, text: Text) -> None:
     engine = bench()
-    [grammar] = Grammars(text, text.size).compile({"enum": [{"a": 1}]}, 1)
+    [grammar] = Grammars(text, text.size).ask({"enum": [{"a": 1}]}, 1).result()
     heard = engine.submit(text.encode("hi"), max_tokens=60, min_tokens=50, ignore_eos=False, constraint=grammar)
     engine.settle()
     assert (heard.reason, heard.error) == ("stop", None) and json.loads(heard.text) == {"a": 1}
@@ -351,7 +351,7 @@ def test_an_answer_that_is_whole_ends_before_min_tokens(bench: Any, text: Text) 
 def test_a_token_that_stops_answers_stops_none_before_min_tokens(bench: Any, text: Text) -> None:
     """The grammar allows nothing else there, and goes on after it."""
     engine = bench()
-    [grammar] = Grammars(text, text.size).compile(POINT, 1)
+    [grammar] = Grammars(text, text.size).ask(POINT, 1).result()
     [brace] = text.encode("{")
     how: dict[str, Any] = {"max_tokens": 60, "min_tokens": 8, "ignore_eos": False, "stop_token_ids": (brace,)}
     heard = engine.submit(text.encode("hi"), constraint=grammar, **how)
@@ -362,7 +362,7 @@ def test_a_token_that_stops_answers_stops_none_before_min_tokens(bench: Any, tex
 def test_in_one_batch_with_others(bench: Any, text: Text) -> None:
     """Each request has its own place in its grammar; those without one answer as they do alone."""
     engine = bench()
-    grammars = Grammars(text, text.size).compile(POINT, 3)
+    grammars = Grammars(text, text.size).ask(POINT, 3).result()
     free = [engine.submit(text.encode(p), max_tokens=8) for p in ("a b", "c")]
     held = [
         engine.submit(text.encode("hi"), max_tokens=100, temperature=0.8, seed=i, ignore_eos=False, constraint=g)
@@ -386,6 +386,6 @@ def test_an_end_that_is_an_ordinary_token_is_no_part_of_it_either(tiny_text: Tex
     letter = tiny_text.encode("a")[0]
     text = Text(replace(tiny_text.vocabulary, eos_ids=tiny_text.vocabulary.eos_ids | {letter}))
     for vocabulary, there in ((tiny_text, True), (text, False)):
-        (grammar,) = Grammars(vocabulary, vocabulary.size).compile({"type": "string"}, 1)
+        (grammar,) = Grammars(vocabulary, vocabulary.size).ask({"type": "string"}, 1).result()
         grammar.accept(vocabulary.encode('"')[0])
         assert (letter in allowed(grammar, vocabulary.size)) is there

@@ -29,7 +29,7 @@ def grammars(tiny_text: Text) -> Grammars:
 
 def takes(grammars: Grammars, text: Text, schema: dict[str, Any], answer: Any) -> bool:
     """Whether the answer, as JSON, may be given, and end there."""
-    [grammar] = grammars.compile(schema, 1)
+    [grammar] = grammars.ask(schema, 1).result()
     for token in [*text.encode(json.dumps(answer), bos=False, begins=False), min(text.vocabulary.eos_ids)]:
         if not np.unpackbits(grammar.mask(), bitorder="little")[token]:
             return False
@@ -73,7 +73,7 @@ def test_what_clients_write_beside_what_they_ask_for_is_no_reason_to_refuse(
 )
 def test_what_is_not_held_to_is_an_unsupported_parameter(grammars: Grammars, schema: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedParameter, match="cannot be used: Un") as told:
-        grammars.compile({"type": "object", **schema} if "format" not in schema else schema, 1)
+        grammars.ask({"type": "object", **schema} if "format" not in schema else schema, 1).result()
     assert told.value.param == "response_format"
 
 

@@ -54,7 +54,7 @@ async def parts(tmp_path: Path, tiny_base: Base, tiny_adapter: Callable[..., Lor
     for seed, name in enumerate(("a", "b")):
         folder = tmp_path / "made" / name
         folder.mkdir(parents=True)
-        save(tiny_adapter(seed), folder, base="tiny")
+        save(tiny_adapter(seed), folder)
         house.parts.registry.publish_now(name, folder, source="file")
     house.parts.tasks.put("say", {**TASK, "route": {"choice": [{"name": "a"}, {"name": "b", "weight": -0.5}]}})
     yield house.parts
