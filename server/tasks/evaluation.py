@@ -292,13 +292,13 @@ class _Run:
             each = tuple(map(_a_token, self._losses))
             return Score(metric, _a_token(scores.sums(self._losses)), each, scores.parts(_a_token, self._losses))
         references = [example.output for example in examples]
-        corpus = scores.CORPUS.get(metric)
-        if corpus is not None:
-            counts = [corpus.count(a, r) for a, r in zip(self.answers, references, strict=True)]
-            value, parts = corpus.score(scores.sums(counts)), scores.parts(corpus.score, counts)
-            return Score(metric, value, tuple(map(corpus.single, counts)), parts)
-        values = tuple(scores.single(metric, a, r) for a, r in zip(self.answers, references, strict=True))
-        return Score(metric, scores.METRICS[metric](self.answers, references), values)
+        if metric in scores.MEAN:
+            values = tuple(map(scores.MEAN[metric], self.answers, references))
+            return Score(metric, sum(values) / len(values), values)
+        corpus = scores.CORPUS[metric]
+        counts = list(map(corpus.count, self.answers, references))
+        value, parts = corpus.score(scores.sums(counts)), scores.parts(corpus.score, counts)
+        return Score(metric, value, tuple(map(corpus.single, counts)), parts)
 
 
 @contextmanager

@@ -40,24 +40,18 @@ def parts(score: Callable[[Counts], float], counts: Sequence[Counts]) -> tuple[f
     return tuple((len(counts) - 1) * (value - score(rest)) for rest in without) if len(counts) > 1 else (0.0,)
 
 
-def accuracy(answers: Sequence[str], references: Sequence[str]) -> float:
-    """The share of answers that are the reference but for case and surrounding space, 0 to 1."""
-    same = [a.strip().lower() == r.strip().lower() for a, r in zip(answers, references, strict=True)]
-    return sum(same) / len(same)
+def accuracy(answer: str, reference: str) -> float:
+    """1 if the answer is the reference but for case and surrounding space, else 0."""
+    return float(answer.strip().lower() == reference.strip().lower())
 
 
-def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """The share of answers that are the reference to the letter, surrounding space aside, 0 to 1."""
-    same = [a.strip() == r.strip() for a, r in zip(answers, references, strict=True)]
-    return sum(same) / len(same)
+def exact_match(answer: str, reference: str) -> float:
+    """1 if the answer is the reference to the letter, surrounding space aside, else 0."""
+    return float(answer.strip() == reference.strip())
 
 
-def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Mean F measure of the longest common subsequence of words, 0 to 1 (Lin 2004)."""
-    return sum(map(_rouge_l, answers, references)) / len(answers)
-
-
-def _rouge_l(answer: str, reference: str) -> float:
+def rouge_l(answer: str, reference: str) -> float:
+    """F measure of the longest common subsequence of words, 0 to 1 (Lin 2004)."""
     a, r = ([w for w in _WORDS.split(text.lower()) if w] for text in (answer, reference))
     if not a or not r:
         return 0.0
@@ -68,11 +62,6 @@ def _rouge_l(answer: str, reference: str) -> float:
             before, row[j] = row[j], before + 1 if word == other else max(row[j], row[j - 1])
     common = row[-1]
     return 2.0 * common / (len(a) + len(r))
-
-
-def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus chrF2 over character n-grams up to 6, white space left out, 0 to 100 (Popović 2015)."""
-    return _chrf(sums(_chrf_counts(a, r) for a, r in zip(answers, references, strict=True)))
 
 
 def _chrf_counts(answer: str, reference: str) -> Counts:
@@ -87,6 +76,7 @@ def _chrf_counts(answer: str, reference: str) -> Counts:
 
 
 def _chrf(counts: Counts) -> float:
+    """Corpus chrF2 over character n-grams up to 6, white space left out, 0 to 100 (Popović 2015)."""
     orders = zip(counts[::3], counts[1::3], counts[2::3], strict=True)
     scored = [(hit / given, hit / wanted) for hit, given, wanted in orders if given and wanted]
     if not scored:
@@ -95,11 +85,6 @@ def _chrf(counts: Counts) -> float:
     factor = CHRF_BETA**2
     both = factor * precision + recall
     return 100.0 * (1 + factor) * precision * recall / both if both else 0.0
-
-
-def bleu(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus BLEU over n-grams of tokens up to 4, 0 to 100 (Papineni et al. 2002)."""
-    return _bleu(sums(_bleu_counts(a, r) for a, r in zip(answers, references, strict=True)))
 
 
 def _bleu_counts(answer: str, reference: str) -> Counts:
@@ -113,7 +98,9 @@ def _bleu_counts(answer: str, reference: str) -> Counts:
 
 
 def _bleu(counts: Counts, effective_order: bool = False) -> float:
-    """With `effective_order` only orders that the answers are long enough for count, which is for single sentences."""
+    """Corpus BLEU over n-grams of tokens up to 4, 0 to 100 (Papineni et al. 2002). With `effective_order` only orders
+    that the answers are long enough for count, which is for single sentences.
+    """
     given, wanted, *rest = counts
     hits, totals = rest[::2], rest[1::2]
     if not hits[0]:
@@ -143,14 +130,12 @@ def _tokens(text: str) -> list[str]:
     return text.split()
 
 
-METRICS: Mapping[str, Callable[[Sequence[str], Sequence[str]], float]] = {
+MEAN: Mapping[str, Callable[[str, str], float]] = {
     "accuracy": accuracy,
     "exact_match": exact_match,
     "rougeL": rouge_l,
-    "chrf": chrf,
-    "bleu": bleu,
 }
-"""Names of metrics -> function of answers and references."""
+"""The metrics that are the mean of what each answer has by its reference, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +148,7 @@ class Corpus:
     alone: Callable[[Counts], float]
 
     def single(self, counts: Counts) -> float:
-        """What one answer has alone, from 0 to 1."""
+        """What one answer has alone (of BLEU by effective order), from 0 to 1."""
         return self.alone(counts) / 100.0
 
 
@@ -172,11 +157,3 @@ CORPUS: Mapping[str, Corpus] = {
     "bleu": Corpus(_bleu_counts, _bleu, partial(_bleu, effective_order=True)),
 }
 """The metrics that are made so."""
-
-
-def single(metric: str, answer: str, reference: str) -> float:
-    """What a metric says of one answer, from 0 to 1: for BLEU (of effective order) and chrF the score of its own."""
-    corpus = CORPUS.get(metric)
-    if corpus is not None:
-        return corpus.single(corpus.count(answer, reference))
-    return METRICS[metric]([answer], [reference])
