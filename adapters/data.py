@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adapters.errors import InvalidData
+from adapters.strict_json import once
 
 MAX_LINE = 4 << 20
 INSTRUCTIONS = ("instruction", "instructions", "system", "history")
@@ -119,7 +119,7 @@ def parse(data: bytes, name: str = "data") -> list[Record]:
 
 def _from_list(text: str, name: str) -> Iterator[Record]:
     try:
-        entries = json.loads(text, object_pairs_hook=_object)
+        entries = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise InvalidData(f"{name} is no valid JSON: {error}") from error
     for number, entry in enumerate(entries, 1):
@@ -134,18 +134,10 @@ def _from_lines(text: str, name: str) -> Iterator[Record]:
         if len(line) > MAX_LINE:
             raise InvalidData(f"{where}: {len(line):,} characters are over the limit of {MAX_LINE:,}")
         try:
-            entry = json.loads(line, object_pairs_hook=_object)
+            entry = json.loads(line, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             raise InvalidData(f"{where}: no valid JSON ({error})") from error
         yield record(entry, number, name)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-        raise ValueError(f"{twice!r} is there twice")
-    return found
 
 
 def record(entry: object, number: int, name: str, unit: str = "line") -> Record:

@@ -1,6 +1,6 @@
 """Files that are whole on the disk whenever the process or the machine stops, and what of a record is to be read.
 
-Each function that goes to the disk raises OSError.
+Each function that goes to the disk raises OSError; `refused` makes of it what is told.
 """
 
 from __future__ import annotations
@@ -8,9 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from adapters.errors import StoreFailed
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,15 @@ def replace_file(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:  # it stands, and only a power cut now could undo it
         log.warning("%s is written but its name is not synced: %s", path.name, error.strerror)
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Raises StoreFailed where the disk refuses `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreFailed(f"the disk refuses {what}: {error.strerror}") from None
 
 
 def set_aside(path: Path, copy: bool = False) -> Path:

@@ -24,6 +24,7 @@ from adapters.durable import replace_file
 from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter, unreadable
 from adapters.mistaken import COPY_FILES, foreign, no_config, not_safetensors
 from adapters.peft_config import LoraConfig
+from adapters.strict_json import once
 from adapters.weights import LoraWeights, LowRank, all_finite, all_finite_in, not_finite, sealed
 
 CONFIG_FILE = "adapter_config.json"
@@ -179,13 +180,6 @@ def _json_object(data: bytes, file: str) -> dict[str, Any]:
     """An object of JSON, in which no key is twice and every text is one: an escape can name half of a surrogate pair,
     which no answer that tells of the adapter could hold. Raises InvalidAdapter.
     """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise ValueError(f"the key {twice!r} is there twice")
-        return result
 
     try:
         value = json.loads(data, object_pairs_hook=once)

@@ -37,8 +37,8 @@ class Observer:
     def on_load(self, name: str, outcome: str, seconds: float) -> None:
         """A version of `name` was read into RAM: `outcome` is "ok" or "failed"."""
 
-    def on_evict(self, name: str, tier: str) -> None:
-        """A version of `name` left the tier "ram" because its room was needed."""
+    def on_evict(self) -> None:
+        """A version left RAM because its room was needed."""
 
     def on_change(self, name: str, version: Version | None) -> None:
         """`name` has another version now, or the same one with another card or task, or None: it is gone."""

@@ -97,7 +97,7 @@ class Registry:
             size=store.nbytes,
             evict_last=lambda digest: digest in self._leases,
             on_load=self._loaded,
-            on_evict=lambda digest: self._observer.on_evict(self._names.of_content(digest), "ram"),
+            on_evict=lambda digest: self._observer.on_evict(),
             pressure=lambda nbytes: self.slots.release_idle(nbytes),
             workers=workers,
         )

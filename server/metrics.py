@@ -187,7 +187,8 @@ class Metrics(Observer):
         """Of each task, what was counted of adapters that are gone: it has no series any more, but was the task's."""
         self._loads: dict[tuple[str, str], int] = {}
         self._load_seconds = _Counts(TTFT_BUCKETS)
-        self._evictions = {"ram": 0, "device": 0}
+        self._evictions = 0
+        """From RAM."""
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -235,10 +236,10 @@ class Metrics(Observer):
             if outcome == "ok":
                 self._load_seconds.observe(seconds)
 
-    def on_evict(self, name: str, tier: str) -> None:
-        """An adapter left a tier because its room was needed."""
+    def on_evict(self) -> None:
+        """An adapter left RAM because its room was needed."""
         with self._lock:
-            self._evictions[tier] = self._evictions.get(tier, 0) + 1
+            self._evictions += 1
 
     def on_change(self, name: str, version: Version | None) -> None:
         """An adapter's name has another version now, or None: it is gone, and its series go too."""
@@ -331,8 +332,7 @@ class Metrics(Observer):
         )
         yield from self._loading_families()
         with self._lock:
-            evictions = dict(self._evictions)
-        evictions["device"] += now.slot_evictions
+            evictions = {"ram": self._evictions, "device": now.slot_evictions}
         yield _counter(
             "loramux_adapter_evictions",
             "Adapters evicted from a tier to make room.",

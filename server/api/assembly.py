@@ -102,8 +102,8 @@ class _Notices(Observer):
     def on_load(self, name: str, outcome: str, seconds: float) -> None:
         self._metrics.on_load(name, outcome, seconds)
 
-    def on_evict(self, name: str, tier: str) -> None:
-        self._metrics.on_evict(name, tier)
+    def on_evict(self) -> None:
+        self._metrics.on_evict()
 
     def on_change(self, name: str, version: Version | None) -> None:
         self._metrics.on_change(name, version)

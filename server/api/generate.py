@@ -65,7 +65,7 @@ async def classify(
     caller = runtime.caller(request, body.deadline_ms)
     target = resolve_task(parts, request, query.task, body.adapters, caller)
     with counted(parts.inference, target, caller):
-        labels = check_labels(body.labels, "labels") if body.labels else target.task.labels if target.task else ()
+        labels = check_labels(body.labels) if body.labels else target.task.labels if target.task else ()
         if not labels:
             raise InvalidRequest("labels are needed: give them here, or the task some", "labels")
         encoded = await parts.prompts.of_labels(target.task, body.prompt, labels, caller.deadline)

@@ -13,7 +13,7 @@ from server.api.generate import json_response
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready
 from server.errors import called
-from server.jobs.records import EVALUATION, Job
+from server.jobs.records import CURVES, EVALUATION, Job
 from server.jobs.spec import DATA
 from server.tasks.definitions import Best, Task
 from server.tasks.evaluation import default_metric
@@ -23,7 +23,6 @@ router = APIRouter(tags=["jobs"])
 Id = Annotated[str, Path(max_length=schemas.MAX_FILE_ID)]
 SHOWN = 200
 """Jobs of a list."""
-CURVES = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
 MESSAGES = 50
 """The last ones of a job that are shown."""
 

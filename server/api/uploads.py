@@ -14,6 +14,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import FormData, UploadFile
 
+from adapters.durable import refused
 from adapters.errors import MACHINE, StoreFailed
 from adapters.peft_format import OPTIONAL, REQUIRED
 from server.settings import Settings
@@ -44,10 +45,8 @@ async def temporary(settings: Settings) -> AsyncIterator[Path]:
         root.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=root))
 
-    try:
+    with refused("an upload"):
         folder = await asyncio.to_thread(make)
-    except OSError as error:
-        raise StoreFailed(f"the disk refuses an upload: {error.strerror}") from None
     try:
         yield folder
     finally:

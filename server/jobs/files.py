@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from adapters.durable import known_fields, write_file
+from adapters.durable import known_fields, refused, write_file
 from adapters.errors import StoreFailed
 from server.errors import Conflict, UnknownName
 
@@ -59,11 +59,9 @@ class Files:
     def add(self, write: Callable[[Path], object], filename: str, purpose: str) -> File:
         """A new file, whose content `write` puts at the path that it is given. Raises StoreFailed."""
         id = f"file-{uuid.uuid4().hex}"
-        try:
+        with refused("the file"):
             self._folder.mkdir(parents=True, exist_ok=True)
             part = Path(tempfile.mkdtemp(dir=self._folder, prefix=".new-"))
-        except OSError as error:
-            raise StoreFailed(f"the disk refuses the file: {error.strerror}") from None
         try:
             write(part / CONTENT)
             with (part / CONTENT).open("rb") as stream:

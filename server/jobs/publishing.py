@@ -21,12 +21,12 @@ from typing import Any
 
 from adapters import data
 from adapters.data import Pair
+from adapters.durable import refused
 from adapters.errors import (
     AdapterConflict,
     AdapterError,
     InvalidChoice,
     InvalidData,
-    StoreFailed,
     UnknownAdapter,
     VersionMismatch,
 )
@@ -37,6 +37,7 @@ from server.engine.text import INPUT
 from server.errors import InvalidRequest, NotReady
 from server.jobs.errors import JobError
 from server.jobs.files import Files
+from server.jobs.records import CURVES
 from server.jobs.runner import Active
 from server.jobs.spec import EVALUATED, JUDGED, RESULT, Spec
 from server.metrics import OTHER
@@ -271,12 +272,11 @@ class _Named:
         candidate = self._folder / "candidate"
         shutil.rmtree(candidate, ignore_errors=True)
         try:
-            candidate.mkdir()
-            for file in (CONFIG_FILE, TENSOR_FILE):
-                shutil.copyfile(self._folder / RESULT / file, candidate / file)
-            self._registry.publish_now(self._name, candidate, source=SOURCE)
-        except OSError as error:
-            raise StoreFailed(f"the disk refuses a copy of the result: {error.strerror}") from None
+            with refused("a copy of the result"):
+                candidate.mkdir()
+                for file in (CONFIG_FILE, TENSOR_FILE):
+                    shutil.copyfile(self._folder / RESULT / file, candidate / file)
+                self._registry.publish_now(self._name, candidate, source=SOURCE)
         finally:
             shutil.rmtree(candidate, ignore_errors=True)
         return self._name
@@ -303,16 +303,15 @@ def shares(score: Score) -> list[float]:
 
 def losses_table(events: Sequence[dict[str, Any]]) -> str:
     """Step, losses and accuracies as CSV, with the columns of OpenAI's result files."""
-    columns = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
     rows: dict[int, dict[str, float]] = {}
     for event in events:
         if event["type"] == "metrics":
             rows.setdefault(event["data"]["step"], {}).update(event["data"])
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("step", *columns))
+    writer.writerow(("step", *CURVES))
     for step, row in sorted(rows.items()):
-        writer.writerow((step, *(f"{row[c]:.6g}" if c in row else "" for c in columns)))
+        writer.writerow((step, *(f"{row[c]:.6g}" if c in row else "" for c in CURVES)))
     return out.getvalue()
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapters.durable import known_fields, replace_file
+from adapters.durable import known_fields, refused, replace_file
 from adapters.errors import StoreFailed
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ ACTIVE = frozenset({VALIDATING, RUNNING})
 MOST_OVER = 2000
 """Jobs that are over and still told of; the oldest go first."""
 STATE, EVENTS = "job.json", "events.jsonl"
+CURVES = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
+"""What events tell of a step, as OpenAI's result files have it."""
 OURS = re.compile(r"[a-z]+-[0-9a-f]{24}")
 """The names of folders that are made here: the ids of jobs."""
 
@@ -128,12 +130,13 @@ class Records:
         id = f"{prefix}-{uuid.uuid4().hex[:24]}"
         job = Job(id, kind, name or f"ft-{id}", dict(request))
         try:
-            self.folder(id).mkdir(parents=True)
-            for file, content in files.items():
-                (self.folder(id) / file).write_bytes(content)
-        except OSError as error:
+            with refused("the job"):
+                self.folder(id).mkdir(parents=True)
+                for file, content in files.items():
+                    (self.folder(id) / file).write_bytes(content)
+        except StoreFailed:
             self._drop(job)
-            raise StoreFailed(f"the disk refuses the job: {error.strerror}") from None
+            raise
         return job
 
     def enter(self, job: Job) -> None:

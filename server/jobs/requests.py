@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from adapters.errors import AdapterError, StoreFailed, UnknownAdapter
+from adapters.durable import refused
+from adapters.errors import AdapterError, UnknownAdapter
 from adapters.registry import Registry
 from adapters.store import Store
 from adapters.training import TrainingConfig
@@ -199,12 +200,10 @@ def keep_init(request: Mapping[str, Any], ground: Ground, folder: Path) -> None:
 
 def _copy(ground: Ground, version: Version, target: Path) -> None:
     """The folder of a version that is leased. Raises StoreFailed."""
-    try:
+    with refused(f"a copy of {version.label}"):
         target.mkdir(parents=True)
         for file in ground.store.path(version.digest).iterdir():  # not copytree, whose error has no reason
             shutil.copyfile(file, target / file.name)
-    except OSError as error:
-        raise StoreFailed(f"the disk refuses a copy of {version.label}: {error.strerror}") from None
 
 
 def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path) -> Spec:

@@ -48,8 +48,7 @@ class Trainable:
             "base": base.name,
             "quantization": {**base.quantization, "base_id": base.id, "kernels": base.backend.name},
         }
-        weights = sum(w.nbytes for w in base.weights.values())
-        self.nbytes = weights + sum(t.nbytes for t in base.tensors.values())
+        self.nbytes = base.nbytes
         paths = list(base.shapes())
         if sum(_bytes(shape, dtype) for shape in base.shapes().values()) <= kept_bytes:
             for path in paths:

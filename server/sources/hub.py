@@ -14,13 +14,11 @@ from typing import TypeGuard, TypeVar
 
 from adapters.peft_format import OPTIONAL, REQUIRED
 from server.errors import BadModel, InvalidRequest, ServerError
+from server.sources import retries
 from server.sources.budget import Spend
 
 T = TypeVar("T")
 
-_TRIES, _PAUSE = 3, 0.5
-"""How often the hub is asked, and how many seconds the first pause is between."""
-_MAY_PASS = frozenset({408, 425, 429})  # of the statuses below 500
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _ADAPTER_FILES = [*REQUIRED, *OPTIONAL]
@@ -167,14 +165,14 @@ def _snapshot(
 
 def _again(call: Callable[[], T]) -> T:
     """What `call` gives; what broke on the way is tried again after a pause, what the hub refuses is not."""
-    for tried in range(1, _TRIES):
+    for tried in range(1, retries.TRIES):
         try:
             return call()
         except Exception as e:  # the library has dozens of error classes of no common base
             status = getattr(getattr(e, "response", None), "status_code", None)
-            if not (_broke(e) if status is None else status >= 500 or status in _MAY_PASS):
+            if not (_broke(e) if status is None else retries.may_pass(status)):
                 raise
-            time.sleep(_PAUSE * tried)
+            time.sleep(retries.PAUSE * tried)
     return call()
 
 

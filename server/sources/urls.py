@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from adapters.peft_format import OPTIONAL, REQUIRED
 from server.errors import InvalidRequest
+from server.sources import retries
 from server.sources.budget import Spend
 
 T = TypeVar("T")
@@ -26,9 +27,6 @@ _SMALL = 1 << 20  # bytes of any file but the tensors
 _CHUNK = 1 << 20
 _BLOCK = {"http": 0, "https": 0}  # as a stream: not every host serves ranges
 _LOCAL = frozenset({"file", "local", "memory", "zip", "tar", "libarchive", "git", "ssh", "sftp", "smb", "reference"})
-_TRIES, _PAUSE = 3, 0.5
-"""How often a file is asked for, and how many seconds the first pause is between."""
-_MAY_PASS = frozenset({408, 425, 429})  # of the statuses below 500
 _SILENCE = 30.0
 """Seconds after which a host that says nothing is given up, and asked again."""
 
@@ -183,15 +181,15 @@ def _check_status(status: int) -> None:
 
 def _again(attempt: Callable[[], T], end: float) -> T:
     """What `attempt` gives; if the transfer breaks, it is tried again after a pause. Raises InvalidRequest."""
-    for tried in range(1, _TRIES):
+    for tried in range(1, retries.TRIES):
         try:
             return attempt()
         except _Broken:
-            time.sleep(max(0.0, min(_PAUSE * tried, end - time.monotonic())))
+            time.sleep(max(0.0, min(retries.PAUSE * tried, end - time.monotonic())))
     try:
         return attempt()
     except _Broken as e:
-        raise InvalidRequest(f"the URL could not be read, {_TRIES} times: {e}", "source") from None
+        raise InvalidRequest(f"the URL could not be read, {retries.TRIES} times: {e}", "source") from None
 
 
 def _is_final(error: BaseException) -> bool:
@@ -202,7 +200,7 @@ def _is_final(error: BaseException) -> bool:
         told = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
         status = getattr(seen, "status", told.get("HTTPStatusCode"))
         if isinstance(status, int):
-            return status < 500 and status not in _MAY_PASS
+            return not retries.may_pass(status)
         seen = seen.__cause__
     bare = isinstance(error, FileNotFoundError) and error.__cause__ is None
     return bare or isinstance(error, PermissionError | ValueError | TypeError)

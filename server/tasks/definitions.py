@@ -148,7 +148,7 @@ def parse(name: str, body: Mapping[str, Any], *, default_route: Route, source: S
         route=default_route if route is None else _route(route),
         format=cast(Format, format),
         system=system,
-        labels=check_labels(body.get("labels") or [], "labels"),
+        labels=check_labels(body.get("labels") or []),
         defaults=check_defaults(defaults),
         source=source,
         by_name=route is None,
@@ -161,14 +161,14 @@ def check_task_name(name: str) -> None:
         raise InvalidRequest("a name has 1 to 64 letters, digits, `.`, `_` or `-`, and begins with no sign", "task")
 
 
-def check_labels(labels: Any, param: str) -> tuple[str, ...]:
+def check_labels(labels: Any) -> tuple[str, ...]:
     """Distinct, non-empty labels. Raises InvalidRequest."""
     if not isinstance(labels, list) or len(labels) > MAX_LABELS:
-        raise InvalidRequest(f"labels must be a list of up to {MAX_LABELS} texts", param)
+        raise InvalidRequest(f"labels must be a list of up to {MAX_LABELS} texts", "labels")
     if not all(isinstance(label, str) and 0 < len(label) <= MAX_LABEL_LENGTH for label in labels):
-        raise InvalidRequest(f"a label is a text of 1 to {MAX_LABEL_LENGTH} characters", param)
+        raise InvalidRequest(f"a label is a text of 1 to {MAX_LABEL_LENGTH} characters", "labels")
     if len(set(labels)) != len(labels):
-        raise InvalidRequest("a label is there twice", param)
+        raise InvalidRequest("a label is there twice", "labels")
     return tuple(labels)
 
 

@@ -123,7 +123,6 @@ async def evaluate(
     examples: Sequence[Pair],
     metrics: Sequence[str] = ("accuracy",),
     *,
-    tenant: str = "",
     in_flight: int = IN_FLIGHT,
     tell: Tell | None = None,
 ) -> Evaluation:
@@ -138,7 +137,7 @@ async def evaluate(
     started = time.monotonic()
     with inference.lease(target) as lease:
         versions = tuple(lease.versions)
-        caller = Caller(tenant, priority=PRIORITY, client=False)
+        caller = Caller(priority=PRIORITY, client=False)
         run = _Run(inference, prompts, replace(target, held=lease), caller, metrics)
         await run.all(examples, in_flight, tell or (lambda done, total: None))
     return Evaluation(

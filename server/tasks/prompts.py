@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from server.engine.text import INPUT, LONG, Text
-from server.errors import ContextExceeded, DeadlineExceeded, InvalidRequest
+from server.errors import DeadlineExceeded, InvalidRequest
 from server.tasks.definitions import Task
 from server.tasks.sampling import Room
 
@@ -95,11 +95,7 @@ class Prompts:
         scored = await _off(size, lambda: text.encode_continuations(pieces, in_time(), format))
         longest = max(len(ids) for ids, _ in scored)
         if longest > self.room.context:
-            raise ContextExceeded(
-                f"this model's maximum context length is {self.room.context} tokens; prompt and label have {longest}: "
-                "shorten them",
-                "prompt",
-            )
+            raise self.room.exceeded(f"; prompt and label have {longest}: shorten them", "prompt")
         if any(len(ids) <= count for ids, count in scored):
             raise InvalidRequest(
                 "the prompt and a label are one token together; end the prompt with a space or a line"
@@ -115,19 +111,13 @@ class Prompts:
             return
         some = text[: USUAL * self.room.context]
         if len(await _off(len(some), lambda: self.text.encode(some, bos=False))) > self.room.context + SEAM:
-            raise ContextExceeded(
-                f"this model's maximum context length is {self.room.context} tokens; {param} has {len(text)} "
-                f"characters, of which the first {len(some)} alone are more tokens: shorten it",
-                param,
-            )
+            why = f"has {len(text)} characters, of which the first {len(some)} alone are more tokens"
+            raise self.room.exceeded(f"; {param} {why}: shorten it", param)
 
     def _check_characters(self, size: int, param: str) -> None:
         if size > self._characters:
-            raise ContextExceeded(
-                f"this model's maximum context length is {self.room.context} tokens; {param} has {size} characters, of "
-                f"which it holds {self._characters} at the very most: shorten it",
-                param,
-            )
+            why = f"has {size} characters, of which it holds {self._characters} at the very most"
+            raise self.room.exceeded(f"; {param} {why}: shorten it", param)
 
 
 def _around(task: Task | None) -> int:

@@ -71,7 +71,7 @@ def check_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         if name in NUMBERS:
             checked[name] = NUMBERS[name].check(f"defaults.{name}", value)
         elif name == "stop":
-            checked[name] = check_stop(value, "defaults.stop")
+            checked[name] = _stop(value)
         elif name == "stop_token_ids":
             checked[name] = _token_ids(value)
         elif name == "ignore_eos" and isinstance(value, bool):
@@ -82,13 +82,12 @@ def check_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def check_stop(value: Any, param: str = "stop") -> list[str]:
-    """Stop strings: at most 8, none empty, none over 256 characters. Raises InvalidRequest."""
+def _stop(value: Any) -> list[str]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MAX_STOP:
-        raise InvalidRequest(f"{param} takes up to {MAX_STOP} strings", param)
+        raise InvalidRequest(f"defaults.stop takes up to {MAX_STOP} strings", "defaults.stop")
     if not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops):
-        raise InvalidRequest(f"each of {param} must be a string of 1 to {MAX_STOP_LENGTH} characters", param)
+        raise InvalidRequest(f"a stop is a string of 1 to {MAX_STOP_LENGTH} characters", "defaults.stop")
     return stops
 
 
@@ -109,14 +108,13 @@ class Room:
     def check_prompt(self, tokens: int, param: str = "prompt") -> None:
         """Raises InvalidRequest, with both numbers, if a prompt leaves no place for an answer."""
         if tokens >= self.context:
-            # Clients find the first words to know what it is about, beside the code.
-            raise ContextExceeded(
-                f"this model's maximum context length is {self.context} tokens, for prompt and answer; the prompt has "
-                f"{tokens}: shorten it",
-                param,
-            )
+            raise self.exceeded(f", for prompt and answer; the prompt has {tokens}: shorten it", param)
         if tokens == 0:
             raise InvalidRequest("the prompt is empty", param)
+
+    def exceeded(self, why: str, param: str) -> ContextExceeded:
+        """The refusal of what is too long. Clients find its first words to know what it is about, beside the code."""
+        return ContextExceeded(f"this model's maximum context length is {self.context} tokens{why}", param)
 
 
 def build(

@@ -176,7 +176,7 @@ def test_a_clock_that_jumps_ends_nothing(
 
 
 def test_a_source_that_hangs_delays_nobody(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.sources.urls._PAUSE", 0.0)
+    monkeypatch.setattr("server.sources.retries.PAUSE", 0.0)
     silent = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{silent.getsockname()[1]}/lora"
     live = start(url_allow=[url])

@@ -391,7 +391,7 @@ def test_loads_and_evictions_are_heard_of() -> None:
     metrics = Metrics(lambda: Snapshot(slot_evictions=2))
     metrics.on_load("a", "ok", 0.25)
     metrics.on_load("a", "failed", 9.0)
-    metrics.on_evict("a", "ram")
+    metrics.on_evict()
     text = metrics.render().decode()
     assert value(text, "loramux_adapter_loads_total", adapter="a", outcome="ok") == 1
     assert value(text, "loramux_adapter_loads_total", adapter="a", outcome="failed") == 1
@@ -478,7 +478,7 @@ def test_another_version_begins_no_counter_again() -> None:
 def test_every_eviction_is_counted() -> None:
     metrics = Metrics()
     for _ in range(3):
-        metrics.on_evict("a", "ram")
+        metrics.on_evict()
     assert value(metrics.render().decode(), "loramux_adapter_evictions_total", tier="ram") == 3
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import InvalidRequest, NoCapacity, QueueFull
-from server.sources import Sources, folder, urls
+from server.sources import Sources, folder, retries, urls
 from server.sources.budget import Budget, Spend
 from tests.waiting import SECONDS, until
 
@@ -26,7 +26,7 @@ ASKED: Counter[str] = Counter()
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(urls, "_PAUSE", 0.0)
+    monkeypatch.setattr(retries, "PAUSE", 0.0)
     ASKED.clear()
 
 

@@ -104,7 +104,7 @@ def sources(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> So
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", True)
-    monkeypatch.setattr("server.sources.hub._PAUSE", 0.0)
+    monkeypatch.setattr("server.sources.retries.PAUSE", 0.0)
     return Sources(tmp_path, tmp_path / "scratch", hub_allow=["org/*"])
 
 

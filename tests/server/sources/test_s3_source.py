@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from server.errors import InvalidRequest
-from server.sources import Sources, urls
+from server.sources import Sources, retries
 
 FILES = {
     "adapter_config.json": b"{}",
@@ -46,7 +46,7 @@ def sources(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sources
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
-    monkeypatch.setattr(urls, "_PAUSE", 0.0)
+    monkeypatch.setattr(retries, "PAUSE", 0.0)
     return Sources(tmp_path, tmp_path / "scratch", url_allow=["s3://lora/team"])
 
 

@@ -295,10 +295,10 @@ async def test_an_example_is_answered_as_its_task_says(parts: Parts, monkeypatch
         submit(request)
 
     monkeypatch.setattr(parts.inference.engine, "submit", look)
-    await measured(parts, "accuracy", tenant="key")
+    await measured(parts, "accuracy")
     assert {request.sampling.max_tokens for request in asked} == {5}
     assert {(request.sampling.temperature, request.sampling.logprobs) for request in asked} == {(0.0, None)}
-    assert {(request.tenant, request.priority) for request in asked} == {("key", PRIORITY)}
+    assert {(request.tenant, request.priority) for request in asked} == {("", PRIORITY)}
 
 
 async def test_what_an_example_fails_at_is_told_with_its_line(parts: Parts) -> None:

@@ -35,7 +35,9 @@ def test_bleu_by_hand():
     # 6 tokens of 7, brevity exp(1 - 7/6); n-gram hits 5/6, 3/5, 1/4, and 1/(2*3) smoothed.
     answer, reference = "the cat sat on mat today", "the cat sat on the mat ."
     hits = (5 / 6) * (3 / 5) * (2 / 4) * (1 / 3)
-    assert corpus_score("bleu", [answer], [reference]) == pytest.approx(100 * hits**0.25 * 2.718281828 ** (1 - 7 / 6), rel=1e-6)
+    assert corpus_score("bleu", [answer], [reference]) == pytest.approx(
+        100 * hits**0.25 * 2.718281828 ** (1 - 7 / 6), rel=1e-6
+    )
     smoothed = (3 / 4) * (1 / 3) * (1 / (2 * 2)) * (1 / (4 * 1))
     assert corpus_score("bleu", ["a b x c"], ["a b c d"]) == pytest.approx(100 * smoothed**0.25, rel=1e-6)
 
