@@ -124,7 +124,7 @@ class Watch:
             return
         except OSError as error:
             if not self._unreadable:  # its adapters are served on: a mount that is away is no deletion
-                log.info("the adapter directory cannot be read: %s", error.strerror)
+                log.warning("the adapter directory %s cannot be read: %s", self._directory, error.strerror)
             self._unreadable = True
             return
         self._unreadable = False
@@ -284,7 +284,7 @@ def scan_library(registry: Registry, library: Path) -> list[str]:
     try:
         folders = sorted(path for path in library.iterdir() if path.is_dir() and path.name[0] not in "._")
     except OSError as error:
-        log.warning("the library of adapters cannot be read: %s", error.strerror)
+        log.warning("the library of adapters, %s, cannot be read: %s", library, error.strerror)
         return []
     return [folder.name for folder in folders if _scan(registry, folder)]
 

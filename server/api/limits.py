@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from starlette.requests import ClientDisconnect
 
@@ -29,6 +29,9 @@ GONE = 499
 """The status of a request whose client has left, in the log for machines: that of nginx, as HTTP has none."""
 PACE = 16 << 10
 """Bytes of a body that buy its client a second more: slower than any line, and faster than who means to be slow."""
+MAX_KEYS = 1 << 18
+"""Of all objects in a JSON body. Nobody else is answered while they are read and checked, at some 300 a millisecond."""
+_KEY = re.compile(rb'"\s*:')
 UPLOADS = {"POST": re.compile("/adapters|/v1/files"), "PUT": re.compile("/adapters/[^/]+")}
 """The routes that take files. A body that says so elsewhere is read whole, and held to what that may be."""
 
@@ -144,6 +147,10 @@ class BodyLimit:
             rest = bool(messages[-1].get("more_body"))
             await refuse(answer(_too_large(limit, False)), scope, receive, send, more=rest)
             return
+        if _keys(messages) > MAX_KEYS:
+            many = BodyTooLarge(f"the body has over {MAX_KEYS:,} keys; send less at a time, or what is long as a file")
+            await refuse(answer(many), scope, receive, send, more=False)
+            return
         messages.reverse()
 
         async def replayed() -> Message:
@@ -225,6 +232,14 @@ def _content_length(scope: Scope) -> int | None:
         if name == b"content-length" and value.isdigit():
             return int(value)
     return None
+
+
+def _keys(messages: Sequence[Message]) -> int:
+    """What looks like keys in a JSON body, if they might be too many."""
+    parts = [message.get("body", b"") for message in messages]
+    if sum(part.count(b":") for part in parts) <= MAX_KEYS:
+        return 0
+    return sum(len(_KEY.findall(part)) for part in parts)
 
 
 def _too_large(limit: int, upload: bool) -> BodyTooLarge:

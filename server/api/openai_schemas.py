@@ -151,8 +151,11 @@ class CompletionBody(V1Fields):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_SEQUENCES)]
     )
-    logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | Literal[False] | None = None
-    """False, as chat has it, is none."""
+    logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | Literal[False] | None,
+        BeforeValidator(lambda asked: 1 if asked is True else asked),
+    ] = None
+    """False and true, as chat has them, are none and one."""
 
 
 PARTS = ("text",)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import select
 import sys
 import threading
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import TextIO
 
-from server.cli.terminal import PATIENCE
+from server.cli.terminal import PATIENCE, shown
 
 MOST_LINES = 10_000
 """Lines that wait to be written; what comes on top of them is counted instead."""
@@ -49,10 +48,7 @@ class TextLines(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return _CONTROL.sub(lambda sign: repr(sign[0])[1:-1], super().formatMessage(record))
-
-
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+        return shown(super().formatMessage(record))
 
 
 class Behind(logging.Handler):

@@ -105,6 +105,10 @@ def _run() -> object:
         _fail(error, f"a file of tensors cannot be read or written: {error}")
     except MemoryError as error:
         _fail(error, f"there is too little memory: {str(error) or 'none is left'}")
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        _fail(error, "the system lets this process have no more threads; raise its limits (ulimit -u and -v)")
 
 
 def _as_ctrl_c(number: int, frame: FrameType | None) -> None:

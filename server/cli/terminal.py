@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import select
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 WIDE = 1000
 """Columns of a file or a pipe."""
@@ -24,10 +26,25 @@ SECONDS_BETWEEN_LINES = 30.0
 """How often long work without a terminal says how far it is."""
 
 
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def shown(text: str, lines: bool = False) -> str:
+    """A text as a terminal may have it: adapters have names, cards and tensors that strangers wrote. Control characters
+    and those that turn the direction are escaped, ends of lines too unless there may be several `lines`.
+    """
+    return _CONTROL.sub(lambda sign: "\n" if lines and sign[0] == "\n" else repr(sign[0])[1:-1], text)
+
+
+class _Results(Console):
+    def render_str(self, text: str, **how: Any) -> Text:  # through which all texts go, those of tables too
+        return super().render_str(shown(text, lines=True), **how)
+
+
 def out() -> Console:
     """For results. Square brackets in them, of a path or a pattern, are text; tables are whole where nobody looks."""
     width = None if sys.stdout.isatty() else WIDE
-    return Console(highlight=False, soft_wrap=True, markup=False, width=width)
+    return _Results(highlight=False, soft_wrap=True, markup=False, width=width)
 
 
 def print_json(value: Any) -> None:
@@ -50,7 +67,7 @@ def say_error(message: str) -> None:
     except (OSError, ValueError):  # it is no file of the system's
         taken = [sys.stderr]
     if taken:
-        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write(f"error: {shown(message, lines=True)}\n")
 
 
 @contextlib.contextmanager

@@ -30,8 +30,9 @@ MAX_WAITING = 256
 """Schemas of a tenant that wait to be compiled: requests are not in the engine's queue yet, which would bound them."""
 MAX_WAITING_IN_ALL = 4 * MAX_WAITING
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-_WHITESPACE = r"[ \n]{0,16}"
-"""Between two tokens of JSON. Bounded, since a small model may otherwise write spaces until it is cut off."""
+_WHITESPACE = r"( |\n {0,16})?"
+"""Between two tokens of JSON: a space, or a new line and what it is indented by. A small model may otherwise write
+spaces and empty lines until it is cut off."""
 
 
 class Grammar:

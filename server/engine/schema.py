@@ -32,6 +32,12 @@ _OPTIONS = "x-guidance"
 """A key by which the compiler is told to pass over what it cannot hold to."""
 _NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
 """Keys under which there are schemas by names, which may be those of any key."""
+_DIALECT = re.compile(
+    r"http://json-schema\.org/draft-0[467]/schema#?|https://json-schema\.org/draft/20(19-09|20-12)/schema#?"
+)
+"""Values of `$schema` that the compiler knows."""
+_REFERENCE = re.compile(r"[\w.~:/?#\[\]@!$&'()*+,;=%-]*", re.ASCII)
+"""What RFC 3986 lets a URI reference consist of."""
 _DATA = frozenset(("const", "enum", "default", "example", "examples"))
 """Keys under which there is no schema, as there is none under those that begin with `x-`."""
 _CONTROLS = r"\x00-\x1f"
@@ -216,6 +222,10 @@ def _rewritten(part: Any, named: bool = False) -> Any:
         ):
             raise _refused("a pattern of patternProperties excludes a character; set additionalProperties to false")
         copy["patternProperties"] = held
+    if isinstance(dialect := copy.get("$schema"), str) and not _DIALECT.fullmatch(dialect):
+        del copy["$schema"]  # what it asks for is the same in all that are known, and of others nobody can be asked
+    if isinstance(id := copy.get("$id"), str) and not _REFERENCE.fullmatch(id):
+        del copy["$id"]  # a title rather: nothing can refer to it
     if copy.get("uniqueItems") is False:
         del copy["uniqueItems"]  # which asks for nothing, and would be refused
     if (names := copy.get("propertyNames")) is True or names in _EVERY_NAME:

@@ -402,10 +402,11 @@ class _Shards:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        path.open("rb").close()  # which says why it cannot be: to the library each file that it cannot open is missing
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise BadModel(f"{path.name} cannot be read: {error}") from error
+        raise BadModel(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _shard_names(folder: Path) -> tuple[list[str], Path | None]:

@@ -488,6 +488,15 @@ def test_what_people_take_for_the_tensors_is_told_by_name(start, advice, make_pe
         peft_format.read_folder(folder, name="a", shapes=shapes)
 
 
+def test_a_name_of_a_megabyte_is_refused_while_one_looks(make_peft, shapes):
+    """Nobody else is answered meanwhile: a pattern that is tried from each of its characters on takes minutes."""
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    for name in ("x" * (1 << 20), ".lora_A." * (1 << 17), "._" * (1 << 19), "a.alpha" * (1 << 17) + "!"):
+        retensor(folder, lambda ts, name=name: {**ts, name: torch.zeros(1)})
+        with pytest.raises(AdapterError):
+            peft_format.read_folder(folder, name="a", shapes=shapes)
+
+
 def test_a_pickle_is_refused_without_being_opened(make_peft, shapes, tmp_path):
     _, folder = make_peft(r=2, target_modules=["q_proj"])
     (folder / "adapter_model.safetensors").unlink()

@@ -844,7 +844,7 @@ def test_a_directory_that_cannot_be_read_is_no_deletion(
         patch.setattr(os, "scandir", stale)
         assert scene.look(6) == {"a": a}
     told = [record.message for record in caplog.records if "cannot be read" in record.message]
-    assert told == ["the adapter directory cannot be read: Stale file handle"]
+    assert told == [f"the adapter directory {scene.directory} cannot be read: Stale file handle"]
     assert scene.look(6) == {"a": a}
 
 

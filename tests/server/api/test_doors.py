@@ -19,6 +19,7 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 
+from server.api import limits
 from server.api.auth import Access, KeyRing, access
 from server.api.limits import patient
 from server.errors import BadSetting, BodyTooSlow
@@ -281,7 +282,7 @@ def test_one_shape_for_every_status(live: Any) -> None:
         for route in ("/generate", "/v1/completions"):
             unread = live.http.post(route, content=body, headers={"content-type": "application/json"})
             assert unread.status_code == 400 and error_of(unread)["code"] == "invalid_json", unread.text
-    several = live.http.post("/v1/completions", json={"model": "x", "prompt": "x", "logprobs": True})
+    several = live.http.post("/v1/completions", json={"model": "x", "prompt": "x", "logprobs": "all"})
     assert error_of(several)["param"] == "logprobs"
 
 
@@ -305,6 +306,19 @@ def test_what_nobody_expected_is_a_500_that_tells_only_its_id(live: Any, monkeyp
     error = error_of(answer)
     assert error["code"] == "internal" and "secret" not in answer.text and "0x7f" not in answer.text
     assert answer.headers["x-request-id"] in error["message"]
+
+
+def test_a_body_of_too_many_keys_is_not_read(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is between them: nobody else is answered meanwhile."""
+    monkeypatch.setattr(limits, "MAX_KEYS", 50)
+    live = start()
+    for colon in (":", " :", "\n:"):
+        for more, status in ((49, 422), (50, 413)):
+            body = '{"prompt": "a:b, c:d"' + "".join(f',"{i}"{colon}0' for i in range(more)) + "}"
+            answer = live.http.post("/generate", content=body, headers={"content-type": "application/json"})
+            assert answer.status_code == status
+        assert error_of(answer)["code"] == "body_too_large" and "over 50 keys" in error_of(answer)["message"]
+    assert live.generate("a:" * 30, max_tokens=1).status_code == 200
 
 
 def test_a_large_body_is_read_away_and_answered(start: Any) -> None:

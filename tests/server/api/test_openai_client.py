@@ -86,6 +86,9 @@ def test_completions_of_texts_ids_and_n(client: openai.OpenAI) -> None:
     told = ids.choices[0].logprobs
     assert told is not None and told.tokens is not None and told.text_offset is not None and told.top_logprobs
     assert len(told.tokens) == 2 and told.text_offset[0] == 0 and told.text_offset[1] == len(told.tokens[0])
+    as_chat: Any = True  # as load tools ask
+    again = client.completions.create(model="tiny", prompt=[40, 41, 42], max_tokens=2, logprobs=as_chat, temperature=0)
+    assert again.choices[0].logprobs == told
     assert len(client.completions.create(model="tiny", prompt=[[40], [41, 42]], max_tokens=1).choices) == 2
     assert client.completions.create(model="tiny", prompt="x").choices[0].finish_reason in ("stop", "length")
 
@@ -287,7 +290,7 @@ def test_completions_take_what_asks_for_nothing(live: Any) -> None:
     answer = live.http.post("/v1/completions", json={**body, "suffix": "", "top_logprobs": 0})
     assert answer.status_code == 200 and answer.json()["choices"][0]["logprobs"] is None, answer.text
     assert live.http.post("/v1/completions", json={**body, "logprobs": 0}).json()["choices"][0]["logprobs"]
-    assert live.http.post("/v1/completions", json={**body, "logprobs": True}).status_code == 400
+    assert live.http.post("/v1/completions", json={**body, "logprobs": "all"}).status_code == 400
 
 
 CHANGING: list[tuple[dict[str, Any], str]] = [

@@ -18,6 +18,7 @@ import pytest
 import torch
 import typer
 from pydantic import SecretStr
+from rich.table import Table
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -358,3 +359,14 @@ def test_a_line_of_the_log_is_one_whatever_strangers_write() -> None:
     lines = logs.TextLines()
     told = logging.LogRecord("x", logging.INFO, "", 0, "%s has %r", ("a\n12:00:00 INFO ready\x1b[2J\u2028", 1), None)
     assert lines.format(told)[9:] == "INFO a\\n12:00:00 INFO ready\\x1b[2J\\u2028 has 1"
+
+
+def test_no_name_of_a_stranger_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("name")
+    table.add_row("a\x1b]0;b\x07")
+    terminal.out().print(table)
+    terminal.out().print("one [x]\ntwo \u202e\x9b2J")
+    terminal.say_error("no \x1b[2J")
+    told = capsys.readouterr()
+    assert "a\\x1b]0;b\\x07" in told.out and "one [x]\ntwo \\u202e\\x9b2J\n" in told.out
+    assert "\x1b" not in told.out and told.err == "error: no \\x1b[2J\n"

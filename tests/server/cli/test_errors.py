@@ -54,6 +54,10 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
         (TimeoutError(), "TimeoutError"),
         (MemoryError("Unable to allocate 1 GiB"), "there is too little memory: Unable to allocate 1 GiB"),
         (SafetensorError("header is odd"), "a file of tensors cannot be read or written: header is odd"),
+        (
+            RuntimeError("can't start new thread"),
+            "the system lets this process have no more threads; raise its limits (ulimit -u and -v)",
+        ),
     ],
 )
 def test_what_the_system_refuses(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:

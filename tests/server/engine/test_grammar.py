@@ -86,6 +86,20 @@ def test_special_tokens_are_never_part_of_it_and_the_end_only_when_it_is_whole(t
     assert set(allowed(grammar, tiny_text.size)) == tiny_text.vocabulary.eos_ids, "after the end, the end again"
 
 
+@pytest.mark.parametrize(
+    ("space", "may"),
+    [("", True), (" ", True), ("\n", True), ("\n  ", True), ("  ", False), ("\n\n", False), (" \n", False)],
+)
+def test_no_room_is_lost_on_spaces_and_empty_lines(tiny_text: Text, space: str, may: bool) -> None:
+    [grammar] = Grammars(tiny_text, tiny_text.size).ask(POINT, 1).result()
+    for token in tiny_text.encode("{" + space + '"', bos=False, begins=False):
+        if token not in allowed(grammar, tiny_text.size):
+            assert not may
+            return
+        grammar.accept(token)
+    assert may
+
+
 def test_a_model_s_table_may_be_longer_than_the_vocabulary(tiny_text: Text) -> None:
     [grammar] = Grammars(tiny_text, tiny_text.size + 50).ask(POINT, 1).result()
     ids = allowed(grammar, tiny_text.size + 50)

@@ -53,12 +53,21 @@ A_UUID = "0b2e61a4-9c1d-4a6e-8f0a-0123456789ab"
          {"a": 1}, {"a": "b"}),
         ({"properties": {"format": {"const": "a"}, "propertyNames": {"const": 1}}, "required": ["format"]},
          {"format": "a", "propertyNames": 1}, {"format": "b"}),
+        ({"$schema": "http://json-schema.org/schema#", "enum": [1]}, 1, 2),
+        ({"$schema": "https://json-schema.org/draft-07/schema#", "enum": [1]}, 1, 2),
+        ({"$schema": "http://json-schema.org/draft-07/schema#", "enum": [1]}, 1, 2),
+        ({"$schema": "https://json-schema.org/draft/2020-12/schema", "enum": [1]}, 1, 2),
+        ({"$id": "Output Format", "enum": [1]}, 1, 2),
+        ({"properties": {"a": {"$id": "the a", "$schema": "ours", "enum": [1]}, "$id": {"enum": [2]}}},
+         {"a": 1, "$id": 2}, {"$id": 1}),
+        ({"$id": "https://a.b/c.json", "$defs": {"d": {"$id": "d.json", "enum": [1]}}, "$ref": "d.json"}, 1, 2),
     ],
 )  # fmt: skip
 def test_what_clients_write_beside_what_they_ask_for_is_no_reason_to_refuse(
     grammars: Grammars, tiny_text: Text, schema: dict[str, Any], may: Any, may_not: Any
 ) -> None:
-    """Formats that a pattern says in full, or that ask for nothing, and names of properties that are texts."""
+    """Formats that a pattern says in full, or that ask for nothing, names of properties that are texts, and what a
+    schema is called."""
     assert takes(grammars, tiny_text, schema, may) and not takes(grammars, tiny_text, schema, may_not)
 
 

@@ -230,6 +230,22 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, tiny_vocabulary: Voca
         load(tmp_path)
 
 
+def test_why_a_file_of_weights_cannot_be_opened_is_told(
+    tmp_path: Path, tiny_vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, "Llama", tiny_vocabulary)
+    opened = Path.open
+
+    def not_ours(path: Path, *how: Any, **more: Any) -> Any:
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", not_ours)
+    with pytest.raises(BadModel, match=r"model\.safetensors cannot be read: Permission denied$"):
+        load(tmp_path)
+
+
 def test_a_group_that_does_not_fit_names_the_layer(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
     saved(tmp_path, "Llama", tiny_vocabulary)
     with pytest.raises(BadModel, match=r"mlp\.down_proj has 192 inputs.*groups of 32, 64 do"):
