@@ -68,12 +68,12 @@ def share_out(
     return Shares(total, base, work, FOR_GRAPHS, for_adapters, for_cache)
 
 
-def left_for_training(free: int, total: int, reserved: int) -> int:
-    """Bytes that a training process may take of the `free` ones: what serving has not taken yet of its `total` stays.
+def left_for_training(free: int, total: int, taken: int) -> int:
+    """Bytes that a training process may take of the `free` ones: what serving has not `taken` yet of its `total` stays.
 
-    `reserved` is what it has. The process's own context is not in them.
+    The process's own context is not in them.
     """
-    return max(0, free - max(0, total - reserved) - CONTEXT)
+    return max(0, free - max(0, total - taken) - CONTEXT)
 
 
 def work_bytes(config: ModelConfig, max_step_tokens: int, max_batch: int) -> int:

@@ -304,13 +304,13 @@ class CudaRunner:
         `memory` bytes, and `base`, its matrices; None where the driver does not share them.
         """
         free, _ = torch.cuda.mem_get_info(self._device)
-        reserved = torch.cuda.memory_reserved(self._device)
+        taken = torch.cuda.memory_reserved(self._device) + self._graph_bytes
         try:
             base = self._model.told()
         except OSError as error:
             log.warning("the base is not shared with training processes: %s", error)
             base = None
-        return {"memory": left_for_training(free, self.shares.total, reserved), "base": base}
+        return {"memory": left_for_training(free, self.shares.total, taken), "base": base}
 
     def release(self) -> None:
         """Give the device's memory back. Nothing else may be called after it."""

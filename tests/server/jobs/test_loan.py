@@ -84,6 +84,6 @@ def test_what_is_not_shared_is_copied_and_said(cuda_base: Base, monkeypatch: pyt
 
 def test_serving_keeps_what_it_has_not_taken_yet() -> None:
     gb = 1 << 30
-    assert left_for_training(free=20 * gb, total=60 * gb, reserved=50 * gb) == 10 * gb - CONTEXT
-    assert left_for_training(free=8 * gb, total=60 * gb, reserved=61 * gb) == 8 * gb - CONTEXT
-    assert left_for_training(free=8 * gb, total=60 * gb, reserved=50 * gb) == 0
+    assert left_for_training(free=20 * gb, total=60 * gb, taken=50 * gb) == 10 * gb - CONTEXT
+    assert left_for_training(free=8 * gb, total=60 * gb, taken=61 * gb) == 8 * gb - CONTEXT
+    assert left_for_training(free=8 * gb, total=60 * gb, taken=50 * gb) == 0
