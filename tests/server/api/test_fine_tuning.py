@@ -854,3 +854,46 @@ def test_an_evaluation_is_by_default_of_what_the_task_routes_to_and_by_its_metri
     of_mix, of_best = (job.request for job in entered)
     assert of_mix["candidates"] == [[("a", 0.5), ("b", 0.25)]] and of_mix["samples"] == len(LINES)
     assert of_best["candidates"] == [[("a", 1.0)], [("b", 1.0)]] and of_best["metric"] == "rougeL"
+
+
+def test_training_jobs_are_listed_newest_first_by_pages_and_no_others(live: Any) -> None:
+    made = [known(live, created_at=float(i)) for i in range(22)]
+    known(live, created_at=99.0, kind="evaluation", request={"training_file": "file-x"})
+    told = live.http.get("/v1/fine_tuning/jobs").json()
+    assert [job["id"] for job in told["data"]] == [job.id for job in made[:1:-1]] and told["has_more"] is True
+    told = live.http.get("/v1/fine_tuning/jobs", params={"after": made[2].id}).json()
+    assert [job["id"] for job in told["data"]] == [made[1].id, made[0].id] and told["has_more"] is False
+
+
+def test_a_jobs_events_are_listed_newest_first_and_its_checkpoints_are_named(live: Any) -> None:
+    job, records = known(live, started_at=5.5, finished_at=9.5), live.house.parts.jobs.records
+    shown = live.http.get(f"/v1/fine_tuning/jobs/{job.id}").json()
+    assert (shown["started_at"], shown["finished_at"], shown["estimated_finish"]) == (5, 9, None)
+    records.note(job, "one")
+    records.note(job, "two", data={"checkpoint": 4, "train_loss": 0.5})
+    records.note(job, "three", data={"checkpoint": 6, "train_loss": 0.25})
+    events = live.http.get(f"/v1/fine_tuning/jobs/{job.id}/events").json()["data"]
+    assert [event["message"] for event in events] == ["three", "two", "one"]
+    points = live.http.get(f"/v1/fine_tuning/jobs/{job.id}/checkpoints").json()
+    assert [point["step_number"] for point in points["data"]] == [6, 4]
+    assert points["data"][1]["metrics"] == {"step": 4, "train_loss": 0.5}
+    assert points["data"][1]["fine_tuned_model_checkpoint"] == "mine:ckpt-step-4"
+    assert (points["first_id"], points["last_id"]) == (points["data"][0]["id"], points["data"][1]["id"])
+
+
+def test_jobs_are_found_by_their_metadata(live: Any) -> None:
+    def listed(**query: str) -> list[str]:
+        told = live.http.get("/v1/fine_tuning/jobs", params=query).json()["data"]
+        return [job["id"] for job in told]
+
+    request = known(live).request
+    one, two = (known(live, request={**request, "metadata": {"run": run, "x": "y"}}) for run in ("1", "2"))
+    assert listed(**{"metadata[run]": "2"}) == [two.id]
+    assert listed(**{"metadata[x]": "y"}) == [two.id, one.id]
+    assert listed(**{"metadata[run]": "1", "metadata[x]": "z"}) == []
+    assert len(listed()) == 3 and len(listed(metadata="null")) == 1
+
+
+def test_a_run_that_has_begun_no_step_has_no_estimate(live: Any) -> None:
+    job = known(live, status="running", progress=Progress(step=0, steps=10, seconds=8.0))
+    assert live.http.get(f"/v1/fine_tuning/jobs/{job.id}").json()["estimated_finish"] is None

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,7 +177,12 @@ def test_no_rest_follows_a_step_that_was_planned_without_one(bench: Any, monkeyp
     """Half of a batch ends in a step that a long prompt came into: that took long, and so would the rest."""
     rests: list[int] = []
     b = bench(max_batch=8, blocks=256)
-    monkeypatch.setattr(server.engine.engine.time, "sleep", lambda seconds: rests.append(b.runner.steps[-1].rows))
+
+    def rest(seconds: float) -> None:
+        rests.append(b.runner.steps[-1].rows)
+
+    # The engine's own alone: `until` sleeps too, and may do so while the long step runs.
+    monkeypatch.setattr(server.engine.engine, "time", SimpleNamespace(monotonic=time.monotonic, sleep=rest))
     b.engine.lend(True)
     heard = [b.submit(prompt(seed), max_tokens=1 + 3 * (seed > 1)) for seed in range(1, 5)]
     run, late = b.runner.run, []

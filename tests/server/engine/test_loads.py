@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from adapters.errors import NoRoom
 from server.engine.loads import Loads
 from server.engine.request import Request, Sampling, State
+from server.errors import EngineFailed
+from tests.server.engine.conftest import Panic
 
 
 class Asked:
@@ -188,3 +191,85 @@ def test_the_place_of_what_is_in_ram_is_none_for_what_has_to_be_read(tools: Any)
     for request in (warm, cold, more):
         assert loads.ask(request, 2.0) is None
     assert (warm.state, cold.state, more.state) == (State.LOADING, State.LOADING, State.QUEUED)
+
+
+def test_what_was_begun_takes_the_place_of_one_that_is_read(asked: Asked) -> None:
+    begun, *others = (asked.request(f"a{i}") for i in range(3))
+    asked.loads.begin(begun)
+    asked.loads.add(begun, 1.0)
+    for request in others:
+        asked.loads.ask(request, 1.0)
+    assert [request.state for request in (begun, *others)] == [State.LOADING, State.LOADING, State.QUEUED]
+
+
+def test_a_place_for_what_is_in_ram_is_taken_from_the_less_urgent_too(tools: Any) -> None:
+    fetch = tools.Fetcher()
+    loads = Loads(fetch, 1, lambda: None)
+    for name in ("a1", "a2"):
+        known = waiting(tools, name)
+        assert loads.ask(known, 1.0) is not None and loads.settle(1.0) == (True, [])
+        loads.leave(known)
+    fetch.ready = set()
+    read, less, urgent = waiting(tools, "a3", 1), waiting(tools, "a1", 1), waiting(tools, "a2")
+    for request in (read, less, urgent):
+        assert loads.ask(request, 2.0) is None
+    assert (read.state, less.state, urgent.state) == (State.LOADING, State.QUEUED, State.LOADING)
+
+
+def test_the_seconds_of_each_load_that_a_request_waits_for_add_up(asked: Asked) -> None:
+    request = asked.request("a1")
+    for since, came in ((1.0, 3.0), (5.0, 6.0)):
+        assert asked.loads.ask(request, since) is None and not asked.loads.came_for(request)
+        asked.fetch.finish()
+        assert asked.loads.settle(came) == (True, [])
+        asked.loads.leave(request)
+    assert request.load_seconds == 3.0
+
+
+def test_what_the_more_urgent_lack_is_no_wait_of_the_less_urgent(asked: Asked) -> None:
+    for since, name, priority in ((1.0, "a1", 0), (5.0, "a2", 1)):
+        asked.loads.ask(asked.request(name, priority), since)
+    assert asked.loads.waited(1, 10.0) == 5.0
+
+
+def test_what_has_come_has_found_its_room(asked: Asked) -> None:
+    def still_fits() -> None:
+        raise NoRoom("others are pinned", "adapters")
+
+    request = asked.request("a1")
+    request.still_fits = still_fits
+    asked.loads.ask(request, 1.0)
+    assert [who for who, _ in asked.loads.misfits()] == [request]
+    asked.fetch.finish()
+    asked.loads.settle(2.0)
+    assert asked.loads.misfits() == []
+
+
+@pytest.mark.parametrize("left_at_once", [False, True])
+def test_a_mix_is_in_ram_if_all_of_it_is_however_soon_it_was_used(tools: Any, left_at_once: bool) -> None:
+    fetch = tools.Fetcher()
+    loads = Loads(fetch, 1, lambda: None)
+    known = waiting(tools, "a1")
+    assert loads.ask(known, 1.0) is not None
+    if left_at_once:
+        loads.leave(known)
+    loads.settle(1.0)
+    loads.leave(known)
+    fetch.ready = set()
+    cold, warm, half = (waiting(tools, name) for name in ("a2", "a1", "a1"))
+    half.mix = tools.mix_of("a1", "a3")
+    for request in (cold, half, warm):
+        assert loads.ask(request, 2.0) is None
+    assert (cold.state, half.state, warm.state) == (State.LOADING, State.QUEUED, State.LOADING)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "panic"])
+def test_whatever_ends_a_load_ends_its_requests_alone(asked: Asked, how: str) -> None:
+    request = asked.request("a1")
+    asked.loads.ask(request, 1.0)
+    if how == "cancelled":
+        asked.fetch.pending[0][1].cancel()
+    else:
+        asked.fetch.finish(error=Panic("index out of bounds"))
+    came, failed = asked.loads.settle(2.0)
+    assert came and [(who, type(error)) for who, error in failed] == [(request, EngineFailed)] and not len(asked.loads)

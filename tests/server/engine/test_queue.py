@@ -337,3 +337,32 @@ def test_arrivals_are_taken_once() -> None:
     taken: Any = inbox.take()
     assert (taken.requests, taken.cancelled, taken.forgotten, taken.wanted_bytes) == ([one], ["x"], ["d"], 5)
     assert inbox.take() is None
+
+
+def test_keys_with_equal_service_go_by_their_oldest_request() -> None:
+    q = FairQueue()
+    made = {(key, since): request(key) for key, since in (("a", 1.0), ("a", 4.0), ("b", 2.0), ("b", 3.0))}
+    for (_, since), one in made.items():
+        one.submitted = since
+        q.add(one)
+    order = [made[at] for at in (("a", 1.0), ("b", 2.0), ("b", 3.0), ("a", 4.0))]
+    assert list(q.in_order()) == order
+    q.enter(order[0])
+    q.put_back(order[0])
+    assert list(q.in_order()) == order
+
+
+def test_even_those_that_get_in_beside_a_full_queue_are_no_more_than_it_holds() -> None:
+    inbox = opened(requests=4)
+    for key in ("many", "many", "many", "many", "b", "c", "d", "e"):
+        inbox.put(request(key))
+    with pytest.raises(QueueFull):
+        inbox.put(request("f"))
+    assert inbox.overfull() == (0, "many")
+
+
+def test_of_two_that_have_too_many_tokens_together_the_less_urgent_goes() -> None:
+    inbox = opened(tokens=30)
+    inbox.put(request("e", priority=1, length=30))
+    inbox.put(request("t", length=30))
+    assert inbox.overfull() == (1, "e")

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from server.engine.scheduler import OUTPUT_COST
+from server.engine.slots import Room
 
 
 def prompt(seed: int, length: int = 10) -> list[int]:
@@ -236,3 +237,114 @@ def test_nothing_is_sure_to_stay_where_a_block_may_lack(bench: Any) -> None:
     kv.free(taken)
     b.settle()
     b.check_empty()
+
+
+def test_who_lacks_a_block_and_is_the_youngest_gives_way_itself(bench: Any, tools: Any) -> None:
+    b = bench(blocks=26, max_step_tokens=16)
+    first = b.submit(prompt(1, 96), max_tokens=2)
+    b.engine.step()
+    second = b.submit(prompt(2, 4), max_tokens=8)
+    while not b.engine.stats()["preemptions"]:
+        b.engine.step()
+    assert second.request.state is tools.State.QUEUED and not second.request.blocks
+    b.settle()
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in (first, second))
+    b.check_empty()
+
+
+def test_of_long_prompts_the_oldest_s_rows_and_logits_alone_are_kept(bench: Any) -> None:
+    b = bench(max_step_tokens=128, blocks=300)
+    first = b.submit(prompt(1, 500), max_tokens=1)
+    b.engine.step()
+    second = b.submit(prompt(2, 400), scored=399)
+    b.engine.step()
+    assert [first.request.computed, second.request.computed] == [192, 64]
+    short = b.submit(prompt(3, 40), scored=32)
+    b.engine.step()
+    assert short.reason is not None and len(short.logprobs) == 32
+
+
+def test_the_less_urgent_that_have_waited_long_for_room_hold_no_urgent_one_up(bench: Any, tools: Any) -> None:
+    b = bench(blocks=8, age_limit=1.0)
+    scheduler = b.engine._scheduler
+    b.submit(prompt(1, 16), max_tokens=12)
+    b.engine.step()
+    large = b.submit(prompt(2, 16), max_tokens=2, priority=1)
+    b.engine._drain()
+    scheduler.plan(large.request.submitted)
+    assert large.request in scheduler._blocked
+    small = b.submit(prompt(3, 2), max_tokens=1)
+    b.engine._drain()
+    scheduler.plan(large.request.submitted + 1.2)
+    assert small.request.state is tools.State.RUNNING
+    b.settle()
+    b.check_empty()
+
+
+def test_who_has_waited_long_for_room_and_has_lost_its_adapter_holds_nobody_up(bench: Any, tools: Any) -> None:
+    b = bench(blocks=8, age_limit=1.0)
+    scheduler = b.engine._scheduler
+    b.submit(prompt(4, 2), mix=tools.mix_of("a1"), max_tokens=1)
+    b.settle()
+    b.submit(prompt(1, 16), max_tokens=12)
+    b.engine.step()
+    large = b.submit(prompt(2, 16), mix=tools.mix_of("a1"), max_tokens=2)
+    b.engine._drain()
+    scheduler.plan(large.request.submitted)
+    assert large.request in scheduler._blocked
+    b.fetch.ready = set()
+    scheduler.forget(tools.digest_of("a1"))
+    small = b.submit(prompt(3, 2), max_tokens=1)
+    b.engine._drain()
+    scheduler.plan(large.request.submitted + 1.2)
+    assert large.request.state is tools.State.LOADING and small.request.state is tools.State.RUNNING
+    b.fetch.finish()
+    b.settle()
+    b.check_empty()
+
+
+def test_while_room_is_owed_nobody_keeps_a_slot_from_falling_idle_and_then_all_are_tried(
+    bench: Any, tools: Any
+) -> None:
+    b = bench(fetch=tools.Fetcher(ready={"a1"}), age_limit=0.02)
+    b.submit(prompt(1), mix=tools.mix_of("a1"), max_tokens=20)
+    b.engine.step()
+    lacks = b.submit(prompt(9), mix=tools.mix_of("a3"))
+    lacks.request.submitted -= 1
+    hot = b.submit(prompt(3), mix=tools.mix_of("a1"))
+    b.engine.release_idle(1)
+    b.engine.step()
+    assert hot.request.state is tools.State.QUEUED
+    b.engine._scheduler.plan(time.monotonic() + 1)
+    assert hot.request.state is tools.State.RUNNING, "the room has been found, though the load takes long"
+    b.fetch.finish()
+    b.settle()
+    b.check_empty()
+
+
+def test_nothing_is_copied_ahead_for_whom_room_would_have_to_be_found_while_it_is_owed(bench: Any, tools: Any) -> None:
+    fetch = tools.Fetcher(ready={"a1"})
+    b = bench(fetch=fetch, room=Room(100, lambda weights: 10), age_limit=0.02, max_batch=2)
+    b.submit(prompt(1), mix=tools.mix_of("a1"), max_tokens=20)
+    b.engine.step()
+    lacks = b.submit(prompt(9), mix=tools.mix_of("a3"))
+    lacks.request.submitted -= 1
+    base, other = b.submit(prompt(4)), b.submit(prompt(5), mix=tools.mix_of("a4"))
+    b.engine.release_idle(1)
+    b.engine.step()
+    assert base.request.state is tools.State.RUNNING and fetch.asked == [tools.mix_of("a1"), tools.mix_of("a3")]
+    fetch.ready = None
+    fetch.finish()
+    b.settle()
+    assert other.reason == "length"
+    b.check_empty()
+
+
+def test_what_is_found_of_a_prompt_takes_no_second_block(bench: Any) -> None:
+    b = bench()
+    for _ in range(2):
+        heard = b.submit(prompt(1, 41), max_tokens=2)
+        b.engine.step()
+        assert len(heard.request.blocks) == 11
+        b.settle()
+    assert heard.request.cached == 40

@@ -233,3 +233,28 @@ def test_idle_slots_are_emptied_for_ram_where_they_hold_it_alone(tools: Any) -> 
     copied.offer(mix, weights, ())
     copied.release_idle(1)
     assert copied.has(mix)
+
+
+def test_a_long_prompt_does_not_wait_for_the_copy_of_an_adapter_that_comes(bench: Any, tools: Any) -> None:
+    made = bench(room=Room(20, lambda weights: 10), max_slots=2, max_step_tokens=16)
+    long = made.submit([5, 6] * 40)
+    made.engine.step()
+    other = made.submit([5, 6, 8], mix=tools.mix_of("a1"))
+    made.engine.step()
+    assert long.request.computed == 32 and not other.tokens
+    made.engine.step()
+    assert other.tokens
+    made.settle()
+    made.check_empty()
+
+
+def test_adapters_of_more_than_one_that_waits_are_copied_ahead(bench: Any, tools: Any) -> None:
+    made = bench(max_batch=1, room=Room(100, lambda weights: 10))
+    for i in range(3):
+        made.submit([5, 6, 7], mix=tools.mix_of(f"a{i}"))
+    for _ in range(2):
+        made.engine.step()
+    assert made.engine.stats()["waiting"] == 2
+    assert all(made.engine.holds(tools.digest_of(f"a{i}")) for i in range(3))
+    made.settle()
+    made.check_empty()

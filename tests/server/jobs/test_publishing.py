@@ -27,7 +27,7 @@ from server.jobs.evaluating import DATA, Evaluating
 from server.jobs.files import Files
 from server.jobs.publishing import Publishing, Verdict, awaited
 from server.jobs.records import CANCELLED, EVALUATION, TRAINING, Records
-from server.jobs.requests import Asked, Ground, Lora, checked, keep_init, spec_of
+from server.jobs.requests import Asked, Ground, Lora, checked, config_of, keep_init, spec_of
 from server.jobs.runner import Active, Stopped
 from server.jobs.spec import JUDGED, RESULT, BaseSource
 from server.tasks.definitions import Fixed, Task, parse
@@ -604,3 +604,33 @@ def test_events_have_the_scores_and_the_version_as_data(measured: Callable[..., 
     scene.publish()
     [event] = [e for e in scene.records.events(scene.job.id) if "could not be measured" in e["message"]]
     assert event["level"] == "warn"
+
+
+def test_what_is_asked_is_recorded_with_what_is_usual_and_trained_so(tmp_path: Path) -> None:
+    files = Files(tmp_path / "files")
+    file = files.add(lambda path: path.write_text('{"input": "a", "output": "b"}'), "x.jsonl", "fine-tune")
+    body = {"prompt": "{input}", "format": "raw", "route": {"choice": []}}
+    said = parse("say", body, default_route=Fixed(), source="api")
+    ground = Ground(
+        origin=BaseSource(tmp_path, "tiny", "reference", "int4", None, False, 8, tmp_path, "0" * 64),
+        base_name="tiny",
+        max_rank=16,
+        threads=1,
+        files=files,
+        registry=SimpleNamespace(names=lambda: [], resolve=lambda choice: None),  # type: ignore[arg-type]
+        store=None,  # type: ignore[arg-type]
+        tasks=SimpleNamespace(find={"say": said}.get),  # type: ignore[arg-type]
+        linears=("model.layers.0.self_attn.q_proj",),
+    )
+    usual = checked(Asked(file.id, suffix="say"), ground)
+    assert (usual["lora"]["r"], usual["lora"]["alpha"], usual["lora"]["task"]) == (8, 16.0, "say")
+    assert usual["metadata"] is None and usual["route"] is None and "route" not in usual["template"]
+    config = config_of(checked(Asked(file.id, seed=5, lora=Lora(r=16, rslora=True)), ground))
+    assert (config.seed, config.lora_rank, config.lora_alpha, config.use_rslora) == (5, 16, 32.0, True)
+    assert config.save_steps == 20, "what a kill may cost"
+    for rule, share in (("if_better", 0.1), ("always", 0.0), ("never", 0.0)):
+        asked = checked(Asked(file.id, lora=Lora(publish=rule)), ground)
+        assert spec_of("m", asked, ground, tmp_path).held_out == share
+    assert checked(Asked(file.id, lora=Lora(r=4, auto_rank=True, prune_to=9)), ground)["lora"]["prune_to"] == 9
+    with pytest.raises(InvalidRequest, match="leave alpha out"):
+        checked(Asked(file.id, lora=Lora(init_from="m", alpha=3.0), given=frozenset({"init_from", "alpha"})), ground)

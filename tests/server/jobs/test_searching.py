@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from adapters.training import TrainingConfig
+from server.jobs import searching
 from server.jobs.recipe import Recipe
 from server.jobs.searching import examples
 from server.model.loader import Base
@@ -29,3 +35,38 @@ def test_what_is_held_out_is_not_learned_though_fewer_judge(tiny_base: Base, tmp
     assert len(every.judged.examples) == 20 and len(few.judged.examples) == 5
     assert few.learned == every.learned and len(few.learned.examples) == 180
     assert not set(few.judged.examples) & set(few.learned.examples)
+
+
+def test_a_trial_is_a_run_of_the_recipe_with_its_rank_steps_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[tuple[Any, ...]] = []
+    trained = SimpleNamespace(metadata={"training": {"evaluations": [{"loss": 9.0}, {"loss": 1.5}]}})
+
+    def train(model: Any, learned: Any, config: TrainingConfig, **how: Any) -> Any:
+        how["on_event"]("an event")
+        runs.append((model, learned, config, how["validation"], how["stop"]))
+        return trained
+
+    monkeypatch.setattr(searching, "train", train)
+    monkeypatch.setattr(searching.pruning, "parameters", lambda weights: 7)
+    recipe: Any = SimpleNamespace(config=TrainingConfig(epochs=2, seed=1, eval_steps=5, patience=3))
+    found: Any = SimpleNamespace(learned="learned", judged="judged")
+    heard: list[tuple[str, Any]] = []
+
+    def stop() -> bool:
+        return True
+
+    told: dict[str, Any] = {"on_event": lambda *what: heard.append(what), "stop": stop}
+    model: Any = "model"
+    by_loss = searching.Trials(recipe, model, found, **told)
+    by_score = searching.Trials(recipe, model, found, score=lambda weights: 0.25, **told)
+    assert by_loss(4, 30, 9) == (-1.5, 7) and by_score(4, 30, 9) == (0.25, 7)
+    config = replace(recipe.config, lora_rank=4, max_steps=30, epochs=30.0, seed=9, eval_steps=0, patience=0)
+    assert runs == [("model", "learned", config, judged, stop) for judged in ("judged", None)]
+    assert heard == [("rank 4, 30 steps, seed 9", "an event")] * 2
+
+
+def test_a_budget_that_a_rank_takes_whole_allows_it_up_to_2048() -> None:
+    shapes = {"model.layers.0.self_attn.q_proj": (6, 4)}
+    config = TrainingConfig(target_modules="all-linear")
+    assert searching.within(shapes, config, 10) == searching.within(shapes, config, 19) == [1]
+    assert searching.within(shapes, config, 10 * 4096)[-1] == 2048
