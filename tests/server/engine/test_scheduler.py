@@ -306,16 +306,16 @@ def test_who_has_waited_long_for_room_and_has_lost_its_adapter_holds_nobody_up(b
 def test_while_room_is_owed_nobody_keeps_a_slot_from_falling_idle_and_then_all_are_tried(
     bench: Any, tools: Any
 ) -> None:
-    b = bench(fetch=tools.Fetcher(ready={"a1"}), age_limit=0.02)
+    b = bench(fetch=tools.Fetcher(ready={"a1"}), age_limit=30.0)
     b.submit(prompt(1), mix=tools.mix_of("a1"), max_tokens=20)
     b.engine.step()
     lacks = b.submit(prompt(9), mix=tools.mix_of("a3"))
-    lacks.request.submitted -= 1
+    lacks.request.submitted -= 60
     hot = b.submit(prompt(3), mix=tools.mix_of("a1"))
     b.engine.release_idle(1)
     b.engine.step()
     assert hot.request.state is tools.State.QUEUED
-    b.engine._scheduler.plan(time.monotonic() + 1)
+    b.engine._scheduler.plan(time.monotonic() + 60)
     assert hot.request.state is tools.State.RUNNING, "the room has been found, though the load takes long"
     b.fetch.finish()
     b.settle()
@@ -324,11 +324,11 @@ def test_while_room_is_owed_nobody_keeps_a_slot_from_falling_idle_and_then_all_a
 
 def test_nothing_is_copied_ahead_for_whom_room_would_have_to_be_found_while_it_is_owed(bench: Any, tools: Any) -> None:
     fetch = tools.Fetcher(ready={"a1"})
-    b = bench(fetch=fetch, room=Room(100, lambda weights: 10), age_limit=0.02, max_batch=2)
+    b = bench(fetch=fetch, room=Room(100, lambda weights: 10), age_limit=30.0, max_batch=2)
     b.submit(prompt(1), mix=tools.mix_of("a1"), max_tokens=20)
     b.engine.step()
     lacks = b.submit(prompt(9), mix=tools.mix_of("a3"))
-    lacks.request.submitted -= 1
+    lacks.request.submitted -= 60
     base, other = b.submit(prompt(4)), b.submit(prompt(5), mix=tools.mix_of("a4"))
     b.engine.release_idle(1)
     b.engine.step()
