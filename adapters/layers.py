@@ -217,6 +217,11 @@ def eject(tree: nn.Module) -> None:
         _set(tree, path, layer.base_layer)
 
 
+def shapes(tree: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear."""
+    return {path: (int(m.out_features), int(m.in_features)) for path, m in linears(tree).items()}  # type: ignore[arg-type]
+
+
 def trainable_parameters(shapes: Mapping[str, tuple[int, int]], spec: LoraSpec) -> int:
     """How many values a spec trains on a base with these linears (path -> (out, in))."""
     return sum(rank * sum(shapes[path]) for path, rank in spec.ranks(shapes).items())
@@ -226,8 +231,7 @@ def check_room(tree: nn.Module, spec: LoraSpec) -> None:
     """Raises AdapterError for ranks whose parameters alone take more memory than is left. A GPU tells so by itself."""
     if torch.get_default_device().type != "cpu":
         return
-    shapes: Any = {path: (m.out_features, m.in_features) for path, m in linears(tree).items()}
-    count, free = trainable_parameters(shapes, spec), memory.free()
+    count, free = trainable_parameters(shapes(tree), spec), memory.free()
     if count * TRAINED_BYTES > free:
         raise AdapterError(
             f"{count:,} parameters take {count * TRAINED_BYTES >> 20:,} MiB to train, and {free >> 20:,} MiB are left; "

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from adapters.errors import AdapterConflict, InvalidAdapter, InvalidChoice, UnknownAdapter, VersionMismatch
 from adapters.journal import Journal
-from adapters.weights import MIN_DIGEST, NAME, Version
+from adapters.weights import MIN_DIGEST, NAME, NAME_IN_WORDS, Version
 
 log = logging.getLogger(__name__)
 
@@ -183,11 +183,7 @@ class Names:
 def check_name(name: str, reserved: Collection[str]) -> str:
     """`name`, if an adapter may have it. Raises InvalidAdapter."""
     if not NAME.fullmatch(name):
-        raise InvalidAdapter(
-            f"{name[:80]!r} cannot be an adapter's name: it takes 1 to 64 letters, digits, '.', '_' and '-', and "
-            "begins with a letter or a digit",
-            "name",
-        )
+        raise InvalidAdapter(f"{name[:80]!r} cannot be an adapter's name: that is of {NAME_IN_WORDS}", "name")
     if name in reserved:
         raise InvalidAdapter(f"the name {name!r} is reserved", "name")
     return name

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 from adapters.errors import AdapterError, NoRoom
 from adapters.lru import LRU
-from adapters.weights import LoraWeights, LowRank
+from adapters.weights import SHORT_DIGEST, LoraWeights, LowRank
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class Ram:
             if isinstance(failure, AdapterError):
                 log.error("an adapter cannot be loaded: %s", failure)
             else:
-                log.exception("loading %s failed", digest[:12])
+                log.exception("loading %s failed", digest[:SHORT_DIGEST])
             error = _bare(failure if isinstance(failure, Exception) else RuntimeError(str(failure)))
         seconds = time.monotonic() - began
         with self._turn():

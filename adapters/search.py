@@ -256,9 +256,9 @@ def auto_lora(
     then trains what is left. The metadata tell the cut (`pruning`) and the ranks. With a folder for `checkpoints` both
     runs resume as `train` does, and from the same start and cut; `stop` raises TrainingStopped in either.
     """
-    found = layers.linears(model.tree)
-    uniform = config.spec().ranks(found)
-    budget = sum(rank * _cost(found[path]) for path, rank in uniform.items())
+    shapes = layers.shapes(model.tree)
+    uniform = config.spec().ranks(shapes)
+    budget = layers.trainable_parameters(shapes, config.spec())
     wide = replace(
         config,
         lora_rank=max(1, round(config.lora_rank * widen)),
@@ -298,12 +298,12 @@ def auto_lora(
 
 def _start(model: Model, data: Tokens, config: TrainingConfig, wide: TrainingConfig, name: str) -> LoraWeights:
     """What the wide run begins from: the directions of `allocate`, and an update of zero."""
-    found = layers.linears(model.tree)
+    shapes = layers.shapes(model.tree)
     _, directions = allocate(model, data, wide)
     scale = peft_config.scale_of(config.lora_alpha, config.lora_rank, config.use_rslora)
     modules = {
         # As long as a random row of A would be, so that learning rates keep their meaning.
-        path: LowRank(rows / math.sqrt(3.0), torch.zeros(_out(found[path]), len(rows)), scale)
+        path: LowRank(rows / math.sqrt(3.0), torch.zeros(shapes[path][0], len(rows)), scale)
         for path, rows in directions.items()
     }
     return sealed(name, modules)
@@ -375,12 +375,3 @@ def _most(wide: Mapping[str, int | None], narrow: Mapping[str, int | None]) -> d
     if peak is None or first is None or above is None:
         return {**most, "peak_above_start": None}
     return {**most, "peak_above_start": peak - (first - above)}
-
-
-def _cost(module: nn.Module) -> int:
-    """Parameters that one unit of rank takes."""
-    return _out(module) + int(module.in_features)  # type: ignore[arg-type]
-
-
-def _out(module: nn.Module) -> int:
-    return int(module.out_features)  # type: ignore[arg-type]

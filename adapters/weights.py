@@ -20,10 +20,15 @@ import torch
 from adapters.errors import InvalidChoice
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME_IN_WORDS = "1 to 64 letters, digits, '.', '_' and '-', the first a letter or a digit"
 RESERVED = frozenset({"base", "other", "none"})
 MAX_ABS_WEIGHT = 16.0
+MAX_TERMS = 64
+"""Adapters of one mix."""
 SHORT_DIGEST, MIN_DIGEST = 12, 6
 """Digits of a digest that people see, and the fewest that they may give."""
+AT_DIGEST = f"@[0-9a-f]{{{MIN_DIGEST},64}}"
+"""What makes of a name that of one of its versions."""
 PORTION = 1 << 17
 """Values that are looked at together."""
 _BITS = {torch.float32: ("<u4", 0x7F800000), torch.bfloat16: ("<u2", 0x7F80), torch.float16: ("<u2", 0x7C00)}
@@ -243,9 +248,10 @@ BASE_ALONE = Mix()
 
 
 def check_weight(weight: float, param: str = "adapters") -> float:
-    """`weight` rounded to float32. Raises InvalidChoice if it is not finite or over 16 in size."""
+    """`weight` rounded to float32. Raises InvalidChoice if it is not finite or over MAX_ABS_WEIGHT in size."""
     if not abs(weight) <= MAX_ABS_WEIGHT:  # nor is NaN
-        raise InvalidChoice(f"an adapter's weight must be a finite number from -16 to 16, not {weight!r}", param)
+        sizes = f"from {-MAX_ABS_WEIGHT:g} to {MAX_ABS_WEIGHT:g}"
+        raise InvalidChoice(f"an adapter's weight must be a finite number {sizes}, not {weight!r}", param)
     return float(np.float32(weight))
 
 

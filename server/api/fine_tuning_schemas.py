@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from adapters.weights import MAX_TERMS
 from server.api.openai_schemas import V1, asked
 from server.api.schemas import NAME_PATTERN, REFERENCE_PATTERN, Body, Out, Weighted, few_fields
 from server.tasks import definitions as d
@@ -234,7 +235,8 @@ class EvaluateBody(Body):
     file: FileId | None = None
     candidates: (
         Annotated[
-            list[Annotated[list[Weighted], Field(max_length=64)]], Field(min_length=1, max_length=d.MAX_CANDIDATES)
+            list[Annotated[list[Weighted], Field(max_length=MAX_TERMS)]],
+            Field(min_length=1, max_length=d.MAX_CANDIDATES),
         ]
         | None
     ) = None

@@ -9,22 +9,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from adapters.weights import MIN_DIGEST, NAME
+from adapters.weights import AT_DIGEST, MAX_ABS_WEIGHT, MAX_TERMS, MIN_DIGEST, NAME, NAME_IN_WORDS
 from server.tasks import definitions as d
 from server.tasks import sampling as s
 
 MAX_PROMPT_LENGTH = 8 << 20
 MAX_FIELDS = 100
 """More than any body of ours has, so that those which are not known can be named."""
-_AT_DIGEST = f"@[0-9a-f]{{{MIN_DIGEST},64}}"
 NAME_PATTERN = f"^{NAME.pattern}$"
-REFERENCE_PATTERN = f"^{NAME.pattern}({_AT_DIGEST})?$"
-VERSION_PATTERN = f"^{NAME.pattern}{_AT_DIGEST}$"
+REFERENCE_PATTERN = f"^{NAME.pattern}({AT_DIGEST})?$"
+VERSION_PATTERN = f"^{NAME.pattern}{AT_DIGEST}$"
 INPUT_PATTERN = r"\{input\}"
-_NAMED = "1 to 64 letters, digits, '.', '_' and '-', the first a letter or a digit"
 PATTERNS = {
-    NAME_PATTERN: f"a name: {_NAMED}",
-    REFERENCE_PATTERN: f"a name ({_NAMED}), or name@digest with {MIN_DIGEST} or more digits of the digest",
+    NAME_PATTERN: f"a name: {NAME_IN_WORDS}",
+    REFERENCE_PATTERN: f"a name ({NAME_IN_WORDS}), or name@digest with {MIN_DIGEST} or more digits of the digest",
     VERSION_PATTERN: f"name@digest, with {MIN_DIGEST} or more digits of the digest",
     INPUT_PATTERN: "a text with {input} where the request's prompt goes",
 }
@@ -94,11 +92,12 @@ class Weighted(Body):
     """One adapter of a mix: `name` or `name@digest`."""
 
     name: Annotated[str, Field(pattern=REFERENCE_PATTERN)]
-    weight: Annotated[float, Field(ge=-16, le=16)] = 1.0
+    weight: Annotated[float, Field(ge=-MAX_ABS_WEIGHT, le=MAX_ABS_WEIGHT)] = 1.0
 
 
 Mix = Annotated[
-    list[Weighted], Field(max_length=64, description="what answers; absent is the task's own mix, `[]` the base alone")
+    list[Weighted],
+    Field(max_length=MAX_TERMS, description="what answers; absent is the task's own mix, `[]` the base alone"),
 ]
 
 
@@ -238,7 +237,7 @@ class RegisterBody(Body):
     source: Annotated[str, Field(min_length=1, max_length=1024)]
 
 
-Terms = Annotated[list[Weighted], Field(min_length=1, max_length=64)]
+Terms = Annotated[list[Weighted], Field(min_length=1, max_length=MAX_TERMS)]
 Rank = Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -301,7 +300,7 @@ class AdapterList(Out):
 class Route(Body):
     """Either `choice`, or `best` with its rule."""
 
-    choice: Annotated[list[Weighted], Field(max_length=64)] | None = None
+    choice: Annotated[list[Weighted], Field(max_length=MAX_TERMS)] | None = None
     best: Annotated[list[str], Field(min_length=2, max_length=d.MAX_CANDIDATES)] | None = None
     metric: d.Metric | None = None
     source: d.ScoreSource | None = None

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
+from adapters.weights import SHORT_DIGEST
 from server.engine.batch import Work
 from server.engine.scheduler import Plan
 
@@ -165,4 +166,4 @@ def _of_prompt(item: Work) -> int:
 
 def _digests(item: Work) -> str:
     """The adapters of a request, for a line."""
-    return "".join(f" {digest[:12]}" for digest in item.request.mix.digests)
+    return "".join(f" {digest[:SHORT_DIGEST]}" for digest in item.request.mix.digests)

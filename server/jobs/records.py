@@ -131,7 +131,8 @@ class Records:
         job = Job(id, kind, name or f"ft-{id}", dict(request))
         try:
             with refused("the job"):
-                self.folder(id).mkdir(parents=True)
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self.folder(id).mkdir(mode=0o700)  # data to learn and to judge by is nobody else's on the machine
                 for file, content in files.items():
                     (self.folder(id) / file).write_bytes(content)
         except StoreFailed:

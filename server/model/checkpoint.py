@@ -256,9 +256,7 @@ class Folder:
                 yield path, kind(tensor, quantization, path)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._shards.read(self.config.tensor_shapes()):
-            check_finite(name, tensor)
-            yield name, tensor.float()
+        return self._shards.floats(self.config.tensor_shapes())
 
     def _tied(self) -> str:
         """The name that the embedding table is stored under. Unties the config if there is a head that differs.
@@ -331,9 +329,7 @@ class QuantizedFolder:
                 yield path, _stored(path, entry, parts.pop(path))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._shards.read(self.config.tensor_shapes()):
-            check_finite(name, tensor)
-            yield name, tensor.float()
+        return self._shards.floats(self.config.tensor_shapes())
 
 
 def _check_entry(entry: Mapping[str, Any]) -> None:
@@ -397,6 +393,12 @@ class _Shards:
                 for name in file.keys():
                     if name in names:
                         yield name, file.get_tensor(name)
+
+    def floats(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same in float32. Raises BadModel for values that are not finite."""
+        for name, tensor in self.read(names):
+            check_finite(name, tensor)
+            yield name, tensor.float()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
-from adapters.weights import MIN_DIGEST, NAME, Choice, check_weight, counts
+from adapters.weights import MAX_TERMS, MIN_DIGEST, NAME, NAME_IN_WORDS, Choice, check_weight, counts
 from server.engine.text import INPUT, Format
 from server.errors import InvalidRequest
 from server.tasks.sampling import check_defaults
@@ -158,7 +158,7 @@ def parse(name: str, body: Mapping[str, Any], *, default_route: Route, source: S
 def check_task_name(name: str) -> None:
     """Raises InvalidRequest for what can not be a task's name."""
     if not NAME.fullmatch(name):
-        raise InvalidRequest("a name has 1 to 64 letters, digits, `.`, `_` or `-`, and begins with no sign", "task")
+        raise InvalidRequest(f"a name is of {NAME_IN_WORDS}", "task")
 
 
 def check_labels(labels: Any) -> tuple[str, ...]:
@@ -216,8 +216,8 @@ def _best(route: Mapping[str, Any]) -> Best:
 def parse_choice(entries: Any, param: str) -> Choice:
     """`[{"name", "weight"}, ...]` as a choice; a weight that is not given is 1.0. Raises InvalidRequest,
     and InvalidChoice for a weight that is no finite number or out of range."""
-    if not isinstance(entries, Sequence) or isinstance(entries, str) or len(entries) > 64:
-        raise InvalidRequest(f"{param} must be a list of up to 64 adapters with their weights", param)
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or len(entries) > MAX_TERMS:
+        raise InvalidRequest(f"{param} must be a list of up to {MAX_TERMS} adapters with their weights", param)
     choice: Choice = []
     for entry in entries:
         if not isinstance(entry, Mapping) or set(entry) - {"name", "weight"}:

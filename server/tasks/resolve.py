@@ -11,12 +11,12 @@ from typing import Protocol
 
 from adapters.errors import UnknownAdapter
 from adapters.leases import Lease
-from adapters.weights import MIN_DIGEST, NAME, Choice, Version
+from adapters.weights import AT_DIGEST, NAME, Choice, Version
 from server.errors import UnknownName, called
 from server.tasks.definitions import DEFAULT, Best, Task
 from server.tasks.store import Tasks
 
-_VERSION = re.compile(rf"({NAME.pattern})@[0-9a-f]{{{MIN_DIGEST},64}}")
+_VERSION = re.compile(f"({NAME.pattern}){AT_DIGEST}")
 
 
 class Versions(Protocol):

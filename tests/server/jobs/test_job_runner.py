@@ -360,6 +360,7 @@ def test_nothing_is_left_of_a_job_that_the_disk_refuses(tmp_path, monkeypatch):
         records.prepare(EVALUATION, "x", {}, "eval", {"data": b"x", "no/folder": b"x"})
     assert list(tmp_path.iterdir()) == []
     job = records.prepare(EVALUATION, "x", {}, "eval", {"data": b"x"})
+    assert not records.folder(job.id).stat().st_mode & 0o077, "nobody else on the machine reads the data"
 
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
