@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import TextIO
 
-from server.cli.terminal import PATIENCE, shown
+from server.cli.terminal import PATIENCE, escaped
 
 MOST_LINES = 10_000
 """Lines that wait to be written; what comes on top of them is counted instead."""
@@ -48,7 +48,7 @@ class TextLines(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return shown(super().formatMessage(record))
+        return escaped(super().formatMessage(record))
 
 
 class Behind(logging.Handler):

@@ -29,7 +29,7 @@ SECONDS_BETWEEN_LINES = 30.0
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
-def shown(text: str, lines: bool = False) -> str:
+def escaped(text: str, lines: bool = False) -> str:
     """A text as a terminal may have it: adapters have names, cards and tensors that strangers wrote. Control characters
     and those that turn the direction are escaped, ends of lines too unless there may be several `lines`.
     """
@@ -38,7 +38,7 @@ def shown(text: str, lines: bool = False) -> str:
 
 class _Results(Console):
     def render_str(self, text: str, **how: Any) -> Text:  # through which all texts go, those of tables too
-        return super().render_str(shown(text, lines=True), **how)
+        return super().render_str(escaped(text, lines=True), **how)
 
 
 def out() -> Console:
@@ -67,7 +67,7 @@ def say_error(message: str) -> None:
     except (OSError, ValueError):  # it is no file of the system's
         taken = [sys.stderr]
     if taken:
-        sys.stderr.write(f"error: {shown(message, lines=True)}\n")
+        sys.stderr.write(f"error: {escaped(message, lines=True)}\n")
 
 
 @contextlib.contextmanager
