@@ -20,6 +20,7 @@ NAME_PATTERN = f"^{NAME.pattern}$"
 REFERENCE_PATTERN = f"^{NAME.pattern}({AT_DIGEST})?$"
 VERSION_PATTERN = f"^{NAME.pattern}{AT_DIGEST}$"
 INPUT_PATTERN = r"\{input\}"
+MIN_TOKENS = "no end before so many tokens, unless `response_format` allows nothing but the end"
 PATTERNS = {
     NAME_PATTERN: f"a name: {NAME_IN_WORDS}",
     REFERENCE_PATTERN: f"a name ({NAME_IN_WORDS}), or name@digest with {MIN_DIGEST} or more digits of the digest",
@@ -105,38 +106,34 @@ TopK = Annotated[int, Field(ge=0, le=s.MAX_TOKENS)]
 Stop = StopString | Annotated[list[StopString], Field(max_length=s.MAX_STOP)]
 
 
+def _within(name: str, description: str | None = None) -> Any:
+    """The field of a number, by the bounds that task files are held to as well."""
+    low, high, above = s.NUMBERS[name].low, s.NUMBERS[name].high, s.NUMBERS[name].above
+    return Field(gt=low if above else None, ge=None if above else low, le=high, description=description)
+
+
 class SamplingFields(BaseModel):
     """How an answer is drawn, and when it ends: what a request may say, and a task for it."""
 
-    max_tokens: Annotated[int, Field(ge=1, le=s.MAX_TOKENS)] | None = None
-    min_tokens: (
-        Annotated[
-            int,
-            Field(
-                ge=0,
-                le=s.MAX_TOKENS,
-                description="no end before so many tokens, unless `response_format` allows nothing but the end",
-            ),
-        ]
-        | None
-    ) = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: Annotated[int, _within("max_tokens")] | None = None
+    min_tokens: Annotated[int, _within("min_tokens", description=MIN_TOKENS)] | None = None
+    temperature: Annotated[float, _within("temperature")] | None = None
+    top_p: Annotated[float, _within("top_p")] | None = None
     top_k: TopK | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=s.SEED[0], le=s.SEED[1])] | None = None
+    min_p: Annotated[float, _within("min_p")] | None = None
+    seed: Annotated[int, _within("seed")] | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=s.MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = None
+    presence_penalty: Annotated[float, _within("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
 
 
 class GenerationFields(SamplingFields):
     """The fields that every generator takes. Absent ones are the task's, then the server's."""
 
-    max_completion_tokens: Annotated[int, Field(ge=1, le=s.MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, _within("max_tokens")] | None = None
     stream: Annotated[bool, Field(description="answer as server-sent events, the last `data: [DONE]`")] | None = None
     adapters: Mix | None = None
     deadline_ms: DeadlineMs | None = None
