@@ -239,7 +239,7 @@ def test_of_kinds_of_lists_the_nearest_is_told_and_nothing_twice(live: Any) -> N
     assert none == "prompt: Input should be a valid string; prompt: Input should be a valid list"
     assert told(prompt=[])["message"] == "prompt: List should have at least 1 item after validation, not 0"
     assert told(logprobs=21)["message"] == "logprobs: Input should be less than or equal to 20"
-    assert "valid integer" in told(logprobs=True)["message"]
+    assert "valid integer" in told(logprobs="all")["message"]
     assert told(response_format="json")["message"] == "response_format: Input should be a JSON object"
 
 
