@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from server.metrics import Ended, Metrics
 
 
@@ -30,3 +32,23 @@ def test_the_totals_of_a_task_are_those_of_all_its_pairs_until_it_is_gone() -> N
     assert 'adapter="a"' not in metrics.render().decode()
     metrics.forget_task("t")
     assert set(metrics.totals()) == {"u"}
+
+
+def test_a_series_that_has_begun_goes_on_when_there_is_room_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.metrics.MAX_PAIRS", 2)
+    metrics = Metrics()
+    for name in ("a", "b", "c", "a", "b", "a"):
+        metrics.record(Ended("t", (name,), "200"))
+    text = metrics.render().decode()
+    for name, task, count in (("a", "t", 3), ("b", "t", 2), ("other", "other", 1)):
+        assert f'loramux_requests_total{{task="{task}",adapter="{name}",status="200"}} {count}\n' in text
+
+
+def test_the_mixes_of_an_adapter_go_with_it() -> None:
+    metrics = Metrics()
+    for adapters in (("a", "b"), ("b", "a", "c"), ("b", "c"), ("b",)):
+        metrics.record(Ended("t", adapters, "200"))
+    metrics.forget_adapter("a")
+    text = metrics.render().decode()
+    assert 'adapter="a+b' not in text and 'adapter="b+c"' in text and 'adapter="b"' in text
+    assert metrics.totals()["t"]["requests"] == 4

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -511,3 +513,70 @@ def test_a_client_that_mixes_anew_each_time_has_one_turn(live: Any, monkeypatch:
     assert len(set(keys)) == 4
     mixed = {**body, "model": "mood", "adapters": [{"name": "b"}]}
     assert live.http.post("/v1/completions", json=mixed).status_code == 200 and keys[-1] == "mood", "the task's turn"
+
+
+@pytest.fixture
+def started(live: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What the engine is asked for, call by call: prompts, samplings, who asks, and the rest."""
+    inference, calls = live.house.parts.inference, []
+    start = inference.start
+
+    def noted(target: Any, prompts: Any, samplings: Any, caller: Any, **more: Any) -> Any:
+        calls.append(([list(prompt) for prompt in prompts], samplings, caller, more))
+        return start(target, prompts, samplings, caller, **more)
+
+    monkeypatch.setattr(inference, "start", noted)
+    return calls
+
+
+def test_prompts_of_a_completion_have_their_answers_in_a_row(
+    live: Any, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, begins = live.house.parts.prompts.text, []
+    begins_after = text.begins_after
+    monkeypatch.setattr(text, "begins_after", lambda token: (begins.append(token), begins_after(token))[1])
+    body = {"model": "tiny", "prompt": [[40, 41], [42, 43, 44]], "n": 2, "deadline_ms": 60_000}
+    before = int(time.time())
+    told = live.http.post("/v1/completions", json={**body, "max_tokens": 1}).json()
+    prompts, samplings, caller, more = started.pop()
+    assert prompts == [[40, 41], [40, 41], [42, 43, 44], [42, 43, 44]] and begins[:4] == [41, 41, 44, 44]
+    assert told["usage"]["prompt_tokens"] == 5 and told["id"] == more["id"] and told["id"].startswith("cmpl-")
+    assert before <= told["created"] <= time.time() and 0 < caller.deadline - caller.arrived <= 60.0
+    assert {(each.max_tokens, each.temperature) for each in samplings} == {(1, 1.0)}
+    monkeypatch.setattr("server.api.openai_schemas.MAX_SEQUENCES", 4)
+    assert live.http.post("/v1/completions", json={**body, "max_tokens": 1}).status_code == 200
+    refused = live.http.post("/v1/completions", json={**body, "n": 3})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "n"
+    refused = live.http.post("/v1/completions", json={**body, "prompt": [[40], [1 << 20]]})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt"
+
+
+def test_each_text_of_a_completion_goes_through_the_tasks_template(live: Any, started: list[Any]) -> None:
+    text = live.house.parts.prompts.text
+    wrapped = [text.encode_task("Is it good?\n\n{input}", "chat", None, word) for word in ("x", "yes")]
+    for prompt in ("x", ["x", "yes"], [40, 41]):
+        body = {"model": "mood", "prompt": prompt, "max_tokens": 1}
+        assert live.http.post("/v1/completions", json=body).status_code == 200
+    assert [call[0] for call in started] == [wrapped[:1], wrapped, [[40, 41]]]
+
+
+def test_a_conversation_is_answered_as_it_was_spoken(
+    live: Any, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, seen = live.house.parts, []
+    of_chat = parts.prompts.of_chat
+    monkeypatch.setattr(parts.prompts, "room", replace(parts.prompts.room, context=128))
+    monkeypatch.setattr(parts.prompts, "of_chat", lambda task, said: (seen.append(said), of_chat(task, said))[1])
+    said = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "hello", "name": "ada"}]
+    body = {"model": "tiny", "messages": said, "logprobs": True, "deadline_ms": 60_000}
+    told = live.http.post("/v1/chat/completions", json=body).json()
+    assert seen.pop() == [{**said[0], "role": "system"}, said[1]]
+    prompts, [sampling], caller, more = started.pop()
+    assert sampling.max_tokens == 128 - len(prompts[0]) > 16 and sampling.temperature == 1.0
+    assert told["id"] == more["id"] and told["id"].startswith("chatcmpl-") and caller.deadline - caller.arrived <= 60.0
+    assert all(token["top_logprobs"] == [] for token in told["choices"][0]["logprobs"]["content"])
+    refused = live.http.post("/v1/chat/completions", json={**body, "logprobs": False, "top_logprobs": 2})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "top_logprobs"
+    several = {**body, "n": 2, "max_tokens": 8, "response_format": {"type": "json_object"}}
+    assert len(live.http.post("/v1/chat/completions", json=several).json()["choices"]) == 2
+    assert len(started.pop()[3]["constraints"]) == 2

@@ -21,7 +21,7 @@ from adapters.peft_format import save
 from adapters.registry import Registry
 from adapters.store import Store
 from adapters.weights import LowRank, Version, sealed
-from server.errors import InvalidRequest, NotReady, ServerError
+from server.errors import InvalidRequest, NotReady, ServerError, UnknownName
 from server.jobs.errors import JobError
 from server.jobs.evaluating import DATA, Evaluating
 from server.jobs.files import Files
@@ -474,7 +474,7 @@ def test_a_job_keeps_the_template_that_it_was_asked_with(tmp_path: Path) -> None
         assert checked(Asked(file.id, lora=lora, given=frozenset({"init_from", *given})), ground)["lora"] == {
             **plain["lora"], "init_from": "m"
         }  # fmt: skip
-    for name, value in {"rslora": True, "auto_rank": True, "r": 8}.items():
+    for name, value in {"rslora": True, "auto_rank": True, "r": 8, "target_modules": ("q_proj",)}.items():
         lora = Lora(init_from="m", **{name: value})
         with pytest.raises(InvalidRequest, match=f"leave {name} out"):
             checked(Asked(file.id, lora=lora, given=frozenset({"init_from", name})), ground)
@@ -634,3 +634,121 @@ def test_what_is_asked_is_recorded_with_what_is_usual_and_trained_so(tmp_path: P
     assert checked(Asked(file.id, lora=Lora(r=4, auto_rank=True, prune_to=9)), ground)["lora"]["prune_to"] == 9
     with pytest.raises(InvalidRequest, match="leave alpha out"):
         checked(Asked(file.id, lora=Lora(init_from="m", alpha=3.0), given=frozenset({"init_from", "alpha"})), ground)
+
+
+def grounded(root: Path, **changes: Any) -> Ground:
+    """What a request is checked against, of a base in a file and a registry without adapters."""
+    told: dict[str, Any] = {
+        "origin": BaseSource(root, "tiny", "reference", "int4", None, False, 8, root, "0" * 64),
+        "base_name": "tiny",
+        "max_rank": 16,
+        "threads": 3,
+        "files": Files(root / "files"),
+        "registry": SimpleNamespace(names=lambda: [], resolve=lambda choice: None),
+        "store": None,
+        "tasks": SimpleNamespace(find=lambda name: None),
+        "linears": ("model.layers.0.self_attn.q_proj",),
+    }
+    return Ground(**{**told, **changes})
+
+
+def uploaded(ground: Ground, name: str, purpose: str = "fine-tune") -> str:
+    return ground.files.add(lambda path: path.write_text('{"input": "a", "output": "b"}'), name, purpose).id
+
+
+def test_a_run_is_compared_with_what_has_the_name_as_it_begins(tmp_path: Path) -> None:
+    """A job that runs again finds the copy of its first run, of a version that may be another by now, or gone."""
+    registry = Registry(store := Store(tmp_path / "store"), shapes=SHAPES, ram_bytes=1 << 20)
+    try:
+        ground, folder = grounded(tmp_path, registry=registry, store=store), tmp_path / "job"
+        request = checked(Asked(uploaded(ground, "x.jsonl")), ground)
+        assert spec_of("m", request, ground, folder).rival is None and not folder.exists()
+        for seed in (1, 2):
+            registry.publish_now("m", write(tmp_path / f"v{seed}", seed))
+            rival = spec_of("m", request, ground, folder).rival
+            stored = store.path(registry.current("m").digest)
+            assert rival == (folder / "rival").resolve() and not (folder / "init").exists()
+            assert {f.name: f.read_bytes() for f in rival.iterdir()} == {
+                f.name: f.read_bytes() for f in stored.iterdir()
+            }
+        assert spec_of("n", request, ground, folder).rival is None
+        registry.publish_now("n", tmp_path / "v1")
+        assert spec_of("n", request, ground, folder).rival is not None
+        registry.retire_now("n")
+        assert spec_of("n", request, ground, folder).rival is None and not (folder / "rival").exists()
+        going: Any = SimpleNamespace(names=lambda: ["n"], lease=registry.lease)
+        assert spec_of("n", request, replace(ground, registry=going), folder).rival is None, "it went at this moment"
+    finally:
+        registry.close()
+
+
+def test_a_run_is_told_its_files_and_what_people_call_them(tmp_path: Path) -> None:
+    ground = grounded(tmp_path, lend=lambda: {"gpu": 1})
+    learned, judged = uploaded(ground, "learn.jsonl"), uploaded(ground, "judge.jsonl")
+    lora = Lora(publish="if_better", auto_rank=True, r=4, prune_to=3)
+    spec = spec_of("m", checked(Asked(learned, judged, lora=lora), ground), ground, tmp_path)
+    assert spec.data.read_bytes() == spec.validation.read_bytes()  # type: ignore[union-attr]
+    assert (spec.data, spec.validation) == tuple(ground.files.path(id).resolve() for id in (learned, judged))
+    assert (spec.data_name, spec.validation_name, spec.config.data) == ("learn.jsonl", "judge.jsonl", "learn.jsonl")
+    assert spec.held_out == 0.0, "there is a file to compare on"
+    assert (spec.auto_rank, spec.prune_to, spec.threads, spec.max_rank) == (True, 3, 3, 16)
+    assert spec.loan == {"gpu": 1} and (spec.init, spec.init_name, spec.rival) == (None, "", None)
+    alone = spec_of("m", checked(Asked(learned), ground), ground, tmp_path)
+    assert (alone.validation, alone.validation_name, alone.auto_rank, alone.prune_to) == (None, "", False, None)
+    other = uploaded(ground, "results.csv", "fine-tune-results")
+    for asked, param in ((Asked(other, judged), "training_file"), (Asked(learned, other), "validation_file")):
+        with pytest.raises(InvalidRequest, match=f"^{param} must have been uploaded") as refused:
+            checked(asked, ground)
+        assert refused.value.param == param
+    for asked, param in ((Asked("file-x", judged), "training_file"), (Asked(learned, "file-x"), "validation_file")):
+        with pytest.raises(UnknownName) as missing:
+            checked(asked, ground)
+        assert missing.value.param == param
+
+
+def test_a_run_goes_on_from_a_version_by_the_name_of_its_adapter(tmp_path: Path) -> None:
+    registry = Registry(store := Store(tmp_path / "store"), shapes=SHAPES, ram_bytes=1 << 20)
+    try:
+        ground, folder = grounded(tmp_path, registry=registry, store=store), tmp_path / "job"
+        first = registry.publish_now("old", write(tmp_path / "v1", 1)).version
+        registry.publish_now("old", write(tmp_path / "v2", 2))
+        lora = Lora(init_from=first.label)
+        request = checked(Asked(uploaded(ground, "x.jsonl"), lora=lora, given=frozenset({"init_from"})), ground)
+        keep_init(request, ground, folder)
+        spec = spec_of("m", request, ground, folder)
+        assert (spec.init, spec.init_name) == ((folder / "init").resolve(), "old")
+        tensors = "adapter_model.safetensors"
+        assert (spec.init / tensors).read_bytes() == (store.path(first.digest) / tensors).read_bytes()  # type: ignore[operator]
+        with pytest.raises(UnknownAdapter) as missing:
+            checked(Asked(request["training_file"], lora=Lora(init_from="nobody")), ground)
+        assert missing.value.param == "lora.init_from"
+    finally:
+        registry.close()
+
+
+def test_what_is_asked_of_a_run_is_what_it_does(tmp_path: Path) -> None:
+    body = {"prompt": "{input}", "format": "raw", "route": {"choice": [{"name": "b", "weight": 0.5}]}}
+    tasks = {name: parse(name, body, default_route=Fixed(), source=name) for name in ("api", "file")}  # type: ignore[arg-type]
+    ground = grounded(tmp_path, tasks=SimpleNamespace(find=tasks.get))
+    id = uploaded(ground, "x.jsonl")
+    usual, own = (
+        config_of(checked(asked, ground))
+        for asked in (Asked(id), Asked(id, n_epochs=0.5, batch_size=4, learning_rate_multiplier=2.0))
+    )
+    assert (usual.epochs, usual.batch_size, usual.learning_rate) == (3.0, 16, 5e-4)
+    assert (own.epochs, own.batch_size, own.learning_rate) == (0.5, 4, 1e-3)
+    assert checked(Asked(id, metadata={"a": "b"}), ground)["metadata"] == {"a": "b"}
+    for name, told in (("api", {}), ("file", {"route": tasks["file"].body()["route"]})):
+        request = checked(Asked(id, suffix=name), ground)
+        spec = spec_of(name, request, ground, tmp_path)
+        assert spec.task == {"task": name, "prompt": "{input}", "format": "raw", **spec.template, **told}
+        assert "route" not in spec.template
+        other = spec_of("m", checked(Asked(id, suffix="m", lora=Lora(task=name)), ground), ground, tmp_path)
+        assert other.template == spec.template and other.task is None, "the task is another adapter's"
+    assert checked(Asked(id, suffix="m"), ground)["lora"]["task"] is None
+    with pytest.raises(InvalidRequest, match="'tiny' is reserved") as reserved:
+        checked(Asked(id, suffix="tiny"), ground)
+    assert reserved.value.param == "suffix"
+    with pytest.raises(InvalidRequest, match=r"ranks of up to 16 \(--max-rank\), and auto_rank may give") as wide:
+        checked(Asked(id, lora=Lora(r=16, auto_rank=True)), ground)
+    assert wide.value.param == "lora.r"

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import resource
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -22,7 +23,9 @@ from server.errors import BadModel, BadSetting, Conflict
 from server.kernels import choose
 from server.kernels.reference import Reference
 from server.kernels.stored import dequantize_stored
-from server.model.config import ModelConfig
+from server.model.config import ModelConfig, RopeScaling
+from server.model.gguf_config import llama3_divisors
+from server.model.gguf_file import GgufFile
 from server.model.loader import Base, load_base, quantize_folder
 from server.model.packed_file import PackedWriter
 from server.model.quantization import bits, quantize
@@ -467,6 +470,87 @@ def test_parts_of_a_wrong_type_or_shape_never_reach_a_kernel(tmp_path: Path, tin
         load(target)
 
 
+def test_codes_of_an_unquantized_folder_are_floats_of_the_whole_matrix(
+    tmp_path: Path, tiny_vocabulary: Vocabulary
+) -> None:
+    target, stem = tmp_path / "q", "model.layers.2.mlp.down_proj"
+    quantize_folder(saved(tmp_path / "m", "Llama", tiny_vocabulary), target, quantization="none")
+    [path] = target.glob("*.safetensors")
+    whole = load_file(path)
+    codes = whole[f"{stem}.codes"]
+    for wrong in (codes[:-1].clone(), codes[:, :-1].clone(), codes.to(torch.int16)):
+        save_file(whole | {f"{stem}.codes": wrong}, path)
+        with pytest.raises(BadModel, match="down_proj is not a matrix of 128 by 192 in none"):
+            load(target)
+
+
+def test_a_quantized_folder_has_the_parts_of_its_manifest_and_no_others(
+    tmp_path: Path, tiny_vocabulary: Vocabulary
+) -> None:
+    target, stem = tmp_path / "q", "model.layers.2.mlp.down_proj"
+    quantize_folder(saved(tmp_path / "m", "Llama", tiny_vocabulary), target)
+    [path] = target.glob("*.safetensors")
+    whole = load_file(path)
+    save_file({name: tensor for name, tensor in whole.items() if name != f"{stem}.codes"}, path)
+    with pytest.raises(BadModel, match=rf"lacks {stem}\.codes"):
+        load(target)
+    save_file(whole | {f"{stem}.more": torch.ones(1)}, path)
+    with pytest.raises(BadModel, match=rf"does not: {stem}\.more"):
+        load(target)
+    save_file(whole, path)
+    manifest = json.loads((target / "loramux.json").read_text())
+    for change, said in (
+        ({"files": [f"../q/{path.name}"]}, r"names the file '\.\./q/"),
+        ({"weights": {**manifest["weights"], stem: {**manifest["weights"][stem], "group": 128}}}, "do not divide 192"),
+    ):
+        (target / "loramux.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(BadModel, match=said):
+            load(target)
+
+
+def test_shards_lie_in_the_folder_and_have_each_tensor_once(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    source = saved(tmp_path / "m", "Llama", tiny_vocabulary)
+    whole = load_file(source / "model.safetensors")
+    (source / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(whole, "../elsewhere.safetensors")}))
+    with pytest.raises(BadModel, match=r"names the file '\.\./elsewhere\.safetensors'"):
+        load(source)
+    names = sorted(whole)
+    for file, those in (("one", names[:9]), ("two", names[8:])):
+        save_file({name: whole[name] for name in those}, source / f"{file}.safetensors")
+    told = dict.fromkeys(names[:9], "one.safetensors") | dict.fromkeys(names[9:], "two.safetensors")
+    index.write_text(json.dumps({"weight_map": told}))
+    with pytest.raises(BadModel, match=rf"{names[8]} is in both one\.safetensors and two\.safetensors"):
+        load(source)
+
+
+def test_every_file_that_a_base_is_read_from_is_of_its_id(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    """Adapters are for one base, and a packed file too."""
+    source = saved(tmp_path, "Llama", tiny_vocabulary, "200KB")
+    ids = {load(source).id}
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"):
+        file = source / name
+        file.write_text(file.read_text() + "\n")
+        ids.add(load(source).id)
+    for name in ("chat_template.jinja", "generation_config.json"):
+        (source / name).write_text("{}")
+        ids.add(load(source).id)
+    (source / "README.md").write_text("not of it")
+    assert load(source).id in ids and len(ids) == 7
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
+def test_a_pickle_is_not_read_by_whatever_name(tmp_path: Path, tiny_vocabulary: Vocabulary, suffix: str) -> None:
+    (tmp_path / f"model{suffix}").write_bytes(b"\x80\x04.")
+    with pytest.raises(BadModel, match="is a pickle, which can run code"):
+        load(tmp_path / f"model{suffix}")
+    saved(tmp_path, "Llama", tiny_vocabulary)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(BadModel, match="no model.safetensors" if suffix == ".ckpt" else "holds pickles"):
+        load(tmp_path)
+
+
 # -- GGUF
 
 
@@ -492,11 +576,17 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary | dict[str, A
 
 
 def to_gguf(
-    path: Path, kind: str, vocabulary: Vocabulary | dict[str, Any], linear: TYPES, table: TYPES, **changes: Any
+    path: Path,
+    kind: str,
+    vocabulary: Vocabulary | dict[str, Any],
+    linear: TYPES,
+    table: TYPES,
+    more: Mapping[str, Sequence[float]] | None = None,
+    **changes: Any,
 ) -> Path:
     """A tiny model as llama.cpp's converter would write it, the order of q and k included.
 
-    A vocabulary of SentencePiece's kind is given as its metadata.
+    A vocabulary of SentencePiece's kind is given as its metadata. `more` are vectors by their names in the file.
     """
     model = tiny_model(kind, **changes)
     config, arch = model.config, {"Mistral": "llama"}.get(kind, kind.lower())
@@ -528,6 +618,8 @@ def to_gguf(
         raw = TYPES.F32 if values.ndim == 1 else table if part in ("embed_tokens", "lm_head") else linear
         data = gguf.quants.quantize(np.ascontiguousarray(values), raw)
         writer.add_tensor(f"{names.get_name(stem)}.{end}", data, raw_dtype=raw)
+    for name, vector in (more or {}).items():
+        writer.add_tensor(name, np.array(vector, np.float32), raw_dtype=TYPES.F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -617,6 +709,58 @@ def test_gguf_tensors_that_do_not_belong_are_named(tmp_path: Path, tiny_vocabula
         load(path)
     path.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.7.ffn_up.weight"))
     with pytest.raises(BadModel, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(path)
+
+
+def test_the_divisors_of_llama_3_are_its_scaling_and_no_weight(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    scaling = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
+    more = {"rope_freqs.weight": llama3_divisors(scaling, 10000.0, 32)}
+    base = load(to_gguf(tmp_path / "m.gguf", "Llama", tiny_vocabulary, TYPES.Q4_0, TYPES.Q8_0, more))
+    plain = load(to_gguf(tmp_path / "p.gguf", "Llama", tiny_vocabulary, TYPES.Q4_0, TYPES.Q8_0))
+    assert base.config.rope_scaling == scaling and same(base, plain) and base.id != plain.id
+    quantize_folder(tmp_path / "m.gguf", tmp_path / "q")
+    assert load(tmp_path / "q").config == base.config
+
+
+def test_what_a_gguf_is_taken_over_as_is_what_was_asked_for(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    path = to_gguf(tmp_path / "m.gguf", "Llama", tiny_vocabulary, TYPES.Q4_0, TYPES.Q8_0)
+    double = load(path, double_quant=True)
+    assert double.weights["model.layers.0.mlp.up_proj"].double_quantized and "Q4_0 were re-quantized" in double.notes[0]
+    assert load(path, table_bits=16).weights["lm_head"].tensors["codes"].dtype == torch.bfloat16
+    half = load(to_gguf(tmp_path / "h.gguf", "Llama", tiny_vocabulary, TYPES.F16, TYPES.F16))
+    assert half.notes == (), "nothing was quantized before"
+
+
+def test_a_part_of_a_gguf_and_one_of_several_are_no_model(
+    tmp_path: Path, tiny_vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m").mkdir()
+    path = to_gguf(tmp_path / "m" / "a.gguf", "Llama", tiny_vocabulary, TYPES.Q4_0, TYPES.Q8_0)
+    parts = 1
+
+    class Part(GgufFile):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            self.metadata = {**self.metadata, "split.count": parts}
+
+    monkeypatch.setattr("server.model.checkpoint.GgufFile", Part)
+    assert load(tmp_path / "m").id == load(path).id
+    parts = 2
+    with pytest.raises(BadModel, match=r"a\.gguf is one of 2 parts"):
+        load(path)
+    path.with_name("b.gguf").write_bytes(path.read_bytes())
+    with pytest.raises(BadModel, match="exactly one GGUF file"):
+        load(tmp_path / "m")
+
+
+def test_a_vector_of_a_gguf_that_is_not_finite_is_named(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    path = to_gguf(tmp_path / "m.gguf", "Llama", tiny_vocabulary, TYPES.Q4_0, TYPES.Q8_0)
+    norm = tiny_model("Llama").state_dict()["model.norm.weight"]
+    data, wrong = path.read_bytes(), norm.clone()
+    wrong[3] = float("nan")
+    assert data.count(norm.numpy().tobytes()) == 1
+    path.write_bytes(data.replace(norm.numpy().tobytes(), wrong.numpy().tobytes()))
+    with pytest.raises(BadModel, match=r"model\.norm\.weight holds values that are not finite"):
         load(path)
 
 

@@ -96,3 +96,117 @@ async def test_a_deadline_ends_the_tokenizing_of_labels(prompts: Prompts) -> Non
     with pytest.raises(DeadlineExceeded):
         await prompts.of_labels(None, "x", labels, time.monotonic() - 1)
     assert len(prompts.text.sizes) == 1, "the prompt's own"
+
+
+async def test_a_prompt_that_leaves_no_place_for_an_answer_is_refused_by_its_tokens(prompts: Prompts) -> None:
+    length = CONTEXT
+    prompts.text.encode_pieces = lambda pieces: [1] * length  # type: ignore[method-assign]
+    chat: Any = [{"role": "user", "content": "x"}]
+    for _ in range(2):
+        with pytest.raises(InvalidRequest) as prompt:
+            await prompts.of_input(None, "x")
+        with pytest.raises(InvalidRequest) as messages:
+            await prompts.of_chat(None, chat)
+        with pytest.raises(InvalidRequest) as ids:
+            prompts.of_tokens([1] * length)
+        assert [e.value.param for e in (prompt, messages, ids)] == ["prompt", "messages", "prompt"]
+        length = 0
+    length = CONTEXT - 1
+    assert len(await prompts.of_input(None, "x")) == len(await prompts.of_chat(None, chat)) == CONTEXT - 1
+    last = prompts.room.vocabulary - 1
+    assert prompts.of_tokens([last, 0] * (CONTEXT // 2 - 1)) == [last, 0] * (CONTEXT // 2 - 1)
+    for wrong in (last + 1, -1):
+        with pytest.raises(InvalidRequest, match=f"within 0 to {last}$"):
+            prompts.of_tokens([0, wrong, 0])
+
+
+async def test_more_characters_than_any_text_of_the_context_has_are_not_tokenized(prompts: Prompts) -> None:
+    shots = Task("shots", "{input}", Fixed())
+    text = "x" * (CONTEXT * 100 + 1)
+    prompts.text.encode_pieces = None  # type: ignore[assignment]
+    for task in (None, shots):
+        with pytest.raises(InvalidRequest, match="at the very most") as prompt:
+            await prompts.of_input(task, text)
+        with pytest.raises(InvalidRequest, match="at the very most") as labels:
+            await prompts.of_labels(task, text, ["a", "b"])
+        with pytest.raises(InvalidRequest, match="at the very most") as messages:
+            await prompts.of_chat(task, [{"role": "user", "content": text[i::2]} for i in range(2)])
+        assert [e.value.param for e in (prompt, labels, messages)] == ["prompt", "prompt", "messages"]
+
+
+async def test_an_earlier_answer_is_no_beginning_to_look_at(prompts: Prompts) -> None:
+    """Templates leave parts of them out, as what a model thought; what a system message says is all there."""
+    looked: list[str] = []
+    encode = prompts.text.encode
+    prompts.text.encode = lambda text, **more: looked.append(text) or encode(text, **more)  # type: ignore[func-returns-value]
+    prompts.text.encode_chat = lambda messages, **_: [1]  # type: ignore[method-assign]
+    long = "1 2 " * (CONTEXT * 4)
+    said: Any = [{"role": "user", "content": "a"}, {"role": "assistant", "content": long}]
+    assert await prompts.of_chat(None, [*said, {"role": "user", "content": "b"}]) == [1] and not looked
+    with pytest.raises(InvalidRequest, match="alone are more tokens"):
+        await prompts.of_chat(None, [{"role": "system", "content": long}, *said])
+
+
+async def test_a_task_wraps_the_last_of_the_users_words_once(prompts: Prompts) -> None:
+    rendered: list[Any] = []
+    prompts.text.encode_chat = lambda messages, **_: rendered.append(messages) or [1]  # type: ignore[method-assign, func-returns-value]
+    task = Task("mood", "Q: {input}!", Fixed(), "chat", system="Be brief.")
+    user = {"role": "user", "content": "of {input}?", "name": "ada"}
+    told: Any = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "yes"}, user]
+    wrapped = {**user, "content": "Q: of {input}?!"}
+    await prompts.of_chat(task, [*told, {"role": "assistant", "content": "well"}])
+    system = {"role": "system", "content": "Be brief."}
+    assert rendered.pop() == [system, *told[:2], wrapped, {"role": "assistant", "content": "well"}]
+    own = {"role": "system", "content": "Be long."}
+    await prompts.of_chat(task, [own, user])
+    assert rendered.pop() == [own, wrapped], "a client's own system message stands in the task's place"
+    with pytest.raises(InvalidRequest, match="needs a user message"):
+        await prompts.of_chat(task, [own])
+
+
+async def test_a_raw_template_takes_one_message_of_the_users(prompts: Prompts) -> None:
+    task = Task("shots", "Say: {input}", Fixed(), "raw")
+    user: Any = {"role": "user", "content": "x"}
+    assert await prompts.of_chat(task, [user]) == await prompts.of_input(task, "x") == prompts.text.encode("Say: x")
+    for those in ([user, user], [{**user, "role": "assistant"}], [{**user, "role": "system"}, user]):
+        with pytest.raises(InvalidRequest, match="no place for a conversation"):
+            await prompts.of_chat(task, those)
+
+
+async def test_labels_are_tokenized_in_the_tasks_format_and_may_fill_the_context(prompts: Prompts) -> None:
+    text = prompts.text
+    for task in (
+        Task("mood", "Is {input} good?", Fixed(), "chat", system="Judge."),
+        Task("mood", "Is {input} good?", Fixed()),
+    ):
+        pieces = text.render_task(task.prompt, task.format, task.system, "it")
+        expected = text.encode_continuations(pieces, ["yes", "no"], task.format)
+        assert await prompts.of_labels(task, "it", ["yes", "no"]) == expected
+    assert await prompts.of_labels(None, "it ", ["a"]) == text.encode_continuations(["it "], ["a"], "raw")
+    text.encode_continuations = lambda *_: [([1] * 4, 2), ([1] * CONTEXT, 9)]  # type: ignore[method-assign]
+    assert len(await prompts.of_labels(None, "x", ["a", "b"])) == 2
+    text.encode_continuations = lambda *_: [([1] * 4, 2), ([1] * (CONTEXT + 1), 9)]  # type: ignore[method-assign]
+    with pytest.raises(InvalidRequest, match=f"prompt and label have {CONTEXT + 1}"):
+        await prompts.of_labels(None, "x", ["a", "b"])
+    text.encode_continuations = lambda *_: [([1] * 4, 2), ([1] * 4, 4)]  # type: ignore[method-assign]
+    for prompt, why in (("x", "one token together"), ("", "the prompt is empty")):
+        with pytest.raises(InvalidRequest, match=why):
+            await prompts.of_labels(None, prompt, ["a", "b"])
+
+
+async def test_many_messages_and_many_labels_are_work_for_a_thread(prompts: Prompts) -> None:
+    """However short they are: the template runs for each message, and the prompt is tokenized with each label."""
+    threads: list[threading.Thread] = []
+
+    def worked(answer: Any) -> Any:
+        threads.append(threading.current_thread())
+        return answer
+
+    prompts.text.encode_chat = lambda messages, **_: worked([1])  # type: ignore[method-assign]
+    prompts.text.encode_continuations = lambda *_: worked([([1, 1], 1)])  # type: ignore[method-assign]
+    await prompts.of_chat(None, [{"role": "user", "content": "x"}])
+    await prompts.of_labels(None, "x" * 100, ["a"])
+    assert [thread is threading.main_thread() for thread in threads] == [True, True]
+    await prompts.of_chat(None, [{"role": "user", "content": "x"}] * 100)
+    await prompts.of_labels(None, "x" * 100, ["a"] * 100)
+    assert [thread is threading.main_thread() for thread in threads[2:]] == [False, False]
