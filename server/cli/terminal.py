@@ -33,6 +33,8 @@ def escaped(text: str, lines: bool = False) -> str:
     """A text as a terminal may have it: adapters have names, cards and tensors that strangers wrote. Control characters
     and those that turn the direction are escaped, ends of lines too unless there may be several `lines`.
     """
+    if lines:
+        text = text.replace("\r\n", "\n").expandtabs()
     return _CONTROL.sub(lambda sign: "\n" if lines and sign[0] == "\n" else repr(sign[0])[1:-1], text)
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
+from urllib.parse import quote
 
 from server.errors import InvalidRequest
 
@@ -223,9 +224,9 @@ def _rewritten(part: Any, named: bool = False) -> Any:
             raise _refused("a pattern of patternProperties excludes a character; set additionalProperties to false")
         copy["patternProperties"] = held
     if isinstance(dialect := copy.get("$schema"), str) and not _DIALECT.fullmatch(dialect):
-        del copy["$schema"]  # what it asks for is the same in all that are known, and of others nobody can be asked
+        del copy["$schema"]  # which leaves the newest one; what a name stands for that is none of these, nobody knows
     if isinstance(id := copy.get("$id"), str) and not _REFERENCE.fullmatch(id):
-        del copy["$id"]  # a title rather: nothing can refer to it
+        copy["$id"] = quote(id, safe="")  # a title rather, but what is below refers to its own root all the same
     if copy.get("uniqueItems") is False:
         del copy["uniqueItems"]  # which asks for nothing, and would be refused
     if (names := copy.get("propertyNames")) is True or names in _EVERY_NAME:

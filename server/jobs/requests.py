@@ -194,12 +194,14 @@ def keep_init(request: Mapping[str, Any], ground: Ground, folder: Path) -> None:
         return
     with ground.registry.lease([(name, 1.0)]) as lease:
         [(version, _)] = lease.versions
-        ground.registry.intake.stored(version.name, version.digest)  # nothing goes on from what is damaged
         _copy(ground, version, folder / INIT)
 
 
 def _copy(ground: Ground, version: Version, target: Path) -> None:
-    """The folder of a version that is leased. Raises StoreFailed."""
+    """The folder of a version that is leased. Raises StoreFailed, for what is damaged too: nothing goes on from that,
+    and who is to be compared with it would be told at the end of a training only.
+    """
+    ground.registry.intake.stored(version.name, version.digest)
     with refused(f"a copy of {version.label}"):
         target.mkdir(parents=True)
         for file in ground.store.path(version.digest).iterdir():  # not copytree, whose error has no reason

@@ -312,13 +312,16 @@ def test_a_body_of_too_many_keys_is_not_read(start: Any, monkeypatch: pytest.Mon
     """Whatever is between them: nobody else is answered meanwhile."""
     monkeypatch.setattr(limits, "MAX_KEYS", 50)
     live = start()
-    for colon in (":", " :", "\n:"):
+    for colon, code in ((":", "utf-8"), (" :", "utf-8"), ("\n:", "utf-8"), (":", "utf-16-le")):
         for more, status in ((49, 422), (50, 413)):
             body = '{"prompt": "a:b, c:d"' + "".join(f',"{i}"{colon}0' for i in range(more)) + "}"
-            answer = live.http.post("/generate", content=body, headers={"content-type": "application/json"})
+            json_body = {"content-type": "application/json"}
+            answer = live.http.post("/generate", content=body.encode(code), headers=json_body)
             assert answer.status_code == status
         assert error_of(answer)["code"] == "body_too_large" and "over 50 keys" in error_of(answer)["message"]
-    assert live.generate("a:" * 30, max_tokens=1).status_code == 200
+    for text in ("a:" * 60, json.dumps(dict.fromkeys(map(str, range(60)))), '\\"":' * 60):
+        told = live.generate(text, max_tokens=1)
+        assert told.status_code == 200 or error_of(told)["code"] == "context_length_exceeded", "texts have no keys"
 
 
 def test_a_large_body_is_read_away_and_answered(start: Any) -> None:

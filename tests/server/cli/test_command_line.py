@@ -365,8 +365,8 @@ def test_no_name_of_a_stranger_steers_the_terminal(capsys: pytest.CaptureFixture
     table = Table("name")
     table.add_row("a\x1b]0;b\x07")
     terminal.out().print(table)
-    terminal.out().print("one [x]\ntwo \u202e\x9b2J")
+    terminal.out().print("one [x]\r\n\ttwo \u202e\x9b2J\r")
     terminal.say_error("no \x1b[2J")
     told = capsys.readouterr()
-    assert "a\\x1b]0;b\\x07" in told.out and "one [x]\ntwo \\u202e\\x9b2J\n" in told.out
+    assert "a\\x1b]0;b\\x07" in told.out and "one [x]\n        two \\u202e\\x9b2J\\r\n" in told.out
     assert "\x1b" not in told.out and told.err == "error: no \\x1b[2J\n"

@@ -406,6 +406,10 @@ def test_nothing_goes_on_from_a_damaged_version(measured: Callable[..., Measured
     with pytest.raises(StoreFailed, match=r"cannot be read from the store: .*; publish it again"):
         keep_init({"lora": {"init_from": "m"}}, ground, tmp_path / "job")
     assert not (tmp_path / "job").exists()
+    grounds = grounded(tmp_path, registry=scene.registry, store=store)
+    asked = checked(Asked(uploaded(grounds, "x.jsonl")), grounds)
+    with pytest.raises(StoreFailed, match=r"^m@[0-9a-f]+ cannot be read from the store: .*; publish it again"):
+        spec_of("m", asked, grounds, tmp_path / "job")
     scene.registry.publish_now("m", scene.root / "old")
     keep_init({"lora": {"init_from": "m"}}, ground, tmp_path / "job")
     assert tensors.read_bytes() == whole
