@@ -37,7 +37,18 @@ from server.kernels.lora import SlotWeights
 from server.kernels.reference import Reference
 from server.model.on_device import DeviceModel, DeviceStep
 from tests.server.kernels import tiny
-from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of, error, llama, random_tokens
+from tests.server.kernels.tiny import (
+    BLOCK,
+    Sequence,
+    Tiny,
+    adapter,
+    batch_of,
+    error,
+    lies_in,
+    llama,
+    random_tokens,
+    uncut,
+)  # fmt: skip
 
 # Rows of a bucket that a step does not have are computed from whatever memory held, and nobody reads them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value):RuntimeWarning")
@@ -681,11 +692,6 @@ def counted_moves(pool: AdapterPool, monkeypatch: pytest.MonkeyPatch) -> list[No
     return moves
 
 
-def uncut(weights: LoraWeights) -> LoraWeights:
-    """A prepared adapter that has to lie in one piece."""
-    return replace(weights, places=replace(weights.places, cuts=weights.places.cuts[[0, -1]]))
-
-
 @pytest.mark.parametrize(("scheme", "piece"), [("int4", 8 << 20), ("int4", 100), ("none", 8 << 20)])
 def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together(
     scheme: str, piece: int, monkeypatch: pytest.MonkeyPatch
@@ -727,21 +733,6 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together(
                 assert torch.equal(pool.pool.units[units : units + update.rank].cpu(), update.units)
     with pytest.raises(ValueError, match="was not prepared"):
         pool.place(5, adapter(config, 9, 1))
-
-
-def lies_in(pool: AdapterPool, slot: int, weights: LoraWeights) -> bool:
-    """Whether the tables lead to an adapter's matrices, bit for bit."""
-    for path, update in weights.modules.items():
-        site = pool._site[path]
-        a, b, units = pool.pool.offsets[slot, site].tolist()
-        values = pool.pool.values.cpu()
-        same = torch.equal(values[a : a + update.A.numel()], update.A.flatten())
-        same &= torch.equal(values[b : b + update.B.numel()], update.B.t().flatten())
-        if update.units is not None:
-            same &= torch.equal(pool.pool.units[units : units + update.rank].cpu(), update.units)
-        if not same or pool.pool.ranks[slot, site] != update.rank:
-            return False
-    return True
 
 
 @pytest.mark.parametrize("cut", [True, False])

@@ -5,7 +5,7 @@ Owns how such a model and a batch are made. Does not know which runner takes the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -142,3 +142,23 @@ def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
     """Relative, in the Frobenius norm."""
     assert torch.isfinite(ours).all()
     return float((ours - exact).norm() / exact.norm())
+
+
+def uncut(weights: LoraWeights) -> LoraWeights:
+    """A prepared adapter that has to lie in one piece."""
+    return replace(weights, places=replace(weights.places, cuts=weights.places.cuts[[0, -1]]))
+
+
+def lies_in(pool: Any, slot: int, weights: LoraWeights) -> bool:
+    """Whether the tables lead to an adapter's matrices, bit for bit."""
+    for path, update in weights.modules.items():
+        site = pool._site[path]
+        a, b, units = pool.pool.offsets[slot, site].tolist()
+        values = pool.pool.values.cpu()
+        same = torch.equal(values[a : a + update.A.numel()], update.A.flatten())
+        same &= torch.equal(values[b : b + update.B.numel()], update.B.t().flatten())
+        if update.units is not None:
+            same &= torch.equal(pool.pool.units[units : units + update.rank].cpu(), update.units)
+        if not same or pool.pool.ranks[slot, site] != update.rank:
+            return False
+    return True

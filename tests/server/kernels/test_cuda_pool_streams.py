@@ -1,0 +1,109 @@
+"""The pool's adapters as steps find them, in whatever order a device's streams do what they were given."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") != "1":
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from adapters.weights import LoraWeights
+from server.engine import cuda_pool
+from server.engine.cuda_pool import AdapterPool
+from server.kernels.cuda import Cuda
+from tests.server.kernels.late import LateDevice
+from tests.server.kernels.tiny import adapter, lies_in, llama, uncut
+
+CONFIG = llama(
+    vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1,
+    num_key_value_heads=1, head_dim=32, max_position_embeddings=64,
+)  # fmt: skip
+SLOTS = 6
+
+
+@pytest.fixture(scope="module")
+def made() -> list[LoraWeights]:
+    """Prepared adapters of several sizes, half of them in one piece or not at all."""
+    each = [
+        Cuda(torch.float32).prepare(adapter(CONFIG, rank, rank, ("q_proj", "o_proj")), "int4") for rank in range(1, 9)
+    ]
+    return [uncut(weights) if i % 2 else weights for i, weights in enumerate(each)]
+
+
+def wrong_reads(made: list[LoraWeights], seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often a step found another adapter than its own in a slot, while adapters come, go and are moved."""
+    draw = random.Random(seed)
+    monkeypatch.setattr(cuda_pool, "PIECE", draw.choice([64, 512, 8 << 20]))
+    sizes = [weights.places.flat.numel() for weights in made]
+    room = int(sizes[-1] * draw.choice([2.0, 2.5, 3.0]))
+    pool = AdapterPool(CONFIG, room, SLOTS, torch.device("cpu"), torch.float32, True)
+    tables = {name: getattr(pool.pool, name).clone() for name in ("offsets", "ranks", "scales")}
+    pool.pool = replace(pool.pool, **tables)  # those of the device, which here are the host's own else
+    held: dict[int, int] = {}
+    wrong: list[int] = []
+
+    def read(slot: int, kind: int) -> None:
+        if not lies_in(pool, slot, made[kind]):
+            wrong.append(slot)
+
+    with LateDevice(draw, monkeypatch) as device:
+        pool._stream = device.copies
+        monkeypatch.setattr(pool, "_sent", torch.clone)
+        for _ in range(60):
+            if draw.random() < 0.5:
+                slots = draw.sample(sorted(held), min(len(held), draw.randint(1, 3)))
+                pool.ready(slots)
+                for slot in slots:
+                    device.main.given.append(lambda slot=slot, kind=held[slot]: read(slot, kind))
+                pool.used(slots)
+            else:
+                slot, kind = draw.randrange(SLOTS), draw.randrange(len(made))
+                held.pop(slot, None)
+                pool.clear(slot)
+                while sum(sizes[other] for other in held.values()) + sizes[kind] > pool._size:
+                    gone = draw.choice(sorted(held))
+                    del held[gone]
+                    pool.clear(gone)
+                pool.place(slot, made[kind])
+                held[slot] = kind
+            device.go_on(draw.choice([0, 0, 3, 20, 200]))
+        device.finish()
+    return len(wrong)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_each_step_finds_its_adapters_however_late_copies_and_steps_are(
+    made: list[LoraWeights], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert wrong_reads(made, seed, monkeypatch) == 0
+
+
+def nothing(*_: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize("forgotten", ["ready", "used", "_wait_for_readers", "wait_stream", "_left"])
+def test_a_wait_that_is_left_out_is_found(
+    made: list[LoraWeights], forgotten: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else the test above would say nothing."""
+    if forgotten == "wait_stream":
+        monkeypatch.setattr("tests.server.kernels.late.LateStream.wait_stream", nothing)
+    elif forgotten == "_left":
+        wait = AdapterPool._wait_for_readers
+
+        def of_the_slot_alone(pool: AdapterPool, slot: int) -> None:
+            pool._left.clear()
+            wait(pool, slot)
+
+        monkeypatch.setattr(AdapterPool, "_wait_for_readers", of_the_slot_alone)
+    else:
+        monkeypatch.setattr(AdapterPool, forgotten, nothing)
+    assert any(wrong_reads(made, seed, monkeypatch) for seed in range(60))
