@@ -97,3 +97,7 @@ class _Recorded(LateEvent):
 
     def record(self) -> None:
         super().__init__(self._device._current)
+
+    def synchronize(self) -> None:
+        while not self.query():
+            self._device.go_on(1)

@@ -1,4 +1,4 @@
-"""The pool's adapters as steps find them, in whatever order a device's streams do what they were given."""
+"""Adapters and numbers as steps find them, in whatever order a device's streams do what they were given."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import os
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
 from adapters.weights import LoraWeights
 from server.engine import cuda_pool
 from server.engine.cuda_pool import AdapterPool
+from server.engine.cuda_runner import StepMemory
 from server.kernels.cuda import Cuda
 from tests.server.kernels.late import LateDevice
 from tests.server.kernels.tiny import adapter, lies_in, llama, uncut
@@ -107,3 +109,29 @@ def test_a_wait_that_is_left_out_is_found(
     else:
         monkeypatch.setattr(AdapterPool, forgotten, nothing)
     assert any(wrong_reads(made, seed, monkeypatch) for seed in range(60))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_step_s_numbers_are_not_written_over_before_they_are_sent(
+    waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong: list[int] = []
+    memory, target = StepMemory(4, torch.device("cpu")), torch.zeros(4, dtype=torch.int32)
+    memory._pinned = True
+    shape: Any = SimpleNamespace(elements=4)
+    if not waits:
+        monkeypatch.setattr("tests.server.kernels.late._Recorded.synchronize", nothing)
+
+    def read(step: int) -> None:
+        if target.tolist() != [step] * 4:
+            wrong.append(step)
+
+    draw = random.Random(1)
+    with LateDevice(draw, monkeypatch) as device:
+        for step in range(200):
+            numbers: Any = SimpleNamespace(write=lambda shape, host, step=step: host.fill(step))
+            memory.send(numbers, shape, target)
+            device.main.given.append(lambda step=step: read(step))
+            device.go_on(draw.choice([0, 0, 1, 4]))
+        device.finish()
+    assert bool(wrong) != waits
