@@ -159,7 +159,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     room = min(context, engine.context_length)
     if room < context:
         log.warning("--kv-cache holds %d tokens, and the context is %d: longer requests are refused", room, context)
-    prompts = Prompts(text, Room(room, text.size), longest_token(text))
+    prompts = Prompts(text, Room(room, text.size), longest_token(text), settings.max_queue_tokens)
     inference = Inference(engine, registry, metrics, mailbox, lambda error: answer(error).status)
     quality = Quality(settings.state_dir / "quality.db", settings.quality_retention)
     router = BestRouter(quality, registry, base.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from adapters.weights import Choice
 from server.api import schemas
 from server.api.responses import Responses, errors
 from server.api.runtime import Parts, Ready, Running, served
-from server.api.stream import EventStream, check_complete, finished
+from server.api.stream import EventStream, check_complete, finished, listening, still_there
 from server.engine.request import Delivery, Sampling, TokenLogprob
 from server.engine.text import Text
 from server.errors import InvalidRequest
@@ -49,6 +50,7 @@ async def generate(
         chosen = sampling.build(asked, defaults, sampling.OWN_DEFAULTS, parts.prompts.room, len(ids))
     if chosen.logprobs == 0:
         chosen = replace(chosen, logprobs=None)
+    await still_there(request)
     generation = parts.inference.start(target, [ids], [chosen], caller)
     if body.stream:
         return EventStream(generation, _Events(generation, parts.prompts.text))
@@ -68,7 +70,11 @@ async def classify(
         labels = check_labels(body.labels) if body.labels else target.task.labels if target.task else ()
         if not labels:
             raise InvalidRequest("labels are needed: give them here, or the task some", "labels")
-        encoded = await parts.prompts.of_labels(target.task, body.prompt, labels, caller.deadline)
+        left = threading.Event()
+        async with listening(request.receive, left.set):
+            encoded = await parts.prompts.of_labels(target.task, body.prompt, labels, caller.deadline, left.is_set)
+    if left.is_set():
+        raise ClientDisconnect
     generation = parts.inference.start(
         target,
         [ids for ids, _ in encoded],

@@ -17,7 +17,7 @@ from server.api.generate import STREAMED, asked_fields, counted, json_response, 
 from server.api.openai_shapes import ChatShape, CompletionShape, Shape, V1Events
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running
-from server.api.stream import EventStream, answered, check_complete, finished
+from server.api.stream import EventStream, answered, check_complete, finished, still_there
 from server.engine.request import Constraint
 from server.errors import DeadlineExceeded, InvalidRequest
 from server.tasks import sampling
@@ -121,6 +121,7 @@ async def _answer(
         grammars: Sequence[Constraint] = ()
         if schema is not None:
             grammars = await _compiled(parts, request, schema, len(prompts) * n, caller)
+    await still_there(request)
     generation = parts.inference.start(
         target,
         [p for p in prompts for _ in range(n)],
@@ -170,7 +171,11 @@ async def _prompts(parts: Parts, target: Target, body: schemas.CompletionBody) -
     if isinstance(prompt[0], int):
         return [parts.prompts.of_tokens(prompt)]
     if isinstance(prompt[0], str):
-        return [await parts.prompts.of_input(target.task, text) for text in prompt]
+        found = []
+        for text in prompt:
+            await asyncio.sleep(0)  # others are answered between two of them: each takes some milliseconds
+            found.append(await parts.prompts.of_input(target.task, text))
+        return found
     return [parts.prompts.of_tokens(ids) for ids in prompt]
 
 

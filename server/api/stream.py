@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from server.api.errors import answer
@@ -41,7 +41,7 @@ class Encoder(Protocol):
 
 
 @contextlib.asynccontextmanager
-async def _listening(receive: Receive, leave: Callable[[], object]) -> AsyncIterator[None]:
+async def listening(receive: Receive, leave: Callable[[], object]) -> AsyncIterator[None]:
     """While inside, `leave` is called once the client has gone away."""
 
     async def listen() -> None:
@@ -60,7 +60,7 @@ async def _listening(receive: Receive, leave: Callable[[], object]) -> AsyncIter
 async def working(receive: Receive, generation: Generation) -> AsyncIterator[None]:
     """While inside, a client that goes away stops its work; after, so does leaving early for any reason."""
     try:
-        async with _listening(receive, generation.cancel):
+        async with listening(receive, generation.cancel):
             yield
     finally:
         generation.cancel()
@@ -70,6 +70,13 @@ async def finished(receive: Receive, generation: Generation) -> None:
     """Wait for a whole answer, as long as there is somebody to send it to. Raises the generation's error."""
     async with working(receive, generation):
         await generation.finished()
+
+
+async def still_there(request: Request) -> None:
+    """Raises ClientDisconnect for a client that has sent a request and gone: nothing is begun for it."""
+    await asyncio.sleep(0)  # in which the loop hears of it
+    if await request.is_disconnected():
+        raise ClientDisconnect
 
 
 async def answered(receive: Receive, future: Future[T]) -> T:
@@ -85,7 +92,7 @@ async def answered(receive: Receive, future: Future[T]) -> T:
         gone = True
         future.cancel()
 
-    async with _listening(receive, leave):
+    async with listening(receive, leave):
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:

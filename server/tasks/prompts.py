@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from server.engine.text import INPUT, LONG, Text
-from server.errors import DeadlineExceeded, InvalidRequest
+from server.engine.text import INPUT, LONG, Piece, Text
+from server.errors import DeadlineExceeded, InvalidRequest, NoCapacity
 from server.tasks.definitions import Task
 from server.tasks.sampling import Room
 
@@ -31,12 +31,15 @@ SEAM = 64
 
 
 class Prompts:
-    """A text's way into the context. `longest_token` is the most characters that one token stands for."""
+    """A text's way into the context. `longest_token` is the most characters that one token stands for, `most_tokens`
+    what may wait of all prompts of one call.
+    """
 
-    def __init__(self, text: Text, room: Room, longest_token: int) -> None:
+    def __init__(self, text: Text, room: Room, longest_token: int, most_tokens: int) -> None:
         self.text = text
         self.room = room
         self._characters = room.context * longest_token
+        self._most_tokens = most_tokens
 
     async def of_input(self, task: Task | None, prompt: str) -> list[int]:
         """The ids of `prompt` in a task's template, or as it is. Raises InvalidRequest."""
@@ -71,12 +74,18 @@ class Prompts:
         return list(ids)
 
     async def of_labels(
-        self, task: Task | None, prompt: str, labels: Sequence[str], deadline: float = math.inf
+        self,
+        task: Task | None,
+        prompt: str,
+        labels: Sequence[str],
+        deadline: float = math.inf,
+        left: Callable[[], bool] = lambda: False,
     ) -> list[tuple[list[int], int]]:
         """For each label: the ids of prompt, label and end token, and how many of the last are scored.
 
         The prompt is tokenized with each, so that one which is too long is found out before. `deadline` is of the
-        monotonic clock. Raises InvalidRequest, DeadlineExceeded.
+        monotonic clock; once the client has `left`, no more labels are looked at. Raises InvalidRequest,
+        DeadlineExceeded, and NoCapacity for what could not wait in the queue.
         """
         self._check_characters(len(prompt), "prompt")
         text, format = self.text, task.format if task else "raw"
@@ -84,16 +93,19 @@ class Prompts:
         pieces = await _off(len(prompt) + _around(task), lambda: text.render_task(template, format, system, prompt))
         whole = "".join(piece for piece in pieces if isinstance(piece, str))
         await self._check_beginning(whole, self.room.context)
+        await self._check_together(pieces, len(whole), len(labels))
 
         def in_time() -> Iterator[str]:
             for label in labels:
+                if left():
+                    return
                 if time.monotonic() > deadline:
                     raise DeadlineExceeded("the deadline passed before the prompt and all labels were tokenized")
                 yield label
 
         size = (len(whole) + sum(map(len, labels))) * len(labels)
         scored = await _off(size, lambda: text.encode_continuations(pieces, in_time(), format))
-        longest = max(len(ids) for ids, _ in scored)
+        longest = max((len(ids) for ids, _ in scored), default=0)
         if longest > self.room.context:
             raise self.room.exceeded(f"; prompt and label have {longest}: shorten them", "prompt")
         if any(len(ids) <= count for ids, count in scored):
@@ -113,6 +125,19 @@ class Prompts:
         if len(await _off(len(some), lambda: self.text.encode(some, bos=False))) > self.room.context + SEAM:
             why = f"has {len(text)} characters, of which the first {len(some)} alone are more tokens"
             raise self.room.exceeded(f"; {param} {why}: shorten it", param)
+
+    async def _check_together(self, pieces: Sequence[Piece], characters: int, count: int) -> None:
+        """Raises NoCapacity for a prompt that `count` labels follow each, if all of them could not wait together."""
+        if count == 1 or characters * count <= self._most_tokens:
+            return
+        if characters * count <= USUAL * self._most_tokens:
+            ids = await _off(characters, lambda: self.text.encode_pieces(pieces))
+            if (len(ids) - SEAM) * count <= self._most_tokens:
+                return
+        raise NoCapacity(
+            f"a prompt of {characters} characters is read with each of {count} labels, which is more than the queue's "
+            f"{self._most_tokens} tokens (--max-queue-tokens); send fewer labels at a time, or a shorter prompt"
+        )
 
     def _check_characters(self, size: int, param: str) -> None:
         if size > self._characters:

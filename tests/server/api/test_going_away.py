@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from tests.waiting import until
 
@@ -62,6 +64,44 @@ def test_running_work_stops_within_a_step(live: Any, path: str, body: dict[str, 
     assert live.stats()["kv_blocks"]["used"] == 0 and live.stats()["slots"]["in_use"] == 0
     text = live.http.get("/metrics").text
     assert 'loramux_requests_total{task="none",adapter="a",status="cancelled"} 1' in text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", LONG),
+        ("/generate", {**LONG, "stream": True}),
+        ("/v1/completions", {"model": "a", "prompt": ["x", "y"]}),
+        ("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "x"}]}),
+    ],
+)
+def test_nothing_is_begun_for_who_has_sent_a_request_and_gone(
+    live: Any, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    async def gone(request: Request) -> bool:
+        return True
+
+    begun: list[Any] = []
+    monkeypatch.setattr(Request, "is_disconnected", gone)
+    monkeypatch.setattr(live.house.parts.inference.engine, "submit", begun.append)
+    live.http.post(path, json=body)  # to which nobody listens
+    assert not begun and not live.house.parts.inference.live
+    assert len(live.house.parts.registry._leases) == 0
+
+
+def test_labels_are_looked_at_no_more_once_the_client_has_gone(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard, begun = threading.Event(), list[Any]()
+
+    async def looked_at(task: Any, prompt: str, labels: Any, deadline: float, left: Any) -> Any:
+        while not left():
+            await asyncio.sleep(0.001)
+        heard.set()
+        return []
+
+    monkeypatch.setattr(live.house.parts.prompts, "of_labels", looked_at)
+    monkeypatch.setattr(live.house.parts.inference, "start", lambda *args, **more: begun.append(args))
+    send(live, "/classify", {"prompt": "x", "labels": ["a", "b"]}).close()
+    assert heard.wait(30) and live.idle() and not begun
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from server.engine.text import Text
-from server.errors import DeadlineExceeded, InvalidRequest
+from server.errors import DeadlineExceeded, InvalidRequest, NoCapacity
 from server.model.loader import Base
 from server.tasks.definitions import Fixed, Task
 from server.tasks.prompts import SEAM, USUAL, Prompts
@@ -34,7 +35,7 @@ class Counting(Text):
 
 @pytest.fixture
 def prompts(tiny_base: Base) -> Prompts:
-    return Prompts(Counting(tiny_base.vocabulary), Room(CONTEXT, tiny_base.config.vocab_size), 100)
+    return Prompts(Counting(tiny_base.vocabulary), Room(CONTEXT, tiny_base.config.vocab_size), 100, 100 * CONTEXT)
 
 
 LONG = "1 2 " * (CONTEXT * 100 // 4)
@@ -87,6 +88,29 @@ async def test_labels_are_not_tokenized_with_a_template_that_is_too_long(prompts
     with pytest.raises(InvalidRequest, match="alone are more tokens"):
         await prompts.of_labels(shots, "x", [str(i) for i in range(50)])
     assert len(prompts.text.sizes) == 1
+
+
+async def test_no_label_is_tokenized_for_who_has_left(prompts: Prompts) -> None:
+    labels, asked = [str(i) for i in range(50)], list[None]()
+    await prompts.of_labels(None, "x", labels, left=lambda: len(asked) == 3 or asked.append(None))  # type: ignore[arg-type, func-returns-value]
+    assert len(prompts.text.sizes) == 1 + 3, "the prompt's own, and three"
+
+
+async def test_what_cannot_wait_together_is_not_tokenized_with_its_labels(prompts: Prompts) -> None:
+    """A prompt of few tokens for its length takes as long with each label as one of many."""
+    most = prompts._most_tokens
+    assert most == 100 * CONTEXT
+    labels = [str(i) for i in range(50)]
+    few = "x" * (USUAL * most // 50 + 1)
+    prompts._characters = len(few)
+    prompts.text.encode_pieces = lambda pieces: [1] * (3 * CONTEXT)  # type: ignore[method-assign]
+    prompts.room = replace(prompts.room, context=4 * CONTEXT)
+    with pytest.raises(NoCapacity, match="50 labels, which is more than the queue's"):
+        await prompts.of_labels(None, few, labels)
+    with pytest.raises(NoCapacity, match=r"--max-queue-tokens\); send fewer labels"):
+        await prompts.of_labels(None, few[:-1], labels)
+    assert len(await prompts.of_labels(None, few[:-1], labels[:20])) == 20
+    assert len(await prompts.of_labels(None, few, labels[:1])) == 1
 
 
 async def test_a_deadline_ends_the_tokenizing_of_labels(prompts: Prompts) -> None:
