@@ -227,7 +227,7 @@ def penalize(row: Row, request: Request) -> None:
     """Apply the penalties in place: repetition counts prompt and output, presence and frequency the output alone."""
     s = request.sampling
     if s.repetition_penalty != 1.0:
-        seen = np.unique(np.asarray([*request.prompt, *request.output], np.int64))
+        seen = np.fromiter({*request.prompt, *request.output}, np.int64)  # half the time of sorting them
         values, factor = row[seen], np.float32(s.repetition_penalty)
         row[seen] = np.where(values > 0, values / factor, values * factor)
     if (s.presence_penalty or s.frequency_penalty) and request.output:
