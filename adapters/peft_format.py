@@ -180,7 +180,6 @@ def _json_object(data: bytes, file: str) -> dict[str, Any]:
     """An object of JSON, in which no key is twice and every text is one: an escape can name half of a surrogate pair,
     which no answer that tells of the adapter could hold. Raises InvalidAdapter.
     """
-
     try:
         value = json.loads(data, object_pairs_hook=once)
         json.dumps(value, ensure_ascii=False).encode()

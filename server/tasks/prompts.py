@@ -127,7 +127,9 @@ class Prompts:
             raise self.room.exceeded(f"; {param} {why}: shorten it", param)
 
     async def _check_together(self, pieces: Sequence[Piece], characters: int, count: int) -> None:
-        """Raises NoCapacity for a prompt that `count` labels follow each, if all of them could not wait together."""
+        """Raises NoCapacity for a prompt that `count` labels follow each, if all of them could not wait together, or
+        take too long to be tokenized.
+        """
         if count == 1 or characters * count <= self._most_tokens:
             return
         if characters * count <= USUAL * self._most_tokens:
@@ -135,8 +137,9 @@ class Prompts:
             if (len(ids) - SEAM) * count <= self._most_tokens:
                 return
         raise NoCapacity(
-            f"a prompt of {characters} characters is read with each of {count} labels, which is more than the queue's "
-            f"{self._most_tokens} tokens (--max-queue-tokens); send fewer labels at a time, or a shorter prompt"
+            f"a prompt of {characters} characters is read with each of {count} labels, and all of it together is over "
+            f"{self._most_tokens} tokens (--max-queue-tokens) or {USUAL} times as many characters; "
+            "send fewer labels at a time, or a shorter prompt"
         )
 
     def _check_characters(self, size: int, param: str) -> None:

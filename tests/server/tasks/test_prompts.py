@@ -105,9 +105,9 @@ async def test_what_cannot_wait_together_is_not_tokenized_with_its_labels(prompt
     prompts._characters = len(few)
     prompts.text.encode_pieces = lambda pieces: [1] * (3 * CONTEXT)  # type: ignore[method-assign]
     prompts.room = replace(prompts.room, context=4 * CONTEXT)
-    with pytest.raises(NoCapacity, match="50 labels, which is more than the queue's"):
+    with pytest.raises(NoCapacity, match="50 labels, and all of it together is over 12800 tokens"):
         await prompts.of_labels(None, few, labels)
-    with pytest.raises(NoCapacity, match=r"--max-queue-tokens\); send fewer labels"):
+    with pytest.raises(NoCapacity, match="send fewer labels at a time"):
         await prompts.of_labels(None, few[:-1], labels)
     assert len(await prompts.of_labels(None, few[:-1], labels[:20])) == 20
     assert len(await prompts.of_labels(None, few, labels[:1])) == 1
