@@ -443,26 +443,35 @@ def test_an_evaluation_that_begins_again_counts_anew(measured: Callable[..., Mea
         assert (job.progress.tokens, job.progress.seconds, job.progress.steps) == (14, 1.0, 2)
 
 
+def grounded(root: Path, **changes: Any) -> Ground:
+    """What a request is checked against, of a base in a file and a registry without adapters."""
+    told: dict[str, Any] = {
+        "origin": BaseSource(root, "tiny", "reference", "int4", None, False, 8, root, "0" * 64),
+        "base_name": "tiny",
+        "max_rank": 16,
+        "threads": 3,
+        "files": Files(root / "files"),
+        "registry": SimpleNamespace(names=lambda: [], resolve=lambda choice: None),
+        "store": None,
+        "tasks": SimpleNamespace(find=lambda name: None),
+        "linears": ("model.layers.0.self_attn.q_proj",),
+    }
+    return Ground(**{**told, **changes})
+
+
+def uploaded(ground: Ground, name: str, purpose: str = "fine-tune") -> str:
+    return ground.files.add(lambda path: path.write_text('{"input": "a", "output": "b"}'), name, purpose).id
+
+
 def test_a_job_keeps_the_template_that_it_was_asked_with(tmp_path: Path) -> None:
     def task(prompt: str) -> Task:
         return parse("say", {"prompt": prompt, "format": "raw"}, default_route=Fixed(), source="api")
 
-    files = Files(tmp_path / "files")
-    file = files.add(lambda path: path.write_text('{"input": "a", "output": "b"}'), "x.jsonl", "fine-tune")
     tasks = {"say": task("Translate: {input}")}
-    ground = Ground(
-        origin=BaseSource(tmp_path, "tiny", "reference", "int4", None, False, 8, tmp_path, "0" * 64),
-        base_name="tiny",
-        max_rank=64,
-        threads=1,
-        files=files,
-        registry=SimpleNamespace(names=lambda: [], resolve=lambda choice: None),  # type: ignore[arg-type]
-        store=None,  # type: ignore[arg-type]
-        tasks=SimpleNamespace(find=tasks.get),  # type: ignore[arg-type]
-        linears=("model.layers.0.self_attn.q_proj",),
-    )
-    request = checked(Asked(file.id, suffix="say"), ground)
-    plain = checked(Asked(file.id, suffix="m", lora=Lora()), ground)
+    ground = grounded(tmp_path, tasks=SimpleNamespace(find=tasks.get))
+    file = uploaded(ground, "x.jsonl")
+    request = checked(Asked(file, suffix="say"), ground)
+    plain = checked(Asked(file, suffix="m", lora=Lora()), ground)
     asked = spec_of("say", request, ground, tmp_path)
     assert asked.template["prompt"] == "Translate: {input}" and asked.task == {"task": "say", **asked.template}
     for changed in ({"say": task("Other: {input}")}, {}):
@@ -475,13 +484,13 @@ def test_a_job_keeps_the_template_that_it_was_asked_with(tmp_path: Path) -> None
 
     for given in ({"rslora": False}, {"auto_rank": False}, {}):
         lora = Lora(init_from="m", **given)
-        assert checked(Asked(file.id, lora=lora, given=frozenset({"init_from", *given})), ground)["lora"] == {
+        assert checked(Asked(file, lora=lora, given=frozenset({"init_from", *given})), ground)["lora"] == {
             **plain["lora"], "init_from": "m"
         }  # fmt: skip
     for name, value in {"rslora": True, "auto_rank": True, "r": 8, "target_modules": ("q_proj",)}.items():
         lora = Lora(init_from="m", **{name: value})
         with pytest.raises(InvalidRequest, match=f"leave {name} out"):
-            checked(Asked(file.id, lora=lora, given=frozenset({"init_from", name})), ground)
+            checked(Asked(file, lora=lora, given=frozenset({"init_from", name})), ground)
 
 
 def test_the_version_that_is_compared_with_is_measured_whatever_its_name_has_by_then(tmp_path: Path) -> None:
@@ -611,53 +620,22 @@ def test_events_have_the_scores_and_the_version_as_data(measured: Callable[..., 
 
 
 def test_what_is_asked_is_recorded_with_what_is_usual_and_trained_so(tmp_path: Path) -> None:
-    files = Files(tmp_path / "files")
-    file = files.add(lambda path: path.write_text('{"input": "a", "output": "b"}'), "x.jsonl", "fine-tune")
     body = {"prompt": "{input}", "format": "raw", "route": {"choice": []}}
     said = parse("say", body, default_route=Fixed(), source="api")
-    ground = Ground(
-        origin=BaseSource(tmp_path, "tiny", "reference", "int4", None, False, 8, tmp_path, "0" * 64),
-        base_name="tiny",
-        max_rank=16,
-        threads=1,
-        files=files,
-        registry=SimpleNamespace(names=lambda: [], resolve=lambda choice: None),  # type: ignore[arg-type]
-        store=None,  # type: ignore[arg-type]
-        tasks=SimpleNamespace(find={"say": said}.get),  # type: ignore[arg-type]
-        linears=("model.layers.0.self_attn.q_proj",),
-    )
-    usual = checked(Asked(file.id, suffix="say"), ground)
+    ground = grounded(tmp_path, tasks=SimpleNamespace(find={"say": said}.get))
+    file = uploaded(ground, "x.jsonl")
+    usual = checked(Asked(file, suffix="say"), ground)
     assert (usual["lora"]["r"], usual["lora"]["alpha"], usual["lora"]["task"]) == (8, 16.0, "say")
     assert usual["metadata"] is None and usual["route"] is None and "route" not in usual["template"]
-    config = config_of(checked(Asked(file.id, seed=5, lora=Lora(r=16, rslora=True)), ground))
+    config = config_of(checked(Asked(file, seed=5, lora=Lora(r=16, rslora=True)), ground))
     assert (config.seed, config.lora_rank, config.lora_alpha, config.use_rslora) == (5, 16, 32.0, True)
     assert config.save_steps == 20, "what a kill may cost"
     for rule, share in (("if_better", 0.1), ("always", 0.0), ("never", 0.0)):
-        asked = checked(Asked(file.id, lora=Lora(publish=rule)), ground)
+        asked = checked(Asked(file, lora=Lora(publish=rule)), ground)
         assert spec_of("m", asked, ground, tmp_path).held_out == share
-    assert checked(Asked(file.id, lora=Lora(r=4, auto_rank=True, prune_to=9)), ground)["lora"]["prune_to"] == 9
+    assert checked(Asked(file, lora=Lora(r=4, auto_rank=True, prune_to=9)), ground)["lora"]["prune_to"] == 9
     with pytest.raises(InvalidRequest, match="leave alpha out"):
-        checked(Asked(file.id, lora=Lora(init_from="m", alpha=3.0), given=frozenset({"init_from", "alpha"})), ground)
-
-
-def grounded(root: Path, **changes: Any) -> Ground:
-    """What a request is checked against, of a base in a file and a registry without adapters."""
-    told: dict[str, Any] = {
-        "origin": BaseSource(root, "tiny", "reference", "int4", None, False, 8, root, "0" * 64),
-        "base_name": "tiny",
-        "max_rank": 16,
-        "threads": 3,
-        "files": Files(root / "files"),
-        "registry": SimpleNamespace(names=lambda: [], resolve=lambda choice: None),
-        "store": None,
-        "tasks": SimpleNamespace(find=lambda name: None),
-        "linears": ("model.layers.0.self_attn.q_proj",),
-    }
-    return Ground(**{**told, **changes})
-
-
-def uploaded(ground: Ground, name: str, purpose: str = "fine-tune") -> str:
-    return ground.files.add(lambda path: path.write_text('{"input": "a", "output": "b"}'), name, purpose).id
+        checked(Asked(file, lora=Lora(init_from="m", alpha=3.0), given=frozenset({"init_from", "alpha"})), ground)
 
 
 def test_a_run_is_compared_with_what_has_the_name_as_it_begins(tmp_path: Path) -> None:
