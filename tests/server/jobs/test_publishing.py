@@ -468,7 +468,7 @@ def test_a_job_keeps_the_template_that_it_was_asked_with(tmp_path: Path) -> None
         return parse("say", {"prompt": prompt, "format": "raw"}, default_route=Fixed(), source="api")
 
     tasks = {"say": task("Translate: {input}")}
-    ground = grounded(tmp_path, tasks=SimpleNamespace(find=tasks.get))
+    ground = grounded(tmp_path, tasks=SimpleNamespace(find=tasks.get), max_rank=64)
     file = uploaded(ground, "x.jsonl")
     request = checked(Asked(file, suffix="say"), ground)
     plain = checked(Asked(file, suffix="m", lora=Lora()), ground)
