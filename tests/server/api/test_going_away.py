@@ -90,9 +90,10 @@ def test_nothing_is_begun_for_who_has_sent_a_request_and_gone(
 
 
 def test_labels_are_looked_at_no_more_once_the_client_has_gone(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    heard, begun = threading.Event(), list[Any]()
+    asked, heard, begun = threading.Event(), threading.Event(), list[Any]()
 
     async def looked_at(task: Any, prompt: str, labels: Any, deadline: float, left: Any) -> Any:
+        asked.set()
         while not left():
             await asyncio.sleep(0.001)
         heard.set()
@@ -100,7 +101,9 @@ def test_labels_are_looked_at_no_more_once_the_client_has_gone(live: Any, monkey
 
     monkeypatch.setattr(live.house.parts.prompts, "of_labels", looked_at)
     monkeypatch.setattr(live.house.parts.inference, "start", lambda *args, **more: begun.append(args))
-    send(live, "/classify", {"prompt": "x", "labels": ["a", "b"]}).close()
+    connection = send(live, "/classify", {"prompt": "x", "labels": ["a", "b"]})
+    assert asked.wait(30)
+    connection.close()
     assert heard.wait(30) and live.idle() and not begun
 
 
