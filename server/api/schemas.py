@@ -108,8 +108,9 @@ Stop = StopString | Annotated[list[StopString], Field(max_length=s.MAX_STOP)]
 
 def _within(name: str, description: str | None = None) -> Any:
     """The field of a number, by the bounds that task files are held to as well."""
-    low, high, above = s.NUMBERS[name].low, s.NUMBERS[name].high, s.NUMBERS[name].above
-    return Field(gt=low if above else None, ge=None if above else low, le=high, description=description)
+    of = s.NUMBERS[name]
+    above, least = (of.low, None) if of.above else (None, of.low)
+    return Field(gt=above, ge=least, le=of.high, description=description)
 
 
 class SamplingFields(BaseModel):

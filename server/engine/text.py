@@ -107,7 +107,7 @@ class Text:
         """
         pieces = self.render_task(prompt, format, system, input)
         asked = self.encode_pieces(pieces)
-        [(ids, scored)] = self._continued(pieces, asked, [output], format)
+        [(ids, scored)] = self.encode_continuations(pieces, asked, [output], format)
         if format == "chat" and ids[: len(asked)] != asked:
             begins = not asked or self.spaced_after(asked[-1])
             ids = [*asked, *self.encode(output, bos=False, begins=begins), self.end_of_turn]
@@ -115,19 +115,14 @@ class Text:
         return ids, scored
 
     def encode_continuations(
-        self, pieces: Sequence[Piece], answers: Iterable[str], format: Format = "chat"
+        self, pieces: Sequence[Piece], prompt: Sequence[int], answers: Iterable[str], format: Format = "chat"
     ) -> list[tuple[list[int], int]]:
-        """For each answer: the ids of prompt, answer and end token, and how many of the last are to be scored.
+        """For each answer: the ids of prompt, answer and end token, and how many of the last are to be scored. `prompt`
+        is the ids of `pieces` alone.
 
         Prompt and answer are tokenized together. All answers are scored from the same token on, the first at which
         one of them leaves the prompt's own ids, so that their sums of log-probabilities can be compared.
         """
-        return self._continued(pieces, self.encode_pieces(pieces), answers, format)
-
-    def _continued(
-        self, pieces: Sequence[Piece], prompt: list[int], answers: Iterable[str], format: Format
-    ) -> list[tuple[list[int], int]]:
-        """`encode_continuations` of a prompt whose ids are known."""
         end = [self.end_of_turn if format == "chat" else self.eos_id]
         if format == "chat" and self._prefixes_once:
             answers = map(_Amid, answers)

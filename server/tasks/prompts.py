@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from server.engine.text import INPUT, LONG, Piece, Text
+from server.engine.text import INPUT, LONG, Text
 from server.errors import DeadlineExceeded, InvalidRequest, NoCapacity
 from server.tasks.definitions import Task
 from server.tasks.sampling import Room
@@ -93,7 +93,9 @@ class Prompts:
         pieces = await _off(len(prompt) + _around(task), lambda: text.render_task(template, format, system, prompt))
         whole = "".join(piece for piece in pieces if isinstance(piece, str))
         await self._check_beginning(whole, self.room.context)
-        await self._check_together(pieces, len(whole), len(labels))
+        self._check_together(len(whole), len(labels), USUAL * self._most_tokens)
+        ids = await _off(len(whole), lambda: text.encode_pieces(pieces))
+        self._check_together(len(ids) - SEAM, len(labels), self._most_tokens)
 
         def in_time() -> Iterator[str]:
             for label in labels:
@@ -104,7 +106,7 @@ class Prompts:
                 yield label
 
         size = (len(whole) + sum(map(len, labels))) * len(labels)
-        scored = await _off(size, lambda: text.encode_continuations(pieces, in_time(), format))
+        scored = await _off(size, lambda: text.encode_continuations(pieces, ids, in_time(), format))
         longest = max((len(ids) for ids, _ in scored), default=0)
         if longest > self.room.context:
             raise self.room.exceeded(f"; prompt and label have {longest}: shorten them", "prompt")
@@ -126,21 +128,16 @@ class Prompts:
             why = f"has {len(text)} characters, of which the first {len(some)} alone are more tokens"
             raise self.room.exceeded(f"; {param} {why}: shorten it", param)
 
-    async def _check_together(self, pieces: Sequence[Piece], characters: int, count: int) -> None:
-        """Raises NoCapacity for a prompt that `count` labels follow each, if all of them could not wait together, or
-        take too long to be tokenized.
+    def _check_together(self, size: int, count: int, most: int) -> None:
+        """Raises NoCapacity for a prompt of this size, in tokens or characters, that `count` labels follow each, if all
+        of them could not wait together, or take too long to be tokenized.
         """
-        if count == 1 or characters * count <= self._most_tokens:
-            return
-        if characters * count <= USUAL * self._most_tokens:
-            ids = await _off(characters, lambda: self.text.encode_pieces(pieces))
-            if (len(ids) - SEAM) * count <= self._most_tokens:
-                return
-        raise NoCapacity(
-            f"a prompt of {characters} characters is read with each of {count} labels, and all of it together is over "
-            f"{self._most_tokens} tokens (--max-queue-tokens) or {USUAL} times as many characters; "
-            "send fewer labels at a time, or a shorter prompt"
-        )
+        if count > 1 and size * count > most:
+            raise NoCapacity(
+                f"the prompt is read with each of {count} labels, and all of it together is over {self._most_tokens} "
+                f"tokens (--max-queue-tokens) or {USUAL} times as many characters; send fewer labels at a time, or a "
+                "shorter prompt"
+            )
 
     def _check_characters(self, size: int, param: str) -> None:
         if size > self._characters:

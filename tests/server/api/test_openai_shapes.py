@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from adapters.strict_json import once
 from server.api.openai_shapes import ChatShape, CompletionShape, V1Events
 from server.engine.request import Delivery, Request, Sampling, TokenLogprob
 from server.engine.text import Text
@@ -31,12 +32,6 @@ def answered(text: Text, *answers: str, logprobs: int | None = None) -> Generati
         told = [TokenLogprob(id, -0.5, ((id, -0.5), (ids[0], -2.0))) for id in ids] if logprobs is not None else []
         generation.replies.append(Reply(request, [answer[:1], answer[1:]], len(ids), told, "length"))
     return generation
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    assert len(found) == len(pairs), "no name comes twice"
-    return found
 
 
 def parsed(data: bytes) -> list[Any]:

@@ -122,7 +122,7 @@ def test_answers_begin_where_the_first_leaves_the_prompt(tools: Any, text: Text)
     for format in ("chat", "raw"):
         prompt = text.encode_task("{input}", format, None, "x: hell")
         pieces = text.render_task("{input}", format, None, "x: hell")
-        answers = text.encode_continuations(pieces, ["o", "pos", "positive"], format)
+        answers = text.encode_continuations(pieces, text.encode_pieces(pieces), ["o", "pos", "positive"], format)
         starts = {len(ids) - scored for ids, scored in answers}
         assert len(starts) == 1
         start = starts.pop()
@@ -318,7 +318,8 @@ def test_a_space_before_the_whole_alone_is_none_amid_a_conversation(spm_metadata
     prompt = text.encode_chat(messages)
     assert prompt == plain.encode(rendered, add_special_tokens=False).ids
     assert text.token_text(prompt[1]).startswith("t"), "no space after the first token"
-    [(whole, scored)] = text.encode_continuations(text.chat_pieces(messages), ["other"], "chat")
+    pieces = text.chat_pieces(messages)
+    [(whole, scored)] = text.encode_continuations(pieces, text.encode_pieces(pieces), ["other"], "chat")
     assert whole[:-1] == plain.encode(rendered + "other", add_special_tokens=False).ids
     assert scored == len(whole) - len(prompt)
     assert text.begins_after(prompt[-1]) and not text.spaced_after(prompt[-1])

@@ -204,9 +204,10 @@ async def test_labels_are_tokenized_in_the_tasks_format_and_may_fill_the_context
         Task("mood", "Is {input} good?", Fixed()),
     ):
         pieces = text.render_task(task.prompt, task.format, task.system, "it")
-        expected = text.encode_continuations(pieces, ["yes", "no"], task.format)
+        expected = text.encode_continuations(pieces, text.encode_pieces(pieces), ["yes", "no"], task.format)
         assert await prompts.of_labels(task, "it", ["yes", "no"]) == expected
-    assert await prompts.of_labels(None, "it ", ["a"]) == text.encode_continuations(["it "], ["a"], "raw")
+    alone = text.encode_pieces(["it "])
+    assert await prompts.of_labels(None, "it ", ["a"]) == text.encode_continuations(["it "], alone, ["a"], "raw")
     text.encode_continuations = lambda *_: [([1] * 4, 2), ([1] * CONTEXT, 9)]  # type: ignore[method-assign]
     assert len(await prompts.of_labels(None, "x", ["a", "b"])) == 2
     text.encode_continuations = lambda *_: [([1] * 4, 2), ([1] * (CONTEXT + 1), 9)]  # type: ignore[method-assign]
