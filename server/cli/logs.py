@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -10,7 +9,6 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import TextIO
 
@@ -64,9 +62,13 @@ class Behind(logging.Handler):
         self._descriptor = stream.fileno()
         self._encoding = stream.encoding
         self._waiting = SimpleQueue[bytes | threading.Event]()  # to which a signal's handler may put amid another's
+        self._own = threading.RLock()
+        """Of what follows. The handler's lock is held while it flushes as the process ends, and flushing waits for the
+        thread."""
         self._behind = False
-        """Whether there are lines that the thread has yet to write. Under the handler's lock, as is `_lost`."""
+        """Whether there are lines that the thread has yet to write."""
         self._lost = 0
+        self._told = time.monotonic()
         threading.Thread(target=self._run, name="loramux-log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -75,13 +77,14 @@ class Behind(logging.Handler):
         except Exception:  # a message that does not fit what it was given, as the handlers of the library have it
             self.handleError(record)
             return
-        if not self._behind and len(line) <= select.PIPE_BUF and self._has_room(0.0):
-            self._write(line)
-        elif self._waiting.qsize() < MOST_LINES:
-            self._behind = True
-            self._waiting.put(line)
-        else:
-            self._lost += 1
+        with self._own:
+            if not self._behind and len(line) <= select.PIPE_BUF and self._has_room(0.0):
+                self._write(line)
+            elif self._waiting.qsize() < MOST_LINES:
+                self._behind = True
+                self._waiting.put(line)
+            else:
+                self._lost += 1
 
     def flush(self) -> None:
         """Wait until what was logged before is written, but not for long."""
@@ -100,31 +103,29 @@ class Behind(logging.Handler):
             return True
 
     def _run(self) -> None:
-        told = time.monotonic()
         while True:
             item = self._waiting.get()
             if not isinstance(item, threading.Event):
                 self._write(item)
-            with self._locked():
-                self._behind = not self._waiting.empty()
-                lost, now = self._lost, time.monotonic()
-                if lost and (not self._behind or now - told > BETWEEN):
-                    self._lost, told = 0, now
-                else:
-                    lost = 0
-            if lost:
+            if lost := self._untold():
                 message = f"{lost} lines of the log are lost: whoever reads it is too slow"
                 self._write(self._line(logging.LogRecord(__name__, logging.WARNING, __file__, 0, message, None, None)))
             if isinstance(item, threading.Event):
                 item.set()
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        self.acquire()
+    def _untold(self) -> int:
+        """How many lines are lost that nobody was told of, if it is time to tell."""
+        if not self._own.acquire(blocking=False):
+            return 0  # somebody logs, maybe beneath a signal's handler that waits for this thread; what waits comes here
         try:
-            yield
+            self._behind = not self._waiting.empty()
+            lost, now = self._lost, time.monotonic()
+            if not lost or (self._behind and now - self._told <= BETWEEN):
+                return 0
+            self._lost, self._told = 0, now
+            return lost
         finally:
-            self.release()
+            self._own.release()
 
     def _write(self, rest: bytes) -> None:
         while rest:

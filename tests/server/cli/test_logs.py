@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -83,6 +84,24 @@ def test_lines_keep_their_order_and_are_written_when_a_flush_is_over(log: loggin
     log.info("nobody reads it any more")
     handler.flush()
     os.close(writer)
+
+
+@pytest.mark.parametrize("held", ["lock", "_own"])
+def test_a_flush_that_holds_a_lock_waits_for_nothing_else(
+    log: logging.Logger, monkeypatch: pytest.MonkeyPatch, held: str
+) -> None:
+    """As the process ends, within the handler's lock, and in a signal's handler amid a line."""
+    monkeypatch.setattr(logs, "PATIENCE", 60.0)
+    reader, writer = os.pipe()
+    log.addHandler(handler := behind(writer))
+    with getattr(handler, held):
+        handler._waiting.put(b"a line that waits\n")
+        start = time.monotonic()
+        handler.flush()
+        assert time.monotonic() - start < 30
+    assert os.read(reader, PIPE) == b"a line that waits\n"
+    for end in (reader, writer):
+        os.close(end)
 
 
 def test_what_there_is_room_for_is_written_at_once(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
