@@ -99,6 +99,7 @@ def snapshot(runtime: Runtime) -> Snapshot:
     names = _names_by_digest(parts)
     blocks, rows = engine["kv_blocks"], engine["batch_rows"]
     return Snapshot(
+        ready=runtime.state == "ready" and parts.engine.state == "running",
         base=parts.model.name,
         versions={a["name"]: a["version"] for a in parts.registry.list()},
         adapter_bytes=parts.registry.sizes(),

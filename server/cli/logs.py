@@ -116,7 +116,9 @@ class Behind(logging.Handler):
     def _untold(self) -> int:
         """How many lines are lost that nobody was told of, if it is time to tell."""
         if not self._own.acquire(blocking=False):
-            return 0  # somebody logs, maybe beneath a signal's handler that waits for this thread; what waits comes here
+            return (
+                0  # somebody logs, maybe beneath a signal's handler that waits for this thread; their line comes here
+            )
         try:
             self._behind = not self._waiting.empty()
             lost, now = self._lost, time.monotonic()

@@ -193,11 +193,13 @@ def test_every_query_returns_data(world: World) -> None:
 
 
 def data_of(expr: str) -> str:
-    """An expression without the comparison that makes it an alert."""
+    """An expression without the comparisons that make it an alert."""
     tree = promql_parser.parse(filled(expr))
-    if "$job" not in expr and isinstance(tree, promql_parser.BinaryExpr) and str(tree.op) in (">", "=="):
-        return str(tree.lhs.prettify())
-    return recent(filled(expr))
+    if "$job" in expr or str(getattr(tree, "op", "")) not in (">", "==", "and"):
+        return recent(filled(expr))
+    while isinstance(tree, promql_parser.BinaryExpr) and str(tree.op) in (">", "==", "and"):
+        tree = tree.lhs
+    return str(tree.prettify())
 
 
 def recent(text: str) -> str:

@@ -37,6 +37,7 @@ SERIES = {
     "loramux_adapter_bytes": "gauge",
     "loramux_adapter_loads": "counter",
     "loramux_adapter_load_seconds": "histogram",
+    "loramux_ready": "gauge",
     "loramux_adapters_rejected": "gauge",
     "loramux_adapter_evictions": "counter",
     "loramux_memory_bytes": "gauge",
@@ -176,13 +177,35 @@ def test_mixes_that_requests_make_up_leave_series_to_tasks_and_adapters(
     assert live.http.get("/stats").json()["tasks"]["mood"]["requests"] == 1
 
 
+@pytest.mark.parametrize("status", ["429", "500", "504", "507"])
+def test_the_first_failure_of_a_task_is_seen_to_rise(status: str) -> None:
+    metrics = Metrics()
+    metrics.record(ended("t", "a"))
+    failed = {"task": "t", "adapter": "a", "status": status}
+    assert value(metrics.render().decode(), "loramux_requests_total", **failed) == 0
+    metrics.record(ended("t", "a", status=status))
+    assert value(metrics.render().decode(), "loramux_requests_total", **failed) == 1
+
+
+def test_readiness_is_a_series(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which restarts without end are told: the process answers in between."""
+    assert value(Metrics().render().decode(), "loramux_ready") == 0, "while it loads"
+    assert value(live.http.get("/metrics").text, "loramux_ready") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(type(live.house.parts.engine), "state", "failing")
+        assert live.http.get("/health/ready").status_code == 503
+        assert value(live.http.get("/metrics").text, "loramux_ready") == 0
+    live.runtime.drain()
+    assert value(live.http.get("/metrics").text, "loramux_ready") == 0
+
+
 def test_pairs_are_bounded_and_go_with_their_adapter() -> None:
     metrics = Metrics()
     for i in range(MAX_PAIRS + 50):
         metrics.record(ended(f"t{i}", f"a{i}"))
     text = metrics.render().decode()
     assert value(text, "loramux_requests_total", task="other", adapter="other") == 50
-    assert text.count("loramux_requests_total{") == MAX_PAIRS + 1
+    assert text.count(',status="200"} ') == MAX_PAIRS + 1
     metrics.record(ended(None, "a7", "zz"))
     metrics.forget_adapter("a7")
     text = metrics.render().decode()
