@@ -117,7 +117,7 @@ class Behind(logging.Handler):
         """How many lines are lost that nobody was told of, if it is time to tell."""
         if not self._own.acquire(blocking=False):
             return (
-                0  # somebody logs, maybe beneath a signal's handler that waits for this thread; their line comes here
+                0  # somebody logs, or waits for this thread within that; what comes of it comes here
             )
         try:
             self._behind = not self._waiting.empty()
