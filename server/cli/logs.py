@@ -116,9 +116,7 @@ class Behind(logging.Handler):
     def _untold(self) -> int:
         """How many lines are lost that nobody was told of, if it is time to tell."""
         if not self._own.acquire(blocking=False):
-            return (
-                0  # somebody logs, or waits for this thread within that; what comes of it comes here
-            )
+            return 0  # somebody logs, or waits for this thread within that; what comes of it comes here
         try:
             self._behind = not self._waiting.empty()
             lost, now = self._lost, time.monotonic()

@@ -152,11 +152,16 @@ async def evaluate(
 
 def difference(ours: Score, theirs: Score) -> Difference:
     """How much more `ours` has (less is better for a loss), and its interval of 95 %. Paired, by what each example does
-    for the two scores; without bounds where there is one example only."""
+    for the two scores; without bounds where there is one example only.
+
+    Of hits and misses the deviation has one example put in that only `ours` hits and one that only `theirs` does, after
+    Agresti and Min (2005): of a few that are all alike it is 0, which is no certainty.
+    """
     mean, half = ours.value - theirs.value, math.inf
     if len(ours.values) > 1:
         each = [a - b for a, b in zip(ours.parts or ours.values, theirs.parts or theirs.values, strict=True)]
-        half = _students_t(len(each) - 1) * stdev(each) / math.sqrt(len(each))
+        hits = ours.metric in scores.MEAN and {*each} <= {-1.0, 0.0, 1.0}
+        half = _students_t(len(each) - 1) * stdev([*each, *((1.0, -1.0) if hits else ())]) / math.sqrt(len(each))
     return Difference(mean, mean - half, mean + half)
 
 

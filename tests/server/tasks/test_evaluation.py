@@ -116,6 +116,22 @@ def test_few_examples_make_a_difference_less_certain(count: int, t: float) -> No
     assert (found.mean - found.low) / error == pytest.approx(t, rel=0.01)
 
 
+@pytest.mark.parametrize(("count", "one", "other"), [(5, 0.9, 0.9), (10, 0.95, 0.85), (20, 0.95, 0.85), (60, 0.95, 0.9)])
+def test_few_hits_are_no_certainty(count: int, one: float, other: float) -> None:
+    """The interval holds the true difference in at least 95 % of all outcomes, each counted by its chance."""
+    win, loss = one * (1 - other), other * (1 - one)
+    held = 0.0
+    for wins in range(count + 1):
+        for losses in range(count + 1 - wins):
+            ways = math.comb(count, wins) * math.comb(count - wins, losses)
+            chance = ways * win**wins * loss**losses * (1 - win - loss) ** (count - wins - losses)
+            ours = Score("accuracy", wins / count, (1.0,) * wins + (0.0,) * (count - wins))
+            theirs = Score("accuracy", losses / count, (0.0,) * (count - losses) + (1.0,) * losses)
+            told = difference(ours, theirs)
+            held += chance * (told.low <= one - other <= told.high)
+    assert held >= 0.95
+
+
 async def test_a_difference_has_the_unit_of_its_metric_and_the_sign_of_the_scores(parts: Parts) -> None:
     said = (await measured(parts, "accuracy", override=[])).answers
     examples = [Pair(one.line, one.input, f"{answer} .") for one, answer in zip(EXAMPLES, said, strict=True)]
