@@ -92,6 +92,11 @@ class Tokens:
             h.update(json.dumps([example.ids, [int(b) for b in example.learned]]).encode())
         return h.hexdigest()
 
+    def among(self, others: Tokens) -> int:
+        """How many of these examples are among others, token for token."""
+        known = {example.ids for example in others.examples}
+        return sum(example.ids in known for example in self.examples)
+
 
 def read(path: Path) -> list[Record]:
     """The records of a .json file (a list of objects) or a .jsonl file (one object a line; empty lines are skipped).

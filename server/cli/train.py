@@ -127,6 +127,11 @@ def _tell(weights: LoraWeights, output: Path, as_json: bool, *, skipped: bool) -
             f"{path}: {made['steps']} steps, {made['tokens_per_second'] or 0:,.0f} tokens/s"
             + (f", peak {size(peak)}" if peak else "")
         )
+        if pruned := made.get("pruned"):
+            loss = "" if pruned["loss"] is None else f"; validation loss {pruned['loss']:.4f} after it"
+            out().print(f"pruned to rank {pruned['rank']}, relative error {pruned['error']:.4f}{loss}")
+        if known := made.get("validated_on_learned"):
+            out().print(f"{known:,} of the examples that judge it were learned too: it seems better than it is")
         if left_out := made["left_out_as_too_long"]:
             of = left_out + made["samples"]
             out().print(

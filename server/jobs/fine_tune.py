@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 
-from adapters import data, layers, peft_format, pruning, search
+from adapters import data, peft_format, pruning, search
 from adapters.data import Chat, Encode, Pair, Record, Tokens
 from adapters.errors import AdapterError, InvalidData, StoreFailed, TrainingStopped
-from adapters.layers import LoraSpec
-from adapters.training import Event, TrainingConfig, evaluate_loss, train
+from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
 from server.engine.cuda_memory import lacks_memory
 from server.engine.text import Text
@@ -31,7 +30,7 @@ from server.jobs.loan import at, device_of, take
 from server.jobs.recipe import Recipe
 from server.jobs.run import card, on_base
 from server.jobs.spec import CHECKPOINTS, EVALUATED, JUDGED, NOTE, RESULT, TRAINED, VALIDATED, Spec
-from server.jobs.trainable import Trainable
+from server.jobs.trainable import Trainable, loss_of
 from server.model.loader import Base
 
 MOST_HELD_OUT = 200
@@ -104,6 +103,9 @@ def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[
         said = f"{examples.left_out:,} examples that the result would be measured on are left out"
         why = "they are longer than a sequence may be here, or have nothing before the answer"
         tell({"kind": NOTE, "message": f"{said}: {why}.", "data": {"left_out": examples.left_out}})
+    if examples.judged is not None and (known := examples.judged.among(examples.learned)):
+        said = f"{known:,} of {len(examples.judged.examples):,} examples that the result is measured on are learned too"
+        tell({"kind": NOTE, "message": f"{said}: it will seem better than it is.", "data": {"learned_too": known}})
     model = Trainable(base, config.compute_dtype)
 
     try:
@@ -115,6 +117,10 @@ def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[
             said = f"The result is pruned to rank {spec.prune_to}: {left}; relative error {cut.error:.4f}."
             tell({"kind": NOTE, "message": said, "data": {"error": cut.error}})
         losses = _losses(spec, model, base, weights, examples)
+        if spec.prune_to is not None and losses:
+            left = losses["losses"][EVALUATED]
+            said = f"After pruning its validation loss is {left:.4f}; the curve is from before."
+            tell({"kind": NOTE, "message": said, "data": {"valid_loss": left}})
     except (JobError, StoreFailed, TrainingStopped):
         raise
     except AdapterError as error:
@@ -322,17 +328,6 @@ def _losses(spec: Spec, model: Trainable, base: Base, weights: LoraWeights, exam
         rival = _adapter(spec, base, spec.rival, spec.name)
         told |= {"rival": loss_of(model, rival, examples.judged), "rival_digest": rival.digest}
     return {"losses": told}
-
-
-def loss_of(model: Trainable, weights: LoraWeights, examples: Tokens) -> float:
-    """Mean nats a learned token that `weights` have on `examples`."""
-    every = dict.fromkeys(layers.linears(model.tree), 0) | {path: m.rank for path, m in weights.modules.items()}
-    found = layers.inject(model.tree, LoraSpec(rank=max(weights.ranks), rank_of=every))
-    try:
-        layers.load(found, weights)
-        return evaluate_loss(model, examples)[0]
-    finally:
-        layers.eject(model.tree)
 
 
 def _write(spec: Spec, base: Base, folder: Path, weights: LoraWeights) -> None:

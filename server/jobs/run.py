@@ -30,7 +30,7 @@ from server.errors import BadSetting
 from server.jobs.encoding import Template, encoder
 from server.jobs.loan import at, device_of
 from server.jobs.recipe import Recipe
-from server.jobs.trainable import Trainable
+from server.jobs.trainable import Trainable, loss_of
 from server.model.loader import Base
 
 CHECKPOINTS, FINISHED, LOCKS = ".checkpoints", ".finished", ".locks"
@@ -67,8 +67,9 @@ def run(
         make = search.auto_lora if recipe.auto_rank else train
         device = device_of(base)
         with at(device):
+            model = Trainable(base.to(device), recipe.config.compute_dtype)
             weights = make(
-                Trainable(base.to(device), recipe.config.compute_dtype),
+                model,
                 examples,
                 config,
                 name=recipe.name,
@@ -77,8 +78,7 @@ def run(
                 on_event=on_event,
                 stop=stop,
             )
-        if recipe.prune_to is not None:
-            weights, _ = pruning.truncate(weights, recipe.prune_to, recipe.name)
+            weights = _measured(recipe, model, weights, examples, held)
         peft_format.save(
             weights, folder, dtype=torch.bfloat16, shapes=base.shapes(), task=recipe.task, card=card(recipe, weights)
         )
@@ -90,6 +90,19 @@ def run(
         )
         shutil.rmtree(resumed, ignore_errors=True)
         return saved
+
+
+def _measured(
+    recipe: Recipe, model: Trainable, weights: LoraWeights, examples: Tokens, held: Tokens | None
+) -> LoraWeights:
+    """The result, pruned if the recipe says so, with what that cost, and with how much of what it was validated on it
+    has learned, among what is known of its training."""
+    made = {**weights.metadata["training"], "validated_on_learned": held.among(examples) if held else 0}
+    if recipe.prune_to is not None:
+        weights, cut = pruning.truncate(weights, recipe.prune_to, recipe.name)
+        loss = loss_of(model, weights, held) if held else None
+        made["pruned"] = {"rank": recipe.prune_to, "error": cut.error, "loss": loss}
+    return replace(weights, metadata={**weights.metadata, "training": made})
 
 
 def finished(recipe: Recipe, base: Base, output: Path, *, data_dir: Path) -> LoraWeights | None:
@@ -214,7 +227,9 @@ def card(recipe: Recipe, weights: LoraWeights) -> str:
         )
     if recipe.prune_to is not None:
         error = weights.metadata["pruning"]["error"]
-        lines.append(f"- **Pruned** to rank {recipe.prune_to} after training; relative error {error:.3g}.")
+        loss = made.get("pruned", {}).get("loss")
+        after = f", held-out loss {loss:.4f} a token" if loss is not None else ""
+        lines.append(f"- **Pruned** to rank {recipe.prune_to} after training; relative error {error:.3g}{after}.")
     if made["evaluations"]:
         best = min(made["evaluations"], key=lambda e: e["loss"])
         pruned = ", before it was pruned" if recipe.prune_to is not None else ""

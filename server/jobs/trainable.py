@@ -13,6 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from adapters import layers
+from adapters.data import Tokens
+from adapters.layers import LoraSpec
+from adapters.training import evaluate_loss
+from adapters.weights import LoraWeights
 from server.kernels import Backend
 from server.kernels.aten import Aten
 from server.kernels.weight import STORED, Weight
@@ -258,3 +263,14 @@ class _Head(_Dense):
 
     def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+def loss_of(model: Trainable, weights: LoraWeights, examples: Tokens) -> float:
+    """Mean nats a learned token that `weights` have on `examples`."""
+    every = dict.fromkeys(layers.linears(model.tree), 0) | {path: m.rank for path, m in weights.modules.items()}
+    found = layers.inject(model.tree, LoraSpec(rank=max(weights.ranks), rank_of=every))
+    try:
+        layers.load(found, weights)
+        return evaluate_loss(model, examples)[0]
+    finally:
+        layers.eject(model.tree)

@@ -19,7 +19,9 @@ from server.cli import app, search, train
 from server.cli.main import _as_ctrl_c
 from server.errors import ServerError
 from server.jobs.recipe import read_recipe
+from server.jobs.run import prepare
 from server.jobs.searching import within
+from server.jobs.trainable import Trainable, loss_of
 from server.model.loader import Base
 
 runner = CliRunner()
@@ -277,6 +279,26 @@ def test_ranks_of_their_own_and_pruning_are_reached_from_train(given: Path) -> N
     assert max(weights.ranks) <= 2 and made["config"]["seed"] == 5
     card = weights.metadata["card"]
     assert "by module" in card and "Pruned** to rank 2" in card
+
+
+def test_what_pruning_costs_and_what_was_learned_of_the_judges_is_told(given: Path, tiny_base: Base) -> None:
+    (given / "echo.toml").write_text(f'validation = "held.jsonl"\nprune_to = 1\n{RECIPE}')
+    asked = ["train", "echo.toml", "--rank", "2", "--steps", "2", "--state-dir", "state"]
+    said = " ".join(runner.invoke(app, asked).stdout.split())
+    made = told(*asked[:-2])
+    assert made["skipped"] and made["validated_on_learned"] == 8
+    pruned, weights = made["pruned"], peft_format.read_folder(given / made["path"], name="echo")
+    assert pruned["rank"] == max(weights.ranks) == 1 and pruned["error"] > 0.01
+    recipe = read_recipe(given / "echo.toml")
+    _, held = prepare(recipe, tiny_base, given)
+    served = loss_of(Trainable(tiny_base, "float32"), weights, held)
+    assert pruned["loss"] == pytest.approx(served, rel=1e-3), "of what is left, in bf16 there"
+    assert pruned["loss"] != made["evaluations"][-1]["loss"]
+    assert (
+        f"pruned to rank 1, relative error {pruned['error']:.4f}; validation loss {pruned['loss']:.4f} after it" in said
+    )
+    assert "8 of the examples that judge it were learned too" in said
+    assert f"held-out loss {pruned['loss']:.4f} a token" in weights.metadata["card"]
 
 
 def test_a_recipe_says_how_the_base_is_packed_unless_a_setting_does(

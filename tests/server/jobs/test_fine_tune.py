@@ -169,6 +169,20 @@ def test_losses_of_result_and_rival(spec, tiny_base, tmp_path):
     assert told[-1]["made"]["from"] == f"first@{rival.digest[:12]}", "its own name had no such version"
 
 
+def test_what_a_result_is_worth_once_it_is_pruned_and_what_it_has_learned_of_its_judges(spec, tiny_base, tmp_path):
+    told: list[dict[str, Any]] = []
+    judged = replace(spec, validation=spec.data, validation_name="v", prune_to=1)
+    fine_tune(judged, tiny_base, tmp_path, told.append, lambda: False)
+    learned, cut, after = (line for line in told if line["kind"] == "note")
+    assert learned["data"] == {"learned_too": 10} and learned["message"].startswith("10 of 10 examples")
+    assert cut["data"]["error"] > 0
+    assert after["data"] == {"valid_loss": told[-1]["losses"]["eval"]}
+    told.clear()
+    (tmp_path / "held").mkdir()
+    fine_tune(replace(spec, held_out=0.2), tiny_base, tmp_path / "held", told.append, lambda: False)
+    assert not [line for line in told if line["kind"] == "note" and "learned_too" in line["data"]]
+
+
 def test_which_step_the_result_is_of_is_told(spec, tiny_base, tmp_path):
     rising = replace(spec, config=replace(CONFIG, learning_rate=3.0), held_out=0.2)
     told: list[dict[str, Any]] = []
@@ -291,7 +305,7 @@ def test_what_judges_nothing_is_told(spec, tiny_base, tmp_path):
     config = replace(CONFIG, max_steps=1)
     measured = replace(spec, config=config, validation=held, validation_name="v", context=40)
     fine_tune(measured, tiny_base, tmp_path, told.append, lambda: False)
-    [note] = [line for line in told if line["kind"] == "note"]
+    [note] = [line for line in told if line["kind"] == "note" and "left_out" in line["data"]]
     assert note["message"].startswith("1 examples that the result would be measured on are left out")
     assert note["data"] == {"left_out": 1}
 

@@ -48,6 +48,13 @@ def test_there_is_a_recipe_for_each_adapter_that_ships_and_one_for_code():
     assert names >= {"sentiment", "classification", "summarization", "translation", "code"}
 
 
+def test_a_recipe_without_a_task_is_told_what_it_lacks(tmp_path):
+    (tmp_path / "r.toml").write_text('name = "one"\ndata = "d.jsonl"\n[training]\n')
+    with pytest.raises(BadSetting, match=r"r.toml: \[task\] is missing") as refused:
+        read_recipe(tmp_path / "r.toml")
+    assert refused.value.param == "task"
+
+
 def test_two_recipes_over_one_base(tiny_base, tmp_path):
     for name in ("one", "two"):
         (tmp_path / f"{name}.toml").write_text(RECIPE.format(name=name, data=f"{name}.jsonl"))
