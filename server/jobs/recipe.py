@@ -118,7 +118,9 @@ def read_recipe(path: Path) -> Recipe:
     if name in RESERVED:
         raise BadSetting(f"{where}: the name {name!r} is reserved; nothing could be served under it", "name")
     if "task" not in raw:
-        raise BadSetting(f'{where}: [task] is missing; it says how the adapter is asked, as prompt = "{{input}}"', "task")
+        raise BadSetting(
+            f'{where}: [task] is missing; it says how the adapter is asked, as prompt = "{{input}}"', "task"
+        )
     tables = {key: raw.get(key, {}) for key in ("task", "training", "card")}
     for key, table in tables.items():
         if not isinstance(table, dict):
