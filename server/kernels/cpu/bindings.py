@@ -49,7 +49,7 @@ class Matrix(ctypes.Structure):
         ("scale_base", c_void_p),
         ("zero_step", c_void_p),
         ("zero_base", c_void_p),
-        ("unit", c_void_p),
+        ("fineness", c_void_p),
         ("rising", c_void_p),
         ("bias", c_void_p),
         ("n", c_int64),

@@ -94,14 +94,16 @@ void few_rows(const Walk& walk, int64_t tile) {
       }
     }
   }
-  for (int t = 0; t < T; t++)
+  for (int t = 0; t < T; t++) {
+    const __m512 columns = walk.columns(tile + t);
     for (int r = 0; r < R; r++) {
       const auto rounded = [&](__m512i sum) {
         return _mm512_cvtepi64_epi32(_mm512_srai_epi64(_mm512_add_epi64(sum, _mm512_set1_epi64(1 << 15)), 16));
       };
       const __m512i first = _mm512_castsi256_si512(rounded(total[t][r][0]));
-      walk.finish(r, tile + t, _mm512_inserti64x4(first, rounded(total[t][r][1]), 1));
+      walk.finish(r, tile + t, _mm512_inserti64x4(first, rounded(total[t][r][1]), 1), columns);
     }
+  }
 }
 
 }  // namespace loramux

@@ -24,9 +24,10 @@ inline int64_t padded_inputs(int64_t in) { return (in + 31) / 32 * 32; }
 //          s and 8 (z - s) are the scale and the zero once they are rounded to float16, but for the groups odd_at
 //          (int64 [odd_count], ascending, row * g + group), whose scale and zero are `odd` (float16 [odd_count][2])
 //   or scale_codes (zero_codes) uint8 [tiles][g][16] with step and base float32 [tiles][ceil(g/16)].
-//   unit   float32 [tiles][16], or null, as it is for NONE: a weight of a column is at most 127 of these, a scale of INT4
-//          less than 16, and few are so much less that whole numbers of them, or of 256ths for INT8, are not as good
-//   rising uint8 [1], where INT4 has a unit and no scale is negative
+//   fineness bf16 [tiles][16], or null, as it is for NONE: how many units of its column 1 is. A weight of the column is at
+//          most 127 units, a scale of INT4 less than 16, and few are so much less that whole numbers of units, or of 256ths
+//          for INT8, are not as good. As bf16 has eight bits, 2^(exponent + 23) times it is a whole number, of 12 to 14 bits
+//   rising uint8 [1], where INT4 has a fineness and no scale is negative
 struct Matrix {
   const uint8_t* codes;
   const uint16_t* scale;
@@ -40,7 +41,7 @@ struct Matrix {
   const float* scale_base;
   const float* zero_step;
   const float* zero_base;
-  const float* unit;
+  const uint16_t* fineness;
   const uint8_t* rising;
   const float* bias;  // [n] or null
   int64_t n, k, odd_count;
@@ -51,7 +52,7 @@ struct Matrix {
   int64_t span_scale_count() const { return whole_spans() ? k / group : (padded() + 63) / 64; }  // of a tile
   int64_t tiles() const { return (n + 15) / 16; }
   bool in_pairs() const { return scheme == INT4 && scale_codes == nullptr; }  // whether scales are whole numbers
-  bool by_unit() const { return MATRIX_UNIT && unit != nullptr; }  // whether products are the matrix unit's
+  bool by_unit() const { return MATRIX_UNIT && fineness != nullptr; }  // whether products are the matrix unit's
   int64_t padded() const { return padded_inputs(k); }
 };
 

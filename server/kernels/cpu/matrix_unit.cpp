@@ -134,10 +134,12 @@ struct Use {
 template <class Use>
 void finish(const Walk& walk, const int32_t* sums, int64_t tile) {
   const int64_t rows = walk.x.rows_of_tile;
-  for (int t = 0; t < Use::TILES; t++)
+  for (int t = 0; t < Use::TILES; t++) {
+    const __m512 columns = walk.columns(tile + t);
     for (int64_t first = 0; first < walk.rows; first += rows)
       for (int64_t r = first; r < std::min(walk.rows, first + rows); r++)
-        walk.finish(r, tile + t, Use::total(sums + first / rows * Use::COUNT * SUMS, t, r - first, rows));
+        walk.finish(r, tile + t, Use::total(sums + first / rows * Use::COUNT * SUMS, t, r - first, rows), columns);
+  }
 }
 
 // What bytes of weights leave of a tile's groups, as the unit reads weights: of two spans each four numbers a column.

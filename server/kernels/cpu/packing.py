@@ -1,4 +1,4 @@
-"""The layout `vnni-7`: a matrix in tiles of 16 rows, as kernels.h describes it, and back.
+"""The layout `vnni-8`: a matrix in tiles of 16 rows, as kernels.h describes it, and back.
 
 Owns the permutations, both ways, and the pointers to a packed matrix. What codes mean is kernels/stored.py's.
 """
@@ -13,7 +13,7 @@ from server.kernels.cpu import bindings
 from server.kernels.stored import NF4, dequantize_stored, group_values, unpack_nibbles
 from server.kernels.weight import Weight
 
-LAYOUT = "vnni-7"
+LAYOUT = "vnni-8"
 TILE = 16
 GROUP = 32
 """Inputs whose products are added up before they are scaled, so groups of weights are whole multiples of it."""
@@ -51,9 +51,8 @@ def pack(stored: Weight) -> Weight:
         tensors |= _span_scales(stored)
     else:
         tensors["scale"] = _tiled(stored.tensors["scale"])
-    if stored.shape[1] <= MOST_INPUTS and _even(stored, unit := _units(stored)):
-        unit = torch.cat((unit, unit.new_ones(-len(unit) % TILE)))
-        tensors["unit"] = _whole_factors(unit, tensors["exponents"]) if "exponents" in tensors else unit
+    if stored.shape[1] <= MOST_INPUTS and _even(stored, fineness := _fineness(stored)):
+        tensors["fineness"] = torch.cat((fineness, fineness.new_ones(-len(fineness) % TILE)))
         if stored.scheme == "int4" and _scales(stored).amin() >= 0:
             tensors["rising"] = torch.ones(1, dtype=torch.uint8)
     return _packed(stored, tensors)
@@ -134,8 +133,9 @@ def _pack_values(values: torch.Tensor) -> torch.Tensor:
     return rows.view(-1, TILE, rows.shape[1] // 2, 2).transpose(1, 2).contiguous()
 
 
-def _units(stored: Weight) -> torch.Tensor:
-    """float32 [out]: about a 127th of what each row's weights are at most, some number for a row of zeros."""
+def _fineness(stored: Weight) -> torch.Tensor:
+    """bfloat16 [out]: how many units of each row 1 is, some number for a row of zeros. A unit is about a 127th of what
+    the row's weights are at most, and by up to a 127th more: what bfloat16 has no bits for is cut off."""
     scale = _scales(stored)
     if stored.scheme == "int4":
         zero = group_values(stored.tensors, "zero", 0, stored.shape[0]).float()
@@ -144,7 +144,8 @@ def _units(stored: Weight) -> torch.Tensor:
         unit = torch.maximum(most.amax(1) / 126.9, scale.abs().amax(1) / 15.98)
     else:
         unit = (scale.abs() * (128 if stored.scheme == "int8" else 1)).amax(1) / 127
-    return torch.where(unit > 0, unit, 1.0)
+    fineness = 1 / torch.where(unit > 0, unit, 1.0)
+    return (fineness.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def _scales(stored: Weight) -> torch.Tensor:
@@ -152,23 +153,17 @@ def _scales(stored: Weight) -> torch.Tensor:
     return group_values(stored.tensors, "scale", 0, stored.shape[0]).float()
 
 
-def _even(stored: Weight, unit: torch.Tensor) -> bool:
+def _even(stored: Weight, fineness: torch.Tensor) -> bool:
     """Whether whole numbers of their row's unit, or of its 256ths, are as good as the weights."""
     lengths = []
     for start in range(0, stored.shape[0], step := max(1, PIECE // stored.shape[1])):
         lengths.append(torch.linalg.vector_norm(dequantize_stored(stored, start, start + step), dim=1))
     length = torch.cat(lengths)
-    rounded = unit * math.sqrt(stored.shape[1] / 12)  # errors are even
+    rounded = math.sqrt(stored.shape[1] / 12) / fineness.float()  # errors are even
     if stored.scheme != "int4":
         rounded /= 256
     lost = torch.where(length > 0, rounded / length, 0.0)
     return float(lost.square().mean()) <= MOST_LOST**2
-
-
-def _whole_factors(unit: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
-    """The units next to these by which scales of `_span_scales` are brought, in 256ths, by a whole number of 2^-15."""
-    fine = torch.ldexp(torch.ones(len(unit), dtype=torch.float64), exponents + 23)
-    return (fine / (fine / unit).floor().clamp(1, 32767)).float()
 
 
 def _span_scales(stored: Weight) -> dict[str, torch.Tensor]:

@@ -17,6 +17,11 @@ namespace loramux {
 constexpr int64_t TILE_BYTES = 1024;  // of 16 rows of 64 bytes: of a span of 16 columns
 constexpr uint64_t ODD_BYTES = 0xaaaaaaaaaaaaaaaaull;
 
+// How many of its units 1 is, for each column of a tile.
+inline __m512 fineness_of(const Matrix& w, int64_t tile) {
+  return bf16_to_float(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.fineness + tile * 16)));
+}
+
 // What codes of a group are multiplied by, and what is added then, in 256ths of the column's unit. In each column's lane: twice
 // the same, or the first group's in the low half and the second one's in the high one.
 struct Words {
@@ -121,7 +126,7 @@ struct OfSpans {
     const __m128i exponent = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.exponents + tile * 16));
     const __m512i up = _mm512_add_epi32(_mm512_cvtepi8_epi32(exponent), _mm512_set1_epi32(23));
     const __m512 fine = _mm512_scalef_ps(_mm512_set1_ps(1.0f), _mm512_cvtepi32_ps(up));
-    factor = twice(_mm512_cvtps_epi32(_mm512_div_ps(fine, _mm512_loadu_ps(w.unit + tile * 16))));
+    factor = twice(_mm512_cvtps_epi32(_mm512_mul_ps(fine, fineness_of(w, tile))));
   }
 
   // For what the tile so many behind will read where this one is.
@@ -177,7 +182,7 @@ struct OfFloats {
 
   OfFloats(const Matrix& w, int64_t tile) : w(w), tile(tile), groups(w.k / w.group), each(w.group / GROUP) {
     constexpr float TIMES = S == INT4 ? 256.0f : S == NF4 ? 32767.0f / 127.0f : 32768.0f;
-    factor = _mm512_div_ps(_mm512_set1_ps(TIMES), _mm512_loadu_ps(w.unit + tile * 16));
+    factor = _mm512_mul_ps(_mm512_set1_ps(TIMES), fineness_of(w, tile));
   }
 
   void ask(int64_t tiles) const {
@@ -227,10 +232,12 @@ struct Walk {
   int64_t spans() const { return x.padded / SPAN; }
   int64_t bytes_of_tile() const { return steps() * bytes_of_group(w.scheme); }
 
+  // What sums of a tile's columns are told in. Asked once a tile, as it is a division.
+  __m512 columns(int64_t tile) const { return _mm512_div_ps(_mm512_set1_ps(256.0f), fineness_of(w, tile)); }
+
   // Sums of a row with 16 columns, as multiples of 2^16.
-  void finish(int64_t row, int64_t tile, __m512i sums) const {
-    const __m512 column = _mm512_mul_ps(_mm512_loadu_ps(w.unit + tile * 16), _mm512_set1_ps(256.0f));
-    const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), column), _mm512_set1_ps(x.units.get()[row]));
+  void finish(int64_t row, int64_t tile, __m512i sums, __m512 columns) const {
+    const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), columns), _mm512_set1_ps(x.units.get()[row]));
     _mm512_storeu_ps(out + row * stride + tile * 16, y);
   }
 };

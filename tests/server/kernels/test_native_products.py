@@ -7,7 +7,7 @@ import torch
 
 from server.kernels import cpu
 from server.kernels.cpu import bindings, packing
-from server.kernels.stored import dequantize_stored, unpack_nibbles
+from server.kernels.stored import dequantize_stored, group_values, unpack_nibbles
 from server.kernels.weight import Weight
 from server.model.quantization import quantize
 from tests.server.kernels.conftest import runs
@@ -130,8 +130,33 @@ def test_scales_far_below_a_rows_largest_are_kept(library: str, group: int) -> N
 
 @pytest.mark.parametrize(("group", "bits"), [(32, 5.02), (64, 4.52), (128, 4.27)])
 def test_what_packing_adds_is_a_byte_a_row(group: int, bits: float) -> None:
-    """And a unit of 32 bits, for products of the matrix unit."""
-    assert cpu.Native().pack(stored("int4", group, False, 32, 512)).nbytes <= (bits + 32 / 512) * 32 * 512 / 8
+    """And two for products of the matrix unit."""
+    assert cpu.Native().pack(stored("int4", group, False, 32, 512)).nbytes <= (bits + 16 / 512) * 32 * 512 / 8
+
+
+@pytest.mark.parametrize("width", [576, 1536])
+def test_groups_of_64_with_scales_in_codes_take_4_3_bits_at_most(width: int) -> None:
+    packed = cpu.Native().pack(stored("int4", 64, True, 576, width))
+    assert packed.nbytes * 8 <= 4.3 * 576 * width
+    assert "fineness" in packed.tensors
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_weights_are_127_units_at_most_and_scales_less_than_16(double: bool) -> None:
+    """And where scales are whole numbers, so is what makes 256ths of units of them."""
+    torch.manual_seed(0)
+    size = torch.exp2(torch.randint(-12, 8, (320, 1)).float())
+    values = torch.cat((torch.randn(160, 576), torch.rand(160, 576) + torch.randn(160, 1) / 2)) * size
+    values[7] = 0
+    kept = quantize(values, "int4", 64, double)
+    packed = cpu.Native().pack(kept)
+    fineness = packed.tensors["fineness"].double()
+    scale = fineness * group_values(kept.tensors, "scale", 0, 320).double().abs().amax(1)
+    weight = fineness * dequantize_stored(kept).double().abs().amax(1)
+    assert weight.max() <= 127 and scale.max() < 16
+    if not double:
+        whole = torch.ldexp(fineness, packed.tensors["exponents"].int() + 23)[weight > 0]
+        assert torch.equal(whole, whole.round()) and 2**11 <= whole.min() <= whole.max() < 2**14
 
 
 def test_a_matrix_whose_rows_are_too_uneven_is_not_for_the_matrix_unit(library: str) -> None:
@@ -141,7 +166,7 @@ def test_a_matrix_whose_rows_are_too_uneven_is_not_for_the_matrix_unit(library: 
     values[:, 7] = 2.0
     kept, native = quantize(values, "int4", 32, False), cpu.Native()
     packed, weight = native.pack(kept), dequantize_stored(kept).double()
-    assert "unit" not in packed.tensors
+    assert "fineness" not in packed.tensors
     x = torch.randn(40, 1536)
     x[:, 7] = 0  # what the others give is not hidden by it
     exact = x.double() @ weight.t()
@@ -153,20 +178,20 @@ def test_a_matrix_whose_rows_are_too_uneven_is_not_for_the_matrix_unit(library: 
 @pytest.mark.parametrize(("scheme", "group", "double"), SCHEMES)
 def test_what_is_in_codes_is_for_the_matrix_unit(scheme: str, group: int, double: bool) -> None:
     packed = cpu.Native().pack(stored(scheme, group, double, 49, 192))
-    assert ("unit" in packed.tensors) == (scheme != "none")
+    assert ("fineness" in packed.tensors) == (scheme != "none")
 
 
 def test_rows_too_long_for_its_sums_are_not_for_the_matrix_unit() -> None:
-    assert "unit" in cpu.Native().pack(stored("int4", 32, False, 1, packing.MOST_INPUTS)).tensors
-    assert "unit" not in cpu.Native().pack(stored("int4", 32, False, 1, packing.MOST_INPUTS + 32)).tensors
+    assert "fineness" in cpu.Native().pack(stored("int4", 32, False, 1, packing.MOST_INPUTS)).tensors
+    assert "fineness" not in cpu.Native().pack(stored("int4", 32, False, 1, packing.MOST_INPUTS + 32)).tensors
 
 
 def whole_scales(packed: Weight, kept: Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """int64 [out, in / 32, 32] and twice [out, in / 32, 1]: an int4 matrix's codes, its scales and zeros as `packed`
     has them, in 256ths of its rows' units."""
     out, width = kept.shape
-    fine = torch.ldexp(torch.ones(out), packed.tensors["exponents"][:out].int() + 23)
-    factor = (fine / packed.tensors["unit"][:out]).round().long()[:, None, None]
+    fineness, exponents = (packed.tensors[name][:out] for name in ("fineness", "exponents"))
+    factor = torch.ldexp(fineness.float(), exponents.int() + 23).long()[:, None, None]
     spans = packed.tensors["span_scales"].long()
     if kept.group % packing.SPAN:
         groups = spans.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:out, : width // packing.GROUP]
@@ -218,7 +243,7 @@ def test_bytes_are_not_for_scales_below_zero() -> None:
     assert "rising" in cpu.Native().pack(kept).tensors
     kept.tensors["scale"][17, 2] *= -1
     packed = cpu.Native().pack(kept)
-    assert "unit" in packed.tensors and "rising" not in packed.tensors
+    assert "fineness" in packed.tensors and "rising" not in packed.tensors
 
 
 @pytest.fixture(params=[False, True])
@@ -291,7 +316,7 @@ def adds_whole_numbers(kept: Weight, coarse: bool) -> None:
     """Asserts that products of 1 to 300 rows are bit for bit what integers give."""
     out, width = kept.shape
     packed = cpu.Native().pack(kept)
-    whole, column = whole_scales(packed, kept), packed.tensors["unit"][:out] * 256
+    whole, column = whole_scales(packed, kept), 256 / packed.tensors["fineness"][:out].float()
     sums = sums_of_bytes if coarse else sums_of_words
     for rows in (1, 2, 3, 4, 8, 9, 16, 17, 40, 256, 300):
         x = torch.randn(rows, width)

@@ -183,7 +183,7 @@ def test_matrices_that_are_too_uneven_for_the_matrix_unit_share_a_model_with_oth
     native, reference = bases("llama-int4")
     for path, weight in native.weights.items():
         if uneven in path:
-            rest = {name: tensor for name, tensor in weight.tensors.items() if name != "unit"}
+            rest = {name: tensor for name, tensor in weight.tensors.items() if name != "fineness"}
             native.weights[path] = replace(weight, tensors=rest)
     adapters = {i: adapter(native.config, i, 8 + i) for i in range(3)}
     mixes: list[SlotWeights] = [(), ((0, 1.0),), ((1, -0.5), (2, 1.0)), ()]
