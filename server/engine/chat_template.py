@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -37,7 +38,7 @@ class ChatTemplate:
         self._tokens = dict(tokens)
         try:
             self._template = _Environment().from_string(source)
-        except jinja2.TemplateError as e:
+        except (jinja2.TemplateError, SyntaxError, RecursionError) as e:  # what Jinja lets through may be no Python
             raise BadModel(f"the model's chat template does not parse: {e}") from e
 
     def render(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
@@ -59,6 +60,8 @@ class ChatTemplate:
                 room -= len(part)
                 if room < 0 or time.monotonic() > end:
                     raise jinja2.TemplateError("it wrote too much or took too long")
+            text = "".join(parts)
+            text.encode()  # half a pair is no character, and no tokenizer's
         except (
             jinja2.TemplateError,
             TypeError,
@@ -67,11 +70,13 @@ class ChatTemplate:
             LookupError,
             AttributeError,
             RecursionError,
+            MemoryError,
         ) as e:
-            raise InvalidRequest(f"the chat template refuses these messages: {e}", "messages") from e
+            why = str(e) or "it wants more memory than there is"
+            raise InvalidRequest(f"the chat template refuses these messages: {why}", "messages") from e
         finally:
             _deadline.reset(outer)
-        return "".join(parts)
+        return text
 
 
 _deadline: ContextVar[float] = ContextVar("_deadline")
@@ -96,7 +101,17 @@ def _now(form: str) -> str:
     return (datetime.now() if moment is None else datetime.fromtimestamp(moment)).strftime(form)
 
 
+class _Generator(CodeGenerator):
+    """Loops go through `in_time`: one may have nothing in it that is called."""
+
+    def visit_For(self, node: nodes.For, frame: Frame) -> None:
+        node.iter = nodes.Call(nodes.EnvironmentAttribute("in_time"), [node.iter], [], None, None)
+        super().visit_For(node, frame)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
+    code_generator_class = _Generator
+
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock])
         self.filters["tojson"] = _to_json
@@ -104,10 +119,20 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals["strftime_now"] = _now
 
     def call(self, context: Context, function: Any, *args: Any, **options: Any) -> Any:
-        """Every call of a template passes here: `range` too, so that a loop without output ends in time."""
-        if time.monotonic() > _deadline.get():
-            raise jinja2.TemplateError("it took too long")
+        """Every call of a template passes here."""
+        _check_time()
         return super().call(context, function, *args, **options)
+
+    def in_time(self, items: Iterable[Any]) -> Iterator[Any]:
+        """The items, as long as there is time."""
+        for item in items:
+            _check_time()
+            yield item
+
+
+def _check_time() -> None:
+    if time.monotonic() > _deadline.get():
+        raise jinja2.TemplateError("it took too long")
 
 
 class _GenerationBlock(Extension):

@@ -143,8 +143,9 @@ def test_no_template_and_refusals(tools: Any) -> None:
     text = text_of(bpe(["<s>", "</s>", "[INST]", "[/INST]"]), MISTRAL, 1, 0)
     with pytest.raises(InvalidRequest, match="Only user and assistant"):
         text.encode_chat([{"role": "system", "content": "x"}])
-    with pytest.raises(BadModel, match="does not parse"):
-        tools.make_text("{% for %}")
+    for source in ("{% for %}", "{% break %}", "{% if 1 %}" * 5000 + "{% endif %}" * 5000):
+        with pytest.raises(BadModel, match="does not parse"):
+            tools.make_text(source)
 
 
 @pytest.mark.parametrize(
@@ -157,12 +158,25 @@ def test_no_template_and_refusals(tools: Any) -> None:
         "{{ messages.append(1) }}",
         "{{ undefined_function() }}",
         "{{ range(10 ** 9) | list }}",
+        "{% set text = 'x' * 10**6 %}{% for a in text %}{% for b in text %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10**15 }}",
+        "{{ '\\ud800' }}",
     ],
 )
 def test_a_template_stays_in_its_bounds(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.chat_template.MAX_SECONDS", 0.2)
     with pytest.raises(InvalidRequest):
         ChatTemplate(source, {}).render([{"role": "user", "content": 1}], True)
+
+
+def test_loops_know_where_they_are() -> None:
+    source = (
+        "{% for m in messages if m.content recursive %}{{ loop.index }}/{{ loop.length }}{{ m.content }}"
+        "{% if m.more %}({{ loop(m.more) }}){% endif %}{% if not loop.last %}>{{ loop.nextitem.content }}{% endif %}"
+        "{% else %}none{% endfor %}{% for key, value in messages[0].items() %}{{ key }};{% break %}{% endfor %}"
+    )
+    messages = [{"content": "a"}, {"content": ""}, {"content": "b", "more": [{"content": "c"}]}]
+    assert ChatTemplate(source, {}).render(messages, True) == "1/2a>b2/2b(1/1c)content;"
 
 
 def test_token_text(text: Text) -> None:
