@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from server.errors import BadModel
-from server.model.values import above_zero, told, whole
+from server.model.values import above_zero, cut, real, told, whole
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -164,7 +164,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     window = _sliding_window(config, kind, layers)
     max_positions = whole(config, "max_position_embeddings")
     theta, scaling = _rope(config, kind, max_positions)
-    bias = bool(config.get("attention_bias", False)) and kind not in ("mistral", "qwen2")
+    bias = _truth(config, "attention_bias", False) and kind not in ("mistral", "qwen2")
     return checked(
         ModelConfig(
             architecture=architecture,
@@ -179,10 +179,10 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             rms_norm_eps=above_zero(config, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", kind == "smollm3")),
+            tie_word_embeddings=_truth(config, "tie_word_embeddings", kind == "smollm3"),
             attention_bias=bias or kind == "qwen2",
             output_bias=bias,
-            mlp_bias=bool(config.get("mlp_bias", False)) and kind in ("llama", "smollm3"),
+            mlp_bias=_truth(config, "mlp_bias", False) and kind in ("llama", "smollm3"),
             qk_norm=kind == "qwen3",
             no_rope_layers=no_rope_layers(config, layers) if kind == "smollm3" else (),
             sliding_window=window,
@@ -245,21 +245,28 @@ def _architecture(config: Mapping[str, Any]) -> str:
             if kind is not None and kind != ARCHITECTURES[name]:  # which Transformers goes by
                 raise BadModel(
                     f"config.json says two things: architectures {name}, whose model_type is {ARCHITECTURES[name]!r}, "
-                    f"and model_type {str(kind)[:40]!r}; leave the one that is meant"
+                    f"and model_type {cut(kind)!r}; leave the one that is meant"
                 )
             return name
-    raise BadModel(f"the architecture {', '.join(named)} is not served; served are {', '.join(ARCHITECTURES)}")
+    raise BadModel(f"the architecture {cut(', '.join(named))} is not served; served are {', '.join(ARCHITECTURES)}")
+
+
+def _truth(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    """True or false; without one `default`, and false for null. Raises BadModel."""
+    return bool(told(config, key, bool, "true or false")) if key in config else default
 
 
 def _refuse_unserved(config: Mapping[str, Any]) -> None:
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method", "another library") if isinstance(quantized, Mapping) else quantized
-        raise BadModel(f"this checkpoint is already quantized ({method}); give the original weights or a GGUF file")
+        raise BadModel(
+            f"this checkpoint is already quantized ({cut(method)}); give the original weights or a GGUF file"
+        )
     if config.get("per_layer_config"):
         raise BadModel("models whose layers differ in their settings are not served (per_layer_config)")
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise BadModel(f"the activation {activation!r} is not served, only silu (hidden_act)")
+        raise BadModel(f"the activation {cut(activation)!r} is not served, only silu (hidden_act)")
     if config.get("is_encoder_decoder"):
         raise BadModel("encoder-decoder models are not served")
     if told(config, "is_causal", bool, "true or false") is False:
@@ -277,8 +284,8 @@ def _sliding_window(config: Mapping[str, Any], kind: str, layers: int) -> int | 
     types = told(config, "layer_types", list, "a list of names") if kind != "mistral" else None
     unknown = {str(name) for name in types or ()} - {"full_attention", "sliding_attention"}
     if unknown:
-        raise BadModel(f"layers of type {', '.join(sorted(unknown))[:200]} are not served (layer_types)")
-    asked = kind == "mistral" or config.get("use_sliding_window", False)
+        raise BadModel(f"layers of type {cut(', '.join(sorted(unknown)))} are not served (layer_types)")
+    asked = kind == "mistral" or _truth(config, "use_sliding_window", False)
     if not asked and not (kind == "smollm3" and types is not None):  # whose layers have it without being asked
         return None
     if config.get("sliding_window", _WINDOW.get(kind)) is None:
@@ -320,7 +327,7 @@ def _spelled_rope(
 ) -> tuple[float, RopeScaling]:
     nested = [key for key, value in parameters.items() if isinstance(value, Mapping)]
     if nested:
-        raise BadModel(f"RoPE that differs between layers is not served ({', '.join(sorted(nested))})")
+        raise BadModel(f"RoPE that differs between layers is not served ({cut(', '.join(sorted(nested)))})")
     theta = _either(parameters, config, "rope_theta", 2000000.0 if kind == "smollm3" else 10000.0)
     rotary = _either(parameters, config, "partial_rotary_factor", 1.0)
     if rotary != 1.0:
@@ -345,15 +352,17 @@ _ZERO_IS_NONE = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 def scaling_of(name: str, parameters: Mapping[str, Any], max_positions: int) -> RopeScaling:
     """The RoPE scaling of that name with these parameters, null ones left out. Raises BadModel."""
     if name not in ROPE_TYPES:
-        raise BadModel(f"the RoPE scaling {name!r} is not served; served are {', '.join(ROPE_TYPES)}")
+        raise BadModel(f"the RoPE scaling {cut(name)!r} is not served; served are {', '.join(ROPE_TYPES)}")
     if name == "default":
         return RopeScaling()
     allowed = set(RopeScaling.__dataclass_fields__)
     # 0 is as if there were none, where Transformers has it so.
-    given = {k: v for k, v in parameters.items() if v is not None and not (k in _ZERO_IS_NONE and v == 0)}
+    given = {
+        k: v for k, v in parameters.items() if v is not None and not (k in _ZERO_IS_NONE and real({k: v}, k, 1.0) == 0)
+    }
     surplus = sorted(set(given) - allowed)
     if surplus:
-        raise BadModel(f"the RoPE scaling {name} has parameters that are not served: {', '.join(surplus)}")
+        raise BadModel(f"the RoPE scaling {name} has parameters that are not served: {cut(', '.join(surplus))}")
     needed = {"factor"} | ({"low_freq_factor", "high_freq_factor"} if name == "llama3" else set())
     missing = sorted(needed - set(given))
     if missing:
@@ -365,8 +374,7 @@ def scaling_of(name: str, parameters: Mapping[str, Any], max_positions: int) -> 
             given[key] = whole(given, key)
         elif key != "truncate":
             given[key] = above_zero(given, key, 0.0, of=f"the RoPE scaling {name}")
-    if "truncate" in parameters:  # null is no, where none at all is yes
-        given["truncate"] = bool(told(parameters, "truncate", bool, "true or false"))
+    given["truncate"] = _truth(parameters, "truncate", True)
     return RopeScaling(type=name, **given)
 
 
@@ -381,6 +389,11 @@ def checked(config: ModelConfig) -> ModelConfig:
     scaling = config.rope_scaling
     if scaling.type == "yarn" and config.rope_theta <= 1.0:
         raise BadModel(f"the RoPE scaling yarn needs a rope_theta above 1, not {config.rope_theta}")
+    if scaling.type == "yarn" and not all(1e-6 <= beta <= 1e6 for beta in (scaling.beta_fast, scaling.beta_slow)):
+        raise BadModel(
+            "the RoPE scaling yarn needs a beta_fast and a beta_slow between 1e-6 and 1e6, not "
+            f"{scaling.beta_fast} and {scaling.beta_slow}"
+        )
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     if scaling.type == "llama3" and low is not None and high is not None and high <= low:
         raise BadModel(f"the RoPE scaling llama3 needs a high_freq_factor above its low_freq_factor {low}, not {high}")

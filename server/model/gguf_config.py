@@ -12,7 +12,7 @@ from typing import Any
 
 from server.errors import BadModel
 from server.model.config import MAX_LAYERS, ModelConfig, RopeScaling, checked, no_rope_layers, scaling_of
-from server.model.values import above_zero, real, told, whole
+from server.model.values import above_zero, cut, real, told, whole
 
 GGUF_ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -37,9 +37,9 @@ def from_gguf(
     arch = str(metadata.get("general.architecture"))
     if arch not in GGUF_ARCHITECTURES:
         known = ", ".join(sorted(GGUF_ARCHITECTURES))
-        raise BadModel(f"the GGUF architecture {arch!r} is not served; served are {known}")
+        raise BadModel(f"the GGUF architecture {cut(arch)!r} is not served; served are {known}")
     values = {key[len(arch) + 1 :]: value for key, value in metadata.items() if key.startswith(f"{arch}.")}
-    if values.get("expert_count"):
+    if whole(values, "expert_count", 0, least=0):
         raise BadModel("mixtures of experts are not served")
     if told(values, "attention.causal", bool, "true or false") is False:
         raise BadModel("models whose tokens see those after them are not served (attention.causal)")
@@ -98,7 +98,7 @@ def _gguf_rope(
 ) -> RopeScaling:
     name = str(values.get("rope.scaling.type", "none"))
     if name != "yarn" and real(values, "rope.scaling.attn_factor", 1.0) != 1.0:
-        raise BadModel(f"rope.scaling.attn_factor is served with yarn alone, not with {name}")
+        raise BadModel(f"rope.scaling.attn_factor is served with yarn alone, not with {cut(name)}")
     for key, neutral in _UNSERVED_YARN if name == "yarn" else ():
         if real(values, key, neutral[0]) not in neutral:
             raise BadModel(f"the RoPE scaling yarn is not served with {key}")
@@ -129,13 +129,14 @@ def _llama3_from_factors(factors: Sequence[float], theta: float, head_dim: int) 
     that differs is the largest divisor; whatever does not reproduce the tensor is refused.
     """
     scaling = RopeScaling("llama3", float(max(factors, default=1.0)), 8192, 1.0, 4.0)
-    expected = llama3_divisors(scaling, theta, head_dim)
-    close = len(expected) == len(factors) and all(
-        math.isclose(a, b, rel_tol=1e-3) for a, b in zip(expected, factors, strict=True)
-    )
-    if not (close and math.isfinite(scaling.factor)):
+    sound = len(factors) == head_dim // 2 and 0 < scaling.factor < math.inf
+    if not sound or not all(map(_close, llama3_divisors(scaling, theta, head_dim), factors)):
         raise BadModel("the GGUF file's rope_freqs.weight are not those of a Llama 3 scaling, no other is served")
     return scaling
+
+
+def _close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-3)
 
 
 def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> list[float]:

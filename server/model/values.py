@@ -1,6 +1,6 @@
 """Values of a config.json or of GGUF metadata, by their key: of the type that they must have, or refused by name.
 
-Owns what a number is there. Does not know what any key means.
+Owns what a number is there, and how much of a value an error echoes. Does not know what any key means.
 """
 
 from __future__ import annotations
@@ -12,6 +12,11 @@ from typing import Any
 import numpy as np
 
 from server.errors import BadModel
+
+
+def cut(text: object, most: int = 80) -> str:
+    """What an error echoes of a file's value: its beginning, since a file may give millions of characters."""
+    return str(text)[:most]
 
 
 def whole(
@@ -30,9 +35,9 @@ def whole(
         raise BadModel(f"the model's config lacks {key}")
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         kind = "positive whole number" if least == 1 else f"whole number of at least {least}"
-        raise BadModel(f"the model's {key} is {value!r}, not a {kind}")
+        raise BadModel(f"the model's {key} is {cut(repr(value))}, not a {kind}")
     if most is not None and value > most:
-        raise BadModel(f"the model's {key} is {value}, and the most that is read is {most}")
+        raise BadModel(f"the model's {key} is {cut(value)}, and the most that is read is {most}")
     return value
 
 
@@ -40,7 +45,7 @@ def real(values: Mapping[str, Any], key: str, default: float) -> float:
     """A number, which may be infinite or none as GGUF has them; without one `default`. Raises BadModel."""
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadModel(f"{key} must be a number, not {value!r}")
+        raise BadModel(f"{key} must be a number, not {cut(repr(value))}")
     try:
         return float(value)
     except OverflowError:
@@ -59,5 +64,5 @@ def told(config: Mapping[str, Any], key: str, kind: type, name: str) -> Any:
     """What is under `key`, None for null. Raises BadModel unless it is a `kind`, which people know as `name`."""
     value = config.get(key)
     if value is not None and not isinstance(value, kind):
-        raise BadModel(f"the model's {key} is {value!r}, not {name}")
+        raise BadModel(f"the model's {key} is {cut(repr(value))}, not {name}")
     return value

@@ -105,6 +105,29 @@ def test_both_spellings_of_rope(old: dict[str, Any] | None, new: RopeScaling) ->
     assert theirs.rope_parameters["rope_type"] == new.type and theirs.rope_parameters["rope_theta"] == 5000.0
 
 
+LONG = "x" * 10**6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": [LONG]},
+        {"hidden_size": LONG},
+        {"rope_theta": LONG},
+        {"hidden_act": LONG},
+        {"layer_types": LONG, "architectures": ["Qwen3ForCausalLM"]},
+        {"quantization_config": LONG},
+        {"rope_scaling": {"type": LONG, "factor": 2.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0, LONG: 1}},
+        {"rope_scaling": {LONG: {}}},
+    ],
+)
+def test_errors_echo_the_beginning_of_what_is_long(change: dict[str, Any]) -> None:
+    with pytest.raises(BadModel) as e:
+        from_hf(LLAMA | change)
+    assert "x" * 70 in e.value.message and len(e.value.message) < 300
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -151,6 +174,10 @@ def test_both_spellings_of_rope(old: dict[str, Any] | None, new: RopeScaling) ->
         (YARN | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_scaling and rope_parameters"),
         (YARN | {"rope_parameters": YARN["rope_scaling"] | {"rope_theta": 5e5}}, "say different things"),
         ({"is_causal": False}, "is_causal"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', not true or false"),
+        ({"attention_bias": "false"}, "attention_bias is 'false', not true or false"),
+        ({"mlp_bias": 0}, "mlp_bias is 0, not true or false"),
+        (QWEN3 | {"use_sliding_window": "false"}, "use_sliding_window is 'false', not true or false"),
         ({"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "per_layer_config"),
         ({"model_type": "granite"}, "LlamaForCausalLM, whose model_type is 'llama', and model_type 'granite'"),
         # Numbers of which no rotation can be made:
@@ -158,6 +185,12 @@ def test_both_spellings_of_rope(old: dict[str, Any] | None, new: RopeScaling) ->
         ({"rope_scaling": YARN["rope_scaling"] | {"attention_factor": "1"}}, "attention_factor must be a number"),
         ({"rope_scaling": YARN["rope_scaling"] | {"beta_fast": "x"}}, "beta_fast must be a number"),
         ({"rope_scaling": YARN["rope_scaling"] | {"truncate": "no"}}, "truncate is 'no', not true or false"),
+        ({"rope_scaling": YARN["rope_scaling"] | {"beta_fast": [0]}}, r"beta_fast must be a number, not \[0\]"),
+        (
+            {"rope_scaling": YARN["rope_scaling"] | {"beta_fast": 1e308}},
+            "beta_fast and a beta_slow between 1e-6 and 1e6",
+        ),
+        ({"rope_scaling": YARN["rope_scaling"] | {"beta_slow": 1e-308}}, "not 32.0 and 1e-308"),
         (YARN | {"original_max_position_embeddings": "x"}, "original_max_position_embeddings is 'x'"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor above its low_freq_factor 1.0"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 0}}, "low_freq_factor 0.0, which is no positive number"),

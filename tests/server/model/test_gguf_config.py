@@ -31,7 +31,8 @@ def test_gguf_metadata() -> None:
     assert config.architecture == "LlamaForCausalLM" and config.vocab_size == 100
     assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (2, 16, 10000.0)
     assert config.tie_word_embeddings and not config.attention_bias
-    assert from_gguf(GGUF | {"llama.attention.head_count_kv": np.array([2, 2], np.uint32)}, TABLE) == config
+    listed = {"llama.attention.head_count_kv": np.array([2, 2], np.uint32), "llama.expert_count": np.zeros(2, np.int32)}
+    assert from_gguf(GGUF | listed, TABLE) == config
     qwen = {key.replace("llama", "qwen2"): value for key, value in GGUF.items()} | {"general.architecture": "qwen2"}
     more = from_gguf(qwen, TABLE | {"blk.0.attn_q.bias": (64,), "output.weight": (100, 64)})
     assert more.architecture == "Qwen2ForCausalLM" and more.attention_bias and not more.output_bias
@@ -56,6 +57,8 @@ def test_gguf_metadata() -> None:
         ({"llama.attention.sliding_window": "x"}, "sliding_window is 'x'"),
         ({"llama.attention.value_length": np.array([16, 8], np.uint32)}, "differs between layers"),
         ({"llama.attention.causal": False}, "attention.causal"),
+        ({"general.architecture": "x" * 10**6}, "^the GGUF architecture 'x{80}' is not served"),
+        ({"llama.expert_count": np.array([0, 2], np.uint32)}, "expert_count differs between layers"),
     ],
 )
 def test_gguf_that_is_not_served(change: dict[str, Any], said: str) -> None:
@@ -120,7 +123,7 @@ def test_llama3_scaling_is_found_in_the_divisors_that_gguf_keeps(factor: float) 
     divisors = llama3_divisors(scaling, 500000.0, 16)
     metadata = GGUF | {"llama.rope.freq_base": 500000.0}
     assert from_gguf(metadata, TABLE, divisors).rope_scaling == scaling
-    for wrong in ([d * 1.1 for d in divisors], [], [math.inf] * 8, [math.nan] * 8):
+    for wrong in ([d * 1.1 for d in divisors], [], [math.inf] * 8, [math.nan] * 8, [0.0] * 8):
         with pytest.raises(BadModel, match="rope_freqs"):
             from_gguf(metadata, TABLE, wrong)
 
