@@ -96,7 +96,10 @@ async def _load(runtime: Runtime, on_failure: Callable[[Exception], None], find:
     mailbox = Mailbox(asyncio.get_running_loop())
     try:
         house: House = await asyncio.to_thread(assemble, runtime.settings, runtime.metrics, mailbox, find)
-    except Exception as error:
+    except asyncio.CancelledError:
+        raise
+    except BaseException as failure:  # a panic of a library is no Exception, and the start would hang
+        error = failure if isinstance(failure, Exception) else RuntimeError(str(failure))
         log.error("the server cannot start: %s", error, exc_info=not hasattr(error, "message"))
         runtime.state = "failed"
         on_failure(error)

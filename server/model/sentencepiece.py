@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from server.errors import BadModel
+from server.model.values import cut
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """`tokenizer.ggml.token_type`, in both kinds of vocabulary."""
@@ -45,7 +46,7 @@ def rebuild(
 
     Each text between added tokens begins with a space of the tokenizer's own if `space_prefix`, as with llama.cpp.
     What is no piece becomes the bytes of its UTF-8. Raises BadModel for a vocabulary that is not whole, or whose
-    scores leave open what is merged first.
+    scores leave open what is merged first, and what the library raises for one that it does not take.
     """
     _check(tokens, types, scores)
     # Control tokens and bytes are never made out of text, and added ones are cut out of it before anything is merged.
@@ -57,11 +58,7 @@ def rebuild(
     }
     merges = _merges(known)
     vocabulary = {piece: i for i, piece in enumerate(tokens)}
-    try:
-        model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    except Exception as error:  # the library raises plain Exception
-        raise BadModel(f"the GGUF file's tokenizer is not whole: {error}") from error
-    tokenizer = Tokenizer(model)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix: list[Any] = [normalizers.Prepend(SPACE)] if space_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
     steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -72,16 +69,16 @@ def rebuild(
 def _check(tokens: Sequence[str], types: Sequence[int], scores: npt.NDArray[np.float64]) -> None:
     if not np.isfinite(scores).all():
         at = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise BadModel(f"the GGUF file's tokenizer is not whole: the score of {tokens[at]!r} is {scores[at]}")
+        raise BadModel(f"the GGUF file's tokenizer is not whole: the score of {cut(tokens[at])!r} is {scores[at]}")
     seen: set[str] = set()
     for piece, kind in zip(tokens, types, strict=True):
         if piece in seen:
-            raise BadModel(f"the GGUF file's tokenizer is not whole: {piece!r} is there more than once")
+            raise BadModel(f"the GGUF file's tokenizer is not whole: {cut(piece)!r} is there more than once")
         seen.add(piece)
         if not NORMAL <= kind <= BYTE:
-            raise BadModel(f"the GGUF file's tokenizer is not whole: {piece!r} is of the unknown type {kind}")
+            raise BadModel(f"the GGUF file's tokenizer is not whole: {cut(piece)!r} is of the unknown type {kind}")
         if kind == BYTE and piece not in _BYTES:
-            raise BadModel(f"the GGUF file's tokenizer is not whole: {piece!r} is said to be a byte")
+            raise BadModel(f"the GGUF file's tokenizer is not whole: {cut(piece)!r} is said to be a byte")
     if missing := [name for name in _BYTES if name not in seen]:
         raise BadModel(
             f"the GGUF file's tokenizer is not whole: {len(missing)} of the 256 byte pieces are not there, "
@@ -97,20 +94,22 @@ def _merges(known: Mapping[str, float]) -> list[tuple[str, str]]:
     that grows from the left by the longest left part is what the leftmost pair comes to.
     """
     merges: list[tuple[float, int, str, str]] = []
+    # Only parts that are as long as a piece are looked up: all parts of one are the square of its length to copy.
+    lengths = {len(piece) for piece in known}
     made: dict[float, str] = {}
     for piece, score in known.items():
         ways = [
-            (-score, -cut, piece[:cut], piece[cut:])
-            for cut in range(1, len(piece))
-            if piece[:cut] in known and piece[cut:] in known
+            (-score, -at, piece[:at], piece[at:])
+            for at in range(1, len(piece))
+            if at in lengths and len(piece) - at in lengths and piece[:at] in known and piece[at:] in known
         ]
         if not ways:
             continue
         other = made.setdefault(score, piece)
         if other is not piece and len(set(other + piece)) > 1:
             raise BadModel(
-                f"the GGUF file's pieces {other!r} and {piece!r} share the score {score:g}: which of them is merged "
-                "first is then up to each text, which is not served"
+                f"the GGUF file's pieces {cut(other)!r} and {cut(piece)!r} share the score {score:g}: which of them is "
+                "merged first is then up to each text, which is not served"
             )
         merges += ways
     merges.sort(key=lambda merge: merge[:2])

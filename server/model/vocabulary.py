@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from server.errors import BadModel
 from server.model import sentencepiece
 from server.model.sentencepiece import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, is_spaces
+from server.model.values import cut
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,12 @@ _ENDS_IF_CONTROL = _ENDS | {"</s>", "<eos>", "<EOT>", "<｜end▁of▁sentence�
 """Those, and some that are text in other vocabularies, such as HTML's tags, and end an answer where they are control
 tokens."""
 
+_UNKNOWN_TEXT = "a\ua66e"
+"""What few vocabularies have a token for: one whose token for what is unknown is missing fails on it."""
+
+_ERROR = 200
+"""Characters of what the library says of a tokenizer that it does not take."""
+
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 """What a tokenizer.json says of an added token beside its text and id."""
 
@@ -110,14 +118,15 @@ def from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
     kind = _told(metadata, "tokenizer.ggml.model", str, None)
     if kind not in ("gpt2", "llama"):
         raise BadModel(
-            f"the GGUF tokenizer {kind!r} is not served, only byte-level BPE ('gpt2') and SentencePiece's BPE "
+            f"the GGUF tokenizer {cut(repr(kind))} is not served, only byte-level BPE ('gpt2') and SentencePiece's BPE "
             "('llama'); give the model's Hugging Face folder instead"
         )
     make = _byte_level if kind == "gpt2" else _sentencepiece
     try:
         tokens = _tokens(metadata)
         types = [int(kind) for kind in _numbers(metadata, "tokenizer.ggml.token_type", "iu", len(tokens))]
-        tokenizer, add_bos = make(metadata, tokens, types)
+        with _sound("the GGUF file's tokenizer is not whole"):
+            tokenizer, add_bos = make(metadata, tokens, types)
     except KeyError as error:
         raise BadModel(f"the GGUF file lacks {error.args[0]}") from error
     named = ("bos", "eos", "eot", "eom")
@@ -149,10 +158,8 @@ def from_folder(folder: Path) -> Vocabulary:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise BadModel(f"the model folder has no tokenizer.json; {_instead(folder)}")
-    try:
+    with _sound("tokenizer.json cannot be read"):
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises plain Exception
-        raise BadModel(f"tokenizer.json cannot be read: {error}") from error
     settings, generation, config = (
         read_json(folder / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
     )
@@ -162,7 +169,8 @@ def from_folder(folder: Path) -> Vocabulary:
     tokenizer.no_padding()
     named = {name: _token_id(tokenizer, settings.get(f"{name}_token")) for name in ("bos", "eos")}
     bos_id = named["bos"] if settings else _first(_ids(config.get("bos_token_id")))
-    plain, begun = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    with _sound("tokenizer.json fails on a text (is its unk_token in its vocabulary?)"):
+        plain, begun = (tokenizer.encode(_UNKNOWN_TEXT, add_special_tokens=special).ids for special in (False, True))
     begins = begun[:1] if begun[1 : 1 + len(plain)] == plain else []
     if bos_id is None:
         bos_id = _first(begins)
@@ -178,6 +186,18 @@ def from_folder(folder: Path) -> Vocabulary:
         add_bos=bool(add_bos),
         names={name: token for name, token in _named(settings).items() if tokenizer.token_to_id(token) is not None},
     )
+
+
+@contextmanager
+def _sound(what: str) -> Iterator[None]:
+    """Raises BadModel, beginning with `what`, where the library fails: it raises plain Exception, and a panic in it is
+    not even that. A KeyError passes: what the file lacks is told by its key."""
+    try:
+        yield
+    except (BadModel, KeyError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise BadModel(f"{what}: {cut(error, _ERROR)}") from error
 
 
 def write_folder(vocabulary: Vocabulary, folder: Path) -> None:
@@ -207,7 +227,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BadModel(f"{path.name} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise BadModel(f"{path.name} is not a JSON object")
@@ -252,24 +272,23 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
             "the GGUF file does not say how its tokenizer splits texts (tokenizer.ggml.pre); convert it anew"
         )
     if pre not in PRE_TOKENIZERS:
-        raise BadModel(f"the GGUF pre-tokenizer {pre!r} is not known; known are {', '.join(sorted(PRE_TOKENIZERS))}")
+        raise BadModel(
+            f"the GGUF pre-tokenizer {cut(pre)!r} is not known; known are {', '.join(sorted(PRE_TOKENIZERS))}"
+        )
     split = PRE_TOKENIZERS[pre]
     merges = metadata["tokenizer.ggml.merges"]
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    try:
-        pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
-        # What fills the table up is no text, and not in the tokenizer that the file was made of.
-        of = ("bos", "eos", "eot", "eom", "unknown")
-        named = {_told(metadata, f"tokenizer.ggml.{name}_token_id", int, None) for name in of}
-        merged = {part for pair in pairs for part in (*pair, "".join(pair))} if UNUSED in types else set()
-        vocabulary = {
-            _spelled(token) if kind == NORMAL and not alphabet.issuperset(token) else token: i
-            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind != UNUSED or i in named or token in merged
-        }
-        tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=split.whole))
-    except Exception as error:  # the library raises plain Exception
-        raise BadModel(f"the GGUF file's tokenizer is not whole: {error}") from error
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
+    # What fills the table up is no text, and not in the tokenizer that the file was made of.
+    of = ("bos", "eos", "eot", "eom", "unknown")
+    named = {_told(metadata, f"tokenizer.ggml.{name}_token_id", int, None) for name in of}
+    merged = {part for pair in pairs for part in (*pair, "".join(pair))} if UNUSED in types else set()
+    vocabulary = {
+        _spelled(token) if kind == NORMAL and not alphabet.issuperset(token) else token: i
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind != UNUSED or i in named or token in merged
+    }
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=split.whole))
     if split.nfc:
         tokenizer.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
@@ -372,7 +391,7 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
         # Several by name; the default one is for conversations without tools.
         template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
     if not isinstance(template, str | None):
-        raise BadModel(f"the chat_template is neither a text nor a list of named ones: {repr(template)[:80]}")
+        raise BadModel(f"the chat_template is neither a text nor a list of named ones: {cut(repr(template))}")
     return template or None
 
 
@@ -389,9 +408,11 @@ def _completed(tokenizer: Tokenizer, settings: Mapping[str, Any], table: Any, en
     try:
         for number, entry in listed.items():
             flags = {name: bool(entry.get(name, False)) for name in _FLAGS}
+            if not isinstance(entry["content"], str):
+                raise TypeError("a content is no text")
             told[entry["content"]] = {"id": int(number), "content": entry["content"], **flags}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadModel(f"tokenizer_config.json's added_tokens_decoder is not whole: {error!r}") from error
+        raise BadModel(f"tokenizer_config.json's added_tokens_decoder is not whole: {cut(repr(error))}") from error
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     ending = [content for content in (*told, *added) if tokenizer.token_to_id(content) in ends]
     ending += [content for content, entry in told.items() if entry["id"] in ends]
@@ -414,14 +435,12 @@ def _completed(tokenizer: Tokenizer, settings: Mapping[str, Any], table: Any, en
     for entry in state["added_tokens"]:
         entry["special"] |= entry["content"] in ordinary
     state["added_tokens"] += sorted(lacking, key=lambda entry: entry["id"])
-    try:
+    with _sound("tokenizer_config.json's added_tokens_decoder is not whole"):
         tokenizer = Tokenizer.from_str(json.dumps(state))
-    except Exception as error:  # the library raises plain Exception
-        raise BadModel(f"tokenizer_config.json's added_tokens_decoder is not whole: {error}") from error
     for entry in lacking:
         if tokenizer.token_to_id(entry["content"]) != entry["id"]:
             raise BadModel(
-                f"tokenizer_config.json gives {entry['content']!r} the id {entry['id']}, which it cannot have in "
+                f"tokenizer_config.json gives {cut(entry['content'])!r} the id {entry['id']}, which it cannot have in "
                 "tokenizer.json; save the tokenizer again with Transformers"
             )
     return tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
@@ -18,6 +19,7 @@ from server.api.runtime import Runtime
 from server.api.watchdog import EXIT_CODE, Watchdog
 from server.cli import logs
 from server.settings import Settings
+from tests.server.engine.conftest import Panic
 from tests.waiting import until
 
 
@@ -251,3 +253,27 @@ async def test_who_is_told_to_leave_while_it_loads_is_never_ready(monkeypatch: p
     runtime.drain()
     await server.app._load(runtime, lambda error: None, find=lambda *_: None)  # type: ignore[arg-type, return-value]
     assert runtime.state == "draining" and runtime.house is house
+
+
+@pytest.mark.parametrize("kind", [Panic, SystemExit, ValueError])
+async def test_whatever_fails_while_it_loads_fails_the_start(
+    monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    def failing(*_: object) -> None:
+        raise kind("at line 1")
+
+    monkeypatch.setattr(server.app, "assemble", failing)
+    runtime, failures = Runtime(Settings()), list[Exception]()
+    await server.app._load(runtime, failures.append, find=lambda *_: None)  # type: ignore[arg-type, return-value]
+    assert runtime.state == "failed" and [str(error) for error in failures] == ["at line 1"]
+
+
+async def test_a_start_that_is_cancelled_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def cancelled(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(asyncio, "to_thread", cancelled)
+    runtime = Runtime(Settings())
+    with pytest.raises(asyncio.CancelledError):
+        await server.app._load(runtime, lambda error: None, find=lambda *_: None)  # type: ignore[arg-type, return-value]
+    assert runtime.state == "loading"

@@ -180,6 +180,15 @@ def test_vocabularies_that_cannot_be_served(spm_metadata: dict[str, Any]) -> Non
     assert from_gguf(extended(spm_metadata, ("@@@", NORMAL, -2.0), ("###", NORMAL, -2.0)))
 
 
+def test_a_long_piece_takes_no_square_of_its_length(spm_metadata: dict[str, Any]) -> None:
+    started = time.perf_counter()
+    assert from_gguf(extended(spm_metadata, ("the" * 100_000, NORMAL, -700.0)))
+    assert time.perf_counter() - started < 1.0
+    with pytest.raises(BadModel) as e:
+        from_gguf(extended(spm_metadata, ("x" * 10**6, 9, 0.0)))
+    assert len(e.value.message) < 200
+
+
 def test_a_vocabulary_of_32000_pieces_takes_well_under_two_seconds() -> None:
     letters = "▁abcdefghijklmnopqrstuvwxyz"
     pairs = [a + b for a in letters for b in letters]

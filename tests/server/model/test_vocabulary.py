@@ -230,6 +230,7 @@ def test_folder_chat_templates_by_name(tmp_path: Path, trained: dict[str, Any]) 
         ("chat_template.json", b'{"chat_template": ["T"]}', "neither a text nor a list"),
         ("chat_template.json", b'{"chat_template": [{"name": "default", "template": 5}]}', "neither a text nor a list"),
         ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', r"tokenizer_config\.json cannot be read"),
+        ("generation_config.json", b"[" * 200_000, r"generation_config\.json cannot be read: maximum recursion"),
     ],
 )
 def test_texts_that_are_none(file: str, content: bytes, said: str, tmp_path: Path, trained: dict[str, Any]) -> None:
@@ -359,7 +360,15 @@ def test_added_tokens_that_only_the_settings_have(tmp_path: Path, trained: dict[
     folder(tmp_path, from_gguf(trained), added_tokens_decoder={str(size + 7): {"content": "<end>"}})
     with pytest.raises(BadModel, match=f"'<end>' the id {size + 7}"):
         from_folder(tmp_path)
-    for broken in ({"x": {"content": "<end>"}}, {"5": {}}, {"5": "<end>"}, ["<end>"], {"-5": {"content": "<end>"}}):
+    for broken in (
+        {"x": {"content": "<end>"}},
+        {"5": {}},
+        {"5": "<end>"},
+        ["<end>"],
+        {"-5": {"content": "<end>"}},
+        {"5": {"content": 5}},
+        {"5": {"content": None}},
+    ):
         folder(tmp_path, from_gguf(trained), added_tokens_decoder=broken)
         with pytest.raises(BadModel, match="added_tokens_decoder is not whole"):
             from_folder(tmp_path)
@@ -380,6 +389,35 @@ def test_folder_refusals(tmp_path: Path, trained: dict[str, Any]) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadModel, match=r"tokenizer\.json cannot be read"):
         from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": {"continuing_subword_prefix": "x" * 50}}, "cannot be read: range end index"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}}, "fails on a text"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0, "<end>": 1}, "unk_token": "<unk>"}}, "Missing .UNK. token"),
+        ({"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}}, "is its unk_token in its vocabulary"),
+    ],
+    ids=["panic_in_loading", "panic_in_encoding", "words", "unigram"],
+)
+def test_a_tokenizer_on_which_the_library_fails_is_refused(
+    change: dict[str, Any], said: str, tmp_path: Path, trained: dict[str, Any]
+) -> None:
+    """Some of it are panics, which are no Exception."""
+    file = folder(tmp_path, from_gguf(trained)) / "tokenizer.json"
+    saved = json.loads(file.read_text())
+    model = change.get("model", {})
+    saved |= change | {"model": model if "type" in model else saved["model"] | model}
+    file.write_text(json.dumps(saved))
+    with pytest.raises(BadModel, match=said):
+        from_folder(tmp_path)
+
+
+def test_a_pre_tokenizer_of_a_long_name_is_cut(trained: dict[str, Any]) -> None:
+    with pytest.raises(BadModel) as e:
+        from_gguf(trained | {"tokenizer.ggml.pre": "x" * 10**6})
+    assert len(e.value.message) < 400
 
 
 @pytest.mark.parametrize("kind", ["trained", "spm_metadata"])
