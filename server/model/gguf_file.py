@@ -7,18 +7,19 @@ that, and llama.cpp's order of the rows of q and k, is in checkpoint.py.
 
 from __future__ import annotations
 
-import mmap
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from server.errors import BadModel
 from server.kernels.weight import STORED, Weight
+from server.model.values import cut
 
 MAGIC = b"GGUF"
 F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
@@ -49,22 +50,21 @@ class TensorInfo:
 
 
 class GgufFile:
-    """An open file, mapped read-only. Raises BadModel if it is no GGUF file, is truncated, or is of another version.
+    """A file whose header has been read. Raises BadModel if it is no GGUF file, is truncated, or is of another version.
 
-    `metadata` holds every key, arrays of numbers as numpy arrays and of strings as lists.
+    `metadata` holds every key, arrays of numbers as numpy arrays and of strings as lists. Tensors are read, not mapped:
+    a file that somebody cuts short meanwhile would end the process. Reading them raises BadModel then.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            if path.stat().st_size < 24:
-                raise BadModel(f"{path.name} is too short for a GGUF file")
-            # private and copy-on-write, since torch has no read-only tensors; nothing here writes, so nothing is copied
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         try:
-            self.metadata, self.tensors = _Header(self._map, path.name).read()
-        except (struct.error, UnicodeDecodeError, ValueError, OverflowError) as error:
+            with path.open("rb") as file:
+                self.metadata, self.tensors = _Header(file, path.name).read()
+        except ValueError as error:
             raise BadModel(f"{path.name} is not a whole GGUF file: {error}") from error
+        except OSError as error:
+            raise BadModel(f"{path.name} cannot be read: {error.strerror or error}") from error
 
     def rows(self, name: str) -> Rows:
         """The tensor as rows of floats, read on demand."""
@@ -105,10 +105,15 @@ class GgufFile:
         return Weight("int4", STORED, shape, BLOCK, tensors)
 
     def _bytes(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-        """Bytes of rows start..stop as uint8 [rows, bytes], a view of the map; a vector is one row."""
+        """Bytes of rows start..stop as uint8 [rows, bytes]; a vector is one row."""
         row = info.nbytes // info.shape[0] if len(info.shape) > 1 else info.nbytes
-        count, offset = (stop - start) * row, info.offset + start * row
-        return torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=offset).view(stop - start, row)
+        try:
+            data = np.fromfile(self.path, np.uint8, (stop - start) * row, offset=info.offset + start * row)
+        except OSError as error:
+            raise BadModel(f"{self.path.name} cannot be read: {error.strerror or error}") from error
+        if len(data) != (stop - start) * row:
+            raise BadModel(f"{self.path.name} was cut short while it was read; start again")
+        return torch.from_numpy(data).view(stop - start, row)
 
 
 class Rows:
@@ -124,7 +129,7 @@ class Rows:
         assert step == 1
         info = self._info
         if info.kind in _FLOATS:
-            return self._file._bytes(info, start, stop).clone().view(self.dtype)
+            return self._file._bytes(info, start, stop).view(self.dtype)
         from gguf.quants import dequantize
 
         values = torch.empty((stop - start, self.shape[1]), dtype=torch.float32)
@@ -136,7 +141,7 @@ class Rows:
                     block = dequantize(self._file._bytes(info, first, last).numpy(), kind)
                 values[first - start : last - start] = torch.from_numpy(block)
         except NotImplementedError as error:
-            raise BadModel(f"tensors of the GGUF type {kind.name} cannot be read ({info.name})") from error
+            raise BadModel(f"tensors of the GGUF type {kind.name} cannot be read ({cut(info.name)})") from error
         return values
 
 
@@ -146,33 +151,37 @@ _MAX_DEPTH = 8
 class _Header:
     """Reads the header from its start to its end, once."""
 
-    def __init__(self, data: mmap.mmap, name: str) -> None:
-        self._data = data
-        self._name = name
-        self._at = 0
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name = file, name
+        self._size, self._at = os.fstat(file.fileno()).st_size, 0
 
     def read(self) -> tuple[dict[str, Any], Mapping[str, TensorInfo]]:
-        if self._data[:4] != MAGIC:
+        if self._take(4) != MAGIC:
             raise BadModel(f"{self._name} is not a GGUF file")
-        self._at = 4
         version = self._scalar("<I")
+        if version in (2 << 24, 3 << 24):
+            raise BadModel(f"{self._name} is big-endian; convert the model to a little-endian GGUF file")
         if version not in (2, 3):
             raise BadModel(f"{self._name} is of GGUF version {version}; versions 2 and 3, little-endian, are read")
         tensor_count, key_count = self._scalar("<Q"), self._scalar("<Q")
-        metadata = {}
+        metadata: dict[str, Any] = {}
         for _ in range(key_count):
             key = self._string()
+            if key in metadata:
+                raise ValueError(f"it has the key {cut(key)} twice")
             metadata[key] = self._value(self._scalar("<I"))
         found = [self._tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError("general.alignment is no positive whole number")
         start = -(-self._at // alignment) * alignment
-        tensors = {}
+        tensors: dict[str, TensorInfo] = {}
         for name, kind, shape, offset in found:
+            if name in tensors:
+                raise ValueError(f"it has the tensor {cut(name)} twice")
             nbytes = _nbytes(name, kind, shape)
-            if start + offset + nbytes > len(self._data):
-                raise BadModel(f"{self._name} is truncated: it ends before {name}")
+            if start + offset + nbytes > self._size:
+                raise BadModel(f"{self._name} is truncated: it ends before {cut(name)}")
             tensors[name] = TensorInfo(name, kind, shape, start + offset, nbytes)
         return metadata, tensors
 
@@ -180,22 +189,22 @@ class _Header:
         name = self._string()
         dimensions = self._scalar("<I")
         if not 1 <= dimensions <= 4:
-            raise ValueError(f"{name} has {dimensions} dimensions")
+            raise ValueError(f"{cut(name)} has {dimensions} dimensions")
         shape = tuple(self._scalar("<Q") for _ in range(dimensions))[::-1]
         return name, self._scalar("<I"), shape, self._scalar("<Q")
 
+    def _take(self, size: int) -> bytes:
+        data = self._file.read(size) if self._at + size <= self._size else b""
+        if len(data) != size:
+            raise ValueError("it ends inside its header")
+        self._at += size
+        return data
+
     def _scalar(self, form: str) -> Any:
-        (value,) = struct.unpack_from(form, self._data, self._at)
-        self._at += struct.calcsize(form)
-        return value
+        return struct.unpack(form, self._take(struct.calcsize(form)))[0]
 
     def _string(self) -> str:
-        length = self._scalar("<Q")
-        text = self._data[self._at : self._at + length]
-        if len(text) != length:
-            raise ValueError("it ends inside a text")
-        self._at += length
-        return text.decode()
+        return self._take(self._scalar("<Q")).decode()
 
     def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
@@ -204,28 +213,14 @@ class _Header:
             return self._scalar(_form(kind))
         kind, count = self._scalar("<I"), self._scalar("<Q")
         if kind == _STRING:
-            return self._strings(count)
+            return [self._string() for _ in range(count)]
         if kind == _ARRAY:
             # a list inside a list inside a list: no model has one, and each level is a level of our own stack
             if depth == _MAX_DEPTH:
                 raise ValueError("lists are nested too deeply")
             return [self._value(_ARRAY, depth + 1) for _ in range(count)]
-        values = np.frombuffer(self._data, np.dtype(_form(kind)), count, self._at)
-        self._at += values.nbytes
-        return values
-
-    def _strings(self, count: int) -> list[str]:
-        """Like `_string`, `count` times, without the calls: there are 100,000 in a vocabulary."""
-        data, at, end, read = self._data, self._at, len(self._data), int.from_bytes
-        texts = []
-        for _ in range(count):
-            start = at + 8
-            at = start + read(data[at:start], "little")
-            if at > end or start > end:
-                raise ValueError("it ends inside a list of texts")
-            texts.append(data[start:at].decode())
-        self._at = at
-        return texts
+        form = np.dtype(_form(kind))
+        return np.frombuffer(self._take(count * form.itemsize), form)
 
 
 def _form(kind: int) -> str:
@@ -242,7 +237,7 @@ def _nbytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
 
         values, size = GGML_QUANT_SIZES[_gguf_type(kind)]
     if shape[-1] % values or 0 in shape:
-        raise ValueError(f"{name} of shape {shape} is not made of whole blocks of {values}")
+        raise ValueError(f"{cut(name)} of shape {shape} is not made of whole blocks of {values}")
     total = size
     for length in (*shape[:-1], shape[-1] // values):
         total *= length

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -108,6 +109,36 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     other.write_bytes(b"GGUF\x01\x00\x00\x00" + whole[8:])
     with pytest.raises(BadModel, match="version 1"):
         GgufFile(other)
+    other.write_bytes(b"GGUF\x00\x00\x00\x03" + whole[8:])
+    with pytest.raises(BadModel, match="big-endian; convert"):
+        GgufFile(other)
+
+
+def test_a_key_or_a_tensor_is_there_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", {"wa": (values(2, 32), KINDS.Q8_0), "wb": (values(2, 32), KINDS.Q8_0)})
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"\2\0\0\0\0\0\0\0wb", b"\2\0\0\0\0\0\0\0wa"))
+    with pytest.raises(BadModel, match="it has the tensor wa twice"):
+        GgufFile(path)
+    path.write_bytes(whole.replace(b"llama.rope.freq_base", b"general.architecture"))
+    with pytest.raises(BadModel, match="it has the key general.architecture twice"):
+        GgufFile(path)
+
+
+@pytest.mark.parametrize("kind", [KINDS.Q4_0, KINDS.F32, KINDS.Q5_1])
+def test_a_file_that_is_cut_short_while_it_is_read_is_refused(tmp_path: Path, kind: KINDS) -> None:
+    """Pages of a mapped one that are no longer there would end the process."""
+    path = write(tmp_path / "m.gguf", {"w": (values(64, 64), kind)})
+    file = GgufFile(path)
+    os.truncate(path, 500)
+    for read in (file.stored, file.floats) if kind == KINDS.Q4_0 else (file.floats,):
+        with pytest.raises(BadModel, match=r"m\.gguf was cut short while it was read; start again"):
+            read("w")
+    path.unlink()
+    with pytest.raises(BadModel, match=r"m\.gguf cannot be read: No such file"):
+        file.floats("w")
+    with pytest.raises(BadModel, match=r"m\.gguf cannot be read: No such file"):
+        GgufFile(path)
 
 
 def test_a_type_that_nobody_here_knows_is_no_damage(tmp_path: Path) -> None:
