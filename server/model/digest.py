@@ -1,6 +1,7 @@
-"""Content digests of files, remembered by path, size and time, so that a warm start need not read gigabytes.
+"""Content digests of files, remembered by path and stamp, so that a warm start need not read gigabytes.
 
-Owns the one JSON file that remembers them. Deleting it costs a start the time to read its model once.
+Owns what tells that a file is no longer the same, and the one JSON file that remembers digests. Deleting it costs a
+start the time to read its model once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -19,6 +21,25 @@ log = logging.getLogger(__name__)
 REMEMBERED = "digests.json"
 _STEP = 1 << 22
 _SETTLED = 2.0  # seconds: a file of just now could still change within one tick of its clock
+
+Stamp = tuple[int, int, int, int]
+"""Inode, size, and the times of the last write and the last change of a file: nobody can set the last one back."""
+
+
+def stamp(path: Path) -> Stamp:
+    """Raises OSError."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def stamps(source: Path) -> dict[Path, Stamp]:
+    """Those of a file, or of all files in a folder. What cannot be looked at has none."""
+    found = {}
+    with suppress(OSError):
+        for path in source.iterdir() if source.is_dir() else [source]:
+            with suppress(OSError):
+                found[path] = stamp(path)
+    return found
 
 
 def sha256(path: Path, start: int = 0, stop: int | None = None) -> str:
@@ -38,26 +59,37 @@ class Digests:
 
     def __init__(self, directory: Path | None) -> None:
         self._path = None if directory is None else directory / REMEMBERED
-        self._known: dict[str, tuple[int, int, str]] = {}
+        self._known: dict[str, tuple[Stamp, str]] = {}
         if self._path is not None:
             try:
                 content = json.loads(self._path.read_text(encoding="utf-8"))
-                self._known = {str(k): (int(s), int(t), str(d)) for k, (s, t, d) in content.items()}
+                # An earlier version remembered less than a stamp: none equals that.
+                self._known = {str(k): (tuple(told), str(digest)) for k, (*told, digest) in content.items()}
             except FileNotFoundError:
                 pass
             except (ValueError, TypeError, AttributeError, OSError) as error:
                 log.warning("%s is not readable and is made anew: %s", self._path.name, error)
 
     def of(self, path: Path, start: int = 0, stop: int | None = None) -> str:
-        """SHA-256 of the file's bytes, from memory if it still has the size and time that it had. Raises OSError."""
-        key, stat = f"{path.resolve()}[{start}:{stop}]", path.stat()
-        size, modified, digest = self._known.get(key, (0, 0, ""))
-        if digest and (size, modified) == (stat.st_size, stat.st_mtime_ns):
+        """SHA-256 of the file's bytes, from memory if it still has the stamp that it had. Raises OSError."""
+        key, now = f"{path.resolve()}[{start}:{stop}]", stamp(path)
+        known, digest = self._known.get(key, (None, ""))
+        if known == now:
             return digest
         digest = sha256(path, start, stop)
-        if abs(time.time() - stat.st_mtime) > _SETTLED:
-            self._remember(key, (stat.st_size, stat.st_mtime_ns, digest))
+        if abs(time.time() - now[2] / 1e9) > _SETTLED:
+            self._remember({key: (now, digest)})
         return digest
+
+    def note_use(self, path: Path) -> None:
+        """Note in a file's time of access that it is used: many disks do not. That changes its stamp, and what is known
+        of it stays known. Raises OSError."""
+        before = stamp(path)
+        os.utime(path, ns=(time.time_ns(), before[2]))
+        after, start = stamp(path), f"{path.resolve()}["
+        known = {k: (after, d) for k, (s, d) in self._known.items() if k.startswith(start) and s == before}
+        if known:
+            self._remember(known)
 
     def of_all(self, root: Path, paths: Iterable[Path]) -> str:
         """SHA-256 over the names below `root` and the digests of several files, whatever their order."""
@@ -66,8 +98,8 @@ class Digests:
             total.update(f"{path.relative_to(root).as_posix()} {self.of(path)}\n".encode())
         return total.hexdigest()
 
-    def _remember(self, key: str, entry: tuple[int, int, str]) -> None:
-        self._known[key] = entry
+    def _remember(self, entries: Mapping[str, tuple[Stamp, str]]) -> None:
+        self._known |= entries
         if self._path is None:
             return
         self._known = {k: v for k, v in self._known.items() if Path(k.rsplit("[", 1)[0]).exists()}
@@ -76,7 +108,7 @@ class Digests:
             handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=REMEMBERED)
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    json.dump(self._known, file)
+                    json.dump({key: [*told, digest] for key, (told, digest) in self._known.items()}, file)
                 os.replace(name, self._path)
             except OSError:
                 os.unlink(name)

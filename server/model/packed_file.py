@@ -156,7 +156,7 @@ def open_packed(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed 
     """The packed file, mapped; None if there is none. One that is damaged, of another key or another user is removed,
     where that is allowed, with a line.
 
-    The bytes are verified once for each size and time of the file.
+    The bytes are verified once for each stamp of the file, but for what noting this use changes of it.
     """
     _remove_abandoned(path.parent)
     try:
@@ -164,7 +164,7 @@ def open_packed(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed 
             return None
         packed = _mapped(path, key, digests)
         with suppress(OSError):  # on a read-only disk nobody removes it either
-            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # opened: many disks do not note that
+            digests.note_use(path)
         return packed
     except PermissionError as error:  # another user's
         log.warning("the packed cache %s cannot be read and is made again: %s", path.name, error)

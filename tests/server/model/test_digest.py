@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -33,3 +34,42 @@ def test_a_file_that_is_not_of_just_now_is_read_once(
     monkeypatch.setattr(digest, "sha256", reading)
     assert Digests(tmp_path).of(file) == Digests(tmp_path).of(file) == sha256(file)
     assert len(read) == reads
+
+
+@pytest.mark.parametrize("how", ["written", "replaced"])
+def test_a_file_of_the_same_size_and_time_is_another(tmp_path: Path, how: str) -> None:
+    file, other = tmp_path / "base.gguf", tmp_path / "other"
+    for path, content in ((file, b"one"), (other, b"two")):
+        path.write_bytes(content)
+        os.utime(path, (1e9, 1e9))
+    assert Digests(tmp_path).of(file) == digest.sha256(file)
+    if how == "replaced":
+        os.replace(other, file)
+    else:
+        file.write_bytes(b"two")
+        os.utime(file, (1e9, 1e9))
+    assert Digests(tmp_path).of(file) == digest.sha256(file)
+
+
+def test_what_an_earlier_version_remembered_is_not_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It knew size and time of the last write alone."""
+    file = tmp_path / "base.gguf"
+    file.write_bytes(b"base")
+    os.utime(file, (1e9, 1e9))
+    remembered = tmp_path / digest.REMEMBERED
+    remembered.write_text(json.dumps({f"{file}[0:None]": [4, 10**18, "wrong"]}))
+    assert Digests(tmp_path).of(file) == digest.sha256(file) and caplog.text == ""
+    assert json.loads(remembered.read_text()) == {f"{file}[0:None]": [*digest.stamp(file), digest.sha256(file)]}
+
+
+def test_a_use_that_is_noted_leaves_a_file_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "base.packed"
+    file.write_bytes(b"base")
+    os.utime(file, (1e9, 1e9))
+    digests = Digests(tmp_path)
+    whole, part = digests.of(file), digests.of(file, 1, 3)
+    before = digest.stamp(file)
+    digests.note_use(file)
+    assert digest.stamp(file) != before and file.stat().st_mtime == 1e9 < file.stat().st_atime
+    monkeypatch.setattr(digest, "sha256", None)
+    assert (Digests(tmp_path).of(file), Digests(tmp_path).of(file, 1, 3)) == (whole, part)
