@@ -6,6 +6,8 @@ under Transformers' module paths. Does not know backends or caches (loader.py).
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,9 +24,10 @@ from server.model import config as model_config
 from server.model import gguf_config
 from server.model import vocabulary as model_vocabulary
 from server.model.config import ModelConfig
-from server.model.digest import Digests
+from server.model.digest import Digests, stamps
 from server.model.gguf_file import BLOCK, GgufFile
 from server.model.quantization import GROUPS, Quantization, Rows, check_finite, quantize, quantize_table
+from server.model.values import cut
 from server.model.vocabulary import Vocabulary, read_json
 
 MANIFEST = "loramux.json"
@@ -50,6 +53,9 @@ class Checkpoint(Protocol):
     notes: list[str]
 
     def vocabulary(self) -> Vocabulary: ...
+
+    def check_unchanged(self) -> None:
+        """Raises BadModel if a file that the digest is of is no longer what it was before it was opened."""
 
     def digest(self, digests: Digests) -> str:
         """SHA-256 of all that makes it what it is."""
@@ -82,6 +88,22 @@ def open_checkpoint(source: Path) -> Checkpoint:
     raise BadModel(f"there is no model at {source}", "model")
 
 
+class _Watched:
+    """The files of a checkpoint as they were before it was opened: they are opened anew, by name, for each part."""
+
+    def __init__(self, source: Path) -> None:
+        self._source, self._before = source, stamps(source)
+
+    def files(self) -> list[Path]:
+        """All that the digest is of."""
+        raise NotImplementedError
+
+    def check_unchanged(self) -> None:
+        now = stamps(self._source)
+        if any(self._before.get(path) != now.get(path) for path in self.files()):
+            raise BadModel(f"{self._source.name} changed while it was read; start again")
+
+
 def _linear(rows: Rows, quantization: Quantization, name: str) -> Weight:
     return quantize(rows, quantization.scheme, quantization.linear_group, quantization.double_quant, name)
 
@@ -111,9 +133,10 @@ _GGUF_NORMS = {
 }
 _GGUF_TOP = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
 _ROPE_FACTORS = "rope_freqs.weight"
+_LAYER = re.compile(r"0|[1-9][0-9]*")
 
 
-class Gguf:
+class Gguf(_Watched):
     """A GGUF file. Q4_0 and Q4_1 linears and Q8_0 tables are taken over without loss, others re-quantized.
 
     llama.cpp keeps the rows of q and k of the `llama` and `smollm3` architectures in another order, in which the two
@@ -121,12 +144,13 @@ class Gguf:
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__(path)
         self._file = GgufFile(path)
         metadata, tensors = self._file.metadata, self._file.tensors
         parts = metadata.get("split.count", 1)
         if isinstance(parts, int) and parts > 1:
             raise BadModel(f"{path.name} is one of {parts} parts; merge them into one file first")
-        factors = self._file.floats(_ROPE_FACTORS).tolist() if _ROPE_FACTORS in tensors else None
+        factors = self._file.floats(_ROPE_FACTORS).flatten().tolist() if _ROPE_FACTORS in tensors else None
         self.config = gguf_config.from_gguf(metadata, {n: t.shape for n, t in tensors.items()}, factors)
         self.notes: list[str] = []
         self._names = {_from_gguf(name): name for name in tensors if name != _ROPE_FACTORS}
@@ -136,6 +160,9 @@ class Gguf:
 
     def vocabulary(self) -> Vocabulary:
         return model_vocabulary.from_gguf(self._file.metadata)
+
+    def files(self) -> list[Path]:
+        return [self._file.path]
 
     def digest(self, digests: Digests) -> str:
         return digests.of(self._file.path)
@@ -206,20 +233,21 @@ def _from_gguf(name: str) -> str:
     parts = name.split(".")
     if len(parts) == 2 and parts[0] in _GGUF_TOP:
         return f"{_GGUF_TOP[parts[0]]}.{parts[1]}"
-    if len(parts) == 4 and parts[0] == "blk" and parts[1].isdigit():
+    if len(parts) == 4 and parts[0] == "blk" and _LAYER.fullmatch(parts[1]):
         known = _GGUF_LINEARS.get(parts[2]) or _GGUF_NORMS.get(parts[2])
         if known is not None:
-            return f"model.layers.{int(parts[1])}.{known}.{parts[3]}"
-    raise BadModel(f"the GGUF file has the tensor {name}, which no architecture that is served has")
+            return f"model.layers.{parts[1]}.{known}.{parts[3]}"
+    raise BadModel(f"the GGUF file has the tensor {cut(name)}, which no architecture that is served has")
 
 
 # -- folders
 
 
-class Folder:
+class Folder(_Watched):
     """A Hugging Face folder: config.json, tokenizer.json, one or several safetensors files."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
         self._folder = folder
         self.config = model_config.from_hf(read_json(folder / "config.json"))
         self.notes: list[str] = []
@@ -236,9 +264,12 @@ class Folder:
     def vocabulary(self) -> Vocabulary:
         return model_vocabulary.from_folder(self._folder)
 
-    def digest(self, digests: Digests) -> str:
+    def files(self) -> list[Path]:
         index = [] if self._index is None else [self._index]
-        return digests.of_all(self._folder, _identity_files(self._folder, [*self._shards.files, *index]))
+        return _identity_files(self._folder, [*self._shards.files, *index])
+
+    def digest(self, digests: Digests) -> str:
+        return digests.of_all(self._folder, self.files())
 
     def effective(self, asked: Quantization) -> Quantization:
         return asked if asked.scheme == "none" else replace(asked, group=asked.linear_group)
@@ -248,10 +279,7 @@ class Folder:
         for paths, kind in ((self.config.table_shapes(), _table), (self.config.linear_shapes(), _linear)):
             asked = {self._embedding if path == "model.embed_tokens" else f"{path}.weight": path for path in paths}
             for name, tensor in self._shards.read(asked):
-                if tensor.dtype not in _FLOATS:
-                    raise BadModel(
-                        f"{name} is of the type {tensor.dtype}, which is not read; give 16- or 32-bit floats"
-                    )
+                _check_float(name, tensor)
                 path = asked[name]
                 yield path, kind(tensor, quantization, path)
 
@@ -279,14 +307,17 @@ class Folder:
         return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and self.config.tie_word_embeddings)
 
 
-class QuantizedFolder:
+class QuantizedFolder(_Watched):
     """A folder of the stored layout, as `quantize_folder` writes it: its tensors are taken over as they are."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
         self._folder = folder
         manifest = read_json(folder / MANIFEST)
         if manifest.get("format") != MANIFEST_FORMAT:
-            raise BadModel(f"{MANIFEST} is of format {manifest.get('format')!r}; this version reads {MANIFEST_FORMAT}")
+            raise BadModel(
+                f"{MANIFEST} is of format {cut(repr(manifest.get('format')))}; this version reads {MANIFEST_FORMAT}"
+            )
         self.config = model_config.from_hf(read_json(folder / "config.json"))
         try:
             self._weights: dict[str, dict[str, Any]] = manifest["weights"]
@@ -297,7 +328,7 @@ class QuantizedFolder:
             for entry in self._weights.values():
                 _check_entry(entry)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise BadModel(f"{MANIFEST} is not whole: {error!r}") from error
+            raise BadModel(f"{MANIFEST} is not whole: {cut(repr(error))}") from error
         norms = {name: shape for name, shape in self._shards.shapes.items() if name in self.config.tensor_shapes()}
         _check_shapes(shapes | norms, self.config)
         needed = [f"{path}.{part}" for path, entry in self._weights.items() for part in entry["tensors"]]
@@ -306,8 +337,11 @@ class QuantizedFolder:
     def vocabulary(self) -> Vocabulary:
         return model_vocabulary.from_folder(self._folder)
 
+    def files(self) -> list[Path]:
+        return _identity_files(self._folder, self._shards.files)
+
     def digest(self, digests: Digests) -> str:
-        return digests.of_all(self._folder, _identity_files(self._folder, self._shards.files))
+        return digests.of_all(self._folder, self.files())
 
     def effective(self, asked: Quantization) -> Quantization:
         if asked not in (self._quantization, replace(self._quantization, group=None)):
@@ -361,8 +395,8 @@ class _Shards:
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise BadModel(f"the model names the file {name!r}, which is not in its folder")
+            if Path(name).name != name or not os.path.isfile(folder / name):
+                raise BadModel(f"the model names the file {cut(name)!r}, which is not in its folder")
         self.files = [folder / name for name in names]
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._owner: dict[str, Path] = {}
@@ -370,7 +404,7 @@ class _Shards:
             with _opened(path) as file:
                 for name in file.keys():
                     if name in self._owner:
-                        raise BadModel(f"{name} is in both {self._owner[name].name} and {path.name}")
+                        raise BadModel(f"{cut(name)} is in both {self._owner[name].name} and {path.name}")
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
                     self._owner[name] = path
 
@@ -395,10 +429,16 @@ class _Shards:
                         yield name, file.get_tensor(name)
 
     def floats(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same in float32. Raises BadModel for values that are not finite."""
+        """The same in float32. Raises BadModel for another type than floats, and for values that are not finite."""
         for name, tensor in self.read(names):
+            _check_float(name, tensor)
             check_finite(name, tensor)
             yield name, tensor.float()
+
+
+def _check_float(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in _FLOATS:
+        raise BadModel(f"{name} is of the type {tensor.dtype}, which is not read; give 16- or 32-bit floats")
 
 
 @contextmanager
@@ -442,7 +482,9 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig) -> 
     _check_names(set(expected), set(found))
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
-            raise BadModel(f"{name} has the shape {list(found[name])}, the model's config asks for {list(shape)}")
+            raise BadModel(
+                f"{name} has the shape {cut(list(found[name]))}, the model's config asks for {cut(list(shape))}"
+            )
 
 
 def _check_names(expected: set[str], found: set[str]) -> None:
@@ -453,5 +495,5 @@ def _check_names(expected: set[str], found: set[str]) -> None:
 
 
 def _some(names: Collection[str]) -> str:
-    listed = sorted(names)
+    listed = [cut(name) for name in sorted(names)]
     return ", ".join(listed[:NAMED]) + (f" and {len(listed) - NAMED} more" if len(listed) > NAMED else "")

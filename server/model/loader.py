@@ -31,6 +31,7 @@ from server.model.config import ModelConfig, to_hf
 from server.model.digest import Digests
 from server.model.packed_file import Packed, PackedWriter, open_packed, packed_path
 from server.model.quantization import Quantization, bits
+from server.model.values import cut
 from server.model.vocabulary import Vocabulary, write_folder, write_json
 
 log = logging.getLogger(__name__)
@@ -148,6 +149,7 @@ def _load(
         packed = _cached(checkpoint, settings, backend, cache_dir, key, digests, progress)
     if packed is None:
         packed = _in_memory(checkpoint, settings, backend, progress)
+    checkpoint.check_unchanged()
     identity = json.dumps([source_digest, settings.describe()], sort_keys=True)
     return Base(
         name=name,
@@ -194,6 +196,7 @@ def quantize_folder(
             summary = _write_shards(checkpoint, settings, partial, progress)
             write_json(partial / "config.json", described)
             write_folder(vocabulary, partial)
+            checkpoint.check_unchanged()
             os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -293,6 +296,7 @@ def _cached(
                 counter.add(weight)
             for name, tensor in checkpoint.tensors():
                 writer.add_tensor(name, tensor)
+            checkpoint.check_unchanged()
             writer.finish(tuple(checkpoint.notes[opened:]))
         return open_packed(path, key, digests)
     except OSError as error:
@@ -328,7 +332,7 @@ def _check_vocabulary(vocabulary: Vocabulary, config: ModelConfig) -> None:
     if vocabulary.size > config.vocab_size:
         raise BadModel(
             f"the tokenizer has tokens up to {vocabulary.size - 1} "
-            f"({vocabulary.tokenizer.id_to_token(vocabulary.size - 1)!r}), the model's table ends before "
+            f"({cut(vocabulary.tokenizer.id_to_token(vocabulary.size - 1))!r}), the model's table ends before "
             f"{config.vocab_size}; take those that it lacks out of the tokenizer's files, or give the model whose "
             "table was resized for them"
         )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from server.errors import BadModel, BadSetting, Conflict
 from server.kernels import choose
 from server.kernels.reference import Reference
 from server.kernels.stored import dequantize_stored
+from server.kernels.weight import Weight
 from server.model.config import ModelConfig, RopeScaling
 from server.model.gguf_config import llama3_divisors
 from server.model.gguf_file import GgufFile
@@ -233,6 +235,16 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, tiny_vocabulary: Voca
         load(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+def test_norms_are_floats_as_matrices_are(tmp_path: Path, tiny_vocabulary: Vocabulary, dtype: torch.dtype) -> None:
+    file = saved(tmp_path, "Llama", tiny_vocabulary) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    save_file(tensors, file)
+    with pytest.raises(BadModel, match=rf"model\.norm\.weight is of the type {dtype}, which is not read"):
+        load(tmp_path)
+
+
 def test_why_a_file_of_weights_cannot_be_opened_is_told(
     tmp_path: Path, tiny_vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +331,39 @@ def test_a_damaged_cache_is_made_again(
     with caplog.at_level(logging.WARNING):
         assert same(first, load(source, cache_dir=cache))
     assert "made again" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_base_that_is_replaced_while_it_is_read_is_refused(
+    tmp_path: Path, tiny_vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch, kind: str, cached: bool
+) -> None:
+    """Else its cache would hold the weights of one under the digest of the other for good."""
+    if kind == "folder":
+        file = saved(tmp_path / "m", "Llama", tiny_vocabulary) / "model.safetensors"
+    else:
+        file = to_gguf(tmp_path / "m", "Llama", tiny_vocabulary, TYPES.Q4_0, TYPES.Q8_0)
+    other, cache = tmp_path / "other", tmp_path / "cache"
+    other.write_bytes(file.read_bytes())
+
+    class Replacing(Reference):
+        def pack(self, weight: Weight) -> Weight:
+            if other.exists():
+                os.replace(other, file)
+            return super().pack(weight)
+
+    with pytest.raises(BadModel, match="m changed while it was read; start again"):
+        load_base(tmp_path / "m", name="m", backend=Replacing(), cache_dir=cache if cached else None)
+    assert list(cache.glob("base-*")) == []
+    assert load(tmp_path / "m", cache_dir=cache)
+
+
+def test_a_base_that_is_replaced_while_it_is_quantized_is_refused(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    source = saved(tmp_path / "m", "Llama", tiny_vocabulary)
+    config = source / "config.json"
+    with pytest.raises(BadModel, match="m changed while it was read; start again"):
+        quantize_folder(source, tmp_path / "q", progress=lambda *_: config.write_bytes(config.read_bytes()))
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_a_full_disk_costs_the_cache_only(
@@ -516,6 +561,9 @@ def test_shards_lie_in_the_folder_and_have_each_tensor_once(tmp_path: Path, tiny
     index.write_text(json.dumps({"weight_map": dict.fromkeys(whole, "../elsewhere.safetensors")}))
     with pytest.raises(BadModel, match=r"names the file '\.\./elsewhere\.safetensors'"):
         load(source)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(whole, "x" * 10**6)}))
+    with pytest.raises(BadModel, match=r"^the model names the file 'x{80}', which is not in its folder$"):
+        load(source)
     names = sorted(whole)
     for file, those in (("one", names[:9]), ("two", names[8:])):
         save_file({name: whole[name] for name in those}, source / f"{file}.safetensors")
@@ -707,6 +755,11 @@ def test_gguf_tensors_that_do_not_belong_are_named(tmp_path: Path, tiny_vocabula
     path.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
     with pytest.raises(BadModel, match=r"blk\.1\.ffn_xx\.weight"):
         load(path)
+    for number in ("\u00b2", "01", "+1"):
+        with pytest.raises(BadModel, match="which no architecture that is served has"):
+            load(to_gguf(path, "Llama", tiny_vocabulary, TYPES.F32, TYPES.F32, {f"blk.{number}.attn_q.bias": [0.0]}))
+    with pytest.raises(BadModel, match=r"^the model has tensors that its config does not: model\.layers\.9{67}$"):
+        load(to_gguf(path, "Llama", tiny_vocabulary, TYPES.F32, TYPES.F32, {f"blk.{'9' * 5000}.attn_q.bias": [0.0]}))
     path.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.7.ffn_up.weight"))
     with pytest.raises(BadModel, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
         load(path)
@@ -718,6 +771,10 @@ def test_the_divisors_of_llama_3_are_its_scaling_and_no_weight(tmp_path: Path, t
     base = load(to_gguf(tmp_path / "m.gguf", "Llama", tiny_vocabulary, TYPES.Q4_0, TYPES.Q8_0, more))
     plain = load(to_gguf(tmp_path / "p.gguf", "Llama", tiny_vocabulary, TYPES.Q4_0, TYPES.Q8_0))
     assert base.config.rope_scaling == scaling and same(base, plain) and base.id != plain.id
+    rows = {"rope_freqs.weight": np.reshape(more["rope_freqs.weight"], (2, -1))}
+    assert (
+        load(to_gguf(tmp_path / "r.gguf", "Llama", tiny_vocabulary, TYPES.Q4_0, TYPES.Q8_0, rows)).config == base.config
+    )
     quantize_folder(tmp_path / "m.gguf", tmp_path / "q")
     assert load(tmp_path / "q").config == base.config
 
