@@ -6,6 +6,7 @@ What a tensor is called is checkpoint.py's, what a code means quantization.py's,
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -13,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many parameters are done, and of how many."""
 
+_OWN = fcntl.LOCK_EX | fcntl.LOCK_NB
 _SHARD = 1 << 29  # bytes of a file that `quantize_folder` writes, and so of its memory
 
 
@@ -192,7 +194,11 @@ def quantize_folder(
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with _writing(target):
+            _remove_abandoned(target)
             partial.mkdir(parents=True)
+        with _opened(partial) as folder, _writing(target):
+            with suppress(OSError):  # where there are no locks, nothing is taken for abandoned
+                fcntl.flock(folder, _OWN)
             summary = _write_shards(checkpoint, settings, partial, progress)
             write_json(partial / "config.json", described)
             write_folder(vocabulary, partial)
@@ -202,6 +208,24 @@ def quantize_folder(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return summary
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what runs for the same target have left that were killed: a lock ends with its process."""
+    for left in target.parent.glob("*.partial"):
+        if left.name.startswith(f".{target.name}."):
+            with suppress(OSError), _opened(left) as folder:
+                fcntl.flock(folder, _OWN)
+                shutil.rmtree(left)
 
 
 @contextmanager

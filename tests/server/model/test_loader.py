@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from server.kernels.weight import Weight
 from server.model.config import ModelConfig, RopeScaling
 from server.model.gguf_config import llama3_divisors
 from server.model.gguf_file import GgufFile
-from server.model.loader import Base, load_base, quantize_folder
+from server.model.loader import Base, _remove_abandoned, load_base, quantize_folder
 from server.model.packed_file import PackedWriter
 from server.model.quantization import bits, quantize
 from server.model.vocabulary import Vocabulary, write_folder
@@ -438,6 +439,37 @@ def test_a_disk_that_is_full_says_so(
     with pytest.raises(BadSetting, match=r"/q cannot be written: No space left on device$") as e:
         quantize_folder(source, tmp_path / "q")
     assert e.value.param == "target" and [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_what_a_killed_quantize_left_goes_with_the_next_for_the_same_target(
+    tmp_path: Path, tiny_vocabulary: Vocabulary
+) -> None:
+    """And nothing of one that runs, which holds a lock, nor of another target."""
+    source = saved(tmp_path / "m", "Llama", tiny_vocabulary)
+    left, mine, running, other = (
+        tmp_path / f".{name}.partial" for name in ("q.99999", f"q.{os.getpid()}", "q.1", "r.99999")
+    )
+    for folder in (left, mine, running, other):
+        folder.mkdir()
+        (folder / "weights-00001.safetensors").write_bytes(b"part")
+    handle = os.open(running, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        quantize_folder(source, tmp_path / "q")
+    finally:
+        os.close(handle)
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "q", running.name, other.name}
+
+
+def test_who_quantizes_holds_its_folder(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
+    source, seen = saved(tmp_path / "m", "Llama", tiny_vocabulary), set[str]()
+
+    def another(*_: object) -> None:
+        _remove_abandoned(tmp_path / "q")
+        seen.update(path.name for path in tmp_path.iterdir())
+
+    quantize_folder(source, tmp_path / "q", progress=another)
+    assert seen == {"m", f".q.{os.getpid()}.partial"}
 
 
 def test_a_disk_that_takes_no_more(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
