@@ -162,7 +162,9 @@ def _kernels(settings: Settings, report: Report) -> None:
 
 
 def _base(settings: Settings, report: Report) -> None:
+    from server.engine.text import Text
     from server.model.checkpoint import open_checkpoint
+    from server.model.loader import check_vocabulary
     from server.model.quantization import Quantization, check_group
     from server.sources import hub
     from server.sources.models import locate, no_folder
@@ -183,7 +185,9 @@ def _base(settings: Settings, report: Report) -> None:
     size = sum(p.stat().st_size for p in files)
     report.facts["base"] = f"{found.name}, {_gib(size)} at {found.path}"
     checkpoint = open_checkpoint(found.path)
-    checkpoint.vocabulary()
+    vocabulary = checkpoint.vocabulary()
+    check_vocabulary(vocabulary, checkpoint.config)
+    Text(vocabulary)  # how it decodes, and whether its chat template parses
     served = checkpoint.effective(
         Quantization(settings.quantization, settings.group_size, settings.double_quant, settings.table_bits)
     )

@@ -138,7 +138,7 @@ def _load(
     checkpoint = open_checkpoint(source)
     settings = checkpoint.effective(wanted)
     vocabulary = checkpoint.vocabulary()
-    _check_vocabulary(vocabulary, checkpoint.config)
+    check_vocabulary(vocabulary, checkpoint.config)
     opened = tuple(checkpoint.notes)
     digests = Digests(cache_dir)
     source_digest = checkpoint.digest(digests)
@@ -190,7 +190,7 @@ def quantize_folder(
     settings = checkpoint.effective(Quantization(quantization, group_size, double_quant, table_bits))
     described = to_hf(checkpoint.config)
     vocabulary = checkpoint.vocabulary()
-    _check_vocabulary(vocabulary, checkpoint.config)
+    check_vocabulary(vocabulary, checkpoint.config)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with _writing(target):
@@ -352,7 +352,8 @@ class _Counter:
             self._progress(self._what, self._done, self._total)
 
 
-def _check_vocabulary(vocabulary: Vocabulary, config: ModelConfig) -> None:
+def check_vocabulary(vocabulary: Vocabulary, config: ModelConfig) -> None:
+    """Raises BadModel for a token that the model's table has no row for."""
     if vocabulary.size > config.vocab_size:
         raise BadModel(
             f"the tokenizer has tokens up to {vocabulary.size - 1} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -51,6 +52,22 @@ def test_a_state_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     with pytest.raises(BadSetting, match="Read-only file system"):
         check_state_dir(tmp_path / "state")
+
+
+def test_a_base_that_serve_would_refuse(tiny_folder: Path, tmp_path: Path) -> None:
+    def told() -> str:
+        return problems(model=str(tiny_folder), quantization="none", state_dir=tmp_path / "state")
+
+    assert told() == ""
+    tokenizer, settings = (tiny_folder / name for name in ("tokenizer.json", "tokenizer_config.json"))
+    whole, sound = json.loads(tokenizer.read_text()), settings.read_text() if settings.exists() else "{}"
+    settings.write_text(json.dumps(json.loads(sound) | {"chat_template": "{% for %}"}))
+    assert "chat template does not parse" in told()
+    settings.write_text(sound)
+    beyond = {"id": 100_000, "content": "<more>", "special": True, "single_word": False, "lstrip": False}
+    whole["added_tokens"].append({**beyond, "rstrip": False, "normalized": False})
+    tokenizer.write_text(json.dumps(whole))
+    assert "the model's table ends before" in told()
 
 
 def test_looking_at_a_state_directory_changes_nothing(tmp_path: Path) -> None:
