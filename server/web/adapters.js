@@ -1,6 +1,6 @@
 // The adapters that are registered, what they cost, and what can be done with each.
 import { get, send } from "./api.js";
-import { bytes, headings, make, row, search } from "./dom.js";
+import { bytes, headings, lay, make, refocus, row, search } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 const ORDER = ["q", "k", "v", "o", "gate", "up", "down"];
@@ -58,29 +58,16 @@ function described(adapter) {
   const tier = make("span", { className: `tag ${adapter.tier}`, textContent: adapter.tier + (adapter.pinned ? ", pinned" : "") });
   const node = row(headings($("adapter-rows").parentNode), [
     [name], [make("code", { textContent: adapter.version.split("@")[1] })], [adapter.ranks.join(", ")], [targets(adapter.targets)],
-    [bytes(adapter.bytes), "num"], [tier], [String(adapter.leases), "num"], [few(adapter.tasks)], [make("span", {}, pin, load, retire), "acts"],
+    [bytes(adapter.bytes), "num"], [tier], [make("span", { className: "leases" }), "num"], [few(adapter.tasks)], [make("span", {}, pin, load, retire), "acts"],
   ]);
   node.dataset.foundBy = [name, adapter.tier, ...adapter.tasks].join(" ");
   return node;
 }
 
-// One row for each, in place.
-function lay(adapters) {
-  const body = $("adapter-rows");
-  adapters.forEach((adapter, place) => {
-    const shows = JSON.stringify(adapter);
-    if (rows.get(adapter.name)?.shows !== shows) {
-      rows.get(adapter.name)?.node.remove();
-      rows.set(adapter.name, { node: described(adapter), shows });
-    }
-    const { node } = rows.get(adapter.name);
-    if (body.children[place] !== node) body.insertBefore(node, body.children[place] ?? null);
-  });
-  for (const [name, { node }] of rows) {
-    if (adapters.some((adapter) => adapter.name === name)) continue;
-    node.remove();
-    rows.delete(name);
-  }
+// Leases change all the time.
+function draw(adapters) {
+  lay($("adapter-rows"), rows, adapters, (adapter) => ({ ...adapter, leases: null }), described);
+  for (const { name, leases } of adapters) rows.get(name).node.querySelector(".leases").textContent = leases;
 }
 
 export function start(given) {
@@ -89,21 +76,24 @@ export function start(given) {
     event.preventDefault();
     const submit = $("upload").querySelector("button");
     const form = new FormData();
-    form.append("name", $("upload-name").value);
+    const name = $("upload-name").value;
+    form.append("name", name);
     form.append("adapter_config.json", $("upload-config").files[0]);
     form.append("adapter_model.safetensors", $("upload-weights").files[0]);
     submit.disabled = true;
+    submit.textContent = "Uploading…";
     try {
       const { version } = await send("POST", "/adapters", form);
       frame.say(`${version} is served.`);
-      $("upload").reset();
+      if ($("upload-name").value === name) $("upload").reset();
       drawn = "";
       await frame.refresh();
     } catch (error) {
       frame.complain(error);
     } finally {
       submit.disabled = false;
-      submit.focus();
+      submit.textContent = "Upload";
+      refocus(submit);
     }
   });
 }
@@ -116,7 +106,7 @@ export async function refresh() {
   const focused = document.activeElement?.ariaLabel;
   $("room").textContent = `${bytes(room.bytes)} of ${bytes(room.budget)} in memory. ` +
     `One more takes about ${bytes(room.one_more)}, and ${room.more_fit.toLocaleString("en")} more fit.`;
-  lay(adapters);
+  draw(adapters);
   sift();
   $("adapter-rows").parentNode.hidden = !adapters.length;
   $("no-adapters").hidden = adapters.length > 0;

@@ -10,6 +10,7 @@ const parts = { playground, adapters, tasks, live, jobs };
 const tabs = [...document.querySelectorAll('[role="tab"]')];
 const alert = document.getElementById("alert");
 const status = document.getElementById("status");
+const field = document.getElementById("key");
 
 // What failed stays until it is closed or the next action works; a poll that works takes only its own message away.
 let polled = false;
@@ -17,6 +18,7 @@ let polled = false;
 function complain(error, fromPoll = false) {
   if (!error && fromPoll && !polled) return;
   if ([401, 403].includes(error?.status)) document.getElementById("key-form").hidden = false;
+  field.ariaInvalid = String(error?.status === 401);
   if (error && fromPoll && !polled && !alert.hidden) return;
   polled = Boolean(error) && (fromPoll || error.status === 401); // whether a key is known, the next poll finds out too
   const told = error?.status === 401 && !key.get() ? "A key is needed: give it under Key." : error?.message ?? "";
@@ -36,7 +38,10 @@ function say(text) {
   quiet = setTimeout(() => { notice.textContent = ""; }, 4000);
 }
 
-alert.querySelector("button").addEventListener("click", () => complain(null));
+alert.querySelector("button").addEventListener("click", () => {
+  complain(null);
+  document.getElementById("main").focus(); // the button is gone
+});
 
 const named = () => tabs.map((t) => t.getAttribute("aria-controls")).find((name) => location.hash === `#/${name}`);
 
@@ -48,6 +53,7 @@ async function show(name) {
     tab.ariaSelected = String(chosen);
     tab.tabIndex = chosen ? 0 : -1;
     document.getElementById(tab.getAttribute("aria-controls")).hidden = !chosen;
+    if (chosen) document.title = `${tab.textContent} · loramux`;
   }
   history.replaceState(null, "", `#/${name}`); // no id: the browser would move the focus there
   await refresh();
@@ -67,7 +73,7 @@ async function refresh() {
 }
 
 tabs.forEach((tab, i) => {
-  tab.addEventListener("click", () => show(tab.getAttribute("aria-controls")));
+  tab.addEventListener("click", () => { location.hash = `#/${tab.getAttribute("aria-controls")}`; }); // back leads back
   tab.addEventListener("keydown", (event) => {
     const to = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: tabs.length - 1 }[event.key];
     if (to === undefined) return;
@@ -78,7 +84,6 @@ tabs.forEach((tab, i) => {
   });
 });
 
-const field = document.getElementById("key");
 field.value = key.get();
 document.getElementById("key-form").hidden = !key.get();
 field.addEventListener("change", () => {
@@ -98,11 +103,18 @@ document.getElementById("docs").addEventListener("click", async (event) => {
     const page = new DOMParser().parseFromString(await getText("/docs"), "text/html");
     const dialog = document.getElementById("api-page");
     for (const link of page.querySelectorAll("a")) link.replaceWith(...link.childNodes); // nor can those in it
-    dialog.lastElementChild.replaceChildren(...page.body.childNodes);
+    dialog.lastElementChild.replaceChildren(...page.querySelector("main").childNodes);
     dialog.showModal();
   } catch (error) {
     complain(error);
   }
+});
+
+// A comma is a decimal point to many; a browser may drop it, and 1,5 would be 15.
+document.addEventListener("beforeinput", (event) => {
+  if (event.target.step !== "any" || !event.data?.includes(",")) return;
+  event.preventDefault();
+  document.execCommand("insertText", false, event.data.replaceAll(",", "."));
 });
 
 const root = document.documentElement;

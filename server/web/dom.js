@@ -23,13 +23,38 @@ export function headings(table) {
   return [...table.tHead.rows[0].cells].map((th) => th.textContent.trim());
 }
 
+// One node for each item, in order and in place: what has not changed keeps its focus, its selection and a click that
+// has begun. `known` is the caller's Map of name -> node and what that shows; `shown` is what a node is drawn anew for.
+export function lay(body, known, items, shown, draw) {
+  items.forEach((item, place) => {
+    const shows = JSON.stringify(shown(item));
+    if (known.get(item.name)?.shows !== shows) {
+      known.get(item.name)?.node.remove();
+      known.set(item.name, { node: draw(item), shows });
+    }
+    const { node } = known.get(item.name);
+    if (body.children[place] !== node) body.insertBefore(node, body.children[place] ?? null);
+  });
+  const names = new Set(items.map((item) => item.name));
+  for (const [name, { node }] of known) {
+    if (names.has(name)) continue;
+    node.remove();
+    known.delete(name);
+  }
+}
+
+// To where a form was sent from, unless its user has gone on.
+export function refocus(button) {
+  if ([document.body, button].includes(document.activeElement)) button.focus();
+}
+
 const MANY = 8; // what one finds without searching
 
 // A field to search a list that may have hundreds, by what each node's `data-found-by` says: what has not all of its words
 // is hidden. Answers what is to be called when the list has changed.
 export function search(field, nodes) {
   const label = field.closest("label");
-  const none = make("p", { className: "empty", textContent: "Nothing here has that in it.", hidden: true });
+  const none = make("p", { className: "empty", textContent: "Nothing here has that in it.", hidden: true, role: "status" });
   label.after(none);
   const sift = () => {
     const words = field.value.toLowerCase().split(/\s+/);

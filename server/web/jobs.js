@@ -1,7 +1,7 @@
 // Training and evaluation jobs: progress, curves, what can be done with each, and the form that starts one.
 /* global uPlot */
 import { get, inRounds, send } from "./api.js";
-import { chart, make, mixture, newest } from "./dom.js";
+import { chart, make, mixture, newest, refocus } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 const list = $("job-list");
@@ -177,17 +177,18 @@ export function start(given) {
   $("train").addEventListener("submit", async (event) => {
     event.preventDefault();
     const button = $("train").querySelector("button");
+    const name = $("train-name").value;
     button.disabled = true;
     try {
       await begin();
       frame.say("The job is in the queue.");
-      $("train").reset();
+      if ($("train-name").value === name) $("train").reset();
       await frame.refresh();
     } catch (error) {
       frame.complain(error);
     } finally {
       button.disabled = false;
-      button.focus();
+      refocus(button);
     }
   });
 }

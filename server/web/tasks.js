@@ -1,11 +1,12 @@
 // Tasks: where each goes, and how its versions do.
 import { get, inRounds } from "./api.js";
-import { make, mixture, row, search } from "./dom.js";
+import { lay, make, mixture, row, search } from "./dom.js";
 
 const list = document.getElementById("task-list");
 const COLUMNS = ["Version", "Requests", "Errors", "First token, ms", "Per token, ms", "Whole, ms", "Quality"];
 const LATENCIES = COLUMNS.slice(3, 6);
 const NUMBERS = COLUMNS.slice(1, 6);
+const cards = new Map(); // name -> its card and what that shows
 let drawn = "";
 let due = 0;
 const sift = search(document.getElementById("task-search"), () => list.querySelectorAll(".task"));
@@ -67,7 +68,8 @@ function card(task, { versions, best }) {
   const node = make("article", { className: "card task" }, title);
   node.dataset.task = task.name;
   node.dataset.foundBy = [task.name, ...task.labels, route(task.route)].join(" ");
-  if (task.labels.length) node.append(make("p", { className: "hint", textContent: `Labels: ${task.labels.join(", ")}` }));
+  const labels = task.labels.flatMap((label, i) => [i ? ", " : "Labels: ", make("bdi", { textContent: label })]);
+  if (labels.length) node.append(make("p", { className: "hint" }, ...labels));
   if (best) node.append(make("p", { className: "hint", textContent: `So far: ${best.reason}` }));
   const empty = "Nobody has asked yet. Requests and scores are listed here, by the version that answered.";
   node.append(versions.length ? table(task, versions, best?.version) : make("p", { className: "empty", textContent: empty }));
@@ -99,6 +101,8 @@ async function look() {
   if (now === drawn) return;
   drawn = now;
   const none = make("p", { className: "card empty", textContent: "No task yet. PUT /tasks/{name} defines one, or the task.json of an adapter's folder." });
-  list.replaceChildren(...(tasks.length ? tasks.map((task, i) => card(task, known[i])) : [none]));
+  for (const said of list.querySelectorAll(":scope > .empty")) said.remove();
+  lay(list, cards, tasks.map((task, i) => ({ ...task, known: known[i] })), (task) => task, (task) => card(task, task.known));
+  if (!tasks.length) list.append(none);
   sift();
 }

@@ -292,6 +292,77 @@ def test_a_weight_is_a_number_before_it_is_sent(page: Page) -> None:
     assert body_of(page, lambda: ask(page))["adapters"][0]["weight"] == 0.333
 
 
+def test_a_comma_is_a_decimal_point(page: Page) -> None:
+    page.get_by_role("button", name="Add adapter").click()
+    weight = page.locator(".mix li").get_by_role("spinbutton")
+    weight.fill("")
+    weight.press_sequentially("1,5")
+    expect(weight).to_have_value("1.5")
+    page.evaluate("navigator.clipboard.writeText('0,25')")
+    weight.fill("")
+    weight.press("Control+V")
+    expect(weight).to_have_value("0.25")
+
+
+def test_back_leads_back_through_the_parts(page: Page) -> None:
+    for name in ("Adapters", "Tasks"):
+        page.get_by_role("tab", name=name).click()
+        expect(page).to_have_title(f"{name} · loramux")
+    page.go_back()
+    expect(page.get_by_role("tab", name="Adapters")).to_have_attribute("aria-selected", "true")
+    expect(page.get_by_role("tabpanel", name="Adapters")).to_be_visible()
+
+
+def test_what_is_selected_stays_while_others_ask(page: Page, house: Live) -> None:
+    page.get_by_role("tab", name="Tasks").click()
+    title = page.locator("[data-task=sentiment] h2")
+    title.evaluate("node => getSelection().selectAllChildren(node)")
+    house.client.put("/tasks/later", json={"prompt": "{input}"}).raise_for_status()
+    expect(page.locator("[data-task=later]")).to_be_visible()
+    assert page.evaluate("getSelection().toString()") == "sentiment"
+    assert house.client.delete("/tasks/later").is_success
+    expect(page.locator("[data-task=later]")).to_have_count(0)
+
+
+def test_a_row_stays_while_its_leases_change(page: Page) -> None:
+    """A click takes a while, and is lost where the row is another when it ends."""
+    leases = 7
+
+    def in_use(route: Route) -> None:
+        answer = route.fetch()
+        told = answer.json()
+        route.fulfill(response=answer, json={**told, "adapters": [{**a, "leases": leases} for a in told["adapters"]]})
+
+    page.route("**/adapters", in_use)
+    page.get_by_role("tab", name="Adapters").click()
+    expect(row(page, "formal").locator(".leases")).to_have_text("7")
+    held = row(page, "formal").element_handle()
+    leases = 8
+    expect(row(page, "formal").locator(".leases")).to_have_text("8")
+    assert held.evaluate("node => node.isConnected")
+
+
+def test_who_goes_on_while_a_file_is_sent_is_left_alone(
+    page: Page, house: Live, tmp_path: Path, write_random: Callable[..., Path]
+) -> None:
+    folder = write_random(tmp_path / "slow", rank=1, seed=7)
+    page.get_by_role("tab", name="Adapters").click()
+    name = page.get_by_label("Name", exact=True)
+    name.fill("slow")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        page.get_by_label(file).set_input_files(folder / file)
+    held: list[Route] = []
+    page.route("**/adapters", lambda route: held.append(route) if route.request.method == "POST" else route.continue_())
+    page.get_by_role("button", name="Upload", exact=True).click()
+    expect(page.get_by_role("button", name="Uploading…")).to_be_disabled()
+    name.fill("the-next")
+    held[0].continue_()
+    expect(page.get_by_role("button", name="Upload", exact=True)).to_be_enabled()
+    expect(name).to_have_value("the-next")
+    expect(name).to_be_focused()
+    assert house.client.delete("/adapters/slow").is_success
+
+
 def test_a_server_that_hangs_is_not_ready(page: Page) -> None:
     page.route("**/stats", lambda route: None)
     expect(page.locator("#status")).to_have_text("not connected", timeout=30_000)
