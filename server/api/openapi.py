@@ -15,7 +15,8 @@ router = APIRouter(include_in_schema=False)
 _METHODS = ("get", "put", "post", "delete")
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>loramux: the routes</title>
 <meta name="viewport" content="width=device-width"><style>
-body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}} :root{{color-scheme:light dark}}
+body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
+:root{{color-scheme:light dark}}
 code,pre{{font:14px/1.4 ui-monospace,monospace}} h2{{margin-top:2rem;border-bottom:1px solid}} summary{{cursor:pointer}}
 table{{border-collapse:collapse}} td{{padding:.1rem .8rem .1rem 0;vertical-align:top;overflow-wrap:anywhere}}
 td:first-child{{min-width:6rem}} h2,h3,pre{{overflow-wrap:anywhere}} pre{{white-space:pre-wrap}}</style>
