@@ -18,7 +18,7 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import BadModel, InvalidRequest
@@ -72,7 +72,7 @@ class ChatTemplate:
             RecursionError,
             MemoryError,
         ) as e:
-            why = str(e) or "it wants more memory than there is"
+            why = "it wants more memory than there is" if isinstance(e, MemoryError) else e
             raise InvalidRequest(f"the chat template refuses these messages: {why}", "messages") from e
         finally:
             _deadline.reset(outer)
@@ -121,6 +121,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, function: Any, *args: Any, **options: Any) -> Any:
         """Every call of a template passes here."""
         _check_time()
+        if isinstance(function, LoopContext):  # a recursive loop goes over what it is called with
+            args = (self.in_time(args[0]), *args[1:])
         return super().call(context, function, *args, **options)
 
     def in_time(self, items: Iterable[Any]) -> Iterator[Any]:

@@ -88,7 +88,7 @@ def open_checkpoint(source: Path) -> Checkpoint:
     raise BadModel(f"there is no model at {source}", "model")
 
 
-class _Watched:
+class _OnDisk:
     """The files of a checkpoint as they were before it was opened: they are opened anew, by name, for each part."""
 
     def __init__(self, source: Path) -> None:
@@ -101,7 +101,9 @@ class _Watched:
     def check_unchanged(self) -> None:
         now = stamps(self._source)
         if any(self._before.get(path) != now.get(path) for path in self.files()):
-            raise BadModel(f"{self._source.name} changed while it was read; start again")
+            raise BadModel(
+                f"{self._source.name} changed while it was read, or its owner, mode or links did; start again"
+            )
 
 
 def _linear(rows: Rows, quantization: Quantization, name: str) -> Weight:
@@ -136,7 +138,7 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _LAYER = re.compile(r"0|[1-9][0-9]*")
 
 
-class Gguf(_Watched):
+class Gguf(_OnDisk):
     """A GGUF file. Q4_0 and Q4_1 linears and Q8_0 tables are taken over without loss, others re-quantized.
 
     llama.cpp keeps the rows of q and k of the `llama` and `smollm3` architectures in another order, in which the two
@@ -243,7 +245,7 @@ def _from_gguf(name: str) -> str:
 # -- folders
 
 
-class Folder(_Watched):
+class Folder(_OnDisk):
     """A Hugging Face folder: config.json, tokenizer.json, one or several safetensors files."""
 
     def __init__(self, folder: Path) -> None:
@@ -307,7 +309,7 @@ class Folder(_Watched):
         return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and self.config.tie_word_embeddings)
 
 
-class QuantizedFolder(_Watched):
+class QuantizedFolder(_OnDisk):
     """A folder of the stored layout, as `quantize_folder` writes it: its tensors are taken over as they are."""
 
     def __init__(self, folder: Path) -> None:

@@ -245,7 +245,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
             if kind is not None and kind != ARCHITECTURES[name]:  # which Transformers goes by
                 raise BadModel(
                     f"config.json says two things: architectures {name}, whose model_type is {ARCHITECTURES[name]!r}, "
-                    f"and model_type {cut(kind)!r}; leave the one that is meant"
+                    f"and model_type {cut(repr(kind))}; leave the one that is meant"
                 )
             return name
     raise BadModel(f"the architecture {cut(', '.join(named))} is not served; served are {', '.join(ARCHITECTURES)}")
@@ -266,7 +266,7 @@ def _refuse_unserved(config: Mapping[str, Any]) -> None:
         raise BadModel("models whose layers differ in their settings are not served (per_layer_config)")
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise BadModel(f"the activation {cut(activation)!r} is not served, only silu (hidden_act)")
+        raise BadModel(f"the activation {cut(repr(activation))} is not served, only silu (hidden_act)")
     if config.get("is_encoder_decoder"):
         raise BadModel("encoder-decoder models are not served")
     if told(config, "is_causal", bool, "true or false") is False:
@@ -352,7 +352,7 @@ _ZERO_IS_NONE = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 def scaling_of(name: str, parameters: Mapping[str, Any], max_positions: int) -> RopeScaling:
     """The RoPE scaling of that name with these parameters, null ones left out. Raises BadModel."""
     if name not in ROPE_TYPES:
-        raise BadModel(f"the RoPE scaling {cut(name)!r} is not served; served are {', '.join(ROPE_TYPES)}")
+        raise BadModel(f"the RoPE scaling {cut(repr(name))} is not served; served are {', '.join(ROPE_TYPES)}")
     if name == "default":
         return RopeScaling()
     allowed = set(RopeScaling.__dataclass_fields__)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -59,16 +60,20 @@ class Digests:
 
     def __init__(self, directory: Path | None) -> None:
         self._path = None if directory is None else directory / REMEMBERED
-        self._known: dict[str, tuple[Stamp, str]] = {}
-        if self._path is not None:
-            try:
-                content = json.loads(self._path.read_text(encoding="utf-8"))
-                # An earlier version remembered less than a stamp: none equals that.
-                self._known = {str(k): (tuple(told), str(digest)) for k, (*told, digest) in content.items()}
-            except FileNotFoundError:
-                pass
-            except (ValueError, TypeError, AttributeError, OSError) as error:
-                log.warning("%s is not readable and is made anew: %s", self._path.name, error)
+        self._known: dict[str, tuple[Stamp, str]] = self._read()
+
+    def _read(self) -> dict[str, tuple[Any, str]]:
+        if self._path is None:
+            return {}
+        try:
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+            # An earlier version remembered less than a stamp: none equals that.
+            return {str(k): (tuple(told), str(digest)) for k, (*told, digest) in content.items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, AttributeError, OSError) as error:
+            log.warning("%s is not readable and is made anew: %s", self._path.name, error)
+            return {}
 
     def of(self, path: Path, start: int = 0, stop: int | None = None) -> str:
         """SHA-256 of the file's bytes, from memory if it still has the stamp that it had. Raises OSError."""
@@ -83,13 +88,13 @@ class Digests:
 
     def note_use(self, path: Path) -> None:
         """Note in a file's time of access that it is used: many disks do not. That changes its stamp, and what is known
-        of it stays known. Raises OSError."""
-        before = stamp(path)
-        os.utime(path, ns=(time.time_ns(), before[2]))
-        after, start = stamp(path), f"{path.resolve()}["
-        known = {k: (after, d) for k, (s, d) in self._known.items() if k.startswith(start) and s == before}
-        if known:
-            self._remember(known)
+        of it stays known; one of which nothing is, or could be kept, is left as it is. Raises OSError."""
+        before, start = stamp(path), f"{path.resolve()}["
+        known = {k: d for k, (s, d) in self._known.items() if k.startswith(start) and s == before}
+        if known and self._path is not None and os.access(self._path.parent, os.W_OK):
+            os.utime(path, ns=(time.time_ns(), before[2]))
+            after = stamp(path)
+            self._remember({k: (after, d) for k, d in known.items()})
 
     def of_all(self, root: Path, paths: Iterable[Path]) -> str:
         """SHA-256 over the names below `root` and the digests of several files, whatever their order."""
@@ -99,7 +104,7 @@ class Digests:
         return total.hexdigest()
 
     def _remember(self, entries: Mapping[str, tuple[Stamp, str]]) -> None:
-        self._known |= entries
+        self._known |= self._read() | entries  # other processes have theirs there
         if self._path is None:
             return
         self._known = {k: v for k, v in self._known.items() if Path(k.rsplit("[", 1)[0]).exists()}

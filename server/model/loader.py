@@ -192,11 +192,11 @@ def quantize_folder(
     vocabulary = checkpoint.vocabulary()
     check_vocabulary(vocabulary, checkpoint.config)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with _writing(target):
+        _remove_abandoned(target)
+        partial.mkdir(parents=True)  # what is there now is another's, and stays
     try:
-        with _writing(target):
-            _remove_abandoned(target)
-            partial.mkdir(parents=True)
-        with _opened(partial) as folder, _writing(target):
+        with _writing(target), _opened(partial) as folder:
             with suppress(OSError):  # where there are no locks, nothing is taken for abandoned
                 fcntl.flock(folder, _OWN)
             summary = _write_shards(checkpoint, settings, partial, progress)

@@ -154,8 +154,8 @@ def difference(ours: Score, theirs: Score) -> Difference:
     """How much more `ours` has (less is better for a loss), and its interval of 95 %. Paired, by what each example does
     for the two scores; without bounds where there is one example only.
 
-    Of hits and misses the deviation has one example put in that only `ours` hits and one that only `theirs` does, after
-    Agresti and Min (2005): of a few that are all alike it is 0, which is no certainty.
+    Of hits and misses the deviation has one example put in that only `ours` hits and one that only `theirs` does, as
+    Bonett and Price (2012) do: of a few that are all alike it is 0, which is no certainty.
     """
     mean, half = ours.value - theirs.value, math.inf
     if len(ours.values) > 1:

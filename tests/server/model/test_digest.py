@@ -73,3 +73,31 @@ def test_a_use_that_is_noted_leaves_a_file_known(tmp_path: Path, monkeypatch: py
     assert digest.stamp(file) != before and file.stat().st_mtime == 1e9 < file.stat().st_atime
     monkeypatch.setattr(digest, "sha256", None)
     assert (Digests(tmp_path).of(file), Digests(tmp_path).of(file, 1, 3)) == (whole, part)
+
+
+def test_a_file_that_changed_since_it_was_read_is_not_known_by_its_use(tmp_path: Path) -> None:
+    file = tmp_path / "base.packed"
+    file.write_bytes(b"base")
+    os.utime(file, (1e9, 1e9))
+    digests = Digests(tmp_path)
+    digests.of(file)
+    file.write_bytes(b"more")
+    os.utime(file, (1e9, 1e9))
+    digests.note_use(file)
+    assert digests.of(file) == digest.sha256(file)
+
+
+def test_processes_over_one_cache_lose_nothing_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with a base of its own, and two that begin with the same one."""
+    files = [tmp_path / name for name in ("a", "b")]
+    for file in files:
+        file.write_bytes(file.name.encode())
+        os.utime(file, (1e9, 1e9))
+    first, second, third = (Digests(tmp_path) for _ in range(3))
+    first.of(files[0])
+    second.of(files[1])
+    third.of(files[0])
+    for digests, file in ((first, files[0]), (third, files[0]), (second, files[1])):
+        digests.note_use(file)
+    monkeypatch.setattr(digest, "sha256", None)
+    assert len({Digests(tmp_path).of(file) for file in files}) == 2

@@ -353,7 +353,7 @@ def test_a_base_that_is_replaced_while_it_is_read_is_refused(
                 os.replace(other, file)
             return super().pack(weight)
 
-    with pytest.raises(BadModel, match="m changed while it was read; start again"):
+    with pytest.raises(BadModel, match="m changed while it was read, or its owner"):
         load_base(tmp_path / "m", name="m", backend=Replacing(), cache_dir=cache if cached else None)
     assert list(cache.glob("base-*")) == []
     assert load(tmp_path / "m", cache_dir=cache)
@@ -362,7 +362,7 @@ def test_a_base_that_is_replaced_while_it_is_read_is_refused(
 def test_a_base_that_is_replaced_while_it_is_quantized_is_refused(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:
     source = saved(tmp_path / "m", "Llama", tiny_vocabulary)
     config = source / "config.json"
-    with pytest.raises(BadModel, match="m changed while it was read; start again"):
+    with pytest.raises(BadModel, match="m changed while it was read, or its owner"):
         quantize_folder(source, tmp_path / "q", progress=lambda *_: config.write_bytes(config.read_bytes()))
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
@@ -459,6 +459,22 @@ def test_what_a_killed_quantize_left_goes_with_the_next_for_the_same_target(
     finally:
         os.close(handle)
     assert {path.name for path in tmp_path.iterdir()} == {"m", "q", running.name, other.name}
+
+
+def test_a_folder_of_another_run_is_left_alone_by_one_of_the_same_number(
+    tmp_path: Path, tiny_vocabulary: Vocabulary
+) -> None:
+    """Processes of two containers may both be number 1."""
+    source, others = saved(tmp_path / "m", "Llama", tiny_vocabulary), tmp_path / f".q.{os.getpid()}.partial"
+    others.mkdir()
+    handle = os.open(others, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(BadSetting, match="File exists"):
+            quantize_folder(source, tmp_path / "q")
+    finally:
+        os.close(handle)
+    assert others.is_dir() and not (tmp_path / "q").exists()
 
 
 def test_who_quantizes_holds_its_folder(tmp_path: Path, tiny_vocabulary: Vocabulary) -> None:

@@ -230,20 +230,23 @@ def test_that_a_file_is_opened_is_noted_where_the_disk_would_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, noted, begun = write(tmp_path), list[tuple[Path, tuple[int, int]]](), time.time_ns()
+    os.utime(path, (10**9, 10**9))  # what is of just now is not remembered, and left as it is
     monkeypatch.setattr(os, "utime", lambda path, ns: noted.append((path, ns)))
-    assert open_packed(path, KEY, Digests(None)) is not None
+    assert open_packed(path, KEY, Digests(tmp_path)) is not None
     ((of, (opened, written)),) = noted
     assert of == path and begun <= opened <= time.time_ns() and written == path.stat().st_mtime_ns
 
 
 def test_a_file_on_a_disk_that_is_read_only_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path)
+    path, asked = write(tmp_path), list[object]()
+    os.utime(path, (10**9, 10**9))
 
-    def refused(*_: object, **__: object) -> None:
+    def refused(*of: object, **__: object) -> None:
+        asked.extend(of)
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(os, "utime", refused)
-    assert open_packed(path, KEY, Digests(None)) is not None and path.exists()
+    assert open_packed(path, KEY, Digests(tmp_path)) is not None and path.exists() and asked == [path]
 
 
 def test_where_there_are_no_locks_files_are_written_and_nothing_is_taken_for_abandoned(
