@@ -104,7 +104,7 @@ class Digests:
         return total.hexdigest()
 
     def _remember(self, entries: Mapping[str, tuple[Stamp, str]]) -> None:
-        self._known |= self._read() | entries  # other processes have theirs there
+        self._known = {**self._known, **self._read(), **entries}  # other processes have theirs there
         if self._path is None:
             return
         self._known = {k: v for k, v in self._known.items() if Path(k.rsplit("[", 1)[0]).exists()}

@@ -160,7 +160,7 @@ def test_no_template_and_refusals(tools: Any) -> None:
         "{{ range(10 ** 9) | list }}",
         "{% set text = 'x' * 10**6 %}{% for a in text %}{% for b in text %}{% endfor %}{% endfor %}",
         "{{ 'x' * 10**15 }}",
-        "{% set t = 'x' * 10**7 %}{% for a in 'a' recursive %}{% if loop.depth == 1 %}{{ loop(t) }}{% endif %}{% endfor %}",
+        "{% for a in 'a' recursive %}{% if loop.depth == 1 %}{{ loop('x' * 10**7) }}{% endif %}{% endfor %}",
         "{{ '\\ud800' }}",
     ],
 )
