@@ -130,7 +130,7 @@ def _tell(weights: LoraWeights, output: Path, as_json: bool, *, skipped: bool) -
         if pruned := made.get("pruned"):
             loss = "" if pruned["loss"] is None else f"; validation loss {pruned['loss']:.4f} after it"
             out().print(f"pruned to rank {pruned['rank']}, relative error {pruned['error']:.4f}{loss}")
-        if known := made.get("validated_on_learned"):
+        if known := made.get("learned_too"):
             out().print(f"{known:,} of the examples that judge it were learned too: it seems better than it is")
         if left_out := made["left_out_as_too_long"]:
             of = left_out + made["samples"]

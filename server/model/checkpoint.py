@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -88,15 +89,15 @@ def open_checkpoint(source: Path) -> Checkpoint:
     raise BadModel(f"there is no model at {source}", "model")
 
 
-class _OnDisk:
+class _OnDisk(ABC):
     """The files of a checkpoint as they were before it was opened: they are opened anew, by name, for each part."""
 
     def __init__(self, source: Path) -> None:
         self._source, self._before = source, stamps(source)
 
+    @abstractmethod
     def files(self) -> list[Path]:
         """All that the digest is of."""
-        raise NotImplementedError
 
     def check_unchanged(self) -> None:
         now = stamps(self._source)

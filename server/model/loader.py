@@ -221,8 +221,9 @@ def _opened(folder: Path) -> Iterator[int]:
 
 def _remove_abandoned(target: Path) -> None:
     """Remove what runs for the same target have left that were killed: a lock ends with its process."""
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9]+\.partial")
     for left in target.parent.glob("*.partial"):
-        if left.name.startswith(f".{target.name}."):
+        if ours.fullmatch(left.name):
             with suppress(OSError), _opened(left) as folder:
                 fcntl.flock(folder, _OWN)
                 shutil.rmtree(left)

@@ -286,7 +286,7 @@ def test_what_pruning_costs_and_what_was_learned_of_the_judges_is_told(given: Pa
     asked = ["train", "echo.toml", "--rank", "2", "--steps", "2", "--state-dir", "state"]
     said = " ".join(runner.invoke(app, asked).stdout.split())
     made = told(*asked[:-2])
-    assert made["skipped"] and made["validated_on_learned"] == 8
+    assert made["skipped"] and made["learned_too"] == 8
     pruned, weights = made["pruned"], peft_format.read_folder(given / made["path"], name="echo")
     assert pruned["rank"] == max(weights.ranks) == 1 and pruned["error"] > 0.01
     recipe = read_recipe(given / "echo.toml")

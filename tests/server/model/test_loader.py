@@ -446,10 +446,10 @@ def test_what_a_killed_quantize_left_goes_with_the_next_for_the_same_target(
 ) -> None:
     """And nothing of one that runs, which holds a lock, nor of another target."""
     source = saved(tmp_path / "m", "Llama", tiny_vocabulary)
-    left, mine, running, other = (
-        tmp_path / f".{name}.partial" for name in ("q.99999", f"q.{os.getpid()}", "q.1", "r.99999")
+    left, mine, running, other, longer = (
+        tmp_path / f".{name}.partial" for name in ("q.99999", f"q.{os.getpid()}", "q.1", "r.99999", "q.v2.99999")
     )
-    for folder in (left, mine, running, other):
+    for folder in (left, mine, running, other, longer):
         folder.mkdir()
         (folder / "weights-00001.safetensors").write_bytes(b"part")
     handle = os.open(running, os.O_RDONLY)
@@ -458,7 +458,7 @@ def test_what_a_killed_quantize_left_goes_with_the_next_for_the_same_target(
         quantize_folder(source, tmp_path / "q")
     finally:
         os.close(handle)
-    assert {path.name for path in tmp_path.iterdir()} == {"m", "q", running.name, other.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "q", running.name, other.name, longer.name}
 
 
 def test_a_folder_of_another_run_is_left_alone_by_one_of_the_same_number(
