@@ -118,7 +118,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals["raise_exception"] = _raise
         self.globals["strftime_now"] = _now
 
-    def call(self, context: Context, function: Any, *args: Any, **options: Any) -> Any:
+    def call(self, context: Context, function: Any, /, *args: Any, **options: Any) -> Any:
         """Every call of a template passes here."""
         _check_time()
         if isinstance(function, LoopContext):  # a recursive loop goes over what it is called with

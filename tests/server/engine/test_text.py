@@ -180,6 +180,14 @@ def test_loops_know_where_they_are() -> None:
     assert ChatTemplate(source, {}).render(messages, True) == "1/2a>b2/2b(1/1c)content;"
 
 
+def test_arguments_of_calls_may_have_any_name() -> None:
+    source = (
+        "{% macro say(context, function) %}{{ context }}{{ function }}{% endmacro %}"
+        "{% set place = namespace(context='a') %}{{ say(function='b', context=place.context) }}"
+    )
+    assert ChatTemplate(source, {}).render([], True) == "ab"
+
+
 def test_token_text(text: Text) -> None:
     ids = text.encode("hello wörld")
     assert [text.token_text(i) for i in ids] == ["hello", " w", "\ufffd", "\ufffd", "r", "l", "d"]
