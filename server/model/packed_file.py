@@ -125,10 +125,11 @@ class PackedWriter:
     def _remove_unused(self) -> None:
         """Remove the packed files of other sources, settings and layouts that have not been opened for long."""
         for other in self._path.parent.glob("base-*.packed"):
-            stat = other.stat()
-            if other != self._path and time.time() - max(stat.st_atime, stat.st_mtime) > _UNUSED:
-                log.info("the packed cache %s has not been used for 30 days and is removed", other.name)
-                other.unlink(missing_ok=True)
+            with suppress(OSError):  # another's file, or one that somebody else removes: this one is written
+                stat = other.stat()
+                if other != self._path and time.time() - max(stat.st_atime, stat.st_mtime) > _UNUSED:
+                    other.unlink()
+                    log.info("the packed cache %s had not been used for 30 days and is removed", other.name)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

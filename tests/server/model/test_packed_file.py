@@ -217,6 +217,13 @@ def test_what_nobody_has_opened_for_thirty_days_goes_with_the_next_write(tmp_pat
     assert used.exists() and not unused.exists()
 
 
+def test_what_cannot_be_removed_is_no_fault_of_what_is_written(tmp_path: Path) -> None:
+    (tmp_path / "base-1.packed").symlink_to("nothing")
+    (tmp_path / "base-2.packed").mkdir()
+    os.utime(tmp_path / "base-2.packed", (0, 0))
+    assert write(tmp_path).stat().st_size > 0
+
+
 @pytest.mark.parametrize(("opened", "written"), [(29, 31), (31, 29)])
 def test_what_was_opened_or_written_within_thirty_days_stays(tmp_path: Path, opened: int, written: int) -> None:
     other, now = tmp_path / "base-2.packed", time.time()
