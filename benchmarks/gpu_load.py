@@ -224,7 +224,6 @@ def _run(bench: Any, kept: _Kept, room: Room, warming: list[int], asked: list[in
         max_queue_tokens=1 << 24,
         prefix_cache=False,
         room=room,
-        draw=bench.runner.draw,
     )
     generator = np.random.default_rng(42)
     lengths = (8, 4) if bench.check else (128, 128)  # as S-LoRA's are equal in the mean: most of the time is decoding

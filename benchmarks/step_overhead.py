@@ -22,12 +22,15 @@ from adapters.weights import LoraWeights, Mix
 from server.engine.batch import Batch, Logits
 from server.engine.engine import Engine
 from server.engine.request import Delivery, Request, Sampling
+from server.engine.sampler import Draw
 from server.engine.text import Text
 from server.model.vocabulary import Vocabulary
 
 
 class PreparedRunner:
     """Answers rows of one random matrix."""
+
+    draw: Draw | None = None
 
     def __init__(self, vocab: int, rows: int, seconds: float) -> None:
         self._logits = Logits(torch.randn(rows, vocab))

@@ -382,7 +382,6 @@ def _engine(
             max_step_tokens=settings.max_step_tokens,
             prefix_cache=settings.prefix_cache,
             tell=last_words(),
-            draw=runner.draw,
             told=told,
             **of_device,
         )

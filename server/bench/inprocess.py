@@ -65,7 +65,6 @@ class InProcess:
             max_slots=max_slots,
             max_step_tokens=max_step_tokens,
             prefix_cache=False,
-            draw=self.runner.draw,
         )
 
     def __enter__(self) -> InProcess:

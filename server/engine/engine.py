@@ -22,7 +22,7 @@ from server.engine.queue import Inbox
 from server.engine.record import StepRecord
 from server.engine.request import Delivery, Request, State
 from server.engine.runner import Runner
-from server.engine.sampler import Draw, Pick, Sampler
+from server.engine.sampler import Pick, Sampler
 from server.engine.scheduler import Limits, Plan, Scheduler
 from server.engine.slots import Room, Slots
 from server.engine.text import Detokenizer, Text
@@ -46,9 +46,9 @@ class Engine:
     `fetch(mix)` gives a future of the weights of a mix, in its order, and must not block. `blocks` blocks of
     `block_size` tokens are allocated at once, in the constructor. At most `max_queue` requests with `max_queue_tokens`
     prompt tokens wait. `tell` hears in a line which requests run together, whenever that changes. `room` is what
-    adapters may take of memory that they are copied to, `draw` how the runner picks tokens where its logits are.
-    `told` is called when requests may have been told something, after all that were told by a step: for listeners on
-    another thread, who would otherwise come for the first while the others are still being told.
+    adapters may take of memory that they are copied to. `told` is called when requests may have been told something,
+    after all that were told by a step: for listeners on another thread, who would otherwise come for the first while
+    the others are still being told.
     """
 
     def __init__(
@@ -73,7 +73,6 @@ class Engine:
         age_limit: float = 2.0,
         tell: Callable[[str], None] = lambda text: None,
         room: Room | None = None,
-        draw: Draw | None = None,
         told: Callable[[], None] = lambda: None,
     ) -> None:
         self.context_length = min(context_length, blocks * block_size)
@@ -93,7 +92,7 @@ class Engine:
             Limits(max_batch, most_tokens(max_step_tokens, max_batch), most_logits(max_batch), age_limit),
             lambda request: root_key(base_id, request.mix, request.tenant),
         )
-        self._sampler = Sampler(vocab_size, eos_ids, draw)
+        self._sampler = Sampler(vocab_size, eos_ids, runner.draw)
         self._record = StepRecord(tell)
         self._told = told
         self._live: dict[str, Request] = {}

@@ -52,7 +52,7 @@ class _Flight(NamedTuple):
 
 
 class OverlappedEngine(Engine):
-    """An `Engine` on a `DeviceRunner`, by which tokens are drawn: `draw` must be given."""
+    """An `Engine` on a `DeviceRunner`, by which tokens are drawn."""
 
     def __init__(self, runner: DeviceRunner, **options: Any) -> None:
         super().__init__(runner, **options)

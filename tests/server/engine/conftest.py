@@ -26,6 +26,7 @@ from server.engine.batch import Batch, Logits
 from server.engine.engine import Engine
 from server.engine.overlap import OverlappedEngine
 from server.engine.request import Delivery, Request, Sampling, State
+from server.engine.sampler import Draw
 from server.engine.text import Text
 from server.model.vocabulary import Vocabulary
 from tests.waiting import SECONDS
@@ -64,6 +65,8 @@ def logits_for(history: Sequence[int], mix: Sequence[tuple[str, float]], vocab: 
 
 class FakeRunner:
     """See the module. `before` is called with each batch and may raise; what it returns is added to the logits."""
+
+    draw: Draw | None = None
 
     def __init__(self, vocab: int) -> None:
         self.vocab = vocab
@@ -245,7 +248,8 @@ class Bench:
     def __init__(self, text: Text, **options: Any) -> None:
         self.text = text
         overlapped = options.pop("overlapped", False)
-        self.runner = (LateRunner if overlapped else FakeRunner)(options.pop("vocab", text.size))
+        late = options.pop("late", overlapped)
+        self.runner = (LateRunner if late else FakeRunner)(options.pop("vocab", text.size))
         self.fetch = options.pop("fetch", None) or Fetcher()
         settings: dict[str, Any] = {
             "text": text,
@@ -259,8 +263,6 @@ class Bench:
             "max_slots": 8,
             "max_step_tokens": 32,
         }
-        if overlapped:
-            settings["draw"] = self.runner.draw
         self.engine = (OverlappedEngine if overlapped else Engine)(
             self.runner, fetch=self.fetch, **(settings | options)
         )

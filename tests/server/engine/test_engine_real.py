@@ -54,7 +54,7 @@ def company(tiny_base: Base, tiny_adapter: Callable[..., Any], tools: Any) -> Ca
             "block_size": 16,
         }
         runner = make_runner(base, 8, 2)
-        made.engine = engine_on(runner, draw=runner.draw, **(settings | {"max_slots": 8} | options))
+        made.engine = engine_on(runner, **(settings | {"max_slots": 8} | options))
         made.engine._inbox.open()
         return made
 

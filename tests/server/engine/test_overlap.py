@@ -82,8 +82,7 @@ def test_answers_are_those_of_the_plain_engine(
     for seed in range(4):
         told = []
         for overlapped in (True, False):
-            drawn_there = {} if overlapped else {"draw": tools.LateRunner(0).draw}
-            made = bench(overlapped=overlapped, **options, **drawn_there)
+            made = bench(overlapped=overlapped, late=True, **options)
             heard = submit_all(made, tools, seed, kinds)
             made.settle()
             made.check_empty()

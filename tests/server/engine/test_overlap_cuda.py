@@ -102,7 +102,7 @@ def bench_on(base: Tiny, tools: Any, kind: type[Engine], blocks: int = 24) -> An
     )  # fmt: skip
     made = tools.Bench(tools.make_text(), fetch=tools.Fetcher(known=known))
     made.engine = kind(
-        runner, draw=runner.draw, room=runner.room, fetch=made.fetch, text=made.text,
+        runner, room=runner.room, fetch=made.fetch, text=made.text,
         eos_ids=made.text.vocabulary.eos_ids, vocab_size=VOCAB, context_length=128, base_id="base", blocks=blocks,
         block_size=BLOCK, max_batch=MAX_BATCH, max_slots=4, max_step_tokens=STEP_TOKENS,
     )  # fmt: skip

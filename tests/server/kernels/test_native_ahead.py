@@ -165,7 +165,6 @@ def test_an_engine_on_it_plans_ahead(runner: NativeRunner, base: Tiny) -> None:
         context_length=64,
         base_id="base",
         blocks=8,
-        draw=runner.draw,
     )
     assert isinstance(engine, OverlappedEngine)
 
