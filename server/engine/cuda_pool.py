@@ -21,8 +21,8 @@ from adapters.weights import LoraWeights
 from server.engine.slots import Room
 from server.errors import NoCapacity
 from server.kernels.cuda.lora import Pool
-from server.kernels.cuda.places import LINE, Places, Shapes
-from server.kernels.lora import SITES
+from server.kernels.cuda.places import LINE, Places
+from server.kernels.lora import SITES, site_finder
 from server.model.config import ModelConfig
 
 PIECE = 8 << 20
@@ -30,8 +30,6 @@ PIECE = 8 << 20
 SPARE = 50
 """Of the pool, one part in so many stays free: else what is free is soon in pieces that no matrix fits into, and for
 every few adapters of different ranks that come nearly all others are moved."""
-KINDS = 64
-"""Of adapters by their modules, of which it is remembered where those are in the tables."""
 
 
 class Part(NamedTuple):
@@ -51,10 +49,7 @@ class AdapterPool:
     ) -> None:
         kept = torch.int8 if coded else dtype
         sites = config.num_hidden_layers * len(SITES)
-        self._shapes = config.linear_shapes()
-        self._site = {path: i for i, path in enumerate(self._shapes)}
-        self._found: dict[Shapes, np.ndarray] = {}
-        """Most adapters have the same modules as others."""
+        self._find_sites = site_finder(config.linear_shapes())
         self._size = nbytes // LINE * LINE // kept.itemsize
         self._per_place = np.array([1, 1, max(1, torch.float32.itemsize // kept.itemsize)])
         """Elements that one more in a row of the tables means: units are counted in float32 beside codes."""
@@ -105,7 +100,7 @@ class AdapterPool:
         places = weights.places
         if not isinstance(places, Places) or places.flat.dtype != self.pool.values.dtype:
             raise ValueError(f"the adapter {weights.name!r} was not prepared for the CUDA kernels of this base")
-        found = self._sites(places.shapes)
+        found = self._find_sites(places.shapes)
         self._placed[slot] = parts = self._room(places)
         # Numpy: a call of torch for each of hundreds of numbers takes longer than the copy.
         offsets, ranks, scales = (table[slot].numpy() for table in self._tables)
@@ -145,18 +140,6 @@ class AdapterPool:
             over = torch.cuda.Event()  # type: ignore[no-untyped-call]
             over.record()
             self._uses.update(dict.fromkeys(read, over))
-
-    def _sites(self, shapes: Shapes) -> np.ndarray:
-        """The rows of the tables of modules with these shapes. Raises ValueError for one that the base lacks."""
-        found = self._found.get(shapes)
-        if found is None:
-            for path, shape in shapes:
-                if shape != self._shapes.get(path):
-                    raise ValueError(f"the base has no linear {path} that this adapter could change")
-            if len(self._found) >= KINDS:
-                self._found.clear()
-            found = self._found[shapes] = np.array([self._site[path] for path, _ in shapes], np.int64)
-        return found
 
     def _wait_for_readers(self, slot: int) -> None:
         """Let the copy to a slot's place wait for whoever reads the slot's numbers or what lay there before."""

@@ -26,8 +26,8 @@ from server.engine.batch import Batch, Logits
 from server.engine.sampler import Drawn
 from server.errors import BadModel
 from server.kernels.cpu import bindings, packing
-from server.kernels.cpu.places import SITE, Places, Shapes
-from server.kernels.lora import SITES, SlotWeights
+from server.kernels.cpu.places import SITE, Places
+from server.kernels.lora import SITES, SlotWeights, site_finder
 from server.model.config import ModelConfig
 from server.model.decoder import Source
 from server.model.rope import angles, frequencies
@@ -38,9 +38,6 @@ VECTOR = 16
 PLANNED_AHEAD = 3_000_000
 """Nanoseconds before the end of a step from which the next is planned; what arrives after that waits for one step more.
 All that Python does between two steps of sixteen takes 0.4 ms, and up to 2 beside a busy event loop."""
-
-KINDS = 256
-"""Sets of modules of which it is remembered where they are in a slot's table."""
 
 
 class _Arena:
@@ -173,9 +170,9 @@ class NativeRunner:
         """Those that are not known to be done, in order."""
         self._last_step = 0
         self._slots: list[LoraWeights | None] = [None] * max_slots
-        self._sites = _site_places(base.config)
-        self._coded = frozenset(base.weights[path].scheme != "none" for path in self._sites)
-        self._known: dict[Shapes, np.ndarray] = {}
+        linears = base.config.linear_shapes()
+        self._find_sites = site_finder(linears)
+        self._coded = frozenset(base.weights[path].scheme != "none" for path in linears)
         self._kept: list[torch.Tensor] = []  # float32 copies of norms and biases that the model points to
         self._shape = _config(base.config, max_slots)
         embed = packing.matrix(base.weights["model.embed_tokens"])
@@ -222,7 +219,7 @@ class NativeRunner:
         if not isinstance(weights.places, Places) or not weights.places.coded <= self._coded:
             raise ValueError(f"the adapter {weights.name!r} was not prepared for the native kernels")
         table = np.zeros(self._config.num_hidden_layers * len(SITES), SITE)
-        table[self._indexes(weights.places.shapes)] = weights.places.sites
+        table[self._find_sites(weights.places.shapes)] = weights.places.sites
         self._set_slot(slot, ctypes.cast(table.ctypes.data, ctypes.POINTER(bindings.LoraSite)))
         self._slots[slot] = weights
 
@@ -345,23 +342,6 @@ class NativeRunner:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _indexes(self, shapes: Shapes) -> np.ndarray:
-        """Where an adapter's modules are in a slot's table. Adapters of one kind, which most are, ask alike."""
-        found = self._known.get(shapes)
-        if found is None:
-            indexes = []
-            for path, shape in shapes:
-                if path not in self._sites:
-                    raise ValueError(f"the base has no linear {path} that an adapter could change")
-                index, own = self._sites[path]
-                if shape != own:
-                    raise ValueError(f"the update of {path} is {shape} (out, in), the module is {own}")
-                indexes.append(index)
-            if len(self._known) >= KINDS:
-                self._known.clear()
-            found = self._known[shapes] = np.array(indexes, np.int64)
-        return found
-
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < len(self._slots):
             raise IndexError(f"there are {len(self._slots)} slots and no slot {slot}")
@@ -376,15 +356,6 @@ def _arrays(batch: Batch) -> dict[str, npt.NDArray[Any]]:
 
 def _parent(name: str) -> str:
     return "self_attn" if name in SITES[:4] else "mlp"
-
-
-def _site_places(config: ModelConfig) -> dict[str, tuple[int, tuple[int, int]]]:
-    """Module path -> (place in a slot's table, (out, in))."""
-    places = {}
-    for path, shape in config.linear_shapes().items():
-        layer, name = int(path.split(".")[2]), path.rsplit(".", 1)[1]
-        places[path] = (layer * len(SITES) + SITES.index(name), shape)
-    return places
 
 
 def _config(config: ModelConfig, max_slots: int) -> bindings.Config:

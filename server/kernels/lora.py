@@ -6,10 +6,11 @@ and digests as keys only, never an adapter's name; the arithmetic of one update 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -22,6 +23,9 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"
 """Linears of a layer that read the same input."""
 SITES = tuple(name for names in TOGETHER for name in names)
 """All of them, in the order of a step."""
+
+Shapes = tuple[tuple[str, tuple[int, int]], ...]
+"""(module path, (out, in)) of each module of an adapter."""
 
 SHARED_ROWS = 16
 """Rows of one mix up to which they share the ALL_SLOTS product; longer ones (prefills) go adapter by adapter."""
@@ -54,6 +58,25 @@ class Site:
     shrink: Shrink
     columns: slice
     B: torch.Tensor
+
+
+def site_finder(linears: Mapping[str, tuple[int, int]]) -> Callable[[Shapes], np.ndarray]:
+    """What tells where an adapter's modules are, int64 [modules], in a table of all `linears` of a base in their order.
+
+    It raises ValueError for one that the base lacks. Most adapters have the modules of others, and ask alike.
+    """
+    places = {path: place for place, path in enumerate(linears)}
+
+    @lru_cache(maxsize=256)
+    def find(shapes: Shapes) -> np.ndarray:
+        for path, shape in shapes:
+            if path not in places:
+                raise ValueError(f"the base has no linear {path} that an adapter could change")
+            if shape != linears[path]:
+                raise ValueError(f"the update of {path} is {shape} (out, in), the module is {linears[path]}")
+        return np.array([places[path] for path, _ in shapes], np.int64)
+
+    return find
 
 
 @lru_cache(maxsize=1)
@@ -247,25 +270,20 @@ class Segments:
                 self.all[-1] = Segment(last.start, segment.stop, segment.mix)
             else:
                 self.all.append(segment)
-        self._plan: tuple[list[Run], list[Segment]] | None = None
 
     def __bool__(self) -> bool:
         return bool(self.all)
 
     @property
     def runs(self) -> list[Run]:
-        return self._planned()[0]
+        return self._plan[0]
 
     @property
     def long(self) -> list[Segment]:
-        return self._planned()[1]
+        return self._plan[1]
 
-    def _planned(self) -> tuple[list[Run], list[Segment]]:
-        if self._plan is None:
-            self._plan = self._make_plan()
-        return self._plan
-
-    def _make_plan(self) -> tuple[list[Run], list[Segment]]:
+    @cached_property
+    def _plan(self) -> tuple[list[Run], list[Segment]]:
         long: list[Segment] = []
         groups: list[list[Segment]] = []
         for segment in self.all:

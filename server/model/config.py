@@ -99,11 +99,16 @@ class ModelConfig:
             )
         return ()
 
+    @property
+    def kv_values(self) -> int:
+        """Numbers that the keys and values of one token are, over all layers."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
     def has_rope(self, layer: int) -> bool:
         return not self.no_rope_layers or bool(self.no_rope_layers[layer])
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Module path -> (out, in) of every linear inside the layers, in the order of the layers."""
+        """Module path -> (out, in) of every linear inside the layers, in the order of a step."""
         queries = self.num_attention_heads * self.head_dim
         keys = self.num_key_value_heads * self.head_dim
         layer = {

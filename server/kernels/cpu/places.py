@@ -14,12 +14,10 @@ import torch
 from adapters.weights import LoraWeights
 from server.kernels.cpu.adapter_codes import bytes_of_a, tiles
 from server.kernels.cpu.bindings import LoraSite
+from server.kernels.lora import Shapes
 
 SITE = np.dtype(LoraSite)
 """One module: the addresses `units` (0 for bf16), `a` and `b`, then `rank` and `scale`."""
-
-Shapes = tuple[tuple[str, tuple[int, int]], ...]
-"""(module path, (out, in)) of each module of an adapter."""
 
 
 @dataclass(frozen=True, eq=False)

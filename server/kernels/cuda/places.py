@@ -12,9 +12,7 @@ import numpy as np
 import torch
 
 from adapters.weights import LoraWeights
-
-Shapes = tuple[tuple[str, tuple[int, int]], ...]
-"""(module path, (out, in)) of each module of an adapter."""
+from server.kernels.lora import Shapes
 
 LINE = 64
 """Bytes that all matrices, and each module's units, begin at a multiple of, as do the adapters and the parts of them on
