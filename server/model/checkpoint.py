@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,28 +47,47 @@ _COMPARED = 1 << 22  # values of two tables that are compared at once
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Checkpoint(Protocol):
-    """A source of a base. `notes` grows while weights are read: what people should be told about them."""
+class Checkpoint(ABC):
+    """A source of a base, a folder unless it says otherwise. `notes` grows while weights are read: what people should
+    be told about them. Its files are opened anew, by name, for each part.
+    """
 
     config: ModelConfig
     notes: list[str]
 
-    def vocabulary(self) -> Vocabulary: ...
+    def __init__(self, source: Path) -> None:
+        self._source, self._before = source, stamps(source)
 
-    def check_unchanged(self) -> None:
-        """Raises BadModel if a file that the digest is of is no longer what it was before it was opened."""
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """All that the digest is of."""
 
-    def digest(self, digests: Digests) -> str:
-        """SHA-256 of all that makes it what it is."""
-
+    @abstractmethod
     def effective(self, asked: Quantization) -> Quantization:
         """The quantization that loading gives, which may be the source's own."""
 
+    @abstractmethod
     def weights(self, quantization: Quantization) -> Iterator[tuple[str, Weight]]:
         """Every linear and table by its module path, in the stored layout. Raises BadModel."""
 
+    @abstractmethod
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every norm and bias by its name, float32. Raises BadModel."""
+
+    def vocabulary(self) -> Vocabulary:
+        return model_vocabulary.from_folder(self._source)
+
+    def digest(self, digests: Digests) -> str:
+        """SHA-256 of all that makes it what it is."""
+        return digests.of_all(self._source, self.files())
+
+    def check_unchanged(self) -> None:
+        """Raises BadModel if a file that the digest is of is no longer what it was before it was opened."""
+        now = stamps(self._source)
+        if any(self._before.get(path) != now.get(path) for path in self.files()):
+            raise BadModel(
+                f"{self._source.name} changed while it was read, or its owner, mode or links did; start again"
+            )
 
 
 def open_checkpoint(source: Path) -> Checkpoint:
@@ -87,24 +106,6 @@ def open_checkpoint(source: Path) -> Checkpoint:
             raise BadModel(f"{source.name} is a pickle, which can run code; give safetensors or a GGUF file", "model")
         return Gguf(source)
     raise BadModel(f"there is no model at {source}", "model")
-
-
-class _OnDisk(ABC):
-    """The files of a checkpoint as they were before it was opened: they are opened anew, by name, for each part."""
-
-    def __init__(self, source: Path) -> None:
-        self._source, self._before = source, stamps(source)
-
-    @abstractmethod
-    def files(self) -> list[Path]:
-        """All that the digest is of."""
-
-    def check_unchanged(self) -> None:
-        now = stamps(self._source)
-        if any(self._before.get(path) != now.get(path) for path in self.files()):
-            raise BadModel(
-                f"{self._source.name} changed while it was read, or its owner, mode or links did; start again"
-            )
 
 
 def _linear(rows: Rows, quantization: Quantization, name: str) -> Weight:
@@ -139,7 +140,7 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _LAYER = re.compile(r"0|[1-9][0-9]*")
 
 
-class Gguf(_OnDisk):
+class Gguf(Checkpoint):
     """A GGUF file. Q4_0 and Q4_1 linears and Q8_0 tables are taken over without loss, others re-quantized.
 
     llama.cpp keeps the rows of q and k of the `llama` and `smollm3` architectures in another order, in which the two
@@ -246,12 +247,11 @@ def _from_gguf(name: str) -> str:
 # -- folders
 
 
-class Folder(_OnDisk):
+class Folder(Checkpoint):
     """A Hugging Face folder: config.json, tokenizer.json, one or several safetensors files."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._folder = folder
         self.config = model_config.from_hf(read_json(folder / "config.json"))
         self.notes: list[str] = []
         names, self._index = _shard_names(folder)
@@ -264,15 +264,9 @@ class Folder(_OnDisk):
             shapes[_EMBEDDING] = self._shards.shapes[_HEAD]
         _check_shapes(shapes, self.config)
 
-    def vocabulary(self) -> Vocabulary:
-        return model_vocabulary.from_folder(self._folder)
-
     def files(self) -> list[Path]:
         index = [] if self._index is None else [self._index]
-        return _identity_files(self._folder, [*self._shards.files, *index])
-
-    def digest(self, digests: Digests) -> str:
-        return digests.of_all(self._folder, self.files())
+        return _identity_files(self._source, [*self._shards.files, *index])
 
     def effective(self, asked: Quantization) -> Quantization:
         return asked if asked.scheme == "none" else replace(asked, group=asked.linear_group)
@@ -310,12 +304,11 @@ class Folder(_OnDisk):
         return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and self.config.tie_word_embeddings)
 
 
-class QuantizedFolder(_OnDisk):
+class QuantizedFolder(Checkpoint):
     """A folder of the stored layout, as `quantize_folder` writes it: its tensors are taken over as they are."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._folder = folder
         manifest = read_json(folder / MANIFEST)
         if manifest.get("format") != MANIFEST_FORMAT:
             raise BadModel(
@@ -337,14 +330,8 @@ class QuantizedFolder(_OnDisk):
         needed = [f"{path}.{part}" for path, entry in self._weights.items() for part in entry["tensors"]]
         _check_names({*needed, *norms}, set(self._shards.shapes))
 
-    def vocabulary(self) -> Vocabulary:
-        return model_vocabulary.from_folder(self._folder)
-
     def files(self) -> list[Path]:
-        return _identity_files(self._folder, self._shards.files)
-
-    def digest(self, digests: Digests) -> str:
-        return digests.of_all(self._folder, self.files())
+        return _identity_files(self._source, self._shards.files)
 
     def effective(self, asked: Quantization) -> Quantization:
         if asked not in (self._quantization, replace(self._quantization, group=None)):
