@@ -99,10 +99,9 @@ def decode_cost(base: Base, contexts: Sequence[int], mixes: Sequence[Sequence[Lo
     config = base.config
     linears = [w for path, w in base.weights.items() if path in base.shapes()]
     table = base.weights["model.embed_tokens"] if config.tie_word_embeddings else base.weights["lm_head"]
-    kv_row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     distinct = {w.digest: w for mix in mixes for w in mix}
     nbytes = sum(w.nbytes for w in linears) + table.nbytes
-    nbytes += sum(contexts) * kv_row * KV_BYTES + sum(w.nbytes for w in distinct.values())
+    nbytes += sum(contexts) * config.kv_values * KV_BYTES + sum(w.nbytes for w in distinct.values())
     per_row = sum(w.shape[0] * w.shape[1] for w in linears) + table.shape[0] * table.shape[1]
     # Of true ranks and widths: what a backend fills its layout up with need not be computed.
     lora = sum(m.rank * sum(m.shape) for mix in mixes for w in mix for m in w.modules.values())

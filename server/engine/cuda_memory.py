@@ -57,7 +57,7 @@ def share_out(
     left = total - base - work - FOR_GRAPHS
     for_adapters = int(left * ADAPTER_SHARE) if adapters is None else adapters
     for_cache = left - for_adapters if kv_cache is None else kv_cache
-    token = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
+    token = config.kv_values * 2
     if left <= 0 or for_adapters < 0 or for_cache < 16 * token or for_adapters + for_cache > left:
         raise NoCapacity(
             f"{_gb(total)} of GPU memory are too little: the base takes {_gb(base)}, work buffers {_gb(work)}, "

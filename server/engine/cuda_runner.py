@@ -278,9 +278,7 @@ class CudaRunner:
             torch.cuda.synchronize(self._device)
 
     def block_bytes(self, block_size: int) -> int:
-        config = self._config
-        row = 2 * config.num_key_value_heads * config.head_dim * self._dtype.itemsize
-        return config.num_hidden_layers * block_size * row
+        return block_size * self._config.kv_values * self._dtype.itemsize
 
     def nbytes(self) -> dict[str, int]:
         """All of it is the device's: `base`, `kv_cache`, `slots`, `activations` with work buffers and what graphs

@@ -99,15 +99,12 @@ class TorchRunner:
         return Logits(logits)
 
     def block_bytes(self, block_size: int) -> int:
-        config = self._base.config
-        row = 2 * config.num_key_value_heads * config.head_dim * self._base.backend.dtype.itemsize
-        return config.num_hidden_layers * block_size * row
+        return block_size * self._base.config.kv_values * self._base.backend.dtype.itemsize
 
     def nbytes(self) -> dict[str, int]:
-        base = sum(weight.nbytes for weight in self._base.weights.values())
-        base += sum(tensor.nbytes for tensor in self._base.tensors.values())
         kv_cache = self._touched * self.block_bytes(self._block_size)
-        return {"base": base, "kv_cache": kv_cache, "activations": self._work + self._table.nbytes}
+        work = self._work + self._table.nbytes
+        return {"base": self._base.nbytes, "kv_cache": kv_cache, "activations": work}
 
     def _step_bytes(self, batch: Batch) -> int:
         """The tensors of a step that live at once, roughly: the stream, an MLP's insides, the logits."""

@@ -27,6 +27,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from server.engine.chat_template import ChatTemplate
 from server.errors import BadModel, InvalidRequest
+from server.model.sentencepiece import SPACE
 from server.model.vocabulary import Vocabulary
 
 Message = Mapping[str, Any]
@@ -34,7 +35,6 @@ Piece = str | int
 Format = Literal["raw", "chat"]
 
 INPUT = "{input}"
-_SPACE = "\u2581"
 LONG = 4096
 """Characters up to which a text takes no time worth speaking of to tokenize."""
 
@@ -399,8 +399,8 @@ def _byte_reader(tokenizer: Tokenizer) -> Any:
         return lambda name: b"".join(table[c] if c in table else c.encode() for c in name)
     for part in parts:
         sign = part.get("replacement") or part.get("pattern")
-        if sign not in (None, _SPACE, {"String": _SPACE}) or (part["type"] == "Replace" and part["content"] != " "):
-            raise BadModel(f"a tokenizer whose decoder takes {sign!r} for a space is not served, only {_SPACE!r}")
+        if sign not in (None, SPACE, {"String": SPACE}) or (part["type"] == "Replace" and part["content"] != " "):
+            raise BadModel(f"a tokenizer whose decoder takes {sign!r} for a space is not served, only {SPACE!r}")
     if kinds & {"Metaspace", "Replace"}:
         return _sentencepiece_bytes
     if "ByteFallback" in kinds:
@@ -440,7 +440,7 @@ def _has_scheme_first(tokenizer: Tokenizer) -> bool:
 
 
 def _sentencepiece_bytes(name: str) -> bytes:
-    return _bytes_or_text(name.replace(_SPACE, " "))
+    return _bytes_or_text(name.replace(SPACE, " "))
 
 
 def _bytes_or_text(name: str) -> bytes:

@@ -39,6 +39,10 @@ class Source(Protocol):
     @property
     def backend(self) -> Backend: ...
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights and tensors, wherever they lie."""
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, given out in `dtype`."""

@@ -10,8 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from server.errors import BadModel
 from server.model.config import MAX_LAYERS, ModelConfig, RopeScaling, checked, no_rope_layers, scaling_of
+from server.model.rope import llama3
 from server.model.values import above_zero, cut, real, told, whole
 
 GGUF_ARCHITECTURES = {
@@ -141,17 +144,6 @@ def _close(one: float, other: float) -> bool:
 
 def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> list[float]:
     """What each rotary frequency is divided by, [head_dim / 2] (Llama 3.1's `apply_scaling`)."""
-    original = scaling.original_max_position_embeddings
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    assert original is not None and low is not None and high is not None
-    divisors = []
-    for i in range(head_dim // 2):
-        wavelength = 2 * math.pi * theta ** (2 * i / head_dim)
-        if wavelength < original / high:
-            divisors.append(1.0)
-        elif wavelength > original / low:
-            divisors.append(scaling.factor)
-        else:
-            smooth = (original / wavelength - low) / (high - low)
-            divisors.append(1.0 / ((1 - smooth) / scaling.factor + smooth))
+    plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    divisors: list[float] = (plain / llama3(plain, scaling)).tolist()
     return divisors

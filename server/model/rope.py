@@ -24,7 +24,7 @@ def frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     if scaling.type == "linear":
         return plain / scaling.factor, 1.0
     if scaling.type == "llama3":
-        return _llama3(plain, scaling), 1.0
+        return llama3(plain, scaling), 1.0
     if scaling.type == "yarn":
         return _yarn(config, config.rope_theta**exponents), _yarn_attention_factor(scaling)
     return plain, 1.0
@@ -36,7 +36,8 @@ def angles(inverse: torch.Tensor, factor: float, positions: torch.Tensor) -> tup
     return turned.cos() * factor, turned.sin() * factor
 
 
-def _llama3(plain: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+def llama3(plain: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Frequencies, scaled as Llama 3.1's `apply_scaling` does."""
     original, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
     assert original is not None and low is not None and high is not None
     wavelength = 2 * math.pi / plain

@@ -223,7 +223,6 @@ class Pool:
         """
         if threads < 1:
             raise ValueError(f"the kernels need at least one thread, not {threads}")
-        self.threads = threads
         self._library = library()
         self.handle: int | None = self._library.loramux_pool_new(threads, guest)
         if not self.handle:
