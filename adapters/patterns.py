@@ -2,7 +2,8 @@
 
 Owns the bound. Python's `re` backtracks and holds the interpreter lock while it does: one hostile pattern in an
 adapter's config would stop every request. So a pattern that is cheap by its form is matched here, any other in a
-short-lived child process that is killed when its time is over; both give exactly what `re` gives.
+short-lived child process that is killed when its time is over; both give exactly what `re` gives. Where this machine
+has no child to give, StoreFailed says so: that tells nothing of the pattern.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapters.errors import InvalidAdapter
+from adapters.errors import InvalidAdapter, StoreFailed, reason
 
 MAX_PATTERN = 4096
 MAX_NAME = 256
@@ -211,7 +212,8 @@ def _in_a_child(
             key,
         ) from error
     except (OSError, subprocess.CalledProcessError) as error:
-        raise InvalidAdapter(f"{key}: its patterns could not be matched ({error})", key) from error
+        why = reason(error) if isinstance(error, OSError) else f"the process for it ended with {error.returncode}"
+        raise StoreFailed(f"{key}: its patterns cannot be matched now: {why}", key) from error
     answer = json.loads(done.stdout)
     if "bad" in answer:
         raise _no_pattern(shown[answer["bad"]], answer["why"], key)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
+import sys
 import time
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters import patterns, peft_config
-from adapters.errors import AdapterError, InvalidAdapter
+from adapters.errors import AdapterError, InvalidAdapter, StoreFailed
 
 NAMES = [f"model.layers.{i}.{p}" for i in range(12) for p in ("self_attn.q_proj", "mlp.down_proj")]
 UNSLOTH = (
@@ -41,6 +43,23 @@ def test_a_hostile_pattern_is_stopped(hostile, monkeypatch):
     except InvalidAdapter as error:
         assert "target_modules" in error.message
     assert time.monotonic() - started < 3.0
+
+
+@pytest.mark.parametrize("child", ["import os; os.kill(os.getpid(), 9)", "raise MemoryError"])
+def test_a_child_that_the_machine_ends_is_no_fault_of_the_pattern(child: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "_CHILD", child)
+    with pytest.raises(StoreFailed, match="^target_modules: .* cannot be matched now: .* ended with ") as told:
+        patterns.full_matches("(.*)*x", NAMES, "target_modules")
+    assert sys.executable not in told.value.message
+
+
+def test_a_machine_that_has_no_child_to_give_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_files(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files", sys.executable)
+
+    monkeypatch.setattr("subprocess.run", out_of_files)
+    with pytest.raises(StoreFailed, match="cannot be matched now: Too many open files$"):
+        patterns.full_matches("(.*)*x", NAMES, "target_modules")
 
 
 UNCOUNTED = [
