@@ -6,20 +6,21 @@ So is an adapter that is made on the way, of which the rest of a run is to be th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 
 from adapters.durable import replace_file
-from adapters.errors import AdapterError, StoreFailed
+from adapters.errors import AdapterError, StoreFailed, reason
 from adapters.weights import LoraWeights, LowRank, sealed
 
 FILE = "checkpoint.safetensors"
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+"""What a checkpoint may hold, by safetensors' names."""
 
 
 @dataclass(frozen=True)
@@ -33,28 +34,48 @@ class Checkpoint:
 
 def write_checkpoint(folder: Path, state: Checkpoint) -> None:
     """Replaces the folder's checkpoint. Raises StoreFailed, and then the old one is still there."""
-    header = {"key": state.key, "progress": json.dumps(dict(state.progress))}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / FILE, safetensors.torch.save(dict(state.tensors), metadata=header))
+        replace_file(folder / FILE, *_parts(state))
     except OSError as error:
-        raise StoreFailed(f"the checkpoint could not be written: {error.strerror}") from error
+        raise StoreFailed(f"the checkpoint could not be written: {reason(error)}") from error
+
+
+def _parts(state: Checkpoint) -> Iterator[bytes | memoryview]:
+    """A safetensors file, whose tensors are written from where they lie: `safetensors.torch.save` has them twice in
+    memory, which may be as much as the whole run takes otherwise.
+    """
+    metadata = {"key": state.key, "progress": json.dumps(dict(state.progress))}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    tensors = sorted(state.tensors.items(), key=lambda entry: -entry[1].itemsize)  # each at a multiple of its size
+    end = 0
+    for name, tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in tensors:
+        yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def read_checkpoint(folder: Path, key: str, whole: Path | None = None) -> Checkpoint | None:
-    """The folder's checkpoint, None if there is none. Raises StoreFailed if it is damaged, AdapterError if it is of
-    another run. `whole` is the folder that such a run is removed with, if that is another.
+    """The folder's checkpoint, None if there is none. Raises StoreFailed if it is damaged or cannot be read now,
+    AdapterError if it is of another run. `whole` is the folder that such a run is removed with, if that is another.
     """
     path = folder / FILE
     shown = Path(*(whole or folder).parts[-3:])  # where it is, without the whole of the machine's path
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
+        path.open("rb").close()  # which says why it cannot be opened; safetensors takes it for missing
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         progress = json.loads(header["progress"])
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
+    except OSError as error:  # the machine's fault, or that of its rights: hours of training may be whole
+        raise StoreFailed(f"the checkpoint in {shown} cannot be read: {reason(error)}") from error
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise StoreFailed(f"the checkpoint in {shown} is damaged ({error}); remove it to begin anew") from error
     if header.get("key") != key:
         raise AdapterError(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import StoreFailed
+from adapters.errors import StoreFailed, reason
 
 log = logging.getLogger(__name__)
 
@@ -21,19 +21,19 @@ MOST_ASIDE = 100
 """Files of one name that are kept when they cannot be read; the first gives way to more."""
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file and sync it."""
+def write_file(path: Path, *content: bytes | memoryview) -> None:
+    """Write a file, of one part or more, and sync it."""
     with open(path, "wb") as out:
-        out.write(content)
+        out.writelines(content)
         out.flush()
         os.fsync(out.fileno())
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, *content: bytes | memoryview) -> None:
     """Give a file its content in one step: until then it is what it was, and stays so if the disk refuses."""
     part = path.with_name(f".{path.name}.part")
     try:
-        write_file(part, content)
+        write_file(part, *content)
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)  # a disk that is full has use for the room
@@ -41,7 +41,7 @@ def replace_file(path: Path, content: bytes) -> None:
     try:
         sync_folder(path.parent)
     except OSError as error:  # it stands, and only a power cut now could undo it
-        log.warning("%s is written but its name is not synced: %s", path.name, error.strerror)
+        log.warning("%s is written but its name is not synced: %s", path.name, reason(error))
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def refused(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreFailed(f"the disk refuses {what}: {error.strerror}") from None
+        raise StoreFailed(f"the disk refuses {what}: {reason(error)}") from None
 
 
 def set_aside(path: Path, copy: bool = False) -> Path:

@@ -20,8 +20,9 @@ from adapters import memory, peft_config
 from adapters.errors import AdapterError, BaseMismatch
 from adapters.weights import LoraWeights, LowRank, sealed
 
-TRAINED_BYTES = 16
-"""Of each parameter: its value, its gradient and two moments, in float32."""
+TRAINED_BYTES = 24
+"""Of each parameter, in float32: its value, its gradient, two moments, the best value so far, and what a step or the
+result's copy takes beside them."""
 
 
 @dataclass(frozen=True)

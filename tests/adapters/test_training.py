@@ -331,6 +331,16 @@ def test_ranks_that_memory_has_no_room_for_are_refused(llama, rank):
     assert error.value.param == "lora_rank" and not layers.injected(model.tree)
 
 
+def test_what_a_step_and_the_best_values_take_is_counted(llama, monkeypatch):
+    spec, tree = CONFIG.spec(), copy.deepcopy(llama)
+    count = layers.trainable_parameters(layers.shapes(tree), spec)
+    monkeypatch.setattr("adapters.memory.free", lambda: 24 * count - 1)
+    with pytest.raises(AdapterError, match="MiB are left"):
+        layers.check_room(tree, spec)
+    monkeypatch.setattr("adapters.memory.free", lambda: 24 * count)
+    layers.check_room(tree, spec)
+
+
 def test_pieces_hold_every_example_once():
     data = examples(20).examples
     packed = training.pieces(data, 20)
