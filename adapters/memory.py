@@ -31,7 +31,8 @@ class Peak:
 
 
 class Watch:
-    """Counts the peak from here on; the kernel keeps it, so nothing is sampled and nothing missed."""
+    """Counts the peak from here on; the kernel keeps it, so nothing is sampled and nothing missed. It keeps one: where
+    another watch begins, as each training run's does, this one's peak is of what comes after."""
 
     def __init__(self) -> None:
         # Forgets the peak so far. Where that is not allowed, it is that of the process's whole life, never less.

@@ -150,7 +150,8 @@ def main() -> int:
                 for task in TASKS:
                     http.post("/adapters", json={"name": task, "source": task}).raise_for_status()
                     route = {"choice": [{"name": task}]}
-                    http.put(f"/tasks/{task}", json={"prompt": "{input}", "format": "raw", "route": route})
+                    body = {"prompt": "{input}", "format": "raw", "route": route}
+                    http.put(f"/tasks/{task}", json=body).raise_for_status()
             found = asyncio.run(measure(server.url, given.loads, given.seconds, given.rounds))
     print(json.dumps(found, indent=1))
     return 1 if any(not one["ratio"] <= 2 for one in found) else 0

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from adapters import memory
 from benchmarks.shapes import QWEN_7B
 from server.model.config import from_hf
 
@@ -68,10 +69,7 @@ def write_model(folder: Path, shape: dict[str, Any]) -> int:
 
 def private_memory() -> int:
     """Anonymous resident bytes of this process: what is neither a mapped file nor shared."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this kernel does not report RssAnon")
+    return memory.resident("RssAnon") or 0
 
 
 @contextmanager

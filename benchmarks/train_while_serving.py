@@ -91,7 +91,7 @@ async def answer(http: aiohttp.ClientSession, text: str, seen: Stretch) -> None:
                 if line.startswith(b'data: {"id"') and b'"finish_reason"' not in line:
                     times.append(time.perf_counter())
                 whole |= b'"finish_reason": "length"' in line
-    except aiohttp.ClientError:
+    except (aiohttp.ClientError, TimeoutError):
         whole = False
     seen.failed += not whole
     seen.gaps += list(np.diff(times))
