@@ -17,7 +17,7 @@ from adapters.errors import InvalidData
 from adapters.strict_json import once
 
 MAX_LINE = 4 << 20
-INSTRUCTIONS = ("instruction", "instructions", "system", "history")
+INSTRUCTIONS = ("instruction", "instructions", "system", "history", "context")
 """What others' forms have beside an input, and ours has not: without it the answer would be to another question."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -157,6 +157,8 @@ def record(entry: object, number: int, name: str, unit: str = "line") -> Record:
     if "messages" in keys:
         _refuse(entry, ("tools", "functions"), where)
         _refuse(entry, INSTRUCTIONS, where, "make it the first of the 'messages'")
+        # A 'prompt' alone is no second example: sets of conversations have the first message so once more.
+        _refuse(entry, ("input", "output", "completion"), where, "leave it out beside 'messages'")
         return Chat(number, tuple(_messages(entry["messages"], where)), unit=unit)
     for first, second in (("input", "output"), ("prompt", "completion")):
         if first in keys or second in keys:
@@ -164,6 +166,8 @@ def record(entry: object, number: int, name: str, unit: str = "line") -> Record:
                 entry, INSTRUCTIONS, where, f"make it part of {first!r} or of the task's template, or of 'messages'"
             )
             _refuse(entry, ("tools", "functions"), where)
+            if first == "input":
+                _refuse(entry, ("prompt", "completion"), where, "leave it out beside 'input' and 'output'")
             given, learned = _string(entry, first, where), _string(entry, second, where)
             if not learned.strip():
                 raise InvalidData(f"{where}: {second!r} is empty; there is nothing to learn")

@@ -71,6 +71,12 @@ GOOD = '{"input": "a", "output": "b"}\n'
         ('{"input": "x", "output": "y", "tools": [{"type": "function"}]}', "'tools' cannot be learned"),
         ('{"instruction": "Translate.", "input": "x", "output": "y"}', "'instruction' cannot be learned; make it part"),
         ('{"system": "Be brief.", "prompt": "x", "completion": "y"}', "part of 'prompt' or of"),
+        ('{"input": "Who?", "context": "A passage.", "output": "y"}', "'context' cannot be learned; make it part of"),
+        ('{"input": "x", "output": "y", "completion": "z"}', "'completion' cannot be learned; leave it out beside"),
+        (
+            '{"messages": [{"role": "assistant", "content": "x"}], "input": "y", "output": "z"}',
+            "'input' cannot be learned; leave it out beside 'messages'",
+        ),
         ('{"input": "x", "output": "y", "output": "z"}', "'output' is there twice"),
         (
             '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}',
@@ -117,6 +123,13 @@ def test_what_has_no_value_asks_for_nothing():
     found = data.parse(b"\n".join((pair, completion, chat)))
     assert [type(record) for record in found] == [data.Pair, data.Completion, data.Chat]
     assert found[2].messages[1] == {"role": "assistant", "content": "b"}
+
+
+def test_what_is_said_once_more_and_what_is_told_of_an_example_are_no_fault():
+    told = {"id": 7, "label": "x", "category": "y", "text": "z"}
+    chat = {"prompt": "x", "prompt_id": "y", "messages": [{"role": "assistant", "content": "x"}]}
+    rows = [{"input": "a", "output": "b"} | told, {"prompt": "a", "completion": "b"} | told, chat | told]
+    assert len(data.parse(json.dumps(rows).encode())) == 3
 
 
 def test_an_entry_of_a_list_is_called_one_later_too():
