@@ -21,7 +21,7 @@ import torch
 
 from adapters import peft_config
 from adapters.durable import replace_file
-from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter, unreadable
+from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter, reason, unreadable
 from adapters.mistaken import COPY_FILES, foreign, no_config, not_safetensors
 from adapters.peft_config import LoraConfig
 from adapters.strict_json import once
@@ -44,6 +44,8 @@ HEADER_SLACK = 16 << 20
 """What a safetensors header and alignment may take over the tensors themselves."""
 METADATA_KEY = "loramux"
 """The entry of a safetensors header that holds what we know of how the adapter was made, as JSON."""
+MADE = ("quantization", "training", "composition", "pruning", "auto_lora")
+"""The metadata in it."""
 
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 RENAMES = (("base_model.model.", ""), (".base_layer.", "."), (".default.", "."))
@@ -71,8 +73,8 @@ def read_folder(
     One that is `stored` was taken once, and is read by the rules of then.
 
     Metadata: `honoured` and `harmless` config keys, `notes`, `base` (the name it gives), `card` (README.md), `task`
-    (task.json), `quantization` and `training` (if this package wrote it). Raises InvalidAdapter (UnsupportedAdapter
-    for what is a LoRA and not served) or BaseMismatch; the message names the key or the tensor.
+    (task.json), and those of `MADE` (if this package wrote it). Raises InvalidAdapter (UnsupportedAdapter for what is a
+    LoRA and not served) or BaseMismatch; the message names the key or the tensor. StoreFailed where it is the machine.
     """
     if not path.is_dir():
         raise InvalidAdapter(f"{path.name!r} is no folder")
@@ -127,8 +129,7 @@ def _weights(
         "base": parsed.base,
         "card": None,
         "task": None,
-        "quantization": made.get("quantization"),
-        "training": made.get("training"),
+        **{key: made.get(key) for key in MADE},
     }
     return sealed(name, result, metadata)
 
@@ -442,7 +443,7 @@ def to_bytes(
             tensors[key] = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
             if not all_finite(tensors[key]):
                 raise InvalidAdapter(f"{path}.{kind} would have values that are not finite (NaN or infinity)", path)
-    made = {k: weights.metadata[k] for k in ("quantization", "training") if weights.metadata.get(k) is not None}
+    made = {k: weights.metadata[k] for k in MADE if weights.metadata.get(k) is not None}
     header = {"format": "pt"} | ({METADATA_KEY: json.dumps(made, sort_keys=True)} if made else {})
     return json.dumps(config, indent=1).encode() + b"\n", safetensors.torch.save(tensors, metadata=header)
 
@@ -481,4 +482,4 @@ def save(
         for file, data in files.items():
             replace_file(path / file, data)
     except OSError as error:
-        raise StoreFailed(f"the adapter could not be written: {error.strerror}") from error
+        raise StoreFailed(f"the adapter could not be written: {reason(error)}") from error

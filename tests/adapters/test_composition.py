@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -113,7 +114,10 @@ def test_a_composed_adapter_saves_and_loads_in_peft(llama, three, tmp_path):
     _, adapters = three
     result = composition.compose([(a, 0.5) for a in adapters], "sum", rank=5)
     peft_format.save(result, tmp_path / "out")
-    assert peft_format.read_folder(tmp_path / "out", name="sum").digest == result.digest
+    read = peft_format.read_folder(tmp_path / "out", name="sum")
+    assert read.digest == result.digest
+    for key in ("composition", "pruning"):
+        assert read.metadata[key] == json.loads(json.dumps(result.metadata[key])), "the file says what it was made of"
     model = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path / "out")
     for path in result.modules:
         loaded = model.base_model.model.get_submodule(path).get_delta_weight("default")
