@@ -50,7 +50,7 @@ def compose(
         result = dare(pairs, name, density=density, seed=seed, elect=method == "dare_ties")
     else:
         raise AdapterError(f"{method!r} is no way to compose; there are {', '.join(METHODS)}", "method")
-    return result if rank is None else rerank(result, rank)[0]
+    return result if rank is None else pruning.truncate(result, rank)[0]
 
 
 def exact(pairs: Pairs, name: str) -> LoraWeights:
@@ -72,11 +72,6 @@ def exact(pairs: Pairs, name: str) -> LoraWeights:
         why = "the weights of each content add up to zero" if any(w for _, w in pairs) else "every weight is zero"
         raise InvalidChoice(f"{why}; nothing is left", "adapters")
     return _result(pairs, name, modules, {"method": "exact"})
-
-
-def rerank(weights: LoraWeights, rank: int) -> tuple[LoraWeights, pruning.Cut]:
-    """The nearest adapter of at most this rank, by QR and SVD of the factors; the error is in the second part."""
-    return pruning.truncate(weights, rank)
 
 
 def linear(pairs: Pairs, name: str) -> LoraWeights:

@@ -39,7 +39,8 @@ def parameters(weights: LoraWeights) -> int:
 
 
 def truncate(weights: LoraWeights, rank: int, name: str | None = None) -> tuple[LoraWeights, Cut]:
-    """Every module cut to at most `rank`. The result is float32, of scale 1. Raises AdapterError for a rank under 1."""
+    """Every module cut to at most `rank`, float32 and of scale 1; one that has no more stays as it is. Raises
+    AdapterError for a rank under 1."""
     if rank < 1:
         raise AdapterError(f"a rank must be at least 1, not {rank}", "rank")
     found = spectra(weights)
@@ -105,7 +106,7 @@ def weakest_modules(weights: LoraWeights, share: float) -> list[str]:
     if not 0.0 <= share < 1.0:
         raise AdapterError(f"the share of modules to drop is from 0 to under 1, not {share!r}", "share")
     ranked = sorted(weights.modules, key=lambda path: norm(weights.modules[path]))
-    return ranked[: int(share * len(ranked))]
+    return ranked[: int(share * len(ranked) + 1e-9)]
 
 
 def norm(module: LowRank) -> float:

@@ -128,7 +128,7 @@ def test_a_composed_adapter_saves_and_loads_in_peft(llama, three, tmp_path):
 @settings(max_examples=40, deadline=None)
 def test_reranking_is_the_best_of_its_rank_and_states_its_error(rank, keep, seed):
     weights = random_weights(seed, {"m": rank})
-    cut, what = composition.rerank(weights, keep)
+    cut, what = pruning.truncate(weights, keep)
     dense = weights.delta("m")
     sigma = torch.linalg.svdvals(dense.double())
     best = float(sigma[keep:].norm() / sigma.norm())
@@ -265,6 +265,8 @@ def test_a_seed_that_is_none_is_refused_by_name():
 def test_the_weakest_modules_are_no_more_than_the_share():
     three = sealed("b", {p: random_weights(i, {p: 2}, scale=0.1**i).modules[p] for i, p in enumerate("xyz")})
     assert pruning.weakest_modules(three, 0.5) == ["z"] and pruning.weakest_modules(three, 0.0) == []
+    hundred = sealed("b", {f"x{i}": three.modules["x"] for i in range(100)})
+    assert len(pruning.weakest_modules(hundred, 0.29)) == 29
     negative = sealed("b", {"x": LowRank(three.modules["x"].A, three.modules["x"].B, -1.0), "z": three.modules["z"]})
     assert pruning.weakest_modules(negative, 0.5) == ["z"], "a negative scale makes a module no weaker"
 
