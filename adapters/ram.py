@@ -198,7 +198,10 @@ class Ram:
                 effect = self._effects.popleft()
             except IndexError:  # another thread took the last one
                 return
-            effect()
+            try:
+                effect()
+            except Exception:  # a fault of whoever is told, which must not keep others waiting
+                log.exception("telling of an adapter in memory failed")
 
     def _take_back(self) -> None:
         while self._returned:

@@ -460,6 +460,23 @@ def test_all_who_ask_for_what_is_larger_keep_their_order(make_ram: MakeRam, sour
     assert second.result(SECONDS)
 
 
+def test_whoever_fails_at_being_told_keeps_nobody_waiting(
+    make_ram: MakeRam, source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(list[int]):
+        def append(self, _: int) -> None:
+            raise ZeroDivisionError
+
+    source.pressure = Broken()
+    ram = make_ram(1)
+    keep = ram.fetch(["a"])
+    keep.result(SECONDS)
+    waits = ram.fetch(["b"])
+    until(lambda: caplog.text.count("ZeroDivisionError") > 2)
+    del keep
+    assert waits.result(SECONDS)[0].digest == "b"
+
+
 def test_what_was_discarded_leaves_memory_though_nobody_comes_by(make_ram: MakeRam) -> None:
     ram = make_ram(1)
     future = ram.fetch(["a"])
