@@ -179,8 +179,9 @@ def plot(table: Sequence[Row], chosen: int, title: str = "quality against parame
 def allocate(model: Model, data: Tokens, config: TrainingConfig) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     """Ranks by the variance of each module's inputs, and the directions that explain it (EVA, Paischer et al. 2024).
 
-    The sum of ranks is that of the uniform `config`; no module gets over WIDEST times `lora_rank`. A module that
-    explains too little gets 0. Answers path -> rank, and path -> orthonormal rows [rank, in] for A to begin with.
+    The sum of ranks is that of the uniform `config`, or less where there are too few inputs to tell so many directions
+    apart; no module gets over WIDEST times `lora_rank`. A module that explains too little gets 0. Answers path -> rank,
+    and path -> orthonormal rows [rank, in] for A to begin with.
     """
     found = layers.linears(model.tree)
     uniform = config.spec().ranks(found)
@@ -214,7 +215,8 @@ def _allocated(
 
 
 def _inputs(model: Model, data: Tokens, found: Mapping[str, nn.Module], micro_tokens: int) -> dict[str, torch.Tensor]:
-    """Up to `CALIBRATION_ROWS` rows of what goes into each module, float32, spread over the first examples."""
+    """Up to `CALIBRATION_ROWS` rows of what goes into each module, float32, spread over packs of the first examples,
+    those with the longest first."""
     rows: dict[str, list[torch.Tensor]] = {path: [] for path in found}
 
     def keep(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -448,7 +448,7 @@ def _losses(model: Model, hidden: torch.Tensor, targets: torch.Tensor, scale: fl
         values = logits.detach().float()
         top, likeliest = values.max(-1, keepdim=True)
         hits += int((likeliest == target).sum())
-        values = values.sub_(top) if values is not logits else values - top
+        values.sub_(top)  # in the logits themselves where those are float32: the way back does not read them
         right = values.gather(1, target)
         powers = values.exp_()
         total = powers.sum(-1, keepdim=True)
