@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import AdapterError, InvalidAdapter, StoreFailed
-from adapters.mistaken import COPY_FILES
-from adapters.peft_format import REQUIRED
+from adapters.mistaken import LEADS_OUT
+from adapters.peft_format import REQUIRED, open_inside
 from adapters.ports import Reader
-from adapters.store import Store, open_inside
+from adapters.store import Store
 from adapters.weights import LoraWeights, Version
 
 
@@ -40,7 +40,7 @@ class Intake:
         With `within`, links may not lead out of that folder. Raises InvalidAdapter, BaseMismatch, NoRoom, StoreFailed.
         """
         if within is not None and not folder.resolve().is_relative_to(within.resolve()):
-            raise InvalidAdapter(f"{folder.name} leads out of the adapter directory{COPY_FILES}", "source")
+            raise InvalidAdapter(f"{folder.name}{LEADS_OUT}", "source")
         missing = [file for file in REQUIRED if not _exists(folder / file, within)]
         if missing:
             self._read(folder, name)  # it has better words for what is there instead, a pickle for instance

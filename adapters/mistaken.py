@@ -16,6 +16,8 @@ MODEL_FILE = "config.json"
 WHOLE_MODEL = "this is a whole model, as merge_and_unload leaves one, and --model serves it"
 COPY_FILES = ": copy the files themselves, as `cp -rL` does"
 """What to do about a link, such as a hub's cache consists of."""
+LEADS_OUT = f" leads out of the adapter directory{COPY_FILES}"
+"""What follows the name of a file or folder that is not where it seems to be."""
 MAX_ENTRIES = 1000
 """Of a folder that is no adapter, how many entries are looked at for one."""
 

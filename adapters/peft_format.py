@@ -22,7 +22,7 @@ import torch
 from adapters import peft_config
 from adapters.durable import replace_file
 from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter, reason, unreadable
-from adapters.mistaken import COPY_FILES, foreign, no_config, not_safetensors
+from adapters.mistaken import COPY_FILES, LEADS_OUT, foreign, no_config, not_safetensors
 from adapters.peft_config import LoraConfig
 from adapters.strict_json import once
 from adapters.weights import LoraWeights, LowRank, all_finite, all_finite_in, not_finite, sealed
@@ -149,32 +149,44 @@ def _read_file(
 
     `hint` says where the limit comes from; `too_large` may look at a file over it and raise for a better reason.
     """
-    target = folder / file
-    if not os.path.lexists(target):
+    descriptor = open_inside(folder / file, folder)
+    if descriptor is None:
         return None
     try:
-        real = target.resolve(strict=True)
-        if not real.is_relative_to(folder.resolve(strict=True)):
-            raise InvalidAdapter(
-                f"{file} is a link that leads out of the adapter's folder, and is not followed{COPY_FILES}", file
-            )
-        # Not blocking, so that a pipe by that name cannot hold a thread; not following, should the path have changed.
-        descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as stream:
-            state = os.fstat(descriptor)
-            if not stat.S_ISREG(state.st_mode):
-                raise InvalidAdapter(f"{file} is no regular file", file)
-            if state.st_size > limit:
+            size = os.fstat(descriptor).st_size
+            if size > limit:
                 too_large(stream)
-                raise InvalidAdapter(f"{file} has {state.st_size:,} bytes, over the limit of {limit:,}{hint}", file)
-            data = stream.read(state.st_size + 1)  # no more room than is needed, and notice what grows
-    except FileNotFoundError:
-        raise InvalidAdapter(f"{file} is a link to nothing{COPY_FILES}", file) from None
-    except (OSError, RuntimeError) as error:
+                raise InvalidAdapter(f"{file} has {size:,} bytes, over the limit of {limit:,}{hint}", file)
+            data = stream.read(size + 1)  # no more room than is needed, and notice what grows
+    except OSError as error:
         raise unreadable(file, error) from error
-    if len(data) > state.st_size:
+    if len(data) > size:
         raise InvalidAdapter(f"{file} grew while it was read", file)
     return data
+
+
+def open_inside(path: Path, within: Path | None) -> int | None:
+    """A descriptor on the regular file `path`, for reading; None if there is no such file.
+
+    With `within`, links are followed only as far as they stay in that folder. Raises InvalidAdapter, StoreFailed.
+    """
+    try:
+        real = path.resolve(strict=True)
+        if within is not None and not real.is_relative_to(within.resolve()):
+            raise InvalidAdapter(f"{path.name}{LEADS_OUT}", path.name)
+        # Not blocking, so that a pipe by that name cannot hold a thread; not following, should the path have changed.
+        fd = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise InvalidAdapter(f"{path.name} is a link to nothing{COPY_FILES}", path.name) from None
+        return None
+    except (OSError, RuntimeError) as error:
+        raise unreadable(path.name, error) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise InvalidAdapter(f"{path.name} is not a regular file", path.name)
+    return fd
 
 
 def _json_object(data: bytes, file: str) -> dict[str, Any]:

@@ -25,7 +25,6 @@ import logging
 import math
 import os
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -35,11 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from adapters.durable import known_fields, sync_folder, write_file
-from adapters.errors import InvalidAdapter, NoRoom, StoreFailed, reason, unreadable
+from adapters.errors import InvalidAdapter, NoRoom, StoreFailed, reason
 from adapters.journal import Journal
-from adapters.mistaken import COPY_FILES
 from adapters.naming import ANOTHER_BASE
-from adapters.peft_format import CARD_FILE, REQUIRED, TASK_FILE
+from adapters.peft_format import CARD_FILE, REQUIRED, TASK_FILE, open_inside
 from adapters.weights import SHORT_DIGEST, LoraWeights
 
 log = logging.getLogger(__name__)
@@ -431,32 +429,6 @@ def _state(descriptor: int) -> tuple[int, ...]:
     """What tells whether a file was written to, or another put in its place, since it was opened."""
     state = os.fstat(descriptor)
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns
-
-
-def open_inside(path: Path, within: Path | None) -> int | None:
-    """A descriptor on the regular file `path`, for reading; None if there is no such file.
-
-    With `within`, links are followed only as far as they stay in that folder. Raises InvalidAdapter, StoreFailed.
-    """
-    try:
-        real = path.resolve(strict=True)
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise InvalidAdapter(f"{path.name} is a link to nothing{COPY_FILES}") from None
-        return None
-    except (OSError, RuntimeError) as error:
-        raise unreadable(path.name, error) from error
-    if within is not None and not real.is_relative_to(within.resolve()):
-        raise InvalidAdapter(f"{path.name} leads out of the adapter directory{COPY_FILES}")
-    try:
-        # Nothing is waited for: a pipe opens at once and is then refused.
-        fd = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise unreadable(path.name, error) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise InvalidAdapter(f"{path.name} is not a regular file")
-    return fd
 
 
 @contextmanager

@@ -17,9 +17,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
 from adapters import composition
-from adapters.peft_format import MAX_SIDE_BYTES, OPTIONAL, REQUIRED, TASK_FILE, save
+from adapters.peft_format import MAX_SIDE_BYTES, OPTIONAL, REQUIRED, TASK_FILE, open_inside, save
 from adapters.ports import Published
-from adapters.store import open_inside
 from adapters.watch import as_watched
 from server.api import schemas
 from server.api.errors import UNREADABLE
