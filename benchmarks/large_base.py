@@ -69,7 +69,10 @@ def write_model(folder: Path, shape: dict[str, Any]) -> int:
 
 def private_memory() -> int:
     """Anonymous resident bytes of this process: what is neither a mapped file nor shared."""
-    return memory.resident("RssAnon") or 0
+    found = memory.resident("RssAnon")
+    if found is None:
+        raise RuntimeError("this kernel does not report RssAnon")
+    return found
 
 
 @contextmanager
