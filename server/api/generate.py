@@ -43,14 +43,14 @@ async def generate(
     """Continue a prompt through a task, a mix of adapters, or the base."""
     caller = runtime.caller(request, body.deadline_ms)
     target = resolve_task(parts, request, query.task, body.adapters, caller)
-    asked = asked_fields(body)
     with counted(parts.inference, target, caller):
+        asked = asked_fields(body)
         defaults = target.task.defaults if target.task else {}
         ids = await parts.prompts.of_input(target.task, body.prompt)
         chosen = sampling.build(asked, defaults, sampling.OWN_DEFAULTS, parts.prompts.room, len(ids))
+        await still_there(request)
     if chosen.logprobs == 0:
         chosen = replace(chosen, logprobs=None)
-    await still_there(request)
     generation = parts.inference.start(target, [ids], [chosen], caller)
     if body.stream:
         return EventStream(generation, _Events(generation, parts.prompts.text))
@@ -73,8 +73,8 @@ async def classify(
         left = threading.Event()
         async with listening(request.receive, left.set):
             encoded = await parts.prompts.of_labels(target.task, body.prompt, labels, caller.deadline, left.is_set)
-    if left.is_set():
-        raise ClientDisconnect
+        if left.is_set():
+            raise ClientDisconnect
     generation = parts.inference.start(
         target,
         [ids for ids, _ in encoded],

@@ -121,7 +121,7 @@ async def _answer(
         grammars: Sequence[Constraint] = ()
         if schema is not None:
             grammars = await _compiled(parts, request, schema, len(prompts) * n, caller)
-    await still_there(request)
+        await still_there(request)
     generation = parts.inference.start(
         target,
         [p for p in prompts for _ in range(n)],

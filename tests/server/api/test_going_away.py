@@ -87,6 +87,8 @@ def test_nothing_is_begun_for_who_has_sent_a_request_and_gone(
     live.http.post(path, json=body)  # to which nobody listens
     assert not begun and not live.house.parts.inference.live
     assert len(live.house.parts.registry._leases) == 0
+    text = live.http.get("/metrics").text
+    assert 'loramux_requests_total{task="none",adapter="a",status="cancelled"} 1' in text
 
 
 def test_labels_are_looked_at_no_more_once_the_client_has_gone(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +107,8 @@ def test_labels_are_looked_at_no_more_once_the_client_has_gone(live: Any, monkey
     assert asked.wait(30)
     connection.close()
     assert heard.wait(30) and live.idle() and not begun
+    cancelled = 'loramux_requests_total{task="none",adapter="base",status="cancelled"} 1'
+    until(lambda: cancelled in live.http.get("/metrics").text)
 
 
 @pytest.mark.parametrize("stream", [False, True])

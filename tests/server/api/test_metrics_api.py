@@ -133,6 +133,14 @@ def test_what_the_schema_refuses_is_counted(live: Any) -> None:
     assert value(text, "loramux_requests_total", status="405") is None
 
 
+def test_a_request_that_gives_two_lengths_is_counted(live: Any) -> None:
+    lengths = {"prompt": "x", "max_tokens": 2, "max_completion_tokens": 3}
+    for path, body in (("/generate", lengths), ("/v1/completions", {**lengths, "model": "tiny"})):
+        assert live.http.post(path, json=body).status_code == 400
+    text = live.http.get("/metrics").text
+    assert value(text, "loramux_requests_total", task="none", adapter="base", status="400") == 2
+
+
 def test_what_is_refused_at_the_door_is_counted(start: Any) -> None:
     live = start(api_keys="team:secret-one", metrics_public=True, max_body=2000)
     key = {"authorization": "Bearer secret-one"}
