@@ -19,6 +19,7 @@ from adapters.store import Store
 from adapters.training import TrainingConfig
 from adapters.weights import RESERVED, Version
 from server.errors import InvalidRequest, UnknownName, called
+from server.jobs.errors import JobError
 from server.jobs.files import Files
 from server.jobs.recipe import AUTO_WIDENS, highest_rank
 from server.jobs.spec import INIT, RIVAL, BaseSource, Spec
@@ -211,10 +212,12 @@ def _copy(ground: Ground, version: Version, target: Path) -> None:
 def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path) -> Spec:
     """What the training process is told. The adapter that the result would replace is copied, as it is now.
 
-    Raises UnknownName for a file that is gone, StoreFailed.
+    Raises UnknownName for a file that is gone, JobError for an adapter to start from that is, StoreFailed.
     """
     assert ground.origin is not None
     lora, files = request["lora"], ground.files
+    if lora["init_from"] is not None and not (folder / INIT).exists():
+        raise JobError("init_missing", "the job's copy of what it starts from is gone: ask anew", "lora.init_from")
     validation = request["validation_file"]
     rival = folder / RIVAL
     shutil.rmtree(rival, ignore_errors=True)
@@ -237,7 +240,7 @@ def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path)
         task={"task": name, **request["template"], **_routed(request)} if lora["task"] == name else None,
         threads=ground.threads,
         max_rank=ground.max_rank,
-        init=(folder / INIT).resolve() if (folder / INIT).exists() else None,
+        init=(folder / INIT).resolve() if lora["init_from"] is not None else None,
         init_name=(lora["init_from"] or "").partition("@")[0],
         rival=rival.resolve() if rival.exists() else None,
         auto_rank=lora["auto_rank"],

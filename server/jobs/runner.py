@@ -117,6 +117,8 @@ class Jobs:
                 with suppress(StoreFailed):  # a disk that is full: it will be said again at the next start
                     records.save(job)
                     records.note(job, message)
+            elif job.over:  # and what only it needed may be there still, if the server was killed just then
+                self._clear(job)
         self._threads = [
             threading.Thread(target=self._run, args=(kind,), name=f"loramux-{kind}", daemon=True) for kind in works
         ]
@@ -303,12 +305,7 @@ class Jobs:
                 self._turn(job, status, message)
 
     def _finish(self, job: Job, status: str, message: str) -> None:
-        """The end of a job. What a run needs is kept only where the job can be resumed, what it has made where it is
-        of use."""
-        resumable = status == FAILED and job.kind == TRAINING
-        of_no_use = () if resumable else (*NEEDED_TO_RUN, RESULT) if status == CANCELLED else NEEDED_TO_RUN
-        for name in of_no_use:
-            self.records.remove(job, name)
+        """The end of a job."""
         job.finished_at = time.time()
         self._turn(job, status, message)
 
@@ -330,3 +327,14 @@ class Jobs:
                 self._unsaved.pop(job.id, None)
             except AdapterError as error:  # a full disk
                 log.error("%s: %s; it is tried again with the next job's turn, and at the end", job.id, error.message)
+                continue
+            if job.over:
+                self._clear(job)
+
+    def _clear(self, job: Job) -> None:
+        """What a run needs is kept only where the job can be resumed, what it has made where it is of use. Not before
+        the end is on the disk: a job that the next server does not find over runs again."""
+        resumable = job.status == FAILED and job.kind == TRAINING
+        of_no_use = () if resumable else (*NEEDED_TO_RUN, RESULT) if job.status == CANCELLED else NEEDED_TO_RUN
+        for name in of_no_use:
+            self.records.remove(job, name)

@@ -180,6 +180,8 @@ def test_what_a_run_needs_stays_for_as_long_as_it_can_go_on(make, work, end):
     change = {"paused": jobs.pause, "cancelled": jobs.cancel}.get(end.split()[0])
     work.go.set() if change is None else change(job.id)
     until(lambda: job.status == end.split()[0])
+    with jobs._condition:  # until the end is written, and what it leaves is gone
+        pass
     assert [(folder / name / "file").exists() for name in NEEDED_TO_RUN] == [end in ("failed", "paused")] * len(
         NEEDED_TO_RUN
     )
@@ -554,6 +556,36 @@ def test_an_end_that_the_disk_has_refused_is_written_later(make, work, monkeypat
     else:
         jobs.cancel(add(jobs).id)
     assert Records(tmp_path / "jobs").jobs[job.id].status == "cancelled"
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_a_run_needs_outlives_an_end_that_is_not_on_the_disk(tmp_path: Path, monkeypatch, killed) -> None:
+    """A server that comes after does not know of it, and runs the job again."""
+
+    def full(self: Records, job: Job) -> None:
+        raise StoreFailed("no space left")
+
+    jobs = Jobs(Records(tmp_path), {EVALUATION: lambda active: None})
+    job = jobs.enter(jobs.prepare(EVALUATION, "task", {}, "eval", {DATA: b"x"}))
+    needed = tmp_path / job.id / DATA
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "save", full)
+        jobs.cancel(job.id)
+        assert job.status == "cancelled" and needed.exists()
+    if killed:
+        assert Records(tmp_path).jobs[job.id].status == "queued"
+    else:
+        jobs.close(1.0)
+        assert Records(tmp_path).jobs[job.id].status == "cancelled" and not needed.exists()
+
+
+def test_what_an_ended_job_needed_goes_with_the_next_start_too(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    job = records.prepare(EVALUATION, "task", {}, "eval", {DATA: b"x"})
+    job.status, job.finished_at = "succeeded", 1.0  # and the server is killed
+    records.enter(job)
+    Jobs(Records(tmp_path), {})
+    assert not (tmp_path / job.id / DATA).exists()
 
 
 def test_a_name_that_is_no_text_is_told_as_one(tmp_path):

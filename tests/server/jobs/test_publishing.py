@@ -704,6 +704,9 @@ def test_a_run_goes_on_from_a_version_by_the_name_of_its_adapter(tmp_path: Path)
         with pytest.raises(UnknownAdapter) as missing:
             checked(Asked(request["training_file"], lora=Lora(init_from="nobody")), ground)
         assert missing.value.param == "lora.init_from"
+        shutil.rmtree(folder / "init")
+        with pytest.raises(JobError, match="is gone: ask anew"):
+            spec_of("m", request, ground, folder)
     finally:
         registry.close()
 
