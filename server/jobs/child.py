@@ -75,14 +75,15 @@ class Words:
     def tell_untold(self) -> None:
         """What a process before this one has done of the job after its server was gone; how it ended is nobody's."""
         if self._untold.exists():
-            for text in self._untold.read_text(encoding="utf-8", errors="replace").splitlines():
+            kept = self._untold.read_text(encoding="utf-8", errors="replace").splitlines()
+            self._untold.unlink()  # before `tell` keeps there what this server does not hear either
+            for text in kept:
                 try:
                     line = json.loads(text)
                 except ValueError:  # the last one, if the disk was full or the power went
                     continue
                 if line.get("kind") in PROGRESS:
                     self.tell({**line, AGAIN: True})
-            self._untold.unlink()
 
 
 def _import() -> None:

@@ -358,6 +358,18 @@ def test_what_a_server_that_is_gone_does_not_hear_is_told_to_the_next(tmp_path):
     assert heard.getvalue() == '{"kind": "step", "step": 6, "again": true}\n'
 
 
+def test_what_the_next_server_does_not_hear_either_is_kept(tmp_path):
+    lines = [{"kind": "step", "step": step} for step in (1, 2, 3)]
+    (tmp_path / "untold").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as gone:
+        Words(gone, tmp_path / "untold").tell_untold()
+    heard = io.StringIO()
+    Words(heard, tmp_path / "untold").tell_untold()
+    assert [json.loads(line)["step"] for line in heard.getvalue().splitlines()] == [1, 2, 3]
+
+
 def test_what_was_on_its_way_to_a_server_that_went_is_told_again(tmp_path, monkeypatch):
     monkeypatch.setattr(child, "ON_THEIR_WAY", 3)
     reader, writer = os.pipe()
