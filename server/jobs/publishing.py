@@ -82,13 +82,16 @@ class Verdict:
 
     @property
     def better(self) -> bool:
-        """Nothing is better than what it equals."""
+        """Nothing is better than what it equals; what overflows is worse than all."""
         if self.theirs is None:
             return False
-        return self.ours < self.theirs if self.metric == LOSS else self.ours > self.theirs
+        if self.metric == LOSS:
+            return self.ours < self.theirs or math.isnan(self.theirs)
+        return self.ours > self.theirs
 
     def told(self) -> dict[str, Any]:
-        return {"metric": self.metric, "samples": self.samples, "score": self.ours, "replaced": self.theirs}
+        theirs = self.theirs if self.theirs is not None and math.isfinite(self.theirs) else None  # JSON has no other
+        return {"metric": self.metric, "samples": self.samples, "score": self.ours, "replaced": theirs}
 
 
 class Publishing:
@@ -199,6 +202,8 @@ class Publishing:
             losses = (active.job.trained or {}).get("losses")
             if not losses:
                 return None
+            if not math.isfinite(losses[EVALUATED]):
+                raise InvalidData(f"its numbers overflow: its loss is {losses[EVALUATED]}")
             # The process knew the version that had the name when it began.
             known = rival is not None and rival.digest == losses.get("rival_digest")
             return Verdict(LOSS, losses["examples"], losses[EVALUATED], losses["rival"] if known else None)

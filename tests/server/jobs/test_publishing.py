@@ -5,6 +5,7 @@ that a job keeps the template that it was asked with.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -260,6 +261,31 @@ def test_a_loss_is_compared_with_the_version_that_it_is_of(measured: Callable[..
     scene.job.trained = {"losses": {**losses, "rival_digest": known.digest}}
     scene.on_engine(False)
     assert scene.publish()["model"] == "m" and scene.registry.current("m") != known
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_whatever_has_a_loss_is_better_than_a_version_whose_numbers_overflow(
+    measured: Callable[..., Measured], loss: float
+) -> None:
+    scene = measured("if_better")
+    broken = scene.registry.publish_now("m", write(scene.root / "old", 2)).version
+    scene.job.trained = {"losses": {"examples": 3, "eval": 1.0, "rival": loss, "rival_digest": broken.digest}}
+    scene.on_engine(False)
+    result = scene.publish()
+    assert result["model"] == "m" and scene.registry.current("m") != broken
+    assert result["evaluation"] == {"metric": "loss", "samples": 3, "score": 1.0, "replaced": None}
+    [told] = [event["data"] for event in scene.records.events(scene.job.id) if "metric" in event["data"]]
+    assert told == result["evaluation"]
+
+
+def test_a_result_whose_own_numbers_overflow_is_not_better(measured: Callable[..., Measured]) -> None:
+    scene = measured("if_better")
+    old = scene.registry.publish_now("m", write(scene.root / "old", 2)).version
+    scene.job.trained = {"losses": {"examples": 3, "eval": math.nan, "rival": 2.0, "rival_digest": old.digest}}
+    scene.on_engine(False)
+    result = scene.publish()
+    assert result["model"] is None and "evaluation" not in result and scene.registry.current("m") == old
+    assert "could not be measured: its numbers overflow: its loss is nan" in scene.said()
 
 
 def test_a_loss_of_a_version_that_came_at_the_last_moment_decides_nothing(
