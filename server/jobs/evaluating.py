@@ -5,13 +5,14 @@ Owns what is told of the comparison. How answers are scored is `tasks.evaluation
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from adapters import data
 from adapters.data import Pair
-from adapters.errors import InvalidData
+from adapters.errors import InvalidData, StoreFailed
 from adapters.leases import Lease
 from adapters.weights import Choice
 from server.errors import InvalidRequest
@@ -27,6 +28,8 @@ from server.tasks.quality import Quality
 from server.tasks.resolve import Target
 from server.tasks.store import Tasks
 from server.tasks.subjects import Subject
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = 32 << 20
 """Of a file: it is read in the server's own process, whose steps would wait while it is."""
@@ -61,7 +64,17 @@ class Evaluating:
         found: list[Evaluation] = []
         with ExitStack() as held:
             leases = [held.enter_context(self._lease(choice)) for choice in candidates]
-            held.callback(self._record, task, examples, metric, found)  # whatever ends the rest
+
+            def record(kind: object, error: BaseException | None, trace: object) -> None:
+                """Whatever ends the rest. That is what is told then, not that the disk refuses the records as well."""
+                try:
+                    self._record(task, examples, metric, found)
+                except StoreFailed as refused:
+                    if error is None:
+                        raise
+                    log.error("what %s has measured is not in the task's records: %s", job.id, refused.message)
+
+            held.push(record)
             for choice, lease in zip(candidates, leases, strict=True):
 
                 def tell(done: int, total: int, before: int = len(found) * len(examples)) -> None:
@@ -86,17 +99,17 @@ class Evaluating:
     def _examples(self, active: Active) -> list[Pair]:
         file = active.job.request["training_file"]
         path = self._files.path(file) if file else active.folder / DATA
-        name = self._files.get(file).filename if file else "data"
-        if path.stat().st_size > MAX_BYTES:
-            raise JobError("invalid_file", f"{name} is over the {MAX_BYTES >> 20} MiB of an evaluation's file", "file")
+        name, field = (self._files.get(file).filename, "file") if file else ("data", "data")
         try:
+            if path.stat().st_size > MAX_BYTES:
+                raise InvalidData(f"{name} is over the {MAX_BYTES >> 20} MiB of an evaluation's file")
             return pairs(data.parse(path.read_bytes(), name))
         except InvalidData as error:
-            raise JobError("invalid_file", error.message, "file" if file else "data") from error
+            raise JobError("invalid_file", error.message, field) from error
         except InvalidRequest as error:
-            raise JobError("invalid_file", f"{name}, {error.message}", "file" if file else "data") from error
+            raise JobError("invalid_file", f"{name}, {error.message}", field) from error
         except OSError as error:
-            raise JobError("invalid_file", f"{name} cannot be read: {error.strerror}", "file") from error
+            raise JobError("invalid_file", f"{name} cannot be read: {error.strerror}", field) from error
 
 
 def told(found: Sequence[Evaluation], metric: str) -> dict[str, Any]:

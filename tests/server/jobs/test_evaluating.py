@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import UnknownAdapter
+from adapters.errors import StoreFailed, UnknownAdapter
 from adapters.leases import Lease
 from adapters.weights import Choice, Version, canonical_mix
 from server.errors import InvalidRequest
 from server.jobs.evaluating import DATA, Evaluating, told
+from server.jobs.files import Files
 from server.jobs.records import EVALUATION, Job, Records
 from server.jobs.runner import Jobs
 from server.tasks import scores
@@ -50,9 +51,13 @@ def test_the_best_by_score_is_the_best_by_difference() -> None:
 
 
 class House:
-    """The candidates of an evaluation job on an engine that answers by `scores`, or fails with what is there."""
+    """The candidates of an evaluation job on an engine that answers by `scores`, or fails with what is there; None
+    cancels the job. With `full` the disk takes no records."""
 
-    def __init__(self, root: Path, scores: dict[str, float | Exception]) -> None:
+    def __init__(
+        self, root: Path, scores: dict[str, float | Exception | None], files: Any = None, full: bool = False
+    ) -> None:
+        self.full = full
         self.scores, self.out, self.reviewed = scores, set[str](), list[str]()
         self.taken: list[tuple[str, dict[str, float]]] = []
         self.out_at: list[set[str]] = []
@@ -61,13 +66,13 @@ class House:
         tasks: Any = SimpleNamespace(get=lambda name: task)
         quality: Any = SimpleNamespace(evaluated=self._record)
         self.records = Records(root)
-        work = Evaluating(tasks, quality, None, self._lease, self._evaluate, self._review, "b")  # type: ignore[arg-type]
+        work = Evaluating(tasks, quality, files, self._lease, self._evaluate, self._review, "b")
         self.jobs = Jobs(self.records, {EVALUATION: work})
         self.jobs.start()
 
-    def run(self, names: list[str]) -> Job:
+    def run(self, names: list[str], file: str | None = None) -> Job:
         """A job over two examples, at its end, as the disk has it."""
-        request = {"training_file": None, "candidates": [[[name, 1.0]] for name in names], "metric": "accuracy"}
+        request = {"training_file": file, "candidates": [[[name, 1.0]] for name in names], "metric": "accuracy"}
         lines = json.dumps([{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]).encode()
         job = self.jobs.enter(self.jobs.prepare(EVALUATION, "mood", request, "eval", {DATA: lines}))
         until(lambda: job.over)
@@ -88,7 +93,9 @@ class House:
         self.out_at.append(set(self.out))
         future: Future[Evaluation] = Future()
         value = self.scores[target.choice[0][0]]
-        if isinstance(value, Exception):
+        if value is None:
+            self.jobs.cancel(self.records.all()[0].id)
+        elif isinstance(value, Exception):
             future.set_exception(value)
         else:
             score = Score("accuracy", value, (value,) * len(examples))
@@ -96,6 +103,8 @@ class House:
         return future
 
     def _record(self, subject: Any, metric: str, values: dict[str, float]) -> None:
+        if self.full:
+            raise StoreFailed("the disk refuses the records")
         self.taken.append((subject.adapter, values))
 
     def _review(self, task: str) -> None:
@@ -124,3 +133,28 @@ def test_one_that_is_gone_already_is_told_before_any_runs(tmp_path: Path, gone: 
     job = house.run(gone)
     assert job.status == "failed" and job.error is not None and "'gone'" in job.error["message"]
     assert not house.out_at and job.result == {}
+
+
+@pytest.mark.parametrize(
+    ("last", "status"), [(None, "cancelled"), (InvalidRequest("the logits are not finite"), "failed")]
+)
+def test_a_disk_that_refuses_the_records_too_is_not_what_ended_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, last: Exception | None, status: str
+) -> None:
+    job = House(tmp_path, {"a": 0.5, "c": last}, full=True).run(["a", "c"])
+    assert job.status == status and (job.error is None or "not finite" in job.error["message"])
+    assert f"what {job.id} has measured is not in the task's records: the disk refuses" in caplog.text
+
+
+def test_records_that_the_disk_refuses_fail_what_has_succeeded_else(tmp_path: Path) -> None:
+    job = House(tmp_path, {"a": 0.5}, full=True).run(["a"])
+    assert job.status == "failed" and job.error is not None and "the disk refuses" in job.error["message"]
+
+
+def test_a_file_whose_content_is_gone_is_told_as_the_file(tmp_path: Path) -> None:
+    files = Files(tmp_path / "files")
+    file = files.add(lambda path: path.write_bytes(b"x"), "mine.jsonl", "fine-tune").id
+    files.path(file).unlink()
+    job = House(tmp_path, {"a": 0.5}, files).run(["a"], file)
+    told = {"code": "invalid_file", "message": "mine.jsonl cannot be read: No such file or directory", "param": "file"}
+    assert job.error == told
