@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from adapters.durable import known_fields, refused, write_file
+from adapters.durable import known_fields, refused, sync_folder, write_file
 from adapters.errors import StoreFailed
 from server.errors import Conflict, UnknownName
 
@@ -72,7 +72,9 @@ class Files:
             file = File(id, name, purpose, size, int(time.time()))
             write_file(part / ABOUT, json.dumps(asdict(file)).encode())
             part.rename(self._folder / id)
+            sync_folder(self._folder)
         except OSError as error:
+            shutil.rmtree(self._folder / id, ignore_errors=True)  # whose name may not outlive a power cut
             raise StoreFailed(f"the disk refuses the file: {error.strerror}") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)

@@ -514,6 +514,22 @@ def test_a_disk_that_refuses_a_file_leaves_nothing(tmp_path):
     assert files.all() == [] and list((tmp_path / "files").iterdir()) == []
 
 
+def test_the_name_of_a_file_is_durable_before_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, seen = Files(tmp_path / "files"), list[list[str]]()
+
+    def sync(folder: Path) -> None:
+        seen.append([path.name for path in folder.iterdir()])
+        if len(seen) > 1:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("server.jobs.files.sync_folder", sync)
+    file = files.add(lambda path: path.write_bytes(b"x"), "x", "fine-tune")
+    assert seen == [[file.id]]
+    with pytest.raises(StoreFailed, match="Input/output"):
+        files.add(lambda path: path.write_bytes(b"x"), "y", "fine-tune")
+    assert files.all() == Files(tmp_path / "files").all() == [file]
+
+
 def test_stopping_reaches_a_piece_of_work_that_begins_late(tmp_path):
     records = Records(tmp_path)
     active = Active(records.prepare(TRAINING, "x", {}, "ftjob", {}), records)
