@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Response
@@ -76,12 +77,12 @@ async def evaluate(task: Annotated[str, Path(max_length=64)], body: schemas.Eval
         "metric": body.metric or _metric(found),
         "samples": len(body.data) if body.data is not None else None,
     }
-    lines = "".join(json.dumps(example.model_dump()) + "\n" for example in body.data or [])
-    job = await asyncio.to_thread(_add, parts, task, request, lines)
+    job = await asyncio.to_thread(_add, parts, task, request, body.data or ())
     return json_response(summary(job), 202)
 
 
-def _add(parts: Parts, task: str, request: dict[str, Any], lines: str) -> Job:
+def _add(parts: Parts, task: str, request: dict[str, Any], examples: Sequence[schemas.Example]) -> Job:
+    lines = "".join(json.dumps(example.model_dump()) + "\n" for example in examples)
     files = {DATA: lines.encode()} if lines else {}
     return parts.jobs.enter(parts.jobs.prepare(EVALUATION, task, request, "eval", files))
 
