@@ -51,11 +51,11 @@ from server.tasks.inference import Generation, Inference
 from server.tasks.mailbox import Mailbox
 from server.tasks.prompts import Prompts
 from server.tasks.quality import Quality
-from server.tasks.records import remember
 from server.tasks.resolve import Resolver
 from server.tasks.routing import BestRouter
 from server.tasks.sampling import Room
 from server.tasks.store import Tasks
+from server.tasks.subjects import Answered
 
 log = logging.getLogger(__name__)
 
@@ -345,7 +345,8 @@ def _ending(settings: Settings, quality: Quality, text: Text, base_id: str) -> C
     """What is done once a generation has ended."""
 
     def ended(generation: Generation) -> None:
-        remember(quality, generation, base_id)
+        if (answered := Answered.of(generation, base_id)) is not None:
+            quality.answered(answered)
         if settings.log_prompts:
             for reply in generation.replies:
                 said = "".join(reply.text)

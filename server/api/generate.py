@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from adapters.weights import Choice
 from server.api import schemas
 from server.api.responses import Responses, errors
-from server.api.runtime import Parts, Ready, Running, served
+from server.api.runtime import Parts, Ready, Running
 from server.api.stream import EventStream, check_complete, finished, listening, still_there
 from server.engine.request import Delivery, Sampling, TokenLogprob
 from server.engine.text import Text
@@ -22,6 +22,7 @@ from server.tasks import sampling
 from server.tasks.definitions import check_labels
 from server.tasks.inference import Caller, Generation, Inference, timings
 from server.tasks.resolve import Target
+from server.tasks.subjects import served
 
 router = APIRouter(tags=["generate"])
 

@@ -15,7 +15,6 @@ from fastapi import Depends, Request
 
 from adapters.registry import Registry
 from adapters.store import Store
-from adapters.weights import Version
 from server.api.auth import Keys
 from server.engine.grammar import Grammars
 from server.errors import NotServing
@@ -160,8 +159,3 @@ async def parts(request: Request) -> Parts:
 
 Running = Annotated[Runtime, Depends(runtime)]
 Ready = Annotated[Parts, Depends(parts)]
-
-
-def served(versions: list[tuple[Version, float]]) -> list[dict[str, Any]]:
-    """The `adapters` of an answer, in the order of the request."""
-    return [{"name": v.name, "version": v.label, "weight": weight} for v, weight in versions]

@@ -116,8 +116,8 @@ def _task(parts: Parts, task: str) -> str:
 
 
 def _told(task: str, examples: int, found: dict[str, Evaluation]) -> dict[str, Any]:
-    from server.api.runtime import served
     from server.tasks.evaluation import difference
+    from server.tasks.subjects import served
 
     first = next(iter(found.values()))
     rows = []
@@ -131,7 +131,7 @@ def _told(task: str, examples: int, found: dict[str, Evaluation]) -> dict[str, A
         rows.append(
             {
                 "candidate": candidate,
-                "adapters": served(list(evaluation.versions)),
+                "adapters": served(evaluation.versions),
                 "scores": measured,
                 "prompt_tokens": evaluation.prompt_tokens,
                 "completion_tokens": evaluation.completion_tokens,

@@ -70,9 +70,9 @@ async def _answer(
     asked: dict[str, Any],
     stream: bool,
 ) -> dict[str, Any]:
-    from server.api.runtime import served
     from server.tasks.inference import Caller
     from server.tasks.sampling import OWN_DEFAULTS, build
+    from server.tasks.subjects import served
 
     async with opened(settings, base) as house:
         parts = house.parts

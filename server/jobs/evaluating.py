@@ -27,7 +27,7 @@ from server.tasks.evaluation import Evaluation, difference, identities, pairs
 from server.tasks.quality import Quality
 from server.tasks.resolve import Target
 from server.tasks.store import Tasks
-from server.tasks.subjects import Subject
+from server.tasks.subjects import Subject, served
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,8 @@ class Evaluating:
                 job.progress.tokens += found[-1].prompt_tokens + found[-1].completion_tokens
                 job.progress.seconds += found[-1].seconds
                 job.result = told(found, metric)
-                active.note(f"{_label(found[-1])}: {metric} {found[-1].scores[metric].value:.4f}.")
+                label = Subject.of(task.name, found[-1].versions, self._base_id).label
+                active.note(f"{label}: {metric} {found[-1].scores[metric].value:.4f}.")
 
     def _record(self, task: Task, examples: Sequence[Pair], metric: str, found: Sequence[Evaluation]) -> None:
         """All at once: a route that looked in between would compare what had other examples."""
@@ -122,7 +123,7 @@ def told(found: Sequence[Evaluation], metric: str) -> dict[str, Any]:
         finite = {"mean": apart.mean, "low": apart.low, "high": apart.high} if len(score.values) > 1 else None
         rows.append(
             {
-                "adapters": [{"name": v.name, "version": v.label, "weight": weight} for v, weight in one.versions],
+                "adapters": served(one.versions),
                 "score": score.value,
                 "samples": len(score.values),
                 "difference_to_best": finite,
@@ -130,7 +131,3 @@ def told(found: Sequence[Evaluation], metric: str) -> dict[str, Any]:
             }
         )
     return {"metric": metric, "candidates": rows, "best": best}
-
-
-def _label(one: Evaluation) -> str:
-    return "+".join(v.label if w == 1.0 else f"{v.label}*{w:g}" for v, w in one.versions) or "base"

@@ -9,10 +9,12 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from adapters.weights import Choice, Version, counts
+from server.tasks.inference import Generation, ended
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,33 @@ class Answered:
     e2e: float = float("nan")
     routed: bool = True
     at: float = field(default_factory=time.time)
+
+    @staticmethod
+    def of(generation: Generation, base: str) -> Answered | None:
+        """The answer of a generation that has ended. Those without a task, cancelled ones and evaluation traffic are
+        nobody's."""
+        task = generation.target.task
+        if task is None or generation.status == "cancelled" or not generation.caller.client:
+            return None
+        record = ended(generation)
+        return Answered(
+            id=generation.id,
+            subject=Subject.of(task.name, generation.versions, base),
+            tenant=generation.caller.tenant,
+            text=generation.said() if generation.status == "200" else "",
+            failed=generation.status != "200",
+            prompt_tokens=record.prompt_tokens,
+            generated_tokens=record.generated_tokens,
+            ttft=record.first_token - record.submitted,
+            tpot=record.tpot,
+            e2e=record.finished - record.submitted,
+            routed=task.route.leads_to(generation.target.choice),
+        )
+
+
+def served(versions: Iterable[tuple[Version, float]]) -> list[dict[str, Any]]:
+    """The `adapters` of an answer, in the order of the request."""
+    return [{"name": v.name, "version": v.label, "weight": weight} for v, weight in versions]
 
 
 def _written(weight: float) -> float:
