@@ -80,7 +80,7 @@ class Evaluating:
                 def tell(done: int, total: int, before: int = len(found) * len(examples)) -> None:
                     job.progress.step = before + done
 
-                target = Target(task.name, task, choice, lease)
+                target = Target(task, choice, lease)
                 found.append(awaited(active, self._evaluate(target, examples, (metric,), tell)))
                 lease.release()
                 job.progress.tokens += found[-1].prompt_tokens + found[-1].completion_tokens

@@ -232,7 +232,7 @@ class Publishing:
 
     def _score(self, active: Active, task: Task | None, name: str, pairs: Sequence[Pair], metric: str) -> Score:
         template = task or Task(OTHER, INPUT, Fixed(), format="chat")
-        target = Target(template.name, template, [(name, 1.0)])
+        target = Target(template, [(name, 1.0)])
         return awaited(active, self._evaluate(target, pairs, (metric,), lambda done, total: None)).scores[metric]
 
     def _record(self, task: str | None, version: Version, rival: Version | None, verdict: Verdict | None) -> None:

@@ -35,12 +35,10 @@ class Router(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """What answers a request: a task's template or none, and a choice. `name` is what the client called it, `held` a
-    lease of the choice that the caller has: its versions answer, whatever becomes of their names. With `made_up` the
-    choice is the request's own.
+    """What answers a request: a task's template or none, and a choice. `held` is a lease of the choice that the caller
+    has: its versions answer, whatever becomes of their names. With `made_up` the choice is the request's own.
     """
 
-    name: str
     task: Task | None
     choice: Choice
     held: Lease | None = None
@@ -63,7 +61,7 @@ class Resolver:
             raise self._no_task(name)
         made_up = override is not None
         choice = override if override is not None else self._route(task)
-        return Target(name or (task.name if task else self.base), task, choice, made_up=made_up)
+        return Target(task, choice, made_up=made_up)
 
     def model(self, name: str, override: Choice | None) -> Target:
         """`model`: exact version, then task, then adapter, then base. Raises UnknownName, UnknownAdapter."""
@@ -73,15 +71,15 @@ class Resolver:
                 raise _no_model(name)
             with called(adapters="model"):
                 self._adapters.resolve([(bare, 1.0)])
-            return Target(name, None, [(bare, 1.0)] if override is None else override, made_up=made_up)
+            return Target(None, [(bare, 1.0)] if override is None else override, made_up=made_up)
         task = self._tasks.find(name)
         if task is not None:
-            return Target(name, task, override if override is not None else self._route(task), made_up=made_up)
+            return Target(task, override if override is not None else self._route(task), made_up=made_up)
         if self._is_adapter(name):
-            return Target(name, None, [(name, 1.0)] if override is None else override, made_up=made_up)
+            return Target(None, [(name, 1.0)] if override is None else override, made_up=made_up)
         if name != self.base:
             raise _no_model(name)
-        return Target(name, None, override or [], made_up=made_up)
+        return Target(None, override or [], made_up=made_up)
 
     def _no_task(self, name: str) -> UnknownName:
         told = "GET /tasks lists them"

@@ -399,7 +399,7 @@ def test_a_result_is_measured_by_its_task_though_that_is_gone(measured: Callable
     scene.on_engine(True)
     assert scene.publish()["evaluation"]["metric"] == "accuracy"
     [target] = scene.engine.targets
-    assert target.name == "mood" and target.task is not None
+    assert target.task is not None and target.task.name == "mood"
     assert {k: v for k, v in target.task.body().items() if k != "route"} == body
     assert [what[1] for what in scene.taken] == ["accuracy"] and scene.reviewed == ["mood"]
 

@@ -92,7 +92,7 @@ class House:
     def start(
         self, prompts: int = 1, caller: Caller | None = None, target: Target | None = None, **more: Any
     ) -> Generation:
-        target = target or Target("a", None, [("a", 1.0)])
+        target = target or Target(None, [("a", 1.0)])
         asked = [[i, i] for i in range(1, prompts + 1)]
         return self.inference.start(target, asked, [Sampling()] * prompts, caller or Caller("key"), **more)
 
@@ -112,7 +112,7 @@ def test_a_call_that_is_refused_half_way_is_over_when_what_ran_of_it_is() -> Non
     house.end(0, "cancelled")
     assert house.out == 1, "the other one still has it"
     with pytest.raises(QueueFull, match="in flight"):
-        house.inference.check(Target("a", None, []), Caller("key"))
+        house.inference.check(Target(None, []), Caller("key"))
     house.end(1, "cancelled")
     assert (house.out, len(house.records), house.over, house.inference.live) == (0, 1, [], set())
     house.room = 99
@@ -130,7 +130,7 @@ def test_each_sequence_is_asked_for_on_the_terms_of_its_call() -> None:
     caller = Caller("key", deadline=99.0, priority=3)
     own: Any = ["one", "two"]
     task = Task("mood", "{input}", Fixed())
-    generation = house.start(2, caller, Target("m", task, [("a", 1.0), ("b", 0.5)]), scored=(1, 2), constraints=own)
+    generation = house.start(2, caller, Target(task, [("a", 1.0), ("b", 0.5)]), scored=(1, 2), constraints=own)
     assert house.inference.live == {generation}
     for i, request in enumerate(house.submitted):
         assert (request.tenant, request.priority, request.deadline, request.fair_key) == ("key", 3, 99.0, "mood")
@@ -145,7 +145,7 @@ def test_each_sequence_is_asked_for_on_the_terms_of_its_call() -> None:
 def test_a_call_on_a_lease_that_its_caller_has_is_on_the_same() -> None:
     house = House()
     held = house.lease([("old", 1.0)])
-    generation = house.start(target=Target("a", None, [("a", 1.0)], held=held))
+    generation = house.start(target=Target(None, [("a", 1.0)], held=held))
     assert [version.name for version, _ in generation.versions] == ["old"] and house.out == 2
     house.end(0)
     assert house.out == 1 and house.records[0].adapters == ("old",)
@@ -165,7 +165,7 @@ def test_what_is_recorded_of_a_call_is_what_became_of_it(client: bool) -> None:
         house = House()
         if not client:
             house.inference.admission.enter("key", None)
-        generation = house.start(2, caller, Target("a", None, [("a", 1.0), ("b", 0.0)], made_up=True))
+        generation = house.start(2, caller, Target(None, [("a", 1.0), ("b", 0.0)], made_up=True))
         for i in range(2):
             house.submitted[i].submitted, house.submitted[i].finished = 5.0 + i, 7.0 + i
             house.end(i, reason, errors[i])
@@ -177,7 +177,7 @@ def test_what_is_recorded_of_a_call_is_what_became_of_it(client: bool) -> None:
             assert (record.latency, record.made_up, record.adapters) == (client, True, ("a",))
         if not client:
             with pytest.raises(QueueFull, match="in flight"):
-                house.inference.check(Target("a", None, []), Caller("key"))
+                house.inference.check(Target(None, []), Caller("key"))
 
 
 async def test_the_first_error_ends_what_else_runs_of_a_call() -> None:
@@ -194,7 +194,7 @@ async def test_the_first_error_ends_what_else_runs_of_a_call() -> None:
 def test_numbers_that_overflow_are_the_adapters_or_else_the_servers_fault() -> None:
     for choice, expected in (([("a", 3.0), ("b", 0.0)], InvalidRequest), ([("b", 0.0)], NotFinite)):
         house = House()
-        generation = house.start(target=Target("x", None, choice))
+        generation = house.start(target=Target(None, choice))
         house.end(0, "error", NotFinite("not finite"))
         [reply] = generation.replies
         assert type(reply.error) is expected and generation.status == ("400" if expected is InvalidRequest else "500")
@@ -205,7 +205,7 @@ def test_numbers_that_overflow_are_the_adapters_or_else_the_servers_fault() -> N
 def test_calls_that_never_ran_are_counted_by_names_that_there_are() -> None:
     house = House()
     house.inference._status_of = lambda error: 404 if isinstance(error, UnknownName) else 400
-    known = Target("m", Task("mood", "{input}", Fixed()), [("a@012345", 1.0), ("a", 2.0), ("b", 0.0)], made_up=True)
+    known = Target(Task("mood", "{input}", Fixed()), [("a@012345", 1.0), ("a", 2.0), ("b", 0.0)], made_up=True)
     for target, error in ((known, InvalidRequest("x")), (known, UnknownName("x")), (None, InvalidRequest("x"))):
         house.inference.refused(target, error, Caller())
     house.inference.abandoned(known, Caller())

@@ -62,9 +62,7 @@ def test_a_model_is_a_version_then_a_task_then_an_adapter_then_the_base() -> Non
         ("base", None, []),
     ):
         found = told.model(name, None)
-        assert (found.name, found.task and found.task.name, list(found.choice), found.made_up) == (
-            name, task, choice, False,
-        ), name  # fmt: skip
+        assert (found.task and found.task.name, list(found.choice), found.made_up) == (task, choice, False), name
     named = resolver(base=Task("base", "{input}", Fixed(MIX))).model("base", None)
     assert named.task is not None and list(named.choice) == list(MIX)
 
@@ -75,11 +73,11 @@ def test_the_adapters_of_a_request_take_the_place_of_those_of_its_model(own: Any
     told = resolver()
     for name in ("a", "adapter:mood", "a@012345", "base", "mood", "best"):
         found = told.model(name, own)
-        assert (found.name, list(found.choice), found.made_up) == (name, own, True), name
+        assert (list(found.choice), found.made_up) == (own, True), name
         assert (found.task is None) == (name not in TASKS or "@" in name)
-    for asked, name in ((None, "base"), ("default", "default"), ("mood", "mood")):
+    for asked, task in ((None, None), ("default", None), ("mood", "mood")):
         by_task = told.task(asked, own)
-        assert (by_task.name, list(by_task.choice), by_task.made_up) == (name, own, True)
+        assert (by_task.task and by_task.task.name, list(by_task.choice), by_task.made_up) == (task, own, True)
 
 
 def test_models_that_are_not_there_are_no_base() -> None:
@@ -100,9 +98,9 @@ def test_no_task_is_the_default_one_or_the_base() -> None:
     told = resolver()
     for name in (None, "default"):
         found = told.task(name, None)
-        assert (found.name, found.task, list(found.choice)) == (name or "base", None, [])
+        assert (found.task, list(found.choice)) == (None, [])
         own = resolver(default=Task("default", "{input}", Fixed(MIX))).task(name, None)
-        assert own.name == "default" and own.task is not None and list(own.choice) == list(MIX)
+        assert own.task is not None and own.task.name == "default" and list(own.choice) == list(MIX)
     with pytest.raises(UnknownName):
         resolver(default=Task("default", "{input}", Fixed(MIX))).task("", None)
     assert list(told.task("best", None).choice) == [("b", 1.0)] and not told.task("best", None).made_up
