@@ -176,7 +176,6 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
         model=Model(base.name, base.id, int(time.time()), _details(base, room)),
         engine=engine,
         runner=runner,
-        store=store,
         registry=registry,
         sources=_sources(settings),
         tasks=tasks,

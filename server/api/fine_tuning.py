@@ -45,7 +45,7 @@ async def create(body: schemas.FineTuningBody, parts: Ready) -> Response:
 
     def add() -> Job:
         request = checked(asked, parts.training)
-        job = parts.jobs.prepare(TRAINING, body.suffix or "", request, "ftjob")
+        job = parts.jobs.records.prepare(TRAINING, body.suffix or "", request, "ftjob", {})
         folder = parts.jobs.records.folder(job.id)
         try:
             keep_init(request, parts.training, folder)

@@ -84,7 +84,7 @@ async def evaluate(task: Annotated[str, Path(max_length=64)], body: schemas.Eval
 def _add(parts: Parts, task: str, request: dict[str, Any], examples: Sequence[schemas.Example]) -> Job:
     lines = "".join(json.dumps(example.model_dump()) + "\n" for example in examples)
     files = {DATA: lines.encode()} if lines else {}
-    return parts.jobs.enter(parts.jobs.prepare(EVALUATION, task, request, "eval", files))
+    return parts.jobs.enter(parts.jobs.records.prepare(EVALUATION, task, request, "eval", files))
 
 
 def _metric(task: Task) -> str:

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Protocol
 from fastapi import Depends, Request
 
 from adapters.registry import Registry
-from adapters.store import Store
 from server.api.auth import Keys
 from server.engine.grammar import Grammars
 from server.errors import NotServing
@@ -70,7 +69,6 @@ class Parts:
     model: Model
     engine: Engine
     runner: Memory
-    store: Store
     registry: Registry
     sources: Sources
     tasks: Tasks

@@ -43,10 +43,6 @@ class Process:
                 env=training_environment(),
             )
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def lines(self) -> Iterator[dict[str, Any]]:
         """What the child tells, as it comes; ends when the child has."""
         assert self._process.stdout is not None

@@ -123,7 +123,7 @@ class Records:
             self.jobs[job.id] = job
 
     def prepare(self, kind: str, name: str, request: Mapping[str, Any], prefix: str, files: Mapping[str, bytes]) -> Job:
-        """A job with a folder and these files in it. An empty name is made of the id.
+        """A job with a folder and these files in it, which nobody sees before `enter`. An empty name is made of the id.
 
         Raises StoreFailed, and leaves nothing then.
         """

@@ -156,12 +156,6 @@ class Jobs:
             raise UnknownName(f"there is no job {id[:64]!r}; GET /jobs lists them", "id")
         return job
 
-    def prepare(
-        self, kind: str, name: str, request: Mapping[str, Any], prefix: str, files: Mapping[str, bytes] | None = None
-    ) -> Job:
-        """A new job with its folder and these files in it, which nobody sees before `enter`. Raises StoreFailed."""
-        return self.records.prepare(kind, name, request, prefix, files or {})
-
     def enter(self, job: Job) -> Job:
         """Queue a job that has been prepared. Raises StoreFailed."""
         self.records.enter(job)

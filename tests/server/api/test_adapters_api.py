@@ -363,7 +363,7 @@ def test_a_sum_holds_none_of_its_parts(live: Any) -> None:
 
 def test_compose_of_a_damaged_version_is_no_sum_and_publishing_it_again_repairs_it(live: Any) -> None:
     version = live.http.get("/adapters/a").json()["version"]
-    files = live.house.parts.store.path(live.house.parts.registry.current("a").digest)
+    files = live.house.parts.training.store.path(live.house.parts.registry.current("a").digest)
     whole = {name: (files / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
     tensors = whole["adapter_model.safetensors"]
     for damaged in (tensors[:-1] + bytes([tensors[-1] ^ 1]), tensors[:200]):

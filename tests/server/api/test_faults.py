@@ -24,7 +24,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 def stored(live: Any, name: str) -> Path:
     """The folder of an adapter's version in the store."""
     registry = live.house.parts.registry
-    return Path(live.house.parts.store.path(registry.resolve([(name, 1.0)])[0][0].digest))
+    return Path(live.house.parts.training.store.path(registry.resolve([(name, 1.0)])[0][0].digest))
 
 
 def evict(live: Any, name: str) -> None:

@@ -74,7 +74,7 @@ class House:
         """A job over two examples, at its end, as the disk has it."""
         request = {"training_file": file, "candidates": [[[name, 1.0]] for name in names], "metric": "accuracy"}
         lines = json.dumps([{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]).encode()
-        job = self.jobs.enter(self.jobs.prepare(EVALUATION, "mood", request, "eval", {DATA: lines}))
+        job = self.jobs.enter(self.jobs.records.prepare(EVALUATION, "mood", request, "eval", {DATA: lines}))
         until(lambda: job.over)
         self.jobs.close(1.0)
         assert not self.out

@@ -69,7 +69,7 @@ def make(tmp_path: Path, work: Work):
 
 
 def add(jobs: Jobs, kind: str = TRAINING, **request: object) -> Job:
-    return jobs.enter(jobs.prepare(kind, "", request, "ftjob"))
+    return jobs.enter(jobs.records.prepare(kind, "", request, "ftjob", {}))
 
 
 def test_of_the_last_jobs_those_that_are_not_over_are_the_last(make, work):
@@ -453,7 +453,7 @@ def test_of_an_evaluation_that_has_failed_no_data_stay(tmp_path: Path) -> None:
         raise JobError("bad", "the reason")
 
     jobs = Jobs(Records(tmp_path), {EVALUATION: work})
-    job = jobs.enter(jobs.prepare(EVALUATION, "task", {}, "evaljob", {DATA: b"x"}))
+    job = jobs.enter(jobs.records.prepare(EVALUATION, "task", {}, "evaljob", {DATA: b"x"}))
     assert (tmp_path / job.id / DATA).exists()
     jobs.start()
     until(lambda: job.over)
@@ -582,7 +582,7 @@ def test_what_a_run_needs_outlives_an_end_that_is_not_on_the_disk(tmp_path: Path
         raise StoreFailed("no space left")
 
     jobs = Jobs(Records(tmp_path), {EVALUATION: lambda active: None})
-    job = jobs.enter(jobs.prepare(EVALUATION, "task", {}, "eval", {DATA: b"x"}))
+    job = jobs.enter(jobs.records.prepare(EVALUATION, "task", {}, "eval", {DATA: b"x"}))
     needed = tmp_path / job.id / DATA
     with monkeypatch.context() as patch:
         patch.setattr(Records, "save", full)
@@ -630,7 +630,7 @@ def test_work_that_does_not_stop_in_time_is_ended_with_the_server(tmp_path: Path
 
     jobs = Jobs(Records(tmp_path), {TRAINING: deaf})
     jobs.start()
-    job = jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    job = jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
     assert begun.wait(SECONDS)
     try:
         jobs.close(0.0)
@@ -641,7 +641,7 @@ def test_work_that_does_not_stop_in_time_is_ended_with_the_server(tmp_path: Path
 
 def test_what_the_disk_refused_is_kept_at_the_server_s_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
-    job = jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    job = jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
 
     def full(job: Job) -> None:
         raise StoreFailed("no space left")
@@ -669,7 +669,7 @@ def test_work_is_asked_for_a_checkpoint_when_the_server_ends(tmp_path: Path) -> 
 
     jobs = Jobs(Records(tmp_path), {TRAINING: work})
     jobs.start()
-    jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
     assert begun.wait(SECONDS)
     jobs.close(SECONDS)
     assert heard[:1] == ["stop"]
@@ -677,7 +677,7 @@ def test_work_is_asked_for_a_checkpoint_when_the_server_ends(tmp_path: Path) -> 
 
 def test_a_job_that_has_been_trained_is_not_paused(tmp_path: Path) -> None:
     jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
-    job = jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    job = jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
     job.trained = {}
     with pytest.raises(Conflict, match="nothing left that could be paused"):
         jobs.pause(job.id)
@@ -686,7 +686,7 @@ def test_a_job_that_has_been_trained_is_not_paused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["training_file", "validation_file"])
 def test_a_file_is_in_use_until_its_job_is_over(tmp_path: Path, field: str) -> None:
     jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
-    job = jobs.enter(jobs.prepare(TRAINING, "", {field: "file-1"}, "ftjob"))
+    job = jobs.enter(jobs.records.prepare(TRAINING, "", {field: "file-1"}, "ftjob", {}))
     assert jobs.using("file-1") == job.id and jobs.using("file-2") is None
     jobs.cancel(job.id)
     assert jobs.using("file-1") is None
@@ -703,7 +703,7 @@ def test_work_that_ended_before_it_heard_of_a_wish_has_ended_as_it_did(
             raise error
 
     jobs = Jobs(Records(tmp_path), {TRAINING: work})
-    job = jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    job = jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
     jobs.start()
     try:
         until(lambda: job.finished_at is not None or job.status == "paused")
@@ -715,7 +715,7 @@ def test_work_that_ended_before_it_heard_of_a_wish_has_ended_as_it_did(
 def test_a_trained_job_is_not_told_to_be_validating_and_began_when_it_did(tmp_path: Path) -> None:
     seen: list[str] = []
     jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: seen.append(active.job.status)})
-    job = jobs.prepare(TRAINING, "", {}, "ftjob")
+    job = jobs.records.prepare(TRAINING, "", {}, "ftjob", {})
     job.trained, job.started_at = {}, 5.0
     jobs.enter(job)
     jobs.start()
@@ -741,7 +741,7 @@ def test_what_the_disk_has_taken_is_not_saved_again_with_each_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
-    first, second = (jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob")) for _ in range(2))
+    first, second = (jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {})) for _ in range(2))
     jobs.cancel(first.id)
     saved: list[Job] = []
     monkeypatch.setattr(jobs.records, "save", saved.append)
@@ -770,7 +770,7 @@ def test_the_server_s_end_gives_a_checkpoint_the_time_that_it_drains(
 
     jobs = Jobs(Records(tmp_path), {TRAINING: work})
     jobs.start()
-    jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
     assert begun.wait(SECONDS)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "join", wait)
@@ -807,7 +807,7 @@ def test_a_failed_job_that_is_resumed_has_not_finished(make, work):
 
 def test_whoever_sees_a_status_finds_its_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
-    job = jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    job = jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
     seen: list[str] = []
     note = jobs.records.note
 
@@ -843,7 +843,7 @@ def test_a_disk_that_refuses_an_event_costs_the_event_alone(
         return opened(path, *given, **options)
 
     monkeypatch.setattr(Path, "open", full)
-    job = jobs.enter(jobs.prepare(TRAINING, "", {}, "ftjob"))
+    job = jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
     assert jobs.cancel(job.id).status == "cancelled" and jobs.records.events(job.id) == []
     assert f"an event of job {job.id} cannot be written" in caplog.text
 

@@ -29,7 +29,7 @@ def test_a_process_of_the_least_priority_does_not_keep_it_to_die(
         patch.setattr(os, "sched_setscheduler", lambda thread, kind, how: raised.append((thread, kind)))
         patch.setattr(subprocess.Popen, "kill", lambda self: None)
         child.kill()
-        assert raised == [(child.pid, os.SCHED_OTHER)]
+        assert raised == [(child._process.pid, os.SCHED_OTHER)]
     child.kill()
     assert not list(lines) and "SIGKILL" in child.how_it_ended()
     with monkeypatch.context() as patch:
@@ -50,7 +50,8 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pr
 
 def test_it_hears_no_ctrl_c_of_the_server_and_stays_in_its_session(child: Callable[[str], Process]) -> None:
     running = child("import sys; sys.stdin.read()")
-    assert os.getpgid(running.pid) == running.pid and os.getsid(running.pid) == os.getsid(0)
+    pid = running._process.pid
+    assert os.getpgid(pid) == pid and os.getsid(pid) == os.getsid(0)
     running.stop()
     running.stop()
     assert not list(running.lines()) and running.how_it_ended().endswith("with status 0, without a word")
