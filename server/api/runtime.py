@@ -6,23 +6,24 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
 from adapters.registry import Registry
 from server.api.auth import Keys
+from server.engine.engine import Engine
 from server.engine.grammar import Grammars
+from server.engine.runner import Runner
 from server.errors import NotServing
 from server.jobs.files import Files
 from server.jobs.requests import Ground
 from server.jobs.runner import Jobs
 from server.metrics import Ended, Metrics
 from server.settings import Settings
-from server.tasks.inference import Caller, Engine, Inference
+from server.sources import Sources
+from server.tasks.inference import Caller, Inference
 from server.tasks.prompts import Prompts
 from server.tasks.quality import Quality
 from server.tasks.resolve import Resolver
@@ -33,23 +34,10 @@ GENERATING = frozenset({"/generate", "/classify", "/v1/completions", "/v1/chat/c
 """The routes whose requests are counted."""
 
 
-class Sources(Protocol):
-    """Where adapters come from."""
-
-    def open(self, source: str) -> AbstractAsyncContextManager[tuple[Path, Path]]:
-        """The folder that `source` means, and the one that its links may not lead out of, while inside."""
-
-
 class Closing(Protocol):
     """What has to be taken down at the end; what runs gets `drain` seconds."""
 
     def close(self, drain: float) -> None: ...
-
-
-class Memory(Protocol):
-    """Whoever can tell what it holds."""
-
-    def nbytes(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +56,7 @@ class Parts:
 
     model: Model
     engine: Engine
-    runner: Memory
+    runner: Runner
     registry: Registry
     sources: Sources
     tasks: Tasks

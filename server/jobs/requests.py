@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from adapters.durable import refused
 from adapters.errors import AdapterError, UnknownAdapter
@@ -23,7 +23,7 @@ from server.jobs.errors import JobError
 from server.jobs.files import Files
 from server.jobs.recipe import AUTO_WIDENS, highest_rank
 from server.jobs.spec import INIT, RIVAL, BaseSource, Spec
-from server.tasks.definitions import Task
+from server.tasks.store import Tasks
 
 EPOCHS, BATCH = 3, 16
 LEARNING_RATE = 5e-4
@@ -37,12 +37,6 @@ _PARAM = {
     "epochs": "hyperparameters.n_epochs", "batch_size": "hyperparameters.batch_size",
     "learning_rate": "hyperparameters.learning_rate_multiplier",
 }  # fmt: skip
-
-
-class TaskNames(Protocol):
-    """What a job asks of the tasks."""
-
-    def find(self, name: str) -> Task | None: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ class Ground:
     files: Files
     registry: Registry
     store: Store
-    tasks: TaskNames
+    tasks: Tasks
     linears: Collection[str]
     lend: Callable[[], Mapping[str, Any] | None] = lambda: None
     context: int | None = None

@@ -35,11 +35,6 @@ class Engine(Protocol):
 
     def cancel(self, request_id: str) -> None: ...
 
-    def stats(self) -> dict[str, Any]: ...
-
-    @property
-    def state(self) -> str: ...
-
 
 class Leases(Protocol):
     """What running a prompt asks of the registry."""
