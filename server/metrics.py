@@ -71,8 +71,8 @@ class Ended:
     `task` is None when none was asked; `adapters` are the names of the mix, empty for the base; `status` is the HTTP
     status or "cancelled". With `known` false, neither was resolved, and the request is counted under `other`.
     `longest` is the most tokens of one answer, where a request has several, `tpot` the seconds between two tokens of
-    one, the mean of all. `latency` false keeps it out of the
-    histograms (evaluation traffic). With `made_up` the mix is the request's own, and no task's.
+    one, the mean of all. `latency` false keeps it out of the histograms (evaluation traffic). With `made_up` the mix is
+    the request's own, and no task's.
     """
 
     task: str | None

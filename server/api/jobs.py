@@ -14,7 +14,7 @@ from server.api.generate import json_response
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready
 from server.errors import called
-from server.jobs.records import CURVES, EVALUATION, Job
+from server.jobs.records import CURVES, EVALUATION, SUCCEEDED, Job
 from server.jobs.spec import DATA
 from server.tasks.definitions import Best, Task
 from server.tasks.evaluation import default_metric
@@ -110,7 +110,7 @@ def summary(job: Job) -> dict[str, Any]:
         "created_at": job.created_at,
         "started_at": job.started_at,
         "finished_at": job.finished_at,
-        "progress": 1.0 if job.status == "succeeded" else progress.share,
+        "progress": 1.0 if job.status == SUCCEEDED else progress.share,
         "step": progress.step,
         "steps": progress.steps,
         "loss": progress.loss,

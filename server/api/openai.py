@@ -49,8 +49,7 @@ def models(parts: Parts) -> list[dict[str, Any]]:
     """Every id that `model` may be, exact versions aside."""
     base = parts.model.name
     tasks = dict.fromkeys(task.name for task in parts.tasks.all())
-    found: list[tuple[str, str, str | None]] = [(base, "base", None)] if base not in tasks else []
-    found += [(name, "task", base) for name in tasks]
+    found: list[tuple[str, str, str | None]] = [(base, "base", None), *((name, "task", base) for name in tasks)]
     found += [(f"adapter:{a}" if a in tasks else a, "adapter", base) for a in parts.registry.names()]
     return [_entry(parts, *entry) for entry in found]
 

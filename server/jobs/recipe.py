@@ -34,6 +34,8 @@ _CARD = {"about", "data", "limits"}
 _PACKING = {"quantization": "quantization", "use_double_quant": "double_quant"}
 """Fields of the config that say how the base is packed, and the settings that say the same."""
 _TRAINING = {f.name for f in dataclasses.fields(TrainingConfig)} - {"model", "data", "output"}
+HELD_OUT = 0.1
+"""The share of the examples that judge, where that is asked for and no validation file is named."""
 AUTO_WIDENS = 4
 """How many times its rank a module may get with auto_rank."""
 

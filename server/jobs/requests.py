@@ -21,7 +21,7 @@ from adapters.weights import RESERVED, Version
 from server.errors import InvalidRequest, UnknownName, called
 from server.jobs.errors import JobError
 from server.jobs.files import Files
-from server.jobs.recipe import AUTO_WIDENS, highest_rank
+from server.jobs.recipe import AUTO_WIDENS, HELD_OUT, highest_rank
 from server.jobs.spec import INIT, RIVAL, BaseSource, Spec
 from server.tasks.store import Tasks
 
@@ -29,8 +29,6 @@ EPOCHS, BATCH = 3, 16
 LEARNING_RATE = 5e-4
 """What a learning_rate_multiplier multiplies."""
 SAVE_STEPS = 20
-HELD_OUT = 0.1
-"""Of the training file, to compare on, where a result is to be published only if it is better."""
 
 _PARAM = {
     "lora_rank": "lora.r", "lora_alpha": "lora.alpha", "target_modules": "lora.target_modules",

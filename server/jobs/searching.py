@@ -17,12 +17,9 @@ from adapters.weights import LoraWeights
 from server.engine.text import Text
 from server.jobs.encoding import Template, encoder
 from server.jobs.fine_tune import answerable, held_out
-from server.jobs.recipe import Recipe
+from server.jobs.recipe import HELD_OUT, Recipe
 from server.jobs.trainable import Trainable
 from server.model.loader import Base
-
-HELD_OUT = 0.1
-"""The share of the examples that judge if a recipe names no validation file."""
 
 
 @dataclass(frozen=True)

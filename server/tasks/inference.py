@@ -253,7 +253,6 @@ class Inference:
                 adapters=_names(target.choice) if target else (),
                 status=status,
                 known=target is not None and status != "404",
-                latency=caller.client,
                 made_up=target is not None and target.made_up,
             )
         )
