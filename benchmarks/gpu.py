@@ -23,6 +23,7 @@ import os
 import signal
 import statistics
 import sys
+import threading
 import time
 
 BEGAN = time.monotonic()
@@ -61,6 +62,10 @@ SECONDS = 480.0
 CUT_OFF_SECONDS = 580
 """Whatever is measured then is cut off, and the table is what is known: an engine that is within a step may take ten
 seconds more to end."""
+HUNG_SECONDS = 595
+"""Whoever has not ended by then waits for a device that answers no more."""
+REASON = 800
+"""Characters of a failure's reason that the table has, from its end; the JSON has them all."""
 CLAIMS: dict[str, dict[str, Any]] = {
     "memory": {"base resident, bytes": "<= 4.7e9"},
     "decode": {
@@ -86,8 +91,10 @@ TINY: dict[str, Any] = {
 class Bench:
     """The model, the runner on it once it is made, and how things are timed here."""
 
-    def __init__(self, check: bool) -> None:
+    def __init__(self, check: bool, file: Path | None) -> None:
         self.check = check
+        self.file = file
+        """Where what is told is written as JSON, if anywhere."""
         self.section = ""
         self.is_last = False
         """Whether no other section comes after this one."""
@@ -107,19 +114,22 @@ class Bench:
         self.blocks = 12 if check else 32 * 64
         self.folders: list[Path] = []
         """A real base, whose answers are compared."""
-        self.pictures: Path | None = None
+        self.pictures = None if file is None else file.parent
         """Where pictures go, if anywhere."""
         self.runner: CudaRunner
         self.made = False
-        """Whether there is a runner: see `model`."""
+        """Whether there is a runner, and no stuck engine has it: see `model`."""
         self.base_allocated = 0
         """Bytes of the device that loading the base took, as torch counts them there."""
         self._adapters: dict[Kind, list[LoraWeights]] = {}
 
     def tell(self, name: str, value: Any, target: Any = None, met: bool | None = None, **more: Any) -> None:
+        """Print it, and write down all that is known: what is measured next may end the process."""
         met = None if self.check else met  # a tiny model proves nothing
         row = {"name": name, "section": self.section, "value": value, "target": target, "met": met, **more}
         self.results.append(row)
+        if self.file is not None:
+            self.file.write_text(json.dumps({**self.machine, "results": self.results}, indent=1))
         limits = ("" if target is None else f"   (at least: {target})") + _by_bytes(more, "   (by its bytes: {})")
         print(f"  {name}: {value}{limits}", flush=True)
 
@@ -349,23 +359,29 @@ WITHOUT_MODEL = ("ceilings", "model", "answers", "ceilings-again")
 """What needs no runner on the random base."""
 
 
-def measure(bench: Bench, wanted: list[str], target: Path | None) -> bool:
-    """Run the sections of these names, and write what is known after each; whether all went well."""
+def measure(bench: Bench, wanted: list[str]) -> bool:
+    """Run the sections of these names; whether all went well. Of one that did not, the reason is told."""
     fine = True
     for name in wanted:
         print(f"{name} ({time.strftime('%X')})", flush=True)
         bench.section, bench.is_last = name, name == wanted[-1]
-        try:
-            if bench.is_late:
-                raise TimeoutError(f"{SECONDS:.0f} s have passed")
-            if name not in WITHOUT_MODEL and not bench.made:
-                raise RuntimeError("there is no model to measure")
-            SECTIONS[name](bench)
-        except Exception as error:  # the time on a card is short: what else can be measured is measured
-            traceback.print_exc()
-            bench.tell(name, f"failed: {type(error).__name__}", met=False)
+        failed, reason = "", ""
+        if bench.is_late:
+            failed, reason = "TimeoutError", f"{SECONDS:.0f} s have passed"
+        elif name not in WITHOUT_MODEL and not bench.made:
+            failed, reason = "RuntimeError", "there is no model to measure"
+        else:
+            try:
+                SECTIONS[name](bench)
+            except (SystemExit, KeyboardInterrupt):
+                bench.tell(name, "cut off", met=False)
+                raise
+            except Exception as error:  # the time on a card is short: what else can be measured is measured
+                traceback.print_exc()
+                failed, reason = type(error).__name__, traceback.format_exc()
+        if failed:
+            bench.tell(name, f"failed: {failed}", met=False, reason=reason)
             fine = False
-        _write(bench, target)
     return fine
 
 
@@ -376,27 +392,38 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--answers", nargs="+", type=Path, default=[], help="a quantized folder, or its parts")
     parser.add_argument("--check", action="store_true", help="a tiny model, and no claim")
     given = parser.parse_args(arguments)
-    bench = Bench(given.check)
-    bench.folders = given.answers
-    wanted = [name for name in SECTIONS if name in given.only or name in ALWAYS]
     if given.json is not None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        bench.pictures = given.json.parent
+    bench = Bench(given.check, given.json)
+    bench.folders = given.answers
+    wanted = [name for name in SECTIONS if name in given.only or name in ALWAYS]
     if bench.device.type != "cuda" and not given.check:
         for section, claims in CLAIMS.items():
             bench.section = section
             for name, target in claims.items():
                 bench.tell(name, "not measured", target)
-        _write(bench, given.json)
         _print(bench)
         print("there is no GPU here: nothing is measured (--check runs it all on a tiny model)", file=sys.stderr)
         return 1
+    watch = threading.Timer(max(0.0, BEGAN + HUNG_SECONDS - time.monotonic()), _give_up, (bench,))
+    watch.daemon = True
+    if not given.check:
+        watch.start()
     try:
-        fine = measure(bench, wanted, given.json)
+        fine = measure(bench, wanted)
     finally:  # whoever ends it early sees what is known
-        _write(bench, given.json)
+        watch.cancel()
         _print(bench)
     return 0 if fine else 1
+
+
+def _give_up(bench: Bench) -> None:
+    """End a process whose device hangs: while its first thread waits in the driver, no signal is handled there."""
+    try:
+        bench.tell(bench.section, "hung", met=False)
+        _print(bench)
+    finally:
+        os._exit(1)
 
 
 def _print(bench: Bench) -> None:
@@ -409,6 +436,8 @@ def _print(bench: Bench) -> None:
         met = {True: "yes", False: "no", None: ""}[row["met"]]
         limit, bound = row["target"] or "", _by_bytes(row, "{}")
         print(f"{row['name']:{width}}  {row['value']!s:14}  {limit!s:10}  {bound:12}  {met}", flush=True)
+        if "reason" in row:
+            print("    " + " ".join(row["reason"][-REASON:].split()), flush=True)
 
 
 def _by_bytes(row: dict[str, Any], form: str) -> str:
@@ -423,11 +452,6 @@ def _machine(device: torch.device) -> dict[str, str]:
         driver = DRIVER.read_text().partition("\n")[0] if DRIVER.exists() else "unknown"
         found = {"card": torch.cuda.get_device_name(), "driver": driver, "CUDA": str(torch.version.cuda)}
     return {**found, "torch": torch.__version__, "triton": triton.__version__}
-
-
-def _write(bench: Bench, target: Path | None) -> None:
-    if target is not None:
-        target.write_text(json.dumps({**bench.machine, "results": bench.results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def load(bench: Any) -> None:
         for count in (few, many) if bench.check else (few, many, many, few):
             if not (runs[count] and bench.is_late):
                 runs[count].append(_run(bench, kept, room, [asked[count][i] for i in warm], asked[count]))
+                print(f"  {_in_ram(count, kept)} of {kind}: {runs[count][-1].rate:.0f} tokens/s", flush=True)
         rates, read = {}, {}
         for count, found in runs.items():
             rates[count] = statistics.median(run.rate for run in found)
@@ -250,7 +251,8 @@ def _run(bench: Any, kept: _Kept, room: Room, warming: list[int], asked: list[in
             seconds = answers.wait(engine, len(adapters), lengths[1], limit) - began
         after = engine.stats()["slots"]
     finally:
-        engine.stop()
+        if not engine.stop():
+            bench.made = False  # its thread may still be in the runner, which is one thread's at a time
     evictions = after["evictions"] - before["evictions"]
     copies = len(after["resident"]) - len(before["resident"]) + evictions
     return Run(len(asked) * lengths[1] / seconds, copies, evictions)

@@ -36,7 +36,7 @@ def peers(bench: Any) -> None:
             theirs = _tokens_a_second(bench, kind)
         except Exception as error:
             traceback.print_exc()
-            bench.tell(name, f"failed: {type(error).__name__}", target, False)
+            bench.tell(name, f"failed: {type(error).__name__}", target, False, reason=traceback.format_exc())
             failed.append(error.with_traceback(None))  # whose frames hold the model
             continue
         finally:

@@ -33,8 +33,10 @@ CARD = gpu._machine(DEVICE)["card"]
 ERROR = gpu_products.BOUND if DEVICE.type == "cuda" else 1e-5
 
 
-def test_a_model_that_cannot_be_made_leaves_the_ceilings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And everything else is told to have failed, not left out."""
+def test_a_model_that_cannot_be_made_leaves_the_ceilings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And everything else is told to have failed, not left out; the table and the JSON say why."""
 
     def fails(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("the card is too small")
@@ -46,6 +48,13 @@ def test_a_model_that_cannot_be_made_leaves_the_ceilings(monkeypatch: pytest.Mon
     assert told["bandwidth, GB/s"]["value"] > 0 and told["bandwidth, GB/s"]["copied"] > 0
     assert told["model"]["value"] == "failed: OutOfMemoryError"
     assert told["decode"]["value"] == told["load"]["value"] == "failed: RuntimeError"
+    assert told["model"]["reason"].startswith("Traceback")
+    assert told["model"]["reason"].endswith("the card is too small\n")
+    assert told["decode"]["reason"] == "there is no model to measure"
+    lines = capsys.readouterr().out.partition("what ")[2].splitlines()
+    after = {line.split()[0]: following for line, following in zip(lines, lines[1:], strict=False)}
+    assert after["model"].endswith("the card is too small") and len(after["model"]) <= 4 + gpu.REASON
+    assert after["decode"].strip() == "there is no model to measure"
 
 
 def test_what_begins_too_late_is_left_out_and_the_rest_is_told(
@@ -70,17 +79,37 @@ def test_what_begins_too_late_is_left_out_and_the_rest_is_told(
 
 
 def test_what_is_cut_off_leaves_the_rows_that_it_had_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """SIGTERM raises SystemExit wherever the run is."""
+    """SIGTERM raises SystemExit wherever the run is. They are written as they are told: it may be killed at once."""
 
     def cut_off(bench: gpu.Bench) -> None:
         bench.tell("first", 1)
+        assert rows()[-1] == ("first", 1)
         sys.exit(1)
+
+    def rows() -> list[tuple[str, Any]]:
+        return [(row["name"], row["value"]) for row in json.loads(target.read_text())["results"]]
 
     monkeypatch.setattr(gpu, "SECTIONS", gpu.SECTIONS | {"model": cut_off})
     target = tmp_path / "told.json"
     with pytest.raises(SystemExit):
         gpu.main(["--check", "--json", str(target), "--only", "memory"])
-    assert [row["name"] for row in json.loads(target.read_text())["results"]][-1] == "first"
+    assert rows()[-2:] == [("first", 1), ("model", "cut off")]
+
+
+def test_a_device_that_hangs_does_not_take_the_table_along(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No handler of a signal runs while the first thread waits in the driver; another thread ends the process."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    bench = gpu.Bench(True, tmp_path / "told.json")
+    bench.section = "load"
+    bench.tell("first", 1)
+    gpu._give_up(bench)
+    told = json.loads((tmp_path / "told.json").read_text())["results"]
+    assert [(row["name"], row["value"]) for row in told] == [("first", 1), ("load", "hung")]
+    assert ended == [1] and "hung" in capsys.readouterr().out.partition("what ")[2]
+    assert gpu.CUT_OFF_SECONDS + 10 < gpu.HUNG_SECONDS < 600
 
 
 def test_a_device_that_has_gone_does_not_take_the_table_along(

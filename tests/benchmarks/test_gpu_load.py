@@ -5,6 +5,7 @@ And what counts as served is what was answered whole.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,6 +19,7 @@ from adapters.weights import LoraWeights, LowRank, Mix
 from benchmarks import gpu_load
 from server.engine.slots import Room
 from tests.server.engine.conftest import LateRunner
+from tests.waiting import SECONDS
 
 COST = 80 << 20
 
@@ -77,12 +79,16 @@ class Kept:
         return future
 
 
-def served(runner: LateRunner, warming: Sequence[int] = (0, 1), room: int = 2) -> gpu_load.Run:
-    bench: Any = SimpleNamespace(
-        check=True, rows=2, runner=runner, blocks=64, config=SimpleNamespace(vocab_size=runner.vocab)
+def bench_of(runner: LateRunner) -> Any:
+    return SimpleNamespace(
+        check=True, rows=2, runner=runner, made=True, blocks=64, config=SimpleNamespace(vocab_size=runner.vocab)
     )
+
+
+def served(runner: LateRunner, warming: Sequence[int] = (0, 1), room: int = 2, bench: Any = None) -> gpu_load.Run:
     kept: Any = Kept()
-    return gpu_load._run(bench, kept, Room(room, lambda weights: 1), list(warming), [0, 1, 1, 0, 1])
+    room_of = Room(room, lambda weights: 1)
+    return gpu_load._run(bench or bench_of(runner), kept, room_of, list(warming), [0, 1, 1, 0, 1])
 
 
 def test_a_run_counts_the_tokens_that_came() -> None:
@@ -126,6 +132,19 @@ def test_load_goes_there_and_back_and_says_what_stands_for_many(monkeypatch: pyt
     assert counts[4:] == [5, 1000], "once each is enough where time is short"
 
 
+def test_load_tells_each_run_as_it_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is cut off in the second leaves the first."""
+    runs = iter([gpu_load.Run(123.4, 3, 2)])
+    monkeypatch.setattr(gpu_load, "_Kept", lambda bench, count, kind: SimpleNamespace(buffers=[None] * 16))
+    monkeypatch.setattr(gpu_load, "_run", lambda *_: next(runs))
+    bench = SimpleNamespace(
+        check=False, is_late=False, rows=32, kinds=["a kind"], runner=SimpleNamespace(room=None)
+    )  # fmt: skip
+    with pytest.raises(StopIteration):
+        gpu_load.load(bench)
+    assert capsys.readouterr().out == "  5 adapters in RAM of a kind: 123 tokens/s\n"
+
+
 def test_a_run_whose_steps_fail_has_no_rate() -> None:
     """All its requests end at once, which is no throughput."""
 
@@ -143,5 +162,23 @@ def test_a_run_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A load that never comes, say."""
     monkeypatch.setattr(gpu_load, "CHECK_SECONDS", 0.05)
     monkeypatch.setattr(Kept, "fetch", lambda self, mix: Future())
+    runner = LateRunner(20)
+    bench = bench_of(runner)
     with pytest.raises(RuntimeError, match="0 of 2 answers have come"):
-        served(LateRunner(20))
+        served(runner, bench=bench)
+    assert bench.made
+
+
+def test_a_step_that_hangs_keeps_others_from_the_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's thread is still in it, and it is one thread's at a time."""
+    monkeypatch.setattr(gpu_load, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr("server.engine.engine.STUCK_SECONDS", 0.05)
+    runner, goes_on = LateRunner(20), threading.Event()
+    runner.before = lambda batch: goes_on.wait(SECONDS) and None
+    bench = bench_of(runner)
+    try:
+        with pytest.raises(RuntimeError, match="0 of 2 answers have come"):
+            served(runner, bench=bench)
+        assert not bench.made
+    finally:
+        goes_on.set()

@@ -56,11 +56,14 @@ def test_a_peer_that_fails_does_not_keep_the_next_from_being_measured(monkeypatc
     monkeypatch.setattr(gpu_peers, "_missing", lambda names: None)
     monkeypatch.setattr(gpu_peers, "_tokens_a_second", tokens_a_second)
     told: dict[str, Any] = {}
+    bench = bench_of(told)
+    bench.tell = lambda name, *values, **more: told.update({name: (*values, more.get("reason", ""))})
     with pytest.raises(RuntimeError, match="no kernel image"):
-        gpu_peers.peers(bench_of(told))
+        gpu_peers.peers(bench)
     name = "decode of 2 mixed requests over Transformers + PEFT"
-    assert told[f"{name} bf16"] == ("failed: RuntimeError", 10, False)
-    assert told[f"{name} bitsandbytes"] == (200_000.0, None, None)
+    *failed, reason = told[f"{name} bf16"]
+    assert failed == ["failed: RuntimeError", 10, False] and reason.endswith("no kernel image\n")
+    assert told[f"{name} bitsandbytes"] == (200_000.0, None, None, "")
 
 
 @pytest.mark.filterwarnings("ignore")
