@@ -51,7 +51,7 @@ from benchmarks.gpu_base import Kind, RandomBase, random_adapters, random_base
 from benchmarks.shapes import QWEN_7B
 from server.engine.batch import Batch, SlotWeights
 from server.engine.cuda_runner import CudaRunner, gpu_memory
-from server.kernels.cuda import Cuda
+from server.kernels.cuda import Cuda, unavailable
 from server.kernels.cuda.launch import options
 from server.kernels.lora import SITES
 from server.model.config import ModelConfig, from_hf
@@ -397,13 +397,14 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(given.check, given.json)
     bench.folders = given.answers
     wanted = [name for name in SECTIONS if name in given.only or name in ALWAYS]
-    if bench.device.type != "cuda" and not given.check:
+    why = None if given.check else unavailable()
+    if why is not None:
         for section, claims in CLAIMS.items():
             bench.section = section
             for name, target in claims.items():
                 bench.tell(name, "not measured", target)
         _print(bench)
-        print("there is no GPU here: nothing is measured (--check runs it all on a tiny model)", file=sys.stderr)
+        print(f"nothing is measured (--check runs it all on a tiny model): {why}", file=sys.stderr)
         return 1
     watch = threading.Timer(max(0.0, BEGAN + HUNG_SECONDS - time.monotonic()), _give_up, (bench,))
     watch.daemon = True

@@ -158,6 +158,16 @@ def test_the_table_says_what_it_is_of_and_what_is_not_measured(
     assert other["value"] == 0 and other["at"] == []
 
 
+def test_a_machine_that_cannot_build_kernels_is_told_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is measured, whether there is a GPU or none."""
+    monkeypatch.setattr(gpu, "unavailable", lambda: "there is no C compiler")
+    assert gpu.main([]) == 1
+    said = capsys.readouterr()
+    assert "there is no C compiler" in said.err and "bandwidth" not in said.out
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU is measured")
 def test_without_a_gpu_every_claim_is_told_to_be_not_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
