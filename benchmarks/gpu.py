@@ -62,6 +62,8 @@ SECONDS = 480.0
 CUT_OFF_SECONDS = 580
 """Whatever is measured then is cut off, and the table is what is known: an engine that is within a step may take ten
 seconds more to end."""
+LEFT_SECONDS = 20
+"""Before that, whatever looks at the clock ends by itself."""
 HUNG_SECONDS = 595
 """Whoever has not ended by then waits for a device that answers no more."""
 REASON = 800
@@ -98,6 +100,8 @@ class Bench:
         self.section = ""
         self.is_last = False
         """Whether no other section comes after this one."""
+        self.cut_off = math.inf if check else BEGAN + CUT_OFF_SECONDS - LEFT_SECONDS
+        """When nothing may be measured any more, on the monotonic clock; what is only checked has no such end."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.machine = _machine(self.device)
         """Asked for once: after a fault the device tells nothing, and what was measured before it is to be told."""
@@ -134,13 +138,9 @@ class Bench:
         print(f"  {name}: {value}{limits}", flush=True)
 
     @property
-    def end(self) -> float:
-        """When nothing long should begin any more, on the monotonic clock; what is only checked has no such end."""
-        return math.inf if self.check else BEGAN + SECONDS
-
-    @property
     def is_late(self) -> bool:
-        return time.monotonic() > self.end
+        """Whether nothing long should begin any more."""
+        return not self.check and time.monotonic() > BEGAN + SECONDS
 
     def seconds(self, call: Callable[[], object], rounds: int = 30) -> float:
         """Median of the time of `call`, which may be asynchronous, after three to warm up."""

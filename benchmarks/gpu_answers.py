@@ -85,14 +85,17 @@ def answers(bench: Any) -> None:
     gpu.allocate(rows * each, BLOCK)
     cpu = TorchRunner(exact, 1, processors())
     cpu.allocate(each, BLOCK)
-    end = bench.end if bench.is_last else time.monotonic() + LIMIT_SECONDS
-    found = []
-    for prompt, tokens, logits in _generated(gpu, prompts, rows, each, count):
-        found.append(_compared(tokens, logits, _reference_logits(cpu, prompt, tokens, each)))
-        if time.monotonic() > end:
-            break
+    end = bench.cut_off if bench.is_last else min(time.monotonic() + LIMIT_SECONDS, bench.cut_off)
+    found: list[Compared] = []
+    try:
+        for prompt, tokens, logits in _generated(gpu, prompts, rows, each, count):
+            found.append(_compared(tokens, logits, _reference_logits(cpu, prompt, tokens, each)))
+            if time.monotonic() > end:
+                break
+    finally:  # what fails or is cut off has compared some
+        if found:
+            _tell(bench, found, wanted)
     gpu.release()
-    _tell(bench, found, wanted)
 
 
 def _tell(bench: Any, found: list[Compared], wanted: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ def bench_of(told: Told, folders: list[Path]) -> Any:
         told[name] = values
 
     return SimpleNamespace(
-        check=True, device=DEVICE, backend=Cuda(FLOAT), folders=folders, tell=tell, is_last=False, end=math.inf
+        check=True, device=DEVICE, backend=Cuda(FLOAT), folders=folders, tell=tell, is_last=False, cut_off=math.inf
     )
 
 
@@ -133,13 +134,23 @@ def test_the_clock_is_looked_at_after_each_answer(
     monkeypatch.setattr(gpu_answers, "CudaRunner", lambda *_, **options: runner)
     monkeypatch.setattr(gpu_answers, "_generated", lambda runner, prompts, *_: ((ids, [0], one) for ids in prompts))
     monkeypatch.setattr(gpu_answers, "_reference_logits", lambda *_: one)
-    for limit, is_last, end, compared_in_time in (
-        (0.0, False, math.inf, 1), (1e3, False, 0.0, 2), (0.0, True, math.inf, 2), (1e3, True, 0.0, 1)
+    for limit, is_last, cut_off, compared_in_time in (
+        (0.0, False, math.inf, 1), (1e3, False, math.inf, 2), (1e3, False, 0.0, 1),
+        (0.0, True, math.inf, 2), (1e3, True, 0.0, 1),
     ):  # fmt: skip
         monkeypatch.setattr(gpu_answers, "LIMIT_SECONDS", limit)
         told: Told = {}
         bench = bench_of(told, [tmp_path])
-        bench.check, bench.is_last, bench.end = False, is_last, end
+        bench.check, bench.is_last, bench.cut_off = False, is_last, cut_off
         gpu_answers.answers(bench)
         assert told["greedy answers compared"] == (compared_in_time,)
         assert told[gpu_answers.CLAIM] == (compared_in_time, 2, compared_in_time == 2)
+
+    left = [one]
+    monkeypatch.setattr(gpu_answers, "_reference_logits", lambda *_: left.pop() if left else sys.exit(1))
+    told = {}
+    bench = bench_of(told, [tmp_path])
+    bench.check = False
+    with pytest.raises(SystemExit):
+        gpu_answers.answers(bench)
+    assert told[gpu_answers.CLAIM] == (1, 2, False), "what is cut off has compared some"
