@@ -167,6 +167,8 @@ class CudaRunner:
         self._zeros = torch.zeros(4 * self._max_logits, dtype=torch.int32, device=device)
         """What greedy rows are told."""
         self._block_size = self._width = 0
+        self._allocated: tuple[int, int] | None = None
+        """Blocks and their size, once all is made for them."""
 
     @property
     def room(self) -> Room:
@@ -175,9 +177,14 @@ class CudaRunner:
 
     def allocate(self, blocks: int, block_size: int) -> None:
         """Also compiles the kernels, and makes the graphs of steps without adapters and with up to 64 ranks a sequence:
-        others are made when they are first needed. Raises NoCapacity if others have taken the memory."""
+        others are made when they are first needed. As many blocks as there are stay as they are, and their graphs: what
+        comes next never reads what it has not written. Raises NoCapacity if others have taken the memory."""
+        if self._allocated == (blocks, block_size):
+            return
+        self._allocated = None
         with _counted_on(self.shares.total):
             self._allocate(blocks, block_size)
+        self._allocated = blocks, block_size
 
     def _allocate(self, blocks: int, block_size: int) -> None:
         config = self._config

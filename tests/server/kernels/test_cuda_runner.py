@@ -309,6 +309,20 @@ def test_graphs_share_their_memory(captures: Captures) -> None:
     assert runner.nbytes()["graphs"] == 200
 
 
+def test_as_many_blocks_again_leave_the_graphs(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine after another on the same runner has nothing to compile or to capture; unless not all was made."""
+    runner = capturing_runner()
+    storage, graph = runner._storage, runner._graph(bucket(runner, 2))
+    runner.allocate(40, BLOCK)
+    assert runner._storage is storage and runner._graph(bucket(runner, 2)) is graph
+    runner.allocate(20, BLOCK)
+    assert runner._storage.shape[1] == 20 and not runner._graphs
+    monkeypatch.setattr(cuda_runner_module, "StepMemory", fails)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no memory"):
+            runner.allocate(40, BLOCK)
+
+
 def test_what_others_take_meanwhile_costs_no_graphs(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that trains grows by gigabytes while a graph is made."""
     runner = capturing_runner()
