@@ -343,17 +343,17 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "products": gpu_products.errors,
     "decode": decode,
     "placing": placing,
+    "prefill": prefill,
+    "buckets": buckets,
     "load": gpu_load.load,
     "peers": gpu_peers.peers,
     "answers": gpu_answers.answers,
-    "prefill": prefill,
-    "buckets": buckets,
     "kernels": gpu_kernels.kernels,
     "cliff": gpu_load.cliff,
     "ceilings-again": gpu_ceilings.again,
 }
-"""In this order: first what is claimed, with the kernels that serve; then what only explains it. After a fault in a
-kernel nothing more can be measured, and whoever lends a card may take it back."""
+"""In this order: first what is claimed, with the kernels that serve, and what takes them two seconds; then what only
+explains it. After a fault in a kernel nothing more can be measured, and whoever lends a card may take it back."""
 ALWAYS = ("ceilings", "model")
 WITHOUT_MODEL = ("ceilings", "model", "answers", "ceilings-again")
 """What needs no runner on the random base."""
