@@ -214,9 +214,10 @@ def train(
     """A LoRA trained on `data`, from `init` if it is given. The model's tree is as before when this returns.
 
     With a folder for `checkpoints` the run goes on from the one that is there, bit for bit as if it had never stopped
-    (on the same number of threads), and leaves one behind every `save_steps` updates and when `stop` says so. The
-    metadata say what was done (`training`). Raises TrainingStopped if `stop` said so, BaseMismatch for targets that are
-    no linears of the base, and AdapterError for a checkpoint of another run and for ranks that memory has no room for.
+    (on a CPU, on the same number of threads: a GPU adds up gradients in no fixed order), and leaves one behind every
+    `save_steps` updates and when `stop` says so. The metadata say what was done (`training`). Raises TrainingStopped if
+    `stop` said so, BaseMismatch for targets that are no linears of the base, and AdapterError for a checkpoint of
+    another run and for ranks that memory has no room for.
     """
     layers.check_room(model.tree, config.spec())
     found = layers.inject(model.tree, config.spec(), config.seed)
