@@ -123,9 +123,9 @@ def finish(
     out: torch.Tensor,
     slices: Sequence[int],
     lanes: Lanes,
-    pool: Pool | None = None,
-    site: int = 0,
-    shrunk: torch.Tensor | None = None,
+    pool: Pool,
+    site: int,
+    shrunk: torch.Tensor | None,
     add: bool = False,
 ) -> None:
     """Finish a product into out [T, N]; with `add`, onto what is there.
@@ -139,10 +139,10 @@ def finish(
     tile = _tile(n, lanes)
     grid = (sum(-(-width // tile) for width in slices), lanes.tiles.shape[0])
     finish_kernel[grid](
-        sums, sums if bias is None else bias, out, *_adapters(pool, lanes, shrunk, sums), site,
-        0 if pool is None else pool.sites, n, rows, lanes.width, sums.shape[0], v_splits, *widths,
+        sums, sums if bias is None else bias, out, *_adapters(pool, lanes, shrunk, sums), site, pool.sites, n, rows,
+        lanes.width, sums.shape[0], v_splits, *widths,
         BM=lanes.tile_rows, BN=tile, BIAS=bias is not None, LORA=shrunk is not None, SLICES=len(slices), ADD=add,
-        DTYPE=_dtype(pool, shrunk), **options(),
+        DTYPE=TYPES[pool.dtype], **options(),
     )  # fmt: skip
 
 
@@ -153,9 +153,9 @@ def finish_swiglu(
     out_sums: torch.Tensor,
     group: int,
     lanes: Lanes,
-    pool: Pool | None = None,
-    site: int = 0,
-    shrunk: torch.Tensor | None = None,
+    pool: Pool,
+    site: int,
+    shrunk: torch.Tensor | None,
 ) -> None:
     """Finish the product of gate and up, [splits, T, 2 N], into out [T, N] through SwiGLU. See `finish`.
 
@@ -166,10 +166,10 @@ def finish_swiglu(
     tile = max(group, _tile(n, lanes))
     grid = (-(-n // tile), lanes.tiles.shape[0])
     swiglu_kernel[grid](
-        sums, sums if bias is None else bias, out, out_sums, *_adapters(pool, lanes, shrunk, sums), site,
-        0 if pool is None else pool.sites, n, rows, lanes.width, sums.shape[0], v_splits,
+        sums, sums if bias is None else bias, out, out_sums, *_adapters(pool, lanes, shrunk, sums), site, pool.sites,
+        n, rows, lanes.width, sums.shape[0], v_splits,
         BM=lanes.tile_rows, BN=tile, BIAS=bias is not None, LORA=shrunk is not None, GROUP=group,
-        DTYPE=_dtype(pool, shrunk), **options(),
+        DTYPE=TYPES[pool.dtype], **options(),
     )  # fmt: skip
 
 
@@ -183,15 +183,8 @@ def _tile(outputs: int, lanes: Lanes) -> int:
     return next((t for t in OUTPUTS if -(-outputs // t) * tiles >= PROCESSORS), OUTPUTS[-1])
 
 
-def _dtype(pool: Pool | None, shrunk: torch.Tensor | None) -> tl.dtype:
-    """What rows meet the adapters' B's in; without adapters always the same."""
-    return tl.float32 if pool is None or shrunk is None else TYPES[pool.dtype]
-
-
-def _adapters(
-    pool: Pool | None, lanes: Lanes, shrunk: torch.Tensor | None, unused: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def _adapters(pool: Pool, lanes: Lanes, shrunk: torch.Tensor | None, unused: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The kernels' arguments that say which adapters there are; `unused` stands for what is never read."""
-    if pool is None or shrunk is None:
+    if shrunk is None:
         return unused, unused, unused, lanes.tiles, unused, unused, unused
     return pool.values, pool.offsets, pool.ranks, lanes.tiles, lanes.slot, lanes.index, shrunk

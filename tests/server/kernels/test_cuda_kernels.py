@@ -319,9 +319,10 @@ def test_an_ending_adds_up_every_split(tile_rows: int) -> None:
     nothing = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     tiles = torch.tensor([[0, 5, 0, 0]], dtype=torch.int32, device=DEVICE)
     lanes = lora.Lanes(tiles, nothing, nothing, nothing, nothing, nothing, 0, tile_rows)
+    pool = Adapters(16, (48,), [[1]]).pool
     for splits in range(1, 9):
         sums, out = torch.randn(splits, 5, 48, device=DEVICE), poisoned(5, 48)
-        finish.finish(sums, None, out, (48,), lanes)
+        finish.finish(sums, None, out, (48,), lanes, pool, 0, None)
         assert error(out, sums.sum(0).cpu()) < 1e-6
 
 
@@ -365,7 +366,7 @@ def test_rows_lie_beyond_the_elements_that_32_bits_count() -> None:
         finish.finish(product, None, out, (outputs,), lanes, adapters.pool, 1, shrunk)
         product, hidden = untouched(1, among, 2 * outputs), untouched(among, outputs, dtype=torch.float16)
         product[:, -2:] = sums
-        finish.finish_swiglu(product, None, hidden, product, 0, lanes)
+        finish.finish_swiglu(product, None, hidden, product, 0, lanes, adapters.pool, 1, None)
         found.append((shrunk[0, 0, -2:, :rank].cpu(), out[-2:].cpu(), hidden[-2:].cpu()))
         del given, shrunk, product, out, hidden
     for alone, last in zip(*found, strict=True):
