@@ -54,15 +54,16 @@ def _least_seconds(bench: Any, call: Callable[[], object]) -> float:
         return seconds
     end = time.monotonic() + WARM_SECONDS
     while time.monotonic() < end:
-        _device_seconds(call)
-    return min(_device_seconds(call) for _ in range(10))
+        device_seconds(call, TOGETHER)
+    return min(device_seconds(call, TOGETHER) for _ in range(10))
 
 
-def _device_seconds(call: Callable[[], object]) -> float:
+def device_seconds(call: Callable[[], object], count: int = 1) -> float:
+    """Of a call by the GPU's own clock, in the mean of `count` that follow one another."""
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
-    for _ in range(TOGETHER):
+    for _ in range(count):
         call()
     last.record()
     torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1e3 / TOGETHER
+    return first.elapsed_time(last) / 1e3 / count

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_products
+from benchmarks import gpu_ceilings, gpu_products
 from server.engine.cuda_batch import describe
 from server.kernels.cuda import attention, finish, lora, products, sampling
 from server.kernels.cuda.products import FEW_ROWS
@@ -47,7 +47,7 @@ def _dense_from(rows: int) -> Iterator[None]:
 def _tell_product(bench: Any, name: str, matrix: Any, m: int, cold: torch.Tensor) -> float:
     """Seconds of the product with `m` rows."""
     x, sums, out, how = gpu_products.operands(bench, matrix, m)
-    seconds = _device_seconds(bench, lambda: matrix.multiply(x, sums, out, how), cold)
+    seconds = _cold_seconds(bench, lambda: matrix.multiply(x, sums, out, how), cold)
     floor = max(matrix.nbytes / bench.bandwidth, 2 * m * matrix.rows * matrix.width / bench.peak)
     bench.tell(f"{name} {matrix.rows}x{matrix.width}, {m} rows: of the roofline", round(floor / seconds, 3),
                microseconds=seconds * 1e6, tiling=str(how) if m <= FEW_ROWS else "")  # fmt: skip
@@ -66,7 +66,7 @@ def _tell_others(bench: Any, cold: torch.Tensor) -> None:
         step = runner._step_of(describe(batch, runner._pool.ranks))
         calls = [*_adapter_calls(model, step, runner._pool.pool, n, kind.rank), *_other_calls(bench, step, n)]
         for name, call, size in calls:
-            seconds = _device_seconds(bench, call, cold)
+            seconds = _cold_seconds(bench, call, cold)
             bench.tell(f"{name}, {n} rows: of the bandwidth", round(size / bench.bandwidth / seconds, 3),
                        microseconds=seconds * 1e6)  # fmt: skip
     finally:
@@ -126,7 +126,7 @@ def _other_calls(bench: Any, step: Any, n: int) -> Iterator[Call]:
         yield name, lambda given=given: sampling.draw(logits, *given, tokens), logits.nbytes
 
 
-def _device_seconds(bench: Any, call: Callable[[], None], cold: torch.Tensor) -> float:
+def _cold_seconds(bench: Any, call: Callable[[], None], cold: torch.Tensor) -> float:
     """Median device time of `call` with nothing of its operands in the cache, without the time of launching."""
     if bench.device.type != "cuda":
         seconds: float = bench.seconds(call)
@@ -135,10 +135,5 @@ def _device_seconds(bench: Any, call: Callable[[], None], cold: torch.Tensor) ->
     times = []
     for _ in range(10):
         cold.sum()  # lines that were written would have to go back to memory while `call` is timed
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        call()
-        last.record()
-        torch.cuda.synchronize()
-        times.append(first.elapsed_time(last) / 1e3)
+        times.append(gpu_ceilings.device_seconds(call))
     return statistics.median(times)

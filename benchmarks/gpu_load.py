@@ -79,7 +79,7 @@ def _distinct(asked: list[int], rows: int) -> float:
 def cliff(bench: Any) -> None:
     """Throughput over the number of adapters, each as likely, up to and over what is resident."""
     whole = bench.runner.room
-    cost = whole.cost(_Kept(bench, 1, bench.kinds[0]).buffers[0])
+    cost = whole.cost(bench.adapters(bench.kinds[0])[0])
     resident = max(1, min(2 if bench.check else RESIDENT, whole.nbytes // cost))
     room = Room(resident * cost, whole.cost)
     shares = (1.0, 1.5) if bench.check else (0.25, 0.5, 0.9, 1.0, 1.1, 1.5, 2.0)

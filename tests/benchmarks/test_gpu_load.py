@@ -41,6 +41,7 @@ def test_the_cliff_asks_for_more_than_is_resident(monkeypatch: pytest.MonkeyPatc
     runner = SimpleNamespace(room=Room(20 << 30, lambda weights: COST))
     bench = SimpleNamespace(
         check=False, is_late=False, rows=32, kinds=[None], runner=runner, pictures=tmp_path,
+        adapters=lambda kind: [None],
         tell=lambda name, value, **more: told.append((name, more)),
     )  # fmt: skip
     gpu_load.cliff(bench)

@@ -360,7 +360,7 @@ class Matrix:
         """
         m = x.shape[0]
         if self.dense or m >= DENSE_ROWS:
-            _multiply_dense(x, self.dense_values if self.dense else self.values(x.dtype), out[0])
+            _multiply_dense(x, self.dense_values if self.dense else dequantized(self._weight, x.dtype), out[0])
             return
         grid = (-(-m // how.rows), -(-self.rows // how.outputs), how.splits)
         sizes = (m, self.rows, self.width, self.blocks)
@@ -372,10 +372,6 @@ class Matrix:
             x, sums, *self.arguments, out, *sizes, how.splits,
             BM=how.rows, BN=how.outputs, OFFSET=offset_of(x.dtype), WHOLE=self._whole, **self.constants, **launch,
         )  # fmt: skip
-
-    def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """The quantized matrix [rows, in] in a floating dtype, on its device."""
-        return dequantized(self._weight, dtype)
 
 
 def _multiply_dense(x: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from server.engine.cuda_batch import Shape, on_device
 from server.kernels.cuda import packing, sampling
 from server.kernels.cuda.lora import Pool
-from server.kernels.cuda.products import group_sums
+from server.kernels.cuda.products import dequantized, group_sums
 from server.kernels.lora import SITES
 from server.kernels.stored import stored_parts
 from server.kernels.weight import STORED, Weight
@@ -173,7 +173,7 @@ def main(which: str, capability: int) -> int:
             model.logits(on_device(shape, memory), cache, pool)
     for matrix in model._matrices():  # prefills of very many rows, and training
         for dtype in (torch.bfloat16, torch.float32):
-            matrix.values(dtype)
+            dequantized(matrix._weight, dtype)
     logits = torch.empty(4, config.vocab_size, device=META)
     how, tokens = torch.empty(4, 4, device=META), torch.empty(4, dtype=torch.int32, device=META)
     sampling.draw(logits, how, tokens, tokens)

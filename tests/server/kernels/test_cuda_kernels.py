@@ -65,7 +65,7 @@ def test_packing_loses_nothing(width: int, scheme: str, group: int, double: bool
     assert torch.equal(packing.dequantize(packed, 5, 37), exact[5:37])
     if not double:
         assert torch.equal(packing.rows(packed, torch.tensor([40, 3, 3])), exact[[40, 3, 3]])
-    assert torch.equal(on_device(stored).values(torch.float32).cpu(), exact)
+    assert torch.equal(products.dequantized(packing.side_by_side([packed], DEVICE), torch.float32).cpu(), exact)
     whole = packing.side_by_side([packed, packed], DEVICE)
     for start, stop in ((16, 37), (48, 96)):  # a part of one, and one of two that were joined
         part = packing.part(whole, start, stop)
