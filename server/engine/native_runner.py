@@ -202,6 +202,8 @@ class NativeRunner:
         positions = torch.arange(min(blocks * block_size, self._config.max_position_embeddings))
         cosine, sine = angles(inverse, factor, positions)
         halves = blocks * self.block_bytes(block_size) // torch.bfloat16.itemsize
+        # There may be no memory for another one: until there is, the model has none.
+        self._library.loramux_model_cache(self._model, None, 0, block_size, None, None, 0)
         self._storage = torch.empty(0, dtype=torch.bfloat16)
         # Zeroed pages come from the system when they are first written, so an unused cache takes no memory.
         self._storage = torch.from_numpy(np.zeros(halves, np.int16)).view(torch.bfloat16)

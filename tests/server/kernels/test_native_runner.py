@@ -517,6 +517,25 @@ def test_a_step_before_there_is_a_cache_is_not_run() -> None:
         make_runner(native, SLOTS, 1).run(batch_of([(Sequence([5], [0]), 1)])).wait()
 
 
+def test_nor_is_one_after_a_cache_that_there_was_no_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    native, _ = bases("llama-int4")
+    runner = runner_of(native)
+    ids = tokens(1, 20)
+    before = alone(runner, ids, first_block=0)
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(np, "zeros", full)
+        runner.allocate(64, BLOCK)
+    assert runner.nbytes()["kv_cache"] == 0
+    with pytest.raises(AssertionError, match="allocate comes before run"):
+        alone(runner, ids, first_block=0)
+    runner.allocate(64, BLOCK)
+    assert torch.equal(alone(runner, ids, first_block=0), before)
+
+
 def test_bytes_are_accounted_for() -> None:
     native, _ = bases("llama-int4")
     runner = runner_of(native, blocks=32)
