@@ -18,7 +18,6 @@ from server.kernels.cancelling import written_anew
 from server.kernels.cpu import bindings, packing
 from server.kernels.cpu.adapter_codes import encoded
 from server.kernels.cpu.places import places
-from server.kernels.threads import processors
 from server.kernels.weight import Weight
 
 
@@ -41,10 +40,10 @@ _making = threading.Lock()
 
 
 def shared_pool() -> bindings.Pool:
-    """The threads of products that no runner asks for, one a processor that this process may use."""
+    """The threads of products that no runner asks for, as many as torch's own when the first is asked for."""
     with _making:
         if not _pools:
-            _pools.append(bindings.Pool(processors()))
+            _pools.append(bindings.Pool(torch.get_num_threads()))
     return _pools[0]
 
 

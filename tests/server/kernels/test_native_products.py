@@ -8,6 +8,7 @@ import torch
 from server.kernels import cpu
 from server.kernels.cpu import bindings, packing
 from server.kernels.stored import dequantize_stored, group_values, unpack_nibbles
+from server.kernels.threads import processors
 from server.kernels.weight import Weight
 from server.model.quantization import quantize
 from tests.server.kernels.conftest import runs
@@ -438,6 +439,17 @@ def test_a_group_that_the_kernels_do_not_take_is_refused() -> None:
     unpacked = stored("int4", 32, False, 16, 192)
     with pytest.raises(ValueError, match="not packed"):
         cpu.Native().linear(unpacked, torch.randn(1, 192))
+
+
+def test_products_beside_a_runner_have_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training job's two, say, whatever the machine has."""
+    asked = list[int]()
+    monkeypatch.setattr(cpu, "_pools", [])
+    monkeypatch.setattr(bindings, "Pool", asked.append)
+    torch.set_num_threads(processors() + 1)
+    cpu.shared_pool()
+    cpu.shared_pool()
+    assert asked == [processors() + 1]
 
 
 def test_bfloat16_in_gives_bfloat16_out() -> None:
