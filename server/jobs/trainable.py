@@ -39,7 +39,7 @@ class Trainable:
     """A decoder for training over `base`. `compute_dtype` is that of the products; the stream they add to is float32.
 
     The linears of a small base are dequantized once and kept (`kept_bytes` at most, in the compute dtype); those of a
-    larger one at every use, so that the codes alone are resident.
+    larger one multiply as they serve and are dequantized for each step back, so that the codes alone are resident.
     """
 
     def __init__(
