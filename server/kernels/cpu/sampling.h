@@ -22,7 +22,7 @@ struct Peaks {
   void take(__mmask16 mask, __m512 v, __m512i columns);
 };
 
-// What a row is drawn by. `temperature` 0 is the largest; `noise` is in [0, 1]. float32 [4] in memory.
+// What a row is drawn by. `temperature` 0 is the largest; `noise` is in [0, 1). float32 [4] in memory.
 struct Drawing {
   float temperature, top_p, min_p, noise;
 };
