@@ -374,13 +374,13 @@ const float* expand(const UpdateTask& task, const LoraSite& site, const Update& 
 
 }  // namespace
 
-void plan_updates(const LoraPlan& plan, const std::vector<const LoraSite*>& slots, const std::vector<Update>& sites,
+void plan_updates(const LoraPlan& plan, const std::vector<Slot>& slots, const std::vector<Update>& sites,
                   std::vector<UpdateTask>& tasks) {
   tasks.clear();
   bool used = false;
   for (const MixRows& mix : plan.mixes)
     for (const Entry& entry : mix.entries)
-      for (const Update& site : sites) used = used || slots[static_cast<size_t>(entry.slot)][site.at].rank > 0;
+      for (const Update& site : sites) used = used || slots[static_cast<size_t>(entry.slot)].sites.data()[site.at].rank > 0;
   if (!used) return;
   for (const MixRows& mix : plan.mixes) {
     const int count = static_cast<int>(mix.rows.size());
@@ -393,13 +393,13 @@ int64_t update_floats(int64_t rank) {
   return TOGETHER * rank + UPDATE_SITES * UPDATE_ROWS * std::max(rank, Codes::words(rank));
 }
 
-void update(const UpdateTask& task, const std::vector<const LoraSite*>& slots, const std::vector<Update>& sites,
+void update(const UpdateTask& task, const std::vector<Slot>& slots, const std::vector<Update>& sites,
             const Activations& x, int64_t in, float* scratch) {
   for (const Update& update : sites)
     for (int r = task.first; r < task.last; r++)
       std::memset(update.z + task.mix->rows[static_cast<size_t>(r)] * update.stride, 0, update.stride * sizeof(float));
   for (const Entry& entry : task.mix->entries) {
-    const LoraSite* slot = slots[static_cast<size_t>(entry.slot)];
+    const LoraSite* slot = slots[static_cast<size_t>(entry.slot)].sites.data();
     int64_t rank = 0;
     for (const Update& update : sites) rank = std::max(rank, slot[update.at].rank);
     float* const ranks = scratch + TOGETHER * rank;

@@ -12,6 +12,14 @@
 
 namespace loramux {
 
+// The adapter in a slot; an empty one has no sites.
+struct Slot {
+  std::vector<LoraSite> sites;  // [layer][site]
+  int64_t rank = 0;             // the highest
+  uint32_t uses = 0;            // bit s: some layer has site s
+  int64_t lines = 0;            // of what is asked for ahead of a layer, over all layers
+};
+
 struct Entry {
   int32_t slot;
   float weight;
@@ -29,8 +37,6 @@ struct LoraPlan {
   std::vector<uint8_t> mixed;  // [rows of the block]: whether a row has a mix
   uint32_t sites = 0;          // bit s: some adapter has site s in some layer
   int64_t rank = 0;            // the highest
-
-  bool any() const { return !mixes.empty(); }
 };
 
 // Where the update of one site goes: `at` is the site's place in a slot's table, z [rows, stride] has `out` columns, and
@@ -51,7 +57,7 @@ constexpr int UPDATE_ROWS = 8;   // rows of a task
 constexpr int UPDATE_SITES = 3;  // that share one input
 
 // The tasks of `sites`; none if no adapter of the plan has any of them.
-void plan_updates(const LoraPlan& plan, const std::vector<const LoraSite*>& slots, const std::vector<Update>& sites,
+void plan_updates(const LoraPlan& plan, const std::vector<Slot>& slots, const std::vector<Update>& sites,
                   std::vector<UpdateTask>& tasks);
 
 // The floats of scratch memory that an update of such a rank takes.
@@ -61,7 +67,7 @@ int64_t update_floats(int64_t rank);
 // the rows of a task; columns from `out` on become anything. x is read in the form that the adapters have: codes and
 // units, or bf16. An adapter's matrices for these sites lie one after the other, and are walked so. `scratch` is of
 // `update_floats` of the highest rank.
-void update(const UpdateTask& task, const std::vector<const LoraSite*>& slots, const std::vector<Update>& sites,
+void update(const UpdateTask& task, const std::vector<Slot>& slots, const std::vector<Update>& sites,
             const Activations& x, int64_t in, float* scratch);
 
 }  // namespace loramux

@@ -89,7 +89,7 @@ Outcome Model::check(const Step& step) const {
       if (!within(step.blocks[s * step.table_width + b], base_.blocks)) return BAD_BLOCK;
     for (int32_t i = step.mix_start[s]; i < step.mix_start[s + 1]; i++)
       if (!within(step.mix_slot[i], base_.config.max_slots) ||
-          base_.slots[static_cast<size_t>(step.mix_slot[i])] == nullptr)
+          base_.slots[static_cast<size_t>(step.mix_slot[i])].sites.empty())
         return EMPTY_SLOT;
   }
   for (int64_t i = 0; i < step.logit_count; i++)
@@ -116,8 +116,9 @@ LoraPlan Model::plan_block(const Step& step, int64_t first, int64_t count) const
         MixRows& group = plan.mixes.emplace_back();
         for (const auto& [slot, weight] : mix) {
           group.entries.push_back({slot, weight});
-          plan.sites |= base_.slot_uses[static_cast<size_t>(slot)];
-          plan.rank = std::max(plan.rank, base_.slot_rank[static_cast<size_t>(slot)]);
+          const Slot& adapter = base_.slots[static_cast<size_t>(slot)];
+          plan.sites |= adapter.uses;
+          plan.rank = std::max(plan.rank, adapter.rank);
         }
       }
       for (int64_t r = row; r < end; r++) {

@@ -47,31 +47,21 @@ Resident::Resident(const Config& config, const Layer* layers, int threads)
     : config(config),
       layers(of_steps(layers, config.layers)),
       ahead_lines(loramux::ahead_lines(threads)),
-      slot_sites(static_cast<size_t>(config.max_slots)),
-      slots(static_cast<size_t>(config.max_slots), nullptr),
-      slot_rank(static_cast<size_t>(config.max_slots), 0),
-      slot_uses(static_cast<size_t>(config.max_slots), 0),
-      slot_lines(static_cast<size_t>(config.max_slots), 0) {
+      slots(static_cast<size_t>(config.max_slots)) {
   for (const Layer& layer : this->layers)
     for (size_t s = 0; s < SITES; s++) forms[s] = forms[s] | forms_of(layer.site[s]), any = any | forms[s];
 }
 
 void Resident::set_slot(int64_t slot, std::vector<LoraSite> sites) {
-  const auto at = static_cast<size_t>(slot);
-  slot_sites[at] = std::move(sites);
-  slots[at] = nullptr;
-  slot_rank[at] = 0;
-  slot_uses[at] = 0;
-  slot_lines[at] = 0;
-  if (slot_sites[at].empty()) return;
-  slots[at] = slot_sites[at].data();
-  for (size_t i = 0; i < slot_sites[at].size(); i++) {
-    const int64_t rank = slot_sites[at][i].rank;
-    slot_rank[at] = std::max(slot_rank[at], rank);
-    if (rank > 0) slot_uses[at] |= 1u << i % SITES;
+  Slot& to = slots[static_cast<size_t>(slot)];
+  to = {std::move(sites)};
+  if (to.sites.empty()) return;
+  for (size_t i = 0; i < to.sites.size(); i++) {
+    to.rank = std::max(to.rank, to.sites[i].rank);
+    if (to.sites[i].rank > 0) to.uses |= 1u << i % SITES;
   }
   for (size_t layer = 0; layer < layers.size(); layer++)
-    slot_lines[at] += lines_of(slots[at] + layer * SITES, layers[layer], ATTENTION_SITES).count;
+    to.lines += lines_of(to.sites.data() + layer * SITES, layers[layer], ATTENTION_SITES).count;
 }
 
 Cache Resident::cache_of(int64_t layer) const {

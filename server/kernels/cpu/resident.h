@@ -26,11 +26,7 @@ struct Resident {
   std::array<Forms, SITES> forms;  // that products want of their activations, in any layer
   Forms any;                       // of them
 
-  std::vector<std::vector<LoraSite>> slot_sites;
-  std::vector<const LoraSite*> slots;  // [slot] -> [layer][site]
-  std::vector<int64_t> slot_rank;      // the highest of a slot's ranks
-  std::vector<uint32_t> slot_uses;     // bit s: some layer has site s
-  std::vector<int64_t> slot_lines;     // of what is asked for ahead of a layer, over all layers
+  std::vector<Slot> slots;
 
   uint16_t* cache = nullptr;
   int64_t blocks = 0, block_size = 16, positions = 0;

@@ -168,7 +168,7 @@ void Team::plan_ahead(const Step& step) {
 // the rows share the asking for weights, and of few rows that is all that memory can give.
 int64_t Team::pace_ahead(int64_t rows) const {
   int64_t lines = static_cast<int64_t>(ahead_blocks_.size()) * base_.cache_halves() / 32;
-  for (const int32_t slot : ahead_slots_) lines += base_.slot_lines[static_cast<size_t>(slot)] / base_.config.layers;
+  for (const int32_t slot : ahead_slots_) lines += base_.slots[static_cast<size_t>(slot)].lines / base_.config.layers;
   lines = std::min(lines, base_.ahead_lines * static_cast<int64_t>(local_.size()));
   const int64_t walks = (rows + ROWS - 1) / ROWS;
   int64_t times = 0, weights = 0, most = 0;
@@ -221,7 +221,7 @@ Lines Team::lines_of_update(int32_t slot) const {
   uint32_t which = 0;
   for (const Update& update : updated_) which |= 1u << update.at % SITES;
   const auto layer = static_cast<size_t>(updated_[0].at / SITES);
-  return lines_of(base_.slots[static_cast<size_t>(slot)] + layer * SITES, base_.layers[layer], which);
+  return lines_of(base_.slots[static_cast<size_t>(slot)].sites.data() + layer * SITES, base_.layers[layer], which);
 }
 
 // Of what the next layer reads each thread has the share that it will probably read itself: the pieces of updates and
@@ -250,7 +250,7 @@ void Team::refill(Ahead& ahead) const {
     if (block < 0) {
       const auto at = static_cast<size_t>(ahead_slots_[static_cast<size_t>(begin(ahead_slots_) + slot)]);
       const Layer& layer = base_.layers[static_cast<size_t>(ahead_layer_)];
-      ahead.lines = lines_of(base_.slots[at] + ahead_layer_ * SITES, layer, ATTENTION_SITES);
+      ahead.lines = lines_of(base_.slots[at].sites.data() + ahead_layer_ * SITES, layer, ATTENTION_SITES);
     } else {
       const int32_t at = ahead_blocks_[static_cast<size_t>(begin(ahead_blocks_) + block)];
       const int64_t halves = base_.cache_halves();
