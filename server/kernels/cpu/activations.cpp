@@ -18,9 +18,6 @@ constexpr int MOST_FINER = 11;
 // more, it adds nothing to the error of the two.
 constexpr int MOST_AHEAD = 4, MOST_BEHIND = 3;
 
-// Below this a reciprocal would overflow; a span without more is as good as zero.
-constexpr float LEAST_PEAK = 1e-30f;
-
 constexpr int QUARTERS = 4;
 constexpr __mmask16 FIRST_HALVES = 0x0f0f, SECOND_GROUPS = 0xff00;  // of a span's quarters, a lane each
 
@@ -321,15 +318,11 @@ void Activations::set(int64_t row, int64_t rows, int64_t from, int64_t to, const
 }
 
 void Activations::set_wide(int64_t row, int64_t rows, int64_t k, const float* x, int64_t stride) {
-  constexpr float LARGEST = 127 * 256 + 127;
   for (int64_t r = row; r < row + rows; r++, x += stride) {
-    __m512i most = _mm512_setzero_si512();  // magnitudes, as in `peaks`
-    for (int64_t i = 0; i < k; i += 16)
-      most = larger(most, (__m512i)_mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(k - i), x + i)));
-    const float peak = _mm_cvtss_f32((__m128)_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most)));
+    const float peak = peak_of(x, k);
     const bool none = peak < LEAST_PEAK;
-    const __m512 inverse = _mm512_set1_ps(none ? 0.0f : LARGEST / peak);
-    units.get()[r] = none ? 0.0f : peak / LARGEST;  // infinite or NaN if an input is
+    const __m512 inverse = _mm512_set1_ps(none ? 0.0f : MOST_OF_TWO / peak);
+    units.get()[r] = none ? 0.0f : peak / MOST_OF_TWO;  // infinite or NaN if an input is
     const __m512i one = _mm512_set1_epi8(1);
     __m512i sum_high = _mm512_setzero_si512(), sum_low = sum_high;
     int8_t* to = wide.get() + r / rows_of_tile * wide_codes() * rows_of_tile + r % rows_of_tile * SPAN;

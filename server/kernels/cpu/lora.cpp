@@ -253,24 +253,19 @@ struct Codes {
     return a;
   }
 
-  // A row's v as whole numbers of 16 bits, high * 256 + low, in a unit that makes the largest of them LARGEST. `words` has
-  // the unit, what sums of high and of low products begin with, and from HEAD on the high codes, then the low ones, four
+  // A row's v as whole numbers of 16 bits, high * 256 + low, in a unit that makes the largest of them MOST_OF_TWO. `words`
+  // has the unit, what sums of high and of low products begin with, and from HEAD on the high codes, then the low ones, four
   // ranks a word.
   static constexpr int64_t HEAD = 4;
-  static constexpr float LARGEST = 127 * 256 + 127;
 
   static int64_t groups(int64_t rank) { return (rank + 3) / 4; }
   static int64_t lows(int64_t rank) { return (rank + 15) / 16 * 4; }  // words from the high codes to the low ones
   static int64_t words(int64_t rank) { return HEAD + 2 * lows(rank); }
 
   static void split(const float* v, int64_t rank, float* words) {
-    // As integers magnitudes have the order that they have as numbers, and NaN is the largest.
-    __m512i most = _mm512_setzero_si512();
-    for (int64_t j = 0; j < rank; j += 16)
-      most = _mm512_max_epi32(most, (__m512i)_mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(rank - j), v + j)));
-    const float peak = _mm_cvtss_f32((__m128)_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most)));
-    const bool none = peak < 1e-30f;  // the reciprocal would overflow
-    const __m512 inverse = _mm512_set1_ps(none ? 0.0f : LARGEST / peak);
+    const float peak = peak_of(v, rank);
+    const bool none = peak < LEAST_PEAK;
+    const __m512 inverse = _mm512_set1_ps(none ? 0.0f : MOST_OF_TWO / peak);
     __m512i sum_high = _mm512_setzero_si512(), sum_low = sum_high;
     for (int64_t j = 0; j < rank; j += 16) {
       const __m512 x = _mm512_maskz_loadu_ps(first_lanes(rank - j), v + j);
@@ -285,7 +280,7 @@ struct Codes {
     }
     const auto begin = [](__m512i sum) { return -128u * static_cast<uint32_t>(_mm512_reduce_add_epi32(sum)); };
     const uint32_t begins[2] = {begin(sum_high), begin(sum_low)};
-    words[0] = none ? 0.0f : peak / LARGEST;  // infinite or NaN if a value is
+    words[0] = none ? 0.0f : peak / MOST_OF_TWO;  // infinite or NaN if a value is
     std::memcpy(words + 1, begins, sizeof begins);
   }
 

@@ -31,16 +31,9 @@ void read(const Factor& factor, int64_t rank, float* to) {
 
 // Codes [n], 128 added to each, and their unit: infinite or NaN if a value is.
 float encode_row(const float* x, int64_t n, uint8_t* codes) {
-  // As integers magnitudes have the order that they have as numbers, and NaN is the largest.
-  __m512i most = _mm512_setzero_si512();
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m512i magnitude = (__m512i)_mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(n - i), x + i));
-    most = _mm512_max_epi32(most, magnitude);
-  }
-  const float peak = _mm_cvtss_f32((__m128)_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most)));
+  const float peak = peak_of(x, n);
   if (!std::isfinite(peak)) return peak;
-  // Below this the reciprocal would overflow; such a rank is as good as zero.
-  const bool some = peak >= 1e-30f;
+  const bool some = peak >= LEAST_PEAK;
   const __m512 inverse = _mm512_set1_ps(some ? 127.0f / peak : 0.0f);
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = first_lanes(n - i);

@@ -118,6 +118,20 @@ inline __m128 across(__m512 a, __m512 b, __m512 c, __m512 d, F f) {
   return _mm512_castps512_ps128(f(half, _mm512_shuffle_f32x4(half, half, 0xb1)));
 }
 
+// Below this a reciprocal would overflow; values without more are as good as zero.
+constexpr float LEAST_PEAK = 1e-30f;
+
+// What the largest magnitude becomes in whole numbers of two codes, 256 high + low.
+constexpr float MOST_OF_TWO = 127 * 256 + 127;
+
+// The largest magnitude. As integers these have the order that they have as numbers, and NaN is the largest.
+inline float peak_of(const float* x, int64_t n) {
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 16)
+    most = _mm512_max_epi32(most, (__m512i)_mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(n - i), x + i)));
+  return _mm_cvtss_f32((__m128)_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most)));
+}
+
 // Every fourth vector to a sum of its own: one alone would wait for itself.
 inline float sum_of_squares(const float* x, int64_t n) {
   __m512 sum[4];
