@@ -389,7 +389,7 @@ int64_t update_floats(int64_t rank) {
 }
 
 void update(const UpdateTask& task, const std::vector<Slot>& slots, const std::vector<Update>& sites,
-            const Activations& x, int64_t in, float* scratch) {
+            const Activations& x, float* scratch) {
   for (const Update& update : sites)
     for (int r = task.first; r < task.last; r++)
       std::memset(update.z + task.mix->rows[static_cast<size_t>(r)] * update.stride, 0, update.stride * sizeof(float));
@@ -402,9 +402,9 @@ void update(const UpdateTask& task, const std::vector<Slot>& slots, const std::v
     for (const Update& update : sites) {
       const LoraSite& site = slot[update.at];
       if (site.rank == 0) continue;
-      end = !site.coded()  ? shrink<Halves>(task, entry, site, x, in, scratch, end)
-            : x.forms.wide ? shrink<Codes, Codes::Wide>(task, entry, site, x, in, scratch, end)
-                           : shrink<Codes>(task, entry, site, x, in, scratch, end);
+      end = !site.coded()  ? shrink<Halves>(task, entry, site, x, update.in, scratch, end)
+            : x.forms.wide ? shrink<Codes, Codes::Wide>(task, entry, site, x, update.in, scratch, end)
+                           : shrink<Codes>(task, entry, site, x, update.in, scratch, end);
     }
     const float* v = ranks;
     for (const Update& update : sites) {

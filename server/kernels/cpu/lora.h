@@ -39,12 +39,12 @@ struct LoraPlan {
   int64_t rank = 0;            // the highest
 };
 
-// Where the update of one site goes: `at` is the site's place in a slot's table, z [rows, stride] has `out` columns, and
+// The update of one site, whose place in a slot's table is `at`, and where it goes: z [rows, stride] has `out` columns, and
 // whole tiles of 16.
 struct Update {
   int64_t at;
   float* z;
-  int64_t stride, out;
+  int64_t stride, in, out;
 };
 
 // A piece of the updates of some sites: rows first..last of a mix.
@@ -68,6 +68,6 @@ int64_t update_floats(int64_t rank);
 // units, or bf16. An adapter's matrices for these sites lie one after the other, and are walked so. `scratch` is of
 // `update_floats` of the highest rank.
 void update(const UpdateTask& task, const std::vector<Slot>& slots, const std::vector<Update>& sites,
-            const Activations& x, int64_t in, float* scratch);
+            const Activations& x, float* scratch);
 
 }  // namespace loramux

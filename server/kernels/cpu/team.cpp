@@ -124,16 +124,16 @@ int Team::plan_updates(int64_t layer, const RowBlock& block, const std::vector<i
   updated_.clear();
   for (const int site : sites) {
     if (!(block.plan.sites >> site & 1)) continue;
-    const int64_t n = base_.layers[static_cast<size_t>(layer)].site[site].n;
-    updated_.push_back({layer * SITES + site, updates_[static_cast<size_t>(site)].get(), whole_tiles(n), n});
+    const Matrix& w = base_.layers[static_cast<size_t>(layer)].site[site];
+    updated_.push_back({layer * SITES + site, updates_[static_cast<size_t>(site)].get(), whole_tiles(w.n), w.k, w.n});
   }
   loramux::plan_updates(block.plan, base_.slots, updated_, update_tasks_);
   if (update_tasks_.empty()) updated_.clear();
   return static_cast<int>(update_tasks_.size());
 }
 
-void Team::update_piece(const Activations& x, int64_t in, int piece, int thread) {
-  loramux::update(update_tasks_[static_cast<size_t>(piece)], base_.slots, updated_, x, in,
+void Team::update_piece(const Activations& x, int piece, int thread) {
+  loramux::update(update_tasks_[static_cast<size_t>(piece)], base_.slots, updated_, x,
                   local_[static_cast<size_t>(thread)].update.get());
 }
 
@@ -271,41 +271,36 @@ void Team::fetch_once(const Activations& x, int64_t rows, int thread) {
   if (pool_ != nullptr && rows <= FEW) x.fetch(rows);
 }
 
-void Team::product_piece(const RowBlock& block, const Activations& x, const Target& target, int64_t first,
-                         int64_t last, Aside& aside, int thread) {
-  const Matrix& w = *target.w;
+void Team::product_piece(const Matrix& w, const RowBlock& block, const Activations& x, const Target& target,
+                         int64_t first, int64_t last, Aside& aside, int thread) {
   const int64_t column = first * 16, columns = std::min(last * 16, w.n) - column;
-  // Whole tiles may be written in place; sums with what is there already go through the thread's own tile.
-  const bool direct = !target.add && last * 16 <= target.stride;
-  float* y = direct ? target.out + column : local_[static_cast<size_t>(thread)].tile.get();
-  const int64_t stride = direct ? target.stride : MOST_TILES * 16;
+  // What is whole tiles is written in place; sums with what is there already go through the thread's own tile.
+  float* y = target.add ? local_[static_cast<size_t>(thread)].tile.get() : target.out + column;
+  const int64_t stride = target.add ? MOST_TILES * 16 : target.stride;
   if (block.count <= FEW)  // which comes while the products are computed
     for (int64_t r = 0; r < block.count; r++)
       for (int64_t c = 0; c < columns; c += 16) own_soon(target.out + r * target.stride + column + c);
   multiply(w, first, last, x, block.count, y, stride, aside);
   if (w.bias)
     for (int64_t r = 0; r < block.count; r++) add_row(y + r * stride, w.bias + column, columns);
-  if (direct) return;
-  for (int64_t r = 0; r < block.count; r++) {
-    float* to = target.out + r * target.stride + column;
-    target.add ? add_row(to, y + r * stride, columns) : copy_row(to, y + r * stride, columns);
-  }
+  if (!target.add) return;
+  for (int64_t r = 0; r < block.count; r++) add_row(target.out + r * target.stride + column, y + r * stride, columns);
 }
 
 // The base's products and the adapters' updates in turn: products live on arithmetic, and ask for what the update behind
 // them reads. Whoever reads the result adds the updates. Of two threads each mostly computes those of rows that it will
 // read.
-void Team::products(int64_t layer, const RowBlock& block, const Activations& x, int64_t in,
-                    const std::vector<Target>& targets) {
+void Team::products(int64_t layer, const RowBlock& block, const Activations& x, const std::vector<Target>& targets) {
+  const Matrix* of = base_.layers[static_cast<size_t>(layer)].site;
   std::vector<int> sites;
   std::array<int64_t, 4> start{};
   int64_t tiles = 0;
-  for (const Target& target : targets) tiles += target.w->tiles();
+  for (const Target& target : targets) tiles += of[target.site].tiles();
   const auto threads = static_cast<int64_t>(local_.size());
-  const int64_t each = targets[0].w->by_unit() ? std::clamp(tiles / (3 * threads) / 2 * 2, TILES, MOST_TILES) : TILES;
+  const int64_t each = of[targets[0].site].by_unit() ? std::clamp(tiles / (3 * threads) / 2 * 2, TILES, MOST_TILES) : TILES;
   for (size_t i = 0; i < targets.size(); i++) {
     sites.push_back(targets[i].site);
-    start[i + 1] = start[i] + (targets[i].w->tiles() + each - 1) / each;
+    start[i + 1] = start[i] + (of[targets[i].site].tiles() + each - 1) / each;
   }
   const int updates = plan_updates(layer, block, sites);
   const int products = static_cast<int>(start[targets.size()]);
@@ -315,13 +310,14 @@ void Team::products(int64_t layer, const RowBlock& block, const Activations& x, 
   phase_++;
   run(updates + products, [&](int piece, int thread) {
     const int update = updates_before(piece);  // how many have come before
-    if (updates_before(piece + 1) > update) return update_piece(x, in, update, thread);
+    if (updates_before(piece + 1) > update) return update_piece(x, update, thread);
     const int product = piece - update;
     fetch_once(x, block.count, thread);
     size_t i = 0;
     while (product >= start[i + 1]) i++;
+    const Matrix& w = of[targets[i].site];
     const int64_t first = (product - start[i]) * each;
-    product_piece(block, x, targets[i], first, std::min(first + each, targets[i].w->tiles()),
+    product_piece(w, block, x, targets[i], first, std::min(first + each, w.tiles()),
                   aside_of(thread, update < updates ? update : NO_UPDATE), thread);
   });
 }
@@ -341,7 +337,7 @@ void Team::gate_up(int64_t layer, const RowBlock& block) {
   const Matrix& up = base_.layers[static_cast<size_t>(layer)].site[UP];
   const int updates = plan_updates(layer, block, {GATE, UP});
   if (updates > 0)
-    run(updates, [&](int piece, int thread) { update_piece(normed_, base_.config.hidden, piece, thread); });
+    run(updates, [&](int piece, int thread) { update_piece(normed_, piece, thread); });
   constexpr int64_t WIDE = SPAN, EACH = WIDE / 16;
   phase_++;
   run(static_cast<int>((gate.tiles() + EACH - 1) / EACH), [&](int piece, int thread) {
@@ -372,9 +368,8 @@ void Team::gate_up(int64_t layer, const RowBlock& block) {
 
 // Adds what the adapters give to the stream, where no phase that follows does.
 void Team::down(int64_t layer, const RowBlock& block) {
-  const Matrix& w = base_.layers[static_cast<size_t>(layer)].site[DOWN];
   float* stream = stream_ + block.first * base_.config.hidden;
-  products(layer, block, gated_, base_.config.intermediate, {{&w, DOWN, stream, base_.config.hidden, true}});
+  products(layer, block, gated_, {{DOWN, stream, base_.config.hidden, true}});
   if (updated_.empty()) return;
   run(static_cast<int>((block.count + ROWS - 1) / ROWS), [&](int piece, int) {
     for (int64_t r = piece * ROWS; r < std::min<int64_t>(block.count, (piece + 1) * ROWS); r++)
@@ -538,15 +533,15 @@ void Team::run_layer(const Step& step, int64_t layer, const RowBlock& block) {
 
   norm_rows(block, l.input_norm, SITES, entering_);
   t = clock(NORM, t);
-  products(layer, block, entering_, base_.config.hidden,
-           {{&l.site[Q], Q, qkv_.get(), stride, false},
-            {&l.site[K], K, qkv_.get() + whole_tiles(heads), stride, false},
-            {&l.site[V], V, qkv_.get() + whole_tiles(heads) + whole_tiles(kv), stride, false}});
+  products(layer, block, entering_,
+           {{Q, qkv_.get(), stride, false},
+            {K, qkv_.get() + whole_tiles(heads), stride, false},
+            {V, qkv_.get() + whole_tiles(heads) + whole_tiles(kv), stride, false}});
   t = clock(QKV, t);
   attention(step, layer, block);
   look_ahead(layer + 1);
   t = clock(ATTENTION, t);
-  products(layer, block, attended_, heads, {{&l.site[O], O, stream, base_.config.hidden, true}});
+  products(layer, block, attended_, {{O, stream, base_.config.hidden, true}});
   t = clock(OUT, t);
 
   norm_rows(block, l.post_norm, O, normed_);

@@ -51,11 +51,10 @@ class Team {
 
   // What one product does with its result.
   struct Target {
-    const Matrix* w;
     int site;
     float* out;  // [rows, stride]
     int64_t stride;
-    bool add;
+    bool add;  // to what is there; where not, `out` has room for whole tiles
   };
 
   template <class F>
@@ -67,12 +66,11 @@ class Team {
   void reserve(const Step& step);
   void run_layer(const Step& step, int64_t layer, const RowBlock& block);
   void norm_rows(const RowBlock& block, const float* weight, int added, Activations& to);
-  void products(int64_t layer, const RowBlock& block, const Activations& x, int64_t in,
-                const std::vector<Target>& targets);
-  void product_piece(const RowBlock& block, const Activations& x, const Target& target, int64_t first, int64_t last,
-                     Aside& aside, int thread);
+  void products(int64_t layer, const RowBlock& block, const Activations& x, const std::vector<Target>& targets);
+  void product_piece(const Matrix& w, const RowBlock& block, const Activations& x, const Target& target, int64_t first,
+                     int64_t last, Aside& aside, int thread);
   int plan_updates(int64_t layer, const RowBlock& block, const std::vector<int>& sites);
-  void update_piece(const Activations& x, int64_t in, int piece, int thread);
+  void update_piece(const Activations& x, int piece, int thread);
   const float* update_of(const RowBlock& block, int site, int64_t row) const;
   void widen(Activations& x, int64_t rows, int64_t k, const float* from);
   void gate_up(int64_t layer, const RowBlock& block);
