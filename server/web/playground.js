@@ -214,14 +214,14 @@ async function write(text) {
 function snippet(kind, { path, body, task }) {
   const json = JSON.stringify(body);
   if (kind === "curl") {
-    const auth = key.get() ? ' -H "authorization: Bearer $LORAMUX_KEY"' : "";
+    const auth = key.get() ? ' -H "authorization: Bearer $API_KEY"' : "";
     return `curl -s '${home}${path}' -H 'content-type: application/json'${auth} -d '${json.replaceAll("'", "'\\''")}'`;
   }
   // In Python, a JSON string is a string, and no number, list or object of this body reads differently.
   const literal = JSON.stringify(body, null, 4);
   if (kind === "python") {
-    const auth = key.get() ? ', headers={"authorization": f"Bearer {os.environ[\'LORAMUX_KEY\']}"}' : "";
-    return `${auth ? "import os\n\n" : ""}import httpx\n\nanswer = httpx.post("${home}${path}", json=${literal}${auth}, timeout=60)\nprint(answer.json()["text"])\n`;
+    const auth = key.get() ? ', headers={"authorization": f"Bearer {os.environ[\'API_KEY\']}"}' : "";
+    return `${auth ? "import os\n\n" : ""}import httpx\n\nanswer = httpx.post("${home}${path}", json=${literal}${auth}, timeout=300)\nprint(answer.json()["text"])\n`;
   }
   const { prompt, adapters, ...rest } = body;
   const settings = Object.entries(rest).map(([k, v]) => `    ${k}=${JSON.stringify(v)},\n`).join("");
@@ -229,7 +229,7 @@ function snippet(kind, { path, body, task }) {
   const call = task ? "chat.completions" : "completions";
   const input = task ? `    messages=[{"role": "user", "content": ${JSON.stringify(prompt)}}],\n` : `    prompt=${JSON.stringify(prompt)},\n`;
   const text = task ? "message.content" : "text";
-  const secret = key.get() ? 'os.environ["LORAMUX_KEY"]' : '"none"';
+  const secret = key.get() ? 'os.environ["API_KEY"]' : '"none"';
   return `${key.get() ? "import os\n\n" : ""}from openai import OpenAI\n\nclient = OpenAI(base_url="${home}/v1", api_key=${secret})\n` +
     `answer = client.${call}.create(\n    model=${JSON.stringify(task || base)},\n${input}${settings}${extra})\nprint(answer.choices[0].${text})\n`;
 }

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from server.settings import PREFIX, Settings
 from tests.e2e.conftest import Live, serving
 from tests.waiting import SECONDS, until
 
@@ -227,6 +228,21 @@ def test_copies_run_as_they_are(page: Page, house: Live) -> None:
         out = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert out.returncode == 0, out.stderr
         assert (json.loads(out.stdout)["text"] if name == "curl" else out.stdout.strip()) == answer, name
+
+
+def test_a_copy_reads_the_key_from_what_is_no_setting(page: Page) -> None:
+    """In a shell where that is exported servers start all the same. And a copy waits for as long as the server does."""
+    page.evaluate("sessionStorage.setItem('key', 'secret')")
+    page.reload()
+    page.locator("select.task").select_option("sentiment")
+    ask(page)
+    figures(page)
+    for name, reads in (("curl", 'Bearer $API_KEY"'), ("Python", "'API_KEY'"), ("openai", '"API_KEY"')):
+        page.get_by_role("button", name=name, exact=True).click()
+        expect(page.locator("#notice")).to_have_text(f"Copied as {name}.")
+        text = page.evaluate("navigator.clipboard.readText()")
+        assert reads in text and PREFIX not in text
+        assert name != "Python" or f"timeout={Settings.model_fields['deadline'].default:.0f}" in text
 
 
 def test_a_copy_without_a_task_names_the_base(page: Page, house: Live) -> None:
