@@ -48,6 +48,16 @@ export function refocus(button) {
   if ([document.body, button].includes(document.activeElement)) button.focus();
 }
 
+// What a list of choices has: `none` first, if that may be chosen too. A choice that is gone stays chosen, and the server
+// says so: nothing else may be taken in its place.
+export function offer(select, names, none = null, chosen = select.value) {
+  const choices = [...(none ? [["", none]] : []), ...names.map((name) => [name, name])];
+  if (chosen && !names.includes(chosen)) choices.push([chosen, `${chosen} (gone)`]);
+  if (JSON.stringify(choices) === JSON.stringify([...select.options].map((o) => [o.value, o.textContent]))) return;
+  select.replaceChildren(...choices.map(([value, textContent]) => make("option", { value, textContent })));
+  if (chosen) select.value = chosen;
+}
+
 const MANY = 8; // what one finds without searching
 
 // A field to search a list that may have hundreds, by what each node's `data-found-by` says: what has not all of its words

@@ -1,7 +1,7 @@
 // Training and evaluation jobs: progress, curves, what can be done with each, and the form that starts one.
 /* global uPlot */
 import { get, inRounds, send } from "./api.js";
-import { chart, make, mixture, newest, refocus } from "./dom.js";
+import { chart, make, mixture, newest, offer, refocus } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 const list = $("job-list");
@@ -198,15 +198,7 @@ export function redraw() {
 }
 
 async function offerTasks() {
-  const names = (await get("/tasks")).tasks.map((task) => task.name);
-  const select = $("train-task");
-  if (names.join() === [...select.options].slice(1).map((o) => o.value).join()) return;
-  const chosen = select.value;
-  const option = (name, textContent = name) => make("option", { value: name, textContent });
-  // One that is gone stays chosen, and the server says so: nothing else may be learned in its place.
-  const gone = chosen && !names.includes(chosen) ? [option(chosen, `${chosen} (gone)`)] : [];
-  select.replaceChildren(select.options[0], ...names.map((name) => option(name)), ...gone);
-  select.value = chosen;
+  offer($("train-task"), (await get("/tasks")).tasks.map((task) => task.name), "none");
 }
 
 export async function refresh() {

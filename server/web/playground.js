@@ -1,6 +1,6 @@
 // Prompts, mixes and streamed answers, one or two side by side.
 import { get, home, key, send, stream } from "./api.js";
-import { make, mixture, tile } from "./dom.js";
+import { make, mixture, offer, tile } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 let names = [];
@@ -9,9 +9,6 @@ let base = ""; // the name that the API has for it
 let running = false;
 let frame;
 
-const option = (value, text = value) => make("option", { value, textContent: text });
-// What is gone stays chosen, and the server says so: nothing else may answer in its place.
-const gone = (name) => option(name, `${name} (gone)`);
 const LONGEST = 200; // characters of a template that are shown
 const DEFAULT = "default"; // answers where no task is named, if somebody has defined it
 const answering = ({ best, choice }) => {
@@ -42,11 +39,9 @@ class Side {
   fill() {
     const select = this.part("task");
     const chosen = this.filled ? select.value : tasks[0]?.name; // the first time, a task that there is says more than none
-    select.replaceChildren(option("", named("") ? "none (default answers)" : "none (raw prompt)"), ...tasks.map((t) => option(t.name)));
-    if (chosen && !named(chosen)) select.append(gone(chosen));
-    if (chosen) select.value = chosen;
-    this.filled ||= tasks.length > 0;
-    for (const member of this.members()) this.offer(member.querySelector("select"));
+    offer(select, tasks.map((t) => t.name), named("") ? "none (default answers)" : "none (raw prompt)", chosen);
+    this.filled ||= Boolean(base);
+    for (const member of this.members()) offer(member.querySelector("select"), names);
     this.part("add").disabled = !names.length;
     this.hint();
   }
@@ -62,13 +57,6 @@ class Side {
     this.part("hint").replaceChildren(...(frame ? [`${who}: “`, make("bdi", { textContent: frame }), "”"] : [`${who}.`]));
   }
 
-  offer(select) {
-    const chosen = select.value;
-    select.replaceChildren(...names.map((n) => option(n)));
-    if (chosen && !names.includes(chosen)) select.append(gone(chosen));
-    if (chosen) select.value = chosen;
-  }
-
   members() {
     return [...this.part("mix").children];
   }
@@ -81,7 +69,7 @@ class Side {
       remove.ariaLabel = `Take out ${select.value}`;
     };
     const [select, range, number, remove] = item.children;
-    this.offer(select);
+    offer(select, names);
     const taken = this.members().map((m) => m.children[0].value);
     select.value = names.find((n) => !taken.includes(n)) ?? names[0] ?? "";
     label();
@@ -118,7 +106,7 @@ class Side {
     this.asking = new AbortController();
     const { signal } = this.asking;
     const answer = this.part("answer");
-    this.sent = { path: this.path(), body: this.body(), task: named(this.part("task").value)?.name ?? "" };
+    this.sent = { path: this.path(), body: this.body() };
     answer.textContent = "";
     answer.className = "answer";
     answer.ariaBusy = "true"; // so that a screen reader reads the answer once, whole
@@ -157,8 +145,9 @@ class Side {
     tile(this.part("figures"), pairs);
   }
 
-  finish({ id, timings, usage, adapters, finish_reason: reason }) {
+  finish({ id, task, timings, usage, adapters, finish_reason: reason }) {
     this.id = id;
+    this.sent.task = task;
     const ms = (value) => (value == null ? "none" : `${value.toFixed(1)} ms`);
     const cached = usage.cached_tokens ? `, ${usage.cached_tokens} cached` : "";
     this.figures([

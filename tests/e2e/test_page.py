@@ -293,6 +293,32 @@ def test_a_task_that_goes_is_replaced_by_no_other(page: Page, house: Live) -> No
     expect(page.locator(".answer")).to_contain_text("'passing'")
 
 
+def test_a_task_defined_meanwhile_is_told_as_who_answered(page: Page, house: Live) -> None:
+    page.locator("select.task").select_option("")
+    house.client.put("/tasks/default", json={"prompt": "{input}"}).raise_for_status()
+    try:
+        ask(page, "Hello", tokens=2)
+        figures(page)
+        expect(page.get_by_role("button", name="A good answer")).to_be_visible()
+        page.get_by_role("button", name="openai", exact=True).click()
+        expect(page.locator("#notice")).to_have_text("Copied as openai.")
+        assert 'model="default"' in page.evaluate("navigator.clipboard.readText()")
+    finally:
+        house.client.delete("/tasks/default")
+
+
+def test_the_first_task_of_all_is_chosen_for_nobody_who_looks(page: Page) -> None:
+    published = False
+    page.route("**/tasks", lambda route: route.continue_() if published else route.fulfill(json={"tasks": []}))
+    page.reload()
+    expect(page.locator("#run")).to_be_enabled()
+    published = True
+    page.get_by_role("button", name="Add adapter").click()
+    expect(page.locator("select.task option")).not_to_have_count(1)
+    expect(page.locator("select.task")).to_have_value("")
+    page.unroute_all()
+
+
 def test_a_weight_is_a_number_before_it_is_sent(page: Page) -> None:
     page.locator("select.task").select_option("sentiment")
     page.get_by_role("button", name="Add adapter").click()
