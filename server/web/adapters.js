@@ -21,13 +21,12 @@ function button(label, name, said, does, className = "") {
       await frame.refresh();
       const next = $("adapter-rows").querySelector(`[aria-label="${CSS.escape(b.ariaLabel)}"]:enabled`)
         ?? $("adapter-rows").querySelector(`[aria-label$=" ${CSS.escape(name)}"]:enabled`) ?? $("adapters-title");
-      next.focus();
+      refocus(b, next);
     } catch (error) {
       frame.complain(error);
-      b.disabled = false;
-      b.focus();
     } finally {
       b.disabled = false;
+      refocus(b);
     }
   });
   return b;

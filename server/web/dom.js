@@ -43,9 +43,9 @@ export function lay(body, known, items, shown, draw) {
   }
 }
 
-// To where a form was sent from, unless its user has gone on.
-export function refocus(button) {
-  if ([document.body, button].includes(document.activeElement)) button.focus();
+// To where a form was sent from or a button pressed, or what stands there now, unless its user has gone on.
+export function refocus(button, to = button) {
+  if ([document.body, button].includes(document.activeElement)) to.focus();
 }
 
 // What a list of choices has: `none` first, if that may be chosen too. A choice that is gone stays chosen, and the server

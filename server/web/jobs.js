@@ -47,7 +47,7 @@ class Card {
         frame.complain(error);
       } finally {
         button.disabled = false;
-        (this.does.querySelector(`[aria-label="${CSS.escape(button.ariaLabel)}"]`) ?? this.title).focus();
+        refocus(button, this.does.querySelector(`[aria-label="${CSS.escape(button.ariaLabel)}"]`) ?? this.title);
       }
     });
     return button;

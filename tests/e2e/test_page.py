@@ -118,6 +118,15 @@ def body_of(page: Page, act: Callable[[], None]) -> dict:
     return json.loads(caught.value.post_data or "")
 
 
+def job_told(name: str, **given: object) -> dict:
+    """A training job that runs, as `/jobs` lists it."""
+    return {
+        "id": f"ftjob-{name}", "kind": "training", "name": name, "status": "running", "progress": 0.0, "step": 0,
+        "steps": 4, "created_at": 1.0, "started_at": 1.0, "finished_at": None, "error": None, "result": {},
+        "loss": None, "tokens": 0, "seconds": 0.0, **given,
+    }  # fmt: skip
+
+
 def test_a_task_answers_with_its_figures(page: Page) -> None:
     page.locator("select.task").select_option("sentiment")
     expect(page.locator(".side .hint").first).to_contain_text("The adapter sentiment answers: “Classify the sentiment")
@@ -541,29 +550,29 @@ def test_hundreds_of_tasks_are_asked_for_a_few_at_a_time(page: Page, house: Live
 
 
 def test_a_button_keeps_the_focus_while_its_job_goes_on(page: Page) -> None:
-    job = {
-        "id": "ftjob-x", "kind": "training", "name": "kept", "status": "validating_files", "progress": 0.0, "step": 0,
-        "steps": 4, "created_at": 1.0, "started_at": None, "finished_at": None, "error": None, "result": {},
-        "loss": None, "tokens_per_second": None, "eta_seconds": None,
-    }  # fmt: skip
+    job = job_told("kept", status="validating_files", started_at=None)
     page.route("**/jobs", lambda route: route.fulfill(json={"jobs": [job]}))
     page.get_by_role("tab", name="Jobs").click()
     page.get_by_role("button", name="Pause kept").focus()
     job["status"] = "running"
     expect(page.get_by_role("heading", name="kept running")).to_be_visible()
     expect(page.get_by_role("button", name="Pause kept")).to_be_focused()
+    held: list[Route] = []
+    page.route("**/jobs/ftjob-kept/cancel", lambda route: held.append(route))
+    page.get_by_role("button", name="Cancel kept").click()
+    until(lambda: page.wait_for_timeout(10) or held)
+    page.get_by_label("Adapter's name").focus()
+    held[0].fulfill(json=job)
+    expect(page.get_by_role("button", name="Cancel kept")).to_be_enabled()
+    expect(page.get_by_label("Adapter's name")).to_be_focused()
+    page.get_by_role("button", name="Pause kept").focus()
     job["status"] = "succeeded"
     expect(page.get_by_role("heading", name="kept succeeded")).to_be_focused()
     page.unroute_all()
 
 
 def test_a_curve_that_does_not_come_hides_no_other_job(page: Page) -> None:
-    job = {
-        "kind": "training", "status": "running", "progress": 0.5, "step": 2, "steps": 4, "created_at": 1.0,
-        "started_at": 1.0, "finished_at": None, "error": None, "result": {}, "loss": 1.0, "tokens_per_second": None,
-        "eta_seconds": None,
-    }  # fmt: skip
-    jobs = [{**job, "id": f"ftjob-{i}", "name": f"job{i}"} for i in range(8)]
+    jobs = [job_told(f"job{i}", id=f"ftjob-{i}", step=2, loss=1.0) for i in range(8)]
     curves = {"train_loss": [[1, 2.0], [2, 1.0]], "valid_loss": []}
 
     def one(route: Route) -> None:
