@@ -6,6 +6,7 @@ const $ = (id) => document.getElementById(id);
 const ORDER = ["q", "k", "v", "o", "gate", "up", "down"];
 let frame;
 let drawn = "";
+let looks = 0;
 const sift = search($("adapter-search"), () => $("adapter-rows").rows);
 const rows = new Map(); // name -> its row and what that shows, so that those stay that have not changed
 
@@ -98,7 +99,9 @@ export function start(given) {
 }
 
 export async function refresh() {
+  const look = ++looks;
   const [{ adapters, rejected }, { adapters: room }] = await Promise.all([get("/adapters"), get("/stats")]);
+  if (look !== looks) return; // what was asked for later is newer
   const now = JSON.stringify([adapters, rejected, room]);
   if (now === drawn) return; // so that a button keeps its focus
   drawn = now;

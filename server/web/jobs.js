@@ -7,6 +7,7 @@ const $ = (id) => document.getElementById(id);
 const list = $("job-list");
 const cards = new Map(); // id -> its card, so that a button keeps its focus and a chart its place
 let frame;
+let looks = 0;
 
 const TRAINING = (id) => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
 const JOB = (id) => `/jobs/${encodeURIComponent(id)}`;
@@ -202,7 +203,9 @@ async function offerTasks() {
 }
 
 export async function refresh() {
+  const look = ++looks;
   const [{ jobs }] = await Promise.all([get("/jobs"), offerTasks()]);
+  if (look !== looks) return; // what was asked for later is newer
   for (const [id, card] of cards) {
     if (!jobs.some((job) => job.id === id)) {
       card.node.remove();

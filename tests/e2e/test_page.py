@@ -414,6 +414,48 @@ def test_who_goes_on_while_a_file_is_sent_is_left_alone(
     assert house.client.delete("/adapters/slow").is_success
 
 
+def test_who_goes_on_while_a_button_works_is_left_alone(page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/adapters/formal/pin", lambda route: held.append(route))
+    page.get_by_role("tab", name="Adapters").click()
+    pin = page.get_by_role("button", name="Pin formal", exact=True)
+    pin.click()
+    until(lambda: page.wait_for_timeout(10) or held)
+    name = page.get_by_label("Name", exact=True)
+    name.focus()
+    held[0].fulfill(status=204)
+    expect(pin).to_be_enabled()
+    expect(name).to_be_focused()
+
+
+def test_what_was_asked_for_before_is_not_drawn_after(page: Page, house: Live) -> None:
+    """A poll that is answered after what a button has asked for anew would bring the old state back."""
+    held: list[Route] = []
+    before = house.get("/adapters")
+    page.get_by_role("tab", name="Adapters").click()
+    expect(row(page, "formal")).to_be_visible()
+    page.route("**/adapters", lambda route: route.continue_() if held else held.append(route))
+    until(lambda: page.wait_for_timeout(10) or held)
+    page.get_by_role("button", name="Pin formal", exact=True).click()
+    expect(page.get_by_role("button", name="Unpin formal")).to_be_visible()
+    drawn = row(page, "formal").element_handle()
+    with page.expect_request("**/stats"):  # of the next poll
+        held[0].fulfill(json=before)
+    assert drawn.evaluate("node => node.isConnected")
+    house.client.post("/adapters/formal/unpin").raise_for_status()
+
+    looks: list[Route] = []
+    page.route("**/jobs", lambda route: looks.append(route))
+    page.get_by_role("tab", name="Jobs").click()
+    until(lambda: page.wait_for_timeout(10) or len(looks) > 1)
+    looks[1].fulfill(json={"jobs": [job_told("late", status="paused")]})
+    drawn = page.locator(".job .state", has_text="paused").element_handle()
+    with page.expect_request("**/stats"):
+        looks[0].fulfill(json={"jobs": [job_told("late")]})
+    assert drawn.evaluate("node => node.isConnected")
+    page.unroute_all()
+
+
 def test_a_server_that_hangs_is_not_ready(page: Page) -> None:
     page.route("**/stats", lambda route: None)
     expect(page.locator("#status")).to_have_text("not connected", timeout=30_000)
