@@ -26,6 +26,12 @@ export function headings(table) {
 // One node for each item, in order and in place: what has not changed keeps its focus, its selection and a click that
 // has begun. `known` is the caller's Map of name -> node and what that shows; `shown` is what a node is drawn anew for.
 export function lay(body, known, items, shown, draw) {
+  const names = new Set(items.map((item) => item.name));
+  for (const [name, { node }] of known) { // first, so that what stood behind it is in its place
+    if (names.has(name)) continue;
+    node.remove();
+    known.delete(name);
+  }
   items.forEach((item, place) => {
     const shows = JSON.stringify(shown(item));
     if (known.get(item.name)?.shows !== shows) {
@@ -35,12 +41,6 @@ export function lay(body, known, items, shown, draw) {
     const { node } = known.get(item.name);
     if (body.children[place] !== node) body.insertBefore(node, body.children[place] ?? null);
   });
-  const names = new Set(items.map((item) => item.name));
-  for (const [name, { node }] of known) {
-    if (names.has(name)) continue;
-    node.remove();
-    known.delete(name);
-  }
 }
 
 // To where a form was sent from or a button pressed, or what stands there now, unless its user has gone on.

@@ -373,6 +373,7 @@ def test_what_is_selected_stays_while_others_ask(page: Page, house: Live) -> Non
     assert page.evaluate("getSelection().toString()") == "sentiment"
     assert house.client.delete("/tasks/later").is_success
     expect(page.locator("[data-task=later]")).to_have_count(0)
+    assert page.evaluate("getSelection().toString()") == "sentiment"
 
 
 def test_a_row_stays_while_its_leases_change(page: Page) -> None:
