@@ -37,9 +37,13 @@ function score(q) {
   return make("span", { className: "score" }, words, bar);
 }
 
-const leads = () => make("span", { className: "tag succeeded", textContent: "leads" });
+// The same version may have answered on several bases, and leads on the one that is served.
+function standing(v, leader, base) {
+  if (v.base !== base) return [" ", make("span", { className: "tag", textContent: "on another base" })];
+  return v.version === leader ? [" ", make("span", { className: "tag succeeded", textContent: "leads" })] : [];
+}
 
-function table(task, versions, leader) {
+function table(task, versions, leader, base) {
   const node = make("table", { className: "stacks" });
   node.setAttribute("role", "table");
   node.ariaLabel = `Versions of ${task.name}`;
@@ -54,7 +58,7 @@ function table(task, versions, leader) {
   node.createTHead().append(head);
   const labels = COLUMNS.map((name) => (LATENCIES.includes(name) ? `${name}, p50 / p95 / p99` : name));
   node.createTBody().append(...versions.map((v) => row(labels, [
-    [make("span", {}, make("code", { textContent: mixture(v.adapters) }), ...(v.version === leader ? [" ", leads()] : []))],
+    [make("span", {}, make("code", { textContent: mixture(v.adapters) }), ...standing(v, leader, base))],
     [v.requests.toLocaleString("en"), "num"], [v.errors.toLocaleString("en"), "num"],
     [latency(v.ttft), "num"], [latency(v.tpot), "num"], [latency(v.e2e), "num"],
     [v.quality.length ? make("span", {}, ...v.quality.map(score)) : "not scored yet"],
@@ -63,7 +67,7 @@ function table(task, versions, leader) {
   return node;
 }
 
-function card(task, { versions, best }) {
+function card(task, { versions, best }, base) {
   const title = make("div", { className: "titled" }, make("h2", { textContent: task.name }), make("small", { textContent: route(task.route) }));
   const node = make("article", { className: "card task" }, title);
   node.dataset.task = task.name;
@@ -72,7 +76,7 @@ function card(task, { versions, best }) {
   if (labels.length) node.append(make("p", { className: "hint" }, ...labels));
   if (best) node.append(make("p", { className: "hint", textContent: `So far: ${best.reason}` }));
   const empty = "Nobody has asked yet. Requests and scores are listed here, by the version that answered.";
-  node.append(versions.length ? table(task, versions, best?.version) : make("p", { className: "empty", textContent: empty }));
+  node.append(versions.length ? table(task, versions, best?.version, base) : make("p", { className: "empty", textContent: empty }));
   return node;
 }
 
@@ -92,17 +96,17 @@ export const refresh = () => (round ??= look().finally(() => { round = null; }))
 
 async function look() {
   if (performance.now() < due) return;
-  const defined = (await get("/tasks")).tasks;
+  const [{ tasks: defined }, { base: { id } }] = await Promise.all([get("/tasks"), get("/stats")]);
   const asked = await inRounds(defined, (t) => performanceOf(t.name));
   due = performance.now() + 100 * defined.length; // each is asked for by itself: of hundreds, less often
   const tasks = defined.filter((_, i) => asked[i]);
   const known = asked.filter(Boolean);
-  const now = JSON.stringify([tasks, known]);
+  const now = JSON.stringify([tasks, known, id]);
   if (now === drawn) return;
   drawn = now;
   const none = make("p", { className: "card empty", textContent: "No task yet. PUT /tasks/{name} defines one, or the task.json of an adapter's folder." });
   for (const said of list.querySelectorAll(":scope > .empty")) said.remove();
-  lay(list, cards, tasks.map((task, i) => ({ ...task, known: known[i] })), (task) => task, (task) => card(task, task.known));
+  lay(list, cards, tasks.map((task, i) => ({ ...task, known: known[i], id })), (task) => task, (task) => card(task, task.known, id));
   if (!tasks.length) list.append(none);
   sift();
 }

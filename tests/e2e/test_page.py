@@ -771,6 +771,19 @@ def test_tasks_live_and_jobs_show_what_there_is(page: Page, house: Live) -> None
     expect(page.locator("#job-list > *").first).to_be_visible()
 
 
+def test_a_version_on_another_base_is_told_and_does_not_lead(page: Page, house: Live) -> None:
+    house.post("/generate?task=sentiment", {"prompt": FILM, "max_tokens": 1})
+    told = house.get("/tasks/sentiment/performance")
+    version = told["versions"][0]
+    versions = [version, {**version, "base": f"{version['base']}-before"}]
+    best = {"version": version["version"], "reason": "it leads"}
+    page.route("**/performance", lambda route: route.fulfill(json={**told, "versions": versions, "best": best}))
+    page.get_by_role("tab", name="Tasks").click()
+    names = page.locator("[data-task=sentiment] tbody td:first-child")
+    expect(names).to_have_text([re.compile(r"@\w{12} leads$"), re.compile(r"@\w{12} on another base$")])
+    page.unroute_all()
+
+
 def test_many_are_searched_and_few_are_not(page: Page, house: Live) -> None:
     names = [f"{kind}-{n}" for kind in ("tone", "mail") for n in range(4)]
     try:
