@@ -118,6 +118,6 @@ export async function refresh() {
   $("rejected").hidden = !rejected.length;
   const columns = headings($("rejected-rows").parentNode);
   $("rejected-rows").replaceChildren(...rejected.map((r) => row(columns, [
-    [r.path], [r.reason], [typeof r.since === "number" ? new Date(r.since * 1000).toLocaleString() : r.since ?? ""],
+    [r.path], [r.reason], [new Date(r.since * 1000).toLocaleString()],
   ])));
 }

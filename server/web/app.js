@@ -156,7 +156,7 @@ async function beatOn() {
   setTimeout(beatOn, 2000);
 }
 
-for (const part of Object.values(parts)) part.start({ complain, say, refresh });
+for (const part of Object.values(parts)) part.start?.({ complain, say, refresh });
 addEventListener("hashchange", () => show(named() ?? current()));
 show(named() ?? "playground");
 beatOn();

@@ -17,13 +17,9 @@ const SHOWN = {
 };
 const LOOKS = { tokens: {}, requests: { round: true }, kv: { top: 100, digits: 1 }, memory: {} };
 
-// Tokens as steps compute them: those of a task are counted as its answers end.
-function totals({ engine }) {
-  return { at: Date.now() / 1000, generated: engine.generated, prompt: engine.prompt };
-}
-
 export function note(stats) {
-  const now = totals(stats);
+  // Tokens as steps compute them: those of a task are counted as its answers end.
+  const now = { at: Date.now() / 1000, generated: stats.engine.generated, prompt: stats.engine.prompt };
   const seconds = last ? now.at - last.at : 0;
   const rate = (name) => (seconds ? Math.max(0, (now[name] - last[name]) / seconds) : 0);
   const blocks = stats.engine.kv_blocks;

@@ -11,8 +11,6 @@ let drawn = "";
 let due = 0;
 const sift = search(document.getElementById("task-search"), () => list.querySelectorAll(".task"));
 
-export function start() {}
-
 function route({ best, metric, source, min_samples: least, choice }) {
   if (best) return `goes to the best of ${best.join(", ")}, by ${metric} from ${source}, after ${least} samples each`;
   return `goes to ${mixture(choice.map((c) => ({ ...c, version: c.name })))}`;
