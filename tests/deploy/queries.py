@@ -41,7 +41,8 @@ def expressions() -> list[Any]:
 
 
 def filled(expr: str, interval: str = "15s") -> str:
-    return re.sub(r"\$(job|instance|task|adapter)\b", ".*", expr.replace("$__rate_interval", interval))
+    expr = expr.replace("$job", "loramux").replace("$__rate_interval", interval)
+    return re.sub(r"\$(instance|task|adapter)\b", ".*", expr)
 
 
 def selectors(expr: str) -> list[promql_parser.VectorSelector]:

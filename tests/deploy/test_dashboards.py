@@ -41,6 +41,8 @@ def test_a_board_is_whole(name: str) -> None:
             assert variable["multi"] and variable["includeAll"] and variable["refresh"] == 2
             assert variable["datasource"]["uid"] == "${datasource}"
             assert "label_values(" in variable["query"]["query"]
+            # All jobs are those that are ours; any value of the rest, also none, is one of theirs.
+            assert variable.get("allValue") == (None if variable["name"] == "job" else ".*")
     everything = board["panels"]
     assert len({p["id"] for p in everything}) == len(everything)
     cells = [
