@@ -187,12 +187,14 @@ class FineTuningCheckpointList(Out):
 
 
 class JobSummary(Out):
-    """A job of either kind. `progress` is from 0 to 1; `seconds` are those of work, `loss` is the last in training."""
+    """A job of either kind. `progress` is from 0 to 1; `seconds` are those of work, `loss` is the last in training; one
+    that is `pausing` runs until its step is over."""
 
     id: str
     kind: Literal["training", "evaluation"]
     name: str
     status: str
+    pausing: bool
     created_at: float
     started_at: float | None
     finished_at: float | None

@@ -107,6 +107,7 @@ def summary(job: Job) -> dict[str, Any]:
         "kind": job.kind,
         "name": job.name,
         "status": job.status,
+        "pausing": job.pausing,
         "created_at": job.created_at,
         "started_at": job.started_at,
         "finished_at": job.finished_at,

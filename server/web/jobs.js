@@ -55,22 +55,22 @@ class Card {
   }
 
   show(job) {
-    const first = this.status !== job.status;
+    const status = job.pausing ? "pausing" : job.status;
     this.bar.value = job.progress;
     this.said.textContent = figures(job);
     this.wrong.hidden = !job.error;
     this.wrong.textContent = job.error?.message ?? "";
-    if (first) {
-      this.status = job.status;
-      const state = make("span", { className: `state tag ${job.status}`, textContent: WORDS[job.status] ?? job.status });
+    if (this.status !== status) {
+      this.status = status;
+      const state = make("span", { className: `state tag ${status}`, textContent: WORDS[status] ?? status });
       this.title.replaceChildren(job.name, state, make("code", { textContent: `${job.kind} ${job.id}` }));
-      const runs = RUNS.includes(job.status);
+      const runs = RUNS.includes(status);
       const buttons = [];
       if (job.kind === "training") {
         if (runs) buttons.push(this.button("Pause", job, `${TRAINING(job.id)}/pause`));
-        if (["paused", "failed"].includes(job.status)) buttons.push(this.button("Resume", job, `${TRAINING(job.id)}/resume`));
+        if (["pausing", "paused", "failed"].includes(status)) buttons.push(this.button("Resume", job, `${TRAINING(job.id)}/resume`));
       }
-      if (runs || job.status === "paused") buttons.push(this.button("Cancel", job, `${JOB(job.id)}/cancel`));
+      if (runs || ["pausing", "paused"].includes(status)) buttons.push(this.button("Cancel", job, `${JOB(job.id)}/cancel`));
       const focused = this.does.contains(document.activeElement) && document.activeElement.ariaLabel;
       this.does.replaceChildren(...buttons);
       if (focused) (buttons.find((button) => button.ariaLabel === focused) ?? this.title).focus({ preventScroll: true });

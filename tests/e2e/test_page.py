@@ -123,7 +123,7 @@ def job_told(name: str, **given: object) -> dict:
     return {
         "id": f"ftjob-{name}", "kind": "training", "name": name, "status": "running", "progress": 0.0, "step": 0,
         "steps": 4, "created_at": 1.0, "started_at": 1.0, "finished_at": None, "error": None, "result": {},
-        "loss": None, "tokens": 0, "seconds": 0.0, **given,
+        "loss": None, "tokens": 0, "seconds": 0.0, "pausing": False, **given,
     }  # fmt: skip
 
 
@@ -609,7 +609,11 @@ def test_a_button_keeps_the_focus_while_its_job_goes_on(page: Page) -> None:
     expect(page.get_by_role("button", name="Cancel kept")).to_be_enabled()
     expect(page.get_by_label("Adapter's name")).to_be_focused()
     page.get_by_role("button", name="Pause kept").focus()
-    job["status"] = "succeeded"
+    job["pausing"] = True
+    expect(page.get_by_role("button", name="Resume kept")).to_be_visible()
+    expect(page.get_by_role("heading", name="kept pausing")).to_be_focused()
+    expect(page.get_by_role("button", name="Pause kept")).to_have_count(0)
+    job |= {"pausing": False, "status": "succeeded"}
     expect(page.get_by_role("heading", name="kept succeeded")).to_be_focused()
     page.unroute_all()
 

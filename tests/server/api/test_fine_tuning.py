@@ -804,6 +804,12 @@ def test_the_end_of_a_run_is_estimated_by_its_speed_while_it_runs(
     assert told.estimated_finish == estimate and told.trained_tokens is None
 
 
+@pytest.mark.parametrize("pausing", [True, False])
+def test_a_pause_that_has_not_come_yet_is_told(live: Any, pausing: bool) -> None:
+    known(live, status="running", pausing=pausing)
+    assert live.http.get("/jobs").json()["jobs"][0]["pausing"] is pausing
+
+
 def test_hyperparameters_are_those_of_the_method_if_it_has_any(
     client: openai.OpenAI, entered: list[Job], subtests: pytest.Subtests
 ) -> None:
