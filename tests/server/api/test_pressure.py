@@ -216,6 +216,22 @@ def test_an_evaluation_takes_nobodys_place_under_the_limit_of_its_task(
     assert live.house.parts.inference.admission._tasks == {}
 
 
+def test_what_a_client_asks_goes_before_an_evaluation_that_came_first(
+    start: Any, write_adapter: Callable[..., Path]
+) -> None:
+    """Of the same task, whose requests otherwise go in the order in which they came."""
+    write_adapter("a", 1)
+    live = start(max_batch=1)
+    register(live, "a")
+    live.slow_down(0.02)
+    job = evaluating(live, 40)
+    until(lambda: live.stats()["waiting"] >= 30)
+    before = live.stats()["steps"]
+    assert live.generate("x", task="say", max_tokens=1).status_code == 200
+    assert live.stats()["steps"] - before <= 12, "one that runs is finished first, of 8 tokens"
+    assert live.http.get(f"/jobs/{job}").json()["status"] == "running"
+
+
 def test_an_evaluation_that_makes_room_for_others_goes_on_later(start: Any, write_adapter: Callable[..., Path]) -> None:
     for i, name in enumerate("ab"):
         write_adapter(name, i)
