@@ -29,8 +29,8 @@ def test_feedback_counts_once_an_id_and_the_last_wins(live: Any) -> None:
     assert 0 <= quality["low"] < quality["high"] <= 1
     assert version["requests"] == 1 and version["errors"] == 0 and version["ttft"]["p50"] > 0
     assert version["tokens"]["generated"] == answer["usage"]["completion_tokens"]
-    metrics = live.http.get("/metrics").text
-    assert 'loramux_task_quality{adapter="mood",' in metrics or 'task="mood",adapter="mood",version="mood@' in metrics
+    metrics, pair = live.http.get("/metrics").text, f'task="mood",version="{version["version"]}"'
+    assert f'loramux_task_quality{{adapter="mood",metric="accuracy",source="feedback",{pair}}} 1.0' in metrics
 
 
 def test_answers_of_every_route_can_be_scored_by_their_task_alone(live: Any) -> None:

@@ -124,6 +124,7 @@ def test_why_a_schema_is_refused_is_told_in_words(tiny_text: Text, schema: dict[
     [
         {"type": "nonsense"},
         {"type": "string", "pattern": "("},
+        {"type": "string", "pattern": "(?:a?){5000}a{5000}" * 3},
         {"$ref": "https://example.com/schema"},
         {"type": "object", "unevaluatedProperties": False, "patternProperties": {"[": {}}},
         {"enum": ["x" * 70_000]},
@@ -140,18 +141,18 @@ def test_what_cannot_be_held_to_is_refused_and_soon(tiny_text: Text, schema: dic
     assert grammars.ask(POINT, 1).result()
 
 
-@pytest.mark.parametrize("pattern", ["(?:a?){5000}a{5000}" * 3, "(.*a.*){200}", "^(([a-z])+.)+[A-Z]([a-z])+$"])
+@pytest.mark.parametrize("pattern", ["(.*a.*){200}", "^(([a-z])+.)+[A-Z]([a-z])+$"])
 def test_a_mask_takes_bounded_time(tiny_text: Text, pattern: str) -> None:
     """A pattern made to explode: each step is quick, or the request ends with an error of its own."""
+    [grammar] = Grammars(tiny_text, tiny_text.size).ask({"type": "string", "pattern": pattern}, 1).result()
     try:
-        [grammar] = Grammars(tiny_text, tiny_text.size).ask({"type": "string", "pattern": pattern}, 1).result()
         for _ in range(40):
             start = time.thread_time()
             ids = allowed(grammar, tiny_text.size)
             assert time.thread_time() - start < 0.25
             grammar.accept(ids[-1])
     except InvalidRequest as error:
-        assert "complex" in error.message or "schema" in error.message
+        assert "too complex" in error.message
 
 
 WORDS = (

@@ -148,25 +148,29 @@ def test_no_template_and_refusals(tools: Any) -> None:
             tools.make_text(source)
 
 
+LATE = "it took too long"
+"""What ends it amid a loop; a text that is there, too late, is told of in other words."""
+
+
 @pytest.mark.parametrize(
-    "source",
+    ("source", "why"),
     [
-        "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages[0]['content'] / 0 }}",
-        "{{ messages.append(1) }}",
-        "{{ undefined_function() }}",
-        "{{ range(10 ** 9) | list }}",
-        "{% set text = 'x' * 10**6 %}{% for a in text %}{% for b in text %}{% endfor %}{% endfor %}",
-        "{{ 'x' * 10**15 }}",
-        "{% for a in 'a' recursive %}{% if loop.depth == 1 %}{{ loop('x' * 10**7) }}{% endif %}{% endfor %}",
-        "{{ '\\ud800' }}",
+        ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "it wrote too much"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", LATE),
+        ("{{ ''.__class__.__mro__ }}", ".*'__class__' .* is unsafe"),
+        ("{{ messages[0]['content'] / 0 }}", "division by zero"),
+        ("{{ messages.append(1) }}", ".*'append' .* is unsafe"),
+        ("{{ undefined_function() }}", "'undefined_function' is undefined"),
+        ("{{ range(10 ** 9) | list }}", "Range too big"),
+        ("{% set text = 'x' * 10**6 %}{% for a in text %}{% for b in text %}{% endfor %}{% endfor %}", LATE),
+        ("{{ 'x' * 10**15 }}", "it wants more memory"),
+        ("{% for a in 'a' recursive %}{% if loop.depth == 1 %}{{ loop('x' * 10**7) }}{% endif %}{% endfor %}", LATE),
+        ("{{ '\\ud800' }}", ".*surrogates not allowed"),
     ],
 )
-def test_a_template_stays_in_its_bounds(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_stays_in_its_bounds(source: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.chat_template.MAX_SECONDS", 0.2)
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidRequest, match=f"refuses these messages: {why}"):
         ChatTemplate(source, {}).render([{"role": "user", "content": 1}], True)
 
 

@@ -138,6 +138,7 @@ def test_urls_must_be_plain_and_allowed() -> None:
         "https://models.example/lora-private/one",
         "https://models.example/lora/../private",
         "https://models.example/lora/%2e%2e/private",
+        "https://models.example/lora/..\\private",
         "https://models.example/lora/one?x=1",
         "https://models.example/lora/one?",
         "https://models.example/lora/one#",
