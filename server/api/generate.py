@@ -47,8 +47,10 @@ async def generate(
     with counted(parts.inference, target, caller):
         asked = asked_fields(body)
         defaults = target.task.defaults if target.task else {}
+        layers = asked, defaults, sampling.OWN_DEFAULTS, parts.prompts.room
+        sampling.build(*layers)  # what is right for no prompt is refused before one is tokenized
         ids = await parts.prompts.of_input(target.task, body.prompt)
-        chosen = sampling.build(asked, defaults, sampling.OWN_DEFAULTS, parts.prompts.room, len(ids))
+        chosen = sampling.build(*layers, len(ids))
         await still_there(request)
     if chosen.logprobs == 0:
         chosen = replace(chosen, logprobs=None)
@@ -179,7 +181,8 @@ def resolve_task(
 
 
 def within_limits(parts: Parts, target: Target, caller: Caller) -> Target:
-    """`target`, if the key and the task may have one more call. Raises QueueFull, which is counted."""
+    """`target`, if the key and the task may have one more call, and its adapters are there. Raises QueueFull,
+    UnknownAdapter, InvalidChoice and NoRoom, which are counted."""
     with counted(parts.inference, target, caller):
         parts.inference.check(target, caller)
     return target

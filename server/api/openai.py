@@ -27,6 +27,7 @@ from server.tasks.resolve import Target
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 CALLED = errors(400, 404, 429, 500, 503, 504, 507)
+Layers = tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], sampling.Room]
 
 
 @router.get("/models", response_model=schemas.ModelList, responses=errors(503))
@@ -67,11 +68,12 @@ async def completions(body: schemas.CompletionBody, request: Request, runtime: R
     target = resolve_model(parts, body, caller, request)
     with counted(parts.inference, target, caller):
         schemas.refuse_unserved(body)
+        layers = _layers(parts, target, body, sampling.COMPLETION_DEFAULTS)
         prompts = await _prompts(parts, target, body)
     text = parts.prompts.text
     begins = [text.begins_after(prompt[-1]) for prompt in prompts for _ in range(body.n or 1)]
     shape = CompletionShape(new_id("cmpl"), _now(), body.model, text, begins)
-    return await _answer(parts, request, body, caller, target, prompts, sampling.COMPLETION_DEFAULTS, shape)
+    return await _answer(parts, request, body, caller, target, prompts, layers, shape)
 
 
 @router.post("/chat/completions", response_model=schemas.ChatCompletion, responses={**CALLED, **STREAMED})
@@ -83,9 +85,10 @@ async def chat(body: schemas.ChatBody, request: Request, runtime: Running, parts
         schemas.refuse_unserved(body)
         if body.top_logprobs and not body.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+        layers = _layers(parts, target, body, sampling.CHAT_DEFAULTS)
         ids = await parts.prompts.of_chat(target.task, [_message(m) for m in body.messages])
     shape = ChatShape(new_id("chatcmpl"), _now(), body.model, parts.prompts.text)
-    return await _answer(parts, request, body, caller, target, [ids], sampling.CHAT_DEFAULTS, shape)
+    return await _answer(parts, request, body, caller, target, [ids], layers, shape)
 
 
 def resolve_model(parts: Parts, body: schemas.V1Fields, caller: Caller, request: Request) -> Target:
@@ -104,18 +107,12 @@ async def _answer(
     caller: Caller,
     target: Target,
     prompts: Sequence[list[int]],
-    defaults: Mapping[str, Any],
+    layers: Layers,
     shape: Shape,
 ) -> Response:
     n = body.n or 1
     with counted(parts.inference, target, caller):
-        if len(prompts) * n > schemas.MAX_SEQUENCES:
-            raise InvalidRequest(f"{len(prompts)} prompts with n={n} are over {schemas.MAX_SEQUENCES} answers", "n")
-        asked = _asked(body)
-        own = target.task.defaults if target.task else {}
-        if body.logprobs is False or not own.get("logprobs"):  # here a number of 0 would be those of the tokens alone
-            own = {k: v for k, v in own.items() if k != "logprobs"}
-        built = [sampling.build(asked, own, defaults, parts.prompts.room, len(p)) for p in prompts]
+        built = [sampling.build(*layers, len(p)) for p in prompts]
         schema = body.response_format.schema_of_answer() if body.response_format is not None else None
         grammars: Sequence[Constraint] = ()
         if schema is not None:
@@ -151,6 +148,18 @@ async def _compiled(
         raise DeadlineExceeded("the deadline passed before the schema of response_format was compiled") from None
 
 
+def _layers(
+    parts: Parts, target: Target, body: schemas.CompletionBody | schemas.ChatBody, defaults: Mapping[str, Any]
+) -> Layers:
+    """What `sampling.build` takes beside a prompt's length. Raises InvalidRequest for what is right for no prompt."""
+    own = target.task.defaults if target.task else {}
+    if body.logprobs is False or not own.get("logprobs"):  # here a number of 0 would be those of the tokens alone
+        own = {k: v for k, v in own.items() if k != "logprobs"}
+    layers = _asked(body), own, defaults, parts.prompts.room
+    sampling.build(*layers)
+    return layers
+
+
 def _asked(body: schemas.CompletionBody | schemas.ChatBody) -> dict[str, Any]:
     asked = asked_fields(body)
     if isinstance(body, schemas.ChatBody):
@@ -169,6 +178,8 @@ async def _prompts(parts: Parts, target: Target, body: schemas.CompletionBody) -
         return [await parts.prompts.of_input(target.task, prompt)]
     if isinstance(prompt[0], int):
         return [parts.prompts.of_tokens(prompt)]
+    if len(prompt) * (n := body.n or 1) > schemas.MAX_SEQUENCES:
+        raise InvalidRequest(f"{len(prompt)} prompts with n={n} are over {schemas.MAX_SEQUENCES} answers", "n")
     if isinstance(prompt[0], str):
         found = []
         for text in prompt:

@@ -164,8 +164,10 @@ class Inference:
         self._status_of = status_of
 
     def check(self, target: Target, caller: Caller) -> None:
-        """Raises QueueFull for a call over a limit of its key or task, before anything is worked out for it."""
+        """Raises QueueFull for a call over a limit of its key or task, and what `lease` does, before anything is worked
+        out for it."""
         self.admission.check(caller.tenant, target.task.name if target.task else None)
+        self.lease(target).release()
 
     def lease(self, target: Target) -> Lease:
         """A lease of what is to answer. Raises UnknownAdapter, InvalidChoice, NoRoom."""

@@ -118,19 +118,22 @@ class Room:
 
 
 def build(
-    asked: Mapping[str, Any], task: Mapping[str, Any], server: Mapping[str, Any], room: Room, longest_prompt: int
+    asked: Mapping[str, Any], task: Mapping[str, Any], server: Mapping[str, Any], room: Room, longest_prompt: int = 0
 ) -> Sampling:
     """The `Sampling` of a request whose fields that were not given are absent or None in `asked`.
 
-    An absent `max_tokens` is clipped to the context, an explicit one over it is refused. Raises InvalidRequest.
+    An absent `max_tokens` is clipped to the context, an explicit one over it is refused. Without `longest_prompt`, as
+    before a prompt is tokenized, what no prompt would leave room for is. Raises InvalidRequest.
     """
     given = {name: value for name, value in asked.items() if value is not None}
     values = {**server, **task, **given}
     left = room.context - longest_prompt
     if (wanted := given.get("max_tokens")) is not None and wanted > left:
+        why, most = f"the prompt's {longest_prompt} tokens leave {left} of a", f"at most {left}"
+        if not longest_prompt:
+            why, most = "prompt and answer share a", "less"
         raise ContextExceeded(
-            f"max_tokens is {wanted}, but the prompt's {longest_prompt} tokens leave {left} of a context of "
-            f"{room.context}; ask for at most {left}, or leave max_tokens out",
+            f"max_tokens is {wanted}, but {why} context of {room.context}; ask for {most}, or leave max_tokens out",
             "max_tokens",
         )
     length = min(values.get("max_tokens", left), left)

@@ -185,6 +185,35 @@ def test_what_is_wrong_is_refused_with_its_name(live: Any, subtests: pytest.Subt
             assert live.generate("still here").status_code == 200
 
 
+BEFORE_ANY_TOKEN: list[tuple[dict[str, Any], int, str]] = [
+    ({"max_tokens": 257}, 400, "max_tokens"),
+    ({"max_tokens": 3, "min_tokens": 5}, 400, "min_tokens"),
+    ({"stop_token_ids": [100000]}, 400, "stop_token_ids"),
+    ({"adapters": [{"name": "gone"}]}, 404, "adapters"),
+]
+
+
+def test_bounds_are_checked_before_a_prompt_is_tokenized(
+    live: Any, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
+) -> None:
+    for name in ("of_input", "of_chat", "of_labels"):
+        monkeypatch.setattr(live.house.parts.prompts, name, None)
+    prompts: list[tuple[str, dict[str, Any]]] = [
+        ("/generate", {"prompt": "x"}),
+        ("/v1/completions", {"model": "tiny", "prompt": ["x", "y"]}),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}),
+    ]
+    asked = [(path, {**prompt, **wrong}, *told) for path, prompt in prompts for wrong, *told in BEFORE_ANY_TOKEN]
+    asked.append(("/v1/completions", {"model": "tiny", "prompt": ["x"] * 9, "n": 16}, 400, "n"))
+    asked.append(("/classify", {"prompt": "x", "labels": ["a", "b"], "adapters": [{"name": "gone"}]}, 404, "adapters"))
+    for path, body, status, param in asked:
+        with subtests.test(f"{path} {body}"):
+            answer = live.http.post(path, json=body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
+    told = live.generate(max_tokens=257).json()["error"]
+    assert told["code"] == "context_length_exceeded" and "257" in told["message"] and "256" in told["message"]
+
+
 ADVICE: list[tuple[Any, str]] = [
     ({"input": "x"}, "prompt: it is missing; input: there is no such field; /docs lists those that there are"),
     (
