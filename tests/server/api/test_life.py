@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shutil
+import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -223,6 +227,29 @@ def test_a_restart_brings_adapters_and_tasks_back(start: Any, write_adapter: Any
     again = start()
     after = again.generate("x", task="kept").json()
     assert after["text"] == before["text"] and after["adapters"] == before["adapters"]
+
+
+def test_a_backup_as_the_documentation_has_it_is_put_back(live: Any, start: Any, tmp_path: Path) -> None:
+    """Made while the server runs; the folders that the adapters came from are gone."""
+    answer = live.generate("x", task="mood").json()
+    assert live.http.post("/tasks/mood/feedback", json={"id": answer["id"], "score": 0.5}).status_code == 204
+    assert live.http.put("/tasks/own", json={"prompt": "Say: {input}"}).status_code == 201
+
+    def told(server: Any) -> list[Any]:
+        text = server.generate("so it goes", adapters=[{"name": "b"}]).json()["text"]
+        versions = [(a["name"], a["version"]) for a in server.http.get("/adapters").json()["adapters"]]
+        (scored,) = server.http.get("/tasks/mood/performance").json()["versions"]
+        return [text, versions, server.http.get("/tasks/own").json(), scored["version"], scored["quality"]]
+
+    before, state, backup = told(live), tmp_path / "state", tmp_path / "backup"
+    shutil.copytree(state, backup, ignore=shutil.ignore_patterns("cache", "models", "quality.db*"))
+    with (
+        closing(sqlite3.connect(state / "quality.db")) as records,
+        closing(sqlite3.connect(backup / "quality.db")) as to,
+    ):
+        records.backup(to)
+    live.stop()
+    assert told(start(state_dir=backup, adapter_dir=tmp_path / "none")) == before
 
 
 def test_the_end_counts_from_when_it_was_first_told(monkeypatch: pytest.MonkeyPatch) -> None:
