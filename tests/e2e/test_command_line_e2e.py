@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,35 @@ def test_generate(embedded: Path) -> None:
     assert told(*task)["text"] == "negative", "the folder brought its task"
     raw = told("generate", "Once", "--max-tokens", "3", "--state-dir", str(STATE))
     assert raw["usage"]["completion_tokens"] == 3 and raw["adapters"][0]["weight"] == pytest.approx(0.9)
+
+
+def test_adapters_of_a_running_server(
+    embedded: Path, write_random: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command changes what the server itself then tells, and says so."""
+    monkeypatch.chdir(tmp_path)
+    for seed, folder in enumerate(("one", "two")):
+        write_random(tmp_path / "watched" / folder, rank=2, seed=seed)
+    with serving(tmp_path / "state", "--adapter-dir", str(tmp_path / "watched"), "--library", "none") as live:
+
+        def told(*command: str) -> dict[str, Any]:
+            port = live.url.rpartition(":")[2]
+            done = CliRunner().invoke(app, ["adapters", *command, "--port", port, "--json"])
+            assert done.exit_code == 0, (done.output, done.exception)
+            answer: dict[str, Any] = json.loads(done.stdout)
+            return answer
+
+        first = told("load", "mine", "one")["version"]
+        second = told("load", "mine", "two", "--replace")["version"]
+        assert second == live.get("/adapters/mine")["version"] != first
+        assert told("roll-back", first)["version"] == live.get("/adapters/mine")["version"] == first
+        assert told("pin", "mine")["pinned"] is live.get("/adapters/mine")["pinned"] is True
+        assert told("unpin", "mine")["pinned"] is live.get("/adapters/mine")["pinned"] is False
+        assert told("prefetch", "mine")["tier"] == live.get("/adapters/mine")["tier"] == "ram"
+        assert told("show", "mine") == live.get("/adapters/mine")
+        assert "mine" in {adapter["name"] for adapter in told("list")["adapters"]}
+        assert told("retire", "mine")["name"] == "mine"
+        assert live.client.get("/adapters/mine").status_code == 404
 
 
 def _stream(live: Live, tokens: int, begun: threading.Event, lines: list[str]) -> None:
