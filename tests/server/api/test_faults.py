@@ -196,7 +196,10 @@ def test_a_source_that_hangs_delays_nobody(start: Any, monkeypatch: pytest.Monke
     assert live.http.get("/adapters/far").status_code == 404 and live.idle()
 
 
-def test_an_adapter_of_a_url_is_served(start: Any, write_adapter: Any, adapter_dir: Path) -> None:
+def test_an_adapter_of_a_url_is_served(
+    start: Any, write_adapter: Any, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the host itself: a proxy that the process has is asked for nothing, and would see what is loaded."""
     write_adapter("a", 1)
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -209,6 +212,10 @@ def test_an_adapter_of_a_url_is_served(start: Any, write_adapter: Any, adapter_d
     try:
         url = f"http://127.0.0.1:{host.server_port}"
         live = start(url_allow=[url])
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")
         made = live.http.post("/adapters", json={"name": "far", "source": f"{url}/a"})
         assert made.status_code == 201, made.text
         near = live.http.post("/adapters", json={"name": "near", "source": "a"}).json()

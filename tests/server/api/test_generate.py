@@ -296,6 +296,17 @@ def test_a_body_full_of_mistakes_is_refused_for_few_of_them(live: Any) -> None:
     assert told("/v1/chat/completions", {"model": "tiny", "messages": [message] * 9}) == f"messages.0.{part}"
 
 
+def test_a_weight_is_at_most_16_in_size_and_n_at_most_16(live: Any) -> None:
+    for weight, status in ((16, 200), (-16, 200), (16.5, 422), (-16.5, 422)):
+        answer = live.generate("x", max_tokens=1, adapters=[{"name": "a", "weight": weight}])
+        assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["param"] == "adapters.0.weight"
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    assert len(live.http.post("/v1/completions", json={**body, "n": 16}).json()["choices"]) == 16
+    refused = live.http.post("/v1/completions", json={**body, "n": 17})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "n"
+
+
 def test_two_tasks_in_one_query_are_refused(live: Any) -> None:
     for path in ("/generate", "/classify"):
         answer = live.http.post(f"{path}?task=mood&task=a", json={"prompt": "x"})

@@ -151,8 +151,10 @@ def test_what_is_refused_at_the_door_is_counted(start: Any) -> None:
     )
     assert live.http.post("/v1/completions", json={"prompt": "x" * 3000}, headers=key).status_code == 413
     assert live.http.get("/adapters").status_code == 401, "which is no request for an answer"
+    live.runtime.drain()
+    assert live.http.post("/generate", json={"prompt": "x"}, headers=key).status_code == 503
     text = live.http.get("/metrics").text
-    for status in ("401", "403", "413"):
+    for status in ("401", "403", "413", "503"):
         assert value(text, "loramux_requests_total", task="other", adapter="other", status=status) == 1, status
 
 
@@ -377,6 +379,20 @@ def test_the_gateways_gauges_follow_the_load(start: Any, write_adapter: Any) -> 
         until(lambda: seen("num_requests_running", "num_requests_waiting") == [1.0, 3.0], every=0.02)
         assert (seen("kv_cache_usage_perc")[0] or 0) > 0
         live.slow_down(0.0)
+
+
+def test_each_adapter_is_told_of_with_the_version_that_it_has_now(live: Any, write_adapter: Any) -> None:
+    def versions() -> list[str]:
+        samples = families(live.http.get("/metrics").text)["loramux_adapter_info"].samples
+        return [sample.labels["version"] for sample in samples if sample.labels["adapter"] == "a"]
+
+    first = live.http.get("/adapters/a").json()["version"]
+    write_adapter("later", 77)
+    assert versions() == [first]
+    second = live.http.put("/adapters/a", json={"source": "later"}).json()["version"]
+    assert versions() == [second] != [first]
+    assert live.http.put("/adapters/a", json={"version": first}).status_code == 200
+    assert versions() == [first]
 
 
 def test_an_adapter_that_gives_its_slot_up_is_counted(start: Any, write_adapter: Any) -> None:

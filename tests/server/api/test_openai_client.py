@@ -33,6 +33,8 @@ def test_models_lists_each_id_once(live: Any, client: openai.OpenAI) -> None:
     assert set(found) == {"tiny", "a", "b", "mood", "adapter:mood"}
     kinds = {id: (m.model_extra or {})["kind"] for id, m in found.items()}
     assert kinds == {"tiny": "base", "a": "adapter", "b": "adapter", "mood": "task", "adapter:mood": "adapter"}
+    parents = {id: (m.model_extra or {})["parent"] for id, m in found.items()}
+    assert parents.pop("tiny") is None and set(parents.values()) == {"tiny"}
     context = live.http.get("/stats").json()["base"]["context"]
     assert all(m.model_extra and (m.model_extra["root"], m.model_extra["max_model_len"]) == (id, context)
                for id, m in found.items())  # fmt: skip

@@ -150,6 +150,7 @@ def test_an_adapter_that_is_slow_to_load_delays_nobody_else(
         warm = live.generate(f"p{i}", max_tokens=2, adapters=[{"name": "warm"}]).json()
         assert warm["timings"]["load_ms"] == 0.0
     assert not told and live.stats()["loading"] == 1, "the load still goes on"
+    assert 'running_lora_adapters="warm",waiting_lora_adapters="cold"' in live.http.get("/metrics").text
     assert len(waited) == 40 and max(waited) <= 1
     release.set()
     thread.join()

@@ -295,6 +295,11 @@ def test_all_addresses_are_also_those_of_ipv4() -> None:
         assert client.getpeername()[0] == "127.0.0.1"
 
 
+def test_a_connection_is_kept_for_longer_than_a_proxy_keeps_it() -> None:
+    """Most keep theirs for a minute; one that sent a request as the server closed would answer 502."""
+    assert _server(Settings(), lambda: None, Runtime(Settings())).config.timeout_keep_alive > 60
+
+
 @pytest.mark.parametrize("drain", [0.0, 0.5])
 def test_a_server_ends_once_it_drains_and_not_before(drain: float) -> None:
     async def ticked() -> list[bool]:
