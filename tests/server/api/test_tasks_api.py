@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from adapters.errors import StoreFailed
-from adapters.weights import Version
-from server.tasks.definitions import parse
 from server.tasks.store import Tasks
 from tests.waiting import until
 
@@ -351,22 +347,6 @@ def test_a_task_that_goes_with_its_folder_is_forgotten(start: Any, write_adapter
     until(lambda: not router._turns and not router._leaders and not router._behind)
 
 
-def test_what_was_deleted_before_marks_had_definitions_stays_away(tmp_path: Path) -> None:
-    class Adapters:
-        def names(self) -> list[str]:
-            return ["x", "y"]
-
-        def current(self, name: str) -> Version:
-            return Version(name, name * 64)
-
-        def metadata(self, name: str) -> dict[str, Any]:
-            return {"task": {"prompt": "{input}"}}
-
-    (tmp_path / "tasks.json").write_text(json.dumps({"tasks": {}, "deleted": {"x": "x" * 64}}))
-    tasks = Tasks(tmp_path / "tasks.json", Adapters())  # type: ignore[arg-type]
-    assert [task.name for task in tasks.all()] == ["y"]
-
-
 def test_a_task_that_has_the_name_of_the_base_waits_for_another(live: Any, tmp_path: Path, caplog: Any) -> None:
     def opened(base: str) -> Tasks:
         return Tasks(tmp_path / "tasks.json", live.house.parts.registry, reserved=(base,))
@@ -377,58 +357,6 @@ def test_a_task_that_has_the_name_of_the_base_waits_for_another(live: Any, tmp_p
     under_way.put("three", {"prompt": "{input}"})
     again = opened("one")
     assert again.get("two").prompt == "Say: {input}" and again.get("three").prompt == "{input}"
-
-
-def test_tasks_that_the_system_does_not_let_us_read_are_no_damage(tmp_path: Path, caplog: Any) -> None:
-    file = tmp_path / "tasks.json"
-    file.mkdir()
-    with pytest.raises(
-        StoreFailed, match=r"tasks\.json cannot be read \(Is a directory\); see to it that the server may"
-    ):
-        Tasks(file, None)  # type: ignore[arg-type]
-    file.rmdir()
-    for text in ("{", "[]"):
-        file.write_text(text)
-        assert Tasks(file, SimpleNamespace(names=lambda: [])).all() == []  # type: ignore[arg-type]
-    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["{", "[]"]
-    assert "set aside as tasks.broken.json" in caplog.text and "set aside as tasks.broken2.json" in caplog.text
-
-
-def test_a_folder_does_not_take_a_task_from_the_adapter_that_has_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Adapters:
-        those = ["reviews"]
-
-        def names(self) -> list[str]:
-            return sorted(self.those)
-
-        def current(self, name: str) -> Version:
-            return Version(name, name[0] * 64)
-
-        def metadata(self, name: str) -> dict[str, Any]:
-            return {"task": {"task": "mood", "prompt": f"{name}: {{input}}"}}
-
-    def prompt(tasks: Tasks) -> str:
-        return tasks.get("mood").prompt.partition(":")[0]
-
-    adapters: Any = Adapters()
-    tasks = Tasks(tmp_path / "tasks.json", adapters)
-    assert prompt(tasks) == "reviews" and tasks.faults("reviews") == []
-    adapters.those += ["experiment", "mood"]
-    tasks.refresh()
-    assert prompt(tasks) == "reviews"
-    assert ["is that of adapter 'reviews'" in fault for fault in tasks.faults("experiment")] == [True]
-    assert "task.json of adapter 'mood' is not used" in caplog.text
-    again = Tasks(tmp_path / "tasks.json", adapters)
-    assert prompt(again) == "reviews", "after a restart too"
-    adapters.those, those = [], adapters.those
-    Tasks(tmp_path / "tasks.json", adapters)  # a start on another base, on which none of them can be served
-    adapters.those = those
-    assert prompt(again := Tasks(tmp_path / "tasks.json", adapters)) == "reviews"
-    adapters.those.remove("reviews")
-    again.refresh()
-    assert prompt(again) == "mood" and again.faults("mood") == [] and again.faults("experiment") != []
 
 
 def test_a_version_that_a_task_names_is_kept(live: Any, write_adapter: Any) -> None:
@@ -484,85 +412,6 @@ def test_a_model_is_found_without_a_list_of_all(live: Any, monkeypatch: pytest.M
                 answer = live.http.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 1})
             assert answer.status_code == 200, answer.text
     assert live.http.post("/v1/completions", json={"model": "third", "prompt": "x"}).status_code == 404
-
-
-def test_a_thousand_adapters_with_tasks_are_listed_at_once(tmp_path: Path) -> None:
-    class Adapters:
-        def names(self) -> list[str]:
-            return [f"a{i}" for i in range(1000)]
-
-        def current(self, name: str) -> Version:
-            return Version(name, name.encode().hex().ljust(64, "0"))
-
-        def metadata(self, name: str) -> dict[str, Any]:
-            return {"task": {"prompt": "{input}"}}
-
-    tasks = Tasks(tmp_path / "tasks.json", Adapters())  # type: ignore[arg-type]
-    began = time.thread_time()
-    assert [tasks.using(name) for name in Adapters().names()] == [[name] for name in Adapters().names()]
-    assert time.thread_time() - began < 0.5, "every list of adapters, /stats and each scrape ask for all of them"
-
-
-def test_an_adapter_that_changes_has_no_other_task_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, dict[str, Any]] = {name: {"task": {"prompt": f"{name}: {{input}}"}} for name in ("x", "y", "z")}
-    read: list[str] = []
-
-    class Adapters:
-        def names(self) -> list[str]:
-            return sorted(told)
-
-        def current(self, name: str) -> Version:
-            return Version(name, name * 64)
-
-        def metadata(self, name: str) -> dict[str, Any]:
-            return told[name]
-
-    def counted(name: str, *args: Any, **options: Any) -> Any:
-        read.append(name)
-        return parse(name, *args, **options)
-
-    tasks = Tasks(tmp_path / "tasks.json", Adapters())  # type: ignore[arg-type]
-    monkeypatch.setattr("server.tasks.store.parse", counted)
-    told["y"] = {"task": {"prompt": "other: {input}"}}
-    told["z"] = {"task": {"prompt": "nothing"}}
-    tasks.refresh()
-    assert read == ["y", "z"] and tasks.get("y").prompt == "other: {input}"
-    fault = tasks.faults("z")
-    tasks.refresh()
-    assert read == ["y", "z"] and fault and tasks.faults("z") == fault, "what is wrong is still told"
-    del told["x"]
-    assert tasks.refresh() == {"x"}
-
-
-def test_a_task_that_is_deleted_while_folders_are_read_stays_away(tmp_path: Path) -> None:
-    reading, go_on = threading.Event(), threading.Event()
-
-    class Adapters:
-        """Two adapters with a task each; reading that of the second takes its time on the writer's thread."""
-
-        def names(self) -> list[str]:
-            return ["x", "y"]
-
-        def current(self, name: str) -> Version:
-            return Version(name, "a" * 64)
-
-        def metadata(self, name: str) -> dict[str, Any]:
-            if name == "y" and threading.current_thread().name == "writer":
-                reading.set()
-                assert go_on.wait(10)
-            return {"task": {"prompt": "{input}"}}
-
-    tasks = Tasks(tmp_path / "tasks.json", Adapters())  # type: ignore[arg-type]
-    writer = threading.Thread(target=tasks.refresh, name="writer")
-    deleter = threading.Thread(target=tasks.delete, args=("x",))
-    writer.start()
-    assert reading.wait(10)
-    deleter.start()
-    deleter.join(0.2)
-    go_on.set()
-    writer.join(10)
-    deleter.join(10)
-    assert [task.name for task in tasks.all()] == ["y"]
 
 
 def test_a_task_that_is_gone_is_told_so_whatever_the_disk_says_to_its_records(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from adapters.errors import StoreFailed
 from adapters.weights import Version
 from server.tasks import store
+from server.tasks.definitions import parse
 from server.tasks.store import Tasks
 
 
@@ -24,7 +28,7 @@ class Folders:
         return sorted(self.bodies)
 
     def current(self, name: str) -> Version:
-        return Version(name, name[0] * 64)
+        return Version(name, name.encode().hex().ljust(64, "0"))
 
     def metadata(self, name: str) -> dict[str, Any]:
         return {"task": self.bodies[name]}
@@ -36,6 +40,9 @@ class Folders:
         return self
 
     def release(self) -> None: ...
+
+
+BROUGHT = {"prompt": "{input}"}
 
 
 def opened(path: Path, adapters: Any, **options: Any) -> Tasks:
@@ -135,3 +142,103 @@ def test_what_an_adapter_brought_is_deleted_for_the_version_that_brought_it(tmp_
     adapters.digest = "b" * 64  # weights alone
     tasks.refresh()
     assert tasks.all() == []
+
+
+def test_what_was_deleted_before_marks_had_definitions_stays_away(tmp_path: Path) -> None:
+    adapters = Folders(x=BROUGHT, y=BROUGHT)
+    deleted = {"x": adapters.current("x").digest}
+    (tmp_path / "tasks.json").write_text(json.dumps({"tasks": {}, "deleted": deleted}))
+    assert [task.name for task in opened(tmp_path, adapters).all()] == ["y"]
+
+
+def test_tasks_that_the_system_does_not_let_us_read_are_no_damage(tmp_path: Path, caplog: Any) -> None:
+    file = tmp_path / "tasks.json"
+    file.mkdir()
+    with pytest.raises(
+        StoreFailed, match=r"tasks\.json cannot be read \(Is a directory\); see to it that the server may"
+    ):
+        opened(tmp_path, None)
+    file.rmdir()
+    for text in ("{", "[]"):
+        file.write_text(text)
+        assert opened(tmp_path, Folders()).all() == []
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["{", "[]"]
+    assert "set aside as tasks.broken.json" in caplog.text and "set aside as tasks.broken2.json" in caplog.text
+
+
+def test_a_folder_does_not_take_a_task_from_the_adapter_that_has_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def mood(name: str) -> dict[str, str]:
+        return {"task": "mood", "prompt": f"{name}: {{input}}"}
+
+    def prompt(tasks: Tasks) -> str:
+        return tasks.get("mood").prompt.partition(":")[0]
+
+    adapters = Folders(reviews=mood("reviews"))
+    tasks = opened(tmp_path, adapters)
+    assert prompt(tasks) == "reviews" and tasks.faults("reviews") == []
+    adapters.bodies |= {name: mood(name) for name in ("experiment", "mood")}
+    tasks.refresh()
+    assert prompt(tasks) == "reviews"
+    assert ["is that of adapter 'reviews'" in fault for fault in tasks.faults("experiment")] == [True]
+    assert "task.json of adapter 'mood' is not used" in caplog.text
+    assert prompt(opened(tmp_path, adapters)) == "reviews", "after a restart too"
+    opened(tmp_path, Folders())  # a start on another base, on which none of them can be served
+    assert prompt(again := opened(tmp_path, adapters)) == "reviews"
+    del adapters.bodies["reviews"]
+    again.refresh()
+    assert prompt(again) == "mood" and again.faults("mood") == [] and again.faults("experiment") != []
+
+
+def test_a_thousand_adapters_with_tasks_are_listed_at_once(tmp_path: Path) -> None:
+    names = [f"a{i}" for i in range(1000)]
+    tasks = opened(tmp_path, Folders(**dict.fromkeys(names, BROUGHT)))
+    began = time.thread_time()
+    assert [tasks.using(name) for name in names] == [[name] for name in names]
+    assert time.thread_time() - began < 0.5, "every list of adapters, /stats and each scrape ask for all of them"
+
+
+def test_an_adapter_that_changes_has_no_other_task_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = Folders(**{name: {"prompt": f"{name}: {{input}}"} for name in ("x", "y", "z")})
+    read: list[str] = []
+
+    def counted(name: str, *args: Any, **options: Any) -> Any:
+        read.append(name)
+        return parse(name, *args, **options)
+
+    tasks = opened(tmp_path, adapters)
+    monkeypatch.setattr(store, "parse", counted)
+    adapters.bodies |= {"y": {"prompt": "other: {input}"}, "z": {"prompt": "nothing"}}
+    tasks.refresh()
+    assert read == ["y", "z"] and tasks.get("y").prompt == "other: {input}"
+    fault = tasks.faults("z")
+    tasks.refresh()
+    assert read == ["y", "z"] and fault and tasks.faults("z") == fault, "what is wrong is still told"
+    del adapters.bodies["x"]
+    assert tasks.refresh() == {"x"}
+
+
+def test_a_task_that_is_deleted_while_folders_are_read_stays_away(tmp_path: Path) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+
+    class Slow(Folders):
+        """Reading the second one's task takes its time on the writer's thread."""
+
+        def metadata(self, name: str) -> dict[str, Any]:
+            if name == "y" and threading.current_thread().name == "writer":
+                reading.set()
+                assert go_on.wait(10)
+            return super().metadata(name)
+
+    tasks = opened(tmp_path, Slow(x=BROUGHT, y=BROUGHT))
+    writer = threading.Thread(target=tasks.refresh, name="writer")
+    deleter = threading.Thread(target=tasks.delete, args=("x",))
+    writer.start()
+    assert reading.wait(10)
+    deleter.start()
+    deleter.join(0.2)
+    go_on.set()
+    writer.join(10)
+    deleter.join(10)
+    assert [task.name for task in tasks.all()] == ["y"]
