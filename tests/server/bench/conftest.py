@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,14 @@ def events(tokens: int, usage: bool = True) -> list[str]:
     texts = [*("x" * tokens), ""]
     told = [json.dumps({"choices": [{"text": text}]}) for text in texts]
     return [*told, *([json.dumps({"choices": [], "usage": {"completion_tokens": tokens}})] if usage else []), "[DONE]"]
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process that has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @dataclass

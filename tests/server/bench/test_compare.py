@@ -10,6 +10,7 @@ import pytest
 
 from server.bench import compare
 from server.bench.compare import Contestant, Job, PeerFailed, Rates, llama_peer, ratios, rounds, script_peer
+from tests.server.bench.conftest import runs
 from tests.waiting import until
 
 JOB = Job([[1, 2, 3]] * 2, ["a"] * 2, [], [-1, -1], 5)
@@ -142,14 +143,7 @@ def test_a_peer_that_does_not_end_has_failed_with_all_that_it_started(
     monkeypatch.setattr(compare, "TIMEOUT", 3.0)
     with pytest.raises(PeerFailed, match="did not end within 3 s"):
         script_peer("peft", str(peer), tmp_path, 1)(JOB)
-    until(lambda: not _runs(int(pids.read_text())))
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    until(lambda: not runs(int(pids.read_text())))
 
 
 def test_a_peer_that_is_not_there_has_failed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from server.bench.serving import NotStarted, free_port, running
+from tests.server.bench.conftest import runs
 from tests.waiting import until
 
 ANSWERING = """
@@ -36,7 +37,7 @@ def test_it_is_there_once_it_answers_and_ends_with_all_that_it_started(tmp_path:
         assert server.resident() > 1 << 20 and server.count("task") >= 1 and server.count("fd") >= 3
         assert (tmp_path / "log").read_text().count(" 503 ") == 2
     assert server.process.returncode is not None
-    until(lambda: not _runs(int(helper.read_text())))
+    until(lambda: not runs(int(helper.read_text())))
 
 
 def test_it_ends_where_the_wait_for_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,14 +56,7 @@ def test_it_ends_where_the_wait_for_it_does(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt), running(command, port, "/ready", tmp_path / "log") as server:
         monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
     assert server.process.returncode is not None
-    until(lambda: not _runs(int((tmp_path / "pid").read_text())))
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    until(lambda: not runs(int((tmp_path / "pid").read_text())))
 
 
 @pytest.mark.parametrize(

@@ -217,63 +217,53 @@ def test_a_temperature_that_is_very_low_or_high() -> None:
     assert len(drawn(row, 200, temperature=1e6)) > 150
 
 
+class Draws:
+    """Draws the same tokens each time, and notes of how many rows, and how."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens = np.array(tokens, np.int32)
+        self.asked: list[tuple[int, np.ndarray, np.ndarray]] = []
+
+    def __call__(self, logits: Logits, how: np.ndarray, top_k: np.ndarray) -> Draws:
+        self.asked.append((logits.rows.shape[0], how.copy(), top_k.copy()))
+        return self
+
+    def read(self) -> np.ndarray:
+        return self.tokens
+
+
 def test_tokens_are_drawn_where_the_logits_are() -> None:
     """Rows that want no more than a token go to `draw` together; the others, and only they, come to the sampler."""
-    asked = []
-
-    class Tokens:
-        def read(self) -> np.ndarray:
-            return np.array([11, -1, 13], np.int32)
-
-    def draw(logits: Logits, how: np.ndarray, top_k: np.ndarray) -> Tokens:
-        asked.append((logits.rows.shape[0], how.copy(), top_k.copy()))
-        return Tokens()
-
+    draw = Draws(11, -1, 13)
     requests = [request(), request(temperature=0.5, top_k=3, top_p=0.9, seed=7), request(logprobs=2)]
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
     work, sampler = [Work(r, 1, 1) for r in requests], Sampler(20, frozenset(), draw)
     picks = sampler.pick(Logits(logits), work)
     assert sampler.ahead(Logits(logits), work) is None, "a row wants more than a token"
-    [(rows, how, top_k)] = asked
+    [(rows, how, top_k)] = draw.asked
     assert rows == 3 and how[0].tolist() == [0.0, 0.0, 0.0, 0.0] and top_k.tolist() == [0, 3, 0]
     assert how[1].tolist() == pytest.approx([0.5, 0.9, 0.0, uniform(requests[1].seed, 0)])
     assert picks[0].token == 11 and picks[1].error is not None
     assert picks[2].token == int(logits[2].argmax()) and picks[2].logprob is not None
-    assert sampler.ahead(Logits(logits[:2]), work[:2]) is not None and asked[1][0] == 2
+    assert sampler.ahead(Logits(logits[:2]), work[:2]) is not None and draw.asked[1][0] == 2
     assert Sampler(20, frozenset()).ahead(Logits(logits[:2]), work[:2]) is None, "nobody draws there"
 
 
 def test_noise_that_float32_would_round_to_one_is_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the last token that has a chance there may be others."""
     monkeypatch.setattr("server.engine.sampler.uniform", lambda seed, index: 1 - 2.0**-53)
-    asked: list[np.ndarray] = []
-
-    class Tokens:
-        def read(self) -> np.ndarray:
-            return np.array([1], np.int32)
-
-    def draw(logits: Logits, how: np.ndarray, top_k: np.ndarray) -> Tokens:
-        asked.append(how)
-        return Tokens()
-
+    draw = Draws(1)
     Sampler(20, frozenset(), draw).pick(Logits(torch.randn(1, 20)), [Work(request(temperature=1.0), 1, 1)])
-    assert asked[0][0, 3] == np.nextafter(np.float32(1), np.float32(0))
+    [(_, how, _)] = draw.asked
+    assert how[0, 3] == np.nextafter(np.float32(1), np.float32(0))
 
 
 def test_a_temperature_below_all_floats_is_none() -> None:
     """In float32 it divides to what is no number, there as here."""
-    asked = []
-
-    class Tokens:
-        def read(self) -> np.ndarray:
-            return np.array([3], np.int32)
-
-    def draw(logits: Logits, how: np.ndarray, top_k: np.ndarray) -> Tokens:
-        asked.append(how.tolist())
-        return Tokens()
-
+    draw = Draws(3)
     Sampler(20, frozenset(), draw).pick(Logits(torch.zeros(1, 20)), [Work(request(temperature=1e-39), 1, 1)])
-    assert asked == [[[0.0, 0.0, 0.0, 0.0]]]
+    [(_, how, _)] = draw.asked
+    assert how.tolist() == [[0.0, 0.0, 0.0, 0.0]]
 
 
 def test_the_largest_noise_draws_an_id_that_may_come() -> None:
