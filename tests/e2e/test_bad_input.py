@@ -8,7 +8,6 @@ import os
 import pickle
 import resource
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Live, serving
+from tests.waiting import until
 
 pytestmark = pytest.mark.e2e
 
@@ -265,17 +265,19 @@ def test_broken_uploads(live: Live, write_random: Any, tmp_path: Path, breaks: C
     assert not (folder / "ran").exists()
 
 
-def rejected(live: Live, name: str, seconds: float = 20.0) -> str:
+def rejected(live: Live, name: str) -> str:
     """The reason why the watched folder `name` is not served; it may take a few looks."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+
+    def reason() -> str:
         listed = live.get("/adapters")
         assert name not in [a["name"] for a in listed["adapters"]]
-        for entry in listed["rejected"]:
-            if Path(entry["path"]).name == name:
-                return str(entry["reason"])
-        time.sleep(0.2)
-    raise AssertionError(f"{name} is neither served nor rejected")
+        return next((str(entry["reason"]) for entry in listed["rejected"] if Path(entry["path"]).name == name), "")
+
+    return until(reason, f"{name} is neither served nor rejected", every=0.2)
+
+
+def served(live: Live) -> set[str]:
+    return {a["name"] for a in live.get("/adapters")["adapters"]}
 
 
 def test_folders_in_the_watched_directory(live: Live, write_random: Any, adapter_dir: Path, tmp_path: Path) -> None:
@@ -302,22 +304,15 @@ def test_folders_in_the_watched_directory(live: Live, write_random: Any, adapter
     assert rejected(live, "cut")
     for name in ("linked", "linked-file", "a,b"):
         assert rejected(live, name), name
-    end = time.monotonic() + 20
-    while "fine" not in [a["name"] for a in live.get("/adapters")["adapters"]]:
-        assert time.monotonic() < end, "the good folder is not served"
-        time.sleep(0.2)
-    served = {a["name"] for a in live.get("/adapters")["adapters"]}
-    assert not served & {"half", "pickled", "cut", "linked", "linked-file", "a,b"}
+    until(lambda: "fine" in served(live), "the good folder is not served", every=0.2)
+    assert not served(live) & {"half", "pickled", "cut", "linked", "linked-file", "a,b"}
     for source in ("linked", "linked-file", "half", "pickled", "nothing", "fine/.."):
         answer = live.client.post("/adapters", json={"name": "x", "source": source})
         shaped(live, answer, 400)
     assert not (tmp_path / "ran").exists(), "a pickle was read"
 
     (half / TENSORS).write_bytes((outside / TENSORS).read_bytes())  # the other half arrives
-    end = time.monotonic() + 20
-    while "half" not in [a["name"] for a in live.get("/adapters")["adapters"]]:
-        assert time.monotonic() < end, "the folder is whole and not served"
-        time.sleep(0.2)
+    until(lambda: "half" in served(live), "the folder is whole and not served", every=0.2)
 
 
 def test_a_full_disk_while_registering(live: Live, write_random: Any, adapter_dir: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import serving
+from tests.waiting import until
 
 pytestmark = pytest.mark.e2e
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -81,10 +81,7 @@ def test_nothing_that_was_confirmed_is_lost(tmp_path: Path, embedded: Path, writ
         threads = [threading.Thread(target=until_killed, args=(work, live)) for work in (register, define, score)]
         for thread in threads:
             thread.start()
-        end = time.monotonic() + 60
-        while min(len(adapters) / 5, len(tasks) / 3, scores / 5) < 1:
-            assert time.monotonic() < end, "they do not get on"
-            time.sleep(0.01)
+        until(lambda: len(adapters) >= 5 and len(tasks) >= 3 and scores >= 5, "they do not get on", every=0.01)
         live.process.kill()
         live.process.wait()
         for thread in threads:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import Live, serving
+from tests.waiting import until
 
 pytestmark = pytest.mark.e2e
 
@@ -46,9 +46,7 @@ def test_each_kind_is_what_the_system_counts(tmp_path: Path, embedded: Path, wri
         resident = live.resident()
         for i in range(24):
             write_random(folder / f"r{i}", rank=32, seed=i)
-        end = time.monotonic() + 60
-        while len(live.get("/adapters")["adapters"]) < 24 and time.monotonic() < end:
-            time.sleep(0.1)
+        until(lambda: len(live.get("/adapters")["adapters"]) == 24, every=0.1)
         now = live.get("/stats")
         grown = now["memory"]["adapters"]
         assert grown == 24 * now["adapters"]["one_more"] > 80 << 20

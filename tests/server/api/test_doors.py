@@ -446,11 +446,12 @@ def test_a_server_that_loads_says_so_and_one_that_failed_tells_no_path(
         assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1 and error_of(answer)
     assert "loramux_memory_bytes" in live.http.get("/metrics").text
     gate.set()
-    for _ in range(200):
-        message = live.http.get("/health/ready").json()["error"]["message"]
-        if "could not start" in message:
-            break
-    assert "could not start" in message and "/a/path" not in message, "/health/ready is open to everybody"
+
+    def told() -> str:
+        return str(live.http.get("/health/ready").json()["error"]["message"])
+
+    until(lambda: "could not start" in told())
+    assert "/a/path" not in told(), "/health/ready is open to everybody"
     monkeypatch.setattr(server.app, "assemble", real)
 
 

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +17,7 @@ import pytest
 from server.errors import InvalidRequest, NoCapacity
 from server.sources import Sources
 from server.sources.hub import _missing
+from tests.waiting import until
 
 COMMIT = "c" * 40
 FILES = {
@@ -189,10 +189,7 @@ async def test_what_comes_too_late_is_taken_away(tmp_path: Path, monkeypatch: py
             pass
     release.set()
     assert ended.wait(30)
-    end = time.monotonic() + 30
-    while list((tmp_path / "scratch").iterdir()):
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    until(lambda: not list((tmp_path / "scratch").iterdir()))
 
 
 def test_a_folder_is_whole_with_the_files_that_loading_reads(tmp_path: Path) -> None:

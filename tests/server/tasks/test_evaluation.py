@@ -42,6 +42,7 @@ from server.tasks.evaluation import (
     pairs,
 )
 from server.tasks.mailbox import Mailbox
+from tests.waiting import until
 
 TASK = {"prompt": "Say: {input}", "format": "chat", "defaults": {"max_tokens": 5, "temperature": 1.5, "logprobs": 2}}
 EXAMPLES = [Pair(i + 1, f"text {i} " + "and " * (i % 5), ("yes", "no", "in the end")[i % 3]) for i in range(23)]
@@ -168,11 +169,7 @@ async def test_cancelling_stops_everything_and_gives_the_leases_back(parts: Part
     job.cancel()
     with pytest.raises(asyncio.CancelledError):
         await job
-    for _ in range(500):
-        if not parts.inference.live and not parts.registry.memory()["leases"]:
-            break
-        await asyncio.sleep(0.01)
-    assert not parts.inference.live and not parts.registry.memory()["leases"]
+    await asyncio.to_thread(until, lambda: not parts.inference.live and not parts.registry.memory()["leases"])
 
 
 async def test_an_example_that_does_not_fit_is_named_by_its_line(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
