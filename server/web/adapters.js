@@ -1,12 +1,11 @@
 // The adapters that are registered, what they cost, and what can be done with each.
-import { get, send } from "./api.js";
+import { get, latest, send } from "./api.js";
 import { bytes, headings, lay, make, refocus, row, search } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 const ORDER = ["q", "k", "v", "o", "gate", "up", "down"];
 let frame;
 let drawn = "";
-let looks = 0;
 const sift = search($("adapter-search"), () => $("adapter-rows").rows);
 const rows = new Map(); // name -> its row and what that shows, so that those stay that have not changed
 
@@ -98,10 +97,9 @@ export function start(given) {
   });
 }
 
-export async function refresh() {
-  const look = ++looks;
-  const [{ adapters, rejected }, { adapters: room }] = await Promise.all([get("/adapters"), get("/stats")]);
-  if (look !== looks) return; // what was asked for later is newer
+export const refresh = latest(() => Promise.all([get("/adapters"), get("/stats")]), show);
+
+function show([{ adapters, rejected }, { adapters: room }]) {
   const now = JSON.stringify([adapters, rejected, room]);
   if (now === drawn) return; // so that a button keeps its focus
   drawn = now;

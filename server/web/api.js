@@ -75,6 +75,15 @@ export async function inRounds(items, ask) {
   return settled.map((one) => one.value);
 }
 
+// Draws what `ask` brings, unless it is asked again meanwhile: then that is waited for, which is newer.
+export function latest(ask, draw) {
+  let last;
+  return () => {
+    const mine = ask().then((found) => (mine === last ? draw(found) : last));
+    return (last = mine);
+  };
+}
+
 export const get = (path) => read(path, (answer) => answer.json());
 export const getText = (path) => read(path, (answer) => answer.text());
 

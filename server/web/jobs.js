@@ -1,13 +1,12 @@
 // Training and evaluation jobs: progress, curves, what can be done with each, and the form that starts one.
 /* global uPlot */
-import { get, inRounds, send } from "./api.js";
+import { get, inRounds, latest, send } from "./api.js";
 import { chart, make, mixture, newest, offer, refocus } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 const list = $("job-list");
 const cards = new Map(); // id -> its card, so that a button keeps its focus and a chart its place
 let frame;
-let looks = 0;
 
 const TRAINING = (id) => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
 const JOB = (id) => `/jobs/${encodeURIComponent(id)}`;
@@ -202,10 +201,9 @@ async function offerTasks() {
   offer($("train-task"), (await get("/tasks")).tasks.map((task) => task.name), "none");
 }
 
-export async function refresh() {
-  const look = ++looks;
-  const [{ jobs }] = await Promise.all([get("/jobs"), offerTasks()]);
-  if (look !== looks) return; // what was asked for later is newer
+export const refresh = latest(() => Promise.all([get("/jobs"), offerTasks()]), show);
+
+async function show([{ jobs }]) {
   for (const [id, card] of cards) {
     if (!jobs.some((job) => job.id === id)) {
       card.node.remove();
