@@ -52,7 +52,7 @@ rows = []
 for at, pattern in enumerate(patterns):
     try:
         compiled = re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
+    except (ValueError, re.error, RecursionError, OverflowError) as error:
         json.dump({"bad": at, "why": str(error)}, sys.stdout)
         sys.exit()
     match = compiled.fullmatch if whole else compiled.match
@@ -181,7 +181,7 @@ def _matches(
     for pattern, part in zip(patterns, shown, strict=True):
         try:
             compiled = re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
+        except (ValueError, re.error, RecursionError, OverflowError) as error:
             raise _no_pattern(part, str(error), key) from error
         found = map(compiled.fullmatch if whole else compiled.match, names)
         rows.append([None if m is None else m.groupdict().get("idx") or "" for m in found])

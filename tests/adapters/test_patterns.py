@@ -53,6 +53,12 @@ def test_a_child_that_the_machine_ends_is_no_fault_of_the_pattern(child: str, mo
     assert sys.executable not in told.value.message
 
 
+def test_what_is_no_pattern_is_the_adapters_fault_in_a_child_too() -> None:
+    for pattern in ("(?a)(?u)q_proj", "(a"):
+        with pytest.raises(InvalidAdapter, match="is no valid pattern"):
+            patterns.full_matches(pattern, NAMES, "target_modules")
+
+
 def test_a_machine_that_has_no_child_to_give_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_files(*_: Any, **__: Any) -> None:
         raise OSError(errno.EMFILE, "Too many open files", sys.executable)
