@@ -17,8 +17,10 @@ from adapters.errors import InvalidData
 from adapters.strict_json import once
 
 MAX_LINE = 4 << 20
-INSTRUCTIONS = ("instruction", "instructions", "system", "history", "context")
+INSTRUCTIONS = ("instruction", "instructions", "system", "history")
 """What others' forms have beside an input, and ours has not: without it the answer would be to another question."""
+BESIDE_INPUTS = (*INSTRUCTIONS, "context")
+"""The same beside an input alone: a conversation has all that was said in its messages."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -163,7 +165,7 @@ def record(entry: object, number: int, name: str, unit: str = "line") -> Record:
     for first, second in (("input", "output"), ("prompt", "completion")):
         if first in keys or second in keys:
             _refuse(
-                entry, INSTRUCTIONS, where, f"make it part of {first!r} or of the task's template, or of 'messages'"
+                entry, BESIDE_INPUTS, where, f"make it part of {first!r} or of the task's template, or of 'messages'"
             )
             _refuse(entry, ("tools", "functions"), where)
             if first == "input":

@@ -96,6 +96,12 @@ def test_a_developer_speaks_as_the_system():
     assert [m["role"] for m in chat.messages] == ["system", "assistant"]
 
 
+def test_what_is_beside_a_conversation_and_none_of_it_is_left_aside():
+    line = b'{"context": {"source": "web"}, "prompt": "hi", "messages": [{"role": "assistant", "content": "Yes."}]}'
+    [chat] = data.parse(line)
+    assert [m["content"] for m in chat.messages] == ["Yes."]
+
+
 def test_text_may_come_in_parts():
     parts = [{"type": "text", "text": "hi "}, {"type": "text", "text": "you"}]
     example = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "yo"}]}
