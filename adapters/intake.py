@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import AdapterError, InvalidAdapter, StoreFailed
-from adapters.mistaken import LEADS_OUT
+from adapters.mistaken import leads_out
 from adapters.peft_format import REQUIRED, open_inside
 from adapters.ports import Reader
 from adapters.store import Store
@@ -40,7 +40,7 @@ class Intake:
         With `within`, links may not lead out of that folder. Raises InvalidAdapter, BaseMismatch, NoRoom, StoreFailed.
         """
         if within is not None and not folder.resolve().is_relative_to(within.resolve()):
-            raise InvalidAdapter(f"{folder.name}{LEADS_OUT}", "source")
+            raise InvalidAdapter(leads_out(folder.name), "source")
         missing = [file for file in REQUIRED if not _exists(folder / file, within)]
         if missing:
             self._read(folder, name)  # it has better words for what is there instead, a pickle for instance

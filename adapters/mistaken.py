@@ -16,8 +16,6 @@ MODEL_FILE = "config.json"
 WHOLE_MODEL = "this is a whole model, as merge_and_unload leaves one, and --model serves it"
 COPY_FILES = ": copy the files themselves, as `cp -rL` does"
 """What to do about a link, such as a hub's cache consists of."""
-LEADS_OUT = f" leads out of the adapter directory{COPY_FILES}"
-"""What follows the name of a file or folder that is not where it seems to be."""
 MAX_ENTRIES = 1000
 """Of a folder that is no adapter, how many entries are looked at for one."""
 
@@ -39,6 +37,11 @@ FOREIGN = {
 }
 """How the names end of tensors that are no half of a pair, where that says what they are. Strangers write the names,
 of any length: no pattern begins with a repetition, which a search would try from each of their characters on."""
+
+
+def leads_out(name: str, where: str = "the adapter directory") -> str:
+    """What is said of a file or folder that is not where it seems to be."""
+    return f"{name} leads out of {where}{COPY_FILES}"
 
 
 def foreign(name: str) -> str | None:

@@ -22,7 +22,7 @@ import torch
 from adapters import peft_config
 from adapters.durable import replace_file
 from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter, reason, unreadable
-from adapters.mistaken import COPY_FILES, LEADS_OUT, foreign, no_config, not_safetensors
+from adapters.mistaken import COPY_FILES, foreign, leads_out, no_config, not_safetensors
 from adapters.peft_config import LoraConfig
 from adapters.strict_json import once
 from adapters.weights import LoraWeights, LowRank, all_finite, all_finite_in, not_finite, sealed
@@ -149,7 +149,7 @@ def _read_file(
 
     `hint` says where the limit comes from; `too_large` may look at a file over it and raise for a better reason.
     """
-    descriptor = open_inside(folder / file, folder)
+    descriptor = open_inside(folder / file, folder, "its folder")
     if descriptor is None:
         return None
     try:
@@ -166,15 +166,16 @@ def _read_file(
     return data
 
 
-def open_inside(path: Path, within: Path | None) -> int | None:
+def open_inside(path: Path, within: Path | None, where: str = "the adapter directory") -> int | None:
     """A descriptor on the regular file `path`, for reading; None if there is no such file.
 
-    With `within`, links are followed only as far as they stay in that folder. Raises InvalidAdapter, StoreFailed.
+    With `within`, which people know as `where`, links are followed only as far as they stay in that folder. Raises
+    InvalidAdapter, StoreFailed.
     """
     try:
         real = path.resolve(strict=True)
         if within is not None and not real.is_relative_to(within.resolve()):
-            raise InvalidAdapter(f"{path.name}{LEADS_OUT}", path.name)
+            raise InvalidAdapter(leads_out(path.name, where), path.name)
         # Not blocking, so that a pipe by that name cannot hold a thread; not following, should the path have changed.
         fd = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from adapters.errors import AdapterError, InvalidAdapter, NoRoom, StoreFailed, reason, unreadable
 from adapters.journal import LIBRARY, WATCH, Signature
-from adapters.mistaken import LEADS_OUT, MAX_ENTRIES, MODEL_FILE, WHOLE_MODEL, folders_with, shown, told_below
+from adapters.mistaken import MAX_ENTRIES, MODEL_FILE, WHOLE_MODEL, folders_with, leads_out, shown, told_below
 from adapters.peft_format import CONFIG_FILE, OPTIONAL, REQUIRED
 from adapters.registry import Registry
 
@@ -328,7 +328,7 @@ def signature_of(folder: Path, within: Path | None) -> Signature:
             state = os.lstat(path)
             if linked or stat.S_ISLNK(state.st_mode):  # else there is nothing to follow: a thousand are looked at
                 if within is not None and not Path(path).resolve().is_relative_to(within.resolve()):
-                    raise InvalidAdapter(f"{name}{LEADS_OUT}")
+                    raise InvalidAdapter(leads_out(name))
                 state = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             continue

@@ -523,7 +523,7 @@ def test_links_out_of_the_folder_and_odd_files_are_refused(file, make_peft, shap
         peft_format.read_folder(folder, name="a", shapes=shapes)
     (folder / file).unlink()
     (folder / file).symlink_to(tmp_path / "outside")
-    with pytest.raises(InvalidAdapter, match="leads out of the adapter directory: copy the files themselves"):
+    with pytest.raises(InvalidAdapter, match="leads out of its folder: copy the files themselves"):
         peft_format.read_folder(folder, name="a", shapes=shapes)
     (folder / file).unlink()
     os.mkfifo(folder / file)
