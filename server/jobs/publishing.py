@@ -85,9 +85,9 @@ class Verdict:
         """Nothing is better than what it equals; what overflows is worse than all."""
         if self.theirs is None:
             return False
-        if self.metric == LOSS:
-            return self.ours < self.theirs or math.isnan(self.theirs)
-        return self.ours > self.theirs
+        if math.isnan(self.theirs):
+            return True
+        return self.ours < self.theirs if self.metric == LOSS else self.ours > self.theirs
 
     def told(self) -> dict[str, Any]:
         theirs = self.theirs if self.theirs is not None and math.isfinite(self.theirs) else None  # JSON has no other
@@ -213,11 +213,15 @@ class Publishing:
         active.note(f"Evaluating {metric} on {len(pairs):,} examples.")
         with self._named(active) as name:
             ours = self._score(active, task, name, pairs, metric)
-        theirs = None
+        theirs, value = None, None
         if rival is not None:
-            theirs = self._score(active, task, f"{rival.name}@{rival.digest}", pairs, metric)
-        return Verdict(metric, len(pairs), ours.value, theirs.value if theirs else None, (ours, theirs),
-                       identities(pairs))  # fmt: skip
+            try:
+                theirs = self._score(active, task, f"{rival.name}@{rival.digest}", pairs, metric)
+                value = theirs.value
+            except InvalidRequest as error:  # the result was asked the same: what is at fault is the version
+                value = math.nan
+                active.note(f"{rival.label} could not be measured: {error.message}", level="warn")
+        return Verdict(metric, len(pairs), ours.value, value, (ours, theirs), identities(pairs))
 
     def _task(self, request: Mapping[str, Any]) -> Task | None:
         """The task that a result is for: one that is gone is as it was when the job was asked for."""

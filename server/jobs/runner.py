@@ -317,13 +317,22 @@ class Jobs:
     def _keep_all(self) -> None:
         for job in list(self._unsaved.values()):
             try:
-                self.records.save(job)
+                self._save(job)
                 self._unsaved.pop(job.id, None)
             except AdapterError as error:  # a full disk
                 log.error("%s: %s; it is tried again with the next job's turn, and at the end", job.id, error.message)
                 continue
             if job.over:
                 self._clear(job)
+
+    def _save(self, job: Job) -> None:
+        try:
+            self.records.save(job)
+        except AdapterError:
+            if job.status != CANCELLED:
+                raise
+            self._clear(job)  # which nobody wants, and is how people make room
+            self.records.save(job)
 
     def _clear(self, job: Job) -> None:
         """What a run needs is kept only where the job can be resumed, what it has made where it is of use. Not before

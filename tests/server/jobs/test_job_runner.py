@@ -581,18 +581,34 @@ def test_what_a_run_needs_outlives_an_end_that_is_not_on_the_disk(tmp_path: Path
     def full(self: Records, job: Job) -> None:
         raise StoreFailed("no space left")
 
-    jobs = Jobs(Records(tmp_path), {EVALUATION: lambda active: None})
+    save = Records.save
+    jobs = Jobs(Records(tmp_path), {EVALUATION: lambda active: monkeypatch.setattr(Records, "save", full)})
     job = jobs.enter(jobs.records.prepare(EVALUATION, "task", {}, "eval", {DATA: b"x"}))
     needed = tmp_path / job.id / DATA
-    with monkeypatch.context() as patch:
-        patch.setattr(Records, "save", full)
-        jobs.cancel(job.id)
-        assert job.status == "cancelled" and needed.exists()
+    jobs.start()
+    until(lambda: job.status == "succeeded")
+    assert needed.exists()
+    monkeypatch.setattr(Records, "save", save)
     if killed:
-        assert Records(tmp_path).jobs[job.id].status == "queued"
-    else:
-        jobs.close(1.0)
-        assert Records(tmp_path).jobs[job.id].status == "cancelled" and not needed.exists()
+        assert not Records(tmp_path).jobs[job.id].over
+    jobs.close(1.0)
+    assert Records(tmp_path).jobs[job.id].status == "succeeded" and not needed.exists()
+
+
+def test_a_job_that_is_cancelled_makes_room_on_a_full_disk(tmp_path: Path, monkeypatch) -> None:
+    jobs = Jobs(Records(tmp_path), {EVALUATION: lambda active: None})
+    job = jobs.enter(jobs.records.prepare(EVALUATION, "task", {}, "eval", {DATA: b"x"}))
+    needed, save = tmp_path / job.id / DATA, Records.save
+
+    def full(self: Records, job: Job) -> None:
+        if needed.exists():
+            raise StoreFailed("no space left")
+        save(self, job)
+
+    monkeypatch.setattr(Records, "save", full)
+    jobs.cancel(job.id)
+    assert Records(tmp_path).jobs[job.id].status == "cancelled"
+    jobs.close(1.0)
 
 
 def test_what_an_ended_job_needed_goes_with_the_next_start_too(tmp_path: Path) -> None:

@@ -352,6 +352,20 @@ def test_a_job_whose_server_fails_to_measure_can_be_resumed(measured: Callable[.
     assert scene.publish()["evaluation"]["samples"] and scene.registry.names() == (["m"] if rule != "never" else [])
 
 
+def test_whatever_can_be_measured_is_better_than_a_version_that_cannot(measured: Callable[..., Measured]) -> None:
+    def overflow(number: int) -> None:
+        if number == 2:
+            raise InvalidRequest("the numbers overflow with m@1", "adapters")
+
+    scene = measured("if_better")
+    broken = scene.registry.publish_now("m", write(scene.root / "old", 2)).version
+    scene.engine.before = overflow
+    result = scene.publish()
+    assert result["model"] == "m" and scene.registry.current("m") != broken
+    assert result["evaluation"]["replaced"] is None
+    assert f"{broken.label} could not be measured: the numbers overflow" in scene.said()
+
+
 def test_what_cannot_be_compared_is_not_published(measured: Callable[..., Measured]) -> None:
     def refuse(number: int) -> None:
         if len(refused) < 1:
