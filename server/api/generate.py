@@ -172,7 +172,8 @@ def override(adapters: list[schemas.Weighted] | None) -> Choice | None:
 def resolve_task(
     parts: Parts, request: Request, task: str | None, adapters: list[schemas.Weighted] | None, caller: Caller
 ) -> Target:
-    """The target of `?task=`. Raises InvalidRequest, UnknownName and QueueFull, which are counted."""
+    """The target of `?task=`. Raises InvalidRequest, UnknownName and what
+    `within_limits` does, which are counted."""
     with counted(parts.inference, None, caller):
         if len(request.query_params.multi_items()) > 1:  # no other field gets this far
             raise InvalidRequest("the query names more than one task; give one", "task")
@@ -182,7 +183,7 @@ def resolve_task(
 
 def within_limits(parts: Parts, target: Target, caller: Caller) -> Target:
     """`target`, if the key and the task may have one more call, and its adapters are there. Raises QueueFull,
-    UnknownAdapter, InvalidChoice and NoRoom, which are counted."""
+    UnknownAdapter and InvalidChoice, which are counted."""
     with counted(parts.inference, target, caller):
         parts.inference.check(target, caller)
     return target

@@ -92,7 +92,8 @@ async def chat(body: schemas.ChatBody, request: Request, runtime: Running, parts
 
 
 def resolve_model(parts: Parts, body: schemas.V1Fields, caller: Caller, request: Request) -> Target:
-    """The target of `model`. Raises InvalidRequest, UnknownName, UnknownAdapter, QueueFull, which are counted."""
+    """The target of `model`. Raises InvalidRequest, UnknownName, UnknownAdapter and what `within_limits` does, which
+    are counted."""
     with counted(parts.inference, None, caller):
         if "task" in request.query_params:  # other words of a query may be a client's own, this one is ours
             raise InvalidRequest("a task is named as the model here, not in the query", "task")

@@ -41,6 +41,8 @@ class Leases(Protocol):
 
     def lease(self, choice: Choice) -> Lease: ...
 
+    def resolve(self, choice: Choice) -> list[tuple[Version, float]]: ...
+
     def check_room(self, mix: Mix) -> None: ...
 
 
@@ -164,10 +166,11 @@ class Inference:
         self._status_of = status_of
 
     def check(self, target: Target, caller: Caller) -> None:
-        """Raises QueueFull for a call over a limit of its key or task, and what `lease` does, before anything is worked
-        out for it."""
+        """Before anything is worked out for a call: raises QueueFull where it is over a limit of its key or task, and
+        UnknownAdapter, InvalidChoice."""
         self.admission.check(caller.tenant, target.task.name if target.task else None)
-        self.lease(target).release()
+        if target.held is None:
+            self.leases.resolve(target.choice)
 
     def lease(self, target: Target) -> Lease:
         """A lease of what is to answer. Raises UnknownAdapter, InvalidChoice, NoRoom."""
