@@ -45,6 +45,7 @@ try:
 except ImportError:  # it is not installed, or older than what brought this
     sys.exit("the kernels are written in Triton, 3.5 or newer: pip install 'loramux[cuda]'")
 
+from adapters.durable import replace_file
 from adapters.weights import LoraWeights
 from benchmarks import gpu_answers, gpu_ceilings, gpu_kernels, gpu_load, gpu_peers, gpu_products
 from benchmarks.gpu_base import Kind, RandomBase, random_adapters, random_base
@@ -133,7 +134,7 @@ class Bench:
         row = {"name": name, "section": self.section, "value": value, "target": target, "met": met, **more}
         self.results.append(row)
         if self.file is not None:
-            self.file.write_text(json.dumps({**self.machine, "results": self.results}, indent=1))
+            replace_file(self.file, json.dumps({**self.machine, "results": self.results}, indent=1).encode())
         limits = ("" if target is None else f"   (at least: {target})") + _by_bytes(more, "   (by its bytes: {})")
         print(f"  {name}: {value}{limits}", flush=True)
 

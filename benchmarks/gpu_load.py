@@ -251,8 +251,12 @@ def _run(bench: Any, kept: _Kept, room: Room, warming: list[int], asked: list[in
             seconds = answers.wait(engine, len(adapters), lengths[1], limit) - began
         after = engine.stats()["slots"]
     finally:
-        if not engine.stop():
-            bench.made = False  # its thread may still be in the runner, which is one thread's at a time
+        stopped = engine.stop()
+        bench.made &= stopped
+    if not stopped:
+        raise RuntimeError(
+            "the engine does not stop: its thread may still be in the runner, which is one thread's at a time"
+        )
     evictions = after["evictions"] - before["evictions"]
     copies = len(after["resident"]) - len(before["resident"]) + evictions
     return Run(len(asked) * lengths[1] / seconds, copies, evictions)
