@@ -67,7 +67,7 @@ int32_t draw_of_all(int64_t vocab, double noise, const DrawScratch& s) {
     before += w[i];
     if (before > goal) return static_cast<int32_t>(i);
   }
-  // Rounding, or a noise of 1: nothing passed it.
+  // Rounding: nothing passed it.
   for (int64_t i = (stretch + 1) * STRETCH - 1; w[chance] == 0 && i >= 0; i--)
     if (w[i] != 0) chance = i;
   return static_cast<int32_t>(chance);

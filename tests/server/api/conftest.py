@@ -28,6 +28,7 @@ from server.app import create_app
 from server.cli.http import Protocol
 from server.model.loader import Base
 from server.settings import Settings
+from tests.waiting import SECONDS
 
 TASK = {
     "task": "mood",
@@ -74,7 +75,7 @@ class Live:
             runner.run = slow
         self.delay = seconds
 
-    def idle(self, seconds: float = 5.0) -> bool:
+    def idle(self, seconds: float = SECONDS) -> bool:
         """Wait until nothing runs, waits or is leased."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -28,6 +30,14 @@ SCHEMES = [
     ("none", 0, False),
 ]
 SHAPES = [(16, 192), (48, 576), (49, 384), (7, 192), (130, 1536)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads() -> Iterator[None]:
+    """Whatever torch has when the first product comes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_pools", [bindings.Pool(2)])
+        yield
 
 
 def stored(scheme: str, group: int, double: bool, out: int, width: int) -> Weight:
