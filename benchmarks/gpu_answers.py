@@ -39,7 +39,7 @@ FORMS = (
 TOKENS = 32
 ROWS = 25
 """Prompts that are answered together."""
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 90.0
 """From when the kernels are compiled, if something comes after that is to be measured too; else all the time that there
 is. 200 prompts take 150 s on two slow processors."""
 CLAIM = "greedy answers equal to the CPU reference's, or noise at the first difference"
@@ -108,7 +108,8 @@ def _tell(bench: Any, found: list[Compared], wanted: int) -> None:
     bench.tell("greedy answers equal", equal)
     bench.tell("greedy answers whose first difference is noise", noise, margins=sorted(margins), most=NOISE_MARGIN)
     bench.tell("differences of the logits, rms, of their deviation", round(rms, 5), f"< {NOISE_RMS}", rms < NOISE_RMS)
-    bench.tell(CLAIM, equal + noise, wanted, equal + noise == len(found) == wanted)
+    late = {} if len(found) == wanted else {"reason": f"only {len(found)} were compared in the time that there was"}
+    bench.tell(CLAIM, equal + noise, wanted, equal + noise == len(found) == wanted, **late)
 
 
 def _compared(tokens: list[int], logits: torch.Tensor, exact: torch.Tensor) -> Compared:

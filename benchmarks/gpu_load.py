@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adapters.weights import LoraWeights, Mix
-from benchmarks.gpu_base import Kind, random_adapters, vocabulary_of
+from benchmarks.gpu_base import Kind, vocabulary_of
 from server.engine.cuda_runner import SLOTS
 from server.engine.overlap import OverlappedEngine
 from server.engine.request import Delivery, Request, Sampling
@@ -26,15 +26,17 @@ than a minute or two of the run. What an adapter's eviction and its copy cost do
 ROUNDS = 3
 """Requests of a point of the cliff for each of its adapters, after one that brings each in."""
 
-BUFFERS = 16
-"""Distinct contents in RAM; more adapters than these are versions of their own over the same bytes, copied as often."""
+SHARES = (0.5, 0.9, 1.1, 1.5, 2.0)
+"""Of what is resident, so many adapters are asked for."""
+REQUESTS = 320
+"""Of a run of `load`: ten batches."""
 
 
 def load(bench: Any) -> None:
     """Throughput with 1,000 adapters in RAM by a power law of 0.6 (S-LoRA's), against 5; there and back, so that a card
     that grows slower or faster meanwhile says nothing of the ratio."""
     few, many = (3, 12) if bench.check else (5, 1000)
-    requests = 4 if bench.check else 400
+    requests = 4 if bench.check else REQUESTS
     room, warm = bench.runner.room, range(min(bench.rows, requests))
     draws = np.random.default_rng(42).power(0.6, requests)
     for kind in bench.kinds:
@@ -82,7 +84,7 @@ def cliff(bench: Any) -> None:
     cost = whole.cost(bench.adapters(bench.kinds[0])[0])
     resident = max(1, min(2 if bench.check else RESIDENT, whole.nbytes // cost))
     room = Room(resident * cost, whole.cost)
-    shares = (1.0, 1.5) if bench.check else (0.25, 0.5, 0.9, 1.0, 1.1, 1.5, 2.0)
+    shares = (1.0, 1.5) if bench.check else SHARES
     counts = sorted({max(1, int(resident * share)) for share in shares})
     kept = _Kept(bench, max(counts), bench.kinds[0])
     points = []
@@ -90,7 +92,7 @@ def cliff(bench: Any) -> None:
         if bench.is_late:
             bench.tell(f"cliff: from {count} adapters on", "left out, the time is over", met=False)
             break
-        requests = ROUNDS * count if bench.check else max(150, ROUNDS * count)
+        requests = ROUNDS * count if bench.check else max(3 * bench.rows, ROUNDS * count)
         draws = np.random.default_rng(42).integers(0, count, requests).tolist()
         everyone = [i % count for i in range(max(count, bench.rows))]
         run = _run(bench, kept, room, everyone, draws)
@@ -136,10 +138,11 @@ def picture(points: list[tuple[int, float]], resident: int) -> str:
 
 
 class _Kept:
-    """Adapters in RAM, by digest."""
+    """Adapters in RAM, by digest. There are as many contents as a batch has rows; more adapters than these are versions
+    of their own over the same bytes, copied as often."""
 
     def __init__(self, bench: Any, count: int, kind: Kind) -> None:
-        self.buffers = random_adapters(bench.config, bench.backend, min(count, 3 if bench.check else BUFFERS), kind)
+        self.buffers = bench.adapters(kind)[:count]
         self.digests = [f"{i:064x}" for i in range(count)]
         self.weights = {
             digest: replace(self.buffers[i % len(self.buffers)], name=digest[-8:], digest=digest)

@@ -105,11 +105,33 @@ def test_a_device_that_hangs_does_not_take_the_table_along(
     bench = gpu.Bench(True, tmp_path / "told.json")
     bench.section = "load"
     bench.tell("first", 1)
-    gpu._give_up(bench)
+    gpu._give_up(bench, ["load"])
     told = json.loads((tmp_path / "told.json").read_text())["results"]
     assert [(row["name"], row["value"]) for row in told] == [("first", 1), ("load", "hung")]
     assert ended == [1] and "hung" in capsys.readouterr().out.partition("what ")[2]
     assert gpu.CUT_OFF_SECONDS + 10 < gpu.HUNG_SECONDS < 600
+
+
+def test_every_claim_has_a_row_whatever_ended_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its section failed, was running when the end came, or had not begun."""
+    bench = gpu.Bench(False, tmp_path / "told.json")
+    bench.section = "decode"
+    one, *_ = gpu.CLAIMS["decode"]
+    bench.tell(one, 0.6, 0.5, True)
+    bench.tell("decode", "failed: RuntimeError", met=False, reason="a test")
+    bench.section = "load"
+    bench.tell("load", "cut off", met=False)
+    gpu._close(bench, ["decode", "load", "answers", "kernels"])
+    rows = {row["name"]: row for row in json.loads((tmp_path / "told.json").read_text())["results"]}
+    assert rows[one]["value"] == 0.6 and rows[one]["met"]
+    left = {name: section for section in ("decode", "load", "answers") for name in gpu.CLAIMS[section] if name != one}
+    assert set(rows) == {one, "decode", "load", *left}
+    why = {"decode": "decode: failed: RuntimeError", "load": "load: cut off", "answers": "load: cut off"}
+    for name, section in left.items():
+        row = rows[name]
+        assert (row["section"], row["value"], row["met"]) == (section, "not measured", False)
+        assert row["target"] == gpu.CLAIMS[section][name] and row["reason"] == why[section]
+    assert capsys.readouterr().out.partition("what ")[2].count("not measured") == len(left)
 
 
 def test_a_device_that_has_gone_does_not_take_the_table_along(

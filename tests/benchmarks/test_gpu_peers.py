@@ -43,8 +43,26 @@ def test_a_peer_decodes_its_mixed_batch(monkeypatch: pytest.MonkeyPatch) -> None
     late.is_late = True
     gpu_peers.peers(late)
     assert told["decode of 2 mixed requests over Transformers + PEFT bf16"] == (
-        "not measured: the time is over", 10, None
+        "not measured: the time is over", 10, False
     )  # fmt: skip
+
+
+def test_a_peer_is_measured_once_where_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One difference is a figure, and two more would leave no time for what comes after it."""
+    asked: list[int] = []
+
+    def seconds(bench: Any, model: Any, prompt: torch.Tensor, count: int) -> float:
+        asked.append(count)
+        return float(count)
+
+    monkeypatch.setattr(gpu_peers, "_model", lambda bench, weights: None)
+    monkeypatch.setattr(gpu_peers, "_seconds", seconds)
+    bench = bench_of({})
+    for late, differences in ((False, gpu_peers.DIFFERENCES), (True, 1)):
+        asked.clear()
+        bench.is_late = late
+        assert gpu_peers._tokens_a_second(bench, "bf16") == 2
+        assert asked == [2] + [2 + gpu_peers.TOKENS, 2] * differences
 
 
 def test_a_peer_that_fails_does_not_keep_the_next_from_being_measured(monkeypatch: pytest.MonkeyPatch) -> None:
