@@ -366,11 +366,12 @@ def keep_few_kernels() -> None:
 def load_settings(flags: Mapping[str, Any] | None = None, *, config: Path | None = None) -> Settings:
     """Settings from flags (None: not given), then `LORAMUX_*`, then a TOML file. Raises BadSetting.
 
-    The file is `config`, else LORAMUX_CONFIG, else loramux.toml in the working directory if it is there.
+    The file is `config`, else LORAMUX_CONFIG, else loramux.toml in the working directory if it is there. Of a variable
+    that is empty only the name is looked at.
     """
-    environment = {k[len(PREFIX) :].lower(): v for k, v in os.environ.items() if k.startswith(PREFIX) and v != ""}
+    environment = {k[len(PREFIX) :].lower(): v for k, v in os.environ.items() if k.startswith(PREFIX)}
     environment = {name: value for name, value in environment.items() if not _is_service_link(name, value)}
-    from_variable = environment.pop("config", None)
+    from_variable = environment.pop("config", "") or None
     named = config or from_variable
     file = Path(named or DEFAULT_FILE)
     from_file = _read_file(file, must_exist=named is not None)
@@ -380,6 +381,7 @@ def load_settings(flags: Mapping[str, Any] | None = None, *, config: Path | None
     for name in from_file:
         if name not in Settings.model_fields:
             raise BadSetting(_unknown(name, list(Settings.model_fields), f" in {file}"), name)
+    environment = {name: value for name, value in environment.items() if value}
     given = {k: v for k, v in (flags or {}).items() if v is not None}
     try:
         return Settings(**{**from_file, **environment, **given})

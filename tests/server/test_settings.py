@@ -109,6 +109,16 @@ def test_unknown_variable_names_close_ones(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(BadSetting, match=r"LORAMUX_MAX_BACH; did you mean LORAMUX_MAX_BATCH") as e:
         load_settings()
     assert e.value.param == "max_bach"
+    monkeypatch.setenv("LORAMUX_MAX_BACH", "")
+    with pytest.raises(BadSetting, match="LORAMUX_MAX_BACH; did you mean"):
+        load_settings()
+
+
+def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("loramux.toml").write_text("max_batch = 3\n")
+    for name in ("MAX_BATCH", "MODEL", "CONFIG"):
+        monkeypatch.setenv(f"LORAMUX_{name}", "")
+    assert load_settings().max_batch == 3 and load_settings().model == "smollm2-135m"
 
 
 def test_unknown_key_of_the_file_names_close_ones() -> None:
