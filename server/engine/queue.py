@@ -173,8 +173,10 @@ class Inbox:
 
     def full(self) -> QueueFull:
         """The error for a request that finds no place."""
+        which = "--max-queue" if len(self._inside) >= self._max_requests else "--max-queue-tokens"
         return QueueFull(
-            f"{len(self._inside)} requests with {self._tokens} prompt tokens are waiting; come back later",
+            f"{len(self._inside)} requests with {self._tokens} prompt tokens are waiting, and "
+            f"{which} lets no more wait; come back later",
             retry_after=self._retry_after(),
         )
 

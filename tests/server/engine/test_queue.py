@@ -231,7 +231,7 @@ def test_what_has_left_makes_room_once() -> None:
     inside = [request() for _ in range(4)]
     for one in inside:
         inbox.put(one)
-    with pytest.raises(QueueFull):
+    with pytest.raises(QueueFull, match="4 requests .* --max-queue lets no more wait"):
         inbox.put(request())
     inbox.left(inside[0])
     inbox.left(inside[0])
@@ -261,7 +261,7 @@ def test_one_request_may_have_more_tokens_than_the_queue() -> None:
     inbox = opened(requests=4, tokens=100)
     inbox.put(request(length=101))
     assert inbox.overfull() is None
-    with pytest.raises(QueueFull):
+    with pytest.raises(QueueFull, match="101 prompt tokens .* --max-queue-tokens lets no more wait"):
         inbox.put(request())
     inbox.check(1, 101)
     inbox.check(4, 100)
