@@ -76,11 +76,13 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Keys, then server, Prometheus and Grafana in containers. SERVER=server-gpu for the one with a GPU.
+# Keys, then server, Prometheus and Grafana in containers. SERVER=server-gpu for the one with a GPU; the other has the same
+# port and state, and is ended first.
 SERVER ?= server
 dashboard:
 	deploy/make-keys
 	@command -v docker >/dev/null || { echo "docker with its compose plugin is needed" >&2; exit 1; }
+	docker compose rm --stop --force $(filter-out $(SERVER),server server-gpu)
 	PORT="$(PORT)" TORCH_INDEX="$(TORCH_INDEX)" docker compose up --build --detach $(SERVER) prometheus grafana
 	@echo "loramux     http://127.0.0.1:$(or $(PORT),8000)   keys: deploy/secrets/api_keys, admin_keys"
 	@echo "Prometheus  http://127.0.0.1:9090"

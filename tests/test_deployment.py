@@ -55,8 +55,20 @@ def test_images_are_pinned_and_ours_hold_no_rights(compose: dict[str, Any]) -> N
     for service in compose["services"].values():
         assert re.fullmatch(r"[\w./-]+:(v?\d+\.\d+\.\d+|cpu|cuda)", service["image"])
         assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
-    assert compose["services"]["server-gpu"]["profiles"] == ["gpu"]
     assert re.search(r"^USER (?!root)\w+$", read("Dockerfile"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("profile", "image"), [("cpu", "loramux:cpu"), ("gpu", "loramux:cuda")])
+def test_each_profile_has_one_server(compose: dict[str, Any], profile: str, image: str) -> None:
+    """The servers share a port and a state directory."""
+    started = [s for s in compose["services"].values() if profile in s.get("profiles", [profile])]
+    assert [service["image"] for service in started if "build" in service] == [image]
+    published = [port.rpartition(":")[0] for service in started for port in service["ports"]]
+    assert len(published) == len(set(published)) == 3
+
+
+def test_where_no_profile_is_named_it_is_the_one_without_a_gpu() -> None:
+    assert [line for line in read(".env").splitlines() if not line.startswith("#")] == ["COMPOSE_PROFILES=cpu"]
 
 
 def test_what_is_mounted_is_there(compose: dict[str, Any]) -> None:
@@ -117,18 +129,23 @@ def test_the_readme_names_what_there_is() -> None:
         assert (REPO / target).exists()
 
 
+def commands(*arguments: str, **environment: str) -> list[str]:
+    """What `make` would run."""
+    run = subprocess.run(
+        ["make", "--dry-run", *arguments],
+        cwd=REPO,
+        env={"PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return run.stdout.splitlines()
+
+
 def test_a_compiler_that_comes_later_has_the_package_installed_again(tmp_path: Path) -> None:
     def installs() -> bool:
-        run = subprocess.run(
-            ["make", "--dry-run", "serve", f"VENV={tmp_path}"],
-            cwd=REPO,
-            env={"PATH": "/usr/bin:/bin", "CXX": compiler},
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        )
-        return "pip" in run.stdout
+        return any("pip" in line for line in commands("serve", f"VENV={tmp_path}", CXX=compiler))
 
     def stamp(*names: str) -> None:
         for name in names:
@@ -147,21 +164,19 @@ def test_a_compiler_that_comes_later_has_the_package_installed_again(tmp_path: P
 
 def test_make_passes_settings_on() -> None:
     def command(*arguments: str, **environment: str) -> list[str]:
-        run = subprocess.run(
-            ["make", "--dry-run", "--always-make", "serve", *arguments],
-            cwd=REPO,
-            env={"PATH": "/usr/bin:/bin", **environment},
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        )
-        return shlex.split(run.stdout.splitlines()[-1].split("loramux ")[1])
+        last = commands("--always-make", "serve", *arguments, **environment)[-1]
+        return shlex.split(last.split("loramux ")[1])
 
     assert command() == ["serve"]
     assert command("PORT=9000", "ARGS=--max-mix 2") == ["serve", "--port", "9000", "--max-mix", "2"]
     assert command(PORT="9001", HOST="this-machine", MODEL="x") == ["serve", "--port", "9001"]
     assert command("MODEL=a b", "STATE_DIR=/s") == ["serve", "--model", "a b", "--state-dir", "/s"]
+
+
+@pytest.mark.parametrize(("server", "other"), [("server", "server-gpu"), ("server-gpu", "server")])
+def test_make_ends_the_other_server_first(server: str, other: str) -> None:
+    end, start = (line for line in commands("dashboard", f"SERVER={server}") if "docker compose " in line)
+    assert end == f"docker compose rm --stop --force {other}" and start.endswith(f" {server} prometheus grafana")
 
 
 def test_make_refuses_a_python_that_is_too_old(tmp_path: Path) -> None:
