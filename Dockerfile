@@ -17,7 +17,7 @@ WORKDIR /src
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY adapters adapters
 COPY server server
-RUN pip install ".${EXTRAS:+[$EXTRAS]}"
+RUN pip install ".[hub${EXTRAS:+,$EXTRAS}]"
 
 FROM python:${PYTHON}-slim
 ARG EXTRAS=
@@ -27,8 +27,9 @@ RUN case ",$EXTRAS," in *,cuda,*) \
 # Open to other users, as whom it may be run over a folder of theirs (`docker run --user`).
 RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/loramux loramux && chmod 755 /var/lib/loramux
 COPY --from=build /opt/loramux /opt/loramux
+# The hub's client keeps files of its own, for which Compose leaves no other place.
 ENV PATH=/opt/loramux/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    LORAMUX_STATE_DIR=/var/lib/loramux/data LORAMUX_HOST=0.0.0.0
+    LORAMUX_STATE_DIR=/var/lib/loramux/data LORAMUX_HOST=0.0.0.0 HF_HOME=/var/lib/loramux/data/cache/huggingface
 USER 10001
 WORKDIR /var/lib/loramux
 RUN mkdir data

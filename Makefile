@@ -4,7 +4,8 @@
 #   make test ARGS="tests/adapters -k rank"                   without ARGS all tests
 #   make bench ARGS=...      times of decode steps            make soak MINUTES=30     traffic while adapters come and go
 #   make fuzz FUZZ_MINUTES=10    made-up requests and files   make lint                style, types and known vulnerabilities
-#   make dashboard           with Prometheus and Grafana, in Docker       make clean   without the environment
+#   make dashboard           with Prometheus and Grafana, in Docker: PORT, MODEL, ALLOWED_HOSTS, EXTRAS=s3, SERVER=server-gpu
+#   make clean               without the environment
 #   TORCH_INDEX   an index to install torch from, such as that of its CPU builds; empty is pip's own configuration
 #   PYTHON        an interpreter, 3.11 or later
 
@@ -21,6 +22,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 pytho
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Settings that may be given as variables. PORT also from the environment; the others are too common a name for that.
+given = $(if $(findstring command,$(origin $(1))),$($(1)))
 typed = $(if $(findstring command,$(origin $(1))),--$(2) "$($(1))")
 flags = $(if $(PORT),--port "$(PORT)") $(call typed,HOST,host) $(call typed,MODEL,model) \
   $(call typed,DEVICE,device) $(call typed,THREADS,threads) $(call typed,STATE_DIR,state-dir) \
@@ -83,7 +85,8 @@ dashboard:
 	deploy/make-keys
 	@command -v docker >/dev/null || { echo "docker with its compose plugin is needed" >&2; exit 1; }
 	docker compose rm --stop --force $(filter-out $(SERVER),server server-gpu)
-	PORT="$(PORT)" TORCH_INDEX="$(TORCH_INDEX)" docker compose up --build --detach $(SERVER) prometheus grafana
+	PORT="$(PORT)" TORCH_INDEX="$(TORCH_INDEX)" $(foreach name,MODEL ALLOWED_HOSTS EXTRAS,$(name)="$(call given,$(name))") \
+	  docker compose up --build --detach $(SERVER) prometheus grafana
 	@echo "loramux     http://127.0.0.1:$(or $(PORT),8000)   keys: deploy/secrets/api_keys, admin_keys"
 	@echo "Prometheus  http://127.0.0.1:9090"
 	@echo "Grafana     http://127.0.0.1:3000   admin, password: deploy/secrets/grafana_password"

@@ -11,6 +11,7 @@ import shlex
 import stat
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,35 @@ import yaml
 from typer.main import get_command
 
 from server.cli import app
-from server.settings import PREFIX, Settings, flag, parse_keys
+from server.settings import PREFIX, Settings, flag, load_settings, parse_keys
 
 REPO = Path(__file__).resolve().parents[1]
 READ_BY_LOAD = {f"{PREFIX}CONFIG"}
+TOLD = {
+    "MODEL": "org/name@rev",
+    "ALLOWED_HOSTS": "models.example,other.example",
+    "EXTRAS": "s3,urls",
+    "TORCH_INDEX": "https://index.example/cpu",
+}
+"""What Compose can be told, beside a port."""
 
 
 def read(name: str) -> str:
     return (REPO / name).read_text(encoding="utf-8")
+
+
+def filled(text: str, told: Mapping[str, str]) -> str:
+    """As Compose fills in variables."""
+
+    def value(found: re.Match[str]) -> str:
+        plain, name, sign, other = found.groups()
+        if sign is None:
+            return told.get(plain, "")
+        if sign == "-":
+            return told.get(name) or other
+        return filled(other, told) if told.get(name) else ""
+
+    return re.sub(r"\$(?:(\w+)|\{(\w+):([-+])([^{}]*)\})", value, text)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +107,36 @@ def test_variables_are_settings(compose: dict[str, Any]) -> None:
     assert named - READ_BY_LOAD <= {PREFIX + name.upper() for name in Settings.model_fields}
 
 
+@pytest.mark.parametrize(
+    ("server", "usual", "more"), [("server", "", "s3,urls"), ("server-gpu", "cuda", "cuda,s3,urls")]
+)
+def test_compose_is_told_base_hosts_and_what_is_built(
+    compose: dict[str, Any], server: str, usual: str, more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def base_and_hosts(told: Mapping[str, str]) -> tuple[object, ...]:
+        for name, text in compose["services"][server]["environment"].items():
+            if name.startswith(PREFIX):
+                monkeypatch.setenv(name, filled(text, told))
+        settings = load_settings()
+        return settings.model, *settings.allowed_hosts
+
+    def built(told: Mapping[str, str]) -> dict[str, str]:
+        return {name: filled(text, told) for name, text in compose["services"][server]["build"]["args"].items()}
+
+    monkeypatch.chdir(tmp_path)
+    assert base_and_hosts({}) == (Settings().model, "loramux")
+    assert base_and_hosts(TOLD) == (TOLD["MODEL"], "loramux", "models.example", "other.example")
+    assert built({}) == {"TORCH_INDEX": "", "EXTRAS": usual}
+    assert built(TOLD) == {"TORCH_INDEX": TOLD["TORCH_INDEX"], "EXTRAS": more}
+
+
+def test_images_hold_the_hubs_client_and_the_extras_that_are_asked_for() -> None:
+    (what,) = re.findall(r'^RUN pip install ("\..*)$', read("Dockerfile"), re.MULTILINE)
+    for extras, whole in (("", ".[hub]"), ("cuda,s3", ".[hub,cuda,s3]")):
+        told = subprocess.run(["sh", "-c", f"echo {what}"], env={"EXTRAS": extras}, capture_output=True, text=True)
+        assert told.stdout == f"{whole}\n"
+
+
 def test_keys_are_made_once_and_fit(compose: dict[str, Any], secrets: Path) -> None:
     made = {p.name: p.read_text() for p in secrets.iterdir()}
     assert {s["file"] for s in compose["secrets"].values()} == {f"./deploy/secrets/{name}" for name in made}
@@ -106,7 +158,7 @@ def test_prometheus_finds_the_server(compose: dict[str, Any]) -> None:
     server = compose["services"]["server"]
     host = target.removesuffix(":8000")
     assert host in server["networks"]["default"]["aliases"]
-    assert server["environment"]["LORAMUX_ALLOWED_HOSTS"] == host
+    assert filled(server["environment"]["LORAMUX_ALLOWED_HOSTS"], {}) == host
     assert Path(job["authorization"]["credentials_file"]).name in compose["services"]["prometheus"]["secrets"]
 
 
@@ -140,7 +192,7 @@ def commands(*arguments: str, **environment: str) -> list[str]:
         check=True,
         timeout=60,
     )
-    return run.stdout.splitlines()
+    return run.stdout.replace("\\\n", "").splitlines()
 
 
 def test_a_compiler_that_comes_later_has_the_package_installed_again(tmp_path: Path) -> None:
@@ -171,6 +223,18 @@ def test_make_passes_settings_on() -> None:
     assert command("PORT=9000", "ARGS=--max-mix 2") == ["serve", "--port", "9000", "--max-mix", "2"]
     assert command(PORT="9001", HOST="this-machine", MODEL="x") == ["serve", "--port", "9001"]
     assert command("MODEL=a b", "STATE_DIR=/s") == ["serve", "--model", "a b", "--state-dir", "/s"]
+
+
+def test_make_tells_compose_what_it_is_told() -> None:
+    def told(*arguments: str, **environment: str) -> dict[str, str]:
+        words = shlex.split(commands("dashboard", *arguments, **environment)[-4])
+        return dict(word.split("=", 1) for word in words[: words.index("docker")])
+
+    assert set(re.findall(r"\$\{(\w+)", read("docker-compose.yml"))) == {"PORT", *TOLD}
+    nothing = dict.fromkeys(("PORT", *TOLD), "")
+    assert told() == nothing
+    assert told(*(f"{name}={value}" for name, value in TOLD.items()), PORT="9000") == {"PORT": "9000", **TOLD}
+    assert told(**TOLD) == {**nothing, "TORCH_INDEX": TOLD["TORCH_INDEX"]}
 
 
 @pytest.mark.parametrize(("server", "other"), [("server", "server-gpu"), ("server-gpu", "server")])
