@@ -84,7 +84,7 @@ SERVER ?= server
 dashboard:
 	deploy/make-keys
 	@command -v docker >/dev/null || { echo "docker with its compose plugin is needed" >&2; exit 1; }
-	docker compose rm --stop --force $(filter-out $(SERVER),server server-gpu)
+	-docker compose rm --stop --force $(filter-out $(SERVER),server server-gpu)
 	PORT="$(PORT)" TORCH_INDEX="$(TORCH_INDEX)" $(foreach name,MODEL ALLOWED_HOSTS EXTRAS,$(name)="$(call given,$(name))") \
 	  docker compose up --build --detach $(SERVER) prometheus grafana
 	@echo "loramux     http://127.0.0.1:$(or $(PORT),8000)   keys: deploy/secrets/api_keys, admin_keys"
