@@ -1,0 +1,109 @@
+"""The documents agree with the code and with one another: docs/api.md names all that a client may meet, and links lead
+somewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from server.api import errors, schemas
+from server.api.fine_tuning_schemas import EvaluateBody
+from server.api.openai_schemas import BOOKKEEPING, NOTES, ChatBody, CompletionBody, LoadAdapterBody
+from server.app import create_app
+from server.settings import Settings
+from server.tasks import sampling
+
+REPO = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted(path.relative_to(REPO).as_posix() for path in (*REPO.glob("*.md"), *REPO.glob("docs/*.md")))
+BODIES: tuple[type[BaseModel], ...] = (
+    *(schemas.GenerateBody, schemas.ClassifyBody, CompletionBody, ChatBody, schemas.Weighted),
+    *(schemas.TaskBody, schemas.Route, schemas.FeedbackBody, EvaluateBody),
+    *(schemas.RegisterBody, schemas.PublishBody, schemas.ComposeBody, LoadAdapterBody),
+)
+ANSWERS: tuple[type[BaseModel], ...] = (schemas.GenerateAnswer, schemas.ClassifyAnswer, schemas.ErrorBody)
+UNTOLD = {"base_model_name"}
+"""Fields that are taken and change nothing."""
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (REPO / "docs" / "api.md").read_text(encoding="utf-8")
+
+
+def words(page: str) -> set[str]:
+    """All that stands in code of its own."""
+    return set(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)))
+
+
+def fields(*models: type[BaseModel]) -> set[str]:
+    return {field.alias or name for model in models for name, field in model.model_fields.items()}
+
+
+def row(page: str, field: str) -> list[str]:
+    """The cells of a field of /generate."""
+    (found,) = re.findall(rf"^\| .*`{field}`.* \|$", page.split("## Who answers")[0], re.MULTILINE)
+    return [cell.strip() for cell in found.strip("|").split("|")]
+
+
+def test_the_api_page_names_every_route_and_no_other(page: str, tmp_path: Path) -> None:
+    paths = create_app(Settings(state_dir=tmp_path)).openapi()["paths"]
+    routes = {f"{method.upper()} {path}" for path, operations in paths.items() for method in operations}
+    routes |= {"GET /", "GET /docs", "GET /openapi.json"}  # which the document leaves out
+    assert {word.partition("?")[0] for word in words(page) if re.match("(GET|PUT|POST|DELETE) /", word)} == routes
+
+
+def test_the_api_page_names_every_field(page: str) -> None:
+    told = words(page)
+    assert fields(*BODIES) - UNTOLD - told == set()
+    assert fields(schemas.ClassifyAnswer) - told == set()
+    assert (BOOKKEEPING | NOTES) - told == set()
+    assert all(row(page, name) for name in fields(schemas.GenerateBody))
+
+
+def test_the_api_page_has_the_bounds_and_defaults_that_hold(page: str) -> None:
+    for name, number in sampling.NUMBERS.items():
+        if name != "seed":  # told in bits
+            assert row(page, name)[2] == f"{'over ' if number.above else ''}{number.low:g} to {number.high:,}", name
+    for name, default in sampling.OWN_DEFAULTS.items():
+        assert row(page, name)[1] == f"{default:g}"
+
+
+def test_the_api_page_has_every_code_beside_its_status(page: str) -> None:
+    known = {(status, code) for status, _, code in errors.TABLE.values()} | set(errors.STATUS_CODES.items())
+    known |= {(422, "invalid_request"), (422, "invalid_json"), (400, "invalid_json"), (500, "internal")}
+    told = set()
+    for statuses, codes in re.findall(r"^\| (\d{3}(?:, \d{3})*) \| (.*?) \|", page, re.MULTILINE):
+        told |= {(int(s), c) for s in statuses.split(", ") for c in re.findall(r"`(\w+)`", codes)}
+    assert {code for _, code in told} == {code for _, code in known}
+    assert known <= told
+
+
+def test_examples_of_the_api_page_are_what_the_schemas_say(page: str) -> None:
+    def fits(model: type[BaseModel], value: dict[str, Any]) -> bool:
+        try:
+            model.model_validate(value)
+        except ValidationError:
+            return False
+        return model not in ANSWERS or set(value) == fields(model)
+
+    blocks = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        assert any(fits(model, json.loads(block)) for model in (*BODIES, *ANSWERS)), block
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    text = (REPO / name).read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text):
+        path = (REPO / name).parent / target if target else REPO / name
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
