@@ -224,7 +224,7 @@ def _refuse_message(message: ChatMessage, prefix: str) -> None:
 
 def _refuse_word(word: str, served: tuple[str, ...], name: str) -> None:
     if word not in served:
-        raise UnsupportedParameter(f"{name} {word!r} is not served; {', '.join(served)} are", name)
+        raise UnsupportedParameter(f"{name} {word!r} is not served; served: {', '.join(served)}", name)
 
 
 def refuse_fields(body: BaseModel, prefix: str, unused: Collection[str] = ()) -> None:

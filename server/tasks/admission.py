@@ -67,9 +67,11 @@ class Admission:
     def check(self, tenant: str, task: str | None) -> None:
         """Raises RateLimited, which says which limit it was, for a request that would not be let in now."""
         if self._per_key is not None and self._keys[tenant] >= self._per_key:
-            raise RateLimited(f"this key has {self._per_key} requests in flight, which is its limit", retry_after=1.0)
+            raise RateLimited(f"this key has {self._per_key} of {self._per_key} requests in flight", retry_after=1.0)
         if task is not None and self._per_task is not None and self._tasks[task] >= self._per_task:
-            raise RateLimited(f"the task {task!r} has {self._per_task} requests in flight, its limit", retry_after=1.0)
+            raise RateLimited(
+                f"the task {task!r} has {self._per_task} of {self._per_task} requests in flight", retry_after=1.0
+            )
         if self._key_rate is not None:
             self._key_rate.check(tenant, "this key")
         if task is not None and self._task_rate is not None:
