@@ -129,9 +129,13 @@ async def publish(name: Name, request: Request, runtime: Running, parts: Ready, 
     return described(published.description, 201 if published.first else 200)
 
 
-@router.delete("/{name}", status_code=202, response_model=schemas.AdapterAnswer, responses=WRITE)
+@router.delete(
+    "/{name}", status_code=202, response_model=schemas.AdapterAnswer | schemas.UnservedAnswer, responses=WRITE
+)
 async def retire(name: Name, parts: Ready, if_match: IfMatch = None) -> Response:
-    """Take a name away. What runs on it finishes; then its memory and disk are freed."""
+    """Take a name away. What runs on it finishes; then its memory and disk are freed. Of one that was
+    set aside, and is not served, the name alone is told, without an ETag.
+    """
     return described((await parts.registry.retire(name, _version(parts, name, if_match))).description, 202)
 
 

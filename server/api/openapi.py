@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import html
 import json
+from decimal import Decimal
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
+
+from server.api.schemas import PATTERNS
 
 router = APIRouter(include_in_schema=False)
 
@@ -127,10 +130,25 @@ def _kind(schema: dict[str, Any]) -> str:
         return " or ".join(_kind(option) for option in schema["anyOf"])
     if "enum" in schema or "const" in schema:
         return " | ".join(map(str, schema.get("enum", [schema.get("const")])))
+    bounds = [f"{sign} {_plain(schema[key])}" for key, sign in _BOUNDS if key in schema]
     if schema.get("type") == "array":
-        return f"list of {_kind(schema.get('items', {}))}"
-    bounds = [f"{sign} {schema[key]}" for key, sign in _BOUNDS if key in schema]
-    return " ".join([str(schema.get("type", "any")), *bounds])
+        return " ".join(["list", *bounds, "of", _kind(schema.get("items", {}))])
+    words = [PATTERNS.get(pattern, pattern)] if (pattern := schema.get("pattern")) else []
+    return ", ".join([" ".join([str(schema.get("type", "any")), *bounds]), *words])
 
 
-_BOUNDS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("maxLength", "length ≤"))
+def _plain(bound: float) -> str:
+    """A bound as people write it: the document has whole numbers as doubles, of as many digits as tell them apart."""
+    return f"{int(Decimal(str(bound))) if bound == int(bound) else bound}"
+
+
+_BOUNDS = (
+    ("minimum", "≥"),
+    ("exclusiveMinimum", ">"),
+    ("maximum", "≤"),
+    ("minLength", "length ≥"),
+    ("maxLength", "length ≤"),
+    ("minItems", "length ≥"),
+    ("maxItems", "length ≤"),
+    ("maxProperties", "length ≤"),
+)

@@ -278,6 +278,12 @@ class AdapterAnswer(AdapterSummary):
     card: str | None
 
 
+class UnservedAnswer(Out):
+    """A name that was set aside: it has no version that could be told of."""
+
+    name: str
+
+
 class ComposedAnswer(AdapterAnswer):
     """`error` is the relative Frobenius error of the cut: 0 for the exact sum."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from typing import Any
@@ -10,7 +11,8 @@ import httpx
 import jsonschema
 import pytest
 
-from server.api.schemas import PATTERNS
+from server.api.schemas import INPUT_PATTERN, NAME_PATTERN, PATTERNS, VERSION_PATTERN
+from server.tasks import sampling
 
 
 @pytest.fixture
@@ -119,8 +121,38 @@ def test_the_page_of_the_document_needs_no_other_host(live: Any, document: dict[
     assert page.status_code == 200 and "<script" not in page.text and "https://" not in page.text
     assert all(path in page.text for path in document["paths"])
     assert "<code>?task=</code><td>string length ≤ 64 or null<td>without it the task `default`" in page.text
-    assert "<code>prompt</code><td>string length ≤ 8388608, required" in page.text
+    assert "<code>prompt</code><td>string length ≥ 1 length ≤ 8388608, required" in page.text
     assert "{&quot;name&quot;: &quot;sentiment&quot;, &quot;weight&quot;: 0.7}" in page.text, "what a mix looks like"
+
+
+def test_the_page_tells_the_bounds_of_every_kind(live: Any) -> None:
+    page = live.http.get("/docs").text
+    fields = page.split('<h3 id="GenerateBody">')[1].split("<h3")[0]
+    stop = "string length ≥ 1 length ≤ 256"
+    for field, told in (
+        ("max_tokens", "integer ≥ 1 ≤ 1000000 or null"),
+        ("temperature", "number ≥ 0 ≤ 2 or null"),
+        ("top_p", "number &gt; 0 ≤ 1 or null"),
+        ("repetition_penalty", "number ≥ 0.01 ≤ 10 or null"),
+        ("seed", f"integer ≥ {sampling.SEED[0]} ≤ {sampling.SEED[1]} or null"),
+        ("stop", f"{stop} or list length ≤ 8 of {stop} or null"),
+        ("stop_token_ids", "list length ≤ 64 of integer ≥ 0 or null"),
+    ):
+        assert f"<code>{field}</code><td>{told}<td>" in fields, field
+    assert "<code>labels</code><td>list length ≤ 64 of string length ≥ 1" in page
+    assert "<code>from</code><td>list length ≥ 1 length ≤" in page
+    for field, pattern in (("name", NAME_PATTERN), ("version", VERSION_PATTERN), ("prompt", INPUT_PATTERN)):
+        assert re.search(f"<code>{field}</code><td>string[^<]*, {re.escape(html.escape(PATTERNS[pattern]))}", page), (
+            field
+        )
+
+
+def test_what_is_told_of_a_name_that_is_not_served_is_in_the_document(start: Any, live: Any) -> None:
+    live.stop()
+    lower = start(max_rank=1)
+    answer = lower.http.delete("/adapters/a")
+    assert (answer.status_code, answer.json()) == (202, {"name": "a"}) and "etag" not in answer.headers
+    check(lower.http.get("/openapi.json").json(), answer)
 
 
 def test_every_pattern_of_a_body_has_words_for_it(document: dict[str, Any]) -> None:
