@@ -76,7 +76,7 @@ ON_WHEN_EMPTY = frozenset({"arrow_config", "kasa_config", "use_bdlora"})
 STORED: Mapping[str, tuple[Any, ...]] = {
     **NEUTRAL,
     **dict.fromkeys(ON_WHEN_EMPTY, ({},)),
-    "bias": ("none", "all", "lora_only"),
+    "bias": ("none", "all", "lora_only", None, False, "", [], {}),
 }
 """The same, as they once were: tensors tell that nothing of it was trained in what was taken."""
 
@@ -170,7 +170,7 @@ def _sort_keys(config: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]
             harmless.append(key)
         elif key in HARMLESS or any(_same(value, v) for v in neutral.get(key, ())):
             harmless.append(key)
-        elif _is_empty(value) and not (key in ON_WHEN_EMPTY and value == {}):
+        elif _is_empty(value) and key != "bias" and not (key in ON_WHEN_EMPTY and value == {}):  # PEFT refuses it
             harmless.append(key)
         else:
             shown = repr(value)

@@ -183,6 +183,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "bias": ({"bias": "some"}, "bias"),
     "biases of all": ({"bias": "all"}, 'where none was trained, say "none"'),
     "biases beside": ({"bias": "lora_only"}, "a trained bias is no low-rank update"),
+    **{
+        f"a bias of {value!r}": ({"bias": value}, 'where none was trained, say "none"')
+        for value in (None, False, "", [])
+    },
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
     "lm_head": ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),

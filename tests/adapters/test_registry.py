@@ -256,12 +256,12 @@ def test_whoever_hears_of_a_change_and_fails_keeps_nothing_from_being_freed(
     assert registry.names() == [] and not device.kept and old.digest not in stored(registry) and not registry._drains
 
 
-@pytest.mark.parametrize(("key", "value"), [("bias", "all"), ("kasa_config", {})])
+@pytest.mark.parametrize(("key", "value"), [("bias", "all"), ("bias", None), ("kasa_config", {})])
 def test_what_was_taken_by_other_rules_is_read_by_those(
     open_registry: Open, folders: list[Path], monkeypatch: pytest.MonkeyPatch, key: str, value: object
 ) -> None:
-    """`bias` said more than there is, once, and an empty table was none; what was published then is served on, and
-    refused when it comes anew."""
+    """`bias` said more than there is, or nothing, once, and an empty table was none; what was published then is served
+    on, and refused when it comes anew."""
     config = json.loads((folders[0] / "adapter_config.json").read_text())
     (folders[0] / "adapter_config.json").write_text(json.dumps({**config, key: value}))
     with monkeypatch.context() as then:
