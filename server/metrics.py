@@ -358,7 +358,7 @@ class Metrics(Observer):
         steps = _Counts(tuple(map(float, now.step_buckets or BATCH_BUCKETS)))
         if now.step_counts:
             steps.counts, steps.total = list(now.step_counts), float(now.step_rows)
-        yield _histogram("loramux_batch_size", "Tokens of a step, those of prompts among them.", steps)
+        yield _histogram("loramux_batch_size", "Rows of a step, each a token, those of prompts among them.", steps)
         yield from _training(list(now.training)[-MAX_JOBS:])
         yield from _gateway(now)
 
