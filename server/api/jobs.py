@@ -14,6 +14,7 @@ from server.api.generate import json_response
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready
 from server.errors import called
+from server.jobs.evaluating import check_size
 from server.jobs.records import CURVES, EVALUATION, SUCCEEDED, Job
 from server.jobs.spec import DATA
 from server.tasks.definitions import Best, Task
@@ -70,7 +71,8 @@ async def evaluate(task: Annotated[str, Path(max_length=64)], body: schemas.Eval
         for choice in candidates:
             parts.registry.lease(choice).release()  # a mix that no request could have is told now, not by the job
         if body.file is not None:
-            parts.files.get(body.file)
+            file = parts.files.get(body.file)
+            check_size(file.bytes, file.filename, "file")
     request = {
         "training_file": body.file,
         "candidates": candidates,
@@ -82,8 +84,9 @@ async def evaluate(task: Annotated[str, Path(max_length=64)], body: schemas.Eval
 
 
 def _add(parts: Parts, task: str, request: dict[str, Any], examples: Sequence[schemas.Example]) -> Job:
-    lines = "".join(json.dumps(example.model_dump()) + "\n" for example in examples)
-    files = {DATA: lines.encode()} if lines else {}
+    lines = "".join(json.dumps(example.model_dump()) + "\n" for example in examples).encode()
+    check_size(len(lines), "data", "data")
+    files = {DATA: lines} if lines else {}
     return parts.jobs.enter(parts.jobs.records.prepare(EVALUATION, task, request, "eval", files))
 
 

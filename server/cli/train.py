@@ -43,7 +43,8 @@ def train(
     """Train one adapter for each recipe, on the 4-bit base that serves. Started again, it goes on where it was.
 
     What is finished, by the very same recipe, data and base, is skipped. Ctrl-C stops it after the update that runs,
-    and nothing is lost; a second one ends it at once. With --json, each recipe that is done is a line.
+    and nothing is lost; a second one ends it at once. With --json, each recipe that is done is a JSON object: one
+    line, on a terminal several.
     """
     import torch
 

@@ -32,7 +32,13 @@ from server.tasks.subjects import Subject, served
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 32 << 20
-"""Of a file: it is read in the server's own process, whose steps would wait while it is."""
+"""Of the examples: they are read in the server's own process, whose steps would wait while they are."""
+
+
+def check_size(nbytes: int, name: str, field: str) -> None:
+    """Raises InvalidData for examples that are too many bytes to be read here."""
+    if nbytes > MAX_BYTES:
+        raise InvalidData(f"{name} is over the {MAX_BYTES >> 20} MiB that an evaluation reads", field)
 
 
 class Evaluating:
@@ -102,8 +108,7 @@ class Evaluating:
         path = self._files.path(file) if file else active.folder / DATA
         name, field = (self._files.get(file).filename, "file") if file else ("data", "data")
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise InvalidData(f"{name} is over the {MAX_BYTES >> 20} MiB of an evaluation's file")
+            check_size(path.stat().st_size, name, field)
             return pairs(data.parse(path.read_bytes(), name))
         except InvalidData as error:
             raise JobError("invalid_file", error.message, field) from error

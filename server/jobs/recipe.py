@@ -4,7 +4,7 @@ Owns the file's form and what can be wrong with it. A recipe names its data, whi
 
     name = "sentiment"
     data = "sentiment.train.jsonl"        # .json or .jsonl, relative to --data or to the recipe
-    validation = "sentiment.dev.jsonl"    # optional: evaluated while training, the best is kept
+    validation = "sentiment.dev.jsonl"    # optional: evaluated at the end, and with eval_steps before; the best is kept
     auto_rank = true                      # optional: ranks by module, at the parameters that lora_rank would have
     prune_to = 2                          # optional: cut to this rank, below the one that is trained, at the end
 

@@ -549,7 +549,9 @@ def test_a_files_content_is_whole_whatever_range_is_asked_for(live: Any, client:
         assert answer.status_code == 200 and answer.content == b"0123456789"
 
 
-def test_evaluating_candidates_of_a_task(live: Any, client: openai.OpenAI, write_adapter: Any) -> None:
+def test_evaluating_candidates_of_a_task(
+    live: Any, client: openai.OpenAI, write_adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         write_adapter(name, seed)
         live.http.post("/adapters", json={"name": name, "source": name})
@@ -570,6 +572,12 @@ def test_evaluating_candidates_of_a_task(live: Any, client: openai.OpenAI, write
     job = finished(live, live.http.post("/tasks/mood/evaluate", json=body).json()["id"])
     assert job["status"] == "succeeded" and job["result"]["candidates"][0]["adapters"] == []
     assert all(row["score"] > 0 for row in job["result"]["candidates"])
+
+    with monkeypatch.context() as small:
+        small.setattr("server.jobs.evaluating.MAX_BYTES", 100)
+        for large, field in (({"data": LINES}, "data"), ({"file": file}, "file")):
+            refused = live.http.post("/tasks/mood/evaluate", json=large)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, field), refused.text
 
     bad = upload(client, [{"prompt": "x", "completion": "y"}])
     job = finished(live, live.http.post("/tasks/mood/evaluate", json={"file": bad}).json()["id"])
