@@ -78,7 +78,7 @@ class Registry:
         self._max_mix = max_mix
         self._reserved = RESERVED | set(reserved)
         self._observer = observer or Observer()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `lease` holds it while it asks for the `mix`
         self._names = Names()
         self._leases = Leases()
         self._draining: set[str] = set()
@@ -128,23 +128,36 @@ class Registry:
         """The versions that `choice` means now, in its order. Raises UnknownAdapter, InvalidChoice."""
         return [(self._names.find(text), weight) for text, weight in choice]
 
+    def mix(self, choice: Choice) -> Mix:
+        """The mix that `choice` means now; nothing holds it. Raises UnknownAdapter, InvalidChoice, and NoRoom for what
+        could never be in RAM together.
+        """
+        mix = canonical_mix(self.resolve(choice), self._max_mix)
+        self.check_room(mix)
+        return mix
+
     def lease(self, choice: Choice) -> Lease:
         """Fix the versions of `choice` and hold them, in one step. Takes no memory and reads nothing.
 
-        Raises UnknownAdapter, InvalidChoice, and NoRoom for a mix that could never be in RAM together.
+        Raises what `mix` does.
         """
         with self._lock:
-            versions = self.resolve(choice)
-            mix = canonical_mix(versions, self._max_mix)
-            self._check_room(mix)
+            versions, mix = self.resolve(choice), self.mix(choice)
             self._leases.hold(version for version, _ in versions)
             self._draining.difference_update(mix.digests)
         return Lease(mix, versions, self._release)
 
     def check_room(self, mix: Mix) -> None:
-        """Raises NoRoom if the mix can no longer be in RAM together, as others have been pinned since it was leased."""
+        """Raises NoRoom if the mix cannot be in RAM together beside what is pinned by now."""
         with self._lock:
-            self._check_room(mix)
+            pinned = sum(self._ram.size(digest) for digest in self._pinned_digests() - set(mix.digests))
+        need = sum(self._ram.size(digest) for digest in mix.digests)
+        if need + pinned > self._ram.capacity:
+            beside = f", {pinned:,} of which are pinned" if pinned else ""
+            raise NoRoom(
+                f"the mix takes {need:,} bytes in RAM; there are {self._ram.capacity:,} (--adapter-ram){beside}",
+                "adapters",
+            )
 
     def fetch(self, mix: Mix) -> Fetched:
         """The weights of a leased mix, in its order, all or none, when they are in RAM. Never blocks.
@@ -510,17 +523,6 @@ class Registry:
         with self._lock:
             self._failures.pop(digest, None)
         return weights
-
-    def _check_room(self, mix: Mix) -> None:
-        """Raises NoRoom if the mix cannot be in memory beside what is pinned. With the lock."""
-        need = sum(self._ram.size(digest) for digest in mix.digests)
-        pinned = sum(self._ram.size(digest) for digest in self._pinned_digests() - set(mix.digests))
-        if need + pinned > self._ram.capacity:
-            beside = f", {pinned:,} of which are pinned" if pinned else ""
-            raise NoRoom(
-                f"the mix takes {need:,} bytes in RAM; there are {self._ram.capacity:,} (--adapter-ram){beside}",
-                "adapters",
-            )
 
     def _check_fit(self, name: str, nbytes: int, pinned: bool = False) -> None:
         """Raises NoRoom if `name` at `nbytes` could never be in RAM, or is (to be) pinned and other pins leave less."""

@@ -73,6 +73,7 @@ async def classify(
         labels = check_labels(body.labels) if body.labels else target.task.labels if target.task else ()
         if not labels:
             raise InvalidRequest("labels are needed: give them here, or the task some", "labels")
+        parts.engine.check_call(len(labels))
         left = threading.Event()
         async with listening(request.receive, left.set):
             encoded = await parts.prompts.of_labels(target.task, body.prompt, labels, caller.deadline, left.is_set)
@@ -182,8 +183,8 @@ def resolve_task(
 
 
 def within_limits(parts: Parts, target: Target, caller: Caller) -> Target:
-    """`target`, if the key and the task may have one more call, and its adapters are there. Raises QueueFull,
-    UnknownAdapter and InvalidChoice, which are counted."""
+    """`target`, if the key and the task may have one more call, and its mix can be served. Raises what
+    `Inference.check` does, which is counted."""
     with counted(parts.inference, target, caller):
         parts.inference.check(target, caller)
     return target

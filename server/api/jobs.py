@@ -68,8 +68,8 @@ async def evaluate(task: Annotated[str, Path(max_length=64)], body: schemas.Eval
     found = parts.tasks.get(task)
     candidates = _candidates(found, body)
     with called(adapters="candidates", file_id="file"):
-        for choice in candidates:
-            parts.registry.lease(choice).release()  # a mix that no request could have is told now, not by the job
+        for choice in candidates:  # a mix that no request could have is told now, not by the job
+            parts.engine.check_mix(parts.registry.mix(choice))
         if body.file is not None:
             file = parts.files.get(body.file)
             check_size(file.bytes, file.filename, "file")

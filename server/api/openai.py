@@ -153,12 +153,22 @@ def _layers(
     parts: Parts, target: Target, body: schemas.CompletionBody | schemas.ChatBody, defaults: Mapping[str, Any]
 ) -> Layers:
     """What `sampling.build` takes beside a prompt's length. Raises InvalidRequest for what is right for no prompt."""
+    _check_count(parts, body)
     own = target.task.defaults if target.task else {}
     if body.logprobs is False or not own.get("logprobs"):  # here a number of 0 would be those of the tokens alone
         own = {k: v for k, v in own.items() if k != "logprobs"}
     layers = _asked(body), own, defaults, parts.prompts.room
     sampling.build(*layers)
     return layers
+
+
+def _check_count(parts: Parts, body: schemas.CompletionBody | schemas.ChatBody) -> None:
+    """Raises InvalidRequest and NoCapacity for more answers than one call may ask for."""
+    prompt, n = body.prompt if isinstance(body, schemas.CompletionBody) else "", body.n or 1
+    count = 1 if isinstance(prompt, str) or isinstance(prompt[0], int) else len(prompt)
+    if count * n > schemas.MAX_SEQUENCES:
+        raise InvalidRequest(f"{count} prompts with n={n} are over {schemas.MAX_SEQUENCES} answers", "n")
+    parts.engine.check_call(count * n)
 
 
 def _asked(body: schemas.CompletionBody | schemas.ChatBody) -> dict[str, Any]:
@@ -179,8 +189,6 @@ async def _prompts(parts: Parts, target: Target, body: schemas.CompletionBody) -
         return [await parts.prompts.of_input(target.task, prompt)]
     if isinstance(prompt[0], int):
         return [parts.prompts.of_tokens(prompt)]
-    if len(prompt) * (n := body.n or 1) > schemas.MAX_SEQUENCES:
-        raise InvalidRequest(f"{len(prompt)} prompts with n={n} are over {schemas.MAX_SEQUENCES} answers", "n")
     if isinstance(prompt[0], str):
         found = []
         for text in prompt:

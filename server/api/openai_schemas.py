@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from server.api.schemas import GenerationFields, Out, Stop, Text, TopK
-from server.engine.grammar import ANY_OBJECT
+from server.engine.grammar import ANY_OBJECT, check_size
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.tasks import sampling as s
 
@@ -194,13 +194,14 @@ class ChatBody(V1Fields):
 
 def refuse_unserved(body: V1Fields) -> None:
     """Raises UnsupportedParameter for the first field that asks for something we do not serve, and InvalidRequest for a
-    message without content."""
+    message without content, or a schema that is missing or too long."""
     refuse_fields(body, "", BOOKKEEPING)
     if body.response_format is not None:
         _refuse_word(body.response_format.type, ANSWERS, "response_format.type")
         refuse_fields(body.response_format, "response_format.")
         if body.response_format.json_schema is not None:
             refuse_fields(body.response_format.json_schema, "response_format.json_schema.")
+        check_size(body.response_format.schema_of_answer() or {})
     if body.stream_options is not None:
         refuse_fields(body.stream_options, "stream_options.")
     if isinstance(body, ChatBody):

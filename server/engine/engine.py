@@ -11,9 +11,10 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from adapters.weights import Mix
 from server.engine import completion
 from server.engine.batch import Work, build_batch, most_logits, most_tokens
 from server.engine.kv_cache import KVCache, root_key
@@ -113,9 +114,18 @@ class Engine:
         self._inbox.open()
         self._thread.start()
 
-    def check_call(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Raises NoCapacity for requests of one call that the queue could never hold together."""
-        self._inbox.check(len(prompts), sum(map(len, prompts)))
+    def check_call(self, requests: int, tokens: int = 0) -> None:
+        """Raises NoCapacity for requests of one call that the queue could never hold together. Before prompts are
+        tokenized, their `tokens` are not known.
+        """
+        self._inbox.check(requests, tokens)
+
+    def check_mix(self, mix: Mix) -> None:
+        """Raises NoCapacity for a mix whose adapters could never be resident together."""
+        if len(mix) > self._slots.count:
+            raise NoCapacity(
+                f"the mix has {len(mix)} adapters, and {self._slots.count} can be resident (--max-slots)", "adapters"
+            )
 
     def submit(self, request: Request) -> None:
         """Let a request in. From here on it hears of its end exactly once.
@@ -302,11 +312,7 @@ class Engine:
                 f"the request needs the keys and values of {most} tokens, and there is room for "
                 f"{self._scheduler.kv.blocks * self._block_size} (--kv-cache)"
             )
-        if len(request.mix) > self._slots.count:
-            raise NoCapacity(
-                f"the mix has {len(request.mix)} adapters, and {self._slots.count} can be resident (--max-slots)",
-                "adapters",
-            )
+        self.check_mix(request.mix)
 
     # -- one step
 

@@ -88,6 +88,16 @@ NOWHERE = "NoExtensionBias"
 """How the library says that no token can come next."""
 
 
+def check_size(schema: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest for a schema that is too long, or nested too deeply, to be looked at."""
+    try:
+        size = len(json.dumps(schema, separators=(",", ":")))
+    except RecursionError:
+        raise InvalidRequest("the schema is nested too deeply", PARAM) from None
+    if size > MAX_SCHEMA:
+        raise InvalidRequest(f"the schema has {size} characters, over the limit of {MAX_SCHEMA}", PARAM)
+
+
 class Grammars:
     """Compiles schemas for one vocabulary of `vocab_size` ids. Thread-safe.
 
@@ -159,12 +169,7 @@ class Grammars:
                 del self._asked[tenant]
 
     def _grammars(self, schema: Mapping[str, Any], count: int) -> Iterator[Grammar]:
-        try:
-            asked = json.dumps(schema, separators=(",", ":"))
-        except RecursionError:
-            raise InvalidRequest("the schema is nested too deeply", PARAM) from None
-        if len(asked) > MAX_SCHEMA:
-            raise InvalidRequest(f"the schema has {len(asked)} characters, over the limit of {MAX_SCHEMA}", PARAM)
+        check_size(schema)
         held = json.dumps(prepared(schema), separators=(",", ":"))
         for _ in range(count):
             # Each from the beginning, though most schemas are asked for again: copies of one share the states of its

@@ -80,8 +80,9 @@ class Inbox:
     def check(self, requests: int, tokens: int) -> None:
         """Raises NoCapacity for so many requests, with so many prompt tokens, that never have place at one time."""
         if requests > self._max_requests or (requests > 1 and tokens > self._max_tokens):
+            having = f" with {tokens} prompt tokens" if tokens else ""
             raise NoCapacity(
-                f"the call makes {requests} requests with {tokens} prompt tokens, and the queue holds "
+                f"the call makes {requests} requests{having}, and the queue holds "
                 f"{self._max_requests} with {self._max_tokens} (--max-queue, --max-queue-tokens); send fewer at a time"
             )
 

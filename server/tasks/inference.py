@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 class Engine(Protocol):
     """What running a prompt asks of the engine."""
 
-    def check_call(self, prompts: Sequence[Sequence[int]]) -> None: ...
+    def check_call(self, requests: int, tokens: int = 0) -> None: ...
+
+    def check_mix(self, mix: Mix) -> None: ...
 
     def submit(self, request: Request) -> None: ...
 
@@ -41,7 +43,7 @@ class Leases(Protocol):
 
     def lease(self, choice: Choice) -> Lease: ...
 
-    def resolve(self, choice: Choice) -> list[tuple[Version, float]]: ...
+    def mix(self, choice: Choice) -> Mix: ...
 
     def check_room(self, mix: Mix) -> None: ...
 
@@ -166,11 +168,11 @@ class Inference:
         self._status_of = status_of
 
     def check(self, target: Target, caller: Caller) -> None:
-        """Before anything is worked out for a call: raises QueueFull where it is over a limit of its key or task, and
-        UnknownAdapter, InvalidChoice."""
+        """Before anything is worked out for a call: raises QueueFull where it is over a limit of its key or task, what
+        `lease` does, and NoCapacity for a mix that the engine could never have."""
         self.admission.check(caller.tenant, target.task.name if target.task else None)
         if target.held is None:
-            self.leases.resolve(target.choice)
+            self.engine.check_mix(self.leases.mix(target.choice))
 
     def lease(self, target: Target) -> Lease:
         """A lease of what is to answer. Raises UnknownAdapter, InvalidChoice, NoRoom."""
@@ -203,7 +205,7 @@ class Inference:
             self.refused(target, error, caller)
             raise
         try:
-            self.engine.check_call(prompts)
+            self.engine.check_call(len(prompts), sum(map(len, prompts)))
             lease = self.lease(target)
         except Exception as error:
             self._left(target, caller)

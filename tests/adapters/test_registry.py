@@ -467,8 +467,9 @@ def test_choices_that_mean_nothing(registry: Registry, folders: list[Path]) -> N
         ([("a", 1e308)], InvalidChoice),
         ([("", 1.0)], UnknownAdapter),
     ]:
-        with pytest.raises(error):
-            registry.lease(choice)
+        for asked in (registry.lease, registry.mix):
+            with pytest.raises(error):
+                asked(choice)
     assert len(registry._leases) == 0
 
 
@@ -477,12 +478,16 @@ def test_a_mix_that_can_never_fit_is_refused_at_once(open_registry: Open, folder
     registry = open_registry(ram_bytes=2 * size)
     for name, folder in zip("abc", folders, strict=False):
         registry.publish_now(name, folder)
-    registry.lease([("a", 1.0), ("b", 1.0)]).release()
-    with pytest.raises(NoRoom, match="the mix takes"):
-        registry.lease([("a", 1.0), ("b", 1.0), ("c", 1.0)])
+    with registry.lease([("a", 1.0), ("b", 1.0)]) as lease:
+        assert registry.mix([("b", 1.0), ("a", 1.0)]) == lease.mix
+    assert len(registry._leases) == 0
+    for asked in (registry.lease, registry.mix):
+        with pytest.raises(NoRoom, match="the mix takes"):
+            asked([("a", 1.0), ("b", 1.0), ("c", 1.0)])
     asyncio.run(registry.pin("c"))
-    with pytest.raises(NoRoom, match="pinned"):
-        registry.lease([("a", 1.0), ("b", 1.0)])
+    for asked in (registry.lease, registry.mix):
+        with pytest.raises(NoRoom, match="pinned"):
+            asked([("a", 1.0), ("b", 1.0)])
     registry.lease([("a", 1.0), ("c", 1.0)]).release()
 
 

@@ -578,6 +578,10 @@ def test_evaluating_candidates_of_a_task(
         for large, field in (({"data": LINES}, "data"), ({"file": file}, "file")):
             refused = live.http.post("/tasks/mood/evaluate", json=large)
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, field), refused.text
+    with monkeypatch.context() as few:
+        few.setattr(live.house.parts.engine._slots, "count", 1)
+        refused = live.http.post("/tasks/mood/evaluate", json={"data": LINES, "candidates": mixes})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (507, "candidates"), refused.text
 
     bad = upload(client, [{"prompt": "x", "completion": "y"}])
     job = finished(live, live.http.post("/tasks/mood/evaluate", json={"file": bad}).json()["id"])

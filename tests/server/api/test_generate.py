@@ -18,6 +18,7 @@ from server.api.generate import finite
 from server.engine.batch import Batch
 from server.engine.runner import TorchRunner
 from server.model.loader import Base
+from server.tasks.prompts import Prompts
 
 KEYS = {"id", "task", "text", "finish_reason", "adapters", "logprobs", "usage", "timings"}
 
@@ -190,28 +191,79 @@ BEFORE_ANY_TOKEN: list[tuple[dict[str, Any], int, str]] = [
     ({"max_tokens": 3, "min_tokens": 5}, 400, "min_tokens"),
     ({"stop_token_ids": [100000]}, 400, "stop_token_ids"),
     ({"adapters": [{"name": "gone"}]}, 404, "adapters"),
+    ({"adapters": [{"name": "a"}, {"name": "a"}]}, 400, "adapters"),
+]
+GENERATING: list[tuple[str, dict[str, Any]]] = [
+    ("/generate", {"prompt": "x"}),
+    ("/v1/completions", {"model": "tiny", "prompt": ["x", "y"]}),
+    ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}),
+]
+CLASSIFYING: tuple[str, dict[str, Any]] = ("/classify", {"prompt": "x", "labels": ["a", "b"]})
+NO_SCHEMAS: list[dict[str, Any]] = [
+    {"type": "json_schema"},
+    {"type": "json_object", "json_schema": {"schema": {}}},
+    {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 100_000]}}},
 ]
 
 
-def test_bounds_are_checked_before_a_prompt_is_tokenized(
-    live: Any, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
-) -> None:
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No prompt can be read."""
     for name in ("of_input", "of_chat", "of_labels"):
-        monkeypatch.setattr(live.house.parts.prompts, name, None)
-    prompts: list[tuple[str, dict[str, Any]]] = [
-        ("/generate", {"prompt": "x"}),
-        ("/v1/completions", {"model": "tiny", "prompt": ["x", "y"]}),
-        ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}),
-    ]
-    asked = [(path, {**prompt, **wrong}, *told) for path, prompt in prompts for wrong, *told in BEFORE_ANY_TOKEN]
+        monkeypatch.setattr(Prompts, name, None)
+
+
+@pytest.mark.usefixtures("unread")
+def test_bounds_are_checked_before_a_prompt_is_tokenized(live: Any, subtests: pytest.Subtests) -> None:
+    asked = [(path, {**prompt, **wrong}, *told) for path, prompt in GENERATING for wrong, *told in BEFORE_ANY_TOKEN]
     asked.append(("/v1/completions", {"model": "tiny", "prompt": ["x"] * 9, "n": 16}, 400, "n"))
-    asked.append(("/classify", {"prompt": "x", "labels": ["a", "b"], "adapters": [{"name": "gone"}]}, 404, "adapters"))
+    path, prompt = CLASSIFYING
+    asked += [(path, {**prompt, **wrong}, *told) for wrong, *told in BEFORE_ANY_TOKEN if "adapters" in wrong]
+    wrong_format = 400, "response_format"
+    asked += [(p, {**b, "response_format": f}, *wrong_format) for p, b in GENERATING[1:] for f in NO_SCHEMAS]
     for path, body, status, param in asked:
-        with subtests.test(f"{path} {body}"):
+        with subtests.test(f"{path} {body}"[:120]):
             answer = live.http.post(path, json=body)
             assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
     told = live.generate(max_tokens=257).json()["error"]
     assert told["code"] == "context_length_exceeded" and "257" in told["message"] and "256" in told["message"]
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(("flag", "status"), [("--max-mix", 400), ("--max-slots", 507), ("--adapter-ram", 507)])
+def test_a_mix_that_no_request_could_have_is_refused_before_a_prompt_is_tokenized(
+    live: Any, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests, flag: str, status: int
+) -> None:
+    parts = live.house.parts
+    limits: dict[str, Any] = {
+        "--max-mix": (parts.registry, "_max_mix", 1),
+        "--max-slots": (parts.engine._slots, "count", 1),
+        "--adapter-ram": (parts.registry._ram, "capacity", live.http.get("/adapters/a").json()["bytes"]),
+    }
+    monkeypatch.setattr(*limits[flag])
+    for path, prompt in (*GENERATING, CLASSIFYING):
+        with subtests.test(path):
+            answer = live.http.post(path, json={**prompt, "adapters": [{"name": "a"}, {"name": "b"}]})
+            assert answer.status_code == status and flag in answer.json()["error"]["message"], answer.text
+            assert answer.json()["error"]["param"] == "adapters"
+    assert live.idle()
+
+
+@pytest.mark.usefixtures("unread")
+def test_more_answers_than_can_wait_are_refused_before_a_prompt_is_tokenized(
+    start: Any, subtests: pytest.Subtests
+) -> None:
+    live = start(max_queue=4)
+    asked = [(path, {**prompt, "n": 5}) for path, prompt in GENERATING[1:]]
+    asked.append(("/v1/completions", {"model": "tiny", "prompt": [*"abcde"]}))
+    asked.append(("/v1/completions", {"model": "tiny", "prompt": "x", "n": 5}))
+    asked.append(("/classify", {"prompt": "x", "labels": [*"abcde"]}))
+    for path, body in asked:
+        with subtests.test(f"{path} {body}"):
+            answer = live.http.post(path, json=body)
+            count = 10 if body.get("prompt") == ["x", "y"] else 5
+            assert answer.status_code == 507, answer.text
+            assert f"the call makes {count} requests, and the queue holds 4 with" in answer.json()["error"]["message"]
 
 
 ADVICE: list[tuple[Any, str]] = [

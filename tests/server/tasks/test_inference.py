@@ -40,7 +40,7 @@ def test_a_call_of_several_answers_lasts_from_its_first_to_its_last() -> None:
 def test_a_call_that_is_refused_at_the_door_leaves_its_place() -> None:
     refused: list[Any] = []
 
-    def check_call(prompts: Any) -> None:
+    def check_call(requests: int, tokens: int) -> None:
         raise QueueFull("full", retry_after=1.0)
 
     engine, metrics = SimpleNamespace(check_call=check_call), SimpleNamespace(record=refused.append)
@@ -65,7 +65,7 @@ class House:
         self.room = 99
         self.asked_for_room: list[Any] = []
         engine: Any = SimpleNamespace(
-            check_call=lambda prompts: None, submit=self._submit, cancel=self.cancelled.append
+            check_call=lambda requests, tokens: None, submit=self._submit, cancel=self.cancelled.append
         )
         mailbox: Any = SimpleNamespace(post=lambda receiver, item: receiver(item))
         metrics: Any = SimpleNamespace(record=self.records.append)
