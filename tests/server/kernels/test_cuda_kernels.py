@@ -24,6 +24,7 @@ from server.kernels.stored import stored_parts
 from server.kernels.weight import STORED, Weight
 from server.model.config import from_hf
 from server.model.quantization import quantize
+from tests.server.kernels.tiny import error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -39,12 +40,6 @@ def stored_matrix(out: int, width: int, scheme: str, group: int, double: bool, s
 
 def on_device(stored: Weight, dtype: torch.dtype = FLOAT) -> products.Matrix:
     return products.Matrix(packing.side_by_side([packing.pack(stored)], DEVICE), dtype)
-
-
-def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    ours, exact = ours.float().cpu(), exact.float()
-    assert torch.isfinite(ours).all()
-    return float((ours - exact).norm() / exact.norm())
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

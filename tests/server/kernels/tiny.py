@@ -139,7 +139,8 @@ def random_tokens(config: ModelConfig, seed: int, count: int) -> list[int]:
 
 
 def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    """Relative, in the Frobenius norm."""
+    """Relative, in the Frobenius norm, of what may be on a device to what is not."""
+    ours, exact = ours.float().cpu(), exact.float()
     assert torch.isfinite(ours).all()
     return float((ours - exact).norm() / exact.norm())
 
