@@ -42,7 +42,7 @@ def decode_kernel(
         g, d, t = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BT)
         head = kv_head * GROUP + g
         mine = (g[:, None] < GROUP) & (d[None, :] < D)
-        row = tl.load(row_of + item)
+        row = tl.load(row_of + item).to(tl.int64)  # times its width past 2^31 in a long step
         queries = tl.load(q + row * row_stride + head[:, None] * D + d[None, :], mask=mine, other=0.0)
         best = tl.full((BG,), float("-inf"), tl.float32)
         total = tl.zeros((BG,), tl.float32)
@@ -78,7 +78,7 @@ def combine_kernel(
     context. And the sums of its groups unless GROUP is 0."""
     begin()
     item, head = tl.program_id(0), tl.program_id(1)
-    row, length = tl.load(row_of + item), tl.load(context + tl.load(sequence_of + item))
+    row, length = tl.load(row_of + item).to(tl.int64), tl.load(context + tl.load(sequence_of + item))
     tiles = tl.cdiv(length, BT)
     used = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, SPLITS), 1))
     split, d = tl.arange(0, SPLITS), tl.arange(0, BD)
@@ -107,7 +107,7 @@ def prefill_kernel(
     rows, position of the first."""
     begin()
     item, head = tl.program_id(0), tl.program_id(1)
-    sequence, row0 = tl.load(tiles + item * 4), tl.load(tiles + item * 4 + 1)
+    sequence, row0 = tl.load(tiles + item * 4), tl.load(tiles + item * 4 + 1).to(tl.int64)
     rows, position0 = tl.load(tiles + item * 4 + 2), tl.load(tiles + item * 4 + 3)
     kv_head = head // (HEADS // KV_HEADS)
     i, d, t = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BT)

@@ -321,7 +321,7 @@ def dequantize_kernel(
 def group_sums_kernel(x, out, K, GROUP: tl.constexpr, BG: tl.constexpr):
     """out float32 [M, K / GROUP] = the sums of x's groups."""
     begin()
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)  # times K past 2^31 in a long step
     g = tl.program_id(1) * BG + tl.arange(0, BG)
     place = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     values = tl.load(x + row * K + place, mask=place < K, other=0.0).to(tl.float32)

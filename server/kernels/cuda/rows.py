@@ -1,4 +1,7 @@
-"""What is done to each row by itself: embedding, RMSNorm, rotary positions with keys and values into their blocks."""
+"""What is done to each row by itself: embedding, RMSNorm, rotary positions with keys and values into their blocks.
+
+Rows are counted in 64 bits: times their width they pass 2^31 in a long step.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def embed_kernel(
 ):  # fmt: skip
     """out float32 [T, K] = rows `ids` of an 8-bit table, a block of the inputs a program. An id below 0 gives zeros."""
     begin()
-    row, block = tl.program_id(0), tl.program_id(1)
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tl.load(ids + row)
     n = tl.maximum(token, 0)
     i = tl.arange(0, RUN)
@@ -34,7 +37,7 @@ def embed_kernel(
 def rms_norm_kernel(x, weight, out, sums, N, eps, BN: tl.constexpr, GROUP: tl.constexpr):
     """out [T, N] = x / sqrt(mean(x^2) + eps) * weight, and the sums of its groups unless GROUP is 0."""
     begin()
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BN)
     values = tl.load(x + row * N + n, mask=n < N, other=0.0)
     by = tl.load(weight + n, mask=n < N, other=0.0)  # on its way while the squares are summed up
@@ -59,7 +62,7 @@ def rotate_kernel(
     The cache is [layers, blocks, kv_heads, 2, SIZE, D]. A row whose position is below 0 is not there.
     """
     begin()
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + row)
     if position >= 0:
         i = tl.arange(0, HALF)

@@ -24,7 +24,7 @@ from server.kernels.stored import stored_parts
 from server.kernels.weight import STORED, Weight
 from server.model.config import from_hf
 from server.model.quantization import quantize
-from tests.server.kernels.tiny import error
+from tests.server.kernels.tiny import BLOCK, error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -336,7 +336,7 @@ def untouched(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_rows_lie_beyond_the_elements_that_32_bits_count() -> None:
     """In a step that is long enough: of the inputs, outputs and lanes of rows alike."""
     if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 48 << 30:
-        pytest.skip("of which 43 GB are touched on a GPU")
+        pytest.skip("of which 48 GB are touched on a GPU")
     count, inputs, outputs, width, rank = (1 << 27) + 2, 16, 16, 16, 3
     adapters = Adapters(inputs, (outputs,), [[rank]])
     generator = torch.Generator().manual_seed(1)
@@ -366,6 +366,54 @@ def test_rows_lie_beyond_the_elements_that_32_bits_count() -> None:
         del given, shrunk, product, out, hidden
     for alone, last in zip(*found, strict=True):
         assert alone.count_nonzero() and torch.equal(alone, last)
+
+
+def test_rows_that_are_programs_lie_beyond_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes a while for each program: there two are launched, and told that they are the last."""
+    if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 32 << 30:
+        pytest.skip("of which 27 GB are touched on a GPU")
+    count, width, d = (1 << 27) + 2, 32, 16
+    generator = torch.Generator().manual_seed(1)
+    table, norm = on_device(stored_matrix(50, width, "int8", 32, False)), torch.rand(width, generator=generator)
+    made, held = torch.randn(2, 3 * d, generator=generator), torch.randn(1, 3, 1, 2, BLOCK, d, generator=generator)
+    angle = torch.rand(3, d // 2, generator=generator).to(DEVICE)
+    blocks = torch.arange(3, dtype=torch.int32, device=DEVICE)[:, None]
+    context = torch.tensor([0, 3, 3], dtype=torch.int32, device=DEVICE)
+    found = []
+    for among in (2, count):  # two rows, by themselves and as the last of very many
+        launched = among if DEVICE.type == "cuda" else 2
+        ids, positions, sequence = (untouched(among, dtype=torch.int32) for _ in range(3))
+        ids[-2:], sequence[-2:] = (torch.tensor(pair, dtype=torch.int32, device=DEVICE) for pair in ((7, 3), (1, 2)))
+        positions[-2:] = 2
+        stream, normed = untouched(among, width), untouched(among, width, dtype=FLOAT)
+        sums, again = untouched(among, 1), untouched(among, 1)
+        qkv, cache = untouched(among, 3 * d, dtype=FLOAT), held.to(DEVICE, FLOAT, copy=True)
+        qkv[-2:] = made
+        with monkeypatch.context() as patched:
+            if launched < among:
+                from triton.runtime.interpreter import InterpreterBuilder
+
+                def told(self: Any, x: int, y: int, z: int, first: int = among - 2) -> None:
+                    self.grid_idx = (first + x, y, z)
+
+                patched.setattr(InterpreterBuilder, "set_grid_idx", told)
+            rows.embed(table, ids[:launched], stream[:launched])
+            rows.rms_norm(stream[:launched], norm.to(DEVICE), 1e-5, normed[:launched], sums[:launched], width)
+            products.group_sums(normed[:launched], width, again[:launched])
+            turned = qkv[:launched], None, (angle.cos(), angle.sin()), positions[:launched], sequence[:launched]
+            rows.rotate(*turned, blocks, cache, 0, 1e-5)
+        found.append([t[-2:].cpu() for t in (stream, normed, sums, again, qkv)] + [cache[:, 1:].cpu()])
+        del stream, normed
+        out, prompts = untouched(among, d, dtype=FLOAT), untouched(among, d, dtype=FLOAT)
+        last = torch.tensor([among - 2, among - 1], dtype=torch.int32, device=DEVICE)
+        scratch = poisoned(2, 1, attention.SPLITS, d), poisoned(2, 1, attention.SPLITS)
+        attention.decode(qkv, cache, 0, blocks, context, last, sequence[-2:], scratch, out, sums, d)
+        tiles = [[1, among - 2, 1, 2], [2, among - 1, 1, 2]]
+        attention.prefill(qkv, cache, 0, blocks, torch.tensor(tiles, dtype=torch.int32, device=DEVICE), prompts)
+        found[-1] += [t[-2:].cpu() for t in (out, sums, prompts)]
+        del qkv, out, prompts
+    for alone, end in zip(*found, strict=True):
+        assert alone.count_nonzero() and torch.equal(alone, end)
 
 
 def test_inputs_are_cut_into_ranges_that_are_read_at_once() -> None:
