@@ -20,7 +20,6 @@ from server.kernels.cuda.products import Matrix
 from server.kernels.lora import SITES
 from server.kernels.stored import TILE
 from server.kernels.weight import Weight
-from server.model.config import ModelConfig
 from server.model.decoder import Source
 from server.model.rope import angles, frequencies
 
@@ -68,7 +67,7 @@ class DeviceModel:
 
     def __init__(self, base: Source, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = base.config, device, dtype
-        _check(base.config)
+        _check(base)
         self._piece = shared.Piece(shared.room(base.weights), device)
         self._parts: dict[str, Weight] = {}
         self._layers = [self._layer(base, i) for i in range(base.config.num_hidden_layers)]
@@ -280,7 +279,14 @@ class DeviceModel:
         return found
 
 
-def _check(config: ModelConfig) -> None:
+def _check(base: Source) -> None:
+    config, table = base.config, base.weights["model.embed_tokens"]
+    if table.scheme not in ("int8", "none") or table.double_quantized:
+        twice = ", its scales too" if table.double_quantized else ""
+        raise BadModel(
+            "the CUDA kernels look up tables of 16 bits, and of 8 bits whose scales are not quantized; the model's "
+            f"model.embed_tokens is in {table.scheme}{twice}, which the kernels of a CPU serve (--device cpu)"
+        )
     for path, (out, _) in config.linear_shapes().items():
         if out % TILE:
             raise BadModel(f"the CUDA kernels take linears with a multiple of {TILE} outputs, and {path} has {out}")

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 from server.kernels.cuda.launch import begin, options
-from server.kernels.cuda.products import Matrix, part_values
+from server.kernels.cuda.products import INT8, Matrix, part_values
 
 
 @triton.jit
 def embed_kernel(
-    ids, words, levels, scale, out, N, K,
-    RUN: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, SCHEME: tl.constexpr,
+    ids, words, scale, out, N, K,
+    RUN: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out float32 [T, K] = rows `ids` of an 8-bit table, a block of the inputs a program. An id below 0 gives zeros."""
     begin()
@@ -29,7 +29,7 @@ def embed_kernel(
     for part in tl.static_range(PARTS):
         k = block * PARTS * RUN + part * RUN
         s = tl.load(scale + tl.minimum(k // GROUP, last_group) * N + n).to(tl.float32)
-        values = part_values(word, levels, part, SCHEME, tl.float32) * s
+        values = part_values(word, word, part, INT8, tl.float32) * s
         tl.store(out + row * K + k + i, tl.where(token >= 0, values, 0.0), mask=k + i < K)
 
 
@@ -107,18 +107,10 @@ def embed(table: Matrix, ids: torch.Tensor, out: torch.Tensor) -> None:
     if table.dense:
         out.copy_(table.dense_values[ids.clamp(min=0).long()])
         return
-    words, levels, scale = table.arguments[:3]
-    names = ("RUN", "PARTS", "GROUP", "SCHEME")
+    words, _, scale = table.arguments[:3]
+    names = ("RUN", "PARTS", "GROUP")
     embed_kernel[(ids.shape[0], table.blocks)](
-        ids,
-        words,
-        levels,
-        scale,
-        out,
-        table.rows,
-        table.width,
-        **{name: table.constants[name] for name in names},
-        **options(),
+        ids, words, scale, out, table.rows, table.width, **{name: table.constants[name] for name in names}, **options()
     )
 
 

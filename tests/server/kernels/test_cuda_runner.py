@@ -36,6 +36,7 @@ from server.kernels.cuda import Cuda, finish, lora, packing, products, sampling
 from server.kernels.lora import SlotWeights
 from server.kernels.reference import Reference
 from server.model.on_device import DeviceModel, DeviceStep
+from server.model.quantization import quantize
 from tests.server.kernels import tiny
 from tests.server.kernels.tiny import (
     BLOCK,
@@ -964,6 +965,17 @@ def test_shapes_that_the_kernels_do_not_take_are_refused() -> None:
     ours, _ = bases("llama-int4")
     odd = Tiny(llama(**{**WIDTHS, "intermediate_size": 100}), ours.weights, ours.tensors, ours.backend)
     with pytest.raises(BadModel, match="multiple of 16"):
+        cuda_runner(odd)
+
+
+@pytest.mark.parametrize(("scheme", "group", "double"), [("nf4", 64, False), ("int4", 32, False), ("int8", 64, True)])
+def test_a_table_that_the_kernels_cannot_look_up_is_refused(scheme: str, group: int, double: bool) -> None:
+    """Which no folder has that `loramux quantize` wrote; but a manifest may say so, and other kernels serve it."""
+    ours, _ = bases("llama-int4")
+    (path,) = ours.config.table_shapes()
+    table = ours.backend.pack(quantize(torch.randn(ours.config.table_shapes()[path]), scheme, group, double))
+    odd = Tiny(ours.config, {**ours.weights, path: table}, ours.tensors, ours.backend)
+    with pytest.raises(BadModel, match=rf"model\.embed_tokens .* in {scheme}"):
         cuda_runner(odd)
 
 
