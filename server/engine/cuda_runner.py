@@ -151,8 +151,8 @@ class CudaRunner:
         """The one that was used last is at the end."""
         self._without: dict[Shape, float] = {}
         """Until when the steps of a bucket run without a graph, as memory lacked for it."""
-        self._broken: list[torch.cuda.CUDAGraph] = []
-        """Those whose capture was ended by something else: torch may go on asking them whose an allocation is."""
+        self._broken: set[torch.cuda.CUDAGraph] = set()
+        """Those whose capture did not end as it should: torch may go on asking them whose an allocation is."""
         self._graph_memory: Any = None
         self._graph_bytes = 0
         """What the driver has taken for graphs, beside the memory that torch has of it."""
@@ -211,7 +211,7 @@ class CudaRunner:
                     break
                 self._graph(bucket)
             if self._broken:
-                self._warm_up()  # kernels are launched otherwise since: see `_tried`
+                self._warm_up()  # kernels may be launched otherwise since: see `_tried`
             log.info("the kernels are compiled, the graphs of %d batch sizes are made", len(self._buckets))
 
     def place(self, slot: int, weights: LoraWeights) -> None:
@@ -384,8 +384,7 @@ class CudaRunner:
         made = self._tried(shape)
         if made is None:
             self._without[shape] = later
-            with suppress(RuntimeError):  # a broken capture may keep torch from it
-                torch.cuda.empty_cache()  # not while the error holds what was allocated until it came
+            _empty_cache()  # not while the error holds what was allocated until it came
             return None
         self._without.pop(shape, None)
         self._graph_memory = made.pool()
@@ -401,13 +400,14 @@ class CudaRunner:
 
     @property
     def _hopeless(self) -> bool:
-        """Whether captures have broken twice, the second time with kernels that do not overlap: each leaves torch's
-        account of its memory in worse order, so there is no third."""
+        """Whether captures have broken twice: each leaves torch's account of its memory in worse order, and what it has
+        taken of it is never given back, so there is no third."""
         return len(self._broken) > 1
 
     def _tried(self, shape: Shape) -> torch.cuda.CUDAGraph | None:
-        """A graph, or None if there can be none. The first capture that breaks for another reason than memory is tried
-        again with kernels that are launched one after the other, as not every driver captures them otherwise."""
+        """A graph, or None if there can be none. At the start the first capture that breaks for another reason than
+        memory is tried again with kernels that are launched one after the other, as not every driver captures them
+        otherwise. Later all kernels would be compiled anew for that, within steps."""
         graph = torch.cuda.CUDAGraph()
         try:
             self._capture(shape, graph)
@@ -416,13 +416,17 @@ class CudaRunner:
             log.warning("no graph of %d sequences, whose steps run without for a while: %s", shape.rows, str(error))
             if lacks_memory(error):
                 return None
-        self._broken.append(graph)
-        self._graph_memory = None  # the capture may hold it
+        self._leave(graph)
         self.wait()
-        if self._hopeless or not keep_apart():
+        if self._hopeless or self._allocated is not None or not keep_apart():
             return None
         log.warning("trying again with kernels that do not overlap")
         return self._tried(shape)
+
+    def _leave(self, graph: torch.cuda.CUDAGraph) -> None:
+        """A broken capture to itself, with the memory that others went into, as it may hold that."""
+        self._broken.add(graph)
+        self._graph_memory = None
 
     def _drop_graph(self) -> None:
         """Let go of the graph that was used the longest ago."""
@@ -443,12 +447,27 @@ class CudaRunner:
                 self._numbers.zero_()  # no tile has rows then, and no row a position below the cache's end
                 self._step(shape).positions.fill_(-1)
                 self._compute(shape)  # compiles whatever has not run yet, which must not be captured
-                # Other threads may pin memory meanwhile, which is none of this graph's business.
-                with torch.cuda.graph(graph, self._graph_memory, stream, capture_error_mode="thread_local"):
-                    self._compute(shape)
+                self._record(shape, graph)
                 graph.replay()  # the driver takes a graph's memory when it is first launched
         finally:
             torch.cuda.current_stream().wait_stream(stream)
+
+    def _record(self, shape: Shape, graph: torch.cuda.CUDAGraph) -> None:
+        """What a step launches, into a graph; as `torch.cuda.graph` does it, which cannot go without emptying the cache
+        and so fails each time after one that broke."""
+        self.wait()
+        _empty_cache()
+        try:
+            # Other threads may pin memory meanwhile, which is none of this graph's business.
+            graph.capture_begin(self._graph_memory, capture_error_mode="thread_local")
+            try:
+                self._compute(shape)
+            finally:
+                graph.capture_end()
+        except RuntimeError:
+            if not _has_ended(graph):
+                self._leave(graph)
+            raise
 
     def _compute(self, shape: Shape) -> None:
         """A bucket's step, from the numbers in their place to the results in theirs."""
@@ -485,6 +504,20 @@ class CudaRunner:
         assert all(math.isfinite(weight) for mix in batch.mixes for _, weight in mix)
 
 
+def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
+    """Whether a capture has: else torch does not tell which memory it went into."""
+    with suppress(RuntimeError):
+        graph.pool()
+        return True
+    return False
+
+
+def _empty_cache() -> None:
+    """Give back what torch keeps for later, unless a broken capture keeps it from that."""
+    with suppress(RuntimeError):
+        torch.cuda.empty_cache()
+
+
 def _in_room(launch: Callable[[], T]) -> T:
     """What `launch` answers; if memory lacks for it once more, as enough may be free in pieces that are each too small.
 
@@ -497,7 +530,7 @@ def _in_room(launch: Callable[[], T]) -> T:
             if not lacks_memory(error):
                 raise
             log.warning("memory of the GPU lacks for a step: %s", str(error))
-        torch.cuda.empty_cache()  # not while the error holds what was allocated until it came
+        _empty_cache()  # not while the error holds what was allocated until it came
     raise NoCapacity(
         "the GPU lacks the memory for a step: others take of what the server counts on; lower --gpu-memory, so that it "
         "counts on less, or --max-step-tokens, so that steps need less"

@@ -235,39 +235,76 @@ class Graph:
 
     alive = 0
 
-    def __init__(self) -> None:
+    def __init__(self, captures: Captures) -> None:
         Graph.alive += 1
         self.replays = 0
+        self._captures, self._pool, self._ended = captures, "", False
 
     def __del__(self) -> None:
         Graph.alive -= 1
 
+    def capture_begin(self, pool: str | None = None, capture_error_mode: str = "global") -> None:
+        self._pool = self._captures.begin(pool, capture_error_mode)
+
+    def capture_end(self) -> None:
+        self._captures.end(self._pool)
+        self._ended = True
+
     def pool(self) -> str:
-        return "pool"
+        if not self._ended:
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
+        return self._pool
 
     def replay(self) -> None:
         self.replays += 1
 
 
 class Captures:
-    """What was captured and computed on the stand-ins, none of whose captures has rows or lanes."""
+    """What was captured and computed on the stand-ins, none of whose captures has rows or lanes.
+
+    As in torch, a pool that a capture has not ended in takes no other, and some versions give no memory back then.
+    """
 
     def __init__(self) -> None:
         self.made: list[tuple[Any, ...]] = []
         self.computed: list[DeviceStep] = []
         self.error: Exception | None = None
-        """Which a capture ends with."""
+        """What a capture meets. Torch's own lack of memory lets it end, the driver's does not, as all else."""
+        self.underway: set[str] = set()
+        """The pools whose captures have not ended."""
+        self._stream: Stream | None = None
+        self._captures = False
 
     @contextlib.contextmanager
-    def capture(self, graph: Graph, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-        self.made.append((pool, stream, capture_error_mode, len(self.computed)))
+    def on(self, stream: Stream) -> Iterator[None]:
+        self._stream = stream
         yield
-        if self.error is not None:
-            raise type(self.error)(*self.error.args)  # a new one, as it holds the frames that it comes through
+        self._stream = None
+
+    def begin(self, pool: str | None, mode: str) -> str:
+        self.made.append((pool, self._stream, mode, len(self.computed)))
+        pool = pool or f"pool {len(self.made)}"
+        if pool in self.underway:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.underway.add(pool)
+        self._captures = True
+        return pool
+
+    def end(self, pool: str) -> None:
+        self._captures = False
+        if self.error is not None and not isinstance(self.error, torch.OutOfMemoryError):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self.underway.remove(pool)
+
+    def empty_cache(self) -> None:
+        if self.underway:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
     def note(self, model: DeviceModel, step: DeviceStep, *_: object) -> torch.Tensor:
         self.computed.append(step)
         assert step.positions.tolist() == [-1] * len(step.positions) and not step.lanes.tiles.any()
+        if self.error is not None and self._captures:
+            raise type(self.error)(*self.error.args)  # a new one, as it holds the frames that it comes through
         return torch.zeros(step.logit_rows.shape[0], 61)
 
 
@@ -278,9 +315,9 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
         pytest.skip("the real calls are made there")
     found = Captures()
     monkeypatch.setattr(DeviceModel, "logits", lambda *given: found.note(*given))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", found.capture)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(found))
+    monkeypatch.setattr(torch.cuda, "empty_cache", found.empty_cache)
+    monkeypatch.setattr(torch.cuda, "stream", found.on)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((1 << 30) - 100 * Graph.alive, 2 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 20)
     other = Stream()
@@ -305,7 +342,7 @@ def test_graphs_share_their_memory(captures: Captures) -> None:
     for size, width in ((2, 0), (4, 64), (2, 0)):
         assert isinstance(runner._graph(bucket(runner, size, width)), Graph)
     stream = runner._capturing
-    assert captures.made == [(None, stream, "thread_local", 1), ("pool", stream, "thread_local", 3)]
+    assert captures.made == [(None, stream, "thread_local", 1), ("pool 1", stream, "thread_local", 3)]
     assert len(captures.computed) == 4, "each has run once before it was captured"
     assert runner.nbytes()["graphs"] == 200
 
@@ -418,6 +455,19 @@ def test_a_step_that_finds_memory_in_pieces_is_run_again(count: int, monkeypatch
     assert emptied[1:] == [[None] * 2, [None] * 3]
 
 
+def test_a_step_that_finds_no_memory_is_refused_though_torch_gives_none_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a broken capture in some versions."""
+    (one,), runner = sequences([9], [()]), cuda_runner(bases("llama-int4")[0])
+
+    def lacking(*_: object) -> None:
+        raise torch.OutOfMemoryError("no block of 2 MiB")
+
+    monkeypatch.setattr(DeviceModel, "logits", lacking)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fails)
+    with pytest.raises(NoCapacity, match="lower --gpu-memory"):
+        step(runner, [(one, 9)])
+
+
 @pytest.mark.parametrize(
     "what", [(cuda_runner_module, "DeviceModel"), (cuda_runner_module, "AdapterPool"), (torch, "zeros")]
 )
@@ -522,28 +572,31 @@ def test_a_capture_does_not_touch_the_step_that_it_is_for(graph: bool, monkeypat
 def test_a_step_runs_without_a_graph_where_there_can_be_none(
     captures: Captures, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tried once in a while, not at every step."""
-    runner, captures.error = capturing_runner(), error
-    shape, before, alive = bucket(runner, 2), Graph.alive, list[int]()
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(Graph.alive - before))
+    """Tried once in a while, not at every step, and others are made as before."""
+    runner, emptied = capturing_runner(), captures.empty_cache
+    one, two, four = (bucket(runner, size) for size in (1, 2, 4))
+    runner._graph(one)
+    captures.error, before, alive = error, Graph.alive, list[int]()
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(Graph.alive - before) or emptied())
     for _ in range(3):
-        assert runner._graph(shape) is None
-    assert len(captures.made) == 1 and runner.nbytes()["graphs"] == 0
-    assert alive == [len(runner._broken)], "memory is given back when nothing of the capture is left"
-    assert len(runner._broken) == ("capturing" in str(error))
+        assert runner._graph(two) is None
+    assert len(captures.made) == 2 and runner.nbytes()["graphs"] == 100
+    assert alive == [1, len(captures.underway)], "memory is given back when nothing is left but what torch still asks"
+    assert len(captures.underway) == (not isinstance(error, torch.OutOfMemoryError))
     captures.error = None
-    assert isinstance(runner._graph(bucket(runner, 4)), Graph) and runner._graph(shape) is None
+    assert isinstance(runner._graph(four), Graph) and runner._graph(two) is None
     later = time.monotonic() + RETRY_SECONDS
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert isinstance(runner._graph(shape), Graph)
+    assert isinstance(runner._graph(two), Graph) and runner._graph(one) is not None
 
 
 @pytest.mark.parametrize("apart", [True, False])
-def test_a_capture_that_breaks_is_tried_with_kernels_that_do_not_overlap(
+def test_a_capture_that_breaks_at_the_start_is_tried_with_kernels_that_do_not_overlap(
     captures: Captures, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If that does not help there are no graphs, and torch's own account of captures is in no further danger."""
     runner, captures.error = capturing_runner(), RuntimeError("CUDA error: invalid resource handle")
+    runner._allocated = None
     asked: list[int] = []
 
     def keep_apart() -> bool:
@@ -552,17 +605,28 @@ def test_a_capture_that_breaks_is_tried_with_kernels_that_do_not_overlap(
             captures.error = None
         return len(asked) == 1
 
-    def unable() -> None:
-        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
-
     monkeypatch.setattr(cuda_runner_module, "keep_apart", keep_apart)
-    monkeypatch.setattr(torch.cuda, "empty_cache", unable)
     assert isinstance(runner._graph(bucket(runner, 2)), Graph) is apart
     assert isinstance(runner._graph(bucket(runner, 4)), Graph) is apart
     assert asked == [1] and len(captures.made) == (3 if apart else 2)
     later = time.monotonic() + RETRY_SECONDS
     monkeypatch.setattr(time, "monotonic", lambda: later)
     assert isinstance(runner._graph(bucket(runner, 2)), Graph) is apart and len(captures.made) == (3 if apart else 2)
+
+
+def test_a_capture_that_breaks_later_has_no_kernels_compiled_anew(
+    captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them would be, within steps, which may not take that long."""
+    runner, captures.error = capturing_runner(), RuntimeError("CUDA error: invalid resource handle")
+    monkeypatch.setattr(cuda_runner_module, "keep_apart", lambda: pytest.fail("kernels are launched otherwise"))
+    assert runner._graph(bucket(runner, 2)) is None
+    captures.error = None
+    assert isinstance(runner._graph(bucket(runner, 4)), Graph)
+    captures.error = RuntimeError("CUDA error: invalid resource handle")
+    assert runner._graph(bucket(runner, 1)) is None
+    captures.error = None
+    assert runner._graph(bucket(runner, 1, 64)) is None and isinstance(runner._graph(bucket(runner, 4)), Graph)
 
 
 def test_a_graph_is_launched_once_where_it_is_made(captures: Captures) -> None:
