@@ -40,8 +40,8 @@ def unavailable() -> str | None:
         return "triton is not installed (pip install 'loramux[cuda]')"
     if not any((Path(place) / NEWEST_PART).exists() for place in triton.submodule_search_locations or ()):
         return "triton is older than 3.5, as torch before 2.9 brings it (pip install 'loramux[cuda]')"
-    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        return "Triton builds its launchers with a C compiler, and there is none (cc, gcc or clang)"
+    if not any(map(shutil.which, ("gcc", "clang"))) and not _named_compiler():
+        return "Triton builds its launchers with a C compiler, and finds none (gcc, clang, or what CC names)"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "Triton builds its launchers against Python's headers, which are missing (python3-dev)"
     if torch.version.cuda is None:
@@ -55,6 +55,13 @@ def unavailable() -> str | None:
     if found < CAPABILITY:
         return f"the GPU has compute capability {found[0]}.{found[1]}, and {CAPABILITY[0]}.{CAPABILITY[1]} is needed"
     return None
+
+
+def _named_compiler() -> str | None:
+    """Where the compiler is that CC names. Triton, which reads that, takes a second to import: so it comes last."""
+    from triton import knobs
+
+    return shutil.which(knobs.build.cc or "")
 
 
 class Cuda:

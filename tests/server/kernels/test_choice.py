@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import shutil
 import sys
 import sysconfig
 from functools import lru_cache
@@ -76,9 +77,26 @@ def test_a_triton_that_is_too_old_is_none(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "triton", raising=False)
     (tmp_path / "triton" / "language").mkdir(parents=True)
     (tmp_path / "triton" / "__init__.py").touch()
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     assert "older than 3.5" in (cuda.unavailable() or "")
     (tmp_path / "triton" / "language" / "target_info.py").touch()
     assert "older than 3.5" not in (cuda.unavailable() or "")
+
+
+def test_a_compiler_that_triton_does_not_look_for_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes what $CC names, gcc or clang."""
+    pytest.importorskip("triton")
+    there: list[str] = []
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    for names, named, lacks in (
+        (["cc"], None, True), (["gcc"], None, False), (["clang"], None, False),
+        (["cc", "our-cc"], "our-cc", False), (["cc"], "our-cc", True),
+    ):  # fmt: skip
+        there[:] = names
+        monkeypatch.delenv("CC", raising=False)
+        if named is not None:
+            monkeypatch.setenv("CC", named)
+        assert ("C compiler" in (cuda.unavailable() or "")) is lacks, (names, named)
 
 
 def test_the_fastest_library_that_runs_is_loaded(
