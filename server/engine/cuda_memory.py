@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from server.engine.batch import most_logits
+from server.engine.batch import most_logits, most_tokens
 from server.errors import NoCapacity
 from server.model.config import ModelConfig
 
@@ -22,6 +22,8 @@ MOST_OF_A_GRAPH = 64 << 20
 """Bytes that one is taken to have at most: what the device has less of after a capture may have gone to others."""
 KEYS_SPLIT = 16
 """Parts that a sequence's keys are cut into at most: see kernels/cuda/attention.py."""
+DENSE_ROWS = 1024
+"""Rows from which a product's matrix is dequantized: see kernels/cuda/products.py."""
 CONTEXT = 640 << 20
 """Bytes that the driver takes for one more process, before it has allocated anything."""
 ADAPTER_SHARE = 0.25
@@ -63,7 +65,7 @@ def share_out(
             f"{_gb(total)} of GPU memory are too little: the base takes {_gb(base)}, work buffers {_gb(work)}, "
             f"graphs {_gb(FOR_GRAPHS)}, adapters {_gb(max(for_adapters, 0))} "
             f"and keys and values {_gb(max(for_cache, 0))}; "
-            "raise --gpu-memory, or lower --kv-cache, --adapter-device-memory or --max-step-tokens"
+            "raise --gpu-memory if more is free, or lower --kv-cache, --adapter-device-memory or --max-step-tokens"
         )
     return Shares(total, base, work, FOR_GRAPHS, for_adapters, for_cache)
 
@@ -81,7 +83,11 @@ def work_bytes(config: ModelConfig, max_step_tokens: int, max_batch: int) -> int
     heads = config.num_attention_heads * config.head_dim
     keys = 2 * config.num_key_value_heads * config.head_dim
     row = 4 * 3 * config.hidden_size + 6 * (heads + keys) + (4 * 2 + 2) * config.intermediate_size
-    dense = 2 * 2 * config.intermediate_size * config.hidden_size  # a matrix dequantized for many rows
+    # The largest matrix that is dequantized for many rows; once more for graphs of as many, whose memory is their own.
+    outputs = 2 * config.intermediate_size
+    if min(most_tokens(max_step_tokens, max_batch), most_logits(max_batch)) >= DENSE_ROWS:
+        outputs = max(outputs, config.vocab_size)
+    dense = 2 * outputs * config.hidden_size * (2 if max_batch >= DENSE_ROWS else 1)
     # Logits: kept ones, those of the graphs, and of a step without a graph, whose scored rows may be twice as many.
     logits = 4 * config.vocab_size * 2 * (max_batch + most_logits(max_batch))
     parts = 4 * max_batch * config.num_attention_heads * KEYS_SPLIT * (config.head_dim + 1)  # of attention's split keys

@@ -49,8 +49,13 @@ SHARE = 0.9
 
 def gpu_memory(wanted: int | float | None) -> int:
     """Bytes of the GPU's memory to use in all: `wanted` bytes, or that share of what is free, never more."""
-    free, _ = torch.cuda.mem_get_info(0)
+    free, total = torch.cuda.mem_get_info(0)
     if isinstance(wanted, int):
+        if wanted > free:
+            log.warning(
+                "of the GPU's %.2f GB %.2f GB are free and others hold the rest: --gpu-memory is lowered to them from "
+                "%.2f GB", total / 1e9, free / 1e9, wanted / 1e9,
+            )  # fmt: skip
         return min(wanted, free)
     return int(free * (SHARE if wanted is None else wanted))
 

@@ -23,18 +23,20 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from adapters.weights import LoraWeights, LowRank
+from benchmarks.shapes import QWEN_7B
 from server.engine import cuda_batch, cuda_pool
 from server.engine import cuda_runner as cuda_runner_module
 from server.engine.batch import Batch, Logits
 from server.engine.cuda_batch import Shape, batch_buckets, describe
-from server.engine.cuda_memory import FOR_GRAPHS, MOST_OF_A_GRAPH, share_out, work_bytes
+from server.engine.cuda_memory import DENSE_ROWS, FOR_GRAPHS, MOST_OF_A_GRAPH, share_out, work_bytes
 from server.engine.cuda_pool import AdapterPool
-from server.engine.cuda_runner import RETRY_SECONDS, CudaRunner, StepMemory
+from server.engine.cuda_runner import RETRY_SECONDS, CudaRunner, StepMemory, gpu_memory
 from server.engine.runner import Runner, TorchRunner
 from server.errors import BadModel, NoCapacity
 from server.kernels.cuda import Cuda, finish, lora, packing, products, sampling
 from server.kernels.lora import SlotWeights
 from server.kernels.reference import Reference
+from server.model.config import from_hf
 from server.model.on_device import DeviceModel, DeviceStep
 from server.model.quantization import quantize
 from tests.server.kernels import tiny
@@ -983,6 +985,27 @@ def test_memory_is_shared_out_and_what_does_not_fit_is_refused() -> None:
     for options in ({"total": 1 << 30}, {"total": 8 << 30, "adapters": 8 << 30}, {"total": 8 << 30, "kv_cache": 10}):
         with pytest.raises(NoCapacity, match="raise --gpu-memory"):
             share_out(config, 1 << 30, 512, 32, **options)
+
+
+def test_the_head_is_counted_where_it_may_be_dequantized() -> None:
+    """From so many rows with logits on; and twice where graphs have so many too."""
+    config = from_hf(QWEN_7B)
+    head, linear = (2 * rows * config.hidden_size for rows in (config.vocab_size, 2 * config.intermediate_size))
+    few, many = (work_bytes(config, rows, products.DENSE_ROWS // 2) for rows in (1023, 1024))
+    assert DENSE_ROWS == products.DENSE_ROWS and 0 <= many - few - (head - linear) < 1 << 20
+    few, many = (work_bytes(config, 2048, batch) for batch in (1023, 1024))
+    assert many - few > head
+
+
+def test_memory_that_others_hold_is_not_counted_on_and_that_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 10**9, 80 * 10**9))
+    assert gpu_memory(10**10) == 10**10 and gpu_memory(0.5) == 10**10 and gpu_memory(None) == 18 * 10**9
+    assert not caplog.messages
+    assert gpu_memory(70 * 10**9) == 20 * 10**9
+    (told,) = caplog.messages
+    assert "of the GPU's 80.00 GB 20.00 GB are free and others hold the rest" in told and told.endswith("70.00 GB")
 
 
 def test_who_loads_adapters_beside_the_engine_computes_alone() -> None:
