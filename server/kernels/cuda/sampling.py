@@ -46,29 +46,27 @@ def ordered(values):
 
 
 @triton.jit
-def weights(values, top, temperature, COUNT: tl.constexpr):
-    """What logits count for: each for one with COUNT, and for its probability without, the largest one's being 1."""
-    if COUNT:
-        return tl.full(values.shape, 1.0, tl.float32)
-    else:
-        return tl.exp((values - top) / temperature)
+def probabilities(values, top, temperature):
+    """Of logits, the largest one's being 1."""
+    return tl.exp((values - top) / temperature)
 
 
 @triton.jit
 def mass_above(logits, V, key, top, temperature, BV: tl.constexpr):
-    """The sum of the weights of a row's logits that have at least the order `key`."""
+    """The sum of the probabilities of a row's logits that have at least the order `key`."""
     sums = tl.zeros((BV,), tl.float32)
     for start in range(0, V, BV):
         v = start + tl.arange(0, BV)
         values = tl.load(logits + v, mask=v < V, other=float("-inf"))
         kept = (v < V) & (ordered(values) >= key)
-        sums += tl.where(kept, weights(values, top, temperature, False), 0.0)
+        sums += tl.where(kept, probabilities(values, top, temperature), 0.0)
     return tl.sum(sums, 0)
 
 
 @triton.jit
 def highest_key(logits, V, goal, floor, top, temperature, COUNT: tl.constexpr, BV: tl.constexpr):
-    """The highest order at or above which the mass is at least `goal`; `floor` if none above it is.
+    """The highest order at or above which the mass is at least `goal`, or with COUNT there are so many; `floor` if none
+    above it is.
 
     Three orders are tried at a time: what a pass costs is reading.
     """
@@ -83,7 +81,9 @@ def highest_key(logits, V, goal, floor, top, temperature, COUNT: tl.constexpr, B
         for start in range(0, V, BV):
             v = start + tl.arange(0, BV)
             values = tl.load(logits + v, mask=v < V, other=float("-inf"))
-            key, weight = ordered(values), tl.where(v < V, weights(values, top, temperature, COUNT), 0.0)
+            key, weight = ordered(values), (v < V).to(tl.float32)
+            if not COUNT:
+                weight *= probabilities(values, top, temperature)
             above_first += tl.where(key >= first.to(tl.int32), weight, 0.0)
             above_second += tl.where(key >= second.to(tl.int32), weight, 0.0)
             above_third += tl.where(key >= third.to(tl.int32), weight, 0.0)
@@ -130,7 +130,7 @@ def draw_kernel(logits, best, piece_token, how, top_k, out, V, pieces, BP: tl.co
             v = start + tl.arange(0, BV)
             values = tl.load(mine + v, mask=v < V, other=float("-inf"))
             kept = (v < V) & (ordered(values) >= key)
-            weight = tl.where(kept, weights(values, top, temperature, False), 0.0)
+            weight = tl.where(kept, probabilities(values, top, temperature), 0.0)
             passed = kept & (weight > 0.0) & (before + tl.cumsum(weight, 0) > goal)
             found = tl.minimum(found, tl.min(tl.where(passed, v, NONE), 0))
             last = tl.maximum(last, tl.max(tl.where(kept & (weight > 0.0), v, 0), 0))
