@@ -262,7 +262,8 @@ def tiled_kernel(
     BM: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     SCHEME: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """out float32 [M, N] = x [M, K] times the transposed matrix, for many rows: weights are rounded to x's dtype."""
+    """out float32 [M, N] = x [M, K] times the transposed matrix, for many rows: weights are rounded to x's dtype, those
+    of nf4 once more than by `dequantized`, as their levels are in it before they are scaled."""
     begin()
     dtype: tl.constexpr = x.dtype.element_ty
     m = tl.program_id(0) * BM + tl.arange(0, BM)
