@@ -95,7 +95,6 @@ def answers(bench: Any) -> None:
     finally:  # what fails or is cut off has compared some
         if found:
             _tell(bench, found, wanted)
-    gpu.release()
 
 
 def _tell(bench: Any, found: list[Compared], wanted: int) -> None:

@@ -322,14 +322,6 @@ class CudaRunner:
             base = None
         return {"memory": left_for_training(free, self.shares.total, taken), "base": base}
 
-    def release(self) -> None:
-        """Give the device's memory back. Nothing else may be called after it."""
-        self._graphs.clear()
-        del self._model, self._pool, self._storage, self._results, self._numbers, self._drawn, self._step_memory
-        del self._zeros
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-
     def _first_graphs(self) -> list[Shape]:
         """The graphs to be made before any request comes, the largest first, whose memory the others use again.
 
