@@ -23,6 +23,7 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from adapters.weights import LoraWeights, LowRank
+from benchmarks import gpu_answers
 from benchmarks.shapes import QWEN_7B
 from server.engine import cuda_batch, cuda_pool
 from server.engine import cuda_runner as cuda_runner_module
@@ -154,7 +155,10 @@ def test_logits_are_those_of_the_reference(family: str) -> None:
 
 
 def test_greedy_answers_are_those_of_the_reference() -> None:
-    """In buckets with rows that are not there, the tokens drawn on the device, slots emptied and filled meanwhile."""
+    """In buckets with rows that are not there, the tokens drawn on the device, slots emptied and filled meanwhile.
+
+    A GPU computes in bf16: there the first token that differs may, by a margin that is noise.
+    """
     ours, exact = bases("llama-int4")
     mixes: list[SlotWeights] = [((1, 1.0),), (), ((2, 1.5),)]
     answers = []
@@ -165,8 +169,9 @@ def test_greedy_answers_are_those_of_the_reference() -> None:
         for slot, seed in ((1, 1), (2, 2)):
             runner.place(slot, prepared(adapter(ours.config, seed, 4 * slot)))
         batch = sequences([5, 1, 2], mixes)
-        logits = step(runner, [(s, len(s.tokens)) for s in batch])
+        logits, seen = step(runner, [(s, len(s.tokens)) for s in batch]), []
         for turn in range(2):
+            seen.append(logits)
             if isinstance(runner, CudaRunner):
                 how = np.tile(np.array([0.0, 1.0, 0.0, 0.0], np.float32), (3, 1))
                 chosen = runner.draw(Logits(logits.to(DEVICE)), how, np.zeros(3, np.int32)).read().tolist()
@@ -177,8 +182,12 @@ def test_greedy_answers_are_those_of_the_reference() -> None:
                 runner.clear(2)
                 runner.place(2, prepared(adapter(ours.config, 3, 2)))
             logits = step(runner, [(s, 1) for s in batch])
-        answers.append([s.tokens for s in batch])
-    assert answers[0] == answers[1]
+        answers.append((torch.tensor([s.tokens[-2:] for s in batch]), torch.stack(seen, 1)))
+    (tokens, logits), (expected, exact_logits) = answers
+    assert DEVICE.type == "cuda" or torch.equal(tokens, expected)
+    for each in zip(tokens.tolist(), logits, exact_logits, strict=True):
+        margin = gpu_answers._compared(*each).margin
+        assert margin is None or margin <= gpu_answers.NOISE_MARGIN
 
 
 def test_single_rows_need_no_launch_for_the_sums_of_what_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -861,6 +870,7 @@ def test_only_who_is_moved_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
     for slot in range(4):
         pool.place(slot, one)
     pool.clear(1)
+    pool.ready(range(8))  # what is copied from here on is not: on a GPU it would run beside those copies
     waiting: list[tuple[int, ...]] = []
 
     @contextlib.contextmanager
