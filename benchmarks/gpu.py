@@ -31,6 +31,7 @@ BEGAN = time.monotonic()
 
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +282,8 @@ def memory(bench: Bench) -> None:
 
 
 def decode(bench: Bench) -> None:
-    """Steps of single rows at one sequence and many, without adapters and with one for each, among others."""
+    """Steps of single rows at one sequence and many, without adapters and with one for each, among others: the latter
+    between two without, as a card's clock goes on changing."""
     kind = bench.kinds[0]
     for n in sorted({1, bench.rows}):
         seconds = bench.running_seconds(n, ((),) * n)
@@ -295,14 +297,16 @@ def decode(bench: Bench) -> None:
         alone = seconds
     n = bench.rows
     for kind in bench.kinds:
-        seconds = bench.mixed_step_seconds(bench.running_seconds, kind)
+        before, seconds = alone, bench.mixed_step_seconds(bench.running_seconds, kind)
+        alone = bench.running_seconds(n, ((),) * n)
+        base = (before + alone) / 2
         by_itself = bench.mixed_step_seconds(bench.step_seconds, kind)
         share = bench.step_bytes(n, n, kind) / bench.bandwidth / seconds
         bench.tell(
-            f"decode, batch {n}, {n} adapters of {kind}: of the base's step time", round(seconds / alone, 3),
-            "<= 1.25", seconds <= 1.25 * alone,
+            f"decode, batch {n}, {n} adapters of {kind}: of the base's step time", round(seconds / base, 3),
+            "<= 1.25", seconds <= 1.25 * base,
             by_bytes=bench.step_bytes(n, n, kind) / bench.step_bytes(n, 0, kind),
-            milliseconds=seconds * 1e3, milliseconds_by_itself=by_itself * 1e3,
+            milliseconds=seconds * 1e3, milliseconds_by_itself=by_itself * 1e3, milliseconds_of_base=base * 1e3,
         )  # fmt: skip
         bench.tell("the same: of the roofline with the adapters counted", round(share, 3), 0.5, share >= 0.5)
 
@@ -329,11 +333,10 @@ def placing(bench: Bench) -> None:
 
 
 def prefill(bench: Bench) -> None:
-    """A chunk of one prompt: tokens a second."""
-    n = 24 if bench.check else 512
-    one = bench.prompt(n)
-    seconds = bench.seconds(lambda: bench.runner.run(one), 10)
-    bench.tell(f"prefill of {n} tokens, tokens/s", round(n / seconds), milliseconds=seconds * 1e3)
+    """Chunks of one prompt: tokens a second. Of short ones the host, which launches each kernel, may set the time."""
+    for n in (24,) if bench.check else (64, 128, 512):
+        seconds = bench.seconds(partial(bench.runner.run, bench.prompt(n)), 10)
+        bench.tell(f"prefill of {n} tokens, tokens/s", round(n / seconds), milliseconds=seconds * 1e3)
 
 
 def buckets(bench: Bench) -> None:

@@ -57,6 +57,22 @@ def test_a_model_that_cannot_be_made_leaves_the_ceilings(
     assert after["decode"].strip() == "there is no model to measure"
 
 
+def test_adapters_are_timed_between_two_of_the_base() -> None:
+    base, mixed, told = iter([1.0, 10.0, 14.0, 6.0]), iter([18.0, 12.0]), dict[str, Any]()
+
+    def running(*_: object) -> float:
+        return next(base)
+
+    bench = SimpleNamespace(
+        kinds=(Kind(16), Kind(16, SITES[:4])), rows=32, bandwidth=1.0, running_seconds=running,
+        step_seconds=lambda *_: 1.0, step_bytes=lambda *_: 1,
+        mixed_step_seconds=lambda seconds, kind: next(mixed) if seconds is running else 1.0,
+        tell=lambda name, value, *_, **more: told.update({name: value}),
+    )  # fmt: skip
+    gpu.decode(bench)  # type: ignore[arg-type]
+    assert [told[name] for name in gpu.CLAIMS["decode"] if "step time" in name] == [1.5, 1.2]
+
+
 def test_what_begins_too_late_is_left_out_and_the_rest_is_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
