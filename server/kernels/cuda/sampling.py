@@ -83,7 +83,7 @@ def highest_key(logits, V, goal, floor, top, temperature, COUNT: tl.constexpr, B
             values = tl.load(logits + v, mask=v < V, other=float("-inf"))
             key, weight = ordered(values), (v < V).to(tl.float32)
             if not COUNT:
-                weight *= probabilities(values, top, temperature)
+                weight = tl.where(v < V, probabilities(values, top, temperature), 0.0)
             above_first += tl.where(key >= first.to(tl.int32), weight, 0.0)
             above_second += tl.where(key >= second.to(tl.int32), weight, 0.0)
             above_third += tl.where(key >= third.to(tl.int32), weight, 0.0)
