@@ -3,6 +3,9 @@
 Owns the trainable factors and their first values. The base layer is any module with `in_features` and `out_features`
 that is called with x and whatever else its tree passes on; how it multiplies, and how it sends a gradient through
 frozen 4-bit weights, is its own business.
+
+The sum of the two is rounded once. An update is often less than half a unit of the last place of what it is added to: a
+base's product that is rounded to bf16 before would swallow it, and the losses that are told would be the base's own.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +76,14 @@ class LoraSpec:
         return result
 
 
+@runtime_checkable
+class Onto(Protocol):
+    """A base layer that adds its product to a LoRA's before either is rounded to x's dtype."""
+
+    def onto(self, update: torch.Tensor, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        """`update` [..., out] plus what the layer makes of x [..., in]."""
+
+
 class LoRALinear(nn.Module):
     """`base_layer(x) + scale * B (A dropout(x))`. A is [rank, in], B is [out, rank], float32; the base is frozen.
 
@@ -103,14 +114,18 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
         base = self.base_layer
-        whole = isinstance(base, nn.Linear) and not base.weight.requires_grad and base.weight.dtype == x.dtype
-        if whole and not (self.dropout and self.training):
+        frozen = isinstance(base, nn.Linear) and not base.weight.requires_grad and base.weight.dtype == x.dtype
+        if isinstance(base, nn.Linear) and frozen and not (self.dropout and self.training):
             fused: torch.Tensor = _Fused.apply(x, base.weight, base.bias, self.lora_A, self.lora_B, self.scale)  # type: ignore[no-untyped-call]
             return fused
-        y: torch.Tensor = base(x, *args)
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
-        inner = F.linear(dropped, self.lora_A.to(x.dtype)) * self.scale
-        return y + F.linear(inner, self.lora_B.to(x.dtype))
+        update = F.linear(F.linear(dropped, self.lora_A.to(x.dtype)) * self.scale, self.lora_B.to(x.dtype))
+        if isinstance(base, Onto):
+            return base.onto(update, x, *args)
+        if isinstance(base, nn.Linear) and frozen:
+            y = torch.addmm(update.flatten(0, -2), x.flatten(0, -2), base.weight.T).view_as(update)
+            return y if base.bias is None else y + base.bias
+        return base(x, *args) + update  # type: ignore[no-any-return]
 
     def low_rank(self) -> LowRank:
         """A copy of the factors as they are now."""
@@ -118,7 +133,7 @@ class LoRALinear(nn.Module):
 
 
 class _Fused(torch.autograd.Function):
-    """A frozen `nn.Linear` and its LoRA in one: each product is added to the one before, none is added up afterwards.
+    """A frozen `nn.Linear` and its LoRA in one: the base's product is added to the update as it is made.
 
     Keeps x and A x for the way back, which is what the two would keep apart.
     """
@@ -136,7 +151,9 @@ class _Fused(torch.autograd.Function):
         a, b = a.to(x.dtype), b.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ a.T
-        y = F.linear(rows, weight, bias).addmm_(inner, b.T, alpha=scale)
+        y = (inner @ (b * scale).T).addmm_(rows, weight.T)
+        if bias is not None:
+            y += bias
         ctx.save_for_backward(rows, inner, weight, a, b)
         ctx.scale = scale
         return y.view(*x.shape[:-1], y.shape[-1])

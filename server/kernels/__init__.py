@@ -47,8 +47,11 @@ class Backend(Protocol):
         Raises InvalidAdapter if a value is not finite in it.
         """
 
-    def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in] times the transposed matrix: [T, out] of x's dtype (bfloat16 or float32). Keeps no graph."""
+    def linear(self, weight: Weight, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, in] times the transposed matrix: [T, out] of x's dtype (bfloat16 or float32). Keeps no graph.
+
+        `update` [T, out] is added before the result is rounded.
+        """
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
         """Rows `ids` (int64 [T]) of the matrix as float32 [T, in]."""

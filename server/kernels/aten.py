@@ -87,7 +87,9 @@ class Aten:
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
         return prepared(written_anew(weights), self.dtype)
 
-    def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, weight: Weight, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
+        if update is not None:  # torch's 4-bit product rounds to bf16 by itself
+            return self.linear(weight, x.float()).add_(update).to(x.dtype)
         if weight.layout == INT4PACK:
             if x.dtype == torch.bfloat16 and (x.shape[0] <= PACKED_ROWS or slow_in(x.dtype)):
                 y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(

@@ -120,14 +120,15 @@ class Reference:
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
         return prepared(weights, torch.float32)
 
-    def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, weight: Weight, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
         out, width = weight.shape
         step, wide = max(1, PIECE // width), x.double()
         pieces = [
             F.linear(wide, dequantize_stored(weight, start, min(start + step, out)).double())
             for start in range(0, out, step)
         ]
-        return torch.cat(pieces, 1).to(x.dtype)
+        y = torch.cat(pieces, 1)
+        return (y if update is None else y.add_(update)).to(x.dtype)
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
         return stored_rows(weight, ids)

@@ -21,23 +21,29 @@ BLOCK_BYTES = 32 * 2**20
 
 
 class _Frozen(torch.autograd.Function):
-    """x W^T by the backend's own kernel; the gradient of x is grad W with W dequantized. W has no gradient."""
+    """x W^T, and `update` if there is one, by the backend's own kernel; the gradient of x is grad W with W dequantized.
+    W has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Weight, backend: Backend) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: Weight, backend: Backend, update: torch.Tensor | None
+    ) -> torch.Tensor:
         ctx.weight, ctx.backend = weight, backend
-        return backend.linear(weight, x)
+        return backend.linear(weight, x, update)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None]:
         (grad,) = grads
+        given = grad if ctx.needs_input_grad[3] else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, given
         out, width = ctx.weight.shape
         step = max(64, BLOCK_BYTES // (4 * width) // 64 * 64)
         total = grad.new_zeros(grad.shape[0], width)
         for start in range(0, out, step):
             rows = ctx.backend.dequantize(ctx.weight, start, min(start + step, out)).to(grad.dtype)
             total.addmm_(grad[:, start : start + step], rows)
-        return total, None, None
+        return total, None, None, given
 
 
 class Linear(nn.Module):
@@ -58,7 +64,7 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled():
-            y: torch.Tensor = _Frozen.apply(x, self.weight, self.backend)  # type: ignore[no-untyped-call]
+            y: torch.Tensor = _Frozen.apply(x, self.weight, self.backend, None)  # type: ignore[no-untyped-call]
         else:
             y = self.backend.linear(self.weight, x)
         if self.bias is not None:
@@ -67,6 +73,11 @@ class Linear(nn.Module):
             assert self._add_lora is not None, "these kernels do not run the Python decoder's steps"
             self._add_lora(y, x, self.path, context.segments)
         return y
+
+    def onto(self, update: torch.Tensor, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        """See `adapters.layers.Onto`."""
+        y: torch.Tensor = _Frozen.apply(x, self.weight, self.backend, update)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.weight.scheme}"

@@ -434,6 +434,23 @@ def test_a_frozen_linear_and_its_lora_in_one_are_the_two(bias):
     assert layer(nothing).shape == (3, 0, 5) and nothing.grad.shape == nothing.shape
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_an_update_below_the_last_place_of_the_sum_is_not_lost(dropout, bias):
+    """In bf16, where a base's product that is rounded first swallows it: all of it is there in the mean."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(64, 64, bias=bias).bfloat16().requires_grad_(False)
+    layer = layers.LoRALinear(base, rank=4, alpha=4, dropout=dropout)
+    torch.nn.init.normal_(layer.lora_B, std=2e-4)
+    x = torch.randn(4, 1024, 64).bfloat16()
+    update = (x.float() @ layer.lora_A.T @ layer.lora_B.T).detach()
+    plain = F.linear(x.float(), base.weight.float(), base.bias.float() if bias else None)
+    assert update.abs().mean() < 2**-9 * plain.abs().mean() / 2
+    for learns in (True, False):
+        found = layer.train(learns)(x).detach().float() - plain
+        assert float((found * update).sum() / update.square().sum()) == pytest.approx(1, abs=0.15)
+
+
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"rank": -1}, {"alpha": 0.0}, {"dropout": 1.0}])
 def test_a_lora_that_is_none_is_refused_by_name(wrong):
     with pytest.raises(AdapterError) as error:

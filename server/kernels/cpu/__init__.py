@@ -68,14 +68,14 @@ class Native:
         kept = in_one_piece(weights, self.dtype) if scheme == "none" else encoded(weights)
         return replace(kept, places=places(kept))
 
-    def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, weight: Weight, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.detach().float().contiguous()
         y = torch.empty(rows.shape[0], weight.shape[0])
         if not bindings.library().loramux_linear(
             shared_pool().handle, packing.matrix(weight), rows.data_ptr(), rows.shape[0], y.data_ptr()
         ):
             raise MemoryError(f"no memory for a product of {rows.shape[0]} rows")
-        return y.to(x.dtype)
+        return (y if update is None else y.add_(update)).to(x.dtype)
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
         wanted = ids.long().contiguous()

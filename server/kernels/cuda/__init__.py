@@ -96,25 +96,30 @@ class Cuda:
             kept = adapter_codes.encoded(weights, pinned)
         return replace(kept, places=places(kept, self.dtype if scheme == "none" else torch.int8))
 
-    def linear(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, weight: Weight, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, in] times the transposed matrix, in x's dtype. On a GPU so many outputs at a time that no more than
         BLOCK_BYTES are dequantized: a large output table in float32 would be gigabytes."""
         if not _is_on_gpu(weight):
-            return F.linear(x, packing.dequantize(weight).to(x.dtype))
+            return _product(x, packing.dequantize(weight).to(x.dtype), update)
         from server.kernels.cuda.products import dequantized
 
         outputs, inputs = weight.shape
         step = max(TILE, BLOCK_BYTES // (inputs * x.element_size()) // TILE * TILE)
         if outputs <= step:
-            return F.linear(x, dequantized(weight, x.dtype))
+            return _product(x, dequantized(weight, x.dtype), update)
         y = x.new_empty(*x.shape[:-1], outputs)
         for start in range(0, outputs, step):
             stop = min(start + step, outputs)
-            y[..., start:stop] = F.linear(x, dequantized(packing.part(weight, start, stop), x.dtype))
+            part = None if update is None else update[..., start:stop]
+            y[..., start:stop] = _product(x, dequantized(packing.part(weight, start, stop), x.dtype), part)
         return y
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
         return packing.rows(weight, ids)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, weight) if update is None else torch.addmm(update, x, weight.T)
 
 
 def _is_on_gpu(weight: Weight) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from adapters.layers import LoraSpec, extract, inject
 from server.kernels import choose
+from server.kernels.cuda import Cuda
 from server.model import linear
 from server.model.attention import Context, PackedAttention
 from server.model.decoder import Decoder
@@ -39,6 +40,33 @@ def test_the_gradient_is_that_of_the_dequantized_matrix(
         out.square().sum().backward()
     torch.testing.assert_close(x.grad, theirs.grad, atol=1e-2, rtol=1e-5)
     assert not list(module.parameters())
+
+    update = torch.randn(5, 208, generator=generator).requires_grad_()
+    given, theirs = (value.detach().clone().requires_grad_() for value in (x, x))
+    y, expected = module.onto(update, given), theirs @ dense.t() + bias + update
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-5)
+    ours, other = (torch.autograd.grad(out.square().sum(), inputs) for out, inputs in
+                   ((y, (given, update)), (expected, (theirs, update))))  # fmt: skip
+    torch.testing.assert_close(ours, other, atol=1e-2, rtol=1e-5)
+    (alone,) = torch.autograd.grad(module.onto(update, x.detach()).square().sum(), (update,))
+    torch.testing.assert_close(alone, other[1], atol=1e-2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "aten", "native", "cuda"])
+@pytest.mark.parametrize("scheme", ["int4", "nf4", "none"])
+@pytest.mark.parametrize("rows", [64, 256])
+def test_an_update_below_the_last_place_of_the_sum_is_not_lost(scheme: str, kernels: str, rows: int) -> None:
+    """In bf16, where a product that is rounded before it is added would swallow it."""
+    generator = torch.Generator().manual_seed(2)
+    backend = Cuda(torch.bfloat16) if kernels == "cuda" else choose(kernels)
+    module = Linear("m", backend.pack(quantize(torch.randn(256, 64, generator=generator), scheme, 32)), None, backend)
+    x = torch.randn(rows, 64, generator=generator).bfloat16()
+    update = (1e-2 * torch.randn(rows, 256, generator=generator)).bfloat16()
+    plain = backend.linear(module.weight, x.float())
+    assert update.abs().mean() < 2**-9 * plain.abs().mean()
+    with torch.no_grad():
+        found = module.onto(update, x).float() - plain
+    assert (found * update).sum() / update.float().square().sum() == pytest.approx(1, abs=0.15)
 
 
 def test_a_second_tree_trains_over_the_same_weights(tiny_base: Base, tiny_runner: TorchRunner) -> None:
