@@ -122,7 +122,7 @@ def search(
         else:
             serving = open_base(settings, choose(settings.kernels, settings.device), quiet=True)
             result = asyncio.run(_with_engine(settings, serving, plan, model, found, bar, output))
-    told = _told(plan, result)
+    told = _told(plan, result, found)
     picture, lost = _write(output, plan, result, told)
     if as_json:
         told["plot"] = None if picture is None else str(picture)
@@ -231,7 +231,7 @@ def _row(plan: Plan, row: Row) -> dict[str, Any]:
     return told
 
 
-def _told(plan: Plan, result: RankSearch) -> dict[str, Any]:
+def _told(plan: Plan, result: RankSearch, found: Examples) -> dict[str, Any]:
     return {
         "recipe": plan.recipe.name,
         "metric": plan.metric,
@@ -242,6 +242,8 @@ def _told(plan: Plan, result: RankSearch) -> dict[str, Any]:
         "steps_of_full_grid": result.steps_of_full_grid,
         "table": [_row(plan, r) for r in result.table],
         "advice": result.advice,
+        "left_out_as_too_long": found.learned.too_long,
+        "judges_left_out": found.judged.too_long,
     }
 
 
@@ -292,5 +294,10 @@ def _show(told: dict[str, Any], picture: Path | None) -> None:
         table.add_row(*cells, f"{row[told['metric']]:.4f}", f"{row['spread']:.4f}")
     out().print(table)
     out().print(f"{told['steps_spent']:,} of the full grid's {told['steps_of_full_grid']:,} steps. {told['advice']}")
+    if (learned := told["left_out_as_too_long"]) or told["judges_left_out"]:
+        out().print(
+            f"{learned:,} examples, and {told['judges_left_out']:,} that judge, are longer than max_length, or than "
+            "the base's context, and were left out"
+        )
     if picture is not None:
         out().print(f"{picture}")

@@ -133,12 +133,13 @@ def _tell(weights: LoraWeights, output: Path, as_json: bool, *, skipped: bool) -
             out().print(f"pruned to rank {pruned['rank']}, relative error {pruned['error']:.4f}{loss}")
         if known := made.get("learned_too"):
             out().print(f"{known:,} of the examples that judge it were learned too: it seems better than it is")
-        if left_out := made["left_out_as_too_long"]:
-            of = left_out + made["samples"]
-            out().print(
-                f"{left_out:,} of its {of:,} examples are longer than max_length, or than the base's context, and were "
-                "left out"
-            )
+        learned, judges = made["left_out_as_too_long"], made["judges_left_out"]
+        of_all = f"its {learned + made['samples']:,} examples"
+        for left_out, whose in ((learned, of_all), (judges, "the examples that judge it")):
+            if left_out:
+                out().print(
+                    f"{left_out:,} of {whose} are longer than max_length, or than the base's context, and were left out"
+                )
 
 
 def training_backend(device: str) -> Backend:

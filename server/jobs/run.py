@@ -96,8 +96,12 @@ def _measured(
     recipe: Recipe, model: Trainable, weights: LoraWeights, examples: Tokens, held: Tokens | None
 ) -> LoraWeights:
     """The result, pruned if the recipe says so, with what that cost, and with how much of what it was validated on it
-    has learned, among what is known of its training."""
-    made = {**weights.metadata["training"], "learned_too": held.among(examples) if held else 0}
+    has learned and how much was too long to be, among what is known of its training."""
+    made = {
+        **weights.metadata["training"],
+        "learned_too": held.among(examples) if held else 0,
+        "judges_left_out": held.too_long if held else 0,
+    }
     if recipe.prune_to is not None:
         weights, cut = pruning.truncate(weights, recipe.prune_to, recipe.name)
         loss = loss_of(model, weights, held) if held else None

@@ -248,6 +248,20 @@ def test_what_is_left_out_and_where_a_checkpoint_lies_is_told(given: Path, monke
     assert "1 of its 25 examples are longer than max_length" in " ".join(done.stdout.split())
 
 
+def test_judges_that_are_too_long_are_told_to_be_left_out(given: Path) -> None:
+    """A loss of a part of what was given to judge by is that of a part."""
+    with (given / "held.jsonl").open("a") as lines:
+        lines.write("\n" + json.dumps({"input": "long", "output": "yes " * 200}))
+    (given / "echo.toml").write_text('validation = "held.jsonl"\n' + RECIPE)
+    done = runner.invoke(app, ["train", "echo.toml", "--steps", "1", "--state-dir", "state"])
+    assert "1 of the examples that judge it are longer than max_length" in " ".join(done.stdout.split())
+    command = ["search", "echo.toml", "--ranks", "1,2", "--steps", "9", "--share", "1", "--metric", "loss"]
+    done = runner.invoke(app, [*command, "--state-dir", "state"])
+    assert "0 examples, and 1 that judge, are longer than max_length" in " ".join(done.stdout.split()), done.output
+    found = told(*command)
+    assert (found["left_out_as_too_long"], found["judges_left_out"]) == (0, 1)
+
+
 def test_a_run_over_a_template_with_the_date_goes_on_on_another_day(
     given: Path, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
