@@ -133,7 +133,7 @@ class LoRALinear(nn.Module):
 
 
 class _Fused(torch.autograd.Function):
-    """A frozen `nn.Linear` and its LoRA in one: the base's product is added to the update as it is made.
+    """A frozen `nn.Linear` and its LoRA in one: the base's product is added to the update as it is made, both ways.
 
     Keeps x and A x for the way back, which is what the two would keep apart.
     """
@@ -163,7 +163,7 @@ class _Fused(torch.autograd.Function):
         rows, inner, weight, a, b = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
         back = (grad @ b) * ctx.scale
-        grad_x = (grad @ weight).addmm_(back, a) if ctx.needs_input_grad[0] else None
+        grad_x = (back @ a).addmm_(grad, weight) if ctx.needs_input_grad[0] else None
         grad_b = (inner.T @ grad).T * ctx.scale  # a wide matrix is not turned
         shape = (*grads[0].shape[:-1], weight.shape[1])
         return (grad_x.view(shape) if grad_x is not None else None), None, None, back.T @ rows, grad_b, None
