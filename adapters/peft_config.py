@@ -93,7 +93,8 @@ HEADS_OF_BASES = ("model.embed_tokens", "lm_head")
 class LoraConfig:
     """What the honoured keys say. `target_modules` is a set of names, or a pattern, or "all-linear".
 
-    `honoured` and `harmless` are the keys that were present, for people; `base` is the name of the base it was made on.
+    `partial` says that modules it adapts may have no tensors, where nothing was trained. `honoured` and `harmless` are
+    the keys that were present, for people; `base` is the name of the base it was made on.
     """
 
     r: int
@@ -105,6 +106,7 @@ class LoraConfig:
     exclude_modules: str | frozenset[str]
     layers: frozenset[int] | None
     layers_pattern: tuple[str, ...]
+    partial: bool = False
     base: str | None = None
     honoured: tuple[str, ...] = ()
     harmless: tuple[str, ...] = ()
@@ -150,6 +152,9 @@ def parse(raw: object, stored: bool = False) -> LoraConfig:
         exclude_modules=_targets(excluded, "exclude_modules") if excluded else frozenset(),
         layers=layers,
         layers_pattern=layers_pattern,
+        # EVA takes the modules out that it gives the rank 0, and PEFT, which shortens target_modules then, names them
+        # again: when it reads such a folder, their B is 0.
+        partial=config.get("init_lora_weights") == "eva",
         base=shortened(base) if isinstance(base, str) and base else None,
         honoured=tuple(honoured),
         harmless=tuple(shortened(key) for key in harmless),

@@ -110,7 +110,7 @@ def _weights(
     found, header = _load(data)
     pairs = _pairs(found, parsed, shapes)
     modules = list(pairs)
-    _check_complete(pairs, peft_config.select(parsed, modules if shapes is None else list(shapes)))
+    _check_complete(pairs, peft_config.select(parsed, modules if shapes is None else list(shapes)), parsed.partial)
     sizes = peft_config.ranks_and_scales(parsed, modules)
     result = {}
     for module, (a, b) in pairs.items():
@@ -349,8 +349,10 @@ def _refuse_tensor(key: str, name: str) -> None:
     raise InvalidAdapter(f"{TENSOR_FILE}: {key} belongs to no pair of lora_A and lora_B; {why}", key)
 
 
-def _check_complete(pairs: Mapping[str, object], expected: list[str]) -> None:
-    """Raises InvalidAdapter if the tensors are not those of exactly the modules that the config adapts."""
+def _check_complete(pairs: Mapping[str, object], expected: list[str], partial: bool) -> None:
+    """Raises InvalidAdapter if the tensors are not those of exactly the modules that the config adapts, or of some of
+    them if it is `partial`.
+    """
     wanted = set(expected)
     surplus = [module for module in pairs if module not in wanted]
     if surplus:
@@ -360,7 +362,7 @@ def _check_complete(pairs: Mapping[str, object], expected: list[str]) -> None:
             surplus[0],
         )
     missing = [module for module in expected if module not in pairs]
-    if missing:
+    if missing and not partial:
         raise InvalidAdapter(
             f"{TENSOR_FILE} lacks the tensors of {len(missing)} modules that the config adapts, "
             f"{missing[0]!r} among them; save the whole adapter again, or name them in exclude_modules if they were "

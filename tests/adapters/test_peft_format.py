@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import EvaConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft import LoraConfig as PeftConfig
-from peft import PeftModel
 from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters import peft_config, peft_format
 from adapters.errors import AdapterError, BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter
@@ -263,6 +264,63 @@ def test_variants_of_training_are_served_as_peft_infers(variant, extra, llama, s
     retensor(folder, lambda ts: {k: v for k, v in ts.items() if extra in k})
     with pytest.raises(InvalidAdapter, match="no LoRA tensors"):
         peft_format.read_folder(folder, name="a", shapes=shapes)
+
+
+def test_modules_that_eva_gave_the_rank_0_are_served_as_pefts_reload(llama, shapes, make_peft):
+    _, folder = make_peft(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights="eva")
+    retensor(folder, drop("layers.1.self_attn"))
+    weights = peft_format.read_folder(folder, name="a", shapes=shapes)
+    assert "model.layers.1.self_attn.q_proj" not in weights.modules and len(weights.modules) == 5
+    loaded = PeftModel.from_pretrained(copy.deepcopy(llama), folder).eval()
+    with torch.no_grad():
+        assert (logits_with(llama, weights) - loaded(IDS).logits).abs().max() < 2e-5
+    edit(folder, init_lora_weights=True)
+    with pytest.raises(InvalidAdapter, match="lacks the tensors of 1 modules"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost", "named"),
+    [
+        ({}, "1.self_attn.q_proj.lora_B", "lora_B.weight is missing"),
+        ({"target_modules": ["v_proj"]}, "v_proj", "that the config does not adapt"),
+    ],
+)
+def test_what_eva_does_not_leave_out_is_damage(changes, lost, named, make_peft, shapes):
+    _, folder = make_peft(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights="eva")
+    retensor(folder, drop(lost))
+    edit(folder, **changes)
+    with pytest.raises(InvalidAdapter, match=named):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+
+
+def test_an_adapter_of_pefts_own_eva_is_served(tmp_path: Path) -> None:
+    """From 20 modules on PEFT names them in short, and so those again that EVA left out."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=48, initializer_range=0.2)).eval()
+    linears = [(name, module) for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+    shapes = {name: (module.out_features, module.in_features) for name, module in linears if name != "lm_head"}
+    config = PeftConfig(
+        task_type="CAUSAL_LM",
+        r=1,
+        target_modules="all-linear",
+        init_lora_weights="eva",
+        eva_config=EvaConfig(),
+    )
+    model = get_peft_model(copy.deepcopy(base), config)
+    batches = [{"input_ids": torch.randint(0, 48, (2, 64)), "attention_mask": torch.ones(2, 64)} for _ in range(4)]
+    initialize_lora_eva_weights(model, dataloader=batches, show_progress_bar=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+        wanted = model.eval()(IDS).logits
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    named = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    weights = peft_format.read_folder(tmp_path, name="a", shapes=shapes)
+    assert len(weights.modules) < len(shapes) and "q_proj" in named
+    assert (logits_with(base, weights) - wanted).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("what", REFUSALS)
