@@ -313,6 +313,12 @@ def _head_of(key: str, name: str) -> str | None:
 
 def _check_unwrapped(key: str, name: str) -> None:
     """Raises InvalidAdapter for a name that holds a part which something around the model has put there."""
+    if name.startswith(RENAMES[0][0]):
+        raise InvalidAdapter(
+            f"{TENSOR_FILE}: {key} is wrapped by PEFT twice: merge_and_unload the first adapter, or unwrap the model, "
+            "before training",
+            key,
+        )
     parts = name.split(".")
     found = next(((part, WRAPPERS[part]) for part in parts if part in WRAPPERS), None)
     if found is None and parts[0] == FIRST_WRAPPER:

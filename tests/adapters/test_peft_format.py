@@ -452,6 +452,11 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
             InvalidAdapter,
             "activation checkpointing.*unwrap",
         ),
+        (
+            rename_all("base_model.model.", "base_model.model.base_model.model."),
+            InvalidAdapter,
+            "twice: merge_and_unload",
+        ),
         (put("", torch.ones(16)), InvalidAdapter, "no pair.*what save_pretrained writes"),
         (rename_all("lora_A.weight", "lora_A.mine.weight"), InvalidAdapter, "name 'mine' is in it: save_pretrained"),
         (rename_all("lora_B.weight", "lora_B"), InvalidAdapter, r"ends such names in \.weight"),
