@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,8 @@ WHOLE_MODEL = "this is a whole model, as merge_and_unload leaves one, and --mode
 COPY_FILES = ": copy the files themselves, as `cp -rL` does"
 """What to do about a link, such as a hub's cache consists of."""
 MAX_ENTRIES = 1000
-"""Of a folder that is no adapter, how many entries are looked at for one."""
+"""Of a folder that is no adapter, how many entries are looked at for one, on each of the levels below it."""
+LEVELS = 2
 
 BEGINNINGS = {
     b"version https://git-lfs": "it is Git LFS's pointer to the file; fetch the file itself with `git lfs pull`",
@@ -57,25 +59,36 @@ def not_safetensors(data: bytes) -> str | None:
 
 def no_config(folder: Path, config: str) -> str:
     """What follows "`config` is missing": what `folder` holds in its place, and what to do; empty for nothing."""
-    try:
-        below = folders_with(folder, config)
-    except OSError:  # it is not to be looked into
-        below = []
-    if below:
+    if below := folders_with(folder, config):
         return told_below(below, "give", folder, "in its place")
     return f": {WHOLE_MODEL}" if os.path.lexists(folder / MODEL_FILE) else ""
 
 
 def folders_with(folder: Path, file: str) -> list[str]:
-    """The names of those folders in `folder` that have a file of that name. Raises OSError.
+    """The paths from `folder` on of the folders in it that have a file of that name, or else of those in these.
 
-    Long names come last, and so does a training's last checkpoint.
+    What is not to be looked into has none. Long paths come last, and so does a training's last checkpoint.
     """
+    below = [""]
+    for _ in range(LEVELS):
+        below = _folders(folder, below)
+        if found := [path for path in below if os.path.isfile(folder / path / file)]:
+            return sorted(sorted(found), key=len)
+    return []
+
+
+def _folders(folder: Path, within: Sequence[str]) -> list[str]:
+    """The folders in those of `folder` that are named, as far as MAX_ENTRIES of all entries tell."""
     # Anything may lie there, and it may be looked at every second: names first.
-    with os.scandir(folder) as entries:
-        folders = (entry.name for entry in islice(entries, MAX_ENTRIES) if entry.is_dir(follow_symlinks=False))
-        below = [name for name in folders if name[0] != "."]
-    return [name for name in sorted(sorted(below), key=len) if (folder / name / file).is_file()]
+    left = MAX_ENTRIES
+    found = []
+    for path in within:
+        with suppress(OSError), os.scandir(folder / path) as entries:
+            for entry in islice(entries, left):
+                left -= 1
+                if entry.name[0] != "." and entry.is_dir(follow_symlinks=False):
+                    found.append(os.path.join(path, entry.name))
+    return found
 
 
 def told_below(below: Sequence[str], do: str, folder: Path, how: str) -> str:
@@ -83,7 +96,7 @@ def told_below(below: Sequence[str], do: str, folder: Path, how: str) -> str:
     `folders_with` does: move the files of the one there is, or of the last checkpoint, up, or `do` with it what `how`
     says.
     """
-    several = len(below) > 1 and not all(_CHECKPOINT.fullmatch(name) for name in below)
+    several = len({_CHECKPOINT.sub("", path) for path in below}) > 1
     one = shown(below[0] if several else below[-1])
     otherwise = f"{do} {shown(folder.name)}/{one} {how}"
     if several:
@@ -94,7 +107,7 @@ def told_below(below: Sequence[str], do: str, folder: Path, how: str) -> str:
     )
 
 
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_CHECKPOINT = re.compile(r"(^|/)checkpoint-\d+\Z")
 
 
 def shown(name: str) -> str:

@@ -291,12 +291,13 @@ def test_a_fault_of_our_own_costs_one_folder_and_is_tried_again(
     assert scene.look() == digests and scene.rejected() == {}
 
 
-@pytest.mark.parametrize("below", ["formal", "checkpoint-10"])
-def test_an_adapter_one_level_down_is_told_of(scene: Scene, below: str) -> None:
+@pytest.mark.parametrize("below", ["formal", "checkpoint-10", "run/formal", "run/checkpoint-10"])
+def test_an_adapter_one_or_two_levels_down_is_told_of(scene: Scene, below: str) -> None:
     a = scene.put("a", 1)
     shutil.copytree(scene.directory / "a", scene.directory / "named" / below)
-    shutil.copytree(scene.directory / "a", scene.directory / "deep" / "er" / "still")
+    shutil.copytree(scene.directory / "a", scene.directory / "deep" / "er" / "still" / "down")
     shutil.copytree(scene.directory / "a", scene.directory / "hidden" / ".cache")
+    shutil.copytree(scene.directory / "a", scene.directory / "hidden" / "run" / ".cache")
     (scene.directory / "named" / "README.md").write_text("# A card")
     (scene.directory / "empty" / "folder").mkdir(parents=True)
     assert scene.look() == {} and scene.rejected() == {}, "it may be copied still"
@@ -336,13 +337,55 @@ def test_a_merged_model_is_told_of_once(scene: Scene, caplog: pytest.LogCaptureF
     assert scene.look(2) == {"a": a} and scene.rejected() == {}
 
 
-def test_of_several_checkpoints_the_last_is_named(scene: Scene) -> None:
+@pytest.mark.parametrize("run", ["", "run/"])
+def test_of_several_checkpoints_the_last_is_named(scene: Scene, run: str) -> None:
     a = scene.put("a", 1)
     for steps in (500, 1000, 1500):
-        shutil.copytree(scene.directory / "a", scene.directory / "trainer" / f"checkpoint-{steps}")
+        shutil.copytree(scene.directory / "a", scene.directory / "trainer" / f"{run}checkpoint-{steps}")
     scene.look()
     assert scene.look(3) == {"a": a}
-    assert "but 'checkpoint-1500' in it has one" in scene.rejected()["trainer"]
+    assert f"but '{run}checkpoint-1500' in it has one" in scene.rejected()["trainer"]
+
+
+def test_of_the_checkpoints_of_several_runs_none_is_the_last(scene: Scene) -> None:
+    scene.put("a", 1)
+    for run in ("one", "other"):
+        shutil.copytree(scene.directory / "a", scene.directory / "trainer" / run / "checkpoint-10")
+    scene.look()
+    scene.look(3)
+    assert "but 2 folders in it have one, 'one/checkpoint-10' among them" in scene.rejected()["trainer"]
+
+
+def test_a_folder_of_many_folders_is_looked_into_within_a_bound(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked at every second, for as long as it lies there."""
+    for name in range(4):
+        for below in range(4):
+            (scene.directory / "photos" / f"{name}" / f"{below}").mkdir(parents=True)
+    seen: list[str] = []
+    monkeypatch.setattr("adapters.mistaken.MAX_ENTRIES", 5)
+    monkeypatch.setattr(os.path, "isfile", lambda path: bool(seen.append(path)))
+    scene.look()
+    assert len(seen) == 9, "four, and five of theirs"
+
+
+def test_a_folder_that_may_not_be_looked_into_hides_nothing_beside_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.put("a", 1)
+    shutil.copytree(scene.directory / "a", scene.directory / "b" / "run" / "formal")
+    closed = scene.directory / "b" / "closed"
+    closed.mkdir()
+    scan = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if path == closed:
+            raise PermissionError(errno.EACCES, "no", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    scene.look()
+    scene.look(3)
+    assert "'run/formal' in it has one" in scene.rejected()["b"]
 
 
 def test_a_folder_whose_own_files_are_copied_last_is_waited_for(scene: Scene) -> None:
