@@ -35,7 +35,7 @@ FOREIGN = {
     r"[._]lora_[ab]": "mlx-lm writes such names, and its factors transposed: convert it to PEFT's format",
     r"[._](lora_down|lora_up)\.weight|\.alpha": "kohya's scripts write such names: convert it to PEFT's format",
     r"\.trainable_tokens_delta": "it replaces rows of the embedding: retrain without trainable_token_indices",
-    r"\.lora_diag": "KaSA truncates the base's weights, which is no sum of B A x",
+    r"\.lora_diag": "KaSA truncates the base's weights, which is no sum of B A x: retrain without kasa_config",
 }
 """How the names end of tensors that are no half of a pair, where that says what they are. Strangers write the names,
 of any length: no pattern begins with a repetition, which a search would try from each of their characters on."""

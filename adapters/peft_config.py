@@ -50,17 +50,17 @@ HARMLESS: Mapping[str, str] = {
 
 REFUSED: Mapping[str, str] = {
     "bias": 'a trained bias is no low-rank update; where none was trained, say "none"',
-    "use_dora": "DoRA rescales the base's columns, which is no sum of B A x",
-    "lora_bias": "a bias on B is no low-rank update",
+    "use_dora": "DoRA rescales the base's columns, which is no sum of B A x; retrain without it",
+    "lora_bias": "a bias on B is no low-rank update; retrain without it",
     "modules_to_save": "it replaces whole modules of the base; retrain without it",
-    "trainable_token_indices": "it replaces rows of the embedding",
-    "alora_invocation_tokens": "an activated LoRA switches itself on inside a sequence",
-    "target_parameters": "it adapts parameters that are not linear layers",
-    "layer_replication": "it makes another model of the base",
-    "use_qalora": "QA-LoRA pools its inputs before A",
-    "use_bdlora": "block-diagonal factors are not served",
+    "trainable_token_indices": "it replaces rows of the embedding; retrain without it",
+    "alora_invocation_tokens": "an activated LoRA switches itself on inside a sequence; retrain without it",
+    "target_parameters": "it adapts parameters that are not linear layers; retrain with target_modules alone",
+    "layer_replication": "it makes another model of the base; retrain without it, on the base that is served",
+    "use_qalora": "QA-LoRA pools its inputs before A; retrain without it",
+    "use_bdlora": "block-diagonal factors are not served; retrain without it",
     "arrow_config": "Arrow picks adapters per token",
-    "kasa_config": "KaSA truncates the base's weights",
+    "kasa_config": "KaSA truncates the base's weights; retrain without it",
     "megatron_config": "Megatron's parallel layers are not served",
 }
 

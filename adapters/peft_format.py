@@ -333,9 +333,9 @@ def _check_unwrapped(key: str, name: str) -> None:
 def _refuse_tensor(key: str, name: str) -> None:
     """Raises for a tensor that is no half of a low-rank pair, by what its name says."""
     reasons = {
-        "lora_magnitude_vector": "DoRA rescales the base's columns, which is no sum of B A x",
+        "lora_magnitude_vector": "DoRA rescales the base's columns, which is no sum of B A x; retrain without use_dora",
         "lora_embedding_": "LoRA on embeddings is not served; retrain without that target",
-        "lora_B.bias": "lora_bias is not served",
+        "lora_B.bias": "lora_bias is not served; retrain without it",
     }
     for part, why in reasons.items():
         if part in name:
