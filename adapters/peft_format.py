@@ -59,6 +59,8 @@ WRAPPERS = {
 }
 FIRST_WRAPPER = "module"
 """What DataParallel, DDP and DeepSpeed put before all other parts of a name."""
+OTHER_HEADS = {"v_head", "score", "classifier"}
+"""Parts of the names of heads that are put onto a language model or in the place of its own."""
 
 
 def read_folder(
@@ -340,6 +342,12 @@ def _refuse_tensor(key: str, name: str) -> None:
     for part, why in reasons.items():
         if part in name:
             raise UnsupportedAdapter(f"{TENSOR_FILE}: {key} is not served: {why}", key)
+    if not OTHER_HEADS.isdisjoint(name.split(".")):
+        raise UnsupportedAdapter(
+            f"{TENSOR_FILE}: {key} is not served: it is a classifier's or value head, no language model's; leave it "
+            "out if training alone had use of it, and retrain with task_type CAUSAL_LM if not",
+            key,
+        )
     module, _, last = name.rpartition(".")
     if peft_config.HEADS.fullmatch(module) or "modules_to_save" in name:
         raise UnsupportedAdapter(

@@ -436,6 +436,16 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         (put(f"{Q0}.lora_B.bias", torch.ones(16)), UnsupportedAdapter, "lora_bias.*; retrain without it"),
         (put("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(2, 48)), UnsupportedAdapter, "embed"),
         (put("base_model.model.lm_head.weight", torch.ones(48, 16)), UnsupportedAdapter, "lm_head"),
+        *(
+            (put(key, torch.ones(1)), UnsupportedAdapter, "classifier's or value head.*CAUSAL_LM")
+            for key in (
+                "v_head.summary.weight",
+                "v_head.summary.bias",
+                "base_model.model.score.weight",
+                "base_model.model.score.modules_to_save.weight",
+                "base_model.model.classifier.out_proj.bias",
+            )
+        ),
         (put("base_model.model.model.norm.weight", torch.ones(16)), InvalidAdapter, "no pair"),
         (put(f"{Q0}.base_layer.bias", torch.ones(16)), UnsupportedAdapter, "trained bias"),
         (put("base_model.model.model.layers.0.mlp.up_proj.bias", torch.ones(24)), UnsupportedAdapter, "trained bias"),
