@@ -64,6 +64,20 @@ def no_config(folder: Path, config: str) -> str:
     return f": {WHOLE_MODEL}" if os.path.lexists(folder / MODEL_FILE) else ""
 
 
+def no_tensors(folder: Path) -> str:
+    """What follows "the file of the tensors is missing": what `folder` may have them in, and what to do; or nothing."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        if found := sorted(entry.name for entry in islice(entries, MAX_ENTRIES) if _TENSORS.fullmatch(entry.name)):
+            return (
+                f", but {shown(found[0])!r} is there: save the adapter with save_pretrained and safe_serialization, "
+                "which writes it in one file"
+            )
+    return ""
+
+
+_TENSORS = re.compile(r"(adapter|model|pytorch_model).*\.(safetensors|pt|pth|bin)")
+
+
 def folders_with(folder: Path, file: str) -> list[str]:
     """The paths from `folder` on of the folders in it that have a file of that name, or else of those in these.
 

@@ -22,7 +22,7 @@ import torch
 from adapters import peft_config
 from adapters.durable import replace_file
 from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter, reason, unreadable
-from adapters.mistaken import COPY_FILES, foreign, leads_out, no_config, not_safetensors
+from adapters.mistaken import COPY_FILES, foreign, leads_out, no_config, no_tensors, not_safetensors
 from adapters.peft_config import LoraConfig
 from adapters.strict_json import once
 from adapters.weights import LoraWeights, LowRank, all_finite, all_finite_in, not_finite, sealed
@@ -94,7 +94,7 @@ def read_folder(
                 f"save the adapter as {TENSOR_FILE} (save_pretrained does so by default)",
                 PICKLE_FILE,
             )
-        raise InvalidAdapter(f"{TENSOR_FILE} is missing", TENSOR_FILE)
+        raise InvalidAdapter(f"{TENSOR_FILE} is missing{no_tensors(path)}", TENSOR_FILE)
     weights = _weights(parsed, tensors, name, max_rank, shapes)
     card = _read_file(path, CARD_FILE, MAX_SIDE_BYTES)
     task = _read_file(path, TASK_FILE, MAX_SIDE_BYTES)

@@ -593,6 +593,28 @@ def test_a_pickle_is_refused_without_being_opened(make_peft, shapes, tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        "adapter_model-00001-of-00002.safetensors",
+        "adapter_model.pt",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "adapters.safetensors",
+    ],
+)
+def test_a_file_that_lies_there_for_the_tensors_is_named(file, make_peft, shapes):
+    _, folder = make_peft(r=2, target_modules=["q_proj"])
+    (folder / "adapter_model.safetensors").unlink()
+    for name in ("tokenizer.json", "optimizer.pt", "training_args.bin", "README.md"):
+        (folder / name).write_text("")
+    with pytest.raises(InvalidAdapter, match=r"adapter_model\.safetensors is missing$"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+    (folder / file).write_bytes(b"tensors")
+    with pytest.raises(InvalidAdapter, match=rf"is missing, but '{file}' is there: .* save_pretrained.* in one file"):
+        peft_format.read_folder(folder, name="a", shapes=shapes)
+
+
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
 def test_links_out_of_the_folder_and_odd_files_are_refused(file, make_peft, shapes, tmp_path):
     _, folder = make_peft(r=2, target_modules=["q_proj"])
