@@ -283,7 +283,9 @@ def select(config: LoraConfig, names: Sequence[str]) -> list[str]:
 def on_a_head(module: str, key: str) -> UnsupportedAdapter:
     """The error for an adapter of an output head or an embedding, found at the config's key or the tensor `key`."""
     return UnsupportedAdapter(
-        f"LoRA on {module!r} is not served, as on any output head or embedding: retrain without that target", key
+        f"LoRA on {module!r} is not served, as on any output head or embedding: retrain without that target, or take "
+        "it out of target_modules if there are no tensors of it",
+        key,
     )
 
 
