@@ -4,8 +4,9 @@ Owns the trainable factors and their first values. The base layer is any module 
 that is called with x and whatever else its tree passes on; how it multiplies, and how it sends a gradient through
 frozen 4-bit weights, is its own business.
 
-The sum of the two is rounded once. An update is often less than half a unit of the last place of what it is added to: a
-base's product that is rounded to bf16 before would swallow it, and the losses that are told would be the base's own.
+The sum of the two products is rounded once. An update is often less than half a unit of the last place of what it is
+added to: a base's product that is rounded to bf16 before would swallow it, and the losses that are told would be the
+base's own.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ class LoRALinear(nn.Module):
         if isinstance(base, Onto):
             return base.onto(update, x, *args)
         if isinstance(base, nn.Linear) and frozen:
-            y = torch.addmm(update.flatten(0, -2), x.flatten(0, -2), base.weight.T).view_as(update)
+            rows, sums = x.reshape(-1, x.shape[-1]), update.view(-1, update.shape[-1])
+            y = torch.addmm(sums, rows, base.weight.T).view_as(update)
             return y if base.bias is None else y + base.bias
         return base(x, *args) + update  # type: ignore[no-any-return]
 

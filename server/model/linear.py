@@ -77,7 +77,9 @@ class Linear(nn.Module):
     def onto(self, update: torch.Tensor, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         """See `adapters.layers.Onto`."""
         y: torch.Tensor = _Frozen.apply(x, self.weight, self.backend, update)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias
+        if self.bias is not None:
+            y += self.bias  # in place: y stays of x's dtype
+        return y
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.weight.scheme}"

@@ -59,13 +59,16 @@ def test_an_update_below_the_last_place_of_the_sum_is_not_lost(scheme: str, kern
     """In bf16, where a product that is rounded before it is added would swallow it."""
     generator = torch.Generator().manual_seed(2)
     backend = Cuda(torch.bfloat16) if kernels == "cuda" else choose(kernels)
-    module = Linear("m", backend.pack(quantize(torch.randn(256, 64, generator=generator), scheme, 32)), None, backend)
+    bias = torch.linspace(-1, 1, 256)
+    module = Linear("m", backend.pack(quantize(torch.randn(256, 64, generator=generator), scheme, 32)), bias, backend)
     x = torch.randn(rows, 64, generator=generator).bfloat16()
     update = (1e-2 * torch.randn(rows, 256, generator=generator)).bfloat16()
-    plain = backend.linear(module.weight, x.float())
+    plain = backend.linear(module.weight, x.float()) + bias
     assert update.abs().mean() < 2**-9 * plain.abs().mean()
     with torch.no_grad():
-        found = module.onto(update, x).float() - plain
+        y = module.onto(update, x)
+    assert y.dtype == x.dtype
+    found = y.float() - plain
     assert (found * update).sum() / update.float().square().sum() == pytest.approx(1, abs=0.15)
 
 
