@@ -79,14 +79,15 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 # Keys, then server, Prometheus and Grafana in containers. SERVER=server-gpu for the one with a GPU; the other has the same
-# port and state, and is ended first.
+# port and state, and is ended as soon as there is an image to start.
 SERVER ?= server
+told = PORT="$(PORT)" TORCH_INDEX="$(TORCH_INDEX)" $(foreach name,MODEL ALLOWED_HOSTS EXTRAS,$(name)="$(call given,$(name))")
 dashboard:
 	deploy/make-keys
 	@command -v docker >/dev/null || { echo "docker with its compose plugin is needed" >&2; exit 1; }
+	$(told) docker compose build $(SERVER)
 	-docker compose rm --stop --force $(filter-out $(SERVER),server server-gpu)
-	PORT="$(PORT)" TORCH_INDEX="$(TORCH_INDEX)" $(foreach name,MODEL ALLOWED_HOSTS EXTRAS,$(name)="$(call given,$(name))") \
-	  docker compose up --build --detach $(SERVER) prometheus grafana
+	$(told) docker compose up --detach $(SERVER) prometheus grafana
 	@echo "loramux     http://127.0.0.1:$(or $(PORT),8000)   keys: deploy/secrets/api_keys, admin_keys"
 	@echo "Prometheus  http://127.0.0.1:9090"
 	@echo "Grafana     http://127.0.0.1:3000   admin, password: deploy/secrets/grafana_password"
