@@ -79,11 +79,15 @@ class Inbox:
 
     def check(self, requests: int, tokens: int) -> None:
         """Raises NoCapacity for so many requests, with so many prompt tokens, that never have place at one time."""
-        if requests > self._max_requests or (requests > 1 and tokens > self._max_tokens):
-            having = f" with {tokens} prompt tokens" if tokens else ""
+        if requests > self._max_requests:
             raise NoCapacity(
-                f"the call makes {requests} requests{having}, and the queue holds "
-                f"{self._max_requests} with {self._max_tokens} (--max-queue, --max-queue-tokens); send fewer at a time"
+                f"the call makes {requests} requests, and the queue holds {self._max_requests} (--max-queue); "
+                "send fewer at a time"
+            )
+        if requests > 1 and tokens > self._max_tokens:
+            raise NoCapacity(
+                f"the call makes {requests} requests with {tokens} prompt tokens, and the queue holds "
+                f"{self._max_tokens} of these (--max-queue-tokens); send fewer at a time"
             )
 
     def put(self, request: Request) -> None:
@@ -174,10 +178,9 @@ class Inbox:
 
     def full(self) -> QueueFull:
         """The error for a request that finds no place."""
-        which = "--max-queue" if len(self._inside) >= self._max_requests else "--max-queue-tokens"
         return QueueFull(
-            f"{len(self._inside)} requests with {self._tokens} prompt tokens are waiting, and "
-            f"{which} lets no more wait; come back later",
+            f"{len(self._inside)} requests with {self._tokens} prompt tokens are waiting, and no more may than "
+            f"{self._max_requests} with {self._max_tokens} (--max-queue, --max-queue-tokens); come back later",
             retry_after=self._retry_after(),
         )
 

@@ -263,7 +263,10 @@ def test_more_answers_than_can_wait_are_refused_before_a_prompt_is_tokenized(
             answer = live.http.post(path, json=body)
             count = 10 if body.get("prompt") == ["x", "y"] else 5
             assert answer.status_code == 507, answer.text
-            assert f"the call makes {count} requests, and the queue holds 4 with" in answer.json()["error"]["message"]
+            assert (
+                f"the call makes {count} requests, and the queue holds 4 (--max-queue); send"
+                in answer.json()["error"]["message"]
+            )
 
 
 ADVICE: list[tuple[Any, str]] = [

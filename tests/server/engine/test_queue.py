@@ -231,7 +231,7 @@ def test_what_has_left_makes_room_once() -> None:
     inside = [request() for _ in range(4)]
     for one in inside:
         inbox.put(one)
-    with pytest.raises(QueueFull, match="4 requests .* --max-queue lets no more wait"):
+    with pytest.raises(QueueFull, match=r"4 requests .* than 4 with 100 \(--max-queue"):
         inbox.put(request())
     inbox.left(inside[0])
     inbox.left(inside[0])
@@ -261,12 +261,15 @@ def test_one_request_may_have_more_tokens_than_the_queue() -> None:
     inbox = opened(requests=4, tokens=100)
     inbox.put(request(length=101))
     assert inbox.overfull() is None
-    with pytest.raises(QueueFull, match="101 prompt tokens .* --max-queue-tokens lets no more wait"):
+    with pytest.raises(QueueFull, match="101 prompt tokens .* than 4 with 100 "):
         inbox.put(request())
     inbox.check(1, 101)
     inbox.check(4, 100)
-    for requests, tokens in ((2, 101), (5, 5)):
-        with pytest.raises(NoCapacity, match=f"{requests} requests with {tokens} prompt tokens"):
+    for requests, tokens, said in (
+        (2, 101, "2 requests with 101 prompt tokens, and the queue holds 100 of these"),
+        (5, 5, r"5 requests, and the queue holds 4 \(--max-queue\)"),
+    ):
+        with pytest.raises(NoCapacity, match=said):
             inbox.check(requests, tokens)
 
 
