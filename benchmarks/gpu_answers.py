@@ -68,8 +68,9 @@ def answers(bench: Any) -> None:
     """As many answers of a second, small runner as there is time for beside those of the reference."""
     wanted = len(FORMS) * len(SUBJECTS)
     if not bench.folders:
-        bench.tell(CLAIM, "not measured: --answers names no base", wanted)
+        bench.tell(CLAIM, "not measured: --answers names no base", wanted, False)
         return
+    before = torch.get_num_threads()
     torch.set_num_threads(processors())  # the runner before has left this process one
     with tempfile.TemporaryDirectory() as place:
         folder = _joined(bench.folders, Path(place) / "base")
@@ -93,6 +94,7 @@ def answers(bench: Any) -> None:
             if time.monotonic() > end:
                 break
     finally:  # what fails or is cut off has compared some
+        torch.set_num_threads(before)
         if found:
             _tell(bench, found, wanted)
 

@@ -7,6 +7,7 @@ import importlib
 import statistics
 import time
 import traceback
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def peers(bench: Any) -> None:
         finally:
             gc.collect()  # a model's modules refer to one another
             if bench.device.type == "cuda":
-                torch.cuda.empty_cache()
+                with suppress(RuntimeError):  # a capture that broke may keep torch from it
+                    torch.cuda.empty_cache()
         ratio = ours / theirs
         bench.tell(name, round(ratio, 2), target, None if target is None else ratio >= target, ours=ours, theirs=theirs)
     if failed:

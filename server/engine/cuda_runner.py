@@ -145,7 +145,7 @@ class CudaRunner:
             self._model = DeviceModel(base, device, self._dtype)
             self._pool = AdapterPool(base.config, self.shares.adapters, SLOTS, device, self._dtype, coded)
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what laying matrices side by side took is no work of steps
+            _empty_cache()  # what laying matrices side by side took is no work of steps
         self._buckets = batch_buckets(max_batch)
         self._storage = torch.empty(0)
         with _counted_on(self.shares.total):
@@ -155,9 +155,9 @@ class CudaRunner:
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         """The one that was used last is at the end."""
         self._without: dict[Shape, float] = {}
-        """Until when the steps of a bucket run without a graph, as memory lacked for it."""
-        self._broken: set[torch.cuda.CUDAGraph] = set()
-        """Those whose capture did not end as it should: torch may go on asking them whose an allocation is."""
+        """Until when the steps of a bucket run without a graph, as there could be none; if `_hopeless`, for good."""
+        self._broken = 0
+        """Captures that did not end as they should."""
         self._graph_memory: Any = None
         self._graph_bytes = 0
         """What the driver has taken for graphs, beside the memory that torch has of it."""
@@ -399,7 +399,7 @@ class CudaRunner:
     def _hopeless(self) -> bool:
         """Whether captures have broken twice: each leaves torch's account of its memory in worse order, and what it has
         taken of it is never given back, so there is no third."""
-        return len(self._broken) > 1
+        return self._broken > 1
 
     def _tried(self, shape: Shape) -> torch.cuda.CUDAGraph | None:
         """A graph, or None if there can be none. At the start the first capture that breaks for another reason than
@@ -422,8 +422,12 @@ class CudaRunner:
 
     def _leave(self, graph: torch.cuda.CUDAGraph) -> None:
         """A broken capture to itself, with the memory that others went into, as it may hold that."""
-        self._broken.add(graph)
+        if graph not in _BROKEN:
+            _BROKEN.append(graph)
+            self._broken += 1
         self._graph_memory = None
+        if self._hopeless:
+            log.warning("there will be no more graphs: steps of other sizes than before run without, and slower")
 
     def _drop_graph(self) -> None:
         """Let go of the graph that was used the longest ago."""
@@ -450,8 +454,8 @@ class CudaRunner:
             torch.cuda.current_stream().wait_stream(stream)
 
     def _record(self, shape: Shape, graph: torch.cuda.CUDAGraph) -> None:
-        """What a step launches, into a graph; as `torch.cuda.graph` does it, which cannot go without emptying the cache
-        and so fails each time after one that broke."""
+        """What a step launches, into a graph. `torch.cuda.graph` would empty the device's cache too, and so fail each
+        time after a capture that broke, and that of pinned memory, which the next steps would pin anew."""
         self.wait()
         _empty_cache()
         try:
@@ -499,6 +503,10 @@ class CudaRunner:
         assert last < batch.blocks.shape[1] * self._block_size
         assert int(batch.blocks.max()) < self._storage.shape[1]
         assert all(math.isfinite(weight) for mix in batch.mixes for _, weight in mix)
+
+
+_BROKEN: list[torch.cuda.CUDAGraph] = []
+"""Those whose capture did not end as it should, of any runner: torch may go on asking them whose an allocation is."""
 
 
 def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:

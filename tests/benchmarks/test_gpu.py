@@ -227,6 +227,11 @@ def test_without_a_gpu_every_claim_is_told_to_be_not_measured(
         return tuple(re.sub(r"[0-9]+", "1", str(row[key])) for key in ("section", "name", "target"))
 
     assert set(map(form, told)) <= set(map(form, json.loads(target.read_text())["results"]))
+    real = gpu.Bench(False, None)
+    sizes = {
+        number for row in told for number in re.findall(r"(?:batch|of|,) ([0-9]+) (?:adapters|buffers)", row["name"])
+    }
+    assert sizes == {str(real.rows)} and {str(kind) in str(told) for kind in real.kinds} == {True}
 
 
 def test_the_cliff_is_drawn_where_it_is() -> None:

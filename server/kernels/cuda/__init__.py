@@ -40,14 +40,14 @@ def unavailable() -> str | None:
         return "triton is not installed (pip install 'loramux[cuda]')"
     if not any((Path(place) / NEWEST_PART).exists() for place in triton.submodule_search_locations or ()):
         return "triton is older than 3.5, as torch before 2.9 brings it (pip install 'loramux[cuda]')"
-    if not any(map(shutil.which, ("gcc", "clang"))) and not _named_compiler():
-        return "Triton builds its launchers with a C compiler, and finds none (gcc, clang, or what CC names)"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "Triton builds its launchers against Python's headers, which are missing (python3-dev)"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     if not torch.cuda.is_available():
         return "torch finds no GPU that it can use; see whether nvidia-smi finds one, and its driver's version"
+    if not _finds_compiler():
+        return "Triton builds its launchers with a C compiler, and finds none (what CC names, or else gcc or clang)"
     try:
         found = torch.cuda.get_device_capability()
     except RuntimeError as error:  # it is full, busy, or has a fault
@@ -57,11 +57,11 @@ def unavailable() -> str | None:
     return None
 
 
-def _named_compiler() -> str | None:
-    """Where the compiler is that CC names. Triton, which reads that, takes a second to import: so it comes last."""
+def _finds_compiler() -> bool:
+    """Whether Triton does, which asks CC first. It takes a second to import, so this is asked where there is a GPU."""
     from triton import knobs
 
-    return shutil.which(knobs.build.cc or "")
+    return any(map(shutil.which, [knobs.build.cc] if knobs.build.cc else ["gcc", "clang"]))
 
 
 class Cuda:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from server.errors import BadSetting
 from server.kernels import choose, cpu, cuda
@@ -84,13 +85,16 @@ def test_a_triton_that_is_too_old_is_none(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_compiler_that_triton_does_not_look_for_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes what $CC names, gcc or clang."""
+    """It takes what $CC names, and gcc or clang where it names none."""
     pytest.importorskip("triton")
     there: list[str] = []
     monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     for names, named, lacks in (
         (["cc"], None, True), (["gcc"], None, False), (["clang"], None, False),
-        (["cc", "our-cc"], "our-cc", False), (["cc"], "our-cc", True),
+        (["cc", "our-cc"], "our-cc", False), (["cc"], "our-cc", True), (["gcc"], "our-cc", True),
     ):  # fmt: skip
         there[:] = names
         monkeypatch.delenv("CC", raising=False)

@@ -327,6 +327,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     found = Captures()
     monkeypatch.setattr(DeviceModel, "logits", lambda *given: found.note(*given))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(found))
+    monkeypatch.setattr(cuda_runner_module, "_BROKEN", [])
     monkeypatch.setattr(torch.cuda, "empty_cache", found.empty_cache)
     monkeypatch.setattr(torch.cuda, "stream", found.on)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((1 << 30) - 100 * Graph.alive, 2 << 30))
