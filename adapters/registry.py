@@ -534,7 +534,7 @@ class Registry:
             raise NoRoom(f"{name!r} takes {nbytes:,} bytes in RAM; {room:,} are there for it{beside} (--adapter-ram)")
 
     def _pinned_digests(self, besides: str | None = None) -> set[str]:
-        current = self._names.current()
+        current = self._names.current() if self._pins else {}
         return {current[name] for name in self._pins if name != besides and name in current}
 
     def _look(self, name: str) -> Sight:

@@ -243,7 +243,7 @@ def _told(plan: Plan, result: RankSearch, found: Examples) -> dict[str, Any]:
         "table": [_row(plan, r) for r in result.table],
         "advice": result.advice,
         "left_out_as_too_long": found.learned.too_long,
-        "judges_left_out": found.judged.too_long,
+        "judges_left_out": found.given - len(found.judged.examples if plan.metric == LOSS else found.judges),
     }
 
 

@@ -24,9 +24,11 @@ from server.model.loader import Base
 
 @dataclass(frozen=True)
 class Examples:
-    """What a recipe's trials learn, and what judges them, as records that an engine can answer and as tokens."""
+    """What a recipe's trials learn, and what judges them, as records that an engine can answer and as tokens: those of
+    `given` ones that are not too long."""
 
     learned: Tokens
+    given: int
     judges: Sequence[Record]
     judged: Tokens
     encode: Encode
@@ -49,7 +51,7 @@ def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
     length = min(recipe.config.max_length, base.config.context_length)
     learned = data.tokenize(records, encode, length, recipe.data)
     judged = data.tokenize(judges, encode, length, recipe.validation or recipe.data)
-    return Examples(learned, answerable(judges, encode, length), judged, encode)
+    return Examples(learned, len(judges), answerable(judges, encode, length), judged, encode)
 
 
 def within(shapes: Mapping[str, tuple[int, int]], config: TrainingConfig, budget: int) -> list[int]:
