@@ -99,19 +99,25 @@ _UNSERVED_YARN = (
 def _gguf_rope(
     values: Mapping[str, Any], theta: float, head_dim: int, max_positions: int, factors: Sequence[float] | None
 ) -> RopeScaling:
-    name = str(values.get("rope.scaling.type", "none"))
+    name = str(values.get("rope.scaling.type", "linear"))
+    # 0 is how GGUF's own writer says none; the other key is the spelling before 2023-11.
+    factor = real(values, "rope.scaling.factor", real(values, "rope.scale_linear", 0.0)) or 1.0
     if name != "yarn" and real(values, "rope.scaling.attn_factor", 1.0) != 1.0:
         raise BadModel(f"rope.scaling.attn_factor is served with yarn alone, not with {cut(name)}")
     for key, neutral in _UNSERVED_YARN if name == "yarn" else ():
         if real(values, key, neutral[0]) not in neutral:
             raise BadModel(f"the RoPE scaling yarn is not served with {key}")
-    if factors is not None:
-        return _llama3_from_factors(factors, theta, head_dim)
-    if name == "none" and "rope.scale_linear" in values:  # the spelling before 2023-11
-        return scaling_of("linear", {"factor": real(values, "rope.scale_linear", 1.0)}, max_positions)
-    factor = real(values, "rope.scaling.factor", 0.0) or 1.0  # 0 is how GGUF's own writer says none
-    if name == "none" or (name == "linear" and factor == 1.0):
-        return RopeScaling()
+    scaling = RopeScaling()
+    if name != "none" and (name, factor) != ("linear", 1.0):
+        scaling = _told_scaling(name, factor, values, max_positions)
+    if factors is None:
+        return scaling
+    if scaling.factor != 1.0 or scaling.attention_factor not in (None, 1.0):
+        raise BadModel(f"rope_freqs.weight beside the RoPE scaling {name} is not served")
+    return _llama3_from_factors(factors, theta, head_dim)
+
+
+def _told_scaling(name: str, factor: float, values: Mapping[str, Any], max_positions: int) -> RopeScaling:
     magnitude = None
     if "rope.scaling.attn_factor" in values:  # multiplies YaRN's own, where Transformers' stands instead of it
         magnitude = real(values, "rope.scaling.attn_factor", 1.0) * (1.0 + 0.1 * math.log(max(factor, 1.0)))

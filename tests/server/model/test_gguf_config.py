@@ -22,6 +22,7 @@ GGUF: dict[str, Any] = {
     "llama.feed_forward_length": 96,
     "llama.attention.head_count": 4,
     "llama.attention.head_count_kv": 2,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
 }
 TABLE = {"token_embd.weight": (100, 64)}
 
@@ -115,6 +116,45 @@ def test_gguf_rope_scaling() -> None:
         assert from_gguf(GGUF | linear | {name: other}, TABLE).rope_scaling == RopeScaling("linear", 2.0)
         with pytest.raises(BadModel, match=f"yarn is not served with rope.scaling.yarn_{key}"):
             from_gguf(GGUF | yarn | {name: other}, TABLE)
+
+
+@pytest.mark.parametrize(
+    ("told", "scaling"),
+    [
+        ({"scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
+        ({"scale_linear": 4.0}, RopeScaling("linear", 4.0)),
+        ({"scaling.factor": 4.0, "scale_linear": 2.0}, RopeScaling("linear", 4.0)),
+        ({"scaling.factor": 0.0, "scale_linear": 2.0}, RopeScaling()),
+        ({"scaling.type": "linear", "scale_linear": 4.0}, RopeScaling("linear", 4.0)),
+        ({"scaling.type": "yarn", "scale_linear": 4.0}, RopeScaling("yarn", 4.0, 512)),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, RopeScaling()),
+        ({"scaling.type": "none", "scale_linear": 4.0}, RopeScaling()),
+        ({"scaling.original_context_length": 64}, RopeScaling()),
+    ],
+)
+def test_gguf_scales_linearly_unless_it_says_otherwise(told: dict[str, Any], scaling: RopeScaling) -> None:
+    """By the factor, or else by what it was called before 2023-11, as llama.cpp has it."""
+    assert from_gguf(GGUF | {f"llama.rope.{key}": value for key, value in told.items()}, TABLE).rope_scaling == scaling
+
+
+def test_divisors_beside_another_scaling_are_refused() -> None:
+    """llama.cpp applies both, for which there are no words here."""
+    scaling = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
+    divisors = llama3_divisors(scaling, 10000.0, 16)
+
+    def read(**told: Any) -> RopeScaling:
+        metadata = {f"llama.rope.scaling.{key}": value for key, value in told.items()}
+        return from_gguf(GGUF | metadata, TABLE, divisors).rope_scaling
+
+    none = ({"type": "none"}, {"type": "none", "factor": 4.0}, {"type": "linear"}, {"factor": 1.0}, {"factor": 0.0})
+    for neutral in none:
+        assert read(**neutral) == scaling
+    assert read(type="yarn", factor=1.0) == scaling
+    for other in ({"type": "linear"}, {"type": "yarn"}, {}):
+        with pytest.raises(BadModel, match=f"rope_freqs.weight beside .* {other.get('type', 'linear')} is not served"):
+            read(factor=4.0, **other)
+    with pytest.raises(BadModel, match="rope_freqs.weight beside the RoPE scaling yarn is not served"):
+        read(type="yarn", factor=1.0, attn_factor=1.5)
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
