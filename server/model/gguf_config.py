@@ -74,7 +74,7 @@ def from_gguf(
             num_key_value_heads=whole(values, "attention.head_count_kv", default=heads),
             head_dim=head_dim,
             max_position_embeddings=max_positions,
-            rms_norm_eps=above_zero(values, "attention.layer_norm_rms_epsilon", 1e-6),
+            rms_norm_eps=above_zero(values, "attention.layer_norm_rms_epsilon"),
             rope_theta=theta,
             rope_scaling=_gguf_rope(values, theta, head_dim, max_positions, rope_factors),
             tie_word_embeddings="output.weight" not in tensor_shapes,

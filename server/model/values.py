@@ -41,8 +41,10 @@ def whole(
     return value
 
 
-def real(values: Mapping[str, Any], key: str, default: float) -> float:
+def real(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """A number, which may be infinite or none as GGUF has them; without one `default`. Raises BadModel."""
+    if default is None and key not in values:
+        raise BadModel(f"the model's config lacks {key}")
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadModel(f"{key} must be a number, not {cut(repr(value))}")
@@ -52,7 +54,7 @@ def real(values: Mapping[str, Any], key: str, default: float) -> float:
         raise BadModel(f"{key} is too large a number") from None
 
 
-def above_zero(values: Mapping[str, Any], key: str, default: float, of: str = "the model") -> float:
+def above_zero(values: Mapping[str, Any], key: str, default: float | None = None, of: str = "the model") -> float:
     """A finite number above 0; without one `default`. Raises BadModel."""
     value = real(values, key, default)
     if not (math.isfinite(value) and value > 0):

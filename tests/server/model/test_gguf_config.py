@@ -157,6 +157,12 @@ def test_divisors_beside_another_scaling_are_refused() -> None:
         read(type="yarn", factor=1.0, attn_factor=1.5)
 
 
+@pytest.mark.parametrize("key", ["context_length", "attention.layer_norm_rms_epsilon"])
+def test_gguf_without_what_llama_cpp_needs_too(key: str) -> None:
+    with pytest.raises(BadModel, match=f"^the model's config lacks {key}$"):
+        from_gguf({name: value for name, value in GGUF.items() if name != f"llama.{key}"}, TABLE)
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_scaling_is_found_in_the_divisors_that_gguf_keeps(factor: float) -> None:
     scaling = RopeScaling("llama3", factor, 8192, 1.0, 4.0)
