@@ -199,7 +199,7 @@ class NativeRunner:
             raise ValueError(f"the native kernels need a block size that is a multiple of {VECTOR}, not {block_size}")
         self.wait()
         inverse, factor = frequencies(self._config)
-        positions = torch.arange(min(blocks * block_size, self._config.max_position_embeddings))
+        positions = torch.arange(min(blocks * block_size, self._config.context_length))
         cosine, sine = angles(inverse, factor, positions)
         halves = blocks * self.block_bytes(block_size) // torch.bfloat16.itemsize
         # There may be no memory for another one: until there is, the model has none.

@@ -24,6 +24,8 @@ ARCHITECTURES = {
 
 MAX_LAYERS = 4096
 """No model has as many, and names are made of all of them before any file is looked at."""
+MAX_POSITIONS = 2**31 - 1
+"""The lengths of contexts have 32 bits in kernels."""
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -85,17 +87,23 @@ class ModelConfig:
     @property
     def context_length(self) -> int:
         """Tokens that can be served exactly: a sliding window, which is not implemented, ends the context."""
-        if self.sliding_window is None:
-            return self.max_position_embeddings
-        return min(self.max_position_embeddings, self.sliding_window)
+        return self._stretched if self.sliding_window is None else min(self._stretched, self.sliding_window)
+
+    @property
+    def _stretched(self) -> int:
+        """The model's context. Where people switch YaRN on, `max_position_embeddings` stays what it was without."""
+        scaling, told = self.rope_scaling, self.max_position_embeddings
+        if scaling.type != "yarn":
+            return told
+        return max(told, int((scaling.original_max_position_embeddings or told) * scaling.factor))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What people should be told about how this model is served."""
-        if self.context_length < self.max_position_embeddings:
+        if self.context_length < self._stretched:
             return (
                 f"the context ends at {self.context_length} tokens, the model's sliding window, "
-                f"instead of {self.max_position_embeddings}",
+                f"instead of {self._stretched}",
             )
         return ()
 
@@ -398,6 +406,12 @@ def checked(config: ModelConfig) -> ModelConfig:
         raise BadModel(
             "the RoPE scaling yarn needs a beta_fast and a beta_slow between 1e-6 and 1e6, not "
             f"{scaling.beta_fast} and {scaling.beta_slow}"
+        )
+    original = scaling.original_max_position_embeddings or 0
+    if scaling.type == "yarn" and original > MAX_POSITIONS / max(scaling.factor, 1.0):
+        raise BadModel(
+            f"the RoPE scaling yarn stretches {cut(original)} tokens {scaling.factor} times, "
+            f"and the longest context is {MAX_POSITIONS}"
         )
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     if scaling.type == "llama3" and low is not None and high is not None and high <= low:

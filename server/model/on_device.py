@@ -84,7 +84,7 @@ class DeviceModel:
     def turn_up_to(self, positions: int) -> None:
         """Make the angles of so many positions."""
         inverse, factor = frequencies(self.config)
-        cosine, sine = angles(inverse, factor, torch.arange(min(positions, self.config.max_position_embeddings)))
+        cosine, sine = angles(inverse, factor, torch.arange(min(positions, self.config.context_length)))
         self._angles = (cosine.to(self.device), sine.to(self.device))
 
     def logits(self, step: DeviceStep, cache: torch.Tensor, pool: Pool) -> torch.Tensor:

@@ -37,7 +37,7 @@ from server.errors import BadModel, NoCapacity
 from server.kernels.cuda import Cuda, finish, lora, packing, products, sampling
 from server.kernels.lora import SlotWeights
 from server.kernels.reference import Reference
-from server.model.config import from_hf
+from server.model.config import RopeScaling, from_hf
 from server.model.on_device import DeviceModel, DeviceStep
 from server.model.quantization import quantize
 from tests.server.kernels import tiny
@@ -73,7 +73,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, int, bool]] = {
     "llama-int4": ({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}, "int4", 32, True),
     "qwen2-nf4": (
         {"attention_bias": True, "output_bias": True, "num_hidden_layers": 1, "intermediate_size": 64,
-         "tie_word_embeddings": False},
+         "tie_word_embeddings": False, "rope_scaling": RopeScaling("yarn", 4.0, 8), "max_position_embeddings": 8},
         "nf4", 64, True,
     ),
     "qwen3-int4": ({"qk_norm": True, "num_hidden_layers": 1}, "int4", 32, False),

@@ -59,6 +59,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, int, bool]] = {
         32,
         False,
     ),
+    "yarn-stretched": (
+        {
+            "rope_scaling": RopeScaling("yarn", 4.0, original_max_position_embeddings=128),
+            "max_position_embeddings": 128,
+        },
+        "int4",
+        32,
+        False,
+    ),
 }
 
 

@@ -218,6 +218,41 @@ def test_a_sliding_window_ends_the_context_and_says_so() -> None:
                 from_hf(LLAMA | asked | unknown)
 
 
+def test_yarn_stretches_the_context_of_a_config_that_leaves_it_as_it_was() -> None:
+    """As Qwen's model cards have people switch it on."""
+    card = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
+    qwen = saved("Qwen2", max_position_embeddings=32768)
+    told = {name: value for name, value in qwen.items() if name != "rope_parameters"} | {"rope_scaling": card}
+    long = from_hf(told)
+    assert (long.context_length, long.max_position_embeddings, long.notes) == (131072, 32768, ())
+    assert from_hf(to_hf(long)) == long
+    assert from_hf(told | {"max_position_embeddings": 131072}).context_length == 131072
+    assert from_hf(told | {"max_position_embeddings": 200000}).context_length == 200000
+    assert from_hf(told | {"rope_scaling": card | {"factor": 2.5}}).context_length == 81920
+    for other in (LLAMA3 | {"original_max_position_embeddings": 8192}, {"type": "linear", "factor": 4.0}):
+        assert from_hf(told | {"rope_scaling": other}).context_length == 32768
+    window = {"use_sliding_window": True, "sliding_window": 65536, "layer_types": ["sliding_attention"] * 8}
+    assert from_hf(told | window).context_length == 65536
+    assert from_hf(told | window).notes == (
+        "the context ends at 65536 tokens, the model's sliding window, instead of 131072",
+    )
+
+
+@pytest.mark.parametrize(
+    "stretched",
+    [
+        {"factor": 1e5},
+        {"factor": 1e308},
+        {"original_max_position_embeddings": 10**400},
+        {"original_max_position_embeddings": 10**400, "factor": 1e-300},
+    ],
+)
+def test_a_context_that_no_position_can_count_is_refused(stretched: dict[str, Any]) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768} | stretched
+    with pytest.raises(BadModel, match="the RoPE scaling yarn .*2147483647"):
+        from_hf(LLAMA | {"rope_scaling": scaling})
+
+
 def test_a_window_that_smollm3_has_by_its_layers_alone() -> None:
     layers = {"sliding_window": 64, "layer_types": ["full_attention"] * 7 + ["sliding_attention"]}
     told = transformers.SmolLM3Config(num_hidden_layers=8, **layers)

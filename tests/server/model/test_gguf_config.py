@@ -95,6 +95,7 @@ def test_gguf_rope_scaling() -> None:
         "llama.rope.scaling.original_context_length": 128,
     }
     assert from_gguf(GGUF | yarn, TABLE).rope_scaling == RopeScaling("yarn", 4.0, 128)
+    assert from_gguf(GGUF | yarn | {"llama.rope.scaling.factor": 16.0}, TABLE).context_length == 2048
     told = from_gguf(GGUF | yarn | {"llama.rope.scaling.attn_factor": 1.0}, TABLE).rope_scaling.attention_factor
     assert told == pytest.approx(1 + 0.1 * math.log(4.0)), "it multiplies YaRN's own"
     none = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.0}
