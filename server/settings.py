@@ -168,7 +168,10 @@ class Settings(BaseModel):
         "smollm2-135m", description="catalogue name, local folder, .gguf file or hub id (org/name@rev)"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the base lives")
-    quantization: Literal["int4", "nf4", "none"] = Field("int4", description="form of the base's linears; none is bf16")
+    quantization: Literal["int4", "nf4", "none"] = Field(
+        "int4",
+        description="form of the base's linears; none keeps the file's floats, bf16 on native and cuda kernels",
+    )
     group_size: AutoInt = Field(None, description="weights per scale, 32, 64, 128 or 256: auto is 64, from GGUF 32")
     double_quant: bool = Field(False, description="quantize the scales and zeros too")
     table_bits: Annotated[Literal[8, 16], BeforeValidator(_whole)] = Field(

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from adapters.weights import LoraWeights, LowRank
 from server.errors import BadModel, BadSetting, Conflict
 from server.kernels import choose
+from server.kernels.cpu.packing import pack
 from server.kernels.reference import Reference
 from server.kernels.stored import dequantize_stored
 from server.kernels.weight import Weight
@@ -33,6 +34,7 @@ from server.model.loader import Base, _remove_abandoned, load_base, quantize_fol
 from server.model.packed_file import PackedWriter
 from server.model.quantization import bits, quantize
 from server.model.vocabulary import Vocabulary, write_folder
+from server.settings import Settings
 
 KINDS = ["Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"]
 TYPES = gguf.GGMLQuantizationType
@@ -575,6 +577,21 @@ def test_codes_of_an_unquantized_folder_are_floats_of_the_whole_matrix(
         save_file(whole | {f"{stem}.codes": wrong}, path)
         with pytest.raises(BadModel, match="down_proj is not a matrix of 128 by 192 in none"):
             load(target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_none_keeps_the_floats_that_the_file_has(
+    tmp_path: Path, tiny_vocabulary: Vocabulary, dtype: torch.dtype
+) -> None:
+    """In a written folder, and for the kernels, of which the native ones have bf16. What people read says so."""
+    folder = saved(tmp_path / "m", "Llama", tiny_vocabulary)
+    [path] = folder.glob("*.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
+    quantize_folder(folder, tmp_path / "q", quantization="none")
+    for base in (load(folder, quantization="none"), load(tmp_path / "q")):
+        assert {weight.tensors["codes"].dtype for weight in base.weights.values()} == {dtype}
+        assert {pack(weight).tensors["codes"].dtype for weight in base.weights.values()} == {torch.bfloat16}
+    assert "none keeps the file's floats" in str(Settings.model_fields["quantization"].description)
 
 
 def test_a_quantized_folder_has_the_parts_of_its_manifest_and_no_others(
