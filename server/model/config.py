@@ -223,6 +223,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "model_type": config.model_type,
         "hidden_act": "silu",
         "rope_parameters": rope,
+        "pad_token_id": None,  # SmolLM3's default is beyond a small vocabulary
     }
     same = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

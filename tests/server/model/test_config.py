@@ -295,6 +295,15 @@ def test_yarn_truncates_as_transformers_does(truncate: object) -> None:
     assert from_hf(to_hf(config)) == config
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"])
+def test_transformers_makes_a_model_of_what_is_written(kind: str) -> None:
+    """SmolLM3 has a padding token beyond a small vocabulary, unless it is told that there is none."""
+    config = from_hf(saved(kind, pad_token_id=None, sliding_window=None))
+    written = getattr(transformers, f"{kind}Config")(**to_hf(config))
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(written)
+    assert theirs.config.vocab_size == 100 and theirs.config.pad_token_id is None
+
+
 def test_layers_without_rope() -> None:
     config = from_hf(saved("SmolLM3", no_rope_layers=[1, 0, 1, 1, 0, 1, 1, 1]))
     assert [config.has_rope(i) for i in range(8)] == [True, False, True, True, False, True, True, True]
