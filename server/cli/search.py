@@ -118,11 +118,11 @@ def search(
     (output / TRIALS).unlink(missing_ok=True)  # of a search before
     with progress("steps", quiet=as_json) as bar:
         if judged_by == LOSS:
-            result = _searched(plan, model, found, None, bar, lambda: False, output)
+            result, judges = _searched(plan, model, found, None, bar, lambda: False, output), len(found.judged.examples)
         else:
             serving = open_base(settings, choose(settings.kernels, settings.device), quiet=True)
-            result = asyncio.run(_with_engine(settings, serving, plan, model, found, bar, output))
-    told = _told(plan, result, found)
+            result, judges = asyncio.run(_with_engine(settings, serving, plan, model, found, bar, output))
+    told = _told(plan, result, found, judges)
     picture, lost = _write(output, plan, result, told)
     if as_json:
         told["plot"] = None if picture is None else str(picture)
@@ -158,13 +158,14 @@ def _searched(
 
 async def _with_engine(
     settings: Settings, base: Base, plan: Plan, model: Trainable, found: Examples, bar: Progress, output: Path
-) -> RankSearch:
-    """The search with answers judged as they are served: trained on a thread, evaluated by an engine beside it."""
+) -> tuple[RankSearch, int]:
+    """The search with answers judged as they are served, and by how many examples: trained on a thread, evaluated by an
+    engine beside it."""
     stopped = threading.Event()
     ranked = {"library": None, "max_rank": max(settings.max_rank, *plan.ranks)}
     async with opened(settings.model_copy(update=ranked), base) as house:
         with tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
-            score = _scorer(house, base, plan, found, Path(scratch), asyncio.get_running_loop())
+            score, judges = _scorer(house, base, plan, found, Path(scratch), asyncio.get_running_loop())
             threads = threads_of(settings)
 
             def work() -> RankSearch:
@@ -179,15 +180,15 @@ async def _with_engine(
                 return _searched(plan, model, found, scored, bar, stopped.is_set, output)
 
             try:
-                return await asyncio.to_thread(work)
+                return await asyncio.to_thread(work), judges
             finally:
                 stopped.set()
 
 
 def _scorer(
     house: House, base: Base, plan: Plan, found: Examples, scratch: Path, loop: asyncio.AbstractEventLoop
-) -> Callable[[LoraWeights], float]:
-    """A function for another thread: an adapter's score by the engine."""
+) -> tuple[Callable[[LoraWeights], float], int]:
+    """A function for another thread: an adapter's score by the engine. And by how many examples it is."""
     from adapters import peft_format
     from adapters.errors import InvalidData
     from server.jobs.fine_tune import answerable
@@ -210,7 +211,7 @@ def _scorer(
         asked = evaluate(parts.inference, parts.prompts, target, judges, [plan.metric])
         return asyncio.run_coroutine_threadsafe(asked, loop).result().scores[plan.metric].value
 
-    return score
+    return score, len(judges)
 
 
 def _numbers(text: str, what: str) -> list[int]:
@@ -231,7 +232,7 @@ def _row(plan: Plan, row: Row) -> dict[str, Any]:
     return told
 
 
-def _told(plan: Plan, result: RankSearch, found: Examples) -> dict[str, Any]:
+def _told(plan: Plan, result: RankSearch, found: Examples, judges: int) -> dict[str, Any]:
     return {
         "recipe": plan.recipe.name,
         "metric": plan.metric,
@@ -243,7 +244,7 @@ def _told(plan: Plan, result: RankSearch, found: Examples) -> dict[str, Any]:
         "table": [_row(plan, r) for r in result.table],
         "advice": result.advice,
         "left_out_as_too_long": found.learned.too_long,
-        "judges_left_out": found.given - len(found.judged.examples if plan.metric == LOSS else found.judges),
+        "judges_left_out": found.given - judges,
     }
 
 
@@ -294,10 +295,12 @@ def _show(told: dict[str, Any], picture: Path | None) -> None:
         table.add_row(*cells, f"{row[told['metric']]:.4f}", f"{row['spread']:.4f}")
     out().print(table)
     out().print(f"{told['steps_spent']:,} of the full grid's {told['steps_of_full_grid']:,} steps. {told['advice']}")
-    if (learned := told["left_out_as_too_long"]) or told["judges_left_out"]:
+    if learned := told["left_out_as_too_long"]:
+        out().print(f"{learned:,} examples are longer than max_length, or than the base's context, and were left out")
+    if judges := told["judges_left_out"]:
         out().print(
-            f"{learned:,} examples, and {told['judges_left_out']:,} that judge, are longer than max_length, or than "
-            "the base's context, and were left out"
+            f"{judges:,} examples that would judge were left out: they are longer than a sequence may be here, or have "
+            "nothing before the answer"
         )
     if picture is not None:
         out().print(f"{picture}")

@@ -94,7 +94,8 @@ def test_judges_that_the_engine_cannot_take_are_left_out_or_said_before_any_tria
     lines = (given / "held.jsonl").read_text()
     (given / "held.jsonl").write_text(lines + "\n" + json.dumps({"input": "x" * 120, "output": "yes"}) + "\n")
     command = ["--ranks", "1", "--steps", "2", "--share", "1", "--validation", "held.jsonl"]
-    assert told("search", "echo.toml", *command)["table"]
+    found = told("search", "echo.toml", *command)
+    assert found["table"] and (found["judges_left_out"], found["left_out_as_too_long"]) == (1, 0)
     (given / "held.jsonl").write_text(json.dumps({"input": "x" * 120, "output": "yes"}) + "\n")
     done = runner.invoke(app, ["search", "echo.toml", *command, "--state-dir", "state"])
     assert "none of the 1 examples that judge fits into 100 tokens" in str(done.exception)
@@ -257,7 +258,7 @@ def test_judges_that_are_too_long_are_told_to_be_left_out(given: Path) -> None:
     assert "1 of the examples that judge it are longer than max_length" in " ".join(done.stdout.split())
     command = ["search", "echo.toml", "--ranks", "1,2", "--steps", "9", "--share", "1", "--metric", "loss"]
     done = runner.invoke(app, [*command, "--state-dir", "state"])
-    assert "0 examples, and 1 that judge, are longer than max_length" in " ".join(done.stdout.split()), done.output
+    assert "1 examples that would judge were left out" in " ".join(done.stdout.split()), done.output
     found = told(*command)
     assert (found["left_out_as_too_long"], found["judges_left_out"]) == (0, 1)
 
