@@ -622,10 +622,11 @@ def test_kill_minus_nine_while_scores_are_written(tmp_path: Path) -> None:
     quality.close()
 
 
-def test_performance_of_600_000_records_is_quick_and_small(tmp_path: Path) -> None:
+def test_performance_of_600_000_records_reads_their_sums_alone_and_they_are_small(tmp_path: Path) -> None:
     """600,000 answers of one day, each with its score, of six versions, beside ninety days of hourly sums; written by
-    the tables' own shape, then read through the class. Processor time, the least of three: a neighbour's load is not
-    ours, nor is what a host takes away meanwhile."""
+    the tables' own shape, then read through the class. It takes less than twice what SQLite takes to read the sums; the
+    answers would take five times that. Processor time, the least of three each, in turn: a neighbour's load is not ours,
+    nor is what a host takes away meanwhile."""
     file = tmp_path / "quality.db"
     quality = Quality(file)
     subjects = [Subject.of("t", [(Version("a", f"{i:x}" * 64), 1.0)], "base") for i in range(6)]
@@ -645,8 +646,13 @@ def test_performance_of_600_000_records_is_quick_and_small(tmp_path: Path) -> No
     db.executemany("INSERT INTO traffic VALUES (?, ?, 46, 1, 9, 9, ?, ?, ?)", ((*h, blob, blob, blob) for h in hours))
     db.commit()
     db.close()
-    took = []
+    took, reading = [], []
     for _ in range(3):  # each from the file
+        db = sqlite3.connect(file)
+        start = time.thread_time()
+        assert len(db.execute("SELECT * FROM traffic").fetchall()) == len(hours)
+        reading.append(time.thread_time() - start)
+        db.close()
         quality = Quality(file)
         start = time.thread_time()
         told = quality.performance("t")
@@ -655,7 +661,7 @@ def test_performance_of_600_000_records_is_quick_and_small(tmp_path: Path) -> No
     assert len(told) == 6 and sum(v["requests"] for v in told) == 6 * 2160 * 46
     assert told[0]["e2e"]["p99"] == pytest.approx(0.3, rel=0.06)
     assert {q["source"]: q["samples"] for q in told[0]["quality"]} == {"evaluation": 1, "feedback": 2160 * 46}
-    assert min(took) < 0.1, took
+    assert min(took) < 2 * min(reading), (took, reading)
     assert file.stat().st_size < 150e6, file.stat().st_size
 
 
