@@ -150,10 +150,11 @@ class _Fused(torch.autograd.Function):
         b: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
+        scaled = (b * scale).to(x.dtype)
         a, b = a.to(x.dtype), b.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ a.T
-        y = (inner @ (b * scale).T).addmm_(rows, weight.T)
+        y = (inner @ scaled.T).addmm_(rows, weight.T)
         if bias is not None:
             y += bias
         ctx.save_for_backward(rows, inner, weight, a, b)

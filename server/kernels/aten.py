@@ -88,8 +88,8 @@ class Aten:
         return prepared(written_anew(weights), self.dtype)
 
     def linear(self, weight: Weight, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
-        if update is not None:  # torch's 4-bit product rounds to bf16 by itself
-            return self.linear(weight, x.float()).add_(update).to(x.dtype)
+        if update is not None:
+            return self._added(weight, x, update)
         if weight.layout == INT4PACK:
             if x.dtype == torch.bfloat16 and (x.shape[0] <= PACKED_ROWS or slow_in(x.dtype)):
                 y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -110,6 +110,17 @@ class Aten:
             products[start:stop] = _rows_times(dequantize_stored(weight, start, stop, out=out).to(x.dtype), x)
         # Turned once: a few thousand numbers of a block would be turned by one thread. A copy even of one row.
         return products.t().clone(memory_format=torch.contiguous_format)
+
+    def _added(self, weight: Weight, x: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        """`linear` with an update: torch's 4-bit product, which rounds to bf16 by itself, is left aside."""
+        if slow_in(x.dtype) or (weight.layout != INT4PACK and weight.scheme != "none"):
+            return self.linear(weight, x.float()).add_(update).to(x.dtype)
+        if weight.layout != INT4PACK:
+            return torch.addmm(update, x, weight.tensors["codes"].to(x.dtype).t())
+        y = update.clone()
+        for start, stop in _blocks(weight):
+            y[:, start:stop].addmm_(x, _columns(weight, start, stop, x.dtype, self._work))
+        return y
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
         if weight.layout == STORED:
