@@ -1,6 +1,7 @@
 """What people take for an adapter's folder or its files, and what they should do instead.
 
-Owns the advice. Does not know what an adapter's files are called, nor what is in a right one.
+Owns the advice, and the names that others give their files. Does not know what an adapter's own are called, nor what is
+in a right one.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ def _folders(folder: Path, within: Sequence[str]) -> list[str]:
     left = MAX_ENTRIES
     found = []
     for path in within:
+        if not left:
+            break
         with suppress(OSError), os.scandir(folder / path) as entries:
             for entry in islice(entries, left):
                 left -= 1

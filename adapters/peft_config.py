@@ -59,9 +59,9 @@ REFUSED: Mapping[str, str] = {
     "layer_replication": "it makes another model of the base; retrain without it, on the base that is served",
     "use_qalora": "QA-LoRA pools its inputs before A; retrain without it",
     "use_bdlora": "block-diagonal factors are not served; retrain without it",
-    "arrow_config": "Arrow picks adapters per token",
+    "arrow_config": "Arrow picks adapters per token; retrain without it",
     "kasa_config": "KaSA truncates the base's weights; retrain without it",
-    "megatron_config": "Megatron's parallel layers are not served",
+    "megatron_config": "Megatron's parallel layers are not served; retrain without it",
 }
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -282,10 +282,9 @@ def select(config: LoraConfig, names: Sequence[str]) -> list[str]:
 
 def on_a_head(module: str, key: str) -> UnsupportedAdapter:
     """The error for an adapter of an output head or an embedding, found at the config's key or the tensor `key`."""
+    named = ", or take it out of there if there are no tensors of it" if key == "target_modules" else ""
     return UnsupportedAdapter(
-        f"LoRA on {module!r} is not served, as on any output head or embedding: retrain without that target, or take "
-        "it out of target_modules if there are no tensors of it",
-        key,
+        f"LoRA on {module!r} is not served, as on any output head or embedding: retrain without that target{named}", key
     )
 
 

@@ -36,7 +36,7 @@ def quantize(
     target: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write a base in 4 bits, or as it is with `--quantization none`, file by file, as a folder for `--model`."""
+    """Write a base in 4 bits, or in floats with `--quantization none`, file by file, as a folder for `--model`."""
     from server.model.loader import quantize_folder
     from server.sources import resolve_model
 

@@ -625,8 +625,8 @@ def test_kill_minus_nine_while_scores_are_written(tmp_path: Path) -> None:
 def test_performance_of_600_000_records_reads_their_sums_alone_and_they_are_small(tmp_path: Path) -> None:
     """600,000 answers of one day, each with its score, of six versions, beside ninety days of hourly sums; written by
     the tables' own shape, then read through the class. It takes less than twice what SQLite takes to read the sums; the
-    answers would take five times that. Processor time, the least of three each, in turn: a neighbour's load is not ours,
-    nor is what a host takes away meanwhile."""
+    answers would take five times that. Processor time, the least of three each, in turn: a neighbour's load is not
+    ours, nor is what a host takes away meanwhile."""
     file = tmp_path / "quality.db"
     quality = Quality(file)
     subjects = [Subject.of("t", [(Version("a", f"{i:x}" * 64), 1.0)], "base") for i in range(6)]
