@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adapters.layers import LoraSpec, extract, inject
-from server.kernels import choose
+from server.kernels import choose, cpu
 from server.kernels.cuda import Cuda
 from server.model import linear
 from server.model.attention import Context, PackedAttention
@@ -20,6 +20,9 @@ from server.model.quantization import quantize
 if TYPE_CHECKING:
     from server.engine.runner import TorchRunner
     from server.model.loader import Base
+
+
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(cpu.unavailable() is not None, reason="no native kernels"))
 
 
 @pytest.mark.parametrize("kernels", ["reference", "aten"])
@@ -52,7 +55,7 @@ def test_the_gradient_is_that_of_the_dequantized_matrix(
     torch.testing.assert_close(alone, other[1], atol=1e-2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kernels", ["reference", "aten", "native", "cuda"])
+@pytest.mark.parametrize("kernels", ["reference", "aten", NATIVE, "cuda"])
 @pytest.mark.parametrize("scheme", ["int4", "nf4", "none"])
 @pytest.mark.parametrize("rows", [64, 256])
 def test_an_update_below_the_last_place_of_the_sum_is_not_lost(scheme: str, kernels: str, rows: int) -> None:
