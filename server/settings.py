@@ -170,7 +170,7 @@ class Settings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the base lives")
     quantization: Literal["int4", "nf4", "none"] = Field(
         "int4",
-        description="form of the base's linears; none is the file's floats, bf16 of a GGUF file's codes",
+        description="form of the base's linears; none keeps the file's floats, bf16 of a GGUF file's codes",
     )
     group_size: AutoInt = Field(None, description="weights per scale, 32, 64, 128 or 256: auto is 64, from GGUF 32")
     double_quant: bool = Field(False, description="quantize the scales and zeros too")
