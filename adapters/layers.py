@@ -115,18 +115,20 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
         base = self.base_layer
-        frozen = isinstance(base, nn.Linear) and not base.weight.requires_grad and base.weight.dtype == x.dtype
-        if isinstance(base, nn.Linear) and frozen and not (self.dropout and self.training):
-            fused: torch.Tensor = _Fused.apply(x, base.weight, base.bias, self.lora_A, self.lora_B, self.scale)  # type: ignore[no-untyped-call]
+        drops = self.dropout > 0.0 and self.training
+        frozen = base if isinstance(base, nn.Linear) and not base.weight.requires_grad else None
+        dense = frozen if frozen is not None and frozen.weight.dtype == x.dtype else None
+        if dense is not None and not drops:
+            fused: torch.Tensor = _Fused.apply(x, dense.weight, dense.bias, self.lora_A, self.lora_B, self.scale)  # type: ignore[no-untyped-call]
             return fused
-        dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
+        dropped = F.dropout(x, self.dropout) if drops else x
         update = F.linear(F.linear(dropped, self.lora_A.to(x.dtype)) * self.scale, self.lora_B.to(x.dtype))
         if isinstance(base, Onto):
             return base.onto(update, x, *args)
-        if isinstance(base, nn.Linear) and frozen:
+        if dense is not None:
             rows, sums = x.reshape(-1, x.shape[-1]), update.view(-1, update.shape[-1])
-            y = torch.addmm(sums, rows, base.weight.T).view_as(update)
-            return y if base.bias is None else y + base.bias
+            y = torch.addmm(sums, rows, dense.weight.T).view_as(update)
+            return y if dense.bias is None else y + dense.bias
         return base(x, *args) + update  # type: ignore[no-any-return]
 
     def low_rank(self) -> LowRank:
