@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -144,6 +144,16 @@ class Ram:
         """Bytes that `digest` takes in memory, or will, as far as known."""
         known = self._sizes.get(digest)
         return self._expected(digest) if known is None else known
+
+    def check_room(self, digests: Collection[str], pinned: Collection[str]) -> None:
+        """Raises NoRoom if `digests`, those of a mix, cannot be in memory together beside what is `pinned`."""
+        need = sum(map(self.size, digests))
+        kept = sum(map(self.size, set(pinned).difference(digests)))
+        if need + kept > self.capacity:
+            beside = f", {kept:,} of which are pinned" if kept else ""
+            raise NoRoom(
+                f"the mix takes {need:,} bytes in RAM; there are {self.capacity:,} (--adapter-ram){beside}", "adapters"
+            )
 
     def loaded_at(self, digest: str) -> float | None:
         """When it came into memory, in seconds since the epoch; None if it is not there."""

@@ -78,7 +78,7 @@ class Registry:
         self._max_mix = max_mix
         self._reserved = RESERVED | set(reserved)
         self._observer = observer or Observer()
-        self._lock = threading.RLock()  # `lease` holds it while it asks for the `mix`
+        self._lock = threading.Lock()
         self._names = Names()
         self._leases = Leases()
         self._draining: set[str] = set()
@@ -142,7 +142,9 @@ class Registry:
         Raises what `mix` does.
         """
         with self._lock:
-            versions, mix = self.resolve(choice), self.mix(choice)
+            versions = self.resolve(choice)
+            mix = canonical_mix(versions, self._max_mix)
+            self._ram.check_room(mix.digests, self._pinned_digests())
             self._leases.hold(version for version, _ in versions)
             self._draining.difference_update(mix.digests)
         return Lease(mix, versions, self._release)
@@ -150,14 +152,7 @@ class Registry:
     def check_room(self, mix: Mix) -> None:
         """Raises NoRoom if the mix cannot be in RAM together beside what is pinned by now."""
         with self._lock:
-            pinned = sum(self._ram.size(digest) for digest in self._pinned_digests() - set(mix.digests))
-        need = sum(self._ram.size(digest) for digest in mix.digests)
-        if need + pinned > self._ram.capacity:
-            beside = f", {pinned:,} of which are pinned" if pinned else ""
-            raise NoRoom(
-                f"the mix takes {need:,} bytes in RAM; there are {self._ram.capacity:,} (--adapter-ram){beside}",
-                "adapters",
-            )
+            self._ram.check_room(mix.digests, self._pinned_digests())
 
     def fetch(self, mix: Mix) -> Fetched:
         """The weights of a leased mix, in its order, all or none, when they are in RAM. Never blocks.
