@@ -126,6 +126,9 @@ bool loramux_linear(void* pool, const Matrix* w, const float* x, int64_t rows, f
   return within_memory([&] { linear(*static_cast<Pool*>(pool), *w, x, rows, y); });
 }
 
+// Sets gemm.h's by_eight and answers what it was, for tests and measurements. Not while anything computes.
+bool loramux_by_eight(bool wanted) { return std::exchange(by_eight, wanted); }
+
 // Rows `ids` of the matrix as float32 [count, k].
 void loramux_rows(const Matrix* w, const int64_t* ids, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i++) dequantize_row(*w, ids[i], out + i * w->k);

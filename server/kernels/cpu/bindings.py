@@ -134,6 +134,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_pool_new": (c_void_p, [c_int, c_bool]),
     "loramux_pool_free": (None, [c_void_p]),
     "loramux_linear": (c_bool, [c_void_p, POINTER(Matrix), c_void_p, c_int64, c_void_p]),
+    "loramux_by_eight": (c_bool, [c_bool]),
     "loramux_rows": (None, [POINTER(Matrix), c_void_p, c_int64, c_void_p]),
     "loramux_codes": (c_int64, [c_void_p, c_int64]),
     "loramux_model_new": (

@@ -9,6 +9,19 @@
 
 namespace loramux {
 
+// Intel's processors begin two instructions of 512 bits at a time, whatever they do: those that mask the codes of four rows
+// are a seventh of all, and sums may as well wait in the first cache. AMD's multiply with half of their pipes or fewer, and
+// the others have time to mask.
+bool by_eight = __builtin_cpu_is("intel");
+
+// Rows of a walk at most. Nothing is masked in bytes.
+inline int64_t most_rows(int scheme) { return by_eight && scheme != INT8 ? 2 * ROWS : ROWS; }
+
+int64_t walks_over(int64_t rows, int scheme) {
+  const int64_t most = most_rows(scheme);
+  return rows / most + (rows % most + ROWS - 1) / ROWS;
+}
+
 // The quantiles of NormalFloat4 (QLoRA, appendix E), as in server/kernels/stored.py.
 const float NF4_TABLE[16] = {-1.0f,
                              -0.6961928009986877f,
@@ -74,13 +87,23 @@ __attribute__((always_inline)) inline void ask(Ahead& ahead, int64_t side, const
   aside += side * 64;
 }
 
+// A walk's rows lie in blocks of ROWS, so many codes and words apart.
+struct Rows {
+  const int8_t* codes;
+  const float* words;
+  int64_t codes_apart, words_apart;
+
+  const int8_t* codes_of(int r) const { return codes + r / ROWS * codes_apart + r % ROWS * GROUP; }
+  const float* word(int r, int number) const { return words + r / ROWS * words_apart + number * ROWS + r % ROWS; }
+};
+
 // dot[t][r] = the products of a group's codes of T tiles with R rows' codes x, in the units of the rows' second halves, or
 // in sixteenths of these for INT4: its nibbles are read where they lie, those in the high half of a byte as 16 times as
-// much. `words` points at those of this group. CENTRED: the codes of INT4 are taken as 8 less than they are, and the words
-// are Pairs.
-template <int S, bool CENTRED, int R, int T>
-__attribute__((always_inline)) inline void dot_products(const uint8_t* codes, int64_t stride, const int8_t* x,
-                                                        const float* words, __m512i (&dot)[T][R]) {
+// much. SECOND: whether it is the second one of its span. CENTRED: the codes of INT4 are taken as 8 less than they are, and
+// the words are Pairs.
+template <int S, bool CENTRED, int SECOND, int R, int T>
+__attribute__((always_inline)) inline void dot_products(const uint8_t* codes, int64_t stride, const Rows& x,
+                                                        __m512i (&dot)[T][R]) {
   constexpr int HALF = GROUP / 2;
   const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(static_cast<char>(0xf0));
   [[maybe_unused]] const __m512i levels = nf4_levels();
@@ -90,7 +113,7 @@ __attribute__((always_inline)) inline void dot_products(const uint8_t* codes, in
       if constexpr (S == INT4 && !CENTRED)
         dot[t][r] = _mm512_setzero_si512();
       else
-        dot[t][r] = broadcast_word(words + (CENTRED ? int{MIDDLE} : int{OFFSET}) * ROWS + r);
+        dot[t][r] = broadcast_word(x.word(r, (CENTRED ? int{MIDDLE} : int{OFFSET}) + SECOND));
     }
 #pragma GCC unroll 2
   for (int half = 0; half < 2; half++) {
@@ -99,9 +122,10 @@ __attribute__((always_inline)) inline void dot_products(const uint8_t* codes, in
       for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) {
           if constexpr (S == INT4) {
-            dot[t][r] = _mm512_sllv_epi32(dot[t][r], broadcast_word(words + (CENTRED ? int{HALF_UP} : int{NIBBLE}) * ROWS + r));
+            const __m512i up = broadcast_word(x.word(r, (CENTRED ? int{HALF_UP} : int{NIBBLE}) + SECOND));
+            dot[t][r] = _mm512_sllv_epi32(dot[t][r], up);
           } else {
-            const __m512i right = broadcast_word(words + RIGHT * ROWS + r), left = broadcast_word(words + LEFT * ROWS + r);
+            const __m512i right = broadcast_word(x.word(r, RIGHT + SECOND)), left = broadcast_word(x.word(r, LEFT + SECOND));
             dot[t][r] = _mm512_sllv_epi32(_mm512_srav_epi32(dot[t][r], right), left);
           }
         }
@@ -117,7 +141,7 @@ __attribute__((always_inline)) inline void dot_products(const uint8_t* codes, in
       }
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        const __m512i a = broadcast_word(x + r * GROUP + half * HALF + b * 4);
+        const __m512i a = broadcast_word(x.codes_of(r) + half * HALF + b * 4);
         for (int t = 0; t < T; t++) dot[t][r] = _mm512_dpbusd_epi32(dot[t][r], w[t], a);
       }
     }
@@ -143,9 +167,8 @@ __attribute__((always_inline)) inline void walk(int64_t steps, Group& group, End
 //
 // Inlined, as a call costs half of a group's time, and there are four calls for every 18 groups of a small model.
 template <int S, bool DOUBLE, int R, int T>
-__attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile, const int8_t* x, const float* words,
-                                                   float* out, int64_t stride, Ahead ahead, const char* aside,
-                                                   int64_t side) {
+__attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile, Rows x, float* out, int64_t stride,
+                                                   Ahead ahead, const char* aside, int64_t side) {
   constexpr int64_t BYTES = bytes_of_group(S);
   const int64_t steps = w.padded() / GROUP, groups = w.k / w.group, each = w.group / GROUP;
   const uint8_t* codes = w.codes + tile * steps * BYTES;
@@ -158,7 +181,7 @@ __attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile
       for (int t = 0; t < T; t++) prefetch_scales<S, DOUBLE>(w, tile + T + t, groups, g);
     ask(ahead, side, aside);
     __m512i dot[T][R];
-    dot_products<S, false, R, T>(codes, steps * BYTES, x, words + second * ROWS, dot);
+    dot_products<S, false, second, R, T>(codes, steps * BYTES, x, dot);
     GroupScales s[T];
     for (int t = 0; t < T; t++) s[t] = scales<S, DOUBLE>(w, tile + t, groups, g);
 #pragma GCC unroll 8
@@ -167,26 +190,25 @@ __attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile
         if constexpr (second) {
           span[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[t][r]), s[t].scale, span[t][r]);
         } else {
-          const __m512i right = broadcast_word(words + JOIN_RIGHT * ROWS + r);
-          const __m512i up = broadcast_word(words + JOIN_LEFT * ROWS + r);
+          const __m512i right = broadcast_word(x.word(r, JOIN_RIGHT)), up = broadcast_word(x.word(r, JOIN_LEFT));
           const __m512i joined = _mm512_sllv_epi32(_mm512_srav_epi32(dot[t][r], right), up);
           span[t][r] = _mm512_mul_ps(_mm512_cvtepi32_ps(joined), s[t].scale);
         }
         if constexpr (S == INT4)
-          sum[t][r] = _mm512_fmadd_ps(s[t].zero, _mm512_set1_ps(words[(SUM + second) * ROWS + r]), sum[t][r]);
+          sum[t][r] = _mm512_fmadd_ps(s[t].zero, _mm512_set1_ps(*x.word(r, SUM + second)), sum[t][r]);
       }
     codes += BYTES;
-    x += ROWS * GROUP;
+    x.codes += ROWS * GROUP;
     if (--left == 0) g++, left = each;
   };
   const auto end_span = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) {
-        const __m512 scale = _mm512_set1_ps(words[(S == INT4 ? SIXTEENTH : SCALE) * ROWS + r]);
+        const __m512 scale = _mm512_set1_ps(*x.word(r, S == INT4 ? SIXTEENTH : SCALE));
         sum[t][r] = _mm512_fmadd_ps(span[t][r], scale, sum[t][r]);
       }
-    words += FLOATS;
+    x.words += FLOATS;
   };
   walk(steps, group, end_span);
   for (int t = 0; t < T; t++)
@@ -219,9 +241,8 @@ inline SpanScales span_scales(const int16_t* at) {
 // in one instruction, and so do those of the inputs what is left of the zeros. Codes are taken as 8 less than they are, as
 // then the sums fit and little is left of the zeros.
 template <bool WHOLE, int R, int T>
-__attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int64_t tile, const int8_t* x, const float* words,
-                                                            float* out, int64_t stride, Ahead ahead, const char* aside,
-                                                            int64_t side) {
+__attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int64_t tile, Rows x, float* out,
+                                                            int64_t stride, Ahead ahead, const char* aside, int64_t side) {
   constexpr int64_t BYTES = bytes_of_group(INT4), SCALES = WHOLE ? 32 : 64;
   const int64_t steps = w.padded() / GROUP, count = w.span_scale_count(), each = WHOLE ? w.group / SPAN : 1;
   const uint8_t* codes = w.codes + tile * steps * BYTES;
@@ -237,19 +258,19 @@ __attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int
         _mm_prefetch(reinterpret_cast<const char*>(scales + t * count * SCALES + second * 32), _MM_HINT_T1);
     ask(ahead, side, aside);
     __m512i dot[T][R];
-    dot_products<INT4, true, R, T>(codes, steps * BYTES, x, words + second * ROWS, dot);
+    dot_products<INT4, true, second, R, T>(codes, steps * BYTES, x, dot);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) {
         if constexpr (second) {
-          const __m512i up = _mm512_sllv_epi32(dot[t][r], broadcast_word(words + SECOND_UP * ROWS + r));
+          const __m512i up = _mm512_sllv_epi32(dot[t][r], broadcast_word(x.word(r, SECOND_UP)));
           both[t][r] = _mm512_mask_blend_epi16(0xaaaaaaaa, both[t][r], up);
         } else {
-          both[t][r] = _mm512_srav_epi32(dot[t][r], broadcast_word(words + FIRST_DOWN * ROWS + r));
+          both[t][r] = _mm512_srav_epi32(dot[t][r], broadcast_word(x.word(r, FIRST_DOWN)));
         }
       }
     codes += BYTES;
-    x += ROWS * GROUP;
+    x.codes += ROWS * GROUP;
   };
   const auto end_span = [&]() __attribute__((always_inline)) {
     SpanScales s[T];
@@ -258,10 +279,10 @@ __attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) {
         const __m512i scaled = _mm512_dpwssd_epi32(_mm512_setzero_si512(), both[t][r], s[t].scale);
-        const __m512i all = _mm512_dpwssd_epi32(scaled, broadcast_word(words + INPUTS * ROWS + r), s[t].zero);
-        sum[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), _mm512_set1_ps(words[COMMON * ROWS + r]), sum[t][r]);
+        const __m512i all = _mm512_dpwssd_epi32(scaled, broadcast_word(x.word(r, INPUTS)), s[t].zero);
+        sum[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), _mm512_set1_ps(*x.word(r, COMMON)), sum[t][r]);
       }
-    words += PAIRS;
+    x.words += PAIRS;
     if (--left == 0) scales += SCALES, left = each;
   };
   walk(steps, group, end_span);  // a last group that is alone has a scale of zero beside its own
@@ -315,24 +336,27 @@ void columns(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, 
   // The walks over the rows share the asking, so that it is spread over the time until the bytes are wanted. Each asks for
   // those behind the last one's: what is asked for last is not what the next tiles begin with.
   constexpr int64_t BYTES = bytes_of_group(Product::SCHEME), LINES = T * BYTES / 64;
-  const int64_t walks = std::min<int64_t>((rows + ROWS - 1) / ROWS, LINES);
+  const int64_t most = most_rows(Product::SCHEME), walks = std::min(walks_over(rows, Product::SCHEME), LINES);
   const uint8_t* next = w.codes + (tile + T) * steps * BYTES;
-  for (int64_t first = 0, walk = 0; first < rows; first += ROWS, walk++) {
+  Rows at{x.codes.get(), Product::words(x), ROWS * x.padded, x.padded / SPAN * Product::WORDS};
+  for (int64_t first = 0, walk = 0, some; first < rows; first += some, walk++) {
+    some = rows - first >= most ? most : std::min<int64_t>(ROWS, rows - first);
     Ahead ahead{next, 0, false};
     if (prefetch && walk < walks) ahead = {next, LINES * (walk + 1) / walks - LINES * walk / walks, walk == 0};
     next += ahead.lines * steps * 64;
-    const int8_t* codes = x.codes.get() + first * x.padded;
-    const float* words = Product::words(x) + first / ROWS * (x.padded / SPAN) * Product::WORDS;
-    float* at = out + first * stride;
+    float* to = out + first * stride;
     if (aside.lines.count == 0) aside.refill();
     const int64_t side = std::min(aside.pace, (aside.lines.count + steps - 1) / steps);
     const char* beside = aside.lines.at;
-    switch (rows - first) {
-      case 1: Product::template rows<1, T>(w, tile, codes, words, at, stride, ahead, beside, side); break;
-      case 2: Product::template rows<2, T>(w, tile, codes, words, at, stride, ahead, beside, side); break;
-      case 3: Product::template rows<3, T>(w, tile, codes, words, at, stride, ahead, beside, side); break;
-      default: Product::template rows<4, T>(w, tile, codes, words, at, stride, ahead, beside, side);
+    switch (some) {
+      case 1: Product::template rows<1, T>(w, tile, at, to, stride, ahead, beside, side); break;
+      case 2: Product::template rows<2, T>(w, tile, at, to, stride, ahead, beside, side); break;
+      case 3: Product::template rows<3, T>(w, tile, at, to, stride, ahead, beside, side); break;
+      case ROWS: Product::template rows<ROWS, T>(w, tile, at, to, stride, ahead, beside, side); break;
+      default: Product::template rows<2 * ROWS, T>(w, tile, at, to, stride, ahead, beside, side);
     }
+    at.codes += some / ROWS * at.codes_apart;
+    at.words += some / ROWS * at.words_apart;
     const int64_t asked = std::min(aside.lines.count, side * steps);
     aside.lines.at += asked * 64;
     aside.lines.count -= asked;

@@ -39,6 +39,11 @@ struct Aside {
   virtual void refill() {}
 };
 
+// Whether a walk over codes of 4 bits passes them with twice ROWS rows, as long as so many are left. A row's result is the
+// same either way; it is data so that tests have both on any processor.
+extern bool by_eight;
+int64_t walks_over(int64_t rows, int scheme);
+
 // out[r, 16 * (t - first)] = row r of x times tile t of w, no bias. Rows of `out` have room for whole tiles. What has
 // been asked for is taken off `aside`.
 void multiply(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows, float* out,

@@ -170,14 +170,13 @@ int64_t Team::pace_ahead(int64_t rows) const {
   int64_t lines = static_cast<int64_t>(ahead_blocks_.size()) * base_.cache_halves() / 32;
   for (const int32_t slot : ahead_slots_) lines += base_.slots[static_cast<size_t>(slot)].lines / base_.config.layers;
   lines = std::min(lines, base_.ahead_lines * static_cast<int64_t>(local_.size()));
-  const int64_t walks = (rows + ROWS - 1) / ROWS;
   int64_t times = 0, weights = 0, most = 0;
   for (const int site : {GATE, UP, DOWN}) {
     const Matrix& w = base_.layers[0].site[site];
     const int64_t pieces = (w.tiles() + TILES - 1) / TILES, groups = w.padded() / GROUP;
-    const int64_t each = w.by_unit() ? (groups + 1) / 2 : groups * walks;
+    const int64_t each = w.by_unit() ? (groups + 1) / 2 : groups * walks_over(rows, w.scheme);
     times += pieces * each;
-    most += pieces * each * (w.by_unit() ? MOST_OF_SPAN : MOST_LINES);
+    most += pieces * (w.by_unit() ? each * MOST_OF_SPAN : groups * (rows + ROWS - 1) / ROWS * MOST_LINES);
     weights += pieces * groups * TILES * bytes_of_group(w.scheme) / 64;
   }
   const int64_t spare = (most - weights) / times;

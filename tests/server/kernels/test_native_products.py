@@ -75,6 +75,27 @@ def test_an_id_beyond_the_table_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("scheme", "group", "double"), SCHEMES)
+@pytest.mark.parametrize(("out", "width"), [(49, 384), (130, 1536)])
+@pytest.mark.parametrize("rows", [7, 8, 9, 12, 15, 16, 17, 300])
+def test_walks_of_four_rows_and_of_eight_answer_the_same(
+    library: str, scheme: str, group: int, double: bool, out: int, width: int, rows: int
+) -> None:
+    packed = cpu.Native().pack(stored(scheme, group, double, out, width))
+    x = torch.randn(rows, width) * torch.logspace(-2, 1, width)
+    found = {}
+    usual = bindings.library().loramux_by_eight(False)
+    try:
+        for by_eight in (False, True):
+            bindings.library().loramux_by_eight(by_eight)
+            found[by_eight] = cpu.Native().linear(packed, x)
+    finally:
+        bindings.library().loramux_by_eight(usual)
+    assert torch.equal(found[True], found[False])
+    alone = cpu.Native().linear(packed, x[rows - 1 :])
+    assert torch.equal(found[True][rows - 1 :], alone)
+
+
+@pytest.mark.parametrize(("scheme", "group", "double"), SCHEMES)
 @pytest.mark.parametrize(("out", "width"), SHAPES)
 @pytest.mark.parametrize("rows", [1, 3, 17, 300])
 def test_products_are_close_to_exact_ones(
