@@ -11,8 +11,9 @@ import math
 import re
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
+from itertools import pairwise
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -273,6 +274,19 @@ LATE_SECONDS = 0.01
 on the server's own processors reads them when it gets one."""
 
 
+@dataclass
+class _Step:
+    """Events that came together: when the first did, the tokens they are worth, of which requests, and whether one is a
+    request's first."""
+
+    start: float
+    tokens: float = 0.0
+    of: set[int] = field(default_factory=set)
+    fresh: bool = False
+    joined: bool = False
+    """Whether first tokens that came after the others are taken for tokens of this step."""
+
+
 def steady_rate(done: Sequence[Outcome]) -> float:
     """Tokens a second of the steps in which a server only decodes.
 
@@ -280,24 +294,38 @@ def steady_rate(done: Sequence[Outcome]) -> float:
     before it, and is left out with the time before it and the tokens that came along. What is left are the tokens of
     all other steps over the time since the step before each. An event is worth its request's tokens over its events:
     a server may send several tokens at once.
+
+    First tokens that come soon after a step, with none of a request that was in it, are late ones of that step or a
+    step of their own that only read a prompt: nobody can tell when the next step began, and it is left out too.
     """
-    bursts: list[tuple[float, float, bool]] = []  # its first event's time, its tokens, whether one is a first token
-    last = -math.inf
-    events = ((t, i == 0, o.tokens / len(o.times)) for o in done for i, t in enumerate(o.times))
-    for t, first, worth in sorted(events):
-        if t - last >= BURST_SECONDS:
-            bursts.append((t, 0.0, False))
-        start, count, fresh = bursts[-1]
-        bursts[-1], last = (start, count + worth, fresh or first), t
-    steps: list[tuple[float, float, bool]] = []
-    for t, count, fresh in bursts:
-        if fresh and steps and t - steps[-1][0] < LATE_SECONDS:
-            steps[-1] = (steps[-1][0], steps[-1][1] + count, True)
-        else:
-            steps.append((t, count, fresh))
-    alone = [(b[0] - a[0], b[1]) for a, b in zip(steps, steps[1:], strict=False) if not b[2]]
+    alone = [(b.start - a.start, b.tokens) for a, b in pairwise(_steps(done)) if not b.fresh and not a.joined]
     busy = sum(seconds for seconds, _ in alone)
-    return sum(count for _, count in alone) / busy if busy else float("nan")
+    return sum(tokens for _, tokens in alone) / busy if busy else float("nan")
+
+
+def _steps(done: Sequence[Outcome]) -> list[_Step]:
+    """The server's steps in their order, as its events' times tell them."""
+    bursts: list[_Step] = []
+    last = -math.inf
+    events = ((t, i == 0, number) for number, outcome in enumerate(done) for i, t in enumerate(outcome.times))
+    for t, first, number in sorted(events):
+        if t - last >= BURST_SECONDS:
+            bursts.append(_Step(t))
+        burst, last = bursts[-1], t
+        burst.tokens += done[number].tokens / len(done[number].times)
+        burst.of.add(number)
+        burst.fresh = burst.fresh or first
+    steps: list[_Step] = []
+    for burst in bursts:
+        before = steps[-1] if steps else _Step(-math.inf)
+        soon = burst.start - before.start < LATE_SECONDS
+        if burst.fresh and soon and before.of.isdisjoint(burst.of):  # a step brings each request one event
+            before.tokens += burst.tokens
+            before.of |= burst.of
+            before.fresh = before.joined = True
+        else:
+            steps.append(burst)
+    return steps
 
 
 REASONS = 3

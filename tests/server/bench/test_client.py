@@ -71,12 +71,27 @@ def test_steps_that_read_a_prompt_are_no_steady_decoding() -> None:
 
 def test_first_tokens_that_come_late_belong_to_the_step_of_the_others() -> None:
     """The third's first token is 6 ms behind the first's token of the same step, which took 0.5 s, and 1 behind the
-    second's."""
+    second's. When the next step began cannot be told."""
     rest = tuple(2.1 + 0.1 * i for i in range(5))
     one = replace(outcome(0.0, 1.0, 1.5, 6), tokens=12, times=(1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 2.0, *rest), e2e=2.5)
     two = replace(one, times=(*one.times[:6], 2.005, *rest))
     three = replace(outcome(0.0, 2.006, 2.5, 6), times=(2.006, *rest))
-    assert steady_rate([one, two, three]) == pytest.approx((5 * 2 + 5 * 3) / (0.5 + 0.5))
+    assert steady_rate([one, two, three]) == pytest.approx((5 * 2 + 4 * 3) / (0.5 + 0.4))
+
+
+@pytest.mark.parametrize("step", [0.0101, 0.0099, 0.005, 0.0025])
+def test_steps_are_told_apart_however_short_they_are(step: float) -> None:
+    """A request joins every fourth step, and each has 64 tokens: one that joins leaves out its own step alone."""
+    joined = [outcome(0.0, 4 * i * step, (4 * i + 63) * step, 64) for i in range(64)]
+    running = [sum(0 <= number - 4 * i < 64 for i in range(64)) for number in range(4 * 63 + 64)]
+    alone = [count for number, count in enumerate(running) if number % 4 or number > 4 * 63]
+    assert steady_rate(joined) * step == pytest.approx(sum(alone) / len(alone))
+
+
+def test_a_short_step_that_only_reads_a_prompt_is_not_part_of_the_next() -> None:
+    """The second answer begins 5 ms after the first one's end."""
+    turns = [outcome(0.0, 1.0, 1.05, 11), outcome(0.0, 1.055, 1.105, 11)]
+    assert steady_rate(turns) == pytest.approx((9 + 9) / (0.045 + 0.045))
 
 
 def test_steady_decoding_one_after_another_leaves_out_what_lies_between() -> None:
