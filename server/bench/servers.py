@@ -111,16 +111,16 @@ def compare(
         servers["vllm"] = vllm_server(named["vllm"], served, place)
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
+        own = {name: stack.enter_context(contextlib.ExitStack()) for name in (INSIDE, *servers)}
         inside = InProcess(served.base, served.adapters, threads=served.threads, max_batch=served.batch)
-        engine = stack.enter_context(inside)
-        waves = {INSIDE: in_process(engine, served)}
+        waves = {INSIDE: in_process(own[INSIDE].enter_context(inside), served)}
         for name, server in servers.items():
             heard(f"starting {name}")
             try:
-                waves[name] = stack.enter_context(server)
+                waves[name] = own[name].enter_context(server)
             except ServerError as error:
                 failed[name] = error.message
-        found, fallen = take_turns(waves, rounds, heard)
+        found, fallen = take_turns(waves, rounds, heard, lambda name: own[name].close())
     return report(found, failed | fallen)
 
 
@@ -215,10 +215,11 @@ def vllm_server(python: str, served: Served, place: Place) -> Iterator[Wave]:
 
 
 def take_turns(
-    waves: Mapping[str, Wave], rounds: int, heard: Callable[[str], None]
+    waves: Mapping[str, Wave], rounds: int, heard: Callable[[str], None], stop: Callable[[str], None]
 ) -> tuple[dict[str, list[Mapping[str, float]]], dict[str, str]]:
     """One wave each to warm up, then `rounds` of each in turn, every second time backwards. One that fails is not asked
-    again. Returns what the rounds gave, and why those failed that did."""
+    again: `stop` ends it, as it may still compute what it was asked for. Returns what the rounds gave, and why those
+    failed that did."""
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in waves}
     failed: dict[str, str] = {}
     for number in range(rounds + 1):
@@ -230,6 +231,7 @@ def take_turns(
             except ServerError as error:
                 failed[name] = error.message
                 heard(f"{name} failed: {error.message}")
+                stop(name)
                 continue
             heard(f"{name}{'' if number else ', to warm up'}: {', '.join(f'{k} {v:,.3g}' for k, v in got.items())}")
             if number:

@@ -258,7 +258,7 @@ def test_waves_take_turns_and_medians_are_compared() -> None:
         return run
 
     heard: list[str] = []
-    found, failed = take_turns({name: wave(name) for name in rates}, 3, heard.append)
+    found, failed = take_turns({name: wave(name) for name in rates}, 3, heard.append, lambda name: None)
     names = list(rates)
     assert asked == [*names, *names, *names[::-1], *names[:-1]], "the first of each warms up; who fails is left out"
     told = report(found, failed)
@@ -327,6 +327,37 @@ def test_who_fails_in_a_wave_is_told_by_name(tiny_base: Base, tmp_path: Path, mo
     served = Served(tiny_base, [], 1, 8, 2, 1)
     told = servers.compare({}, served, Place("m", tmp_path, tmp_path), 1, lambda line: None)
     assert told.failed == {"loramux": "it fell over"}
+
+
+def test_who_fails_is_stopped_before_the_others_are_asked_again(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    @contextlib.contextmanager
+    def failing(*_: Any) -> Iterator[servers.Wave]:
+        def fall_over() -> Any:
+            raise PeerFailed("it fell over")
+
+        yield fall_over
+        told.append("vllm is stopped")
+
+    @contextlib.contextmanager
+    def serving(*_: Any) -> Iterator[servers.Wave]:
+        def wave() -> dict[str, float]:
+            told.append("a wave")
+            return {"whole": 1.0}
+
+        yield wave
+        told.append("ours is stopped")
+
+    monkeypatch.setattr(servers, "InProcess", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(servers, "in_process", lambda *_: lambda: {"whole": 2.0})
+    monkeypatch.setattr(servers, "our_server", serving)
+    monkeypatch.setattr(servers, "vllm_server", failing)
+    served = Served(tiny_base, [], 1, 8, 2, 1)
+    servers.compare({"vllm": "v"}, served, Place("m", tmp_path, tmp_path), 2, lambda line: None)
+    assert told == ["a wave", "vllm is stopped", "a wave", "a wave", "ours is stopped"]
 
 
 def test_all_requests_of_a_wave_are_there_at_once(answering: Answering, tiny_base: Base) -> None:
