@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.weights import LoraWeights
+from server.kernels import cpu
 from server.kernels.pages import zeros
 from server.model.loader import Base
 
@@ -100,7 +101,8 @@ def decode_cost(base: Base, contexts: Sequence[int], mixes: Sequence[Sequence[Lo
     linears = [w for path, w in base.weights.items() if path in base.shapes()]
     table = base.weights["model.embed_tokens"] if config.tie_word_embeddings else base.weights["lm_head"]
     distinct = {w.digest: w for mix in mixes for w in mix}
-    nbytes = sum(w.nbytes for w in linears) + table.nbytes
+    unread = cpu.unread() if base.backend.name == "native" else ()
+    nbytes = sum(t.nbytes for w in (*linears, table) for name, t in w.tensors.items() if name not in unread)
     nbytes += sum(contexts) * config.kv_values * KV_BYTES + sum(w.nbytes for w in distinct.values())
     per_row = sum(w.shape[0] * w.shape[1] for w in linears) + table.shape[0] * table.shape[1]
     # Of true ranks and widths: what a backend fills its layout up with need not be computed.

@@ -35,6 +35,11 @@ def instructions() -> str:
     return str(bindings.library().loramux_instructions().decode())
 
 
+def unread() -> tuple[str, ...]:
+    """Tensors of a packed matrix that steps on this processor do not read. Raises as `instructions`."""
+    return () if "AMX" in instructions() else packing.OF_UNIT
+
+
 _pools: list[bindings.Pool] = []
 _making = threading.Lock()
 

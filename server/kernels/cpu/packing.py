@@ -26,6 +26,8 @@ MOST_LOST = 0.015
 distributed, and lost 0.09 when they became codes of four bits. Those that are never rounded so lose a 256th of it."""
 MOST_INPUTS = 40_000
 """Of a row, so that 32 bits hold sums of products of 8 bits, without a sign, and 7."""
+OF_UNIT = ("fineness", "rising")
+"""Of a packed matrix, what only products of the matrix unit read."""
 PIECE = 2**22
 """Weights of a matrix that are looked at at a time."""
 _SCHEMES = {"int4": bindings.INT4, "nf4": bindings.NF4, "int8": bindings.INT8, "none": bindings.NONE}

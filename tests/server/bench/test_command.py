@@ -7,10 +7,12 @@ import json
 import re
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import typer
 from click.testing import Result
 from rich.table import Table
@@ -25,7 +27,9 @@ from server.bench.slora import Client
 from server.bench.synthetic import write_adapter
 from server.engine.batch import Batch, Logits
 from server.errors import BadSetting
-from server.kernels import cuda
+from server.kernels import cpu, cuda
+from server.kernels.cpu import packing
+from server.model.quantization import quantize
 from tests.server.bench.conftest import Answering, events
 
 if TYPE_CHECKING:
@@ -236,6 +240,19 @@ def test_a_step_reads_weights_and_adapters_once_and_computes_them_for_each_row(t
     assert cost.nbytes == weights + 4 * each * (3 + 5) + 2 * keys_and_values * (20 + 30 + 7)
     attention = 2 * 2 * 4 * 16 * (20 + 30 + 7)
     assert cost.ops == 2 * (3 * (linears + table) + each * (3 + 3 + 5) + attention)
+
+
+@pytest.mark.parametrize(("instructions", "read"), [("AMX-INT8, AVX512-VNNI", True), ("AVX512-VNNI", False)])
+def test_what_only_the_matrix_unit_reads_is_counted_where_there_is_one(
+    tiny_base: Base, monkeypatch: pytest.MonkeyPatch, instructions: str, read: bool
+) -> None:
+    monkeypatch.setattr(cpu, "instructions", lambda: instructions)
+    generator = torch.Generator().manual_seed(0)
+    stored = {path: torch.randn(w.shape, generator=generator) for path, w in tiny_base.weights.items()}
+    weights = {path: packing.pack(quantize(w, "int4", group=32, name=path)) for path, w in stored.items()}
+    of_unit = sum(w.tensors[name].nbytes for w in weights.values() for name in ("fineness", "rising"))
+    cost = roofline.decode_cost(replace(tiny_base, weights=weights, backend=cpu.Native()), [], [])
+    assert cost.nbytes == sum(w.nbytes for w in weights.values()) - (0 if read else of_unit)
 
 
 def test_all_that_steps_read_of_keys_and_values_has_been_written() -> None:
