@@ -37,7 +37,7 @@ import aiohttp
 import httpx
 import numpy as np
 
-from benchmarks.serving import MODELS, Server, free_port, running, serving
+from benchmarks.serving import MODELS, Server, command, free_port, running, serving
 from server.bench import machine
 from server.bench.synthetic import write_adapter
 from server.kernels import choose
@@ -151,8 +151,7 @@ def bytes_read(server: Server) -> int:
 def serving_again(state: Path, *flags: str) -> Iterator[Server]:
     """A server on a state that another has left."""
     port = free_port()
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--state-dir", str(state)]
-    with running([*command, "--library", "none", *flags], port, "/health/ready", state / "again.log") as server:
+    with running(command(port, state, *flags), port, "/health/ready", state / "again.log") as server:
         yield server
 
 

@@ -1,4 +1,4 @@
-"""`serving`: a `loramux serve` of its own for a benchmark, on the embedded base, with a fresh state.
+"""`serving`: a `loramux serve` of its own for a benchmark, on the embedded base, with a fresh state, on the processor.
 
 Knows where the base lies once it has been fetched. Does not know what is asked.
 """
@@ -27,6 +27,11 @@ def serving(state: Path, models: Path, *flags: str, module: str = "server.cli") 
         if kept.is_dir():
             (state / name).symlink_to(kept)
     port = free_port()
-    command = [sys.executable, "-m", module, "serve", "--port", str(port), "--state-dir", str(state)]
-    with running([*command, "--library", "none", *flags], port, "/health/ready", state / "server.log") as server:
+    with running(command(port, state, *flags, module=module), port, "/health/ready", state / "server.log") as server:
         yield server
+
+
+def command(port: int, state: Path, *flags: str, module: str = "server.cli") -> list[str]:
+    """What starts it. A GPU that is there serves nothing, unless `flags` name it."""
+    started = [sys.executable, "-m", module, "serve", "--port", str(port), "--state-dir", str(state)]
+    return [*started, "--library", "none", "--device", "cpu", *flags]

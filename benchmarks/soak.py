@@ -451,7 +451,7 @@ def soak(
     for path in (path for paths in contents.values() for path in paths):
         seed = int(hashlib.sha256(path.name.encode()).hexdigest()[:8], 16)
         write_adapter(path, SHAPES, rank=RANK, seed=seed)
-    size = choose().prepare(read_folder(folder / "a0", name="a0"), "int4").nbytes
+    size = choose(device="cpu").prepare(read_folder(folder / "a0", name="a0"), "int4").nbytes
     # a deadline that no pause of the machine uses up
     common = ["--max-mix", str(MAX_MIX), "--kv-cache", f"{kv_cache}MiB", "--deadline", "1h", *flags]
     most = ["--max-slots", str(SLOTS), "--adapter-ram", str(IN_RAM * size)]

@@ -171,6 +171,7 @@ def peers(
             "rates": compare.as_json(table),
             "ratios": compare.ratios(table),
             "failed": measured.failed,
+            "kernels": base.backend.name,
         },
     )
     shown = results.table("", "prefill tok/s", "decode tok/s", "we are faster by (prefill, decode)")
@@ -217,7 +218,7 @@ def servers(
         measured = over_http.compare(named, served, place, rounds, lambda line: console.print(line, markup=False))
     result = results.report(
         {**_compared(base, named, ranks, threads), "rounds": rounds},
-        {"requests": requests, "adapters": len(ranks), **asdict(measured)},
+        {"requests": requests, "adapters": len(ranks), **asdict(measured), "kernels": base.backend.name},
     )
     table = results.table("", "decode tok/s", "all tok/s", "first token", "we are faster by (decode, all)")
     for name, row in measured.medians.items():

@@ -27,6 +27,8 @@ CONTEXT = 2048
 BLOCK = 16
 SLOTS = 64
 """As a server has by default."""
+STEP_TOKENS = 512
+"""Most new tokens of a step, as a server has by default."""
 GREEDY = Sampling()
 
 
@@ -40,7 +42,7 @@ class InProcess:
         *,
         threads: int = 2,
         max_batch: int = 32,
-        max_step_tokens: int = 512,
+        max_step_tokens: int = STEP_TOKENS,
     ) -> None:
         """`max_batch` and `max_step_tokens`, the server's settings of these names, may hold all requests and their
         prompts: then all decode together. There is a slot for each adapter, and at least as many as a server has."""

@@ -24,7 +24,7 @@ from adapters.peft_format import TENSOR_FILE
 from server.bench.client import Body, closed_loop, run, timed
 from server.bench.compare import OURS, PeerFailed, output
 from server.bench.export import export_base
-from server.bench.inprocess import InProcess
+from server.bench.inprocess import STEP_TOKENS, InProcess
 from server.bench.serving import free_port, running
 from server.bench.slora import body_of, llama_body
 from server.bench.workloads import Arrival, closed
@@ -154,7 +154,8 @@ def in_process(engine: InProcess, served: Served) -> Wave:
 
 @contextlib.contextmanager
 def our_server(served: Served, place: Place) -> Iterator[Wave]:
-    """A `loramux serve` with a state of its own. Raises as `running`."""
+    """A `loramux serve` with a state of its own, on the processor, and with what our engine in process has, whatever
+    settings say. Raises as `running`."""
     state, port = place.fresh / "state", free_port()
     state.mkdir()
     for name in ("models", "cache"):
@@ -163,6 +164,7 @@ def our_server(served: Served, place: Place) -> Iterator[Wave]:
     command = [sys.executable, "-m", "server.cli", "serve", "--model", place.model, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--state-dir", str(state), "--library", "none", "--no-prefix-cache"]
     command += ["--threads", str(served.threads), "--max-batch", str(served.batch)]
+    command += ["--device", "cpu", "--kernels", served.base.backend.name, "--max-step-tokens", str(STEP_TOKENS)]
     key, keys = secrets.token_hex(16), place.fresh / "keys"  # it may ask for one, as any server here would
     keys.write_text(f"bench:{key}")
     command += ["--api-keys-file", str(keys)]

@@ -27,7 +27,7 @@ from server.bench.slora import Client
 from server.bench.synthetic import write_adapter
 from server.engine.batch import Batch, Logits
 from server.errors import BadSetting
-from server.kernels import cpu, cuda
+from server.kernels import choose, cpu, cuda
 from server.kernels.cpu import packing
 from server.model.quantization import quantize
 from tests.server.bench.conftest import Answering, events
@@ -172,6 +172,7 @@ def test_peers_keep_what_was_measured_before_one_failed(
     assert [len(told["rates"][name]["rounds"]) for name in ("loramux", "peft", "vllm")] == [3, 1, 3]
     assert told["failed"] == {"peft": "it did not end within 1800 s"} and set(told["ratios"]) == {"peft", "vllm"}
     asked = told["asked"]
+    assert told["kernels"] == choose("auto", "cpu").name
     assert (asked["rounds"], asked["threads"], asked["ranks"]) == (3, 1, [8, 16])
     assert asked["base"]["name"] and len(asked["base"]["digest"]) == 64
 

@@ -19,6 +19,7 @@ from server.bench.compare import PeerFailed
 from server.bench.servers import Place, Served, report, take_turns
 from server.bench.workloads import closed
 from server.errors import BadSetting
+from server.kernels import choose
 from tests.server.bench.conftest import Answering, events
 from tests.server.bench.test_command import bench, told_of
 
@@ -95,6 +96,7 @@ def test_all_are_asked_the_same(tiny_folder: Path, tmp_path: Path) -> None:
         "whole": pytest.approx(told["medians"]["loramux"]["whole"] / told["medians"]["in process"]["whole"])
     }
     assert told["asked"]["ranks"] == [8, 16] and told["adapters"] == told["requests"] == 2
+    assert told["kernels"] == choose("auto", "cpu").name
     assert (tmp_path / "out" / "servers-2-2.png").stat().st_size > 1000
     asked = [json.loads(line) for line in noted.read_text().splitlines()]
     assert len(asked) == 3 * 2, "one wave to warm up, and two"
@@ -200,6 +202,7 @@ def test_each_server_is_started_for_what_it_is_asked(
         (ours, *_), (theirs, *_), (vllm, *_) = started
     wanted = {"--model": "m", "--library": "none", "--threads": "3", "--max-batch": "40"}
     wanted |= {"--adapter-dir": str(tmp_path / "a"), "--api-keys-file": str(tmp_path / "fresh" / "keys")}
+    wanted |= {"--device": "cpu", "--kernels": "reference", "--max-step-tokens": "512"}
     assert {flag: ours[ours.index(flag) + 1] for flag in wanted} == wanted and "--no-prefix-cache" in ours
     assert (tmp_path / "fresh" / "keys").read_text() == f"bench:{keys[0]}" and keys[0] and keys[1:] == ["", ""]
     state = tmp_path / "fresh" / "state"
