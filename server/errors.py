@@ -31,6 +31,9 @@ from typing import Any
 
 from adapters.errors import AdapterError
 
+SHUTTING_DOWN = "the server is shutting down"
+"""What whoever comes too late is told, wherever that is noticed."""
+
 
 class ServerError(Exception):
     """Base of all errors of the server. `param` names the input at fault; `retry_after` is in seconds."""

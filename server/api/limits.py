@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from server.api.errors import Answer, answer, is_openai
 from server.api.responses import ALWAYS
 from server.api.types import ASGIApp, Message, Receive, Scope, Send
-from server.errors import BodyTooLarge, BodyTooSlow
+from server.errors import SHUTTING_DOWN, BodyTooLarge, BodyTooSlow, NotReady
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ class Boundary:
     """Outermost: gives the request its id and turns whatever escaped into an answer. HEAD is GET without the body.
 
     `unread` hears of each request that the middleware refuses: method, path and status. Once it `closes` each answer
-    is its connection's last, so that the client's next request finds another server.
+    is its connection's last, so that the client's next request finds another server; and what the server then cancels
+    because it waits no longer is answered first, if it has no answer yet.
     """
 
     def __init__(
@@ -88,6 +89,11 @@ class Boundary:
             await self.app(scope, heard, named)
         except ClientDisconnect:
             log.info("request %s: its client left before it could be answered", request_id, extra=named_so)
+        except asyncio.CancelledError:
+            if self.closes() and not status:
+                late = answer(NotReady(SHUTTING_DOWN, retry_after=2.0))
+                await refuse(late, scope, receive, named, more=False)
+            raise
         except Exception as error:
             if status:
                 log.exception("request %s failed after its answer had begun", request_id, extra=named_so)

@@ -16,7 +16,7 @@ from server.api.auth import Keys
 from server.engine.engine import Engine
 from server.engine.grammar import Grammars
 from server.engine.runner import Runner
-from server.errors import NotServing
+from server.errors import SHUTTING_DOWN, NotServing
 from server.jobs.files import Files
 from server.jobs.requests import Ground
 from server.jobs.runner import Jobs
@@ -99,20 +99,16 @@ class Runtime:
         return self._draining_since is not None
 
     def cut_short(self) -> None:
-        """End what clients still wait for: each answer says so itself. On the event loop's thread.
-
-        A job's generations end with the job, which goes on when the server starts again.
-        """
-        for generation in list(self.loaded.inference.live) if self.loaded is not None else ():
-            if generation.caller.client:
-                generation.cancel()
+        """End what clients still wait for: each answer says so itself. On the event loop's thread."""
+        if self.loaded is not None:
+            self.loaded.inference.cut_short()
 
     def parts(self) -> Parts:
         """The parts. Raises NotServing while loading or draining."""
         if self.state != "ready" or self.loaded is None:
             why = {
                 "loading": "the server is loading its model; try again in a moment",
-                "draining": "the server is shutting down",
+                "draining": SHUTTING_DOWN,
                 "failed": "the server could not start; its log says why",
             }
             raise NotServing(why.get(self.state, self.state), retry_after=2.0)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from adapters.leases import Lease
 from adapters.weights import Choice, Mix, Version, counts
 from server.engine.request import Constraint, Delivery, Request, Sampling, TokenLogprob
-from server.errors import InvalidRequest, NotFinite, QueueFull
+from server.errors import SHUTTING_DOWN, InvalidRequest, NotFinite, NotReady, QueueFull
 from server.metrics import Ended, Metrics
 from server.tasks.admission import Admission
 from server.tasks.mailbox import Inbox, Mailbox
@@ -166,6 +166,18 @@ class Inference:
         self._metrics = metrics
         self._mailbox = mailbox
         self._status_of = status_of
+        self._cut = False
+
+    def cut_short(self) -> None:
+        """End what clients wait for, and begin nothing more for them: what is still being prepared would come too late
+        to be told so. On the loop's thread.
+
+        A job's generations end with the job, which goes on when the server starts again.
+        """
+        self._cut = True
+        for generation in list(self.live):
+            if generation.caller.client:
+                generation.cancel()
 
     def check(self, target: Target, caller: Caller) -> None:
         """Before anything is worked out for a call: raises QueueFull where it is over a limit of its key or task, what
@@ -200,6 +212,8 @@ class Inference:
         task = target.task.name if target.task else None
         try:
             if caller.client:
+                if self._cut:
+                    raise NotReady(SHUTTING_DOWN, retry_after=2.0)
                 self.admission.enter(caller.tenant, task)
         except Exception as error:
             self.refused(target, error, caller)

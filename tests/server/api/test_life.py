@@ -261,16 +261,6 @@ def test_the_end_counts_from_when_it_was_first_told(monkeypatch: pytest.MonkeyPa
     assert runtime.draining_for == 7.0
 
 
-def test_what_is_cut_short_is_what_clients_wait_for() -> None:
-    """A job's generations end with the job."""
-    cut: list[bool] = []
-    live = [SimpleNamespace(caller=SimpleNamespace(client=c), cancel=lambda c=c: cut.append(c)) for c in (True, False)]
-    runtime = Runtime(Settings())
-    runtime.loaded = SimpleNamespace(inference=SimpleNamespace(live=live))  # type: ignore[assignment]
-    runtime.cut_short()
-    assert cut == [True]
-
-
 async def test_who_is_told_to_leave_while_it_loads_is_never_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     house = SimpleNamespace(parts=SimpleNamespace(model=SimpleNamespace(name="m")))
     monkeypatch.setattr(server.app, "assemble", lambda *_: house)

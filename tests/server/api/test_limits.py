@@ -213,6 +213,32 @@ def test_what_the_middleware_refuses_is_told_and_the_last_answer_of_a_connection
     assert unread == [("GET", "/x", status)] * 2 * heard
 
 
+@pytest.mark.parametrize(
+    ("closes", "begun", "statuses"), [(True, False, [503]), (True, True, [200]), (False, False, [])]
+)
+async def test_what_a_server_that_leaves_cancels_is_answered_first(
+    closes: bool, begun: bool, statuses: list[int]
+) -> None:
+    """As all errors are; and whoever cancels still hears that it has ended by that."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await receive()
+
+    house, scope = House([]), {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    asked = asyncio.create_task(Boundary(app, lambda *_: None, lambda: closes)(scope, stalls, house.send))
+    await asyncio.sleep(0)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(asked, 5)
+    assert [sent["status"] for sent in house.sent if "status" in sent] == statuses
+    if statuses == [503]:
+        told = json.loads(house.sent[-1]["body"])["error"]
+        assert told["code"] == "not_ready" and "shutting down" in told["message"]
+        assert {name for name, _ in house.sent[0]["headers"]} >= {b"retry-after", b"connection", b"x-request-id"}
+
+
 def test_what_fails_after_its_answer_has_begun_is_not_answered_twice(caplog: pytest.LogCaptureFixture) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})

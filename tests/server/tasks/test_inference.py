@@ -10,7 +10,7 @@ import pytest
 
 from adapters.weights import Version
 from server.engine.request import Delivery, Request, Sampling, TokenLogprob
-from server.errors import DeadlineExceeded, InvalidRequest, NotFinite, QueueFull, UnknownName
+from server.errors import DeadlineExceeded, InvalidRequest, NotFinite, NotReady, QueueFull, UnknownName
 from server.metrics import Ended
 from server.tasks.admission import Admission
 from server.tasks.definitions import Fixed, Task
@@ -70,7 +70,7 @@ class House:
         mailbox: Any = SimpleNamespace(post=lambda receiver, item: receiver(item))
         metrics: Any = SimpleNamespace(record=self.records.append)
         leases: Any = SimpleNamespace(lease=self.lease, check_room=self.asked_for_room.append)
-        codes = {QueueFull: 429, NotFinite: 500, InvalidRequest: 400, DeadlineExceeded: 504}
+        codes = {QueueFull: 429, NotFinite: 500, InvalidRequest: 400, DeadlineExceeded: 504, NotReady: 503}
         self.inference = Inference(engine, leases, metrics, mailbox, lambda error: codes[type(error)])
         self.inference.admission = Admission(per_key=1)
         self.inference.on_ended = self.over.append
@@ -123,6 +123,21 @@ def test_a_call_that_is_refused_half_way_is_over_when_what_ran_of_it_is() -> Non
         with pytest.raises(QueueFull, match="full"):
             house.start()
     assert house.out == 0 and [record.status for record in house.records] == ["429", "200", "429", "429"]
+
+
+def test_what_is_cut_short_is_what_clients_wait_for_and_nothing_begins_for_them_after_it() -> None:
+    """A job's generations end with the job."""
+    house, job = House(), Caller("key", client=False)
+    house.start()
+    house.start(caller=job)
+    house.inference.cut_short()
+    assert house.cancelled == [house.submitted[0].id]
+    with pytest.raises(NotReady, match="shutting down") as refused:
+        house.start()
+    assert refused.value.retry_after and len(house.submitted) == 2 and house.out == 2
+    assert [record.status for record in house.records] == ["503"]
+    house.start(caller=job)
+    assert len(house.submitted) == 3
 
 
 def test_each_sequence_is_asked_for_on_the_terms_of_its_call() -> None:
