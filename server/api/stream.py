@@ -117,24 +117,27 @@ class EventStream(Response):
             await asyncio.create_task(self._answer(scope["state"]["request_id"], send))
 
     async def _answer(self, request_id: str, send: Send) -> None:
-        steps, encoder = self.generation.steps(), self.encoder
+        steps = self.generation.steps()
         arrived = await anext(steps)
+        body, held = self.encoder.first() + self._said(arrived), False  # it may say that there is no answer
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-        body, held = encoder.first(), True
         try:
             while True:
-                body += b"".join([encoder.step(index, delivery) for index, delivery in arrived])
-                # What shows nothing goes with the step after it, if it is not the first: half of what it costs to send.
-                held = not held and not any(delivery.text for _, delivery in arrived)
                 if body and not held:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
                     body = b""
                 arrived = await anext(steps)
+                body += self._said(arrived)
+                # What shows nothing goes with the step after it, if it is not the first: half of what it costs to send.
+                held = not held and not any(delivery.text for _, delivery in arrived)
         except StopAsyncIteration:
             body += self._end()
         except Exception as error:
             body += b"data: " + answer(error, request_id).encode() + b"\n\n"
         await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def _said(self, arrived: list[tuple[int, Delivery]]) -> bytes:
+        return b"".join([self.encoder.step(index, delivery) for index, delivery in arrived])
 
     def _end(self) -> bytes:
         return self.encoder.last() + DONE

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from server.api.stream import EventStream, working
 from server.api.types import Message
 from server.engine.request import Delivery
 from server.errors import DeadlineExceeded
+from tests.waiting import SECONDS, until
 
 
 async def test_what_leaves_early_stops_its_work_and_listens_no_more() -> None:
@@ -63,6 +66,26 @@ def test_a_streamed_answer_that_the_server_s_end_cut_short_ends_with_an_error(li
     assert "stopped before the answer was complete" in events[-1]["error"]["message"]
     assert not any(choice["finish_reason"] for event in events[:-1] for choice in event["choices"])
     assert live.idle()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_stream_that_was_cut_short_before_it_began_is_answered_with_a_status(start: Any, chat: bool) -> None:
+    live = start(max_batch=1)
+    live.slow_down(0.05)
+    path, asked = ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}) if chat else (
+        "completions", {"prompt": "x"})  # fmt: skip
+    body = {"model": "tiny", "max_tokens": 5, "stream": True, **asked}
+    long = {"prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with live.http.stream("POST", "/generate", json=long) as running, ThreadPoolExecutor(1) as pool:
+        received = running.iter_lines()
+        next(received)
+        queued = pool.submit(httpx.post, f"{live.url}/v1/{path}", json=body, timeout=SECONDS)
+        until(lambda: live.stats()["waiting"])
+        live.house.parts.inference._mailbox.loop.call_soon_threadsafe(live.runtime.cut_short)
+        answer = queued.result(SECONDS)
+        assert [line for line in received if line][-1] == "data: [DONE]", "how far it came is an answer there"
+    assert answer.status_code == 503 and answer.headers["retry-after"]
+    assert answer.json()["error"]["code"] == "not_ready"
 
 
 async def streamed(texts: list[str], error: Exception | None = None) -> list[bytes]:
