@@ -377,15 +377,19 @@ def _between_tokens(requests: Sequence[Request]) -> float:
 
 
 def timings(generation: Generation) -> dict[str, float]:
-    """Milliseconds of a generation that has ended, as clients see them; its longest sequence gives the rate."""
+    """Milliseconds of a generation that has ended, as clients see them; its longest sequence gives the rate.
+
+    What never came was waited for until the end: a first token where none is written, a first step where none ran.
+    """
     record = ended(generation)
     load = max(s.request.load_seconds for s in generation.replies)
     total = record.finished - record.submitted
-    ttft = record.first_token - record.submitted
+    admitted, first_token = (record.finished if math.isnan(t) else t for t in (record.admitted, record.first_token))
+    ttft = first_token - record.submitted
     seconds = total - ttft if record.longest > 1 else total
     tokens = record.longest - 1 if record.longest > 1 else record.longest
     return {
-        "queue_ms": _ms(record.admitted - record.submitted - load),
+        "queue_ms": _ms(admitted - record.submitted - load),
         "load_ms": _ms(load),
         "ttft_ms": _ms(ttft),
         "total_ms": _ms(total),
@@ -423,7 +427,7 @@ def _least(times: Any) -> float:
 
 
 def _ms(seconds: float) -> float:
-    return 0.0 if math.isnan(seconds) else round(max(0.0, seconds) * 1000, 2)
+    return round(max(0.0, seconds) * 1000, 2)
 
 
 def _names(choice: Choice) -> tuple[str, ...]:

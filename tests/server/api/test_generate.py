@@ -114,6 +114,7 @@ def test_classify_scores_labels_of_which_one_begins_another(live: Any) -> None:
     assert list(body["scores"]) == ["good", "bad", "goodish"]
     assert math.isclose(sum(body["scores"].values()), 1.0, rel_tol=1e-6)
     assert body["label"] == max(body["scores"], key=body["scores"].__getitem__)
+    assert 0 < body["timings"]["ttft_ms"] == body["timings"]["total_ms"], "there is one piece, and it is all"
     own = live.http.post("/classify", json={"prompt": "x", "labels": ["yes", "no"]}).json()
     assert set(own["scores"]) == {"yes", "no"} and own["task"] is None
     assert live.http.post("/classify", json={"prompt": "x"}).json()["error"]["param"] == "labels"

@@ -37,6 +37,20 @@ def test_a_call_of_several_answers_lasts_from_its_first_to_its_last() -> None:
     }  # fmt: skip
 
 
+def test_what_never_came_was_waited_for_until_the_end() -> None:
+    target, lease = SimpleNamespace(task=None, made_up=False), SimpleNamespace(versions=())
+    for admitted, waited in ((math.nan, 5750.0), (2.0, 750.0)):
+        generation: Any = Generation("g", target, lease, Caller(arrived=1.0), None)  # type: ignore[arg-type]
+        request: Any = SimpleNamespace(
+            prompt=(1, 2), output=[], submitted=1.5, admitted=admitted, first_token=math.nan, finished=7.0,
+            load_seconds=0.25,
+        )  # fmt: skip
+        generation.replies.append(Reply(request))
+        assert timings(generation) == {
+            "queue_ms": waited, "load_ms": 250.0, "ttft_ms": 6000.0, "total_ms": 6000.0, "tokens_per_second": 0.0,
+        }  # fmt: skip
+
+
 def test_a_call_that_is_refused_at_the_door_leaves_its_place() -> None:
     refused: list[Any] = []
 
