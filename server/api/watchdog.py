@@ -1,7 +1,8 @@
 """`Watchdog`: a step that is stuck ends the process, with a line that says what ran, so that something restarts it.
 
 A step runs in native code that nothing can interrupt; while it hangs, every request hangs with it. A device that has
-had a fault ends the process too: it computes nothing any more for a process that it has failed in.
+had a fault ends the process too: it computes nothing any more for a process that it has failed in. So does an engine
+whose thread has ended though nobody stopped it.
 """
 
 from __future__ import annotations

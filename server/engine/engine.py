@@ -253,6 +253,9 @@ class Engine:
                     self._recover(error)
                     self._pass_on()
                     self._wake.wait(IDLE_SECONDS)
+        except BaseException as error:  # nobody can tell what is left in which state, and no step will run any more
+            log.critical("the engine could not go on after a step that failed", exc_info=error)
+            self._lost = self._lost or f"the engine could not go on after a step that failed ({error!r})"
         finally:
             self._inbox.close("the engine has stopped")
             self._finish()

@@ -518,6 +518,24 @@ def test_when_planning_itself_fails_no_request_is_lost(bench: Any) -> None:
     b.engine.stop()
 
 
+def test_an_engine_that_cannot_go_on_after_a_step_that_failed_is_lost(bench: Any) -> None:
+    """As with a device that is lost: whoever watches it ends the process. One that was stopped is not."""
+    b = bench()
+    b.engine.start()
+    assert b.engine.stop(1.0) and b.engine.lost() is None
+    b = bench(max_batch=1)
+    heard = [b.submit(prompt(i)) for i in range(2)]
+    b.runner.before = lambda batch: 1 / 0
+    b.engine._scheduler.reset = lambda: {}["gone"]
+    b.engine.start()
+    until(lambda: b.engine.state == "stopped")
+    assert "KeyError('gone')" in b.engine.lost()
+    assert [type(h.error) for h in heard] == [EngineFailed, NotReady]
+    with pytest.raises(NotReady):
+        b.submit(prompt(3))
+    assert b.engine.stop()
+
+
 def test_a_row_that_is_not_finite_fails_alone_and_leaves_no_prefix(bench: Any, tools: Any) -> None:
     b = bench()
     good, bad = b.submit(prompt(1, 12)), b.submit(prompt(2, 12), temperature=1.0)
