@@ -311,7 +311,8 @@ def _tell_best(made: Mapping[str, Any], tell: Tell) -> None:
 
 
 def _adapter(spec: Spec, base: Base, folder: Path, name: str) -> LoraWeights:
-    return peft_format.read_folder(folder, name=name, max_rank=spec.max_rank, shapes=base.shapes())
+    """The server's copy of a version of its store, by the rules that let it in: the server serves it by those too."""
+    return peft_format.read_folder(folder, name=name, max_rank=spec.max_rank, shapes=base.shapes(), stored=True)
 
 
 def _losses(spec: Spec, model: Trainable, base: Base, weights: LoraWeights, examples: Examples) -> dict[str, Any]:

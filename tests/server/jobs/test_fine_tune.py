@@ -169,6 +169,25 @@ def test_losses_of_result_and_rival(spec, tiny_base, tmp_path):
     assert told[-1]["made"]["from"] == f"first@{rival.digest[:12]}", "its own name had no such version"
 
 
+@pytest.mark.parametrize("key", [{"bias": None}, {"bias": "all"}, {"kasa_config": {}}])
+def test_what_was_taken_by_the_rules_of_before_is_started_from_and_compared_with(spec, tiny_base, tmp_path, key):
+    """As it is served: a job would lose its result by it at the very end."""
+    once = replace(spec, config=replace(CONFIG, max_steps=1), held_out=0.2)
+    (tmp_path / "first").mkdir()
+    fine_tune(once, tiny_base, tmp_path / "first", lambda line: None, lambda: False)
+    before = tmp_path / "first" / "result"
+    config = json.loads((before / "adapter_config.json").read_text())
+    (before / "adapter_config.json").write_text(json.dumps(config | key))
+    with pytest.raises(InvalidAdapter):
+        read_folder(before, name="x", shapes=tiny_base.shapes())
+    told: list[dict[str, Any]] = []
+    again = replace(once, rival=before, init=before, init_name="x")
+    fine_tune(again, tiny_base, tmp_path, told.append, lambda: False)
+    digest = read_folder(before, name="x", shapes=tiny_base.shapes(), stored=True).digest
+    assert told[-1]["losses"]["rival"] > 0 and told[-1]["losses"]["rival_digest"] == digest
+    assert told[-1]["made"]["from"] == f"x@{digest[:12]}"
+
+
 def test_what_a_result_is_worth_once_it_is_pruned_and_what_it_has_learned_of_its_judges(spec, tiny_base, tmp_path):
     told: list[dict[str, Any]] = []
     judged = replace(spec, validation=spec.data, validation_name="v", prune_to=1)
