@@ -51,7 +51,8 @@ Tell = Callable[[dict[str, Any]], None]
 class Examples:
     """What a run learns and what it is judged by: as tokens, and as the records behind them.
 
-    `held_out` is how many of the training file were kept for the latter, `left_out` how many of these cannot judge.
+    `held_out` is how many of the training file were kept for the latter, `left_out` how many of these cannot judge;
+    where none of them can, none is kept.
     """
 
     learned: Tokens
@@ -100,9 +101,7 @@ def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[
         }
     )
     if examples.left_out:
-        said = f"{examples.left_out:,} examples that the result would be measured on are left out"
-        why = "they are longer than a sequence may be here, or have nothing before the answer"
-        tell({"kind": NOTE, "message": f"{said}: {why}.", "data": {"left_out": examples.left_out}})
+        tell({"kind": NOTE, "message": _left_out(examples), "data": {"left_out": examples.left_out}})
     if examples.judged is not None and (known := examples.judged.among(examples.learned)):
         said = f"{known:,} of {len(examples.judged.examples):,} examples that the result is measured on are learned too"
         tell({"kind": NOTE, "message": f"{said}: it will seem better than it is.", "data": {"learned_too": known}})
@@ -129,6 +128,16 @@ def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[
     made = {k: v for k, v in weights.metadata["training"].items() if k != "config"}
     tell({"kind": TRAINED, "digest": weights.digest, "parameters": pruning.parameters(weights), **losses, "made": made})
     return weights
+
+
+def _left_out(examples: Examples) -> str:
+    """Of what the result would be measured on."""
+    count = f"{examples.left_out:,} examples"
+    if examples.judged is None:
+        nothing = "none is, so that nothing measures the result; give a validation_file"
+        return f"All {count} that would be held out are longer than a sequence may be here: {nothing}."
+    why = "they are longer than a sequence may be here, or have nothing before the answer"
+    return f"{count} that the result would be measured on are left out: {why}."
 
 
 class _Told:
@@ -179,10 +188,11 @@ def prepare(spec: Spec, base: Base) -> Examples:
         judges, left_out = judging(judged[:MOST_JUDGED], looked_at, name, param)
         return Examples(learned, looked_at, judges, left_out=left_out)
     kept = set(held_out(records, spec.held_out))
-    learned = tokens([r for i, r in enumerate(records) if i not in kept], spec.data_name, "training_file")
-    if not kept:
-        return Examples(learned)
     judged = [records[i] for i in sorted(kept)]
+    with _told(spec.data_name, "training_file"):
+        if all(len(encode(record)[0]) > longest for record in judged):  # as if there were too few to hold any out
+            return Examples(tokens(records, spec.data_name, "training_file"), left_out=len(judged))
+    learned = tokens([r for i, r in enumerate(records) if i not in kept], spec.data_name, "training_file")
     looked_at = tokens(judged, f"{spec.data_name}, held out to judge by", "training_file")
     judges, left_out = judging(judged, looked_at, spec.data_name, "training_file")
     return Examples(learned, looked_at, judges, len(judged), left_out)

@@ -39,18 +39,18 @@ def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
     encode = encoder(Text(base.vocabulary), Template.of(recipe.task))
     records = data.read(data_dir / recipe.data)
     if recipe.validation:
-        judges = data.read(data_dir / recipe.validation)[:most]
+        judges, name = data.read(data_dir / recipe.validation)[:most], recipe.validation
     else:
         kept = held_out(records, HELD_OUT)
         if not kept:
             raise InvalidData(
                 f"{recipe.data} has {len(records)} examples, of which no tenth can be held out; name a validation file"
             )
-        judges, out = [records[i] for i in kept[:most]], set(kept)
+        judges, name, out = [records[i] for i in kept[:most]], f"{recipe.data}, held out to judge by", set(kept)
         records = [record for i, record in enumerate(records) if i not in out]
     length = min(recipe.config.max_length, base.config.context_length)
     learned = data.tokenize(records, encode, length, recipe.data)
-    judged = data.tokenize(judges, encode, length, recipe.validation or recipe.data)
+    judged = data.tokenize(judges, encode, length, name)
     return Examples(learned, len(judges), answerable(judges, encode, length), judged, encode)
 
 

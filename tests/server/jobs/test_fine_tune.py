@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import io
+import itertools
 import json
 import os
 import threading
@@ -316,6 +317,33 @@ def test_what_no_engine_can_answer_judges_nothing(spec, tiny_base, tmp_path):
     said = [{"prompt": r["input"], "completion": r["output"]} for r in MEASURED]
     by_loss = prepare(replace(raw, validation=write(held, said), context=20), tiny_base)
     assert len(by_loss.records) == 3 and by_loss.left_out == 0, "the training process takes them"
+
+
+def long_at_the_end(wanted: tuple[int, ...]) -> list[dict[str, str]]:
+    """Ten examples, the last two of them long, of which a fifth held out is those that are wanted."""
+    for i in itertools.count():
+        lines = [{"input": f"{i} {k} " + "the " * 80 * (k >= 8), "output": "good"} for k in range(10)]
+        if held_out(data.parse(json.dumps(lines).encode()), 0.2) == wanted:
+            return lines
+    raise AssertionError
+
+
+def test_where_all_that_would_be_held_out_is_too_long_none_is(spec, tiny_base, tmp_path):
+    """As of too few examples: the others are learned, and nothing compares the result."""
+    held = replace(spec, held_out=0.2, config=replace(CONFIG, max_length=60))
+    write(spec.data, long_at_the_end((8, 9)))
+    told: list[dict[str, Any]] = []
+    fine_tune(held, tiny_base, tmp_path, told.append, lambda: False)
+    valid, note = told[:2]
+    assert (valid["examples"], valid["validation_examples"], valid["held_out"], valid["too_long"]) == (8, 0, 0, 2)
+    assert note["message"].startswith("All 2 examples that would be held out are longer than a sequence may be")
+    assert note["data"] == {"left_out": 2}
+    assert told[-1]["kind"] == "trained" and "losses" not in told[-1] and not (tmp_path / "judged.jsonl").exists()
+
+    write(spec.data, long_at_the_end((7, 8)))
+    found = prepare(held, tiny_base)
+    assert (found.held_out, found.left_out, len(found.records)) == (2, 1, 1), "one that is not is enough"
+    assert (len(found.learned.examples), found.learned.too_long) == (7, 1)
 
 
 def test_what_judges_nothing_is_told(spec, tiny_base, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from adapters.errors import InvalidData
 from adapters.training import TrainingConfig
 from server.jobs import searching
 from server.jobs.recipe import Recipe
@@ -35,6 +36,17 @@ def test_what_is_held_out_is_not_learned_though_fewer_judge(tiny_base: Base, tmp
     assert len(every.judged.examples) == 20 and len(few.judged.examples) == 5
     assert few.learned == every.learned and len(few.learned.examples) == 180
     assert not set(few.judged.examples) & set(few.learned.examples)
+
+
+def test_what_is_held_out_and_too_long_is_told_as_that(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"input": "the " * 90, "output": "good"}, *({"input": f"the {i}", "output": "good"} for i in range(19))]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    recipe = Recipe("m", "d.jsonl", {"prompt": "{input}", "format": "raw"}, TrainingConfig(max_length=50))
+    monkeypatch.setattr(searching, "held_out", lambda records, share: (0,))
+    with pytest.raises(InvalidData, match=r"^d\.jsonl, held out to judge by: all 1 examples are longer than 50"):
+        examples(recipe, tiny_base, tmp_path, 10)
 
 
 def test_a_trial_is_a_run_of_the_recipe_with_its_rank_steps_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
