@@ -55,11 +55,12 @@ def evaluate(
     """Measure one or several candidates for a task on the same examples; differences are to the first, paired."""
     from adapters.data import read
     from server.kernels import choose
-    from server.tasks.evaluation import LOSS, check_metrics, pairs
+    from server.tasks.evaluation import LOSS, check_metrics, check_references, pairs
 
     logs.configure_quietly(settings.log_format, settings.log_level)
     examples = pairs(read(data))[:limit]
     metrics = check_metrics(metric) if metric else ()
+    check_references(metrics, examples)
     asked = Asked(task, examples, candidate or (), metrics)
     if answers is not None:
         if set(metrics) == {LOSS}:

@@ -192,7 +192,7 @@ def _scorer(
     from adapters import peft_format
     from adapters.errors import InvalidData
     from server.jobs.fine_tune import answerable
-    from server.tasks.evaluation import evaluate, pairs
+    from server.tasks.evaluation import check_references, evaluate, pairs
 
     parts, name = house.parts, plan.recipe.name
     parts.tasks.put(name, plan.recipe.task)
@@ -202,6 +202,7 @@ def _scorer(
         raise InvalidData(
             f"none of the {len(found.judges)} examples that judge fits into {room} tokens that the engine takes"
         )
+    check_references([plan.metric], judges)
 
     def score(weights: LoraWeights) -> float:
         folder = scratch / weights.name

@@ -100,6 +100,14 @@ def pairs(records: Sequence[Record]) -> list[Pair]:
     return [record for record in records if isinstance(record, Pair)]
 
 
+def check_references(metrics: Sequence[str], examples: Sequence[Pair]) -> None:
+    """Raises InvalidRequest for a metric that is 0 even where these very outputs are answered."""
+    for metric in metrics:
+        why = scores.says_nothing(metric, (example.output for example in examples))
+        if why is not None:
+            raise InvalidRequest(f"{why}; take chrf, which compares characters", "metric")
+
+
 def identities(examples: Sequence[Pair]) -> list[str]:
     """What each example is, whatever file it came in; a line that is there twice is two."""
     seen = Counter[str]()
@@ -129,11 +137,13 @@ async def evaluate(
     """Answer (and, for the loss, score) every example, and measure. On the loop's thread.
 
     A queue that is full is waited for. Cancelling the coroutine stops what runs within a step. Raises InvalidRequest,
-    naming the example's line, for one that does not fit into the context; what the engine raises; UnknownAdapter.
+    naming the example's line, for one that does not fit into the context, and for a metric that says nothing of these
+    examples; what the engine raises; UnknownAdapter.
     """
     metrics = check_metrics(metrics)
     if not examples:
         raise InvalidRequest("there are no examples", "data")
+    await asyncio.to_thread(check_references, metrics, examples)
     started = time.monotonic()
     with inference.lease(target) as lease:
         versions = tuple(lease.versions)

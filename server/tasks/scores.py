@@ -20,7 +20,7 @@ BLEU_ORDER = 4
 Counts = Sequence[float]
 """What one answer adds to a corpus score, or what all add together."""
 
-_WORDS = re.compile(r"[^a-z0-9]+")
+_BETWEEN_WORDS = re.compile(r"[^a-z0-9]+")
 _WRITTEN = {"<skipped>": "", "-\n": "", "\n": " ", "&quot;": '"', "&amp;": "&", "&lt;": "<", "&gt;": ">"}
 """What mteval-v13a takes for something else, in its order."""
 
@@ -52,7 +52,7 @@ def exact_match(answer: str, reference: str) -> float:
 
 def rouge_l(answer: str, reference: str) -> float:
     """F measure of the longest common subsequence of words, 0 to 1 (Lin 2004)."""
-    a, r = ([w for w in _WORDS.split(text.lower()) if w] for text in (answer, reference))
+    a, r = _words(answer), _words(reference)
     if not a or not r:
         return 0.0
     row = [0] * (len(r) + 1)
@@ -62,6 +62,10 @@ def rouge_l(answer: str, reference: str) -> float:
             before, row[j] = row[j], before + 1 if word == other else max(row[j], row[j - 1])
     common = row[-1]
     return 2.0 * common / (len(a) + len(r))
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in _BETWEEN_WORDS.split(text.lower()) if word]
 
 
 def _chrf_counts(answer: str, reference: str) -> Counts:
@@ -157,3 +161,20 @@ CORPUS: Mapping[str, Corpus] = {
     "bleu": Corpus(_bleu_counts, _bleu, partial(_bleu, effective_order=True)),
 }
 """The metrics that are made so."""
+
+_NEEDED: Mapping[str, tuple[Callable[[str], bool], str]] = {
+    "bleu": (
+        lambda text: len(_tokens(text)) >= BLEU_ORDER,
+        f"{BLEU_ORDER} tokens in a row, and no expected answer has as many (what is written without spaces is one)",
+    ),
+    "rougeL": (lambda text: bool(_words(text)), "words of a to z and 0 to 9, and no expected answer has one"),
+}
+"""What a metric looks for in a reference, without which it is 0 even of that very answer."""
+
+
+def says_nothing(metric: str, references: Iterable[str]) -> str | None:
+    """Why the metric is 0 even of answers that are these references; None if it is not."""
+    if metric not in _NEEDED:
+        return None
+    found, what = _NEEDED[metric]
+    return None if any(map(found, references)) else f"{metric} looks at {what}: perfect ones would have 0"

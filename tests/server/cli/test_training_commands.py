@@ -99,6 +99,14 @@ def test_judges_that_the_engine_cannot_take_are_left_out_or_said_before_any_tria
     (given / "held.jsonl").write_text(json.dumps({"input": "x" * 120, "output": "yes"}) + "\n")
     done = runner.invoke(app, ["search", "echo.toml", *command, "--state-dir", "state"])
     assert "none of the 1 examples that judge fits into 100 tokens" in str(done.exception)
+    (given / "held.jsonl").write_text(json.dumps({"input": "x", "output": "yes"}) + "\n")
+
+    def begun(*_: object) -> None:
+        raise RuntimeError("a trial is made for nothing")
+
+    monkeypatch.setattr("server.cli.search._searched", begun)
+    done = runner.invoke(app, ["search", "echo.toml", *command, "--metric", "bleu", "--state-dir", "state"])
+    assert "bleu looks at 4 tokens in a row" in str(done.exception)
 
 
 def test_a_budget_is_parameters(given: Path, tiny_base: Base) -> None:

@@ -185,6 +185,22 @@ async def test_an_example_that_does_not_fit_is_named_by_its_line(parts: Parts, m
         await evaluate(parts.inference, parts.prompts, target, [], ["accuracy"])
 
 
+async def test_a_metric_that_says_nothing_of_the_examples_is_refused(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Perfect answers and others would be equals at 0."""
+
+    def asked(request: Any) -> None:
+        raise RuntimeError("an example is answered for nothing")
+
+    monkeypatch.setattr(parts.inference.engine, "submit", asked)
+    for metric, output in (("bleu", "in the end"), ("rougeL", "да")):
+        examples = [Pair(1, "x", output)]
+        with pytest.raises(InvalidRequest, match=f"^{metric} looks at .*; take chrf") as refused:
+            await evaluate(parts.inference, parts.prompts, parts.resolver.task("say", []), examples, ["chrf", metric])
+        assert refused.value.param == "metric"
+
+
 async def test_a_full_queue_is_waited_for_and_is_no_failed_request(parts: Parts) -> None:
     submit, refused = parts.inference.engine.submit, []
 

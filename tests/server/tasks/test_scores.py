@@ -109,3 +109,21 @@ def test_the_reference_itself_is_perfect(texts):
         assert scores.accuracy(text, text) == scores.exact_match(text, text) == scores.rouge_l(text, text) == 1.0
     assert corpus_score("bleu", texts, texts) == pytest.approx(100.0)
     assert corpus_score("chrf", texts, texts) == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "nothing", "something"),
+    [
+        ("bleu", ["yes", "no", "not at all", "他今天去了图书馆看书"], "yes, it is"),
+        ("rougeL", ["我们去吃饭吧。", "да", "!?"], "да, 3"),
+    ],
+)
+def test_what_says_nothing_of_perfect_answers_is_told(metric: str, nothing: list[str], something: str) -> None:
+    why = scores.says_nothing(metric, nothing)
+    assert why is not None and why.startswith(f"{metric} looks at ")
+    if metric == "bleu":
+        assert corpus_score("bleu", nothing, nothing) == 0.0
+    else:
+        assert not any(map(scores.rouge_l, nothing, nothing))
+    assert scores.says_nothing(metric, [*nothing, something]) is None, "one that says something is enough"
+    assert all(scores.says_nothing(other, nothing) is None for other in ("accuracy", "exact_match", "chrf", "loss"))
