@@ -139,12 +139,14 @@ def _told(task: str, examples: int, found: dict[str, Evaluation]) -> dict[str, A
                 "seconds": round(evaluation.seconds, 3),
             }
         )
-    return {"task": task, "examples": examples, "candidates": rows}
+    return {"task": task, "examples": examples, "out_of_reach": first.out_of_reach, "candidates": rows}
 
 
 def _show(told: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
+
+    from server.tasks.evaluation import cut_short
 
     table = Table(box=box.SIMPLE)
     table.add_column("candidate", overflow="fold")
@@ -166,6 +168,8 @@ def _show(told: dict[str, Any]) -> None:
     several = "; differences are those of the scores, with 95 % intervals" if len(told["candidates"]) > 1 else ""
     out().print(f"{told['task']}, {told['examples']} examples{several}")
     out().print(table)
+    if told["out_of_reach"]:
+        out().print(cut_short(told["out_of_reach"], told["examples"]))
 
 
 def _writable(path: Path) -> None:

@@ -63,7 +63,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of one candidate. `answers` are in the order of the examples, and empty if only the loss was asked."""
+    """What came of one candidate. `answers` are in the order of the examples, and empty if only the loss was asked.
+    `out_of_reach` says of how many examples the expected answer is of more tokens than an answer may have.
+    """
 
     scores: Mapping[str, Score]
     answers: tuple[str, ...]
@@ -71,6 +73,7 @@ class Evaluation:
     prompt_tokens: int
     completion_tokens: int
     seconds: float
+    out_of_reach: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,16 @@ async def evaluate(
         run.prompt_tokens,
         run.completion_tokens,
         time.monotonic() - started,
+        run.out_of_reach,
+    )
+
+
+def cut_short(out_of_reach: int, examples: int) -> str:
+    """What is told of examples whose expected answer no answer can reach."""
+    return (
+        f"{out_of_reach:,} of {examples:,} expected answers have more tokens than an answer may have, so that what is "
+        f"measured is cut short: the task's defaults.max_tokens says how many, {OWN_DEFAULTS['max_tokens']} if it does "
+        "not"
     )
 
 
@@ -204,7 +217,7 @@ class _Run:
         self.with_text = any(metric != LOSS for metric in metrics)
         self.answers: list[str] = []
         self._losses: list[tuple[float, int]] = []
-        self.prompt_tokens = self.completion_tokens = 0
+        self.prompt_tokens = self.completion_tokens = self.out_of_reach = 0
 
     async def all(self, examples: Sequence[Pair], in_flight: int, tell: Tell) -> None:
         self.answers = [""] * len(examples)
@@ -234,7 +247,8 @@ class _Run:
         for example in examples:
             with _placed(example):
                 if self.with_text:
-                    await self._asked(example)
+                    _, sampling = await self._asked(example)
+                    self.out_of_reach += await self._prompts.is_longer(example.output, sampling.max_tokens)
                 if self._with_loss:
                     await self._scored(example)
             await asyncio.sleep(0)

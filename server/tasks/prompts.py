@@ -38,6 +38,7 @@ class Prompts:
     def __init__(self, text: Text, room: Room, longest_token: int, most_tokens: int) -> None:
         self.text = text
         self.room = room
+        self._longest_token = longest_token
         self._characters = room.context * longest_token
         self._most_tokens = most_tokens
 
@@ -118,6 +119,12 @@ class Prompts:
                 "prompt",
             )
         return scored
+
+    async def is_longer(self, text: str, tokens: int) -> bool:
+        """Whether a text, by itself, is more than so many tokens."""
+        if len(text) > tokens * self._longest_token:
+            return True
+        return len(await _off(len(text), lambda: self.text.encode(text, bos=False))) > tokens
 
     async def _check_beginning(self, text: str, over: int, param: str = "prompt") -> None:
         """Of a text of more than `over` characters: raises InvalidRequest if a beginning of it has too many tokens."""

@@ -106,6 +106,15 @@ def test_a_slow_machine_ends_no_command(given: Path, monkeypatch: pytest.MonkeyP
     assert bool(ended) == (limit is not None)
 
 
+def test_answers_that_end_before_what_is_expected_are_told(given: Path) -> None:
+    """Of the task `mood` they have three tokens, of which "bad" is three and "good" four."""
+    command = ["evaluate", "data.jsonl", "--task", "mood", "--library", "library", *SETTINGS]
+    assert json.loads(runner.invoke(app, [*command, "--json"]).stdout)["out_of_reach"] == 4
+    said = "4 of 9 expected answers have more tokens than an answer may have"
+    assert said in " ".join(runner.invoke(app, command).stdout.split())
+    assert "expected answers" not in runner.invoke(app, [*command, "--limit", "1"]).stdout
+
+
 def test_a_task_file_and_the_metric_that_fits(given: Path) -> None:
     done = runner.invoke(
         app, ["evaluate", "data.jsonl", "--task", "task.json", "--json", *SETTINGS, "--library", "library"]

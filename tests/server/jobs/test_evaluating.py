@@ -57,7 +57,7 @@ class House:
     def __init__(
         self, root: Path, scores: dict[str, float | Exception | None], files: Any = None, full: bool = False
     ) -> None:
-        self.full = full
+        self.full, self.out_of_reach = full, 0
         self.scores, self.out, self.reviewed = scores, set[str](), list[str]()
         self.taken: list[tuple[str, dict[str, float]]] = []
         self.out_at: list[set[str]] = []
@@ -99,7 +99,8 @@ class House:
             future.set_exception(value)
         else:
             score = Score("accuracy", value, (value,) * len(examples))
-            future.set_result(Evaluation({"accuracy": score}, (), tuple(target.held.versions), 3, 4, 0.5))
+            held = tuple(target.held.versions)
+            future.set_result(Evaluation({"accuracy": score}, (), held, 3, 4, 0.5, self.out_of_reach))
         return future
 
     def _record(self, subject: Any, metric: str, values: dict[str, float]) -> None:
@@ -125,6 +126,15 @@ def test_all_candidates_are_held_from_the_start_to_their_turn(tmp_path: Path) ->
     house = House(tmp_path, {"a": 0.25, "c": 0.5})
     assert house.run(["a", "c"]).status == "succeeded"
     assert house.out_at == [{"a", "c"}, {"c"}]
+
+
+def test_examples_that_no_answer_can_reach_are_told_once(tmp_path: Path) -> None:
+    house = House(tmp_path, {"a": 0.25, "c": 0.5})
+    house.out_of_reach = 1
+    job = house.run(["a", "c"])
+    [told] = [event for event in house.records.events(job.id) if "out_of_reach" in event["data"]]
+    assert told["level"] == "warn" and told["data"] == {"out_of_reach": 1}
+    assert told["message"].startswith("1 of 2 expected answers have more tokens than an answer may have")
 
 
 @pytest.mark.parametrize("gone", [["a", "gone"], ["gone", "a"]])

@@ -185,6 +185,7 @@ class Engine:
         self.registry, self.scores = registry, scores
         self.targets: list[Target] = []
         self.before: Callable[[int], object] = lambda number: None
+        self.out_of_reach = 0
 
     def __call__(self, target: Target, examples: Any, metrics: Any, tell: Any) -> Future[Evaluation]:
         future: Future[Evaluation] = Future()
@@ -195,7 +196,7 @@ class Engine:
                 versions = tuple(lease.versions)
             value = self.scores[(len(self.targets) - 1) % len(self.scores)]
             scores = {metric: Score(metric, value, (value,) * len(examples)) for metric in metrics}
-            future.set_result(Evaluation(scores, ("",) * len(examples), versions, 3, 4, 0.5))
+            future.set_result(Evaluation(scores, ("",) * len(examples), versions, 3, 4, 0.5, self.out_of_reach))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -305,6 +306,15 @@ def test_a_loss_of_a_version_that_came_at_the_last_moment_decides_nothing(
     monkeypatch.setattr(scene.registry, "publish_now", late)
     assert scene.publish()["model"] is None and "came after the training began" in scene.said()
     assert [scene.registry.current("m")] == came
+
+
+def test_examples_that_no_answer_can_reach_are_told_once(measured: Callable[..., Measured]) -> None:
+    scene = measured("if_better")
+    scene.registry.publish_now("m", write(scene.root / "old", 2))
+    scene.engine.out_of_reach = 1
+    scene.publish()
+    assert len(scene.engine.targets) == 2
+    assert scene.said().count("1 of 1 expected answers have more tokens than an answer may have") == 1
 
 
 REFUSED = InvalidRequest("line 1: the prompt is empty", "prompt")

@@ -185,6 +185,20 @@ async def test_an_example_that_does_not_fit_is_named_by_its_line(parts: Parts, m
         await evaluate(parts.inference, parts.prompts, target, [], ["accuracy"])
 
 
+async def test_expected_answers_that_no_answer_can_reach_are_counted(parts: Parts) -> None:
+    """The task's answers have five tokens, of which each stands for a letter here."""
+    outputs = ("vwxyz", "vwxyzv", "z", "vwxyz" * 2000)
+    examples = [Pair(i + 1, "text", output) for i, output in enumerate(outputs)]
+
+    async def reached(metric: str) -> int:
+        target = parts.resolver.task("say", [])
+        return (await evaluate(parts.inference, parts.prompts, target, examples[:3], [metric])).out_of_reach
+
+    assert await reached("chrf") == 1 and await reached("loss") == 0, "the loss has no answers"
+    assert [await parts.prompts.is_longer(output, 5) for output in outputs] == [False, True, False, True]
+    assert not await parts.prompts.is_longer(outputs[-1], 10_000) and await parts.prompts.is_longer(outputs[-1], 9_999)
+
+
 async def test_a_metric_that_says_nothing_of_the_examples_is_refused(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
