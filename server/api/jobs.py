@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Response
 
+from adapters import data
+from adapters.errors import InvalidData
 from server.api import fine_tuning_schemas as schemas
 from server.api.generate import json_response
 from server.api.responses import errors
@@ -18,7 +20,7 @@ from server.jobs.evaluating import check_size
 from server.jobs.records import CURVES, EVALUATION, SUCCEEDED, Job
 from server.jobs.spec import DATA
 from server.tasks.definitions import Best, Task
-from server.tasks.evaluation import default_metric
+from server.tasks.evaluation import check_references, default_metric, pairs
 
 router = APIRouter(tags=["jobs"])
 
@@ -86,8 +88,19 @@ async def evaluate(task: Annotated[str, Path(max_length=64)], body: schemas.Eval
 def _add(parts: Parts, task: str, request: dict[str, Any], examples: Sequence[schemas.Example]) -> Job:
     lines = "".join(json.dumps(example.model_dump()) + "\n" for example in examples).encode()
     check_size(len(lines), "data", "data")
+    if lines:
+        _check_data(lines, request["metric"])
     files = {DATA: lines} if lines else {}
     return parts.jobs.enter(parts.jobs.records.prepare(EVALUATION, task, request, "eval", files))
+
+
+def _check_data(lines: bytes, metric: str) -> None:
+    """Raises InvalidData and InvalidRequest for what the job would fail by."""
+    try:
+        found = pairs(data.parse(lines, "data"))
+    except InvalidData as error:
+        raise InvalidData(error.message, "data") from error
+    check_references((metric,), found)
 
 
 def _metric(task: Task) -> str:

@@ -583,6 +583,16 @@ def test_evaluating_candidates_of_a_task(
         refused = live.http.post("/tasks/mood/evaluate", json={"data": LINES, "candidates": mixes})
         assert (refused.status_code, refused.json()["error"]["param"]) == (507, "candidates"), refused.text
 
+    for output, code, param, said in (
+        (" ", "invalid_data", "data", "data, line 2: 'output' is empty"),
+        ("good", "invalid_request", "metric", "bleu looks at 4 tokens in a row"),
+    ):
+        body = {"data": [LINES[0], {"input": "x", "output": output}], "metric": "bleu"}
+        refused = live.http.post("/tasks/mood/evaluate", json=body)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"], error["param"]) == (400, code, param), error
+        assert error["message"].startswith(said), error
+
     bad = upload(client, [{"prompt": "x", "completion": "y"}])
     job = finished(live, live.http.post("/tasks/mood/evaluate", json={"file": bad}).json()["id"])
     assert job["status"] == "failed" and "line 1" in job["error"]["message"]
