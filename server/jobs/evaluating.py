@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 from adapters import data
@@ -121,13 +122,15 @@ class Evaluating:
 
 
 def told(found: Sequence[Evaluation], metric: str) -> dict[str, Any]:
-    """The outcome: each candidate's score, how far it is from the best on the same examples, and which is best."""
+    """The outcome: each candidate's score, how far it is from the best on the same examples, and which is best.
+
+    The best one has no difference: it is the very answers that it would be compared with.
+    """
     of = [one.scores[metric] for one in found]
     best = (min if of[0].lower_is_better else max)(range(len(of)), key=lambda i: of[i].value)
     rows: list[Mapping[str, Any]] = []
-    for one, score in zip(found, of, strict=True):
-        apart = difference(score, of[best])
-        finite = {"mean": apart.mean, "low": apart.low, "high": apart.high} if len(score.values) > 1 else None
+    for i, (one, score) in enumerate(zip(found, of, strict=True)):
+        finite = asdict(difference(score, of[best])) if i != best and len(score.values) > 1 else None
         rows.append(
             {
                 "adapters": served(one.versions),

@@ -44,10 +44,19 @@ def test_the_best_by_score_is_the_best_by_difference() -> None:
         long = found(metric, ["yes"] * 9 + [LONG], references)
         result = told([many, long], metric)
         first, second = result["candidates"]
-        assert result["best"] == 1 and second["difference_to_best"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+        assert result["best"] == 1 and second["difference_to_best"] is None
         apart = first["difference_to_best"]
         assert apart["mean"] == first["score"] - second["score"] < -1
         assert apart["low"] < apart["mean"] < apart["high"]
+
+
+def test_the_best_does_not_differ_from_itself() -> None:
+    """Of few hits an interval is wide, though all that they are compared with are alike."""
+    hits = [Score("accuracy", share, (1.0,) * round(5 * share) + (0.0,) * round(5 - 5 * share)) for share in (1.0, 0.8)]
+    result = told([Evaluation({"accuracy": score}, (), (), 3, 4, 0.5) for score in hits], "accuracy")
+    best, other = (row["difference_to_best"] for row in result["candidates"])
+    assert result["best"] == 0 and best is None and other["mean"] == pytest.approx(-0.2)
+    assert other["low"] < other["mean"] < other["high"]
 
 
 class House:
