@@ -66,11 +66,12 @@ class Evaluating:
         task = self._tasks.get(job.name)
         candidates: list[Choice] = [[(name, weight) for name, weight in choice] for choice in request["candidates"]]
         metric: str = request["metric"]
-        job.progress, job.result = Progress(steps=len(examples) * len(candidates)), {}  # of one that begins again, too
-        active.become(RUNNING)
         found: list[Evaluation] = []
         with ExitStack() as held:
             leases = [held.enter_context(self._lease(choice)) for choice in candidates]
+            # Of one that begins again, too; where one is gone by then, what was measured before stays told.
+            job.progress, job.result = Progress(steps=len(examples) * len(candidates)), {}
+            active.become(RUNNING)
 
             def record(kind: object, error: BaseException | None, trace: object) -> None:
                 """Whatever ends the rest. That is what is told then, not that the disk refuses the records as well."""

@@ -154,6 +154,21 @@ def test_one_that_is_gone_already_is_told_before_any_runs(tmp_path: Path, gone: 
     assert not house.out_at and job.result == {}
 
 
+def test_what_was_done_before_the_server_ended_outlives_one_that_is_gone_then(tmp_path: Path) -> None:
+    house = House(tmp_path, {"a": 0.25})
+    before = house.records.prepare
+
+    def half_done(*given: Any) -> Job:
+        job = before(*given)
+        job.result, job.progress.step, job.progress.steps = {"best": 0}, 2, 4
+        return job
+
+    house.records.prepare = half_done  # type: ignore[method-assign]
+    job = house.run(["a", "gone"])
+    assert job.status == "failed" and job.error is not None and "'gone'" in job.error["message"]
+    assert job.result == {"best": 0} and (job.progress.step, job.progress.steps) == (2, 4)
+
+
 @pytest.mark.parametrize(
     ("last", "status"), [(None, "cancelled"), (InvalidRequest("the logits are not finite"), "failed")]
 )
