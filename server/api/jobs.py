@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Response
 
 from adapters import data
-from adapters.errors import InvalidData
+from adapters.errors import AdapterError, InvalidData
 from server.api import fine_tuning_schemas as schemas
 from server.api.generate import json_response
 from server.api.responses import errors
@@ -68,7 +68,7 @@ async def cancel(id: Id, parts: Ready) -> Response:
 async def evaluate(task: Annotated[str, Path(max_length=64)], body: schemas.EvaluateBody, parts: Ready) -> Response:
     """Run candidates of a task over examples with known answers, behind all other requests. Answers a job."""
     found = parts.tasks.get(task)
-    candidates = _candidates(found, body)
+    candidates = _candidates(parts, found, body)
     with called(adapters="candidates", file_id="file"):
         for choice in candidates:  # a mix that no request could have is told now, not by the job
             parts.engine.check_mix(parts.registry.mix(choice))
@@ -107,12 +107,22 @@ def _metric(task: Task) -> str:
     return task.route.metric if isinstance(task.route, Best) else default_metric(task)
 
 
-def _candidates(task: Task, body: schemas.EvaluateBody) -> list[list[tuple[str, float]]]:
+def _candidates(parts: Parts, task: Task, body: schemas.EvaluateBody) -> list[list[tuple[str, float]]]:
+    """Those of the request, else the route's; of a `best` one those that it serves, as long as it serves any."""
     if body.candidates is not None:
         return [[(part.name, part.weight) for part in choice] for choice in body.candidates]
     if isinstance(task.route, Best):
-        return [[(name, 1.0)] for name in task.route.candidates]
+        named = [[(name, 1.0)] for name in task.route.candidates]
+        return [choice for choice in named if _resolves(parts, choice)] or named
     return [list(task.route.choice)]
+
+
+def _resolves(parts: Parts, choice: list[tuple[str, float]]) -> bool:
+    try:
+        parts.registry.resolve(choice)
+    except AdapterError:
+        return False
+    return True
 
 
 def summary(job: Job) -> dict[str, Any]:

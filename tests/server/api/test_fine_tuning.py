@@ -882,6 +882,11 @@ def test_an_evaluation_is_by_default_of_what_the_task_routes_to_and_by_its_metri
     of_mix, of_best = (job.request for job in entered)
     assert of_mix["candidates"] == [[("a", 0.5), ("b", 0.25)]] and of_mix["samples"] == len(LINES)
     assert of_best["candidates"] == [[("a", 1.0)], [("b", 1.0)]] and of_best["metric"] == "rougeL"
+    for gone, status in (("a", 202), ("b", 404)):
+        live.house.parts.registry.retire_now(gone)
+        assert live.http.post("/tasks/best/evaluate", json={"data": LINES}).status_code == status
+        assert live.http.post("/tasks/mixed/evaluate", json={"data": LINES}).status_code == 404
+    assert len(entered) == 3 and entered[2].request["candidates"] == [[("b", 1.0)]], "the route serves that one"
 
 
 def test_training_jobs_are_listed_newest_first_by_pages_and_no_others(live: Any) -> None:
