@@ -176,6 +176,14 @@ class Registry:
         """Whether `name` is served and has this content now."""
         return self._names.current().get(name) == digest
 
+    def fails(self, text: str) -> bool:
+        """Whether the version that "name" or "name@digest" means could not be read when it was last loaded; no such
+        version does not fail."""
+        try:
+            return self._names.find(text).digest in self._failures
+        except AdapterError:
+            return False
+
     def metadata(self, name: str) -> Mapping[str, Any]:
         """What the reader told of the current version (`task`, `card`, `honoured`, ...). Raises UnknownAdapter."""
         with self._lock:

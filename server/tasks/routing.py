@@ -6,7 +6,8 @@ request in twenty still goes to the others in turn, half of these to those that 
 just been published), so that a change is noticed; a rival takes over only when it is proven better itself, and turns
 begin anew where the leader is proven worse than some other. A candidate may be published so often that it never has
 `min_samples`: nobody can begin to lead beside it, but who is worse than another has few turns all the same, and a
-leader that is gives way. Where evaluations decide, nobody goes around: requests would change nothing.
+leader that is gives way. Where evaluations decide, nobody goes around: requests would change nothing. But who could not
+be read when it was last loaded has such few turns by any rule, until it is: its requests end with an error.
 
 In which order is drawn anew every few rounds, and so is which of twenty requests goes around: clients that send one
 easy and one hard prompt in turn would otherwise give each candidate prompts of one kind. Single rounds would not do:
@@ -38,6 +39,8 @@ class Versions(Protocol):
     """What a router asks of the registry."""
 
     def resolve(self, choice: Choice) -> list[tuple[Version, float]]: ...
+
+    def fails(self, text: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -169,11 +172,14 @@ class BestRouter:
         subjects = self._subjects(task, route)
         leader = self._leading(task, route, subjects)
         known, behind = self._behind.get(task.name, (route, frozenset[Subject]()))
-        first = [leader] if leader else [n for n, s in subjects.items() if known != route or s not in behind]
-        rest = [name for name in subjects if name not in first]
-        # Of what is evaluated nothing is learned by requests.
-        if not rest or route.source != FEEDBACK or not turns.goes_around():
-            return leader or turns.next(first or rest or list(route.candidates))
+        sound = [name for name in subjects if not self._versions.fails(name)] or list(subjects)
+        first = [n for n in sound if known != route or subjects[n] not in behind] or sound
+        if leader in sound:
+            first = [leader]
+        # Of what is evaluated nothing is learned by requests, but whether it can be read again.
+        rest = [n for n in subjects if n not in first and (route.source == FEEDBACK or n not in sound)]
+        if not rest or not turns.goes_around():
+            return first[0] if len(first) == 1 else turns.next(first or list(route.candidates))
         counts = {n: self._quality.totals(subjects[n], route.metric, route.source).count for n in rest}
         few = [name for name in rest if counts[name] < route.min_samples]
         return turns.next(few if few and random.random() < 0.5 else rest)

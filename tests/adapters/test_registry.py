@@ -1128,8 +1128,9 @@ async def test_what_was_said_of_a_damaged_version_ends_when_it_is_published_agai
     with pytest.raises(StoreFailed):
         await registry.prefetch("a")
     assert "changed on disk" in registry.describe("a")["notes"][-1]
+    assert registry.fails("a") and registry.fails(f"a@{version.digest[:12]}") and not registry.fails("nobody")
     await registry.publish("a", folders[0])
-    assert registry.describe("a")["notes"] == []
+    assert registry.describe("a")["notes"] == [] and not registry.fails("a")
 
 
 async def test_a_pin_that_could_not_be_loaded_holds_once_its_content_is_published(

@@ -232,6 +232,10 @@ class Names:
 
     def __init__(self, *names: str) -> None:
         self.contents = dict.fromkeys(names, "1")
+        self.failing: set[str] = set()
+
+    def fails(self, text: str) -> bool:
+        return text in self.failing
 
     def resolve(self, choice: Any) -> Any:
         for name, _ in choice:
@@ -313,6 +317,32 @@ def test_nobody_goes_around_where_nothing_would_be_learned(tmp_path: Path) -> No
     score(quality, names, "a", [0.5] * 200)
     assert router.review(task, route).leader == "b"
     assert {router.pick(task, route) for _ in range(EXPLORED * 3)} == {"b"}
+    quality.close()
+
+
+@pytest.mark.parametrize("source", ["feedback", "evaluation"])
+def test_what_cannot_be_read_has_few_turns_until_it_can(tmp_path: Path, source: Any) -> None:
+    names, quality = Names("a", "b", "c"), Quality(tmp_path / "quality.db")
+    route = Best(("a", "b", "c"), source=source, min_samples=50)
+    task, router = Task("t", "{input}", route), BestRouter(quality, names, "base")
+
+    def picks() -> Counter[str]:
+        return Counter(router.pick(task, route) for _ in range(EXPLORED * 6 * ROUNDS))
+
+    names.failing = {"a"}
+    turns = picks()
+    assert turns["a"] == 6 * ROUNDS and abs(turns["b"] - turns["c"]) <= ROUNDS
+    names.failing = {"a", "b", "c"}
+    assert min(picks().values()) > EXPLORED * ROUNDS, "whoever is asked says why"
+    names.failing = set()
+    for name, value in (("a", 1.0), ("b", 0.5), ("c", 0.5)):
+        (thumbs if source == "feedback" else score)(quality, names, name, [value] * 300)
+    assert router.review(task, route).leader == "a"
+    assert picks()["a"] >= EXPLORED * 6 * ROUNDS - 6 * ROUNDS
+    names.failing = {"a"}
+    turns = picks()
+    assert 0 < turns["a"] <= 6 * ROUNDS and abs(turns["b"] - turns["c"]) <= ROUNDS, "the others serve, worse or not"
+    assert router.review(task, route).leader == "a"
     quality.close()
 
 
