@@ -51,8 +51,7 @@ class Inbox:
 
     A request finds a place taken only by those that are not less urgent than it. Where all are, one whose key has fewer
     waiting than another of its priority still gets in. `overfull` then names the key whose newest request has to go:
-    of the least urgent, the one with most. A call that has begun is not ended for one that has not, so keys that have
-    nothing else waiting are named last; of equals, the one that came last.
+    of the least urgent, the one with most.
     """
 
     def __init__(self, max_requests: int, max_tokens: int, wake: Callable[[], None]) -> None:
@@ -151,11 +150,7 @@ class Inbox:
         if len(self._inside) <= self._max_requests and (self._tokens <= self._max_tokens or len(self._inside) <= 1):
             return None
         with self._lock:
-            new: dict[Key, float] = {}
-            for request in self._inside:
-                if not request.call.begun:
-                    new[_key(request)] = max(new.get(_key(request), 0.0), request.submitted)
-            return max(self._waiting, key=lambda key: (key[0], key in new, self._waiting[key], new.get(key, 0.0)))
+            return max(self._waiting, key=lambda key: (key[0], self._waiting[key]))
 
     @property
     def waiting(self) -> int:
@@ -291,10 +286,9 @@ class FairQueue:
             self._note(key)
 
     def newest(self, key: Key) -> Request | None:
-        """The last one of a key that has not run yet; one whose call has, only if there is no other."""
+        """The last one of a key that has not run yet."""
         lane = self._lanes.get(key)
-        last_first = list(reversed(lane.fresh)) if lane is not None else []
-        return next((request for request in last_first if not request.call.begun), next(iter(last_first), None))
+        return next(reversed(lane.fresh), None) if lane is not None else None
 
     def charge(self, request: Request, tokens: float) -> None:
         """Count service that the request's key got."""

@@ -96,14 +96,6 @@ class Delivery(NamedTuple):
 
 
 @dataclass(eq=False)
-class Call:
-    """What the requests of one call share: none of them is an answer by itself."""
-
-    begun: bool = False
-    """Whether one of them has run: its client may have been sent something of the answer. Written by the engine."""
-
-
-@dataclass(eq=False)
 class Request:
     """One sequence. The API builds it, hands it to `Engine.submit`, and hears of it through `deliver`.
 
@@ -124,7 +116,6 @@ class Request:
     """
     fair_key: str = ""
     """Who shares a place in the fair queue: the task's name, else the mix's."""
-    call: Call = field(default_factory=Call)
     tenant: str = ""
     priority: int = 0
     """Lower goes first; evaluation traffic has 1."""

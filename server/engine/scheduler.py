@@ -495,7 +495,6 @@ class Scheduler:
                 self._coming.setdefault(key, request)
         if math.isnan(request.admitted):
             request.admitted = now
-            request.call.begun = True
             request.cached = request.computed
             self.kv.count_query(len(request.prompt), len(found))
             self.waiting.charge(request, max(1, len(request.prompt) - request.computed))

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from adapters.leases import Lease
 from adapters.weights import Choice, Mix, Version, counts
-from server.engine.request import Call, Constraint, Delivery, Request, Sampling, TokenLogprob
+from server.engine.request import Constraint, Delivery, Request, Sampling, TokenLogprob
 from server.errors import SHUTTING_DOWN, InvalidRequest, NotFinite, NotReady, QueueFull
 from server.metrics import Ended, Metrics
 from server.tasks.admission import Admission
@@ -228,7 +228,7 @@ class Inference:
         generation = Generation(id or new_id("gen"), target, lease, caller, self.engine)
         generation.answers = answers
         generation.labels = tuple(labels)
-        fair_key, call = self._fair_key(target, lease, caller), Call()
+        fair_key = self._fair_key(target, lease, caller)
         for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
             request = Request(
                 id=f"{generation.id}.{index}",
@@ -238,7 +238,6 @@ class Inference:
                 mix=lease.mix,
                 still_fits=lambda: self.leases.check_room(lease.mix),
                 fair_key=fair_key,
-                call=call,
                 tenant=caller.tenant,
                 priority=caller.priority,
                 deadline=caller.deadline,

@@ -272,7 +272,7 @@ class Bench:
     def submit(self, prompt: Sequence[int], *, mix: Mix = BASE_ALONE, **options: Any) -> Heard:
         kept = {
             key: options.pop(key)
-            for key in ("fair_key", "call", "tenant", "priority", "deadline", "scored", "constraint")
+            for key in ("fair_key", "tenant", "priority", "deadline", "scored", "constraint")
             if key in options
         }
         options = {"max_tokens": 8, "ignore_eos": True} | options

@@ -17,7 +17,7 @@ import torch
 import server.engine.engine
 from adapters.errors import NoRoom
 from adapters.weights import BASE_ALONE, Mix
-from server.engine.request import Call, State
+from server.engine.request import State
 from server.engine.scheduler import LENT_ROWS, REST
 from server.engine.slots import Room
 from server.engine.text import Text
@@ -603,20 +603,6 @@ def test_a_full_queue_makes_room_for_a_key_that_has_little(bench: Any) -> None:
     b.settle()
     assert [h.reason for h in many] == ["length"] * 5 + ["error"] and few.reason == "length"
     assert isinstance(many[-1].error, QueueFull) and many[-1].error.retry_after >= 1
-    b.check_empty()
-
-
-def test_a_full_queue_ends_no_call_that_has_begun_while_another_has_not(bench: Any) -> None:
-    """The first answers of it may be on their way to its client."""
-    b = bench(max_queue=4, max_batch=2)
-    call = Call()
-    begun = [b.submit(prompt(i), fair_key="begun", call=call) for i in range(4)]
-    b.engine.step()
-    others = [b.submit(prompt(9 + i), fair_key="others") for i in range(2)]
-    late = b.submit(prompt(20), fair_key="late")
-    b.settle()
-    assert isinstance(others[1].error, QueueFull)
-    assert {h.reason for h in (*begun, others[0], late)} == {"length"}
     b.check_empty()
 
 

@@ -178,17 +178,6 @@ def test_urgency_before_fairness() -> None:
     assert q.newest((1, "a")) is low and q.newest((0, "a")) is None and q.newest((0, "c")) is None
 
 
-def test_the_newest_of_a_key_is_one_whose_call_has_not_begun_if_there_is_any() -> None:
-    q = FairQueue()
-    new, old, older = request(), request(), request()
-    for one in (older, new, old):
-        q.add(one)
-    old.call.begun = older.call.begun = True
-    assert q.newest((0, "k")) is new
-    q.remove(new)
-    assert q.newest((0, "k")) is old
-
-
 def test_a_less_urgent_request_that_waits_earns_nobody_credit() -> None:
     q = FairQueue()
     q.add(request("late", priority=1))
@@ -372,21 +361,6 @@ def test_even_those_that_get_in_beside_a_full_queue_are_no_more_than_it_holds() 
         inbox.put(request(key))
     with pytest.raises(QueueFull):
         inbox.put(request("f"))
-    assert inbox.overfull() == (0, "many")
-
-
-def test_keys_that_have_nothing_but_calls_that_have_begun_give_up_a_place_last() -> None:
-    inbox = opened(requests=3)
-    many, some, few = [request("many") for _ in range(3)], request("some"), request("few")
-    for since, one in enumerate((*many, few, some)):
-        one.submitted = float(since)
-        inbox.put(one)
-    assert inbox.overfull() == (0, "many")
-    for one in many:
-        one.call.begun = True
-    assert inbox.overfull() == (0, "some"), "of two that have as many, the one that came last"
-    inbox.left(some)
-    few.call.begun = True
     assert inbox.overfull() == (0, "many")
 
 
