@@ -42,6 +42,7 @@ struct Aside {
 // Whether a walk over codes of 4 bits passes them with twice ROWS rows, as long as so many are left. A row's result is the
 // same either way; it is data so that tests have both on any processor.
 extern bool by_eight;
+// How often so many rows are walked over.
 int64_t walks_over(int64_t rows, int scheme);
 
 // out[r, 16 * (t - first)] = row r of x times tile t of w, no bias. Rows of `out` have room for whole tiles. What has
