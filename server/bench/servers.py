@@ -154,8 +154,8 @@ def in_process(engine: InProcess, served: Served) -> Wave:
 
 @contextlib.contextmanager
 def our_server(served: Served, place: Place) -> Iterator[Wave]:
-    """A `loramux serve` with a state of its own, on the processor, and with what our engine in process has, whatever
-    settings say. Raises as `running`."""
+    """A `loramux serve` with a state of its own, on the processor, with the kernels and the tokens a step of our engine
+    in process, whatever settings say of these. Raises as `running`."""
     state, port = place.fresh / "state", free_port()
     state.mkdir()
     for name in ("models", "cache"):
