@@ -165,7 +165,7 @@ __attribute__((always_inline)) inline void walk(int64_t steps, Group& group, End
 // R rows by T tiles of 16 columns over all of k. Groups of weights are whole numbers of groups of activations. `side` is
 // how many lines from `aside` on are asked for with each of these.
 //
-// Inlined, as a call costs half of a group's time, and there are four calls for every 18 groups of a small model.
+// Inlined, as a call costs half of a group's time, and of a small model there is one for every 18 groups.
 template <int S, bool DOUBLE, int R, int T>
 __attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile, Rows x, float* out, int64_t stride,
                                                    Ahead ahead, const char* aside, int64_t side) {

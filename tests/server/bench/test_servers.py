@@ -316,22 +316,26 @@ def test_our_engine_in_process_is_as_large_as_our_server(
     assert made == [(tiny_base, served.adapters, {"threads": 3, "max_batch": 40})]
 
 
-def test_who_fails_in_a_wave_is_told_by_name(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def serving(*_: Any) -> Iterator[servers.Wave]:
-        def fall_over() -> Any:
-            raise PeerFailed("it fell over")
+def fall_over() -> Any:
+    raise PeerFailed("it fell over")
 
-        yield fall_over
 
+@pytest.fixture
+def quick_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our engine in process answers without one."""
     monkeypatch.setattr(servers, "InProcess", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(servers, "in_process", lambda *_: lambda: {"whole": 2.0})
-    monkeypatch.setattr(servers, "our_server", serving)
+
+
+@pytest.mark.usefixtures("quick_inside")
+def test_who_fails_in_a_wave_is_told_by_name(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "our_server", lambda *_: contextlib.nullcontext(fall_over))
     served = Served(tiny_base, [], 1, 8, 2, 1)
     told = servers.compare({}, served, Place("m", tmp_path, tmp_path), 1, lambda line: None)
     assert told.failed == {"loramux": "it fell over"}
 
 
+@pytest.mark.usefixtures("quick_inside")
 def test_who_fails_is_stopped_before_the_others_are_asked_again(
     tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,9 +343,6 @@ def test_who_fails_is_stopped_before_the_others_are_asked_again(
 
     @contextlib.contextmanager
     def failing(*_: Any) -> Iterator[servers.Wave]:
-        def fall_over() -> Any:
-            raise PeerFailed("it fell over")
-
         yield fall_over
         told.append("vllm is stopped")
 
@@ -354,8 +355,6 @@ def test_who_fails_is_stopped_before_the_others_are_asked_again(
         yield wave
         told.append("ours is stopped")
 
-    monkeypatch.setattr(servers, "InProcess", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(servers, "in_process", lambda *_: lambda: {"whole": 2.0})
     monkeypatch.setattr(servers, "our_server", serving)
     monkeypatch.setattr(servers, "vllm_server", failing)
     served = Served(tiny_base, [], 1, 8, 2, 1)
