@@ -160,6 +160,7 @@ void loramux_model_cache(void* model, uint16_t* cache, int64_t blocks, int64_t b
 }
 
 int64_t loramux_model_apart(void* model) { return static_cast<Served*>(model)->model.steps_apart(); }
+int64_t loramux_model_sparing(void* model) { return static_cast<Served*>(model)->model.steps_sparing(); }
 int64_t loramux_model_touched(void* model) { return static_cast<Served*>(model)->model.blocks_touched(); }
 
 int64_t loramux_block_bytes(const Config* config, int64_t block_size) {

@@ -144,6 +144,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_model_free": (None, [c_void_p]),
     "loramux_model_cache": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]),
     "loramux_model_apart": (c_int64, [c_void_p]),
+    "loramux_model_sparing": (c_int64, [c_void_p]),
     "loramux_model_touched": (c_int64, [c_void_p]),
     "loramux_block_bytes": (c_int64, [POINTER(Config), c_int64]),
     "loramux_model_slot": (c_int64, [c_void_p, c_int64, POINTER(LoraSite), POINTER(c_int32)]),

@@ -140,19 +140,24 @@ std::vector<RowBlock> Model::blocks_of(const Step& step, int64_t first, int64_t 
   return blocks;
 }
 
-// None where sequences do not fall into parts that are large enough and take about as long as each other.
-Model::Parts Model::parts_of(const Step& step) const {
-  const auto parts = static_cast<int64_t>(alone_.size());
-  if (parts == 0 || step.rows < parts * LEAST_ALONE || step.rows > BLOCK) return {};
+// What the sequences before each take, and the last what all do, in multiplications of products.
+std::vector<int64_t> Model::costs_of(const Step& step) const {
   int64_t products = 0;
   for (const Matrix& w : base_.layers[0].site) products += w.n * w.k;
   const int64_t token = DEARER * 2 * base_.config.heads * base_.config.head_dim;
-  std::vector<int64_t> cost{0};  // of all sequences before
+  std::vector<int64_t> costs{0};
   for (int64_t s = 0; s < step.sequences; s++)
-    cost.push_back(cost.back() +
-                   (step.row_start[s + 1] - step.row_start[s]) * (products + token * step.context[s]));
-  Parts found;
-  found.cost = static_cast<double>(cost.back());
+    costs.push_back(costs.back() +
+                    (step.row_start[s + 1] - step.row_start[s]) * (products + token * step.context[s]));
+  return costs;
+}
+
+// Where the last of the rows is that each thread takes alone. None where sequences do not fall into parts that are large
+// enough and take about as long as each other.
+std::vector<int64_t> Model::parts_of(const Step& step, const std::vector<int64_t>& cost) const {
+  const auto parts = static_cast<int64_t>(alone_.size());
+  if (parts == 0 || step.rows < parts * LEAST_ALONE || step.rows > BLOCK) return {};
+  std::vector<int64_t> ends;
   int64_t begin = 0, most = 0;
   for (int64_t part = 1, s = 0; part <= parts; part++) {
     const int64_t aim = cost.back() / parts * part, from = cost[static_cast<size_t>(s)];
@@ -160,13 +165,13 @@ Model::Parts Model::parts_of(const Step& step) const {
     while (s < step.sequences && (part == parts || cost_until(s + 1) - aim <= aim - cost_until(s))) s++;
     if (step.row_start[s] - begin < LEAST_ALONE) return {};
     most = std::max(most, cost_until(s) - from);
-    found.ends.push_back(begin = step.row_start[s]);
+    ends.push_back(begin = step.row_start[s]);
   }
-  return most * parts <= cost.back() / 8 * 9 ? found : Parts();
+  return most * parts <= cost.back() / 8 * 9 ? ends : std::vector<int64_t>();
 }
 
 // The teams of the step, of one thread each for the rows up to each of `ends`, or one of all threads.
-std::vector<Team*> Model::deal(const Step& step, const std::vector<int64_t>& ends) {
+std::vector<Team*> Model::deal(const Step& step, const std::vector<int64_t>& ends, bool sparingly) {
   row_sequence_.resize(static_cast<size_t>(step.rows));
   for (int64_t s = 0; s < step.sequences; s++)
     for (int64_t r = step.row_start[s]; r < step.row_start[s + 1]; r++)
@@ -176,11 +181,11 @@ std::vector<Team*> Model::deal(const Step& step, const std::vector<int64_t>& end
   int64_t first = 0;
   for (const int64_t last : ends) {
     teams.push_back(&alone_[teams.size()]);
-    teams.back()->begin(step, row_sequence_, blocks_of(step, first, last), stream);
+    teams.back()->begin(step, row_sequence_, blocks_of(step, first, last), stream, sparingly);
     first = last;
   }
   if (!teams.empty()) return teams;
-  together_.begin(step, row_sequence_, blocks_of(step, 0, step.rows), stream);
+  together_.begin(step, row_sequence_, blocks_of(step, 0, step.rows), stream, sparingly);
   return {&together_};
 }
 
@@ -236,16 +241,16 @@ Outcome Model::run(const Step& step) {
     for (int64_t b = 0; b * base_.block_size < step.context[s]; b++)
       touched = std::max<int64_t>(touched, step.blocks[s * step.table_width + b] + 1);
   touched_.store(touched);
-  Parts parts = parts_of(step);
-  Quicker* apart = nullptr;
-  if (!parts.ends.empty()) {
-    apart = &apart_[static_cast<size_t>(63 - __builtin_clzll(static_cast<uint64_t>(step.rows)))];
-    if (apart->way() == 0)
-      steps_apart_++;
-    else
-      parts.ends.clear();
-  }
-  const std::vector<Team*> teams = deal(step, parts.ends);
+  const std::vector<int64_t> costs = costs_of(step);
+  std::vector<int64_t> ends = parts_of(step, costs);
+  const auto size = static_cast<size_t>(63 - __builtin_clzll(static_cast<uint64_t>(std::max<int64_t>(1, step.rows))));
+  Quicker* apart = ends.empty() ? nullptr : &apart_[size];
+  if (apart != nullptr && apart->way() == 1) ends.clear();
+  Quicker& sparing = sparing_[step.mix_start[step.sequences] > 0][size];
+  const bool sparingly = sparing.way() == 1;
+  steps_apart_ += !ends.empty();
+  steps_sparing_ += sparingly;
+  const std::vector<Team*> teams = deal(step, ends, sparingly);
   pool_.run(static_cast<int>((step.rows + ROWS - 1) / ROWS), [&](int piece, int) {
     for (int64_t r = piece * ROWS; r < std::min<int64_t>(step.rows, (piece + 1) * ROWS); r++)
       dequantize_row(embed_, step.tokens[r], stream_.get() + r * base_.config.hidden);
@@ -273,7 +278,10 @@ Outcome Model::run(const Step& step) {
     pool_.wake_parked();  // a pool of one thread has no phases that would
   }
   t = now();
-  if (apart != nullptr) apart->took(static_cast<double>(t - layers_began_.load()) / parts.cost);
+  const double took = static_cast<double>(t - layers_began_.load()) / static_cast<double>(std::max<int64_t>(1, costs.back()));
+  // One after the other: ways that took turns in step would be measured together.
+  if (apart == nullptr || apart->known()) sparing.took(took);
+  if (apart != nullptr) apart->took(took);
   head(step);
   if (step.logit_count > 0) head_took_.store(clock(HEAD, t) - t);
   return DONE;

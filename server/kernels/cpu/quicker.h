@@ -13,6 +13,9 @@ class Quicker {
   // The way to go now, 0 or 1.
   int way() const { return kept_ > 0 ? best_ : static_cast<int>(turn_ % 2); }
 
+  // Whether it is known for now which that is.
+  bool known() const { return kept_ > 0; }
+
   // What it took the way that was said last, in any unit that makes works of different sizes alike.
   void took(double time) {
     if (kept_ > 0) {

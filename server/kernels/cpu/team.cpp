@@ -13,6 +13,10 @@ namespace {
 // the matrix unit computes.
 constexpr int64_t MOST_LINES = 9, MOST_OF_SPAN = 20;
 
+// Where memory has less to give than that, products wait longer for what is asked for beside them than is saved when it is
+// read. So it is asked for at this part of the pace where that is quicker, and what is left then is read when it is wanted.
+constexpr int64_t SPARED = 4;
+
 // The same of an update's adapters: most of them have come as far as the third cache before.
 constexpr int64_t MOST_NEAR = 16;
 
@@ -48,12 +52,12 @@ Team::Team(const Resident& base, Pool* pool)
 }
 
 void Team::begin(const Step& step, const std::vector<int32_t>& row_sequence, std::vector<RowBlock> blocks,
-                 float* stream) {
+                 float* stream, bool sparingly) {
   row_sequence_ = &row_sequence;
   blocks_ = std::move(blocks);
   stream_ = stream;
   reserve(step);
-  plan_ahead(step);
+  plan_ahead(step, sparingly);
 }
 
 void Team::layer(const Step& step, int64_t layer) {
@@ -148,7 +152,7 @@ const float* Team::update_of(const RowBlock& block, int site, int64_t row) const
 // ---- what the next layer reads --------------------------------------------------------------------------------
 
 // What the layers of a step read beside weights: adapters, and blocks of keys and values.
-void Team::plan_ahead(const Step& step) {
+void Team::plan_ahead(const Step& step, bool sparingly) {
   ahead_slots_.clear();
   ahead_blocks_.clear();
   look_ahead(-1);
@@ -161,7 +165,8 @@ void Team::plan_ahead(const Step& step) {
   for (int64_t s = (*row_sequence_)[static_cast<size_t>(block.first)]; s <= last; s++)
     for (int64_t b = 0; b < step.table_width && b * base_.block_size < step.context[s]; b++)
       ahead_blocks_.push_back(step.blocks[s * step.table_width + b]);
-  ahead_pace_ = pace_ahead(block.count);
+  const int64_t pace = pace_ahead(block.count);
+  ahead_pace_ = sparingly ? (pace + SPARED - 1) / SPARED : pace;
 }
 
 // Lines each time, so that what there is to ask for is spread over gate, up and down, which do most of it. Their walks over

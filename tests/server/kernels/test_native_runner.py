@@ -358,6 +358,32 @@ def test_threads_take_rows_alone_in_every_other_step_until_it_is_known_what_is_q
         assert apart() - before in (0, 10)
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_little_is_asked_for_ahead_in_every_other_step_until_it_is_known_what_is_quicker(adapters: bool) -> None:
+    """Without adapters and with them by themselves, after threads have taken turns, and the same is computed either way."""
+    native, _ = bases("llama-int4")
+    runner = runner_of(native)
+    place_all(runner, native, {0: adapter(native.config, 1, 4)})
+    sequences = [Sequence(tokens(i, 8), [i], ((0, 1.0),) if adapters else ()) for i in range(16)]
+    step(runner, [(s, 5) for s in sequences])
+    batch = batch_of([(s, 1) for s in sequences])
+    first = runner.run(batch).rows
+    for _ in range(49):
+        assert torch.equal(runner.run(batch).rows, first)
+
+    def sparing() -> int:
+        return int(bindings.library().loramux_model_sparing(runner._model))  # type: ignore[attr-defined]
+
+    assert sparing() == 0
+    for turn in range(50):
+        assert torch.equal(runner.run(batch).rows, first)
+        assert sparing() == (turn + 1) // 2
+    before = sparing()
+    for _ in range(10):
+        assert torch.equal(runner.run(batch).rows, first)
+    assert sparing() - before in (0, 10)
+
+
 def fresh_and_used(count: int) -> tuple[Runner, Runner]:
     """Two runners; in the first blocks of the second `count` tokens have left keys and values that are not finite."""
     native, _ = bases("llama-int4")
