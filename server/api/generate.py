@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from dataclasses import replace
@@ -17,7 +18,7 @@ from server.api.runtime import Parts, Ready, Running
 from server.api.stream import EventStream, check_complete, finished, listening, still_there
 from server.engine.request import Delivery, Sampling, TokenLogprob
 from server.engine.text import Text
-from server.errors import InvalidRequest
+from server.errors import SHUTTING_DOWN, InvalidRequest, NotReady
 from server.tasks import sampling
 from server.tasks.definitions import check_labels
 from server.tasks.inference import Caller, Generation, Inference, timings
@@ -191,7 +192,8 @@ def within_limits(parts: Parts, target: Target, caller: Caller) -> Target:
 
 
 class counted:
-    """Records a call that fails before it reaches the engine, or whose client leaves; the exception goes on."""
+    """Records a call that fails before it reaches the engine, whose client leaves, or that the server's end overtakes;
+    the exception goes on."""
 
     def __init__(self, inference: Inference, target: Target | None, caller: Caller) -> None:
         self._inference, self._target, self._caller = inference, target, caller
@@ -204,6 +206,8 @@ class counted:
             self._inference.abandoned(self._target, self._caller)
         elif isinstance(error, Exception):
             self._inference.refused(self._target, error, self._caller)
+        elif isinstance(error, asyncio.CancelledError):  # `Boundary` answers so
+            self._inference.refused(self._target, NotReady(SHUTTING_DOWN), self._caller)
 
 
 def json_response(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:

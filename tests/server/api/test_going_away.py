@@ -12,7 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
+
+from server.api.errors import answer
+from server.api.generate import counted
+from server.errors import InvalidRequest
+from server.tasks.inference import Caller
 
 from tests.waiting import until
 
@@ -252,3 +257,22 @@ def test_shutting_down_lets_what_runs_finish(start: Any) -> None:
     connection.settimeout(10)
     assert b"200 OK" in connection.recv(65536)
     connection.close()
+
+
+@pytest.mark.parametrize(
+    ("end", "status"), [(InvalidRequest("x"), 400), (ClientDisconnect(), "gone"), (asyncio.CancelledError(), 503)]
+)
+def test_a_call_that_ends_before_the_engine_is_counted_as_it_is_answered(end: BaseException, status: int | str) -> None:
+    """And goes on to whoever answers it: a server that ends cancels what is being prepared."""
+    told: list[Any] = []
+
+    class Records:
+        def refused(self, target: None, error: Exception, caller: Caller) -> None:
+            told.append(answer(error).status)
+
+        def abandoned(self, target: None, caller: Caller) -> None:
+            told.append("gone")
+
+    with pytest.raises(type(end)), counted(Records(), None, Caller()):  # type: ignore[arg-type]
+        raise end
+    assert told == [status]

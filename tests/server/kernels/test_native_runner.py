@@ -360,7 +360,7 @@ def test_threads_take_rows_alone_in_every_other_step_until_it_is_known_what_is_q
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_little_is_asked_for_ahead_in_every_other_step_until_it_is_known_what_is_quicker(adapters: bool) -> None:
-    """Without adapters and with them by themselves, after threads have taken turns, and the same is computed either way."""
+    """Without adapters and with them by themselves, after threads took turns, and the same is computed either way."""
     native, _ = bases("llama-int4")
     runner = runner_of(native)
     place_all(runner, native, {0: adapter(native.config, 1, 4)})
