@@ -18,7 +18,6 @@ from server.api.errors import answer
 from server.api.generate import counted
 from server.errors import InvalidRequest
 from server.tasks.inference import Caller
-
 from tests.waiting import until
 
 LONG = {"prompt": "once", "max_tokens": 200, "ignore_eos": True, "adapters": [{"name": "a"}]}
