@@ -172,7 +172,7 @@ def record(entry: object, number: int, name: str, unit: str = "line") -> Record:
                 _refuse(entry, ("prompt", "completion"), where, "leave it out beside 'input' and 'output'")
             given, learned = _string(entry, first, where), _string(entry, second, where)
             if not learned.strip():
-                raise InvalidData(f"{where}: {second!r} is empty; there is nothing to learn")
+                raise InvalidData(f"{where}: {second!r} is empty; there is nothing to learn or to compare with")
             form = Pair if first == "input" else Completion
             return form(number, given, learned, unit=unit)
     shown = ", ".join(sorted(map(str, keys))[:8]) or "nothing"

@@ -52,6 +52,16 @@ class Plan:
     share: float
 
 
+@dataclass
+class Judges:
+    """How many examples judge, and of how many the expected answer is longer than answers may be, once some have been
+    written.
+    """
+
+    count: int
+    out_of_reach: int = 0
+
+
 @with_settings(*BASE, "state_dir", "log_level")
 def search(
     settings: Settings,
@@ -118,7 +128,8 @@ def search(
     (output / TRIALS).unlink(missing_ok=True)  # of a search before
     with progress("steps", quiet=as_json) as bar:
         if judged_by == LOSS:
-            result, judges = _searched(plan, model, found, None, bar, lambda: False, output), len(found.judged.examples)
+            result = _searched(plan, model, found, None, bar, lambda: False, output)
+            judges = Judges(len(found.judged.examples))
         else:
             serving = open_base(settings, choose(settings.kernels, settings.device), quiet=True)
             result, judges = asyncio.run(_with_engine(settings, serving, plan, model, found, bar, output))
@@ -158,9 +169,8 @@ def _searched(
 
 async def _with_engine(
     settings: Settings, base: Base, plan: Plan, model: Trainable, found: Examples, bar: Progress, output: Path
-) -> tuple[RankSearch, int]:
-    """The search with answers judged as they are served, and by how many examples: trained on a thread, evaluated by an
-    engine beside it."""
+) -> tuple[RankSearch, Judges]:
+    """The search with answers judged as they are served: trained on a thread, evaluated by an engine beside it."""
     stopped = threading.Event()
     ranked = {"library": None, "max_rank": max(settings.max_rank, *plan.ranks)}
     async with opened(settings.model_copy(update=ranked), base) as house:
@@ -187,8 +197,8 @@ async def _with_engine(
 
 def _scorer(
     house: House, base: Base, plan: Plan, found: Examples, scratch: Path, loop: asyncio.AbstractEventLoop
-) -> tuple[Callable[[LoraWeights], float], int]:
-    """A function for another thread: an adapter's score by the engine. And by how many examples it is."""
+) -> tuple[Callable[[LoraWeights], float], Judges]:
+    """A function for another thread: an adapter's score by the engine. And what it is judged by."""
     from adapters import peft_format
     from adapters.errors import InvalidData
     from server.jobs.fine_tune import answerable
@@ -203,6 +213,7 @@ def _scorer(
             f"none of the {len(found.judges)} examples that judge fits into {room} tokens that the engine takes"
         )
     check_references([plan.metric], judges)
+    told = Judges(len(judges))
 
     def score(weights: LoraWeights) -> float:
         folder = scratch / weights.name
@@ -210,9 +221,11 @@ def _scorer(
         parts.registry.publish_now(weights.name, folder, source="file")
         target = parts.resolver.task(name, [(weights.name, 1.0)])
         asked = evaluate(parts.inference, parts.prompts, target, judges, [plan.metric])
-        return asyncio.run_coroutine_threadsafe(asked, loop).result().scores[plan.metric].value
+        result = asyncio.run_coroutine_threadsafe(asked, loop).result()
+        told.out_of_reach = result.out_of_reach
+        return result.scores[plan.metric].value
 
-    return score, len(judges)
+    return score, told
 
 
 def _numbers(text: str, what: str) -> list[int]:
@@ -233,7 +246,7 @@ def _row(plan: Plan, row: Row) -> dict[str, Any]:
     return told
 
 
-def _told(plan: Plan, result: RankSearch, found: Examples, judges: int) -> dict[str, Any]:
+def _told(plan: Plan, result: RankSearch, found: Examples, judges: Judges) -> dict[str, Any]:
     return {
         "recipe": plan.recipe.name,
         "metric": plan.metric,
@@ -245,7 +258,9 @@ def _told(plan: Plan, result: RankSearch, found: Examples, judges: int) -> dict[
         "table": [_row(plan, r) for r in result.table],
         "advice": result.advice,
         "left_out_as_too_long": found.learned.too_long,
-        "judges_left_out": found.given - judges,
+        "judges": judges.count,
+        "judges_left_out": found.given - judges.count,
+        "out_of_reach": judges.out_of_reach,
     }
 
 
@@ -287,6 +302,8 @@ def _show(told: dict[str, Any], picture: Path | None) -> None:
     from rich import box
     from rich.table import Table
 
+    from server.tasks.evaluation import cut_short
+
     table = Table(box=box.SIMPLE)
     for column in ("rank", "parameters", "steps", told["metric"], "between seeds"):
         table.add_column(column, justify="right")
@@ -303,5 +320,7 @@ def _show(told: dict[str, Any], picture: Path | None) -> None:
             f"{judges:,} examples that would judge were left out: they are longer than a sequence may be here, or have "
             "nothing before the answer"
         )
+    if told["out_of_reach"]:
+        out().print(cut_short(told["out_of_reach"], told["judges"]))
     if picture is not None:
         out().print(f"{picture}")

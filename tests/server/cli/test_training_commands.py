@@ -81,6 +81,18 @@ def test_a_search_by_answers_as_they_are_served_without_matplotlib(
     assert (given / "out" / "search.svg").read_text().startswith("<svg")
 
 
+def test_answers_that_cannot_be_as_long_as_expected_are_told(given: Path) -> None:
+    """Nothing that answers in two tokens says what is expected, so all ranks are as good as the smallest."""
+    with (given / "held.jsonl").open("a") as lines:
+        lines.write("\n" + json.dumps({"input": "long", "output": "yes yes"}))
+    command = ["--ranks", "1", "--steps", "2", "--share", "1", "--validation", "held.jsonl", "--metric", "exact_match"]
+    found = told("search", "echo.toml", *command)
+    assert 0 < found["out_of_reach"] <= found["judges"] and found["judges_left_out"] == 0
+    done = runner.invoke(app, ["search", "echo.toml", *command, "--state-dir", "state"])
+    said = f"{found['out_of_reach']} of {found['judges']} expected answers have more tokens than an answer may have"
+    assert said in " ".join(done.stdout.split())
+
+
 def test_ranks_over_what_a_server_takes_by_itself_are_searched_and_told(given: Path) -> None:
     command = ["--ranks", "1,100", "--steps", "9", "--share", "1", "--validation", "held.jsonl"]
     found = told("search", "echo.toml", *command)
