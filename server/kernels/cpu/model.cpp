@@ -21,6 +21,8 @@ constexpr int64_t LAYERS_APART = 3;
 // What a multiplication of attention takes, in those of products: it has 16 bits, and its memory is further away.
 constexpr int64_t DEARER = 4;
 
+size_t power_of_two(int64_t n) { return static_cast<size_t>(63 - __builtin_clzll(static_cast<uint64_t>(n | 1))); }
+
 }  // namespace
 
 Model::Model(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,
@@ -171,7 +173,7 @@ std::vector<int64_t> Model::parts_of(const Step& step, const std::vector<int64_t
 }
 
 // The teams of the step, of one thread each for the rows up to each of `ends`, or one of all threads.
-std::vector<Team*> Model::deal(const Step& step, const std::vector<int64_t>& ends, bool sparingly) {
+std::vector<Team*> Model::deal(const Step& step, const std::vector<int64_t>& ends) {
   row_sequence_.resize(static_cast<size_t>(step.rows));
   for (int64_t s = 0; s < step.sequences; s++)
     for (int64_t r = step.row_start[s]; r < step.row_start[s + 1]; r++)
@@ -181,11 +183,11 @@ std::vector<Team*> Model::deal(const Step& step, const std::vector<int64_t>& end
   int64_t first = 0;
   for (const int64_t last : ends) {
     teams.push_back(&alone_[teams.size()]);
-    teams.back()->begin(step, row_sequence_, blocks_of(step, first, last), stream, sparingly);
+    teams.back()->begin(step, row_sequence_, blocks_of(step, first, last), stream);
     first = last;
   }
   if (!teams.empty()) return teams;
-  together_.begin(step, row_sequence_, blocks_of(step, 0, step.rows), stream, sparingly);
+  together_.begin(step, row_sequence_, blocks_of(step, 0, step.rows), stream);
   return {&together_};
 }
 
@@ -243,14 +245,19 @@ Outcome Model::run(const Step& step) {
   touched_.store(touched);
   const std::vector<int64_t> costs = costs_of(step);
   std::vector<int64_t> ends = parts_of(step, costs);
-  const auto size = static_cast<size_t>(63 - __builtin_clzll(static_cast<uint64_t>(std::max<int64_t>(1, step.rows))));
+  const size_t size = power_of_two(step.rows);
   Quicker* apart = ends.empty() ? nullptr : &apart_[size];
   if (apart != nullptr && apart->way() == 1) ends.clear();
-  Quicker& sparing = sparing_[step.mix_start[step.sequences] > 0][size];
-  const bool sparingly = sparing.way() == 1;
   steps_apart_ += !ends.empty();
-  steps_sparing_ += sparingly;
-  const std::vector<Team*> teams = deal(step, ends, sparingly);
+  const std::vector<Team*> teams = deal(step, ends);
+  // Found after the other: of ways that took turns in step, neither would be measured by itself.
+  Quicker* sparing = nullptr;
+  if (teams[0]->can_spare() && (apart == nullptr || apart->known()))
+    sparing = &sparing_[std::min(PACES - 1, power_of_two(teams[0]->ahead_pace()))][size];
+  if (sparing != nullptr && sparing->way() == 1) {
+    for (Team* team : teams) team->spare();
+    steps_sparing_++;
+  }
   pool_.run(static_cast<int>((step.rows + ROWS - 1) / ROWS), [&](int piece, int) {
     for (int64_t r = piece * ROWS; r < std::min<int64_t>(step.rows, (piece + 1) * ROWS); r++)
       dequantize_row(embed_, step.tokens[r], stream_.get() + r * base_.config.hidden);
@@ -279,9 +286,8 @@ Outcome Model::run(const Step& step) {
   }
   t = now();
   const double took = static_cast<double>(t - layers_began_.load()) / static_cast<double>(std::max<int64_t>(1, costs.back()));
-  // One after the other: ways that took turns in step would be measured together.
-  if (apart == nullptr || apart->known()) sparing.took(took);
-  if (apart != nullptr) apart->took(took);
+  for (Quicker* way : {apart, sparing})
+    if (way != nullptr) way->took(took);
   head(step);
   if (step.logit_count > 0) head_took_.store(clock(HEAD, t) - t);
   return DONE;

@@ -40,16 +40,18 @@ class Model {
   int64_t blocks_touched() const { return touched_; }
   int64_t work_bytes() const;
   int64_t steps_apart() const { return steps_apart_; }        // in which each thread took rows alone
-  int64_t steps_sparing() const { return steps_sparing_; }  // in which little was asked for ahead
+  int64_t steps_sparing() const { return steps_sparing_; }  // in which less was asked for ahead than could have been
   void take_times(int64_t* out);  // without a step under way
 
  private:
+  static constexpr size_t PACES = 6;  // powers of two
+
   Outcome check(const Step& step) const;
   LoraPlan plan_block(const Step& step, int64_t first, int64_t count) const;
   std::vector<RowBlock> blocks_of(const Step& step, int64_t first, int64_t last) const;
   std::vector<int64_t> costs_of(const Step& step) const;
   std::vector<int64_t> parts_of(const Step& step, const std::vector<int64_t>& costs) const;
-  std::vector<Team*> deal(const Step& step, const std::vector<int64_t>& ends, bool sparingly);
+  std::vector<Team*> deal(const Step& step, const std::vector<int64_t>& ends);
   void head(const Step& step);
   int64_t clock(Phase phase, int64_t since);
 
@@ -59,9 +61,9 @@ class Model {
   Pool& pool_;
   Team together_;
   std::deque<Team> alone_;  // one for each thread, none if there is one only
-  // Of steps of 2^i rows and more: whether threads take rows alone (0) or together (1), and without and with adapters
-  // whether what the next layer reads is asked for at full pace (0) or sparingly (1).
-  std::array<Quicker, 64> apart_, sparing_[2];
+  // Of steps of 2^i rows and more: whether threads take rows alone (0) or together (1); and of paces of 2^j and more,
+  // whether what the next layer reads is asked for at that (0) or sparingly (1).
+  std::array<Quicker, 64> apart_, sparing_[PACES];
   std::atomic<int64_t> touched_{0}, steps_apart_{0}, steps_sparing_{0};
 
   std::vector<int32_t> row_sequence_;

@@ -14,7 +14,8 @@ namespace {
 constexpr int64_t MOST_LINES = 9, MOST_OF_SPAN = 20;
 
 // Where memory has less to give than that, products wait longer for what is asked for beside them than is saved when it is
-// read. So it is asked for at this part of the pace where that is quicker, and what is left then is read when it is wanted.
+// read. So lines are asked for at about this part of the pace where that takes less time; the last of them, of keys and
+// values, wait until they are read.
 constexpr int64_t SPARED = 4;
 
 // The same of an update's adapters: most of them have come as far as the third cache before.
@@ -52,12 +53,12 @@ Team::Team(const Resident& base, Pool* pool)
 }
 
 void Team::begin(const Step& step, const std::vector<int32_t>& row_sequence, std::vector<RowBlock> blocks,
-                 float* stream, bool sparingly) {
+                 float* stream) {
   row_sequence_ = &row_sequence;
   blocks_ = std::move(blocks);
   stream_ = stream;
   reserve(step);
-  plan_ahead(step, sparingly);
+  plan_ahead(step);
 }
 
 void Team::layer(const Step& step, int64_t layer) {
@@ -152,10 +153,11 @@ const float* Team::update_of(const RowBlock& block, int site, int64_t row) const
 // ---- what the next layer reads --------------------------------------------------------------------------------
 
 // What the layers of a step read beside weights: adapters, and blocks of keys and values.
-void Team::plan_ahead(const Step& step, bool sparingly) {
+void Team::plan_ahead(const Step& step) {
   ahead_slots_.clear();
   ahead_blocks_.clear();
   look_ahead(-1);
+  ahead_pace_ = 0;
   // Of many rows the products take so long that what they read does not show.
   if (blocks_.size() != 1) return;
   for (const MixRows& mix : blocks_[0].plan.mixes)
@@ -165,8 +167,7 @@ void Team::plan_ahead(const Step& step, bool sparingly) {
   for (int64_t s = (*row_sequence_)[static_cast<size_t>(block.first)]; s <= last; s++)
     for (int64_t b = 0; b < step.table_width && b * base_.block_size < step.context[s]; b++)
       ahead_blocks_.push_back(step.blocks[s * step.table_width + b]);
-  const int64_t pace = pace_ahead(block.count);
-  ahead_pace_ = sparingly ? (pace + SPARED - 1) / SPARED : pace;
+  ahead_pace_ = pace_ahead(block.count);
 }
 
 // Lines each time, so that what there is to ask for is spread over gate, up and down, which do most of it. Their walks over
@@ -186,6 +187,11 @@ int64_t Team::pace_ahead(int64_t rows) const {
   }
   const int64_t spare = (most - weights) / times;
   return std::max<int64_t>(0, std::min(spare, (lines + times - 1) / times));
+}
+
+// Spans of the matrix unit ask for eight lines at a time, whatever the pace.
+int64_t Team::spared() const {
+  return base_.layers[0].site[GATE].by_unit() ? ahead_pace_ : (ahead_pace_ + SPARED - 1) / SPARED;
 }
 
 // From now on products ask for what `layer` will read; for nothing if it is none.

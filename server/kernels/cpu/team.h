@@ -39,10 +39,12 @@ class Team {
   Team(const Resident& base, Pool* pool);
 
   // The blocks of a step that it takes, whole sequences; what is pointed at stays until the step is done. `stream` [rows
-  // of the step, hidden] is what enters the first layer. What the next layer reads is asked for sparingly if that is wanted.
-  // Throws bad_alloc, as `layer` does.
-  void begin(const Step& step, const std::vector<int32_t>& row_sequence, std::vector<RowBlock> blocks, float* stream,
-             bool sparingly);
+  // of the step, hidden] is what enters the first layer. Throws bad_alloc, as `layer` does.
+  void begin(const Step& step, const std::vector<int32_t>& row_sequence, std::vector<RowBlock> blocks, float* stream);
+  // How many lines of what the next layer reads are asked for at a time; fewer of them from here on, if there is a way to.
+  int64_t ahead_pace() const { return ahead_pace_; }
+  bool can_spare() const { return spared() < ahead_pace_; }
+  void spare() { ahead_pace_ = spared(); }
   void layer(const Step& step, int64_t layer);
   int64_t bytes() const;
   const std::array<int64_t, PHASES>& times() const { return times_; }
@@ -82,8 +84,9 @@ class Team {
   void attention(const Step& step, int64_t layer, const RowBlock& block);
   void attend_rows(const Step& step, int64_t layer, const RowBlock& block, int64_t sequence, int64_t head,
                    int64_t first, int64_t last, int thread, const uint16_t* const* following);
-  void plan_ahead(const Step& step, bool sparingly);
+  void plan_ahead(const Step& step);
   int64_t pace_ahead(int64_t rows) const;
+  int64_t spared() const;
   void look_ahead(int64_t layer);
   Aside& aside_of(int thread, int update = NO_UPDATE);
   struct Ahead;
