@@ -39,7 +39,7 @@ class Model {
   // From any thread: the blocks up to the highest one that a step has used, and the bytes of the work buffers.
   int64_t blocks_touched() const { return touched_; }
   int64_t work_bytes() const;
-  int64_t steps_apart() const { return steps_apart_; }        // in which each thread took rows alone
+  int64_t steps_apart() const { return steps_apart_; }      // in which each thread took rows alone
   int64_t steps_sparing() const { return steps_sparing_; }  // in which less was asked for ahead than could have been
   void take_times(int64_t* out);  // without a step under way
 
