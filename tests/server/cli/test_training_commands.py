@@ -216,6 +216,7 @@ def test_asked_again_it_ends_at_once(number: signal.Signals, monkeypatch: pytest
     """As by the command itself, whose own handler has the last word. A closed terminal may ask twice at a time."""
     asked = (signal.SIGTERM, signal.SIGHUP)
     before = {each: signal.signal(each, _as_ctrl_c) for each in asked}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     try:
         with train._asked_to_stop() as stop:
             assert not stop()
