@@ -146,7 +146,7 @@ def _show(told: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from server.tasks.evaluation import cut_short
+    from server.tasks.evaluation import reach_note
 
     table = Table(box=box.SIMPLE)
     table.add_column("candidate", overflow="fold")
@@ -169,7 +169,7 @@ def _show(told: dict[str, Any]) -> None:
     out().print(f"{told['task']}, {told['examples']} examples{several}")
     out().print(table)
     if told["out_of_reach"]:
-        out().print(cut_short(told["out_of_reach"], told["examples"]))
+        out().print(reach_note(told["out_of_reach"], told["examples"]))
 
 
 def _writable(path: Path) -> None:

@@ -207,25 +207,25 @@ def _scorer(
     parts, name = house.parts, plan.recipe.name
     parts.tasks.put(name, plan.recipe.task)
     room = parts.prompts.room.context
-    judges = pairs(answerable(found.judges, found.encode, room))
-    if not judges:
+    examples = pairs(answerable(found.judges, found.encode, room))
+    if not examples:
         raise InvalidData(
             f"none of the {len(found.judges)} examples that judge fits into {room} tokens that the engine takes"
         )
-    check_references([plan.metric], judges)
-    told = Judges(len(judges))
+    check_references([plan.metric], examples)
+    judges = Judges(len(examples))
 
     def score(weights: LoraWeights) -> float:
         folder = scratch / weights.name
         peft_format.save(weights, folder, shapes=base.shapes())
         parts.registry.publish_now(weights.name, folder, source="file")
         target = parts.resolver.task(name, [(weights.name, 1.0)])
-        asked = evaluate(parts.inference, parts.prompts, target, judges, [plan.metric])
+        asked = evaluate(parts.inference, parts.prompts, target, examples, [plan.metric])
         result = asyncio.run_coroutine_threadsafe(asked, loop).result()
-        told.out_of_reach = result.out_of_reach
+        judges.out_of_reach = result.out_of_reach
         return result.scores[plan.metric].value
 
-    return score, told
+    return score, judges
 
 
 def _numbers(text: str, what: str) -> list[int]:
@@ -302,7 +302,7 @@ def _show(told: dict[str, Any], picture: Path | None) -> None:
     from rich import box
     from rich.table import Table
 
-    from server.tasks.evaluation import cut_short
+    from server.tasks.evaluation import reach_note
 
     table = Table(box=box.SIMPLE)
     for column in ("rank", "parameters", "steps", told["metric"], "between seeds"):
@@ -321,6 +321,6 @@ def _show(told: dict[str, Any], picture: Path | None) -> None:
             "nothing before the answer"
         )
     if told["out_of_reach"]:
-        out().print(cut_short(told["out_of_reach"], told["judges"]))
+        out().print(reach_note(told["out_of_reach"], told["judges"]))
     if picture is not None:
         out().print(f"{picture}")

@@ -19,7 +19,7 @@ from adapters.weights import Choice
 from server.errors import InvalidRequest
 from server.jobs.errors import JobError
 from server.jobs.files import Files
-from server.jobs.publishing import Evaluate, awaited, shares, warn_of_cuts
+from server.jobs.publishing import Evaluate, awaited, shares, warn_of_reach
 from server.jobs.records import RUNNING, Progress
 from server.jobs.runner import Active
 from server.jobs.spec import DATA
@@ -92,7 +92,7 @@ class Evaluating:
                 found.append(awaited(active, self._evaluate(target, examples, (metric,), tell)))
                 lease.release()
                 if len(found) == 1:  # of all others it is the same
-                    warn_of_cuts(active, found[0], len(examples))
+                    warn_of_reach(active, found[0], len(examples))
                 job.progress.tokens += found[-1].prompt_tokens + found[-1].completion_tokens
                 job.progress.seconds += found[-1].seconds
                 job.result = told(found, metric)

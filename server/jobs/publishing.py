@@ -42,7 +42,7 @@ from server.jobs.runner import Active
 from server.jobs.spec import EVALUATED, JUDGED, RESULT, Spec
 from server.metrics import OTHER
 from server.tasks.definitions import Fixed, Task, parse
-from server.tasks.evaluation import LOSS, Evaluation, Score, cut_short, default_metric, identities
+from server.tasks.evaluation import LOSS, Evaluation, Score, default_metric, identities, reach_note
 from server.tasks.evaluation import pairs as of_pairs
 from server.tasks.quality import Quality
 from server.tasks.resolve import Target
@@ -239,7 +239,7 @@ class Publishing:
         target = Target(template, [(name, 1.0)])
         found = awaited(active, self._evaluate(target, pairs, (metric,), lambda done, total: None))
         if name == active.job.id:  # of the other it is the same
-            warn_of_cuts(active, found, len(pairs))
+            warn_of_reach(active, found, len(pairs))
         return found.scores[metric]
 
     def _record(self, task: str | None, version: Version, rival: Version | None, verdict: Verdict | None) -> None:
@@ -308,10 +308,10 @@ def awaited(active: Active, future: concurrent.futures.Future[Evaluation]) -> Ev
         raise
 
 
-def warn_of_cuts(active: Active, found: Evaluation, examples: int) -> None:
+def warn_of_reach(active: Active, found: Evaluation, examples: int) -> None:
     """Tell of examples whose expected answer is longer than an answer may be."""
     if found.out_of_reach:
-        said = f"{cut_short(found.out_of_reach, examples)}."
+        said = f"{reach_note(found.out_of_reach, examples)}."
         active.note(said, level="warn", data={"out_of_reach": found.out_of_reach})
 
 

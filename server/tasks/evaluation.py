@@ -164,7 +164,7 @@ async def evaluate(
     )
 
 
-def cut_short(out_of_reach: int, examples: int) -> str:
+def reach_note(out_of_reach: int, examples: int) -> str:
     """What is told of examples whose expected answer no answer can reach."""
     return (
         f"{out_of_reach:,} of {examples:,} expected answers have more tokens than an answer may have, so that what is "

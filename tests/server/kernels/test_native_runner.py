@@ -359,9 +359,7 @@ def test_threads_take_rows_alone_in_every_other_step_until_it_is_known_what_is_q
 
 
 def test_less_is_asked_for_ahead_in_every_other_step_until_it_is_known_what_is_quicker() -> None:
-    """After threads took turns, and the same is computed either way. Where little is to be asked for there is one way,
-    and by the matrix unit.
-    """
+    """After threads took turns, and the same is computed either way. Where little is asked for there is one way."""
     native, _ = bases("llama-int4")
     for path, weight in native.weights.items():  # products are by vector instructions, whatever the processor
         rest = {name: tensor for name, tensor in weight.tensors.items() if name != "fineness"}
