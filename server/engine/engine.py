@@ -40,6 +40,10 @@ SWITCH_SECONDS = 0.0005
 IDLE_SECONDS = 0.02
 """How long the thread sleeps at most while requests wait and none can run: their deadlines are looked at then."""
 
+LONGEST_REST = 1.0
+"""Seconds that the thread leaves the processors to others at most, however long the step was: the process may have been
+stopped within it for hours, and nothing is answered while the thread rests."""
+
 
 class Engine:
     """See the module. Every method but `step` may be called from any thread.
@@ -247,7 +251,7 @@ class Engine:
                     if not ran:
                         self._wake.wait(IDLE_SECONDS if self._live or self._stop_at is not None else None)
                     elif rest := min(rested, self._scheduler.rest):
-                        time.sleep(rest * self._record.last_seconds)
+                        time.sleep(min(LONGEST_REST, rest * self._record.last_seconds))
                 # A panic in a library of Rust is no Exception, and would end this thread.
                 except BaseException as error:
                     self._recover(error)

@@ -17,6 +17,8 @@ import torch
 import server.engine.engine
 from adapters.errors import NoRoom
 from adapters.weights import BASE_ALONE, Mix
+from server.engine.engine import LONGEST_REST
+from server.engine.record import StepRecord
 from server.engine.request import State
 from server.engine.scheduler import LENT_ROWS, REST
 from server.engine.slots import Room
@@ -171,6 +173,21 @@ def test_the_thread_rests_after_steps_while_it_lends(bench: Any, monkeypatch: py
     record = b.engine.stats()
     assert heard.reason == "length" and len(rests) == record["steps"]
     assert sum(rests) == pytest.approx(REST * record["seconds"])
+
+
+def test_a_step_in_which_the_process_was_stopped_has_no_such_rest_after_it(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr(server.engine.engine.time, "sleep", rests.append)
+    hours = property(lambda record: 3600.0, lambda record, seconds: None)
+    monkeypatch.setattr(StepRecord, "last_seconds", hours, raising=False)
+    b = bench()
+    b.engine.lend(True)
+    b.submit(prompt(1), max_tokens=2)
+    b.engine.start()
+    assert b.engine.stop(5.0)
+    assert rests and set(rests) == {LONGEST_REST}
 
 
 def test_no_rest_follows_a_step_that_was_planned_without_one(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
