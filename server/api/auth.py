@@ -79,8 +79,8 @@ class KeyRing:
         self._fixed = _digests(parse_keys(text, param))
         self._file = file
         self._param = param
-        self._stamp: tuple[int, int, int] | None = None
-        self._told: tuple[tuple[int, int, int] | None, str] | None = None
+        self._stamp: tuple[int, ...] | None = None
+        self._told: tuple[tuple[int, ...] | None, str] | None = None
         """Which state of the file is wrong, and how, as the log has been told."""
         self._read: list[Key] = []
         if file is not None:
@@ -106,7 +106,8 @@ class KeyRing:
         stamp = None
         try:
             stat = self._file.stat()
-            stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            # Archives bring their files' own times, and a new file may get the inode of the one it replaces.
+            stamp = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
             if stamp == self._stamp:
                 return
             self._read = _digests(parse_keys(self._file.read_text(encoding="utf-8-sig"), f"{self._param}_file"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import http.client
 import json
 import logging
@@ -139,6 +140,26 @@ def test_key_files_are_read_again_when_they_change(start: Any, tmp_path: Path) -
     assert live.http.get("/adapters").status_code == 401, "and never opens"
     with pytest.raises(BadSetting, match="api_keys_file"):
         KeyRing("", tmp_path / "absent", "api_keys")
+
+
+def test_a_key_file_with_the_time_size_and_inode_of_the_one_before_is_read(tmp_path: Path) -> None:
+    """As an archive that is unpacked over it may bring one: a key that was revoked opens nothing any more."""
+    file = tmp_path / "keys"
+    file.write_text("team:alpha")
+    ring, before = KeyRing("", file, "api_keys"), file.stat()
+    alpha, gamma = (hashlib.sha256(secret).digest() for secret in (b"alpha", b"gamma"))
+    assert ring.find(alpha) and not ring.find(gamma)
+
+    def is_later() -> bool:
+        os.utime(file)
+        return file.stat().st_ctime_ns != before.st_ctime_ns
+
+    until(is_later)
+    file.write_text("team:gamma")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_mtime_ns, after.st_size, after.st_ino) == (before.st_mtime_ns, before.st_size, before.st_ino)
+    assert ring.find(gamma) and not ring.find(alpha)
 
 
 def test_what_a_door_refuses_is_logged_with_its_code(start: Any, caplog: pytest.LogCaptureFixture) -> None:
