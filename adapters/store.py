@@ -8,7 +8,7 @@ registry makes them on one thread.
     names.json           the journal, replaced by a rename
     incoming/            what is not finished or not yet deleted; emptied when the store is opened
     unnamed/<digest>/    versions whose names were lost with names.json, until that is put back
-    lock                 held for as long as the store is open
+    lock                 held for as long as the store is open; says how often the journal was written
 
 A copy is written in `incoming`, synced, and renamed into place before the journal names it; a version is renamed out
 of its place before it is deleted, after the journal has stopped naming it. So a crash anywhere leaves every named
@@ -48,6 +48,8 @@ RECORD = "record.json"
 CHUNK = 1 << 20
 WRITTEN = "written"
 """The entry of names.json that says when that was, in seconds since the epoch."""
+WRITES = "writes"
+"""The entry that says how often it has been written until then: less than the lock tells in a copy that is put back."""
 SAME_WRITE = 60.0
 """Seconds between that and the file's own time, beyond which somebody else has put it there."""
 
@@ -154,6 +156,10 @@ class Disk:
 
     def rename(self, source: Path, target: Path) -> None:
         os.rename(source, target)
+
+    def note(self, descriptor: int, content: bytes) -> None:
+        """Write over the beginning of an open file."""
+        os.pwrite(descriptor, content, 0)
 
     def sync(self, folder: Path) -> None:
         """Make the names in `folder` durable."""
@@ -295,17 +301,21 @@ class Store:
         fresh = self._names.with_suffix(".new")
         with _told("write the names"):
             try:
-                content = {**journal.to_json(), WRITTEN: time.time()}
+                content = {**journal.to_json(), WRITTEN: time.time(), WRITES: self._writes + 1}
                 self._disk.write(fresh, json.dumps(content, indent=1).encode())
                 self._disk.rename(fresh, self._names)
             except OSError:
                 fresh.unlink(missing_ok=True)
                 raise
         self.journal = journal
+        self._writes += 1
         try:
             self._disk.sync(self.root)
         except OSError as error:  # it stands, and only a power cut now could undo it
             log.warning("the names in the store are written but not synced: %s", reason(error))
+        assert self._lock is not None, "a store that is written to is open"
+        with suppress(OSError):  # of an older copy that is put back times alone tell then
+            self._disk.note(self._lock, b"%d" % self._writes)
 
     def remove(self, digest: str) -> None:
         """Delete one version, which the journal must not name."""
@@ -340,9 +350,16 @@ class Store:
             raise StoreFailed("the state directory is in use by another process; stop it or use another") from None
         return fd
 
+    def _noted(self) -> int:
+        """How often the journal was written, by the lock; 0 where that does not tell."""
+        assert self._lock is not None, "it is taken first"
+        text = os.pread(self._lock, 32, 0)
+        return int(text) if text.isdigit() else 0
+
     def _read_journal(self) -> tuple[Journal, float]:
         """The names, and since when others may have been given that are lost: never, if this is the file that was
         written last."""
+        self._writes = noted = self._noted()
         try:
             text = self._names.read_text(encoding="utf-8")
             changed = self._names.stat().st_ctime
@@ -354,7 +371,11 @@ class Store:
         try:
             content = json.loads(text)
             written = float(content.get(WRITTEN, changed))
+            writes = int(content.get(WRITES, 0))
             journal = Journal.from_json(content)
+            self._writes = max(writes, noted)
+            if writes < noted:  # a copy, whatever the clock was when it was made and when versions were
+                return journal, -math.inf
             if abs(changed - written) <= SAME_WRITE:
                 return journal, math.inf
             # Where the clock was set back since, times do not tell what came before the copy and what after.

@@ -61,6 +61,11 @@ class FaultyDisk(Disk):
             raise fault
         super().rename(source, target)
 
+    def note(self, descriptor: int, content: bytes) -> None:
+        if self._due():
+            raise self.fault()
+        super().note(descriptor, content)
+
     def sync(self, folder: Path) -> None:
         if self._due():
             raise self.fault()
@@ -607,13 +612,40 @@ def test_names_that_are_put_back_have_their_versions_again(store: Store, folders
     again.close()
 
 
-def test_an_older_copy_of_the_names_costs_no_version_that_came_after_it(store: Store, folders: list[Path]) -> None:
+@pytest.mark.parametrize("ago", [0.0, 3600.0])
+def test_an_older_copy_of_the_names_is_known_whatever_the_clocks_were(
+    store: Store, folders: list[Path], ago: float
+) -> None:
+    """The version after it is of a clock that was not set yet, and the copy may be put back at once."""
+    names, kept = store.root / "names.json", publish(store, "a", folders[0])
+    older = json.loads(names.read_bytes())
+    newer = publish(store, "b", folders[1], now=1.0)
+    store.close()
+    newest = names.read_bytes()
+    names.write_text(json.dumps({**older, "written": older["written"] - ago}))
+    with closing(Store(store.root)) as again:
+        assert check_whole(again, unnamed=True) == {"a": kept}
+        assert [p.name for p in (store.root / "unnamed").iterdir()] == [newer]
+    names.write_bytes(newest)
+    with closing(Store(store.root)) as again:
+        assert check_whole(again, unnamed=True) == {"a": kept, "b": newer}
+    names.write_text(json.dumps(older))
+    with closing(Store(store.root)) as again:
+        third = publish(again, "c", folders[2])
+    (store.root / "versions" / ("f" * 64)).mkdir()  # from that on it is the last again, and what a crash leaves goes
+    with closing(Store(store.root)) as again:
+        assert check_whole(again, unnamed=True) == {"a": kept, "c": third}
+        assert [p.name for p in (store.root / "unnamed").iterdir()] == [newer]
+
+
+def test_an_older_copy_of_the_store_costs_no_version_that_came_after_it(store: Store, folders: list[Path]) -> None:
+    """It has brought what the lock tells along, and was put over the versions that are there."""
     hour_ago = time.time() - 3600
     kept, retired = publish(store, "a", folders[0], hour_ago - 60), publish(store, "r", folders[2], hour_ago - 30)
     names = store.journal.retire("r").to_json()
     newer = publish(store, "b", folders[1], hour_ago + 60)
     store.close()
-    (store.root / "names.json").write_text(json.dumps({**names, "written": hour_ago}))
+    (store.root / "names.json").write_text(json.dumps({**names, "written": hour_ago, "writes": store._writes}))
     again = Store(store.root)
     assert check_whole(again, unnamed=True) == {"a": kept}
     assert [p.name for p in (store.root / "unnamed").iterdir()] == [newer] != [retired], "that was deleted before"
@@ -626,6 +658,7 @@ def test_names_that_do_not_tell_when_they_were_written_are_the_last(store: Store
     names = store.journal.retire("r").to_json()
     store.close()
     (store.root / "names.json").write_text(json.dumps(names))
+    (store.root / "lock").write_bytes(b"")
     again = Store(store.root)
     assert check_whole(again) == {"a": kept} and not again.path(left).exists()
     again.close()
@@ -637,7 +670,8 @@ def test_an_older_copy_of_the_names_costs_no_version_whose_record_is_damaged(sto
     newer = publish(store, "a", folders[0])
     store.close()
     (store.path(newer) / "record.json").write_text("{")
-    (store.root / "names.json").write_text(json.dumps({**names, "written": time.time() - 3600}))
+    told = {"written": time.time() - 3600, "writes": store._writes}
+    (store.root / "names.json").write_text(json.dumps({**names, **told}))
     Store(store.root).close()
     assert [path.name for path in (store.root / "unnamed").iterdir()] == [newer]
 
@@ -648,7 +682,8 @@ def test_so_it_does_if_the_clock_was_set_back_since(store: Store, folders: list[
     names = store.journal.retire("r").to_json()
     newer = publish(store, "b", folders[1])
     store.close()
-    (store.root / "names.json").write_text(json.dumps({**names, "written": time.time() + 3600}))
+    told = {"written": time.time() + 3600, "writes": store._writes}
+    (store.root / "names.json").write_text(json.dumps({**names, **told}))
     again = Store(store.root)
     assert check_whole(again, unnamed=True) == {"a": kept}
     assert {p.name for p in (store.root / "unnamed").iterdir()} == {newer, retired}
