@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import sqlite3
 import threading
 import time
@@ -116,6 +117,9 @@ class Quality:
         """For how long they are not compared then."""
         with _told_of_the_disk():
             self._db = opened(file, self._load)
+        self._sure = min(self._clocks[0], (max(self._latest.values(), default=math.inf) + 1) * HOUR)
+        """What the wall clock told then; at the start no more than the end of the last hour that has a record, since a
+        clock that has not been set yet may be far ahead."""
         self._check_place = still_there(file, self._db)
         self._refused = False
         """Whether the last attempt to write failed."""
@@ -454,17 +458,19 @@ class Quality:
         return traffic
 
     def _sweep_hourly(self, wall: float, steady: float) -> None:
-        """Sweep soon after the start and once in an hour of running, if the wall clock went on as the other did: one
-        that jumped is not to be trusted with what it would delete."""
+        """Sweep soon after the start and once in an hour of running, as if the wall clock had gone on as the other did
+        at most: one that jumped is not to be trusted for that long with what it would delete. It does so on a machine
+        that sleeps, too."""
         before, since = self._clocks
-        if steady - since < self._patience:
+        ran = steady - since
+        if ran < self._patience:
             return
-        self._clocks, self._patience = (wall, steady), HOUR
-        drift = (wall - before) - (steady - since)
-        if abs(drift) < JUMP:
-            self._sweep(wall)
-        else:
+        now = min(wall, self._sure + ran)
+        self._clocks, self._sure, self._patience = (wall, steady), wall, HOUR
+        drift = wall - before - ran
+        if abs(drift) >= JUMP:
             log.warning("the clock was set by %+.0f s; old quality records are kept for an hour more", drift)
+        self._sweep(now)
 
     def _sweep(self, now: float) -> None:
         """Forget what is older than it may be, and the subjects of which nothing is left.

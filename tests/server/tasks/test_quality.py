@@ -441,6 +441,45 @@ def test_a_clock_that_jumps_deletes_nothing(tmp_path: Path, caplog: pytest.LogCa
     quality.close()
 
 
+def test_a_machine_that_sleeps_within_every_hour_forgets_too(tmp_path: Path) -> None:
+    """The monotonic clock stands still meanwhile, so the other one seems to jump each time."""
+    quality, subject = Quality(tmp_path / "quality.db", retention=DAY), Subject.of("t", [], "base")
+    quality.answered(answered("one", subject))
+    quality.flush()
+    (wall, steady), kept = quality._clocks, list[bool]()
+    with quality._lock:
+        for slept in range(1, 9):
+            quality._sweep_hourly(wall + slept * 8 * module.HOUR, steady + slept * 1.1 * module.HOUR)
+            kept.append(subject in quality._ids)
+    assert kept == [True] * 3 + [False] * 5, "for a day and its hour, and for no more than a sleep beyond"
+    quality.close()
+
+
+def test_a_start_with_a_clock_that_is_ahead_deletes_nothing_within_an_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, now = Subject.of("t", [], "base"), time.time()
+    first = Quality(tmp_path / "quality.db")
+    first.evaluated(subject, "accuracy", {"x": 1.0})
+    first.close()
+    ahead = now + 400 * DAY
+    for mended in (True, False):
+        monkeypatch.setattr(module.time, "time", lambda: ahead)
+        quality = Quality(tmp_path / "quality.db")
+        monkeypatch.undo()
+        quality.answered(answered("ahead", subject, at=ahead))
+        quality.flush()
+        _, steady = quality._clocks
+        for at, wall in ((module.FIRST_SWEEP, ahead), (2.0 * module.HOUR, now if mended else ahead)):
+            assert quality.totals(subject, "accuracy", "evaluation").count == 1
+            with quality._lock:
+                quality._sweep_hourly(wall + at, steady + at)
+        assert quality.totals(subject, "accuracy", "evaluation").count == mended, "one that stays so is believed"
+        with quality._lock:  # of the clock that was ahead nothing is left that the next start could know
+            quality._db.execute("DELETE FROM traffic")
+        quality.close()
+
+
 def test_a_clock_that_jumps_ahead_and_back_takes_no_feedback_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -816,11 +855,12 @@ def test_the_first_sweep_is_soon_after_the_start(tmp_path: Path) -> None:
 def test_old_records_go_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Quality(tmp_path / "quality.db")
     first.answered(answered("one", Subject.of("t", [], "base"), at=time.time() - 3 * DAY))
+    first.answered(answered("two", Subject.of("t", [(A, 1.0)], "base")))
     first.close()
     monkeypatch.setattr(module, "FIRST_SWEEP", 0.0)
     monkeypatch.setattr(module, "FLUSH_SECONDS", 0.001)
     quality = Quality(tmp_path / "quality.db", retention=DAY)
-    until(lambda: not quality.performance("t"))
+    until(lambda: len(quality.performance("t")) == 1)
     quality.close()
 
 
