@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import re
 import shutil
 import threading
@@ -141,7 +142,12 @@ class Records:
         return job
 
     def enter(self, job: Job) -> None:
-        """Make a prepared job known, on disk first. Raises StoreFailed, and leaves nothing then."""
+        """Make a prepared job known, on disk first. Raises StoreFailed, and leaves nothing then.
+
+        Its time is behind that of every job that is not over: jobs go by it, and the clock may have been set back.
+        """
+        newest = max((known.created_at for known in self.jobs.values() if not known.over), default=0.0)
+        job.created_at = max(job.created_at, math.nextafter(newest, math.inf))
         try:
             self.save(job)
         except StoreFailed:

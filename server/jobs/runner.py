@@ -255,9 +255,7 @@ class Jobs:
             self._do(active, self._works[kind])
 
     def _next(self, kind: str) -> Job | None:
-        waiting = [job for job in self.records.all() if job.kind == kind and job.status == QUEUED]
-        now = time.time()  # whoever came later than now was there before the clock was set back
-        return min(waiting, key=lambda job: job.created_at <= now, default=None)
+        return next((job for job in self.records.all() if job.kind == kind and job.status == QUEUED), None)
 
     def _do(self, active: Active, work: Work) -> None:
         job = active.job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -429,21 +430,29 @@ def test_a_record_that_is_no_object_costs_itself_alone(tmp_path: Path, damage: o
     assert job.id in caplog.text and file.id in caplog.text
 
 
-def test_a_job_of_a_clock_that_was_set_back_since_waits_behind_no_later_one(tmp_path: Path) -> None:
-    records, begun = Records(tmp_path), list[str]()
-    for name, ahead in (("late", 0.0), ("first", 3600.0), ("second", 3601.0)):
+@pytest.mark.parametrize("passed", [0.0, 3600.0, 7200.0])
+def test_jobs_keep_their_order_when_the_clock_is_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: float
+) -> None:
+    """However much of what it was set back by has passed when they begin; of jobs that are over nothing is known."""
+    records, begun, now = Records(tmp_path), list[str](), time.time()
+    monkeypatch.setattr("server.jobs.runner.time.time", lambda: now + passed)
+    for name, ahead in (("over", 9e6), ("first", 3500.0), ("second", 3700.0), ("late", 0.0), ("later", 1.0)):
         job = records.prepare(TRAINING, name, {}, "ftjob", {})
-        job.created_at += ahead
+        job.created_at = now + ahead
+        job.status = "failed" if name == "over" else "queued"
         records.enter(job)
+    assert [job.name for job in Records(tmp_path).all()] == ["first", "second", "late", "later", "over"]
+    assert int(job.created_at) == int(now + 3700.0)
 
     def work(active: Active) -> None:
         begun.append(active.job.name)
 
     jobs = Jobs(records, {TRAINING: work})
     jobs.start()
-    until(lambda: len(begun) == 3)
+    until(lambda: len(begun) == 4)
     jobs.close(SECONDS)
-    assert begun == ["first", "second", "late"]
+    assert begun == ["first", "second", "late", "later"]
 
 
 def test_of_an_evaluation_that_has_failed_no_data_stay(tmp_path: Path) -> None:
