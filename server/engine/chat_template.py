@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import jinja2
@@ -85,9 +85,10 @@ _moment: ContextVar[float | None] = ContextVar("_moment", default=None)
 
 @contextlib.contextmanager
 def as_of(moment: float | None) -> Iterator[None]:
-    """Within it templates that ask for the time are told `moment`, seconds since the epoch; None is the present.
+    """Within it templates that ask for the time are told `moment`, seconds since the epoch, in UTC; None is the present
+    where the server is.
 
-    What training reads must be the same tokens when it is rendered again on another day.
+    What training reads must be the same tokens when it is rendered again on another day, or in another time zone.
     """
     outer = _moment.set(moment)
     try:
@@ -98,7 +99,7 @@ def as_of(moment: float | None) -> Iterator[None]:
 
 def _now(form: str) -> str:
     moment = _moment.get()
-    return (datetime.now() if moment is None else datetime.fromtimestamp(moment)).strftime(form)
+    return (datetime.now() if moment is None else datetime.fromtimestamp(moment, UTC)).strftime(form)
 
 
 class _Generator(CodeGenerator):

@@ -8,10 +8,11 @@ import io
 import json
 import os
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,26 @@ def run_child(folder: Path, stop_at: int = 0) -> list[dict[str, Any]]:
     return told
 
 
-def test_a_run_over_a_template_with_the_date_goes_on_on_another_day(spec, tiny_base, tmp_path, monkeypatch):
+@pytest.fixture
+def zone(monkeypatch):
+    """Moves this process to a time zone."""
+
+    def move(name: str) -> None:
+        monkeypatch.setenv("TZ", name)
+        time.tzset()
+
+    yield move
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_a_run_over_a_template_with_the_date_goes_on_on_another_day(spec, tiny_base, tmp_path, monkeypatch, zone):
+    """And in another time zone, where it was the next day already when the job was created."""
+    zone("HERE0")
     dated = "Today is {{ strftime_now('%d %b %Y') }}\n" + tiny_base.vocabulary.chat_template
     base = replace(tiny_base, vocabulary=replace(tiny_base.vocabulary, chat_template=dated))
     monkeypatch.setattr(child, "_base", lambda spec: base)
-    created = datetime(2030, 5, 4, 12).timestamp()
+    created = datetime(2030, 5, 4, 12, tzinfo=UTC).timestamp()
     replace(spec, created_at=created, held_out=0.2).write(tmp_path)
     with as_of(created):
         assert "04 May 2030" in Text(base.vocabulary).decode(prepare(spec, base).learned.examples[0].ids)
@@ -94,6 +110,7 @@ def test_a_run_over_a_template_with_the_date_goes_on_on_another_day(spec, tiny_b
             return datetime(2031, 1, 2)
 
     monkeypatch.setattr(chat_template, "datetime", Tomorrow)
+    zone("ELSEWHERE-14")
     told = run_child(tmp_path)
     assert [line["step"] for line in told if line["kind"] == "step"] == [3, 4] and told[-1]["kind"] == "trained", told
     assert "02 Jan 2031" in Text(base.vocabulary).decode(prepare(spec, base).learned.examples[0].ids)
