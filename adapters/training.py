@@ -84,7 +84,7 @@ class TrainingConfig:
     target_modules: str | tuple[str, ...] = "all-linear"
     quantization: str = "int4"
     use_double_quant: bool = False
-    compute_dtype: str = "bfloat16"
+    compute_dtype: str = "auto"
     use_rslora: bool = False
     lora_rank_of: Mapping[str, int] = field(default_factory=dict)
     max_steps: int = 0
@@ -124,8 +124,9 @@ class TrainingConfig:
                 "patience counts evaluations; set eval_steps, after how many updates one comes", "patience"
             )
         check_seed(self.seed)
-        if self.compute_dtype not in ("bfloat16", "float32"):
-            raise AdapterError(f"compute_dtype is bfloat16 or float32, not {self.compute_dtype!r}", "compute_dtype")
+        if self.compute_dtype not in ("auto", "bfloat16", "float32"):
+            said = f"compute_dtype is auto, bfloat16 or float32, not {self.compute_dtype!r}"
+            raise AdapterError(said, "compute_dtype")
         if self.quantization not in ("int4", "nf4", "none"):
             raise AdapterError(f"quantization is int4, nf4 or none, not {self.quantization!r}", "quantization")
         self.spec()
@@ -256,7 +257,8 @@ def run_key(
     """What a checkpoint must have been made of to go on from: all that has a say in the result."""
     told = asdict(config) | {"output": "", "data": data.digest, "init": init.digest if init is not None else ""}
     told["validation"] = validation.digest if validation is not None else ""
-    told["on"] = dict(model.metadata)
+    # A run goes on in what the machine multiplies in, if the settings leave that to it.
+    told["on"] = {key: value for key, value in model.metadata.items() if key != "compute_dtype"}
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()
 
 

@@ -74,6 +74,7 @@ def examine(settings: Settings) -> Report:
 
 
 def _processor(settings: Settings, report: Report) -> None:
+    from server.kernels import processor
     from server.kernels.threads import processors
 
     cores = processors()
@@ -82,10 +83,9 @@ def _processor(settings: Settings, report: Report) -> None:
     report.facts["threads"] = str(threads)
     if threads > cores:
         report.remarks.append(f"{threads} threads on {cores} cores get in each other's way; leave --threads out")
-    flags = set(_cpuinfo("flags", "Features").split())
-    known = ISA.get(platform.machine(), ())
-    found = [name for name in known if name in flags]
-    report.facts["processor"] = f"{_cpuinfo('model name') or platform.machine()} ({', '.join(found) or 'plain'})"
+    known, has = ISA.get(platform.machine(), ()), processor.features()
+    found = [name for name in known if name in has]
+    report.facts["processor"] = f"{processor.told('model name') or platform.machine()} ({', '.join(found) or 'plain'})"
 
 
 def _memory(settings: Settings, report: Report) -> None:
@@ -273,15 +273,6 @@ def _listening(settings: Settings, report: Report) -> None:
     except ServerError:
         report.facts["address"] = f"{settings.host}:{settings.port}, not to be had"
         raise
-
-
-def _cpuinfo(*names: str) -> str:
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text().splitlines() if path.exists() else []:
-        name, _, value = line.partition(":")
-        if name.strip() in names:
-            return value.strip()
-    return ""
 
 
 def _gib(n: int) -> str:

@@ -201,6 +201,7 @@ def card(recipe: Recipe, weights: LoraWeights) -> str:
     count = pruning.parameters(weights)
     scheme = (weights.metadata.get("quantization") or {}).get("scheme")
     on = "unquantized weights" if scheme in (None, "none") else f"{scheme} codes"
+    dtype = weights.metadata.get("compute_dtype", config.compute_dtype)
     auto = weights.metadata.get("auto_lora")
     targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
     kind = f"rank {config.lora_rank}, alpha {config.lora_alpha:g}{' (rsLoRA)' * config.use_rslora}, {targets}"
@@ -221,7 +222,7 @@ def card(recipe: Recipe, weights: LoraWeights) -> str:
         f"- **Data**: {recipe.card.get('data', f'{recipe.data},').strip()} {made['samples']:,} examples.",
         f"- **Training**: `loramux train` on the {on} that are served; {kind}, "
         f"AdamW at {config.learning_rate:g} with warm-up and cosine decay, {made['steps']} steps of "
-        f"{config.batch_size}, loss on the answer and the end token only, {config.compute_dtype}, seed {config.seed}.",
+        f"{config.batch_size}, loss on the answer and the end token only, {dtype}, seed {config.seed}.",
     ]
     if auto is not None:
         ranks, none = sorted(auto["ranks"].values()), len(auto["dropped"])  # as trained: pruning comes after

@@ -18,7 +18,8 @@ from adapters.data import Tokens
 from adapters.layers import LoraSpec
 from adapters.training import evaluate_loss
 from adapters.weights import LoraWeights
-from server.kernels import Backend
+from server.jobs.loan import device_of
+from server.kernels import Backend, processor
 from server.kernels.aten import Aten
 from server.kernels.weight import STORED, Weight
 from server.model.attention import Context, PackedAttention, grouped_attention
@@ -26,6 +27,7 @@ from server.model.decoder import Decoder
 from server.model.loader import Base
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHORT = 160
 """Own tokens of a sequence up to which it is attended to in one call with others, whose scores are kept for the way
 back; longer ones go through the fused kernel one by one, which keeps no scores."""
@@ -36,22 +38,24 @@ KEPT_BYTES = 512 << 20
 
 
 class Trainable:
-    """A decoder for training over `base`. `compute_dtype` is that of the products; the stream they add to is float32.
+    """A decoder for training over `base`. `compute_dtype` is that of the products ("auto": bfloat16 where the device
+    multiplies in it, else float32, which takes a third of the time there); the stream they add to is float32.
 
     The linears of a small base are dequantized once and kept (`kept_bytes` at most, in the compute dtype); those of a
     larger one multiply as they serve and are dequantized for each step back, so that the codes alone are resident.
     """
 
     def __init__(
-        self, base: Base, compute_dtype: str = "bfloat16", kept_bytes: int = KEPT_BYTES, share_prefix: bool = True
+        self, base: Base, compute_dtype: str = "auto", kept_bytes: int = KEPT_BYTES, share_prefix: bool = True
     ) -> None:
-        dtype = DTYPES[compute_dtype]
+        dtype = DTYPES.get(compute_dtype) or fastest_on(device_of(base))
         decoder = Decoder(base, dtype)
         self.tree: nn.Module = decoder
         self.blocks: Sequence[nn.Module] = list(decoder.model.layers)
         self.metadata: Mapping[str, Any] = {
             "base": base.name,
             "quantization": {**base.quantization, "base_id": base.id, "kernels": base.backend.name},
+            "compute_dtype": NAMES[dtype],
         }
         self.nbytes = base.nbytes
         paths = list(base.shapes())
@@ -108,6 +112,15 @@ class Trainable:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [L, hidden] -> float32 [L, vocab]."""
         return self._logits(hidden)
+
+
+def fastest_on(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has instructions for products in it, else float32."""
+    if device.type == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = processor.multiplies_bf16()
+    return torch.bfloat16 if has else torch.float32
 
 
 def _bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:

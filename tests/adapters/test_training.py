@@ -219,6 +219,9 @@ def test_a_checkpoint_of_another_run_is_refused(llama, tmp_path):
         training.train(Wrapped(llama), examples(9), CONFIG, checkpoints=tmp_path)
     with pytest.raises(AdapterError, match="another run"):
         training.train(Wrapped(llama), data, CONFIG, validation=examples(2), checkpoints=tmp_path)
+    moved = Wrapped(llama)  # to a machine that multiplies in something else: a run that leaves it to that goes on there
+    moved.metadata = {**moved.metadata, "compute_dtype": "bfloat16"}
+    assert training.train(moved, data, CONFIG, checkpoints=tmp_path).metadata["compute_dtype"] == "bfloat16"
     served = Wrapped(llama)
     served.metadata = {**served.metadata, "quantization": {"scheme": "none", "base_id": "another"}}
     with pytest.raises(AdapterError, match="another run"):

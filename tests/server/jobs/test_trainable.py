@@ -16,6 +16,7 @@ from server.engine.text import Text
 from server.jobs import trainable
 from server.jobs.encoding import Template, encoder
 from server.jobs.trainable import PrefixAttention, Trainable, alike, filling, shared_prefix
+from server.kernels import processor
 from server.model.attention import Context, PackedAttention
 from server.model.vocabulary import from_gguf
 
@@ -83,6 +84,25 @@ def test_kept_weights_are_the_dequantized_codes(tiny_base):
         codes = Trainable(tiny_base, "float32", kept_bytes=0).hidden(ids, lengths)
     assert torch.allclose(kept, codes, atol=2e-5)
     assert Trainable(tiny_base, "float32", kept_bytes=0).nbytes < Trainable(tiny_base, "float32").nbytes
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("flags\t: avx512f avx512_vnni avx512_bf16", "bfloat16"),
+        ("Features\t: asimd bf16", "bfloat16"),
+        ("flags\t: avx2 avx512f avx512_vnni", "float32"),
+        ("", "float32"),
+    ],
+)
+def test_a_tree_computes_in_what_the_processor_multiplies_in(flags, dtype, tiny_base, tmp_path, monkeypatch):
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"processor\t: 0\nmodel name\t: some bf16 processor\n{flags}\n")
+    monkeypatch.setattr(processor, "CPUINFO", file)
+    model = Trainable(tiny_base)
+    assert model.metadata["compute_dtype"] == dtype
+    assert {w.dtype for name, w in model.tree.named_parameters() if "proj" in name} == {getattr(torch, dtype)}
+    assert Trainable(tiny_base, "bfloat16").metadata["compute_dtype"] == "bfloat16", "whoever asks for it has it"
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 30])
