@@ -5,6 +5,7 @@ Each function that goes to the disk raises OSError; `refused` makes of it what i
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 MOST_ASIDE = 100
 """Files of one name that are kept when they cannot be read; the first gives way to more."""
+
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
+"""What is answered where folders cannot be synced at all; a disk that fails answers otherwise."""
 
 
 def write_file(path: Path, *content: bytes | memoryview) -> None:
@@ -77,9 +81,13 @@ def known_fields(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names in a folder durable, where its file system has a way to: folders that a virtual machine or the
+    network shares may have none, and keep what is written all the same."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(fd)

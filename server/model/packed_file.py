@@ -117,7 +117,8 @@ class PackedWriter:
         os.replace(self._temporary, self._path)
         directory = os.open(self._path.parent, os.O_RDONLY)
         try:
-            os.fsync(directory)
+            with suppress(OSError):  # not every file system syncs folders; a file whose name is lost is made again
+                os.fsync(directory)
         finally:
             os.close(directory)
         self._remove_unused()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from adapters.durable import replace_file, set_aside
+from adapters.durable import replace_file, set_aside, sync_folder
 
 
 def test_a_file_is_replaced_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,11 +45,33 @@ def test_what_stands_is_told_to_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refused(folder: Path) -> None:
-        raise OSError(errno.EINVAL, "Invalid argument")
+        raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("adapters.durable.sync_folder", refused)
     replace_file(tmp_path / "names", b"new")
     assert (tmp_path / "names").read_bytes() == b"new" and "names is written but its name is not synced" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_syncs_no_folder_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """One that fails is told of."""
+
+    def refused(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("os.fsync", refused)
+    replace_file(tmp_path / "names", b"new")
+    assert (tmp_path / "names").read_bytes() == b"new"
+    if number == errno.EIO:
+        assert "not synced" in caplog.text
+        with pytest.raises(OSError, match=os.strerror(number)):
+            sync_folder(tmp_path)
+    else:
+        sync_folder(tmp_path)
+        assert not caplog.records
 
 
 def test_what_is_set_aside_takes_no_earlier_ones_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

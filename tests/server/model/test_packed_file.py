@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import resource
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,16 @@ def test_what_was_written_leaves_memory_once_it_is_on_the_disk(tmp_path: Path, m
     assert [what for what, of in told if of == inode] == ["on the disk", "not needed"]
     packed = open_packed(path, KEY, Digests(None))
     assert packed is not None and torch.equal(packed.tensors["some"], torch.arange(HUGE // 4, dtype=torch.int32))
+
+
+def test_a_file_system_that_syncs_no_folder_has_the_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refused)
+    write(tmp_path)
+    assert open_packed(packed_path(tmp_path, KEY), KEY, Digests(None)) is not None
 
 
 def test_a_system_that_takes_no_advice_has_the_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
