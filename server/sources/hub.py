@@ -41,7 +41,8 @@ def check_client(hub_id: str) -> None:
 def fetched(hub_id: str, directory: Path) -> Path | None:
     """The folder that an earlier `fetch_model` brought, if it is still there and whole: no network is asked."""
     try:
-        folder = Path(json.loads(_record(hub_id, directory).read_text())["path"])
+        told = json.loads(_record(hub_id, directory).read_text())["path"]
+        folder = directory.resolve() / told  # what is told whole stays so, as records of before 2026-12-01 are
         return None if _missing(folder) else folder
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -61,7 +62,9 @@ def fetch_model(hub_id: str, directory: Path) -> Path:
         record = _record(hub_id, directory)
         directory.mkdir(parents=True, exist_ok=True)
         partial = record.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({"path": str(folder)}))
+        place = directory.resolve()  # within it, it is found after the directory was moved
+        told = folder.relative_to(place) if folder.is_relative_to(place) else folder
+        partial.write_text(json.dumps({"path": str(told)}))
         os.replace(partial, record)
     except _Unavailable as e:
         if _of_the_machine(e.__cause__):

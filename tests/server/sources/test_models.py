@@ -158,6 +158,31 @@ def test_a_base_of_the_hub_is_fetched_once(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [("org/Name-1B", "main")]
 
 
+@pytest.mark.parametrize("told", ["within", "whole"])
+def test_a_base_of_the_hub_is_found_where_its_state_has_moved_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    """Its record told the whole path before, which is good for as long as nothing is moved."""
+    monkeypatch.chdir(tmp_path)
+
+    def whole(repo: str, *, cache_dir: Path, **_: object) -> str:
+        snapshot = cache_dir.resolve() / "models--org--name" / "snapshots" / "a"
+        snapshot.mkdir(parents=True)
+        for name in (*SMALL, "model.safetensors"):
+            (snapshot / name).touch()
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", whole)
+    state = Path("state")
+    found = resolve_model("org/name", state)
+    if told == "whole":
+        (state / "models" / "hub" / "org--name.json").write_text(json.dumps({"path": str(found.path)}))
+    assert locate("org/name", state) == found
+    state.rename("moved")
+    moved = tmp_path / "moved" / found.path.relative_to(tmp_path / "state")
+    assert locate("org/name", Path("moved")) == (("name", moved) if told == "within" else None)
+
+
 INDEX = "model.safetensors.index.json"
 SMALL = ("config.json", "tokenizer.json")
 
