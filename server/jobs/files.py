@@ -48,13 +48,18 @@ class Files:
         self._files: dict[str, File] = {}
         for part in folder.glob(".new-*"):  # of an upload that the server's end cut short
             shutil.rmtree(part, ignore_errors=True)
-        for about in sorted(folder.glob(f"file-*/{ABOUT}"), key=lambda path: path.stat().st_mtime_ns):
+        found: list[tuple[int, File]] = []
+        for about in folder.glob(f"file-*/{ABOUT}"):  # dangling links too, since Python 3.13
             try:
                 file = File(**known_fields(File, json.loads(about.read_text(encoding="utf-8"))))
+                if file.id != about.parent.name:  # whose content may be gone since
+                    raise ValueError(f"it is a copy of {file.id}")
+                written = about.stat().st_mtime_ns
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 log.error("what %s is cannot be read, and it is left out: %s", about.parent.name, error)
                 continue
-            self._files[file.id] = file
+            found.append((written, file))
+        self._files.update((file.id, file) for _, file in sorted(found, key=lambda each: each[0]))
 
     def add(self, write: Callable[[Path], object], filename: str, purpose: str) -> File:
         """A new file, whose content `write` puts at the path that it is given. Raises StoreFailed."""

@@ -118,6 +118,8 @@ class Records:
                 raw = json.loads(file.read_text(encoding="utf-8"))
                 progress = Progress(**known_fields(Progress, raw["progress"]))
                 job = Job(**{**known_fields(Job, raw), "progress": progress})
+                if job.id != file.parent.name:  # the job itself may be elsewhere than when somebody copied its folder
+                    raise ValueError(f"it is a copy of {job.id}")
             except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
                 log.error("the record of job %s cannot be read and is left out: %s", file.parent.name, error)
                 continue

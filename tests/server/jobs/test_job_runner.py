@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -394,6 +395,43 @@ def test_a_job_whose_record_is_gone_keeps_what_it_has(tmp_path, caplog):
     (tmp_path / job.id / "job.json").unlink()
     assert not Records(tmp_path).jobs and f"the record of job {job.id} is gone" in caplog.text
     assert (tmp_path / job.id / "checkpoint").read_bytes() == b"x"
+
+
+def test_a_copy_of_a_job_takes_no_job_s_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = Records(tmp_path)
+    job = records.prepare(TRAINING, "x", {}, "ftjob", {})
+    job.status = "running"
+    records.enter(job)
+    shutil.copytree(tmp_path / job.id, tmp_path / f"{job.id}.bak")
+    job.status = "succeeded"
+    records.save(job)
+    read = Records(tmp_path)
+    assert list(read.jobs.values()) == [job] and (tmp_path / f"{job.id}.bak" / STATE).exists()
+    assert [line.getMessage() for line in caplog.records] == [
+        f"the record of job {job.id}.bak cannot be read and is left out: it is a copy of {job.id}"
+    ]
+
+
+def test_a_copy_of_a_file_is_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = Files(tmp_path)
+    file = files.add(lambda path: path.write_bytes(b"x"), "a.jsonl", "fine-tune")
+    shutil.copytree(tmp_path / file.id, tmp_path / f"{file.id}.bak")
+    assert Files(tmp_path).all() == [file] and f"it is a copy of {file.id}" in caplog.text
+    files.delete(file.id)
+    assert not Files(tmp_path).all()
+
+
+def test_a_file_that_leads_nowhere_costs_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = Files(tmp_path).add(lambda path: path.write_bytes(b"x"), "a.jsonl", "fine-tune")
+    (tmp_path / "file-lost").mkdir()
+    (tmp_path / "file-lost" / "file.json").symlink_to("nowhere")
+    (tmp_path / "file-away").symlink_to("nowhere")
+    found = [tmp_path / name / "file.json" for name in ("file-lost", "file-away", file.id)]
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(found if "json" in pattern else []))  # Python 3.13's
+    assert Files(tmp_path).all() == [file]
+    assert "what file-lost is" in caplog.text and "what file-away is" in caplog.text
 
 
 def test_a_file_that_nobody_knows_any_more_is_told(tmp_path, caplog):
