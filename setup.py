@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 KERNELS = "server/kernels/cpu"
 _HERE = runpy.run_path(f"{KERNELS}/sources.py")
@@ -43,6 +44,18 @@ FLAGS = [
 ]
 
 
+class BuildAfresh(build_py):
+    """Of an earlier build nothing stays that may be gone from the checkout since, as it would be installed with the
+    rest; libraries do, which are built again where their sources are newer."""
+
+    def run(self) -> None:
+        left, base = Path(self.build_lib).resolve(), Path(self.get_finalized_command("build").build_base).resolve()
+        for path in left.rglob("*") if base in left.parents else ():  # no folder that somebody has named
+            if path.is_file() and path.suffix != ".so":
+                path.unlink()
+        super().run()
+
+
 class BuildEach(build_ext):
     """Libraries of the same sources keep their objects apart, and are built at the same time."""
 
@@ -57,12 +70,12 @@ class BuildEach(build_ext):
 
 
 setup(
-    cmdclass={"build_ext": BuildEach},
+    cmdclass={"build_py": BuildAfresh, "build_ext": BuildEach},
     ext_modules=[  # no other processor has any of it: there would be nothing but errors that pip hides
         Extension(
             f"server.kernels.cpu.{name}",
             sources=sorted(glob(f"{KERNELS}/*.cpp")),
-            depends=sorted(glob(f"{KERNELS}/*.h")),
+            depends=["setup.py", *sorted(glob(f"{KERNELS}/*.h"))],
             language="c++",
             define_macros=[("LORAMUX_SOURCES", f'"{SOURCES}"')],
             extra_compile_args=[*FLAGS, *(f"-m{part}" for part in parts)],
