@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,10 @@ class Report:
 
 
 def examine(settings: Settings) -> Report:
-    """Look at processor, memory, GPU, kernels, base, disk, keys and port."""
+    """Look at what is installed, processor, memory, GPU, kernels, base, disk, keys and port."""
     report = Report()
     checks: tuple[Callable[[Settings, Report], None], ...] = (
+        _installed,
         _processor,
         _memory,
         _torch,
@@ -71,6 +73,17 @@ def examine(settings: Settings) -> Report:
             if told not in report.problems:
                 report.problems.append(told)
     return report
+
+
+def _installed(settings: Settings, report: Report) -> None:
+    owners = packages_distributions()
+    for package in ("adapters", "server"):
+        installed = sorted(set(owners.get(package, ())))
+        if len(installed) > 1:
+            report.problems.append(
+                f"{' and '.join(installed)} each install a Python package named {package!r}, and files of one may lie "
+                "in place of another's; install loramux in a new environment without the others"
+            )
 
 
 def _processor(settings: Settings, report: Report) -> None:

@@ -54,6 +54,19 @@ def test_a_state_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: p
         check_state_dir(tmp_path / "state")
 
 
+def test_a_package_that_others_install_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(**owners: list[str]) -> str:
+        monkeypatch.setattr("server.doctor.packages_distributions", lambda: owners)
+        return problems(state_dir=tmp_path)
+
+    assert told() == told(adapters=["loramux", "loramux"], server=["loramux"], other=["a", "b"]) == ""
+    assert "'adapters'" not in told(adapters=["adapters"]), "of a checkout that is not installed"
+    assert "adapters and loramux each install a Python package named 'adapters'" in told(
+        adapters=["loramux", "adapters"], server=["loramux"]
+    )
+    assert "named 'server'" in told(server=["other", "loramux"])
+
+
 def test_a_base_that_serve_would_refuse(tiny_folder: Path, tmp_path: Path) -> None:
     def told() -> str:
         return problems(model=str(tiny_folder), quantization="none", state_dir=tmp_path / "state")
