@@ -24,8 +24,14 @@ MOST_TOLD = 1000
 """Characters of a message or a name: files name things at any length, and what is said of one is listed and logged."""
 
 
+def encodable(text: str) -> str:
+    """A text as it can be sent: halves of surrogate pairs, which JSON's escapes can name, as escapes again."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def shortened(text: str) -> str:
-    """A text as it is told: of one that is too long the beginning and the end."""
+    """A text as it is told: such that it can be sent, and of one that is too long the beginning and the end."""
+    text = encodable(text)
     return text if len(text) <= MOST_TOLD else f"{text[: MOST_TOLD // 2]} ... {text[-MOST_TOLD // 2 :]}"
 
 

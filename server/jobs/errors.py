@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from adapters.errors import encodable
+
 
 class JobError(Exception):
     """Why a job failed, by OpenAI's three words for it. The message is shown to clients."""
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.code, self.message, self.param = code, message, param
+        self.code, self.message, self.param = code, encodable(message), param
+        super().__init__(self.message)
 
 
 def refused(error: OSError) -> str:

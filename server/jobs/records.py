@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.durable import known_fields, refused, replace_file
-from adapters.errors import StoreFailed
+from adapters.errors import StoreFailed, encodable
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,22 @@ def _told(job: Job) -> dict[str, Any]:
     return told
 
 
+def _read(written: bytes) -> Any:
+    """What was written here. Messages of before 2026-12-02 may quote half of a surrogate pair from a file, and whoever
+    was sent one of them would be sent nothing.
+    """
+    found = json.loads(written)
+    return _encodable(found) if b"\\ud" in written else found
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return encodable(value)
+    if isinstance(value, dict):
+        return {encodable(key): _encodable(inner) for key, inner in value.items()}
+    return [_encodable(inner) for inner in value] if isinstance(value, list) else value
+
+
 class Records:
     """Jobs and their events by id. Thread-safe."""
 
@@ -115,7 +131,7 @@ class Records:
                         shutil.rmtree(part, ignore_errors=True)
         for file in sorted(folder.glob(f"*/{STATE}")):
             try:
-                raw = json.loads(file.read_text(encoding="utf-8"))
+                raw = _read(file.read_bytes())
                 progress = Progress(**known_fields(Progress, raw["progress"]))
                 job = Job(**{**known_fields(Job, raw), "progress": progress})
                 if job.id != file.parent.name:  # the job itself may be elsewhere than when somebody copied its folder
@@ -217,7 +233,7 @@ class Records:
         found = []
         for number, line in enumerate(lines):
             try:
-                event = json.loads(line)
+                event = _read(line)
             except ValueError:
                 continue  # cut short by a kill
             found.append({**event, "id": f"ftevent-{id.partition('-')[2]}-{number}"})

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from adapters.errors import AdapterError, StoreFailed
+from adapters.errors import AdapterError, StoreFailed, encodable
 from server.errors import Conflict, ServerError, UnknownName
 from server.jobs.errors import JobError, refused
 from server.jobs.records import (
@@ -272,7 +272,7 @@ class Jobs:
         except JobError as failure:
             error = {"code": failure.code, "message": failure.message, "param": failure.param}
         except (AdapterError, ServerError) as failure:
-            error = {"code": "failed", "message": failure.message, "param": failure.param}
+            error = {"code": "failed", "message": encodable(failure.message), "param": failure.param}
         except OSError as failure:
             log.exception("job %s failed", job.id)
             error = {"code": "failed", "message": refused(failure), "param": None}

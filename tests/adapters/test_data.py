@@ -38,6 +38,7 @@ GOOD = '{"input": "a", "output": "b"}\n'
         ("3", "an example is an object, not int"),
         ("{}", "it has nothing"),
         ('{"text": "x"}', "it has text; an example has"),
+        ('{"\\ud800": 1}', r"it has \ud800; an example has"),
         ('{"input": "x"}', "'output' is missing"),
         ('{"output": "x"}', "'input' is missing"),
         ('{"input": 3, "output": "x"}', "'input' must be a string, not int"),

@@ -185,6 +185,16 @@ def test_records_that_the_disk_refuses_fail_what_has_succeeded_else(tmp_path: Pa
     assert job.status == "failed" and job.error is not None and "the disk refuses" in job.error["message"]
 
 
+def test_a_file_that_names_half_of_a_pair_fails_its_job_alone(tmp_path: Path) -> None:
+    """What is told of it is sent with all other jobs."""
+    files = Files(tmp_path / "files")
+    file = files.add(lambda path: path.write_bytes(b'{"\\ud800": 1}'), "mine.jsonl", "fine-tune").id
+    house = House(tmp_path, {"a": 0.5}, files)
+    assert (error := house.run(["a"], file).error) is not None
+    assert error["message"].startswith("mine.jsonl, line 1: it has \\ud800; an example has")
+    assert [job.error for job in house.records.all()] == [error], "in memory too"
+
+
 def test_a_file_whose_content_is_gone_is_told_as_the_file(tmp_path: Path) -> None:
     files = Files(tmp_path / "files")
     file = files.add(lambda path: path.write_bytes(b"x"), "mine.jsonl", "fine-tune").id

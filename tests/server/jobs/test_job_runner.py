@@ -125,7 +125,10 @@ def test_an_evaluation_does_not_wait_for_a_training(make, work):
     ("error", "code"),
     [
         (JobError("bad", "the reason", "field"), "bad"),
+        (JobError("bad", "half of a pair: \ud800"), "bad"),
         (StoreFailed("no disk"), "failed"),
+        (StoreFailed("half of a pair: \ud800"), "failed"),
+        (Conflict("half of a pair: \ud800"), "failed"),
         (OSError(28, "No space left on device", "/a/secret/spec.json"), "failed"),
         (ZeroDivisionError("a secret"), "internal"),
     ],
@@ -136,6 +139,7 @@ def test_a_failure_is_told_and_the_next_job_runs(make, work, error, code):
     work.go.set()
     until(lambda: job.over)
     assert job.status == "failed" and job.error["code"] == code and "secret" not in job.error["message"]
+    assert job.error["message"].encode(), "it can be sent"
     assert jobs.records.events(job.id)[-1]["level"] == "error"
     assert not isinstance(error, OSError) or "No space left on device" in job.error["message"]
     work.error = None
@@ -466,6 +470,20 @@ def test_a_record_that_is_no_object_costs_itself_alone(tmp_path: Path, damage: o
     (tmp_path / "files" / file.id / "file.json").write_text(json.dumps(damage))
     assert not Records(tmp_path / "jobs").jobs and not Files(tmp_path / "files").all()
     assert job.id in caplog.text and file.id in caplog.text
+
+
+def test_halves_of_pairs_in_what_was_written_before_are_read_as_what_can_be_sent(tmp_path: Path) -> None:
+    """One of them would take the whole list of jobs along."""
+    records = Records(tmp_path)
+    job = records.prepare(EVALUATION, "x", {"a": ["\U0001f600"]}, "eval", {})
+    job.status, job.error = "failed", {"code": "bad", "message": "it has \ud800", "param": None}
+    records.enter(job)
+    records.note(job, "it has \ud800, and \U0001f600", data={"\udc00": 1})
+    read = Records(tmp_path)
+    found, [event] = read.jobs[job.id], read.events(job.id)
+    assert found.error == {"code": "bad", "message": "it has \\ud800", "param": None}
+    assert found.request == {"a": ["\U0001f600"]} and event["data"] == {"\\udc00": 1}
+    assert event["message"] == "it has \\ud800, and \U0001f600"
 
 
 @pytest.mark.parametrize("passed", [0.0, 3600.0, 7200.0])
