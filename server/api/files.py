@@ -18,7 +18,7 @@ from server.api import fine_tuning_schemas as schemas
 from server.api.generate import json_response
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running
-from server.api.uploads import MAX_FIELDS, disk_errors, parts_of
+from server.api.uploads import disk_errors, form_of, parts_of
 from server.errors import InvalidRequest, UnknownName, UnsupportedParameter
 from server.jobs.files import File
 
@@ -61,7 +61,7 @@ _FORM = {
 async def upload(request: Request, runtime: Running, parts: Ready) -> Response:
     """Upload a file of examples, JSON or JSONL. What is in it is looked at when a job uses it."""
     with disk_errors("the upload"):
-        async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=runtime.settings.max_body) as form:
+        async with form_of(request, runtime.settings, max_files=1) as form:
             added = await _add(parts, parts_of(form))
     return json_response(_shown(added))
 

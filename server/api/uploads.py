@@ -7,20 +7,24 @@ import errno
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 
 from adapters.durable import refused
 from adapters.errors import MACHINE, StoreFailed
 from adapters.peft_format import OPTIONAL, REQUIRED
+from server.errors import InvalidRequest
 from server.settings import Settings
 
 MAX_FIELDS = 16
 """More than there are, so that one which is not known can be named."""
+CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii"})
+"""What an upload may say that its fields are written in."""
 DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}) | MACHINE
 """Errors that are the disk's or the machine's, and no client's."""
 
@@ -57,14 +61,12 @@ async def temporary(settings: Settings) -> AsyncIterator[Path]:
 async def uploaded(request: Request, settings: Settings, *, named: bool) -> AsyncIterator[tuple[str, Path]]:
     """The name and a folder with the files of a multipart body.
 
-    Raises RequestValidationError for other fields than an upload has or one that is there twice, BodyTooLarge,
-    StoreFailed.
+    Raises RequestValidationError for other fields than an upload has or one that is there twice, InvalidRequest for
+    fields that are not in UTF-8, BodyTooLarge, StoreFailed.
     """
     async with temporary(settings) as folder:
         with disk_errors("the upload"):
-            async with request.form(
-                max_files=MAX_FIELDS, max_fields=MAX_FIELDS, max_part_size=settings.max_body
-            ) as form:
+            async with form_of(request, settings, max_files=MAX_FIELDS) as form:
                 given = parts_of(form)
                 allowed = {*REQUIRED, *OPTIONAL, "name"}
                 for field in given.keys() - allowed:
@@ -78,6 +80,22 @@ async def uploaded(request: Request, settings: Settings, *, named: bool) -> Asyn
                 for field, value in given.items():
                     await asyncio.to_thread(_write, folder / field, value)
                 yield str(name), folder
+
+
+def form_of(request: Request, settings: Settings, *, max_files: int) -> AbstractAsyncContextManager[FormData]:
+    """The form of a body. Raises InvalidRequest for fields that are said to be in anything but UTF-8.
+
+    They would be read on the event loop by whatever codec Python has of that name, and some take the square of the
+    length.
+    """
+    _, given = parse_options_header(request.headers.get("content-type"))
+    charset = given.get(b"charset", b"utf-8")
+    if charset.lower() not in CHARSETS:
+        shown = charset[:64].decode("latin-1")
+        raise InvalidRequest(
+            f"an upload's charset is utf-8, not {shown!r}; leave it out of Content-Type", "content-type"
+        )
+    return request.form(max_files=max_files, max_fields=MAX_FIELDS, max_part_size=settings.max_body)
 
 
 def parts_of(form: FormData) -> dict[str, UploadFile | str]:

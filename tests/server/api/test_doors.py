@@ -398,6 +398,26 @@ def test_a_lying_length_and_a_broken_upload_do_no_harm(live: Any) -> None:
     assert live.generate("x", max_tokens=1).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/adapters", "/v1/files"])
+@pytest.mark.parametrize("charset", ["punycode", "undefined", '"raw_unicode_escape"', "x" * 99, ""])
+def test_an_upload_in_another_code_than_utf_8_is_not_decoded(live: Any, path: str, charset: str) -> None:
+    """Of Python's codecs some take the square of a field's length, and others fail at some fields."""
+    body = b'--x\r\nContent-Disposition: form-data; name="name"\r\n\r\n\\ud800\r\n--x--\r\n'
+    kind = f"multipart/form-data; charset={charset}; boundary=x"
+    answer = live.http.post(path, content=body, headers={"content-type": kind})
+    error = error_of(answer)
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", "content-type")
+    assert error["message"].startswith("an upload's charset is utf-8, not ") and len(error["message"]) < 150
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "UTF8", '"utf-8"', "us-ascii"])
+def test_an_upload_may_say_that_it_is_in_utf_8(live: Any, charset: str) -> None:
+    part = b"--x\r\nContent-Disposition: form-data; name="
+    body = part + b'"purpose"\r\n\r\nfine-tune\r\n' + part + b'"file"; filename="a"\r\n\r\n{}\r\n--x--\r\n'
+    kind = f"multipart/form-data; charset={charset}; boundary=x"
+    assert live.http.post("/v1/files", content=body, headers={"content-type": kind}).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("path", "kind", "begin"),
     [
