@@ -112,6 +112,8 @@ def read_recipe(path: Path) -> Recipe:
         raw = tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise BadSetting(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise BadSetting(f"{path}: its brackets are too deep within each other") from error
     where = path.name
     _known(raw, _KEYS, where)
     name, data = raw.get("name"), raw.get("data")

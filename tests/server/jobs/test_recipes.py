@@ -55,6 +55,12 @@ def test_a_recipe_without_a_task_is_told_what_it_lacks(tmp_path):
     assert refused.value.param == "task"
 
 
+def test_a_recipe_of_deep_brackets_is_told_so(tmp_path):
+    (tmp_path / "r.toml").write_text("data = " + "[" * 99_999)
+    with pytest.raises(BadSetting, match=r"r.toml: its brackets are too deep"):
+        read_recipe(tmp_path / "r.toml")
+
+
 def test_two_recipes_over_one_base(tiny_base, tmp_path):
     for name in ("one", "two"):
         (tmp_path / f"{name}.toml").write_text(RECIPE.format(name=name, data=f"{name}.jsonl"))
