@@ -81,7 +81,7 @@ def one(args: argparse.Namespace, who: str) -> dict[str, Any]:
     template = Template.of(json.loads(args.task.read_text()))
     size = int(who.rsplit("-", 1)[1]) if peft else 16
     count = (WARM + args.steps) * size
-    tokens = data.tokenize(data.read(args.data)[:count], encoder(text, template), 1024)
+    tokens = data.tokenize(data.read(args.data)[:count], encoder(text, template, 1024), 1024)
     if peft:
         return theirs(base, list(tokens.examples), size, getattr(torch, who.split("-")[1]), args.steps)
     watch = memory.Watch()

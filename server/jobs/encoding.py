@@ -30,13 +30,15 @@ class Template:
         return Template(str(task.get("prompt", INPUT)), format, system if isinstance(system, str) else None)
 
 
-def encoder(text: Text, template: Template) -> Encode:
-    """A function for `adapters.data.tokenize`. It raises InvalidData for records that cannot be rendered."""
+def encoder(text: Text, template: Template, longest: int) -> Encode:
+    """A function for `adapters.data.tokenize`. It raises InvalidData for records that cannot be rendered. Of a
+    conversation of over `longest` tokens it gives as much as shows that.
+    """
 
     def encode(record: Record) -> tuple[list[int], list[bool]]:
         try:
             if isinstance(record, Chat):
-                return _chat(text, record)
+                return _chat(text, record, longest)
             if isinstance(record, Completion):
                 ids, learned = text.encode_example(INPUT, "raw", None, record.prompt, record.completion)
             else:
@@ -52,13 +54,15 @@ def _pair(text: Text, template: Template, record: Pair) -> tuple[list[int], int]
     return text.encode_example(template.prompt, template.format, template.system, record.input, record.output)
 
 
-def _chat(text: Text, record: Chat) -> tuple[list[int], list[bool]]:
+def _chat(text: Text, record: Chat, longest: int) -> tuple[list[int], list[bool]]:
     """Each answer of the assistant is learned from the tokens of all that comes before it, as a server would send it:
     those of weight 0 are a part of that, however the template writes them.
 
     A template may render a turn otherwise once another follows, and write an answer in other tokens than it is learned
     in. Where the tokens up to one that is learned are not the beginning of the next ones, the record is refused rather
     than learned at the wrong places.
+
+    All that is before an answer is rendered anew for it, so it ends with the first answer that is beyond `longest`.
     """
     messages = list(record.messages)
     ids: list[int] = []
@@ -78,4 +82,6 @@ def _chat(text: Text, record: Chat) -> tuple[list[int], list[bool]]:
             )
         learned += [False] * (len(prompt) - len(ids)) + [True] * (len(whole) - len(prompt))
         ids, answer = whole, i + 1
+        if len(ids) > longest:
+            break
     return ids, learned

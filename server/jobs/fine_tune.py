@@ -66,8 +66,8 @@ def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[
     """Trains and writes `folder/result`. Goes on from the checkpoint in `folder`, if there is one.
 
     On the GPU if the base's kernels are its, on the server's matrices and a share of the memory that it lends. Raises
-    JobError for the files and the settings, and where the GPU lacks room, TrainingStopped if `stop` said so (the
-    checkpoint is written).
+    JobError for the files and the settings, and where the GPU lacks room, TrainingStopped if `stop` said so (of what
+    has been trained the checkpoint is written).
     """
     device = device_of(base)
     try:
@@ -83,7 +83,7 @@ def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[
 
 
 def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[], bool]) -> LoraWeights:
-    examples = prepare(spec, base)
+    examples = prepare(spec, base, stop)
     keep_pairs(examples.records, folder)
     config = _config(spec, base)
     steps = config.steps(len(examples.learned.examples))
@@ -162,10 +162,17 @@ class _Told:
         self._tell({k: v for k, v in line.items() if not (isinstance(v, float) and math.isnan(v))})
 
 
-def prepare(spec: Spec, base: Base) -> Examples:
-    """The spec's files as tokens. Raises JobError, which names the file, the line and what is wrong with it."""
-    encode = encoder(Text(base.vocabulary), Template.of(spec.template))
+def prepare(spec: Spec, base: Base, stop: Callable[[], bool] = lambda: False) -> Examples:
+    """The spec's files as tokens. Raises JobError, which names the file, the line and what is wrong with it, and
+    TrainingStopped.
+    """
     longest = min(spec.config.max_length, base.config.context_length)
+    rendered = encoder(Text(base.vocabulary), Template.of(spec.template), longest)
+
+    def encode(record: Record) -> tuple[Sequence[int], Sequence[bool]]:
+        if stop():
+            raise TrainingStopped("stopped before it began")
+        return rendered(record)
 
     def tokens(records: Sequence[Record], name: str, param: str) -> Tokens:
         with _told(name, param):

@@ -171,8 +171,8 @@ def prepare(recipe: Recipe, base: Base, data_dir: Path) -> tuple[Tokens, Tokens 
     if recipe.name == base.name:
         raise BadSetting(f"the name {recipe.name!r} is the base's own; nothing could be served under it", "name")
     recipe.config.spec().ranks(base.shapes())
-    encode = encoder(Text(base.vocabulary), Template.of(recipe.task))
     longest = min(recipe.config.max_length, base.config.context_length)
+    encode = encoder(Text(base.vocabulary), Template.of(recipe.task), longest)
 
     def tokens(file: str) -> Tokens:
         path = data_dir / file

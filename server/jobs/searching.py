@@ -36,7 +36,8 @@ class Examples:
 
 def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
     """The recipe's files as tokens, with at most `most` judges. Raises InvalidData."""
-    encode = encoder(Text(base.vocabulary), Template.of(recipe.task))
+    length = min(recipe.config.max_length, base.config.context_length)
+    encode = encoder(Text(base.vocabulary), Template.of(recipe.task), length)
     records = data.read(data_dir / recipe.data)
     if recipe.validation:
         judges, name = data.read(data_dir / recipe.validation)[:most], recipe.validation
@@ -48,7 +49,6 @@ def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
             )
         judges, name, out = [records[i] for i in kept[:most]], f"{recipe.data}, held out to judge by", set(kept)
         records = [record for i, record in enumerate(records) if i not in out]
-    length = min(recipe.config.max_length, base.config.context_length)
     learned = data.tokenize(records, encode, length, recipe.data)
     judged = data.tokenize(judges, encode, length, name)
     return Examples(learned, len(judges), answerable(judges, encode, length), judged, encode)

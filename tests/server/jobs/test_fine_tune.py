@@ -493,6 +493,13 @@ def test_an_example_that_fills_the_context_judges():
     assert answerable([pair], lambda record: ([1, 2, 3], [False, False, True]), 2) == []
 
 
+def test_a_job_is_stopped_while_its_files_are_read(spec, tiny_base, tmp_path):
+    looks = iter([False] * 3 + [True])
+    with pytest.raises(TrainingStopped):
+        fine_tune(spec, tiny_base, tmp_path, lambda line: None, lambda: next(looks))
+    assert not next(looks, False) and not (tmp_path / "checkpoints").exists()
+
+
 def test_what_is_held_out_is_as_many_as_the_share_asks():
     pairs = [data.Pair(i + 1, f"in {i}", f"out {i}") for i in range(2)]
     assert len(held_out(pairs, 0.5)) == 1 and len(held_out(pairs, 1.0)) == 1, "one is left to learn from"

@@ -136,7 +136,7 @@ def test_activation_checkpointing_changes_nothing(tiny_base):
 
 def test_pairs_learn_the_answer_and_the_end(tiny_vocabulary):
     text = Text(tiny_vocabulary)
-    ids, learned = encoder(text, Template("Say {input}!"))(Pair(1, "this", "and that"))
+    ids, learned = encoder(text, Template("Say {input}!"), 100)(Pair(1, "this", "and that"))
     asked = text.encode_task("Say {input}!", "chat", None, "this")
     assert ids[: len(asked)] == asked and ids[-1] == text.end_of_turn
     assert not any(learned[: len(asked)]) and all(learned[len(asked) :])
@@ -145,7 +145,7 @@ def test_pairs_learn_the_answer_and_the_end(tiny_vocabulary):
 
 def test_completions_and_chats(tiny_vocabulary):
     text = Text(tiny_vocabulary)
-    encode = encoder(text, Template())
+    encode = encoder(text, Template(), 100)
     ids, learned = encode(Completion(1, "def f():", " pass"))
     assert text.decode([i for i, on in zip(ids, learned, strict=True) if on][:-1]) == " pass"
     turns = (
@@ -159,6 +159,21 @@ def test_completions_and_chats(tiny_vocabulary):
     assert ids[: len(text.encode_chat(turns[:1]))] == text.encode_chat(turns[:1])
 
 
+def test_of_a_chat_that_is_too_long_no_more_is_rendered_than_shows_that(tiny_vocabulary, monkeypatch):
+    """Each answer has all before it rendered anew: of thousands that would be hours."""
+    text = Text(tiny_vocabulary)
+    turns = tuple({"role": role, "content": "one"} for _ in range(50) for role in ("user", "assistant"))
+    whole, learned = encoder(text, Template(), 10_000)(Chat(1, turns))
+    rendered: list[int] = []
+    encode_chat = text.encode_chat
+    monkeypatch.setattr(text, "encode_chat", lambda messages: rendered.append(len(messages)) or encode_chat(messages))
+    ids, begun = encoder(text, Template(), len(whole) // 10)(Chat(1, turns))
+    assert len(ids) > len(whole) // 10 and (ids, begun) == (whole[: len(ids)], learned[: len(ids)])
+    assert any(begun) and max(rendered) < 15
+    rendered.clear()
+    assert encoder(text, Template(), len(whole))(Chat(1, turns))[0] == whole and len(rendered) == 50
+
+
 def test_a_chat_goes_on_as_its_template_writes_it(spm_metadata):
     """A tokenizer of SentencePiece's kind puts a space before a text, and none where an answer begins amid one."""
     template = (
@@ -170,7 +185,7 @@ def test_a_chat_goes_on_as_its_template_writes_it(spm_metadata):
         {"role": role, "content": content}
         for role, content in [("user", "one"), ("assistant", "the other"), ("user", "this"), ("assistant", "that")]
     )
-    ids, learned = encoder(text, Template())(Chat(1, turns))
+    ids, learned = encoder(text, Template(), 100)(Chat(1, turns))
     written = text.encode_chat(turns, generation_prompt=False)
     assert ids == written[: len(ids)] and ids[-1] == text.end_of_turn
     assert [text.token_text(i) for i, on in zip(ids, learned, strict=True) if on][:2] == ["the", " other"]
@@ -183,7 +198,7 @@ def test_a_template_that_rewrites_history_is_refused(tiny_vocabulary):
     text = Text(dataclasses.replace(tiny_vocabulary, chat_template=odd))
     turns = tuple({"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant"))
     with pytest.raises(InvalidData, match="line 7"):
-        encoder(text, Template())(Chat(7, turns))
+        encoder(text, Template(), 100)(Chat(7, turns))
 
 
 def test_answers_of_weight_0_are_history_however_the_template_writes_them(tiny_vocabulary):
@@ -204,7 +219,7 @@ def test_answers_of_weight_0_are_history_however_the_template_writes_them(tiny_v
             {"role": "assistant", "content": "four"},
         )
 
-    encode = encoder(text, Template())
+    encode = encoder(text, Template(), 100)
     told = "before message 3 has other tokens .* than message 1 is learned in; .* those before it at weight 0"
     with pytest.raises(InvalidData, match=told):
         encode(Chat(7, turns(1)))
@@ -228,7 +243,7 @@ def test_an_answer_of_a_chat_is_learned_after_the_prompt_that_a_server_sends(tin
             special={"<end>": 0}, bos_id=None, add_bos=False, names={},
         )
     )  # fmt: skip
-    encode = encoder(text, Template())
+    encode = encoder(text, Template(), 100)
     assert encode(Pair(1, "a", " b")) == ([1, 4, 3, 2, 0], [False, False, True, True, True])
     assert encode(Chat(1, ({"role": "user", "content": "a"}, {"role": "assistant", "content": " b"})))[0] == [
         1,
@@ -237,7 +252,7 @@ def test_an_answer_of_a_chat_is_learned_after_the_prompt_that_a_server_sends(tin
         2,
         0,
     ]
-    raw = encoder(text, Template(format="raw"))
+    raw = encoder(text, Template(format="raw"), 100)
     assert raw(Pair(1, "a\n", " b"))[0] == [1, 5, 2, 0], "as PEFT users do, where the prompt is one's own"
 
 

@@ -84,7 +84,7 @@ async def test_answers_are_greedy_in_order_and_scored_as_the_metric_says(parts: 
 
 async def test_the_loss_is_the_trainers(parts: Parts, tiny_base: Base) -> None:
     found = (await measured(parts, "loss", override=[])).scores["loss"]
-    encode = encoder(Text(tiny_base.vocabulary), Template.of(TASK))
+    encode = encoder(Text(tiny_base.vocabulary), Template.of(TASK), 1000)
     tokens = data.tokenize(EXAMPLES, encode, 1000)
     expected, _ = training.evaluate_loss(Trainable(tiny_base, "float32"), tokens)
     assert found.value == pytest.approx(expected, rel=1e-4)
