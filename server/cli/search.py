@@ -317,8 +317,8 @@ def _show(told: dict[str, Any], picture: Path | None) -> None:
         out().print(f"{learned:,} examples are longer than max_length, or than the base's context, and were left out")
     if judges := told["judges_left_out"]:
         out().print(
-            f"{judges:,} examples that would judge were left out: they are longer than a sequence may be here, or have "
-            "nothing before the answer"
+            f"{judges:,} examples that would judge were left out: they, or their answers, are longer than may be here, "
+            "or have nothing before the answer"
         )
     if told["out_of_reach"]:
         out().print(reach_note(told["out_of_reach"], told["judges"]))

@@ -32,6 +32,7 @@ from server.jobs.run import card, on_base
 from server.jobs.spec import CHECKPOINTS, EVALUATED, JUDGED, NOTE, RESULT, TRAINED, VALIDATED, Spec
 from server.jobs.trainable import Trainable, loss_of
 from server.model.loader import Base
+from server.tasks.evaluation import too_long
 
 MOST_HELD_OUT = 200
 """Examples, however many there are."""
@@ -136,7 +137,7 @@ def _left_out(examples: Examples) -> str:
     if examples.judged is None:
         nothing = "none is, so that nothing measures the result; give a validation_file"
         return f"All {count} that would be held out are longer than a sequence may be here: {nothing}."
-    why = "they are longer than a sequence may be here, or have nothing before the answer"
+    why = "they, or their answers, are longer than may be here, or have nothing before the answer"
     return f"{count} that the result would be measured on are left out: {why}."
 
 
@@ -216,14 +217,15 @@ def _told(name: str, param: str) -> Iterator[None]:
 
 
 def answerable(records: Sequence[Record], encode: Encode, longest: int) -> list[Record]:
-    """The records that can be measured: of up to `longest` tokens, with something before the answer for an engine.
+    """The records that can be measured: of up to `longest` tokens, with something before the answer for an engine, and
+    an answer that is not too long to be compared.
 
     One that an engine refuses would cost the measure of all the others. Raises InvalidData as `encode` does.
     """
 
     def fits(record: Record) -> bool:
         ids, learned = encode(record)
-        return len(ids) <= longest and not all(learned)
+        return len(ids) <= longest and not all(learned) and not (isinstance(record, Pair) and too_long(record))
 
     return [record for record in records if fits(record)]
 

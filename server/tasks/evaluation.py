@@ -25,7 +25,7 @@ from adapters.weights import Version
 from server.engine.request import Sampling
 from server.errors import InvalidRequest, NotReady, QueueFull
 from server.tasks import scores
-from server.tasks.definitions import METRICS, Task
+from server.tasks.definitions import MAX_PROMPT, METRICS, Task
 from server.tasks.inference import Caller, Generation, Inference
 from server.tasks.prompts import Prompts
 from server.tasks.resolve import Target
@@ -36,6 +36,8 @@ PRIORITY = 1
 """Behind everybody else's requests."""
 IN_FLIGHT = 64
 """Examples that are in the engine at a time: a full batch, and the next one waiting."""
+SCORED_AT_A_TIME = 8
+"""Answers: between so many it is seen that nobody wants the scores any more."""
 LONGEST_WAIT = 1.0
 """Seconds before a full queue is tried again, at most."""
 
@@ -96,11 +98,23 @@ def check_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
 
 
 def pairs(records: Sequence[Record]) -> list[Pair]:
-    """Records that have an input and an output. Raises InvalidRequest, naming the line of the first that has not."""
+    """Records that have an input and an output. Raises InvalidRequest, naming the line of the first that has not, or
+    whose output is too long.
+    """
     for record in records:
         if not isinstance(record, Pair):
             raise InvalidRequest(f"{record.place}: an evaluation needs 'input' and 'output'", "data")
+        if too_long(record):
+            size = f"{len(record.output):,} characters of 'output' are over the limit of {MAX_PROMPT:,}"
+            raise InvalidRequest(f"{record.place}: {size} that an answer is compared with", "data")
     return [record for record in records if isinstance(record, Pair)]
+
+
+def too_long(example: Pair) -> bool:
+    """Whether its output has more characters than an answer is compared with: scores are computed in the server's
+    process, and what they take beside its steps goes by this length.
+    """
+    return len(example.output) > MAX_PROMPT
 
 
 def check_references(metrics: Sequence[str], examples: Sequence[Pair]) -> None:
@@ -154,7 +168,7 @@ async def evaluate(
         run = _Run(inference, prompts, replace(target, held=lease), caller, metrics)
         await run.all(examples, in_flight, tell or (lambda done, total: None))
     return Evaluation(
-        await asyncio.to_thread(lambda: {metric: run.score(metric, examples) for metric in metrics}),
+        {metric: await run.score(metric, examples) for metric in metrics},
         tuple(run.answers) if run.with_text else (),
         versions,
         run.prompt_tokens,
@@ -315,18 +329,30 @@ class _Run:
     async def _patience(self, error: QueueFull) -> None:
         await asyncio.sleep(min(error.retry_after or LONGEST_WAIT, LONGEST_WAIT))
 
-    def score(self, metric: str, examples: Sequence[Pair]) -> Score:
+    async def score(self, metric: str, examples: Sequence[Pair]) -> Score:
+        """Off the loop, which would be held up for seconds. A thread that computes is not to be stopped."""
         if metric == LOSS:
-            each = tuple(map(_a_token, self._losses))
-            return Score(metric, _a_token(scores.sums(self._losses)), each, scores.parts(_a_token, self._losses))
+            return await asyncio.to_thread(self._loss)
+        of: Callable[[str, str], Any] = scores.MEAN.get(metric) or scores.CORPUS[metric].count
         references = [example.output for example in examples]
-        if metric in scores.MEAN:
-            values = tuple(map(scores.MEAN[metric], self.answers, references))
-            return Score(metric, sum(values) / len(values), values)
-        corpus = scores.CORPUS[metric]
-        counts = list(map(corpus.count, self.answers, references))
-        value, parts = corpus.score(scores.sums(counts)), scores.parts(corpus.score, counts)
-        return Score(metric, value, tuple(map(corpus.single, counts)), parts)
+        each: list[Any] = []
+        for start in range(0, len(references), SCORED_AT_A_TIME):
+            some = slice(start, start + SCORED_AT_A_TIME)
+            each += await asyncio.to_thread(list, map(of, self.answers[some], references[some]))
+        return await asyncio.to_thread(_together, metric, each)
+
+    def _loss(self) -> Score:
+        each = tuple(map(_a_token, self._losses))
+        return Score(LOSS, _a_token(scores.sums(self._losses)), each, scores.parts(_a_token, self._losses))
+
+
+def _together(metric: str, each: Sequence[Any]) -> Score:
+    """The score of what each answer has by its reference."""
+    if metric in scores.MEAN:
+        return Score(metric, sum(each) / len(each), tuple(each))
+    corpus = scores.CORPUS[metric]
+    value, parts = corpus.score(scores.sums(each)), scores.parts(corpus.score, each)
+    return Score(metric, value, tuple(map(corpus.single, each)), parts)
 
 
 @contextmanager

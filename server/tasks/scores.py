@@ -51,16 +51,22 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F measure of the longest common subsequence of words, 0 to 1 (Lin 2004)."""
+    """F measure of the longest common subsequence of words, 0 to 1 (Lin 2004).
+
+    Whole rows of the table at a time (Hyyrö 2004): a bit of `row` says that the length does not grow at that word.
+    """
     a, r = _words(answer), _words(reference)
     if not a or not r:
         return 0.0
-    row = [0] * (len(r) + 1)
+    known, places = set(a), Counter[str]()
+    for j, word in enumerate(r):
+        if word in known:
+            places[word] |= 1 << j
+    full = row = (1 << len(r)) - 1
     for word in a:
-        before = 0
-        for j, other in enumerate(r, 1):
-            before, row[j] = row[j], before + 1 if word == other else max(row[j], row[j - 1])
-    common = row[-1]
+        met = row & places[word]
+        row = (row + met | row - met) & full
+    common = len(r) - row.bit_count()
     return 2.0 * common / (len(a) + len(r))
 
 

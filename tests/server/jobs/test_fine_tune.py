@@ -493,6 +493,12 @@ def test_an_example_that_fills_the_context_judges():
     assert answerable([pair], lambda record: ([1, 2, 3], [False, False, True]), 2) == []
 
 
+def test_an_example_whose_answer_is_too_long_to_be_compared_does_not_judge():
+    """It would be refused when the result is measured, and with it the result."""
+    texts = [data.Pair(1, "a", "b" * 100_001), data.Completion(2, "a", "b" * 100_001), data.Pair(3, "a", "b" * 100_000)]
+    assert answerable(texts, lambda record: ([1, 2, 3], [False, False, True]), 3) == texts[1:]
+
+
 def test_a_job_is_stopped_while_its_files_are_read(spec, tiny_base, tmp_path):
     looks = iter([False] * 3 + [True])
     with pytest.raises(TrainingStopped):

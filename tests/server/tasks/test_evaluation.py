@@ -272,6 +272,10 @@ def test_metrics_and_records_are_checked() -> None:
         check_metrics([])
     with pytest.raises(InvalidRequest, match="line 2: .*'input'"):
         pairs([Pair(1, "a", "b"), Completion(2, "a", "b")])
+    longest = Pair(1, "a", "b" * 100_000)
+    assert pairs([longest]) == [longest]
+    with pytest.raises(InvalidRequest, match="^line 2: 100,001 characters of 'output' are over the limit of 100,000"):
+        pairs([longest, Pair(2, "a", "b" * 100_001)])
 
 
 def test_what_single_answers_are_worth() -> None:
@@ -294,6 +298,25 @@ async def test_scores_are_computed_off_the_loop(parts: Parts, monkeypatch: pytes
     monkeypatch.setitem(scores.CORPUS, "chrf", replace(scores.CORPUS["chrf"], count=counted))
     await measured(parts, "chrf")
     assert len(where) >= len(EXAMPLES) and threading.current_thread() not in where
+
+
+async def test_scores_that_nobody_wants_any_more_are_computed_no_further(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, scored = asyncio.get_running_loop(), []
+
+    def cancel(answer: str, reference: str) -> float:
+        scored.append(answer)
+        loop.call_soon_threadsafe(job.cancel)
+        return 1.0
+
+    monkeypatch.setattr("server.tasks.evaluation.SCORED_AT_A_TIME", 2)
+    monkeypatch.setitem(scores.MEAN, "exact_match", cancel)
+    job = asyncio.create_task(measured(parts, "exact_match"))
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    await asyncio.sleep(0.05)  # of the thread that computed
+    assert len(scored) <= 2 < len(EXAMPLES)
 
 
 async def test_the_loss_alone_has_no_answers(parts: Parts) -> None:

@@ -31,6 +31,18 @@ def test_rouge_l_is_the_f_of_the_longest_common_subsequence():
     assert scores.rouge_l("", "a") == scores.rouge_l("a", "") == 0.0
 
 
+def test_rouge_l_is_that_of_the_table_written_out():
+    dice = random.Random(0)
+    for _ in range(200):
+        a, r = (dice.choices("abcde", k=dice.randint(1, 90)) for _ in range(2))
+        row = [0] * (len(r) + 1)
+        for word in a:
+            before = 0
+            for j, other in enumerate(r, 1):
+                before, row[j] = row[j], before + 1 if word == other else max(row[j], row[j - 1])
+        assert scores.rouge_l(" ".join(a), " ".join(r)) == 2 * row[-1] / (len(a) + len(r))
+
+
 def test_bleu_by_hand():
     # 6 tokens of 7, brevity exp(1 - 7/6); n-gram hits 5/6, 3/5, 1/4, and 1/(2*3) smoothed.
     answer, reference = "the cat sat on mat today", "the cat sat on the mat ."
