@@ -17,10 +17,11 @@ from __future__ import annotations
 import codecs
 import contextlib
 import functools
+import itertools
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer
@@ -37,6 +38,8 @@ Format = Literal["raw", "chat"]
 INPUT = "{input}"
 LONG = 4096
 """Characters up to which a text takes no time worth speaking of to tokenize."""
+PIECE = 1 << 16
+"""Characters that are searched at once for special tokens, for up to some milliseconds."""
 
 
 class _Amid(str):
@@ -65,6 +68,7 @@ class Text:
         self._special_ids = frozenset(token for token, _ in self._special.values())
         contents = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, contents))) if contents else None
+        self._places = _Places(contents)
         self._template = self._chat_template(vocabulary) if vocabulary.chat_template else None
         self._bytes = _byte_reader(self._tokenizer)
         self._cache: dict[int, bytes] = {}
@@ -197,11 +201,12 @@ class Text:
             return [text]
         pieces: list[Piece] = []
         start = 0
-        for found in self._pattern.finditer(text):
-            if found.start() < start or text.startswith(mark, found.end()):
+        for at in self._places.starts(text):
+            found = self._pattern.match(text, at)
+            if at < start or found is None or text.startswith(mark, found.end()):
                 continue
             token, added = self._special[found[0]]
-            before, end = text[start : found.start()], found.end()
+            before, end = text[start:at], found.end()
             if added.rstrip:
                 end += len(text[end:]) - len(text[end:].lstrip())
             pieces += [before.rstrip() if added.lstrip else before, token]
@@ -209,7 +214,7 @@ class Text:
         return [p for p in [*pieces, text[start:]] if p != ""]
 
     def _breaker(self, mark: str) -> _Breaker:
-        return _Breaker(self._pattern, tuple(self._special), mark)
+        return _Breaker(self._places, tuple(self._special), mark)
 
     def begins_after(self, token: int) -> bool:
         """Whether what comes after `token` is a text of its own, whose first space is none that anybody sees."""
@@ -331,18 +336,41 @@ class Detokenizer:
         return text[: len(text) - hold]
 
 
-class _Breaker:
-    """Puts a mark into each special token of a text, and into the beginning of one at its end."""
+class _Places:
+    """Where special tokens begin in a text, those that overlap among them."""
 
-    def __init__(self, pattern: re.Pattern[str] | None, contents: tuple[str, ...], mark: str) -> None:
-        self._pattern, self._contents, self._mark = pattern, contents, mark
+    def __init__(self, contents: Iterable[str]) -> None:
+        rests: dict[str, list[str]] = {}
+        for content in filter(None, contents):
+            rests.setdefault(content[0], []).append(content[1:])
+        self._longest = max((len(rest) for several in rests.values() for rest in several), default=0)
+        # What is looked for is one character each time, in which case `re` is quick to pass over all others.
+        each = (f"{re.escape(k)}(?={'|'.join(map(re.escape, v))})" for k, v in rests.items())
+        self._first = re.compile("|".join(each)) if rests else None
+
+    def starts(self, text: str) -> Iterator[int]:
+        """In order. Others come to run after each piece, for `re` does not let go of the interpreter by itself."""
+        if self._first is None:
+            return
+        for begin in range(0, len(text), PIECE):
+            end = begin + PIECE
+            for found in self._first.finditer(text, begin, end + self._longest):
+                if found.start() < end:
+                    yield found.start()
+
+
+class _Breaker:
+    """Puts a mark into each special token of a text, and into each beginning of one at its end."""
+
+    def __init__(self, places: _Places, contents: tuple[str, ...], mark: str) -> None:
+        self._places, self._contents, self._mark = places, contents, mark
 
     def __call__(self, text: str) -> str:
-        if self._pattern is None:
-            return text
-        text = self._pattern.sub(lambda m: m[0][0] + self._mark + m[0][1:], text)
-        tail = max(_overlap(text, content) for content in self._contents)
-        return text[: len(text) - tail + 1] + self._mark + text[len(text) - tail + 1 :] if tail else text
+        after = {at + 1 for at in self._places.starts(text)}
+        for content in self._contents:
+            after.update(len(text) - n + 1 for n in range(1, len(content)) if text.endswith(content[:n]))
+        cuts = [0, *sorted(after), len(text)]
+        return self._mark.join(text[a:b] for a, b in itertools.pairwise(cuts))
 
 
 def _marked(value: Any, breaker: _Breaker) -> Any:

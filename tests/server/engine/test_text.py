@@ -430,6 +430,28 @@ def test_what_a_message_begins_and_the_template_ends_is_no_special_token() -> No
     assert text.chat_pieces([{"role": "user", "content": "<|"}]) == ["<|end|>"]
 
 
+@pytest.mark.parametrize("content", [">>TITLE<<|assistant|>x", "<|<|end|>>TITLE<<", "aab", "aaab", "aaaab"])
+def test_special_tokens_that_overlap_in_a_message_are_plain(content: str) -> None:
+    specials = ["<s>", ">>TITLE<<", "<|assistant|>", "<|end|>", "aab"]
+    text = text_of(bpe(specials), "{% for m in messages %}{{ m['content'] }}{% endfor %}", 0)
+    assert text.chat_pieces([{"role": "user", "content": content}]) == [content]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 8])
+def test_special_tokens_are_found_across_the_pieces_of_a_long_text(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr("server.engine.text.PIECE", piece)
+    text = text_of(bpe(["<s>", "<|end|>"]), "{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}", 0)
+    content = "a<|end|>bc<s><|end|><|end|"
+    assert text.chat_pieces([{"role": "user", "content": content}]) == [content, 1]
+
+
+@pytest.mark.parametrize(("content", "after"), [("-ab>", "y"), ("-ab>", "x"), ("-aaa", "b"), ("-<|ab", ">y")])
+def test_what_a_message_begins_in_several_ways_is_no_special_token(content: str, after: str) -> None:
+    specials = ["<s>", "ab>x", "b>y", "aaab", "aab", "<|ab>", "<|ab>yz"]
+    text = text_of(bpe(specials), "{% for m in messages %}{{ m['content'] }}" + after + "{% endfor %}", 0)
+    assert text.chat_pieces([{"role": "user", "content": content}]) == [content + after]
+
+
 def test_special_tokens_within_parts_of_a_message_are_plain() -> None:
     parts = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
     text = text_of(bpe(["<s>", "<|end|>"]), parts, 1)
