@@ -62,9 +62,9 @@ app.command()(models.doctor)
 app.add_typer(bench.app, name="bench")
 
 
-APART = "loramux-apart"
-"""The thread of `server.kernels.threads.apart`, which is slow to import. An interpreter that ends while it is within
-torch ends the process by a signal."""
+APART = frozenset(("loramux-apart", "loramux-grammar"))
+"""The threads of `server.kernels.threads.apart` and `server.engine.grammar`, which are slow to import. An interpreter
+that ends while one is within a library ends the process by a signal."""
 
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 """Click's, which typer does not name: what is wrong with the arguments themselves."""
@@ -78,7 +78,7 @@ def main() -> None:
     with heard(_as_ctrl_c, signal.SIGTERM):
         status = _run()
     status = status if isinstance(status, int) else 0
-    if any(thread.name == APART for thread in threading.enumerate()):  # interrupted while it computes
+    if any(thread.name in APART for thread in threading.enumerate()):  # interrupted while it computes
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,9 @@ MAX_SCHEMA = 1 << 16
 MAX_WAITING = 256
 """Schemas of a tenant that wait to be compiled: requests are not in the engine's queue yet, which would bound them."""
 MAX_WAITING_IN_ALL = 4 * MAX_WAITING
+STACK = 256 << 20
+"""Bytes that the compiler's thread may use of a stack. The compiler calls itself for each part of a schema and for each
+`$ref`, up to its own limit of 50,000 parts, which takes up to 64 MiB; no more is taken than is used."""
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _WHITESPACE = r"( |\n {0,16})?"
 """Between two tokens of JSON: a space, or a new line and what it is indented by. A small model may otherwise write
@@ -72,14 +75,17 @@ class _Asked:
         try:
             grammar = next(self.left, None)
         except BaseException as error:  # a panic of the library is no Exception
-            if self.whole.set_running_or_notify_cancel():
-                known = isinstance(error, Exception)
-                self.whole.set_exception(error if known else EngineFailed(f"the schema could not be compiled: {error}"))
+            known = isinstance(error, Exception)
+            self.fail(error if known else EngineFailed(f"the schema could not be compiled: {error}"))
             return
         if grammar is not None:
             self.made.append(grammar)
         elif self.whole.set_running_or_notify_cancel():
             self.whole.set_result(self.made)
+
+    def fail(self, error: BaseException) -> None:
+        if self.whole.set_running_or_notify_cancel():
+            self.whole.set_exception(error)
 
 
 UNSERVED = ("Unimplemented keys", "Unknown format")
@@ -113,7 +119,6 @@ class Grammars:
             ends[token // 8] |= 1 << token % 8
         self._ends = ends
         self._tokenizer = self._told()
-        self._thread = ThreadPoolExecutor(1, "loramux-grammar")
         self._lock = threading.Lock()
         self._asked: dict[str, deque[_Asked]] = {}
         """By tenant. The first one's turn is next."""
@@ -121,8 +126,8 @@ class Grammars:
 
     def ask(self, schema: Mapping[str, Any], count: int, tenant: str = "") -> Future[list[Grammar]]:
         """`count` grammars for answers that follow `schema`, each of which takes up to a second. They are made on a
-        thread of their own, on which tenants take turns: each has one made at a time, those of its requests in the
-        order in which they came.
+        thread of their own, which is there as long as there are any, and on which tenants take turns: each has one made
+        at a time, those of its requests in the order in which they came.
 
         Cancel the future when nobody waits for it any more: what is left is dropped. Raises QueueFull if too many wait;
         the future InvalidRequest for a schema that is none, asks for what cannot be held to, or is too large.
@@ -136,16 +141,19 @@ class Grammars:
             self._asked.setdefault(tenant, deque()).append(asked)
             begin, self._at_work = not self._at_work, True
         if begin:
-            self._thread.submit(self._work)
+            try:
+                _begin(self._work)
+            except RuntimeError:  # the system has no thread to spare
+                while (waiting := self._next()) is not None:
+                    waiting.fail(QueueFull("no schema can be compiled now; come back later", retry_after=1.0))
         return asked.whole
 
     def close(self) -> None:
-        """Let go of what is not compiled yet."""
+        """Let go of what is not compiled yet. What is being compiled goes on, and holds up no end of the process."""
         with self._lock:
             left = [asked for queue in self._asked.values() for asked in queue]
         for asked in left:
             asked.whole.cancel()
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _work(self) -> None:
         while (asked := self._next()) is not None:
@@ -213,6 +221,20 @@ class Grammars:
             eos_token=sorted(vocabulary.eos_ids),
             slices=LLTokenizer.json_slices(),
         )
+
+
+_beginning = threading.Lock()
+
+
+def _begin(work: Callable[[], None]) -> None:
+    """Have `work` done on a thread of its own, with a stack of `STACK` bytes. Raises RuntimeError."""
+    with _beginning:
+        usual = threading.stack_size(STACK)
+        try:
+            # A daemon: what takes long in the library cannot be stopped, and nobody wants to wait for it in the end.
+            threading.Thread(target=work, name="loramux-grammar", daemon=True).start()
+        finally:
+            threading.stack_size(usual)
 
 
 class _Vocabulary:

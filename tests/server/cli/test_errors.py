@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 import adapters
 from server.cli import generate, main
+from server.engine.grammar import _begin
 from server.kernels.threads import apart
 from tests.waiting import until
 
@@ -189,18 +190,22 @@ def test_what_gives_fewer_threads_than_were_asked_for_is_left_out(run: Run, monk
     assert run("--version")[2] == ""
 
 
-def test_an_interpreter_does_not_end_while_a_thread_is_within_torch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python would end that thread, and by that the process, with a signal: Ctrl-C while a base is packed."""
+@pytest.mark.parametrize("begin", [apart, _begin])
+def test_an_interpreter_does_not_end_while_a_thread_is_within_a_library(
+    run: Run, monkeypatch: pytest.MonkeyPatch, begin: Callable[[Callable[[], object]], object]
+) -> None:
+    """Python would end that thread, and by that the process, with a signal: Ctrl-C while a base is packed, or the end
+    of a server while a schema is compiled."""
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
     over = threading.Event()
-    waiting = threading.Thread(target=apart, args=(over.wait,))
+    waiting = threading.Thread(target=begin, args=(over.wait,))
     waiting.start()
     try:
-        until(lambda: any(thread.name == APART for thread in threading.enumerate()))
+        until(lambda: any(thread.name in APART for thread in threading.enumerate()))
         assert run("--version")[0] == 0 and ended == [0]
     finally:
         over.set()
         waiting.join()
-    until(lambda: not any(thread.name == APART for thread in threading.enumerate()))
+    until(lambda: not any(thread.name in APART for thread in threading.enumerate()))
     assert run("--version")[0] == 0 and ended == [0], "without such a thread it ends as ever"

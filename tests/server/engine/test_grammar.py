@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -306,20 +308,88 @@ def test_a_request_that_is_done_before_its_asker_goes_on_is_done_once(
 ) -> None:
     """As where the asker's thread is held up: what is refused takes no time at all."""
     grammars = Grammars(tiny_text, tiny_text.size)
-    submit = grammars._thread.submit
 
-    def held(work: Any) -> Any:
-        running = submit(work)
-        running.result(10)
-        return running
+    def held(work: Any) -> None:
+        running = threading.Thread(target=work)
+        running.start()
+        running.join(10)
 
-    monkeypatch.setattr(grammars._thread, "submit", held)
+    monkeypatch.setattr("server.engine.grammar._begin", held)
     for _ in range(3):
         with pytest.raises(InvalidRequest):
             grammars.ask({"x-guidance": {}}, 1).result(10)
     assert not grammars._asked and not grammars._at_work
     monkeypatch.undo()
     assert grammars.ask(POINT, 1).result(10)
+
+
+def test_where_the_system_has_no_thread_the_next_request_is_served(
+    tiny_text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars, usual = Grammars(tiny_text, tiny_text.size), threading.stack_size()
+
+    def none(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none)
+        with pytest.raises(QueueFull, match="come back later"):
+            grammars.ask(POINT, 1).result(10)
+    assert grammars.ask(POINT, 1).result(10) and threading.stack_size() == usual
+
+
+def chained(count: int, link: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """A schema of `count` ones, each of which is `link` of a reference to the next one."""
+    to = [{"$ref": f"#/d/{i}"} for i in range(count + 1)]
+    return {**to[0], "d": {**{str(i): link(to[i + 1]) for i in range(count)}, str(count): {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        chained(1700, lambda to: {"items": to}),
+        chained(1250, lambda to: {"anyOf": [to, {"const": 1}]}),
+    ],
+)
+def test_a_long_chain_of_references_does_not_end_the_process(schema: dict[str, Any]) -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", COMPILES], input=json.dumps(schema), text=True, capture_output=True, timeout=100
+    )
+    assert told.returncode == 0 and told.stdout in ("compiled", "refused"), told.stderr
+
+
+def test_the_end_of_the_process_does_not_wait_for_a_schema() -> None:
+    told = subprocess.run([sys.executable, "-c", HANGS], text=True, capture_output=True, timeout=60)
+    assert told.returncode == 0 and told.stdout == "begun", told.stderr
+
+
+COMPILES = """
+import json, sys
+from server.engine.grammar import Grammars
+from server.errors import InvalidRequest
+from tests.server.engine.conftest import make_text
+
+text = make_text()
+try:
+    [grammar] = Grammars(text, text.size).ask(json.load(sys.stdin), 1).result()
+    grammar.mask()
+    print("compiled", end="")
+except InvalidRequest:
+    print("refused", end="")
+"""
+HANGS = """
+import threading
+from server.engine.grammar import Grammars
+from tests.server.engine.conftest import make_text
+
+text = make_text()
+grammars, begun = Grammars(text, text.size), threading.Event()
+grammars._compile = lambda schema: begun.set() or threading.Event().wait()
+grammars.ask({}, 1)
+assert begun.wait(10)
+grammars.close()
+print("begun", end="")
+"""
 
 
 def test_a_panic_of_the_library_is_one_requests_failure(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
