@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from server.errors import InvalidRequest
 
@@ -31,7 +31,7 @@ _LOWER = ("minimum", "exclusiveMinimum")
 _BOUNDS = (*_LOWER, "maximum", "exclusiveMaximum")
 _OPTIONS = "x-guidance"
 """A key by which the compiler is told to pass over what it cannot hold to."""
-_NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
+_NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"))
 """Keys under which there are schemas by names, which may be those of any key."""
 _DIALECT = re.compile(
     r"http://json-schema\.org/draft-0[467]/schema#?|https://json-schema\.org/draft/20(19-09|20-12)/schema#?"
@@ -85,6 +85,7 @@ def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
             steps.append(_digits(step))
         for key in _BOUNDS:
             _check_size(part, key)
+        _check_reference(part.get("$ref"))
         _check_values([part.get("const"), part.get("enum")])
         literals += sum(_literals(pattern) for pattern in _patterns(part))
     if bounds > MAX_BOUNDS:
@@ -115,6 +116,21 @@ def _parts(schema: Any) -> Iterator[Mapping[str, Any]]:
             if not named:
                 yield part
             left += [(v, not named and k in _NAMED) for k, v in part.items() if named or not _is_data(k)]
+
+
+def _check_reference(reference: Any) -> None:
+    """Raises InvalidRequest for a pointer to what `_parts` passes over: the compiler takes that for a schema as well.
+
+    Every place from which a pointer may start is a schema, and no key of interest has a character that `~` stands for.
+    """
+    place = unquote(reference.partition("#")[2]) if isinstance(reference, str) else ""
+    named = False
+    for key in place.split("/")[1:]:
+        if not named and _is_data(key):
+            raise _refused(f"$ref {reference[:80]} leads into {key[:40]}, which holds no schema; put that under $defs")
+        named = not named and key in _NAMED
+    if named:
+        raise _refused(f"$ref {reference[:80]} leads to schemas by names and not to one of them; add its name")
 
 
 def _number(part: Mapping[str, Any], key: str) -> float | None:

@@ -64,6 +64,11 @@ A_UUID = "0b2e61a4-9c1d-4a6e-8f0a-0123456789ab"
         ({"properties": {"a": {"$id": "the a", "$schema": "ours", "enum": [1]}, "$id": {"enum": [2]}}},
          {"a": 1, "$id": 2}, {"$id": 1}),
         ({"$id": "https://a.b/c.json", "$defs": {"d": {"$id": "d.json", "enum": [1]}}, "$ref": "d.json"}, 1, 2),
+        ({"$ref": "#/$defs/default", "$defs": {"default": {"const": 1}}}, 1, 2),
+        ({"$ref": "#/properties/%24defs/anyOf/0", "properties": {"$defs": {"anyOf": [{"const": 1}]}}}, 1, 2),
+        ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"const": 1}}}, 1, 2),
+        ({"$ref": "#one", "$defs": {"x-a": {"$anchor": "one", "const": 1}}}, 1, 2),
+        ({"items": {"$ref": "#"}, "type": "array"}, [[]], [1]),
     ],
 )  # fmt: skip
 def test_what_clients_write_beside_what_they_ask_for_is_no_reason_to_refuse(
@@ -129,6 +134,18 @@ def test_what_is_not_held_to_is_an_unsupported_parameter(grammars: Grammars, sch
         ({"x-guidance": {"lenient": True}}, "x-guidance is not served"),
         ({"pattern": r"^[\x00-\x1f]$"}, "holds control characters"),
         ({"pattern": r'^[^]"]$'}, "holds control characters"),
+        ({"$ref": "#/default", "default": {"minimum": -1e19, "maximum": -1e19}}, "leads into default, which holds no"),
+        ({"$ref": "#/x-t", "x-t": {"type": "integer"}}, "leads into x-t, which holds no schema; put that under $defs"),
+        ({"$ref": "#/%64efault", "default": {"type": "integer"}}, "leads into default"),
+        ({"$ref": "json-schema:///#/enum/0", "enum": [{}]}, "leads into enum"),
+        ({"anyOf": [{}, {"$ref": "#/anyOf/0/const"}]}, "leads into const"),
+        ({"d": {"x-a": {}}, "items": {"$ref": "#/d/x-a"}}, "leads into x-a"),
+        ({"$ref": "#/$defs", "$defs": {"type": "integer"}}, "leads to schemas by names"),
+        ({"$ref": "#/$defs/a/%70roperties", "$defs": {"a": {"properties": {"type": {}}}}}, "add its name"),
+        (
+            {"$defs": {"a": {"dependencies": {"const": {"$id": "u:v", "maximum": -1e19}}}}, "$ref": "u:v"},
+            "out of range",
+        ),
     ],
 )
 def test_what_cannot_be_held_to_is_refused(schema: dict[str, Any], said: str) -> None:
