@@ -23,6 +23,11 @@ MAX_STEP = 10_000
 MAX_LITERALS = 10_000
 """Characters that a schema's patterns give, repeated ones as often: where the text is forced, a mask walks over all of
 them, 1.6 s for a million."""
+MAX_JOINED = 12
+"""Different patterns and formats of a schema of which several may be about one text: each more doubles the compiler's
+time and memory."""
+MAX_NAMED = 64
+"""Patterns of names in a schema: the compiler compares each with each."""
 MAX_EXACT = 1 << 53
 """Whole numbers from here on are read as the nearest number of 64 bits, which may be another one."""
 LEAST_UPPER = -(1 << 63) + 2048
@@ -41,6 +46,13 @@ _REFERENCE = re.compile(r"[\w.~:/?#\[\]@!$&'()*+,;=%-]*", re.ASCII)
 """What RFC 3986 lets a URI reference consist of."""
 _DATA = frozenset(("const", "enum", "default", "example", "examples"))
 """Keys under which there is no schema, as there is none under those that begin with `x-`."""
+_JOINING = ("allOf", "anyOf", "oneOf", "$ref")
+"""Keys whose schemas are about the same value as the one that they are in."""
+_TEXTS = frozenset(
+    ("pattern", "format", "properties", "patternProperties", "additionalProperties", "items", "prefixItems",
+     "additionalItems")
+)  # fmt: skip
+"""Keys beside those by which a schema says something of texts, or of what texts are in."""
 _CONTROLS = r"\x00-\x1f"
 _NEXT = 1e-9
 """How far from a bound that is excluded the first number is that may be written."""
@@ -78,7 +90,8 @@ def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
     """The same schema, or one that allows less where the compiler would allow more. Raises InvalidRequest."""
     if _OPTIONS in schema:
         raise _refused(f"{_OPTIONS} is not served; leave it out")
-    bounds, steps, literals = 0, list[int](), 0
+    bounds, steps, literals, named = 0, list[int](), 0, 0
+    texts, joined = set[str](), False
     for part in _parts(schema):
         bounds += sum(_number(part, key) is not None for key in _BOUNDS)
         if (step := _number(part, "multipleOf")) is not None:
@@ -88,12 +101,23 @@ def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
         _check_reference(part.get("$ref"))
         _check_values([part.get("const"), part.get("enum")])
         literals += sum(_literals(pattern) for pattern in _patterns(part))
+        if isinstance(names := part.get("patternProperties"), Mapping):
+            named += len(names)
+        texts.update(told for key in ("pattern", "format") if isinstance(told := part.get(key), str))
+        joined = joined or _joins(part)
     if bounds > MAX_BOUNDS:
         raise _refused(f"the schema has {bounds} bounds of numbers, over the limit of {MAX_BOUNDS}")
     if math.lcm(*steps) > MAX_STEP:
         raise _refused(f"the schema's multipleOf have a least common multiple of over {MAX_STEP}")
     if literals > MAX_LITERALS:
         raise _refused(f"the schema's patterns give over {MAX_LITERALS:,} characters, repeated ones as often")
+    if named > MAX_NAMED:
+        raise _refused(f"the schema has {named} patternProperties, over the limit of {MAX_NAMED}")
+    if joined and len(texts) > MAX_JOINED:
+        raise _refused(
+            f"the schema has {len(texts)} patterns and formats, over the limit of {MAX_JOINED} where several may be "
+            "about one text; leave out allOf, and what stands beside anyOf, oneOf and $ref"
+        )
     try:
         written: dict[str, Any] = _rewritten(schema)
     except RecursionError:
@@ -169,6 +193,14 @@ def _patterns(part: Mapping[str, Any]) -> list[str]:
     named = part.get("patternProperties")
     found = [part.get("pattern"), *(named if isinstance(named, Mapping) else ())]
     return [pattern for pattern in found if isinstance(pattern, str)]
+
+
+def _joins(part: Mapping[str, Any]) -> bool:
+    """Whether several schemas in it may each have something to say of one text."""
+    joining = [key for key in _JOINING if key in part]
+    all_of = part.get("allOf")
+    several = isinstance(all_of, list) and len(all_of) > 1
+    return several or len(joining) > 1 or bool(joining and _TEXTS & part.keys())
 
 
 def _literals(pattern: str) -> int:

@@ -134,6 +134,16 @@ def test_what_is_not_held_to_is_an_unsupported_parameter(grammars: Grammars, sch
         ({"x-guidance": {"lenient": True}}, "x-guidance is not served"),
         ({"pattern": r"^[\x00-\x1f]$"}, "holds control characters"),
         ({"pattern": r'^[^]"]$'}, "holds control characters"),
+        ({"patternProperties": {f"^a{i}b": {} for i in range(65)}}, "65 patternProperties, over the limit of 64"),
+        ({"allOf": [{"pattern": f"a{i}b"} for i in range(13)]}, "13 patterns and formats, over the limit of 12"),
+        (
+            {"$ref": "#/d/0", "d": {f"{i}": {"$ref": f"#/d/{i + 1}", "pattern": f"a{i}b"} for i in range(13)}},
+            "13 patterns and formats",
+        ),
+        (
+            {"anyOf": [{"properties": {"k": {"format": f"f{i}"}}} for i in range(13)], "items": {}},
+            "leave out allOf, and what stands beside anyOf, oneOf and $ref",
+        ),
         ({"$ref": "#/default", "default": {"minimum": -1e19, "maximum": -1e19}}, "leads into default, which holds no"),
         ({"$ref": "#/x-t", "x-t": {"type": "integer"}}, "leads into x-t, which holds no schema; put that under $defs"),
         ({"$ref": "#/%64efault", "default": {"type": "integer"}}, "leads into default"),
@@ -189,6 +199,9 @@ def test_what_is_nested_too_deeply_is_refused() -> None:
             "default": {"pattern": '[^"]'},
         },
         {"properties": {"x": {"const": {"multipleOf": 99_991}}}},
+        {"patternProperties": {f"^a{i}b": {} for i in range(64)}},
+        {"allOf": [{"$ref": "#/d"}], "title": "one", "d": {"anyOf": [{"pattern": f"a{i}b"} for i in range(13)]}},
+        {"allOf": [{"pattern": f"a{i % 12}b"} for i in range(24)]},
         {"pattern": r"^[\p{L}&&[^a]]$"},  # of another dialect: the compiler's to judge
     ],
 )
