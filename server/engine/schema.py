@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import quote, unquote
 
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, UnsupportedParameter
 
 PARAM = "response_format"
 MAX_BOUNDS = 256
@@ -99,6 +99,7 @@ def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
         for key in _BOUNDS:
             _check_size(part, key)
         _check_reference(part.get("$ref"))
+        _check_least(part)
         _check_values([part.get("const"), part.get("enum")])
         literals += sum(_literals(pattern) for pattern in _patterns(part))
         if isinstance(names := part.get("patternProperties"), Mapping):
@@ -155,6 +156,19 @@ def _check_reference(reference: Any) -> None:
         named = not named and key in _NAMED
     if named:
         raise _refused(f"$ref {reference[:80]} leads to schemas by names and not to one of them; add its name")
+
+
+def _check_least(part: Mapping[str, Any]) -> None:
+    """Raises UnsupportedParameter for a `minProperties` towards which a name that comes twice would count twice: one
+    that the schema does not give may, and the first such is another one than all that are required.
+    """
+    required = part.get("required")
+    sure = len({name for name in required if isinstance(name, str)}) + 1 if isinstance(required, list) else 1
+    if (least := _number(part, "minProperties") or 0) > sure:
+        raise UnsupportedParameter(
+            f"minProperties of {least} cannot be held to: it may be at most one more than required has names, {sure}",
+            PARAM,
+        )
 
 
 def _number(part: Mapping[str, Any], key: str) -> float | None:

@@ -164,6 +164,32 @@ def test_what_cannot_be_held_to_is_refused(schema: dict[str, Any], said: str) ->
     assert refused.value.param == "response_format"
 
 
+@pytest.mark.parametrize(
+    ("schema", "may"),
+    [
+        ({"minProperties": 1}, True),
+        ({"minProperties": 2}, False),
+        ({"minProperties": 2, "required": ["a"]}, True),
+        ({"minProperties": 3, "required": ["a", "a"], "properties": {"a": {}, "b": {}}}, False),
+        ({"minProperties": 2, "patternProperties": {"a": {}}, "additionalProperties": False}, False),
+        ({"minProperties": 3, "properties": {"a": {}, "b": {}}, "required": ["b"]}, False),
+    ],
+)
+def test_no_more_properties_are_asked_for_than_are_sure_to_be_different(
+    grammars: Grammars, tiny_text: Text, schema: dict[str, Any], may: bool
+) -> None:
+    """A name that comes twice is one property."""
+    asked = {"type": "object", **schema}
+    if may:
+        grammars.ask(asked, 1).result()
+        given = ({"a": 1, "b": 2}, {})
+        assert [takes(grammars, tiny_text, asked, answer) for answer in given] == [True, False]
+    else:
+        with pytest.raises(UnsupportedParameter, match="cannot be held to: it may be at most one more than") as told:
+            prepared(asked)
+        assert told.value.param == "response_format"
+
+
 def test_what_is_nested_too_deeply_is_refused() -> None:
     schema: dict[str, Any] = {}
     for _ in range(3000):
