@@ -30,10 +30,13 @@ MAX_NAMED = 64
 """Patterns of names in a schema: the compiler compares each with each."""
 MAX_EXACT = 1 << 53
 """Whole numbers from here on are read as the nearest number of 64 bits, which may be another one."""
+MOST_LOWER = 1 << 63
+"""A lower bound from here on becomes the greatest whole number of 64 bits, which is below it."""
 LEAST_UPPER = -(1 << 63) + 2048
 """An upper bound below it becomes the least whole number of 64 bits: the compiler crashes if the lower one does too."""
 _LOWER = ("minimum", "exclusiveMinimum")
 _BOUNDS = (*_LOWER, "maximum", "exclusiveMaximum")
+_EXCLUDED = ("exclusiveMinimum", "exclusiveMaximum")
 _OPTIONS = "x-guidance"
 """A key by which the compiler is told to pass over what it cannot hold to."""
 _NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"))
@@ -55,9 +58,10 @@ _TEXTS = frozenset(
 """Keys beside those by which a schema says something of texts, or of what texts are in."""
 _CONTROLS = r"\x00-\x1f"
 _NEXT = 1e-9
-"""How far from a bound that is excluded the first number is that may be written."""
-_EXACT_TO = 1e6
-"""Bounds up to here have such a next number."""
+"""How far from a bound that is excluded the first number is that may be written, at the least: the compiler may read a
+number as the one beside it."""
+_WHOLE = float(1 << 51)
+"""Up to here there are numbers of 64 bits, and more than one, between two whole ones."""
 _FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
 )
@@ -93,11 +97,11 @@ def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
     bounds, steps, literals, named = 0, list[int](), 0, 0
     texts, joined = set[str](), False
     for part in _parts(schema):
-        bounds += sum(_number(part, key) is not None for key in _BOUNDS)
+        bounds += len(found := _bounds(part))
+        for key, bound in found.items():
+            _check_size(key, bound)
         if (step := _number(part, "multipleOf")) is not None:
             steps.append(_digits(step))
-        for key in _BOUNDS:
-            _check_size(part, key)
         _check_reference(part.get("$ref"))
         _check_least(part)
         _check_values([part.get("const"), part.get("enum")])
@@ -176,18 +180,27 @@ def _number(part: Mapping[str, Any], key: str) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _check_size(part: Mapping[str, Any], key: str) -> None:
+def _bounds(part: Mapping[str, Any]) -> dict[str, float]:
+    """Bounds of numbers by their keys, those that are excluded as numbers: draft 4 and OpenAPI 3.0 only say whether."""
+    found = {key: number for key in _BOUNDS if (number := _number(part, key)) is not None}
+    for key, bound in zip(_EXCLUDED, ("minimum", "maximum"), strict=True):
+        if part.get(key) is True and bound in found:
+            found[key] = found.pop(bound)
+    return found
+
+
+def _check_size(key: str, value: float) -> None:
     """Raises InvalidRequest for a bound that no number of 64 bits comes near, or that lets through what it excludes
     when it is read as the nearest one.
     """
-    value = _number(part, key) or 0
     try:
         out = math.isinf(float(value))
     except OverflowError:
         out = True
-    if out or (key not in _LOWER and value < LEAST_UPPER):
+    if out or (value >= MOST_LOWER if key in _LOWER else value < LEAST_UPPER):
         raise _refused(f"{key} is out of range")
-    if isinstance(value, int) and (value if key in _LOWER else -value) > MAX_EXACT:
+    far = value if key in _LOWER else -value
+    if (far > MAX_EXACT and isinstance(value, int)) or (far >= MAX_EXACT and key in _EXCLUDED):
         raise _refused(f"{key} {value} is over 2^53 and cannot be held to")
 
 
@@ -298,12 +311,15 @@ def _rewritten(part: Any, named: bool = False) -> Any:
             copy.setdefault("pattern", _uuid(version[1]))
         if format in _HINTS or "pattern" in copy:  # a format that nobody knows is a note, and the pattern says it
             del copy["format"]
+    bounds = _bounds(part)
+    if any(isinstance(part.get(key), bool) for key in _EXCLUDED):
+        copy = {k: v for k, v in copy.items() if k not in _BOUNDS or not isinstance(v, int | float)} | bounds
     if part.get("type") != "integer":
-        low, high = _number(part, "exclusiveMinimum"), _number(part, "exclusiveMaximum")
-        if low is not None and 0 <= low < _EXACT_TO and low == int(low):
-            copy["exclusiveMinimum"] = low + _NEXT
-        if high is not None and -_EXACT_TO < high <= 0 and high == int(high):
-            copy["exclusiveMaximum"] = high - _NEXT
+        low, high = bounds.get("exclusiveMinimum"), bounds.get("exclusiveMaximum")
+        if low is not None and 0 <= low < _WHOLE and low == int(low):
+            copy["exclusiveMinimum"] = low + max(_NEXT, 2 * math.ulp(low))
+        if high is not None and -_WHOLE < high <= 0 and high == int(high):
+            copy["exclusiveMaximum"] = high - max(_NEXT, 2 * math.ulp(high))
     return copy
 
 
