@@ -73,6 +73,17 @@ _KEPT = frozenset(
 """Those that JSON Schema knows as well, which nobody writes as a note."""
 _HINTS = frozenset(("password", "binary", "path", "file-path", "directory-path"))
 """Formats that no text lacks."""
+_LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
+_DATE = (
+    "(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    f"|02-(?:0[1-9]|1[0-9]|2[0-8]))|{_LEAP}-02-29)"
+)
+_CLOCK = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_DATES = {
+    "date": f"^{_DATE}$",
+    "date-time": rf"^{_DATE}[tT]{_CLOCK}:(?:[0-5][0-9]|60)(?:\.[0-9]+)?(?:[zZ]|[+-]{_CLOCK})$",
+}
+"""Patterns of formats, in which the compiler has a 29 February every year."""
 _UUID = re.compile("uuid([1-8])")
 _EVERY_NAME: tuple[Any, ...] = ({}, {"type": "string"})
 """What every name of a property is, as it is `true`."""
@@ -302,6 +313,9 @@ def _rewritten(part: Any, named: bool = False) -> Any:
         del copy["$schema"]  # which leaves the newest one; what a name stands for that is none of these, nobody knows
     if isinstance(id := copy.get("$id"), str) and not _REFERENCE.fullmatch(id):
         copy["$id"] = quote(id, safe="")  # a title rather, but what is below refers to its own root all the same
+    if isinstance(format := copy.get("format"), str) and format in _DATES and "pattern" not in copy:
+        copy["pattern"] = _DATES[format]
+        del copy["format"]
     if copy.get("uniqueItems") is False:
         del copy["uniqueItems"]  # which asks for nothing, and would be refused
     if (names := copy.get("propertyNames")) is True or names in _EVERY_NAME:
