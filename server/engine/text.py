@@ -39,7 +39,8 @@ INPUT = "{input}"
 LONG = 4096
 """Characters up to which a text takes no time worth speaking of to tokenize."""
 PIECE = 1 << 16
-"""Characters that are searched at once for special tokens, for up to some milliseconds."""
+"""Characters that are searched at once for special tokens, for up to some tens of milliseconds."""
+_SPACES = re.compile(r"\s*")
 
 
 class _Amid(str):
@@ -208,13 +209,13 @@ class Text:
             token, added = self._special[found[0]]
             before, end = text[start:at], found.end()
             if added.rstrip:
-                end += len(text[end:]) - len(text[end:].lstrip())
+                end = _SPACES.match(text, end).end()  # type: ignore[union-attr]
             pieces += [before.rstrip() if added.lstrip else before, token]
             start = end
         return [p for p in [*pieces, text[start:]] if p != ""]
 
     def _breaker(self, mark: str) -> _Breaker:
-        return _Breaker(self._places, tuple(self._special), mark)
+        return _Breaker(self._places, mark)
 
     def begins_after(self, token: int) -> bool:
         """Whether what comes after `token` is a text of its own, whose first space is none that anybody sees."""
@@ -340,12 +341,15 @@ class _Places:
     """Where special tokens begin in a text, those that overlap among them."""
 
     def __init__(self, contents: Iterable[str]) -> None:
-        rests: dict[str, list[str]] = {}
-        for content in filter(None, contents):
-            rests.setdefault(content[0], []).append(content[1:])
-        self._longest = max((len(rest) for several in rests.values() for rest in several), default=0)
-        # What is looked for is one character each time, in which case `re` is quick to pass over all others.
-        each = (f"{re.escape(k)}(?={'|'.join(map(re.escape, v))})" for k, v in rests.items())
+        given = [content for content in contents if content]
+        self._begun = {content[:n] for content in given for n in range(1, len(content))}
+        self._longest = max(map(len, self._begun), default=0)
+        rests: dict[str, dict[str, list[str]]] = {}
+        for content in given:
+            rests.setdefault(content[0], {}).setdefault(content[1:2], []).append(content[2:])
+        # What is looked for is one character each time, in which case `re` is quick to pass over all others. It sees
+        # what all of some texts begin with, but would try a thousand after each `<` that begin in three ways.
+        each = (f"{re.escape(first)}(?={'|'.join(_any_of(*s) for s in some.items())})" for first, some in rests.items())
         self._first = re.compile("|".join(each)) if rests else None
 
     def starts(self, text: str) -> Iterator[int]:
@@ -358,18 +362,27 @@ class _Places:
                 if found.start() < end:
                     yield found.start()
 
+    def at_end(self, text: str) -> Iterator[int]:
+        """Where something begins at the end of a text that what comes behind it may make a special token."""
+        for at in range(max(0, len(text) - self._longest), len(text)):
+            if text[at:] in self._begun:
+                yield at
+
+
+def _any_of(first: str, rests: Sequence[str]) -> str:
+    """A pattern of texts that begin with `first` and go on in one of several ways."""
+    return f"{re.escape(first)}(?:{'|'.join(map(re.escape, rests))})"
+
 
 class _Breaker:
     """Puts a mark into each special token of a text, and into each beginning of one at its end."""
 
-    def __init__(self, places: _Places, contents: tuple[str, ...], mark: str) -> None:
-        self._places, self._contents, self._mark = places, contents, mark
+    def __init__(self, places: _Places, mark: str) -> None:
+        self._places, self._mark = places, mark
 
     def __call__(self, text: str) -> str:
-        after = {at + 1 for at in self._places.starts(text)}
-        for content in self._contents:
-            after.update(len(text) - n + 1 for n in range(1, len(content)) if text.endswith(content[:n]))
-        cuts = [0, *sorted(after), len(text)]
+        places = {*self._places.starts(text), *self._places.at_end(text)}
+        cuts = [0, *sorted(at + 1 for at in places), len(text)]
         return self._mark.join(text[a:b] for a, b in itertools.pairwise(cuts))
 
 

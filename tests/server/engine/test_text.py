@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from server.engine.chat_template import ChatTemplate
-from server.engine.text import Detokenizer, Text
+from server.engine.text import Detokenizer, Text, _Places
 from server.errors import BadModel, InvalidRequest
 from server.model.vocabulary import Vocabulary, from_gguf
 
@@ -450,6 +450,18 @@ def test_what_a_message_begins_in_several_ways_is_no_special_token(content: str,
     specials = ["<s>", "ab>x", "b>y", "aaab", "aab", "<|ab>", "<|ab>yz"]
     text = text_of(bpe(specials), "{% for m in messages %}{{ m['content'] }}" + after + "{% endfor %}", 0)
     assert text.chat_pieces([{"role": "user", "content": content}]) == [content + after]
+
+
+@given(st.lists(st.text("ab<", max_size=5), max_size=6), st.text("ab<", max_size=40), st.integers(1, 9))
+def test_every_place_of_a_special_token_is_found(specials: list[str], text: str, piece: int) -> None:
+    places = _Places(specials)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.engine.text.PIECE", piece)
+        starts = list(places.starts(text))
+    known = [content for content in specials if content]
+    assert starts == [at for at in range(len(text)) if any(text.startswith(content, at) for content in known)]
+    ends = [at for at in range(len(text)) if any(c.startswith(text[at:]) and c != text[at:] for c in known)]
+    assert list(places.at_end(text)) == ends
 
 
 def test_special_tokens_within_parts_of_a_message_are_plain() -> None:
