@@ -1,10 +1,15 @@
 """uvicorn's HTTP protocol, with the one error that it answers by itself in the shape of all others, no upgrades, and a
-time within which a connection has to ask for something.
+time within which a connection has to ask for something, or take something of what it is answered.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
+import logging
+import sys
+import termios
 from collections.abc import Callable
 from typing import Any
 
@@ -20,25 +25,62 @@ PIECES, PIECE = 1024, 64
 PIPELINED = 65536
 """Bytes after a request that are read while it is answered."""
 
+log = logging.getLogger(__name__)
+
 
 class Protocol(H11Protocol):
     """What is no HTTP at all reaches no route, and is answered here; the connection is closed then.
 
     Within a body whose request is being answered, or has been, it is too late for that. And a connection on which no
     request's headers are complete for as long as one may be idle is closed: uvicorn closes those alone that have been
-    silent since an answer, and a client without a key could hold every file that the process may open.
+    silent since an answer, and a client without a key could hold every file that the process may open. For the same
+    reason one is cut whose client takes nothing of its answers for that long, and none that is only slow.
     """
 
     _unasked: asyncio.TimerHandle | None = None
+    _looks: asyncio.TimerHandle | None = None
+    _untaken: int | None = None
+    """Bytes that the client had yet to take at the last look, if all who write have waited for it since."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.conn.next_event = _in_fair_pieces(self.conn.next_event)  # type: ignore[method-assign]
         self._expect()
+        self._looks = self.loop.call_later(self.timeout_keep_alive, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._expected()
+        if self._looks is not None:
+            self._looks.cancel()
+            self._looks = None
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._untaken = None
+
+    def _look(self) -> None:
+        """Cut the connection if its client has taken nothing since the last look, in all of which nothing was added."""
+        full = self.flow.write_paused or self.transport.is_closing()
+        left = self._left() if full else None
+        if left is not None and self._untaken is not None and left >= self._untaken:
+            log.info("a client takes nothing of its answer any more; its connection is cut")
+            self._looks = None
+            self.transport.abort()
+            return
+        self._untaken = left
+        self._looks = self.loop.call_later(self.timeout_keep_alive, self._look)
+
+    def _left(self) -> int:
+        """Bytes that the client has yet to take. The system holds megabytes of them, and takes more from us only when
+        a third of these is gone: by the buffer here, a slow client would seem to be none.
+        """
+        held = bytearray(4)
+        connection = self.transport.get_extra_info("socket")
+        if connection is not None:
+            with contextlib.suppress(OSError, ValueError):  # it may be closed by now
+                fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, held)
+        return self.transport.get_write_buffer_size() + int.from_bytes(held, sys.byteorder)
 
     def on_response_complete(self) -> None:
         self._expect()

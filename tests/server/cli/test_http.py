@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from typing import Any
 from unittest.mock import Mock
 
@@ -117,3 +118,88 @@ def test_a_connection_that_asks_for_nothing_more_is_closed(asked: bytes, then: b
         connection.connection_lost(None)
 
     asyncio.run(ask())
+
+
+class Reader:
+    """A transport whose client takes, at each of the connection's looks, the next of so many bytes."""
+
+    def __init__(self, connection: Protocol, takes: list[int]) -> None:
+        self.connection, self.takes, self.left = connection, list(takes), 1_000_000
+        self.looked, self.closing, self.aborted = 0, False, asyncio.Event()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+    def get_write_buffer_size(self) -> int:
+        self.looked += 1
+        self.left -= self.takes.pop(0) if self.takes else 0
+        return self.left
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+    def abort(self) -> None:
+        self.aborted.set()
+        self.connection.connection_lost(None)
+
+
+@pytest.mark.parametrize("closing", [False, True])
+@pytest.mark.parametrize(("takes", "looks"), [([], 2), ([0, 1, 1, 1], 5)])
+def test_a_client_that_takes_nothing_of_its_answers_is_cut_and_one_that_is_slow_is_not(
+    takes: list[int], looks: int, closing: bool
+) -> None:
+    """Whoever writes to it waits, or it is to be closed once all is written: in either case for ever."""
+
+    async def answered() -> None:
+        config = uvicorn.Config(lambda: None, http=Protocol, ws="none", log_config=None, access_log=False)
+        config.timeout_keep_alive = 0.01  # type: ignore[assignment]
+        config.load()
+        connection = Protocol(config, ServerState(), {})
+        client = Reader(connection, takes)
+        connection.connection_made(client)  # type: ignore[arg-type]
+        if closing:
+            client.close()
+        else:
+            connection._expected()  # it has asked for something
+            connection.pause_writing()
+        await asyncio.wait_for(client.aborted.wait(), 10)
+        assert client.looked == looks
+
+    asyncio.run(answered())
+
+
+def test_a_stream_that_is_taken_between_two_looks_goes_on() -> None:
+    """Though as much waits again at the second one."""
+
+    async def answered() -> None:
+        config = uvicorn.Config(lambda: None, http=Protocol, ws="none", log_config=None, access_log=False)
+        config.load()
+        connection = Protocol(config, ServerState(), {})
+        client = Reader(connection, [])
+        connection.connection_made(client)  # type: ignore[arg-type]
+        for _ in range(3):
+            connection.pause_writing()
+            connection._look()
+            connection.resume_writing()
+        assert client.looked == 3 and not client.aborted.is_set()
+        connection.connection_lost(None)
+
+    asyncio.run(answered())
+
+
+def test_what_the_system_holds_for_a_client_is_not_taken_yet() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = Protocol.__new__(Protocol)
+        connection.transport = Mock()
+        connection.transport.get_extra_info.return_value = ours
+        connection.transport.get_write_buffer_size.return_value = 7
+        assert connection._left() == 7
+        ours.send(b"x" * 1000)
+        held = connection._left()
+        theirs.recv(1000)
+        assert held > 7 == connection._left()
+    assert connection._left() == 7, "it is closed"
