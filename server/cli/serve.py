@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import faulthandler
@@ -37,6 +38,9 @@ KEEP_ALIVE = 75
 
 LAST_WORDS = 5
 """Seconds for answers that were cut short, or connections that are slow, to be sent to their end."""
+
+BEFORE_THE_END = 0.5
+"""Of these seconds, those that are left once connections are cut whose clients do not read: who writes to them ends."""
 
 MANY_FILES = 1 << 16
 """Open files that are enough; a shell's own limit of 1024 is not."""
@@ -155,6 +159,17 @@ def _server(settings: Settings, app: Any, runtime: Runtime) -> uvicorn.Server:
                 if not self._begun and not self._unread():
                     self.should_exit = True
             return await super().on_tick(counter)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """What is cancelled at its end gets an answer, for which whoever reads nothing would be waited for ever."""
+            cut = asyncio.get_running_loop().call_later(LAST_WORDS - BEFORE_THE_END, self._cut)
+            await super().shutdown(sockets)
+            cut.cancel()
+
+        def _cut(self) -> None:
+            for one in list(self.server_state.connections):
+                if one.transport.get_write_buffer_size():
+                    one.transport.abort()
 
         def _unread(self) -> bool:
             """Whether a client has yet to take what is written to it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import resource
 import signal
@@ -10,14 +11,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from adapters.store import Store
+from server.api.limits import Boundary
 from server.api.runtime import Runtime
 from server.cli import logs, malloc
 from server.cli.serve import _server, _sigterm_and_sigint, listen, many_files, serve, spool_in
@@ -173,6 +177,43 @@ def test_a_drain_ends_when_its_time_is_over() -> None:
         assert await server.on_tick(1)
 
     asyncio.run(drained())
+
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+BODILESS = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+
+
+@pytest.mark.parametrize("asked", [[GET], [GET, GET], [GET, BODILESS]], ids=["closed", "written", "read"])
+def test_a_server_ends_though_a_client_does_not_read(
+    asked: list[bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it has asked for behind an answer that it leaves unread, and without a fault in the log."""
+    monkeypatch.setattr("server.cli.serve.LAST_WORDS", 1)
+    runtime, begun = Runtime(Settings(drain=0.0)), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            for _ in ("startup", "shutdown"):
+                await send({"type": f"{(await receive())['type']}.complete"})
+            return
+        begun.append(scope["method"])
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": bytes(16 << 20)})
+
+    server = _server(runtime.settings, Boundary(app, runtime.unread, runtime.closes), runtime)
+    with listen("127.0.0.1", 0) as listener, socket.socket() as client:
+        running = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        running.start()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(listener.getsockname())
+        client.sendall(b"".join(asked))
+        until(lambda: len(begun) == len(asked))
+        runtime.drain()
+        running.join(20)
+        assert not running.is_alive()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_while_the_base_is_fetched_probes_are_answered_and_a_signal_ends_all(tmp_path: Path) -> None:
