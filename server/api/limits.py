@@ -167,13 +167,20 @@ class BodyLimit:
 
 
 async def refuse(reply: Answer, scope: Scope, receive: Receive, send: Send, more: bool = True) -> None:
-    """Answer, after the rest of the body was read and thrown away: a client that still writes never reads."""
-    scope.setdefault("state", {})["code"] = reply.code
-    if more:
-        await _drain(receive)
+    """Answer, after the rest of the body was read and thrown away: a client that still writes never reads.
+
+    One that asks first whether it may send its body (`Expect: 100-continue`) hears at once that it may not. To read
+    would tell it to.
+    """
+    state = scope.setdefault("state", {})
+    state["code"] = reply.code
     body = reply.encode()
     headers = [(name.encode(), value.encode("latin-1")) for name, value in reply.headers.items()]
     headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if more and state.get("withholds", bool)():
+        headers.append((b"connection", b"close"))  # it may send the body all the same, or another request
+    elif more:
+        await _drain(receive)
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -358,6 +358,45 @@ def test_a_large_body_is_read_away_and_answered(start: Any) -> None:
     assert live.generate("small").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"Host: localhost\r\n", 401),
+        (b"Host: elsewhere\r\n", 403),
+        (b"Host: localhost\r\nAuthorization: Bearer secret-one\r\n", 413),
+    ],
+)
+@pytest.mark.parametrize("begun", [b"", b"x" * 64])
+def test_who_asks_before_it_sends_its_body_hears_at_once_that_it_is_refused(
+    start: Any, monkeypatch: pytest.MonkeyPatch, head: bytes, status: int, begun: bytes
+) -> None:
+    """And is not told to go on. One that sends it unasked hears it afterwards, as without that question."""
+    drained = []
+    drain = limits._drain
+
+    async def counted(receive: Any) -> None:
+        drained.append(receive)
+        await drain(receive)
+
+    monkeypatch.setattr(limits, "_drain", counted)
+    live = start(max_body=10_000, **KEYED)
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        ask = b"POST /generate HTTP/1.1\r\n%bExpect: 100-continue\r\nContent-Length: 10001\r\n\r\n"
+        connection.sendall(ask % head + begun)
+        if begun:
+            until(lambda: drained)
+            connection.sendall(b"x" * (10_001 - len(begun)))
+        with connection.makefile("rb") as answer:
+            if begun:  # which the framework says before it looks at what there is
+                assert (answer.readline(), answer.readline()) == (b"HTTP/1.1 100 Continue\r\n", b"\r\n")
+            assert answer.readline().startswith(b"HTTP/1.1 %d " % status)
+            headers = list(iter(answer.readline, b"\r\n"))
+            assert (b"connection: close\r\n" in headers) == (not begun)
+            assert begun or answer.read().startswith(b'{"error"')
+    assert bool(drained) == bool(begun)
+
+
 def test_a_length_of_zero_hides_no_chunks(start: Any) -> None:
     live = start(max_body=10_000)
     host, port = live.url.removeprefix("http://").split(":")
