@@ -44,7 +44,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.conn.next_event = _in_fair_pieces(self.conn.next_event)  # type: ignore[method-assign]
+        self.conn.next_event = _checked(self.conn.next_event)  # type: ignore[method-assign]
         self._expect()
         self._looks = self.loop.call_later(self.timeout_keep_alive, self._look)
 
@@ -122,28 +122,34 @@ class Protocol(H11Protocol):
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
-        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
+        with contextlib.suppress(h11.LocalProtocolError):  # of HEAD there is no body to be sent
+            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
 
-def _in_fair_pieces(next_event: Callable[[], Event]) -> Callable[[], Event]:
-    """`next_event` of a connection whose body comes in pieces worth their while.
+def _checked(next_event: Callable[[], Event]) -> Callable[[], Event]:
+    """`next_event` of a connection whose bodies have one end, and come in pieces worth their while.
 
-    Each is an event of its own, which takes as long as some kilobytes do: a client without a key could keep all others
-    waiting by chunks of a byte.
+    Of a body with a length and chunks too (RFC 9112, 6.1), or with chunks in HTTP/1.0, a proxy in between may see
+    another end, and let pass as a part of the body what is the next request here. And each piece is an event of its
+    own, which takes as long as some kilobytes do: a client without a key could keep all others waiting by chunks of a
+    byte.
     """
     pieces = size = 0
 
-    def counted() -> Event:
+    def checked() -> Event:
         nonlocal pieces, size
         event = next_event()
         if isinstance(event, h11.Request):
             pieces = size = 0
+            named = {name for name, _ in event.headers}
+            if b"transfer-encoding" in named and (b"content-length" in named or event.http_version < b"1.1"):
+                raise h11.RemoteProtocolError("where the body ends is told twice, or in chunks to HTTP/1.0")
         elif isinstance(event, h11.Data):
             pieces, size = pieces + 1, size + len(event.data)
             if pieces > PIECES and size < pieces * PIECE:
                 raise h11.RemoteProtocolError(f"chunks of less than {PIECE} bytes on average are too many")
         return event
 
-    return counted
+    return checked
