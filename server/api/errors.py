@@ -61,6 +61,8 @@ TABLE: Mapping[type[Exception], tuple[int, str, str]] = {
 ADVICE: Mapping[type[Exception], str] = {adapter_errors.UnknownAdapter: "; GET /adapters lists what is"}
 """What a client may do next, of errors that are raised where no route is known."""
 STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 400: "invalid_request", 413: "body_too_large"}
+INVALID_HTTP = "invalid_http"
+"""The code of the 400 for what is no request at all, which the protocol below the application answers."""
 UNREADABLE = "There was an error parsing the body"
 """What the framework says of JSON that it cannot read; its other words for a 400 are of multipart bodies."""
 UNION_PARTS = ("function-", "list[", "literal[", "constrained-")

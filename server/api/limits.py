@@ -37,6 +37,11 @@ UPLOADS = {"POST": re.compile("/adapters|/v1/files"), "PUT": re.compile("/adapte
 """The routes that take files. A body that says so elsewhere is read whole, and held to what that may be."""
 
 
+def new_request_id() -> str:
+    """An id by which the log knows a request, and its client too."""
+    return f"req-{uuid.uuid4().hex}"
+
+
 class Boundary:
     """Outermost: gives the request its id and turns whatever escaped into an answer. HEAD is GET without the body.
 
@@ -65,7 +70,7 @@ class Boundary:
             scope = {**scope, "method": "GET"}  # a copy: the server itself leaves the body of the answer out
         if scope["path"].lower().startswith(("http://", "https://")):  # RFC 9112, 3.2.2: as one asks through a proxy
             scope = {**scope, "path": "/" + scope["path"].partition("://")[2].partition("/")[2]}
-        request_id = f"req-{uuid.uuid4().hex}"
+        request_id = new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
         header, named_so = (b"x-request-id", request_id.encode()), {"request_id": request_id}
         status, gone = 0, False

@@ -16,7 +16,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.api.errors import Answer
+from server.api.errors import INVALID_HTTP, Answer
+from server.api.limits import new_request_id
 
 Event = Any
 """h11's; NEED_DATA and PAUSED are types of their own."""
@@ -116,9 +117,12 @@ class Protocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        body = Answer(400, "this is no HTTP request: it cannot be read", code="invalid_http").encode()
+        request_id = new_request_id()
+        log.info("request %s is no HTTP: %.200s", request_id, sys.exc_info()[1], extra={"request_id": request_id})
+        body = Answer(400, "this is no HTTP request: it cannot be read", code=INVALID_HTTP).encode()
         headers = [
             (b"content-type", b"application/json"),
+            (b"x-request-id", request_id.encode()),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]

@@ -422,6 +422,21 @@ def test_a_body_with_two_ends_is_refused(live: Any, head: bytes) -> None:
     assert live.generate("small").status_code == 200
 
 
+def test_what_is_no_http_has_an_id_in_the_log(live: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"what is this\x1b[2J\r\n\r\n")
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        told = httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
+    assert told.status_code == 400 and error_of(told)["code"] == "invalid_http"
+    assert told.headers["connection"] == "close"
+    (record,) = (r for r in caplog.records if told.headers["x-request-id"] in r.getMessage())
+    assert "illegal request line" in record.getMessage()
+    assert record.__dict__["request_id"] == told.headers["x-request-id"]
+
+
 @pytest.mark.parametrize(
     ("target", "status"),
     [("http://localhost/health/live", 200), ("https://localhost:1/tasks?x=/", 401), ("HTTP://localhost", 200)],
