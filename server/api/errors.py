@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 import adapters.errors as adapter_errors
 import server.errors as server_errors
@@ -65,6 +65,8 @@ INVALID_HTTP = "invalid_http"
 """The code of the 400 for what is no request at all, which the protocol below the application answers."""
 UNREADABLE = "There was an error parsing the body"
 """What the framework says of JSON that it cannot read; its other words for a 400 are of multipart bodies."""
+METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
+"""Those that any route has."""
 UNION_PARTS = ("function-", "list[", "literal[", "constrained-")
 """How the validator names the kinds of a field that takes several, which are no part of the field's name."""
 MIXES = frozenset({"adapters", "choice", "from"})
@@ -211,14 +213,10 @@ def _what(problem: Mapping[str, Any]) -> str:
     return str(problem["msg"]).removeprefix("Value error, ").replace("Field required", "it is missing")
 
 
-def _methods(app: FastAPI, path: str, first: str) -> list[str]:
-    """What a path knows, over all routes that match it: the framework tells of the `first` one alone."""
-    paths = app.openapi()["paths"]
-    found = {method.strip() for method in first.split(",") if method.strip()}
-    for template, operations in {path: paths[path]}.items() if path in paths else paths.items():
-        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
-            found |= {method.upper() for method in operations}
-    return sorted(found)
+def _methods(request: Request) -> list[str]:
+    """What a path knows, over all routes that match it: the framework tells of the first one alone."""
+    asked = ((method, {**request.scope, "method": method}) for method in METHODS)
+    return [method for method, scope in asked if any(r.matches(scope)[0] is Match.FULL for r in request.app.routes)]
 
 
 def is_openai(path: str) -> bool:
@@ -236,7 +234,7 @@ def install(app: FastAPI, unread: Callable[[str, str, int], None]) -> None:
         request_id = request.scope.get("state", {}).get("request_id", "")
         told = answer(error, request_id, openai=is_openai(request.url.path))
         if told.status == 405:
-            known = ", ".join(_methods(app, request.url.path, told.headers.get("allow", "")))
+            known = ", ".join(_methods(request))
             message = f"this route does not know {request.method[:16]}; what it knows: {known}"
             told = replace(told, message=message, headers={**told.headers, "allow": known})
         request.scope.setdefault("state", {})["code"] = told.code

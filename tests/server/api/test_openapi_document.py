@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import json
 import re
@@ -176,3 +177,19 @@ def test_the_page_shows_both_bodies_of_a_route_that_takes_two_and_its_headers(
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+def test_the_document_is_made_beside_the_event_loop(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes so long that streams would stand still. What a path knows is told without it."""
+    make, made = live.app.openapi, []
+
+    def beside() -> Any:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        made.append(1)
+        return make()
+
+    monkeypatch.setattr(live.app, "openapi", beside)
+    assert live.http.delete("/generate").headers["allow"] == "POST" and not made
+    assert live.http.get("/openapi.json").json() == make() and len(made) == 1
+    assert live.http.get("/docs").status_code == 200 and len(made) == 2
