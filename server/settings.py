@@ -232,7 +232,9 @@ class Settings(BaseModel):
     task_concurrency: AutoCount = Field(None, description="most requests of one task in flight: auto is no limit")
 
     # HTTP
-    host: Annotated[str, AfterValidator(_without_brackets)] = Field("127.0.0.1", description="address to listen on")
+    host: Annotated[str, AfterValidator(_without_brackets)] = Field(
+        "127.0.0.1", description="address to listen on; of a name, its first one"
+    )
     port: Annotated[int, Field(ge=0, le=65_535)] = Field(8000, description="port to listen on; 0 picks a free one")
     api_keys: SecretStr = Field(SecretStr(""), description="inference keys, id:secret, comma-separated")
     api_keys_file: Place | None = Field(None, description="file of inference keys, read again when it changes")
