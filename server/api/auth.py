@@ -16,15 +16,16 @@ from urllib.parse import urlsplit
 
 from starlette.routing import Match
 
-from server.api.errors import answer
+from server.api.errors import NO_ROUTE, answer
 from server.api.limits import refuse
 from server.api.types import ASGIApp, Receive, Scope, Send
-from server.errors import BadSetting, Forbidden, ServerError, Unauthorized
+from server.errors import BadSetting, Forbidden, ServerError, Unauthorized, UnknownName
 from server.settings import Settings, parse_keys
 
 log = logging.getLogger(__name__)
 
 NAME = "[^/]+"
+_CONTROL = re.compile(r"[\0-\x1f\x7f]")
 
 
 class Access(enum.Enum):
@@ -188,7 +189,7 @@ class Gate:
         await self.app(scope, receive, send)
 
     def check(self, scope: Scope) -> str:
-        """The caller's tenant. Raises Unauthorized, Forbidden."""
+        """The caller's tenant. Raises Unauthorized, Forbidden, UnknownName."""
         headers: dict[bytes, list[str]] = {}
         for name, value in scope["headers"]:
             if name in (b"host", b"origin", b"sec-fetch-site", b"authorization"):
@@ -206,9 +207,13 @@ class Gate:
         authorization = headers.get(b"authorization", [])
         given = authorization[0] if len(authorization) == 1 else None
         needed = access(scope["method"], scope["path"])
-        if needed is Access.ADMIN and not _routed(scope):
+        broken = _CONTROL.search(scope["path"])  # the router would take a path and a line's end for that path
+        if needed is Access.ADMIN and (broken or not _routed(scope)):
             needed = Access.INFERENCE  # whoever may ask at all hears that there is no such route, or not that method
-        return self.keys.check(needed, given)
+        tenant = self.keys.check(needed, given)
+        if broken:
+            raise UnknownName(NO_ROUTE)
+        return tenant
 
     def _known(self, hosts: list[str]) -> bool:
         """Whether the server goes by the one name that it is asked by. A client of HTTP/1.0 may tell none."""

@@ -63,6 +63,7 @@ ADVICE: Mapping[type[Exception], str] = {adapter_errors.UnknownAdapter: "; GET /
 STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 400: "invalid_request", 413: "body_too_large"}
 INVALID_HTTP = "invalid_http"
 """The code of the 400 for what is no request at all, which the protocol below the application answers."""
+NO_ROUTE = "there is no such route; /docs lists them all, none with a slash at its end"
 UNREADABLE = "There was an error parsing the body"
 """What the framework says of JSON that it cannot read; its other words for a 400 are of multipart bodies."""
 METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
@@ -132,7 +133,7 @@ def _framework(error: HTTPException) -> Answer:
         message = "the body cannot be read; send valid JSON, in UTF-8 and not compressed, as application/json"
         return Answer(status, message, INVALID, None, "invalid_json")
     message = {
-        404: "there is no such route; /docs lists them all, none with a slash at its end",
+        404: NO_ROUTE,
         400: f"the upload cannot be read: {error.detail}",
     }.get(status, str(error.detail))
     code = STATUS_CODES.get(status, "invalid_request" if status < 500 else "internal")

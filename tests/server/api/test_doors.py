@@ -108,6 +108,16 @@ def test_what_is_no_route_is_not_found_whatever_the_key(start: Any) -> None:
     assert live.http.get("/nope", headers=bearer("secret-three")).status_code == 403
 
 
+@pytest.mark.parametrize("path", ["/generate%0A", "/generate%00", "/health/live%0A", "/adapters/a%0D", "/web/%7F"])
+def test_no_path_has_control_characters(start: Any, path: str) -> None:
+    """Least of all those of a route with a line's end behind them."""
+    live = start(api_keys="team:secret-one", admin_keys="boss:secret-two")
+    for method in ("GET", "POST"):
+        for key in ("secret-one", "secret-two"):
+            refused = live.http.request(method, path, headers=bearer(key))
+            assert refused.status_code == 404 and error_of(refused)["code"] == "not_found"
+
+
 def test_with_admin_keys_alone_nothing_is_open_to_others(start: Any) -> None:
     live = start(admin_keys="boss:secret-two")
     assert live.http.get("/adapters").status_code == live.generate("x").status_code == 401
