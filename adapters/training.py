@@ -131,6 +131,12 @@ class TrainingConfig:
             raise AdapterError(f"quantization is int4, nf4 or none, not {self.quantization!r}", "quantization")
         self.spec()
 
+    def told(self) -> dict[str, Any]:
+        """The settings, as keys of runs are made of them: what leaves the dtype to the machine has those of before
+        2026-12-01, when that was bfloat16, so that runs go on and what is finished is known.
+        """
+        return asdict(self) | {"compute_dtype": self.compute_dtype.replace("auto", "bfloat16")}
+
     def _check_kinds(self) -> None:
         """Files say anything: a text for a number would be found out at the first step."""
         whats = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -255,7 +261,7 @@ def run_key(
     model: Model, data: Tokens, config: TrainingConfig, init: LoraWeights | None, validation: Tokens | None
 ) -> str:
     """What a checkpoint must have been made of to go on from: all that has a say in the result."""
-    told = asdict(config) | {"output": "", "data": data.digest, "init": init.digest if init is not None else ""}
+    told = config.told() | {"output": "", "data": data.digest, "init": init.digest if init is not None else ""}
     told["validation"] = validation.digest if validation is not None else ""
     # A run goes on in what the machine multiplies in, if the settings leave that to it.
     told["on"] = {key: value for key, value in model.metadata.items() if key != "compute_dtype"}

@@ -131,7 +131,7 @@ def measure(folder: Path, method: str, rank: int) -> dict[str, Any]:
             table_bits=8 if scheme == "int4" else 16,
             cache_dir=None,
         )
-        model = Trainable(base, kept_bytes=sys.maxsize if method == "full" else 0)
+        model = Trainable(base, "bfloat16", kept=sys.maxsize if method == "full" else 0)
         ids = tuple(torch.randint(0, base.config.vocab_size, (64,), generator=draw).tolist())
         data = Tokens((Example(ids, (False, *(True,) * 63)),))
         config = TrainingConfig(

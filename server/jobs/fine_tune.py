@@ -32,7 +32,7 @@ from server.jobs.run import card, on_base
 from server.jobs.spec import CHECKPOINTS, EVALUATED, JUDGED, NOTE, RESULT, TRAINED, VALIDATED, Spec
 from server.jobs.trainable import Trainable, loss_of
 from server.model.loader import Base
-from server.tasks.evaluation import too_long
+from server.tasks.scores import too_long
 
 MOST_HELD_OUT = 200
 """Examples, however many there are."""
@@ -225,7 +225,7 @@ def answerable(records: Sequence[Record], encode: Encode, longest: int) -> list[
 
     def fits(record: Record) -> bool:
         ids, learned = encode(record)
-        return len(ids) <= longest and not all(learned) and not (isinstance(record, Pair) and too_long(record))
+        return len(ids) <= longest and not all(learned) and not (isinstance(record, Pair) and too_long(record.output))
 
     return [record for record in records if fits(record)]
 

@@ -66,6 +66,7 @@ class Progress:
 class Job:
     """`name` is what the result is called (training), or the task (evaluation). `request` is what was asked, checked.
 
+    `place` is where it stands among the others by their times of creation, if that is not its own: 0 where it is.
     `trained` is what the training process told at its end; with it, only evaluation and publishing are left. `pausing`
     and `cancelling` are wishes that the work has not come to yet; they outlive the server, so that the job does not go
     on.
@@ -77,6 +78,7 @@ class Job:
     request: dict[str, Any]
     status: str = QUEUED
     created_at: float = field(default_factory=time.time)
+    place: float = 0.0
     started_at: float | None = None
     finished_at: float | None = None
     error: dict[str, Any] | None = None
@@ -89,6 +91,10 @@ class Job:
     @property
     def over(self) -> bool:
         return self.status in OVER
+
+    @property
+    def order(self) -> float:
+        return self.place or self.created_at
 
 
 def _told(job: Job) -> dict[str, Any]:
@@ -162,10 +168,11 @@ class Records:
     def enter(self, job: Job) -> None:
         """Make a prepared job known, on disk first. Raises StoreFailed, and leaves nothing then.
 
-        Its time is behind that of every job that is not over: jobs go by it, and the clock may have been set back.
+        Its place is behind that of every job that is not over, though the clock may have been set back.
         """
-        newest = max((known.created_at for known in self.jobs.values() if not known.over), default=0.0)
-        job.created_at = max(job.created_at, math.nextafter(newest, math.inf))
+        newest = max((known.order for known in self.jobs.values() if not known.over), default=0.0)
+        if job.created_at <= newest:
+            job.place = math.nextafter(newest, math.inf)
         try:
             self.save(job)
         except StoreFailed:
@@ -196,7 +203,7 @@ class Records:
 
     def all(self) -> list[Job]:
         """Oldest first."""
-        return sorted(self.jobs.values(), key=lambda job: (job.created_at, job.id))
+        return sorted(self.jobs.values(), key=lambda job: (job.order, job.id))
 
     def save(self, job: Job) -> None:
         """Replace a job's state on disk. Raises StoreFailed."""

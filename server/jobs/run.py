@@ -150,7 +150,7 @@ def _begun(resumed: Path) -> float:
 
 def _key(recipe: Recipe, base: Base, data_dir: Path) -> str:
     """What a run is made of. Raises OSError for files that cannot be read."""
-    told: list[Any] = [asdict(recipe), base.id]
+    told: list[Any] = [asdict(recipe) | {"config": recipe.config.told()}, base.id]
     for file in (recipe.data, recipe.validation):
         if file is not None:
             with (data_dir / file).open("rb") as stream:

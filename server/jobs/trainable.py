@@ -6,6 +6,7 @@ begin with only once. The tree that serves, if there is one, is another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,20 +34,21 @@ SHORT = 160
 back; longer ones go through the fused kernel one by one, which keeps no scores."""
 PADDING = 1.5
 """Rows that sequences in one call may have, padded, over their own: more cost more than a further call."""
-KEPT_BYTES = 512 << 20
-"""A base whose dequantized linears take no more than this keeps them while it trains."""
+KEPT_VALUES = 256 << 20
+"""A base whose linears have no more than this keeps them dequantized while it trains: in 512 MiB of bfloat16."""
 
 
 class Trainable:
     """A decoder for training over `base`. `compute_dtype` is that of the products ("auto": bfloat16 where the device
     multiplies in it, else float32, which takes a third of the time there); the stream they add to is float32.
 
-    The linears of a small base are dequantized once and kept (`kept_bytes` at most, in the compute dtype); those of a
-    larger one multiply as they serve and are dequantized for each step back, so that the codes alone are resident.
+    The linears of a small base are dequantized once and kept (`kept` values at most, in the compute dtype), and where
+    these leave room in as much bfloat16, the output table; those of a larger one multiply as they serve and are
+    dequantized for each step back, so that the codes alone are resident.
     """
 
     def __init__(
-        self, base: Base, compute_dtype: str = "auto", kept_bytes: int = KEPT_BYTES, share_prefix: bool = True
+        self, base: Base, compute_dtype: str = "auto", kept: int = KEPT_VALUES, share_prefix: bool = True
     ) -> None:
         dtype = DTYPES.get(compute_dtype) or fastest_on(device_of(base))
         decoder = Decoder(base, dtype)
@@ -59,17 +61,17 @@ class Trainable:
         }
         self.nbytes = base.nbytes
         paths = list(base.shapes())
-        if sum(_bytes(shape, dtype) for shape in base.shapes().values()) <= kept_bytes:
+        if sum(map(math.prod, base.shapes().values())) <= kept:
             for path in paths:
                 parent, _, last = path.rpartition(".")
                 dense = _Dense(base.weights[path], base.tensors.get(f"{path}.bias"), base.backend, dtype)
                 setattr(decoder.get_submodule(parent), last, dense)
                 self.nbytes += dense.weight.nbytes
         head = decoder.lm_head
-        kept = sum(m.weight.nbytes for m in decoder.modules() if isinstance(m, _Dense))
+        left = kept - sum(m.weight.numel() for m in decoder.modules() if isinstance(m, _Dense))
         # The stored layout stays exact; kernels that quantize activations would do so to what the loss comes from.
         head_dtype = torch.float32 if head.weight.layout == STORED else dtype
-        if kept + _bytes(head.weight.shape, head_dtype) <= kept_bytes:
+        if math.prod(head.weight.shape) * head_dtype.itemsize <= left * torch.bfloat16.itemsize:
             dense = _Head(head.weight, head.bias, base.backend, head_dtype)
             decoder.lm_head = dense  # type: ignore[assignment]
             self.nbytes += dense.weight.nbytes
@@ -121,10 +123,6 @@ def fastest_on(device: torch.device) -> torch.dtype:
     else:
         has = processor.multiplies_bf16()
     return torch.bfloat16 if has else torch.float32
-
-
-def _bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
-    return shape[0] * shape[1] * dtype.itemsize
 
 
 def filling(rows: int) -> int:

@@ -25,7 +25,7 @@ from adapters.weights import Version
 from server.engine.request import Sampling
 from server.errors import InvalidRequest, NotReady, QueueFull
 from server.tasks import scores
-from server.tasks.definitions import MAX_PROMPT, METRICS, Task
+from server.tasks.definitions import METRICS, Task
 from server.tasks.inference import Caller, Generation, Inference
 from server.tasks.prompts import Prompts
 from server.tasks.resolve import Target
@@ -104,17 +104,10 @@ def pairs(records: Sequence[Record]) -> list[Pair]:
     for record in records:
         if not isinstance(record, Pair):
             raise InvalidRequest(f"{record.place}: an evaluation needs 'input' and 'output'", "data")
-        if too_long(record):
-            size = f"{len(record.output):,} characters of 'output' are over the limit of {MAX_PROMPT:,}"
+        if scores.too_long(record.output):
+            size = f"{len(record.output):,} characters of 'output' are over the limit of {scores.LONGEST:,}"
             raise InvalidRequest(f"{record.place}: {size} that an answer is compared with", "data")
     return [record for record in records if isinstance(record, Pair)]
-
-
-def too_long(example: Pair) -> bool:
-    """Whether its output has more characters than an answer is compared with: scores are computed in the server's
-    process, and what they take beside its steps goes by this length.
-    """
-    return len(example.output) > MAX_PROMPT
 
 
 def check_references(metrics: Sequence[str], examples: Sequence[Pair]) -> None:

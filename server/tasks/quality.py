@@ -117,9 +117,10 @@ class Quality:
         """For how long they are not compared then."""
         with _told_of_the_disk():
             self._db = opened(file, self._load)
-        self._sure = min(self._clocks[0], (max(self._latest.values(), default=math.inf) + 1) * HOUR)
-        """What the wall clock told then; at the start no more than the end of the last hour that has a record, since a
-        clock that has not been set yet may be far ahead."""
+        hour = self._db.execute("PRAGMA user_version").fetchone()[0] or max(self._latest.values(), default=math.inf)
+        self._sure = min(self._clocks[0], (hour + 1) * HOUR)
+        """What the wall clock told then; at the start no more than the end of the last hour that was sure, or that has
+        a record, since a clock that has not been set yet may be far ahead."""
         self._check_place = still_there(file, self._db)
         self._refused = False
         """Whether the last attempt to write failed."""
@@ -470,6 +471,8 @@ class Quality:
         drift = wall - before - ran
         if abs(drift) >= JUMP:
             log.warning("the clock was set by %+.0f s; old quality records are kept for an hour more", drift)
+        else:
+            self._db.execute(f"PRAGMA user_version = {int(now) // HOUR}")
         self._sweep(now)
 
     def _sweep(self, now: float) -> None:

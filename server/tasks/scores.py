@@ -16,6 +16,9 @@ from functools import partial
 CHRF_ORDER = 6
 CHRF_BETA = 2.0
 BLEU_ORDER = 4
+LONGEST = 100_000
+"""Characters of a reference at most: scores are computed in the server's process, beside its steps, and take the longer
+the longer it is."""
 
 Counts = Sequence[float]
 """What one answer adds to a corpus score, or what all add together."""
@@ -38,6 +41,11 @@ def parts(score: Callable[[Counts], float], counts: Sequence[Counts]) -> tuple[f
     value = score(whole)
     without = ([total - own for total, own in zip(whole, one, strict=True)] for one in counts)
     return tuple((len(counts) - 1) * (value - score(rest)) for rest in without) if len(counts) > 1 else (0.0,)
+
+
+def too_long(reference: str) -> bool:
+    """Whether it has more characters than an answer is compared with."""
+    return len(reference) > LONGEST
 
 
 def accuracy(answer: str, reference: str) -> float:

@@ -231,6 +231,14 @@ def test_a_checkpoint_of_another_run_is_refused(llama, tmp_path):
         training.train(Wrapped(llama), data, CONFIG, checkpoints=tmp_path)
 
 
+def test_runs_of_releases_before_go_on(llama):
+    """Their checkpoints, and recipes that are done, are known by these; a new setting has to leave them as they are."""
+    model, data = Wrapped(llama), Tokens((Example((1, 2, 3), (False, True, True)),))
+    key = training.run_key(model, data, TrainingConfig(), None, None)
+    assert key == "7ed0ef7863f0ba8b4d83eb033ba5f2ac5e1f806e1ac7228ca1a78a112f57d0f6"
+    assert key != training.run_key(model, data, TrainingConfig(compute_dtype="float32"), None, None)
+
+
 def test_any_seed_of_64_bits_will_do(llama):
     config = dataclasses.replace(CONFIG, max_steps=2, seed=2**63 - 1)
     assert training.train(Wrapped(llama), examples(4), config).metadata["training"]["steps"] == 2

@@ -81,9 +81,9 @@ def test_kept_weights_are_the_dequantized_codes(tiny_base):
     ids, lengths = sequences(4, [3, 5])
     with torch.no_grad():
         kept = Trainable(tiny_base, "float32").hidden(ids, lengths)
-        codes = Trainable(tiny_base, "float32", kept_bytes=0).hidden(ids, lengths)
+        codes = Trainable(tiny_base, "float32", kept=0).hidden(ids, lengths)
     assert torch.allclose(kept, codes, atol=2e-5)
-    assert Trainable(tiny_base, "float32", kept_bytes=0).nbytes < Trainable(tiny_base, "float32").nbytes
+    assert Trainable(tiny_base, "float32", kept=0).nbytes < Trainable(tiny_base, "float32").nbytes
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_tree_computes_in_what_the_processor_multiplies_in(flags, dtype, tiny_
 def test_gradients_reach_the_first_layer_also_after_an_evaluation(kept, tiny_base):
     """bitsandbytes loses the base's gradient after an evaluation on a CPU; here it is bit for bit the same."""
     ids, lengths = sequences(5, [4, 6, 2])
-    model = Trainable(tiny_base, "float32", kept_bytes=kept)
+    model = Trainable(tiny_base, "float32", kept=kept)
     layers.inject(model.tree, LoraSpec(rank=2, targets=("q_proj",)), seed=1)
     examples = tuple(Example(tuple(p.tolist()), (False,) * 3 + (True,) * (len(p) - 3)) for p in ids.split(lengths))
 
@@ -269,5 +269,5 @@ def test_tails_of_like_length_are_padded_together():
 
 def test_the_stored_output_table_is_kept_in_float32_where_there_is_room(tiny_base):
     states = torch.randn(3, tiny_base.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    kept, codes = Trainable(tiny_base).logits(states), Trainable(tiny_base, kept_bytes=0).logits(states)
+    kept, codes = Trainable(tiny_base).logits(states), Trainable(tiny_base, kept=0).logits(states)
     assert kept.dtype == torch.float32 and torch.allclose(kept, codes, atol=1e-5)

@@ -475,8 +475,6 @@ def test_a_start_with_a_clock_that_is_ahead_deletes_nothing_within_an_hour(
             with quality._lock:
                 quality._sweep_hourly(wall + at, steady + at)
         assert quality.totals(subject, "accuracy", "evaluation").count == mended, "one that stays so is believed"
-        with quality._lock:  # of the clock that was ahead nothing is left that the next start could know
-            quality._db.execute("DELETE FROM traffic")
         quality.close()
 
 
