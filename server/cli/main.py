@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from adapters.errors import AdapterError
 from server.bench import command as bench
-from server.cli import adapters, evaluate, generate, models, offline, search, serve, train
+from server.cli import adapters, evaluate, generate, logs, models, offline, search, serve, train
 from server.cli.signals import heard
 from server.cli.terminal import say_error
 from server.errors import RemoteError, ServerError
@@ -79,6 +79,7 @@ def main() -> None:
         status = _run()
     status = status if isinstance(status, int) else 0
     if any(thread.name in APART for thread in threading.enumerate()):  # interrupted while it computes
+        logs.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

@@ -196,16 +196,17 @@ def test_an_interpreter_does_not_end_while_a_thread_is_within_a_library(
 ) -> None:
     """Python would end that thread, and by that the process, with a signal: Ctrl-C while a base is packed, or the end
     of a server while a schema is compiled."""
-    ended: list[int] = []
+    ended: list[int | str] = []
     monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr("server.cli.logs.flush", lambda: ended.append("its log is written"))
     over = threading.Event()
     waiting = threading.Thread(target=begin, args=(over.wait,))
     waiting.start()
     try:
         until(lambda: any(thread.name in APART for thread in threading.enumerate()))
-        assert run("--version")[0] == 0 and ended == [0]
+        assert run("--version")[0] == 0 and ended == ["its log is written", 0]
     finally:
         over.set()
         waiting.join()
     until(lambda: not any(thread.name in APART for thread in threading.enumerate()))
-    assert run("--version")[0] == 0 and ended == [0], "without such a thread it ends as ever"
+    assert run("--version")[0] == 0 and ended == ["its log is written", 0], "without such a thread it ends as ever"
