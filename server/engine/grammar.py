@@ -7,7 +7,10 @@ Owns how a vocabulary is told to `llguidance`, and the limits on a grammar's siz
 from __future__ import annotations
 
 import json
+import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -32,10 +35,14 @@ MAX_WAITING_IN_ALL = 4 * MAX_WAITING
 STACK = 256 << 20
 """Bytes that the compiler's thread may use of a stack. The compiler calls itself for each part of a schema and for each
 `$ref`, up to its own limit of 50,000 parts, which takes up to 64 MiB; no more is taken than is used."""
+BETWEEN = 60.0
+"""Seconds between two lines of the log that say that the system has no such thread."""
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _WHITESPACE = r"( |\n {0,16})?"
 """Between two tokens of JSON: a space, or a new line and what it is indented by. A small model may otherwise write
 spaces and empty lines until it is cut off."""
+
+log = logging.getLogger(__name__)
 
 
 class Grammar:
@@ -123,6 +130,7 @@ class Grammars:
         self._asked: dict[str, deque[_Asked]] = {}
         """By tenant. The first one's turn is next."""
         self._at_work = False
+        self._warned = -math.inf
 
     def ask(self, schema: Mapping[str, Any], count: int, tenant: str = "") -> Future[list[Grammar]]:
         """`count` grammars for answers that follow `schema`, each of which takes up to a second. They are made on a
@@ -143,7 +151,8 @@ class Grammars:
         if begin:
             try:
                 _begin(self._work)
-            except RuntimeError:  # the system has no thread to spare
+            except RuntimeError as error:  # the system has no thread to spare
+                self._warn(error)
                 while (waiting := self._next()) is not None:
                     waiting.fail(QueueFull("no schema can be compiled now; come back later", retry_after=1.0))
         return asked.whole
@@ -154,6 +163,14 @@ class Grammars:
             left = [asked for queue in self._asked.values() for asked in queue]
         for asked in left:
             asked.whole.cancel()
+
+    def _warn(self, error: RuntimeError) -> None:
+        """Say, but not for each request, what whoever runs the server can do."""
+        now = time.monotonic()
+        if now - self._warned >= BETWEEN:
+            self._warned = now
+            told = "no schema can be compiled: %s; that thread's stack has %d MiB; raise the limits (ulimit -u and -v)"
+            log.warning(told, error, STACK >> 20)
 
     def _work(self) -> None:
         while (asked := self._next()) is not None:

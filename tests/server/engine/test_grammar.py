@@ -324,8 +324,9 @@ def test_a_request_that_is_done_before_its_asker_goes_on_is_done_once(
 
 
 def test_where_the_system_has_no_thread_the_next_request_is_served(
-    tiny_text: Text, monkeypatch: pytest.MonkeyPatch
+    tiny_text: Text, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """And whoever runs the server is told why, and what to do, in one line for many requests."""
     grammars, usual = Grammars(tiny_text, tiny_text.size), threading.stack_size()
 
     def none(thread: threading.Thread) -> None:
@@ -333,8 +334,11 @@ def test_where_the_system_has_no_thread_the_next_request_is_served(
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", none)
-        with pytest.raises(QueueFull, match="come back later"):
-            grammars.ask(POINT, 1).result(10)
+        for _ in range(3):
+            with pytest.raises(QueueFull, match="come back later"):
+                grammars.ask(POINT, 1).result(10)
+    (warned,) = caplog.messages
+    assert "can't start new thread" in warned and "256 MiB" in warned and "ulimit -u and -v" in warned
     assert grammars.ask(POINT, 1).result(10) and threading.stack_size() == usual
 
 
