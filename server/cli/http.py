@@ -25,6 +25,10 @@ PIECES, PIECE = 1024, 64
 """Chunks of a body that may be as small as they like, and the bytes that more of them have on average, at least."""
 PIPELINED = 65536
 """Bytes after a request that are read while it is answered."""
+LOOKS = 8
+"""Looks in a row, each as far apart as a connection may be idle, at which a client has taken nothing: it is cut then.
+Where its system's buffers are full they ask for more only once a good part of them is read, which of a slow client
+takes minutes."""
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +39,15 @@ class Protocol(H11Protocol):
     Within a body whose request is being answered, or has been, it is too late for that. And a connection on which no
     request's headers are complete for as long as one may be idle is closed: uvicorn closes those alone that have been
     silent since an answer, and a client without a key could hold every file that the process may open. For the same
-    reason one is cut whose client takes nothing of its answers for that long, and none that is only slow.
+    reason one is cut whose client takes nothing of its answers for `LOOKS` times as long, and none that is only slow.
     """
 
     _unasked: asyncio.TimerHandle | None = None
     _looks: asyncio.TimerHandle | None = None
     _untaken: int | None = None
     """Bytes that the client had yet to take at the last look, if all who write have waited for it since."""
+    _in_vain = 0
+    """Looks in a row that found nothing taken."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -61,10 +67,15 @@ class Protocol(H11Protocol):
         self._untaken = None
 
     def _look(self) -> None:
-        """Cut the connection if its client has taken nothing since the last look, in all of which nothing was added."""
+        """Cut the connection if its client has taken nothing for `LOOKS` looks, in all of which nothing was added.
+
+        It has read nothing then, or too little for its system to ask for more.
+        """
         full = self.flow.write_paused or self.transport.is_closing()
         left = self._left() if full else None
-        if left is not None and self._untaken is not None and left >= self._untaken:
+        taken = left is None or self._untaken is None or left < self._untaken
+        self._in_vain = 0 if taken else self._in_vain + 1
+        if self._in_vain >= LOOKS:
             log.info("a client takes nothing of its answer any more; its connection is cut")
             self._looks = None
             self.transport.abort()

@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from server.cli.http import Protocol
+from server.cli.http import LOOKS, Protocol
 
 REQUEST = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -147,11 +147,15 @@ class Reader:
 
 
 @pytest.mark.parametrize("closing", [False, True])
-@pytest.mark.parametrize(("takes", "looks"), [([], 2), ([0, 1, 1, 1], 5)])
+@pytest.mark.parametrize(
+    ("takes", "looks"), [([], 1 + LOOKS), ([0, *[0, 1] * 3], 7 + LOOKS), ([0] * LOOKS + [1], 1 + 2 * LOOKS)]
+)
 def test_a_client_that_takes_nothing_of_its_answers_is_cut_and_one_that_is_slow_is_not(
     takes: list[int], looks: int, closing: bool
 ) -> None:
-    """Whoever writes to it waits, or it is to be closed once all is written: in either case for ever."""
+    """Whoever writes to it waits, or it is to be closed once all is written: in either case for ever. What one reads
+    steadily its system may take in a piece, every few minutes.
+    """
 
     async def answered() -> None:
         config = uvicorn.Config(lambda: None, http=Protocol, ws="none", log_config=None, access_log=False)
@@ -180,11 +184,11 @@ def test_a_stream_that_is_taken_between_two_looks_goes_on() -> None:
         connection = Protocol(config, ServerState(), {})
         client = Reader(connection, [])
         connection.connection_made(client)  # type: ignore[arg-type]
-        for _ in range(3):
+        for _ in range(2 * LOOKS):
             connection.pause_writing()
             connection._look()
             connection.resume_writing()
-        assert client.looked == 3 and not client.aborted.is_set()
+        assert client.looked == 2 * LOOKS and not client.aborted.is_set()
         connection.connection_lost(None)
 
     asyncio.run(answered())
