@@ -35,6 +35,7 @@ MAX_KEYS = 1 << 18
 _KEY = re.compile(rb'(?<!\\)(?:\\\\)*"[\s\0]*:')  # no quotation mark within a text, and as UTF-16 has it too
 UPLOADS = {"POST": re.compile("/adapters|/v1/files"), "PUT": re.compile("/adapters/[^/]+")}
 """The routes that take files. A body that says so elsewhere is read whole, and held to what that may be."""
+_CLOSE = (b"connection", b"close")
 
 
 def new_request_id() -> str:
@@ -47,7 +48,8 @@ class Boundary:
 
     `unread` hears of each request that the middleware refuses: method, path and status. Once it `closes` each answer
     is its connection's last, so that the client's next request finds another server; and what the server then cancels
-    because it waits no longer is answered first, if it has no answer yet.
+    because it waits no longer is answered first, if it has no answer yet. One before which a client was never told to
+    go on (`Expect: 100-continue`) is its connection's last too: it may send that body all the same, or a request.
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class Boundary:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                last = [(b"connection", b"close")] if self.closes() else []
-                message["headers"] = [*message.get("headers", ()), header, *last]
+                message["headers"] = [*message.get("headers", ()), header]
+                last = self.closes() or _withholds(scope)
+                if last and _CLOSE not in message["headers"]:
+                    message["headers"].append(_CLOSE)
             await send(message)
 
         try:
@@ -177,17 +181,19 @@ async def refuse(reply: Answer, scope: Scope, receive: Receive, send: Send, more
     One that asks first whether it may send its body (`Expect: 100-continue`) hears at once that it may not. To read
     would tell it to.
     """
-    state = scope.setdefault("state", {})
-    state["code"] = reply.code
+    scope.setdefault("state", {})["code"] = reply.code
     body = reply.encode()
     headers = [(name.encode(), value.encode("latin-1")) for name, value in reply.headers.items()]
     headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if more and state.get("withholds", bool)():
-        headers.append((b"connection", b"close"))  # it may send the body all the same, or another request
-    elif more:
+    if more and not _withholds(scope):
         await _drain(receive)
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _withholds(scope: Scope) -> bool:
+    """Whether the client keeps its body back until it is told to go on, which it has not been."""
+    return bool(scope["state"].get("withholds", bool)())
 
 
 async def _drain(receive: Receive) -> None:

@@ -112,7 +112,7 @@ class Protocol(H11Protocol):
         meanwhile, and would not hear that the client has gone away; up to a bound, reading goes on.
         """
         super().handle_events()
-        if self.cycle is not None:  # which has yet to begin; `refuse` asks whether the client keeps its body back
+        if self.cycle is not None:  # which has yet to begin; it asks whether the client keeps its body back
             self.cycle.scope["state"]["withholds"] = lambda: self.conn.they_are_waiting_for_100_continue
         if self.cycle is not None and not self.cycle.response_complete:  # else what comes is the rest of a refused body
             self._expected()

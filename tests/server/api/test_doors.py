@@ -407,6 +407,27 @@ def test_who_asks_before_it_sends_its_body_hears_at_once_that_it_is_refused(
     assert bool(drained) == bool(begun)
 
 
+@pytest.mark.parametrize("draining", [False, True])
+def test_who_asks_before_it_sends_its_body_hears_so_too_of_a_route_that_does_not_read_it(
+    start: Any, draining: bool
+) -> None:
+    """Its connection is closed then, which a drain does as well: what comes next would be read as that body."""
+    live = start()
+    if draining:
+        live.runtime.drain()
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(
+            b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 100\r\n"
+            b"Content-Type: multipart/form-data; boundary=x; charset=punycode\r\n\r\n"
+        )
+        with connection.makefile("rb") as answer:
+            assert answer.readline().startswith(b"HTTP/1.1 %d " % (503 if draining else 400))
+            headers = list(iter(answer.readline, b"\r\n"))
+            assert headers.count(b"connection: close\r\n") == 1
+            assert answer.read().startswith(b'{"error"')
+
+
 @pytest.mark.parametrize(
     "head",
     [
