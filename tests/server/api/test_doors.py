@@ -453,18 +453,29 @@ def test_a_body_with_two_ends_is_refused(live: Any, head: bytes) -> None:
     assert live.generate("small").status_code == 200
 
 
-def test_what_is_no_http_has_an_id_in_the_log(live: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (b"a secret of theirs\x1b[2J", "illegal request line"),
+        (b'{"prompt": "a secret of theirs"}', "illegal request line"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization : Bearer secret", "illegal header line"),
+    ],
+)
+def test_what_is_no_http_has_an_id_in_the_log(
+    live: Any, caplog: pytest.LogCaptureFixture, sent: bytes, reason: str
+) -> None:
+    """And nothing of what was sent, which may be a key or a prompt."""
     caplog.set_level(logging.INFO)
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall(b"what is this\x1b[2J\r\n\r\n")
+        connection.sendall(sent + b"\r\n\r\n")
         answer = http.client.HTTPResponse(connection)
         answer.begin()
         told = httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
     assert told.status_code == 400 and error_of(told)["code"] == "invalid_http"
     assert told.headers["connection"] == "close"
     (record,) = (r for r in caplog.records if told.headers["x-request-id"] in r.getMessage())
-    assert "illegal request line" in record.getMessage()
+    assert record.getMessage().endswith(reason) and "secret" not in str(record.__dict__)
     assert record.__dict__["request_id"] == told.headers["x-request-id"]
 
 
