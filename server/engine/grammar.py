@@ -99,6 +99,8 @@ UNSERVED = ("Unimplemented keys", "Unknown format")
 """How the library says that a schema may be one, but asks for what is not held to."""
 NOWHERE = "NoExtensionBias"
 """How the library says that no token can come next."""
+ALIKE = "oneOf constraints are not supported"
+"""How the library says that alternatives may overlap. It goes on with an option of its own, which is not served."""
 
 
 def check_size(schema: Mapping[str, Any]) -> None:
@@ -273,4 +275,6 @@ def _reason(message: str) -> str:
     lines = [line.strip() for line in message.strip().splitlines()] or [""]
     if lines[0] == NOWHERE:
         return "no text can go on as it asks; does it refer to itself without an end?"
+    if lines[0].startswith(ALIKE):
+        return "several alternatives of a oneOf may be right at once; write anyOf, or make them exclude each other"
     return (f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0])[:200]

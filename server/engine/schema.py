@@ -177,13 +177,15 @@ def _check_least(part: Mapping[str, Any]) -> None:
     """Raises UnsupportedParameter for a `minProperties` towards which a name that comes twice would count twice: one
     that the schema does not give may, and the first such is another one than all that are required.
     """
-    required = part.get("required")
-    sure = len({name for name in required if isinstance(name, str)}) + 1 if isinstance(required, list) else 1
-    if (least := _number(part, "minProperties") or 0) > sure:
-        raise UnsupportedParameter(
-            f"minProperties of {least} cannot be held to: it may be at most one more than required has names, {sure}",
-            PARAM,
-        )
+    listed, known = part.get("required"), part.get("properties")
+    required = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
+    if (least := _number(part, "minProperties") or 0) <= len(required) + 1:
+        return
+    rule = f"it may be at most one more than required has names, {len(required) + 1}"
+    is_open = part.get("additionalProperties") is not False or part.get("patternProperties")
+    if is_open and isinstance(known, Mapping) and known.keys() - required:  # where the compiler does not count
+        rule = f"it may be at most as many as required has names, {len(required)}, as properties has others"
+    raise UnsupportedParameter(f"minProperties of {least} cannot be held to: {rule}", PARAM)
 
 
 def _number(part: Mapping[str, Any], key: str) -> float | None:

@@ -194,7 +194,7 @@ def test_no_more_properties_are_asked_for_than_are_sure_to_be_different(
         given = ({"a": 1, "b": 2}, {})
         assert [takes(grammars, tiny_text, asked, answer) for answer in given] == [True, False]
     else:
-        with pytest.raises(UnsupportedParameter, match="cannot be held to: it may be at most one more than") as told:
+        with pytest.raises(UnsupportedParameter, match="cannot be held to: it may be at most ") as told:
             prepared(asked)
         assert told.value.param == "response_format"
 
@@ -301,6 +301,34 @@ def test_a_bound_that_is_excluded_is_no_answer(
     assert not any(takes(grammars, tiny_text, asked, value) for value in outside)
     assert takes(grammars, tiny_text, {"type": "integer", "allOf": [{"exclusiveMinimum": 0}]}, 1)
     assert not takes(grammars, tiny_text, {"type": "integer", "allOf": [{"exclusiveMinimum": 0}]}, 0)
+
+
+def test_a_one_of_that_may_overlap_is_refused_without_advice_about_options(grammars: Grammars) -> None:
+    schema = {"oneOf": [{"type": "integer"}, {"type": "number"}]}
+    with pytest.raises(InvalidRequest, match="several alternatives of a oneOf may be right at once; write any") as told:
+        grammars.ask(schema, 1).result()
+    assert "option" not in told.value.message and not isinstance(told.value, UnsupportedParameter)
+
+
+@pytest.mark.parametrize(
+    ("closed", "most", "said"),
+    [
+        ({}, 1, "as many as required has names, 1, as properties has others"),
+        ({"patternProperties": {"^x": {}}, "additionalProperties": False}, 1, "as many as required has names, 1,"),
+        ({"additionalProperties": False}, 2, "one more than required has names, 2"),
+    ],
+)
+def test_a_count_of_properties_that_is_refused_comes_with_one_that_is_not(
+    grammars: Grammars, closed: dict[str, Any], most: int, said: str
+) -> None:
+    """As to how many are required, where others are known that need not be there."""
+    schema = {"type": "object", "properties": {"a": {}, "b": {}, "c": {}}, "required": ["a"], **closed}
+    with pytest.raises(UnsupportedParameter, match=f"minProperties of 3 cannot be held to: it may be at most {said}"):
+        prepared({**schema, "minProperties": 3})
+    grammars.ask({**schema, "minProperties": most}, 1).result()
+    for count in ({"minProperties": most + 1}, {"maxProperties": 3}):
+        with pytest.raises(InvalidRequest):
+            grammars.ask({**schema, **count}, 1).result()
 
 
 def test_what_one_answer_has_used_up_another_does_not_lack(grammars: Grammars, tiny_text: Text) -> None:
