@@ -34,6 +34,8 @@ MOST_LOWER = 1 << 63
 """A lower bound from here on becomes the greatest whole number of 64 bits, which is below it."""
 LEAST_UPPER = -(1 << 63) + 2048
 """An upper bound below it becomes the least whole number of 64 bits: the compiler crashes if the lower one does too."""
+LEAST_WHOLE, GREATEST_WHOLE = -(1 << 63), (1 << 63) - 1
+"""Whole numbers of 64 bits: the compiler holds to the greatest one as a bound, and fails at the least."""
 _LOWER = ("minimum", "exclusiveMinimum")
 _BOUNDS = (*_LOWER, "maximum", "exclusiveMaximum")
 _EXCLUDED = ("exclusiveMinimum", "exclusiveMaximum")
@@ -217,6 +219,34 @@ def _check_size(key: str, value: float) -> None:
         raise _refused(f"{key} {value} is over 2^53 and cannot be held to")
 
 
+def _inward(bounds: Mapping[str, float]) -> dict[str, float]:
+    """The bounds, with those beyond 2^53 that would be read as ones farther out moved to where they are not."""
+    moved = dict(bounds)
+    for key, value in bounds.items():
+        excluded = key in _EXCLUDED
+        if MAX_EXACT < value < GREATEST_WHOLE + excluded and key not in _LOWER:
+            del moved[key]
+            moved["maximum"] = min(_below(value, excluded), moved.get("maximum", math.inf))
+        elif -MAX_EXACT > value >= LEAST_WHOLE and key in _LOWER:
+            del moved[key]
+            moved["minimum"] = max(-_below(-value, excluded), moved.get("minimum", -math.inf))
+    return moved
+
+
+def _below(value: float, excluded: bool) -> int:
+    """The greatest number of 64 bits up to a bound over 2^53, or below one that is excluded."""
+    most = min(int(value), _written(value)) - excluded
+    number = float(most)
+    while number > most or _written(number) > most or number > GREATEST_WHOLE:
+        number = math.nextafter(number, 0)
+    return int(number)
+
+
+def _written(number: float) -> int:
+    """A number over 2^53 as the compiler writes it among others: by the digits that tell it from its neighbours."""
+    return int(Decimal(repr(number)))
+
+
 def _check_values(values: list[Any]) -> None:
     """Raises InvalidRequest for whole numbers that would be written as other ones."""
     while values:
@@ -293,7 +323,8 @@ def _rewritten(part: Any, named: bool = False) -> Any:
     """A copy, in which every pattern is `_held`, without what asks for nothing; `named` if it is of schemas by names.
 
     A whole number that is excluded as a bound becomes the next number: the compiler lets it through where the other
-    bound is near, be that in the same schema or in another one about the same value.
+    bound is near, be that in the same schema or in another one about the same value. Bounds beyond 2^53 are moved
+    `_inward`.
     """
     if isinstance(part, list):
         return [_rewritten(value) for value in part]
@@ -327,8 +358,8 @@ def _rewritten(part: Any, named: bool = False) -> Any:
             copy.setdefault("pattern", _uuid(version[1]))
         if format in _HINTS or "pattern" in copy:  # a format that nobody knows is a note, and the pattern says it
             del copy["format"]
-    bounds = _bounds(part)
-    if any(isinstance(part.get(key), bool) for key in _EXCLUDED):
+    bounds = _inward(found := _bounds(part))
+    if bounds != found or any(isinstance(part.get(key), bool) for key in _EXCLUDED):
         copy = {k: v for k, v in copy.items() if k not in _BOUNDS or not isinstance(v, int | float)} | bounds
     if part.get("type") != "integer":
         low, high = bounds.get("exclusiveMinimum"), bounds.get("exclusiveMaximum")

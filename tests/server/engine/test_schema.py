@@ -222,10 +222,10 @@ def test_what_is_nested_too_deeply_is_refused() -> None:
         {"minimum": 0, "maximum": 0.5, "exclusiveMaximum": 1},
         {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 0},
         {"exclusiveMinimum": -1, "exclusiveMaximum": 1},
-        {"exclusiveMinimum": 2**52, "exclusiveMaximum": 2**63 - 1},
+        {"exclusiveMinimum": 2**52, "exclusiveMaximum": 2**53},
         {"type": "integer", "exclusiveMinimum": 10**9},
         {"maximum": 2**63 - 1},
-        {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+        {"type": "integer", "minimum": -(2**53), "maximum": 2**63 - 1},
         {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
         {"example": {"const": 10**19}, "x-note": {"pattern": '^[^"]$'}},
         {"properties": {"pattern": {"type": "string"}, "enum": {"type": "array"}}},
@@ -301,6 +301,65 @@ def test_a_bound_that_is_excluded_is_no_answer(
     assert not any(takes(grammars, tiny_text, asked, value) for value in outside)
     assert takes(grammars, tiny_text, {"type": "integer", "allOf": [{"exclusiveMinimum": 0}]}, 1)
     assert not takes(grammars, tiny_text, {"type": "integer", "allOf": [{"exclusiveMinimum": 0}]}, 0)
+
+
+FAR = 2**53
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("kind", ["integer", "number"])
+@pytest.mark.parametrize(
+    ("low", "high", "excluded", "may"),
+    [
+        (None, FAR + 4, True, FAR + 2),
+        (None, FAR + 3, False, FAR + 2),
+        (FAR - 5, FAR + 3, False, FAR + 2),
+        (FAR - 5, FAR + 2, False, FAR + 2),
+        (None, float(FAR + 2), False, FAR + 2),
+        (None, FAR + 1, True, FAR),
+        (0, 2**60, True, 2**60 - 256),
+        (None, 2**60, False, 2**60 - 256),
+        (None, 2**60 + 256, False, 2**60 + 128),
+        (None, 10**18, False, 10**18),
+        (None, float(10**18), True, 10**18 - 128),
+        (0, 2**63 - 1, True, 2**63 - 1024),
+        (None, 2**63 - 1024, True, 2**63 - 2048),
+    ],
+)
+def test_no_bound_beyond_2_to_53_lets_through_what_it_excludes(
+    grammars: Grammars,
+    tiny_text: Text,
+    low: int | None,
+    high: float,
+    excluded: bool,
+    may: int,
+    kind: str,
+    mirrored: bool,
+) -> None:
+    sign, lower, upper = (-1, "aximum", "inimum") if mirrored else (1, "inimum", "aximum")
+    near, far = ("m" + lower, "exclusiveM" + upper if excluded else "m" + upper)
+    asked = {"type": kind, far: sign * high} | ({} if low is None else {near: sign * low})
+    draft4 = {"type": kind, "m" + upper: sign * high, "exclusiveM" + upper: excluded}
+    outside = [int(high) + i for i in (*range(not excluded, 30), 255, 256, 512, 1024, 2048)]
+    for schema in (asked, draft4, {"allOf": [{far: sign * high}], "type": kind}):
+        assert takes(grammars, tiny_text, schema, sign * may)
+        assert not any(takes(grammars, tiny_text, schema, sign * value) for value in outside)
+
+
+def test_all_of_64_bits_may_be_asked_for(grammars: Grammars, tiny_text: Text) -> None:
+    """The greatest whole number as it is, and the least as the next one that is held to."""
+    asked = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
+    assert prepared(asked) == {**asked, "minimum": -(2**63) + 1024}
+    assert all(takes(grammars, tiny_text, asked, value) for value in (2**63 - 1, -(2**63) + 1024, 0))
+    assert not any(takes(grammars, tiny_text, asked, value) for value in (2**63, -(2**63) - 1))
+
+
+def test_of_bounds_on_one_side_the_nearer_one_is_kept() -> None:
+    assert prepared({"maximum": 2**54, "exclusiveMaximum": 2**60}) == {"maximum": 2**54}
+    assert prepared({"maximum": 2**60, "exclusiveMaximum": 2**54}) == {"maximum": 2**54 - 2}
+    assert prepared({"maximum": 7, "exclusiveMaximum": 2**60}) == {"maximum": 7}
+    assert prepared({"minimum": -7, "exclusiveMinimum": -(2**60)}) == {"minimum": -7}
+    assert prepared({"maximum": 2**60, "exclusiveMaximum": 7}) == {"maximum": 2**60 - 128, "exclusiveMaximum": 7}
 
 
 def test_a_one_of_that_may_overlap_is_refused_without_advice_about_options(grammars: Grammars) -> None:
