@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -232,11 +233,17 @@ def test_asked_again_it_ends_at_once(number: signal.Signals, monkeypatch: pytest
             signal.signal(each, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def heeded(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A signal that is not ignored, as `nohup` and a shell's background have some."""
+    before = signal.signal(request.param, signal.default_int_handler)
+    yield request.param
+    signal.signal(request.param, before)
+
+
 def test_asked_to_end_it_leaves_a_checkpoint_of_the_last_update(
-    given: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    given: Path, heeded: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = signal.getsignal(number)
     whole = told("train", "echo.toml", "--steps", "4", "--output", "whole")["version"]
     steps = counted(monkeypatch)
     update = training._Run._update
@@ -244,7 +251,7 @@ def test_asked_to_end_it_leaves_a_checkpoint_of_the_last_update(
     def asked(self: training._Run) -> training.Event:
         event = update(self)
         if event.step == 2:
-            signal.raise_signal(number)
+            signal.raise_signal(heeded)
         return event
 
     with monkeypatch.context() as patch:
@@ -253,7 +260,7 @@ def test_asked_to_end_it_leaves_a_checkpoint_of_the_last_update(
     assert isinstance(done.exception, TrainingStopped), done.output
     assert done.exception.message == "echo: stopped at step 2 of 4; the same command goes on from there"
     assert told("train", "echo.toml", "--steps", "4")["version"] == whole and steps == [0, 1, 2, 3]
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(heeded) is signal.default_int_handler
 
 
 def test_what_is_left_out_and_where_a_checkpoint_lies_is_told(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
