@@ -133,7 +133,8 @@ class TrainingConfig:
 
     def told(self) -> dict[str, Any]:
         """The settings, as keys of runs are made of them: what leaves the dtype to the machine has those of before
-        2026-12-01, when that was bfloat16, so that runs go on and what is finished is known.
+        2026-12-01, when that was bfloat16, so that runs go on and what is finished is known. So a run that asks for
+        bfloat16 goes on from its checkpoint, too.
         """
         return asdict(self) | {"compute_dtype": self.compute_dtype.replace("auto", "bfloat16")}
 

@@ -130,7 +130,7 @@ class Protocol(H11Protocol):
             return
         request_id = new_request_id()
         # The rest of the message quotes what was sent, which may be a key or a prompt.
-        reason = str(sys.exc_info()[1]).partition(":")[0]
+        reason = str(sys.exc_info()[1]).partition(": b")[0]
         log.info("request %s is no HTTP: %.200s", request_id, reason, extra={"request_id": request_id})
         body = Answer(400, "this is no HTTP request: it cannot be read", code=INVALID_HTTP).encode()
         headers = [

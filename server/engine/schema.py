@@ -35,7 +35,7 @@ MOST_LOWER = 1 << 63
 LEAST_UPPER = -(1 << 63) + 2048
 """An upper bound below it becomes the least whole number of 64 bits: the compiler crashes if the lower one does too."""
 LEAST_WHOLE, GREATEST_WHOLE = -(1 << 63), (1 << 63) - 1
-"""Whole numbers of 64 bits: the compiler holds to the greatest one as a bound, and fails at the least."""
+"""Whole numbers of 64 bits: the compiler holds to the greatest one as a bound of integers, and fails at the least."""
 _LOWER = ("minimum", "exclusiveMinimum")
 _BOUNDS = (*_LOWER, "maximum", "exclusiveMaximum")
 _EXCLUDED = ("exclusiveMinimum", "exclusiveMaximum")

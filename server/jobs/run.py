@@ -79,6 +79,7 @@ def run(
                 stop=stop,
             )
             weights = _measured(recipe, model, weights, examples, held)
+            dtype = model.metadata["compute_dtype"]
         peft_format.save(
             weights, folder, dtype=torch.bfloat16, shapes=base.shapes(), task=recipe.task, card=card(recipe, weights)
         )
@@ -86,7 +87,7 @@ def run(
         saved = peft_format.read_folder(folder, name=recipe.name, max_rank=most, shapes=base.shapes())
         _write(
             output / FINISHED / f"{recipe.name}.json",
-            json.dumps({"key": key, "digest": saved.digest, "max_rank": most}),
+            json.dumps({"key": key, "digest": saved.digest, "max_rank": most, "compute_dtype": dtype}),
         )
         shutil.rmtree(resumed, ignore_errors=True)
         return saved
@@ -113,7 +114,8 @@ def finished(recipe: Recipe, base: Base, output: Path, *, data_dir: Path) -> Lor
     """What an earlier run of the very same recipe, data and base has written; None if it is gone or another since."""
     try:
         told = json.loads((output / FINISHED / f"{recipe.name}.json").read_text(encoding="utf-8"))
-        if told["key"] != _key(recipe, base, data_dir):
+        asked = recipe.config.compute_dtype
+        if told["key"] != _key(recipe, base, data_dir) or asked not in ("auto", told.get("compute_dtype", asked)):
             return None
         folder, most = output / recipe.name, told["max_rank"]
         weights = peft_format.read_folder(folder, name=recipe.name, max_rank=most, shapes=base.shapes())

@@ -117,7 +117,7 @@ class Quality:
         """For how long they are not compared then."""
         with _told_of_the_disk():
             self._db = opened(file, self._load)
-        hour = self._db.execute("PRAGMA user_version").fetchone()[0] or max(self._latest.values(), default=math.inf)
+            hour = self._db.execute("PRAGMA user_version").fetchone()[0] or max(self._latest.values(), default=math.inf)
         self._sure = min(self._clocks[0], (hour + 1) * HOUR)
         """What the wall clock told then; at the start no more than the end of the last hour that was sure, or that has
         a record, since a clock that has not been set yet may be far ahead."""
@@ -201,6 +201,8 @@ class Quality:
                 self._flush()
             except sqlite3.Error as error:
                 log.error("the quality records of the last %d answers are lost: %s", len(self._pending), error)
+            with suppress(sqlite3.Error):  # then the next start goes by an earlier hour
+                self._note_hour(time.time(), time.monotonic())
             self._db.close()
 
     # ---- reading
@@ -474,6 +476,13 @@ class Quality:
         else:
             self._db.execute(f"PRAGMA user_version = {int(now) // HOUR}")
         self._sweep(now)
+
+    def _note_hour(self, wall: float, steady: float) -> None:
+        """At the end, what the next start may go by: where servers run for less than an hour each, no other sweep comes
+        that would tell of it."""
+        before, since = self._clocks
+        if self._patience == HOUR and abs(wall - before - (steady - since)) < JUMP:
+            self._db.execute(f"PRAGMA user_version = {int(wall) // HOUR}")
 
     def _sweep(self, now: float) -> None:
         """Forget what is older than it may be, and the subjects of which nothing is left.

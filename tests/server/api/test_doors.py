@@ -459,6 +459,10 @@ def test_a_body_with_two_ends_is_refused(live: Any, head: bytes) -> None:
         (b"a secret of theirs\x1b[2J", "illegal request line"),
         (b'{"prompt": "a secret of theirs"}', "illegal request line"),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization : Bearer secret", "illegal header line"),
+        (
+            b"GET / HTTP/1.1\r\nHost: a secret\r\nTransfer-Encoding: gzip",
+            "Only Transfer-Encoding: chunked is supported",
+        ),
     ],
 )
 def test_what_is_no_http_has_an_id_in_the_log(

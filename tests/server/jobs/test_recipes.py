@@ -15,7 +15,8 @@ from adapters.weights import LowRank, sealed
 from server.engine.text import Text
 from server.errors import BadSetting, ServerError
 from server.jobs.recipe import read_recipe
-from server.jobs.run import card, prepare, run
+from server.jobs.run import card, finished, prepare, run
+from server.kernels import processor
 from server.tasks.definitions import Fixed, parse
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -74,6 +75,21 @@ def test_two_recipes_over_one_base(tiny_base, tmp_path):
         assert weights.metadata["task"]["prompt"] == "Say: {input}"
         assert "4 examples" in weights.metadata["card"] and "2 steps of 2" in weights.metadata["card"]
     assert not (tmp_path / "out" / ".checkpoints" / "one").exists()
+
+
+def test_what_was_left_to_a_machine_without_bf16_is_not_what_asks_for_it(tiny_base, tmp_path, monkeypatch):
+    """Though both are one run, of which a checkpoint goes on."""
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "none")
+    (tmp_path / "one.jsonl").write_text("\n".join(json.dumps({"input": f"{i}", "output": "yes"}) for i in range(4)))
+    text = RECIPE.format(name="one", data="one.jsonl")
+    (tmp_path / "one.toml").write_text(text.replace('compute_dtype = "float32"\n', ""))
+    recipe, out = read_recipe(tmp_path / "one.toml"), tmp_path / "out"
+    made = run(recipe, tiny_base, out, data_dir=tmp_path)
+    assert "float32" in (out / "one" / "README.md").read_text()
+    done = finished(recipe, tiny_base, out, data_dir=tmp_path)
+    assert done is not None and done.digest == made.digest
+    asking = replace(recipe, config=replace(recipe.config, compute_dtype="bfloat16"))
+    assert finished(asking, tiny_base, out, data_dir=tmp_path) is None
 
 
 def test_one_adapter_is_made_by_one_process_at_a_time(tiny_base, tmp_path):

@@ -478,6 +478,25 @@ def test_a_start_with_a_clock_that_is_ahead_deletes_nothing_within_an_hour(
         quality.close()
 
 
+def test_servers_that_run_for_less_than_an_hour_each_forget_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, kept = time.time(), list[int]()
+    for day in range(10):
+        started = now + day * DAY
+        monkeypatch.setattr(module.time, "time", lambda started=started: started)
+        quality = Quality(tmp_path / "quality.db", retention=2 * DAY)
+        quality.answered(answered(f"of {day}", Subject.of(f"t{day}", [], "base"), at=started))
+        quality.flush()
+        _, steady = quality._clocks
+        with quality._lock:
+            quality._sweep_hourly(started + module.FIRST_SWEEP, steady + module.FIRST_SWEEP)
+            quality._clocks = started, steady  # this test's own stand still
+        kept.append(len(quality._ids))
+        quality.close()
+    assert kept[:3] == [1, 2, 3] and max(kept) <= 4, kept
+
+
 def test_a_clock_that_jumps_ahead_and_back_takes_no_feedback_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
