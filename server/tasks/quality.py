@@ -201,8 +201,11 @@ class Quality:
                 self._flush()
             except sqlite3.Error as error:
                 log.error("the quality records of the last %d answers are lost: %s", len(self._pending), error)
-            with suppress(sqlite3.Error):  # then the next start goes by an earlier hour
-                self._note_hour(time.time(), time.monotonic())
+            # Where servers run for less than an hour each, no other sweep comes that would tell of it.
+            wall = time.time()
+            if self._patience == HOUR and abs(self._drift(wall, time.monotonic())) < JUMP:
+                with suppress(sqlite3.Error):  # then the next start goes by an earlier hour
+                    self._note_hour(wall)
             self._db.close()
 
     # ---- reading
@@ -464,25 +467,25 @@ class Quality:
         """Sweep soon after the start and once in an hour of running, as if the wall clock had gone on as the other did
         at most: one that jumped is not to be trusted for that long with what it would delete. It does so on a machine
         that sleeps, too."""
-        before, since = self._clocks
-        ran = steady - since
+        ran = steady - self._clocks[1]
         if ran < self._patience:
             return
-        now = min(wall, self._sure + ran)
+        now, drift = min(wall, self._sure + ran), self._drift(wall, steady)
         self._clocks, self._sure, self._patience = (wall, steady), wall, HOUR
-        drift = wall - before - ran
         if abs(drift) >= JUMP:
             log.warning("the clock was set by %+.0f s; old quality records are kept for an hour more", drift)
         else:
-            self._db.execute(f"PRAGMA user_version = {int(now) // HOUR}")
+            self._note_hour(now)
         self._sweep(now)
 
-    def _note_hour(self, wall: float, steady: float) -> None:
-        """At the end, what the next start may go by: where servers run for less than an hour each, no other sweep comes
-        that would tell of it."""
+    def _drift(self, wall: float, steady: float) -> float:
+        """Seconds by which the wall clock has gone ahead of the other since they were last compared."""
         before, since = self._clocks
-        if self._patience == HOUR and abs(wall - before - (steady - since)) < JUMP:
-            self._db.execute(f"PRAGMA user_version = {int(wall) // HOUR}")
+        return wall - before - (steady - since)
+
+    def _note_hour(self, sure: float) -> None:
+        """What the next start may go by, whose clock may be ahead: the file's version is an hour since the epoch."""
+        self._db.execute(f"PRAGMA user_version = {int(sure) // HOUR}")
 
     def _sweep(self, now: float) -> None:
         """Forget what is older than it may be, and the subjects of which nothing is left.
