@@ -8,32 +8,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adapters import layers
+from adapters import layers, memory
 from adapters.data import Tokens
 from adapters.layers import LoraSpec
 from adapters.training import evaluate_loss
 from adapters.weights import LoraWeights
+from server.jobs import prefix_attention
+from server.jobs.again import made_again
 from server.jobs.loan import device_of
+from server.jobs.prefix_attention import PrefixAttention
 from server.kernels import Backend, processor
 from server.kernels.aten import Aten
 from server.kernels.weight import STORED, Weight
-from server.model.attention import Context, PackedAttention, grouped_attention
-from server.model.decoder import Decoder
+from server.model.attention import Context
+from server.model.decoder import Decoder, Layer, Rotary, swiglu
 from server.model.loader import Base
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SHORT = 160
-"""Own tokens of a sequence up to which it is attended to in one call with others, whose scores are kept for the way
-back; longer ones go through the fused kernel one by one, which keeps no scores."""
-PADDING = 1.5
-"""Rows that sequences in one call may have, padded, over their own: more cost more than a further call."""
 KEPT_VALUES = 256 << 20
 """A base whose linears have no more than this keeps them dequantized while it trains: in 512 MiB of bfloat16."""
 
@@ -52,6 +51,7 @@ class Trainable:
     ) -> None:
         dtype = DTYPES.get(compute_dtype) or fastest_on(device_of(base))
         decoder = Decoder(base, dtype)
+        decoder.model.layers = nn.ModuleList(_Frugal(base, i, dtype) for i in range(base.config.num_hidden_layers))
         self.tree: nn.Module = decoder
         self.blocks: Sequence[nn.Module] = list(decoder.model.layers)
         self.metadata: Mapping[str, Any] = {
@@ -78,6 +78,7 @@ class Trainable:
         elif head.weight.layout == STORED:
             # The same values, dequantized block by block: the whole table in float32 would be most of the memory.
             head.backend = Aten()
+        memory.trim()  # of what dequantizing has left in pieces
         self._share_prefix = share_prefix
         self._embed, self._logits = decoder.embed, decoder.logits
 
@@ -88,7 +89,7 @@ class Trainable:
         and so is their gradient's sum.
         """
         shared = shared_prefix(ids, lengths) if self._share_prefix else 0
-        if max(lengths) - shared > SHORT:
+        if max(lengths) - shared > prefix_attention.SHORT:
             shared = 0  # the fused kernel takes whole sequences
         own = [length - shared for length in lengths]
         more = filling(shared + sum(own))
@@ -145,111 +146,21 @@ def shared_prefix(ids: torch.Tensor, lengths: Sequence[int]) -> int:
     return int(differ[0]) if len(differ) else least
 
 
-class PrefixAttention:
-    """Causal attention of sequences that share their first tokens: rows are the prefix, then each one's own tail.
-
-    Tails of like length that follow each other are attended to in one call. One of over `SHORT` tokens is alone, and
-    goes through the fused kernel where there is no prefix.
+class _Frugal(Layer):
+    """A layer that keeps for the way back what its products make and the stream alone: norms, attention and SwiGLU cost
+    little beside these, and are computed once more there. The same values, in less than half of the memory.
     """
 
-    def __init__(self, shared: int, tails: Sequence[int]) -> None:
-        self.positions = torch.cat([torch.arange(shared), *(torch.arange(shared, shared + n) for n in tails)])
-        groups = alike(tails)
-        self._sizes = [shared, *map(sum, groups)]
-        self._groups: list[PackedAttention | _Tails] = [
-            PackedAttention(group) if not shared and group[0] > SHORT else _Tails(shared, group) for group in groups
-        ]
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See `server.model.attention.Attention`."""
-        (first_q, first_k, first_v), *rest = zip(*(x.split_with_sizes(self._sizes) for x in (q, k, v)), strict=True)
-        parts = [grouped_attention(first_q, first_k, first_v, causal=True)] if self._sizes[0] else []
-        for group, (own_q, own_k, own_v) in zip(self._groups, rest, strict=True):
-            if isinstance(group, PackedAttention):
-                parts.append(group.attend(layer, own_q, own_k, own_v))
-            else:
-                parts.append(group.attend(own_q, own_k, own_v, first_k, first_v))
-        return torch.cat(parts)
-
-
-def alike(tails: Sequence[int]) -> list[list[int]]:
-    """Lengths in runs that lose little by being padded to their longest; one over `SHORT` is alone."""
-    groups: list[list[int]] = []
-    for length in tails:
-        last = [*groups[-1], length] if groups else []
-        if last and max(last) <= SHORT and max(last) * len(last) <= PADDING * sum(last):
-            groups[-1].append(length)
-        else:
-            groups.append([length])
-    return groups
-
-
-class _Tails:
-    """Tails that are attended to in one call, padded to the longest, which costs scores and nothing else."""
-
-    def __init__(self, shared: int, tails: Sequence[int]) -> None:
-        count, width = len(tails), max(tails)
-        lengths = torch.tensor(tails)[:, None]
-        column = torch.arange(width)
-        self._real = (column < lengths).flatten().nonzero().flatten()
-        first = lengths.cumsum(0) - lengths
-        # Where each place of the padded tails is among the rows; what is behind a tail's end reads its first row.
-        self._rows = (first + torch.where(column < lengths, column, 0)).flatten()
-        seen = column[None, :] <= column[:, None]
-        mask = torch.zeros(width, shared + width)
-        mask[:, shared:].masked_fill_(~seen, float("-inf"))
-        self._size, self._mask = (count, width), mask
-
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_k: torch.Tensor, first_v: torch.Tensor
-    ) -> torch.Tensor:
-        """q [T, heads, d] of the tails, k and v [T, kv_heads, d], those of the prefix [shared, kv_heads, d]."""
-        count, width = self._size
-        heads, d = q.shape[1:]
-        kv_heads = k.shape[1]
-        group = heads // kv_heads
-
-        def padded(x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-            """[T, kv_heads, d] -> [count * kv_heads, shared + width, d]: the prefix before each tail."""
-            tail = _Padded.apply(x, self._rows, self._real).view(count, width, kv_heads, d)  # type: ignore[no-untyped-call]
-            whole = torch.cat((first.expand(count, -1, -1, -1), tail), 1)
-            return whole.transpose(1, 2).flatten(0, 1)
-
-        queries: torch.Tensor = _Padded.apply(q, self._rows, self._real)  # type: ignore[no-untyped-call]
-        queries = queries.view(count, width, kv_heads, group, d).permute(0, 2, 3, 1, 4)
-        # Plain products: for many short sequences these are several times faster, both ways, than the fused kernel.
-        scores = torch.bmm(queries.reshape(count * kv_heads, group * width, d), padded(k, first_k).mT)
-        scores = scores.view(count * kv_heads, group, width, -1).mul(d**-0.5) + self._mask.to(q.dtype)
-        seen = torch.bmm(scores.softmax(-1).flatten(1, 2), padded(v, first_v)).view(count, kv_heads, group, width, d)
-        tails: torch.Tensor = _Unpadded.apply(seen.permute(0, 3, 1, 2, 4).reshape(count * width, heads * d), self._real)  # type: ignore[no-untyped-call]
-        return tails
-
-
-class _Padded(torch.autograd.Function):
-    """`x[rows]`: the tails, padded. What pads is seen by nobody and has no gradient, so that no sum is needed back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        ctx.real = real
-        return x.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return grads[0].index_select(0, ctx.real), None, None
-
-
-class _Unpadded(torch.autograd.Function):
-    """`x[real]`, each row of which is taken once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        ctx.real, ctx.rows = real, len(x)
-        return x.index_select(0, real)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad = grads[0]
-        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, ctx.real, grad), None
+    def forward(self, stream: torch.Tensor, rotary: Rotary, context: Context) -> torch.Tensor:
+        attention, mlp = self.self_attn, self.mlp
+        with made_again(self.input_layernorm, stream) as normed:
+            heads = attention.projected(normed, rotary, context)
+        with made_again(partial(context.attention.attend, attention.layer), *heads) as seen:
+            stream = stream + attention.o_proj(seen, context)
+        with made_again(self.post_attention_layernorm, stream) as normed:
+            gate, up = mlp.gate_proj(normed, context), mlp.up_proj(normed, context)
+        with made_again(swiglu, gate, up) as hidden:
+            return stream + mlp.down_proj(hidden, context)  # type: ignore[no-any-return]
 
 
 class _Dense(nn.Linear):

@@ -81,7 +81,10 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(base.tensors[f"{path}.q_norm.weight"], config.rms_norm_eps, dtype)
             self.k_norm = RMSNorm(base.tensors[f"{path}.k_norm.weight"], config.rms_norm_eps, dtype)
 
-    def forward(self, x: torch.Tensor, rotary: Rotary, context: Context) -> torch.Tensor:
+    def projected(
+        self, x: torch.Tensor, rotary: Rotary, context: Context
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [T, heads, d], k and v [T, kv_heads, d] of x [T, hidden], turned: what attention is computed of."""
         q, k = self.q_proj(x, context), self.k_proj(x, context)
         v = self.v_proj(x, context).view(len(x), -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
@@ -91,8 +94,16 @@ class Attention(nn.Module):
         both = torch.cat((q, k), -1).view(len(x), -1, self.head_dim)  # turned in one go
         if self.has_rope:
             both = rotate(both, rotary)
-        seen = context.attention.attend(self.layer, both[:, :heads], both[:, heads:], v)
+        return both[:, :heads], both[:, heads:], v
+
+    def forward(self, x: torch.Tensor, rotary: Rotary, context: Context) -> torch.Tensor:
+        seen = context.attention.attend(self.layer, *self.projected(x, rotary, context))
         return self.o_proj(seen, context)  # type: ignore[no-any-return]
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (Shazeer 2020)."""
+    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
@@ -106,7 +117,7 @@ class MLP(nn.Module):
         self.down_proj = _linear(base, f"{path}.down_proj")
 
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
-        hidden = F.silu(self.gate_proj(x, context)) * self.up_proj(x, context)
+        hidden = swiglu(self.gate_proj(x, context), self.up_proj(x, context))
         return self.down_proj(hidden, context)  # type: ignore[no-any-return]
 
 

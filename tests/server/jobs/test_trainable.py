@@ -13,9 +13,10 @@ from adapters.data import Chat, Completion, Example, Pair, Tokens
 from adapters.errors import InvalidData
 from adapters.layers import LoraSpec
 from server.engine.text import Text
-from server.jobs import trainable
+from server.jobs import prefix_attention
 from server.jobs.encoding import Template, encoder
-from server.jobs.trainable import PrefixAttention, Trainable, alike, filling, shared_prefix
+from server.jobs.prefix_attention import PrefixAttention, alike
+from server.jobs.trainable import Trainable, filling, shared_prefix
 from server.kernels import processor
 from server.model.attention import Context, PackedAttention
 from server.model.vocabulary import from_gguf
@@ -46,7 +47,7 @@ def sequences(prefix: int, tails: list[int], seed: int = 0) -> tuple[torch.Tenso
     ],
 )
 def test_a_shared_prefix_changes_no_state_and_no_gradient(prefix, tails, tiny_base, monkeypatch):
-    monkeypatch.setattr(trainable, "SHORT", 12)
+    monkeypatch.setattr(prefix_attention, "SHORT", 12)
     ids, lengths = sequences(prefix, tails)
     assert shared_prefix(ids, lengths) == (prefix if len(tails) > 1 else 0)
     model = Trainable(tiny_base, "float32")
