@@ -51,8 +51,9 @@ class Model(Protocol):
     nbytes: int
     """Bytes of the frozen weights."""
 
-    def hidden(self, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Several sequences one after the other, int64 [T] with T the sum of `lengths`: their last states [T, h].
+    def hidden(self, ids: torch.Tensor, lengths: Sequence[int], rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Several sequences one after the other, int64 [T] with T the sum of `lengths`: their last states [T, h], or
+        those of `rows`, int64 [L], alone.
 
         No sequence sees another. Keeps the graph if gradients are on.
         """
@@ -440,8 +441,7 @@ def _forward(model: Model, piece: Sequence[Example]) -> tuple[torch.Tensor, torc
     learned = torch.tensor([flag for example in piece for flag in example.learned])
     # An example's first token is never learned, so the row before a target is always of its own sequence.
     rows = learned.nonzero().flatten()
-    hidden = model.hidden(ids, [len(example.ids) for example in piece])
-    return hidden[rows - 1], ids[rows]
+    return model.hidden(ids, [len(example.ids) for example in piece], rows - 1), ids[rows]
 
 
 def _losses(model: Model, hidden: torch.Tensor, targets: torch.Tensor, scale: float) -> tuple[float, float]:

@@ -24,27 +24,29 @@ class PrefixAttention:
     """Causal attention of sequences that share their first tokens: rows are the prefix, then each one's own tail.
 
     Tails of like length that follow each other are attended to in one call. One of over `SHORT` tokens is alone, and
-    goes through the fused kernel where there is no prefix.
+    goes through the fused kernel where there is no prefix. `more` rows behind them see nothing.
     """
 
-    def __init__(self, shared: int, tails: Sequence[int]) -> None:
-        self.positions = torch.cat([torch.arange(shared), *(torch.arange(shared, shared + n) for n in tails)])
+    def __init__(self, shared: int, tails: Sequence[int], more: int = 0) -> None:
+        known = [torch.arange(shared), *(torch.arange(shared, shared + n) for n in tails), torch.arange(more)]
+        self.positions = torch.cat(known)
         groups = alike(tails)
-        self._sizes = [shared, *map(sum, groups)]
+        self._sizes = [shared, *map(sum, groups), more]
         self._groups: list[PackedAttention | _Tails] = [
             PackedAttention(group) if not shared and group[0] > SHORT else _Tails(shared, group) for group in groups
         ]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `server.model.attention.Attention`."""
-        (first_q, first_k, first_v), *rest = zip(*(x.split_with_sizes(self._sizes) for x in (q, k, v)), strict=True)
+        split = zip(*(x.split_with_sizes(self._sizes) for x in (q, k, v)), strict=True)
+        (first_q, first_k, first_v), *rest, _ = split
         parts = [grouped_attention(first_q, first_k, first_v, causal=True)] if self._sizes[0] else []
         for group, (own_q, own_k, own_v) in zip(self._groups, rest, strict=True):
             if isinstance(group, PackedAttention):
                 parts.append(group.attend(layer, own_q, own_k, own_v))
             else:
                 parts.append(_Attended.apply(group, own_q, own_k, own_v, first_k, first_v))  # type: ignore[no-untyped-call]
-        return torch.cat(parts)
+        return torch.cat((*parts, q.new_zeros(self._sizes[-1], q.shape[1] * q.shape[2])))
 
 
 def alike(tails: Sequence[int]) -> list[list[int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +20,14 @@ from adapters.layers import LoraSpec
 from adapters.training import evaluate_loss
 from adapters.weights import LoraWeights
 from server.jobs import prefix_attention
-from server.jobs.again import made_again
+from server.jobs.frugal import Asked, frugal_layers
 from server.jobs.loan import device_of
 from server.jobs.prefix_attention import PrefixAttention
 from server.kernels import Backend, processor
 from server.kernels.aten import Aten
 from server.kernels.weight import STORED, Weight
 from server.model.attention import Context
-from server.model.decoder import Decoder, Layer, Rotary, swiglu
+from server.model.decoder import Decoder
 from server.model.loader import Base
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -51,7 +50,7 @@ class Trainable:
     ) -> None:
         dtype = DTYPES.get(compute_dtype) or fastest_on(device_of(base))
         decoder = Decoder(base, dtype)
-        decoder.model.layers = nn.ModuleList(_Frugal(base, i, dtype) for i in range(base.config.num_hidden_layers))
+        decoder.model.layers = frugal_layers(base, dtype)
         self.tree: nn.Module = decoder
         self.blocks: Sequence[nn.Module] = list(decoder.model.layers)
         self.metadata: Mapping[str, Any] = {
@@ -82,35 +81,28 @@ class Trainable:
         self._share_prefix = share_prefix
         self._embed, self._logits = decoder.embed, decoder.logits
 
-    def hidden(self, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """int64 [T] of sequences one after the other -> their last states, float32 [T, hidden].
+    def hidden(self, ids: torch.Tensor, lengths: Sequence[int], rows: torch.Tensor | None = None) -> torch.Tensor:
+        """int64 [T] of sequences one after the other -> their last states, float32 [T, hidden], or those of `rows`.
 
         What all sequences begin with is computed once: its states are the same in each, since the decoder is causal,
-        and so is their gradient's sum.
+        and so is their gradient's sum. What only the last states of rows that nobody asks for need is not computed.
         """
         shared = shared_prefix(ids, lengths) if self._share_prefix else 0
         if max(lengths) - shared > prefix_attention.SHORT:
             shared = 0  # the fused kernel takes whole sequences
         own = [length - shared for length in lengths]
-        more = filling(shared + sum(own))
-        tails = PrefixAttention(shared, [*own, more] if more else own)
-        if not shared:
-            states: torch.Tensor = self.tree(self._embed(F.pad(ids, (0, more))), Context(tails.positions, tails))
-            return states[: len(ids)]
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        rest = torch.cat([torch.arange(s + shared, e) for s, e in zip(starts, starts[1:], strict=False)])
-        once = F.pad(torch.cat((ids[:shared], ids[rest])), (0, more))
-        computed = self.tree(self._embed(once), Context(tails.positions, tails))
-        # Rows of the whole sequences, taken from the computed ones: the prefix's again and again.
-        rows = torch.arange(shared).repeat(len(lengths), 1)
-        place = shared
-        parts = []
-        for row, length in zip(rows, lengths, strict=True):
-            parts += [row, torch.arange(place, place + length - shared)]
-            place += length - shared
-        return computed.index_select(0, torch.cat(parts))  # type: ignore[no-any-return]
+        # Of each row of the sequences, which of the computed ones it is: the prefix's are there once.
+        first, places = torch.arange(shared), torch.arange(shared, shared + sum(own)).split_with_sizes(own)
+        computed = torch.cat([part for tail in places for part in (first, tail)])
+        asked = computed if rows is None else computed[rows]
+        count = shared + sum(own)
+        once = ids.new_empty(count).index_copy_(0, computed, ids)
+        more = filling(count)
+        attention = PrefixAttention(shared, own, more)
+        few = F.pad(asked, (0, filling(len(asked)))) if len(asked) < count else None
+        context = Asked(attention.positions, attention, asked=few)
+        states: torch.Tensor = self.tree(self._embed(F.pad(once, (0, more))), context)
+        return states.index_select(0, asked) if few is None else states[: len(asked)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [L, hidden] -> float32 [L, vocab]."""
@@ -144,23 +136,6 @@ def shared_prefix(ids: torch.Tensor, lengths: Sequence[int]) -> int:
     heads = torch.stack([part[:least] for part in parts])
     differ = (heads != heads[0]).any(0).nonzero()
     return int(differ[0]) if len(differ) else least
-
-
-class _Frugal(Layer):
-    """A layer that keeps for the way back what its products make and the stream alone: norms, attention and SwiGLU cost
-    little beside these, and are computed once more there. The same values, in less than half of the memory.
-    """
-
-    def forward(self, stream: torch.Tensor, rotary: Rotary, context: Context) -> torch.Tensor:
-        attention, mlp = self.self_attn, self.mlp
-        with made_again(self.input_layernorm, stream) as normed:
-            heads = attention.projected(normed, rotary, context)
-        with made_again(partial(context.attention.attend, attention.layer), *heads) as seen:
-            stream = stream + attention.o_proj(seen, context)
-        with made_again(self.post_attention_layernorm, stream) as normed:
-            gate, up = mlp.gate_proj(normed, context), mlp.up_proj(normed, context)
-        with made_again(swiglu, gate, up) as hidden:
-            return stream + mlp.down_proj(hidden, context)  # type: ignore[no-any-return]
 
 
 class _Dense(nn.Linear):

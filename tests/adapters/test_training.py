@@ -38,8 +38,9 @@ class Wrapped:
         self.tree = self.model
         self.blocks = list(self.model.model.layers)
 
-    def hidden(self, ids, lengths):
-        return torch.cat([self.model.model(part[None]).last_hidden_state[0] for part in ids.split(list(lengths))])
+    def hidden(self, ids, lengths, rows=None):
+        parts = [self.model.model(part[None]).last_hidden_state[0] for part in ids.split(list(lengths))]
+        return torch.cat(parts) if rows is None else torch.cat(parts)[rows]
 
     def logits(self, hidden):
         return self.model.lm_head(hidden)
