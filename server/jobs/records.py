@@ -69,7 +69,7 @@ class Job:
     `place` is where it stands among the others by their times of creation, if that is not its own: 0 where it is.
     `trained` is what the training process told at its end; with it, only evaluation and publishing are left. `pausing`
     and `cancelling` are wishes that the work has not come to yet; they outlive the server, so that the job does not go
-    on.
+    on. `interrupted` counts servers that have ended in its midst, since its last checkpoint or since it was resumed.
     """
 
     id: str
@@ -87,6 +87,7 @@ class Job:
     result: dict[str, Any] = field(default_factory=dict)
     pausing: bool = False
     cancelling: bool = False
+    interrupted: int = 0
 
     @property
     def over(self) -> bool:

@@ -1,7 +1,8 @@
 """`Jobs`: what is queued, runs, and is over; one job of each kind at a time, in the order they came.
 
 Owns states and who may change them: a client (cancel, pause, resume), the work itself, and the end of the server,
-after which all that was queued or running is queued again. What a job does is its `Work`'s.
+after which all that was queued or running is queued again, but for what may be why servers end. What a job does is its
+`Work`'s.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from server.jobs.spec import NEEDED_TO_RUN, RESULT
 log = logging.getLogger(__name__)
 
 CLOSING = "closing"
+MOST_INTERRUPTED = 3
+"""Servers that end in the midst of a job before it has failed: one that takes its server along would do so for ever,
+where something starts that again."""
 
 
 class Stopped(Exception):
@@ -106,22 +110,36 @@ class Jobs:
         self._closing = False
         for job in records.all():
             if job.status in ACTIVE:
-                if job.cancelling:
-                    self._finish(job, CANCELLED, "Cancelled: that was asked before the server ended.")
-                    continue
-                message = "The server has started again; the job goes on from its last checkpoint."
-                job.status = QUEUED
-                if job.pausing:
-                    job.status, job.pausing = PAUSED, False
-                    message = "Paused: that was asked before the server ended."
-                with suppress(StoreFailed):  # a disk that is full: it will be said again at the next start
-                    records.save(job)
-                    records.note(job, message)
+                self._go_on(job)
             elif job.over:  # and what only it needed may be there still, if the server was killed just then
                 self._clear(job)
         self._threads = [
             threading.Thread(target=self._run, args=(kind,), name=f"loramux-{kind}", daemon=True) for kind in works
         ]
+
+    def _go_on(self, job: Job) -> None:
+        """What becomes of a job in whose midst the server before has ended."""
+        if job.cancelling:
+            self._finish(job, CANCELLED, "Cancelled: that was asked before the server ended.")
+            return
+        message = "The server has started again; the job goes on from its last checkpoint."
+        job.status = QUEUED
+        if job.pausing:
+            job.status, job.pausing = PAUSED, False
+            message = "Paused: that was asked before the server ended."
+        else:
+            job.interrupted += 1
+        if job.interrupted >= MOST_INTERRUPTED:
+            message = f"the server ended {job.interrupted} times while this ran"
+            message += ", with no new checkpoint between" if job.kind == TRAINING else ""
+            message += "; memory that ran out or a step over --step-limit may be why, and its logs may tell; "
+            message += "resume it to try again" if job.kind == TRAINING else "ask for it anew to try again"
+            job.error = {"code": "server_ended", "message": message, "param": None}
+            self._finish(job, FAILED, message)
+            return
+        with suppress(StoreFailed):  # a disk that is full: it will be said again at the next start
+            self.records.save(job)
+            self.records.note(job, message)
 
     def start(self) -> None:
         """Begin to work."""
@@ -211,7 +229,7 @@ class Jobs:
                 return job
             if job.status not in (PAUSED, FAILED) or job.kind != TRAINING:
                 raise Conflict(f"{id} is {job.status}; only a job that is paused or has failed can be resumed", "id")
-            job.error, job.finished_at = None, None
+            job.error, job.finished_at, job.interrupted = None, None, 0
             self._turn(job, QUEUED, "Resumed; the job goes on from its last checkpoint.")
             self._condition.notify_all()
         return job

@@ -62,6 +62,7 @@ class Training:
             made = end["made"]
             shown = {k: made[k] for k in ("samples", "steps", "tokens", "seconds", "tokens_per_second", "memory")}
             active.job.result["training"] = {"parameters": end["parameters"], **shown}
+            active.job.interrupted = 0
             active.records.save(active.job)
         elif end is not None and end["kind"] == FAILED:
             raise JobError(str(end["code"]), str(end["message"]), end.get("param"))
@@ -98,6 +99,7 @@ class _Heard:
         elif kind == CHECKPOINT:
             data = {"checkpoint": told["step"], **self._last}
             self._active.note(f"Checkpoint at step {told['step']}.", data=data)
+            self._job.interrupted = 0
             self._active.records.save(self._job)
         elif kind == NOTE:
             self._active.note(str(told["message"]), data=told.get("data"))

@@ -235,6 +235,43 @@ def test_what_ran_is_queued_again_after_the_server(make, work, tmp_path):
     assert again.using("file-1") == job.id and again.using("file-2") is None
 
 
+def interrupted(tmp_path: Path, job: Job, **told: object) -> Job:
+    """The job as a start finds it after the server has ended in its midst."""
+    state = tmp_path / "jobs" / job.id / STATE
+    state.write_text(json.dumps({**json.loads(state.read_text()), "status": "running", **told}))
+    return Jobs(Records(tmp_path / "jobs"), {}).get(job.id)
+
+
+@pytest.mark.parametrize(("kind", "advice"), [(TRAINING, "resume it"), (EVALUATION, "ask for it anew")])
+def test_a_job_in_whose_midst_every_server_ends_has_failed_in_the_end(tmp_path, kind, advice):
+    records = Records(tmp_path / "jobs")
+    job = records.prepare(kind, "", {}, "ftjob", {DATA: b"examples"})
+    records.enter(job)
+    state = tmp_path / "jobs" / job.id / STATE
+    before = json.loads(state.read_text())
+    del before["interrupted"]  # a version that did not count
+    state.write_text(json.dumps(before))
+    assert [interrupted(tmp_path, job).status for _ in range(2)] == ["queued", "queued"]
+    assert Jobs(Records(tmp_path / "jobs"), {}).get(job.id).interrupted == 2, "it waited, and was not interrupted"
+    jobs = Jobs(Records(tmp_path / "jobs"), {})
+    failed = interrupted(tmp_path, job)
+    assert failed.status == "failed" and failed.finished_at and failed.error is not None
+    assert failed.error["code"] == "server_ended" and advice in failed.error["message"]
+    assert said(jobs, job)[-1] == failed.error["message"] and "ended 3 times" in failed.error["message"]
+    assert (tmp_path / "jobs" / job.id / DATA).exists() == (kind == TRAINING), "where it can be resumed"
+    if kind == TRAINING:
+        again = Jobs(Records(tmp_path / "jobs"), {})
+        assert again.resume(job.id).status == "queued" and again.get(job.id).error is None
+        assert interrupted(tmp_path, job).status == "queued", "it is counted anew"
+
+
+def test_a_pause_that_was_asked_is_no_reason_for_the_server_s_end(tmp_path):
+    records = Records(tmp_path / "jobs")
+    job = records.prepare(TRAINING, "", {}, "ftjob", {})
+    records.enter(job)
+    assert interrupted(tmp_path, job, interrupted=2, pausing=True).status == "paused"
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_pause_that_was_asked_before_the_server_ended_holds(make, work, tmp_path, killed):
     """Of a job within a step that takes longer than the server lives."""
@@ -1038,6 +1075,29 @@ def test_progress_is_on_the_disk_with_each_checkpoint(tmp_path: Path) -> None:
     process.line({"kind": "step", "step": 3, "steps": 9, **step})
     process.line({"kind": "checkpoint", "step": 3})
     assert Records(tmp_path).jobs[active.job.id].progress.step == 3
+
+
+def test_a_server_that_ended_after_a_checkpoint_did_not_end_for_nothing(tmp_path: Path) -> None:
+    process, active = heard(tmp_path)
+    active.records.enter(active.job)
+    active.job.interrupted = 2
+    step = {"loss": 1.5, "accuracy": 0.5, "learning_rate": 1e-4, "seconds": 2.0, "tokens": 10}
+    process.line({"kind": "step", "step": 3, "steps": 9, **step})
+    assert active.job.interrupted == 2
+    process.line({"kind": "checkpoint", "step": 3})
+    assert Records(tmp_path).jobs[active.job.id].interrupted == 0
+
+
+def test_nor_did_one_that_ended_after_all_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = dict.fromkeys(("samples", "steps", "tokens", "seconds", "tokens_per_second", "memory"), 1)
+    end = {"kind": "trained", "parameters": 1, "made": told}
+    process = SimpleNamespace(lines=lambda: [end], stop=lambda: None, kill=lambda: None)
+    monkeypatch.setattr(training_module, "Process", lambda folder: process)
+    _, active = heard(tmp_path)
+    active.job.interrupted = 2
+    nothing: Any = None
+    Training(nothing, nothing, lambda lent: None)._train(active)
+    assert Records(tmp_path).jobs[active.job.id].interrupted == 0
 
 
 def test_tokens_that_were_counted_are_not_taken_back(tmp_path: Path) -> None:
