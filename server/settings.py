@@ -357,6 +357,11 @@ def training_environment() -> dict[str, str]:
     return {**FEW_KERNELS, **os.environ}
 
 
+def fetching_environment(scratch: Path) -> dict[str, str]:
+    """What pip is started with: this one's variables, and `scratch` for what it keeps while it runs."""
+    return {**os.environ, "TMPDIR": str(scratch.resolve())}
+
+
 def leave_threads_alone() -> list[str]:
     """Take out, for this process and those that it starts, what gives torch fewer threads than it was told it has:
     oneDNN leaves their share of a product as it finds it. Before torch is loaded, which looks then. Answers them."""

