@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from server.api.runtime import Runtime
 
 KEEP_ALIVE = 75
-"""Seconds that an idle connection stays open: longer than the minute that proxies keep theirs."""
+"""Seconds that an idle connection stays open. nginx keeps its own for a minute; docs/operations.md tells which proxies
+have to be told to close theirs before the server does."""
 
 LAST_WORDS = 5
 """Seconds for answers that were cut short, or connections that are slow, to be sent to their end."""

@@ -296,7 +296,7 @@ def test_all_addresses_are_also_those_of_ipv4() -> None:
 
 
 def test_a_connection_is_kept_for_longer_than_a_proxy_keeps_it() -> None:
-    """Most keep theirs for a minute; one that sent a request as the server closed would answer 502."""
+    """nginx keeps its own for a minute; one that sent a request as the server closed would answer 502."""
     assert _server(Settings(), lambda: None, Runtime(Settings())).config.timeout_keep_alive > 60
 
 
