@@ -14,7 +14,7 @@ import typer
 from server.cli import logs
 from server.cli.inprocess import choice_of, open_base, opened, target_of
 from server.cli.options import BASE, AsJson, with_settings
-from server.cli.terminal import Progress, fail, out, print_json, progress
+from server.cli.terminal import Progress, out, print_json, progress
 from server.errors import BadSetting
 from server.settings import Settings
 
@@ -76,7 +76,7 @@ def evaluate(
     else:
         _show(told)
     if lost is not None:  # the scores are not
-        fail(lost)
+        logs.fail(lost)
 
 
 async def _evaluate(settings: Settings, base: Base, asked: Asked, bar: Progress) -> dict[str, Evaluation]:

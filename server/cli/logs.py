@@ -10,14 +10,18 @@ import sys
 import threading
 import time
 from queue import SimpleQueue
-from typing import TextIO
+from typing import NoReturn, TextIO
 
-from server.cli.terminal import PATIENCE, escaped
+import typer
+
+from server.cli.terminal import PATIENCE, escaped, say_error
 
 MOST_LINES = 10_000
 """Lines that wait to be written; what comes on top of them is counted instead."""
 BETWEEN = 10.0
 """Seconds between two lines that tell a slow reader how many were lost."""
+
+log = logging.getLogger(__name__)
 
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
 
@@ -145,6 +149,26 @@ def configure(form: str, level: str, *, behind: bool = False) -> None:
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     for library in ("uvicorn", "uvicorn.error", "asyncio", "httpx", "httpx2", "fsspec", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def as_json() -> bool:
+    """Whether lines of the log are JSON: whoever reads them reads all that the process says."""
+    return any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers)
+
+
+def say_last(message: str) -> None:
+    """Why a process ends, once, where it is read."""
+    if as_json():
+        log.error("%s", message)
+    else:
+        say_error(message)
+
+
+def fail(message: str) -> NoReturn:
+    """End the command with an error beside results that have been told."""
+    sys.stdout.flush()
+    say_last(message)
+    raise typer.Exit(1)
 
 
 def flush() -> None:

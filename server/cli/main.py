@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from adapters.errors import AdapterError
 from server.bench import command as bench
 from server.cli import adapters, evaluate, generate, logs, models, offline, search, serve, train
+from server.cli.options import LEFT_OUT
 from server.cli.signals import heard
-from server.cli.terminal import say_error
 from server.errors import RemoteError, ServerError
 from server.settings import leave_threads_alone
 
@@ -43,9 +43,12 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Say the version and end."),
 ) -> None:
     """Serve many LoRA adapters, and weighted mixes of them, on one resident 4-bit base."""
+    for name in leave_threads_alone() if context.invoked_subcommand != "serve" else ():  # whose log tells it
+        sys.stderr.write(f"{LEFT_OUT % name}\n")
 
 
 app.command()(serve.serve)
@@ -73,8 +76,6 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 def main() -> None:
     """Run `loramux` with the process's arguments."""
     _settle_streams()
-    for name in leave_threads_alone():
-        sys.stderr.write(f"{name} is left out: --threads says how many threads compute\n")
     with heard(_as_ctrl_c, signal.SIGTERM):
         status = _run()
     status = status if isinstance(status, int) else 0
@@ -96,7 +97,10 @@ def _run() -> object:
         error.show()
         sys.exit(error.exit_code)
     except typer.Abort:
-        sys.stderr.write("aborted\n")
+        if logs.as_json():
+            logs.say_last("aborted")
+        else:
+            sys.stderr.write("aborted\n")
         sys.exit(1)
     except (ServerError, AdapterError) as error:
         _fail(error, error.message, error.param)
@@ -135,7 +139,7 @@ def _settle_streams() -> None:
 
 def _fail(error: Exception, message: str, param: str | None = None) -> NoReturn:
     _tell(error, message, param)
-    say_error(message)
+    logs.say_last(message)
     sys.exit(1)
 
 

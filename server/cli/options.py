@@ -17,6 +17,8 @@ SECRET = frozenset({"api_keys", "admin_keys", "metrics_key"})
 
 BASE = ("model", "device", "quantization", "group_size", "double_quant", "table_bits", "kernels", "threads")
 DAY = 86_400.0
+LEFT_OUT = "%s is left out: --threads says how many threads compute"
+"""Of a variable that `leave_threads_alone` answers."""
 EVERYTHING = tuple(name for name in Settings.model_fields if name not in SECRET)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]

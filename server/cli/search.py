@@ -18,7 +18,7 @@ import typer
 from server.cli import logs
 from server.cli.inprocess import open_base, opened, threads_of
 from server.cli.options import BASE, AsJson, with_settings
-from server.cli.terminal import Progress, fail, out, print_json, progress
+from server.cli.terminal import Progress, out, print_json, progress
 from server.errors import BadSetting
 from server.settings import Settings, keep_few_kernels
 
@@ -141,7 +141,7 @@ def search(
     else:
         _show(told, picture)
     if lost is not None:  # what was found is not
-        fail(lost)
+        logs.fail(lost)
 
 
 def _searched(

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from server.cli import logs, malloc
-from server.cli.options import EVERYTHING, with_settings
+from server.cli.options import EVERYTHING, LEFT_OUT, with_settings
 from server.cli.signals import SAME_SIGNAL, heard
 from server.cli.terminal import progress, say_error
 from server.doctor import check_state_dir
 from server.errors import BadSetting
-from server.settings import Settings, keep_few_kernels
+from server.settings import Settings, keep_few_kernels, leave_threads_alone
 
 if TYPE_CHECKING:
     import uvicorn
@@ -55,6 +55,8 @@ def serve(settings: Settings) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # there is nothing yet to be ended in order
     malloc.settle()
     logs.configure(settings.log_format, settings.log_level, behind=True)
+    for name in leave_threads_alone():
+        log.warning(LEFT_OUT, name)
     keep_few_kernels()
     many_files()
     faulthandler.enable()  # a crash in native code leaves the stacks of all threads
@@ -81,7 +83,7 @@ def serve(settings: Settings) -> None:
         server.should_exit = True
 
     def find(model: str, state_dir: Path) -> Resolved:
-        with progress("bytes") as bar:
+        with progress("bytes", tell=log.info if logs.as_json() else None) as bar:
             return resolve_model(model, state_dir, progress=bar)
 
     app = create_app(settings, failed, find)
@@ -92,7 +94,8 @@ def serve(settings: Settings) -> None:
         server.run(sockets=[listener])
     if failures:
         logs.flush()
-        say_error(getattr(failures[0], "message", str(failures[0])))
+        if not logs.as_json():  # which has it already
+            say_error(getattr(failures[0], "message", str(failures[0])))
         raise typer.Exit(1)
     log.info("stopped")
 

@@ -9,9 +9,8 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -54,13 +53,6 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=None if not sys.stdout.isatty() else 2, default=str) + "\n")
 
 
-def fail(message: str) -> NoReturn:
-    """End the command with an error beside results that have been told."""
-    sys.stdout.flush()
-    say_error(message)
-    raise typer.Exit(1)
-
-
 def say_error(message: str) -> None:
     """The last line of a process that ends by an error; whoever reads standard error and has stopped is not waited
     for."""
@@ -73,23 +65,25 @@ def say_error(message: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(unit: str, quiet: bool = False) -> Iterator[Progress]:
+def progress(unit: str, quiet: bool = False, tell: Callable[[str], object] | None = None) -> Iterator[Progress]:
     """A bar on standard error for `call(what, done, total)`; `unit` is "bytes" or "parameters".
 
-    `total` 0 is not known yet. Without a terminal there is a line for each new `what`, and how far it is now and then.
+    `total` 0 is not known yet. Without a terminal there is a line for each new `what`, and how far it is now and then;
+    `tell` hears these lines, if it is given, wherever standard error is.
     """
     console = Console(stderr=True, highlight=False)
     if quiet:
         yield lambda what, done, total: None
-    elif not console.is_terminal:
+    elif tell is not None or not console.is_terminal:
+        line = tell or console.print
         said: dict[str, float] = {}
 
         def say(what: str, done: int, total: int) -> None:
             now = time.monotonic()
             if what not in said:
-                console.print(f"{what} ...")
+                line(f"{what} ...")
             elif total and now - said[what] >= SECONDS_BETWEEN_LINES:
-                console.print(f"{what} {100 * done // total} %")
+                line(f"{what} {100 * done // total} %")
             else:
                 return
             said[what] = now

@@ -352,7 +352,11 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeyp
     assert capsys.readouterr().err == "fetching ...\nfetching 50 %\nfetching 100 %\nloading ...\n"
     with terminal.progress("bytes", quiet=True) as bar:
         bar("fetching", 1, 2)
-    assert capsys.readouterr().err == ""
+    told: list[str] = []
+    with terminal.progress("bytes", tell=told.append) as bar:
+        bar("fetching", 0, 2)
+        bar("fetching", 1, 2)
+    assert told == ["fetching ...", "fetching 50 %"] and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 40, "3072.0 GiB")])

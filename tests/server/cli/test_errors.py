@@ -7,6 +7,7 @@ import errno
 import importlib
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -183,11 +184,29 @@ def test_asked_to_end_a_command_takes_its_folder_with_it(
 
 
 def test_what_gives_fewer_threads_than_were_asked_for_is_left_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = ("adapters", "check", str(LIBRARY / "sentiment"))
     monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
-    status, _, err = run("--version")
+    status, _, err = run(*check)
     assert status == 0 and err == "OMP_THREAD_LIMIT is left out: --threads says how many threads compute\n"
     assert "OMP_THREAD_LIMIT" not in os.environ, "nor do jobs get it"
-    assert run("--version")[2] == ""
+    assert run(*check)[2] == ""
+
+
+@pytest.mark.parametrize(("form", "start"), [("json", '{"time": '), ("text", "error: ")])
+def test_an_error_is_told_in_the_form_of_the_log(
+    run: Run, monkeypatch: pytest.MonkeyPatch, form: str, start: str
+) -> None:
+    def lost(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    handlers = logging.getLogger().handlers[:]
+    monkeypatch.setenv("LORAMUX_LOG_FORMAT", form)
+    monkeypatch.setattr(generate, "open_base", lost)
+    try:
+        status, _, err = run("generate", "x")
+    finally:
+        logging.getLogger().handlers[:] = handlers
+    assert status == 1 and err.startswith(start) and err.count("there is too little memory") == err.count("\n") == 1
 
 
 @pytest.mark.parametrize("begin", [apart, _begin])

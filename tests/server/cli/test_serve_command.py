@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import resource
@@ -238,6 +239,20 @@ def test_while_the_base_is_fetched_probes_are_answered_and_a_signal_ends_all(tmp
             while asked.recv(65536):  # until pip is gone too
                 pass
             asked.close()
+
+
+def test_every_line_of_a_log_in_json_is_an_object_and_an_error_is_told_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--log-format", "json"]
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "OMP_DYNAMIC": "true"}
+    run = subprocess.run(
+        [*command, "--state-dir", str(tmp_path), "--library", "none"], env=environment, capture_output=True, timeout=120
+    )
+    lines = [json.loads(line) for line in run.stderr.splitlines()]
+    said = [(line["level"], line["message"]) for line in lines]
+    assert run.returncode == 1 and run.stdout == b""
+    assert ("warning", "OMP_DYNAMIC is left out: --threads says how many threads compute") in said
+    assert ("info", "fetching ...") in said
+    assert [level for level, message in said if "could not be fetched" in message] == ["error"]
 
 
 def _status(url: str) -> int:
