@@ -79,6 +79,7 @@ class Trainable:
             head.backend = Aten()
         memory.trim()  # of what dequantizing has left in pieces
         self._share_prefix = share_prefix
+        self._filling = filling if dtype == torch.bfloat16 else few_odd_rows
         self._embed, self._logits = decoder.embed, decoder.logits
 
     def hidden(self, ids: torch.Tensor, lengths: Sequence[int], rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -97,9 +98,9 @@ class Trainable:
         asked = computed if rows is None else computed[rows]
         count = shared + sum(own)
         once = ids.new_empty(count).index_copy_(0, computed, ids)
-        more = filling(count)
+        more = self._filling(count)
         attention = PrefixAttention(shared, own, more)
-        few = F.pad(asked, (0, filling(len(asked)))) if len(asked) < count else None
+        few = F.pad(asked, (0, self._filling(len(asked)))) if len(asked) < count else None
         context = Asked(attention.positions, attention, asked=few)
         states: torch.Tensor = self.tree(self._embed(F.pad(once, (0, more))), context)
         return states.index_select(0, asked) if few is None else states[: len(asked)]
@@ -125,6 +126,11 @@ def filling(rows: int) -> int:
     """
     step = 1 << max(4, (rows - 1).bit_length() - 4)
     return -rows % step
+
+
+def few_odd_rows(rows: int) -> int:
+    """How many rows are computed for nothing beside `rows` in float32, whose kernels know no number of rows."""
+    return -rows % 8
 
 
 def shared_prefix(ids: torch.Tensor, lengths: Sequence[int]) -> int:

@@ -13,10 +13,10 @@ from adapters.data import Chat, Completion, Example, Pair, Tokens
 from adapters.errors import InvalidData
 from adapters.layers import LoraSpec
 from server.engine.text import Text
-from server.jobs import prefix_attention
+from server.jobs import prefix_attention, trainable
 from server.jobs.encoding import Template, encoder
 from server.jobs.prefix_attention import PrefixAttention, alike
-from server.jobs.trainable import Trainable, filling, shared_prefix
+from server.jobs.trainable import Trainable, few_odd_rows, filling, shared_prefix
 from server.kernels import processor
 from server.model.attention import Context, PackedAttention
 from server.model.vocabulary import from_gguf
@@ -76,6 +76,18 @@ def test_batches_are_filled_to_few_numbers_of_rows():
     whole = [rows + filling(rows) for rows in range(1, 2049)]
     assert len(set(whole)) <= 48
     assert all(rows <= found < rows + max(16, rows / 7) for rows, found in enumerate(whole, 1))
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [("bfloat16", {320}), ("float32", {291, 292, 293})])
+def test_rows_that_are_computed_for_nothing_are_few_where_kernels_know_none(tiny_base, dtype, rows, monkeypatch):
+    monkeypatch.setattr(trainable, "few_odd_rows", lambda count: 0)
+    model = Trainable(tiny_base, dtype)
+    seen = set()
+    model.tree.model.layers[0].register_forward_pre_hook(lambda module, given: seen.add(len(given[0])))
+    for count in (291, 292, 293):
+        model.hidden(torch.arange(count) % 200, [count])
+    assert seen == rows
+    assert {count + few_odd_rows(count) for count in range(1, 17)} == {8, 16}
 
 
 def test_kept_weights_are_the_dequantized_codes(tiny_base):
