@@ -245,12 +245,11 @@ class Engine:
             while not self._is_over():
                 self._wake.clear()
                 try:
-                    rested = self._scheduler.rest  # by which the step is planned: it is short, or no rest follows
                     ran = self.step()
                     self._pass_on()
                     if not ran:
                         self._wake.wait(IDLE_SECONDS if self._live or self._stop_at is not None else None)
-                    elif rest := min(rested, self._scheduler.rest):
+                    elif rest := self._scheduler.rest:
                         time.sleep(min(LONGEST_REST, rest * self._record.last_seconds))
                 # A panic in a library of Rust is no Exception, and would end this thread.
                 except BaseException as error:

@@ -126,6 +126,13 @@ class Loads:
         load = self._loads.get(request.mix)
         return load is not None and load.settled and request in load.waiters
 
+    def holds_up(self, request: Request) -> bool:
+        """Whether the load of the request's mix has not come yet, or could not begin for want of a place."""
+        load = self._loads.get(request.mix)
+        if load is not None:
+            return not load.future.done()
+        return self._places[self._is_warm(request.mix)] >= self._limit
+
     def waited(self, priority: int, now: float) -> float:
         """For how long a request of that priority has waited for a load that has not come, at most; 0 if none does."""
         return now - min(self._lacking(priority), default=now)

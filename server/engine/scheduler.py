@@ -96,6 +96,8 @@ class Scheduler:
         self.preemptions = 0
         self.lending = False
         """Whether processors are lent to others between steps; may be set from any thread."""
+        self._planned_rest = 0.0
+        """What the last plan went by: it is a short step, or no rest may follow it."""
         self._root = root
         self._blocked: dict[Request, float] = {}
         """Those that had their weights and found no room, and since when."""
@@ -179,9 +181,11 @@ class Scheduler:
 
     def plan(self, now: float) -> Plan:
         """What runs next. Requests that end here (deadline, failed load) are done and only have to be told."""
-        plan = Plan(most=self._most_tokens(), most_logits=self.limits.max_logits)
+        plan = Plan(most_logits=self.limits.max_logits)
         self._sweep(now, plan)
         self._settle_loads(now, plan)
+        self._planned_rest = self._spare()
+        plan.most = self._most_tokens()
         plan.whole = sum(request.computed >= request.goal for request in self.running)
         self._make_way(now, plan)
         self._answer(plan)
@@ -203,19 +207,28 @@ class Scheduler:
 
     @property
     def rest(self) -> float:
-        """How long the processors are to be left to others after a step, in times of what it took.
+        """How long the processors are to be left to others after the last step, in times of what it took: no longer
+        than it was planned for."""
+        return min(self._planned_rest, self._spare())
 
-        Up to a quarter of `max_batch` it is REST, from half of it on nothing. What a server that is not full lends is
-        mostly not lost: a step of few sequences takes nearly as long as one of some more, and requests that come more
-        slowly than they could be taken gather in fewer and larger steps.
+    def _spare(self) -> float:
+        """Up to a quarter of `max_batch` it is REST, from half of it on nothing.
+
+        What a server that is not full lends is mostly not lost: a step of few sequences takes nearly as long as one of
+        some more, and requests that come more slowly than they could be taken gather in fewer and larger steps. Those
+        that wait for a step, or for what running ones hold, fill it as these do: where prompts are most of the work few
+        ever run. Those that wait for a load do not, which no step brings nearer.
         """
         if not self.lending:
             return 0.0
-        return REST * min(1.0, max(0.0, 2.0 - 4.0 * len(self.running) / self.limits.max_batch))
+        ready = (r for r in self.waiting if self.slots.has(r.mix) or not self.loads.holds_up(r))
+        most = self.limits.max_batch
+        count = len(self.running) + sum(1 for _ in itertools.islice(ready, most))
+        return REST * min(1.0, max(0.0, 2.0 - 4.0 * count / most))
 
     def _most_tokens(self) -> int:
         most = self.limits.max_step_tokens
-        return min(most, len(self.running) + LENT_ROWS) if self.rest else most
+        return min(most, len(self.running) + LENT_ROWS) if self._planned_rest else most
 
     # -- deadlines and loads
 

@@ -7,7 +7,7 @@ import random
 import time
 from typing import Any
 
-from server.engine.scheduler import OUTPUT_COST
+from server.engine.scheduler import OUTPUT_COST, REST
 from server.engine.slots import Room
 
 
@@ -39,6 +39,51 @@ def test_a_step_is_within_its_tokens_while_processors_are_lent(bench: Any) -> No
         b.submit(prompt(i, 20), max_tokens=2)
     b.settle()
     assert max(batch.rows for batch in b.runner.steps) == 9
+
+
+def test_a_server_full_of_prompts_lends_nothing(bench: Any, tools: Any) -> None:
+    """Few of them run at any time, as each answer ends with its prompt."""
+    b = bench(max_batch=32, max_step_tokens=64)
+    b.engine.lend(True)
+    heard = [b.submit(prompt(i, 20), max_tokens=1) for i in range(100)]
+    scheduler = b.engine._scheduler
+    while len(scheduler.waiting) + len(b.engine._inbox._arrivals.requests) > 16:
+        assert b.engine.step()
+        assert b.runner.steps[-1].rows == 64 and scheduler.rest == 0.0
+    b.settle()
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in heard)
+    assert b.runner.steps[-1].rows < 64 and scheduler.rest > 0.0, "it has come to less than half of a batch"
+    b.check_empty()
+
+
+def test_those_that_wait_for_room_fill_a_server_that_lends(bench: Any) -> None:
+    b = bench(blocks=12, max_step_tokens=64)
+    b.engine.lend(True)
+    heard = [b.submit(prompt(i, 30), max_tokens=12) for i in range(6)]
+    b.engine.step()
+    b.engine.step()
+    assert b.engine.stats()["running"] == 1 and b.engine._scheduler.rest == 0.0
+    b.settle()
+    assert all(h.reason == "length" for h in heard)
+
+
+def test_those_that_wait_for_a_load_leave_processors_to_others(bench: Any, tools: Any) -> None:
+    b = bench(max_batch=8, max_step_tokens=64, blocks=200, fetch=tools.Fetcher(ready=set()))
+    b.engine.lend(True)
+    b.submit(prompt(0), max_tokens=50)
+    heard = [b.submit(prompt(i), mix=tools.mix_of(f"a{i}"), max_tokens=2) for i in range(1, 21)]
+    for _ in range(2):
+        b.engine.step()
+    assert b.engine.stats()["loading"] == 16, "for whom there are places, and four that have none"
+    assert b.engine._scheduler.rest == REST
+    for _ in range(16):
+        b.fetch.finish()
+    b.engine.step()
+    assert b.engine._scheduler.rest == 0.0
+    b.fetch.ready = None
+    b.settle()
+    assert all(h.reason == "length" for h in heard)
+    b.check_empty()
 
 
 def test_after_a_failed_step_adapters_are_placed_anew(bench: Any, tools: Any) -> None:
