@@ -4,8 +4,8 @@ The only one, with its loads, that changes a request's state. Owns the running s
 the queue and the loads, everything that a request holds. Does not know models, logits or text.
 
 A step's tokens go to running answers first (one each), then to prompts that have begun, then to requests that enter.
-Prompts that need more than a whole step come last, so that a short one does not wait for a long one; the oldest of them
-has half of each step's rows for prompts, so that it does not wait for ever.
+Prompts that need more than all of the step's rows for prompts come last, so that a short one does not wait for a long
+one; the oldest of them has half of these rows, so that it does not wait for ever.
 
 Requests enter when their blocks and their slots can be reserved together, in the queue's order. A request whose
 adapters are not in memory is passed over until they are; one that finds no room is passed over too, until it has
@@ -272,10 +272,11 @@ class Scheduler:
     def _prompt(self, now: float, plan: Plan) -> None:
         """The rest of the step for prompts, of which some enter."""
         prompts = [r for r in self.running if r.goal - r.computed > 1]
-        long = [r for r in prompts if r.goal - r.computed > self.limits.max_step_tokens]
+        room = plan.most - plan.tokens
+        long = [r for r in prompts if r.goal - r.computed > room]
         logits = 0
         if long:
-            plan.held, logits = self._chunk(long[0], plan, -(-(plan.most - plan.tokens) // 2))
+            plan.held, logits = self._chunk(long[0], plan, -(-room // 2))
         plan.most -= plan.held
         plan.most_logits -= logits
         for request in prompts:

@@ -7,7 +7,7 @@ import random
 import time
 from typing import Any
 
-from server.engine.scheduler import OUTPUT_COST, REST
+from server.engine.scheduler import LENT_ROWS, OUTPUT_COST, REST
 from server.engine.slots import Room
 
 
@@ -54,6 +54,24 @@ def test_a_server_full_of_prompts_lends_nothing(bench: Any, tools: Any) -> None:
     assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in heard)
     assert b.runner.steps[-1].rows < 64 and scheduler.rest > 0.0, "it has come to less than half of a batch"
     b.check_empty()
+
+
+def test_a_short_prompt_waits_for_no_longer_ones_while_processors_are_lent(bench: Any) -> None:
+    """Each of them is less than a whole step of a server that does not lend, and more than one of this."""
+    b = bench(max_batch=32, max_step_tokens=512, blocks=600)
+    b.engine.lend(True)
+    long = [b.submit(prompt(i, 400), max_tokens=1) for i in range(4)]
+    b.engine.step()
+    short = b.submit(prompt(9, 20), max_tokens=1)
+    steps = 0
+    while short.reason is None:
+        before = long[0].request.computed
+        b.engine.step()
+        steps += 1
+        assert long[0].request.computed - before >= LENT_ROWS // 2, "the oldest waits for nobody"
+    assert steps <= 6 and not any(h.tokens for h in long)
+    b.settle()
+    assert all(h.reason == "length" for h in long)
 
 
 def test_those_that_wait_for_room_fill_a_server_that_lends(bench: Any) -> None:
