@@ -12,7 +12,8 @@ from server.engine.sampler import Pick
 def accept(request: Request, pick: Pick, eos_ids: frozenset[int]) -> Delivery:
     """Add a picked token to the request and say what there is to deliver.
 
-    End tokens and stop strings do not count before `min_tokens` are there. The end token has no text.
+    End tokens and stop strings do not count before `min_tokens` are there. The end token has no text. One that a
+    constraint has let through ends the answer even where end tokens are ignored: nothing that it allows can follow.
     """
     if pick.error is not None:
         return Delivery(finish_reason="error", error=pick.error)
@@ -23,9 +24,8 @@ def accept(request: Request, pick: Pick, eos_ids: frozenset[int]) -> Delivery:
     if request.constraint is not None:
         request.constraint.accept(token)
     text, reason = "", None
-    if count > sampling.min_tokens and (
-        token in sampling.stop_token_ids or (token in eos_ids and not sampling.ignore_eos)
-    ):
+    ends = token in eos_ids and (request.constraint is not None or not sampling.ignore_eos)
+    if count > sampling.min_tokens and (ends or token in sampling.stop_token_ids):
         text, reason = reader.rest(), "stop"
     else:
         text = reader.add(token, search=count > sampling.min_tokens)

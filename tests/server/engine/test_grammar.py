@@ -437,6 +437,15 @@ def test_an_answer_that_is_whole_ends_before_min_tokens(bench: Any, text: Text) 
     assert (heard.reason, heard.error) == ("stop", None) and json.loads(heard.text) == {"a": 1}
 
 
+@pytest.mark.parametrize("least", [0, 50])
+def test_an_answer_that_is_whole_ends_where_ends_are_ignored(bench: Any, text: Text, least: int) -> None:
+    engine = bench()
+    [grammar] = Grammars(text, text.size).ask({"enum": [{"a": 1}]}, 1).result()
+    heard = engine.submit(text.encode("hi"), max_tokens=60, min_tokens=least, ignore_eos=True, constraint=grammar)
+    engine.settle()
+    assert heard.reason == "stop" and json.loads(heard.text) == {"a": 1}
+
+
 def test_a_token_that_stops_answers_stops_none_before_min_tokens(bench: Any, text: Text) -> None:
     """The grammar allows nothing else there, and goes on after it."""
     engine = bench()
