@@ -126,8 +126,8 @@ class Sampler:
             return DrawnLargest(logits)
         how, top_k = np.zeros((rows, 4), np.float32), np.zeros(rows, np.int32)
         for row, request in drawn:
-            sampling, noise = request.sampling, min(uniform(request.seed, len(request.output)), _BELOW_ONE)
-            how[row] = sampling.temperature, sampling.top_p, sampling.min_p, noise
+            sampling = request.sampling
+            how[row] = sampling.temperature, sampling.top_p, sampling.min_p, _noise(request)
             top_k[row] = sampling.top_k
         return draw(logits, how, top_k)
 
@@ -171,7 +171,7 @@ class Sampler:
             raise InvalidRequest("no token is allowed here: the limits on this answer contradict each other")
         if sampling.temperature < _TINY:
             return best
-        return self._draw(row, row[best], sampling, uniform(request.seed, len(request.output)))
+        return self._draw(row, row[best], sampling, _noise(request))
 
     def _draw(self, row: Row, best: np.float32, sampling: Sampling, u: float) -> int:
         """The id at which the summed probabilities pass `u`."""
@@ -217,6 +217,12 @@ def is_simple(request: Request) -> bool:
     return s.is_simple and request.scored == 0 and request.constraint is None and len(request.output) >= s.min_tokens
 
 
+def _noise(request: Request) -> float:
+    """What the request's next token is drawn by: a number of float32, as runners take it. So a request draws the same
+    here as there, whatever else is wanted of its rows."""
+    return float(np.float32(min(uniform(request.seed, len(request.output)), _BELOW_ONE)))
+
+
 def uniform(seed: int, index: int) -> float:
     """A number in [0, 1) of 53 bits that is a function of the seed and the token's index alone (Philox)."""
     raw = np.random.Philox(key=seed & (2**64 - 1), counter=[index, 0, 0, 0]).random_raw()
@@ -257,8 +263,8 @@ def _candidates(weights: Row, sampling: Sampling) -> npt.NDArray[np.int64]:
     faster where a flat distribution leaves thousands of them.
     """
     k, total = len(weights), 0.0
-    limited = 0 < sampling.top_k < k
-    if not limited and sampling.top_p >= 1.0:
+    limited, top_p = 0 < sampling.top_k < k, float(np.float32(sampling.top_p))  # as runners take it
+    if not limited and top_p >= 1.0:
         return np.flatnonzero(weights >= np.float32(sampling.min_p))
     if limited:
         k = sampling.top_k
@@ -266,11 +272,11 @@ def _candidates(weights: Row, sampling: Sampling) -> npt.NDArray[np.int64]:
     else:
         total = float(weights.sum(dtype=np.float64))
         # what is below this adds up to less than what top_p leaves out
-        values = np.sort(weights[weights >= (1.0 - sampling.top_p) * total / len(weights)])[::-1]
+        values = np.sort(weights[weights >= (1.0 - top_p) * total / len(weights)])[::-1]
     count = len(values)
-    if sampling.top_p < 1.0:
+    if top_p < 1.0:
         sums = np.cumsum(values, dtype=np.float64)
-        goal = sampling.top_p * (total or sums[-1])
+        goal = top_p * (total or sums[-1])
         count = min(count, int(np.searchsorted(sums, goal)) + 1)
     least = values[count - 1]
     ids = np.flatnonzero(weights >= max(least, np.float32(sampling.min_p)))

@@ -258,6 +258,21 @@ def test_noise_that_float32_would_round_to_one_is_below_it(monkeypatch: pytest.M
     assert how[0, 3] == np.nextafter(np.float32(1), np.float32(0))
 
 
+@pytest.mark.parametrize("more", [{"logprobs": 0}, {"repetition_penalty": 1.5}], ids=str)
+def test_what_is_drawn_here_is_drawn_by_the_noise_that_runners_are_told(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    """Of ten ids that are as likely, by noise that float32 has on the other side of where the sixth begins."""
+    monkeypatch.setattr("server.engine.sampler.uniform", lambda seed, index: 0.5 - 2.0**-40)
+    row = np.zeros(VOCAB)
+    row[100:110] = 50.0
+    draw, chosen = Draws(0), request(temperature=1.0)
+    Sampler(VOCAB, frozenset(), draw).pick(Logits(torch.zeros(1, VOCAB)), [Work(chosen, 1, 1)])
+    [(_, how, _)] = draw.asked
+    assert how[0, 3] == 0.5
+    assert pick(row, request(temperature=1.0, **more))[0].token == 105
+
+
 def test_a_temperature_below_all_floats_is_none() -> None:
     """In float32 it divides to what is no number, there as here."""
     draw = Draws(3)

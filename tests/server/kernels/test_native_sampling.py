@@ -28,6 +28,7 @@ LIMITS: list[dict[str, Any]] = [
     {"top_k": 10**6},
     {"top_p": 2.0**-30},
     {"top_p": 0.3125},
+    {"top_p": 0.6},
     {"top_p": 0.9375},
     {"top_p": 1 - 2.0**-20},
     {"min_p": 2.0**-6},
@@ -37,7 +38,7 @@ LIMITS: list[dict[str, Any]] = [
     {"top_p": 0.8125, "min_p": 0.3125},
     {"top_k": 700, "top_p": 0.96875, "min_p": 2.0**-10},
 ]
-"""Numbers that float32, in which a runner is told them, has exactly."""
+"""0.6 is more in float32, in which a runner is told it: of equals that is one token more."""
 
 
 @lru_cache(maxsize=4)
