@@ -137,11 +137,15 @@ class Loads:
         """For how long a request of that priority has waited for a load that has not come, at most; 0 if none does."""
         return now - min(self._lacking(priority), default=now)
 
-    def leave(self, request: Request) -> None:
-        """The request waits for its mix no more: it runs, or it has ended."""
+    def leave(self, request: Request) -> bool:
+        """The request waits for its mix no more: it runs, or it has ended. Answers whether that leaves a place where
+        there was none."""
         load = self._loads.get(request.mix)
-        if load is not None and load.waiters.pop(request, None) is not None and not load.waiters:
-            self._remove(request.mix)
+        if load is None or load.waiters.pop(request, None) is None or load.waiters:
+            return False
+        full = self._places[load.warm] >= self._limit
+        self._remove(request.mix)
+        return full
 
     def give_way(self, priority: int) -> None:
         """Give up the loads that only less urgent requests wait for, if one of that priority lacks its own.

@@ -520,5 +520,6 @@ class Scheduler:
 
     def _stop_waiting(self, request: Request) -> None:
         """Nothing is kept for it any more that its waiting needed: loads, and its age."""
-        self.loads.leave(request)
+        if self.loads.leave(request):
+            self._changed = True  # who was refused that place may stand before this one in the queue
         self._blocked.pop(request, None)

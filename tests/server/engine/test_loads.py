@@ -132,6 +132,14 @@ def test_the_end_of_a_load_that_was_given_up_says_nothing_of_the_one_that_follow
     assert asked.loads.settle(3.0) == (False, []) and second.state is State.LOADING
 
 
+def test_who_leaves_says_whether_there_was_no_place(asked: Asked) -> None:
+    first, again, second = asked.request("a1"), asked.request("a1"), asked.request("a2")
+    for request in (first, again, second):
+        asked.loads.ask(request, 1.0)
+    assert not asked.loads.leave(first), "another waits for that load"
+    assert asked.loads.leave(again) and not asked.loads.leave(second) and not asked.loads.leave(second)
+
+
 def test_who_has_waited_longest_counts_among_those_of_one_priority(asked: Asked) -> None:
     assert asked.loads.waited(0, 10.0) == 0.0
     for since, name, priority in ((1.0, "a1", 1), (2.0, "a2", 0), (5.0, "a2", 0)):

@@ -411,3 +411,23 @@ def test_what_is_found_of_a_prompt_takes_no_second_block(bench: Any) -> None:
         assert len(heard.request.blocks) == 11
         b.settle()
     assert heard.request.cached == 40
+
+
+def test_who_found_no_place_for_its_load_asks_again_as_one_behind_it_enters(bench: Any, tools: Any) -> None:
+    b = bench(max_batch=2, fetch=tools.Fetcher(ready=set()))
+    held = [b.submit(prompt(i, 3), mix=tools.mix_of(f"a{i}"), max_tokens=20, fair_key="many") for i in range(1, 5)]
+    b.engine.step()
+    first = b.submit(prompt(5, 3), mix=tools.mix_of("a5"), max_tokens=2, fair_key="one")
+    first.request.submitted -= 60
+    b.engine.step()
+    assert len(b.fetch.asked) == 4, "there are no more places"
+    b.fetch.finish()
+    b.engine.step()
+    b.engine.step()
+    assert held[0].request.state is tools.State.RUNNING and first.request.state is tools.State.LOADING
+    b.fetch.ready = None
+    while b.fetch.pending:
+        b.fetch.finish()
+    b.settle()
+    assert all(h.reason == "length" for h in (first, *held))
+    b.check_empty()
