@@ -45,7 +45,7 @@ class Model(Protocol):
     tree: nn.Module
     """Where LoRALinears are put, by the base's own module paths."""
     blocks: Sequence[nn.Module]
-    """The layers that activation checkpointing computes again."""
+    """The layers that activation checkpointing computes again, by `whole` where one has such a forward."""
     metadata: Mapping[str, Any]
     """`base` (name), `base_id`, `quantization`: goes into the result."""
     nbytes: int
@@ -507,7 +507,7 @@ def _mode(tree: nn.Module, training: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Within it the blocks keep their inputs only, and compute the rest again on the way back."""
-    originals = [block.forward for block in blocks]
+    originals = [getattr(block, "whole", block.forward) for block in blocks]
     for block, forward in zip(blocks, originals, strict=True):
         block.forward = functools.partial(checkpoint, forward, use_reentrant=False)
     try:

@@ -5,6 +5,7 @@ Owns how autograd is told. Does not know what the parts are: cheap ones, whose r
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,13 @@ def made_again(part: Part, *inputs: torch.Tensor) -> Iterator[torch.Tensor]:
         yield made
 
 
+@contextmanager
+def kept(part: Part, *inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What `part` makes, kept by whoever uses it: within a checkpoint, which sees to memory by itself and would not
+    hear of what is saved within `made_again`."""
+    yield part(*inputs)
+
+
 def _unpack(packed: Any) -> torch.Tensor:
     return packed.value().detach() if isinstance(packed, _Again) else packed
 
@@ -44,13 +52,15 @@ class _Again:
 
     def __init__(self, part: Part) -> None:
         self.part = part
-        self.node: Any = None
+        self.node: Callable[[], Any] = lambda: None
+        """The step of the graph that has the inputs, as long as that is there: a cycle would keep them for longer."""
         self._made: tuple[list[torch.Tensor], torch.Tensor] | None = None
 
     def value(self) -> torch.Tensor:
         """What the part makes, with its graph; kept until `send_back`."""
         if self._made is None:
-            given = zip(self.node.saved_tensors, self.node.needs_input_grad[1:], strict=True)
+            node = self.node()
+            given = zip(node.saved_tensors, node.needs_input_grad[1:], strict=True)
             inputs = [tensor.detach().requires_grad_(needed) for tensor, needed in given]
             with torch.enable_grad():
                 self._made = inputs, self.part(*inputs)
@@ -71,7 +81,7 @@ class _Made(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, again: _Again, *inputs: torch.Tensor) -> torch.Tensor:
-        again.node = ctx
+        again.node = weakref.ref(ctx)
         ctx.again = again
         ctx.save_for_backward(*inputs)
         return again.part(*inputs)

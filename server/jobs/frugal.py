@@ -6,6 +6,8 @@ decoder's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from server.jobs.again import made_again
+from server.jobs.again import kept, made_again
 from server.model.attention import Context
 from server.model.decoder import Layer, RMSNorm, Rotary, Source, swiglu
 
@@ -34,7 +36,8 @@ class Asked(Context):
 
 class Frugal(Layer):
     """A layer that keeps for the way back what its products make and the stream alone: norms, attention and SwiGLU cost
-    little beside these, and are computed once more there. The same values, in less than half of the memory.
+    little beside these, and are computed once more there. The same values, in less than half of the memory, if there is
+    no dropout, whose masks and what they leave are kept.
     """
 
     def __init__(self, base: Source, layer: int, dtype: torch.dtype) -> None:
@@ -43,14 +46,27 @@ class Frugal(Layer):
         self.post_attention_layernorm = Norm.of(self.post_attention_layernorm)
 
     def forward(self, stream: torch.Tensor, rotary: Rotary, context: Context) -> torch.Tensor:
+        return self._go(made_again, stream, rotary, context)
+
+    def whole(self, stream: torch.Tensor, rotary: Rotary, context: Context) -> torch.Tensor:
+        """The same for activation checkpointing, which computes all of the layer again."""
+        return self._go(kept, stream, rotary, context)
+
+    def _go(
+        self,
+        made: Callable[..., AbstractContextManager[torch.Tensor]],
+        stream: torch.Tensor,
+        rotary: Rotary,
+        context: Context,
+    ) -> torch.Tensor:
         attention, mlp = self.self_attn, self.mlp
-        with made_again(self.input_layernorm, stream) as normed:
+        with made(self.input_layernorm, stream) as normed:
             heads = attention.projected(normed, rotary, context)
-        with made_again(partial(self.attend, context), *heads) as seen:
+        with made(partial(self.attend, context), *heads) as seen:
             stream = self.wanted(stream, context) + attention.o_proj(seen, context)
-        with made_again(self.post_attention_layernorm, stream) as normed:
+        with made(self.post_attention_layernorm, stream) as normed:
             gate, up = mlp.gate_proj(normed, context), mlp.up_proj(normed, context)
-        with made_again(swiglu, gate, up) as hidden:
+        with made(swiglu, gate, up) as hidden:
             return stream + mlp.down_proj(hidden, context)  # type: ignore[no-any-return]
 
     def attend(self, context: Context, *heads: torch.Tensor) -> torch.Tensor:

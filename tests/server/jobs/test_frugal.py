@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,6 +53,57 @@ def test_layers_that_are_computed_again_whole_train_the_same(tiny_base):
         config = TrainingConfig(lora_rank=2, batch_size=3, max_steps=4, activation_checkpointing=whole, seed=3)
         results.append(training.train(Trainable(tiny_base, "float32"), Tokens(tuple(examples)), config).digest)
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_layer_that_is_computed_again_whole_keeps_its_input_alone(tiny_base, monkeypatch, dropout):
+    """Nor does what it makes again on the way back outlive that, by a cycle that waits for its collector."""
+    kept, of = [], F.linear
+
+    def watched(x, *others):
+        y = of(x, *others)
+        kept.append(weakref.ref(y))
+        return y
+
+    model = Trainable(tiny_base, "float32")
+    layers.inject(model.tree, LoraSpec(rank=3, dropout=dropout), seed=1)
+    model.tree.train()
+    monkeypatch.setattr(F, "linear", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        with training._recomputed(model.blocks):
+            states = model.hidden(torch.tensor([3, 4, 5, 6, 7, 3, 4, 8]), [5, 3])
+            monkeypatch.setattr(F, "linear", of)
+            assert (len(kept) > 0) == (dropout > 0)  # without dropout the two products are one of our own
+            assert not [one for one in kept if one() is not None]
+            before = len(nodes())
+            states.sum().backward()
+            del states
+        assert len(nodes()) == before == 0
+    finally:
+        gc.enable()
+
+
+def nodes() -> list[object]:
+    return [one for one in gc.get_objects() if type(one).__name__ == "_Again"]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_nothing_of_a_pass_outlives_it(tiny_base, whole):
+    model = Trainable(tiny_base, "float32")
+    layers.inject(model.tree, LoraSpec(rank=3), seed=1)
+    gc.collect()
+    gc.disable()
+    try:
+        with training._recomputed(model.blocks) if whole else nullcontext():
+            states = model.hidden(torch.tensor([3, 4, 5, 6, 7, 3, 4, 8]), [5, 3])
+            assert (len(nodes()) > 0) != whole
+            states.sum().backward()
+            del states
+        assert not nodes()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
