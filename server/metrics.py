@@ -268,8 +268,11 @@ class Metrics(Observer):
 
     # ---- reading
 
-    def totals(self) -> dict[str, dict[str, float]]:
-        """Per task, for `/stats`: requests, errors, tokens, and mean seconds to the first token and in all."""
+    def totals(self) -> dict[str, dict[str, float | None]]:
+        """Per task, for `/stats`: requests, errors, tokens, and mean seconds to the first token and in all.
+
+        A mean of which nothing was measured is None.
+        """
         table: dict[str, dict[str, float]] = {}
         with self._lock:
             for task, pair in [*((task, pair) for (task, _), pair in self._pairs.items()), *self._gone.items()]:
@@ -283,10 +286,12 @@ class Metrics(Observer):
                 for name, measured in (("duration", duration), ("ttft", ttft)):
                     row[f"_{name}"] += sum(measured.counts)
                     row[f"{name}_seconds"] += measured.total
-        for row in table.values():
-            for name in ("duration", "ttft"):
-                row[f"{name}_seconds"] /= row.pop(f"_{name}") or 1.0
-        return table
+        told: dict[str, dict[str, float | None]] = {}
+        for task, row in table.items():
+            counts = {f"{name}_seconds": row.pop(f"_{name}") for name in ("duration", "ttft")}
+            means = {name: row[name] / count if count else None for name, count in counts.items()}
+            told[task] = {**row, **means}
+        return told
 
     def render(self) -> bytes:
         """The whole exposition, text format 0.0.4."""

@@ -400,11 +400,11 @@ class Health(Out):
 
 
 class Stats(Out):
-    """Memory by kind in bytes, the engine's counters, slots, and a table by task."""
+    """Memory by kind in bytes, the engine's counters, slots, and a table by task, where a mean of nothing is null."""
 
     base: dict[str, Any]
     memory: dict[str, int]
     engine: dict[str, Any]
     slots: dict[str, Any]
     adapters: dict[str, int]
-    tasks: dict[str, dict[str, float]]
+    tasks: dict[str, dict[str, float | None]]

@@ -169,6 +169,12 @@ def test_means_are_over_what_was_measured() -> None:
     assert all(not name.startswith("_") for name in told)
 
 
+def test_a_task_of_refusals_alone_has_no_means(live: Any) -> None:
+    assert live.generate("x", max_tokens=10**6).status_code == 400
+    told = live.http.get("/stats").json()["tasks"]["none"]
+    assert told["errors"] == 1 and told["ttft_seconds"] is None and told["duration_seconds"] is None
+
+
 def test_mixes_that_requests_make_up_leave_series_to_tasks_and_adapters(
     live: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
