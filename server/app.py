@@ -87,6 +87,7 @@ def create_app(
     app.state.runtime = runtime
     errors.install(app, runtime.unread)
     openapi.install(app)
+    page.install(app)
     for part in (generate, openai, vllm, adapters, tasks, files, fine_tuning, jobs, monitoring, openapi, page):
         app.include_router(part.router)
     return app

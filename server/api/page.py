@@ -1,16 +1,16 @@
 """The built-in page: `/` and `/web/...`, plain files of the package under a strict Content-Security-Policy.
 
-The files are listed once, so that a path from a client only ever looks one up and never opens anything.
+The files are read once, as the application is made: a path from a client only ever looks one up and never opens
+anything, and what is installed over a server that runs mixes no other version's page with it.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 
 from server.errors import UnknownName
 
@@ -37,7 +37,11 @@ class _File:
     etag: str
 
 
-@functools.cache
+def install(app: FastAPI) -> None:
+    """Read the page for this application."""
+    app.state.page = _files()
+
+
 def _files() -> dict[str, _File]:
     """Every file of the page by its path within the folder."""
     found = {}
@@ -69,7 +73,7 @@ async def vendored(folder: str, file: str, request: Request) -> Response:
 
 def _answer(path: str, request: Request) -> Response:
     """A file, or 304 where the browser has it. It asks each time, so that no page is of two servers' files."""
-    found = _files().get(path)
+    found = request.app.state.page.get(path)
     if found is None:
         raise UnknownName("there is no such file")
     headers = {

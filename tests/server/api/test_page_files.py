@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.api import page
 from server.api.page import FOLDER
 
 
@@ -36,6 +39,20 @@ def test_the_page_has_no_inline_script_or_style_and_no_other_host() -> None:
     assert not re.search(r"<script(?![^>]*\bsrc=)", text)
     assert not re.search(r"<[^>]+\s(style|on\w+)=", text)
     assert not re.search(r"https?://(?!www\.w3\.org/)(?!localhost)", text)
+
+
+def test_the_page_is_that_of_the_server_that_was_started(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upgrade puts other files where these were while the old server goes on."""
+    folder = shutil.copytree(FOLDER, tmp_path / "web")
+    (folder / "app.js").write_text("this version's")
+    monkeypatch.setattr(page, "FOLDER", folder)
+    live = start()
+    (folder / "app.js").write_text("another version's")
+    (folder / "index.html").unlink()
+    assert live.http.get("/web/app.js").text == "this version's"
+    assert live.http.get("/").status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/web/none.js", "/web/..%2fapp.py", "/web/%2e%2e/settings.py", "/web/vendor"])
