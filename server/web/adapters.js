@@ -1,6 +1,6 @@
 // The adapters that are registered, what they cost, and what can be done with each.
 import { get, latest, send } from "./api.js";
-import { bytes, headings, lay, make, refocus, row, search } from "./dom.js";
+import { bytes, emptying, headings, lay, make, refocus, row, search } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 const ORDER = ["q", "k", "v", "o", "gate", "up", "down"];
@@ -75,8 +75,8 @@ export function start(given) {
     event.preventDefault();
     const submit = $("upload").querySelector("button");
     const form = new FormData();
-    const name = $("upload-name").value;
-    form.append("name", name);
+    const empty = emptying($("upload"));
+    form.append("name", $("upload-name").value);
     form.append("adapter_config.json", $("upload-config").files[0]);
     form.append("adapter_model.safetensors", $("upload-weights").files[0]);
     submit.disabled = true;
@@ -84,7 +84,7 @@ export function start(given) {
     try {
       const { version } = await send("POST", "/adapters", form);
       frame.say(`${version} is served.`);
-      if ($("upload-name").value === name) $("upload").reset();
+      empty();
       drawn = "";
       await frame.refresh();
     } catch (error) {

@@ -48,6 +48,16 @@ export function refocus(button, to = button) {
   if ([document.body, button].includes(document.activeElement)) to.focus();
 }
 
+const entered = (form) => [...form.elements].map((part) => part.files?.[0] ?? part.value);
+
+// Called as a form is sent. What it answers empties the form, unless something in it has been changed since.
+export function emptying(form) {
+  const sent = entered(form);
+  return () => {
+    if (entered(form).every((value, i) => value === sent[i])) form.reset();
+  };
+}
+
 // What a list of choices has: `none` first, if that may be chosen too. A choice that is gone stays chosen, and the server
 // says so: nothing else may be taken in its place.
 export function offer(select, names, none = null, chosen = select.value) {

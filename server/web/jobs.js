@@ -1,7 +1,7 @@
 // Training and evaluation jobs: progress, curves, what can be done with each, and the form that starts one.
 /* global uPlot */
 import { get, inRounds, latest, send } from "./api.js";
-import { chart, make, mixture, newest, offer, refocus } from "./dom.js";
+import { chart, emptying, make, mixture, newest, offer, refocus } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 const list = $("job-list");
@@ -146,18 +146,20 @@ async function upload(file) {
 }
 
 async function begin() {
-  const { base } = await get("/stats");
+  // All of the form at once: while files are sent its user may fill it in for another job.
   const body = {
-    model: base.name, suffix: $("train-name").value,
+    suffix: $("train-name").value,
     hyperparameters: { n_epochs: Number($("train-epochs").value) },
     lora: { r: Number($("train-rank").value), publish: $("train-publish").value },
   };
   if ($("train-task").value) body.lora.task = $("train-task").value;
+  const chosen = [["training_file", "train-file"], ["validation_file", "train-validation"]]
+    .flatMap(([field, input]) => [...$(input).files].map((file) => [field, file]));
+  body.model = (await get("/stats")).base.name;
   const files = [];
   try {
-    for (const [field, input] of [["training_file", "train-file"], ["validation_file", "train-validation"]]) {
-      if (!$(input).files.length) continue;
-      body[field] = await upload($(input).files[0]);
+    for (const [field, file] of chosen) {
+      body[field] = await upload(file);
       files.push(body[field]);
     }
     await send("POST", "/v1/fine_tuning/jobs", body);
@@ -177,12 +179,12 @@ export function start(given) {
   $("train").addEventListener("submit", async (event) => {
     event.preventDefault();
     const button = $("train").querySelector("button");
-    const name = $("train-name").value;
+    const empty = emptying($("train"));
     button.disabled = true;
     try {
       await begin();
       frame.say("The job is in the queue.");
-      if ($("train-name").value === name) $("train").reset();
+      empty();
       await frame.refresh();
     } catch (error) {
       frame.complain(error);

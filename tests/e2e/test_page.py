@@ -415,6 +415,55 @@ def test_who_goes_on_while_a_file_is_sent_is_left_alone(
     assert house.client.delete("/adapters/slow").is_success
 
 
+def test_what_is_filled_in_for_the_next_job_is_no_part_of_the_one_that_is_sent(page: Page) -> None:
+    page.route("**/v1/files", lambda route: route.fulfill(json={"id": "file-sent"}))
+    page.route("**/v1/fine_tuning/jobs", lambda route: route.fulfill(json={"id": "ftjob-sent"}))
+    page.get_by_role("tab", name="Jobs").click()
+    form, name, publish = page.locator("#train"), page.get_by_label("Adapter's name"), page.get_by_label("Publish")
+    examples = {"name": "words.jsonl", "mimeType": "application/jsonl", "buffer": b"{}"}
+    name.fill("first")
+    form.get_by_label("Examples, JSON or JSONL").set_input_files(examples)
+    held: list[Route] = []
+    page.route("**/stats", lambda route: held.append(route))
+    with page.expect_request("**/v1/fine_tuning/jobs") as caught:
+        page.get_by_role("button", name="Start").click()
+        until(lambda: page.wait_for_timeout(10) or held)
+        name.fill("second")
+        form.get_by_label("Held-out examples").set_input_files(examples)
+        form.get_by_label("Epochs").fill("7")
+        form.get_by_label("Rank").fill("2")
+        publish.select_option("never")
+        name.fill("first")  # as before, so that this alone tells of no change
+        page.unroute("**/stats")
+        while held:
+            held.pop().continue_()
+    sent = json.loads(caught.value.post_data or "")
+    assert (sent["suffix"], sent["hyperparameters"]) == ("first", {"n_epochs": 3})
+    assert sent["lora"] == {"r": 8, "publish": "always"}
+    assert sent["training_file"] == "file-sent" and "validation_file" not in sent
+    expect(page.locator("#notice")).to_have_text("The job is in the queue.")
+    expect(publish).to_have_value("never")
+    assert form.get_by_label("Held-out examples").evaluate("input => input.files.length") == 1
+    page.unroute_all()
+
+
+def test_a_file_chosen_while_another_is_sent_stays_chosen(page: Page) -> None:
+    page.get_by_role("tab", name="Adapters").click()
+    page.get_by_label("Name", exact=True).fill("again")
+    weights = page.get_by_label("adapter_model.safetensors")
+    for file in (page.get_by_label("adapter_config.json"), weights):
+        file.set_input_files({"name": "first", "mimeType": "application/octet-stream", "buffer": b"{}"})
+    held: list[Route] = []
+    page.route("**/adapters", lambda route: held.append(route) if route.request.method == "POST" else route.continue_())
+    page.get_by_role("button", name="Upload", exact=True).click()
+    until(lambda: page.wait_for_timeout(10) or held)
+    weights.set_input_files({"name": "second", "mimeType": "application/octet-stream", "buffer": b"{}"})
+    held[0].fulfill(json={"version": "again@1"})
+    expect(page.locator("#notice")).to_have_text("again@1 is served.")
+    assert weights.evaluate("input => input.files[0]?.name") == "second"
+    page.unroute_all()
+
+
 def test_who_goes_on_while_a_button_works_is_left_alone(page: Page) -> None:
     held: list[Route] = []
     page.route("**/adapters/formal/pin", lambda route: held.append(route))
