@@ -56,6 +56,7 @@ async function show(name) {
     if (chosen) document.title = `${tab.textContent} · loramux`;
   }
   history.replaceState(null, "", `#/${name}`); // no id: the browser would move the focus there
+  parts[name].shown?.();
   await refresh();
 }
 

@@ -14,6 +14,8 @@ const RUNS = ["queued", "validating_files", "running"];
 const CURVES = [["train_loss", "training loss", "--one"], ["valid_loss", "validation loss", "--two"]];
 const MOST = 200; // the newest, that the server lists
 const WORDS = { validating_files: "reads its files" };
+const BY_NAME = "of the same name, if there is one"; // the task that the server takes where none is named
+let offered = false; // whether the tasks that there are can be chosen
 
 class Card {
   constructor(job) {
@@ -81,6 +83,7 @@ class Card {
     const now = JSON.stringify(job);
     if (now === this.drawn || job.kind !== "training" || !job.step) return;
     this.curves = (await get(JOB(job.id))).curves;
+    if (!this.node.isConnected) return; // it has left the list meanwhile
     this.draw(this.curves);
     this.drawn = now; // only then: a chart that did not come is asked for again
   }
@@ -176,6 +179,10 @@ export function start(given) {
     clearTimeout(still);
     still = setTimeout(redraw, 200);
   });
+  $("train-task").addEventListener("focus", () => {
+    shown();
+    frame.refresh();
+  });
   $("train").addEventListener("submit", async (event) => {
     event.preventDefault();
     const button = $("train").querySelector("button");
@@ -199,16 +206,31 @@ export function redraw() {
   for (const card of cards.values()) card.redraw();
 }
 
+// Definitions are long, and of hundreds of tasks only the names are wanted here: not every two seconds.
 async function offerTasks() {
-  offer($("train-task"), (await get("/tasks")).tasks.map((task) => task.name), "none");
+  if (offered) return;
+  offer($("train-task"), (await get("/tasks")).tasks.map((task) => task.name), BY_NAME);
+  offered = true;
 }
 
-export const refresh = latest(() => Promise.all([get("/jobs"), offerTasks()]), show);
+// Tasks are asked for as this part is gone to, and as one is about to be chosen.
+export function shown() {
+  offered = false;
+}
 
-async function show([{ jobs }]) {
+const look = latest(() => get("/jobs"), show);
+
+// Choices that do not come hide no jobs.
+export async function refresh() {
+  const failed = (await Promise.allSettled([look(), offerTasks()])).find((one) => one.status === "rejected");
+  if (failed) throw failed.reason;
+}
+
+async function show({ jobs }) {
   for (const [id, card] of cards) {
     if (!jobs.some((job) => job.id === id)) {
       card.node.remove();
+      card.clear();
       cards.delete(id);
     }
   }

@@ -294,6 +294,8 @@ def test_a_task_that_goes_is_replaced_by_no_other(page: Page, house: Live) -> No
     page.get_by_role("tab", name="Jobs").click()
     page.locator("#train-task").select_option("passing")
     assert house.client.delete("/tasks/passing").is_success
+    page.get_by_label("Rank").focus()
+    page.locator("#train-task").focus()
     expect(page.locator("#train-task option:checked")).to_have_text("passing (gone)")
     page.get_by_role("tab", name="Playground").click()
     expect(task.locator("option:checked")).to_have_text("passing (gone)")
@@ -684,6 +686,56 @@ def test_a_curve_that_does_not_come_hides_no_other_job(page: Page) -> None:
     expect(page.get_by_role("alert")).to_contain_text("this one is not to be had")
     expect(page.get_by_role("button", name="Cancel job")).to_have_count(8)
     expect(page.locator("#job-list canvas, #jobs canvas")).to_have_count(7)
+    page.unroute_all()
+
+
+def test_a_job_that_leaves_the_list_leaves_no_chart(page: Page) -> None:
+    job = job_told("leaves", step=2, loss=1.0)
+    listed = [job]
+    page.evaluate(
+        """() => { const Plot = window.uPlot; window.destroyed = 0; window.uPlot = Object.assign(function (...given) {
+        const plot = new Plot(...given); const { destroy } = plot;
+        plot.destroy = () => { window.destroyed += 1; destroy(); }; return plot; }, Plot); }"""
+    )
+    curves = {"train_loss": [[1, 2.0], [2, 1.0]], "valid_loss": []}
+    page.route("**/jobs", lambda route: route.fulfill(json={"jobs": listed}))
+    page.route("**/jobs/ftjob-leaves", lambda route: route.fulfill(json={**job, "curves": curves}))
+    page.get_by_role("tab", name="Jobs").click()
+    expect(page.locator("#job-list canvas")).to_be_visible()
+    listed.clear()
+    expect(page.locator(".job")).to_have_count(0)
+    until(lambda: page.evaluate("window.destroyed") == 1)
+    page.unroute_all()
+
+
+def test_tasks_to_choose_from_come_apart_from_the_jobs(page: Page) -> None:
+    asked: list[Route] = []
+    refused = True
+
+    def tasks(route: Route) -> None:
+        asked.append(route)
+        if refused:
+            route.fulfill(status=500, json={"error": {"message": "these are not to be had"}})
+        else:
+            route.continue_()
+
+    page.route("**/tasks", tasks)
+    page.route("**/jobs", lambda route: route.fulfill(json={"jobs": [job_told("shown")]}))
+    page.get_by_role("tab", name="Jobs").click()
+    expect(page.get_by_role("alert")).to_contain_text("these are not to be had")
+    expect(page.get_by_role("button", name="Cancel shown")).to_be_visible()
+    task = page.get_by_label("Template of the task")
+    expect(task.locator("option")).to_have_text(["of the same name, if there is one"])
+    refused = False
+    expect(task.locator("option", has_text="sentiment")).to_have_count(1)
+    expect(page.get_by_role("alert")).to_be_hidden()
+    before = len(asked)
+    for _ in range(3):
+        with page.expect_response("**/jobs"):
+            pass
+    assert len(asked) == before, "whole definitions, every two seconds"
+    with page.expect_request("**/tasks"):
+        task.focus()
     page.unroute_all()
 
 

@@ -55,6 +55,13 @@ def test_the_page_is_that_of_the_server_that_was_started(
     assert live.http.get("/").status_code == 200
 
 
+def test_no_browser_keeps_a_button_disabled_over_a_reload() -> None:
+    """Firefox does, as it keeps what fields had, unless it is told otherwise: what would enable it again has gone."""
+    buttons = re.findall(r"<button [^>]*>", (FOLDER / "index.html").read_text().split("<template")[0])
+    switched = [button for button in buttons if 'type="submit"' in button or "disabled" in button]
+    assert len(switched) == 4 and all('autocomplete="off"' in button for button in switched)
+
+
 @pytest.mark.parametrize("path", ["/web/none.js", "/web/..%2fapp.py", "/web/%2e%2e/settings.py", "/web/vendor"])
 def test_nothing_else_is_served(start: Any, path: str) -> None:
     assert start().http.get(path).status_code == 404
