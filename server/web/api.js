@@ -63,8 +63,8 @@ async function read(path, how) {
 
 const AT_ONCE = 5; // one of a browser's six connections to a server stays for what else is asked
 
-// What `ask` answers of each, a few at a time, as each has its ten seconds from when it is asked. A failure is thrown
-// once all have been asked; but where nobody answers the others would wait as long.
+// Asks of each, a few at a time, as each has its ten seconds from when it is asked. A failure is thrown once all have
+// been asked; but where nobody answers the others would wait as long.
 export async function inRounds(items, ask) {
   const settled = [];
   for (let i = 0; i < items.length && !settled.some((one) => one.reason?.status === 0); i += AT_ONCE) {
@@ -72,7 +72,6 @@ export async function inRounds(items, ask) {
   }
   const failed = settled.find((one) => one.status === "rejected");
   if (failed) throw failed.reason;
-  return settled.map((one) => one.value);
 }
 
 // Draws what `ask` brings, unless it is asked again meanwhile: then that is waited for, which is newer.

@@ -63,14 +63,11 @@ async function show(name) {
 let stale = false; // whether what is shown could not be asked for
 
 async function refresh() {
-  try {
-    await parts[current()].refresh();
-    stale = false;
-    complain(null, true);
-  } catch (error) {
-    stale = true;
-    complain(error, true);
-  }
+  const part = current();
+  const failed = await parts[part].refresh().then(() => null, (error) => error);
+  if (part !== current()) return; // which says nothing of what is shown now
+  stale = failed !== null;
+  complain(failed, true);
 }
 
 tabs.forEach((tab, i) => {
@@ -91,6 +88,7 @@ field.addEventListener("change", () => {
   key.set(field.value.trim());
   complain(null);
   if (!key.get()) return location.reload(); // nothing of what the key has shown stays
+  tasks.anew();
   refresh();
   beat();
 });
@@ -144,9 +142,12 @@ async function beat() {
     if (failing) delete status.dataset.ready;
     else status.dataset.ready = "";
     live.note(stats);
-    if (woke || stale || ["adapters", "tasks", "jobs"].includes(current())) await refresh();
+    if (!woke && !stale && !["adapters", "tasks", "jobs"].includes(current())) return;
+    const asked = refresh();
+    if (current() !== "tasks") await asked; // of hundreds of these it takes a while, and all else goes on
   } catch (error) {
     delete status.dataset.ready;
+    tasks.anew();
     status.textContent = { 0: "not connected", 401: key.get() ? "key not known" : "no key", 503: "not ready" }[error.status] ?? error.message;
     complain(error, true);
   }

@@ -7,8 +7,11 @@ const COLUMNS = ["Version", "Requests", "Errors", "First token, ms", "Per token,
 const LATENCIES = COLUMNS.slice(3, 6);
 const NUMBERS = COLUMNS.slice(1, 6);
 const cards = new Map(); // name -> its card and what that shows
+const known = new Map(); // name -> its figures, the last that came; null for a task that has gone since they were listed
 let drawn = "";
-let due = 0;
+let due = 0; // when all are asked for again
+let failed = null; // what was wrong with the last time
+let outlived = false; // whether the round that is under way began before what `anew` was told of
 const sift = search(document.getElementById("task-search"), () => list.querySelectorAll(".task"));
 
 function route({ best, metric, source, min_samples: least, choice }) {
@@ -65,7 +68,7 @@ function table(task, versions, leader, base) {
   return node;
 }
 
-function card(task, { versions, best }, base) {
+function card(task, { versions, best } = {}, base) {
   const title = make("div", { className: "titled" }, make("h2", { textContent: task.name }), make("small", { textContent: route(task.route) }));
   const node = make("article", { className: "card task" }, title);
   node.dataset.task = task.name;
@@ -73,12 +76,11 @@ function card(task, { versions, best }, base) {
   const labels = task.labels.flatMap((label, i) => [i ? ", " : "Labels: ", make("bdi", { textContent: label })]);
   if (labels.length) node.append(make("p", { className: "hint" }, ...labels));
   if (best) node.append(make("p", { className: "hint", textContent: `So far: ${best.reason}` }));
-  const empty = "Nobody has asked yet. Requests and scores are listed here, by the version that answered.";
-  node.append(versions.length ? table(task, versions, best?.version, base) : make("p", { className: "empty", textContent: empty }));
+  const empty = versions ? "Nobody has asked yet. Requests and scores are listed here, by the version that answered." : "Its figures have not come.";
+  node.append(versions?.length ? table(task, versions, best?.version, base) : make("p", { className: "empty", textContent: empty }));
   return node;
 }
 
-// Null for a task that has gone since they were listed.
 async function performanceOf(name) {
   try {
     return await get(`/tasks/${encodeURIComponent(name)}/performance`);
@@ -92,19 +94,36 @@ let round = null;
 
 export const refresh = () => (round ??= look().finally(() => { round = null; }));
 
+// After a restart, or with another key, what was told before says nothing.
+export function anew() {
+  due = 0;
+  outlived = true;
+}
+
 async function look() {
-  if (performance.now() < due) return;
+  if (performance.now() < due) {
+    if (failed) throw failed; // it still is
+    return;
+  }
+  outlived = false;
   const [{ tasks: defined }, { base: { id } }] = await Promise.all([get("/tasks"), get("/stats")]);
-  const asked = await inRounds(defined, (t) => performanceOf(t.name));
-  due = performance.now() + 100 * defined.length; // each is asked for by itself: of hundreds, less often
-  const tasks = defined.filter((_, i) => asked[i]);
-  const known = asked.filter(Boolean);
-  const now = JSON.stringify([tasks, known, id]);
+  const names = defined.map((task) => task.name);
+  for (const name of known.keys()) {
+    if (!names.includes(name) || known.get(name) === null) known.delete(name);
+  }
+  failed = await inRounds(names, async (name) => { known.set(name, await performanceOf(name)); }).then(() => null, (error) => error);
+  due = outlived ? 0 : performance.now() + 100 * names.length; // each is asked for by itself: of hundreds, less often
+  show(defined.filter((task) => known.get(task.name) !== null), id);
+  if (failed) throw failed;
+}
+
+function show(tasks, id) {
+  const now = JSON.stringify([tasks, tasks.map((task) => known.get(task.name)), id]);
   if (now === drawn) return;
   drawn = now;
   const none = make("p", { className: "card empty", textContent: "No task yet. PUT /tasks/{name} defines one, or the task.json of an adapter's folder." });
   for (const said of list.querySelectorAll(":scope > .empty")) said.remove();
-  lay(list, cards, tasks.map((task, i) => ({ ...task, known: known[i], id })), (task) => task, (task) => card(task, task.known, id));
+  lay(list, cards, tasks.map((task) => ({ ...task, known: known.get(task.name), id })), (task) => task, (task) => card(task, task.known, id));
   if (!tasks.length) list.append(none);
   sift();
 }

@@ -756,6 +756,129 @@ def test_one_refused_question_does_not_empty_the_tasks(page: Page) -> None:
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
+def test_figures_that_do_not_come_hide_no_others(page: Page, house: Live) -> None:
+    house.post("/generate?task=sentiment", {"prompt": FILM, "max_tokens": 1})
+    [task] = [task for task in house.get("/tasks")["tasks"] if task["name"] == "sentiment"]
+    told = house.get("/tasks/sentiment/performance")
+    refused, requests = ["never"], 1_111
+
+    def performance(route: Route) -> None:
+        if route.request.url.split("/")[-2] in refused:
+            return route.fulfill(status=500, json={"error": {"message": "these are not to be had"}})
+        return route.fulfill(json={**told, "versions": [{**told["versions"][0], "requests": requests}]})
+
+    names = ("good", "later", "never")
+    page.route("**/tasks", lambda route: route.fulfill(json={"tasks": [{**task, "name": name} for name in names]}))
+    page.route("**/performance", performance)
+    page.get_by_role("tab", name="Tasks").click()
+    good, later, never = (page.locator(f"[data-task={name}]") for name in names)
+    expect(page.get_by_role("alert")).to_contain_text("these are not to be had")
+    expect(good).to_contain_text("1,111")
+    expect(later).to_contain_text("1,111")
+    expect(never).to_contain_text("Its figures have not come.")
+    refused.append("later")
+    requests = 2_222
+    expect(good).to_contain_text("2,222")
+    expect(later).to_contain_text("1,111")
+    expect(page.get_by_role("alert")).to_be_visible()
+    refused.clear()
+    expect(never).to_contain_text("2,222")
+    expect(later).to_contain_text("2,222")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    page.unroute_all()
+
+
+@pytest.mark.parametrize("event", ["a restart", "another key"])
+def test_tasks_are_asked_for_again_when_they_are_due_or_may_be_others(page: Page, event: str) -> None:
+    """Where time stands still they are never due. What was wrong is told until they are."""
+    asked: list[Route] = []
+
+    def once(route: Route) -> None:
+        asked.append(route)
+        if len(asked) > 1:
+            return route.continue_()
+        return route.fulfill(status=500, json={"error": {"message": "these are not to be had"}})
+
+    page.evaluate("sessionStorage.setItem('key', 'one')")
+    page.add_init_script("performance.now = () => 1000;")
+    page.route("**/tasks/sentiment/performance", once)
+    page.reload()
+    page.get_by_role("tab", name="Tasks").click()
+    expect(page.get_by_role("alert")).to_contain_text("these are not to be had")
+    for _ in range(3):
+        with page.expect_response("**/stats"):
+            pass
+    expect(page.get_by_role("alert")).to_be_visible()
+    assert len(asked) == 1
+    if event == "a restart":
+        page.route("**/stats", lambda route: route.abort())
+        expect(page.locator("#status")).to_have_text("not connected")
+        page.unroute("**/stats")
+    else:
+        page.get_by_label("Key").fill("two")
+        page.get_by_label("Key").press("Enter")
+    expect(page.locator("#status[data-ready]")).to_be_visible()
+    until(lambda: page.wait_for_timeout(10) or len(asked) == 2)
+    expect(page.get_by_role("alert")).to_be_hidden()
+    page.unroute_all()
+
+
+def test_another_key_while_tasks_are_asked_for_has_them_asked_for_again(page: Page) -> None:
+    asked: list[Route] = []
+    page.evaluate("sessionStorage.setItem('key', 'one')")
+    page.add_init_script("performance.now = () => 1000;")
+    page.route("**/tasks/sentiment/performance", lambda route: route.continue_() if asked else asked.append(route))
+    page.reload()
+    page.get_by_role("tab", name="Tasks").click()
+    until(lambda: page.wait_for_timeout(10) or asked)
+    page.get_by_label("Key").fill("two")
+    page.get_by_label("Key").press("Enter")
+    with page.expect_request("**/tasks/sentiment/performance"):
+        asked[0].fulfill(status=401, json={"error": {"message": "a key that is not known"}})
+    expect(page.locator("[data-task=sentiment]")).not_to_contain_text("have not come")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    page.unroute_all()
+
+
+def test_the_page_lives_on_while_tasks_are_asked_for(page: Page) -> None:
+    held: list[Route] = []
+
+    def busy(route: Route) -> None:
+        answer = route.fetch()
+        told = answer.json()
+        route.fulfill(response=answer, json={**told, "engine": {**told["engine"], "running": 77}})
+
+    page.evaluate("() => { AbortSignal.timeout = () => new AbortController().signal; }")  # nothing is given up
+    page.route("**/performance", lambda route: held.append(route))
+    page.get_by_role("tab", name="Tasks").click()
+    until(lambda: page.wait_for_timeout(10) or held)
+    with page.expect_response("**/stats"):  # the next look finds the round under way
+        pass
+    page.route("**/stats", busy)
+    expect(page.locator("#status")).to_contain_text("77 running")
+    page.unroute_all()
+
+
+def test_what_is_wrong_with_a_part_that_was_left_is_not_said_of_another(page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/tasks", lambda route: held.append(route))
+    page.get_by_role("tab", name="Tasks").click()
+    until(lambda: page.wait_for_timeout(10) or held)
+    page.get_by_role("tab", name="Adapters").click()
+    expect(row(page, "formal")).to_be_visible()
+    page.evaluate(
+        """() => { window.said = 0; new MutationObserver(() => { window.said += 1; }).observe(
+        document.getElementById('alert'), {childList: true, subtree: true, attributes: true}); }"""
+    )
+    for route in held:
+        route.fulfill(status=500, json={"error": {"message": "these are not to be had"}})
+    for _ in range(2):
+        with page.expect_response("**/adapters"):
+            pass
+    assert page.evaluate("window.said") == 0
+    page.unroute_all()
+
+
 def row(page: Page, name: str):
     return page.locator("#adapter-rows tr").filter(has=page.get_by_text(name, exact=True)).first
 
