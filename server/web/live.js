@@ -21,11 +21,13 @@ export function note(stats) {
   // Tokens as steps compute them: those of a task are counted as its answers end.
   const now = { at: Date.now() / 1000, generated: stats.engine.generated, prompt: stats.engine.prompt };
   const seconds = last ? now.at - last.at : 0;
-  const rate = (name) => (seconds ? Math.max(0, (now[name] - last[name]) / seconds) : 0);
+  // Of a time that nobody has seen, as of a hidden page or a server that was away, nothing is drawn, and its mean is no
+  // rate of now. A counter that is less than it was is another server's.
+  const seen = seconds > 0 && seconds <= GAP;
+  const rate = (name) => (seen && now[name] >= last[name] ? (now[name] - last[name]) / seconds : null);
   const blocks = stats.engine.kv_blocks;
   const mib = (n) => (n ?? 0) / 2 ** 20;
   if (seconds < 0) history.length = 0; // the clock was set back
-  // Of a time that nobody has seen, as of a hidden page or a server that was away, nothing is drawn.
   if (seconds > GAP) history.push({ at: last.at + 1 });
   history.push({
     at: now.at, generated: rate("generated"), prompt: rate("prompt"), running: stats.engine.running,
@@ -40,6 +42,8 @@ export function note(stats) {
 function data(series) {
   return [history.map((n) => n.at), ...series.map(([, , of]) => history.map((n) => of(n) ?? null))];
 }
+
+const told = (value, digits = 0) => value?.toFixed(digits) ?? "…";
 
 export function redraw() {
   const part = document.getElementById("live");
@@ -62,8 +66,8 @@ export async function refresh() {
     if (charts[name]) charts[name].setData(data(series));
     else charts[name] = new uPlot(chart(node, series.map(([label, token]) => [label, token]), LOOKS[name]), data(series), node);
     newest(charts[name]);
-    node.ariaLabel = series.map(([label, , of]) => `${label} ${of(n).toFixed(LOOKS[name].digits ?? 0)}`).join(", ");
+    node.ariaLabel = series.map(([label, , of]) => `${label} ${told(of(n), LOOKS[name].digits)}`).join(", ");
   }
-  tile(document.getElementById("live-now"), [["tokens a second", n.generated.toFixed(0)], ["running", n.running], ["waiting", n.waiting],
+  tile(document.getElementById("live-now"), [["tokens a second", told(n.generated)], ["running", n.running], ["waiting", n.waiting],
     ["of the KV cache", `${n.kv.toFixed(1)} %`], ["process memory", `${n.process.toFixed(0)} MiB`]]);
 }

@@ -1260,6 +1260,39 @@ def test_tokens_are_counted_as_they_are_computed(page: Page, house: Live) -> Non
         assert house.get("/stats")["engine"]["running"] == 1
 
 
+def test_a_rate_is_told_of_what_was_seen_alone(page: Page, house: Live) -> None:
+    told = house.get("/stats")
+    held: list[Route] = []
+    page.evaluate("location.hash = '#/live'")
+    page.route("**/stats", lambda route: held.append(route))
+    page.reload()
+    now, chart = page.locator("#live-now"), page.locator("#chart-tokens")
+
+    def look(tokens: int) -> None:
+        until(lambda: page.wait_for_timeout(10) or held)
+        engine = {**told["engine"], "generated": tokens, "prompt": tokens}
+        held.pop().fulfill(json={**told, "engine": engine})
+
+    look(1_000_000)
+    expect(now).to_contain_text(re.compile(r"tokens a second\s*…"))
+    look(1_000_000)
+    expect(now).to_contain_text(re.compile(r"tokens a second\s*0"))
+    look(2_000_000)
+    expect(now).to_contain_text(re.compile(r"tokens a second\s*[1-9]"))
+    expect(chart).to_have_attribute("aria-label", re.compile(r"generated [1-9]\d*, prompt [1-9]"))
+    look(1_000)  # the server was started anew
+    expect(now).to_contain_text(re.compile(r"tokens a second\s*…"))
+    expect(chart).to_have_attribute("aria-label", "generated …, prompt …")
+    look(2_000)
+    expect(now).to_contain_text(re.compile(r"tokens a second\s*[1-9]"))
+    page.evaluate("() => { const before = Date.now; Date.now = () => before() + 60_000; }")
+    look(1_000_000)
+    expect(now).to_contain_text(re.compile(r"tokens a second\s*…"))
+    look(1_000_000)
+    expect(now).to_contain_text(re.compile(r"tokens a second\s*0"))
+    page.unroute_all()
+
+
 def test_an_evaluation_is_cancelled(page: Page, house: Live) -> None:
     data = [{"input": f"{FILM} {i}", "output": "positive"} for i in range(2000)]
     job = house.post("/tasks/sentiment/evaluate", {"data": data}, 202)["id"]
