@@ -165,11 +165,14 @@ class Side {
   }
 
   async feedback(score) {
+    const { id, sent } = this;
     try {
-      await send("POST", `/tasks/${encodeURIComponent(this.sent.task)}/feedback`, { id: this.id, score });
-      this.part("up").ariaPressed = String(score === 1);
-      this.part("down").ariaPressed = String(score === 0);
-      frame.say(`Counted as a ${score ? "good" : "bad"} answer of ${this.sent.task}.`);
+      await send("POST", `/tasks/${encodeURIComponent(sent.task)}/feedback`, { id, score });
+      if (this.sent === sent) { // another answer may stand there by now
+        this.part("up").ariaPressed = String(score === 1);
+        this.part("down").ariaPressed = String(score === 0);
+      }
+      frame.say(`Counted as a ${score ? "good" : "bad"} answer of ${sent.task}.`);
     } catch (error) {
       frame.complain(error);
     }

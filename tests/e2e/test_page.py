@@ -221,6 +221,24 @@ def test_thumbs_post_feedback(page: Page) -> None:
     expect(page.locator("#notice")).to_have_text("Counted as a bad answer of sentiment.")
 
 
+def test_a_thumb_that_is_counted_late_is_shown_on_no_other_answer(page: Page) -> None:
+    page.locator("select.task").select_option("sentiment")
+    ask(page)
+    figures(page)
+    held: list[Route] = []
+    page.route("**/feedback", lambda route: held.append(route))
+    good = page.get_by_role("button", name="A good answer")
+    good.click()
+    until(lambda: page.wait_for_timeout(10) or held)
+    ask(page, "A dull film.")
+    expect(page.locator(".answer.done")).to_be_visible()
+    figures(page)
+    held[0].fulfill(status=204)
+    expect(page.locator("#notice")).to_have_text("Counted as a good answer of sentiment.")
+    expect(good).to_have_attribute("aria-pressed", "false")
+    page.unroute_all()
+
+
 def test_copies_run_as_they_are(page: Page, house: Live) -> None:
     """curl, Python and openai: each snippet is run, and answers what the page has shown."""
     page.locator("select.task").select_option("sentiment")
