@@ -279,14 +279,23 @@ def _jobs(
     def reviewed(name: str) -> None:
         router.look(tasks.find(name))
 
+    records = Records(settings.state_dir / "jobs")
     publishing = Publishing(
-        training.registry, tasks, quality, files, evaluations, reviewed, shapes=base.shapes(), base_id=base.id
+        training.registry,
+        tasks,
+        quality,
+        files,
+        evaluations,
+        reviewed,
+        shapes=base.shapes(),
+        base_id=base.id,
+        records=records,
     )
     works: dict[str, Work] = {
         TRAINING: Training(training, publishing, lend),
         EVALUATION: Evaluating(tasks, quality, files, training.registry.lease, evaluations, reviewed, base.id),
     }
-    jobs = Jobs(Records(settings.state_dir / "jobs"), works)
+    jobs = Jobs(records, works)
     files.used_by = jobs.using
     return jobs
 

@@ -12,7 +12,6 @@ import csv
 import io
 import logging
 import math
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from server.engine.text import INPUT
 from server.errors import InvalidRequest, NotReady
 from server.jobs.errors import JobError
 from server.jobs.files import Files
-from server.jobs.records import CURVES
+from server.jobs.records import CURVES, TRAINING_ID, Records
 from server.jobs.runner import Active
 from server.jobs.spec import EVALUATED, JUDGED, RESULT, Spec
 from server.metrics import OTHER
@@ -60,8 +59,6 @@ INTENT = "publishing"
 """In a job's result, the version that it is about to publish."""
 REFUSED = (InvalidChoice, InvalidData, InvalidRequest)
 """Failures to measure that lie in what is measured, and would come again. After any other the job can be resumed."""
-MEASURED = re.compile(r"ftjob-[0-9a-f]{24}")
-"""The names that results are measured under: the ids of jobs."""
 
 Evaluate = Callable[
     [Target, Sequence[Pair], Sequence[str], Callable[[int, int], None]], "concurrent.futures.Future[Evaluation]"
@@ -96,7 +93,7 @@ class Verdict:
 
 class Publishing:
     """Publishes results. `evaluate` runs an evaluation on the engine; `reviewed` is told the name of a task whose
-    records have grown.
+    records have grown; `records` are those of all jobs.
 
     Takes away at once what a server that was killed was measuring: its job may be cancelled and never run again.
     """
@@ -112,14 +109,23 @@ class Publishing:
         *,
         shapes: dict[str, tuple[int, int]],
         base_id: str,
+        records: Records,
     ) -> None:
         self._registry, self._tasks, self._quality, self._files = registry, tasks, quality, files
         self._evaluate, self._reviewed, self._shapes, self._base_id = evaluate, reviewed, shapes, base_id
-        for name in filter(MEASURED.fullmatch, registry.names(by=SOURCE)):
+        self._records = records
+        for name in filter(self._is_left_over, registry.names(by=SOURCE)):
             try:
                 registry.retire_now(name)
             except AdapterError as error:
                 log.error("%s, the result of a job that was being measured, stays: %s", name, error.message)
+
+    def _is_left_over(self, name: str) -> bool:
+        """Whether what a job has put there was being measured when a server ended, and is no job's result: requests of
+        before 2026-12-02 could call theirs as jobs are.
+        """
+        jobs = self._records.jobs
+        return bool(TRAINING_ID.fullmatch(name)) and name in jobs and all(job.name != name for job in jobs.values())
 
     def publish(self, active: Active, spec: Spec) -> None:
         """The rest of a training job. Raises InvalidAdapter, all that publishing raises, JobError, and Stopped."""
@@ -232,7 +238,17 @@ class Publishing:
         return parse(name, request["template"], default_route=Fixed(), source="api")
 
     def _named(self, active: Active) -> _Named:
-        return _Named(self._registry, active.job.id, active.folder)
+        """Raises JobError where the name is somebody's: what is measured under it is taken away again."""
+        name = active.job.id
+        if name in self._registry.names():
+            if name not in self._registry.names(by=SOURCE) or not self._is_left_over(name):
+                raise JobError(
+                    "name_taken",
+                    f"the adapter {name} is called as this job is, whose result is measured under that name: "
+                    f"DELETE /adapters/{name}, or publish it under another name, then resume the job",
+                )
+            self._registry.retire_now(name)
+        return _Named(self._registry, name, active.folder)
 
     def _score(self, active: Active, task: Task | None, name: str, pairs: Sequence[Pair], metric: str) -> Score:
         template = task or Task(OTHER, INPUT, Fixed(), format="chat")
@@ -288,7 +304,7 @@ class _Named:
                 candidate.mkdir()
                 for file in (CONFIG_FILE, TENSOR_FILE):
                     shutil.copyfile(self._folder / RESULT / file, candidate / file)
-                self._registry.publish_now(self._name, candidate, source=SOURCE)
+                self._registry.publish_now(self._name, candidate, source=SOURCE, create_only=True)
         finally:
             shutil.rmtree(candidate, ignore_errors=True)
         return self._name

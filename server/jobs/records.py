@@ -38,6 +38,8 @@ CURVES = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_t
 """What events tell of a step, as OpenAI's result files have it."""
 OURS = re.compile(r"[a-z]+-[0-9a-f]{24}")
 """The names of folders that are made here: the ids of jobs."""
+TRAINING_ID = re.compile(r"ftjob-[0-9a-f]{24}")
+"""Those of training jobs. Their results are measured under them, so nothing else is called so."""
 
 
 @dataclass

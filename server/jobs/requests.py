@@ -22,6 +22,7 @@ from server.errors import InvalidRequest, UnknownName, called
 from server.jobs.errors import JobError
 from server.jobs.files import Files
 from server.jobs.recipe import AUTO_WIDENS, HELD_OUT, highest_rank
+from server.jobs.records import TRAINING_ID
 from server.jobs.spec import INIT, RIVAL, BaseSource, Spec
 from server.tasks.store import Tasks
 
@@ -100,6 +101,8 @@ def checked(asked: Asked, ground: Ground) -> dict[str, Any]:
                 raise InvalidRequest(f"{param} must have been uploaded with the purpose fine-tune", param)
     if asked.suffix is not None and asked.suffix in RESERVED | {ground.base_name}:
         raise InvalidRequest(f"the name {asked.suffix!r} is reserved", "suffix")
+    if asked.suffix is not None and TRAINING_ID.fullmatch(asked.suffix):
+        raise InvalidRequest(f"{asked.suffix!r} is as jobs are called by themselves; give another name", "suffix")
     task = _task(asked, ground)
     found = ground.tasks.find(task) if task is not None else None
     _check_ranks(asked, ground)

@@ -72,8 +72,9 @@ class Scene:
         self.records = Records(root / "jobs")
         nothing: Any = SimpleNamespace(find=lambda name: None)
         self.publishing = Judged(
-            self.registry, nothing, nothing, Files(root / "files"), nothing, nothing, shapes=SHAPES, base_id="b"
-        )
+            self.registry, nothing, nothing, Files(root / "files"), nothing, nothing, shapes=SHAPES, base_id="b",
+            records=self.records,
+        )  # fmt: skip
         job = self.records.prepare(TRAINING, "m", {"lora": {"publish": rule, "task": None}}, "ftjob", {})
         self.records.enter(job)
         write(self.records.folder(job.id) / RESULT, 1)
@@ -214,8 +215,9 @@ class Measured(Scene):
         quality: Any = SimpleNamespace(evaluated=lambda *what: self.taken.append(what))
         files = Files(root / "files")
         self.open: Callable[[], Publishing] = lambda: Publishing(
-            self.registry, tasks, quality, files, self.engine, self.reviewed.append, shapes=SHAPES, base_id="b"
-        )
+            self.registry, tasks, quality, files, self.engine, self.reviewed.append, shapes=SHAPES, base_id="b",
+            records=Records(root / "jobs"),
+        )  # fmt: skip
         self.publishing = self.open()  # type: ignore[assignment]
         self.job.request |= {"template": {}}
         self.job.request["lora"]["task"] = task
@@ -474,6 +476,32 @@ def test_what_was_measured_when_the_server_was_killed_is_taken_away(measured: Ca
     scene.registry.publish_now(uploaded, write(scene.root / "old", 2))
     scene.open()
     assert scene.registry.names() == sorted([f"ft-{scene.job.id}", "ftjob-mine", "m", uploaded])
+
+
+def test_a_result_that_is_called_as_jobs_are_stays(measured: Callable[..., Measured], tmp_path: Path) -> None:
+    """Whether its own job is called so, another one, or one that is known no more. Nothing is called so any more."""
+    scene = measured("always")
+    for name in (other := "ftjob-" + 24 * "a", scene.job.id, gone := "ftjob-" + 24 * "b"):
+        scene.registry.publish_now(name, write(scene.root / "old", 2), source="job")
+    for name in (other, scene.job.id):
+        scene.records.enter(scene.records.prepare(TRAINING, name, scene.job.request, "ftjob", {}))
+    scene.open()
+    assert scene.registry.names() == sorted([other, scene.job.id, gone])
+    ground = grounded(tmp_path)
+    with pytest.raises(InvalidRequest, match="is as jobs are called by themselves") as refused:
+        checked(Asked(uploaded(ground, "x.jsonl"), suffix=other), ground)
+    assert refused.value.param == "suffix"
+
+
+def test_nothing_is_measured_under_a_name_that_is_somebodys(measured: Callable[..., Measured]) -> None:
+    scene = measured("always")
+    theirs = scene.registry.publish_now(scene.job.id, write(scene.root / "old", 2)).version
+    with pytest.raises(JobError, match=r"is called as this job is.*: DELETE /adapters/ftjob-.*, then resume") as taken:
+        scene.publish()
+    assert taken.value.code == "name_taken" and scene.registry.current(scene.job.id) == theirs
+    scene.registry.retire_now(scene.job.id)
+    scene.registry.publish_now(scene.job.id, write(scene.root / "left", 3), source="job")
+    assert scene.publish()["model"] == "m" and scene.registry.names() == ["m"], "a measure that could not be ended"
 
 
 def test_an_evaluation_that_begins_again_counts_anew(measured: Callable[..., Measured]) -> None:
