@@ -187,7 +187,7 @@ def _shown(parts: Parts, job: Job) -> dict[str, Any]:
         "estimated_finish": _estimate(job),
         "status": job.status,
         "error": job.error,
-        "model": parts.model.name,
+        "model": asked.get("base", {}).get("name", parts.model.name),  # requests of before have none
         "fine_tuned_model": job.result.get("model"),
         "organization_id": "loramux",
         "hyperparameters": hyper,

@@ -122,6 +122,7 @@ def checked(asked: Asked, ground: Ground) -> dict[str, Any]:
         # Of a task that a folder brings, which the result's own then takes the place of.
         "route": found.body()["route"] if found is not None and found.source == "file" else None,
         "metadata": dict(asked.metadata or {}) or None,
+        "base": {"name": ground.origin.name, "id": ground.origin.id},
     }
     try:
         spec = config_of(request).spec()
@@ -204,12 +205,26 @@ def _copy(ground: Ground, version: Version, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
+def check_base(name: str, id: str, ground: Ground) -> None:
+    """Raises JobError where the server has another base than that, on which a job was asked for or trained."""
+    there = ground.origin
+    if there is not None and there.id == id:
+        return
+    has = f"{name} packed otherwise, or of other files" if ground.base_name == name else ground.base_name
+    raise JobError(
+        "other_base",
+        f"it was asked for on the base {name}, and the server has {has}: start the server with what it had then and "
+        "resume the job, or ask anew",
+    )
+
+
 def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path) -> Spec:
     """What the training process is told. The adapter that the result would replace is copied, as it is now.
 
     Raises UnknownName for a file that is gone, JobError for an adapter to start from that is, StoreFailed.
     """
-    assert ground.origin is not None
+    if ground.origin is None:
+        raise JobError("other_base", "this server's base is in memory alone, and a training process could not map it")
     lora, files = request["lora"], ground.files
     if lora["init_from"] is not None and not (folder / INIT).exists():
         raise JobError("init_missing", "the job's copy of what it starts from is gone: ask anew", "lora.init_from")

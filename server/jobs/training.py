@@ -15,7 +15,7 @@ from server.jobs.errors import JobError
 from server.jobs.process import Process
 from server.jobs.publishing import Publishing
 from server.jobs.records import RUNNING
-from server.jobs.requests import Ground, spec_of
+from server.jobs.requests import Ground, check_base, spec_of
 from server.jobs.runner import CLOSING, Active, Stopped
 from server.jobs.spec import CHECKPOINT, EVALUATED, FAILED, NOTE, STEP, STOPPED, TRAINED, VALIDATED, Spec
 
@@ -33,6 +33,8 @@ class Training:
         job = active.job
         if "template" not in job.request:
             raise JobError("older_version", "a version of the server asked for it that did not keep its task: ask anew")
+        if (base := job.request.get("base")) is not None:  # requests of before 2026-12-02 have none
+            check_base(base["name"], base["id"], self._ground)
         if job.trained is None:
             spec = spec_of(job.name, job.request, self._ground, active.folder)
             spec = replace(spec, created_at=job.created_at)
@@ -42,6 +44,7 @@ class Training:
         else:
             # As it was trained by: its files may be gone since. The bound is that of the server that publishes.
             spec = replace(Spec.read(active.folder), max_rank=self._ground.max_rank)
+            check_base(spec.base.name, spec.base.id, self._ground)
         active.become(RUNNING)
         self._publishing.publish(active, spec)
 

@@ -764,6 +764,13 @@ def known(live: Any, **fields: Any) -> Job:
     return job
 
 
+def test_a_job_is_told_with_the_base_that_it_was_asked_for_on(live: Any) -> None:
+    job = known(live)
+    for base, model in (({}, "tiny"), ({"base": {"name": "big", "id": "1" * 64}}, "big")):
+        job.request |= base
+        assert live.http.get(f"/v1/fine_tuning/jobs/{job.id}").json()["model"] == model
+
+
 @pytest.fixture
 def entered(live: Any, monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """The jobs that are asked for, which nobody begins."""

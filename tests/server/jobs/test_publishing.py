@@ -27,10 +27,11 @@ from server.jobs.errors import JobError
 from server.jobs.evaluating import DATA, Evaluating
 from server.jobs.files import Files
 from server.jobs.publishing import Publishing, Verdict, awaited
-from server.jobs.records import CANCELLED, EVALUATION, TRAINING, Records
+from server.jobs.records import CANCELLED, EVALUATION, TRAINING, Job, Records
 from server.jobs.requests import Asked, Ground, Lora, checked, config_of, keep_init, spec_of
 from server.jobs.runner import Active, Stopped
 from server.jobs.spec import JUDGED, RESULT, BaseSource
+from server.jobs.training import Training
 from server.tasks.definitions import Fixed, Task, parse
 from server.tasks.evaluation import Evaluation, Score
 from server.tasks.resolve import Target
@@ -740,6 +741,47 @@ def test_a_run_is_compared_with_what_has_the_name_as_it_begins(tmp_path: Path) -
         assert spec_of("n", request, replace(ground, registry=going), folder).rival is None, "it went at this moment"
     finally:
         registry.close()
+
+
+def test_a_job_is_of_the_base_that_it_was_asked_for(tmp_path: Path) -> None:
+    """With another one it neither trains nor publishes, says why, and goes on where its own is served again."""
+    ground = grounded(tmp_path)
+    assert ground.origin is not None
+    request = checked(Asked(uploaded(ground, "x.jsonl")), ground)
+    assert request["base"] == {"name": "tiny", "id": "0" * 64}
+    other = replace(ground, origin=replace(ground.origin, name="big", id="1" * 64), base_name="big")
+    repacked = replace(ground, origin=replace(ground.origin, id="1" * 64))
+    nothing: Any = None
+
+    def went(on: Ground, **changes: Any) -> str | None:
+        work = Training(on, nothing, lambda lent: None)
+        job = Job("ftjob-1", TRAINING, "m", request, **changes)
+        try:
+            work(Active(job, Records(tmp_path)))
+        except JobError as error:
+            assert error.code == "other_base"
+            return error.message
+        except AttributeError:  # on to what the test leaves out
+            return None
+        raise AssertionError
+
+    spec = spec_of("m", request, ground, tmp_path)
+    (tmp_path / "ftjob-1").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "_train", lambda self, active: None)
+        for trained in (None, {"made": {}}):
+            assert went(ground, trained=trained) is None
+            assert went(other, trained=trained) == (
+                "it was asked for on the base tiny, and the server has big: start the server with what it had then "
+                "and resume the job, or ask anew"
+            )
+            assert "the server has tiny packed otherwise" in (went(repacked, trained=trained) or "")
+            assert "start the server with" in (went(replace(ground, origin=None), trained=trained) or "")
+        del request["base"]  # of before: what it was trained on is in its spec
+        assert went(other) is None and "in memory alone" in (went(replace(ground, origin=None)) or "")
+        spec.write(tmp_path / "ftjob-1")
+        assert "base tiny" in (went(other, trained={"made": {}}) or "")
+        assert went(ground, trained={"made": {}}) is None
 
 
 def test_a_run_is_told_its_files_and_what_people_call_them(tmp_path: Path) -> None:
