@@ -93,7 +93,7 @@ async def list_checkpoints(job_id: Id, parts: Ready, after: After = None, limit:
 
 @router.post("/{job_id}/cancel", response_model=schemas.FineTuningJob, responses=CHANGED)
 async def cancel(job_id: Id, parts: Ready) -> Response:
-    """End a job for good; the process ends at once, and the answer may still say that it runs."""
+    """End a job for good, one that has failed too; the process ends at once, though the answer may say that it runs."""
     _job(parts, job_id)
     return json_response(_shown(parts, await asyncio.to_thread(parts.jobs.cancel, job_id)))
 

@@ -55,7 +55,9 @@ async def get_job(id: Id, parts: Ready) -> dict[str, Any]:
 
 @router.post("/jobs/{id}/cancel", response_model=schemas.JobSummary, responses=errors(404, 409, 422, 503))
 async def cancel(id: Id, parts: Ready) -> Response:
-    """End a job of either kind for good, at once; the answer may still say that it runs."""
+    """End a job of either kind for good, at once, a training job that has failed too; the answer may still say that it
+    runs.
+    """
     return json_response(summary(await asyncio.to_thread(parts.jobs.cancel, id)))
 
 

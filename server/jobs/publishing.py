@@ -26,6 +26,8 @@ from adapters.errors import (
     AdapterError,
     InvalidChoice,
     InvalidData,
+    NoRoom,
+    StoreFailed,
     UnknownAdapter,
     VersionMismatch,
 )
@@ -33,12 +35,12 @@ from adapters.peft_format import CONFIG_FILE, TENSOR_FILE, read_folder
 from adapters.registry import Registry
 from adapters.weights import Version
 from server.engine.text import INPUT
-from server.errors import InvalidRequest, NotReady
+from server.errors import InvalidRequest, NotReady, UnknownName
 from server.jobs.errors import JobError
 from server.jobs.files import Files
 from server.jobs.records import CURVES, TRAINING_ID, Records
 from server.jobs.runner import Active
-from server.jobs.spec import EVALUATED, JUDGED, RESULT, Spec
+from server.jobs.spec import CANDIDATE, EVALUATED, JUDGED, RESULT, Spec
 from server.metrics import OTHER
 from server.tasks.definitions import Fixed, Task, parse
 from server.tasks.evaluation import LOSS, Evaluation, Score, default_metric, identities, reach_note
@@ -149,7 +151,9 @@ class Publishing:
                     raise
                 active.note(f"{job.name} was deleted or replaced meanwhile; the result is measured again.")
                 continue
-            except REFUSED as error:
+            except (*REFUSED, NoRoom) as error:
+                if isinstance(error, NoRoom) and rule != "never":  # else it has no room to be served either
+                    raise
                 verdict, failure = None, error.message
                 active.note(f"The result could not be measured: {failure}", level="warn")
             job.result.pop("evaluation", None)
@@ -280,13 +284,20 @@ class Publishing:
     def _leave_files(self, active: Active, *, published_: bool) -> None:
         """The losses by step as a file; of an adapter that is not published, its two files too."""
         table = losses_table(active.records.events(active.job.id))
-        files = [self._files.add(lambda path: path.write_text(table), f"{active.job.id}.csv", RESULTS)]
-        if not published_:
-            for name in (CONFIG_FILE, TENSOR_FILE):
-                source = active.folder / RESULT / name
-                files.append(self._files.add(_copier(source), name, RESULTS))
-        active.job.result["files"] = [file.id for file in files]
-        active.records.save(active.job)  # before what it was made from goes
+        files: list[str] = []
+        try:
+            files.append(self._files.add(lambda path: path.write_text(table), f"{active.job.id}.csv", RESULTS).id)
+            if not published_:
+                for name in (CONFIG_FILE, TENSOR_FILE):
+                    files.append(self._files.add(_copier(active.folder / RESULT / name), name, RESULTS).id)
+            active.job.result["files"] = files
+            active.records.save(active.job)  # before what it was made from goes
+        except StoreFailed:
+            active.job.result.pop("files", None)
+            for id in files:  # which nobody knows of, and which are made anew when the job goes on
+                with contextlib.suppress(UnknownName):  # somebody has seen and deleted it
+                    self._files.delete(id)
+            raise
         shutil.rmtree(active.folder / RESULT, ignore_errors=True)
 
 
@@ -297,7 +308,7 @@ class _Named:
         self._registry, self._name, self._folder = registry, name, folder
 
     def __enter__(self) -> str:
-        candidate = self._folder / "candidate"
+        candidate = self._folder / CANDIDATE
         shutil.rmtree(candidate, ignore_errors=True)
         try:
             with refused("a copy of the result"):

@@ -96,6 +96,11 @@ class Job:
         return self.status in OVER
 
     @property
+    def resumable(self) -> bool:
+        """Whether it has failed, and could go on."""
+        return self.status == FAILED and self.kind == TRAINING
+
+    @property
     def order(self) -> float:
         return self.place or self.created_at
 

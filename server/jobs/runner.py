@@ -30,7 +30,7 @@ from server.jobs.records import (
     Job,
     Records,
 )
-from server.jobs.spec import NEEDED_TO_RUN, RESULT
+from server.jobs.spec import NEEDED_TO_RUN, RESULT, UNFINISHED
 
 log = logging.getLogger(__name__)
 
@@ -183,9 +183,15 @@ class Jobs:
         return job
 
     def cancel(self, id: str) -> Job:
-        """End a job for good. Raises UnknownName, Conflict if it is over."""
+        """End a job for good, one that has failed and could be resumed too: what it would go on from takes room.
+        Raises UnknownName, Conflict if it is over.
+        """
         with self._condition:
-            job = self._open(id, "cancelled")
+            job = self.get(id)
+            if job.resumable:
+                job.error = None
+            else:
+                self._open(id, "cancelled")
             active = self._active.get(id)
             if active is None:
                 self._finish(job, CANCELLED, "Cancelled.")
@@ -305,8 +311,8 @@ class Jobs:
             status, message, job.error = FAILED, str(error["message"]), error
         with self._condition:
             del self._active[job.id]
-            if status == QUEUED and job.cancelling:  # the wish holds, whatever else has stopped the work
-                status, message = CANCELLED, "Cancelled."
+            if status in (QUEUED, FAILED) and job.cancelling:  # the wish holds, whatever else has stopped the work
+                status, message, job.error = CANCELLED, "Cancelled.", None
             elif status == QUEUED and job.pausing:
                 status, message = PAUSED, f"Paused at step {job.progress.step}."
             if status in (SUCCEEDED, FAILED, CANCELLED):
@@ -351,9 +357,9 @@ class Jobs:
             self.records.save(job)
 
     def _clear(self, job: Job) -> None:
-        """What a run needs is kept only where the job can be resumed, what it has made where it is of use. Not before
-        the end is on the disk: a job that the next server does not find over runs again."""
-        resumable = job.status == FAILED and job.kind == TRAINING
-        of_no_use = () if resumable else (*NEEDED_TO_RUN, RESULT) if job.status == CANCELLED else NEEDED_TO_RUN
-        for name in of_no_use:
+        """What a run needs, and what it has made, are kept only where the job can be resumed: of a result, what is of
+        use is served or among the files. Not before the end is on the disk: a job that the next server does not find
+        over runs again.
+        """
+        for name in UNFINISHED if job.resumable else (*UNFINISHED, *NEEDED_TO_RUN, RESULT):
             self.records.remove(job, name)

@@ -18,6 +18,10 @@ from server.jobs.errors import JobError, refused
 SPEC = "spec.json"
 RESULT = "result"
 """The folder, within that of the job, which holds the PEFT folder once it is whole."""
+PART, CANDIDATE = f".{RESULT}", "candidate"
+"""Folders there: the result while it is written, and the copy of it that is measured."""
+UNFINISHED = (PART, CANDIDATE)
+"""What lies there where a process was killed over it."""
 INIT, RIVAL, CHECKPOINTS = "init", "rival", "checkpoints"
 """Folders there: the adapter to start from, the one that the result would replace, and where a run can go on from."""
 JUDGED = "judged.jsonl"

@@ -71,7 +71,8 @@ class Card {
         if (runs) buttons.push(this.button("Pause", job, `${TRAINING(job.id)}/pause`));
         if (["pausing", "paused", "failed"].includes(status)) buttons.push(this.button("Resume", job, `${TRAINING(job.id)}/resume`));
       }
-      if (runs || ["pausing", "paused"].includes(status)) buttons.push(this.button("Cancel", job, `${JOB(job.id)}/cancel`));
+      const kept = status === "failed" && job.kind === "training"; // what it could go on from, until it is cancelled
+      if (runs || kept || ["pausing", "paused"].includes(status)) buttons.push(this.button("Cancel", job, `${JOB(job.id)}/cancel`));
       const focused = this.does.contains(document.activeElement) && document.activeElement.ariaLabel;
       this.does.replaceChildren(...buttons);
       if (focused) (buttons.find((button) => button.ariaLabel === focused) ?? this.title).focus({ preventScroll: true });

@@ -684,6 +684,10 @@ def test_a_button_keeps_the_focus_while_its_job_goes_on(page: Page) -> None:
     expect(page.get_by_role("button", name="Pause kept")).to_have_count(0)
     job |= {"pausing": False, "status": "succeeded"}
     expect(page.get_by_role("heading", name="kept succeeded")).to_be_focused()
+    expect(page.get_by_role("button", name="Cancel kept")).to_have_count(0)
+    job |= {"status": "failed"}
+    expect(page.get_by_role("button", name="Cancel kept")).to_have_count(1)
+    expect(page.get_by_role("button", name="Resume kept")).to_have_count(1)
     page.unroute_all()
 
 

@@ -19,7 +19,7 @@ from server.jobs.errors import JobError
 from server.jobs.files import Files
 from server.jobs.records import CANCELLED, EVALUATION, EVENTS, STATE, TRAINING, Job, Progress, Records
 from server.jobs.runner import Active, Jobs, Stopped
-from server.jobs.spec import DATA, NEEDED_TO_RUN, RESULT
+from server.jobs.spec import DATA, NEEDED_TO_RUN, RESULT, UNFINISHED
 from server.jobs.training import Training, _Heard
 from tests.waiting import SECONDS, until
 
@@ -179,7 +179,7 @@ def test_what_a_run_needs_stays_for_as_long_as_it_can_go_on(make, work, end):
     until(lambda: first.status == "running")
     job = second if end.endswith("waits") else first
     folder = jobs.records.folder(job.id)
-    for name in (*NEEDED_TO_RUN, RESULT):
+    for name in (*NEEDED_TO_RUN, RESULT, *UNFINISHED):
         (folder / name).mkdir()
         (folder / name / "file").touch()
     work.error = JobError("bad", "the reason") if end == "failed" else None
@@ -191,8 +191,39 @@ def test_what_a_run_needs_stays_for_as_long_as_it_can_go_on(make, work, end):
     assert [(folder / name / "file").exists() for name in NEEDED_TO_RUN] == [end in ("failed", "paused")] * len(
         NEEDED_TO_RUN
     )
-    assert (folder / RESULT).exists() == (not end.startswith("cancelled"))
+    assert (folder / RESULT).exists() == (end in ("failed", "paused"))
+    assert [(folder / name).exists() for name in UNFINISHED] == [end == "paused"] * 2
     assert folder.exists() and jobs.records.events(job.id)
+
+
+def test_a_failed_job_is_cancelled_and_keeps_nothing_to_go_on_from(make, work):
+    jobs, work.error = make(), JobError("bad", "the reason")
+    job = add(jobs)
+    work.go.set()
+    until(lambda: job.over)
+    other = add(jobs, EVALUATION)
+    work.go.set()
+    until(lambda: other.over)
+    checkpoints = jobs.records.folder(job.id) / NEEDED_TO_RUN[0]
+    checkpoints.mkdir()
+    assert jobs.cancel(job.id) is job and (job.status, job.error) == ("cancelled", None) and not checkpoints.exists()
+    assert said(jobs, job)[-2:] == ["the reason", "Cancelled."]
+    for change, id in ((jobs.cancel, job.id), (jobs.resume, job.id), (jobs.cancel, other.id)):
+        with pytest.raises(Conflict):
+            change(id)
+
+
+def test_a_job_that_fails_when_its_cancel_was_accepted_is_cancelled(make, work):
+    jobs, work.deaf = make(), True
+    job = add(jobs)
+    until(lambda: job.status == "running")
+    jobs._active[job.id].stopped_by(lambda: None, lambda: None)  # busy with what cannot be ended
+    jobs._active[job.id].check = lambda: None
+    work.error = JobError("bad", "the reason")
+    assert jobs.cancel(job.id).status == "running"
+    work.go.set()
+    until(lambda: job.over)
+    assert (job.status, job.error) == ("cancelled", None)
 
 
 def test_of_jobs_that_are_over_the_oldest_go(make, work, tmp_path, monkeypatch):
@@ -827,7 +858,11 @@ def test_work_that_ended_before_it_heard_of_a_wish_has_ended_as_it_did(
         until(lambda: job.finished_at is not None or job.status == "paused")
     finally:
         jobs.close(0.0)
-    assert job.status == ("succeeded" if error is None else "failed") and not getattr(job, wish)
+    if error is None:
+        assert job.status == "succeeded"
+    else:  # and could be resumed: nobody who has cancelled a job wants that
+        assert (job.status, job.error is None) == (("cancelled", True) if wish == "cancelling" else ("failed", False))
+    assert not getattr(job, wish)
 
 
 def test_a_trained_job_is_not_told_to_be_validating_and_began_when_it_did(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.errors import InvalidAdapter, InvalidChoice, InvalidData, StoreFailed, UnknownAdapter
+from adapters.errors import InvalidAdapter, InvalidChoice, InvalidData, NoRoom, StoreFailed, UnknownAdapter
 from adapters.peft_format import save
 from adapters.registry import Registry
 from adapters.store import Store
@@ -379,6 +379,27 @@ def test_whatever_can_be_measured_is_better_than_a_version_that_cannot(measured:
     assert f"{broken.label} could not be measured: the numbers overflow" in scene.said()
 
 
+@pytest.mark.parametrize("rule", ["always", "never", "if_better"])
+def test_a_result_for_which_there_is_no_room_is_not_lost_where_it_is_not_to_be_served(
+    measured: Callable[..., Measured], monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    """Else more room is given to it, and the job is resumed."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise NoRoom("it takes more than --adapter-ram")
+
+    scene = measured(rule)
+    with monkeypatch.context() as patch:
+        patch.setattr(scene.registry, "publish_now", full)
+        if rule == "never":
+            assert len(scene.publish()["files"]) == 3
+            assert "could not be measured: it takes more than --adapter-ram" in scene.said()
+            return
+        with pytest.raises(NoRoom):
+            scene.publish()
+    assert scene.publish()["model"] == "m"
+
+
 def test_what_cannot_be_compared_is_not_published(measured: Callable[..., Measured]) -> None:
     def refuse(number: int) -> None:
         if len(refused) < 1:
@@ -682,6 +703,36 @@ def test_what_is_left_of_a_measured_result_are_files_of_results(
     files = Files(scene.root / "files")
     assert [files.get(id).purpose for id in ids] == ["fine-tune-results"] * 3
     assert not (scene.records.folder(scene.job.id) / "candidate").exists(), "a copy as large as the adapter"
+
+
+@pytest.mark.parametrize("at", [2, 3, "record"])
+def test_files_of_a_result_that_cannot_all_be_left_are_not_left_for_good(
+    measured: Callable[..., Measured], monkeypatch: pytest.MonkeyPatch, at: int | str
+) -> None:
+    scene = measured("never")
+    records = Records(scene.root / "jobs")
+    job = records.jobs[scene.job.id]
+    add, save, tries = Files.add, records.save, list[str]()
+
+    def full(files: Files, write: Any, name: str, purpose: str) -> Any:
+        tries.append(name)
+        if len(tries) == at:
+            raise StoreFailed("no space left")
+        return add(files, write, name, purpose)
+
+    def unsaved(job: Job) -> None:
+        if "files" in job.result and at == "record":
+            raise StoreFailed("no space left")
+        save(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "add", full)
+        patch.setattr(records, "save", unsaved)
+        with pytest.raises(StoreFailed):
+            scene.publishing.publish(Active(job, records), SPEC)
+    assert Files(scene.root / "files").all() == [] and "files" not in job.result
+    scene.publishing.publish(Active(job, records), SPEC)
+    assert len(Files(scene.root / "files").all()) == len(job.result["files"]) == 3
 
 
 def test_events_have_the_scores_and_the_version_as_data(measured: Callable[..., Measured]) -> None:
