@@ -84,6 +84,10 @@ class InvalidData(AdapterError):
     """A line of a data file is not usable; the message gives its number and what is wrong."""
 
 
+class Diverged(AdapterError):
+    """A training run came to numbers that are not finite; by a lower learning rate it may not."""
+
+
 class TrainingStopped(AdapterError):
     """A training run was asked to stop, and did after writing its checkpoint; it can be resumed from there."""
 

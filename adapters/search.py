@@ -24,7 +24,8 @@ from adapters.training import Model, TrainingConfig
 from adapters.weights import LoraWeights, LowRank, sealed
 
 Trial = Callable[[int, int, int], tuple[float, int]]
-"""(rank, steps, seed) -> the score of an adapter trained so, and how many parameters it has."""
+"""(rank, steps, seed) -> the score of an adapter trained so, and how many parameters it has. A score that is not finite
+is that of a run which diverged."""
 
 WIDEST = 2.0
 """The most that `allocate` gives a module, in times of `lora_rank`."""
@@ -36,13 +37,27 @@ CALIBRATION_ROWS = 512
 
 @dataclass(frozen=True)
 class Row:
-    """A rank as it was last tried: mean score over the seeds, and how far the seeds are apart."""
+    """A rank as it was last tried: mean score over the seeds, and how far the seeds are apart. The score is -inf where
+    training diverged with one of them.
+    """
 
     rank: int
     parameters: int
     steps: int
     score: float
     spread: float
+
+    @staticmethod
+    def of(rank: int, steps: int, results: Sequence[tuple[float, int]]) -> Row:
+        """The row of a rank's trials, one for each seed."""
+        scores = [score for score, _ in results]
+        if not all(map(math.isfinite, scores)):
+            return Row(rank, results[0][1], steps, -math.inf, 0.0)
+        return Row(rank, results[0][1], steps, fmean(scores), max(scores) - min(scores))
+
+    @property
+    def diverged(self) -> bool:
+        return not math.isfinite(self.score)
 
 
 @dataclass(frozen=True)
@@ -74,9 +89,9 @@ def search_rank(
     within `share` of the steps of the full grid, which is every rank for `max_steps` with every seed. At least two get
     so far; shorter rungs make room if need be. The smaller of two equals goes on: small ranks learn more slowly at
     first, so what is within three times `tolerance` of the best after a ninth of the steps counts as equal to it.
-    `tell` hears of every rank that was tried; `shown` is how the advice tells a score. Raises AdapterError for
-    arguments that leave no choice, for so few steps that the share is spent before each rung has one, and for a score
-    that is NaN.
+    A rank that diverged goes no further. `tell` hears of every rank that was tried; `shown` is how the advice tells a
+    score. Raises AdapterError for arguments that leave no choice, for so few steps that the share is spent before each
+    rung has one, and where all that were trained for as long diverged.
     """
     ranks = sorted(set(ranks))
     if not ranks or ranks[0] < 1:
@@ -101,16 +116,16 @@ def search_rank(
     rows: dict[int, Row] = {}
     left, spent = list(ranks), 0
     for keep, steps in rungs:
-        left = _best(left, rows, keep, 3 * tolerance)
+        left = [rank for rank in _best(left, rows, keep, 3 * tolerance) if rank not in rows or not rows[rank].diverged]
         for rank in left:
-            results = [trial(rank, steps, seed) for seed in seeds]
-            scores = [score for score, _ in results]
-            if any(map(math.isnan, scores)):
-                raise AdapterError(f"the score of rank {rank} is no number; lower the learning rate", "learning_rate")
-            rows[rank] = Row(rank, results[0][1], steps, fmean(scores), max(scores) - min(scores))
+            rows[rank] = Row.of(rank, steps, [trial(rank, steps, seed) for seed in seeds])
             spent += steps * len(seeds)
             if tell is not None:
                 tell(rows[rank])
+        if all(rows[rank].diverged for rank in left):
+            told = ", ".join(map(str, left))
+            raise AdapterError(f"rank {told}: training for {steps} steps diverges; lower the learning rate",
+                               "learning_rate")  # fmt: skip
     top = max(rows[r].score for r in left)
     chosen = next(r for r in left if rows[r].score >= top - tolerance)
     table = tuple(rows[r] for r in ranks)
@@ -130,6 +145,8 @@ def _best(ranks: list[int], rows: Mapping[int, Row], keep: int, tolerance: float
 def _advice(
     table: Sequence[Row], chosen: int, finalists: Sequence[int], tolerance: float, shown: Callable[[float], float]
 ) -> str:
+    lost = [r.rank for r in table if r.diverged]
+    table, finalists = [r for r in table if not r.diverged], [rank for rank in finalists if rank not in lost]
     row = next(r for r in table if r.rank == chosen)
     largest = table[-1]
     score = f"score {shown(row.score):.4f}"
@@ -144,6 +161,9 @@ def _advice(
         lines.append(f"Rank {largest.rank} has {largest.parameters / row.parameters:.1f} times its parameters.")
     if row.spread > tolerance:
         lines.append(f"Its seeds are {row.spread:.4f} apart, more than the tolerance of {tolerance:g}: try more seeds.")
+    if lost:
+        told = ", ".join(map(str, lost))
+        lines.append(f"With rank {told} training diverged; a lower learning rate would let it be compared.")
     if len(finalists) < len(table):
         told = ", ".join(map(str, finalists))
         lines.append(f"Ranks {told} were compared at the longest trial; the others dropped out.")
@@ -151,7 +171,10 @@ def _advice(
 
 
 def plot(table: Sequence[Row], chosen: int, title: str = "quality against parameters") -> str:
-    """An SVG picture of a search's table: parameters on a logarithmic axis, the chosen rank filled."""
+    """An SVG picture of a search's table: parameters on a logarithmic axis, the chosen rank filled. What diverged is
+    left out.
+    """
+    table = [row for row in table if not row.diverged]
     width, height, left, bottom = 480, 300, 60, 40
     xs = [math.log10(max(1, row.parameters)) for row in table]
     ys = [row.score for row in table]

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from adapters import layers, memory
 from adapters.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from adapters.data import Example, Tokens
-from adapters.errors import AdapterError, TrainingStopped
+from adapters.errors import AdapterError, Diverged, TrainingStopped
 from adapters.layers import LoraSpec
 from adapters.optimizer import AdamW, learning_rate
 from adapters.seeds import check_seed
@@ -351,7 +351,7 @@ class _Run:
         rate = learning_rate(progress.step, self.steps, config.learning_rate, self.warmup)
         norm = self.optimizer.clip(config.max_grad_norm)
         if not math.isfinite(norm):
-            raise AdapterError(
+            raise Diverged(
                 f"the gradient of step {progress.step + 1} is not finite; lower the learning rate ({rate:g})",
                 "learning_rate",
             )

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import math
 import tempfile
 import threading
 from collections.abc import Callable
@@ -54,11 +55,12 @@ class Plan:
 
 @dataclass
 class Judges:
-    """How many examples judge, and of how many the expected answer is longer than answers may be, once some have been
-    written.
+    """How many examples judge, how many of these are learned, and of how many the expected answer is longer than
+    answers may be, once some have been written.
     """
 
     count: int
+    learned_too: int
     out_of_reach: int = 0
 
 
@@ -116,7 +118,7 @@ def search(
     plan = Plan(
         recipe=wanted,
         ranks=within(base.shapes(), wanted.config, budget) if budget is not None else _numbers(ranks, "ranks"),
-        seeds=_numbers(seeds, "seeds"),
+        seeds=list(dict.fromkeys(_numbers(seeds, "seeds"))),  # a run that is there twice says nothing more
         metric=judged_by,
         tolerance=TOLERANCE.get(judged_by, 0.01) if tolerance is None else tolerance,
         steps=steps or wanted.config.steps(len(found.learned.examples)),
@@ -129,7 +131,7 @@ def search(
     with progress("steps", quiet=as_json) as bar:
         if judged_by == LOSS:
             result = _searched(plan, model, found, None, bar, lambda: False, output)
-            judges = Judges(len(found.judged.examples))
+            judges = Judges(len(found.judged.examples), found.judged.among(found.learned))
         else:
             serving = open_base(settings, choose(settings.kernels, settings.device), quiet=True)
             result, judges = asyncio.run(_with_engine(settings, serving, plan, model, found, bar, output))
@@ -172,7 +174,8 @@ async def _with_engine(
 ) -> tuple[RankSearch, Judges]:
     """The search with answers judged as they are served: trained on a thread, evaluated by an engine beside it."""
     stopped = threading.Event()
-    ranked = {"library": None, "max_rank": max(settings.max_rank, *plan.ranks)}
+    most = max(settings.max_rank, *plan.ranks, *plan.recipe.config.lora_rank_of.values())
+    ranked = {"library": None, "max_rank": most}
     async with opened(settings.model_copy(update=ranked), base) as house:
         with tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
             score, judges = _scorer(house, base, plan, found, Path(scratch), asyncio.get_running_loop())
@@ -200,28 +203,39 @@ def _scorer(
 ) -> tuple[Callable[[LoraWeights], float], Judges]:
     """A function for another thread: an adapter's score by the engine. And what it is judged by."""
     from adapters import peft_format
-    from adapters.errors import InvalidData
+    from adapters.errors import InvalidAdapter, InvalidData
+    from server.errors import InvalidRequest
     from server.jobs.fine_tune import answerable
+    from server.jobs.searching import learned_too
     from server.tasks.evaluation import check_references, evaluate, pairs
 
     parts, name = house.parts, plan.recipe.name
     parts.tasks.put(name, plan.recipe.task)
     room = parts.prompts.room.context
-    examples = pairs(answerable(found.judges, found.encode, room))
+    judging = answerable(found.judges, found.encode, room)
+    examples = pairs(judging)
     if not examples:
         raise InvalidData(
             f"none of the {len(found.judges)} examples that judge fits into {room} tokens that the engine takes"
         )
     check_references([plan.metric], examples)
-    judges = Judges(len(examples))
+    judges = Judges(len(examples), learned_too(found, judging))
 
     def score(weights: LoraWeights) -> float:
         folder = scratch / weights.name
-        peft_format.save(weights, folder, shapes=base.shapes())
+        try:
+            peft_format.save(weights, folder, shapes=base.shapes())
+        except InvalidAdapter:  # values that are not finite
+            return -math.inf
         parts.registry.publish_now(weights.name, folder, source="file")
         target = parts.resolver.task(name, [(weights.name, 1.0)])
         asked = evaluate(parts.inference, parts.prompts, target, examples, [plan.metric])
-        result = asyncio.run_coroutine_threadsafe(asked, loop).result()
+        try:
+            result = asyncio.run_coroutine_threadsafe(asked, loop).result()
+        except InvalidRequest as error:
+            if error.param == "adapters":  # with which the numbers overflow
+                return -math.inf
+            raise
         judges.out_of_reach = result.out_of_reach
         return result.scores[plan.metric].value
 
@@ -241,7 +255,7 @@ def _value(plan: Plan, score: float) -> float:
 
 
 def _row(plan: Plan, row: Row) -> dict[str, Any]:
-    told = asdict(row) | {plan.metric: _value(plan, row.score)}
+    told = asdict(row) | {plan.metric: None if row.diverged else _value(plan, row.score), "diverged": row.diverged}
     del told["score"]
     return told
 
@@ -260,6 +274,8 @@ def _told(plan: Plan, result: RankSearch, found: Examples, judges: Judges) -> di
         "left_out_as_too_long": found.learned.too_long,
         "judges": judges.count,
         "judges_left_out": found.given - judges.count,
+        "learned_too": judges.learned_too,
+        "left_aside": [key for key in ("auto_rank", "prune_to") if getattr(plan.recipe, key)],
         "out_of_reach": judges.out_of_reach,
     }
 
@@ -289,7 +305,9 @@ def _write(output: Path, plan: Plan, result: RankSearch, told: dict[str, Any]) -
         if importlib.util.find_spec("matplotlib") is not None:
             from server.bench.plots import quality
 
-            points = [(r.rank, r.parameters, _value(plan, r.score), r.spread, r.steps) for r in result.table]
+            points = [
+                (r.rank, r.parameters, _value(plan, r.score), r.spread, r.steps) for r in result.table if not r.diverged
+            ]
             return quality(output / "search.png", title, plan.metric, points, result.chosen), None
         picture, shown = output / "search.svg", [replace(r, score=_value(plan, r.score)) for r in result.table]
         picture.write_text(plot(shown, result.chosen, title), encoding="utf-8")
@@ -310,7 +328,8 @@ def _show(told: dict[str, Any], picture: Path | None) -> None:
     for row in told["table"]:
         mark = "*" if row["rank"] == told["chosen"] else ""
         cells = (f"{mark}{row['rank']}", f"{row['parameters']:,}", str(row["steps"]))
-        table.add_row(*cells, f"{row[told['metric']]:.4f}", f"{row['spread']:.4f}")
+        found = ("diverged", "") if row["diverged"] else (f"{row[told['metric']]:.4f}", f"{row['spread']:.4f}")
+        table.add_row(*cells, *found)
     out().print(table)
     out().print(f"{told['steps_spent']:,} of the full grid's {told['steps_of_full_grid']:,} steps. {told['advice']}")
     if learned := told["left_out_as_too_long"]:
@@ -320,6 +339,10 @@ def _show(told: dict[str, Any], picture: Path | None) -> None:
             f"{judges:,} examples that would judge were left out: they, or their answers, are longer than may be here, "
             "or have nothing before the answer"
         )
+    if known := told["learned_too"]:
+        out().print(f"{known:,} of the examples that judge were learned too: the ranks seem better than they are")
+    if told["left_aside"]:
+        out().print(f"the recipe's {' and '.join(told['left_aside'])} had no part in it: each rank is tried as it is")
     if told["out_of_reach"]:
         out().print(reach_note(told["out_of_reach"], told["judges"]))
     if picture is not None:

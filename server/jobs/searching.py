@@ -5,13 +5,14 @@ Owns what is trained on and what judges it. Which trials are made, and what foll
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters import data, layers, pruning
 from adapters.data import Encode, Record, Tokens
-from adapters.errors import AdapterError, InvalidData
+from adapters.errors import AdapterError, Diverged, InvalidData
 from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
 from server.engine.text import Text
@@ -54,6 +55,12 @@ def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
     return Examples(learned, len(judges), answerable(judges, encode, length), judged, encode)
 
 
+def learned_too(found: Examples, judges: Sequence[Record]) -> int:
+    """How many of these judges the trials learn."""
+    known = {example.ids for example in found.learned.examples}
+    return sum(tuple(found.encode(record)[0]) in known for record in judges)
+
+
 def within(shapes: Mapping[str, tuple[int, int]], config: TrainingConfig, budget: int) -> list[int]:
     """The ranks 1, 2, 4, 8, ... whose trainable parameters a budget allows. Raises AdapterError if there is none."""
     costs = {
@@ -85,20 +92,25 @@ class Trials:
         self._score, self._on_event, self._stop = score, on_event, stop
 
     def __call__(self, rank: int, steps: int, seed: int) -> tuple[float, int]:
-        """The score, and how many parameters were trained. Raises TrainingStopped."""
+        """The score, which is -inf where training diverges, and how many parameters were trained. Raises
+        TrainingStopped.
+        """
         label = f"rank {rank}, {steps} steps, seed {seed}"
         # As many epochs as the steps need: `max_steps` alone would not go beyond the recipe's.
         config = replace(self._recipe.config, lora_rank=rank, max_steps=steps, epochs=float(steps), seed=seed)
         config = replace(config, eval_steps=0, patience=0)
-        weights = train(
-            self._model,
-            self._found.learned,
-            config,
-            name=f"trial-r{rank}-s{seed}",
-            validation=self._found.judged if self._score is None else None,
-            on_event=lambda event: self._on_event(label, event),
-            stop=self._stop,
-        )
+        try:
+            weights = train(
+                self._model,
+                self._found.learned,
+                config,
+                name=f"trial-r{rank}-s{seed}",
+                validation=self._found.judged if self._score is None else None,
+                on_event=lambda event: self._on_event(label, event),
+                stop=self._stop,
+            )
+        except Diverged:
+            return -math.inf, layers.trainable_parameters(layers.shapes(self._model.tree), config.spec())
         if self._score is not None:
             return self._score(weights), pruning.parameters(weights)
         return -float(weights.metadata["training"]["evaluations"][-1]["loss"]), pruning.parameters(weights)

@@ -246,9 +246,26 @@ def test_a_damaged_start_that_nobody_needs_is_made_anew(model, data, tmp_path, a
     )
 
 
-def test_a_score_that_is_no_number_is_told():
-    with pytest.raises(AdapterError, match="the score of rank 4 is no number"):
-        search.search_rank(lambda rank, *_: (float("nan") if rank == 4 else 0.5, rank), [2, 4, 8], max_steps=90)
+@pytest.mark.parametrize("lost", [float("nan"), float("-inf")])
+def test_a_rank_that_diverges_costs_itself_alone(lost):
+    calls = []
+
+    def trial(rank, steps, seed):
+        calls.append((rank, steps))
+        return lost if rank in (4, 8) and seed else rank / 100, 1000 * rank
+
+    found = search.search_rank(trial, [1, 2, 4, 8], max_steps=90, seeds=(0, 1), tolerance=0.001, share=1.0)
+    assert found.chosen == 2 and [row.diverged for row in found.table] == [False, False, True, True]
+    assert found.steps_spent == sum(steps for _, steps in calls)
+    assert {rank for rank, steps in calls if steps == 30} == {1, 2}, "nothing more is spent on the others"
+    assert "It is the largest" in found.advice and "With rank 4, 8 training diverged" in found.advice
+    picture = ElementTree.fromstring(search.plot(found.table, found.chosen))
+    assert len(picture.findall("{http://www.w3.org/2000/svg}circle")) == 2
+
+    with pytest.raises(AdapterError, match="rank 2, 4: training for 10 steps diverges; lower the learning rate"):
+        search.search_rank(lambda *_: (lost, 1), [2, 4], max_steps=90, share=1.0)
+    with pytest.raises(AdapterError, match="rank 2, 4: training for 30 steps diverges"):
+        search.search_rank(lambda rank, steps, seed: (lost if steps > 10 else rank, 1), [2, 4], max_steps=90, share=1.0)
 
 
 def test_memory_of_two_runs_is_the_most_of_either():

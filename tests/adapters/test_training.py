@@ -18,7 +18,7 @@ from torch import nn
 
 from adapters import layers, training
 from adapters.data import Example, Tokens
-from adapters.errors import AdapterError, BaseMismatch, StoreFailed, TrainingStopped
+from adapters.errors import AdapterError, BaseMismatch, Diverged, StoreFailed, TrainingStopped
 from adapters.layers import LoraSpec
 from adapters.optimizer import AdamW, learning_rate
 from adapters.seeds import SEEDS
@@ -287,7 +287,7 @@ def test_full_fine_tuning_of_the_same_tree(llama):
 
 def test_a_diverging_run_is_told(llama):
     data = examples(4)
-    with pytest.raises(AdapterError, match="not finite"):
+    with pytest.raises(Diverged, match="not finite"):
         config = dataclasses.replace(CONFIG, learning_rate=1e30, lora_dropout=0.0, max_grad_norm=0.0, warmup_ratio=0.0)
         training.train(Wrapped(llama), data, config)
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from adapters import peft_format, training
 from adapters.errors import AdapterError, TrainingStopped
+from adapters.weights import LoraWeights, LowRank
 from server.bench import plots
 from server.cli import app, search, train
 from server.cli.main import _as_ctrl_c
@@ -120,6 +121,67 @@ def test_judges_that_the_engine_cannot_take_are_left_out_or_said_before_any_tria
     monkeypatch.setattr("server.cli.search._searched", begun)
     done = runner.invoke(app, ["search", "echo.toml", *command, "--metric", "bleu", "--state-dir", "state"])
     assert "bleu looks at 4 tokens in a row" in str(done.exception)
+
+
+def test_a_search_tells_what_its_judges_are_and_what_of_the_recipe_has_no_part(given: Path) -> None:
+    path = "model.layers.0.self_attn.q_proj"
+    more = f'lora_rank_of = {{ "{path}" = 100 }}\n'  # over what a server takes by itself
+    (given / "echo.toml").write_text(f"auto_rank = true\nprune_to = 2\n{RECIPE}{more}")
+    command = ["search", "echo.toml", "--ranks", "1", "--steps", "2", "--share", "1", "--seeds", "3,0,3"]
+    for metric in ("loss", "accuracy"):
+        found = told(*command, "--validation", "held.jsonl", "--metric", metric)
+        assert (found["learned_too"], found["judges"]) == (8, 8), metric
+        assert found["seeds"] == [3, 0] and found["steps_spent"] == 4, "one that is there twice is one run"
+        assert found["left_aside"] == ["auto_rank", "prune_to"]
+    done = runner.invoke(app, [*command, "--validation", "held.jsonl", "--metric", "loss", "--state-dir", "state"])
+    said = " ".join(done.stdout.split())
+    assert "8 of the examples that judge were learned too: the ranks seem better than they are" in said
+    assert "the recipe's auto_rank and prune_to had no part in it" in said
+    (given / "echo.toml").write_text(RECIPE)
+    found = told(*command, "--metric", "loss")
+    assert found["learned_too"] == 0 and found["left_aside"] == []
+
+
+@pytest.mark.parametrize("plots", [True, False])
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_a_trial_that_diverges_is_told_as_that(
+    given: Path, monkeypatch: pytest.MonkeyPatch, metric: str, plots: bool
+) -> None:
+    """By its loss, or by values that cannot be written or answered with."""
+    train_ = training.train
+    if not plots:
+        monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: None)
+
+    def broken(*args: object, **how: object) -> LoraWeights:
+        weights = train_(*args, **how)  # type: ignore[arg-type]
+        value = {"trial-r2-s0": float("inf"), "trial-r4-s0": 1e30}.get(weights.name)
+        if value is None:
+            return weights
+        made = weights.metadata["training"]
+        if made["evaluations"]:
+            made["evaluations"][-1]["loss"] = float("nan")
+        modules = {path: LowRank(torch.full_like(m.A, value), m.B, m.scale) for path, m in weights.modules.items()}
+        return replace(weights, modules=modules)
+
+    monkeypatch.setattr("server.jobs.searching.train", broken)
+    command = ["search", "echo.toml", "--ranks", "1,2,4", "--steps", "9", "--validation", "held.jsonl"]
+    done = runner.invoke(app, [*command, "--metric", metric, "--state-dir", "state"])
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    assert "With rank 2, 4 training diverged" in " ".join(done.stdout.split())
+    assert done.stdout.count("diverged") == 3, "in both rows, and in the advice"
+
+    def strict(text: str) -> None:
+        raise AssertionError(text)
+
+    written = json.loads((given / "search" / "search.json").read_text(), parse_constant=strict)
+    assert written["chosen"] == 1
+    assert [(row["diverged"], row[metric] is None) for row in written["table"]] == [
+        (False,) * 2,
+        (True,) * 2,
+        (True,) * 2,
+    ]
+    for line in (given / "search" / "trials.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=strict)
 
 
 def test_a_budget_is_parameters(given: Path, tiny_base: Base) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import InvalidData
+from adapters.errors import Diverged, InvalidData
 from adapters.training import TrainingConfig
 from server.jobs import searching
 from server.jobs.recipe import Recipe
@@ -75,6 +75,18 @@ def test_a_trial_is_a_run_of_the_recipe_with_its_rank_steps_and_seed(monkeypatch
     config = replace(recipe.config, lora_rank=4, max_steps=30, epochs=30.0, seed=9, eval_steps=0, patience=0)
     assert runs == [("model", "learned", config, judged, stop) for judged in ("judged", None)]
     assert heard == [("rank 4, 30 steps, seed 9", "an event")] * 2
+
+
+def test_a_trial_that_diverges_has_no_score(monkeypatch: pytest.MonkeyPatch, tiny_base: Base) -> None:
+    def train(*given: Any, **how: Any) -> Any:
+        raise Diverged("the gradient of step 3 is not finite", "learning_rate")
+
+    monkeypatch.setattr(searching, "train", train)
+    recipe: Any = SimpleNamespace(config=TrainingConfig())
+    found: Any = SimpleNamespace(learned="learned", judged="judged")
+    model: Any = searching.Trainable(tiny_base, "float32")
+    one, two = (searching.Trials(recipe, model, found)(rank, 30, 9) for rank in (1, 2))
+    assert one[0] == two[0] == float("-inf") and two[1] == 2 * one[1] > 0
 
 
 def test_a_budget_that_a_rank_takes_whole_allows_it_up_to_2048() -> None:
