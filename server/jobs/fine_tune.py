@@ -28,8 +28,8 @@ from server.jobs.encoding import Template, encoder
 from server.jobs.errors import JobError
 from server.jobs.loan import at, device_of, take
 from server.jobs.recipe import Recipe
-from server.jobs.run import card, on_base
-from server.jobs.spec import CHECKPOINTS, EVALUATED, JUDGED, NOTE, RESULT, TRAINED, VALIDATED, Spec
+from server.jobs.run import as_written, card, on_base
+from server.jobs.spec import CHECKPOINTS, EVALUATED, JUDGED, NOTE, PART, RESULT, TRAINED, VALIDATED, Spec
 from server.jobs.trainable import Trainable, loss_of
 from server.model.loader import Base
 from server.tasks.scores import too_long
@@ -50,15 +50,17 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Examples:
-    """What a run learns and what it is judged by: as tokens, and as the records behind them.
+    """What a run learns and what it is judged by: as tokens, and as the records that the server may measure by.
 
-    `held_out` is how many of the training file were kept for the latter, `left_out` how many of these cannot judge;
-    where none of them can, none is kept.
+    `judged` is what the run looks at as it goes on, `measured` what its result is measured on in the end. `held_out` is
+    how many of the training file were kept for that, `left_out` how many of these cannot judge; where none of them can,
+    none is kept.
     """
 
     learned: Tokens
     judged: Tokens | None = None
     records: tuple[Record, ...] = ()
+    measured: Tokens | None = None
     held_out: int = 0
     left_out: int = 0
 
@@ -103,8 +105,9 @@ def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[
     )
     if examples.left_out:
         tell({"kind": NOTE, "message": _left_out(examples), "data": {"left_out": examples.left_out}})
-    if examples.judged is not None and (known := examples.judged.among(examples.learned)):
-        said = f"{known:,} of {len(examples.judged.examples):,} examples that the result is measured on are learned too"
+    if examples.measured is not None and (known := examples.measured.among(examples.learned)):
+        count = len(examples.measured.examples)
+        said = f"{known:,} of {count:,} examples that the result is measured on are learned too"
         tell({"kind": NOTE, "message": f"{said}: it will seem better than it is.", "data": {"learned_too": known}})
     model = Trainable(base, config.compute_dtype)
 
@@ -116,7 +119,7 @@ def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[
             left = f"{cut.parameters:,} of {cut.parameters_before:,} parameters are left"
             said = f"The result is pruned to rank {spec.prune_to}: {left}; relative error {cut.error:.4f}."
             tell({"kind": NOTE, "message": said, "data": {"error": cut.error}})
-        losses = _losses(spec, model, base, weights, examples)
+        losses = _losses(spec, model, base, as_written(weights), examples)
         if spec.prune_to is not None and losses:
             left = losses["losses"][EVALUATED]
             said = f"After pruning its validation loss is {left:.4f}; the curve is from before."
@@ -179,31 +182,36 @@ def prepare(spec: Spec, base: Base, stop: Callable[[], bool] = lambda: False) ->
         with _told(name, param):
             return data.tokenize(records, encode, longest, name)
 
-    def judging(records: Sequence[Record], looked_at: Tokens, name: str, param: str) -> tuple[tuple[Record, ...], int]:
+    def judging(records: Sequence[Record], looked_at: Tokens, name: str, param: str) -> dict[str, Any]:
         # The server's context may be another when a run goes on, so it has no say in what the run looks at.
         if not all(isinstance(record, Pair) for record in records):
-            return tuple(records), looked_at.too_long
+            return {"records": tuple(records), "measured": looked_at, "left_out": looked_at.too_long}
         with _told(name, param):
             left = answerable(records, encode, min(longest, spec.context or longest))
-        return tuple(left), len(records) - len(left)
+        measured = tokens(left, name, param) if left else looked_at
+        return {"records": tuple(left), "measured": measured, "left_out": len(records) - len(left)}
+
+    def none_fits(records: Sequence[Record], name: str, param: str) -> bool:
+        with _told(name, param):
+            return all(len(encode(record)[0]) > longest for record in records)
 
     records = _read(spec.data, spec.data_name, "training_file")
     if spec.validation is not None:
         judged = _read(spec.validation, spec.validation_name, "validation_file")
         learned = tokens(records, spec.data_name, "training_file")
         name, param = spec.validation_name, "validation_file"
-        looked_at = tokens(judged[:MOST_EVALUATED], name, param)
-        judges, left_out = judging(judged[:MOST_JUDGED], looked_at, name, param)
-        return Examples(learned, looked_at, judges, left_out=left_out)
+        # Where the first ones are all too long, those that the server measures by may not be.
+        first = MOST_JUDGED if none_fits(judged[:MOST_EVALUATED], name, param) else MOST_EVALUATED
+        looked_at = tokens(judged[:first], name, param)
+        return Examples(learned, looked_at, **judging(judged[:MOST_JUDGED], looked_at, name, param))
     kept = set(held_out(records, spec.held_out))
     judged = [records[i] for i in sorted(kept)]
-    with _told(spec.data_name, "training_file"):
-        if all(len(encode(record)[0]) > longest for record in judged):  # as if there were too few to hold any out
-            return Examples(tokens(records, spec.data_name, "training_file"), left_out=len(judged))
+    if none_fits(judged, spec.data_name, "training_file"):  # as if there were too few to hold any out
+        return Examples(tokens(records, spec.data_name, "training_file"), left_out=len(judged))
     learned = tokens([r for i, r in enumerate(records) if i not in kept], spec.data_name, "training_file")
     looked_at = tokens(judged, f"{spec.data_name}, held out to judge by", "training_file")
-    judges, left_out = judging(judged, looked_at, spec.data_name, "training_file")
-    return Examples(learned, looked_at, judges, len(judged), left_out)
+    judges = judging(judged, looked_at, spec.data_name, "training_file")
+    return Examples(learned, looked_at, held_out=len(judged), **judges)
 
 
 @contextmanager
@@ -352,7 +360,7 @@ def _losses(spec: Spec, model: Trainable, base: Base, weights: LoraWeights, exam
 
 def _write(spec: Spec, base: Base, folder: Path, weights: LoraWeights) -> None:
     """The result in bf16 under a name of its own, then by a rename under the one that is looked for."""
-    part = folder / f".{RESULT}"
+    part = folder / PART
     shutil.rmtree(part, ignore_errors=True)
     about = Recipe(spec.name, spec.data_name, spec.task or {}, spec.config, prune_to=spec.prune_to)
     peft_format.save(

@@ -23,7 +23,7 @@ from adapters.data import Tokens
 from adapters.durable import replace_file
 from adapters.errors import AdapterError
 from adapters.training import Event, TrainingConfig, train
-from adapters.weights import LoraWeights
+from adapters.weights import LoraWeights, LowRank
 from server.engine.chat_template import as_of
 from server.engine.text import Text
 from server.errors import BadSetting
@@ -105,9 +105,17 @@ def _measured(
     }
     if recipe.prune_to is not None:
         weights, cut = pruning.truncate(weights, recipe.prune_to, recipe.name)
-        loss = loss_of(model, weights, held) if held else None
+        loss = loss_of(model, as_written(weights), held) if held else None
         made["pruned"] = {"rank": recipe.prune_to, "error": cut.error, "loss": loss}
     return replace(weights, metadata={**weights.metadata, "training": made})
+
+
+def as_written(weights: LoraWeights) -> LoraWeights:
+    """With the values that are read back from a folder in bf16: what is served, and so what is to be measured."""
+    modules = {
+        path: LowRank(m.A.bfloat16().float(), m.B.bfloat16().float(), m.scale) for path, m in weights.modules.items()
+    }
+    return replace(weights, modules=modules)
 
 
 def finished(recipe: Recipe, base: Base, output: Path, *, data_dir: Path) -> LoraWeights | None:
@@ -142,7 +150,7 @@ def _alone(output: Path, name: str) -> Iterator[None]:
 
 def _begun(resumed: Path) -> float:
     """When the run whose checkpoint is there began, so that a template tells it the same date; else the present."""
-    if any(file.parent.name != search.START for file in resumed.rglob(checkpoints.FILE)):
+    if any(file.parent != resumed / search.START for file in resumed.rglob(checkpoints.FILE)):
         try:
             return float((resumed / BEGUN).read_text(encoding="utf-8"))
         except (OSError, ValueError):

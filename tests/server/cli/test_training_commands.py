@@ -353,13 +353,15 @@ def test_judges_that_are_too_long_are_told_to_be_left_out(given: Path) -> None:
     assert (found["left_out_as_too_long"], found["judges_left_out"]) == (0, 1)
 
 
+@pytest.mark.parametrize("name", ["echo", "start"])
 def test_a_run_over_a_template_with_the_date_goes_on_on_another_day(
-    given: Path, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+    given: Path, tiny_base: Base, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    """Whatever it is called: its folder is no part of a run."""
     dated = "Today is {{ strftime_now('%d %b %Y') }}\n" + (tiny_base.vocabulary.chat_template or "")
     base = replace(tiny_base, vocabulary=replace(tiny_base.vocabulary, chat_template=dated))
     monkeypatch.setattr(train, "open_base", lambda settings, backend, quiet: base)
-    (given / "echo.toml").write_text(RECIPE + "save_steps = 1\n")
+    (given / "echo.toml").write_text(RECIPE.replace("echo", name) + "save_steps = 1\n")
     command = ["train", "echo.toml", "--steps", "4", "--state-dir", "state"]
     with monkeypatch.context() as patch:
         patch.setattr("server.jobs.run.time.time", lambda: 1e9)
@@ -397,7 +399,7 @@ def test_what_pruning_costs_and_what_was_learned_of_the_judges_is_told(given: Pa
     recipe = read_recipe(given / "echo.toml")
     _, held = prepare(recipe, tiny_base, given)
     served = loss_of(Trainable(tiny_base, "float32"), weights, held)
-    assert pruned["loss"] == pytest.approx(served, rel=1e-3), "of what is left, in bf16 there"
+    assert pruned["loss"] == served, "of what is left, in bf16 as it is there"
     assert pruned["loss"] != made["evaluations"][-1]["loss"]
     assert (
         f"pruned to rank 1, relative error {pruned['error']:.4f}; validation loss {pruned['loss']:.4f} after it" in said

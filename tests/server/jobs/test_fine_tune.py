@@ -36,6 +36,7 @@ from server.jobs.fine_tune import _Told, answerable, fine_tune, held_out, keep_p
 from server.jobs.process import last_words
 from server.jobs.publishing import Verdict, losses_table, shares
 from server.jobs.spec import BaseSource, Spec
+from server.jobs.trainable import Trainable, loss_of
 from server.tasks.evaluation import Score, pairs
 
 CONFIG = TrainingConfig(
@@ -217,6 +218,54 @@ def test_what_a_result_is_worth_once_it_is_pruned_and_what_it_has_learned_of_its
     (tmp_path / "held").mkdir()
     fine_tune(replace(spec, held_out=0.2), tiny_base, tmp_path / "held", told.append, lambda: False)
     assert not [line for line in told if line["kind"] == "note" and "learned_too" in line["data"]]
+
+
+def test_what_is_measured_is_counted_of_all_that_measures(spec, tiny_base, tmp_path, monkeypatch):
+    """Though the run looks at the first ones alone, and at others than the engine where those are no pairs."""
+    monkeypatch.setattr(fine_tune_module, "MOST_EVALUATED", 4)
+    monkeypatch.setattr(fine_tune_module, "MOST_JUDGED", 12)
+    other = [{"input": f"other {i}", "output": "good"} for i in range(5)]
+    known = [{"input": f"the {i}", "output": "good"} for i in range(10)]
+    for i, (rows, said) in enumerate(
+        (
+            (other + known, "7 of 12 examples"),
+            ([*other[:2], {"input": "", "output": "good"}, *known], "9 of 11 examples"),
+            ([*known[:1], *other, {"prompt": "no", "completion": "pair"}], "1 of 4 examples"),
+        )
+    ):
+        held = write(tmp_path / "held", rows)
+        raw = {"prompt": "{input}", "format": "raw"}
+        judged = replace(spec, validation=held, validation_name="v", template=raw, config=replace(CONFIG, max_steps=1))
+        (folder := tmp_path / str(i)).mkdir()
+        told: list[dict[str, Any]] = []
+        fine_tune(judged, tiny_base, folder, told.append, lambda: False)
+        [note] = [line for line in told if line["kind"] == "note" and "learned_too" in line["data"]]
+        assert note["message"].startswith(said)
+        measured = len(data.read(folder / "judged.jsonl")) if (folder / "judged.jsonl").exists() else 4
+        assert f"of {measured} " in note["message"]
+
+
+def test_a_loss_is_of_what_is_published(spec, tiny_base, tmp_path):
+    """In bf16 it is another than that of what was trained."""
+    told: list[dict[str, Any]] = []
+    fine_tune(replace(spec, held_out=0.2), tiny_base, tmp_path, told.append, lambda: False)
+    result = read_folder(tmp_path / "result", name="x", shapes=tiny_base.shapes())
+    held = prepare(replace(spec, held_out=0.2), tiny_base).judged
+    assert told[-1]["losses"]["eval"] == loss_of(Trainable(tiny_base, "float32"), result, held)
+
+
+def test_where_the_first_that_judge_are_too_long_later_ones_do(spec, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(fine_tune_module, "MOST_EVALUATED", 2)
+    monkeypatch.setattr(fine_tune_module, "MOST_JUDGED", 5)
+    long, short = {"input": "the " * 80, "output": "good"}, {"input": "the", "output": "good"}
+    config = replace(CONFIG, max_length=60)
+    for rows, looked_at in (([long, long, short, short, long, short], 2), ([long, short, short, short], 1)):
+        held = replace(spec, validation=write(tmp_path / "held", rows), validation_name="v", config=config)
+        found = prepare(held, tiny_base)
+        assert (len(found.judged.examples), len(found.records)) == (looked_at, rows[:5].count(short))
+    write(tmp_path / "held", [long] * 5 + [short])
+    with pytest.raises(JobError, match="all 5 examples are longer than 60"):
+        prepare(held, tiny_base)
 
 
 def test_which_step_the_result_is_of_is_told(spec, tiny_base, tmp_path):
