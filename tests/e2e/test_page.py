@@ -428,6 +428,7 @@ def test_who_goes_on_while_a_file_is_sent_is_left_alone(
     page.get_by_role("button", name="Upload", exact=True).click()
     expect(page.get_by_role("button", name="Uploading…")).to_be_disabled()
     name.fill("the-next")
+    until(lambda: page.wait_for_timeout(10) or held)
     held[0].continue_()
     expect(page.get_by_role("button", name="Upload", exact=True)).to_be_enabled()
     expect(name).to_have_value("the-next")
