@@ -26,9 +26,9 @@ from adapters.errors import StoreFailed
 from server.errors import UnknownName
 from server.tasks.definitions import FEEDBACK_METRIC
 from server.tasks.intervals import Totals, interval
-from server.tasks.latency import Latencies
 from server.tasks.quality_file import opened, still_there
 from server.tasks.subjects import Answered, Subject
+from server.tasks.traffic import COLUMNS, Traffic
 
 log = logging.getLogger(__name__)
 
@@ -50,44 +50,12 @@ MOST_PAIRED = 10_000
 JUMP = 60.0
 """Seconds that the wall clock may gain or lose in an hour and still be a clock."""
 FEEDBACK, EVALUATION = "feedback", "evaluation"
-KINDS = ("ttft", "tpot", "e2e")
 
 _Change = tuple[float, int, int]
 """A score, its hour, and whether it came (1) or went (-1)."""
 
 _SUMS = ("hours", "traffic")
 _SCORES = ("scores", "examples")
-_TOLD = "requests, errors, prompt_tokens, generated_tokens, ttft, tpot, e2e"
-
-
-class _Traffic:
-    """What has come of one subject, in one hour or in all."""
-
-    def __init__(self) -> None:
-        self.sums = [0, 0, 0, 0]  # requests, errors, prompt tokens, generated tokens
-        self.latencies = {kind: Latencies() for kind in KINDS}
-
-    def add(self, answered: Answered) -> None:
-        told = (1, int(answered.failed), answered.prompt_tokens, answered.generated_tokens)
-        self.sums = [a + b for a, b in zip(self.sums, told, strict=True)]
-        if not answered.failed:
-            for kind, latencies in self.latencies.items():
-                latencies.add(getattr(answered, kind))
-
-    def merge(self, other: _Traffic) -> None:
-        """Add what another has seen."""
-        self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
-        for kind, latencies in self.latencies.items():
-            latencies.merge(other.latencies[kind])
-
-    def join(self, rows: Sequence[Sequence[Any]]) -> None:
-        """Add rows of `traffic`, without their keys."""
-        columns = list(zip(*rows, strict=True))
-        if not columns:
-            return
-        self.sums = [have + sum(more) for have, more in zip(self.sums, columns[:4], strict=True)]
-        for i, latencies in enumerate(self.latencies.values(), start=4):
-            latencies.join(columns[i])
 
 
 class Quality:
@@ -107,7 +75,7 @@ class Quality:
         self._hours: dict[tuple[Subject, str, str], dict[int, Totals]] = {}
         self._paired: dict[tuple[Subject, Subject, str], Totals] = {}
         """What has been asked of `examples`, a join of thousands."""
-        self._traffic: dict[int, _Traffic] = {}
+        self._traffic: dict[int, Traffic] = {}
         """All hours of the subjects that were asked for last, by their numbers."""
         self._made_up: set[Subject] = set()
         """Mixes that clients chose themselves."""
@@ -272,7 +240,7 @@ class Quality:
             told = sorted(sorted(subjects, key=rank)[-MOST_TOLD:])
             return [self._described(subjects[number], self._seen(number)) for number in told]
 
-    def _described(self, subject: Subject, seen: _Traffic) -> dict[str, Any]:
+    def _described(self, subject: Subject, seen: Traffic) -> dict[str, Any]:
         requests, errors, prompt, generated = seen.sums
         quality: list[dict[str, Any]] = []
         for (metric, source), totals in sorted(self._totals.get(subject, {}).items()):
@@ -297,11 +265,11 @@ class Quality:
 
     # ---- with the lock
 
-    def _seen(self, number: int) -> _Traffic:
+    def _seen(self, number: int) -> Traffic:
         """All traffic of a subject."""
         seen = self._traffic.pop(number, None)
         if seen is None:
-            seen = _Traffic()
+            seen = Traffic()
             seen.join(self._rows(self._db, number))
         self._traffic[number] = seen  # behind the others
         if len(self._traffic) > MOST_TRAFFIC:
@@ -323,7 +291,7 @@ class Quality:
             totals.setdefault(subject, {})[metric, source] = Totals.joined(hours.values())
         self._totals = totals  # in one step: who reads it waits for no lock
         for number in by_number:  # what cannot be read is found now; it is kept when it is asked for
-            _Traffic().join(self._rows(db, number))
+            Traffic().join(self._rows(db, number))
         self._made_up = self._marked(db)
 
     def _marked(self, db: sqlite3.Connection) -> set[Subject]:
@@ -338,7 +306,7 @@ class Quality:
 
     @staticmethod
     def _rows(db: sqlite3.Connection, number: int) -> list[Sequence[Any]]:
-        return db.execute(f"SELECT {_TOLD} FROM traffic WHERE subject = ?", (number,)).fetchall()
+        return db.execute(f"SELECT {COLUMNS} FROM traffic WHERE subject = ?", (number,)).fetchall()
 
     def _add(self, subject: Subject, metric: str, source: str, changes: Sequence[_Change]) -> None:
         """Do in memory what `_score` has done in the file."""
@@ -434,9 +402,9 @@ class Quality:
         """Whether there is room for one more mix that a client chooses."""
         return sum(subject.task == task for subject in self._made_up) < MOST_MADE_UP
 
-    def _write(self, pending: Sequence[Answered]) -> dict[tuple[int, int], _Traffic]:
+    def _write(self, pending: Sequence[Answered]) -> dict[tuple[int, int], Traffic]:
         """Add answers to the file, within a transaction. Answers what they come to, by subject and hour."""
-        traffic: dict[tuple[int, int], _Traffic] = {}
+        traffic: dict[tuple[int, int], Traffic] = {}
         rows = []
         for answered in pending:
             made_up = not answered.routed and answered.subject not in self._ids
@@ -449,13 +417,13 @@ class Quality:
             elif answered.routed and answered.subject in self._made_up:  # tried by a client before
                 self._db.execute("DELETE FROM made_up WHERE subject = ?", (number,))
                 self._made_up.remove(answered.subject)
-            traffic.setdefault((number, int(answered.at) // HOUR), _Traffic()).add(answered)
+            traffic.setdefault((number, int(answered.at) // HOUR), Traffic()).add(answered)
             if not answered.failed:
                 rows.append((digest(answered.id), number, answered.tenant, answered.at, _told(answered.text)))
         self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", rows)
         for (number, hour), seen in traffic.items():
-            whole = _Traffic()
-            whole.join(self._db.execute(f"SELECT {_TOLD} FROM traffic WHERE subject = ? AND hour = ?",
+            whole = Traffic()
+            whole.join(self._db.execute(f"SELECT {COLUMNS} FROM traffic WHERE subject = ? AND hour = ?",
                                         (number, hour)).fetchall())  # fmt: skip
             whole.merge(seen)
             blobs = [latencies.dump() for latencies in whole.latencies.values()]
