@@ -10,15 +10,15 @@
 namespace loramux {
 
 // Intel's processors begin two instructions of 512 bits at a time, whatever they do: those that mask the codes of four rows
-// are a seventh of all, and sums may as well wait in the first cache. AMD's multiply with half of their pipes or fewer, and
-// the others have time to mask.
+// are a seventh of all, those that make floats of their scales are a few, and sums may as well wait in the first cache. AMD's
+// multiply with half of their pipes or fewer, and the others have time for the rest.
 bool by_eight = __builtin_cpu_is("intel");
 
-// Rows of a walk at most. Nothing is masked in bytes.
-inline int64_t most_rows(int scheme) { return by_eight && scheme != INT8 ? 2 * ROWS : ROWS; }
+// Rows of a walk at most.
+inline int64_t most_rows() { return by_eight ? 2 * ROWS : ROWS; }
 
-int64_t walks_over(int64_t rows, int scheme) {
-  const int64_t most = most_rows(scheme);
+int64_t walks_over(int64_t rows) {
+  const int64_t most = most_rows();
   return rows / most + (rows % most + ROWS - 1) / ROWS;
 }
 
@@ -336,7 +336,7 @@ void columns(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, 
   // The walks over the rows share the asking, so that it is spread over the time until the bytes are wanted. Each asks for
   // those behind the last one's: what is asked for last is not what the next tiles begin with.
   constexpr int64_t BYTES = bytes_of_group(Product::SCHEME), LINES = T * BYTES / 64;
-  const int64_t most = most_rows(Product::SCHEME), walks = std::min(walks_over(rows, Product::SCHEME), LINES);
+  const int64_t most = most_rows(), walks = std::min(walks_over(rows), LINES);
   const uint8_t* next = w.codes + (tile + T) * steps * BYTES;
   Rows at{x.codes.get(), Product::words(x), ROWS * x.padded, x.padded / SPAN * Product::WORDS};
   for (int64_t first = 0, walk = 0, some; first < rows; first += some, walk++) {

@@ -39,11 +39,11 @@ struct Aside {
   virtual void refill() {}
 };
 
-// Whether a walk over codes of 4 bits passes them with twice ROWS rows, as long as so many are left. A row's result is the
+// Whether a walk over codes passes them with twice ROWS rows, as long as so many are left. A row's result is the
 // same either way; it is data so that tests have both on any processor.
 extern bool by_eight;
 // How often so many rows are walked over.
-int64_t walks_over(int64_t rows, int scheme);
+int64_t walks_over(int64_t rows);
 
 // out[r, 16 * (t - first)] = row r of x times tile t of w, no bias. Rows of `out` have room for whole tiles. What has
 // been asked for is taken off `aside`.

@@ -180,7 +180,7 @@ int64_t Team::pace_ahead(int64_t rows) const {
   for (const int site : {GATE, UP, DOWN}) {
     const Matrix& w = base_.layers[0].site[site];
     const int64_t pieces = (w.tiles() + TILES - 1) / TILES, groups = w.padded() / GROUP;
-    const int64_t each = w.by_unit() ? (groups + 1) / 2 : groups * walks_over(rows, w.scheme);
+    const int64_t each = w.by_unit() ? (groups + 1) / 2 : groups * walks_over(rows);
     times += pieces * each;
     most += pieces * (w.by_unit() ? each * MOST_OF_SPAN : groups * ((rows + ROWS - 1) / ROWS) * MOST_LINES);
     weights += pieces * groups * TILES * bytes_of_group(w.scheme) / 64;
