@@ -154,3 +154,17 @@ def test_bits_over_several() -> None:
     a, b = quantize(gaussian(16, 64), "int4", 32), quantize(gaussian(16, 64), "none")
     assert bits([a]) == 5.0
     assert bits([a, b]) == pytest.approx((5 + 32) / 2)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "nf4", "int8"])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_matrix_of_several_pieces_is_quantized_as_one(
+    scheme: str, double: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of large models are, of whose rows some are looked at at a time: in whole tiles of scales."""
+    whole = quantize(gaussian(75, 128), scheme, 64, double)
+    monkeypatch.setattr(quantization, "_CHUNK", 128 * 40)
+    pieces = quantize(gaussian(75, 128), scheme, 64, double)
+    assert pieces.tensors.keys() == whole.tensors.keys()
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(pieces.tensors[name], tensor), name
