@@ -164,3 +164,19 @@ def test_flipped_header_bytes_never_do_worse_than_badmodel(tmp_path: Path) -> No
             GgufFile(path)
         except BadModel:
             continue
+
+
+@pytest.mark.parametrize("alignment", [8, 64, 4096])
+def test_tensors_lie_where_the_alignment_of_the_file_says(tmp_path: Path, alignment: int) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_custom_alignment(alignment)
+    for name, count in (("a", 5), ("b", 7)):
+        writer.add_tensor(name, values(count))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GgufFile(tmp_path / "m.gguf")
+    assert file.tensors["a"].offset % alignment == 0
+    for name, count in (("a", 5), ("b", 7)):
+        assert torch.equal(file.floats(name), torch.from_numpy(values(count)))
