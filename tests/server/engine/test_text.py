@@ -494,3 +494,30 @@ def test_an_added_token_that_is_not_special_is_shown() -> None:
     assert text.decode(text.encode("a<think>b")) == "a<think>b"
     token = tokenizer.token_to_id("<think>")
     assert token is not None and not text.is_special(token)
+
+
+LINES = """{% if tools is not none or documents is not none %}
+tools
+{% endif %}
+{% for m in messages %}
+    {% if m['role'] == 'user' %}
+<|im_start|>{{ m | tojson }}{{ m['content'] | tojson(indent=1) }}<|im_end|>
+    {% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize("generation_prompt", [True, False])
+def test_a_template_of_several_lines_is_rendered_as_transformers_does(generation_prompt: bool) -> None:
+    """Whose blocks take the line that they stand on along, and whose JSON keeps quotes and letters as they are."""
+    from transformers import PreTrainedTokenizerFast
+
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "<it's> é & 日"}]
+    oracle = PreTrainedTokenizerFast(tokenizer_object=bpe(["<|im_start|>", "<|im_end|>"]))
+    expected = oracle.apply_chat_template(
+        messages, chat_template=LINES, tokenize=False, add_generation_prompt=generation_prompt
+    )
+    assert "tools" not in expected and "é & 日" in expected
+    assert ChatTemplate(LINES, {}).render(messages, generation_prompt) == expected
