@@ -286,10 +286,11 @@ def test_full_fine_tuning_of_the_same_tree(llama):
 
 
 def test_a_diverging_run_is_told(llama):
-    data = examples(4)
+    data, model = examples(4), Wrapped(llama)
     with pytest.raises(Diverged, match="not finite"):
         config = dataclasses.replace(CONFIG, learning_rate=1e30, lora_dropout=0.0, max_grad_norm=0.0, warmup_ratio=0.0)
-        training.train(Wrapped(llama), data, config)
+        training.train(model, data, config)
+    assert not layers.injected(model.tree), "the next rank of a search is trained on it"
 
 
 @pytest.mark.parametrize(
@@ -608,3 +609,42 @@ def test_blocks_that_were_computed_again_are_as_before(llama):
     config = dataclasses.replace(CONFIG, epochs=1, activation_checkpointing=True)
     training.train(model, examples(4), config)
     assert not [block for block in model.blocks if "forward" in vars(block)]
+
+
+def test_a_batch_is_the_mean_over_its_learned_tokens(llama, monkeypatch):
+    """What gradients are clipped to goes by it, though Adam itself hardly sees a factor."""
+    data, norms = examples(6), []
+    clip = AdamW.clip
+    monkeypatch.setattr(AdamW, "clip", lambda self, most: norms.append(clip(self, most)) or norms[-1])
+    config = dataclasses.replace(CONFIG, epochs=1, batch_size=6, lora_dropout=0.0, micro_tokens=8)
+    training.train(Wrapped(llama), data, config)
+    model = Wrapped(llama)
+    found = layers.inject(model.tree, config.spec(), config.seed)
+    plain_loss(model.model, data).backward()
+    whole = torch.cat([p.grad.flatten() for layer in found.values() for p in (layer.lora_A, layer.lora_B)])
+    assert norms == [pytest.approx(float(whole.norm()), rel=1e-4)]
+
+
+def test_factors_begin_as_pefts_do_by_the_seed_alone(llama):
+    """A with the variance of PEFT's uniform start, B at zero."""
+    base = torch.nn.Linear(4000, 3)
+    a = layers.LoRALinear(base, rank=60, alpha=1, generator=torch.Generator().manual_seed(0)).lora_A.detach()
+    peft = get_peft_model(torch.nn.Sequential(base), LoraConfig(r=60, target_modules=["0"]))
+    theirs = peft.base_model.model[0].lora_A["default"].weight.detach()
+    assert a.shape == theirs.shape and float(a.std() / theirs.std()) == pytest.approx(1.0, abs=0.02)
+    one, again, other = (layers.inject(copy.deepcopy(llama), CONFIG.spec(), seed) for seed in (3, 3, 4))
+    for path, layer in one.items():
+        assert torch.equal(layer.lora_A, again[path].lora_A) and not torch.equal(layer.lora_A, other[path].lora_A)
+        assert not layer.lora_B.any()
+
+
+def test_dropout_is_of_the_share_that_is_asked_for():
+    layer = layers.LoRALinear(torch.nn.Linear(8, 8, bias=False).requires_grad_(False), rank=8, alpha=8, dropout=0.2)
+    with torch.no_grad():
+        layer.base_layer.weight.zero_()
+        layer.lora_A.copy_(torch.eye(8))
+        layer.lora_B.copy_(torch.eye(8))
+    torch.manual_seed(0)
+    seen = layer.train()(torch.ones(2000, 8)).detach()
+    assert set(seen.unique().tolist()) == {0.0, 1.25}
+    assert float((seen == 0).float().mean()) == pytest.approx(0.2, abs=0.02)
