@@ -113,6 +113,8 @@ def test_auto_lora_begins_with_the_scale_that_is_asked_for(model, data, monkeypa
     search.auto_lora(model, data, config)
     scale = config.lora_alpha / (config.lora_rank**0.5 if rslora else config.lora_rank)
     assert [module.scale for module in starts[0].modules.values()] == [scale] * len(starts[0].modules)
+    for module in starts[0].modules.values():  # as long as PEFT's random rows are, and an update of zero
+        assert torch.allclose(module.A.norm(dim=1), torch.tensor(3.0).rsqrt()) and not module.B.any()
 
 
 def test_auto_lora_leaves_out_what_the_config_does(model, data):
@@ -275,3 +277,17 @@ def test_memory_of_two_runs_is_the_most_of_either():
     assert search._most(wide, narrow) == {"adapters": 9, "peak_process": 125, "peak_above_start": 25}
     unknown = {"adapters": 9, "peak_process": None, "peak_above_start": None}
     assert search._most(unknown, unknown) == unknown
+
+
+def test_ranks_go_by_the_share_of_each_modules_own_variance_that_a_direction_explains(model, data, monkeypatch):
+    """However large its inputs are: one whose inputs lie along one direction has use for no second."""
+    inputs, first = {}, {}
+    for place, (path, (_, width)) in enumerate(sorted(layers.shapes(model.tree).items())):
+        basis = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(place)))[0][:6]
+        sizes = torch.tensor([1000.0] + [10.0] * 5) if place % 2 else torch.tensor([2.0, 1.9, 1.8, 1.7, 1.6, 1.5])
+        inputs[path], first[path] = sizes[:, None] * basis, basis[0]
+    monkeypatch.setattr(search, "_inputs", lambda *_: inputs)
+    ranks, directions = search.allocate(model, data, CONFIG)
+    assert [ranks[path] for path in sorted(ranks)] == [3, 1] * (len(ranks) // 2)
+    for path, rows in directions.items():
+        assert abs(float(rows[0] @ first[path])) == pytest.approx(1.0, abs=1e-3), "the first is that of most variance"
