@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters import peft_config, peft_format
+from adapters.durable import replace_file
 from adapters.errors import AdapterError, BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter
 from adapters.weights import LoraWeights, LowRank, sealed
 
@@ -887,3 +888,24 @@ def test_what_says_nothing_is_told_as_harmless() -> None:
         {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "rank_pattern": {}, "use_rslora": False}
     )
     assert parsed.honoured == ("peft_type", "r", "target_modules") and parsed.harmless == ("rank_pattern", "use_rslora")
+
+
+def test_a_folder_has_its_config_last(tmp_path: Path, write_adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks at it meanwhile, or after a kill, finds no adapter yet rather than half of one."""
+    written: list[str] = []
+
+    def noted(path: Path, data: bytes) -> None:
+        written.append(path.name)
+        replace_file(path, data)
+
+    monkeypatch.setattr(peft_format, "replace_file", noted)
+    write_adapter(tmp_path / "a", card="# card", task={"prompt": "{input}"})
+    assert written[-1] == "adapter_config.json" and set(written) == {path.name for path in (tmp_path / "a").iterdir()}
+
+
+def test_all_that_is_told_of_how_an_adapter_was_made_travels_with_it(tmp_path: Path) -> None:
+    told = {key: {"a": [1, "é"]} for key in ("quantization", "training", "composition", "pruning", "auto_lora")}
+    modules = {"x": LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)}
+    peft_format.save(sealed("a", modules, {**told, "of no file": 1}), tmp_path / "a")
+    metadata = peft_format.read_folder(tmp_path / "a", name="a").metadata
+    assert {key: metadata[key] for key in told} == told and "of no file" not in metadata
