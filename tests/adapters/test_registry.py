@@ -930,6 +930,7 @@ def test_a_lost_current_version_does_not_fall_back_to_an_older(open_registry: Op
     shutil.rmtree(registry._store.path(digest))
     again = open_registry()
     assert again.names() == [] and "missing from the store" in again.rejected()[0]["reason"]
+    assert again.rejected(faults=True) == again.rejected()
     again.publish_now("a", folders[1])
     assert again.current("a").digest == digest and not again.rejected()
 
@@ -1236,3 +1237,30 @@ async def test_a_pinned_adapter_makes_room_for_its_own_next_version(open_registr
     new = (await registry.publish("a", folders[1])).version
     await registry.pin("a")
     assert registry.current("a") == new and registry.describe("a")["pinned"]
+
+
+async def test_the_largest_rank_that_is_served_is_served_after_a_restart_too(
+    open_registry: Open, folders: list[Path], write_adapter: Write
+) -> None:
+    write_adapter(folders[0], 0, rank=4)
+    version = (await open_registry(max_rank=4).publish("a", folders[0])).version
+    again = open_registry(max_rank=4)
+    assert again.current("a") == version and again.rejected() == []
+
+
+def test_what_is_smaller_in_memory_than_on_the_disk_is_measured_there(open_registry: Open, tmp_path: Path) -> None:
+    """Files have 32 bits where a base's own kernels take 8."""
+    shapes = {f"m{i}": (1024, 1024) for i in range(4)}
+    modules = {path: LowRank(torch.ones(64, 1024), torch.ones(1024, 64), 1.0) for path in shapes}
+    save(sealed("a", modules), tmp_path / "a")
+    size = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+    assert size > 1 << 20, "of what is less the limit is another"
+
+    def prepare(weights: LoraWeights) -> LoraWeights:
+        codes = {path: m._replace(A=m.A.to(torch.int8), B=m.B.to(torch.int8)) for path, m in weights.modules.items()}
+        return replace(weights, modules=codes)
+
+    registry = open_registry(shapes=shapes, ram_bytes=size // 4 + 1000, prepare=prepare)
+    assert registry.publish_now("a", tmp_path / "a").created
+    with pytest.raises(NoRoom, match="more than could ever be served"):
+        open_registry(shapes=shapes, ram_bytes=size // 5, prepare=prepare).publish_now("b", tmp_path / "a")
