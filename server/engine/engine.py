@@ -409,6 +409,10 @@ class Engine:
             log.exception("request %s: its listener failed", request.id)
             if request.state is not State.DONE:
                 self._inbox.cancel(request.id)
+        if delivery.finish_reason is not None:
+            # Who listens keeps its requests, and each of them who listens: the two would stay until the collector comes
+            # by, which sees nothing of the megabytes that a grammar has.
+            request.deliver, request.constraint = _nobody, None
 
     def _pass_on(self) -> None:
         """Let those who have been told something come for it, if anybody has."""
@@ -416,3 +420,7 @@ class Engine:
             self._told()
         except Exception:
             log.exception("those who were told could not be woken")
+
+
+def _nobody(delivery: Delivery) -> None:
+    """Who listens to a request that has ended."""

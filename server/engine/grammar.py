@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -22,7 +23,7 @@ import numpy.typing as npt
 
 from server.engine.schema import PARAM, prepared
 from server.engine.text import Text
-from server.errors import EngineFailed, InvalidRequest, QueueFull, UnsupportedParameter
+from server.errors import EngineFailed, InvalidRequest, QueueFull, ServerError, UnsupportedParameter
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -81,6 +82,11 @@ class _Asked:
         """Make one more, or be done with those that are made."""
         try:
             grammar = next(self.left, None)
+        except ServerError as error:
+            # Without the frames that raised it: they have what was compiled, and this, which keeps the error.
+            error.__context__ = None
+            self.fail(error.with_traceback(None))
+            return
         except BaseException as error:  # a panic of the library is no Exception
             known = isinstance(error, Exception)
             self.fail(error if known else EngineFailed(f"the schema could not be compiled: {error}"))
@@ -143,7 +149,10 @@ class Grammars:
         the future InvalidRequest for a schema that is none, asks for what cannot be held to, or is too large.
         """
         asked = _Asked(self._grammars(schema, count))
-        asked.whole.add_done_callback(lambda _: self._drop(tenant, asked))  # before it can be done
+        # Before it can be done. Weak, since a future keeps its callbacks: in a cycle grammars would stay until the
+        # collector comes by, which sees nothing of their megabytes.
+        still = weakref.ref(asked)
+        asked.whole.add_done_callback(lambda _: self._drop(tenant, still()))
         with self._lock:
             own, in_all = len(self._asked.get(tenant, ())), sum(map(len, self._asked.values()))
             if own >= MAX_WAITING or in_all >= MAX_WAITING_IN_ALL:
@@ -188,7 +197,8 @@ class Grammars:
             own = self._asked[tenant] = self._asked.pop(tenant)
             return own[0]
 
-    def _drop(self, tenant: str, asked: _Asked) -> None:
+    def _drop(self, tenant: str, asked: _Asked | None) -> None:
+        assert asked is not None, "it is among those of its tenant until now"
         with self._lock:
             own = self._asked[tenant]
             own.remove(asked)

@@ -99,9 +99,10 @@ class Delivery(NamedTuple):
 class Request:
     """One sequence. The API builds it, hands it to `Engine.submit`, and hears of it through `deliver`.
 
-    `deliver` is called on the engine's thread, at most once a step, and must not block. `scored` is the number of
-    last prompt tokens whose log-probabilities are wanted (label scoring); such a request generates nothing and
-    its one delivery carries them. Times are `time.monotonic()` seconds, nan until they happen.
+    `deliver` is called on the engine's thread, at most once a step, and must not block; after the last delivery the
+    request has neither it nor its `constraint` any more. `scored` is the number of last prompt tokens whose
+    log-probabilities are wanted (label scoring); such a request generates nothing and its one delivery carries them.
+    Times are `time.monotonic()` seconds, nan until they happen.
     """
 
     id: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ import jsonschema
 import openai
 import pydantic
 import pytest
+
+from server.engine.grammar import Grammar
+from server.engine.request import Request
+from server.tasks.inference import Generation
+from tests.waiting import until
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 SCHEMA = {
@@ -151,3 +157,25 @@ async def test_schemas_that_are_slow_to_compile_delay_nobody_else(live: Any, mon
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) == 1
         release.set()
         assert {answer.status_code for answer in await asyncio.gather(*waiting)} == {200}
+
+
+def test_answers_leave_nothing_for_the_collector(live: Any) -> None:
+    """It counts objects, and a grammar's memory is none to it."""
+
+    def alive() -> list[str]:
+        return [kind.__name__ for thing in gc.get_objects() if (kind := type(thing)) in (Grammar, Request, Generation)]
+
+    body: dict[str, Any] = {"model": "a", "messages": HELLO, "max_tokens": 30, "n": 2, "response_format": FORMAT}
+    nowhere = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/no"}}}
+    assert live.http.post("/v1/chat/completions", json=body).status_code == 200  # whatever is made once
+    assert live.idle()
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for sent, status in ((body, 200), ({**body, "stream": True}, 200), ({**body, "response_format": nowhere}, 400)):
+            assert live.http.post("/v1/chat/completions", json=sent).status_code == status
+        assert live.idle()
+        until(lambda: len(alive()) <= len(before), f"more than {before} is left", every=0.1)
+    finally:
+        gc.enable()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.grammar import Grammar, Grammars
+from server.engine.request import Delivery, Request, Sampling
 from server.engine.text import Text
 from server.errors import EngineFailed, InvalidRequest, QueueFull
 from server.model.vocabulary import Vocabulary, from_gguf
+from tests.waiting import until
 
 POINT = {
     "type": "object",
@@ -487,3 +491,81 @@ def test_an_end_that_is_an_ordinary_token_is_no_part_of_it_either(tiny_text: Tex
         (grammar,) = Grammars(vocabulary, vocabulary.size).ask({"type": "string"}, 1).result()
         grammar.accept(vocabulary.encode('"')[0])
         assert (letter in allowed(grammar, vocabulary.size)) is there
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """What is in a cycle stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_a_grammar_goes_with_whoever_asked_for_it(tiny_text: Text) -> None:
+    grammars = Grammars(tiny_text, tiny_text.size)
+    left = [weakref.ref(grammar) for _ in range(3) for grammar in grammars.ask(POINT, 2).result()]
+    cancelled = grammars.ask(POINT, 1)
+    cancelled.cancel()
+    del cancelled
+    until(lambda: not any(grammar() for grammar in left))
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_of_a_schema_that_is_refused_nothing_is_kept(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars, left = Grammars(tiny_text, tiny_text.size), list[Any]()
+    compile = grammars._compile
+
+    def refusing(schema: str) -> Any:
+        grammar = Grammar(compile(schema), grammars._ends)
+        left.append(weakref.ref(grammar))
+        raise InvalidRequest(f"{type(grammar).__name__} is of no use")
+
+    monkeypatch.setattr(grammars, "_compile", refusing)
+    with pytest.raises(InvalidRequest, match="Grammar is of no use"):
+        grammars.ask(POINT, 1).result()
+    [grammar] = left
+    until(lambda: grammar() is None)
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("end", ["stop", "cancelled", "refused"])
+def test_a_request_that_has_ended_keeps_neither_its_grammar_nor_who_listens(
+    bench: Any, text: Text, overlapped: bool, end: str
+) -> None:
+    """Who listens keeps its requests, as a call keeps the sequences of its answers."""
+    engine = bench(overlapped=overlapped)
+
+    class Call:
+        def __init__(self) -> None:
+            self.requests, self.reasons = list[Request](), list[str | None]()
+
+        def heard(self, delivery: Delivery) -> None:
+            self.reasons.append(delivery.finish_reason)
+
+        def add(self, id: str, grammar: Grammar | None = None) -> None:
+            sampling = Sampling(max_tokens=60)
+            self.requests.append(
+                Request(id, tuple(text.encode("hi")), sampling, lambda d: self.heard(d), constraint=grammar)
+            )
+            engine.engine.submit(self.requests[-1])
+
+    call = Call()
+    for grammar in Grammars(text, text.size).ask({"enum": [{"a": 1}]}, 2).result():
+        call.add(f"{len(call.requests)}", grammar)
+    if end == "cancelled":
+        for request in call.requests:
+            engine.engine.cancel(request.id)
+    elif end == "refused":  # a third one has the id of the first
+        call.add("0")
+    engine.settle()
+    assert call.reasons[-1] == ("stop" if end == "refused" else end) and len(call.reasons) >= len(call.requests)
+    kept = call.requests[0]
+    assert kept.constraint is None and kept.finished > 0
+    left = [weakref.ref(thing) for thing in (grammar, call, *call.requests)]
+    del grammar, call, kept
+    if end == "cancelled":
+        del request
+    assert not [thing() for thing in left if thing() is not None]
