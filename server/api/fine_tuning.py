@@ -82,7 +82,7 @@ async def list_events(job_id: Id, parts: Ready, after: After = None, limit: Limi
 @router.get("/{job_id}/checkpoints", response_model=schemas.FineTuningCheckpointList, responses=ONE)
 async def list_checkpoints(job_id: Id, parts: Ready, after: After = None, limit: Limit = 10) -> dict[str, Any]:
     """The points that a job could go on from, newest first. The last one is kept until the job has succeeded or is
-    cancelled.
+    cancelled; of jobs that have failed, those of the last 2,000.
     """
     job = _job(parts, job_id)
     events = await asyncio.to_thread(parts.jobs.records.events, job.id)

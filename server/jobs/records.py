@@ -32,7 +32,8 @@ OVER = frozenset({SUCCEEDED, FAILED, CANCELLED})
 ACTIVE = frozenset({VALIDATING, RUNNING})
 
 MOST_OVER = 2000
-"""Jobs that are over and still told of; the oldest go first."""
+"""Jobs that are over and still told of, the oldest going first: of each kind, and of those that have failed and could
+go on, which keep the most, so that no number of others takes that away."""
 STATE, EVENTS = "job.json", "events.jsonl"
 CURVES = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
 """What events tell of a step, as OpenAI's result files have it."""
@@ -186,11 +187,15 @@ class Records:
         except StoreFailed:
             self._drop(job)
             raise
-        over = sorted((known for known in self.jobs.values() if known.over), key=lambda known: known.finished_at or 0.0)
-        gone = {known.id: known for known in over[: -MOST_OVER + 1]}
+        over = [known for known in self.jobs.values() if known.over and known.kind == job.kind]
+        over.sort(key=lambda known: known.finished_at or 0.0)
+        alike = ([known for known in over if known.resumable], [known for known in over if not known.resumable])
+        gone = {known.id: known for those in alike for known in those[: -MOST_OVER + 1]}
         with self._lock:
             self.jobs = {id: known for id, known in self.jobs.items() if id not in gone} | {job.id: job}
         for known in gone.values():
+            if known.resumable:
+                log.warning("job %s, which has failed, can go on no more: others have since; it is deleted", known.id)
             self._drop(known)
 
     def remove(self, job: Job, name: str) -> None:

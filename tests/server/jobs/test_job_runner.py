@@ -984,6 +984,34 @@ def test_of_jobs_that_are_over_those_go_that_ended_first(tmp_path: Path, monkeyp
     assert [job.name for job in records.all()] == ["long", "last"]
 
 
+def test_what_a_failed_job_goes_on_from_is_not_deleted_for_jobs_of_other_kinds_or_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.jobs.records.MOST_OVER", 3)
+    records = Records(tmp_path)
+
+    def ended(kind: str, name: str, status: str, at: float) -> Job:
+        job = records.prepare(kind, name, {}, "ftjob" if kind == TRAINING else "eval", {})
+        records.enter(job)
+        job.status, job.finished_at = status, at
+        records.save(job)
+        return job
+
+    failed = [ended(TRAINING, f"failed {i}", "failed", float(i)) for i in range(2)]
+    for i in range(10, 15):
+        ended(EVALUATION, f"measured {i}", "failed" if i % 2 else "succeeded", float(i))
+        ended(TRAINING, f"trained {i}", "succeeded", float(i))
+    names = {job.name for job in records.all()}
+    assert names == {"failed 0", "failed 1", *(f"{did} {i}" for did in ("measured", "trained") for i in (12, 13, 14))}
+    assert not caplog.records
+    checkpoint = records.folder(failed[0].id) / "checkpoint"
+    checkpoint.write_bytes(b"hours")
+    for i in (2, 3):
+        ended(TRAINING, f"failed {i}", "failed", 20.0 + i)
+    assert not checkpoint.exists() and f"job {failed[0].id}, which has failed, can go on no more" in caplog.text
+    assert {f"failed {i}" for i in (1, 2, 3)} < {job.name for job in records.all()}
+
+
 def test_a_disk_that_refuses_an_event_costs_the_event_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
