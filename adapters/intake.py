@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.errors import AdapterError, InvalidAdapter, StoreFailed
+from adapters.errors import AdapterError, InvalidAdapter, StoreFailed, UnknownAdapter
 from adapters.mistaken import leads_out
 from adapters.peft_format import REQUIRED, open_inside
 from adapters.ports import Reader
@@ -49,22 +49,27 @@ class Intake:
             yield staged, self.prepare(self._read(staged, name))
 
     def load(self, name: str, digest: str) -> LoraWeights:
-        """One version from the store, found to be what it was, as the kernels read it. Raises StoreFailed."""
+        """One version from the store, found to be what it was, as the kernels read it. Raises what `stored` does."""
         return self.prepare(self.stored(name, digest))
 
     def stored(self, name: str, digest: str) -> LoraWeights:
-        """The same as it was published. Raises StoreFailed; what is damaged is replaced when it is published again."""
+        """The same as it was published. Raises StoreFailed; what is damaged is replaced when it is published again.
+
+        And UnknownAdapter where it was deleted meanwhile, which is nobody's fault: no request has a lease of it then.
+        """
         try:
             weights = self._read(self.store.path(digest), name, stored=True)
             if weights.digest != digest:
                 raise InvalidAdapter("its content has changed on disk")
         except (AdapterError, OSError) as error:
+            label = Version(name, digest).label
+            if digest not in self.store.records:
+                raise UnknownAdapter(f"{label} was deleted while it was read", "adapters") from error
             reason = error.message if isinstance(error, AdapterError) else error.strerror or type(error).__name__
             advice = ""
             if isinstance(error, (InvalidAdapter, OSError)):
                 self.store.damaged.add(digest)
                 advice = "; publish it again"
-            label = Version(name, digest).label
             raise StoreFailed(f"{label} cannot be read from the store: {reason}{advice}") from error
         return weights
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import TypeVar
 
 from adapters.errors import UnknownAdapter
 from adapters.weights import Mix, Version
-
-K = TypeVar("K")
 
 
 class Lease:
@@ -64,14 +61,17 @@ class Lease:
 
 
 class Leases:
-    """How often each version is leased. Not thread-safe; `digest in leases` may be asked without the owner's lock."""
+    """How often each version is leased. Not thread-safe; `digest in leases`, and how many there are, may be asked
+    without the owner's lock."""
 
     def __init__(self) -> None:
-        self._by_version: Counter[Version] = Counter()
+        self._by_name: dict[str, Counter[str]] = {}
+        """How often each version of a name is, by digest."""
         self._by_digest: Counter[str] = Counter()
+        self._count = 0
 
     def __len__(self) -> int:
-        return self._by_version.total()
+        return self._count
 
     def __contains__(self, digest: object) -> bool:
         """Whether any name's lease holds this content."""
@@ -79,24 +79,28 @@ class Leases:
 
     def hold(self, versions: Iterable[Version]) -> None:
         for version in versions:
-            self._by_version[version] += 1
+            self._by_name.setdefault(version.name, Counter())[version.digest] += 1
             self._by_digest[version.digest] += 1
+            self._count += 1
 
     def give_back(self, versions: Iterable[Version]) -> set[str]:
         """Answers the digests that nobody holds now."""
         left: set[str] = set()
         for version in versions:
-            _subtract(self._by_version, version)
+            own = self._by_name.get(version.name, Counter())
+            if _subtract(own, version.digest) and not own:
+                del self._by_name[version.name]
             if _subtract(self._by_digest, version.digest):
                 left.add(version.digest)
+            self._count -= 1
         return left
 
     def of(self, name: str) -> Counter[str]:
         """The leases of each version of `name`, by digest."""
-        return Counter({v.digest: n for v, n in self._by_version.items() if v.name == name})
+        return Counter(self._by_name.get(name))
 
 
-def _subtract(counts: Counter[K], key: K) -> bool:
+def _subtract(counts: Counter[str], key: str) -> bool:
     """Count one less; true if that was the last."""
     counts[key] -= 1
     assert counts[key] >= 0, f"{key!r} is given back more often than it was held"

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from adapters.errors import AdapterConflict, InvalidAdapter, InvalidChoice, UnknownAdapter, VersionMismatch
 from adapters.journal import Journal
@@ -112,9 +113,16 @@ class Names:
         """The names that are served, sorted; with `by` those alone that this source has put there."""
         return sorted(name for name in self.histories if by is None or self.sources[name] == by)
 
-    def current(self) -> dict[str, str]:
+    @cached_property
+    def current(self) -> Mapping[str, str]:
         """The digest that each name has."""
         return {name: history[0] for name, history in self.histories.items()}
+
+    @cached_property
+    def labels(self) -> frozenset[str]:
+        """Of all versions that `find` finds."""
+        found = {**self.behind, **self.histories}
+        return frozenset(Version(name, digest).label for name, history in found.items() for digest in history)
 
     def named(self, name: str) -> Version:
         """The version that a name has, which is no exact version of it. Raises UnknownAdapter."""

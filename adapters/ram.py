@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
-from adapters.errors import AdapterError, NoRoom
+from adapters.errors import AdapterError, NoRoom, UnknownAdapter
 from adapters.lru import LRU
 from adapters.weights import SHORT_DIGEST, LoraWeights, LowRank
 
@@ -50,10 +50,11 @@ class _Want:
 class Ram:
     """Versions in memory by digest; thread-safe, and its lock is never held during a load or a callback.
 
-    `load(digest)` reads one version, on a worker thread. `size(digest)` is what it will take in bytes, as far as
-    known; the truth replaces it after the first load. `evict_last(digest)` is asked under the lock and must not
-    block. `on_load(digest, outcome, seconds)` hears of each load ("ok" or "failed"), `on_evict(digest)` of each
-    eviction, and `pressure(bytes)` is called, again and again, while a fetch waits for bytes that views hold.
+    `load(digest)` reads one version, on a worker thread; UnknownAdapter, of one that was deleted meanwhile, is no
+    failure. `size(digest)` is what it will take in bytes, as far as known; the truth replaces it after the first load.
+    `evict_last(digest)` is asked under the lock and must not block. `on_load(digest, outcome, seconds)` hears of each
+    load ("ok" or "failed"), `on_evict(digest)` of each eviction, and `pressure(bytes)` is called, again and again,
+    while a fetch waits for bytes that views hold.
     """
 
     def __init__(
@@ -256,7 +257,9 @@ class Ram:
         try:
             weights = self._read(digest)
         except BaseException as failure:  # a panic of a library is no Exception, and whoever waits has to hear of it
-            if isinstance(failure, AdapterError):
+            if isinstance(failure, UnknownAdapter):
+                log.debug("%s", failure)
+            elif isinstance(failure, AdapterError):
                 log.error("an adapter cannot be loaded: %s", failure)
             else:
                 log.exception("loading %s failed", digest[:SHORT_DIGEST])
@@ -265,15 +268,17 @@ class Ram:
         with self._turn():
             wants = self._loading.pop(digest)
             if weights is not None:
-                self._sizes[digest] = weights.nbytes
+                if digest in self._lru:  # else it may have been discarded, and no size of it be of use any more
+                    self._sizes[digest] = weights.nbytes
                 error = self._settle(digest, weights, wants)
             if error is not None:
                 for want in wants:
                     self._fail(want, error)
                 if digest in self._lru and not self._lru.pins(digest):
                     self._remove(digest)
-            outcome = "failed" if error else "ok"
-            self._effects.append(lambda: self._on_load(digest, outcome, seconds))
+            if not isinstance(error, UnknownAdapter):
+                outcome = "failed" if error else "ok"
+                self._effects.append(lambda: self._on_load(digest, outcome, seconds))
 
     def _settle(self, digest: str, weights: LoraWeights, wants: list[_Want]) -> Exception | None:
         """Take in what was loaded, at its true size. Answers why not, if it could never fit."""

@@ -168,13 +168,21 @@ class Registry:
         """The adapters that are served, sorted; with `by` those alone that this source has put there."""
         return self._names.served(by)
 
+    def meaning(self) -> Names:
+        """What all names mean at this moment, as one value."""
+        return self._names
+
+    def knows(self, name: str) -> bool:
+        """Whether the name has a version at all, though it may not be served here."""
+        return name in self._names.sources
+
     def current(self, name: str) -> Version:
         """The version that `name` has. Raises UnknownAdapter."""
         return self._names.named(name)
 
     def has(self, name: str, digest: str) -> bool:
         """Whether `name` is served and has this content now."""
-        return self._names.current().get(name) == digest
+        return self._names.current.get(name) == digest
 
     def fails(self, text: str) -> bool:
         """Whether the version that "name" or "name@digest" means could not be read when it was last loaded; no such
@@ -209,14 +217,12 @@ class Registry:
 
     def memory(self) -> dict[str, int]:
         """`bytes` in RAM and their `budget`; how many `versions` are there, how many `leases` are out."""
-        with self._lock:
-            leases = len(self._leases)
-        versions = len(self._ram.resident())
-        return {"bytes": self._ram.used, "budget": self._ram.capacity, "versions": versions, "leases": leases}
+        used, versions = self._ram.used, len(self._ram.resident())
+        return {"bytes": used, "budget": self._ram.capacity, "versions": versions, "leases": len(self._leases)}
 
     def sizes(self) -> dict[tuple[str, str], int]:
         """Bytes of the adapters by (name, tier): "device" for those with a slot, "disk" for those not in memory."""
-        return {(name, self._tier(d)): self._ram.size(d) for name, d in self._names.current().items()}
+        return {(name, self._tier(d)): self._ram.size(d) for name, d in self._names.current.items()}
 
     def check(self, name: str, if_match: str | None = None) -> None:
         """Raises what `publish` would say of the name alone, before there is any content: InvalidAdapter,
@@ -365,7 +371,7 @@ class Registry:
         self._names.expect(name, if_match)
         self._names.find(f"{name}@{digest}")  # it may have been retired while it was read
         self._check_fit(name, self._ram.size(digest))
-        same = self._names.current().get(name) == digest
+        same = self._names.current.get(name) == digest
         if not same:
             journal, stay = self._store.journal, self._names.kept(name, self.asked_for(name))
             journal = journal.point(name, digest, journal.names[name].source, time.time(), stay)
@@ -423,7 +429,7 @@ class Registry:
         self._misfits = self.intake.misfits(journal.referenced(), self._misfits)
         names = Names.of(journal, self._store.lost, self._misfits.get, self._reserved)
         with self._lock:
-            before, after = self._names.current(), names.current()
+            before, after = self._names.current, names.current
             self._names = names
             self._draining = (self._draining | set(before.values())) - set(after.values())
             idle = {digest for digest in self._draining if digest not in self._leases}
@@ -444,14 +450,14 @@ class Registry:
         """Delete the versions that have neither a name nor a lease, and tell those who wait for that."""
         with self._lock:
             free = {d for d in set(self._store.records) - self._names.referenced if d not in self._leases}
-            for digest in free:
-                self._failures.pop(digest, None)
         self._let_go(free)
         for digest in free:
             try:
                 self._store.remove(digest)
             except StoreFailed as error:  # it is swept when the store is opened next
                 log.warning("version %s stays on disk for now: %s", digest[:SHORT_DIGEST], error.message)
+        with self._lock:  # after all that may have been reading them
+            self._failures = {d: reason for d, reason in self._failures.items() if d in self._store.records}
         remaining = set(self._store.records) - self._names.referenced
         for digests, done in [(digests, done) for digests, done in self._drains if not digests & remaining]:
             self._drains.remove((digests, done))
@@ -489,7 +495,7 @@ class Registry:
             if not fetched.cancelled() and fetched.exception() is None:
                 (view,) = fetched.result()
                 with self._lock:
-                    if name in self._pins and self._names.current().get(name) == view.digest:
+                    if name in self._pins and self._names.current.get(name) == view.digest:
                         self._pins[name] = view
             elif not fetched.cancelled():
                 self._pin_failed(name, fetched.exception())
@@ -510,9 +516,8 @@ class Registry:
     def _hold_late_pins(self) -> None:
         """Keep the pinned versions that could not be loaded when they were to be, and are in memory now."""
         with self._lock:
-            late = [name for name, view in self._pins.items() if view is None]
-            current = self._names.current() if late else {}
-        for name in [name for name in late if name in current and self._ram.loaded_at(current[name]) is not None]:
+            late = [(name, self._names.current.get(name)) for name, view in self._pins.items() if view is None]
+        for name in [name for name, digest in late if digest and self._ram.loaded_at(digest) is not None]:
             self._hold_pin(name)
 
     def _load(self, digest: str) -> LoraWeights:
@@ -521,7 +526,8 @@ class Registry:
             weights = self.intake.load(self._names.of_content(digest), digest)
         except StoreFailed as error:
             with self._lock:
-                self._failures[digest] = error.message
+                if digest in self._store.records:
+                    self._failures[digest] = error.message
             raise
         with self._lock:
             self._failures.pop(digest, None)
@@ -537,8 +543,7 @@ class Registry:
             raise NoRoom(f"{name!r} takes {nbytes:,} bytes in RAM; {room:,} are there for it{beside} (--adapter-ram)")
 
     def _pinned_digests(self, besides: str | None = None) -> set[str]:
-        current = self._names.current() if self._pins else {}
-        return {current[name] for name in self._pins if name != besides and name in current}
+        return {self._names.current[name] for name in self._pins if name != besides and name in self._names.current}
 
     def _look(self, name: str) -> Sight:
         """What is known of one adapter at one moment. With the lock."""

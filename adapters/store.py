@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,12 @@ class Record:
         """What was told of the version under this name."""
         return self.told.get(name, self.metadata)
 
-    @property
+    @cached_property
     def ranks(self) -> list[int]:
         """The distinct ranks, ascending."""
         return sorted({rank for rank, _, _ in self.modules.values()})
 
-    @property
+    @cached_property
     def targets(self) -> list[str]:
         """The distinct last parts of the module paths, sorted."""
         return sorted({path.rsplit(".", 1)[-1] for path in self.modules})
@@ -302,7 +303,7 @@ class Store:
         with _told("write the names"):
             try:
                 content = {**journal.to_json(), WRITTEN: time.time(), WRITES: self._writes + 1}
-                self._disk.write(fresh, json.dumps(content, indent=1).encode())
+                self._disk.write(fresh, json.dumps(content).encode())
                 self._disk.rename(fresh, self._names)
             except OSError:
                 fresh.unlink(missing_ok=True)
@@ -322,6 +323,7 @@ class Store:
         assert digest not in self.journal.referenced(), "a version is deleted while it has a name"
         self.records.pop(digest, None)
         self._sizes.pop(digest, None)
+        self.damaged.discard(digest)
         with _told("delete a version"):
             self._discard(self.path(digest))
 

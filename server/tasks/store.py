@@ -33,6 +33,8 @@ class Adapters(Protocol):
 
     def names(self) -> list[str]: ...
 
+    def knows(self, name: str) -> bool: ...
+
     def current(self, name: str) -> Version: ...
 
     def metadata(self, name: str) -> Mapping[str, Any]: ...
@@ -218,8 +220,13 @@ class Tasks:
             for adapter, fault in faults.items():
                 if fault != self._faults.get(adapter):
                     log.warning("the task.json of adapter %r %s", adapter, fault)
-            # Of those that nobody brings now as well: an adapter that is set aside at one start comes back at another.
-            absent = {name: owner for name, owner in self._contested.items() if name not in offers}
+            # Of those that nobody brings now as well: an adapter that is set aside at one start comes back at another,
+            # and one that was deleted does not.
+            absent = {
+                name: owner
+                for name, owner in self._contested.items()
+                if name not in offers and (name in self._put or self._adapters.knows(owner))
+            }
             self._keep_owners(absent | {name: owners[name] for name, those in offers.items() if len(those) > 1})
             self._owners = owners
             files = {name: those[owners[name]] for name, those in offers.items()}
@@ -391,7 +398,7 @@ class Tasks:
         content = {"tasks": tasks, "deleted": deleted, "owners": self._contested, "own": own}
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self._file, json.dumps(content, indent=1).encode())
+            replace_file(self._file, json.dumps(content).encode())
         except OSError as error:
             raise StoreFailed(f"the task cannot be written: {error.strerror}; nothing has changed") from None
         self._put, self._deleted = put, deleted

@@ -19,6 +19,14 @@ def test_first_digits_that_two_versions_have_mean_neither() -> None:
     assert NAMES.find("n@d4e5f6") == Version("n", LIKE_NEW), "of that name alone"
 
 
+def test_labels_are_of_all_that_is_found() -> None:
+    names = Names(histories={"m": (NEW, OLD)}, behind={"n": (OLD,)})
+    versions = [Version("m", NEW), Version("m", OLD), Version("n", OLD)]
+    assert names.labels == {version.label for version in versions} and names.labels is names.labels
+    assert [names.find(version.label) for version in versions] == versions
+    assert names.current == {"m": NEW} and names.current is names.current, "every request asks for it"
+
+
 def test_digits_may_be_capitals() -> None:
     assert NAMES.find("m@A1B2C3") == Version("m", OLD)
     for same in ("m@D4E5F6", "D4E5F6"):

@@ -922,6 +922,35 @@ async def test_files_gone_while_served(registry: Registry, folders: list[Path]) 
     lease.release()
 
 
+@pytest.mark.parametrize("fails", [True, False])
+def test_of_a_version_that_goes_while_it_is_read_for_nobody_nothing_is_left(
+    open_registry: Open, folders: list[Path], caplog: pytest.LogCaptureFixture, fails: bool
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def read(path: Path, *, stored: bool = False, **how: Any) -> LoraWeights:
+        weights = None if stored and fails else read_folder(path, stored=stored, **how)
+        if stored:
+            begun.set()
+            assert go_on.wait(60)
+        return weights or read_folder(path, stored=stored, **how)
+
+    registry = open_registry(read=read)
+    version = registry.publish_now("a", folders[0]).version
+    registry._ram.discard(version.digest)
+    with registry.lease([("a", 1.0)]) as lease:
+        fetch = registry.fetch(lease.mix)
+        assert begun.wait(60)
+        fetch.cancel()
+    registry.retire_now("a").drained.result(60)
+    go_on.set()
+    until(lambda: not registry._ram._loading and not registry._ram._effects)
+    kept = registry._ram._sizes, registry._failures, registry._store.damaged, registry._store._sizes
+    assert not any(kept), kept
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert ("other", "failed") not in registry._observer.loads
+
+
 def test_a_lost_current_version_does_not_fall_back_to_an_older(open_registry: Open, folders: list[Path]) -> None:
     registry = open_registry()
     registry.publish_now("a", folders[0])

@@ -749,3 +749,19 @@ def test_names_that_could_not_be_written_leave_nothing_behind(store: Store, fold
     with pytest.raises(StoreFailed, match="the disk is full"):
         store.write(store.journal.retire("a"))
     assert {path.name for path in store.root.iterdir()} == {"versions", "incoming", "names.json", "lock"}
+
+
+def test_what_a_record_is_asked_for_at_each_look_is_worked_out_once(tmp_path: Path, write_adapter: Any) -> None:
+    record = Record.of(write_adapter(tmp_path / "a", rank=3), 0.0)
+    assert (record.ranks, record.targets) == ([3], ["q_proj", "v_proj"])
+    assert record.ranks is record.ranks and record.targets is record.targets
+
+
+def test_a_version_that_is_deleted_is_not_damaged_any_more(tmp_path: Path, write_adapter: Any) -> None:
+    store = Store(tmp_path / "store")
+    digest = publish(store, "a", write_adapter(tmp_path / "a") and tmp_path / "a")
+    store.damaged.add(digest)
+    store.write(store.journal.retire("a"))
+    store.remove(digest)
+    assert not store.damaged
+    store.close()

@@ -23,9 +23,13 @@ class Folders:
 
     def __init__(self, **bodies: Any) -> None:
         self.bodies = bodies
+        self.aside: set[str] = set()
 
     def names(self) -> list[str]:
         return sorted(self.bodies)
+
+    def knows(self, name: str) -> bool:
+        return name in self.bodies or name in self.aside
 
     def current(self, name: str) -> Version:
         return Version(name, name.encode().hex().ljust(64, "0"))
@@ -114,6 +118,28 @@ def test_whose_a_contested_task_is_is_written_once_the_disk_has_room(
     assert opened(tmp_path, adapters).get("both").prompt == "second: {input}"
 
 
+def test_whose_a_contested_task_was_is_forgotten_with_the_last_of_both(tmp_path: Path) -> None:
+    """What is set aside at one start comes back at another."""
+    both = {name: {"task": "both", "prompt": f"{name}: {{input}}"} for name in ("first", "second")}
+    adapters = Folders(second=both["second"])
+    tasks = opened(tmp_path, adapters)
+
+    def owners(**bodies: Any) -> Any:
+        adapters.bodies = bodies
+        tasks.refresh()
+        return json.loads((tmp_path / "tasks.json").read_text())["owners"]
+
+    kept = {"both": "second"}
+    assert owners(**both) == kept
+    adapters.aside = {"second"}
+    assert owners() == kept
+    tasks.put("both", BROUGHT)
+    adapters.aside = set()
+    assert owners() == kept, "the task is there"
+    tasks.delete("both")
+    assert owners() == {}
+
+
 def test_a_task_file_with_an_empty_name_is_named_after_its_adapter(tmp_path: Path) -> None:
     tasks = opened(tmp_path, Folders(x={"task": "", "prompt": "{input}"}, y={"task": None, "prompt": "{input}"}))
     assert [task.name for task in tasks.all()] == ["x", "y"]
@@ -184,7 +210,9 @@ def test_a_folder_does_not_take_a_task_from_the_adapter_that_has_it(
     assert ["is that of adapter 'reviews'" in fault for fault in tasks.faults("experiment")] == [True]
     assert "task.json of adapter 'mood' is not used" in caplog.text
     assert prompt(opened(tmp_path, adapters)) == "reviews", "after a restart too"
-    opened(tmp_path, Folders())  # a start on another base, on which none of them can be served
+    elsewhere = Folders()  # a start on another base, on which none of them can be served
+    elsewhere.aside = set(adapters.bodies)
+    opened(tmp_path, elsewhere)
     assert prompt(again := opened(tmp_path, adapters)) == "reviews"
     del adapters.bodies["reviews"]
     again.refresh()
