@@ -17,7 +17,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,13 @@ from adapters.errors import StoreFailed
 from server.errors import UnknownName
 from server.tasks.definitions import FEEDBACK_METRIC
 from server.tasks.intervals import Totals, interval
-from server.tasks.quality_file import opened, still_there
+from server.tasks.quality_file import HOUR, SUMS, opened, still_there, swept
 from server.tasks.subjects import Answered, Subject
 from server.tasks.traffic import COLUMNS, Traffic
 
 log = logging.getLogger(__name__)
 
 DAY = 86_400.0
-HOUR = 3_600
 FLUSH_SECONDS = 0.5
 FIRST_SWEEP = 300.0
 """Seconds after the start."""
@@ -53,9 +52,8 @@ FEEDBACK, EVALUATION = "feedback", "evaluation"
 
 _Change = tuple[float, int, int]
 """A score, its hour, and whether it came (1) or went (-1)."""
-
-_SUMS = ("hours", "traffic")
-_SCORES = ("scores", "examples")
+_Key = tuple[Subject, str, str]
+"""Whose scores, by which metric and from where."""
 
 
 class Quality:
@@ -72,7 +70,7 @@ class Quality:
         self._latest: dict[int, int] = {}
         """The last hour of each that has a row."""
         self._totals: dict[Subject, dict[tuple[str, str], Totals]] = {}
-        self._hours: dict[tuple[Subject, str, str], dict[int, Totals]] = {}
+        self._hours: dict[_Key, dict[int, Totals]] = {}
         self._paired: dict[tuple[Subject, Subject, str], Totals] = {}
         """What has been asked of `examples`, a join of thousands."""
         self._traffic: dict[int, Traffic] = {}
@@ -213,15 +211,20 @@ class Quality:
             row = self._db.execute(query, (task, rule)).fetchone()
         return None if row is None else (Subject(task, row[0], row[1]), row[2])
 
-    def means(self, tasks: Iterable[str]) -> list[tuple[Subject, str, str, float]]:
-        """Subject, metric, source and mean of everything of these tasks that has a score."""
-        return [
-            (subject, *key, totals.mean)
-            for task in tasks
-            for subject in list(self._of_task.get(task, {}).values())
-            for key, totals in list(self._totals.get(subject, {}).items())
-            if totals.count
-        ]
+    def means(
+        self, tasks: Iterable[str], wanted: Callable[[Subject], bool] = lambda subject: True
+    ) -> list[tuple[Subject, str, str, float]]:
+        """Subject, metric, source and mean of everything of these tasks that is `wanted` and has a score; of each task
+        those first that answered or were scored last."""
+        told = []
+        for task in tasks:
+            known = list(self._of_task.get(task, {}).items())
+            own = [(self._latest.get(number, 0), number, subject) for number, subject in known if wanted(subject)]
+            for _, _, subject in sorted(own, reverse=True):
+                for (metric, source), totals in list(self._totals.get(subject, {}).items()):
+                    if totals.count:
+                        told.append((subject, metric, source, totals.mean))
+        return told
 
     def performance(self, task: str) -> list[dict[str, Any]]:
         """Per version: samples, quality by source with its interval, latencies, tokens, errors. Of the last `MOST_TOLD`
@@ -282,7 +285,7 @@ class Quality:
         for subject in self._ids:
             subject.check()
         by_number = {number: subject for subject, number in self._ids.items()}
-        every = " UNION ALL ".join(f"SELECT subject, hour FROM {sums}" for sums in _SUMS)
+        every = " UNION ALL ".join(f"SELECT subject, hour FROM {sums}" for sums in SUMS)
         self._latest = dict(db.execute(f"SELECT subject, max(hour) FROM ({every}) GROUP BY subject"))
         for number, metric, source, hour, *sums in db.execute("SELECT * FROM hours"):
             self._hours.setdefault((by_number[number], metric, source), {})[hour] = Totals(*sums)
@@ -460,18 +463,32 @@ class Quality:
 
         Sums are kept for a day at least, as the answers are that feedback may still be given to.
         """
-        old = now - max(self._retention, DAY)
-        before = int(old) // HOUR
-        kept = " UNION ".join(f"SELECT subject FROM {sums}" for sums in _SUMS)
+        before = int(now - max(self._retention, DAY)) // HOUR
+        aged = [key for key, hours in self._hours.items() if min(hours, default=before) < before]
         with self._all_or_nothing():
             self._db.execute("DELETE FROM answers WHERE at < ?", (now - DAY,))
-            for scores in _SCORES:  # as long as the sums have them
-                self._db.execute(f"DELETE FROM {scores} WHERE at < ?", (before * HOUR,))
-            gone = [self._db.execute(f"DELETE FROM {sums} WHERE hour < ?", (before,)).rowcount for sums in _SUMS]
-            gone.append(self._db.execute(f"DELETE FROM subjects WHERE id NOT IN ({kept})").rowcount)
-            self._db.execute("DELETE FROM made_up WHERE subject NOT IN (SELECT id FROM subjects)")
-        if any(gone):
-            self._load(self._db)
+            keys = [(self._ids[subject], metric, source) for subject, metric, source in aged]
+            less, gone = swept(self._db, before, keys, list(self._ids.values()))
+        for number in (*less, *gone):
+            self._traffic.pop(number, None)
+        if aged or gone:
+            self._let_go(before, aged, gone)
+
+    def _let_go(self, before: int, aged: Iterable[_Key], gone: Collection[int]) -> None:
+        """Do in memory what a sweep has done in the file: of the scores that are `aged` the hours `before` that go, and
+        with all that they have the subjects of these numbers."""
+        for key in aged:
+            self._hours[key] = {hour: totals for hour, totals in self._hours[key].items() if hour >= before}
+        self._know({subject: number for subject, number in self._ids.items() if number not in gone})
+        self._latest = {number: hour for number, hour in self._latest.items() if number not in gone}
+        self._made_up &= self._ids.keys()
+        self._hours = {key: hours for key, hours in self._hours.items() if key[0] in self._ids}
+        totals = {subject: dict(own) for subject, own in self._totals.items() if subject in self._ids}
+        for subject, metric, source in aged:
+            if subject in totals:
+                totals[subject][metric, source] = Totals.joined(self._hours[subject, metric, source].values())
+        self._totals = totals  # in one step, as `_load` has it
+        self._paired = {}
 
     def _run(self) -> None:
         while not self._stop.wait(FLUSH_SECONDS):

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -17,6 +17,10 @@ from adapters.durable import set_aside
 
 log = logging.getLogger(__name__)
 
+HOUR = 3_600
+SUMS = ("hours", "traffic")
+SCORES = ("scores", "examples")
+"""What the sums of `hours` are of."""
 LEAST_ROOM = 1 << 20
 """Bytes that are free on a disk that is not full."""
 _SCHEMA = """
@@ -96,6 +100,27 @@ def still_there(file: Path, db: sqlite3.Connection) -> Callable[[], None]:
             )
 
     return check
+
+
+def swept(
+    db: sqlite3.Connection, hour: int, keys: Iterable[tuple[int, str, str]], subjects: Iterable[int]
+) -> tuple[list[int], set[int]]:
+    """Delete what is of before an hour, within a transaction: scores and their sums, which are found by `keys`
+    (subject, metric, source), and the traffic of `subjects`. Answers who has less traffic now, and who is gone.
+
+    Rows of sums are not gone through, which may come to gigabytes, while who gives feedback waits.
+    """
+    for scores in SCORES:  # as long as the sums have them
+        db.execute(f"DELETE FROM {scores} WHERE at < ?", (hour * HOUR,))
+    drop = "DELETE FROM hours WHERE subject = ? AND metric = ? AND source = ? AND hour < ?"
+    db.executemany(drop, [(*key, hour) for key in keys])
+    drop = "DELETE FROM traffic WHERE subject = ? AND hour < ?"
+    less = [subject for subject in subjects if db.execute(drop, (subject, hour)).rowcount]
+    left = " OR ".join(f"EXISTS (SELECT 1 FROM {sums} WHERE subject = subjects.id)" for sums in SUMS)
+    gone = {number for (number,) in db.execute(f"SELECT id FROM subjects WHERE NOT ({left})")}
+    db.executemany("DELETE FROM subjects WHERE id = ?", [(number,) for number in gone])
+    db.execute("DELETE FROM made_up WHERE subject NOT IN (SELECT id FROM subjects)")
+    return less, gone
 
 
 def in_memory(file: Path, load: Load) -> sqlite3.Connection:

@@ -20,7 +20,7 @@ from adapters.weights import Version
 from server.errors import UnknownName
 from server.tasks import quality as module
 from server.tasks.intervals import Totals
-from server.tasks.latency import Latencies
+from server.tasks.latency import BUCKETS, Latencies
 from server.tasks.quality import DAY, Quality, digest
 from server.tasks.quality_file import in_memory
 from server.tasks.subjects import Answered, Subject
@@ -1010,4 +1010,134 @@ def test_traffic_goes_on_to_count_after_it_was_asked_for(tmp_path: Path) -> None
         quality.answered(Answered(f"{count}", subject, "", "yes", prompt_tokens=5))
         (told,) = quality.performance("t")
         assert told["requests"] == count and told["tokens"]["prompt"] == 5 * count
+    quality.close()
+
+
+def whole(latencies: Latencies) -> bytes:
+    """As they were dumped before 2026-12-02."""
+    return latencies.counts.astype("<u4").tobytes()
+
+
+def test_latencies_are_dumped_as_those_that_there_are() -> None:
+    rng, dumps, sums = np.random.default_rng(2), list[bytes](), np.zeros(BUCKETS, np.uint32)
+    for filled in (0, 1, 3, 146, 147, 148, BUCKETS):
+        latencies = Latencies()
+        latencies.counts[rng.permutation(BUCKETS)[:filled]] = rng.integers(1, 1 << 20, filled)
+        assert len(latencies.dump()) == min(5 * filled, 4 * BUCKETS)
+        dumps += [latencies.dump(), whole(latencies)]
+        sums += 2 * latencies.counts
+    for order in (dumps, dumps[::-1], rng.permutation(np.array(dumps, object)).tolist()):
+        again = Latencies()
+        again.join(order)
+        again.join([])
+        assert again.counts.tolist() == sums.tolist()
+
+
+@pytest.mark.parametrize("damaged", [b"xxxx", b"\xff\1\0\0\0", b"x" * 735 + b"x" * 2])
+def test_what_is_no_dump_is_refused(damaged: bytes) -> None:
+    with pytest.raises(ValueError):
+        Latencies().join([damaged])
+
+
+def test_records_of_before_are_read_and_go_on(tmp_path: Path) -> None:
+    """Their rows of traffic have all counters, those that are nothing too."""
+    file, subject, now = tmp_path / "quality.db", Subject.of("t", [(A, 1.0)], "base"), time.time()
+    first = Quality(file)
+    for hours in (0, 1):
+        first.answered(answered(f"{hours}", subject, at=now - hours * module.HOUR))
+    [told] = first.performance("t")
+    first.close()
+    with sqlite3.connect(file) as db:
+        for number, hour, *dumped in db.execute("SELECT subject, hour, ttft, tpot, e2e FROM traffic").fetchall():
+            blobs = []
+            for each in dumped:
+                latencies = Latencies()
+                latencies.join([each])
+                blobs.append(whole(latencies))
+            db.execute("UPDATE traffic SET ttft = ?, tpot = ?, e2e = ? WHERE subject = ? AND hour = ?",
+                       (*blobs, number, hour))  # fmt: skip
+    db.close()
+    again = Quality(file)
+    assert again.performance("t") == [told]
+    again.answered(answered("more", subject, at=now))
+    again.close()
+    reopened = Quality(file)
+    (more,) = reopened.performance("t")
+    assert more["requests"] == told["requests"] + 1 and more["e2e"] == told["e2e"]
+    reopened.close()
+
+
+def test_an_hour_of_a_version_takes_few_bytes(tmp_path: Path) -> None:
+    """A thousand versions with a request an hour have two million such rows in ninety days."""
+    file, now = tmp_path / "quality.db", time.time()
+    subjects = [Subject.of("t", [(A, n / 8)], "base") for n in range(1, 5)]
+    quality = Quality(file)
+    empty = file.stat().st_size
+    for subject in subjects:
+        for hours in range(500):
+            quality.answered(answered(f"{subject.mix} {hours}", subject, at=now - hours * module.HOUR))
+    quality.flush()
+    quality._db.execute("DELETE FROM answers")
+    quality.close()
+    with sqlite3.connect(file) as db:
+        db.execute("VACUUM")
+        assert db.execute("SELECT count(*) FROM traffic").fetchone() == (2000,)
+    db.close()
+    assert (file.stat().st_size - empty) / 2000 < 60
+
+
+def test_a_sweep_goes_through_no_traffic(tmp_path: Path) -> None:
+    """Old rows are found by their keys, and what is left is not read again: feedback waits meanwhile."""
+    quality, now = Quality(tmp_path / "quality.db", retention=2 * DAY), time.time()
+    subjects = [Subject.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
+    for n, subject in enumerate(subjects):
+        for hours in range(24 * n, 24 * n + 48):
+            quality.answered(answered(f"{n} {hours}", subject, at=now - hours * module.HOUR))
+    assert [told["requests"] for told in quality.performance("t")] == [48] * 5
+    statements = list[str]()
+    quality._db.set_trace_callback(statements.append)
+    with quality._lock:
+        quality._sweep(now)
+    quality._db.set_trace_callback(None)
+    asked = [statement for statement in statements if "traffic" in statement]
+    assert asked and not [each for each in asked if each.startswith("SELECT") and "EXISTS" not in each]
+    plans = {step for each in asked for *_, step in quality._db.execute(f"EXPLAIN QUERY PLAN {each}")}
+    assert any("SEARCH traffic" in step for step in plans) and not [step for step in plans if "SCAN traffic" in step]
+    left = {told["version"]: told["requests"] for told in quality.performance("t")}
+    assert left == {subjects[0].label: 48, subjects[1].label: 25, subjects[2].label: 1}
+    quality.close()
+
+
+def test_what_a_sweep_leaves_is_what_the_next_start_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, now, dice = tmp_path / "quality.db", time.time(), np.random.default_rng(3)
+    quality = Quality(file, retention=2 * DAY)
+    subjects = [Subject.of(task, [(A, n / 8)], "base") for task in ("t", "u") for n in range(1, 6)]
+    for hours in range(0, 120, 7):
+        monkeypatch.setattr(module.time, "time", lambda hours=hours: now + hours * module.HOUR)
+        for n, subject in enumerate(subjects):
+            if dice.random() < 0.3 and hours < 20 * n:
+                quality.answered(answered(f"{n} {hours}", subject, routed=bool(n % 3)))
+            if dice.random() < 0.3 and hours < 20 * n:
+                quality.evaluated(subject, "accuracy", {f"{dice.integers(4)}": dice.random()})
+        quality.flush()
+        for task in ("t", "u"):
+            quality.performance(task)
+        with quality._lock:
+            quality._sweep(now + hours * module.HOUR)
+        again = Quality(file, retention=2 * DAY)
+        for task in ("t", "u"):
+            assert again.performance(task) == quality.performance(task)
+            assert sorted(map(str, again.means([task]))) == sorted(map(str, quality.means([task])))
+        assert (again._ids, again._of_task, again._made_up) == (quality._ids, quality._of_task, quality._made_up)
+        for subject in subjects:
+            for one in (quality, again):
+                assert all(one.paired(subject, other, "accuracy").count >= 0 for other in subjects)
+            hours_of = [
+                {hour: totals for hour, totals in one.hours(subject, "accuracy", "evaluation").items() if totals.count}
+                for one in (quality, again)
+            ]
+            assert hours_of[0] == hours_of[1]
+        assert again._paired == quality._paired and again._latest.keys() == quality._latest.keys()
+        again.close()
+    assert len(quality._ids) < len(subjects)
     quality.close()
