@@ -10,20 +10,22 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from adapters.errors import AdapterError, UnknownAdapter
 from adapters.memory import resident
-from adapters.weights import SHORT_DIGEST
+from adapters.weights import SHORT_DIGEST, Version
 from server.api import schemas
 from server.api.responses import errors
 from server.api.runtime import Parts, Ready, Running, Runtime
 from server.errors import NotReady
 from server.metrics import CONTENT_TYPE, Snapshot
+from server.tasks.definitions import Task
 from server.tasks.quality import EVALUATION
 from server.tasks.subjects import Subject
 
 router = APIRouter(tags=["monitoring"])
 
 FIRST_RANK = 8
+MOST_MIXES = 100
+"""Evaluated mixes of a task beside those of its route: a search that runs every night leaves others each time."""
 
 
 @router.get("/health/live", response_model=schemas.Health, responses=errors())
@@ -85,7 +87,7 @@ def _adapters(parts: Parts) -> dict[str, int]:
     The first of all is taken to have rank 8 on every linear.
     """
     told = parts.registry.memory()
-    sizes = [adapter["bytes"] for adapter in parts.registry.list()]
+    sizes = parts.registry.sizes().values()
     one = sum(sizes) // len(sizes) if sizes else FIRST_RANK * parts.model.details["bytes_per_rank"]
     return {**told, "one_more": one, "more_fit": max(0, told["budget"] - told["bytes"]) // max(one, 1)}
 
@@ -101,7 +103,7 @@ def snapshot(runtime: Runtime) -> Snapshot:
     return Snapshot(
         ready=runtime.state == "ready" and parts.engine.state == "running",
         base=parts.model.name,
-        versions={a["name"]: a["version"] for a in parts.registry.list()},
+        versions={name: Version(name, digest).label for name, digest in parts.registry.meaning().current.items()},
         adapter_bytes=parts.registry.sizes(),
         rejected=len(parts.registry.rejected(faults=True)),
         memory=memory(parts),
@@ -122,41 +124,36 @@ def snapshot(runtime: Runtime) -> Snapshot:
 
 
 def _quality(parts: Parts) -> list[tuple[str, str, str, str, str, float]]:
-    """What is known of the tasks that there are, by versions that are still kept, on the base that is served."""
-    return [
-        (subject.task, subject.adapter, subject.label, metric, source, mean)
-        for subject, metric, source, mean in parts.quality.means([task.name for task in parts.tasks.all()])
-        if subject.base == parts.model.id and _is_ours(parts, subject, source) and _kept(parts, subject)
-    ]
+    """What is known of the tasks that there are, by versions that are still kept, on the base that is served.
 
-
-def _is_ours(parts: Parts, subject: Subject, source: str) -> bool:
-    """Whether a mix is no client's own, whose weights would be labels without end: one version alone, what the task's
-    route leads to, or what an evaluation was asked for.
+    Of mixes that a task's route does not lead to, whose weights would be labels without end, a client's own are left
+    out; of those that an evaluation was asked for the last `MOST_MIXES` of a task are told.
     """
-    task, choice = parts.tasks.find(subject.task), subject.choice
-    if task is None:
-        return False
-    alone = not choice or (len(choice) == 1 and choice[0][1] == 1.0)
-    return alone or source == EVALUATION or task.route.leads_to(choice)
+    kept, base = parts.registry.meaning().labels, parts.model.id
+    tasks = {task.name: task for task in parts.tasks.all()}
+    means = parts.quality.means(tasks, lambda subject: subject.base == base and subject.is_of(kept))
+    told, mixes = [], {name: set[Subject]() for name in tasks}
+    for subject, metric, source, mean in means:
+        if not _is_ours(tasks[subject.task], subject):
+            others = mixes[subject.task]
+            if source != EVALUATION or (subject not in others and len(others) >= MOST_MIXES):
+                continue
+            others.add(subject)
+        told.append((subject.task, subject.adapter, subject.label, metric, source, mean))
+    return told
 
 
-def _kept(parts: Parts, subject: Subject) -> bool:
-    try:
-        parts.registry.resolve([(label, 1.0) for label in subject.versions])
-    except AdapterError:
-        return False
-    return True
+def _is_ours(task: Task, subject: Subject) -> bool:
+    """Whether it is one version alone, or what the task's route leads to."""
+    choice = subject.choice
+    return not choice or (len(choice) == 1 and choice[0][1] == 1.0) or task.route.leads_to(choice)
 
 
 def _names_by_digest(parts: Parts) -> dict[str, list[str]]:
     """The names of each current version: several adapters may have one content."""
     found: dict[str, list[str]] = {}
-    for name in parts.registry.names():
-        try:
-            found.setdefault(parts.registry.current(name).digest, []).append(name)
-        except UnknownAdapter:
-            continue  # it went in between
+    for name, digest in sorted(parts.registry.meaning().current.items()):
+        found.setdefault(digest, []).append(name)
     return found
 
 

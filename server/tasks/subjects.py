@@ -40,6 +40,10 @@ class Subject:
         """Labels of the versions, with their weights."""
         return [(label, weight) for label, weight in json.loads(self.mix)]
 
+    def is_of(self, labels: frozenset[str]) -> bool:
+        """Whether all its versions are among these. Without a look at the JSON: no label has a quote in it."""
+        return labels.issuperset(self.mix.split('"')[1::2])
+
     def check(self) -> None:
         """Raises ValueError if the mix is none."""
         mix = json.loads(self.mix)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from adapters.errors import UnknownAdapter
 from adapters.weights import Version
 from server.metrics import (
     DURATION_BUCKETS,
@@ -22,6 +23,7 @@ from server.metrics import (
     Metrics,
     Snapshot,
 )
+from server.tasks.subjects import Subject
 from tests.waiting import until
 
 SERIES = {
@@ -284,12 +286,11 @@ def test_what_one_more_adapter_costs_and_how_many_fit(live: Any, monkeypatch: py
     assert told["one_more"] == sum(a["bytes"] for a in listed) // len(listed)
     assert told["more_fit"] == (told["budget"] - told["bytes"]) // told["one_more"] > 0
 
-    def gone(name: str) -> Any:
-        raise UnknownAdapter(name)
+    def described() -> Any:
+        raise AssertionError("a thousand adapters are not described to tell their versions and sizes")
 
-    monkeypatch.setattr(live.house.parts.registry, "current", gone)
-    looks = [live.http.get(path).status_code for path in ("/stats", "/metrics")]
-    assert looks == [200, 200], "an adapter may be retired while somebody looks"
+    monkeypatch.setattr(live.house.parts.registry, "list", described)
+    assert [live.http.get(path).status_code for path in ("/stats", "/metrics")] == [200, 200]
 
 
 def test_what_outlives_its_name_is_no_series(live: Any) -> None:
@@ -330,6 +331,46 @@ def test_quality_is_told_of_tasks_and_versions_that_there_are(live: Any, write_a
     assert "loramux_task_quality{" not in live.http.get("/metrics").text
     assert live.http.put("/tasks/mood", json={"prompt": "{input}"}).status_code == 201
     assert value(live.http.get("/metrics").text, "loramux_task_quality", **labels) == 0.5, "the records were kept"
+
+
+def test_of_mixes_that_were_evaluated_the_last_are_series(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search of every night leaves others each time."""
+    monkeypatch.setattr("server.api.monitoring.MOST_MIXES", 2)
+    parts = live.house.parts
+    a, b = (parts.registry.current(name) for name in ("a", "b"))
+    route = {"choice": [{"name": "a", "weight": 0.25}, {"name": "b", "weight": 0.75}]}
+    for name in ("mood", "second"):
+        assert live.http.put(f"/tasks/{name}", json={"prompt": "{input}", "route": route}).status_code in (200, 201)
+        for weights in ((0.25, 0.75), (1.0, 0.0), (0.1, 0.2), (0.3, 0.2), (0.5, 0.2), (0.7, 0.2)):
+            subject = Subject.of(name, zip((a, b), weights, strict=True), parts.model.id)
+            for metric in ("accuracy", "chrf"):
+                parts.quality.evaluated(subject, metric, {"x": 1.0})
+    found = families(live.http.get("/metrics").text)["loramux_task_quality"].samples
+    shown = [f"{a.label}*0.25+{b.label}*0.75", a.label, f"{a.label}*0.5+{b.label}*0.2", f"{a.label}*0.7+{b.label}*0.2"]
+    for name in ("mood", "second"):
+        labels = [sample.labels for sample in found if sample.labels["task"] == name]
+        assert sorted(label["version"] for label in labels) == sorted(2 * shown)
+        assert {label["metric"] for label in labels} == {"accuracy", "chrf"}
+
+
+def test_of_versions_that_are_gone_a_scrape_reads_no_mix(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = live.house.parts
+    for n in range(5):
+        for weight in (1.0, 0.5):
+            gone = Subject.of("mood", [(Version("mood", f"{n}" * 64), weight)], parts.model.id)
+            parts.quality.evaluated(gone, "accuracy", {"x": 1.0})
+    there = Subject.of("mood", [(parts.registry.current("mood"), 1.0)], parts.model.id)
+    parts.quality.evaluated(there, "accuracy", {"x": 1.0})
+    read = list[str]()
+
+    def loads(text: str) -> Any:
+        read.append(text)
+        return json.loads(text)
+
+    monkeypatch.setattr("server.tasks.subjects.json", SimpleNamespace(loads=loads, dumps=json.dumps))
+    text = live.http.get("/metrics").text
+    assert value(text, "loramux_task_quality", task="mood", version=there.label) == 1.0
+    assert set(read) == {there.mix}
 
 
 # What the gateway does: parse the families, take the newest LoRA series, score.
