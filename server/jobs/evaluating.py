@@ -24,7 +24,7 @@ from server.jobs.records import RUNNING, Progress
 from server.jobs.runner import Active
 from server.jobs.spec import DATA
 from server.tasks.definitions import Task
-from server.tasks.evaluation import Evaluation, difference, identities, pairs
+from server.tasks.evaluation import Evaluation, asked_with, difference, identities, pairs
 from server.tasks.quality import Quality
 from server.tasks.resolve import Target
 from server.tasks.store import Tasks
@@ -104,7 +104,7 @@ class Evaluating:
         for one in found:
             subject = Subject.of(task.name, one.versions, self._base_id)
             values = zip(identities(examples), shares(one.scores[metric]), strict=True)
-            self._quality.evaluated(subject, metric, dict(values))
+            self._quality.evaluated(subject, metric, dict(values), asked_with(task, metric))
         self._reviewed(task.name)  # as it is now: it may have another route, or be gone
 
     def _examples(self, active: Active) -> list[Pair]:

@@ -43,7 +43,7 @@ from server.jobs.runner import Active
 from server.jobs.spec import CANDIDATE, EVALUATED, JUDGED, RESULT, Spec
 from server.metrics import OTHER
 from server.tasks.definitions import Fixed, Task, parse
-from server.tasks.evaluation import LOSS, Evaluation, Score, default_metric, identities, reach_note
+from server.tasks.evaluation import LOSS, Evaluation, Score, asked_with, default_metric, identities, reach_note
 from server.tasks.evaluation import pairs as of_pairs
 from server.tasks.quality import Quality
 from server.tasks.resolve import Target
@@ -70,7 +70,9 @@ Evaluate = Callable[
 
 @dataclass(frozen=True)
 class Verdict:
-    """A result against the version that has its name. `theirs` is None if there is none, or nothing to compare by."""
+    """A result against the version that has its name. `theirs` is None if there is none, or nothing to compare by.
+    `asked` is what both were `asked_with`.
+    """
 
     metric: str
     samples: int
@@ -78,6 +80,7 @@ class Verdict:
     theirs: float | None
     scores: tuple[Score, Score | None] | None = None
     examples: Sequence[str] = ()
+    asked: str = ""
 
     @property
     def better(self) -> bool:
@@ -221,17 +224,19 @@ class Publishing:
         task = self._task(active.job.request)
         metric = default_metric(task) if task is not None else LOSS
         active.note(f"Evaluating {metric} on {len(pairs):,} examples.")
+        template = task or Task(OTHER, INPUT, Fixed(), format="chat")
         with self._named(active) as name:
-            ours = self._score(active, task, name, pairs, metric)
+            ours = self._score(active, template, name, pairs, metric)
         theirs, value = None, None
         if rival is not None:
             try:
-                theirs = self._score(active, task, f"{rival.name}@{rival.digest}", pairs, metric)
+                theirs = self._score(active, template, f"{rival.name}@{rival.digest}", pairs, metric)
                 value = theirs.value
             except InvalidRequest as error:  # the result was asked the same: what is at fault is the version
                 value = math.nan
                 active.note(f"{rival.label} could not be measured: {error.message}", level="warn")
-        return Verdict(metric, len(pairs), ours.value, value, (ours, theirs), identities(pairs))
+        asked = asked_with(template, metric)
+        return Verdict(metric, len(pairs), ours.value, value, (ours, theirs), identities(pairs), asked)
 
     def _task(self, request: Mapping[str, Any]) -> Task | None:
         """The task that a result is for: one that is gone is as it was when the job was asked for."""
@@ -254,9 +259,8 @@ class Publishing:
             self._registry.retire_now(name)
         return _Named(self._registry, name, active.folder)
 
-    def _score(self, active: Active, task: Task | None, name: str, pairs: Sequence[Pair], metric: str) -> Score:
-        template = task or Task(OTHER, INPUT, Fixed(), format="chat")
-        target = Target(template, [(name, 1.0)])
+    def _score(self, active: Active, task: Task, name: str, pairs: Sequence[Pair], metric: str) -> Score:
+        target = Target(task, [(name, 1.0)])
         found = awaited(active, self._evaluate(target, pairs, (metric,), lambda done, total: None))
         if name == active.job.id:  # of the other it is the same
             warn_of_reach(active, found, len(pairs))
@@ -270,7 +274,7 @@ class Publishing:
             if whose is not None and score is not None:
                 subject = Subject.of(task, [(whose, 1.0)], self._base_id)
                 values = zip(verdict.examples, shares(score), strict=True)
-                self._quality.evaluated(subject, score.metric, dict(values))
+                self._quality.evaluated(subject, score.metric, dict(values), verdict.asked)
         self._reviewed(task)
 
     def _current(self, name: str) -> Version | None:

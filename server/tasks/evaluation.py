@@ -34,6 +34,11 @@ from server.tasks.sampling import OWN_DEFAULTS, build
 LOSS = "loss"
 PRIORITY = 1
 """Behind everybody else's requests."""
+OF_GREEDY = (
+    *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+"""The fields of a task's defaults that greedy answers depend on."""
 IN_FLIGHT = 64
 """Examples that are in the engine at a time: a full batch, and the next one waiting."""
 SCORED_AT_A_TIME = 8
@@ -127,6 +132,15 @@ def identities(examples: Sequence[Pair]) -> list[str]:
         found.append(hashlib.sha256(f"{seen[words]} {words}".encode()).hexdigest())
         seen[words] += 1
     return found
+
+
+def asked_with(task: Task, metric: str) -> str:
+    """What a task puts to a model beside the example, as far as this metric's scores hang on it. Scores that were had
+    with another prompt, or by other rules of when an answer ends, are of another question.
+    """
+    defaults = {**vars(Sampling()), **OWN_DEFAULTS, **task.defaults}
+    how = [] if metric == LOSS else [defaults[name] for name in OF_GREEDY]
+    return hashlib.sha256(json.dumps([task.prompt, task.format, task.system, how]).encode()).hexdigest()
 
 
 def default_metric(task: Task | None) -> str:

@@ -46,6 +46,8 @@ MOST_TRAFFIC = 1000
 MOST_TOLD = 100
 """Of a task's subjects, in its performance: a name that is published every hour has thousands in all that is kept."""
 MOST_PAIRED = 10_000
+BEHIND_ALL = b"\xff" * 17
+"""Put behind a digest, it is behind that one with any other put behind it."""
 JUMP = 60.0
 """Seconds that the wall clock may gain or lose in an hour and still be a clock."""
 FEEDBACK, EVALUATION = "feedback", "evaluation"
@@ -123,10 +125,10 @@ class Quality:
                 changes = self._score(key, row[0], FEEDBACK_METRIC, FEEDBACK, value, row[3], stays=True)
             self._add(self._of_task[task][row[0]], FEEDBACK_METRIC, FEEDBACK, changes)
 
-    def evaluated(self, subject: Subject, metric: str, values: Mapping[str, float]) -> None:
+    def evaluated(self, subject: Subject, metric: str, values: Mapping[str, float], asked: str = "") -> None:
         """Take the scores of an evaluation: example -> 0 to 1. An example that was scored before is not counted twice:
-        the last one counts, as for feedback. Other subjects' scores of it are `paired` with it. Raises StoreFailed if
-        the disk refuses them.
+        the last one counts, as for feedback. Other subjects' scores of it are `paired` with it where they were `asked`
+        with the same, which is what a task puts around an example. Raises StoreFailed if the disk refuses them.
         """
         with self._lock, _told_of_the_disk():
             now, changes = time.time(), list[_Change]()
@@ -135,8 +137,14 @@ class Quality:
                 for example, value in values.items():
                     key = digest(f"{number} {metric} {example}")
                     changes += self._score(key, number, metric, EVALUATION, value, now)
-                    row = (number, metric, digest(example), value, now)
-                    self._db.execute("INSERT OR REPLACE INTO examples VALUES (?, ?, ?, ?, ?)", row)
+                    # Both parts are of one length; records of before the second was kept have the first alone.
+                    this = digest(example)
+                    self._db.execute(
+                        "DELETE FROM examples WHERE subject = ? AND metric = ? AND example BETWEEN ? AND ?",
+                        (number, metric, this, this + BEHIND_ALL),
+                    )
+                    row = (number, metric, this + digest(asked), value, now)
+                    self._db.execute("INSERT INTO examples VALUES (?, ?, ?, ?, ?)", row)
             self._add(subject, metric, EVALUATION, changes)
             self._paired = {key: known for key, known in self._paired.items() if subject not in key}
 

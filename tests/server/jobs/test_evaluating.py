@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,7 @@ from server.jobs.records import EVALUATION, Job, Records
 from server.jobs.runner import Jobs
 from server.tasks import scores
 from server.tasks.definitions import Fixed, parse
-from server.tasks.evaluation import Evaluation, Score
+from server.tasks.evaluation import Evaluation, Score, asked_with
 from server.tasks.resolve import Target
 from tests.waiting import until
 
@@ -69,10 +71,13 @@ class House:
         self.full, self.out_of_reach = full, 0
         self.scores, self.out, self.reviewed = scores, set[str](), list[str]()
         self.taken: list[tuple[str, dict[str, float]]] = []
+        self.asked: list[str] = []
+        self.meanwhile: Callable[[], object] = lambda: None
+        """Called as each evaluation begins."""
         self.out_at: list[set[str]] = []
         """Which leases are out when each evaluation begins."""
-        task = parse("mood", {"prompt": "{input}"}, default_route=Fixed(), source="api")
-        tasks: Any = SimpleNamespace(get=lambda name: task)
+        self.task = parse("mood", {"prompt": "{input}"}, default_route=Fixed(), source="api")
+        tasks: Any = SimpleNamespace(get=lambda name: self.task)
         quality: Any = SimpleNamespace(evaluated=self._record)
         self.records = Records(root)
         work = Evaluating(tasks, quality, files, self._lease, self._evaluate, self._review, "b")
@@ -100,6 +105,7 @@ class House:
     def _evaluate(self, target: Target, examples: Any, metrics: Any, tell: Any) -> Future[Evaluation]:
         assert target.held is not None
         self.out_at.append(set(self.out))
+        self.meanwhile()
         future: Future[Evaluation] = Future()
         value = self.scores[target.choice[0][0]]
         if value is None:
@@ -112,10 +118,11 @@ class House:
             future.set_result(Evaluation({"accuracy": score}, (), held, 3, 4, 0.5, self.out_of_reach))
         return future
 
-    def _record(self, subject: Any, metric: str, values: dict[str, float]) -> None:
+    def _record(self, subject: Any, metric: str, values: dict[str, float], asked: str) -> None:
         if self.full:
             raise StoreFailed("the disk refuses the records")
         self.taken.append((subject.adapter, values))
+        self.asked.append(asked)
 
     def _review(self, task: str) -> None:
         self.reviewed.append(task)
@@ -129,6 +136,15 @@ def test_candidates_that_were_done_outlive_one_that_fails(tmp_path: Path) -> Non
     assert job.result["best"] == 1 and job.result["candidates"][0]["difference_to_best"]["mean"] == -0.25
     assert [(name, list(values.values())) for name, values in house.taken] == [("a", [0.25] * 2), ("c", [0.5] * 2)]
     assert house.reviewed == ["mood"]
+
+
+def test_scores_are_recorded_with_what_was_asked(tmp_path: Path) -> None:
+    """Not with what the task has become meanwhile."""
+    house = House(tmp_path, {"a": 0.25})
+    task, another = house.task, replace(house.task, prompt="Another: {input}")
+    house.meanwhile = lambda: setattr(house, "task", another)
+    assert house.run(["a"]).status == "succeeded"
+    assert house.asked == [asked_with(task, "accuracy")] != [asked_with(another, "accuracy")]
 
 
 def test_all_candidates_are_held_from_the_start_to_their_turn(tmp_path: Path) -> None:

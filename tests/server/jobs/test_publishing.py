@@ -33,7 +33,7 @@ from server.jobs.runner import Active, Stopped
 from server.jobs.spec import JUDGED, RESULT, BaseSource
 from server.jobs.training import Training
 from server.tasks.definitions import Fixed, Task, parse
-from server.tasks.evaluation import Evaluation, Score
+from server.tasks.evaluation import Evaluation, Score, asked_with
 from server.tasks.resolve import Target
 
 SHAPES = {f"model.layers.0.self_attn.{part}": (6, 4) for part in ("q_proj", "v_proj")}
@@ -450,6 +450,7 @@ def test_a_result_is_measured_by_its_task_though_that_is_gone(measured: Callable
     assert target.task is not None and target.task.name == "mood"
     assert {k: v for k, v in target.task.body().items() if k != "route"} == body
     assert [what[1] for what in scene.taken] == ["accuracy"] and scene.reviewed == ["mood"]
+    assert [what[3] for what in scene.taken] == [asked_with(target.task, "accuracy")]
 
 
 def test_a_disk_that_refuses_a_copy_is_told_as_such(

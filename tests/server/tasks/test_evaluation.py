@@ -34,6 +34,7 @@ from server.tasks.definitions import Best, Task
 from server.tasks.evaluation import (
     PRIORITY,
     Score,
+    asked_with,
     check_metrics,
     default_metric,
     difference,
@@ -346,6 +347,30 @@ def test_an_example_is_the_same_in_any_file_and_a_line_that_is_there_twice_is_tw
     found = identities([Pair(1, "a", "b"), Pair(2, "a", "b"), Pair(3, "a", "b"), Pair(4, "a", "c")])
     assert len(set(found)) == 4
     assert identities([Pair(9, "a", "c"), Pair(10, "a", "b")]) == [found[3], found[0]]
+
+
+@pytest.mark.parametrize(
+    ("other", "of_loss"),
+    [
+        ({"prompt": "Say: {input} "}, True),
+        ({"format": "chat"}, True),
+        ({"format": "chat", "system": "Be brief."}, True),
+        ({"defaults": {"max_tokens": 65}}, False),
+        ({"defaults": {"stop": ["."]}}, False),
+        ({"defaults": {"frequency_penalty": 0.5}}, False),
+    ],
+)
+def test_what_a_task_asks_with_is_what_its_scores_hang_on(other: dict[str, Any], of_loss: bool) -> None:
+    task = Task("t", "Say: {input}", Best(("a", "b")))
+    assert asked_with(replace(task, **other), "accuracy") != asked_with(task, "accuracy")
+    assert (asked_with(replace(task, **other), "loss") != asked_with(task, "loss")) == of_loss
+
+
+def test_what_makes_no_other_answer_is_no_other_question() -> None:
+    task = Task("t", "Say: {input}", Best(("a", "b")))
+    usual = {"max_tokens": 64, "temperature": 1.5, "top_p": 0.5, "seed": 3, "logprobs": 2, "stop": []}
+    alike = Task("u", "Say: {input}", Best(("c", "d")), labels=("yes", "no"), defaults=usual, source="file")
+    assert asked_with(alike, "chrf") == asked_with(task, "chrf") == asked_with(task, "accuracy")
 
 
 def test_without_a_metric_it_is_accuracy_where_there_are_labels() -> None:

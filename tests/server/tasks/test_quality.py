@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -965,6 +966,39 @@ def test_pairs_have_two_sides(tmp_path: Path) -> None:
         assert quality.paired(b, a, "accuracy") == Totals(2, 0.5, 0.25)
     sums = [quality.totals(subject, "accuracy", "evaluation") for subject in (a, b)]
     assert sums == [Totals(2, 2.0, 2.0), Totals(2, 1.0, 1.0)], "each has scores of its own"
+    quality.close()
+
+
+def test_pairs_are_of_what_was_asked_with_the_same(tmp_path: Path) -> None:
+    """Another prompt is another question, and the last answer to an example is the one that counts."""
+    quality = Quality(tmp_path / "quality.db")
+    a, b = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
+    for subject in (a, b):
+        quality.evaluated(subject, "accuracy", {"1": 1.0, "2": 1.0}, "old prompt")
+    assert quality.paired(a, b, "accuracy").count == 2
+    quality.evaluated(b, "accuracy", {"1": 0.0, "3": 0.0}, "new prompt")
+    assert quality.paired(a, b, "accuracy") == Totals(1, 0.5, 0.25), "the second, of which nothing is known anew"
+    quality.evaluated(a, "accuracy", {"1": 1.0, "2": 1.0, "3": 1.0}, "new prompt")
+    assert quality.paired(a, b, "accuracy") == Totals(2, 2.0, 2.0)
+    assert quality.totals(a, "accuracy", "evaluation") == Totals(3, 3.0, 3.0), "each example counts once"
+    quality.close()
+
+
+def test_pairs_of_before_prompts_were_kept_apart_say_nothing_of_new_ones(tmp_path: Path) -> None:
+    file = tmp_path / "quality.db"
+    quality = Quality(file)
+    a, b = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
+    for subject in (a, b):
+        quality.evaluated(subject, "accuracy", {"1": 1.0, "2": 1.0})
+    quality.close()
+    with closing(sqlite3.connect(file)) as db, db:
+        db.execute("UPDATE examples SET example = substr(example, 1, 16)")
+    quality = Quality(file)
+    assert quality.paired(a, b, "accuracy").count == 2
+    quality.evaluated(b, "accuracy", {"1": 0.0}, "prompt")
+    assert quality.paired(a, b, "accuracy").count == 1
+    quality.evaluated(a, "accuracy", {"1": 1.0}, "prompt")
+    assert quality.paired(a, b, "accuracy") == Totals(2, 1.5, 1.25)
     quality.close()
 
 
