@@ -10,6 +10,8 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 
+import torch
+
 from adapters.errors import AdapterError
 from adapters.weights import LoraWeights, LowRank, Spectrum, sealed
 
@@ -17,7 +19,7 @@ from adapters.weights import LoraWeights, LowRank, Spectrum, sealed
 @dataclass(frozen=True)
 class Cut:
     """What was cut. Errors are relative, in the Frobenius norm of the updates: |new - old| / |old|, over all modules
-    together and at the worst module.
+    together and at the worst module, of the new tensors as they are: what rounding them has cost is in it.
     """
 
     parameters_before: int
@@ -38,13 +40,15 @@ def parameters(weights: LoraWeights) -> int:
     return sum(m.A.numel() + m.B.numel() for m in weights.modules.values())
 
 
-def truncate(weights: LoraWeights, rank: int, name: str | None = None) -> tuple[LoraWeights, Cut]:
-    """Every module cut to at most `rank`, float32 and of scale 1; one that has no more stays as it is. Raises
-    AdapterError for a rank under 1."""
+def truncate(
+    weights: LoraWeights, rank: int, name: str | None = None, *, dtype: torch.dtype | None = None
+) -> tuple[LoraWeights, Cut]:
+    """Every module cut to at most `rank`, of scale 1; one that has no more stays as it is. Tensors are of the types
+    that they had, or all of `dtype`, if that is what a file will have. Raises AdapterError for a rank under 1."""
     if rank < 1:
         raise AdapterError(f"a rank must be at least 1, not {rank}", "rank")
     found = spectra(weights)
-    return keep(weights, found, {path: min(rank, len(s.S)) for path, s in found.items()}, name)
+    return keep(weights, found, {path: min(rank, len(s.S)) for path, s in found.items()}, name, dtype)
 
 
 def truncate_globally(
@@ -116,21 +120,38 @@ def norm(module: LowRank) -> float:
 
 
 def keep(
-    weights: LoraWeights, found: Mapping[str, Spectrum], ranks: Mapping[str, int], name: str | None = None
+    weights: LoraWeights,
+    found: Mapping[str, Spectrum],
+    ranks: Mapping[str, int],
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[LoraWeights, Cut]:
-    """The first `ranks[path]` singular values of each module; one without a rank is dropped. One of which nothing is
-    cut stays as it is: other factors of the same update would round to another in the precision of a file.
+    """The first `ranks[path]` singular values of each module, in the types that it had or in `dtype`; one without a
+    rank is dropped. One of which nothing is cut has its own factors still: others of the same update would round to
+    another.
     """
-    whole = {path for path, m in weights.modules.items() if ranks.get(path, 0) >= m.rank}
-    left = {
-        path: weights.modules[path] if path in whole else found[path].low_rank(rank)
-        for path, rank in ranks.items()
-        if rank > 0
-    }
+    left = {}
+    for path, old in weights.modules.items():
+        if (rank := ranks.get(path, 0)) > 0:
+            a, b, scale, *_ = old if rank >= old.rank else found[path].low_rank(rank)
+            left[path] = LowRank(a.to(dtype or old.A.dtype), b.to(dtype or old.B.dtype), scale)
     norms = {path: float(s.S.double().norm()) for path, s in found.items()}
-    lost = {path: float(s.S[ranks.get(path, 0) :].double().norm()) for path, s in found.items() if path not in whole}
+    lost = {path: _apart(left[path], old) if path in left else norms[path] for path, old in weights.modules.items()}
     cut = _account(weights, left, lost, norms)
     return _result(weights, left, cut, name), cut
+
+
+def _apart(new: LowRank, old: LowRank) -> float:
+    """The Frobenius norm of what is between two updates, from the singular values of their difference: Gram matrices
+    would lose what is under a hundred-millionth of them.
+    """
+    if new.A is old.A and new.B is old.B and new.scale == old.scale:
+        return 0.0
+    if not (new.A.isfinite().all() and new.B.isfinite().all()):  # over what its type holds: there are no such values
+        return math.inf
+    a = torch.cat([new.A.double(), old.A.double()])
+    b = torch.cat([new.B.double() * new.scale, old.B.double() * -old.scale], dim=1)
+    return float(LowRank(a, b, 1.0).spectrum().S.double().norm())
 
 
 def _account(

@@ -84,8 +84,7 @@ def prune(
     if card is not None:
         said = f"{cut.parameters:,} of {cut.parameters_before:,} parameters are left, relative error {cut.error:.3g}"
         card = f"{card.rstrip()}\n- **Pruned** afterwards: {said}. All figures above are of the adapter before that.\n"
-    # The files keep the precision that they had.
-    peft_format.save(result, output, dtype=next(iter(weights.modules.values())).A.dtype, card=card)
+    peft_format.save(result, output, card=card)
     _clear(output, replaced, result)
     if as_json:
         told = result.metadata["pruning"]

@@ -115,7 +115,7 @@ def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[
         weights = _train(spec, model, base, examples, config, folder / CHECKPOINTS, on_event, stop)
         _tell_best(weights.metadata["training"], tell)
         if spec.prune_to is not None:
-            weights, cut = pruning.truncate(weights, spec.prune_to, spec.name)
+            weights, cut = pruning.truncate(weights, spec.prune_to, spec.name, dtype=torch.bfloat16)
             left = f"{cut.parameters:,} of {cut.parameters_before:,} parameters are left"
             said = f"The result is pruned to rank {spec.prune_to}: {left}; relative error {cut.error:.4f}."
             tell({"kind": NOTE, "message": said, "data": {"error": cut.error}})

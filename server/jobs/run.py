@@ -104,7 +104,7 @@ def _measured(
         "judges_left_out": held.too_long if held else 0,
     }
     if recipe.prune_to is not None:
-        weights, cut = pruning.truncate(weights, recipe.prune_to, recipe.name)
+        weights, cut = pruning.truncate(weights, recipe.prune_to, recipe.name, dtype=torch.bfloat16)
         loss = loss_of(model, as_written(weights), held) if held else None
         made["pruned"] = {"rank": recipe.prune_to, "error": cut.error, "loss": loss}
     return replace(weights, metadata={**weights.metadata, "training": made})

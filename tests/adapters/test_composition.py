@@ -287,6 +287,38 @@ def test_what_is_not_cut_stays_bit_for_bit():
     assert what.error == 0.0
 
 
+def dense(module):
+    return module.B.double() @ module.A.double() * module.scale
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asked", [None, torch.bfloat16])
+def test_the_error_told_is_of_the_factors_as_they_are_rounded(given, asked):
+    """Where what is cut is small, it is mostly what rounding costs."""
+    steep = torch.logspace(0, -4, 6)
+    x, y, z = (random_weights(seed, {"x": 6}).modules["x"] for seed in (1, 2, 3))
+    whole = sealed(
+        "whole",
+        {
+            "x": LowRank(x.A.to(given), (x.B * steep).to(given), 0.5),
+            "y": LowRank(y.A.to(given), y.B.to(torch.float32), 2.0),
+            "z": LowRank(z.A[:2].to(given), z.B[:, :2].to(given), -1.0),
+        },
+    )
+    cut, what = pruning.truncate(whole, 5, dtype=asked)
+    off = {path: float((dense(cut.modules[path]) - dense(old)).norm()) for path, old in whole.modules.items()}
+    norms = {path: float(dense(old).norm()) for path, old in whole.modules.items()}
+    total = sum(n * n for n in off.values()) ** 0.5 / sum(n * n for n in norms.values()) ** 0.5
+    assert what.error == pytest.approx(total, rel=1e-4) and what.worst_module == "y"
+    assert what.worst_error == pytest.approx(off["y"] / norms["y"], rel=1e-4)
+    assert [m.A.dtype for m in cut.modules.values()] == [asked or given] * 3
+    assert [m.B.dtype for m in cut.modules.values()] == [asked or t for t in (given, torch.float32, given)]
+    alone, what = pruning.truncate(sealed("x", {"x": whole.modules["x"]}), 5, dtype=asked)
+    assert what.error == pytest.approx(off["x"] / norms["x"], rel=1e-3)
+    if asked is not None or given != torch.float32:
+        assert what.error > 2 * float(torch.linalg.svdvals(dense(whole.modules["x"]))[5] / norms["x"])
+
+
 def test_a_budget_is_met_to_the_last_parameter():
     both = sealed(
         "b", {"x": LowRank(torch.ones(1, 4), torch.ones(6, 1), 1.0), "y": random_weights(2, {"y": 2}).modules["y"]}

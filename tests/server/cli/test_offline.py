@@ -70,6 +70,31 @@ def test_what_is_not_cut_is_as_it_was(tmp_path: Path) -> None:
     assert told["error"] == 0 and torch.equal(module.A, a) and torch.equal(module.B, b)
 
 
+def test_each_module_keeps_its_own_precision(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(5)
+    paths = [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
+    of = {
+        path: LowRank(torch.randn(4, 8, generator=draw).to(a), torch.randn(12, 4, generator=draw).to(b), 0.5)
+        for path, a, b in zip(
+            paths,
+            (torch.bfloat16, torch.float32, torch.float16),
+            (torch.bfloat16, torch.float32, torch.float32),
+            strict=True,
+        )
+    }
+    peft_format.save(sealed("mixed", of), tmp_path / "mixed")
+    told = run("prune", tmp_path / "mixed", "--rank", 3, "--output", tmp_path / "cut")
+    made = peft_format.read_folder(tmp_path / "cut", name="x").modules
+    assert [(m.A.dtype, m.B.dtype) for m in made.values()] == [(m.A.dtype, m.B.dtype) for m in of.values()]
+
+    def dense(module: LowRank) -> torch.Tensor:
+        return module.B.double() @ module.A.double() * module.scale
+
+    lost = sum(float(torch.dist(dense(made[path]), dense(of[path]))) ** 2 for path in paths)
+    whole = sum(float(dense(of[path]).norm()) ** 2 for path in paths)
+    assert told["error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-4), "it is that of what lies there"
+
+
 def test_the_card_of_what_is_cut_says_so(folders: list[Path], tmp_path: Path) -> None:
     (folders[1] / "README.md").write_text("# b\n\n- **Accuracy**: 0.9\n")
     run("prune", folders[1], "--rank", 1, "--output", tmp_path / "cut")
