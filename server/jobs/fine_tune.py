@@ -31,6 +31,7 @@ from server.jobs.recipe import Recipe
 from server.jobs.run import as_written, card, on_base
 from server.jobs.spec import CHECKPOINTS, EVALUATED, JUDGED, NOTE, PART, RESULT, TRAINED, VALIDATED, Spec
 from server.jobs.trainable import Trainable, loss_of
+from server.kernels.cancelling import written_anew
 from server.model.loader import Base
 from server.tasks.scores import too_long
 
@@ -112,7 +113,7 @@ def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[
     model = Trainable(base, config.compute_dtype)
 
     try:
-        weights = _train(spec, model, base, examples, config, folder / CHECKPOINTS, on_event, stop)
+        weights = written_anew(_train(spec, model, base, examples, config, folder / CHECKPOINTS, on_event, stop))
         _tell_best(weights.metadata["training"], tell)
         if spec.prune_to is not None:
             weights, cut = pruning.truncate(weights, spec.prune_to, spec.name, dtype=torch.bfloat16)
@@ -338,8 +339,10 @@ def _tell_best(made: Mapping[str, Any], tell: Tell) -> None:
 
 
 def _adapter(spec: Spec, base: Base, folder: Path, name: str) -> LoraWeights:
-    """The server's copy of a version of its store, by the rules that let it in: the server serves it by those too."""
-    return peft_format.read_folder(folder, name=name, max_rank=spec.max_rank, shapes=base.shapes(), stored=True)
+    """The server's copy of a version of its store, by the rules that let it in, and with ranks that can be rounded: the
+    server serves it so too."""
+    stored = peft_format.read_folder(folder, name=name, max_rank=spec.max_rank, shapes=base.shapes(), stored=True)
+    return written_anew(stored)
 
 
 def _losses(spec: Spec, model: Trainable, base: Base, weights: LoraWeights, examples: Examples) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from server.jobs.encoding import Template, encoder
 from server.jobs.loan import at, device_of
 from server.jobs.recipe import Recipe
 from server.jobs.trainable import Trainable, loss_of
+from server.kernels.cancelling import written_anew
 from server.model.loader import Base
 
 CHECKPOINTS, FINISHED, LOCKS = ".checkpoints", ".finished", ".locks"
@@ -68,7 +69,7 @@ def run(
         device = device_of(base)
         with at(device):
             model = Trainable(base.to(device), recipe.config.compute_dtype)
-            weights = make(
+            made = make(
                 model,
                 examples,
                 config,
@@ -78,7 +79,7 @@ def run(
                 on_event=on_event,
                 stop=stop,
             )
-            weights = _measured(recipe, model, weights, examples, held)
+            weights = _measured(recipe, model, written_anew(made), examples, held)
             dtype = model.metadata["compute_dtype"]
         peft_format.save(
             weights, folder, dtype=torch.bfloat16, shapes=base.shapes(), task=recipe.task, card=card(recipe, weights)

@@ -1,4 +1,5 @@
-"""Adapters whose ranks cancel each other, written anew before they are rounded.
+"""Adapters whose ranks cancel each other, written anew before they are rounded: to be served, and where training reads
+or writes them.
 
 Owns which these are. One that PEFT has converted from PiSSA or OLoRA is what was trained less what that began with: two
 products, each hundreds of times their difference, whose roundings would stay while they themselves cancel. The same

@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 
 from adapters import data
 from adapters.errors import InvalidAdapter, TrainingStopped
-from adapters.peft_format import read_folder
+from adapters.peft_format import read_folder, save
 from adapters.training import Event, TrainingConfig
+from adapters.weights import LoraWeights, LowRank, sealed
 from server.engine import chat_template
 from server.engine.chat_template import as_of
 from server.engine.text import Text
@@ -252,6 +253,61 @@ def test_a_loss_is_of_what_is_published(spec, tiny_base, tmp_path):
     result = read_folder(tmp_path / "result", name="x", shapes=tiny_base.shapes())
     held = prepare(replace(spec, held_out=0.2), tiny_base).judged
     assert told[-1]["losses"]["eval"] == loss_of(Trainable(tiny_base, "float32"), result, held)
+
+
+def converted(into: int, out: int, seed: int) -> LowRank:
+    """As PEFT converts from PiSSA: what was trained less what that began with, which is a thousand times as much."""
+    draw = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, into, generator=draw), torch.randn(out, 2, generator=draw)
+    trained = a + 1e-3 * torch.randn(2, into, generator=draw), b + 1e-3 * torch.randn(out, 2, generator=draw)
+    return LowRank(torch.cat([trained[0], a]), torch.cat([trained[1], -b], 1), 1.0)
+
+
+@pytest.fixture
+def cancelling(tiny_base) -> LoraWeights:
+    found = {path: shape for path, shape in tiny_base.shapes().items() if path.endswith("q_proj")}
+    return sealed("x", {path: converted(into, out, i) for i, (path, (out, into)) in enumerate(found.items())})
+
+
+def assert_same_update(made: LoraWeights, given: LoraWeights) -> None:
+    for path, module in given.modules.items():
+        assert torch.dist(made.delta(path), given.delta(path)) < 0.02 * given.delta(path).norm()
+        assert made.modules[path].rank == module.rank
+
+
+def test_an_adapter_whose_ranks_cancel_is_started_from_and_written_like_any_other(
+    spec, tiny_base, tmp_path, cancelling
+):
+    """Each of its two halves rounded to bf16 would leave more than the update is."""
+    save(cancelling, tmp_path / "first")
+    told: list[dict[str, Any]] = []
+    hardly = replace(CONFIG, max_steps=1, learning_rate=1e-9, compute_dtype="bfloat16")
+    again = replace(spec, init=tmp_path / "first", init_name="x", rival=tmp_path / "first", config=hardly, held_out=0.2)
+    fine_tune(again, tiny_base, tmp_path, told.append, lambda: False)
+    assert_same_update(read_folder(tmp_path / "result", name="x", shapes=tiny_base.shapes()), cancelling)
+    losses, held = told[-1]["losses"], prepare(again, tiny_base).judged
+    exact = loss_of(Trainable(tiny_base, "float32"), cancelling, held)
+    assert losses["rival"] == pytest.approx(exact, rel=1e-2) and losses["rival_digest"] == cancelling.digest
+    assert told[-1]["made"]["from"] == f"x@{cancelling.digest[:12]}"
+
+
+@pytest.mark.parametrize("prune_to", [None, 3])
+def test_ranks_that_cancel_once_it_is_trained_are_written_anew_before_they_are_rounded(
+    spec, tiny_base, tmp_path, cancelling, monkeypatch, prune_to
+):
+    """As of a run that goes on from a checkpoint of before."""
+    made = {"steps": 1, "best_step": 1, "evaluations": [], "from": None, "samples": 1}
+    trained = replace(cancelling, metadata={"training": made})
+    monkeypatch.setattr(fine_tune_module, "_train", lambda *_: trained)
+    fine_tune(replace(spec, prune_to=prune_to), tiny_base, tmp_path, lambda line: None, lambda: False)
+    result = read_folder(tmp_path / "result", name="x", shapes=tiny_base.shapes())
+    if prune_to is None:
+        assert_same_update(result, cancelling)
+    else:
+        told = result.metadata["pruning"]["error"]
+        off = sum(float(torch.dist(result.delta(p), cancelling.delta(p))) ** 2 for p in cancelling.modules)
+        whole = sum(float(cancelling.delta(p).norm()) ** 2 for p in cancelling.modules)
+        assert told == pytest.approx((off / whole) ** 0.5, rel=1e-2)
 
 
 def test_where_the_first_that_judge_are_too_long_later_ones_do(spec, tiny_base, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from adapters.errors import BaseMismatch, InvalidData
 from adapters.weights import LowRank, sealed
 from server.engine.text import Text
 from server.errors import BadSetting, ServerError
+from server.jobs import run as run_module
 from server.jobs.recipe import read_recipe
 from server.jobs.run import card, finished, prepare, run
 from server.kernels import processor
@@ -90,6 +91,22 @@ def test_what_was_left_to_a_machine_without_bf16_is_not_what_asks_for_it(tiny_ba
     assert done is not None and done.digest == made.digest
     asking = replace(recipe, config=replace(recipe.config, compute_dtype="bfloat16"))
     assert finished(asking, tiny_base, out, data_dir=tmp_path) is None
+
+
+def test_ranks_that_cancel_are_written_anew_before_a_recipes_result_is_rounded(tiny_base, tmp_path, monkeypatch):
+    (tmp_path / "one.toml").write_text(RECIPE.format(name="one", data="one.jsonl"))
+    (tmp_path / "one.jsonl").write_text(json.dumps({"input": "this", "output": "yes"}))
+    path, (out, into) = next(iter(tiny_base.shapes().items()))
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(1, into, generator=draw), torch.randn(out, 1, generator=draw)
+    halves = torch.cat([a, a + 1e-3 * torch.randn(1, into, generator=draw)]), torch.cat([b, -b], 1)
+    trained = sealed("one", {path: LowRank(*halves, 1.0)})
+    train = run_module.train
+    monkeypatch.setattr(
+        run_module, "train", lambda *given, **how: replace(trained, metadata=train(*given, **how).metadata)
+    )
+    made = run(read_recipe(tmp_path / "one.toml"), tiny_base, tmp_path / "out", data_dir=tmp_path)
+    assert torch.dist(made.delta(path), trained.delta(path)) < 0.02 * trained.delta(path).norm()
 
 
 def test_one_adapter_is_made_by_one_process_at_a_time(tiny_base, tmp_path):
