@@ -3,10 +3,11 @@
 Owns when a folder is read, when it is not read again, and what is told of the ones that are refused. Writes nothing
 there. Does not read adapters itself: the registry does, from its own copy.
 
-A folder is taken in when both files are there and nothing about it has changed for a second, and again only when its
-content changes; so an adapter that was deleted or replaced through the API stays so. A folder that is removed while it
-is watched takes its adapter with it, unless the name has got other content since, or was published with the same; what
-it was put over, the library's or what was published, is served again.
+A folder is taken in when both files are there and nothing in it has changed for a second, and again only when its
+content changes; so an adapter that was deleted or replaced through the API stays so. Where one of the two files alone
+is another than before, that takes longer: the other may be on its way. A folder that is removed while it is watched
+takes its adapter with it, unless the name has got other content since, or was published with the same; what it was put
+over, the library's or what was published, is served again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 
 from adapters.errors import AdapterError, InvalidAdapter, NoRoom, StoreFailed, reason, unreadable
-from adapters.journal import LIBRARY, WATCH, Signature
+from adapters.journal import LIBRARY, WATCH, Signature, Taken
 from adapters.mistaken import MAX_ENTRIES, MODEL_FILE, WHOLE_MODEL, folders_with, leads_out, shown, told_below
 from adapters.peft_format import CONFIG_FILE, OPTIONAL, REQUIRED
 from adapters.registry import Registry
@@ -33,6 +34,9 @@ SHARE = 0.02
 """Of one processor, what looking takes at most, reading not counted: of thousands of folders it looks less often."""
 RETRY_SECONDS = 30.0
 """After how long a folder is tried again that failed for want of room, which its content says nothing about."""
+HALF_SECONDS = 30.0
+"""How long a folder must not have changed of whose two files one is new: one program puts the config in its place while
+it writes the tensors elsewhere."""
 MAX_LINES = 10
 """How many adapters are named in the log whose folders are gone."""
 MODEL_WEIGHTS = (".safetensors", ".bin")
@@ -40,7 +44,7 @@ MODEL_WEIGHTS = (".safetensors", ".bin")
 
 @dataclass(frozen=True)
 class _Seen:
-    """The state of a folder's files, and since when on the monotonic clock they are so."""
+    """The state of what is in a folder, and since when on the monotonic clock it is so."""
 
     signature: Signature
     since: float
@@ -192,7 +196,9 @@ class Watch:
         refused = self._refused.get(folder)
         if refused is not None and refused.signature == signature and not _due(refused.retry_at, now):
             return
-        if self._is_still(folder, signature, now):
+        seconds = max(self._still, HALF_SECONDS) if taken is not None and _is_half(taken, signature) else self._still
+        everything = _everything(self._directory / folder)
+        if everything is not None and self._is_still(folder, signature + everything, now, seconds):
             before = time.thread_time()
             self._take_in(folder, signature, now)
             self._read += time.thread_time() - before
@@ -201,16 +207,16 @@ class Watch:
         """`folder` is no adapter, unless it is being copied and its own files come last."""
         self._away.pop(folder, None)
         refused = self._refused.get(folder)
-        if (refused is None or refused.signature != signature) and self._is_still(folder, signature, now):
+        if (refused is None or refused.signature != signature) and self._is_still(folder, signature, now, self._still):
             self._seen.pop(folder, None)
             self._refuse(folder, signature, reason)
 
-    def _is_still(self, folder: str, signature: Signature, now: float) -> bool:
-        """Whether nothing about the folder's files has changed for long enough."""
+    def _is_still(self, folder: str, signature: Signature, now: float, seconds: float) -> bool:
+        """Whether nothing of what is in the folder has changed for so long."""
         seen = self._seen.get(folder)
         if seen is None or seen.signature != signature:
             seen = self._seen[folder] = _Seen(signature, now)
-        return now - seen.since >= self._still or _old(signature, self._still)
+        return now - seen.since >= seconds or _old(signature, seconds)
 
     def _taken_before(self) -> set[str]:
         """The folders whose content is served, as far as the store remembers."""
@@ -366,12 +372,32 @@ def _instead_of_an_adapter(folder: Path) -> tuple[str, Signature]:
     return "", ()
 
 
-def _files(folder: Path, below: str) -> Signature:
-    """The states of the files in a folder below `folder`, sorted, without what is hidden; links are taken for files."""
+def _everything(folder: Path) -> Signature | None:
+    """The state of all that is in a folder, as far as it may be listed; None if something goes as we look. What copies
+    a file writes it under another name first, mostly a hidden one.
+    """
+    try:
+        return _files(folder, "", every=True)
+    except PermissionError:
+        return ()
+    except OSError:
+        return None
+
+
+def _is_half(taken: Taken, signature: Signature) -> bool:
+    """Whether of the two files one is as it was when the folder was `taken` in, and the other has been replaced."""
+    before, now = ({file[0]: file for file in files} for files in (taken.signature, signature))
+    return all(name in now for name in REQUIRED) and sum(before.get(name) != now[name] for name in REQUIRED) == 1
+
+
+def _files(folder: Path, below: str, every: bool = False) -> Signature:
+    """The states of the files in a folder below `folder`, sorted, without what is hidden; links are taken for files.
+    With `every` those of folders, and of what is hidden, too.
+    """
     files = []
     with os.scandir(folder / below) as entries:
         for entry in islice(entries, MAX_ENTRIES):
-            if entry.name[0] != "." and not entry.is_dir(follow_symlinks=False):
+            if every or (entry.name[0] != "." and not entry.is_dir(follow_symlinks=False)):
                 state = entry.stat(follow_symlinks=False)
                 name = f"{below}/{entry.name}" if below else entry.name
                 files.append((name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))

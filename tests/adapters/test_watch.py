@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import InvalidAdapter, StoreFailed
+from adapters.peft_format import read_folder
 from adapters.ports import Observer
 from adapters.registry import Registry
 from adapters.store import Disk, Store
@@ -93,6 +94,72 @@ def test_an_adapter_in_the_directory_itself_is_told(scene: Scene) -> None:
     assert scene.rejected() == {} and list(scene.served()) == ["a"]
 
 
+def test_one_whose_tensors_are_still_written_under_another_name_is_waited_for(scene: Scene) -> None:
+    """As rsync does it: the new config is in its place at once."""
+    old = scene.put("a", 1)
+    scene.look(2)
+    new = scene.write(scene.root / "new", 2).digest
+    folder = scene.directory / "a"
+    shutil.copy(scene.root / "new" / "adapter_config.json", folder)
+    growing, tensors = folder / ".adapter_model.safetensors.Xb3aQz", scene.root / "new" / "adapter_model.safetensors"
+    for size in range(40):
+        growing.write_bytes(tensors.read_bytes()[:size])
+        assert scene.look() == {"a": old}
+    growing.write_bytes(tensors.read_bytes())
+    growing.rename(folder / "adapter_model.safetensors")
+    assert scene.look(2) == {"a": new} and len(scene.registry.describe("a")["versions"]) == 2
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_where_one_file_of_two_is_new_the_other_is_waited_for(scene: Scene, file: str) -> None:
+    old = scene.put("a", 1)
+    scene.look(2)
+    scene.write(scene.root / "new", 2)
+    config = scene.root / "new" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 5'))
+    new = read_folder(scene.root / "new", name="a").digest
+    shutil.copy(scene.root / "new" / file, scene.directory / "a")
+    assert scene.look(30) == {"a": old}, "it may take a while"
+    mixed = scene.look()["a"]
+    assert mixed not in (old, new), "but somebody may have changed that file alone"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(scene.root / "new" / name, scene.directory / "a")
+    assert scene.look(2) == {"a": new}
+
+
+def test_a_folder_that_is_renamed_into_its_place_is_taken_in_at_once(scene: Scene) -> None:
+    scene.put("a", 1)
+    scene.look(2)
+    new = scene.put(".new", 2)
+    time.sleep(1.05)
+    (scene.directory / "a").rename(scene.directory / ".old")
+    scene.look()
+    (scene.directory / ".new").rename(scene.directory / "a")
+    assert scene.look() == {"a": new}
+
+
+def test_a_folder_that_may_not_be_listed_is_known_by_its_files(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, scan = scene.put("a", 1), os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "a":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert scene.look(2) == {"a": a}
+
+
+def test_a_folder_in_which_a_file_goes_as_it_is_looked_at_is_looked_at_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = scene.put("a", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("adapters.watch._files", lambda *_, **__: os.stat(scene.root / "nothing"))
+        assert scene.look(3) == {} and scene.rejected() == {}
+    assert scene.look(2) == {"a": a}
+
+
 def test_a_folder_that_keeps_changing_is_waited_for(scene: Scene) -> None:
     for seed in range(5):
         a = scene.put("a", seed)
@@ -127,7 +194,7 @@ def test_changed_content_is_a_new_version_and_a_bad_change_leaves_the_old(scene:
     assert scene.look(2) == {"a": second}
     assert [v["digest"] for v in scene.registry.describe("a")["versions"]] == [second, first]
     (scene.directory / "a" / "adapter_config.json").write_text("{")
-    assert scene.look(3) == {"a": second} and "JSON" in scene.rejected()["a"]
+    assert scene.look(33) == {"a": second} and "JSON" in scene.rejected()["a"]
 
 
 def test_a_rejected_folder_is_read_again_only_when_it_has_changed(scene: Scene, tiny_shapes: Any) -> None:
