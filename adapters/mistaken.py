@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -40,6 +40,21 @@ FOREIGN = {
 }
 """How the names end of tensors that are no half of a pair, where that says what they are. Strangers write the names,
 of any length: no pattern begins with a repetition, which a search would try from each of their characters on."""
+
+
+def lying_loose(name: str, folders: Collection[str], config: str) -> str | None:
+    """What is said of a file among the folders of adapters that holds one, or the tensors of one; None for any other,
+    and where there is a folder of its name that it is in, or was unpacked into, already.
+    """
+    if (found := _LOOSE.fullmatch(name)) is None or found["stem"] in folders:
+        return None
+    if found["tensors"]:
+        return f"the tensors lie in the adapter directory itself: move them, with {config}, into {_OWN_FOLDER}"
+    return f"it is an archive: unpack it into {_OWN_FOLDER}"
+
+
+_LOOSE = re.compile(r"(?P<stem>.+?)\.(?:(?P<tensors>safetensors)|zip|7z|rar|tgz|tar|tar\.[a-z0-9]+)", re.IGNORECASE)
+_OWN_FOLDER = "a folder of its own, whose name is the adapter's"
 
 
 def leads_out(name: str, where: str = "the adapter directory") -> str:

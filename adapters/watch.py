@@ -17,15 +17,24 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from adapters.errors import AdapterError, InvalidAdapter, NoRoom, StoreFailed, reason, unreadable
 from adapters.journal import LIBRARY, WATCH, Signature, Taken
-from adapters.mistaken import MAX_ENTRIES, MODEL_FILE, WHOLE_MODEL, folders_with, leads_out, shown, told_below
-from adapters.peft_format import CONFIG_FILE, OPTIONAL, REQUIRED
+from adapters.mistaken import (
+    MAX_ENTRIES,
+    MODEL_FILE,
+    WHOLE_MODEL,
+    folders_with,
+    leads_out,
+    lying_loose,
+    shown,
+    told_below,
+)
+from adapters.peft_format import CONFIG_FILE, OPTIONAL, REQUIRED, TENSOR_FILE
 from adapters.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -94,6 +103,8 @@ class Watch:
         """Folders that were there and are not now, since when."""
         self._known: set[str] = set()
         """Folders that this process has seen and that adapters came from."""
+        self._gone: set[str] = set()
+        """Folders that adapters which are served came from, and that were not there at the first look."""
         self._unreadable = False
         self._first = True
         self._device: int | None = None
@@ -141,6 +152,7 @@ class Watch:
         if self._first:
             self._first = False
             gone = sorted(self._taken_before() - set(there))
+            self._gone = set(gone)
             for folder in gone[:MAX_LINES]:
                 log.info("%s is served from the store; its folder is gone", folder)
             if gone[MAX_LINES:]:
@@ -151,6 +163,9 @@ class Watch:
                 self._refuse(folder, (), f"cannot be read: {why}")
             else:
                 self._look(folder)
+        if there:  # else the mount of all of them may be away
+            self._forget_deleted(states)
+        there += self._refuse_loose(states.keys() - set(there), set(there))
         if CONFIG_FILE in states:
             self._refuse(
                 HERE,
@@ -161,6 +176,24 @@ class Watch:
             there.append(HERE)
         for folder in (self._known | set(self._refused) | set(self._seen)) - set(there):
             self._miss(folder)
+
+    def _forget_deleted(self, there: Iterable[str]) -> None:
+        """Of what was served on without its folder and has been deleted since, nothing need be remembered: the folder
+        counts as one that was seen, and has been removed.
+        """
+        self._gone.difference_update(there)
+        if self._gone and (deleted := self._gone.difference(self._registry.names())):
+            self._gone -= deleted
+            self._known |= deleted
+
+    def _refuse_loose(self, files: Collection[str], folders: Collection[str]) -> list[str]:
+        """Tell of adapters that lie beside the folders in a single file. Answers their names."""
+        loose = {name: told for name in sorted(files) if (told := lying_loose(name, folders, CONFIG_FILE)) is not None}
+        if CONFIG_FILE in files:  # they are told of together
+            loose.pop(TENSOR_FILE, None)
+        for name, told in loose.items():
+            self._refuse(name, (), told)
+        return list(loose)
 
     def _run(self) -> None:
         took = 0.0

@@ -89,7 +89,8 @@ def test_an_adapter_in_the_directory_itself_is_told(scene: Scene) -> None:
         shutil.copy(path, scene.directory)
     assert list(scene.look(2)) == ["a"]
     assert "move the adapter's files into a folder" in scene.rejected()["."]
-    (scene.directory / "adapter_config.json").unlink()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (scene.directory / name).unlink()
     scene.look()
     assert scene.rejected() == {} and list(scene.served()) == ["a"]
 
@@ -158,6 +159,27 @@ def test_a_folder_in_which_a_file_goes_as_it_is_looked_at_is_looked_at_again(
         patch.setattr("adapters.watch._files", lambda *_, **__: os.stat(scene.root / "nothing"))
         assert scene.look(3) == {} and scene.rejected() == {}
     assert scene.look(2) == {"a": a}
+
+
+def test_what_is_no_folder_but_may_hold_an_adapter_is_told(scene: Scene) -> None:
+    a = scene.put("a", 1)
+    for name in ("formal.zip", "Formal.TAR.GZ", "old.tgz", "formal.safetensors", "a.zip", ".b.zip", "notes.txt", "zip"):
+        (scene.directory / name).write_bytes(b"x")
+    assert scene.look(2) == {"a": a}
+    told = scene.rejected()
+    assert set(told) == {"formal.zip", "Formal.TAR.GZ", "old.tgz", "formal.safetensors"}, "a.zip was unpacked"
+    assert told["formal.zip"] == "it is an archive: unpack it into a folder of its own, whose name is the adapter's"
+    assert "adapter_config.json, into a folder" in told["formal.safetensors"]
+    for name in told:
+        (scene.directory / name).unlink()
+    scene.look()
+    assert scene.rejected() == {}
+
+
+def test_both_files_of_an_adapter_in_the_directory_itself_are_told_as_one(scene: Scene) -> None:
+    scene.write(scene.directory, 1)
+    scene.look(2)
+    assert set(scene.rejected()) == {"."}
 
 
 def test_a_folder_that_keeps_changing_is_waited_for(scene: Scene) -> None:
@@ -748,6 +770,34 @@ def test_a_folder_removed_while_the_server_was_down_is_served_on(
     caplog.set_level(logging.INFO)
     assert scene.look(10) == {"a": a}
     assert [r.message for r in caplog.records] == ["a is served from the store; its folder is gone"]
+
+
+def test_what_is_deleted_when_its_folder_is_gone_is_forgotten(scene: Scene) -> None:
+    scene.put("a", 1)
+    b = scene.put("b", 2)
+    scene.look(2)
+    shutil.rmtree(scene.directory / "a")
+    scene.restart()
+    assert set(scene.look(10)) == {"a", "b"} and scene.registry.taken_from("watch/a") is not None
+    asyncio.run(scene.registry.retire("a"))
+    assert scene.look(5) == {"b": b}
+    assert scene.registry.taken_from("watch/a") is None and scene.registry.taken_from("watch/b") is not None
+
+
+def test_what_is_deleted_while_nothing_at_all_is_there_stays_so(scene: Scene) -> None:
+    """As where the file system of the folders is not mounted yet."""
+    scene.put("a", 1)
+    b = scene.put("b", 2)
+    scene.look(2)
+    for name in "ab":
+        (scene.directory / name).rename(scene.root / name)
+    scene.restart()
+    scene.look(2)
+    asyncio.run(scene.registry.retire("a"))
+    assert scene.look(10) == {"b": b}
+    for name in "ab":
+        (scene.root / name).rename(scene.directory / name)
+    assert scene.look(5) == {"b": b}
 
 
 def test_the_thread_looks_and_ends(scene: Scene) -> None:
