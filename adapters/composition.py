@@ -1,7 +1,9 @@
 """Makes one adapter of several, ahead of serving: exactly, or by the merges of the literature.
 
-`exact` is the weighted sum itself: serving gives the same without it, so it is for files that leave the house. The
-others are other functions of the same adapters: `linear`, TIES (Yadav et al. 2023) and DARE (Yu et al. 2024) as PEFT's
+`exact` is the weighted sum itself. Serving gives the same without it, but for what holding each adapter in few bits
+costs: a share of that adapter, which is little of most sums, and much of one in which adapters nearly cancel, such as
+one version less another. So `exact` is for files that leave the house, and for such sums. The others are other
+functions of the same adapters: `linear`, TIES (Yadav et al. 2023) and DARE (Yu et al. 2024) as PEFT's
 add_weighted_adapter defines them, on the factors, which PEFT's tests are held against. Knows no files and no models.
 """
 

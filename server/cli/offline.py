@@ -29,7 +29,7 @@ def compose(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make one adapter of several, weighted. `exact` is what serving a mix computes."""
+    """Make one adapter of several, weighted. `exact` is what serving a mix computes, before each is rounded."""
     from adapters import composition, peft_format
 
     replaced = _check_free(output, force)
