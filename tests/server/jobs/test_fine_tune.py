@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from server.jobs.errors import JobError
 from server.jobs.fine_tune import _Told, answerable, fine_tune, held_out, keep_pairs, prepare
 from server.jobs.process import last_words
 from server.jobs.publishing import Verdict, losses_table, shares
+from server.jobs.run import _measured, as_written
 from server.jobs.spec import BaseSource, Spec
 from server.jobs.trainable import Trainable, loss_of
 from server.tasks.evaluation import Score, pairs
@@ -280,6 +282,7 @@ def test_an_adapter_whose_ranks_cancel_is_started_from_and_written_like_any_othe
 ):
     """Each of its two halves rounded to bf16 would leave more than the update is."""
     save(cancelling, tmp_path / "first")
+    assert_same_update(as_written(fine_tune_module._adapter(spec, tiny_base, tmp_path / "first", "x")), cancelling)
     told: list[dict[str, Any]] = []
     hardly = replace(CONFIG, max_steps=1, learning_rate=1e-9, compute_dtype="bfloat16")
     again = replace(spec, init=tmp_path / "first", init_name="x", rival=tmp_path / "first", config=hardly, held_out=0.2)
@@ -291,23 +294,43 @@ def test_an_adapter_whose_ranks_cancel_is_started_from_and_written_like_any_othe
     assert told[-1]["made"]["from"] == f"x@{cancelling.digest[:12]}"
 
 
-@pytest.mark.parametrize("prune_to", [None, 3])
+MADE = {"training": {"steps": 1, "best_step": 1, "evaluations": [], "from": None, "samples": 1}}
+
+
 def test_ranks_that_cancel_once_it_is_trained_are_written_anew_before_they_are_rounded(
-    spec, tiny_base, tmp_path, cancelling, monkeypatch, prune_to
+    spec, tiny_base, tmp_path, cancelling, monkeypatch
 ):
     """As of a run that goes on from a checkpoint of before."""
-    made = {"steps": 1, "best_step": 1, "evaluations": [], "from": None, "samples": 1}
-    trained = replace(cancelling, metadata={"training": made})
+    monkeypatch.setattr(fine_tune_module, "_train", lambda *_: replace(cancelling, metadata=MADE))
+    fine_tune(spec, tiny_base, tmp_path, lambda line: None, lambda: False)
+    assert_same_update(read_folder(tmp_path / "result", name="x", shapes=tiny_base.shapes()), cancelling)
+
+
+def test_the_error_of_pruning_is_that_of_the_files(spec, tiny_base, tmp_path, monkeypatch):
+    """Rounding them to bf16 costs more than the cut of a rank that says nothing."""
+    draw, faint = torch.Generator().manual_seed(0), torch.tensor([1.0, 1.0, 1.0, 1e-5])
+    trained = sealed(
+        "x",
+        {
+            path: LowRank(torch.randn(4, into, generator=draw), torch.randn(out, 4, generator=draw) * faint, 1.0)
+            for path, (out, into) in tiny_base.shapes().items()
+        },
+        MADE,
+    )
     monkeypatch.setattr(fine_tune_module, "_train", lambda *_: trained)
-    fine_tune(replace(spec, prune_to=prune_to), tiny_base, tmp_path, lambda line: None, lambda: False)
+    told: list[dict[str, Any]] = []
+    fine_tune(replace(spec, prune_to=3), tiny_base, tmp_path, told.append, lambda: False)
+    [error] = [line["data"]["error"] for line in told if "error" in line.get("data", {})]
     result = read_folder(tmp_path / "result", name="x", shapes=tiny_base.shapes())
-    if prune_to is None:
-        assert_same_update(result, cancelling)
-    else:
-        told = result.metadata["pruning"]["error"]
-        off = sum(float(torch.dist(result.delta(p), cancelling.delta(p))) ** 2 for p in cancelling.modules)
-        whole = sum(float(cancelling.delta(p).norm()) ** 2 for p in cancelling.modules)
-        assert told == pytest.approx((off / whole) ** 0.5, rel=1e-2)
+    assert error == pytest.approx(off_by(result, trained), rel=1e-2) and error > 1e-3
+    of_recipe = _measured(SimpleNamespace(prune_to=3, name="x"), None, trained, None, None)
+    assert of_recipe.metadata["training"]["pruned"]["error"] == error
+
+
+def off_by(made: LoraWeights, given: LoraWeights) -> float:
+    """Of all modules together, in the Frobenius norm."""
+    off = sum(float(torch.dist(made.delta(path), given.delta(path))) ** 2 for path in given.modules)
+    return (off / sum(float(given.delta(path).norm()) ** 2 for path in given.modules)) ** 0.5
 
 
 def test_where_the_first_that_judge_are_too_long_later_ones_do(spec, tiny_base, tmp_path, monkeypatch):
