@@ -362,10 +362,16 @@ def fetching_environment(scratch: Path) -> dict[str, str]:
     return {**os.environ, "TMPDIR": str(scratch.resolve())}
 
 
+_FEWER_THREADS = ("OMP_DYNAMIC", "OMP_THREAD_LIMIT")
+_BOUND_THREADS = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+
+
 def leave_threads_alone() -> list[str]:
-    """Take out, for this process and those that it starts, what gives torch fewer threads than it was told it has:
-    oneDNN leaves their share of a product as it finds it. Before torch is loaded, which looks then. Answers them."""
-    return [name for name in ("OMP_DYNAMIC", "OMP_THREAD_LIMIT") if os.environ.pop(name, None) is not None]
+    """Take out, for this process and those that it starts, what gives torch fewer threads than it was told it has, as
+    oneDNN leaves their share of a product as it finds it; and what binds threads to processors, as OpenMP begins with
+    the one that loads it, and all threads that are no thread of its own inherit that single processor. Before torch is
+    loaded, which looks then. Answers them."""
+    return [name for name in (*_FEWER_THREADS, *_BOUND_THREADS) if os.environ.pop(name, None) is not None]
 
 
 def keep_few_kernels() -> None:

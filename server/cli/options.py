@@ -17,7 +17,7 @@ SECRET = frozenset({"api_keys", "admin_keys", "metrics_key"})
 
 BASE = ("model", "device", "quantization", "group_size", "double_quant", "table_bits", "kernels", "threads")
 DAY = 86_400.0
-LEFT_OUT = "%s is left out: --threads says how many threads compute"
+LEFT_OUT = "%s is left out: --threads says how many threads compute, taskset on which processors"
 """Of a variable that `leave_threads_alone` answers."""
 EVERYTHING = tuple(name for name in Settings.model_fields if name not in SECRET)
 

@@ -25,6 +25,7 @@ from adapters.store import Store
 from server.api.limits import Boundary
 from server.api.runtime import Runtime
 from server.cli import logs, malloc
+from server.cli.options import LEFT_OUT
 from server.cli.serve import _server, _sigterm_and_sigint, listen, many_files, serve, spool_in
 from server.cli.signals import SAME_SIGNAL
 from server.errors import BadSetting
@@ -250,7 +251,7 @@ def test_every_line_of_a_log_in_json_is_an_object_and_an_error_is_told_once(tmp_
     lines = [json.loads(line) for line in run.stderr.splitlines()]
     said = [(line["level"], line["message"]) for line in lines]
     assert run.returncode == 1 and run.stdout == b""
-    assert ("warning", "OMP_DYNAMIC is left out: --threads says how many threads compute") in said
+    assert ("warning", LEFT_OUT % "OMP_DYNAMIC") in said
     assert ("info", "fetching ...") in said
     assert [level for level, message in said if "could not be fetched" in message] == ["error"]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +64,36 @@ def test_without_control_groups_affinity_counts(groups: Path) -> None:
     assert threads.processors() == 8
     (groups / "own").unlink()
     assert threads.processors() == 8
+
+
+ANY_THREAD = """
+import json, os, threading
+from server.settings import leave_threads_alone
+before = os.sched_getaffinity(0)
+left_out = leave_threads_alone()
+import torch
+torch.set_num_threads(2)
+torch.ones(1 << 20).sum()
+found = []
+thread = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))
+thread.start()
+thread.join()
+print(json.dumps([left_out, list(before), list(os.sched_getaffinity(0)), *map(list, found)]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not tell of affinity")
+@pytest.mark.parametrize(
+    "bound",
+    [
+        {"OMP_PROC_BIND": "close"},
+        {"OMP_PLACES": "cores"},
+        {"GOMP_CPU_AFFINITY": "0-1", "KMP_AFFINITY": "granularity=fine,compact,1,0"},
+    ],
+)
+def test_what_binds_threads_to_processors_is_left_out_before_torch_is_loaded(bound: dict[str, str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", ANY_THREAD], env={**os.environ, **bound}, capture_output=True, timeout=120, check=True
+    )
+    left_out, before, loading, other = json.loads(run.stdout)
+    assert left_out == list(bound) and before == loading == other
