@@ -110,11 +110,17 @@ def spool_in(folder: Path) -> None:
 
 
 def many_files() -> None:
-    """Raise the limit of open files as far as this process may: a connection over it is closed without a word."""
+    """Raise the limit of open files as far as this process may: a connection over it is closed without a word.
+
+    A system may refuse what the hard limit says (macOS, beyond `kern.maxfilesperproc`): then half of it is asked for.
+    """
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MANY_FILES if most == resource.RLIM_INFINITY else min(most, MANY_FILES)
-    if now != resource.RLIM_INFINITY and now < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    while now != resource.RLIM_INFINITY and now < wanted:
+        try:
+            return resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+        except (ValueError, OSError):
+            wanted //= 2
 
 
 def listen(host: str, port: int) -> socket.socket:

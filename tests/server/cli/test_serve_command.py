@@ -281,3 +281,20 @@ def test_files_that_a_server_may_open(
     monkeypatch.setattr(resource, "setrlimit", lambda what, limits: told.append(limits))
     many_files()
     assert told == ([] if after is None else [after])
+
+
+@pytest.mark.parametrize(("most", "given"), [(10240, [8192]), (1500, [])])
+def test_a_system_that_refuses_many_files_is_asked_for_fewer(
+    monkeypatch: pytest.MonkeyPatch, most: int, given: list[int]
+) -> None:
+    told = []
+
+    def refuse(what: int, limits: tuple[int, int]) -> None:
+        if limits[0] > most:
+            raise ValueError("current limit exceeds maximum limit")
+        told.append(limits[0])
+
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    many_files()
+    assert told == given
