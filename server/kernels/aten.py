@@ -9,6 +9,7 @@ Owns the layout `int4pack` and the choice between products. What serves where th
 from __future__ import annotations
 
 import math
+import platform
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
@@ -49,14 +50,21 @@ class Work(threading.local):
         return buffer[:size].view(shape)
 
 
+def layout() -> str:
+    """The layout of matrices with all that it goes by, so that what another machine or another torch has packed is not
+    taken for one's own."""
+    torch_version = ".".join(torch.__version__.split(".")[:2])
+    return f"{INT4PACK}-{_capability().lower()}-{_tile_rows()}-{platform.machine().lower()}-torch{torch_version}"
+
+
 class Aten:
     """The backend of torch's own ops. Adapters are bf16."""
 
     name = "aten"
-    layout = f"{INT4PACK}-{torch.backends.cpu.get_cpu_capability().lower()}"
     dtype = torch.bfloat16
 
     def __init__(self) -> None:
+        self.layout = layout()
         self._work = Work()
 
     def pack(self, stored: Weight) -> Weight:
@@ -146,6 +154,11 @@ class Aten:
                 else:
                     v = into @ update.A.t()
                     rows.addmm_(v, update.B.t(), alpha=weight * update.scale)
+
+
+def _capability() -> str:
+    """The instructions that torch's own kernels were compiled for, of those that are here."""
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _rows_times(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

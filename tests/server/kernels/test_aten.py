@@ -206,3 +206,17 @@ def test_the_copy_of_the_active_set_is_remade_only_when_it_must_be() -> None:
     assert table.nbytes == 0
     table.place(2, made[4])
     assert made[4].digest in table.side_by_side([1, 2]).place
+
+
+def test_a_layout_is_named_by_all_that_it_goes_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what was packed on another machine, or by another torch, is packed anew."""
+    names = [Aten().layout]
+    others = ((aten.platform, "machine", "riscv64"), (aten, "_capability", "SVE256"), (aten, "_tile_rows", 8))
+    for where, what, other in others:
+        monkeypatch.setattr(where, what, lambda other=other: other)
+        names.append(Aten().layout)
+    monkeypatch.setattr(torch, "__version__", "9.9.1+cpu")
+    names.append(Aten().layout)
+    assert len(set(names)) == 5 and names[-1] == f"{INT4PACK}-sve256-8-riscv64-torch9.9"
+    monkeypatch.setattr(torch, "__version__", "9.9.2")
+    assert Aten().layout == names[-1]
