@@ -28,7 +28,11 @@ INT4PACK = "int4pack-2"
 GROUPS = (32, 64, 128, 256)
 """Group sizes that torch's 4-bit product takes."""
 PACKED_ROWS = 96
-"""Rows of x up to which the 4-bit product is faster than dequantizing blocks and multiplying in bf16 (measured)."""
+"""Rows of x up to which the 4-bit product is faster than dequantizing blocks and multiplying these, in bf16 or, where
+that is slow, in float32 (measured with AVX-512 and with AVX2)."""
+PLAIN_ROWS = 3
+"""The same where torch's 4-bit product is a plain loop for each row, as it has vector instructions for AVX2 and AVX-512
+alone (measured)."""
 BLOCK_BYTES = 2**22
 """Bytes of dequantized weights, in float32, at a time: larger ones leave the cache, smaller ones cost more calls."""
 
@@ -99,7 +103,7 @@ class Aten:
         if update is not None:
             return self._added(weight, x, update)
         if weight.layout == INT4PACK:
-            if x.dtype == torch.bfloat16 and (x.shape[0] <= PACKED_ROWS or slow_in(x.dtype)):
+            if x.dtype == torch.bfloat16 and x.shape[0] <= _packed_rows():
                 y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
                     x, weight.tensors["codes"], weight.group, _scales(weight)
                 )
@@ -107,10 +111,11 @@ class Aten:
         elif weight.scheme == "none" and weight.tensors["codes"].dtype == x.dtype and not slow_in(x.dtype):
             return F.linear(x, weight.tensors["codes"])
         if weight.layout == INT4PACK:
-            y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+            wide = x.float() if slow_in(x.dtype) else x
+            y = torch.empty(x.shape[0], weight.shape[0], dtype=wide.dtype)
             for start, stop in _blocks(weight):
-                torch.mm(x, _columns(weight, start, stop, x.dtype, self._work), out=y[:, start:stop])
-            return y
+                torch.mm(wide, _columns(weight, start, stop, wide.dtype, self._work), out=y[:, start:stop])
+            return y.to(x.dtype)
         products = self._work("products", x.dtype, weight.shape[0], x.shape[0])
         x = x.float() if slow_in(x.dtype) else x
         for start, stop in _blocks(weight):
@@ -159,6 +164,10 @@ class Aten:
 def _capability() -> str:
     """The instructions that torch's own kernels were compiled for, of those that are here."""
     return torch.backends.cpu.get_cpu_capability()
+
+
+def _packed_rows() -> int:
+    return PACKED_ROWS if _capability() in ("AVX2", "AVX512") else PLAIN_ROWS
 
 
 def _rows_times(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from adapters.weights import LoraWeights, LowRank
 from server.kernels import aten, lora
-from server.kernels.aten import INT4PACK, PACKED_ROWS, Aten
+from server.kernels.aten import INT4PACK, PACKED_ROWS, PLAIN_ROWS, Aten
 from server.kernels.lora import SHARED_ROWS, Segment, Segments, SideBySide, SlotTable, SlotWeights
 from server.kernels.reference import Reference
 from server.kernels.stored import dequantize_stored
@@ -25,12 +25,21 @@ def _seed() -> None:
     torch.manual_seed(12)
 
 
-@pytest.fixture(params=["as here", "AVX2"])
+@pytest.fixture(params=["as here", "AVX2", "neither"])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if oneDNN multiplied no bf16, as on a processor with AVX2 alone: what is asked for there raises or takes a
-    plain loop."""
+    plain loop. Without AVX2 torch's 4-bit product is one too."""
     if request.param == "as here":
         return
+    few = PLAIN_ROWS if request.param == "neither" else PACKED_ROWS
+    monkeypatch.setattr(aten, "_capability", lambda: "DEFAULT" if request.param == "neither" else "AVX2")
+    packed_product = torch.ops.aten._weight_int4pack_mm_for_cpu
+
+    def of_few_rows(x: torch.Tensor, *more: Any) -> torch.Tensor:
+        assert len(x) <= few, "a product that blocks do sooner"
+        return packed_product(x, *more)
+
+    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", of_few_rows)
     monkeypatch.setattr(lora, "has_bf16_products", lambda: False)
 
     def checked(product: Any) -> Any:
@@ -90,7 +99,7 @@ def test_shapes_that_torch_does_not_take_stay_stored(rows: int, columns: int, gr
 
 @pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("count", [1, 5, PACKED_ROWS, PACKED_ROWS + 1])
+@pytest.mark.parametrize("count", [1, PLAIN_ROWS, PLAIN_ROWS + 1, PACKED_ROWS, PACKED_ROWS + 1])
 @pytest.mark.parametrize(
     ("scheme", "double_quant"), [("int4", False), ("int4", True), ("nf4", True), ("int8", False), ("none", False)]
 )
