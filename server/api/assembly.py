@@ -371,10 +371,12 @@ def _engine(
     if base.backend.name == "cuda":
         runner, of_device = _on_gpu(settings, base, context)
     else:
-        runner = make_runner(base, settings.max_slots, settings.threads or processors())
-        blocks = kv_blocks(settings, runner.block_bytes(settings.block_size), context)
-        of_device = {"blocks": blocks, "max_slots": settings.max_slots}
-        _check_room(blocks * runner.block_bytes(settings.block_size), registry.memory()["budget"])
+        host = make_runner(base, settings.max_slots, settings.threads or processors())
+        block_bytes = host.block_bytes(settings.block_size)
+        blocks = kv_blocks(settings, block_bytes, context)
+        runner, of_device = host, {"blocks": blocks, "max_slots": settings.max_slots}
+        work = host.work_bytes(blocks * settings.block_size)
+        check_room(blocks * block_bytes, registry.memory()["budget"], work)
     try:
         engine = engine_on(
             runner,
@@ -447,14 +449,15 @@ def kv_blocks(settings: Settings, block_bytes: int, context: int) -> int:
     return max(one, min(share, enough))
 
 
-def _check_room(kv_cache: int, adapters: int) -> None:
+def check_room(kv_cache: int, adapters: int, work: int) -> None:
     """Say so where memory that is promised is not there: it is taken as it is used, and then the system ends us."""
-    if kv_cache + adapters > (free := memory.free()):
+    if kv_cache + adapters + work > (free := memory.free()):
         log.warning(
-            "the KV cache may take %d MiB and adapters %d, and %d are free: lower --kv-cache, --adapter-ram or "
-            "--max-context before the system ends the process",
+            "the KV cache may take %d MiB, adapters %d and steps %d, and %d are free: lower --kv-cache, --adapter-ram, "
+            "--max-context or --threads before the system ends the process",
             kv_cache >> 20,
             adapters >> 20,
+            work >> 20,
             free >> 20,
         )
 

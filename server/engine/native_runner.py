@@ -30,10 +30,15 @@ from server.kernels.cpu.places import SITE, Places
 from server.kernels.lora import SITES, SlotWeights, site_finder
 from server.model.config import ModelConfig
 from server.model.decoder import Source
-from server.model.rope import angles, frequencies
+from server.model.rope import angles_before, frequencies
 
 VECTOR = 16
 """Tokens of a block that the kernels read together: block sizes are multiples of it."""
+
+ATTENDING = 8 * (4 + 2)
+"""Bytes that a thread attends with for each token of the context: scores of eight queries, and their powers in bf16."""
+DRAWING = 4 * 4
+"""Bytes that a thread draws with for each token of the vocabulary: three floats and an id."""
 
 PLANNED_AHEAD = 3_000_000
 """Nanoseconds before the end of a step from which the next is planned; what arrives after that waits for one step more.
@@ -165,6 +170,7 @@ class NativeRunner:
         self._config = base.config
         self._library = bindings.library()
         self._pool = bindings.Pool(threads, guest=True)
+        self._threads = threads
         self._results = _Results()
         self._jobs: deque[_Job] = deque()
         """Those that are not known to be done, in order."""
@@ -198,21 +204,24 @@ class NativeRunner:
         if block_size < 1 or block_size % VECTOR:
             raise ValueError(f"the native kernels need a block size that is a multiple of {VECTOR}, not {block_size}")
         self.wait()
-        inverse, factor = frequencies(self._config)
-        positions = torch.arange(min(blocks * block_size, self._config.context_length))
-        cosine, sine = angles(inverse, factor, positions)
+        positions = self._positions(blocks * block_size)
+        angles = angles_before(*frequencies(self._config), positions)
         halves = blocks * self.block_bytes(block_size) // torch.bfloat16.itemsize
         # There may be no memory for another one: until there is, the model has none.
         self._library.loramux_model_cache(self._model, None, 0, block_size, None, None, 0)
         self._storage = torch.empty(0, dtype=torch.bfloat16)
         # Zeroed pages come from the system when they are first written, so an unused cache takes no memory.
         self._storage = torch.from_numpy(np.zeros(halves, np.int16)).view(torch.bfloat16)
-        self._angles = (cosine.float().contiguous(), sine.float().contiguous())
+        self._angles = angles
         self._block_size = block_size
         angle_addresses = (t.data_ptr() for t in self._angles)
         self._library.loramux_model_cache(
-            self._model, self._storage.data_ptr(), blocks, block_size, *angle_addresses, len(positions)
+            self._model, self._storage.data_ptr(), blocks, block_size, *angle_addresses, positions
         )
+
+    def _positions(self, tokens: int) -> int:
+        """Those that a sequence may have in a cache of so many tokens."""
+        return min(tokens, self._config.context_length)
 
     def place(self, slot: int, weights: LoraWeights) -> None:
         """Point a slot at an adapter's own memory. Raises ValueError if it is not this base's or not prepared,
@@ -305,6 +314,13 @@ class NativeRunner:
 
     def block_bytes(self, block_size: int) -> int:
         return int(self._library.loramux_block_bytes(self._shape, block_size))
+
+    def work_bytes(self, tokens: int) -> int:
+        """The angles of all positions, and what each thread attends with (twice, as it works with the others and alone)
+        and draws with."""
+        config, positions, threads = self._config, self._positions(tokens), self._threads
+        attending = ATTENDING * positions * (2 * threads if threads > 1 else 1)
+        return 4 * config.head_dim * positions + attending + DRAWING * config.vocab_size * threads
 
     def nbytes(self) -> dict[str, int]:
         base = sum(weight.nbytes for weight in self._base.weights.values())

@@ -48,6 +48,13 @@ class Runner(Protocol):
         active adapters); on a GPU `slots` too, the room of adapters there."""
 
 
+class HostRunner(Runner, Protocol):
+    """A runner in the memory that all else has too, which nothing but the system shares out."""
+
+    def work_bytes(self, tokens: int) -> int:
+        """Bytes beside the cache that steps may take for sequences of up to so many tokens, roughly."""
+
+
 class TorchRunner:
     """The Python decoder over paged KV, on a CPU. For the backends `reference` and `aten`."""
 
@@ -101,6 +108,11 @@ class TorchRunner:
     def block_bytes(self, block_size: int) -> int:
         return block_size * self._base.config.kv_values * self._base.backend.dtype.itemsize
 
+    def work_bytes(self, tokens: int) -> int:
+        """The keys and values of a sequence in one layer, in one piece, float32 where attention is."""
+        config = self._base.config
+        return min(tokens, config.context_length) * config.kv_values // config.num_hidden_layers * 4
+
     def nbytes(self) -> dict[str, int]:
         kv_cache = self._touched * self.block_bytes(self._block_size)
         work = self._work + self._table.nbytes
@@ -113,11 +125,11 @@ class TorchRunner:
         return batch.rows * row + 4 * config.vocab_size * len(batch.logit_rows)
 
 
-def make_runner(base: Source, max_slots: int, threads: int) -> Runner:
+def make_runner(base: Source, max_slots: int, threads: int) -> HostRunner:
     """The runner of the base's backend, on a CPU."""
     if base.backend.name == "native":
         from server.engine.native_runner import NativeRunner
 
-        runner: Runner = NativeRunner(base, max_slots, threads)
+        runner: HostRunner = NativeRunner(base, max_slots, threads)
         return runner
     return TorchRunner(base, max_slots, threads)

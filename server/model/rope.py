@@ -11,6 +11,9 @@ import torch
 
 from server.model.config import ModelConfig, RopeScaling
 
+PIECE = 4096
+"""Positions whose angles are made at a time."""
+
 
 def frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     """Radians a position of each pair, float32 [head_dim / 2], and the factor that multiplies cos and sin.
@@ -34,6 +37,16 @@ def angles(inverse: torch.Tensor, factor: float, positions: torch.Tensor) -> tup
     """cos and sin of each position's angles, float32 [T, head_dim / 2], times the attention factor."""
     turned = positions[:, None].float() * inverse
     return turned.cos() * factor, turned.sin() * factor
+
+
+def angles_before(inverse: torch.Tensor, factor: float, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`angles` of all positions before `end`, made piece by piece: at once, what they are made of would take three
+    times the memory of what they are."""
+    cosine, sine = torch.empty(end, len(inverse)), torch.empty(end, len(inverse))
+    for start in range(0, end, PIECE):
+        piece = slice(start, min(start + PIECE, end))
+        cosine[piece], sine[piece] = angles(inverse, factor, torch.arange(piece.start, piece.stop))
+    return cosine, sine
 
 
 def llama3(plain: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adapters import memory
-from server.api.assembly import adapter_ram, kv_blocks
+from server.api.assembly import adapter_ram, check_room, kv_blocks
 from server.errors import BadSetting
 from server.settings import Settings
 
@@ -38,3 +38,13 @@ def test_keys_and_values_within_the_limit_of_a_control_group(monkeypatch: pytest
     with pytest.raises(BadSetting, match=f"over the {600 * BLOCK:,} bytes that this process may have"):
         kv_blocks(Settings(model="base", kv_cache=601 * BLOCK), BLOCK, context=128)
     assert kv_blocks(Settings(model="base", kv_cache=599 * BLOCK), BLOCK, context=128) == 599
+
+
+@pytest.mark.parametrize(("work", "warned"), [(10, False), (11, True)])
+def test_what_steps_take_counts_beside_what_cache_and_adapters_may(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, work: int, warned: bool
+) -> None:
+    monkeypatch.setattr(memory, "free", lambda: 100 * BLOCK)
+    check_room(60 * BLOCK, 30 * BLOCK, work * BLOCK)
+    assert bool(caplog.messages) == warned
+    assert not warned or "60 MiB, adapters 30 and steps 11, and 100 are free" in caplog.messages[0]

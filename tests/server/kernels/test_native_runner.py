@@ -592,6 +592,22 @@ def test_bytes_are_accounted_for() -> None:
     assert runner.nbytes()["activations"] > held["activations"]
 
 
+def test_what_attention_takes_for_a_longer_context_is_foreseen() -> None:
+    """Angles are there from the start; what threads attend with is as long as the longest context yet."""
+    native, _ = bases("llama-int4")
+    runner = make_runner(native, SLOTS, 1)
+    runner.allocate(32, BLOCK)
+    sequence, work = Sequence(tokens(1, 400), list(range(32))), []
+    for count in (320, 80):
+        step(runner, [(sequence, count)])
+        work.append(runner.nbytes()["activations"])
+    angles = 4 * native.config.head_dim
+    assert work[1] - work[0] == runner.work_bytes(416) - runner.work_bytes(320) - 96 * angles > 0
+    assert runner.work_bytes(1 << 40) == runner.work_bytes(native.config.max_position_embeddings)
+    two = make_runner(native, SLOTS, 2).work_bytes(416) - 416 * angles
+    assert two >= 2 * (runner.work_bytes(416) - 416 * angles), "each thread has its own"
+
+
 def test_the_largest_logit_is_the_first_among_equals() -> None:
     """`step` compares it with the reference's for every step of these tests."""
     native, _ = bases("wide-table")
