@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from server.cli.logs import fail
 from server.cli.options import AsJson, with_settings
 from server.cli.terminal import out, print_json, size
-from server.errors import BadSetting, RemoteError, ServerError
+from server.errors import BadSetting, InvalidRequest, RemoteError, ServerError
 from server.settings import Settings, parse_keys
+
+if TYPE_CHECKING:
+    from server.model.checkpoint import Checkpoint
 
 app = typer.Typer(help="Adapters of a running server (--host, --port), or a folder of one (check).")
 _of_a_server = with_settings(
@@ -121,7 +127,7 @@ def prefetch(settings: Settings, name: Name, as_json: AsJson = False) -> None:
 
 
 @app.command()
-@with_settings("model", "state_dir", "max_rank")
+@with_settings("model", "state_dir", "adapter_dir", "max_rank")
 def check(
     settings: Settings,
     folder: Annotated[Path, typer.Argument(help="A folder as PEFT writes it.", exists=True, file_okay=False)],
@@ -129,7 +135,8 @@ def check(
 ) -> None:
     """Read a PEFT folder as the server would, and say what was honoured or why it is refused. Needs no server.
 
-    Whether it fits the base is looked at if that is on this machine.
+    Whether it fits the base is looked at if that is on this machine. A task.json that the server would serve the
+    adapter without is told, and ends the command with status 1.
     """
     from adapters.describing import of_another_base
     from adapters.peft_format import read_folder
@@ -138,13 +145,18 @@ def check(
     from server.sources.models import locate
 
     base = locate(settings.model, settings.state_dir)
-    shapes = None if base is None else open_checkpoint(base.path).config.linear_shapes()
-    weights = read_folder(folder, name=folder.resolve().name, max_rank=settings.max_rank, shapes=shapes)
+    checkpoint = None if base is None else open_checkpoint(base.path)
+    reserved = () if base is None else (base.name,)
+    notes, name = _check_place(folder, settings.watched_dir, reserved)
+    shapes = None if checkpoint is None else checkpoint.config.linear_shapes()
+    weights = read_folder(folder, name=name, max_rank=settings.max_rank, shapes=shapes)
     told = {k: v for k, v in weights.metadata.items() if k in ("honoured", "harmless", "notes", "base")}
     if base is None:
-        told["notes"] = [*told["notes"], f"whether it fits {settings.model} is not known: that is not on this machine"]
+        notes = [f"whether it fits {settings.model} is not known: that is not on this machine", *notes]
     else:
-        told["notes"] = [*told["notes"], *of_another_base(told["base"], names_of(base.name))]
+        notes = [*of_another_base(told["base"], names_of(base.name)), *notes]
+    told["notes"] = [*told["notes"], *notes]
+    task, fault = _task(name, weights.metadata["task"], reserved, checkpoint)
     found = {
         "version": weights.version.label,
         "ranks": weights.ranks,
@@ -152,9 +164,54 @@ def check(
         "modules": len(weights.modules),
         "file_bytes": weights.nbytes,
         "fits": None if base is None else base.name,
+        "task": task,
         **told,
     }
     _tell(found, as_json)
+    if fault is not None:
+        fail(fault)
+
+
+def _check_place(folder: Path, watched: Path, reserved: Collection[str]) -> tuple[list[str], str]:
+    """What is to be said of where a folder lies and what it is called, and the name that it would have.
+
+    Raises InvalidAdapter for one in the adapter directory that is not served for that; elsewhere it may yet be
+    uploaded under another name.
+    """
+    from adapters.errors import InvalidAdapter
+    from adapters.naming import check_name
+    from adapters.watch import signature_of
+    from adapters.weights import RESERVED
+
+    place = Path(os.path.abspath(folder))  # a link keeps its own name: it is the link that is served
+    is_watched = place.parent.resolve() == watched.resolve()
+    try:
+        check_name(place.name, RESERVED.union(reserved))
+    except InvalidAdapter as error:
+        if is_watched:
+            raise
+        return [f"another name is needed to serve it: {error.message}"], place.name
+    if is_watched:
+        signature_of(place, watched)
+    return [], place.name
+
+
+def _task(
+    adapter: str, body: Any, reserved: Collection[str], checkpoint: Checkpoint | None
+) -> tuple[str | None, str | None]:
+    """The name of the task that the folder brings, if it does, or why the server would not use it."""
+    from adapters.errors import AdapterError
+    from server.tasks.definitions import check_together, from_folder
+
+    if body is None:
+        return None, None
+    try:
+        task = from_folder(adapter, body, reserved=reserved)
+        if checkpoint is not None and "stop_token_ids" in task.defaults:
+            check_together(task, checkpoint.vocabulary().size)
+    except (InvalidRequest, AdapterError, ValueError) as error:
+        return None, f"the adapter is served without its task: its task.json is not used: {error}"
+    return task.name, None
 
 
 def _tell(adapter: dict[str, Any], as_json: bool) -> None:

@@ -5,11 +5,11 @@ Owns the form of a task, as a value and as JSON (an adapter folder's `task.json`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
-from adapters.weights import MAX_TERMS, MIN_DIGEST, NAME, NAME_IN_WORDS, Choice, check_weight, counts
+from adapters.weights import MAX_TERMS, MIN_DIGEST, NAME, NAME_IN_WORDS, RESERVED, Choice, check_weight, counts
 from server.engine.text import INPUT, Format
 from server.errors import InvalidRequest
 from server.tasks.sampling import check_defaults
@@ -153,6 +153,31 @@ def parse(name: str, body: Mapping[str, Any], *, default_route: Route, source: S
         source=source,
         by_name=route is None,
     )
+
+
+def from_folder(adapter: str, body: Any, *, reserved: Collection[str] = (), vocabulary: int | None = None) -> Task:
+    """The task that an adapter's task.json brings: of the adapter's name and routed to it, unless it says otherwise.
+
+    `reserved` are names beside those that always are. Raises InvalidRequest, and InvalidChoice as `parse` does.
+    """
+    if not isinstance(body, Mapping):
+        raise InvalidRequest("it must be an object")
+    name = body.get("task") or adapter
+    if not isinstance(name, str) or name in RESERVED or name in reserved:
+        raise InvalidRequest(f"{str(name)[:64]!r} can not be a task's name", "task")
+    task = parse(name, body, default_route=Fixed(((adapter, 1.0),)), source="file")
+    check_together(task, vocabulary)
+    return task
+
+
+def check_together(task: Task, vocabulary: int | None) -> None:
+    """What one default beside another, or a vocabulary of that size, does not let hold. Raises InvalidRequest."""
+    least, most = task.defaults.get("min_tokens", 0), task.defaults.get("max_tokens")
+    if most is not None and least > most:
+        raise InvalidRequest(f"min_tokens is {least}, over max_tokens, which is {most}", "defaults.min_tokens")
+    for token in task.defaults.get("stop_token_ids", ()):
+        if vocabulary is not None and token >= vocabulary:
+            raise InvalidRequest(f"{token} is no token id; the vocabulary has {vocabulary}", "defaults.stop_token_ids")
 
 
 def check_task_name(name: str) -> None:

@@ -21,7 +21,7 @@ from adapters.leases import Lease
 from adapters.peft_format import TASK_FILE
 from adapters.weights import RESERVED, Choice, Version, canonical_mix
 from server.errors import InvalidRequest, ServerError, UnknownName
-from server.tasks.definitions import Best, Fixed, Route, Task, check_task_name, parse
+from server.tasks.definitions import Best, Fixed, Route, Task, check_task_name, check_together, from_folder, parse
 
 log = logging.getLogger(__name__)
 
@@ -152,23 +152,12 @@ class Tasks:
         task = parse(name, body, default_route=own, source="api")
         if before is not None and before.by_name and before.route == task.route:
             task = replace(task, by_name=True)  # who changes what GET has told means the rest to stay
-        self._check_defaults(task)
+        check_together(task, self._vocabulary)
         self._check(task.route)
         with self._lock:
             created = self.find(name) is None
             self._write({**self._put, name: task}, {k: v for k, v in self._deleted.items() if k != name})
         return task, created
-
-    def _check_defaults(self, task: Task) -> None:
-        """What the vocabulary, or one default beside another, does not let hold. Raises InvalidRequest."""
-        least, most = task.defaults.get("min_tokens", 0), task.defaults.get("max_tokens")
-        if most is not None and least > most:
-            raise InvalidRequest(f"min_tokens is {least}, over max_tokens, which is {most}", "defaults.min_tokens")
-        for token in task.defaults.get("stop_token_ids", ()):
-            if self._vocabulary is not None and token >= self._vocabulary:
-                raise InvalidRequest(
-                    f"{token} is no token id; the vocabulary has {self._vocabulary}", "defaults.stop_token_ids"
-                )
 
     def _check(self, route: Route) -> None:
         try:
@@ -334,14 +323,7 @@ class Tasks:
             ) from error
 
     def _from_folder(self, adapter: str, body: Any) -> Task:
-        if not isinstance(body, Mapping):
-            raise InvalidRequest("it must be an object")
-        name = body.get("task") or adapter
-        if not isinstance(name, str) or name in self._reserved:
-            raise InvalidRequest(f"{str(name)[:64]!r} can not be a task's name", "task")
-        task = parse(name, body, default_route=Fixed(((adapter, 1.0),)), source="file")
-        self._check_defaults(task)
-        return task
+        return from_folder(adapter, body, reserved=self._reserved, vocabulary=self._vocabulary)
 
     def _read(self) -> None:
         """The file. What is damaged of it is left out, and the whole is kept aside as it was. Raises StoreFailed where

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import pytest
 from pydantic import SecretStr
 from typer.testing import CliRunner
 
+from adapters.errors import InvalidAdapter
+from adapters.peft_format import save
+from adapters.weights import LoraWeights
 from server.cli import adapters as commands
 from server.cli import app, main
 from server.cli.adapters import _call, _quoted, _tell, list_
@@ -158,3 +162,76 @@ def test_a_file_of_keys_that_cannot_be_read(tmp_path: Path, name: str) -> None:
     for file in (tmp_path, tmp_path / "absent", tmp_path / "bytes"):
         with pytest.raises(BadSetting, match=f"{name} cannot be read"):
             _call(Settings(**{name: file}), "GET", "/adapters")
+
+
+def checked(*arguments: object) -> tuple[dict[str, Any], str]:
+    """What `check` tells of a folder, and what it ends with, if it does."""
+    done = CliRunner().invoke(app, ["adapters", "check", *map(str, arguments), "--json"])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == bool(done.stderr)
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.fixture
+def own(
+    tiny_folder: Path, tmp_path: Path, tiny_adapter: Callable[..., LoraWeights], monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """An adapter in the directory that a server over `tiny` would watch, if it ran here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAMUX_MODEL", str(tiny_folder))
+    save(tiny_adapter(1), tmp_path / "data" / "adapters" / "own")
+    return tmp_path / "data" / "adapters" / "own"
+
+
+GOOD: dict[str, Any] = {"prompt": "Mood: {input}"}
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ({**GOOD, "lables": ["a"]}, "a task has no field 'lables'"),
+        ({"prompt": "Mood:"}, "prompt must be a text with {input} in it, once"),
+        ({"prompt": "{input} {input}"}, "prompt must be a text with {input} in it, once"),
+        ({**GOOD, "task": "base"}, "'base' can not be a task's name"),
+        ({**GOOD, "task": "tiny"}, "'tiny' can not be a task's name"),
+        ({**GOOD, "defaults": {"min_tokens": 9, "max_tokens": 3}}, "min_tokens is 9, over max_tokens"),
+        ({**GOOD, "defaults": {"stop_token_ids": [1 << 30]}}, "is no token id; the vocabulary has"),
+        ({**GOOD, "route": {"choice": [{"name": "own", "weight": 99}]}}, "weight"),
+    ],
+)
+def test_a_task_that_the_server_would_not_use_is_told(own: Path, body: dict[str, Any], why: str) -> None:
+    (own / "task.json").write_text(json.dumps(body))
+    found, error = checked(own)
+    assert found["fits"] == "tiny" and found["task"] is None
+    assert "served without its task: its task.json is not used: " in error and why in error
+
+
+def test_the_task_that_a_folder_brings_is_told(own: Path) -> None:
+    assert checked(own)[0]["task"] is None
+    (own / "task.json").write_text(json.dumps({**GOOD, "defaults": {"stop_token_ids": [1]}}))
+    assert checked(own) == ({**checked(own)[0], "task": "own"}, "")
+    (own / "task.json").write_text(json.dumps({**GOOD, "task": "another"}))
+    assert checked(own)[0]["task"] == "another"
+
+
+@pytest.mark.parametrize(("name", "why"), [("base", "reserved"), ("tiny", "reserved"), ("my own", "cannot be")])
+def test_a_name_that_no_adapter_may_have(own: Path, tmp_path: Path, name: str, why: str) -> None:
+    """Elsewhere than in the adapter directory a folder has yet to be given its name."""
+    with pytest.raises(InvalidAdapter, match=why):
+        checked(own.rename(own.parent / name))
+    (tmp_path / "elsewhere").mkdir()
+    (note,) = checked((own.parent / name).rename(tmp_path / "elsewhere" / name))[0]["notes"]
+    assert note.startswith("another name is needed to serve it: ") and why in note
+
+
+def test_a_link_is_what_the_watch_makes_of_it(own: Path, tmp_path: Path) -> None:
+    (own.parent / "within").symlink_to("own")
+    assert checked(own.parent / "within")[0]["version"].startswith("within@")
+    shutil.move(own, tmp_path / "away")
+    (own.parent / "out").symlink_to(tmp_path / "away")
+    with pytest.raises(InvalidAdapter, match="leads out of the adapter directory"):
+        checked(own.parent / "out")
+    assert checked(tmp_path / "away")[0]["notes"] == []
+    with pytest.raises(InvalidAdapter, match="leads out of the adapter directory"):
+        checked("data/adapters/out", "--adapter-dir", own.parent)

@@ -14,7 +14,7 @@ import pytest
 from adapters.errors import StoreFailed
 from adapters.weights import Version
 from server.tasks import store
-from server.tasks.definitions import parse
+from server.tasks.definitions import from_folder
 from server.tasks.store import Tasks
 
 
@@ -233,10 +233,10 @@ def test_an_adapter_that_changes_has_no_other_task_read_again(tmp_path: Path, mo
 
     def counted(name: str, *args: Any, **options: Any) -> Any:
         read.append(name)
-        return parse(name, *args, **options)
+        return from_folder(name, *args, **options)
 
     tasks = opened(tmp_path, adapters)
-    monkeypatch.setattr(store, "parse", counted)
+    monkeypatch.setattr(store, "from_folder", counted)
     adapters.bodies |= {"y": {"prompt": "other: {input}"}, "z": {"prompt": "nothing"}}
     tasks.refresh()
     assert read == ["y", "z"] and tasks.get("y").prompt == "other: {input}"
