@@ -297,13 +297,13 @@ def _keys(settings: Settings) -> dict[str, str]:
         ("admin_keys", settings.admin_keys, settings.admin_keys_file),
         ("api_keys", settings.api_keys, settings.api_keys_file),
     ):
-        text = given.get_secret_value()
+        found = parse_keys(given.get_secret_value(), param)
         if file is not None:
             try:
-                text += "\n" + file.read_text(encoding="utf-8-sig")
+                text = file.read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as e:
                 raise BadSetting(f"{param}_file cannot be read: {e}", f"{param}_file") from None
-        found = parse_keys(text, param)
+            found = found | parse_keys(text, f"{param}_file") | found  # an id may be in both, as the server has it
         if found:
             return found
     return {}

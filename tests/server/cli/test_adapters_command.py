@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from adapters.errors import InvalidAdapter
 from adapters.peft_format import save
 from adapters.weights import LoraWeights
+from server.api.auth import Keys
 from server.cli import adapters as commands
 from server.cli import app, main
 from server.cli.adapters import _call, _quoted, _tell, list_
@@ -162,6 +164,32 @@ def test_a_file_of_keys_that_cannot_be_read(tmp_path: Path, name: str) -> None:
     for file in (tmp_path, tmp_path / "absent", tmp_path / "bytes"):
         with pytest.raises(BadSetting, match=f"{name} cannot be read"):
             _call(Settings(**{name: file}), "GET", "/adapters")
+
+
+def sent(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> str | None:
+    """The key that a command sends."""
+    asked: list[str | None] = []
+
+    def opened(self: object, request: urllib.request.Request, timeout: float | None = None) -> None:
+        asked.append(request.get_header("Authorization"))
+        raise OSError("nobody is there")
+
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", opened)
+    with pytest.raises(ServerError, match="nobody is there"):
+        _call(Settings(**settings), "GET", "/adapters")
+    return asked[0]
+
+
+def test_keys_that_the_server_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id may be in the variable and in the file, with two secrets."""
+    (tmp_path / "keys").write_text("you:1\nme:new\n")
+    both: dict[str, Any] = {"admin_keys": SecretStr("me:old"), "admin_keys_file": tmp_path / "keys"}
+    assert Keys(Settings(**both)).admin
+    assert sent(monkeypatch, **both) == "Bearer me:old"
+    assert sent(monkeypatch, **both | {"admin_keys": SecretStr("")}) == "Bearer you:1"
+    (tmp_path / "keys").write_text("me:1,me:2")
+    with pytest.raises(BadSetting, match="admin_keys_file: the id 'me' is given twice"):
+        _call(Settings(**both), "GET", "/adapters")
 
 
 def checked(*arguments: object) -> tuple[dict[str, Any], str]:
