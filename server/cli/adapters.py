@@ -38,6 +38,7 @@ _of_a_server = with_settings(
 PATIENCE = 120.0
 """Seconds that a server may take to tell what it knows."""
 Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
+SOURCE = "Folder, as a path from the server's adapter directory on (`formal`), or org/name@revision, or a URL."
 
 
 @app.command("list")
@@ -77,7 +78,7 @@ def show(settings: Settings, name: Name, as_json: AsJson = False) -> None:
 def load(
     settings: Settings,
     name: Name,
-    source: Annotated[str, typer.Argument(help="Folder in the adapter directory, org/name@revision, or a URL.")],
+    source: Annotated[str, typer.Argument(help=SOURCE)],
     replace: Annotated[bool, typer.Option(help="Publish as the new version of a name that is in use.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -72,8 +72,12 @@ class Sources:
                 fetched = await self._limited(place, hub.fetch_adapter, source, place, self._max_bytes, spend)
                 yield fetched, place
         else:
+            meant = await asyncio.to_thread(folder.meant, source, self._directory)
+            how = f": give it as {meant!r}" if meant else ", as `formal`"
             raise InvalidRequest(
-                "the source is no folder inside the adapter directory, and no hub id that --hub-allow names", "source"
+                f"the source is no folder inside the adapter directory (a path from there on{how}), and no hub id that "
+                "--hub-allow names",
+                "source",
             )
 
     def _hub_allowed(self, source: str) -> bool:

@@ -27,3 +27,15 @@ def inside(source: str, directory: Path) -> Path | None:
         return place if place != root and place.is_dir() else None
     except (OSError, RuntimeError):  # too long, a link to itself, or not to be looked into
         raise InvalidRequest("the source is a path that cannot be followed", "source") from None
+
+
+def meant(source: str, directory: Path) -> str | None:
+    """The path from `directory` on of a folder in it that `source` names from the working directory on; None if it
+    names none."""
+    root = directory.resolve()
+    try:
+        place = Path(source).resolve()
+        there = place != root and place.is_relative_to(root) and place.is_dir()
+    except (OSError, RuntimeError, ValueError):  # it can be no path of this machine
+        return None
+    return place.relative_to(root).as_posix() if there else None

@@ -263,3 +263,8 @@ def test_a_link_is_what_the_watch_makes_of_it(own: Path, tmp_path: Path) -> None
     assert checked(tmp_path / "away")[0]["notes"] == []
     with pytest.raises(InvalidAdapter, match="leads out of the adapter directory"):
         checked("data/adapters/out", "--adapter-dir", own.parent)
+
+
+def test_where_the_path_of_a_source_begins_is_told() -> None:
+    shown = CliRunner().invoke(app, ["adapters", "load", "--help"], env={"COLUMNS": "200"}).output
+    assert "a path from the server's adapter directory on" in shown

@@ -54,6 +54,21 @@ async def test_nothing_leads_out(sources: Sources, source: str, tmp_path: Path) 
     assert str(tmp_path) not in e.value.message
 
 
+async def test_a_path_from_the_working_directory_on_is_told_how_to_give(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for here, source in ((tmp_path, "adapters/team/one"), (tmp_path / "adapters" / "team", "./one")):
+        monkeypatch.chdir(here)
+        with pytest.raises(InvalidRequest, match="a path from there on: give it as 'team/one'"):
+            async with sources.open(source):
+                pass
+    monkeypatch.chdir(tmp_path)
+    for source in ("adapters", "adapters/absent", "secret"):
+        with pytest.raises(InvalidRequest, match="a path from there on, as `formal`"):
+            async with sources.open(source):
+                pass
+
+
 @pytest.mark.parametrize("source", ["", ".", "absent", "other/name", "solo/two", "team/one/absent@v1"])
 async def test_neither_folder_nor_allowed(sources: Sources, source: str) -> None:
     with pytest.raises(InvalidRequest, match="--hub-allow"):
