@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from adapters.weights import LoraWeights
 
 Output = Annotated[Path, typer.Option(help="Folder to write.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the adapter that the folder holds, its task.json too.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the adapter in the folder, with its task.json and card.")]
 
 
 def compose(
@@ -85,7 +85,7 @@ def prune(
         said = f"{cut.parameters:,} of {cut.parameters_before:,} parameters are left, relative error {cut.error:.3g}"
         card = f"{card.rstrip()}\n- **Pruned** afterwards: {said}. All figures above are of the adapter before that.\n"
     peft_format.save(result, output, card=card)
-    _clear(output, replaced, result)
+    _clear(output, replaced, result, card)
     if as_json:
         told = result.metadata["pruning"]
         version = _version(output, max(result.ranks))
@@ -117,12 +117,14 @@ def _check_free(output: Path, force: bool) -> bool:
     return there
 
 
-def _clear(output: Path, replaced: bool, result: LoraWeights) -> None:
-    """A task that came with the adapter before is not one of the new one."""
-    from adapters.peft_format import TASK_FILE
+def _clear(output: Path, replaced: bool, result: LoraWeights, card: str | None = None) -> None:
+    """A task and a card that came with the adapter before are not those of the new one."""
+    from adapters.peft_format import CARD_FILE, TASK_FILE
 
     if replaced and result.metadata.get("task") is None:
         (output / TASK_FILE).unlink(missing_ok=True)
+    if replaced and card is None and result.metadata.get("card") is None:
+        (output / CARD_FILE).unlink(missing_ok=True)
 
 
 def _version(output: Path, max_rank: int) -> str:

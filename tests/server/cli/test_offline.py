@@ -128,6 +128,7 @@ def test_a_folder_may_have_an_equals_sign_in_its_name(folders: list[Path], tmp_p
 @pytest.mark.parametrize("command", ["compose", "prune"])
 def test_an_adapter_is_replaced_only_if_that_is_said(folders: list[Path], tmp_path: Path, command: str) -> None:
     (folders[1] / "task.json").write_text('{"task": "old", "prompt": "{input}"}')
+    (folders[1] / "README.md").write_text("# old\n")
     before = {path.name: path.read_bytes() for path in folders[1].iterdir()}
     asked = [command, folders[0], *(["--rank", 2] if command == "prune" else []), "--output", folders[1]]
     done = CliRunner().invoke(app, [*map(str, asked)])
@@ -136,6 +137,13 @@ def test_an_adapter_is_replaced_only_if_that_is_said(folders: list[Path], tmp_pa
     told = run(*asked, "--force")
     assert told["version"] == peft_format.read_folder(folders[1], name=folders[1].name).version.label
     assert not (folders[1] / "task.json").exists(), "it is another adapter's"
+    assert not (folders[1] / "README.md").exists()
+
+
+def test_what_is_cut_in_its_place_keeps_its_card(folders: list[Path]) -> None:
+    (folders[1] / "README.md").write_text("# mine\n")
+    run("prune", folders[1], "--rank", 2, "--output", folders[1], "--force")
+    assert (folders[1] / "README.md").read_text().startswith("# mine\n- **Pruned** afterwards")
 
 
 def test_an_error_says_which_folder_it_is_about(folders: list[Path], tmp_path: Path) -> None:
