@@ -255,8 +255,9 @@ def check_state_dir(state_dir: Path) -> Path:
             "state_dir",
         ) from None
     except OSError as e:
+        who = f"the user {os.geteuid()} must be able to, or " if isinstance(e, PermissionError) else ""
         raise BadSetting(
-            f"the state directory {state_dir} can not be written: {e.strerror or e}; --state-dir names another",
+            f"the state directory {state_dir} can not be written: {e.strerror or e}; {who}--state-dir names another",
             "state_dir",
         ) from None
     return place

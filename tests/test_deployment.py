@@ -176,7 +176,7 @@ def test_the_readme_names_what_there_is() -> None:
     assert set(re.findall(r"\bmake ([a-z]+)\b", text)) <= targets
     options = {o for c in get_command(app).commands.values() for p in c.params for o in p.opts}  # type: ignore[attr-defined]
     options |= {flag(name) for name in Settings.model_fields}
-    foreign = {"--help", "--build-arg", "--init", "--stop-timeout"}
+    foreign = {"--help", "--build-arg", "--detach", "--name", "--restart", "--init", "--stop-timeout"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= options | foreign
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert (REPO / target).exists()
@@ -256,3 +256,11 @@ def test_make_refuses_a_python_that_is_too_old(tmp_path: Path) -> None:
         ["make", f"VENV={venv}", f"PYTHON={old}", f"{venv}/.made"], cwd=REPO, capture_output=True, text=True, timeout=60
     )
     assert run.returncode != 0 and "Python 3.11 or later is needed" in run.stderr and not venv.exists()
+
+
+def test_a_container_that_ends_by_itself_is_started_again(compose: dict[str, Any]) -> None:
+    run = shlex.split(re.search(r"^docker run (.*loramux)$", read("README.md").replace("\\\n", ""), re.M)[1])  # type: ignore[index]
+    servers = [compose["services"][name] for name in ("server", "server-gpu")]
+    assert {server["restart"] for server in servers} == {run[run.index("--restart") + 1]} == {"unless-stopped"}
+    assert "--detach" in run, "whoever ends it by Ctrl-C would find it started again"
+    assert float(run[run.index("--stop-timeout") + 1]) > Settings().drain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -50,8 +51,21 @@ def test_a_state_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: p
 
     (tmp_path / "state" / "store").mkdir(parents=True)
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
-    with pytest.raises(BadSetting, match="Read-only file system"):
+    with pytest.raises(BadSetting, match="Read-only file system; --state-dir"):
         check_state_dir(tmp_path / "state")
+
+
+def test_who_has_to_be_let_write_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with a fresh volume, which is root's."""
+
+    def refused(dir: Path) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    with pytest.raises(
+        BadSetting, match=rf"Permission denied; the user {os.geteuid()} must be able to, or --state-dir"
+    ):
+        check_state_dir(tmp_path)
 
 
 def test_a_package_that_others_install_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
