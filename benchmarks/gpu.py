@@ -44,7 +44,9 @@ import torch
 try:
     import triton.language.target_info
 except ImportError:  # it is not installed, or older than what brought this
-    sys.exit("the kernels are written in Triton, 3.5 or newer: pip install 'loramux[cuda]'")
+    from server.errors import to_install
+
+    sys.exit(f"the kernels are written in Triton, 3.5 or newer: {to_install('cuda')}")
 
 from adapters.durable import replace_file
 from adapters.weights import LoraWeights

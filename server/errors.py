@@ -25,6 +25,8 @@ ServerError
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -127,6 +129,11 @@ class BadModel(ServerError):
 
 class BadSetting(ServerError):
     """A setting is unknown, malformed or out of range."""
+
+
+def to_install(extra: str) -> str:
+    """The command that brings an extra into the environment that runs: a bare `pip` may be another's."""
+    return f"{shlex.quote(sys.executable)} -m pip install 'loramux[{extra}]'"
 
 
 @contextmanager

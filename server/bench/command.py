@@ -390,11 +390,11 @@ def adapters(
 
 def _extra() -> None:
     """Raises BadSetting where what clients and pictures need is not installed."""
-    from server.errors import BadSetting
+    from server.errors import BadSetting, to_install
 
     for module in ("aiohttp", "matplotlib"):
         if importlib.util.find_spec(module) is None:
-            raise BadSetting(f"{module} is missing, which this command needs: pip install 'loramux[bench]'", "bench")
+            raise BadSetting(f"{module} is missing, which this command needs: {to_install('bench')}", "bench")
 
 
 def _settings(model: str | None, state_dir: Path | None, kernels: str | None = None) -> Settings:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.weights import LoraWeights
+from server.errors import to_install
 from server.kernels.adapter_memory import in_one_piece
 from server.kernels.cancelling import written_anew
 from server.kernels.cuda import adapter_codes, packing
@@ -37,9 +38,9 @@ def unavailable() -> str | None:
     """Why the CUDA kernels cannot run on this machine, or None where they can."""
     triton = importlib.util.find_spec("triton")
     if triton is None:
-        return "triton is not installed (pip install 'loramux[cuda]')"
+        return f"triton is not installed ({to_install('cuda')})"
     if not any((Path(place) / NEWEST_PART).exists() for place in triton.submodule_search_locations or ()):
-        return "triton is older than 3.5, as torch before 2.9 brings it (pip install 'loramux[cuda]')"
+        return f"triton is older than 3.5, as torch before 2.9 brings it ({to_install('cuda')})"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "Triton builds its launchers against Python's headers, which are missing (python3-dev)"
     if torch.version.cuda is None:

@@ -80,7 +80,7 @@ def test_what_is_printed_is_json_whatever_was_measured(capsys: pytest.CaptureFix
 def test_a_missing_extra_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     command._extra()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BadSetting, match=r"pip install 'loramux\[bench\]'"):
+    with pytest.raises(BadSetting, match=rf"needs: {re.escape(sys.executable)} -m pip install 'loramux\[bench\]'"):
         command._extra()
 
 

@@ -219,7 +219,7 @@ def test_the_doctor_looks_at_the_base(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "MambaForCausalLM is not served" in problems(folder)
     assert problems("org/model") == ""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "needs an extra" in problems("org/model")
+    assert f"needs an extra: {sys.executable} -m pip install 'loramux[hub]'" in problems("org/model")
 
 
 def test_the_doctor_tells_how_a_base_would_be_served(tmp_path: Path, tiny_folder: Path) -> None:
