@@ -81,14 +81,19 @@ format: $(VENV)/.installed-dev
 # Keys, then server, Prometheus and Grafana in containers. SERVER=server-gpu for the one with a GPU; the other has the same
 # port and state, and is ended as soon as there is an image to start.
 SERVER ?= server
-told = PORT="$(PORT)" TORCH_INDEX="$(TORCH_INDEX)" $(foreach name,MODEL ALLOWED_HOSTS EXTRAS,$(name)="$(call given,$(name))")
+# Compose is told what is given here alone, so that .env has the rest.
+passed := PORT MODEL ALLOWED_HOSTS EXTRAS TORCH_INDEX
+asked = $(if $(filter PORT TORCH_INDEX,$(1)),$($(1)),$(call given,$(1)))
+told = env $(foreach name,$(passed),$(if $(call asked,$(name)),,-u $(name))) \
+  $(foreach name,$(passed),$(if $(call asked,$(name)),$(name)="$(call asked,$(name))"))
+port = $(or $(PORT),$(shell sed -n 's/^PORT=//p' .env 2>/dev/null),8000)
 dashboard:
 	deploy/make-keys
 	@command -v docker >/dev/null || { echo "docker with its compose plugin is needed" >&2; exit 1; }
 	$(told) docker compose build $(SERVER)
 	-docker compose rm --stop --force $(filter-out $(SERVER),server server-gpu)
 	$(told) docker compose up --detach $(SERVER) prometheus grafana
-	@echo "loramux     http://127.0.0.1:$(or $(PORT),8000)   keys: deploy/secrets/api_keys, admin_keys"
+	@echo "loramux     http://127.0.0.1:$(port)   keys: deploy/secrets/api_keys, admin_keys"
 	@echo "Prometheus  http://127.0.0.1:9090"
 	@echo "Grafana     http://127.0.0.1:3000   admin, password: deploy/secrets/grafana_password"
 

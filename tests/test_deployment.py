@@ -229,13 +229,25 @@ def test_make_passes_settings_on() -> None:
 def test_make_tells_compose_what_it_is_told() -> None:
     def told(*arguments: str, **environment: str) -> dict[str, str]:
         words = shlex.split(commands("dashboard", *arguments, **environment)[-4])
-        return dict(word.split("=", 1) for word in words[: words.index("docker")])
+        assert words[0] == "env"
+        words = words[1 : words.index("docker")]
+        while words[:1] == ["-u"]:  # what the environment has is not passed on
+            kept.pop(words[1], None)
+            words = words[2:]
+        return dict(word.split("=", 1) for word in words)
+
+    def reaches(*arguments: str, **environment: str) -> dict[str, str]:
+        """What Compose finds beside .env."""
+        kept.clear()
+        kept.update(environment)
+        return kept | told(*arguments, **environment)
+
+    kept: dict[str, str] = {}
 
     assert set(re.findall(r"\$\{(\w+)", read("docker-compose.yml"))) == {"PORT", *TOLD}
-    nothing = dict.fromkeys(("PORT", *TOLD), "")
-    assert told() == nothing
-    assert told(*(f"{name}={value}" for name, value in TOLD.items()), PORT="9000") == {"PORT": "9000", **TOLD}
-    assert told(**TOLD) == {**nothing, "TORCH_INDEX": TOLD["TORCH_INDEX"]}
+    assert reaches() == {}, "an empty value would take the place of one in .env"
+    assert reaches(*(f"{name}={value}" for name, value in TOLD.items()), PORT="9000") == {"PORT": "9000", **TOLD}
+    assert reaches(**TOLD) == {"TORCH_INDEX": TOLD["TORCH_INDEX"]}
 
 
 @pytest.mark.parametrize(("server", "other"), [("server", "server-gpu"), ("server-gpu", "server")])
