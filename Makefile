@@ -100,12 +100,15 @@ dashboard:
 clean:
 	rm -rf $(VENV) build *.egg-info server/kernels/cpu/*.so
 
-# The stamps are newer than all that decides what is installed, so a second run installs nothing.
+# The stamps are newer than all that decides what is installed, so a second run installs nothing. Of two at the same
+# time one waits for the other: where there is flock, the Makefile is what they lock.
+alone = exec 9<$(firstword $(MAKEFILE_LIST)); if command -v flock >/dev/null; then flock 9; fi;
+
 $(VENV)/.made:
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or later is needed; name one with PYTHON=" >&2; exit 1; }
-	@if [ -e $(VENV) ] && [ ! -x $(BIN)/python ]; then echo "$(VENV) is no environment; make clean removes it" >&2; exit 1; fi
-	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv (Debian: apt install python3-venv)" >&2; exit 1; }
+	@$(alone) if [ -e $(VENV) ] && [ ! -x $(BIN)/python ]; then echo "$(VENV) is no environment; make clean removes it" >&2; exit 1; fi
+	@$(alone) [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv (Debian: apt install python3-venv)" >&2; exit 1; }
 	touch $@
 
 NATIVE := $(wildcard setup.py server/kernels/cpu/*.cpp server/kernels/cpu/*.h server/kernels/cpu/*.py)
@@ -116,13 +119,13 @@ $(VENV)/.compiler: $(VENV)/.made
 	touch $@
 
 $(VENV)/.torch: $(VENV)/.made
-	$(if $(TORCH_INDEX),$(PIP) install --index-url "$(TORCH_INDEX)" torch)
+	$(if $(TORCH_INDEX),$(alone) $(PIP) install --index-url "$(TORCH_INDEX)" torch)
 	touch $@
 
 $(VENV)/.installed: pyproject.toml $(NATIVE) $(VENV)/.torch
-	$(PIP) install -e .
+	$(alone) $(PIP) install -e .
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(NATIVE) $(VENV)/.torch
-	$(PIP) install -e '.[dev]'
+	$(alone) $(PIP) install -e '.[dev]'
 	touch $(VENV)/.installed $@

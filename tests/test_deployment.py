@@ -276,3 +276,20 @@ def test_a_container_that_ends_by_itself_is_started_again(compose: dict[str, Any
     assert {server["restart"] for server in servers} == {run[run.index("--restart") + 1]} == {"unless-stopped"}
     assert "--detach" in run, "whoever ends it by Ctrl-C would find it started again"
     assert float(run[run.index("--stop-timeout") + 1]) > Settings().drain
+
+
+def test_two_makes_install_one_after_the_other(tmp_path: Path) -> None:
+    """The second one finds what the first is still making."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\n"
+        '[ "$1" = -c ] && exit\n'
+        '[ -e "$3" ] && { echo twice >> "$0.log"; exit 1; }\n'
+        'mkdir "$3"; sleep 1; mkdir "$3/bin"; ln -s /bin/true "$3/bin/python"; echo once >> "$0.log"\n'
+    )
+    python.chmod(0o755)
+    venv = tmp_path / "venv"
+    command = ["make", f"VENV={venv}", f"PYTHON={python}", f"{venv}/.made"]
+    both = [subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [run.wait(60) for run in both] == [0, 0]
+    assert (tmp_path / "python.log").read_text() == "once\n" and (venv / ".made").exists()

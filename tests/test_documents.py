@@ -108,3 +108,13 @@ def test_links_lead_somewhere(name: str) -> None:
         if anchor:
             titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_pages_of_commands_say_where_these_are(name: str) -> None:
+    """No shell finds them by their name alone, but for one that was told of the environment."""
+    text = (REPO / name).read_text(encoding="utf-8")
+    commands = re.findall(
+        r"^(?:loramux|python -m) .*$", "\n".join(re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S)), re.M
+    )
+    assert not commands or ".venv/bin/loramux" in text, commands
