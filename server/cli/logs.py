@@ -18,6 +18,8 @@ from server.cli.terminal import PATIENCE, escaped, say_error
 
 MOST_LINES = 10_000
 """Lines that wait to be written; what comes on top of them is counted instead."""
+MOST_BYTES = 16 << 20
+"""Bytes of the lines that wait, one that is longer waiting alone."""
 BETWEEN = 10.0
 """Seconds between two lines that tell a slow reader how many were lost."""
 
@@ -71,6 +73,8 @@ class Behind(logging.Handler):
         thread."""
         self._behind = False
         """Whether there are lines that the thread has yet to write."""
+        self._came = self._gone = 0
+        """Bytes that were ever put for the thread, and those that it has written: no count that two threads change."""
         self._lost = 0
         self._told = time.monotonic()
         threading.Thread(target=self._run, name="loramux-log", daemon=True).start()
@@ -84,8 +88,9 @@ class Behind(logging.Handler):
         with self._own:
             if not self._behind and len(line) <= select.PIPE_BUF and self._has_room(0.0):
                 self._write(line)
-            elif self._waiting.qsize() < MOST_LINES:
+            elif self._waiting.qsize() < MOST_LINES and self._takes(len(line)):
                 self._behind = True
+                self._came += len(line)
                 self._waiting.put(line)
             else:
                 self._lost += 1
@@ -99,6 +104,11 @@ class Behind(logging.Handler):
     def _line(self, record: logging.LogRecord) -> bytes:
         return f"{self.format(record)}\n".encode(self._encoding, "backslashreplace")
 
+    def _takes(self, more: int) -> bool:
+        """Whether so many bytes may wait beside those that do."""
+        wait = self._came - self._gone
+        return wait <= 0 or wait + more <= MOST_BYTES
+
     def _has_room(self, seconds: float | None) -> bool:
         """Whether so much can be written as a pipe takes in one piece."""
         try:
@@ -111,6 +121,7 @@ class Behind(logging.Handler):
             item = self._waiting.get()
             if not isinstance(item, threading.Event):
                 self._write(item)
+                self._gone += len(item)
             if lost := self._untold():
                 message = f"{lost} lines of the log are lost: whoever reads it is too slow"
                 self._write(self._line(logging.LogRecord(__name__, logging.WARNING, __file__, 0, message, None, None)))

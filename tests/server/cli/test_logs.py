@@ -70,6 +70,24 @@ def test_a_log_that_nobody_reads_holds_nobody_up(
     assert read(pipe[0], b"after") == ["after"]
 
 
+def test_lines_that_wait_are_bounded_in_bytes_too(
+    pipe: tuple[int, int], log: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is longer than that is written all the same, where none waits before it."""
+    monkeypatch.setattr(logs, "MOST_BYTES", 100_000)
+    monkeypatch.setattr(logs, "PATIENCE", 0.02)
+    handler = behind(pipe[1])
+    log.addHandler(handler)
+    for number in range(5):
+        log.warning("%s line %d", "x" * 40_000, number)
+    handler.flush()
+    told = "3 lines of the log are lost: whoever reads it is too slow"
+    assert [line.lstrip("x") for line in read(pipe[0], told.encode())] == [" line 0", " line 1", told]
+    until(lambda: not handler._behind)
+    log.warning("%s after", "x" * 200_000)
+    assert len(read(pipe[0], b"after")[0]) > 200_000
+
+
 def test_lines_keep_their_order_and_are_written_when_a_flush_is_over(log: logging.Logger) -> None:
     reader, writer = os.pipe()
     handler = behind(writer)
