@@ -362,6 +362,12 @@ def fetching_environment(scratch: Path) -> dict[str, str]:
     return {**os.environ, "TMPDIR": str(scratch.resolve())}
 
 
+def keep_transfers_in(cache: Path) -> None:
+    """Where the hub's client keeps what it needs between transfers, and its log of them, unless HF_XET_CACHE says
+    where. Before it is imported, which looks then."""
+    os.environ.setdefault("HF_XET_CACHE", str(cache.resolve() / "xet"))
+
+
 _FEWER_THREADS = ("OMP_DYNAMIC", "OMP_THREAD_LIMIT")
 _BOUND_THREADS = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 

@@ -42,7 +42,7 @@ from server.kernels.cpu.last_words import last_words
 from server.kernels.threads import processors
 from server.metrics import Metrics
 from server.model.loader import Base, load_base
-from server.settings import Settings
+from server.settings import Settings, keep_transfers_in
 from server.sources import Resolved, Sources, resolve_model
 from server.sources.catalogue import names_of
 from server.tasks.admission import Admission
@@ -338,6 +338,8 @@ def _looked_at(tasks: Tasks, router: BestRouter) -> Callable[[str], None]:
 
 
 def _sources(settings: Settings) -> Sources:
+    if settings.hub_allow:
+        keep_transfers_in(settings.cache_dir)
     return Sources(
         settings.watched_dir,
         settings.state_dir / "fetched",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from adapters.weights import NAME
 from server.errors import BadModel
+from server.settings import keep_transfers_in
 from server.sources import catalogue, hub
 
 Progress = Callable[[str, int, int], None]
@@ -35,6 +36,7 @@ def resolve_model(model: str, state_dir: Path, *, progress: Progress | None = No
     if model in catalogue.ENTRIES:
         return Resolved(model, catalogue.fetch(catalogue.ENTRIES[model], state_dir / "models", progress))
     try:
+        keep_transfers_in(state_dir / "cache")
         return Resolved(_hub_name(model), hub.fetch_model(model, state_dir / "models" / "hub"))
     except BadModel as e:
         raise BadModel(f"{no_folder(model)} {e.message}", "model") from None

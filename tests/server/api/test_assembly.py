@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from adapters import memory
-from server.api.assembly import adapter_ram, check_room, kv_blocks
+from server.api.assembly import _sources, adapter_ram, check_room, kv_blocks
 from server.errors import BadSetting
 from server.settings import Settings
 
@@ -48,3 +51,13 @@ def test_what_steps_take_counts_beside_what_cache_and_adapters_may(
     check_room(60 * BLOCK, 30 * BLOCK, work * BLOCK)
     assert bool(caplog.messages) == warned
     assert not warned or "60 MiB, adapters 30 and steps 11, and 100 are free" in caplog.messages[0]
+
+
+def test_what_the_hubs_client_keeps_is_in_the_state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where adapters may come from the hub."""
+    monkeypatch.setenv("HF_XET_CACHE", "unset again in the end")
+    monkeypatch.delenv("HF_XET_CACHE")
+    _sources(Settings(state_dir=tmp_path))
+    assert "HF_XET_CACHE" not in os.environ
+    _sources(Settings(state_dir=tmp_path, hub_allow=("org/*",)))
+    assert os.environ["HF_XET_CACHE"] == str(tmp_path / "cache" / "xet")

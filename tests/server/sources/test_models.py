@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable
@@ -170,6 +171,20 @@ def test_hub_ids_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(BadModel, match=r"org/name@v1 could not be fetched from the hub") as e:
         resolve_model("org/name@v1", tmp_path)
     assert e.value.message.startswith("there is no folder org/name@v1 here; as a hub id: ")
+
+
+def test_what_the_hubs_client_keeps_is_in_the_state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_XET_CACHE", "/elsewhere")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def where() -> str | None:
+        with pytest.raises(BadModel):
+            resolve_model("org/name@v1", tmp_path)
+        return os.environ.get("HF_XET_CACHE")
+
+    assert where() == "/elsewhere"
+    monkeypatch.delenv("HF_XET_CACHE")
+    assert where() == str(tmp_path / "cache" / "xet")
 
 
 def test_a_base_of_the_hub_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
