@@ -106,7 +106,7 @@ def _task(parts: Parts, task: str) -> str:
     if parts.tasks.find(task) is not None or not path.is_file():
         return task
     try:
-        body = json.loads(path.read_text("utf-8"))
+        body = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise BadSetting(f"{path}: no task.json ({error})", "task") from error
     if not isinstance(body, dict):

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 @with_settings(*BASE, "state_dir", "library", "max_rank", "max_mix", "max_context", "log_level")
 def generate(
     settings: Settings,
-    prompt: Annotated[str, typer.Argument(help="What to answer; - reads standard input, in UTF-8.")],
+    prompt: Annotated[
+        str, typer.Argument(help="What to answer; - reads standard input, in UTF-8, without its last line end.")
+    ],
     task: Annotated[str | None, typer.Option(help="Task of a shipped adapter, or of one given here.")] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="NAME or FOLDER, with =WEIGHT if it is not 1; again for a mix.")
@@ -52,8 +54,12 @@ def generate(
 
 
 def _read(stream: BinaryIO) -> str:
-    """UTF-8 text, its lines ended as Python ends them; bytes that are none of it stay as lone surrogates."""
-    return io.StringIO(stream.read().decode("utf-8", "surrogateescape"), newline=None).read()
+    """UTF-8 text, its lines ended as Python ends them; bytes that are none of it stay as lone surrogates.
+
+    A byte-order mark is no part of it, nor is one line end at the end: `echo` writes it, and nobody means it.
+    """
+    text = stream.read().decode("utf-8-sig", "surrogateescape")
+    return io.StringIO(text, newline=None).read().removesuffix("\n")
 
 
 def _is_text(text: str) -> bool:

@@ -113,7 +113,16 @@ def test_a_prompt_that_is_no_text(run: Run, monkeypatch: pytest.MonkeyPatch, pro
                                         "param": "prompt"}  # fmt: skip
 
 
-def test_a_prompt_from_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("piped", "prompt"),
+    [
+        ("é\r\nß\n".encode(), "é\nß"),  # as `echo` ends it
+        (b"a\n\n", "a\n"),
+        (b"a", "a"),
+        (b"\xef\xbb\xbfa\r\n", "a"),  # as some editors and shells begin it
+    ],
+)
+def test_a_prompt_from_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch, piped: bytes, prompt: str) -> None:
     said: list[Any] = []
 
     async def answer(settings: object, base: object, prompt: str, *_: object, **__: object) -> dict[str, Any]:
@@ -122,8 +131,8 @@ def test_a_prompt_from_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(generate, "open_base", lambda *_, **__: None)
     monkeypatch.setattr(generate, "_answer", answer)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é\r\nß\n".encode()), encoding="ascii"))
-    assert run("generate", "-")[0] == 0 and said == ["é\nß\n"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="ascii"))
+    assert run("generate", "-")[0] == 0 and said == [prompt]
 
 
 @pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])

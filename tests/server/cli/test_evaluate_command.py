@@ -115,7 +115,10 @@ def test_answers_that_end_before_what_is_expected_are_told(given: Path) -> None:
     assert "expected answers" not in runner.invoke(app, [*command, "--limit", "1"]).stdout
 
 
-def test_a_task_file_and_the_metric_that_fits(given: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_task_file_and_the_metric_that_fits(given: Path, encoding: str) -> None:
+    task = given / "task.json"
+    task.write_text(task.read_text(), encoding=encoding)
     done = runner.invoke(
         app, ["evaluate", "data.jsonl", "--task", "task.json", "--json", *SETTINGS, "--library", "library"]
     )
