@@ -6,6 +6,7 @@ neither templates nor tokenizers are known here.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,12 @@ INSTRUCTIONS = ("instruction", "instructions", "system", "history")
 BESIDE_INPUTS = (*INSTRUCTIONS, "context")
 """The same beside an input alone: a conversation has all that was said in its messages."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
+TABLES = (".csv", ".tsv")
+"""Names of what spreadsheets write, which begins with no JSON."""
+_MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,8 @@ def read(path: Path) -> list[Record]:
 
 def parse(data: bytes, name: str = "data") -> list[Record]:
     """The records in the bytes of a file; see `read`. Whether it is JSON or JSONL is seen from its first character."""
+    if wide := _wide(data):
+        raise InvalidData(f"{name} looks like {wide}, and UTF-8 is read: save it as that")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -122,6 +131,14 @@ def parse(data: bytes, name: str = "data") -> list[Record]:
     if not records:
         raise InvalidData(f"{name} has no examples")
     return records
+
+
+def _wide(data: bytes) -> str | None:
+    """The encoding of more than a byte a letter that this looks like: by its mark, or as none of JSON's first
+    characters is a zero."""
+    marked = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), None)
+    zeros = data[:4].count(0)
+    return marked or ("UTF-32" if zeros > 2 else "UTF-16" if zeros else None)
 
 
 def _from_list(text: str, name: str) -> Iterator[Record]:
@@ -134,6 +151,7 @@ def _from_list(text: str, name: str) -> Iterator[Record]:
 
 
 def _from_lines(text: str, name: str) -> Iterator[Record]:
+    begun = False
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -143,7 +161,13 @@ def _from_lines(text: str, name: str) -> Iterator[Record]:
         try:
             entry = json.loads(line, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
+            if not begun and name.lower().endswith(TABLES):
+                raise InvalidData(
+                    f"{name} is {name[-3:].upper()}, and JSON or JSONL is read; docs/training.md has a line that makes "
+                    "the one of the other"
+                ) from error
             raise InvalidData(f"{where}: no valid JSON ({error})") from error
+        begun = True
         yield record(entry, number, name)
 
 
@@ -186,7 +210,8 @@ def _string(entry: dict[str, Any], key: str, where: str) -> str:
         raise InvalidData(f"{where}: {key!r} is missing")
     value = entry[key]
     if not isinstance(value, str):
-        raise InvalidData(f"{where}: {key!r} must be a string, not {type(value).__name__}")
+        instead = "; write it as text, in quotes" if isinstance(value, int | float) else ""
+        raise InvalidData(f"{where}: {key!r} must be a string, not {type(value).__name__}{instead}")
     return _written(value, repr(key), where)
 
 

@@ -4,14 +4,19 @@ somewhere.
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from adapters import data
 from server.api import errors, schemas
 from server.api.fine_tuning_schemas import EvaluateBody
 from server.api.openai_schemas import BOOKKEEPING, NOTES, ChatBody, CompletionBody, LoadAdapterBody
@@ -97,6 +102,15 @@ def test_examples_of_the_api_page_are_what_the_schemas_say(page: str) -> None:
     assert len(blocks) == 3
     for block in blocks:
         assert any(fits(model, json.loads(block)) for model in (*BODIES, *ANSWERS)), block
+
+
+def test_the_line_that_turns_a_table_into_examples_does(tmp_path: Path) -> None:
+    (command,) = re.findall(r"^python3 (-c .* > .*)$", (REPO / "docs" / "training.md").read_text("utf-8"), re.MULTILINE)
+    rows = [("text", "label", "note"), ('He said "é,\nno"', "1", "x"), ("b", "2", "")]
+    with (tmp_path / "train.csv").open("w", encoding="utf-8-sig", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    subprocess.run(f"{shlex.quote(sys.executable)} {command}", shell=True, check=True, cwd=tmp_path)
+    assert data.read(tmp_path / "train.jsonl") == [data.Pair(1, *rows[1][:2]), data.Pair(2, *rows[2][:2])]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -41,7 +41,9 @@ GOOD = '{"input": "a", "output": "b"}\n'
         ('{"\\ud800": 1}', r"it has \ud800; an example has"),
         ('{"input": "x"}', "'output' is missing"),
         ('{"output": "x"}', "'input' is missing"),
-        ('{"input": 3, "output": "x"}', "'input' must be a string, not int"),
+        ('{"input": "x", "output": 3}', "'output' must be a string, not int; write it as text, in quotes"),
+        ('{"input": "x", "output": true}', "'output' must be a string, not bool; write it as text, in quotes"),
+        ('{"input": [3], "output": "x"}', "'input' must be a string, not list"),
         ('{"input": "x", "output": " "}', "'output' is empty"),
         ('{"prompt": "x", "completion": null}', "'completion' must be a string"),
         ('{"messages": []}', "must be a list"),
@@ -159,6 +161,25 @@ def test_a_bad_file_is_named(tmp_path):
         data.parse(b'[{"input": "a", "output": "b"}, 7]')
     with pytest.raises(InvalidData, match="cannot be read"):
         data.read(tmp_path / "nothing.jsonl")
+
+
+@pytest.mark.parametrize("name", ["mine/train.csv", "train.TSV"])
+def test_what_a_spreadsheet_writes_is_called_by_its_name(name):
+    kind = name[-3:].upper()
+    for text in ("input,output\na,b\n", "\n1,2\n", "\ufeffinput\toutput\n"):
+        with pytest.raises(InvalidData) as error:
+            data.parse(text.encode(), name)
+        assert error.value.message.startswith(f"{name} is {kind}, and JSON or JSONL is read; docs/training.md")
+    assert data.parse(GOOD.encode(), name) == [Pair(1, "a", "b")], "whatever it is called"
+    with pytest.raises(InvalidData, match="line 2: no valid JSON"):
+        data.parse(GOOD.encode() + b"{", name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("text", [GOOD, f"[{GOOD}]", "\ufeffinput,output\n"])
+def test_an_encoding_of_wide_letters_is_called_by_its_name(encoding, text):
+    with pytest.raises(InvalidData, match=rf"^d\.csv looks like {encoding[:6].upper()}, and UTF-8 is read"):
+        data.parse(text.encode(encoding), "d.csv")
 
 
 def test_tokens_are_bounded_and_counted():
