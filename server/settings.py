@@ -15,7 +15,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -131,6 +131,20 @@ def _at_home(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError:
         raise ValueError(f"{path} begins with ~, and whose home that is cannot be told") from None
+
+
+_Given = TypeVar("_Given", Path, Path | None)
+
+
+def given_path(path: _Given) -> _Given:
+    """A path that is no setting, as a command or a recipe was given it: a shell leaves `~` alone in `--output=~/x`.
+
+    Raises BadSetting.
+    """
+    try:
+        return path if path is None else _at_home(path)
+    except ValueError as error:
+        raise BadSetting(str(error)) from None
 
 
 def _hosts(names: tuple[str, ...]) -> tuple[str, ...]:

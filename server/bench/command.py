@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from server.bench import results
+from server.settings import given_path
 
 if TYPE_CHECKING:
     from server.bench.client import Body
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Measure this server, its steps, and its peers.")
 console = Console(stderr=True)
 
-Out = Annotated[Path | None, typer.Option(help="Folder for the JSON, and a picture where there is one.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for the JSON, and a picture where there is one.", callback=given_path)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Model = Annotated[str | None, typer.Option(help="Catalogue name, folder, .gguf file or hub id. [as served]")]
 State = Annotated[

@@ -13,10 +13,10 @@ import typer
 
 from server.cli import logs
 from server.cli.inprocess import choice_of, open_base, opened, target_of
-from server.cli.options import BASE, AsJson, with_settings
+from server.cli.options import BASE, AsJson, path_option, with_settings
 from server.cli.terminal import Progress, out, print_json, progress
 from server.errors import BadSetting
-from server.settings import Settings
+from server.settings import Settings, given_path
 
 if TYPE_CHECKING:
     from adapters.data import Pair
@@ -49,7 +49,7 @@ def evaluate(
         typer.Option(help="accuracy, exact_match, rougeL, bleu, chrf or loss; again for more. [what fits the task]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only so many of the first examples.")] = None,
-    answers: Annotated[Path | None, typer.Option(help="File that gets every example with every answer.")] = None,
+    answers: Annotated[Path | None, path_option("File that gets every example with every answer.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure one or several candidates for a task on the same examples; differences are to the first, paired."""
@@ -102,8 +102,7 @@ async def _evaluate(settings: Settings, base: Base, asked: Asked, bar: Progress)
 
 def _task(parts: Parts, task: str) -> str:
     """The task's name; one that is a file is defined first."""
-    path = Path(task)
-    if parts.tasks.find(task) is not None or not path.is_file():
+    if parts.tasks.find(task) is not None or not (path := given_path(Path(task))).is_file():
         return task
     try:
         body = json.loads(path.read_text("utf-8-sig"))

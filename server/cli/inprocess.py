@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from server.cli.terminal import progress
 from server.errors import InvalidRequest, UnknownName
-from server.settings import Settings
+from server.settings import Settings, given_path
 
 if TYPE_CHECKING:
     from adapters.weights import Choice
@@ -86,7 +86,7 @@ def choice_of(house: House, mix: str) -> list[tuple[str, float]]:
     """`NAME=0.7+FOLDER=0.3` as a choice; `base` is the base alone. Raises InvalidRequest."""
     if mix == BASE_ALONE:
         return []
-    parts = [mix] if Path(mix).expanduser().is_dir() else mix.split("+")
+    parts = [mix] if given_path(Path(mix)).is_dir() else mix.split("+")
     return [weighted(house, part) for part in parts]
 
 
@@ -99,7 +99,7 @@ def weighted(house: House, text: str) -> tuple[str, float]:
     from adapters.weights import check_weight
 
     name, equals, weight_text = text.rpartition("=")
-    if not equals or Path(text).expanduser().is_dir():
+    if not equals or given_path(Path(text)).is_dir():
         name, weight_text = text, "1"
     try:
         weight = float(weight_text)  # which is told as it was asked for, like the API's
@@ -107,7 +107,7 @@ def weighted(house: House, text: str) -> tuple[str, float]:
     except ValueError:
         raise InvalidRequest(f"the weight of {name!r} must be a number, not {weight_text!r}", "adapter") from None
     registry = house.parts.registry
-    known, folder = registry.names(), Path(name).expanduser()
+    known, folder = registry.names(), given_path(Path(name))
     if name not in known and folder.is_dir():
         own = folder.resolve().name
         others = (f"{own}-{number}" for number in itertools.count(2))

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adapters.errors import AdapterError
-from server.cli.options import AsJson
+from server.cli.options import AsJson, path_option
 from server.cli.terminal import out, print_json, size
 from server.errors import BadSetting
 
 if TYPE_CHECKING:
     from adapters.weights import LoraWeights
 
-Output = Annotated[Path, typer.Option(help="Folder to write.")]
+Output = Annotated[Path, path_option("Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the adapter in the folder, with its task.json and card.")]
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from server.settings import Settings, flag, load_settings
+from server.settings import Settings, flag, given_path, load_settings
 
 SECRET = frozenset({"api_keys", "admin_keys", "metrics_key"})
 """Not flags: a command line can be read by every user of a machine."""
@@ -22,6 +22,11 @@ LEFT_OUT = "%s is left out: --threads says how many threads compute, taskset on 
 EVERYTHING = tuple(name for name in Settings.model_fields if name not in SECRET)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+
+
+def path_option(text: str) -> Any:
+    """An option that is a path and no setting; `text` is its help."""
+    return typer.Option(help=text, callback=given_path)
 
 
 def with_settings(

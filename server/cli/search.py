@@ -18,7 +18,7 @@ import typer
 
 from server.cli import logs
 from server.cli.inprocess import open_base, opened, threads_of
-from server.cli.options import BASE, AsJson, with_settings
+from server.cli.options import BASE, AsJson, path_option, with_settings
 from server.cli.terminal import Progress, out, print_json, progress
 from server.errors import BadSetting
 from server.settings import Settings, keep_few_kernels
@@ -68,7 +68,7 @@ class Judges:
 def search(
     settings: Settings,
     recipe: Annotated[Path, typer.Argument(help="Recipe (.toml); see examples/.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the data files. [the recipe's own]")] = None,
+    data: Annotated[Path | None, path_option("Folder of the data files. [the recipe's own]")] = None,
     validation: Annotated[
         str | None,
         typer.Option(help="File that judges, in the folder of --data. [the recipe's, or a tenth of the data]"),
@@ -87,9 +87,7 @@ def search(
     ] = None,
     share: Annotated[float, typer.Option(min=0, max=1, help="Of the full grid's steps, at most this.")] = 1 / 3,
     limit: Annotated[int, typer.Option(min=1, help="Examples that judge, at most.")] = 500,
-    output: Annotated[Path, typer.Option(help="Folder that gets trials.jsonl, search.json and the plot.")] = Path(
-        "search"
-    ),
+    output: Annotated[Path, path_option("Folder that gets trials.jsonl, search.json and the plot.")] = Path("search"),
     as_json: AsJson = False,
 ) -> None:
     """Find the smallest rank that is good enough, by successive halving: all ranks for a while, the best for longer."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli.inprocess import open_base, threads_of
-from server.cli.options import BASE, AsJson, with_settings
+from server.cli.options import BASE, AsJson, path_option, with_settings
 from server.cli.signals import SAME_SIGNAL, heard
 from server.cli.terminal import Progress, out, print_json, progress, size
 from server.settings import Settings, keep_few_kernels
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def train(
     settings: Settings,
     recipes: Annotated[list[Path], typer.Argument(help="Recipes (.toml); see examples/.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the data files. [the recipe's own]")] = None,
-    output: Annotated[Path, typer.Option(help="Folder that gets one adapter folder for each.")] = Path("trained"),
+    data: Annotated[Path | None, path_option("Folder of the data files. [the recipe's own]")] = None,
+    output: Annotated[Path, path_option("Folder that gets one adapter folder for each.")] = Path("trained"),
     rank: Annotated[int | None, typer.Option(min=1, help="Instead of the recipes' lora_rank.")] = None,
     auto_rank: Annotated[
         bool, typer.Option("--auto-rank", help="Spend the parameters of that rank on the modules that need them.")

@@ -27,6 +27,7 @@ from adapters.errors import AdapterError
 from adapters.training import TrainingConfig
 from adapters.weights import RESERVED
 from server.errors import BadSetting, InvalidRequest
+from server.settings import given_path
 from server.tasks.definitions import Fixed, parse
 
 _KEYS = {"name", "data", "validation", "auto_rank", "prune_to", "task", "training", "card"}
@@ -77,6 +78,11 @@ def check_validation(recipe: Recipe) -> None:
         raise BadSetting(
             f"{recipe.name}: eval_steps needs something to evaluate on; name a validation file", "validation"
         )
+
+
+def place(folder: Path, file: str) -> Path:
+    """Where a recipe's file lies that is in `folder` unless it says otherwise. Raises BadSetting."""
+    return folder / given_path(Path(file))
 
 
 def packing(recipes: Sequence[Recipe]) -> dict[str, Any]:

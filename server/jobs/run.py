@@ -29,7 +29,7 @@ from server.engine.text import Text
 from server.errors import BadSetting
 from server.jobs.encoding import Template, encoder
 from server.jobs.loan import at, device_of
-from server.jobs.recipe import Recipe
+from server.jobs.recipe import Recipe, place
 from server.jobs.trainable import Trainable, loss_of
 from server.kernels.cancelling import written_anew
 from server.model.loader import Base
@@ -160,11 +160,11 @@ def _begun(resumed: Path) -> float:
 
 
 def _key(recipe: Recipe, base: Base, data_dir: Path) -> str:
-    """What a run is made of. Raises OSError for files that cannot be read."""
+    """What a run is made of. Raises OSError for files that cannot be read, BadSetting for those in nobody's home."""
     told: list[Any] = [asdict(recipe) | {"config": recipe.config.told()}, base.id]
     for file in (recipe.data, recipe.validation):
         if file is not None:
-            with (data_dir / file).open("rb") as stream:
+            with place(data_dir, file).open("rb") as stream:
                 told.append(hashlib.file_digest(stream, "sha256").hexdigest())
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -186,7 +186,7 @@ def prepare(recipe: Recipe, base: Base, data_dir: Path) -> tuple[Tokens, Tokens 
     encode = encoder(Text(base.vocabulary), Template.of(recipe.task), longest)
 
     def tokens(file: str) -> Tokens:
-        path = data_dir / file
+        path = place(data_dir, file)
         return data.tokenize(data.read(path), encode, longest, path.name)
 
     return tokens(recipe.data), tokens(recipe.validation) if recipe.validation else None

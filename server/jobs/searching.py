@@ -18,7 +18,7 @@ from adapters.weights import LoraWeights
 from server.engine.text import Text
 from server.jobs.encoding import Template, encoder
 from server.jobs.fine_tune import answerable, held_out
-from server.jobs.recipe import HELD_OUT, Recipe
+from server.jobs.recipe import HELD_OUT, Recipe, place
 from server.jobs.trainable import Trainable
 from server.model.loader import Base
 
@@ -39,9 +39,9 @@ def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
     """The recipe's files as tokens, with at most `most` judges. Raises InvalidData."""
     length = min(recipe.config.max_length, base.config.context_length)
     encode = encoder(Text(base.vocabulary), Template.of(recipe.task), length)
-    records = data.read(data_dir / recipe.data)
+    records = data.read(place(data_dir, recipe.data))
     if recipe.validation:
-        judges, name = data.read(data_dir / recipe.validation)[:most], recipe.validation
+        judges, name = data.read(place(data_dir, recipe.validation))[:most], recipe.validation
     else:
         kept = held_out(records, HELD_OUT)
         if not kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import json
 import logging
@@ -82,6 +83,39 @@ def test_serve_has_every_setting_but_secrets() -> None:
     assert set(EVERYTHING) | SECRET == set(Settings.model_fields)
     words = " ".join(shown.split())
     assert "where the base lives (auto, cpu, cuda) [auto]" in words and "tasks are kept [90d]" in words
+
+
+def options(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every option of every command, with the words that it is called by."""
+    for name, below in getattr(command, "commands", {}).items():
+        yield from options(below, (*words, name))
+    if not hasattr(command, "commands"):
+        yield from (((*words, option.name), option) for option in command.params if option.param_type_name == "option")
+
+
+def test_a_home_is_meant_by_its_sign_in_options_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell leaves it alone in `--output=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found, context = {}, typer.Context(typer.main.get_command(app))
+    for words, option in options(context.command):
+        with contextlib.suppress(typer.BadParameter):
+            value = option.process_value(context, "~/x")
+            if isinstance(value, Path) and words[-1] not in ("config", "state_dir"):  # as settings, which see to it
+                found[words] = value
+    assert set(found.values()) == {tmp_path / "x"}
+    assert found.keys() >= {
+        ("train", "data"), ("train", "output"), ("search", "data"), ("search", "output"), ("evaluate", "answers"),
+        ("compose", "output"), ("prune", "output"), ("bench", "slora", "out"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["prune a --output=~nobody-at-all/x", "bench load http://x --out=~nobody-at-all/x"])
+def test_a_home_that_nobody_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert run(monkeypatch, *command.split()) == 1
+    said = "error: ~nobody-at-all/x begins with ~, and whose home that is cannot be told\n"
+    assert capsys.readouterr().err == said
 
 
 def test_every_setting_says_what_it_is() -> None:

@@ -127,9 +127,18 @@ def test_a_task_file_and_the_metric_that_fits(given: Path, encoding: str) -> Non
     assert list(row["scores"]) == ["chrf"] and row["adapters"] == []
 
 
+def test_a_home_is_meant_by_its_sign(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(given))
+    command = ["evaluate", "data.jsonl", "--task=~/task.json", "--candidate=~/mine/mood", "--answers=~/said.jsonl"]
+    done = runner.invoke(app, [*command, *SETTINGS, "--library", "library"])
+    assert done.exit_code == 0 and (given / "said.jsonl").exists(), done.exception
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["data.jsonl", "--task", "~nobody-at-all/task.json"], "whose home that is cannot be told"),
+        (["data.jsonl", "--task", "mood", "--candidate", "~nobody-at-all/x"], "whose home that is cannot be told"),
         (["data.jsonl", "--task", "unknown"], "no task 'unknown'"),
         (["data.jsonl", "--task", "mood", "--metric", "f1"], "'f1' is no metric"),
         (["data.jsonl", "--task", "mood", "--metric", "bleu"], "bleu looks at 4 tokens in a row"),

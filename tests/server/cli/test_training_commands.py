@@ -205,6 +205,23 @@ def test_what_is_wrong_with_any_recipe_is_said_before_the_first_is_trained(given
     assert "both make 'echo'" in str(done.exception)
 
 
+def test_a_home_is_meant_by_its_sign_in_a_recipe(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (given / "home").mkdir()
+    for name in ("data.jsonl", "held.jsonl"):
+        shutil.move(name, given / "home")
+    monkeypatch.setenv("HOME", str(given / "home"))
+    (given / "echo.toml").write_text('validation = "~/held.jsonl"\n' + RECIPE.replace('"data', '"~/data'))
+    assert not told("train", "echo.toml", "--steps", "1", "--output=~/made")["skipped"]
+    assert told("train", "echo.toml", "--steps", "1", "--output=~/made")["skipped"]
+    assert (given / "home" / "made" / "echo").is_dir() and not (given / "~").exists()
+    found = told("search", "echo.toml", "--ranks", "1", "--steps", "2", "--share", "1", "--metric", "loss")
+    assert found["judges"] == 8
+    (given / "echo.toml").write_text(RECIPE.replace('"data', '"~nobody-at-all/data'))
+    for command in ("train", "search"):
+        done = runner.invoke(app, [command, "echo.toml", "--state-dir", "state"])
+        assert isinstance(done.exception, ServerError) and "whose home that is cannot be told" in str(done.exception)
+
+
 def test_a_search_needs_something_to_judge_by(given: Path) -> None:
     (given / "data.jsonl").write_text('{"input": "a", "output": "yes"}\n' * 9)
     done = runner.invoke(app, ["search", "echo.toml", "--state-dir", "state"])
