@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import InvalidData
+from adapters.errors import InvalidData, reason
 from adapters.strict_json import once
 
 MAX_LINE = 4 << 20
@@ -113,9 +113,9 @@ def read(path: Path) -> list[Record]:
     Raises InvalidData, which names the file, the line or the entry, and what is wrong with it.
     """
     try:
-        return parse(path.read_bytes(), path.name)
+        return parse(path.read_bytes(), str(path))
     except OSError as error:
-        raise InvalidData(f"{path.name} cannot be read: {error}") from error
+        raise InvalidData(f"{path} cannot be read: {reason(error)}") from error
 
 
 def parse(data: bytes, name: str = "data") -> list[Record]:

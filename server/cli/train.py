@@ -18,10 +18,12 @@ from server.cli.inprocess import open_base, threads_of
 from server.cli.options import BASE, AsJson, path_option, with_settings
 from server.cli.signals import SAME_SIGNAL, heard
 from server.cli.terminal import Progress, out, print_json, progress, size
+from server.errors import ServerError
 from server.settings import Settings, keep_few_kernels
 
 if TYPE_CHECKING:
     from adapters.weights import LoraWeights
+    from server.jobs.recipe import Recipe
     from server.kernels import Backend
 
 
@@ -48,7 +50,6 @@ def train(
     """
     import torch
 
-    from adapters.errors import AdapterError, TrainingStopped
     from adapters.training import Event
     from server.jobs.recipe import check_prune_to, check_validation, packing, read_recipes
     from server.jobs.run import finished, prepare, run
@@ -70,9 +71,13 @@ def train(
         wanted.append((recipe, data or path.parent))
     settings = settings.where_not_given(packing([recipe for recipe, _ in wanted]))
     base = open_base(settings, training_backend(settings.device), quiet=as_json)
-    done = {recipe.name: finished(recipe, base, output, data_dir=folder) for recipe, folder in wanted}
+    done = {}
+    for recipe, folder in wanted:
+        with _about(recipe):
+            done[recipe.name] = finished(recipe, base, output, data_dir=folder)
     for recipe, folder in [(recipe, folder) for recipe, folder in wanted if done[recipe.name] is None][1:]:
-        prepare(recipe, base, folder)  # what is wrong with the last one's data is said before the first one's hours
+        with _about(recipe):
+            prepare(recipe, base, folder)  # what is wrong with the last one's data is said before the first one's hours
     with _asked_to_stop() as stop:
         for recipe, folder in wanted:
             found = done[recipe.name]
@@ -85,14 +90,21 @@ def train(
                     if event.kind == "step":
                         bar(name, event.step, event.steps)
 
-                try:
+                with _about(recipe):
                     weights = run(recipe, base, output, data_dir=folder, on_event=tell, stop=stop)
-                except TrainingStopped as error:
-                    said = f"{recipe.name}: {error.message}; the same command goes on from there"
-                    raise TrainingStopped(said) from error
-                except AdapterError as error:
-                    raise type(error)(f"{recipe.name}: {error.message}", error.param) from error
             _tell(weights, output, as_json, skipped=False)
+
+
+@contextlib.contextmanager
+def _about(recipe: Recipe) -> Iterator[None]:
+    """Errors within say which recipe they are about: there may be many."""
+    from adapters.errors import AdapterError, TrainingStopped
+
+    try:
+        yield
+    except (AdapterError, ServerError) as error:
+        after = "; the same command goes on from there" if isinstance(error, TrainingStopped) else ""
+        raise type(error)(f"{recipe.name}: {error.message}{after}", error.param) from error
 
 
 @contextlib.contextmanager

@@ -120,39 +120,38 @@ def read_recipe(path: Path) -> Recipe:
         raise BadSetting(f"{path}: {error}") from error
     except RecursionError as error:
         raise BadSetting(f"{path}: its brackets are too deep within each other") from error
-    where = path.name
-    _known(raw, _KEYS, where)
+    _known(raw, _KEYS, str(path))
     name, data = raw.get("name"), raw.get("data")
     if not isinstance(name, str) or not isinstance(data, str) or not data:
-        raise BadSetting(f"{where}: name and data must be there, each a text", "name")
+        raise BadSetting(f"{path}: name and data must be there, each a text", "name")
     if name in RESERVED:
-        raise BadSetting(f"{where}: the name {name!r} is reserved; nothing could be served under it", "name")
+        raise BadSetting(f"{path}: the name {name!r} is reserved; nothing could be served under it", "name")
     if "task" not in raw:
         raise BadSetting(
-            f'{where}: [task] is missing; it says how the adapter is asked, as prompt = "{{input}}"', "task"
+            f'{path}: [task] is missing; it says how the adapter is asked, as prompt = "{{input}}"', "task"
         )
     tables = {key: raw.get(key, {}) for key in ("task", "training", "card")}
     for key, table in tables.items():
         if not isinstance(table, dict):
-            raise BadSetting(f"{where}: [{key}] must be a table", key)
-    _known(tables["training"], _TRAINING, f"{where} [training]")
-    _known(tables["card"], _CARD, f"{where} [card]")
+            raise BadSetting(f"{path}: [{key}] must be a table", key)
+    _known(tables["training"], _TRAINING, f"{path} [training]")
+    _known(tables["card"], _CARD, f"{path} [card]")
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tables["training"].items()}
     try:
         parse(name, tables["task"], default_route=Fixed(), source="file")
         config = TrainingConfig(**settings, data=data)
     except (AdapterError, InvalidRequest, TypeError) as error:
-        raise BadSetting(f"{where}: {error}", getattr(error, "param", None)) from error
+        raise BadSetting(f"{path}: {error}", getattr(error, "param", None)) from error
     auto_rank, prune_to, validation = raw.get("auto_rank", False), raw.get("prune_to"), raw.get("validation")
     if validation is not None and not (isinstance(validation, str) and validation):
-        raise BadSetting(f"{where}: validation must be a text, the name of a file", "validation")
+        raise BadSetting(f"{path}: validation must be a text, the name of a file", "validation")
     for key, text in tables["card"].items():
         if not isinstance(text, str):
-            raise BadSetting(f"{where} [card]: {key} must be a text", key)
+            raise BadSetting(f"{path} [card]: {key} must be a text", key)
     if not isinstance(auto_rank, bool):
-        raise BadSetting(f"{where}: auto_rank is true or false", "auto_rank")
+        raise BadSetting(f"{path}: auto_rank is true or false", "auto_rank")
     if prune_to is not None and (not isinstance(prune_to, int) or isinstance(prune_to, bool) or prune_to < 1):
-        raise BadSetting(f"{where}: prune_to is a rank, at least 1", "prune_to")
+        raise BadSetting(f"{path}: prune_to is a rank, at least 1", "prune_to")
     task = {"task": name, **tables["task"]}
     packed = {setting: settings[key] for key, setting in _PACKING.items() if key in settings}
     return Recipe(name, data, task, config, validation, tables["card"], auto_rank, prune_to, packed)

@@ -187,7 +187,7 @@ def prepare(recipe: Recipe, base: Base, data_dir: Path) -> tuple[Tokens, Tokens 
 
     def tokens(file: str) -> Tokens:
         path = place(data_dir, file)
-        return data.tokenize(data.read(path), encode, longest, path.name)
+        return data.tokenize(data.read(path), encode, longest, str(path))
 
     return tokens(recipe.data), tokens(recipe.validation) if recipe.validation else None
 

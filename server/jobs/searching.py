@@ -39,18 +39,20 @@ def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
     """The recipe's files as tokens, with at most `most` judges. Raises InvalidData."""
     length = min(recipe.config.max_length, base.config.context_length)
     encode = encoder(Text(base.vocabulary), Template.of(recipe.task), length)
-    records = data.read(place(data_dir, recipe.data))
+    file = place(data_dir, recipe.data)
+    records = data.read(file)
     if recipe.validation:
-        judges, name = data.read(place(data_dir, recipe.validation))[:most], recipe.validation
+        held = place(data_dir, recipe.validation)
+        judges, name = data.read(held)[:most], str(held)
     else:
         kept = held_out(records, HELD_OUT)
         if not kept:
             raise InvalidData(
-                f"{recipe.data} has {len(records)} examples, of which no tenth can be held out; name a validation file"
+                f"{file} has {len(records)} examples, of which no tenth can be held out; name a validation file"
             )
-        judges, name, out = [records[i] for i in kept[:most]], f"{recipe.data}, held out to judge by", set(kept)
+        judges, name, out = [records[i] for i in kept[:most]], f"{file}, held out to judge by", set(kept)
         records = [record for i, record in enumerate(records) if i not in out]
-    learned = data.tokenize(records, encode, length, recipe.data)
+    learned = data.tokenize(records, encode, length, str(file))
     judged = data.tokenize(judges, encode, length, name)
     return Examples(learned, len(judges), answerable(judges, encode, length), judged, encode)
 

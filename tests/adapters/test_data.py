@@ -159,8 +159,12 @@ def test_a_bad_file_is_named(tmp_path):
         data.parse(b'[{"input": "a"')
     with pytest.raises(InvalidData, match="entry 2"):
         data.parse(b'[{"input": "a", "output": "b"}, 7]')
-    with pytest.raises(InvalidData, match="cannot be read"):
-        data.read(tmp_path / "nothing.jsonl")
+    nothing = tmp_path / "nothing.jsonl"
+    with pytest.raises(InvalidData, match=f"^{nothing} cannot be read: No such file or directory$"):
+        data.read(nothing)
+    nothing.write_text(GOOD + "{}")
+    with pytest.raises(InvalidData, match=f"^{nothing}, line 2: "):
+        data.read(nothing)
 
 
 @pytest.mark.parametrize("name", ["mine/train.csv", "train.TSV"])

@@ -200,9 +200,30 @@ def test_what_is_wrong_with_any_recipe_is_said_before_the_first_is_trained(given
     (given / "other.toml").write_text(RECIPE.replace('"echo"', '"second"').replace("data.jsonl", "bad.jsonl"))
     (given / "bad.jsonl").write_text('{"input": "a"}')
     done = runner.invoke(app, ["train", "echo.toml", "other.toml", "--state-dir", "state"])
-    assert "bad.jsonl, line 1: 'output' is missing" in str(done.exception) and not (given / "trained").exists()
+    assert str(done.exception) == "second: bad.jsonl, line 1: 'output' is missing" and not (given / "trained").exists()
     done = runner.invoke(app, ["train", "echo.toml", "echo.toml", "--state-dir", "state"])
     assert "both make 'echo'" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wrong"),
+    [
+        ('nam = "x"\n' + RECIPE, "{path}: 'nam' is not known"),
+        (RECIPE.replace('name = "echo"', ""), "{path}: name and data must be there"),
+        (RECIPE + "ranks = 3", "{path} [training]: 'ranks' is not known"),
+        (RECIPE + "batch_size = 0", "{path}: batch_size must be"),
+        (RECIPE + "[card]\nabout = 3", "{path} [card]: about must be a text"),
+        (RECIPE.replace("data.jsonl", "held.jsonl"), "echo: mine/held.jsonl cannot be read: No such file or directory"),
+    ],
+)
+def test_an_error_says_which_of_many_recipes_it_is_about(given: Path, recipe: str, wrong: str) -> None:
+    """By its path: all of them may be called recipe.toml."""
+    (given / "other.toml").write_text(RECIPE.replace('"echo"', '"second"'))
+    (given / "mine").mkdir()
+    path = Path("mine") / "recipe.toml"
+    path.write_text(recipe.replace("batch_size = 4\n", "") if "batch_size = 0" in recipe else recipe)
+    done = runner.invoke(app, ["train", "other.toml", str(path), "--state-dir", "state"])
+    assert str(done.exception).startswith(wrong.format(path=path)), done.exception
 
 
 def test_a_home_is_meant_by_its_sign_in_a_recipe(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
