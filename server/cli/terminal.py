@@ -54,8 +54,8 @@ def print_json(value: Any) -> None:
 
 
 def say_error(message: str) -> None:
-    """The last line of a process that ends by an error; whoever reads standard error and has stopped is not waited
-    for."""
+    """What a process ends by, or what one of several things has failed by; whoever reads standard error and has stopped
+    is not waited for."""
     try:
         taken = select.select([], [sys.stderr], [], PATIENCE)[1]
     except (OSError, ValueError):  # it is no file of the system's

@@ -14,17 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from server.cli import logs
 from server.cli.inprocess import open_base, threads_of
 from server.cli.options import BASE, AsJson, path_option, with_settings
 from server.cli.signals import SAME_SIGNAL, heard
-from server.cli.terminal import Progress, out, print_json, progress, size
+from server.cli.terminal import out, print_json, progress, say_error, size
 from server.errors import ServerError
 from server.settings import Settings, keep_few_kernels
 
 if TYPE_CHECKING:
+    from adapters.errors import AdapterError
+    from adapters.training import Event
     from adapters.weights import LoraWeights
     from server.jobs.recipe import Recipe
     from server.kernels import Backend
+    from server.model.loader import Base
 
 
 @with_settings(*(name for name in BASE if name != "kernels"), "state_dir")
@@ -44,15 +48,16 @@ def train(
 ) -> None:
     """Train one adapter for each recipe, on the 4-bit base that serves. Started again, it goes on where it was.
 
-    What is finished, by the very same recipe, data and base, is skipped. Ctrl-C stops it after the update that runs,
-    and nothing is lost; a second one ends it at once. With --json, each recipe that is done is a JSON object: one
-    line, on a terminal several.
+    What is finished, by the very same recipe, data and base, is skipped. One that fails is told, the others are trained
+    all the same, and the status is 1 then; a disk that is full ends it. Ctrl-C stops it after the update that runs, and
+    nothing is lost; a second one ends it at once. With --json, each recipe that is done is a JSON object, and one that
+    fails one with its name and its error: one line, on a terminal several.
     """
     import torch
 
-    from adapters.training import Event
+    from adapters.errors import AdapterError
     from server.jobs.recipe import check_prune_to, check_validation, packing, read_recipes
-    from server.jobs.run import finished, prepare, run
+    from server.jobs.run import finished, prepare
 
     keep_few_kernels()
     torch.set_num_threads(threads_of(settings))
@@ -75,24 +80,51 @@ def train(
     for recipe, folder in wanted:
         with _about(recipe):
             done[recipe.name] = finished(recipe, base, output, data_dir=folder)
-    for recipe, folder in [(recipe, folder) for recipe, folder in wanted if done[recipe.name] is None][1:]:
+    to_train = [(recipe, folder) for recipe, folder in wanted if done[recipe.name] is None]
+    for recipe, folder in to_train if len(to_train) > 1 else ():
         with _about(recipe):
             prepare(recipe, base, folder)  # what is wrong with the last one's data is said before the first one's hours
+    failed = []
     with _asked_to_stop() as stop:
         for recipe, folder in wanted:
             found = done[recipe.name]
             if found is not None:
                 _tell(found, output, as_json, skipped=True)
                 continue
-            with progress("parameters", quiet=as_json) as bar:
+            try:
+                weights = _trained(recipe, base, output, folder, stop, quiet=as_json)
+            except (AdapterError, ServerError) as error:
+                if len(wanted) == 1 or _ends_all(error):
+                    raise
+                failed.append(recipe.name)
+                _tell_failure(recipe, error, as_json)
+            else:
+                _tell(weights, output, as_json, skipped=False)
+    if failed:
+        logs.fail(f"{len(failed)} of {len(wanted)} recipes failed: {', '.join(failed)}")
 
-                def tell(event: Event, bar: Progress = bar, name: str = recipe.name) -> None:
-                    if event.kind == "step":
-                        bar(name, event.step, event.steps)
 
-                with _about(recipe):
-                    weights = run(recipe, base, output, data_dir=folder, on_event=tell, stop=stop)
-            _tell(weights, output, as_json, skipped=False)
+def _trained(
+    recipe: Recipe, base: Base, output: Path, folder: Path, stop: Callable[[], bool], quiet: bool
+) -> LoraWeights:
+    from server.jobs.run import run
+
+    with progress("parameters", quiet=quiet) as bar, _about(recipe):
+
+        def tell(event: Event) -> None:
+            if event.kind == "step":
+                bar(recipe.name, event.step, event.steps)
+
+        return run(recipe, base, output, data_dir=folder, on_event=tell, stop=stop)
+
+
+def _ends_all(error: AdapterError | ServerError) -> bool:
+    """Whether the recipes that come after need not be tried: somebody wants an end, or the disk refuses."""
+    from adapters.errors import StoreFailed, TrainingStopped
+
+    cause = error.__cause__  # as it was before it was said which recipe it is about
+    refused = isinstance(cause, StoreFailed) and isinstance(cause.__context__, OSError)
+    return refused or isinstance(error, TrainingStopped)
 
 
 @contextlib.contextmanager
@@ -124,6 +156,13 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
     with heard(ask, signal.SIGINT, signal.SIGTERM) as give_back:
         yield asked.is_set
+
+
+def _tell_failure(recipe: Recipe, error: AdapterError | ServerError, as_json: bool) -> None:
+    if as_json:
+        told = {"message": error.message, "type": type(error).__name__, "param": error.param}
+        print_json({"name": recipe.name, "error": told})
+    say_error(error.message)
 
 
 def _tell(weights: LoraWeights, output: Path, as_json: bool, *, skipped: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -14,13 +15,14 @@ import torch
 from typer.testing import CliRunner
 
 from adapters import peft_format, training
-from adapters.errors import AdapterError, TrainingStopped
+from adapters.errors import AdapterError, Diverged, StoreFailed, TrainingStopped
 from adapters.weights import LoraWeights, LowRank
 from server.bench import plots
 from server.cli import app, search, train
 from server.cli.main import _as_ctrl_c
-from server.errors import ServerError
-from server.jobs.recipe import read_recipe
+from server.errors import BadSetting, ServerError
+from server.jobs import run
+from server.jobs.recipe import Recipe, read_recipe
 from server.jobs.run import prepare
 from server.jobs.searching import within
 from server.jobs.trainable import Trainable, loss_of
@@ -241,6 +243,64 @@ def test_a_home_is_meant_by_its_sign_in_a_recipe(given: Path, monkeypatch: pytes
     for command in ("train", "search"):
         done = runner.invoke(app, [command, "echo.toml", "--state-dir", "state"])
         assert isinstance(done.exception, ServerError) and "whose home that is cannot be told" in str(done.exception)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None:
+    """The recipe of that name fails by the error, once it is trained."""
+    run_ = run.run
+
+    def broken(recipe: Recipe, *arguments: object, **how: object) -> LoraWeights:
+        if recipe.name == name:
+            raise error
+        return run_(recipe, *arguments, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run, "run", broken)
+
+
+@pytest.mark.parametrize(
+    "error", [Diverged("it diverged", "lr"), BadSetting("another process"), StoreFailed("damaged")]
+)
+def test_a_recipe_that_fails_is_told_and_the_others_are_trained(
+    given: Path, monkeypatch: pytest.MonkeyPatch, error: AdapterError | ServerError
+) -> None:
+    for name in ("second", "third"):
+        (given / f"{name}.toml").write_text(RECIPE.replace('"echo"', f'"{name}"'))
+    failing(monkeypatch, "second", error)
+    command = ["train", "echo.toml", "second.toml", "third.toml", "--steps", "1", "--state-dir", "state"]
+    done = runner.invoke(app, command)
+    said = [f"error: second: {error.message}", "error: 1 of 3 recipes failed: second"]
+    assert done.exit_code == 1 and [line for line in done.stderr.splitlines() if "error" in line] == said
+    assert "trained/echo: 1 steps" in done.stdout and "trained/third: 1 steps" in done.stdout
+    done = runner.invoke(app, [*command, "--json"])
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.exit_code == 1 and [row["name"] for row in rows] == ["echo", "second", "third"]
+    told = {"message": f"second: {error.message}", "type": type(error).__name__, "param": error.param}
+    assert rows[1] == {"name": "second", "error": told} and "error" not in rows[2]
+    done = runner.invoke(app, ["train", "second.toml", "--state-dir", "state"])
+    assert isinstance(done.exception, type(error)) and str(done.exception) == f"second: {error.message}"
+
+
+def test_a_disk_that_refuses_ends_all(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (given / "other.toml").write_text(RECIPE.replace('"echo"', '"second"'))
+    command = ["train", "echo.toml", "other.toml", "--steps", "1", "--state-dir", "state"]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peft_format, "replace_file", full)
+        done = runner.invoke(app, command)
+    assert str(done.exception) == "echo: the adapter could not be written: No space left on device"
+    failing(monkeypatch, "echo", OSError(errno.ENOSPC, "No space left on device"))
+    assert isinstance(runner.invoke(app, command).exception, OSError) and not (given / "trained" / "second").exists()
+
+
+def test_what_is_wrong_with_the_first_of_several_is_said_before_any_is_trained(given: Path) -> None:
+    (given / "other.toml").write_text(RECIPE.replace('"echo"', '"second"').replace("data.jsonl", "held.jsonl"))
+    (given / "data.jsonl").write_text("{}")
+    done = runner.invoke(app, ["train", "echo.toml", "other.toml", "--steps", "1", "--state-dir", "state"])
+    assert str(done.exception).startswith("echo: data.jsonl, line 1: it has nothing")
+    assert not (given / "trained").exists()
 
 
 def test_a_search_needs_something_to_judge_by(given: Path) -> None:
@@ -505,7 +565,6 @@ def test_the_plot_of_a_search_marks_what_was_chosen(tmp_path: Path) -> None:
 
 def test_a_gpu_trains_where_there_is_one_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     from server.cli.train import training_backend
-    from server.errors import BadSetting
     from server.kernels import cuda
 
     assert training_backend("cpu").name == "reference"
