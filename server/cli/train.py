@@ -31,7 +31,11 @@ if TYPE_CHECKING:
     from server.model.loader import Base
 
 
-@with_settings(*(name for name in BASE if name != "kernels"), "state_dir")
+@with_settings(
+    *(name for name in BASE if name != "kernels"),
+    *("state_dir", "max_rank"),
+    texts={"max_rank": "highest rank that the server takes which the adapter is for"},
+)
 def train(
     settings: Settings,
     recipes: Annotated[list[Path], typer.Argument(help="Recipes (.toml); see examples/.")],
@@ -56,7 +60,7 @@ def train(
     import torch
 
     from adapters.errors import AdapterError
-    from server.jobs.recipe import check_prune_to, check_validation, packing, read_recipes
+    from server.jobs.recipe import check_prune_to, check_rank, check_validation, packing, read_recipes
     from server.jobs.run import finished, prepare
 
     keep_few_kernels()
@@ -72,6 +76,7 @@ def train(
             prune_to=prune_to or recipe.prune_to,
         )
         check_prune_to(recipe)
+        check_rank(recipe, settings.max_rank)
         check_validation(recipe)
         wanted.append((recipe, data or path.parent))
     settings = settings.where_not_given(packing([recipe for recipe, _ in wanted]))

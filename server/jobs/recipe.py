@@ -17,6 +17,7 @@ Owns the file's form and what can be wrong with it. A recipe names its data, whi
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,10 +62,27 @@ def highest_rank(rank: int, auto_rank: bool) -> int:
     return rank * AUTO_WIDENS if auto_rank else rank
 
 
+def _trained_rank(recipe: Recipe) -> int:
+    """The highest that a module may be trained with."""
+    config = recipe.config
+    return max([highest_rank(config.lora_rank, recipe.auto_rank), *config.lora_rank_of.values()])
+
+
+def check_rank(recipe: Recipe, max_rank: int) -> None:
+    """Raises BadSetting for a recipe whose result may have more ranks than servers take, which is `max_rank`."""
+    most = min(_trained_rank(recipe), recipe.prune_to or math.inf)
+    if most > max_rank:
+        why = f", as auto_rank may give a module {AUTO_WIDENS} times lora_rank" if recipe.auto_rank else ""
+        raise BadSetting(
+            f"{recipe.name}: its rank may be {most}{why}, and a server takes up to {max_rank} (--max-rank): ask for "
+            f"less, or give --max-rank {most} here and to the server",
+            "max_rank",
+        )
+
+
 def check_prune_to(recipe: Recipe) -> None:
     """Raises BadSetting for a `prune_to` that no module's rank is above: nothing would be cut."""
-    config = recipe.config
-    most = max([highest_rank(config.lora_rank, recipe.auto_rank), *config.lora_rank_of.values()])
+    most = _trained_rank(recipe)
     if recipe.prune_to is not None and recipe.prune_to >= most:
         raise BadSetting(
             f"{recipe.name}: prune_to must be below the highest rank that is trained, {most}: nothing would be cut",

@@ -535,6 +535,28 @@ def test_what_would_cut_nothing_is_refused(given: Path, asked: str, most: int) -
     assert not (given / "trained").exists()
 
 
+@pytest.mark.parametrize(
+    ("asked", "most"), [("--rank 65", 65), ("--rank 17 --auto-rank", 68), ("--rank 128 --prune-to 65", 65)]
+)
+def test_a_rank_that_a_server_would_refuse_is_refused_before(given: Path, asked: str, most: int) -> None:
+    done = runner.invoke(app, ["train", "echo.toml", *asked.split(), "--state-dir", "state"])
+    assert f"echo: its rank may be {most}" in str(done.exception) and not (given / "trained").exists()
+    assert f"a server takes up to 64 (--max-rank): ask for less, or give --max-rank {most} here and to" in str(
+        done.exception
+    )
+    assert ("auto_rank may give a module 4 times lora_rank" in str(done.exception)) == ("--auto-rank" in asked)
+
+
+def test_a_rank_that_is_asked_of_the_server_too_or_cut_is_trained(given: Path) -> None:
+    command = ["train", "echo.toml", "--rank", "65", "--steps", "1"]
+    assert max(peft_format.read_folder(given / told(*command, "--max-rank", "65")["path"], name="e", max_rank=65).ranks)
+    (given / "loramux.toml").write_text("max_rank = 65\n")
+    assert told(*command)["skipped"]
+    (given / "loramux.toml").unlink()
+    made = told(*command, "--prune-to", "2")
+    assert max(peft_format.read_folder(given / made["path"], name="echo").ranks) == 2
+
+
 def test_evaluations_need_something_to_evaluate_on(given: Path) -> None:
     (given / "echo.toml").write_text(RECIPE + "eval_steps = 1\npatience = 1\n")
     done = runner.invoke(app, ["train", "echo.toml", "--state-dir", "state"])
