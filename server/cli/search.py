@@ -37,7 +37,7 @@ LOSS = "loss"
 TOLERANCE = {"bleu": 1.0, "chrf": 1.0}
 """One point; of the others, which are shares or nats, a hundredth."""
 RANKS = "1,2,4,8,16"
-TRIALS = "trials.jsonl"
+TRIALS, FOUND = "trials.jsonl", "search.json"
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,17 @@ def search(
     ] = None,
     share: Annotated[float, typer.Option(min=0, max=1, help="Of the full grid's steps, at most this.")] = 1 / 3,
     limit: Annotated[int, typer.Option(min=1, help="Examples that judge, at most.")] = 500,
-    output: Annotated[Path, path_option("Folder that gets trials.jsonl, search.json and the plot.")] = Path("search"),
+    output: Annotated[
+        Path | None,
+        path_option("Folder that gets trials.jsonl, search.json and the plot. [search/<the recipe's name>]"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find the smallest rank that is good enough, by successive halving: all ranks for a while, the best for longer."""
+    """Find the smallest rank that is good enough, by successive halving: all ranks for a while, the best for longer.
+
+    What an earlier search of the same recipe has left in the folder is replaced. A search that is stopped begins anew
+    when it is started again; trials.jsonl has the trials that were over.
+    """
     import torch
 
     from server.jobs.recipe import packing, read_recipe
@@ -100,11 +107,12 @@ def search(
     from server.tasks.definitions import Fixed, parse
     from server.tasks.evaluation import check_metrics, default_metric
 
-    _make(output)
+    wanted = read_recipe(recipe)
+    output = output or Path("search") / wanted.name
+    _make(output, wanted.name)
     keep_few_kernels()
     torch.set_num_threads(threads_of(settings))
     logs.configure_quietly(settings.log_format, settings.log_level)
-    wanted = read_recipe(recipe)
     wanted = replace(wanted, validation=validation or wanted.validation)
     task = parse(
         wanted.name, {k: v for k, v in wanted.task.items() if k != "task"}, default_route=Fixed(), source="api"
@@ -284,12 +292,22 @@ def _keep(output: Path, plan: Plan, row: Row) -> None:
         stream.write(json.dumps(_row(plan, row)) + "\n")
 
 
-def _make(output: Path) -> None:
-    """Raises BadSetting for a folder that cannot be, before the trials whose outcome it would get."""
+def _make(output: Path, name: str) -> None:
+    """Raises BadSetting for a folder that cannot be, or that has what was found of a recipe of another name, before
+    the trials whose outcome it would get."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadSetting(f"{output} cannot be written: {error.strerror}", "output") from error
+    try:
+        other = json.loads((output / FOUND).read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # there is none
+    if other != name:
+        raise BadSetting(
+            f"{output} has the search of {other}, which {name}'s would replace: choose another --output, or remove it",
+            "output",
+        )
 
 
 def _write(output: Path, plan: Plan, result: RankSearch, told: dict[str, Any]) -> tuple[Path | None, str | None]:
@@ -299,7 +317,7 @@ def _write(output: Path, plan: Plan, result: RankSearch, told: dict[str, Any]) -
 
     title = f"{plan.recipe.name}: {plan.metric} against parameters"
     try:
-        (output / "search.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        (output / FOUND).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         if importlib.util.find_spec("matplotlib") is not None:
             from server.bench.plots import quality
 

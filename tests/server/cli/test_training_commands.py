@@ -70,8 +70,8 @@ def test_a_search_by_loss_tells_a_table_a_plot_and_advice(given: Path) -> None:
     assert all(row["loss"] > 0 for row in found["table"]) and found["table"][0]["parameters"] > 0
     assert found["steps_spent"] <= found["steps_of_full_grid"] / 3 + 3 * 2
     assert found["advice"].startswith(f"Take rank {found['chosen']}")
-    assert json.loads((given / "search" / "search.json").read_text())["chosen"] == found["chosen"]
-    assert (given / "search" / "search.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((given / "search" / "echo" / "search.json").read_text())["chosen"] == found["chosen"]
+    assert (given / "search" / "echo" / "search.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_search_by_answers_as_they_are_served_without_matplotlib(
@@ -100,7 +100,7 @@ def test_answers_that_cannot_be_as_long_as_expected_are_told(given: Path) -> Non
 def test_ranks_over_what_a_server_takes_by_itself_are_searched_and_told(given: Path) -> None:
     command = ["--ranks", "1,100", "--steps", "9", "--share", "1", "--validation", "held.jsonl"]
     found = told("search", "echo.toml", *command)
-    assert [row["rank"] for row in found["table"]] == [1, 100] and (given / "search" / "search.json").exists()
+    assert [row["rank"] for row in found["table"]] == [1, 100] and (given / "search" / "echo" / "search.json").exists()
 
 
 def test_judges_that_the_engine_cannot_take_are_left_out_or_said_before_any_trial(
@@ -175,14 +175,14 @@ def test_a_trial_that_diverges_is_told_as_that(
     def strict(text: str) -> None:
         raise AssertionError(text)
 
-    written = json.loads((given / "search" / "search.json").read_text(), parse_constant=strict)
+    written = json.loads((given / "search" / "echo" / "search.json").read_text(), parse_constant=strict)
     assert written["chosen"] == 1
     assert [(row["diverged"], row[metric] is None) for row in written["table"]] == [
         (False,) * 2,
         (True,) * 2,
         (True,) * 2,
     ]
-    for line in (given / "search" / "trials.jsonl").read_text().splitlines():
+    for line in (given / "search" / "echo" / "trials.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=strict)
 
 
@@ -310,7 +310,7 @@ def test_a_search_needs_something_to_judge_by(given: Path) -> None:
 
 
 def test_where_a_search_cannot_write_is_said_before_any_trial(given: Path) -> None:
-    done = runner.invoke(app, ["search", "none.toml", "--output", "data.jsonl/x", "--state-dir", "state"])
+    done = runner.invoke(app, ["search", "echo.toml", "--output", "data.jsonl/x", "--state-dir", "state"])
     assert "data.jsonl/x cannot be written" in str(done.exception)
 
 
@@ -599,21 +599,42 @@ def test_a_gpu_trains_where_there_is_one_to_be_used(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_search_that_does_not_begin_leaves_what_one_before_has_found(given: Path) -> None:
-    (given / "search").mkdir()
-    (given / "search" / "trials.jsonl").write_text("found")
+    (given / "search" / "echo").mkdir(parents=True)
+    (given / "search" / "echo" / "trials.jsonl").write_text("found")
     done = runner.invoke(app, ["search", "echo.toml", "--ranks", "1,x", "--state-dir", "state"])
-    assert "whole numbers" in str(done.exception) and (given / "search" / "trials.jsonl").read_text() == "found"
+    assert (
+        "whole numbers" in str(done.exception) and (given / "search" / "echo" / "trials.jsonl").read_text() == "found"
+    )
+
+
+def test_a_search_replaces_what_was_found_of_its_own_recipe_alone(given: Path) -> None:
+    (given / "other.toml").write_text(RECIPE.replace('"echo"', '"second"'))
+    command = ["--ranks", "1", "--metric", "loss", "--share", "1", "--steps"]
+    for recipe in ("echo.toml", "other.toml"):
+        told("search", recipe, *command, "2")
+    told("search", "echo.toml", *command, "3")
+    kept = [json.loads((given / "search" / name / "search.json").read_text()) for name in ("echo", "second")]
+    assert [(one["recipe"], one["steps_of_full_grid"]) for one in kept] == [("echo", 3), ("second", 2)]
+    trials = (given / "search" / "echo" / "trials.jsonl").read_text()
+    done = runner.invoke(
+        app, ["search", "other.toml", *command, "2", "--output", "search/echo", "--state-dir", "state"]
+    )
+    said = "search/echo has the search of echo, which second's would replace: choose another --output, or remove it"
+    assert str(done.exception) == said and (given / "search" / "echo" / "trials.jsonl").read_text() == trials
+    for odd in ("[]", "{", "{}"):  # nothing that a search has found
+        (given / "search" / "echo" / "search.json").write_text(odd)
+        told("search", "other.toml", *command, "2", "--output", "search/echo")
 
 
 def test_what_a_search_has_found_is_told_though_it_cannot_be_written(given: Path) -> None:
-    (given / "search" / "search.json").mkdir(parents=True)
+    (given / "search" / "echo" / "search.json").mkdir(parents=True)
     command = ["search", "echo.toml", "--ranks", "1,2", "--metric", "loss", "--steps", "18", "--state-dir", "state"]
     for how in ([], ["--json"]):
         done = runner.invoke(app, [*command, *how])
-        assert done.exit_code == 1 and "Take rank" in done.stdout and "search cannot be written" in done.stderr
+        assert done.exit_code == 1 and "Take rank" in done.stdout and "search/echo cannot be written" in done.stderr
     found = json.loads(done.stdout)
     assert found["chosen"] in (1, 2) and found["plot"] is None and "cannot be written" in found["error"]["message"]
-    tried = [json.loads(line) for line in (given / "search" / "trials.jsonl").read_text().splitlines()]
+    tried = [json.loads(line) for line in (given / "search" / "echo" / "trials.jsonl").read_text().splitlines()]
     assert [row["rank"] for row in tried] == [1, 2, 1, 2], "as each is over, for whoever does not wait for the end"
     assert tried[2:] == found["table"]
     best = next(row for row in found["table"] if row["rank"] == found["chosen"])
