@@ -177,7 +177,9 @@ def _tell(weights: LoraWeights, output: Path, as_json: bool, *, skipped: bool) -
         told = {"name": weights.name, "path": str(path), "version": weights.version.label, "skipped": skipped}
         print_json({**told, **made})
     elif skipped:
-        out().print(f"{path} is finished, by the same recipe, data and base; remove it to have it trained again")
+        out().print(
+            f"{path} is finished, by the same recipe, data and base; another --output or --seed has it trained again"
+        )
     else:
         peak = made["memory"]["peak_process"]
         out().print(

@@ -357,6 +357,7 @@ def test_started_again_it_trains_what_is_left(given: Path, monkeypatch: pytest.M
     done = runner.invoke(app, command)
     assert done.exit_code == 0 and steps == [2, 3], "the first is finished, and the second goes on"
     assert "trained/echo is finished" in done.stdout and "trained/second: 4 steps" in done.stdout
+    assert "another --output or --seed has it trained again" in done.stdout
     again = told("train", "echo.toml", "--steps", "4")
     read = peft_format.read_folder(given / "trained" / "echo", name="echo")
     assert again["skipped"] and again["version"] == read.version.label and again["steps"] == 4 and len(steps) == 2
