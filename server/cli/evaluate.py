@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from adapters.errors import AdapterError
 from server.cli import logs
 from server.cli.inprocess import choice_of, open_base, opened, target_of
 from server.cli.options import BASE, AsJson, path_option, with_settings
+from server.cli.signals import Interrupted
 from server.cli.terminal import Progress, out, print_json, progress
-from server.errors import BadSetting
+from server.errors import BadSetting, ServerError
 from server.settings import Settings, given_path
 
 if TYPE_CHECKING:
@@ -52,7 +54,10 @@ def evaluate(
     answers: Annotated[Path | None, path_option("File that gets every example with every answer.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure one or several candidates for a task on the same examples; differences are to the first, paired."""
+    """Measure one or several candidates for a task on the same examples; differences are to the first, paired.
+
+    Ctrl-C, or an error on the way, ends it with what is done: the candidates before that.
+    """
     from adapters.data import read
     from server.kernels import choose
     from server.tasks.evaluation import LOSS, check_metrics, check_references, pairs
@@ -67,20 +72,32 @@ def evaluate(
             raise BadSetting("the loss is taken without answers; leave --answers out, or add a metric", "answers")
         _writable(answers)
     base = open_base(settings, choose(settings.kernels, settings.device), quiet=as_json)
+    found: dict[str, Evaluation] = {}
+    ended: Interrupted | ServerError | AdapterError | None = None
     with progress("examples", quiet=as_json) as bar:
-        found = asyncio.run(_evaluate(settings, base, asked, bar))
+        try:
+            asyncio.run(_evaluate(settings, base, asked, bar, found))
+        except (KeyboardInterrupt, ServerError, AdapterError) as error:
+            if not found:
+                raise
+            done = f"{len(found)} of {len(set(asked.candidates)) or 1} candidates are done"
+            ended = Interrupted(f"interrupted; {done}") if isinstance(error, KeyboardInterrupt) else error
     told = _told(task, len(examples), found)
     lost = None if answers is None else _write_answers(answers, asked.examples, found)
+    faults = [fault for fault in (ended, lost) if fault is not None]
+    message = "; ".join(fault.message for fault in faults)
     if as_json:
-        print_json(told if lost is None else {**told, "error": {"message": lost, "param": "answers"}})
+        print_json({**told, "error": {"message": message, "param": faults[0].param}} if faults else told)
     else:
         _show(told)
-    if lost is not None:  # the scores are not
-        logs.fail(lost)
+    if isinstance(ended, Interrupted):
+        raise Interrupted(message, told=True)
+    if faults:  # the scores are not lost
+        logs.fail(message)
 
 
-async def _evaluate(settings: Settings, base: Base, asked: Asked, bar: Progress) -> dict[str, Evaluation]:
-    """Candidate -> what came of it, in the order in which they were asked for."""
+async def _evaluate(settings: Settings, base: Base, asked: Asked, bar: Progress, found: dict[str, Evaluation]) -> None:
+    """Fill `found`, candidate -> what came of it, in the order in which they were asked for."""
     from server.tasks.evaluation import default_metric
     from server.tasks.evaluation import evaluate as measure
 
@@ -88,7 +105,6 @@ async def _evaluate(settings: Settings, base: Base, asked: Asked, bar: Progress)
         parts = house.parts
         choices: dict[str, list[tuple[str, float]] | None] = {c: choice_of(house, c) for c in asked.candidates}
         name = _task(parts, asked.task)
-        found = {}
         for label, choice in (choices or {f"{name}, as it is": None}).items():
             target = target_of(house, name, choice)
             metrics = asked.metrics or (default_metric(target.task),)
@@ -97,7 +113,6 @@ async def _evaluate(settings: Settings, base: Base, asked: Asked, bar: Progress)
                 bar(label, done, total)
 
             found[label] = await measure(parts.inference, parts.prompts, target, asked.examples, metrics, tell=tell)
-        return found
 
 
 def _task(parts: Parts, task: str) -> str:
@@ -179,7 +194,7 @@ def _writable(path: Path) -> None:
         raise BadSetting(f"{path} cannot be written: {error.strerror}", "answers") from error
 
 
-def _write_answers(path: Path, examples: Sequence[Pair], found: dict[str, Evaluation]) -> str | None:
+def _write_answers(path: Path, examples: Sequence[Pair], found: dict[str, Evaluation]) -> BadSetting | None:
     """Why they cannot be written, if they cannot."""
     try:
         with path.open("w", encoding="utf-8") as stream:
@@ -189,4 +204,4 @@ def _write_answers(path: Path, examples: Sequence[Pair], found: dict[str, Evalua
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
         return None
     except OSError as error:
-        return f"{path} cannot be written: {error.strerror}"
+        return BadSetting(f"{path} cannot be written: {error.strerror}", "answers")

@@ -90,14 +90,16 @@ async def _answer(
         start = time.monotonic()
         generation = parts.inference.start(target, [ids], [sampling], Caller())
         pieces: list[str] = []
-        async for arrived in generation.steps():
-            for _, delivery in arrived:
-                pieces.append(delivery.text)
-                if stream:
-                    sys.stdout.write(delivery.text)
-                    sys.stdout.flush()
-        if stream:
-            sys.stdout.write("\n")
+        try:
+            async for arrived in generation.steps():
+                for _, delivery in arrived:
+                    pieces.append(delivery.text)
+                    if stream:
+                        sys.stdout.write(delivery.text)
+                        sys.stdout.flush()
+        finally:  # what is said of an end before its time has a line of its own
+            if stream:
+                sys.stdout.write("\n")
         return {
             "text": "".join(pieces),
             "task": task,

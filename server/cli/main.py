@@ -21,7 +21,7 @@ from adapters.errors import AdapterError
 from server.bench import command as bench
 from server.cli import adapters, evaluate, generate, logs, models, offline, search, serve, train
 from server.cli.options import LEFT_OUT
-from server.cli.signals import heard
+from server.cli.signals import INTERRUPTED, Interrupted, heard
 from server.errors import RemoteError, ServerError
 from server.settings import leave_threads_alone
 
@@ -91,16 +91,15 @@ def _run() -> object:
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
-        return status
+        return _interrupted(Interrupted()) if status == INTERRUPTED else status
+    except Interrupted as error:
+        return _interrupted(error)
     except _UsageError as error:
         _tell(error, error.format_message(), getattr(getattr(error, "param", None), "name", None))
         error.show()
         sys.exit(error.exit_code)
     except typer.Abort:
-        if logs.as_json():
-            logs.say_last("aborted")
-        else:
-            sys.stderr.write("aborted\n")
+        _say_end("aborted")
         sys.exit(1)
     except (ServerError, AdapterError) as error:
         _fail(error, error.message, error.param)
@@ -135,6 +134,23 @@ def _settle_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # the lowest free number: its own
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _interrupted(error: Interrupted) -> int:
+    if not error.told:
+        _tell(error, error.message)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()  # the process may end without another chance
+    _say_end(error.message)
+    return INTERRUPTED
+
+
+def _say_end(words: str) -> None:
+    """Why a process ends that somebody wanted to end: no error of anybody's."""
+    if logs.as_json():
+        logs.say_last(words)
+    else:
+        sys.stderr.write(f"{words}\n")
 
 
 def _fail(error: Exception, message: str, param: str | None = None) -> NoReturn:

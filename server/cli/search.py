@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ import typer
 from server.cli import logs
 from server.cli.inprocess import open_base, opened, threads_of
 from server.cli.options import BASE, AsJson, path_option, with_settings
+from server.cli.signals import Interrupted
 from server.cli.terminal import Progress, out, print_json, progress
 from server.errors import BadSetting
 from server.settings import Settings, keep_few_kernels
@@ -134,7 +135,7 @@ def search(
         replace(wanted.config, seed=seed)  # one that is none is told before the first trial
     model = Trainable(base, wanted.config.compute_dtype)
     (output / TRIALS).unlink(missing_ok=True)  # of a search before
-    with progress("steps", quiet=as_json) as bar:
+    with _told_where(output / TRIALS), progress("steps", quiet=as_json) as bar:
         if judged_by == LOSS:
             result = _searched(plan, model, found, None, bar, lambda: False, output)
             judges = Judges(len(found.judged.examples), found.judged.among(found.learned))
@@ -150,6 +151,17 @@ def search(
         _show(told, picture)
     if lost is not None:  # what was found is not
         logs.fail(lost)
+
+
+@contextlib.contextmanager
+def _told_where(trials: Path) -> Iterator[None]:
+    """Who stops a search is told where that lies which it has found."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not trials.exists():
+            raise
+        raise Interrupted(f"interrupted, and what was found is in {trials}") from None
 
 
 def _searched(

@@ -13,7 +13,21 @@ from types import FrameType
 SAME_SIGNAL = 0.1
 """Seconds within which a signal that comes twice is one."""
 
+INTERRUPTED = 130
+"""The status of a process that Ctrl-C has ended, as shells count it."""
+
 Handler = Callable[[int, FrameType | None], None]
+
+
+class Interrupted(Exception):
+    """A command was asked to end, and says so; if it has `told` all that it found, within its JSON too."""
+
+    param = None
+
+    def __init__(self, message: str = "interrupted", told: bool = False) -> None:
+        super().__init__(message)
+        self.message = message
+        self.told = told
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from server.cli import generate, main
 from server.cli.options import LEFT_OUT
 from server.engine.grammar import _begin
 from server.kernels.threads import apart
+from server.model.loader import Base
+from server.tasks.inference import Generation
 from tests.waiting import until
 
 APART = importlib.import_module("server.cli.main").APART
@@ -184,13 +187,40 @@ def test_asked_to_end_a_command_takes_its_folder_with_it(
     signal.signal(signal.SIGINT, interrupts)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
-        assert run("generate", "x") == (130, "", "")
+        assert run("generate", "x") == (130, "", "interrupted\n")
+        status, out, err = run("generate", "x", "--json")
+        told = {"message": "interrupted", "type": "Interrupted", "param": None}
+        assert (status, json.loads(out), err) == (130, {"error": told}, "interrupted\n")
         assert signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM]
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     finally:
         for each in (signal.SIGHUP, signal.SIGINT):
             signal.signal(each, handlers[each])
     assert not list(tmp_path.glob("own-*"))
+
+
+def test_ctrl_c_while_a_base_is_fetched(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("server.sources.resolve_model", interrupted)
+    for command in (("pull",), ("quantize", "x", "y")):
+        assert run(*command) == (130, "", "interrupted\n")
+        status, out, err = run(*command, "--json")
+        assert (status, json.loads(out)["error"]["message"], err) == (130, "interrupted", "interrupted\n")
+
+
+def test_an_answer_that_is_cut_short_ends_its_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base: Base
+) -> None:
+    async def steps(self: Generation) -> Any:
+        yield [(0, SimpleNamespace(text="Once upon"))]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "open_base", lambda *_, **__: tiny_base)
+    monkeypatch.setattr(Generation, "steps", steps)
+    status, out, err = run("generate", "x", "--library", "none", "--state-dir", str(tmp_path))
+    assert (status, out, err) == (130, "Once upon\n", "interrupted\n")
 
 
 def test_what_gives_fewer_threads_than_were_asked_for_is_left_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +18,12 @@ from typer.testing import CliRunner
 from adapters.peft_format import save
 from adapters.weights import LoraWeights
 from server.api import assembly
-from server.cli import app, evaluate
+from server.cli import app, evaluate, main
 from server.engine.batch import Batch
 from server.engine.runner import TorchRunner
+from server.errors import InvalidRequest
 from server.model.loader import Base
+from server.tasks import evaluation
 
 runner = CliRunner()
 SETTINGS = ["--state-dir", "state"]
@@ -156,6 +162,46 @@ def test_what_is_wrong_is_said_before_any_example(
     (given / "bad.jsonl").write_text('{"input": "a", "output": "b"}\n{"prompt": "a", "completion": "b"}')
     done = runner.invoke(app, ["evaluate", *arguments, "--library", "library", *SETTINGS])
     assert done.exit_code != 0 and message in str(done.exception)
+
+
+@pytest.mark.parametrize("stops", [True, False])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_is_done_is_told_before_what_has_ended_it(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stops: bool, as_json: bool
+) -> None:
+    measure, calls = evaluation.evaluate, []
+
+    async def second(*arguments: Any, **how: Any) -> Any:
+        calls.append(how)
+        if len(calls) < 2:
+            return await measure(*arguments, **how)
+        if not stops:
+            raise InvalidRequest("its numbers overflow", "adapters")
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(evaluation, "evaluate", second)
+    command = ["evaluate", "data.jsonl", "--task", "mood", "--library", "library", "--answers", "said.jsonl", *SETTINGS]
+    command += ["--candidate", "mood", "--candidate", "base", "--candidate", "mine/mood"]
+    monkeypatch.setattr(sys, "argv", ["loramux", *command, *(["--json"] if as_json else [])])
+    handlers, before = logging.getLogger().handlers[:], signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        logging.getLogger().handlers[:] = handlers
+    printed, said = capsys.readouterr(), "interrupted; 1 of 3 candidates are done" if stops else "its numbers overflow"
+    assert ended.value.code == (130 if stops else 1) and len(calls) == 2
+    assert printed.err.splitlines()[-1] == (said if stops else f"error: {said}")
+    answers = [json.loads(line)["answers"] for line in (given / "said.jsonl").read_text().splitlines()]
+    assert len(answers) == 9 and all(set(row) == {"mood"} for row in answers)
+    if as_json:
+        told = json.loads(printed.out)
+        assert [row["candidate"] for row in told["candidates"]] == ["mood"]
+        assert told["error"] == {"message": said, "param": None if stops else "adapters"}
+    else:
+        assert "accuracy" in printed.out and "mine/mood" not in printed.out
 
 
 def test_scores_are_told_though_answers_cannot_be_written(given: Path) -> None:

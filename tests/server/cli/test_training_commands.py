@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from adapters import peft_format, training
 from adapters.errors import AdapterError, Diverged, StoreFailed, TrainingStopped
 from adapters.weights import LoraWeights, LowRank
 from server.bench import plots
-from server.cli import app, search, train
+from server.cli import app, main, search, train
 from server.cli.main import _as_ctrl_c
 from server.errors import BadSetting, ServerError
 from server.jobs import run
@@ -27,6 +30,7 @@ from server.jobs.run import prepare
 from server.jobs.searching import within
 from server.jobs.trainable import Trainable, loss_of
 from server.model.loader import Base
+from tests.waiting import until
 
 runner = CliRunner()
 RECIPE = """
@@ -606,6 +610,40 @@ def test_a_search_that_does_not_begin_leaves_what_one_before_has_found(given: Pa
     assert (
         "whole numbers" in str(done.exception) and (given / "search" / "echo" / "trials.jsonl").read_text() == "found"
     )
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_who_stops_a_search_is_told_where_its_trials_lie(
+    given: Path,
+    heeded: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    metric: str,
+) -> None:
+    train_, trials, stopped_at = training.train, [], 2
+
+    def stopping(*arguments: Any, **how: Any) -> LoraWeights:
+        trials.append(how["name"])
+        if len(trials) == stopped_at:
+            os.kill(os.getpid(), heeded)
+            until(how["stop"])  # beside an engine it trains on a thread, which hears of it a little later
+        return train_(*arguments, **how)
+
+    monkeypatch.setattr("server.jobs.searching.train", stopping)
+    command = ["search", "echo.toml", "--ranks", "1,2,4", "--steps", "9", "--share", "1", "--metric", metric, "--json"]
+    monkeypatch.setattr(sys, "argv", ["loramux", *command, "--state-dir", "state"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for place in (", and what was found is in search/echo/trials.jsonl", ""):
+            with pytest.raises(SystemExit) as ended:
+                main()
+            printed, said = capsys.readouterr(), f"interrupted{place}"
+            assert ended.value.code == 130 and printed.err == f"{said}\n"
+            assert json.loads(printed.out)["error"]["message"] == said
+            assert (given / "search" / "echo" / "trials.jsonl").exists() == bool(place)
+            trials, stopped_at = [], 1  # before any is over
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_search_replaces_what_was_found_of_its_own_recipe_alone(given: Path) -> None:
