@@ -5,6 +5,7 @@ somewhere.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shlex
@@ -17,10 +18,13 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from adapters import data
+from adapters.training import TrainingConfig
 from server.api import errors, schemas
 from server.api.fine_tuning_schemas import EvaluateBody
 from server.api.openai_schemas import BOOKKEEPING, NOTES, ChatBody, CompletionBody, LoadAdapterBody
 from server.app import create_app
+from server.jobs import recipe
+from server.jobs.requests import BATCH, EPOCHS, LEARNING_RATE, Asked, Lora
 from server.settings import Settings
 from server.tasks import sampling
 
@@ -102,6 +106,19 @@ def test_examples_of_the_api_page_are_what_the_schemas_say(page: str) -> None:
     assert len(blocks) == 3
     for block in blocks:
         assert any(fits(model, json.loads(block)) for model in (*BODIES, *ANSWERS)), block
+
+
+def test_names_of_recipes_and_jobs_are_told_beside_each_other() -> None:
+    told = (REPO / "docs" / "training.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| in a recipe \| in a job \|\n\|---\|---\|\n((?:\|.*\|\n)+)", told, re.MULTILINE)
+    rows = [[words(cell) for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    of_recipes, of_jobs = (set().union(*column) for column in zip(*rows, strict=True))
+    assert of_recipes - {"[task]"} <= recipe._KEYS | recipe._TRAINING
+    mine = {field.name for kind in (Asked, Lora) for field in dataclasses.fields(kind)} - {"lora", "given", "metadata"}
+    assert of_jobs == mine - {"init_from", "publish"}, "which have no other name"
+    config, lora = TrainingConfig(), Lora()
+    assert (config.epochs, EPOCHS, config.lora_alpha) == (1, 3, 16) and config.learning_rate == LEARNING_RATE == 5e-4
+    assert (config.batch_size, config.lora_rank) == (BATCH, lora.r), "those of which none is told are the same"
 
 
 def test_the_line_that_turns_a_table_into_examples_does(tmp_path: Path) -> None:
