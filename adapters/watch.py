@@ -4,8 +4,8 @@ Owns when a folder is read, when it is not read again, and what is told of the o
 there. Does not read adapters itself: the registry does, from its own copy.
 
 A folder is taken in when both files are there and nothing in it has changed for a second, and again only when its
-content changes; so an adapter that was deleted or replaced through the API stays so. Where one of the two files alone
-is another than before, that takes longer: the other may be on its way. A folder that is removed while it is watched
+content changes; so an adapter that was deleted or replaced through the API stays so. Where the config alone is another
+than before, that takes longer: the tensors may be on their way. A folder that is removed while it is watched
 takes its adapter with it, unless the name has got other content since, or was published with the same; what it was put
 over, the library's or what was published, is served again.
 """
@@ -43,9 +43,8 @@ SHARE = 0.02
 """Of one processor, what looking takes at most, reading not counted: of thousands of folders it looks less often."""
 RETRY_SECONDS = 30.0
 """After how long a folder is tried again that failed for want of room, which its content says nothing about."""
-HALF_SECONDS = 30.0
-"""How long a folder must not have changed of whose two files one is new: one program puts the config in its place while
-it writes the tensors elsewhere."""
+CONFIG_SECONDS = 5.0
+"""How long a folder must not have changed whose config alone is new: copies go by name, and tensors may be coming."""
 MAX_LINES = 10
 """How many adapters are named in the log whose folders are gone."""
 MODEL_WEIGHTS = (".safetensors", ".bin")
@@ -229,7 +228,8 @@ class Watch:
         refused = self._refused.get(folder)
         if refused is not None and refused.signature == signature and not _due(refused.retry_at, now):
             return
-        seconds = max(self._still, HALF_SECONDS) if taken is not None and _is_half(taken, signature) else self._still
+        early = taken is not None and _is_config_alone(taken, signature)
+        seconds = max(self._still, CONFIG_SECONDS) if early else self._still
         everything = _everything(self._directory / folder)
         if everything is not None and self._is_still(folder, signature + everything, now, seconds):
             before = time.thread_time()
@@ -417,10 +417,10 @@ def _everything(folder: Path) -> Signature | None:
         return None
 
 
-def _is_half(taken: Taken, signature: Signature) -> bool:
-    """Whether of the two files one is as it was when the folder was `taken` in, and the other has been replaced."""
+def _is_config_alone(taken: Taken, signature: Signature) -> bool:
+    """Whether the config has been replaced since the folder was `taken` in, and the tensors have not."""
     before, now = ({file[0]: file for file in files} for files in (taken.signature, signature))
-    return all(name in now for name in REQUIRED) and sum(before.get(name) != now[name] for name in REQUIRED) == 1
+    return before.get(CONFIG_FILE) != now.get(CONFIG_FILE) and before.get(TENSOR_FILE) == now.get(TENSOR_FILE)
 
 
 def _files(folder: Path, below: str, every: bool = False) -> Signature:
