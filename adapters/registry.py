@@ -136,15 +136,16 @@ class Registry:
         self.check_room(mix)
         return mix
 
-    def lease(self, choice: Choice) -> Lease:
-        """Fix the versions of `choice` and hold them, in one step. Takes no memory and reads nothing.
+    def lease(self, choice: Choice, instead: str | None = None) -> Lease:
+        """Fix the versions of `choice` and hold them, in one step. Takes no memory and reads nothing. They need no room
+        beside the version that the name `instead` has.
 
         Raises what `mix` does.
         """
         with self._lock:
             versions = self.resolve(choice)
             mix = canonical_mix(versions, self._max_mix)
-            self._ram.check_room(mix.digests, self._pinned_digests())
+            self._ram.check_room(mix.digests, self._pinned_digests(besides=instead))
             self._leases.hold(version for version, _ in versions)
             self._draining.difference_update(mix.digests)
         return Lease(mix, versions, self._release)
@@ -318,7 +319,7 @@ class Registry:
 
     def _roll_back(self, name: str, version: str, if_match: str | None) -> Published:
         text = version if "@" in version else f"{name}@{version}"
-        with self.lease([(text, 1.0)]) as lease:
+        with self.lease([(text, 1.0)], instead=name) as lease:
             ((found, _),) = lease.versions
             if found.name != name:
                 raise AdapterConflict(f"{text[:96]!r} is a version of another adapter", "version")

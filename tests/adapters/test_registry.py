@@ -1268,6 +1268,19 @@ async def test_a_pinned_adapter_makes_room_for_its_own_next_version(open_registr
     assert registry.current("a") == new and registry.describe("a")["pinned"]
 
 
+async def test_a_pinned_adapter_makes_room_for_the_version_that_it_goes_back_to(
+    open_registry: Open, folders: list[Path]
+) -> None:
+    registry = open_registry(ram_bytes=read_folder(folders[0], name="a").nbytes)
+    old = (await registry.publish("a", folders[0])).version
+    await registry.publish("a", folders[1])
+    await registry.pin("a")
+    with pytest.raises(NoRoom):
+        registry.lease([(old.label, 1.0)])
+    assert (await registry.roll_back("a", old.digest)).version == old
+    assert registry.current("a") == old and registry.describe("a")["pinned"]
+
+
 async def test_the_largest_rank_that_is_served_is_served_after_a_restart_too(
     open_registry: Open, folders: list[Path], write_adapter: Write
 ) -> None:
