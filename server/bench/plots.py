@@ -29,14 +29,20 @@ def _axes(title: str, y: str):  # type: ignore[no-untyped-def]
     return figure, axes
 
 
+def _written(figure: Any, path: Path) -> Path:
+    """The path of the PNG. What is not closed stays in memory."""
+    figure.savefig(path, dpi=120)
+    _pyplot().close(figure)
+    return path
+
+
 def bars(path: Path, title: str, y: str, values: Mapping[str, float]) -> Path:
     """One bar a contestant, its value on top. Writes a PNG and returns its path."""
     figure, axes = _axes(title, y)
     drawn = axes.bar(list(values), list(values.values()), color="#3b6ea5")
     axes.bar_label(drawn, fmt="{:,.0f}")
     axes.tick_params(axis="x", labelrotation=15)
-    figure.savefig(path, dpi=120)
-    return path
+    return _written(figure, path)
 
 
 def loads(path: Path, title: str, runs: Sequence[Load]) -> Path:
@@ -73,9 +79,7 @@ def loads(path: Path, title: str, runs: Sequence[Load]) -> Path:
         axes.set_ylim(bottom=0)
     halves[0].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     halves[1].set_xticks([i + 0.4 - width / 2 for i in range(len(cases))], names)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path
+    return _written(figure, path)
 
 
 def quality(path: Path, title: str, y: str, points: Sequence[tuple[int, int, float, float, int]], chosen: int) -> Path:
@@ -101,5 +105,4 @@ def quality(path: Path, title: str, y: str, points: Sequence[tuple[int, int, flo
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters")
     axes.margins(0.15)
-    figure.savefig(path, dpi=120)
-    return path
+    return _written(figure, path)

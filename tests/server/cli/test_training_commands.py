@@ -588,6 +588,7 @@ def test_a_recipe_says_both_and_what_is_wrong_with_them(given: Path, line: str) 
 def test_the_plot_of_a_search_marks_what_was_chosen(tmp_path: Path) -> None:
     points = [(1, 1000, 0.8, 0.0, 10), (2, 2000, 0.9, 0.02, 30)]
     assert plots.quality(tmp_path / "q.png", "title", "accuracy", points, 2).stat().st_size > 1000
+    assert not plots._pyplot().get_fignums(), "it is not kept"
 
 
 def test_a_gpu_trains_where_there_is_one_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
