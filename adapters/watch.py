@@ -3,11 +3,11 @@
 Owns when a folder is read, when it is not read again, and what is told of the ones that are refused. Writes nothing
 there. Does not read adapters itself: the registry does, from its own copy.
 
-A folder is taken in when both files are there and nothing in it has changed for a second, and again only when its
-content changes; so an adapter that was deleted or replaced through the API stays so. Where the config alone is another
-than before, that takes longer: the tensors may be on their way. A folder that is removed while it is watched
-takes its adapter with it, unless the name has got other content since, or was published with the same; what it was put
-over, the library's or what was published, is served again.
+A folder is taken in when both files are there and they, and what is copied to be one, have not changed for a second,
+and again only when its content changes; so an adapter that was deleted or replaced through the API stays so. Where the
+config alone is another than before, that takes longer: the tensors may be on their way. A folder that is removed while
+it is watched takes its adapter with it, unless the name has got other content since, or was published with the same;
+what it was put over, the library's or what was published, is served again.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ CONFIG_SECONDS = 5.0
 """How long a folder must not have changed whose config alone is new: copies go by name, and tensors may be coming."""
 MAX_LINES = 10
 """How many adapters are named in the log whose folders are gone."""
+_STEMS = tuple(name.split(".")[0] for name in REQUIRED)
 MODEL_WEIGHTS = (".safetensors", ".bin")
 
 
@@ -230,8 +231,8 @@ class Watch:
             return
         early = taken is not None and _is_config_alone(taken, signature)
         seconds = max(self._still, CONFIG_SECONDS) if early else self._still
-        everything = _everything(self._directory / folder)
-        if everything is not None and self._is_still(folder, signature + everything, now, seconds):
+        copies = _copies(self._directory / folder)
+        if copies is not None and self._is_still(folder, signature + copies, now, seconds):
             before = time.thread_time()
             self._take_in(folder, signature, now)
             self._read += time.thread_time() - before
@@ -405,12 +406,12 @@ def _instead_of_an_adapter(folder: Path) -> tuple[str, Signature]:
     return "", ()
 
 
-def _everything(folder: Path) -> Signature | None:
-    """The state of all that is in a folder, as far as it may be listed; None if something goes as we look. What copies
-    a file writes it under another name first, mostly a hidden one.
+def _copies(folder: Path) -> Signature | None:
+    """The state of what may become one of the two files, as far as the folder may be listed; None if something goes as
+    we look. What copies a file writes it under another name first, mostly a hidden one, which has the file's within.
     """
     try:
-        return _files(folder, "", every=True)
+        return tuple(state for state in _files(folder, "", every=True) if any(part in state[0] for part in _STEMS))
     except PermissionError:
         return ()
     except OSError:

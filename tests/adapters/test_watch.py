@@ -111,6 +111,16 @@ def test_one_whose_tensors_are_still_written_under_another_name_is_waited_for(sc
     assert scene.look(2) == {"a": new} and len(scene.registry.describe("a")["versions"]) == 2
 
 
+def test_what_else_changes_in_a_folder_does_not_keep_it_from_being_read(scene: Scene) -> None:
+    """As the log of a training, or what a file system leaves of a file that somebody has open."""
+    new = scene.put("a", 1)
+    for size in range(3):
+        for name in ("train.log", ".nfs0001", ".swap"):
+            (scene.directory / "a" / name).write_bytes(bytes(size))
+        found = scene.look()
+    assert found == {"a": new}
+
+
 def test_where_the_config_alone_is_new_the_tensors_are_waited_for(scene: Scene) -> None:
     """Not for long, as somebody may have changed that file alone; new tensors alone are taken in as ever."""
     old = scene.put("a", 1)
