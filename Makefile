@@ -101,8 +101,9 @@ clean:
 	rm -rf $(VENV) build *.egg-info server/kernels/cpu/*.so
 
 # The stamps are newer than all that decides what is installed, so a second run installs nothing. Of two at the same
-# time one waits for the other: where there is flock, the Makefile is what they lock.
-alone = exec 9<$(firstword $(MAKEFILE_LIST)); if command -v flock >/dev/null; then flock 9; fi;
+# time one waits for the other: where there is flock, and a file system that has locks, the Makefile is
+# what they lock.
+alone = exec 9<$(firstword $(MAKEFILE_LIST)); if command -v flock >/dev/null; then flock 9 || :; fi;
 
 $(VENV)/.made:
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import stat
 import subprocess
 import time
@@ -278,6 +279,7 @@ def test_a_container_that_ends_by_itself_is_started_again(compose: dict[str, Any
     assert float(run[run.index("--stop-timeout") + 1]) > Settings().drain
 
 
+@pytest.mark.skipif(shutil.which("flock") is None, reason="there is no flock")
 def test_two_makes_install_one_after_the_other(tmp_path: Path) -> None:
     """The second one finds what the first is still making."""
     python = tmp_path / "python"
