@@ -149,6 +149,7 @@ def check(
     checkpoint = None if base is None else open_checkpoint(base.path)
     reserved = () if base is None else (base.name,)
     notes, name = _check_place(folder, settings.watched_dir, reserved)
+    named = not notes  # else it is yet to be called something, and its task with it
     shapes = None if checkpoint is None else checkpoint.config.linear_shapes()
     weights = read_folder(folder, name=name, max_rank=settings.max_rank, shapes=shapes)
     told = {k: v for k, v in weights.metadata.items() if k in ("honoured", "harmless", "notes", "base")}
@@ -157,7 +158,7 @@ def check(
     else:
         notes = [*of_another_base(told["base"], names_of(base.name)), *notes]
     told["notes"] = [*told["notes"], *notes]
-    task, fault = _task(name, weights.metadata["task"], reserved, checkpoint)
+    task, fault = _task(name if named else "any", weights.metadata["task"], reserved, checkpoint)
     found = {
         "version": weights.version.label,
         "ranks": weights.ranks,
@@ -165,12 +166,16 @@ def check(
         "modules": len(weights.modules),
         "file_bytes": weights.nbytes,
         "fits": None if base is None else base.name,
-        "task": task,
+        "task": task if named or task != "any" else None,
         **told,
     }
-    _tell(found, as_json)
-    if fault is not None:
-        fail(fault)
+    if fault is None:
+        return _tell(found, as_json)
+    _tell(
+        {**found, "error": {"message": fault, "type": "invalid_adapter", "param": "task"}} if as_json else found,
+        as_json,
+    )
+    fail(fault)
 
 
 def _check_place(folder: Path, watched: Path, reserved: Collection[str]) -> tuple[list[str], str]:
@@ -189,7 +194,7 @@ def _check_place(folder: Path, watched: Path, reserved: Collection[str]) -> tupl
     try:
         check_name(place.name, RESERVED.union(reserved))
     except InvalidAdapter as error:
-        if is_watched:
+        if is_watched and not place.name.startswith("."):  # which the server passes over until it is renamed
             raise
         return [f"another name is needed to serve it: {error.message}"], place.name
     if is_watched:

@@ -231,7 +231,7 @@ GOOD: dict[str, Any] = {"prompt": "Mood: {input}"}
 def test_a_task_that_the_server_would_not_use_is_told(own: Path, body: dict[str, Any], why: str) -> None:
     (own / "task.json").write_text(json.dumps(body))
     found, error = checked(own)
-    assert found["fits"] == "tiny" and found["task"] is None
+    assert found["fits"] == "tiny" and found["task"] is None and found["error"]["message"] in error
     assert "served without its task: its task.json is not used: " in error and why in error
 
 
@@ -251,6 +251,17 @@ def test_a_name_that_no_adapter_may_have(own: Path, tmp_path: Path, name: str, w
     (tmp_path / "elsewhere").mkdir()
     (note,) = checked((own.parent / name).rename(tmp_path / "elsewhere" / name))[0]["notes"]
     assert note.startswith("another name is needed to serve it: ") and why in note
+
+
+def test_a_folder_that_is_yet_to_be_named_brings_a_task_all_the_same(own: Path, tmp_path: Path) -> None:
+    """Whether it is to be renamed into its place or to be uploaded."""
+    (own / "task.json").write_text(json.dumps(GOOD))
+    for place in (own.parent / ".new", tmp_path / "my own"):
+        own = own.rename(place)
+        found, error = checked(own)
+        assert error == "" and found["task"] is None and "another name is needed" in found["notes"][0]
+    (own / "task.json").write_text(json.dumps({**GOOD, "task": "mine"}))
+    assert checked(own)[0]["task"] == "mine"
 
 
 def test_a_link_is_what_the_watch_makes_of_it(own: Path, tmp_path: Path) -> None:
