@@ -54,8 +54,8 @@ def train(
 
     What is finished, by the very same recipe, data and base, is skipped. One that fails is told, the others are trained
     all the same, and the status is 1 then; a disk that is full ends it. Ctrl-C stops it after the update that runs, and
-    nothing is lost; a second one ends it at once. With --json, each recipe that is done is a JSON object, and one that
-    fails one with its name and its error: one line, on a terminal several.
+    nothing is lost; a second one ends it at once. With --json, each recipe that is done is a JSON object, and of
+    several one that fails one with its name and its error: one line, on a terminal several.
     """
     import torch
 
@@ -76,7 +76,6 @@ def train(
             prune_to=prune_to or recipe.prune_to,
         )
         check_prune_to(recipe)
-        check_rank(recipe, settings.max_rank)
         check_validation(recipe)
         wanted.append((recipe, data or path.parent))
     settings = settings.where_not_given(packing([recipe for recipe, _ in wanted]))
@@ -86,6 +85,8 @@ def train(
         with _about(recipe):
             done[recipe.name] = finished(recipe, base, output, data_dir=folder)
     to_train = [(recipe, folder) for recipe, folder in wanted if done[recipe.name] is None]
+    for recipe, _ in to_train:
+        check_rank(recipe, settings.max_rank)
     for recipe, folder in to_train if len(to_train) > 1 else ():
         with _about(recipe):
             prepare(recipe, base, folder)  # what is wrong with the last one's data is said before the first one's hours
