@@ -136,6 +136,8 @@ def parse(data: bytes, name: str = "data") -> list[Record]:
 def _wide(data: bytes) -> str | None:
     """The encoding of more than a byte a letter that this looks like: by its mark, or as none of JSON's first
     characters is a zero."""
+    if data.startswith(b"\x1f\x8b"):  # gzip, whose third byte may be followed by zeros
+        return None
     marked = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), None)
     zeros = data[:4].count(0)
     return marked or ("UTF-32" if zeros > 2 else "UTF-16" if zeros else None)

@@ -179,6 +179,11 @@ def test_what_a_spreadsheet_writes_is_called_by_its_name(name):
         data.parse(GOOD.encode() + b"{", name)
 
 
+def test_what_is_packed_is_not_called_wide_letters() -> None:
+    with pytest.raises(InvalidData, match="line 1: not UTF-8"):
+        data.parse(b"\x1f\x8b\x08\x00" + bytes(8), "d.jsonl")
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
 @pytest.mark.parametrize("text", [GOOD, f"[{GOOD}]", "\ufeffinput,output\n"])
 def test_an_encoding_of_wide_letters_is_called_by_its_name(encoding, text):
