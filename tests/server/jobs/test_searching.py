@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +46,8 @@ def test_what_is_held_out_and_too_long_is_told_as_that(
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
     recipe = Recipe("m", "d.jsonl", {"prompt": "{input}", "format": "raw"}, TrainingConfig(max_length=50))
     monkeypatch.setattr(searching, "held_out", lambda records, share: (0,))
-    with pytest.raises(InvalidData, match=r"^d\.jsonl, held out to judge by: all 1 examples are longer than 50"):
+    told = rf"^{re.escape(str(tmp_path))}/d\.jsonl, held out to judge by: all 1 examples are longer than 50"
+    with pytest.raises(InvalidData, match=told):
         examples(recipe, tiny_base, tmp_path, 10)
 
 
