@@ -9,7 +9,6 @@ keyed by digests of their ids, and no second index is kept: they are found by id
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -24,7 +23,9 @@ from typing import Any
 
 from adapters.errors import StoreFailed
 from server.errors import UnknownName
+from server.tasks import examples
 from server.tasks.definitions import FEEDBACK_METRIC
+from server.tasks.examples import digest
 from server.tasks.intervals import Totals, interval
 from server.tasks.quality_file import HOUR, SUMS, opened, still_there, swept
 from server.tasks.subjects import Answered, Subject
@@ -46,8 +47,6 @@ MOST_TRAFFIC = 1000
 MOST_TOLD = 100
 """Of a task's subjects, in its performance: a name that is published every hour has thousands in all that is kept."""
 MOST_PAIRED = 10_000
-BEHIND_ALL = b"\xff" * 17
-"""Put behind a digest, it is behind that one with any other put behind it."""
 JUMP = 60.0
 """Seconds that the wall clock may gain or lose in an hour and still be a clock."""
 FEEDBACK, EVALUATION = "feedback", "evaluation"
@@ -137,14 +136,7 @@ class Quality:
                 for example, value in values.items():
                     key = digest(f"{number} {metric} {example}")
                     changes += self._score(key, number, metric, EVALUATION, value, now)
-                    # Both parts are of one length; records of before the second was kept have the first alone.
-                    this = digest(example)
-                    self._db.execute(
-                        "DELETE FROM examples WHERE subject = ? AND metric = ? AND example BETWEEN ? AND ?",
-                        (number, metric, this, this + BEHIND_ALL),
-                    )
-                    row = (number, metric, this + digest(asked), value, now)
-                    self._db.execute("INSERT INTO examples VALUES (?, ?, ?, ?, ?)", row)
+                    examples.keep(self._db, number, metric, example, asked, value, now)
             self._add(subject, metric, EVALUATION, changes)
             self._paired = {key: known for key, known in self._paired.items() if subject not in key}
 
@@ -196,18 +188,13 @@ class Quality:
     def paired(self, first: Subject, second: Subject, metric: str) -> Totals:
         """What is between two subjects on the examples that both were evaluated on: (1 + first's - second's) / 2."""
         key = (first, second, metric)
-        query = (
-            "SELECT count(*), total(half), total(half * half) FROM (SELECT (1 + a.value - b.value) / 2 AS half"
-            " FROM examples a JOIN examples b ON b.metric = a.metric AND b.example = a.example"
-            " WHERE a.subject = ? AND b.subject = ? AND a.metric = ?)"
-        )
         with self._lock:
             known = self._paired.get(key)
             if known is None:
-                numbers = self._ids.get(first), self._ids.get(second)
-                if None in numbers:
+                if first not in self._ids or second not in self._ids:
                     return Totals()
-                known = self._paired[key] = Totals(*self._db.execute(query, (*numbers, metric)).fetchone())
+                known = examples.between(self._db, self._ids[first], self._ids[second], metric)
+                self._paired[key] = known
                 if len(self._paired) > MOST_PAIRED:
                     del self._paired[next(iter(self._paired))]
             return known
@@ -525,8 +512,3 @@ def _told_of_the_disk() -> Iterator[None]:
 def _told(text: str) -> bytes:
     """An answer's words as accuracy compares them, but for case and space: what people write is not kept."""
     return digest(text.strip().lower())
-
-
-def digest(text: str) -> bytes:
-    """16 bytes that stand for a text: an id, or the words of an answer."""
-    return hashlib.sha256(text.encode()).digest()[:16]

@@ -20,9 +20,10 @@ from adapters.errors import StoreFailed
 from adapters.weights import Version
 from server.errors import UnknownName
 from server.tasks import quality as module
+from server.tasks.examples import digest
 from server.tasks.intervals import Totals
 from server.tasks.latency import BUCKETS, Latencies
-from server.tasks.quality import DAY, Quality, digest
+from server.tasks.quality import DAY, Quality
 from server.tasks.quality_file import in_memory
 from server.tasks.subjects import Answered, Subject
 from tests.waiting import until
@@ -643,7 +644,8 @@ def test_an_answer_of_no_words_may_be_what_was_expected(tmp_path: Path) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from server.tasks.quality import DAY, Quality, digest
+from server.tasks.examples import digest
+from server.tasks.quality import DAY, Quality
 from server.tasks.subjects import Answered, Subject
 from server.tasks.quality_file import in_memory
 
