@@ -140,6 +140,7 @@ def asked_with(task: Task, metric: str) -> str:
     """
     defaults = {**vars(Sampling()), **OWN_DEFAULTS, **task.defaults}
     how = [] if metric == LOSS else [defaults[name] for name in OF_GREEDY]
+    how = [sorted(value) if isinstance(value, list | tuple) else value for value in how]  # whichever comes first stops
     return hashlib.sha256(json.dumps([task.prompt, task.format, task.system, how]).encode()).hexdigest()
 
 

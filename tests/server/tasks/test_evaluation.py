@@ -370,6 +370,10 @@ def test_what_makes_no_other_answer_is_no_other_question() -> None:
     task = Task("t", "Say: {input}", Best(("a", "b")))
     usual = {"max_tokens": 64, "temperature": 1.5, "top_p": 0.5, "seed": 3, "logprobs": 2, "stop": []}
     alike = Task("u", "Say: {input}", Best(("c", "d")), labels=("yes", "no"), defaults=usual, source="file")
+    for stops in ({"stop": ["a", "b"]}, {"stop": ["b", "a"]}):
+        assert asked_with(replace(task, defaults=stops), "chrf") == asked_with(
+            replace(task, defaults={"stop": ["a", "b"]}), "chrf"
+        )
     assert asked_with(alike, "chrf") == asked_with(task, "chrf") == asked_with(task, "accuracy")
 
 
