@@ -158,7 +158,10 @@ def check(
     else:
         notes = [*of_another_base(told["base"], names_of(base.name)), *notes]
     told["notes"] = [*told["notes"], *notes]
-    task, fault = _task(name if named else "any", weights.metadata["task"], reserved, checkpoint)
+    brought = weights.metadata["task"]
+    task, fault = _task(name if named else "unnamed", brought, reserved, checkpoint)
+    if not named and not (isinstance(brought, dict) and brought.get("task")):
+        task = None  # it has the name that the folder will have
     found = {
         "version": weights.version.label,
         "ranks": weights.ranks,
@@ -166,7 +169,7 @@ def check(
         "modules": len(weights.modules),
         "file_bytes": weights.nbytes,
         "fits": None if base is None else base.name,
-        "task": task if named or task != "any" else None,
+        "task": task,
         **told,
     }
     if fault is None:
