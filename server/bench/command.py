@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Measure this server, its steps, and its peers.")
 console = Console(stderr=True)
 
-Out = Annotated[
-    Path | None, typer.Option(help="Folder for the JSON, and a picture where there is one.", callback=given_path)
-]
+Out = Annotated[Path | None, typer.Option(help="Folder for the JSON, and for a picture.", callback=given_path)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Model = Annotated[str | None, typer.Option(help="Catalogue name, folder, .gguf file or hub id. [as served]")]
 State = Annotated[

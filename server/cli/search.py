@@ -134,14 +134,7 @@ def search(
     for seed in plan.seeds:
         replace(wanted.config, seed=seed)  # one that is none is told before the first trial
     model = Trainable(base, wanted.config.compute_dtype)
-    (output / TRIALS).unlink(missing_ok=True)  # of a search before
-    with _told_where(output / TRIALS), progress("steps", quiet=as_json) as bar:
-        if judged_by == LOSS:
-            result = _searched(plan, model, found, None, bar, lambda: False, output)
-            judges = Judges(len(found.judged.examples), found.judged.among(found.learned))
-        else:
-            serving = open_base(settings, choose(settings.kernels, settings.device), quiet=True)
-            result, judges = asyncio.run(_with_engine(settings, serving, plan, model, found, bar, output))
+    result, judges = _run(settings, plan, model, found, output, quiet=as_json)
     told = _told(plan, result, found, judges)
     picture, lost = _write(output, plan, result, told)
     if as_json:
@@ -151,6 +144,21 @@ def search(
         _show(told, picture)
     if lost is not None:  # what was found is not
         logs.fail(lost)
+
+
+def _run(
+    settings: Settings, plan: Plan, model: Trainable, found: Examples, output: Path, *, quiet: bool
+) -> tuple[RankSearch, Judges]:
+    """All trials, kept in the output as they end, and what judged them."""
+    from server.kernels import choose
+
+    (output / TRIALS).unlink(missing_ok=True)  # of a search before
+    with _told_where(output / TRIALS), progress("steps", quiet=quiet) as bar:
+        if plan.metric == LOSS:
+            result = _searched(plan, model, found, None, bar, lambda: False, output)
+            return result, Judges(len(found.judged.examples), found.judged.among(found.learned))
+        serving = open_base(settings, choose(settings.kernels, settings.device), quiet=True)
+        return asyncio.run(_with_engine(settings, serving, plan, model, found, bar, output))
 
 
 @contextlib.contextmanager
