@@ -24,7 +24,7 @@ SOURCES, MACHINES = _HERE["digest"](Path(KERNELS)), _HERE["MACHINES"]
 ISA = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"]
 """What all kernels need. Whether a machine has it is asked when a library is loaded."""
 LIBRARIES = {
-    "_native_amx": [*ISA, "avx512bf16", "avx512vbmi2", "amx-tile", "amx-int8"],
+    "_native_amx": [*ISA, "avx512bf16", "avx512vbmi2", "amx-tile", "amx-int8", "amx-bf16"],
     "_native_bf16": [*ISA, "avx512bf16"],
     "_native": ISA,
 }

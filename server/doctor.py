@@ -26,7 +26,7 @@ from server.settings import Settings
 from server.tasks.quality_file import LEAST_ROOM
 
 ISA = {
-    "x86_64": ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8"),
+    "x86_64": ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16"),
     "aarch64": ("asimd", "asimddp", "i8mm", "bf16", "sve"),
 }
 """Processor features that matter to the kernels, as the kernel's cpuinfo names them."""

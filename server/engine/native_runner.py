@@ -35,8 +35,6 @@ from server.model.rope import angles_before, frequencies
 VECTOR = 16
 """Tokens of a block that the kernels read together: block sizes are multiples of it."""
 
-ATTENDING = 8 * (4 + 2)
-"""Bytes that a thread attends with for each token of the context: scores of eight queries, and their powers in bf16."""
 DRAWING = 4 * 4
 """Bytes that a thread draws with for each token of the vocabulary: three floats and an id."""
 
@@ -319,7 +317,7 @@ class NativeRunner:
         """The angles of all positions, and what each thread attends with (twice, as it works with the others and alone)
         and draws with."""
         config, positions, threads = self._config, self._positions(tokens), self._threads
-        attending = ATTENDING * positions * (2 * threads if threads > 1 else 1)
+        attending = int(self._library.loramux_attending()) * positions * (2 * threads if threads > 1 else 1)
         return 4 * config.head_dim * positions + attending + DRAWING * config.vocab_size * threads
 
     def nbytes(self) -> dict[str, int]:

@@ -163,6 +163,9 @@ int64_t loramux_model_apart(void* model) { return static_cast<Served*>(model)->m
 int64_t loramux_model_sparing(void* model) { return static_cast<Served*>(model)->model.steps_sparing(); }
 int64_t loramux_model_touched(void* model) { return static_cast<Served*>(model)->model.blocks_touched(); }
 
+// Bytes that a thread attends with for each token of the context.
+int64_t loramux_attending() { return AttentionScratch::EACH_TOKEN; }
+
 int64_t loramux_block_bytes(const Config* config, int64_t block_size) {
   return config->layers * cache_halves(*config, block_size) * static_cast<int64_t>(sizeof(uint16_t));
 }

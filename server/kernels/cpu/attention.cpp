@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "attention_unit.h"
 #include "simd.h"
 
 namespace loramux {
@@ -15,7 +16,7 @@ inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), 
 // read: a burst would wait for the few that the processor keeps under way.
 template <int N, int V>
 inline void score(const uint16_t* const* keys, const uint16_t* const* next, int64_t dim, const uint16_t* const* q,
-                  __m512 scale, float* scores, int64_t stride) {
+                  float* scores, int64_t stride) {
   __m512 sum[N][V];
   for (int n = 0; n < N; n++)
     for (int v = 0; v < V; v++) sum[n][v] = _mm512_setzero_ps();
@@ -32,13 +33,14 @@ inline void score(const uint16_t* const* keys, const uint16_t* const* next, int6
     }
   }
   for (int n = 0; n < N; n++)
-    for (int v = 0; v < V; v++) _mm512_storeu_ps(scores + n * stride + v * 16, _mm512_mul_ps(sum[n][v], scale));
+    for (int v = 0; v < V; v++) _mm512_storeu_ps(scores + n * stride + v * 16, sum[n][v]);
 }
 
-// exp(s - max) of N queries as bf16, zero behind what a query sees; `inverse` are the sums of what was stored, inverted.
+// exp((s - max) scale) of N queries as bf16, zero behind what a query sees, and as floats in place of the scores where somebody
+// reads them; `inverse` are the sums of what was stored, inverted.
 // The queries go side by side: each alone would wait for its own maximum and its own sum.
 template <int N>
-void softmax(const float* scores, const int64_t* position, int64_t stride, uint16_t* powers, float* inverse) {
+void softmax(float* scores, const int64_t* position, float scale, int64_t stride, uint16_t* powers, float* inverse) {
   const __m512 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   __m512 peak[N], sum[N];
   for (int n = 0; n < N; n++) peak[n] = least, sum[n] = _mm512_setzero_ps();
@@ -46,14 +48,18 @@ void softmax(const float* scores, const int64_t* position, int64_t stride, uint1
     for (int n = 0; n < N; n++)
       peak[n] = _mm512_max_ps(
           peak[n], _mm512_mask_loadu_ps(least, first_lanes(position[n] + 1 - i), scores + n * stride + i));
-  for (int n = 0; n < N; n++) peak[n] = _mm512_set1_ps(_mm512_reduce_max_ps(peak[n]));
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int n = 0; n < N; n++) peak[n] = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(peak[n])), factor);
   for (int64_t i = 0; i < stride; i += 16)
     for (int n = 0; n < N; n++) {
       const __mmask16 mask = first_lanes(position[n] + 1 - i);
-      const __m512 e = exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + n * stride + i), peak[n]));
+      const __m512 s = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, scores + n * stride + i), factor);
+      const __m512 e = exp_ps(_mm512_sub_ps(s, peak[n]));
       const __m256i h = float_to_bf16(_mm512_maskz_mov_ps(mask, e));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(powers + n * stride + i), h);
-      sum[n] = _mm512_add_ps(sum[n], bf16_to_float(h));
+      const __m512 stored = bf16_to_float(h);
+      if constexpr (MATRIX_UNIT) _mm512_storeu_ps(scores + n * stride + i, stored);
+      sum[n] = _mm512_add_ps(sum[n], stored);
     }
   for (int n = 0; n < N; n++) inverse[n] = 1.0f / _mm512_reduce_add_ps(sum[n]);
 }
@@ -92,13 +98,10 @@ void weigh(const Cache& cache, const int32_t* blocks, int64_t head, int64_t cont
                             _mm512_mul_ps(sum[n][w], _mm512_set1_ps(inverse[n])));
 }
 
-// From N queries' scores to what they see.
+// Weighted sums of N queries, walked by as many dims at a time as registers hold sums of.
 template <int N>
-void sum_up(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const float* scores,
-            const int64_t* position, int64_t stride, uint16_t* powers, float* const* out,
-            const uint16_t* const* following) {
-  float inverse[N];
-  softmax<N>(scores, position, stride, powers, inverse);
+void sums_of(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const uint16_t* powers,
+             int64_t stride, const float* inverse, float* const* out, const uint16_t* const* following) {
   int64_t from = 0;
   for (; from + 64 <= cache.padded(); from += 64)
     weigh<N, 4>(cache, blocks, head, context, from, powers, stride, inverse, out, following);
@@ -108,9 +111,8 @@ void sum_up(const Cache& cache, const int32_t* blocks, int64_t head, int64_t con
 
 template <int N>
 void scores_of(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const uint16_t* const* q,
-               float scale, float* scores, int64_t stride) {
+               float* scores, int64_t stride) {
   constexpr int V = N <= 4 ? 4 : 2;  // enough sums side by side to hide the latency of each
-  const __m512 factor = _mm512_set1_ps(scale);
   const int64_t vectors = (context + 15) / 16, each = cache.size / 16;
   // The values are walked after the keys: their beginning is asked for with the last keys.
   const auto keys = [&](int64_t v) {
@@ -126,7 +128,7 @@ void scores_of(const Cache& cache, const int32_t* blocks, int64_t head, int64_t 
       now[i] = keys(v + i);
       next[i] = keys(v + V + i);
     }
-    score<N, V>(now, next, cache.dim, q, factor, scores + v * 16, stride);
+    score<N, V>(now, next, cache.dim, q, scores + v * 16, stride);
   }
   for (int i = 0; v + i < vectors; i++) {
     now[i] = keys(v + i);
@@ -134,9 +136,49 @@ void scores_of(const Cache& cache, const int32_t* blocks, int64_t head, int64_t 
   }
   switch (vectors - v) {
     case 0: break;
-    case 1: score<N, 1>(now, next, cache.dim, q, factor, scores + v * 16, stride); break;
-    case 2: score<N, std::min(V, 2)>(now, next, cache.dim, q, factor, scores + v * 16, stride); break;
-    default: score<N, std::min(V, 3)>(now, next, cache.dim, q, factor, scores + v * 16, stride);
+    case 1: score<N, 1>(now, next, cache.dim, q, scores + v * 16, stride); break;
+    case 2: score<N, std::min(V, 2)>(now, next, cache.dim, q, scores + v * 16, stride); break;
+    default: score<N, std::min(V, 3)>(now, next, cache.dim, q, scores + v * 16, stride);
+  }
+}
+
+// The scores of all queries, and of keys that lie behind the last one up to a multiple of 16 tokens.
+void all_scores(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int count,
+                const uint16_t* const* q, AttentionScratch& scratch, int64_t stride) {
+  if constexpr (MATRIX_UNIT) {
+    if (by_unit(cache)) return scores_by_unit(cache, blocks, head, context, count, q, scratch, stride);
+  }
+  for (int n = 0; n < count; n += 8) {
+    float* s = scratch.scores.get() + n * stride;
+    switch (count - n) {
+      case 1: scores_of<1>(cache, blocks, head, context, q + n, s, stride); break;
+      case 2: scores_of<2>(cache, blocks, head, context, q + n, s, stride); break;
+      case 3: scores_of<3>(cache, blocks, head, context, q + n, s, stride); break;
+      case 4: scores_of<4>(cache, blocks, head, context, q + n, s, stride); break;
+      case 5: scores_of<5>(cache, blocks, head, context, q + n, s, stride); break;
+      case 6: scores_of<6>(cache, blocks, head, context, q + n, s, stride); break;
+      case 7: scores_of<7>(cache, blocks, head, context, q + n, s, stride); break;
+      default: scores_of<8>(cache, blocks, head, context, q + n, s, stride);
+    }
+  }
+}
+
+// Weighted sums of all queries.
+void all_sums(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int count,
+              const AttentionScratch& scratch, int64_t stride, const float* inverse, float* const* out,
+              const uint16_t* const* following) {
+  if constexpr (MATRIX_UNIT) {
+    if (by_unit(cache)) return weigh_by_unit(cache, blocks, head, context, count, scratch, stride, inverse, out, following);
+  }
+  for (int n = 0; n < count; n += 4) {
+    const uint16_t* p = scratch.powers.get() + n * stride;
+    const float* i = inverse + n;
+    switch (count - n) {
+      case 1: sums_of<1>(cache, blocks, head, context, p, stride, i, out + n, following); break;
+      case 2: sums_of<2>(cache, blocks, head, context, p, stride, i, out + n, following); break;
+      case 3: sums_of<3>(cache, blocks, head, context, p, stride, i, out + n, following); break;
+      default: sums_of<4>(cache, blocks, head, context, p, stride, i, out + n, following);
+    }
   }
 }
 
@@ -170,29 +212,19 @@ void attend(const Cache& cache, const int32_t* blocks, int64_t head, int count, 
             const int64_t* position, float scale, AttentionScratch& scratch, float* const* out, const uint16_t* const* following) {
   const int64_t context = *std::max_element(position, position + count) + 1;
   const int64_t stride = (context + 31) / 32 * 32;
-  float* scores = scratch.scores.get();
-  uint16_t* powers = scratch.powers.get();
-  switch (count) {
-    case 1: scores_of<1>(cache, blocks, head, context, q, scale, scores, stride); break;
-    case 2: scores_of<2>(cache, blocks, head, context, q, scale, scores, stride); break;
-    case 3: scores_of<3>(cache, blocks, head, context, q, scale, scores, stride); break;
-    case 4: scores_of<4>(cache, blocks, head, context, q, scale, scores, stride); break;
-    case 5: scores_of<5>(cache, blocks, head, context, q, scale, scores, stride); break;
-    case 6: scores_of<6>(cache, blocks, head, context, q, scale, scores, stride); break;
-    case 7: scores_of<7>(cache, blocks, head, context, q, scale, scores, stride); break;
-    default: scores_of<8>(cache, blocks, head, context, q, scale, scores, stride);
-  }
+  float inverse[QUERIES];
+  all_scores(cache, blocks, head, context, count, q, scratch, stride);
   for (int n = 0; n < count; n += 4) {
-    const float* s = scores + n * stride;
-    const int64_t* at = position + n;
-    uint16_t* p = powers + n * stride;
+    float* s = scratch.scores.get() + n * stride;
+    uint16_t* p = scratch.powers.get() + n * stride;
     switch (count - n) {
-      case 1: sum_up<1>(cache, blocks, head, context, s, at, stride, p, out + n, following); break;
-      case 2: sum_up<2>(cache, blocks, head, context, s, at, stride, p, out + n, following); break;
-      case 3: sum_up<3>(cache, blocks, head, context, s, at, stride, p, out + n, following); break;
-      default: sum_up<4>(cache, blocks, head, context, s, at, stride, p, out + n, following);
+      case 1: softmax<1>(s, position + n, scale, stride, p, inverse + n); break;
+      case 2: softmax<2>(s, position + n, scale, stride, p, inverse + n); break;
+      case 3: softmax<3>(s, position + n, scale, stride, p, inverse + n); break;
+      default: softmax<4>(s, position + n, scale, stride, p, inverse + n);
     }
   }
+  all_sums(cache, blocks, head, context, count, scratch, stride, inverse, out, following);
 }
 
 }  // namespace loramux

@@ -11,7 +11,7 @@
 namespace loramux {
 
 constexpr int AHEAD = 4;    // blocks that are asked for before they are read
-constexpr int QUERIES = 8;  // of one KV head that walk its keys together
+constexpr int QUERIES = MATRIX_UNIT ? 16 : 8;  // of one KV head that walk its keys together
 
 // One layer's cache. A block holds, for each KV head, its keys as [size/16][dim/2][16][2] and its values as
 // [size/2][dim padded to 16][2], both bf16: a vector has 16 tokens' pairs of dims, or 16 dims of a pair of tokens. All
@@ -33,14 +33,19 @@ void write_token(const Cache& cache, int64_t block, int64_t head, int64_t offset
 
 // Per-thread room for `attend`.
 struct AttentionScratch {
-  Buffer<float> scores;     // [QUERIES][context padded to 32]
-  Buffer<uint16_t> powers;  // the same, bf16
-  void reserve(int64_t context) {
+  static constexpr int64_t EACH_TOKEN = QUERIES * (sizeof(float) + sizeof(uint16_t));  // bytes, of the first two
+
+  Buffer<float> scores;      // [QUERIES][context padded to 32], and powers then
+  Buffer<uint16_t> powers;   // the same, bf16
+  Buffer<uint16_t> queries;  // [QUERIES][dim], bf16, of the matrix unit
+  Buffer<float> floats;      // the same, of vector instructions in its place
+  void reserve(int64_t context, int64_t dim) {
     const int64_t wide = (context + 31) / 32 * 32;
     scores.reserve(QUERIES * wide);
     powers.reserve(QUERIES * wide);
+    if (MATRIX_UNIT) queries.reserve(QUERIES * dim), floats.reserve(QUERIES * dim);
   }
-  int64_t bytes() const { return scores.bytes() + powers.bytes(); }
+  int64_t bytes() const { return scores.bytes() + powers.bytes() + queries.bytes() + floats.bytes(); }
 };
 
 // out[i] [dim] for `count` <= QUERIES queries q[i] (bf16 [dim]) of one head, query i seeing tokens 0..position[i].

@@ -130,6 +130,7 @@ class Step(ctypes.Structure):
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_missing": (c_char_p, []),
     "loramux_instructions": (c_char_p, []),
+    "loramux_attending": (c_int64, []),
     "loramux_sources": (c_char_p, []),
     "loramux_pool_new": (c_void_p, [c_int, c_bool]),
     "loramux_pool_free": (None, [c_void_p]),

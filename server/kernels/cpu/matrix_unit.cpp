@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "few_rows.h"
+#include "tiles.h"
 #include "words.h"
 
 namespace loramux {
@@ -19,27 +20,13 @@ constexpr int64_t MOST_RESTS = 20;  // tiles of what bytes leave: of packing.py'
 
 // Tiles of 64 bytes a row: 0 to 3 are sums, 4 is weights, 5 rows. Fewer in use are faster: where a core has another thread,
 // little is left to rename them to, and a product with what it reads takes 15 ns with four or five in use, 30 with eight.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Whoever has used the unit in this thread before may have left it otherwise. To ask takes a tenth of the time of saying so.
-inline void configure(int sums, int64_t rows) {
-  TileConfig now;
-  TileConfig wanted;
-  for (int tile = 0; tile < 6; tile++) {
-    if (tile >= sums && tile < 4) continue;
-    wanted.bytes[tile] = 64;
-    wanted.rows[tile] = tile == 4 ? 16 : static_cast<uint8_t>(rows);
-  }
-  _tile_storeconfig(&now);
-  if (_mm512_cmpneq_epi32_mask(_mm512_load_si512(&now), _mm512_load_si512(&wanted)) != 0) _tile_loadconfig(&wanted);
+inline TileConfig config_of(int sums, int64_t rows) {
+  TileConfig config;
+  for (int tile = 0; tile < sums; tile++) config.set(tile, rows, 64);
+  config.set(4, 16, 64);
+  config.set(5, rows, 64);
+  return config;
 }
-
-// Intrinsics of tiles do not tell the compiler what memory they read.
-inline void written() { asm volatile("" ::: "memory"); }
 
 // Where the codes of a block's rows are for a span: low ones behind high ones.
 struct Rows {
@@ -253,7 +240,7 @@ template <class Use, class Scales>
 int64_t tiles_used(const Walk& walk, int64_t tile, int64_t last) {
   const int64_t end = tile + (last - tile) / Use::TILES * Use::TILES, rows = walk.x.rows_of_tile;
   if (tile == end) return end;
-  configure(Use::COUNT, Use::STACKED ? 2 * rows : rows);
+  configure(config_of(Use::COUNT, Use::STACKED ? 2 * rows : rows));
   if (walk.rows <= rows)
     one_block<Use, Scales>(walk, tile, end);
   else

@@ -19,8 +19,8 @@ extern "C" const char* loramux_missing() {
 #endif
 #if defined(__AMX_INT8__)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1))  // tiles, products of int8
-    return "the processor has no AMX-INT8";
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1) || !(d >> 22 & 1))
+    return "the processor has no AMX-INT8 and AMX-BF16";
   if (!(c >> 6 & 1)) return "the processor has no AVX512-VBMI2";
   constexpr int PERMISSION = 0x1023, TILES = 18;  // Linux: ARCH_REQ_XCOMP_PERM, and the state of AMX's tiles
   if (syscall(SYS_arch_prctl, PERMISSION, TILES) != 0) return "the system does not let this process use AMX";
@@ -34,7 +34,7 @@ extern "C" const char* loramux_missing() {
 // What they are compiled for, in the words that people know.
 extern "C" const char* loramux_instructions() {
 #if defined(__AMX_INT8__)
-  return "AMX-INT8, AVX512-VNNI, AVX512-BF16";
+  return "AMX-INT8, AMX-BF16, AVX512-VNNI, AVX512-BF16";
 #elif defined(__AVX512BF16__)
   return "AVX512-VNNI, AVX512-BF16";
 #else

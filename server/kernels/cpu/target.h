@@ -7,7 +7,7 @@
 
 namespace loramux {
 
-// Whether there is a matrix unit, for products of codes; see matrix_unit.h.
+// Whether there is a matrix unit, for products of codes and of bf16; see matrix_unit.h and attention_unit.h.
 #ifdef __AMX_INT8__
 constexpr bool MATRIX_UNIT = true;
 #else

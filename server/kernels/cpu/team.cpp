@@ -102,7 +102,7 @@ void Team::reserve(const Step& step) {
   for (size_t site = 0; site < SITES; site++)
     if (sites >> site & 1) updates_[site].reserve(rows * whole_tiles(base_.layers[0].site[site].n));
   for (Local& local : local_) {
-    local.attention.reserve(context);
+    local.attention.reserve(context, config.head_dim);
     local.tile.reserve(rows * 2 * SPAN);
     local.rows.reserve(ROWS * config.hidden);
     local.update.reserve(update_floats(rank));
@@ -488,7 +488,7 @@ void Team::attention(const Step& step, int64_t layer, const RowBlock& block) {
   struct Task {
     int32_t sequence, first, last;
   };
-  constexpr int32_t EACH = 8;
+  constexpr int32_t EACH = QUERIES;  // rows, so that walks over the keys are whole ones whatever the heads
   thread_local std::vector<Task> tasks;
   tasks.clear();
   bool single = true;  // no row reads what another of this block writes

@@ -18,7 +18,9 @@ from server.engine.runner import Runner, make_runner
 from server.kernels import choose, cpu
 from server.kernels.cpu import bindings
 from server.kernels.lora import SlotWeights
+from server.kernels.stored import dequantize_stored
 from server.model.config import RopeScaling
+from server.model.quantization import quantize
 from tests.conftest import part_missing
 from tests.server.kernels import tiny
 from tests.server.kernels.conftest import runs
@@ -289,6 +291,24 @@ def test_a_row_does_not_depend_on_its_batch(family: str) -> None:
     step(runner, [(first, 64)])
     behind = Sequence(ids, [30, 31, 32, 33, 50], mix, done=64)
     assert torch.equal(step(runner, [(behind, 13)])[0], expected[64:])
+
+
+@pytest.mark.usefixtures("library")
+def test_nor_where_products_are_too_small_to_be_normal_numbers() -> None:
+    """Values of 1e-37, shared out among 77 tokens and made large again: the matrix unit takes denormals for 0."""
+    native, plain = bases("llama-bf16")
+    factors = {"v_proj": 1e-37, "o_proj": 1e36}
+    weights = {
+        path: native.backend.pack(quantize(dequantize_stored(weight) * factors[path.rsplit(".", 1)[-1]], "none", 64))
+        for path, weight in plain.weights.items()
+        if path.endswith(tuple(factors))
+    }
+    small = replace(native, weights=native.weights | weights)
+    runner, ids = runner_of(small), tokens(1, 77)
+    expected = alone(runner, ids)
+    assert not torch.equal(expected, alone(runner_of(native), ids))
+    subject = Sequence(ids, [99, 12, 55, 13, 98])
+    assert torch.equal(torch.cat([step(runner, [(subject, 1)])[0] for _ in ids]), expected)
 
 
 @pytest.mark.usefixtures("library")
