@@ -36,8 +36,8 @@ inline void score(const uint16_t* const* keys, const uint16_t* const* next, int6
     for (int v = 0; v < V; v++) _mm512_storeu_ps(scores + n * stride + v * 16, sum[n][v]);
 }
 
-// exp((s - max) scale) of N queries as bf16, zero behind what a query sees, and as floats in place of the scores where somebody
-// reads them; `inverse` are the sums of what was stored, inverted.
+// exp((s - max) scale) of N queries as bf16, zero behind what a query sees, and as floats in place of the scores where there is
+// a matrix unit; `inverse` are the sums of what was stored, inverted.
 // The queries go side by side: each alone would wait for its own maximum and its own sum.
 template <int N>
 void softmax(float* scores, const int64_t* position, float scale, int64_t stride, uint16_t* powers, float* inverse) {

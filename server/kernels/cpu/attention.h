@@ -1,5 +1,6 @@
 // Causal attention over KV blocks in bf16, with accumulation in float32.
-// A query's sums run over tokens 0, 1, 2, ... of its own context, whatever the tile, the chunk or the blocks.
+// A query's sums run over tokens 0, 1, 2, ... of its own context, or over sixteens of them (attention_unit.h), whatever the
+// tile, the chunk or the blocks.
 #pragma once
 #include "target.h"
 
@@ -35,7 +36,7 @@ void write_token(const Cache& cache, int64_t block, int64_t head, int64_t offset
 struct AttentionScratch {
   static constexpr int64_t EACH_TOKEN = QUERIES * (sizeof(float) + sizeof(uint16_t));  // bytes, of the first two
 
-  Buffer<float> scores;      // [QUERIES][context padded to 32], and powers then
+  Buffer<float> scores;      // [QUERIES][context padded to 32], and powers then beside a matrix unit
   Buffer<uint16_t> powers;   // the same, bf16
   Buffer<uint16_t> queries;  // [QUERIES][dim], bf16, of the matrix unit
   Buffer<float> floats;      // the same, of vector instructions in its place

@@ -3,6 +3,7 @@
 #ifdef __AMX_INT8__
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 #include "tiles.h"
@@ -165,7 +166,7 @@ struct Values {
 
   int64_t wide() const { return cache.dim * 2; }  // halves from a pair of tokens to the next
 
-  // Calls add(start, values, pairs) for every 16 tokens, of which there may be fewer at the end.
+  // Calls add(start, values, next, pairs) for every 16 tokens, of which there may be fewer at the end.
   template <class Add>
   __attribute__((always_inline)) void walk(Add add) const {
     const int64_t last = (context - 1) / cache.size;
@@ -300,6 +301,7 @@ void weigh_by_unit(const Cache& cache, const int32_t* blocks, int64_t head, int6
                    const AttentionScratch& scratch, int64_t stride, const float* inverse, float* const* out,
                    const uint16_t* const* following) {
   const WithoutDenormals mode;
+  if (count > FEW) configure(config_of(count));
   int64_t from = 0;
   for (; from + 64 <= cache.dim; from += 64)
     weigh(Values<4>{cache, blocks, head, context, from, following}, count, scratch, stride, inverse, out);

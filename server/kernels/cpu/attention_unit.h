@@ -21,7 +21,8 @@ inline bool by_unit(const Cache& cache) { return MATRIX_UNIT && cache.dim % 32 =
 void scores_by_unit(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int count,
                     const uint16_t* const* q, AttentionScratch& scratch, int64_t stride);
 
-// out[i] [dim] = values weighted by the powers of `scratch`, zero behind what a query sees, times inverse[i].
+// out[i] [dim] = values weighted by the powers of `scratch` (in both of its forms), zero behind what a query sees, times
+// inverse[i].
 void weigh_by_unit(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int count,
                    const AttentionScratch& scratch, int64_t stride, const float* inverse, float* const* out,
                    const uint16_t* const* following);

@@ -19,7 +19,7 @@ extern "C" const char* loramux_missing() {
 #endif
 #if defined(__AMX_INT8__)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1) || !(d >> 22 & 1))
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1) || !(d >> 22 & 1))  // tiles, INT8, BF16
     return "the processor has no AMX-INT8 and AMX-BF16";
   if (!(c >> 6 & 1)) return "the processor has no AVX512-VBMI2";
   constexpr int PERMISSION = 0x1023, TILES = 18;  // Linux: ARCH_REQ_XCOMP_PERM, and the state of AMX's tiles

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <numeric>
 
 #include "simd.h"
 
@@ -488,17 +489,18 @@ void Team::attention(const Step& step, int64_t layer, const RowBlock& block) {
   struct Task {
     int32_t sequence, first, last;
   };
-  constexpr int32_t EACH = QUERIES;  // rows, so that walks over the keys are whole ones whatever the heads
   thread_local std::vector<Task> tasks;
   tasks.clear();
   bool single = true;  // no row reads what another of this block writes
   const int64_t kv_heads = base_.config.kv_heads;
+  // Rows of a task: eight, or as many as fill walks over the keys.
+  const int64_t each = std::max<int64_t>(8, QUERIES / std::gcd<int64_t>(QUERIES, base_.config.heads / kv_heads));
   for (int64_t row = 0; row < block.count;) {
     const int32_t s = (*row_sequence_)[static_cast<size_t>(block.first + row)];
     const int64_t end = std::min<int64_t>(block.count, step.row_start[s + 1] - block.first);
     single = single && end == row + 1;
-    for (; row < end; row += EACH)
-      tasks.push_back({s, static_cast<int32_t>(row), static_cast<int32_t>(std::min<int64_t>(end, row + EACH))});
+    for (; row < end; row += each)
+      tasks.push_back({s, static_cast<int32_t>(row), static_cast<int32_t>(std::min<int64_t>(end, row + each))});
     row = end;
   }
   if (!single)

@@ -54,6 +54,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, int, bool]] = {
     "odd-widths": ({"hidden_size": 72, "intermediate_size": 100, "head_dim": 18}, "none", 0, False),
     "one-kv-head": ({"num_key_value_heads": 1, "num_attention_heads": 9, "head_dim": 64}, "int4", 32, False),
     "odd-kv": ({"head_dim": 24, "num_attention_heads": 4, "num_key_value_heads": 1}, "int4", 32, False),
+    "every-head": ({"head_dim": 96, "num_attention_heads": 4, "num_key_value_heads": 4}, "int4", 32, False),
+    "four-heads": ({"head_dim": 160, "num_attention_heads": 4, "num_key_value_heads": 1}, "int4", 32, False),
     "large-eps": ({"rms_norm_eps": 0.5, "qk_norm": True, "head_dim": 64}, "int4", 32, False),
     "yarn": (
         {"rope_scaling": RopeScaling("yarn", 4.0, original_max_position_embeddings=128)},
@@ -256,7 +258,9 @@ def test_an_adapter_changes_what_it_should_and_no_more() -> None:
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("family", ["llama-int4", "llama-nf4", "llama-bf16", "qwen3", "odd-heads", "one-kv-head"])
+@pytest.mark.parametrize(
+    "family", ["llama-int4", "llama-nf4", "llama-bf16", "qwen3", "odd-heads", "one-kv-head", "every-head", "four-heads"]
+)
 def test_a_row_does_not_depend_on_its_batch(family: str) -> None:
     """Bit for bit: alone or among others, at any place, in any chunks, blocks, slots and number of threads."""
     native, _ = bases(family)
@@ -312,7 +316,7 @@ def test_nor_where_products_are_too_small_to_be_normal_numbers() -> None:
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("family", ["llama-int4", "odd-kv", "odd-widths"])
+@pytest.mark.parametrize("family", ["llama-int4", "odd-kv", "odd-widths", "every-head", "four-heads"])
 @pytest.mark.parametrize("size", [32, 48, 256])
 def test_nor_on_the_size_of_blocks(family: str, size: int) -> None:
     native, _ = bases(family)
