@@ -6,11 +6,10 @@
 
 #include "attention_unit.h"
 #include "simd.h"
+#include "walks.h"
 
 namespace loramux {
 namespace {
-
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // Scores of N queries against V vectors of 16 tokens. A line of each of `next` is asked for with every line that is
 // read: a burst would wait for the few that the processor keeps under way.
@@ -113,33 +112,9 @@ template <int N>
 void scores_of(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const uint16_t* const* q,
                float* scores, int64_t stride) {
   constexpr int V = N <= 4 ? 4 : 2;  // enough sums side by side to hide the latency of each
-  const int64_t vectors = (context + 15) / 16, each = cache.size / 16;
-  // The values are walked after the keys: their beginning is asked for with the last keys.
-  const auto keys = [&](int64_t v) {
-    if (v < vectors) return cache.keys(blocks[v / each], head) + v % each * cache.dim * 16;
-    return cache.values(blocks[std::min((v - vectors) / each, (vectors - 1) / each)], head) +
-           (v - vectors) % each * cache.dim * 16;
-  };
-  const uint16_t* now[V];
-  const uint16_t* next[V];
-  int64_t v = 0;
-  for (; v + V <= vectors; v += V) {
-    for (int i = 0; i < V; i++) {
-      now[i] = keys(v + i);
-      next[i] = keys(v + V + i);
-    }
-    score<N, V>(now, next, cache.dim, q, scores + v * 16, stride);
-  }
-  for (int i = 0; v + i < vectors; i++) {
-    now[i] = keys(v + i);
-    next[i] = keys(v + V + i);
-  }
-  switch (vectors - v) {
-    case 0: break;
-    case 1: score<N, 1>(now, next, cache.dim, q, scores + v * 16, stride); break;
-    case 2: score<N, std::min(V, 2)>(now, next, cache.dim, q, scores + v * 16, stride); break;
-    default: score<N, std::min(V, 3)>(now, next, cache.dim, q, scores + v * 16, stride);
-  }
+  score_all<V, V>(cache, blocks, head, context, scores, [&](auto v, auto* now, auto* next, float* to) {
+    score<N, decltype(v)::value>(now, next, cache.dim, q, to, stride);
+  });
 }
 
 // The scores of all queries, and of keys that lie behind the last one up to a multiple of 16 tokens.

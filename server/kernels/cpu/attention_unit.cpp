@@ -3,10 +3,10 @@
 #ifdef __AMX_INT8__
 
 #include <algorithm>
-#include <type_traits>
 
 #include "simd.h"
 #include "tiles.h"
+#include "walks.h"
 
 namespace loramux {
 namespace {
@@ -14,8 +14,6 @@ namespace {
 constexpr int FEW = 4;                     // queries that are vector instructions'
 constexpr int64_t DIMS = 32, TOKENS = 16;  // that are added up at a time: of keys, and of values
 constexpr int64_t NEXT = 4;                // vectors of 16 tokens that are asked for before they are read
-
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // ---- few queries, by vector instructions ------------------------------------------------------------------------------
 
@@ -237,30 +235,6 @@ void weigh(const Values<W>& of, int count, const AttentionScratch& scratch, int6
   }
 }
 
-// Calls score(vectors, keys, next, scores) for V vectors of 16 tokens at a time, and for those that are left.
-template <int V, class Score>
-void score_all(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, float* scores, Score score) {
-  const int64_t vectors = (context + 15) / 16, each = cache.size / 16;
-  const auto at = [&](int64_t v) -> const uint16_t* {
-    if (v < vectors) return cache.keys(blocks[v / each], head) + v % each * cache.dim * 16;
-    // The values are walked after the keys: their beginning is asked for with the last keys.
-    const int64_t behind = v - vectors;
-    return cache.values(blocks[std::min(behind, vectors - 1) / each], head) + behind % each * cache.dim * 16;
-  };
-  const uint16_t *keys[V], *next[V];
-  for (int64_t v = 0; v < vectors; v += V) {
-    const int64_t some = std::min<int64_t>(V, vectors - v);
-    for (int64_t i = 0; i < some; i++) keys[i] = at(v + i), next[i] = at(v + NEXT + i);
-    float* to = scores + v * 16;
-    switch (V - some) {
-      case 0: score(std::integral_constant<int, V>(), keys, next, to); break;
-      case 1: score(std::integral_constant<int, std::max(1, V - 1)>(), keys, next, to); break;
-      case 2: score(std::integral_constant<int, std::max(1, V - 2)>(), keys, next, to); break;
-      default: score(std::integral_constant<int, 1>(), keys, next, to);
-    }
-  }
-}
-
 template <int N>
 void scores_of_few(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const uint16_t* const* q,
                    AttentionScratch& scratch, int64_t stride) {
@@ -269,7 +243,9 @@ void scores_of_few(const Cache& cache, const int32_t* blocks, int64_t head, int6
     for (int64_t d = 0; d < cache.dim; d += 16)
       _mm512_storeu_ps(queries + n * cache.dim + d,
                        bf16_to_float(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q[n] + d))));
-  score_all<N <= 3 ? 4 : 2>(cache, blocks, head, context, scratch.scores.get(), [&](auto v, auto* keys, auto* next, float* to) {
+  constexpr int V = N <= 3 ? 4 : 2;
+  float* scores = scratch.scores.get();
+  score_all<V, NEXT>(cache, blocks, head, context, scores, [&](auto v, auto* keys, auto* next, float* to) {
     score_few<N, decltype(v)::value>(keys, next, cache.dim, queries, to, stride);
   });
 }
@@ -292,7 +268,8 @@ void scores_by_unit(const Cache& cache, const int32_t* blocks, int64_t head, int
     for (int64_t d = 0; d < cache.dim; d += DIMS)
       _mm512_storeu_si512(queries + n * cache.dim + d, _mm512_loadu_si512(q[n] + d));
   configure(config_of(count));
-  score_all<SUMS>(cache, blocks, head, context, scratch.scores.get(), [&](auto v, auto* keys, auto* next, float* to) {
+  float* scores = scratch.scores.get();
+  score_all<SUMS, NEXT>(cache, blocks, head, context, scores, [&](auto v, auto* keys, auto* next, float* to) {
     score_many<decltype(v)::value>(keys, next, cache.dim, queries, to, stride);
   });
 }
