@@ -117,16 +117,25 @@ struct Use {
   }
 };
 
-// The sums [blocks][COUNT] of all rows.
-template <class Use>
-void finish(const Walk& walk, const int32_t* sums, int64_t tile) {
-  const int64_t rows = walk.x.rows_of_tile;
-  for (int t = 0; t < Use::TILES; t++) {
-    const __m512 columns = walk.columns(tile + t);
-    for (int64_t first = 0; first < walk.rows; first += rows)
-      for (int64_t r = first; r < std::min(walk.rows, first + rows); r++)
-        walk.finish(r, tile + t, Use::total(sums + first / rows * Use::COUNT * SUMS, t, r - first, rows), columns);
+// What sums of T tiles' columns are told in.
+template <int T>
+struct Columns {
+  __m512 of[T];
+
+  void set(const Walk& walk, int64_t tile) {
+    for (int t = 0; t < T; t++) of[t] = walk.columns(tile + t);
   }
+};
+
+// Rows first..last of a block whose sums are [COUNT].
+template <class Use>
+__attribute__((always_inline)) inline void finish(const Walk& walk, const int32_t* sums, int64_t tile,
+                                                  const Columns<Use::TILES>& columns, int64_t block, int64_t first,
+                                                  int64_t last) {
+  const int64_t rows = walk.x.rows_of_tile;
+  for (int t = 0; t < Use::TILES; t++)
+    for (int64_t r = first; r < std::min(last, walk.rows - block * rows); r++)
+      walk.finish(block * rows + r, tile + t, Use::total(sums, t, r, rows), columns.of[t]);
 }
 
 // What bytes of weights leave of a tile's groups, as the unit reads weights: of two spans each four numbers a column.
@@ -163,16 +172,26 @@ __attribute__((always_inline)) inline void unpack_span(Scales* scales, const uin
 template <class Use, class Scales>
 void one_block(const Walk& walk, int64_t first_tile, int64_t last_tile) {
   constexpr int T = Use::TILES;
+  constexpr int64_t NONE = -1;
   const int64_t stride = walk.bytes_of_tile(), spans = walk.spans(), steps = walk.steps();
   alignas(64) int8_t weights[KEPT * T * Use::UNPACKED];
   alignas(64) int8_t rest[T * TILE_BYTES];
   alignas(64) int32_t sums[Use::COUNT * SUMS];
   const int8_t* before = nullptr;
   Rows rows = {};
+  // Sums that are done become floats while the next span but one is unpacked, an eighth with each part of it: all at once they
+  // would have the unit wait.
+  Columns<T> columns;
+  int64_t told = NONE;
   const auto done = [&](int64_t tile) {
     Use::store(sums);
     Use::zero();
-    finish<Use>(walk, sums, tile);
+    columns.set(walk, tile);
+    told = tile;
+  };
+  const auto finish_eighth = [&](int64_t number) __attribute__((always_inline)) {
+    constexpr int64_t some = ROWS_OF_UNIT / 8;
+    if (told != NONE) finish<Use>(walk, sums, told, columns, 0, number * some, (number + 1) * some);
   };
   Use::zero();
   int64_t step = 0;
@@ -189,7 +208,9 @@ void one_block(const Walk& walk, int64_t first_tile, int64_t last_tile) {
         unpack_span<Use>(scales, codes, stride, s, whole, to, rest, [&](auto part) __attribute__((always_inline)) {
           asking.part(part);
           Use::template add<part>(before, rows);
+          finish_eighth(part);
         });
+      told = NONE;
       if (s == 0 && step > 0) done(tile - T);
       before = to, rows = rows_at(walk, 0, s);
       if (!Use::FINE && (s + 1 == spans || (s + 1) % SPANS_OF_SUMS == 0))
@@ -197,7 +218,12 @@ void one_block(const Walk& walk, int64_t first_tile, int64_t last_tile) {
     }
   }
   Use::add_all(before, rows);
+  const auto finish_all = [&] {
+    for (int64_t number = 0; number < 8; number++) finish_eighth(number);
+  };
+  finish_all();  // of tiles of one span those before the last are not done either
   done(last_tile - T);
+  finish_all();
 }
 
 // The tiles of one use by any rows: some spans are unpacked, and met by all rows.
@@ -212,6 +238,8 @@ void many_blocks(const Walk& walk, int64_t tile) {
   alignas(64) int8_t rest[(Use::FINE ? 1 : MOST_RESTS) * T * TILE_BYTES];
   alignas(64) int32_t sums[MOST_ROWS / ROWS_OF_UNIT * Use::COUNT * SUMS];
   const uint8_t* codes = walk.w.codes + tile * stride;
+  Columns<T> columns;
+  columns.set(walk, tile);
   const auto rest_at = [&](int64_t n) { return rest + (Use::FINE ? 0 : n * T * TILE_BYTES); };
   Scales scales[] = {Scales(walk.w, tile), Scales(walk.w, tile + T - 1)};
   Asking<T, Scales> asking(walk, scales, tile);
@@ -222,7 +250,7 @@ void many_blocks(const Walk& walk, int64_t tile) {
       unpack_span<Use>(scales, codes, stride, s, 2 * s + 1 < steps, kept(s), rest_at(s / SPANS_OF_SUMS),
                        [&](auto part) { asking.part(part); });
     for (int64_t block = 0; block < blocks; block++) {
-      int32_t* of_block = sums + block * Use::COUNT * SUMS;
+      int32_t* of_block = sums + (parts == 1 ? 0 : block * Use::COUNT * SUMS);
       if (first == 0)
         Use::zero();
       else
@@ -230,9 +258,10 @@ void many_blocks(const Walk& walk, int64_t tile) {
       for (int64_t s = first; s < last; s++) Use::add_all(kept(s), rows_at(walk, block, s));
       for (int64_t n = 0; n < rests && last == spans; n++) Use::add_all(rest_at(n), rows_at(walk, block, spans + n));
       Use::store(of_block);
+      // While they are in the first cache.
+      if (last == spans) finish<Use>(walk, of_block, tile, columns, block, 0, walk.x.rows_of_tile);
     }
   }
-  finish<Use>(walk, sums, tile);
 }
 
 // As many of the tiles as are whole uses; where the others begin.

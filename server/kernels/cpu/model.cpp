@@ -10,8 +10,6 @@
 namespace loramux {
 namespace {
 
-constexpr int64_t BLOCK = 256;  // rows: few enough that what passes between phases stays in cache
-
 // Rows of a part that one thread takes alone: with fewer it waits for weights, which all threads read then.
 constexpr int64_t LEAST_ALONE = 2 * ROWS;
 
@@ -245,15 +243,14 @@ Outcome Model::run(const Step& step) {
   touched_.store(touched);
   const std::vector<int64_t> costs = costs_of(step);
   std::vector<int64_t> ends = parts_of(step, costs);
-  const size_t size = power_of_two(step.rows);
-  Quicker* apart = ends.empty() ? nullptr : &apart_[size];
+  Quicker* apart = ends.empty() ? nullptr : &apart_[static_cast<size_t>((step.rows - 1) / APART)];
   if (apart != nullptr && apart->way() == 1) ends.clear();
   steps_apart_ += !ends.empty();
   const std::vector<Team*> teams = deal(step, ends);
   // Found after the other: of ways that took turns in step, neither would be measured by itself.
   Quicker* sparing = nullptr;
   if (teams[0]->can_spare() && (apart == nullptr || apart->known()))
-    sparing = &sparing_[std::min(PACES - 1, power_of_two(teams[0]->ahead_pace()))][size];
+    sparing = &sparing_[std::min(PACES - 1, power_of_two(teams[0]->ahead_pace()))][power_of_two(step.rows)];
   if (sparing != nullptr && sparing->way() == 1) {
     for (Team* team : teams) team->spare();
     steps_sparing_++;

@@ -44,7 +44,10 @@ class Model {
   void take_times(int64_t* out);  // without a step under way
 
  private:
-  static constexpr size_t PACES = 6;  // powers of two
+  static constexpr size_t PACES = 6;     // powers of two
+  static constexpr int64_t BLOCK = 256;  // rows: few enough that what passes between phases stays in cache
+  // Rows that a walk of the matrix unit takes at once: half of 32 rows is one such, half of 33 is two.
+  static constexpr int64_t APART = 16;
 
   Outcome check(const Step& step) const;
   LoraPlan plan_block(const Step& step, int64_t first, int64_t count) const;
@@ -61,9 +64,11 @@ class Model {
   Pool& pool_;
   Team together_;
   std::deque<Team> alone_;  // one for each thread, none if there is one only
-  // Of steps of 2^i rows and more: whether threads take rows alone (0) or together (1); and of paces of 2^j and more,
-  // whether what the next layer reads is asked for at that (0) or sparingly (1).
-  std::array<Quicker, 64> apart_, sparing_[PACES];
+  // Of steps of more than i times APART rows: whether threads take rows alone (0) or together (1).
+  std::array<Quicker, BLOCK / APART> apart_;
+  // Of steps of 2^i rows and more at paces of 2^j and more: whether what the next layer reads is asked for at that (0) or
+  // sparingly (1).
+  std::array<Quicker, 64> sparing_[PACES];
   std::atomic<int64_t> touched_{0}, steps_apart_{0}, steps_sparing_{0};
 
   std::vector<int32_t> row_sequence_;
