@@ -179,8 +179,8 @@ void one_block(const Walk& walk, int64_t first_tile, int64_t last_tile) {
   alignas(64) int32_t sums[Use::COUNT * SUMS];
   const int8_t* before = nullptr;
   Rows rows = {};
-  // Sums that are done become floats while the next span but one is unpacked, an eighth with each part of it: all at once they
-  // would have the unit wait.
+  // Sums that are done become floats while the next span but one is unpacked, two rows with each part of it: all at once
+  // they would have the unit wait.
   Columns<T> columns;
   int64_t told = NONE;
   const auto done = [&](int64_t tile) {
@@ -189,7 +189,7 @@ void one_block(const Walk& walk, int64_t first_tile, int64_t last_tile) {
     columns.set(walk, tile);
     told = tile;
   };
-  const auto finish_eighth = [&](int64_t number) __attribute__((always_inline)) {
+  const auto finish_some = [&](int64_t number) __attribute__((always_inline)) {
     constexpr int64_t some = ROWS_OF_UNIT / 8;
     if (told != NONE) finish<Use>(walk, sums, told, columns, 0, number * some, (number + 1) * some);
   };
@@ -208,7 +208,7 @@ void one_block(const Walk& walk, int64_t first_tile, int64_t last_tile) {
         unpack_span<Use>(scales, codes, stride, s, whole, to, rest, [&](auto part) __attribute__((always_inline)) {
           asking.part(part);
           Use::template add<part>(before, rows);
-          finish_eighth(part);
+          finish_some(part);
         });
       told = NONE;
       if (s == 0 && step > 0) done(tile - T);
@@ -219,9 +219,9 @@ void one_block(const Walk& walk, int64_t first_tile, int64_t last_tile) {
   }
   Use::add_all(before, rows);
   const auto finish_all = [&] {
-    for (int64_t number = 0; number < 8; number++) finish_eighth(number);
+    for (int64_t number = 0; number < 8; number++) finish_some(number);
   };
-  finish_all();  // of tiles of one span those before the last are not done either
+  finish_all();  // of tiles of one span, the sums of those just before the last are not floats yet either
   done(last_tile - T);
   finish_all();
 }

@@ -46,8 +46,8 @@ class Model {
  private:
   static constexpr size_t PACES = 6;     // powers of two
   static constexpr int64_t BLOCK = 256;  // rows: few enough that what passes between phases stays in cache
-  // Rows that a walk of the matrix unit takes at once: half of 32 rows is one such, half of 33 is two.
-  static constexpr int64_t APART = 16;
+  // A block of the matrix unit's rows: of two threads each has one with 32 rows, and one of them two with 33.
+  static constexpr int64_t APART = ROWS_OF_UNIT;
 
   Outcome check(const Step& step) const;
   LoraPlan plan_block(const Step& step, int64_t first, int64_t count) const;

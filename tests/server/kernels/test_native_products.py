@@ -306,6 +306,7 @@ def coarse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
         (35, 4128, 32),
         (33, 2304, 64),
         (16, 288, 96),
+        (64, 64, 32),
     ],
 )
 def test_the_matrix_unit_adds_whole_numbers(coarse: bool, out: int, width: int, group: int) -> None:

@@ -361,7 +361,7 @@ def test_rows_that_threads_take_alone_give_the_same(family: str) -> None:
 
 
 def test_threads_take_rows_alone_in_every_other_step_until_it_is_known_what_is_quicker() -> None:
-    """Of each 16 rows more by themselves, and the same is computed either way."""
+    """Separately for every 16 rows, and the same is computed either way."""
     native, _ = bases("llama-int4")
     runner = runner_of(native)
     sequences = [Sequence(tokens(i, 11), [i]) for i in range(16)]
@@ -380,6 +380,27 @@ def test_threads_take_rows_alone_in_every_other_step_until_it_is_known_what_is_q
         for _ in range(10):
             assert torch.equal(runner.run(batch).rows, first)
         assert apart() - before in (0, 10)
+
+
+@pytest.mark.parametrize(("rows", "alike"), [(32, 17), (48, 33), (256, 241)])
+def test_whether_threads_take_rows_alone_is_found_for_sixteen_rows_together(rows: int, alike: int) -> None:
+    """From one more than a multiple of 16 to the next one."""
+    native, _ = bases("llama-int4")
+    runner = runner_of(native)
+
+    def batch(count: int) -> Batch:
+        each, more = divmod(count, 16)
+        return batch_of([(Sequence(tokens(i, 17), [2 * i, 2 * i + 1]), each + (i < more)) for i in range(16)])
+
+    def apart(of: Batch, times: int) -> int:
+        before = int(bindings.library().loramux_model_apart(runner._model))  # type: ignore[attr-defined]
+        for _ in range(times):
+            runner.run(of).wait()
+        return int(bindings.library().loramux_model_apart(runner._model)) - before  # type: ignore[attr-defined]
+
+    assert apart(batch(rows), 50) == 25
+    assert apart(batch(alike), 10) in (0, 10)
+    assert apart(batch(alike - 1), 10) == 5
 
 
 def test_less_is_asked_for_ahead_in_every_other_step_until_it_is_known_what_is_quicker() -> None:
