@@ -360,6 +360,11 @@ def test_rows_that_threads_take_alone_give_the_same(family: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(ours, one, strict=True))
 
 
+def steps_apart(runner: Runner) -> int:
+    """Steps so far in which each thread took rows alone."""
+    return int(bindings.library().loramux_model_apart(runner._model))  # type: ignore[attr-defined]
+
+
 def test_threads_take_rows_alone_in_every_other_step_until_it_is_known_what_is_quicker() -> None:
     """Separately for every 16 rows, and the same is computed either way."""
     native, _ = bases("llama-int4")
@@ -367,19 +372,16 @@ def test_threads_take_rows_alone_in_every_other_step_until_it_is_known_what_is_q
     sequences = [Sequence(tokens(i, 11), [i]) for i in range(16)]
     step(runner, [(s, 5) for s in sequences])
 
-    def apart() -> int:
-        return int(bindings.library().loramux_model_apart(runner._model))  # type: ignore[attr-defined]
-
     for count in (1, 2, 3):
-        batch, before = batch_of([(s, count) for s in sequences]), apart()
+        batch, before = batch_of([(s, count) for s in sequences]), steps_apart(runner)
         first = runner.run(batch).rows
         for turn in range(1, 50):
-            assert apart() - before == (turn + 1) // 2
+            assert steps_apart(runner) - before == (turn + 1) // 2
             assert torch.equal(runner.run(batch).rows, first)
-        before = apart()
+        before = steps_apart(runner)
         for _ in range(10):
             assert torch.equal(runner.run(batch).rows, first)
-        assert apart() - before in (0, 10)
+        assert steps_apart(runner) - before in (0, 10)
 
 
 @pytest.mark.parametrize(("rows", "alike"), [(32, 17), (48, 33), (256, 241)])
@@ -393,10 +395,10 @@ def test_whether_threads_take_rows_alone_is_found_for_sixteen_rows_together(rows
         return batch_of([(Sequence(tokens(i, 17), [2 * i, 2 * i + 1]), each + (i < more)) for i in range(16)])
 
     def apart(of: Batch, times: int) -> int:
-        before = int(bindings.library().loramux_model_apart(runner._model))  # type: ignore[attr-defined]
+        before = steps_apart(runner)
         for _ in range(times):
             runner.run(of).wait()
-        return int(bindings.library().loramux_model_apart(runner._model)) - before  # type: ignore[attr-defined]
+        return steps_apart(runner) - before
 
     assert apart(batch(rows), 50) == 25
     assert apart(batch(alike), 10) in (0, 10)
