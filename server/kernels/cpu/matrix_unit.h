@@ -1,6 +1,7 @@
 // Products by a processor's matrix unit (AMX): 16 rows by 16 columns by 64 inputs an instruction, sums in whole numbers
-// until the last input: of rows and inputs that are many they leave the unit, and come back, between runs of spans. That wants one unit for all of a row's activations and one for all of a
-// column's weights. Both are whole numbers of 16 bits in these, two codes of 8 bits each, so a product is
+// until the last input: of rows and inputs that are many they leave the unit, and come back, between runs of spans. That
+// wants one unit for all of a row's activations and one for all of a column's weights. Both are whole numbers of 16 bits in
+// these, two codes of 8 bits each, so a product is
 //
 //   y = round(sum of W[i] A[i] / 2^16) times 256 units of the column times the row's unit,
 //
