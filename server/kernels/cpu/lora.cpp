@@ -10,11 +10,15 @@ namespace loramux {
 namespace {
 
 // Bytes ahead of a walk that are asked for where adapters are in bf16: more than a block of B's rows, which is not walked
-// from end to end. The processor's own prefetching ends with each small page.
-constexpr int64_t AHEAD = 6144;
+// from end to end. The processor's own prefetching ends with each small page. In codes they are walked from end to end, which it
+// sees: that is enough but for rows in their wide form, of which so little is computed with a line that the next is late.
+constexpr int64_t AHEAD = 6144, AHEAD_OF_CODES = MATRIX_UNIT ? 4096 : 0;
 
 // Into the second cache, which has more misses under way at once than the first.
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + AHEAD, _MM_HINT_T1); }
+template <int64_t BYTES>
+inline void prefetch(const void* p) {
+  if constexpr (BYTES > 0) _mm_prefetch(static_cast<const char*>(p) + BYTES, _MM_HINT_T1);
+}
 
 // ---- v = A x, and z += B v, in each form that adapters have --------------------------------------------------------
 
@@ -42,7 +46,7 @@ struct Halves {
         __m512i w[J];
         for (int j = 0; j < J; j++) {
           w[j] = _mm512_loadu_si512(a + j * in + i + h * 32);
-          prefetch(a + (i + h * 32) * J + j * 32);
+          prefetch<AHEAD>(a + (i + h * 32) * J + j * 32);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
@@ -97,7 +101,7 @@ struct Halves {
       const __mmask16 mask = first_lanes(columns - c);
       __m512 sum[R];
       for (int r = 0; r < R; r++) sum[r] = _mm512_maskz_loadu_ps(mask, z[r] + c);
-      for (int l = 0; l < J * 16; l += 32) prefetch(b + c * J + l);
+      for (int l = 0; l < J * 16; l += 32) prefetch<AHEAD>(b + c * J + l);
 #pragma GCC unroll 4
       for (int j = 0; j < J; j++) {
         const __m512 w = bf16_to_float(_mm256_maskz_loadu_epi16(mask, b + j * columns + c));
@@ -239,6 +243,7 @@ struct Codes {
 #pragma GCC unroll 8
       for (int b = 0; b < GROUP / 4; b++, a += sizeof(typename V::Words)) {
         const typename V::Words w = V::load(a);
+        prefetch<AHEAD_OF_CODES>(a);
         for (int r = 0; r < R; r++) {
           high[r][b % SUMS] = V::add(high[r][b % SUMS], w, V::every(codes[r] + b * 4));
           low[r][b % SUMS] = V::add(low[r][b % SUMS], w, V::every(codes[r] + x[r].low + b * 4));
@@ -313,6 +318,7 @@ struct Codes {
       for (int r = 0; r < R; r++) high[r] = broadcast_word(v[r] + 1), low[r] = broadcast_word(v[r] + 2);
       for (int64_t g = HEAD; g < HEAD + fours; g++, b += 64) {
         const __m512i w = _mm512_loadu_si512(b);
+        prefetch<AHEAD_OF_CODES>(b);
         for (int r = 0; r < R; r++) {
           high[r] = _mm512_dpbusd_epi32(high[r], w, broadcast_word(v[r] + g));
           low[r] = _mm512_dpbusd_epi32(low[r], w, broadcast_word(v[r] + to_low + g));

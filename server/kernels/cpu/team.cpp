@@ -168,7 +168,13 @@ void Team::plan_ahead(const Step& step) {
   for (int64_t s = (*row_sequence_)[static_cast<size_t>(block.first)]; s <= last; s++)
     for (int64_t b = 0; b < step.table_width && b * base_.block_size < step.context[s]; b++)
       ahead_blocks_.push_back(step.blocks[s * step.table_width + b]);
-  ahead_pace_ = pace_ahead(block.count);
+  ahead_pace_ = worth_asking(block.count) ? pace_ahead(block.count) : 0;
+}
+
+// A line that is under way takes one of a core's few places for them, and the matrix unit reads unpacked weights and rows
+// through the same. Of more rows than have both their codes in one tile it then loses as much as is saved later, or more.
+bool Team::worth_asking(int64_t rows) const {
+  return !base_.layers[0].site[GATE].by_unit() || 2 * rows <= ROWS_OF_UNIT;
 }
 
 // Lines each time, so that what there is to ask for is spread over gate, up and down, which do most of it. Their walks over

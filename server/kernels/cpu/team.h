@@ -85,6 +85,7 @@ class Team {
   void attend_rows(const Step& step, int64_t layer, const RowBlock& block, int64_t sequence, int64_t head,
                    int64_t first, int64_t last, int thread, const uint16_t* const* following);
   void plan_ahead(const Step& step);
+  bool worth_asking(int64_t rows) const;
   int64_t pace_ahead(int64_t rows) const;
   int64_t spared() const;
   void look_ahead(int64_t layer);
