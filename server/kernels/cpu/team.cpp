@@ -160,7 +160,7 @@ void Team::plan_ahead(const Step& step) {
   look_ahead(-1);
   ahead_pace_ = 0;
   // Of many rows the products take so long that what they read does not show.
-  if (blocks_.size() != 1) return;
+  if (blocks_.size() != 1 || !worth_asking(blocks_[0].count)) return;
   for (const MixRows& mix : blocks_[0].plan.mixes)
     for (const Entry& entry : mix.entries) ahead_slots_.push_back(entry.slot);
   const RowBlock& block = blocks_[0];
@@ -168,7 +168,7 @@ void Team::plan_ahead(const Step& step) {
   for (int64_t s = (*row_sequence_)[static_cast<size_t>(block.first)]; s <= last; s++)
     for (int64_t b = 0; b < step.table_width && b * base_.block_size < step.context[s]; b++)
       ahead_blocks_.push_back(step.blocks[s * step.table_width + b]);
-  ahead_pace_ = worth_asking(block.count) ? pace_ahead(block.count) : 0;
+  ahead_pace_ = pace_ahead(block.count);
 }
 
 // A line that is under way takes one of a core's few places for them, and the matrix unit reads unpacked weights and rows
