@@ -376,7 +376,8 @@ def _engine(
         host = make_runner(base, settings.max_slots, settings.threads or processors())
         block_bytes = host.block_bytes(settings.block_size)
         blocks = kv_blocks(settings, block_bytes, context)
-        runner, of_device = host, {"blocks": blocks, "max_slots": settings.max_slots}
+        runner = host
+        of_device = {"blocks": blocks, "max_slots": settings.max_slots, "step_limit": settings.step_limit}
         work = host.work_bytes(blocks * settings.block_size)
         check_room(blocks * block_bytes, registry.memory()["budget"], work)
     try:

@@ -7,6 +7,7 @@ exactly once, whatever happens. Does not know HTTP, tasks or the names of adapte
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import sys
 import threading
@@ -50,7 +51,8 @@ class Engine:
 
     `fetch(mix)` gives a future of the weights of a mix, in its order, and must not block. `blocks` blocks of
     `block_size` tokens are allocated at once, in the constructor. At most `max_queue` requests with `max_queue_tokens`
-    prompt tokens wait. `tell` hears in a line which requests run together, whenever that changes. `room` is what
+    prompt tokens wait. Prompts have fewer rows of a step that would come near to `step_limit` seconds, as far as the
+    steps before tell. `tell` hears in a line which requests run together, whenever that changes. `room` is what
     adapters may take of memory that they are copied to. `told` is called when requests may have been told something,
     after all that were told by a step: for listeners on another thread, who would otherwise come for the first while
     the others are still being told.
@@ -76,6 +78,7 @@ class Engine:
         prefix_cache: bool = True,
         prefix_share: float = 0.5,
         age_limit: float = 2.0,
+        step_limit: float = math.inf,
         tell: Callable[[str], None] = lambda text: None,
         room: Room | None = None,
         told: Callable[[], None] = lambda: None,
@@ -94,7 +97,7 @@ class Engine:
             KVCache(blocks, block_size, prefix_share if prefix_cache else 0.0),
             self._slots,
             Loads(fetch, 2 * max_batch, self._wake.set),
-            Limits(max_batch, most_tokens(max_step_tokens, max_batch), most_logits(max_batch), age_limit),
+            Limits(max_batch, most_tokens(max_step_tokens, max_batch), most_logits(max_batch), age_limit, step_limit),
             lambda request: root_key(base_id, request.mix, request.tenant),
         )
         self._sampler = Sampler(vocab_size, eos_ids, runner.draw)
@@ -335,7 +338,9 @@ class Engine:
         picks = self._sampler.pick(logits, plan.work)
         self._scheduler.commit(plan.work, time.monotonic())
         self._deliver(plan.work, picks)
-        return self._record.end()
+        self._record.end()
+        self._scheduler.pace.learn(plan.prompts, self._record.last_seconds)
+        return True
 
     def _drain(self) -> None:
         """Take in what came since the last step: requests first, so that one may be cancelled as soon as it came."""

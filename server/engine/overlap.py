@@ -19,6 +19,7 @@ The order of the device is what makes this right: a step, its draw, and copies i
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -49,6 +50,7 @@ class DeviceRunner(Runner, Protocol):
 class _Flight(NamedTuple):
     plan: Plan
     drawn: Drawn
+    launched: float
 
 
 class OverlappedEngine(Engine):
@@ -58,6 +60,8 @@ class OverlappedEngine(Engine):
         super().__init__(runner, **options)
         self._device = runner
         self._flight: _Flight | None = None
+        self._landed = -math.inf
+        """When the last step came to its end, before which the next did not begin."""
 
     def step(self) -> bool:
         """Launch a step and land the one before; False if there was neither."""
@@ -77,18 +81,20 @@ class OverlappedEngine(Engine):
             self._device.wait()  # for what follows no step, such as adapters that have left
             return self._record.landed()
         batch = build_batch(plan.work)
+        launched = time.monotonic()
         logits = self._record.run(plan, lambda: self._runner.run(batch))
         drawn = self._sampler.ahead(logits, plan.work)
         self._land()
         if drawn is None:
             picks = self._record.wait(lambda: self._sampler.pick(logits, plan.work))
+            self._took(plan, launched)
             work, picks = _running(plan.work, picks)
             self._scheduler.commit(work, time.monotonic())
             self._deliver(work, picks)
             return self._record.end()
         self._scheduler.commit(_running(plan.work, ())[0], time.monotonic())
         _promise(plan.work)
-        self._flight = _Flight(plan, drawn)
+        self._flight = _Flight(plan, drawn, launched)
         if self._scheduler.lending:  # nobody waits for a token while processors rest
             self._land()
         return self._record.end()
@@ -99,6 +105,7 @@ class OverlappedEngine(Engine):
         if flight is None:
             return
         tokens = self._record.land(flight.plan, flight.drawn.read)
+        self._took(flight.plan, flight.launched)
         work, picks = _running(flight.plan.work, drawn_picks(tokens))
         now = time.monotonic()
         for request, _, logits in work:
@@ -107,6 +114,11 @@ class OverlappedEngine(Engine):
                 if not request.output:
                     request.first_token = now
         self._deliver(work, picks)
+
+    def _took(self, plan: Plan, launched: float) -> None:
+        """What was launched then has come to its end."""
+        began, self._landed = max(launched, self._landed), time.monotonic()
+        self._scheduler.pace.learn(plan.prompts, self._landed - began)
 
     def _land_before_the_end(self) -> BaseException | None:
         """What was drawn before a step failed, or the engine stops, is right: some answers are whole with it. Answers

@@ -5,7 +5,8 @@ the queue and the loads, everything that a request holds. Does not know models, 
 
 A step's tokens go to running answers first (one each), then to prompts that have begun, then to requests that enter.
 Prompts that need more than all of the step's rows for prompts come last, so that a short one does not wait for a long
-one; the oldest of them has half of these rows, so that it does not wait for ever.
+one; the oldest of them has half of these rows, so that it does not wait for ever, and the other half where none has
+less left. Prompts have fewer rows than a step holds where it would take too long with them (`Pace`).
 
 Requests enter when their blocks and their slots can be reserved together, in the queue's order. A request whose
 adapters are not in memory is passed over until they are; one that finds no room is passed over too, until it has
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from server.engine.batch import Work
 from server.engine.kv_cache import Key, KVCache, next_key
 from server.engine.loads import Loads
+from server.engine.pace import Pace, Share
 from server.engine.queue import OUTPUT_COST, FairQueue
 from server.engine.request import Delivery, Request, State
 from server.engine.slots import Slots
@@ -50,12 +52,14 @@ LENT_ROWS = 12
 
 @dataclass(frozen=True)
 class Limits:
-    """What a step may be: rows of `max_batch` requests and `max_step_tokens` tokens, of which `max_logits` logits."""
+    """What a step may be: rows of `max_batch` requests and `max_step_tokens` tokens, of which `max_logits` logits,
+    that hang after `step_limit` seconds."""
 
     max_batch: int = 32
     max_step_tokens: int = 512
     max_logits: int = 64
     age_limit: float = 2.0
+    step_limit: float = math.inf
 
 
 @dataclass
@@ -70,6 +74,8 @@ class Plan:
     most_logits: int = 0
     tokens: int = 0
     logits: int = 0
+    prompts: Share = field(default_factory=Share)
+    """What prompts have of its time."""
     held: int = 0
     """Tokens that a long prompt is sure to add."""
     whole: int = 0
@@ -91,6 +97,7 @@ class Scheduler:
         self.slots = slots
         self.loads = loads
         self.limits = limits
+        self.pace = Pace(limits.max_step_tokens, limits.step_limit)
         self.waiting = FairQueue()
         self.running: list[Request] = []
         self.preemptions = 0
@@ -272,21 +279,33 @@ class Scheduler:
     def _prompt(self, now: float, plan: Plan) -> None:
         """The rest of the step for prompts, of which some enter."""
         prompts = [r for r in self.running if r.goal - r.computed > 1]
-        room = plan.most - plan.tokens
-        long = [r for r in prompts if r.goal - r.computed > room]
-        logits = 0
+        long = [r for r in prompts if r.goal - r.computed > self._room(r.computed, plan)]
+        depth = logits = 0
         if long:
-            plan.held, logits = self._chunk(long[0], plan, -(-room // 2))
-        plan.most -= plan.held
-        plan.most_logits -= logits
+            depth = long[0].computed
+            plan.held, logits = self._chunk(long[0], plan, -(-self._room(depth, plan) // 2))
+        self._hold(plan, depth, plan.held, logits)
         for request in prompts:
             if request not in long:
                 self._add_chunk(request, plan)
         self._enter(now, plan)
-        plan.most += plan.held
-        plan.most_logits += logits
-        for request in long:
+        shorter = [r for r in long if r.goal - r.computed < long[0].goal - long[0].computed]
+        for request in sorted(shorter, key=lambda r: r.goal - r.computed):
             self._add_chunk(request, plan)
+        self._hold(plan, depth, -plan.held, -logits)
+        for request in long:
+            if request not in shorter:
+                self._add_chunk(request, plan)
+
+    def _hold(self, plan: Plan, depth: int, count: int, logits: int) -> None:
+        """Keep so much of the step from others; or give it back, if below 0."""
+        plan.most -= count
+        plan.most_logits -= logits
+        self.pace.add(depth, count, plan.prompts)
+
+    def _room(self, depth: int, plan: Plan) -> int:
+        """How many rows more a prompt with so many tokens before them may have."""
+        return min(plan.most - plan.tokens, self.pace.room(depth, plan.prompts))
 
     def _make_way(self, now: float, plan: Plan) -> None:
         """A less urgent request gives up its place, one a step, while a more urgent one finds none."""
@@ -341,9 +360,10 @@ class Scheduler:
 
     def _add_chunk(self, request: Request, plan: Plan) -> None:
         """As much of a prompt as the step has room for."""
-        count, logits = self._chunk(request, plan, plan.most - plan.tokens)
+        count, logits = self._chunk(request, plan, self._room(request.computed, plan))
         if count > 0:
             plan.add(request, count, logits)
+            self.pace.add(request.computed, count, plan.prompts)
 
     def _chunk(self, request: Request, plan: Plan, most: int) -> tuple[int, int]:
         """How many of a prompt's tokens, at most so many, and how many of their logits the step has room for."""
@@ -379,7 +399,7 @@ class Scheduler:
     # -- waiting requests
 
     def _enter(self, now: float, plan: Plan) -> None:
-        if not self._changed or not self.waiting or plan.tokens >= plan.most:
+        if not self._changed or not self.waiting or self._room(0, plan) <= 0:
             return
         owing = self._owes_room(now)
         self._changed = owing  # a request that is refused changes it again
@@ -403,7 +423,7 @@ class Scheduler:
         return not request.mix or (not self.slots.hold_ram and self.slots.has(request.mix))
 
     def _is_full(self, plan: Plan) -> bool:
-        return plan.tokens >= plan.most or not self._has_place(plan)
+        return self._room(0, plan) <= 0 or not self._has_place(plan)
 
     def _has_place(self, plan: Plan) -> bool:
         """Whether another request may have a row."""

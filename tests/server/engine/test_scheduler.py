@@ -7,6 +7,8 @@ import random
 import time
 from typing import Any
 
+import pytest
+
 from server.engine.scheduler import LENT_ROWS, OUTPUT_COST, REST
 from server.engine.slots import Room
 
@@ -431,3 +433,58 @@ def test_who_found_no_place_for_its_load_asks_again_as_one_behind_it_enters(benc
     b.settle()
     assert all(h.reason == "length" for h in (first, *held))
     b.check_empty()
+
+
+def takes(monkeypatch: Any, b: Any, row: float) -> None:
+    """Its steps are said to take so many seconds for each row of a prompt, whatever they take."""
+    learn = b.engine._scheduler.pace.learn
+    monkeypatch.setattr(b.engine._scheduler.pace, "learn", lambda share, _: learn(share, row * share.rows.total()))
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_prompts_have_fewer_rows_where_steps_take_long(bench: Any, tools: Any, overlapped: bool) -> None:
+    b = bench(max_step_tokens=128, blocks=200, step_limit=0.36, overlapped=overlapped)
+    b.runner.before = lambda batch: time.sleep(0.002 * batch.rows)
+    long = b.submit(prompt(1, 300), max_tokens=3)
+    b.settle()
+    rows = [batch.rows for batch in b.runner.steps]
+    planned = 2 + overlapped
+    assert rows[: planned + 1] == [64] * planned + [16], "two long steps tell it, while another may be planned"
+    assert long.tokens == tools.solo(long, b.runner.vocab)
+
+
+def test_on_a_slow_machine_a_short_prompt_and_answers_go_on_beside_a_long_one(
+    bench: Any, tools: Any, monkeypatch: Any
+) -> None:
+    b = bench(max_batch=8, max_step_tokens=512, blocks=600, step_limit=30.0)
+    takes(monkeypatch, b, 0.5)
+    answering = b.submit(prompt(1, 8), max_tokens=60)
+    b.engine.step()
+    long = b.submit(prompt(2, 480), max_tokens=1)
+    b.engine.step()
+    b.engine.step()
+    short = b.submit(prompt(3, 30), max_tokens=1)
+    steps = 0
+    while short.reason is None:
+        before, answered = long.request.computed, len(answering.tokens)
+        b.engine.step()
+        steps += 1
+        assert long.request.computed - before >= 8, "the oldest long prompt has half of the rows"
+        assert len(answering.tokens) == answered + 1
+        assert b.runner.steps[-1].rows <= 1 + 24
+    assert steps <= 4 and not long.tokens
+    b.settle()
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in (answering, long, short))
+    b.check_empty()
+
+
+def test_nobody_enters_a_step_that_has_no_time_left(bench: Any, monkeypatch: Any) -> None:
+    """They would hold blocks and compute nothing."""
+    b = bench(max_batch=8, max_step_tokens=512, blocks=600, step_limit=30.0)
+    takes(monkeypatch, b, 0.001)
+    waiting = [b.submit(prompt(i, 40), max_tokens=1) for i in range(4)]
+    b.engine.step()
+    assert [h.request.computed for h in waiting] == [0, 24, 0, 0], "the first has ended, the third has no place yet"
+    assert b.engine.stats()["running"] == 1
+    b.engine.step()
+    assert all(h.reason == "length" for h in waiting), "and by then all of them are known to fit"
