@@ -1,5 +1,5 @@
 // Products of FEW_ROWS rows or fewer with INT4, as matrix_unit.h defines them, by vector instructions: codes are multiplied
-// as they are, and a group's sums by its scale.
+// as they are, and a group's sums by its scale. And of one row where weights are bytes.
 #pragma once
 #include "target.h"
 
@@ -103,6 +103,62 @@ void few_rows(const Walk& walk, int64_t tile) {
       const __m512i first = _mm512_castsi256_si512(rounded(total[t][r][0]));
       walk.finish(r, tile + t, _mm512_inserti64x4(first, rounded(total[t][r][1]), 1), columns);
     }
+  }
+}
+
+// A row by T tiles of weights that are bytes to the unit, which takes as long for a row as for sixteen. Two rows take longer
+// here than there, as multiplications begin one at a time.
+template <class Scales, int T>
+void row_of_bytes(const Walk& walk, int64_t tile) {
+  static_assert(Scales::SCHEME == INT4);
+  constexpr int64_t BYTES = bytes_of_group(INT4);
+  const __m512i sign = _mm512_set1_epi8(static_cast<char>(128));
+  const int64_t stride = walk.bytes_of_tile(), spans = walk.spans(), steps = walk.steps(), to_low = walk.x.rows_of_tile * SPAN;
+  const uint8_t* codes = walk.w.codes + tile * stride;
+  const int8_t* row = walk.x.wide.get();
+  alignas(64) int8_t rest[T * TILE_BYTES];
+  Scales scales[] = {Scales(walk.w, tile), Scales(walk.w, tile + T - 1)};
+  Asking<T, Scales> asking(walk, scales, tile);
+  __m512i sums[T][2];  // by high codes and by low ones, of weights with 128 added
+  for (int t = 0; t < T; t++)
+    for (int c = 0; c < 2; c++) sums[t][c] = _mm512_set1_epi32(walk.x.begins.get()[c]);
+  const auto add = [&](int t, __m512i w, const int8_t* at) __attribute__((always_inline)) {
+    for (int c = 0; c < 2; c++) sums[t][c] = _mm512_dpbusd_epi32(sums[t][c], w, broadcast_word(at + c * to_low));
+  };
+  for (int64_t s = 0; s < spans; s++) {
+    for (int t = 0; t < T; t++) {
+      scales[t].template next<false>();
+      put_rest(scales[t].rest, s, rest + t * TILE_BYTES);
+    }
+#pragma GCC unroll 2
+    for (int g = 0; g < 2; g++) {
+      for (int part = g * 4; part < g * 4 + 4; part++) asking.part(part);
+      if (2 * s + g == steps) break;
+      const int8_t* at = row + s * 2 * to_low + g * GROUP;
+      for (int t = 0; t < T; t++) {
+        const Words by = {scales[t].by[g].scale, _mm512_xor_si512(scales[t].by[g].zero, sign)};
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; b++) {
+          const __m512i w = _mm512_loadu_si512(codes + t * stride + (2 * s + g) * BYTES + b * 64);
+          add(t, bytes_of_nibbles(_mm512_slli_epi16(w, 4), by), at + b * 4);
+          add(t, bytes_of_nibbles(w, by), at + GROUP / 2 + b * 4);
+        }
+      }
+    }
+    if (s + 1 < spans && (s + 1) % SPANS_OF_SUMS != 0) continue;
+    const int8_t* of_sums = row + (spans + s / SPANS_OF_SUMS) * 2 * to_low;
+    for (int64_t i = 0; i <= s % SPANS_OF_SUMS / 2; i++)
+      for (int t = 0; t < T; t++)
+        add(t, _mm512_xor_si512(_mm512_load_si512(rest + t * TILE_BYTES + i * 64), sign), of_sums + i * 4);
+    for (int c = 0; c < 2; c++) {
+      const __m512i x = _mm512_loadu_si512(of_sums + c * to_low);
+      const int32_t sum = _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), x));
+      for (int t = 0; t < T; t++) sums[t][c] = _mm512_sub_epi32(sums[t][c], _mm512_set1_epi32(128 * sum));
+    }
+  }
+  for (int t = 0; t < T; t++) {
+    const __m512i low = _mm512_srai_epi32(_mm512_add_epi32(sums[t][1], _mm512_set1_epi32(128)), 8);
+    walk.finish(0, tile + t, _mm512_add_epi32(sums[t][0], low), walk.columns(tile + t));
   }
 }
 

@@ -138,12 +138,6 @@ __attribute__((always_inline)) inline void finish(const Walk& walk, const int32_
       walk.finish(block * rows + r, tile + t, Use::total(sums, t, r, rows), columns.of[t]);
 }
 
-// What bytes of weights leave of a tile's groups, as the unit reads weights: of two spans each four numbers a column.
-inline void put_rest(__m512i rest, int64_t span, int8_t* to) {
-  int8_t* at = to + span % SPANS_OF_SUMS / 2 * 64;
-  _mm512_store_si512(at, span % 2 == 0 ? rest : _mm512_or_si512(_mm512_load_si512(at), _mm512_slli_epi16(rest, 8)));
-}
-
 // A span of tiles, unpacked in eight parts; `before` is called with the number of each before it.
 template <class Use, class Scales, class Before>
 __attribute__((always_inline)) inline void unpack_span(Scales* scales, const uint8_t* codes, int64_t stride, int64_t span,
@@ -287,6 +281,11 @@ template <class Scales, bool STACKED>
 void tiles(const Walk& walk, int64_t tile, int64_t last) {
   if constexpr (Scales::SCHEME == INT4) {
     if (walk.w.coarse) {
+      if (walk.rows == 1) {
+        for (; tile + 2 <= last; tile += 2) row_of_bytes<Scales, 2>(walk, tile);
+        if (tile < last) row_of_bytes<Scales, 1>(walk, tile);
+        return;
+      }
       tile = tiles_used<Use<false, STACKED, 2>, Scales>(walk, tile, last);
       tiles_used<Use<false, STACKED, 1>, Scales>(walk, tile, last);
       return;

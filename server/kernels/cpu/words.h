@@ -63,18 +63,25 @@ inline __m512i high_bytes(__m512i words, bool second) {
   return _mm512_shuffle_epi8(words, second ? _mm512_add_epi8(first, _mm512_set1_epi8(2)) : first);
 }
 
-// The same quarter in bytes. Codes in the high halves of bytes are multiplied where they lie: in the low byte of a word by a
-// 256th of what they are in the high one.
-inline void byte_nibbles(const uint8_t* codes, const Words& by, int8_t* to) {
+// The same in bytes, of one half of the nibbles, those in the high halves of bytes. They are multiplied where they lie: in the
+// low byte of a word by a 256th of what they are in the high one.
+inline __m512i bytes_of_nibbles(__m512i codes, const Words& by) {
   const __m512i low = _mm512_set1_epi16(0x00f0), high = _mm512_set1_epi16(static_cast<int16_t>(0xf000));
-  const auto bytes = [&](__m512i w) {
-    const __m512i even = _mm512_mulhi_epu16(_mm512_and_si512(w, low), by.scale);
-    const __m512i odd = _mm512_mulhi_epu16(_mm512_and_si512(w, high), by.scale);
-    return _mm512_add_epi8(_mm512_mask_blend_epi8(ODD_BYTES, even, odd), by.zero);
-  };
+  const __m512i even = _mm512_mulhi_epu16(_mm512_and_si512(codes, low), by.scale);
+  const __m512i odd = _mm512_mulhi_epu16(_mm512_and_si512(codes, high), by.scale);
+  return _mm512_add_epi8(_mm512_mask_blend_epi8(ODD_BYTES, even, odd), by.zero);
+}
+
+inline void byte_nibbles(const uint8_t* codes, const Words& by, int8_t* to) {
   const __m512i w = _mm512_loadu_si512(codes);
-  _mm512_store_si512(to, bytes(_mm512_slli_epi16(w, 4)));
-  _mm512_store_si512(to + 256, bytes(w));
+  _mm512_store_si512(to, bytes_of_nibbles(_mm512_slli_epi16(w, 4), by));
+  _mm512_store_si512(to + 256, bytes_of_nibbles(w, by));
+}
+
+// What bytes of weights leave of a tile's groups, as the unit reads weights: of two spans each four numbers a column.
+inline void put_rest(__m512i rest, int64_t span, int8_t* to) {
+  int8_t* at = to + span % SPANS_OF_SUMS / 2 * 64;
+  _mm512_store_si512(at, span % 2 == 0 ? rest : _mm512_or_si512(_mm512_load_si512(at), _mm512_slli_epi16(rest, 8)));
 }
 
 // w = code scale / 2^7, rounded, of codes of eight bits.
