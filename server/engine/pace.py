@@ -57,9 +57,12 @@ class Pace:
         """Rows that fill a step, by class of depth, where they are known."""
         if math.isinf(limit):
             self._fit = dict.fromkeys(range(len(DEPTHS) + 1), most)
-        self._was_long = False
+        self._long = set[int]()
+        """Classes whose last step was too long."""
+        self._before = 0.0
+        """Seconds of the last step."""
         self._smallest = (0.0, 0.0)
-        """Seconds of the last two steps of hardly any rows of prompts: no step is shorter."""
+        """Seconds of the last two steps of hardly any rows of prompts, unless a larger one was shorter."""
 
     def room(self, depth: int, share: Share) -> int:
         """How many rows more a prompt may add to a step that has `share` of prompts, at `depth` tokens before them."""
@@ -76,21 +79,28 @@ class Pace:
         """A step with so much of prompts has taken so long, whatever else it had. It may have been planned before what
         other steps have told since.
 
-        One long step lowers nothing: the process may have been stopped within it.
+        One long step lowers nothing: the process may have been stopped within it. One short step raises nothing: of two
+        that follow each other without a pause, the second seems short if the first was read late.
         """
         if share.rows.total() <= LEAST_ROWS:
             self._smallest = (self._smallest[1], seconds)
+        else:
+            self._smallest = (min(self._smallest[0], seconds), min(self._smallest[1], seconds))
         aim = max(self._limit * AIM, min(LEAST_STEP * min(self._smallest), self._limit * MOST_AIM))
-        times = aim / max(seconds, 1e-9)
-        """How many of this step would take what one is to take."""
-        is_long, was_long = seconds > max(self._limit * LONG, aim), self._was_long
-        self._was_long = is_long
+        is_long = seconds > max(self._limit * LONG, aim)
+        times, raised = (aim / max(one, 1e-9) for one in (seconds, max(seconds, self._before)))
+        """How many of this step would take what one is to take; or of the longer one of the last two."""
+        self._before = seconds
+        filled = min(1.0, sum(share.parts.values()))
         for at, rows in share.rows.items():
-            if rows and is_long and was_long:
-                full = rows / share.parts[at]
+            if rows and is_long and at in self._long:
+                full = rows / share.parts[at] * filled
                 self._fit[at] = min(self._full(at), max(LEAST_ROWS, full * times))
-            elif rows and not is_long:
-                self._fit[at] = max(self._full(at), min(self._most, rows * min(RAISED, times)))
+            elif rows and is_long:
+                self._long.add(at)
+            elif rows:
+                self._long.discard(at)
+                self._fit[at] = max(self._full(at), min(self._most, rows * min(RAISED, raised)))
 
     def _full(self, at: int) -> float:
         """Rows that fill a step. Twice as deep ones are taken to cost twice as much as long as they are not known."""

@@ -52,11 +52,13 @@ class StepRecord:
         self._failed: float | None = None
         """When the last step that was tried has failed, if it has."""
         self._began: float | None = None
+        self._since = 0.0
+        """When the current step began, or an earlier one came to its end within it."""
         self._plan = _NO_PLAN
 
     def begin(self) -> float:
         """A step is tried from now on; answers the time."""
-        self._began = now = time.monotonic()
+        self._began = self._since = now = time.monotonic()
         return now
 
     def nothing(self) -> Literal[False]:
@@ -85,7 +87,7 @@ class StepRecord:
         """What an earlier step still owes. If that fails, or does not end, it is this step that is told of."""
         current, self._plan = self._plan, plan
         answer = self.wait(read)
-        self._plan = current
+        self._plan, self._since = current, time.monotonic()
         return answer
 
     def landed(self) -> Literal[True]:
@@ -129,9 +131,8 @@ class StepRecord:
         return self._plan
 
     def stuck_for(self) -> float:
-        """Seconds since the current step began; 0 between steps."""
-        began = self._began
-        return 0.0 if began is None else time.monotonic() - began
+        """Seconds since the current step began, or an earlier one came to its end within it; 0 between steps."""
+        return 0.0 if self._began is None else time.monotonic() - self._since
 
     def what_runs(self) -> str:
         """The current step in a line for the log: its size, its requests and the digests of their adapters."""

@@ -5,8 +5,8 @@ the queue and the loads, everything that a request holds. Does not know models, 
 
 A step's tokens go to running answers first (one each), then to prompts that have begun, then to requests that enter.
 Prompts that need more than all of the step's rows for prompts come last, so that a short one does not wait for a long
-one; the oldest of them has half of these rows, so that it does not wait for ever, and the other half where none has
-less left. Prompts have fewer rows than a step holds where it would take too long with them (`Pace`).
+one; the oldest of them has half of these rows, so that it does not wait for ever, and the other half where no other has
+half of what it has left, or less. Where a step of all its rows would take too long, prompts have fewer (`Pace`).
 
 Requests enter when their blocks and their slots can be reserved together, in the queue's order. A request whose
 adapters are not in memory is passed over until they are; one that finds no room is passed over too, until it has
@@ -289,7 +289,7 @@ class Scheduler:
             if request not in long:
                 self._add_chunk(request, plan)
         self._enter(now, plan)
-        shorter = [r for r in long if r.goal - r.computed < long[0].goal - long[0].computed]
+        shorter = [r for r in long if 2 * (r.goal - r.computed) <= long[0].goal - long[0].computed]
         for request in sorted(shorter, key=lambda r: r.goal - r.computed):
             self._add_chunk(request, plan)
         self._hold(plan, depth, -plan.held, -logits)
@@ -500,6 +500,10 @@ class Scheduler:
             found = self.kv.match(keys[1 : most + 1])
         if len(found) < most and keys[len(found) + 1] in self._coming:
             self.kv.free(found)
+            return
+        if self._room(len(found) * self.kv.block_size, plan) <= 0:
+            self.kv.free(found)
+            self._changed = True  # the next step has room again
             return
         fresh = [digest for digest in request.mix.digests if not self.slots.holds(digest)]
         need = self.kv.blocks_for(request.goal) - len(found)

@@ -55,6 +55,43 @@ def test_one_long_step_lowers_nothing_and_a_second_does() -> None:
     assert step(pace, 0).rows.total() == 64
 
 
+def test_what_is_too_long_is_lowered_between_short_steps_of_answers_and_of_other_depths() -> None:
+    pace = Pace(512, LIMIT)
+    for _ in range(3):
+        pace.learn(step(pace, 0), 0.01)
+    for _ in range(2):
+        pace.learn(step(pace, 0), 27.0)
+        pace.learn(Share(), 0.3)
+        pace.learn(step(pace, 600), 0.3)
+    assert step(pace, 0).rows.total() < 64
+
+
+def test_a_long_step_of_few_rows_is_not_taken_for_a_full_one() -> None:
+    pace = Pace(512, LIMIT)
+    for _ in range(3):
+        pace.learn(step(pace, 0), 0.01)
+    for _ in range(2):
+        pace.learn(step(pace, 0, 30), 6.0)
+    assert step(pace, 0).rows.total() * 6.0 / 30 < LIMIT
+
+
+def test_one_short_step_after_a_long_one_raises_nothing() -> None:
+    pace = Pace(512, LIMIT)
+    pace.learn(step(pace, 0), 9.0)
+    pace.learn(step(pace, 0), 0.001)
+    assert step(pace, 0).rows.total() == FIRST_ROWS
+
+
+def test_smallest_steps_that_took_long_once_are_forgotten_with_shorter_ones() -> None:
+    pace = Pace(512, LIMIT)
+    for _ in range(2):
+        pace.learn(Share(), 9.0)
+    for _ in range(30):
+        share = step(pace, 0)
+        pace.learn(share, 0.1 + share.rows.total() / 20)
+    assert 0.1 + share.rows.total() / 20 <= 5.0
+
+
 def test_however_slow_it_is_prompts_go_on() -> None:
     pace = Pace(512, LIMIT)
     for _ in range(10):
@@ -121,7 +158,8 @@ def test_a_deep_prompt_does_not_take_rows_from_short_ones_for_good() -> None:
     assert step(pace, 0).rows.total() == 512
     lowered = step(pace, 8192).rows.total()
     assert lowered < 200
-    pace.learn(step(pace, 8192), 0.1)
+    for _ in range(2):
+        pace.learn(step(pace, 8192), 0.1)
     assert step(pace, 8192).rows.total() > lowered
 
 

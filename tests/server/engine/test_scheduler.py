@@ -488,3 +488,31 @@ def test_nobody_enters_a_step_that_has_no_time_left(bench: Any, monkeypatch: Any
     assert b.engine.stats()["running"] == 1
     b.engine.step()
     assert all(h.reason == "length" for h in waiting), "and by then all of them are known to fit"
+
+
+def test_nobody_enters_a_step_without_room_at_the_depth_that_it_finds_cached(bench: Any) -> None:
+    b = bench(max_batch=8, max_step_tokens=512, blocks=900, context_length=2048, step_limit=30.0)
+    shared = prompt(1, 1200)
+    b.submit(shared, max_tokens=1)
+    b.settle()
+    b.submit(prompt(2, 62), max_tokens=1)
+    deep = [b.submit([*shared, *prompt(10 + i, 20)], max_tokens=1) for i in range(4)]
+    b.engine._scheduler.pace._fit = {0: 64, 1: 64, 2: 16}
+    b.engine.step()
+    assert [h.request.computed for h in deep] == [0] * 4
+    assert b.engine.stats()["running"] == 0, "the first has ended, and those behind it would hold blocks for nothing"
+    b.settle()
+    assert all(h.reason == "length" for h in deep)
+    b.check_empty()
+
+
+def test_of_two_prompts_of_nearly_the_same_length_the_older_one_ends_first(bench: Any) -> None:
+    b = bench(max_batch=8, max_step_tokens=64, blocks=600, context_length=2048)
+    older = b.submit(prompt(1, 1000), max_tokens=1)
+    b.submit(prompt(2, 900), max_tokens=1)
+    steps = 0
+    while older.reason is None:
+        b.engine.step()
+        steps += 1
+    assert steps <= 17
+    b.settle()
