@@ -20,12 +20,13 @@ from server.engine import completion
 from server.engine.batch import Work, build_batch, most_logits, most_tokens
 from server.engine.kv_cache import KVCache, root_key
 from server.engine.loads import Fetch, Loads
+from server.engine.plan import Plan
 from server.engine.queue import Inbox
 from server.engine.record import StepRecord
 from server.engine.request import Delivery, Request, State
 from server.engine.runner import Runner
 from server.engine.sampler import Pick, Sampler
-from server.engine.scheduler import Limits, Plan, Scheduler
+from server.engine.scheduler import Limits, Scheduler
 from server.engine.slots import Room, Slots
 from server.engine.text import Detokenizer, Text
 from server.errors import Conflict, EngineFailed, InvalidRequest, NoCapacity, NotReady

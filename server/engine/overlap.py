@@ -26,10 +26,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from server.engine.batch import Work, build_batch
 from server.engine.engine import Engine
+from server.engine.plan import Plan
 from server.engine.request import Delivery, Request, State
 from server.engine.runner import Runner
 from server.engine.sampler import Drawn, Pick, drawn_picks
-from server.engine.scheduler import Plan
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ them, and seconds.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -31,7 +32,7 @@ DEPTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def _class(depth: int) -> int:
-    return sum(depth >= start for start in DEPTHS)
+    return bisect_right(DEPTHS, depth)
 
 
 @dataclass
@@ -88,8 +89,9 @@ class Pace:
             self._smallest = (min(self._smallest[0], seconds), min(self._smallest[1], seconds))
         aim = max(self._limit * AIM, min(LEAST_STEP * min(self._smallest), self._limit * MOST_AIM))
         is_long = seconds > max(self._limit * LONG, aim)
-        times, raised = (aim / max(one, 1e-9) for one in (seconds, max(seconds, self._before)))
-        """How many of this step would take what one is to take; or of the longer one of the last two."""
+        times = aim / max(seconds, 1e-9)
+        """How many of this step would take what one is to take."""
+        raised = min(RAISED, aim / max(seconds, self._before, 1e-9))
         self._before = seconds
         filled = min(1.0, sum(share.parts.values()))
         for at, rows in share.rows.items():
@@ -100,7 +102,7 @@ class Pace:
                 self._long.add(at)
             elif rows:
                 self._long.discard(at)
-                self._fit[at] = max(self._full(at), min(self._most, rows * min(RAISED, raised)))
+                self._fit[at] = max(self._full(at), min(self._most, rows * raised))
 
     def _full(self, at: int) -> float:
         """Rows that fill a step. Twice as deep ones are taken to cost twice as much as long as they are not known."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from adapters.weights import SHORT_DIGEST
 from server.engine.batch import Work
-from server.engine.scheduler import Plan
+from server.engine.plan import Plan
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 

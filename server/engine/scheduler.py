@@ -22,20 +22,19 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from server.engine.batch import Work
 from server.engine.kv_cache import Key, KVCache, next_key
 from server.engine.loads import Loads
-from server.engine.pace import Pace, Share
+from server.engine.pace import Pace
+from server.engine.plan import Plan
 from server.engine.queue import OUTPUT_COST, FairQueue
 from server.engine.request import Delivery, Request, State
 from server.engine.slots import Slots
 from server.errors import DeadlineExceeded, EngineFailed, NoCapacity
 
 log = logging.getLogger(__name__)
-
-Ended = list[tuple[Request, Delivery]]
 
 PRESSED_SECONDS = 0.2
 """For how long a call for room in RAM counts; it is repeated more often than that while it lasts."""
@@ -60,33 +59,6 @@ class Limits:
     max_logits: int = 64
     age_limit: float = 2.0
     step_limit: float = math.inf
-
-
-@dataclass
-class Plan:
-    """The next step: its work, the requests that enter for the first time, and those that end without one."""
-
-    work: list[Work] = field(default_factory=list)
-    entered: list[Request] = field(default_factory=list)
-    ended: Ended = field(default_factory=list)
-    most: int = 0
-    """Tokens up to which prompts may add to it, and logits."""
-    most_logits: int = 0
-    tokens: int = 0
-    logits: int = 0
-    prompts: Share = field(default_factory=Share)
-    """What prompts have of its time."""
-    held: int = 0
-    """Tokens that a long prompt is sure to add."""
-    whole: int = 0
-    """Running requests that compute nothing more: the last token of each is on its way."""
-    copied: set[str] = field(default_factory=set)
-    """The adapters that are on their way to the device: what uses them now waits for them, with all of the step."""
-
-    def add(self, request: Request, count: int, logits: int) -> None:
-        self.work.append(Work(request, count, logits))
-        self.tokens += count
-        self.logits += logits
 
 
 class Scheduler:

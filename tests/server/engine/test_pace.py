@@ -163,12 +163,9 @@ def test_a_deep_prompt_does_not_take_rows_from_short_ones_for_good() -> None:
     assert step(pace, 8192).rows.total() > lowered
 
 
-seconds = st.floats(1e-6, 0.1, allow_nan=False)
-
-
 @settings(max_examples=200, deadline=None)
 @given(
-    row=seconds,
+    row=st.floats(1e-6, 0.1, allow_nan=False),
     key=st.floats(0, 1 / 512, allow_nan=False),
     fixed=st.floats(0, 1.0, allow_nan=False) | st.floats(0, 20.0, allow_nan=False),
     prompts=st.lists(st.integers(1, 40_000), min_size=1, max_size=6),
