@@ -1,8 +1,8 @@
 """The native CPU kernels, built with the package. Everything else about the package is said in pyproject.toml.
 
 They are plain shared objects with a C interface, loaded with ctypes: the same sources for processors with a matrix
-unit, with instructions for bf16, and without. Where they cannot be built the package installs without them, and
-torch's own kernels serve.
+unit, with instructions for bf16, with AVX512 alone, and with AVX2. Where they cannot be built the package installs
+without them, and torch's own kernels serve.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from setuptools.command.build_py import build_py
 KERNELS = "server/kernels/cpu"
 _HERE = runpy.run_path(f"{KERNELS}/sources.py")
 SOURCES, MACHINES = _HERE["digest"](Path(KERNELS)), _HERE["MACHINES"]
-ISA = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"]
-"""What all kernels need. Whether a machine has it is asked when a library is loaded."""
+AVX512 = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"]
 LIBRARIES = {
-    "_native_amx": [*ISA, "avx512bf16", "avx512vbmi2", "amx-tile", "amx-int8", "amx-bf16"],
-    "_native_bf16": [*ISA, "avx512bf16"],
-    "_native": ISA,
+    "_native_amx": [*AVX512, "avx512bf16", "avx512vbmi2", "amx-tile", "amx-int8", "amx-bf16"],
+    "_native_bf16": [*AVX512, "avx512bf16"],
+    "_native": AVX512,
+    "_native_avx2_vnni": ["avxvnni"],
+    "_native_avx2": [],
 }
+"""What each needs beside what all do, which is in `FLAGS`. Whether a machine has it is asked when one is loaded."""
 FLAGS = [
     "-std=c++17",
     "-g0",

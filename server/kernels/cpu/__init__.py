@@ -1,4 +1,4 @@
-"""The native backend: C++ kernels for AVX512-VNNI, built with the package and loaded with ctypes.
+"""The native backend: C++ kernels for AVX512-VNNI or AVX2, built with the package and loaded with ctypes.
 
 Owns whether they can run here, and the products that the Python decoder (training) asks of them; a whole step is
 engine/native_runner.py's. 4-bit and 8-bit weights meet activations quantized to int8 per row and quarter of a span

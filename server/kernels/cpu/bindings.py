@@ -163,8 +163,9 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 
-LIBRARIES = ("_native_amx", "_native_bf16", "_native")
-"""The same kernels for processors with a matrix unit, with instructions for bf16 and without, the faster ones first."""
+LIBRARIES = ("_native_amx", "_native_bf16", "_native", "_native_avx2_vnni", "_native_avx2")
+"""The same kernels for processors with a matrix unit, with instructions for bf16 and without, and for those that have
+vectors of 256 bits, with instructions for products of bytes and without, the faster ones first."""
 
 OUTDATED = "the library was built from other sources: install the package again, in a checkout with `make serve`"
 """What is said of one that an older checkout has left."""

@@ -11,8 +11,9 @@ namespace loramux {
 
 // Intel's processors begin two instructions of 512 bits at a time, whatever they do: those that mask the codes of four rows
 // are a seventh of all, those that make floats of their scales are a few, and sums may as well wait in the first cache. AMD's
-// multiply with half of their pipes or fewer, and the others have time for the rest.
-bool by_eight = __builtin_cpu_is("intel");
+// multiply with half of their pipes or fewer, and the others have time for the rest. Where products of bytes are no
+// instructions, codes cost more to make ready than to multiply, on all of them.
+bool by_eight = WHOLE_VECTORS ? __builtin_cpu_is("intel") : !BYTE_PRODUCTS;
 
 // Rows of a walk at most.
 inline int64_t most_rows() { return by_eight ? 2 * ROWS : ROWS; }
@@ -97,6 +98,63 @@ struct Rows {
   const float* word(int r, int number) const { return words + r / ROWS * words_apart + number * ROWS + r % ROWS; }
 };
 
+// A vector of one half of a group's codes. Of INT4 it is bytes of both halves.
+template <int S>
+__attribute__((always_inline)) inline __m512i load_codes(const uint8_t* codes, int half, int b) {
+  const __m512i w = _mm512_loadu_si512(codes + (S == INT8 ? half * 256 : 0) + b * 64);
+  if constexpr (S != NF4) return w;
+  const __m512i low = _mm512_set1_epi8(15);
+  return _mm512_shuffle_epi8(nf4_levels(), _mm512_and_si512(half == 0 ? w : _mm512_srli_epi16(w, 4), low));
+}
+
+// dot[t][r] += the products of one half of a group's codes of T tiles with R rows' codes. Nibbles in the high half of a byte
+// count 16 times.
+template <int S, int R, int T>
+__attribute__((always_inline)) inline void add_products(const uint8_t* codes, int64_t stride, int half, const Rows& x,
+                                                        __m512i (&dot)[T][R]) {
+  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(static_cast<char>(0xf0));
+#pragma GCC unroll 4
+  for (int b = 0; b < 4; b++) {
+    __m512i w[T];
+    for (int t = 0; t < T; t++) {
+      w[t] = load_codes<S>(codes + t * stride, half, b);
+      if constexpr (S == INT4) w[t] = _mm512_and_si512(w[t], half == 0 ? low : high);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const __m512i a = broadcast_word(x.codes_of(r) + half * GROUP / 2 + b * 4);
+      for (int t = 0; t < T; t++) dot[t][r] = _mm512_dpbusd_epi32(dot[t][r], w[t], a);
+    }
+  }
+}
+
+// The same where products of bytes are no instructions: eight of nibbles fit into 16 bits, where two of bytes do not. A byte
+// is two nibbles.
+template <int S, int R, int T>
+__attribute__((always_inline)) inline void add_nibbles(const uint8_t* codes, int64_t stride, int half, const Rows& x,
+                                                       __m512i (&dot)[T][R]) {
+  const __m512i low = _mm512_set1_epi8(15);
+#pragma GCC unroll 2
+  for (int high = 0; high < 2; high++) {
+    if (S == INT4 && high != half) continue;
+    for (int t = 0; t < T; t++) {
+      __m512i w[4];
+      for (int b = 0; b < 4; b++) {
+        w[b] = load_codes<S>(codes + t * stride, half, b);
+        w[b] = _mm512_and_si512(high == 0 ? w[b] : _mm512_srli_epi16(w[b], 4), low);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        __m512i pairs[4];
+        for (int b = 0; b < 4; b++)
+          pairs[b] = _mm512_maddubs_epi16(w[b], broadcast_word(x.codes_of(r) + half * GROUP / 2 + b * 4));
+        const __m512i all = _mm512_add_epi16(_mm512_add_epi16(pairs[0], pairs[1]), _mm512_add_epi16(pairs[2], pairs[3]));
+        dot[t][r] = _mm512_add_epi32(dot[t][r], _mm512_madd_epi16(all, _mm512_set1_epi16(high == 0 ? 1 : 16)));
+      }
+    }
+  }
+}
+
 // dot[t][r] = the products of a group's codes of T tiles with R rows' codes x, in the units of the rows' second halves, or
 // in sixteenths of these for INT4: its nibbles are read where they lie, those in the high half of a byte as 16 times as
 // much. SECOND: whether it is the second one of its span. CENTRED: the codes of INT4 are taken as 8 less than they are, and
@@ -104,9 +162,6 @@ struct Rows {
 template <int S, bool CENTRED, int SECOND, int R, int T>
 __attribute__((always_inline)) inline void dot_products(const uint8_t* codes, int64_t stride, const Rows& x,
                                                         __m512i (&dot)[T][R]) {
-  constexpr int HALF = GROUP / 2;
-  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(static_cast<char>(0xf0));
-  [[maybe_unused]] const __m512i levels = nf4_levels();
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) {
@@ -130,21 +185,10 @@ __attribute__((always_inline)) inline void dot_products(const uint8_t* codes, in
           }
         }
     }
-#pragma GCC unroll 4
-    for (int b = 0; b < 4; b++) {
-      __m512i w[T];
-      for (int t = 0; t < T; t++) {
-        w[t] = _mm512_loadu_si512(codes + t * stride + (S == INT8 ? half * 256 : 0) + b * 64);
-        if constexpr (S == INT4) w[t] = _mm512_and_si512(w[t], half == 0 ? low : high);
-        if constexpr (S == NF4)
-          w[t] = _mm512_shuffle_epi8(levels, _mm512_and_si512(half == 0 ? w[t] : _mm512_srli_epi16(w[t], 4), low));
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const __m512i a = broadcast_word(x.codes_of(r) + half * HALF + b * 4);
-        for (int t = 0; t < T; t++) dot[t][r] = _mm512_dpbusd_epi32(dot[t][r], w[t], a);
-      }
-    }
+    if constexpr (BYTE_PRODUCTS)
+      add_products<S>(codes, stride, half, x, dot);
+    else
+      add_nibbles<S>(codes, stride, half, x, dot);
   }
 }
 
@@ -226,15 +270,28 @@ struct SpanScales {
   __m512i scale, zero;
 };
 
-// WHOLE: the span is of one group.
-template <bool WHOLE>
-inline SpanScales span_scales(const int16_t* at) {
-  if constexpr (!WHOLE) return {_mm512_loadu_si512(at), _mm512_loadu_si512(at + 32)};
+// Sixteen words from `at` on, each twice side by side, and those behind.
+inline SpanScales words_twice(const int16_t* at) {
+#ifdef __AVX512VNNI__
   const __m512i each = _mm512_loadu_si512(at);
   const __m512i column = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i twice = _mm512_or_si512(column, _mm512_slli_epi32(column, 16));
   return {_mm512_permutexvar_epi16(twice, each),
           _mm512_permutexvar_epi16(_mm512_or_si512(twice, _mm512_set1_epi16(16)), each)};
+#else
+  const auto twice = [](const int16_t* from) {
+    const __m512i word = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return _mm512_or_si512(word, _mm512_slli_epi32(word, 16));
+  };
+  return {twice(at), twice(at + 16)};
+#endif
+}
+
+// WHOLE: the span is of one group.
+template <bool WHOLE>
+inline SpanScales span_scales(const int16_t* at) {
+  if constexpr (WHOLE) return words_twice(at);
+  return {_mm512_loadu_si512(at), _mm512_loadu_si512(at + 32)};
 }
 
 // `product` for INT4 whose scales are whole numbers: the sums of both groups of a span, in 16 bits each, meet their scales
@@ -425,9 +482,10 @@ void multiply(const Matrix& w, int64_t first_tile, int64_t last_tile, const Acti
   if constexpr (MATRIX_UNIT) {
     if (w.by_unit()) return multiply_by_unit(w, first_tile, last_tile, x, rows, out, stride, aside);
   }
+  constexpr int TOGETHER = WHOLE_VECTORS ? 2 : 1;  // tiles whose sums registers have room for
   int64_t tile = first_tile;
-  for (; tile + 2 <= last_tile; tile += 2)
-    columns_any<2>(w, tile, x, rows, out + (tile - first_tile) * 16, stride, aside);
+  for (; tile + TOGETHER <= last_tile; tile += TOGETHER)
+    columns_any<TOGETHER>(w, tile, x, rows, out + (tile - first_tile) * 16, stride, aside);
   if (tile < last_tile) columns_any<1>(w, tile, x, rows, out + (tile - first_tile) * 16, stride, aside);
 }
 

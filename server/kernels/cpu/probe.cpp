@@ -1,7 +1,9 @@
 // Says whether the kernels can run here. Asks nothing of the machine but integers, whatever the rest is compiled for.
 
-#if defined(__AMX_INT8__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__AMX_INT8__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -10,10 +12,21 @@
 extern "C" const char* loramux_missing() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+#if defined(__AVX512VNNI__)
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
       !__builtin_cpu_supports("avx512vl"))
     return "the processor has no AVX-512 (F, BW, DQ, VL)";
   if (!__builtin_cpu_supports("avx512vnni")) return "the processor has no AVX512-VNNI";
+#else
+  if (!__builtin_cpu_supports("avx2")) return "the processor has no AVX2";
+  if (!__builtin_cpu_supports("fma")) return "the processor has no FMA";
+  if (!__builtin_cpu_supports("bmi2")) return "the processor has no BMI2";
+  unsigned of[4] = {};  // what not all compilers know by name; whether the system keeps its registers, AVX2 has told
+  if (!__get_cpuid(1, of, of + 1, of + 2, of + 3) || !(of[2] >> 29 & 1)) return "the processor has no F16C";
+#if defined(__AVXVNNI__)
+  if (!__get_cpuid_count(7, 1, of, of + 1, of + 2, of + 3) || !(of[0] >> 4 & 1)) return "the processor has no AVX-VNNI";
+#endif
+#endif
 #if defined(__AVX512BF16__)
   if (!__builtin_cpu_supports("avx512bf16")) return "the processor has no AVX512-BF16";
 #endif
@@ -37,8 +50,12 @@ extern "C" const char* loramux_instructions() {
   return "AMX-INT8, AMX-BF16, AVX512-VNNI, AVX512-BF16";
 #elif defined(__AVX512BF16__)
   return "AVX512-VNNI, AVX512-BF16";
-#else
+#elif defined(__AVX512VNNI__)
   return "AVX512-VNNI";
+#elif defined(__AVXVNNI__)
+  return "AVX2, AVX-VNNI";
+#else
+  return "AVX2";
 #endif
 }
 

@@ -1,9 +1,13 @@
 // The instruction set of the kernels, which setup.py asks the compiler for. Included by every file but probe.cpp.
 #pragma once
-#if !defined(__AVX512VNNI__)
-#error "the kernels are written for AVX512 with VNNI; see setup.py for the flags"
-#endif
 #include <immintrin.h>
+
+#if defined(__AVX512VNNI__)
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "halves.h"
+#else
+#error "the kernels are written for AVX512 with VNNI, or AVX2 with FMA and F16C; see setup.py for the flags"
+#endif
 
 namespace loramux {
 
@@ -12,6 +16,20 @@ namespace loramux {
 constexpr bool MATRIX_UNIT = true;
 #else
 constexpr bool MATRIX_UNIT = false;
+#endif
+
+// Whether vectors of 512 bits are the processor's own; see halves.h.
+#ifdef __AVX512VNNI__
+constexpr bool WHOLE_VECTORS = true;
+#else
+constexpr bool WHOLE_VECTORS = false;
+#endif
+
+// Whether products of bytes are instructions.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool BYTE_PRODUCTS = true;
+#else
+constexpr bool BYTE_PRODUCTS = false;
 #endif
 
 }  // namespace loramux

@@ -3,6 +3,7 @@ own, and its interpreter."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import subprocess
@@ -28,8 +29,15 @@ def runs(library: str) -> bool:
     """Whether this native library was built, and the processor has the instructions that it needs."""
     try:
         return bindings.load(library).loramux_missing() is None
-    except OSError:  # an older compiler builds two of the three
+    except OSError:  # an older compiler builds some of them
         return False
+
+
+def same_bits(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> bool:
+    """Whether float32 numbers are the same, and NaN where the others are, whatever its bits."""
+    nan = np.isnan(one)
+    bits = [np.where(nan, np.int32(0), x.view(np.int32)) for x in (one, other)]
+    return np.array_equal(nan, np.isnan(other)) and np.array_equal(*bits)
 
 
 @pytest.fixture(params=[name for name in bindings.LIBRARIES if runs(name)] or [None])
@@ -41,6 +49,18 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(bindings, "library", lambda: loaded)
     monkeypatch.setattr(cpu, "_pools", [])
     return str(request.param)
+
+
+HALVES = ("_native_avx2_vnni", "_native_avx2") if runs("_native") else ()
+"""Libraries of vectors of 256 bits, where there is one of 512 to compare with."""
+
+
+@pytest.fixture(params=[name for name in HALVES if runs(name)] or [None])
+def both_sizes(request: pytest.FixtureRequest) -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """The library of vectors of 512 bits, and one of 256."""
+    if request.param is None:
+        pytest.skip("no native library of each size of vectors runs here")
+    return bindings.load("_native"), bindings.load(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import platform
 import shutil
 import sys
 import sysconfig
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 from server.errors import BadSetting
-from server.kernels import choose, cpu, cuda
+from server.kernels import choose, cpu, cuda, processor
 from server.kernels.cpu import bindings
-from server.kernels.cpu.sources import digest
+from server.kernels.cpu.sources import MACHINES, digest
+from tests.conftest import part_missing
 
 
 def test_auto_takes_the_native_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,13 +30,13 @@ def test_auto_takes_the_native_kernels_where_they_run(monkeypatch: pytest.Monkey
 def test_auto_falls_back_to_torchs_with_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cpu, "unavailable", lambda: "this processor has no AVX512-VNNI")
+    monkeypatch.setattr(cpu, "unavailable", lambda: "this processor has no AVX2")
     with caplog.at_level(logging.INFO, "server.kernels"):
         assert choose("auto").name == "aten"
     assert [record.getMessage() for record in caplog.records] == [
-        "the native kernels cannot run here (this processor has no AVX512-VNNI); torch's own ops serve"
+        "the native kernels cannot run here (this processor has no AVX2); torch's own ops serve"
     ]
-    with pytest.raises(BadSetting, match="cannot run here: this processor has no AVX512-VNNI"):
+    with pytest.raises(BadSetting, match="cannot run here: this processor has no AVX2"):
         choose("native")
 
 
@@ -112,7 +114,7 @@ def test_the_fastest_library_that_runs_is_loaded(
         def __init__(self, missing: bytes | None) -> None:
             self.loramux_missing = lambda: missing
 
-    there = {"_native_amx": Library(None), "_native_bf16": Library(None), "_native": Library(None)}
+    there = {name: Library(None) for name in bindings.LIBRARIES}
     monkeypatch.setattr(bindings, "load", lambda name: there[name])
     assert bindings.library.__wrapped__() is there["_native_amx"]
     there["_native_amx"] = Library(b"the system does not let this process use AMX")
@@ -120,7 +122,11 @@ def test_the_fastest_library_that_runs_is_loaded(
     there["_native_bf16"] = Library(b"the processor has no AVX512-BF16")
     assert bindings.library.__wrapped__() is there["_native"]
     there["_native"] = Library(b"the processor has no AVX512-VNNI")
-    assert bindings.library.__wrapped__() is there["_native"]  # whose reason is told
+    assert bindings.library.__wrapped__() is there["_native_avx2_vnni"]
+    there["_native_avx2_vnni"] = Library(b"the processor has no AVX-VNNI")
+    assert bindings.library.__wrapped__() is there["_native_avx2"]
+    there["_native_avx2"] = Library(b"the processor has no AVX2")
+    assert bindings.library.__wrapped__() is there["_native_avx2"]  # whose reason is told
 
     def unbuilt(name: str) -> Library:
         if name == "_native_bf16":
@@ -129,8 +135,27 @@ def test_the_fastest_library_that_runs_is_loaded(
 
     monkeypatch.setattr(bindings, "load", unbuilt)
     with caplog.at_level(logging.INFO, "server.kernels.cpu"):
-        assert bindings.library.__wrapped__() is there["_native"]
+        assert bindings.library.__wrapped__() is there["_native_avx2"]
     assert caplog.messages == ["the kernels of _native_bf16 are left out: the library was not built with this package"]
+
+
+@pytest.mark.skipif(platform.machine() not in MACHINES, reason="the kernels are not for this kind of processor")
+@pytest.mark.parametrize("name", bindings.LIBRARIES)
+def test_each_library_is_built_and_tells_what_the_processor_lacks(name: str) -> None:
+    try:
+        library = bindings.load(name)
+    except OSError as e:  # an older compiler builds some of them
+        part_missing(f"{name}: {e}")
+    needed = {
+        "_native_amx": {"amx_int8", "amx_bf16", "avx512_vnni", "avx512_bf16", "avx512_vbmi2"},
+        "_native_bf16": {"avx512_vnni", "avx512_bf16"},
+        "_native": {"avx512_vnni"},
+        "_native_avx2_vnni": {"avx2", "fma", "f16c", "bmi2", "avx_vnni"},
+        "_native_avx2": {"avx2", "fma", "f16c", "bmi2"},
+    }
+    missing = library.loramux_missing()
+    if missing is None or b"the system" not in missing:
+        assert (missing is None) == (needed[name] <= processor.features()), missing
 
 
 def test_on_another_kind_of_processor_no_compiler_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

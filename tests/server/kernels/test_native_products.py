@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from ctypes import CDLL
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from server.kernels.stored import dequantize_stored, group_values, unpack_nibble
 from server.kernels.threads import processors
 from server.kernels.weight import Weight
 from server.model.quantization import quantize
-from tests.server.kernels.conftest import runs
+from tests.server.kernels.conftest import runs, same_bits
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native kernels: {cpu.unavailable()}")
 
@@ -93,6 +94,30 @@ def test_walks_of_four_rows_and_of_eight_answer_the_same(
     assert torch.equal(found[True], found[False])
     alone = cpu.Native().linear(packed, x[rows - 1 :])
     assert torch.equal(found[True][rows - 1 :], alone)
+
+
+@pytest.mark.parametrize(("scheme", "group", "double"), [*SCHEMES, ("nf4", 32, False), ("int4", 128, False)])
+@pytest.mark.parametrize(("out", "width"), SHAPES)
+def test_vectors_of_half_the_size_give_the_same_bits(
+    both_sizes: tuple[CDLL, CDLL],
+    scheme: str,
+    group: int,
+    double: bool,
+    out: int,
+    width: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if width % (group or 1):
+        width = group * 3
+    packed = cpu.Native().pack(stored(scheme, group, double, out, width))
+    x = torch.randn(17, width) * torch.logspace(-2, 1, width)
+    x[3] = 0
+    found = []
+    for library in both_sizes:
+        monkeypatch.setattr(bindings, "library", lambda library=library: library)
+        monkeypatch.setattr(cpu, "_pools", [bindings.Pool(2)])
+        found.append([cpu.Native().linear(packed, x[:rows]).numpy() for rows in (1, 2, 3, 8, 17)])
+    assert all(same_bits(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(("scheme", "group", "double"), SCHEMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from ctypes import CDLL
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from server.model.config import RopeScaling
 from server.model.quantization import quantize
 from tests.conftest import part_missing
 from tests.server.kernels import tiny
-from tests.server.kernels.conftest import runs
+from tests.server.kernels.conftest import runs, same_bits
 from tests.server.kernels.tiny import BLOCK, Sequence, Tiny, adapter, batch_of, codes_of, error, llama, random_tokens
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native kernels: {cpu.unavailable()}")
@@ -169,6 +170,39 @@ def test_processors_without_bf16_have_the_same_logits(family: str, monkeypatch: 
             assert torch.equal(ours.isfinite(), other.isfinite()) and not ours.isfinite().all()
         else:
             assert error(ours, other) < 0.004, which
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama-int4", "llama-double", "llama-nf4", "llama-bf16", "qwen3", "odd-heads", "odd-widths"],
+)
+def test_vectors_of_half_the_size_give_the_same_bits(
+    both_sizes: tuple[CDLL, CDLL], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, steps and adapters of all ranks, by eight rows a walk and by four, and rows that overflow."""
+    lengths, found = [65, 1, 20, 7, 3, 1, 2, 9, 4, 30], []
+    whole, halves = both_sizes
+    for library in (whole, halves, halves):
+        monkeypatch.setattr(bindings, "library", lambda library=library: library)
+        monkeypatch.setattr(cpu, "_pools", [])
+        usual = library.loramux_by_eight(len(found) == 2)
+        try:
+            base, _ = bases(family)
+            runner = runner_of(base)
+            place_all(runner, base, {i: adapter(base.config, i, rank) for i, rank in enumerate(RANKS)})
+            mixes: list[SlotWeights] = [((i, (-1.0, 2.0, 1.0, 0.0)[i % 4]),) for i in range(len(RANKS))]
+            mixes[1], mixes[4] = ((0, 3e38),), ((6, 0.5), (9, -1.0))
+            sequences = [
+                Sequence(tokens(i, n + 1), list(range(i * 8, i * 8 + 8)), mixes[i]) for i, n in enumerate(lengths)
+            ]
+            first = step(runner, list(zip(sequences, lengths, strict=True)))
+            second = step(runner, [(s, 1) for s in sequences])
+        finally:
+            library.loramux_by_eight(usual)
+        found.append(torch.cat([*first, *second]).numpy())
+    assert np.isnan(found[0]).any() and np.isfinite(found[0]).any()
+    for ours in found[1:]:
+        assert same_bits(ours, found[0])
 
 
 def close_in_one_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from ctypes import CDLL
 from functools import lru_cache
 from typing import Any
 
@@ -16,9 +17,13 @@ from server.engine.runner import Runner, make_runner
 from server.engine.sampler import Pick, Sampler
 from server.errors import EngineFailed
 from server.kernels import choose, cpu
+from server.kernels.cpu import bindings
 from tests.server.kernels import tiny
 
-pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native kernels: {cpu.unavailable()}")
+pytestmark = [
+    pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native kernels: {cpu.unavailable()}"),
+    pytest.mark.usefixtures("library"),
+]
 
 LIMITS: list[dict[str, Any]] = [
     {},
@@ -41,8 +46,12 @@ LIMITS: list[dict[str, Any]] = [
 """0.6 is more in float32, in which a runner is told it: of equals that is one token more."""
 
 
-@lru_cache(maxsize=4)
 def runner_of(vocab: int, threads: int = 2) -> Runner:
+    return made_by(bindings.library(), vocab, threads)
+
+
+@lru_cache(maxsize=4)
+def made_by(library: CDLL, vocab: int, threads: int) -> Runner:
     config = tiny.llama(
         vocab_size=vocab,
         hidden_size=32,
