@@ -119,12 +119,13 @@ def test_rates_that_are_given_need_no_capacity(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_picture_of_failures_alone_stands_on_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pyplot = plots._pyplot()
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    close = plots._pyplot().close
+    drawn = []
+    monkeypatch.setattr(plots._pyplot(), "close", lambda figure: (drawn.append(figure.axes), close(figure)))
     plots.loads(tmp_path / "x.png", "x", [Load(n, 1.0, 0.7, 9, summary(failed=100)) for n in (5, 9)])
-    assert [axes.get_ylim()[0] for axes in pyplot.gcf().axes] == [0, 0]
     plots.loads(tmp_path / "x.png", "x", [Load(n, 1.0, 0.7, 9, summary(failed=n - 5)) for n in (5, 8)])
-    told = [[text.get_text() for text in axes.texts] for axes in pyplot.gcf().axes]
+    assert [axes.get_ylim()[0] for axes in drawn[0]] == [0, 0]
+    told = [[text.get_text() for text in axes.texts] for axes in drawn[1]]
     assert all("failed" not in few and many.endswith("\n3 failed") for few, many in told), "even where a bar is drawn"
 
 
