@@ -270,27 +270,10 @@ struct SpanScales {
   __m512i scale, zero;
 };
 
-// Sixteen words from `at` on, each twice side by side, and those behind.
-inline SpanScales words_twice(const int16_t* at) {
-#ifdef __AVX512VNNI__
-  const __m512i each = _mm512_loadu_si512(at);
-  const __m512i column = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i twice = _mm512_or_si512(column, _mm512_slli_epi32(column, 16));
-  return {_mm512_permutexvar_epi16(twice, each),
-          _mm512_permutexvar_epi16(_mm512_or_si512(twice, _mm512_set1_epi16(16)), each)};
-#else
-  const auto twice = [](const int16_t* from) {
-    const __m512i word = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    return _mm512_or_si512(word, _mm512_slli_epi32(word, 16));
-  };
-  return {twice(at), twice(at + 16)};
-#endif
-}
-
 // WHOLE: the span is of one group.
 template <bool WHOLE>
 inline SpanScales span_scales(const int16_t* at) {
-  if constexpr (WHOLE) return words_twice(at);
+  if constexpr (WHOLE) return {words_twice(at, 0), words_twice(at, 1)};
   return {_mm512_loadu_si512(at), _mm512_loadu_si512(at + 32)};
 }
 

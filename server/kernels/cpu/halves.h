@@ -380,26 +380,28 @@ EACH float _mm512_reduce_max_ps(__m512 x) {
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
-template <class F>
-EACH int32_t reduce(__m512i x, F&& f) {
-  alignas(64) int32_t each[16];
-  _mm512_storeu_si512(each, x);
-  int32_t all = each[0];
-  for (int i = 1; i < 16; i++) all = f(all, each[i]);
-  return all;
+template <class Eight, class Four>
+EACH int32_t reduced(__m512i x, Eight of_eight, Four of_four) {
+  const __m256i eight = of_eight(x.low, x.high);
+  const __m128i four = of_four(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = of_four(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(of_four(two, _mm_shuffle_epi32(two, 0xb1)));
 }
 EACH int32_t _mm512_reduce_add_epi32(__m512i x) {
-  return reduce(x, [](int32_t a, int32_t b) { return a + b; });
+  return reduced(x, [](__m256i a, __m256i b) { return _mm256_add_epi32(a, b); },
+                 [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); });
 }
 EACH int32_t _mm512_reduce_max_epi32(__m512i x) {
-  return reduce(x, [](int32_t a, int32_t b) { return a > b ? a : b; });
+  return reduced(x, [](__m256i a, __m256i b) { return _mm256_max_epi32(a, b); },
+                 [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); });
 }
 EACH int32_t _mm512_mask_reduce_add_epi32(__mmask16 mask, __m512i x) {
   return _mm512_reduce_add_epi32(_mm512_mask_mov_epi32(_mm512_setzero_si512(), mask, x));
 }
 EACH int32_t _mm512_mask_reduce_min_epi32(__mmask16 mask, __m512i x) {
-  const __m512i some = _mm512_mask_mov_epi32(_mm512_set1_epi32(INT32_MAX), mask, x);
-  return reduce(some, [](int32_t a, int32_t b) { return a < b ? a : b; });
+  return reduced(_mm512_mask_mov_epi32(_mm512_set1_epi32(INT32_MAX), mask, x),
+                 [](__m256i a, __m256i b) { return _mm256_min_epi32(a, b); },
+                 [](__m128i a, __m128i b) { return _mm_min_epi32(a, b); });
 }
 
 }  // namespace loramux

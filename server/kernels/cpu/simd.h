@@ -83,6 +83,20 @@ inline __m512i broadcast_word(const void* p) {
   return _mm512_set1_epi32(word);
 }
 
+// Each of sixteen words twice, side by side: of 32 from `at` on the first sixteen or the others.
+inline __m512i words_twice(const int16_t* at, int half) {
+#ifdef __AVX512VNNI__  // all of them in a register, as whoever asks for one half asks for the other too
+  const __m512i column = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i twice = _mm512_or_si512(column, _mm512_slli_epi32(column, 16));
+  const __m512i from = _mm512_or_si512(twice, _mm512_set1_epi16(static_cast<int16_t>(16 * half)));
+  return _mm512_permutexvar_epi16(from, _mm512_loadu_si512(at));
+#else
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 16 * half));
+  const __m512i each = _mm512_cvtepu16_epi32(words);
+  return _mm512_or_si512(each, _mm512_slli_epi32(each, 16));
+#endif
+}
+
 // 2^n, n in -126..127.
 inline __m512 power_of_two(__m512i n) { return (__m512)_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23); }
 

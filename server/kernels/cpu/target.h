@@ -2,11 +2,11 @@
 #pragma once
 #include <immintrin.h>
 
-#if defined(__AVX512VNNI__)
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include "halves.h"
-#else
+#ifndef __AVX512VNNI__
+#if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__)
 #error "the kernels are written for AVX512 with VNNI, or AVX2 with FMA and F16C; see setup.py for the flags"
+#endif
+#include "halves.h"
 #endif
 
 namespace loramux {

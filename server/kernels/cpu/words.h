@@ -147,11 +147,8 @@ struct OfSpans {
   void next() {
     __m512i s, z;
     if constexpr (WHOLE) {
-      const __m512i all = _mm512_loadu_si512(scales);
-      const __m512i column = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      const __m512i twofold = _mm512_or_si512(column, _mm512_slli_epi32(column, 16));
-      s = _mm512_permutexvar_epi16(twofold, all);
-      z = _mm512_permutexvar_epi16(_mm512_or_si512(twofold, _mm512_set1_epi16(16)), all);
+      s = words_twice(scales, 0);
+      z = words_twice(scales, 1);
       if (--left == 0) scales += 32, left = each;
     } else {
       s = _mm512_loadu_si512(scales);

@@ -1,6 +1,9 @@
+"""How many rows prompts are given, on machines that are made up here: a step takes what the test says."""
+
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +19,16 @@ def step(pace: Pace, depth: int, most: int = 512) -> Share:
     share = Share()
     pace.add(depth, min(most, pace.room(depth, share)), share)
     return share
+
+
+def settled(pace: Pace, smallest: float, seconds: Callable[[int], float]) -> int:
+    """Rows of a full step at last, where two steps without prompts have taken `smallest` seconds."""
+    for _ in range(2):
+        pace.learn(Share(), smallest)
+    for _ in range(30):
+        share = step(pace, 0)
+        pace.learn(share, seconds(share.rows.total()))
+    return share.rows.total()
 
 
 def test_without_a_limit_every_prompt_has_all_rows() -> None:
@@ -84,12 +97,7 @@ def test_one_short_step_after_a_long_one_raises_nothing() -> None:
 
 def test_smallest_steps_that_took_long_once_are_forgotten_with_shorter_ones() -> None:
     pace = Pace(512, LIMIT)
-    for _ in range(2):
-        pace.learn(Share(), 9.0)
-    for _ in range(30):
-        share = step(pace, 0)
-        pace.learn(share, 0.1 + share.rows.total() / 20)
-    assert 0.1 + share.rows.total() / 20 <= 5.0
+    assert 0.1 + settled(pace, 9.0, lambda rows: 0.1 + rows / 20) / 20 <= 5.0
 
 
 def test_however_slow_it_is_prompts_go_on() -> None:
@@ -107,12 +115,7 @@ def test_however_slow_it_is_prompts_go_on() -> None:
 def test_where_every_step_takes_long_prompts_have_a_third_of_it() -> None:
     """Steps of 16 rows that take 4 s, of which 3.9 are the weights', would save nothing and take hours."""
     pace = Pace(512, LIMIT)
-    for _ in range(2):
-        pace.learn(Share(), 3.9)
-    for _ in range(20):
-        share = step(pace, 0)
-        pace.learn(share, 3.9 + share.rows.total() / 160)
-    assert 300 <= share.rows.total() <= 312
+    assert 300 <= settled(pace, 3.9, lambda rows: 3.9 + rows / 160) <= 312
 
 
 def test_one_small_step_in_which_the_process_was_stopped_raises_nothing() -> None:
