@@ -42,7 +42,7 @@ PRESSED_SECONDS = 0.2
 PREFETCHED = 8
 """Waiting requests whose adapters are copied to a GPU ahead of them."""
 
-REST = 1.0
+REST = 1.25
 """The longest that processors are lent after a step, in times of what it took."""
 
 LENT_ROWS = 12
