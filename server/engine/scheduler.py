@@ -43,8 +43,8 @@ PREFETCHED = 8
 """Waiting requests whose adapters are copied to a GPU ahead of them."""
 
 REST = 1.25
-"""The longest that processors are lent after a step, in times of what it took: with less, a job beside half a load keeps
-under 0.3 of its speed where steps are quick; with more, answers come more slowly still."""
+"""The longest that processors are lent after a step, in times of what it took: with less, a job beside half a load
+keeps under 0.3 of its speed where steps are quick; with more, answers come more slowly still."""
 
 LENT_ROWS = 12
 """Rows of prompts that a step may have while processors are lent, so that neither it nor the rest after it is long."""
