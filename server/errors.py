@@ -25,6 +25,7 @@ ServerError
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -129,6 +130,18 @@ class BadModel(ServerError):
 
 class BadSetting(ServerError):
     """A setting is unknown, malformed or out of range."""
+
+
+_TORCH_WANTED = re.compile(r"DefaultCPUAllocator: .* allocate (\d+) bytes")
+
+
+def too_little_memory(error: BaseException) -> str | None:
+    """In words what the processor's memory was too small for, None if the error is another one. torch has no class of
+    its own for it: what its allocator raises is a RuntimeError."""
+    if isinstance(error, MemoryError):
+        return f"there is too little memory: {str(error) or 'none is left'}"
+    wanted = _TORCH_WANTED.search(str(error))
+    return wanted and f"there is too little memory: {int(wanted[1]) / 1e9:,.1f} GB were wanted at once"
 
 
 def to_install(extra: str) -> str:

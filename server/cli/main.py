@@ -22,7 +22,7 @@ from server.bench import command as bench
 from server.cli import adapters, evaluate, generate, logs, models, offline, search, serve, train
 from server.cli.options import LEFT_OUT
 from server.cli.signals import INTERRUPTED, Interrupted, heard
-from server.errors import RemoteError, ServerError
+from server.errors import RemoteError, ServerError, too_little_memory
 from server.settings import leave_threads_alone
 
 app = typer.Typer(
@@ -107,9 +107,9 @@ def _run() -> object:
         _fail(error, _in_words(error))
     except SafetensorError as error:
         _fail(error, f"a file of tensors cannot be read or written: {error}")
-    except MemoryError as error:
-        _fail(error, f"there is too little memory: {str(error) or 'none is left'}")
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if (words := too_little_memory(error)) is not None:
+            _fail(error, words)
         if "can't start new thread" not in str(error):
             raise
         _fail(error, "the system lets this process have no more threads; raise its limits (ulimit -u and -v)")

@@ -19,7 +19,7 @@ from server.cli.inprocess import open_base, threads_of
 from server.cli.options import BASE, AsJson, path_option, with_settings
 from server.cli.signals import SAME_SIGNAL, heard
 from server.cli.terminal import out, print_json, progress, say_error, size
-from server.errors import ServerError
+from server.errors import NoCapacity, ServerError, too_little_memory
 from server.settings import Settings, keep_few_kernels
 
 if TYPE_CHECKING:
@@ -143,6 +143,11 @@ def _about(recipe: Recipe) -> Iterator[None]:
     except (AdapterError, ServerError) as error:
         after = "; the same command goes on from there" if isinstance(error, TrainingStopped) else ""
         raise type(error)(f"{recipe.name}: {error.message}{after}", error.param) from error
+    except (MemoryError, RuntimeError) as error:
+        if (words := too_little_memory(error)) is None:
+            raise
+        less = "a smaller micro_tokens in its recipe takes less, and so does activation_checkpointing = true"
+        raise NoCapacity(f"{recipe.name}: {words}; {less}") from error
 
 
 @contextlib.contextmanager

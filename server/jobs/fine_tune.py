@@ -24,6 +24,7 @@ from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
 from server.engine.cuda_memory import lacks_memory
 from server.engine.text import Text
+from server.errors import too_little_memory
 from server.jobs.encoding import Template, encoder
 from server.jobs.errors import JobError
 from server.jobs.loan import at, device_of, take
@@ -70,15 +71,17 @@ def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[
     """Trains and writes `folder/result`. Goes on from the checkpoint in `folder`, if there is one.
 
     On the GPU if the base's kernels are its, on the server's matrices and a share of the memory that it lends. Raises
-    JobError for the files and the settings, and where the GPU lacks room, TrainingStopped if `stop` said so (of what
-    has been trained the checkpoint is written).
+    JobError for the files and the settings, and where there is too little memory, TrainingStopped if `stop` said so (of
+    what has been trained the checkpoint is written).
     """
     device = device_of(base)
     try:
         placed = base.to(device) if spec.loan is None else take(base, spec.loan, device, tell)
         with at(device):
             return _fine_tune(spec, placed, folder, tell, stop)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if (words := too_little_memory(error)) is not None:
+            raise JobError("no_memory", f"{words}; shorter examples or a smaller rank take less") from error
         if not lacks_memory(error):
             raise
         raise JobError(

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 import adapters
@@ -51,6 +52,13 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     return call
 
 
+def wanting_memory() -> RuntimeError:
+    """What torch raises where more is asked for than the system gives."""
+    with pytest.raises(RuntimeError) as told:
+        torch.empty(10**14)
+    return told.value
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -59,6 +67,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
         (PermissionError(errno.EACCES, "Permission denied", "x"), "x cannot be read or written: Permission denied"),
         (TimeoutError(), "TimeoutError"),
         (MemoryError("Unable to allocate 1 GiB"), "there is too little memory: Unable to allocate 1 GiB"),
+        (wanting_memory(), "there is too little memory: 400,000.0 GB were wanted at once"),
         (SafetensorError("header is odd"), "a file of tensors cannot be read or written: header is odd"),
         (
             RuntimeError("can't start new thread"),

@@ -284,6 +284,26 @@ def test_a_recipe_that_fails_is_told_and_the_others_are_trained(
     assert isinstance(done.exception, type(error)) and str(done.exception) == f"second: {error.message}"
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room"), RuntimeError("DefaultCPUAllocator: you tried to allocate 7 bytes")]
+)
+def test_so_is_one_that_the_machine_has_too_little_memory_for(
+    given: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    (given / "other.toml").write_text(RECIPE.replace('"echo"', '"second"'))
+    failing(monkeypatch, "echo", error)
+    done = runner.invoke(app, ["train", "echo.toml", "other.toml", "--steps", "1", "--state-dir", "state", "--json"])
+    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    assert first["error"]["message"].startswith("echo: there is too little memory: ")
+    assert first["error"]["message"].endswith(
+        "; a smaller micro_tokens in its recipe takes less, and so does activation_checkpointing = true"
+    )
+    assert second["name"] == "second" and "error" not in second and done.exit_code == 1
+    failing(monkeypatch, "echo", RuntimeError("something else"))
+    done = runner.invoke(app, ["train", "echo.toml", "other.toml", "--steps", "1", "--state-dir", "state"])
+    assert str(done.exception) == "something else"
+
+
 def test_a_disk_that_refuses_ends_all(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (given / "other.toml").write_text(RECIPE.replace('"echo"', '"second"'))
     command = ["train", "echo.toml", "other.toml", "--steps", "1", "--state-dir", "state"]
