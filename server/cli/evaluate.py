@@ -87,7 +87,8 @@ def evaluate(
     faults = [fault for fault in (ended, lost) if fault is not None]
     message = "; ".join(fault.message for fault in faults)
     if as_json:
-        print_json({**told, "error": {"message": message, "param": faults[0].param}} if faults else told)
+        why = {"message": message, "type": type(faults[0]).__name__, "param": faults[0].param} if faults else None
+        print_json(told if why is None else {**told, "error": why})
     else:
         _show(told)
     if isinstance(ended, Interrupted):

@@ -139,7 +139,8 @@ def search(
     picture, lost = _write(output, plan, result, told)
     if as_json:
         told["plot"] = None if picture is None else str(picture)
-        print_json(told if lost is None else {**told, "error": {"message": lost, "param": "output"}})
+        why = {"message": lost, "type": BadSetting.__name__, "param": "output"}
+        print_json(told if lost is None else {**told, "error": why})
     else:
         _show(told, picture)
     if lost is not None:  # what was found is not

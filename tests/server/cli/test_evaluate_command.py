@@ -199,7 +199,8 @@ def test_what_is_done_is_told_before_what_has_ended_it(
     if as_json:
         told = json.loads(printed.out)
         assert [row["candidate"] for row in told["candidates"]] == ["mood"]
-        assert told["error"] == {"message": said, "param": None if stops else "adapters"}
+        kind, param = ("Interrupted", None) if stops else ("InvalidRequest", "adapters")
+        assert told["error"] == {"message": said, "type": kind, "param": param}
     else:
         assert "accuracy" in printed.out and "mine/mood" not in printed.out
 

@@ -695,6 +695,7 @@ def test_what_a_search_has_found_is_told_though_it_cannot_be_written(given: Path
         assert done.exit_code == 1 and "Take rank" in done.stdout and "search/echo cannot be written" in done.stderr
     found = json.loads(done.stdout)
     assert found["chosen"] in (1, 2) and found["plot"] is None and "cannot be written" in found["error"]["message"]
+    assert (found["error"]["type"], found["error"]["param"]) == ("BadSetting", "output")
     tried = [json.loads(line) for line in (given / "search" / "echo" / "trials.jsonl").read_text().splitlines()]
     assert [row["rank"] for row in tried] == [1, 2, 1, 2], "as each is over, for whoever does not wait for the end"
     assert tried[2:] == found["table"]
