@@ -94,6 +94,14 @@ def test_the_api_page_has_every_code_beside_its_status(page: str) -> None:
     assert known <= told
 
 
+def test_the_api_page_has_every_code_of_a_job_that_failed(page: str) -> None:
+    sources = [path.read_text() for path in sorted((REPO / "server" / "jobs").glob("*.py"))]
+    raised = {code for source in sources for code in re.findall(r'(?:JobError\(\s*|"code": )f?"([\w{}]+)"', source)}
+    known = raised - {"invalid_{param}"} | {f"invalid_{file}" for file in ("training_file", "validation_file")}
+    table = page.split("| what is wrong | `code` |", 1)[1].split("\n\n", 1)[0]
+    assert "invalid_{param}" in raised and words(table.replace("(of an evaluation)", "")) == known
+
+
 def test_examples_of_the_api_page_are_what_the_schemas_say(page: str) -> None:
     def fits(model: type[BaseModel], value: dict[str, Any]) -> bool:
         try:
