@@ -16,7 +16,7 @@ from server.cli import logs
 from server.cli.inprocess import choice_of, open_base, opened, target_of
 from server.cli.options import BASE, AsJson, path_option, with_settings
 from server.cli.signals import Interrupted
-from server.cli.terminal import Progress, out, print_json, progress
+from server.cli.terminal import Progress, in_json, out, print_json, progress
 from server.errors import BadSetting, ServerError
 from server.settings import Settings, given_path
 
@@ -87,8 +87,7 @@ def evaluate(
     faults = [fault for fault in (ended, lost) if fault is not None]
     message = "; ".join(fault.message for fault in faults)
     if as_json:
-        why = {"message": message, "type": type(faults[0]).__name__, "param": faults[0].param} if faults else None
-        print_json(told if why is None else {**told, "error": why})
+        print_json({**told, "error": in_json(faults[0], message, faults[0].param)} if faults else told)
     else:
         _show(told)
     if isinstance(ended, Interrupted):

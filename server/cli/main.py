@@ -22,6 +22,7 @@ from server.bench import command as bench
 from server.cli import adapters, evaluate, generate, logs, models, offline, search, serve, train
 from server.cli.options import LEFT_OUT
 from server.cli.signals import INTERRUPTED, Interrupted, heard
+from server.cli.terminal import in_json
 from server.errors import RemoteError, ServerError, too_little_memory
 from server.settings import leave_threads_alone
 
@@ -162,9 +163,7 @@ def _fail(error: Exception, message: str, param: str | None = None) -> NoReturn:
 def _tell(error: Exception, message: str, param: str | None = None) -> None:
     """An error for machines, where the command was asked for JSON; a server's own as it came."""
     if "--json" in sys.argv:
-        body = {"message": message, "type": type(error).__name__, "param": param}
-        if isinstance(error, RemoteError):
-            body = dict(error.told)
+        body = dict(error.told) if isinstance(error, RemoteError) else in_json(error, message, param)
         with contextlib.suppress(OSError):  # it may be what has failed
             sys.stdout.write(json.dumps({"error": body}) + "\n")
             sys.stdout.flush()

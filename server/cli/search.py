@@ -20,7 +20,7 @@ from server.cli import logs
 from server.cli.inprocess import open_base, opened, threads_of
 from server.cli.options import BASE, AsJson, path_option, with_settings
 from server.cli.signals import Interrupted
-from server.cli.terminal import Progress, out, print_json, progress
+from server.cli.terminal import Progress, in_json, out, print_json, progress
 from server.errors import BadSetting
 from server.settings import Settings, keep_few_kernels
 
@@ -139,12 +139,11 @@ def search(
     picture, lost = _write(output, plan, result, told)
     if as_json:
         told["plot"] = None if picture is None else str(picture)
-        why = {"message": lost, "type": BadSetting.__name__, "param": "output"}
-        print_json(told if lost is None else {**told, "error": why})
+        print_json(told if lost is None else {**told, "error": in_json(lost, lost.message, lost.param)})
     else:
         _show(told, picture)
     if lost is not None:  # what was found is not
-        logs.fail(lost)
+        logs.fail(lost.message)
 
 
 def _run(
@@ -331,7 +330,7 @@ def _make(output: Path, name: str) -> None:
         )
 
 
-def _write(output: Path, plan: Plan, result: RankSearch, told: dict[str, Any]) -> tuple[Path | None, str | None]:
+def _write(output: Path, plan: Plan, result: RankSearch, told: dict[str, Any]) -> tuple[Path | None, BadSetting | None]:
     """search.json and the plot: a PNG where matplotlib is installed, else an SVG. The plot's path, or why there is
     none."""
     from adapters.search import plot
@@ -350,7 +349,7 @@ def _write(output: Path, plan: Plan, result: RankSearch, told: dict[str, Any]) -
         picture.write_text(plot(shown, result.chosen, title), encoding="utf-8")
         return picture, None
     except OSError as error:
-        return None, f"{output} cannot be written: {error.strerror}"
+        return None, BadSetting(f"{output} cannot be written: {error.strerror}", "output")
 
 
 def _show(told: dict[str, Any], picture: Path | None) -> None:

@@ -53,6 +53,11 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=None if not sys.stdout.isatty() else 2, default=str) + "\n")
 
 
+def in_json(error: Exception, message: str, param: str | None) -> dict[str, str | None]:
+    """An error as it stands under "error" in the JSON of every command."""
+    return {"message": message, "type": type(error).__name__, "param": param}
+
+
 def say_error(message: str) -> None:
     """What a process ends by, or what one of several things has failed by; whoever reads standard error and has stopped
     is not waited for."""

@@ -18,7 +18,7 @@ from server.cli import logs
 from server.cli.inprocess import open_base, threads_of
 from server.cli.options import BASE, AsJson, path_option, with_settings
 from server.cli.signals import SAME_SIGNAL, heard
-from server.cli.terminal import out, print_json, progress, say_error, size
+from server.cli.terminal import in_json, out, print_json, progress, say_error, size
 from server.errors import NoCapacity, ServerError, too_little_memory
 from server.settings import Settings, keep_few_kernels
 
@@ -137,6 +137,7 @@ def _ends_all(error: AdapterError | ServerError) -> bool:
 def _about(recipe: Recipe) -> Iterator[None]:
     """Errors within say which recipe they are about: there may be many."""
     from adapters.errors import AdapterError, TrainingStopped
+    from server.engine.cuda_memory import lacks_memory
 
     try:
         yield
@@ -144,7 +145,10 @@ def _about(recipe: Recipe) -> Iterator[None]:
         after = "; the same command goes on from there" if isinstance(error, TrainingStopped) else ""
         raise type(error)(f"{recipe.name}: {error.message}{after}", error.param) from error
     except (MemoryError, RuntimeError) as error:
-        if (words := too_little_memory(error)) is None:
+        words = too_little_memory(error)
+        if words is None and lacks_memory(error):
+            words = f"the GPU has too little memory: {error}"
+        if words is None:
             raise
         less = "a smaller micro_tokens in its recipe takes less, and so does activation_checkpointing = true"
         raise NoCapacity(f"{recipe.name}: {words}; {less}") from error
@@ -171,8 +175,7 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
 def _tell_failure(recipe: Recipe, error: AdapterError | ServerError, as_json: bool) -> None:
     if as_json:
-        told = {"message": error.message, "type": type(error).__name__, "param": error.param}
-        print_json({"name": recipe.name, "error": told})
+        print_json({"name": recipe.name, "error": in_json(error, error.message, error.param)})
     say_error(error.message)
 
 

@@ -285,16 +285,21 @@ def test_a_recipe_that_fails_is_told_and_the_others_are_trained(
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError("no room"), RuntimeError("DefaultCPUAllocator: you tried to allocate 7 bytes")]
+    ("error", "whose"),
+    [
+        (MemoryError("no room"), "there is"),
+        (RuntimeError("DefaultCPUAllocator: you tried to allocate 7 bytes"), "there is"),
+        (torch.OutOfMemoryError("no block"), "the GPU has"),
+    ],
 )
 def test_so_is_one_that_the_machine_has_too_little_memory_for(
-    given: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    given: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, whose: str
 ) -> None:
     (given / "other.toml").write_text(RECIPE.replace('"echo"', '"second"'))
     failing(monkeypatch, "echo", error)
     done = runner.invoke(app, ["train", "echo.toml", "other.toml", "--steps", "1", "--state-dir", "state", "--json"])
     first, second = (json.loads(line) for line in done.stdout.splitlines())
-    assert first["error"]["message"].startswith("echo: there is too little memory: ")
+    assert first["error"]["message"].startswith(f"echo: {whose} too little memory: ")
     assert first["error"]["message"].endswith(
         "; a smaller micro_tokens in its recipe takes less, and so does activation_checkpointing = true"
     )
